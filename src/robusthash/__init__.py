@@ -1,0 +1,1 @@
+"""Deep hashing for retrieval: train, attack, defend, measure, serve."""

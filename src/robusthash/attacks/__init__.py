@@ -1,0 +1,25 @@
+"""Batch -> attacked batch: guides, losses, searches, threats, and the published attacks by name."""
+
+from robusthash.attacks.base import Attack, AttackOutput
+from robusthash.attacks.named import cgat, dhta, guided_apgd, hag, mainstay, mainstay_targeted, p2p, pgd, sdha
+from robusthash.attacks.threat import Ball, Threat, image_threat
+from robusthash.core.registry import discover
+
+__all__ = [
+    "Attack",
+    "AttackOutput",
+    "Ball",
+    "Threat",
+    "cgat",
+    "dhta",
+    "guided_apgd",
+    "hag",
+    "image_threat",
+    "mainstay",
+    "mainstay_targeted",
+    "p2p",
+    "pgd",
+    "sdha",
+]
+
+discover(__name__, __path__)

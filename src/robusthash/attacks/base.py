@@ -1,0 +1,187 @@
+"""An attack is guide x loss x search x threat. The model comes in at the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from robusthash.attacks.threat import Threat
+from robusthash.core.hamming import sign
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, Goal, Guidance, Inputs, Outputs, Reference
+from robusthash.models.hasher import Hasher, frozen
+
+Select = Callable[[Tensor], Tensor]
+"""(B, K) signs -> (B,) reported metric from the adversary's side, larger = better for the attack."""
+
+Score = Callable[[Inputs, float], tuple[Tensor, Tensor]]
+"""(attacked inputs, progress in [0, 1]) -> ((B,) score to ascend, (B, K) logits)."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One look at the victim: all that a loss may use."""
+
+    outputs: Outputs
+    inputs: Inputs
+    origin: Batch
+    goal: Goal
+    alpha: float
+    reference: Reference | None
+
+    def relaxed(self) -> Tensor:
+        """(B, K) relaxed code, averaged over the attacked modalities."""
+        return torch.stack([output.relaxed(self.alpha) for output in self.outputs.values()]).mean(0)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came back with. Counts are per query."""
+
+    inputs: Inputs
+    trace: Tensor  # (steps,) mean score before each step
+    forward: int
+    backward: int
+
+
+class Guide(Protocol):
+    """Where the goal lies in Hamming space."""
+
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance: ...
+
+
+class Loss(Protocol):
+    """Agreement with the guidance, (B,), larger = nearer; the search ascends ``goal.sign`` times it."""
+
+    def __call__(self, probe: Probe, guidance: Guidance) -> Tensor: ...
+
+
+class Search(Protocol):
+    """Ascends a score inside a threat. Per item: no step of one query may depend on another."""
+
+    def __call__(
+        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Inputs | None
+    ) -> Found: ...
+
+
+def published_slope(progress: float) -> float:
+    """Slope alpha of tanh after a share ``progress`` of the steps: ten equal blocks of 0.1 (x5), .2, .3, .5, .7, 1."""
+    return (0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)[min(int(progress * 10 + 1e-9), 9)]
+
+
+@dataclass(frozen=True)
+class AttackOutput:
+    """Attacked inputs and how they were found."""
+
+    batch: Batch
+    guidance: Guidance
+    trace: Tensor
+    forward: int  # per query, of the victim
+    backward: int
+    signs: Tensor  # (B, K) the code of the returned inputs, encoded anew
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Guide x loss x search x threat.
+
+    Args:
+        slope: ``published`` schedules alpha by the papers' ten blocks, ``one`` keeps alpha = 1.
+        targeted: the goal carries target labels and sign +1.
+        restarts: independent random starts; the best by ``select``, else by score, is kept per query.
+        modality: the query modality whose code is attacked (its victim output drives the score).
+    """
+
+    name: str
+    guide: Guide
+    loss: Loss
+    search: Search
+    threat: Threat
+    slope: Literal["published", "one"] = "one"
+    targeted: bool = False
+    restarts: int = 1
+    note: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.restarts < 1:
+            raise ValueError(f"restarts must be at least 1, got {self.restarts}")
+        if self.slope not in ("published", "one"):
+            raise ValueError(f"slope must be 'published' or 'one', got {self.slope!r}")
+
+    def perturb(
+        self,
+        victim: Hasher,
+        batch: Batch,
+        goal: Goal,
+        reference: Reference | None,
+        *,
+        draws: Draws,
+        select: Select | None = None,
+        start: Inputs | None = None,
+    ) -> tuple[Found, Guidance]:
+        """Search for the attacked inputs. The victim is put in eval mode with frozen parameters, and restored.
+
+        Args:
+            batch: clean items; modalities that the threat does not name are left alone.
+            goal: own labels with sign -1, or target labels with sign +1.
+            reference: codes and labels that the attacker knows; None at W0.
+            draws: source of all random numbers, keyed by item id.
+            select: the reported metric, where the attacker may compute it.
+            start: feasible inputs to start from, e.g. the solution at a smaller eps.
+        """
+        missing = [name for name in self.threat.balls if name not in batch.inputs]
+        if missing:
+            raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")
+        with frozen(victim), torch.enable_grad():
+            guidance = self.guide(victim, batch, goal, reference, draws.within(self.name, "guide"))
+
+            def score(inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
+                alpha = published_slope(progress) if self.slope == "published" else 1.0
+                outputs = victim(inputs)
+                value = goal.sign * self.loss(Probe(outputs, inputs, batch, goal, alpha, reference), guidance)
+                return value, next(iter(outputs.values())).logits
+
+            found = self.search(score, batch, self.threat, draws.within(self.name, 0), select, start)
+            for restart in range(1, self.restarts):
+                again = self.search(score, batch, self.threat, draws.within(self.name, restart), select, None)
+                found = _better(score, select, found, again)
+        return found, guidance
+
+    def __call__(
+        self,
+        victim: Hasher,
+        batch: Batch,
+        goal: Goal,
+        reference: Reference | None,
+        *,
+        draws: Draws,
+        select: Select | None = None,
+        start: Inputs | None = None,
+    ) -> AttackOutput:
+        """``perturb``, then encode what it returned anew (published loops report the code of one step earlier)."""
+        found, guidance = self.perturb(victim, batch, goal, reference, draws=draws, select=select, start=start)
+        with frozen(victim), torch.inference_mode():
+            signs = sign(next(iter(victim(found.inputs).values())).logits)
+        attacked = batch.with_inputs(found.inputs)
+        return AttackOutput(attacked, guidance, found.trace, found.forward, found.backward, signs)
+
+
+def _better(score: Score, select: Select | None, first: Found, second: Found) -> Found:
+    """Per query, the better of two searches by ``select`` or, without it, by their final score."""
+    with torch.no_grad():
+        values = []
+        for found in (first, second):
+            value, logits = score(found.inputs, 1.0)
+            values.append(select(sign(logits)) if select is not None else value)
+    win = values[1] > values[0]
+    inputs = {
+        name: torch.where(win.view(-1, *[1] * (value.dim() - 1)), second.inputs[name], value)
+        for name, value in first.inputs.items()
+    }
+    return Found(inputs, first.trace, first.forward + second.forward + 2, first.backward + second.backward)

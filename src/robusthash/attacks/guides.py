@@ -1,0 +1,142 @@
+"""Guides: which code, or which set of codes, an attack moves away from or towards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robusthash.core.hamming import sign
+from robusthash.core.labels import cosine, relevant
+from robusthash.core.registry import register
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, Goal, Guidance, Reference
+from robusthash.models.hasher import Hasher
+
+
+def known(reference: Reference | None, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes (M, K), their labels (M, C), goal labels (B, C)); codes of several modalities are put end to end.
+
+    Raises:
+        ValueError: where the guide needs labels or codes that the attacker does not have.
+    """
+    if reference is None or reference.labels is None or goal.labels is None:
+        raise ValueError("this guide needs labelled reference codes: use a W1 or W2 threat and labelled data")
+    codes = torch.cat(list(reference.codes.values()))
+    return codes, reference.labels.repeat(len(reference.codes), 1), goal.labels
+
+
+@register("attack-guide", "none", supervised=False)
+@dataclass(frozen=True)
+class Unguided:
+    """For losses that need no code: an empty guidance, hence no representative MAP."""
+
+    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+        return Guidance(torch.empty(0, victim.bits, device=victim.device))
+
+
+@register("attack-guide", "own", paper="HAG 2020", supervised=False)
+@dataclass(frozen=True)
+class Own:
+    """The query's own clean relaxed code: needs no labels."""
+
+    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+        with torch.no_grad():
+            return Guidance(next(iter(victim(batch.inputs).values())).relaxed())
+
+
+@register("attack-guide", "positives", paper="SDHA 2021")
+@dataclass(frozen=True)
+class Positives:
+    """All reference codes that share a label with the goal, as a set: weights (B, M) are 1 / count, 0 elsewhere.
+
+    A query without any keeps weight 0 throughout; its representative code is then arbitrary.
+    """
+
+    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+        codes, labels, wanted = known(reference, goal)
+        positive = relevant(wanted, labels).float()
+        return Guidance(codes, positive / positive.sum(1, keepdim=True).clamp_min(1.0))
+
+
+@register("attack-guide", "anchor", paper="DHTA 2020", targeted=True)
+@dataclass(frozen=True)
+class Anchor:
+    """Component voting over ``items`` random reference codes with exactly the target labels (9: DHTA, 1: P2P).
+
+    Drawn without replacement, keyed by query; all of them where fewer exist (published copies draw with
+    replacement). A vote of 0 is +1.
+
+    Raises:
+        ValueError: where no reference item has exactly the target labels.
+    """
+
+    items: int = 9
+
+    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+        codes, labels, wanted = known(reference, goal)
+        exact = (wanted @ labels.T == labels.sum(1)) & (wanted.sum(1, keepdim=True) == labels.sum(1))
+        if not exact.any(1).all():
+            row = int(torch.nonzero(~exact.any(1))[0])
+            raise ValueError(f"no reference item has exactly the target labels of query {int(batch.ids[row])}")
+        rank = draws.uniform(batch.ids, (len(codes),)).masked_fill(~exact, 2.0)
+        drawn, rows = rank.topk(min(self.items, len(codes)), dim=1, largest=False)
+        votes = (codes[rows] * (drawn < 2.0).unsqueeze(2)).sum(1)
+        return Guidance(sign(votes))
+
+
+def mainstay_code(
+    wanted: Tensor, codes: Tensor, labels: Tensor, weights: Literal["code", "paper", "cgat"] = "code"
+) -> Tensor:
+    """The mainstay code of each label vector: sgn(sum_P w b - sum_N w b), which minimises the weighted distance sum.
+
+    Args:
+        wanted: (B, C) label vectors; no image is needed.
+        codes: (M, K) reference codes in {-1, +1}.
+        labels: (M, C) their labels.
+        weights: of the positives, with s the cosine of label vectors. ``code``: s / sum s (SAAT's code, most likely
+            behind its numbers); ``paper``: s / count (TIFS 2023); ``cgat``: 1 / count (CgAT's code). Negatives always
+            weigh 1 / count. On single-label data the three coincide.
+
+    Returns:
+        (B, K) in {-1, +1}; a zero sum gives +1.
+    """
+    similarity = cosine(wanted, labels)
+    positive = (similarity > 0).float()
+    negative = 1.0 - positive
+    if weights == "paper":
+        pull = similarity / positive.sum(1, keepdim=True).clamp_min(1.0)
+    elif weights == "code":
+        pull = similarity / similarity.sum(1, keepdim=True).clamp_min(1e-8)
+    elif weights == "cgat":
+        pull = positive / positive.sum(1, keepdim=True).clamp_min(1.0)
+    else:
+        raise ValueError(f"mainstay weights must be 'code', 'paper' or 'cgat', got {weights!r}")
+    push = negative / negative.sum(1, keepdim=True).clamp_min(1.0)
+    return sign((pull - push) @ codes)
+
+
+@register("attack-guide", "mainstay", paper="SAAT, TIFS 2023", evidence="paper+code")
+@dataclass(frozen=True)
+class Mainstay:
+    """The mainstay code of the goal's labels over the reference codes (SAAT; with ``cgat`` weights CgAT's center)."""
+
+    weights: Literal["code", "paper", "cgat"] = "code"
+
+    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+        codes, labels, wanted = known(reference, goal)
+        return Guidance(mainstay_code(wanted, codes, labels, self.weights))
+
+
+@register("attack-guide", "center", paper="CgAT, WWW 2023", evidence="paper+code")
+@dataclass(frozen=True)
+class Center:
+    """CgAT's center code: mean of the positives minus mean of the negatives, signed.
+
+    Differs: an item without labels counts as a negative (the released code divides 0 by 0 there).
+    """
+
+    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+        return Mainstay("cgat")(victim, batch, goal, reference, draws)

@@ -1,0 +1,144 @@
+"""Threats: what may be changed, by how much, and what the attacker knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Inputs
+
+Knowledge = Literal["W2", "W1", "W0", "B2", "B1", "T"]
+
+
+def _per_item(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)
+
+
+@dataclass(frozen=True)
+class Ball:
+    """A norm ball around a clean input, cut with the input's range.
+
+    Args:
+        norm: ``linf`` or ``l2``.
+        eps: radius in input units: 8/255, not 8, for pixels in [0, 1].
+        bounds: range of valid inputs.
+
+    Raises:
+        ValueError: an unknown norm; an eps below 0, or beyond the width of the range for ``linf``.
+    """
+
+    norm: Literal["linf", "l2"]
+    eps: float
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"norm must be 'linf' or 'l2', got {self.norm!r}")
+        width = self.bounds[1] - self.bounds[0]
+        if not self.eps >= 0.0 or (self.norm == "linf" and self.eps > width):
+            raise ValueError(
+                f"eps {self.eps:g} is outside [0, {width:g}]; budgets are fractions of the input range, write 8/255 and not 8"
+            )
+
+    def project(self, x: Tensor, origin: Tensor) -> Tensor:
+        """The nearest point of the ball and the range (for ``l2``: ball first, then range, which stays in both)."""
+        low, high = self.bounds
+        if self.norm == "linf":
+            return torch.clamp(torch.clamp(x, origin - self.eps, origin + self.eps), low, high)
+        delta = x - origin
+        shrink = (self.eps / _norms(delta).clamp_min(1e-12)).clamp_max(1.0)
+        return torch.clamp(origin + delta * _per_item(shrink, delta), low, high)
+
+    def random_start(self, origin: Tensor, ids: Tensor, draws: Draws) -> Tensor:
+        """Uniform in the cube of side 2 eps (``linf``); a random direction of random length (``l2``)."""
+        noise = 2.0 * draws.uniform(ids, origin.shape[1:]).to(origin.dtype) - 1.0
+        if self.norm == "l2":
+            length = draws.within("length").uniform(ids, (1,)).flatten().to(origin.dtype)
+            noise = noise * _per_item(length / _norms(noise).clamp_min(1e-12), noise)
+        return self.project(origin + self.eps * noise, origin)
+
+    def steepest(self, grad: Tensor) -> Tensor:
+        """The unit step of the norm along ``grad``: its sign, or the normalised gradient."""
+        if self.norm == "linf":
+            return grad.sign()
+        return grad / _per_item(_norms(grad).clamp_min(1e-12), grad)
+
+    def size(self, delta: Tensor) -> Tensor:
+        """(B,) norm of each perturbation."""
+        return delta.flatten(1).abs().amax(1) if self.norm == "linf" else _norms(delta)
+
+
+@dataclass(frozen=True)
+class Threat:
+    """Balls by modality and the attacker's knowledge. A modality not named stays untouched.
+
+    ``knowledge``: W2 weights, labels and database codes; W1 weights and training labels; W0 weights only.
+    """
+
+    balls: dict[str, Ball]
+    knowledge: Knowledge = "W1"
+    side: Literal["query", "database"] = "query"
+    name: str = field(default="")
+
+    def __post_init__(self) -> None:
+        if not self.balls:
+            raise ValueError("a threat needs at least one modality to attack")
+        if not self.name:
+            parts = (
+                f"{'img' if m == 'image' else m}-{b.norm}-{b.eps * 255 if b.norm == 'linf' else b.eps:g}"
+                for m, b in sorted(self.balls.items())
+            )
+            object.__setattr__(self, "name", "+".join(parts))
+
+    def project(self, x: Inputs, origin: Inputs) -> Inputs:
+        """Each attacked modality back into its ball and range."""
+        return {name: ball.project(x[name], origin[name]) for name, ball in self.balls.items()}
+
+    def random_start(self, origin: Inputs, ids: Tensor, draws: Draws) -> Inputs:
+        return {name: b.random_start(origin[name], ids, draws.within("start", name)) for name, b in self.balls.items()}
+
+    def steepest(self, grad: Inputs) -> Inputs:
+        return {name: ball.steepest(grad[name]) for name, ball in self.balls.items()}
+
+    def scaled(self, factor: float) -> Threat:
+        """The same threat with every eps times ``factor``, for eps curves and warm-up."""
+        balls = {name: replace(ball, eps=ball.eps * factor) for name, ball in self.balls.items()}
+        return Threat(balls, self.knowledge, self.side)
+
+    def verify(self, x: Inputs, origin: Inputs, tolerance: float = 1e-6) -> None:
+        """Raise where an input left its ball or range, is not finite, or an unnamed modality was touched.
+
+        The evaluator calls this, not the attack.
+        """
+        for name, value in x.items():
+            clean = origin[name]
+            if name not in self.balls:
+                if not torch.equal(value, clean):
+                    raise ValueError(f"the attack touched {name!r}, which {self.name} does not allow")
+                continue
+            ball = self.balls[name]
+            if not torch.isfinite(value).all():
+                raise ValueError(f"the attacked {name} holds NaN or infinite values")
+            if value.dtype != clean.dtype or value.shape != clean.shape:
+                raise ValueError(f"the attacked {name} is {value.dtype} {tuple(value.shape)}, not {clean.dtype}")
+            worst = float(ball.size(value - clean).max())
+            slack = tolerance if ball.norm == "linf" else tolerance * max(1.0, ball.eps) * 10
+            if worst > ball.eps + slack:
+                raise ValueError(
+                    f"the attacked {name} is {worst:g} from its origin under {ball.norm}, beyond {ball.eps:g}"
+                )
+            if value.min() < ball.bounds[0] - tolerance or value.max() > ball.bounds[1] + tolerance:
+                raise ValueError(f"the attacked {name} leaves the range {ball.bounds}")
+
+
+def image_threat(eps: float = 8 / 255, norm: Literal["linf", "l2"] = "linf", knowledge: Knowledge = "W1") -> Threat:
+    """The usual image threat: ``img-linf-8`` by default."""
+    return Threat({"image": Ball(norm, eps)}, knowledge)

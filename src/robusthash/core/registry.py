@@ -1,0 +1,105 @@
+"""Names at the border where text becomes objects: register, build, catalogue, discover."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+Made = TypeVar("Made", bound=Callable[..., Any])
+Evidence = Literal["paper+code", "paper", "reconstruction", "own", "library"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What ``robusthash list`` shows of a name, and what the contract tests choose by."""
+
+    kind: str
+    name: str
+    make: Callable[..., Any]
+    paper: str = ""
+    evidence: Evidence = "own"
+    modality: str = "any"
+    supervised: bool = True
+    targeted: bool = False
+    summary: str = ""
+
+
+_CARDS: dict[tuple[str, str], Card] = {}
+
+
+def register(
+    kind: str,
+    name: str,
+    *,
+    paper: str = "",
+    evidence: Evidence = "own",
+    modality: str = "any",
+    supervised: bool = True,
+    targeted: bool = False,
+) -> Callable[[Made], Made]:
+    """Give ``name`` of ``kind`` to a class or function. A taken name raises."""
+
+    def record(make: Made) -> Made:
+        if (kind, name) in _CARDS:
+            raise ValueError(f"{kind} {name!r} is already registered by {_CARDS[kind, name].make.__module__}")
+        summary = (inspect.getdoc(make) or "").partition("\n")[0]
+        _CARDS[kind, name] = Card(kind, name, make, paper, evidence, modality, supervised, targeted, summary)
+        return make
+
+    return record
+
+
+def nearest(word: str, known: Any) -> str:
+    """A hint that names the likeliest of ``known`` for a mistyped ``word``, and lists them when there are few."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return hint + (f" Known: {', '.join(known)}." if len(known) <= 40 else "")
+
+
+def card(kind: str, name: str) -> Card:
+    """The card of a registered name; ``module:name`` imports code from outside the package first.
+
+    Raises:
+        KeyError: with the nearest known name.
+    """
+    if ":" in name:
+        module, _, name = name.partition(":")
+        importlib.import_module(module)
+    if (kind, name) not in _CARDS:
+        names = [known for other, known in _CARDS if other == kind]
+        raise KeyError(f"no {kind} is called {name!r}{nearest(name, names)}")
+    return _CARDS[kind, name]
+
+
+def build(kind: str, settings: str | Mapping[str, Any], **context: Any) -> Any:
+    """Make the object that ``settings`` name: ``"csq"`` or ``{"name": "csq", "quantisation": 1e-4}``.
+
+    ``context`` is what the caller supplies; a key given in both is an error, and so is an unknown key.
+    """
+    settings = {"name": settings} if isinstance(settings, str) else dict(settings)
+    if "name" not in settings:
+        raise KeyError(f"a {kind} needs a 'name', got {settings}")
+    name = settings.pop("name")
+    make = card(kind, name).make
+    accepted = inspect.signature(make).parameters
+    for key in settings:
+        if key not in accepted:
+            raise KeyError(f"{kind} {name!r} takes no {key!r}{nearest(key, accepted)}")
+    return make(**settings, **{key: value for key, value in context.items() if key in accepted})
+
+
+def catalogue(kind: str | None = None) -> list[Card]:
+    """All cards, or those of one kind, ordered by kind and name."""
+    return sorted((c for c in _CARDS.values() if kind in (None, c.kind)), key=lambda c: (c.kind, c.name))
+
+
+def discover(package: str, path: Any) -> None:
+    """Import every module beside a room's ``__init__``: dropping a file in is enough to register it."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")

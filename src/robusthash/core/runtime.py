@@ -1,0 +1,103 @@
+"""Keyed random numbers, devices and the deterministic switch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """A short, stable digest of anything JSON can write. Key order does not matter."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def _mix(state: Tensor) -> Tensor:
+    """One 32-bit avalanche round on int64 storage, so that every device gives the same bits."""
+    state = ((state ^ (state >> 16)) * 0x7FEB352D) & _MASK
+    state = ((state ^ (state >> 15)) * 0x846CA68B) & _MASK
+    return state ^ (state >> 16)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers keyed by (seed, scope, item id), never taken from a stream.
+
+    So batch size and order cannot matter, and the same numbers come on every device. Narrow the scope with
+    ``within``: ``Draws(0).within("mainstay", restart)``.
+    """
+
+    seed: int
+    scope: tuple[str, ...] = ()
+
+    def within(self, *names: object) -> Draws:
+        """The same seed in a narrower scope."""
+        return Draws(self.seed, self.scope + tuple(str(name) for name in names))
+
+    def key(self) -> int:
+        """A 62-bit integer of seed and scope."""
+        return int(digest([self.seed, *self.scope], 16), 16) >> 2
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """A fresh generator of this scope, for draws that belong to no item (shuffles, initial weights)."""
+        return torch.Generator(device).manual_seed(self.key())
+
+    def uniform(self, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """(B, *shape) float32 in [0, 1), a function of (seed, scope, id) alone, on the device of ``ids``."""
+        key = self.key()
+        ids = ids.to(torch.int64)
+        low, high = key & _MASK, (key >> 32) & _MASK
+        row = _mix(_mix((ids & _MASK) ^ low) ^ ((ids >> 32) & _MASK) ^ high)
+        size = int(np.prod(shape, dtype=np.int64)) if shape else 1
+        column = _mix(torch.arange(size, device=ids.device) + 0x9E3779B9 & _MASK)
+        mixed = _mix((row[:, None] + column[None]) & _MASK)
+        return ((mixed >> 8).to(torch.float32) * 2.0**-24).reshape(len(ids), *shape)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU; anything else is taken by its word.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} is not usable here: {str(error).splitlines()[0]}; try --device cpu"
+        ) from None
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global streams that libraries use (dropout, initial weights). Our own draws are keyed instead."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def precision(name: str, device: torch.device | str) -> Iterator[None]:
+    """``float32`` (the reference) or ``bf16`` autocast on ``device``.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in ("float32", "bf16"):
+        raise ValueError(f"precision must be 'float32' or 'bf16', got {name!r}")
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=name == "bf16"):
+        yield

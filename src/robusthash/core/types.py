@@ -1,0 +1,140 @@
+"""The records that pass between the rooms. All are frozen: a stage returns a new one.
+
+Sizes: ``B`` batch, ``N`` items, ``Q`` queries, ``M`` reference items, ``K`` bits, ``C`` classes,
+``D`` feature width, ``k`` ranks kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from robusthash.core.hamming import unpack
+
+Inputs = dict[str, Tensor]
+"""By modality: ``"image"`` is (B, 3, H, W) in [0, 1]; ``"text"`` is (B, V) counts or (B, L) token ids."""
+
+LossTerms = dict[str, Tensor]
+"""Named scalars, already weighted; their sum is the loss that is minimised."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some items of one split."""
+
+    inputs: Inputs
+    labels: Tensor | None  # (B, C) multi-hot float; None in unsupervised use
+    ids: Tensor  # (B,) int64, position in the split
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()},
+            None if self.labels is None else self.labels.to(device, non_blocking=True),
+            self.ids.to(device, non_blocking=True),
+        )
+
+    def with_inputs(self, inputs: Inputs) -> Batch:
+        """The same items with some modalities replaced, as an attack returns them."""
+        return replace(self, inputs={**self.inputs, **inputs})
+
+
+@dataclass(frozen=True)
+class HashOutput:
+    """What a hasher says of one modality of a batch."""
+
+    logits: Tensor  # (B, K) before the squashing function; bit k is +1 where logits >= 0
+    code: Tensor  # (B, K) what the objective sees: tanh, linear or batch-normed
+    features: Tensor  # (B, D) input of the hash head
+    aux: dict[str, Tensor] = field(default_factory=dict)  # masks, spectra: shown to the encoder's own outer loss
+    scale: float = 1.0  # mean |logit| of a linear head, so that tanh does not saturate
+
+    def relaxed(self, alpha: float = 1.0) -> Tensor:
+        """(B, K) tanh(alpha * logits / scale). ``alpha`` is an argument and never stored."""
+        return torch.tanh(self.logits * (alpha / self.scale))
+
+
+Outputs = dict[str, HashOutput]
+"""A hasher's answer, by modality."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Binary codes of a split, packed."""
+
+    packed: Tensor  # (N, ceil(K / 8)) uint8; bit 1 = +1; first bit of the code highest; zeros pad the end
+    bits: int
+    ids: Tensor  # (N,) int64
+    origin: str = ""  # digest of the model and the split that made them
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def signs(self) -> Tensor:
+        """(N, K) int8 in {-1, +1}."""
+        return unpack(self.packed, self.bits)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The nearest items of each query, by (distance, id)."""
+
+    ids: Tensor  # (Q, k) int64, -1 where fewer than k were found
+    distances: Tensor  # (Q, k) int32, ascending; -1 where the id is -1
+    cut: Tensor  # (Q,) bool: the engine, not the (distance, id) rule, cut a tie at rank k
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Counts by Hamming distance: all that a ranking metric needs. Profiles of shards add.
+
+    Columns are the distances 0..K. ``ideal[q, g]`` counts the database items that share g labels with query q.
+    """
+
+    items: Tensor  # (Q, K + 1) int64
+    relevant: Tensor  # (Q, K + 1) int64
+    gain: Tensor  # (Q, K + 1) int64, sum of shared labels
+    gain_exp: Tensor  # (Q, K + 1) float64, sum of 2^shared - 1
+    ideal: Tensor  # (Q, G) int64
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def bits(self) -> int:
+        return self.items.shape[1] - 1
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the adversary wants for each query."""
+
+    labels: Tensor | None  # (B, C) own labels (untargeted) or target labels (targeted); None for label-free attacks
+    sign: int  # -1 away from them, +1 toward them
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Where the goal lies in Hamming space."""
+
+    codes: Tensor  # (B, K) one representative code per query, or (M, K) a set shared by the batch
+    weights: Tensor | None = None  # (B, M) signed pull of each shared code; None when one-to-one
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Codes and labels that the attacker knows: the training set (W1) or the database (W2)."""
+
+    codes: dict[str, Tensor]  # by modality, (M, K) float in {-1, +1}
+    labels: Tensor | None  # (M, C) multi-hot float
+
+    def to(self, device: torch.device | str) -> Reference:
+        return Reference(
+            {name: value.to(device) for name, value in self.codes.items()},
+            None if self.labels is None else self.labels.to(device),
+        )

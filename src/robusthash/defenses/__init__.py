@@ -1,0 +1,9 @@
+"""Recipes that make a hasher robust."""
+
+from robusthash.core.registry import discover
+from robusthash.defenses.adversarial import AdversarialTraining, Round
+from robusthash.defenses.outer import CgATOuter, PlainAT, SAATOuter
+
+__all__ = ["AdversarialTraining", "CgATOuter", "PlainAT", "Round", "SAATOuter"]
+
+discover(__name__, __path__)

@@ -1,0 +1,51 @@
+"""A split -> packed codes, streamed: memory is one batch and the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from robusthash.core.hamming import pack, sign
+from robusthash.core.runtime import precision
+from robusthash.core.types import Codes
+from robusthash.data.base import Split
+from robusthash.data.loader import batches
+from robusthash.models.hasher import Hasher, frozen
+
+
+def encode_split(
+    victim: Hasher,
+    split: Split,
+    *,
+    batch_size: int = 256,
+    modality: str | None = None,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+    origin: str = "",
+) -> dict[str, Codes]:
+    """Codes of every item, by modality, in eval and inference mode. The batch size does not matter to the result.
+
+    Args:
+        victim: anything with the ``Hasher`` call.
+        modality: encode only this one; all that the victim and the split share by default.
+        dtype: ``float32`` or ``bf16`` autocast.
+        progress: called with (items done, items in all) after each batch.
+        origin: digest of the model and split, kept in the codes.
+
+    Raises:
+        ValueError: where the model gives NaN or infinite logits.
+    """
+    wanted = victim.modalities if modality is None else (modality,)
+    packed: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
+    done = 0
+    with frozen(victim), torch.inference_mode(), precision(dtype, victim.device):
+        for batch in batches(split, batch_size):
+            inputs = {name: values for name, values in batch.to(victim.device).inputs.items() if name in wanted}
+            for name, output in victim(inputs).items():
+                packed[name].append(pack(sign(output.logits)))
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(split))
+    ids = torch.arange(len(split))
+    return {name: Codes(torch.cat(rows), victim.bits, ids, origin) for name, rows in packed.items() if rows}

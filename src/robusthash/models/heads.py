@@ -1,0 +1,54 @@
+"""Hash heads: features (B, D) -> (logits (B, K), the code an objective sees (B, K), logit scale)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robusthash.core.registry import register
+
+
+@register("head", "tanh")
+class TanhHead(nn.Module):
+    """Linear layer and tanh: the head of almost every published deep hashing model."""
+
+    def __init__(self, width: int, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.linear = nn.Linear(width, bits)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
+        logits = self.linear(features)
+        return logits, torch.tanh(logits), 1.0
+
+
+@register("head", "linear")
+class LinearHead(nn.Module):
+    """Linear layer; the objective sees the logits, and attacks divide by their running mean size."""
+
+    def __init__(self, width: int, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.linear = nn.Linear(width, bits)
+        self.register_buffer("size", torch.ones(()))  # running mean |logit|, so that an attack's tanh does not saturate
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
+        logits = self.linear(features)
+        if self.training:
+            self.size.lerp_(logits.detach().abs().mean().float(), 0.1)
+        return logits, logits, float(self.size)
+
+
+@register("head", "batchnorm")
+class BatchNormHead(nn.Module):
+    """Bias-free linear layer and batch normalisation, which balances each bit (OrthoHash, NeurIPS 2021)."""
+
+    def __init__(self, width: int, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.linear = nn.Linear(width, bits, bias=False)
+        self.norm = nn.BatchNorm1d(bits)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
+        logits = self.norm(self.linear(features))
+        return logits, torch.tanh(logits), 1.0

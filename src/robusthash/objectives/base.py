@@ -1,0 +1,79 @@
+"""What a hashing objective is: a per-item similarity loss, a quantisation loss, and how they are summed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from robusthash.core.hamming import sign
+from robusthash.core.labels import relevant
+from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
+from robusthash.objectives.memory import CodeMemory
+
+
+@dataclass(frozen=True)
+class TrainFacts:
+    """What an objective may know of the training set before the first step."""
+
+    items: int
+    bits: int
+    labels: Tensor | None  # (N, C) multi-hot
+    seed: int
+    share_similar: float  # share of ordered pairs of training items that share a label
+
+    @property
+    def classes(self) -> int:
+        if self.labels is None:
+            raise ValueError("this objective needs labels, and the training split has none")
+        return self.labels.shape[1]
+
+
+def share_similar(labels: Tensor, block: int = 1024) -> float:
+    """Share of ordered pairs (self-pairs included) that share a label, counted in blocks."""
+    similar = sum(int(relevant(rows, labels).sum()) for rows in labels.split(block))
+    return similar / len(labels) ** 2
+
+
+def quantisation(output: HashOutput) -> Tensor:
+    """(B,) mean squared distance of the relaxed code to its own sign, the sign held constant."""
+    return (output.code - sign(output.code.detach())).square().mean(1)
+
+
+class HashObjective(nn.Module, ABC):
+    """Interface. Minimised; every term is per item, so that an attack may ascend it alone.
+
+    A pairwise objective compares a code with reference codes; a center objective ignores them.
+    Over several modalities the terms are summed over ordered pairs and divided by their number, so that the image-only
+    case and the image-text case are the same lines.
+    """
+
+    supervised: ClassVar[bool] = True
+
+    def setup(self, facts: TrainFacts) -> None:
+        """Make what depends on the data (centers, pair weights). Called once, before training or resuming."""
+
+    @abstractmethod
+    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
+        """(B,) loss of each item's code against reference ``codes`` (M, K) with ``code_labels`` (M, C)."""
+
+    @abstractmethod
+    def regularisation(self, output: HashOutput) -> Tensor:
+        """(B,) weighted quantisation (or similar) term, which no attack ascends."""
+
+    def advance(self) -> None:
+        """One optimiser step has been taken (HashNet's continuation)."""
+
+    def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
+        """Terms ``similarity`` and ``regularisation``, means over the batch."""
+        labels, bank_labels = batch.labels, memory.labels
+        if self.supervised and labels is None:
+            raise ValueError(f"{type(self).__name__} is supervised, and this batch has no labels")
+        pairs = [(output, memory.codes[other]) for output in outputs.values() for other in outputs]
+        return {
+            "similarity": torch.stack([self.similarity(o, labels, c, bank_labels).mean() for o, c in pairs]).mean(),
+            "regularisation": torch.stack([self.regularisation(o).mean() for o in outputs.values()]).mean(),
+        }

@@ -1,0 +1,182 @@
+"""The one training loop: epochs, optimisers, schedules, checkpoints, resume. The only place that steps an optimiser."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from robusthash.core.runtime import Draws, choose_device, precision, seed_everything
+from robusthash.data.base import RetrievalData
+from robusthash.data.loader import batches
+from robusthash.data.transforms import augment
+from robusthash.training.recipe import Moment, Recipe
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """One optimiser group."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        if self.name == "sgd":
+            return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
+        return kind(parameters, self.lr, betas=(self.momentum, 0.999), weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning-rate factor over training: warm-up share, then ``constant``, ``cosine`` or ``steps``."""
+
+    kind: Literal["constant", "cosine", "steps"] = "cosine"
+    warmup: float = 0.0
+    at: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+
+    def factor(self, progress: float) -> float:
+        """The factor after a share ``progress`` of all steps; a function of it alone, so that resuming is exact."""
+        if progress < self.warmup:
+            return (progress + 1e-3) / self.warmup
+        if self.kind == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * (progress - self.warmup) / (1.0 - self.warmup)))
+        if self.kind == "steps":
+            return self.gamma ** sum(progress >= share for share in self.at)
+        return 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: nothing here belongs to a method.
+
+    Raises:
+        ValueError: epochs or batch size below 1.
+    """
+
+    epochs: int = 20
+    batch_size: int = 64
+    optim: dict[str, OptimConfig] = field(default_factory=lambda: {"hasher": OptimConfig()})
+    schedule: Schedule = Schedule()
+    augment: Literal["none", "flip-crop"] = "none"
+    clip: float = 0.0  # largest gradient norm of a group; 0 does not clip
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["float32", "bf16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class RunLog(Protocol):
+    """Where a run keeps its checkpoints and log lines; the loop itself touches no file."""
+
+    def resume(self) -> dict[str, Any] | None: ...
+
+    def checkpoint(self, state: dict[str, Any]) -> None: ...
+
+    def log(self, line: dict[str, Any]) -> None: ...
+
+    def progress(self, done: int, total: int, text: str) -> None: ...
+
+
+def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | None = None) -> list[dict[str, Any]]:
+    """Train ``recipe`` on ``data.train``; returns one line an epoch (loss terms, learning rate, seconds).
+
+    With ``run``, a checkpoint is written after each epoch, and training goes on from the last one to the same result
+    as an uninterrupted run on the same machine.
+
+    Raises:
+        FloatingPointError: a loss that is NaN or infinite, with epoch, step and terms.
+        KeyError: an optimiser group that the configuration does not know.
+    """
+    device = choose_device(config.device)
+    seed_everything(config.seed)
+    recipe.hasher.to(device)
+    recipe.setup(data, config.seed, config.batch_size)
+    groups = recipe.parameter_groups()
+    missing = sorted(set(groups) - set(config.optim))
+    if missing:
+        raise KeyError(f"no optimiser settings for group {missing[0]!r}; add training.optim.{missing[0]}")
+    optimisers = {name: config.optim[name].make(parameters) for name, parameters in groups.items()}
+    first, lines = _resume(recipe, optimisers, run)
+    draws = Draws(config.seed, ("train",))
+
+    for epoch in range(first, config.epochs):
+        pool = recipe.pool(epoch)
+        items = len(data.train) if pool is None else len(pool)
+        steps = math.ceil(items / config.batch_size)
+        moment_draws = draws.within(epoch)
+        started, sums, rate = time.perf_counter(), {}, 0.0
+        for step, batch in enumerate(batches(data.train, config.batch_size, moment_draws.within("order"), pool)):
+            progress = (epoch + step / steps) / config.epochs
+            factor = config.schedule.factor(progress)
+            batch = batch.to(device)
+            if config.augment == "flip-crop":
+                images = augment(batch.inputs["image"], batch.ids, moment_draws.within("augment"))
+                batch = batch.with_inputs({"image": images})
+            with precision(config.precision, device):
+                for group, terms in recipe.step(batch, Moment(epoch, progress, moment_draws)):
+                    loss = torch.stack([term.float() for term in terms.values()]).sum()
+                    if not torch.isfinite(loss):
+                        values = {name: float(term.detach()) for name, term in terms.items()}
+                        raise FloatingPointError(
+                            f"loss of {group!r} is not finite at epoch {epoch}, step {step}: {values}; lower the learning rate"
+                        )
+                    optimiser = optimisers[group]
+                    optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
+                    if config.clip:
+                        torch.nn.utils.clip_grad_norm_(groups[group], config.clip)
+                    rate = config.optim[group].lr * factor
+                    for parameters in optimiser.param_groups:
+                        parameters["lr"] = rate
+                    optimiser.step()
+                    for name, term in terms.items():
+                        sums[name] = sums.get(name, 0.0) + float(term.detach()) * len(batch) / items
+            if run is not None:
+                run.progress(epoch * steps + step + 1, config.epochs * steps, f"epoch {epoch + 1}/{config.epochs}")
+        recipe.end_epoch(epoch)
+        lines.append({"epoch": epoch, "lr": rate, "seconds": round(time.perf_counter() - started, 3), **sums})
+        if run is not None:
+            run.log(lines[-1])
+            run.checkpoint(_state(recipe, optimisers, epoch + 1, lines))
+    recipe.hasher.eval()
+    return lines
+
+
+def _state(recipe: Recipe, optimisers: dict[str, torch.optim.Optimizer], epoch: int, lines: list) -> dict[str, Any]:
+    """All that the rest of training depends on; readable in weights-only mode."""
+    return {
+        "epoch": epoch,
+        "lines": lines,
+        "modules": {name: module.state_dict() for name, module in recipe.modules().items()},
+        "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers.items()},
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _resume(
+    recipe: Recipe, optimisers: dict[str, torch.optim.Optimizer], run: RunLog | None
+) -> tuple[int, list[dict[str, Any]]]:
+    """Load the last checkpoint, if there is one; returns the first epoch to train and the lines so far."""
+    state = run.resume() if run is not None else None
+    if state is None:
+        return 0, []
+    for name, module in recipe.modules().items():
+        module.load_state_dict(state["modules"][name])
+    for name, optimiser in optimisers.items():
+        optimiser.load_state_dict(state["optimisers"][name])
+    torch.set_rng_state(state["random"])
+    if state["random_cuda"]:
+        torch.cuda.set_rng_state_all(state["random_cuda"])
+    return state["epoch"], state["lines"]

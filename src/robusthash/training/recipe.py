@@ -1,0 +1,105 @@
+"""What one way to train is, and the plain one: a hasher on its objective."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, Codes, LossTerms
+from robusthash.data.base import RetrievalData, Split
+from robusthash.data.loader import batches
+from robusthash.models.hasher import Hasher, frozen
+from robusthash.objectives.base import HashObjective, TrainFacts, share_similar
+from robusthash.objectives.memory import CodeMemory
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where training stands when a step is taken."""
+
+    epoch: int
+    progress: float  # share of all steps already taken, in [0, 1)
+    draws: Draws  # of this epoch
+
+
+class Recipe(ABC):
+    """Interface: one way to train. The loop owns optimisers, schedules, checkpoints; the recipe owns modes and losses."""
+
+    hasher: Hasher
+
+    @abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything with state, by name: what a checkpoint holds. ``hasher`` is always one of them."""
+
+    @abstractmethod
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by optimiser group: ``hasher``, and where there are any ``critic``, ``purifier``, ``guide``."""
+
+    @abstractmethod
+    def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
+        """Make what depends on the data, once, before the first step or a resume."""
+
+    def pool(self, epoch: int) -> Tensor | None:
+        """Positions trained on this epoch; None is all of them."""
+        return None
+
+    @abstractmethod
+    def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
+        """Yield (group, loss terms); the loop steps that group and resumes here. Losses are computed after the yield
+        before them, because parameters moved."""
+
+    def end_epoch(self, epoch: int) -> None:  # noqa: B027 - only discrete solvers have something to do
+        """After the last step of an epoch."""
+
+    def database_codes(self) -> Codes | None:
+        """Learned database codes, where the method makes them."""
+        return None
+
+
+def train_facts(split: Split, bits: int, seed: int) -> TrainFacts:
+    """What an objective may know of ``split``."""
+    share = 0.0 if split.labels is None else share_similar(split.labels)
+    return TrainFacts(len(split), bits, split.labels, seed, share)
+
+
+@torch.no_grad()
+def fill_memory(memory: CodeMemory, hasher: Hasher, split: Split, batch_size: int) -> None:
+    """One eval-mode pass, so that no row of the memory is ever empty."""
+    with frozen(hasher):
+        for batch in batches(split, batch_size):
+            batch = batch.to(hasher.device)
+            memory.update(hasher(batch.inputs), batch)
+
+
+class HashingRecipe(Recipe):
+    """Train a hasher on its objective, undefended."""
+
+    def __init__(self, hasher: Hasher, objective: HashObjective) -> None:
+        self.hasher = hasher
+        self.objective = objective
+        self.memory: CodeMemory
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"hasher": self.hasher, "objective": self.objective, "memory": self.memory}
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"hasher": [*self.hasher.parameters(), *self.objective.parameters()]}
+
+    def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
+        device = self.hasher.device
+        self.objective.to(device).setup(train_facts(data.train, self.hasher.bits, seed))
+        memory = CodeMemory(len(data.train), self.hasher.bits, data.train.labels, self.hasher.modalities)
+        self.memory = memory.to(device)
+        fill_memory(self.memory, self.hasher, data.train, batch_size)
+
+    def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
+        self.hasher.train()
+        outputs = self.hasher(batch.inputs)
+        self.memory.update(outputs, batch)
+        yield "hasher", self.objective(outputs, batch, self.memory)
+        self.objective.advance()
