@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol
 
 import torch
@@ -40,7 +40,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came back with. Counts are per query."""
+    """What a search came back with. Counts are per query, of the search itself: what a guide asks is not in them."""
 
     inputs: Inputs
     trace: Tensor  # (steps,) mean score before each step
@@ -82,7 +82,7 @@ class AttackOutput:
     batch: Batch
     guidance: Guidance
     trace: Tensor
-    forward: int  # per query, of the victim
+    forward: int  # per query, of the search; the guide's own look and the encoding of ``signs`` come on top
     backward: int
     signs: Tensor  # (B, K) the code of the returned inputs, encoded anew
 
@@ -94,8 +94,10 @@ class Attack:
     Args:
         slope: ``published`` schedules alpha by the papers' ten blocks, ``one`` keeps alpha = 1.
         targeted: the goal carries target labels and sign +1.
-        restarts: independent random starts; the best by ``select``, else by score, is kept per query.
-        modality: the query modality whose code is attacked (its victim output drives the score).
+        restarts: independent searches, each after the first from a random start; the best by ``select``, else by
+            score, is kept per query.
+        selects: return the point of best reported metric that was seen; the evaluator then hands over ``select``,
+            which needs the database codes (W2). Published attacks return their last point.
     """
 
     name: str
@@ -106,13 +108,25 @@ class Attack:
     slope: Literal["published", "one"] = "one"
     targeted: bool = False
     restarts: int = 1
-    note: str = field(default="", compare=False)
+    selects: bool = False
 
     def __post_init__(self) -> None:
+        if self.selects and self.threat.knowledge != "W2":
+            raise ValueError(
+                f"selecting by the reported metric needs the database codes (W2), not {self.threat.knowledge}"
+            )
         if self.restarts < 1:
             raise ValueError(f"restarts must be at least 1, got {self.restarts}")
         if self.slope not in ("published", "one"):
             raise ValueError(f"slope must be 'published' or 'one', got {self.slope!r}")
+
+    @property
+    def budget(self) -> str:
+        """Search, steps, slope, restarts and knowledge, as results carry them."""
+        options = {field.name: getattr(self.search, field.name) for field in fields(self.search)}  # type: ignore[arg-type]
+        listed = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in options.items())
+        search = f"{type(self.search).__name__}({listed})"
+        return f"{search}, slope {self.slope}, starts {self.restarts}, {self.threat.knowledge}"
 
     def perturb(
         self,
@@ -139,7 +153,8 @@ class Attack:
         if missing:
             raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")
         with frozen(victim), torch.enable_grad():
-            guidance = self.guide(victim, batch, goal, reference, draws.within(self.name, "guide"))
+            attacked = replace(batch, inputs={name: batch.inputs[name] for name in self.threat.balls})
+            guidance = self.guide(victim, attacked, goal, reference, draws.within(self.name, "guide"))
 
             def score(inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
                 alpha = published_slope(progress) if self.slope == "published" else 1.0
@@ -149,7 +164,9 @@ class Attack:
 
             found = self.search(score, batch, self.threat, draws.within(self.name, 0), select, start)
             for restart in range(1, self.restarts):
-                again = self.search(score, batch, self.threat, draws.within(self.name, restart), select, None)
+                scope = draws.within(self.name, restart)
+                elsewhere = self.threat.random_start(attacked.inputs, batch.ids, scope)
+                again = self.search(score, batch, self.threat, scope, select, elsewhere)
                 found = _better(score, select, found, again)
         return found, guidance
 
@@ -166,7 +183,7 @@ class Attack:
     ) -> AttackOutput:
         """``perturb``, then encode what it returned anew (published loops report the code of one step earlier)."""
         found, guidance = self.perturb(victim, batch, goal, reference, draws=draws, select=select, start=start)
-        with frozen(victim), torch.inference_mode():
+        with frozen(victim), torch.no_grad():
             signs = sign(next(iter(victim(found.inputs).values())).logits)
         attacked = batch.with_inputs(found.inputs)
         return AttackOutput(attacked, guidance, found.trace, found.forward, found.backward, signs)

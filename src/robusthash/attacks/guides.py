@@ -101,21 +101,22 @@ def mainstay_code(
             weigh 1 / count. On single-label data the three coincide.
 
     Returns:
-        (B, K) in {-1, +1}; a zero sum gives +1.
+        (B, K) in {-1, +1}; a sum within rounding (1e-6 of at most 2) of zero is a tie and gives +1, so that neither the
+        order of the bank nor the batch size decides a bit.
     """
-    similarity = cosine(wanted, labels)
-    positive = (similarity > 0).float()
-    negative = 1.0 - positive
-    if weights == "paper":
-        pull = similarity / positive.sum(1, keepdim=True).clamp_min(1.0)
-    elif weights == "code":
-        pull = similarity / similarity.sum(1, keepdim=True).clamp_min(1e-8)
-    elif weights == "cgat":
-        pull = positive / positive.sum(1, keepdim=True).clamp_min(1.0)
-    else:
+    if weights not in ("code", "paper", "cgat"):
         raise ValueError(f"mainstay weights must be 'code', 'paper' or 'cgat', got {weights!r}")
-    push = negative / negative.sum(1, keepdim=True).clamp_min(1.0)
-    return sign((pull - push) @ codes)
+    with torch.autocast(codes.device.type, enabled=False):  # rounding to bf16 would decide bits
+        similarity = cosine(wanted, labels)
+        positive = (similarity > 0).float()
+        pull = positive if weights == "cgat" else similarity
+        weight = positive if weights == "paper" else pull
+        # sums of signs are whole numbers and exact; dividing them afterwards keeps ties exact
+        towards = pull @ codes / weight.sum(1, keepdim=True).clamp_min(1e-8)
+        negatives = (len(codes) - positive.sum(1, keepdim=True)).clamp_min(1.0)
+        away = (codes.sum(0) - positive @ codes) / negatives
+    difference = towards - away
+    return sign(torch.where(difference.abs() < 1e-6, 0.0, difference))
 
 
 @register("attack-guide", "mainstay", paper="SAAT, TIFS 2023", evidence="paper+code")

@@ -136,4 +136,4 @@ def guided_apgd(eps: float = 8 / 255, steps: int = 100, restarts: int = 1) -> At
     Knows the database codes (W2), and returns the point of lowest exact AP that it saw.
     """
     threat = image_threat(eps, knowledge="W2")
-    return Attack("guided-apgd", Mainstay(), ScaleFree(), APGD(steps), threat, restarts=restarts)
+    return Attack("guided-apgd", Mainstay(), ScaleFree(), APGD(steps), threat, restarts=restarts, selects=True)

@@ -45,7 +45,7 @@ class Ball:
         width = self.bounds[1] - self.bounds[0]
         if not self.eps >= 0.0 or (self.norm == "linf" and self.eps > width):
             raise ValueError(
-                f"eps {self.eps:g} is outside [0, {width:g}]; budgets are fractions of the input range, write 8/255 and not 8"
+                f"eps {self.eps:g} is outside [0, {width:g}]; budgets are fractions of the range: write 8/255, not 8"
             )
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:

@@ -77,21 +77,30 @@ def card(kind: str, name: str) -> Card:
     return _CARDS[kind, name]
 
 
-def build(kind: str, settings: str | Mapping[str, Any], **context: Any) -> Any:
-    """Make the object that ``settings`` name: ``"csq"`` or ``{"name": "csq", "quantisation": 1e-4}``.
+def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str, Any]]:
+    """The card and the options that ``settings`` name, checked before anything is made.
 
-    ``context`` is what the caller supplies; a key given in both is an error, and so is an unknown key.
+    ``settings`` is a name, ``"csq"``, or a name with options, ``{"name": "csq", "quantisation": 1e-4}``.
+
+    Raises:
+        KeyError: no name, an unknown name, or an option that it does not take; the nearest is offered.
     """
-    settings = {"name": settings} if isinstance(settings, str) else dict(settings)
-    if "name" not in settings:
-        raise KeyError(f"a {kind} needs a 'name', got {settings}")
-    name = settings.pop("name")
-    make = card(kind, name).make
-    accepted = inspect.signature(make).parameters
-    for key in settings:
+    options = {"name": settings} if isinstance(settings, str) else dict(settings)
+    if "name" not in options:
+        raise KeyError(f"a {kind} needs a 'name', got {dict(options)}")
+    found = card(kind, options.pop("name"))
+    accepted = inspect.signature(found.make).parameters
+    for key in options:
         if key not in accepted:
-            raise KeyError(f"{kind} {name!r} takes no {key!r}{nearest(key, accepted)}")
-    return make(**settings, **{key: value for key, value in context.items() if key in accepted})
+            raise KeyError(f"{kind} {found.name!r} takes no {key!r}{nearest(key, accepted)}")
+    return found, options
+
+
+def build(kind: str, settings: str | Mapping[str, Any], **context: Any) -> Any:
+    """Make the object that ``settings`` name; of ``context``, which the caller supplies, it gets what it takes."""
+    found, options = check(kind, settings)
+    accepted = inspect.signature(found.make).parameters
+    return found.make(**options, **{key: value for key, value in context.items() if key in accepted})
 
 
 def catalogue(kind: str | None = None) -> list[Card]:

@@ -129,7 +129,8 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
                     if not torch.isfinite(loss):
                         values = {name: float(term.detach()) for name, term in terms.items()}
                         raise FloatingPointError(
-                            f"loss of {group!r} is not finite at epoch {epoch}, step {step}: {values}; lower the learning rate"
+                            f"loss of {group!r} is not finite at epoch {epoch}, step {step}: {values}; "
+                            "lower the learning rate"
                         )
                     optimiser = optimisers[group]
                     optimiser.zero_grad(set_to_none=True)

@@ -28,7 +28,7 @@ class Moment:
 
 
 class Recipe(ABC):
-    """Interface: one way to train. The loop owns optimisers, schedules, checkpoints; the recipe owns modes and losses."""
+    """Interface: one way to train. The loop owns optimisers and checkpoints; the recipe owns modes and losses."""
 
     hasher: Hasher
 

@@ -1,0 +1,5 @@
+"""``python -m robusthash``."""
+
+from robusthash.apps.cli import main
+
+main()

@@ -1,0 +1,488 @@
+"""Verbs -> stages. Tables and progress go to stderr, ``--json`` data to stdout; errors are one line, without a trace."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from robusthash.version import __version__
+
+if TYPE_CHECKING:
+    from robusthash.apps.config import Config
+    from robusthash.evaluation.results import EvalResult
+
+app = typer.Typer(
+    help="Train, attack, defend, measure and serve search by learned binary codes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+index_app = typer.Typer(help="Build and search an index of binary codes.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data sets before training on them.", no_args_is_help=True)
+app.add_typer(index_app, name="index")
+app.add_typer(data_app, name="data")
+console = Console(stderr=True)
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).")]
+RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]
+Sets = Annotated[list[str], typer.Option("--set", help="Override by path, e.g. training.epochs=2. Repeatable.")]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend end in one line and exit code 1, Ctrl-C in 130."""
+    try:
+        app(standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from the last checkpoint")
+        sys.exit(130)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except (ValueError, KeyError, OSError, FloatingPointError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        console.print(f"[bold red]error:[/] {_escape(str(text))}", highlight=False)
+        sys.exit(1)
+    except Exception as error:
+        if hasattr(error, "show"):  # click's own usage errors know how to show themselves
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar per text; drawn on stderr, and only where someone looks."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def shown(done: int, total: int, text: str) -> None:
+            key = text.partition(" ")[0] if text.startswith("epoch") else text
+            if key not in tasks:
+                tasks[key] = bars.add_task(text, total=total)
+            bars.update(tasks[key], completed=done, total=total, description=text)
+
+        yield shown
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True, allow_nan=False, default=str) + "\n")
+
+
+def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else _escape(str(value)) for value in row))
+    console.print(table)
+
+
+def _config(recipe: Path, sets: list[str]) -> Config:
+    from robusthash.apps.config import load_config
+
+    return load_config(recipe, sets)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        sys.stdout.write(f"robusthash {__version__}\n")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the report and all else is written.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of training and attacks.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The whole story on real photographs: a search that works, broken, hardened, measured. A few minutes."""
+    from robusthash.apps.demo import run_demo, summary_rows
+
+    with _progress() as shown:
+        summary = run_demo(out, shown, seed=seed)
+    if as_json:
+        _print_json(summary)
+        return
+    _table("MAP on photos, attacks at 8/255", *summary_rows(summary))
+    console.print(f"report: {out / 'report.html'}")
+
+
+@app.command("run")
+def run_command(recipe: Recipe, sets: Sets = [], runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """Train, evaluate and report one recipe; goes on where it was stopped, and skips what is done."""
+    from robusthash.apps.stages import run_all
+
+    with _progress() as shown:
+        run = run_all(_config(recipe, sets), runs, shown, recipe.parent)
+    _show_results(run.path, as_json)
+
+
+@app.command()
+def train(recipe: Recipe, sets: Sets = [], runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """Train the model of a recipe, or go on from its last checkpoint."""
+    from robusthash.apps import stages
+
+    with _progress() as shown:
+        run = stages.train(_config(recipe, sets), runs, shown, recipe.parent)
+    card = run.card()
+    if as_json:
+        _print_json({"run": str(run.path), **card})
+        return
+    last = {name: value for name, value in card["last"].items() if isinstance(value, float)}
+    _table(
+        f"{card['name']}: {card['bits']} bits, {card['epochs']} epochs",
+        ["last epoch", "value"],
+        list(map(list, last.items())),
+    )
+    sys.stdout.write(f"{run.path}\n")
+
+
+@app.command()
+def encode(run: RunPath, as_json: AsJson = False) -> None:
+    """Write the packed codes of every split of a run."""
+    from robusthash.apps import stages
+    from robusthash.apps.runs import load_run
+
+    with _progress() as shown:
+        written = stages.encode(load_run(run), shown)
+    if as_json:
+        _print_json({name: str(path) for name, path in written.items()})
+        return
+    for path in written.values():
+        sys.stdout.write(f"{path}\n")
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    attack: Annotated[
+        list[str], typer.Option(help="Attack as YAML instead of the recipe's, e.g. '{name: hag, steps: 50}'.")
+    ] = [],
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a trained run clean, under each attack, and in the worst case per query."""
+    import yaml
+
+    from robusthash.apps import stages
+    from robusthash.apps.config import numbers
+    from robusthash.apps.runs import load_run
+
+    chosen = [numbers(yaml.safe_load(text)) for text in attack] or None
+    with _progress() as shown:
+        stages.evaluate(load_run(run), shown, chosen)
+    _show_results(run, as_json)
+
+
+@app.command("attack")
+def attack_command(
+    run: RunPath,
+    name: Annotated[str, typer.Argument(help="Attack, as YAML or by name: mainstay, '{name: hag, eps: 4/255}'.")],
+    out: Annotated[Path, typer.Option(help="Write the attacked queries here (.npz: inputs float32, codes, labels).")],
+    as_json: AsJson = False,
+) -> None:
+    """Attack the queries of a run and keep the attacked inputs."""
+    import yaml
+
+    from robusthash.apps import stages
+    from robusthash.apps.config import numbers
+    from robusthash.apps.runs import load_run
+
+    with _progress() as shown:
+        result = stages.attack_to_file(load_run(run), numbers(yaml.safe_load(name)), out, shown)
+    if as_json:
+        _print_json({"out": str(out), **_plain(result)})
+        return
+    _show_table({result.setting.attacks[0]: result})
+    sys.stdout.write(f"{out}\n")
+
+
+@app.command()
+def score(
+    query: Annotated[Path, typer.Argument(help="Query codes (.npz).")],
+    database: Annotated[Path, typer.Argument(help="Database codes (.npz).")],
+    protocol: Annotated[str, typer.Option(help="Protocol by name; see `robusthash list protocol`.")] = "house",
+    as_json: AsJson = False,
+) -> None:
+    """Score codes made by any program: every measure of the protocol, exact under ties.
+
+    Each file holds `codes` (N, K) in -1/+1 or 0/1, or packed uint8 with `bits`; and `labels`, (N,) classes or (N, C)
+    multi-hot.
+    """
+    from robusthash.evaluation.score import read_codes
+    from robusthash.evaluation.score import score as score_codes
+
+    result = score_codes(read_codes(query), read_codes(database), protocol)
+    if as_json:
+        _print_json(_plain(result))
+        return
+    _table(
+        f"{protocol}: {result.setting.queries} against {result.setting.database}",
+        ["measure", "value", "95 % interval"],
+        [
+            [n, v, "{:.4f} .. {:.4f}".format(*result.interval[n]) if n in result.interval else ""]
+            for n, v in result.values.items()
+        ],
+    )
+    _table("reference", ["", "value"], [[n, v] for n, v in result.reference.items()])
+    for note in result.notes:
+        console.print(note)
+
+
+@app.command()
+def compare(
+    first: RunPath,
+    second: RunPath,
+    result: Annotated[
+        str, typer.Option(help="Which result of both runs: clean, an attack's name, or worst.")
+    ] = "worst",
+    as_json: AsJson = False,
+) -> None:
+    """Paired differences of two runs (first minus second); refused where more than the model differs."""
+    from dataclasses import asdict
+
+    from robusthash.evaluation.results import compare as compare_results
+
+    differences = compare_results(_result(first, result), _result(second, result))
+    if as_json:
+        _print_json({name: asdict(difference) for name, difference in differences.items()})
+        return
+    _table(
+        f"{result}: {first} minus {second}",
+        ["measure", "difference", "95 % interval", "p (Holm)", "queries"],
+        [[n, d.mean, "{:+.4f} .. {:+.4f}".format(*d.interval), d.p_holm, d.queries] for n, d in differences.items()],
+    )
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write report.html of an evaluated run."""
+    from robusthash.apps.report import write_report
+    from robusthash.apps.runs import load_run
+
+    sys.stdout.write(f"{write_report(load_run(run))}\n")
+
+
+@app.command("list")
+def list_command(
+    kind: Annotated[str | None, typer.Argument(help="Only this kind, e.g. attack, objective, outer, data.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Everything that can be named in a recipe, with its paper and evidence label."""
+    from robusthash.apps.catalogue import everything
+    from robusthash.core.registry import nearest
+
+    cards = everything()
+    kinds = {card.kind for card in cards}
+    if kind is not None and kind not in kinds:
+        raise ValueError(f"no kind is called {kind!r}{nearest(kind, kinds)}")
+    chosen = [card for card in cards if kind in (None, card.kind)]
+    if as_json:
+        fields = ("kind", "name", "paper", "evidence", "modality", "supervised", "targeted", "summary")
+        _print_json([{field: getattr(card, field) for field in fields} for card in chosen])
+        return
+    rows = [[f"{card.kind} {card.name}", card.evidence, card.paper, card.summary] for card in chosen]
+    table = Table()
+    for column in ("name", "evidence", "paper", "what it is"):
+        table.add_column(column, justify="left")
+    for row in rows:
+        table.add_row(*map(_escape, row))
+    console.print(table)
+
+
+@data_app.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(help="Data set as YAML or by name: photos, '{name: folder, root: DIR}'.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read a data set, check its splits, and print sizes and fingerprints."""
+    import yaml
+
+    from robusthash.apps.config import numbers
+    from robusthash.core.registry import build
+    from robusthash.data import RetrievalData
+
+    data: RetrievalData = build("data", numbers(yaml.safe_load(name)))
+    described = data.describe()
+    if as_json:
+        _print_json(described)
+        return
+    rows = [[split, len(part), part.fingerprint()] for split, part in data.splits.items()]
+    _table(
+        f"{data.name}: {len(data.label_names)} labels, modalities {', '.join(data.modalities)}",
+        ["split", "items", "fingerprint"],
+        rows,
+    )
+    console.print(f"training items in the database: {data.train_in_database}")
+    if data.note:
+        console.print(data.note)
+
+
+Index = Annotated[Path, typer.Argument(help="Directory of the index.")]
+
+
+@index_app.command("build")
+def index_build(
+    directory: Index,
+    run: Annotated[
+        Path, typer.Option(help="Trained run whose database split is indexed, or whose hasher encodes --images.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Index this folder of images instead of the run's database.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="faiss (exact), numpy (exact, slow), faiss-ivf (approximate).")] = "faiss",
+    as_json: AsJson = False,
+) -> None:
+    """Make an index of a run's database split, or of a folder of images encoded by the run's hasher."""
+    from robusthash.apps import indexing
+
+    with _progress() as shown:
+        info = indexing.build_index(directory, run, images, engine, shown)
+    _show_info(info, as_json)
+
+
+@index_app.command("add")
+def index_add(
+    directory: Index,
+    images: Annotated[Path, typer.Argument(help="Image file or folder of images.")],
+    run: Annotated[Path, typer.Option(help="The run that made the index's codes.")],
+    as_json: AsJson = False,
+) -> None:
+    """Add images to an index; acknowledged only once they are safe on disk."""
+    from robusthash.apps import indexing
+
+    with _progress() as shown:
+        info = indexing.add_images(directory, images, run, shown)
+    _show_info(info, as_json)
+
+
+@index_app.command("search")
+def index_search(
+    directory: Index,
+    image: Annotated[Path, typer.Argument(help="Image file to search with.")],
+    run: Annotated[Path, typer.Option(help="The run that made the index's codes.")],
+    k: Annotated[int, typer.Option(min=1, max=10_000, help="How many results.")] = 10,
+    where: Annotated[str | None, typer.Option(help="Filter by payload, as YAML: '{label: cat}'.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search an index by image file."""
+    from robusthash.apps import indexing
+
+    hits = indexing.search_image(directory, image, run, k, where)
+    if as_json:
+        _print_json(hits)
+        return
+    rows = [[hit["id"], hit["distance"], json.dumps(hit["payload"])] for hit in hits]
+    _table(f"nearest to {image}", ["id", "distance", "payload"], rows)
+
+
+@index_app.command("remove")
+def index_remove(
+    directory: Index, ids: Annotated[list[int], typer.Argument(help="Ids to remove.")], as_json: AsJson = False
+) -> None:
+    """Remove items by id."""
+    from robusthash.index import open_index
+
+    with open_index(f"file:{directory}", create=False) as index:
+        removed = index.remove(ids)
+        left = index.count()
+    if as_json:
+        _print_json({"removed": removed, "items": left})
+        return
+    console.print(f"removed {removed} of {len(ids)}, {left} left")
+
+
+@index_app.command("info")
+def index_info(directory: Index, as_json: AsJson = False) -> None:
+    """Bits, items, engine and origin of an index."""
+    from robusthash.index import open_index
+
+    with open_index(f"file:{directory}", create=False) as index:
+        info = dict(index.info())
+    _show_info(info, as_json)
+
+
+def _show_info(info: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(info)
+        return
+    _table("index", ["", "value"], [[name, str(value)] for name, value in info.items()])
+
+
+def _results(run: Path) -> dict[str, EvalResult]:
+    from robusthash.evaluation.results import load_results
+
+    path = run / "metrics.json"
+    if not path.is_file():
+        raise ValueError(f"{run} has not been evaluated; run 'robusthash evaluate {run}' first")
+    return {result.name: result for result in load_results(path)}
+
+
+def _result(run: Path, name: str) -> EvalResult:
+    from robusthash.core.registry import nearest
+
+    results = _results(run)
+    if name not in results:
+        raise ValueError(f"{run} has no result {name!r}{nearest(name, results)}")
+    return results[name]
+
+
+def _plain(result: EvalResult) -> dict[str, Any]:
+    """A result as JSON takes it, without its arrays; infinite values as text."""
+    from dataclasses import asdict
+
+    numbers = {
+        name: {key: value if abs(value) != float("inf") else str(value) for key, value in getattr(result, name).items()}
+        for name in ("values", "reference", "representative", "perceptibility")
+    }
+    rest = {"interval": result.interval, "empty": result.empty, "notes": result.notes, "attacks": result.attacks}
+    return {"setting": asdict(result.setting), "cost": asdict(result.cost), **numbers, **rest}
+
+
+def _show_results(run: Path, as_json: bool) -> None:
+    results = _results(run)
+    if as_json:
+        _print_json({"run": str(run), "results": {name: _plain(result) for name, result in results.items()}})
+        return
+    _show_table(results)
+    sys.stdout.write(f"{run}\n")
+
+
+def _show_table(results: Mapping[str, EvalResult]) -> None:
+    rows: list[list[Any]] = []
+    for name, result in results.items():
+        headline = next(key for key in ("t-MAP", "wMAP", "MAP", *result.values) if key in result.values)
+        low, high = result.interval.get(headline, (float("nan"),) * 2)
+        reference = result.reference.get("clean")
+        rows.append(
+            [
+                name,
+                headline,
+                result.values[headline],
+                f"{low:.4f} .. {high:.4f}",
+                "" if reference is None else f"{reference:.4f}",
+                f"{result.reference.get('chance', float('nan')):.4f}",
+            ]
+        )
+    _table("results", ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
+
+
+if __name__ == "__main__":
+    main()

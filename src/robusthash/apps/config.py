@@ -1,0 +1,209 @@
+"""The typed experiment config: YAML in and out, overrides by path, errors that name the field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from robusthash.core.registry import check, nearest
+from robusthash.core.runtime import digest
+
+_FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+)\s*")
+_EXPONENT = re.compile(r"[+-]?\d+(?:\.\d*)?[eE][+-]?\d+")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the field and the remedy."""
+
+
+def numbers(value: Any) -> Any:
+    """``"8/255"`` and ``"1e-4"`` (a string to YAML 1.1) become floats, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbers(item) for item in value]
+    if isinstance(value, str):
+        if found := _FRACTION.fullmatch(value):
+            return float(found[1]) / float(found[2])
+        if _EXPONENT.fullmatch(value):
+            return float(value)
+    return value
+
+
+def _component(kind: str) -> Any:
+    """A field that holds ``name`` or ``{name: ..., options}`` of a registered kind, checked against its signature."""
+
+    def known(value: dict[str, Any] | str) -> dict[str, Any] | str:
+        try:
+            check(kind, value)
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
+        return value
+
+    return Annotated[dict[str, Any] | str, BeforeValidator(numbers), AfterValidator(known)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HasherSection(Section):
+    """Which hasher: bits, encoders, head."""
+
+    bits: int = Field(32, ge=1)
+    image: _component("image-encoder") | None = "small"  # type: ignore[valid-type]
+    text: _component("text-encoder") | None = None  # type: ignore[valid-type]
+    head: _component("head") = "tanh"  # type: ignore[valid-type]
+
+
+class OptimSection(Section):
+    """One optimiser group."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Annotated[float, BeforeValidator(numbers)] = Field(0.01, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: Annotated[float, BeforeValidator(numbers)] = Field(5e-4, ge=0)
+
+
+class ScheduleSection(Section):
+    """Learning-rate factor over training."""
+
+    kind: Literal["constant", "cosine", "steps"] = "cosine"
+    warmup: float = Field(0.0, ge=0, lt=1)
+    at: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+
+
+class TrainingSection(Section):
+    """How the model is trained. ``adversarial`` needs ``attack`` and ``outer``; ``hashing`` takes neither."""
+
+    recipe: Literal["hashing", "adversarial"] = "hashing"
+    objective: _component("objective") = "csq"  # type: ignore[valid-type]
+    outer: _component("outer") | None = None  # type: ignore[valid-type]
+    attack: _component("attack") | None = None  # type: ignore[valid-type]
+    optim: dict[str, OptimSection] = {"hasher": OptimSection()}
+    schedule: ScheduleSection = ScheduleSection()
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(64, ge=1)
+    augment: Literal["none", "flip-crop"] = "none"
+    clip: float = Field(0.0, ge=0)
+    precision: Literal["float32", "bf16"] = "float32"
+    init_from: str | None = None  # a run directory, or the recipe file of a run to make first
+
+    @model_validator(mode="after")
+    def _whole(self) -> TrainingSection:
+        if self.recipe == "adversarial" and (self.attack is None or self.outer is None):
+            raise ValueError("recipe 'adversarial' needs both 'attack' and 'outer'")
+        if self.recipe == "hashing" and (self.attack is not None or self.outer is not None):
+            raise ValueError("recipe 'hashing' takes no 'attack' or 'outer'; set recipe: adversarial")
+        return self
+
+
+class EvaluationSection(Section):
+    """What is measured: a protocol, and attacks each evaluated alone and in the worst case per query."""
+
+    protocol: _component("protocol") = "house"  # type: ignore[valid-type]
+    attacks: list[_component("attack")] = []  # type: ignore[valid-type]
+    queries: int | None = Field(None, ge=1)  # the first this many queries; all by default
+    batch_size: int = Field(250, ge=1)
+    seed: int = 0
+
+
+class RuntimeSection(Section):
+    """Where it runs."""
+
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = Field(None, ge=1)
+
+
+class Config(Section):
+    """One experiment, from data to index."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    data: _component("data") = "photos"  # type: ignore[valid-type]
+    hasher: HasherSection = HasherSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    runtime: RuntimeSection = RuntimeSection()
+
+    def model_id(self, ancestor: str = "") -> str:
+        """Digest of all that makes the trained model: data, hasher, training, seed, and the run it started from."""
+        training = self.training.model_dump(mode="json", exclude={"init_from"})
+        made = {"data": self.data, "hasher": self.hasher.model_dump(mode="json"), "training": training}
+        return digest([made, self.runtime.seed, ancestor], 10)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe file and apply ``section.key=value`` overrides.
+
+    Raises:
+        ConfigError: a file that is not there or not YAML, an unknown key (the nearest is offered), a bad value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"recipe file {str(path)!r} does not exist")
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected sections, got {type(raw).__name__}")
+    raw.setdefault("name", path.stem)
+    return make_config(raw, overrides, where=str(path))
+
+
+def make_config(raw: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Config:
+    """A config from plain data and overrides; see ``load_config``."""
+    merged = dict(raw)
+    for override in overrides:
+        merged = _override(merged, override)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem, where) for problem in error.errors())) from None
+
+
+def save_config(config: Config) -> str:
+    """The resolved config as YAML text."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+    """``training.epochs=2`` set in a copy of ``raw``; a component given by name alone is opened to take options."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set takes section.key=value, got {override!r}")
+    value = numbers(yaml.safe_load(text)) if text else None
+
+    def place(node: Any, keys: list[str]) -> Any:
+        if not keys:
+            return value
+        if isinstance(node, list):
+            if not keys[0].isdigit() or int(keys[0]) >= len(node):
+                raise ConfigError(f"--set {override}: {keys[0]!r} is not a position in a list of {len(node)}")
+            return [place(item, keys[1:]) if i == int(keys[0]) else item for i, item in enumerate(node)]
+        node = {"name": node} if isinstance(node, str) else dict(node or {})
+        return {**node, keys[0]: place(node.get(keys[0]), keys[1:])}
+
+    return place(raw, keys)
+
+
+def _explain(problem: Mapping[str, Any], where: str) -> str:
+    """One pydantic error in a line that offers the nearest key."""
+    place = [str(part) for part in problem["loc"] if "function-" not in str(part) and part not in ("str",)]
+    place = [part for part in place if not part.startswith("dict[")]
+    if problem["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in place[:-1]:
+            section = section.model_fields[part].annotation if part in getattr(section, "model_fields", {}) else None
+        known = getattr(section, "model_fields", OptimSection.model_fields)
+        return f"{where}: unknown key {'.'.join(place)!r}{nearest(place[-1], known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {'.'.join(place) or 'config'}: {message} (got {problem['input']!r})"

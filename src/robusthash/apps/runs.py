@@ -1,0 +1,215 @@
+"""Run directories: names, digests, checkpoints, and the trained model in files that execute nothing when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from robusthash.apps.config import Config, ConfigError, load_config, save_config
+from robusthash.core.files import write_aside
+from robusthash.core.registry import build
+from robusthash.core.runtime import digest
+from robusthash.evaluation.results import software_versions
+from robusthash.models.hasher import Hasher, build_hasher
+from robusthash.objectives.base import HashObjective
+
+logger = logging.getLogger(__name__)
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used as it stands."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON aside and rename, so that a reader never sees half a file."""
+    with write_aside(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory. Implements the loop's ``RunLog``."""
+
+    path: Path
+    config: Config
+    shown: Callable[[int, int, str], None] = field(default=lambda done, total, text: None, compare=False)
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def trained(self) -> bool:
+        """The final weights are there; ``model.json`` is written last."""
+        return (self.path / "model.json").is_file()
+
+    @property
+    def _resume_file(self) -> Path:
+        return self.path / "checkpoint" / "resume.pt"
+
+    def resume(self) -> dict[str, Any] | None:
+        """The last training checkpoint, or None.
+
+        Raises:
+            RunError: a checkpoint that cannot be read; it names the file and says what to do.
+        """
+        if not self._resume_file.is_file():
+            return None
+        try:
+            return torch.load(self._resume_file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
+            raise RunError(
+                f"checkpoint {self._resume_file} is damaged ({str(error).splitlines()[0]}); "
+                "delete it to train again from the start"
+            ) from None
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the training checkpoint."""
+        self._resume_file.parent.mkdir(parents=True, exist_ok=True)
+        with write_aside(self._resume_file) as temporary:
+            torch.save(state, temporary)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one JSON line; lines of epochs that a kill made run again are told by their epoch number."""
+        with (self.path / "log.jsonl").open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        self.shown(done, total, text)
+
+    def save_model(
+        self, hasher: Hasher, objective: HashObjective, lines: list[dict[str, Any]], image_size: tuple[int, int]
+    ) -> None:
+        """Write the trained weights and the model card; the training checkpoint is then no longer needed."""
+        folder = self.path / "checkpoint"
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {"hasher": _save_weights(hasher, folder / "hasher.safetensors")}
+        weights["objective"] = _save_weights(objective, folder / "objective.safetensors")
+        card = {
+            "name": self.config.name,
+            "id": self.id,
+            "bits": hasher.bits,
+            "modalities": list(hasher.modalities),
+            "image_size": list(image_size),
+            "declared": hasher.declared,
+            "hasher": hasher.spec,
+            "objective": self.config.training.objective,
+            "digest": digest(weights, 16),
+            "epochs": len(lines),
+            "seconds": round(sum(line["seconds"] for line in lines), 1),
+            "last": lines[-1],
+            "versions": software_versions(),
+        }
+        write_json(self.path / "model.json", card)
+        self._resume_file.unlink(missing_ok=True)
+
+    def card(self) -> dict[str, Any]:
+        """The model card.
+
+        Raises:
+            RunError: the run is not trained.
+        """
+        if not self.trained:
+            raise RunError(f"{self.path} holds no trained model; run 'robusthash train' or 'robusthash run' first")
+        return json.loads((self.path / "model.json").read_text())
+
+    def load_model(self) -> tuple[Hasher, HashObjective]:
+        """The trained hasher (eval mode, CPU) and its objective.
+
+        Raises:
+            RunError: weights that are truncated or do not fit the model card.
+        """
+        card, folder = self.card(), self.path / "checkpoint"
+        spec = card["hasher"]
+        hasher = build_hasher(**{**spec, "image": _without_weights(spec["image"])})
+        _load_weights(hasher, folder / "hasher.safetensors")
+        objective = build("objective", card["objective"])
+        _load_weights(objective, folder / "objective.safetensors")
+        return hasher.eval(), objective.eval()
+
+
+def open_run(
+    config: Config,
+    root: Path,
+    ancestor: str = "",
+    shown: Callable[[int, int, str], None] | None = None,
+) -> Run:
+    """The run directory of ``config`` under ``root``, made if it is new.
+
+    Raises:
+        RunError: the directory belongs to another config.
+    """
+    path = root / config.name / config.model_id(ancestor)
+    existing = path / "config.yaml"
+    if existing.is_file():
+        held = load_config(existing).model_id(ancestor)
+        if held != path.name:
+            raise RunError(
+                f"{path} holds the run of another config ({held}); move it away or use another --runs folder"
+            )
+    path.mkdir(parents=True, exist_ok=True)
+    with write_aside(existing) as temporary:
+        temporary.write_text(save_config(config))
+    environment = {
+        "versions": software_versions(),
+        "threads": torch.get_num_threads(),
+        "started": time.strftime("%F %T"),
+    }
+    if not (path / "environment.json").is_file():
+        write_json(path / "environment.json", environment)
+    return Run(path, config, shown or Run.shown)
+
+
+def load_run(path: str | Path) -> Run:
+    """An existing run directory.
+
+    Raises:
+        RunError: not a run directory.
+    """
+    path = Path(path)
+    if not (path / "config.yaml").is_file():
+        raise RunError(f"{path} is not a run directory: it has no config.yaml")
+    try:
+        return Run(path, load_config(path / "config.yaml"))
+    except ConfigError as error:
+        raise RunError(f"{path}: its config cannot be read: {error}") from None
+
+
+def _without_weights(image: Any) -> Any:
+    """Encoder settings without pretrained weights: those were only the start, and may be gone by now."""
+    return {**image, "weights": None} if isinstance(image, dict) and "weights" in image else image
+
+
+def _save_weights(module: nn.Module, path: Path) -> str:
+    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    with write_aside(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    """Load every tensor by name; buffers that ``setup`` makes (centers) take the shape of the file."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise RunError(f"weights {path} are missing or damaged ({error}); train the run again") from None
+    for name, buffer in module.named_buffers():
+        if name in tensors and buffer.shape != tensors[name].shape and buffer.numel() == 0:
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, torch.empty_like(tensors[name]))
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RunError(f"weights {path} do not fit the model card: {str(error).splitlines()[-1].strip()}") from None

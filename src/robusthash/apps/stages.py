@@ -1,0 +1,286 @@
+"""The stages of an experiment as functions of a config. They meet only in the run directory."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from robusthash.apps.config import Config, ConfigError, load_config
+from robusthash.apps.runs import Run, RunError, load_run, open_run, write_json
+from robusthash.attacks.base import Attack
+from robusthash.core.files import write_aside
+from robusthash.core.hamming import pack
+from robusthash.core.registry import build, check
+from robusthash.core.runtime import choose_device, digest
+from robusthash.core.types import Codes
+from robusthash.data.base import RetrievalData
+from robusthash.defenses.adversarial import AdversarialTraining
+from robusthash.evaluation.attacked import Attacked, attack_block
+from robusthash.evaluation.bench import Bench, make_bench
+from robusthash.evaluation.evaluate import score_attack, score_clean, worst
+from robusthash.evaluation.results import EvalResult, save_results
+from robusthash.models.encode import encode_split
+from robusthash.models.hasher import Hasher, build_hasher
+from robusthash.objectives.base import HashObjective
+from robusthash.training.loop import OptimConfig, Schedule, TrainConfig, fit
+from robusthash.training.recipe import HashingRecipe, Recipe
+
+Shown = Callable[[int, int, str], None]
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """No progress is shown."""
+
+
+def read_data(config: Config) -> RetrievalData:
+    """The data set that the config names."""
+    return build("data", config.data)
+
+
+def prepare(config: Config, root: Path, shown: Shown = silent, base: Path = Path(".")) -> tuple[Run, Run | None]:
+    """The run of a config and the run it starts from, which is trained first where it is a recipe file.
+
+    Args:
+        root: the folder of all runs.
+        base: where a relative ``init_from`` is looked for first (the folder of the recipe file).
+    """
+    parent = _parent(config, root, shown, base)
+    return open_run(config, root, parent.card()["digest"] if parent else "", shown), parent
+
+
+def _parent(config: Config, root: Path, shown: Shown, base: Path) -> Run | None:
+    named = config.training.init_from
+    if named is None:
+        return None
+    path = base / named if (base / named).exists() else Path(named)
+    if path.suffix not in (".yaml", ".yml"):
+        return load_run(path)
+    # the run to start from sees the same data, seed and device as the one that asks for it
+    recipe = load_config(path)
+    recipe = recipe.model_copy(update={"data": config.data, "runtime": config.runtime})
+    return train(recipe, root, shown, path.parent)
+
+
+def train(config: Config, root: Path, shown: Shown = silent, base: Path = Path(".")) -> Run:
+    """Train the model of ``config``, or go on from its last checkpoint; done already, it returns at once."""
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    run, parent = prepare(config, root, shown, base)
+    if run.trained:
+        return run
+    data = read_data(config)
+    write_json(run.path / "data.json", data.describe())
+    training = config.training
+    objective: HashObjective = build("objective", training.objective)
+    if parent is None:
+        section = config.hasher
+        hasher = build_hasher(
+            bits=section.bits, image=section.image, text=section.text, head=section.head, seed=config.runtime.seed
+        )
+    else:
+        hasher, _ = parent.load_model()
+        if hasher.bits != config.hasher.bits:
+            raise ConfigError(f"hasher.bits is {config.hasher.bits}, but {parent.path} was trained with {hasher.bits}")
+    recipe = make_recipe(config, hasher, objective)
+    lines = fit(recipe, data, train_config(config), run)
+    run.save_model(recipe.hasher, objective, lines, data.image_size)
+    return run
+
+
+def make_recipe(config: Config, hasher: Hasher, objective: HashObjective) -> Recipe:
+    """The recipe that the training section names."""
+    training = config.training
+    if training.recipe == "hashing":
+        return HashingRecipe(hasher, objective)
+    attack = build("attack", training.attack, objective=objective)
+    return AdversarialTraining(hasher, objective, attack, build("outer", training.outer))
+
+
+def train_config(config: Config) -> TrainConfig:
+    """The loop's settings."""
+    training = config.training
+    return TrainConfig(
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        optim={name: OptimConfig(**optim.model_dump()) for name, optim in training.optim.items()},
+        schedule=Schedule(**training.schedule.model_dump()),
+        augment=training.augment,
+        clip=training.clip,
+        seed=config.runtime.seed,
+        device=config.runtime.device,
+        precision=training.precision,
+    )
+
+
+def load_victim(run: Run) -> tuple[Hasher, HashObjective]:
+    """The trained model on the device of its config."""
+    hasher, objective = run.load_model()
+    device = choose_device(run.config.runtime.device)
+    return hasher.to(device), objective.to(device)
+
+
+def encode(run: Run, shown: Shown = silent) -> dict[str, Path]:
+    """Codes of every split, one ``.npz`` each: ``codes`` packed, ``bits``, ``ids``, ``labels``."""
+    hasher, _ = load_victim(run)
+    origin, written = run.card()["digest"], {}
+    (run.path / "codes").mkdir(exist_ok=True)
+    for name, split in read_data(run.config).splits.items():
+        encoded = encode_split(
+            hasher, split, progress=lambda done, total, name=name: shown(done, total, f"encoding {name}"), origin=origin
+        )
+        for modality, codes in encoded.items():
+            path = run.path / "codes" / f"{name}.{modality}.npz"
+            arrays = {"codes": codes.packed.numpy(), "bits": np.array(codes.bits), "ids": codes.ids.numpy()}
+            if split.labels is not None:
+                arrays["labels"] = split.labels.to(torch.uint8).numpy()
+            with write_aside(path) as aside:
+                np.savez(aside, allow_pickle=False, **arrays)
+            written[f"{name}.{modality}"] = path
+    return written
+
+
+def _bench(run: Run, victim: Hasher, shown: Shown) -> Bench:
+    section = run.config.evaluation
+    return make_bench(
+        victim,
+        read_data(run.config),
+        build("protocol", section.protocol),
+        queries=section.queries,
+        seed=section.seed,
+        batch_size=section.batch_size,
+        progress=shown,
+    )
+
+
+def evaluate(
+    run: Run, shown: Shown = silent, attacks: Sequence[Mapping[str, Any] | str] | None = None
+) -> dict[str, EvalResult]:
+    """Evaluate clean, under each attack, and in the worst case per query; resumes block by block.
+
+    Args:
+        attacks: instead of those of the config.
+
+    Returns:
+        By name: ``clean``, each attack, ``worst``; also written to ``metrics.json`` with ``metrics.npz`` beside it.
+    """
+    section = run.config.evaluation
+    if run.config.runtime.threads:
+        torch.set_num_threads(run.config.runtime.threads)
+    victim, objective = load_victim(run)
+    bench = _bench(run, victim, shown)
+    results = {"clean": score_clean(bench)}
+    chosen = named_attacks(section.attacks if attacks is None else attacks)
+    for name, settings in chosen.items():
+        attack: Attack = build("attack", settings, objective=objective)
+        results[name] = score_attack(bench, attack, _attacked(run, bench, name, settings, attack, shown))
+    if chosen:
+        results["worst"] = worst(bench, results["clean"], {n: r for n, r in results.items() if n != "clean"})
+    results = {name: _described(result, name, run) for name, result in results.items()}
+    save_results(run.path / "metrics.json", list(results.values()))
+    return results
+
+
+def attack_to_file(run: Run, settings: Mapping[str, Any] | str, out: Path, shown: Shown = silent) -> EvalResult:
+    """Attack the queries and write the attacked ``inputs`` (float32), their ``codes``, ``bits`` and ``labels``."""
+    victim, objective = load_victim(run)
+    bench = _bench(run, victim, shown)
+    ((name, plain),) = named_attacks([settings]).items()
+    attack: Attack = build("attack", plain, objective=objective)
+    attacked = _attacked(run, bench, name, plain, attack, shown)
+    labels = bench.query_labels.to(torch.uint8).numpy()
+    codes = pack(attacked.signs[:, 0]).numpy()
+    with write_aside(out) as aside:
+        np.savez(
+            aside, allow_pickle=False, inputs=attacked.inputs.numpy(), codes=codes, bits=victim.bits, labels=labels
+        )
+    return _described(score_attack(bench, attack, attacked), name, run)
+
+
+def named_attacks(attacks: Sequence[Mapping[str, Any] | str]) -> dict[str, dict[str, Any]]:
+    """Attack settings under names that tell them apart: ``mainstay``, ``mainstay (slope one)``, ``mainstay #2``."""
+    named: dict[str, dict[str, Any]] = {}
+    for settings in attacks:
+        card, options = check("attack", settings)
+        name = f"{card.name} (slope one)" if options.get("slope") == "one" else card.name
+        number = 2
+        while name in named:
+            name, number = f"{name.partition(' #')[0]} #{number}", number + 1
+        named[name] = {"name": settings if isinstance(settings, str) else settings["name"], **options}
+    return named
+
+
+def _attacked(run: Run, bench: Bench, name: str, settings: Mapping[str, Any], attack: Attack, shown: Shown) -> Attacked:
+    """The attacked queries, block by block; finished blocks are read from the run directory."""
+    section = run.config.evaluation
+    identity = digest(
+        [dict(settings), bench.queries.fingerprint(), bench.data.database.fingerprint(), section.batch_size, bench.seed]
+    )
+    folder = run.path / "attacks" / f"{attack.name}-{identity}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "config.json", {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}
+    )
+    blocks = []
+    for block in range(bench.blocks):
+        path = folder / f"{block}.npz"
+        if path.is_file():
+            blocks.append(_read_block(path))
+        else:
+            blocks.append(attack_block(bench, attack, block))
+            with write_aside(path) as aside:
+                np.savez(aside, allow_pickle=False, **blocks[-1].arrays())
+        shown(block + 1, bench.blocks, name)
+    return Attacked.join(blocks)
+
+
+def _read_block(path: Path) -> Attacked:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Attacked.from_arrays({name: arrays[name] for name in arrays.files})
+    except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise RunError(f"attacked queries {path} are damaged ({error}); delete the file to attack them again") from None
+
+
+def _described(result: EvalResult, name: str, run: Run) -> EvalResult:
+    """The result under its name, with the fields of its setting that describe the model."""
+    training, card = run.config.training, run.card()
+    objective = training.objective if isinstance(training.objective, str) else training.objective["name"]
+    setting = replace(
+        result.setting,
+        model=f"{card['name']}/{card['id']}",
+        objective=objective,
+        training_attack="" if training.attack is None else json.dumps(training.attack, sort_keys=True),
+        digests={**result.setting.digests, "model": card["digest"]},
+    )
+    return replace(result, name=name, setting=setting)
+
+
+def database_codes(run: Run, shown: Shown = silent) -> Codes:
+    """Codes of the database split, by the run's hasher."""
+    hasher, _ = load_victim(run)
+    split = read_data(run.config).database
+    modality = hasher.modalities[0]
+    return encode_split(
+        hasher,
+        split,
+        modality=modality,
+        progress=lambda done, total: shown(done, total, "encoding the database"),
+        origin=run.card()["digest"],
+    )[modality]
+
+
+def run_all(config: Config, root: Path, shown: Shown = silent, base: Path = Path(".")) -> Run:
+    """Train, evaluate and report; what is done already is skipped, so the same call goes on after a kill."""
+    from robusthash.apps.report import write_report
+
+    run = train(config, root, shown, base)
+    evaluate(run, shown)
+    write_report(run)
+    return run

@@ -1,0 +1,484 @@
+"""Distance profiles and the exact tie-averaged average precision: the core under every ranking measure.
+
+Counting. A query's profile says how many database items, relevant items and shared labels lie at each Hamming distance.
+It is counted in blocks over both sides from packed words (XOR, AND, popcount); a pair becomes one small integer that
+holds its distance and its overlap, and a histogram of those integers is the profile. Nothing is sorted, no (Q, N) array
+is kept, and equal (code, label set) rows are counted once, so collapsed codes cost less. Counts are integers, so the
+profiles of shards add up to the profile of the whole, bit for bit.
+
+Average precision. Items at equal distance come in any order with equal chance. The expectation over those orders is a
+closed form of the counts (McSherry and Najork, "Computing information retrieval performance measures efficiently in the
+presence of tied scores", ECIR 2008); where the cut k splits a group and the denominator is the number of hits, which is
+then random, the expectation conditions on that number (hypergeometric).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robusthash.core.hamming import as_words
+from robusthash.core.types import Codes, Profile
+
+Denominator = Literal["hits", "mink", "rel"]
+Ties = Literal["expected", "optimistic", "pessimistic"]
+
+_PART = 1 << 18  # database items prepared at a time: bounds the memory of sorting and of label packing
+_COLUMNS = 1 << 14  # items per counting block; with _ROWS queries the block stays in the processor's cache
+_ROWS = 16
+_TABLE = 1 << 21  # histogram cells (8 bytes each) held at a time: bounds the memory for long codes and many labels
+_WINDOW = 1 << 18  # terms of the hypergeometric sum held at a time
+
+
+# ---------------------------------------------------------------------------------------------- counting
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Codes and labels as machine words, equal rows merged: make it once for a database that is asked often."""
+
+    bits: int
+    classes: int
+    size: int  # items before equal rows were merged
+    codes: np.ndarray  # (words, U) unsigned
+    labels: np.ndarray  # (words, U) unsigned
+    single: np.ndarray | None  # (U,) int32, the label where no item has two; -1 where it has none
+    most: int  # labels of the item that has most
+    counts: np.ndarray | None  # (U,) float64, items per row; None: one each
+    rows: np.ndarray | None  # (size,) row of each item; None: in order
+
+
+def prepare(codes: Codes, labels: Tensor, *, merge_above: float = 2.0) -> Prepared:
+    """Pack ``codes`` and ``labels`` for counting.
+
+    Args:
+        codes: N codes.
+        labels: (N, C) multi-hot, every value 0 or 1, any dtype.
+        merge_above: equal rows are merged when a row stands for at least this many items on average; a weighted
+            histogram is about twice as slow as a plain one, so fewer do not pay.
+
+    Raises:
+        ValueError: no items, label rows that do not match, labels other than 0 and 1, bits set beyond the code.
+    """
+    if len(codes) == 0:
+        raise ValueError("there are no codes to count: the split is empty")
+    if labels.ndim != 2 or labels.shape[1] == 0:
+        raise ValueError(f"labels must be (N, C) multi-hot with C > 0, got shape {tuple(labels.shape)}")
+    if len(labels) != len(codes):
+        raise ValueError(f"{len(labels)} label rows for {len(codes)} codes")
+    code_words = _words(_checked_bytes(codes))
+    label_words, single, most = _pack_labels(labels)
+    order, starts = _runs(np.concatenate([code_words.astype(np.uint64), label_words.astype(np.uint64)]))
+    if len(starts) * merge_above > len(codes):
+        return Prepared(codes.bits, labels.shape[1], len(codes), code_words, label_words, single, most, None, None)
+    kept = order[starts]
+    sizes = np.diff(np.append(starts, len(codes)))
+    rows = np.empty(len(codes), dtype=np.int64)
+    rows[order] = np.repeat(np.arange(len(starts)), sizes)
+    return Prepared(
+        codes.bits,
+        labels.shape[1],
+        len(codes),
+        np.ascontiguousarray(code_words[:, kept]),
+        np.ascontiguousarray(label_words[:, kept]),
+        None if single is None else single[kept],
+        most,
+        sizes.astype(np.float64),
+        rows,
+    )
+
+
+def _checked_bytes(codes: Codes) -> np.ndarray:
+    packed = codes.packed.cpu().numpy()
+    if packed.dtype != np.uint8 or packed.ndim != 2 or packed.shape[1] != (codes.bits + 7) // 8:
+        raise ValueError(
+            f"packed codes of {codes.bits} bits are (N, {(codes.bits + 7) // 8}) uint8, "
+            f"got {packed.dtype} of shape {packed.shape}"
+        )
+    beyond = 8 * packed.shape[1] - codes.bits
+    if beyond and (packed[:, -1] & ((1 << beyond) - 1)).any():
+        raise ValueError(f"a code of {codes.bits} bits has bits set in its padding; pad with zeros")
+    return packed
+
+
+def _words(packed: np.ndarray) -> np.ndarray:
+    """(N, bytes) -> (words, N), in the narrowest words that hold a row: half the bytes is half the traffic."""
+    width = packed.shape[1]
+    if width > 4:
+        return np.ascontiguousarray(as_words(packed).T)
+    size = {1: 1, 2: 2, 3: 4, 4: 4}[width]
+    padded = np.zeros((len(packed), size), dtype=np.uint8)
+    padded[:, :width] = packed
+    return padded.view(f"u{size}").reshape(1, -1)
+
+
+def _pack_labels(labels: Tensor) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Label words (words, N), the single label of each item (or None), and the most labels of one item."""
+    count, classes = labels.shape
+    packed = np.empty((count, (classes + 7) // 8), dtype=np.uint8)
+    single = np.empty(count, dtype=np.int32)
+    most = 0
+    step = max(1, (1 << 22) // classes)
+    for start in range(0, count, step):
+        part = labels[start : start + step].detach().cpu().numpy()
+        on = part == 1
+        if not (on | (part == 0)).all():
+            row = start + int(np.flatnonzero(~(on | (part == 0)).all(axis=1))[0])
+            raise ValueError(f"labels must be 0 or 1 (multi-hot), row {row} has another value")
+        numbers = on.sum(axis=1)
+        most = max(most, int(numbers.max()))
+        packed[start : start + step] = np.packbits(on, axis=1)
+        single[start : start + step] = np.where(numbers > 0, on.argmax(axis=1), -1)
+    return _words(packed), single if most <= 1 else None, most
+
+
+def _runs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An order in which equal columns of (words, N) are neighbours, and where each run of equal ones starts.
+
+    Sorted by a 64-bit hash, which is several times faster than by rows. Neighbours are compared word by word, so that
+    a hash collision can only split a run, never join two: counts stay exact.
+    """
+    mixed = np.zeros(words.shape[1], dtype=np.uint64)
+    for word in words:
+        mixed ^= word
+        mixed *= np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(32)
+    order = np.argsort(mixed)
+    changed = np.zeros(words.shape[1], dtype=bool)
+    changed[0] = True
+    for word in words:
+        ordered = word[order]
+        changed[1:] |= ordered[1:] != ordered[:-1]
+    return order, np.flatnonzero(changed)
+
+
+def code_profile(query: Codes, query_labels: Tensor, database: Codes, labels: Tensor, *, block: int = _PART) -> Profile:
+    """The distance profile of every query.
+
+    Relevance is a shared label; the gain is the number of shared labels. Memory beyond the arguments is bounded by
+    ``block``, not by Q or N, apart from the profile itself.
+
+    Args:
+        query: Q codes.
+        query_labels: (Q, C) multi-hot.
+        database: N codes of the same length.
+        labels: (N, C) multi-hot.
+        block: database items prepared at a time.
+
+    Raises:
+        ValueError: code lengths or label widths that differ, an empty side, labels other than 0 and 1.
+
+    Example:
+        >>> import torch
+        >>> from robusthash.core.hamming import pack
+        >>> code = lambda rows: Codes(pack(torch.tensor(rows)), 3, torch.arange(len(rows)))
+        >>> made = code_profile(code([[-1, -1, -1]]), torch.eye(2)[:1], code([[-1, -1, 1], [1, 1, 1]]), torch.eye(2))
+        >>> made.items.tolist(), made.relevant.tolist()
+        ([[0, 1, 0, 1]], [[0, 1, 0, 0]])
+    """
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    if len(database) != len(labels):
+        raise ValueError(f"{len(labels)} label rows for {len(database)} database codes")
+    if len(database) == 0:
+        raise ValueError("the database is empty")
+    asked = prepare(query, query_labels, merge_above=1.0)
+    parts = []
+    for start in range(0, len(database), block):
+        rows = slice(start, start + block)
+        part = Codes(database.packed[rows], database.bits, database.ids[rows], database.origin)
+        parts.append(_profile(asked, prepare(part, labels[rows])))
+    return _spread(merge(parts), asked)
+
+
+def prepared_profile(query: Codes, query_labels: Tensor, database: Prepared) -> Profile:
+    """``code_profile`` against a database prepared before: what a loop that scores candidate codes calls."""
+    asked = prepare(query, query_labels, merge_above=1.0)
+    return _spread(_profile(asked, database), asked)
+
+
+def _spread(profile: Profile, asked: Prepared) -> Profile:
+    """From distinct query rows back to queries."""
+    if asked.rows is None:
+        return profile
+    rows = torch.from_numpy(asked.rows)
+    return Profile(*(getattr(profile, name)[rows] for name in ("items", "relevant", "gain", "gain_exp", "ideal")))
+
+
+def _profile(asked: Prepared, database: Prepared) -> Profile:
+    """The profile of each row of ``asked``."""
+    if asked.bits != database.bits:
+        raise ValueError(f"queries have {asked.bits} bits and the database {database.bits}")
+    if asked.classes != database.classes:
+        raise ValueError(f"queries have {asked.classes} label columns and the database {database.classes}")
+    distances, overlaps = asked.bits + 1, min(asked.most, database.most) + 1
+    shared = torch.arange(overlaps)
+    exponential = 2.0 ** shared.to(torch.float64) - 1
+    parts = []
+    group = max(1, _TABLE // (distances * overlaps))
+    for start in range(0, asked.codes.shape[1], group):
+        table = _histogram(asked, slice(start, start + group), database, distances, overlaps)
+        parts.append(
+            Profile(
+                items=table.sum(1),
+                relevant=table[:, 1:].sum(1),
+                gain=(table * shared[:, None]).sum(1),
+                gain_exp=torch.einsum("qgd,g->qd", table.to(torch.float64), exponential),
+                ideal=table.sum(2),
+            )
+        )
+    return Profile(
+        *(torch.cat([getattr(p, name) for p in parts]) for name in ("items", "relevant", "gain", "gain_exp", "ideal"))
+    )
+
+
+class _Scratch:
+    """Buffers of one counting block, allocated once: fresh pages would cost more than the counting."""
+
+    def __init__(self, cells: int, widest: int) -> None:
+        self.words = np.empty(cells * 8, np.uint8)
+        self.once = np.empty(cells, np.uint8)
+        self.total = np.empty(cells, np.uint8 if widest < 256 else np.uint16)
+
+    def popcounts(self, operation: np.ufunc, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """(words, b), (words, m) -> (b, m) bits set after ``operation``; valid until the next call."""
+        shape = (left.shape[1], right.shape[1])
+        used = shape[0] * shape[1]
+        pairs = self.words[: used * left.itemsize].view(left.dtype).reshape(shape)
+        once, total = self.once[:used].reshape(shape), self.total[:used].reshape(shape)
+        for index in range(len(left)):
+            operation(left[index, :, None], right[index], out=pairs)
+            np.bitwise_count(pairs, out=once)
+            if len(left) == 1:
+                return once
+            np.add(total if index else 0, once, out=total)
+        return total
+
+
+def _histogram(asked: Prepared, rows: slice, database: Prepared, distances: int, overlaps: int) -> Tensor:
+    """(rows, overlaps, distances) int64 counts of database items."""
+    codes, labels = asked.codes[:, rows], asked.labels[:, rows]
+    count, size, keys = codes.shape[1], database.codes.shape[1], distances * overlaps
+    own = np.where(asked.single[rows] < 0, -2, asked.single[rows]) if asked.single is not None else None
+    cells = _ROWS * min(_COLUMNS, size)
+    scratch = _Scratch(cells, max(asked.bits, asked.classes))
+    key = np.empty(cells, np.int16 if _ROWS * keys <= np.iinfo(np.int16).max else np.int32)
+    offsets = (np.arange(_ROWS) * keys).astype(key.dtype)[:, None]  # each query of a block counts into its own cells
+    table = torch.zeros((count, keys), dtype=torch.int64)
+    for left in range(0, size, _COLUMNS):
+        columns = slice(left, min(left + _COLUMNS, size))
+        weights = None if database.counts is None else torch.from_numpy(np.tile(database.counts[columns], _ROWS))
+        for top in range(0, count, _ROWS):
+            lines = slice(top, min(top + _ROWS, count))
+            shape = (lines.stop - top, columns.stop - left)
+            used = shape[0] * shape[1]
+            pair = key[:used].reshape(shape)
+            if own is not None and database.single is not None:  # one label each: equality is cheaper than a popcount
+                overlap = own[lines, None] == database.single[columns]
+            else:
+                overlap = scratch.popcounts(np.bitwise_and, labels[:, lines], database.labels[:, columns])
+            np.multiply(overlap, distances, out=pair, dtype=key.dtype)
+            np.add(pair, scratch.popcounts(np.bitwise_xor, codes[:, lines], database.codes[:, columns]), out=pair)
+            np.add(pair, offsets[: shape[0]], out=pair)
+            found = torch.bincount(
+                torch.from_numpy(key[:used]), None if weights is None else weights[:used], minlength=shape[0] * keys
+            )
+            table[lines] += found.view(shape[0], keys).to(torch.int64)
+    return table.view(count, overlaps, distances)
+
+
+def merge(profiles: Sequence[Profile]) -> Profile:
+    """The profile of a database from the profiles of its shards, for the same queries.
+
+    Exactly that of one pass: all counts are integers, and so is ``gain_exp`` while it stays below 2^53 (36 shared
+    labels with 100,000 items).
+
+    Raises:
+        ValueError: no profile, or profiles of other sizes.
+    """
+    if not profiles:
+        raise ValueError("there are no profiles to merge")
+    shapes = {tuple(profile.items.shape) for profile in profiles}
+    if len(shapes) > 1:
+        raise ValueError(f"profiles of different queries or code lengths do not add: {sorted(shapes)}")
+    width = max(profile.ideal.shape[1] for profile in profiles)
+    ideals = [torch.nn.functional.pad(profile.ideal, (0, width - profile.ideal.shape[1])) for profile in profiles]
+
+    def total(name: str) -> Tensor:
+        return torch.stack([getattr(profile, name) for profile in profiles]).sum(0)
+
+    return Profile(total("items"), total("relevant"), total("gain"), total("gain_exp"), torch.stack(ideals).sum(0))
+
+
+# ---------------------------------------------------------------------------------------------- average precision
+
+
+def harmonic(before: Tensor, count: Tensor) -> Tensor:
+    """sum_{j=1..count} 1 / (before + j), to full relative precision, in float64.
+
+    Short sums from a table of 32; beyond it the difference of two digamma expansions, written with log1p so that it
+    does not cancel. A table up to N would need 8 N bytes and lose digits where ``before`` is large.
+    """
+    table = torch.cat([torch.zeros(1), (1.0 / torch.arange(1, 33, dtype=torch.float64))]).to(torch.float64).cumsum(0)
+    last = before + count
+    near = table[last.clamp(max=32)] - table[before.clamp(max=32)]
+    start = before.clamp(min=32).to(torch.float64) + 0.5
+    end = last.clamp(min=32).to(torch.float64) + 0.5
+    return near + torch.log1p((end - start) / start) + _tail(end) - _tail(start)
+
+
+def _tail(x: Tensor) -> Tensor:
+    """digamma(x + 1/2) - log(x) for x > 32."""
+    square = 1.0 / (x * x)
+    return square * (1 / 24 - square * (7 / 960 - square * (31 / 8064 - square * 127 / 30720)))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What the closed forms need of each group of equal distance, all (Q, groups)."""
+
+    items: Tensor  # n, int64
+    relevant: Tensor  # r, int64
+    before: Tensor  # items strictly before the group
+    relevant_before: Tensor
+    taken: Tensor  # m: the part of the group above the cut
+    ones: Tensor  # A = sum_{j=1..m} 1 / (before + j), float64
+    steps: Tensor  # B = sum_{j=1..m} (j - 1) / (before + j), float64
+
+    @classmethod
+    def cut(cls, items: Tensor, relevant: Tensor, k: int | None) -> Groups:
+        """Groups of a ranking that is cut after ``k`` items; None cuts nothing.
+
+        Raises:
+            ValueError: k below 1. "All" is None, never 0 or -1.
+        """
+        if k is not None and k < 1:
+            raise ValueError(f"k must be at least 1, got {k}; the whole database is k=None")
+        before = items.cumsum(1) - items
+        taken = items if k is None else torch.minimum((k - before).clamp(min=0), items)
+        ones = harmonic(before, taken)
+        steps = taken - (before + 1) * ones
+        return cls(items, relevant, before, relevant.cumsum(1) - relevant, taken, ones, steps)
+
+    def hits(self) -> Tensor:
+        """(Q,) relevant items above the cut, whole groups only."""
+        return torch.where(self.taken == self.items, self.relevant, 0).sum(1)
+
+
+def share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole in float64, 0 where ``whole`` is not positive."""
+    return torch.where(whole > 0, part / whole.clamp(min=1).to(torch.float64), 0.0)
+
+
+def average_precision(
+    items: Tensor, relevant: Tensor, k: int | None = None, denominator: Denominator = "hits", ties: Ties = "expected"
+) -> Tensor:
+    """Average precision of each query from its counts by distance.
+
+    With n items and r relevant ones in a group, nb and rb before it and m of it above the cut, the group adds
+    (r/n) * [(rb+1) A + (r-1)/(n-1) B] precisions in expectation, A and B as in ``Groups``.
+
+    Args:
+        items: (Q, groups) int64, items of each group, nearest group first.
+        relevant: (Q, groups) int64, relevant ones among them.
+        k: ranks that count; None for all, and more than there are counts as all.
+        denominator: what the sum of precisions is divided by: ``hits`` = relevant items in the top k (random where the
+            cut splits a group, and averaged exactly), ``mink`` = min(R, k), ``rel`` = R, all relevant items.
+        ties: ``expected`` over all orders within groups; ``optimistic`` relevant first; ``pessimistic`` relevant last.
+            The latter two are extremes for ``mink`` and ``rel``; under ``hits`` with a cut they are merely two orders.
+
+    Returns:
+        (Q,) float64 in [0, 1]; 0 where nothing relevant is in the top k.
+
+    Raises:
+        ValueError: k below 1 or an unknown name.
+
+    Example:
+        >>> import torch
+        >>> one_group = torch.tensor([[4]]), torch.tensor([[2]])
+        >>> round(average_precision(*one_group, k=2).item(), 6)
+        0.666667
+    """
+    if denominator not in ("hits", "mink", "rel"):
+        raise ValueError(f"denominator must be 'hits', 'mink' or 'rel', got {denominator!r}")
+    if ties not in ("expected", "optimistic", "pessimistic"):
+        raise ValueError(f"ties must be 'expected', 'optimistic' or 'pessimistic', got {ties!r}")
+    groups = Groups.cut(items, relevant, k)
+    total = relevant.sum(1)
+    if denominator == "rel":
+        divisor = total
+    else:
+        divisor = total if k is None else torch.minimum(total, torch.minimum(items.sum(1), torch.tensor(k)))
+    if ties != "expected":
+        found, sums = _ordered_sums(groups, ties)
+        return share(sums, found if denominator == "hits" else divisor)
+    sums = _expected_sums(groups)
+    if denominator != "hits":
+        return share(sums.sum(1), divisor)
+    split = (groups.taken > 0) & (groups.taken < groups.items)
+    whole = share(torch.where(split, 0.0, sums).sum(1), groups.hits())
+    queries, columns = torch.nonzero(split, as_tuple=True)  # at most one group of a query is split
+    if len(queries):
+        sums_before = torch.where(split, 0.0, sums).sum(1)[queries]
+        whole[queries] = _over_random_hits(groups, queries, columns, sums_before)
+    return whole
+
+
+def _expected_sums(groups: Groups) -> Tensor:
+    """(Q, groups) expected sum of the precisions at the relevant positions of each group."""
+    pairs = share(groups.relevant - 1, groups.items - 1)
+    inner = (groups.relevant_before + 1) * groups.ones + pairs * groups.steps
+    return share(groups.relevant, groups.items) * inner  # r = 0 gives 0, n = 1 has no pairs
+
+
+def _ordered_sums(groups: Groups, ties: Ties) -> tuple[Tensor, Tensor]:
+    """(Q,) hits and (Q,) sum of precisions with the relevant items first or last within each group."""
+    irrelevant = groups.items - groups.relevant
+    if ties == "optimistic":
+        hits, start = torch.minimum(groups.relevant, groups.taken), groups.before
+    else:
+        hits, start = (groups.taken - irrelevant).clamp(min=0), groups.before + irrelevant
+    # sum_{j=1..hits} (rb + j) / (start + j)
+    sums = hits + (groups.relevant_before - start) * harmonic(start, hits)
+    return hits.sum(1), sums.sum(1)
+
+
+def _over_random_hits(groups: Groups, queries: Tensor, columns: Tensor, sums_before: Tensor) -> Tensor:
+    """Expected AP under ``hits`` for queries whose cut splits a group.
+
+    The number x of relevant items in the cut part is hypergeometric; given x the average precision is
+    (sums before + x/m [(rb+1) A + (x-1)/(m-1) B]) / (rb + x). Terms further from the mean than 5 sqrt(s), s the
+    smallest of m, n-m, r, n-r, hold less than 4e-22 of the probability (Hoeffding) and are left out.
+    """
+    n, r, m, rb = (
+        getattr(groups, name)[queries, columns][:, None] for name in ("items", "relevant", "taken", "relevant_before")
+    )
+    ones, steps = groups.ones[queries, columns][:, None], groups.steps[queries, columns][:, None]
+    mean = m.to(torch.float64) * r / n
+    reach = 5 * torch.minimum(torch.minimum(m, n - m), torch.minimum(r, n - r)).to(torch.float64).sqrt() + 1
+    low = torch.maximum((m - (n - r)).clamp(min=0), (mean - reach).floor().to(torch.int64))
+    high = torch.minimum(torch.minimum(r, m), (mean + reach).ceil().to(torch.int64))
+    width = int((high - low).max()) + 1
+    expected = torch.empty(len(queries), dtype=torch.float64)
+    step = max(1, _WINDOW // width)
+    for start in range(0, len(queries), step):
+        rows = slice(start, start + step)
+        x = low[rows] + torch.arange(width)
+        inside = x <= high[rows]
+        grows = (r[rows] - x).to(torch.float64) * (m[rows] - x)  # P(x + 1) / P(x), numerator and denominator
+        shrinks = (x + 1).to(torch.float64) * (n[rows] - r[rows] - m[rows] + x + 1)
+        ratio = torch.where(x < high[rows], grows / shrinks, 1.0)
+        log_weight = torch.nn.functional.pad(ratio.log().cumsum(1)[:, :-1], (1, 0))
+        log_weight = torch.where(inside, log_weight, -torch.inf)
+        weight = torch.softmax(log_weight, dim=1)
+        inner = (rb[rows] + 1) * ones[rows] + share(x - 1, m[rows] - 1) * steps[rows]
+        precision = share(sums_before[rows, None] + share(x, m[rows]) * inner, rb[rows] + x)
+        expected[rows] = (weight * precision).sum(1)
+    return expected

@@ -1,0 +1,247 @@
+"""A user's own images: a folder of class folders, or a manifest over a folder or a plain tar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robusthash.core.registry import register
+from robusthash.core.types import Inputs
+from robusthash.data.base import ArraySource, RetrievalData, Source, content_hash
+from robusthash.data.manifest import Entry, LabelField, entries_of_folder, entries_of_manifest
+from robusthash.data.splits import Indices, assemble, class_split, random_split
+from robusthash.data.transforms import (
+    MAX_PIXELS,
+    Fit,
+    ImageFile,
+    OnError,
+    UnreadableImage,
+    Vocabulary,
+    check_on_error,
+    iter_images,
+    read_images,
+    warn_unreadable,
+)
+
+SplitRule = Literal["manifest", "random", "balanced"]
+
+MEMORY = 1 << 30
+"""Decoded images are kept in memory when they take at most so many bytes (1 GiB), else decoded for each batch."""
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Images decoded when asked for, so that memory does not grow with the set; other modalities in memory."""
+
+    files: tuple[ImageFile, ...]
+    size: int
+    fit: Fit
+    max_pixels: int
+    others: dict[str, Tensor]  # e.g. "text": (N, V) float32
+    pixel_hashes: np.ndarray  # (N,) "S16", from the pass that checked the files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def inputs(self, rows: Tensor) -> Inputs:
+        """Raises ``UnreadableImage`` where a file was damaged after it was checked."""
+        files = [self.files[row] for row in rows.tolist()]
+        images, _ = read_images(files, self.size, self.fit, "raise", self.max_pixels)
+        return {"image": images.float() / 255, **{name: value[rows] for name, value in self.others.items()}}
+
+    def hashes(self) -> np.ndarray:
+        return self.pixel_hashes
+
+
+@register("data", "folder")
+def folder(
+    root: str | Path | None = None,
+    archive: str | Path | None = None,
+    manifest: str | Path | None = None,
+    label_field: LabelField = "labels",
+    size: int = 64,
+    fit: Fit = "crop",
+    texts: bool = False,
+    vocabulary: int = 1000,
+    split: SplitRule | None = None,
+    query_splits: Sequence[str] = ("query", "test"),
+    train_splits: Sequence[str] = ("train",),
+    database_splits: Sequence[str] = ("database", "train"),
+    validation_splits: Sequence[str] = ("validation", "val"),
+    query: int | None = None,
+    train: int | None = None,
+    database: int | None = None,
+    seed: int = 0,
+    on_error: OnError = "raise",
+    max_pixels: int = MAX_PIXELS,
+    memory: int = MEMORY,
+) -> RetrievalData:
+    """Your own images, labelled by class folders or by a CSV or JSON-lines manifest.
+
+    Every file is decoded once when the set is loaded: that finds the unreadable ones and gives content hashes, which
+    are of the pixels at ``size``, so that a picture saved again without loss is known as the same. A query whose
+    pixels are also in another split is dropped with a warning. Images stay in memory when they fit in ``memory``.
+
+    Args:
+        root: the folder of class folders, or the one that the manifest's ``file`` column is relative to.
+        archive: a plain, uncompressed tar instead of ``root``; it needs a manifest.
+        manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (a list, or ``;`` between), optionally
+            ``class``, ``captions``, ``split`` and ``id``.
+        label_field: take the labels from ``labels`` or from ``class``.
+        size: side of the square images in pixels.
+        fit: ``crop``, ``stretch`` or ``pad``, as in ``read_image``.
+        texts: adds a bag of the words of all captions of an image as modality ``text``.
+        vocabulary: most frequent words of the training captions that the bag counts.
+        split: ``manifest`` follows the column ``split``; ``random`` draws; ``balanced`` draws equally over the classes
+            and needs one label an item. None: ``manifest`` where the column is there, else ``random``.
+        query_splits, train_splits, database_splits, validation_splits: under ``manifest``, the values of the column
+            that go into each split; a value that is for queries is for nothing else, and each value must go somewhere.
+        query: under ``random`` and ``balanced``, the number of queries; None is a fifth of all items.
+        train: number of training items, disjoint from the database; None trains on the whole database.
+        database: number of database items; None is all the others.
+        on_error: ``raise`` at the first unreadable file, or ``skip`` all such files with one warning.
+        max_pixels: refuse files of more pixels.
+        memory: bytes; 0 always decodes from the files.
+
+    Raises:
+        FileNotFoundError: a folder, archive, manifest or listed file is missing.
+        ValueError: no labels, broken rows, repeated files, empty classes, unreadable files (``UnreadableImage``), a
+            split that cannot be made.
+    """
+    check_on_error(on_error)
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    entries = _entries(root, archive, manifest, label_field, texts)
+    kept, hashes, images = _decode_once(entries, size, fit, max_pixels, on_error, memory)
+    entries = [entries[row] for row in kept]
+    names = tuple(sorted({label for entry in entries for label in entry.labels}))
+    labels = torch.zeros(len(entries), len(names))
+    for row, entry in enumerate(entries):
+        labels[row, [names.index(label) for label in entry.labels]] = 1
+    if split is None:
+        split = "manifest" if any(entry.split for entry in entries) else "random"
+    if split == "manifest":
+        if (query, train, database) != (None, None, None):
+            raise ValueError("query, train and database are sizes of a drawn split; set split='random' or 'balanced'")
+        indices = _manifest_split(entries, train_splits, query_splits, database_splits, validation_splits)
+    else:
+        indices = _drawn_split(labels, names, split, query, train, database, seed)
+    others: dict[str, Tensor] = {}
+    note = f"Images {fit} to {size} x {size}; split {split}" + ("." if split == "manifest" else f", seed {seed}.")
+    if texts:
+        words = Vocabulary.fit((entries[row].caption for row in indices.train.tolist()), vocabulary)
+        others["text"] = words.encode([entry.caption for entry in entries])
+        asked = torch.cat([indices.query, indices.database]).tolist()
+        unseen, total = words.unseen(entries[row].caption for row in asked)
+        note += f" {unseen} of {total} caption words of query and database are outside the vocabulary of {len(words)}."
+    source: Source
+    if images is None:
+        files = tuple(entry.file for entry in entries)
+        source = FileSource(files, size, fit, max_pixels, others, hashes)
+    else:
+        source = ArraySource({"image": images, **others})
+    return assemble("folder", source, labels, hashes, indices, names, note)
+
+
+def _entries(
+    root: str | Path | None,
+    archive: str | Path | None,
+    manifest: str | Path | None,
+    label_field: LabelField,
+    texts: bool,
+) -> list[Entry]:
+    if label_field not in ("labels", "class"):
+        raise ValueError(f"label_field must be 'labels' or 'class', got {label_field!r}")
+    if (root is None) == (archive is None):
+        raise ValueError(f"give either root (a folder) or archive (a tar), got root={root!r} and archive={archive!r}")
+    if manifest is not None:
+        where = (None if root is None else Path(root), None if archive is None else Path(archive))
+        return entries_of_manifest(Path(manifest), *where, label_field, texts)
+    if root is None:
+        raise ValueError("an archive needs a manifest, which says what its files are")
+    if texts:
+        raise ValueError("texts=True needs a manifest with a column 'captions'")
+    return entries_of_folder(Path(root))
+
+
+def _decode_once(
+    entries: Sequence[Entry], size: int, fit: Fit, max_pixels: int, on_error: OnError, memory: int
+) -> tuple[list[int], np.ndarray, Tensor | None]:
+    """Readable rows, their pixel hashes, and (K, 3, size, size) uint8 where that fits in ``memory`` bytes."""
+    fits = len(entries) * 3 * size * size <= memory
+    kept: list[int] = []
+    hashes: list[bytes] = []
+    images = torch.empty(len(entries) if fits else 0, 3, size, size, dtype=torch.uint8)
+    errors: list[UnreadableImage] = []
+    for row, image in enumerate(iter_images([entry.file for entry in entries], size, fit, max_pixels)):
+        if isinstance(image, UnreadableImage):
+            if on_error == "raise":
+                raise UnreadableImage(f'{image}; on_error="skip" leaves such files out') from image
+            errors.append(image)
+            continue
+        if fits:
+            images[len(kept)] = image
+        kept.append(row)
+        hashes.append(content_hash(image.numpy().tobytes()))
+    warn_unreadable(errors, len(entries))
+    return kept, np.array(hashes, dtype="S16"), images[: len(kept)] if fits else None
+
+
+def _manifest_split(
+    entries: Sequence[Entry],
+    train: Sequence[str],
+    query: Sequence[str],
+    database: Sequence[str],
+    validation: Sequence[str],
+) -> Indices:
+    for values in (train, query, database, validation):
+        if isinstance(values, str):
+            raise ValueError(f"the splits are lists of values of the split column, got the text {values!r}")
+    if not any(entry.split for entry in entries):
+        raise ValueError("split='manifest' needs a manifest with a column 'split'; use 'random' or 'balanced'")
+    unknown = sorted({entry.split for entry in entries} - {*train, *query, *database, *validation})
+    if unknown:
+        raise ValueError(
+            f"the manifest's split column holds {', '.join(map(repr, unknown))}, which no split takes; "
+            "name them in query_splits, train_splits, database_splits or validation_splits"
+        )
+
+    def rows(wanted: set[str]) -> Tensor:
+        return torch.tensor([row for row, entry in enumerate(entries) if entry.split in wanted], dtype=torch.int64)
+
+    asked = set(query)
+    held = rows(set(validation) - asked)
+    parts = {"train": rows(set(train) - asked), "query": rows(asked), "database": rows(set(database) - asked)}
+    for name, part in parts.items():
+        if len(part) == 0:
+            found = ", ".join(sorted({repr(entry.split) for entry in entries}))
+            raise ValueError(f"no row of the manifest is for the {name} split; its split column holds {found}")
+    return Indices(**parts, validation=held if len(held) else None)
+
+
+def _drawn_split(
+    labels: Tensor,
+    names: tuple[str, ...],
+    rule: str,
+    query: int | None,
+    train: int | None,
+    database: int | None,
+    seed: int,
+) -> Indices:
+    query = max(1, len(labels) // 5) if query is None else query
+    if rule == "random":
+        return random_split(
+            len(labels), query=query, train=train, database=database, seed=seed, train_in_database=train is None
+        )
+    if rule != "balanced":
+        raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {rule!r}")
+    several = int((labels.sum(1) > 1).sum())
+    if several:
+        raise ValueError(f"split='balanced' needs one label an item and {several} items have several; use 'random'")
+    return class_split(labels.argmax(1), query=query, train=train, database=database, seed=seed, names=names)

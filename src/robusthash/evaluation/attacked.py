@@ -1,0 +1,126 @@
+"""Attack a block of queries and encode what comes back: the expensive part of an evaluation, kept block by block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robusthash.attacks.base import Attack
+from robusthash.core.hamming import sign
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, Goal, Guidance
+from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.perceptibility import image_measures, pixel_norms
+from robusthash.models.hasher import Hasher, frozen
+
+_SSIM_WINDOW = 11
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """Attacked queries: their codes, what was changed and what it cost. T goals a query: 1, or its targets.
+
+    ``eight_bit`` are the codes of the inputs with the change rounded towards zero to multiples of 1/255.
+    """
+
+    signs: Tensor  # (B, T, K) int8
+    eight_bit: Tensor  # (B, T, K) int8
+    representative: Tensor  # (B, T, K) int8 signed guidance codes; (B, T, 0) where the attack has none
+    pixels: dict[str, Tensor]  # (B, T) perceptibility by measure; empty for other modalities
+    passes: Tensor  # (B, 2) int64 forward and backward passes of the query, over all T
+    seconds: Tensor  # (B,) share of the block's time
+    inputs: Tensor  # (B, ...) float32 attacked inputs of the first goal
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Plain arrays for a file."""
+        plain = {f.name: getattr(self, f.name).numpy() for f in fields(self) if f.name != "pixels"}
+        return {**plain, **{f"pixels/{name}": values.numpy() for name, values in self.pixels.items()}}
+
+    @staticmethod
+    def from_arrays(arrays: dict[str, np.ndarray]) -> Attacked:
+        """The inverse of ``arrays``."""
+        plain = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        pixels = {name.removeprefix("pixels/"): plain.pop(name) for name in list(plain) if name.startswith("pixels/")}
+        return Attacked(pixels=pixels, **plain)
+
+    @staticmethod
+    def join(blocks: Sequence[Attacked]) -> Attacked:
+        """Blocks put end to end."""
+        names = [f.name for f in fields(Attacked) if f.name != "pixels"]
+        whole = {name: torch.cat([getattr(block, name) for block in blocks]) for name in names}
+        pixels = {name: torch.cat([block.pixels[name] for block in blocks]) for name in blocks[0].pixels}
+        return Attacked(pixels=pixels, **whole)
+
+
+def attack_block(bench: Bench, attack: Attack, block: int, gradients: Hasher | None = None) -> Attacked:
+    """Attack one block of queries.
+
+    The evaluator, not the attack, projects again, verifies the ball, and encodes in a fresh eval-mode pass.
+
+    Args:
+        gradients: the model that the attack differentiates: the victim by default (adaptive white box); the bare hasher
+            (oblivious), a surrogate (transfer), or a view of the victim with other gradients.
+    """
+    batch = bench.batch(block)
+    modality = bench.direction[0]
+    origin = batch.inputs[modality]
+    signs, eight_bit, representative, pixels = [], [], [], []
+    passes = torch.zeros(2, dtype=torch.int64)
+    first, started = origin, time.perf_counter()
+    for number, goal in enumerate(_goals(bench, attack, batch)):
+        draws = Draws(bench.seed, ("attack", str(number)))
+        select = bench.select(goal.labels, goal.sign) if attack.selects and goal.labels is not None else None
+        output = attack(gradients or bench.victim, batch, goal, bench.known(attack), draws=draws, select=select)
+        attacked = attack.threat.project(output.batch.inputs, batch.inputs)
+        attack.threat.verify({**batch.inputs, **attacked}, batch.inputs)
+        rounded = origin + ((attacked[modality] - origin) * 255).trunc() / 255
+        signs.append(_encode(bench.victim, modality, attacked[modality]))
+        eight_bit.append(_encode(bench.victim, modality, rounded))
+        representative.append(_representative(output.guidance, goal.sign, len(batch)))
+        if modality == "image":
+            measures = image_measures if min(origin.shape[-2:]) >= _SSIM_WINDOW else pixel_norms
+            pixels.append(measures(origin.cpu(), attacked[modality].cpu()))
+        passes += torch.tensor([output.forward, output.backward])
+        first = attacked[modality] if number == 0 else first
+    seconds = (time.perf_counter() - started) / len(batch)
+    return Attacked(
+        torch.stack(signs, 1),
+        torch.stack(eight_bit, 1),
+        torch.stack(representative, 1),
+        {name: torch.stack([p[name] for p in pixels], 1) for name in (pixels[0] if pixels else {})},
+        passes.repeat(len(batch), 1),
+        torch.full((len(batch),), seconds),
+        first.cpu(),
+    )
+
+
+def _goals(bench: Bench, attack: Attack, batch: Batch) -> list[Goal]:
+    """Away from the own labels, or towards each target.
+
+    A query without a possible target keeps its own labels as a stand-in, so that the batch stays whole; it is left out
+    when scored.
+    """
+    if not attack.targeted:
+        return [Goal(batch.labels, -1)]
+    own = bench.query_labels.to(batch.ids.device)[batch.ids]
+    targets = bench.targets.to(batch.ids.device)[batch.ids]
+    filled = torch.where(targets.sum(2, keepdim=True) > 0, targets, own[:, None])
+    return [Goal(filled[:, number], +1) for number in range(filled.shape[1])]
+
+
+def _representative(guidance: Guidance, goal_sign: int, queries: int) -> Tensor:
+    """(B, K) int8 code that the attack steers to; (B, 0) where it follows none."""
+    codes = guidance.codes if guidance.weights is None else guidance.weights @ guidance.codes
+    if len(codes) != queries:
+        return torch.empty(queries, 0, dtype=torch.int8)
+    return sign(goal_sign * codes).to("cpu", torch.int8)
+
+
+def _encode(victim: Hasher, modality: str, inputs: Tensor) -> Tensor:
+    with frozen(victim), torch.inference_mode():
+        return sign(victim({modality: inputs})[modality].logits).to("cpu", torch.int8)

@@ -1,0 +1,159 @@
+"""Everything that stands still while a victim is attacked: clean codes, the database, targets, what attackers know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from robusthash.attacks.base import Attack, Select
+from robusthash.core.hamming import pack
+from robusthash.core.profile import Prepared, average_precision, prepare, prepared_profile
+from robusthash.core.types import Batch, Codes, Reference
+from robusthash.data.base import RetrievalData, Split
+from robusthash.evaluation.protocol import Protocol, load_protocol
+from robusthash.models.encode import encode_split
+from robusthash.models.hasher import Hasher
+
+Progress = Callable[[int, int, str], None]
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """No progress is shown."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A victim on a data set under a protocol, in one direction. Made once; every attack is scored against it.
+
+    The database is clean and encoded once, by ``victim.for_database()``, before any attack, unless learned codes are
+    given. Queries without a label set that any item shares are counted, not dropped.
+    """
+
+    victim: Hasher
+    data: RetrievalData
+    protocol: Protocol
+    direction: tuple[str, str]
+    queries: Split
+    query: Codes  # clean
+    database: Codes
+    seed: int
+    batch_size: int
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        return prepare(self.database, self.database_labels)
+
+    @property
+    def query_labels(self) -> Tensor:
+        return _labels(self.queries)
+
+    @property
+    def database_labels(self) -> Tensor:
+        return _labels(self.data.database)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """(Q, T, C) target label sets of each query; all zero where none is possible."""
+        ids = torch.arange(len(self.queries))
+        return self.protocol.targets.draw(self.query_labels, ids, self.database_labels)
+
+    @cached_property
+    def _training(self) -> Reference:
+        modality = self.direction[1]
+        codes = encode_split(self.victim, self.data.train, batch_size=self.batch_size, modality=modality)[modality]
+        return Reference({modality: codes.signs().float()}, self.data.train.labels).to(self.victim.device)
+
+    @cached_property
+    def _searched(self) -> Reference:
+        signs = self.database.signs().float()
+        return Reference({self.direction[1]: signs}, self.database_labels).to(self.victim.device)
+
+    def known(self, attack: Attack) -> Reference | None:
+        """What the threat lets the attacker know: database codes (W2), training codes (W1) or nothing (W0)."""
+        knowledge = attack.threat.knowledge
+        if knowledge == "W0":
+            return None
+        if knowledge in ("W1", "W2"):
+            return self._training if knowledge == "W1" else self._searched
+        raise ValueError(f"a {knowledge} attacker holds no weights; {attack.name!r} needs W0, W1 or W2")
+
+    def select(self, labels: Tensor, sign: int) -> Select:
+        """Exact expected AP over the database from the adversary's side, for points of one batch."""
+        wanted = labels.cpu()
+
+        def metric(signs: Tensor) -> Tensor:
+            packed = pack(signs)
+            codes = Codes(packed, self.victim.bits, torch.arange(len(packed)))
+            return sign * average_precision(prepared_profile(codes, wanted, self.prepared), None, "hits").to(
+                signs.device
+            )
+
+        return metric
+
+    def batch(self, block: int) -> Batch:
+        """Block number ``block`` of the queries, on the victim's device; ids are query positions."""
+        positions = torch.arange(len(self.queries)).split(self.batch_size)[block]
+        whole = self.queries.batch(positions).to(self.victim.device)
+        return Batch({self.direction[0]: whole.inputs[self.direction[0]]}, whole.labels, whole.ids)
+
+    @property
+    def blocks(self) -> int:
+        return -(-len(self.queries) // self.batch_size)
+
+
+def _labels(split: Split) -> Tensor:
+    if split.labels is None:
+        raise ValueError(f"the {split.name} split has no labels; evaluation needs them to know what is relevant")
+    return split.labels
+
+
+def make_bench(
+    victim: Hasher,
+    data: RetrievalData,
+    protocol: str | Protocol = "house",
+    *,
+    direction: tuple[str, str] | None = None,
+    database: Codes | None = None,
+    queries: int | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+    progress: Progress = silent,
+) -> Bench:
+    """Encode queries and database, once.
+
+    Args:
+        direction: (query modality, database modality); the victim's first modality both ways by default.
+        database: learned database codes (ADSH, DSARH); by default the clean split is encoded.
+        queries: only the first this many queries.
+        seed: of every attack's draws.
+        batch_size: queries attacked at a time; no result depends on it beyond float rounding.
+    """
+    protocol = load_protocol(protocol)
+    direction = direction or (victim.modalities[0], victim.modalities[0])
+    if direction[0] not in victim.modalities or direction[1] not in victim.modalities:
+        raise ValueError(f"direction {direction} needs modalities that this hasher lacks: it has {victim.modalities}")
+    kept = data.query
+    if queries is not None and queries < len(kept):
+        kept = kept.take(torch.arange(queries))
+    # a database item must not depend on how many others share its batch, so all splits use one batch size
+    size = max(batch_size, 256)
+    if database is None:
+        database = encode_split(
+            victim.for_database(),
+            data.database,
+            batch_size=size,
+            modality=direction[1],
+            progress=lambda done, total: progress(done, total, "encoding the database"),
+        )[direction[1]]
+    query = encode_split(
+        victim,
+        kept,
+        batch_size=size,
+        modality=direction[0],
+        progress=lambda done, total: progress(done, total, "encoding the queries"),
+    )[direction[0]]
+    return Bench(victim, data, protocol, direction, kept, query, database, seed, batch_size)

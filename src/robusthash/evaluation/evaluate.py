@@ -1,0 +1,279 @@
+"""Score a victim clean, under an attack, and in the worst case per query over several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from robusthash.attacks.base import Attack
+from robusthash.core.hamming import pack
+from robusthash.core.profile import prepared_profile
+from robusthash.core.types import Codes
+from robusthash.data.base import RetrievalData
+from robusthash.evaluation.attacked import Attacked, attack_block
+from robusthash.evaluation.bench import Bench, Progress, make_bench, silent
+from robusthash.evaluation.protocol import Measured, Protocol, measure
+from robusthash.evaluation.results import Cost, EvalResult, Setting
+from robusthash.evaluation.robust import ap_drop, flips, hrs_of, success_rate, targeted_success_rate, worst_case
+from robusthash.evaluation.stats import bootstrap_interval, intervals
+from robusthash.models.hasher import Hasher
+
+
+def evaluate(
+    victim: Hasher,
+    data: RetrievalData,
+    protocol: str | Protocol = "house",
+    *,
+    direction: tuple[str, str] | None = None,
+    attack: Attack | None = None,
+    victim_for_gradients: Hasher | None = None,
+    database: Codes | None = None,
+    queries: int | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+    progress: Progress = silent,
+) -> EvalResult:
+    """Evaluate a victim clean, or under one attack.
+
+    Args:
+        attack: None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted ones hold
+            the same names with ``t-`` for the target labels and the plain names for the original labels.
+        victim_for_gradients: what the attack differentiates, the victim itself by default.
+
+    For several attacks on one victim use ``make_bench`` once, then ``score_clean``, ``score_attack`` and ``worst``.
+    """
+    bench = make_bench(
+        victim,
+        data,
+        protocol,
+        direction=direction,
+        database=database,
+        queries=queries,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    if attack is None:
+        return score_clean(bench)
+    return score_attack(bench, attack, attack_all(bench, attack, victim_for_gradients, progress))
+
+
+def attack_all(bench: Bench, attack: Attack, gradients: Hasher | None = None, progress: Progress = silent) -> Attacked:
+    """Attack every block of queries."""
+    blocks = []
+    for block in range(bench.blocks):
+        blocks.append(attack_block(bench, attack, block, gradients))
+        progress(block + 1, bench.blocks, attack.name)
+    return Attacked.join(blocks)
+
+
+def score_clean(bench: Bench) -> EvalResult:
+    """The clean queries."""
+    measured = _measure(bench, bench.query, bench.query_labels)
+    return EvalResult(
+        setting=_setting(bench),
+        values=measured.values,
+        per_query=measured.per_query,
+        interval=intervals(measured.per_query),
+        reference=measured.reference,
+        empty=measured.empty,
+        curves=measured.curves,
+        notes=measured.notes,
+    )
+
+
+def score_attack(bench: Bench, attack: Attack, attacked: Attacked) -> EvalResult:
+    """Score attacked queries against the frozen database."""
+    cost = Cost(
+        forward=int(attacked.passes[:, 0].sum()),
+        backward=int(attacked.passes[:, 1].sum()),
+        seconds=float(attacked.seconds.sum()),
+    )
+    result = _score_targeted(bench, attacked) if attack.targeted else _score_untargeted(bench, attacked)
+    perceptibility = {}
+    for name, values in attacked.pixels.items():
+        perceptibility[f"{name}/mean"], perceptibility[f"{name}/max"] = float(values.mean()), float(values.max())
+    return replace(result, setting=_setting(bench, attack), perceptibility=perceptibility, cost=cost)
+
+
+def worst(bench: Bench, clean: EvalResult, results: Mapping[str, EvalResult]) -> EvalResult:
+    """The worst case of each query over the clean input and every untargeted result, for each AP of the protocol.
+
+    ``wMAP`` is the mean over queries of the lowest AP, not the lowest of the attacks' means. ``HRS`` sums up clean and
+    worst value above chance.
+
+    Args:
+        results: by attack name; targeted results are listed but take no part.
+    """
+    untargeted = {name: r for name, r in results.items() if not any(key.startswith("t-") for key in r.values)}
+    headline = bench.protocol.headline
+    values: dict[str, float] = {}
+    per_query: dict[str, Tensor] = {}
+    names = [n for n in clean.per_query if n.startswith("MAP") and not n.endswith(("/optimistic", "/pessimistic"))]
+    for name in names:
+        found = worst_case(clean.per_query[name], {a: r.per_query[name] for a, r in untargeted.items()})
+        values[f"w{name}"], per_query[f"w{name}"] = found.mean, found.values
+    rounded = {a: r.per_query[f"{headline}/8bit"] for a, r in untargeted.items()}
+    eight_bit = worst_case(clean.per_query[headline], rounded)
+    values[f"w{headline}/8bit"], per_query[f"w{headline}/8bit"] = eight_bit.mean, eight_bit.values
+
+    found = worst_case(clean.per_query[headline], {a: r.per_query[headline] for a, r in untargeted.items()})
+    chance = torch.full_like(found.values, clean.reference["chance"])
+    columns = torch.stack([clean.per_query[headline], found.values, chance], 1).nan_to_num(0.0)
+    values["HRS"] = float(hrs_of(*(column.mean().reshape(1) for column in columns.T))[0])
+    spans = intervals(per_query)
+    spans["HRS"] = bootstrap_interval(columns, lambda means: hrs_of(means[:, 0], means[:, 1], means[:, 2]))
+    return EvalResult(
+        setting=replace(
+            clean.setting,
+            threat="; ".join(sorted({r.setting.threat for r in untargeted.values()})) or "none",
+            attacks=tuple(untargeted),
+            budget="; ".join(sorted({r.setting.budget for r in untargeted.values()})),
+        ),
+        values=values,
+        per_query=per_query,
+        interval=spans,
+        reference={**clean.reference, "clean": clean.values[headline]},
+        empty=clean.empty,
+        winner=found.winner,
+        attacks={
+            name: {
+                headline: r.values[headline],
+                "unique wins": float(found.unique_wins.get(name, 0)),
+                **({f"t-{headline}": r.values[f"t-{headline}"]} if f"t-{headline}" in r.values else {}),
+            }
+            for name, r in results.items()
+        },
+        cost=Cost(
+            forward=sum(r.cost.forward for r in results.values()),
+            backward=sum(r.cost.backward for r in results.values()),
+            seconds=sum(r.cost.seconds for r in results.values()),
+        ),
+    )
+
+
+def _score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
+    headline, clean = bench.protocol.headline, _measure(bench, bench.query, bench.query_labels)
+    codes = as_codes(attacked.signs[:, 0])
+    measured = _measure(bench, codes, bench.query_labels)
+    rounded = _measure(bench, as_codes(attacked.eight_bit[:, 0]), bench.query_labels)
+    before, after = clean.per_query[headline], measured.per_query[headline]
+    drop, _ = ap_drop(before, after)
+    success = success_rate(before, after)
+    per_query = {
+        **measured.per_query,
+        f"{headline}/8bit": rounded.per_query[headline],
+        "flips": flips(bench.query, codes).to(torch.float64),
+        "drop": drop,
+    }
+    values = {
+        **measured.values,
+        f"{headline}/8bit": rounded.values[headline],
+        "flips": float(per_query["flips"].mean()),
+        "drop": float(drop.nan_to_num(0.0).mean()),
+        "ASR": success.rate,
+    }
+    return EvalResult(
+        setting=_setting(bench),
+        values={name: value for name, value in values.items() if value is not None},
+        per_query=per_query,
+        interval=intervals(per_query),
+        reference={**measured.reference, "clean": clean.values[headline]},
+        empty=measured.empty,
+        curves=measured.curves,
+        notes=measured.notes,
+        representative=_representative(bench, attacked.representative[:, 0], bench.query_labels),
+    )
+
+
+def _score_targeted(bench: Bench, attacked: Attacked) -> EvalResult:
+    """t-MAP over the targets of each query (mean; the best is ``/max``) and the MAP of the original labels.
+
+    A query without a possible target is NaN throughout and counted in ``empty``.
+    """
+    headline, targets = bench.protocol.headline, bench.targets
+    possible = targets.sum((1, 2)) > 0
+    if not possible.any():
+        raise ValueError("no query has a possible target: every label set of the database shares a label with each")
+    asked, missing = torch.nonzero(possible).flatten(), int((~possible).sum())
+    rounds: dict[str, list[Tensor]] = {}
+    representative: dict[str, list[float]] = {}
+    chance = 0.0
+    for number in range(targets.shape[1]):
+        wanted = targets[asked, number]
+        own = bench.query_labels[asked]
+        adversarial = as_codes(attacked.signs[asked, number])
+        reached = _measure(bench, adversarial, wanted)
+        for name, column in reached.per_query.items():
+            rounds.setdefault(f"t-{name}", []).append(column)
+        for name, column in _measure(bench, adversarial, own).per_query.items():
+            rounds.setdefault(name, []).append(column)
+        clean = Codes(bench.query.packed[asked], bench.query.bits, torch.arange(len(asked)))
+        rounds.setdefault("base", []).append(_measure(bench, clean, wanted).per_query[headline])
+        rounded = _measure(bench, as_codes(attacked.eight_bit[asked, number]), wanted)
+        rounds.setdefault(f"t-{headline}/8bit", []).append(rounded.per_query[headline])
+        for name, value in _representative(bench, attacked.representative[asked, number], wanted).items():
+            representative.setdefault(f"t-{name}", []).append(value)
+        chance += reached.reference["chance"] / targets.shape[1]
+    whole = {name: torch.stack(columns).mean(0) for name, columns in rounds.items()}
+    whole[f"t-{headline}/max"] = torch.stack(rounds[f"t-{headline}"]).amax(0)
+    whole["gain"] = whole[f"t-{headline}"] - whole["base"]
+    per_query = {}
+    for name, column in whole.items():
+        per_query[name] = torch.full((len(possible),), float("nan"), dtype=torch.float64)
+        per_query[name][asked] = column
+    base = per_query.pop("base")
+    values = {name: float(column[asked].nanmean()) for name, column in per_query.items() if not column.isnan().all()}
+    values["t-ASR"] = targeted_success_rate(base[asked], per_query[f"t-{headline}"][asked])
+    return EvalResult(
+        setting=_setting(bench),
+        values=values,
+        per_query=per_query,
+        interval=intervals(per_query),
+        reference={"chance": chance, "clean": float(base[asked].mean())},
+        empty=missing,
+        notes=(f"{missing} queries have no possible target and are left out",) if missing else (),
+        representative={name: sum(found) / len(found) for name, found in representative.items()},
+    )
+
+
+def _representative(bench: Bench, signs: Tensor, labels: Tensor) -> dict[str, float]:
+    """The protocol's AP values with the representative codes as queries; not a bound."""
+    if signs.shape[1] == 0:
+        return {}
+    measured = _measure(bench, as_codes(signs), labels)
+    return {name: value for name, value in measured.values.items() if name.startswith("MAP")}
+
+
+def _measure(bench: Bench, query: Codes, labels: Tensor) -> Measured:
+    profile = prepared_profile(query, labels, bench.prepared)
+    return measure(bench.protocol, query, labels, bench.database, bench.database_labels, profile=profile)
+
+
+def _setting(bench: Bench, attack: Attack | None = None) -> Setting:
+    """The fields that the bench and the attack know; the run adds the model's."""
+    letters = {"image": "I", "text": "T"}
+    described = bench.data.describe()
+    note = f" ({bench.data.note})" if bench.data.note else ""
+    return Setting(
+        model="",
+        database=f"{bench.data.name}:database[{len(bench.data.database)}]{note}",
+        queries=f"{bench.data.name}:query[{len(bench.queries)}]",
+        protocol=bench.protocol.settings(),
+        direction="2".join(letters[modality] for modality in bench.direction),
+        bits=bench.victim.bits,
+        threat=attack.threat.name if attack else "none",
+        attacks=(attack.name,) if attack else (),
+        budget=attack.budget if attack else "",
+        seeds=(bench.seed,),
+        digests={"database": described["fingerprints"]["database"], "queries": bench.queries.fingerprint()},
+        defense=bench.victim.declared,
+    )
+
+
+def as_codes(signs: Tensor) -> Codes:
+    """(Q, K) signs -> packed codes with positions as ids."""
+    return Codes(pack(signs), signs.shape[1], torch.arange(len(signs)))

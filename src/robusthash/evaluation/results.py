@@ -1,0 +1,298 @@
+"""Results: what was measured together with everything it depends on; JSON in and out; comparison of two."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robusthash.core.files import write_all_aside
+from robusthash.core.registry import nearest
+from robusthash.evaluation.stats import holm, intervals, sign_flip_tests
+from robusthash.version import __version__
+
+SCHEMA = "robusthash.results/1"
+
+_OF_THE_MODEL = ("model", "bits", "objective", "defense", "training_attack")
+_DIGESTS_OF_THE_MODEL = ("model", "codes")
+
+
+def software_versions() -> dict[str, str]:
+    """Versions that a number may depend on."""
+    return {
+        "robusthash": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a result is a statement about: model, database, queries, threat, attack set, budget and seeds.
+
+    ``digests`` identify contents: "model" (weights) and "codes" (database codes) change with the model; "database",
+    "queries", "labels" and any other do not. Two results are comparable where all but the model agrees.
+    """
+
+    model: str
+    database: str
+    queries: str
+    protocol: dict[str, Any]  # Protocol.settings(): cut, denominator, ties, empty policy, gain, target rule
+    direction: str  # "I2I", "I2T", "T2I", "T2T"; "" for codes without a modality
+    bits: int
+    threat: str = "none"
+    attacks: tuple[str, ...] = ()
+    budget: str = ""
+    seeds: tuple[int, ...] = ()  # of the evaluation; training seeds belong to the model
+    digests: dict[str, str] = field(default_factory=dict)
+    objective: str = ""
+    defense: str = ""
+    training_attack: str = ""
+    software: dict[str, str] = field(default_factory=software_versions)
+
+    def differs(self, other: Setting) -> list[str]:
+        """Names of the fields in which two settings differ, apart from those of the model and the software."""
+        own, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        found = [
+            name
+            for name in own
+            if name not in (*_OF_THE_MODEL, "software", "digests", "protocol") and own[name] != theirs[name]
+        ]
+        for group, skipped in (("protocol", ()), ("digests", _DIGESTS_OF_THE_MODEL)):
+            keys = sorted({*own[group], *theirs[group]} - set(skipped))
+            found += [f"{group}.{key}" for key in keys if own[group].get(key) != theirs[group].get(key)]
+        return found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an evaluation spent."""
+
+    forward: int = 0  # passes of single queries
+    backward: int = 0
+    oracle: int = 0  # questions to a black box
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A sign that a robustness number may not be trusted."""
+
+    id: str  # "F1" ... "F23"
+    value: float
+    threshold: float
+    level: Literal["pass", "amber", "red"]
+    remedy: str  # one line
+
+
+@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
+class EvalResult:
+    """One evaluation: ``result["MAP@5000"]`` is a value, everything else says how it came about."""
+
+    setting: Setting
+    values: dict[str, float]
+    per_query: dict[str, Tensor]  # (Q,); NaN for a query that the mean leaves out
+    interval: dict[str, tuple[float, float]] = field(default_factory=dict)
+    reference: dict[str, float] = field(default_factory=dict)  # chance, least, floor, clean
+    empty: int = 0  # queries without a relevant item (targeted: and without a possible target)
+    curves: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by curve, axis -> (G,)
+    notes: tuple[str, ...] = ()  # clipped cuts, undefined measures
+    winner: tuple[str, ...] = ()  # (Q,) attack and restart that found each worst AP; "clean" where none did
+    attacks: dict[str, dict[str, float]] = field(default_factory=dict)  # of a suite: MAP, unique wins, completeness
+    representative: dict[str, float] = field(default_factory=dict)  # representative codes as queries; no bound
+    perceptibility: dict[str, float] = field(default_factory=dict)
+    flags: tuple[Flag, ...] = ()
+    cost: Cost = field(default_factory=Cost)
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(values) for name, values in self.per_query.items()}
+        if self.winner:
+            lengths["winner"] = len(self.winner)
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"per-query arrays of different length: {lengths}")
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self.values:
+            raise KeyError(f"this result has no {name!r}{nearest(name, self.values)}")
+        return self.values[name]
+
+    @property
+    def unreliable(self) -> bool:
+        """A red flag stands."""
+        return any(flag.level == "red" for flag in self.flags)
+
+
+# ---------------------------------------------------------------------------------------------- JSON
+
+_ARRAYS = ("per_query", "curves")  # tensors live in the sidecar
+
+
+def save_results(path: str | Path, results: Sequence[EvalResult]) -> None:
+    """Write results to ``path`` (JSON) and their arrays to the ``.npz`` of the same name.
+
+    Both are complete on disk before either replaces an older one, and the JSON holds the digest of its sidecar, so a
+    pair that does not belong together is noticed. An infinite value (the PSNR of an unchanged image) is written "inf".
+
+    Raises:
+        ValueError: a NaN among the values, with its name.
+        OSError: the disk is full or the folder missing; older files are untouched.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"results are saved as .json, got {path.name}")
+    arrays: dict[str, np.ndarray] = {}
+    written = []
+    for index, result in enumerate(results):
+        plain = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in _ARRAYS}
+        plain["setting"], plain["cost"] = dataclasses.asdict(result.setting), dataclasses.asdict(result.cost)
+        plain["flags"] = [dataclasses.asdict(flag) for flag in result.flags]
+        plain["per_query"] = {name: _keep(arrays, values) for name, values in result.per_query.items()}
+        plain["curves"] = {
+            name: {axis: _keep(arrays, values) for axis, values in axes.items()} for name, axes in result.curves.items()
+        }
+        written.append(_plain(plain, f"results[{index}]"))
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    sidecar = hashlib.sha256(buffer.getvalue()).hexdigest()
+    document = {"schema": SCHEMA, "sidecar": sidecar, "results": written}
+    text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
+    with write_all_aside([path.with_suffix(".npz"), path]) as (array_file, json_file):
+        array_file.write_bytes(buffer.getvalue())
+        json_file.write_text(text + "\n", encoding="utf-8")
+
+
+def _keep(arrays: dict[str, np.ndarray], values: Tensor) -> str:
+    """Put a tensor among the arrays; its key there."""
+    key = f"array{len(arrays)}"
+    arrays[key] = values.detach().cpu().numpy()
+    return key
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` as JSON takes it; NaN raises and says where it was."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        if math.isnan(value):
+            raise ValueError(f"{where} is NaN; a measure without a value must be left out, not written")
+        return value if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise ValueError(f"{where} is a {type(value).__name__}, which results do not hold")
+
+
+def load_results(path: str | Path) -> list[EvalResult]:
+    """Read what ``save_results`` wrote.
+
+    Raises:
+        FileNotFoundError: the JSON or its sidecar is missing.
+        ValueError: not a results file, another schema, or a sidecar of another run.
+    """
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also UnicodeDecodeError
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(document, dict) or "schema" not in document:
+        raise ValueError(f"{path} is not a results file: it names no schema")
+    if document["schema"] != SCHEMA:
+        raise ValueError(f"{path} has the schema {document['schema']!r}, this version reads {SCHEMA!r}")
+    sidecar = path.with_suffix(".npz")
+    if not sidecar.exists():
+        raise FileNotFoundError(f"{path} needs its per-query values in {sidecar.name}, which is missing")
+    content = sidecar.read_bytes()
+    if hashlib.sha256(content).hexdigest() != document["sidecar"]:
+        raise ValueError(f"{sidecar} does not belong to {path.name}: one of the two is of another run; evaluate again")
+    with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
+        arrays = {key: torch.from_numpy(loaded[key]) for key in loaded.files}
+    try:
+        return [_read(entry, arrays) for entry in document["results"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
+
+
+def _read(entry: dict[str, Any], arrays: dict[str, Tensor]) -> EvalResult:
+    setting = dict(entry["setting"])
+    setting["attacks"], setting["seeds"] = tuple(setting["attacks"]), tuple(setting["seeds"])
+    return EvalResult(
+        setting=Setting(**setting),
+        values=_floats(entry["values"]),
+        per_query={name: arrays[key] for name, key in entry["per_query"].items()},
+        interval={name: (float(low), float(high)) for name, (low, high) in entry["interval"].items()},
+        reference=_floats(entry["reference"]),
+        empty=entry["empty"],
+        curves={name: {axis: arrays[key] for axis, key in axes.items()} for name, axes in entry["curves"].items()},
+        notes=tuple(entry["notes"]),
+        winner=tuple(entry["winner"]),
+        attacks={name: _floats(values) for name, values in entry["attacks"].items()},
+        representative=_floats(entry["representative"]),
+        perceptibility=_floats(entry["perceptibility"]),
+        flags=tuple(
+            Flag(**{**flag, "value": float(flag["value"]), "threshold": float(flag["threshold"])})
+            for flag in entry["flags"]
+        ),
+        cost=Cost(**entry["cost"]),
+    )
+
+
+def _floats(values: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}  # "inf" too
+
+
+# ---------------------------------------------------------------------------------------------- comparison
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of two models on the same queries."""
+
+    mean: float  # first minus second
+    interval: tuple[float, float]  # 95 % bootstrap over queries
+    p: float  # two-sided sign-flip test
+    p_holm: float  # corrected over all measures of the comparison
+    queries: int  # queries that both have a value for
+
+
+def compare(first: EvalResult, second: EvalResult) -> dict[str, Difference]:
+    """Paired differences (first minus second) of every per-query measure that both have.
+
+    Raises:
+        ValueError: the settings differ in anything but the model; the message names the fields. Or nothing is common.
+    """
+    differing = first.setting.differs(second.setting)
+    if differing:
+        raise ValueError(
+            f"these results cannot be compared: they differ in {', '.join(differing)}; "
+            "only the model may differ, so evaluate both under the same setting"
+        )
+    paired: dict[str, Tensor] = {}
+    for name in [name for name in first.per_query if name in second.per_query]:
+        left, right = first.per_query[name].to(torch.float64), second.per_query[name].to(torch.float64)
+        if left.shape != right.shape:
+            raise ValueError(f"{name} has {len(left)} values in one result and {len(right)} in the other")
+        if not (left - right).isnan().all():
+            paired[name] = left - right
+    if not paired:
+        raise ValueError("the two results share no per-query measure")
+    ends, p_values = intervals(paired), sign_flip_tests(paired)
+    corrected = holm(p_values)
+    return {
+        name: Difference(
+            float(values.nanmean()), ends[name], p_values[name], corrected[name], int((~values.isnan()).sum())
+        )
+        for name, values in paired.items()
+    }
