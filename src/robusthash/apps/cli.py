@@ -1,4 +1,4 @@
-"""Verbs -> stages. Tables and progress go to stderr, ``--json`` data to stdout; errors are one line, without a trace."""
+"""Verbs -> stages. Tables and progress go to stderr, ``--json`` data to stdout; an error is one line, no trace."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ console = Console(stderr=True)
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).")]
 RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]
-Sets = Annotated[list[str], typer.Option("--set", help="Override by path, e.g. training.epochs=2. Repeatable.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override by path, e.g. training.epochs=2. Repeatable.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 
@@ -94,10 +94,10 @@ def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     console.print(table)
 
 
-def _config(recipe: Path, sets: list[str]) -> Config:
+def _config(recipe: Path, sets: list[str] | None) -> Config:
     from robusthash.apps.config import load_config
 
-    return load_config(recipe, sets)
+    return load_config(recipe, sets or ())
 
 
 @app.callback(invoke_without_command=True)
@@ -126,7 +126,7 @@ def demo(
 
 
 @app.command("run")
-def run_command(recipe: Recipe, sets: Sets = [], runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+def run_command(recipe: Recipe, sets: Sets = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Train, evaluate and report one recipe; goes on where it was stopped, and skips what is done."""
     from robusthash.apps.stages import run_all
 
@@ -136,7 +136,7 @@ def run_command(recipe: Recipe, sets: Sets = [], runs: Runs = Path("runs"), as_j
 
 
 @app.command()
-def train(recipe: Recipe, sets: Sets = [], runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+def train(recipe: Recipe, sets: Sets = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Train the model of a recipe, or go on from its last checkpoint."""
     from robusthash.apps import stages
 
@@ -174,8 +174,8 @@ def encode(run: RunPath, as_json: AsJson = False) -> None:
 def evaluate(
     run: RunPath,
     attack: Annotated[
-        list[str], typer.Option(help="Attack as YAML instead of the recipe's, e.g. '{name: hag, steps: 50}'.")
-    ] = [],
+        list[str] | None, typer.Option(help="Attack as YAML instead of the recipe's, e.g. '{name: hag, steps: 50}'.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a trained run clean, under each attack, and in the worst case per query."""
@@ -185,7 +185,7 @@ def evaluate(
     from robusthash.apps.config import numbers
     from robusthash.apps.runs import load_run
 
-    chosen = [numbers(yaml.safe_load(text)) for text in attack] or None
+    chosen = [numbers(yaml.safe_load(text)) for text in attack or ()] or None
     with _progress() as shown:
         stages.evaluate(load_run(run), shown, chosen)
     _show_results(run, as_json)
@@ -269,6 +269,26 @@ def compare(
         ["measure", "difference", "95 % interval", "p (Holm)", "queries"],
         [[n, d.mean, "{:+.4f} .. {:+.4f}".format(*d.interval), d.p_holm, d.queries] for n, d in differences.items()],
     )
+
+
+@app.command()
+def table(
+    paths: Annotated[list[Path], typer.Argument(help="Run directories; runs of one recipe are its seeds.")],
+    column: Annotated[
+        list[str] | None, typer.Option(help="Result to show: clean, mainstay, worst. Repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One Markdown table of several runs, with intervals over seeds and queries."""
+    from dataclasses import asdict
+
+    from robusthash.apps.tables import make_rows, markdown
+
+    rows = make_rows(paths)
+    if as_json:
+        _print_json([asdict(row) for row in rows])
+        return
+    sys.stdout.write(markdown(rows, column) + "\n")
 
 
 @app.command()
@@ -466,9 +486,11 @@ def _show_results(run: Path, as_json: bool) -> None:
 
 
 def _show_table(results: Mapping[str, EvalResult]) -> None:
+    from robusthash.apps.tables import headline_of
+
     rows: list[list[Any]] = []
     for name, result in results.items():
-        headline = next(key for key in ("t-MAP", "wMAP", "MAP", *result.values) if key in result.values)
+        headline = headline_of(result)
         low, high = result.interval.get(headline, (float("nan"),) * 2)
         reference = result.reference.get("clean")
         rows.append(

@@ -145,17 +145,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a file that is not there or not YAML, an unknown key (the nearest is offered), a bad value.
     """
-    path = Path(path)
+    raw = _read(Path(path))
+    raw.setdefault("name", Path(path).stem)
+    return make_config(raw, overrides, where=str(path))
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The plain content of a recipe file, laid over the one that its ``extends`` names."""
     if not path.is_file():
         raise ConfigError(f"recipe file {str(path)!r} does not exist")
+    if path.resolve() in above:
+        raise ConfigError(f"{path} extends itself, by way of {' and '.join(str(p.name) for p in above)}")
     try:
         raw = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections, got {type(raw).__name__}")
-    raw.setdefault("name", path.stem)
-    return make_config(raw, overrides, where=str(path))
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    below = _read(path.parent / str(base), (*above, path.resolve()))
+    below.pop("name", None)  # a name is the file's own
+    return _over(below, raw)
+
+
+def _over(below: Any, above: Any) -> Any:
+    """``above`` laid over ``below``: mappings merge by key, but a component of another name replaces the old one."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    if "name" in above and above["name"] != below.get("name", above["name"]):
+        return above
+    return {**below, **{key: _over(below.get(key), value) for key, value in above.items()}}
 
 
 def make_config(raw: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Config:

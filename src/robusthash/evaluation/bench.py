@@ -11,9 +11,10 @@ from torch import Tensor
 
 from robusthash.attacks.base import Attack, Select
 from robusthash.core.hamming import pack
-from robusthash.core.profile import Prepared, average_precision, prepare, prepared_profile
+from robusthash.core.profile import Prepared, prepare, prepared_profile
 from robusthash.core.types import Batch, Codes, Reference
 from robusthash.data.base import RetrievalData, Split
+from robusthash.evaluation.measures import average_precision
 from robusthash.evaluation.protocol import Protocol, load_protocol
 from robusthash.models.encode import encode_split
 from robusthash.models.hasher import Hasher
@@ -88,17 +89,15 @@ class Bench:
         def metric(signs: Tensor) -> Tensor:
             packed = pack(signs)
             codes = Codes(packed, self.victim.bits, torch.arange(len(packed)))
-            return sign * average_precision(prepared_profile(codes, wanted, self.prepared), None, "hits").to(
-                signs.device
-            )
+            profile = prepared_profile(codes, wanted, self.prepared)
+            return sign * average_precision(profile).to(signs.device)
 
         return metric
 
     def batch(self, block: int) -> Batch:
         """Block number ``block`` of the queries, on the victim's device; ids are query positions."""
         positions = torch.arange(len(self.queries)).split(self.batch_size)[block]
-        whole = self.queries.batch(positions).to(self.victim.device)
-        return Batch({self.direction[0]: whole.inputs[self.direction[0]]}, whole.labels, whole.ids)
+        return self.queries.batch(positions).only(self.direction[:1]).to(self.victim.device)
 
     @property
     def blocks(self) -> int:

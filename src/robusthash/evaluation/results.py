@@ -115,6 +115,7 @@ class EvalResult:
     perceptibility: dict[str, float] = field(default_factory=dict)
     flags: tuple[Flag, ...] = ()
     cost: Cost = field(default_factory=Cost)
+    name: str = ""  # within its run: "clean", an attack, "worst"
 
     def __post_init__(self) -> None:
         lengths = {name: len(values) for name, values in self.per_query.items()}
@@ -246,6 +247,7 @@ def _read(entry: dict[str, Any], arrays: dict[str, Tensor]) -> EvalResult:
             for flag in entry["flags"]
         ),
         cost=Cost(**entry["cost"]),
+        name=entry["name"],
     )
 
 

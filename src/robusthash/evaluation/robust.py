@@ -183,8 +183,9 @@ def floor_ap(
     """The lowest AP that a coordinate descent over the bits of the query code finds, exact AP at every step.
 
     Each turn flips the bit that lowers the expected AP most; a start ends where no flip lowers it. It is what an
-    attacker with full control of the code reaches, up to local optima: a search result, no bound. Queries with equal label sets are searched together, against the database reduced to distinct (code, relevance)
-    rows, and equal starts once.
+    attacker with full control of the code reaches, up to local optima: a search result, no bound. Queries with equal
+    label sets are searched together, against the database reduced to distinct (code, relevance) rows, and equal starts
+    once.
 
     Args:
         starts: (Q, S, K) signs in {-1, +1}, as of ``floor_starts``.

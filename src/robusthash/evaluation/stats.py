@@ -205,7 +205,7 @@ def _drawn_shares(values: Tensor, flips: int, generator: torch.Generator) -> lis
         kept = torch.from_numpy(np.unpackbits(random.numpy(), axis=1, count=count)).to(torch.float64)
         sums = 2 * (kept @ values) - total  # signs are 2 kept - 1
         reached += (sums.abs() >= threshold).sum(0)
-    return (reached / flips).tolist()
+    return (reached.to(torch.float64) / flips).tolist()
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,315 @@
+"""The report of one run: files of its directory -> report.html. The pieces serve the demo's page as well."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from robusthash.apps import html
+from robusthash.apps.charts import TONES, UNIT, Axis, Dot, Series, Tone, dot_chart, line_chart
+from robusthash.apps.html import Child, Markup, tag
+from robusthash.apps.runs import Run, RunError
+from robusthash.core.files import write_aside
+from robusthash.evaluation.results import EvalResult, load_results
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Results = Mapping[str, EvalResult]
+"""The results of one run by name: ``clean``, each attack, ``worst``."""
+
+
+def write_report(run: Run) -> Path:
+    """Write ``report.html`` of an evaluated run: one file that opens from disk.
+
+    Raises:
+        RunError: the run has not been trained or evaluated.
+    """
+    path = run.path / "report.html"
+    text = run_page(run.card(), read_results(run), _log(run), commands_of(run))
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+    return path
+
+
+def read_results(run: Run) -> dict[str, EvalResult]:
+    """The results of a run by name.
+
+    Raises:
+        RunError: the run has not been evaluated.
+    """
+    path = run.path / "metrics.json"
+    if not path.is_file():
+        raise RunError(f"{run.path} has not been evaluated; run 'robusthash evaluate {run.path}' first")
+    return {result.name: result for result in load_results(path)}
+
+
+def _log(run: Run) -> list[dict[str, Any]]:
+    """One line per epoch; of an epoch that a kill made run again, the last."""
+    lines = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    return list({line["epoch"]: line for line in lines}.values())
+
+
+def commands_of(run: Run) -> list[str]:
+    """What to type to evaluate the run again and to write this report again."""
+    path = shlex.quote(str(run.path))
+    return [f"robusthash evaluate {path}", f"robusthash report {path}"]
+
+
+def run_page(
+    card: Mapping[str, Any], results: Results, log: Sequence[Mapping[str, Any]], commands: Sequence[str]
+) -> str:
+    """The page of one run.
+
+    Args:
+        card: the model card.
+        log: one line per epoch of training.
+    """
+    clean, worst = results["clean"], results.get("worst")
+    measure = headline(clean)
+    untargeted = {name: result for name, result in results.items() if is_untargeted(name, result)}
+    charts = [pr_chart({name: (result, TONES[i % 6], i >= 6) for i, (name, result) in enumerate(untargeted.items())})]
+    if worst is not None:
+        charts.insert(0, map_chart({"": results}, {"": "b"}))
+    tiles = [(f"clean {measure}", number(clean.values[measure]), span(clean, measure))]
+    if worst is not None:
+        low = f"w{measure}"
+        tiles.append(
+            (f"worst case per query, {len(worst.setting.attacks)} attacks", number(worst[low]), span(worst, low))
+        )
+        tiles.append(("harmonic robustness score", number(worst["HRS"]), "0: collapsed or not robust, 1: perfect"))
+    tiles.append(("chance", number(clean.reference["chance"]), "a random order of the database"))
+    return html.page(
+        f"{card['name']}: {card['bits']} bits on {clean.setting.queries.partition(':')[0]}",
+        tag("p", verdict(results)),
+        html.tiles(tiles),
+        html.section("Results", results_table(results), tag("div", *charts, class_="pair"), notes(results.values())),
+        html.section("What was changed", perceptibility_table(results)) if len(results) > 1 else None,
+        html.section("Training", training_chart(log), model_facts(card)),
+        html.section("Setting", setting_facts(worst or clean, results)),
+        html.section("Commands", html.commands(commands)),
+        foot=versions_line(clean),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- numbers as text
+
+
+def headline(result: EvalResult) -> str:
+    """The measure that the protocol puts first: ``MAP`` or ``MAP@k``."""
+    cut = result.setting.protocol["k"]
+    return "MAP" if cut is None else f"MAP@{cut}"
+
+
+def is_untargeted(name: str, result: EvalResult) -> bool:
+    """Clean queries or an untargeted attack: neither a target nor the worst case over several."""
+    return name != "worst" and f"t-{headline(result)}" not in result.values
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number in plain digits; infinite ones as the sign for it."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else ("∞" if value > 0 else "−∞")
+
+
+def span(result: EvalResult, name: str) -> str:
+    """The 95 % interval of a value, or nothing where it has none."""
+    return "{:.3f} to {:.3f}".format(*result.interval[name]) if name in result.interval else ""
+
+
+def with_span(result: EvalResult, name: str) -> Child:
+    """A value with its interval below it; a dash where the result does not have it."""
+    if name not in result.values:
+        return "–"
+    return [number(result.values[name]), tag("span", span(result, name), class_="span")]
+
+
+def verdict(results: Results) -> str:
+    """The run in a sentence or two."""
+    clean, worst = results["clean"], results.get("worst")
+    measure = headline(clean)
+    start = f"On {len(clean.per_query[measure])} queries the clean {measure} is {number(clean[measure])}"
+    if worst is None:
+        return f"{start}. No attack was run, so nothing is said about robustness."
+    attacks = ", ".join(worst.setting.attacks)
+    fall = f"it falls to {number(worst['w' + measure])} where each query meets the worst of {attacks}"
+    return f"{start}; {fall}. Chance is {number(clean.reference['chance'])}."
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def results_table(results: Results) -> Markup:
+    """Clean, every attack and the worst case: values with intervals, and what each attack spent."""
+    measure = headline(results["clean"])
+    targeted = any(f"t-{measure}" in result.values for result in results.values())
+    head = ["", measure, "of 8-bit images", "bits flipped", "success rate", *([f"t-{measure}"] * targeted)]
+    rows: list[list[Child]] = []
+    for name, result in results.items():
+        prefix = "w" if name == "worst" else ""
+        flipped = f"{result['flips']:.1f} of {result.setting.bits}" if "flips" in result.values else "–"
+        rate = result.values.get("ASR", result.values.get("t-ASR"))
+        row: list[Child] = [name, with_span(result, prefix + measure), with_span(result, f"{prefix}{measure}/8bit")]
+        row += [flipped, "–" if rate is None else f"{rate:.0%}"]
+        rows.append([*row, *([with_span(result, f"t-{measure}")] * targeted), passes(result)])
+    reference = results["clean"].reference
+    rows.append(["chance", number(reference["chance"]), *["–"] * (len(head) - 1)])
+    caption = (
+        "Below each value its 95 % bootstrap interval over queries. The 8-bit column rounds the perturbation to whole "
+        "grey levels. Success: AP at most half of clean; targeted: t-AP of at least 0.5. Passes: forward + backward "
+        "passes of single queries."
+    )
+    marked = [row for row, name in enumerate(results) if name == "worst"]
+    return html.table([*head, "passes"], rows, caption, marked)
+
+
+def passes(result: EvalResult) -> str:
+    """Forward and backward passes of an attack."""
+    return f"{result.cost.forward:,} + {result.cost.backward:,}" if result.cost.forward else "–"
+
+
+def perceptibility_table(results: Results) -> Markup:
+    """How large and how visible the perturbations of each attack are."""
+    columns = {
+        "largest |δ| (of 255)": lambda found: f"{found['linf/max'] * 255:.2f}",
+        "L2, mean": lambda found: number(found["l2/mean"]),
+        "MSE, mean": lambda found: f"{found['mse/mean']:.2e}",
+        "PSNR, mean (dB)": lambda found: number(found["psnr/mean"], 1),
+        "SSIM, mean": lambda found: number(found["ssim/mean"]) if "ssim/mean" in found else "–",
+        "pixels changed": lambda found: f"{found['l0/mean']:.0%}",
+    }
+    kept = {name: result.perceptibility for name, result in results.items() if "linf/max" in result.perceptibility}
+    rows = [[name, *(write(found) for write in columns.values())] for name, found in kept.items()]
+    return html.table(
+        ["", *columns], rows, "Perturbations of the query images; pixel norms of x′ − x with x in [0, 1]."
+    )
+
+
+def setting_facts(result: EvalResult, results: Results) -> Markup:
+    """Everything that the numbers are a statement about."""
+    setting = result.setting
+    protocol = {key: value for key, value in setting.protocol.items() if key not in ("measures", "directions")}
+    pairs: list[tuple[Child, Child]] = [
+        ("queries", setting.queries),
+        ("database", setting.database),
+        ("direction, bits", f"{setting.direction}, {setting.bits} bits"),
+        ("protocol", ", ".join(f"{key} {_short(value)}" for key, value in protocol.items())),
+        ("objective, defense", f"{setting.objective}, {setting.defense}"),
+        ("training attack", setting.training_attack or "none"),
+        ("threats", ", ".join(sorted({r.setting.threat for r in results.values()} - {"none"})) or "none"),
+        ("seeds", f"evaluation {', '.join(map(str, setting.seeds))}"),
+    ]
+    for name, found in results.items():
+        if name not in ("clean", "worst"):
+            pairs.append((name, found.setting.budget))
+    pairs += [(f"digest of {name}", tag("code", value)) for name, value in setting.digests.items()]
+    return html.facts(pairs)
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else str(value)
+
+
+def model_facts(card: Mapping[str, Any]) -> Markup:
+    """The model card."""
+    spec = card["hasher"]
+    return html.facts(
+        [
+            ("model", tag("code", f"{card['name']}/{card['id']}")),
+            ("bits", card["bits"]),
+            ("encoders", ", ".join(f"{m}: {_short(spec.get(m))}" for m in card["modalities"])),
+            ("head", _short(spec.get("head"))),
+            ("image size", " × ".join(str(side) for side in card["image_size"]) + " px"),
+            ("declared defense", card["declared"]),
+            ("objective", _short(card["objective"])),
+            ("training", f"{card['epochs']} epochs, {card['seconds']:.0f} s"),
+        ]
+    )
+
+
+def notes(results: Iterable[EvalResult]) -> Markup | None:
+    """What was clipped or left out, each remark once."""
+    said = dict.fromkeys(note for result in results for note in result.notes)
+    return tag("p", "Notes: " + "; ".join(said) + ".", class_="note") if said else None
+
+
+def versions_line(result: EvalResult) -> str:
+    """The software that the numbers depend on."""
+    return ", ".join(f"{name} {version}" for name, version in result.setting.software.items())
+
+
+# ---------------------------------------------------------------------------------------------- charts
+
+
+def map_chart(models: Mapping[str, Results], tones: Mapping[str, Tone], caption: str = "") -> Markup:
+    """Headline value with interval, clean, under each untargeted attack and in the worst case, of one or more models."""
+    first = next(iter(models.values()))
+    measure = headline(first["clean"])
+    names = [name for name, result in first.items() if name == "worst" or is_untargeted(name, result)]
+    rows = []
+    for name in names:
+        key = f"w{measure}" if name == "worst" else measure
+        dots = [
+            Dot(tones[model], results[name][key], *results[name].interval[key]) for model, results in models.items()
+        ]
+        rows.append(("worst case" if name == "worst" else name, dots))
+    described = "; ".join(f"{name}: {', '.join(number(dot.value) for dot in dots)}" for name, dots in rows)
+    return dot_chart(
+        f"{measure}, clean and attacked",
+        f"{', '.join(filter(None, models)) or 'Values'}. {described}.",
+        rows,
+        [(model or measure, tone, False) for model, tone in tones.items()],
+        Axis(f"{measure} with 95 % interval", UNIT),
+        ("chance", first["clean"].reference["chance"]),
+        caption,
+    )
+
+
+def pr_chart(lines: Mapping[str, tuple[EvalResult, Tone, bool]], caption: str = "") -> Markup:
+    """Precision over recall by rank; (result, tone, dashed) by name. Results without the curve are left out."""
+    series = []
+    for name, (result, tone, dashed) in lines.items():
+        if "PR" in result.curves:
+            curve = result.curves["PR"]
+            series.append(Series(name, curve["recall"].tolist(), curve["precision"].tolist(), tone, dashed))
+    if not series:
+        return tag("p", "The protocol measures no precision-recall curve.", class_="note")
+    described = "; ".join(f"{line.name}: precision {line.y[len(line.y) // 2]:.2f} at half recall" for line in series)
+    return line_chart(
+        "Precision and recall", described, series, Axis("recall", UNIT), Axis("precision", UNIT), caption=caption
+    )
+
+
+def training_chart(log: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """Loss terms by epoch; with a single epoch there is no line to draw."""
+    if len(log) < 2:
+        return None
+    terms = [name for name in log[-1] if name not in ("epoch", "lr", "seconds")]
+    epochs = [line["epoch"] + 1 for line in log]
+    series = [
+        Series(name, epochs, [line[name] for line in log], TONES[i % 6], dots=True) for i, name in enumerate(terms)
+    ]
+    values = [value for line in series for value in line.y]
+    return line_chart(
+        "Loss terms by epoch",
+        "; ".join(f"{line.name} ends at {line.y[-1]:.3g}" for line in series),
+        series,
+        Axis("epoch", _ticks(epochs[0], epochs[-1], whole=True)),
+        Axis("weighted loss term", _ticks(min(0.0, *values), max(values))),
+    )
+
+
+def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """About six round ticks that cover low to high."""
+    room = max(high - low, 1e-9)
+    rough = room / 5
+    scale = 10.0 ** math.floor(math.log10(rough))
+    step = next(scale * factor for factor in (1, 2, 5, 10) if scale * factor >= rough - 1e-12)
+    if whole:
+        step = max(1.0, round(step))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    if whole:  # epochs: start at the first one, whatever the step
+        return [low + step * i for i in range(math.ceil((high - low) / step - 1e-9) + 1)]
+    return [round(step * i, 10) for i in range(first, max(last, first + 1) + 1)]

@@ -1,0 +1,97 @@
+"""Runs -> one table: recipes as rows, seeds averaged, intervals over seeds and queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from robusthash.apps.runs import Run, load_run
+from robusthash.evaluation.results import EvalResult, load_results
+from robusthash.evaluation.stats import bootstrap_interval, hierarchical_interval
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of a table: mean over seeds, 95 % interval, number of seeds."""
+
+    value: float
+    interval: tuple[float, float]
+    seeds: int
+
+    def text(self, digits: int = 3) -> str:
+        """``0.472 (0.455-0.490)``."""
+        low, high = self.interval
+        return f"{self.value:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe: its cells by result name, training minutes, and what stands still in the table."""
+
+    name: str
+    cells: dict[str, Cell]
+    minutes: float
+    chance: float
+
+
+def headline_of(result: EvalResult) -> str:
+    """The value that stands for a result: wMAP of a worst case, t-MAP of a targeted attack, else MAP."""
+    cut = "MAP" if result.setting.protocol["k"] is None else f"MAP@{result.setting.protocol['k']}"
+    return next(name for name in (f"w{cut}", f"t-{cut}", cut) if name in result.values)
+
+
+def make_rows(paths: Sequence[Path]) -> list[Row]:
+    """Rows in the order in which recipes first appear among ``paths``; runs of one recipe are its seeds.
+
+    A result enters a row only where every seed of the recipe has it, and a worst case only where all seeds were
+    attacked alike, so that no cell mixes settings.
+
+    Raises:
+        ValueError: runs on different data, splits or protocols, which no table may hold together.
+    """
+    runs: dict[str, list[Run]] = {}
+    for path in paths:
+        run = load_run(path)
+        runs.setdefault(run.config.name, []).append(run)
+    rows, first = [], None
+    for name, seeds in runs.items():
+        found = [{result.name: result for result in load_results(run.path / "metrics.json")} for run in seeds]
+        clean = found[0]["clean"]
+        first = first or clean
+        differing = [field for results in found for field in results["clean"].setting.differs(first.setting)]
+        if differing:
+            raise ValueError(f"{name} was evaluated in another setting ({', '.join(sorted(set(differing)))})")
+        cells = {}
+        for result in found[0]:
+            if all(result in results and _alike(results[result], found[0][result]) for results in found):
+                cells[result] = _cell([results[result] for results in found])
+        minutes = sum(run.card()["seconds"] for run in seeds) / len(seeds) / 60
+        rows.append(Row(name, cells, minutes, clean.reference["chance"]))
+    return rows
+
+
+def _alike(one: EvalResult, other: EvalResult) -> bool:
+    return one.setting.attacks == other.setting.attacks and one.setting.budget == other.setting.budget
+
+
+def _cell(results: Sequence[EvalResult]) -> Cell:
+    headline = headline_of(results[0])
+    values = torch.stack([result.per_query[headline] for result in results])
+    kept = values[:, ~values.isnan().any(0)]
+    interval = bootstrap_interval(kept[0]) if len(kept) == 1 else hierarchical_interval(kept)
+    return Cell(float(kept.mean()), interval, len(results))
+
+
+def markdown(rows: Sequence[Row], results: Sequence[str] | None = None) -> str:
+    """A Markdown table; ``results`` chooses and orders the columns, by default all that the first row has."""
+    columns = list(rows[0].cells) if results is None else list(results)
+    lines = [f"| recipe | {' | '.join(columns)} | chance | training minutes | seeds |"]
+    lines.append("|" + " --- |" * (len(columns) + 4))
+    for row in rows:
+        cells = [row.cells[column].text() if column in row.cells else "-" for column in columns]
+        seeds = max(cell.seeds for cell in row.cells.values())
+        lines.append(f"| {row.name} | {' | '.join(cells)} | {row.chance:.3f} | {row.minutes:.1f} | {seeds} |")
+    return "\n".join(lines)

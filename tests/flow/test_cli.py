@@ -1,0 +1,332 @@
+"""The command line end to end on the small generated world: train, evaluate, index, search, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from robusthash.apps import cli, stages
+from robusthash.apps.config import ConfigError, load_config, make_config
+from robusthash.apps.runs import RunError, load_run
+
+REPO = Path(__file__).parents[2]
+CONFIG = {
+    "name": "tiny",
+    "data": {"name": "synthetic"},
+    "hasher": {"bits": 12, "image": {"name": "small", "width": 4}},
+    "training": {"objective": "csq", "epochs": 3, "batch_size": 32, "optim": {"hasher": {"lr": 0.05}}},
+    "evaluation": {
+        "attacks": [{"name": "mainstay", "steps": 3, "step_size": "4/255"}, {"name": "dhta", "steps": 3}],
+        "batch_size": 16,
+    },
+    "runtime": {"device": "cpu"},
+}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "file", sys.stderr)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        caught = capsys.readouterr()
+        return code, caught.out, caught.err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """One evaluated run, shared by the tests that only read it."""
+    root = tmp_path_factory.mktemp("runs")
+    run = stages.train(make_config(CONFIG), root)
+    stages.evaluate(run)
+    return run.path
+
+
+@pytest.mark.parametrize("verb", ["run", "train", "encode", "evaluate", "attack", "score", "compare", "list", "index"])
+def test_help_suffices(call, verb):
+    code, out, err = call(verb, "--help")
+    assert code == 0
+    assert "Usage" in out + err
+
+
+def test_train_and_evaluate_give_json(call, recipe, tmp_path):
+    code, out, _ = call("train", recipe, "--runs", tmp_path / "runs", "--json")
+    assert code == 0
+    run = Path(json.loads(out)["run"])
+    code, out, _ = call("evaluate", run, "--json")
+    results = json.loads(out)["results"]
+    assert code == 0
+    assert set(results) == {"clean", "mainstay", "dhta", "worst"}
+    assert results["worst"]["values"]["wMAP"] <= results["clean"]["values"]["MAP"]
+    assert results["worst"]["values"]["wMAP"] <= results["mainstay"]["values"]["MAP"]
+    assert results["dhta"]["setting"]["digests"]["model"] == load_run(run).card()["digest"]
+    assert results["mainstay"]["perceptibility"]["linf/max"] <= 8 / 255 + 1e-6
+
+
+def test_run_again_does_no_work_twice(recipe, tmp_path, monkeypatch):
+    first = stages.run_all(load_config(recipe), tmp_path / "runs")
+    weights = (first.path / "checkpoint" / "hasher.safetensors").stat().st_mtime_ns
+    blocks = {path: path.stat().st_mtime_ns for path in (first.path / "attacks").rglob("*.npz")}
+    metrics = json.loads((first.path / "metrics.json").read_text())
+    again = stages.run_all(load_config(recipe), tmp_path / "runs")
+    assert again.path == first.path
+    assert (again.path / "checkpoint" / "hasher.safetensors").stat().st_mtime_ns == weights
+    assert {path: path.stat().st_mtime_ns for path in (again.path / "attacks").rglob("*.npz")} == blocks
+    repeated = json.loads((again.path / "metrics.json").read_text())
+    assert [r["values"] for r in repeated["results"]] == [r["values"] for r in metrics["results"]]
+
+
+def test_adversarial_run_trains_its_ancestor_first(recipe, tmp_path):
+    child = {
+        "extends": "tiny.yaml",
+        "training": {
+            "recipe": "adversarial",
+            "outer": "saat",
+            "attack": {"name": "mainstay", "steps": 2, "step_size": "5/255", "slope": "one"},
+            "epochs": 1,
+            "init_from": "tiny.yaml",
+        },
+    }
+    path = tmp_path / "tiny-saat.yaml"
+    path.write_text(yaml.safe_dump(child))
+    run = stages.train(load_config(path), tmp_path / "runs", base=tmp_path)
+    assert run.card()["declared"] == "adversarial"
+    assert run.config.training.objective == "csq"  # from the file that it extends
+    assert [p.name for p in (tmp_path / "runs").iterdir() if p.name == "tiny"] == ["tiny"]
+
+
+def test_killed_training_goes_on_to_the_same_result(tmp_path):
+    """kill -9 after the first checkpoint; the same command ends with the same weights as an uninterrupted run."""
+    config = {**CONFIG, "training": {**CONFIG["training"], "epochs": 60}}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "robusthash", "train", str(path), "--runs", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").rglob("resume.pt")):
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "killed").rglob("model.json"))
+    resumed = stages.train(load_config(path), tmp_path / "killed")
+    whole = stages.train(load_config(path), tmp_path / "whole")
+    assert resumed.card()["digest"] == whole.card()["digest"]
+    assert resumed.card()["epochs"] == 60
+
+
+def test_encode_then_score_agrees_with_evaluate(call, trained):
+    code, _, _ = call("encode", trained)
+    assert code == 0
+    codes = trained / "codes"
+    code, out, _ = call("score", codes / "query.image.npz", codes / "database.image.npz", "--json")
+    assert code == 0
+    metrics = json.loads((trained / "metrics.json").read_text())
+    clean = next(result for result in metrics["results"] if result["name"] == "clean")
+    assert json.loads(out)["values"]["MAP"] == pytest.approx(clean["values"]["MAP"], abs=1e-12)
+
+
+def test_attack_writes_inputs_inside_the_ball(call, trained, tmp_path):
+    out = tmp_path / "attacked.npz"
+    code, printed, _ = call("attack", trained, "{name: hag, steps: 3, eps: 4/255}", "--out", out, "--json")
+    assert code == 0
+    assert json.loads(printed)["perceptibility"]["linf/max"] <= 4 / 255 + 1e-6
+    with np.load(out, allow_pickle=False) as arrays:
+        assert arrays["inputs"].dtype == np.float32
+        assert len(arrays["inputs"]) == len(arrays["codes"]) == len(arrays["labels"])
+
+
+def test_compare_two_runs(call, trained, tmp_path):
+    other = stages.train(make_config(CONFIG, ["runtime.seed=1"]), tmp_path)
+    stages.evaluate(other)
+    code, out, _ = call("compare", trained, other.path, "--result", "clean", "--json")
+    assert code == 0
+    assert "MAP" in json.loads(out)
+    code, _, err = call("compare", trained, other.path, "--result", "cleen")
+    assert code == 1
+    assert "did you mean 'clean'" in err
+
+
+def test_table_averages_seeds(call, trained, tmp_path):
+    other = stages.train(make_config(CONFIG, ["runtime.seed=1"]), tmp_path)
+    stages.evaluate(other)
+    code, out, _ = call("table", trained, other.path, "--column", "clean", "--column", "worst")
+    assert code == 0
+    assert out.splitlines()[2].startswith("| tiny | ")
+    assert out.splitlines()[2].endswith("| 2 |")
+
+
+def test_index_build_search_add_remove(call, trained, tmp_path):
+    index = tmp_path / "index"
+    assert call("index", "build", index, "--run", trained)[0] == 0
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    image = tmp_path / "picture.png"
+    Image.fromarray(pixels).save(image)
+    code, out, _ = call(
+        "index", "search", index, image, "--run", trained, "--k", 3, "--json"
+    )
+    hits = json.loads(out)
+    assert code == 0
+    assert len(hits) == 3
+    assert [hit["distance"] for hit in hits] == sorted(hit["distance"] for hit in hits)
+    code, out, _ = call("index", "add", index, image, "--run", trained, "--json")
+    assert code == 0
+    assert json.loads(out)["count"] == 201
+    code, out, _ = call("index", "search", index, image, "--run", trained, "--k", 1, "--json")
+    assert json.loads(out)[0]["distance"] == 0
+    code, out, _ = call("index", "remove", index, 200, "--json")
+    assert json.loads(out) == {"removed": 1, "items": 200}
+    assert json.loads(call("index", "info", index, "--json")[1])["bits"] == 12
+
+
+def test_index_refuses_a_checkpoint_of_other_bits(call, trained, tmp_path):
+    assert call("index", "build", tmp_path / "index", "--run", trained)[0] == 0
+    other = stages.train(make_config(CONFIG, ["hasher.bits=16"]), tmp_path / "runs")
+    image = tmp_path / "picture.png"
+    Image.new("RGB", (20, 20)).save(image)
+    code, _, err = call("index", "search", tmp_path / "index", image, "--run", other.path)
+    assert code == 1
+    assert "12" in err
+    assert "16" in err
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.epoch=2", ["training.epoch", "epochs"]),
+        ("trainin.epochs=2", ["trainin", "training"]),
+        ("hasher.bits=0", ["hasher.bits", "0"]),
+        ("hasher.bits=-8", ["hasher.bits", "-8"]),
+        ("training.objective=cqs", ["cqs", "csq"]),
+        ("training.objective.quantization=1", ["quantization", "quantisation"]),
+        ("evaluation.attacks.0.step=3", ["'step'", "steps"]),
+        ("data=photo", ["photo", "photos"]),
+        ("training.outer=saat", ["adversarial"]),
+        ("runtime", ["section.key=value"]),
+        ("evaluation.attacks.7.steps=1", ["7"]),
+        ("training.optim.hasher.learning_rate=1", ["learning_rate"]),
+    ],
+)
+def test_config_errors_name_the_key_and_the_nearest(override, words):
+    with pytest.raises(ConfigError) as raised:
+        make_config(CONFIG, [override])
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_budgets_are_fractions(trained, call):
+    config = make_config(CONFIG, ["evaluation.attacks.0.eps=8/255", "training.optim.hasher.lr=1e-2"])
+    assert config.evaluation.attacks[0]["eps"] == 8 / 255
+    assert config.training.optim["hasher"].lr == 0.01
+    code, _, err = call("evaluate", trained, "--attack", "{name: mainstay, eps: 8}")
+    assert code == 1
+    assert "8/255" in err
+    assert "Traceback" not in err
+
+
+def test_a_truncated_checkpoint_is_named(recipe, tmp_path, call):
+    runs = tmp_path / "runs"
+    run = stages.train(load_config(recipe), runs)
+    weights = run.path / "checkpoint" / "hasher.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    code, _, err = call("evaluate", run.path)
+    assert code == 1
+    assert "hasher.safetensors" in err.replace("\n", "")
+    (run.path / "model.json").unlink()
+    (run.path / "checkpoint" / "resume.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(RunError, match="damaged"):
+        stages.train(load_config(recipe), runs)
+
+
+def test_a_run_directory_of_another_config_is_refused(recipe, tmp_path):
+    run = stages.train(load_config(recipe), tmp_path / "runs")
+    held = yaml.safe_load((run.path / "config.yaml").read_text())
+    held["hasher"]["bits"] = 24
+    (run.path / "config.yaml").write_text(yaml.safe_dump(held))
+    with pytest.raises(RunError, match="another config"):
+        stages.train(load_config(recipe), tmp_path / "runs")
+
+
+def test_damaged_attack_block_is_named(tmp_path):
+    run = stages.train(make_config(CONFIG), tmp_path)
+    stages.evaluate(run)
+    block = next((run.path / "attacks").rglob("0.npz"))
+    block.write_bytes(block.read_bytes()[:100])
+    with pytest.raises(RunError, match="damaged"):
+        stages.evaluate(run)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    run = stages.train(make_config(CONFIG), tmp_path)
+    run.checkpoint({"epoch": 1})
+    real_save = torch.save
+
+    def full(state, path):
+        real_save({"epoch": 2}, path)
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="resume"):
+        run.checkpoint({"epoch": 2})
+    assert run.resume() == {"epoch": 1}
+    assert [p.name for p in (run.path / "checkpoint").iterdir() if ".part" in p.name] == []
+
+
+def test_recipes_of_the_repository_are_valid():
+    paths = sorted((REPO / "recipes").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        config = load_config(path)
+        assert config.name == path.stem
+        if config.training.init_from:
+            assert (path.parent / config.training.init_from).is_file()
+
+
+def test_unknown_recipe_file_and_run(call, tmp_path):
+    code, _, err = call("train", tmp_path / "none.yaml")
+    assert code == 1
+    assert "does not exist" in err.replace("\n", " ")
+    code, _, err = call("evaluate", tmp_path)
+    assert code == 1
+    assert "config.yaml" in err
+
+
+def test_list_shows_evidence(call):
+    code, out, _ = call("list", "attack", "--json")
+    cards = {card["name"]: card for card in json.loads(out)}
+    assert code == 0
+    assert cards["mainstay"]["evidence"] == "paper+code"
+    assert cards["dhta"]["targeted"]
+    code, _, err = call("list", "atack")
+    assert code == 1
+    assert "attack" in err
