@@ -1,8 +1,9 @@
 """Distance profiles and the exact tie-averaged average precision: the core under every ranking measure.
 
 Counting. A query's profile says how many database items, relevant items and shared labels lie at each Hamming distance.
-It is counted in blocks over both sides from packed words (XOR, AND, popcount); a pair becomes one small integer that
-holds its distance and its overlap, and a histogram of those integers is the profile. Nothing is sorted, no (Q, N) array
+It is counted in blocks over both sides from packed bytes (XOR, AND, popcount, which run 32 items at a time on bytes and
+one at a time on wider words); a pair becomes one small integer that holds its distance and its overlap, and a histogram
+of those integers is the profile. Nothing is sorted, no (Q, N) array
 is kept, and equal (code, label set) rows are counted once, so collapsed codes cost less. Counts are integers, so the
 profiles of shards add up to the profile of the whole, bit for bit.
 
@@ -30,9 +31,9 @@ Ties = Literal["expected", "optimistic", "pessimistic"]
 
 _PART = 1 << 18  # database items prepared at a time: bounds the memory of sorting and of label packing
 _COLUMNS = 1 << 14  # items per counting block; with _ROWS queries the block stays in the processor's cache
-_ROWS = 16
+_ROWS = 8
 _TABLE = 1 << 21  # histogram cells (8 bytes each) held at a time: bounds the memory for long codes and many labels
-_WINDOW = 1 << 18  # terms of the hypergeometric sum held at a time
+_WINDOW = 1 << 16  # terms of the hypergeometric sum held at a time
 
 
 # ---------------------------------------------------------------------------------------------- counting
@@ -40,13 +41,13 @@ _WINDOW = 1 << 18  # terms of the hypergeometric sum held at a time
 
 @dataclass(frozen=True)
 class Prepared:
-    """Codes and labels as machine words, equal rows merged: make it once for a database that is asked often."""
+    """Codes and labels as byte planes, equal rows merged: make it once for a database that is asked often."""
 
     bits: int
     classes: int
     size: int  # items before equal rows were merged
-    codes: np.ndarray  # (words, U) unsigned
-    labels: np.ndarray  # (words, U) unsigned
+    codes: np.ndarray  # (bytes, U) uint8
+    labels: np.ndarray  # (bytes, U) uint8
     single: np.ndarray | None  # (U,) int32, the label where no item has two; -1 where it has none
     most: int  # labels of the item that has most
     counts: np.ndarray | None  # (U,) float64, items per row; None: one each
@@ -71,11 +72,12 @@ def prepare(codes: Codes, labels: Tensor, *, merge_above: float = 2.0) -> Prepar
         raise ValueError(f"labels must be (N, C) multi-hot with C > 0, got shape {tuple(labels.shape)}")
     if len(labels) != len(codes):
         raise ValueError(f"{len(labels)} label rows for {len(codes)} codes")
-    code_words = _words(_checked_bytes(codes))
-    label_words, single, most = _pack_labels(labels)
-    order, starts = _runs(np.concatenate([code_words.astype(np.uint64), label_words.astype(np.uint64)]))
+    packed = _checked_bytes(codes)
+    packed_labels, single, most = _pack_labels(labels)
+    order, starts = _runs(np.concatenate([as_words(packed), as_words(packed_labels)], axis=1).T)
+    code_planes, label_planes = np.ascontiguousarray(packed.T), np.ascontiguousarray(packed_labels.T)
     if len(starts) * merge_above > len(codes):
-        return Prepared(codes.bits, labels.shape[1], len(codes), code_words, label_words, single, most, None, None)
+        return Prepared(codes.bits, labels.shape[1], len(codes), code_planes, label_planes, single, most, None, None)
     kept = order[starts]
     sizes = np.diff(np.append(starts, len(codes)))
     rows = np.empty(len(codes), dtype=np.int64)
@@ -84,8 +86,8 @@ def prepare(codes: Codes, labels: Tensor, *, merge_above: float = 2.0) -> Prepar
         codes.bits,
         labels.shape[1],
         len(codes),
-        np.ascontiguousarray(code_words[:, kept]),
-        np.ascontiguousarray(label_words[:, kept]),
+        np.ascontiguousarray(code_planes[:, kept]),
+        np.ascontiguousarray(label_planes[:, kept]),
         None if single is None else single[kept],
         most,
         sizes.astype(np.float64),
@@ -106,19 +108,8 @@ def _checked_bytes(codes: Codes) -> np.ndarray:
     return packed
 
 
-def _words(packed: np.ndarray) -> np.ndarray:
-    """(N, bytes) -> (words, N), in the narrowest words that hold a row: half the bytes is half the traffic."""
-    width = packed.shape[1]
-    if width > 4:
-        return np.ascontiguousarray(as_words(packed).T)
-    size = {1: 1, 2: 2, 3: 4, 4: 4}[width]
-    padded = np.zeros((len(packed), size), dtype=np.uint8)
-    padded[:, :width] = packed
-    return padded.view(f"u{size}").reshape(1, -1)
-
-
 def _pack_labels(labels: Tensor) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Label words (words, N), the single label of each item (or None), and the most labels of one item."""
+    """Labels as (N, bytes) bits, the single label of each item (or None), and the most labels of one item."""
     count, classes = labels.shape
     packed = np.empty((count, (classes + 7) // 8), dtype=np.uint8)
     single = np.empty(count, dtype=np.int32)
@@ -134,7 +125,7 @@ def _pack_labels(labels: Tensor) -> tuple[np.ndarray, np.ndarray | None, int]:
         most = max(most, int(numbers.max()))
         packed[start : start + step] = np.packbits(on, axis=1)
         single[start : start + step] = np.where(numbers > 0, on.argmax(axis=1), -1)
-    return _words(packed), single if most <= 1 else None, most
+    return packed, single if most <= 1 else None, most
 
 
 def _runs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -243,22 +234,20 @@ class _Scratch:
     """Buffers of one counting block, allocated once: fresh pages would cost more than the counting."""
 
     def __init__(self, cells: int, widest: int) -> None:
-        self.words = np.empty(cells * 8, np.uint8)
+        self.pairs = np.empty(cells, np.uint8)
         self.once = np.empty(cells, np.uint8)
         self.total = np.empty(cells, np.uint8 if widest < 256 else np.uint16)
 
     def popcounts(self, operation: np.ufunc, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """(words, b), (words, m) -> (b, m) bits set after ``operation``; valid until the next call."""
+        """(bytes, b), (bytes, m) -> (b, m) bits set after ``operation``; valid until the next call."""
         shape = (left.shape[1], right.shape[1])
         used = shape[0] * shape[1]
-        pairs = self.words[: used * left.itemsize].view(left.dtype).reshape(shape)
-        once, total = self.once[:used].reshape(shape), self.total[:used].reshape(shape)
+        pairs, once, total = (buffer[:used].reshape(shape) for buffer in (self.pairs, self.once, self.total))
         for index in range(len(left)):
             operation(left[index, :, None], right[index], out=pairs)
-            np.bitwise_count(pairs, out=once)
-            if len(left) == 1:
-                return once
-            np.add(total if index else 0, once, out=total)
+            np.bitwise_count(pairs, out=once if index else total)
+            if index:
+                np.add(total, once, out=total)
         return total
 
 

@@ -6,6 +6,7 @@ Sizes: ``B`` batch, ``N`` items, ``Q`` queries, ``M`` reference items, ``K`` bit
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -38,6 +39,17 @@ class Batch:
             None if self.labels is None else self.labels.to(device, non_blocking=True),
             self.ids.to(device, non_blocking=True),
         )
+
+    def only(self, modalities: Collection[str]) -> Batch:
+        """The same items with only these modalities.
+
+        Raises:
+            ValueError: where the items have none of them.
+        """
+        kept = {name: value for name, value in self.inputs.items() if name in modalities}
+        if not kept:
+            raise ValueError(f"these items have {sorted(self.inputs)}, and {sorted(modalities)} was asked for")
+        return replace(self, inputs=kept)
 
     def with_inputs(self, inputs: Inputs) -> Batch:
         """The same items with some modalities replaced, as an attack returns them."""

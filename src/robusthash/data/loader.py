@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -13,7 +13,11 @@ from robusthash.data.base import Split
 
 
 def batches(
-    split: Split, batch_size: int, shuffle: Draws | None = None, positions: torch.Tensor | None = None
+    split: Split,
+    batch_size: int,
+    shuffle: Draws | None = None,
+    positions: torch.Tensor | None = None,
+    modalities: Sequence[str] | None = None,
 ) -> Iterator[Batch]:
     """Batches of ``split``; the last may be smaller.
 
@@ -21,6 +25,7 @@ def batches(
         batch_size: items per batch, at least 1.
         shuffle: the order is drawn from this scope; None keeps the split's order.
         positions: only these positions of the split (a pool); None for all.
+        modalities: only these, where the split has them; None for all.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -28,10 +33,15 @@ def batches(
     if shuffle is not None:
         order = order[torch.randperm(len(order), generator=shuffle.generator())]
     chunks = order.split(batch_size)
+
+    def read(chunk: torch.Tensor) -> Batch:
+        whole = split.batch(chunk)
+        return whole if modalities is None else whole.only(modalities)
+
     # one thread reads ahead, so that decoding the next batch overlaps computing on this one
     with ThreadPoolExecutor(max_workers=1) as reader:
-        ahead = reader.submit(split.batch, chunks[0])
+        ahead = reader.submit(read, chunks[0])
         for following in chunks[1:]:
-            current, ahead = ahead, reader.submit(split.batch, following)
+            current, ahead = ahead, reader.submit(read, following)
             yield current.result()
         yield ahead.result()

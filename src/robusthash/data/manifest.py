@@ -132,7 +132,7 @@ def _csv_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]
                 raise ValueError(f"{manifest}, line {reader.line_num} has not as many fields as the header")
             yield reader.line_num, dict(row)
     except csv.Error as error:
-        raise ValueError(f"{manifest}, line {reader.line_num} is not CSV: {error}") from error
+        raise ValueError(f"{manifest}, after line {reader.line_num}: not CSV, {error}") from error
 
 
 def _json_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

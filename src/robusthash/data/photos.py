@@ -98,12 +98,12 @@ def photos(
     _check_options(size, labels, max_overlap, train=train, query=query, database=database)
     draws = Draws(seed).within("photos")
     opened = [_open(photograph) for photograph in PHOTOGRAPHS]
-    small = [_reduced(image, _CHOOSING_SIDE) for image in opened]
-    asked = _windows(small, query, draws.within("query"), None, max_overlap)
+    tables = [_summed(_reduced(image, _CHOOSING_SIDE)) for image in opened]
+    asked = _windows(tables, query, draws.within("query"), None, max_overlap)
     items: list[PhotoItem] = []
     for part, count in (("train", train), ("query", query), ("database", database)):
         within = draws.within(part)
-        items += _describe(asked if part == "query" else _windows(small, count, within, asked, max_overlap), within)
+        items += _describe(asked if part == "query" else _windows(tables, count, within, asked, max_overlap), within)
     drawn = {
         photograph.name: _reduced(image, _DRAWING_FACTOR * size)
         for photograph, image in zip(PHOTOGRAPHS, opened, strict=True)
@@ -164,22 +164,28 @@ def _reduced(image: Image.Image, side: int) -> Image.Image:
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
+def _summed(image: Image.Image) -> np.ndarray:
+    """(2, H + 1, W + 1) summed-area tables of the grey levels and of their squares."""
+    grey = np.asarray(image.convert("L"), dtype=np.float64)
+    return np.pad(np.stack([grey, grey**2]), ((0, 0), (1, 0), (1, 0))).cumsum(1).cumsum(2)
+
+
 def _windows(
-    opened: Sequence[Image.Image], count: int, draws: Draws, avoid: np.ndarray | None, max_overlap: float
+    tables: Sequence[np.ndarray], count: int, draws: Draws, avoid: np.ndarray | None, max_overlap: float
 ) -> np.ndarray:
     """(count, 4) boxes as shares of width and height; item i is of photograph i mod 20.
 
     Each item takes the first of its own candidates that has content and keeps away from the windows to ``avoid``.
     """
     boxes = np.empty((count, 4))
-    for number, image in enumerate(opened):
-        taken = np.empty((0, 4)) if avoid is None else avoid[number :: len(opened)]
-        waiting = torch.arange(number, count, len(opened))
+    for number, table in enumerate(tables):
+        height, width = table.shape[1] - 1, table.shape[2] - 1
+        taken = np.empty((0, 4)) if avoid is None else avoid[number :: len(tables)]
+        waiting = torch.arange(number, count, len(tables))
         for attempt in range(_ROUNDS):
-            candidates = _candidates(
-                image, draws.within("window", attempt).uniform(waiting, (_TRIES, 4)).double().numpy()
-            )
-            allowed = _deviation(image, candidates) >= _LEAST_DEVIATION
+            numbers = draws.within("window", attempt).uniform(waiting, (_TRIES, 4))
+            candidates = _candidates(width, height, numbers.double().numpy())
+            allowed = _deviation(table, candidates) >= _LEAST_DEVIATION
             for box in taken:
                 allowed &= overlap(candidates, box) <= max_overlap
             found = allowed.any(axis=1)
@@ -195,15 +201,13 @@ def _windows(
     return boxes
 
 
-def _candidates(image: Image.Image, numbers: np.ndarray) -> np.ndarray:
+def _candidates(width: int, height: int, numbers: np.ndarray) -> np.ndarray:
     """(..., 4) in [0, 1) -> (..., 4) boxes: side 40-100 % of the shorter side, aspect 4:5 to 5:4, placed anywhere."""
-    shorter = min(image.size)
-    side = (0.4 + 0.6 * numbers[..., 0]) * shorter
+    side = (0.4 + 0.6 * numbers[..., 0]) * min(width, height)
     stretch = np.exp((numbers[..., 1] - 0.5) * np.log(1.25))  # square root of the aspect
-    width = np.minimum(side * stretch, image.width) / image.width
-    height = np.minimum(side / stretch, image.height) / image.height
-    left, top = numbers[..., 2] * (1 - width), numbers[..., 3] * (1 - height)
-    return np.stack([left, top, left + width, top + height], axis=-1)
+    across, down = np.minimum(side * stretch / width, 1), np.minimum(side / stretch / height, 1)
+    left, top = numbers[..., 2] * (1 - across), numbers[..., 3] * (1 - down)
+    return np.stack([left, top, left + across, top + down], axis=-1)
 
 
 def overlap(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -214,18 +218,13 @@ def overlap(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
     return intersection / (areas - intersection)
 
 
-def _deviation(image: Image.Image, boxes: np.ndarray) -> np.ndarray:
-    """(..., 4) boxes -> (...) standard deviation of the grey levels inside, from summed-area tables."""
-    grey = np.asarray(image.convert("L"), dtype=np.float64)
-    corners = np.rint(boxes * np.tile(image.size, 2)).astype(int)
-    left, top, right, bottom = np.moveaxis(corners, -1, 0)
-    area = (right - left) * (bottom - top)
-
-    def mean(values: np.ndarray) -> np.ndarray:
-        table = np.pad(values, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-        return (table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]) / area
-
-    return np.sqrt((mean(grey**2) - mean(grey) ** 2).clip(min=0))
+def _deviation(table: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Summed-area tables and (..., 4) boxes -> (...) standard deviation of the grey levels inside."""
+    height, width = table.shape[1] - 1, table.shape[2] - 1
+    left, top, right, bottom = np.moveaxis(np.rint(boxes * [width, height, width, height]).astype(int), -1, 0)
+    sums = table[:, bottom, right] - table[:, top, right] - table[:, bottom, left] + table[:, top, left]
+    mean, mean_square = sums / ((right - left) * (bottom - top))
+    return np.sqrt((mean_square - mean**2).clip(min=0))
 
 
 def _describe(boxes: np.ndarray, draws: Draws) -> list[PhotoItem]:

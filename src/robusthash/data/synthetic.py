@@ -91,8 +91,8 @@ def _draw(colour: Tensor, shape: Tensor, ground: Tensor, numbers: Tensor, noise:
     def column(number: int) -> Tensor:
         return numbers[:, number, None, None]
 
-    radius = 0.22 + 0.13 * column(1)
-    down, across = y - (0.35 + 0.3 * column(2)), x - (0.35 + 0.3 * column(3))
+    radius = 0.28 + 0.10 * column(1)
+    down, across = y - (0.4 + 0.2 * column(2)), x - (0.4 + 0.2 * column(3))
     distance = (down**2 + across**2).sqrt()
     larger = torch.maximum(down.abs(), across.abs())
     smaller = torch.minimum(down.abs(), across.abs())

@@ -222,7 +222,8 @@ def create(directory: Path, bits: int, engine: str) -> None:
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        for draft in directory.glob(f"{aside.name}*"):  # the file, and its log where SQLite could not finish
+            draft.unlink()
     _to_disk(directory)
 
 
@@ -269,9 +270,10 @@ def _told(path: Path, wait: float) -> Iterator[None]:
             text = f"{path} is damaged ({error}); restore it from a snapshot or build the index again"
             raise ValueError(text) from None
         if primary == sqlite3.SQLITE_FULL:
-            raise OSError(errno.ENOSPC, "the disk is full, nothing was written; make room", path) from None
+            raise OSError(errno.ENOSPC, "the disk is full, nothing was written; make room", str(path)) from None
         if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise TimeoutError(f"another process has been writing to {path} for {wait:g} s; try again later") from None
         if primary in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-            raise OSError(errno.EIO, f"the file cannot be read and written ({error})", path) from None
+            text = f"the file cannot be read and written ({error}); check its rights, the disk and the room on it"
+            raise OSError(errno.EIO, text, str(path)) from None
         raise

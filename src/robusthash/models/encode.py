@@ -34,7 +34,7 @@ def encode_split(
         origin: digest of the model and split, kept in the codes.
 
     Raises:
-        ValueError: where the model gives NaN or infinite logits.
+        ValueError: where the model gives NaN or infinite logits, or where it and the split share no such modality.
     """
     wanted = victim.modalities if modality is None else (modality,)
     packed: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
@@ -42,6 +42,10 @@ def encode_split(
     with frozen(victim), torch.inference_mode(), precision(dtype, victim.device):
         for batch in batches(split, batch_size):
             inputs = {name: values for name, values in batch.to(victim.device).inputs.items() if name in wanted}
+            if not inputs:
+                raise ValueError(
+                    f"nothing to encode: {list(wanted)} wanted, the {split.name} split has {list(batch.inputs)}"
+                )
             for name, output in victim(inputs).items():
                 packed[name].append(pack(sign(output.logits)))
             done += len(batch)

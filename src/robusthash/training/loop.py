@@ -16,14 +16,26 @@ from robusthash.data.transforms import augment
 from robusthash.training.recipe import Moment, Recipe
 
 
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
-    """One optimiser group."""
+    """One optimiser group.
+
+    Raises:
+        ValueError: an unknown optimiser.
+    """
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        _one_of("optimiser", self.name, ("sgd", "adam", "adamw"))
 
     def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         if self.name == "sgd":
@@ -34,12 +46,19 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate factor over training: warm-up share, then ``constant``, ``cosine`` or ``steps``."""
+    """Learning-rate factor over training: warm-up share, then ``constant``, ``cosine`` or ``steps``.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
 
     kind: Literal["constant", "cosine", "steps"] = "cosine"
     warmup: float = 0.0
     at: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.kind, ("constant", "cosine", "steps"))
 
     def factor(self, progress: float) -> float:
         """The factor after a share ``progress`` of all steps; a function of it alone, so that resuming is exact."""
@@ -57,7 +76,7 @@ class TrainConfig:
     """How to train: nothing here belongs to a method.
 
     Raises:
-        ValueError: epochs or batch size below 1.
+        ValueError: epochs or batch size below 1, or an unknown augmentation.
     """
 
     epochs: int = 20
@@ -74,6 +93,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _one_of("augment", self.augment, ("none", "flip-crop"))
 
 
 class RunLog(Protocol):
@@ -116,7 +136,8 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
         steps = math.ceil(items / config.batch_size)
         moment_draws = draws.within(epoch)
         started, sums, rate = time.perf_counter(), {}, 0.0
-        for step, batch in enumerate(batches(data.train, config.batch_size, moment_draws.within("order"), pool)):
+        order = moment_draws.within("order")
+        for step, batch in enumerate(batches(data.train, config.batch_size, order, pool, recipe.hasher.modalities)):
             progress = (epoch + step / steps) / config.epochs
             factor = config.schedule.factor(progress)
             batch = batch.to(device)

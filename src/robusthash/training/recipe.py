@@ -71,7 +71,7 @@ def train_facts(split: Split, bits: int, seed: int) -> TrainFacts:
 def fill_memory(memory: CodeMemory, hasher: Hasher, split: Split, batch_size: int) -> None:
     """One eval-mode pass, so that no row of the memory is ever empty."""
     with frozen(hasher):
-        for batch in batches(split, batch_size):
+        for batch in batches(split, batch_size, modalities=hasher.modalities):
             batch = batch.to(hasher.device)
             memory.update(hasher(batch.inputs), batch)
 
