@@ -80,7 +80,7 @@ def line_chart(
     def up(value: float) -> float:
         return round(_HEIGHT - _BOTTOM - y.share(value) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
-    drawn = [_frame(x, y, across, up)]
+    drawn: list[Markup] = _frame(x, y, across, up)
     if reference is not None:
         level = up(reference[1])
         drawn.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=level, y2=level, class_="reference"))
@@ -196,7 +196,7 @@ def _frame(x: Axis, y: Axis, across: Callable[[float], float], up: Callable[[flo
 
 
 def _figure(
-    title: str, description: str, drawn: object, height: int, keys: Sequence[tuple[str, Markup]], caption: str
+    title: str, description: str, drawn: Sequence[Markup], height: int, keys: Sequence[tuple[str, Markup]], caption: str
 ) -> Markup:
     swatches = [tag("li", tag("svg", mark, viewBox="0 0 26 12", aria_hidden="true"), name) for name, mark in keys]
     return tag(

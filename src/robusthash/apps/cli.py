@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,25 +42,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend end in one line and exit code 1, Ctrl-C in 130."""
+    """Entry point: an error that a user can mend is one line and exit code 1, a usage error 2, Ctrl-C 130."""
+    previous = signal.signal(signal.SIGINT, _stopped)
     try:
-        app(standalone_mode=False)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last checkpoint")
-        sys.exit(130)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
+        app()
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         console.print(f"[bold red]error:[/] {_escape(str(text))}", highlight=False)
         sys.exit(1)
-    except Exception as error:
-        if hasattr(error, "show"):  # click's own usage errors know how to show themselves
-            error.show()
-            sys.exit(error.exit_code)
-        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _stopped(signum: int, frame: FrameType | None) -> None:
+    console.print("stopped; the same command goes on from the last checkpoint")
+    sys.exit(130)
 
 
 def _escape(text: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from robusthash.apps import stages
-from robusthash.apps.config import Config, load_config, save_config
+from robusthash.apps.config import load_config, save_config
 from robusthash.apps.report import headline
 from robusthash.apps.runs import Run, write_json
 from robusthash.apps.stages import Shown, silent
@@ -219,7 +219,7 @@ def _first(codes: Codes, count: int) -> Codes:
     return replace(codes, packed=codes.packed[:count], ids=codes.ids[:count])
 
 
-# ---------------------------------------------------------------------------------------------- one query, four searches
+# ---------------------------------------------------------------------------------------------- one query searched
 
 
 def choose_example(
@@ -238,12 +238,12 @@ def choose_example(
     query = int(torch.where(fit, story, -1.0).argmax() if fit.any() else story.argmax())
     broken = attacked["undefended"] <= 0.5 * clean["undefended"]
     held = attacked["saat"] > 0.5 * clean["saat"]
+    chosen = f"Of the {int(fit.sum())} of {len(fit)} queries whose clean AP is above 0.9 under both models"
     rule = (
-        f"Of the {int(fit.sum())} of {len(fit)} queries whose clean AP is above 0.9 under both models, this is the one "
-        "with the largest sum of the AP that the undefended model loses and the AP that the hardened model keeps: a "
-        f"chosen example, not an average. Of all {len(fit)} queries, {int((broken & held).sum())} lose more than half "
-        "of their AP under the undefended model and keep more than half under the hardened one; "
-        f"{int((~held).sum())} lose half under the hardened one too."
+        f"{chosen if fit.any() else f'Of {len(fit)} queries'}, this is the one with the largest sum of the AP that the "
+        "undefended model loses and the AP that the hardened model keeps: a chosen example, not an average. Of all "
+        f"{len(fit)} queries, {int((broken & held).sum())} lose at least half of their AP under the undefended model "
+        f"and keep more than half under the hardened one; {int((~held).sum())} lose half under the hardened one too."
     )
     searches = []
     for model in MODELS:

@@ -88,7 +88,7 @@ def run_page(
         html.tiles(tiles),
         html.section("Results", results_table(results), tag("div", *charts, class_="pair"), notes(results.values())),
         html.section("What was changed", perceptibility_table(results)) if len(results) > 1 else None,
-        html.section("Training", training_chart(log), model_facts(card)),
+        html.section("Training", tag("div", model_facts(card), training_chart(log), class_="pair")),
         html.section("Setting", setting_facts(worst or clean, results)),
         html.section("Commands", html.commands(commands)),
         foot=versions_line(clean),
@@ -176,7 +176,7 @@ def perceptibility_table(results: Results) -> Markup:
         "largest |δ| (of 255)": lambda found: f"{found['linf/max'] * 255:.2f}",
         "L2, mean": lambda found: number(found["l2/mean"]),
         "MSE, mean": lambda found: f"{found['mse/mean']:.2e}",
-        "PSNR, mean (dB)": lambda found: number(found["psnr/mean"], 1),
+        "PSNR of mean MSE (dB)": lambda found: number(-10 * math.log10(max(found["mse/mean"], 1e-12)), 1),
         "SSIM, mean": lambda found: number(found["ssim/mean"]) if "ssim/mean" in found else "–",
         "pixels changed": lambda found: f"{found['l0/mean']:.0%}",
     }
@@ -244,7 +244,7 @@ def versions_line(result: EvalResult) -> str:
 
 
 def map_chart(models: Mapping[str, Results], tones: Mapping[str, Tone], caption: str = "") -> Markup:
-    """Headline value with interval, clean, under each untargeted attack and in the worst case, of one or more models."""
+    """Headline value with interval, clean, under each untargeted attack and in the worst case, of one or more runs."""
     first = next(iter(models.values()))
     measure = headline(first["clean"])
     names = [name for name, result in first.items() if name == "worst" or is_untargeted(name, result)]

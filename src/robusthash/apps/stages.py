@@ -39,6 +39,10 @@ def silent(done: int, total: int, text: str) -> None:
     """No progress is shown."""
 
 
+def _titled(shown: Shown, title: str) -> Callable[[int, int], None]:
+    return lambda done, total: shown(done, total, title)
+
+
 def read_data(config: Config) -> RetrievalData:
     """The data set that the config names."""
     return build("data", config.data)
@@ -97,7 +101,7 @@ def train(config: Config, root: Path, shown: Shown = silent, base: Path = Path("
 def make_recipe(config: Config, hasher: Hasher, objective: HashObjective) -> Recipe:
     """The recipe that the training section names."""
     training = config.training
-    if training.recipe == "hashing":
+    if training.attack is None or training.outer is None:
         return HashingRecipe(hasher, objective)
     attack = build("attack", training.attack, objective=objective)
     return AdversarialTraining(hasher, objective, attack, build("outer", training.outer))
@@ -132,9 +136,7 @@ def encode(run: Run, shown: Shown = silent) -> dict[str, Path]:
     origin, written = run.card()["digest"], {}
     (run.path / "codes").mkdir(exist_ok=True)
     for name, split in read_data(run.config).splits.items():
-        encoded = encode_split(
-            hasher, split, progress=lambda done, total, name=name: shown(done, total, f"encoding {name}"), origin=origin
-        )
+        encoded = encode_split(hasher, split, progress=_titled(shown, f"encoding {name}"), origin=origin)
         for modality, codes in encoded.items():
             path = run.path / "codes" / f"{name}.{modality}.npz"
             arrays = {"codes": codes.packed.numpy(), "bits": np.array(codes.bits), "ids": codes.ids.numpy()}
@@ -271,7 +273,7 @@ def database_codes(run: Run, shown: Shown = silent) -> Codes:
         hasher,
         split,
         modality=modality,
-        progress=lambda done, total: shown(done, total, "encoding the database"),
+        progress=_titled(shown, "encoding the database"),
         origin=run.card()["digest"],
     )[modality]
 

@@ -48,8 +48,9 @@ def demo_page(
         ),
         html.section(
             "How much, on average",
-            _comparison(summary, results),
-            tag("div", _dots(results), _eps_chart(summary, curves), _pr(results), _checks(summary), class_="pair"),
+            tag("div", _comparison(summary, results), _dots(results), class_="pair"),
+            tag("div", _eps_chart(summary, curves), _pr(results), class_="pair"),
+            _checks(summary),
             notes(result for found in results.values() for result in found.values()),
             slug="numbers",
         ),
@@ -71,7 +72,8 @@ def demo_page(
             setting_facts(results["saat"]["worst"], results["saat"]),
             slug="setting",
         ),
-        foot=f"{versions_line(results['saat']['clean'])}; seed {summary['seeds']['training']}, {summary['threads']} threads",
+        foot=f"{versions_line(results['saat']['clean'])}; seed {summary['seeds']['training']}; "
+        f"torch threads: {summary['threads']}",
     )
 
 
@@ -79,12 +81,13 @@ def _verdict(summary: Mapping[str, Any]) -> list[Child]:
     before, after = summary["undefended"], summary["saat"]
     attacks = len(summary["attacks"]) - sum("t-map" in before[name] for name in summary["attacks"])
     return [
-        f"The undefended hasher finds copies of a photograph with a MAP of {number(before['clean']['map'])}. Changes of "
-        f"at most {_budget(summary)} in each pixel bring it down to ",
+        f"The undefended hasher finds copies of a photograph with a MAP of {number(before['clean']['map'])}. Changes "
+        f"of at most {_budget(summary)} in each pixel bring it down to ",
         tag("b", number(before["worst"]["map"]), class_="undefended"),
         f" in the worst case over {attacks} attacks. After hardening by SAAT the same attacks leave ",
         tag("b", number(after["worst"]["map"]), class_="saat"),
-        f", and clean queries reach {number(after['clean']['map'])}. A random order would give {number(summary['chance'])}.",
+        f", and clean queries reach {number(after['clean']['map'])}. A random order would give "
+        f"{number(summary['chance'])}.",
     ]
 
 
@@ -176,9 +179,8 @@ def _hits_note() -> Markup:
     return tag(
         "p",
         "The eight nearest items of each model's index, nearest first, by (distance, id); d is the Hamming distance of "
-        "the codes. A full frame and ✓ mark other windows of the same photograph, a dashed frame and ✗ everything else. "
-        "Results are drawn larger than the 48 pixels that the models see. Each model is attacked with full knowledge "
-        "of it (white box).",
+        "the codes. A full frame and ✓ mark other windows of the same photograph, a dashed frame and ✗ all else. "
+        "Results are drawn larger than the models see them. Each model is attacked with full knowledge of it.",
         class_="note",
     )
 
@@ -197,21 +199,22 @@ def _comparison(summary: Mapping[str, Any], results: Mapping[str, Results]) -> M
             found = [summary[model][name] for model in results]
             text = "worst case per query" if name == "worst" else name
             if "t-map" in summary["saat"][name]:
-                text += ", target labels" if key == "t-map" else ", own labels"
+                text += f": {label}"
             cells: list[Child] = []
             for numbers in found:
                 low, high = numbers[f"{key}-interval"]
                 cells.append([number(numbers[key]), tag("span", f"{low:.3f} to {high:.3f}", class_="span")])
             ratio = found[1][key] / found[0][key] if found[0][key] else float("inf")
-            rows.append([text, label, *cells, f"{ratio:.2f}"])
-    rows.append(["chance", "MAP", *[number(summary["chance"])] * len(results), "–"])
+            rows.append([text, *cells, f"{ratio:.2f}"])
+    rows.append(["chance", *[number(summary["chance"])] * len(results), "–"])
     caption = (
         f"MAP over the whole database with 95 % bootstrap intervals over {summary['queries']} queries; untargeted and "
         "worst: higher is more robust; t-MAP is what a targeted attacker gains: lower is more robust. The worst case "
-        "takes, for each query, the lowest AP over clean and untargeted attacks."
+        "takes, for each query, the lowest AP over clean and untargeted attacks. Every item has one label here, so CgAT's "
+        "center code is the mainstay code, and the two attacks differ in their random start alone."
     )
     return html.table(
-        ["", "measure", *(TITLES[model] for model in results), "ratio"],
+        ["", *(TITLES[model] for model in results), "hardened : undefended"],
         rows,
         caption,
         [names.index("worst") + _extra(summary)],
@@ -243,8 +246,8 @@ def _eps_chart(summary: Mapping[str, Any], curves: Mapping[str, Curve]) -> Marku
         Axis("eps (of 255)", curve.eps),
         Axis("MAP", UNIT),
         ("chance", summary["chance"]),
-        f"{curve.attack} on the first {curve.ap.shape[1]} queries, bands: 95 % intervals. Each query keeps the lowest AP "
-        "found at this or a smaller budget, which this one allows as well; so the curves never rise.",
+        f"{curve.attack} on the first {curve.ap.shape[1]} queries, bands: 95 % intervals. Each query keeps the lowest "
+        "AP found at this or a smaller budget, which this one allows as well; so the curves never rise.",
     )
 
 
@@ -291,7 +294,7 @@ def _times(summary: Mapping[str, Any]) -> Markup:
     rows = [[name, f"{value:.0f}"] for name, value in seconds.items()]
     rows.append(["these together", f"{sum(seconds.values()):.0f}"])
     rows.append(["the call that wrote this report", f"{summary['seconds']['this call']:.0f}"])
-    caption = f"Seconds on the clock, {summary['threads']} threads. A call that goes on from an earlier one skips what is done."
+    caption = f"Seconds on the clock; torch threads: {summary['threads']}. A call that goes on skips what is done."
     return html.table(["", "s"], rows, caption, [len(rows) - 2])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
 import torch
@@ -153,7 +153,7 @@ class Attack:
         if missing:
             raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")
         with frozen(victim), torch.enable_grad():
-            attacked = replace(batch, inputs={name: batch.inputs[name] for name in self.threat.balls})
+            attacked = batch.only(self.threat.balls)
             guidance = self.guide(victim, attacked, goal, reference, draws.within(self.name, "guide"))
 
             def score(inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,8 @@ class SDHALoss:
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         q, codes, positive = probe.relaxed(), guidance.codes, guidance.weights
+        if positive is None:
+            raise ValueError("SDHA needs a set of codes with weights; use the guide 'positives'")
         with torch.no_grad():
             distances = (codes.shape[1] - sign(q) @ codes.T) / 2
             weights = positive * distances.clamp_min(0.5).rsqrt()

@@ -173,7 +173,11 @@ class APGD:
             previous_value = value
             better = best.offer(value, x)
             best_grad = _rows(better, grad, best_grad)
-            if chosen is not None and (t % self.select_every == 0 or t in checkpoints or t == self.steps - 1):
+            if (
+                chosen is not None
+                and select is not None
+                and (t % self.select_every == 0 or t in checkpoints or t == self.steps - 1)
+            ):
                 chosen.offer(select(sign(logits)), x)
             if t in checkpoints:
                 stuck = ~halved_before & (best.value <= value_before)

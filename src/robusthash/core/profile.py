@@ -30,9 +30,10 @@ Denominator = Literal["hits", "mink", "rel"]
 Ties = Literal["expected", "optimistic", "pessimistic"]
 
 _PART = 1 << 18  # database items prepared at a time: bounds the memory of sorting and of label packing
-_COLUMNS = 1 << 14  # items per counting block; with _ROWS queries the block stays in the processor's cache
-_ROWS = 8
+_COLUMNS = 1 << 17  # items per counting block
+_CELLS = 1 << 19  # (query, item) pairs per counting block: few enough for the cache, enough to hide the calls
 _TABLE = 1 << 21  # histogram cells (8 bytes each) held at a time: bounds the memory for long codes and many labels
+_FIELDS = ("items", "relevant", "gain", "gain_exp", "ideal")
 _WINDOW = 1 << 16  # terms of the hypergeometric sum held at a time
 
 
@@ -49,7 +50,7 @@ class Prepared:
     codes: np.ndarray  # (bytes, U) uint8
     labels: np.ndarray  # (bytes, U) uint8
     single: np.ndarray | None  # (U,) int32, the label where no item has two; -1 where it has none
-    most: int  # labels of the item that has most
+    numbers: np.ndarray  # (U,) labels of each row
     counts: np.ndarray | None  # (U,) float64, items per row; None: one each
     rows: np.ndarray | None  # (size,) row of each item; None: in order
 
@@ -73,11 +74,11 @@ def prepare(codes: Codes, labels: Tensor, *, merge_above: float = 2.0) -> Prepar
     if len(labels) != len(codes):
         raise ValueError(f"{len(labels)} label rows for {len(codes)} codes")
     packed = _checked_bytes(codes)
-    packed_labels, single, most = _pack_labels(labels)
+    packed_labels, single, numbers = _pack_labels(labels)
     order, starts = _runs(np.concatenate([as_words(packed), as_words(packed_labels)], axis=1).T)
     code_planes, label_planes = np.ascontiguousarray(packed.T), np.ascontiguousarray(packed_labels.T)
     if len(starts) * merge_above > len(codes):
-        return Prepared(codes.bits, labels.shape[1], len(codes), code_planes, label_planes, single, most, None, None)
+        return Prepared(codes.bits, labels.shape[1], len(codes), code_planes, label_planes, single, numbers, None, None)
     kept = order[starts]
     sizes = np.diff(np.append(starts, len(codes)))
     rows = np.empty(len(codes), dtype=np.int64)
@@ -89,7 +90,7 @@ def prepare(codes: Codes, labels: Tensor, *, merge_above: float = 2.0) -> Prepar
         np.ascontiguousarray(code_planes[:, kept]),
         np.ascontiguousarray(label_planes[:, kept]),
         None if single is None else single[kept],
-        most,
+        numbers[kept],
         sizes.astype(np.float64),
         rows,
     )
@@ -108,12 +109,12 @@ def _checked_bytes(codes: Codes) -> np.ndarray:
     return packed
 
 
-def _pack_labels(labels: Tensor) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Labels as (N, bytes) bits, the single label of each item (or None), and the most labels of one item."""
+def _pack_labels(labels: Tensor) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """Labels as (N, bytes) bits, the single label of each item (or None), and the number of labels."""
     count, classes = labels.shape
     packed = np.empty((count, (classes + 7) // 8), dtype=np.uint8)
     single = np.empty(count, dtype=np.int32)
-    most = 0
+    numbers = np.empty(count, dtype=np.int64)
     step = max(1, (1 << 22) // classes)
     for start in range(0, count, step):
         part = labels[start : start + step].detach().cpu().numpy()
@@ -121,11 +122,10 @@ def _pack_labels(labels: Tensor) -> tuple[np.ndarray, np.ndarray | None, int]:
         if not (on | (part == 0)).all():
             row = start + int(np.flatnonzero(~(on | (part == 0)).all(axis=1))[0])
             raise ValueError(f"labels must be 0 or 1 (multi-hot), row {row} has another value")
-        numbers = on.sum(axis=1)
-        most = max(most, int(numbers.max()))
+        numbers[start : start + step] = on.sum(axis=1)
         packed[start : start + step] = np.packbits(on, axis=1)
-        single[start : start + step] = np.where(numbers > 0, on.argmax(axis=1), -1)
-    return packed, single if most <= 1 else None, most
+        single[start : start + step] = np.where(on.any(axis=1), on.argmax(axis=1), -1)
+    return packed, single if numbers.max() <= 1 else None, numbers
 
 
 def _runs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,6 +134,17 @@ def _runs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Sorted by a 64-bit hash, which is several times faster than by rows. Neighbours are compared word by word, so that
     a hash collision can only split a run, never join two: counts stay exact.
     """
+    order = np.argsort(_mix(words))
+    changed = np.zeros(words.shape[1], dtype=bool)
+    changed[0] = True
+    for word in words:
+        ordered = word[order]
+        changed[1:] |= ordered[1:] != ordered[:-1]
+    return order, np.flatnonzero(changed)
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    """(words, N) uint64 -> (N,) uint64 hash of each column."""
     mixed = np.zeros(words.shape[1], dtype=np.uint64)
     for word in words:
         mixed ^= word
@@ -141,13 +152,7 @@ def _runs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mixed ^= mixed >> np.uint64(29)
         mixed *= np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(32)
-    order = np.argsort(mixed)
-    changed = np.zeros(words.shape[1], dtype=bool)
-    changed[0] = True
-    for word in words:
-        ordered = word[order]
-        changed[1:] |= ordered[1:] != ordered[:-1]
-    return order, np.flatnonzero(changed)
+    return mixed
 
 
 def code_profile(query: Codes, query_labels: Tensor, database: Codes, labels: Tensor, *, block: int = _PART) -> Profile:
@@ -200,7 +205,7 @@ def _spread(profile: Profile, asked: Prepared) -> Profile:
     if asked.rows is None:
         return profile
     rows = torch.from_numpy(asked.rows)
-    return Profile(*(getattr(profile, name)[rows] for name in ("items", "relevant", "gain", "gain_exp", "ideal")))
+    return Profile(*(getattr(profile, name)[rows] for name in _FIELDS))
 
 
 def _profile(asked: Prepared, database: Prepared) -> Profile:
@@ -209,13 +214,13 @@ def _profile(asked: Prepared, database: Prepared) -> Profile:
         raise ValueError(f"queries have {asked.bits} bits and the database {database.bits}")
     if asked.classes != database.classes:
         raise ValueError(f"queries have {asked.classes} label columns and the database {database.classes}")
-    distances, overlaps = asked.bits + 1, min(asked.most, database.most) + 1
+    distances, overlaps = asked.bits + 1, min(int(asked.numbers.max()), int(database.numbers.max())) + 1
     shared = torch.arange(overlaps)
     exponential = 2.0 ** shared.to(torch.float64) - 1
+    order = np.argsort(asked.numbers, kind="stable")  # queries of few labels together: their keys fit in a byte
     parts = []
-    group = max(1, _TABLE // (distances * overlaps))
-    for start in range(0, asked.codes.shape[1], group):
-        table = _histogram(asked, slice(start, start + group), database, distances, overlaps)
+    for start in range(0, len(order), max(1, _TABLE // (distances * overlaps))):
+        table = _histogram(asked, order[start : start + max(1, _TABLE // (distances * overlaps))], database, overlaps)
         parts.append(
             Profile(
                 items=table.sum(1),
@@ -225,9 +230,8 @@ def _profile(asked: Prepared, database: Prepared) -> Profile:
                 ideal=table.sum(2),
             )
         )
-    return Profile(
-        *(torch.cat([getattr(p, name) for p in parts]) for name in ("items", "relevant", "gain", "gain_exp", "ideal"))
-    )
+    back = torch.from_numpy(np.argsort(order))
+    return Profile(*(torch.cat([getattr(part, name) for part in parts])[back] for name in _FIELDS))
 
 
 class _Scratch:
@@ -251,36 +255,35 @@ class _Scratch:
         return total
 
 
-def _histogram(asked: Prepared, rows: slice, database: Prepared, distances: int, overlaps: int) -> Tensor:
-    """(rows, overlaps, distances) int64 counts of database items."""
-    codes, labels = asked.codes[:, rows], asked.labels[:, rows]
-    count, size, keys = codes.shape[1], database.codes.shape[1], distances * overlaps
-    own = np.where(asked.single[rows] < 0, -2, asked.single[rows]) if asked.single is not None else None
-    cells = _ROWS * min(_COLUMNS, size)
-    scratch = _Scratch(cells, max(asked.bits, asked.classes))
-    key = np.empty(cells, np.int16 if _ROWS * keys <= np.iinfo(np.int16).max else np.int32)
-    offsets = (np.arange(_ROWS) * keys).astype(key.dtype)[:, None]  # each query of a block counts into its own cells
-    table = torch.zeros((count, keys), dtype=torch.int64)
-    for left in range(0, size, _COLUMNS):
-        columns = slice(left, min(left + _COLUMNS, size))
-        weights = None if database.counts is None else torch.from_numpy(np.tile(database.counts[columns], _ROWS))
-        for top in range(0, count, _ROWS):
-            lines = slice(top, min(top + _ROWS, count))
+def _histogram(asked: Prepared, rows: np.ndarray, database: Prepared, overlaps: int) -> Tensor:
+    """(rows, overlaps, distances) int64 counts of database items, for rows of ``asked`` in the order of ``numbers``."""
+    codes, labels, numbers = asked.codes[:, rows], asked.labels[:, rows], asked.numbers[rows]
+    size, distances = database.codes.shape[1], asked.bits + 1
+    # one label each: equality is cheaper than a popcount; -2 and -1 stand for no label and never meet
+    own = None if asked.single is None or database.single is None else asked.single[rows] - (asked.numbers[rows] == 0)
+    width = min(_COLUMNS, size)
+    height = max(1, _CELLS // width)
+    scratch = _Scratch(height * width, max(asked.bits, asked.classes))
+    keys = {dtype: np.empty(height * width, dtype) for dtype in (np.uint8, np.int16, np.int32)}
+    table = torch.zeros((len(rows), overlaps * distances), dtype=torch.int64)
+    for left in range(0, size, width):
+        columns = slice(left, min(left + width, size))
+        weights = None if database.counts is None else torch.from_numpy(database.counts[columns])
+        for top in range(0, len(rows), height):
+            lines = slice(top, min(top + height, len(rows)))
+            cells = (min(int(numbers[lines.stop - 1]), overlaps - 1) + 1) * distances  # rows are ordered by numbers
+            key = keys[np.uint8 if cells <= 1 << 8 else np.int16 if cells <= 1 << 15 else np.int32]
             shape = (lines.stop - top, columns.stop - left)
-            used = shape[0] * shape[1]
-            pair = key[:used].reshape(shape)
-            if own is not None and database.single is not None:  # one label each: equality is cheaper than a popcount
+            pairs = key[: shape[0] * shape[1]].reshape(shape)
+            if own is not None and database.single is not None:
                 overlap = own[lines, None] == database.single[columns]
             else:
                 overlap = scratch.popcounts(np.bitwise_and, labels[:, lines], database.labels[:, columns])
-            np.multiply(overlap, distances, out=pair, dtype=key.dtype)
-            np.add(pair, scratch.popcounts(np.bitwise_xor, codes[:, lines], database.codes[:, columns]), out=pair)
-            np.add(pair, offsets[: shape[0]], out=pair)
-            found = torch.bincount(
-                torch.from_numpy(key[:used]), None if weights is None else weights[:used], minlength=shape[0] * keys
-            )
-            table[lines] += found.view(shape[0], keys).to(torch.int64)
-    return table.view(count, overlaps, distances)
+            np.multiply(overlap, distances, out=pairs, dtype=key.dtype)
+            np.add(pairs, scratch.popcounts(np.bitwise_xor, codes[:, lines], database.codes[:, columns]), out=pairs)
+            for row, line in enumerate(torch.from_numpy(pairs), top):
+                table[row, :cells] += torch.bincount(line, weights, minlength=cells).to(torch.int64)
+    return table.view(len(rows), overlaps, distances)
 
 
 def merge(profiles: Sequence[Profile]) -> Profile:

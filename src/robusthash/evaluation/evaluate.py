@@ -256,7 +256,6 @@ def _measure(bench: Bench, query: Codes, labels: Tensor) -> Measured:
 def _setting(bench: Bench, attack: Attack | None = None) -> Setting:
     """The fields that the bench and the attack know; the run adds the model's."""
     letters = {"image": "I", "text": "T"}
-    described = bench.data.describe()
     note = f" ({bench.data.note})" if bench.data.note else ""
     return Setting(
         model="",
@@ -269,7 +268,7 @@ def _setting(bench: Bench, attack: Attack | None = None) -> Setting:
         attacks=(attack.name,) if attack else (),
         budget=attack.budget if attack else "",
         seeds=(bench.seed,),
-        digests={"database": described["fingerprints"]["database"], "queries": bench.queries.fingerprint()},
+        digests={"database": bench.data.database.fingerprint(), "queries": bench.queries.fingerprint()},
         defense=bench.victim.declared,
     )
 

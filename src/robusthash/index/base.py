@@ -84,6 +84,10 @@ class CodeIndex(ABC):
         """Number of items held."""
 
     @abstractmethod
+    def next_id(self) -> int:
+        """One more than the highest id held, 0 for an empty index."""
+
+    @abstractmethod
     def payload(self, ids: Ids) -> list[dict[str, Any]]:
         """The payload of each id, in their order; ``{}`` for an item added without one.
 

@@ -107,6 +107,10 @@ class LocalIndex(CodeIndex):
     def count(self) -> int:
         return len(self._current().rows)
 
+    def next_id(self) -> int:
+        held = self._current().rows.ids
+        return int(held[-1]) + 1 if len(held) else 0
+
     def payload(self, ids: Ids) -> list[dict[str, Any]]:
         wanted = as_ids(ids)
         with self._lock:

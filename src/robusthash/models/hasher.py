@@ -39,12 +39,12 @@ class Hasher(nn.Module):
         super().__init__()
         if set(encoders) != set(heads):
             raise ValueError(f"encoders for {sorted(encoders)} but heads for {sorted(heads)}")
-        bits = {head.bits for head in heads.values()}
+        bits = {int(head.bits) for head in heads.values()}  # type: ignore[arg-type]
         if len(bits) != 1:
             raise ValueError(f"heads of different bits: {sorted(bits)}")
         self.encoders = nn.ModuleDict(encoders)
         self.heads = nn.ModuleDict(heads)
-        self.bits: int = bits.pop()
+        self.bits = bits.pop()
         self.spec = dict(spec or {})
         self.declared = declared
 

@@ -26,6 +26,8 @@ class TanhHead(nn.Module):
 class LinearHead(nn.Module):
     """Linear layer; the objective sees the logits, and attacks divide by their running mean size."""
 
+    size: Tensor
+
     def __init__(self, width: int, bits: int) -> None:
         super().__init__()
         self.bits = bits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -15,6 +16,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 class Normalise(nn.Module):
     """(x - mean) / std per channel, inside the model, so that attack budgets stay in pixel units."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -68,7 +72,7 @@ def small(width: int = 32, grid: int = 2) -> ImageEncoder:
     return ImageEncoder(trunk, 4 * width * grid**2, smallest=8, statistics=((0.5,) * 3, (0.25,) * 3))
 
 
-def _torchvision(name: str, weights: str | None) -> nn.Module:
+def _torchvision(name: str, weights: str | None) -> Any:
     """A torchvision model; ``weights`` is None (random), ``"hub"`` (download, on request) or a state-dict file."""
     make = getattr(torchvision.models, name)
     if weights == "hub":

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from robusthash.core.hamming import sign
 from robusthash.core.labels import relevant
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
 from robusthash.objectives.memory import CodeMemory
@@ -39,8 +38,11 @@ def share_similar(labels: Tensor, block: int = 1024) -> float:
 
 
 def quantisation(output: HashOutput) -> Tensor:
-    """(B,) mean squared distance of the relaxed code to its own sign, the sign held constant."""
-    return (output.code - sign(output.code.detach())).square().mean(1)
+    """(B,) mean squared distance of the relaxed code to its own sign, the sign held constant.
+
+    Written with the absolute value, which is the same, so that a NaN reaches the loss and the loop can say where.
+    """
+    return (output.code.abs() - 1.0).square().mean(1)
 
 
 class HashObjective(nn.Module, ABC):
@@ -70,7 +72,7 @@ class HashObjective(nn.Module, ABC):
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
         """Terms ``similarity`` and ``regularisation``, means over the batch."""
         labels, bank_labels = batch.labels, memory.labels
-        if self.supervised and labels is None:
+        if labels is None or bank_labels is None:
             raise ValueError(f"{type(self).__name__} is supervised, and this batch has no labels")
         pairs = [(output, memory.codes[other]) for output in outputs.values() for other in outputs]
         return {

@@ -18,7 +18,8 @@ def hadamard_centers(classes: int, bits: int, draws: Draws) -> Tensor:
     """(C, K) class centers in {-1, +1}.
 
     Rows of the Hadamard matrix and of its negative while K is a power of two; the rest are balanced random rows (K // 2
-    minus ones), drawn anew up to 20 times until the random ones are at least K / 4 apart and K / 2 on average.
+    minus ones), drawn anew up to 20 times until all are more than K / 4 apart and at least K / 2 on average; where no
+    draw meets both, the one of largest least distance is taken.
     """
     rows = torch.empty(0, bits)
     if bits & (bits - 1) == 0:
@@ -28,16 +29,16 @@ def hadamard_centers(classes: int, bits: int, draws: Draws) -> Tensor:
     if missing == 0:
         return rows
     generator = draws.within("centers").generator()
-    best, best_distance = None, -1.0
+    best, best_distance = rows, -1.0
     for _ in range(20):
         order = torch.rand(missing, bits, generator=generator).argsort(1)
         drawn = torch.cat([rows, torch.where(order < bits // 2, -1.0, 1.0)])
         gaps = (bits - drawn @ drawn.T) / 2
         gaps = gaps[~torch.eye(classes, dtype=torch.bool)] if classes > 1 else torch.tensor([float(bits)])
-        if best is None or gaps.min() > best_distance:
-            best, best_distance = drawn, float(gaps.min())
         if gaps.min() > bits / 4 and gaps.mean() >= bits / 2:
-            break
+            return drawn
+        if gaps.min() > best_distance:
+            best, best_distance = drawn, float(gaps.min())
     return best
 
 
@@ -54,6 +55,9 @@ class CSQ(HashObjective):
 
     Differs: works for any K and C (the center rule of the published codes where they have one).
     """
+
+    centers: Tensor
+    filler: Tensor
 
     def __init__(self, quantisation: float = 1e-4) -> None:
         super().__init__()

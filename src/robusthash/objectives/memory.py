@@ -17,6 +17,8 @@ class CodeMemory(nn.Module):
     DPSH's bank, SAAT's moving reference and (later) ADSH's database codes are this one object.
     """
 
+    labels: Tensor | None
+
     def __init__(self, items: int, bits: int, labels: Tensor | None, modalities: tuple[str, ...]) -> None:
         super().__init__()
         self.bits = bits

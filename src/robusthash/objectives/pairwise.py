@@ -43,6 +43,8 @@ class DPSH(HashObjective):
     Differs: h is tanh of the logits (the original feeds the unbounded output); the sums are means.
     """
 
+    similar_weight: Tensor
+
     def __init__(self, eta: float = 0.1, balance: bool = False) -> None:
         super().__init__()
         self.eta = eta
@@ -77,6 +79,9 @@ class HashNet(HashObjective):
     loss stays per item; the paper's extra weight by label overlap is left out, as in every code read. ``beta`` belongs
     to the objective: an attack's alpha never touches it.
     """
+
+    steps: Tensor
+    weights: Tensor
 
     def __init__(self, every: int = 200, gamma: float = 0.005) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ class Schedule:
     def factor(self, progress: float) -> float:
         """The factor after a share ``progress`` of all steps; a function of it alone, so that resuming is exact."""
         if progress < self.warmup:
-            return (progress + 1e-3) / self.warmup
+            return min((progress + 1e-3) / self.warmup, 1.0)
         if self.kind == "cosine":
             return 0.5 * (1.0 + math.cos(math.pi * (progress - self.warmup) / (1.0 - self.warmup)))
         if self.kind == "steps":
@@ -135,7 +135,8 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
         items = len(data.train) if pool is None else len(pool)
         steps = math.ceil(items / config.batch_size)
         moment_draws = draws.within(epoch)
-        started, sums, rate = time.perf_counter(), {}, 0.0
+        started, rate = time.perf_counter(), 0.0
+        sums: dict[str, float] = {}
         order = moment_draws.within("order")
         for step, batch in enumerate(batches(data.train, config.batch_size, order, pool, recipe.hasher.modalities)):
             progress = (epoch + step / steps) / config.epochs

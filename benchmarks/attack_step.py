@@ -1,0 +1,93 @@
+"""What one step of PGD costs beyond the forward and backward pass that it cannot do without.
+
+An attack of ten steps and ten bare passes (forward, the same loss, backward to the input, of the same frozen model on
+the same batch) are timed in turn; the ratio is the median over the pairs, so that other load on the machine cancels.
+Everything counts as the attack's but its guide: random start, checks for NaN, sign steps, projection, freezing.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robusthash.attacks import mainstay
+from robusthash.core.hamming import sign
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, Goal, Guidance
+from robusthash.models import Hasher, build_hasher
+from robusthash.models.hasher import frozen
+
+STEPS = 10
+
+
+@dataclass(frozen=True)
+class Given:
+    """A guide that costs nothing: the codes are known."""
+
+    codes: Tensor
+
+    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Any, draws: Draws) -> Guidance:
+        return Guidance(self.codes)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure(bench: str, target: float, image: str | dict[str, Any], side: int, count: int, pairs: int) -> dict[str, Any]:
+    """One row: the attack's time per step over that of a bare pass."""
+    victim = build_hasher(bits=32, image=image).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, 3, side, side, generator=generator)
+    batch, goal = Batch({"image": images}, None, torch.arange(count)), Goal(None, -1)
+    codes = sign(torch.randn(count, 32, generator=generator))
+    attack = replace(mainstay(steps=STEPS), guide=Given(codes))
+
+    def attacked() -> None:
+        attack.perturb(victim, batch, goal, None, draws=Draws(0))
+
+    def bare() -> None:
+        with frozen(victim):
+            for _ in range(STEPS):
+                leaf = images.detach().requires_grad_(True)
+                value = -(victim({"image": leaf})["image"].relaxed(1.0) * codes).mean(1)
+                torch.autograd.grad(value.sum(), leaf)
+
+    attacked()
+    bare()
+    times = [(seconds(attacked), seconds(bare)) for _ in range(pairs)]
+    ratio = statistics.median(a / b for a, b in times)
+    detail = {
+        "step_ms": round(1e3 * statistics.median(a for a, _ in times) / STEPS, 3),
+        "pass_ms": round(1e3 * statistics.median(b for _, b in times) / STEPS, 3),
+        "pixels": side,
+        "batch": count,
+        "steps": STEPS,
+        "pairs": pairs,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return {"bench": bench, "ratio": round(ratio, 4), "target": target, "better": "lower", "detail": detail}
+
+
+def run() -> list[dict[str, Any]]:
+    """Overhead of a step on an AlexNet-shaped net and on the small net."""
+    return [
+        measure("attack-step-alexnet", 1.05, "alexnet", side=224, count=8, pairs=7),
+        measure("attack-step-small", 1.10, {"name": "small", "width": 32}, side=32, count=128, pairs=15),
+    ]
+
+
+if __name__ == "__main__":
+    for row in run():
+        print(json.dumps(row))

@@ -1,0 +1,108 @@
+"""Search time of the local index against faiss called directly: one million 64-bit codes, 100 queries.
+
+Both scan the same codes in the same process and thread count, in pairs that alternate in order; the ratio is the
+median over the pairs, so that a burst of other work on the machine touches both sides. Exactness is checked first: a
+fast wrong answer is no result.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+
+from robusthash.core import hamming
+from robusthash.core.types import Codes
+from robusthash.index import CodeIndex, open_index
+
+BITS = 64
+TARGET = 1.10
+
+
+def random_codes(count: int, draws: np.random.Generator) -> np.ndarray:
+    """(count, 8) uint8, every bit a fair coin."""
+    return draws.integers(0, 256, (count, BITS // 8), dtype=np.uint8)
+
+
+def clustered_codes(count: int, draws: np.random.Generator, centres: np.ndarray, flips: float = 0.02) -> np.ndarray:
+    """(count, 8) uint8 as training makes them: a few centres, each bit flipped with a small chance; ties abound."""
+    noise = np.packbits(draws.random((count, BITS), dtype=np.float32) < flips, axis=1)
+    return centres[draws.integers(0, len(centres), count)] ^ noise
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare(index: CodeIndex, direct: Any, queries: Codes, k: int, pairs: int) -> tuple[float, dict[str, float]]:
+    """Median ratio of ours to faiss over alternating pairs, and the median times in milliseconds."""
+    rows = queries.packed.numpy()
+    sides = [lambda: index.search(queries, k), lambda: direct.search(rows, k)]
+    for side in sides:
+        side()  # warm
+    ours, theirs = [], []
+    for pair in range(pairs):
+        for side in (0, 1) if pair % 2 == 0 else (1, 0):
+            (ours, theirs)[side].append(seconds(sides[side]))
+    ratio = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
+    return ratio, {"ours_ms": 1e3 * statistics.median(ours), "faiss_ms": 1e3 * statistics.median(theirs)}
+
+
+def check(index: CodeIndex, queries: Codes, held: Codes, k: int) -> None:
+    """Ten queries against the oracle.
+
+    Raises:
+        AssertionError: where an id or a distance differs.
+    """
+    few = Codes(queries.packed[:10], BITS, queries.ids[:10])
+    ids, distances = hamming.topk(few.packed, held.packed, k, held.ids, block=2)
+    found = index.search(few, k)
+    if not (torch.equal(found.ids, ids) and torch.equal(found.distances, distances)):
+        raise AssertionError(f"the index and the oracle differ at k={k}")
+
+
+def run(count: int = 1_000_000, queries: int = 100, pairs: int = 25, seed: int = 0) -> list[dict[str, Any]]:
+    """One row for each distribution of codes and each k: ``bench, ratio, target, better, detail``."""
+    draws = np.random.default_rng(seed)
+    centres = random_codes(100, draws)
+    data = {
+        "random": (random_codes(count, draws), random_codes(queries, draws)),
+        "clustered": (clustered_codes(count, draws, centres), clustered_codes(queries, draws, centres)),
+    }
+    size, rows = f"{count // 1_000_000}M" if count >= 1_000_000 else str(count), []
+    for name, (database, asked) in data.items():
+        held = Codes(torch.from_numpy(database), BITS, torch.arange(count))
+        query = Codes(torch.from_numpy(asked), BITS, torch.arange(queries))
+        direct = faiss.IndexBinaryFlat(BITS)
+        direct.add(database)
+        with tempfile.TemporaryDirectory() as home:
+            with open_index(f"file:{home}", BITS) as index:
+                store = {"add_s": seconds(lambda index=index, held=held: index.add(held))}
+            start = time.perf_counter()
+            with open_index(f"file:{home}") as index:
+                store["open_s"] = time.perf_counter() - start
+                for k in (10, 100):
+                    check(index, query, held, k)
+                    ratio, times = compare(index, direct, query, k, pairs)
+                    detail = {"distribution": name, "n": count, "queries": queries, "k": k, "bits": BITS}
+                    detail |= {"pairs": pairs, "threads": faiss.omp_get_max_threads(), "faiss": faiss.__version__}
+                    bench = f"search-vs-faiss-{size}-{BITS}bit-k{k}-{name}"
+                    measured = {key: round(value, 3) for key, value in (times | store).items()}
+                    rows.append({"bench": bench, "ratio": round(ratio, 4), "target": TARGET, "better": "lower"})
+                    rows[-1]["detail"] = detail | measured
+    return rows
+
+
+if __name__ == "__main__":
+    for row in run():
+        print(json.dumps(row))

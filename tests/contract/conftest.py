@@ -1,0 +1,13 @@
+"""The small trained world in which attacks are checked."""
+
+from __future__ import annotations
+
+import pytest
+
+from contract.checks import World, make_world
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    """A trained victim, one batch of queries and what an attacker knows."""
+    return make_world()

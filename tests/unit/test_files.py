@@ -1,0 +1,111 @@
+"""Atomic writing: the old file survives an exception, a kill and a full disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from robusthash.core.files import write_all_aside, write_aside
+
+
+def run(code: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def test_new_content_replaces_old_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    path.write_text("old")
+    with write_aside(path) as aside:
+        assert aside.suffix == ".json"
+        aside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["value.json"]
+
+
+def test_an_exception_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), write_aside(path) as aside:
+        aside.write_text("half, then a lone surrogate: \udcff", encoding="utf-8")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["value.json"]
+
+
+def test_files_that_belong_together_change_together(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.npz", tmp_path / "a.json"]
+    for path in paths:
+        path.write_text("old")
+    with pytest.raises(FileNotFoundError, match=r"a\.json: nothing was written"), write_all_aside(paths) as asides:
+        asides[0].write_text("new")
+    assert [path.read_text() for path in paths] == ["old", "old"]
+    with write_all_aside(paths) as asides:
+        for aside in asides:
+            aside.write_text("new")
+    assert [path.read_text() for path in paths] == ["new", "new"]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileNotFoundError, match=r"folder .*nowhere does not exist"),
+        write_aside(tmp_path / "nowhere/x"),
+    ):
+        pass
+
+
+def test_an_error_of_another_file_keeps_its_own_message(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"other\.txt"), write_aside(tmp_path / "x"):
+        (tmp_path / "other.txt").read_text()
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
+    """A limit on the file size stands for the full disk: the write itself fails half way."""
+    path = tmp_path / "value.bin"
+    path.write_text("old")
+    child = run(
+        "import resource, signal, sys, pathlib\n"
+        "from robusthash.core.files import write_aside\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n"
+        "    with write_aside(pathlib.Path(sys.argv[1]) / 'value.bin') as aside:\n"
+        "        aside.write_bytes(bytes(100_000))\n"
+        "except OSError as error:\n"
+        "    print(error)\n",
+        tmp_path,
+    )
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == 0, said
+    assert f"cannot write {path}" in said
+    assert "before is unchanged" in said
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["value.bin"]
+
+
+def test_a_kill_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "value.txt"
+    path.write_text("old")
+    child = run(
+        "import sys, time, pathlib\n"
+        "from robusthash.core.files import write_aside\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with write_aside(folder / 'value.txt') as aside:\n"
+        "    aside.write_text('half')\n"
+        "    (folder / 'ready').touch()\n"
+        "    time.sleep(60)\n",
+        tmp_path,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=60)
+    assert path.read_text() == "old"

@@ -1,0 +1,90 @@
+"""Perceptibility against scikit-image and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from robusthash.evaluation import perceptibility
+
+
+def pair(count: int = 3, height: int = 33, width: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.rand(count, 3, height, width, generator=generator)
+    smooth = torch.nn.functional.avg_pool2d(clean, 5, 1, 2)
+    noise = (torch.rand(clean.shape, generator=generator) - 0.5) * 16 / 255
+    return smooth, (smooth + noise).clamp(0, 1)
+
+
+def test_ssim_and_psnr_agree_with_scikit_image() -> None:
+    clean, attacked = pair()
+    found = perceptibility.image_measures(clean, attacked)
+    for row in range(3):
+        left, right = (images[row].permute(1, 2, 0).double().numpy() for images in (clean, attacked))
+        expected = structural_similarity(
+            left, right, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0
+        )
+        assert float(found["ssim"][row]) == pytest.approx(expected, abs=1e-9)
+        assert float(found["psnr"][row]) == pytest.approx(peak_signal_noise_ratio(left, right, data_range=1.0))
+
+
+def test_an_unchanged_image() -> None:
+    clean, _ = pair(1)
+    found = perceptibility.image_measures(clean, clean)
+    assert {name: float(values[0]) for name, values in found.items()} == {
+        "linf": 0, "l2": 0, "mse": 0, "psnr": math.inf, "l0": 0, "ssim": pytest.approx(1)
+    }  # fmt: skip
+
+
+def test_one_changed_channel_is_one_changed_pixel() -> None:
+    clean = torch.full((1, 3, 16, 16), 0.5)
+    attacked = clean.clone()
+    attacked[0, 1, 2, 3] += 0.1
+    attacked[0, 0, 5, 5] += 1 / 600  # below half a grey level
+    found = perceptibility.pixel_norms(clean, attacked)
+    assert float(found["l0"]) == 1 / 256
+    assert float(found["linf"]) == pytest.approx(0.1)
+    assert float(found["l2"]) == pytest.approx(math.hypot(0.1, 1 / 600), rel=1e-5)
+
+
+def test_summary_holds_mean_and_worst() -> None:
+    clean, attacked = pair()
+    attacked[1] = clean[1]
+    made = perceptibility.perceptibility(clean, attacked)
+    per_image = perceptibility.image_measures(clean, attacked)
+    assert made["l2/mean"] == pytest.approx(float(per_image["l2"].mean()))
+    assert made["l2/max"] == pytest.approx(float(per_image["l2"].max()))
+    assert made["ssim/min"] == pytest.approx(float(per_image["ssim"].min()))
+    assert made["psnr/mean"] == math.inf
+    assert math.isfinite(made["psnr/min"])
+
+
+def test_matrix_norms_have_their_own_names() -> None:
+    clean, attacked = pair()
+    delta = (attacked - clean).double()
+    found = perceptibility.legacy_matrix_norms(clean, attacked)
+    assert float(found["legacy_matrix_inf"][0]) == pytest.approx(float(delta[0].abs().sum(2).amax(1).mean()))
+    assert float(found["legacy_matrix_2"][0]) == pytest.approx(float(torch.linalg.svdvals(delta[0])[:, 0].mean()))
+    assert float(found["legacy_matrix_inf"][0]) > float(perceptibility.pixel_norms(clean, attacked)["linf"][0])
+
+
+def test_bad_images_are_refused() -> None:
+    clean, attacked = pair(2, 10, 40)
+    with pytest.raises(ValueError, match="at least 11 x 11 pixels, got 10 x 40"):
+        perceptibility.ssim(clean, attacked)
+    assert perceptibility.pixel_norms(clean, attacked)["linf"].shape == (2,)
+    with pytest.raises(ValueError, match="alike"):
+        perceptibility.pixel_norms(clean, attacked[:1])
+    with pytest.raises(ValueError, match=r"attacked images must lie in \[0, 1\], got 0"):
+        perceptibility.pixel_norms(clean, attacked + (attacked > attacked.mean()).float())
+    with pytest.raises(ValueError, match="clean images must lie"):
+        perceptibility.pixel_norms(clean * float("nan"), attacked)
+
+
+def test_texts() -> None:
+    assert perceptibility.changed_share(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 9, 3, 9]])).tolist() == [0.5]
+    left, right = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+    assert float(perceptibility.cosine_distance(left, right)) == pytest.approx(1 - math.sqrt(0.5))

@@ -1,0 +1,191 @@
+"""Records: JSON and back, no NaN, torn pairs noticed, comparison refused where settings differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from robusthash.evaluation.protocol import load_protocol
+from robusthash.evaluation.results import (
+    Cost,
+    EvalResult,
+    Flag,
+    Setting,
+    compare,
+    load_results,
+    save_results,
+)
+
+
+def setting(**changes: object) -> Setting:
+    plain = Setting(
+        model="dpsh-32",
+        database="photos",
+        queries="photos",
+        protocol=load_protocol("house").settings(),
+        direction="I2I",
+        bits=32,
+        threat="img-linf-8",
+        attacks=("hag", "mainstay"),
+        budget="2 x 100 steps",
+        seeds=(0, 1),
+        digests={"model": "aa", "codes": "bb", "database": "cc", "queries": "dd", "labels": "ee"},
+    )
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def result(seed: int = 0, **changes: object) -> EvalResult:
+    generator = torch.Generator().manual_seed(seed)
+    ap = torch.rand(30, generator=generator, dtype=torch.float64)
+    recall = ap.clone()
+    recall[4] = torch.nan
+    return EvalResult(
+        setting=setting(**changes),
+        values={"MAP@5000": float(ap.mean()), "MAP": 0.25},
+        per_query={"MAP@5000": ap, "R@100": recall, "flips": torch.arange(30)},
+        interval={"MAP@5000": (0.1, 0.9)},
+        reference={"chance": 0.1, "least": 0.05},
+        empty=2,
+        curves={"PR": {"recall": torch.arange(3).double(), "precision": torch.ones(3).double()}},
+        notes=("MAP@5000: k clipped to the 300 items of the database",),
+        winner=("hag/0",) * 30,
+        attacks={"hag/0": {"MAP": 0.2, "unique_wins": 4.0}},
+        representative={"MAP": 0.1},
+        perceptibility={"psnr/mean": float("inf"), "linf/max": 8 / 255},
+        flags=(Flag("F1", 0.0, 0.0, "pass", "none"), Flag("F7", 0.1, 0.0, "red", "fix the attack")),
+        cost=Cost(100, 90, 0, 3.5),
+    )
+
+
+def test_a_result_reads_like_a_mapping_and_offers_the_nearest_name() -> None:
+    made = result()
+    assert made["MAP"] == 0.25
+    assert made.unreliable
+    assert not dataclasses.replace(made, flags=()).unreliable
+    with pytest.raises(KeyError, match="did you mean 'MAP@5000'"):
+        made["MAP@500"]
+    with pytest.raises(ValueError, match="different length"):
+        dataclasses.replace(made, winner=("clean",))
+
+
+def test_saved_and_loaded_results_are_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    save_results(path, [result(0), result(1, model="csq-32")])
+    loaded = load_results(path)
+    for before, after in zip([result(0), result(1, model="csq-32")], loaded, strict=True):
+        for name in (f.name for f in dataclasses.fields(EvalResult)):
+            if name not in ("per_query", "curves"):
+                assert getattr(before, name) == getattr(after, name), name
+        for name, values in before.per_query.items():
+            assert torch.equal(values.nan_to_num(-1), after.per_query[name].nan_to_num(-1))
+            assert values.dtype == after.per_query[name].dtype
+        assert torch.equal(before.curves["PR"]["precision"], after.curves["PR"]["precision"])
+    assert {item.name for item in tmp_path.iterdir()} == {"metrics.json", "metrics.npz"}
+    text = path.read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert json.loads(text)["schema"] == "robusthash.results/1"
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_results(tmp_path / name / "metrics.json", [result()])
+    for suffix in ("json", "npz"):
+        assert (tmp_path / "a" / f"metrics.{suffix}").read_bytes() == (
+            tmp_path / "b" / f"metrics.{suffix}"
+        ).read_bytes()
+
+
+def test_nan_is_refused_by_name_and_the_old_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    save_results(path, [result()])
+    before = path.read_bytes()
+    broken = dataclasses.replace(result(), values={"MAP": float("nan")})
+    with pytest.raises(ValueError, match=r"results\[0\]\.values\.MAP is NaN"):
+        save_results(path, [broken])
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match=r"saved as \.json"):
+        save_results(tmp_path / "metrics.txt", [result()])
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    with pytest.raises(FileNotFoundError):
+        load_results(path)
+    path.write_text("not json")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_results(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="names no schema"):
+        load_results(path)
+    path.write_text('{"schema": "robusthash.results/99"}')
+    with pytest.raises(ValueError, match="results/99"):
+        load_results(path)
+    save_results(path, [result()])
+    document = json.loads(path.read_text())
+    del document["results"][0]["setting"]["bits"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="is damaged"):
+        load_results(path)
+
+
+def test_a_pair_that_does_not_belong_together_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    save_results(path, [result(0)])
+    older = path.with_suffix(".npz").read_bytes()
+    save_results(path, [result(1)])
+    path.with_suffix(".npz").write_bytes(older)
+    with pytest.raises(ValueError, match="does not belong"):
+        load_results(path)
+    path.with_suffix(".npz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"metrics\.npz, which is missing"):
+        load_results(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"database": "other"}, "database"),
+        ({"queries": "other"}, "queries"),
+        ({"threat": "img-l2"}, "threat"),
+        ({"attacks": ("hag",)}, "attacks"),
+        ({"budget": "1 x 10 steps"}, "budget"),
+        ({"seeds": (5,)}, "seeds"),
+        ({"direction": "I2T"}, "direction"),
+        ({"protocol": load_protocol("saat").settings()}, "protocol.k"),
+        ({"digests": {**setting().digests, "database": "XX"}}, "digests.database"),
+        ({"digests": {**setting().digests, "more": "XX"}}, "digests.more"),
+    ],
+)  # fmt: skip
+def test_comparison_is_refused_and_names_the_field(changes: dict[str, object], field: str) -> None:
+    with pytest.raises(ValueError, match=rf"differ in .*\b{field}\b"):
+        compare(result(0), result(1, **changes))
+
+
+def test_models_may_differ_also_after_a_round_trip(tmp_path: Path) -> None:
+    digests = {**setting().digests, "model": "zz", "codes": "yy"}
+    other = result(1, model="csq-64", bits=64, objective="csq", defense="saat", training_attack="pgd", digests=digests)
+    save_results(tmp_path / "metrics.json", [other])
+    differences = compare(result(0), load_results(tmp_path / "metrics.json")[0])
+    expected = result(0).per_query["MAP@5000"] - other.per_query["MAP@5000"]
+    made = differences["MAP@5000"]
+    assert made.mean == pytest.approx(float(expected.mean()))
+    assert made.interval[0] < made.mean < made.interval[1]
+    assert made.p <= made.p_holm <= 1
+    assert differences["R@100"].queries == 29
+    assert differences["flips"].p == 1
+
+
+def test_a_clear_difference_is_significant_after_correction() -> None:
+    better = result(0)
+    worse = dataclasses.replace(better, per_query={name: values - 0.1 for name, values in better.per_query.items()})
+    difference = compare(better, worse)["MAP@5000"]
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.p_holm < 0.001
+    with pytest.raises(ValueError, match="share no per-query measure"):
+        compare(better, dataclasses.replace(worse, per_query={}, winner=()))

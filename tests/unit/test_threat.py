@@ -1,0 +1,224 @@
+"""Balls, threats and the verification that the evaluator relies on; the PGD search against an independent library."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torchattacks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from robusthash.attacks.search import PGD
+from robusthash.attacks.threat import Ball, Threat, image_threat
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch
+
+EPS = 8 / 255
+
+
+def images(seed: int = 0, count: int = 4) -> Tensor:
+    return torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+
+
+# --- balls
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps"),
+    [("linf", -0.1), ("linf", 8), ("linf", 1.001), ("linf", float("nan")), ("l2", -1), ("l2", float("nan"))],
+)
+def test_a_budget_outside_the_range_is_refused(norm: str, eps: float) -> None:
+    with pytest.raises(ValueError, match="8/255"):
+        Ball(norm, eps)  # type: ignore[arg-type]
+
+
+def test_budgets_are_measured_in_the_width_of_the_range() -> None:
+    Ball("linf", 8, bounds=(0.0, 255.0))
+    Ball("linf", 1.0)
+    Ball("l2", 3.5)
+    with pytest.raises(ValueError, match="'l1'"):
+        Ball("l1", 0.1)  # type: ignore[arg-type]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), eps=st.floats(0, 1), norm=st.sampled_from(["linf", "l2"]), far=st.floats(0.01, 5))
+def test_projection_ends_inside_and_keeps_what_is_inside(seed: int, eps: float, norm: str, far: float) -> None:
+    ball, origin = Ball(norm, eps), images(seed).double()
+    noise = far * torch.randn(origin.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    x = ball.project(origin + noise, origin)
+    assert float(ball.size(x - origin).max()) <= eps + 1e-12
+    assert float(x.min()) >= 0
+    assert float(x.max()) <= 1
+    torch.testing.assert_close(ball.project(x, origin), x)
+    assert torch.equal(ball.project(origin, origin), origin)
+
+
+def test_l2_projection_scales_and_then_cuts() -> None:
+    origin = torch.tensor([[0.5, 0.5], [0.5, 0.95]]).view(2, 1, 1, 2)
+    moved = origin + torch.tensor([[0.3, 0.4], [0.3, 0.4]]).view(2, 1, 1, 2)
+    found = Ball("l2", 0.25).project(moved, origin).flatten(1)
+    torch.testing.assert_close(found, torch.tensor([[0.65, 0.7], [0.65, 1.0]]))
+    short = origin + 0.01
+    assert torch.equal(Ball("l2", 0.25).project(short, origin)[0], short[0])
+
+
+def test_linf_projection_by_coordinates() -> None:
+    origin = torch.tensor([[0.5, 0.02, 0.99]]).view(1, 1, 1, 3)
+    found = Ball("linf", 0.1).project(origin + torch.tensor([0.3, -0.3, 0.05]).view(1, 1, 1, 3), origin)
+    torch.testing.assert_close(found.flatten(), torch.tensor([0.6, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_steepest_step_has_unit_size_and_the_best_slope(norm: str) -> None:
+    ball, grad = Ball(norm, 1.0), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    step = ball.steepest(grad)
+    torch.testing.assert_close(ball.size(step), torch.ones(3))
+    slope = (grad * step).flatten(1).sum(1)
+    torch.testing.assert_close(slope, grad.flatten(1).norm(p=1 if norm == "linf" else 2, dim=1))  # the dual norm
+    assert torch.equal(ball.steepest(torch.zeros(1, 2, 4, 4)), torch.zeros(1, 2, 4, 4))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_start_is_inside_keyed_and_spread(norm: str) -> None:
+    ball, origin = Ball(norm, 0.1), torch.full((200, 1, 4, 4), 0.5)
+    ids = torch.arange(200)
+    start = ball.random_start(origin, ids, Draws(0))
+    sizes = ball.size(start - origin)
+    assert float(sizes.max()) <= 0.1 + 1e-6
+    assert float(sizes.max()) > 0.09
+    assert abs(float((start - origin).mean())) < 0.002
+    if norm == "l2":
+        assert float(sizes.min()) < 0.02  # lengths are spread, too
+    order = torch.randperm(200)
+    assert torch.equal(ball.random_start(origin, ids[order], Draws(0)), start[order])
+    assert not torch.equal(ball.random_start(origin, ids, Draws(1)), start)
+    assert torch.equal(Ball(norm, 0.0).random_start(origin, ids, Draws(0)), origin)
+
+
+# --- threats
+
+
+@pytest.mark.parametrize(
+    ("threat", "name"),
+    [
+        (image_threat(), "img-linf-8"),
+        (image_threat(0.5, "l2"), "img-l2-0.5"),
+        (image_threat(1 / 510), "img-linf-0.5"),
+        (Threat({"text": Ball("linf", 0.05), "image": Ball("linf", EPS)}), "img-linf-8+text-linf-12.75"),
+        (Threat({"image": Ball("linf", EPS)}, name="mine"), "mine"),
+        (image_threat().scaled(0.5), "img-linf-4"),
+    ],
+)
+def test_names(threat: Threat, name: str) -> None:
+    assert threat.name == name
+
+
+def test_a_threat_needs_a_modality() -> None:
+    with pytest.raises(ValueError, match="at least one modality"):
+        Threat({})
+
+
+def test_scaling_keeps_everything_else() -> None:
+    threat = Threat({"image": Ball("linf", EPS, (0.1, 0.9))}, knowledge="W2", side="database")
+    half = threat.scaled(0.5)
+    assert half == replace(threat, balls={"image": Ball("linf", EPS / 2, (0.1, 0.9))}, name="img-linf-4")
+    with pytest.raises(ValueError, match="outside"):
+        threat.scaled(100.0)
+
+
+def test_only_named_modalities_are_handled() -> None:
+    threat = image_threat()
+    inputs = {"image": images(), "text": torch.rand(4, 3)}
+    for made in (
+        threat.project(inputs, inputs),
+        threat.random_start(inputs, torch.arange(4), Draws(0)),
+        threat.steepest(inputs),
+    ):
+        assert set(made) == {"image"}
+
+
+def test_verify_accepts_the_border() -> None:
+    clean = images()
+    threat = image_threat(EPS)
+    corner = threat.project({"image": clean + 1.0}, {"image": clean})
+    threat.verify(corner, {"image": clean})
+    threat.verify({"image": clean, "text": torch.ones(4, 2)}, {"image": clean, "text": torch.ones(4, 2)})
+    l2 = image_threat(0.5, "l2")
+    l2.verify(l2.project({"image": clean + 1.0}, {"image": clean}), {"image": clean})
+
+
+def one_pixel(value: float) -> Tensor:
+    x = torch.full((4, 3, 5, 5), 0.5)
+    x[2, 1, 3, 3] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("norm", "x", "said"),
+    [
+        ("linf", one_pixel(0.5 + EPS + 1e-5), "beyond 0.0313"),
+        ("linf", one_pixel(float("nan")), "NaN or infinite"),
+        ("linf", one_pixel(float("inf")), "NaN or infinite"),
+        ("l2", one_pixel(0.5 + EPS + 1e-3), "under l2, beyond 0.0313"),
+        ("linf", one_pixel(0.5).double(), "float64"),
+        ("linf", one_pixel(0.5)[:, :, :4], "not torch.float32"),
+        ("linf", one_pixel(0.5)[:3], "not torch.float32"),
+    ],
+)
+def test_verify_catches(norm: str, x: Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        image_threat(EPS, norm).verify({"image": x}, {"image": torch.full((4, 3, 5, 5), 0.5)})
+
+
+@pytest.mark.parametrize("side", [-1e-4, 1 + 1e-4])
+def test_verify_catches_inputs_out_of_range(side: float) -> None:
+    clean = torch.full((1, 3, 5, 5), 0.001 if side < 0 else 0.999)
+    with pytest.raises(ValueError, match="leaves the range"):
+        image_threat(EPS).verify({"image": torch.full_like(clean, side)}, {"image": clean})
+
+
+def test_verify_catches_a_touched_modality() -> None:
+    clean = {"image": images(), "text": torch.zeros(4, 3)}
+    touched = {**clean, "text": clean["text"] + 1e-7}
+    with pytest.raises(ValueError, match="touched 'text', which img-linf-8 does not allow"):
+        image_threat().verify(touched, clean)
+
+
+# --- an independent implementation
+
+
+@pytest.mark.parametrize(("eps", "step_size", "steps"), [(8 / 255, 2 / 255, 7), (0.3, 0.05, 10), (8 / 255, 8 / 255, 1)])
+def test_pgd_equals_torchattacks(eps: float, step_size: float, steps: int) -> None:
+    torch.manual_seed(0)
+    classifier = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(54, 4)).eval()
+    x, labels = images(3, 6), torch.tensor([0, 1, 2, 3, 0, 1])
+
+    def score(inputs: dict[str, Tensor], progress: float) -> tuple[Tensor, Tensor]:
+        logits = classifier(inputs["image"])
+        return nn.functional.cross_entropy(logits, labels, reduction="none"), logits
+
+    search = PGD(steps, step_size, random_start=False)
+    batch = Batch({"image": x}, None, torch.arange(6))
+    ours = search(score, batch, image_threat(eps), Draws(0), None, None).inputs["image"]
+    theirs = torchattacks.PGD(classifier, eps=eps, alpha=step_size, steps=steps, random_start=False)(x, labels)
+    assert float((ours - x).abs().max()) > 0.9 * min(eps, steps * step_size)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_momentum_equals_torchattacks() -> None:
+    torch.manual_seed(0)
+    classifier = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(54, 4)).eval()
+    x, labels = images(4, 6), torch.tensor([0, 1, 2, 3, 0, 1])
+
+    def score(inputs: dict[str, Tensor], progress: float) -> tuple[Tensor, Tensor]:
+        logits = classifier(inputs["image"])
+        return nn.functional.cross_entropy(logits, labels, reduction="none"), logits
+
+    search = PGD(8, 2 / 255, momentum=1.0, random_start=False)
+    batch = Batch({"image": x}, None, torch.arange(6))
+    ours = search(score, batch, image_threat(8 / 255), Draws(0), None, None).inputs["image"]
+    theirs = torchattacks.MIFGSM(classifier, eps=8 / 255, alpha=2 / 255, steps=8, decay=1.0)(x, labels)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
