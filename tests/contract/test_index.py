@@ -72,6 +72,7 @@ def test_search_is_the_oracle(url: str, engine: str, bits: int, seed: int) -> No
         for k in (1, 7, 299, 300, 305):
             agrees(index.search(queries, k), queries, held, k)
         assert index.count() == 300
+        assert index.next_id() == int(held.ids.max()) + 1
         assert index.bits == bits
 
 
@@ -102,7 +103,7 @@ def test_an_empty_index_answers_with_minus_one(url: str, engine: str) -> None:
         assert found.ids.tolist() == found.distances.tolist() == [[-1, -1]] * 3
         assert index.range(random_codes(3, 12), 12).ids[2].tolist() == []
         assert index.search(random_codes(3, 12), 2, where=[1]).ids.tolist() == [[-1, -1]] * 3
-        assert index.count() == index.remove([1]) == 0
+        assert index.count() == index.remove([1]) == index.next_id() == 0
 
 
 def test_no_queries_and_no_codes(url: str, engine: str) -> None:

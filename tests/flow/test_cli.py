@@ -122,7 +122,7 @@ def test_adversarial_run_trains_its_ancestor_first(recipe, tmp_path):
 
 def test_killed_training_goes_on_to_the_same_result(tmp_path):
     """kill -9 after the first checkpoint; the same command ends with the same weights as an uninterrupted run."""
-    config = {**CONFIG, "training": {**CONFIG["training"], "epochs": 60}}
+    config = {**CONFIG, "training": {**CONFIG["training"], "epochs": 30}}
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "robusthash", "train", str(path), "--runs", str(tmp_path / "killed")]
@@ -138,7 +138,7 @@ def test_killed_training_goes_on_to_the_same_result(tmp_path):
     resumed = stages.train(load_config(path), tmp_path / "killed")
     whole = stages.train(load_config(path), tmp_path / "whole")
     assert resumed.card()["digest"] == whole.card()["digest"]
-    assert resumed.card()["epochs"] == 60
+    assert resumed.card()["epochs"] == 30
 
 
 def test_encode_then_score_agrees_with_evaluate(call, trained):

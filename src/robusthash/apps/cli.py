@@ -48,7 +48,7 @@ def main() -> None:
         app()
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        console.print(f"[bold red]error:[/] {_escape(str(text))}", highlight=False)
+        console.print(f"[bold red]error:[/] {_escape(str(text))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     finally:
         signal.signal(signal.SIGINT, previous)

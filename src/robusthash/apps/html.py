@@ -66,9 +66,7 @@ def table(
         )
         for number, row in enumerate(rows)
     ]
-    made = tag(
-        "table", tag("thead", tag("tr", [tag("th", cell, scope="col") for cell in head])), tag("tbody", body)
-    )
+    made = tag("table", tag("thead", tag("tr", [tag("th", cell, scope="col") for cell in head])), tag("tbody", body))
     # the caption stays outside of what scrolls sideways on a narrow screen
     return tag(
         "figure",

@@ -210,8 +210,8 @@ def _comparison(summary: Mapping[str, Any], results: Mapping[str, Results]) -> M
     caption = (
         f"MAP over the whole database with 95 % bootstrap intervals over {summary['queries']} queries; untargeted and "
         "worst: higher is more robust; t-MAP is what a targeted attacker gains: lower is more robust. The worst case "
-        "takes, for each query, the lowest AP over clean and untargeted attacks. Every item has one label here, so CgAT's "
-        "center code is the mainstay code, and the two attacks differ in their random start alone."
+        "takes, for each query, the lowest AP over clean and untargeted attacks. Every item has one label here, so "
+        "CgAT's center code is the mainstay code, and the two attacks differ in their random start alone."
     )
     return html.table(
         ["", *(TITLES[model] for model in results), "hardened : undefended"],
