@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -35,13 +37,15 @@ def test_every_link_of_the_documents_leads_somewhere():
             assert (page.parent / target).exists(), f"{page.relative_to(REPO)} links to {target}"
 
 
-def test_documented_methods_of_add_a_method_work(tmp_path):
+def test_documented_methods_of_add_a_method_work(monkeypatch):
     """The three complete examples of docs/add-a-method.md register and make what they say."""
     from robusthash.core.registry import build, card
 
     text = (REPO / "docs" / "add-a-method.md").read_text()
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
-        exec(compile(code, f"example{number}", "exec"), {"__name__": f"example{number}"})
+        module = types.ModuleType(f"documented_example_{number}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(code, module.__name__, "exec"), module.__dict__)
     assert build("attack", "mainstay-scale-free").name == "mainstay-scale-free"
     assert build("objective", "cosine-pairs") is not None
     assert card("outer", "consistency").evidence == "own"

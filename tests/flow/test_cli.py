@@ -188,9 +188,7 @@ def test_index_build_search_add_remove(call, trained, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
     image = tmp_path / "picture.png"
     Image.fromarray(pixels).save(image)
-    code, out, _ = call(
-        "index", "search", index, image, "--run", trained, "--k", 3, "--json"
-    )
+    code, out, _ = call("index", "search", index, image, "--run", trained, "--k", 3, "--json")
     hits = json.loads(out)
     assert code == 0
     assert len(hits) == 3

@@ -1,11 +1,11 @@
 """Distance profiles and the exact tie-averaged average precision: the core under every ranking measure.
 
 Counting. A query's profile says how many database items, relevant items and shared labels lie at each Hamming distance.
-It is counted in blocks over both sides from packed bytes (XOR, AND, popcount, which run 32 items at a time on bytes and
-one at a time on wider words); a pair becomes one small integer that holds its distance and its overlap, and a histogram
-of those integers is the profile. Nothing is sorted, no (Q, N) array
-is kept, and equal (code, label set) rows are counted once, so collapsed codes cost less. Counts are integers, so the
-profiles of shards add up to the profile of the whole, bit for bit.
+It is counted in blocks over both sides from byte planes (XOR, AND, popcount; numpy runs these on many bytes at once, and
+its popcount of wider words on one at a time). A pair becomes one small integer, distance + (K + 1) * overlap, and a
+histogram of those integers is the profile. Nothing is sorted per query, no (Q, N) array is kept, and equal (code, label
+set) rows are counted once, so collapsed codes cost less. Counts are integers, so the profiles of shards add up to the
+profile of the whole, bit for bit.
 
 Average precision. Items at equal distance come in any order with equal chance. The expectation over those orders is a
 closed form of the counts (McSherry and Najork, "Computing information retrieval performance measures efficiently in the
@@ -32,9 +32,9 @@ Ties = Literal["expected", "optimistic", "pessimistic"]
 _PART = 1 << 18  # database items prepared at a time: bounds the memory of sorting and of label packing
 _COLUMNS = 1 << 17  # items per counting block
 _CELLS = 1 << 19  # (query, item) pairs per counting block: few enough for the cache, enough to hide the calls
-_TABLE = 1 << 21  # histogram cells (8 bytes each) held at a time: bounds the memory for long codes and many labels
-_FIELDS = ("items", "relevant", "gain", "gain_exp", "ideal")
+_TABLE = 1 << 20  # histogram cells (8 bytes each) held at a time: bounds the memory for long codes and many labels
 _WINDOW = 1 << 16  # terms of the hypergeometric sum held at a time
+_FIELDS = ("items", "relevant", "gain", "gain_exp", "ideal")
 
 
 # ---------------------------------------------------------------------------------------------- counting
@@ -218,9 +218,10 @@ def _profile(asked: Prepared, database: Prepared) -> Profile:
     shared = torch.arange(overlaps)
     exponential = 2.0 ** shared.to(torch.float64) - 1
     order = np.argsort(asked.numbers, kind="stable")  # queries of few labels together: their keys fit in a byte
+    step = max(1, _TABLE // (distances * overlaps))
     parts = []
-    for start in range(0, len(order), max(1, _TABLE // (distances * overlaps))):
-        table = _histogram(asked, order[start : start + max(1, _TABLE // (distances * overlaps))], database, overlaps)
+    for start in range(0, len(order), step):
+        table = _histogram(asked, order[start : start + step], database, overlaps)
         parts.append(
             Profile(
                 items=table.sum(1),
@@ -318,7 +319,7 @@ def harmonic(before: Tensor, count: Tensor) -> Tensor:
     Short sums from a table of 32; beyond it the difference of two digamma expansions, written with log1p so that it
     does not cancel. A table up to N would need 8 N bytes and lose digits where ``before`` is large.
     """
-    table = torch.cat([torch.zeros(1), (1.0 / torch.arange(1, 33, dtype=torch.float64))]).to(torch.float64).cumsum(0)
+    table = torch.nn.functional.pad(1.0 / torch.arange(1, 33, dtype=torch.float64), (1, 0)).cumsum(0)
     last = before + count
     near = table[last.clamp(max=32)] - table[before.clamp(max=32)]
     start = before.clamp(min=32).to(torch.float64) + 0.5

@@ -1,0 +1,165 @@
+"""Attacked evaluation: feasibility is checked by the evaluator, the worst case is per query, targets are counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import robusthash as rh
+from robusthash.attacks.base import Found
+from robusthash.attacks.guides import Own
+from robusthash.attacks.losses import Agreement
+from robusthash.attacks.threat import image_threat
+from robusthash.data import RetrievalData
+from robusthash.evaluation import make_bench, score_attack, score_clean, worst
+from robusthash.evaluation.attacked import Attacked, attack_block
+from robusthash.evaluation.evaluate import attack_all
+
+
+@pytest.fixture(scope="module")
+def data() -> RetrievalData:
+    return rh.load_data("synthetic", seed=0)
+
+
+@pytest.fixture(scope="module")
+def victim(data: RetrievalData) -> rh.Hasher:
+    hasher = rh.build_hasher(bits=16, image={"name": "small", "width": 8})
+    rh.fit(rh.HashingRecipe(hasher, rh.objectives.CSQ()), data, rh.TrainConfig(epochs=5, batch_size=32))
+    return hasher
+
+
+@pytest.fixture(scope="module")
+def bench(victim, data):
+    return make_bench(victim, data, batch_size=16)
+
+
+def attacks(steps: int = 5) -> dict[str, rh.Attack]:
+    return {
+        "mainstay": rh.attacks.mainstay(eps=16 / 255, steps=steps, step_size=8 / 255),
+        "hag": rh.attacks.hag(eps=16 / 255, steps=steps),
+        "guided-apgd": rh.attacks.guided_apgd(eps=16 / 255, steps=10),
+    }
+
+
+def test_worst_case_is_per_query_and_below_every_attack(bench):
+    clean = score_clean(bench)
+    results = {name: score_attack(bench, attack, attack_all(bench, attack)) for name, attack in attacks().items()}
+    found = worst(bench, clean, results)
+    stacked = torch.stack([clean.per_query["MAP"], *(r.per_query["MAP"] for r in results.values())])
+    assert torch.equal(found.per_query["wMAP"], stacked.min(0).values)
+    assert found["wMAP"] <= min(result["MAP"] for result in results.values())
+    assert found["wMAP"] < clean["MAP"]
+    assert 0 <= found["HRS"] <= 1
+    low, high = found.interval["wMAP"]
+    assert low <= found["wMAP"] <= high
+    assert len(found.winner) == len(bench.queries)
+    assert set(found.winner) <= {"clean", *results}
+    assert found.reference["clean"] == clean["MAP"]
+
+
+def test_an_attack_of_no_budget_changes_nothing(bench):
+    """F22 in small: at eps = 0 the attacked pipeline gives exactly the clean result."""
+    attack = rh.attacks.mainstay(eps=0.0, steps=2)
+    result, clean = score_attack(bench, attack, attack_all(bench, attack)), score_clean(bench)
+    assert torch.equal(result.per_query["MAP"], clean.per_query["MAP"])
+    assert result["flips"] == 0
+    assert result.perceptibility["linf/max"] == 0
+
+
+def test_evaluate_in_one_call_gives_the_same(victim, data, bench):
+    attack = attacks()["mainstay"]
+    alone = rh.evaluate(victim, data, attack=attack, batch_size=16)
+    beside = score_attack(bench, attack, attack_all(bench, attack))
+    assert alone["MAP"] == beside["MAP"]
+    assert rh.evaluate(victim, data)["MAP"] == score_clean(bench)["MAP"]
+
+
+def test_block_size_does_not_matter_to_the_victim_in_double(victim, data):
+    twin = rh.build_hasher(bits=16, image={"name": "small", "width": 8})
+    twin.load_state_dict(victim.state_dict())
+    whole, single = make_bench(twin, data, batch_size=40), make_bench(twin, data, batch_size=7)
+    attack = attacks()["mainstay"]
+    one = score_attack(whole, attack, attack_all(whole, attack))
+    many = score_attack(single, attack, attack_all(single, attack))
+    assert one["MAP"] == pytest.approx(many["MAP"], abs=0.01)  # float32 rounding may flip a bit near zero
+
+
+def test_exact_selection_is_not_worse_than_the_last_point(bench):
+    chosen = rh.attacks.guided_apgd(eps=16 / 255, steps=12)
+    last = replace(chosen, selects=False)
+    assert (
+        score_attack(bench, chosen, attack_all(bench, chosen))["MAP"]
+        <= score_attack(bench, last, attack_all(bench, last))["MAP"] + 1e-12
+    )
+
+
+def test_targeted_results_carry_base_rate_representative_and_collateral(bench):
+    attack = rh.attacks.mainstay_targeted(eps=16 / 255, steps=5, step_size=8 / 255)
+    result = score_attack(bench, attack, attack_all(bench, attack))
+    assert {"t-MAP", "t-MAP/max", "t-MAP/8bit", "MAP", "gain"} <= set(result.values)
+    assert result["t-MAP"] > result.reference["clean"]
+    assert result["gain"] == pytest.approx(result["t-MAP"] - result.reference["clean"])
+    assert "t-MAP" in result.representative
+    assert (result.per_query["t-MAP/max"] >= result.per_query["t-MAP"] - 1e-12)[
+        ~result.per_query["t-MAP"].isnan()
+    ].all()
+    assert result.empty == int((bench.targets.sum((1, 2)) == 0).sum())
+
+
+def test_targets_are_disjoint_and_shared_by_all_attacks(bench):
+    own = bench.query_labels[:, None]
+    assert ((bench.targets * own).sum(2) == 0).all()
+    assert torch.equal(bench.targets, make_bench(bench.victim, bench.data).targets)
+
+
+class Cheat:
+    """A search that leaves the ball."""
+
+    def __call__(self, score, batch, threat, draws, select, start):
+        inputs = {name: batch.inputs[name] + 0.5 for name in threat.balls}
+        return Found(inputs, torch.zeros(1), 1, 1)
+
+
+class Lie:
+    """A search that returns NaN."""
+
+    def __call__(self, score, batch, threat, draws, select, start):
+        return Found({name: batch.inputs[name] * float("nan") for name in threat.balls}, torch.zeros(1), 1, 1)
+
+
+def test_the_evaluator_projects_again_whatever_the_attack_returns(bench, monkeypatch):
+    monkeypatch.setattr(rh.Attack, "budget", property(lambda self: "cheating"))
+    cheat = rh.Attack("cheat", Own(), Agreement(), Cheat(), image_threat(4 / 255, knowledge="W0"))
+    result = score_attack(bench, cheat, attack_all(bench, cheat))
+    assert result.perceptibility["linf/max"] <= 4 / 255 + 1e-6
+
+
+def test_a_nan_from_the_attack_is_an_error(bench):
+    lie = rh.Attack("lie", Own(), Agreement(), Lie(), image_threat(4 / 255, knowledge="W0"))
+    with pytest.raises(ValueError, match="NaN"):
+        attack_block(bench, lie, 0)
+
+
+def test_attacked_blocks_survive_a_file(bench, tmp_path):
+    import numpy as np
+
+    block = attack_block(bench, attacks()["hag"], 0)
+    np.savez(tmp_path / "block.npz", **block.arrays())
+    with np.load(tmp_path / "block.npz", allow_pickle=False) as arrays:
+        again = Attacked.from_arrays({name: arrays[name] for name in arrays.files})
+    assert torch.equal(again.signs, block.signs)
+    assert torch.equal(again.inputs, block.inputs)
+    assert set(again.pixels) == set(block.pixels)
+
+
+def test_a_direction_that_the_victim_lacks_is_refused(victim, data):
+    with pytest.raises(ValueError, match="text"):
+        make_bench(victim, data, direction=("text", "image"))
+
+
+def test_the_query_limit_keeps_the_first_ones(victim, data):
+    short = make_bench(victim, data, queries=10)
+    assert len(short.queries) == 10
+    assert torch.equal(short.query_labels, data.query.labels[:10])
