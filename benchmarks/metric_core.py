@@ -26,8 +26,10 @@ from robusthash.core.types import Codes, Profile
 QUERIES, ITEMS, BITS, LABELS, CUT = 1000, 100_000, 32, 24, 5000
 ROUNDS = 5
 
+Sides = tuple[Codes, Tensor, Codes, Tensor]
 
-def make(bits: int = BITS, labels: int = LABELS, kind: str = "random") -> tuple[Codes, Tensor, Codes, Tensor]:
+
+def make(bits: int = BITS, labels: int = LABELS, kind: str = "random") -> Sides:
     """Queries and a database.
 
     Args:
@@ -77,12 +79,12 @@ def argsort(query: Codes, query_labels: Tensor, database: Codes, labels: Tensor)
     return float(sums[0] / len(query)), float(sums[1] / len(query))
 
 
-def race(data: tuple[Codes, Tensor, Codes, Tensor]) -> dict[str, Any]:
+def race(data: Sides) -> dict[str, Any]:
     """Both in turns, so that whatever else the machine does falls on both: ours whole, the baseline a slice of queries.
 
     Returns:
-        The ratio of processor seconds (descheduling by other programs does not count), processor and wall seconds of one
-        whole run of each, the best wall seconds of ours, and the values of both.
+        The ratio of processor seconds (time that other programs took does not count), processor and wall seconds of
+        one whole run of each, the best wall seconds of ours, and the values of both.
     """
     query, query_labels, database, labels = data
     own, base, values = [], [], np.zeros(2)
@@ -95,10 +97,10 @@ def race(data: tuple[Codes, Tensor, Codes, Tensor]) -> dict[str, Any]:
         clock = Clock()
         values += np.array(argsort(part, query_labels[rows], database, labels)) * len(rows) / QUERIES
         base.append(clock.read())
-    mine, theirs = np.mean(own, axis=0), np.sum(base, axis=0)
+    mine, theirs = np.mean(own, axis=0).tolist(), np.sum(base, axis=0).tolist()
     return {
-        "ratio": round(float(theirs[0] / mine[0]), 2),
-        "ratio_wall": round(float(theirs[1] / mine[1]), 2),
+        "ratio": round(theirs[0] / mine[0], 2),
+        "ratio_wall": round(theirs[1] / mine[1], 2),
         "seconds": {"ours": round(mine[0], 3), "argsort": round(theirs[0], 3)},
         "seconds_wall": {
             "ours": round(mine[1], 3),
@@ -131,8 +133,7 @@ def _memory_child(which: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     data = make()
     run = ours if which == "ours" else argsort
-    few = tuple(part if index > 1 else _head(part, 4) for index, part in enumerate(data))
-    run(*few)  # libraries and tables are loaded before the baseline is taken
+    run(*first(data, 4))  # libraries and tables are loaded before the baseline is taken
     before, peak, stop = _resident(), _resident(), threading.Event()
 
     def sample() -> None:
@@ -143,18 +144,20 @@ def _memory_child(which: str, pipe: Any) -> None:
 
     watcher = threading.Thread(target=sample)
     watcher.start()
-    run(*(data if which == "ours" else tuple(p if i > 1 else _head(p, 40) for i, p in enumerate(data))))
+    run(*(data if which == "ours" else first(data, 40)))
     stop.set()
     watcher.join()
     tracemalloc.start()
-    run(*(data if which == "ours" else few))
+    run(*(data if which == "ours" else first(data, 4)))
     traced = tracemalloc.get_traced_memory()[1]
     pipe.send({"resident_mb": (peak - before) / 2**20, "numpy_traced_mb": traced / 2**20})
     pipe.close()
 
 
-def _head(part: Any, count: int) -> Any:
-    return Codes(part.packed[:count], part.bits, part.ids[:count]) if isinstance(part, Codes) else part[:count]
+def first(data: Sides, count: int) -> Sides:
+    """The same with the first queries only."""
+    query, query_labels, database, labels = data
+    return Codes(query.packed[:count], query.bits, query.ids[:count]), query_labels[:count], database, labels
 
 
 def memory(which: str) -> dict[str, float]:

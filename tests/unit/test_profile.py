@@ -52,9 +52,13 @@ def assert_equal(left: Profile, right: Profile) -> None:
 @pytest.mark.parametrize(
     ("bits", "classes", "labels_each"),
     [(1, 1, 0.5), (8, 5, 1.5), (12, 10, 2.0), (24, 21, 2.0), (32, 24, 3.0), (48, 38, 3.0), (64, 64, 2.0), (65, 65, 2.0),
-     (128, 80, 3.0), (300, 300, 4.0)],
+     (128, 80, 3.0), (300, 300, 4.0), (1200, 300, 60.0)],
 )  # fmt: skip
-def test_profile_equals_a_naive_count(bits: int, classes: int, labels_each: float) -> None:
+@pytest.mark.parametrize("narrow", [0, 1 << 14])
+def test_profile_equals_a_naive_count(
+    bits: int, classes: int, labels_each: float, narrow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "_NARROW", narrow)
     query, query_labels = make(21, bits, classes, 0, labels_each=labels_each)
     database, labels = make(333, bits, classes, 1, labels_each=labels_each)
     assert_equal(code_profile(query, query_labels, database, labels), naive(query, query_labels, database, labels))
@@ -70,7 +74,9 @@ def test_single_labels_count_as_multi_hot_ones_and_items_without_a_label_never_m
     assert int(profile.relevant[4].sum()) == 0
 
 
-def test_equal_rows_are_merged_and_nothing_changes() -> None:
+@pytest.mark.parametrize("narrow", [0, 1 << 14])
+def test_equal_rows_are_merged_and_nothing_changes(narrow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "_NARROW", narrow)
     query, query_labels = make(60, 32, 10, 4, distinct=7)
     database, labels = make(900, 32, 10, 5, distinct=23)
     prepared = prepare(database, labels)
@@ -89,8 +95,10 @@ def test_hash_collisions_cannot_change_counts(monkeypatch: pytest.MonkeyPatch) -
     assert_equal(code_profile(query, query_labels, database, labels), naive(query, query_labels, database, labels))
 
 
-@pytest.mark.parametrize("block", [1, 10, 64, 10_000])
-def test_blocks_do_not_matter(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("narrow", [0, 1 << 14])
+@pytest.mark.parametrize("block", [7, 64, 10_000])
+def test_blocks_do_not_matter(block: int, narrow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "_NARROW", narrow)
     query, query_labels = make(37, 40, 12, 8)
     database, labels = make(130, 40, 12, 9)
     expected = code_profile(query, query_labels, database, labels)

@@ -41,8 +41,11 @@ MODELS = ("undefended", "saat")
 EPS = (0, 2, 4, 8, 12, 16)
 """Budgets of the curve, in grey levels of 255."""
 
-STRONGEST = "guided-apgd"
-"""The attack of the curve and of the pictures: it knows the database and keeps the point of lowest AP that it saw."""
+CURVE_ATTACK = "guided-apgd"
+"""The strongest of the attacks: it knows the database and keeps the point of lowest AP that it saw."""
+
+PICTURED = "mainstay"
+"""The attack of the pictures: it always spends the whole budget, where the strongest returns what it cannot harm."""
 
 _RESULTS = 8  # shown for each search
 _CURVE_QUERIES = 100
@@ -96,6 +99,7 @@ class Example:
     query: int
     name: str
     rule: str
+    attack: str
     eps: float
     searches: tuple[Search, ...]  # clean and attacked, for each model
 
@@ -184,9 +188,8 @@ def eps_curve(run: Run, bench: Bench, results: Mapping[str, EvalResult], shown: 
     the curve never rises. The budgets that were evaluated already (none, and the run's own) are taken from there;
     the others are kept in ``curve.json`` of the run as they are done.
     """
-    settings = stages.named_attacks(run.config.evaluation.attacks)[STRONGEST]
-    _, objective = stages.load_victim(run)
-    own: Attack = build("attack", settings, objective=objective)
+    settings, own = _attack(run, CURVE_ATTACK)
+    budget = own.threat.balls["image"].eps
     queries = min(_CURVE_QUERIES, len(bench.queries))
     few = replace(bench, queries=bench.queries.take(torch.arange(queries)), query=_first(bench.query, queries))
     identity = digest([settings, few.queries.fingerprint(), few.batch_size, few.seed, run.card()["digest"]])
@@ -199,12 +202,12 @@ def eps_curve(run: Run, bench: Bench, results: Mapping[str, EvalResult], shown: 
     for number, eps in enumerate(EPS):
         if eps == 0:
             ap = results["clean"].per_query[measure][:queries].tolist()
-        elif abs(eps / 255 - own.threat.balls["image"].eps) < 1e-9:
-            ap = results[STRONGEST].per_query[measure][:queries].tolist()
+        elif abs(eps / 255 - budget) < 1e-9:
+            ap = results[CURVE_ATTACK].per_query[measure][:queries].tolist()
         elif str(eps) in kept["ap"]:
             ap = kept["ap"][str(eps)]
         else:
-            attack: Attack = build("attack", {**settings, "eps": eps / 255}, objective=objective)
+            attack = replace(own, threat=own.threat.scaled(eps / 255 / budget))
             began = time.perf_counter()
             ap = score_attack(few, attack, attack_all(few, attack)).per_query[measure].tolist()
             kept["ap"][str(eps)] = ap
@@ -212,7 +215,7 @@ def eps_curve(run: Run, bench: Bench, results: Mapping[str, EvalResult], shown: 
             write_json(path, kept)
         rows.append(ap)
         shown(number + 1, len(EPS), "MAP against eps")
-    return Curve(STRONGEST, EPS, torch.tensor(rows, dtype=torch.float64).cummin(0).values, kept["seconds"])
+    return Curve(CURVE_ATTACK, EPS, torch.tensor(rows, dtype=torch.float64).cummin(0).values, kept["seconds"])
 
 
 def _first(codes: Codes, count: int) -> Codes:
@@ -227,42 +230,42 @@ def choose_example(
 ) -> Example:
     """Search with one query, clean and attacked, in the index of each model.
 
-    Of the queries with a clean AP above 0.9 under both models (of all, where there is none), it is the one with the
-    largest sum of what the undefended model loses and what the hardened one keeps. So it is chosen, not typical.
+    Of the queries with a clean AP above 0.9 under both models (of all, where there is none), it is the first one with
+    the largest sum, to one decimal, of what the undefended model loses and what the hardened one keeps. So it is
+    chosen, not typical.
     """
     measure = headline(results["saat"]["clean"])
     clean = {model: results[model]["clean"].per_query[measure] for model in MODELS}
-    attacked = {model: results[model][STRONGEST].per_query[measure] for model in MODELS}
+    attacked = {model: results[model][PICTURED].per_query[measure] for model in MODELS}
     fit = (clean["undefended"] > 0.9) & (clean["saat"] > 0.9)
-    story = clean["undefended"] - attacked["undefended"] + attacked["saat"]
+    story = (10 * (clean["undefended"] - attacked["undefended"] + attacked["saat"])).round()
     query = int(torch.where(fit, story, -1.0).argmax() if fit.any() else story.argmax())
-    broken = attacked["undefended"] <= 0.5 * clean["undefended"]
-    held = attacked["saat"] > 0.5 * clean["saat"]
-    chosen = f"Of the {int(fit.sum())} of {len(fit)} queries whose clean AP is above 0.9 under both models"
+    lost = {model: results[model]["worst"].per_query[f"w{measure}"] <= 0.5 * clean[model] for model in MODELS}
+    among = f"Of the {int(fit.sum())} queries whose clean AP is above 0.9 under both models" if fit.any() else "Of all"
     rule = (
-        f"{chosen if fit.any() else f'Of {len(fit)} queries'}, this is the one with the largest sum of the AP that the "
-        "undefended model loses and the AP that the hardened model keeps: a chosen example, not an average. Of all "
-        f"{len(fit)} queries, {int((broken & held).sum())} lose at least half of their AP under the undefended model "
-        f"and keep more than half under the hardened one; {int((~held).sum())} lose half under the hardened one too."
+        f"{among}, this is the first one with the largest sum, to one decimal, of the AP that the undefended model "
+        f"loses to the {PICTURED} attack and the AP that the hardened model keeps: a chosen example, not an average. "
+        f"In the worst case over all attacks, {int(lost['undefended'].sum())} of {len(fit)} queries lose at least half "
+        f"of their AP under the undefended model, and {int(lost['saat'].sum())} under the hardened one."
     )
     searches = []
     for model in MODELS:
         searches += _searches(model, runs[model], benches[model], query, clean[model], attacked[model])
     item = describe_item(benches["saat"].queries, query)
-    eps = float(_strongest(runs["saat"])[1].threat.balls["image"].eps)
-    return Example(query, item.photograph, rule, eps, tuple(searches))
+    eps = float(_attack(runs["saat"], PICTURED)[1].threat.balls["image"].eps)
+    return Example(query, item.photograph, rule, PICTURED, eps, tuple(searches))
 
 
-def _strongest(run: Run) -> tuple[dict[str, Any], Attack]:
-    """Settings of the attack of the pictures, and the attack."""
-    settings = stages.named_attacks(run.config.evaluation.attacks)[STRONGEST]
+def _attack(run: Run, name: str) -> tuple[dict[str, Any], Attack]:
+    """Settings of an attack of the run's recipe, and the attack."""
+    settings = stages.named_attacks(run.config.evaluation.attacks)[name]
     _, objective = stages.load_victim(run)
     return settings, build("attack", settings, objective=objective)
 
 
 def _searches(model: str, run: Run, bench: Bench, query: int, clean: Tensor, attacked: Tensor) -> list[Search]:
     """The clean and the attacked image of one query, each searched in the model's index."""
-    found = stages._attacked(run, bench, STRONGEST, *_strongest(run), silent)
+    found = stages._attacked(run, bench, PICTURED, *_attack(run, PICTURED), silent)
     origin = bench.queries.batch(torch.tensor([query])).inputs["image"][0]
     changed = found.inputs[query]
     measures = {name: float(value) for name, value in image_measures(origin[None], changed[None]).items()}
@@ -333,6 +336,7 @@ def summarise(
         "example": {
             "query": example.query,
             "photograph": example.name,
+            "attack": example.attack,
             "rule": example.rule,
             "ap": {f"{s.model}.{'attacked' if s.attacked else 'clean'}": s.ap for s in example.searches},
         },

@@ -48,9 +48,8 @@ def demo_page(
         ),
         html.section(
             "How much, on average",
-            tag("div", _comparison(summary, results), _dots(results), class_="pair"),
+            tag("div", _comparison(summary, results), tag("div", _dots(results), _checks(summary)), class_="pair"),
             tag("div", _eps_chart(summary, curves), _pr(results), class_="pair"),
-            _checks(summary),
             notes(result for found in results.values() for result in found.values()),
             slug="numbers",
         ),
@@ -107,13 +106,13 @@ def _tiles(summary: Mapping[str, Any]) -> Markup:
     made = []
     for model, title in TITLES.items():
         found = summary[model]
-        remark = f"{_span(found['clean'])}; of 8-bit images, worst {number(found['worst']['map-8bit'])}"
+        remark = f"worst: {_span(found['worst'])}; of 8-bit images {number(found['worst']['map-8bit'])}"
         text = f"{number(found['clean']['map'])} → {number(found['worst']['map'])}"
-        made.append((f"{title}: clean → worst MAP", text, remark))
+        made.append((f"{title}: MAP, clean → worst", text, remark))
     checks = summary["checks"]
-    made.append(("worst case, hardened : undefended", f"{checks['saat worst / undefended worst']:.1f} ×", "of MAP"))
+    made.append(("worst case", f"{checks['saat worst / undefended worst']:.1f} ×", "hardened to undefended MAP"))
     change = checks["saat clean / undefended clean"] - 1
-    made.append(("price on clean queries", f"{change:+.1%}".replace("-", "−"), "clean MAP, relative"))
+    made.append(("clean queries", f"{change:+.1%}".replace("-", "−"), "hardened against undefended MAP"))
     return html.tiles(made)
 
 
@@ -132,7 +131,7 @@ def _shots(example: Example) -> Markup:
         if search.attacked:
             delta = search.image - example.searches[0].image
             title = TITLES[search.model]
-            shots.append((search.image, f"attacked: {title}", "as sent to the search"))
+            shots.append((search.image, f"attacked: {title}", f"by {example.attack}, as sent to the search"))
             shots.append((0.5 + gain * delta, f"its change × {gain:.0f}", _norms(search)))
     figures = [
         tag("figure", html.picture(image, f"{name}, {text}"), tag("figcaption", tag("b", name), text))
@@ -143,7 +142,7 @@ def _shots(example: Example) -> Markup:
 
 def _norms(search: Search) -> str:
     found = search.measures
-    parts = [f"L∞ {found['linf'] * 255:.1f}/255", f"L2 {found['l2']:.2f}", f"PSNR {found['psnr']:.1f} dB"]
+    parts = [f"L∞ {found['linf'] * 255:.1f}/255", f"L2 {found['l2']:.2f}", f"PSNR {number(found['psnr'], 1)} dB"]
     return ", ".join([*parts, f"SSIM {found['ssim']:.3f}"]) + "; grey is no change"
 
 
@@ -211,10 +210,11 @@ def _comparison(summary: Mapping[str, Any], results: Mapping[str, Results]) -> M
         f"MAP over the whole database with 95 % bootstrap intervals over {summary['queries']} queries; untargeted and "
         "worst: higher is more robust; t-MAP is what a targeted attacker gains: lower is more robust. The worst case "
         "takes, for each query, the lowest AP over clean and untargeted attacks. Every item has one label here, so "
-        "CgAT's center code is the mainstay code, and the two attacks differ in their random start alone."
+        "CgAT's center code is the mainstay code, and the two attacks differ in their random start alone. Ratio: "
+        "hardened to undefended."
     )
     return html.table(
-        ["", *(TITLES[model] for model in results), "hardened : undefended"],
+        ["", *(TITLES[model] for model in results), "ratio"],
         rows,
         caption,
         [names.index("worst") + _extra(summary)],

@@ -1,8 +1,8 @@
 """Distance profiles and the exact tie-averaged average precision: the core under every ranking measure.
 
 Counting. A query's profile says how many database items, relevant items and shared labels lie at each Hamming distance.
-It is counted in blocks over both sides from byte planes (XOR, AND, popcount; numpy runs these on many bytes at once, and
-its popcount of wider words on one at a time). A pair becomes one small integer, distance + (K + 1) * overlap, and a
+It is counted in blocks over both sides from byte planes (XOR, AND, popcount): numpy runs these on many bytes at once,
+but a popcount of wider words on one at a time. A pair becomes one small integer, distance + (K + 1) * overlap, and the
 histogram of those integers is the profile. Nothing is sorted per query, no (Q, N) array is kept, and equal (code, label
 set) rows are counted once, so collapsed codes cost less. Counts are integers, so the profiles of shards add up to the
 profile of the whole, bit for bit.
@@ -32,6 +32,7 @@ Ties = Literal["expected", "optimistic", "pessimistic"]
 _PART = 1 << 18  # database items prepared at a time: bounds the memory of sorting and of label packing
 _COLUMNS = 1 << 17  # items per counting block
 _CELLS = 1 << 19  # (query, item) pairs per counting block: few enough for the cache, enough to hide the calls
+_NARROW = 1 << 14  # below so many items a histogram call for each query would cost more than its counting
 _TABLE = 1 << 20  # histogram cells (8 bytes each) held at a time: bounds the memory for long codes and many labels
 _WINDOW = 1 << 16  # terms of the hypergeometric sum held at a time
 _FIELDS = ("items", "relevant", "gain", "gain_exp", "ideal")
@@ -263,17 +264,21 @@ def _histogram(asked: Prepared, rows: np.ndarray, database: Prepared, overlaps: 
     # one label each: equality is cheaper than a popcount; -2 and -1 stand for no label and never meet
     own = None if asked.single is None or database.single is None else asked.single[rows] - (asked.numbers[rows] == 0)
     width = min(_COLUMNS, size)
-    height = max(1, _CELLS // width)
+    height = min(max(1, _CELLS // width), len(rows))
+    narrow = width < _NARROW
     scratch = _Scratch(height * width, max(asked.bits, asked.classes))
     keys = {dtype: np.empty(height * width, dtype) for dtype in (np.uint8, np.int16, np.int32)}
     table = torch.zeros((len(rows), overlaps * distances), dtype=torch.int64)
     for left in range(0, size, width):
         columns = slice(left, min(left + width, size))
-        weights = None if database.counts is None else torch.from_numpy(database.counts[columns])
+        weights = None
+        if database.counts is not None:
+            weights = torch.from_numpy(np.tile(database.counts[columns], height if narrow else 1))
         for top in range(0, len(rows), height):
             lines = slice(top, min(top + height, len(rows)))
             cells = (min(int(numbers[lines.stop - 1]), overlaps - 1) + 1) * distances  # rows are ordered by numbers
-            key = keys[np.uint8 if cells <= 1 << 8 else np.int16 if cells <= 1 << 15 else np.int32]
+            wide = narrow or cells > 1 << 15
+            key = keys[np.int32 if wide else np.uint8 if cells <= 1 << 8 else np.int16]
             shape = (lines.stop - top, columns.stop - left)
             pairs = key[: shape[0] * shape[1]].reshape(shape)
             if own is not None and database.single is not None:
@@ -282,8 +287,13 @@ def _histogram(asked: Prepared, rows: np.ndarray, database: Prepared, overlaps: 
                 overlap = scratch.popcounts(np.bitwise_and, labels[:, lines], database.labels[:, columns])
             np.multiply(overlap, distances, out=pairs, dtype=key.dtype)
             np.add(pairs, scratch.popcounts(np.bitwise_xor, codes[:, lines], database.codes[:, columns]), out=pairs)
-            for row, line in enumerate(torch.from_numpy(pairs), top):
-                table[row, :cells] += torch.bincount(line, weights, minlength=cells).to(torch.int64)
+            if narrow:  # all queries of the block in one histogram, each with cells of its own: a call costs more
+                np.add(pairs, np.arange(shape[0], dtype=np.int32)[:, None] * cells, out=pairs)
+                pairs = pairs.reshape(1, -1)
+            each = shape[0] // len(pairs)
+            for row, line in enumerate(torch.from_numpy(pairs)):
+                found = torch.bincount(line, None if weights is None else weights[: len(line)], minlength=each * cells)
+                table[top + row * each : top + (row + 1) * each, :cells] += found.view(each, cells).to(torch.int64)
     return table.view(len(rows), overlaps, distances)
 
 
