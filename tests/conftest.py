@@ -1,12 +1,16 @@
-"""The one fixture that looks outside the checkout."""
+"""One thread a process, and the one fixture that looks outside the checkout."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+
+
+torch.set_num_threads(1)  # the tests run side by side, and small tensors do not gain from more threads
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def test_a_bit_flips_exactly_beyond_its_budget(norm: str, gated: bool) -> None:
             assert flips(apgd(budget * 1.001, norm=norm), row, one, gate).item()
             assert not flips(apgd(budget * 0.999, steps=12, norm=norm), row, one, gate).item()
             tried += 1
-    assert tried > 10
+    assert tried > 4
 
 
 def test_equality_gives_zero_which_counts_as_plus_one() -> None:

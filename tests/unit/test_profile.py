@@ -38,7 +38,7 @@ def naive(query: Codes, query_labels: Tensor, database: Codes, labels: Tensor) -
         at.sum(1),
         (at * (shared > 0)[:, :, None]).sum(1),
         (at * shared[:, :, None]).sum(1),
-        (at * (2.0**shared - 1)[:, :, None].double()).sum(1),
+        (at * (2.0 ** shared.double() - 1)[:, :, None]).sum(1),
         torch.nn.functional.one_hot(shared, width).sum(1),
     )
 

@@ -290,12 +290,16 @@ def table(
 
 
 @app.command()
-def report(run: RunPath) -> None:
+def report(run: RunPath, as_json: AsJson = False) -> None:
     """Write report.html of an evaluated run."""
     from robusthash.apps.report import write_report
     from robusthash.apps.runs import load_run
 
-    sys.stdout.write(f"{write_report(load_run(run))}\n")
+    path = write_report(load_run(run))
+    if as_json:
+        _print_json({"report": str(path)})
+        return
+    sys.stdout.write(f"{path}\n")
 
 
 @app.command("list")

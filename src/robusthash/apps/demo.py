@@ -230,28 +230,35 @@ def choose_example(
 ) -> Example:
     """Search with one query, clean and attacked, in the index of each model.
 
-    Of the queries with a clean AP above 0.9 under both models (of all, where there is none), it is the first one with
-    the largest sum, to one decimal, of what the undefended model loses and what the hardened one keeps. So it is
-    chosen, not typical.
+    Of the queries that the undefended model finds and loses under attack and the hardened one finds and keeps (of all,
+    where there is none), it is the most colourful. So it is chosen, not typical, and its rule says among how many.
     """
     measure = headline(results["saat"]["clean"])
     clean = {model: results[model]["clean"].per_query[measure] for model in MODELS}
     attacked = {model: results[model][PICTURED].per_query[measure] for model in MODELS}
-    fit = (clean["undefended"] > 0.9) & (clean["saat"] > 0.9)
-    story = (10 * (clean["undefended"] - attacked["undefended"] + attacked["saat"])).round()
-    query = int(torch.where(fit, story, -1.0).argmax() if fit.any() else story.argmax())
+    found = (clean["undefended"] > 0.9) & (clean["saat"] > 0.9)
+    fit = found & (attacked["undefended"] < 0.1) & (attacked["saat"] > 0.9)
+    queries = benches["saat"].queries
+    images = queries.batch(torch.arange(len(queries))).inputs["image"]
+    colour = (images.amax(1) - images.amin(1)).mean((1, 2))  # spread of the channels, over all pixels
+    query = int(torch.where(fit, colour, -1.0).argmax() if fit.any() else colour.argmax())
     lost = {model: results[model]["worst"].per_query[f"w{measure}"] <= 0.5 * clean[model] for model in MODELS}
-    among = f"Of the {int(fit.sum())} queries whose clean AP is above 0.9 under both models" if fit.any() else "Of all"
+    among = (
+        f"{int(fit.sum())} of {len(fit)} queries have a clean AP above 0.9 under both models and, under the {PICTURED} "
+        "attack, below 0.1 under the undefended and above 0.9 under the hardened one. This is the most colourful of "
+        "them"
+        if fit.any()
+        else f"This is the most colourful of {len(fit)} queries"
+    )
     rule = (
-        f"{among}, this is the first one with the largest sum, to one decimal, of the AP that the undefended model "
-        f"loses to the {PICTURED} attack and the AP that the hardened model keeps: a chosen example, not an average. "
-        f"In the worst case over all attacks, {int(lost['undefended'].sum())} of {len(fit)} queries lose at least half "
-        f"of their AP under the undefended model, and {int(lost['saat'].sum())} under the hardened one."
+        f"{among}: a chosen example, not an average. In the worst case over all attacks, "
+        f"{int(lost['undefended'].sum())} of {len(fit)} queries lose at least half of their AP under the undefended "
+        f"model, and {int(lost['saat'].sum())} under the hardened one."
     )
     searches = []
     for model in MODELS:
         searches += _searches(model, runs[model], benches[model], query, clean[model], attacked[model])
-    item = describe_item(benches["saat"].queries, query)
+    item = describe_item(queries, query)
     eps = float(_attack(runs["saat"], PICTURED)[1].threat.balls["image"].eps)
     return Example(query, item.photograph, rule, PICTURED, eps, tuple(searches))
 

@@ -36,7 +36,7 @@ def build_index(
             raise ValueError(f"{directory} already holds {index.count()} items; use 'index add', or another directory")
         if images is not None:
             return _add(index, run, images, shown)
-        data = stages.read_data(run.config)
+        data = stages.read_data(run.config, shown)
         index.add(stages.database_codes(run, shown), _payload(data, data.database))
         return dict(index.info())
 

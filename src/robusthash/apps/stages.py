@@ -43,9 +43,12 @@ def _titled(shown: Shown, title: str) -> Callable[[int, int], None]:
     return lambda done, total: shown(done, total, title)
 
 
-def read_data(config: Config) -> RetrievalData:
+def read_data(config: Config, shown: Shown = silent) -> RetrievalData:
     """The data set that the config names."""
-    return build("data", config.data)
+    shown(0, 1, "reading data")
+    data = build("data", config.data)
+    shown(1, 1, "reading data")
+    return data
 
 
 def prepare(config: Config, root: Path, shown: Shown = silent, base: Path = Path(".")) -> tuple[Run, Run | None]:
@@ -79,7 +82,7 @@ def train(config: Config, root: Path, shown: Shown = silent, base: Path = Path("
     run, parent = prepare(config, root, shown, base)
     if run.trained:
         return run
-    data = read_data(config)
+    data = read_data(config, shown)
     write_json(run.path / "data.json", data.describe())
     training = config.training
     objective: HashObjective = build("objective", training.objective)
@@ -135,7 +138,7 @@ def encode(run: Run, shown: Shown = silent) -> dict[str, Path]:
     hasher, _ = load_victim(run)
     origin, written = run.card()["digest"], {}
     (run.path / "codes").mkdir(exist_ok=True)
-    for name, split in read_data(run.config).splits.items():
+    for name, split in read_data(run.config, shown).splits.items():
         encoded = encode_split(hasher, split, progress=_titled(shown, f"encoding {name}"), origin=origin)
         for modality, codes in encoded.items():
             path = run.path / "codes" / f"{name}.{modality}.npz"
@@ -152,7 +155,7 @@ def _bench(run: Run, victim: Hasher, shown: Shown) -> Bench:
     section = run.config.evaluation
     return make_bench(
         victim,
-        read_data(run.config),
+        read_data(run.config, shown),
         build("protocol", section.protocol),
         queries=section.queries,
         seed=section.seed,
@@ -267,7 +270,7 @@ def _described(result: EvalResult, name: str, run: Run) -> EvalResult:
 def database_codes(run: Run, shown: Shown = silent) -> Codes:
     """Codes of the database split, by the run's hasher."""
     hasher, _ = load_victim(run)
-    split = read_data(run.config).database
+    split = read_data(run.config, shown).database
     modality = hasher.modalities[0]
     return encode_split(
         hasher,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -123,10 +123,7 @@ class Attack:
     @property
     def budget(self) -> str:
         """Search, steps, slope, restarts and knowledge, as results carry them."""
-        options = {field.name: getattr(self.search, field.name) for field in fields(self.search)}  # type: ignore[arg-type]
-        listed = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in options.items())
-        search = f"{type(self.search).__name__}({listed})"
-        return f"{search}, slope {self.slope}, starts {self.restarts}, {self.threat.knowledge}"
+        return f"{self.search}, slope {self.slope}, starts {self.restarts}, {self.threat.knowledge}"
 
     def perturb(
         self,

@@ -52,13 +52,18 @@ class Own:
 class Positives:
     """All reference codes that share a label with the goal, as a set: weights (B, M) are 1 / count, 0 elsewhere.
 
-    A query without any keeps weight 0 throughout; its representative code is then arbitrary.
+    A query without any has its own clean code as the only one.
     """
 
     def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
         codes, labels, wanted = known(reference, goal)
         positive = relevant(wanted, labels).float()
-        return Guidance(codes, positive / positive.sum(1, keepdim=True).clamp_min(1.0))
+        alone = positive.sum(1) == 0
+        if alone.any():
+            own = sign(Own()(victim, batch, goal, reference, draws).codes[alone])
+            codes = torch.cat([codes, own])
+            positive = torch.cat([positive, torch.eye(len(alone), device=codes.device)[:, alone]], 1)
+        return Guidance(codes, positive / positive.sum(1, keepdim=True))
 
 
 @register("attack-guide", "anchor", paper="DHTA 2020", targeted=True)

@@ -28,7 +28,7 @@ def draw_targets(query_labels: Tensor, ids: Tensor, database_labels: Tensor, cou
     """Target label sets for targeted attacks, keyed by query id.
 
     Each is drawn uniformly, with replacement over ``count``, from the distinct non-zero label sets of the database
-    that share no label with the query (evaluation.md 3.5; the rule of SAAT's code, seeded).
+    that share no label with the query (the rule of SAAT's code, seeded).
 
     Args:
         query_labels: (Q, C) multi-hot.

@@ -68,6 +68,7 @@ class Hasher(nn.Module):
                 raise ValueError(f"this hasher knows {list(self.modalities)}, not {modality!r}")
             features, aux = self.encoders[modality](values)
             logits, code, scale = self.heads[modality](features)
+            # under autocast these are bf16; codes are decided, and compared with references, in float32
             outputs[modality] = HashOutput(logits.float(), code.float(), features, aux, scale)
         return outputs
 

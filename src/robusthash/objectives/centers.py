@@ -78,7 +78,8 @@ class CSQ(HashObjective):
         return torch.where(total == 0, self.filler, total.sign())
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
-        return softplus(-2.0 * self.targets(labels) * output.logits / output.scale).mean(1)
+        pull = softplus(-2.0 * self.targets(labels) * output.logits / output.scale).mean(1)
+        return pull * (labels.sum(1) > 0)  # an item without labels has no center, and is not pulled to the filler
 
     def regularisation(self, output: HashOutput) -> Tensor:
         return self.quantisation * (output.code.abs() - 1.0).square().mean(1)
