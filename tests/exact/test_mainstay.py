@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robusthash.attacks.guides import Anchor, Center, Mainstay, Positives, mainstay_code
+from robusthash.attacks.guides import Anchor, Center, Mainstay, Own, Positives, mainstay_code
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Guidance, Reference
 
@@ -211,8 +211,10 @@ def test_fewer_than_nine_are_all_taken() -> None:
 def test_positives_share_a_label_and_weigh_one_in_all() -> None:
     wanted = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     found = guidance_of(Positives(), Reference({"image": BANK_CODES}, BANK_LABELS), wanted, 3)
-    expected = torch.tensor([[0.5, 0.5, 0, 0], [0, 1 / 3, 1 / 3, 1 / 3], [0, 0, 0, 0]])
+    expected = torch.tensor([[0.5, 0.5, 0, 0, 0], [0, 1 / 3, 1 / 3, 1 / 3, 0], [0, 0, 0, 0, 1.0]])
     torch.testing.assert_close(found.weights, expected)
+    own = guidance_of(Own(), None, None, 3).codes[2]  # a query without positives follows its own clean code
+    assert torch.equal(found.codes[4], torch.where(own >= 0, 1.0, -1.0))
 
 
 @pytest.mark.parametrize("guide", [Mainstay(), Center(), Anchor(9), Positives()], ids=lambda g: type(g).__name__)
