@@ -56,7 +56,8 @@ def random_bank(seed: int, items: int, bits: int, classes: int, single: bool) ->
 def guidance_of(guide: object, reference: Reference | None, wanted: Tensor | None, count: int = 1) -> Guidance:
     """Ask a guide, on a victim and inputs that should not matter."""
     victim = linear_hasher(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)))
-    return guide(victim, image_batch(torch.rand(count, 5)), Goal(wanted, -1), reference, Draws(0))
+    inputs = torch.rand(count, 5, generator=torch.Generator().manual_seed(1))
+    return guide(victim, image_batch(inputs), Goal(wanted, -1), reference, Draws(0))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -127,7 +127,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         read_idx(path, 1)
 
 
-@pytest.mark.parametrize("damage", [b"no gzip at all", gzip.compress(b"x" * 500)[:20]])
+@pytest.mark.parametrize("damage", [b"no gzip at all", gzip.compress(b"x" * 500)[:20]], ids=["foreign", "cut"])
 def test_broken_compression_is_named(tmp_path: Path, damage: bytes) -> None:
     write(tmp_path, True)
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(damage)
