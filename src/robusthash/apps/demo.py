@@ -231,7 +231,8 @@ def choose_example(
     """Search with one query, clean and attacked, in the index of each model.
 
     Of the queries that the undefended model finds and loses under attack and the hardened one finds and keeps (of all,
-    where there is none), it is the most colourful. So it is chosen, not typical, and its rule says among how many.
+    where there is none), it is the one with the most varied colours. So it is chosen, not typical, and its rule says
+    among how many.
     """
     measure = headline(results["saat"]["clean"])
     clean = {model: results[model]["clean"].per_query[measure] for model in MODELS}
@@ -239,16 +240,15 @@ def choose_example(
     found = (clean["undefended"] > 0.9) & (clean["saat"] > 0.9)
     fit = found & (attacked["undefended"] < 0.1) & (attacked["saat"] > 0.9)
     queries = benches["saat"].queries
-    images = queries.batch(torch.arange(len(queries))).inputs["image"]
-    colour = (images.amax(1) - images.amin(1)).mean((1, 2))  # spread of the channels, over all pixels
+    colour = colour_variety(queries.batch(torch.arange(len(queries))).inputs["image"])
     query = int(torch.where(fit, colour, -1.0).argmax() if fit.any() else colour.argmax())
     lost = {model: results[model]["worst"].per_query[f"w{measure}"] <= 0.5 * clean[model] for model in MODELS}
     among = (
         f"{int(fit.sum())} of {len(fit)} queries have a clean AP above 0.9 under both models and, under the {PICTURED} "
-        "attack, below 0.1 under the undefended and above 0.9 under the hardened one. This is the most colourful of "
-        "them"
+        "attack, below 0.1 under the undefended and above 0.9 under the hardened one. This is the one of them "
+        "with the most varied colours"
         if fit.any()
-        else f"This is the most colourful of {len(fit)} queries"
+        else f"This is, of {len(fit)} queries, the one with the most varied colours"
     )
     rule = (
         f"{among}: a chosen example, not an average. In the worst case over all attacks, "
@@ -261,6 +261,12 @@ def choose_example(
     item = describe_item(queries, query)
     eps = float(_attack(runs["saat"], PICTURED)[1].threat.balls["image"].eps)
     return Example(query, item.photograph, rule, PICTURED, eps, tuple(searches))
+
+
+def colour_variety(images: Tensor) -> Tensor:
+    """(B,) deviation of the opponent colours, red - green and yellow - blue, over the pixels of (B, 3, H, W) images."""
+    red, green, blue = images.flatten(2).unbind(1)
+    return torch.stack([red - green, (red + green) / 2 - blue]).std(2).norm(dim=0)
 
 
 def _attack(run: Run, name: str) -> tuple[dict[str, Any], Attack]:

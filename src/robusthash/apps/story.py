@@ -106,9 +106,9 @@ def _tiles(summary: Mapping[str, Any]) -> Markup:
     made = []
     for model, title in TITLES.items():
         found = summary[model]
-        remark = f"worst: {_span(found['worst'])}; of 8-bit images {number(found['worst']['map-8bit'])}"
+        remark = f"clean → worst case, {_span(found['worst'])}; of 8-bit images {number(found['worst']['map-8bit'])}"
         text = f"{number(found['clean']['map'])} → {number(found['worst']['map'])}"
-        made.append((f"{title}: MAP, clean → worst", text, remark))
+        made.append((f"MAP, {title}", text, remark))
     checks = summary["checks"]
     made.append(("worst case", f"{checks['saat worst / undefended worst']:.1f} ×", "hardened to undefended MAP"))
     change = checks["saat clean / undefended clean"] - 1
