@@ -9,7 +9,7 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from robusthash.apps.config import load_config, save_config
 from robusthash.apps.report import headline
 from robusthash.apps.runs import Run, write_json
 from robusthash.apps.stages import Shown, silent
+from robusthash.apps.story import Curve, Example, Hit, Search, demo_page
 from robusthash.attacks.base import Attack
 from robusthash.core.files import write_aside
 from robusthash.core.hamming import pack
@@ -34,7 +35,6 @@ from robusthash.evaluation.bench import Bench, make_bench
 from robusthash.evaluation.evaluate import attack_all, score_attack
 from robusthash.evaluation.perceptibility import image_measures
 from robusthash.evaluation.results import EvalResult, software_versions
-from robusthash.evaluation.stats import bootstrap_interval
 from robusthash.index import open_index
 
 MODELS = ("undefended", "saat")
@@ -49,59 +49,6 @@ PICTURED = "mainstay"
 
 _RESULTS = 8  # shown for each search
 _CURVE_QUERIES = 100
-
-
-@dataclass(frozen=True)
-class Curve:
-    """AP of the first queries at each budget, under one attack and every smaller budget."""
-
-    attack: str
-    eps: tuple[int, ...]  # of 255
-    ap: Tensor  # (E, Q) float64
-    seconds: float
-
-    @property
-    def mean(self) -> list[float]:
-        return self.ap.mean(1).tolist()
-
-    @property
-    def interval(self) -> list[tuple[float, float]]:
-        """95 % bootstrap interval of each mean."""
-        return [bootstrap_interval(row) for row in self.ap]
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One result of a search, ready to be shown."""
-
-    picture: Tensor  # (3, h, w) uint8
-    name: str
-    distance: int
-    relevant: bool
-
-
-@dataclass(frozen=True)
-class Search:
-    """One query image sent to the index of one model."""
-
-    model: str
-    attacked: bool
-    image: Tensor  # (3, H, W) float, as the model sees it
-    ap: float
-    measures: dict[str, float]  # of the perturbation; empty for the clean image
-    hits: tuple[Hit, ...]
-
-
-@dataclass(frozen=True)
-class Example:
-    """The query of the pictures and why it was chosen."""
-
-    query: int
-    name: str
-    rule: str
-    attack: str
-    eps: float
-    searches: tuple[Search, ...]  # clean and attacked, for each model
 
 
 def run_demo(
@@ -120,8 +67,6 @@ def run_demo(
     Returns:
         The content of ``summary.json``; see ``summarise``.
     """
-    from robusthash.apps.story import demo_page
-
     started = time.perf_counter()
     recipes, runs = _write_recipes(Path(out), seed, threads, sets), {}
     results: dict[str, dict[str, EvalResult]] = {}

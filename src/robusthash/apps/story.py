@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from robusthash.apps import html
 from robusthash.apps.charts import UNIT, Axis, Series, Tone, line_chart
@@ -22,12 +25,63 @@ from robusthash.apps.report import (
     setting_facts,
     versions_line,
 )
-
-if TYPE_CHECKING:
-    from robusthash.apps.demo import Curve, Example, Search
+from robusthash.evaluation.stats import bootstrap_interval
 
 TITLES = {"undefended": "undefended", "saat": "hardened (SAAT)"}
 TONES: dict[str, Tone] = {"undefended": "a", "saat": "b"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """AP of the first queries at each budget, under one attack and every smaller budget."""
+
+    attack: str
+    eps: tuple[int, ...]  # of 255
+    ap: Tensor  # (E, Q) float64
+    seconds: float
+
+    @property
+    def mean(self) -> list[float]:
+        return self.ap.mean(1).tolist()
+
+    @property
+    def interval(self) -> list[tuple[float, float]]:
+        """95 % bootstrap interval of each mean."""
+        return [bootstrap_interval(row) for row in self.ap]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result of a search, ready to be shown."""
+
+    picture: Tensor  # (3, h, w) uint8
+    name: str
+    distance: int
+    relevant: bool
+
+
+@dataclass(frozen=True)
+class Search:
+    """One query image sent to the index of one model."""
+
+    model: str
+    attacked: bool
+    image: Tensor  # (3, H, W) float, as the model sees it
+    ap: float
+    measures: dict[str, float]  # of the perturbation; empty for the clean image
+    hits: tuple[Hit, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """The query of the pictures and why it was chosen."""
+
+    query: int
+    name: str
+    rule: str
+    attack: str
+    eps: float
+    searches: tuple[Search, ...]  # clean and attacked, for each model
 
 
 def demo_page(
