@@ -267,7 +267,7 @@ def test_a_snapshot_that_fails_leaves_nothing(
     def fails(path: Path) -> None:
         raise OSError(5, "the disk is on fire", str(path))
 
-    monkeypatch.setattr(store_module, "_to_disk", fails)
+    monkeypatch.setattr(store_module, "flush", fails)
     with pytest.raises(OSError, match="on fire"):
         index.snapshot(str(tmp_path / "copy"))
     assert [path.name for path in tmp_path.iterdir()] == ["index"]

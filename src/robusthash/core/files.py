@@ -47,11 +47,11 @@ def write_all_aside(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
         for target, aside in zip(targets, asides, strict=True):
             if not aside.exists():
                 raise FileNotFoundError(f"cannot write {target}: nothing was written to {aside.name}")
-            _flush(aside)
+            flush(aside)
         for target, aside in zip(targets, asides, strict=True):
             os.replace(aside, target)
         for folder in {target.parent for target in targets}:
-            _flush(folder)
+            flush(folder)
     except OSError as error:
         elsewhere = error.filename is not None and Path(error.filename) not in asides
         if error.errno is None or elsewhere:  # our own message, or another file that the block touched
@@ -65,7 +65,7 @@ def write_all_aside(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
             aside.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until ``path``, a file or a folder, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -16,6 +16,8 @@ from typing import Any, final
 
 import numpy as np
 
+from robusthash.core.files import flush
+
 FORMAT = 1
 FILE = "index.sqlite"
 _SCHEMA = """
@@ -175,13 +177,13 @@ class Store:
         try:
             with _told(aside / FILE, self._wait), contextlib.closing(sqlite3.connect(aside / FILE)) as copy:
                 self._connection.backup(copy)
-            _to_disk(aside / FILE)
-            _to_disk(aside)
+            flush(aside / FILE)
+            flush(aside)
             os.rename(aside, directory)
         except BaseException:
             shutil.rmtree(aside)
             raise
-        _to_disk(directory.parent)
+        flush(directory.parent)
 
     def _all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         return self._connection.execute(query, values).fetchall()
@@ -218,13 +220,13 @@ def create(directory: Path, bits: int, engine: str) -> None:
             connection.executescript(_SCHEMA)
             with connection:
                 connection.executemany("INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in meta.items()])
-        _to_disk(aside)
+        flush(aside)
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
     finally:
         for draft in directory.glob(f"{aside.name}*"):  # the file, and its log where SQLite could not finish
             draft.unlink()
-    _to_disk(directory)
+    flush(directory)
 
 
 def check_key(key: Any) -> None:
@@ -248,14 +250,6 @@ def _refuse_part_page(path: Path) -> None:
     log = path.with_name(f"{path.name}-wal")
     if path.stat().st_size % _PAGE and not (log.exists() and log.stat().st_size):
         raise ValueError(f"{path} is damaged (it ends within a page); restore it from a snapshot or build it again")
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
