@@ -23,6 +23,7 @@ from helpers import (
 from torch import Tensor
 
 from robusthash.attacks import mainstay
+from robusthash.attacks.named import dhta
 from robusthash.core.hamming import sign
 from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
@@ -139,9 +140,34 @@ def test_declared_becomes_adversarial(warm: Hasher) -> None:
     assert hasher.declared == hasher.spec["declared"] == "adversarial"
 
 
-def test_targeted_inner_attacks_are_refused(warm: Hasher) -> None:
-    with pytest.raises(ValueError, match="'dhta' is targeted"):
-        AdversarialTraining(copy.deepcopy(warm), DPSH(), build("attack", "dhta"), PlainAT())
+def test_targeted_inner_attacks_aim_at_foreign_labels(warm: Hasher, data: RetrievalData) -> None:
+    """Each item gets a target of the training set that shares no label with it, another one each epoch."""
+    recipe = AdversarialTraining(copy.deepcopy(warm), DPSH(), dhta(steps=1), build("outer", "cgat"))
+    recipe.setup(data, 0, 16)
+    batch = data.train.batch(torch.arange(16))
+    seen = []
+    for epoch in range(4):
+        ((_, terms),) = list(recipe.step(batch, Moment(epoch, 0.0, Draws(0).within(epoch))))
+        assert all(bool(torch.isfinite(term)) for term in terms.values())
+        goal = recipe._goal(batch, recipe._plain.memory, Draws(0).within(epoch))
+        assert goal.sign == 1
+        assert bool(((goal.labels * batch.labels).sum(1) == 0).all())
+        seen.append(goal.labels)
+    assert any(not torch.equal(seen[0], other) for other in seen[1:])
+
+
+def test_warmup_grows_the_budget(warm: Hasher, data: RetrievalData) -> None:
+    sizes = []
+
+    def look(turn: Round) -> dict[str, Tensor]:
+        sizes.append(float((turn.attacked.inputs["image"] - turn.batch.inputs["image"]).abs().max()))
+        return PlainAT()(turn)
+
+    recipe = AdversarialTraining(copy.deepcopy(warm), DPSH(), inner(), look, warmup=0.5)
+    recipe.setup(data, 0, 16)
+    for progress in (0.0, 0.25, 0.5, 0.9):
+        list(recipe.step(data.train.batch(torch.arange(16)), Moment(0, progress, Draws(0))))
+    assert sizes == pytest.approx([0.0, 4 / 255, 8 / 255, 8 / 255], abs=1e-6)
 
 
 # --- what each outer loss adds

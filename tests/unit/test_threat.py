@@ -107,7 +107,7 @@ def test_random_start_is_inside_keyed_and_spread(norm: str) -> None:
         (image_threat(), "img-linf-8"),
         (image_threat(0.5, "l2"), "img-l2-0.5"),
         (image_threat(1 / 510), "img-linf-0.5"),
-        (Threat({"text": Ball("linf", 0.05), "image": Ball("linf", EPS)}), "img-linf-8+text-linf-12.75"),
+        (Threat({"text": Ball("linf", 0.05), "image": Ball("linf", EPS)}), "img-linf-8+txt-linf-0.05"),
         (Threat({"image": Ball("linf", EPS)}, name="mine"), "mine"),
         (image_threat().scaled(0.5), "img-linf-4"),
     ],

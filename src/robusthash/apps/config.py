@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,12 @@ class HasherSection(Section):
     image: _component("image-encoder") | None = "small"  # type: ignore[valid-type]
     text: _component("text-encoder") | None = None  # type: ignore[valid-type]
     head: _component("head") = "tanh"  # type: ignore[valid-type]
+    purifiers: dict[str, _component("purifier")] = {}  # type: ignore[valid-type]
+    sides: Literal["query", "both"] = "both"  # what purifiers purify
+
+    def plain(self) -> dict[str, Any]:
+        """Plain data, without what a hasher that purifies nothing has no use for."""
+        return self.model_dump(mode="json", exclude=None if self.purifiers else {"purifiers", "sides"})
 
 
 class OptimSection(Section):
@@ -80,9 +87,9 @@ class ScheduleSection(Section):
 
 
 class TrainingSection(Section):
-    """How the model is trained. ``adversarial`` needs ``attack`` and ``outer``; ``hashing`` takes neither."""
+    """How the model is trained. A recipe says by its signature whether it needs an ``attack`` and an ``outer``."""
 
-    recipe: Literal["hashing", "adversarial"] = "hashing"
+    recipe: _component("recipe") = "hashing"  # type: ignore[valid-type]
     objective: _component("objective") = "csq"  # type: ignore[valid-type]
     outer: _component("outer") | None = None  # type: ignore[valid-type]
     attack: _component("attack") | None = None  # type: ignore[valid-type]
@@ -97,18 +104,30 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> TrainingSection:
-        if self.recipe == "adversarial" and (self.attack is None or self.outer is None):
-            raise ValueError("recipe 'adversarial' needs both 'attack' and 'outer'")
-        if self.recipe == "hashing" and (self.attack is not None or self.outer is not None):
-            raise ValueError("recipe 'hashing' takes no 'attack' or 'outer'; set recipe: adversarial")
+        made, _ = check("recipe", self.recipe)
+        accepted = inspect.signature(made.make).parameters
+        for key in ("attack", "outer"):
+            given = getattr(self, key) is not None
+            if key in accepted and accepted[key].default is inspect.Parameter.empty and not given:
+                raise ValueError(f"recipe {made.name!r} needs {key!r}")
+            if key not in accepted and given:
+                raise ValueError(f"recipe {made.name!r} takes no {key!r}; adversarial training is recipe: adversarial")
         return self
 
 
 class EvaluationSection(Section):
-    """What is measured: a protocol, and attacks each evaluated alone and in the worst case per query."""
+    """What is measured: a protocol, and attacks each evaluated alone and in the worst case per query.
+
+    Every direction is evaluated under the attacks that change its query modality, and by every relevance: ``labels``
+    are the data set's own, other names its other label systems.
+    """
 
     protocol: _component("protocol") = "house"  # type: ignore[valid-type]
     attacks: list[_component("attack")] = []  # type: ignore[valid-type]
+    oblivious: list[_component("attack")] = []  # type: ignore[valid-type]  # gradients of the hasher without purifiers
+    identity: list[_component("attack")] = []  # type: ignore[valid-type]  # purifiers' gradients taken to be the identity
+    directions: list[Literal["I2I", "I2T", "T2I", "T2T"]] | None = None  # the hasher's first modality both ways
+    relevance: list[str] = ["labels"]
     queries: int | None = Field(None, ge=1)  # the first this many queries; all by default
     batch_size: int = Field(250, ge=1)
     seed: int = 0
@@ -135,7 +154,7 @@ class Config(Section):
     def model_id(self, ancestor: str = "") -> str:
         """Digest of all that makes the trained model: data, hasher, training, seed, and the run it started from."""
         training = self.training.model_dump(mode="json", exclude={"init_from"})
-        made = {"data": self.data, "hasher": self.hasher.model_dump(mode="json"), "training": training}
+        made = {"data": self.data, "hasher": self.hasher.plain(), "training": training}
         return digest([made, self.runtime.seed, ancestor], 10)
 
 

@@ -7,11 +7,13 @@ import json
 import logging
 import pickle
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -21,6 +23,7 @@ from robusthash.apps.config import Config, ConfigError, load_config, save_config
 from robusthash.core.files import write_aside
 from robusthash.core.registry import build
 from robusthash.core.runtime import digest
+from robusthash.core.types import Codes
 from robusthash.evaluation.results import software_versions
 from robusthash.models.hasher import Hasher, build_hasher
 from robusthash.objectives.base import HashObjective
@@ -115,6 +118,23 @@ class Run:
         write_json(self.path / "model.json", card)
         self._resume_file.unlink(missing_ok=True)
 
+    def save_database(self, codes: Codes) -> None:
+        """Keep the database codes that the method itself learned."""
+        with write_aside(self.path / "checkpoint" / "database.npz") as temporary:
+            np.savez(temporary, allow_pickle=False, codes=codes.packed.cpu().numpy(), bits=codes.bits)
+
+    def learned_database(self) -> Codes | None:
+        """The database codes that the method learned, in the order of the database split, or None."""
+        path = self.path / "checkpoint" / "database.npz"
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                packed, bits = torch.from_numpy(arrays["codes"]), int(arrays["bits"])
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise RunError(f"learned database codes {path} are damaged ({error}); train the run again") from None
+        return Codes(packed, bits, torch.arange(len(packed)), self.card()["digest"])
+
     def card(self) -> dict[str, Any]:
         """The model card.
 
@@ -133,7 +153,9 @@ class Run:
         """
         card, folder = self.card(), self.path / "checkpoint"
         spec = card["hasher"]
-        hasher = build_hasher(**{**spec, "image": _without_weights(spec["image"])})
+        hasher = build_hasher(
+            **{**spec, "image": _without_weights(spec["image"]), "text": _without_weights(spec["text"])}
+        )
         _load_weights(hasher, folder / "hasher.safetensors")
         objective = build("objective", card["objective"])
         _load_weights(objective, folder / "objective.safetensors")
@@ -187,9 +209,11 @@ def load_run(path: str | Path) -> Run:
         raise RunError(f"{path}: its config cannot be read: {error}") from None
 
 
-def _without_weights(image: Any) -> Any:
-    """Encoder settings without pretrained weights: those were only the start, and may be gone by now."""
-    return {**image, "weights": None} if isinstance(image, dict) and "weights" in image else image
+def _without_weights(encoder: Any) -> Any:
+    """Encoder settings, nested ones too, without pretrained weights: those were only the start, and may be gone."""
+    if not isinstance(encoder, dict):
+        return encoder
+    return {key: None if key == "weights" else _without_weights(value) for key, value in encoder.items()}
 
 
 def _save_weights(module: nn.Module, path: Path) -> str:

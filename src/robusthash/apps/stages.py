@@ -21,16 +21,15 @@ from robusthash.core.registry import build, check
 from robusthash.core.runtime import choose_device, digest
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
-from robusthash.defenses.adversarial import AdversarialTraining
 from robusthash.evaluation.attacked import Attacked, attack_block
 from robusthash.evaluation.bench import Bench, make_bench
 from robusthash.evaluation.evaluate import score_attack, score_clean, worst
 from robusthash.evaluation.results import EvalResult, save_results
 from robusthash.models.encode import encode_split
-from robusthash.models.hasher import Hasher, build_hasher
+from robusthash.models.hasher import Hasher, View, build_hasher, purified
 from robusthash.objectives.base import HashObjective
 from robusthash.training.loop import OptimConfig, Schedule, TrainConfig, fit
-from robusthash.training.recipe import HashingRecipe, Recipe
+from robusthash.training.recipe import Recipe
 
 Shown = Callable[[int, int, str], None]
 
@@ -86,28 +85,49 @@ def train(config: Config, root: Path, shown: Shown = silent, base: Path = Path("
     write_json(run.path / "data.json", data.describe())
     training = config.training
     objective: HashObjective = build("objective", training.objective)
-    if parent is None:
-        section = config.hasher
-        hasher = build_hasher(
-            bits=section.bits, image=section.image, text=section.text, head=section.head, seed=config.runtime.seed
-        )
-    else:
-        hasher, _ = parent.load_model()
-        if hasher.bits != config.hasher.bits:
-            raise ConfigError(f"hasher.bits is {config.hasher.bits}, but {parent.path} was trained with {hasher.bits}")
+    hasher = _start(config, data, parent)
     recipe = make_recipe(config, hasher, objective)
     lines = fit(recipe, data, train_config(config), run)
+    learned = recipe.database_codes()
+    if learned is not None:
+        run.save_database(learned)
     run.save_model(recipe.hasher, objective, lines, data.image_size)
     return run
+
+
+def _start(config: Config, data: RetrievalData, parent: Run | None) -> Hasher:
+    """The hasher that training starts with: new, or the parent's; the config's purifiers are put before it."""
+    section, seed = config.hasher, config.runtime.seed
+    if parent is None:
+        return build_hasher(
+            bits=section.bits,
+            image=section.image,
+            text=section.text,
+            head=section.head,
+            seed=seed,
+            vocabulary=data.vocabulary,
+            purifiers=section.purifiers,
+            sides=section.sides,
+        )
+    hasher, _ = parent.load_model()
+    if hasher.bits != section.bits:
+        raise ConfigError(f"hasher.bits is {section.bits}, but {parent.path} was trained with {hasher.bits}")
+    wanted = [name for name in ("image", "text") if getattr(section, name) is not None]
+    if sorted(hasher.modalities) != sorted(wanted):
+        raise ConfigError(f"the hasher section has {wanted}, but {parent.path} encodes {list(hasher.modalities)}")
+    if not section.purifiers:
+        return hasher
+    if hasher.purifiers:
+        raise ConfigError(f"{parent.path} has purifiers already; start from the run without them")
+    return purified(hasher, section.purifiers, section.sides, seed)
 
 
 def make_recipe(config: Config, hasher: Hasher, objective: HashObjective) -> Recipe:
     """The recipe that the training section names."""
     training = config.training
-    if training.attack is None or training.outer is None:
-        return HashingRecipe(hasher, objective)
-    attack = build("attack", training.attack, objective=objective)
-    return AdversarialTraining(hasher, objective, attack, build("outer", training.outer))
+    attack = None if training.attack is None else build("attack", training.attack, objective=objective)
+    outer = None if training.outer is None else build("outer", training.outer)
+    return build("recipe", training.recipe, hasher=hasher, objective=objective, attack=attack, outer=outer)
 
 
 def train_config(config: Config) -> TrainConfig:
@@ -151,12 +171,18 @@ def encode(run: Run, shown: Shown = silent) -> dict[str, Path]:
     return written
 
 
-def _bench(run: Run, victim: Hasher, shown: Shown) -> Bench:
+_MODALITY = {"I": "image", "T": "text"}
+
+
+def _bench(run: Run, victim: Hasher, data: RetrievalData, shown: Shown, direction: str | None = None) -> Bench:
     section = run.config.evaluation
+    ends = None if direction is None else (_MODALITY[direction[0]], _MODALITY[direction[-1]])
     return make_bench(
         victim,
-        read_data(run.config, shown),
+        data,
         build("protocol", section.protocol),
+        direction=ends,
+        database=run.learned_database() if ends is None or ends[1] == "image" else None,
         queries=section.queries,
         seed=section.seed,
         batch_size=section.batch_size,
@@ -173,31 +199,66 @@ def evaluate(
         attacks: instead of those of the config.
 
     Returns:
-        By name: ``clean``, each attack, ``worst``; also written to ``metrics.json`` with ``metrics.npz`` beside it.
+        By name: ``clean``, each attack, ``worst``, and where several directions or relevances were asked for, these
+        before the name (``I2T mainstay``, ``I2T by class worst``). Also written to ``metrics.json`` with
+        ``metrics.npz`` beside it.
     """
     section = run.config.evaluation
     if run.config.runtime.threads:
         torch.set_num_threads(run.config.runtime.threads)
     victim, objective = load_victim(run)
-    bench = _bench(run, victim, shown)
-    results = {"clean": score_clean(bench)}
-    chosen = named_attacks(section.attacks if attacks is None else attacks)
-    for name, settings in chosen.items():
-        attack: Attack = build("attack", settings, objective=objective)
-        results[name] = score_attack(bench, attack, _attacked(run, bench, name, settings, attack, shown))
-    if chosen:
-        results["worst"] = worst(bench, results["clean"], {n: r for n, r in results.items() if n != "clean"})
-    results = {name: _described(result, name, run) for name, result in results.items()}
+    data = read_data(run.config, shown)
+    chosen = _chosen(run, attacks)
+    results: dict[str, EvalResult] = {}
+    for relevance in section.relevance:
+        relevant = data if relevance == "labels" else data.by(relevance)
+        for direction in section.directions or (None,):
+            bench = _bench(run, victim, relevant, shown, direction)
+            found = _evaluate_bench(run, bench, objective, chosen, shown)
+            prefix = "" if direction is None else f"{direction} "
+            prefix += "" if relevance == "labels" else f"by {relevance} "
+            results |= {f"{prefix}{name}": _described(result, f"{prefix}{name}", run) for name, result in found.items()}
     save_results(run.path / "metrics.json", list(results.values()))
+    return results
+
+
+Chosen = dict[str, tuple[View, dict[str, Any]]]
+
+
+def _chosen(run: Run, attacks: Sequence[Mapping[str, Any] | str] | None) -> Chosen:
+    """The attacks by the name of their result, with the view of the victim that each differentiates."""
+    section = run.config.evaluation
+    chosen: Chosen = {
+        n: ("white-box", s) for n, s in named_attacks(section.attacks if attacks is None else attacks).items()
+    }
+    if attacks is None:
+        chosen |= {f"{n} (oblivious)": ("oblivious", s) for n, s in named_attacks(section.oblivious).items()}
+        chosen |= {f"{n} (identity)": ("identity", s) for n, s in named_attacks(section.identity).items()}
+    return chosen
+
+
+def _evaluate_bench(
+    run: Run, bench: Bench, objective: HashObjective, chosen: Chosen, shown: Shown
+) -> dict[str, EvalResult]:
+    """Clean, each attack that changes the query modality of the bench, and the worst case."""
+    results = {"clean": score_clean(bench)}
+    for name, (view, settings) in chosen.items():
+        attack: Attack = build("attack", settings, objective=objective)
+        if bench.direction[0] in attack.threat.balls:
+            results[name] = score_attack(bench, attack, _attacked(run, bench, name, settings, attack, shown, view))
+    if len(results) > 1:
+        results["worst"] = worst(bench, results["clean"], {n: r for n, r in results.items() if n != "clean"})
     return results
 
 
 def attack_to_file(run: Run, settings: Mapping[str, Any] | str, out: Path, shown: Shown = silent) -> EvalResult:
     """Attack the queries and write the attacked ``inputs`` (float32), their ``codes``, ``bits`` and ``labels``."""
     victim, objective = load_victim(run)
-    bench = _bench(run, victim, shown)
     ((name, plain),) = named_attacks([settings]).items()
     attack: Attack = build("attack", plain, objective=objective)
+    first = next(iter(attack.threat.balls))
+    direction = None if first == victim.modalities[0] else f"{first[0].upper()}2{victim.modalities[0][0].upper()}"
+    bench = _bench(run, victim, read_data(run.config, shown), shown, direction)
     attacked = _attacked(run, bench, name, plain, attack, shown)
     labels = bench.query_labels.to(torch.uint8).numpy()
     codes = pack(attacked.signs[:, 0]).numpy()
@@ -209,11 +270,13 @@ def attack_to_file(run: Run, settings: Mapping[str, Any] | str, out: Path, shown
 
 
 def named_attacks(attacks: Sequence[Mapping[str, Any] | str]) -> dict[str, dict[str, Any]]:
-    """Attack settings under names that tell them apart: ``mainstay``, ``mainstay (slope one)``, ``mainstay #2``."""
+    """Attack settings under names that tell them apart: ``mainstay``, ``mainstay (slope one)``, ``mainstay on text``,
+    ``mainstay #2``."""
     named: dict[str, dict[str, Any]] = {}
     for settings in attacks:
         card, options = check("attack", settings)
-        name = f"{card.name} (slope one)" if options.get("slope") == "one" else card.name
+        name = f"{card.name} on {options['modality']}" if options.get("modality", "image") != "image" else card.name
+        name += " (slope one)" if options.get("slope") == "one" else ""
         number = 2
         while name in named:
             name, number = f"{name.partition(' #')[0]} #{number}", number + 1
@@ -221,12 +284,20 @@ def named_attacks(attacks: Sequence[Mapping[str, Any] | str]) -> dict[str, dict[
     return named
 
 
-def _attacked(run: Run, bench: Bench, name: str, settings: Mapping[str, Any], attack: Attack, shown: Shown) -> Attacked:
+def _attacked(
+    run: Run,
+    bench: Bench,
+    name: str,
+    settings: Mapping[str, Any],
+    attack: Attack,
+    shown: Shown,
+    view: View = "white-box",
+) -> Attacked:
     """The attacked queries, block by block; finished blocks are read from the run directory."""
-    section = run.config.evaluation
-    identity = digest(
-        [dict(settings), bench.queries.fingerprint(), bench.data.database.fingerprint(), section.batch_size, bench.seed]
-    )
+    searched = [bench.queries.fingerprint(), bench.data.database.fingerprint()]
+    where = [dict(settings), *searched, run.config.evaluation.batch_size, bench.seed]
+    usual = bench.direction == (bench.victim.modalities[0],) * 2 and view == "white-box"
+    identity = digest(where if usual else [*where, bench.direction, view])
     folder = run.path / "attacks" / f"{attack.name}-{identity}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -238,7 +309,7 @@ def _attacked(run: Run, bench: Bench, name: str, settings: Mapping[str, Any], at
         if path.is_file():
             blocks.append(_read_block(path))
         else:
-            blocks.append(attack_block(bench, attack, block))
+            blocks.append(attack_block(bench, attack, block, bench.victim.seen_by(view)))
             with write_aside(path) as aside:
                 np.savez(aside, allow_pickle=False, **blocks[-1].arrays())
         shown(block + 1, bench.blocks, name)

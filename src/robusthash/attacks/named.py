@@ -1,7 +1,8 @@
 """The published attacks by name: each a composition of guide, loss, search and threat.
 
 ``steps`` defaults to 100 everywhere, the ``fast`` profile; the papers' own counts stand in each docstring. Budgets are
-unified to eps = 8/255 in pixels. All take ``slope``: ``published`` schedules alpha as the papers do, ``one`` keeps it
+unified: 8/255 in pixels with steps of 1/255, and 0.05 with steps of 3/500 on continuous text vectors (``modality:
+text``; ``both`` attacks the pair). All take ``slope``: ``published`` schedules alpha as the papers do, ``one`` keeps it
 at 1, which was found stronger against hardened models.
 """
 
@@ -21,119 +22,159 @@ from robusthash.attacks.losses import (
     mainstay_loss,
 )
 from robusthash.attacks.search import APGD, PGD, RawGradient
-from robusthash.attacks.threat import image_threat
+from robusthash.attacks.threat import Attacked, threat_on
 from robusthash.core.registry import register
 from robusthash.objectives.base import HashObjective
 
 Slope = Literal["published", "one"]
 
 
+def steps_on(modality: Attacked, steps: int, step_size: float | None = None, random_start: bool = True) -> PGD:
+    """PGD with the customary step size of what is attacked, unless another is given."""
+    customary = 3 / 500 if modality == "text" else 1 / 255
+    return PGD(steps, customary if step_size is None else step_size, random_start=random_start)
+
+
 @register("attack", "pgd", paper="Madry et al., ICLR 2018", evidence="paper")
 def pgd(
     objective: HashObjective,
-    eps: float = 8 / 255,
+    eps: float | None = None,
     steps: int = 100,
-    step_size: float = 1 / 255,
+    step_size: float | None = None,
     norm: Literal["linf", "l2"] = "linf",
     restarts: int = 1,
+    modality: Attacked = "image",
 ) -> Attack:
     """PGD on the hashing objective itself: ascend the similarity loss against the known codes.
 
     FGSM is ``steps=1, step_size=eps``. The published form has alpha = 1 throughout.
     """
-    search = PGD(steps, step_size)
-    return Attack("pgd", Unguided(), ObjectiveLoss(objective), search, image_threat(eps, norm), restarts=restarts)
+    search, threat = steps_on(modality, steps, step_size), threat_on(modality, eps, norm)
+    return Attack("pgd", Unguided(), ObjectiveLoss(objective), search, threat, restarts=restarts)
 
 
 @register("attack", "hag", paper="Yang et al., IEEE Trans. Cybernetics 2020", evidence="paper+code", supervised=False)
-def hag(eps: float = 8 / 255, steps: int = 100, lr: float = 100 / 128, slope: Slope = "published") -> Attack:
+def hag(
+    eps: float | None = None,
+    steps: int = 100,
+    lr: float = 100 / 128,
+    slope: Slope = "published",
+    modality: Attacked = "image",
+) -> Attack:
     """HAG: away from the query's own code; no labels. 2,000 steps in the paper.
 
     Differs: the score is summed over queries (lr 100 / 128 reproduces the code's batch of 128), so the batch size
     does not matter; codes are those of the returned image.
     """
     search = RawGradient(steps, "sgd", lr)
-    return Attack("hag", Own(), HAGLoss(), search, image_threat(eps, knowledge="W0"), slope)
+    return Attack("hag", Own(), HAGLoss(), search, threat_on(modality, eps, knowledge="W0"), slope)
 
 
 @register("attack", "sdha", paper="Lu et al., ICMR 2021", evidence="paper+code")
-def sdha(eps: float = 8 / 255, steps: int = 100, lr: float = 0.01, slope: Slope = "published") -> Attack:
+def sdha(
+    eps: float | None = None,
+    steps: int = 100,
+    lr: float = 0.01,
+    slope: Slope = "published",
+    modality: Attacked = "image",
+) -> Attack:
     """SDHA: away from every relevant training code, nearest first. 1,500 steps in the paper."""
-    return Attack("sdha", Positives(), SDHALoss(), RawGradient(steps, "adam", lr), image_threat(eps), slope)
+    return Attack("sdha", Positives(), SDHALoss(), RawGradient(steps, "adam", lr), threat_on(modality, eps), slope)
 
 
 @register("attack", "cgat", paper="CgAT, WWW 2023", evidence="paper+code")
 def cgat(
-    eps: float = 8 / 255, steps: int = 100, step_size: float = 1 / 255, slope: Slope = "published", restarts: int = 1
+    eps: float | None = None,
+    steps: int = 100,
+    step_size: float | None = None,
+    slope: Slope = "published",
+    restarts: int = 1,
+    modality: Attacked = "image",
 ) -> Attack:
     """CgAT: away from the center code of the query's labels.
 
     The released code has no evaluation attack; steps and slope are those of SAAT, as an earlier state of its
     repository has them.
     """
-    return Attack("cgat", Center(), Agreement(), PGD(steps, step_size), image_threat(eps), slope, restarts=restarts)
+    search, threat = steps_on(modality, steps, step_size), threat_on(modality, eps)
+    return Attack("cgat", Center(), Agreement(), search, threat, slope, restarts=restarts)
 
 
 @register("attack", "mainstay", paper="SAAT, TIFS 2023", evidence="paper+code")
 def mainstay(
-    eps: float = 8 / 255,
+    eps: float | None = None,
     steps: int = 100,
-    step_size: float = 1 / 255,
+    step_size: float | None = None,
     slope: Slope = "published",
     weights: Literal["code", "paper", "cgat"] = "code",
     form: MaskedForm = "linear",
     norm: Literal["linf", "l2"] = "linf",
     restarts: int = 1,
+    modality: Attacked = "image",
 ) -> Attack:
     """Mainstay attack (SAAT): away from the mainstay code of the query's labels. 100 steps in the paper.
 
     ``form``: ``linear`` is the paper's loss, ``code`` the masked quadratic of the released code.
     """
     guide, loss = Mainstay(weights), mainstay_loss(form, targeted=False)
-    return Attack("mainstay", guide, loss, PGD(steps, step_size), image_threat(eps, norm), slope, restarts=restarts)
+    search, threat = steps_on(modality, steps, step_size), threat_on(modality, eps, norm)
+    return Attack("mainstay", guide, loss, search, threat, slope, restarts=restarts)
 
 
 @register("attack", "mainstay-targeted", paper="SAAT, TIFS 2023", evidence="paper+code", targeted=True)
 def mainstay_targeted(
-    eps: float = 8 / 255,
+    eps: float | None = None,
     steps: int = 100,
-    step_size: float = 1 / 255,
+    step_size: float | None = None,
     slope: Slope = "published",
     weights: Literal["code", "paper", "cgat"] = "code",
     form: MaskedForm = "linear",
     norm: Literal["linf", "l2"] = "linf",
+    modality: Attacked = "image",
 ) -> Attack:
     """Targeted mainstay attack (SAAT): towards the mainstay code of the target labels."""
     guide, loss = Mainstay(weights), mainstay_loss(form, targeted=True)
-    search = PGD(steps, step_size)
-    return Attack("mainstay-targeted", guide, loss, search, image_threat(eps, norm), slope, targeted=True)
+    search = steps_on(modality, steps, step_size)
+    return Attack("mainstay-targeted", guide, loss, search, threat_on(modality, eps, norm), slope, targeted=True)
 
 
 @register("attack", "p2p", paper="Bai et al., ECCV 2020", evidence="paper+code", targeted=True)
-def p2p(eps: float = 8 / 255, steps: int = 100, step_size: float = 1 / 255, slope: Slope = "published") -> Attack:
+def p2p(
+    eps: float | None = None,
+    steps: int = 100,
+    step_size: float | None = None,
+    slope: Slope = "published",
+    modality: Attacked = "image",
+) -> Attack:
     """P2P: towards the code of one random database item with the target labels. 2,000 steps in the paper."""
-    threat = image_threat(eps, knowledge="W2")
-    search = PGD(steps, step_size, random_start=False)
+    threat = threat_on(modality, eps, knowledge="W2")
+    search = steps_on(modality, steps, step_size, random_start=False)
     return Attack("p2p", Anchor(1), Agreement(), search, threat, slope, targeted=True)
 
 
 @register("attack", "dhta", paper="Bai et al., ECCV 2020", evidence="paper+code", targeted=True)
-def dhta(eps: float = 8 / 255, steps: int = 100, step_size: float = 1 / 255, slope: Slope = "published") -> Attack:
+def dhta(
+    eps: float | None = None,
+    steps: int = 100,
+    step_size: float | None = None,
+    slope: Slope = "published",
+    modality: Attacked = "image",
+) -> Attack:
     """DHTA: towards the majority vote of nine database items with the target labels. 2,000 steps in the paper.
 
     Differs: sign steps and a budget in pixels (the authors step along the normalised gradient, with 0.032 on
     normalised inputs, about 1.8/255).
     """
-    threat = image_threat(eps, knowledge="W2")
-    search = PGD(steps, step_size, random_start=False)
+    threat = threat_on(modality, eps, knowledge="W2")
+    search = steps_on(modality, steps, step_size, random_start=False)
     return Attack("dhta", Anchor(9), Agreement(), search, threat, slope, targeted=True)
 
 
 @register("attack", "guided-apgd", evidence="own")
-def guided_apgd(eps: float = 8 / 255, steps: int = 100, restarts: int = 1) -> Attack:
+def guided_apgd(eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image") -> Attack:
     """House attack: APGD on the scale-free agreement with the mainstay code; no step size to tune.
 
     Knows the database codes (W2), and returns the point of lowest exact AP that it saw.
     """
-    threat = image_threat(eps, knowledge="W2")
+    threat = threat_on(modality, eps, knowledge="W2")
     return Attack("guided-apgd", Mainstay(), ScaleFree(), APGD(steps), threat, restarts=restarts, selects=True)

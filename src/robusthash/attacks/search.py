@@ -65,7 +65,7 @@ class PGD:
 
     Args:
         steps: iterations T.
-        step_size: eta, in input units.
+        step_size: eta, in units of the first modality attacked; others step by as large a share of their budget.
         momentum: decay of the L1-normalised gradient (MI-FGSM); 0 is plain PGD.
         random_start: start uniformly in the ball instead of at the clean input.
         select_every: with ``select``, how often the metric is looked at; the best such point is returned.
@@ -99,7 +99,8 @@ class PGD:
                 }
                 speed = unit if speed is None else {n: self.momentum * speed[n] + g for n, g in unit.items()}
                 grad = speed
-            x = threat.project({n: x[n] + self.step_size * d for n, d in threat.steepest(grad).items()}, origin)
+            direction = threat.steepest(grad)
+            x = threat.project({n: x[n] + self.step_size * threat.ratio(n) * d for n, d in direction.items()}, origin)
         forward = self.steps
         if select is not None:
             with torch.no_grad():

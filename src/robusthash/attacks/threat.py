@@ -92,11 +92,12 @@ class Threat:
         if not self.balls:
             raise ValueError("a threat needs at least one modality to attack")
         if not self.name:
-            parts = (
-                f"{'img' if m == 'image' else m}-{b.norm}-{b.eps * 255 if b.norm == 'linf' else b.eps:g}"
-                for m, b in sorted(self.balls.items())
-            )
-            object.__setattr__(self, "name", "+".join(parts))
+            object.__setattr__(self, "name", "+".join(_named(m, b) for m, b in sorted(self.balls.items())))
+
+    def ratio(self, modality: str) -> float:
+        """Budget of a modality in units of the first one's: how far a step of size 1 goes in it."""
+        first = next(iter(self.balls.values())).eps
+        return self.balls[modality].eps / first if first else 1.0
 
     def project(self, x: Inputs, origin: Inputs) -> Inputs:
         """Each attacked modality back into its ball and range."""
@@ -139,6 +140,39 @@ class Threat:
                 raise ValueError(f"the attacked {name} leaves the range {ball.bounds}")
 
 
+def _named(modality: str, ball: Ball) -> str:
+    """``img-linf-8`` (of 255), ``img-l2-0.5``, ``txt-linf-0.05``."""
+    short = {"image": "img", "text": "txt"}.get(modality, modality)
+    size = ball.eps * 255 if modality == "image" and ball.norm == "linf" else ball.eps
+    return f"{short}-{ball.norm}-{size:g}"
+
+
+Attacked = Literal["image", "text", "both"]
+EPS = {"image": 8 / 255, "text": 0.05}
+"""Customary budgets: of pixels; of a continuous text vector (DRFGD), which corresponds to no real text."""
+
+
+def threat_on(
+    modality: Attacked = "image",
+    eps: float | None = None,
+    norm: Literal["linf", "l2"] = "linf",
+    knowledge: Knowledge = "W1",
+) -> Threat:
+    """The usual threats: ``img-linf-8`` by default, ``txt-linf-0.05``, or both on the pair of one item.
+
+    Args:
+        modality: what is attacked; ``both`` perturbs image and text of an item together.
+        eps: of the image, or of the text where only that is attacked; the customary one by default.
+    """
+    if modality not in ("image", "text", "both"):
+        raise ValueError(f"modality must be 'image', 'text' or 'both', got {modality!r}")
+    attacked = ("image", "text") if modality == "both" else (modality,)
+    balls = {name: Ball(norm, EPS[name]) for name in attacked}
+    if eps is not None:
+        balls[attacked[0]] = Ball(norm, eps)
+    return Threat(balls, knowledge)
+
+
 def image_threat(eps: float = 8 / 255, norm: Literal["linf", "l2"] = "linf", knowledge: Knowledge = "W1") -> Threat:
     """The usual image threat: ``img-linf-8`` by default."""
-    return Threat({"image": Ball(norm, eps)}, knowledge)
+    return threat_on("image", eps, norm, knowledge)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -67,6 +67,7 @@ class Split:
     rows: Tensor  # (N,) int64
     labels: Tensor | None  # (N, C) multi-hot float32
     hashes: np.ndarray  # (N,) content hashes, "S16"
+    also: dict[str, Tensor] = field(default_factory=dict)  # other label systems of the same items, by name, (N, C')
 
     def __post_init__(self) -> None:
         if len(self.rows) == 0:
@@ -88,7 +89,8 @@ class Split:
     def take(self, positions: Tensor, name: str | None = None) -> Split:
         """A split of these positions, in their order; a name is kept unless another is given."""
         labels = None if self.labels is None else self.labels[positions]
-        return Split(name or self.name, self.source, self.rows[positions], labels, self.hashes[positions.numpy()])
+        also = {system: values[positions] for system, values in self.also.items()}
+        return Split(name or self.name, self.source, self.rows[positions], labels, self.hashes[positions.numpy()], also)
 
     def fingerprint(self) -> str:
         """Digest of the ordered content and the labels: equal only for the same items in the same order."""
@@ -134,6 +136,29 @@ class RetrievalData:
     @property
     def modalities(self) -> tuple[str, ...]:
         return tuple(self.train.batch(torch.zeros(1, dtype=torch.int64)).inputs)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Width V of the texts as bags of words, or None where there are none."""
+        inputs = self.train.batch(torch.zeros(1, dtype=torch.int64)).inputs
+        return inputs["text"].shape[1] if "text" in inputs else None
+
+    @property
+    def label_systems(self) -> tuple[str, ...]:
+        """Names of the other labels that items carry, e.g. ``class`` beside multi-labels."""
+        return tuple(self.train.also)
+
+    def by(self, system: str) -> RetrievalData:
+        """The same items, relevant to each other by another label system.
+
+        Raises:
+            ValueError: where the items have no such labels.
+        """
+        if system not in self.train.also:
+            raise ValueError(f"{self.name} has no labels {system!r} beside its own; it has {list(self.label_systems)}")
+        relabelled = {name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()}
+        note = f"{self.note} Relevance by {system}.".strip()
+        return RetrievalData(self.name, **relabelled, label_names=(), note=note)
 
     @property
     def image_size(self) -> tuple[int, int]:

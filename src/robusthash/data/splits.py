@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,12 +177,14 @@ def assemble(
     indices: Indices,
     label_names: Sequence[str],
     note: str = "",
+    also: Mapping[str, Tensor] | None = None,
 ) -> RetrievalData:
     """A checked data set from one source. Queries whose content is also in another split leave, with one warning.
 
     Args:
         labels: (N, C) multi-hot of all rows of the source.
         hashes: (N,) content hashes of all rows.
+        also: other label systems of all rows, by name.
 
     Raises:
         ValueError: from ``RetrievalData``, e.g. where no query is left.
@@ -195,7 +197,8 @@ def assemble(
         note = f"{note} {dropped}.".strip()
 
     def split(part: str, rows: Tensor) -> Split:
-        return Split(part, source, rows, labels[rows], hashes[rows.numpy()])
+        others = {system: values[rows] for system, values in (also or {}).items()}
+        return Split(part, source, rows, labels[rows], hashes[rows.numpy()], others)
 
     return RetrievalData(
         name,

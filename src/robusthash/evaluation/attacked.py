@@ -66,7 +66,7 @@ def attack_block(bench: Bench, attack: Attack, block: int, gradients: Hasher | N
         gradients: the model that the attack differentiates: the victim by default (adaptive white box); the bare hasher
             (oblivious), a surrogate (transfer), or a view of the victim with other gradients.
     """
-    batch = bench.batch(block)
+    batch = bench.batch(block, attack.threat.balls)
     modality = bench.direction[0]
     origin = batch.inputs[modality]
     signs, eight_bit, representative, pixels = [], [], [], []
@@ -78,9 +78,12 @@ def attack_block(bench: Bench, attack: Attack, block: int, gradients: Hasher | N
         output = attack(gradients or bench.victim, batch, goal, bench.known(attack), draws=draws, select=select)
         attacked = attack.threat.project(output.batch.inputs, batch.inputs)
         attack.threat.verify({**batch.inputs, **attacked}, batch.inputs)
-        rounded = origin + ((attacked[modality] - origin) * 255).trunc() / 255
         signs.append(_encode(bench.victim, modality, attacked[modality]))
-        eight_bit.append(_encode(bench.victim, modality, rounded))
+        if modality == "image":
+            rounded = origin + ((attacked[modality] - origin) * 255).trunc() / 255
+            eight_bit.append(_encode(bench.victim, modality, rounded))
+        else:  # only pixels are stored in eight bits
+            eight_bit.append(signs[-1])
         representative.append(_representative(output.guidance, goal.sign, len(batch)))
         if modality == "image":
             measures = image_measures if min(origin.shape[-2:]) >= _SSIM_WINDOW else pixel_norms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -94,10 +94,14 @@ class Bench:
 
         return metric
 
-    def batch(self, block: int) -> Batch:
-        """Block number ``block`` of the queries, on the victim's device; ids are query positions."""
+    def batch(self, block: int, modalities: Collection[str] = ()) -> Batch:
+        """Block number ``block`` of the queries, on the victim's device; ids are query positions.
+
+        Args:
+            modalities: wanted beside the query modality of the direction, as where both are attacked together.
+        """
         positions = torch.arange(len(self.queries)).split(self.batch_size)[block]
-        return self.queries.batch(positions).only(self.direction[:1]).to(self.victim.device)
+        return self.queries.batch(positions).only({self.direction[0], *modalities}).to(self.victim.device)
 
     @property
     def blocks(self) -> int:

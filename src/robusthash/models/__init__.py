@@ -2,8 +2,9 @@
 
 from robusthash.core.registry import discover
 from robusthash.models.encode import encode_split
-from robusthash.models.hasher import Hasher, build_hasher
+from robusthash.models.hasher import Hasher, build_hasher, purified
+from robusthash.models.purified import Purifier
 
-__all__ = ["Hasher", "build_hasher", "encode_split"]
+__all__ = ["Hasher", "Purifier", "build_hasher", "encode_split", "purified"]
 
 discover(__name__, __path__)

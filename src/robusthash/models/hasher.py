@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robusthash.core.registry import build
 from robusthash.core.runtime import seed_everything
 from robusthash.core.types import HashOutput, Inputs, Outputs
+from robusthash.models.purified import IdentityBackward
 
 Defense = Literal["plain", "adversarial", "gate", "mask", "purifier", "randomised", "detector"]
+Sides = Literal["query", "both"]
+View = Literal["white-box", "oblivious", "identity"]
 
 
 class Hasher(nn.Module):
-    """Encoders and heads by modality.
+    """Encoders and heads by modality, and where a defense has one, a purifier before the encoder.
 
     Args:
         encoders: modality -> module; ``(B, ...)`` inputs -> ``(features (B, D), aux)``.
         heads: modality -> module; ``features`` -> ``(logits (B, K), code (B, K), scale)``.
         spec: the settings it was built from, saved beside the weights so that it can be built again.
         declared: its defense class; selects the adaptive attacks and is saved with the weights.
+        purifiers: modality -> ``Purifier``, for any of the modalities.
+        sides: purify queries only, or the database too.
 
     Raises:
         ValueError: modalities of encoders and heads differ, or heads of different bits.
@@ -35,6 +42,8 @@ class Hasher(nn.Module):
         heads: Mapping[str, nn.Module],
         spec: Mapping[str, Any] | None = None,
         declared: Defense = "plain",
+        purifiers: Mapping[str, nn.Module] | None = None,
+        sides: Sides = "both",
     ) -> None:
         super().__init__()
         if set(encoders) != set(heads):
@@ -44,6 +53,10 @@ class Hasher(nn.Module):
             raise ValueError(f"heads of different bits: {sorted(bits)}")
         self.encoders = nn.ModuleDict(encoders)
         self.heads = nn.ModuleDict(heads)
+        if strange := sorted(set(purifiers or {}) - set(encoders)):
+            raise ValueError(f"a purifier for {strange[0]!r}, which this hasher does not encode")
+        self.purifiers = nn.ModuleDict(purifiers or {})
+        self.sides = sides
         self.bits = bits.pop()
         self.spec = dict(spec or {})
         self.declared = declared
@@ -56,9 +69,24 @@ class Hasher(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def bare(self) -> Hasher:
+        """The same encoders and heads without the purifiers: what an oblivious attack differentiates."""
+        return Hasher(dict(self.encoders), dict(self.heads), self.spec, self.declared) if self.purifiers else self
+
+    def seen_by(self, view: View) -> Hasher:
+        """What an attacker differentiates: everything, the bare hasher (oblivious), or purifiers as the identity."""
+        if view == "white-box":
+            return self
+        if not self.purifiers:
+            raise ValueError(f"a {view} attack needs a purifier to overlook, and this hasher has none")
+        if view == "oblivious":
+            return self.bare()
+        wrapped = {name: IdentityBackward(purifier) for name, purifier in self.purifiers.items()}
+        return Hasher(dict(self.encoders), dict(self.heads), self.spec, self.declared, wrapped, self.sides)
+
     def for_database(self) -> Hasher:
-        """The victim that encodes the database: itself."""
-        return self
+        """The victim that encodes the database: itself, or without purifiers where those are for queries only."""
+        return self.bare() if self.sides == "query" else self
 
     def forward(self, inputs: Inputs) -> Outputs:
         """Hash any subset of the modalities."""
@@ -66,11 +94,19 @@ class Hasher(nn.Module):
         for modality, values in inputs.items():
             if modality not in self.encoders:
                 raise ValueError(f"this hasher knows {list(self.modalities)}, not {modality!r}")
-            features, aux = self.encoders[modality](values)
-            logits, code, scale = self.heads[modality](features)
-            # under autocast these are bf16; codes are decided, and compared with references, in float32
-            outputs[modality] = HashOutput(logits.float(), code.float(), features, aux, scale)
+            if modality in self.purifiers:
+                pure, shown = self.purifiers[modality](values, partial(self._hash, modality))
+                output = self._hash(modality, pure)
+                outputs[modality] = replace(output, aux={**output.aux, **shown})
+            else:
+                outputs[modality] = self._hash(modality, values)
         return outputs
+
+    def _hash(self, modality: str, values: Tensor) -> HashOutput:
+        features, aux = self.encoders[modality](values)
+        logits, code, scale = self.heads[modality](features)
+        # under autocast these are bf16; codes are decided, and compared with references, in float32
+        return HashOutput(logits.float(), code.float(), features, aux, scale)
 
 
 @contextlib.contextmanager
@@ -90,14 +126,20 @@ def frozen(victim: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+Component = str | Mapping[str, Any]
+
+
 def build_hasher(
     *,
     bits: int,
-    image: str | Mapping[str, Any] | None = "small",
-    text: str | Mapping[str, Any] | None = None,
-    head: str | Mapping[str, Any] = "tanh",
+    image: Component | None = "small",
+    text: Component | None = None,
+    head: Component = "tanh",
     seed: int = 0,
     declared: Defense = "plain",
+    vocabulary: int | None = None,
+    purifiers: Mapping[str, Component] | None = None,
+    sides: Sides = "both",
 ) -> Hasher:
     """A hasher from registered encoders and heads, with weights drawn from ``seed``.
 
@@ -106,6 +148,9 @@ def build_hasher(
         image: an ``image-encoder`` name or settings, or None.
         text: a ``text-encoder`` name or settings, or None.
         head: a ``head`` name or settings.
+        vocabulary: width V of the bags of words, which a text encoder needs to know.
+        purifiers: modality -> a ``purifier`` name or settings.
+        sides: what they purify.
 
     Example:
         ``build_hasher(bits=32, image={"name": "alexnet", "weights": "alexnet.pth"})``
@@ -119,8 +164,26 @@ def build_hasher(
     if image is not None:
         encoders["image"] = build("image-encoder", image)
     if text is not None:
-        encoders["text"] = build("text-encoder", text)
+        if vocabulary is None:
+            raise ValueError("a text encoder needs data with texts: this data set has none (is texts: true set?)")
+        encoders["text"] = build("text-encoder", text, vocabulary=vocabulary)
     heads = {name: build("head", head, width=encoder.width, bits=bits) for name, encoder in encoders.items()}
-    spec = {"bits": bits, "image": image, "text": text, "head": head, "declared": declared}
+    spec = {"bits": bits, "image": image, "text": text, "head": head, "declared": declared, "vocabulary": vocabulary}
     # channels-last was measured 1.3 times faster in float32 on a CPU, and is what tensor cores want
-    return Hasher(encoders, heads, spec, declared).to(memory_format=torch.channels_last)
+    hasher = Hasher(encoders, heads, spec, declared).to(memory_format=torch.channels_last)
+    return purified(hasher, purifiers, sides, seed) if purifiers else hasher
+
+
+def purified(hasher: Hasher, purifiers: Mapping[str, Component], sides: Sides = "both", seed: int = 0) -> Hasher:
+    """The same hasher, its modules shared, with new purifiers before its encoders.
+
+    Args:
+        purifiers: modality -> a ``purifier`` name or settings; each may ask for ``vocabulary`` and ``bits``.
+        sides: what they purify.
+    """
+    seed_everything(seed)
+    context = {"vocabulary": hasher.spec.get("vocabulary"), "bits": hasher.bits}
+    made = {modality: build("purifier", settings, **context) for modality, settings in purifiers.items()}
+    spec = {**hasher.spec, "purifiers": dict(purifiers), "sides": sides}
+    whole = Hasher(dict(hasher.encoders), dict(hasher.heads), spec, hasher.declared, made, sides)
+    return whole.to(hasher.device).to(memory_format=torch.channels_last)

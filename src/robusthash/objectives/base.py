@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,7 @@ class TrainFacts:
     labels: Tensor | None  # (N, C) multi-hot
     seed: int
     share_similar: float  # share of ordered pairs of training items that share a label
+    widths: Mapping[str, int] = field(default_factory=dict)  # feature width D of each modality's encoder
 
     @property
     def classes(self) -> int:
@@ -49,11 +51,13 @@ class HashObjective(nn.Module, ABC):
     """Interface. Minimised; every term is per item, so that an attack may ascend it alone.
 
     A pairwise objective compares a code with reference codes; a center objective ignores them.
-    Over several modalities the terms are summed over ordered pairs and divided by their number, so that the image-only
-    case and the image-text case are the same lines.
+    Over several modalities the terms are averaged over the pairs of an output and the memory of a modality, so that the
+    image-only case and the image-text case are the same lines, and an attacked image alone is still compared with both.
     """
 
     supervised: ClassVar[bool] = True
+    intra: ClassVar[bool] = True  # of several modalities, a code is compared with its own one's memory too
+    critics: nn.Module | None = None  # discriminators: parameters that the group "critic" trains
 
     def setup(self, facts: TrainFacts) -> None:
         """Make what depends on the data (centers, pair weights). Called once, before training or resuming."""
@@ -69,12 +73,29 @@ class HashObjective(nn.Module, ABC):
     def advance(self) -> None:
         """One optimiser step has been taken (HashNet's continuation)."""
 
+    def critic(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        """Loss of the discriminators on detached outputs, stepped before the objective; none by default."""
+        return {}
+
+    def end_epoch(self, memory: CodeMemory) -> None:
+        """After the last step of an epoch."""
+
+    def pairs(self, outputs: Outputs, memory: CodeMemory) -> list[tuple[HashOutput, Tensor]]:
+        """Each output with each memory (M, K) that it is compared with."""
+        several = len(memory.codes) > 1
+        return [
+            (output, codes)
+            for modality, output in outputs.items()
+            for other, codes in memory.codes.items()
+            if self.intra or not several or other != modality
+        ]
+
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
         """Terms ``similarity`` and ``regularisation``, means over the batch."""
         labels, bank_labels = batch.labels, memory.labels
         if labels is None or bank_labels is None:
             raise ValueError(f"{type(self).__name__} is supervised, and this batch has no labels")
-        pairs = [(output, memory.codes[other]) for output in outputs.values() for other in outputs]
+        pairs = self.pairs(outputs, memory)
         return {
             "similarity": torch.stack([self.similarity(o, labels, c, bank_labels).mean() for o, c in pairs]).mean(),
             "regularisation": torch.stack([self.regularisation(o).mean() for o in outputs.values()]).mean(),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Batch, Codes, LossTerms
+from robusthash.core.types import Batch, Codes, LossTerms, Outputs
 from robusthash.data.base import RetrievalData, Split
 from robusthash.data.loader import batches
 from robusthash.models.hasher import Hasher, frozen
@@ -61,10 +62,25 @@ class Recipe(ABC):
         return None
 
 
-def train_facts(split: Split, bits: int, seed: int) -> TrainFacts:
-    """What an objective may know of ``split``."""
+def train_facts(split: Split, hasher: Hasher, seed: int) -> TrainFacts:
+    """What an objective may know of ``split`` and of the hasher that it trains."""
     share = 0.0 if split.labels is None else share_similar(split.labels)
-    return TrainFacts(len(split), bits, split.labels, seed, share)
+    widths = {name: int(encoder.width) for name, encoder in hasher.encoders.items()}  # type: ignore[arg-type]
+    return TrainFacts(len(split), hasher.bits, split.labels, seed, share, widths)
+
+
+def detached(outputs: Outputs) -> Outputs:
+    """The same outputs, from which no gradient flows back."""
+    return {
+        name: replace(
+            o,
+            logits=o.logits.detach(),
+            code=o.code.detach(),
+            features=o.features.detach(),
+            aux={key: value.detach() for key, value in o.aux.items()},
+        )
+        for name, o in outputs.items()
+    }
 
 
 @torch.no_grad()
@@ -76,6 +92,7 @@ def fill_memory(memory: CodeMemory, hasher: Hasher, split: Split, batch_size: in
             memory.update(hasher(batch.inputs), batch)
 
 
+@register("recipe", "hashing")
 class HashingRecipe(Recipe):
     """Train a hasher on its objective, undefended."""
 
@@ -88,11 +105,19 @@ class HashingRecipe(Recipe):
         return {"hasher": self.hasher, "objective": self.objective, "memory": self.memory}
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"hasher": [*self.hasher.parameters(), *self.objective.parameters()]}
+        critics = [] if self.objective.critics is None else list(self.objective.critics.parameters())
+        apart = {id(parameter) for parameter in critics}
+        own = [parameter for parameter in self.objective.parameters() if id(parameter) not in apart]
+        groups = {"hasher": [*self.hasher.parameters(), *own]}
+        return {**groups, "critic": critics} if critics else groups
 
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
+        missing = [name for name in self.hasher.modalities if name not in data.modalities]
+        if missing:
+            raise ValueError(f"this hasher encodes {missing[0]!r}, and {data.name} has only {list(data.modalities)}")
         device = self.hasher.device
-        self.objective.to(device).setup(train_facts(data.train, self.hasher.bits, seed))
+        self.objective.to(device).setup(train_facts(data.train, self.hasher, seed))
+        self.objective.to(device)  # what setup made
         memory = CodeMemory(len(data.train), self.hasher.bits, data.train.labels, self.hasher.modalities)
         self.memory = memory.to(device)
         fill_memory(self.memory, self.hasher, data.train, batch_size)
@@ -101,5 +126,14 @@ class HashingRecipe(Recipe):
         self.hasher.train()
         outputs = self.hasher(batch.inputs)
         self.memory.update(outputs, batch)
+        yield from self.critic_step(outputs, batch)
         yield "hasher", self.objective(outputs, batch, self.memory)
         self.objective.advance()
+
+    def critic_step(self, outputs: Outputs, batch: Batch) -> Iterator[tuple[str, LossTerms]]:
+        """The step of the objective's discriminators, where it has any."""
+        if self.objective.critics is not None:
+            yield "critic", self.objective.critic(detached(outputs), batch)
+
+    def end_epoch(self, epoch: int) -> None:
+        self.objective.end_epoch(self.memory)

@@ -1,0 +1,39 @@
+"""What stands before an encoder and repairs its input: the interface of gates, generators and input transforms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from robusthash.core.types import HashOutput
+
+Encode = Callable[[Tensor], HashOutput]
+"""Hash inputs of the purifier's modality without it."""
+
+
+class Purifier(nn.Module, ABC):
+    """Interface: inputs of one modality -> inputs of the same shape, before the encoder (and its normalisation).
+
+    It is part of the victim: attacks differentiate through it, and it is saved with the weights. ``Hasher.bare()`` is
+    the victim without it, which only an *oblivious* attack differentiates.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, ...) -> (B, ...) and what it shows (a gate, a mask), which joins ``HashOutput.aux``."""
+
+
+class IdentityBackward(Purifier):
+    """A purifier whose gradient is taken to be the identity (BPDA), for adaptive attacks on one that hides its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            pure, shown = self.inner(x, encode)
+        return x + (pure - x).detach(), shown
