@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from robusthash.core.registry import register
@@ -21,7 +22,8 @@ class TextTransformer(nn.Module):
     training a head costs one forward pass a batch; nothing is computed ahead, and no attack can differentiate it.
 
     Args:
-        weights: folder with ``config.json`` and ``model.safetensors``. Local files only, no pickle, no foreign code.
+        weights: folder with ``config.json`` and ``model.safetensors``. Local files only, no pickle, no foreign code. It
+            must still be there when a trained run is opened again.
         trainable: train its weights too.
         pooling: ``cls``, the last state of the first token, or ``mean``, of all tokens that are no padding.
 
@@ -89,9 +91,15 @@ def _load(folder: Path) -> Any:
             )
     try:
         from transformers import AutoModel  # seconds to import, and only this encoder needs it
+        from transformers.utils import logging as chatter
     except ImportError as error:
         raise ImportError("the text encoder 'transformer' needs transformers: pip install robusthash[text]") from error
+    shown = chatter.is_progress_bar_enabled()
+    chatter.disable_progress_bar()
     try:
         return AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no transformer that can be read: {error}") from error
+    finally:
+        if shown:
+            chatter.enable_progress_bar()
