@@ -93,7 +93,7 @@ class Run:
         self.shown(done, total, text)
 
     def save_model(
-        self, hasher: Hasher, objective: HashObjective, lines: list[dict[str, Any]], image_size: tuple[int, int]
+        self, hasher: Hasher, objective: HashObjective, lines: list[dict[str, Any]], image_size: tuple[int, ...]
     ) -> None:
         """Write the trained weights and the model card; the training checkpoint is then no longer needed."""
         folder = self.path / "checkpoint"
