@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -34,7 +32,7 @@ class CPAH(CrossModalObjective):
         beta: weight of the quantisation term.
         adversarial: weight of the adversarial term.
         penalty: weight of the gradient penalty.
-        hidden: hidden widths of critic and consistency classifier.
+        hidden: hidden width of critic and consistency classifier, 64 in that code.
 
     Raises:
         ValueError: at ``setup``, feature widths that differ; in training, encoders without a private part.
@@ -47,6 +45,8 @@ class CPAH(CrossModalObjective):
     """
 
     training_only = ("critics", "classifiers")
+    steps: Tensor
+    draws: Draws
 
     def __init__(
         self,
@@ -54,16 +54,14 @@ class CPAH(CrossModalObjective):
         beta: float = 0.1,
         adversarial: float = 0.1,
         penalty: float = 10.0,
-        hidden: Sequence[int] = (64,),
+        hidden: int = 64,
     ) -> None:
         super().__init__(beta)
         self.alpha = alpha
         self.adversarial = adversarial
         self.penalty = penalty
-        self.hidden = tuple(hidden)
+        self.hidden = hidden
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-
-    steps: Tensor
 
     def setup(self, facts: TrainFacts) -> None:
         self.draws = draws = Draws(facts.seed, ("cpah",))
@@ -73,13 +71,13 @@ class CPAH(CrossModalObjective):
             for name in facts.widths
         }
         parts["consistency"] = nn.Sequential(
-            seeded_linear(width, self.hidden[-1], draws.within("consistency")),
+            seeded_linear(width, self.hidden, draws.within("consistency")),
             nn.ReLU(),
-            seeded_linear(self.hidden[-1], 3, draws.within("consistency", "out")),
+            seeded_linear(self.hidden, 3, draws.within("consistency", "out")),
         )
         self.classifiers = nn.ModuleDict(parts)
         if {REAL, FAKE} <= set(facts.widths):
-            self.critics = Critic(width, self.hidden, draws.within("critic"))
+            self.critics = Critic(width, (self.hidden,), draws.within("critic"))
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
         return pair_likelihood(output.code, labels, codes, code_labels)

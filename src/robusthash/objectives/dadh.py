@@ -94,9 +94,9 @@ class DADH(CrossModalObjective):
     Over one modality alone there are no critics.
     """
 
-    training_only = ("critics",)
     joint_codes: Tensor
     steps: Tensor
+    draws: Draws
 
     def __init__(
         self,
