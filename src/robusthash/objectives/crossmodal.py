@@ -32,8 +32,8 @@ def pair_likelihood(code: Tensor, labels: Tensor, codes: Tensor, code_labels: Te
 class CrossModalObjective(HashObjective):
     """Each code is compared with the memory of the *other* modality, and pulled to the code both share.
 
-    Over one modality alone (an image-only hasher) there is no other: the memory is its own one's, the shared code is the
-    sign of its own, and what needs two modalities (discriminators) is not made.
+    Over one modality alone (an image-only hasher) there is no other: the memory is its own one's, the shared code is
+    the sign of its own, and what needs two modalities (discriminators) is not made.
 
     Args:
         gamma: weight of the quantisation term, mean_k (B_k - h_k)^2.
@@ -65,8 +65,9 @@ class DCMH(CrossModalObjective):
     """DCMH: maximum likelihood of similarity between image codes F and text codes G, with one joint code B.
 
     L = mean_ij [softplus(Theta_ij) - S_ij Theta_ij] + gamma mean (B - h)^2 + eta (N / b) sum_k (mean_i h_ik)^2,
-    Theta_ij = F_i . G_j / 2 and B = sign(F + G); the mean of the last term runs over the whole training set, the batch's
-    rows live and the others from the memory. The paper's head is ``linear`` (h are the logits); ``tanh`` works as well.
+    Theta_ij = F_i . G_j / 2 and B = sign(F + G); the mean of the last term runs over the whole training set, the
+    batch's rows live and the others from the memory. The paper's head is ``linear`` (h are the logits); ``tanh`` works
+    as well.
 
     Args:
         gamma: weight of the quantisation term, a mean over items and bits (ours: 0.1; the paper's 1 is K / N by this
@@ -75,8 +76,8 @@ class DCMH(CrossModalObjective):
 
     Differs: every term is the published one divided by the pairs of a step, b N, except gamma's, so that learning rates
     are of ordinary size. The paper trains the image net for an epoch, then the text net, then sets B; here one step
-    trains both against the memory, which holds the other side constant: the same gradients, by turns of a step. B follows
-    the memory at every step, not once an epoch.
+    trains both against the memory, which holds the other side constant: the same gradients, by turns of a step. B
+    follows the memory at every step, not once an epoch.
     """
 
     def __init__(self, gamma: float = 0.1, eta: float = 1.0) -> None:

@@ -60,6 +60,7 @@ class Proxies(nn.Module):
             nn.ReLU(),
             seeded_linear(inner, facts.bits, draws.within("classes", "out")),
         )
+        self.count = facts.classes
         self.features = nn.ModuleDict()
         self.labels = nn.ModuleDict()
         self.out = nn.ModuleDict()
@@ -70,8 +71,8 @@ class Proxies(nn.Module):
 
     def of_classes(self) -> Tensor:
         """(C, K) unit rows."""
-        first = self.classes[0]
-        return unit(self.classes(torch.eye(first.in_features, device=first.weight.device)).float())
+        device = next(self.parameters()).device
+        return unit(self.classes(torch.eye(self.count, device=device)).float())
 
     def of_items(self, name: str, features: Tensor, labels: Tensor) -> Tensor:
         """(B, K) unit rows."""
@@ -84,12 +85,12 @@ class DAPH(CrossModalObjective):
     """DAPH: data-aware proxy hashing, both stages in one run.
 
     Stage 1, ``proxy_epochs`` long, trains label-conditioned proxies (see ``Proxies``):
-    L = mean over modalities of L_ms(p) + |relu(C C^T - I)|_F^2 + beta reg + alpha bal, L_ms the softmax of an item's classes
-    against the others at logits <p, c_k>, reg = mean (<norm(sgn z), z> - 1)^2, bal = |mean z|^2.
-    Stage 2 trains the hasher against the signs of the proxies of all training items, kept constant: at logits <h, a> / K,
-    L = L_pos + eta L_part for the anchors a of each modality, + L_cls for the signs of the class codes. Positive are anchors
-    of the same label set, negative those that share no label; L_part takes the weighted mean of the rest as positive,
-    weights |y_i & y_j|; L_cls the mean of the item's classes.
+    L = mean over modalities of L_ms(p) + |relu(C C^T - I)|_F^2 + beta reg + alpha bal, L_ms the softmax of an item's
+    classes against the others at logits <p, c_k>, reg = mean (<norm(sgn z), z> - 1)^2, bal = |mean z|^2.
+    Stage 2 trains the hasher against the signs of the proxies of all training items, kept constant: at logits
+    <h, a> / K, L = L_pos + eta L_part for the anchors a of each modality, + L_cls for the signs of the class codes.
+    Positive are anchors of the same label set, negative those that share no label; L_part takes as positive the mean of
+    the rest, weighted by the number of shared labels, and L_cls the mean of the item's classes.
 
     Args:
         proxy_epochs: length of stage 1 in epochs, at least 1, less than the run's epochs.
@@ -104,8 +105,9 @@ class DAPH(CrossModalObjective):
 
     Differs: means for sums in reg and bal. Stage 1 looks at the hasher's own features, and trains its encoders (the
     heads wait for stage 2), where the paper has nets of its own; anchors are the proxies that each item had in the last
-    epoch of stage 1. The code's extra 1 for every positive class in the negatives' sum is left out; a text's anchors are
-    positive by the same label set, as an image's (the code takes supersets). Both nets train together, not by turns of an epoch.
+    epoch of stage 1. The code's extra 1 for every positive class in the negatives' sum is left out; a text's anchors
+    are positive by the same label set, as an image's (the code takes supersets). Both nets train together, not by turns
+    of an epoch.
     """
 
     training_only = ("critics", "proxies")

@@ -19,9 +19,9 @@ class DPN(CSQ):
     """DPN: polarisation; L = mean_k max(0, margin - v_k t_k), t the target code of the item's classes.
 
     Targets are random balanced codes (half of the bits -1); an item of several classes has the sign of their sum, with
-    zeros filled from one random vector, as in CSQ. v are the logits, without tanh: past the margin a bit is at rest, which
-    is what polarises. So an attack on this objective gets no gradient from an item whose bits are all at rest: judge the
-    robustness of DPN by attacks with a guide.
+    zeros filled from one random vector, as in CSQ. v are the logits, without tanh: past the margin a bit is at rest,
+    which is what polarises. So an attack on this objective gets no gradient from an item whose bits are all at rest:
+    judge the robustness of DPN by attacks with a guide.
 
     Args:
         margin: m, 1.
