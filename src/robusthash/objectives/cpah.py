@@ -11,7 +11,7 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
 from robusthash.objectives.base import TrainFacts
 from robusthash.objectives.critics import FAKE, REAL, Critic, critic_loss, deceive, one_width, seeded_linear
-from robusthash.objectives.crossmodal import CrossModalObjective, pair_likelihood
+from robusthash.objectives.crossmodal import PairLikelihood
 from robusthash.objectives.memory import CodeMemory
 
 PRIVATE_OF_IMAGE, COMMON, PRIVATE_OF_TEXT = range(3)
@@ -19,7 +19,7 @@ PRIVATE_OF_IMAGE, COMMON, PRIVATE_OF_TEXT = range(3)
 
 
 @register("objective", "cpah", paper="Xie et al., IEEE TIP 2020", evidence="reconstruction")
-class CPAH(CrossModalObjective):
+class CPAH(PairLikelihood):
     """CPAH: consistency-preserving adversarial hashing, for hashers whose encoders are ``cpah``.
 
     L = NLL(h_i . U_j / 2, S) + beta mean (B - h)^2 + alpha (L_cons + L_cls) + adversarial * -log sigma(D(f_c text)),
@@ -33,6 +33,7 @@ class CPAH(CrossModalObjective):
         adversarial: weight of the adversarial term.
         penalty: weight of the gradient penalty.
         hidden: hidden width of critic and consistency classifier, 64 in that code.
+        balance: weight similar pairs, see ``PairLikelihood``. Off in the paper.
 
     Raises:
         ValueError: at ``setup``, feature widths that differ; in training, encoders without a private part.
@@ -55,8 +56,9 @@ class CPAH(CrossModalObjective):
         adversarial: float = 0.1,
         penalty: float = 10.0,
         hidden: int = 64,
+        balance: bool = False,
     ) -> None:
-        super().__init__(beta)
+        super().__init__(beta, balance)
         self.alpha = alpha
         self.adversarial = adversarial
         self.penalty = penalty
@@ -64,6 +66,7 @@ class CPAH(CrossModalObjective):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def setup(self, facts: TrainFacts) -> None:
+        super().setup(facts)
         self.draws = draws = Draws(facts.seed, ("cpah",))
         width = one_width(facts.widths, "cpah")
         parts: dict[str, nn.Module] = {
@@ -78,9 +81,6 @@ class CPAH(CrossModalObjective):
         self.classifiers = nn.ModuleDict(parts)
         if {REAL, FAKE} <= set(facts.widths):
             self.critics = Critic(width, (self.hidden,), draws.within("critic"))
-
-    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
-        return pair_likelihood(output.code, labels, codes, code_labels)
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
         """The terms of every cross-modal objective, ``consistency``, ``labels``, and for texts ``adversarial``."""
