@@ -31,7 +31,7 @@ from robusthash.core.hamming import sign
 from robusthash.core.labels import draw_targets
 from robusthash.core.registry import build, card
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Batch, Goal, Inputs, Reference
+from robusthash.core.types import Batch, Goal, HashOutput, Inputs, Reference
 from robusthash.data import RetrievalData
 from robusthash.models import Hasher
 from robusthash.objectives import DPSH, HashObjective
@@ -329,19 +329,37 @@ def perfect_signs(objective: HashObjective, labels: Tensor) -> Tensor:
     """(N, K) the code that the objective asks for: its own centers, or one code per class and its complement."""
     if hasattr(objective, "targets"):
         return objective.targets(labels)
+    if getattr(objective, "stage", 1) == 2:  # the codes that its first stage has learned
+        return sign(labels @ objective.class_codes)
     one = hadamard_centers(2, BITS, Draws(0))[1]
     return torch.where(labels[:, :1] > 0, one, -one)
+
+
+def told(logits: Tensor) -> HashOutput:
+    """An output with these logits and all that an objective may ask of an encoder."""
+    return replace(output_of(logits), aux={"private": -logits})
 
 
 def value_of(objective: HashObjective, logits: dict[str, Tensor], labels: Tensor) -> Tensor:
     """The loss that training would minimise, with the batch's own codes as memory."""
     memory = memory_of({name: torch.tanh(value.detach()) for name, value in logits.items()}, labels)
     batch = image_batch(torch.zeros(len(labels), 2), labels)
-    return torch.stack(list(objective({n: output_of(v) for n, v in logits.items()}, batch, memory).values())).sum()
+    return torch.stack(list(objective({n: told(v) for n, v in logits.items()}, batch, memory).values())).sum()
 
 
 def ready(objective: HashObjective) -> HashObjective:
-    objective.setup(facts_of(LABELS, BITS))
+    """Set up; one that first learns something of its own (proxies) has done so on perfect codes of both modalities."""
+    objective.setup(facts_of(LABELS, BITS, widths={"image": BITS, "text": BITS}))
+    learned = [p for p in objective.parameters() if p.requires_grad]
+    while getattr(objective, "stage", 2) == 1:
+        optimiser = torch.optim.Adam(learned, 1e-2)
+        for _ in range(10):
+            optimiser.zero_grad()
+            value_of(
+                objective, dict.fromkeys(("image", "text"), 3 * perfect_signs(objective, LABELS)), LABELS
+            ).backward()
+            optimiser.step()
+        objective.end_epoch(memory_of({"image": torch.zeros(12, BITS)}, LABELS))
     return objective
 
 
@@ -350,7 +368,7 @@ def check_terms(objective: HashObjective) -> None:
     for modalities in (("image",), ("image", "text")):
         generator = torch.Generator().manual_seed(0)
         logits = {m: torch.randn(12, BITS, generator=generator).requires_grad_(True) for m in modalities}
-        outputs = {name: output_of(value) for name, value in logits.items()}
+        outputs = {name: told(value) for name, value in logits.items()}
         memory = memory_of({m: torch.tanh(torch.randn(12, BITS, generator=generator)) for m in modalities}, LABELS)
         terms = objective(outputs, image_batch(torch.zeros(12, 2), LABELS), memory)
         assert terms
@@ -400,7 +418,7 @@ def check_descends(objective: HashObjective) -> None:
 def check_needs_labels(objective: HashObjective) -> None:
     ready(objective)
     batch = image_batch(torch.zeros(12, 2))
-    outputs = {"image": output_of(torch.randn(12, BITS, generator=torch.Generator().manual_seed(5)))}
+    outputs = {"image": told(torch.randn(12, BITS, generator=torch.Generator().manual_seed(5)))}
     memory = memory_of({"image": torch.randn(12, BITS, generator=torch.Generator().manual_seed(6))}, None)
     if objective.supervised:
         with pytest.raises(ValueError, match="labels"):
