@@ -286,7 +286,7 @@ def training_chart(log: Sequence[Mapping[str, Any]]) -> Markup | None:
     """Loss terms by epoch; with a single epoch there is no line to draw."""
     if len(log) < 2:
         return None
-    terms = [name for name in log[-1] if name not in ("epoch", "lr", "seconds")]
+    terms = [name for name in log[-1] if name not in ("epoch", "lr", "seconds", "figures")]
     epochs = [line["epoch"] + 1 for line in log]
     series = [
         Series(name, epochs, [line[name] for line in log], TONES[i % 6], dots=True) for i, name in enumerate(terms)

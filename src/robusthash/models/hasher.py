@@ -184,6 +184,9 @@ def purified(hasher: Hasher, purifiers: Mapping[str, Component], sides: Sides = 
     seed_everything(seed)
     context = {"vocabulary": hasher.spec.get("vocabulary"), "bits": hasher.bits}
     made = {modality: build("purifier", settings, **context) for modality, settings in purifiers.items()}
-    spec = {**hasher.spec, "purifiers": dict(purifiers), "sides": sides}
-    whole = Hasher(dict(hasher.encoders), dict(hasher.heads), spec, hasher.declared, made, sides)
+    declared = hasher.declared
+    if declared in ("plain", "adversarial"):
+        declared = next(iter(made.values())).declares
+    spec = {**hasher.spec, "purifiers": dict(purifiers), "sides": sides, "declared": declared}
+    whole = Hasher(dict(hasher.encoders), dict(hasher.heads), spec, declared, made, sides)
     return whole.to(hasher.device).to(memory_format=torch.channels_last)

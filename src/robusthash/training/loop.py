@@ -13,7 +13,7 @@ from robusthash.core.runtime import Draws, choose_device, precision, seed_everyt
 from robusthash.data.base import RetrievalData
 from robusthash.data.loader import batches
 from robusthash.data.transforms import augment
-from robusthash.training.recipe import Moment, Recipe
+from robusthash.training.recipe import FIGURES, Moment, Recipe
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -109,7 +109,7 @@ class RunLog(Protocol):
 
 
 def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | None = None) -> list[dict[str, Any]]:
-    """Train ``recipe`` on ``data.train``; returns one line an epoch (loss terms, learning rate, seconds).
+    """Train ``recipe`` on ``data.train``; returns one line an epoch (loss terms, learning rate, seconds, ``figures``).
 
     With ``run``, a checkpoint is written after each epoch, and training goes on from the last one to the same result
     as an uninterrupted run on the same machine.
@@ -137,6 +137,7 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
         moment_draws = draws.within(epoch)
         started, rate = time.perf_counter(), 0.0
         sums: dict[str, float] = {}
+        figures: dict[str, float] = {}
         order = moment_draws.within("order")
         for step, batch in enumerate(batches(data.train, config.batch_size, order, pool, recipe.hasher.modalities)):
             progress = (epoch + step / steps) / config.epochs
@@ -147,6 +148,11 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
                 batch = batch.with_inputs({"image": images})
             with precision(config.precision, device):
                 for group, terms in recipe.step(batch, Moment(epoch, progress, moment_draws)):
+                    into = figures if group == FIGURES else sums
+                    for name, term in terms.items():
+                        into[name] = into.get(name, 0.0) + float(term.detach()) * len(batch) / items
+                    if group == FIGURES:
+                        continue
                     loss = torch.stack([term.float() for term in terms.values()]).sum()
                     if not torch.isfinite(loss):
                         values = {name: float(term.detach()) for name, term in terms.items()}
@@ -163,12 +169,12 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
                     for parameters in optimiser.param_groups:
                         parameters["lr"] = rate
                     optimiser.step()
-                    for name, term in terms.items():
-                        sums[name] = sums.get(name, 0.0) + float(term.detach()) * len(batch) / items
             if run is not None:
                 run.progress(epoch * steps + step + 1, config.epochs * steps, f"epoch {epoch + 1}/{config.epochs}")
         recipe.end_epoch(epoch)
         lines.append({"epoch": epoch, "lr": rate, "seconds": round(time.perf_counter() - started, 3), **sums})
+        if figures:
+            lines[-1][FIGURES] = figures
         if run is not None:
             run.log(lines[-1])
             run.checkpoint(_state(recipe, optimisers, epoch + 1, lines))
