@@ -303,13 +303,14 @@ def _attacked(
     write_json(
         folder / "config.json", {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}
     )
-    blocks = []
+    blocks, fitted = [], None
     for block in range(bench.blocks):
         path = folder / f"{block}.npz"
         if path.is_file():
             blocks.append(_read_block(path))
         else:
-            blocks.append(attack_block(bench, attack, block, bench.victim.seen_by(view)))
+            fitted = fitted or bench.fitted(attack)
+            blocks.append(attack_block(bench, fitted, block, bench.victim.seen_by(view)))
             with write_aside(path) as aside:
                 np.savez(aside, allow_pickle=False, **blocks[-1].arrays())
         shown(block + 1, bench.blocks, name)

@@ -12,6 +12,7 @@ from torch import Tensor
 from robusthash.attacks.base import Attack, Select
 from robusthash.core.hamming import pack
 from robusthash.core.profile import Prepared, prepare, prepared_profile
+from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Reference
 from robusthash.data.base import RetrievalData, Split
 from robusthash.evaluation.measures import average_precision
@@ -81,6 +82,10 @@ class Bench:
         if knowledge in ("W1", "W2"):
             return self._training if knowledge == "W1" else self._searched
         raise ValueError(f"a {knowledge} attacker holds no weights; {attack.name!r} needs W0, W1 or W2")
+
+    def fitted(self, attack: Attack) -> Attack:
+        """The attack, its learning parts trained on this victim: once a bench, before the first block."""
+        return attack.fit(self.victim, self.data, self.known(attack), draws=Draws(self.seed, ("fit",)))
 
     def select(self, labels: Tensor, sign: int) -> Select:
         """Exact expected AP over the database from the adversary's side, for points of one batch."""
