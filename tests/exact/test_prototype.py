@@ -53,7 +53,7 @@ def test_opposite_classes_get_their_own_codes() -> None:
     labels = torch.eye(2).repeat(10, 1)
     codes = torch.where(labels[:, :1] > 0, code, -code)
     victim = type("Victim", (), {"bits": 16, "device": torch.device("cpu")})()
-    start = Prototype(hidden=1024)
+    start = Prototype(hidden=1024, middle=128)
     made = start.fitted(victim, None, Reference({"image": codes}, labels), Draws(0))
     batch = Batch({}, torch.eye(2), torch.arange(2))
     found = made(victim, batch, Goal(torch.eye(2), 1), None, Draws(0)).codes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +78,7 @@ class Prototype(nn.Module):
         """Draw the weights, uniform within 1 / sqrt(inputs) as ``nn.Linear`` does, from the seed alone."""
         sizes = (facts.classes, *self.widths, facts.bits)
         generator = Draws(facts.seed, ("prototype",)).generator()
-        layers = [nn.utils.skip_init(nn.Linear, *ends) for ends in zip(sizes, sizes[1:], strict=False)]
+        layers = [nn.utils.skip_init(nn.Linear, *ends) for ends in pairwise(sizes)]
         with torch.no_grad():
             for layer in layers:
                 for parameter in layer.parameters():

@@ -21,8 +21,9 @@ class ATRDHOuter:
     the pairs of an attacked modality and a memory. The paper's inner attack is ``tha`` from a random start, its
     prototype net trained along: 7 steps of 2/255.
 
-    Differs: the memory holds true codes from the first step on (the code starts it at zero, which only adds a constant);
-    targets share no label with the item (the code draws any label set of the database); guidance and attack in eval mode.
+    Differs: the memory holds true codes from the first step on (the code starts it at zero, which only adds a
+    constant); targets share no label with the item (the code draws any label set of the database); the attack runs in
+    eval mode.
 
     Args:
         adversarial: 1 in the authors' code, 2 in SAAT's copy.
