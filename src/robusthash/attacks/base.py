@@ -64,7 +64,10 @@ class Loss(Protocol):
 
 
 class Search(Protocol):
-    """Ascends a score inside a threat. Per item: no step of one query may depend on another."""
+    """Ascends a score inside a threat. Per item: no step of one query may depend on another.
+
+    A search of edits instead of steps says so by a class attribute ``edits = True``.
+    """
 
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Inputs | None
@@ -120,6 +123,11 @@ class Attack:
             raise ValueError(f"restarts must be at least 1, got {self.restarts}")
         if self.slope not in ("published", "one"):
             raise ValueError(f"slope must be 'published' or 'one', got {self.slope!r}")
+        if self.threat.edits != getattr(self.search, "edits", False):
+            raise ValueError(
+                f"{type(self.search).__name__} cannot search {self.threat.name}: edit budgets on bags of words take "
+                "the search 'greedy-flips', norm balls any other, and the two cannot be mixed"
+            )
 
     def fit(self, victim: Hasher, data: RetrievalData, reference: Reference | None, *, draws: Draws) -> Attack:
         """The attack with its learning parts trained on this very victim; itself where nothing learns.
