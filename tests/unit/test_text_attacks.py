@@ -51,9 +51,9 @@ def data() -> RetrievalData:
 def victim(data: RetrievalData) -> Hasher:
     text = {"name": "mlp", "widths": [32]}
     hasher = build_hasher(
-        bits=16, image={"name": "small", "width": 4, "grid": 2}, text=text, vocabulary=data.vocabulary
+        bits=16, image={"name": "small", "width": 8, "grid": 2}, text=text, vocabulary=data.vocabulary
     )
-    fit(HashingRecipe(hasher, DPSH()), data, train_config(15))
+    fit(HashingRecipe(hasher, DPSH()), data, train_config(30))
     return hasher
 
 
@@ -76,7 +76,8 @@ def test_every_attack_in_every_direction(name: str, on: str, direction: str, ben
     batch = bench.batch(0, attack.threat.balls)
     query = bench.direction[0]
     attack.threat.verify({**batch.inputs, query: attacked.inputs}, batch.inputs)
-    assert not torch.equal(attacked.inputs, batch.inputs[query])
+    if not attack.selects:  # one that selects returns the clean query where no point that it saw was worse
+        assert bool((attacked.inputs != batch.inputs[query]).flatten(1).any(1).all())
     assert attacked.signs.shape == (9, 3 if attack.targeted else 1, 16)
     assert set(attacked.pixels) >= ({"mse", "linf"} if query == "image" else {"changed", "l1"})
 
