@@ -1,4 +1,4 @@
-"""DRFGD's attack: away from every relevant code, measured against the mean irrelevant one. Its loss aligns codes too."""
+"""DRFGD's attack: away from every relevant code, as measured against the mean irrelevant one; swapped, it aligns."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ def set_contrast(code: Tensor, guidance: Guidance, tau: float = 0.05, *, mean: b
         raise ValueError("set-contrast needs a set of codes with signed weights; use the guide 'signed-sets'")
     if not tau > 0.0:
         raise ValueError(f"tau must be positive, got {tau:g}")
-    codes, weights = guidance.codes.to(code.dtype), guidance.weights.to(code.dtype)
-    first, second = (weights > 0), (weights < 0).to(code.dtype)
-    scores = code @ codes.T / (2 * codes.shape[1])
-    against = (scores * second).sum(1, keepdim=True) / second.sum(1, keepdim=True).clamp_min(1.0)
-    # exponents reach 40: exp of them would lose the smaller ones, so the sum is taken in the log domain
-    exponents = ((scores - against) / tau).masked_fill(~first, -torch.inf)
-    if mean:
-        exponents = exponents - first.sum(1, keepdim=True).clamp_min(1).to(code.dtype).log()
-    return torch.logsumexp(torch.cat([torch.zeros_like(exponents[:, :1]), exponents], 1), 1)
+    first, second = guidance.weights > 0, (guidance.weights < 0).to(code.dtype)
+    with torch.autocast(code.device.type, enabled=False):  # bf16 scores over a small tau would be off by whole units
+        codes = guidance.codes.to(code.dtype)
+        scores = code @ codes.T / (2 * codes.shape[1])
+        against = (scores * second).sum(1, keepdim=True) / second.sum(1, keepdim=True).clamp_min(1.0)
+        # exponents reach 40: exp of them would lose the smaller ones, so the sum is taken in the log domain
+        exponents = ((scores - against) / tau).masked_fill(~first, -torch.inf)
+        if mean:
+            exponents = exponents - first.sum(1, keepdim=True).clamp_min(1).to(code.dtype).log()
+        return torch.logsumexp(torch.cat([torch.zeros_like(exponents[:, :1]), exponents], 1), 1)
 
 
 def swapped(guidance: Guidance) -> Guidance:
