@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from robusthash.apps import html
+from robusthash.apps.branches import branches_section
 from robusthash.apps.charts import TONES, UNIT, Axis, Dot, Series, Tone, dot_chart, line_chart
 from robusthash.apps.html import Child, Markup, tag
 from robusthash.apps.runs import Run, RunError
@@ -29,7 +30,7 @@ def write_report(run: Run) -> Path:
         RunError: the run has not been trained or evaluated.
     """
     path = run.path / "report.html"
-    text = run_page(run.card(), read_results(run), _log(run), commands_of(run))
+    text = run_page(run.card(), read_results(run), _log(run), commands_of(run), branches_section(run.path))
     with write_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
     return path
@@ -60,14 +61,50 @@ def commands_of(run: Run) -> list[str]:
 
 
 def run_page(
-    card: Mapping[str, Any], results: Results, log: Sequence[Mapping[str, Any]], commands: Sequence[str]
+    card: Mapping[str, Any],
+    results: Results,
+    log: Sequence[Mapping[str, Any]],
+    commands: Sequence[str],
+    branches: Child = None,
 ) -> str:
     """The page of one run.
 
     Args:
         card: the model card.
         log: one line per epoch of training.
+        branches: a section on what a purifier looks at.
     """
+    parts = by_setting(results)
+    clean = next(iter(parts.values()))["clean"]
+    training = tag("div", model_facts(card), training_chart(log), class_="pair")
+    return html.page(
+        f"{card['name']}: {card['bits']} bits on {clean.setting.queries.partition(':')[0]}",
+        [tag("p", f"{name}: " if name else None, verdict(part)) for name, part in parts.items()],
+        [_measured(name, part) for name, part in parts.items()],
+        branches,
+        html.section("Training", training),
+        [
+            html.section(f"Setting {name}".strip(), setting_facts(part.get("worst", part["clean"]), part))
+            for name, part in parts.items()
+        ],
+        html.section("Commands", html.commands(commands)),
+        foot=versions_line(clean),
+    )
+
+
+def by_setting(results: Results) -> dict[str, dict[str, EvalResult]]:
+    """Results by direction and relevance, ``I2T`` or ``I2T by class``, under names without these; ``""`` where a run
+    has only its usual ones."""
+    starts = [name.removesuffix("clean") for name in results if name.endswith("clean")]
+    parts: dict[str, dict[str, EvalResult]] = {start.strip(): {} for start in starts}
+    for name, result in results.items():
+        start = max((start for start in starts if name.startswith(start)), key=len)
+        parts[start.strip()][name.removeprefix(start)] = result
+    return parts
+
+
+def _measured(name: str, results: Results) -> list[Child]:
+    """The headline numbers, tables and charts of one direction."""
     clean, worst = results["clean"], results.get("worst")
     measure = headline(clean)
     untargeted = {name: result for name, result in results.items() if is_untargeted(name, result)}
@@ -82,17 +119,13 @@ def run_page(
         )
         tiles.append(("harmonic robustness score", number(worst["HRS"]), "0: collapsed or not robust, 1: perfect"))
     tiles.append(("chance", number(clean.reference["chance"]), "a random order of the database"))
-    return html.page(
-        f"{card['name']}: {card['bits']} bits on {clean.setting.queries.partition(':')[0]}",
-        tag("p", verdict(results)),
+    shown = tag("div", *charts, class_="pair")
+    changed = perceptibility_table(results) if len(results) > 1 else None
+    return [
         html.tiles(tiles),
-        html.section("Results", results_table(results), tag("div", *charts, class_="pair"), notes(results.values())),
-        html.section("What was changed", perceptibility_table(results)) if len(results) > 1 else None,
-        html.section("Training", tag("div", model_facts(card), training_chart(log), class_="pair")),
-        html.section("Setting", setting_facts(worst or clean, results)),
-        html.section("Commands", html.commands(commands)),
-        foot=versions_line(clean),
-    )
+        html.section(f"Results {name}".strip(), results_table(results), shown, notes(results.values())),
+        html.section(f"What was changed {name}".strip(), changed) if changed else None,
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- numbers as text
