@@ -372,3 +372,54 @@ def test_uc_merced_in_place(shared_data: Path, caplog: pytest.LogCaptureFixture)
     assert not caplog.records  # the one identical pair is on the database side of this split
     every = np.concatenate([data.query.hashes, data.database.hashes])
     assert len(every) - len(np.unique(every)) == 1
+
+
+def test_the_other_label_column_comes_along(listed: Path) -> None:
+    data = load(listed)
+    assert data.label_systems == ("class",)
+    assert data.by("class").query.labels is not None
+    assert load(listed, label_field="class").label_systems == ("labels",)
+    rows = rows_of()
+    rows[4]["class"] = ""
+    partial = load(listed, rows)
+    assert partial.label_systems == ()
+    assert "1 of 12 items have no 'class', which is left out" in partial.note
+
+
+def test_empty_text_is_kept_counted_and_warned_of(listed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = rows_of()
+    rows[3]["captions"], rows[5]["captions"] = [], ["", "  "]
+    with caplog.at_level(logging.WARNING):
+        data = load(listed, rows, texts=True)
+    assert "2 of 12 items have an empty text" in caplog.text
+    assert "2 of 12 items have an empty text" in data.note
+    sums = data.query.batch(torch.arange(2)).inputs["text"].sum(1)
+    assert sums[0] == 0
+    assert sums[1] > 0
+
+
+def test_first_caption_or_all(listed: Path) -> None:
+    assert load(listed, texts=True).vocabulary == 6 + 8
+    assert load(listed, texts=True, caption="first").vocabulary == 4 + 8
+    with pytest.raises(ValueError, match="'first' or 'all', got 'last'"):
+        load(listed, texts=True, caption="last")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"texts": "words"}, "'bag' or 'tokens', got 'words'"),
+        ({"texts": "tokens"}, "needs tokenizer="),
+        ({"texts": True, "tokenizer": "x"}, "a tokenizer is for texts='tokens'"),
+    ],
+)
+def test_wrong_text_options(listed: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(listed, **options)
+
+
+def test_modalities_of_different_length() -> None:
+    with pytest.raises(ValueError, match=r"modalities of different length: \{'image': 2, 'text': 3\}"):
+        ArraySource({"image": torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "text": torch.zeros(3, 5)})
+    with pytest.raises(ValueError, match=r"modalities of different length: \{'image': 0, 'text': 3\}"):
+        FileSource((), 8, "crop", 100, {"text": torch.zeros(3, 5)}, np.zeros(0, "S16"))

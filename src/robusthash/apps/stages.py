@@ -160,7 +160,8 @@ def encode(run: Run, shown: Shown = silent) -> dict[str, Path]:
     origin, written = run.card()["digest"], {}
     (run.path / "codes").mkdir(exist_ok=True)
     for name, split in read_data(run.config, shown).splits.items():
-        encoded = encode_split(hasher, split, progress=_titled(shown, f"encoding {name}"), origin=origin)
+        victim = hasher.for_database() if name == "database" else hasher
+        encoded = encode_split(victim, split, progress=_titled(shown, f"encoding {name}"), origin=origin)
         for modality, codes in encoded.items():
             path = run.path / "codes" / f"{name}.{modality}.npz"
             arrays = {"codes": codes.packed.numpy(), "bits": np.array(codes.bits), "ids": codes.ids.numpy()}
@@ -341,12 +342,15 @@ def _described(result: EvalResult, name: str, run: Run) -> EvalResult:
 
 
 def database_codes(run: Run, shown: Shown = silent) -> Codes:
-    """Codes of the database split, by the run's hasher."""
+    """Codes of the database split: those that the method learned, else by the run's hasher."""
+    learned = run.learned_database()
+    if learned is not None:
+        return learned
     hasher, _ = load_victim(run)
     split = read_data(run.config, shown).database
     modality = hasher.modalities[0]
     return encode_split(
-        hasher,
+        hasher.for_database(),
         split,
         modality=modality,
         progress=_titled(shown, "encoding the database"),

@@ -15,7 +15,7 @@ from robusthash.core.types import Batch, Inputs
 
 
 class Source(Protocol):
-    """Where items come from: memory (``ArraySource``) or files (``folder.FileSource``)."""
+    """Where items come from: memory (``ArraySource``) or files (``files.FileSource``)."""
 
     def __len__(self) -> int: ...
 

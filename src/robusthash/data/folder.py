@@ -3,60 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from robusthash.core.registry import register
-from robusthash.core.types import Inputs
-from robusthash.data.base import ArraySource, RetrievalData, Source, content_hash
-from robusthash.data.manifest import Entry, LabelField, entries_of_folder, entries_of_manifest
+from robusthash.data.base import RetrievalData
+from robusthash.data.files import MEMORY, Decoding, FileSource
+from robusthash.data.manifest import Entry, LabelField, entries_of_folder, entries_of_manifest, other_field
 from robusthash.data.splits import Indices, assemble, class_split, random_split
-from robusthash.data.transforms import (
-    MAX_PIXELS,
-    Fit,
-    ImageFile,
-    OnError,
-    UnreadableImage,
-    Vocabulary,
-    check_on_error,
-    iter_images,
-    read_images,
-    warn_unreadable,
-)
+from robusthash.data.texts import Caption, Texts, TextStyle
+from robusthash.data.transforms import MAX_PIXELS, Fit, OnError
+
+__all__ = ["FileSource", "folder"]
 
 SplitRule = Literal["manifest", "random", "balanced"]
-
-MEMORY = 1 << 30
-"""Decoded images are kept in memory when they take at most so many bytes (1 GiB), else decoded for each batch."""
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """Images decoded when asked for, so that memory does not grow with the set; other modalities in memory."""
-
-    files: tuple[ImageFile, ...]
-    size: int
-    fit: Fit
-    max_pixels: int
-    others: dict[str, Tensor]  # e.g. "text": (N, V) float32
-    pixel_hashes: np.ndarray  # (N,) "S16", from the pass that checked the files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def inputs(self, rows: Tensor) -> Inputs:
-        """Raises ``UnreadableImage`` where a file was damaged after it was checked."""
-        files = [self.files[row] for row in rows.tolist()]
-        images, _ = read_images(files, self.size, self.fit, "raise", self.max_pixels)
-        return {"image": images.float() / 255, **{name: value[rows] for name, value in self.others.items()}}
-
-    def hashes(self) -> np.ndarray:
-        return self.pixel_hashes
 
 
 @register("data", "folder")
@@ -67,8 +30,11 @@ def folder(
     label_field: LabelField = "labels",
     size: int = 64,
     fit: Fit = "crop",
-    texts: bool = False,
+    texts: Texts = False,
+    caption: Caption = "all",
     vocabulary: int = 1000,
+    tokenizer: str | Path | None = None,
+    max_length: int = 64,
     split: SplitRule | None = None,
     query_splits: Sequence[str] = ("query", "test"),
     train_splits: Sequence[str] = ("train",),
@@ -93,11 +59,15 @@ def folder(
         archive: a plain, uncompressed tar instead of ``root``; it needs a manifest.
         manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (a list, or ``;`` between), optionally
             ``class``, ``captions``, ``split`` and ``id``.
-        label_field: take the labels from ``labels`` or from ``class``.
+        label_field: take the labels from ``labels`` or from ``class``. Where every row has the other column too, it
+            becomes another label system of that name (``RetrievalData.by``).
         size: side of the square images in pixels.
         fit: ``crop``, ``stretch`` or ``pad``, as in ``read_image``.
-        texts: adds a bag of the words of all captions of an image as modality ``text``.
+        texts: ``True`` adds a bag of the words of an image's captions as modality ``text``, ``"tokens"`` token ids for
+            a transformer. An item with an empty text is kept, counted in the note and warned of.
+        caption: use the ``first`` caption of an image, or ``all`` of them joined.
         vocabulary: most frequent words of the training captions that the bag counts.
+        tokenizer, max_length: for tokens, the folder with the tokenizer and the longest text; longer ones are cut.
         split: ``manifest`` follows the column ``split``; ``random`` draws; ``balanced`` draws equally over the classes
             and needs one label an item. None: ``manifest`` where the column is there, else ``random``.
         query_splits, train_splits, database_splits, validation_splits: under ``manifest``, the values of the column
@@ -114,16 +84,12 @@ def folder(
         ValueError: no labels, broken rows, repeated files, empty classes, unreadable files (``UnreadableImage``), a
             split that cannot be made.
     """
-    check_on_error(on_error)
-    if size < 1:
-        raise ValueError(f"size must be at least 1 pixel, got {size}")
-    entries = _entries(root, archive, manifest, label_field, texts)
-    kept, hashes, images = _decode_once(entries, size, fit, max_pixels, on_error, memory)
-    entries = [entries[row] for row in kept]
-    names = tuple(sorted({label for entry in entries for label in entry.labels}))
-    labels = torch.zeros(len(entries), len(names))
-    for row, entry in enumerate(entries):
-        labels[row, [names.index(label) for label in entry.labels]] = 1
+    decoding = Decoding(size, fit, on_error, max_pixels, memory)
+    style = TextStyle(texts, caption, vocabulary, tokenizer, max_length)
+    entries = _entries(root, archive, manifest, label_field, bool(texts))
+    decoded = decoding.decode([entry.file for entry in entries])
+    entries = [entries[row] for row in decoded.kept]
+    labels, names = _multi_hot([entry.labels for entry in entries])
     if split is None:
         split = "manifest" if any(entry.split for entry in entries) else "random"
     if split == "manifest":
@@ -132,21 +98,29 @@ def folder(
         indices = _manifest_split(entries, train_splits, query_splits, database_splits, validation_splits)
     else:
         indices = _drawn_split(labels, names, split, query, train, database, seed)
-    others: dict[str, Tensor] = {}
+    also: dict[str, Tensor] = {}
     note = f"Images {fit} to {size} x {size}; split {split}" + ("." if split == "manifest" else f", seed {seed}.")
+    lacking = sum(not entry.also for entry in entries)
+    if lacking == 0:
+        also[other_field(label_field)] = _multi_hot([entry.also for entry in entries])[0]
+    elif lacking < len(entries):
+        note += f" {lacking} of {len(entries)} items have no {other_field(label_field)!r}, which is left out."
+    others: dict[str, Tensor] = {}
     if texts:
-        words = Vocabulary.fit((entries[row].caption for row in indices.train.tolist()), vocabulary)
-        others["text"] = words.encode([entry.caption for entry in entries])
-        asked = torch.cat([indices.query, indices.database]).tolist()
-        unseen, total = words.unseen(entries[row].caption for row in asked)
-        note += f" {unseen} of {total} caption words of query and database are outside the vocabulary of {len(words)}."
-    source: Source
-    if images is None:
-        files = tuple(entry.file for entry in entries)
-        source = FileSource(files, size, fit, max_pixels, others, hashes)
-    else:
-        source = ArraySource({"image": images, **others})
-    return assemble("folder", source, labels, hashes, indices, names, note)
+        asked = torch.cat([indices.query, indices.database])
+        others["text"], said = style.encode([entry.captions for entry in entries], indices.train, asked)
+        note += f" {said}"
+    return assemble("folder", decoded.source(others), labels, decoded.hashes, indices, names, note, also)
+
+
+def _multi_hot(rows: Sequence[Sequence[str]]) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels of N items -> (N, C) float32 and the sorted names of the columns."""
+    names = tuple(sorted({label for row in rows for label in row}))
+    column = {name: number for number, name in enumerate(names)}
+    labels = torch.zeros(len(rows), len(names))
+    for number, row in enumerate(rows):
+        labels[number, [column[label] for label in row]] = 1
+    return labels, names
 
 
 def _entries(
@@ -168,29 +142,6 @@ def _entries(
     if texts:
         raise ValueError("texts=True needs a manifest with a column 'captions'")
     return entries_of_folder(Path(root))
-
-
-def _decode_once(
-    entries: Sequence[Entry], size: int, fit: Fit, max_pixels: int, on_error: OnError, memory: int
-) -> tuple[list[int], np.ndarray, Tensor | None]:
-    """Readable rows, their pixel hashes, and (K, 3, size, size) uint8 where that fits in ``memory`` bytes."""
-    fits = len(entries) * 3 * size * size <= memory
-    kept: list[int] = []
-    hashes: list[bytes] = []
-    images = torch.empty(len(entries) if fits else 0, 3, size, size, dtype=torch.uint8)
-    errors: list[UnreadableImage] = []
-    for row, image in enumerate(iter_images([entry.file for entry in entries], size, fit, max_pixels)):
-        if isinstance(image, UnreadableImage):
-            if on_error == "raise":
-                raise UnreadableImage(f'{image}; on_error="skip" leaves such files out') from image
-            errors.append(image)
-            continue
-        if fits:
-            images[len(kept)] = image
-        kept.append(row)
-        hashes.append(content_hash(image.numpy().tobytes()))
-    warn_unreadable(errors, len(entries))
-    return kept, np.array(hashes, dtype="S16"), images[: len(kept)] if fits else None
 
 
 def _manifest_split(

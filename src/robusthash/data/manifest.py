@@ -26,7 +26,8 @@ class Entry:
     file: ImageFile
     labels: tuple[str, ...]
     split: str = ""
-    caption: str = ""
+    captions: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()  # labels of the other label column
 
 
 def entries_of_folder(root: Path) -> list[Entry]:
@@ -71,7 +72,8 @@ def entries_of_manifest(
     """The rows of a CSV or JSON-lines manifest, their files found in a folder or in a plain tar.
 
     Columns: ``file`` (path below ``root`` or name in ``archive``), ``labels`` (a list, or text with ``;`` between) or
-    ``class`` as ``label_field`` says, and optionally ``captions`` (a list or one text; joined), ``split`` and ``id``.
+    ``class`` as ``label_field`` says, and optionally the other one of these two, ``captions`` (a list or one text),
+    ``split`` and ``id``.
 
     Raises:
         FileNotFoundError: no manifest, no archive, or files of the manifest that are not there, counted and named.
@@ -103,11 +105,17 @@ def entries_of_manifest(
             file,
             tuple(sorted(set(_texts(row[label_field])))),
             str(row.get("split") or ""),
-            " ".join(_texts(row.get("captions"), separator="")),
+            tuple(_texts(row.get("captions"), separator="")),
+            tuple(sorted(set(_texts(row.get(other_field(label_field)))))),
         )
         for (_, row), file in zip(rows, files, strict=True)
         if file is not None
     ]
+
+
+def other_field(label_field: LabelField) -> LabelField:
+    """The label column that ``label_field`` is not."""
+    return "class" if label_field == "labels" else "labels"
 
 
 def _rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
