@@ -30,6 +30,7 @@ from robusthash.attacks import dhta
 from robusthash.attacks.drfgd import drfgd
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
+from robusthash.core.types import Goal
 from robusthash.data import RetrievalData
 from robusthash.defenses.regenerate import Regenerate
 from robusthash.models.encode import encode_split
@@ -80,7 +81,7 @@ def one_step(made: Regenerate, data: RetrievalData) -> dict[str, dict[str, float
     made.setup(data, 0, 16)
     batch = data.train.batch(torch.arange(16)).only(made.hasher.modalities)
     groups = made.step(batch, Moment(0, 0.0, Draws(0)))
-    return {group: {name: float(term) for name, term in terms.items()} for group, terms in groups}
+    return {group: {name: float(term.detach()) for name, term in terms.items()} for group, terms in groups}
 
 
 def test_the_hasher_is_bit_identical_after_training_and_the_purifier_is_not(warm: Hasher, data: RetrievalData) -> None:
@@ -161,8 +162,6 @@ def test_a_new_purifier_reconstructs_clean_images_and_keeps_the_perturbation(war
     made = recipe(warm)
     made.setup(data, 0, 16)
     batch = data.train.batch(torch.arange(16))
-    from robusthash.core.types import Goal
-
     attacked, _ = made.attacks[0].perturb(
         made.hasher.bare(), batch, Goal(batch.labels, -1), made.memory.reference(), draws=Draws(0)
     )
@@ -268,9 +267,15 @@ def test_three_views_of_the_attacker_are_in_the_results_and_the_report(run: Any)
     text = (run.path / "report.html").read_text()
     results = stages.evaluate(run)
     for direction, attack in (("I2T", "drfgd"), ("T2I", "drfgd on text")):
-        views = [results[f"{direction} {attack}{view}"] for view in ("", " (oblivious)", " (identity)")]
-        assert len({view.values["MAP"] for view in views}) > 1
-        assert f"{direction} clean" in results
+        for name in ("clean", attack, f"{attack} (oblivious)", f"{attack} (identity)", "worst"):
+            assert f"{results[f'{direction} {name}'].values.get('MAP', 0.0):.3f}" in text
+        assert f"Results {direction}" in text
+    found = [np.load(path)["inputs"] for path in (run.path / "attacks").glob("drfgd-*/0.npz")]
+    assert len(found) == 6
+    images = [inputs for inputs in found if inputs.ndim == 4]
+    assert len(images) == 3
+    for number, inputs in enumerate(images):
+        assert not any(np.array_equal(inputs, other) for other in images[:number]), "two views found the same"
     assert "Where the branches look" in text
 
 
