@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from robusthash.apps import html
+from robusthash.apps.branches import branches_section
 from robusthash.apps.charts import TONES, UNIT, Axis, Dot, Series, Tone, dot_chart, line_chart
 from robusthash.apps.html import Child, Markup, tag
 from robusthash.apps.runs import Run, RunError
@@ -29,7 +30,7 @@ def write_report(run: Run) -> Path:
         RunError: the run has not been trained or evaluated.
     """
     path = run.path / "report.html"
-    text = run_page(run.card(), read_results(run), _log(run), commands_of(run))
+    text = run_page(run.card(), read_results(run), _log(run), commands_of(run), branches_section(run.path))
     with write_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
     return path
@@ -60,13 +61,18 @@ def commands_of(run: Run) -> list[str]:
 
 
 def run_page(
-    card: Mapping[str, Any], results: Results, log: Sequence[Mapping[str, Any]], commands: Sequence[str]
+    card: Mapping[str, Any],
+    results: Results,
+    log: Sequence[Mapping[str, Any]],
+    commands: Sequence[str],
+    branches: Child = None,
 ) -> str:
     """The page of one run.
 
     Args:
         card: the model card.
         log: one line per epoch of training.
+        branches: a section on what a purifier looks at.
     """
     groups = by_bench(results)
     first = next(iter(groups.values()))
@@ -78,6 +84,7 @@ def run_page(
         None if several else html.tiles(tiles_of(first)),
         *(results_section(f"Results, {bench}" if several else "Results", g, several) for bench, g in groups.items()),
         html.section("What was changed", perceptibility_table(results)) if len(results) > len(groups) else None,
+        branches,
         html.section("Training", tag("div", model_facts(card), training_chart(log), class_="pair")),
         html.section("Setting", setting_facts(first.get("worst", clean), results)),
         html.section("Commands", html.commands(commands)),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from robusthash.apps.branches import save_branches
 from robusthash.apps.config import Config, ConfigError, load_config
 from robusthash.apps.runs import Run, RunError, load_run, open_run, write_json
 from robusthash.attacks.base import Attack
@@ -220,6 +221,7 @@ def evaluate(
             prefix += "" if relevance == "labels" else f"by {relevance} "
             results |= {f"{prefix}{name}": _described(result, f"{prefix}{name}", run) for name, result in found.items()}
     save_results(run.path / "metrics.json", list(results.values()))
+    save_branches(run.path, victim, data.query)
     return results
 
 
