@@ -71,7 +71,7 @@ class Schedule:
         if self.kind == "steps":
             return self.gamma ** sum(progress >= share for share in self.at)
         if self.kind == "exponential":
-            return self.gamma**progress
+            return self.gamma ** ((progress - self.warmup) / (1.0 - self.warmup))
         return 1.0
 
 
