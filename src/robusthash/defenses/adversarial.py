@@ -82,6 +82,11 @@ class AdversarialTraining(Recipe):
             hasher.declared = hasher.spec["declared"] = "adversarial"
 
     @property
+    def plain(self) -> HashingRecipe:
+        """Undefended training of the same hasher, whose objective and memory this one shares."""
+        return self._plain
+
+    @property
     def _learning(self) -> dict[str, nn.Module]:
         """The guide and the outer loss, where they have parameters of their own."""
         parts: dict[str, object] = {"guide": self.attack.guide, "outer": self.outer}

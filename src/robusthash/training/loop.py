@@ -46,19 +46,21 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate factor over training: warm-up share, then ``constant``, ``cosine`` or ``steps``.
+    """Learning-rate factor over training: warm-up share, then ``constant``, ``cosine``, ``steps`` or ``exponential``.
+
+    ``steps`` multiplies by ``gamma`` at each share of ``at``; ``exponential`` falls smoothly from 1 to ``gamma``.
 
     Raises:
         ValueError: an unknown kind.
     """
 
-    kind: Literal["constant", "cosine", "steps"] = "cosine"
+    kind: Literal["constant", "cosine", "steps", "exponential"] = "cosine"
     warmup: float = 0.0
     at: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        _one_of("schedule", self.kind, ("constant", "cosine", "steps"))
+        _one_of("schedule", self.kind, ("constant", "cosine", "steps", "exponential"))
 
     def factor(self, progress: float) -> float:
         """The factor after a share ``progress`` of all steps; a function of it alone, so that resuming is exact."""
@@ -68,6 +70,8 @@ class Schedule:
             return 0.5 * (1.0 + math.cos(math.pi * (progress - self.warmup) / (1.0 - self.warmup)))
         if self.kind == "steps":
             return self.gamma ** sum(progress >= share for share in self.at)
+        if self.kind == "exponential":
+            return self.gamma ** ((progress - self.warmup) / (1.0 - self.warmup))
         return 1.0
 
 
