@@ -102,7 +102,7 @@ class GFNet(nn.Module):
         grid = size // patch
         self.patch_embed = PatchEmbedding(patch, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, dim))
-        drops = torch.linspace(0, drop_path, depth).tolist()
+        drops = [drop_path * block / max(depth - 1, 1) for block in range(depth)]
         self.blocks = nn.Sequential(*(Block(grid, dim, ratio, drop) for drop in drops))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
