@@ -1,14 +1,15 @@
 """What SFCL costs beside CgAT (a training step) and beside the undefended net (a query), with the same spatial net.
 
-A training step is everything the loop does with a batch of pairs: inner attack, two forward passes, outer loss, backward,
-Adam. Both sides take as many inner steps, hash images and texts and train on the same objective. A query is one image
-encoded by the frozen model. The sides are timed in turn, in alternating order; the ratio is the median over the
-pairs of processor time, which other load on the machine hardly touches (the ratio of wall times stands in the detail).
-Run it with one thread and on the CPU.
+A training step is everything the loop does with a batch of pairs: inner attack, two forward passes, outer loss,
+backward, Adam. Both sides take as many inner steps, hash images and texts and train on the same objective. A query is
+one image encoded by the frozen model. The sides are timed in turn, in alternating order; the ratio is the median over
+the pairs of processor time, which other load on the machine hardly touches (the ratio of wall times stands in the
+detail). Run it with one thread and on the CPU.
 
 Parameters and multiply-adds are of the image side, counted per image: convolutions and linear layers exactly, a
 transform of n real numbers as n log2 n, a complex product as four. The targets are the ratios of the paper's own table
-(18.8 to 13.4 minutes an epoch, 18.0 to 12.3 ms a query), measured on a GPU.
+(18.8 to 13.4 minutes an epoch, 18.0 to 12.3 ms a query). They cannot be met by arithmetic alone: GFNet-Ti has 1.8
+times the multiply-adds of AlexNet, so that a CPU that is busy with them shows the ratio of the counts.
 """
 
 from __future__ import annotations

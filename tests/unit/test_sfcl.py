@@ -272,6 +272,6 @@ def test_without_budget_and_weights_it_is_the_objective_on_clean_items() -> None
     assert not list(recipe.outer.parameters())
     assert torch.equal(seen[0].attacked.inputs["image"], batch.inputs["image"])
     plain = recipe._plain.objective(seen[0].clean, batch, seen[0].memory)
-    assert {name: float(value) for name, value in terms.items()} == pytest.approx(
-        {f"clean/{name}": 2.0 * float(value) for name, value in plain.items()}
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx(
+        {f"clean/{name}": 2.0 * value.item() for name, value in plain.items()}
     )
