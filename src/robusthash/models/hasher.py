@@ -168,6 +168,9 @@ def build_hasher(
             raise ValueError("a text encoder needs data with texts: this data set has none (is texts: true set?)")
         encoders["text"] = build("text-encoder", text, vocabulary=vocabulary)
     heads = {name: build("head", head, width=encoder.width, bits=bits) for name, encoder in encoders.items()}
+    for encoder in encoders.values():  # one that is itself a defense says of which class
+        if declared == "plain":
+            declared = getattr(encoder, "declares", "plain")
     spec = {"bits": bits, "image": image, "text": text, "head": head, "declared": declared, "vocabulary": vocabulary}
     # channels-last was measured 1.3 times faster in float32 on a CPU, and is what tensor cores want
     hasher = Hasher(encoders, heads, spec, declared).to(memory_format=torch.channels_last)

@@ -25,6 +25,7 @@ class TrainFacts:
     seed: int
     share_similar: float  # share of ordered pairs of training items that share a label
     widths: Mapping[str, int] = field(default_factory=dict)  # feature width D of each modality's encoder
+    shown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # widths of what encoders show in ``aux``
 
     @property
     def classes(self) -> int:

@@ -69,7 +69,8 @@ def train_facts(split: Split, hasher: Hasher, seed: int) -> TrainFacts:
     """What an objective may know of ``split`` and of the hasher that it trains."""
     share = 0.0 if split.labels is None else share_similar(split.labels)
     widths = {name: int(encoder.width) for name, encoder in hasher.encoders.items()}  # type: ignore[arg-type]
-    return TrainFacts(len(split), hasher.bits, split.labels, seed, share, widths)
+    shown = {name: dict(getattr(encoder, "shown", {})) for name, encoder in hasher.encoders.items()}
+    return TrainFacts(len(split), hasher.bits, split.labels, seed, share, widths, shown)
 
 
 def detached(outputs: Outputs) -> Outputs:
