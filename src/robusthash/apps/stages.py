@@ -261,7 +261,7 @@ def attack_to_file(run: Run, settings: Mapping[str, Any] | str, out: Path, shown
     attack: Attack = build("attack", plain, objective=objective)
     data, home = read_data(run.config, shown), victim.modalities[0]
     arrays: dict[str, Any] = {"bits": victim.bits}
-    results = []
+    results: list[EvalResult] = []
     for modality in attack.threat.balls:
         direction = None if modality == home else f"{modality[0].upper()}2{home[0].upper()}"
         bench = _bench(run, victim, data, shown, direction)
