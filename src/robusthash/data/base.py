@@ -33,11 +33,18 @@ def content_hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=8).hexdigest().encode()
 
 
+def as_input(values: Tensor) -> Tensor:
+    """What a hasher gets of stored values: pixels in [0, 1]; bags, kept as bool to save memory, as 0 and 1."""
+    if values.dtype == torch.uint8:
+        return values.float() / 255
+    return values.float() if values.dtype == torch.bool else values
+
+
 @dataclass(frozen=True)
 class ArraySource:
     """Items held in memory: images as uint8 (a quarter of float's memory), other modalities as they are."""
 
-    arrays: dict[str, Tensor]  # "image": (N, 3, H, W) uint8; "text": (N, V) float or (N, L) int64
+    arrays: dict[str, Tensor]  # "image": (N, 3, H, W) uint8 or (N, V) float; "text": (N, V) float/bool, (N, L) int64
 
     def __post_init__(self) -> None:
         sizes = {name: len(value) for name, value in self.arrays.items()}
@@ -48,8 +55,7 @@ class ArraySource:
         return len(next(iter(self.arrays.values())))
 
     def inputs(self, rows: Tensor) -> Inputs:
-        taken = {name: value[rows] for name, value in self.arrays.items()}
-        return {name: value.float() / 255 if value.dtype == torch.uint8 else value for name, value in taken.items()}
+        return {name: as_input(value[rows]) for name, value in self.arrays.items()}
 
     def hashes(self) -> np.ndarray:
         columns = [value.numpy() for _, value in sorted(self.arrays.items())]
@@ -139,7 +145,7 @@ class RetrievalData:
 
     @property
     def vocabulary(self) -> int | None:
-        """Width V of the texts as bags of words, or None where there are none."""
+        """Width V of the texts as bags of words (length L where they are token ids), or None where there are none."""
         inputs = self.train.batch(torch.zeros(1, dtype=torch.int64)).inputs
         return inputs["text"].shape[1] if "text" in inputs else None
 
@@ -161,10 +167,10 @@ class RetrievalData:
         return RetrievalData(self.name, **relabelled, label_names=(), note=note)
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(H, W) of the images."""
-        height, width = self.train.batch(torch.zeros(1, dtype=torch.int64)).inputs["image"].shape[-2:]
-        return height, width
+    def image_size(self) -> tuple[int, ...]:
+        """(H, W) of the images, or (V,) where they are vectors of features."""
+        shape = self.train.batch(torch.zeros(1, dtype=torch.int64)).inputs["image"].shape
+        return tuple(shape[-2:]) if len(shape) == 4 else tuple(shape[1:])
 
     def fingerprint(self) -> str:
         """Digest of all splits, in order."""

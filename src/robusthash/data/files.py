@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robusthash.core.types import Inputs
-from robusthash.data.base import ArraySource, Source, content_hash
+from robusthash.data.base import ArraySource, Source, as_input, content_hash
 from robusthash.data.transforms import (
     MAX_PIXELS,
     Fit,
@@ -35,7 +35,7 @@ class FileSource:
     size: int
     fit: Fit
     max_pixels: int
-    others: dict[str, Tensor]  # e.g. "text": (N, V) float32
+    others: dict[str, Tensor]  # e.g. "text": (N, V) float32 or bool
     pixel_hashes: np.ndarray  # (N,) "S16", from the pass that checked the files
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class FileSource:
         """Raises ``UnreadableImage`` where a file was damaged after it was checked."""
         files = [self.files[row] for row in rows.tolist()]
         images, _ = read_images(files, self.size, self.fit, "raise", self.max_pixels)
-        return {"image": images.float() / 255, **{name: value[rows] for name, value in self.others.items()}}
+        return {"image": images.float() / 255, **{name: as_input(value[rows]) for name, value in self.others.items()}}
 
     def hashes(self) -> np.ndarray:
         return self.pixel_hashes

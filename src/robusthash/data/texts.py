@@ -20,6 +20,8 @@ Texts = bool | Literal["bag", "tokens"]
 
 Caption = Literal["first", "all"]
 
+_CHUNK = 4096  # texts whose bags exist as floats at a time
+
 
 @dataclass(frozen=True)
 class TextStyle:
@@ -34,6 +36,7 @@ class TextStyle:
         vocabulary: most frequent words of the training texts that a bag counts.
         tokenizer: for tokens, the folder with the tokenizer's files.
         max_length: for tokens, the most ids a text may have; longer ones are cut, counted and warned of.
+        without: words that a bag never counts.
     """
 
     texts: Texts = True
@@ -41,6 +44,7 @@ class TextStyle:
     vocabulary: int = 1000
     tokenizer: str | Path | None = None
     max_length: int = 64
+    without: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.texts not in (True, False, "bag", "tokens"):
@@ -57,7 +61,7 @@ class TextStyle:
         return [" ".join(several[:1] if self.caption == "first" else several) for several in captions]
 
     def encode(self, captions: Sequence[Sequence[str]], train: Tensor, asked: Tensor) -> tuple[Tensor, str]:
-        """The texts of N items -> (N, V) float32 or (N, L) int64, and what the note of the data set says of them.
+        """The texts of N items -> (N, V) bool or (N, L) int64, and what the note of the data set says of them.
 
         Args:
             captions: the texts of each item, in their order.
@@ -69,8 +73,12 @@ class TextStyle:
         if self.texts == "tokens":
             values, more = token_ids(texts, Path(str(self.tokenizer)), self.max_length)
         else:
-            words = Vocabulary.fit((texts[row] for row in train.tolist()), self.vocabulary)
-            values, more = words.encode(texts), note_unseen(words, [texts[row] for row in asked.tolist()])
+            words = Vocabulary.fit((texts[row] for row in train.tolist()), self.vocabulary, self.without)
+            values = torch.cat([words.encode(texts[at : at + _CHUNK]).bool() for at in range(0, len(texts), _CHUNK)])
+            unseen, total = words.unseen((texts[row] for row in asked.tolist()), self.without)
+            more = (
+                f"{unseen} of {total} caption words of query and database are outside the vocabulary of {len(words)}."
+            )
         return values, f"{said} {more}".strip()
 
 
@@ -82,12 +90,6 @@ def note_empty(empty: Sequence[bool] | Tensor) -> str:
     said = f"{count} of {len(empty)} items have an empty text."
     logger.warning("%s They are kept, with nothing in their place.", said)
     return said
-
-
-def note_unseen(words: Vocabulary, texts: Sequence[str]) -> str:
-    """How many words of these texts the vocabulary does not know."""
-    unseen, total = words.unseen(texts)
-    return f"{unseen} of {total} caption words of query and database are outside the vocabulary of {len(words)}."
 
 
 def token_ids(texts: Sequence[str], folder: Path, max_length: int) -> tuple[Tensor, str]:

@@ -10,7 +10,7 @@ import struct
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,11 +284,13 @@ class Vocabulary:
         return len(self.words)
 
     @classmethod
-    def fit(cls, texts: Iterable[str], size: int = 1000) -> Vocabulary:
-        """The ``size`` most frequent words; equal counts in alphabetical order."""
+    def fit(cls, texts: Iterable[str], size: int = 1000, without: Collection[str] = ()) -> Vocabulary:
+        """The ``size`` most frequent words, those of ``without`` left out; equal counts in alphabetical order."""
         if size < 1:
             raise ValueError(f"a vocabulary needs a size of at least 1, got {size}")
         counts = Counter(word for text in texts for word in words_of(text))
+        for word in without:
+            counts.pop(word, None)
         ordered = sorted(counts, key=lambda word: (-counts[word], word))
         return cls(tuple(ordered[:size]))
 
@@ -303,10 +305,10 @@ class Vocabulary:
         bags.index_put_((rows, columns), torch.ones(()), accumulate=True)
         return bags.clamp(max=1) if values == "binary" else bags
 
-    def unseen(self, texts: Iterable[str]) -> tuple[int, int]:
-        """(words of these texts that ``encode`` ignores, all words), repetitions counted."""
-        known = set(self.words)
-        found = [word in known for text in texts for word in words_of(text)]
+    def unseen(self, texts: Iterable[str], without: Collection[str] = ()) -> tuple[int, int]:
+        """(words that ``encode`` ignores, all words), those of ``without`` aside, repetitions counted."""
+        known, aside = set(self.words), set(without)
+        found = [word in known for text in texts for word in words_of(text) if word not in aside]
         return found.count(False), len(found)
 
 

@@ -38,9 +38,10 @@ class TextMLP(nn.Module):
         self.width = widths[-1]
 
     def forward(self, bags: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if bags.dim() != 2 or bags.shape[1] != self.vocabulary:
+        if bags.dim() != 2 or bags.shape[1] != self.vocabulary or not bags.is_floating_point():
             raise ValueError(
-                f"this text encoder counts {self.vocabulary} words, and the texts come as {tuple(bags.shape)}; "
+                f"this text encoder counts {self.vocabulary} words, and the texts come as {bags.dtype} "
+                f"{tuple(bags.shape)}; "
                 "use the vocabulary that it was trained with"
             )
         return self.layers(bags), {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -13,7 +11,7 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
 from robusthash.objectives.base import TrainFacts
 from robusthash.objectives.critics import FAKE, REAL, Critic, critic_loss, deceive, one_width, seeded_linear
-from robusthash.objectives.crossmodal import CrossModalObjective, pair_likelihood
+from robusthash.objectives.crossmodal import PairLikelihood
 from robusthash.objectives.memory import CodeMemory
 
 PRIVATE_OF_IMAGE, COMMON, PRIVATE_OF_TEXT = range(3)
@@ -21,7 +19,7 @@ PRIVATE_OF_IMAGE, COMMON, PRIVATE_OF_TEXT = range(3)
 
 
 @register("objective", "cpah", paper="Xie et al., IEEE TIP 2020", evidence="reconstruction")
-class CPAH(CrossModalObjective):
+class CPAH(PairLikelihood):
     """CPAH: consistency-preserving adversarial hashing, for hashers whose encoders are ``cpah``.
 
     L = NLL(h_i . U_j / 2, S) + beta mean (B - h)^2 + alpha (L_cons + L_cls) + adversarial * -log sigma(D(f_c text)),
@@ -34,7 +32,8 @@ class CPAH(CrossModalObjective):
         beta: weight of the quantisation term.
         adversarial: weight of the adversarial term.
         penalty: weight of the gradient penalty.
-        hidden: hidden widths of critic and consistency classifier.
+        hidden: hidden width of critic and consistency classifier, 64 in that code.
+        balance: weight similar pairs, see ``PairLikelihood``. Off in the paper.
 
     Raises:
         ValueError: at ``setup``, feature widths that differ; in training, encoders without a private part.
@@ -47,6 +46,8 @@ class CPAH(CrossModalObjective):
     """
 
     training_only = ("critics", "classifiers")
+    steps: Tensor
+    draws: Draws
 
     def __init__(
         self,
@@ -54,18 +55,18 @@ class CPAH(CrossModalObjective):
         beta: float = 0.1,
         adversarial: float = 0.1,
         penalty: float = 10.0,
-        hidden: Sequence[int] = (64,),
+        hidden: int = 64,
+        balance: bool = False,
     ) -> None:
-        super().__init__(beta)
+        super().__init__(beta, balance)
         self.alpha = alpha
         self.adversarial = adversarial
         self.penalty = penalty
-        self.hidden = tuple(hidden)
+        self.hidden = hidden
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    steps: Tensor
-
     def setup(self, facts: TrainFacts) -> None:
+        super().setup(facts)
         self.draws = draws = Draws(facts.seed, ("cpah",))
         width = one_width(facts.widths, "cpah")
         parts: dict[str, nn.Module] = {
@@ -73,16 +74,13 @@ class CPAH(CrossModalObjective):
             for name in facts.widths
         }
         parts["consistency"] = nn.Sequential(
-            seeded_linear(width, self.hidden[-1], draws.within("consistency")),
+            seeded_linear(width, self.hidden, draws.within("consistency")),
             nn.ReLU(),
-            seeded_linear(self.hidden[-1], 3, draws.within("consistency", "out")),
+            seeded_linear(self.hidden, 3, draws.within("consistency", "out")),
         )
         self.classifiers = nn.ModuleDict(parts)
         if {REAL, FAKE} <= set(facts.widths):
-            self.critics = Critic(width, self.hidden, draws.within("critic"))
-
-    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
-        return pair_likelihood(output.code, labels, codes, code_labels)
+            self.critics = Critic(width, (self.hidden,), draws.within("critic"))
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
         """The terms of every cross-modal objective, ``consistency``, ``labels``, and for texts ``adversarial``."""

@@ -36,7 +36,7 @@ class Critic(nn.Module):
 
 
 def seeded_linear(inputs: int, outputs: int, draws: Draws) -> nn.Linear:
-    """A linear layer with torch's usual initial distribution (uniform within 1 / sqrt(inputs)), drawn from ``draws``."""
+    """A linear layer with torch's usual initial weights (uniform within 1 / sqrt(inputs)), drawn from ``draws``."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     generator, bound = draws.generator(), inputs**-0.5
     with torch.no_grad():

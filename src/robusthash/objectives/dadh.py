@@ -70,10 +70,11 @@ def discrete_step(joint: Tensor, labels: Tensor, relaxed: Tensor, mu: float, rid
 class DADH(CrossModalObjective):
     """DADH: weighted triplets across modalities, adversarial alignment, and discrete joint codes.
 
-    L = alpha T + beta mean (B - h)^2 + gamma [adv(features) + adv(codes)], T the weighted mean over the triplets of an item
-    and the other modality's memory of [d_ij - d_ik + margin]_+, d = 1 - cosine, weight 2^(shared labels) - 1;
+    L = alpha T + beta mean (B - h)^2 + gamma [adv(features) + adv(codes)], T the weighted mean over the triplets of an
+    item and the other modality's memory of [d_ij - d_ik + margin]_+, d = 1 - cosine, weight 2^(shared labels) - 1;
     adv = -log sigma(D(text)). The critics D, in the group "critic", tell image (real) from text (fake) by binary
-    cross-entropy with gradient penalty 10. After each epoch B = sign(L P + mu H), P the ridge regression of B on labels.
+    cross-entropy with gradient penalty 10. After each epoch B = sign(L P + mu H), P the ridge regression of B on the
+    labels L.
 
     Args:
         alpha, beta, gamma: weights of triplets, quantisation and adversarial terms; the paper's 10, 1, 1 in its
@@ -94,9 +95,9 @@ class DADH(CrossModalObjective):
     Over one modality alone there are no critics.
     """
 
-    training_only = ("critics",)
     joint_codes: Tensor
     steps: Tensor
+    draws: Draws
 
     def __init__(
         self,
