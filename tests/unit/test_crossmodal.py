@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,15 @@ def test_adversarial_training_on_images(name: str, data: RetrievalData) -> None:
     recipe = AdversarialTraining(hasher, make_objective(name), mainstay(steps=1), PlainAT())
     lines = fit(recipe, data, config(3, batch_size=48))
     assert any(key.startswith("robust/") for key in lines[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_in_bf16(name: str, data: RetrievalData) -> None:
+    """Gradient penalties and softmaxes stay in float32; the loop would refuse a loss that is not finite."""
+    lines = fit(
+        HashingRecipe(make_hasher(name, data), make_objective(name)), data, replace(config(3), precision="bf16")
+    )
+    assert len(lines) == 3
 
 
 def test_end_epoch_of_dadh_is_in_the_checkpoint(data: RetrievalData) -> None:
