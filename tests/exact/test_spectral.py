@@ -171,6 +171,18 @@ def test_kinds_see_what_they_should() -> None:
         torch.testing.assert_close(before[:, 1:], after[:, 1:])
 
 
+@pytest.mark.parametrize("kind", LEARNED)
+def test_autocast_rounds_the_network_alone(kind: str) -> None:
+    gate, x = stirred(kind), images()
+    exact, m, _ = through(gate, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pure, rounded, excess = through(gate, x)
+    assert pure.dtype == rounded.dtype == excess.dtype == torch.float32
+    torch.testing.assert_close(rounded, m, atol=0.05, rtol=0)
+    torch.testing.assert_close(gate.dct(pure), gate.dct(x) * rounded[:, :, None], atol=1e-5, rtol=0)
+    torch.testing.assert_close(pure, exact, atol=0.2, rtol=0)
+
+
 def test_the_three_channels_share_a_gate_and_signs_do_not_matter() -> None:
     gate, x = stirred("block"), images(1)
     z = gate.dct(x)
