@@ -8,8 +8,8 @@ detail). Run it with one thread and on the CPU.
 
 Parameters and multiply-adds are of the image side, counted per image: convolutions and linear layers exactly, a
 transform of n real numbers as n log2 n, a complex product as four. The targets are the ratios of the paper's own table
-(18.8 to 13.4 minutes an epoch, 18.0 to 12.3 ms a query). They cannot be met by arithmetic alone: GFNet-Ti has 1.8
-times the multiply-adds of AlexNet, so that a CPU that is busy with them shows the ratio of the counts.
+(18.8 to 13.4 minutes an epoch, 18.0 to 12.3 ms a query). A processor that is busy with products will not meet them:
+GFNet-Ti has 1.8 times the multiply-adds of AlexNet, and comes on top.
 """
 
 from __future__ import annotations
