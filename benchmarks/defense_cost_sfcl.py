@@ -41,15 +41,16 @@ Work = Callable[[], object]
 
 def pairs_of(items: int, side: int) -> RetrievalData:
     """Random images, words and labels."""
-    splits = []
-    for number, name in enumerate(("train", "query", "database")):
+
+    def split(number: int, name: str) -> Split:
         generator = torch.Generator().manual_seed(number)
         pixels = torch.randint(0, 256, (items, 3, side, side), generator=generator, dtype=torch.uint8)
         words = (torch.rand(items, WORDS, generator=generator) < 0.05).float()
         labels = nn.functional.one_hot(torch.arange(items) % CLASSES, CLASSES).float()
         source = ArraySource({"image": pixels, "text": words})
-        splits.append(Split(name, source, torch.arange(items), labels, source.hashes()))
-    return RetrievalData("random", *splits, label_names=tuple("abcdefghij"))
+        return Split(name, source, torch.arange(items), labels, source.hashes())
+
+    return RetrievalData("random", split(0, "train"), split(1, "query"), split(2, "database"), tuple("abcdefghij"))
 
 
 def hasher_of(image: Any) -> Hasher:
