@@ -194,8 +194,10 @@ class SFCLOuter(nn.Module):
         if self.heads:
             terms["auxiliary"] = ramp * self.auxiliary * self._auxiliary(clean, attacked, labels, self._wrong(turn))
         if self.scorers:
-            both = [self._complementary(shown, labels) for shown in (clean, attacked)]
-            terms["complementary"] = ramp * self.complementary * torch.stack(both).mean()
+            parts = [self._complementary(shown, labels) for shown in (clean, attacked)]
+            for name in parts[0]:
+                value = torch.stack([part[name] for part in parts]).mean()
+                terms[f"complementary/{name}"] = ramp * self.complementary * value
         return terms
 
     def _semantic(self, turn: Round) -> LossTerms:
@@ -237,12 +239,10 @@ class SFCLOuter(nn.Module):
             ]
         ).sum()
 
-    def _complementary(self, shown: Shown, labels: Tensor) -> Tensor:
+    def _complementary(self, shown: Shown, labels: Tensor) -> LossTerms:
+        """The two parts of L_comp: what both domains together fail to tell of the labels, and what they share."""
         sets, own = torch.unique(labels, dim=0, return_inverse=True)
         left, right = shown["spatial+"], shown["frequency+"]
         assert self.redundancy is not None
-        return (
-            self.alpha * self.redundancy(left, right)
-            - self.scorers["spatial"](left, right, sets, own)
-            - self.scorers["frequency"](right, left, sets, own)
-        )
+        told = self.scorers["spatial"](left, right, sets, own) + self.scorers["frequency"](right, left, sets, own)
+        return {"labels": -told, "redundancy": self.alpha * self.redundancy(left, right)}
