@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robusthash.core.ap import average_precision
 from robusthash.core.hamming import pack
-from robusthash.core.profile import average_precision, code_profile, merge
+from robusthash.core.profile import code_profile, merge
 from robusthash.core.types import Codes, Profile
 
 QUERIES, ITEMS, BITS, LABELS, CUT = 1000, 100_000, 32, 24, 5000

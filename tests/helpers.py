@@ -113,9 +113,9 @@ def output_of(logits: Tensor, scale: float = 1.0) -> HashOutput:
     return HashOutput(logits, torch.tanh(logits), logits, {}, scale)
 
 
-def facts_of(labels: Tensor, bits: int, seed: int = 0) -> TrainFacts:
+def facts_of(labels: Tensor, bits: int, seed: int = 0, widths: dict[str, int] | None = None) -> TrainFacts:
     """What an objective may know of training items with these labels."""
-    return TrainFacts(len(labels), bits, labels, seed, share_similar(labels))
+    return TrainFacts(len(labels), bits, labels, seed, share_similar(labels), widths or {})
 
 
 def memory_of(codes: dict[str, Tensor], labels: Tensor | None) -> CodeMemory:

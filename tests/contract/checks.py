@@ -21,6 +21,7 @@ from helpers import (
     output_of,
     reference_of,
     state_of,
+    train_config,
     trained_hasher,
 )
 from torch import Tensor
@@ -31,11 +32,12 @@ from robusthash.core.hamming import sign
 from robusthash.core.labels import draw_targets
 from robusthash.core.registry import build, card
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Batch, Goal, Inputs, Reference
-from robusthash.data import RetrievalData
-from robusthash.models import Hasher
+from robusthash.core.types import Batch, Goal, HashOutput, Inputs, Reference
+from robusthash.data import RetrievalData, load_data
+from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPSH, HashObjective
 from robusthash.objectives.centers import hadamard_centers
+from robusthash.training import HashingRecipe, fit
 
 DRAWS = Draws(0, ("contract",))
 STEPS = 3
@@ -52,6 +54,10 @@ class World:
     targets: Tensor  # (B, C) target labels that share nothing with the own ones
     objective: HashObjective
 
+    def fitted(self, attack: Attack) -> Attack:
+        """The attack, its learning parts trained on the victim."""
+        return attack.fit(self.victim, self.data, self.reference, draws=DRAWS)
+
     def goal(self, attack: Attack) -> Goal:
         """Own labels and away, or target labels and towards."""
         return Goal(self.targets, 1) if attack.targeted else Goal(self.batch.labels, -1)
@@ -67,10 +73,24 @@ def make_world() -> World:
     return World(data, victim, batch, reference_of(victim, data.database), targets, objective)
 
 
+def make_pair_world() -> World:
+    """The same over images with captions: a victim of both modalities."""
+    data = load_data("synthetic", train=64, query=12, database=48)
+    text = {"name": "mlp", "widths": [16]}
+    victim = build_hasher(bits=8, image={"name": "small", "width": 4, "grid": 1}, text=text, vocabulary=data.vocabulary)
+    fit(HashingRecipe(victim, DPSH()), data, train_config(12))
+    batch = data.query.batch(torch.arange(8))
+    targets = draw_targets(batch.labels, batch.ids, data.database.labels, 1, DRAWS)[:, 0]
+    objective = DPSH()
+    objective.setup(facts_of(data.train.labels, victim.bits))
+    return World(data, victim, batch, reference_of(victim, data.database), targets, objective)
+
+
 def make_attack(name: str, objective: HashObjective, **options: Any) -> Attack:
-    """The registered attack with three steps (where it takes steps)."""
+    """The registered attack with three steps, and twenty to fit what it learns (where it takes steps)."""
     accepted = inspect.signature(card("attack", name).make).parameters
-    options = {"steps": STEPS, **options} if "steps" in accepted else options
+    few = {"steps": STEPS, "fit_steps": 20, "hidden": 16}
+    options = {**{key: value for key, value in few.items() if key in accepted}, **options}
     return build("attack", {"name": name, **options}, objective=objective)
 
 
@@ -211,8 +231,9 @@ def check_zero_budget(attack: Attack, world: World) -> None:
 def check_counts(attack: Attack, world: World) -> None:
     victim = copy.deepcopy(world.victim)
     goal = world.goal(attack)
+    attacked = world.batch.only(attack.threat.balls)
     with counted(victim) as asked:
-        attack.guide(victim, world.batch, goal, world.reference, DRAWS)
+        attack.guide(victim, attacked, goal, world.reference, DRAWS)
     for select in (None, lambda signs: -signs.sum(1)):
         with counted(victim) as calls:
             found, _ = attack.perturb(victim, world.batch, goal, world.reference, draws=DRAWS, select=select)
@@ -256,18 +277,22 @@ def check_start(attack: Attack, world: World) -> None:
 
 
 def check_other_modalities(attack: Attack, world: World) -> None:
-    """A text beside the image is not touched, not asked, and not in the way, wherever it stands in the batch."""
-    text = torch.rand(len(world.batch), 5, generator=torch.Generator().manual_seed(1))
+    """Another modality of the items is not touched, not asked, and not in the way, wherever it stands in the batch."""
+    attacked = tuple(attack.threat.balls)
+    spare = next((name for name in ("text", "image", "sound") if name not in attacked), "sound")
+    values = torch.rand(len(world.batch), 5, generator=torch.Generator().manual_seed(1))
     other = LinearHead(torch.randn(world.victim.bits, 5, generator=torch.Generator().manual_seed(2)))
     victim = Hasher(
-        {"text": Flat(), "image": copy.deepcopy(world.victim.encoders["image"])},
-        {"text": other, "image": copy.deepcopy(world.victim.heads["image"])},
+        {spare: Flat(), **{name: copy.deepcopy(world.victim.encoders[name]) for name in attacked}},
+        {spare: other, **{name: copy.deepcopy(world.victim.heads[name]) for name in attacked}},
     )
-    alone = run(attack, world)
-    for inputs in ({"text": text, **world.batch.inputs}, {**world.batch.inputs, "text": text}):
+    own = {name: world.batch.inputs[name] for name in attacked}
+    alone = run(attack, world, batch=replace(world.batch, inputs=own))
+    for inputs in ({spare: values, **own}, {**own, spare: values}):
         out = run(attack, world, victim=victim, batch=replace(world.batch, inputs=inputs))
-        assert torch.equal(out.batch.inputs["text"], text)
-        assert torch.equal(out.batch.inputs["image"], alone.batch.inputs["image"])
+        assert torch.equal(out.batch.inputs[spare], values)
+        for name in attacked:
+            assert torch.equal(out.batch.inputs[name], alone.batch.inputs[name])
         assert torch.equal(out.signs, alone.signs)
 
 
@@ -282,7 +307,8 @@ def check_grad_mode(attack: Attack, world: World) -> None:
 def check_broken_victim(attack: Attack, world: World) -> None:
     victim = copy.deepcopy(world.victim)
     with torch.no_grad():
-        next(iter(victim.heads.values())).linear.bias[0] = float("nan")
+        for head in victim.heads.values():
+            head.linear.bias[0] = float("nan")
     before = state_of(victim)
     with pytest.raises((FloatingPointError, ValueError), match="NaN or infinite"):
         run(attack, world, victim=victim)
@@ -329,19 +355,37 @@ def perfect_signs(objective: HashObjective, labels: Tensor) -> Tensor:
     """(N, K) the code that the objective asks for: its own centers, or one code per class and its complement."""
     if hasattr(objective, "targets"):
         return objective.targets(labels)
+    if getattr(objective, "stage", 1) == 2:  # the codes that its first stage has learned
+        return sign(labels @ objective.class_codes)
     one = hadamard_centers(2, BITS, Draws(0))[1]
     return torch.where(labels[:, :1] > 0, one, -one)
+
+
+def told(logits: Tensor) -> HashOutput:
+    """An output with these logits and all that an objective may ask of an encoder."""
+    return replace(output_of(logits), aux={"private": -logits})
 
 
 def value_of(objective: HashObjective, logits: dict[str, Tensor], labels: Tensor) -> Tensor:
     """The loss that training would minimise, with the batch's own codes as memory."""
     memory = memory_of({name: torch.tanh(value.detach()) for name, value in logits.items()}, labels)
     batch = image_batch(torch.zeros(len(labels), 2), labels)
-    return torch.stack(list(objective({n: output_of(v) for n, v in logits.items()}, batch, memory).values())).sum()
+    return torch.stack(list(objective({n: told(v) for n, v in logits.items()}, batch, memory).values())).sum()
 
 
 def ready(objective: HashObjective) -> HashObjective:
-    objective.setup(facts_of(LABELS, BITS))
+    """Set up; one that first learns something of its own (proxies) has done so on perfect codes of both modalities."""
+    objective.setup(facts_of(LABELS, BITS, widths={"image": BITS, "text": BITS}))
+    learned = [p for p in objective.parameters() if p.requires_grad]
+    while getattr(objective, "stage", 2) == 1:
+        optimiser = torch.optim.Adam(learned, 1e-2)
+        for _ in range(10):
+            optimiser.zero_grad()
+            value_of(
+                objective, dict.fromkeys(("image", "text"), 3 * perfect_signs(objective, LABELS)), LABELS
+            ).backward()
+            optimiser.step()
+        objective.end_epoch(memory_of({"image": torch.zeros(12, BITS)}, LABELS))
     return objective
 
 
@@ -350,7 +394,7 @@ def check_terms(objective: HashObjective) -> None:
     for modalities in (("image",), ("image", "text")):
         generator = torch.Generator().manual_seed(0)
         logits = {m: torch.randn(12, BITS, generator=generator).requires_grad_(True) for m in modalities}
-        outputs = {name: output_of(value) for name, value in logits.items()}
+        outputs = {name: told(value) for name, value in logits.items()}
         memory = memory_of({m: torch.tanh(torch.randn(12, BITS, generator=generator)) for m in modalities}, LABELS)
         terms = objective(outputs, image_batch(torch.zeros(12, 2), LABELS), memory)
         assert terms
@@ -400,7 +444,7 @@ def check_descends(objective: HashObjective) -> None:
 def check_needs_labels(objective: HashObjective) -> None:
     ready(objective)
     batch = image_batch(torch.zeros(12, 2))
-    outputs = {"image": output_of(torch.randn(12, BITS, generator=torch.Generator().manual_seed(5)))}
+    outputs = {"image": told(torch.randn(12, BITS, generator=torch.Generator().manual_seed(5)))}
     memory = memory_of({"image": torch.randn(12, BITS, generator=torch.Generator().manual_seed(6))}, None)
     if objective.supervised:
         with pytest.raises(ValueError, match="labels"):

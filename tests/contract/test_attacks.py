@@ -15,8 +15,10 @@ from torch import Tensor
 from contract.checks import ATTACK_CHECKS, DRAWS, World, agreement, check_labels, make_attack, run
 from robusthash.attacks import Attack, image_threat
 from robusthash.attacks.base import Probe
+from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import Agreement, mainstay_loss
 from robusthash.attacks.search import APGD, PGD, RawGradient
+from robusthash.attacks.threat import threat_on
 from robusthash.core.registry import Card, catalogue
 from robusthash.core.types import Goal, Guidance
 
@@ -26,13 +28,15 @@ IDS = [card.name for card in CARDS]
 
 @pytest.mark.parametrize("check", ATTACK_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 @pytest.mark.parametrize("card", CARDS, ids=IDS)
-def test_registered(card: Card, check: Callable[[Attack, World], None], world: World) -> None:
-    check(make_attack(card.name, world.objective), world)
+def test_registered(card: Card, check: Callable[[Attack, World], None], world: World, pairs: World) -> None:
+    place = pairs if card.modality == "text" else world
+    check(place.fitted(make_attack(card.name, place.objective)), place)
 
 
 @pytest.mark.parametrize("card", CARDS, ids=IDS)
-def test_labels_are_asked_for_where_needed(card: Card, world: World) -> None:
-    check_labels(make_attack(card.name, world.objective), world, card.supervised)
+def test_labels_are_asked_for_where_needed(card: Card, world: World, pairs: World) -> None:
+    place = pairs if card.modality == "text" else world
+    check_labels(place.fitted(make_attack(card.name, place.objective)), place, card.supervised)
 
 
 def test_cards_say_what_the_attacks_are(world: World) -> None:
@@ -61,6 +65,24 @@ VARIANTS = {
 def test_variants(name: str, check: Callable[[Attack, World], None], world: World) -> None:
     plain = make_attack("mainstay", world.objective, slope="one")
     check(replace(plain, **VARIANTS[name]), world)
+
+
+PAIRED = {
+    "image": {},
+    "text": {"threat": threat_on("text")},
+    "both": {"threat": threat_on("both")},
+    "text-apgd": {"threat": threat_on("text"), "search": APGD(3)},
+    "both-apgd": {"threat": threat_on("both"), "search": APGD(3)},
+    "both-adam": {"threat": threat_on("both"), "search": RawGradient(3, "adam", lr=0.01)},
+    "both-own": {"threat": threat_on("both"), "guide": Own()},
+}
+
+
+@pytest.mark.parametrize("check", ATTACK_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("name", PAIRED)
+def test_variants_on_pairs(name: str, check: Callable[[Attack, World], None], pairs: World) -> None:
+    plain = make_attack("mainstay", pairs.objective, slope="one")
+    check(replace(plain, **PAIRED[name]), pairs)
 
 
 @pytest.mark.parametrize("name", [c.name for c in CARDS if "restarts" in inspect.signature(c.make).parameters])

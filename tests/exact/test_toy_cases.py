@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from robusthash.core.ap import average_precision as core_ap
 from robusthash.core.hamming import pack
-from robusthash.core.profile import average_precision as core_ap
 from robusthash.core.profile import code_profile, merge
 from robusthash.core.types import Codes, Profile
 from robusthash.evaluation import measures, perceptibility, robust

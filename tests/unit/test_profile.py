@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from robusthash.core import profile as core
+from robusthash.core.ap import average_precision, harmonic
 from robusthash.core.hamming import pack
-from robusthash.core.profile import average_precision, code_profile, harmonic, merge, prepare, prepared_profile
+from robusthash.core.profile import code_profile, merge, prepare, prepared_profile
 from robusthash.core.types import Codes, Profile
 
 FIELDS = ("items", "relevant", "gain", "gain_exp", "ideal")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from robusthash.core.ap import average_precision
 from robusthash.core.hamming import distance, pack
-from robusthash.core.profile import average_precision, code_profile
+from robusthash.core.profile import code_profile
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Codes
 from robusthash.evaluation import robust

@@ -33,7 +33,14 @@ def test_steps_fall_by_gamma_at_each_share() -> None:
     assert Schedule("steps", at=(1 / 3, 2 / 3), gamma=0.5).factor(0.7) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("kind", ["constant", "cosine", "steps"])
+def test_exponential_falls_smoothly_to_gamma() -> None:
+    """DSARH's 0.9 an outer iteration, over ten of them."""
+    schedule = Schedule("exponential", gamma=0.9**10)
+    assert schedule.factor(0.0) == 1.0
+    assert [schedule.factor(epoch / 10) for epoch in range(10)] == pytest.approx([0.9**epoch for epoch in range(10)])
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine", "steps", "exponential"])
 def test_warmup_rises_and_meets_the_schedule(kind: str) -> None:
     schedule = Schedule(kind, warmup=0.2)  # type: ignore[arg-type]
     factors = [schedule.factor(step / 100) for step in range(21)]

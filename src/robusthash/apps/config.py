@@ -80,7 +80,7 @@ class OptimSection(Section):
 class ScheduleSection(Section):
     """Learning-rate factor over training."""
 
-    kind: Literal["constant", "cosine", "steps"] = "cosine"
+    kind: Literal["constant", "cosine", "steps", "exponential"] = "cosine"
     warmup: float = Field(0.0, ge=0, lt=1)
     at: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from robusthash.apps import html
+from robusthash.apps.branches import branches_section
 from robusthash.apps.charts import TONES, UNIT, Axis, Dot, Series, Tone, dot_chart, line_chart
 from robusthash.apps.html import Child, Markup, tag
 from robusthash.apps.runs import Run, RunError
 from robusthash.core.files import write_aside
-from robusthash.evaluation.results import EvalResult, load_results
+from robusthash.evaluation.results import EvalResult, by_bench, load_results
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 Results = Mapping[str, EvalResult]
-"""The results of one run by name: ``clean``, each attack, ``worst``."""
+"""The results of one run by name: ``clean``, each attack, ``worst``; over several directions ``I2T clean``, ..."""
 
 
 def write_report(run: Run) -> Path:
@@ -29,7 +30,7 @@ def write_report(run: Run) -> Path:
         RunError: the run has not been trained or evaluated.
     """
     path = run.path / "report.html"
-    text = run_page(run.card(), read_results(run), _log(run), commands_of(run))
+    text = run_page(run.card(), read_results(run), _log(run), commands_of(run), branches_section(run.path))
     with write_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
     return path
@@ -60,39 +61,60 @@ def commands_of(run: Run) -> list[str]:
 
 
 def run_page(
-    card: Mapping[str, Any], results: Results, log: Sequence[Mapping[str, Any]], commands: Sequence[str]
+    card: Mapping[str, Any],
+    results: Results,
+    log: Sequence[Mapping[str, Any]],
+    commands: Sequence[str],
+    branches: Child = None,
 ) -> str:
     """The page of one run.
 
     Args:
         card: the model card.
         log: one line per epoch of training.
+        branches: a section on what a purifier looks at.
     """
-    clean, worst = results["clean"], results.get("worst")
-    measure = headline(clean)
+    groups = by_bench(results)
+    first = next(iter(groups.values()))
+    clean, several = first["clean"], len(groups) > 1
+    lead = [tag("p", f"{bench}: " if several else None, verdict(group)) for bench, group in groups.items()]
+    return html.page(
+        f"{card['name']}: {card['bits']} bits on {clean.setting.queries.partition(':')[0]}",
+        lead,
+        None if several else html.tiles(tiles_of(first)),
+        *(results_section(f"Results, {bench}" if several else "Results", g, several) for bench, g in groups.items()),
+        html.section("What was changed", perceptibility_table(results)) if len(results) > len(groups) else None,
+        branches,
+        html.section("Training", tag("div", model_facts(card), training_chart(log), class_="pair")),
+        html.section("Setting", setting_facts(first.get("worst", clean), results)),
+        html.section("Commands", html.commands(commands)),
+        foot=versions_line(clean),
+    )
+
+
+def results_section(title: str, results: Results, with_tiles: bool) -> Markup:
+    """Table and charts of one direction and relevance; its tiles where the page has several."""
     untargeted = {name: result for name, result in results.items() if is_untargeted(name, result)}
     charts = [pr_chart({name: (result, TONES[i % 6], i >= 6) for i, (name, result) in enumerate(untargeted.items())})]
-    if worst is not None:
+    if "worst" in results:
         charts.insert(0, map_chart({"": results}, {"": "b"}))
-    tiles = [(f"clean {measure}", number(clean.values[measure]), span(clean, measure))]
+    tiles = html.tiles(tiles_of(results)) if with_tiles else None
+    figures = tag("div", *charts, class_="pair")
+    return html.section(title, tiles, results_table(results), figures, notes(results.values()))
+
+
+def tiles_of(results: Results) -> list[tuple[str, str, Child]]:
+    """The few numbers of one direction and relevance."""
+    clean, worst = results["clean"], results.get("worst")
+    measure = headline(clean)
+    tiles: list[tuple[str, str, Child]] = [(f"clean {measure}", number(clean.values[measure]), span(clean, measure))]
     if worst is not None:
         low = f"w{measure}"
         tiles.append(
             (f"worst case per query, {len(worst.setting.attacks)} attacks", number(worst[low]), span(worst, low))
         )
         tiles.append(("harmonic robustness score", number(worst["HRS"]), "0: collapsed or not robust, 1: perfect"))
-    tiles.append(("chance", number(clean.reference["chance"]), "a random order of the database"))
-    return html.page(
-        f"{card['name']}: {card['bits']} bits on {clean.setting.queries.partition(':')[0]}",
-        tag("p", verdict(results)),
-        html.tiles(tiles),
-        html.section("Results", results_table(results), tag("div", *charts, class_="pair"), notes(results.values())),
-        html.section("What was changed", perceptibility_table(results)) if len(results) > 1 else None,
-        html.section("Training", tag("div", model_facts(card), training_chart(log), class_="pair")),
-        html.section("Setting", setting_facts(worst or clean, results)),
-        html.section("Commands", html.commands(commands)),
-        foot=versions_line(clean),
-    )
+    return [*tiles, ("chance", number(clean.reference["chance"]), "a random order of the database")]
 
 
 # ---------------------------------------------------------------------------------------------- numbers as text
@@ -145,20 +167,23 @@ def results_table(results: Results) -> Markup:
     """Clean, every attack and the worst case: values with intervals, and what each attack spent."""
     measure = headline(results["clean"])
     targeted = any(f"t-{measure}" in result.values for result in results.values())
-    head = ["", measure, "of 8-bit images", "bits flipped", "success rate", *([f"t-{measure}"] * targeted)]
+    pixels = not results["clean"].setting.direction.startswith("T")  # texts are not stored in eight bits
+    head = ["", measure, *["of 8-bit images"] * pixels, "bits flipped", "success rate", *[f"t-{measure}"] * targeted]
     rows: list[list[Child]] = []
     for name, result in results.items():
         prefix = "w" if name == "worst" else ""
         flipped = f"{result['flips']:.1f} of {result.setting.bits}" if "flips" in result.values else "–"
         rate = result.values.get("ASR", result.values.get("t-ASR"))
-        row: list[Child] = [name, with_span(result, prefix + measure), with_span(result, f"{prefix}{measure}/8bit")]
+        row: list[Child] = [name, with_span(result, prefix + measure)]
+        row += [with_span(result, f"{prefix}{measure}/8bit")] * pixels
         row += [flipped, "–" if rate is None else f"{rate:.0%}"]
         rows.append([*row, *([with_span(result, f"t-{measure}")] * targeted), passes(result)])
     reference = results["clean"].reference
     rows.append(["chance", number(reference["chance"]), *["–"] * (len(head) - 1)])
+    rounding = "The 8-bit column rounds the perturbation to whole grey levels. " if pixels else ""
     caption = (
-        "Below each value its 95 % bootstrap interval over queries. The 8-bit column rounds the perturbation to whole "
-        "grey levels. Success: AP at most half of clean; targeted: t-AP of at least 0.5. Passes: forward + backward "
+        f"Below each value its 95 % bootstrap interval over queries. {rounding}"
+        "Success: AP at most half of clean; targeted: t-AP of at least 0.5. Passes: forward + backward "
         "passes of single queries."
     )
     marked = [row for row, name in enumerate(results) if name == "worst"]
@@ -170,9 +195,9 @@ def passes(result: EvalResult) -> str:
     return f"{result.cost.forward:,} + {result.cost.backward:,}" if result.cost.forward else "–"
 
 
-def perceptibility_table(results: Results) -> Markup:
-    """How large and how visible the perturbations of each attack are."""
-    columns = {
+def perceptibility_table(results: Results) -> list[Markup]:
+    """How large and how visible the perturbations of each attack are: a table of images, of texts, or both."""
+    images: dict[str, Callable[[Mapping[str, float]], str]] = {
         "largest |δ| (of 255)": lambda found: f"{found['linf/max'] * 255:.2f}",
         "L2, mean": lambda found: number(found["l2/mean"]),
         "MSE, mean": lambda found: f"{found['mse/mean']:.2e}",
@@ -180,21 +205,37 @@ def perceptibility_table(results: Results) -> Markup:
         "SSIM, mean": lambda found: number(found["ssim/mean"]) if "ssim/mean" in found else "–",
         "pixels changed": lambda found: f"{found['l0/mean']:.0%}",
     }
-    kept = {name: result.perceptibility for name, result in results.items() if "linf/max" in result.perceptibility}
-    rows = [[name, *(write(found) for write in columns.values())] for name, found in kept.items()]
-    return html.table(
-        ["", *columns], rows, "Perturbations of the query images; pixel norms of x′ − x with x in [0, 1]."
+    texts: dict[str, Callable[[Mapping[str, float]], str]] = {
+        "entries changed, mean": lambda found: number(found["edits/mean"], 1),
+        "share of entries": lambda found: f"{found['changed/mean']:.1%}",
+        "L1, mean": lambda found: number(found["l1/mean"], 2),
+        "largest |δ|": lambda found: number(found["largest/max"]),
+    }
+    of_texts = (
+        "Perturbations of the query texts as vectors over the vocabulary. A fraction of a word corresponds to no real "
+        "text; edits of whole words do."
     )
+    tables = []
+    for key, columns, caption in (
+        ("mse/mean", images, "Perturbations of the query images; pixel norms of x′ − x with x in [0, 1]."),
+        ("changed/mean", texts, of_texts),
+    ):
+        kept = {name: result.perceptibility for name, result in results.items() if key in result.perceptibility}
+        rows = [[name, *(write(found) for write in columns.values())] for name, found in kept.items()]
+        if rows:
+            tables.append(html.table(["", *columns], rows, caption))
+    return tables
 
 
 def setting_facts(result: EvalResult, results: Results) -> Markup:
     """Everything that the numbers are a statement about."""
     setting = result.setting
     protocol = {key: value for key, value in setting.protocol.items() if key not in ("measures", "directions")}
+    directions = dict.fromkeys(found.setting.direction for found in results.values())
     pairs: list[tuple[Child, Child]] = [
         ("queries", setting.queries),
         ("database", setting.database),
-        ("direction, bits", f"{setting.direction}, {setting.bits} bits"),
+        ("direction, bits", f"{', '.join(directions)}, {setting.bits} bits"),
         ("protocol", ", ".join(f"{key} {_short(value)}" for key, value in protocol.items())),
         ("objective, defense", f"{setting.objective}, {setting.defense}"),
         ("training attack", setting.training_attack or "none"),
@@ -202,7 +243,7 @@ def setting_facts(result: EvalResult, results: Results) -> Markup:
         ("seeds", f"evaluation {', '.join(map(str, setting.seeds))}"),
     ]
     for name, found in results.items():
-        if name not in ("clean", "worst"):
+        if name.rpartition(" ")[2] not in ("clean", "worst"):
             pairs.append((name, found.setting.budget))
     pairs += [(f"digest of {name}", tag("code", value)) for name, value in setting.digests.items()]
     return html.facts(pairs)
@@ -286,7 +327,7 @@ def training_chart(log: Sequence[Mapping[str, Any]]) -> Markup | None:
     """Loss terms by epoch; with a single epoch there is no line to draw."""
     if len(log) < 2:
         return None
-    terms = [name for name in log[-1] if name not in ("epoch", "lr", "seconds")]
+    terms = [name for name in log[-1] if name not in ("epoch", "lr", "seconds", "figures")]
     epochs = [line["epoch"] + 1 for line in log]
     series = [
         Series(name, epochs, [line[name] for line in log], TONES[i % 6], dots=True) for i, name in enumerate(terms)

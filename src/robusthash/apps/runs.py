@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robusthash.apps.config import Config, ConfigError, load_config, save_config
 from robusthash.core.files import write_aside
@@ -98,8 +98,8 @@ class Run:
         """Write the trained weights and the model card; the training checkpoint is then no longer needed."""
         folder = self.path / "checkpoint"
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {"hasher": _save_weights(hasher, folder / "hasher.safetensors")}
-        weights["objective"] = _save_weights(objective, folder / "objective.safetensors")
+        weights = {"hasher": _save_weights(hasher.state_dict(), folder / "hasher.safetensors")}
+        weights["objective"] = _save_weights(objective.kept(), folder / "objective.safetensors")
         card = {
             "name": self.config.name,
             "id": self.id,
@@ -216,8 +216,8 @@ def _without_weights(encoder: Any) -> Any:
     return {key: None if key == "weights" else _without_weights(value) for key, value in encoder.items()}
 
 
-def _save_weights(module: nn.Module, path: Path) -> str:
-    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+def _save_weights(state: dict[str, Tensor], path: Path) -> str:
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with write_aside(path) as temporary:
         safetensors.torch.save_file(tensors, temporary)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from robusthash.apps.branches import save_branches
 from robusthash.apps.config import Config, ConfigError, load_config
 from robusthash.apps.runs import Run, RunError, load_run, open_run, write_json
 from robusthash.attacks.base import Attack
@@ -159,7 +160,8 @@ def encode(run: Run, shown: Shown = silent) -> dict[str, Path]:
     origin, written = run.card()["digest"], {}
     (run.path / "codes").mkdir(exist_ok=True)
     for name, split in read_data(run.config, shown).splits.items():
-        encoded = encode_split(hasher, split, progress=_titled(shown, f"encoding {name}"), origin=origin)
+        victim = hasher.for_database() if name == "database" else hasher
+        encoded = encode_split(victim, split, progress=_titled(shown, f"encoding {name}"), origin=origin)
         for modality, codes in encoded.items():
             path = run.path / "codes" / f"{name}.{modality}.npz"
             arrays = {"codes": codes.packed.numpy(), "bits": np.array(codes.bits), "ids": codes.ids.numpy()}
@@ -219,6 +221,7 @@ def evaluate(
             prefix += "" if relevance == "labels" else f"by {relevance} "
             results |= {f"{prefix}{name}": _described(result, f"{prefix}{name}", run) for name, result in found.items()}
     save_results(run.path / "metrics.json", list(results.values()))
+    save_branches(run.path, victim, data.query)
     return results
 
 
@@ -252,21 +255,28 @@ def _evaluate_bench(
 
 
 def attack_to_file(run: Run, settings: Mapping[str, Any] | str, out: Path, shown: Shown = silent) -> EvalResult:
-    """Attack the queries and write the attacked ``inputs`` (float32), their ``codes``, ``bits`` and ``labels``."""
+    """Attack the queries and write the attacked ``inputs`` (float32), their ``codes``, ``bits`` and ``labels``.
+
+    A joint attack writes the image under these names, and the text of each pair as ``inputs_text`` and ``codes_text``.
+    """
     victim, objective = load_victim(run)
     ((name, plain),) = named_attacks([settings]).items()
     attack: Attack = build("attack", plain, objective=objective)
-    first = next(iter(attack.threat.balls))
-    direction = None if first == victim.modalities[0] else f"{first[0].upper()}2{victim.modalities[0][0].upper()}"
-    bench = _bench(run, victim, read_data(run.config, shown), shown, direction)
-    attacked = _attacked(run, bench, name, plain, attack, shown)
-    labels = bench.query_labels.to(torch.uint8).numpy()
-    codes = pack(attacked.signs[:, 0]).numpy()
+    data, home = read_data(run.config, shown), victim.modalities[0]
+    arrays: dict[str, Any] = {"bits": victim.bits}
+    results = []
+    for modality in attack.threat.balls:
+        direction = None if modality == home else f"{modality[0].upper()}2{home[0].upper()}"
+        bench = _bench(run, victim, data, shown, direction)
+        attacked = _attacked(run, bench, name, plain, attack, shown)
+        ending = f"_{modality}" if results else ""
+        arrays[f"inputs{ending}"] = attacked.inputs.numpy()
+        arrays[f"codes{ending}"] = pack(attacked.signs[:, 0]).numpy()
+        arrays["labels"] = bench.query_labels.to(torch.uint8).numpy()
+        results.append(score_attack(bench, attack, attacked))
     with write_aside(out) as aside:
-        np.savez(
-            aside, allow_pickle=False, inputs=attacked.inputs.numpy(), codes=codes, bits=victim.bits, labels=labels
-        )
-    return _described(score_attack(bench, attack, attacked), name, run)
+        np.savez(aside, allow_pickle=False, **arrays)
+    return _described(results[0], name, run)
 
 
 def named_attacks(attacks: Sequence[Mapping[str, Any] | str]) -> dict[str, dict[str, Any]]:
@@ -276,6 +286,8 @@ def named_attacks(attacks: Sequence[Mapping[str, Any] | str]) -> dict[str, dict[
     for settings in attacks:
         card, options = check("attack", settings)
         name = f"{card.name} on {options['modality']}" if options.get("modality", "image") != "image" else card.name
+        like = options.get("like", "mainstay")
+        name += "" if like == "mainstay" else f" like {like if isinstance(like, str) else like.get('name')}"
         name += " (slope one)" if options.get("slope") == "one" else ""
         number = 2
         while name in named:
@@ -303,13 +315,14 @@ def _attacked(
     write_json(
         folder / "config.json", {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}
     )
-    blocks = []
+    blocks, fitted = [], None
     for block in range(bench.blocks):
         path = folder / f"{block}.npz"
         if path.is_file():
             blocks.append(_read_block(path))
         else:
-            blocks.append(attack_block(bench, attack, block, bench.victim.seen_by(view)))
+            fitted = fitted or bench.fitted(attack)
+            blocks.append(attack_block(bench, fitted, block, bench.victim.seen_by(view)))
             with write_aside(path) as aside:
                 np.savez(aside, allow_pickle=False, **blocks[-1].arrays())
         shown(block + 1, bench.blocks, name)
@@ -339,12 +352,15 @@ def _described(result: EvalResult, name: str, run: Run) -> EvalResult:
 
 
 def database_codes(run: Run, shown: Shown = silent) -> Codes:
-    """Codes of the database split, by the run's hasher."""
+    """Codes of the database split: those that the method learned, else by the run's hasher."""
+    learned = run.learned_database()
+    if learned is not None:
+        return learned
     hasher, _ = load_victim(run)
     split = read_data(run.config, shown).database
     modality = hasher.modalities[0]
     return encode_split(
-        hasher,
+        hasher.for_database(),
         split,
         modality=modality,
         progress=_titled(shown, "encoding the database"),

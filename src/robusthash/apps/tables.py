@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from robusthash.apps.runs import Run, load_run
-from robusthash.evaluation.results import EvalResult, load_results
+from robusthash.evaluation.results import EvalResult, by_bench, load_results
 from robusthash.evaluation.stats import bootstrap_interval, hierarchical_interval
 
 
@@ -29,12 +29,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe: its cells by result name, training minutes, and what stands still in the table."""
+    """One recipe: its cells by result name, training minutes, and what stands still in the table.
+
+    ``chance`` is by what was scored on: "" where that is one thing, else ``I2T``, ``T2I by class``, ...
+    """
 
     name: str
     cells: dict[str, Cell]
     minutes: float
-    chance: float
+    chance: dict[str, float]
 
 
 def headline_of(result: EvalResult) -> str:
@@ -50,27 +53,41 @@ def make_rows(paths: Sequence[Path]) -> list[Row]:
     attacked alike, so that no cell mixes settings.
 
     Raises:
-        ValueError: runs on different data, splits or protocols, which no table may hold together.
+        ValueError: runs on different data, splits, directions or protocols, which no table may hold together.
     """
     runs: dict[str, list[Run]] = {}
     for path in paths:
         run = load_run(path)
         runs.setdefault(run.config.name, []).append(run)
-    rows, first = [], None
+    rows: list[Row] = []
+    first: dict[str, EvalResult] = {}
     for name, seeds in runs.items():
         found = [{result.name: result for result in load_results(run.path / "metrics.json")} for run in seeds]
-        clean = found[0]["clean"]
-        first = first or clean
-        differing = [field for results in found for field in results["clean"].setting.differs(first.setting)]
-        if differing:
-            raise ValueError(f"{name} was evaluated in another setting ({', '.join(sorted(set(differing)))})")
+        cleans = [{bench: group["clean"] for bench, group in by_bench(results).items()} for results in found]
+        first = first or cleans[0]
+        for clean in cleans:
+            if clean.keys() != first.keys():
+                raise ValueError(f"{name} was scored on {_benches(clean)}, the first recipe on {_benches(first)}")
+            differing = {field for bench in clean for field in clean[bench].setting.differs(first[bench].setting)}
+            if differing:
+                raise ValueError(f"{name} was evaluated in another setting ({', '.join(sorted(differing))})")
         cells = {}
         for result in found[0]:
             if all(result in results and _alike(results[result], found[0][result]) for results in found):
                 cells[result] = _cell([results[result] for results in found])
         minutes = sum(run.card()["seconds"] for run in seeds) / len(seeds) / 60
-        rows.append(Row(name, cells, minutes, clean.reference["chance"]))
+        chance = {bench: clean.reference["chance"] for bench, clean in cleans[0].items()}
+        rows.append(Row(name, cells, minutes, chance))
     return rows
+
+
+def _benches(cleans: Mapping[str, EvalResult]) -> str:
+    return ", ".join(bench or clean.setting.direction for bench, clean in cleans.items())
+
+
+def _bench_of(column: str, benches: Iterable[str]) -> str:
+    """What the result of this name was scored on."""
+    return max((bench for bench in benches if not bench or column.startswith(f"{bench} ")), key=len, default="")
 
 
 def _alike(one: EvalResult, other: EvalResult) -> bool:
@@ -88,10 +105,14 @@ def _cell(results: Sequence[EvalResult]) -> Cell:
 def markdown(rows: Sequence[Row], results: Sequence[str] | None = None) -> str:
     """A Markdown table; ``results`` chooses and orders the columns, by default all that the first row has."""
     columns = list(rows[0].cells) if results is None else list(results)
-    lines = [f"| recipe | {' | '.join(columns)} | chance | training minutes | seeds |"]
-    lines.append("|" + " --- |" * (len(columns) + 4))
+    shown = {_bench_of(column, rows[0].chance) for column in columns}
+    benches = [bench for bench in rows[0].chance if bench in shown]
+    chances = [f"chance {bench}".strip() for bench in benches]
+    lines = [f"| {' | '.join(['recipe', *columns, *chances, 'training minutes', 'seeds'])} |"]
+    lines.append("|" + " --- |" * (len(columns) + len(chances) + 3))
     for row in rows:
         cells = [row.cells[column].text() if column in row.cells else "-" for column in columns]
+        cells += [f"{row.chance[bench]:.3f}" for bench in benches]
         seeds = max(cell.seeds for cell in row.cells.values())
-        lines.append(f"| {row.name} | {' | '.join(cells)} | {row.chance:.3f} | {row.minutes:.1f} | {seeds} |")
+        lines.append(f"| {' | '.join([row.name, *cells, f'{row.minutes:.1f}', str(seeds)])} |")
     return "\n".join(lines)

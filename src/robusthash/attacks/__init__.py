@@ -2,13 +2,14 @@
 
 from robusthash.attacks.base import Attack, AttackOutput
 from robusthash.attacks.named import cgat, dhta, guided_apgd, hag, mainstay, mainstay_targeted, p2p, pgd, sdha
-from robusthash.attacks.threat import Ball, Threat, image_threat
+from robusthash.attacks.threat import Ball, Edits, Threat, image_threat
 from robusthash.core.registry import discover
 
 __all__ = [
     "Attack",
     "AttackOutput",
     "Ball",
+    "Edits",
     "Threat",
     "cgat",
     "dhta",

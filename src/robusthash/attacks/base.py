@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from robusthash.attacks.threat import Threat
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Inputs, Outputs, Reference
+from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher, frozen
 
 Select = Callable[[Tensor], Tensor]
@@ -63,7 +64,10 @@ class Loss(Protocol):
 
 
 class Search(Protocol):
-    """Ascends a score inside a threat. Per item: no step of one query may depend on another."""
+    """Ascends a score inside a threat. Per item: no step of one query may depend on another.
+
+    A search of edits instead of steps says so by a class attribute ``edits = True``.
+    """
 
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Inputs | None
@@ -119,6 +123,20 @@ class Attack:
             raise ValueError(f"restarts must be at least 1, got {self.restarts}")
         if self.slope not in ("published", "one"):
             raise ValueError(f"slope must be 'published' or 'one', got {self.slope!r}")
+        if self.threat.edits != getattr(self.search, "edits", False):
+            raise ValueError(
+                f"{type(self.search).__name__} cannot search {self.threat.name}: edit budgets on bags of words take "
+                "the search 'greedy-flips', norm balls any other, and the two cannot be mixed"
+            )
+
+    def fit(self, victim: Hasher, data: RetrievalData, reference: Reference | None, *, draws: Draws) -> Attack:
+        """The attack with its learning parts trained on this very victim; itself where nothing learns.
+
+        A guide that learns offers ``fitted(victim, data, reference, draws) -> Guide``. The evaluator calls this once
+        for a victim, before the first block of queries, with what the threat lets the attacker know.
+        """
+        learn = getattr(self.guide, "fitted", None)
+        return self if learn is None else replace(self, guide=learn(victim, data, reference, draws.within(self.name)))
 
     @property
     def budget(self) -> str:

@@ -40,11 +40,11 @@ class Unguided:
 @register("attack-guide", "own", paper="HAG 2020", supervised=False)
 @dataclass(frozen=True)
 class Own:
-    """The query's own clean relaxed code: needs no labels."""
+    """The query's own clean relaxed code, averaged where image and text are attacked together: needs no labels."""
 
     def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
         with torch.no_grad():
-            return Guidance(next(iter(victim(batch.inputs).values())).relaxed())
+            return Guidance(torch.stack([output.relaxed() for output in victim(batch.inputs).values()]).mean(0))
 
 
 @register("attack-guide", "positives", paper="SDHA 2021")

@@ -44,12 +44,14 @@ def pgd(
     norm: Literal["linf", "l2"] = "linf",
     restarts: int = 1,
     modality: Attacked = "image",
+    random_start: bool = True,
 ) -> Attack:
     """PGD on the hashing objective itself: ascend the similarity loss against the known codes.
 
-    FGSM is ``steps=1, step_size=eps``. The published form has alpha = 1 throughout.
+    FGSM is ``steps=1, step_size=eps, random_start=False``. The published form has alpha = 1 throughout. SAAH trains
+    with it from the clean image (``random_start=False``).
     """
-    search, threat = steps_on(modality, steps, step_size), threat_on(modality, eps, norm)
+    search, threat = steps_on(modality, steps, step_size, random_start), threat_on(modality, eps, norm)
     return Attack("pgd", Unguided(), ObjectiveLoss(objective), search, threat, restarts=restarts)
 
 

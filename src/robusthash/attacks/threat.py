@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,15 @@ class Ball:
             )
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
-        """The nearest point of the ball and the range (for ``l2``: ball first, then range, which stays in both)."""
+        """The nearest point of the ball and the range (for ``l2``: ball first, then range, which stays in both).
+
+        Raises:
+            ValueError: for whole numbers, such as token ids: a norm of their differences means nothing.
+        """
+        if not origin.is_floating_point():
+            raise ValueError(
+                f"a norm ball around {origin.dtype} values means nothing; edit bags of words ('text-edits') instead"
+            )
         low, high = self.bounds
         if self.norm == "linf":
             return torch.clamp(torch.clamp(x, origin - self.eps, origin + self.eps), low, high)
@@ -77,13 +85,73 @@ class Ball:
 
 
 @dataclass(frozen=True)
+class Edits:
+    """An edit budget on bags of words in {0, 1}: at most so many words inserted or removed.
+
+    Args:
+        eps: m, the number of entries that may flip; of a fraction, as scaling a threat makes it, the whole part counts.
+
+    Raises:
+        ValueError: m below 0.
+    """
+
+    eps: float = 3
+    norm: ClassVar[Literal["flips"]] = "flips"
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not self.eps >= 0:
+            raise ValueError(f"an edit budget is a number of words, at least 0, got {self.eps!r}")
+
+    @property
+    def count(self) -> int:
+        """Entries that may flip."""
+        return int(self.eps + 1e-9)
+
+    def project(self, x: Tensor, origin: Tensor) -> Tensor:
+        """The nearest feasible bag: of the entries nearer to the other value, the m farthest from ``origin`` flip.
+
+        Raises:
+            ValueError: an ``origin`` that is no bag of 0 and 1.
+        """
+        if origin.dim() != 2 or not origin.is_floating_point() or not _binary(origin):
+            raise ValueError(
+                f"an edit budget needs texts as real (B, V) bags of words of 0 and 1, got {origin.dtype} "
+                f"{tuple(origin.shape)} from {float(origin.min()):g} to {float(origin.max()):g}; binarise them"
+            )
+        distance = (x - origin).abs()
+        order = distance.argsort(dim=1, descending=True, stable=True)[:, : self.count]
+        allowed = torch.zeros_like(origin, dtype=torch.bool).scatter_(1, order, True)
+        return torch.where(allowed & (distance > 0.5), 1.0 - origin, origin)
+
+    def random_start(self, origin: Tensor, ids: Tensor, draws: Draws) -> Tensor:
+        """Exactly m entries flipped, drawn by item."""
+        noise = draws.uniform(ids, origin.shape[1:]).to(origin.dtype)
+        return self.project(origin + (1.0 - 2.0 * origin) * (0.5 + 0.5 * noise + 1e-6), origin)
+
+    def steepest(self, grad: Tensor) -> Tensor:
+        raise ValueError("an edit budget has no steepest step; use the search 'greedy-flips'")
+
+    def size(self, delta: Tensor) -> Tensor:
+        """(B,) number of entries that differ."""
+        return (delta != 0).flatten(1).sum(1).float()
+
+
+Budget = Ball | Edits
+
+
+def _binary(values: Tensor) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
+
+
+@dataclass(frozen=True)
 class Threat:
-    """Balls by modality and the attacker's knowledge. A modality not named stays untouched.
+    """Balls, or edit budgets, by modality and the attacker's knowledge. A modality not named stays untouched.
 
     ``knowledge``: W2 weights, labels and database codes; W1 weights and training labels; W0 weights only.
     """
 
-    balls: dict[str, Ball]
+    balls: dict[str, Budget]
     knowledge: Knowledge = "W1"
     side: Literal["query", "database"] = "query"
     name: str = field(default="")
@@ -93,6 +161,11 @@ class Threat:
             raise ValueError("a threat needs at least one modality to attack")
         if not self.name:
             object.__setattr__(self, "name", "+".join(_named(m, b) for m, b in sorted(self.balls.items())))
+
+    @property
+    def edits(self) -> bool:
+        """Whether words are edited, which only a search for edits can do."""
+        return any(ball.norm == "flips" for ball in self.balls.values())
 
     def ratio(self, modality: str) -> float:
         """Budget of a modality in units of the first one's: how far a step of size 1 goes in it."""
@@ -128,6 +201,8 @@ class Threat:
             ball = self.balls[name]
             if not torch.isfinite(value).all():
                 raise ValueError(f"the attacked {name} holds NaN or infinite values")
+            if isinstance(ball, Edits) and not _binary(value):
+                raise ValueError(f"the attacked {name} holds values other than 0 and 1, which are no edits of words")
             if value.dtype != clean.dtype or value.shape != clean.shape:
                 raise ValueError(f"the attacked {name} is {value.dtype} {tuple(value.shape)}, not {clean.dtype}")
             worst = float(ball.size(value - clean).max())
@@ -140,9 +215,11 @@ class Threat:
                 raise ValueError(f"the attacked {name} leaves the range {ball.bounds}")
 
 
-def _named(modality: str, ball: Ball) -> str:
-    """``img-linf-8`` (of 255), ``img-l2-0.5``, ``txt-linf-0.05``."""
+def _named(modality: str, ball: Budget) -> str:
+    """``img-linf-8`` (of 255), ``img-l2-0.5``, ``txt-linf-0.05``, ``txt-bow-3``."""
     short = {"image": "img", "text": "txt"}.get(modality, modality)
+    if isinstance(ball, Edits):
+        return f"{short}-bow-{ball.count}"
     size = ball.eps * 255 if modality == "image" and ball.norm == "linf" else ball.eps
     return f"{short}-{ball.norm}-{size:g}"
 
@@ -167,7 +244,7 @@ def threat_on(
     if modality not in ("image", "text", "both"):
         raise ValueError(f"modality must be 'image', 'text' or 'both', got {modality!r}")
     attacked = ("image", "text") if modality == "both" else (modality,)
-    balls = {name: Ball(norm, EPS[name]) for name in attacked}
+    balls: dict[str, Budget] = {name: Ball(norm, EPS[name]) for name in attacked}
     if eps is not None:
         balls[attacked[0]] = Ball(norm, eps)
     return Threat(balls, knowledge)
@@ -176,3 +253,8 @@ def threat_on(
 def image_threat(eps: float = 8 / 255, norm: Literal["linf", "l2"] = "linf", knowledge: Knowledge = "W1") -> Threat:
     """The usual image threat: ``img-linf-8`` by default."""
     return threat_on("image", eps, norm, knowledge)
+
+
+def edit_threat(edits: int = 3, knowledge: Knowledge = "W1") -> Threat:
+    """At most ``edits`` words inserted into, or removed from, each text: ``txt-bow-3`` by default."""
+    return Threat({"text": Edits(edits)}, knowledge)

@@ -3,7 +3,8 @@
 from robusthash.core.registry import discover
 from robusthash.defenses.adversarial import AdversarialTraining, Round
 from robusthash.defenses.outer import CgATOuter, PlainAT, SAATOuter
+from robusthash.defenses.saah import SAAHOuter
 
-__all__ = ["AdversarialTraining", "CgATOuter", "PlainAT", "Round", "SAATOuter"]
+__all__ = ["AdversarialTraining", "CgATOuter", "PlainAT", "Round", "SAAHOuter", "SAATOuter"]
 
 discover(__name__, __path__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.objectives.base import HashObjective
 from robusthash.objectives.memory import CodeMemory
-from robusthash.training.recipe import HashingRecipe, Moment, Recipe, train_facts
+from robusthash.training.recipe import FIGURES, HashingRecipe, Moment, Recipe, train_facts
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,13 @@ class Round:
 
 Outer = Callable[[Round], LossTerms]
 """A defense's own loss. One that learns is an ``nn.Module`` with ``setup(facts)``; its parameters train along."""
+
+
+@runtime_checkable
+class Watching(Protocol):
+    """An outer loss that also has figures for the log, which are not optimised."""
+
+    def figures(self, turn: Round) -> LossTerms: ...
 
 
 @register("recipe", "adversarial")
@@ -72,6 +80,11 @@ class AdversarialTraining(Recipe):
         self._plain = HashingRecipe(hasher, objective)
         if hasher.declared == "plain":
             hasher.declared = hasher.spec["declared"] = "adversarial"
+
+    @property
+    def plain(self) -> HashingRecipe:
+        """Undefended training of the same hasher, whose objective and memory this one shares."""
+        return self._plain
 
     @property
     def _learning(self) -> dict[str, nn.Module]:
@@ -119,6 +132,8 @@ class AdversarialTraining(Recipe):
             batch, batch.with_inputs(changed), goal, clean, robust, guidance, memory, objective, moment.progress
         )
         yield "hasher", self.outer(turn)
+        if isinstance(self.outer, Watching):
+            yield FIGURES, self.outer.figures(turn)
         objective.advance()
 
     def _goal(self, batch: Batch, memory: CodeMemory, draws: Draws) -> Goal:

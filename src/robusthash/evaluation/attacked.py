@@ -15,7 +15,7 @@ from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance
 from robusthash.evaluation.bench import Bench
-from robusthash.evaluation.perceptibility import image_measures, pixel_norms
+from robusthash.evaluation.perceptibility import image_measures, pixel_norms, text_measures
 from robusthash.models.hasher import Hasher, frozen
 
 _SSIM_WINDOW = 11
@@ -31,7 +31,7 @@ class Attacked:
     signs: Tensor  # (B, T, K) int8
     eight_bit: Tensor  # (B, T, K) int8
     representative: Tensor  # (B, T, K) int8 signed guidance codes; (B, T, 0) where the attack has none
-    pixels: dict[str, Tensor]  # (B, T) perceptibility by measure; empty for other modalities
+    pixels: dict[str, Tensor]  # (B, T) perceptibility by measure: of pixels, or of the entries of a text
     passes: Tensor  # (B, 2) int64 forward and backward passes of the query, over all T
     seconds: Tensor  # (B,) share of the block's time
     inputs: Tensor  # (B, ...) float32 attacked inputs of the first goal
@@ -74,7 +74,9 @@ def attack_block(bench: Bench, attack: Attack, block: int, gradients: Hasher | N
     first, started = origin, time.perf_counter()
     for number, goal in enumerate(_goals(bench, attack, batch)):
         draws = Draws(bench.seed, ("attack", str(number)))
-        select = bench.select(goal.labels, goal.sign) if attack.selects and goal.labels is not None else None
+        # one pair of image and text serves every direction, so no direction's AP may choose it
+        chooses = attack.selects and goal.labels is not None and len(attack.threat.balls) == 1
+        select = bench.select(goal.labels, goal.sign) if chooses and goal.labels is not None else None
         output = attack(gradients or bench.victim, batch, goal, bench.known(attack), draws=draws, select=select)
         attacked = attack.threat.project(output.batch.inputs, batch.inputs)
         attack.threat.verify({**batch.inputs, **attacked}, batch.inputs)
@@ -85,9 +87,7 @@ def attack_block(bench: Bench, attack: Attack, block: int, gradients: Hasher | N
         else:  # only pixels are stored in eight bits
             eight_bit.append(signs[-1])
         representative.append(_representative(output.guidance, goal.sign, len(batch)))
-        if modality == "image":
-            measures = image_measures if min(origin.shape[-2:]) >= _SSIM_WINDOW else pixel_norms
-            pixels.append(measures(origin.cpu(), attacked[modality].cpu()))
+        pixels.append(_changes(modality, origin.cpu(), attacked[modality].cpu()))
         passes += torch.tensor([output.forward, output.backward])
         first = attacked[modality] if number == 0 else first
     seconds = (time.perf_counter() - started) / len(batch)
@@ -95,11 +95,18 @@ def attack_block(bench: Bench, attack: Attack, block: int, gradients: Hasher | N
         torch.stack(signs, 1),
         torch.stack(eight_bit, 1),
         torch.stack(representative, 1),
-        {name: torch.stack([p[name] for p in pixels], 1) for name in (pixels[0] if pixels else {})},
+        {name: torch.stack([p[name] for p in pixels], 1) for name in pixels[0]},
         passes.repeat(len(batch), 1),
         torch.full((len(batch),), seconds),
         first.cpu(),
     )
+
+
+def _changes(modality: str, clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
+    """(B,) measures of what was changed, by the modality's own yardsticks."""
+    if modality != "image":
+        return text_measures(clean, attacked)
+    return (image_measures if min(clean.shape[-2:]) >= _SSIM_WINDOW else pixel_norms)(clean, attacked)
 
 
 def _goals(bench: Bench, attack: Attack, batch: Batch) -> list[Goal]:

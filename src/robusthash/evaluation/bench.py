@@ -12,6 +12,7 @@ from torch import Tensor
 from robusthash.attacks.base import Attack, Select
 from robusthash.core.hamming import pack
 from robusthash.core.profile import Prepared, prepare, prepared_profile
+from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Reference
 from robusthash.data.base import RetrievalData, Split
 from robusthash.evaluation.measures import average_precision
@@ -64,23 +65,47 @@ class Bench:
 
     @cached_property
     def _training(self) -> Reference:
-        modality = self.direction[1]
-        codes = encode_split(self.victim, self.data.train, batch_size=self.batch_size, modality=modality)[modality]
-        return Reference({modality: codes.signs().float()}, self.data.train.labels).to(self.victim.device)
+        return self._encoded(self.data.train, self.victim, self.direction[1:], self.batch_size)
 
     @cached_property
     def _searched(self) -> Reference:
         signs = self.database.signs().float()
         return Reference({self.direction[1]: signs}, self.database_labels).to(self.victim.device)
 
+    @cached_property
+    def _training_pairs(self) -> Reference:
+        return self._encoded(self.data.train, self.victim, self.victim.modalities, self.batch_size)
+
+    @cached_property
+    def _searched_pairs(self) -> Reference:
+        others = [name for name in self.victim.modalities if name != self.direction[1]]
+        # encoded as the database is, so that the pair of a joint attack is the same in every direction
+        encoded = self._encoded(self.data.database, self.victim.for_database(), others, encoding_batch(self.batch_size))
+        codes = {**encoded.codes, **self._searched.codes}
+        return Reference({name: codes[name] for name in self.victim.modalities}, encoded.labels)
+
+    def _encoded(self, split: Split, hasher: Hasher, modalities: Collection[str], batch_size: int) -> Reference:
+        codes = {m: encode_split(hasher, split, batch_size=batch_size, modality=m)[m] for m in modalities}
+        return Reference({m: c.signs().float() for m, c in codes.items()}, split.labels).to(self.victim.device)
+
     def known(self, attack: Attack) -> Reference | None:
-        """What the threat lets the attacker know: database codes (W2), training codes (W1) or nothing (W0)."""
+        """What the threat lets the attacker know: database codes (W2), training codes (W1) or nothing (W0).
+
+        They are those of the modality that is searched. A joint attack is told those of both modalities, so that it
+        makes one and the same pair of image and text, whichever direction it is then scored in.
+        """
         knowledge = attack.threat.knowledge
         if knowledge == "W0":
             return None
         if knowledge in ("W1", "W2"):
+            if len(attack.threat.balls) > 1:
+                return self._training_pairs if knowledge == "W1" else self._searched_pairs
             return self._training if knowledge == "W1" else self._searched
         raise ValueError(f"a {knowledge} attacker holds no weights; {attack.name!r} needs W0, W1 or W2")
+
+    def fitted(self, attack: Attack) -> Attack:
+        """The attack, its learning parts trained on this victim: once a bench, before the first block."""
+        return attack.fit(self.victim, self.data, self.known(attack), draws=Draws(self.seed, ("fit",)))
 
     def select(self, labels: Tensor, sign: int) -> Select:
         """Exact expected AP over the database from the adversary's side, for points of one batch."""
@@ -106,6 +131,11 @@ class Bench:
     @property
     def blocks(self) -> int:
         return -(-len(self.queries) // self.batch_size)
+
+
+def encoding_batch(batch_size: int) -> int:
+    """Items encoded at a time: one number for all splits, since a code may depend on how many share a batch."""
+    return max(batch_size, 256)
 
 
 def _labels(split: Split) -> Tensor:
@@ -142,8 +172,7 @@ def make_bench(
     kept = data.query
     if queries is not None and queries < len(kept):
         kept = kept.take(torch.arange(queries))
-    # a database item must not depend on how many others share its batch, so all splits use one batch size
-    size = max(batch_size, 256)
+    size = encoding_batch(batch_size)
     if database is None:
         database = encode_split(
             victim.for_database(),

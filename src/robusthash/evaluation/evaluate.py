@@ -62,8 +62,8 @@ def evaluate(
 
 
 def attack_all(bench: Bench, attack: Attack, gradients: Hasher | None = None, progress: Progress = silent) -> Attacked:
-    """Attack every block of queries."""
-    blocks = []
+    """Fit what the attack has to learn, then attack every block of queries."""
+    attack, blocks = bench.fitted(attack), []
     for block in range(bench.blocks):
         blocks.append(attack_block(bench, attack, block, gradients))
         progress(block + 1, bench.blocks, attack.name)

@@ -3,7 +3,7 @@
 Every function returns one value per query. NaN stands for "undefined for this query" and nothing else: such queries
 are left out of the mean and counted. Symbols: n, r, g are the items, relevant items and shared labels of a group of
 equal distance; nb, rb, gb the same strictly before it; m the part of it above the cut; A, B the sums of
-``core.profile.Groups``.
+``core.ap.Groups``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robusthash.core import profile as core
+from robusthash.core import ap
+from robusthash.core.ap import Denominator, Groups, Ties, share
 from robusthash.core.hamming import distance
 from robusthash.core.labels import relevant as share_label
-from robusthash.core.profile import Denominator, Groups, Ties, share
 from robusthash.core.types import Codes, Profile
 
 Empty = Literal["zero", "skip", "error"]
@@ -92,9 +92,9 @@ def mean_over_queries(values: Tensor, empty: Tensor, policy: Empty = "zero") -> 
 def average_precision(
     profile: Profile, k: int | None = None, denominator: Denominator = "hits", ties: Ties = "expected"
 ) -> Tensor:
-    """(Q,) AP@k; see ``core.profile.average_precision`` for denominators and tie rules."""
+    """(Q,) AP@k; see ``core.ap.average_precision`` for denominators and tie rules."""
     clip_rank(profile, k)
-    return core.average_precision(profile.items, profile.relevant, k, denominator, ties)
+    return ap.average_precision(profile.items, profile.relevant, k, denominator, ties)
 
 
 def tie_gap(profile: Profile, k: int | None = None, denominator: Denominator = "hits") -> Tensor:

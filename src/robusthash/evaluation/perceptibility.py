@@ -116,6 +116,17 @@ def changed_share(clean: Tensor, attacked: Tensor) -> Tensor:
     return (clean != attacked).to(torch.float64).mean(1)
 
 
+def text_measures(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
+    """(B,) of each measure of texts as (B, V) vectors.
+
+    ``changed`` share of entries that differ; ``edits`` their number; ``l1`` sum |delta|; ``largest`` max |delta|. For
+    bags of words under an edit budget ``edits`` and ``l1`` are both the number of words inserted or removed.
+    """
+    share = changed_share(clean, attacked)
+    delta = (attacked.to(torch.float64) - clean.to(torch.float64)).abs()
+    return {"changed": share, "edits": share * clean.shape[1], "l1": delta.sum(1), "largest": delta.amax(1)}
+
+
 def cosine_distance(clean: Tensor, attacked: Tensor) -> Tensor:
     """(B,) 1 - cosine between (B, D) embeddings of the clean and the attacked text."""
     return 1 - torch.nn.functional.cosine_similarity(clean.to(torch.float64), attacked.to(torch.float64), dim=1)

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -133,6 +133,26 @@ class EvalResult:
     def unreliable(self) -> bool:
         """A red flag stands."""
         return any(flag.level == "red" for flag in self.flags)
+
+
+def by_bench(results: Mapping[str, EvalResult]) -> dict[str, dict[str, EvalResult]]:
+    """The results of a run by what they were scored on, with their own names: "" where that is one thing alone.
+
+    A run over several directions or relevances has ``I2T clean``, ``I2T mainstay``, ``T2I by class clean``: these are
+    ``clean`` and ``mainstay`` of "I2T", and ``clean`` of "T2I by class".
+
+    Raises:
+        ValueError: a result without the clean one that it belongs to.
+    """
+    prefixes = [name.removesuffix("clean") for name in results if name == "clean" or name.endswith(" clean")]
+    groups: dict[str, dict[str, EvalResult]] = {prefix.strip(): {} for prefix in prefixes}
+    for name, result in results.items():
+        fitting = [prefix for prefix in prefixes if name.startswith(prefix)]
+        if not fitting:
+            raise ValueError(f"the result {name!r} has no clean one beside it; evaluate the run again")
+        prefix = max(fitting, key=len)
+        groups[prefix.strip()][name.removeprefix(prefix)] = result
+    return groups
 
 
 # ---------------------------------------------------------------------------------------------- JSON

@@ -9,8 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from robusthash.core.ap import Denominator, Groups, average_precision, share
 from robusthash.core.hamming import distance, pack, unpack
-from robusthash.core.profile import Denominator, Groups, Prepared, average_precision, prepare, prepared_profile, share
+from robusthash.core.profile import Prepared, prepare, prepared_profile
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Codes
 

@@ -168,6 +168,9 @@ def build_hasher(
             raise ValueError("a text encoder needs data with texts: this data set has none (is texts: true set?)")
         encoders["text"] = build("text-encoder", text, vocabulary=vocabulary)
     heads = {name: build("head", head, width=encoder.width, bits=bits) for name, encoder in encoders.items()}
+    for encoder in encoders.values():  # one that is itself a defense says of which class
+        if declared == "plain":
+            declared = getattr(encoder, "declares", "plain")
     spec = {"bits": bits, "image": image, "text": text, "head": head, "declared": declared, "vocabulary": vocabulary}
     # channels-last was measured 1.3 times faster in float32 on a CPU, and is what tensor cores want
     hasher = Hasher(encoders, heads, spec, declared).to(memory_format=torch.channels_last)
@@ -184,6 +187,9 @@ def purified(hasher: Hasher, purifiers: Mapping[str, Component], sides: Sides = 
     seed_everything(seed)
     context = {"vocabulary": hasher.spec.get("vocabulary"), "bits": hasher.bits}
     made = {modality: build("purifier", settings, **context) for modality, settings in purifiers.items()}
-    spec = {**hasher.spec, "purifiers": dict(purifiers), "sides": sides}
-    whole = Hasher(dict(hasher.encoders), dict(hasher.heads), spec, hasher.declared, made, sides)
+    declared = hasher.declared
+    if declared in ("plain", "adversarial"):
+        declared = next(iter(made.values())).declares
+    spec = {**hasher.spec, "purifiers": dict(purifiers), "sides": sides, "declared": declared}
+    whole = Hasher(dict(hasher.encoders), dict(hasher.heads), spec, declared, made, sides)
     return whole.to(hasher.device).to(memory_format=torch.channels_last)

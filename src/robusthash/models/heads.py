@@ -54,3 +54,17 @@ class BatchNormHead(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
         logits = self.norm(self.linear(features))
         return logits, torch.tanh(logits), 1.0
+
+
+@register("head", "mlp")
+class MLPHead(nn.Module):
+    """Two linear layers with ReLU between and tanh: the hash layer of SFCL and DSARH, ``hidden`` 512."""
+
+    def __init__(self, width: int, bits: int, hidden: int = 512) -> None:
+        super().__init__()
+        self.bits = bits
+        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, bits))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
+        logits = self.layers(features)
+        return logits, torch.tanh(logits), 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,11 @@ class Purifier(nn.Module, ABC):
     """Interface: inputs of one modality -> inputs of the same shape, before the encoder (and its normalisation).
 
     It is part of the victim: attacks differentiate through it, and it is saved with the weights. ``Hasher.bare()`` is
-    the victim without it, which only an *oblivious* attack differentiates.
+    the victim without it, which only an *oblivious* attack differentiates. ``declares`` is the defense class that it
+    makes of a hasher which had none of its own.
     """
+
+    declares: ClassVar[Literal["gate", "purifier", "randomised"]] = "purifier"
 
     @abstractmethod
     def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:

@@ -25,6 +25,7 @@ class TrainFacts:
     seed: int
     share_similar: float  # share of ordered pairs of training items that share a label
     widths: Mapping[str, int] = field(default_factory=dict)  # feature width D of each modality's encoder
+    shown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # widths of what encoders show in ``aux``
 
     @property
     def classes(self) -> int:
@@ -57,7 +58,12 @@ class HashObjective(nn.Module, ABC):
 
     supervised: ClassVar[bool] = True
     intra: ClassVar[bool] = True  # of several modalities, a code is compared with its own one's memory too
-    critics: nn.Module | None = None  # discriminators: parameters that the group "critic" trains
+    training_only: ClassVar[tuple[str, ...]] = ("critics",)  # modules that setup makes and only training needs
+
+    def __init__(self) -> None:
+        super().__init__()
+        # set here and not in the class, where the None would hide the module that setup makes
+        self.critics: nn.Module | None = None  # discriminators: parameters that the group "critic" trains
 
     def setup(self, facts: TrainFacts) -> None:
         """Make what depends on the data (centers, pair weights). Called once, before training or resuming."""
@@ -79,6 +85,11 @@ class HashObjective(nn.Module, ABC):
 
     def end_epoch(self, memory: CodeMemory) -> None:
         """After the last step of an epoch."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """State that stays with the trained model: all but the modules in ``training_only``."""
+        apart = tuple(f"{name}." for name in self.training_only)
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(apart)}
 
     def pairs(self, outputs: Outputs, memory: CodeMemory) -> list[tuple[HashOutput, Tensor]]:
         """Each output with each memory (M, K) that it is compared with."""

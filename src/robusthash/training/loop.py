@@ -13,7 +13,7 @@ from robusthash.core.runtime import Draws, choose_device, precision, seed_everyt
 from robusthash.data.base import RetrievalData
 from robusthash.data.loader import batches
 from robusthash.data.transforms import augment
-from robusthash.training.recipe import Moment, Recipe
+from robusthash.training.recipe import FIGURES, Moment, Recipe
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -46,19 +46,21 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate factor over training: warm-up share, then ``constant``, ``cosine`` or ``steps``.
+    """Learning-rate factor over training: warm-up share, then ``constant``, ``cosine``, ``steps`` or ``exponential``.
+
+    ``steps`` multiplies by ``gamma`` at each share of ``at``; ``exponential`` falls smoothly from 1 to ``gamma``.
 
     Raises:
         ValueError: an unknown kind.
     """
 
-    kind: Literal["constant", "cosine", "steps"] = "cosine"
+    kind: Literal["constant", "cosine", "steps", "exponential"] = "cosine"
     warmup: float = 0.0
     at: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        _one_of("schedule", self.kind, ("constant", "cosine", "steps"))
+        _one_of("schedule", self.kind, ("constant", "cosine", "steps", "exponential"))
 
     def factor(self, progress: float) -> float:
         """The factor after a share ``progress`` of all steps; a function of it alone, so that resuming is exact."""
@@ -68,6 +70,8 @@ class Schedule:
             return 0.5 * (1.0 + math.cos(math.pi * (progress - self.warmup) / (1.0 - self.warmup)))
         if self.kind == "steps":
             return self.gamma ** sum(progress >= share for share in self.at)
+        if self.kind == "exponential":
+            return self.gamma ** ((progress - self.warmup) / (1.0 - self.warmup))
         return 1.0
 
 
@@ -109,7 +113,7 @@ class RunLog(Protocol):
 
 
 def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | None = None) -> list[dict[str, Any]]:
-    """Train ``recipe`` on ``data.train``; returns one line an epoch (loss terms, learning rate, seconds).
+    """Train ``recipe`` on ``data.train``; returns one line an epoch (loss terms, learning rate, seconds, ``figures``).
 
     With ``run``, a checkpoint is written after each epoch, and training goes on from the last one to the same result
     as an uninterrupted run on the same machine.
@@ -137,6 +141,7 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
         moment_draws = draws.within(epoch)
         started, rate = time.perf_counter(), 0.0
         sums: dict[str, float] = {}
+        figures: dict[str, float] = {}
         order = moment_draws.within("order")
         for step, batch in enumerate(batches(data.train, config.batch_size, order, pool, recipe.hasher.modalities)):
             progress = (epoch + step / steps) / config.epochs
@@ -147,6 +152,11 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
                 batch = batch.with_inputs({"image": images})
             with precision(config.precision, device):
                 for group, terms in recipe.step(batch, Moment(epoch, progress, moment_draws)):
+                    into = figures if group == FIGURES else sums
+                    for name, term in terms.items():
+                        into[name] = into.get(name, 0.0) + float(term.detach()) * len(batch) / items
+                    if group == FIGURES:
+                        continue
                     loss = torch.stack([term.float() for term in terms.values()]).sum()
                     if not torch.isfinite(loss):
                         values = {name: float(term.detach()) for name, term in terms.items()}
@@ -163,12 +173,12 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
                     for parameters in optimiser.param_groups:
                         parameters["lr"] = rate
                     optimiser.step()
-                    for name, term in terms.items():
-                        sums[name] = sums.get(name, 0.0) + float(term.detach()) * len(batch) / items
             if run is not None:
                 run.progress(epoch * steps + step + 1, config.epochs * steps, f"epoch {epoch + 1}/{config.epochs}")
         recipe.end_epoch(epoch)
         lines.append({"epoch": epoch, "lr": rate, "seconds": round(time.perf_counter() - started, 3), **sums})
+        if figures:
+            lines[-1][FIGURES] = figures
         if run is not None:
             run.log(lines[-1])
             run.checkpoint(_state(recipe, optimisers, epoch + 1, lines))

@@ -18,6 +18,9 @@ from robusthash.models.hasher import Hasher, frozen
 from robusthash.objectives.base import HashObjective, TrainFacts, share_similar
 from robusthash.objectives.memory import CodeMemory
 
+FIGURES = "figures"
+"""In place of a group's name: what a recipe yields with it is averaged into the log and not optimised."""
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -52,7 +55,7 @@ class Recipe(ABC):
     @abstractmethod
     def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
         """Yield (group, loss terms); the loop steps that group and resumes here. Losses are computed after the yield
-        before them, because parameters moved."""
+        before them, because parameters moved. What comes with ``FIGURES`` as its group is only logged."""
 
     def end_epoch(self, epoch: int) -> None:  # noqa: B027 - only discrete solvers have something to do
         """After the last step of an epoch."""
@@ -66,7 +69,8 @@ def train_facts(split: Split, hasher: Hasher, seed: int) -> TrainFacts:
     """What an objective may know of ``split`` and of the hasher that it trains."""
     share = 0.0 if split.labels is None else share_similar(split.labels)
     widths = {name: int(encoder.width) for name, encoder in hasher.encoders.items()}  # type: ignore[arg-type]
-    return TrainFacts(len(split), hasher.bits, split.labels, seed, share, widths)
+    shown = {name: dict(getattr(encoder, "shown", {})) for name, encoder in hasher.encoders.items()}
+    return TrainFacts(len(split), hasher.bits, split.labels, seed, share, widths, shown)
 
 
 def detached(outputs: Outputs) -> Outputs:

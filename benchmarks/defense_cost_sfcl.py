@@ -1,0 +1,179 @@
+"""What SFCL costs beside CgAT (a training step) and beside the undefended net (a query), with the same spatial net.
+
+A training step is everything the loop does with a batch of pairs: inner attack, two forward passes, outer loss,
+backward, Adam. Both sides take as many inner steps, hash images and texts and train on the same objective. A query is
+one image encoded by the frozen model. The sides are timed in turn, in alternating order; the ratio is the median over
+the pairs of processor time, which other load on the machine hardly touches (the ratio of wall times stands in the
+detail). Run it with one thread and on the CPU.
+
+Parameters and multiply-adds are of the image side, counted per image: convolutions and linear layers exactly, a
+transform of n real numbers as n log2 n, a complex product as four. The targets are the ratios of the paper's own table
+(18.8 to 13.4 minutes an epoch, 18.0 to 12.3 ms a query). They cannot be met by arithmetic alone: GFNet-Ti has 1.8
+times the multiply-adds of AlexNet, so that a CPU that is busy with them shows the ratio of the counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robusthash.attacks import Attack
+from robusthash.core.registry import build
+from robusthash.core.runtime import Draws
+from robusthash.data import ArraySource, RetrievalData, Split
+from robusthash.defenses import AdversarialTraining
+from robusthash.models import Hasher, build_hasher
+from robusthash.models.gfnet import GlobalFilter
+from robusthash.models.hasher import frozen
+from robusthash.objectives import DPSH
+from robusthash.training import Moment, OptimConfig
+
+WORDS, CLASSES, BITS = 200, 10, 32
+Work = Callable[[], object]
+
+
+def pairs_of(items: int, side: int) -> RetrievalData:
+    """Random images, words and labels."""
+    splits = []
+    for number, name in enumerate(("train", "query", "database")):
+        generator = torch.Generator().manual_seed(number)
+        pixels = torch.randint(0, 256, (items, 3, side, side), generator=generator, dtype=torch.uint8)
+        words = (torch.rand(items, WORDS, generator=generator) < 0.05).float()
+        labels = nn.functional.one_hot(torch.arange(items) % CLASSES, CLASSES).float()
+        source = ArraySource({"image": pixels, "text": words})
+        splits.append(Split(name, source, torch.arange(items), labels, source.hashes()))
+    return RetrievalData("random", *splits, label_names=tuple("abcdefghij"))
+
+
+def hasher_of(image: Any) -> Hasher:
+    text = {"name": "mlp", "widths": [512]}
+    return build_hasher(bits=BITS, image=image, text=text, head={"name": "mlp"}, vocabulary=WORDS)
+
+
+def trained_step(hasher: Hasher, attack: Attack, outer: str, data: RetrievalData, batch_size: int) -> Work:
+    """One step of training as the loop takes it; each call takes the next."""
+    recipe = AdversarialTraining(hasher, DPSH(), attack, build("outer", outer))
+    recipe.setup(data, 0, batch_size)
+    optimisers = {
+        name: OptimConfig("adam", 1e-4, weight_decay=0.0).make(parameters)
+        for name, parameters in recipe.parameter_groups().items()
+    }
+    batch = data.train.batch(torch.arange(batch_size))
+
+    def step() -> None:
+        for group, terms in recipe.step(batch, Moment(0, 0.5, Draws(0))):
+            optimisers[group].zero_grad(set_to_none=True)
+            torch.stack(list(terms.values())).sum().backward()
+            optimisers[group].step()
+
+    return step
+
+
+def query(hasher: Hasher, images: Tensor) -> Work:
+    """Encode one image after the other."""
+
+    def encode() -> None:
+        with frozen(hasher), torch.inference_mode():
+            for image in images.split(1):
+                hasher({"image": image})
+
+    return encode
+
+
+def seconds(work: Work) -> tuple[float, float]:
+    """Wall and processor time of one call."""
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def compared(ours: Work, theirs: Work, pairs: int) -> dict[str, float]:
+    """Ratios, and the median processor time of each side in ms."""
+    sides = (ours, theirs)
+    for work in sides:
+        work()  # warm
+    times: tuple[list[tuple[float, float]], ...] = ([], [])
+    for pair in range(pairs):
+        for side in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[side].append(seconds(sides[side]))
+    wall, processor = (statistics.median(a[clock] / b[clock] for a, b in zip(*times, strict=True)) for clock in (0, 1))
+    own, other = (1e3 * statistics.median(made[1] for made in side) for side in times)
+    return {"ratio": processor, "wall_ratio": wall, "ours_ms": own, "theirs_ms": other}
+
+
+def size_of(hasher: Hasher, image: Tensor) -> dict[str, float]:
+    """Millions of parameters and of multiply-adds for one image."""
+    counted = 0.0
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal counted
+        if isinstance(module, nn.Conv2d):
+            counted += output[0].numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            counted += output[0].numel() * module.in_features
+        elif isinstance(module, GlobalFilter):
+            grid = module.grid**2
+            channels = output.shape[2]
+            counted += channels * (2 * grid * math.log2(grid) + 4 * module.grid * (module.grid // 2 + 1))
+
+    handles = [module.register_forward_hook(look) for module in hasher.modules()]
+    with frozen(hasher), torch.inference_mode():
+        hasher({"image": image})
+    for handle in handles:
+        handle.remove()
+    parts = (hasher.encoders["image"], hasher.heads["image"])
+    parameters = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    return {"parameters_m": round(parameters / 1e6, 3), "macs_m": round(counted / 1e6, 2)}
+
+
+def rows(
+    name: str, spatial: Any, frequency: Any, side: int, batch: int, steps: int, pairs: int, queries: int
+) -> list[dict[str, Any]]:
+    """Training step and query of SFCL on these two nets, against the spatial one alone."""
+    data = pairs_of(max(batch, CLASSES), side)
+    defended, plain = hasher_of({"name": "sfcl", "spatial": spatial, "frequency": frequency}), hasher_of(spatial)
+    inner = {"steps": steps, "step_size": 2 / 255, "slope": "one"}
+    images = torch.rand(queries, 3, side, side, generator=torch.Generator().manual_seed(0))
+    shared = {
+        "pixels": side,
+        "ours": size_of(defended, images[:1]),
+        "theirs": size_of(plain, images[:1]),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    training = compared(
+        trained_step(defended, build("attack", {"name": "dhta", **inner}), "sfcl", data, batch),
+        trained_step(plain, build("attack", {"name": "cgat", **inner}), "cgat", data, batch),
+        pairs,
+    )
+    asked = compared(query(defended, images), query(plain, images), 2 * pairs)
+    made = []
+    for bench, target, result, more in (
+        (f"sfcl-step-{name}", 1.40, training, {"batch": batch, "inner_steps": steps, "against": "cgat"}),
+        (f"sfcl-query-{name}", 1.46, asked, {"images": queries, "against": "undefended"}),
+    ):
+        ratio = round(result.pop("ratio"), 4)
+        detail = {**{key: round(value, 4) for key, value in result.items()}, **more, **shared}
+        made.append({"bench": bench, "ratio": ratio, "target": target, "better": "lower", "detail": detail})
+    return made
+
+
+def run() -> list[dict[str, Any]]:
+    """The paper's pair at 224 px, and the small pair of our recipes at 64 px."""
+    small, gfnet = {"name": "small", "width": 16}, {"name": "gfnet", "size": 64, "patch": 8, "dim": 64, "depth": 4}
+    return [
+        *rows("small", small, gfnet, side=64, batch=32, steps=10, pairs=3, queries=16),
+        *rows("alexnet", "alexnet", "gfnet", side=224, batch=4, steps=10, pairs=2, queries=4),
+    ]
+
+
+if __name__ == "__main__":
+    for row in run():
+        print(json.dumps(row))

@@ -1,0 +1,102 @@
+"""Attacks on bags of words under an edit budget: a few words inserted or removed, so that the result is a real text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from robusthash.attacks.base import Attack, Found, Score, Select
+from robusthash.attacks.search import _ascend, _offered, _start
+from robusthash.attacks.threat import Threat, edit_threat
+from robusthash.core.hamming import sign
+from robusthash.core.registry import build, register
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, Inputs
+from robusthash.objectives.base import HashObjective
+
+
+@register("attack-search", "greedy-flips")
+@dataclass(frozen=True)
+class GreedyFlips:
+    """One flip a step: the gradient ranks all feasible flips, the best few are tried, and the best of them is kept.
+
+    By first order a flip of entry j gains grad_j (1 - 2 x_j). Of the ``candidates`` of largest gain the one of highest
+    true score is taken where it raises the score; otherwise the item stays as it is. An earlier flip may be taken back.
+    There are as many steps as edits; nothing is drawn, and ties go to the earlier word.
+
+    Args:
+        candidates: flips tried exactly in each step, one forward pass each.
+
+    Raises:
+        ValueError: no candidate, or a threat of norm balls.
+    """
+
+    candidates: int = 8
+    edits: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.candidates < 1:
+            raise ValueError(f"candidates must be at least 1, got {self.candidates}")
+
+    def __call__(
+        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Inputs | None
+    ) -> Found:
+        if set(threat.balls) != {"text"} or not threat.edits:
+            raise ValueError(f"greedy flips search edits of texts alone, not {threat.name}")
+        origin, budget = batch.inputs["text"], int(threat.balls["text"].eps + 1e-9)
+        x = threat.project(_start(batch, threat, draws, False, start), {"text": origin})["text"]
+        steps, tried = max(1, budget), min(self.candidates, origin.shape[1])
+        rows = torch.arange(len(x), device=x.device)
+        trace, best = [], None
+        for step in range(steps):
+            progress = step / steps
+            value, logits, grad = _ascend(score, {"text": x}, progress)
+            trace.append(value.mean())
+            if select is not None:
+                best = _offered(best, select(sign(logits)), {"text": x})
+            gain = (grad["text"] * (1.0 - 2.0 * x)).masked_fill(~_feasible(x, origin, budget), -torch.inf)
+            order = gain.argsort(dim=1, descending=True, stable=True)[:, :tried]
+            highest, chosen = value, x
+            for column in order.T:
+                flipped = x.clone()
+                flipped[rows, column] = 1.0 - flipped[rows, column]
+                with torch.no_grad():
+                    reached = score({"text": flipped}, progress)[0]
+                better = (reached > highest) & gain[rows, column].isfinite()
+                highest = torch.where(better, reached, highest)
+                chosen = torch.where(better[:, None], flipped, chosen)
+            x = chosen
+        forward = steps * (1 + tried)
+        if select is not None:
+            with torch.no_grad():
+                best = _offered(best, select(sign(score({"text": x}, 1.0)[1])), {"text": x})
+            return Found(best.inputs, torch.stack(trace), forward + 1, steps)
+        return Found({"text": x}, torch.stack(trace), forward, steps)
+
+
+def _feasible(x: Tensor, origin: Tensor, budget: int) -> Tensor:
+    """(B, V) bool: flipping this entry leaves the text within its budget."""
+    flipped = x != origin
+    return flipped | (flipped.sum(1, keepdim=True) < budget)
+
+
+@register("attack", "text-edits", modality="text")
+def text_edits(
+    objective: HashObjective, like: str | Mapping[str, Any] = "mainstay", edits: int = 3, candidates: int = 8
+) -> Attack:
+    """Edit a few words of each text, with the guide and the loss of any other attack: ``like: dhta``.
+
+    Ours; no paper attacks the words themselves. Greedy, so a lower bound on what m edits can do. alpha is 1 throughout.
+
+    Args:
+        like: an attack by name or settings, whose guide, loss, goal and knowledge are taken over.
+        edits: m, words inserted or removed at most.
+        candidates: flips tried exactly for each edit.
+    """
+    model: Attack = build("attack", like, objective=objective)
+    threat = edit_threat(edits, model.threat.knowledge)
+    return replace(model, name="text-edits", search=GreedyFlips(candidates), threat=threat, slope="one")

@@ -1,0 +1,248 @@
+"""SFCL's outer loss: what makes the two domains robust, and complementary, beside the hashing objective."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robusthash.core.registry import register
+from robusthash.core.runtime import Draws
+from robusthash.core.types import LossTerms
+from robusthash.defenses.adversarial import Round
+from robusthash.models.sfcl import DOMAINS
+from robusthash.objectives.base import TrainFacts
+
+MODALITY = "image"
+Shown = dict[str, Tensor]
+
+
+class LabelScorer(nn.Module):
+    """g(a, b, l), an MLP on the concatenation, and the estimate I^ that it gives: mean log-softmax over label sets.
+
+    One hidden ReLU layer, its weights split by input so that B items are scored against U label sets without
+    repeating the features.
+    """
+
+    def __init__(self, width: int, other: int, classes: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.features = nn.Linear(width + other, hidden)
+        self.labels = nn.Linear(classes, hidden, bias=False)
+        self.score = nn.Linear(hidden, 1)
+
+    def forward(self, features: Tensor, others: Tensor, sets: Tensor, own: Tensor) -> Tensor:
+        """I^(f; l | f') of Eq. 5: at most 0, and -log U where the scorer knows nothing.
+
+        Args:
+            features: (B, D).
+            others: (B, D').
+            sets: (U, C) the distinct label sets of the batch.
+            own: (B,) which of them is each item's.
+        """
+        items = self.features(torch.cat([features, others], 1))[:, None]
+        scores = self.score(torch.relu(items + self.labels(sets)[None])).squeeze(2)
+        return -F.cross_entropy(scores.float(), own)
+
+
+class _Reversed(torch.autograd.Function):
+    """The identity with the gradient's sign exchanged."""
+
+    @staticmethod
+    def forward(ctx: object, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return -grad
+
+
+class Redundancy(nn.Module):
+    """InfoNCE between the robust features of the two domains, under projections to ``size`` and cosine / 0.1.
+
+    InfoNCE is a lower bound on what the domains share, and the encoder lowers it: projections trained along would only
+    collapse. So they ascend (their gradient is reversed), or stay at random orthonormal values.
+    """
+
+    def __init__(self, width: int, other: int, kind: Literal["reversed", "frozen"], size: int = 128) -> None:
+        super().__init__()
+        if kind not in ("reversed", "frozen"):
+            raise ValueError(f"redundancy must be 'reversed' or 'frozen', got {kind!r}")
+        self.projections = nn.ParameterList(
+            nn.Parameter(nn.init.orthogonal_(torch.empty(size, D)), requires_grad=kind == "reversed")
+            for D in (width, other)
+        )
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Mean over i of log softmax_j (cos(p_i, q_j) / 0.1) at j = i: at most 0, -log B where all are alike."""
+        p, q = (
+            F.normalize(F.linear(values, _Reversed.apply(weight)).float(), dim=1)
+            for values, weight in zip((left, right), self.projections, strict=True)
+        )
+        return -F.cross_entropy(p @ q.T / 0.1, torch.arange(len(p), device=p.device))
+
+
+def wrong_labels(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """l': the classes that an attacked item is taken for and does not have; else the likeliest of those.
+
+    Args:
+        probabilities: (B, C) of each class, from the ungated features of the attacked item.
+        labels: (B, C) its own, multi-hot.
+
+    Returns:
+        (B, C) multi-hot, never overlapping ``labels``; empty only for an item that has every class.
+    """
+    foreign = labels == 0
+    taken = (probabilities >= 0.5) & foreign
+    likeliest = F.one_hot(probabilities.masked_fill(~foreign, -1.0).argmax(1), labels.shape[1]).bool() & foreign
+    return torch.where(taken.any(1, keepdim=True), taken, likeliest).to(labels.dtype)
+
+
+@register("outer", "sfcl", paper="SFCL, ICMR 2026", evidence="paper")
+class SFCLOuter(nn.Module):
+    """SFCL: L = w (complementary * L_comp + auxiliary * L_aux) + semantic * L_sem, w the warm-up factor.
+
+    L_comp (Eq. 6) = -I^(s; l | f) - I^(f; l | s) + alpha I^(s; f) on robust features, averaged over clean and attacked.
+    L_aux (Eq. 7) = sum over domains of BCE(h(f+(x')), l) + BCE(h(f-(x')), l') + 0.5 BCE(h(f+(x)), l), means over
+    classes; the same head h for both parts. L_sem is the recipe's objective, the mean of clean and attacked.
+
+    Needs the image encoder ``sfcl``, whose parts it finds in ``HashOutput.aux``. Without separation there is no f-, and
+    L_aux is not taken. The paper's inner attack is targeted PGD (``dhta``) of 10 steps of 2/255.
+
+    Args:
+        complementary, auxiliary, semantic: lambda_c, lambda_a, lambda_s, as in the paper. 0 leaves the term out.
+        alpha: weight of the redundancy, 0.5 in the paper.
+        warmup: share of training over which w grows from 0 to 1 (the paper's "adversarial warm-up" is not defined);
+            give the recipe the same one for eps.
+        sem_inputs: ``both``, or ``clean``: L_sem does not see the attack.
+        wrong: l' is what is ``predicted`` for x' (FSR's rule, made multi-label), or the ``target`` of the attack.
+        redundancy: ``reversed``: the critic's projections learn to find what is shared; ``frozen``: random ones.
+        hidden: of the auxiliary heads.
+
+    Differs: Eq. 7 is printed with the sign that would drive p+ to 0; this is the cross-entropy that the text speaks of.
+    Eq. 5 runs over the distinct label sets of the batch, since equal ones would be false negatives.
+    """
+
+    def __init__(
+        self,
+        complementary: float = 0.3,
+        auxiliary: float = 1.0,
+        semantic: float = 3.0,
+        alpha: float = 0.5,
+        warmup: float = 0.1,
+        sem_inputs: Literal["both", "clean"] = "both",
+        wrong: Literal["predicted", "target"] = "predicted",
+        redundancy: Literal["reversed", "frozen"] = "reversed",
+        hidden: int = 256,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= warmup < 1.0:
+            raise ValueError(f"warmup is a share of training in [0, 1), got {warmup:g}")
+        if sem_inputs not in ("both", "clean"):
+            raise ValueError(f"sem_inputs must be 'both' or 'clean', got {sem_inputs!r}")
+        if wrong not in ("predicted", "target"):
+            raise ValueError(f"wrong must be 'predicted' or 'target', got {wrong!r}")
+        self.complementary, self.auxiliary, self.semantic = complementary, auxiliary, semantic
+        self.alpha = alpha
+        self.warmup = warmup
+        self.sem_inputs = sem_inputs
+        self.wrong = wrong
+        self.redundancy_kind = redundancy
+        self.hidden = hidden
+        self.heads = nn.ModuleDict()
+        self.scorers = nn.ModuleDict()
+        self.redundancy: Redundancy | None = None
+
+    def setup(self, facts: TrainFacts) -> None:
+        """Make heads and scorers for the widths that the encoder shows, drawn from the seed.
+
+        Raises:
+            ValueError: an image encoder that shows no spatial and frequency features, or no labels.
+        """
+        widths = facts.shown.get(MODALITY, {})
+        if not all(f"{name}+" in widths for name in DOMAINS):
+            raise ValueError(
+                f"the outer loss 'sfcl' needs the image encoder 'sfcl'; this one shows {sorted(widths) or 'nothing'}"
+            )
+        one, two = (widths[name] for name in DOMAINS)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(Draws(facts.seed).within("sfcl").key())
+            if self.auxiliary and f"{DOMAINS[0]}-" in widths:
+                for name in DOMAINS:
+                    layers = nn.Linear(widths[name], self.hidden), nn.ReLU(), nn.Linear(self.hidden, facts.classes)
+                    self.heads[name] = nn.Sequential(*layers)
+            if self.complementary:
+                self.scorers["spatial"] = LabelScorer(one, two, facts.classes)
+                self.scorers["frequency"] = LabelScorer(two, one, facts.classes)
+                self.redundancy = Redundancy(one, two, self.redundancy_kind)
+
+    def forward(self, turn: Round) -> LossTerms:
+        """The weighted terms of one step.
+
+        Raises:
+            ValueError: images that are not attacked, or no labels.
+        """
+        if MODALITY not in turn.robust:
+            raise ValueError(f"the outer loss 'sfcl' needs attacked images; the attack changes {sorted(turn.robust)}")
+        labels = turn.batch.labels
+        if labels is None:
+            raise ValueError("the outer loss 'sfcl' needs labels, which this batch lacks")
+        clean, attacked = turn.clean[MODALITY].aux, turn.robust[MODALITY].aux
+        ramp = min(1.0, turn.progress / self.warmup) if self.warmup else 1.0
+        terms = self._semantic(turn)
+        if self.heads:
+            terms["auxiliary"] = ramp * self.auxiliary * self._auxiliary(clean, attacked, labels, self._wrong(turn))
+        if self.scorers:
+            both = [self._complementary(shown, labels) for shown in (clean, attacked)]
+            terms["complementary"] = ramp * self.complementary * torch.stack(both).mean()
+        return terms
+
+    def _semantic(self, turn: Round) -> LossTerms:
+        """L_sem on the clean items, and with the attacked modalities in the place of the clean ones."""
+        seen = {"clean": turn.clean}
+        if self.sem_inputs == "both":
+            seen["robust"] = {**turn.clean, **turn.robust}
+        return {
+            f"{name}/{term}": self.semantic / len(seen) * value
+            for name, outputs in seen.items()
+            for term, value in turn.objective(outputs, turn.batch, turn.memory).items()
+        }
+
+    def _wrong(self, turn: Round) -> Tensor:
+        """(B, C) l', held constant."""
+        labels = turn.batch.labels
+        assert labels is not None
+        if self.wrong == "target":
+            if turn.goal.sign < 0 or turn.goal.labels is None:
+                raise ValueError("wrong: target needs a targeted inner attack, such as dhta")
+            return turn.goal.labels * (1.0 - labels)  # an item without a possible target was aimed at its own labels
+        with torch.no_grad():
+            shown = turn.robust[MODALITY].aux
+            logits = torch.stack([self.heads[name](shown[name]).float() for name in DOMAINS]).mean(0)
+            return wrong_labels(torch.sigmoid(logits), labels)
+
+    def _auxiliary(
+        self, clean: dict[str, Tensor], attacked: dict[str, Tensor], labels: Tensor, wrong: Tensor
+    ) -> Tensor:
+        def entropy(name: str, features: Tensor, wanted: Tensor) -> Tensor:
+            return F.binary_cross_entropy_with_logits(self.heads[name](features).float(), wanted)
+
+        return torch.stack(
+            [
+                entropy(name, attacked[f"{name}+"], labels)
+                + entropy(name, attacked[f"{name}-"], wrong)
+                + 0.5 * entropy(name, clean[f"{name}+"], labels)
+                for name in DOMAINS
+            ]
+        ).sum()
+
+    def _complementary(self, shown: Shown, labels: Tensor) -> Tensor:
+        sets, own = torch.unique(labels, dim=0, return_inverse=True)
+        left, right = shown["spatial+"], shown["frequency+"]
+        assert self.redundancy is not None
+        return (
+            self.alpha * self.redundancy(left, right)
+            - self.scorers["spatial"](left, right, sets, own)
+            - self.scorers["frequency"](right, left, sets, own)
+        )

@@ -1,0 +1,217 @@
+"""DAPH: learn a proxy code for every training item first, then hash towards the proxies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from robusthash.core.hamming import sign
+from robusthash.core.labels import overlap
+from robusthash.core.registry import register
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
+from robusthash.objectives.base import TrainFacts
+from robusthash.objectives.critics import seeded_linear
+from robusthash.objectives.crossmodal import CrossModalObjective
+from robusthash.objectives.dadh import unit
+from robusthash.objectives.memory import CodeMemory
+
+ABSENT = -1e4
+"""A logit that adds nothing to a logsumexp; finite, because the gradient of an empty one would be NaN."""
+
+
+def proxy_softmax(logits: Tensor, positive: Tensor, negative: Tensor, slope: float, margin: float) -> Tensor:
+    """(B,) mean over positives p of -log(e^{g (s_p - m)} / (e^{g (s_p - m)} + sum over negatives q of e^{g s_q})).
+
+    0 for an item without positives or without negatives.
+
+    Args:
+        logits: (B, M) similarities s, in [-1, 1].
+        positive, negative: (B, M) bool.
+        slope: g.
+        margin: m.
+    """
+    against = torch.logsumexp((slope * logits).masked_fill(~negative, ABSENT), 1, keepdim=True)
+    losses = softplus(against - slope * (logits - margin)) * positive
+    return losses.sum(1) / positive.sum(1).clamp_min(1)
+
+
+def weighted_softmax(logits: Tensor, weights: Tensor, negative: Tensor, slope: float, margin: float) -> Tensor:
+    """(B,) the same against one positive per item, the mean of ``logits`` by ``weights`` (B, M) >= 0; 0 without any."""
+    total = weights.sum(1)
+    against = torch.logsumexp((slope * logits).masked_fill(~negative, ABSENT), 1)
+    mean = (weights * logits).sum(1) / total.clamp_min(1e-8)
+    return softplus(against - slope * (mean - margin)) * (total > 0)
+
+
+class Proxies(nn.Module):
+    """The nets of stage 1: a code per class, and a code per item from its features and its labels.
+
+    Class c_k = norm(LabelNet(e_k)); item p = norm(W [norm(f(features)) + norm(g(labels))]), one W, f, g per modality.
+    """
+
+    def __init__(self, facts: TrainFacts, inner: int, draws: Draws) -> None:
+        super().__init__()
+        self.classes = nn.Sequential(
+            seeded_linear(facts.classes, inner, draws.within("classes")),
+            nn.ReLU(),
+            seeded_linear(inner, facts.bits, draws.within("classes", "out")),
+        )
+        self.count = facts.classes
+        self.features = nn.ModuleDict()
+        self.labels = nn.ModuleDict()
+        self.out = nn.ModuleDict()
+        for name, width in facts.widths.items():
+            self.features[name] = seeded_linear(width, inner, draws.within("features", name))
+            self.labels[name] = seeded_linear(facts.classes, inner, draws.within("labels", name))
+            self.out[name] = seeded_linear(inner, facts.bits, draws.within("out", name))
+
+    def of_classes(self) -> Tensor:
+        """(C, K) unit rows."""
+        device = next(self.parameters()).device
+        return unit(self.classes(torch.eye(self.count, device=device)).float())
+
+    def of_items(self, name: str, features: Tensor, labels: Tensor) -> Tensor:
+        """(B, K) unit rows."""
+        mixed = unit(self.features[name](features).float()) + unit(self.labels[name](labels).float())
+        return unit(self.out[name](mixed).float())
+
+
+@register("objective", "daph", paper="Tu et al., SIGIR 2023", evidence="paper+code")
+class DAPH(CrossModalObjective):
+    """DAPH: data-aware proxy hashing, both stages in one run.
+
+    Stage 1, ``proxy_epochs`` long, trains label-conditioned proxies (see ``Proxies``):
+    L = mean over modalities of L_ms(p) + |relu(C C^T - I)|_F^2 + beta reg + alpha bal, L_ms the softmax of an item's
+    classes against the others at logits <p, c_k>, reg = mean (<norm(sgn z), z> - 1)^2, bal = |mean z|^2.
+    Stage 2 trains the hasher against the signs of the proxies of all training items, kept constant: at logits
+    <h, a> / K, L = L_pos + eta L_part for the anchors a of each modality, + L_cls for the signs of the class codes.
+    Positive are anchors of the same label set, negative those that share no label; L_part takes as positive the mean of
+    the rest, weighted by the number of shared labels, and L_cls the mean of the item's classes.
+
+    Args:
+        proxy_epochs: length of stage 1 in epochs, at least 1, less than the run's epochs.
+        slope: g, 20.
+        margin: sigma, 0.2.
+        alpha, beta: weights of balance and polarisation in stage 1, 0.2 each.
+        eta: weight of the partial matches in stage 2, 1.
+        inner: width of the proxies' hidden layers, 512.
+
+    Raises:
+        ValueError: ``proxy_epochs`` below 1.
+
+    Differs: means for sums in reg and bal. Stage 1 looks at the hasher's own features, and trains its encoders (the
+    heads wait for stage 2), where the paper has nets of its own; anchors are the proxies that each item had in the last
+    epoch of stage 1. The code's extra 1 for every positive class in the negatives' sum is left out; a text's anchors
+    are positive by the same label set, as an image's (the code takes supersets). Both nets train together, not by turns
+    of an epoch.
+    """
+
+    training_only = ("critics", "proxies")
+    anchors: Tensor
+    class_codes: Tensor
+    epochs: Tensor
+
+    def __init__(
+        self,
+        proxy_epochs: int = 5,
+        slope: float = 20.0,
+        margin: float = 0.2,
+        alpha: float = 0.2,
+        beta: float = 0.2,
+        eta: float = 1.0,
+        inner: int = 512,
+    ) -> None:
+        if proxy_epochs < 1:
+            raise ValueError(
+                f"proxy_epochs must be at least 1, for there is nothing to hash to before, got {proxy_epochs}"
+            )
+        super().__init__(gamma=0.0)
+        self.proxy_epochs = proxy_epochs
+        self.slope = slope
+        self.margin = margin
+        self.alpha = alpha
+        self.beta = beta
+        self.eta = eta
+        self.inner = inner
+        self.register_buffer("anchors", torch.empty(0))  # (modalities, N, K) proxies, from stage 2 on their signs
+        self.register_buffer("class_codes", torch.empty(0))  # (C, K) signs, from stage 2 on
+        self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def stage(self) -> int:
+        """1 while the proxies are learned, then 2."""
+        return 1 if int(self.epochs) < self.proxy_epochs else 2
+
+    def setup(self, facts: TrainFacts) -> None:
+        device = self.anchors.device
+        self.order = list(facts.widths)
+        self.proxies = Proxies(facts, self.inner, Draws(facts.seed, ("daph",)))
+        self.anchors = torch.zeros(len(self.order), facts.items, facts.bits, device=device)
+        self.class_codes = torch.zeros(facts.classes, facts.bits, device=device)
+
+    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
+        """L_pos + eta L_part with the references as anchors: an attack ascends it against the codes that it knows."""
+        shared = overlap(labels, code_labels)
+        own, theirs = labels.sum(1, keepdim=True), code_labels.sum(1)
+        negative = shared == 0
+        same = (shared == own) & (shared == theirs) & ~negative
+        logits = output.code @ codes.T / codes.shape[1]
+        partial = weighted_softmax(logits, shared * ~same, negative, self.slope, self.margin)
+        return proxy_softmax(logits, same, negative, self.slope, self.margin) + self.eta * partial
+
+    def regularisation(self, output: HashOutput) -> Tensor:
+        return torch.zeros(len(output.code), device=output.code.device)
+
+    def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
+        """Stage 1: ``proxies``, ``classes``, ``polarisation``, ``balance``. Stage 2: ``similarity`` and ``classes``."""
+        labels, all_labels = batch.labels, memory.labels
+        if labels is None or all_labels is None:
+            raise ValueError("DAPH is supervised, and this batch has no labels")
+        if self.stage == 1:
+            return self._proxy_terms(outputs, labels, batch.ids)
+        values = [
+            self.similarity(output, labels, anchors, all_labels).mean()
+            for output in outputs.values()
+            for anchors in self.anchors
+        ]
+        classes = torch.stack([self._class_loss(output.code, labels).mean() for output in outputs.values()])
+        # the sum over both kinds of anchors, as in the paper; the mean over the modalities that are hashed
+        return {"similarity": torch.stack(values).sum() / len(outputs), "classes": classes.mean()}
+
+    def _class_loss(self, code: Tensor, labels: Tensor) -> Tensor:
+        logits = code @ self.class_codes.T / code.shape[1]
+        return weighted_softmax(logits, labels, labels == 0, self.slope, self.margin)
+
+    def _proxy_terms(self, outputs: Outputs, labels: Tensor, ids: Tensor) -> LossTerms:
+        classes = self.proxies.of_classes()
+        made = {name: self.proxies.of_items(name, output.features, labels) for name, output in outputs.items()}
+        with torch.no_grad():
+            for name, proxies in made.items():
+                self.anchors[self.order.index(name), ids] = proxies.detach()
+        positive = labels > 0
+        fits = [
+            proxy_softmax(p @ classes.T, positive, ~positive, self.slope, self.margin).mean() for p in made.values()
+        ]
+        crowding = (classes @ classes.T - torch.eye(len(classes), device=classes.device)).relu().square().sum()
+        parts = [classes, *made.values()]
+        return {
+            "proxies": torch.stack(fits).mean(),
+            "crowding": crowding,
+            "polarisation": self.beta * _sum(lambda z: ((unit(sign(z)) * z).sum(1) - 1.0).square().mean(), parts),
+            "balance": self.alpha * _sum(lambda z: z.mean(0).square().sum(), parts),
+        }
+
+    def end_epoch(self, memory: CodeMemory) -> None:
+        self.epochs += 1
+        if int(self.epochs) == self.proxy_epochs:
+            with torch.no_grad():
+                self.anchors.copy_(sign(self.anchors))
+                self.class_codes.copy_(sign(self.proxies.of_classes()))
+
+
+def _sum(term: Callable[[Tensor], Tensor], parts: list[Tensor]) -> Tensor:
+    return torch.stack([term(part) for part in parts]).sum()

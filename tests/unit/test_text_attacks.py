@@ -1,0 +1,284 @@
+"""Attacks on images, texts and pairs of both, in every direction; edits of words; what the pages make of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import linear_hasher, reference_of, train_config
+from torch import Tensor
+
+from robusthash.apps import stages
+from robusthash.apps.config import make_config
+from robusthash.apps.report import read_results, write_report
+from robusthash.apps.runs import Run
+from robusthash.apps.tables import headline_of, make_rows, markdown
+from robusthash.attacks import Attack
+from robusthash.attacks.base import Probe, Search
+from robusthash.attacks.edits import GreedyFlips
+from robusthash.attacks.guides import Mainstay
+from robusthash.attacks.losses import Agreement
+from robusthash.attacks.search import APGD, PGD, RawGradient
+from robusthash.attacks.threat import Ball, Edits, Threat, edit_threat, threat_on
+from robusthash.core.registry import build
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, Goal
+from robusthash.data import RetrievalData, load_data
+from robusthash.evaluation import Bench, make_bench, score_attack, score_clean
+from robusthash.evaluation.attacked import attack_block
+from robusthash.evaluation.evaluate import attack_all
+from robusthash.evaluation.perceptibility import text_measures
+from robusthash.evaluation.results import EvalResult, Setting, by_bench
+from robusthash.models import Hasher, build_hasher
+from robusthash.objectives import DPSH
+from robusthash.training import HashingRecipe, fit
+
+NAMES = ("pgd", "hag", "sdha", "cgat", "mainstay", "mainstay-targeted", "p2p", "dhta", "guided-apgd")
+PLACES = {"image": ("I2T", "I2I"), "text": ("T2I", "T2T"), "both": ("I2T", "I2I", "T2I", "T2T")}
+CASES = [(name, on, direction) for name in NAMES for on, places in PLACES.items() for direction in places]
+ENDS = {"I": "image", "T": "text"}
+
+
+@pytest.fixture(scope="module")
+def data() -> RetrievalData:
+    return load_data("synthetic", train=96, query=16, database=64)
+
+
+@pytest.fixture(scope="module")
+def victim(data: RetrievalData) -> Hasher:
+    text = {"name": "mlp", "widths": [32]}
+    hasher = build_hasher(
+        bits=16, image={"name": "small", "width": 8, "grid": 2}, text=text, vocabulary=data.vocabulary
+    )
+    fit(HashingRecipe(hasher, DPSH()), data, train_config(30))
+    return hasher
+
+
+@pytest.fixture(scope="module")
+def benches(victim: Hasher, data: RetrievalData) -> dict[str, Bench]:
+    return {
+        name: make_bench(victim, data, direction=(ENDS[name[0]], ENDS[name[2]]), batch_size=9)
+        for name in ("I2T", "I2I", "T2I", "T2T")
+    }
+
+
+def make(name: str, **options: object) -> Attack:
+    return build("attack", {"name": name, "steps": 3, **options}, objective=DPSH())
+
+
+@pytest.mark.parametrize(("name", "on", "direction"), CASES, ids=["-".join(case) for case in CASES])
+def test_every_attack_in_every_direction(name: str, on: str, direction: str, benches: dict[str, Bench]) -> None:
+    bench, attack = benches[direction], make(name, modality=on)
+    attacked = attack_block(bench, attack, 0)
+    batch = bench.batch(0, attack.threat.balls)
+    query = bench.direction[0]
+    attack.threat.verify({**batch.inputs, query: attacked.inputs}, batch.inputs)
+    if not attack.selects:  # one that selects returns the clean query where no point that it saw was worse
+        assert bool((attacked.inputs != batch.inputs[query]).flatten(1).any(1).all())
+    assert attacked.signs.shape == (9, 3 if attack.targeted else 1, 16)
+    assert set(attacked.pixels) >= ({"mse", "linf"} if query == "image" else {"changed", "l1"})
+
+
+@pytest.mark.parametrize("name", ["mainstay", "dhta", "guided-apgd", "sdha"])
+def test_a_joint_attack_makes_one_pair_for_all_directions(name: str, benches: dict[str, Bench]) -> None:
+    attack = make(name, modality="both")
+    found = {direction: attack_block(bench, attack, 0) for direction, bench in benches.items()}
+    assert torch.equal(found["I2T"].inputs, found["I2I"].inputs)
+    assert torch.equal(found["T2I"].inputs, found["T2T"].inputs)
+    bench = benches["T2T"]
+    batch = bench.batch(0, attack.threat.balls)
+    goal = Goal(batch.labels if not attack.targeted else bench.targets[:9, 0], 1 if attack.targeted else -1)
+    pair = attack(bench.victim, batch, goal, bench.known(attack), draws=Draws(bench.seed, ("attack", "0")))
+    assert torch.equal(pair.batch.inputs["image"], found["I2I"].inputs)
+    assert torch.equal(pair.batch.inputs["text"], found["T2T"].inputs)
+
+
+def test_attacks_harm_the_modality_that_they_change(benches: dict[str, Bench]) -> None:
+    attacks = {
+        "I2I": make("mainstay", steps=10, slope="one", eps=16 / 255, step_size=4 / 255),
+        "T2T": build("attack", {"name": "text-edits", "edits": 3}, objective=DPSH()),
+    }
+    for direction, attack in attacks.items():
+        bench = benches[direction]
+        clean, found = score_clean(bench), score_attack(bench, attack, attack_all(bench, attack))
+        assert found["MAP"] < clean["MAP"] - 0.05
+    assert found.setting.threat == "txt-bow-3"
+    assert 0 < found.perceptibility["edits/max"] <= 3
+    assert found.perceptibility["largest/max"] == 1.0
+
+
+@pytest.mark.parametrize("like", [*NAMES, {"name": "tha", "fit_steps": 5, "hidden": 16}], ids=str)
+def test_edits_take_any_guide(like: object, benches: dict[str, Bench]) -> None:
+    attack = build("attack", {"name": "text-edits", "like": like, "edits": 2}, objective=DPSH())
+    bench = benches["T2I"]
+    attacked = attack_block(bench, bench.fitted(attack), 0)
+    changed = (attacked.inputs != bench.batch(0).inputs["text"]).sum(1)
+    assert int(changed.max()) in (1, 2)
+    assert attack.threat.name == "txt-bow-2"
+    assert attack.threat.knowledge == build("attack", like, objective=DPSH()).threat.knowledge
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_nearly_every_item_gets_a_gradient(modality: str, victim: Hasher, data: RetrievalData) -> None:
+    batch = data.database.batch(torch.arange(64)).only({modality})
+    leaf = batch.inputs[modality].clone().requires_grad_(True)
+    goal = Goal(batch.labels, -1)
+    guidance = Mainstay()(victim, batch, goal, reference_of(victim, data.train), Draws(0))
+    probe = Probe(victim({modality: leaf}), {modality: leaf}, batch, goal, 1.0, None)
+    (grad,) = torch.autograd.grad(Agreement()(probe, guidance).sum(), leaf)
+    assert float((grad.flatten(1).abs().sum(1) > 0).float().mean()) > 0.99
+
+
+# --- edit budgets
+
+
+def bags(rows: int = 4, words: int = 9, seed: int = 0) -> Tensor:
+    return (torch.rand(rows, words, generator=torch.Generator().manual_seed(seed)) < 0.4).float()
+
+
+def test_an_edit_threat_counts_flips() -> None:
+    threat, clean = edit_threat(2), bags()
+    assert threat.name == "txt-bow-2"
+    assert threat.scaled(0.6).name == "txt-bow-1"
+    within = clean.clone()
+    within[:, :2] = 1 - within[:, :2]
+    threat.verify({"text": within}, {"text": clean})
+    beyond = within.clone()
+    beyond[0, 5] = 1 - beyond[0, 5]
+    half = clean.clone()
+    half[1, 1] = 0.5
+    for wrong, said in ((beyond, "3 from its origin under flips, beyond 2"), (half, "other than 0 and 1")):
+        with pytest.raises(ValueError, match=said):
+            threat.verify({"text": wrong}, {"text": clean})
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        Edits(-1)
+
+
+def test_random_edits_are_exactly_m_and_keyed() -> None:
+    clean, ids = bags(50), torch.arange(50)
+    found = Edits(3).random_start(clean, ids, Draws(0))
+    assert bool((Edits(3).size(found - clean) == 3).all())
+    assert torch.equal(found[10:20], Edits(3).random_start(clean[10:20], ids[10:20], Draws(0)))
+    assert not torch.equal(found, Edits(3).random_start(clean, ids, Draws(1)))
+
+
+def test_what_is_no_bag_of_words_is_refused() -> None:
+    for origin in (bags() * 2, bags().long(), bags()[:, :, None]):
+        with pytest.raises(ValueError, match="bags of words of 0 and 1"):
+            Edits(2).project(origin, origin)
+    tokens = torch.randint(0, 9, (4, 6))
+    with pytest.raises(ValueError, match=r"norm ball around torch.int64"):
+        Ball("linf", 0.5).project(tokens, tokens)
+
+
+@pytest.mark.parametrize("search", [PGD(2), APGD(2), RawGradient(2)], ids=lambda search: type(search).__name__)
+def test_other_searches_refuse_edits(search: Search) -> None:
+    with pytest.raises(ValueError, match="greedy-flips"):
+        Attack("wrong", Mainstay(), Agreement(), search, edit_threat(2))
+
+
+def test_greedy_flips_refuse_norm_balls() -> None:
+    mixed = Threat({"image": Ball("linf", 8 / 255), "text": Edits(2)})
+    for threat in (threat_on("text"), threat_on("image")):
+        with pytest.raises(ValueError, match="greedy-flips"):
+            Attack("wrong", Mainstay(), Agreement(), GreedyFlips(), threat)
+    attack = Attack("mixed", Mainstay(), Agreement(), GreedyFlips(), mixed)
+    victim = linear_hasher(torch.eye(3), modality="text")
+    batch = Batch({"image": torch.rand(2, 3), "text": bags(2, 3)}, torch.ones(2, 1), torch.arange(2))
+    with pytest.raises(ValueError, match="edits of texts alone"):
+        attack.search(lambda inputs, progress: (None, None), batch, mixed, Draws(0), None, None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        GreedyFlips(0)
+    assert victim.bits == 3
+
+
+def test_text_measures() -> None:
+    clean = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
+    found = text_measures(clean, torch.tensor([[1.0, 1.0, 0.25, 1.0]]))
+    assert {name: float(values[0]) for name, values in found.items()} == {
+        "changed": 0.5,
+        "edits": 2.0,
+        "l1": 1.25,
+        "largest": 1.0,
+    }
+
+
+# --- runs, reports, tables
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    recipe = {
+        "name": "pairs",
+        "data": {"name": "synthetic", "train": 64, "query": 12, "database": 48},
+        "hasher": {"bits": 8, "image": {"name": "small", "width": 4}, "text": {"name": "mlp", "widths": [16]}},
+        "training": {"objective": "dpsh", "epochs": 2, "batch_size": 32},
+        "evaluation": {
+            "directions": ["I2T", "I2I", "T2I", "T2T"],
+            "attacks": [
+                {"name": "mainstay", "steps": 2},
+                {"name": "mainstay", "steps": 2, "modality": "both"},
+                "text-edits",
+                {"name": "text-edits", "like": "dhta"},
+            ],
+        },
+        "runtime": {"device": "cpu"},
+    }
+    return stages.run_all(make_config(recipe), tmp_path_factory.mktemp("runs"))
+
+
+def test_a_run_in_all_directions(run: Run) -> None:
+    results = read_results(run)
+    images = {"clean", "mainstay", "mainstay on both", "worst"}
+    texts = {"clean", "mainstay on both", "text-edits", "text-edits like dhta", "worst"}
+    grouped = by_bench(results)
+    assert {bench: set(group) for bench, group in grouped.items()} == {
+        "I2T": images,
+        "I2I": images,
+        "T2I": texts,
+        "T2T": texts,
+    }
+    assert headline_of(results["T2I worst"]) == "wMAP"
+    assert headline_of(results["T2I text-edits like dhta"]) == "t-MAP"
+    assert results["I2T clean"].setting.direction == "I2T"
+    page = write_report(run).read_text(encoding="utf-8")
+    for said in ("Results, I2T", "Results, T2T", "entries changed, mean", "pixels changed", "I2T, I2I, T2I, T2T"):
+        assert said in page
+    assert page.count("of 8-bit images") == 2
+
+
+def test_tables_of_directions(run: Run) -> None:
+    rows = make_rows([run.path])
+    chance = {bench: group["clean"].reference["chance"] for bench, group in by_bench(read_results(run)).items()}
+    assert rows[0].chance == chance
+    whole, few = markdown(rows), markdown(rows, ["T2I clean", "T2I worst"])
+    assert "| chance I2T | chance I2I | chance T2I | chance T2T |" in whole
+    assert few.splitlines()[0] == "| recipe | T2I clean | T2I worst | chance T2I | training minutes | seeds |"
+    assert f"{chance['T2I']:.3f}" in few.splitlines()[2]
+    assert len({line.count("|") for line in whole.splitlines()}) == 1
+
+
+def test_a_joint_attack_written_to_a_file(run: Run, tmp_path: Path) -> None:
+    stages.attack_to_file(run, {"name": "mainstay", "steps": 2, "modality": "both"}, tmp_path / "pair.npz")
+    stages.attack_to_file(run, "text-edits", tmp_path / "text.npz")
+    with np.load(tmp_path / "pair.npz") as pair, np.load(tmp_path / "text.npz") as text:
+        assert pair["inputs"].shape[1:] == (3, 16, 16)
+        assert pair["inputs_text"].shape == text["inputs"].shape
+        assert set(np.unique(text["inputs"])) == {0.0, 1.0}
+        assert pair["codes_text"].shape == pair["codes"].shape == (12, 1)
+
+
+def test_results_are_grouped_by_the_longest_name() -> None:
+    plain = EvalResult(Setting("", "", "", {}, "I2T", 8), {}, {})
+    names = ["I2T clean", "I2T by class clean", "I2T by class worst", "I2T worst"]
+    grouped = by_bench({name: replace(plain, name=name) for name in names})
+    assert {bench: list(group) for bench, group in grouped.items()} == {
+        "I2T": ["clean", "worst"],
+        "I2T by class": ["clean", "worst"],
+    }
+    assert list(by_bench({"clean": plain, "mainstay": plain})) == [""]
+    with pytest.raises(ValueError, match="'T2I worst' has no clean"):
+        by_bench({"I2T clean": plain, "T2I worst": plain})
