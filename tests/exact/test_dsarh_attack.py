@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robusthash.attacks import Attack, Ball, Threat
 from robusthash.attacks.dsarh import Among, Mode, Similarity, dsarh, signed_mean
+from robusthash.attacks.guides import mainstay_code
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.search import PGD
 from robusthash.core.hamming import sign
@@ -117,6 +118,40 @@ def test_a_sign_step_on_one_tanh_neuron_adds_the_l1_norm() -> None:
     with torch.no_grad():
         code = victim(found.inputs)["image"].code
     torch.testing.assert_close(code.double(), torch.tanh(x @ weight.T + 0.05 * weight.abs().sum()))
+
+
+def test_its_sign_is_the_center_code() -> None:
+    """With one modality, all that DSARH adds to the center code is how much each bit weighs."""
+    codes, labels = random_signs(31, 16, seed=8), torch.eye(3)[torch.arange(31) % 3]
+    a = signed_mean(torch.eye(3) @ labels.T > 0, codes, balanced=True)
+    assert float(a.abs().min()) > 1e-6
+    assert torch.equal(sign(a), mainstay_code(torch.eye(3), codes, labels, "cgat"))
+    assert len(a.abs().unique()) > 2
+
+
+def test_every_step_helps_where_all_items_are_similar() -> None:
+    """J = -(1/K) h . a never falls over the steps."""
+    victim = linear_hasher(torch.randn(8, 20, generator=torch.Generator().manual_seed(9)) / 5)
+    values = torch.randn(4, 20, generator=torch.Generator().manual_seed(10))
+    reference = Reference({"image": random_signs(12, 8, seed=11)}, torch.ones(12, 1))
+    goal = Goal(torch.ones(4, 1), -1)
+    found, _ = attack_of(eps=0.5, steps=20).perturb(victim, image_batch(values), goal, reference, draws=DRAWS)
+    assert bool((found.trace.diff() >= -1e-6).all())
+    assert found.trace[-1] > found.trace[0]
+
+
+def test_equation_26_pulls_negative_bits_together() -> None:
+    """Own and similar codes (-1, -1): the printed minus with its factor b_i o b_j lowers J, the repair raises it."""
+    victim, values = linear_hasher(torch.eye(2)), torch.full((1, 2), -0.3)
+    reference = Reference({"image": -torch.ones(3, 2)}, torch.ones(3, 1))
+
+    def moved(mode: Mode, direction: int) -> Tensor:
+        goal = Goal(torch.ones(1, 1), direction)
+        found, _ = attack_of(mode, eps=0.1, steps=1).perturb(victim, image_batch(values), goal, reference, draws=DRAWS)
+        return found.inputs["image"].flatten() - values.flatten()
+
+    torch.testing.assert_close(moved("fixed", -1), torch.tensor([0.1, 0.1]))
+    torch.testing.assert_close(moved("literal_eq11", +1), torch.tensor([-0.1, -0.1]))  # Eq 26 is Eq 11 with a minus
 
 
 # --- what the printed equations do to retrieval

@@ -317,7 +317,7 @@ def test_resumed_equals_uninterrupted(data: RetrievalData, attacked: bool) -> No
             assert torch.equal(value, theirs[key]), f"{name}.{key}"
 
 
-def test_learned_codes_are_for_the_split_they_were_learned_on(data: RetrievalData) -> None:
+def test_learned_codes_are_for_the_items_they_were_learned_on(data: RetrievalData) -> None:
     itself = replace(data, database=replace(data.train, name="database"))
     for where, database, given in ((itself, "learned", True), (itself, "network", False), (data, "learned", False)):
         recipe = asymmetric(small_hasher(), database=database)
@@ -327,10 +327,15 @@ def test_learned_codes_are_for_the_split_they_were_learned_on(data: RetrievalDat
         if codes is not None:
             assert torch.equal(unpack(codes.packed, codes.bits).float(), recipe.memory.codes["image"])
             assert codes.ids.tolist() == list(range(48))
-    turned = replace(data, database=data.train.take(torch.arange(48).flip(0), "database"))
+    turned = replace(data, database=data.train.take(torch.arange(48).flip(0)[:40], "database"))
     recipe = asymmetric(small_hasher())
     recipe.setup(turned, 0, 16)
-    assert recipe.database_codes() is None, "in another order the codes would belong to other items"
+    codes = recipe.database_codes()
+    assert codes is not None
+    assert torch.equal(codes.signs().float(), recipe.memory.codes["image"].flip(0)[:40]), "codes follow their items"
+    other = replace(itself.database, labels=data.train.labels.roll(1, 1))
+    recipe.setup(replace(data, database=other), 0, 16)
+    assert recipe.database_codes() is None, "the same pixels under other labels are other items"
 
 
 def test_unfit_parts_are_refused(pairs: RetrievalData) -> None:

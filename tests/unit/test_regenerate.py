@@ -269,7 +269,7 @@ def test_three_views_of_the_attacker_are_in_the_results_and_the_report(run: Any)
     for direction, attack in (("I2T", "drfgd"), ("T2I", "drfgd on text")):
         for name in ("clean", attack, f"{attack} (oblivious)", f"{attack} (identity)"):
             assert f"{results[f'{direction} {name}']['MAP']:.3f}" in text
-        assert f"Results {direction}" in text
+        assert f"Results, {direction}" in text
     found = [np.load(path)["inputs"] for path in (run.path / "attacks").glob("drfgd-*/0.npz")]
     assert len(found) == 6
     images = [inputs for inputs in found if inputs.ndim == 4]

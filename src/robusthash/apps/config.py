@@ -118,7 +118,7 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """What is measured: a protocol, and attacks each evaluated alone and in the worst case per query.
 
-    Every direction is evaluated under the attacks that change its query modality, and by every relevance: ``labels``
+    Every direction is evaluated under the attacks that change its query modality, and by every relevance: ``own``
     are the data set's own, other names its other label systems.
     """
 
@@ -127,7 +127,7 @@ class EvaluationSection(Section):
     oblivious: list[_component("attack")] = []  # type: ignore[valid-type]  # gradients of the hasher without purifiers
     identity: list[_component("attack")] = []  # type: ignore[valid-type]  # purifiers' gradients taken to be the identity
     directions: list[Literal["I2I", "I2T", "T2I", "T2T"]] | None = None  # the hasher's first modality both ways
-    relevance: list[str] = ["labels"]
+    relevance: list[str] = ["own"]
     queries: int | None = Field(None, ge=1)  # the first this many queries; all by default
     batch_size: int = Field(250, ge=1)
     seed: int = 0

@@ -213,12 +213,12 @@ def evaluate(
     chosen = _chosen(run, attacks)
     results: dict[str, EvalResult] = {}
     for relevance in section.relevance:
-        relevant = data if relevance == "labels" else data.by(relevance)
+        relevant = data if relevance == "own" else data.by(relevance)
         for direction in section.directions or (None,):
             bench = _bench(run, victim, relevant, shown, direction)
             found = _evaluate_bench(run, bench, objective, chosen, shown)
             prefix = "" if direction is None else f"{direction} "
-            prefix += "" if relevance == "labels" else f"by {relevance} "
+            prefix += "" if relevance == "own" else f"by {relevance} "
             results |= {f"{prefix}{name}": _described(result, f"{prefix}{name}", run) for name, result in found.items()}
     save_results(run.path / "metrics.json", list(results.values()))
     save_branches(run.path, victim, data.query)
@@ -264,7 +264,7 @@ def attack_to_file(run: Run, settings: Mapping[str, Any] | str, out: Path, shown
     attack: Attack = build("attack", plain, objective=objective)
     data, home = read_data(run.config, shown), victim.modalities[0]
     arrays: dict[str, Any] = {"bits": victim.bits}
-    results = []
+    results: list[EvalResult] = []
     for modality in attack.threat.balls:
         direction = None if modality == home else f"{modality[0].upper()}2{home[0].upper()}"
         bench = _bench(run, victim, data, shown, direction)

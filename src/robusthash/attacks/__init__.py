@@ -1,7 +1,9 @@
 """Batch -> attacked batch: guides, losses, searches, threats, and the published attacks by name."""
 
 from robusthash.attacks.base import Attack, AttackOutput
+from robusthash.attacks.edits import text_edits
 from robusthash.attacks.named import cgat, dhta, guided_apgd, hag, mainstay, mainstay_targeted, p2p, pgd, sdha
+from robusthash.attacks.prototype import tha
 from robusthash.attacks.threat import Ball, Edits, Threat, image_threat
 from robusthash.core.registry import discover
 
@@ -21,6 +23,8 @@ __all__ = [
     "p2p",
     "pgd",
     "sdha",
+    "text_edits",
+    "tha",
 ]
 
 discover(__name__, __path__)

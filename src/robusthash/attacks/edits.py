@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robusthash.attacks.base import Attack, Found, Score, Select
 from robusthash.attacks.search import _ascend, _offered, _start
-from robusthash.attacks.threat import Threat, edit_threat
+from robusthash.attacks.threat import Edits, Threat, edit_threat
 from robusthash.core.hamming import sign
 from robusthash.core.registry import build, register
 from robusthash.core.runtime import Draws
@@ -45,9 +45,10 @@ class GreedyFlips:
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Inputs | None
     ) -> Found:
-        if set(threat.balls) != {"text"} or not threat.edits:
+        edits = threat.balls.get("text")
+        if len(threat.balls) != 1 or not isinstance(edits, Edits):
             raise ValueError(f"greedy flips search edits of texts alone, not {threat.name}")
-        origin, budget = batch.inputs["text"], int(threat.balls["text"].eps + 1e-9)
+        origin, budget = batch.inputs["text"], edits.count
         x = threat.project(_start(batch, threat, draws, False, start), {"text": origin})["text"]
         steps, tried = max(1, budget), min(self.candidates, origin.shape[1])
         rows = torch.arange(len(x), device=x.device)

@@ -2,9 +2,10 @@
 
 from robusthash.core.registry import discover
 from robusthash.defenses.adversarial import AdversarialTraining, Round
+from robusthash.defenses.atrdh import ATRDHOuter
 from robusthash.defenses.outer import CgATOuter, PlainAT, SAATOuter
 from robusthash.defenses.saah import SAAHOuter
 
-__all__ = ["AdversarialTraining", "CgATOuter", "PlainAT", "Round", "SAAHOuter", "SAATOuter"]
+__all__ = ["ATRDHOuter", "AdversarialTraining", "CgATOuter", "PlainAT", "Round", "SAAHOuter", "SAATOuter"]
 
 discover(__name__, __path__)

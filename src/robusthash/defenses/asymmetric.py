@@ -13,7 +13,7 @@ from robusthash.core.hamming import pack, sign
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, LossTerms
-from robusthash.data.base import RetrievalData
+from robusthash.data.base import RetrievalData, Split
 from robusthash.defenses.adversarial import AdversarialTraining, Outer
 from robusthash.defenses.dsarh import DSARHOuter
 from robusthash.models.hasher import Hasher
@@ -40,7 +40,7 @@ class Asymmetric(Recipe):
         inner_epochs: passes over them, 3 in the paper.
         start: V before the first epoch: ``random`` signs (zeros, as in published code, would leave the first epoch
             without a gradient), or the ``network``'s own signs where it was trained before.
-        database: ``learned`` uses V to search where the training split is the database split; ``network`` never does.
+        database: ``learned`` searches V where every database item is a training item; ``network`` never does.
 
     Raises:
         ValueError: an option out of range, another objective than ADSH, a hasher of several modalities, an outer loss
@@ -124,9 +124,22 @@ class Asymmetric(Recipe):
         self._inner.end_epoch(epoch)
 
     def database_codes(self) -> Codes | None:
-        """V where the training split is the database, else None: new items are encoded by the network."""
-        searched = self._data.database
-        if self.database == "network" or self._data.train.fingerprint() != searched.fingerprint():
+        """V in the order of the database split where each of its items was trained on, else None: the network encodes
+        new items."""
+        rows = None if self.database == "network" else same_items(self._data.database, self._data.train)
+        if rows is None:
             return None
         (codes,) = self.memory.codes.values()
-        return Codes(pack(codes.data), self.hasher.bits, torch.arange(len(searched)))
+        return Codes(pack(codes.data.cpu()[rows]), self.hasher.bits, torch.arange(len(rows)))
+
+
+def same_items(wanted: Split, among: Split) -> Tensor | None:
+    """(N,) position in ``among`` of each item of ``wanted``, by content and labels; None where one is not there."""
+
+    def keys(split: Split) -> list[tuple[bytes, bytes]]:
+        labels = [b""] * len(split) if split.labels is None else [row.tobytes() for row in split.labels.numpy()]
+        return list(zip(split.hashes.tolist(), labels, strict=True))
+
+    positions = {key: position for position, key in enumerate(keys(among))}
+    found = [positions.get(key, -1) for key in keys(wanted)]
+    return None if -1 in found else torch.tensor(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from robusthash.core.registry import register
@@ -32,12 +33,12 @@ def spectral_stability(change: Tensor, gate: Tensor, reduction: Reduction = "blo
     Returns:
         A scalar; multiplied by 4 where the change doubles.
     """
-    z = BlockDCT(gate.shape[-1]).to(change.device)(change.detach())
-    energy = (z * gate.square().unsqueeze(2)).square()
-    if reduction == "mean":
-        return energy.mean()
-    by_block = energy.sum((2, 3, 4))
-    return by_block.mean() if reduction == "block" else by_block.sum(1).mean()
+    with torch.no_grad():
+        energy = BlockDCT(gate.shape[-1]).to(change.device)(change).square().sum(2)
+    by_block = (energy * gate.square().square()).sum((2, 3))
+    if reduction == "sum":
+        return by_block.sum(1).mean()
+    return by_block.mean() if reduction == "block" else by_block.sum() / change.numel()
 
 
 @register("outer", "saah", paper="SAAH, SIGIR 2026", evidence="paper")

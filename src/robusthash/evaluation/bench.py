@@ -65,7 +65,7 @@ class Bench:
 
     @cached_property
     def _training(self) -> Reference:
-        return self._encoded(self.data.train, self.victim, self.direction[1:], self.batch_size)
+        return self._encoded(self.data.train, self.victim.for_database(), self.direction[1:], self.batch_size)
 
     @cached_property
     def _searched(self) -> Reference:
@@ -74,7 +74,7 @@ class Bench:
 
     @cached_property
     def _training_pairs(self) -> Reference:
-        return self._encoded(self.data.train, self.victim, self.victim.modalities, self.batch_size)
+        return self._encoded(self.data.train, self.victim.for_database(), self.victim.modalities, self.batch_size)
 
     @cached_property
     def _searched_pairs(self) -> Reference:

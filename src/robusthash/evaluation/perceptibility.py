@@ -132,8 +132,9 @@ def text_measures(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
     bags of words under an edit budget ``edits`` and ``l1`` are both the number of words inserted or removed.
     """
     share = changed_share(clean, attacked)
+    edits = (clean != attacked).sum(1).to(torch.float64)
     delta = (attacked.to(torch.float64) - clean.to(torch.float64)).abs()
-    return {"changed": share, "edits": share * clean.shape[1], "l1": delta.sum(1), "largest": delta.amax(1)}
+    return {"changed": share, "edits": edits, "l1": delta.sum(1), "largest": delta.amax(1)}
 
 
 def cosine_distance(clean: Tensor, attacked: Tensor) -> Tensor:

@@ -61,10 +61,11 @@ class BlockDCT(nn.Module):
         return coefficients.view(items, -1, channels, n, n)
 
     def inverse(self, z: Tensor, height: int, width: int) -> Tensor:
-        """(B, P, C, n, n) coefficients of images of ``height`` x ``width`` -> (B, C, H, W), channels last in memory."""
+        """(B, P, C, n, n) coefficients of images of ``height`` x ``width`` -> (B, C, H, W)."""
         n = self.block
         items, _, channels = z.shape[:3]
         with torch.autocast(z.device.type, enabled=False):
             blocks = z.reshape(-1, n * n) @ self.basis
         blocks = blocks.view(items, height // n, width // n, channels, n, n)
-        return blocks.permute(0, 1, 4, 2, 5, 3).reshape(items, height, width, channels).permute(0, 3, 1, 2)
+        # channels first in memory, though nets want them last: the copy is so much cheaper, and convolutions convert
+        return blocks.permute(0, 3, 1, 4, 2, 5).reshape(items, channels, height, width)

@@ -136,7 +136,7 @@ class SpectralGate(Purifier):
         self.m_min = m_min
         self.tau = tau
         self.input = input
-        self.shift = 0.5 if center else 0.0
+        self.center = center
         share = (rho - m_min) / (1.0 - m_min)
         self.logits = _logits(kind, block, tau * math.log(share / (1.0 - share)))
         self.register_buffer("passed", _passed(kind, block, cutoff), persistent=False)
@@ -151,11 +151,13 @@ class SpectralGate(Purifier):
         return self.m_min + (1.0 - self.m_min) * torch.sigmoid(logits / self.tau)
 
     def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
-        z = self.dct(x - self.shift)
+        z = self.dct(x - 0.5 if self.center else x)
         m = self.gate(z)
-        # the identity is not sent through two transforms, whose rounding would make it another model
-        pure = x if self.kind == "none" else self.dct.inverse(z * m.unsqueeze(2), *x.shape[2:]) + self.shift
-        return pure, {"gate": m, "excess": m.flatten(1).mean(1) - self.rho}
+        shown = {"gate": m, "excess": m.flatten(1).mean(1) - self.rho}
+        if self.kind == "none":  # not through two transforms, whose rounding would make it another model
+            return x, shown
+        pure = self.dct.inverse(z * m.unsqueeze(2), *x.shape[2:])
+        return pure + 0.5 if self.center else pure, shown
 
 
 def _logits(kind: GateKind, block: int, start: float) -> nn.Module | None:

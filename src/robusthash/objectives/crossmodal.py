@@ -89,16 +89,16 @@ class DCMH(PairLikelihood):
     Args:
         gamma: weight of the quantisation term, a mean over items and bits (ours: 0.1; the paper's 1 is K / N by this
             measure, 0.003 for 32 bits and 10 000 items).
-        eta: weight of the balance term (ours: 0.1; the paper's 1 is K by this measure). At the start, while all codes of
-            a modality are nearly the same, it is the larger part of the loss and holds back the first.
+        eta: weight of the balance term (ours: 0.1; the paper's 1 is K by this measure). At the start, while all codes
+            of a modality are nearly the same, it is the larger part of the loss and holds back the first.
         balance: weight similar pairs, see ``PairLikelihood``. Off in the paper.
 
     Differs: every term is the published one divided by the pairs of a step, b N, except gamma's and eta's, which have
-    their own scale, so that learning rates are of ordinary size. The paper trains the image net for an epoch, then the text net, then sets B; here one step
-    trains both against the memory, which holds the other side constant: the same gradients, by turns of a step. B
-    follows the memory at every step, not once an epoch. The mean of the balance term is the batch's; the published one
-    is over the whole training set with only the batch's rows live, whose gradient answers for codes up to an epoch old, and
-    at ordinary learning rates with momentum swings ever wider.
+    their own scale, so that learning rates are of ordinary size. The paper trains the image net for an epoch, then the
+    text net, then sets B; here one step trains both against the memory, which holds the other side constant: the same
+    gradients, by turns of a step. B follows the memory at every step, not once an epoch. The mean of the balance term
+    is the batch's; the published one is over the whole training set with only the batch's rows live, whose gradient
+    answers for codes up to an epoch old, and at ordinary learning rates with momentum swings ever wider.
     """
 
     def __init__(self, gamma: float = 0.1, eta: float = 0.1, balance: bool = False) -> None:

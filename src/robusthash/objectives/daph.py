@@ -167,7 +167,7 @@ class DAPH(CrossModalObjective):
         return torch.zeros(len(output.code), device=output.code.device)
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
-        """Stage 1: ``proxies``, ``classes``, ``polarisation``, ``balance``. Stage 2: ``similarity`` and ``classes``."""
+        """Of stage 1: ``proxies``, ``crowding``, ``polarisation``, ``balance``; of 2: ``similarity``, ``classes``."""
         labels, all_labels = batch.labels, memory.labels
         if labels is None or all_labels is None:
             raise ValueError("DAPH is supervised, and this batch has no labels")
