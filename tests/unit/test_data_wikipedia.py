@@ -153,6 +153,9 @@ def test_a_hasher_learns_from_vectors(archive: Path) -> None:
     assert {name: len(value) for name, value in codes.items()} == {"image": TEST, "text": TEST}
     with pytest.raises(ValueError, match=r"takes 128 features an item, and the images come as \(2, 3, 8, 8\)"):
         hasher({"image": torch.zeros(2, 3, 8, 8)})
+    small = torch.rand(3, 128)
+    encoder = hasher.encoders["image"].eval()
+    torch.testing.assert_close(encoder(0.1 * small)[0], encoder(small)[0], rtol=1e-3, atol=1e-3)  # scale is no matter
     with pytest.raises(ValueError, match="inputs and widths must be positive"):
         build_hasher(bits=8, image={"name": "vector", "inputs": 0})
 

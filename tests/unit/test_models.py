@@ -30,7 +30,7 @@ WIDTHS = {
     "small": 512,
 }
 SMALLEST = {"alexnet": 63, "small": 8}
-FIXED = ("gfnet", "sfcl")  # made for one size of images; tested on their own
+FIXED = ("gfnet", "sfcl", "vector")  # made for one size of images, or for none; tested on their own
 CARDS = [card.name for card in catalogue("image-encoder") if card.name not in FIXED]
 
 

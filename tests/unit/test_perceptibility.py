@@ -88,3 +88,14 @@ def test_texts() -> None:
     assert perceptibility.changed_share(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 9, 3, 9]])).tolist() == [0.5]
     left, right = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
     assert float(perceptibility.cosine_distance(left, right)) == pytest.approx(1 - math.sqrt(0.5))
+
+
+def test_changes_of_feature_vectors() -> None:
+    clean = torch.zeros(2, 4)
+    attacked = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.3, 0.0, -0.4, 0.0]])
+    found = perceptibility.vector_norms(clean, attacked)
+    assert found["linf"].tolist() == pytest.approx([0, 0.4])
+    assert found["l2"].tolist() == pytest.approx([0, 0.5])
+    assert found["mse"].tolist() == pytest.approx([0, 0.0625])
+    with pytest.raises(ValueError, match=r"vectors must be \(B, V\) and alike"):
+        perceptibility.vector_norms(clean, attacked[:1])

@@ -46,7 +46,7 @@ def main() -> None:
     previous = signal.signal(signal.SIGINT, _stopped)
     try:
         app()
-    except (ValueError, KeyError, OSError, FloatingPointError) as error:
+    except (ValueError, KeyError, OSError, ImportError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         console.print(f"[bold red]error:[/] {_escape(str(text))}", highlight=False, soft_wrap=True)
         sys.exit(1)

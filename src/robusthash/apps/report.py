@@ -203,7 +203,7 @@ def perceptibility_table(results: Results) -> list[Markup]:
         "MSE, mean": lambda found: f"{found['mse/mean']:.2e}",
         "PSNR of mean MSE (dB)": lambda found: number(-10 * math.log10(max(found["mse/mean"], 1e-12)), 1),
         "SSIM, mean": lambda found: number(found["ssim/mean"]) if "ssim/mean" in found else "–",
-        "pixels changed": lambda found: f"{found['l0/mean']:.0%}",
+        "pixels changed": lambda found: f"{found['l0/mean']:.0%}" if "l0/mean" in found else "–",
     }
     texts: dict[str, Callable[[Mapping[str, float]], str]] = {
         "entries changed, mean": lambda found: number(found["edits/mean"], 1),

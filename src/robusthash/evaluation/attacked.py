@@ -15,7 +15,7 @@ from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance
 from robusthash.evaluation.bench import Bench
-from robusthash.evaluation.perceptibility import image_measures, pixel_norms, text_measures
+from robusthash.evaluation.perceptibility import image_measures, pixel_norms, text_measures, vector_norms
 from robusthash.models.hasher import Hasher, frozen
 
 _SSIM_WINDOW = 11
@@ -81,7 +81,7 @@ def attack_block(bench: Bench, attack: Attack, block: int, gradients: Hasher | N
         attacked = attack.threat.project(output.batch.inputs, batch.inputs)
         attack.threat.verify({**batch.inputs, **attacked}, batch.inputs)
         signs.append(_encode(bench.victim, modality, attacked[modality]))
-        if modality == "image":
+        if modality == "image" and origin.ndim == 4:
             rounded = origin + ((attacked[modality] - origin) * 255).trunc() / 255
             eight_bit.append(_encode(bench.victim, modality, rounded))
         else:  # only pixels are stored in eight bits
@@ -106,6 +106,8 @@ def _changes(modality: str, clean: Tensor, attacked: Tensor) -> dict[str, Tensor
     """(B,) measures of what was changed, by the modality's own yardsticks."""
     if modality != "image":
         return text_measures(clean, attacked)
+    if clean.ndim == 2:  # features in place of pixels
+        return vector_norms(clean, attacked)
     return (image_measures if min(clean.shape[-2:]) >= _SSIM_WINDOW else pixel_norms)(clean, attacked)
 
 

@@ -51,6 +51,15 @@ def pixel_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
     }
 
 
+def vector_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
+    """(B,) ``linf``, ``l2`` and ``mse`` of the change of feature vectors (B, V), in float64."""
+    if clean.ndim != 2 or clean.shape != attacked.shape:
+        raise ValueError(f"vectors must be (B, V) and alike, got {tuple(clean.shape)} and {tuple(attacked.shape)}")
+    delta = attacked.to(torch.float64) - clean.to(torch.float64)
+    square = delta.square()
+    return {"linf": delta.abs().amax(1), "l2": square.sum(1).sqrt(), "mse": square.mean(1)}
+
+
 def ssim(clean: Tensor, attacked: Tensor) -> Tensor:
     """(B,) structural similarity: 11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03, data range 1.
 

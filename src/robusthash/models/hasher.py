@@ -171,6 +171,9 @@ def build_hasher(
     for encoder in encoders.values():  # one that is itself a defense says of which class
         if declared == "plain":
             declared = getattr(encoder, "declares", "plain")
+    if text is not None:  # a run is opened again without files of weights: what else they said is kept
+        remembered = getattr(encoders["text"], "remembered", {})
+        text = {**({"name": text} if isinstance(text, str) else text), **remembered} if remembered else text
     spec = {"bits": bits, "image": image, "text": text, "head": head, "declared": declared, "vocabulary": vocabulary}
     # channels-last was measured 1.3 times faster in float32 on a CPU, and is what tensor cores want
     hasher = Hasher(encoders, heads, spec, declared).to(memory_format=torch.channels_last)

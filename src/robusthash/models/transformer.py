@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,31 +24,41 @@ class TextTransformer(nn.Module):
     training a head costs one forward pass a batch; nothing is computed ahead, and no attack can differentiate it.
 
     Args:
-        weights: folder with ``config.json`` and ``model.safetensors``. Local files only, no pickle, no foreign code. It
-            must still be there when a trained run is opened again.
+        weights: folder with ``config.json`` and ``model.safetensors``. Local files only, no pickle, no foreign code.
+            None is a new model of ``config``, as when a trained run, which has all weights, is opened again.
         trainable: train its weights too.
+        config: what ``config.json`` says; of use without ``weights`` only.
         pooling: ``cls``, the last state of the first token, or ``mean``, of all tokens that are no padding.
 
     Raises:
         ImportError: the extra ``text`` is not installed.
         FileNotFoundError: no such folder or file.
-        ValueError: another pooling, or a folder that holds no such model.
+        ValueError: another pooling, neither weights nor config, or a folder that holds no such model.
     """
 
-    def __init__(self, weights: str, trainable: bool = False, pooling: Literal["cls", "mean"] = "cls") -> None:
+    def __init__(
+        self,
+        weights: str | None = None,
+        trainable: bool = False,
+        pooling: Literal["cls", "mean"] = "cls",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling must be 'cls' or 'mean', got {pooling!r}")
-        self.model = _load(Path(weights))
+        if weights is None and config is None:
+            raise ValueError("a transformer needs weights, the folder with config.json and model.safetensors")
+        self.model = _made(config) if weights is None and config is not None else _load(Path(str(weights)))
         self.model.requires_grad_(trainable)
         self.model.eval()
         self.trainable = trainable
         self.pooling = pooling
-        config = self.model.config
-        self.padding = 0 if config.pad_token_id is None else int(config.pad_token_id)
-        self.longest = int(config.max_position_embeddings)
-        self.words = int(config.vocab_size)
-        self.width = int(config.hidden_size)
+        known = self.model.config
+        self.remembered = {"config": json.loads(known.to_json_string())}
+        self.padding = 0 if known.pad_token_id is None else int(known.pad_token_id)
+        self.longest = int(known.max_position_embeddings)
+        self.words = int(known.vocab_size)
+        self.width = int(known.hidden_size)
 
     def train(self, mode: bool = True) -> TextTransformer:
         """Frozen weights stay in eval mode: their dropout is never wanted."""
@@ -83,21 +95,34 @@ class TextTransformer(nn.Module):
             )
 
 
+def _transformers() -> Any:
+    try:
+        import transformers  # seconds to import, and only this encoder needs it
+    except ImportError as error:
+        raise ImportError("the text encoder 'transformer' needs transformers: pip install robusthash[text]") from error
+    return transformers
+
+
+def _made(config: Mapping[str, Any]) -> Any:
+    """A model of this architecture with new weights."""
+    auto = _transformers()
+    if "model_type" not in config:
+        raise ValueError(f"the config of a transformer needs model_type, got {sorted(config)}")
+    return auto.AutoModel.from_config(auto.AutoConfig.for_model(**config))
+
+
 def _load(folder: Path) -> Any:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"no file {(folder / name).absolute()}; a transformer needs it, as BERT folders have it"
             )
-    try:
-        from transformers import AutoModel  # seconds to import, and only this encoder needs it
-        from transformers.utils import logging as chatter
-    except ImportError as error:
-        raise ImportError("the text encoder 'transformer' needs transformers: pip install robusthash[text]") from error
+    auto = _transformers()
+    chatter = auto.utils.logging
     shown = chatter.is_progress_bar_enabled()
     chatter.disable_progress_bar()
     try:
-        return AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        return auto.AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no transformer that can be read: {error}") from error
     finally:

@@ -17,13 +17,17 @@ class VectorMLP(nn.Module):
         inputs: V, values in each vector.
         widths: of the layers; the last is D.
         dropout: after every layer.
+        normalise: first bring each vector to mean 0 and variance 1. Histograms sum to one, and at that scale, a
+            hundredth a value, a net with usual learning rates does not see them.
     """
 
-    def __init__(self, inputs: int, widths: Sequence[int] = (512,), dropout: float = 0.0) -> None:
+    def __init__(
+        self, inputs: int, widths: Sequence[int] = (512,), dropout: float = 0.0, normalise: bool = True
+    ) -> None:
         super().__init__()
         if inputs < 1 or not widths or min(widths) < 1:
             raise ValueError(f"inputs and widths must be positive numbers, got {inputs} and {list(widths)}")
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [nn.LayerNorm(inputs, eps=1e-8, elementwise_affine=False)] if normalise else []
         for before, after in zip((inputs, *widths), widths, strict=False):
             layers += [nn.Linear(before, after), nn.ReLU()]
             layers += [nn.Dropout(dropout)] if dropout else []
