@@ -117,6 +117,14 @@ def test_missing_and_broken_files(coco: Path) -> None:
     (root / "annotations" / "captions_val2017.json").write_text("{")
     with pytest.raises(ValueError, match=r"captions_val2017\.json is not JSON"):
         load(coco)
+    stray = {"image_id": 999, "category_id": 1}
+    put(root, "instances_val2017.json", images=[], annotations=[stray], categories=[{"id": 1, "name": "person"}])
+    with pytest.raises(ValueError, match=r"instances_val2017\.json has other categories"):
+        load(coco)
+    categories = [{"id": number, "name": name} for number, name in CATEGORIES]
+    put(root, "instances_val2017.json", images=[], annotations=[stray], categories=categories)
+    with pytest.raises(ValueError, match=r"instances_val2017\.json has an object of an unknown image .*999"):
+        load(coco)
     put(root, "instances_val2017.json", images=[])
     with pytest.raises(ValueError, match=r"instances_val2017\.json should hold categories, images, annotations"):
         load(coco)

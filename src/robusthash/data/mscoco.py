@@ -122,7 +122,12 @@ def _pool(root: Path, year: int, texts: bool) -> tuple[Pool, Tensor]:
         row = {image["id"]: place for place, image in enumerate(images)}
         shown = torch.zeros(len(images), len(names))
         for annotation in instances["annotations"]:
-            shown[row[annotation["image_id"]], column[annotation["category_id"]]] = 1
+            image, category = row.get(annotation["image_id"]), column.get(annotation["category_id"])
+            if image is None or category is None:
+                raise ValueError(
+                    f"instances_{part}{year}.json has an object of an unknown image or category: {annotation}"
+                )
+            shown[image, category] = 1
         labels.append(shown)
         folder = find(root, f"{part}{year}", f"{part}{year}.zip unpacks to a folder of that name beside annotations/")
         files += [ImageFile(folder / image["file_name"]) for image in images]
