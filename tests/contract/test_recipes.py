@@ -123,6 +123,16 @@ def test_resumed_equals_uninterrupted(kind: str, data: RetrievalData) -> None:
     assert not torch.equal(memories[0].codes["image"], broken.modules()["memory"].codes["image"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_trains_to_nearly_the_same_losses(kind: str, data: RetrievalData) -> None:
+    """Under autocast nothing breaks, and the terms of the first epochs stay near those in float32."""
+    lines = {}
+    for precision in ("float32", "bf16"):
+        hasher = build_hasher(bits=8, image=IMAGES.get(kind, SMALL), purifiers=PURIFIERS.get(kind))
+        lines[precision] = fit(make_recipe(kind, hasher), data, train_config(2, lr=0.01, precision=precision))
+    assert summed(lines["bf16"][-1]) == pytest.approx(summed(lines["float32"][-1]), rel=0.1, abs=0.05)
+
+
 def test_same_seed_same_run_other_seed_another(data: RetrievalData) -> None:
     runs = [fit(make_recipe("saat", small_hasher()), data, train_config(1, seed=seed)) for seed in (0, 0, 1)]
     assert terms_of(runs[0]) == terms_of(runs[1])

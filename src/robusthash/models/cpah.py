@@ -38,6 +38,11 @@ class CommonPrivate(nn.Module):
         self.mask = nn.Linear(width, width)
         self.width = width
 
+    @property
+    def smallest(self) -> int:
+        """Least side of an image in pixels, the inner encoder's."""
+        return self.inner.smallest  # type: ignore[return-value]
+
     def forward(self, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         features, shown = self.inner(values)
         whole = self.layers(features)
