@@ -29,7 +29,7 @@ WIDTHS = {
     "resnet50": 2048,
     "small": 512,
 }
-SMALLEST = {"alexnet": 63, "small": 8}
+SMALLEST = {"alexnet": 63, "small": 8, "cpah": 8}
 FIXED = ("gfnet", "sfcl", "vector")  # made for one size of images, or for none; tested on their own
 CARDS = [card.name for card in catalogue("image-encoder") if card.name not in FIXED]
 
