@@ -23,7 +23,7 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
-	@for file in benchmarks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+	@for file in benchmarks/[a-z]*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf .venv runs demo .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -10,13 +10,11 @@ steps, projection, freezing. Images are channels-last from the start, so that ne
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from _timing import in_turn
 from torch import Tensor
 
 from robusthash.attacks import mainstay
@@ -39,13 +37,6 @@ class Given:
         return Guidance(self.codes)
 
 
-def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and processor time of one call."""
-    wall, processor = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
 def measure(bench: str, target: float, image: dict[str, Any], side: int, count: int, pairs: int) -> dict[str, Any]:
     """One row: the attack's time per step over that of a bare pass."""
     victim = build_hasher(bits=32, image=image).eval()
@@ -65,21 +56,11 @@ def measure(bench: str, target: float, image: dict[str, Any], side: int, count: 
                 value = -(victim({"image": leaf})["image"].relaxed(1.0) * codes).mean(1)
                 torch.autograd.grad(value.sum(), leaf)
 
-    sides = (attacked, bare)
-    for work in sides:
-        work()  # warm
-    times: tuple[list[tuple[float, float]], ...] = ([], [])
-    for pair in range(pairs):
-        for side_of in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[side_of].append(seconds(sides[side_of]))
-    wall_ratio, ratio = (
-        statistics.median(ours[clock] / theirs[clock] for ours, theirs in zip(*times, strict=True)) for clock in (0, 1)
-    )
-    step, passed = (1e3 * statistics.median(wall for wall, _ in made) / STEPS for made in times)
+    compared = in_turn(attacked, bare, pairs)
     detail = {
-        "step_ms": round(step, 3),
-        "pass_ms": round(passed, 3),
-        "wall_ratio": round(wall_ratio, 4),
+        "step_ms": round(1e3 * compared.ours / STEPS, 3),
+        "pass_ms": round(1e3 * compared.theirs / STEPS, 3),
+        "wall_ratio": round(compared.wall_ratio, 4),
         "pixels": side,
         "batch": count,
         "steps": STEPS,
@@ -87,7 +68,7 @@ def measure(bench: str, target: float, image: dict[str, Any], side: int, count: 
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    return {"bench": bench, "ratio": round(ratio, 4), "target": target, "better": "lower", "detail": detail}
+    return {"bench": bench, "ratio": round(compared.ratio, 4), "target": target, "better": "lower", "detail": detail}
 
 
 def run() -> list[dict[str, Any]]:

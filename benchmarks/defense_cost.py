@@ -11,12 +11,11 @@ To add a defense: write a function like ``saah`` and name it in ``DEFENSES`` wit
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from _timing import in_turn
 
 from robusthash.attacks import Attack
 from robusthash.core.registry import build
@@ -88,13 +87,6 @@ def stepper(recipe: Recipe, data: RetrievalData, batch: Batch) -> Callable[[], N
     return step
 
 
-def seconds(work: Callable[[], None]) -> tuple[float, float]:
-    """Wall and processor time of one call."""
-    wall, processor = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
 def parameters(recipe: Recipe) -> int:
     """Of the hasher alone."""
     return sum(parameter.numel() for parameter in recipe.hasher.parameters())
@@ -108,21 +100,12 @@ def measure(
     batch = data.train.batch(torch.arange(count))
     recipes = DEFENSES[name][0](image), cgat(image)
     works = [stepper(recipe, data, batch) for recipe in recipes]
-    for work in works:
-        work()  # warm
-    times: tuple[list[tuple[float, float]], ...] = ([], [])
-    for pair in range(pairs):
-        for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[which].append(seconds(works[which]))
-    wall_ratio, ratio = (
-        statistics.median(ours[clock] / theirs[clock] for ours, theirs in zip(*times, strict=True)) for clock in (0, 1)
-    )
-    ours, theirs = (statistics.median(processor for _, processor in made) for made in times)
+    compared = in_turn(*works, pairs)
     sizes = [parameters(recipe) for recipe in recipes]
     detail = {
-        "step_s": round(ours, 4),
-        "cgat_step_s": round(theirs, 4),
-        "wall_ratio": round(wall_ratio, 4),
+        "step_s": round(compared.ours, 4),
+        "cgat_step_s": round(compared.theirs, 4),
+        "wall_ratio": round(compared.wall_ratio, 4),
         "parameters": sizes[0],
         "more_parameters": round(sizes[0] / sizes[1] - 1.0, 6),
         "pixels": side,
@@ -133,7 +116,12 @@ def measure(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    row = {"bench": f"defense-cost-{name}-{net}", "ratio": round(ratio, 4), "target": target, "better": "lower"}
+    row = {
+        "bench": f"defense-cost-{name}-{net}",
+        "ratio": round(compared.ratio, 4),
+        "target": target,
+        "better": "lower",
+    }
     return {**row, "detail": detail}
 
 

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from _timing import Work, in_turn
 from torch import Tensor, nn
 
 from robusthash.attacks import Attack
@@ -36,7 +34,6 @@ from robusthash.objectives import DPSH
 from robusthash.training import Moment, OptimConfig
 
 WORDS, CLASSES, BITS = 200, 10, 32
-Work = Callable[[], object]
 
 
 def pairs_of(items: int, side: int) -> RetrievalData:
@@ -88,27 +85,6 @@ def query(hasher: Hasher, images: Tensor) -> Work:
     return encode
 
 
-def seconds(work: Work) -> tuple[float, float]:
-    """Wall and processor time of one call."""
-    wall, processor = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
-def compared(ours: Work, theirs: Work, pairs: int) -> dict[str, float]:
-    """Ratios, and the median processor time of each side in ms."""
-    sides = (ours, theirs)
-    for work in sides:
-        work()  # warm
-    times: tuple[list[tuple[float, float]], ...] = ([], [])
-    for pair in range(pairs):
-        for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[side].append(seconds(sides[side]))
-    wall, processor = (statistics.median(a[clock] / b[clock] for a, b in zip(*times, strict=True)) for clock in (0, 1))
-    own, other = (1e3 * statistics.median(made[1] for made in side) for side in times)
-    return {"ratio": processor, "wall_ratio": wall, "ours_ms": own, "theirs_ms": other}
-
-
 def size_of(hasher: Hasher, image: Tensor) -> dict[str, float]:
     """Millions of parameters and of multiply-adds for one image."""
     counted = 0.0
@@ -149,20 +125,22 @@ def rows(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    training = compared(
+    training = in_turn(
         trained_step(defended, build("attack", {"name": "dhta", **inner}), "sfcl", data, batch),
         trained_step(plain, build("attack", {"name": "cgat", **inner}), "cgat", data, batch),
         pairs,
     )
-    asked = compared(query(defended, images), query(plain, images), 2 * pairs)
+    asked = in_turn(query(defended, images), query(plain, images), 2 * pairs)
     made = []
     for bench, target, result, more in (
         (f"sfcl-step-{name}", 1.40, training, {"batch": batch, "inner_steps": steps, "against": "cgat"}),
         (f"sfcl-query-{name}", 1.46, asked, {"images": queries, "against": "undefended"}),
     ):
-        ratio = round(result.pop("ratio"), 4)
-        detail = {**{key: round(value, 4) for key, value in result.items()}, **more, **shared}
-        made.append({"bench": bench, "ratio": ratio, "target": target, "better": "lower", "detail": detail})
+        times = {"ours_ms": 1e3 * result.ours, "theirs_ms": 1e3 * result.theirs, "wall_ratio": result.wall_ratio}
+        detail = {**{key: round(value, 4) for key, value in times.items()}, **more, **shared}
+        made.append(
+            {"bench": bench, "ratio": round(result.ratio, 4), "target": target, "better": "lower", "detail": detail}
+        )
     return made
 
 

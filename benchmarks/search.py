@@ -8,15 +8,14 @@ fast wrong answer is no result.
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import faiss
 import numpy as np
 import torch
+from _timing import in_turn, seconds
 
 from robusthash.core import hamming
 from robusthash.core.types import Codes
@@ -37,25 +36,11 @@ def clustered_codes(count: int, draws: np.random.Generator, centres: np.ndarray,
     return centres[draws.integers(0, len(centres), count)] ^ noise
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def compare(index: CodeIndex, direct: Any, queries: Codes, k: int, pairs: int) -> tuple[float, dict[str, float]]:
     """Median ratio of ours to faiss over alternating pairs, and the median times in milliseconds."""
     rows = queries.packed.numpy()
-    sides = [lambda: index.search(queries, k), lambda: direct.search(rows, k)]
-    for side in sides:
-        side()  # warm
-    ours, theirs = [], []
-    for pair in range(pairs):
-        for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            (ours, theirs)[side].append(seconds(sides[side]))
-    ratio = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
-    return ratio, {"ours_ms": 1e3 * statistics.median(ours), "faiss_ms": 1e3 * statistics.median(theirs)}
+    compared = in_turn(lambda: index.search(queries, k), lambda: direct.search(rows, k), pairs)
+    return compared.wall_ratio, {"ours_ms": 1e3 * compared.ours_wall, "faiss_ms": 1e3 * compared.theirs_wall}
 
 
 def check(index: CodeIndex, queries: Codes, held: Codes, k: int) -> None:
@@ -87,7 +72,7 @@ def run(count: int = 1_000_000, queries: int = 100, pairs: int = 25, seed: int =
         direct.add(database)
         with tempfile.TemporaryDirectory() as home:
             with open_index(f"file:{home}", BITS) as index:
-                store = {"add_s": seconds(lambda index=index, held=held: index.add(held))}
+                store = {"add_s": seconds(lambda index=index, held=held: index.add(held))[0]}
             start = time.perf_counter()
             with open_index(f"file:{home}") as index:
                 store["open_s"] = time.perf_counter() - start
