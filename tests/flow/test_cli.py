@@ -324,6 +324,7 @@ def test_list_shows_evidence(call):
     cards = {card["name"]: card for card in json.loads(out)}
     assert code == 0
     assert cards["mainstay"]["evidence"] == "paper+code"
+    assert cards["mainstay"]["state"] == "measured"
     assert cards["dhta"]["targeted"]
     code, _, err = call("list", "atack")
     assert code == 1

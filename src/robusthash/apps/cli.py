@@ -307,7 +307,10 @@ def list_command(
     kind: Annotated[str | None, typer.Argument(help="Only this kind, e.g. attack, objective, outer, data.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Everything that can be named in a recipe, with its paper and evidence label."""
+    """Everything that can be named in a recipe, with its paper, its evidence label and its state.
+
+    Evidence: paper+code, paper, reconstruction, own or library. State: measured (on real data, in the documents) or tested.
+    """
     from robusthash.apps.catalogue import everything
     from robusthash.core.registry import nearest
 
@@ -317,12 +320,12 @@ def list_command(
         raise ValueError(f"no kind is called {kind!r}{nearest(kind, kinds)}")
     chosen = [card for card in cards if kind in (None, card.kind)]
     if as_json:
-        fields = ("kind", "name", "paper", "evidence", "modality", "supervised", "targeted", "summary")
+        fields = ("kind", "name", "paper", "evidence", "state", "modality", "supervised", "targeted", "summary")
         _print_json([{field: getattr(card, field) for field in fields} for card in chosen])
         return
-    rows = [[f"{card.kind} {card.name}", card.evidence, card.paper, card.summary] for card in chosen]
+    rows = [[f"{card.kind} {card.name}", card.evidence, card.state, card.paper, card.summary] for card in chosen]
     table = Table()
-    for column in ("name", "evidence", "paper", "what it is"):
+    for column in ("name", "evidence", "state", "paper", "what it is"):
         table.add_column(column, justify="left")
     for row in rows:
         table.add_row(*map(_escape, row))

@@ -110,7 +110,7 @@ class SetContrast:
         return set_contrast(probe.relaxed(), guidance, self.tau, mean=self.mean)
 
 
-@register("attack", "drfgd", paper="DRFGD, AAAI 2026", evidence="paper")
+@register("attack", "drfgd", paper="DRFGD, AAAI 2026", evidence="paper", state="measured")
 def drfgd(
     eps: float | None = None,
     steps: int = 20,

@@ -119,7 +119,7 @@ def _loss(form: str) -> Loss:
     raise ValueError(f"form must be 'linear', 'weighted' or 'square', got {form!r}")
 
 
-@register("attack", "dsarh", paper="DSARH, Zhang et al., manuscript 2024", evidence="paper")
+@register("attack", "dsarh", paper="DSARH, Zhang et al., manuscript 2024", evidence="paper", state="measured")
 def dsarh(
     eps: float | None = None,
     steps: int = 20,

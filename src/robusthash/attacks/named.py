@@ -35,7 +35,7 @@ def steps_on(modality: Attacked, steps: int, step_size: float | None = None, ran
     return PGD(steps, customary if step_size is None else step_size, random_start=random_start)
 
 
-@register("attack", "pgd", paper="Madry et al., ICLR 2018", evidence="paper")
+@register("attack", "pgd", paper="Madry et al., ICLR 2018", evidence="paper", state="measured")
 def pgd(
     objective: HashObjective,
     eps: float | None = None,
@@ -55,7 +55,14 @@ def pgd(
     return Attack("pgd", Unguided(), ObjectiveLoss(objective), search, threat, restarts=restarts)
 
 
-@register("attack", "hag", paper="Yang et al., IEEE Trans. Cybernetics 2020", evidence="paper+code", supervised=False)
+@register(
+    "attack",
+    "hag",
+    paper="Yang et al., IEEE Trans. Cybernetics 2020",
+    evidence="paper+code",
+    supervised=False,
+    state="measured",
+)
 def hag(
     eps: float | None = None,
     steps: int = 100,
@@ -72,7 +79,7 @@ def hag(
     return Attack("hag", Own(), HAGLoss(), search, threat_on(modality, eps, knowledge="W0"), slope)
 
 
-@register("attack", "sdha", paper="Lu et al., ICMR 2021", evidence="paper+code")
+@register("attack", "sdha", paper="Lu et al., ICMR 2021", evidence="paper+code", state="measured")
 def sdha(
     eps: float | None = None,
     steps: int = 100,
@@ -84,7 +91,7 @@ def sdha(
     return Attack("sdha", Positives(), SDHALoss(), RawGradient(steps, "adam", lr), threat_on(modality, eps), slope)
 
 
-@register("attack", "cgat", paper="CgAT, WWW 2023", evidence="paper+code")
+@register("attack", "cgat", paper="CgAT, WWW 2023", evidence="paper+code", state="measured")
 def cgat(
     eps: float | None = None,
     steps: int = 100,
@@ -102,7 +109,7 @@ def cgat(
     return Attack("cgat", Center(), Agreement(), search, threat, slope, restarts=restarts)
 
 
-@register("attack", "mainstay", paper="SAAT, TIFS 2023", evidence="paper+code")
+@register("attack", "mainstay", paper="SAAT, TIFS 2023", evidence="paper+code", state="measured")
 def mainstay(
     eps: float | None = None,
     steps: int = 100,
@@ -123,7 +130,9 @@ def mainstay(
     return Attack("mainstay", guide, loss, search, threat, slope, restarts=restarts)
 
 
-@register("attack", "mainstay-targeted", paper="SAAT, TIFS 2023", evidence="paper+code", targeted=True)
+@register(
+    "attack", "mainstay-targeted", paper="SAAT, TIFS 2023", evidence="paper+code", targeted=True, state="measured"
+)
 def mainstay_targeted(
     eps: float | None = None,
     steps: int = 100,
@@ -140,7 +149,7 @@ def mainstay_targeted(
     return Attack("mainstay-targeted", guide, loss, search, threat_on(modality, eps, norm), slope, targeted=True)
 
 
-@register("attack", "p2p", paper="Bai et al., ECCV 2020", evidence="paper+code", targeted=True)
+@register("attack", "p2p", paper="Bai et al., ECCV 2020", evidence="paper+code", targeted=True, state="measured")
 def p2p(
     eps: float | None = None,
     steps: int = 100,
@@ -154,7 +163,7 @@ def p2p(
     return Attack("p2p", Anchor(1), Agreement(), search, threat, slope, targeted=True)
 
 
-@register("attack", "dhta", paper="Bai et al., ECCV 2020", evidence="paper+code", targeted=True)
+@register("attack", "dhta", paper="Bai et al., ECCV 2020", evidence="paper+code", targeted=True, state="measured")
 def dhta(
     eps: float | None = None,
     steps: int = 100,
@@ -172,7 +181,7 @@ def dhta(
     return Attack("dhta", Anchor(9), Agreement(), search, threat, slope, targeted=True)
 
 
-@register("attack", "guided-apgd", evidence="own")
+@register("attack", "guided-apgd", evidence="own", state="measured")
 def guided_apgd(eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image") -> Attack:
     """House attack: APGD on the scale-free agreement with the mainstay code; no step size to tune.
 

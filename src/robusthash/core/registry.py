@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 
 Made = TypeVar("Made", bound=Callable[..., Any])
 Evidence = Literal["paper+code", "paper", "reconstruction", "own", "library"]
+State = Literal["tested", "measured"]
+"""``measured``: stands in a table of the documents, on real data; ``tested``: by the tests alone."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Card:
     supervised: bool = True
     targeted: bool = False
     summary: str = ""
+    state: State = "tested"
 
 
 _CARDS: dict[tuple[str, str], Card] = {}
@@ -41,6 +44,7 @@ def register(
     modality: str = "any",
     supervised: bool = True,
     targeted: bool = False,
+    state: State = "tested",
 ) -> Callable[[Made], Made]:
     """Give ``name`` of ``kind`` to a class or function. A taken name raises."""
 
@@ -48,7 +52,7 @@ def register(
         if (kind, name) in _CARDS:
             raise ValueError(f"{kind} {name!r} is already registered by {_CARDS[kind, name].make.__module__}")
         summary = (inspect.getdoc(make) or "").partition("\n")[0]
-        _CARDS[kind, name] = Card(kind, name, make, paper, evidence, modality, supervised, targeted, summary)
+        _CARDS[kind, name] = Card(kind, name, make, paper, evidence, modality, supervised, targeted, summary, state)
         return make
 
     return record

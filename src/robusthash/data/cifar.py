@@ -36,7 +36,7 @@ class _Images:
     take: Callable[[Tensor], Tensor]  # (R,) rows -> (R, 3, 32, 32) uint8
 
 
-@register("data", "cifar10", paper="Krizhevsky 2009", modality="image")
+@register("data", "cifar10", paper="Krizhevsky 2009", modality="image", state="measured")
 def cifar10(
     root: str | Path = "data",
     npz: str | Path | None = None,

@@ -21,7 +21,7 @@ _PARTS = ("train", "t10k")
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist installs
 
 
-@register("data", "fashion-mnist", paper="Xiao 2017", modality="image")
+@register("data", "fashion-mnist", paper="Xiao 2017", modality="image", state="measured")
 def fashion_mnist(
     root: str | Path = "data",
     pool: int | None = None,

@@ -65,7 +65,7 @@ class PhotoSource:
         return hash_pixels(self.arrays.arrays["image"])
 
 
-@register("data", "photos")
+@register("data", "photos", state="measured")
 def photos(
     size: int = 48,
     labels: Labels = "photo",

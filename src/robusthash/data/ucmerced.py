@@ -18,7 +18,11 @@ _TAR, _FOLDER, _MANIFEST = "ucmerced.tar", "ucmerced", "ucmerced.jsonl"
 
 
 @register(
-    "data", "ucmerced", paper="Yang and Newsam 2010; Chaudhuri et al. 2018; Qu et al. 2016", modality="image+text"
+    "data",
+    "ucmerced",
+    paper="Yang and Newsam 2010; Chaudhuri et al. 2018; Qu et al. 2016",
+    modality="image+text",
+    state="measured",
 )
 def ucmerced(
     root: str | Path = "data",

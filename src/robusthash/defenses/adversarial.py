@@ -47,7 +47,7 @@ class Watching(Protocol):
     def figures(self, turn: Round) -> LossTerms: ...
 
 
-@register("recipe", "adversarial")
+@register("recipe", "adversarial", state="measured")
 class AdversarialTraining(Recipe):
     """Min-max training: attack the hasher as it stands, then lower the outer loss on clean and attacked outputs.
 

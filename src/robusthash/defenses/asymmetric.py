@@ -22,7 +22,7 @@ from robusthash.objectives.base import HashObjective
 from robusthash.training.recipe import HashingRecipe, Moment, Recipe
 
 
-@register("recipe", "asymmetric", paper="ADSH, AAAI 2018; DSARH, manuscript 2024", evidence="paper")
+@register("recipe", "asymmetric", paper="ADSH, AAAI 2018; DSARH, manuscript 2024", evidence="paper", state="measured")
 class Asymmetric(Recipe):
     """ADSH, and with an ``attack`` DSARH for images. An epoch is one outer iteration.
 

@@ -12,7 +12,7 @@ from robusthash.core.types import LossTerms
 from robusthash.defenses.adversarial import Round
 
 
-@register("outer", "atrdh", paper="Wang et al., SIGIR 2021", evidence="paper+code")
+@register("outer", "atrdh", paper="Wang et al., SIGIR 2021", evidence="paper+code", state="measured")
 @dataclass(frozen=True)
 class ATRDHOuter:
     """ATRDH: L = L_ori(x) + adversarial * mean_ij ((1/K) h(x'_i) . U_j - S'_ij)^2, S' in {-1, +1}.

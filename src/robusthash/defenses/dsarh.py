@@ -12,7 +12,7 @@ from robusthash.defenses.adversarial import Round
 CLEAN_ONLY = "regularisation"  # by this name every objective calls its quantisation
 
 
-@register("outer", "dsarh", paper="DSARH, Zhang et al., manuscript 2024", evidence="paper")
+@register("outer", "dsarh", paper="DSARH, Zhang et al., manuscript 2024", evidence="paper", state="measured")
 @dataclass(frozen=True)
 class DSARHOuter:
     """DSARH: L = (1 - lam) L_sim(x) + lam L_sim(x') + quantisation(x), with whatever objective is trained.

@@ -23,7 +23,7 @@ def _agreement(outputs: Outputs, codes: Tensor) -> Tensor:
     return torch.stack([(output.relaxed() * codes).mean() for output in outputs.values()]).mean()
 
 
-@register("outer", "pgd-at")
+@register("outer", "pgd-at", state="measured")
 @dataclass(frozen=True)
 class PlainAT:
     """Plain PGD adversarial training (control D0): the hashing objective on clean and on attacked outputs.
@@ -38,7 +38,7 @@ class PlainAT:
         return {**_original(turn), **{f"robust/{name}": self.adversarial * value for name, value in robust.items()}}
 
 
-@register("outer", "cgat", paper="CgAT, WWW 2023", evidence="paper+code")
+@register("outer", "cgat", paper="CgAT, WWW 2023", evidence="paper+code", state="measured")
 @dataclass(frozen=True)
 class CgATOuter:
     """CgAT: L = L_ori(x) - adversarial * (1/K) b_c . h(x'), b_c the center code."""
@@ -49,7 +49,7 @@ class CgATOuter:
         return {**_original(turn), "adversarial": -self.adversarial * _agreement(turn.robust, turn.guidance.codes)}
 
 
-@register("outer", "saat", paper="SAAT, TIFS 2023", evidence="paper+code")
+@register("outer", "saat", paper="SAAT, TIFS 2023", evidence="paper+code", state="measured")
 @dataclass(frozen=True)
 class SAATOuter:
     """SAAT: L = L_ori(x) - adversarial * (1/K) b_m . h(x') + quantisation * mean (h(x') - sgn h(x'))^2.

@@ -55,7 +55,7 @@ def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
     return softplus(-real.float()).mean() + softplus(fake.float()).mean()
 
 
-@register("recipe", "regenerate", paper="DRFGD, AAAI 2026", evidence="paper")
+@register("recipe", "regenerate", paper="DRFGD, AAAI 2026", evidence="paper", state="measured")
 class Regenerate(Recipe):
     """DRFGD: the hasher stays as it is, bit for bit; its purifiers learn, each against an attack on the bare hasher.
 

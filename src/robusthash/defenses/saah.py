@@ -41,7 +41,7 @@ def spectral_stability(change: Tensor, gate: Tensor, reduction: Reduction = "blo
     return by_block.mean() if reduction == "block" else by_block.sum() / change.numel()
 
 
-@register("outer", "saah", paper="SAAH, SIGIR 2026", evidence="paper")
+@register("outer", "saah", paper="SAAH, SIGIR 2026", evidence="paper", state="measured")
 @dataclass(frozen=True)
 class SAAHOuter:
     """SAAH: L = L_hash(P(x)) + L_hash(P(x')) + stability * L_stab + retention * R_bound (Eq. 11-13).

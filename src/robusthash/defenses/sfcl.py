@@ -99,7 +99,7 @@ def wrong_labels(probabilities: Tensor, labels: Tensor) -> Tensor:
     return torch.where(taken.any(1, keepdim=True), taken, likeliest).to(labels.dtype)
 
 
-@register("outer", "sfcl", paper="SFCL, ICMR 2026", evidence="paper")
+@register("outer", "sfcl", paper="SFCL, ICMR 2026", evidence="paper", state="measured")
 class SFCLOuter(nn.Module):
     """SFCL: L = w (complementary * L_comp + auxiliary * L_aux) + semantic * L_sem, w the warm-up factor.
 

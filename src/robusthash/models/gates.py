@@ -73,7 +73,7 @@ class GlobalLogits(nn.Module):
         return self.bias.expand(*sizes.shape[:2], *sizes.shape[3:])
 
 
-@register("purifier", "spectral-gate", paper="SAAH, SIGIR 2026", evidence="paper", modality="image")
+@register("purifier", "spectral-gate", paper="SAAH, SIGIR 2026", evidence="paper", modality="image", state="measured")
 class SpectralGate(Purifier):
     """P(x) = IDCT(z * m), z = DCT(x) by blocks, m = m_min + (1 - m_min) sigmoid(g(|z|) / tau) (SAAH, Eq. 5-7).
 

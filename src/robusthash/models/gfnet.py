@@ -122,7 +122,14 @@ class GFNet(nn.Module):
         return self.norm(self.blocks(tokens)).mean(1)
 
 
-@register("image-encoder", "gfnet", paper="Rao et al., NeurIPS 2021", evidence="paper+code", modality="image")
+@register(
+    "image-encoder",
+    "gfnet",
+    paper="Rao et al., NeurIPS 2021",
+    evidence="paper+code",
+    modality="image",
+    state="measured",
+)
 def gfnet(
     size: int = 224,
     patch: int = 16,

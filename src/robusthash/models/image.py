@@ -49,7 +49,7 @@ def _block(inputs: int, outputs: int) -> list[nn.Module]:
     return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
-@register("image-encoder", "small", modality="image")
+@register("image-encoder", "small", modality="image", state="measured")
 def small(width: int = 32, grid: int = 2) -> ImageEncoder:
     """Four convolutions for 16-64 px that train on a CPU in minutes; ``width`` channels, doubled twice.
 

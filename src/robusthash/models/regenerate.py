@@ -81,7 +81,7 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     )
 
 
-@register("purifier", "drfgd-image", paper="DRFGD, AAAI 2026", evidence="paper", modality="image")
+@register("purifier", "drfgd-image", paper="DRFGD, AAAI 2026", evidence="paper", modality="image", state="measured")
 class ImageRegenerator(Regenerator):
     """A residual U-Net over images (B, 3, H, W) in [0, 1], any H and W of at least 8.
 
@@ -139,7 +139,7 @@ class ImageRegenerator(Regenerator):
         return self.robust(deep).abs().mean(1), self.fragile(deep).abs().mean(1)
 
 
-@register("purifier", "drfgd-text", paper="DRFGD, AAAI 2026", evidence="paper", modality="text")
+@register("purifier", "drfgd-text", paper="DRFGD, AAAI 2026", evidence="paper", modality="text", state="measured")
 class TextRegenerator(Regenerator):
     """The same over bags of words (B, V) in [0, 1], of fully connected residual layers.
 

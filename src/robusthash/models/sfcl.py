@@ -64,7 +64,7 @@ class Exchange(nn.Module):
         return features + self.gamma * torch.sigmoid(self.linear(others))
 
 
-@register("image-encoder", "sfcl", paper="SFCL, ICMR 2026", evidence="paper", modality="image")
+@register("image-encoder", "sfcl", paper="SFCL, ICMR 2026", evidence="paper", modality="image", state="measured")
 class SFCLEncoder(nn.Module):
     """Spatial and frequency features, separated by masks (SFRG) and fused (RAFF); D = ``width``.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from robusthash.core.registry import register
 
 
-@register("text-encoder", "mlp", paper="DCMH, CVPR 2017", evidence="paper+code", modality="text")
+@register("text-encoder", "mlp", paper="DCMH, CVPR 2017", evidence="paper+code", modality="text", state="measured")
 class TextMLP(nn.Module):
     """Fully connected layers with ReLU on a bag of words; the last width is D.
 

@@ -93,7 +93,7 @@ def discrete_update(codes: Tensor, outputs: Tensor, rows: Tensor, sums: Tensor, 
     return v.to(codes.dtype)
 
 
-@register("objective", "adsh", paper="Jiang and Li, AAAI 2018", evidence="paper+code")
+@register("objective", "adsh", paper="Jiang and Li, AAAI 2018", evidence="paper+code", state="measured")
 class ADSH(HashObjective):
     """ADSH: regress inner products with the database codes V, and stay near the own row of V.
 

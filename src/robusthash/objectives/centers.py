@@ -42,7 +42,7 @@ def hadamard_centers(classes: int, bits: int, draws: Draws) -> Tensor:
     return best
 
 
-@register("objective", "csq", paper="Yuan et al., CVPR 2020", evidence="paper+code")
+@register("objective", "csq", paper="Yuan et al., CVPR 2020", evidence="paper+code", state="measured")
 class CSQ(HashObjective):
     """CSQ: central similarity; each code towards the center of its class.
 

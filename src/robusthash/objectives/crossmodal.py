@@ -78,7 +78,7 @@ class PairLikelihood(CrossModalObjective):
         return (weight * (softplus(theta) - similar * theta)).mean(1)
 
 
-@register("objective", "dcmh", paper="Jiang & Li, CVPR 2017", evidence="paper+code")
+@register("objective", "dcmh", paper="Jiang & Li, CVPR 2017", evidence="paper+code", state="measured")
 class DCMH(PairLikelihood):
     """DCMH: maximum likelihood of similarity between image codes F and text codes G, with one joint code B.
 

@@ -14,7 +14,7 @@ from robusthash.objectives.memory import CodeMemory
 from robusthash.objectives.pairwise import DPSH
 
 
-@register("objective", "dsarh", paper="DSARH, Zhang et al., manuscript 2024", evidence="paper")
+@register("objective", "dsarh", paper="DSARH, Zhang et al., manuscript 2024", evidence="paper", state="measured")
 class DSARHObjective(DPSH):
     """DSARH's clean loss: asymmetric pair likelihood within and between modalities, and quantisation.
 

@@ -29,7 +29,7 @@ class DPH(HashObjective):
         return torch.zeros(len(output.code), device=output.code.device)
 
 
-@register("objective", "dpsh", paper="Li et al., IJCAI 2016", evidence="paper+code")
+@register("objective", "dpsh", paper="Li et al., IJCAI 2016", evidence="paper+code", state="measured")
 class DPSH(HashObjective):
     """DPSH: maximum likelihood of pairwise similarity with Omega = half the inner product of codes.
 

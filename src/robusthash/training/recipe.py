@@ -96,7 +96,7 @@ def fill_memory(memory: CodeMemory, hasher: Hasher, split: Split, batch_size: in
             memory.update(hasher(batch.inputs), batch)
 
 
-@register("recipe", "hashing")
+@register("recipe", "hashing", state="measured")
 class HashingRecipe(Recipe):
     """Train a hasher on its objective, undefended."""
 
