@@ -309,7 +309,8 @@ def list_command(
 ) -> None:
     """Everything that can be named in a recipe, with its paper, its evidence label and its state.
 
-    Evidence: paper+code, paper, reconstruction, own or library. State: measured (on real data, in the documents) or tested.
+    Evidence: paper+code, paper, reconstruction, own or library.
+    State: measured (on real data, in the documents) or tested.
     """
     from robusthash.apps.catalogue import everything
     from robusthash.core.registry import nearest
