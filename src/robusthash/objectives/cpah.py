@@ -11,7 +11,7 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
 from robusthash.objectives.base import TrainFacts
 from robusthash.objectives.critics import FAKE, REAL, Critic, critic_loss, deceive, one_width, seeded_linear
-from robusthash.objectives.crossmodal import PairLikelihood
+from robusthash.objectives.crossmodal import CrossLikelihood
 from robusthash.objectives.memory import CodeMemory
 
 PRIVATE_OF_IMAGE, COMMON, PRIVATE_OF_TEXT = range(3)
@@ -19,7 +19,7 @@ PRIVATE_OF_IMAGE, COMMON, PRIVATE_OF_TEXT = range(3)
 
 
 @register("objective", "cpah", paper="Xie et al., IEEE TIP 2020", evidence="reconstruction")
-class CPAH(PairLikelihood):
+class CPAH(CrossLikelihood):
     """CPAH: consistency-preserving adversarial hashing, for hashers whose encoders are ``cpah``.
 
     L = NLL(h_i . U_j / 2, S) + beta mean (B - h)^2 + alpha (L_cons + L_cls) + adversarial * -log sigma(D(f_c text)),
@@ -33,7 +33,7 @@ class CPAH(PairLikelihood):
         adversarial: weight of the adversarial term.
         penalty: weight of the gradient penalty.
         hidden: hidden width of critic and consistency classifier, 64 in that code.
-        balance: weight similar pairs, see ``PairLikelihood``. Off in the paper.
+        balance: weight similar pairs, see ``CrossLikelihood``. Off in the paper.
 
     Raises:
         ValueError: at ``setup``, feature widths that differ; in training, encoders without a private part.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from robusthash.core.hamming import sign
-from robusthash.core.labels import relevant
 from robusthash.core.registry import register
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
-from robusthash.objectives.base import HashObjective, TrainFacts, quantisation
+from robusthash.objectives.base import HashObjective, quantisation
 from robusthash.objectives.memory import CodeMemory
+from robusthash.objectives.pairwise import PairLikelihood
 
 
 class CrossModalObjective(HashObjective):
@@ -28,8 +27,8 @@ class CrossModalObjective(HashObjective):
 
     intra: ClassVar[bool] = False
 
-    def __init__(self, gamma: float) -> None:
-        super().__init__()
+    def __init__(self, gamma: float, **pairs: Any) -> None:
+        super().__init__(**pairs)  # of the class beside it, where an objective has two
         self.gamma = gamma
 
     def joint(self, memory: CodeMemory, batch: Batch) -> Tensor:
@@ -47,39 +46,15 @@ class CrossModalObjective(HashObjective):
         return {**super().forward(outputs, batch, memory), "regularisation": self.gamma * torch.stack(distances).mean()}
 
 
-class PairLikelihood(CrossModalObjective):
-    """Minus the log-likelihood of pairwise similarity across modalities: mean_j w_ij [softplus(Theta) - S Theta].
-
-    Theta_ij = h_i . U_j / 2.
-
-    Args:
-        gamma: weight of the quantisation term.
-        balance: weight similar pairs by #dissimilar / #similar of the training set (ours), which single-label data
-            need: with one similar pair in twenty, codes learn first of all to differ.
-    """
-
-    similar_weight: Tensor
+class CrossLikelihood(CrossModalObjective, PairLikelihood):
+    """The pair likelihood across modalities."""
 
     def __init__(self, gamma: float, balance: bool) -> None:
-        super().__init__(gamma)
-        self.balance = balance
-        self.register_buffer("similar_weight", torch.ones(()))
-
-    def setup(self, facts: TrainFacts) -> None:
-        if self.balance:
-            if not 0.0 < facts.share_similar < 1.0:
-                raise ValueError(f"cannot balance pairs: a share of {facts.share_similar:g} of them is similar")
-            self.similar_weight.fill_((1.0 - facts.share_similar) / facts.share_similar)
-
-    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
-        theta = output.code @ codes.T / 2
-        similar = relevant(labels, code_labels).float()
-        weight = 1.0 + (self.similar_weight - 1.0) * similar
-        return (weight * (softplus(theta) - similar * theta)).mean(1)
+        super().__init__(gamma, balance=balance)
 
 
 @register("objective", "dcmh", paper="Jiang & Li, CVPR 2017", evidence="paper+code", state="measured")
-class DCMH(PairLikelihood):
+class DCMH(CrossLikelihood):
     """DCMH: maximum likelihood of similarity between image codes F and text codes G, with one joint code B.
 
     L = mean_ij [softplus(Theta_ij) - S_ij Theta_ij] + gamma mean (B - h)^2 + eta mean_k (mean_i h_ik)^2,

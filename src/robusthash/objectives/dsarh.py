@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from robusthash.core.hamming import sign
-from robusthash.core.labels import relevant
 from robusthash.core.registry import register
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
 from robusthash.objectives.memory import CodeMemory
@@ -38,14 +36,7 @@ class DSARHObjective(DPSH):
         self.beta = beta
 
     def losses(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
-        """(B, M) weighted negative log-likelihood of each pair."""
-        similar = relevant(labels, code_labels).float()
-        theta = output.code @ sign(codes).T / 2
-        weight = 1.0 + (self.similar_weight - 1.0) * similar
-        return weight * (softplus(theta) - similar * theta)
-
-    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
-        return self.losses(output, labels, codes, code_labels).mean(1)
+        return super().losses(output, labels, sign(codes), code_labels)
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
         labels, bank_labels = batch.labels, memory.labels

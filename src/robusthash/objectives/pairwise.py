@@ -29,25 +29,18 @@ class DPH(HashObjective):
         return torch.zeros(len(output.code), device=output.code.device)
 
 
-@register("objective", "dpsh", paper="Li et al., IJCAI 2016", evidence="paper+code", state="measured")
-class DPSH(HashObjective):
-    """DPSH: maximum likelihood of pairwise similarity with Omega = half the inner product of codes.
-
-    L = mean_ij w_ij [softplus(Omega_ij) - S_ij Omega_ij] + eta * mean (sgn h - h)^2, Omega_ij = h_i . U_j / 2.
+class PairLikelihood(HashObjective):
+    """Minus the log-likelihood of pairwise similarity: w_ij [softplus(T_ij) - S_ij T_ij], T_ij = h_i . U_j / 2.
 
     Args:
-        eta: weight of the quantisation term in mean form (ours: 0.1; published codes: 0.15-0.32 by the same measure).
-        balance: weight similar pairs by #dissimilar / #similar of the training set, which single-label data need.
-            Off in the paper.
-
-    Differs: h is tanh of the logits (the original feeds the unbounded output); the sums are means.
+        balance: weight similar pairs by #dissimilar / #similar of the training set, which single-label data need: with
+            one similar pair in ten or twenty, codes learn first of all to differ. Off in the papers.
     """
 
     similar_weight: Tensor
 
-    def __init__(self, eta: float = 0.1, balance: bool = False) -> None:
+    def __init__(self, balance: bool) -> None:
         super().__init__()
-        self.eta = eta
         self.balance = balance
         self.register_buffer("similar_weight", torch.ones(()))
 
@@ -57,11 +50,33 @@ class DPSH(HashObjective):
                 raise ValueError(f"cannot balance pairs: a share of {facts.share_similar:g} of them is similar")
             self.similar_weight.fill_((1.0 - facts.share_similar) / facts.share_similar)
 
-    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
+    def losses(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
+        """(B, M) loss of each pair of an item with a reference."""
         similar = relevant(labels, code_labels).float()
-        omega = output.code @ codes.T / 2
+        theta = output.code @ codes.T / 2
         weight = 1.0 + (self.similar_weight - 1.0) * similar
-        return (weight * (softplus(omega) - similar * omega)).mean(1)
+        return weight * (softplus(theta) - similar * theta)
+
+    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
+        return self.losses(output, labels, codes, code_labels).mean(1)
+
+
+@register("objective", "dpsh", paper="Li et al., IJCAI 2016", evidence="paper+code", state="measured")
+class DPSH(PairLikelihood):
+    """DPSH: maximum likelihood of pairwise similarity with Omega = half the inner product of codes.
+
+    L = mean_ij w_ij [softplus(Omega_ij) - S_ij Omega_ij] + eta * mean (sgn h - h)^2, Omega_ij = h_i . U_j / 2.
+
+    Args:
+        eta: weight of the quantisation term in mean form (ours: 0.1; published codes: 0.15-0.32 by the same measure).
+        balance: see ``PairLikelihood``.
+
+    Differs: h is tanh of the logits (the original feeds the unbounded output); the sums are means.
+    """
+
+    def __init__(self, eta: float = 0.1, balance: bool = False) -> None:
+        super().__init__(balance)
+        self.eta = eta
 
     def regularisation(self, output: HashOutput) -> Tensor:
         return self.eta * quantisation(output)
