@@ -90,3 +90,19 @@ def test_a_checkpoint_of_other_modalities_is_refused(tmp_path: Path) -> None:
     child["training"] = {**RAW["training"], "init_from": str(parent.path)}
     with pytest.raises(ConfigError, match=r"has \['image'\], but .* encodes \['image', 'text'\]"):
         train(make_config(child), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"directions": ["I2I", "I2T"]}, r"directions holds I2T, and .* does not encode 'text'"),
+        ({"oblivious": ["mainstay"]}, r"evaluation.oblivious overlooks a purifier, and .* has none"),
+        ({"relevance": ["own", "class"]}, r"no labels 'class' beside its own"),
+    ],
+)
+def test_an_impossible_evaluation_is_refused_before_any_attack(asked: dict, said: str, tmp_path: Path) -> None:
+    hasher = {"bits": 8, "image": RAW["hasher"]["image"]}
+    run = train(make_config({**RAW, "hasher": hasher, "evaluation": {"attacks": ["mainstay"], **asked}}), tmp_path)
+    with pytest.raises(ValueError, match=said):
+        evaluate(run)
+    assert not (run.path / "attacks").exists()

@@ -209,11 +209,12 @@ def evaluate(
     if run.config.runtime.threads:
         torch.set_num_threads(run.config.runtime.threads)
     victim, objective = load_victim(run)
+    _check_evaluation(run, victim)
     data = read_data(run.config, shown)
+    by_relevance = {name: data if name == "own" else data.by(name) for name in section.relevance}
     chosen = _chosen(run, attacks)
     results: dict[str, EvalResult] = {}
-    for relevance in section.relevance:
-        relevant = data if relevance == "own" else data.by(relevance)
+    for relevance, relevant in by_relevance.items():
         for direction in section.directions or (None,):
             bench = _bench(run, victim, relevant, shown, direction)
             found = _evaluate_bench(run, bench, objective, chosen, shown)
@@ -223,6 +224,26 @@ def evaluate(
     save_results(run.path / "metrics.json", list(results.values()))
     save_branches(run.path, victim, data.query)
     return results
+
+
+def _check_evaluation(run: Run, victim: Hasher) -> None:
+    """What the evaluation section asks of the victim, before any query is attacked.
+
+    Raises:
+        ConfigError: a direction of a modality that it does not encode, or an attack that overlooks a purifier it lacks.
+    """
+    section = run.config.evaluation
+    for direction in section.directions or ():
+        if missing := [m for m in (_MODALITY[direction[0]], _MODALITY[direction[-1]]) if m not in victim.modalities]:
+            raise ConfigError(
+                f"evaluation.directions holds {direction}, and {run.path} does not encode {missing[0]!r}: "
+                f"it has {list(victim.modalities)}"
+            )
+    for name in ("oblivious", "identity"):
+        if getattr(section, name) and not victim.purifiers:
+            raise ConfigError(
+                f"evaluation.{name} overlooks a purifier, and {run.path} has none; use evaluation.attacks"
+            )
 
 
 Chosen = dict[str, tuple[View, dict[str, Any]]]
