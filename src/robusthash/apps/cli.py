@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from robusthash.apps import cli_index
+from robusthash.apps.terminal import AsJson, console, escape, print_json, print_table, progress_bars
 from robusthash.version import __version__
 
 if TYPE_CHECKING:
@@ -28,17 +26,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-index_app = typer.Typer(help="Build and search an index of binary codes.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at data sets before training on them.", no_args_is_help=True)
-app.add_typer(index_app, name="index")
+app.add_typer(cli_index.app, name="index")
 app.add_typer(data_app, name="data")
-console = Console(stderr=True)
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).")]
 RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override by path, e.g. training.epochs=2. Repeatable.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 
 
 def main() -> None:
@@ -48,7 +43,7 @@ def main() -> None:
         app()
     except (ValueError, KeyError, OSError, ImportError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        console.print(f"[bold red]error:[/] {_escape(str(text))}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(text))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -57,39 +52,6 @@ def main() -> None:
 def _stopped(signum: int, frame: FrameType | None) -> None:
     console.print("stopped; the same command goes on from the last checkpoint")
     sys.exit(130)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar per text; drawn on stderr, and only where someone looks."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def shown(done: int, total: int, text: str) -> None:
-            key = text.partition(" ")[0] if text.startswith("epoch") else text
-            if key not in tasks:
-                tasks[key] = bars.add_task(text, total=total)
-            bars.update(tasks[key], completed=done, total=total, description=text)
-
-        yield shown
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True, allow_nan=False, default=str) + "\n")
-
-
-def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else _escape(str(value)) for value in row))
-    console.print(table)
 
 
 def _config(recipe: Path, sets: list[str] | None) -> Config:
@@ -114,12 +76,12 @@ def demo(
     """The whole story on real photographs: a search that works, broken, hardened, measured. A few minutes."""
     from robusthash.apps.demo import run_demo, summary_rows
 
-    with _progress() as shown:
+    with progress_bars() as shown:
         summary = run_demo(out, shown, seed=seed)
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
-    _table("MAP on photos, attacks at 8/255", *summary_rows(summary))
+    print_table("MAP on photos, attacks at 8/255", *summary_rows(summary))
     console.print(f"report: {out / 'report.html'}")
 
 
@@ -128,7 +90,7 @@ def run_command(recipe: Recipe, sets: Sets = None, runs: Runs = Path("runs"), as
     """Train, evaluate and report one recipe; goes on where it was stopped, and skips what is done."""
     from robusthash.apps.stages import run_all
 
-    with _progress() as shown:
+    with progress_bars() as shown:
         run = run_all(_config(recipe, sets), runs, shown, recipe.parent)
     _show_results(run.path, as_json)
 
@@ -138,14 +100,14 @@ def train(recipe: Recipe, sets: Sets = None, runs: Runs = Path("runs"), as_json:
     """Train the model of a recipe, or go on from its last checkpoint."""
     from robusthash.apps import stages
 
-    with _progress() as shown:
+    with progress_bars() as shown:
         run = stages.train(_config(recipe, sets), runs, shown, recipe.parent)
     card = run.card()
     if as_json:
-        _print_json({"run": str(run.path), **card})
+        print_json({"run": str(run.path), **card})
         return
     last = {name: value for name, value in card["last"].items() if isinstance(value, float)}
-    _table(
+    print_table(
         f"{card['name']}: {card['bits']} bits, {card['epochs']} epochs",
         ["last epoch", "value"],
         list(map(list, last.items())),
@@ -159,10 +121,10 @@ def encode(run: RunPath, as_json: AsJson = False) -> None:
     from robusthash.apps import stages
     from robusthash.apps.runs import load_run
 
-    with _progress() as shown:
+    with progress_bars() as shown:
         written = stages.encode(load_run(run), shown)
     if as_json:
-        _print_json({name: str(path) for name, path in written.items()})
+        print_json({name: str(path) for name, path in written.items()})
         return
     for path in written.values():
         sys.stdout.write(f"{path}\n")
@@ -184,7 +146,7 @@ def evaluate(
     from robusthash.apps.runs import load_run
 
     chosen = [numbers(yaml.safe_load(text)) for text in attack or ()] or None
-    with _progress() as shown:
+    with progress_bars() as shown:
         stages.evaluate(load_run(run), shown, chosen)
     _show_results(run, as_json)
 
@@ -203,10 +165,10 @@ def attack_command(
     from robusthash.apps.config import numbers
     from robusthash.apps.runs import load_run
 
-    with _progress() as shown:
+    with progress_bars() as shown:
         result = stages.attack_to_file(load_run(run), numbers(yaml.safe_load(name)), out, shown)
     if as_json:
-        _print_json({"out": str(out), **_plain(result)})
+        print_json({"out": str(out), **_plain(result)})
         return
     _show_table({result.setting.attacks[0]: result})
     sys.stdout.write(f"{out}\n")
@@ -229,9 +191,9 @@ def score(
 
     result = score_codes(read_codes(query), read_codes(database), protocol)
     if as_json:
-        _print_json(_plain(result))
+        print_json(_plain(result))
         return
-    _table(
+    print_table(
         f"{protocol}: {result.setting.queries} against {result.setting.database}",
         ["measure", "value", "95 % interval"],
         [
@@ -239,7 +201,7 @@ def score(
             for n, v in result.values.items()
         ],
     )
-    _table("reference", ["", "value"], [[n, v] for n, v in result.reference.items()])
+    print_table("reference", ["", "value"], [[n, v] for n, v in result.reference.items()])
     for note in result.notes:
         console.print(note)
 
@@ -260,9 +222,9 @@ def compare(
 
     differences = compare_results(_result(first, result), _result(second, result))
     if as_json:
-        _print_json({name: asdict(difference) for name, difference in differences.items()})
+        print_json({name: asdict(difference) for name, difference in differences.items()})
         return
-    _table(
+    print_table(
         f"{result}: {first} minus {second}",
         ["measure", "difference", "95 % interval", "p (Holm)", "queries"],
         [[n, d.mean, "{:+.4f} .. {:+.4f}".format(*d.interval), d.p_holm, d.queries] for n, d in differences.items()],
@@ -284,7 +246,7 @@ def table(
 
     rows = make_rows(paths)
     if as_json:
-        _print_json([asdict(row) for row in rows])
+        print_json([asdict(row) for row in rows])
         return
     sys.stdout.write(markdown(rows, column) + "\n")
 
@@ -297,7 +259,7 @@ def report(run: RunPath, as_json: AsJson = False) -> None:
 
     path = write_report(load_run(run))
     if as_json:
-        _print_json({"report": str(path)})
+        print_json({"report": str(path)})
         return
     sys.stdout.write(f"{path}\n")
 
@@ -322,14 +284,14 @@ def list_command(
     chosen = [card for card in cards if kind in (None, card.kind)]
     if as_json:
         fields = ("kind", "name", "paper", "evidence", "state", "modality", "supervised", "targeted", "summary")
-        _print_json([{field: getattr(card, field) for field in fields} for card in chosen])
+        print_json([{field: getattr(card, field) for field in fields} for card in chosen])
         return
     rows = [[f"{card.kind} {card.name}", card.evidence, card.state, card.paper, card.summary] for card in chosen]
     table = Table()
     for column in ("name", "evidence", "state", "paper", "what it is"):
         table.add_column(column, justify="left")
     for row in rows:
-        table.add_row(*map(_escape, row))
+        table.add_row(*map(escape, row))
     console.print(table)
 
 
@@ -348,10 +310,10 @@ def data_check(
     data: RetrievalData = build("data", numbers(yaml.safe_load(name)))
     described = data.describe()
     if as_json:
-        _print_json(described)
+        print_json(described)
         return
     rows = [[split, len(part), part.fingerprint()] for split, part in data.splits.items()]
-    _table(
+    print_table(
         f"{data.name}: {len(data.label_names)} labels, modalities {', '.join(data.modalities)}",
         ["split", "items", "fingerprint"],
         rows,
@@ -359,97 +321,6 @@ def data_check(
     console.print(f"training items in the database: {data.train_in_database}")
     if data.note:
         console.print(data.note)
-
-
-Index = Annotated[Path, typer.Argument(help="Directory of the index.")]
-
-
-@index_app.command("build")
-def index_build(
-    directory: Index,
-    run: Annotated[
-        Path, typer.Option(help="Trained run whose database split is indexed, or whose hasher encodes --images.")
-    ],
-    images: Annotated[
-        Path | None, typer.Option(help="Index this folder of images instead of the run's database.")
-    ] = None,
-    engine: Annotated[str, typer.Option(help="faiss (exact), numpy (exact, slow), faiss-ivf (approximate).")] = "faiss",
-    as_json: AsJson = False,
-) -> None:
-    """Make an index of a run's database split, or of a folder of images encoded by the run's hasher."""
-    from robusthash.apps import indexing
-
-    with _progress() as shown:
-        info = indexing.build_index(directory, run, images, engine, shown)
-    _show_info(info, as_json)
-
-
-@index_app.command("add")
-def index_add(
-    directory: Index,
-    images: Annotated[Path, typer.Argument(help="Image file or folder of images.")],
-    run: Annotated[Path, typer.Option(help="The run that made the index's codes.")],
-    as_json: AsJson = False,
-) -> None:
-    """Add images to an index; acknowledged only once they are safe on disk."""
-    from robusthash.apps import indexing
-
-    with _progress() as shown:
-        info = indexing.add_images(directory, images, run, shown)
-    _show_info(info, as_json)
-
-
-@index_app.command("search")
-def index_search(
-    directory: Index,
-    image: Annotated[Path, typer.Argument(help="Image file to search with.")],
-    run: Annotated[Path, typer.Option(help="The run that made the index's codes.")],
-    k: Annotated[int, typer.Option(min=1, max=10_000, help="How many results.")] = 10,
-    where: Annotated[str | None, typer.Option(help="Filter by payload, as YAML: '{label: cat}'.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Search an index by image file."""
-    from robusthash.apps import indexing
-
-    hits = indexing.search_image(directory, image, run, k, where)
-    if as_json:
-        _print_json(hits)
-        return
-    rows = [[hit["id"], hit["distance"], json.dumps(hit["payload"])] for hit in hits]
-    _table(f"nearest to {image}", ["id", "distance", "payload"], rows)
-
-
-@index_app.command("remove")
-def index_remove(
-    directory: Index, ids: Annotated[list[int], typer.Argument(help="Ids to remove.")], as_json: AsJson = False
-) -> None:
-    """Remove items by id."""
-    from robusthash.index import open_index
-
-    with open_index(f"file:{directory}", create=False) as index:
-        removed = index.remove(ids)
-        left = index.count()
-    if as_json:
-        _print_json({"removed": removed, "items": left})
-        return
-    console.print(f"removed {removed} of {len(ids)}, {left} left")
-
-
-@index_app.command("info")
-def index_info(directory: Index, as_json: AsJson = False) -> None:
-    """Bits, items, engine and origin of an index."""
-    from robusthash.index import open_index
-
-    with open_index(f"file:{directory}", create=False) as index:
-        info = dict(index.info())
-    _show_info(info, as_json)
-
-
-def _show_info(info: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(info)
-        return
-    _table("index", ["", "value"], [[name, str(value)] for name, value in info.items()])
 
 
 def _results(run: Path) -> dict[str, EvalResult]:
@@ -485,7 +356,7 @@ def _plain(result: EvalResult) -> dict[str, Any]:
 def _show_results(run: Path, as_json: bool) -> None:
     results = _results(run)
     if as_json:
-        _print_json({"run": str(run), "results": {name: _plain(result) for name, result in results.items()}})
+        print_json({"run": str(run), "results": {name: _plain(result) for name, result in results.items()}})
         return
     _show_table(results)
     sys.stdout.write(f"{run}\n")
@@ -509,7 +380,7 @@ def _show_table(results: Mapping[str, EvalResult]) -> None:
                 f"{result.reference.get('chance', float('nan')):.4f}",
             ]
         )
-    _table("results", ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
+    print_table("results", ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
 
 
 if __name__ == "__main__":
