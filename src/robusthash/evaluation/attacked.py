@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Attack
+from robusthash.attacks.threat import Threat
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Batch, Goal, Guidance
+from robusthash.core.types import Batch, Goal, Guidance, Inputs
 from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.perceptibility import image_measures, pixel_norms, text_measures, vector_norms
 from robusthash.models.hasher import Hasher, frozen
@@ -32,7 +33,7 @@ class Attacked:
     eight_bit: Tensor  # (B, T, K) int8
     representative: Tensor  # (B, T, K) int8 signed guidance codes; (B, T, 0) where the attack has none
     pixels: dict[str, Tensor]  # (B, T) perceptibility by measure: of pixels, or of the entries of a text
-    passes: Tensor  # (B, 2) int64 forward and backward passes of the query, over all T
+    passes: Tensor  # (B, 3) int64 forward and backward passes and oracle questions of the query, over all T
     seconds: Tensor  # (B,) share of the block's time
     inputs: Tensor  # (B, ...) float32 attacked inputs of the first goal
 
@@ -57,47 +58,84 @@ class Attacked:
         return Attacked(pixels=pixels, **whole)
 
 
-def attack_block(bench: Bench, attack: Attack, block: int, gradients: Hasher | None = None) -> Attacked:
-    """Attack one block of queries.
+@dataclass(frozen=True)
+class Trial:
+    """What one search over a block of queries came back with, for one goal."""
 
-    The evaluator, not the attack, projects again, verifies the ball, and encodes in a fresh eval-mode pass.
+    inputs: Inputs  # attacked, by modality
+    representative: Tensor  # (B, K) int8 code it steered to; (B, 0) where it followed none
+    forward: int = 0  # passes of each query, and questions to an oracle
+    backward: int = 0
+    oracle: int = 0
+
+
+def attack_block(
+    bench: Bench,
+    attack: Attack,
+    block: int,
+    gradients: Hasher | None = None,
+    restart: int = 0,
+    start: Inputs | None = None,
+) -> Attacked:
+    """Attack one block of queries.
 
     Args:
         gradients: the model that the attack differentiates: the victim by default (adaptive white box); the bare hasher
             (oblivious), a surrogate (transfer), or a view of the victim with other gradients.
+        restart: keys the draws; each after the first starts at random in the budget, unless ``start`` is given.
+        start: feasible inputs to start from, such as the solution at a smaller budget.
     """
     batch = bench.batch(block, attack.threat.balls)
-    modality = bench.direction[0]
-    origin = batch.inputs[modality]
-    signs, eight_bit, representative, pixels = [], [], [], []
-    passes = torch.zeros(2, dtype=torch.int64)
-    first, started = origin, time.perf_counter()
-    for number, goal in enumerate(_goals(bench, attack, batch)):
+    started, trials = time.perf_counter(), []
+    for number, goal in enumerate(goals(bench, attack.targeted, batch)):
         draws = Draws(bench.seed, ("attack", str(number)))
+        if restart:
+            draws = draws.within("restart", restart)
+            origin = batch.only(attack.threat.balls).inputs
+            start = start or attack.threat.random_start(origin, batch.ids, draws)
         # one pair of image and text serves every direction, so no direction's AP may choose it
         chooses = attack.selects and goal.labels is not None and len(attack.threat.balls) == 1
         select = bench.select(goal.labels, goal.sign) if chooses and goal.labels is not None else None
-        output = attack(gradients or bench.victim, batch, goal, bench.known(attack), draws=draws, select=select)
-        attacked = attack.threat.project(output.batch.inputs, batch.inputs)
-        attack.threat.verify({**batch.inputs, **attacked}, batch.inputs)
+        known = bench.known(attack)
+        output = attack(gradients or bench.victim, batch, goal, known, draws=draws, select=select, start=start)
+        steered = _representative(output.guidance, goal.sign, len(batch))
+        trials.append(Trial(output.batch.inputs, steered, output.forward, output.backward))
+    return finish(bench, attack.threat, batch, trials, time.perf_counter() - started)
+
+
+def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], seconds: float) -> Attacked:
+    """What the evaluator, not the attack, does with attacked queries: whatever searched for them ends here.
+
+    It projects again, verifies the budget, and encodes in a fresh eval-mode pass, as found and in eight bits.
+
+    Args:
+        batch: the clean block.
+        trials: one for each goal, as ``goals`` orders them.
+        seconds: that the search took.
+    """
+    modality = bench.direction[0]
+    origin = batch.inputs[modality]
+    signs, eight_bit, pixels = [], [], []
+    first = origin
+    for number, trial in enumerate(trials):
+        attacked = threat.project(trial.inputs, batch.inputs)
+        threat.verify({**batch.inputs, **attacked}, batch.inputs)
         signs.append(_encode(bench.victim, modality, attacked[modality]))
         if modality == "image" and origin.ndim == 4:
             rounded = origin + ((attacked[modality] - origin) * 255).trunc() / 255
             eight_bit.append(_encode(bench.victim, modality, rounded))
         else:  # only pixels are stored in eight bits
             eight_bit.append(signs[-1])
-        representative.append(_representative(output.guidance, goal.sign, len(batch)))
         pixels.append(_changes(modality, origin.cpu(), attacked[modality].cpu()))
-        passes += torch.tensor([output.forward, output.backward])
         first = attacked[modality] if number == 0 else first
-    seconds = (time.perf_counter() - started) / len(batch)
+    passes = torch.tensor([[trial.forward, trial.backward, trial.oracle] for trial in trials]).sum(0, keepdim=True)
     return Attacked(
         torch.stack(signs, 1),
         torch.stack(eight_bit, 1),
-        torch.stack(representative, 1),
+        torch.stack([trial.representative for trial in trials], 1),
         {name: torch.stack([p[name] for p in pixels], 1) for name in pixels[0]},
         passes.repeat(len(batch), 1),
-        torch.full((len(batch),), seconds),
+        torch.full((len(batch),), seconds / len(batch)),
         first.cpu(),
     )
 
@@ -111,13 +149,13 @@ def _changes(modality: str, clean: Tensor, attacked: Tensor) -> dict[str, Tensor
     return (image_measures if min(clean.shape[-2:]) >= _SSIM_WINDOW else pixel_norms)(clean, attacked)
 
 
-def _goals(bench: Bench, attack: Attack, batch: Batch) -> list[Goal]:
+def goals(bench: Bench, targeted: bool, batch: Batch) -> list[Goal]:
     """Away from the own labels, or towards each target.
 
     A query without a possible target keeps its own labels as a stand-in, so that the batch stays whole; it is left out
     when scored.
     """
-    if not attack.targeted:
+    if not targeted:
         return [Goal(batch.labels, -1)]
     own = bench.query_labels.to(batch.ids.device)[batch.ids]
     targets = bench.targets.to(batch.ids.device)[batch.ids]

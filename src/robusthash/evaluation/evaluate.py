@@ -90,6 +90,7 @@ def score_attack(bench: Bench, attack: Attack, attacked: Attacked) -> EvalResult
     cost = Cost(
         forward=int(attacked.passes[:, 0].sum()),
         backward=int(attacked.passes[:, 1].sum()),
+        oracle=int(attacked.passes[:, 2:].sum()),
         seconds=float(attacked.seconds.sum()),
     )
     result = _score_targeted(bench, attacked) if attack.targeted else _score_untargeted(bench, attacked)
