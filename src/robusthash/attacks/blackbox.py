@@ -155,7 +155,7 @@ def _covered(shape: torch.Size, share: float, side: int, ids: Tensor, draws: Dra
     table = _two_bumps(side).to(ids.device)
     upright = draws.within("turn").uniform(ids, (1, 1)) < 0.5
     row, column = rows.clamp(0, side - 1)[:, :, None], columns.clamp(0, side - 1)[:, None, :]
-    bump = torch.where(upright[:, :, None], table[row, column], table[column, row])
+    bump = torch.where(upright, table[row, column], table[column, row])
     return inside[:, None], (bump * inside)[:, None]
 
 
@@ -320,7 +320,7 @@ class RandomPoints:
 @register("question-search", "greedy-words", modality="text")
 @dataclass(frozen=True)
 class GreedyWords:
-    """One word a round: many single insertions and removals are asked about, and the best is kept where it helps.
+    """One word a round: many single insertions and removals are asked about, the best is kept unless it harms.
 
     The questions are shared out evenly over the m rounds. Each round tries the removal of every word that the text
     holds, in random order, and then random insertions. Greedy, so a lower bound on what m edits can do.
@@ -337,7 +337,7 @@ class GreedyWords:
             tries = min(asking.left // (rounds - number), x.shape[1])
             order = draws.within("words", number).uniform(ids, (x.shape[1],)) - x.float()  # its own words first
             order = order.masked_fill(x != origin, 2.0)  # what is edited stays so
-            chosen, highest = x, value
+            chosen, highest = x, torch.full_like(value, -torch.inf)
             for column in order.argsort(dim=1, stable=True)[:, :tries].T:
                 flipped = x.clone()
                 flipped[rows, column] = 1.0 - flipped[rows, column]
@@ -345,4 +345,5 @@ class GreedyWords:
                 better = found > highest
                 highest = torch.where(better, found, highest)
                 chosen = torch.where(better[:, None], flipped, chosen)
-            x, value = chosen, highest
+            keep = highest >= value  # an edit that changes nothing may prepare the next one
+            x, value = torch.where(keep[:, None], chosen, x), torch.where(keep, highest, value)

@@ -245,5 +245,5 @@ def transfer(
 
 
 def customary_smoothing(images: Tensor) -> int:
-    """Width of the Gaussian for (B, C, H, W): 15 of 299 pixels as published, odd and at least 3; 0 for anything else."""
+    """Width of the Gaussian for (B, C, H, W): 15 of 299 pixels as published, odd, at least 3; 0 for anything else."""
     return max(3, 2 * math.floor(15 / 299 * images.shape[-1] / 2) + 1) if images.dim() == 4 else 0

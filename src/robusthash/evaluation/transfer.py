@@ -1,24 +1,190 @@
-"""The transfer matrix: every model attacked with what was found on every other."""
+"""Transfer: lines that search on surrogates alone, and the matrix of every model attacked from every other."""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from robusthash.attacks.base import Attack
+from robusthash.attacks.edits import GreedyFlips
+from robusthash.attacks.guides import Mainstay
+from robusthash.attacks.losses import ScaleFree
 from robusthash.attacks.threat import Threat
+from robusthash.attacks.transfer import Surrogate, TransferSteps, customary_smoothing, transfer
 from robusthash.core.profile import prepared_profile
-from robusthash.core.types import Codes
-from robusthash.evaluation.attacked import finish
-from robusthash.evaluation.bench import Bench, Progress, silent
-from robusthash.evaluation.blackbox import Transfer, make_surrogate, transfer_attack, usual_steps
+from robusthash.core.runtime import Draws, digest
+from robusthash.core.types import Batch, Codes, Inputs, Reference
+from robusthash.data.base import RetrievalData
+from robusthash.evaluation.attacked import Attacked, Trial, finish, goals
+from robusthash.evaluation.bench import Bench, Progress, encoding_batch, silent
 from robusthash.evaluation.evaluate import as_codes
+from robusthash.evaluation.lines import Kind
 from robusthash.evaluation.protocol import measure
+from robusthash.models.encode import encode_split
+from robusthash.models.hasher import Hasher
 
 ENSEMBLE = "ensemble of the others"
+
+
+def keyed(bench: Bench, name: str, restart: int) -> Draws:
+    """Draws of one line and restart; the first is the same whether or not others follow."""
+    return Draws(bench.seed, (name,)).within("restart", restart) if restart else Draws(bench.seed, (name,))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of all parameters and buffers by name: equal only for equal weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def make_surrogate(
+    name: str, hasher: Hasher, data: RetrievalData, direction: tuple[str, str] | None = None, batch_size: int = 250
+) -> Surrogate:
+    """A model as a stand-in for unknown victims on ``data``, with the codes that it gives the training split.
+
+    Args:
+        direction: (query modality, searched modality) of the victims; codes are of the searched one where the model
+            encodes it, else of the query's. The model's first modality by default.
+
+    Raises:
+        ValueError: a model that does not encode the query modality, or data without labels.
+    """
+    query, searched = direction or (hasher.modalities[0],) * 2
+    if query not in hasher.modalities:
+        raise ValueError(f"the surrogate {name!r} encodes {list(hasher.modalities)}, and the queries are {query!r}")
+    if data.train.labels is None:
+        raise ValueError(f"{data.name} has no training labels; a surrogate needs them to steer by")
+    modality = searched if searched in hasher.modalities else query
+    size = encoding_batch(batch_size)
+    codes = encode_split(hasher.for_database(), data.train, batch_size=size, modality=modality)[modality]
+    identity = digest([hasher.spec, weights_digest(hasher), modality, codes.packed.tolist(), data.train.fingerprint()])
+    reference = Reference({modality: codes.signs().float()}, data.train.labels).to(hasher.device)
+    return Surrogate(name, hasher, reference, identity)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Search on surrogates with their own reference codes (T); the victim only encodes what comes back.
+
+    Args:
+        attack: guide, loss and search, with a threat that knows ``T``; the mean score of the surrogates is ascended.
+        surrogates: at least one; their digests stand in ``settings``.
+
+    Raises:
+        ValueError: another knowledge, no surrogate, restarts of the attack itself.
+    """
+
+    name: str
+    attack: Attack
+    surrogates: tuple[Surrogate, ...]
+    restarts: int = 1
+    kind: Kind = "transfer"
+
+    def __post_init__(self) -> None:
+        if self.attack.threat.knowledge != "T":
+            raise ValueError(f"the line {self.name!r} knows surrogates alone: give its threat the knowledge 'T'")
+        if not self.surrogates:
+            raise ValueError(f"the line {self.name!r} needs at least one surrogate")
+        if self.attack.restarts != 1:
+            raise ValueError(f"the line {self.name!r} counts restarts itself; give its attack 1")
+
+    @property
+    def threat(self) -> Threat:
+        return self.attack.threat
+
+    @property
+    def targeted(self) -> bool:
+        return self.attack.targeted
+
+    def settings(self) -> dict[str, Any]:
+        attack = self.attack
+        parts = {"guide": repr(attack.guide), "loss": repr(attack.loss), "threat": asdict(attack.threat)}
+        surrogates = [surrogate.digest for surrogate in self.surrogates]
+        return {"attack": attack.name, "budget": attack.budget, "surrogates": surrogates, **parts}
+
+    def fitted(self, bench: Bench) -> Transfer:
+        """Itself; a surrogate that cannot be asked about this bench is refused here, before the first block."""
+        for surrogate in self.surrogates:
+            if missing := [name for name in self.threat.balls if name not in surrogate.hasher.modalities]:
+                raise ValueError(f"the surrogate {surrogate.name!r} does not encode {missing[0]!r}, which is attacked")
+            known = None if surrogate.reference is None else surrogate.reference.labels
+            if known is not None and known.shape[1] != bench.query_labels.shape[1]:
+                raise ValueError(
+                    f"the surrogate {surrogate.name!r} knows {known.shape[1]} labels and the queries have "
+                    f"{bench.query_labels.shape[1]}; train it on {bench.data.name}"
+                )
+        return self
+
+    def at(self, threat: Threat) -> Transfer:
+        return replace(self, attack=replace(self.attack, threat=replace(threat, knowledge="T")))
+
+    def run(self, bench: Bench, block: int, restart: int, start: Inputs | None = None) -> Attacked:
+        batch, began = bench.batch(block, self.threat.balls), time.perf_counter()
+        trials = self.searched(bench, batch, restart, start)
+        return finish(bench, self.threat, batch, trials, time.perf_counter() - began)
+
+    def searched(self, bench: Bench, batch: Batch, restart: int = 0, start: Inputs | None = None) -> list[Trial]:
+        """What the surrogates alone lead to; the bench gives goals and seed, its victim is not asked."""
+        trials = []
+        for number, goal in enumerate(goals(bench, self.targeted, batch)):
+            draws = keyed(bench, f"attack {number}", restart)
+            begin = start
+            if restart and start is None:
+                begin = self.threat.random_start(batch.only(self.threat.balls).inputs, batch.ids, draws)
+            found = transfer(self.attack, self.surrogates, batch, goal, draws=draws, start=begin)
+            nowhere = torch.empty(len(batch), 0, dtype=torch.int8)  # surrogates' codes mean nothing to the victim
+            trials.append(Trial(found.inputs, nowhere, found.forward, found.backward))
+        return trials
+
+
+def transfer_attack(threat: Threat, search: TransferSteps | GreedyFlips) -> Attack:
+    """Scale-free agreement with the mainstay code over each surrogate's own training codes."""
+    return Attack("transfer", Mainstay(), ScaleFree(), search, replace(threat, knowledge="T"))
+
+
+def transfer_lines(bench: Bench, surrogates: Sequence[Surrogate], threat: Threat, steps: int = 20) -> list[Transfer]:
+    """The customary transfer lines: each surrogate alone, and where there are several their ensemble, three ways.
+
+    Images: momentum, input diversity 0.5 and gradient smoothing throughout; of the ensemble also with Nesterov steps
+    over three scales, and with variance tuning by five neighbours. Other inputs: momentum. Bags of words: greedy flips.
+
+    Raises:
+        ValueError: no surrogate, or two of one name.
+    """
+    names = [surrogate.name for surrogate in surrogates]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"transfer needs surrogates of different names, got {names}")
+    everyone = tuple(surrogates)
+    usual = _usual_steps(bench, threat, steps)
+    lines = [Transfer(f"transfer {one.name}", transfer_attack(threat, usual), (one,)) for one in everyone]
+    if len(everyone) > 1:
+        lines.append(Transfer("transfer ensemble", transfer_attack(threat, usual), everyone))
+        if isinstance(usual, TransferSteps):
+            for name, search in (
+                ("transfer ensemble, scales", replace(usual, nesterov=True, scales=3)),
+                ("transfer ensemble, variance", replace(usual, variance=5)),
+            ):
+                lines.append(Transfer(name, transfer_attack(threat, search), everyone))
+    return lines
+
+
+def _usual_steps(bench: Bench, threat: Threat, steps: int) -> TransferSteps | GreedyFlips:
+    if threat.edits:
+        return GreedyFlips()
+    sizes = [customary_smoothing(value) for value in bench.batch(0, threat.balls).inputs.values()]
+    return TransferSteps(steps, diversity=0.5 if max(sizes) else 0.0, smoothing=max(sizes))
+
+
+# ---------------------------------------------------------------------------------------------- the matrix
 
 
 @dataclass(frozen=True)
@@ -56,7 +222,7 @@ def transfer_matrix(
         name: make_surrogate(name, bench.victim, bench.data, bench.direction, bench.batch_size)
         for name, bench in benches.items()
     }
-    attack = transfer_attack(threat, usual_steps(first, threat, steps))
+    attack = transfer_attack(threat, _usual_steps(first, threat, steps))
     lines = {name: Transfer(name, attack, (surrogates[name],)).fitted(first) for name in names}
     others = {
         name: Transfer(ENSEMBLE, attack, tuple(s for other, s in surrogates.items() if other != name))
