@@ -98,7 +98,8 @@ class Square:
         share: of the pixels that the first squares cover (0.8 as in AutoAttack; halved by the schedule).
 
     Differs: equal answers are accepted, because codes answer in steps and a plateau must be crossed; a draw that
-    would change nothing is negated; starts from the best of the clean point, a given start and the pattern.
+    would change nothing is negated; starts from the best of the clean point, a given start and the pattern; the squares
+    of ``l2`` are drawn for each query and need not be odd.
     """
 
     share: float = 0.8
