@@ -143,6 +143,27 @@ class Attack:
         """Search, steps, slope, restarts and knowledge, as results carry them."""
         return f"{self.search}, slope {self.slope}, starts {self.restarts}, {self.threat.knowledge}"
 
+    def aim(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> tuple[Score, Guidance]:
+        """What a search ascends on this victim, and the guidance behind it; the arguments are those of ``perturb``.
+
+        Raises:
+            ValueError: the batch lacks a modality that the threat attacks.
+        """
+        missing = [name for name in self.threat.balls if name not in batch.inputs]
+        if missing:
+            raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")
+        guidance = self.guide(victim, batch.only(self.threat.balls), goal, reference, draws.within(self.name, "guide"))
+
+        def score(inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
+            alpha = published_slope(progress) if self.slope == "published" else 1.0
+            outputs = victim(inputs)
+            value = goal.sign * self.loss(Probe(outputs, inputs, batch, goal, alpha, reference), guidance)
+            return value, next(iter(outputs.values())).logits
+
+        return score, guidance
+
     def perturb(
         self,
         victim: Hasher,
@@ -164,19 +185,9 @@ class Attack:
             select: the reported metric, where the attacker may compute it.
             start: feasible inputs to start from, e.g. the solution at a smaller eps.
         """
-        missing = [name for name in self.threat.balls if name not in batch.inputs]
-        if missing:
-            raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")
         with frozen(victim), torch.enable_grad():
+            score, guidance = self.aim(victim, batch, goal, reference, draws)
             attacked = batch.only(self.threat.balls)
-            guidance = self.guide(victim, attacked, goal, reference, draws.within(self.name, "guide"))
-
-            def score(inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
-                alpha = published_slope(progress) if self.slope == "published" else 1.0
-                outputs = victim(inputs)
-                value = goal.sign * self.loss(Probe(outputs, inputs, batch, goal, alpha, reference), guidance)
-                return value, next(iter(outputs.values())).logits
-
             found = self.search(score, batch, self.threat, draws.within(self.name, 0), select, start)
             for restart in range(1, self.restarts):
                 scope = draws.within(self.name, restart)

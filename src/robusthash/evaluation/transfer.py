@@ -1,0 +1,290 @@
+"""Transfer: lines that search on surrogates alone, and the matrix of every model attacked from every other."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robusthash.attacks.base import Attack
+from robusthash.attacks.edits import GreedyFlips
+from robusthash.attacks.guides import Mainstay
+from robusthash.attacks.losses import ScaleFree
+from robusthash.attacks.threat import Threat
+from robusthash.attacks.transfer import Surrogate, TransferSteps, customary_smoothing, transfer
+from robusthash.core.profile import prepared_profile
+from robusthash.core.runtime import Draws, digest
+from robusthash.core.types import Batch, Codes, Inputs, Reference
+from robusthash.data.base import RetrievalData
+from robusthash.evaluation.attacked import Attacked, Trial, finish, goals
+from robusthash.evaluation.bench import Bench, Progress, encoding_batch, silent
+from robusthash.evaluation.evaluate import as_codes
+from robusthash.evaluation.lines import Kind
+from robusthash.evaluation.protocol import measure
+from robusthash.models.encode import encode_split
+from robusthash.models.hasher import Hasher
+
+ENSEMBLE = "ensemble of the others"
+
+
+def keyed(bench: Bench, name: str, restart: int) -> Draws:
+    """Draws of one line and restart; the first is the same whether or not others follow."""
+    return Draws(bench.seed, (name,)).within("restart", restart) if restart else Draws(bench.seed, (name,))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of all parameters and buffers by name: equal only for equal weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def make_surrogate(
+    name: str, hasher: Hasher, data: RetrievalData, direction: tuple[str, str] | None = None, batch_size: int = 250
+) -> Surrogate:
+    """A model as a stand-in for unknown victims on ``data``, with the codes that it gives the training split.
+
+    Args:
+        direction: (query modality, searched modality) of the victims; codes are of the searched one where the model
+            encodes it, else of the query's. The model's first modality by default.
+
+    Raises:
+        ValueError: a model that does not encode the query modality, or data without labels.
+    """
+    query, searched = direction or (hasher.modalities[0],) * 2
+    if query not in hasher.modalities:
+        raise ValueError(f"the surrogate {name!r} encodes {list(hasher.modalities)}, and the queries are {query!r}")
+    if data.train.labels is None:
+        raise ValueError(f"{data.name} has no training labels; a surrogate needs them to steer by")
+    modality = searched if searched in hasher.modalities else query
+    size = encoding_batch(batch_size)
+    codes = encode_split(hasher.for_database(), data.train, batch_size=size, modality=modality)[modality]
+    identity = digest([hasher.spec, weights_digest(hasher), modality, codes.packed.tolist(), data.train.fingerprint()])
+    reference = Reference({modality: codes.signs().float()}, data.train.labels).to(hasher.device)
+    return Surrogate(name, hasher, reference, identity)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Search on surrogates with their own reference codes (T); the victim only encodes what comes back.
+
+    Args:
+        attack: guide, loss and search, with a threat that knows ``T``; the mean score of the surrogates is ascended.
+        surrogates: at least one; their digests stand in ``settings``.
+
+    Raises:
+        ValueError: another knowledge, no surrogate, restarts of the attack itself.
+    """
+
+    name: str
+    attack: Attack
+    surrogates: tuple[Surrogate, ...]
+    restarts: int = 1
+    kind: Kind = "transfer"
+
+    def __post_init__(self) -> None:
+        if self.attack.threat.knowledge != "T":
+            raise ValueError(f"the line {self.name!r} knows surrogates alone: give its threat the knowledge 'T'")
+        if not self.surrogates:
+            raise ValueError(f"the line {self.name!r} needs at least one surrogate")
+        if self.attack.restarts != 1:
+            raise ValueError(f"the line {self.name!r} counts restarts itself; give its attack 1")
+
+    @property
+    def threat(self) -> Threat:
+        return self.attack.threat
+
+    @property
+    def targeted(self) -> bool:
+        return self.attack.targeted
+
+    def settings(self) -> dict[str, Any]:
+        attack = self.attack
+        parts = {"guide": repr(attack.guide), "loss": repr(attack.loss), "threat": asdict(attack.threat)}
+        surrogates = [surrogate.digest for surrogate in self.surrogates]
+        return {"attack": attack.name, "budget": attack.budget, "surrogates": surrogates, **parts}
+
+    def fitted(self, bench: Bench) -> Transfer:
+        """Itself; a surrogate that cannot be asked about this bench is refused here, before the first block."""
+        for surrogate in self.surrogates:
+            if missing := [name for name in self.threat.balls if name not in surrogate.hasher.modalities]:
+                raise ValueError(f"the surrogate {surrogate.name!r} does not encode {missing[0]!r}, which is attacked")
+            known = None if surrogate.reference is None else surrogate.reference.labels
+            if known is not None and known.shape[1] != bench.query_labels.shape[1]:
+                raise ValueError(
+                    f"the surrogate {surrogate.name!r} knows {known.shape[1]} labels and the queries have "
+                    f"{bench.query_labels.shape[1]}; train it on {bench.data.name}"
+                )
+        return self
+
+    def at(self, threat: Threat) -> Transfer:
+        return replace(self, attack=replace(self.attack, threat=replace(threat, knowledge="T")))
+
+    def run(self, bench: Bench, block: int, restart: int, start: Inputs | None = None) -> Attacked:
+        batch, began = bench.batch(block, self.threat.balls), time.perf_counter()
+        trials = self.searched(bench, batch, restart, start)
+        return finish(bench, self.threat, batch, trials, time.perf_counter() - began)
+
+    def searched(self, bench: Bench, batch: Batch, restart: int = 0, start: Inputs | None = None) -> list[Trial]:
+        """What the surrogates alone lead to; the bench gives goals and seed, its victim is not asked."""
+        trials = []
+        for number, goal in enumerate(goals(bench, self.targeted, batch)):
+            draws = keyed(bench, f"attack {number}", restart)
+            begin = start
+            if restart and start is None:
+                begin = self.threat.random_start(batch.only(self.threat.balls).inputs, batch.ids, draws)
+            found = transfer(self.attack, self.surrogates, batch, goal, draws=draws, start=begin)
+            nowhere = torch.empty(len(batch), 0, dtype=torch.int8)  # surrogates' codes mean nothing to the victim
+            trials.append(Trial(found.inputs, nowhere, found.forward, found.backward))
+        return trials
+
+
+def transfer_attack(threat: Threat, search: TransferSteps | GreedyFlips) -> Attack:
+    """Scale-free agreement with the mainstay code over each surrogate's own training codes."""
+    return Attack("transfer", Mainstay(), ScaleFree(), search, replace(threat, knowledge="T"))
+
+
+def transfer_lines(bench: Bench, surrogates: Sequence[Surrogate], threat: Threat, steps: int = 20) -> list[Transfer]:
+    """The customary transfer lines: each surrogate alone, and where there are several their ensemble, three ways.
+
+    Images: momentum, input diversity 0.5 and gradient smoothing throughout; of the ensemble also with Nesterov steps
+    over three scales, and with variance tuning by five neighbours. Other inputs: momentum. Bags of words: greedy flips.
+
+    Raises:
+        ValueError: no surrogate, or two of one name.
+    """
+    names = [surrogate.name for surrogate in surrogates]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"transfer needs surrogates of different names, got {names}")
+    everyone = tuple(surrogates)
+    usual = _usual_steps(bench, threat, steps)
+    lines = [Transfer(f"transfer {one.name}", transfer_attack(threat, usual), (one,)) for one in everyone]
+    if len(everyone) > 1:
+        lines.append(Transfer("transfer ensemble", transfer_attack(threat, usual), everyone))
+        if isinstance(usual, TransferSteps):
+            for name, search in (
+                ("transfer ensemble, scales", replace(usual, nesterov=True, scales=3)),
+                ("transfer ensemble, variance", replace(usual, variance=5)),
+            ):
+                lines.append(Transfer(name, transfer_attack(threat, search), everyone))
+    return lines
+
+
+def _usual_steps(bench: Bench, threat: Threat, steps: int) -> TransferSteps | GreedyFlips:
+    if threat.edits:
+        return GreedyFlips()
+    sizes = [customary_smoothing(value) for value in bench.batch(0, threat.balls).inputs.values()]
+    return TransferSteps(steps, diversity=0.5 if max(sizes) else 0.0, smoothing=max(sizes))
+
+
+# ---------------------------------------------------------------------------------------------- the matrix
+
+
+@dataclass(frozen=True)
+class TransferMatrix:
+    """What attacks found on each surrogate do to each victim. The diagonal is the white box with the same search."""
+
+    measure: str  # the protocol's headline, such as "MAP"
+    threat: str
+    search: str
+    surrogates: tuple[str, ...]  # S rows; the last is the ensemble of all but the victim, where there are three models
+    victims: tuple[str, ...]  # T columns
+    clean: Tensor  # (T,) float64
+    attacked: Tensor  # (S, T) float64 mean under the attack
+    worst: Tensor  # (S, T) float64 mean over queries of the lower of clean and attacked: wMAP of this attack alone
+    per_query: Tensor  # (S, T, Q) float64 under attack; NaN where the protocol leaves a query out
+    queries: int
+
+
+def transfer_matrix(
+    benches: Mapping[str, Bench], threat: Threat, steps: int = 20, progress: Progress = silent
+) -> TransferMatrix:
+    """Attack every victim from every model, and from all others together.
+
+    The search of ``transfer_lines`` (momentum, and for images input diversity and smoothing) runs once for each
+    surrogate, with the surrogate's own training codes; every victim then encodes the same inputs.
+
+    Args:
+        benches: by name; of one data set, protocol, query modality, batch size and seed.
+
+    Raises:
+        ValueError: fewer than two benches, or benches that differ in more than the victim; it names the field.
+    """
+    names, first = tuple(benches), _alike(benches)
+    surrogates = {
+        name: make_surrogate(name, bench.victim, bench.data, bench.direction, bench.batch_size)
+        for name, bench in benches.items()
+    }
+    attack = transfer_attack(threat, _usual_steps(first, threat, steps))
+    lines = {name: Transfer(name, attack, (surrogates[name],)).fitted(first) for name in names}
+    others = {
+        name: Transfer(ENSEMBLE, attack, tuple(s for other, s in surrogates.items() if other != name))
+        for name in (names if len(names) > 2 else ())
+    }
+    found: dict[tuple[str, str], list[Tensor]] = {}
+    total, done = first.blocks * (len(lines) + len(others)), 0
+    for block in range(first.blocks):
+        jobs = [(name, line, names) for name, line in lines.items()]
+        jobs += [(ENSEMBLE, line, (victim,)) for victim, line in others.items()]
+        for row, line, victims in jobs:
+            began, batch = time.perf_counter(), first.batch(block, threat.balls)
+            trials = line.searched(first, batch)
+            for victim in victims:
+                ended = finish(benches[victim], attack.threat, batch, trials, time.perf_counter() - began)
+                found.setdefault((row, victim), []).append(ended.signs[:, 0])
+            done += 1
+            progress(done, total, f"attacking from {row}")
+    rows = (*names, ENSEMBLE) if others else names
+    clean = torch.stack([_values(bench, bench.query) for bench in benches.values()])
+    attacked = torch.stack(
+        [torch.stack([_values(benches[v], as_codes(torch.cat(found[row, v]))) for v in names]) for row in rows]
+    )
+    return TransferMatrix(
+        first.protocol.headline,
+        attack.threat.name,
+        str(attack.search),
+        rows,
+        names,
+        clean.nanmean(1),
+        attacked.nanmean(2),
+        torch.minimum(attacked, clean).nanmean(2),
+        attacked,
+        len(first.queries),
+    )
+
+
+def _alike(benches: Mapping[str, Bench]) -> Bench:
+    """The first bench, once all agree in what a matrix needs."""
+    if len(benches) < 2:
+        raise ValueError(f"a transfer matrix needs at least two models, got {list(benches)}")
+    first_name, first = next(iter(benches.items()))
+    if ENSEMBLE in benches:
+        raise ValueError(f"no model can be called {ENSEMBLE!r}: that row is the matrix's own")
+    for name, bench in benches.items():
+        for field, own, other in (
+            ("queries", bench.queries.fingerprint(), first.queries.fingerprint()),
+            ("training split", bench.data.train.fingerprint(), first.data.train.fingerprint()),
+            ("database", bench.data.database.fingerprint(), first.data.database.fingerprint()),
+            ("direction", bench.direction, first.direction),
+            ("protocol", bench.protocol.settings(), first.protocol.settings()),
+            ("batch size", bench.batch_size, first.batch_size),
+            ("seed", bench.seed, first.seed),
+        ):
+            if own != other:
+                raise ValueError(f"{name} and {first_name} differ in {field}: {own} and {other}; use one for all")
+    return first
+
+
+def _values(bench: Bench, query: Codes) -> Tensor:
+    """(Q,) headline of the protocol."""
+    profile = prepared_profile(query, bench.query_labels, bench.prepared)
+    labels = bench.database_labels
+    measured = measure(bench.protocol, query, bench.query_labels, bench.database, labels, profile=profile)
+    return measured.per_query[bench.protocol.headline]
