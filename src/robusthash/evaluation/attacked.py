@@ -88,16 +88,16 @@ def attack_block(
     batch = bench.batch(block, attack.threat.balls)
     started, trials = time.perf_counter(), []
     for number, goal in enumerate(goals(bench, attack.targeted, batch)):
-        draws = Draws(bench.seed, ("attack", str(number)))
+        draws, begin = Draws(bench.seed, ("attack", str(number))), start
         if restart:
             draws = draws.within("restart", restart)
             origin = batch.only(attack.threat.balls).inputs
-            start = start or attack.threat.random_start(origin, batch.ids, draws)
+            begin = start or attack.threat.random_start(origin, batch.ids, draws)
         # one pair of image and text serves every direction, so no direction's AP may choose it
         chooses = attack.selects and goal.labels is not None and len(attack.threat.balls) == 1
         select = bench.select(goal.labels, goal.sign) if chooses and goal.labels is not None else None
         known = bench.known(attack)
-        output = attack(gradients or bench.victim, batch, goal, known, draws=draws, select=select, start=start)
+        output = attack(gradients or bench.victim, batch, goal, known, draws=draws, select=select, start=begin)
         steered = _representative(output.guidance, goal.sign, len(batch))
         trials.append(Trial(output.batch.inputs, steered, output.forward, output.backward))
     return finish(bench, attack.threat, batch, trials, time.perf_counter() - started)
