@@ -55,7 +55,9 @@ def texts_of(name: str, count: int, seed: int) -> Split:
 
 @pytest.fixture(scope="module")
 def texts() -> World:
-    splits = {name: texts_of(name, n, seed) for seed, (name, n) in enumerate((("train", 64), ("query", 16), ("database", 48)))}
+    splits = {
+        name: texts_of(name, n, seed) for seed, (name, n) in enumerate((("train", 64), ("query", 16), ("database", 48)))
+    }
     data = RetrievalData("words", **splits, label_names=tuple("abcd"))
     config = {
         "model_type": "bert", "vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -181,7 +183,9 @@ def test_batches_do_not_matter(texts: World) -> None:
     attack, goal = make(texts), texts.goal(make(texts))
     whole = run(attack, texts, victim=victim).batch.inputs["text"]
     for row in range(8):
-        alone = Batch({"text": texts.batch.inputs["text"][row : row + 1]}, goal.labels[row : row + 1], torch.tensor([row]))
+        alone = Batch(
+            {"text": texts.batch.inputs["text"][row : row + 1]}, goal.labels[row : row + 1], torch.tensor([row])
+        )
         out = run(attack, texts, victim=victim, batch=alone, goal=Goal(alone.labels, -1))
         assert torch.equal(out.batch.inputs["text"][0], whole[row])
 

@@ -61,7 +61,9 @@ def split_of(name: str, count: int, seed: int) -> Split:
 
 @pytest.fixture(scope="module")
 def world() -> Bench:
-    splits = {name: split_of(name, n, seed) for seed, (name, n) in enumerate((("train", 30), ("query", 20), ("database", 40)))}
+    splits = {
+        name: split_of(name, n, seed) for seed, (name, n) in enumerate((("train", 30), ("query", 20), ("database", 40)))
+    }
     data = RetrievalData("toy", **splits, label_names=("a", "b"))
     generator = torch.Generator().manual_seed(9)
     half = torch.tensor([1.0] * 6 + [-1.0] * 6)

@@ -186,9 +186,7 @@ class Threat:
 
     def settings(self) -> dict[str, Any]:
         """The threat as JSON holds it; ``from_settings`` reads it. Candidate lists stand in it by their digest."""
-        balls = {
-            name: {"norm": b.norm, "eps": float(b.eps), **b.details()} for name, b in sorted(self.balls.items())
-        }
+        balls = {name: {"norm": b.norm, "eps": float(b.eps), **b.details()} for name, b in sorted(self.balls.items())}
         return {
             "name": self.name,
             "version": self.version,

@@ -120,7 +120,9 @@ def insert_items(
     if count > len(carriers):
         raise ValueError(f"{count} items to insert and {len(carriers)} training items to carry them; insert fewer")
     if attack.threat.knowledge != "W2":
-        raise ValueError(f"items are aimed by the database codes (W2), and {attack.name!r} is {attack.threat.knowledge}")
+        raise ValueError(
+            f"items are aimed by the database codes (W2), and {attack.name!r} is {attack.threat.knowledge}"
+        )
     _check(bench, attack)
     started, draws = time.perf_counter(), Draws(bench.seed, ("db-insert",))
     asked, table = _stand_ins(bench, k, draws)
