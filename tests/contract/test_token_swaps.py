@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import facts_of, reference_of, train_config
 from torch import Tensor
 
 from contract import checks
 from contract.checks import DRAWS, World, run
-from helpers import facts_of, reference_of, train_config
 from robusthash.attacks import Attack, Swaps, Threat, named_threat
 from robusthash.attacks.base import Probe
 from robusthash.attacks.edits import GreedyFlips
@@ -198,7 +198,7 @@ def test_nearest_tokens_by_hand() -> None:
     usable = torch.tensor([True, True, True, True, False])
     found = nearest_tokens(table, usable, 2).table
     assert found.tolist() == [[1, 3], [0, 3], [3, 1], [2, 1], [4, 4]]
-    with pytest.raises(ValueError, match="4 candidates .* there are 4"):
+    with pytest.raises(ValueError, match=r"4 candidates .* there are 4"):
         nearest_tokens(table, usable, 4)
 
 
@@ -267,12 +267,10 @@ def test_near_words_of_a_real_encoder() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    words = "airport airplane plane aircraft forest trees woods river lake water red blue green house building".split()
-    ids = tokenizer(words, padding=True, return_tensors="pt")["input_ids"]
+    words = ["airport", "airplane", "plane", "aircraft", "forest", "trees", "river", "lake", "water", "red", "house"]
     encoder = build("text-encoder", {"name": "transformer", "weights": str(folder), "pooling": "mean"})
     usable = torch.zeros(encoder.words, dtype=torch.bool)
     usable[[tokenizer.convert_tokens_to_ids(word) for word in words]] = True
     found = nearest_tokens(encoder.embedding.weight, usable, 2)
     row = found.table[tokenizer.convert_tokens_to_ids("airplane")]
     assert set(tokenizer.convert_ids_to_tokens(row.tolist())) <= {"plane", "aircraft", "airport"}
-    assert ids.dtype == torch.int64

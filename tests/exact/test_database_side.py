@@ -104,7 +104,7 @@ def test_no_budget_changes_nothing_and_more_items_cost_more(world: Bench) -> Non
 
 
 def test_inserted_items_reach_their_aims(world: Bench) -> None:
-    """With a budget beyond every margin the codes are those aimed at, and the two halves of the queries are both hit."""
+    """With a budget beyond every margin the codes are those aimed at, and so is the exposure."""
     result = insert_items(world, attack_of("db-insert", "img-linf-128", 40), 4, 5)
     assert result["exposure@5"] >= result.reference["clean"] - 1e-12
     assert result["exposure@5"] == pytest.approx(result.reference["reached aims"], abs=0.1)

@@ -70,8 +70,8 @@ NEVER = 1 << 62
 
 @pytest.mark.parametrize(
     ("bits", "classes", "distinct", "labels_each"),
-    [(1, 1, None, 0.5), (12, 10, None, 2.0), (64, 24, None, 3.0), (64, 38, 40, 3.0), (65, 64, None, 2.0), (128, 80, None, 3.0),
-     (48, 10, 7, 1.0), (300, 300, 30, 4.0)],
+    [(1, 1, None, 0.5), (12, 10, None, 2.0), (64, 24, None, 3.0), (64, 38, 40, 3.0), (65, 64, None, 2.0),
+     (128, 80, None, 3.0), (48, 10, 7, 1.0), (300, 300, 30, 4.0)],
 )  # fmt: skip
 @pytest.mark.parametrize("columns", [64, 1 << 17])
 def test_machine_code_counts_the_same_integers(

@@ -93,7 +93,7 @@ def test_scaling_keeps_the_side_in_the_name() -> None:
 def test_bad_names_and_settings() -> None:
     with pytest.raises(KeyError, match="did you mean 'img-linf-8'"):
         named_threat("img-linff-8")
-    with pytest.raises(KeyError, match="no threat is called 'txt-bow-2.5'"):
+    with pytest.raises(KeyError, match=r"no threat is called 'txt-bow-2\.5'"):
         named_threat("txt-bow-2.5")
     with pytest.raises(ValueError, match="outside"):
         named_threat("img-linf-800")

@@ -22,7 +22,7 @@ def poison(
     out: Annotated[Path | None, typer.Option(help="Write the result here (.json) instead of into the run.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Attack the database of a run: insert items that are found often, or change items so that they are found no more."""
+    """Attack the database of a run: insert items to be found often, or change items to be found no more."""
     from robusthash.apps.poisoning import poison as poison_run
     from robusthash.apps.runs import load_run
 

@@ -128,7 +128,8 @@ class Attack:
         if self.threat.edits != getattr(self.search, "edits", False):
             raise ValueError(
                 f"{type(self.search).__name__} cannot search {self.threat.name}: edit budgets on bags of words take "
-                "the search 'greedy-flips', budgets of token swaps 'greedy-swaps', norm balls any other, and they cannot be mixed"
+                "the search 'greedy-flips', budgets of token swaps 'greedy-swaps', norm balls any other, and they "
+                "cannot be mixed"
             )
 
     def fit(self, victim: Hasher, data: RetrievalData, reference: Reference | None, *, draws: Draws) -> Attack:

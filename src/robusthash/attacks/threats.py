@@ -1,4 +1,4 @@
-"""The threats by name: ``named_threat("img-linf-8")``, and with other numbers ``img-linf-4``, ``img-l2-1``, ``txt-bow-5``.
+"""The threats by name: ``named_threat("img-linf-8")``, and with other numbers ``img-linf-4``, ``txt-bow-5``.
 
 Each name has a version. The name says what may be changed and by how much; who knows what is ``knowledge``.
 """

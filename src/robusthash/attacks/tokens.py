@@ -66,8 +66,8 @@ class GreedySwaps:
 
     By first order, putting c in the place of v gains grad . (e_c - e_v) at its embedding. Of the ``candidates`` of
     largest gain the one of highest true score is taken where it raises the score; otherwise the text stays as it is.
-    An earlier swap may be changed or taken back. There are as many steps as swaps allowed; nothing is drawn, and ties go
-    to the earlier place.
+    An earlier swap may be changed or taken back. There are as many steps as swaps allowed; nothing is drawn, and ties
+    go to the earlier place.
 
     Differs: HotFlip searches by beam over characters; here it is greedy, over the candidates of each token.
 

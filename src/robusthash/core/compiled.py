@@ -1,9 +1,11 @@
-"""The counting of distance profiles as machine code, by numba (extra ``fast``): the same integers, several times faster.
+"""The counting of distance profiles as machine code, by numba (extra ``fast``): the same integers, sooner.
 
 Imported only where numba is installed and the count is worth it. The compiled code is kept on disk beside this file, or
 where ``NUMBA_CACHE_DIR`` says.
 """
 
+# mypy reads numba's decorators, but not the language inside of them
+# mypy: disable-error-code="call-arg, var-annotated"
 from __future__ import annotations
 
 from typing import Any
@@ -33,8 +35,8 @@ def count(
         weights: (M,) int64 items that each row stands for; (0,): one each.
         table: (Q, overlaps, distances) int64, wide enough for every pair.
     """
-    before = numba.get_num_threads()
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    before = numba.get_num_threads()  # as many as numba may use
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), before)))
     try:
         _count(codes, labels, other_codes, other_labels, weights, table)
     finally:

@@ -43,8 +43,8 @@ def perturb_database(bench: Bench, attack: Attack, share: float = 0.1, *, progre
 
     Returns:
         The measures of the protocol, ``MAP/8bit`` (the changes rounded towards zero to multiples of 1/255), ``drop`` of
-        the headline, ``items`` attacked and ``item flips``, their mean number of changed bits; ``reference["clean"]`` is
-        the value before.
+        the headline, ``items`` attacked and ``item flips``, their mean number of changed bits; ``reference["clean"]``
+        is the value before.
 
     Raises:
         ValueError: a share outside (0, 1], or an attack that is targeted or changes another modality.
@@ -284,14 +284,15 @@ def _attack_items(
     size = torch.cat(sizes).to(torch.float64)
     norm = attack.threat.balls[modality].norm
     seen = {f"{norm}/mean": float(size.mean()), f"{norm}/max": float(size.max())}
-    return _Changed(*(torch.cat(kept) for kept in codes), seen, forward, backward)
+    clean, signs, eight_bit = (torch.cat(kept) for kept in codes)
+    return _Changed(clean, signs, eight_bit, seen, forward, backward)
 
 
 def _check(bench: Bench, attack: Attack) -> None:
     if set(attack.threat.balls) != {bench.direction[1]}:
         raise ValueError(
-            f"{attack.threat.name} changes {sorted(attack.threat.balls)}, and the database is of {bench.direction[1]!r}; "
-            "attack that modality alone, or choose another direction"
+            f"{attack.threat.name} changes {sorted(attack.threat.balls)}, and the database is of "
+            f"{bench.direction[1]!r}; attack that modality alone, or choose another direction"
         )
 
 

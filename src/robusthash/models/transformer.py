@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ class TextTransformer(nn.Module):
 
     SFCL encodes texts by BERT-base. Padding, the id ``pad_token_id`` of the model's configuration, is masked, so the
     features do not depend on how far a text is padded. Frozen, it stays in eval mode and makes no gradients, so that
-    training a head costs one forward pass a batch; nothing is computed ahead. Attacks differentiate it at ``embedding``.
+    training a head costs one forward pass a batch; nothing is computed ahead. Attacks differentiate at ``embedding``.
 
     Args:
         weights: folder with ``config.json`` and ``model.safetensors``. Local files only, no pickle, no foreign code.
