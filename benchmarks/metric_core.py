@@ -172,9 +172,53 @@ def memory(which: str) -> dict[str, float]:
     return {name: round(value, 2) for name, value in measured.items()}
 
 
+def kernels(bits: int = 64, labels: int = 38) -> dict[str, Any]:
+    """Seconds of profiles and both MAPs at the protocol's reference size, by machine code and by numpy, in turn."""
+    from robusthash.core import profile as core
+
+    data, installed = make(bits, labels), core._numba_installed
+    if not installed():
+        raise ImportError("this row compares with numba: pip install robusthash[fast]")
+    times: dict[str, list[tuple[float, float]]] = {"compiled": [], "numpy": []}
+    values: dict[str, tuple[float, float]] = {}
+    for turn in range(ROUNDS + 1):
+        for name in times:
+            core._numba_installed = (lambda: True) if name == "compiled" else (lambda: False)
+            clock = Clock()
+            values[name] = ours(*data)
+            if turn:  # the first compiles, or reads what was compiled
+                times[name].append(clock.read())
+    core._numba_installed = installed
+    medians = {name: np.median(found, axis=0).round(3).tolist() for name, found in times.items()}
+    return {
+        "seconds": medians,
+        "best_wall": {n: round(min(f)[1], 3) for n, f in times.items()},
+        "equal": values["compiled"] == values["numpy"],
+    }
+
+
 def _same(left: Profile, right: Profile) -> bool:
     names = ("items", "relevant", "gain", "gain_exp", "ideal")
     return all(torch.equal(getattr(left, name), getattr(right, name)) for name in names)
+
+
+def compiled_rows() -> list[dict[str, Any]]:
+    """Machine code over numpy: a ratio, since both run in turn; seconds stand in the detail as (processor, wall)."""
+    rows = []
+    for bits, labels in ((64, 24), (64, 38)):
+        found = kernels(bits, labels)
+        ratio = found["seconds"]["numpy"][0] / found["seconds"]["compiled"][0]
+        size = {"queries": QUERIES, "items": ITEMS, "bits": bits, "labels": labels, "threads": torch.get_num_threads()}
+        rows.append(
+            {
+                "bench": f"metric-core-numpy-over-compiled-{bits}-bits-{labels}-labels",
+                "ratio": round(ratio, 2),
+                "target": 4,
+                "better": "higher",
+                "detail": {**size, **found},
+            }
+        )
+    return rows
 
 
 def run() -> list[dict[str, Any]]:
@@ -222,6 +266,7 @@ def run() -> list[dict[str, Any]]:
             "better": "lower",
             "detail": {**size, "ours": extra["ours"], "argsort": extra["argsort"]},
         },
+        *compiled_rows(),
         {
             "bench": "metric-core-shards-bit-equal",
             "ratio": 1.0 if _same(whole, merged) else 0.0,

@@ -67,7 +67,9 @@ def trained(tmp_path_factory) -> Path:
     return run.path
 
 
-@pytest.mark.parametrize("verb", ["run", "train", "encode", "evaluate", "attack", "score", "compare", "list", "index"])
+@pytest.mark.parametrize(
+    "verb", ["run", "train", "encode", "evaluate", "attack", "score", "compare", "list", "index", "poison"]
+)
 def test_help_suffices(call, verb):
     code, out, err = call(verb, "--help")
     assert code == 0
@@ -317,6 +319,31 @@ def test_unknown_recipe_file_and_run(call, tmp_path):
     code, _, err = call("evaluate", tmp_path)
     assert code == 1
     assert "config.yaml" in err
+
+
+def test_poison_attacks_the_database(call, trained, tmp_path):
+    code, out, _ = call("poison", trained, "--threat", "db-insert", "--count", 3, "--steps", 3, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert 0 <= found["values"]["exposure@10"] <= 1
+    assert found["threat"] == "db-insert-img-linf-8"
+    assert (trained / "poison-db-insert-img-linf-8.json").is_file()
+    kept = tmp_path / "kept.json"
+    code, out, err = call(
+        "poison", trained, "--threat", "db-perturb-img-linf-4", "--share", 0.1, "--steps", 3, "--out", kept
+    )
+    assert code == 0
+    assert out.strip() == str(kept)
+    assert "20 of 200 items" in err.replace("\n", " ")
+    for arguments, said in [
+        (("--threat", "img-linf-8"), "changes queries"),
+        (("--threat", "db-insort"), "db-insert"),
+        (("--threat", "db-perturb", "--share", 2), "(0, 1]"),
+        (("--threat", "db-perturb", "--direction", "T2T"), "must be I2I or T2I"),
+    ]:
+        code, _, err = call("poison", trained, *arguments)
+        assert code == 1
+        assert said in err.replace("\n", " ")
 
 
 def test_list_shows_evidence(call):

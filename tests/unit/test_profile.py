@@ -12,7 +12,7 @@ from torch import Tensor
 from robusthash.core import profile as core
 from robusthash.core.ap import average_precision, harmonic
 from robusthash.core.hamming import pack
-from robusthash.core.profile import code_profile, merge, prepare, prepared_profile
+from robusthash.core.profile import code_profile, merge, prepare, prepared_profile, streamed_profile
 from robusthash.core.types import Codes, Profile
 
 FIELDS = ("items", "relevant", "gain", "gain_exp", "ideal")
@@ -63,6 +63,82 @@ def test_profile_equals_a_naive_count(
     query, query_labels = make(21, bits, classes, 0, labels_each=labels_each)
     database, labels = make(333, bits, classes, 1, labels_each=labels_each)
     assert_equal(code_profile(query, query_labels, database, labels), naive(query, query_labels, database, labels))
+
+
+NEVER = 1 << 62
+
+
+@pytest.mark.parametrize(
+    ("bits", "classes", "distinct", "labels_each"),
+    [(1, 1, None, 0.5), (12, 10, None, 2.0), (64, 24, None, 3.0), (64, 38, 40, 3.0), (65, 64, None, 2.0),
+     (128, 80, None, 3.0), (48, 10, 7, 1.0), (300, 300, 30, 4.0)],
+)  # fmt: skip
+@pytest.mark.parametrize("columns", [64, 1 << 17])
+def test_machine_code_counts_the_same_integers(
+    bits: int, classes: int, distinct: int | None, labels_each: float, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba", reason="needs the extra 'fast' (pip install robusthash[fast])")
+    query, query_labels = make(21, bits, classes, 0, labels_each=labels_each)
+    database, labels = make(333, bits, classes, 1, distinct=distinct, labels_each=labels_each)
+    monkeypatch.setattr(core, "_COMPILED", NEVER)
+    expected = code_profile(query, query_labels, database, labels)
+    monkeypatch.setattr(core, "_COMPILED", 0)
+    monkeypatch.setattr(core, "_COLUMNS", columns)
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        assert_equal(code_profile(query, query_labels, database, labels), expected)
+    torch.set_num_threads(threads)
+
+
+def test_machine_code_is_used_for_large_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="needs the extra 'fast' (pip install robusthash[fast])")
+    from robusthash.core import compiled
+
+    calls: list[int] = []
+    counted = compiled.count
+    monkeypatch.setattr(compiled, "count", lambda *given: calls.append(1) or counted(*given))
+    small, large = make(20, 16, 4, 0), make(1 << 13, 16, 4, 1)
+    code_profile(*small, *small)
+    assert calls == []
+    found = code_profile(*make(1 << 10, 16, 4, 2), *large)
+    assert calls == [1]
+    monkeypatch.setattr(core, "_numba_installed", lambda: False)
+    assert_equal(found, code_profile(*make(1 << 10, 16, 4, 2), *large))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("shards", [1, 7, 50])
+def test_a_streamed_database_gives_the_profile_of_the_whole(shards: int) -> None:
+    query, query_labels = make(30, 20, 9, 14)
+    database, labels = make(403, 20, 9, 15)
+
+    def stream() -> object:
+        for rows in torch.arange(403).chunk(shards):
+            yield Codes(database.packed[rows], 20, database.ids[rows]), labels[rows]
+            yield Codes(database.packed[:0], 20, database.ids[:0]), labels[:0]
+
+    expected = code_profile(query, query_labels, database, labels)
+    assert_equal(streamed_profile(query, query_labels, stream()), expected)  # type: ignore[arg-type]
+    assert_equal(streamed_profile(query, query_labels, stream(), block=13), expected)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="database is empty"):
+        streamed_profile(query, query_labels, [])
+
+
+@pytest.mark.parametrize("compiled", [0, NEVER], ids=["compiled", "numpy"])
+def test_the_order_of_the_database_does_not_matter(compiled: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T16 on both ways to count: shuffled, sorted by class, reversed."""
+    if compiled == 0:
+        pytest.importorskip("numba", reason="needs the extra 'fast' (pip install robusthash[fast])")
+    monkeypatch.setattr(core, "_COMPILED", compiled)
+    query, query_labels = make(20, 12, 5, 16)
+    database, labels = make(700, 12, 5, 17)
+    expected = code_profile(query, query_labels, database, labels)
+    shuffled = torch.randperm(700, generator=torch.Generator().manual_seed(0))
+    by_class = (labels @ 2.0 ** torch.arange(5)).argsort(stable=True)
+    for order in (shuffled, by_class, torch.arange(700).flip(0)):
+        ordered = Codes(database.packed[order], 12, database.ids)
+        assert_equal(code_profile(query, query_labels, ordered, labels[order]), expected)
 
 
 def test_single_labels_count_as_multi_hot_ones_and_items_without_a_label_never_match() -> None:

@@ -4,7 +4,10 @@ from robusthash.attacks.base import Attack, AttackOutput
 from robusthash.attacks.edits import text_edits
 from robusthash.attacks.named import cgat, dhta, guided_apgd, hag, mainstay, mainstay_targeted, p2p, pgd, sdha
 from robusthash.attacks.prototype import tha
+from robusthash.attacks.swaps import Swaps
 from robusthash.attacks.threat import Ball, Edits, Threat, image_threat
+from robusthash.attacks.threats import named_threat
+from robusthash.attacks.tokens import token_swaps
 from robusthash.core.registry import discover
 
 __all__ = [
@@ -12,6 +15,7 @@ __all__ = [
     "AttackOutput",
     "Ball",
     "Edits",
+    "Swaps",
     "Threat",
     "cgat",
     "dhta",
@@ -20,11 +24,13 @@ __all__ = [
     "image_threat",
     "mainstay",
     "mainstay_targeted",
+    "named_threat",
     "p2p",
     "pgd",
     "sdha",
     "text_edits",
     "tha",
+    "token_swaps",
 ]
 
 discover(__name__, __path__)

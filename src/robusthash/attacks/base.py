@@ -66,7 +66,9 @@ class Loss(Protocol):
 class Search(Protocol):
     """Ascends a score inside a threat. Per item: no step of one query may depend on another.
 
-    A search of edits instead of steps says so by a class attribute ``edits = True``.
+    A search of edits instead of steps says so by a class attribute ``edits = True``. One that must look inside what it
+    differentiates offers ``looking(victim) -> Search``, and one whose budget is made for a victim
+    ``bound(threat, victim, data) -> Threat``.
     """
 
     def __call__(
@@ -126,7 +128,8 @@ class Attack:
         if self.threat.edits != getattr(self.search, "edits", False):
             raise ValueError(
                 f"{type(self.search).__name__} cannot search {self.threat.name}: edit budgets on bags of words take "
-                "the search 'greedy-flips', norm balls any other, and the two cannot be mixed"
+                "the search 'greedy-flips', budgets of token swaps 'greedy-swaps', norm balls any other, and they "
+                "cannot be mixed"
             )
 
     def fit(self, victim: Hasher, data: RetrievalData, reference: Reference | None, *, draws: Draws) -> Attack:
@@ -135,8 +138,10 @@ class Attack:
         A guide that learns offers ``fitted(victim, data, reference, draws) -> Guide``. The evaluator calls this once
         for a victim, before the first block of queries, with what the threat lets the attacker know.
         """
-        learn = getattr(self.guide, "fitted", None)
-        return self if learn is None else replace(self, guide=learn(victim, data, reference, draws.within(self.name)))
+        learn, bind = getattr(self.guide, "fitted", None), getattr(self.search, "bound", None)
+        guide = self.guide if learn is None else learn(victim, data, reference, draws.within(self.name))
+        threat = self.threat if bind is None else bind(self.threat, victim, data)
+        return self if learn is None and bind is None else replace(self, guide=guide, threat=threat)
 
     @property
     def budget(self) -> str:
@@ -188,11 +193,13 @@ class Attack:
         with frozen(victim), torch.enable_grad():
             score, guidance = self.aim(victim, batch, goal, reference, draws)
             attacked = batch.only(self.threat.balls)
-            found = self.search(score, batch, self.threat, draws.within(self.name, 0), select, start)
+            look = getattr(self.search, "looking", None)
+            search: Search = self.search if look is None else look(victim)
+            found = search(score, batch, self.threat, draws.within(self.name, 0), select, start)
             for restart in range(1, self.restarts):
                 scope = draws.within(self.name, restart)
                 elsewhere = self.threat.random_start(attacked.inputs, batch.ids, scope)
-                again = self.search(score, batch, self.threat, scope, select, elsewhere)
+                again = search(score, batch, self.threat, scope, select, elsewhere)
                 found = _better(score, select, found, again)
         return found, guidance
 

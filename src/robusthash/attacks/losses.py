@@ -85,6 +85,8 @@ class SDHALoss:
         q, codes, positive = probe.relaxed(), guidance.codes, guidance.weights
         if positive is None:
             raise ValueError("SDHA needs a set of codes with weights; use the guide 'positives'")
+        if not all(value.is_floating_point() for value in probe.inputs.values()):
+            raise ValueError("SDHA weighs the size of the change, which token ids do not have; use another 'like'")
         with torch.no_grad():
             distances = (codes.shape[1] - sign(q) @ codes.T) / 2
             weights = positive * distances.clamp_min(0.5).rsqrt()

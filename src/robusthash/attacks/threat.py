@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from robusthash.core.runtime import Draws
+from robusthash.attacks.swaps import Swaps
+from robusthash.core.runtime import Draws, digest
 from robusthash.core.types import Inputs
 
 Knowledge = Literal["W2", "W1", "W0", "B2", "B1", "T"]
@@ -56,7 +58,8 @@ class Ball:
         """
         if not origin.is_floating_point():
             raise ValueError(
-                f"a norm ball around {origin.dtype} values means nothing; edit bags of words ('text-edits') instead"
+                f"a norm ball around {origin.dtype} values means nothing; edit bags of words ('text-edits') or swap "
+                "tokens ('token-swaps') instead"
             )
         low, high = self.bounds
         if self.norm == "linf":
@@ -78,6 +81,10 @@ class Ball:
         if self.norm == "linf":
             return grad.sign()
         return grad / _per_item(_norms(grad).clamp_min(1e-12), grad)
+
+    def details(self) -> dict[str, Any]:
+        """What beside norm and eps makes it."""
+        return {"bounds": [float(bound) for bound in self.bounds]}
 
     def size(self, delta: Tensor) -> Tensor:
         """(B,) norm of each perturbation."""
@@ -132,12 +139,16 @@ class Edits:
     def steepest(self, grad: Tensor) -> Tensor:
         raise ValueError("an edit budget has no steepest step; use the search 'greedy-flips'")
 
+    def details(self) -> dict[str, Any]:
+        """Nothing beside norm and eps."""
+        return {}
+
     def size(self, delta: Tensor) -> Tensor:
         """(B,) number of entries that differ."""
         return (delta != 0).flatten(1).sum(1).float()
 
 
-Budget = Ball | Edits
+Budget = Ball | Edits | Swaps
 
 
 def _binary(values: Tensor) -> bool:
@@ -148,24 +159,63 @@ def _binary(values: Tensor) -> bool:
 class Threat:
     """Balls, or edit budgets, by modality and the attacker's knowledge. A modality not named stays untouched.
 
-    ``knowledge``: W2 weights, labels and database codes; W1 weights and training labels; W0 weights only.
+    Plain data: threats of equal content are equal, hash alike and have one ``fingerprint`` on every machine.
+
+    ``knowledge``: W2 weights, labels and database codes; W1 weights and training labels; W0 weights only; B2 answers
+    with codes or distances; B1 answers with the ordered ids of the top k; T surrogate models only. ``version`` rises
+    where the meaning of a name changes, so that results of two meanings are never compared.
     """
 
     balls: dict[str, Budget]
     knowledge: Knowledge = "W1"
     side: Literal["query", "database"] = "query"
     name: str = field(default="")
+    version: int = 1
 
     def __post_init__(self) -> None:
         if not self.balls:
             raise ValueError("a threat needs at least one modality to attack")
+        for value, known in ((self.knowledge, ("W2", "W1", "W0", "B2", "B1", "T")), (self.side, ("query", "database"))):
+            if value not in known:
+                raise ValueError(f"a threat has one of {', '.join(known)} there, got {value!r}")
         if not self.name:
-            object.__setattr__(self, "name", "+".join(_named(m, b) for m, b in sorted(self.balls.items())))
+            object.__setattr__(self, "name", automatic_name(self.balls))
+
+    def __hash__(self) -> int:
+        return int(self.fingerprint(), 16)
+
+    def settings(self) -> dict[str, Any]:
+        """The threat as JSON holds it; ``from_settings`` reads it. Candidate lists stand in it by their digest."""
+        balls = {name: {"norm": b.norm, "eps": float(b.eps), **b.details()} for name, b in sorted(self.balls.items())}
+        return {
+            "name": self.name,
+            "version": self.version,
+            "knowledge": self.knowledge,
+            "side": self.side,
+            "balls": balls,
+        }
+
+    @staticmethod
+    def from_settings(settings: Mapping[str, Any]) -> Threat:
+        """The inverse of ``settings``; candidate lists of token swaps are found again when the attack is fitted.
+
+        Raises:
+            ValueError: a missing or unknown key, or a norm that no budget has.
+        """
+        wanted = {"name", "version", "knowledge", "side", "balls"}
+        if set(settings) != wanted:
+            raise ValueError(f"the settings of a threat are {sorted(wanted)}, got {sorted(settings)}")
+        balls = {name: _budget(made) for name, made in settings["balls"].items()}
+        return Threat(balls, settings["knowledge"], settings["side"], settings["name"], settings["version"])
+
+    def fingerprint(self) -> str:
+        """Digest of the content, the same in every process and on every machine."""
+        return digest(self.settings(), 15)
 
     @property
     def edits(self) -> bool:
-        """Whether words are edited, which only a search for edits can do."""
-        return any(ball.norm == "flips" for ball in self.balls.values())
+        """Whether words or tokens are edited, which only a search for edits can do."""
+        return any(ball.norm in ("flips", "swaps") for ball in self.balls.values())
 
     def ratio(self, modality: str) -> float:
         """Budget of a modality in units of the first one's: how far a step of size 1 goes in it."""
@@ -185,7 +235,9 @@ class Threat:
     def scaled(self, factor: float) -> Threat:
         """The same threat with every eps times ``factor``, for eps curves and warm-up."""
         balls = {name: replace(ball, eps=ball.eps * factor) for name, ball in self.balls.items()}
-        return Threat(balls, self.knowledge, self.side)
+        usual = automatic_name(self.balls)
+        kept = self.name.removesuffix(usual) if self.name.endswith(usual) else ""  # "db-insert-img-linf-8"
+        return replace(self, balls=balls, name=kept + automatic_name(balls))
 
     def verify(self, x: Inputs, origin: Inputs, tolerance: float = 1e-6) -> None:
         """Raise where an input left its ball or range, is not finite, or an unnamed modality was touched.
@@ -205,6 +257,8 @@ class Threat:
                 raise ValueError(f"the attacked {name} holds values other than 0 and 1, which are no edits of words")
             if value.dtype != clean.dtype or value.shape != clean.shape:
                 raise ValueError(f"the attacked {name} is {value.dtype} {tuple(value.shape)}, not {clean.dtype}")
+            if isinstance(ball, Swaps):
+                ball.check(value, clean)
             worst = float(ball.size(value - clean).max())
             slack = tolerance if ball.norm == "linf" else tolerance * max(1.0, ball.eps) * 10
             if worst > ball.eps + slack:
@@ -215,13 +269,29 @@ class Threat:
                 raise ValueError(f"the attacked {name} leaves the range {ball.bounds}")
 
 
+def automatic_name(balls: Mapping[str, Budget]) -> str:
+    """What a threat is called where nobody named it: ``img-linf-8+txt-linf-0.05``."""
+    return "+".join(_named(modality, ball) for modality, ball in sorted(balls.items()))
+
+
 def _named(modality: str, ball: Budget) -> str:
-    """``img-linf-8`` (of 255), ``img-l2-0.5``, ``txt-linf-0.05``, ``txt-bow-3``."""
+    """``img-linf-8`` (of 255), ``img-l2-0.5``, ``txt-linf-0.05``, ``txt-bow-3``, ``txt-token-2``."""
     short = {"image": "img", "text": "txt"}.get(modality, modality)
     if isinstance(ball, Edits):
         return f"{short}-bow-{ball.count}"
+    if isinstance(ball, Swaps):
+        return f"{short}-token-{ball.count}"
     size = ball.eps * 255 if modality == "image" and ball.norm == "linf" else ball.eps
     return f"{short}-{ball.norm}-{size:g}"
+
+
+def _budget(settings: Mapping[str, Any]) -> Budget:
+    norm, eps = settings["norm"], settings["eps"]
+    if norm == "flips":
+        return Edits(eps)
+    if norm == "swaps":
+        return Swaps(eps, settings["k"])
+    return Ball(norm, eps, tuple(settings["bounds"]))  # refuses any other norm
 
 
 Attacked = Literal["image", "text", "both"]

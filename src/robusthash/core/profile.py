@@ -5,12 +5,15 @@ It is counted in blocks over both sides from byte planes (XOR, AND, popcount): n
 but a popcount of wider words on one at a time. A pair becomes one small integer, distance + (K + 1) * overlap, and the
 histogram of those integers is the profile. Nothing is sorted per query, no (Q, N) array is kept, and equal (code, label
 set) rows are counted once, so collapsed codes cost less. Counts are integers, so the profiles of shards add up to the
-profile of the whole, bit for bit.
+profile of the whole, bit for bit. Where numba is installed (extra ``fast``) large counts run as machine code
+(``core.compiled``), which gives the same integers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib.util
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +28,7 @@ _COLUMNS = 1 << 17  # items per counting block
 _CELLS = 1 << 19  # (query, item) pairs per counting block: few enough for the cache, enough to hide the calls
 _NARROW = 1 << 14  # below so many items a histogram call for each query would cost more than its counting
 _TABLE = 1 << 20  # histogram cells (8 bytes each) held at a time: bounds the memory for long codes and many labels
+_COMPILED = 1 << 22  # pairs from which machine code is used where it can be: below, compiling it costs more
 _FIELDS = ("items", "relevant", "gain", "gain_exp", "ideal")
 
 
@@ -170,19 +174,40 @@ def code_profile(query: Codes, query_labels: Tensor, database: Codes, labels: Te
         >>> made.items.tolist(), made.relevant.tolist()
         ([[0, 1, 0, 1]], [[0, 1, 0, 0]])
     """
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
-    if len(database) != len(labels):
-        raise ValueError(f"{len(labels)} label rows for {len(database)} database codes")
     if len(database) == 0:
         raise ValueError("the database is empty")
+    return streamed_profile(query, query_labels, [(database, labels)], block=block)
+
+
+def streamed_profile(
+    query: Codes, query_labels: Tensor, shards: Iterable[tuple[Codes, Tensor]], *, block: int = _PART
+) -> Profile:
+    """``code_profile`` of a database that comes in shards, each let go once it is counted.
+
+    Memory is one shard, one block and the profile, so a database may be larger than what fits. The result is that of
+    one pass, bit for bit (see ``merge``).
+
+    Args:
+        shards: codes and labels (N_i, C) of each; empty ones are passed over.
+
+    Raises:
+        ValueError: as ``code_profile``; no item in any shard.
+    """
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
     asked = prepare(query, query_labels, merge_above=1.0)
-    parts = []
-    for start in range(0, len(database), block):
-        rows = slice(start, start + block)
-        part = Codes(database.packed[rows], database.bits, database.ids[rows], database.origin)
-        parts.append(_profile(asked, prepare(part, labels[rows])))
-    return _spread(merge(parts), asked)
+    whole: Profile | None = None
+    for codes, labels in shards:
+        if len(codes) != len(labels):
+            raise ValueError(f"{len(labels)} label rows for {len(codes)} database codes")
+        for start in range(0, len(codes), block):
+            rows = slice(start, start + block)
+            part = Codes(codes.packed[rows], codes.bits, codes.ids[rows], codes.origin)
+            found = _profile(asked, prepare(part, labels[rows]))
+            whole = found if whole is None else merge([whole, found])
+    if whole is None:
+        raise ValueError("the database is empty")
+    return _spread(whole, asked)
 
 
 def prepared_profile(query: Codes, query_labels: Tensor, database: Prepared) -> Profile:
@@ -251,6 +276,8 @@ def _histogram(asked: Prepared, rows: np.ndarray, database: Prepared, overlaps: 
     """(rows, overlaps, distances) int64 counts of database items, for rows of ``asked`` in the order of ``numbers``."""
     codes, labels, numbers = asked.codes[:, rows], asked.labels[:, rows], asked.numbers[rows]
     size, distances = database.codes.shape[1], asked.bits + 1
+    if len(rows) * size >= _COMPILED and _numba_installed():
+        return _compiled_histogram(codes, labels, database, overlaps, distances)
     # one label each: equality is cheaper than a popcount; -2 and -1 stand for no label and never meet
     own = None if asked.single is None or database.single is None else asked.single[rows] - (asked.numbers[rows] == 0)
     width = min(_COLUMNS, size)
@@ -285,6 +312,27 @@ def _histogram(asked: Prepared, rows: np.ndarray, database: Prepared, overlaps: 
                 found = torch.bincount(line, None if weights is None else weights[: len(line)], minlength=each * cells)
                 table[top + row * each : top + (row + 1) * each, :cells] += found.view(each, cells).to(torch.int64)
     return table.view(len(rows), overlaps, distances)
+
+
+@functools.cache
+def _numba_installed() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _compiled_histogram(
+    codes: np.ndarray, labels: np.ndarray, database: Prepared, overlaps: int, distances: int
+) -> Tensor:
+    """``_histogram`` by machine code; blocks of items become words as they are needed."""
+    from robusthash.core import compiled  # loading numba takes a second, and only large counts need it
+
+    table = np.zeros((codes.shape[1], overlaps, distances), dtype=np.int64)
+    own = as_words(codes.T), as_words(labels.T)
+    for left in range(0, database.codes.shape[1], _COLUMNS):
+        columns = slice(left, left + _COLUMNS)
+        weights = np.empty(0, np.int64) if database.counts is None else database.counts[columns].astype(np.int64)
+        items = as_words(database.codes[:, columns].T), as_words(database.labels[:, columns].T)
+        compiled.count(*own, *items, weights, table)
+    return torch.from_numpy(table)
 
 
 def merge(profiles: Sequence[Profile]) -> Profile:

@@ -129,10 +129,13 @@ def text_measures(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
     """(B,) of each measure of texts as (B, V) vectors.
 
     ``changed`` share of entries that differ; ``edits`` their number; ``l1`` sum |delta|; ``largest`` max |delta|. For
-    bags of words under an edit budget ``edits`` and ``l1`` are both the number of words inserted or removed.
+    bags of words under an edit budget ``edits`` and ``l1`` are both the number of words inserted or removed. Token ids
+    have only the first two: a difference of ids means nothing.
     """
     share = changed_share(clean, attacked)
     edits = (clean != attacked).sum(1).to(torch.float64)
+    if not clean.is_floating_point():
+        return {"changed": share, "edits": edits}
     delta = (attacked.to(torch.float64) - clean.to(torch.float64)).abs()
     return {"changed": share, "edits": edits, "l1": delta.sum(1), "largest": delta.amax(1)}
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -21,7 +19,7 @@ class TextTransformer(nn.Module):
 
     SFCL encodes texts by BERT-base. Padding, the id ``pad_token_id`` of the model's configuration, is masked, so the
     features do not depend on how far a text is padded. Frozen, it stays in eval mode and makes no gradients, so that
-    training a head costs one forward pass a batch; nothing is computed ahead, and no attack can differentiate it.
+    training a head costs one forward pass a batch; nothing is computed ahead. Attacks differentiate at ``embedding``.
 
     Args:
         weights: folder with ``config.json`` and ``model.safetensors``. Local files only, no pickle, no foreign code.
@@ -60,6 +58,12 @@ class TextTransformer(nn.Module):
         self.words = int(known.vocab_size)
         self.width = int(known.hidden_size)
 
+    @property
+    def embedding(self) -> nn.Module:
+        """The module that looks tokens up: (B, L) ids -> (B, L, D)."""
+        found: nn.Module = self.model.get_input_embeddings()
+        return found
+
     def train(self, mode: bool = True) -> TextTransformer:
         """Frozen weights stay in eval mode: their dropout is never wanted."""
         super().train(mode)
@@ -71,8 +75,8 @@ class TextTransformer(nn.Module):
         mask = (ids != self.padding).long()
         # the first token is [CLS] and always seen: a text of padding alone would have nothing to attend to
         mask[:, 0] = 1
-        with contextlib.nullcontext() if self.trainable else torch.no_grad():
-            states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        # frozen weights and whole numbers record nothing for a backward pass, and an attack may ask at the embeddings
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         if self.pooling == "cls":
             return states[:, 0], {}
         shown = mask[:, :, None].to(states.dtype)
