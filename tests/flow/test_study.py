@@ -91,7 +91,15 @@ def test_cost_is_a_table_with_the_undefended_net_as_one(call, trained):
 
 
 def test_curves_draw_the_log_and_the_kept_epochs(call, trained, tmp_path):
-    arguments = ("--robust", "{name: mainstay, steps: 1}", "--queries", 8, "--out", tmp_path, "--json")
+    arguments = (
+        "--robust",
+        "{name: mainstay, eps: 32/255, steps: 4, step_size: 16/255}",
+        "--queries",
+        8,
+        "--out",
+        tmp_path,
+        "--json",
+    )
     code, out, err = call("curves", trained, *arguments)
     assert code == 0, err
     found = json.loads(out)["tiny"]

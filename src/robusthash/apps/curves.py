@@ -45,7 +45,7 @@ def log_curves(run: Run) -> dict[str, Curve]:
 def robust_curves(
     run: Run, attack: Mapping[str, Any] | str, queries: int | None = None, shown: Shown = silent
 ) -> dict[str, dict[int, EvalResult]]:
-    """Clean and attacked results of every kept epoch, by name and then epoch; kept in the run, so that a kill loses one.
+    """Clean and attacked results of every kept epoch, by name and then epoch; a kill loses one.
 
     Args:
         attack: settings of one untargeted attack.

@@ -150,7 +150,7 @@ def _spanned(name: str, x: Tensor, seeds: Sequence[Tensor]) -> Line:
 
 
 def _budgets(paths: Mapping[str, Sequence[Path]], out: Path) -> Drawn:
-    """Curves over budgets of assessed runs: every curve with an ``eps`` axis, in units of 1/255; bands span the seeds."""
+    """Curves over budgets of assessed runs: each with an ``eps`` axis, in units of 1/255; bands span the seeds."""
     found: dict[tuple[str, str], dict[str, list[dict[str, Tensor]]]] = {}
     for name, files in paths.items():
         for path in files:
