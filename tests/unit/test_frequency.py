@@ -97,7 +97,7 @@ def test_shares_by_order_end_at_one(data):
 
 def test_queries_whose_top_is_one_distance_are_left_out_and_refused_where_all_are(data):
     constant = linear_hasher(torch.zeros(8, 3 * 16 * 16))
-    with pytest.raises(ValueError, match="one distance.*worth 'ap'"):
+    with pytest.raises(ValueError, match=r"one distance.*worth 'ap'"):
         attribute_bands(make_bench(constant, data), permutations=4)
     bench = make_bench(seeing(1, bits=6), data)
     _, distances = topk(bench.query.packed, bench.database.packed, 60)
@@ -112,7 +112,7 @@ def test_bad_input_is_refused(data):
     bench = make_bench(seeing(1), data)
     with pytest.raises(ValueError, match="worth must be 'tau' or 'ap', got 'map'"):
         attribute_bands(bench, worth="map")
-    with pytest.raises(ValueError, match="multiple of 7|blocks of 7"):
+    with pytest.raises(ValueError, match="blocks of 7"):
         attribute_bands(bench, block=7)
     with pytest.raises(ValueError, match="permutations must be even"):
         attribute_bands(bench, permutations=5, top=30)

@@ -23,7 +23,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#7A7A7A", "#56B4E9", "#009E73", "#CC79A7", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2)), (0, (3, 1)), "-", (0, (2, 2)))
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++", "oo")
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # matplotlib types its settings by their names
     "font.size": 9,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
