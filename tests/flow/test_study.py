@@ -131,7 +131,7 @@ def test_curves_of_a_run_without_kept_epochs_say_how_to_keep_them(call, trained,
 
 
 def test_figures_draw_what_was_measured(call, trained, tmp_path):
-    matrix = {"surrogates": ["a", "b"], "victims": ["a"], "values": [[0.1], [None]], "measure": "MAP"}
+    matrix = {"surrogates": ["a", "b"], "victims": ["a"], "attacked": [[0.1], [None]], "measure": "MAP"}
     (tmp_path / "matrix.json").write_text(json.dumps(matrix))
     code, out, err = call("figures", trained, "--out", tmp_path, "--transfer", tmp_path / "matrix.json", "--json")
     assert code == 0, err

@@ -191,7 +191,7 @@ def figures(
     runs: RunPaths,
     out: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
     transfer: Annotated[
-        Path | None, typer.Option(help="Transfer matrix (JSON: surrogates, victims, values, measure).")
+        Path | None, typer.Option(help="Transfer matrix, as `robusthash transfer --json` prints it.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

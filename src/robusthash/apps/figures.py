@@ -278,8 +278,8 @@ def draw_transfer_file(path: Path, out: Path) -> Drawn:
     """``transfer``: what attacks made on each surrogate (down) leave of each victim (across).
 
     Args:
-        path: JSON with ``surrogates`` and ``victims``, names; ``values``, a list of rows, null where not measured; and
-            ``measure``.
+        path: JSON of ``robusthash transfer --json``: ``surrogates`` and ``victims``, names; ``attacked``, a row of values
+            for each surrogate, null where not measured; and ``measure``.
 
     Raises:
         ValueError: another content.
@@ -288,9 +288,9 @@ def draw_transfer_file(path: Path, out: Path) -> Drawn:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    wanted = ("surrogates", "victims", "values", "measure")
+    wanted = ("surrogates", "victims", "attacked", "measure")
     if not isinstance(found, dict) or not all(key in found for key in wanted):
         raise ValueError(f"{path} is no transfer matrix: it needs {', '.join(wanted)}")
-    values = [[float("nan") if value is None else value for value in row] for row in found["values"]]
+    values = [[float("nan") if value is None else value for value in row] for row in found["attacked"]]
     figure = matrix_plot(found["surrogates"], found["victims"], values, "victim", "surrogate", found["measure"])
     return save(figure, out / "transfer")

@@ -129,8 +129,9 @@ class CostRow:
 def cost_rows(paths: Sequence[Path], against: Path | None = None, runs: int = 100) -> tuple[str, list[CostRow]]:
     """Cost of runs and the name of the reference: the hasher without purifiers of ``against``, or of the first run.
 
-    The reference is timed in turn with all others in this process. A query runs from pixels to the ten nearest of an exact
-    index of as many codes as the run's database has. Pixels and searched codes are random: neither changes the cost.
+    The reference is timed in turn with all others in this process. A query runs from pixels to the ten nearest of an
+    exact index of as many codes as the run's database has. Pixels and searched codes are random: neither changes the
+    cost.
 
     Args:
         against: the undefended run.
