@@ -99,7 +99,7 @@ def test_queries_whose_top_is_one_distance_are_left_out_and_refused_where_all_ar
     constant = linear_hasher(torch.zeros(8, 3 * 16 * 16))
     with pytest.raises(ValueError, match=r"one distance.*worth 'ap'"):
         attribute_bands(make_bench(constant, data), permutations=4)
-    bench = make_bench(seeing(1, bits=6), data)
+    bench = make_bench(seeing(8, bits=6), data)
     _, distances = topk(bench.query.packed, bench.database.packed, 60)
     varied = {top: distances[:, 0] < distances[:, top - 1] for top in range(2, 60)}
     top = next(top for top, some in varied.items() if 0 < int(some.sum()) < 5)

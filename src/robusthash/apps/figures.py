@@ -278,8 +278,8 @@ def draw_transfer_file(path: Path, out: Path) -> Drawn:
     """``transfer``: what attacks made on each surrogate (down) leave of each victim (across).
 
     Args:
-        path: JSON of ``robusthash transfer --json``: ``surrogates`` and ``victims``, names; ``attacked``, a row of values
-            for each surrogate, null where not measured; and ``measure``.
+        path: JSON of ``robusthash transfer --json``: ``surrogates`` and ``victims``, names; ``attacked``, a row for
+            each surrogate, null where not measured; and ``measure``.
 
     Raises:
         ValueError: another content.

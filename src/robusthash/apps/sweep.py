@@ -243,7 +243,8 @@ class Sweep:
         shown: Callable[[int, int], None],
     ) -> Iterator[tuple[str, int, Path]]:
         """Run commands, ``jobs`` at a time; yields (key, exit code, log) as each ends."""
-        waiting, running, done = list(commands), dict[str, subprocess.Popen[bytes]](), 0
+        waiting, done = list(commands), 0
+        running: dict[str, subprocess.Popen[bytes]] = {}
         while waiting or running:
             while waiting and len(running) < self.jobs:
                 key = waiting.pop(0)

@@ -88,9 +88,9 @@ def _more_formulas() -> dict[Any, Any]:
         both = all(isinstance(side, Tensor) and side.is_complex() for side in (x, y))
         return 8 * out_val.numel() if both else 0
 
-    raw = (complex_to_complex, real_to_complex, complex_to_real, product)
+    raw: tuple[Any, ...] = (complex_to_complex, real_to_complex, complex_to_real, product)
     for formula in raw:
-        formula._get_raw = True  # type: ignore[attr-defined]  # torch hands such a formula tensors, others their shapes
+        formula._get_raw = True  # torch hands such a formula tensors, others their shapes
 
     def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
