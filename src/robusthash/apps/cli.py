@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from robusthash.apps import cli_blackbox, cli_database, cli_index
+from robusthash.apps import cli_blackbox, cli_database, cli_index, cli_study
 from robusthash.apps.terminal import AsJson, console, escape, print_json, print_table, progress_bars
 from robusthash.version import __version__
 
@@ -31,6 +31,7 @@ app.add_typer(cli_index.app, name="index")
 app.add_typer(data_app, name="data")
 app.command("transfer")(cli_blackbox.transfer)
 app.command("poison")(cli_database.poison)
+cli_study.add_to(app)
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).")]
 RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]

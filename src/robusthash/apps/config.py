@@ -139,6 +139,7 @@ class RuntimeSection(Section):
     seed: int = 0
     device: str = "auto"
     threads: int | None = Field(None, ge=1)
+    keep_epochs: int | None = Field(None, ge=1)  # keep the weights after every so many epochs, for `curves --robust`
 
 
 class Config(Section):

@@ -30,7 +30,7 @@ def write_report(run: Run) -> Path:
         RunError: the run has not been trained or evaluated.
     """
     path = run.path / "report.html"
-    text = run_page(run.card(), read_results(run), _log(run), commands_of(run), branches_section(run.path))
+    text = run_page(run.card(), read_results(run), run.lines(), commands_of(run), branches_section(run.path))
     with write_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
     return path
@@ -46,12 +46,6 @@ def read_results(run: Run) -> dict[str, EvalResult]:
     if not path.is_file():
         raise RunError(f"{run.path} has not been evaluated; run 'robusthash evaluate {run.path}' first")
     return {result.name: result for result in load_results(path)}
-
-
-def _log(run: Run) -> list[dict[str, Any]]:
-    """One line per epoch; of an epoch that a kill made run again, the last."""
-    lines = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
-    return list({line["epoch"]: line for line in lines}.values())
 
 
 def commands_of(run: Run) -> list[str]:

@@ -79,8 +79,13 @@ class Run:
             ) from None
 
     def checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the training checkpoint."""
+        """Replace the training checkpoint; keep the weights of this epoch too, if the config wants them."""
         self._resume_file.parent.mkdir(parents=True, exist_ok=True)
+        every = self.config.runtime.keep_epochs
+        if every is not None and state["epoch"] % every == 0:
+            path = self._epoch_file(state["epoch"])
+            path.parent.mkdir(exist_ok=True)
+            _save_weights(state["modules"]["hasher"], path)
         with write_aside(self._resume_file) as temporary:
             torch.save(state, temporary)
 
@@ -88,6 +93,31 @@ class Run:
         """Append one JSON line; lines of epochs that a kill made run again are told by their epoch number."""
         with (self.path / "log.jsonl").open("a") as lines:
             lines.write(json.dumps(line) + "\n")
+
+    def _epoch_file(self, epoch: int) -> Path:
+        return self.path / "epochs" / f"{epoch}.safetensors"
+
+    def kept_epochs(self) -> list[int]:
+        """After how many epochs weights were kept, ascending; see ``runtime.keep_epochs``."""
+        return sorted(int(path.stem) for path in (self.path / "epochs").glob("*.safetensors"))
+
+    def load_epoch(self, epoch: int) -> tuple[Hasher, HashObjective]:
+        """The hasher as it was after ``epoch`` epochs, and the objective of the trained run."""
+        hasher, objective = self.load_model()
+        _load_weights(hasher, self._epoch_file(epoch))
+        return hasher, objective
+
+    def lines(self) -> list[dict[str, Any]]:
+        """One line per epoch; of an epoch that a kill made run again, the last.
+
+        Raises:
+            RunError: no epoch has been trained.
+        """
+        path = self.path / "log.jsonl"
+        if not path.is_file():
+            raise RunError(f"{self.path} has no training log; run 'robusthash train' or 'robusthash run' first")
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return list({line["epoch"]: line for line in lines}.values())
 
     def progress(self, done: int, total: int, text: str) -> None:
         self.shown(done, total, text)

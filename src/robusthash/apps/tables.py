@@ -74,7 +74,7 @@ def make_rows(paths: Sequence[Path]) -> list[Row]:
         cells = {}
         for result in found[0]:
             if all(result in results and _alike(results[result], found[0][result]) for results in found):
-                cells[result] = _cell([results[result] for results in found])
+                cells[result] = cell_of([results[result] for results in found])
         minutes = sum(run.card()["seconds"] for run in seeds) / len(seeds) / 60
         chance = {bench: clean.reference["chance"] for bench, clean in cleans[0].items()}
         rows.append(Row(name, cells, minutes, chance))
@@ -85,7 +85,7 @@ def _benches(cleans: Mapping[str, EvalResult]) -> str:
     return ", ".join(bench or clean.setting.direction for bench, clean in cleans.items())
 
 
-def _bench_of(column: str, benches: Iterable[str]) -> str:
+def bench_of(column: str, benches: Iterable[str]) -> str:
     """What the result of this name was scored on."""
     return max((bench for bench in benches if not bench or column.startswith(f"{bench} ")), key=len, default="")
 
@@ -94,7 +94,8 @@ def _alike(one: EvalResult, other: EvalResult) -> bool:
     return one.setting.attacks == other.setting.attacks and one.setting.budget == other.setting.budget
 
 
-def _cell(results: Sequence[EvalResult]) -> Cell:
+def cell_of(results: Sequence[EvalResult]) -> Cell:
+    """The headline of one result over the seeds of a recipe, with its interval over queries and seeds."""
     headline = headline_of(results[0])
     values = torch.stack([result.per_query[headline] for result in results])
     kept = values[:, ~values.isnan().any(0)]
@@ -105,7 +106,7 @@ def _cell(results: Sequence[EvalResult]) -> Cell:
 def markdown(rows: Sequence[Row], results: Sequence[str] | None = None) -> str:
     """A Markdown table; ``results`` chooses and orders the columns, by default all that the first row has."""
     columns = list(rows[0].cells) if results is None else list(results)
-    shown = {_bench_of(column, rows[0].chance) for column in columns}
+    shown = {bench_of(column, rows[0].chance) for column in columns}
     benches = [bench for bench in rows[0].chance if bench in shown]
     chances = [f"chance {bench}".strip() for bench in benches]
     lines = [f"| {' | '.join(['recipe', *columns, *chances, 'training minutes', 'seeds'])} |"]

@@ -15,6 +15,8 @@ def shapley(
     players: int,
     permutations: int = 64,
     draws: Draws = Draws(0),
+    many: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Shapley value of each player with its standard error.
 
@@ -28,6 +30,8 @@ def shapley(
             deterministic.
         players: number of players, at least 1.
         permutations: even, at least 4; each costs ``players`` - 1 evaluations.
+        many: ``value`` takes (S, players) masks at once and gives (S, *shape).
+        progress: called with (permutations done, permutations) after each pair.
 
     Returns:
         (players, *shape) values and standard errors, float64; the errors are those of the mean over pairs.
@@ -43,30 +47,36 @@ def shapley(
     if permutations < 4 or permutations % 2:
         raise ValueError(f"permutations must be even and at least 4 (two antithetic pairs), got {permutations}")
 
-    def worth(mask: Tensor) -> Tensor:
-        return torch.as_tensor(value(mask), dtype=torch.float64).cpu()
+    def worth(masks: Tensor) -> Tensor:
+        found = value(masks) if many else torch.stack([torch.as_tensor(value(mask)) for mask in masks])
+        return torch.as_tensor(found, dtype=torch.float64).cpu()
 
-    none = worth(torch.zeros(players, dtype=torch.bool))
-    everyone = worth(torch.ones(players, dtype=torch.bool))
-    if not (torch.isfinite(none).all() and torch.isfinite(everyone).all()):
+    ends = worth(torch.stack([torch.zeros(players, dtype=torch.bool), torch.ones(players, dtype=torch.bool)]))
+    if not torch.isfinite(ends).all():
         raise ValueError("the value of the empty or of the full coalition is not finite")
     generator = draws.within("shapley").generator()
     pairs = []
-    for _ in range(permutations // 2):
+    for done in range(2, permutations + 1, 2):
         order = torch.randperm(players, generator=generator)
-        pairs.append((_credits(worth, order, none, everyone) + _credits(worth, order.flip(0), none, everyone)) / 2)
+        pairs.append((_credits(worth, order, ends) + _credits(worth, order.flip(0), ends)) / 2)
+        if progress is not None:
+            progress(done, permutations)
     credits = torch.stack(pairs)
     return credits.mean(0), credits.std(0) / len(pairs) ** 0.5
 
 
-def _credits(worth: Callable[[Tensor], Tensor], order: Tensor, none: Tensor, everyone: Tensor) -> Tensor:
-    """(players, *shape) change of value as each player joins in ``order``."""
-    mask = torch.zeros(len(order), dtype=torch.bool)
-    credits = torch.zeros(len(order), *none.shape, dtype=torch.float64)
-    before = none
-    for place, player in enumerate(order.tolist()):
-        mask[player] = True
-        after = everyone if place == len(order) - 1 else worth(mask.clone())
-        credits[player] = after - before
-        before = after
+def _credits(worth: Callable[[Tensor], Tensor], order: Tensor, ends: Tensor) -> Tensor:
+    """(players, *shape) change of value as each player joins in ``order``.
+
+    Args:
+        ends: (2, *shape) value of nobody and of all, which every order shares.
+    """
+    players = len(order)
+    joined = torch.ones(players, players, dtype=torch.bool).tril()[:-1]  # (steps, places)
+    masks = torch.zeros_like(joined)
+    masks[:, order] = joined
+    between = worth(masks) if players > 1 else ends[:0]
+    steps = torch.cat([ends[:1], between, ends[1:]]).diff(dim=0)
+    credits = torch.empty_like(steps)
+    credits[order] = steps
     return credits

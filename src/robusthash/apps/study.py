@@ -1,0 +1,202 @@
+"""Analyses of trained runs: which frequencies they search by, and what they cost."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from robusthash.apps.runs import Run, RunError, load_run
+from robusthash.apps.stages import Shown, load_victim, read_data, silent
+from robusthash.core.files import write_aside
+from robusthash.core.hamming import pack, sign
+from robusthash.core.registry import build
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Inputs
+from robusthash.evaluation.bench import make_bench
+from robusthash.evaluation.cost import Latency, Size, Work, asking, size_of, time_in_turn
+from robusthash.evaluation.frequency import BandAttribution, Worth, attribute_bands
+from robusthash.index.engines import FlatEngine, Rows
+from robusthash.models.hasher import Hasher
+
+ATTRIBUTION = "attribution.npz"
+
+
+def labelled(paths: Sequence[Path]) -> dict[str, Run]:
+    """Runs by what figures and tables call them: their recipe, with the run's id where a recipe comes twice.
+
+    Raises:
+        ValueError: no run, or one run twice.
+    """
+    runs = [load_run(path) for path in paths]
+    if not runs:
+        raise ValueError("name at least one run directory")
+    names = [run.config.name for run in runs]
+    labels = [
+        run.config.name if names.count(run.config.name) == 1 else f"{run.config.name}/{run.path.resolve().name}"
+        for run in runs
+    ]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"the run {twice[0]} is named twice")
+    return dict(zip(labels, runs, strict=True))
+
+
+def attribute_runs(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    images: int = 32,
+    permutations: int = 64,
+    worth: Worth = "tau",
+    top: int = 100,
+    seed: int = 0,
+    shown: Shown = silent,
+) -> dict[str, BandAttribution]:
+    """Attribute the search of each run to DCT bands; ``out/attribution.npz`` is written after each.
+
+    Args:
+        images: the first this many queries.
+        seed: of the permutations: the same for every run, so that maps differ by their models alone.
+    """
+    runs = labelled(paths)
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, BandAttribution] = {}
+    for label, run in runs.items():
+        if run.config.runtime.threads:
+            torch.set_num_threads(run.config.runtime.threads)
+        victim, _ = load_victim(run)
+        bench = make_bench(
+            victim,
+            read_data(run.config, shown),
+            build("protocol", run.config.evaluation.protocol),
+            direction=("image", "image"),
+            database=run.learned_database(),
+            queries=images,
+            progress=shown,
+        )
+        found[label] = attribute_bands(
+            bench,
+            worth=worth,
+            permutations=permutations,
+            top=top,
+            seed=seed,
+            progress=lambda done, total, label=label: shown(done, total, f"bands of {label}"),  # type: ignore[misc]
+        )
+        save_attributions(out / ATTRIBUTION, found)
+    return found
+
+
+def save_attributions(path: Path, found: Mapping[str, BandAttribution]) -> None:
+    """Write attributions by label into one ``.npz``: ``LABEL|values``, ``LABEL|errors``, ..."""
+    arrays = {f"{label}|{name}": value for label, one in found.items() for name, value in one.arrays().items()}
+    with write_aside(path) as aside:
+        np.savez(aside, allow_pickle=False, **arrays)
+
+
+def load_attributions(path: Path) -> dict[str, BandAttribution]:
+    """Read what ``save_attributions`` wrote.
+
+    Raises:
+        RunError: a file that cannot be read.
+    """
+    grouped: dict[str, dict[str, np.ndarray]] = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for key in arrays.files:
+                label, _, name = key.rpartition("|")
+                grouped.setdefault(label, {})[name] = arrays[key]
+        return {label: BandAttribution.from_arrays(found) for label, found in grouped.items()}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path} is damaged ({error}); run 'robusthash attribute' again") from None
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What one run costs, for one image query and one epoch of training."""
+
+    name: str
+    size: Size
+    latency: Latency
+    minutes_per_epoch: float
+    attack_steps: int  # of the inner attack of training; 0 where there is none
+
+
+def cost_rows(paths: Sequence[Path], against: Path | None = None, runs: int = 100) -> tuple[str, list[CostRow]]:
+    """Cost of runs and the name of the reference: the hasher without purifiers of ``against``, or of the first run.
+
+    The reference is timed in turn with all others in this process. A query runs from pixels to the ten nearest of an
+    exact index of as many codes as the run's database has. Pixels and searched codes are random: neither changes the
+    cost.
+
+    Args:
+        against: the undefended run.
+        runs: timed queries of each.
+    """
+    opened = labelled(paths)
+    base = load_run(against) if against is not None else next(iter(opened.values()))
+    reference = f"{base.config.name} without purifiers" if base.config.hasher.purifiers else base.config.name
+    hashers = {label: run.load_model()[0] for label, run in opened.items()}
+    works = {label: _query_of(hashers[label], run) for label, run in opened.items()}
+    asked = "undefended reference"
+    works[asked] = _query_of(base.load_model()[0].bare(), base)
+    times = time_in_turn(works, asked, runs=runs)
+    return reference, [
+        CostRow(
+            name=label,
+            size=size_of(hashers[label], _pixels(run)),
+            latency=times[label],
+            minutes_per_epoch=sum(line["seconds"] for line in run.lines()) / len(run.lines()) / 60,
+            attack_steps=_inner_steps(run),
+        )
+        for label, run in opened.items()
+    ]
+
+
+def _inner_steps(run: Run) -> int:
+    """Steps of the training attack: those of the config, else those it has by default."""
+    settings = run.config.training.attack
+    if settings is None:
+        return 0
+    attack = build("attack", settings, objective=build("objective", run.config.training.objective))
+    return int(getattr(attack.search, "steps", 1))
+
+
+def _pixels(run: Run) -> Inputs:
+    """One random image (or feature vector) of the size that the run was trained on."""
+    card = run.card()
+    if "image" not in card["modalities"]:
+        raise ValueError(f"{run.path} encodes {card['modalities']}; the cost is that of an image query")
+    size = tuple(card["image_size"])
+    shape = (1, 3, *size) if len(size) == 2 else (1, *size)
+    return {"image": torch.rand(shape, generator=Draws(0, ("cost",)).generator())}
+
+
+def _query_of(hasher: Hasher, run: Run) -> Work:
+    """A query against random codes, as many as the database of ``run``."""
+    count = int(json.loads((run.path / "data.json").read_text())["sizes"]["database"])
+    codes = np.random.default_rng(0).integers(0, 256, (count, (hasher.bits + 7) // 8), dtype=np.uint8)
+    engine = FlatEngine(Rows(np.arange(count), codes))
+    return asking(hasher, _pixels(run), lambda logits: engine.search(pack(sign(logits)).numpy(), min(10, count)))
+
+
+def cost_markdown(reference: str, rows: Sequence[CostRow]) -> str:
+    """A Markdown table."""
+    first = rows[0].latency
+    lines = [
+        f"One query: image to ten nearest, median of {first.runs} by wall clock, {first.threads} thread(s); ratio to "
+        f"{reference}, timed in turn. FLOPs are twice the MACs.",
+        "",
+        "| model | parameters (M) | MACs (M) | query ms | p95 ms | ratio | training min/epoch | attack steps |",
+        "|" + " --- |" * 8,
+    ]
+    lines += [
+        f"| {row.name} | {row.size.parameters / 1e6:.3f} | {row.size.macs / 1e6:.2f} | {row.latency.median:.2f} | "
+        f"{row.latency.p95:.2f} | {row.latency.ratio:.2f} | {row.minutes_per_epoch:.2f} | {row.attack_steps} |"
+        for row in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,230 @@
+"""The verbs of analyses end to end on the generated world: attribute, cost, curves, figures, sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import yaml
+
+from robusthash.apps import cli, stages, sweep
+from robusthash.apps.config import make_config
+from robusthash.apps.runs import load_run
+from robusthash.apps.study import load_attributions
+
+CONFIG = {
+    "name": "tiny",
+    "data": {"name": "synthetic", "train": 64, "query": 12, "database": 60},
+    "hasher": {"bits": 12, "image": {"name": "small", "width": 4}},
+    "training": {"objective": "csq", "epochs": 4, "batch_size": 32, "optim": {"hasher": {"lr": 0.05}}},
+    "evaluation": {"attacks": [{"name": "mainstay", "steps": 2, "step_size": "4/255"}, {"name": "dhta", "steps": 2}]},
+    "runtime": {"device": "cpu", "keep_epochs": 2},
+}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "file", sys.stderr)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        caught = capsys.readouterr()
+        return code, caught.out, caught.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    run = stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs"))
+    stages.evaluate(run)
+    return run.path
+
+
+def drawn(folder: Path, *stems: str) -> None:
+    """Both files of every figure are there and can be read."""
+    for stem in stems:
+        assert (folder / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
+        pixels = matplotlib.image.imread(folder / f"{stem}.png")
+        assert pixels.shape[0] > 200
+        assert pixels[..., :3].std() > 0.01
+
+
+def test_attribute_writes_arrays_and_heat_maps(call, trained, tmp_path):
+    arguments = ("--images", 6, "--permutations", 4, "--top", 40, "--out", tmp_path, "--json")
+    code, out, err = call("attribute", trained, *arguments)
+    assert code == 0, err
+    (shown,) = json.loads(out).values()
+    (kept,) = load_attributions(tmp_path / "attribution.npz").values()
+    assert shown["mean"] == kept.mean.tolist()
+    assert float((kept.values.sum((1, 2)) - (kept.everything - kept.none)).abs().max()) < 1e-9
+    drawn(tmp_path, "bands", "bands-share")
+    code, _, err = call("attribute", trained, trained, "--out", tmp_path)
+    assert code == 1
+    assert "named twice" in err
+
+
+def test_cost_is_a_table_with_the_undefended_net_as_one(call, trained):
+    code, out, err = call("cost", trained, "--repeats", 5, "--json")
+    assert code == 0, err
+    (row,) = json.loads(out)["rows"]
+    assert row["size"]["macs"] > row["size"]["parameters"] > 0
+    assert 0.2 < row["latency"]["ratio"] < 5
+    assert row["latency"]["threads"] == 1
+    assert row["attack_steps"] == 0
+    code, out, _ = call("cost", trained, "--repeats", 2)
+    assert code == 0
+    assert out.count("\n| tiny |") == 1
+
+
+def test_curves_draw_the_log_and_the_kept_epochs(call, trained, tmp_path):
+    arguments = (
+        "--robust",
+        "{name: mainstay, eps: 32/255, steps: 4, step_size: 16/255}",
+        "--queries",
+        8,
+        "--out",
+        tmp_path,
+        "--json",
+    )
+    code, out, err = call("curves", trained, *arguments)
+    assert code == 0, err
+    found = json.loads(out)["tiny"]
+    epochs, losses = found["log"]["loss"]
+    assert epochs == [1, 2, 3, 4]
+    assert losses[-1] < losses[0]
+    measure, (kept, clean), _ = found["robust"]["clean"]
+    assert (measure, kept) == ("MAP", [2, 4])
+    _, (_, attacked), _ = found["robust"]["mainstay"]
+    assert attacked[-1] < clean[-1]
+    drawn(tmp_path, "convergence-tiny", "seconds-tiny", "robust-curves")
+    assert call("curves", trained, *arguments)[1] == out  # the second time from what was kept
+
+
+def test_the_last_kept_epoch_is_the_trained_model(trained):
+    run = load_run(trained)
+    last, final = run.load_epoch(4)[0].state_dict(), run.load_model()[0].state_dict()
+    assert all(last[name].equal(final[name]) for name in final)
+    assert not run.load_epoch(2)[0].state_dict()["heads.image.linear.weight"].equal(final["heads.image.linear.weight"])
+
+
+def test_curves_of_a_run_without_kept_epochs_say_how_to_keep_them(call, trained, tmp_path):
+    config = {**CONFIG, "runtime": {"device": "cpu"}}
+    run = stages.train(make_config(config), tmp_path / "runs")
+    assert run.id == trained.name  # keeping epochs makes no other model
+    code, _, err = call("curves", run.path, "--robust", "mainstay", "--out", tmp_path)
+    assert code == 1
+    assert "runtime.keep_epochs=1" in err
+
+
+def test_figures_draw_what_was_measured(call, trained, tmp_path):
+    matrix = {"surrogates": ["a", "b"], "victims": ["a"], "attacked": [[0.1], [None]], "measure": "MAP"}
+    (tmp_path / "matrix.json").write_text(json.dumps(matrix))
+    code, out, err = call("figures", trained, "--out", tmp_path, "--transfer", tmp_path / "matrix.json", "--json")
+    assert code == 0, err
+    stems = ("attacks", "targeted", "scatter", "pr", "pr-attacked", "loss", "transfer")
+    drawn(tmp_path, *stems)
+    assert len(json.loads(out)["figures"]) == 2 * len(stems)
+    (tmp_path / "matrix.json").write_text("[]")
+    code, _, err = call("figures", trained, "--out", tmp_path, "--transfer", tmp_path / "matrix.json")
+    assert code == 1
+    assert "no transfer matrix" in err
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**CONFIG, "evaluation": {"attacks": []}}))
+    return path
+
+
+def test_a_sweep_runs_every_point_names_the_failing_one_and_goes_on(call, recipe, tmp_path, monkeypatch):
+    command = ("sweep", recipe, "--over", "training.optim.hasher.lr=0.05,1e30", "--set", "training.epochs=1")
+    places = ("--jobs", 2, "--runs", tmp_path / "runs", "--out", tmp_path / "swept", "--json")
+    code, out, err = call(*command, *places)
+    assert code == 1
+    good, bad = json.loads(out)["points"]
+    assert (good["state"], bad["state"]) == ("done", "failed")
+    assert "not finite" in bad["error"] or "NaN" in bad["error"]
+    assert "1 of 2 points failed" in err
+    assert load_run(good["run"]).config.runtime.threads == 1
+    table = (tmp_path / "swept" / "sweep.md").read_text()
+    assert "| 0.05 | 0." in table
+    assert "| 1e30 | - | 0 | 1 |" in table
+    drawn(tmp_path / "swept", "sweep")
+
+    def never(*arguments, **options):
+        raise AssertionError("a point that is done was run again")
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", never)
+    code, out, _ = call(*command[:3], "training.optim.hasher.lr=0.05", *command[4:], *places, "--no-figure")
+    assert code == 0
+    assert json.loads(out)["points"] == [good]
+
+
+def test_stopping_a_sweep_stops_its_children(recipe, tmp_path):
+    command = [sys.executable, "-m", "robusthash", "sweep", str(recipe), "--over", "hasher.bits=8,16", "--jobs", "2"]
+    command += ["--set", "training.epochs=5000", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "swept")]
+    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    children: list[int] = []
+    until = time.monotonic() + 60
+    while len(children) < 2 and time.monotonic() < until:
+        time.sleep(0.2)
+        children = [int(line) for line in _children_of(parent.pid)]
+    assert len(children) == 2
+    while len(list((tmp_path / "runs").glob("tiny/*/log.jsonl"))) < 2 and time.monotonic() < until:
+        time.sleep(0.2)  # they train
+    parent.send_signal(signal.SIGINT)  # to the sweep alone
+    assert parent.wait(timeout=30) == 130
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
+def _children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ("training.epochs", "section.key=value"),
+        ("training.epochs=1,1", "every value once"),
+        ("evaluation.seed=1,2", "makes no other model"),
+        ("runtime.seed=1,2", "--seeds"),
+        ("training.epoch=1,2", "did you mean"),
+    ],
+)
+def test_a_bad_sweep_is_refused_before_anything_runs(call, recipe, tmp_path, over, message):
+    code, _, err = call("sweep", recipe, "--over", over, "--runs", tmp_path / "runs")
+    assert code == 1
+    assert message in err.replace("\n", " ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_points_of_one_model_are_refused(recipe):
+    axis = sweep.read_axis("training.clip=0,0.0")
+    with pytest.raises(ValueError, match="same model"):
+        sweep.points_of(recipe, [axis], [0])
+    with pytest.raises(ValueError, match="different whole numbers"):
+        sweep.points_of(recipe, [axis], [0, 0])
+    with pytest.raises(ValueError, match="whole numbers with commas"):
+        sweep.whole_numbers("0;1")
+
+
+def test_values_with_commas_are_a_list():
+    axis = sweep.read_axis("training.attack=[{name: pgd, steps: 2}, {name: hag, steps: 3}]")
+    assert axis.values == ("{name: pgd, steps: 2}", "{name: hag, steps: 3}")
