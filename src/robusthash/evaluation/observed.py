@@ -132,3 +132,8 @@ def matches(declared: Defense, seen: Observed) -> list[str]:
     if declared == "detector":
         reasons.append("'detector' is declared, and the package has none: no attack includes its score")
     return reasons
+
+
+def mismatches(victim: Hasher, inputs: Inputs) -> list[str]:
+    """``matches`` of what a victim declares and what is observed on some clean inputs."""
+    return matches(victim.declared, observed(victim, inputs))
