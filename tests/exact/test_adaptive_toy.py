@@ -234,6 +234,6 @@ def test_bands_share_the_frequencies_out() -> None:
     assert masks.flatten(1).sum(1).tolist() == [15, 34, 15]
     with pytest.raises(ValueError, match="band must be one of low, mid, high, got 'middle'"):
         band_mask("middle")  # type: ignore[arg-type]
+    text = Threat({"text": BandBall("linf", 0.1)})
     with pytest.raises(ValueError, match="does not attack them"):
-        text = Threat({"text": BandBall("linf", 0.1)})
         Banded(PGD(1), "low")(lambda x, p: (x, x), image_batch(torch.ones(1, 2)), text, DRAWS, None, None)  # type: ignore

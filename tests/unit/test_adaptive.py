@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import make_data, train_config, trained_hasher
+from helpers import jolted, make_data, trained_hasher
 from torch import Tensor, nn
 
 from robusthash.attacks.base import Attack
@@ -23,9 +23,9 @@ from robusthash.evaluation.observed import Observed, matches, mismatches, observ
 from robusthash.models import Hasher, Purifier, build_hasher, purified
 from robusthash.models.hasher import frozen
 from robusthash.models.purified import Encode
-from robusthash.models.repairs import RepairIdentity
+from robusthash.models.repairs import RepairIdentity, RepairLearnt
+from robusthash.models.views import MaskNoise, NoiseAveraged
 from robusthash.objectives import DPSH
-from robusthash.training import HashingRecipe, fit
 
 SMALL = {"name": "small", "width": 4, "grid": 1}
 DATA = make_data(size=16)
@@ -72,8 +72,7 @@ def base() -> Hasher:
 def benches(base: Hasher) -> dict[str, Bench]:
     """A trained victim of each kind."""
     encoder = {"name": "sfcl", "spatial": SMALL, "frequency": SMALL, "width": 16}
-    masked = build_hasher(bits=8, image=encoder)
-    fit(HashingRecipe(masked, DPSH()), DATA, train_config(6))
+    masked = jolted(build_hasher(bits=8, image=encoder))  # untrained: training so short collapses it to one code
     victims = {
         "gate": purified(base, {"image": "spectral-gate"}),
         "mask": masked,
@@ -114,6 +113,15 @@ def test_lines_of_a_class(kind: str, benches: dict[str, Bench]) -> None:
     assert names(adaptive_lines(victim, None, unsaid)) == (["eot-20"] if kind == "randomised" else [])
 
 
+def short(line: Line) -> Line:
+    """The same line with few looks and little learning."""
+    if isinstance(line, Adaptive) and isinstance(line.view, NoiseAveraged | MaskNoise):
+        return replace(line, view=replace(line.view, draws=2))
+    if isinstance(line, Adaptive) and isinstance(line.view, RepairLearnt):
+        return replace(line, view=RepairLearnt(4))
+    return line
+
+
 @pytest.mark.parametrize("kind", LINES)
 def test_every_line_runs(kind: str, benches: dict[str, Bench]) -> None:
     """It stays in the ball, reports the victim's own codes of its inputs, counts its passes and can be repeated."""
@@ -135,7 +143,7 @@ def test_every_line_runs(kind: str, benches: dict[str, Bench]) -> None:
         assert (forward, backward, oracle) == (*expected, 0) or isinstance(line, Staged)
         assert line.restarts == 2
         if line.name in ("gate-frozen", "two-stage", "repair-learnt", "mask-noise-20", "eot-20"):
-            assert torch.equal(line.fitted(bench).run(bench, 0, 0).inputs, found.inputs)
+            assert torch.equal(short(line).fitted(bench).run(bench, 0, 0).inputs, found.inputs)
             assert not torch.equal(fitted.run(bench, 0, 1).inputs, found.inputs)
 
 

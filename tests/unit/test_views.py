@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import image_batch, linear_hasher, make_data, small_hasher
+from helpers import image_batch, jolted, linear_hasher, make_data, small_hasher
 from torch import Tensor
 
 from robusthash.attacks.adaptive import GateOpening, OverDraws, RepairMovedLoss
@@ -25,15 +25,6 @@ from robusthash.models.views import BranchSeen, GateSeen, MaskNoise, MaskSeen, N
 
 SMALL = {"name": "small", "width": 4, "grid": 1}
 X = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-def jolted(hasher: Hasher, seed: int = 0, size: float = 0.3) -> Hasher:
-    """The same hasher with all parameters moved, so that gates and masks depend on the input."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in hasher.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return hasher.eval()
 
 
 @pytest.fixture(scope="module")

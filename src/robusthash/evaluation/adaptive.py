@@ -25,7 +25,17 @@ from robusthash.evaluation.observed import Observed
 from robusthash.models.hasher import Hasher
 from robusthash.models.repairs import RepairIdentity, RepairLearnt, RepairMoved
 from robusthash.models.sfcl import DOMAINS
-from robusthash.models.views import BranchSeen, GateSeen, MaskNoise, MaskSeen, NoiseAveraged, View, gates_of, masks_of
+from robusthash.models.views import (
+    BranchSeen,
+    GateSeen,
+    MaskNoise,
+    MaskSeen,
+    NoiseAveraged,
+    View,
+    gates_of,
+    keyed_noise,
+    masks_of,
+)
 from robusthash.objectives.base import HashObjective
 
 See = Callable[[Hasher], Hasher]
@@ -33,33 +43,36 @@ See = Callable[[Hasher], Hasher]
 
 @dataclass(frozen=True)
 class Adaptive(Gradient):
-    """A gradient line on a view that may have to be told the clean inputs, to draw, or to learn. Passes are counted
-    as those of the victim that the view asks for."""
+    """A gradient line on a view that may have to be told the clean inputs, to draw, or to learn.
+
+    Passes are counted as those of the victim that the view asks for. What a randomised victim draws is keyed by seed,
+    line, block and restart, so that the line can be repeated.
+    """
 
     kind: Kind = "adaptive"
 
     def fitted(self, bench: Bench) -> Adaptive:
-        line = replace(self, attack=bench.fitted(self.attack))
-        if not isinstance(self.view, RepairLearnt):
-            return line
         draws = Draws(bench.seed, ("fit", self.name))
-        view = self.view.fitted(bench.victim, bench.data.train, self.threat.balls, self._near, draws)
-        return replace(line, view=view)
+        with keyed_noise(draws.key(), bench.victim.device):
+            line = replace(self, attack=bench.fitted(self.attack))
+            if not isinstance(self.view, RepairLearnt):
+                return line
+            view = self.view.fitted(bench.victim, bench.data.train, self.threat.balls, self._near, draws)
+            return replace(line, view=view)
 
     def _near(self, inputs: Inputs, ids: torch.Tensor, draws: Draws) -> Inputs:
         """Training items moved as far as queries will be: at random, within the threat."""
         return self.threat.random_start(inputs, ids, draws)
 
     def run(self, bench: Bench, block: int, restart: int, start: Inputs | None = None) -> Attacked:
-        if self.view is None:
-            return super().run(bench, block, restart, start)
-        seen = self.view(bench.victim)
-        if not isinstance(seen, View):
-            return attack_block(bench, self.attack, block, seen, restart, start)
-        clean = bench.batch(block, self.threat.balls).inputs
-        seen = seen.around(clean, Draws(bench.seed, ("view", self.name, str(block), str(restart))))
-        attacked = attack_block(bench, self.attack, block, seen, restart, start)
-        return replace(attacked, passes=attacked.passes * torch.tensor([[*seen.passes, 1]]))
+        draws = Draws(bench.seed, ("view", self.name, str(block), str(restart)))
+        with keyed_noise(draws.key(), bench.victim.device):
+            seen = self.view(bench.victim) if self.view is not None else None
+            if isinstance(seen, View):
+                seen = seen.around(bench.batch(block, self.threat.balls).inputs, draws)
+            found = attack_block(bench, self.attack, block, seen, restart, start)
+        price = (*seen.passes, 1) if isinstance(seen, View) else (1, 1, 1)
+        return replace(found, passes=found.passes * torch.tensor([price]))
 
 
 @dataclass(frozen=True)
@@ -189,16 +202,17 @@ def adaptive_lines(
         )
     if declared == "mask" and not masks_of(victim):
         raise ValueError("the hasher declares 'mask' and its encoder has none: use 'sfcl', or declare another class")
+    cut = seen is not None and not seen.gradient_reaches_input
     lines: list[Line] = []
     if gated:
         lines += _gate_lines(make, next(iter(gated.values())).dct.block)
     if masked:
         lines += _mask_lines(make, masks_of(victim)[masked[0]].hard_eval)
     if repairs:
-        lines += _repair_lines(make, cut=seen is not None and not seen.gradient_reaches_input)
+        lines += _repair_lines(make, cut)
     random = seen.randomised if seen is not None else declared == "randomised" or bool(repairs)
     if random or declared == "randomised":
-        lines.append(make.line("eot-20", NoiseAveraged(20), loss=OverDraws()))
+        lines.append(make.line("eot-20", NoiseAveraged(20, identity=cut and bool(victim.purifiers)), loss=OverDraws()))
     if lines and objective is not None and threat.knowledge != "W0":
         lines.append(make.line("trained-objective", guide=Unguided(), loss=ObjectiveLoss(objective)))
     return tuple(lines)

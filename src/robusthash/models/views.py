@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robusthash.core.runtime import Draws, seed_everything
+from robusthash.core.runtime import Draws
 from robusthash.core.types import HashOutput, Inputs, Outputs
 from robusthash.models.gates import SpectralGate
 from robusthash.models.hasher import Hasher, frozen
@@ -223,7 +223,12 @@ def keyed_noise(key: int, device: torch.device | str) -> Iterator[None]:
     devices = [place.index or 0] if place.type == "cuda" else []
     plain, array = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
-        seed_everything(key % 2**63)
+        torch.random.default_generator.manual_seed(key)  # torch.manual_seed queues a call for every idle accelerator
+        for number in devices:
+            with torch.cuda.device(number):
+                torch.cuda.manual_seed(key)
+        random.seed(key)
+        np.random.seed(key % 2**32)
         try:
             yield
         finally:
@@ -235,20 +240,20 @@ class Averaged(View):
     """Several looks at a hasher that draws, each with own keyed noise; new ones at every call.
 
     ``aux`` shows the looks one by one, ``draws`` (n, B, K) logits and ``draws/code``, so that a loss can be averaged
-    over them (``OverDraws``). The logits are their mean, or the victim's own where it does not draw itself. Of the
+    over them (``OverDraws``). The logits are their mean, or (``own``) those of a victim that does not draw. Of the
     graphs of the looks one at a time is in memory; each is computed again on the way back.
     """
 
-    def __init__(self, victim: Hasher, gradients: Hasher, looks: int) -> None:
+    def __init__(self, victim: Hasher, gradients: Hasher, looks: int, own: bool) -> None:
         super().__init__(victim, gradients)
         self.looks = looks
-        self.own = gradients is not victim
-        self.passes = (2 * looks + int(self.own), looks)
+        self.own = own
+        self.passes = (2 * looks + int(own), looks)
         self.draws = Draws(0, ("views",))
         self.calls = 0
 
     def around(self, clean: Inputs, draws: Draws) -> View:
-        view = Averaged(self.victim, self.gradients, self.looks)
+        view = Averaged(self.victim, self.gradients, self.looks, self.own)
         view.draws = draws
         return view
 
@@ -284,15 +289,20 @@ def _looks(number: int) -> int:
 
 @dataclass(frozen=True)
 class NoiseAveraged:
-    """Expectation over transformation: ``draws`` looks at a victim that draws random numbers itself."""
+    """Expectation over transformation: ``draws`` looks at a victim that draws random numbers itself.
+
+    Args:
+        identity: take its purifiers' gradient for the identity's, where they hide their own.
+    """
 
     draws: int = 20
+    identity: bool = False
 
     def __post_init__(self) -> None:
         _looks(self.draws)
 
     def __call__(self, victim: Hasher) -> View:
-        return Averaged(victim, victim, self.draws)
+        return Averaged(victim, victim.seen_by("identity") if self.identity else victim, self.draws, own=False)
 
 
 @dataclass(frozen=True)
@@ -305,4 +315,4 @@ class MaskNoise:
         _looks(self.draws)
 
     def __call__(self, victim: Hasher) -> View:
-        return Averaged(victim, _masked(victim, "noisy"), self.draws)
+        return Averaged(victim, _masked(victim, "noisy"), self.draws, own=True)
