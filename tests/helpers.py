@@ -67,6 +67,15 @@ def trained_hasher(data: RetrievalData, bits: int = 8, epochs: int = 12, width: 
     return hasher
 
 
+def jolted(hasher: Hasher, seed: int = 0, size: float = 0.3) -> Hasher:
+    """The same hasher with all parameters moved, so that gates and masks depend on the input."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in hasher.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return hasher.eval()
+
+
 def reference_of(hasher: Hasher, split: Split) -> Reference:
     """What an attacker at W1 or W2 knows of ``split``."""
     codes = encode_split(hasher, split)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -141,18 +142,30 @@ class SpectralGate(Purifier):
         self.logits = _logits(kind, block, tau * math.log(share / (1.0 - share)))
         self.register_buffer("passed", _passed(kind, block, cutoff), persistent=False)
 
-    def gate(self, z: Tensor) -> Tensor:
-        """(B, P, 3, n, n) coefficients -> (B, P, n, n) m in [m_min, 1] (``low-pass``: 0 or 1)."""
+    def gate(self, z: Tensor, tau: float | None = None) -> Tensor:
+        """(B, P, 3, n, n) coefficients -> (B, P, n, n) m in [m_min, 1] (``low-pass``: 0 or 1).
+
+        Args:
+            tau: another temperature than the gate's own, for attackers who look for a smoother gradient.
+        """
         if self.logits is None:
             assert self.passed is not None
             return self.passed.to(z.dtype).expand(*z.shape[:2], -1, -1)
         sizes = z.abs()
         logits = self.logits(sizes if self.input == "raw" else sizes.log1p()).to(z.dtype)
-        return self.m_min + (1.0 - self.m_min) * torch.sigmoid(logits / self.tau)
+        return self.m_min + (1.0 - self.m_min) * torch.sigmoid(logits / (self.tau if tau is None else tau))
+
+    def coefficients(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) images -> (B, P, 3, n, n) what the gate looks at and weighs."""
+        return self.dct(x - 0.5 if self.center else x)
 
     def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
-        z = self.dct(x - 0.5 if self.center else x)
-        m = self.gate(z)
+        return self.weighed(x, self.gate)
+
+    def weighed(self, x: Tensor, rule: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """P(x) with the gate that ``rule`` gives the coefficients: its own, or one that an attacker supposes."""
+        z = self.coefficients(x)
+        m = rule(z)
         shown = {"gate": m, "excess": m.flatten(1).mean(1) - self.rho}
         if self.kind == "none":  # not through two transforms, whose rounding would make it another model
             return x, shown

@@ -15,6 +15,29 @@ Encode = Callable[[Tensor], HashOutput]
 """Hash inputs of the purifier's modality without it."""
 
 
+class _Carried(torch.autograd.Function):
+    """Values of one tensor, gradients of another."""
+
+    @staticmethod
+    def forward(ctx: object, values: Tensor, carrier: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def carried(values: Tensor, carrier: Tensor) -> Tensor:
+    """``values`` bit for bit, with the gradient of ``carrier`` (BPDA, Athalye et al., ICML 2018).
+
+    Raises:
+        ValueError: tensors of different shapes, whose gradients would mean nothing.
+    """
+    if values.shape != carrier.shape:
+        raise ValueError(f"values of {tuple(values.shape)} cannot take the gradient of {tuple(carrier.shape)}")
+    return _Carried.apply(values.detach(), carrier)
+
+
 class Purifier(nn.Module, ABC):
     """Interface: inputs of one modality -> inputs of the same shape, before the encoder (and its normalisation).
 
@@ -40,4 +63,4 @@ class IdentityBackward(Purifier):
     def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             pure, shown = self.inner(x, encode)
-        return x + (pure - x).detach(), shown
+        return carried(pure, x), shown

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from robusthash.core.registry import build, register
 
 DOMAINS = ("spatial", "frequency")
 """What the two backbones are called in ``HashOutput.aux``, also where the second is another spatial one."""
+
+MaskKind = Literal["own", "soft", "hard", "noisy"]
+"""How a mask is made: as the mode and the settings say, or as an attacker supposes it."""
 
 
 class Separation(nn.Module):
@@ -36,19 +39,25 @@ class Separation(nn.Module):
         self.tau = tau
         self.hard_eval = hard_eval
 
-    def mask(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, D) in [0, 1]."""
+    def mask(self, features: Tensor, kind: MaskKind = "own") -> Tensor:
+        """(B, D) -> (B, D) in [0, 1].
+
+        Args:
+            kind: ``own``: noisy in training, else hard or soft by ``hard_eval``. ``hard`` has the soft mask's gradient.
+        """
+        if kind == "own":
+            kind = "noisy" if self.training else "hard" if self.hard_eval else "soft"
         r = self.score(features).float()
-        if self.training:
+        if kind == "noisy":
             # a difference of two Gumbels is logistic; drawn as one, with u kept off 0 and 1
             u = torch.rand_like(r).clamp(1e-6, 1.0 - 1e-6)
             return torch.sigmoid((r + torch.logit(u)) / self.tau)
         soft = torch.sigmoid(r / self.tau)
-        return (r >= 0).to(soft) + (soft - soft.detach()) if self.hard_eval else soft
+        return (r >= 0).to(soft) + (soft - soft.detach()) if kind == "hard" else soft
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, kind: MaskKind = "own") -> tuple[Tensor, Tensor]:
         """(B, D) -> f+ and f-, which add to the features."""
-        robust = self.mask(features).to(features.dtype) * features
+        robust = self.mask(features, kind).to(features.dtype) * features
         return robust, features - robust
 
 
@@ -114,18 +123,30 @@ class SFCLEncoder(nn.Module):
         self.exchanges = nn.ModuleList([Exchange(one, two, gamma), Exchange(two, one, gamma)] if fuse else [])
         self.fusion = nn.Sequential(nn.Linear(one + two, width), nn.GELU(), nn.Linear(width, width))
         self.width = width
+        self.hard_eval = hard_eval
         parts = ("", "+", "-") if separate else ("", "+")
         self.shown = {f"{name}{part}": widths[name] for name in DOMAINS for part in parts}
         self.declares = "mask" if separate else "plain"
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, 3, H, W) -> (B, ``width``) and what the outer loss needs."""
+        return self.seen(x)
+
+    def seen(self, x: Tensor, mask: MaskKind = "own", only: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """``forward`` as an attacker may look at it.
+
+        Args:
+            mask: how masks are made.
+            only: the one domain whose backbone has a gradient; values are the same.
+        """
         shown: dict[str, Tensor] = {}
         for name in DOMAINS:
             features, _ = self.backbones[name](x)
+            if only not in (None, name):
+                features = features.detach()
             shown[name] = shown[f"{name}+"] = features
             if self.separations:
-                shown[f"{name}+"], shown[f"{name}-"] = self.separations[name](features)
+                shown[f"{name}+"], shown[f"{name}-"] = self.separations[name](features, mask)
         left, right = shown["spatial+"], shown["frequency+"]
         if self.exchanges:
             left, right = self.exchanges[0](left, right), self.exchanges[1](right, left)
