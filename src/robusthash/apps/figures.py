@@ -159,9 +159,9 @@ def _budgets(paths: Mapping[str, Sequence[Path]], out: Path) -> Drawn:
                     for measure in (axis for axis in curve if axis != "eps"):
                         found.setdefault((result.name, measure), {}).setdefault(name, []).append(curve)
     drawn: Drawn = []
-    for (result, measure), models in found.items():
+    for (named, measure), models in found.items():
         lines = [_spanned(n, seeds[0]["eps"] * 255, [seed[measure] for seed in seeds]) for n, seeds in models.items()]
-        stem = f"eps-{result}-{measure}".replace(" ", "-").replace("/", "-").replace("@", "-at-")
+        stem = f"eps-{named}-{measure}".replace(" ", "-").replace("/", "-").replace("@", "-at-")
         drawn += save(line_plot(lines, "eps (1/255)", measure, unit=True), out / stem)
     return drawn
 
