@@ -74,7 +74,8 @@ def make_rows(paths: Sequence[Path]) -> list[Row]:
         cells = {}
         for result in found[0]:
             if all(result in results and _alike(results[result], found[0][result]) for results in found):
-                cells[result] = _cell([results[result] for results in found])
+                seeds_of = [results[result] for results in found]
+                cells[result] = cell_of(seeds_of, headline_of(seeds_of[0]))
         minutes = sum(run.card()["seconds"] for run in seeds) / len(seeds) / 60
         chance = {bench: clean.reference["chance"] for bench, clean in cleans[0].items()}
         rows.append(Row(name, cells, minutes, chance))
@@ -94,9 +95,9 @@ def _alike(one: EvalResult, other: EvalResult) -> bool:
     return one.setting.attacks == other.setting.attacks and one.setting.budget == other.setting.budget
 
 
-def _cell(results: Sequence[EvalResult]) -> Cell:
-    headline = headline_of(results[0])
-    values = torch.stack([result.per_query[headline] for result in results])
+def cell_of(results: Sequence[EvalResult], measure: str) -> Cell:
+    """The mean of a per-query measure over training seeds, on the queries that all have a value for."""
+    values = torch.stack([result.per_query[measure] for result in results])
     kept = values[:, ~values.isnan().any(0)]
     interval = bootstrap_interval(kept[0]) if len(kept) == 1 else hierarchical_interval(kept)
     return Cell(float(kept.mean()), interval, len(results))
