@@ -121,7 +121,8 @@ def leaderboard(
     """
     import json
 
-    from robusthash.apps.leaderboard import as_markdown, as_plain, make_boards
+    from robusthash.apps.boards import make_boards
+    from robusthash.apps.leaderboard import as_markdown, as_plain
     from robusthash.apps.leaderboard_page import leaderboard_page
     from robusthash.core.files import write_aside
 

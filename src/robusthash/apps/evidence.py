@@ -97,9 +97,7 @@ def evaluate_afresh(run: Run, shown: stages.Shown = stages.silent) -> dict[str, 
     return {name: stages._described(result, name, run) for name, result in results.items()}
 
 
-def verify_entry(
-    entry: Entry, run: Run, assess: Assess | None = None, shown: stages.Shown = stages.silent
-) -> Verified:
+def verify_entry(entry: Entry, run: Run, assess: Assess | None = None, shown: stages.Shown = stages.silent) -> Verified:
     """Run the evaluation of a registry entry again on a trained run, from scratch, and compare.
 
     Args:

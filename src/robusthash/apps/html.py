@@ -21,7 +21,9 @@ class Markup(str):
 
 Child = str | int | float | None | Iterable["Child"]
 
-_VOID = frozenset(["img", "meta", "circle", "line", "polyline", "polygon", "input"])  # hold nothing; inside SVG the slash counts
+_VOID = frozenset(
+    ["img", "meta", "circle", "line", "polyline", "polygon", "input"]
+)  # hold nothing; inside SVG the slash counts
 
 
 def text_of(*children: Child) -> Markup:

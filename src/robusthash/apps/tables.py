@@ -99,7 +99,12 @@ def cell_of(results: Sequence[EvalResult], measure: str) -> Cell:
     """The mean of a per-query measure over training seeds, on the queries that all have a value for."""
     values = torch.stack([result.per_query[measure] for result in results])
     kept = values[:, ~values.isnan().any(0)]
-    interval = bootstrap_interval(kept[0]) if len(kept) == 1 else hierarchical_interval(kept)
+    if len(kept) > 1:
+        interval = hierarchical_interval(kept)
+    elif measure in results[0].interval:
+        interval = results[0].interval[measure]
+    else:
+        interval = bootstrap_interval(kept[0])
     return Cell(float(kept.mean()), interval, len(results))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robusthash.evaluation.results import EvalResult
-from robusthash.evaluation.stats import bootstrap_interval, hierarchical_difference, holm, sign_flip_tests
+from robusthash.evaluation.stats import hierarchical_difference, holm, intervals, sign_flip_tests
 
 METHOD_SEEDS = 3
 """Training seeds from which a number may be called that of a method; below, it is that of a checkpoint."""
@@ -59,34 +59,40 @@ def compare_all(
     values = {column: _values(column, models) for column, models in table.items()}
     best = {column: max(models, key=lambda name: float(models[name].mean())) for column, models in values.items()}
     p_values: dict[str, float] = {}
-    made: dict[tuple[str, str], tuple[float, tuple[float, float], Claim]] = {}
+    spans: dict[str, tuple[float, float]] = {}
     for column, models in values.items():
         leader, plain = models[best[column]], {}
         for name, own in models.items():
+            key = f"{column}\n{name}"
             if name == best[column]:
                 continue
-            difference = own.mean(0) - leader.mean(0)
-            claim: Claim = "method" if min(len(own), len(leader)) >= METHOD_SEEDS else "checkpoint"
-            if claim == "method":
-                low, high, p_values[f"{column}\n{name}"] = hierarchical_difference(own, leader)
+            if _about(own, leader) == "method":
+                low, high, p_values[key] = hierarchical_difference(own, leader)
+                spans[key] = low, high
             else:
-                low, high = bootstrap_interval(difference)
-                plain[f"{column}\n{name}"] = difference
-            made[column, name] = (float(difference.mean()), (low, high), claim)
-        p_values |= sign_flip_tests(plain) if plain else {}
+                plain[key] = own.mean(0) - leader.mean(0)
+        if plain:
+            p_values |= sign_flip_tests(plain)
+            spans |= intervals(plain)
     corrected = holm(p_values)
     standings: dict[str, dict[str, Standing]] = {}
     for column, models in values.items():
+        leader = models[best[column]]
         standings[column] = {}
         for name, own in models.items():
             mean, key = float(own.mean()), f"{column}\n{name}"
             if name == best[column]:
                 standings[column][name] = Standing(mean, True, 0.0, (0.0, 0.0), 1.0, 1.0, True, claim_of(len(own)))
-            else:
-                difference_, interval, claim = made[column, name]
-                p, p_holm = p_values[key], corrected[key]
-                standings[column][name] = Standing(mean, False, difference_, interval, p, p_holm, p_holm >= level, claim)
+                continue
+            gap, p_holm = mean - float(leader.mean()), corrected[key]
+            standings[column][name] = Standing(
+                mean, False, gap, spans[key], p_values[key], p_holm, p_holm >= level, _about(own, leader)
+            )
     return standings
+
+
+def _about(own: Tensor, leader: Tensor) -> Claim:
+    return claim_of(min(len(own), len(leader)))
 
 
 def _values(column: str, models: Mapping[str, Sequence[EvalResult]]) -> dict[str, Tensor]:

@@ -134,7 +134,9 @@ def export(
         raise FileExistsError(f"{folder} is not empty; give the bundle a folder of its own")
     modality = bench.direction[0]
     if list(threat.balls) != [modality]:
-        raise ValueError(f"a bundle holds queries of {modality!r} alone, and {threat.name} changes {list(threat.balls)}")
+        raise ValueError(
+            f"a bundle holds queries of {modality!r} alone, and {threat.name} changes {list(threat.balls)}"
+        )
     where = torch.arange(len(bench.queries)) if positions is None else positions
     if len(where) != len(inputs) or len(set(where.tolist())) != len(where):
         raise ValueError(f"{len(inputs)} inputs for {len(where)} positions, which must differ from each other")
@@ -204,7 +206,9 @@ def read_bundle(folder: str | Path) -> Bundle:
     if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
         raise ValueError(f"{folder / 'ids.json'} must be a list of content hashes")
     if len(ids) != manifest.queries:
-        raise ValueError(f"{folder / 'ids.json'} holds {len(ids)} ids, and the manifest says queries {manifest.queries}")
+        raise ValueError(
+            f"{folder / 'ids.json'} holds {len(ids)} ids, and the manifest says queries {manifest.queries}"
+        )
     inputs = _array(folder / "inputs.npy", np.float32, len(ids))
     eight_bit = _array(folder / "inputs-8bit.npy", np.uint8, len(ids)) if pictures else None
     digest = _sha256(path)[:12]
@@ -235,7 +239,9 @@ def verify_bundle(folder: str | Path, bench: Bench) -> EvalResult:
             remedy = "it was made for other weights" if name == "weights" else "verify it with the run it was made for"
             raise ValueError(f"{folder}: {name} is {getattr(manifest, name)!r} and ours {value!r}; {remedy}")
     if manifest.threat.modality != modality:
-        raise ValueError(f"{folder}: threat.modality is {manifest.threat.modality!r}, and queries here are {modality!r}")
+        raise ValueError(
+            f"{folder}: threat.modality is {manifest.threat.modality!r}, and queries here are {modality!r}"
+        )
     if manifest.codes != _codes_digest(bench):
         if ours["weights"] == "none":  # then the codes are all that tells one victim from another
             raise ValueError(f"{folder}: codes is not the digest of our database codes; it was made for another model")
@@ -248,7 +254,9 @@ def verify_bundle(folder: str | Path, bench: Bench) -> EvalResult:
         notes.append(f"{len(positions)} of {len(bench.queries)} queries are in the bundle; the others are scored clean")
     for name, value in manifest.claimed.items():
         if name in result.values and abs(result[name] - value) > _CLAIM:
-            notes.append(f"the bundle claims {name} {value:.4f}; it scores {result[name]:.4f} here, which is what counts")
+            notes.append(
+                f"the bundle claims {name} {value:.4f}; it scores {result[name]:.4f} here, which is what counts"
+            )
     return replace(result, notes=(*result.notes, *notes), name=f"evidence {bundle.digest}")
 
 
@@ -277,8 +285,9 @@ def best_known(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult
     headline = _headline(own)
     values, per_query = dict(own.values), dict(own.per_query)
     for name in [name for name in own.per_query if name.startswith("wMAP")]:
-        found = worst_case(own.per_query[name], {s: r.per_query[name[1:]] for s, r in bundles.items()
-                                                 if name[1:] in r.per_query})
+        found = worst_case(
+            own.per_query[name], {s: r.per_query[name[1:]] for s, r in bundles.items() if name[1:] in r.per_query}
+        )
         values[name], per_query[name] = found.mean, found.values
     lowest = worst_case(own.per_query[f"w{headline}"], {s: r.per_query[headline] for s, r in bundles.items()})
     spans = {**own.interval, **intervals({n: v for n, v in per_query.items() if n.startswith("wMAP")})}
