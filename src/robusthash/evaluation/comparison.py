@@ -1,4 +1,4 @@
-"""Many models in one table: which are not significantly different from the best of their column, and which claim it is."""
+"""Many models in one table: which are not significantly different from the best, and whose claim it is."""
 
 from __future__ import annotations
 

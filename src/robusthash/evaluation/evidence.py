@@ -399,8 +399,8 @@ def _positions(bundle: Bundle, bench: Bench) -> Tensor:
     for row, name in enumerate(bundle.ids):
         if not held.get(name):
             raise ValueError(
-                f"{bundle.folder / 'ids.json'}: id {name!r} (row {row}) is none of our {len(bench.queries)} queries, or "
-                "comes too often; the bundle holds other queries"
+                f"{bundle.folder / 'ids.json'}: id {name!r} (row {row}) is none of our {len(bench.queries)} queries, "
+                "or comes too often; the bundle holds other queries"
             )
         found.append(held[name].pop(0))
     return torch.tensor(found, dtype=torch.int64)
