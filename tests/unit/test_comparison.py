@@ -13,7 +13,9 @@ from robusthash.evaluation.comparison import claim_of, compare_all
 from robusthash.evaluation.results import Setting, compare
 from robusthash.evaluation.stats import hierarchical_difference, hierarchical_interval, holm, sign_flip_test
 
-SETTING = Setting("m", "photos", "photos", {"k": None, "ties": "expected"}, "I2I", 32, "img-linf-8", ("hag",), "b", (0,))
+SETTING = Setting(
+    "m", "photos", "photos", {"k": None, "ties": "expected"}, "I2I", 32, "img-linf-8", ("hag",), "b", (0,)
+)
 BASE = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.5 + 0.2
 
 

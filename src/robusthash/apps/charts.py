@@ -219,7 +219,8 @@ def scatter_chart(
     drawn = _frame(x, y, across, up)
     least, most = max(x.ticks[0], y.ticks[0]), min(x.ticks[-1], y.ticks[-1])
     ends = {"x1": across(least), "y1": up(least), "x2": across(most), "y2": up(most)}
-    drawn.append(tag("line", **ends, class_="reference"))
+    if most > least:
+        drawn.append(tag("line", **ends, class_="reference"))
     if reference is not None:
         level, place = up(reference[1]), across(reference[1])
         drawn.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=level, y2=level, class_="reference"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from robusthash.apps import html
@@ -77,9 +78,6 @@ def _table(board: Board, place: int) -> Markup:
     low, targeted = f"w{board.measure}", any(row.targeted is not None for row in board.rows)
     head = [
         ("name", "model", True),
-        ("claim", "claim", True),
-        ("bits", "bits", False),
-        ("defense", "defense", True),
         ("clean", f"clean {board.measure}", False),
         ("own", f"{low}, our attacks", False),
         ("known", f"best-known {low}", False),
@@ -87,6 +85,9 @@ def _table(board: Board, place: int) -> Markup:
         ("hrs", "HRS", False),
         *([("targeted", f"highest t-{board.measure}", False)] if targeted else []),
         ("checks", "checks", True),
+        ("claim", "claim", True),
+        ("bits", "bits", False),
+        ("defense", "defense", True),
     ]
     heads = [
         tag("th", tag("button", label, type="button"), scope="col", data_key=key, class_="text" if text else None)
@@ -111,9 +112,6 @@ def _line(board: Board, row: Row, rank: int, slug: str, targeted: bool) -> Marku
     reds = "; ".join(f"{flag.id}: {flag.remedy}" for flag in row.flags)
     cells: list[Markup] = [
         tag("th", tag("details", summary, _details(row)), scope="row", data_v=row.name),
-        tag("td", claim_text(row), data_v=f"{row.claim} {len(row.records)}", class_="text"),
-        tag("td", setting.bits, data_v=setting.bits),
-        tag("td", setting.defense, data_v=setting.defense, class_="text"),
         _value(row.clean, row.clean_interval, f"clean {board.measure}; {queries}", row.bold(board.measure)),
         _value(row.worst.value, row.worst.interval, attacked, doubt=True),
         _value(row.known.value, row.known.interval, f"{attacked}; found by {source_text(row)}", row.bold(low), True),
@@ -125,7 +123,12 @@ def _line(board: Board, row: Row, rank: int, slug: str, targeted: bool) -> Marku
             _value(row.targeted, None, "highest over the targeted attacks of their mean") if row.targeted is not None
             else tag("td", "–", data_v="")
         )  # fmt: skip
-    cells.append(tag("td", remark(row), data_v=remark(row), class_="text", title=reds or None))
+    cells += [
+        tag("td", remark(row), data_v=remark(row), class_="text", title=reds or None),
+        tag("td", claim_text(row), data_v=f"{row.claim} {len(row.records)}", class_="text"),
+        tag("td", setting.bits, data_v=setting.bits),
+        tag("td", setting.defense, data_v=setting.defense, class_="text"),
+    ]
     return tag(
         "tr",
         *cells,
@@ -141,7 +144,8 @@ def _value(
 ) -> Markup:
     span = None if interval is None else tag("span", f"{interval[0]:.3f} to {interval[1]:.3f}", class_="span")
     kind = " ".join(name for name, holds in (("best", best), ("doubt", doubt)) if holds)
-    return tag("td", number(value), span, data_v=repr(value), title=title, class_=kind or None)
+    shown = tag("span", number(value), class_="n")
+    return tag("td", shown, span, data_v=repr(value), title=title, class_=kind or None)
 
 
 def _details(row: Row) -> Markup:
@@ -192,19 +196,26 @@ def _scatter(board: Board, place: int) -> Markup:
                 crossed=row.unreliable,
             )
         )
-    highest = max(max(point.x, point.y) for point in points)
-    ticks = UNIT if highest > 0.5 else (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    across = [value for point in points for value in (point.x, *(point.x_interval or ()))]
+    up = [value for point in points for value in (point.y, *(point.y_interval or ()))]
     best = board.rows[0]
     return scatter_chart(
         "Robustness over accuracy",
         f"{len(points)} models; the most robust is {best.name} with {number(best.known.value)} at {number(best.clean)}",
         points,
-        [(kind, tone) for kind, tone in tones.items()],
-        Axis(f"clean {board.measure}", ticks),
-        Axis(f"best-known w{board.measure}", ticks),
+        list(tones.items()),
+        Axis(f"clean {board.measure}", _ticks([*across, best.chance])),
+        Axis(f"best-known w{board.measure}", _ticks([0.0, *up, best.chance])),
         ("chance", best.chance),
         "Numbers are those of the table, thin lines 95 % intervals; on the dashed diagonal attacks change nothing.",
     )
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Ticks over values in [0, 1], of one digit each."""
+    step = 1 if max(values) - min(values) <= 0.5 else 2
+    first, last = math.floor(10 * min(values) / step), math.ceil(10 * max(values) / step)
+    return [place * step / 10 for place in range(first, max(last, first + 1) + 1)]
 
 
 def _eps_chart(board: Board) -> Markup | None:
