@@ -178,6 +178,81 @@ def dot_chart(
     return _figure(title, description, drawn, height, legend, caption)
 
 
+@dataclass(frozen=True)
+class Point:
+    """One of the things compared, in a plane; intervals as thin lines, a cross where it is not to be trusted."""
+
+    tone: Tone
+    x: float
+    y: float
+    x_interval: tuple[float, float] | None = None
+    y_interval: tuple[float, float] | None = None
+    label: str = ""  # beside it
+    title: str = ""  # when hovered
+    of: str = ""  # id of the element that it stands for
+    crossed: bool = False
+
+
+def scatter_chart(
+    title: str,
+    description: str,
+    points: Sequence[Point],
+    keys: Sequence[tuple[str, Tone]],
+    x: Axis,
+    y: Axis,
+    reference: tuple[str, float] | None = None,
+    caption: str = "",
+) -> Markup:
+    """A figure with points over two linear axes and the diagonal of equal values.
+
+    Args:
+        keys: (name, tone) for the legend.
+        reference: name and value of a line on both axes, such as chance.
+    """
+
+    def across(value: float) -> float:
+        return round(_LEFT + min(max(x.share(value), 0.0), 1.0) * (_WIDTH - _LEFT - _RIGHT), 1)
+
+    def up(value: float) -> float:
+        return round(_HEIGHT - _BOTTOM - min(max(y.share(value), 0.0), 1.0) * (_HEIGHT - _TOP - _BOTTOM), 1)
+
+    drawn = _frame(x, y, across, up)
+    least, most = max(x.ticks[0], y.ticks[0]), min(x.ticks[-1], y.ticks[-1])
+    ends = {"x1": across(least), "y1": up(least), "x2": across(most), "y2": up(most)}
+    if most > least:
+        drawn.append(tag("line", **ends, class_="reference"))
+    if reference is not None:
+        level, place = up(reference[1]), across(reference[1])
+        drawn.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=level, y2=level, class_="reference"))
+        drawn.append(tag("line", x1=place, x2=place, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="reference"))
+        drawn.append(tag("text", reference[0], x=_WIDTH - _RIGHT, y=level - 4, text_anchor="end"))
+    for point in points:
+        left, top = across(point.x), up(point.y)
+        parts = [tag("title", point.title)] if point.title else []
+        if point.x_interval is not None:
+            low, high = map(across, point.x_interval)
+            parts.append(tag("line", x1=low, x2=high, y1=top, y2=top, class_="whisker"))
+        if point.y_interval is not None:
+            low, high = map(up, point.y_interval)
+            parts.append(tag("line", x1=left, x2=left, y1=low, y2=high, class_="whisker"))
+        parts.append(tag("circle", cx=left, cy=top, r=4.6, class_="hollow" if point.crossed else "dot"))
+        if point.crossed:
+            for slope in (-1, 1):
+                ends = {"x1": left - 7, "x2": left + 7, "y1": top - 7 * slope, "y2": top + 7 * slope}
+                parts.append(tag("line", **ends, class_="cross"))
+        parts.append(tag("text", point.label, x=left + 7, y=top - 5, class_="number"))
+        drawn.append(tag("g", *parts, class_=f"tone-{point.tone}", data_of=point.of or None))
+    legend = [(name, _dot_swatch(tone, False)) for name, tone in keys]
+    if any(point.crossed for point in points):
+        cross = (
+            tag("line", x1=7, x2=19, y1=0, y2=12, class_="cross"),
+            tag("line", x1=7, x2=19, y1=12, y2=0, class_="cross"),
+        )
+        legend.append(("unreliable", tag("g", *cross)))
+    figure = _figure(title, description, drawn, _HEIGHT, legend, caption)
+    return tag("div", figure, class_="scatter")
+
+
 def _frame(x: Axis, y: Axis, across: Callable[[float], float], up: Callable[[float], float]) -> list[Markup]:
     """Grid, ticks and labels of both axes."""
     drawn = []

@@ -21,7 +21,9 @@ class Markup(str):
 
 Child = str | int | float | None | Iterable["Child"]
 
-_VOID = frozenset(["img", "meta", "circle", "line", "polyline", "polygon"])  # hold nothing; inside SVG the slash counts
+_VOID = frozenset(
+    ["img", "meta", "circle", "line", "polyline", "polygon", "input"]
+)  # hold nothing; inside SVG the slash counts
 
 
 def text_of(*children: Child) -> Markup:
@@ -116,16 +118,26 @@ def picture(image: Tensor, alt: str, **attributes: str | int | None) -> Markup:
     return tag("img", src=source, alt=alt, width=pixels.shape[1], height=pixels.shape[0], **attributes)
 
 
-def page(title: str, lead: Child, *sections: Child, foot: Child = None) -> str:
-    """A whole document: no script, nothing loaded from elsewhere, light or dark as the reader's system is."""
+def read_asset(name: str) -> str:
+    """A file that lies beside this module."""
+    return files("robusthash.apps").joinpath(name).read_text(encoding="utf-8")
+
+
+def page(title: str, lead: Child, *sections: Child, foot: Child = None, style: str = "", script: str = "") -> str:
+    """A whole document: nothing loaded from elsewhere, light or dark as the reader's system is.
+
+    Args:
+        style, script: of this page alone, written into it; by default there is no script.
+    """
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", title),
-        tag("style", Markup(files("robusthash.apps").joinpath("page.css").read_text(encoding="utf-8"))),
+        tag("style", Markup(read_asset("page.css") + style)),
     )
     header = tag("header", tag("h1", title), tag("div", lead, class_="lead"))
-    body = tag("body", header, tag("main", *sections), tag("footer", foot) if foot else None)
+    last = tag("script", Markup(script)) if script else None
+    body = tag("body", header, tag("main", *sections), tag("footer", foot) if foot else None, last)
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"

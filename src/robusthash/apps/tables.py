@@ -94,12 +94,22 @@ def _alike(one: EvalResult, other: EvalResult) -> bool:
     return one.setting.attacks == other.setting.attacks and one.setting.budget == other.setting.budget
 
 
-def cell_of(results: Sequence[EvalResult]) -> Cell:
-    """The headline of one result over the seeds of a recipe, with its interval over queries and seeds."""
-    headline = headline_of(results[0])
-    values = torch.stack([result.per_query[headline] for result in results])
+def cell_of(results: Sequence[EvalResult], measure: str | None = None) -> Cell:
+    """The mean of a per-query measure over training seeds, on the queries that all have a value for.
+
+    Args:
+        results: one a seed.
+        measure: the headline of the result by default.
+    """
+    measure = measure or headline_of(results[0])
+    values = torch.stack([result.per_query[measure] for result in results])
     kept = values[:, ~values.isnan().any(0)]
-    interval = bootstrap_interval(kept[0]) if len(kept) == 1 else hierarchical_interval(kept)
+    if len(kept) > 1:
+        interval = hierarchical_interval(kept)
+    elif measure in results[0].interval:
+        interval = results[0].interval[measure]
+    else:
+        interval = bootstrap_interval(kept[0])
     return Cell(float(kept.mean()), interval, len(results))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol as Shape
 
 import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Attack
+from robusthash.attacks.threat import Threat
 from robusthash.core.hamming import pack
 from robusthash.core.profile import prepared_profile
 from robusthash.core.types import Codes
@@ -85,7 +87,23 @@ def score_clean(bench: Bench) -> EvalResult:
     )
 
 
-def score_attack(bench: Bench, attack: Attack, attacked: Attacked) -> EvalResult:
+class Described(Shape):
+    """What scoring has to know of an attack: what it is called, and what it was allowed."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def threat(self) -> Threat: ...
+
+    @property
+    def budget(self) -> str: ...
+
+    @property
+    def targeted(self) -> bool: ...
+
+
+def score_attack(bench: Bench, attack: Described, attacked: Attacked) -> EvalResult:
     """Score attacked queries against the frozen database."""
     cost = Cost(
         forward=int(attacked.passes[:, 0].sum()),
@@ -254,7 +272,7 @@ def _measure(bench: Bench, query: Codes, labels: Tensor) -> Measured:
     return measure(bench.protocol, query, labels, bench.database, bench.database_labels, profile=profile)
 
 
-def _setting(bench: Bench, attack: Attack | None = None) -> Setting:
+def _setting(bench: Bench, attack: Described | None = None) -> Setting:
     """The fields that the bench and the attack know; the run adds the model's."""
     letters = {"image": "I", "text": "T"}
     note = f" ({bench.data.note})" if bench.data.note else ""

@@ -6,7 +6,7 @@ same interval, and in blocks, so that memory does not grow with the number of re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -101,6 +101,7 @@ def hierarchical_interval(
     level: float = 0.95,
     resamples: int = 10_000,
     draws: Draws = Draws(0),
+    statistic: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, float]:
     """Interval of a METHOD's mean: training seeds are resampled, then queries.
 
@@ -108,26 +109,58 @@ def hierarchical_interval(
     resampling them apart would count the same query as several independent ones and make the interval too narrow.
 
     Args:
-        values: (S, Q) per-query values of S training seeds, S at least 2.
+        values: (S, Q) per-query values of S training seeds, S at least 2; or (S, Q, m) with a ``statistic``.
+        statistic: (resamples, m) means -> (resamples,); None for the mean itself.
     """
-    if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] == 0:
-        raise ValueError(
-            f"values must be (S, Q) with at least two training seeds, got {tuple(values.shape)}; one seed supports a "
-            "claim about a checkpoint (bootstrap_interval), not about a method"
-        )
-    seeds, count = values.shape
-    values = values.to("cpu", torch.float64)
-    if values.isnan().any():
-        raise ValueError("values hold NaN; choose the queries that are defined for every seed")
+    means = _hierarchical_means([values if values.ndim == 3 else values[..., None]], resamples, draws)[0]
+    return _percentiles(means[:, 0] if statistic is None else statistic(means), level)
+
+
+def hierarchical_difference(
+    first: Tensor, second: Tensor, level: float = 0.95, resamples: int = 10_000, draws: Draws = Draws(0)
+) -> tuple[float, float, float]:
+    """Interval and two-sided p of the difference of two METHODS' means, first minus second, on the same queries.
+
+    Seeds of each method are resampled apart, the queries together. p is twice the share of resamples on the rarer side
+    of zero, the observed value counted among them, so that it is never 0.
+
+    Args:
+        first: (S, Q) per-query values of S training seeds; second: (S', Q).
+
+    Returns:
+        Lower and upper end, and p.
+    """
+    left, right = _hierarchical_means([first[..., None], second[..., None]], resamples, draws)
+    differences = (left - right)[:, 0]
+    rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    return *_percentiles(differences, level), min(1.0, 2 * (rarer + 1) / (resamples + 1))
+
+
+def _hierarchical_means(groups: Sequence[Tensor], resamples: int, draws: Draws) -> list[Tensor]:
+    """(resamples, m) means of each (S, Q, m) group: its seeds resampled, the queries in common."""
+    for values in groups:
+        if values.ndim != 3 or values.shape[0] < 2 or values.shape[1] == 0:
+            raise ValueError(
+                f"values must be (S, Q) with at least two training seeds, got {tuple(values.shape[:2])}; one seed "
+                "supports a claim about a checkpoint (bootstrap_interval), not about a method"
+            )
+        if values.isnan().any():
+            raise ValueError("values hold NaN; choose the queries that are defined for every seed")
+    count = groups[0].shape[1]
+    if any(values.shape[1] != count for values in groups):
+        raise ValueError(f"the methods have {[values.shape[1] for values in groups]} queries; score both on the same")
+    groups = [values.to("cpu", torch.float64) for values in groups]
     generator = draws.within("hierarchical").generator()
-    made = []
+    made: list[list[Tensor]] = [[] for _ in groups]
     step = max(1, _BLOCK // count)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
-        seed_times = _times_drawn(rows, seeds, generator)
+        seed_times = [_times_drawn(rows, len(values), generator) for values in groups]
         query_times = _times_drawn(rows, count, generator)
-        made.append(((seed_times @ values) * query_times).sum(1) / (seeds * count))
-    return _percentiles(torch.cat(made), level)
+        for place, (times, values) in enumerate(zip(seed_times, groups, strict=True)):
+            over_seeds = (times @ values.flatten(1)).view(rows, count, -1)
+            made[place].append((over_seeds * query_times[..., None]).sum(1) / (len(values) * count))
+    return [torch.cat(blocks) for blocks in made]
 
 
 def sign_flip_test(differences: Tensor, flips: int = 100_000, draws: Draws = Draws(0)) -> float:

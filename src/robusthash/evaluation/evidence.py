@@ -1,0 +1,437 @@
+"""Evidence bundles: attacked queries in a folder, that anyone may send in and that are believed only once re-scored.
+
+No attack code is run or trusted: the bounds are checked against our own clean queries, found by content hash; the
+victim hashes the inputs anew; our protocol scores them. A bundle may lower a model's number and can never raise it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robusthash.attacks.threat import Ball, Budget, Edits, Knowledge, Threat
+from robusthash.core.files import write_all_aside
+from robusthash.core.types import Batch
+from robusthash.evaluation.attacked import Attacked, Trial, finish
+from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.evaluate import score_attack
+from robusthash.evaluation.records import Record, read_record
+from robusthash.evaluation.results import EvalResult
+from robusthash.evaluation.robust import hrs_of, worst_case
+from robusthash.evaluation.stats import bootstrap_interval, intervals
+from robusthash.version import __version__
+
+SCHEMA = "robusthash.evidence/1"
+_CLAIM = 0.005  # MAP by which a claim may differ from our own score before it is remarked upon
+
+
+class ThreatRecord(Record):
+    """A threat on one modality as plain data. ``eps`` is in input units: 8/255, or a number of words for ``flips``."""
+
+    name: str
+    version: int = 1
+    modality: str
+    norm: Literal["linf", "l2", "flips"]
+    eps: float
+    bounds: tuple[float, float] = (0.0, 1.0)
+    knowledge: Knowledge = "W2"
+
+    def threat(self) -> Threat:
+        """The threat that the numbers make.
+
+        Raises:
+            ValueError: another version, or a name that its numbers do not have.
+        """
+        if self.version != 1:
+            raise ValueError(f"threat.version {self.version} is unknown; this version reads threats of version 1")
+        ball: Budget = Edits(self.eps) if self.norm == "flips" else Ball(self.norm, self.eps, self.bounds)
+        made = Threat({self.modality: ball}, self.knowledge)
+        if made.name != self.name:
+            raise ValueError(f"threat.name {self.name!r} does not fit its numbers, which are those of {made.name!r}")
+        return made
+
+
+class Manifest(Record):
+    """What a bundle says of itself. Nothing of it is believed without a check but who made it."""
+
+    threat: ThreatRecord
+    model: str = ""  # what its maker calls it
+    weights: str  # ``weights_digest`` of the victim
+    codes: str  # digest of the database codes that it was made against
+    database: str  # fingerprint of the database split
+    direction: tuple[str, str]
+    bits: int
+    queries: int
+    attack: str = "unnamed"
+    budget: str = ""
+    claimed: dict[str, float]
+    tool: str
+    files: dict[str, str]  # name -> sha256
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that is whole: files as the manifest says, arrays of the right type. Read, not yet believed."""
+
+    folder: Path
+    manifest: Manifest
+    ids: tuple[str, ...]
+    inputs: np.ndarray  # (n, ...) float32, mapped from disk
+    eight_bit: np.ndarray | None  # (n, 3, H, W) uint8; None where the inputs are no pictures
+    digest: str  # of the manifest, and by its list of files of everything else
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hex digits of every parameter and buffer; ``"none"`` of a model that holds none."""
+    state = model.state_dict()
+    if not state:
+        return "none"
+    found = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def export(
+    bench: Bench,
+    threat: Threat,
+    inputs: Tensor,
+    folder: str | Path,
+    *,
+    positions: Tensor | None = None,
+    attack: str = "unnamed",
+    budget: str = "",
+    model: str = "",
+    claimed: Mapping[str, float] | None = None,
+) -> EvalResult:
+    """Write attacked queries as a bundle, checked and scored as its receiver will.
+
+    Args:
+        inputs: (n, ...) float32, attacked inputs of the bench's query modality.
+        positions: (n,) positions of the queries that they belong to; by default all queries, in order.
+        claimed: values to claim; by default what the inputs score here.
+
+    Returns:
+        The result that ``verify_bundle`` gives; where ``positions`` leaves queries out, these are scored clean.
+
+    Raises:
+        ValueError: inputs that leave the budget, or a threat on more than the query modality.
+        FileExistsError: the folder holds something.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; give the bundle a folder of its own")
+    modality = bench.direction[0]
+    if list(threat.balls) != [modality]:
+        raise ValueError(
+            f"a bundle holds queries of {modality!r} alone, and {threat.name} changes {list(threat.balls)}"
+        )
+    where = torch.arange(len(bench.queries)) if positions is None else positions
+    if len(where) != len(inputs) or len(set(where.tolist())) != len(where):
+        raise ValueError(f"{len(inputs)} inputs for {len(where)} positions, which must differ from each other")
+    result = _score(bench, threat, where, inputs.numpy(), None, attack, budget)
+    headline = bench.protocol.headline
+    ball = threat.balls[modality]
+    clean = bench.queries.batch(where).inputs[modality]
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["inputs.npy", "ids.json", *["inputs-8bit.npy"] * _pictures(modality, clean)]
+    with write_all_aside([folder / name for name in [*names, "manifest.json"]]) as asides:
+        np.save(asides[0], inputs.numpy(), allow_pickle=False)
+        asides[1].write_text(json.dumps([h.decode() for h in bench.queries.hashes[where.numpy()]]) + "\n")
+        if _pictures(modality, clean):
+            np.save(asides[2], _eight_bit(clean, inputs), allow_pickle=False)
+        manifest = Manifest(
+            threat=ThreatRecord(
+                name=threat.name,
+                modality=modality,
+                norm=ball.norm,
+                eps=ball.eps,
+                bounds=ball.bounds,
+                knowledge=threat.knowledge,
+            ),
+            model=model,
+            weights=weights_digest(bench.victim),
+            codes=_codes_digest(bench),
+            database=bench.data.database.fingerprint(),
+            direction=bench.direction,
+            bits=bench.victim.bits,
+            queries=len(where),
+            attack=attack,
+            budget=budget,
+            claimed=dict(claimed or {n: result[n] for n in (headline, f"{headline}/8bit")}),
+            tool=f"robusthash {__version__}",
+            files={name: _sha256(aside) for name, aside in zip(names, asides, strict=False)},
+        )
+        document = {"schema": SCHEMA, **manifest.model_dump(mode="json")}
+        asides[-1].write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return result
+
+
+def read_bundle(folder: str | Path) -> Bundle:
+    """A bundle whose files are whole; everything that can be told without the victim.
+
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: another schema, a damaged or truncated file, a wrong type, repeated ids; the field is named.
+    """
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no evidence bundle: it has no manifest.json")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    manifest = read_record(Manifest, raw, SCHEMA, str(path))
+    pictures = manifest.threat.modality == "image" and "inputs-8bit.npy" in manifest.files
+    for name in ["inputs.npy", "ids.json", *["inputs-8bit.npy"] * pictures]:
+        if name not in manifest.files:
+            raise ValueError(f"{path}: files lists no {name!r}")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is truncated: {name} is missing")
+        if _sha256(folder / name) != manifest.files[name]:
+            raise ValueError(f"{folder / name} is truncated or changed: its sha256 is not that of files[{name!r}]")
+    ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
+    if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
+        raise ValueError(f"{folder / 'ids.json'} must be a list of content hashes")
+    if len(ids) != manifest.queries:
+        raise ValueError(
+            f"{folder / 'ids.json'} holds {len(ids)} ids, and the manifest says queries {manifest.queries}"
+        )
+    inputs = _array(folder / "inputs.npy", np.float32, len(ids))
+    eight_bit = _array(folder / "inputs-8bit.npy", np.uint8, len(ids)) if pictures else None
+    digest = _sha256(path)[:12]
+    return Bundle(folder, manifest, tuple(ids), inputs, eight_bit, digest)
+
+
+def verify_bundle(folder: str | Path, bench: Bench) -> EvalResult:
+    """Check a bundle against our own clean queries, hash it with the victim, and score it.
+
+    A bundle may hold a part of the queries; the others are scored as they are, clean, which every attacker may leave
+    them, so that in ``best_known`` they keep our own worst value.
+
+    Raises:
+        ValueError: made for other weights, another database, direction or length of code; queries that are not ours;
+            inputs that leave the ball or range, or hold NaN. The message names the field.
+    """
+    bundle = read_bundle(folder)
+    manifest, notes = bundle.manifest, []
+    modality = bench.direction[0]
+    ours: dict[str, Any] = {
+        "weights": weights_digest(bench.victim),
+        "database": bench.data.database.fingerprint(),
+        "direction": bench.direction,
+        "bits": bench.victim.bits,
+    }
+    for name, value in ours.items():
+        if getattr(manifest, name) != value:
+            remedy = "it was made for other weights" if name == "weights" else "verify it with the run it was made for"
+            raise ValueError(f"{folder}: {name} is {getattr(manifest, name)!r} and ours {value!r}; {remedy}")
+    if manifest.threat.modality != modality:
+        raise ValueError(
+            f"{folder}: threat.modality is {manifest.threat.modality!r}, and queries here are {modality!r}"
+        )
+    if manifest.codes != _codes_digest(bench):
+        if ours["weights"] == "none":  # then the codes are all that tells one victim from another
+            raise ValueError(f"{folder}: codes is not the digest of our database codes; it was made for another model")
+        notes.append("the bundle was made against database codes that differ from ours, as other hardware may round")
+    positions = _positions(bundle, bench)
+    threat = manifest.threat.threat()
+    sent = f"{manifest.budget or 'budget not stated'}; sent in, made with {manifest.tool}"
+    result = _score(bench, threat, positions, bundle.inputs, bundle.eight_bit, manifest.attack, sent, str(folder))
+    if len(positions) < len(bench.queries):
+        notes.append(f"{len(positions)} of {len(bench.queries)} queries are in the bundle; the others are scored clean")
+    for name, value in manifest.claimed.items():
+        if name in result.values and abs(result[name] - value) > _CLAIM:
+            notes.append(
+                f"the bundle claims {name} {value:.4f}; it scores {result[name]:.4f} here, which is what counts"
+            )
+    return replace(result, notes=(*result.notes, *notes), name=f"evidence {bundle.digest}")
+
+
+def best_known(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult:
+    """The lowest value of each query over our own worst case and accepted bundles.
+
+    Args:
+        own: a worst case, of ``worst`` or of a suite.
+        bundles: what ``verify_bundle`` returned, by source.
+
+    Returns:
+        ``own`` with lower values: ``winner`` names the source where a bundle won, ``attacks`` holds each bundle's MAP
+        and how many queries it lowered alone, ``reference["own"]`` our own value. Without bundles, ``own`` itself.
+
+    Raises:
+        ValueError: a bundle of another model or in another setting; the message names the field.
+    """
+    if not bundles:
+        return own
+    for source, result in bundles.items():
+        differing = [f for f in own.setting.differs(result.setting) if f not in ("attacks", "budget", "seeds")]
+        if own.setting.digests.get("model") != result.setting.digests.get("model"):
+            differing.append("digests.model")
+        if differing:
+            raise ValueError(f"the bundle {source} and our own worst case differ in {', '.join(differing)}")
+    headline = _headline(own)
+    values, per_query = dict(own.values), dict(own.per_query)
+    for name in [name for name in own.per_query if name.startswith("wMAP")]:
+        found = worst_case(
+            own.per_query[name], {s: r.per_query[name[1:]] for s, r in bundles.items() if name[1:] in r.per_query}
+        )
+        values[name], per_query[name] = found.mean, found.values
+    lowest = worst_case(own.per_query[f"w{headline}"], {s: r.per_query[headline] for s, r in bundles.items()})
+    spans = {**own.interval, **intervals({n: v for n, v in per_query.items() if n.startswith("wMAP")})}
+    first = next(iter(bundles.values()))
+    clean = first.per_query[headline] + first.per_query["drop"]
+    columns = torch.stack([clean, lowest.values, torch.full_like(clean, own.reference["chance"])], 1)
+    values["HRS"] = float(hrs_of(*columns.mean(0)))
+    spans["HRS"] = bootstrap_interval(columns, lambda means: hrs_of(means[:, 0], means[:, 1], means[:, 2]))
+    before = own.winner or ("own",) * len(lowest.winner)
+    lowered = sorted({name for name in lowest.winner if name != "clean"})
+    return replace(
+        own,
+        values=values,
+        per_query=per_query,
+        interval=spans,
+        reference={**own.reference, "own": own[f"w{headline}"]},
+        winner=tuple(o if w == "clean" else w for o, w in zip(before, lowest.winner, strict=True)),
+        attacks={
+            **own.attacks,
+            **{
+                source: {headline: result[headline], "unique wins": float(lowest.unique_wins[source])}
+                for source, result in bundles.items()
+            },
+        },
+        notes=(*own.notes, f"lowered by {', '.join(lowered)}" if lowered else "no bundle lowers our own value"),
+    )
+
+
+def _headline(result: EvalResult) -> str:
+    cut = result.setting.protocol["k"]
+    return "MAP" if cut is None else f"MAP@{cut}"
+
+
+# ---------------------------------------------------------------------------------------------- checks and scores
+
+
+@dataclass(frozen=True)
+class _SentIn:
+    """What scoring needs to know of an attack that ran elsewhere."""
+
+    name: str
+    threat: Threat
+    budget: str
+    targeted: bool = False
+
+
+def _score(
+    bench: Bench,
+    threat: Threat,
+    positions: Tensor,
+    inputs: np.ndarray,
+    eight_bit: np.ndarray | None,
+    attack: str,
+    budget: str,
+    where: str = "inputs",
+) -> EvalResult:
+    """Score inputs in place of our clean queries at ``positions``, block by block, none of them projected unseen."""
+    row_of = {position: row for row, position in enumerate(positions.tolist())}
+    blocks = []
+    for block in range(bench.blocks):
+        batch = bench.batch(block)
+        here = [(slot, row_of[p]) for slot, p in enumerate(batch.ids.tolist()) if p in row_of]
+        trial = _trial(batch, threat, inputs, eight_bit, here, where)
+        blocks.append(finish(bench, threat, batch, [trial], 0.0))
+    return score_attack(bench, _SentIn(attack, threat, budget), Attacked.join(blocks))
+
+
+def _trial(
+    batch: Batch,
+    threat: Threat,
+    inputs: np.ndarray,
+    eight_bit: np.ndarray | None,
+    here: list[tuple[int, int]],
+    where: str,
+) -> Trial:
+    (modality,) = threat.balls
+    clean = batch.inputs[modality]
+    attacked = clean.clone()
+    if here:
+        slots, rows = (list(column) for column in zip(*here, strict=True))
+        given = torch.from_numpy(np.array(inputs[rows]))
+        if given.dtype != clean.dtype or given.shape[1:] != clean.shape[1:]:
+            raise ValueError(
+                f"{where}: inputs are {given.dtype} {tuple(given.shape[1:])}, our clean queries {clean.dtype} "
+                f"{tuple(clean.shape[1:])}"
+            )
+        attacked[slots] = given.to(clean.device)
+        try:
+            threat.verify({modality: attacked}, {modality: clean})
+        except ValueError as error:
+            raise ValueError(f"{where}: inputs, rows {rows[0]} to {rows[-1]}: {error}") from None
+        if eight_bit is not None:
+            expected = _eight_bit(clean[slots].cpu(), given)
+            if np.abs(eight_bit[rows].astype(int) - expected).max() > 1:
+                raise ValueError(f"{where}: inputs-8bit.npy is not the 8-bit copy of inputs.npy")
+    return Trial({modality: attacked}, torch.empty(len(batch), 0, dtype=torch.int8))
+
+
+def _positions(bundle: Bundle, bench: Bench) -> Tensor:
+    """(n,) position of each id among our queries; equal queries are taken in order.
+
+    Raises:
+        ValueError: an id that is no query of ours, or oftener than we have it.
+    """
+    held: dict[str, list[int]] = {}
+    for position, name in enumerate(bench.queries.hashes):
+        held.setdefault(name.decode(), []).append(position)
+    found = []
+    for row, name in enumerate(bundle.ids):
+        if not held.get(name):
+            raise ValueError(
+                f"{bundle.folder / 'ids.json'}: id {name!r} (row {row}) is none of our {len(bench.queries)} queries, "
+                "or comes too often; the bundle holds other queries"
+            )
+        found.append(held[name].pop(0))
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _codes_digest(bench: Bench) -> str:
+    return hashlib.sha256(bench.database.packed.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _pictures(modality: str, clean: Tensor) -> bool:
+    return modality == "image" and clean.ndim == 4
+
+
+def _eight_bit(clean: Tensor, attacked: Tensor) -> np.ndarray:
+    """(n, 3, H, W) uint8: the change rounded towards zero to whole levels, then the picture to the nearest."""
+    rounded = clean + ((attacked - clean) * 255).trunc() / 255
+    return (rounded * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _array(path: Path, dtype: type[np.generic], rows: int) -> np.ndarray:
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is truncated or no array: {error}") from None
+    if found.dtype != dtype:
+        raise ValueError(f"{path}: dtype is {found.dtype}, and must be {np.dtype(dtype)}")
+    if len(found) != rows or math.prod(found.shape) == 0:
+        raise ValueError(f"{path}: {len(found)} rows for {rows} ids; the bundle is truncated or empty")
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
