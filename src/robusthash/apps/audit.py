@@ -51,8 +51,19 @@ class Tier:
 TIERS = {"smoke": Tier("smoke", 20, 4, 5), "fast": Tier("fast", 200, 20, 20)}
 
 
+def tier_named(name: str) -> Tier:
+    """One of ``TIERS``.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in TIERS:
+        raise ValueError(f"the tier of an audit must be one of {', '.join(TIERS)}, got {name!r}")
+    return TIERS[name]
+
+
 @dataclass(frozen=True)
-class Questions:
+class EndpointLimits:
     """How an endpoint may be asked; see ``Endpoint``."""
 
     budget: int = 5000
@@ -85,13 +96,15 @@ def size_of(target: str, size: int | None) -> int:
         return _SIZE if size is None else size
     own = load_run(Path(target)).card()["image_size"]
     if len(own) != 2:
-        raise ValueError(f"{target} hashes vectors of features, not pixels; only the encoder that made them sees photos")
+        raise ValueError(
+            f"{target} hashes vectors of features, not pixels; only the encoder that made them sees photos"
+        )
     if size is not None and size != own[0]:
         raise ValueError(f"{target} was trained on images of {own[0]} pixels, and --size says {size}; leave it out")
     return int(own[0])
 
 
-def open_target(target: str, images: Tensor, bits: int | None = None, questions: Questions | None = None) -> Target:
+def open_target(target: str, images: Tensor, bits: int | None = None, limits: EndpointLimits | None = None) -> Target:
     """Open what the user named and look at it on a few of the photographs.
 
     Args:
@@ -105,7 +118,7 @@ def open_target(target: str, images: Tensor, bits: int | None = None, questions:
         FileNotFoundError, ImportError: a file or a module is missing.
     """
     if target.startswith(("http://", "https://")):
-        return _open_endpoint(target, images, bits, questions or Questions())
+        return _open_endpoint(target, images, bits, limits or EndpointLimits())
     if target in NAMES:
         known = perceptual(target)
         return _made(target, known.title, foreign(known, images, target, bits), radius=known.radius)
@@ -117,9 +130,10 @@ def open_target(target: str, images: Tensor, bits: int | None = None, questions:
             raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave it at auto")
         said = (f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks.",)
         return Target(target, Path(target).name, hasher, True, said=said, foreign=False)
-    path, said = Path(target), ""
+    path: Path = Path(target)
+    said: list[str] = []
     if path.suffix == ".onnx":
-        model, said = load_onnx(path, images)
+        model, *said = load_onnx(path, images)
     elif path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
         model = load_torchscript(path)
     elif ":" in target:
@@ -129,7 +143,7 @@ def open_target(target: str, images: Tensor, bits: int | None = None, questions:
             f"{target!r} is no run directory, module:name, .pt or .onnx file, http address, nor one of "
             f"{', '.join(NAMES)}{nearest(target, NAMES).partition(' Known')[0]}"
         )
-    return _made(target, path.name, foreign(model, images, target, bits), (said,) if said else ())
+    return _made(target, path.name, foreign(model, images, target, bits), tuple(said))
 
 
 def _is_run(target: str) -> bool:
@@ -140,8 +154,8 @@ def _made(name: str, title: str, made: Foreign, said: tuple[str, ...] = (), radi
     return Target(name, title, made.hasher, made.gradients, None, radius, (*made.said, *said))
 
 
-def _open_endpoint(url: str, images: Tensor, bits: int | None, questions: Questions) -> Target:
-    endpoint = Endpoint(url, questions.budget, questions.rate, questions.timeout, headers=questions.headers)
+def _open_endpoint(url: str, images: Tensor, bits: int | None, limits: EndpointLimits) -> Target:
+    endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers)
     answer = endpoint.check_consistency(images[:1])
     if answer.code is None:
         order = "with distances, in their order" if answer.distances else "without distances"
@@ -155,7 +169,7 @@ def hostile_lines(target: Target, bench: Bench, tier: Tier, eps: float) -> list[
     """The attacks of an audit: untargeted lines hide a photograph, targeted ones make it look like another.
 
     Lines that follow gradients know weights and stored codes. A target without gradients, such as a perceptual hash or
-    an endpoint, gets those alone that ask it questions.
+    an endpoint, gets those alone that ask it limits.
 
     Args:
         bench: of the photographs that are attacked.

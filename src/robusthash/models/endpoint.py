@@ -177,7 +177,9 @@ def _retry_after(text: str, url: str) -> float:
         except ValueError:
             return 0.0
     if seconds > _LONGEST_WAIT:
-        raise Broken(f"{url} asks to wait {seconds:.0f} s before the next question; run the audit then, or lower --rate")
+        raise Broken(
+            f"{url} asks to wait {seconds:.0f} s before the next question; run the audit then, or lower --rate"
+        )
     return seconds
 
 

@@ -68,7 +68,9 @@ class ForeignEncoder(nn.Module):
         answer = answered(self.call, images, self.name)
         logits = as_logits(answer, self.form, self.name)
         if logits.shape[1] != self.bits:
-            raise Broken(f"{self.name} answered {logits.shape[1]} bits, and {self.bits} before: its width must not vary")
+            raise Broken(
+                f"{self.name} answered {logits.shape[1]} bits, and {self.bits} before: its width must not vary"
+            )
         return logits.to(images.device), {}
 
 
@@ -206,8 +208,8 @@ def foreign(call: Call, images: Tensor, name: str, bits: int | None = None) -> F
     said.append(
         "It can be differentiated, so attacks that know its weights were run."
         if slope
-        else "It gives no gradients, so attacks that follow the weights are impossible and only others were run. That is "
-        "a limit of this audit, not a protection."
+        else "It gives no gradients, so attacks that follow the weights are impossible and only others were run. That "
+        "is a limit of this audit, not a protection."
     )
     return Foreign(hasher, form, slope, tuple(said))
 
