@@ -48,7 +48,7 @@ class Tier:
             raise ValueError(f"an audit needs queries, attacked queries and 2 steps at least, got {self}")
 
 
-TIERS = {"smoke": Tier("smoke", 20, 4, 5), "fast": Tier("fast", 200, 20, 20)}
+TIERS = {"smoke": Tier("smoke", 20, 4, 5), "fast": Tier("fast", 200, 12, 20)}
 
 
 def tier_named(name: str) -> Tier:
@@ -128,9 +128,13 @@ def open_target(target: str, images: Tensor, bits: int | None = None, limits: En
             raise ValueError(f"{target} hashes {', '.join(hasher.modalities)}, and an audit needs images")
         if bits is not None and bits != hasher.bits:
             raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave it at auto")
-        said = (f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks.",)
-        return Target(target, Path(target).name, hasher, True, said=said, foreign=False)
-    path: Path = Path(target)
+        said = f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
+        return Target(target, Path(target).name, hasher, True, said=(said,), foreign=False)
+    return _open_model(target, images, bits)
+
+
+def _open_model(target: str, images: Tensor, bits: int | None) -> Target:
+    path = Path(target)
     said: list[str] = []
     if path.suffix == ".onnx":
         model, *said = load_onnx(path, images)
@@ -187,6 +191,6 @@ def hostile_lines(target: Target, bench: Bench, tier: Tier, eps: float) -> list[
             Gradient("mainstay", mainstay(eps, tier.steps, step_size=2.5 * eps / tier.steps, slope="one")),
             Gradient("imitate", imitate),
         ]
-    # BLACK-BOX LINES HERE: the lead adds those that ask questions, for every target; a fast audit of 20 photographs has
-    # about three minutes on two cores
+    # BLACK-BOX LINES HERE: the lead adds those that ask questions, for every target; a fast audit attacks 12
+    # photographs and may take five minutes on two cores in all
     return lines

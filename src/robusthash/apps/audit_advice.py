@@ -35,16 +35,12 @@ def verdict(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         return said
     left = kept(hide, summary)
     level = f"{summary['eps'] * 255:g} of 255 brightness levels"
-    how = (
-        "hides almost any photograph from it" if left <= 0.2 else "hides many photographs from it" if left < 0.8 else ""
-    )
-    said.append(
-        f"Someone who changes pixels by at most {level}, on purpose, {how}: {left * hide.asked:.0f} of {hide.asked} are "
-        f"still {word}."
-        if how
-        else f"Changing pixels by at most {level} on purpose did not hide much: {left * hide.asked:.0f} of {hide.asked} "
-        f"are still {word}."
-    )
+    count = f"{left * hide.asked:.0f} of {hide.asked} are still {word}."
+    if left < 0.8:
+        many = "almost any photograph" if left <= 0.2 else "many photographs"
+        said.append(f"Someone who changes pixels by at most {level}, on purpose, hides {many} from it: {count}")
+    else:
+        said.append(f"Changing pixels by at most {level} on purpose did not hide much: {count}")
     if imitate is not None:
         share = kept(imitate, summary)
         said.append(

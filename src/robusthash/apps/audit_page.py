@@ -32,7 +32,7 @@ def audit_page(
         else Markup(""),
         html.section(
             "What it loses, change by change",
-            _chart(summary, rows),
+            tag("div", _chart(summary, rows), class_="narrow"),
             _table(summary, rows),
             _imitation(summary, rows),
             slug="changes",
@@ -170,7 +170,7 @@ def _imitation(summary: Mapping[str, Any], rows: Sequence[Row]) -> Markup | None
 
 
 def _label(row: Row) -> Child:
-    return [row.name, tag("span", row.words, class_="span")] if row.words != "nothing" else row.name
+    return row.name if row.words == "nothing" else [row.name, tag("span", row.words, class_="span")]
 
 
 def _columns(summary: Mapping[str, Any]) -> tuple[list[Child], Any]:
