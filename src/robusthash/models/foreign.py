@@ -190,7 +190,9 @@ def foreign(call: Call, images: Tensor, name: str, bits: int | None = None) -> F
     if isinstance(call, nn.Module):
         call.eval()
     if isinstance(call, torch.jit.ScriptModule):
-        call = call.requires_grad_(False).forward  # no child: scripted modules refuse what is done to ordinary ones
+        for parameter in call.parameters():
+            parameter.requires_grad_(False)
+        call = call.forward  # no child: scripted modules refuse what is done to ordinary ones
     with torch.no_grad():
         first = answered(call, images, name)
         form = form_of(first, name)
