@@ -1,4 +1,4 @@
-"""Searches behind HTTP: honest ones, and those that time out, refuse, contradict themselves or lie about their order."""
+"""Searches behind HTTP: honest ones, and those that time out, refuse, contradict themselves or lie about order."""
 
 from __future__ import annotations
 
@@ -112,15 +112,19 @@ def test_answers_that_do_not_hold_together(content, said):
 
 
 def test_an_endpoint_that_changes_its_mind():
-    with served(lambda body, n: (200, {}, {"ids": [f"item {n}"]})) as (url, _):
-        with pytest.raises(Broken, match="two answers to the same image"):
-            quick(url)[0].check_consistency(IMAGES[:1])
+    with (
+        served(lambda body, n: (200, {}, {"ids": [f"item {n}"]})) as (url, _),
+        pytest.raises(Broken, match="two answers to the same image"),
+    ):
+        quick(url)[0].check_consistency(IMAGES[:1])
 
 
 def test_an_endpoint_whose_codes_change_length():
-    with served(lambda body, n: (200, {}, {"code": [0, 1] * n})) as (url, _):
-        with pytest.raises(Broken, match=r"different length: \[2, 4, 6\]"):
-            quick(url)[0](IMAGES)
+    with (
+        served(lambda body, n: (200, {}, {"code": [0, 1] * n})) as (url, _),
+        pytest.raises(Broken, match=r"different length: \[2, 4, 6\]"),
+    ):
+        quick(url)[0](IMAGES)
 
 
 def test_too_many_requests_are_waited_for():
@@ -143,9 +147,11 @@ def test_pauses_grow_and_end():
 
 
 def test_a_wait_of_an_hour_is_told_instead():
-    with served(lambda body, n: (429, {"retry-after": "3600"}, {})) as (url, _):
-        with pytest.raises(Broken, match="asks to wait 3600 s"):
-            quick(url)[0](IMAGES[:1])
+    with (
+        served(lambda body, n: (429, {"retry-after": "3600"}, {})) as (url, _),
+        pytest.raises(Broken, match="asks to wait 3600 s"),
+    ):
+        quick(url)[0](IMAGES[:1])
 
 
 def test_an_endpoint_that_times_out():
@@ -158,9 +164,11 @@ def test_an_endpoint_that_times_out():
 
 
 def test_an_endpoint_that_is_not_there_or_refuses():
-    with served(lambda body, n: (403, {}, b"who are you?")) as (url, _):
-        with pytest.raises(Broken, match="status 403: who are you"):
-            quick(url)[0](IMAGES[:1])
+    with (
+        served(lambda body, n: (403, {}, b"who are you")) as (url, _),
+        pytest.raises(Broken, match="status 403: who are you"),
+    ):
+        quick(url)[0](IMAGES[:1])
     with pytest.raises(Broken, match="cannot be asked"):
         quick(url)[0](IMAGES[:1])
 
@@ -168,7 +176,7 @@ def test_an_endpoint_that_is_not_there_or_refuses():
 def test_the_budget_and_the_rate():
     with served(lambda body, n: (200, {}, {"code": [1]})) as (url, _):
         endpoint, waits = quick(url, budget=2, rate=4.0)
-        with pytest.raises(Broken, match="budget of 2 questions .* is spent"):
+        with pytest.raises(Broken, match=r"budget of 2 questions .* is spent"):
             endpoint(IMAGES)
         assert len(waits) == 1
         assert 0 < waits[0] <= 0.25

@@ -238,8 +238,8 @@ def _facts(summary: Mapping[str, Any]) -> Markup:
         (
             "photographs",
             f"{photos['used']} from {photos['folder']}, as central squares of {summary['size']} pixels. The search "
-            "holds a JPEG copy (quality 95) of each; a photograph that asks should find its own copy, and nothing else "
-            "counts as right. Similar photographs, such as a burst, count as different.",
+            f"holds a JPEG copy (quality {STORED_QUALITY}) of each; a photograph that asks should find its own copy, and "
+            "nothing else counts as right. Similar photographs, such as a burst, count as different.",
         ),
     ]
     for name in ("unreadable", "the same as another", "unchanged by saving again"):

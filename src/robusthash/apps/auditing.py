@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,22 @@ from torch import Tensor
 
 from robusthash.apps.audit import EndpointLimits, Target, Tier, hostile_lines, open_target, size_of, tier_named
 from robusthash.apps.audit_page import audit_page
-from robusthash.apps.audit_photos import Photos, read_photos
+from robusthash.apps.audit_photos import STORED_QUALITY, Photos, read_photos
 from robusthash.apps.audit_ranked import ranked_rows
-from robusthash.apps.audit_rows import Example, Kind, Role, Row, Shot, make_row, worst_of
+from robusthash.apps.audit_rows import Example, Kind, Row, worst_of
+from robusthash.apps.audit_scene import Hostile, Scene
 from robusthash.apps.runs import write_json
 from robusthash.apps.stages import Shown, silent
 from robusthash.core.files import write_aside
-from robusthash.core.hamming import sign, topk
+from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.data.changes import EVERYDAY, noise
-from robusthash.data.transforms import read_image
 from robusthash.evaluation.attacked import Attacked
 from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.copies import (
     COPIES,
-    CopiesFound,
     calibrated_radius,
     copies_data,
-    copies_found,
     false_matches,
 )
 from robusthash.evaluation.lines import Line
@@ -43,7 +41,6 @@ from robusthash.models.perceptual import NAMES
 _AT_ONCE = 32  # images encoded together: foreign models may be large
 _BLOCK = 10  # photographs attacked together
 _LOOKED_AT = 8  # photographs on which a model is tried first
-_HITS = 5  # results shown for each search
 
 
 def run_audit(
@@ -159,7 +156,7 @@ def _audit_codes(
             )
     if not 0 <= radius < hasher.bits:
         raise ValueError(f"the radius must lie in 0..{hasher.bits - 1} for {hasher.bits} bits, got {radius}")
-    scene = _Scene(bench, photos, radius)
+    scene = Scene(bench, photos, radius)
     images = photos.asking(queries)
     rows = [scene.row("unchanged", "nothing", "no", "same", bench.query.signs().float(), images)]
     candidates: dict[str, tuple[Tensor, Tensor]] = {}  # (signs, images) of each change
@@ -187,7 +184,9 @@ def _audit_codes(
 
 def _bench(hasher: Hasher, photos: Photos, queries: int, seed: int, shown: Shown) -> Bench:
     """Made by hand rather than by ``make_bench``, whose batches of 256 are large for a foreign model."""
-    data = copies_data(photos.pixels[:queries], photos.stored, "stored copies are JPEG files of quality 95")
+    data = copies_data(
+        photos.pixels[:queries], photos.stored, f"stored copies are JPEG files of quality {STORED_QUALITY}"
+    )
     both = ("image", "image")
     database = encode_split(
         hasher.for_database(),
@@ -233,7 +232,7 @@ class _Attacks:
     examples: tuple[Example, ...] = ()
 
 
-def _attack(target: Target, scene: _Scene, tier: Tier, eps: float, shown: Shown) -> _Attacks:
+def _attack(target: Target, scene: Scene, tier: Tier, eps: float, shown: Shown) -> _Attacks:
     """Run every hostile line on the first photographs; one row for each, and one for the worst of each kind."""
     few = scene.first(min(tier.attacked, len(scene.bench.queries)))
     runs: list[tuple[Line, int]] = []
@@ -242,7 +241,7 @@ def _attack(target: Target, scene: _Scene, tier: Tier, eps: float, shown: Shown)
         runs += [(fitted, restart) for restart in range(fitted.restarts)]
     if not runs:
         return _Attacks()
-    found: dict[bool, list[_Hostile]] = {False: [], True: []}
+    found: dict[bool, list[Hostile]] = {False: [], True: []}
     done, blocks = 0, few.bench.blocks
     for line, restart in runs:
         parts = []
@@ -269,92 +268,3 @@ def _attack(target: Target, scene: _Scene, tier: Tier, eps: float, shown: Shown)
             rows.append(few.hostile_row("hide, worst case", words, "hide-worst", worst, images))
         examples.append(few.attacked(worst, images, targeted, eps))
     return _Attacks(tuple(rows), tuple(examples))
-
-
-@dataclass(frozen=True)
-class _Hostile:
-    line: Line
-    name: str
-    found: CopiesFound
-    images: Tensor  # (Q, 3, S, S) as a file of eight bits
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """A bench of copies with the photographs behind it."""
-
-    bench: Bench
-    photos: Photos
-    radius: int
-
-    @property
-    def images(self) -> Tensor:
-        return self.photos.asking(len(self.bench.queries))
-
-    def first(self, count: int) -> _Scene:
-        """The same with the first queries alone."""
-        query = replace(self.bench.query, packed=self.bench.query.packed[:count], ids=torch.arange(count))
-        bench = replace(self.bench, queries=self.bench.queries.take(torch.arange(count)), query=query)
-        return replace(self, bench=bench)
-
-    def row(self, name: str, words: str, visible: str, kind: Kind, signs: Tensor, images: Tensor) -> Row:
-        found = copies_found(self.bench, signs, self.bench.query_labels)
-        return make_row(name, words, visible, kind, found, self.radius, (self.images, images))
-
-    def hostile(self, line: Line, restart: int, attacked: Attacked) -> _Hostile:
-        """Attacked photographs as files of eight bits, scored against their own copy, or the target's."""
-        origin = self.images
-        images = origin + ((attacked.inputs.cpu() - origin) * 255).trunc() / 255
-        labels = self.bench.targets[:, 0] if line.targeted else self.bench.query_labels
-        found = copies_found(self.bench, attacked.eight_bit[:, 0].float(), labels)
-        return _Hostile(line, line.name if line.restarts == 1 else f"{line.name}, start {restart + 1}", found, images)
-
-    def hostile_row(self, name: str, words: str, kind: Kind, found: CopiesFound, images: Tensor) -> Row:
-        return make_row(name, words, "hardly", kind, found, self.radius, (self.images, images))
-
-    # ------------------------------------------------------------------------------------------ pictures
-
-    def everyday(self, row: Row, signs: Tensor, images: Tensor) -> Example:
-        """The photograph that this change harms most."""
-        found = copies_found(self.bench, signs, self.bench.query_labels)
-        chosen = int((found.ap - 1e-6 * found.bits).argmin())
-        text = f"The everyday change that costs this search most: {row.words}. Shown is the photograph it harms most."
-        return self._example("An everyday change", text, chosen, images[chosen], found.packed[chosen], None)
-
-    def attacked(self, found: CopiesFound, images: Tensor, targeted: bool, eps: float) -> Example:
-        """A photograph on which the attack went furthest."""
-        score = found.ap - 1e-6 * found.bits
-        chosen = int(score.argmax() if targeted else score.argmin())
-        level = f"no pixel by more than {eps * 255:g} of 255 brightness levels"
-        if not targeted:
-            text = f"Changed on purpose so that the search misses it, {level}. Shown is the photograph it harms most."
-            return self._example("Hidden on purpose", text, chosen, images[chosen], found.packed[chosen], None)
-        wanted = int(self.bench.targets[chosen, 0].argmax())
-        text = (
-            f"Changed on purpose so that the search takes it for {self.photos.names[wanted]}, {level}. Shown is the "
-            "photograph on which this went furthest."
-        )
-        return self._example("Taken for another", text, chosen, images[chosen], found.packed[chosen], wanted)
-
-    def _example(self, title: str, text: str, row: int, changed: Tensor, packed: Tensor, target: int | None) -> Example:
-        original = self.images[row]
-        largest = float((changed - original).abs().max())
-        return Example(
-            title,
-            text,
-            original,
-            changed,
-            min(32.0, 0.5 / largest) if largest else 1.0,
-            self._shots(self.bench.query.packed[row], row, target),
-            self._shots(packed, row, target),
-        )
-
-    def _shots(self, packed: Tensor, own: int, target: int | None) -> tuple[Shot, ...]:
-        database = self.bench.database
-        ids, distances = topk(packed[None], database.packed, min(_HITS, len(database)))
-        shots = []
-        for item, far in zip(ids[0].tolist(), distances[0].tolist(), strict=True):
-            picture = read_image(self.photos.paths[item], 112)
-            role: Role = "own" if item == own else "target" if item == target else "other"
-            shots.append(Shot(picture, self.photos.names[item], far, role))
-        return tuple(shots)
