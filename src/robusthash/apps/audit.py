@@ -129,7 +129,7 @@ def open_target(target: str, images: Tensor, bits: int | None = None, limits: En
         if bits is not None and bits != hasher.bits:
             raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave it at auto")
         said = f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
-        return Target(target, Path(target).name, hasher, True, said=(said,), foreign=False)
+        return Target(target, "/".join(Path(target).parts[-2:]), hasher, True, said=(said,), foreign=False)
     return _open_model(target, images, bits)
 
 
@@ -184,7 +184,7 @@ def hostile_lines(target: Target, bench: Bench, tier: Tier, eps: float) -> list[
         hide = guided_apgd(eps, tier.steps)
         flip = Attack("flip", Own(), ScaleFree(), APGD(tier.steps), threat_on("image", eps, knowledge="W0"))
         known = threat_on("image", eps, knowledge="W2")
-        imitate = Attack("imitate", Anchor(1), ScaleFree(), APGD(tier.steps), known, targeted=True, selects=True)
+        imitate = Attack("imitate", Anchor(1), ScaleFree(), APGD(tier.steps), known, targeted=True)
         lines += [
             Gradient("guided-apgd", hide),
             Gradient("flip", flip),

@@ -9,6 +9,7 @@ from scipy.stats import binomtest
 
 from robusthash.apps import html
 from robusthash.apps.audit_advice import advice, verdict
+from robusthash.apps.audit_photos import STORED_QUALITY
 from robusthash.apps.audit_rows import Example, Row, Shot, kept, kept_words
 from robusthash.apps.charts import UNIT, Axis, Dot, Tone, dot_chart
 from robusthash.apps.html import Child, Markup, tag
@@ -163,7 +164,8 @@ def _imitation(summary: Mapping[str, Any], rows: Sequence[Row]) -> Markup | None
     head, cells = _columns(summary)
     caption = (
         "Made to look like another photograph: here the numbers say how often the attack succeeded, that is, how often "
-        "the copy of the other photograph came first or counted as the same. Lower is better."
+        "the copy of the other photograph came first or counted as the same. Lower is better; the row before the "
+        "attack says how often that happens by itself."
     )
     worst = [number for number, row in enumerate(shown) if row.kind == "imitate-worst"]
     return html.table(["attack", *head], [[_label(row), *cells(row)] for row in shown], caption, worst)
@@ -238,8 +240,8 @@ def _facts(summary: Mapping[str, Any]) -> Markup:
         (
             "photographs",
             f"{photos['used']} from {photos['folder']}, as central squares of {summary['size']} pixels. The search "
-            f"holds a JPEG copy (quality {STORED_QUALITY}) of each; a photograph that asks should find its own copy, and "
-            "nothing else counts as right. Similar photographs, such as a burst, count as different.",
+            f"holds a JPEG copy (quality {STORED_QUALITY}) of each; a photograph that asks should find its own copy, "
+            "and nothing else counts as right. Similar photographs, such as a burst, count as different.",
         ),
     ]
     for name in ("unreadable", "the same as another", "unchanged by saving again"):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from robusthash.apps.audit_photos import Photos
 from robusthash.apps.audit_rows import Example, Kind, Role, Row, Shot, make_row
+from robusthash.apps.demo import colour_variety
 from robusthash.core.hamming import topk
 from robusthash.data.transforms import read_image
 from robusthash.evaluation.attacked import Attacked
@@ -60,29 +61,38 @@ class Scene:
         return Hostile(line, line.name if line.restarts == 1 else f"{line.name}, start {restart + 1}", found, images)
 
     def hostile_row(self, name: str, words: str, kind: Kind, found: CopiesFound, images: Tensor) -> Row:
-        return make_row(name, words, "hardly", kind, found, self.radius, (self.images, images))
+        visible = "no" if words == "nothing" else "hardly"
+        return make_row(name, words, visible, kind, found, self.radius, (self.images, images))
 
     def everyday(self, row: Row, signs: Tensor, images: Tensor) -> Example:
-        """The photograph that this change harms most."""
+        """A photograph that this change harms."""
         found = copies_found(self.bench, signs, self.bench.query_labels)
-        chosen = int((found.ap - 1e-6 * found.bits).argmin())
-        text = f"The everyday change that costs this search most: {row.words}. Shown is the photograph it harms most."
+        chosen, which = self._chosen(found, hidden=True)
+        text = f"The everyday change that costs this search most: {row.words}. Shown is {which}."
         return self._example("An everyday change", text, chosen, images[chosen], found.packed[chosen], None)
 
     def attacked(self, found: CopiesFound, images: Tensor, targeted: bool, eps: float) -> Example:
-        """A photograph on which the attack went furthest."""
-        score = found.ap - 1e-6 * found.bits
-        chosen = int(score.argmax() if targeted else score.argmin())
+        """A photograph on which the attack succeeded, where there is one."""
+        chosen, which = self._chosen(found, hidden=not targeted)
         level = f"no pixel by more than {eps * 255:g} of 255 brightness levels"
         if not targeted:
-            text = f"Changed on purpose so that the search misses it, {level}. Shown is the photograph it harms most."
+            text = f"Changed on purpose so that the search misses it, {level}. Shown is {which}."
             return self._example("Hidden on purpose", text, chosen, images[chosen], found.packed[chosen], None)
         wanted = int(self.bench.targets[chosen, 0].argmax())
-        text = (
-            f"Changed on purpose so that the search takes it for {self.photos.names[wanted]}, {level}. Shown is the "
-            "photograph on which this went furthest."
-        )
+        name = self.photos.names[wanted]
+        text = f"Changed on purpose so that the search takes it for {name}, {level}. Shown is {which}."
         return self._example("Taken for another", text, chosen, images[chosen], found.packed[chosen], wanted)
+
+    def _chosen(self, found: CopiesFound, hidden: bool) -> tuple[int, str]:
+        """A photograph for the pictures, and the rule it was chosen by."""
+        success = found.first < 0.5 if hidden else found.first > 0.5
+        if success.any():
+            colours = colour_variety(self.images)
+            chosen = int(torch.where(success, colours, -1.0).argmax())
+            return chosen, f"the most colourful of the {int(success.sum())} on which this succeeded"
+        score = found.ap - 1e-6 * found.bits
+        furthest = int(score.argmin() if hidden else score.argmax())
+        return furthest, "the one on which this went furthest; it succeeded on none"
 
     def _example(self, title: str, text: str, row: int, changed: Tensor, packed: Tensor, target: int | None) -> Example:
         original = self.images[row]

@@ -25,7 +25,7 @@ from robusthash.core.runtime import Draws
 from robusthash.data.changes import EVERYDAY, noise
 from robusthash.evaluation.attacked import Attacked
 from robusthash.evaluation.bench import Bench
-from robusthash.evaluation.copies import (
+from robusthash.evaluation.copies import COPIES, calibrated_radius, copies_data, copies_found, false_matches
     COPIES,
     calibrated_radius,
     copies_data,
@@ -256,6 +256,9 @@ def _attack(target: Target, scene: Scene, tier: Tier, eps: float, shown: Shown) 
         if not hostile:
             continue
         kind: Kind = "imitate" if targeted else "hide"
+        if targeted:
+            before = copies_found(few.bench, few.bench.query.signs().float(), few.bench.targets[:, 0])
+            rows.append(few.hostile_row("before the attack", "nothing", "imitate", before, few.images))
         for each in hostile:
             rows.append(few.hostile_row(each.name, f"{each.line.kind}: {each.name}", kind, each.found, each.images))
         worst, winner = worst_of([each.found for each in hostile], targeted)
