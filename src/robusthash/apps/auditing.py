@@ -26,11 +26,6 @@ from robusthash.data.changes import EVERYDAY, noise
 from robusthash.evaluation.attacked import Attacked
 from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.copies import COPIES, calibrated_radius, copies_data, copies_found, false_matches
-    COPIES,
-    calibrated_radius,
-    copies_data,
-    false_matches,
-)
 from robusthash.evaluation.lines import Line
 from robusthash.evaluation.results import Flag, software_versions
 from robusthash.models.encode import encode_split
