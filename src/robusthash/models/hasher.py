@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -67,7 +68,9 @@ class Hasher(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """That of the weights; the CPU where there are none, as in a perceptual hash."""
+        held = next(chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if held is None else held.device
 
     def bare(self) -> Hasher:
         """The same encoders and heads without the purifiers: what an oblivious attack differentiates."""

@@ -1,0 +1,196 @@
+"""What an audit is about and what it does to it: the search that a user names, and the hostile lines of each tier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from robusthash.apps import stages
+from robusthash.apps.runs import load_run
+from robusthash.attacks.base import Attack
+from robusthash.attacks.guides import Anchor, Own
+from robusthash.attacks.losses import ScaleFree
+from robusthash.attacks.named import guided_apgd, mainstay
+from robusthash.attacks.search import APGD
+from robusthash.attacks.threat import threat_on
+from robusthash.core.registry import nearest
+from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.lines import Gradient, Line
+from robusthash.models.endpoint import Endpoint
+from robusthash.models.foreign import Foreign, foreign
+from robusthash.models.hasher import Hasher
+from robusthash.models.imported import load_onnx, load_python, load_torchscript
+from robusthash.models.perceptual import NAMES, perceptual
+
+_SIZE = 224  # pixels a side, where neither the user nor a run says
+
+
+@dataclass(frozen=True)
+class Tier:
+    """How much an audit does.
+
+    Args:
+        queries: photographs that ask, under each everyday change.
+        attacked: of these, how many are attacked.
+        steps: of each attack that follows gradients.
+    """
+
+    name: str
+    queries: int
+    attacked: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        if min(self.queries, self.attacked) < 1 or self.steps < 2:
+            raise ValueError(f"an audit needs queries, attacked queries and 2 steps at least, got {self}")
+
+
+TIERS = {"smoke": Tier("smoke", 20, 4, 5), "fast": Tier("fast", 200, 12, 20)}
+
+
+def tier_named(name: str) -> Tier:
+    """One of ``TIERS``.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in TIERS:
+        raise ValueError(f"the tier of an audit must be one of {', '.join(TIERS)}, got {name!r}")
+    return TIERS[name]
+
+
+@dataclass(frozen=True)
+class EndpointLimits:
+    """How an endpoint may be asked; see ``Endpoint``."""
+
+    budget: int = 5000
+    rate: float = 5.0
+    timeout: float = 10.0
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An opened search: a hasher, or an endpoint that answers what it found."""
+
+    name: str  # as the user wrote it
+    title: str  # for readers
+    hasher: Hasher | None
+    gradients: bool
+    endpoint: Endpoint | None = None
+    radius: int | None = None  # bits that may differ, where its users have a custom
+    said: tuple[str, ...] = ()
+    foreign: bool = True
+
+
+def size_of(target: str, size: int | None) -> int:
+    """Pixels a side of what the target is shown: a run's own, else ``size``, else 224.
+
+    Raises:
+        ValueError: a size that a run was not trained on, or a run on vectors of features.
+    """
+    if not _is_run(target):
+        return _SIZE if size is None else size
+    own = load_run(Path(target)).card()["image_size"]
+    if len(own) != 2:
+        raise ValueError(
+            f"{target} hashes vectors of features, not pixels; only the encoder that made them sees photos"
+        )
+    if size is not None and size != own[0]:
+        raise ValueError(f"{target} was trained on images of {own[0]} pixels, and --size says {size}; leave it out")
+    return int(own[0])
+
+
+def open_target(target: str, images: Tensor, bits: int | None = None, limits: EndpointLimits | None = None) -> Target:
+    """Open what the user named and look at it on a few of the photographs.
+
+    Args:
+        target: a run directory; ``module:name``; a ``.pt`` (TorchScript) or ``.onnx`` file; an ``http(s)`` address; or
+            ``phash``, ``dhash``, ``whash``, ``pdq``.
+        images: (n, 3, H, W) float in [0, 1], n at least 2.
+        bits: K where the user knows it.
+
+    Raises:
+        ValueError: none of these, or a model that is broken (``Broken``).
+        FileNotFoundError, ImportError: a file or a module is missing.
+    """
+    if target.startswith(("http://", "https://")):
+        return _open_endpoint(target, images, bits, limits or EndpointLimits())
+    if target in NAMES:
+        known = perceptual(target)
+        return _made(target, known.title, foreign(known, images, target, bits), radius=known.radius)
+    if _is_run(target):
+        hasher, _ = stages.load_victim(load_run(Path(target)))
+        if "image" not in hasher.modalities:
+            raise ValueError(f"{target} hashes {', '.join(hasher.modalities)}, and an audit needs images")
+        if bits is not None and bits != hasher.bits:
+            raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave it at auto")
+        said = f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
+        return Target(target, "/".join(Path(target).parts[-2:]), hasher, True, said=(said,), foreign=False)
+    return _open_model(target, images, bits)
+
+
+def _open_model(target: str, images: Tensor, bits: int | None) -> Target:
+    path = Path(target)
+    said: list[str] = []
+    if path.suffix == ".onnx":
+        model, *said = load_onnx(path, images)
+    elif path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
+        model = load_torchscript(path)
+    elif ":" in target:
+        model = load_python(target)
+    else:
+        raise ValueError(
+            f"{target!r} is no run directory, module:name, .pt or .onnx file, http address, nor one of "
+            f"{', '.join(NAMES)}{nearest(target, NAMES).partition(' Known')[0]}"
+        )
+    return _made(target, path.name, foreign(model, images, target, bits), tuple(said))
+
+
+def _is_run(target: str) -> bool:
+    return target not in NAMES and Path(target).is_dir()
+
+
+def _made(name: str, title: str, made: Foreign, said: tuple[str, ...] = (), radius: int | None = None) -> Target:
+    return Target(name, title, made.hasher, made.gradients, None, radius, (*made.said, *said))
+
+
+def _open_endpoint(url: str, images: Tensor, bits: int | None, limits: EndpointLimits) -> Target:
+    endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers)
+    answer = endpoint.check_consistency(images[:1])
+    if answer.code is None:
+        order = "with distances, in their order" if answer.distances else "without distances"
+        said = (f"It answers {len(answer.ids)} ids, nearest first, {order}.",)
+        return Target(url, url, None, False, endpoint, said=said)
+    made = foreign(endpoint, images, url, bits)
+    return Target(url, url, made.hasher, False, endpoint, said=made.said)
+
+
+def hostile_lines(target: Target, bench: Bench, tier: Tier, eps: float) -> list[Line]:
+    """The attacks of an audit: untargeted lines hide a photograph, targeted ones make it look like another.
+
+    Lines that follow gradients know weights and stored codes. A target without gradients, such as a perceptual hash or
+    an endpoint, gets those alone that ask it limits.
+
+    Args:
+        bench: of the photographs that are attacked.
+        eps: budget in pixels, L-infinity.
+    """
+    lines: list[Line] = []
+    if target.gradients:
+        hide = guided_apgd(eps, tier.steps)
+        flip = Attack("flip", Own(), ScaleFree(), APGD(tier.steps), threat_on("image", eps, knowledge="W0"))
+        known = threat_on("image", eps, knowledge="W2")
+        imitate = Attack("imitate", Anchor(1), ScaleFree(), APGD(tier.steps), known, targeted=True)
+        lines += [
+            Gradient("guided-apgd", hide),
+            Gradient("flip", flip),
+            Gradient("mainstay", mainstay(eps, tier.steps, step_size=2.5 * eps / tier.steps, slope="one")),
+            Gradient("imitate", imitate),
+        ]
+    # BLACK-BOX LINES HERE: the lead adds those that ask questions, for every target; a fast audit attacks 12
+    # photographs and may take five minutes on two cores in all
+    return lines

@@ -1,0 +1,129 @@
+"""What an audit measured, row by row, and the pictures that it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from robusthash.evaluation.copies import CopiesFound
+from robusthash.evaluation.perceptibility import image_measures
+
+Kind = Literal["same", "everyday", "noise", "hide", "hide-worst", "imitate", "imitate-worst"]
+Role = Literal["own", "target", "other"]
+
+_SMALLEST = 11  # pixels a side below which structural similarity is not defined
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one change does to a search. Shares are of the photographs that asked."""
+
+    name: str
+    words: str
+    visible: str
+    kind: Kind
+    asked: int
+    map: float  # mean of 1 / rank: of the own copy, or under ``imitate`` of the other photograph's
+    first: float  # share whose copy (or target) came first
+    recognised: float | None = None  # share within the radius; None where there are no codes
+    bits: float | None = None  # mean bits that differ from the copy (or target)
+    largest: float = 0.0  # largest change of a pixel, of 255
+    ssim: float | None = None  # mean structural similarity with the photograph; None for very small images
+    per_photo: tuple[float, ...] = ()  # 1 / rank of each
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture that a search returned."""
+
+    picture: Tensor  # (3, h, w) uint8
+    name: str
+    distance: int | None
+    role: Role
+
+
+@dataclass(frozen=True)
+class Example:
+    """A photograph, what was done to it, and what the search returned before and after."""
+
+    title: str
+    text: str
+    original: Tensor  # (3, S, S) float
+    changed: Tensor
+    gain: float  # by which the difference is amplified
+    before: tuple[Shot, ...]
+    after: tuple[Shot, ...]
+
+
+def make_row(
+    name: str,
+    words: str,
+    visible: str,
+    kind: Kind,
+    found: CopiesFound,
+    radius: int,
+    images: tuple[Tensor, Tensor] | None = None,
+) -> Row:
+    """The row of one change.
+
+    Args:
+        images: (Q, 3, S, S) before and after, both float in [0, 1].
+    """
+    largest, ssim = 0.0, None
+    if images is not None:
+        largest, ssim = difference(*images)
+    return Row(
+        name,
+        words,
+        visible,
+        kind,
+        len(found.ap),
+        float(found.ap.mean()),
+        float(found.first.mean()),
+        float(found.within(radius).mean()),
+        float(found.bits.double().mean()),
+        largest,
+        ssim,
+        tuple(found.ap.tolist()),
+    )
+
+
+def difference(before: Tensor, after: Tensor) -> tuple[float, float | None]:
+    """Largest change of a pixel in levels of 255, and mean structural similarity."""
+    largest = float((after - before).abs().max()) * 255
+    if min(before.shape[-2:]) < _SMALLEST:
+        return largest, None
+    pairs = zip(before.split(32), after.split(32), strict=True)
+    return largest, float(torch.cat([image_measures(a, b)["ssim"] for a, b in pairs]).mean())
+
+
+def worst_of(found: Sequence[CopiesFound], imitate: bool = False) -> tuple[CopiesFound, Tensor]:
+    """Each photograph's worst case over several attacks, and which attack it was by rank.
+
+    Rank, coming first and distance are each taken at their own worst, which for imitation is their best.
+    """
+    ap, bits = torch.stack([each.ap for each in found]), torch.stack([each.bits for each in found])
+    first = torch.stack([each.first for each in found])
+    # of equal ranks, the attack that moved more bits
+    score = (ap if imitate else -ap) + (bits if not imitate else -bits).double() * 1e-9
+    winner = score.argmax(0)
+    packed = torch.stack([each.packed for each in found])[winner, torch.arange(len(winner))]
+    if imitate:
+        return CopiesFound(ap.amax(0), first.amax(0), bits.amin(0), packed), winner
+    return CopiesFound(ap.amin(0), first.amin(0), bits.amax(0), packed), winner
+
+
+def kept(row: Row, summary: Mapping[str, Any]) -> float:
+    """The share that the page speaks of: within the radius where the search has one, else coming first."""
+    if summary["matches by"] == "radius" and row.recognised is not None:
+        return row.recognised
+    return row.first
+
+
+def kept_words(summary: Mapping[str, Any]) -> str:
+    """What ``kept`` counts, as a reader says it."""
+    return "recognised" if summary["matches by"] == "radius" else "found first"

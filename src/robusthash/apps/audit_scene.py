@@ -1,0 +1,118 @@
+"""A bench of copies with the photographs behind it: measured rows, and the pictures that show them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from robusthash.apps.audit_photos import Photos
+from robusthash.apps.audit_rows import Example, Kind, Role, Row, Shot, make_row
+from robusthash.apps.demo import colour_variety
+from robusthash.core.hamming import topk
+from robusthash.data.transforms import read_image
+from robusthash.evaluation.attacked import Attacked
+from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.copies import CopiesFound, copies_found
+from robusthash.evaluation.lines import Line
+
+_HITS = 5  # results shown for each search
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """What one attack came back with, as files of eight bits, scored."""
+
+    line: Line
+    name: str
+    found: CopiesFound
+    images: Tensor  # (Q, 3, S, S) as a file of eight bits
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A bench of copies with the photographs behind it."""
+
+    bench: Bench
+    photos: Photos
+    radius: int
+
+    @property
+    def images(self) -> Tensor:
+        return self.photos.asking(len(self.bench.queries))
+
+    def first(self, count: int) -> Scene:
+        """The same with the first queries alone."""
+        query = replace(self.bench.query, packed=self.bench.query.packed[:count], ids=torch.arange(count))
+        bench = replace(self.bench, queries=self.bench.queries.take(torch.arange(count)), query=query)
+        return replace(self, bench=bench)
+
+    def row(self, name: str, words: str, visible: str, kind: Kind, signs: Tensor, images: Tensor) -> Row:
+        found = copies_found(self.bench, signs, self.bench.query_labels)
+        return make_row(name, words, visible, kind, found, self.radius, (self.images, images))
+
+    def hostile(self, line: Line, restart: int, attacked: Attacked) -> Hostile:
+        """Attacked photographs as files of eight bits, scored against their own copy, or the target's."""
+        origin = self.images
+        images = origin + ((attacked.inputs.cpu() - origin) * 255).trunc() / 255
+        labels = self.bench.targets[:, 0] if line.targeted else self.bench.query_labels
+        found = copies_found(self.bench, attacked.eight_bit[:, 0].float(), labels)
+        return Hostile(line, line.name if line.restarts == 1 else f"{line.name}, start {restart + 1}", found, images)
+
+    def hostile_row(self, name: str, words: str, kind: Kind, found: CopiesFound, images: Tensor) -> Row:
+        visible = "no" if words == "nothing" else "hardly"
+        return make_row(name, words, visible, kind, found, self.radius, (self.images, images))
+
+    def everyday(self, row: Row, signs: Tensor, images: Tensor) -> Example:
+        """A photograph that this change harms."""
+        found = copies_found(self.bench, signs, self.bench.query_labels)
+        chosen, which = self._chosen(found, hidden=True)
+        text = f"The everyday change that costs this search most: {row.words}. Shown is {which}."
+        return self._example("An everyday change", text, chosen, images[chosen], found.packed[chosen], None)
+
+    def attacked(self, found: CopiesFound, images: Tensor, targeted: bool, eps: float) -> Example:
+        """A photograph on which the attack succeeded, where there is one."""
+        chosen, which = self._chosen(found, hidden=not targeted)
+        level = f"no pixel by more than {eps * 255:g} of 255 brightness levels"
+        if not targeted:
+            text = f"Changed on purpose so that the search misses it, {level}. Shown is {which}."
+            return self._example("Hidden on purpose", text, chosen, images[chosen], found.packed[chosen], None)
+        wanted = int(self.bench.targets[chosen, 0].argmax())
+        name = self.photos.names[wanted]
+        text = f"Changed on purpose so that the search takes it for {name}, {level}. Shown is {which}."
+        return self._example("Taken for another", text, chosen, images[chosen], found.packed[chosen], wanted)
+
+    def _chosen(self, found: CopiesFound, hidden: bool) -> tuple[int, str]:
+        """A photograph for the pictures, and the rule it was chosen by."""
+        success = found.first < 0.5 if hidden else found.first > 0.5
+        if success.any():
+            colours = colour_variety(self.images)
+            chosen = int(torch.where(success, colours, -1.0).argmax())
+            return chosen, f"the most colourful of the {int(success.sum())} on which this succeeded"
+        score = found.ap - 1e-6 * found.bits
+        furthest = int(score.argmin() if hidden else score.argmax())
+        return furthest, "the one on which this went furthest; it succeeded on none"
+
+    def _example(self, title: str, text: str, row: int, changed: Tensor, packed: Tensor, target: int | None) -> Example:
+        original = self.images[row]
+        largest = float((changed - original).abs().max())
+        return Example(
+            title,
+            text,
+            original,
+            changed,
+            min(32.0, 0.5 / largest) if largest else 1.0,
+            self._shots(self.bench.query.packed[row], row, target),
+            self._shots(packed, row, target),
+        )
+
+    def _shots(self, packed: Tensor, own: int, target: int | None) -> tuple[Shot, ...]:
+        database = self.bench.database
+        ids, distances = topk(packed[None], database.packed, min(_HITS, len(database)))
+        shots = []
+        for item, far in zip(ids[0].tolist(), distances[0].tolist(), strict=True):
+            picture = read_image(self.photos.paths[item], 112)
+            role: Role = "own" if item == own else "target" if item == target else "other"
+            shots.append(Shot(picture, self.photos.names[item], far, role))
+        return tuple(shots)

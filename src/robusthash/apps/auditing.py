@@ -1,0 +1,268 @@
+"""The audit: a search is asked about photographs as they are, under everyday changes, under noise, and under attack."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robusthash.apps.audit import EndpointLimits, Target, Tier, hostile_lines, open_target, size_of, tier_named
+from robusthash.apps.audit_page import audit_page
+from robusthash.apps.audit_photos import STORED_QUALITY, Photos, read_photos
+from robusthash.apps.audit_ranked import ranked_rows
+from robusthash.apps.audit_rows import Example, Kind, Row, worst_of
+from robusthash.apps.audit_scene import Hostile, Scene
+from robusthash.apps.runs import write_json
+from robusthash.apps.stages import Shown, silent
+from robusthash.core.files import write_aside
+from robusthash.core.hamming import sign
+from robusthash.core.runtime import Draws
+from robusthash.data.changes import EVERYDAY, noise
+from robusthash.evaluation.attacked import Attacked
+from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.copies import COPIES, calibrated_radius, copies_data, copies_found, false_matches
+from robusthash.evaluation.lines import Line
+from robusthash.evaluation.results import Flag, software_versions
+from robusthash.models.encode import encode_split
+from robusthash.models.foreign import normalisation_doubt
+from robusthash.models.hasher import Hasher, frozen
+from robusthash.models.perceptual import NAMES
+
+_AT_ONCE = 32  # images encoded together: foreign models may be large
+_BLOCK = 10  # photographs attacked together
+_LOOKED_AT = 8  # photographs on which a model is tried first
+
+
+def run_audit(
+    target: str,
+    out: Path,
+    photos: Path | None = None,
+    *,
+    size: int | None = None,
+    bits: int | None = None,
+    tier: str | Tier = "fast",
+    eps: float = 8 / 255,
+    radius: int | None = None,
+    limit: int = 1000,
+    seed: int = 0,
+    limits: EndpointLimits | None = None,
+    flags: Sequence[Flag] = (),
+    shown: Shown = silent,
+) -> dict[str, Any]:
+    """Audit a search and write ``report.html`` and ``audit.json`` to ``out``.
+
+    Args:
+        target: what is audited; see ``open_target``.
+        photos: a folder of the user's own photographs; the twenty of this package by default.
+        size: pixels a side that the target is shown; see ``size_of``.
+        bits: K where known; found out by default.
+        tier: ``smoke``, ``fast``, or one of one's own.
+        eps: budget of noise and attacks, L-infinity in pixels of [0, 1].
+        radius: bits that may differ between two pictures that count as the same; by default the custom of a perceptual
+            hash, else the largest at which at most 1 % of the pairs of different photographs do.
+        limit: photographs read at most.
+        flags: checks of this model that were made elsewhere, to be told in the report.
+
+    Returns:
+        The content of ``audit.json``.
+
+    Raises:
+        ValueError: a broken model (``Broken``), unusable photographs, a budget too small, an unknown tier.
+        FileNotFoundError, ImportError: the target, the folder or an extra is missing.
+    """
+    started = time.perf_counter()
+    chosen = tier if isinstance(tier, Tier) else tier_named(tier)
+    if not 0 < eps <= 0.5:
+        raise ValueError(f"eps must lie above 0 and be at most 0.5 of the range, got {eps:g}; write 8/255, not 8")
+    side = size_of(target, size)
+    read = read_photos(photos, side, limit, seed)
+    opened = open_target(target, read.asking(_LOOKED_AT), bits, limits)
+    out.mkdir(parents=True, exist_ok=True)
+    if opened.hasher is None:
+        found = _Measured(ranked_rows(opened, read, chosen, eps, seed, shown), ())
+    else:
+        found = _audit_codes(opened, opened.hasher, read, chosen, eps, radius, seed, shown)
+    summary = {
+        "target": target,
+        "title": opened.title,
+        "said": [*opened.said, *found.said],
+        "doubts": list(found.doubts),
+        "gradients": opened.gradients,
+        "bits": None if opened.hasher is None else opened.hasher.bits,
+        "radius": found.radius,
+        "matches by": "rank" if opened.radius is None and radius is None else "radius",
+        "false matches": found.false_matches,
+        "size": side,
+        "eps": eps,
+        "tier": asdict(chosen),
+        "seed": seed,
+        "photographs": read.facts(),
+        "rows": [asdict(row) for row in found.rows],
+        "flags": [asdict(flag) for flag in flags],
+        "questions": opened.endpoint.asked if opened.endpoint else None,
+        "software": software_versions(),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    with write_aside(out / "report.html") as aside:
+        aside.write_text(audit_page(summary, found.rows, found.examples, flags), encoding="utf-8")
+    write_json(out / "audit.json", summary)
+    return summary
+
+
+@dataclass(frozen=True)
+class _Measured:
+    rows: tuple[Row, ...]
+    examples: tuple[Example, ...]
+    said: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    radius: int | None = None
+    false_matches: float | None = None
+
+
+# ---------------------------------------------------------------------------------------------- searches by code
+
+
+def _audit_codes(
+    target: Target,
+    hasher: Hasher,
+    photos: Photos,
+    tier: Tier,
+    eps: float,
+    radius: int | None,
+    seed: int,
+    shown: Shown,
+) -> _Measured:
+    queries = min(tier.queries, len(photos))
+    if target.endpoint is not None:
+        target.endpoint.check_budget(len(photos) + queries * (len(EVERYDAY) + 2))
+    bench = _bench(hasher, photos, queries, seed, shown)
+    said, doubts = [], _doubts(target, hasher, bench, photos)
+    if radius is None:
+        radius = target.radius if target.radius is not None else calibrated_radius(bench)
+        if target.radius is None:
+            said.append(
+                f"Nobody has said how many bits may differ between two pictures that count as the same, so the largest "
+                f"number was taken at which at most 1 % of the pairs of different photographs do: {radius}."
+            )
+    if not 0 <= radius < hasher.bits:
+        raise ValueError(f"the radius must lie in 0..{hasher.bits - 1} for {hasher.bits} bits, got {radius}")
+    scene = Scene(bench, photos, radius)
+    images = photos.asking(queries)
+    rows = [scene.row("unchanged", "nothing", "no", "same", bench.query.signs().float(), images)]
+    candidates: dict[str, tuple[Tensor, Tensor]] = {}  # (signs, images) of each change
+    for number, change in enumerate(EVERYDAY):
+        changed = torch.cat([change(part) for part in images.split(_AT_ONCE)])
+        candidates[change.name] = (_signs(hasher, changed), changed)
+        rows.append(scene.row(change.name, change.words, change.visible, "everyday", *candidates[change.name]))
+        shown(number + 1, len(EVERYDAY), "everyday changes")
+    noisy = noise(images, torch.arange(queries), eps, Draws(seed, ("audit",)))
+    level = f"{eps * 255:g} of 255 brightness levels"
+    candidates["noise"] = (_signs(hasher, noisy), noisy)
+    rows.append(scene.row("noise", f"random noise of {level}", "slight grain", "noise", *candidates["noise"]))
+    worst = min((row for row in rows if row.kind == "everyday"), key=lambda row: (row.first, row.map, -(row.bits or 0)))
+    examples = [scene.everyday(worst, *candidates[worst.name])]
+    attacks = _attack(target, scene, tier, eps, shown)
+    return _Measured(
+        (*rows, *attacks.rows),
+        (*examples, *attacks.examples),
+        tuple(said),
+        tuple(doubts),
+        radius,
+        false_matches(bench, radius),
+    )
+
+
+def _bench(hasher: Hasher, photos: Photos, queries: int, seed: int, shown: Shown) -> Bench:
+    """Made by hand rather than by ``make_bench``, whose batches of 256 are large for a foreign model."""
+    data = copies_data(
+        photos.pixels[:queries], photos.stored, f"stored copies are JPEG files of quality {STORED_QUALITY}"
+    )
+    both = ("image", "image")
+    database = encode_split(
+        hasher.for_database(),
+        data.database,
+        batch_size=_AT_ONCE,
+        modality="image",
+        progress=lambda done, total: shown(done, total, "encoding the stored copies"),
+    )["image"]
+    query = encode_split(hasher, data.query, batch_size=_AT_ONCE, modality="image")["image"]
+    return Bench(hasher, data, COPIES, both, data.query, query, database, seed, _BLOCK)
+
+
+def _signs(hasher: Hasher, images: Tensor) -> Tensor:
+    """(Q, K) codes of images."""
+    with frozen(hasher), torch.inference_mode():
+        parts = images.split(_AT_ONCE)
+        return torch.cat([sign(hasher({"image": part.to(hasher.device)})["image"].logits).cpu() for part in parts])
+
+
+def _doubts(target: Target, hasher: Hasher, bench: Bench, photos: Photos) -> list[str]:
+    """Sentences on what looks wrong with the model itself."""
+    doubts = []
+    signs = bench.database.signs()
+    same = int((signs == signs[:1]).all(0).sum())
+    if same > bench.victim.bits / 4:
+        doubts.append(
+            f"{same} of {bench.victim.bits} bits are the same for every photograph, so they tell nothing apart."
+        )
+    if target.foreign and target.endpoint is None and target.name not in NAMES:
+        few = photos.asking(2 * _LOOKED_AT)
+        changed = EVERYDAY[2](EVERYDAY[1](few))
+        if doubt := normalisation_doubt(hasher, few, changed):
+            doubts.append(doubt)
+    return doubts
+
+
+# ---------------------------------------------------------------------------------------------- hostile changes
+
+
+@dataclass(frozen=True)
+class _Attacks:
+    rows: tuple[Row, ...] = ()
+    examples: tuple[Example, ...] = ()
+
+
+def _attack(target: Target, scene: Scene, tier: Tier, eps: float, shown: Shown) -> _Attacks:
+    """Run every hostile line on the first photographs; one row for each, and one for the worst of each kind."""
+    few = scene.first(min(tier.attacked, len(scene.bench.queries)))
+    runs: list[tuple[Line, int]] = []
+    for line in hostile_lines(target, few.bench, tier, eps):
+        fitted = line.fitted(few.bench)
+        runs += [(fitted, restart) for restart in range(fitted.restarts)]
+    if not runs:
+        return _Attacks()
+    found: dict[bool, list[Hostile]] = {False: [], True: []}
+    done, blocks = 0, few.bench.blocks
+    for line, restart in runs:
+        parts = []
+        for block in range(blocks):
+            parts.append(line.run(few.bench, block, restart))
+            done += 1
+            shown(done, len(runs) * blocks, "attacks")
+        found[line.targeted].append(few.hostile(line, restart, Attacked.join(parts)))
+    rows: list[Row] = []
+    examples: list[Example] = []
+    for targeted, hostile in found.items():
+        if not hostile:
+            continue
+        kind: Kind = "imitate" if targeted else "hide"
+        if targeted:
+            before = copies_found(few.bench, few.bench.query.signs().float(), few.bench.targets[:, 0])
+            rows.append(few.hostile_row("before the attack", "nothing", "imitate", before, few.images))
+        for each in hostile:
+            rows.append(few.hostile_row(each.name, f"{each.line.kind}: {each.name}", kind, each.found, each.images))
+        worst, winner = worst_of([each.found for each in hostile], targeted)
+        images = torch.stack([each.images for each in hostile])[winner, torch.arange(len(winner))]
+        if targeted:
+            words = "made to look like another photograph"
+            rows.append(few.hostile_row("imitate, best case", words, "imitate-worst", worst, images))
+        else:
+            words = "made to be missed, the worst of these for each photograph"
+            rows.append(few.hostile_row("hide, worst case", words, "hide-worst", worst, images))
+        examples.append(few.attacked(worst, images, targeted, eps))
+    return _Attacks(tuple(rows), tuple(examples))

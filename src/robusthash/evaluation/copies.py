@@ -1,0 +1,94 @@
+"""Relevance without labels: a search is right where it finds the copy of the very photograph that is asked about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robusthash.core.hamming import distance, pack
+from robusthash.core.profile import prepared_profile
+from robusthash.core.types import Codes
+from robusthash.data.base import ArraySource, RetrievalData
+from robusthash.data.splits import Indices, assemble, hash_pixels
+from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.measures import average_precision, precision_at
+from robusthash.evaluation.protocol import Protocol, TargetRule
+
+COPIES = Protocol("copies", ("MAP", "P@1"), targets=TargetRule(count=1))
+"""One relevant item a query, so that MAP is the mean of 1 / rank; one target a query where another is imitated."""
+
+
+def copies_data(photographs: Tensor, stored: Tensor, note: str) -> RetrievalData:
+    """Photographs that ask, and the stored copies that are searched.
+
+    Each photograph that asks is a class of its own, whose only database item is its stored copy; the other stored items
+    have no class. The training split is the database: nothing is trained.
+
+    Args:
+        photographs: (Q, 3, H, W) uint8, of which photograph i has the stored copy i.
+        stored: (M, 3, H, W) uint8, M at least Q.
+
+    Raises:
+        ValueError: a stored copy with the very pixels of a photograph that asks.
+    """
+    asked, held = len(photographs), len(stored)
+    pixels = torch.cat([photographs, stored])
+    labels = torch.cat([torch.eye(asked), torch.eye(held, asked)])
+    database = torch.arange(asked, asked + held)
+    hashes = hash_pixels(pixels)
+    if same := int(np.isin(hashes[:asked], hashes[asked:]).sum()):
+        raise ValueError(f"{same} photographs have the very pixels of a stored copy; leave them out, they are flat")
+    splits = Indices(database, torch.arange(asked), database)
+    return assemble("photographs", ArraySource({"image": pixels}), labels, hashes, splits, (), note)
+
+
+@dataclass(frozen=True, eq=False)
+class CopiesFound:
+    """How a search answers, photograph by photograph."""
+
+    ap: Tensor  # (Q,) float64 1 / rank of the copy, in expectation over ties
+    first: Tensor  # (Q,) float64 chance that the copy comes first
+    bits: Tensor  # (Q,) int64 Hamming distance to the copy
+    packed: Tensor  # (Q, bytes) the codes that asked
+
+    def within(self, radius: int) -> Tensor:
+        """(Q,) float64: 1 where the copy differs in at most so many bits."""
+        return (self.bits <= radius).to(torch.float64)
+
+
+def copies_found(bench: Bench, signs: Tensor, labels: Tensor) -> CopiesFound:
+    """Search with codes for the copies that ``labels`` name: their own, or those of targets.
+
+    Args:
+        signs: (Q, K) in {-1, +1}, of the first Q queries of the bench.
+        labels: (Q, C) one-hot.
+    """
+    packed = pack(signs)
+    profile = prepared_profile(Codes(packed, bench.victim.bits, torch.arange(len(packed))), labels, bench.prepared)
+    wanted = bench.database.packed[labels.argmax(1)]
+    bits = torch.stack([distance(a[None], b[None])[0, 0] for a, b in zip(packed, wanted, strict=True)])
+    return CopiesFound(average_precision(profile), precision_at(profile, 1), bits.long(), packed)
+
+
+def calibrated_radius(bench: Bench, share: float = 0.01) -> int:
+    """The largest radius at which at most ``share`` of the pairs of different photographs count as the same.
+
+    0 where even that is not kept.
+    """
+    distances = _of_others(bench)
+    counts = torch.bincount(distances, minlength=bench.victim.bits + 1)
+    return max(0, int((counts.cumsum(0) <= share * len(distances)).sum()) - 1)
+
+
+def false_matches(bench: Bench, radius: int) -> float:
+    """Share of the pairs of different photographs that differ in at most so many bits."""
+    return float((_of_others(bench) <= radius).double().mean())
+
+
+def _of_others(bench: Bench) -> Tensor:
+    """(P,) int64 Hamming distances from each query to every stored copy but its own."""
+    distances = distance(bench.query.packed, bench.database.packed).long()
+    return distances[bench.query_labels @ bench.database_labels.T == 0]

@@ -1,0 +1,180 @@
+"""The audit end to end: hashes, modules, endpoints and runs on small pictures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from robusthash.apps.audit import Tier, open_target, size_of
+from robusthash.apps.audit_photos import read_photos
+from robusthash.apps.auditing import run_audit
+from robusthash.core.hamming import distance
+from robusthash.core.runtime import Draws
+from robusthash.evaluation.results import Flag
+from robusthash.models.foreign import Broken
+from tests.unit.test_endpoint import served
+
+TINY = Tier("tiny", 8, 3, 4)
+
+
+def save(path, seed, size=48):
+    small = Draws(seed).uniform(torch.arange(1), (3, 5, 5))
+    picture = torch.nn.functional.interpolate(small, size, mode="bicubic").clamp(0, 1)[0]
+    Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "photos"
+    (root / "deeper").mkdir(parents=True)
+    for seed in range(9):
+        save(root / ("deeper" if seed % 2 else "") / f"{seed}.png", seed)
+    return root
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """``toy:model``, a linear hasher of 24 bits on 32 pixels."""
+    made = types.ModuleType("toy")
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(3 * 32 * 32, 24, bias=False)
+    made.model = torch.nn.Sequential(torch.nn.Flatten(), linear)
+    made.model.register_forward_pre_hook(lambda module, inputs: (inputs[0] - 0.5,))
+    monkeypatch.setitem(sys.modules, "toy", made)
+    return made.model
+
+
+def test_a_model_is_measured_attacked_and_told_in_words(folder, model, tmp_path):
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    save(folder / "again.png", 3)
+    Image.new("RGB", (40, 40), "white").save(folder / "white.png")
+    red = Flag("F9", 2.0, 1.0, "red", "restart the attack")
+    summary = run_audit("toy:model", tmp_path / "out", folder, size=32, tier=TINY, flags=[red])
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert summary["bits"] == 24
+    assert summary["photographs"]["used"] == 9
+    assert summary["photographs"]["unreadable"] == ["broken.jpg"]
+    assert len(summary["photographs"]["the same as another"]) == 1
+    assert summary["photographs"]["unchanged by saving again"] == ["white.png"]
+    assert rows["unchanged"]["asked"] == 8
+    assert rows["hide, worst case"]["asked"] == 3
+    # a linear hasher keeps everyday copies, and falls at once where its weights are followed
+    assert rows["jpeg-90"]["first"] == 1.0
+    assert rows["hide, worst case"]["map"] < 0.5 < rows["noise"]["map"]
+    assert rows["hide, worst case"]["map"] <= min(rows[name]["map"] for name in ("guided-apgd", "flip", "mainstay"))
+    assert rows["imitate"]["map"] > 0.5
+    assert rows["flip"]["largest"] <= 8 + 1e-3
+    assert json.loads((tmp_path / "out" / "audit.json").read_text()) == json.loads(json.dumps(summary))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png") > 20
+    assert "1 red" in page
+    assert "restart the attack" in page
+    assert "hides" in page
+    assert 'src="http' not in page
+    assert not re.search(r"nan|None", re.sub(r"<[^>]*>", "", page))
+
+
+def test_the_same_audit_gives_the_same_numbers(folder, model, tmp_path):
+    first, second = (run_audit("toy:model", tmp_path / n, folder, size=32, tier=TINY) for n in ("a", "b"))
+    assert first["rows"] == second["rows"]
+
+
+def test_a_hash_without_gradients_says_what_was_not_tried(folder, tmp_path):
+    pytest.importorskip("imagehash")
+    summary = run_audit("dhash", tmp_path / "out", folder, size=48, tier=TINY)
+    assert not summary["gradients"]
+    assert summary["radius"] == 10
+    assert {row["kind"] for row in summary["rows"]} == {"same", "everyday", "noise"}
+    assert "limit of this audit, not a protection" in (tmp_path / "out" / "report.html").read_text()
+
+
+def answer_with(folder, size):
+    """An honest search over the folder's photographs, which answers ids with distances."""
+    photos = read_photos(folder, size)
+    stored = photos.stored.float().mean(1).flatten(1)
+
+    def bits(pixels):
+        return np.packbits((pixels > pixels.mean()).numpy())
+
+    codes = torch.from_numpy(np.stack([bits(each) for each in stored]))
+
+    def answer(body, number):
+        import io
+
+        pixels = torch.from_numpy(np.asarray(Image.open(io.BytesIO(body)), dtype=np.float32)).mean(2).flatten()
+        far = distance(torch.from_numpy(bits(pixels))[None], codes)[0]
+        order = far.argsort(stable=True)[:5].tolist()
+        return 200, {}, {"ids": [photos.names[i] for i in order], "distances": [int(far[i]) for i in order]}
+
+    return answer
+
+
+def test_an_endpoint_of_ids(folder, tmp_path):
+    from robusthash.apps.audit import EndpointLimits
+
+    pytest.importorskip("httpx")
+    limits = EndpointLimits(rate=1e6, headers={"x-key": "secret-word"})
+    with served(answer_with(folder, 32)) as (url, _):
+        summary = run_audit(url, tmp_path / "out", folder, size=32, tier=TINY, limits=limits)
+        assert summary["bits"] is None
+        assert summary["rows"][0]["first"] == 1.0
+        assert summary["rows"][1]["recognised"] is None
+        assert 8 * 10 <= summary["questions"] <= 8 * 10 + 2
+        written = (tmp_path / "out" / "report.html").read_text() + (tmp_path / "out" / "audit.json").read_text()
+        assert "secret-word" not in written
+        with pytest.raises(ValueError, match="raise --budget"):
+            run_audit(url, tmp_path / "out", folder, size=32, tier=TINY, limits=EndpointLimits(budget=20, rate=1e6))
+
+
+def test_photographs_that_cannot_be_used(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match="takes a folder"):
+        read_photos(tmp_path / "gone", 32)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="holds no image"):
+        read_photos(empty, 32)
+    save(empty / "one.png", 0)
+    with pytest.raises(ValueError, match="holds 1 usable photograph of 1 files"):
+        read_photos(empty, 32)
+    assert len(read_photos(folder, 32, limit=4)) == 4
+
+
+def test_targets_that_cannot_be_opened(folder, model):
+    images = read_photos(folder, 32).asking(8)
+    for target, said in [
+        ("phas", "did you mean 'phash'"),
+        ("model.onnx", "no model file"),
+        ("model.pt", "no model file"),
+    ]:
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            open_target(target, images)
+    with pytest.raises(Broken, match="answers 24 bits, and --bits says 64"):
+        open_target("toy:model", images, bits=64)
+    assert size_of("toy:model", None) == 224
+
+
+def test_the_verb(folder, model, tmp_path, monkeypatch, capsys):
+    from robusthash.apps import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["robusthash", "audit", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            return int(leaving.code or 0)
+        return 0
+
+    plain = ["toy:model", "--photos", folder, "--size", 32, "--tier", "smoke", "--attacked", 2, "--out", tmp_path / "o"]
+    assert call(*plain, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tier"]["attacked"] == 2
+    assert call(*plain, "--bits", "many") == 1
+    assert call(*plain, "--header", "no colon") == 1
+    assert call(*plain, "--tier", "huge") == 1
+    assert call(*plain, "--eps", 0) == 1
