@@ -122,7 +122,9 @@ def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], 
         threat.verify({**batch.inputs, **attacked}, batch.inputs)
         signs.append(encode_signs(bench.victim, modality, attacked[modality]))
         if modality == "image" and origin.ndim == 4:
-            rounded = origin + ((attacked[modality] - origin) * 255).trunc() / 255
+            change = (attacked[modality] - origin) * 255
+            # a change of 8/255 is 7.99999 in floats, and is meant to stay 8
+            rounded = origin + (change + 1e-3 * change.sign()).trunc() / 255
             eight_bit.append(encode_signs(bench.victim, modality, rounded))
         else:  # only pixels are stored in eight bits
             eight_bit.append(signs[-1])

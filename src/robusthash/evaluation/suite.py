@@ -215,6 +215,19 @@ def assess(
         True
     """
     suite, bench, notes = prepare_suite(bench, suite, threat)
+    return assess_prepared(bench, suite, notes, keep=keep, progress=progress, checks=checks)
+
+
+def assess_prepared(
+    bench: Bench,
+    suite: Suite,
+    notes: tuple[str, ...] = (),
+    *,
+    keep: Keep | None = None,
+    progress: Progress = silent,
+    checks: Checks | None = None,
+) -> EvalResult:
+    """``assess`` of what ``prepare_suite`` returned."""
     attempts = run_lines(bench, suite.lines, keep, progress)
     assert attempts is not None  # one shard, the whole
     result = standing(bench, attempts, suite.floor)
