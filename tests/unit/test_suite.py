@@ -377,10 +377,10 @@ def random_victim(bits: int) -> Hasher:
     return Hasher({"image": Flat()}, {"image": Blur(bits)}, declared="randomised")
 
 
-def test_t19_a_victim_of_random_codes_keeps_its_clean_map(data):
+def test_t19_a_victim_of_random_codes_keeps_its_clean_map():
     """T19: chosen on some draws, scored on others. The lowest of as many looks would be far lower."""
-    bench = make_bench(random_victim(8), data, batch_size=8)
-    suite = Suite("noise", (Gradient("guided", guided(4), 3), Gradient("flip", small().lines[1].attack, 3)))
+    bench = make_bench(random_victim(8), make_data(query=40), batch_size=40)
+    suite = Suite("noise", (Gradient("guided", guided(2), 3), Gradient("flip", small().lines[1].attack, 2)))
     keep = Memory()
     result = assess(bench, suite, keep=keep)
     low, high = result.interval["clean"]
@@ -390,7 +390,6 @@ def test_t19_a_victim_of_random_codes_keeps_its_clean_map(data):
     assert float(torch.stack(looks).amin(0).mean()) < low
     assert any("20 fresh draws" in note for note in result.notes)
     assert assess(bench, suite, keep=keep).values == result.values, "the noise is keyed"
-    assert set(result.winner) <= {"clean", *(f"{name}/{r}" for name in ("guided", "flip") for r in range(3))}
     with pytest.raises(ValueError, match="randomised"):
         eps_curve(bench, suite.lines, image_threat(EPS))
 
@@ -408,13 +407,17 @@ def _whole(bench: Bench, suite: Suite, keep: Memory) -> list[Attacked]:
 
 def test_a_curve_falls_for_every_query_and_starts_from_the_solution_before(bench):
     keep = Memory()
-    curve = eps_curve(bench, [Gradient("guided", guided(3))], image_threat(EPS), [0, EPS / 4, EPS, 1.5 * EPS], keep=keep)
+    curve = eps_curve(
+        bench, [Gradient("guided", guided(3))], image_threat(EPS), [0, EPS / 4, EPS, 1.5 * EPS], keep=keep
+    )
     assert torch.equal(curve.worst[0], score_clean(bench).per_query["MAP"])
     assert bool((curve.worst.diff(dim=0) <= 0).all())
     assert float(curve.means[-1]) < float(curve.means[0])
     expected = torch.trapezoid(curve.means, torch.tensor(curve.eps, dtype=torch.float64)) / curve.eps[-1]
     assert curve.score == pytest.approx(float(expected))
-    again = eps_curve(bench, [Gradient("guided", guided(3))], image_threat(EPS), [0, EPS / 4, EPS, 1.5 * EPS], keep=keep)
+    again = eps_curve(
+        bench, [Gradient("guided", guided(3))], image_threat(EPS), [0, EPS / 4, EPS, 1.5 * EPS], keep=keep
+    )
     assert torch.equal(again.worst, curve.worst)
     result = curve.onto(assess(bench, small(restarts=1)))
     assert result["curve score"] == curve.score

@@ -26,7 +26,7 @@ from robusthash.evaluation.suite import Checks, Suite, assess_prepared, prepare_
 from robusthash.objectives.base import HashObjective
 
 Extra = Callable[[Bench, HashObjective, Threat, str], Sequence[Line]]
-"""(bench, objective, threat, tier) -> lines beside the gradient lines of every victim: adaptive, transfer, black-box."""
+"""(bench, objective, threat, tier) -> lines beside those that every victim is given: adaptive, transfer, black-box."""
 
 CURVE_LINES = ("guided", "soft-ap")
 

@@ -20,7 +20,9 @@ def assess(
     threat: Annotated[str, typer.Option(help="What may be changed: img-linf-8 (of 255), img-l2-0.5, txt-bow-3.")] = (
         "img-linf-8"
     ),
-    queries: Annotated[int | None, typer.Option(help="Queries, chosen by content; those of the tier by default.")] = None,
+    queries: Annotated[
+        int | None, typer.Option(help="Queries, chosen by content; those of the tier by default.")
+    ] = None,
     direction: Annotated[str | None, typer.Option(help="I2I, I2T, T2I or T2T of an image-text hasher.")] = None,
     eps_curve: Annotated[bool, typer.Option("--eps-curve", help="The worst case at seven budgets too.")] = False,
     shard: Annotated[
@@ -89,7 +91,7 @@ def _show(result: EvalResult) -> None:
         rows.append([name, value, "" if ends is None else "{:.4f} .. {:.4f}".format(*ends)])
     print_table(f"{result.name}, {queries} queries", ["measure", "value", "95 % interval"], rows)
     print_table("reference", ["", "value"], [[name, value] for name, value in result.reference.items()])
-    columns = [name for name in dict.fromkeys(n for line in result.attacks.values() for n in line)]
+    columns = list(dict.fromkeys(name for line in result.attacks.values() for name in line))
     columns = [name for name in columns if name not in ("forward", "backward", "oracle")]
     print_table(
         "lines",

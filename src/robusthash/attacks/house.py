@@ -1,8 +1,8 @@
 """Our own objectives: per query, on the logits, blind to their scale; and the attacks of the suite that use them.
 
 All look at the soft bits tanh(u / s), s the item's median |u| held constant, so that multiplying all logits by any
-factor changes nothing. Those that look at the database go through its DISTINCT codes, in blocks: a look costs two passes
-of B x M x K multiply-adds over the M distinct codes, and B x M counts are held.
+factor changes nothing. Those that look at the database go through its DISTINCT codes, in blocks: a look costs two
+passes of B x M x K multiply-adds over the M distinct codes, and B x M counts are held.
 """
 
 from __future__ import annotations
@@ -180,7 +180,9 @@ class SoftAP:
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         tally, bits = _tally(guidance), soft_bits(probe)
-        value: Tensor = _SoftAP.apply(bits, *(part.to(bits.dtype) for part in (tally.codes, tally.items, tally.relevant)))
+        value: Tensor = _SoftAP.apply(
+            bits, *(part.to(bits.dtype) for part in (tally.codes, tally.items, tally.relevant))
+        )
         return value
 
 

@@ -100,8 +100,8 @@ class Attacker:
         """One block: as it was kept, or run now and kept.
 
         Args:
-            start: inputs to start from. By default restart 0 starts where the line does, 1 and other odd ones uniformly in
-                the ball, 2 and other even ones in a corner.
+            start: inputs to start from. By default restart 0 starts where the line does, 1 and other odd ones anywhere
+                in the ball, 2 and other even ones in a corner.
         """
         found = self.keep.load(line, restart, block)
         if found is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def eps_curve(
     """
     whole = next(iter(threat.balls.values())).eps
     budgets = tuple(whole * share for share in SHARES) if eps is None else tuple(eps)
-    if len(budgets) < 2 or budgets[0] != 0 or any(b <= a for a, b in zip(budgets, budgets[1:], strict=False)):
+    if len(budgets) < 2 or budgets[0] != 0 or any(b <= a for a, b in pairwise(budgets)):
         raise ValueError(f"the budgets of a curve start at 0 and rise, got {list(budgets)}")
     if whole <= 0:
         raise ValueError(f"the threat {threat.name} has a budget of 0, which no curve can be scaled from")

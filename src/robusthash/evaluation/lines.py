@@ -19,9 +19,15 @@ Kind = Literal["white-box", "adaptive", "transfer", "black-box", "noise"]
 class Line(Protocol):
     """One way to attack. Its results are kept by (line, restart, block), so a line is plain data and draws by keys."""
 
-    name: str  # unique in its suite
-    kind: Kind
-    restarts: int
+    @property
+    def name(self) -> str:
+        """Unique in its suite."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def restarts(self) -> int: ...
 
     @property
     def threat(self) -> Threat: ...

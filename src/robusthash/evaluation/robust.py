@@ -41,7 +41,7 @@ def worst_case(
         clean: (Q,) AP of the clean queries (targeted: t-AP).
         attacks: (Q,) AP under each attack and restart, by name. Of equal ones the first named wins.
         targeted: the worst is then the highest value.
-        by: (Q,) values by the same names, "clean" among them, that choose who wins; the AP of the winner is what counts.
+        by: (Q,) values by the same names, "clean" among them, that choose who wins; the winner's AP is what counts.
             A randomised model is chosen on some draws of its noise and scored on others: the lowest of noisy looks
             would drive any of them to 0.
 

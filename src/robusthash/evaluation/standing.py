@@ -158,9 +158,7 @@ def _lowest(names: Sequence[str], scored: dict[str, EvalResult], judges: Judges 
 
 
 def _judged(judges: Judges, lines: Sequence[Line], headline: str) -> tuple[Tensor, dict[str, Tensor]]:
-    by_line = {
-        line.name: torch.stack([judges[name][headline] for name in _restarts(line)]).amin(0) for line in lines
-    }
+    by_line = {line.name: torch.stack([judges[name][headline] for name in _restarts(line)]).amin(0) for line in lines}
     return judges["clean"][headline], by_line
 
 
@@ -230,9 +228,7 @@ def _floor(bench: Bench, attempts: Attempts, random: int) -> tuple[Tensor | None
     representative = next((codes for codes in steered if codes.shape[1]), None)
     ids = torch.arange(len(bench.queries))
     starts = floor_starts(bench.query.signs(), representative, ids, Draws(bench.seed), random)
-    floor, _ = floor_ap(
-        starts, bench.query_labels, bench.database, bench.database_labels, protocol.k, protocol.ap
-    )
+    floor, _ = floor_ap(starts, bench.query_labels, bench.database, bench.database_labels, protocol.k, protocol.ap)
     return floor, ()
 
 
@@ -281,7 +277,7 @@ def _targeted(bench: Bench, attempts: Attempts) -> EvalResult | None:
 
 
 def _looked_at(attempts: Attempts, lines: Sequence[Line]) -> list[Attempt]:
-    """The attempts that the best is taken over; of a randomised victim one, as the best of noisy codes is no measure."""
+    """The attempts that the best is taken over; of a randomised victim one: the best of noisy codes is no measure."""
     found = [attempt for line in lines for attempt in attempts.found[line.name]]
     return found if attempts.clean is None else found[:1]
 

@@ -252,7 +252,7 @@ def run_shard(
     keep: Keep,
     progress: Progress = silent,
 ) -> None:
-    """Only the blocks of shard (i, n) of ``assess``, into the keep; ``assess`` with the same keep then joins them all."""
+    """Only the blocks of shard (i, n) of ``assess``, into the keep; ``assess`` with the same keep joins them all."""
     suite, bench, _ = prepare_suite(bench, suite, threat)
     run_lines(bench, suite.lines, keep, progress, shard)
 
