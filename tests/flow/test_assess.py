@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -145,7 +146,7 @@ def test_threats_by_name():
         assessing.threat_by_name("audio-linf-8")
 
 
-def test_lines_of_a_defense_join_by_one_function(run):
+def test_lines_of_a_defense_join_by_one_function(run, monkeypatch):
     from robusthash.attacks.named import guided_apgd
     from robusthash.evaluation.lines import Gradient
     from robusthash.evaluation.results import Flag
@@ -161,5 +162,8 @@ def test_lines_of_a_defense_join_by_one_function(run):
     assert set(result.attacks) == {"guided", "more"}
     assert result.unreliable
     assert result.setting.attacks == ("guided",)
-    cli_suite._show(result)
     assert torch.isfinite(result.per_query["wMAP"]).all()
+    shown = io.StringIO()
+    monkeypatch.setattr(cli_suite.console, "file", shown)
+    cli_suite._show(result)
+    assert "unreliable" in shown.getvalue()

@@ -15,7 +15,7 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Inputs
 from robusthash.evaluation.attacked import Attacked, encode_signs
 from robusthash.evaluation.bench import Bench, Progress, silent
-from robusthash.evaluation.evaluate import ap_names, as_codes, measure_codes
+from robusthash.evaluation.evaluate import ap_alone, ap_names, as_codes, measure_codes
 from robusthash.evaluation.lines import Line
 
 LOOKS = 20  # draws of a randomised victim's noise under which a candidate is scored
@@ -230,5 +230,6 @@ def _clean_looks(bench: Bench, attacker: Attacker) -> Tensor:
 
 def mean_ap(bench: Bench, looks: Tensor) -> dict[str, Tensor]:
     """(Q,) each AP of the protocol, averaged over (L, Q, K) codes under noise. Never the lowest of them."""
+    bench = ap_alone(bench)
     measured = [measure_codes(bench, as_codes(codes), bench.query_labels).per_query for codes in looks]
     return {name: torch.stack([values[name] for values in measured]).mean(0) for name in ap_names(measured[0])}

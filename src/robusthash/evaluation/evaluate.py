@@ -181,6 +181,11 @@ def ap_names(names: Iterable[str]) -> list[str]:
     return [n for n in names if n.startswith("MAP") and not n.endswith(("/optimistic", "/pessimistic"))]
 
 
+def ap_alone(bench: Bench) -> Bench:
+    """The bench under a protocol of these AP alone, for scores that are made many times."""
+    return replace(bench, protocol=replace(bench.protocol, measures=tuple(ap_names(bench.protocol.measures))))
+
+
 def score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
     """MAP and its kin under attack, what rounding to eight bits leaves of it, flips, drop and ASR."""
     headline, clean = bench.protocol.headline, measure_codes(bench, bench.query, bench.query_labels)

@@ -14,6 +14,7 @@ from robusthash.evaluation.attacked import Attacked
 from robusthash.evaluation.attempts import LOOKS, Attempt, Attempts, mean_ap
 from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.evaluate import (
+    ap_alone,
     ap_names,
     as_codes,
     measure_codes,
@@ -48,11 +49,11 @@ def standing(bench: Bench, attempts: Attempts, floor_random: int = 0) -> EvalRes
     """
     headline = bench.protocol.headline
     clean, judges = _clean(bench, attempts)
-    untargeted = [line for line in attempts.lines if not line.targeted]
+    untargeted, lean = [line for line in attempts.lines if not line.targeted], ap_alone(bench)
     scored: dict[str, EvalResult] = {}
     for line in untargeted:
         for restart, attempt in enumerate(attempts.found[line.name]):
-            scored[f"{line.name}/{restart}"], chosen_by = _scored(bench, line, attempt)
+            scored[f"{line.name}/{restart}"], chosen_by = _scored(lean, line, attempt)
             if judges is not None and chosen_by is not None:
                 judges[f"{line.name}/{restart}"] = chosen_by
     result = worst(bench, clean, scored, judges)
