@@ -13,7 +13,7 @@ from robusthash.attacks import Attack, Threat
 from robusthash.core.types import Batch
 from robusthash.data import load_data
 from robusthash.defenses import AdversarialTraining
-from robusthash.evaluation import EvalResult, Protocol, compare, evaluate
+from robusthash.evaluation import EvalResult, Protocol, Suite, assess, compare, evaluate, make_bench, tier
 from robusthash.index import open_index
 from robusthash.models import Hasher, build_hasher, encode_split
 from robusthash.training import HashingRecipe, TrainConfig, fit
@@ -27,9 +27,11 @@ __all__ = [
     "Hasher",
     "HashingRecipe",
     "Protocol",
+    "Suite",
     "Threat",
     "TrainConfig",
     "__version__",
+    "assess",
     "attacks",
     "build_hasher",
     "compare",
@@ -37,6 +39,8 @@ __all__ = [
     "evaluate",
     "fit",
     "load_data",
+    "make_bench",
     "objectives",
     "open_index",
+    "tier",
 ]

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from robusthash.attacks import Attack
 from robusthash.attacks.base import Probe
+from robusthash.attacks.search import APGD
 from robusthash.core.hamming import sign
 from robusthash.core.labels import draw_targets
 from robusthash.core.registry import build, card
@@ -143,7 +144,9 @@ def check_stays_inside(attack: Attack, world: World) -> None:
             assert float((x - clean).abs().max()) <= ball.eps + 1e-6
         assert float(x.min()) >= 0.0
         assert float(x.max()) <= 1.0
-        assert bool((x != clean).flatten(1).any(1).all()), "some query was not touched at all"
+        touched = (x != clean).flatten(1).any(1)
+        # a search that returns its best point may come back to a start that three steps did not better
+        assert bool(touched.any() if isinstance(attack.search, APGD) else touched.all()), "some query was not touched"
     assert isinstance(attack.budget, str)
 
 

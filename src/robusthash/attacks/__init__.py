@@ -2,6 +2,7 @@
 
 from robusthash.attacks.base import Attack, AttackOutput
 from robusthash.attacks.edits import text_edits
+from robusthash.attacks.house import flip_apgd, guided_targeted_apgd, margin_pn_apgd, soft_ap_apgd, wrong_apgd
 from robusthash.attacks.named import cgat, dhta, guided_apgd, hag, mainstay, mainstay_targeted, p2p, pgd, sdha
 from robusthash.attacks.prototype import tha
 from robusthash.attacks.swaps import Swaps
@@ -19,18 +20,23 @@ __all__ = [
     "Threat",
     "cgat",
     "dhta",
+    "flip_apgd",
     "guided_apgd",
+    "guided_targeted_apgd",
     "hag",
     "image_threat",
     "mainstay",
     "mainstay_targeted",
+    "margin_pn_apgd",
     "named_threat",
     "p2p",
     "pgd",
     "sdha",
+    "soft_ap_apgd",
     "text_edits",
     "tha",
     "token_swaps",
+    "wrong_apgd",
 ]
 
 discover(__name__, __path__)

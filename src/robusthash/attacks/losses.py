@@ -112,9 +112,14 @@ class ScaleFree:
     """
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
-        logits = torch.stack([output.logits for output in probe.outputs.values()]).mean(0)
-        size = logits.detach().abs().median(1, keepdim=True).values.clamp_min(1e-12)
-        return (torch.tanh(logits / size) * sign(guidance.codes)).mean(1)
+        return (soft_bits(probe) * sign(guidance.codes)).mean(1)
+
+
+def soft_bits(probe: Probe) -> Tensor:
+    """(B, K) tanh(u / s) with s the item's median |u|, held constant; u is averaged over the attacked modalities."""
+    logits = torch.stack([output.logits for output in probe.outputs.values()]).mean(0)
+    size = logits.detach().abs().median(1, keepdim=True).values.clamp_min(1e-12)
+    return torch.tanh(logits / size)
 
 
 @register("attack-loss", "objective", paper="Madry et al., ICLR 2018", evidence="paper")

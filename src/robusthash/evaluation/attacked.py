@@ -120,10 +120,12 @@ def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], 
     for number, trial in enumerate(trials):
         attacked = threat.project(trial.inputs, batch.inputs)
         threat.verify({**batch.inputs, **attacked}, batch.inputs)
-        signs.append(_encode(bench.victim, modality, attacked[modality]))
+        signs.append(encode_signs(bench.victim, modality, attacked[modality]))
         if modality == "image" and origin.ndim == 4:
-            rounded = origin + ((attacked[modality] - origin) * 255).trunc() / 255
-            eight_bit.append(_encode(bench.victim, modality, rounded))
+            change = (attacked[modality] - origin) * 255
+            # a change of 8/255 is 7.99999 in floats, and is meant to stay 8
+            rounded = origin + (change + 1e-3 * change.sign()).trunc() / 255
+            eight_bit.append(encode_signs(bench.victim, modality, rounded))
         else:  # only pixels are stored in eight bits
             eight_bit.append(signs[-1])
         pixels.append(_changes(modality, origin.cpu(), attacked[modality].cpu()))
@@ -171,6 +173,7 @@ def _representative(guidance: Guidance, goal_sign: int, queries: int) -> Tensor:
     return sign(goal_sign * codes).to("cpu", torch.int8)
 
 
-def _encode(victim: Hasher, modality: str, inputs: Tensor) -> Tensor:
+def encode_signs(victim: Hasher, modality: str, inputs: Tensor) -> Tensor:
+    """(B, K) int8 codes of inputs of one modality, in a fresh eval-mode pass."""
     with frozen(victim), torch.inference_mode():
         return sign(victim({modality: inputs})[modality].logits).to("cpu", torch.int8)

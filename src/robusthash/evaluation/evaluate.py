@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol as Shape
 
@@ -19,7 +19,15 @@ from robusthash.evaluation.attacked import Attacked, attack_block
 from robusthash.evaluation.bench import Bench, Progress, make_bench, silent
 from robusthash.evaluation.protocol import Measured, Protocol, measure
 from robusthash.evaluation.results import Cost, EvalResult, Setting
-from robusthash.evaluation.robust import ap_drop, flips, hrs_of, success_rate, targeted_success_rate, worst_case
+from robusthash.evaluation.robust import (
+    WorstCase,
+    ap_drop,
+    flips,
+    hrs_of,
+    success_rate,
+    targeted_success_rate,
+    worst_case,
+)
 from robusthash.evaluation.stats import bootstrap_interval, intervals
 from robusthash.models.hasher import Hasher
 
@@ -74,9 +82,9 @@ def attack_all(bench: Bench, attack: Attack, gradients: Hasher | None = None, pr
 
 def score_clean(bench: Bench) -> EvalResult:
     """The clean queries."""
-    measured = _measure(bench, bench.query, bench.query_labels)
+    measured = measure_codes(bench, bench.query, bench.query_labels)
     return EvalResult(
-        setting=_setting(bench),
+        setting=setting_of(bench),
         values=measured.values,
         per_query=measured.per_query,
         interval=intervals(measured.per_query),
@@ -111,14 +119,19 @@ def score_attack(bench: Bench, attack: Described, attacked: Attacked) -> EvalRes
         oracle=int(attacked.passes[:, 2:].sum()),
         seconds=float(attacked.seconds.sum()),
     )
-    result = _score_targeted(bench, attacked) if attack.targeted else _score_untargeted(bench, attacked)
+    result = score_targeted(bench, attacked) if attack.targeted else score_untargeted(bench, attacked)
     perceptibility = {}
     for name, values in attacked.pixels.items():
         perceptibility[f"{name}/mean"], perceptibility[f"{name}/max"] = float(values.mean()), float(values.max())
-    return replace(result, setting=_setting(bench, attack), perceptibility=perceptibility, cost=cost)
+    return replace(result, setting=setting_of(bench, attack), perceptibility=perceptibility, cost=cost)
 
 
-def worst(bench: Bench, clean: EvalResult, results: Mapping[str, EvalResult]) -> EvalResult:
+def worst(
+    bench: Bench,
+    clean: EvalResult,
+    results: Mapping[str, EvalResult],
+    by: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> EvalResult:
     """The worst case of each query over the clean input and every untargeted result, for each AP of the protocol.
 
     ``wMAP`` is the mean over queries of the lowest AP, not the lowest of the attacks' means. ``HRS`` sums up clean and
@@ -126,20 +139,26 @@ def worst(bench: Bench, clean: EvalResult, results: Mapping[str, EvalResult]) ->
 
     Args:
         results: by attack name; targeted results are listed but take no part.
+        by: of a randomised victim, the per-query AP that choose the worst, for "clean" and by attack; see
+            ``robust.worst_case``.
     """
     untargeted = {name: r for name, r in results.items() if not any(key.startswith("t-") for key in r.values)}
     headline = bench.protocol.headline
     values: dict[str, float] = {}
     per_query: dict[str, Tensor] = {}
-    names = [n for n in clean.per_query if n.startswith("MAP") and not n.endswith(("/optimistic", "/pessimistic"))]
-    for name in names:
-        found = worst_case(clean.per_query[name], {a: r.per_query[name] for a, r in untargeted.items()})
+
+    def lowest(name: str, ending: str = "") -> WorstCase:
+        judges = None if by is None else {attack: by[attack][name] for attack in ("clean", *untargeted)}
+        under = {attack: result.per_query[f"{name}{ending}"] for attack, result in untargeted.items()}
+        return worst_case(clean.per_query[name], under, by=judges)
+
+    for name in ap_names(clean.per_query):
+        found = lowest(name)
         values[f"w{name}"], per_query[f"w{name}"] = found.mean, found.values
-    rounded = {a: r.per_query[f"{headline}/8bit"] for a, r in untargeted.items()}
-    eight_bit = worst_case(clean.per_query[headline], rounded)
+    eight_bit = lowest(headline, "/8bit")
     values[f"w{headline}/8bit"], per_query[f"w{headline}/8bit"] = eight_bit.mean, eight_bit.values
 
-    found = worst_case(clean.per_query[headline], {a: r.per_query[headline] for a, r in untargeted.items()})
+    found = lowest(headline)
     chance = torch.full_like(found.values, clean.reference["chance"])
     columns = torch.stack([clean.per_query[headline], found.values, chance], 1).nan_to_num(0.0)
     values["HRS"] = float(hrs_of(*(column.mean().reshape(1) for column in columns.T))[0])
@@ -169,16 +188,28 @@ def worst(bench: Bench, clean: EvalResult, results: Mapping[str, EvalResult]) ->
         cost=Cost(
             forward=sum(r.cost.forward for r in results.values()),
             backward=sum(r.cost.backward for r in results.values()),
+            oracle=sum(r.cost.oracle for r in results.values()),
             seconds=sum(r.cost.seconds for r in results.values()),
         ),
     )
 
 
-def _score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
-    headline, clean = bench.protocol.headline, _measure(bench, bench.query, bench.query_labels)
+def ap_names(names: Iterable[str]) -> list[str]:
+    """Of measure names, those of an AP that has a worst case: not the optimistic and pessimistic ones."""
+    return [n for n in names if n.startswith("MAP") and not n.endswith(("/optimistic", "/pessimistic"))]
+
+
+def ap_alone(bench: Bench) -> Bench:
+    """The bench under a protocol of these AP alone, for scores that are made many times."""
+    return replace(bench, protocol=replace(bench.protocol, measures=tuple(ap_names(bench.protocol.measures))))
+
+
+def score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
+    """MAP and its kin under attack, what rounding to eight bits leaves of it, flips, drop and ASR."""
+    headline, clean = bench.protocol.headline, measure_codes(bench, bench.query, bench.query_labels)
     codes = as_codes(attacked.signs[:, 0])
-    measured = _measure(bench, codes, bench.query_labels)
-    rounded = _measure(bench, as_codes(attacked.eight_bit[:, 0]), bench.query_labels)
+    measured = measure_codes(bench, codes, bench.query_labels)
+    rounded = measure_codes(bench, as_codes(attacked.eight_bit[:, 0]), bench.query_labels)
     before, after = clean.per_query[headline], measured.per_query[headline]
     drop, _ = ap_drop(before, after)
     success = success_rate(before, after)
@@ -196,7 +227,7 @@ def _score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
         "ASR": success.rate,
     }
     return EvalResult(
-        setting=_setting(bench),
+        setting=setting_of(bench),
         values={name: value for name, value in values.items() if value is not None},
         per_query=per_query,
         interval=intervals(per_query),
@@ -208,7 +239,7 @@ def _score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
     )
 
 
-def _score_targeted(bench: Bench, attacked: Attacked) -> EvalResult:
+def score_targeted(bench: Bench, attacked: Attacked) -> EvalResult:
     """t-MAP over the targets of each query (mean; the best is ``/max``) and the MAP of the original labels.
 
     A query without a possible target is NaN throughout and counted in ``empty``.
@@ -225,14 +256,14 @@ def _score_targeted(bench: Bench, attacked: Attacked) -> EvalResult:
         wanted = targets[asked, number]
         own = bench.query_labels[asked]
         adversarial = as_codes(attacked.signs[asked, number])
-        reached = _measure(bench, adversarial, wanted)
+        reached = measure_codes(bench, adversarial, wanted)
         for name, column in reached.per_query.items():
             rounds.setdefault(f"t-{name}", []).append(column)
-        for name, column in _measure(bench, adversarial, own).per_query.items():
+        for name, column in measure_codes(bench, adversarial, own).per_query.items():
             rounds.setdefault(name, []).append(column)
         clean = Codes(bench.query.packed[asked], bench.query.bits, torch.arange(len(asked)))
-        rounds.setdefault("base", []).append(_measure(bench, clean, wanted).per_query[headline])
-        rounded = _measure(bench, as_codes(attacked.eight_bit[asked, number]), wanted)
+        rounds.setdefault("base", []).append(measure_codes(bench, clean, wanted).per_query[headline])
+        rounded = measure_codes(bench, as_codes(attacked.eight_bit[asked, number]), wanted)
         rounds.setdefault(f"t-{headline}/8bit", []).append(rounded.per_query[headline])
         for name, value in _representative(bench, attacked.representative[asked, number], wanted).items():
             representative.setdefault(f"t-{name}", []).append(value)
@@ -248,7 +279,7 @@ def _score_targeted(bench: Bench, attacked: Attacked) -> EvalResult:
     values = {name: float(column[asked].nanmean()) for name, column in per_query.items() if not column.isnan().all()}
     values["t-ASR"] = targeted_success_rate(base[asked], per_query[f"t-{headline}"][asked])
     return EvalResult(
-        setting=_setting(bench),
+        setting=setting_of(bench),
         values=values,
         per_query=per_query,
         interval=intervals(per_query),
@@ -263,16 +294,17 @@ def _representative(bench: Bench, signs: Tensor, labels: Tensor) -> dict[str, fl
     """The protocol's AP values with the representative codes as queries; not a bound."""
     if signs.shape[1] == 0:
         return {}
-    measured = _measure(bench, as_codes(signs), labels)
+    measured = measure_codes(bench, as_codes(signs), labels)
     return {name: value for name, value in measured.values.items() if name.startswith("MAP")}
 
 
-def _measure(bench: Bench, query: Codes, labels: Tensor) -> Measured:
+def measure_codes(bench: Bench, query: Codes, labels: Tensor) -> Measured:
+    """Any codes in place of the queries, under the protocol of the bench."""
     profile = prepared_profile(query, labels, bench.prepared)
     return measure(bench.protocol, query, labels, bench.database, bench.database_labels, profile=profile)
 
 
-def _setting(bench: Bench, attack: Described | None = None) -> Setting:
+def setting_of(bench: Bench, attack: Described | None = None) -> Setting:
     """The fields that the bench and the attack know; the run adds the model's."""
     letters = {"image": "I", "text": "T"}
     note = f" ({bench.data.note})" if bench.data.note else ""

@@ -32,13 +32,18 @@ class WorstCase:
         return float(self.values.mean())
 
 
-def worst_case(clean: Tensor, attacks: Mapping[str, Tensor], targeted: bool = False) -> WorstCase:
+def worst_case(
+    clean: Tensor, attacks: Mapping[str, Tensor], targeted: bool = False, by: Mapping[str, Tensor] | None = None
+) -> WorstCase:
     """The worst case of each query over the clean input and every attack and restart.
 
     Args:
         clean: (Q,) AP of the clean queries (targeted: t-AP).
         attacks: (Q,) AP under each attack and restart, by name. Of equal ones the first named wins.
         targeted: the worst is then the highest value.
+        by: (Q,) values by the same names, "clean" among them, that choose who wins; the winner's AP is what counts.
+            A randomised model is chosen on some draws of its noise and scored on others: the lowest of noisy looks
+            would drive any of them to 0.
 
     Raises:
         ValueError: a length that differs from ``clean``, NaN, or an attack called "clean".
@@ -51,12 +56,13 @@ def worst_case(clean: Tensor, attacks: Mapping[str, Tensor], targeted: bool = Fa
             raise ValueError(f"{name} has {tuple(values.shape)} values for {len(clean)} queries")
         if values.isnan().any():
             raise ValueError(f"{name} holds NaN for query {int(torch.nonzero(values.isnan())[0])}; score it again")
-    table = torch.stack(stacked) * (-1 if targeted else 1)  # (1 + attacks, Q)
-    worst, first = table.min(0).values, table.argmin(0)
     names = ("clean", *attacks)
+    values = torch.stack(stacked)  # (1 + attacks, Q)
+    table = (values if by is None else torch.stack([by[name] for name in names])) * (-1 if targeted else 1)
+    worst, first = table.min(0).values, table.argmin(0)
     alone = (table == worst).sum(0) == 1
     wins = {name: int((alone & (first == row)).sum()) for row, name in enumerate(names) if row}
-    return WorstCase(worst * (-1 if targeted else 1), tuple(names[row] for row in first.tolist()), wins)
+    return WorstCase(values.gather(0, first[None])[0], tuple(names[row] for row in first.tolist()), wins)
 
 
 # ---------------------------------------------------------------------------------------------- success of an attack

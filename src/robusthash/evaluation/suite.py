@@ -1,0 +1,286 @@
+"""Suites: fixed sets of lines in tiers of effort, the queries they are run on, and one number at the end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from robusthash.attacks.base import Attack
+from robusthash.attacks.edits import GreedyFlips
+from robusthash.attacks.house import flip_apgd, guided_targeted_apgd, margin_pn_apgd, soft_ap_apgd, wrong_apgd
+from robusthash.attacks.named import guided_apgd
+from robusthash.attacks.threat import Attacked as Modality
+from robusthash.attacks.threat import Threat, threat_on
+from robusthash.core.registry import nearest
+from robusthash.core.runtime import digest
+from robusthash.core.types import Codes
+from robusthash.data.base import Split
+from robusthash.evaluation.attempts import Attempts, Keep, run_lines
+from robusthash.evaluation.bench import Bench, Progress, silent
+from robusthash.evaluation.lines import Gradient, Line
+from robusthash.evaluation.results import EvalResult, Flag
+from robusthash.evaluation.standing import standing
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Lines, and how many queries they are run on.
+
+    Args:
+        queries: taken by ``stable_subset``; None takes all.
+        floor: random starts of each query in the search for its floor AP.
+    """
+
+    name: str
+    lines: tuple[Line, ...]
+    queries: int | None = None
+    floor: int = 0
+
+    def __post_init__(self) -> None:
+        names = [line.name for line in self.lines]
+        if len(set(names)) < len(names) or "clean" in names:
+            raise ValueError(f"lines need names of their own, and none may be 'clean'; got {names}")
+
+    def at(self, threat: Threat) -> Suite:
+        """The same suite under another threat."""
+        return replace(self, lines=tuple(line.at(threat) for line in self.lines))
+
+    @property
+    def own(self) -> tuple[Line, ...]:
+        """The lines that every victim is given: all but the adaptive ones, which go with a defense."""
+        return tuple(line for line in self.lines if line.kind != "adaptive")
+
+    def digest(self) -> str:
+        """Of all that its lines depend on."""
+        return digest([[line.name, line.restarts, line.settings()] for line in self.lines])
+
+
+@dataclass(frozen=True)
+class _Tier:
+    names: tuple[str, ...]
+    restarts: int
+    steps: int
+    queries: int
+    floor: int
+    targeted: bool = False
+
+
+_STANDARD = ("guided", "wrong", "pursuit", "flip", "soft-ap", "margin-pn")
+TIERS = {
+    "smoke": _Tier(("guided",), 1, 10, 64, 0),
+    "fast": _Tier(("guided", "soft-ap"), 1, 20, 500, 0),
+    "standard": _Tier(_STANDARD, 2, 100, 1000, 8, targeted=True),
+    "full": _Tier(_STANDARD, 5, 300, 5000, 8, targeted=True),
+}
+
+
+def tier(
+    name: str, threat: Threat | None = None, *, extra_lines: Sequence[Line] = (), queries: int | None = None
+) -> Suite:
+    """A suite by its tier: ``smoke`` (does it run), ``fast`` (development), ``standard`` (claims), ``full`` (disputes).
+
+    ========  =======================================================  ========  =====  =======
+    tier      gradient lines                                           restarts  steps  queries
+    ========  =======================================================  ========  =====  =======
+    smoke     guided                                                   1         10     64
+    fast      guided, soft-ap                                          1         20     500
+    standard  guided, wrong, pursuit, flip, soft-ap, margin-pn;        2         100    1000
+              targeted guided (once, towards each target)
+    full      as standard                                              5         300    5000
+    ========  =======================================================  ========  =====  =======
+
+    Args:
+        threat: ``img-linf-8`` by default. Under an edit budget, greedy flips take the place of APGD.
+        extra_lines: what is not a gradient line of every victim: transfer, black-box, noise, and the adaptive lines of
+            the defense.
+        queries: instead of the tier's.
+
+    Raises:
+        KeyError: no such tier.
+    """
+    if name not in TIERS:
+        raise KeyError(f"no tier is called {name!r}{nearest(name, TIERS)}")
+    effort, threat = TIERS[name], threat or threat_on(knowledge="W2")
+    steps, on = effort.steps, _modality(threat)
+    attacks: dict[str, Attack] = {
+        "guided": guided_apgd(steps=steps, modality=on),
+        "wrong": wrong_apgd(steps=steps, modality=on),
+        "pursuit": wrong_apgd(steps=steps, modality=on, margin=False),
+        "flip": flip_apgd(steps=steps, modality=on),
+        "soft-ap": soft_ap_apgd(steps=steps, modality=on),
+        "margin-pn": margin_pn_apgd(steps=steps, modality=on),
+    }
+    lines: list[Line] = [_line(line, attacks[line], threat, effort.restarts) for line in effort.names]
+    if effort.targeted:
+        lines.append(_line("guided-targeted", guided_targeted_apgd(steps=steps, modality=on), threat, 1))
+    return Suite(name, (*lines, *extra_lines), effort.queries if queries is None else queries, effort.floor)
+
+
+def _modality(threat: Threat) -> Modality:
+    attacked = "both" if len(threat.balls) > 1 else next(iter(threat.balls))
+    if attacked not in get_args(Modality):
+        raise ValueError(f"a suite attacks {', '.join(get_args(Modality))}, not {attacked!r}")
+    return attacked  # type: ignore[return-value]
+
+
+def _line(name: str, attack: Attack, threat: Threat, restarts: int) -> Gradient:
+    aimed = replace(threat, knowledge=attack.threat.knowledge)
+    search = GreedyFlips() if threat.edits else attack.search
+    return Gradient(name, replace(attack, search=search, threat=aimed), restarts)
+
+
+# ---------------------------------------------------------------------------------------------- queries
+
+
+def stable_subset(split: Split, count: int) -> Tensor:
+    """(count,) positions of items chosen by the hash of their content, each first label in its share.
+
+    The same items come out, in the same order, however the split is ordered; so every model is asked the same.
+
+    Raises:
+        ValueError: count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"a subset needs at least one query, got {count}")
+    if count >= len(split):
+        return torch.arange(len(split))
+    # hashed again: a split may itself have been drawn by the hash of the content
+    keys = [hashlib.blake2b(b"suite" + bytes(value), digest_size=8).digest() for value in split.hashes]
+    first = torch.full((len(split),), -1) if split.labels is None else _first_label(split.labels)
+    strata: dict[int, list[int]] = {}
+    for position in sorted(range(len(split)), key=lambda i: (keys[i], int(first[i]))):
+        strata.setdefault(int(first[position]), []).append(position)
+    shares = {label: count * len(members) / len(split) for label, members in strata.items()}
+    taken = {label: int(value) for label, value in shares.items()}
+    by_remainder = sorted(shares, key=lambda label: (taken[label] - shares[label], label))
+    for label in by_remainder[: count - sum(taken.values())]:
+        taken[label] += 1
+    chosen = [position for label, members in strata.items() for position in members[: taken[label]]]
+    return torch.tensor(sorted(chosen, key=lambda i: (keys[i], int(first[i]))))
+
+
+def _first_label(labels: Tensor) -> Tensor:
+    """(N,) index of the first label of each item; -1 where it has none."""
+    return torch.where(labels.sum(1) > 0, (labels > 0).float().argmax(1), -1)
+
+
+def at_queries(bench: Bench, positions: Tensor) -> Bench:
+    """The bench with only these queries, in this order."""
+    query = Codes(bench.query.packed[positions], bench.query.bits, torch.arange(len(positions)), bench.query.origin)
+    return replace(bench, queries=bench.queries.take(positions), query=query)
+
+
+# ---------------------------------------------------------------------------------------------- the assessment
+
+Checks = Callable[[Bench, Attempts, EvalResult], tuple[Flag, ...]]
+"""What looks at everything that was found and raises flags."""
+
+
+def assess(
+    bench: Bench,
+    suite: Suite | str = "standard",
+    threat: Threat | None = None,
+    *,
+    keep: Keep | None = None,
+    progress: Progress = silent,
+    checks: Checks | None = None,
+) -> EvalResult:
+    """The worst case of each query over the clean input and every line and restart of a suite.
+
+    The result holds ``wMAP`` with its interval (and so for every AP of the protocol), ``wMAP/8bit``, ``HRS``, and where
+    lines are targeted ``t-MAP``, ``gain``, ``t-ASR``, ``TR`` and the ``collateral MAP``. ``attacks`` says of each line
+    its MAP, its unique wins, how far towards the searched floor it came, ASR, flips and cost; ``winner`` names the line
+    and restart of each query; ``reference`` has chance, least, floor and clean.
+
+    A victim that declares itself ``randomised`` is scored by the mean AP over fresh draws of its noise, other draws
+    than those by which the worst is chosen.
+
+    Args:
+        suite: a suite, or a tier by name.
+        threat: what the attacker may change, instead of what the suite's lines say; ``img-linf-8`` for a tier by name.
+        keep: where attacked blocks are kept; the same call then goes on where it was stopped.
+        checks: raises the result's flags.
+
+    Example:
+        >>> import robusthash as rh
+        >>> data = rh.load_data("synthetic")
+        >>> bench = rh.make_bench(rh.build_hasher(bits=16), data)
+        >>> result = rh.assess(bench, "smoke")
+        >>> result["wMAP"] <= result.reference["clean"]
+        True
+    """
+    suite, bench, notes = prepare_suite(bench, suite, threat)
+    return assess_prepared(bench, suite, notes, keep=keep, progress=progress, checks=checks)
+
+
+def assess_prepared(
+    bench: Bench,
+    suite: Suite,
+    notes: tuple[str, ...] = (),
+    *,
+    keep: Keep | None = None,
+    progress: Progress = silent,
+    checks: Checks | None = None,
+) -> EvalResult:
+    """``assess`` of what ``prepare_suite`` returned."""
+    attempts = run_lines(bench, suite.lines, keep, progress)
+    assert attempts is not None  # one shard, the whole
+    result = standing(bench, attempts, suite.floor)
+    setting = replace(
+        result.setting,
+        # adaptive lines go with the defense, which is the model's: without them results of two models stay comparable
+        attacks=tuple(line.name for line in suite.own),
+        budget=f"suite {suite.name}, {len(suite.own)} lines",
+        digests={**result.setting.digests, "suite": replace(suite, lines=suite.own).digest()},
+    )
+    notes = (*notes, *result.notes)
+    result = replace(result, name=f"{setting.threat} {suite.name}", setting=setting, notes=notes)
+    return result if checks is None else replace(result, flags=checks(bench, attempts, result))
+
+
+def run_shard(
+    bench: Bench,
+    suite: Suite | str,
+    shard: tuple[int, int],
+    threat: Threat | None = None,
+    *,
+    keep: Keep,
+    progress: Progress = silent,
+) -> None:
+    """Only the blocks of shard (i, n) of ``assess``, into the keep; ``assess`` with the same keep joins them all."""
+    suite, bench, _ = prepare_suite(bench, suite, threat)
+    run_lines(bench, suite.lines, keep, progress, shard)
+
+
+def prepare_suite(
+    bench: Bench, suite: Suite | str, threat: Threat | None = None
+) -> tuple[Suite, Bench, tuple[str, ...]]:
+    """The suite under its threat, the bench of its queries, and what had to be left out.
+
+    Raises:
+        ValueError: no line to find a worst case with, or one that does not change what is queried.
+    """
+    if isinstance(suite, str):
+        suite = tier(suite, threat)
+    elif threat is not None:
+        suite = suite.at(threat)
+    for line in suite.lines:
+        if bench.direction[0] not in line.threat.balls:
+            raise ValueError(
+                f"the line {line.name!r} attacks {sorted(line.threat.balls)}, and the queries are "
+                f"{bench.direction[0]}s; choose another threat or direction"
+            )
+    untargeted = tuple(line for line in suite.lines if not line.targeted)
+    if not untargeted:
+        raise ValueError(f"the suite {suite.name!r} has no untargeted line, so there is no worst case to find")
+    if suite.queries is not None and suite.queries < len(bench.queries):
+        bench = at_queries(bench, stable_subset(bench.queries, suite.queries))
+    if len(untargeted) < len(suite.lines) and not bool(bench.targets.any()):
+        note = "no targeted attack: every label set of the database shares a label with every query"
+        return replace(suite, lines=untargeted), bench, (note,)
+    return suite, bench, ()

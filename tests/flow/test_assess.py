@@ -1,0 +1,169 @@
+"""``robusthash assess`` end to end: the table, JSON, going on after a kill, shards, and refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from robusthash.apps import assessing, cli, cli_suite, stages
+from robusthash.apps.config import ConfigError, make_config
+from robusthash.apps.runs import RunError, load_run
+from robusthash.attacks.threat import edit_threat, image_threat, threat_on
+from robusthash.evaluation.results import load_results
+
+CONFIG = {
+    "name": "tiny",
+    "data": {"name": "synthetic", "train": 64, "query": 24, "database": 64},
+    "hasher": {"bits": 12, "image": {"name": "small", "width": 4}},
+    "training": {"objective": "csq", "epochs": 2, "batch_size": 32, "optim": {"hasher": {"lr": 0.05}}},
+    "evaluation": {"batch_size": 8, "queries": 3},
+    "runtime": {"device": "cpu"},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return stages.train(make_config(CONFIG), tmp_path).path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def go(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "file", sys.stderr)
+        monkeypatch.setattr(cli.console, "width", 200)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        caught = capsys.readouterr()
+        return code, caught.out, caught.err
+
+    return go
+
+
+def blocks(run: Path) -> dict[str, dict[str, np.ndarray]]:
+    """All that is kept, without the times."""
+    found = {}
+    for path in sorted((run / "assess").rglob("*.npz")):
+        with np.load(path) as arrays:
+            found[str(path.relative_to(run))] = {n: arrays[n] for n in arrays.files if n != "seconds"}
+    return found
+
+
+def equal(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    for path, arrays in left.items():
+        for name, values in arrays.items():
+            np.testing.assert_array_equal(values, right[path][name], err_msg=f"{path} {name}")
+
+
+def test_the_verb_shows_a_table_and_json_and_writes_the_record(call, run):
+    code, out, err = call("assess", run, "--tier", "smoke", "--queries", "20", "--eps-curve", "--json")
+    assert code == 0, err
+    shown = json.loads(out)
+    assert shown["name"] == "img-linf-8 smoke"
+    assert shown["values"]["wMAP"] <= shown["values"]["clean"]
+    assert shown["setting"]["queries"].endswith("query[20]"), "the 3 queries of the recipe are not the suite's"
+    assert shown["curves"]["wMAP/eps"]["wMAP"][0] == pytest.approx(shown["values"]["clean"])
+    (written,) = load_results(run / "assess.json")
+    assert written["wMAP"] == shown["values"]["wMAP"]
+    assert written.setting.digests["model"] == load_run(run).card()["digest"]
+    code, _, err = call("assess", run, "--tier", "smoke", "--threat", "img-linf-4")
+    assert code == 0
+    for word in ("wMAP/8bit", "HRS", "unique wins", "guided", "24 queries", "floor"):
+        assert word in err
+    assert {result.name for result in load_results(run / "assess.json")} == {"img-linf-8 smoke", "img-linf-4 smoke"}
+
+
+def test_after_a_kill_and_in_shards_the_records_are_the_same(call, run, monkeypatch):
+    saved = assessing.FolderKeep.save
+    whole = assessing.assess(load_run(run), "smoke")
+    expected = blocks(run)
+    assert len(expected) == 3
+    _forget(run)
+
+    def dies(keep, line, restart, block, attacked):
+        if block == 1:
+            raise KeyboardInterrupt
+        saved(keep, line, restart, block, attacked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(assessing.FolderKeep, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            assessing.assess(load_run(run), "smoke")
+    assert len(blocks(run)) == 1
+    again = assessing.assess(load_run(run), "smoke")
+    equal(blocks(run), expected)
+    assert again.values == whole.values
+    _forget(run)
+    for part in ("0/2", "1/2"):
+        code, _, err = call("assess", run, "--tier", "smoke", "--shard", part)
+        assert code == 0
+        assert f"shard {part} is done" in err
+    equal(blocks(run), expected)
+    assert assessing.assess(load_run(run), "smoke").values == whole.values
+
+
+def _forget(run: Path) -> None:
+    for path in (run / "assess").rglob("*.npz"):
+        path.unlink()
+
+
+def test_damaged_blocks_and_bad_words_are_refused(call, run):
+    assessing.assess(load_run(run), "smoke")
+    victim = next(run.rglob("*/0/0.npz"))
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(RunError, match="damaged"):
+        assessing.assess(load_run(run), "smoke")
+    for arguments, said in [
+        (["--tier", "smok"], "'smoke'"),
+        (["--threat", "img-linf"], "no threat is called 'img-linf'"),
+        (["--threat", "txt-bow-3"], "queries are images"),
+        (["--shard", "2/2"], "2/2"),
+        (["--direction", "image"], "I2T"),
+    ]:
+        code, _, err = call("assess", run, *arguments)
+        assert code == 1
+        assert said in err
+
+
+def test_threats_by_name():
+    assert assessing.threat_by_name("img-linf-8") == image_threat(knowledge="W2")
+    assert assessing.threat_by_name("img-l2-0.5") == image_threat(0.5, "l2", "W2")
+    assert assessing.threat_by_name("txt-linf-0.05") == threat_on("text", knowledge="W2")
+    assert assessing.threat_by_name("txt-bow-2") == edit_threat(2, "W2")
+    with pytest.raises(ConfigError, match="audio-linf-8"):
+        assessing.threat_by_name("audio-linf-8")
+
+
+def test_lines_of_a_defense_join_by_one_function(run, monkeypatch):
+    from robusthash.attacks.named import guided_apgd
+    from robusthash.evaluation.lines import Gradient
+    from robusthash.evaluation.results import Flag
+
+    def extra(bench, objective, threat, tier):
+        return [Gradient("more", guided_apgd(steps=3), kind="adaptive").at(threat)]
+
+    def checks(bench, attempts, result):
+        assert attempts.signs("more").shape == (1, 24, 1, 12)
+        return (Flag("F0", 1.0, 0.5, "red", "look again"),)
+
+    result = assessing.assess(load_run(run), "smoke", extra=extra, checks=checks)
+    assert set(result.attacks) == {"guided", "more"}
+    assert result.unreliable
+    assert result.setting.attacks == ("guided",)
+    assert torch.isfinite(result.per_query["wMAP"]).all()
+    shown = io.StringIO()
+    monkeypatch.setattr(cli_suite.console, "file", shown)
+    cli_suite._show(result)
+    assert "unreliable" in shown.getvalue()

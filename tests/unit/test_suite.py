@@ -1,0 +1,482 @@
+"""Suites: worst cases per query, restarts and starts, stable queries, kept work, masked and random victims, curves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Flat, LinearHead, make_data, trained_hasher
+from torch import Tensor, nn
+
+import robusthash as rh
+from robusthash.attacks.base import Attack
+from robusthash.attacks.guides import Mainstay, Own
+from robusthash.attacks.house import guided_targeted_apgd
+from robusthash.attacks.losses import ScaleFree
+from robusthash.attacks.named import guided_apgd
+from robusthash.attacks.search import APGD
+from robusthash.attacks.threat import Threat, edit_threat, image_threat, threat_on
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Inputs
+from robusthash.evaluation.attacked import Attacked, Trial, finish
+from robusthash.evaluation.attempts import Attacker, corner_start, run_lines
+from robusthash.evaluation.bench import Bench, make_bench
+from robusthash.evaluation.curve import eps_curve
+from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
+from robusthash.evaluation.lines import Gradient, Line
+from robusthash.evaluation.results import load_results, save_results
+from robusthash.evaluation.suite import TIERS, Suite, assess, prepare_suite, run_shard, stable_subset, tier
+from robusthash.models import Hasher
+from robusthash.models.purified import Purifier
+
+EPS = 16 / 255
+
+
+class Memory:
+    """A keep in memory; ``stop_after`` blocks it dies, as a kill would."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.blocks: dict[tuple[str, int, int], Attacked] = {}
+        self.stop_after = stop_after
+
+    def load(self, line: Line, restart: int, block: int) -> Attacked | None:
+        return self.blocks.get((line.name + str(line.settings()), restart, block))
+
+    def save(self, line: Line, restart: int, block: int, attacked: Attacked) -> None:
+        if self.stop_after is not None and len(self.blocks) == self.stop_after:
+            raise KeyboardInterrupt
+        self.blocks[line.name + str(line.settings()), restart, block] = attacked
+
+
+@dataclass(frozen=True)
+class Corners:
+    """Noise: of some random corners of the ball, the evaluator keeps the one of lowest AP for each query."""
+
+    threat: Threat
+    tries: int = 30
+    name: str = "corners"
+    kind: str = "noise"
+    restarts: int = 1
+    targeted: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        return {"tries": self.tries}
+
+    def fitted(self, bench: Bench) -> Corners:
+        return self
+
+    def at(self, threat: Threat) -> Corners:
+        return replace(self, threat=threat)
+
+    def run(self, bench: Bench, block: int, restart: int, start: Inputs | None = None) -> Attacked:
+        batch = bench.batch(block)
+        best, kept = None, batch.inputs["image"]
+        for number in range(self.tries):
+            tried = corner_start(self.threat, batch.inputs, batch.ids, Draws(number))["image"]
+            with torch.no_grad():
+                score = bench.select(batch.labels, -1)(bench.victim({"image": tried})["image"].logits.sign())
+            better = torch.ones(len(batch), dtype=torch.bool) if best is None else score > best
+            best = score if best is None else torch.where(better, score, best)
+            kept = torch.where(better[:, None, None, None], tried, kept)
+        trial = Trial({"image": kept}, torch.empty(len(batch), 0, dtype=torch.int8), forward=self.tries)
+        return finish(bench, self.threat, batch, [trial], 0.0)
+
+
+def guided(steps: int = 4, eps: float = EPS) -> Attack:
+    return guided_apgd(eps, steps)
+
+
+def small(*, restarts: int = 2, targeted: bool = False) -> Suite:
+    away = Attack("flip", Own(), ScaleFree(), APGD(4), image_threat(EPS, knowledge="W2"), selects=True)
+    lines: list[Line] = [Gradient("guided", guided(), restarts), Gradient("flip", away, restarts)]
+    if targeted:
+        lines.append(Gradient("guided-targeted", guided_targeted_apgd(EPS, 4), 2))
+    return Suite("small", tuple(lines))
+
+
+@pytest.fixture(scope="module")
+def data() -> rh.data.RetrievalData:
+    return make_data(query=20)
+
+
+@pytest.fixture(scope="module")
+def bench(data) -> Bench:
+    return make_bench(trained_hasher(data), data, batch_size=8)
+
+
+def same(left: Attacked, right: Attacked) -> None:
+    for name, value in left.arrays().items():
+        if name != "seconds":
+            np.testing.assert_array_equal(value, right.arrays()[name], err_msg=name)
+
+
+# ---------------------------------------------------------------------------------------------- worst case and lines
+
+
+def test_the_worst_case_is_over_the_clean_input_and_every_restart_of_every_line(bench, tmp_path):
+    suite, keep = small(targeted=True), Memory()
+    result = assess(bench, suite, keep=keep)
+    clean = score_clean(bench).per_query["MAP"]
+    ap = {}
+    for line in suite.lines[:2]:
+        for restart in range(2):
+            parts = [keep.load(line, restart, block) for block in range(bench.blocks)]
+            codes = as_codes(Attacked.join(parts).signs[:, 0])
+            ap[f"{line.name}/{restart}"] = measure_codes(bench, codes, bench.query_labels).per_query["MAP"]
+    table = torch.stack([clean, *ap.values()])
+    assert torch.equal(result.per_query["wMAP"], table.amin(0))
+    assert result["wMAP"] == float(table.amin(0).mean()) <= min(float(values.mean()) for values in ap.values())
+    assert result["wMAP"] < result["clean"] == result.reference["clean"]
+    names = ["clean", *ap]
+    assert result.winner == tuple(names[row] for row in table.argmin(0).tolist())
+    lines = {name: torch.minimum(ap[f"{name}/0"], ap[f"{name}/1"]) for name in ("guided", "flip")}
+    alone = (lines["flip"] < lines["guided"]) & (lines["flip"] < clean)
+    assert result.attacks["flip"]["unique wins"] == int(alone.sum())
+    assert result.attacks["flip"]["MAP"] == pytest.approx(float(lines["flip"].mean()))
+    assert torch.equal(result.per_query["MAP under flip"], lines["flip"])
+    assert result.attacks["flip"]["forward"] == 20 * 2 * 4
+    assert 0 <= result["HRS"] <= 1
+    low, high = result.interval["HRS"]
+    assert low <= result["HRS"] <= high
+    assert result.reference["least"] <= result.reference["floor"] <= result.reference["clean"]
+    assert result.attacks["flip"]["completeness"] > 0
+    save_results(tmp_path / "assess.json", [result])
+    (again,) = load_results(tmp_path / "assess.json")
+    assert again.values == result.values
+    assert again.attacks == result.attacks
+    assert again.winner == result.winner
+
+
+def test_targets_are_reported_with_base_rate_gain_collateral_and_resistance(bench):
+    result = assess(bench, small(restarts=1, targeted=True))
+    base = result.reference["t-clean"]
+    assert result["t-MAP"] >= max(base, result.attacks["guided-targeted"]["t-MAP"])
+    assert result["gain"] == pytest.approx(result["t-MAP"] - base)
+    assert result["TR"] == pytest.approx(1 - (result["t-MAP"] - base) / (1 - base))
+    assert result["t-MAP/max"] >= result["t-MAP"]
+    assert 0 < result["collateral MAP"] <= 1
+    assert torch.equal(assess(bench, small(restarts=1)).per_query["wMAP"], result.per_query["wMAP"])
+
+
+def test_a_targeted_line_without_targets_is_left_out_and_said(bench):
+    data = bench.data
+    everything = replace(data.database, labels=torch.ones_like(data.database.labels))
+    crowded = replace(bench, data=rh.data.RetrievalData("all", data.train, data.query, everything, ("a", "b", "c")))
+    result = assess(crowded, small(restarts=1, targeted=True))
+    assert "t-MAP" not in result.values
+    assert "no targeted attack" in result.notes[0]
+
+
+def test_restarts_begin_clean_uniform_and_in_a_corner(bench):
+    seen: list[Tensor] = []
+
+    class Noted(APGD):
+        def __call__(self, score, batch, threat, draws, select, start):
+            seen.append((batch.inputs["image"] if start is None else start["image"]) - batch.inputs["image"])
+            return super().__call__(score, batch, threat, draws, select, start)
+
+    attack = replace(guided(), search=Noted(2))
+    run_lines(replace(bench, batch_size=20), [Gradient("guided", attack, 5)])
+    sizes = [(change.abs() > 0.999 * EPS).float().mean().item() for change in seen]
+    assert float(seen[0].abs().max()) == 0
+    assert sizes[1] < 0.1 < 0.6 < sizes[2]  # what the range of pixels cuts is no corner
+    assert not torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[2], seen[4])
+
+
+def test_corners_of_other_threats(bench):
+    batch = bench.batch(0)
+    ball = image_threat(0.5, "l2")
+    moved = corner_start(ball, {"image": torch.full_like(batch.inputs["image"], 0.5)}, batch.ids, Draws(0))["image"]
+    torch.testing.assert_close((moved - 0.5).flatten(1).norm(dim=1), torch.full((len(batch),), 0.5))
+    bags = {"text": torch.zeros(3, 9)}
+    edited = corner_start(edit_threat(2), bags, torch.arange(3), Draws(0))["text"]
+    assert edited.sum(1).tolist() == [2, 2, 2]
+
+
+def test_tiers_hold_the_lines_that_they_promise():
+    assert [line.name for line in tier("smoke").lines] == ["guided"]
+    assert [line.name for line in tier("fast").lines] == ["guided", "soft-ap"]
+    standard, full = tier("standard"), tier("full")
+    names = ["guided", "wrong", "pursuit", "flip", "soft-ap", "margin-pn", "guided-targeted"]
+    assert [line.name for line in standard.lines] == names
+    assert [line.restarts for line in standard.lines] == [2] * 6 + [1]
+    assert [line.restarts for line in full.lines] == [5] * 6 + [1]
+    assert {line.attack.search for line in full.lines} == {APGD(300)}
+    assert [TIERS[name].queries for name in TIERS] == [64, 500, 1000, 5000]
+    assert tier("smoke", image_threat(4 / 255)).lines[0].threat.name == "img-linf-4"
+    assert tier("smoke", threat_on("both")).lines[0].threat.name == "img-linf-8+txt-linf-0.05"
+    assert tier("fast", edit_threat(2)).lines[1].threat.name == "txt-bow-2"
+    extra = Corners(image_threat())
+    assert tier("smoke", extra_lines=[extra]).lines[-1] is extra
+    assert tier("smoke", queries=7).queries == 7
+    with pytest.raises(KeyError, match="did you mean 'standard'"):
+        tier("standart")
+
+
+def test_what_cannot_be_assessed_is_refused_before_any_attack(bench):
+    with pytest.raises(ValueError, match="names of their own"):
+        Suite("twice", (Gradient("guided", guided()), Gradient("guided", guided())))
+    with pytest.raises(ValueError, match="no untargeted line"):
+        assess(bench, Suite("towards", (Gradient("t", guided_targeted_apgd(EPS, 4)),)))
+    with pytest.raises(ValueError, match="the queries are images"):
+        assess(bench, "smoke", edit_threat(2))
+    with pytest.raises(ValueError, match="no shard 2 of 2"):
+        run_lines(bench, small().lines, Memory(), shard=(2, 2))
+    with pytest.raises(ValueError, match="needs a keep"):
+        run_lines(bench, small().lines, shard=(0, 2))
+
+
+# ---------------------------------------------------------------------------------------------- queries
+
+
+def test_the_subset_is_the_same_items_in_the_same_order_however_the_split_is_ordered():
+    split = make_data(query=60, multi=True).query
+    chosen = stable_subset(split, 21)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    shuffled = split.take(order)
+    assert split.take(chosen).fingerprint() == shuffled.take(stable_subset(shuffled, 21)).fingerprint()
+    assert len(set(chosen.tolist())) == 21
+    first = split.labels.argmax(1)
+    shares = torch.bincount(first[chosen], minlength=3) / 21 - torch.bincount(first, minlength=3) / 60
+    assert float(shares.abs().max()) < 1 / 21
+    assert not torch.equal(chosen.sort().values, torch.arange(21))
+    assert torch.equal(stable_subset(split, 99), torch.arange(60))
+    unlabelled = replace(split, labels=None)
+    assert len(stable_subset(unlabelled, 10)) == 10
+    with pytest.raises(ValueError, match="at least one query"):
+        stable_subset(split, 0)
+
+
+def test_a_suite_is_run_on_its_own_queries(bench):
+    suite, asked, _ = prepare_suite(bench, replace(small(restarts=1), queries=9))
+    assert len(asked.queries) == len(asked.query) == 9
+    whole = bench.query.packed[stable_subset(bench.queries, 9)]
+    assert torch.equal(asked.query.packed, whole)
+    result = assess(bench, replace(small(restarts=1), queries=9))
+    assert len(result.per_query["wMAP"]) == 9
+    assert result.setting.queries.endswith("query[9]")
+    assert suite.lines == small(restarts=1).lines
+
+
+# ---------------------------------------------------------------------------------------------- kept work
+
+
+def test_an_interrupted_suite_ends_like_one_that_was_not(bench):
+    whole, part = Memory(), Memory(stop_after=7)
+    suite = small()
+    expected = assess(bench, suite, keep=whole)
+    with pytest.raises(KeyboardInterrupt):
+        assess(bench, suite, keep=part)
+    assert len(part.blocks) == 7
+    part.stop_after = None
+    result = assess(bench, suite, keep=part)
+    assert part.blocks.keys() == whole.blocks.keys()
+    for key, block in whole.blocks.items():
+        same(block, part.blocks[key])
+    assert result.values == expected.values
+    assert result.winner == expected.winner
+
+
+def test_two_shards_do_what_one_process_does(bench):
+    whole, shared = Memory(), Memory()
+    expected = assess(bench, small(), keep=whole)
+    run_shard(bench, small(), (1, 2), keep=shared)
+    assert {block for _, _, block in shared.blocks} == {1}
+    run_shard(bench, small(), (0, 2), keep=shared)
+    for key, block in whole.blocks.items():
+        same(block, shared.blocks[key])
+    shared.stop_after = len(shared.blocks)  # nothing is left to run
+    assert assess(bench, small(), keep=shared).values == expected.values
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("out of memory")])
+def test_a_batch_that_does_not_fit_is_halved_and_said(bench, error):
+    victim = bench.victim
+
+    class Hungry(Hasher):
+        def forward(self, inputs):
+            if len(inputs["image"]) > 4:
+                raise error
+            return super().forward(inputs)
+
+    hungry = Hungry(dict(victim.encoders), dict(victim.heads), victim.spec)
+    narrow = replace(bench, victim=hungry)
+    result = assess(narrow, small(restarts=1))
+    assert any("4 were attacked at a time" in note for note in result.notes)
+    expected = assess(bench, small(restarts=1))
+    torch.testing.assert_close(result.per_query["wMAP"], expected.per_query["wMAP"])
+    assert result.setting == expected.setting
+
+    class Broken(Hungry):
+        def forward(self, inputs):
+            raise RuntimeError("shapes cannot be multiplied")
+
+    broken = Broken(dict(victim.encoders), dict(victim.heads), victim.spec)
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_lines(replace(bench, victim=broken), small(restarts=1).lines)
+
+
+def test_starts_are_cut_with_the_batch(bench):
+    """A corner start is that of its query, whatever part of the block it is attacked in."""
+    attacker = Attacker(bench)
+    line = Gradient("guided", guided(), 3)
+    expected = attacker.block(line, 2, 0)
+    attacker.parts = replace(bench, batch_size=2)
+    found = attacker.block(line, 2, 0)
+    assert torch.equal(found.signs, expected.signs)
+    torch.testing.assert_close(found.inputs, expected.inputs)
+
+
+# ---------------------------------------------------------------------------------------------- masked and random
+
+
+class Rounding(Purifier):
+    """Inputs to multiples of 1/32: no gradient passes."""
+
+    def forward(self, x, encode):
+        return (x * 32).round() / 32, {}
+
+
+class Blur(nn.Module):
+    """Codes that are drawn anew at every call: a head of pure noise."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def forward(self, features):
+        logits = torch.randn(len(features), self.bits) + self.nothing + 0.1 * features.mean(1, keepdim=True)
+        return logits, torch.tanh(logits), 1.0
+
+
+def test_t14_a_rounding_layer_hides_the_gradient_and_not_the_weakness(data, bench):
+    """T14: plain APGD finds nothing, random corners do, and the identity in place of the rounding does far better."""
+    victim = bench.victim
+    masked = Hasher(dict(victim.encoders), dict(victim.heads), victim.spec, "purifier", {"image": Rounding()})
+    threat = image_threat(EPS)
+    lines = (
+        Gradient("guided", guided(6)),
+        Gradient("identity", guided(6), kind="adaptive", view=lambda v: v.seen_by("identity"), seen="identity"),
+        Corners(threat),
+    )
+    result = assess(make_bench(masked, data, batch_size=20), Suite("masked", lines))
+    assert result.attacks["guided"]["MAP"] == result["clean"]
+    assert result.attacks["guided"]["unique wins"] == 0
+    assert result.attacks["corners"]["MAP"] < result["clean"]
+    assert result.attacks["identity"]["MAP"] < result.attacks["corners"]["MAP"]
+    assert "identity/0" in result.winner
+    assert result.setting.attacks == ("guided", "corners"), "an adaptive line goes with the defense, not the setting"
+
+
+def random_victim(bits: int) -> Hasher:
+    return Hasher({"image": Flat()}, {"image": Blur(bits)}, declared="randomised")
+
+
+def test_t19_a_victim_of_random_codes_keeps_its_clean_map():
+    """T19: chosen on some draws, scored on others. The lowest of as many looks would be far lower."""
+    bench = make_bench(random_victim(8), make_data(query=40), batch_size=40)
+    suite = Suite("noise", (Gradient("guided", guided(2), 3), Gradient("flip", small().lines[1].attack, 2)))
+    keep = Memory()
+    result = assess(bench, suite, keep=keep)
+    low, high = result.interval["clean"]
+    assert low <= result["wMAP"] <= high
+    codes = torch.stack([a.signs[:, 0] for a in _whole(bench, suite, keep)])
+    looks = [measure_codes(bench, as_codes(signs), bench.query_labels).per_query["MAP"] for signs in codes]
+    assert float(torch.stack(looks).amin(0).mean()) < low
+    assert any("20 fresh draws" in note for note in result.notes)
+    attacker, inputs = Attacker(bench), bench.batch(0).inputs["image"]
+    once, again = (attacker.looks("guided", 0, 0, inputs) for _ in range(2))
+    assert torch.equal(once, again), "the noise is keyed"
+    assert not torch.equal(once[0], once[1]), "what chooses is not what scores"
+    with pytest.raises(ValueError, match="randomised"):
+        eps_curve(bench, suite.lines, image_threat(EPS))
+
+
+def _whole(bench: Bench, suite: Suite, keep: Memory) -> list[Attacked]:
+    return [
+        Attacked.join([keep.load(line, restart, block) for block in range(bench.blocks)])
+        for line in suite.lines
+        for restart in range(line.restarts)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def test_a_curve_falls_for_every_query_and_starts_from_the_solution_before(bench):
+    keep = Memory()
+    curve = eps_curve(
+        bench, [Gradient("guided", guided(3))], image_threat(EPS), [0, EPS / 4, EPS, 1.5 * EPS], keep=keep
+    )
+    assert torch.equal(curve.worst[0], score_clean(bench).per_query["MAP"])
+    assert bool((curve.worst.diff(dim=0) <= 0).all())
+    assert float(curve.means[-1]) < float(curve.means[0])
+    expected = torch.trapezoid(curve.means, torch.tensor(curve.eps, dtype=torch.float64)) / curve.eps[-1]
+    assert curve.score == pytest.approx(float(expected))
+    again = eps_curve(
+        bench, [Gradient("guided", guided(3))], image_threat(EPS), [0, EPS / 4, EPS, 1.5 * EPS], keep=keep
+    )
+    assert torch.equal(again.worst, curve.worst)
+    result = curve.onto(assess(bench, small(restarts=1)))
+    assert result["curve score"] == curve.score
+    assert result.curves["wMAP/eps"]["wMAP"].tolist() == curve.means.tolist()
+
+
+def test_the_second_budget_starts_where_the_first_ended(bench):
+    """An attack that does nothing but return its start keeps what the smaller budget found."""
+
+    @dataclass(frozen=True)
+    class Lazy(Corners):
+        seen: list = field(default_factory=list)
+
+        def run(self, bench, block, restart, start=None):
+            self.seen.append((restart, self.threat.balls["image"].eps, start))
+            return super().run(bench, block, restart, start)
+
+        def at(self, threat):
+            return replace(self, threat=threat)
+
+    line = Lazy(image_threat(EPS), tries=5)
+    one = replace(bench, batch_size=20)
+    eps_curve(one, [line], image_threat(EPS), [0, EPS / 2, EPS])
+    assert [(restart, eps) for restart, eps, _ in line.seen] == [(0, EPS / 2), (0, EPS), (1, EPS)]
+    start = line.seen[2][2]["image"]
+    clean = one.batch(0).inputs["image"]
+    assert 0 < float((start - clean).abs().max()) <= EPS / 2 + 1e-6
+
+
+@pytest.mark.parametrize("budgets", [[0], [0.1, 0.2], [0, 0.2, 0.1]])
+def test_budgets_that_do_not_rise_from_zero_are_refused(bench, budgets):
+    with pytest.raises(ValueError, match="start at 0 and rise"):
+        eps_curve(bench, small().lines, image_threat(EPS), budgets)
+
+
+def test_default_budgets_are_those_of_the_usual_curve():
+    from robusthash.evaluation.curve import SHARES
+
+    assert [share * 8 for share in SHARES] == [0, 1, 2, 4, 8, 12, 16]
+
+
+def test_a_full_step_is_a_full_step_in_eight_bits(bench):
+    """8/255 in floats is a hair below eight steps; rounding towards zero must not make it seven."""
+    head = LinearHead(torch.ones(8, 432) / 432)
+    victim = Hasher({"image": Flat()}, {"image": head})
+    bench = replace(bench, victim=victim, batch_size=20)
+    batch = bench.batch(0)
+    inside = {"image": batch.inputs["image"].clamp(0.1, 0.9)}
+    threat = image_threat(8 / 255)
+    seen: list[Tensor] = []
+    victim.register_forward_pre_hook(lambda module, given: seen.append(given[0]["image"]))
+    moved = {"image": inside["image"] + 8 / 255}
+    trial = Trial(moved, torch.empty(20, 0, dtype=torch.int8))
+    finish(bench, threat, replace(batch, inputs=inside), [trial], 0.0)
+    torch.testing.assert_close(seen[1], moved["image"], rtol=0, atol=1e-6)
+
+
+def test_mainstay_is_the_guide_of_the_headline_line():
+    assert tier("smoke").lines[0].attack.guide == Mainstay()
