@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from robusthash.apps import cli_index
+from robusthash.apps import cli_checks, cli_index
 from robusthash.apps.terminal import AsJson, console, escape, print_json, print_table, progress_bars
 from robusthash.version import __version__
 
@@ -29,6 +29,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at data sets before training on them.", no_args_is_help=True)
 app.add_typer(cli_index.app, name="index")
 app.add_typer(data_app, name="data")
+app.command("check")(cli_checks.check)
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).")]
 RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]

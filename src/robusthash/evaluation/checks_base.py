@@ -21,7 +21,7 @@ class Check:
 
 
 CHECKS: dict[str, Check] = {
-    "F1": Check("share of queries whose code differs between two passes", 0.0, "randomised: attack with EOT lines"),
+    "F1": Check("share of queries whose code differs between passes", 0.0, "randomised: attack with EOT lines"),
     "F2": Check(
         "share of queries whose input gradient is exactly 0 at the start",
         0.01,
