@@ -105,10 +105,12 @@ def toy_bench(shown: Shown = silent, *, bits: int = 32, width: int = 8, epochs: 
 
 def as_markdown(rows: tuple[Calibrated, ...]) -> str:
     """The calibration as a Markdown table."""
-    lines = ["| masked by | check meant | value | threshold | caught | also red |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| masked by | check meant | value | threshold | caught | also red |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in rows:
         caught = "yes" if row.caught else "**no**"
         also = ", ".join(row.also)
         lines.append(f"| {row.name} | {row.meant} | {row.value:.4g} | {row.threshold:.4g} | {caught} | {also} |")
     return "\n".join(lines)
-

@@ -49,7 +49,13 @@ def check(
     budget = None if eps is None else float(numbers(eps))
     with progress_bars() as shown:
         flags = checking.check_run(
-            opened, shown, eps=budget, norm="l2" if norm == "l2" else "linf", queries=queries, steps=steps, direction=direction
+            opened,
+            shown,
+            eps=budget,
+            norm="l2" if norm == "l2" else "linf",
+            queries=queries,
+            steps=steps,
+            direction=direction,
         )
     if as_json:
         print_json({"run": str(run), "flags": checking.plain(flags)})
@@ -69,9 +75,7 @@ def _show(title: str, flags: Sequence[Flag]) -> None:
         colour, text = _COLOUR[flag.level], CHECKS[flag.id].title
         if flag.level != "pass":
             text = f"{text} -> {flag.remedy}"
-        table.add_row(
-            flag.id, f"[{colour}]{flag.level}[/]", f"{flag.value:.4g}", f"{flag.threshold:.4g}", escape(text)
-        )
+        table.add_row(flag.id, f"[{colour}]{flag.level}[/]", f"{flag.value:.4g}", f"{flag.threshold:.4g}", escape(text))
     console.print(table)
 
 

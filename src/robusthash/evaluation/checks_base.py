@@ -84,7 +84,9 @@ CHECKS: dict[str, Check] = {
         "normalised twice, or inputs outside the range: normalise inside the model only",
     ),
     "F21": Check("queries that the database or the training set also holds", 0.0, "mend the split"),
-    "F22": Check("share of queries whose AP at eps = 0 is not the clean AP", 0.01, "clean and attacked pipelines differ"),
+    "F22": Check(
+        "share of queries whose AP at eps = 0 is not the clean AP", 0.01, "clean and attacked pipelines differ"
+    ),
     "F23": Check(
         "ways in which the model does not behave as it declares", 0.0, "declare its class: the wrong lines were run"
     ),

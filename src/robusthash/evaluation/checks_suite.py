@@ -64,7 +64,9 @@ def suite_checks(
     return order(flags)
 
 
-def worst_of(ap: Mapping[str, Tensor], kind: Mapping[str, Kind], clean: Tensor, kinds: Collection[Kind]) -> Tensor | None:
+def worst_of(
+    ap: Mapping[str, Tensor], kind: Mapping[str, Kind], clean: Tensor, kinds: Collection[Kind]
+) -> Tensor | None:
     """(Q,) lowest AP over the clean query and all lines of these kinds; None where there is no such line."""
     chosen = [values.double().amin(0) for name, values in ap.items() if kind[name] in kinds]
     return torch.stack([clean.double(), *chosen]).amin(0) if chosen else None
