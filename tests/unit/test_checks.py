@@ -35,7 +35,7 @@ SUITE = {f"F{n}" for n in (4, 5, 6, 7, 8, 9, 18)}
 @pytest.fixture(scope="module")
 def honest() -> Bench:
     """A small CSQ model, hardened by SAAT."""
-    return toy_bench(epochs=12)
+    return toy_bench(epochs=15)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_an_honest_hardened_model_passes_every_red_check(flags: dict[str, Flag])
 
 @pytest.mark.parametrize("member", ZOO, ids=lambda member: f"{member.meant}-{member.name}")
 def test_every_masked_toy_is_caught_by_the_check_meant_for_it(honest: Bench, member: Masked) -> None:
-    row = calibrate(honest, THREAT, queries=16, steps=21, members=(member,))[0]
+    row = calibrate(honest, THREAT, queries=24, steps=21, members=(member,))[0]
     assert (row.name, row.meant) == (member.name, member.meant)
     assert row.caught, row
 

@@ -88,16 +88,19 @@ def calibration(
     return honest, calibrate(bench, threat, queries=queries, steps=steps)
 
 
-def toy_bench(shown: Shown = silent, *, bits: int = 32, width: int = 8, epochs: int = 20) -> Bench:
-    """A small model, trained by CSQ and then hardened by SAAT, on the generated world: about ten seconds."""
+def toy_bench(shown: Shown = silent, *, bits: int = 32, width: int = 8, epochs: int = 20, hardening: int = 3) -> Bench:
+    """A small model, trained by CSQ and then hardened by SAAT, on the generated world: about ten seconds.
+
+    It is hardened for half of the budget that is attacked, so that an attack still moves its AP and can be judged.
+    """
     data = load_data("synthetic", seed=0)
     hasher = build_hasher(bits=bits, image={"name": "small", "width": width})
     shown(0, 2, "training a toy")
     config = TrainConfig(epochs=epochs, batch_size=32, optim={"hasher": OptimConfig(lr=0.05)}, device="cpu")
     fit(HashingRecipe(hasher, CSQ()), data, config)
     shown(1, 2, "training a toy")
-    inner = mainstay(eps=8 / 255, steps=2, step_size=5.33 / 255, slope="one")
-    harder = TrainConfig(epochs=6, batch_size=32, optim={"hasher": OptimConfig(lr=0.02)}, device="cpu")
+    inner = mainstay(eps=4 / 255, steps=2, step_size=2.67 / 255, slope="one")
+    harder = TrainConfig(epochs=hardening, batch_size=32, optim={"hasher": OptimConfig(lr=0.02)}, device="cpu")
     fit(AdversarialTraining(hasher, CSQ(), inner, SAATOuter()), data, harder)
     shown(2, 2, "training a toy")
     return make_bench(hasher, data, batch_size=64)

@@ -117,7 +117,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.trained: list[str] = []
-        self.inner = False
+        self.differentiated = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -129,9 +129,9 @@ class _Watch(TorchFunctionMode):
             if named if named is not None else (len(args) > at and bool(args[at])):
                 self.trained.append(name)
         if func in (torch.autograd.grad, torch.Tensor.backward):
-            self.inner = True
+            self.differentiated = True
         if isinstance(result, Tensor) and result.requires_grad:  # though the caller has switched gradients off
-            self.inner = True
+            self.differentiated = True
         return result
 
 
@@ -149,7 +149,7 @@ def f15_f19_inside(victim: Hasher, inputs: Inputs) -> tuple[Flag, Flag]:
     count = max(len(watch.trained), len(stubborn))
     named = f" ({', '.join(sorted({*watch.trained, *stubborn})[:3])})" if count else ""
     return (
-        above("F15", float(watch.inner)),
+        above("F15", float(watch.differentiated)),
         flag("F19", count, "red" if count else "pass", remedy=CHECKS["F19"].remedy + named),
     )
 
@@ -196,14 +196,15 @@ def f23_class(victim: Hasher, inputs: Inputs, randomised: bool, inner: bool, obs
 
 def _contradictions(victim: Hasher, randomised: bool, inner: bool) -> Iterator[str]:
     declared = victim.declared
-    shown = {getattr(module, "declares", None) for module in (*victim.encoders.values(), *victim.purifiers.values())}
+    parts = (*victim.encoders.values(), *victim.purifiers.values())
+    shown = {str(getattr(module, "declares", "plain")) for module in parts} - {"plain"}
     if randomised and declared != "randomised":
         yield f"declared {declared}, and its codes change between calls"
     if declared == "randomised" and not randomised:
         yield "declared randomised, and two passes agree"
     if declared in ("gate", "mask", "purifier") and declared not in shown:
         yield f"declared {declared}, and no part of it is one"
-    if declared in ("plain", "adversarial") and shown - {None, "plain"}:
-        yield f"declared {declared}, and it holds a {min(shown - {None, 'plain'})}"
+    if declared in ("plain", "adversarial") and shown:
+        yield f"declared {declared}, and it holds a {min(shown)}"
     if inner and declared in ("plain", "adversarial"):
         yield f"declared {declared}, and its forward pass uses gradients"

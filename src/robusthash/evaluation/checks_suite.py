@@ -127,7 +127,7 @@ def _selection(ap: Mapping[str, Tensor], path: Mapping[str, Tensor]) -> Flag:
 
 def _universal(signs: Mapping[str, Tensor]) -> Flag:
     """The share of the most frequent attacked code; amber, since a model may deserve it."""
-    shares = {}
+    shares: dict[str, float] = {}
     for name, restarts in signs.items():
         for codes in restarts:
             packed = Codes(pack(codes), codes.shape[1], torch.arange(len(codes)))

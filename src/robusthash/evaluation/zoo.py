@@ -260,6 +260,13 @@ def _misdeclared(bench: Bench) -> Bench:
     return replace(bench, victim=_remade(old, dict(old.encoders), dict(old.heads), claimed))
 
 
+def _mislabelled(bench: Bench) -> Bench:
+    """Queries with the labels of their neighbours, so that their AP is low and an attack of the wrong sign raises it."""
+    if bench.queries.labels is None:
+        raise ValueError("the queries have no labels; the zoo needs them")
+    return replace(bench, queries=replace(bench.queries, labels=bench.queries.labels.roll(1, 0)))
+
+
 def _stale(bench: Bench) -> Bench:
     """Clean codes of a model that is no longer there."""
     codes = -bench.query.signs()
@@ -295,6 +302,9 @@ class _Joined:
         order = torch.cat([torch.nonzero(~late), torch.nonzero(late)]).flatten().argsort()
         return {name: torch.cat([part[name] for part in found])[order] for name in found[0]}
 
+    def hashes(self) -> np.ndarray:
+        return np.concatenate([self.first.hashes, self.second.hashes])
+
 
 ZOO: tuple[Masked, ...] = (
     Masked("random resizing", "F1", _function(resized)),
@@ -302,7 +312,7 @@ ZOO: tuple[Masked, ...] = (
     Masked("purifier under no_grad", "F2", _function(purified_aside)),
     Masked("logits times 1e6, published tanh attack", "F2", _head(scaled), Agreement()),
     Masked("gradient is NaN", "F3", _function(broken_root)),
-    Masked("objective of the wrong sign", "F10", lambda bench: bench, Backwards()),
+    Masked("objective of the wrong sign", "F10", _mislabelled, Backwards()),
     Masked("real JPEG in the forward pass", "F13", _function(jpeg)),
     Masked("gate cut from the graph", "F14", _function(gated)),
     Masked("gradient steps inside the forward pass", "F15", _function(descended)),
