@@ -261,7 +261,7 @@ def _misdeclared(bench: Bench) -> Bench:
 
 
 def _mislabelled(bench: Bench) -> Bench:
-    """Queries with the labels of their neighbours, so that their AP is low and an attack of the wrong sign raises it."""
+    """Queries with the labels of their neighbours, so that AP is low and an attack of the wrong sign raises it."""
     if bench.queries.labels is None:
         raise ValueError("the queries have no labels; the zoo needs them")
     return replace(bench, queries=replace(bench.queries, labels=bench.queries.labels.roll(1, 0)))
