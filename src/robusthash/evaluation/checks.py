@@ -55,7 +55,7 @@ def model_checks(
     Args:
         threat: what is to be attacked; the checks themselves know all that a W2 attacker knows.
         objective: what the attack ascends: an attack loss, a training objective, or by default the house objective.
-        queries: the first this many of the bench.
+        queries: the first this many of the bench; F17 and F21 look at all.
         steps: of the search whose path F10-F12 look at.
         observed: more ways of seeing that a victim is not what it declares, for F23.
 
@@ -72,6 +72,7 @@ def model_checks(
     loss = ScaleFree() if objective is None else objective
     if isinstance(loss, HashObjective):
         loss = ObjectiveLoss(loss)
+    collapse = f17_collapse(bench)  # of codes alone, so all queries are cheap
     bench = first_queries(bench, queries)
     inputs = bench.queries.batch(torch.arange(len(bench.queries))).only({modality}).to(bench.victim.device)
     require_usable(bench.victim, inputs)
@@ -88,7 +89,7 @@ def model_checks(
             *(repeated, inside, trained, *gradients, *searched),
             f14_differences(bench, threat),
             f16_precision(bench.victim, inputs.inputs),
-            f17_collapse(bench),
+            collapse,
             f20_range(bench.victim, inputs.inputs, threat, value, chance),
             f21_leakage(bench.data),
             f22_no_budget(bench, threat),

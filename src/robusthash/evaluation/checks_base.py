@@ -79,7 +79,7 @@ CHECKS: dict[str, Check] = {
         "call eval(); dropout and batch statistics make each code depend on luck or on the batch",
     ),
     "F20": Check(
-        "largest |value| that reaches the first layer of the encoder",
+        "largest absolute value that reaches the first layer of the encoder",
         6.0,
         "normalised twice, or inputs outside the range: normalise inside the model only",
     ),
