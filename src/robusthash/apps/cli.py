@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from robusthash.apps import cli_audit, cli_blackbox, cli_database, cli_evidence, cli_index, cli_study, cli_suite
+from robusthash.apps import (
+    cli_audit,
+    cli_blackbox,
+    cli_checks,
+    cli_database,
+    cli_evidence,
+    cli_index,
+    cli_study,
+    cli_suite,
+)
 from robusthash.apps.terminal import AsJson, console, escape, print_json, print_table, progress_bars
 from robusthash.version import __version__
 
@@ -37,6 +46,7 @@ app.command()(cli_evidence.verify)
 app.command()(cli_evidence.leaderboard)
 app.command("audit")(cli_audit.audit)
 app.command()(cli_suite.assess)
+app.command("check")(cli_checks.check)
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).")]
 RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]

@@ -108,8 +108,11 @@ class Hasher(nn.Module):
     def _hash(self, modality: str, values: Tensor) -> HashOutput:
         features, aux = self.encoders[modality](values)
         logits, code, scale = self.heads[modality](features)
-        # under autocast these are bf16; codes are decided, and compared with references, in float32
-        return HashOutput(logits.float(), code.float(), features, aux, scale)
+        # under autocast these are bf16; codes are decided, and compared with references, in float32. A model in float64
+        # keeps its digits: finite differences need them
+        if logits.dtype != torch.float64:
+            logits, code = logits.float(), code.float()
+        return HashOutput(logits, code, features, aux, scale)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,119 @@
+"""The stage of the checks: a run -> its flags; and the calibration of the checks themselves on masked victims."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+
+from robusthash.apps.runs import Run, write_json
+from robusthash.apps.stages import Shown, _bench, load_victim, read_data, silent
+from robusthash.attacks.named import mainstay
+from robusthash.attacks.threat import Threat, threat_on
+from robusthash.data import load_data
+from robusthash.defenses.adversarial import AdversarialTraining
+from robusthash.defenses.outer import SAATOuter
+from robusthash.evaluation.bench import Bench, make_bench
+from robusthash.evaluation.checks import model_checks
+from robusthash.evaluation.checks_base import CHECKS
+from robusthash.evaluation.checks_model import require_usable
+from robusthash.evaluation.results import Flag
+from robusthash.evaluation.zoo import Calibrated, calibrate
+from robusthash.models.hasher import build_hasher
+from robusthash.objectives.centers import CSQ
+from robusthash.training.loop import OptimConfig, TrainConfig, fit
+from robusthash.training.recipe import HashingRecipe
+
+Norm = Literal["linf", "l2"]
+
+
+def check_run(
+    run: Run,
+    shown: Shown = silent,
+    *,
+    eps: float | None = None,
+    norm: Norm = "linf",
+    queries: int = 128,
+    steps: int = 100,
+    direction: str | None = None,
+) -> tuple[Flag, ...]:
+    """Run all checks of the victim of a run, in its first direction; also written to ``checks.json`` of the run.
+
+    Args:
+        eps: budget; the customary one of the query modality by default.
+        queries: of the run's query split, the first this many.
+        direction: such as ``T2I``; the first of the run's by default.
+    """
+    bench = run_bench(run, shown, direction)
+    flags = model_checks(bench, _threat(bench, eps, norm), queries=queries, steps=steps)
+    write_json(run.path / "checks.json", plain(flags))
+    return flags
+
+
+def run_bench(run: Run, shown: Shown = silent, direction: str | None = None) -> Bench:
+    """The bench of a run, after a few queries have shown that the model can be used at all."""
+    victim, _ = load_victim(run)
+    data = read_data(run.config, shown)
+    few = data.query.batch(torch.arange(min(8, len(data.query)))).only(victim.modalities)
+    require_usable(victim, few.to(victim.device))
+    return _bench(run, victim, data, shown, direction or (run.config.evaluation.directions or (None,))[0])
+
+
+def _threat(bench: Bench, eps: float | None, norm: Norm) -> Threat:
+    modality = bench.direction[0]
+    return threat_on("text" if modality == "text" else "image", eps, norm, "W2")
+
+
+def plain(flags: tuple[Flag, ...]) -> list[dict[str, Any]]:
+    """Flags for JSON, an infinite value (not run) as "inf", with what each value is."""
+    return [
+        {**asdict(flag), "value": flag.value if math.isfinite(flag.value) else "inf", "title": CHECKS[flag.id].title}
+        for flag in flags
+    ]
+
+
+def calibration(
+    run: Run | None = None, shown: Shown = silent, *, queries: int = 40, steps: int = 50
+) -> tuple[tuple[Flag, ...], tuple[Calibrated, ...]]:
+    """What the checks say of an honest victim, and of that victim masked in every way of the zoo.
+
+    Args:
+        run: whose victim is masked; by default a small CSQ model hardened by SAAT on the generated world, made anew.
+    """
+    bench = toy_bench(shown) if run is None else run_bench(run, shown)
+    threat = _threat(bench, None, "linf")
+    honest = model_checks(bench, threat, queries=queries, steps=100)
+    return honest, calibrate(bench, threat, queries=queries, steps=steps)
+
+
+def toy_bench(shown: Shown = silent, *, bits: int = 32, width: int = 8, epochs: int = 20, hardening: int = 3) -> Bench:
+    """A small model, trained by CSQ and then hardened by SAAT, on the generated world: about ten seconds.
+
+    It is hardened for half of the budget that is attacked, so that an attack still moves its AP and can be judged.
+    """
+    data = load_data("synthetic", seed=0)
+    hasher = build_hasher(bits=bits, image={"name": "small", "width": width})
+    shown(0, 2, "training a toy")
+    config = TrainConfig(epochs=epochs, batch_size=32, optim={"hasher": OptimConfig(lr=0.05)}, device="cpu")
+    fit(HashingRecipe(hasher, CSQ()), data, config)
+    shown(1, 2, "training a toy")
+    inner = mainstay(eps=4 / 255, steps=2, step_size=2.67 / 255, slope="one")
+    harder = TrainConfig(epochs=hardening, batch_size=32, optim={"hasher": OptimConfig(lr=0.02)}, device="cpu")
+    fit(AdversarialTraining(hasher, CSQ(), inner, SAATOuter()), data, harder)
+    shown(2, 2, "training a toy")
+    return make_bench(hasher, data, batch_size=64)
+
+
+def as_markdown(rows: tuple[Calibrated, ...]) -> str:
+    """The calibration as a Markdown table."""
+    lines = [
+        "| masked by | check meant | value | threshold | caught | also red |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        caught = "yes" if row.caught else "**no**"
+        also = ", ".join(row.also)
+        lines.append(f"| {row.name} | {row.meant} | {row.value:.4g} | {row.threshold:.4g} | {caught} | {also} |")
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""Signs that a robustness number may not be trusted: every check of a victim, run on a few queries before a suite.
+
+Each gives a ``Flag`` with value, threshold, level and a one-line remedy. What could not be run is amber and says why.
+The checks that compare lines of a suite are ``checks_suite.suite_checks``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robusthash.attacks.base import Loss
+from robusthash.attacks.losses import ObjectiveLoss, ScaleFree
+from robusthash.attacks.threat import Threat
+from robusthash.core.profile import prepared_profile
+from robusthash.core.types import Codes
+from robusthash.data.base import RetrievalData, Split, content_hash
+from robusthash.data.loader import batches
+from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.checks_base import CHECKS, above, flag, order
+from robusthash.evaluation.checks_model import (
+    Reasons,
+    f1_repeated,
+    f15_f19_inside,
+    f16_precision,
+    f20_range,
+    f23_class,
+    require_usable,
+)
+from robusthash.evaluation.checks_search import f14_differences, f22_no_budget, gradient_checks, path_checks
+from robusthash.evaluation.checks_suite import suite_checks
+from robusthash.evaluation.evaluate import score_clean
+from robusthash.evaluation.measures import tie_gap
+from robusthash.evaluation.results import Flag
+from robusthash.objectives.base import HashObjective
+
+__all__ = ["CHECKS", "model_checks", "require_usable", "suite_checks"]
+
+
+def model_checks(
+    bench: Bench,
+    threat: Threat,
+    objective: Loss | HashObjective | None = None,
+    *,
+    queries: int = 128,
+    steps: int = 100,
+    observed: Reasons | None = None,
+) -> tuple[Flag, ...]:
+    """F1-F3, F10-F17 and F19-F23: everything that needs only the victim.
+
+    Args:
+        threat: what is to be attacked; the checks themselves know all that a W2 attacker knows.
+        objective: what the attack ascends: an attack loss, a training objective, or by default the house objective.
+        queries: the first this many of the bench; F17 and F21 look at all.
+        steps: of the search whose path F10-F12 look at.
+        observed: more ways of seeing that a victim is not what it declares, for F23.
+
+    Raises:
+        ValueError: a threat that leaves the query modality alone; a model that cannot be used at all, see
+            ``require_usable``.
+    """
+    modality = bench.direction[0]
+    if modality not in threat.balls:
+        raise ValueError(f"{threat.name} leaves the {modality} queries of this direction alone; nothing to check")
+    if queries < 1 or steps < 2:
+        raise ValueError(f"checks need at least 1 query and 2 steps, got {queries} and {steps}")
+    threat = Threat({modality: threat.balls[modality]}, "W2")
+    loss = ScaleFree() if objective is None else objective
+    if isinstance(loss, HashObjective):
+        loss = ObjectiveLoss(loss)
+    collapse = f17_collapse(bench)  # of codes alone, so all queries are cheap
+    bench = first_queries(bench, queries)
+    inputs = bench.queries.batch(torch.arange(len(bench.queries))).only({modality}).to(bench.victim.device)
+    require_usable(bench.victim, inputs)
+    clean = score_clean(bench)
+    repeated = f1_repeated(bench.victim, inputs.inputs)
+    inside, trained = f15_f19_inside(bench.victim, inputs.inputs)
+    gradients, runnable = gradient_checks(bench, threat, loss)
+    searched = path_checks(bench, threat, loss, steps, runnable)
+    if any(found.id == "F3" for found in searched):
+        gradients = [found for found in gradients if found.id != "F3"]
+    value, chance = clean.values[bench.protocol.headline], clean.reference["chance"]
+    return order(
+        [
+            *(repeated, inside, trained, *gradients, *searched),
+            f14_differences(bench, threat),
+            f16_precision(bench.victim, inputs.inputs),
+            collapse,
+            f20_range(bench.victim, inputs.inputs, threat, value, chance),
+            f21_leakage(bench.data),
+            f22_no_budget(bench, threat),
+            f23_class(bench.victim, inputs.inputs, repeated.value > 0, inside.value > 0, observed),
+        ]
+    )
+
+
+def first_queries(bench: Bench, count: int) -> Bench:
+    """The bench of its first queries."""
+    if count >= len(bench.queries):
+        return bench
+    kept = torch.arange(count)
+    query = Codes(bench.query.packed[:count], bench.query.bits, kept, bench.query.origin)
+    return replace(bench, queries=bench.queries.take(kept), query=query)
+
+
+def f17_collapse(bench: Bench) -> Flag:
+    """Few distinct codes: the gap between the best and the worst order of ties, or bits that are nearly constant."""
+    gap = float(tie_gap(prepared_profile(bench.query, bench.query_labels, bench.prepared)).mean())
+    entropy = float(bit_entropy(bench.database.signs()).mean())
+    distinct = len(torch.unique(bench.database.packed, dim=0))
+    if gap <= CHECKS["F17"].threshold and entropy < 0.3:
+        remedy = f"bits carry {entropy:.2f} bit each; {distinct} distinct codes in the database: {CHECKS['F17'].remedy}"
+        return flag("F17", entropy, "red", threshold=0.3, remedy=remedy)
+    return above("F17", gap)
+
+
+def bit_entropy(signs: Tensor) -> Tensor:
+    """(K,) entropy of each bit of (N, K) codes, in bits."""
+    share = (signs > 0).double().mean(0)
+    return -(torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share)) / np.log(2)
+
+
+def f21_leakage(data: RetrievalData) -> Flag:
+    """Queries whose very values stand in the database or the training set too.
+
+    The data set's own content hashes were compared when it was made; those are of files where it holds files, so what
+    the model is fed is hashed here.
+    """
+    hashed = partial(_content, batch_size=256)
+    queries = hashed(data.query)
+    shared = np.zeros(len(queries), dtype=bool)
+    for other in (data.database, data.train):
+        shared |= np.isin(queries, hashed(other)) | np.isin(data.query.hashes, other.hashes)
+    return above("F21", int(shared.sum()))
+
+
+def _content(split: Split, batch_size: int) -> np.ndarray:
+    """(N,) hashes of the values of each item, all modalities together."""
+    found: list[bytes] = []
+    for batch in batches(split, batch_size):
+        columns = [values.numpy() for _, values in sorted(batch.inputs.items())]
+        found += [content_hash(b"".join(column[row].tobytes() for column in columns)) for row in range(len(batch))]
+    return np.array(found, dtype="S16")

@@ -1,0 +1,108 @@
+"""The verb ``check``: a table or JSON, exit code 1 where a check is red, and the calibration on the zoo."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from robusthash.apps import checking, cli, stages
+from robusthash.apps.config import make_config
+from robusthash.evaluation.zoo import ZOO, calibrate
+
+CONFIG = {
+    "name": "tiny",
+    "data": {"name": "synthetic", "multilabel": False, "texts": False},
+    "hasher": {"bits": 32, "image": {"name": "small", "width": 4}},
+    "training": {"objective": "csq", "epochs": 25, "batch_size": 32, "optim": {"hasher": {"lr": 0.05}}},
+    "runtime": {"device": "cpu"},
+}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
+        for module in (cli, cli.cli_checks):
+            monkeypatch.setattr(module.console, "file", sys.stderr)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        caught = capsys.readouterr()
+        return code, caught.out, caught.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs")).path
+
+
+def test_check_gives_json_and_a_file_and_passes_an_honest_run(call, trained):
+    code, out, _ = call("check", trained, "--queries", 24, "--steps", 60, "--json")
+    flags = json.loads(out)["flags"]
+    assert [flag["id"] for flag in flags if flag["level"] == "red"] == []
+    assert code == 0
+    assert json.loads((trained / "checks.json").read_text()) == flags
+    assert {"id", "value", "threshold", "level", "remedy", "title"} == set(flags[0])
+
+
+def test_a_red_check_is_exit_code_1_and_says_what_to_do(call, trained, monkeypatch):
+    honest = stages.load_victim
+
+    def stale(run):
+        victim, objective = honest(run)
+        victim.declared = "randomised"
+        return victim, objective
+
+    monkeypatch.setattr(checking, "load_victim", stale)
+    code, out, err = call("check", trained, "--queries", 8, "--steps", 3, "--eps", "2/255")
+    assert code == 1
+    assert out == ""
+    assert "F23" in err
+    assert "declared randomised" in " ".join(err.replace("│", " ").split())
+
+
+def test_a_model_that_returns_nan_is_one_line(call, trained, monkeypatch):
+    honest = stages.load_victim
+
+    def ill(run):
+        victim, objective = honest(run)
+        with torch.no_grad():
+            next(victim.heads["image"].parameters()).fill_(float("nan"))
+        return victim, objective
+
+    monkeypatch.setattr(checking, "load_victim", ill)
+    code, _, err = call("check", trained)
+    assert code == 1
+    assert "NaN or infinite" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("check",), "name a run"), (("check", "nowhere"), "nowhere"), (("check", "nowhere", "--norm", "l3"), "'l3'")],
+)
+def test_bad_calls_are_one_line(call, arguments, message):
+    code, _, err = call(*arguments)
+    assert code == 1
+    assert message in err
+
+
+def test_the_zoo_prints_its_calibration(call, trained, monkeypatch):
+    monkeypatch.setattr(checking, "calibrate", partial(calibrate, members=ZOO[1:2]))
+    code, out, _ = call("check", trained, "--zoo", "--queries", 16)
+    assert "| rounding layer | F2 | 1 | 0.01 | yes |" in out
+    assert "| attack that forgets the ball | verify |" in out
+    assert "no red check" in out
+    assert code == 0
+    code, out, _ = call("check", trained, "--zoo", "--queries", 16, "--json")
+    assert [row["caught"] for row in json.loads(out)["zoo"]] == [True, True]
