@@ -83,9 +83,11 @@ def advice(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
             "A match is no proof: a harmless picture can be made to match another. Never block, delete or accuse on a "
             "match alone; have a person look, or compare the pictures themselves."
         )
+    mends: dict[str, list[str]] = {}
     for row in rows:
         if row.kind == "everyday" and kept(row, summary) < _FEW:
-            lines.append(f"{_mend(row)} ({row.words}: {kept(row, summary) * row.asked:.0f} of {row.asked}).")
+            mends.setdefault(_mend(row), []).append(f"{row.words}: {kept(row, summary) * row.asked:.0f} of {row.asked}")
+    lines += [f"{mend} ({'; '.join(causes)})." for mend, causes in mends.items()]
     if noise is not None and kept(noise, summary) < _FEW:
         lines.append("Random noise alone breaks it. Blur or shrink pictures slightly before they are hashed.")
     near = summary["false matches"]

@@ -50,11 +50,11 @@ def ranked_rows(target: Target, photos: Photos, tier: Tier, eps: float, seed: in
         if not right:
             right = [ids[0] for ids in answers]
         ap = [1 / (1 + ids.index(wanted)) if wanted in ids else 0.0 for ids, wanted in zip(answers, right, strict=True)]
-        largest, ssim = difference(images, changed)
+        largest, psnr = difference(images, changed)
         first = sum(ids[0] == wanted for ids, wanted in zip(answers, right, strict=True)) / len(ap)
         mean = sum(ap) / len(ap)
         rows.append(
-            Row(name, words, visible, kind, len(ap), mean, first, largest=largest, ssim=ssim, per_photo=tuple(ap))
+            Row(name, words, visible, kind, len(ap), mean, first, largest=largest, psnr=psnr, per_photo=tuple(ap))
         )
         shown(number + 1, len(plan), "asking the endpoint")
     return tuple(rows)

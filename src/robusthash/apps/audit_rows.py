@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,12 +11,10 @@ import torch
 from torch import Tensor
 
 from robusthash.evaluation.copies import CopiesFound
-from robusthash.evaluation.perceptibility import image_measures
+from robusthash.evaluation.perceptibility import pixel_norms
 
 Kind = Literal["same", "everyday", "noise", "hide", "hide-worst", "imitate", "imitate-worst"]
 Role = Literal["own", "target", "other"]
-
-_SMALLEST = 11  # pixels a side below which structural similarity is not defined
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Row:
     recognised: float | None = None  # share within the radius; None where there are no codes
     bits: float | None = None  # mean bits that differ from the copy (or target)
     largest: float = 0.0  # largest change of a pixel, of 255
-    ssim: float | None = None  # mean structural similarity with the photograph; None for very small images
+    psnr: float | None = None  # dB, of the mean squared change over all photographs; None where nothing changed
     per_photo: tuple[float, ...] = ()  # 1 / rank of each
 
 
@@ -73,9 +72,9 @@ def make_row(
     Args:
         images: (Q, 3, S, S) before and after, both float in [0, 1].
     """
-    largest, ssim = 0.0, None
+    largest, psnr = 0.0, None
     if images is not None:
-        largest, ssim = difference(*images)
+        largest, psnr = difference(*images)
     return Row(
         name,
         words,
@@ -87,18 +86,17 @@ def make_row(
         float(found.within(radius).mean()),
         float(found.bits.double().mean()),
         largest,
-        ssim,
+        psnr,
         tuple(found.ap.tolist()),
     )
 
 
 def difference(before: Tensor, after: Tensor) -> tuple[float, float | None]:
-    """Largest change of a pixel in levels of 255, and mean structural similarity."""
-    largest = float((after - before).abs().max()) * 255
-    if min(before.shape[-2:]) < _SMALLEST:
-        return largest, None
-    pairs = zip(before.split(32), after.split(32), strict=True)
-    return largest, float(torch.cat([image_measures(a, b)["ssim"] for a, b in pairs]).mean())
+    """Largest change of a pixel in levels of 255, and PSNR in dB, None where nothing changed."""
+    norms = [pixel_norms(a, b) for a, b in zip(before.split(32), after.split(32), strict=True)]
+    mse = float(torch.cat([each["mse"] for each in norms]).mean())
+    largest = float(torch.cat([each["linf"] for each in norms]).amax()) * 255
+    return largest, None if mse == 0 else -10 * math.log10(mse)
 
 
 def worst_of(found: Sequence[CopiesFound], imitate: bool = False) -> tuple[CopiesFound, Tensor]:
