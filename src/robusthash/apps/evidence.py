@@ -11,9 +11,10 @@ from robusthash.apps import stages
 from robusthash.apps.runs import Run
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
+from robusthash.evaluation.bundles import read_bundle
 from robusthash.evaluation.entries import BestKnown, Claimed, Entry, Restrictions, Source, Verified, verify
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean, worst
-from robusthash.evaluation.evidence import best_known, export, read_bundle, verify_bundle
+from robusthash.evaluation.evidence import best_known, export, verify_bundle
 from robusthash.evaluation.results import EvalResult, load_results, save_results
 
 FILE = "evidence.json"
