@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from robusthash.apps import assessing, cli, cli_suite, stages
-from robusthash.apps.config import ConfigError, make_config
+from robusthash.apps import assessing, cli, cli_suite, lineup, stages
+from robusthash.apps.config import make_config
 from robusthash.apps.runs import RunError, load_run
-from robusthash.attacks.threat import edit_threat, image_threat, threat_on
+from robusthash.attacks.threat import image_threat
+from robusthash.data import load_data
+from robusthash.evaluation.bench import make_bench
 from robusthash.evaluation.results import load_results
+from robusthash.evaluation.suite import tier as suite_tier
+from robusthash.models.hasher import build_hasher
 
 CONFIG = {
     "name": "tiny",
@@ -137,33 +140,42 @@ def test_damaged_blocks_and_bad_words_are_refused(call, run):
         assert said in err
 
 
-def test_threats_by_name():
-    assert assessing.threat_by_name("img-linf-8") == image_threat(knowledge="W2")
-    assert assessing.threat_by_name("img-l2-0.5") == image_threat(0.5, "l2", "W2")
-    assert assessing.threat_by_name("txt-linf-0.05") == threat_on("text", knowledge="W2")
-    assert assessing.threat_by_name("txt-bow-2") == edit_threat(2, "W2")
-    with pytest.raises(ConfigError, match="audio-linf-8"):
-        assessing.threat_by_name("audio-linf-8")
+def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch):
+    """The standard tier, made small: noise and questions beside the gradient lines, and every check that has an id."""
+    from robusthash.evaluation import suite
 
-
-def test_lines_of_a_defense_join_by_one_function(run, monkeypatch):
-    from robusthash.attacks.named import guided_apgd
-    from robusthash.evaluation.lines import Gradient
-    from robusthash.evaluation.results import Flag
-
-    def extra(bench, objective, threat, tier):
-        return [Gradient("more", guided_apgd(steps=3), kind="adaptive").at(threat)]
-
-    def checks(bench, attempts, result):
-        assert attempts.signs("more").shape == (1, 24, 1, 12)
-        return (Flag("F0", 1.0, 0.5, "red", "look again"),)
-
-    result = assessing.assess(load_run(run), "smoke", extra=extra, checks=checks)
-    assert set(result.attacks) == {"guided", "more"}
-    assert result.unreliable
-    assert result.setting.attacks == ("guided",)
-    assert torch.isfinite(result.per_query["wMAP"]).all()
+    monkeypatch.setitem(suite.TIERS, "standard", suite._Tier(("guided",), 1, 4, 24, 2))
+    monkeypatch.setattr(lineup, "QUESTIONS", 5)
+    monkeypatch.setattr(lineup, "CHECKED", 6)
+    monkeypatch.setattr(lineup, "TIERS", suite.TIERS)
+    result = assessing.assess(load_run(run), "standard", surrogates=[load_run(run)])
+    assert {"guided", "uniform noise", "corner noise", "square, ids", f"transfer {run.parent.name}"} <= set(
+        result.attacks
+    )
+    flags = {flag.id: flag for flag in result.flags}
+    assert set(flags) == {f"F{number}" for number in range(1, 24)}
+    assert flags["F7"].level == "amber"  # no curve was run
+    for ran in ("F4", "F5", "F6", "F8", "F9"):
+        assert flags[ran].value < float("inf")
     shown = io.StringIO()
     monkeypatch.setattr(cli_suite.console, "file", shown)
     cli_suite._show(result)
-    assert "unreliable" in shown.getvalue()
+    assert "remedy" in shown.getvalue()
+
+
+def test_adaptive_lines_go_with_the_defense():
+    data = load_data("synthetic")
+    gated = build_hasher(bits=12, image={"name": "small", "width": 4}, purifiers={"image": "spectral-gate"})
+    threat = image_threat(knowledge="W2")
+    for hasher, expected in ((gated, True), (build_hasher(bits=12, image={"name": "small", "width": 4}), False)):
+        bench = make_bench(hasher, data, queries=4)
+        lines = lineup.lines_beside(bench, None, threat, "standard", (), lineup.seen_of(bench, threat))
+        assert any(line.kind == "adaptive" for line in lines) == expected
+        assert {line.kind for line in lineup.lines_beside(bench, None, threat, "fast")} == {"noise"}
+    assert lineup.lines_beside(bench, None, threat, "smoke") == ()
+
+
+def test_where_no_gradient_arrives_the_white_box_lines_are_left_out():
+    threat = image_threat(knowledge="W2")
+    whole = suite_tier("fast", threat, extra_lines=lineup.noise_lines(threat))
+    assert [line.kind for line in lineup.without_gradient(whole).lines] == ["noise", "noise"]

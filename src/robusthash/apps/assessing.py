@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,21 +11,20 @@ import numpy as np
 import torch
 
 from robusthash.apps import stages
-from robusthash.apps.config import ConfigError
-from robusthash.apps.runs import Run, RunError, write_json
-from robusthash.attacks.threat import Ball, Budget, Edits, Threat
+from robusthash.apps.lineup import Flags, lines_beside, seen_of, without_gradient
+from robusthash.apps.runs import Run, write_json
+from robusthash.attacks.threat import Threat
+from robusthash.attacks.threats import named_threat
 from robusthash.core.files import write_aside
 from robusthash.core.runtime import digest
+from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attacked import Attacked
 from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.curve import eps_curve
 from robusthash.evaluation.lines import Line
 from robusthash.evaluation.results import EvalResult, load_results, save_results
-from robusthash.evaluation.suite import Checks, Suite, assess_prepared, prepare_suite, run_shard, tier
-from robusthash.objectives.base import HashObjective
-
-Extra = Callable[[Bench, HashObjective, Threat, str], Sequence[Line]]
-"""(bench, objective, threat, tier) -> lines beside those that every victim is given: adaptive, transfer, black-box."""
+from robusthash.evaluation.suite import Suite, assess_prepared, prepare_suite, run_shard, tier
+from robusthash.evaluation.transfer import Surrogate, make_surrogate
 
 CURVE_LINES = ("guided", "soft-ap")
 
@@ -48,15 +46,7 @@ class FolderKeep:
             RunError: a file that cannot be read; it is named.
         """
         path = self._path(line, restart, block)
-        if not path.is_file():
-            return None
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return Attacked.from_arrays({name: arrays[name] for name in arrays.files})
-        except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise RunError(
-                f"attacked queries {path} are damaged ({error}); delete the file to attack them again"
-            ) from None
+        return stages.read_block(path) if path.is_file() else None
 
     def save(self, line: Line, restart: int, block: int, attacked: Attacked) -> None:
         """Keep a block."""
@@ -64,27 +54,6 @@ class FolderKeep:
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_aside(path) as aside:
             np.savez(aside, allow_pickle=False, **attacked.arrays())
-
-
-_BUDGETS: dict[str, tuple[str, Callable[[float], Budget]]] = {
-    "img-linf": ("image", lambda size: Ball("linf", size / 255)),
-    "img-l2": ("image", lambda size: Ball("l2", size)),
-    "txt-linf": ("text", lambda size: Ball("linf", size)),
-    "txt-bow": ("text", Edits),
-}
-
-
-def threat_by_name(name: str) -> Threat:
-    """The threat that calls itself so: ``img-linf-8`` (of 255), ``img-l2-0.5``, ``txt-linf-0.05``, ``txt-bow-3``.
-
-    Raises:
-        ConfigError: another name.
-    """
-    kind, _, size = name.rpartition("-")
-    if kind not in _BUDGETS or not re.fullmatch(r"\d+(\.\d+)?", size):
-        raise ConfigError(f"no threat is called {name!r}; write {', '.join(f'{known}-SIZE' for known in _BUDGETS)}")
-    modality, make = _BUDGETS[kind]
-    return Threat({modality: make(float(size))}, "W2")
 
 
 def assess(
@@ -97,8 +66,8 @@ def assess(
     direction: str | None = None,
     curve: bool = False,
     shard: tuple[int, int] | None = None,
-    extra: Extra | None = None,
-    checks: Checks | None = None,
+    surrogates: Sequence[Run] = (),
+    checked: bool = True,
 ) -> EvalResult | None:
     """Run a suite on a trained run, or go on where it was stopped, and write ``assess.json``.
 
@@ -107,8 +76,8 @@ def assess(
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
         curve: the worst case at seven budgets too, by the lines ``guided`` and ``soft-ap``.
         shard: (i, n): only these blocks of queries, for several processes; a call without it joins them.
-        extra: lines beside those of the tier.
-        checks: raises the flags.
+        surrogates: runs on the same data that transfer lines search on; without them F5 says so.
+        checked: raise the flags; the smoke tier never does.
 
     Returns:
         The result, named by threat and tier; None of a shard.
@@ -117,25 +86,39 @@ def assess(
         torch.set_num_threads(run.config.runtime.threads)
     victim, objective = stages.load_victim(run)
     data = stages.read_data(run.config, shown)
-    aim = threat_by_name(threat) if isinstance(threat, str) else threat
     everything = run.config.evaluation.model_copy(update={"queries": None})
     whole = replace(run, config=run.config.model_copy(update={"evaluation": everything}))
-    bench = stages._bench(whole, victim, data, shown, direction)
-    lines = () if extra is None else extra(bench, objective, aim, tier_name)
-    suite, bench, notes = prepare_suite(bench, tier(tier_name, aim, extra_lines=lines, queries=queries))
+    bench = stages.bench_of(whole, victim, data, shown, direction)
+    pixels = data.query.batch(torch.arange(1)).inputs.get("image")
+    size = None if pixels is None or pixels.ndim != 4 else (int(pixels.shape[-2]), int(pixels.shape[-1]))
+    aim = named_threat(threat, "W2", pixels=size) if isinstance(threat, str) else threat
+    suite, bench, notes = prepare_suite(bench, tier(tier_name, aim, queries=queries))
+    seen = seen_of(bench, aim)
+    if not seen.gradient_reaches_input:
+        suite, notes = without_gradient(suite), (*notes, "no gradient reaches the input: no white-box line was run")
+    known = [_surrogate(other, data, bench) for other in surrogates]
+    suite = replace(suite, lines=(*suite.lines, *lines_beside(bench, objective, aim, tier_name, known, seen)))
     folder = _folder(run, suite, bench)
     if shard is not None:
         run_shard(bench, suite, shard, keep=FolderKeep(folder), progress=shown)
         return None
-    result = assess_prepared(bench, suite, notes, keep=FolderKeep(folder), progress=shown, checks=checks)
+    by_eps = None
     if curve:
         chosen = [line for line in suite.lines if line.name in CURVE_LINES]
-        kept = FolderKeep(folder / "curve")
-        result = eps_curve(bench, chosen, aim, keep=kept, progress=shown).onto(result)
+        by_eps = eps_curve(bench, chosen, aim, keep=FolderKeep(folder / "curve"), progress=shown)
+    checks = Flags(suite, aim, by_eps, shown) if checked and tier_name != "smoke" else None
+    result = assess_prepared(bench, suite, notes, keep=FolderKeep(folder), progress=shown, checks=checks)
+    if by_eps is not None:
+        result = by_eps.onto(result)
     prefix = "" if direction is None else f"{direction} "
-    result = stages._described(result, f"{prefix}{result.name}", run)
+    result = stages.described(result, f"{prefix}{result.name}", run)
     _write(run.path / "assess.json", result)
     return result
+
+
+def _surrogate(run: Run, data: RetrievalData, bench: Bench) -> Surrogate:
+    """A run as a stand-in for the victim."""
+    return make_surrogate(run.path.parent.name, stages.load_victim(run)[0], data, bench.direction, bench.batch_size)
 
 
 def _folder(run: Run, suite: Suite, bench: Bench) -> Path:

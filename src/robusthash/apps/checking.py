@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from robusthash.apps.runs import Run, write_json
-from robusthash.apps.stages import Shown, _bench, load_victim, read_data, silent
+from robusthash.apps.stages import Shown, bench_of, load_victim, read_data, silent
 from robusthash.attacks.named import mainstay
 from robusthash.attacks.threat import Threat, threat_on
 from robusthash.data import load_data
@@ -58,7 +58,7 @@ def run_bench(run: Run, shown: Shown = silent, direction: str | None = None) -> 
     data = read_data(run.config, shown)
     few = data.query.batch(torch.arange(min(8, len(data.query)))).only(victim.modalities)
     require_usable(victim, few.to(victim.device))
-    return _bench(run, victim, data, shown, direction or (run.config.evaluation.directions or (None,))[0])
+    return bench_of(run, victim, data, shown, direction or (run.config.evaluation.directions or (None,))[0])
 
 
 def _threat(bench: Bench, eps: float | None, norm: Norm) -> Threat:

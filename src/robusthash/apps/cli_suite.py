@@ -28,6 +28,13 @@ def assess(
     shard: Annotated[
         str | None, typer.Option(help="Run only part I of N (0/2, 1/2) of the work; a call without it joins the parts.")
     ] = None,
+    surrogate: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run to transfer attacks from, on the same data. Repeatable."),
+    ] = None,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Raise no flags, which saves time; smoke never does.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run by a suite of attacks: the worst case of each query over all of them.
@@ -42,7 +49,16 @@ def assess(
         raise ValueError(f"direction must be I2I, I2T, T2I or T2T, got {direction!r}")
     with progress_bars() as shown:
         result = assessing.assess(
-            load_run(run), tier, threat, queries, shown, direction=direction, curve=eps_curve, shard=part
+            load_run(run),
+            tier,
+            threat,
+            queries,
+            shown,
+            direction=direction,
+            curve=eps_curve,
+            shard=part,
+            surrogates=[load_run(path) for path in surrogate or ()],
+            checked=not unchecked,
         )
     if result is None:
         console.print(f"shard {shard} is done; when all are, the same command without --shard joins them")
@@ -75,7 +91,7 @@ def _plain(result: EvalResult) -> dict[str, Any]:
         "attacks": result.attacks,
         "curves": {name: {axis: v.tolist() for axis, v in curve.items()} for name, curve in result.curves.items()},
         "perceptibility": finite(result.perceptibility),
-        "flags": [asdict(flag) for flag in result.flags],
+        "flags": [{**asdict(flag), **finite({"value": flag.value})} for flag in result.flags],
         "unreliable": result.unreliable,
         "notes": result.notes,
         "cost": asdict(result.cost),

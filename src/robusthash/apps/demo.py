@@ -223,7 +223,7 @@ def _attack(run: Run, name: str) -> tuple[dict[str, Any], Attack]:
 
 def _searches(model: str, run: Run, bench: Bench, query: int, clean: Tensor, attacked: Tensor) -> list[Search]:
     """The clean and the attacked image of one query, each searched in the model's index."""
-    found = stages._attacked(run, bench, PICTURED, *_attack(run, PICTURED), silent)
+    found = stages.attacked_queries(run, bench, PICTURED, *_attack(run, PICTURED), silent)
     origin = bench.queries.batch(torch.tensor([query])).inputs["image"][0]
     changed = found.inputs[query]
     measures = {name: float(value) for name, value in image_measures(origin[None], changed[None]).items()}

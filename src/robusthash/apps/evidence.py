@@ -40,11 +40,11 @@ def export_evidence(
     (modality, *others) = attack.threat.balls
     home = victim.modalities[0]
     direction = None if others or modality == home else f"{modality[0].upper()}2{home[0].upper()}"
-    bench = stages._bench(run, victim, stages.read_data(run.config, shown), shown, direction)
-    attacked = stages._attacked(run, bench, name, plain, attack, shown)
+    bench = stages.bench_of(run, victim, stages.read_data(run.config, shown), shown, direction)
+    attacked = stages.attacked_queries(run, bench, name, plain, attack, shown)
     made = f"{run.config.name}/{run.id}"
     result = export(bench, attack.threat, attacked.inputs, out, attack=name, budget=attack.budget, model=made)
-    return stages._described(result, name, run)
+    return stages.described(result, name, run)
 
 
 def verify_evidence(run: Run, folder: Path, keep: bool = True, shown: stages.Shown = stages.silent) -> EvalResult:
@@ -57,9 +57,9 @@ def verify_evidence(run: Run, folder: Path, keep: bool = True, shown: stages.Sho
     ends = read_bundle(folder).manifest.direction
     home = victim.modalities[0]
     direction = None if ends == (home, home) else "2".join(end[0].upper() for end in ends)
-    bench = stages._bench(run, victim, stages.read_data(run.config, shown), shown, direction)
+    bench = stages.bench_of(run, victim, stages.read_data(run.config, shown), shown, direction)
     found = verify_bundle(folder, bench)
-    result = stages._described(found, found.name, run)
+    result = stages.described(found, found.name, run)
     if keep:
         save_results(run.path / FILE, list({**accepted(run), result.name: result}.values()))
     return result
@@ -87,15 +87,15 @@ def lowered(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult:
 def evaluate_afresh(run: Run, shown: stages.Shown = stages.silent) -> dict[str, EvalResult]:
     """Clean, the attacks of the run's config, and the worst case, with nothing taken from an earlier evaluation."""
     victim, objective = stages.load_victim(run)
-    bench = stages._bench(run, victim, stages.read_data(run.config, shown), shown)
+    bench = stages.bench_of(run, victim, stages.read_data(run.config, shown), shown)
     results = {"clean": score_clean(bench)}
-    for name, (view, settings) in stages._chosen(run, None).items():
+    for name, (view, settings) in stages.chosen_attacks(run, None).items():
         attack: Attack = build("attack", settings, objective=objective)
         if bench.direction[0] in attack.threat.balls:
             attacked = attack_all(bench, attack, bench.victim.seen_by(view), shown)
             results[name] = score_attack(bench, attack, attacked)
     results["worst"] = worst(bench, results["clean"], {n: r for n, r in results.items() if n != "clean"})
-    return {name: stages._described(result, name, run) for name, result in results.items()}
+    return {name: stages.described(result, name, run) for name, result in results.items()}
 
 
 def verify_entry(entry: Entry, run: Run, assess: Assess | None = None, shown: stages.Shown = stages.silent) -> Verified:

@@ -48,12 +48,12 @@ def poison(
     victim, objective = stages.load_victim(run)
     attack: Attack = build("attack", {"name": "guided-apgd", "steps": steps}, objective=objective)
     attack = replace(attack, threat=named)
-    bench = stages._bench(run, victim, stages.read_data(run.config, shown), shown, direction)
+    bench = stages.bench_of(run, victim, stages.read_data(run.config, shown), shown, direction)
     if named.name.startswith("db-insert"):
         result = insert_items(bench, attack, count, k, progress=shown)
     else:
         result = perturb_database(bench, attack, share, progress=shown)
-    result = stages._described(result, f"poison {named.name}", run)
+    result = stages.described(result, f"poison {named.name}", run)
     path = run.path / f"poison-{named.name}.json" if out is None else out
     save_results(path, [result])
     return result, path

@@ -176,7 +176,8 @@ def encode(run: Run, shown: Shown = silent) -> dict[str, Path]:
 _MODALITY = {"I": "image", "T": "text"}
 
 
-def _bench(run: Run, victim: Hasher, data: RetrievalData, shown: Shown, direction: str | None = None) -> Bench:
+def bench_of(run: Run, victim: Hasher, data: RetrievalData, shown: Shown, direction: str | None = None) -> Bench:
+    """The bench of a run's evaluation section, in a direction such as ``I2T``."""
     section = run.config.evaluation
     ends = None if direction is None else (_MODALITY[direction[0]], _MODALITY[direction[-1]])
     return make_bench(
@@ -212,15 +213,15 @@ def evaluate(
     _check_evaluation(run, victim)
     data = read_data(run.config, shown)
     by_relevance = {name: data if name == "own" else data.by(name) for name in section.relevance}
-    chosen = _chosen(run, attacks)
+    chosen = chosen_attacks(run, attacks)
     results: dict[str, EvalResult] = {}
     for relevance, relevant in by_relevance.items():
         for direction in section.directions or (None,):
-            bench = _bench(run, victim, relevant, shown, direction)
+            bench = bench_of(run, victim, relevant, shown, direction)
             found = _evaluate_bench(run, bench, objective, chosen, shown)
             prefix = "" if direction is None else f"{direction} "
             prefix += "" if relevance == "own" else f"by {relevance} "
-            results |= {f"{prefix}{name}": _described(result, f"{prefix}{name}", run) for name, result in found.items()}
+            results |= {f"{prefix}{name}": described(result, f"{prefix}{name}", run) for name, result in found.items()}
     save_results(run.path / "metrics.json", list(results.values()))
     save_branches(run.path, victim, data.query)
     return results
@@ -249,7 +250,7 @@ def _check_evaluation(run: Run, victim: Hasher) -> None:
 Chosen = dict[str, tuple[View, dict[str, Any]]]
 
 
-def _chosen(run: Run, attacks: Sequence[Mapping[str, Any] | str] | None) -> Chosen:
+def chosen_attacks(run: Run, attacks: Sequence[Mapping[str, Any] | str] | None) -> Chosen:
     """The attacks by the name of their result, with the view of the victim that each differentiates."""
     section = run.config.evaluation
     chosen: Chosen = {
@@ -269,7 +270,9 @@ def _evaluate_bench(
     for name, (view, settings) in chosen.items():
         attack: Attack = build("attack", settings, objective=objective)
         if bench.direction[0] in attack.threat.balls:
-            results[name] = score_attack(bench, attack, _attacked(run, bench, name, settings, attack, shown, view))
+            results[name] = score_attack(
+                bench, attack, attacked_queries(run, bench, name, settings, attack, shown, view)
+            )
     if len(results) > 1:
         results["worst"] = worst(bench, results["clean"], {n: r for n, r in results.items() if n != "clean"})
     return results
@@ -288,8 +291,8 @@ def attack_to_file(run: Run, settings: Mapping[str, Any] | str, out: Path, shown
     results: list[EvalResult] = []
     for modality in attack.threat.balls:
         direction = None if modality == home else f"{modality[0].upper()}2{home[0].upper()}"
-        bench = _bench(run, victim, data, shown, direction)
-        attacked = _attacked(run, bench, name, plain, attack, shown)
+        bench = bench_of(run, victim, data, shown, direction)
+        attacked = attacked_queries(run, bench, name, plain, attack, shown)
         ending = f"_{modality}" if results else ""
         arrays[f"inputs{ending}"] = attacked.inputs.numpy()
         arrays[f"codes{ending}"] = pack(attacked.signs[:, 0]).numpy()
@@ -297,7 +300,7 @@ def attack_to_file(run: Run, settings: Mapping[str, Any] | str, out: Path, shown
         results.append(score_attack(bench, attack, attacked))
     with write_aside(out) as aside:
         np.savez(aside, allow_pickle=False, **arrays)
-    return _described(results[0], name, run)
+    return described(results[0], name, run)
 
 
 def named_attacks(attacks: Sequence[Mapping[str, Any] | str]) -> dict[str, dict[str, Any]]:
@@ -317,7 +320,7 @@ def named_attacks(attacks: Sequence[Mapping[str, Any] | str]) -> dict[str, dict[
     return named
 
 
-def _attacked(
+def attacked_queries(
     run: Run,
     bench: Bench,
     name: str,
@@ -340,7 +343,7 @@ def _attacked(
     for block in range(bench.blocks):
         path = folder / f"{block}.npz"
         if path.is_file():
-            blocks.append(_read_block(path))
+            blocks.append(read_block(path))
         else:
             fitted = fitted or bench.fitted(attack)
             blocks.append(attack_block(bench, fitted, block, bench.victim.seen_by(view)))
@@ -350,7 +353,12 @@ def _attacked(
     return Attacked.join(blocks)
 
 
-def _read_block(path: Path) -> Attacked:
+def read_block(path: Path) -> Attacked:
+    """A block of attacked queries, as it was kept.
+
+    Raises:
+        RunError: a file that cannot be read; it is named.
+    """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Attacked.from_arrays({name: arrays[name] for name in arrays.files})
@@ -358,7 +366,7 @@ def _read_block(path: Path) -> Attacked:
         raise RunError(f"attacked queries {path} are damaged ({error}); delete the file to attack them again") from None
 
 
-def _described(result: EvalResult, name: str, run: Run) -> EvalResult:
+def described(result: EvalResult, name: str, run: Run) -> EvalResult:
     """The result under its name, with the fields of its setting that describe the model."""
     training, card = run.config.training, run.card()
     objective = training.objective if isinstance(training.objective, str) else training.objective["name"]

@@ -30,6 +30,7 @@ def suite_checks(
     doubled_steps: Tensor | None = None,
     doubled_restarts: Tensor | None = None,
     path: Mapping[str, Tensor] | None = None,
+    part: Tensor | None = None,
 ) -> tuple[Flag, ...]:
     """F4-F9 and F18, and F11 where the paths are given. What is None could not be run, and is amber.
 
@@ -44,19 +45,23 @@ def suite_checks(
         unbounded: (Q,) worst AP at eps = 1.
         doubled_steps, doubled_restarts: (Q,) worst white-box AP with twice the steps, or restarts.
         path: (R, Q) lowest AP that each line met on its path, before selection.
+        part: (P,) positions of the queries that ``unbounded`` and the doubled efforts were run on; all by default.
 
     Raises:
         ValueError: a line without a kind, shapes that do not fit the clean queries, or NaN.
     """
-    _check(ap, kind, clean, signs, [floor, unbounded, doubled_steps, doubled_restarts, *(curve or {}).values()])
+    _check(ap, kind, clean, signs, [floor, *(curve or {}).values()])
+    asked = torch.arange(len(clean)) if part is None else part
+    _check({}, {}, clean[asked], {}, [unbounded, doubled_steps, doubled_restarts])
     white = worst_of(ap, kind, clean, _WHITE)
+    some = None if white is None else white[asked]
     flags = [
         _beaten("F4", ap, kind, clean, white, ("black-box", "noise")),
         _beaten("F5", ap, kind, clean, white, ("transfer",)),
-        _unbounded(unbounded, chance, floor),
+        _unbounded(unbounded, chance, None if floor is None else floor[asked]),
         _curve(curve),
-        _effort("F8", white, doubled_steps, "doubled steps"),
-        _effort("F9", white, doubled_restarts, "doubled restarts"),
+        _effort("F8", some, doubled_steps, "doubled steps"),
+        _effort("F9", some, doubled_restarts, "doubled restarts"),
         _universal(signs),
     ]
     if path is not None:

@@ -1,0 +1,139 @@
+"""What a tier adds for this very victim: adaptive, transfer, black-box and noise lines, and the flags of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robusthash.attacks.threat import Budget, Threat
+from robusthash.evaluation.adaptive import adaptive_lines
+from robusthash.evaluation.attempts import Attempts, run_lines
+from robusthash.evaluation.bench import Bench, Progress, silent
+from robusthash.evaluation.blackbox import Surrogate, noise_lines, question_lines, transfer_lines
+from robusthash.evaluation.checks import model_checks
+from robusthash.evaluation.checks_base import order
+from robusthash.evaluation.checks_suite import suite_checks
+from robusthash.evaluation.curve import Curve
+from robusthash.evaluation.evaluate import as_codes, measure_codes
+from robusthash.evaluation.lines import Gradient, Line
+from robusthash.evaluation.observed import Observed, mismatches, observed
+from robusthash.evaluation.results import EvalResult, Flag
+from robusthash.evaluation.suite import TIERS, Suite, at_queries
+from robusthash.objectives.base import HashObjective
+
+LOOKED_AT = 16  # queries by whose passes a victim's behaviour is told
+CHECKED = 128  # queries of the checks that attack on their own
+QUESTIONS = 1000
+CLAIMS = ("standard", "full")  # tiers whose numbers may be claimed
+
+
+def seen_of(bench: Bench, threat: Threat) -> Observed:
+    """How the victim behaves on a few clean queries."""
+    positions = torch.arange(min(LOOKED_AT, len(bench.queries)))
+    batch = bench.queries.batch(positions).only(threat.balls).to(bench.victim.device)
+    return observed(bench.victim, batch.inputs)
+
+
+def lines_beside(
+    bench: Bench,
+    objective: HashObjective | None,
+    threat: Threat,
+    tier: str,
+    surrogates: Sequence[Surrogate] = (),
+    seen: Observed | None = None,
+) -> tuple[Line, ...]:
+    """Lines beside the gradient lines that every victim is given.
+
+    Noise and transfer from ``fast`` up; the adaptive lines of the defense and searches by 1,000 questions from
+    ``standard`` up. Threats on image and text together have no searches by questions and no noise.
+    """
+    if tier == "smoke":
+        return ()
+    steps, lines = TIERS[tier].steps, list[Line]()
+    if tier in CLAIMS:
+        lines += adaptive_lines(bench.victim, objective, replace(threat, knowledge="W2"), steps, seen=seen)
+    if surrogates:
+        lines += transfer_lines(bench, surrogates, threat)
+    if len(threat.balls) == 1:
+        lines += noise_lines(threat)
+        if tier in CLAIMS:
+            lines += question_lines(threat, QUESTIONS)
+    return tuple(lines)
+
+
+def without_gradient(suite: Suite) -> Suite:
+    """The suite without the lines that need a gradient, where none reaches the input."""
+    return replace(suite, lines=tuple(line for line in suite.lines if line.kind != "white-box"))
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Raises the flags of an assessment: the checks of the model, and those that compare the lines of the suite.
+
+    Args:
+        curve: the worst case by budget, where it was run.
+    """
+
+    suite: Suite
+    threat: Threat
+    curve: Curve | None = None
+    progress: Progress = silent
+
+    def __call__(self, bench: Bench, attempts: Attempts, result: EvalResult) -> tuple[Flag, ...]:
+        model = model_checks(bench, self.threat, queries=min(CHECKED, len(bench.queries)), observed=mismatches)
+        headline = bench.protocol.headline
+        untargeted = [line for line in attempts.lines if not line.targeted]
+        ap = {line.name: result.per_query[f"{headline} under {line.name}"][None] for line in untargeted}
+        compared = suite_checks(
+            ap,
+            {line.name: line.kind for line in untargeted},
+            result.per_query["clean"],
+            {line.name: attempts.signs(line.name)[:, :, 0] for line in untargeted},
+            result.reference["chance"],
+            result.per_query.get("floor"),
+            None if self.curve is None else dict(zip(self.curve.eps, self.curve.worst, strict=True)),
+            **(self._more(bench, untargeted, ap) if self.suite.name in CLAIMS else {}),
+        )
+        return order([*model, *compared])
+
+    def _more(self, bench: Bench, lines: Sequence[Line], ap: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The strongest gradient line on a part of the queries at eps = 1, and with twice its steps or restarts."""
+        able = [line for line in lines if isinstance(line, Gradient) and line.targeted is False]
+        if not able or self.threat.edits:
+            return {}
+        best = min(able, key=lambda line: float(ap[line.name].mean()))
+        part = torch.arange(min(CHECKED, len(bench.queries)))
+        few = at_queries(bench, part)
+        search: Any = best.attack.search
+        longer = replace(best, attack=replace(best.attack, search=replace(search, steps=2 * search.steps)))
+        tried = {
+            "unbounded": best.at(_everything(self.threat, few)),
+            "doubled_steps": longer,
+            "doubled_restarts": replace(best, restarts=2 * best.restarts),
+        }
+        return {"part": part, **{name: _lowest(few, line, self.progress) for name, line in tried.items()}}
+
+
+def _everything(threat: Threat, bench: Bench) -> Threat:
+    """The threat with a budget from which every input of the range can be reached."""
+    inputs = bench.batch(0, threat.balls).inputs
+    balls: dict[str, Budget] = {}
+    for name, ball in threat.balls.items():
+        width = ball.bounds[1] - ball.bounds[0]
+        size = width if ball.norm == "linf" else width * inputs[name][0].numel() ** 0.5
+        balls[name] = replace(ball, eps=size)
+    return Threat(balls, threat.knowledge)
+
+
+def _lowest(bench: Bench, line: Line, progress: Progress) -> Tensor:
+    """(Q,) lowest AP over all restarts of a line."""
+    attempts = run_lines(bench, [line], progress=progress)
+    assert attempts is not None  # one shard, the whole
+    signs = attempts.signs(line.name)[:, :, 0]
+    headline = bench.protocol.headline
+    found = [measure_codes(bench, as_codes(codes), bench.query_labels).per_query[headline] for codes in signs]
+    return torch.stack(found).amin(0)
