@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from robusthash.apps import auditing
 from robusthash.apps.audit import Tier, open_target, size_of
 from robusthash.apps.audit_photos import read_photos
 from robusthash.apps.auditing import run_audit
@@ -21,7 +22,8 @@ from robusthash.evaluation.results import Flag
 from robusthash.models.foreign import Broken
 from tests.unit.test_endpoint import served
 
-TINY = Tier("tiny", 8, 3, 4)
+LINES = ("guided-apgd", "flip", "mainstay", "square")
+TINY = Tier("tiny", 8, 3, 4, 20)
 
 
 def save(path, seed, size=48):
@@ -51,12 +53,13 @@ def model(monkeypatch):
     return made.model
 
 
-def test_a_model_is_measured_attacked_and_told_in_words(folder, model, tmp_path):
+def test_a_model_is_measured_attacked_and_told_in_words(folder, model, tmp_path, monkeypatch):
     (folder / "broken.jpg").write_bytes(b"no picture")
     save(folder / "again.png", 3)
     Image.new("RGB", (40, 40), "white").save(folder / "white.png")
     red = Flag("F9", 2.0, 1.0, "red", "restart the attack")
-    summary = run_audit("toy:model", tmp_path / "out", folder, size=32, tier=TINY, flags=[red])
+    monkeypatch.setattr(auditing, "passive_checks", lambda bench, threat: (red,))
+    summary = run_audit("toy:model", tmp_path / "out", folder, size=32, tier=TINY)
     rows = {row["name"]: row for row in summary["rows"]}
     assert summary["bits"] == 24
     assert summary["photographs"]["used"] == 9
@@ -68,7 +71,9 @@ def test_a_model_is_measured_attacked_and_told_in_words(folder, model, tmp_path)
     # a linear hasher keeps everyday copies, and falls at once where its weights are followed
     assert rows["jpeg-90"]["first"] == 1.0
     assert rows["hide, worst case"]["map"] < 0.5 < rows["noise"]["map"]
-    assert rows["hide, worst case"]["map"] <= min(rows[name]["map"] for name in ("guided-apgd", "flip", "mainstay"))
+    assert rows["hide, worst case"]["map"] <= min(
+        rows[name]["map"] for name in ("guided-apgd", "flip", "mainstay", "square")
+    )
     assert rows["imitate"]["map"] > 0.5
     assert rows["flip"]["largest"] <= 8 + 1e-3
     assert json.loads((tmp_path / "out" / "audit.json").read_text()) == json.loads(json.dumps(summary))
@@ -91,7 +96,10 @@ def test_a_hash_without_gradients_says_what_was_not_tried(folder, tmp_path):
     summary = run_audit("dhash", tmp_path / "out", folder, size=48, tier=TINY)
     assert not summary["gradients"]
     assert summary["radius"] == 10
-    assert {row["kind"] for row in summary["rows"]} == {"same", "everyday", "noise"}
+    assert {row["kind"] for row in summary["rows"]} == {"same", "everyday", "noise", "hide", "hide-worst"}
+    asked = next(row for row in summary["rows"] if row["name"] == "square")
+    assert asked["bits"] > next(row for row in summary["rows"] if row["name"] == "noise")["bits"]
+    assert {flag["id"] for flag in summary["flags"]} == {"F1", "F15", "F17", "F19", "F20"}
     assert "limit of this audit, not a protection" in (tmp_path / "out" / "report.html").read_text()
 
 

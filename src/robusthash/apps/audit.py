@@ -11,6 +11,7 @@ from torch import Tensor
 from robusthash.apps import stages
 from robusthash.apps.runs import load_run
 from robusthash.attacks.base import Attack
+from robusthash.attacks.blackbox import Square
 from robusthash.attacks.guides import Anchor, Own
 from robusthash.attacks.losses import ScaleFree
 from robusthash.attacks.named import guided_apgd, mainstay
@@ -18,6 +19,7 @@ from robusthash.attacks.search import APGD
 from robusthash.attacks.threat import threat_on
 from robusthash.core.registry import nearest
 from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.blackbox import Questions
 from robusthash.evaluation.lines import Gradient, Line
 from robusthash.models.endpoint import Endpoint
 from robusthash.models.foreign import Foreign, foreign
@@ -36,19 +38,21 @@ class Tier:
         queries: photographs that ask, under each everyday change.
         attacked: of these, how many are attacked.
         steps: of each attack that follows gradients.
+        questions: that a search which only asks may put about one photograph.
     """
 
     name: str
     queries: int
     attacked: int
     steps: int
+    questions: int = 300
 
     def __post_init__(self) -> None:
-        if min(self.queries, self.attacked) < 1 or self.steps < 2:
-            raise ValueError(f"an audit needs queries, attacked queries and 2 steps at least, got {self}")
+        if min(self.queries, self.attacked, self.questions) < 1 or self.steps < 2:
+            raise ValueError(f"an audit needs queries, attacked queries, questions and 2 steps at least, got {self}")
 
 
-TIERS = {"smoke": Tier("smoke", 20, 4, 5), "fast": Tier("fast", 200, 12, 20)}
+TIERS = {"smoke": Tier("smoke", 20, 4, 5, 30), "fast": Tier("fast", 200, 12, 20)}
 
 
 def tier_named(name: str) -> Tier:
@@ -173,7 +177,7 @@ def hostile_lines(target: Target, bench: Bench, tier: Tier, eps: float) -> list[
     """The attacks of an audit: untargeted lines hide a photograph, targeted ones make it look like another.
 
     Lines that follow gradients know weights and stored codes. A target without gradients, such as a perceptual hash or
-    an endpoint, gets those alone that ask it limits.
+    an endpoint, gets those alone that ask.
 
     Args:
         bench: of the photographs that are attacked.
@@ -191,6 +195,7 @@ def hostile_lines(target: Target, bench: Bench, tier: Tier, eps: float) -> list[
             Gradient("mainstay", mainstay(eps, tier.steps, step_size=2.5 * eps / tier.steps, slope="one")),
             Gradient("imitate", imitate),
         ]
-    # BLACK-BOX LINES HERE: the lead adds those that ask questions, for every target; a fast audit attacks 12
-    # photographs and may take five minutes on two cores in all
+    # judged by bits, since AP is flat while the photograph is still found first
+    asked = threat_on("image", eps, knowledge="B2")
+    lines.append(Questions("square", Square(), asked, "codes", "moved", tier.questions))
     return lines

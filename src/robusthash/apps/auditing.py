@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,14 @@ from robusthash.apps.audit_rows import Example, Kind, Row, worst_of
 from robusthash.apps.audit_scene import Hostile, Scene
 from robusthash.apps.runs import write_json
 from robusthash.apps.stages import Shown, silent
+from robusthash.attacks.threat import threat_on
 from robusthash.core.files import write_aside
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.data.changes import EVERYDAY, noise
 from robusthash.evaluation.attacked import Attacked
 from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.checks import passive_checks
 from robusthash.evaluation.copies import COPIES, calibrated_radius, copies_data, copies_found, false_matches
 from robusthash.evaluation.lines import Line
 from robusthash.evaluation.results import Flag, software_versions
@@ -51,7 +52,6 @@ def run_audit(
     limit: int = 1000,
     seed: int = 0,
     limits: EndpointLimits | None = None,
-    flags: Sequence[Flag] = (),
     shown: Shown = silent,
 ) -> dict[str, Any]:
     """Audit a search and write ``report.html`` and ``audit.json`` to ``out``.
@@ -66,7 +66,6 @@ def run_audit(
         radius: bits that may differ between two pictures that count as the same; by default the custom of a perceptual
             hash, else the largest at which at most 1 % of the pairs of different photographs do.
         limit: photographs read at most.
-        flags: checks of this model that were made elsewhere, to be told in the report.
 
     Returns:
         The content of ``audit.json``.
@@ -103,13 +102,13 @@ def run_audit(
         "seed": seed,
         "photographs": read.facts(),
         "rows": [asdict(row) for row in found.rows],
-        "flags": [asdict(flag) for flag in flags],
+        "flags": [asdict(flag) for flag in found.flags],
         "questions": opened.endpoint.asked if opened.endpoint else None,
         "software": software_versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     with write_aside(out / "report.html") as aside:
-        aside.write_text(audit_page(summary, found.rows, found.examples, flags), encoding="utf-8")
+        aside.write_text(audit_page(summary, found.rows, found.examples, found.flags), encoding="utf-8")
     write_json(out / "audit.json", summary)
     return summary
 
@@ -122,6 +121,7 @@ class _Measured:
     doubts: tuple[str, ...] = ()
     radius: int | None = None
     false_matches: float | None = None
+    flags: tuple[Flag, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------- searches by code
@@ -139,7 +139,9 @@ def _audit_codes(
 ) -> _Measured:
     queries = min(tier.queries, len(photos))
     if target.endpoint is not None:
-        target.endpoint.check_budget(len(photos) + queries * (len(EVERYDAY) + 2))
+        target.endpoint.check_budget(
+            len(photos) + queries * (len(EVERYDAY) + 2) + min(tier.attacked, queries) * (tier.questions + 2)
+        )
     bench = _bench(hasher, photos, queries, seed, shown)
     said, doubts = [], _doubts(target, hasher, bench, photos)
     if radius is None:
@@ -174,6 +176,7 @@ def _audit_codes(
         tuple(doubts),
         radius,
         false_matches(bench, radius),
+        () if target.endpoint else passive_checks(bench, threat_on("image", eps)),
     )
 
 

@@ -47,9 +47,9 @@ __all__ = [
 ]
 
 Shows = Literal["codes", "distances", "ids"]
-Judge = Literal["ap", "overlap", "rank"]
+Judge = Literal["ap", "overlap", "rank", "moved"]
 _JUDGES: dict[str, tuple[str, ...]] = {
-    "codes": ("ap", "overlap"),
+    "codes": ("ap", "overlap", "moved"),
     "distances": ("ap", "overlap"),
     "ids": ("overlap", "rank"),
 }
@@ -65,6 +65,8 @@ class Questions:
     * ``distances``, ``ap`` (B2): the returned distances to every item and the items' labels: the same AP.
     * ``codes`` or ``distances``, ``overlap`` (B2): no labels; the share of the clean top k that was replaced, exact
       under ties from codes, by (distance, id) from distances.
+    * ``codes``, ``moved`` (B2): the share of bits that differ from the clean query's code; neither labels nor database.
+      AP stays flat while the right item is still first, and this does not.
     * ``ids``, ``rank`` or ``overlap`` (B1): the ordered ids alone, compared with those that the clean query returned.
 
     The returned input is the best by this score, which at B1 need not be the one of lowest AP. The clean query is the
@@ -156,6 +158,13 @@ class Questions:
             select = bench.select(_labels(batch), -1)
             return lambda codes: select(codes.signs())
         first: list[Codes] = []  # the clean query is asked about first
+
+        def moved(codes: Codes) -> Tensor:
+            first.extend([codes][len(first) :])
+            return (first[0].signs() != codes.signs()).float().mean(1)
+
+        if self.judge == "moved":
+            return moved
 
         def replaced(codes: Codes) -> Tensor:
             first.extend([codes][len(first) :])

@@ -98,6 +98,22 @@ def model_checks(
     )
 
 
+def passive_checks(bench: Bench, threat: Threat, queries: int = 16) -> tuple[Flag, ...]:
+    """F1, F15, F17, F19 and F20: what is seen without any attack, so of models without gradients too.
+
+    Args:
+        queries: the first this many of the bench; F17 looks at all.
+    """
+    collapse, bench = f17_collapse(bench), first_queries(bench, queries)
+    modality = bench.direction[0]
+    inputs = bench.queries.batch(torch.arange(len(bench.queries))).only({modality}).to(bench.victim.device)
+    clean = score_clean(bench)
+    value, chance = clean.values[bench.protocol.headline], clean.reference["chance"]
+    inside, trained = f15_f19_inside(bench.victim, inputs.inputs)
+    repeated = f1_repeated(bench.victim, inputs.inputs)
+    return order([repeated, inside, collapse, trained, f20_range(bench.victim, inputs.inputs, threat, value, chance)])
+
+
 def first_queries(bench: Bench, count: int) -> Bench:
     """The bench of its first queries."""
     if count >= len(bench.queries):
