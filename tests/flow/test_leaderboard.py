@@ -204,7 +204,7 @@ def test_an_unreliable_model_is_last_unranked_and_marked_everywhere(run, tmp_pat
 def test_the_results_of_a_suite_are_listed_beside_those_of_the_recipe(run):
     results = {result.name: result for result in load_results(run / "metrics.json")}
     worst = results["worst"]
-    curve = {"eps": {"eps": torch.tensor([0.0, 4 / 255, 8 / 255]), "wMAP": torch.tensor([0.6, 0.5, 0.4])}}
+    curve = {"wMAP/eps": {"eps": torch.tensor([0.0, 4 / 255, 8 / 255]), "wMAP": torch.tensor([0.6, 0.5, 0.4])}}
     setting = replace(worst.setting, budget="standard", attacks=("guided/0", "flip/1"))
     assessed = replace(worst, name="img-linf-8 standard", setting=setting, curves=curve)
     save_results(run / "assess.json", [assessed])

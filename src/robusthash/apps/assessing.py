@@ -35,6 +35,10 @@ class FolderKeep:
 
     root: Path
 
+    def within(self, name: str) -> FolderKeep:
+        """A keep of its own inside this one."""
+        return FolderKeep(self.root / name)
+
     def _path(self, line: Line, restart: int, block: int) -> Path:
         name = re.sub(r"[^\w.-]+", "_", line.name)
         return self.root / f"{name}-{digest(line.settings(), 8)}" / str(restart) / f"{block}.npz"
@@ -68,6 +72,7 @@ def assess(
     shard: tuple[int, int] | None = None,
     surrogates: Sequence[Run] = (),
     checked: bool = True,
+    kept: bool = True,
 ) -> EvalResult | None:
     """Run a suite on a trained run, or go on where it was stopped, and write ``assess.json``.
 
@@ -78,6 +83,7 @@ def assess(
         shard: (i, n): only these blocks of queries, for several processes; a call without it joins them.
         surrogates: runs on the same data that transfer lines search on; without them F5 says so.
         checked: raise the flags; the smoke tier never does.
+        kept: go on from kept blocks, and write ``assess.json``; without it everything is attacked afresh.
 
     Returns:
         The result, named by threat and tier; None of a shard.
@@ -98,21 +104,24 @@ def assess(
         suite, notes = without_gradient(suite), (*notes, "no gradient reaches the input: no white-box line was run")
     known = [_surrogate(other, data, bench) for other in surrogates]
     suite = replace(suite, lines=(*suite.lines, *lines_beside(bench, objective, aim, tier_name, known, seen)))
-    folder = _folder(run, suite, bench)
+    keep = FolderKeep(_folder(run, suite, bench)) if kept else None
     if shard is not None:
-        run_shard(bench, suite, shard, keep=FolderKeep(folder), progress=shown)
+        if keep is None:
+            raise ValueError("a shard without what is kept would lose its work")
+        run_shard(bench, suite, shard, keep=keep, progress=shown)
         return None
     by_eps = None
     if curve:
         chosen = [line for line in suite.lines if line.name in CURVE_LINES]
-        by_eps = eps_curve(bench, chosen, aim, keep=FolderKeep(folder / "curve"), progress=shown)
+        by_eps = eps_curve(bench, chosen, aim, keep=None if keep is None else keep.within("curve"), progress=shown)
     checks = Flags(suite, aim, by_eps, shown) if checked and tier_name != "smoke" else None
-    result = assess_prepared(bench, suite, notes, keep=FolderKeep(folder), progress=shown, checks=checks)
+    result = assess_prepared(bench, suite, notes, keep=keep, progress=shown, checks=checks)
     if by_eps is not None:
         result = by_eps.onto(result)
     prefix = "" if direction is None else f"{direction} "
     result = stages.described(result, f"{prefix}{result.name}", run)
-    _write(run.path / "assess.json", result)
+    if kept:
+        _write(run.path / "assess.json", result)
     return result
 
 

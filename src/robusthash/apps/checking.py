@@ -19,6 +19,7 @@ from robusthash.evaluation.bench import Bench, make_bench
 from robusthash.evaluation.checks import model_checks
 from robusthash.evaluation.checks_base import CHECKS
 from robusthash.evaluation.checks_model import require_usable
+from robusthash.evaluation.observed import mismatches
 from robusthash.evaluation.results import Flag
 from robusthash.evaluation.zoo import Calibrated, calibrate
 from robusthash.models.hasher import build_hasher
@@ -47,7 +48,7 @@ def check_run(
         direction: such as ``T2I``; the first of the run's by default.
     """
     bench = run_bench(run, shown, direction)
-    flags = model_checks(bench, _threat(bench, eps, norm), queries=queries, steps=steps)
+    flags = model_checks(bench, _threat(bench, eps, norm), queries=queries, steps=steps, observed=mismatches)
     write_json(run.path / "checks.json", plain(flags))
     return flags
 
@@ -84,7 +85,7 @@ def calibration(
     """
     bench = toy_bench(shown) if run is None else run_bench(run, shown)
     threat = _threat(bench, None, "linf")
-    honest = model_checks(bench, threat, queries=queries, steps=100)
+    honest = model_checks(bench, threat, queries=queries, steps=100, observed=mismatches)
     return honest, calibrate(bench, threat, queries=queries, steps=steps)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from robusthash.apps import stages
+from robusthash.apps import assessing, stages
 from robusthash.apps.runs import Run
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
@@ -19,9 +20,6 @@ from robusthash.evaluation.results import EvalResult, load_results, save_results
 
 FILE = "evidence.json"
 """Accepted bundles of a run, as results; the leaderboard reads them beside the run's own."""
-
-Assess = Callable[[Run, str, str, int], Mapping[str, EvalResult]]
-"""(run, tier, threat, queries) -> results with ``clean`` and ``worst``: a tier of the suite."""
 
 
 def export_evidence(
@@ -98,11 +96,16 @@ def evaluate_afresh(run: Run, shown: stages.Shown = stages.silent) -> dict[str, 
     return {name: stages.described(result, name, run) for name, result in results.items()}
 
 
-def verify_entry(entry: Entry, run: Run, assess: Assess | None = None, shown: stages.Shown = stages.silent) -> Verified:
-    """Run the evaluation of a registry entry again on a trained run, from scratch, and compare.
+def assess_afresh(run: Run, tier: str, threat: str, queries: int) -> dict[str, EvalResult]:
+    """A tier of the suite without anything that was kept, as the results ``clean`` and ``worst``."""
+    result = assessing.assess(run, tier, threat, queries, kept=False)
+    assert result is not None  # no shard was asked for
+    headline = result.setting.protocol["measures"][0]
+    return {"clean": replace(result, values={headline: result["clean"]}), "worst": result}
 
-    Args:
-        assess: runs a tier of the suite; entries of the tier ``recipe`` do without.
+
+def verify_entry(entry: Entry, run: Run, shown: stages.Shown = stages.silent) -> Verified:
+    """Run the evaluation of a registry entry again on a trained run, from scratch, and compare.
 
     Raises:
         ValueError: the run is not one of the entry's recipe and seed.
@@ -116,9 +119,7 @@ def verify_entry(entry: Entry, run: Run, assess: Assess | None = None, shown: st
     claimed = entry.claimed
     if claimed.tier == "recipe":
         return verify(entry, lambda _: evaluate_afresh(run, shown))
-    if assess is None:
-        raise ValueError(f"the entry {entry.id} claims a value of the tier {claimed.tier!r}, and no suite was given")
-    return verify(entry, lambda _: assess(run, claimed.tier, claimed.threat, claimed.queries))
+    return verify(entry, lambda _: assess_afresh(run, claimed.tier, claimed.threat, claimed.queries))
 
 
 def entry_of(run: Run, results: Mapping[str, EvalResult], recipe: str, overrides: Sequence[str] = ()) -> Entry:

@@ -222,7 +222,7 @@ def _eps_chart(board: Board) -> Markup | None:
     """Worst case over eps of the first rows whose records hold the curve, of the first seed."""
     series: list[Series] = []
     for row in board.rows:
-        curve = row.records[0].own.curves.get("eps")
+        curve = row.records[0].own.curves.get(f"w{board.measure}/eps")
         if curve is not None and len(series) < _DRAWN:
             name = next(axis for axis in curve if axis != "eps")
             tone, mark = TONES[len(series) % len(TONES)], " (UNRELIABLE)" if row.unreliable else ""

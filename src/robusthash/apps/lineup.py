@@ -88,6 +88,7 @@ class Flags:
         headline = bench.protocol.headline
         untargeted = [line for line in attempts.lines if not line.targeted]
         ap = {line.name: result.per_query[f"{headline} under {line.name}"][None] for line in untargeted}
+        more = self._more(bench, untargeted, ap) if self.suite.name in CLAIMS else {}
         compared = suite_checks(
             ap,
             {line.name: line.kind for line in untargeted},
@@ -96,7 +97,10 @@ class Flags:
             result.reference["chance"],
             result.per_query.get("floor"),
             None if self.curve is None else dict(zip(self.curve.eps, self.curve.worst, strict=True)),
-            **(self._more(bench, untargeted, ap) if self.suite.name in CLAIMS else {}),
+            more.get("unbounded"),
+            more.get("doubled steps"),
+            more.get("doubled restarts"),
+            part=more.get("part"),
         )
         return order([*model, *compared])
 
@@ -112,8 +116,8 @@ class Flags:
         longer = replace(best, attack=replace(best.attack, search=replace(search, steps=2 * search.steps)))
         tried = {
             "unbounded": best.at(_everything(self.threat, few)),
-            "doubled_steps": longer,
-            "doubled_restarts": replace(best, restarts=2 * best.restarts),
+            "doubled steps": longer,
+            "doubled restarts": replace(best, restarts=2 * best.restarts),
         }
         return {"part": part, **{name: _lowest(few, line, self.progress) for name, line in tried.items()}}
 

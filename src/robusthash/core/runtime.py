@@ -101,3 +101,14 @@ def precision(name: str, device: torch.device | str) -> Iterator[None]:
         raise ValueError(f"precision must be 'float32' or 'bf16', got {name!r}")
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=name == "bf16"):
         yield
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, torch makes real tensors of ``dtype`` where none is named; logits are given in it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

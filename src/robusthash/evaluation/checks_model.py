@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from robusthash.attacks.threat import Threat
 from robusthash.core.hamming import sign
+from robusthash.core.runtime import default_dtype
 from robusthash.core.types import Batch, Inputs
 from robusthash.evaluation.checks_base import CHECKS, above, flag, not_run
 from robusthash.evaluation.results import Flag
@@ -85,7 +86,8 @@ def f16_precision(victim: Hasher, inputs: Inputs) -> Flag:
     """
     single = logits_of(victim, inputs)
     try:
-        double = logits_of(in_double(victim), as_double(inputs))
+        with default_dtype(torch.float64):
+            double = logits_of(in_double(victim), as_double(inputs))
     except RuntimeError as error:
         return not_run("F16", f"the model does not run in float64 ({str(error).splitlines()[0]})")
     differ = float((sign(single) != sign(double)).double().mean())

@@ -15,7 +15,7 @@ from robusthash.attacks.losses import Agreement, ScaleFree
 from robusthash.attacks.search import APGD
 from robusthash.attacks.threat import Threat
 from robusthash.core.hamming import sign
-from robusthash.core.runtime import Draws
+from robusthash.core.runtime import Draws, default_dtype
 from robusthash.core.types import Batch, Goal, Guidance, Inputs
 from robusthash.evaluation.attacked import attack_block
 from robusthash.evaluation.bench import Bench
@@ -273,7 +273,8 @@ def f14_differences(bench: Bench, threat: Threat) -> Flag:
     """Autograd through the whole victim against finite differences, in float64."""
     look = _Differences(threat.edits)
     try:
-        _searched(bench, threat, _Straight(), look, in_double(bench.victim))
+        with default_dtype(torch.float64):
+            _searched(bench, threat, _Straight(), look, in_double(bench.victim))
     except RuntimeError as error:
         return not_run("F14", f"the model does not run in float64 ({str(error).splitlines()[0]})")
     errors = torch.cat(look.errors)

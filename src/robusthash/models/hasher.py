@@ -108,10 +108,9 @@ class Hasher(nn.Module):
     def _hash(self, modality: str, values: Tensor) -> HashOutput:
         features, aux = self.encoders[modality](values)
         logits, code, scale = self.heads[modality](features)
-        # under autocast these are bf16; codes are decided, and compared with references, in float32. A model in float64
-        # keeps its digits: finite differences need them
-        if logits.dtype != torch.float64:
-            logits, code = logits.float(), code.float()
+        # under autocast these are bf16; codes are decided, and compared with references, in torch's default dtype:
+        # float32, unless somebody wants the digits that finite differences need
+        logits, code = (values.to(torch.get_default_dtype()) for values in (logits, code))
         return HashOutput(logits, code, features, aux, scale)
 
 
