@@ -10,11 +10,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from robusthash.apps import (
     cli_audit,
     cli_blackbox,
+    cli_catalogue,
     cli_checks,
     cli_database,
     cli_evidence,
@@ -35,18 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-data_app = typer.Typer(help="Look at data sets before training on them.", no_args_is_help=True)
-app.add_typer(cli_index.app, name="index")
-app.add_typer(data_app, name="data")
-app.command("transfer")(cli_blackbox.transfer)
-app.command("poison")(cli_database.poison)
-cli_study.add_to(app)
-app.add_typer(cli_evidence.app, name="evidence")
-app.command()(cli_evidence.verify)
-app.command()(cli_evidence.leaderboard)
-app.command("audit")(cli_audit.audit)
-app.command()(cli_suite.assess)
-app.command("check")(cli_checks.check)
+
+EXPERIMENTS = "Experiments"
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).")]
 RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]
@@ -85,7 +75,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENTS)
 def demo(
     out: Annotated[Path, typer.Option(help="Where the report and all else is written.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of training and attacks.")] = 0,
@@ -103,7 +93,7 @@ def demo(
     console.print(f"report: {out / 'report.html'}")
 
 
-@app.command("run")
+@app.command("run", rich_help_panel=EXPERIMENTS)
 def run_command(recipe: Recipe, sets: Sets = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Train, evaluate and report one recipe; goes on where it was stopped, and skips what is done."""
     from robusthash.apps.stages import run_all
@@ -113,7 +103,7 @@ def run_command(recipe: Recipe, sets: Sets = None, runs: Runs = Path("runs"), as
     _show_results(run.path, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENTS)
 def train(recipe: Recipe, sets: Sets = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Train the model of a recipe, or go on from its last checkpoint."""
     from robusthash.apps import stages
@@ -133,7 +123,7 @@ def train(recipe: Recipe, sets: Sets = None, runs: Runs = Path("runs"), as_json:
     sys.stdout.write(f"{run.path}\n")
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENTS)
 def encode(run: RunPath, as_json: AsJson = False) -> None:
     """Write the packed codes of every split of a run."""
     from robusthash.apps import stages
@@ -148,7 +138,7 @@ def encode(run: RunPath, as_json: AsJson = False) -> None:
         sys.stdout.write(f"{path}\n")
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENTS)
 def evaluate(
     run: RunPath,
     attack: Annotated[
@@ -169,7 +159,7 @@ def evaluate(
     _show_results(run, as_json)
 
 
-@app.command("attack")
+@app.command("attack", rich_help_panel=EXPERIMENTS)
 def attack_command(
     run: RunPath,
     name: Annotated[str, typer.Argument(help="Attack, as YAML or by name: mainstay, '{name: hag, eps: 4/255}'.")],
@@ -192,7 +182,7 @@ def attack_command(
     sys.stdout.write(f"{out}\n")
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENTS)
 def score(
     query: Annotated[Path, typer.Argument(help="Query codes (.npz).")],
     database: Annotated[Path, typer.Argument(help="Database codes (.npz).")],
@@ -224,7 +214,7 @@ def score(
         console.print(note)
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENTS)
 def compare(
     first: RunPath,
     second: RunPath,
@@ -249,7 +239,7 @@ def compare(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENTS)
 def table(
     paths: Annotated[list[Path], typer.Argument(help="Run directories; runs of one recipe are its seeds.")],
     column: Annotated[
@@ -269,7 +259,7 @@ def table(
     sys.stdout.write(markdown(rows, column) + "\n")
 
 
-@app.command()
+@app.command(rich_help_panel=EXPERIMENTS)
 def report(run: RunPath, as_json: AsJson = False) -> None:
     """Write report.html of an evaluated run."""
     from robusthash.apps.report import write_report
@@ -280,65 +270,6 @@ def report(run: RunPath, as_json: AsJson = False) -> None:
         print_json({"report": str(path)})
         return
     sys.stdout.write(f"{path}\n")
-
-
-@app.command("list")
-def list_command(
-    kind: Annotated[str | None, typer.Argument(help="Only this kind, e.g. attack, objective, outer, data.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Everything that can be named in a recipe, with its paper, its evidence label and its state.
-
-    Evidence: paper+code, paper, reconstruction, own or library.
-    State: measured (on real data, in the documents) or tested.
-    """
-    from robusthash.apps.catalogue import everything
-    from robusthash.core.registry import nearest
-
-    cards = everything()
-    kinds = {card.kind for card in cards}
-    if kind is not None and kind not in kinds:
-        raise ValueError(f"no kind is called {kind!r}{nearest(kind, kinds)}")
-    chosen = [card for card in cards if kind in (None, card.kind)]
-    if as_json:
-        fields = ("kind", "name", "paper", "evidence", "state", "modality", "supervised", "targeted", "summary")
-        print_json([{field: getattr(card, field) for field in fields} for card in chosen])
-        return
-    rows = [[f"{card.kind} {card.name}", card.evidence, card.state, card.paper, card.summary] for card in chosen]
-    table = Table()
-    for column in ("name", "evidence", "state", "paper", "what it is"):
-        table.add_column(column, justify="left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
-
-
-@data_app.command("check")
-def data_check(
-    name: Annotated[str, typer.Argument(help="Data set as YAML or by name: photos, '{name: folder, root: DIR}'.")],
-    as_json: AsJson = False,
-) -> None:
-    """Read a data set, check its splits, and print sizes and fingerprints."""
-    import yaml
-
-    from robusthash.apps.config import numbers
-    from robusthash.core.registry import build
-    from robusthash.data import RetrievalData
-
-    data: RetrievalData = build("data", numbers(yaml.safe_load(name)))
-    described = data.describe()
-    if as_json:
-        print_json(described)
-        return
-    rows = [[split, len(part), part.fingerprint()] for split, part in data.splits.items()]
-    print_table(
-        f"{data.name}: {len(data.label_names)} labels, modalities {', '.join(data.modalities)}",
-        ["split", "items", "fingerprint"],
-        rows,
-    )
-    console.print(f"training items in the database: {data.train_in_database}")
-    if data.note:
-        console.print(data.note)
 
 
 def _results(run: Path) -> dict[str, EvalResult]:
@@ -400,6 +331,25 @@ def _show_table(results: Mapping[str, EvalResult]) -> None:
         )
     print_table("results", ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
 
+
+for panel, verbs in {
+    "Numbers that hold": (
+        cli_suite.assess,
+        cli_checks.check,
+        cli_audit.audit,
+        cli_blackbox.transfer,
+        cli_database.poison,
+        cli_evidence.verify,
+        cli_evidence.leaderboard,
+    ),
+    "Studies": (cli_study.sweep, cli_study.curves, cli_study.figures, cli_study.attribute, cli_study.cost),
+}.items():
+    for verb in verbs:
+        app.command(rich_help_panel=panel)(verb)
+app.add_typer(cli_evidence.app, name="evidence", rich_help_panel="Numbers that hold")
+app.add_typer(cli_index.app, name="index", rich_help_panel="Search and catalogue")
+app.command("list", rich_help_panel="Search and catalogue")(cli_catalogue.everything)
+app.add_typer(cli_catalogue.app, name="data", rich_help_panel="Search and catalogue")
 
 if __name__ == "__main__":
     main()

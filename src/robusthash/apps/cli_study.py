@@ -14,12 +14,6 @@ RunPaths = Annotated[list[Path], typer.Argument(help="Run directories.")]
 Figures = Annotated[bool, typer.Option("--figure/--no-figure", help="Draw it too (needs the extra `figures`).")]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the verbs."""
-    for verb in (attribute, cost, sweep, curves, figures):
-        app.command()(verb)
-
-
 def attribute(
     runs: RunPaths,
     images: Annotated[int, typer.Option(min=1, help="The first this many queries.")] = 32,
