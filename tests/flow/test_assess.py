@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -41,7 +40,6 @@ def call(monkeypatch, capsys):
 
     def go(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "file", sys.stderr)
         monkeypatch.setattr(cli.console, "width", 200)
         code = 0
         try:
@@ -140,7 +138,7 @@ def test_damaged_blocks_and_bad_words_are_refused(call, run):
         assert said in err
 
 
-def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch):
+def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys):
     """The standard tier, made small: noise and questions beside the gradient lines, and every check that has an id."""
     from robusthash.evaluation import suite
 
@@ -157,10 +155,8 @@ def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch):
     assert flags["F7"].level == "amber"  # no curve was run
     for ran in ("F4", "F5", "F6", "F8", "F9"):
         assert flags[ran].value < float("inf")
-    shown = io.StringIO()
-    monkeypatch.setattr(cli_suite.console, "file", shown)
     cli_suite._show(result)
-    assert "remedy" in shown.getvalue()
+    assert "remedy" in capsys.readouterr().err
 
 
 def test_adaptive_lines_go_with_the_defense():

@@ -39,7 +39,6 @@ def call(monkeypatch, capsys):
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "file", sys.stderr)
         code = 0
         try:
             cli.main()

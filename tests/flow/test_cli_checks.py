@@ -29,8 +29,6 @@ def call(monkeypatch, capsys):
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
-        for module in (cli, cli.cli_checks):
-            monkeypatch.setattr(module.console, "file", sys.stderr)
         code = 0
         try:
             cli.main()

@@ -73,7 +73,6 @@ def sibling(
 
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, words)])
-    monkeypatch.setattr(cli.console, "file", sys.stderr)
     code = 0
     try:
         cli.main()
