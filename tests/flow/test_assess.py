@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from robusthash.apps import assessing, cli, cli_suite, lineup, stages
+from robusthash.apps import assessing, cli_suite, lineup, stages
 from robusthash.apps.config import make_config
 from robusthash.apps.runs import RunError, load_run
 from robusthash.attacks.threat import image_threat
@@ -32,24 +31,6 @@ CONFIG = {
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return stages.train(make_config(CONFIG), tmp_path).path
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def go(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "width", 200)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        caught = capsys.readouterr()
-        return code, caught.out, caught.err
-
-    return go
 
 
 def blocks(run: Path) -> dict[str, dict[str, np.ndarray]]:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from robusthash.apps import cli, stages
+from robusthash.apps import stages
 from robusthash.apps.config import ConfigError, load_config, make_config
 from robusthash.apps.runs import RunError, load_run
 
@@ -31,23 +31,6 @@ CONFIG = {
     },
     "runtime": {"device": "cpu"},
 }
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        caught = capsys.readouterr()
-        return code, caught.out, caught.err
-
-    return run
 
 
 @pytest.fixture

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from robusthash.apps import checking, cli, stages
+from robusthash.apps import checking, stages
 from robusthash.apps.config import make_config
 from robusthash.evaluation.zoo import ZOO, calibrate
 
@@ -21,23 +20,6 @@ CONFIG = {
     "training": {"objective": "csq", "epochs": 25, "batch_size": 32, "optim": {"hasher": {"lr": 0.05}}},
     "runtime": {"device": "cpu"},
 }
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        caught = capsys.readouterr()
-        return code, caught.out, caught.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

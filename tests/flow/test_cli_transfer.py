@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from robusthash.apps import cli, stages
+from robusthash.apps import stages
 from robusthash.apps.config import make_config
 
 CONFIG = {
@@ -28,23 +27,6 @@ def runs(tmp_path_factory) -> list[Path]:
     second = {**CONFIG, "runtime": {"device": "cpu", "seed": 1}}
     other = {**CONFIG, "name": "other", "data": {**CONFIG["data"], "seed": 5}}
     return [stages.train(make_config(config), root).path for config in (CONFIG, second, other)]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        caught = capsys.readouterr()
-        return code, caught.out, caught.err
-
-    return run
 
 
 def test_a_table_of_two_runs(call, runs):

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,25 +70,14 @@ def sibling(
     return made
 
 
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, words)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as leaving:
-        code = int(leaving.code or 0)
-    caught = capsys.readouterr()
-    return code, caught.out, caught.err
-
-
 # ---------------------------------------------------------------------------------------------- evidence and registry
 
 
-def test_evidence_from_export_to_a_lower_best_known_value(run, tmp_path, monkeypatch, capsys):
+def test_evidence_from_export_to_a_lower_best_known_value(run, tmp_path, call):
     bundle = tmp_path / "bundle"
-    code, out, err = call(monkeypatch, capsys, "evidence", "export", run, "--attack", STRONG, "--out", bundle)
+    code, out, err = call("evidence", "export", run, "--attack", STRONG, "--out", bundle)
     assert (code, out.strip()) == (0, str(bundle)), err
-    code, out, err = call(monkeypatch, capsys, "evidence", "verify", bundle, "--run", run, "--json")
+    code, out, err = call("evidence", "verify", bundle, "--run", run, "--json")
     assert code == 0, err
     said = json.loads(out)
     own = {result.name: result for result in load_results(run / "metrics.json")}["worst"]
@@ -102,49 +90,47 @@ def test_evidence_from_export_to_a_lower_best_known_value(run, tmp_path, monkeyp
         own.per_query["wMAP"], load_results(run / "evidence.json")[0].per_query["MAP"]).mean()))  # fmt: skip
     assert said["bundle"] in row.sources
     assert said["bundle"] in as_markdown([board])
-    assert call(monkeypatch, capsys, "evidence", "verify", bundle, "--run", run)[0] == 0
+    assert call("evidence", "verify", bundle, "--run", run)[0] == 0
     assert len(load_results(run / "evidence.json")) == 1, "a bundle that is verified twice counts once"
 
 
-def test_evidence_for_other_weights_is_refused_in_one_line(run, tmp_path, monkeypatch, capsys):
+def test_evidence_for_other_weights_is_refused_in_one_line(run, tmp_path, call):
     bundle = tmp_path / "bundle"
-    assert call(monkeypatch, capsys, "evidence", "export", run, "--attack", "hag", "--out", bundle)[0] == 0
+    assert call("evidence", "export", run, "--attack", "hag", "--out", bundle)[0] == 0
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps({**manifest, "weights": "0" * 16}))
-    code, out, err = call(monkeypatch, capsys, "evidence", "verify", bundle, "--run", run)
+    code, out, err = call("evidence", "verify", bundle, "--run", run)
     assert (code, out) == (1, "")
     assert "made for other weights" in err
     assert "Traceback" not in err
     assert not (run / "evidence.json").exists()
-    code, _, err = call(monkeypatch, capsys, "evidence", "export", run, "--attack", "dhta", "--out", tmp_path / "t")
+    code, _, err = call("evidence", "export", run, "--attack", "dhta", "--out", tmp_path / "t")
     assert code == 1
     assert "targeted" in err
 
 
-def test_an_entry_is_written_verified_and_fails_when_it_lies(run, tmp_path, monkeypatch, capsys):
+def test_an_entry_is_written_verified_and_fails_when_it_lies(run, tmp_path, call):
     registry = tmp_path / "registry"
     registry.mkdir()
-    code, out, err = call(
-        monkeypatch, capsys, "evidence", "entry", run, "--recipe", "recipes/tiny.yaml", "--out", registry
-    )
+    code, out, err = call("evidence", "entry", run, "--recipe", "recipes/tiny.yaml", "--out", registry)
     assert code == 0, err
     path = Path(out.strip())
     for block in (run / "attacks").rglob("*.npz"):  # verification runs the attacks anew: kept blocks cannot vouch
         block.unlink()
-    code, out, err = call(monkeypatch, capsys, "verify", path, "--run", run, "--json")
+    code, out, err = call("verify", path, "--run", run, "--json")
     assert code == 0, err
     assert json.loads(out)["faults"] == []
     raw = yaml.safe_load(path.read_text())
     raw["claimed"]["clean"] += 0.2
     raw["claimed"]["worst"] += 0.1
     path.write_text(yaml.safe_dump(raw))
-    code, _, err = call(monkeypatch, capsys, "verify", path, "--run", run)
+    code, _, err = call("verify", path, "--run", run)
     assert code == 1
     assert "claimed.clean" in err
     assert "claimed.worst" in err
     raw["source"]["seed"] = 3
     path.write_text(yaml.safe_dump(raw))
-    code, _, err = call(monkeypatch, capsys, "verify", path, "--run", run)
+    code, _, err = call("verify", path, "--run", run)
     assert code == 1
     assert "with seed 3; train that one" in err
 
@@ -237,11 +223,11 @@ def test_runs_that_make_no_board(run, tmp_path, what):
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def test_the_page_loads_nothing_and_escapes_what_it_shows(run, tmp_path, monkeypatch, capsys):
+def test_the_page_loads_nothing_and_escapes_what_it_shows(run, tmp_path, call):
     odd = sibling(run, tmp_path, name="odd", training_attack="<script>alert(1)</script>")
     files = [tmp_path / name for name in ("board.html", "board.md", "board.json")]
     options = [word for pair in zip(("--out", "--markdown", "--json"), files, strict=True) for word in pair]
-    code, out, err = call(monkeypatch, capsys, "leaderboard", run, odd, *options)
+    code, out, err = call("leaderboard", run, odd, *options)
     assert code == 0, err
     assert out.split() == [str(path) for path in files]
     text = files[0].read_text()
@@ -254,7 +240,7 @@ def test_the_page_loads_nothing_and_escapes_what_it_shows(run, tmp_path, monkeyp
     assert not re.search(r"https?:|@import|url\(", text)
     assert {"src", "href"}.isdisjoint({key for _, attributes in page.tags for key in attributes})
     assert json.loads(files[2].read_text())["schema"] == "robusthash.leaderboard/1"
-    shown = call(monkeypatch, capsys, "leaderboard", run)[1]
+    shown = call("leaderboard", run)[1]
     assert shown.startswith("# Leaderboard")
 
 

@@ -14,7 +14,7 @@ import matplotlib.image
 import pytest
 import yaml
 
-from robusthash.apps import cli, stages, sweep
+from robusthash.apps import stages, sweep
 from robusthash.apps.config import make_config
 from robusthash.apps.runs import load_run
 from robusthash.apps.study import load_attributions
@@ -27,23 +27,6 @@ CONFIG = {
     "evaluation": {"attacks": [{"name": "mainstay", "steps": 2, "step_size": "4/255"}, {"name": "dhta", "steps": 2}]},
     "runtime": {"device": "cpu", "keep_epochs": 2},
 }
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        caught = capsys.readouterr()
-        return code, caught.out, caught.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ import robusthash as rh
 from robusthash.attacks.threat import edit_threat, image_threat, threat_on
 from robusthash.evaluation import Bench, EvalResult, make_bench, score_attack, score_clean, worst
 from robusthash.evaluation.attacked import Attacked
-from robusthash.evaluation.bundles import weights_digest
 from robusthash.evaluation.evaluate import attack_all
 from robusthash.evaluation.evidence import best_known, export, verify_bundle
+from robusthash.models.encode import weights_digest
 from tests.helpers import make_data, small_hasher, trained_hasher
 
 ATTACK = rh.attacks.mainstay(eps=16 / 255, steps=4, step_size=8 / 255)

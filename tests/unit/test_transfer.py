@@ -21,8 +21,9 @@ from robusthash.core.types import Goal, Inputs
 from robusthash.data import RetrievalData, load_data
 from robusthash.evaluation.bench import Bench, make_bench
 from robusthash.evaluation.blackbox import Transfer, make_surrogate, transfer_lines, transfer_matrix
-from robusthash.evaluation.transfer import ENSEMBLE, transfer_attack, weights_digest
+from robusthash.evaluation.transfer import ENSEMBLE, transfer_attack
 from robusthash.models import Hasher, build_hasher
+from robusthash.models.encode import weights_digest
 
 EPS = 16 / 255
 KNOWN = image_threat(EPS, knowledge="T")

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import nn
 
 from robusthash.attacks.threat import Ball, Budget, Edits, Knowledge, Threat
 from robusthash.evaluation.records import Record, read_record
@@ -73,19 +71,6 @@ class Bundle:
     inputs: np.ndarray  # (n, ...) float32, mapped from disk
     eight_bit: np.ndarray | None  # (n, 3, H, W) uint8; None where the inputs are no pictures
     digest: str  # of the manifest, and by its list of files of everything else
-
-
-def weights_digest(model: nn.Module) -> str:
-    """16 hex digits of every parameter and buffer; ``"none"`` of a model that holds none."""
-    state = model.state_dict()
-    if not state:
-        return "none"
-    found = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def read_bundle(folder: str | Path) -> Bundle:

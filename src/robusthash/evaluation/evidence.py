@@ -22,11 +22,12 @@ from robusthash.core.files import write_all_aside
 from robusthash.core.types import Batch
 from robusthash.evaluation.attacked import Attacked, Trial, finish
 from robusthash.evaluation.bench import Bench
-from robusthash.evaluation.bundles import SCHEMA, Bundle, Manifest, ThreatRecord, read_bundle, sha256_of, weights_digest
+from robusthash.evaluation.bundles import SCHEMA, Bundle, Manifest, ThreatRecord, read_bundle, sha256_of
 from robusthash.evaluation.evaluate import score_attack
 from robusthash.evaluation.results import EvalResult
 from robusthash.evaluation.robust import hrs_of, worst_case
 from robusthash.evaluation.stats import bootstrap_interval, intervals
+from robusthash.models.encode import weights_digest
 from robusthash.version import __version__
 
 _CLAIM = 0.005  # MAP by which a claim may differ from our own score before it is remarked upon

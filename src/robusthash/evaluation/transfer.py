@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robusthash.attacks.base import Attack
 from robusthash.attacks.edits import GreedyFlips
@@ -26,7 +25,7 @@ from robusthash.evaluation.bench import Bench, Progress, encoding_batch, silent
 from robusthash.evaluation.evaluate import as_codes
 from robusthash.evaluation.lines import Kind
 from robusthash.evaluation.protocol import measure
-from robusthash.models.encode import encode_split
+from robusthash.models.encode import encode_split, weights_digest
 from robusthash.models.hasher import Hasher
 
 ENSEMBLE = "ensemble of the others"
@@ -35,15 +34,6 @@ ENSEMBLE = "ensemble of the others"
 def keyed(bench: Bench, name: str, restart: int) -> Draws:
     """Draws of one line and restart; the first is the same whether or not others follow."""
     return Draws(bench.seed, (name,)).within("restart", restart) if restart else Draws(bench.seed, (name,))
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Digest of all parameters and buffers by name: equal only for equal weights."""
-    found = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def make_surrogate(

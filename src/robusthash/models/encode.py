@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from robusthash.core.hamming import pack, sign
 from robusthash.core.runtime import precision
@@ -53,3 +55,16 @@ def encode_split(
                 progress(done, len(split))
     ids = torch.arange(len(split))
     return {name: Codes(torch.cat(rows), victim.bits, ids, origin) for name, rows in packed.items() if rows}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hex digits of every parameter and buffer; ``"none"`` of a model that holds none."""
+    state = model.state_dict()
+    if not state:
+        return "none"
+    found = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
