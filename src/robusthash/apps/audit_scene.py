@@ -85,14 +85,18 @@ class Scene:
 
     def _chosen(self, found: CopiesFound, hidden: bool) -> tuple[int, str]:
         """A photograph for the pictures, and the rule it was chosen by."""
-        success = found.first < 0.5 if hidden else found.first > 0.5
-        if success.any():
-            colours = colour_variety(self.images)
-            chosen = int(torch.where(success, colours, -1.0).argmax())
-            return chosen, f"the most colourful of the {int(success.sum())} on which this succeeded"
+        wins = {
+            "something else came first" if hidden else "that one came first": found.first,
+            "its copy no longer counted as the same" if hidden else "it counted as the same": found.within(self.radius),
+        }
+        for said, shown in wins.items():
+            success = shown < 0.5 if hidden else shown > 0.5
+            if success.any():
+                chosen = int(torch.where(success, colour_variety(self.images), -1.0).argmax())
+                return chosen, f"the most colourful of the {int(success.sum())} where {said}"
         score = found.ap - 1e-6 * found.bits
         furthest = int(score.argmin() if hidden else score.argmax())
-        return furthest, "the one on which this went furthest; it succeeded on none"
+        return furthest, "the one on which this went furthest; nothing was gained by it on any"
 
     def _example(self, title: str, text: str, row: int, changed: Tensor, packed: Tensor, target: int | None) -> Example:
         original = self.images[row]
