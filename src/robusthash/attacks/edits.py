@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -52,31 +52,63 @@ class GreedyFlips:
         x = threat.project(_start(batch, threat, draws, False, start), {"text": origin})["text"]
         steps, tried = max(1, budget), min(self.candidates, origin.shape[1])
         rows = torch.arange(len(x), device=x.device)
-        trace, best = [], None
-        for step in range(steps):
-            progress = step / steps
+
+        def look(x: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor]:
             value, logits, grad = _ascend(score, {"text": x}, progress)
-            trace.append(value.mean())
-            if select is not None:
-                best = _offered(best, select(sign(logits)), {"text": x})
-            gain = (grad["text"] * (1.0 - 2.0 * x)).masked_fill(~_feasible(x, origin, budget), -torch.inf)
-            order = gain.argsort(dim=1, descending=True, stable=True)[:, :tried]
-            highest, chosen = value, x
-            for column in order.T:
-                flipped = x.clone()
-                flipped[rows, column] = 1.0 - flipped[rows, column]
-                with torch.no_grad():
-                    reached = score({"text": flipped}, progress)[0]
-                better = (reached > highest) & gain[rows, column].isfinite()
-                highest = torch.where(better, reached, highest)
-                chosen = torch.where(better[:, None], flipped, chosen)
-            x = chosen
-        forward = steps * (1 + tried)
+            gain = grad["text"] * (1.0 - 2.0 * x)
+            return value, logits, gain.masked_fill(~_feasible(x, origin, budget), -torch.inf)
+
+        def flip(x: Tensor, column: Tensor) -> Tensor:
+            flipped = x.clone()
+            flipped[rows, column] = 1.0 - flipped[rows, column]
+            return flipped
+
+        return greedy(score, x, look, flip, steps, tried, select)
+
+
+Look = Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]]
+"""(texts, progress) -> (B,) score, (B, K) logits, (B, M) first-order gain of each edit, -inf where not allowed."""
+
+
+def greedy(
+    score: Score,
+    x: Tensor,
+    look: Look,
+    edit: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+    tried: int,
+    select: Select | None,
+) -> Found:
+    """One edit a step: of the ``tried`` of largest gain the one of highest true score, where it raises the score.
+
+    Args:
+        x: (B, ...) texts to start from.
+        edit: (texts, (B,) numbers of edits) -> edited texts, a new tensor.
+    """
+    rows = torch.arange(len(x), device=x.device)
+    trace, best = [], None
+    for step in range(steps):
+        progress = step / steps
+        value, logits, gain = look(x, progress)
+        trace.append(value.mean())
         if select is not None:
+            best = _offered(best, select(sign(logits)), {"text": x})
+        order = gain.argsort(dim=1, descending=True, stable=True)[:, :tried]
+        highest, chosen = value, x
+        for column in order.T:
+            edited = edit(x, column)
             with torch.no_grad():
-                best = _offered(best, select(sign(score({"text": x}, 1.0)[1])), {"text": x})
-            return Found(best.inputs, torch.stack(trace), forward + 1, steps)
-        return Found({"text": x}, torch.stack(trace), forward, steps)
+                reached = score({"text": edited}, progress)[0]
+            better = (reached > highest) & gain[rows, column].isfinite()
+            highest = torch.where(better, reached, highest)
+            chosen = torch.where(better[:, None], edited, chosen)
+        x = chosen
+    forward = steps * (1 + tried)
+    if select is not None:
+        with torch.no_grad():
+            best = _offered(best, select(sign(score({"text": x}, 1.0)[1])), {"text": x})
+        return Found(best.inputs, torch.stack(trace), forward + 1, steps)
+    return Found({"text": x}, torch.stack(trace), forward, steps)
 
 
 def _feasible(x: Tensor, origin: Tensor, budget: int) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from robusthash.attacks.base import Attack, Found, Score, Search, Select
-from robusthash.attacks.search import _offered, _start
+from robusthash.attacks.edits import greedy
+from robusthash.attacks.search import _start
 from robusthash.attacks.swaps import Swaps, nearest_tokens
 from robusthash.attacks.threat import Threat
-from robusthash.core.hamming import sign
 from robusthash.core.registry import build, register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Inputs
@@ -118,33 +118,19 @@ class GreedySwaps:
         options = torch.cat([swaps.allowed(origin), origin[:, :, None]], 2)  # (B, L, k + 1): the last one takes back
         steps, tried = max(1, swaps.count), min(self.candidates, options[0].numel())
         rows = torch.arange(len(x), device=x.device)
-        trace, best = [], None
-        for step in range(steps):
-            progress = step / steps
+
+        def look(x: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor]:
             value, logits, grad = _ascend_tokens(score, embedding, x, progress)
-            trace.append(value.mean())
-            if select is not None:
-                best = _offered(best, select(sign(logits)), {"text": x})
             gain = _gains(embedding, grad, x, options).masked_fill(~_feasible(x, origin, options, swaps), -torch.inf)
-            flat = gain.flatten(1)
-            order = flat.argsort(dim=1, descending=True, stable=True)[:, :tried]
-            highest, chosen = value, x
-            for column in order.T:
-                place = column // options.shape[2]
-                swapped = x.clone()
-                swapped[rows, place] = options[rows, place, column % options.shape[2]]
-                with torch.no_grad():
-                    reached = score({"text": swapped}, progress)[0]
-                better = (reached > highest) & flat[rows, column].isfinite()
-                highest = torch.where(better, reached, highest)
-                chosen = torch.where(better[:, None], swapped, chosen)
-            x = chosen
-        forward = steps * (1 + tried)
-        if select is not None:
-            with torch.no_grad():
-                best = _offered(best, select(sign(score({"text": x}, 1.0)[1])), {"text": x})
-            return Found(best.inputs, torch.stack(trace), forward + 1, steps)
-        return Found({"text": x}, torch.stack(trace), forward, steps)
+            return value, logits, gain.flatten(1)
+
+        def swap(x: Tensor, column: Tensor) -> Tensor:
+            place = column // options.shape[2]
+            swapped = x.clone()
+            swapped[rows, place] = options[rows, place, column % options.shape[2]]
+            return swapped
+
+        return greedy(score, x, look, swap, steps, tried, select)
 
 
 def _swaps(threat: Threat) -> Swaps:

@@ -53,6 +53,12 @@ class Line(Protocol):
         """
 
 
+def attack_settings(attack: Attack) -> dict[str, Any]:
+    """What the result of an attack depends on, beside the bench and what is differentiated."""
+    parts = {"guide": repr(attack.guide), "loss": repr(attack.loss), "threat": asdict(attack.threat)}
+    return {"attack": attack.name, "budget": attack.budget, **parts}
+
+
 @dataclass(frozen=True)
 class Gradient:
     """A white-box line: an attack that differentiates the victim, or a view of it with other gradients.
@@ -85,9 +91,7 @@ class Gradient:
         return self.attack.targeted
 
     def settings(self) -> dict[str, Any]:
-        attack = self.attack
-        parts = {"guide": repr(attack.guide), "loss": repr(attack.loss), "threat": asdict(attack.threat)}
-        return {"attack": attack.name, "budget": attack.budget, "seen": self.seen, **parts}
+        return {**attack_settings(self.attack), "seen": self.seen}
 
     def fitted(self, bench: Bench) -> Gradient:
         return replace(self, attack=bench.fitted(self.attack))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attacked import Attacked, Trial, finish, goals
 from robusthash.evaluation.bench import Bench, Progress, encoding_batch, silent
 from robusthash.evaluation.evaluate import as_codes
-from robusthash.evaluation.lines import Kind
+from robusthash.evaluation.lines import Kind, attack_settings
 from robusthash.evaluation.protocol import measure
 from robusthash.models.encode import encode_split, weights_digest
 from robusthash.models.hasher import Hasher
@@ -96,10 +96,8 @@ class Transfer:
         return self.attack.targeted
 
     def settings(self) -> dict[str, Any]:
-        attack = self.attack
-        parts = {"guide": repr(attack.guide), "loss": repr(attack.loss), "threat": asdict(attack.threat)}
         surrogates = [surrogate.digest for surrogate in self.surrogates]
-        return {"attack": attack.name, "budget": attack.budget, "surrogates": surrogates, **parts}
+        return {**attack_settings(self.attack), "surrogates": surrogates}
 
     def fitted(self, bench: Bench) -> Transfer:
         """Itself; a surrogate that cannot be asked about this bench is refused here, before the first block."""
