@@ -156,3 +156,17 @@ def test_where_no_gradient_arrives_the_white_box_lines_are_left_out():
     threat = image_threat(knowledge="W2")
     whole = suite_tier("fast", threat, extra_lines=lineup.noise_lines(threat))
     assert [line.kind for line in lineup.without_gradient(whole).lines] == ["noise", "noise"]
+
+
+def test_the_paper_tier_stands_apart(call, run):
+    code, out, err = call("assess", run, "--tier", "paper", "--queries", "4", "--json")
+    assert code == 0, err
+    shown = json.loads(out)
+    assert shown["name"] == "img-linf-8 paper"
+    assert shown["flags"] == []
+    assert not shown["attacks"].keys() & {"guided", "soft-ap", "corner noise"}
+    assert {"mainstay", "hag", "pgd-20"} <= shown["attacks"].keys()
+    assert "MAP@5000/hits/legacy" in shown["attacks"]["mainstay"]
+    code, _, err = call("assess", run, "--tier", "paper", "--eps-curve")
+    assert code == 1
+    assert "'paper' does not have" in err

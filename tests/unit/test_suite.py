@@ -19,6 +19,7 @@ from robusthash.attacks.losses import ScaleFree
 from robusthash.attacks.named import guided_apgd
 from robusthash.attacks.search import APGD
 from robusthash.attacks.threat import Threat, edit_threat, image_threat, threat_on
+from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Inputs
 from robusthash.evaluation.attacked import Attacked, Trial, finish
@@ -27,6 +28,7 @@ from robusthash.evaluation.bench import Bench, make_bench
 from robusthash.evaluation.curve import eps_curve
 from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
 from robusthash.evaluation.lines import Gradient, Line
+from robusthash.evaluation.presets import LEGACY, paper_suite, with_legacy
 from robusthash.evaluation.results import load_results, save_results
 from robusthash.evaluation.suite import TIERS, Suite, assess, prepare_suite, run_shard, stable_subset, tier
 from robusthash.models import Hasher
@@ -480,3 +482,29 @@ def test_a_full_step_is_a_full_step_in_eight_bits(bench):
 
 def test_mainstay_is_the_guide_of_the_headline_line():
     assert tier("smoke").lines[0].attack.guide == Mainstay()
+
+
+def test_the_paper_tier_holds_every_published_attack_with_its_own_steps():
+    suite = paper_suite(build("objective", "csq"), image_threat(4 / 255))
+    published = {card.name for card in catalogue("attack") if card.evidence.startswith("paper")}
+    assert {line.name for line in suite.lines} == published | {"pgd-20"}
+    by_name = {line.name: line.attack for line in suite.lines}
+    assert by_name["pgd-20"].search.steps == 20
+    assert by_name["pgd"].search.steps == 100
+    assert {attack.threat.balls["image"].eps for attack in by_name.values()} == {4 / 255}
+    assert by_name["hag"].threat.knowledge == "W0", "what an attack knows is its own"
+    assert by_name["mainstay"].slope == "published"
+    assert not any(attack.selects for attack in by_name.values()), "published attacks return their last point"
+    texts = paper_suite(build("objective", "csq"), threat_on("text"))
+    assert {name for line in texts.lines for name in line.threat.balls} == {"text"}
+    with pytest.raises(ValueError, match="no attack was published under txt-bow-2"):
+        paper_suite(build("objective", "csq"), edit_threat(2))
+
+
+def test_the_order_of_rows_is_measured_beside_the_expected_one(bench):
+    legacy = replace(bench, protocol=with_legacy(bench.protocol))
+    result = assess(legacy, small())
+    line = result.attacks["guided"]
+    assert line[LEGACY] != line["MAP"]
+    assert abs(line[LEGACY] - line["MAP"]) < 0.2
+    assert LEGACY not in assess(bench, small()).attacks["guided"]

@@ -22,11 +22,14 @@ from robusthash.evaluation.attacked import Attacked
 from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.curve import eps_curve
 from robusthash.evaluation.lines import Line
+from robusthash.evaluation.presets import PAPER, paper_suite, with_legacy
 from robusthash.evaluation.results import EvalResult, load_results, save_results
 from robusthash.evaluation.suite import Suite, assess_prepared, prepare_suite, run_shard, tier
 from robusthash.evaluation.transfer import Surrogate, make_surrogate
+from robusthash.objectives.base import HashObjective
 
 CURVE_LINES = ("guided", "soft-ap")
+CHECKED_TIERS = ("fast", "standard", "full")  # smoke is too short to judge, and paper is no evidence
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,13 @@ def assess(
     """Run a suite on a trained run, or go on where it was stopped, and write ``assess.json``.
 
     Args:
+        tier_name: ``smoke``, ``fast``, ``standard``, ``full``, or ``paper``: the attacks as published, kept apart.
         queries: instead of the tier's; chosen by ``stable_subset``.
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
         curve: the worst case at seven budgets too, by the lines ``guided`` and ``soft-ap``.
         shard: (i, n): only these blocks of queries, for several processes; a call without it joins them.
         surrogates: runs on the same data that transfer lines search on; without them F5 says so.
-        checked: raise the flags; the smoke tier never does.
+        checked: raise the flags; the tiers smoke and paper never do.
         kept: go on from kept blocks, and write ``assess.json``; without it everything is attacked afresh.
 
     Returns:
@@ -95,10 +99,15 @@ def assess(
     everything = run.config.evaluation.model_copy(update={"queries": None})
     whole = replace(run, config=run.config.model_copy(update={"evaluation": everything}))
     bench = stages.bench_of(whole, victim, data, shown, direction)
+    if tier_name == PAPER:
+        bench = replace(bench, protocol=with_legacy(bench.protocol))
     pixels = data.query.batch(torch.arange(1)).inputs.get("image")
     size = None if pixels is None or pixels.ndim != 4 else (int(pixels.shape[-2]), int(pixels.shape[-1]))
     aim = named_threat(threat, "W2", pixels=size) if isinstance(threat, str) else threat
-    suite, bench, notes = prepare_suite(bench, tier(tier_name, aim, queries=queries))
+    suite = _suite(tier_name, aim, queries, objective)
+    if curve and not any(line.name in CURVE_LINES for line in suite.lines):
+        raise ValueError(f"--eps-curve runs the lines {' and '.join(CURVE_LINES)}, which {tier_name!r} does not have")
+    suite, bench, notes = prepare_suite(bench, suite)
     seen = seen_of(bench, aim)
     if not seen.gradient_reaches_input:
         suite, notes = without_gradient(suite), (*notes, "no gradient reaches the input: no white-box line was run")
@@ -114,7 +123,7 @@ def assess(
     if curve:
         chosen = [line for line in suite.lines if line.name in CURVE_LINES]
         by_eps = eps_curve(bench, chosen, aim, keep=None if keep is None else keep.within("curve"), progress=shown)
-    checks = Flags(suite, aim, by_eps, shown) if checked and tier_name != "smoke" else None
+    checks = Flags(suite, aim, by_eps, shown) if checked and tier_name in CHECKED_TIERS else None
     result = assess_prepared(bench, suite, notes, keep=keep, progress=shown, checks=checks)
     if by_eps is not None:
         result = by_eps.onto(result)
@@ -123,6 +132,13 @@ def assess(
     if kept:
         _write(run.path / "assess.json", result)
     return result
+
+
+def _suite(tier_name: str, aim: Threat, queries: int | None, objective: HashObjective) -> Suite:
+    if tier_name != PAPER:
+        return tier(tier_name, aim, queries=queries)
+    suite = paper_suite(objective, aim)
+    return suite if queries is None else replace(suite, queries=queries)
 
 
 def _surrogate(run: Run, data: RetrievalData, bench: Bench) -> Surrogate:

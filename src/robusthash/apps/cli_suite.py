@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def assess(
     run: Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")],
-    tier: Annotated[str, typer.Option(help="Effort: smoke, fast, standard or full.")] = "fast",
+    tier: Annotated[
+        str, typer.Option(help="Effort: smoke, fast, standard or full; or paper: attacks as published.")
+    ] = "fast",
     threat: Annotated[str, typer.Option(help="What may be changed: img-linf-8 (of 255), img-l2-0.5, txt-bow-3.")] = (
         "img-linf-8"
     ),

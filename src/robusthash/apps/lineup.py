@@ -48,10 +48,11 @@ def lines_beside(
 ) -> tuple[Line, ...]:
     """Lines beside the gradient lines that every victim is given.
 
-    Noise and transfer from ``fast`` up; the adaptive lines of the defense and searches by 1,000 questions from
-    ``standard`` up. Threats on image and text together have no searches by questions and no noise.
+    Nothing in ``smoke`` and ``paper``. Noise and transfer from ``fast`` up; the adaptive lines of the defense and
+    searches by 1,000 questions from ``standard`` up. Threats on image and text together have no searches by questions
+    and no noise.
     """
-    if tier == "smoke":
+    if tier not in TIERS or tier == "smoke":
         return ()
     steps, lines = TIERS[tier].steps, list[Line]()
     if tier in CLAIMS:

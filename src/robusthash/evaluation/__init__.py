@@ -4,6 +4,7 @@ from robusthash.core.registry import discover
 from robusthash.evaluation.bench import Bench, make_bench
 from robusthash.evaluation.curve import eps_curve
 from robusthash.evaluation.evaluate import evaluate, score_attack, score_clean, worst
+from robusthash.evaluation.presets import paper_suite
 from robusthash.evaluation.protocol import Protocol
 from robusthash.evaluation.results import EvalResult, compare, load_results, save_results
 from robusthash.evaluation.suite import Suite, assess, run_shard, tier
@@ -19,6 +20,7 @@ __all__ = [
     "evaluate",
     "load_results",
     "make_bench",
+    "paper_suite",
     "run_shard",
     "save_results",
     "score_attack",

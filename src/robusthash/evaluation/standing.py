@@ -61,6 +61,9 @@ def standing(bench: Bench, attempts: Attempts, floor_random: int = 0) -> EvalRes
     floor, notes = _floor(bench, attempts, floor_random)
     targeted = _targeted(bench, attempts)
     lowest = {line.name: _lowest(_restarts(line), scored, judges, headline) for line in untargeted}
+    by_row = [
+        name for name in ap_names(clean.per_query) if name != headline and bench.protocol.parse(name).ties == "legacy"
+    ]
     wins = worst_case(*((before, lowest) if judges is None else _judged(judges, untargeted, headline))).unique_wins
     won = _won(bench, attempts, result.winner)
     per_query = {
@@ -75,6 +78,7 @@ def standing(bench: Bench, attempts: Attempts, floor_random: int = 0) -> EvalRes
     for line in untargeted:
         lines[line.name] = {
             headline: float(lowest[line.name].mean()),
+            **{name: float(_lowest(_restarts(line), scored, judges, name).mean()) for name in by_row},
             "unique wins": float(wins[line.name]),
             **_success(before, lowest[line.name], floor),
             "flips": _flips(bench, attempts.found[line.name]),

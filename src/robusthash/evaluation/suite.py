@@ -101,12 +101,12 @@ def tier(
         queries: instead of the tier's.
 
     Raises:
-        KeyError: no such tier.
+        KeyError: no such tier; the attacks as published are ``presets.paper_suite``.
     """
     if name not in TIERS:
-        raise KeyError(f"no tier is called {name!r}{nearest(name, TIERS)}")
+        raise KeyError(f"no tier is called {name!r}{nearest(name, [*TIERS, 'paper'])}")
     effort, threat = TIERS[name], threat or threat_on(knowledge="W2")
-    steps, on = effort.steps, _modality(threat)
+    steps, on = effort.steps, attacked_modality(threat)
     attacks: dict[str, Attack] = {
         "guided": guided_apgd(steps=steps, modality=on),
         "wrong": wrong_apgd(steps=steps, modality=on),
@@ -121,7 +121,12 @@ def tier(
     return Suite(name, (*lines, *extra_lines), effort.queries if queries is None else queries, effort.floor)
 
 
-def _modality(threat: Threat) -> Modality:
+def attacked_modality(threat: Threat) -> Modality:
+    """What a threat changes, as attacks name it.
+
+    Raises:
+        ValueError: a modality that no attack by gradients changes.
+    """
     attacked = "both" if len(threat.balls) > 1 else next(iter(threat.balls))
     if attacked not in get_args(Modality):
         raise ValueError(f"a suite attacks {', '.join(get_args(Modality))}, not {attacked!r}")
