@@ -92,6 +92,16 @@ def test_a_checkpoint_of_other_modalities_is_refused(tmp_path: Path) -> None:
         train(make_config(child), tmp_path)
 
 
+def test_another_net_than_the_one_that_training_goes_on_from_is_refused(tmp_path: Path) -> None:
+    parent = train(make_config(RAW), tmp_path)
+    child = {**RAW, "name": "child", "hasher": {**RAW["hasher"], "image": {"name": "small", "width": 6}}}
+    child["training"] = {**RAW["training"], "init_from": str(parent.path)}
+    with pytest.raises(ConfigError, match=r"hasher.image is .*'width': 6.* was trained with"):
+        train(make_config(child), tmp_path)
+    del child["hasher"]["image"]
+    assert train(make_config(child), tmp_path).trained, "what is not asked for is the parent's"
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

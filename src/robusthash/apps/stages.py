@@ -116,11 +116,23 @@ def _start(config: Config, data: RetrievalData, parent: Run | None) -> Hasher:
     wanted = [name for name in ("image", "text") if getattr(section, name) is not None]
     if sorted(hasher.modalities) != sorted(wanted):
         raise ConfigError(f"the hasher section has {wanted}, but {parent.path} encodes {list(hasher.modalities)}")
+    for part in section.model_fields_set & {"image", "text", "head"}:
+        asked, there = getattr(section, part), getattr(parent.config.hasher, part)
+        if asked is not None and _settings(asked) != _settings(there):
+            raise ConfigError(
+                f"hasher.{part} is {asked!r}, but {parent.path}, which training goes on from, was trained with "
+                f"{there!r}; train that net first and give its run as training.init_from"
+            )
     if not section.purifiers:
         return hasher
     if hasher.purifiers:
         raise ConfigError(f"{parent.path} has purifiers already; start from the run without them")
     return purified(hasher, section.purifiers, section.sides, seed)
+
+
+def _settings(component: Any) -> dict[str, Any] | None:
+    """A component's settings in one form: a bare name is a name without options."""
+    return {"name": component} if isinstance(component, str) else component
 
 
 def make_recipe(config: Config, hasher: Hasher, objective: HashObjective) -> Recipe:
