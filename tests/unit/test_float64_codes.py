@@ -25,7 +25,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 
 def codes(hasher: Hasher, size: int) -> Tensor:
     found = []
-    with frozen(hasher), torch.inference_mode():
+    with frozen(hasher), torch.no_grad():
         for batch in batches(load_data("synthetic", train=8, query=8, database=130).database, size):
             found.append(sign(hasher({"image": batch.inputs["image"].double()})["image"].logits))
     return torch.cat(found)

@@ -199,7 +199,7 @@ def _bench(hasher: Hasher, photos: Photos, queries: int, seed: int, shown: Shown
 
 def _signs(hasher: Hasher, images: Tensor) -> Tensor:
     """(Q, K) codes of images."""
-    with frozen(hasher), torch.inference_mode():
+    with frozen(hasher), torch.no_grad():
         parts = images.split(_AT_ONCE)
         return torch.cat([sign(hasher({"image": part.to(hasher.device)})["image"].logits).cpu() for part in parts])
 

@@ -91,7 +91,7 @@ def _add(index: CodeIndex, run: Run, images: Path, shown: Shown) -> dict[str, An
 
 
 def _encode(hasher: Hasher, run: Run, pixels: torch.Tensor, first_id: int) -> Codes:
-    with frozen(hasher), torch.inference_mode():
+    with frozen(hasher), torch.no_grad():
         logits = [hasher({"image": part.to(hasher.device).float() / 255})["image"].logits for part in pixels.split(256)]
     ids = torch.arange(first_id, first_id + len(pixels))
     return Codes(pack(sign(torch.cat(logits))), hasher.bits, ids, run.card()["digest"])

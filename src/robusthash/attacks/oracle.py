@@ -88,7 +88,7 @@ class QueryOracle:
                     f"query {query} has asked its budget of {self.budget} questions; raise the budget, or stop there"
                 )
         self._asked = after
-        with frozen(self._victim), torch.inference_mode():
+        with frozen(self._victim), torch.no_grad():
             (output,) = self._victim(batch.inputs).values()
         return Codes(pack(sign(output.logits)), self._victim.bits, batch.ids.cpu())
 

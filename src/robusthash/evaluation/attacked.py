@@ -175,5 +175,5 @@ def _representative(guidance: Guidance, goal_sign: int, queries: int) -> Tensor:
 
 def encode_signs(victim: Hasher, modality: str, inputs: Tensor) -> Tensor:
     """(B, K) int8 codes of inputs of one modality, in a fresh eval-mode pass."""
-    with frozen(victim), torch.inference_mode():
+    with frozen(victim), torch.no_grad():
         return sign(victim({modality: inputs})[modality].logits).to("cpu", torch.int8)

@@ -160,7 +160,7 @@ def asking(hasher: Hasher, inputs: Inputs, search: Callable[[Tensor], object]) -
     (modality,) = inputs
 
     def ask() -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             search(hasher(inputs)[modality].logits)
 
     hasher.eval()

@@ -276,7 +276,7 @@ def _attack_items(
         whole = modality == "image" and origin[modality].ndim == 4  # only pixels are stored in eight bits
         rounded = origin[modality] + (change * 255).trunc() / 255 if whole else attacked[modality]
         for kept, inputs in zip(codes, (origin[modality], attacked[modality], rounded), strict=True):
-            with frozen(victim), torch.inference_mode():
+            with frozen(victim), torch.no_grad():
                 kept.append(sign(victim({modality: inputs})[modality].logits).to("cpu", torch.int8).clone())
         sizes.append(attack.threat.balls[modality].size(change).cpu())
         forward, backward = forward + output.forward * len(block), backward + output.backward * len(block)

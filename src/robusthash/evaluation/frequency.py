@@ -128,7 +128,7 @@ def attribute_bands(
         whole = torch.cat(found).to(torch.float64)
         return torch.cat([whole, whole[:, measure.defined].mean(1, keepdim=True)], 1)
 
-    with frozen(bench.victim), torch.inference_mode():
+    with frozen(bench.victim), torch.no_grad():
         bands = block * block
         ends = value(torch.stack([torch.zeros(bands, dtype=torch.bool), torch.ones(bands, dtype=torch.bool)]))
         credits, errors = shapley(value, bands, permutations, Draws(seed, ("bands",)), many=True, progress=progress)

@@ -156,7 +156,7 @@ def jpeg(x: Tensor, quality: int = 30) -> Tensor:
 
 def descended(x: Tensor) -> Tensor:
     """Purification by a gradient step of its own on the total variation, inside the forward pass."""
-    with torch.inference_mode(False), torch.enable_grad():  # codes are made in inference mode
+    with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_(True)
         roughness = (leaf.diff(dim=2) ** 2).sum() + (leaf.diff(dim=3) ** 2).sum()
         (grad,) = torch.autograd.grad(roughness, leaf)

@@ -26,7 +26,7 @@ def encode_split(
     progress: Callable[[int, int], None] | None = None,
     origin: str = "",
 ) -> dict[str, Codes]:
-    """Codes of every item, by modality, in eval and inference mode. The batch size does not matter to the result.
+    """Codes of every item, by modality, in eval mode, without a graph. The batch size does not matter to the result.
 
     Args:
         victim: anything with the ``Hasher`` call.
@@ -41,7 +41,7 @@ def encode_split(
     wanted = victim.modalities if modality is None else (modality,)
     packed: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
     done = 0
-    with frozen(victim), torch.inference_mode(), precision(dtype, victim.device):
+    with frozen(victim), torch.no_grad(), precision(dtype, victim.device):
         for batch in batches(split, batch_size):
             inputs = {name: values for name, values in batch.to(victim.device).inputs.items() if name in wanted}
             if not inputs:
