@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robusthash.apps import assessing, cli_suite, lineup, stages
+from robusthash.apps import assessing, lineup, stages
 from robusthash.apps.config import make_config
 from robusthash.apps.runs import RunError, load_run
+from robusthash.apps.verbs import suite as suite_verb
 from robusthash.attacks.threat import image_threat
 from robusthash.data import load_data
 from robusthash.evaluation.bench import make_bench
@@ -136,7 +137,7 @@ def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys)
     assert flags["F7"].level == "amber"  # no curve was run
     for ran in ("F4", "F5", "F6", "F8", "F9"):
         assert flags[ran].value < float("inf")
-    cli_suite._show(result)
+    suite_verb._show(result)
     assert "remedy" in capsys.readouterr().err
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from robusthash.apps import auditing
-from robusthash.apps.audit import Tier, open_target, size_of
-from robusthash.apps.audit_photos import read_photos
-from robusthash.apps.auditing import run_audit
+from robusthash.apps.audits import auditing
+from robusthash.apps.audits.auditing import run_audit
+from robusthash.apps.audits.photos import read_photos
+from robusthash.apps.audits.target import Tier, open_target, size_of
 from robusthash.core.hamming import distance
 from robusthash.core.runtime import Draws
 from robusthash.evaluation.results import Flag
@@ -125,7 +125,7 @@ def answer_with(folder, size):
 
 
 def test_an_endpoint_of_ids(folder, tmp_path):
-    from robusthash.apps.audit import EndpointLimits
+    from robusthash.apps.audits.target import EndpointLimits
 
     pytest.importorskip("httpx")
     limits = EndpointLimits(rate=1e6, headers={"x-key": "secret-word"})

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from robusthash.apps import cli, stages
-from robusthash.apps.boards import make_boards
+from robusthash.apps.boards.board import make_boards
+from robusthash.apps.boards.page import leaderboard_page
+from robusthash.apps.boards.wording import as_markdown, as_plain
 from robusthash.apps.config import make_config
-from robusthash.apps.leaderboard import as_markdown, as_plain
-from robusthash.apps.leaderboard_page import leaderboard_page
 from robusthash.apps.runs import Run
 from robusthash.evaluation.results import Flag, load_results, save_results
 from tests.flow.test_report import Reader

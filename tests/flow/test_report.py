@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from robusthash.apps import html, stages
-from robusthash.apps.charts import UNIT, Axis, Dot, Series, dot_chart, line_chart
+from robusthash.apps import stages
 from robusthash.apps.config import make_config
-from robusthash.apps.html import Markup, picture, tag
-from robusthash.apps.report import read_results, run_page, write_report
+from robusthash.apps.pages import html
+from robusthash.apps.pages.charts import UNIT, Axis, Dot, Series, dot_chart, line_chart
+from robusthash.apps.pages.html import Markup, picture, tag
+from robusthash.apps.pages.report import read_results, run_page, write_report
 from robusthash.apps.runs import Run, RunError
 
 VOID = {"img", "meta", "circle", "line", "polyline", "polygon", "br"}

@@ -14,10 +14,11 @@ import matplotlib.image
 import pytest
 import yaml
 
-from robusthash.apps import stages, sweep
+from robusthash.apps import stages
 from robusthash.apps.config import make_config
 from robusthash.apps.runs import load_run
-from robusthash.apps.study import load_attributions
+from robusthash.apps.studies import sweep
+from robusthash.apps.studies.attribution import load_attributions
 
 CONFIG = {
     "name": "tiny",

@@ -22,9 +22,9 @@ from helpers import (
 )
 
 from robusthash.apps import stages
-from robusthash.apps.branches import branches_section, save_branches
 from robusthash.apps.config import ConfigError, make_config
-from robusthash.apps.report import write_report
+from robusthash.apps.pages.branches import branches_section, save_branches
+from robusthash.apps.pages.report import write_report
 from robusthash.apps.runs import RunError, load_run
 from robusthash.attacks import dhta
 from robusthash.attacks.drfgd import drfgd

@@ -13,7 +13,7 @@ from helpers import MemoryLog, facts_of, make_data, small_hasher, train_config, 
 from torch import Tensor
 
 from robusthash.apps.config import make_config
-from robusthash.apps.report import training_chart
+from robusthash.apps.pages.report import training_chart
 from robusthash.apps.stages import load_victim, train
 from robusthash.attacks import Attack
 from robusthash.core.registry import build

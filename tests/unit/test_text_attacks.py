@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robusthash.apps import stages
 from robusthash.apps.config import make_config
-from robusthash.apps.report import read_results, write_report
+from robusthash.apps.pages.report import read_results, write_report
 from robusthash.apps.runs import Run
 from robusthash.apps.tables import headline_of, make_rows, markdown
 from robusthash.attacks import Attack

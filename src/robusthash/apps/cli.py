@@ -11,18 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robusthash.apps import (
-    cli_audit,
-    cli_blackbox,
-    cli_catalogue,
-    cli_checks,
-    cli_database,
-    cli_evidence,
-    cli_index,
-    cli_study,
-    cli_suite,
-)
-from robusthash.apps.terminal import AsJson, console, escape, print_json, print_table, progress_bars
+from robusthash.apps.verbs import audit, blackbox, catalogue, checks, database, evidence, index, study, suite
+from robusthash.apps.verbs.terminal import AsJson, console, escape, print_json, print_table, progress_bars
 from robusthash.version import __version__
 
 if TYPE_CHECKING:
@@ -262,7 +252,7 @@ def table(
 @app.command(rich_help_panel=EXPERIMENTS)
 def report(run: RunPath, as_json: AsJson = False) -> None:
     """Write report.html of an evaluated run."""
-    from robusthash.apps.report import write_report
+    from robusthash.apps.pages.report import write_report
     from robusthash.apps.runs import load_run
 
     path = write_report(load_run(run))
@@ -334,22 +324,22 @@ def _show_table(results: Mapping[str, EvalResult]) -> None:
 
 for panel, verbs in {
     "Numbers that hold": (
-        cli_suite.assess,
-        cli_checks.check,
-        cli_audit.audit,
-        cli_blackbox.transfer,
-        cli_database.poison,
-        cli_evidence.verify,
-        cli_evidence.leaderboard,
+        suite.assess,
+        checks.check,
+        audit.audit,
+        blackbox.transfer,
+        database.poison,
+        evidence.verify,
+        evidence.leaderboard,
     ),
-    "Studies": (cli_study.sweep, cli_study.curves, cli_study.figures, cli_study.attribute, cli_study.cost),
+    "Studies": (study.sweep, study.curves, study.figures, study.attribute, study.cost),
 }.items():
     for verb in verbs:
         app.command(rich_help_panel=panel)(verb)
-app.add_typer(cli_evidence.app, name="evidence", rich_help_panel="Numbers that hold")
-app.add_typer(cli_index.app, name="index", rich_help_panel="Search and catalogue")
-app.command("list", rich_help_panel="Search and catalogue")(cli_catalogue.everything)
-app.add_typer(cli_catalogue.app, name="data", rich_help_panel="Search and catalogue")
+app.add_typer(evidence.app, name="evidence", rich_help_panel="Numbers that hold")
+app.add_typer(index.app, name="index", rich_help_panel="Search and catalogue")
+app.command("list", rich_help_panel="Search and catalogue")(catalogue.everything)
+app.add_typer(catalogue.app, name="data", rich_help_panel="Search and catalogue")
 
 if __name__ == "__main__":
     main()

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from robusthash.apps import stages
 from robusthash.apps.config import load_config, save_config
-from robusthash.apps.report import headline
+from robusthash.apps.pages.report import headline
+from robusthash.apps.pages.story import Curve, Example, Hit, Search, demo_page
 from robusthash.apps.runs import Run, write_json
 from robusthash.apps.stages import Shown, silent
-from robusthash.apps.story import Curve, Example, Hit, Search, demo_page
 from robusthash.attacks.base import Attack
 from robusthash.core.files import write_aside
 from robusthash.core.hamming import pack

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from robusthash.apps.branches import save_branches
 from robusthash.apps.config import Config, ConfigError, load_config
+from robusthash.apps.pages.branches import save_branches
 from robusthash.apps.runs import Run, RunError, load_run, open_run, write_json
 from robusthash.attacks.base import Attack
 from robusthash.core.files import write_aside
@@ -411,7 +411,7 @@ def database_codes(run: Run, shown: Shown = silent) -> Codes:
 
 def run_all(config: Config, root: Path, shown: Shown = silent, base: Path = Path(".")) -> Run:
     """Train, evaluate and report; what is done already is skipped, so the same call goes on after a kill."""
-    from robusthash.apps.report import write_report
+    from robusthash.apps.pages.report import write_report
 
     run = train(config, root, shown, base)
     evaluate(run, shown)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from robusthash.apps import html
-from robusthash.apps.html import Markup, tag
+from robusthash.apps.pages import html
+from robusthash.apps.pages.html import Markup, tag
 from robusthash.apps.runs import RunError
 from robusthash.core.files import write_aside
 from robusthash.data.base import Split

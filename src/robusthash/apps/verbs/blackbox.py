@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from robusthash.apps.terminal import AsJson, print_json, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, print_json, progress_bars
 
 
 def transfer(
@@ -23,7 +23,7 @@ def transfer(
     import yaml
 
     from robusthash.apps.config import numbers
-    from robusthash.apps.transferring import transfer_table
+    from robusthash.apps.studies.transferring import transfer_table
 
     radius = numbers(yaml.safe_load(eps))
     if not isinstance(radius, int | float):

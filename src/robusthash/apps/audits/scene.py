@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robusthash.apps.audit_photos import Photos
-from robusthash.apps.audit_rows import Example, Kind, Role, Row, Shot, make_row
+from robusthash.apps.audits.photos import Photos
+from robusthash.apps.audits.rows import Example, Kind, Role, Row, Shot, make_row
 from robusthash.apps.demo import colour_variety
 from robusthash.core.hamming import topk
 from robusthash.data.transforms import read_image

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robusthash.apps.audit import EndpointLimits, Target, Tier, hostile_lines, open_target, size_of, tier_named
-from robusthash.apps.audit_page import audit_page
-from robusthash.apps.audit_photos import STORED_QUALITY, Photos, read_photos
-from robusthash.apps.audit_ranked import ranked_rows
-from robusthash.apps.audit_rows import Example, Kind, Row, worst_of
-from robusthash.apps.audit_scene import Hostile, Scene
+from robusthash.apps.audits.page import audit_page
+from robusthash.apps.audits.photos import STORED_QUALITY, Photos, read_photos
+from robusthash.apps.audits.ranked import ranked_rows
+from robusthash.apps.audits.rows import Example, Kind, Row, worst_of
+from robusthash.apps.audits.scene import Hostile, Scene
+from robusthash.apps.audits.target import EndpointLimits, Target, Tier, hostile_lines, open_target, size_of, tier_named
 from robusthash.apps.runs import write_json
 from robusthash.apps.stages import Shown, silent
 from robusthash.attacks.threat import threat_on

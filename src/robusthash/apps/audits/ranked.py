@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robusthash.apps.audit import Target, Tier
-from robusthash.apps.audit_photos import Photos
-from robusthash.apps.audit_rows import Kind, Row, difference
+from robusthash.apps.audits.photos import Photos
+from robusthash.apps.audits.rows import Kind, Row, difference
+from robusthash.apps.audits.target import Target, Tier
 from robusthash.apps.stages import Shown
 from robusthash.core.runtime import Draws
 from robusthash.data.changes import EVERYDAY, noise

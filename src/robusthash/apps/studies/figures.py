@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robusthash.apps.curves import log_curves, values_of
-from robusthash.apps.plots import (
+from robusthash.apps.runs import Run, RunError, load_run
+from robusthash.apps.studies.attribution import ATTRIBUTION, labelled, load_attributions
+from robusthash.apps.studies.curves import log_curves, values_of
+from robusthash.apps.studies.plots import (
     Line,
     Measured,
     band_plot,
@@ -21,9 +23,7 @@ from robusthash.apps.plots import (
     save,
     scatter_plot,
 )
-from robusthash.apps.runs import Run, RunError, load_run
-from robusthash.apps.study import ATTRIBUTION, labelled, load_attributions
-from robusthash.apps.sweep import SweepRow
+from robusthash.apps.studies.sweep import SweepRow
 from robusthash.apps.tables import Row, bench_of, headline_of, make_rows
 from robusthash.evaluation.frequency import BandAttribution
 from robusthash.evaluation.results import EvalResult, by_bench, load_results

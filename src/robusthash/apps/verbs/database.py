@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from robusthash.apps.terminal import AsJson, print_json, print_table, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, print_json, print_table, progress_bars
 
 
 def poison(

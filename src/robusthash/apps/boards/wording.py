@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from robusthash.apps.boards import Board, Row, comparable
+from robusthash.apps.boards.board import Board, Row, comparable
 
 
 def remark(row: Row) -> str:

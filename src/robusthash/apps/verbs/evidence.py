@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robusthash.apps.terminal import AsJson, console, print_json, print_table, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, console, print_json, print_table, progress_bars
 
 if TYPE_CHECKING:
     from robusthash.evaluation.results import EvalResult
@@ -65,7 +65,7 @@ def evidence_entry(
 ) -> None:
     """Write a registry entry of an evaluated run: its card and its numbers as a claim."""
     from robusthash.apps.evidence import entry_of
-    from robusthash.apps.report import read_results
+    from robusthash.apps.pages.report import read_results
     from robusthash.apps.runs import load_run
     from robusthash.core.files import write_aside
     from robusthash.evaluation.entries import entry_text
@@ -121,9 +121,9 @@ def leaderboard(
     """
     import json
 
-    from robusthash.apps.boards import make_boards
-    from robusthash.apps.leaderboard import as_markdown, as_plain
-    from robusthash.apps.leaderboard_page import leaderboard_page
+    from robusthash.apps.boards.board import make_boards
+    from robusthash.apps.boards.page import leaderboard_page
+    from robusthash.apps.boards.wording import as_markdown, as_plain
     from robusthash.core.files import write_aside
 
     boards = make_boards(paths)

@@ -7,12 +7,12 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from robusthash.apps import html
-from robusthash.apps.audit_advice import advice, verdict
-from robusthash.apps.audit_photos import STORED_QUALITY
-from robusthash.apps.audit_rows import Example, Row, Shot, kept, kept_words
-from robusthash.apps.charts import UNIT, Axis, Dot, Tone, dot_chart
-from robusthash.apps.html import Child, Markup, tag
+from robusthash.apps.audits.advice import advice, verdict
+from robusthash.apps.audits.photos import STORED_QUALITY
+from robusthash.apps.audits.rows import Example, Row, Shot, kept, kept_words
+from robusthash.apps.pages import html
+from robusthash.apps.pages.charts import UNIT, Axis, Dot, Tone, dot_chart
+from robusthash.apps.pages.html import Child, Markup, tag
 from robusthash.evaluation.results import Flag
 
 _TONES: dict[str, Tone] = {"same": "e", "everyday": "b", "noise": "f", "hide": "a", "hide-worst": "a"}

@@ -120,7 +120,7 @@ def picture(image: Tensor, alt: str, **attributes: str | int | None) -> Markup:
 
 def read_asset(name: str) -> str:
     """A file that lies beside this module."""
-    return files("robusthash.apps").joinpath(name).read_text(encoding="utf-8")
+    return files("robusthash.apps.pages").joinpath(name).read_text(encoding="utf-8")
 
 
 def page(title: str, lead: Child, *sections: Child, foot: Child = None, style: str = "", script: str = "") -> str:

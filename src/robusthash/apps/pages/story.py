@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from robusthash.apps import html
-from robusthash.apps.charts import UNIT, Axis, Series, Tone, line_chart
-from robusthash.apps.html import Child, Markup, tag
-from robusthash.apps.report import (
+from robusthash.apps.pages import html
+from robusthash.apps.pages.charts import UNIT, Axis, Series, Tone, line_chart
+from robusthash.apps.pages.html import Child, Markup, tag
+from robusthash.apps.pages.report import (
     Results,
     headline,
     is_untargeted,

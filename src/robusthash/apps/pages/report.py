@@ -8,10 +8,10 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from robusthash.apps import html
-from robusthash.apps.branches import branches_section
-from robusthash.apps.charts import TONES, UNIT, Axis, Dot, Series, Tone, dot_chart, line_chart
-from robusthash.apps.html import Child, Markup, tag
+from robusthash.apps.pages import html
+from robusthash.apps.pages.branches import branches_section
+from robusthash.apps.pages.charts import TONES, UNIT, Axis, Dot, Series, Tone, dot_chart, line_chart
+from robusthash.apps.pages.html import Child, Markup, tag
 from robusthash.apps.runs import Run, RunError
 from robusthash.core.files import write_aside
 from robusthash.evaluation.results import EvalResult, by_bench, load_results

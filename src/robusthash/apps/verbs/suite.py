@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robusthash.apps.terminal import AsJson, console, print_json, print_table, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, console, print_json, print_table, progress_bars
 
 if TYPE_CHECKING:
     from robusthash.evaluation.results import EvalResult

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from robusthash.apps.html import Markup, tag
+from robusthash.apps.pages.html import Markup, tag
 
 Tone = Literal["a", "b", "c", "d", "e", "f"]
 TONES: tuple[Tone, ...] = ("a", "b", "d", "e", "f", "c")

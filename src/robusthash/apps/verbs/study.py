@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from robusthash.apps.terminal import AsJson, console, print_json, print_table, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, console, print_json, print_table, progress_bars
 
 RunPaths = Annotated[list[Path], typer.Argument(help="Run directories.")]
 Figures = Annotated[bool, typer.Option("--figure/--no-figure", help="Draw it too (needs the extra `figures`).")]
@@ -28,8 +28,8 @@ def attribute(
     as_json: AsJson = False,
 ) -> None:
     """Which frequencies a model searches by: Shapley values of the 64 bands of the 8x8 DCT, with standard errors."""
-    from robusthash.apps.plots import require_matplotlib
-    from robusthash.apps.study import ATTRIBUTION, attribute_runs
+    from robusthash.apps.studies.attribution import ATTRIBUTION, attribute_runs
+    from robusthash.apps.studies.plots import require_matplotlib
 
     if out is None and len(runs) > 1:
         raise ValueError("several runs need --out, the folder for what they have in common")
@@ -42,7 +42,7 @@ def attribute(
         )
     drawn = []
     if figure:
-        from robusthash.apps.figures import draw_bands
+        from robusthash.apps.studies.figures import draw_bands
 
         drawn = draw_bands(found, folder)
     orders = {label: one.by_order() for label, one in found.items()}
@@ -88,7 +88,7 @@ def cost(
 
     import torch
 
-    from robusthash.apps.study import cost_markdown, cost_rows
+    from robusthash.apps.studies.cost import cost_markdown, cost_rows
 
     torch.set_num_threads(threads)
     reference, rows = cost_rows(runs, against, repeats)
@@ -112,8 +112,16 @@ def sweep(
     """Run a recipe over values of its settings and over seeds; goes on where it was stopped."""
     from dataclasses import asdict
 
-    from robusthash.apps.plots import require_matplotlib
-    from robusthash.apps.sweep import Sweep, measure_of, points_of, read_axis, sweep_markdown, sweep_rows, whole_numbers
+    from robusthash.apps.studies.plots import require_matplotlib
+    from robusthash.apps.studies.sweep import (
+        Sweep,
+        measure_of,
+        points_of,
+        read_axis,
+        sweep_markdown,
+        sweep_rows,
+        whole_numbers,
+    )
     from robusthash.core.files import write_aside
     from robusthash.core.runtime import digest
 
@@ -130,7 +138,7 @@ def sweep(
     with write_aside(folder / "sweep.md") as aside:
         aside.write_text(table + "\n", encoding="utf-8")
     if figure and len(failed) < len(outcomes):
-        from robusthash.apps.figures import draw_sweep
+        from robusthash.apps.studies.figures import draw_sweep
 
         draw_sweep(rows, measure_of(outcomes), folder)
     if as_json:
@@ -157,10 +165,10 @@ def curves(
     import yaml
 
     from robusthash.apps.config import numbers
-    from robusthash.apps.curves import log_curves, robust_curves, values_of
-    from robusthash.apps.figures import draw_log, draw_robust
-    from robusthash.apps.plots import require_matplotlib
-    from robusthash.apps.study import labelled
+    from robusthash.apps.studies.attribution import labelled
+    from robusthash.apps.studies.curves import log_curves, robust_curves, values_of
+    from robusthash.apps.studies.figures import draw_log, draw_robust
+    from robusthash.apps.studies.plots import require_matplotlib
 
     require_matplotlib()
     opened = labelled(runs)
@@ -190,7 +198,7 @@ def figures(
     as_json: AsJson = False,
 ) -> None:
     """Figures for papers (PDF and PNG) of everything that these runs have measured."""
-    from robusthash.apps.figures import draw_runs, draw_transfer_file
+    from robusthash.apps.studies.figures import draw_runs, draw_transfer_file
 
     drawn, notes = draw_runs(runs, out)
     if transfer is not None:

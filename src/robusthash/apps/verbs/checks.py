@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from robusthash.apps.terminal import AsJson, console, escape, print_json, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, console, escape, print_json, progress_bars
 
 if TYPE_CHECKING:
     from robusthash.apps.runs import Run

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robusthash.apps.evidence import accepted, lowered
-from robusthash.apps.report import headline
+from robusthash.apps.pages.report import headline
 from robusthash.apps.runs import Run, RunError, load_run
 from robusthash.apps.tables import Cell, cell_of
 from robusthash.core.runtime import digest

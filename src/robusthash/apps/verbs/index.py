@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robusthash.apps.terminal import AsJson, console, print_json, print_table, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, console, print_json, print_table, progress_bars
 
 app = typer.Typer(help="Build and search an index of binary codes.", no_args_is_help=True)
 

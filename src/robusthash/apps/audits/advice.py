@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robusthash.apps.audit_rows import Row, kept, kept_words
+from robusthash.apps.audits.rows import Row, kept, kept_words
 
 _FEW = 0.9  # of the photographs: below, an everyday change is a weakness
 _BROKEN = 0.5

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from robusthash.apps import html
-from robusthash.apps.boards import Board, Row
-from robusthash.apps.charts import TONES, UNIT, Axis, Point, Series, Tone, line_chart, scatter_chart
-from robusthash.apps.html import Child, Markup, tag
-from robusthash.apps.leaderboard import claim_text, legend, remark, setting_pairs, source_text
-from robusthash.apps.report import number, pr_chart
+from robusthash.apps.boards.board import Board, Row
+from robusthash.apps.boards.wording import claim_text, legend, remark, setting_pairs, source_text
+from robusthash.apps.pages import html
+from robusthash.apps.pages.charts import TONES, UNIT, Axis, Point, Series, Tone, line_chart, scatter_chart
+from robusthash.apps.pages.html import Child, Markup, tag
+from robusthash.apps.pages.report import number, pr_chart
 from robusthash.evaluation.results import EvalResult
 
 _DRAWN = 6  # models whose curves a chart shows

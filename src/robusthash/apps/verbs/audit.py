@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robusthash.apps.terminal import AsJson, console, print_json, print_table, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, console, print_json, print_table, progress_bars
 
 
 def audit(
@@ -50,8 +50,8 @@ def audit(
     """
     from dataclasses import replace
 
-    from robusthash.apps.audit import EndpointLimits, tier_named
-    from robusthash.apps.auditing import run_audit
+    from robusthash.apps.audits.auditing import run_audit
+    from robusthash.apps.audits.target import EndpointLimits, tier_named
 
     if not bits.isdigit() and bits != "auto":
         raise ValueError(f"--bits takes a number or auto, got {bits!r}")

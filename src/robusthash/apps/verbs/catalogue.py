@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from robusthash.apps.terminal import AsJson, console, escape, print_json, print_table
+from robusthash.apps.verbs.terminal import AsJson, console, escape, print_json, print_table
 
 app = typer.Typer(help="Look at data sets before training on them.", no_args_is_help=True)
 

@@ -1,0 +1,1 @@
+"""Audit of any search on photographs, without labels."""

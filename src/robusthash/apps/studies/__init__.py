@@ -1,0 +1,1 @@
+"""What compares many runs: sweeps, curves, figures, transfer, attribution, cost."""
