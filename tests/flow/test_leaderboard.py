@@ -32,7 +32,7 @@ CONFIG = {
     "runtime": {"device": "cpu"},
 }
 STRONG = "{name: mainstay, steps: 4, step_size: 4/255}"
-SCRIPT = Path(cli.__file__).with_name("leaderboard.js")
+SCRIPT = Path(cli.__file__).parent / "pages" / "leaderboard.js"
 
 
 @pytest.fixture(scope="module")
