@@ -257,8 +257,11 @@ def _attack(target: Target, scene: Scene, tier: Tier, eps: float, shown: Shown) 
         if targeted:
             before = copies_found(few.bench, few.bench.query.signs().float(), few.bench.targets[:, 0])
             rows.append(few.hostile_row("before the attack", "nothing", "imitate", before, few.images))
+        who = {"white-box": "has the model", "black-box": f"may only ask it, {tier.questions} times"}
         for each in hostile:
-            rows.append(few.hostile_row(each.name, f"{each.line.kind}: {each.name}", kind, each.found, each.images))
+            aim = "pass for another" if targeted else "be missed"
+            words = f"made to {aim} by someone who {who[each.line.kind]}"
+            rows.append(few.hostile_row(each.name, words, kind, each.found, each.images))
         worst, winner = worst_of([each.found for each in hostile], targeted)
         images = torch.stack([each.images for each in hostile])[winner, torch.arange(len(winner))]
         if targeted:

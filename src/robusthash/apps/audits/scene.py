@@ -93,7 +93,8 @@ class Scene:
             success = shown < 0.5 if hidden else shown > 0.5
             if success.any():
                 chosen = int(torch.where(success, colour_variety(self.images), -1.0).argmax())
-                return chosen, f"the most colourful of the {int(success.sum())} where {said}"
+                count = int(success.sum())
+                return chosen, f"the {'only one' if count == 1 else f'most colourful of the {count}'} where {said}"
         score = found.ap - 1e-6 * found.bits
         furthest = int(score.argmin() if hidden else score.argmax())
         return furthest, "the one on which this went furthest; nothing was gained by it on any"
