@@ -12,7 +12,7 @@ from torch import Tensor
 from robusthash.core import profile as core
 from robusthash.core.ap import average_precision, harmonic
 from robusthash.core.hamming import pack
-from robusthash.core.profile import code_profile, merge, prepare, prepared_profile, streamed_profile
+from robusthash.core.profile import code_profile, merge, prepare, prepared_counts, prepared_profile, streamed_profile
 from robusthash.core.types import Codes, Profile
 
 FIELDS = ("items", "relevant", "gain", "gain_exp", "ideal")
@@ -163,6 +163,9 @@ def test_equal_rows_are_merged_and_nothing_changes(narrow: int, monkeypatch: pyt
     expected = naive(query, query_labels, database, labels)
     assert_equal(code_profile(query, query_labels, database, labels), expected)
     assert_equal(prepared_profile(query, query_labels, prepared), expected)
+    items, relevant = prepared_counts(query, query_labels, prepared)
+    assert torch.equal(items, expected.items)
+    assert torch.equal(relevant, expected.relevant)
 
 
 def test_hash_collisions_cannot_change_counts(monkeypatch: pytest.MonkeyPatch) -> None:

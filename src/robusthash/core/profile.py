@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -216,6 +216,16 @@ def prepared_profile(query: Codes, query_labels: Tensor, database: Prepared) -> 
     return _spread(_profile(asked, database), asked)
 
 
+def prepared_counts(query: Codes, query_labels: Tensor, database: Prepared) -> tuple[Tensor, Tensor]:
+    """(Q, K + 1) int64 ``items`` and ``relevant`` of ``prepared_profile`` alone: all that an AP needs, and sooner."""
+    asked = prepare(query, query_labels, merge_above=1.0)
+    tables, back = _tables(asked, database)
+    parts = [(table.sum(1), table[:, 1:].sum(1)) for table in tables]
+    items, relevant = (torch.cat(columns)[back] for columns in zip(*parts, strict=True))
+    rows = slice(None) if asked.rows is None else torch.from_numpy(asked.rows)
+    return items[rows], relevant[rows]
+
+
 def _spread(profile: Profile, asked: Prepared) -> Profile:
     """From distinct query rows back to queries."""
     if asked.rows is None:
@@ -226,18 +236,11 @@ def _spread(profile: Profile, asked: Prepared) -> Profile:
 
 def _profile(asked: Prepared, database: Prepared) -> Profile:
     """The profile of each row of ``asked``."""
-    if asked.bits != database.bits:
-        raise ValueError(f"queries have {asked.bits} bits and the database {database.bits}")
-    if asked.classes != database.classes:
-        raise ValueError(f"queries have {asked.classes} label columns and the database {database.classes}")
-    distances, overlaps = asked.bits + 1, min(int(asked.numbers.max()), int(database.numbers.max())) + 1
-    shared = torch.arange(overlaps)
-    exponential = 2.0 ** shared.to(torch.float64) - 1
-    order = np.argsort(asked.numbers, kind="stable")  # queries of few labels together: their keys fit in a byte
-    step = max(1, _TABLE // (distances * overlaps))
+    tables, back = _tables(asked, database)
     parts = []
-    for start in range(0, len(order), step):
-        table = _histogram(asked, order[start : start + step], database, overlaps)
+    for table in tables:
+        shared = torch.arange(table.shape[1])
+        exponential = 2.0 ** shared.to(torch.float64) - 1
         parts.append(
             Profile(
                 items=table.sum(1),
@@ -247,8 +250,21 @@ def _profile(asked: Prepared, database: Prepared) -> Profile:
                 ideal=table.sum(2),
             )
         )
-    back = torch.from_numpy(np.argsort(order))
     return Profile(*(torch.cat([getattr(part, name) for part in parts])[back] for name in _FIELDS))
+
+
+def _tables(asked: Prepared, database: Prepared) -> tuple[Iterator[Tensor], Tensor]:
+    """(rows, overlaps, distances) counts of parts of ``asked``, and (Q,) the place of each of its rows among them."""
+    if asked.bits != database.bits:
+        raise ValueError(f"queries have {asked.bits} bits and the database {database.bits}")
+    if asked.classes != database.classes:
+        raise ValueError(f"queries have {asked.classes} label columns and the database {database.classes}")
+    distances, overlaps = asked.bits + 1, min(int(asked.numbers.max()), int(database.numbers.max())) + 1
+    order = np.argsort(asked.numbers, kind="stable")  # queries of few labels together: their keys fit in a byte
+    step = max(1, _TABLE // (distances * overlaps))
+    starts = range(0, len(order), step)
+    tables = (_histogram(asked, order[start : start + step], database, overlaps) for start in starts)
+    return tables, torch.from_numpy(np.argsort(order))
 
 
 class _Scratch:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Attack, Select
+from robusthash.core.ap import average_precision
 from robusthash.core.hamming import pack
-from robusthash.core.profile import Prepared, prepare, prepared_profile
+from robusthash.core.profile import Prepared, prepare, prepared_counts
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Reference
 from robusthash.data.base import RetrievalData, Split
-from robusthash.evaluation.measures import average_precision
 from robusthash.evaluation.protocol import Protocol, load_protocol
 from robusthash.models.encode import encode_split
 from robusthash.models.hasher import Hasher
@@ -114,8 +114,7 @@ class Bench:
         def metric(signs: Tensor) -> Tensor:
             packed = pack(signs)
             codes = Codes(packed, self.victim.bits, torch.arange(len(packed)))
-            profile = prepared_profile(codes, wanted, self.prepared)
-            return sign * average_precision(profile).to(signs.device)
+            return sign * average_precision(*prepared_counts(codes, wanted, self.prepared)).to(signs.device)
 
         return metric
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robusthash.core.ap import Denominator, Groups, average_precision, share
 from robusthash.core.hamming import distance, pack, unpack
-from robusthash.core.profile import Prepared, prepare, prepared_profile
+from robusthash.core.profile import Prepared, prepare, prepared_counts
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Codes
 
@@ -229,8 +229,7 @@ def _descend(packed: Tensor, database: Prepared, k: int | None, denominator: Den
 
     def score(codes: Tensor) -> Tensor:
         asked = Codes(codes, database.bits, torch.arange(len(codes)))
-        profile = prepared_profile(asked, torch.ones(len(codes), 1), database)
-        return average_precision(profile.items, profile.relevant, k, denominator)
+        return average_precision(*prepared_counts(asked, torch.ones(len(codes), 1), database), k, denominator)
 
     flips = pack(2 * torch.eye(database.bits) - 1)  # (K, bytes), one bit set in each
     packed, values = packed.clone(), score(packed)
