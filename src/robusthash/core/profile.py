@@ -220,7 +220,7 @@ def prepared_counts(query: Codes, query_labels: Tensor, database: Prepared) -> t
     """(Q, K + 1) int64 ``items`` and ``relevant`` of ``prepared_profile`` alone: all that an AP needs, and sooner."""
     asked = prepare(query, query_labels, merge_above=1.0)
     tables, back = _tables(asked, database)
-    parts = [(table.sum(1), table[:, 1:].sum(1)) for table in tables]
+    parts = [_items_and_relevant(table) for table in tables]
     items, relevant = (torch.cat(columns)[back] for columns in zip(*parts, strict=True))
     rows = slice(None) if asked.rows is None else torch.from_numpy(asked.rows)
     return items[rows], relevant[rows]
@@ -241,16 +241,24 @@ def _profile(asked: Prepared, database: Prepared) -> Profile:
     for table in tables:
         shared = torch.arange(table.shape[1])
         exponential = 2.0 ** shared.to(torch.float64) - 1
+        items, relevant = _items_and_relevant(table)
         parts.append(
             Profile(
-                items=table.sum(1),
-                relevant=table[:, 1:].sum(1),
+                items=items,
+                relevant=relevant,
                 gain=(table * shared[:, None]).sum(1),
                 gain_exp=torch.einsum("qgd,g->qd", table.to(torch.float64), exponential),
                 ideal=table.sum(2),
             )
         )
     return Profile(*(torch.cat([getattr(part, name) for part in parts])[back] for name in _FIELDS))
+
+
+def _items_and_relevant(table: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q, K + 1) each, of (Q, overlaps, K + 1). Slice by slice: ``sum(1)`` over so few is twenty times slower."""
+    none, *some = table.unbind(1)
+    relevant = functools.reduce(torch.add, some, torch.zeros_like(none))
+    return none + relevant, relevant
 
 
 def _tables(asked: Prepared, database: Prepared) -> tuple[Iterator[Tensor], Tensor]:
