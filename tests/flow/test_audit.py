@@ -134,11 +134,40 @@ def test_an_endpoint_of_ids(folder, tmp_path):
         assert summary["bits"] is None
         assert summary["rows"][0]["first"] == 1.0
         assert summary["rows"][1]["recognised"] is None
-        assert 8 * 10 <= summary["questions"] <= 8 * 10 + 2
+        everyday, asked = 8 * 10, TINY.attacked * TINY.questions
+        assert everyday + asked / 2 <= summary["questions"] <= everyday + asked + TINY.attacked + 2
         written = (tmp_path / "out" / "report.html").read_text() + (tmp_path / "out" / "audit.json").read_text()
         assert "secret-word" not in written
         with pytest.raises(ValueError, match="raise --budget"):
             run_audit(url, tmp_path / "out", folder, size=32, tier=TINY, limits=EndpointLimits(budget=20, rate=1e6))
+
+
+def answer_by_brightness(folder, size):
+    """A search that noise around 0 cannot move, and a patch of one sign can."""
+    photos = read_photos(folder, size)
+    stored = photos.stored.float().mean((1, 2, 3))
+
+    def answer(body, number):
+        import io
+
+        asked = torch.from_numpy(np.asarray(Image.open(io.BytesIO(body)), dtype=np.float32)).mean()
+        return 200, {}, {"ids": [photos.names[i] for i in (stored - asked).abs().argsort().tolist()]}
+
+    return answer
+
+
+def test_questions_alone_find_what_noise_does_not(folder, tmp_path):
+    from robusthash.apps.audits.target import EndpointLimits
+
+    pytest.importorskip("httpx")
+    with served(answer_by_brightness(folder, 32)) as (url, _):
+        limits = EndpointLimits(rate=1e6)
+        summary = run_audit(url, tmp_path / "out", folder, size=32, tier=TINY, eps=0.1, limits=limits)
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert rows["square"]["map"] < rows["noise"]["map"]
+    assert rows["hide, worst case"]["map"] == rows["square"]["map"]
+    assert rows["square"]["largest"] <= 0.1 * 255 + 1
+    assert "by someone who may only ask it, 20 times" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_photographs_that_cannot_be_used(tmp_path, folder):

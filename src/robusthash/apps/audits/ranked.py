@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,16 +13,22 @@ from robusthash.apps.audits.photos import Photos
 from robusthash.apps.audits.rows import Kind, Row, difference
 from robusthash.apps.audits.target import Target, Tier
 from robusthash.apps.stages import Shown
+from robusthash.attacks.blackbox import Square, ask_around
+from robusthash.attacks.oracle import ids_lost
+from robusthash.attacks.threat import threat_on
 from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, Inputs
 from robusthash.data.changes import EVERYDAY, noise
 from robusthash.models.endpoint import Endpoint
 
+Lists = list[tuple[str, ...]]
+
 
 def ranked_rows(target: Target, photos: Photos, tier: Tier, eps: float, seed: int, shown: Shown) -> tuple[Row, ...]:
-    """Ask about the photographs unchanged, under everyday changes and under noise.
+    """Ask about the photographs unchanged, under everyday changes and noise, and search by questions to be missed.
 
     Right is the id that came first for the unchanged photograph. 1 / rank is 0 where that id is not in the answer, so
-    longer answers can only raise it.
+    longer answers can only raise it. The search sees lists alone and tries to empty them of what they first held.
 
     Raises:
         ValueError: the budget is too small; nothing has been asked then but two questions about one photograph.
@@ -29,7 +37,8 @@ def ranked_rows(target: Target, photos: Photos, tier: Tier, eps: float, seed: in
     if endpoint is None:
         raise ValueError(f"{target.name} answers codes; audit it by them")
     images = photos.asking(tier.queries)
-    endpoint.check_budget(len(images) * (len(EVERYDAY) + 2))
+    few = images[: tier.attacked]
+    endpoint.check_budget(len(images) * (len(EVERYDAY) + 2) + len(few) * (tier.questions + 1))
     level = f"{eps * 255:g} of 255 brightness levels"
     plan: list[tuple[str, str, str, Kind, Callable[[Tensor], Tensor]]] = [
         ("unchanged", "nothing", "no", "same", lambda x: x),
@@ -47,23 +56,57 @@ def ranked_rows(target: Target, photos: Photos, tier: Tier, eps: float, seed: in
     for number, (name, words, visible, kind, change) in enumerate(plan):
         changed = change(images)
         answers = _ask(endpoint, changed)
-        if not right:
-            right = [ids[0] for ids in answers]
-        ap = [1 / (1 + ids.index(wanted)) if wanted in ids else 0.0 for ids, wanted in zip(answers, right, strict=True)]
-        largest, psnr = difference(images, changed)
-        first = sum(ids[0] == wanted for ids, wanted in zip(answers, right, strict=True)) / len(ap)
-        mean = sum(ap) / len(ap)
-        rows.append(
-            Row(name, words, visible, kind, len(ap), mean, first, largest=largest, psnr=psnr, per_photo=tuple(ap))
-        )
+        right = right or [ids[0] for ids in answers]
+        rows.append(_row(name, words, visible, kind, answers, right, images, changed))
         shown(number + 1, len(plan), "asking the endpoint")
-    return tuple(rows)
+    searched = _searched(endpoint, few, tier.questions, eps, Draws(seed, ("audit", "square")), shown)
+    words = f"made to be missed by someone who may only ask it, {tier.questions} times"
+    square = _row("square", words, "hardly", "hide", _ask(endpoint, searched), right, few, searched)
+    worst = replace(square, name="hide, worst case", words="made to be missed", kind="hide-worst")
+    return (*rows, square, worst)
 
 
 _EVERYDAY: Kind = "everyday"
 
 
-def _ask(endpoint: Endpoint, images: Tensor) -> list[tuple[str, ...]]:
+def _row(
+    name: str, words: str, visible: str, kind: Kind, answers: Lists, right: Sequence[str], before: Tensor, after: Tensor
+) -> Row:
+    """What came back for the first photographs, against what came first for each unchanged."""
+    pairs = list(zip(answers, right, strict=False))
+    ap = [1 / (1 + ids.index(wanted)) if wanted in ids else 0.0 for ids, wanted in pairs]
+    first = sum(ids[0] == wanted for ids, wanted in pairs) / len(pairs)
+    largest, psnr = difference(before, after)
+    mean = sum(ap) / len(ap)
+    return Row(name, words, visible, kind, len(ap), mean, first, largest=largest, psnr=psnr, per_photo=tuple(ap))
+
+
+def _searched(endpoint: Endpoint, images: Tensor, questions: int, eps: float, draws: Draws, shown: Shown) -> Tensor:
+    """(n, 3, H, W) images within ``eps`` for which the endpoint lost most of what it first found."""
+    numbers: dict[str, int] = {}
+    first: list[Tensor] = []
+    asked = itertools.count(1)
+
+    def ask(inputs: Inputs) -> Tensor:
+        answers = _ask(endpoint, inputs["image"])
+        width = first[0].shape[1] if first else max(len(ids) for ids in answers)
+        found = _numbered(answers, numbers, width)
+        first.extend([found][len(first) :])
+        shown(next(asked), questions, "searching by questions")
+        return ids_lost(first[0], found).to(images)
+
+    batch = Batch({"image": images}, None, torch.arange(len(images)))
+    threat = threat_on("image", eps, knowledge="B1")
+    return ask_around(Square(), ask, batch, threat, draws, questions).inputs["image"]
+
+
+def _numbered(answers: Lists, numbers: dict[str, int], width: int) -> Tensor:
+    """(B, width) the ids as numbers, the same for the same id, cut to ``width``; -1 where a list is shorter."""
+    rows = [[numbers.setdefault(name, len(numbers)) for name in ids[:width]] for ids in answers]
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+
+
+def _ask(endpoint: Endpoint, images: Tensor) -> Lists:
     answers = [answer.ids for answer in endpoint.answers(images)]
     if not all(answers):
         raise ValueError(f"{endpoint.url} answered a code, and ids before")
