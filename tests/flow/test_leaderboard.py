@@ -167,7 +167,8 @@ def test_unlike_settings_never_share_a_table(run, tmp_path):
 
 def test_an_unreliable_model_is_last_unranked_and_marked_everywhere(run, tmp_path):
     red = Flag("F4", 0.03, 0.005, "red", "masking: an adaptive attack is needed")
-    masked = sibling(run, tmp_path, name="masked", shift=-0.1, flags=(red,))
+    unknown = Flag("F7", float("inf"), 0.0, "amber", "not run")
+    masked = sibling(run, tmp_path, name="masked", shift=-0.1, flags=(red, unknown))
     (board,) = make_boards([masked, run])
     assert [row.name.partition("/")[0] for row in board.rows] == ["tiny", "masked"]
     assert board.rows[1].known.value > board.rows[0].known.value

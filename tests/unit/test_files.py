@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from robusthash.core.files import write_all_aside, write_aside
+from robusthash.core.files import json_text, write_all_aside, write_aside
 
 
 def run(code: str, folder: Path) -> subprocess.Popen[str]:
@@ -109,3 +110,13 @@ def test_a_kill_leaves_the_old_file_whole(tmp_path: Path) -> None:
     child.send_signal(signal.SIGKILL)
     child.communicate(timeout=60)
     assert path.read_text() == "old"
+
+
+def test_strict_json_has_words_for_what_it_lacks(tmp_path: Path) -> None:
+    value = {"a": (1, float("inf")), "b": [{"c": float("-inf")}], "path": tmp_path, "n": None, "yes": True}
+    read = json.loads(json_text(value))
+    assert read == {"a": [1, "inf"], "b": [{"c": "-inf"}], "path": str(tmp_path), "n": None, "yes": True}
+    with pytest.raises(ValueError, match=r"run\.losses\[1\] is NaN"):
+        json_text({"losses": [0.0, float("nan")]}, "run")
+    with pytest.raises(ValueError, match=r"value\.x is a set, which JSON does not hold"):
+        json_text({"x": {1}})

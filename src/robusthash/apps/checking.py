@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -68,11 +67,8 @@ def _threat(bench: Bench, eps: float | None, norm: Norm) -> Threat:
 
 
 def plain(flags: tuple[Flag, ...]) -> list[dict[str, Any]]:
-    """Flags for JSON, an infinite value (not run) as "inf", with what each value is."""
-    return [
-        {**asdict(flag), "value": flag.value if math.isfinite(flag.value) else "inf", "title": CHECKS[flag.id].title}
-        for flag in flags
-    ]
+    """Flags as plain data, with what each value is."""
+    return [{**asdict(flag), "title": CHECKS[flag.id].title} for flag in flags]
 
 
 def calibration(

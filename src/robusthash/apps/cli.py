@@ -281,13 +281,10 @@ def _result(run: Path, name: str) -> EvalResult:
 
 
 def _plain(result: EvalResult) -> dict[str, Any]:
-    """A result as JSON takes it, without its arrays; infinite values as text."""
+    """A result as plain data, without its arrays."""
     from dataclasses import asdict
 
-    numbers = {
-        name: {key: value if abs(value) != float("inf") else str(value) for key, value in getattr(result, name).items()}
-        for name in ("values", "reference", "representative", "perceptibility")
-    }
+    numbers = {name: getattr(result, name) for name in ("values", "reference", "representative", "perceptibility")}
     rest = {"interval": result.interval, "empty": result.empty, "notes": result.notes, "attacks": result.attacks}
     return {"setting": asdict(result.setting), "cost": asdict(result.cost), **numbers, **rest}
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from robusthash.apps.config import Config, ConfigError, load_config, save_config
-from robusthash.core.files import write_aside
+from robusthash.core.files import json_text, write_aside
 from robusthash.core.registry import build
 from robusthash.core.runtime import digest
 from robusthash.core.types import Codes
@@ -38,7 +38,7 @@ class RunError(ValueError):
 def write_json(path: Path, value: Any) -> None:
     """Write JSON aside and rename, so that a reader never sees half a file."""
     with write_aside(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        temporary.write_text(json_text(value, path.name))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
-"""Writing files so that a crash, a kill or a full disk leaves the old file whole."""
+"""Writing files so that a crash, a kill or a full disk leaves the old file whole, and JSON that every reader takes."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -72,3 +75,35 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def json_text(value: Any, where: str = "value") -> str:
+    """``value`` as strict JSON, which has no infinite numbers: they are written as "inf" and "-inf".
+
+    Args:
+        where: what ``value`` is called in an error.
+
+    Raises:
+        ValueError: a NaN, or what JSON does not hold; its place is named.
+
+    Example:
+        >>> json_text({"psnr": float("inf")}).split()
+        ['{', '"psnr":', '"inf"', '}']
+    """
+    return json.dumps(_plain(value, where), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        if math.isnan(value):
+            raise ValueError(f"{where} is NaN; a measure without a value must be left out, not written")
+        return value if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise ValueError(f"{where} is a {type(value).__name__}, which JSON does not hold")

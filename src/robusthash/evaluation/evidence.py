@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.threat import Threat
-from robusthash.core.files import write_all_aside
+from robusthash.core.files import json_text, write_all_aside
 from robusthash.core.types import Batch
 from robusthash.evaluation.attacked import Attacked, Trial, finish
 from robusthash.evaluation.bench import Bench
@@ -104,7 +104,7 @@ def export(
             files={name: sha256_of(aside) for name, aside in zip(names, asides, strict=False)},
         )
         document = {"schema": SCHEMA, **manifest.model_dump(mode="json")}
-        asides[-1].write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        asides[-1].write_text(json_text(document), encoding="utf-8")
     return result
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robusthash.core.files import write_all_aside
+from robusthash.core.files import json_text, write_all_aside
 from robusthash.core.registry import nearest
 from robusthash.evaluation.stats import holm, intervals, sign_flip_tests
 from robusthash.version import __version__
@@ -175,7 +174,7 @@ def save_results(path: str | Path, results: Sequence[EvalResult]) -> None:
         raise ValueError(f"results are saved as .json, got {path.name}")
     arrays: dict[str, np.ndarray] = {}
     written = []
-    for index, result in enumerate(results):
+    for result in results:
         plain = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in _ARRAYS}
         plain["setting"], plain["cost"] = dataclasses.asdict(result.setting), dataclasses.asdict(result.cost)
         plain["flags"] = [dataclasses.asdict(flag) for flag in result.flags]
@@ -183,15 +182,15 @@ def save_results(path: str | Path, results: Sequence[EvalResult]) -> None:
         plain["curves"] = {
             name: {axis: _keep(arrays, values) for axis, values in axes.items()} for name, axes in result.curves.items()
         }
-        written.append(_plain(plain, f"results[{index}]"))
+        written.append(plain)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     sidecar = hashlib.sha256(buffer.getvalue()).hexdigest()
     document = {"schema": SCHEMA, "sidecar": sidecar, "results": written}
-    text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
+    text = json_text(document, path.name)
     with write_all_aside([path.with_suffix(".npz"), path]) as (array_file, json_file):
         array_file.write_bytes(buffer.getvalue())
-        json_file.write_text(text + "\n", encoding="utf-8")
+        json_file.write_text(text, encoding="utf-8")
 
 
 def _keep(arrays: dict[str, np.ndarray], values: Tensor) -> str:
@@ -199,21 +198,6 @@ def _keep(arrays: dict[str, np.ndarray], values: Tensor) -> str:
     key = f"array{len(arrays)}"
     arrays[key] = values.detach().cpu().numpy()
     return key
-
-
-def _plain(value: Any, where: str) -> Any:
-    """``value`` as JSON takes it; NaN raises and says where it was."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, float):
-        if math.isnan(value):
-            raise ValueError(f"{where} is NaN; a measure without a value must be left out, not written")
-        return value if math.isfinite(value) else ("inf" if value > 0 else "-inf")
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    raise ValueError(f"{where} is a {type(value).__name__}, which results do not hold")
 
 
 def load_results(path: str | Path) -> list[EvalResult]:

@@ -119,12 +119,10 @@ def leaderboard(
 
     Without an option, Markdown goes to stdout.
     """
-    import json
-
     from robusthash.apps.boards.board import make_boards
     from robusthash.apps.boards.page import leaderboard_page
     from robusthash.apps.boards.wording import as_markdown, as_plain
-    from robusthash.core.files import write_aside
+    from robusthash.core.files import json_text, write_aside
 
     boards = make_boards(paths)
     if not any((out, markdown, data)):
@@ -137,9 +135,9 @@ def leaderboard(
         with write_aside(markdown) as aside:
             aside.write_text(as_markdown(boards), encoding="utf-8")
     if data is not None:
-        text = json.dumps(as_plain(boards), indent=1, sort_keys=True, allow_nan=False)
+        text = json_text(as_plain(boards))
         with write_aside(data) as aside:
-            aside.write_text(text + "\n", encoding="utf-8")
+            aside.write_text(text, encoding="utf-8")
     for path in filter(None, (out, markdown, data)):
         sys.stdout.write(f"{path}\n")
 

@@ -78,22 +78,19 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _plain(result: EvalResult) -> dict[str, Any]:
-    """The result as JSON takes it, without the values of single queries; infinite values as text."""
+    """The result as plain data, without the values of single queries."""
     from dataclasses import asdict
-
-    def finite(values: dict[str, float]) -> dict[str, float | str]:
-        return {name: value if abs(value) != float("inf") else str(value) for name, value in values.items()}
 
     return {
         "name": result.name,
         "setting": asdict(result.setting),
-        "values": finite(result.values),
+        "values": result.values,
         "interval": {name: ends for name, ends in result.interval.items() if name in result.values},
-        "reference": finite(result.reference),
+        "reference": result.reference,
         "attacks": result.attacks,
         "curves": {name: {axis: v.tolist() for axis, v in curve.items()} for name, curve in result.curves.items()},
-        "perceptibility": finite(result.perceptibility),
-        "flags": [{**asdict(flag), **finite({"value": flag.value})} for flag in result.flags],
+        "perceptibility": result.perceptibility,
+        "flags": [asdict(flag) for flag in result.flags],
         "unreliable": result.unreliable,
         "notes": result.notes,
         "cost": asdict(result.cost),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from robusthash.core.files import json_text
 
 console = Console(stderr=True)
 
@@ -41,7 +42,7 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
 
 def print_json(value: Any) -> None:
     """Strict JSON on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True, allow_nan=False, default=str) + "\n")
+    sys.stdout.write(json_text(value))
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
