@@ -198,6 +198,10 @@ def test_the_results_of_a_suite_are_listed_beside_those_of_the_recipe(run):
     assert len(boards) == 2
     tier = next(board for board in boards if board.setting.budget == "standard")
     assert tier.rows[0].clean == results["clean"]["MAP"]
+    named = replace(assessed, setting=replace(setting, budget="suite paper, 2 lines"))
+    save_results(run / "assess.json", [named])
+    assert any("img-linf-8, paper tier, 2 attacks" in board.title for board in make_boards([run]))
+    save_results(run / "assess.json", [assessed])
     assert "wMAP over eps" in leaderboard_page(boards)
 
 

@@ -99,8 +99,10 @@ class Board:
     @property
     def title(self) -> str:
         direction = f", {self.setting.direction}" if self.setting.direction else ""
-        count = len(self.setting.attacks)
-        return f"{self.data}{direction}, {self.setting.threat}, {count} attack{'s' if count != 1 else ''} ({self.id})"
+        count, suite = len(self.setting.attacks), self.setting.budget.partition(",")[0]
+        tier = f", {suite.removeprefix('suite ')} tier" if suite.startswith("suite ") else ""
+        attacks = f"{count} attack{'s' if count != 1 else ''}"
+        return f"{self.data}{direction}, {self.setting.threat}{tier}, {attacks} ({self.id})"
 
     @property
     def methods(self) -> bool:
