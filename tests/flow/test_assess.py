@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,16 @@ def test_the_paper_tier_stands_apart(call, run):
     code, _, err = call("assess", run, "--tier", "paper", "--eps-curve")
     assert code == 1
     assert "'paper' does not have" in err
+
+
+@pytest.mark.parametrize("reached", [0.5, 0.0])
+def test_only_a_cut_graph_loses_its_white_box_lines(run, monkeypatch, reached):
+    looked = assessing.seen_of
+    monkeypatch.setattr(assessing, "seen_of", lambda bench, threat: replace(looked(bench, threat), reached=reached))
+    result = assessing.assess(load_run(run), "fast", queries=4, checked=False)
+    assert result is not None
+    assert ("guided" in result.attacks) == (reached > 0)
+    assert any("no gradient reaches the input" in note for note in result.notes) == (reached == 0)
+    if reached == 0:
+        with pytest.raises(ValueError, match="'paper' has no other lines under img-linf-8; use 'standard'"):
+            assessing.assess(load_run(run), "paper", queries=4)

@@ -30,7 +30,7 @@ from robusthash.objectives import DPSH
 SMALL = {"name": "small", "width": 4, "grid": 1}
 DATA = make_data(size=16)
 THREAT = image_threat(16 / 255, knowledge="W2")
-HONEST = Observed(False, False, False, False, False, True)
+HONEST = Observed(False, False, False, False, False, 1.0)
 
 
 class Aside(Purifier):
@@ -168,6 +168,7 @@ def test_a_purifier_out_of_the_graph_falls_to_the_adaptive_lines(benches: dict[s
     """A plain attack cannot even start; the lines for what was observed bring MAP down."""
     bench = benches["aside"]
     seen = observed(bench.victim, bench.batch(0).inputs)
+    assert seen.cut
     assert not seen.gradient_reaches_input
     assert matches("purifier", seen) == []
     white = Adaptive("white", Attack("white", Mainstay(), ScaleFree(), APGD(4), THREAT, selects=True))
@@ -227,10 +228,10 @@ def test_observed_behaviour(base: Hasher, benches: dict[str, Bench]) -> None:
     assert seen["mask"] == replace(HONEST, mask=True)
     assert seen["purifier"] == replace(HONEST, purifier=True)
     assert seen["randomised"] == replace(HONEST, purifier=True, randomised=True)
-    assert seen["aside"] == replace(HONEST, purifier=True, gradient_reaches_input=False)
+    assert seen["aside"] == replace(HONEST, purifier=True, reached=0.0)
     assert observed(before(base, Descending(), "purifier"), x) == replace(HONEST, purifier=True, inner_gradients=True)
     cut = Hasher({"image": Cut(base.encoders["image"])}, dict(base.heads))
-    assert observed(cut, x) == replace(HONEST, gradient_reaches_input=False)
+    assert observed(cut, x) == replace(HONEST, reached=0.0)
     assert not mismatches(base, x)
     assert [reason[:8] for reason in mismatches(cut, x)] == ["no gradi"]
     with pytest.raises(ValueError, match="at least two looks"):
@@ -249,11 +250,12 @@ def test_observed_behaviour(base: Hasher, benches: dict[str, Bench]) -> None:
         ("mask", {}, "'mask' is declared, and none"),
         ("purifier", {}, "'purifier' is declared, and none"),
         ("plain", {"inner_gradients": True}, "takes gradients itself"),
-        ("adversarial", {"gradient_reaches_input": False}, "no gradient reaches"),
+        ("adversarial", {"reached": 0.0}, "no gradient reaches"),
+        ("adversarial", {"reached": 0.9}, "a gradient reaches 90% of the items only"),
         ("detector", {}, "the package has none"),
     ],
 )
-def test_a_wrong_class_is_named(declared: str, change: dict[str, bool], reason: str) -> None:
+def test_a_wrong_class_is_named(declared: str, change: dict[str, bool | float], reason: str) -> None:
     reasons = matches(declared, replace(HONEST, **change))  # type: ignore[arg-type]
     assert len(reasons) == 1
     assert reason in reasons[0]
@@ -266,9 +268,9 @@ def test_a_wrong_class_is_named(declared: str, change: dict[str, bool], reason: 
         ("adversarial", {}),
         ("gate", {"gate": True}),
         ("mask", {"mask": True, "gate": True}),
-        ("purifier", {"purifier": True, "inner_gradients": True, "gradient_reaches_input": False}),
+        ("purifier", {"purifier": True, "inner_gradients": True, "reached": 0.0}),
         ("randomised", {"purifier": True, "randomised": True}),
     ],
 )
-def test_a_right_class_is_not(declared: str, change: dict[str, bool]) -> None:
+def test_a_right_class_is_not(declared: str, change: dict[str, bool | float]) -> None:
     assert matches(declared, replace(HONEST, **change)) == []  # type: ignore[arg-type]

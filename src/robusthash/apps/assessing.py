@@ -109,10 +109,15 @@ def assess(
         raise ValueError(f"--eps-curve runs the lines {' and '.join(CURVE_LINES)}, which {tier_name!r} does not have")
     suite, bench, notes = prepare_suite(bench, suite)
     seen = seen_of(bench, aim)
-    if not seen.gradient_reaches_input:
+    if seen.cut:
         suite, notes = without_gradient(suite), (*notes, "no gradient reaches the input: no white-box line was run")
     known = [_surrogate(other, data, bench) for other in surrogates]
     suite = replace(suite, lines=(*suite.lines, *lines_beside(bench, objective, aim, tier_name, known, seen)))
+    if all(line.targeted for line in suite.lines):
+        raise ValueError(
+            f"no gradient reaches the input of {run.path}, and the tier {tier_name!r} has no other lines under "
+            f"{aim.name}; use 'standard', which asks questions too"
+        )
     keep = FolderKeep(_folder(run, suite, bench)) if kept else None
     if shard is not None:
         if keep is None:

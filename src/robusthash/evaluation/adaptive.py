@@ -202,7 +202,7 @@ def adaptive_lines(
         )
     if declared == "mask" and not masks_of(victim):
         raise ValueError("the hasher declares 'mask' and its encoder has none: use 'sfcl', or declare another class")
-    cut = seen is not None and not seen.gradient_reaches_input
+    cut = seen is not None and seen.cut
     lines: list[Line] = []
     if gated:
         lines += _gate_lines(make, next(iter(gated.values())).dct.block)

@@ -30,7 +30,17 @@ class Observed:
     gate: bool
     mask: bool  # features are separated by a learned mask
     inner_gradients: bool  # forward takes gradients or steps of an optimiser itself
-    gradient_reaches_input: bool  # for at least 99 % of the items; also True where no input is continuous
+    reached: float  # share of the items to whose input a gradient comes; 1 where no input is continuous
+
+    @property
+    def gradient_reaches_input(self) -> bool:
+        """For at least 99 % of the items. Below, the gradient is masked for some; only at 0 is the graph cut."""
+        return self.reached >= 0.99
+
+    @property
+    def cut(self) -> bool:
+        """No gradient reaches any item, so nothing that differentiates the victim itself can start."""
+        return self.reached == 0
 
 
 @dataclass
@@ -63,7 +73,7 @@ def observed(victim: Hasher, inputs: Inputs, looks: int = 3) -> Observed:
         gate=any(part.declares == "gate" for part in purifiers),
         mask=any(isinstance(part, Separation) for part in victim.modules()),
         inner_gradients=bool(inner.backward or inner.steps),
-        gradient_reaches_input=reached,
+        reached=reached,
     )
 
 
@@ -94,18 +104,18 @@ def _differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return any(bool((v - other[n]).abs().max() > SAME * v.abs().max()) for n, v in one.items())
 
 
-def _reached(victim: Hasher, inputs: Inputs) -> bool:
-    """Whether sum |u|, which saturates nowhere, has a gradient to the continuous inputs of nearly all items."""
+def _reached(victim: Hasher, inputs: Inputs) -> float:
+    """The share of items to whose continuous inputs sum |u|, which saturates nowhere, has a gradient."""
     leaves = {n: v.detach().clone().requires_grad_(True) for n, v in inputs.items() if v.is_floating_point()}
     if not leaves:
-        return True
+        return 1.0
     with torch.enable_grad():
         value = torch.stack([output.logits.abs().sum() for output in victim(leaves).values()]).sum()
         if not value.requires_grad:
-            return False
+            return 0.0
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     shares = [0.0 if g is None else float((g != 0).flatten(1).any(1).float().mean()) for g in grads]
-    return min(shares) >= 0.99
+    return min(shares)
 
 
 def matches(declared: Defense, seen: Observed) -> list[str]:
@@ -128,7 +138,10 @@ def matches(declared: Defense, seen: Observed) -> list[str]:
     if seen.inner_gradients and declared not in ("purifier", "randomised"):
         reasons.append(f"forward takes gradients itself, and {declared!r} is declared: declare 'purifier'")
     if not seen.gradient_reaches_input and declared not in ("purifier", "randomised"):
-        reasons.append(f"no gradient reaches the input, and {declared!r} is declared: the graph is cut or saturated")
+        said = (
+            "no gradient reaches the input" if seen.cut else f"a gradient reaches {seen.reached:.0%} of the items only"
+        )
+        reasons.append(f"{said}, and {declared!r} is declared: the graph is cut or saturated")
     if declared == "detector":
         reasons.append("'detector' is declared, and the package has none: no attack includes its score")
     return reasons
