@@ -238,14 +238,14 @@ def _tally(guidance: Guidance) -> Tally:
 # ---------------------------------------------------------------------------------------------- attacks
 
 
-@register("attack", "flip-apgd", evidence="own", supervised=False)
+@register("attack", "flip-apgd", evidence="own", supervised=False, state="measured")
 def flip_apgd(eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image") -> Attack:
     """House attack: APGD away from the query's own clean code; its search needs no labels."""
     threat = threat_on(modality, eps, knowledge="W2")
     return Attack("flip-apgd", Own(), ScaleFree(), APGD(steps), threat, restarts=restarts, selects=True)
 
 
-@register("attack", "wrong-apgd", evidence="own")
+@register("attack", "wrong-apgd", evidence="own", state="measured")
 def wrong_apgd(
     eps: float | None = None,
     steps: int = 100,
@@ -261,14 +261,14 @@ def wrong_apgd(
     return Attack("wrong-apgd", Wrong(margin), Pull(), APGD(steps), threat, restarts=restarts, selects=True)
 
 
-@register("attack", "soft-ap-apgd", evidence="own")
+@register("attack", "soft-ap-apgd", evidence="own", state="measured")
 def soft_ap_apgd(eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image") -> Attack:
     """House attack: APGD on a differentiable form of the expected AP over the whole database."""
     threat = threat_on(modality, eps, knowledge="W2")
     return Attack("soft-ap-apgd", Tallied(), SoftAP(), APGD(steps), threat, restarts=restarts, selects=True)
 
 
-@register("attack", "margin-pn-apgd", evidence="own")
+@register("attack", "margin-pn-apgd", evidence="own", state="measured")
 def margin_pn_apgd(
     eps: float | None = None,
     steps: int = 100,
@@ -282,7 +282,7 @@ def margin_pn_apgd(
     return Attack("margin-pn-apgd", Tallied(), loss, APGD(steps), threat, restarts=restarts, selects=True)
 
 
-@register("attack", "guided-targeted-apgd", evidence="own", targeted=True)
+@register("attack", "guided-targeted-apgd", evidence="own", targeted=True, state="measured")
 def guided_targeted_apgd(
     eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image"
 ) -> Attack:

@@ -131,7 +131,7 @@ class Prototype(nn.Module):
         return made.requires_grad_(False)
 
 
-@register("attack", "tha", paper="Wang et al., SIGIR 2021", evidence="paper+code", targeted=True)
+@register("attack", "tha", paper="Wang et al., SIGIR 2021", evidence="paper+code", targeted=True, state="measured")
 def tha(
     eps: float | None = None,
     steps: int = 100,
