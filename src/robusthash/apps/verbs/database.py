@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from robusthash.apps.verbs.terminal import AsJson, print_json, print_table, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, RunPath, print_json, print_table, progress_bars
 
 
 def poison(
-    run: Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")],
+    run: RunPath,
     threat: Annotated[str, typer.Option(help="db-insert or db-perturb; db-insert-img-linf-4 for another bound.")],
     count: Annotated[int, typer.Option(min=1, help="Items put in, of db-insert.")] = 10,
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="Ranks that count, of db-insert.")] = 10,

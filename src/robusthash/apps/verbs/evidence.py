@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from robusthash.apps.verbs.terminal import AsJson, console, print_json, print_table, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, RunPath, console, print_json, print_table, progress_bars
 
 if TYPE_CHECKING:
     from robusthash.evaluation.results import EvalResult
 
 app = typer.Typer(help="Attacked queries that others can check: write them, verify them.", no_args_is_help=True)
-
-RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]
 
 
 @app.command("export")

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from robusthash.apps.verbs.results import plain, show_results, show_table
-from robusthash.apps.verbs.terminal import AsJson, console, print_json, print_table, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, RunPath, console, print_json, print_table, progress_bars
 
 if TYPE_CHECKING:
     from robusthash.apps.config import Config
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).")]
-RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override by path, e.g. training.epochs=2. Repeatable.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
 

@@ -9,9 +9,7 @@ from typing import Annotated
 import typer
 
 from robusthash.apps.verbs.results import plain, result_of
-from robusthash.apps.verbs.terminal import AsJson, console, print_json, print_table
-
-RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]
+from robusthash.apps.verbs.terminal import AsJson, RunPath, console, print_json, print_table
 
 
 def score(

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robusthash.apps.verbs.terminal import AsJson, console, print_json, print_table, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, RunPath, console, print_json, print_table, progress_bars
 
 if TYPE_CHECKING:
     from robusthash.evaluation.results import EvalResult
 
 
 def assess(
-    run: Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")],
+    run: RunPath,
     tier: Annotated[
         str, typer.Option(help="Effort: smoke, fast, standard or full; or paper: attacks as published.")
     ] = "fast",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from robusthash.core.files import json_text
 
 console = Console(stderr=True)
 
+RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 
 
