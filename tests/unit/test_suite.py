@@ -17,17 +17,17 @@ from robusthash.attacks.guides import Mainstay, Own
 from robusthash.attacks.house import guided_targeted_apgd
 from robusthash.attacks.losses import ScaleFree
 from robusthash.attacks.named import guided_apgd
-from robusthash.attacks.search import APGD
+from robusthash.attacks.search import APGD, Polish
 from robusthash.attacks.threat import Threat, edit_threat, image_threat, threat_on
 from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Inputs
+from robusthash.core.types import Goal, Inputs
 from robusthash.evaluation.attacked import Attacked, Trial, finish
 from robusthash.evaluation.attempts import Attacker, corner_start, run_lines
 from robusthash.evaluation.bench import Bench, make_bench
 from robusthash.evaluation.curve import eps_curve
 from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
-from robusthash.evaluation.lines import Gradient, Line
+from robusthash.evaluation.lines import Gradient, Line, Refined
 from robusthash.evaluation.presets import LEGACY, paper_suite, with_legacy
 from robusthash.evaluation.results import load_results, save_results
 from robusthash.evaluation.suite import TIERS, Suite, assess, prepare_suite, run_shard, stable_subset, tier
@@ -91,11 +91,17 @@ def guided(steps: int = 4, eps: float = EPS) -> Attack:
     return guided_apgd(eps, steps)
 
 
-def small(*, restarts: int = 2, targeted: bool = False) -> Suite:
+def polish(eps: float = EPS) -> Attack:
+    return replace(guided(eps=eps), search=Polish(4))
+
+
+def small(*, restarts: int = 2, targeted: bool = False, refined: bool = False) -> Suite:
     away = Attack("flip", Own(), ScaleFree(), APGD(4), image_threat(EPS, knowledge="W2"), selects=True)
     lines: list[Line] = [Gradient("guided", guided(), restarts), Gradient("flip", away, restarts)]
     if targeted:
         lines.append(Gradient("guided-targeted", guided_targeted_apgd(EPS, 4), 2))
+    if refined:
+        lines += [Refined("refined once", polish()), Refined("refined twice", polish())]
     return Suite("small", tuple(lines))
 
 
@@ -204,16 +210,20 @@ def test_tiers_hold_the_lines_that_they_promise():
     assert [line.name for line in tier("fast").lines] == ["guided", "soft-ap"]
     standard, full = tier("standard"), tier("full")
     names = ["guided", "wrong", "pursuit", "flip", "soft-ap", "margin-pn", "guided-targeted"]
-    assert [line.name for line in standard.lines] == names
-    assert [line.restarts for line in standard.lines] == [2] * 6 + [1]
-    assert [line.restarts for line in full.lines] == [5] * 6 + [1]
-    assert {line.attack.search for line in full.lines} == {APGD(300)}
+    refined = ["refined soft-ap", "refined margin-pn", "refined guided"]
+    assert [line.name for line in standard.lines] == names + refined
+    assert [line.restarts for line in standard.lines] == [2] * 6 + [1] * 4
+    assert [line.restarts for line in full.lines] == [5] * 6 + [1] * 4
+    assert {line.attack.search for line in full.lines} == {APGD(300), Polish(300)}
+    assert [line.name for line in tier("standard", edit_threat(2)).lines] == names
+    assert [line.name for line in tier("standard", threat_on("both")).lines] == names
     assert [TIERS[name].queries for name in TIERS] == [64, 500, 1000, 5000]
     assert tier("smoke", image_threat(4 / 255)).lines[0].threat.name == "img-linf-4"
     assert tier("smoke", threat_on("both")).lines[0].threat.name == "img-linf-8+txt-linf-0.05"
     assert tier("fast", edit_threat(2)).lines[1].threat.name == "txt-bow-2"
     extra = Corners(image_threat())
     assert tier("smoke", extra_lines=[extra]).lines[-1] is extra
+    assert [line.name for line in tier("standard", extra_lines=[extra]).lines] == [*names, "corners", *refined]
     assert tier("smoke", queries=7).queries == 7
     with pytest.raises(KeyError, match="did you mean 'standard'"):
         tier("standart")
@@ -269,7 +279,7 @@ def test_a_suite_is_run_on_its_own_queries(bench):
 
 def test_an_interrupted_suite_ends_like_one_that_was_not(bench):
     whole, part = Memory(), Memory(stop_after=7)
-    suite = small()
+    suite = small(refined=True)
     expected = assess(bench, suite, keep=whole)
     with pytest.raises(KeyboardInterrupt):
         assess(bench, suite, keep=part)
@@ -285,14 +295,75 @@ def test_an_interrupted_suite_ends_like_one_that_was_not(bench):
 
 def test_two_shards_do_what_one_process_does(bench):
     whole, shared = Memory(), Memory()
-    expected = assess(bench, small(), keep=whole)
-    run_shard(bench, small(), (1, 2), keep=shared)
+    suite = small(refined=True)
+    expected = assess(bench, suite, keep=whole)
+    run_shard(bench, suite, (1, 2), keep=shared)
     assert {block for _, _, block in shared.blocks} == {1}
-    run_shard(bench, small(), (0, 2), keep=shared)
+    run_shard(bench, suite, (0, 2), keep=shared)
     for key, block in whole.blocks.items():
         same(block, shared.blocks[key])
     shared.stop_after = len(shared.blocks)  # nothing is left to run
-    assert assess(bench, small(), keep=shared).values == expected.values
+    assert assess(bench, suite, keep=shared).values == expected.values
+
+
+# ---------------------------------------------------------------------------------------------- refining
+
+
+def test_what_refines_starts_at_the_worst_point_of_each_query_and_never_ends_above_it(bench, monkeypatch):
+    starts: list[Tensor] = []
+    usual = Refined.run
+
+    def run(self: Refined, bench: Bench, block: int, restart: int, start: Inputs | None = None) -> Attacked:
+        assert start is not None
+        starts.append(start["image"].clone())
+        return usual(self, bench, block, restart, start)
+
+    monkeypatch.setattr(Refined, "run", run)
+    keep = Memory()
+    without, result = assess(bench, small(), keep=keep), assess(bench, small(refined=True), keep=keep)
+    asked = bench.batch(0)
+    found = {f"{line}/{restart}": held.inputs for (line, restart, block), held in _named(keep).items() if block == 0}
+    for row, winner in enumerate(without.winner[: len(asked)]):
+        expected = asked.inputs["image"][row] if winner == "clean" else found[winner][row]
+        torch.testing.assert_close(starts[0][row], expected, rtol=0, atol=0)
+    once, twice = (result.per_query[f"MAP under refined {name}"] for name in ("once", "twice"))
+    assert bool((once <= without.per_query["wMAP"]).all())
+    assert bool((twice <= once).all())
+    assert torch.equal(result.per_query["wMAP"], twice)
+    for name, line in without.attacks.items():  # unique wins are counted as if nothing refined
+        assert result.attacks[name]["unique wins"] == line["unique wins"]
+    assert result.attacks["refined once"]["unique wins"] == int((once < without.per_query["wMAP"] - 1e-9).sum())
+
+
+def _named(keep: Memory) -> dict[tuple[str, int, int], Attacked]:
+    return {(key.partition("{")[0], restart, block): held for (key, restart, block), held in keep.blocks.items()}
+
+
+def test_what_refines_goes_on_from_what_noise_found(bench):
+    noise = Corners(image_threat(EPS), tries=2)
+    alone = assess(bench, Suite("noise", (noise,)))
+    assert assess(bench, Suite("noise", (noise, Refined("refined", polish()))))["wMAP"] < alone["wMAP"] - 0.01
+
+
+def test_what_refines_is_not_taken_from_other_lines(bench):
+    keep = Memory()
+    assess(bench, small(refined=True), keep=keep)
+    kept = dict(keep.blocks)
+    other = replace(small(refined=True), lines=small(refined=True).lines[1:])
+    assess(bench, other, keep=keep)
+    anew = keep.blocks.keys() - kept.keys()
+    assert {key.partition("{")[0] for key, _, _ in anew} == {"refined once", "refined twice"}
+
+
+def test_a_polish_stays_near_where_it_starts(bench):
+    batch = bench.batch(0)
+    start = guided().threat.random_start(batch.inputs, batch.ids, Draws(3))
+    moved = {}
+    for search in (APGD(2), Polish(2)):
+        attack = replace(guided(), search=search, selects=False)
+        out = attack(bench.victim, batch, Goal(batch.labels, -1), bench.known(attack), draws=Draws(0), start=start)
+        moved[type(search).__name__] = float((out.batch.inputs["image"] - start["image"]).abs().max())
+    assert moved["Polish"] <= EPS / 10 + 1e-6 < moved["APGD"]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("out of memory")])

@@ -112,7 +112,7 @@ def assess(
     if seen.cut:
         suite, notes = without_gradient(suite), (*notes, "no gradient reaches the input: no white-box line was run")
     known = [_surrogate(other, data, bench) for other in surrogates]
-    suite = replace(suite, lines=(*suite.lines, *lines_beside(bench, objective, aim, tier_name, known, seen)))
+    suite = suite.beside(lines_beside(bench, objective, aim, tier_name, known, seen))
     if all(line.targeted for line in suite.lines):
         raise ValueError(
             f"no gradient reaches the input of {run.path}, and the tier {tier_name!r} has no other lines under "

@@ -68,7 +68,7 @@ def lines_beside(
 
 def without_gradient(suite: Suite) -> Suite:
     """The suite without the lines that need a gradient, where none reaches the input."""
-    return replace(suite, lines=tuple(line for line in suite.lines if line.kind != "white-box"))
+    return replace(suite, lines=tuple(line for line in suite.lines if line.kind not in ("white-box", "refined")))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Flags:
 
         An adaptive one takes its place where there is none: those that average over looks cost thirty times as much.
         """
-        gradient = [line for line in lines if isinstance(line, Gradient)]
+        gradient = [line for line in lines if isinstance(line, Gradient) and line.kind != "refined"]
         able = [line for line in gradient if line.kind == "white-box"] or gradient
         if not able or self.threat.edits:
             return {}

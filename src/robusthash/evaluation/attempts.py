@@ -16,7 +16,7 @@ from robusthash.core.types import Inputs
 from robusthash.evaluation.attacked import Attacked, encode_signs
 from robusthash.evaluation.bench import Bench, Progress, silent
 from robusthash.evaluation.evaluate import ap_alone, ap_names, as_codes, measure_codes
-from robusthash.evaluation.lines import Line
+from robusthash.evaluation.lines import Line, Refined
 
 LOOKS = 20  # draws of a randomised victim's noise under which a candidate is scored
 
@@ -198,26 +198,62 @@ def run_lines(
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two lines are called {sorted(twice)[0]!r}; what is kept goes by name")
     attacker = Attacker(bench, keep or Forget())
-    found: dict[str, tuple[Attempt, ...]] = {}
     blocks = range(number, bench.blocks, shards)
-    for line in lines:
-        attempts = []
-        for restart in range(line.restarts):
-            done, looks = [], []
-            for place, block in enumerate(blocks):
-                attacked = attacker.block(line, restart, block)
-                if randomised(bench) and not line.targeted and shards == 1:
-                    looks.append(attacker.looks(line.name, restart, block, attacked.inputs))
-                # inputs of all lines at once would fill the memory
-                done.append(replace(attacked, inputs=attacked.inputs[:, :0]))
-                progress(restart * len(blocks) + place + 1, line.restarts * len(blocks), line.name)
-            if shards == 1:
-                attempts.append(Attempt(Attacked.join(done), torch.cat(looks, 2) if looks else None))
-        found[line.name] = tuple(attempts)
+    done: dict[tuple[str, int], list[Attempt]] = {(line.name, n): [] for line in lines for n in range(line.restarts)}
+    for place, block in enumerate(blocks):
+        worst = _Worst(bench, block) if any(isinstance(line, Refined) for line in lines) else None
+        for line, restart in _in_order(lines):
+            start = worst.inputs if worst is not None and isinstance(line, Refined) else None
+            attacked = attacker.block(line, restart, block, start)
+            if worst is not None and not line.targeted:
+                worst.offer(attacked)
+            looked = randomised(bench) and not line.targeted and shards == 1
+            looks = attacker.looks(line.name, restart, block, attacked.inputs) if looked else None
+            # inputs of all lines at once would fill the memory
+            done[line.name, restart].append(Attempt(replace(attacked, inputs=attacked.inputs[:, :0]), looks))
+            progress(place * line.restarts + restart + 1, line.restarts * len(blocks), line.name)
     if shards > 1:
         return None
+    found = {line.name: tuple(_joined(done[line.name, n]) for n in range(line.restarts)) for line in lines}
     clean = _clean_looks(bench, attacker) if randomised(bench) else None
     return Attempts(tuple(lines), found, clean, tuple(attacker.notes))
+
+
+def _in_order(lines: Sequence[Line]) -> Iterator[tuple[Line, int]]:
+    """Each line and restart; those that refine know what they follow."""
+    before: list[Line] = []
+    for line in lines:
+        settled = line.following(before) if isinstance(line, Refined) else line
+        yield from ((settled, restart) for restart in range(line.restarts))
+        if not line.targeted:
+            before.append(settled)
+
+
+def _joined(parts: Sequence[Attempt]) -> Attempt:
+    looks = [part.looks for part in parts if part.looks is not None]
+    return Attempt(Attacked.join([part.attacked for part in parts]), torch.cat(looks, 2) if looks else None)
+
+
+class _Worst:
+    """Of each query of a block, the inputs of lowest AP so far; at first the clean ones."""
+
+    def __init__(self, bench: Bench, block: int) -> None:
+        batch = bench.batch(block)
+        self._modality = bench.direction[0]
+        self._held = batch.inputs[self._modality].clone()
+        self._metric = bench.select(bench.query_labels[batch.ids.cpu()], -1)
+        self._value = self._metric(bench.query.signs()[batch.ids.cpu()])
+
+    @property
+    def inputs(self) -> Inputs:
+        return {self._modality: self._held.clone()}
+
+    def offer(self, attacked: Attacked) -> None:
+        """Take what is lower; of equals the first stays."""
+        value = self._metric(attacked.signs[:, 0])
+        lower = value > self._value
+        self._value = torch.where(lower, value, self._value)
+        self._held[lower.to(self._held.device)] = attacked.inputs[lower].to(self._held)
 
 
 def _clean_looks(bench: Bench, attacker: Attacker) -> Tensor:

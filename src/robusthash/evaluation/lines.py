@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from robusthash.attacks.base import Attack
 from robusthash.attacks.threat import Threat
+from robusthash.core.runtime import digest
 from robusthash.core.types import Inputs
 from robusthash.evaluation.attacked import Attacked, attack_block
 from robusthash.evaluation.bench import Bench
 from robusthash.models.hasher import Hasher
 
-Kind = Literal["white-box", "adaptive", "transfer", "black-box", "noise"]
+Kind = Literal["white-box", "adaptive", "transfer", "black-box", "noise", "refined"]
 
 
 class Line(Protocol):
@@ -102,3 +103,22 @@ class Gradient:
     def run(self, bench: Bench, block: int, restart: int, start: Inputs | None = None) -> Attacked:
         gradients = None if self.view is None else self.view(bench.victim)
         return attack_block(bench, self.attack, block, gradients, restart, start)
+
+
+@dataclass(frozen=True)
+class Refined(Gradient):
+    """A white-box line that starts each query at the worst point that the untargeted lines before it came to.
+
+    Args:
+        after: digest of those lines; what is kept goes by it.
+    """
+
+    kind: Kind = "refined"
+    after: str = ""
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "after": self.after}
+
+    def following(self, lines: Sequence[Line]) -> Refined:
+        """The line after these."""
+        return replace(self, after=digest([[line.name, line.restarts, line.settings()] for line in lines]))

@@ -64,7 +64,7 @@ def standing(bench: Bench, attempts: Attempts, floor_random: int = 0) -> EvalRes
     by_row = [
         name for name in ap_names(clean.per_query) if name != headline and bench.protocol.parse(name).ties == "legacy"
     ]
-    wins = worst_case(*((before, lowest) if judges is None else _judged(judges, untargeted, headline))).unique_wins
+    wins = _unique_wins(untargeted, *((before, lowest) if judges is None else _judged(judges, untargeted, headline)))
     won = _won(bench, attempts, result.winner)
     per_query = {
         **result.per_query,
@@ -111,6 +111,17 @@ def standing(bench: Bench, attempts: Attempts, floor_random: int = 0) -> EvalRes
         perceptibility=_perceptibility(won, bench),
         cost=_cost([attempt for found in attempts.found.values() for attempt in found]),
     )
+
+
+def _unique_wins(lines: Sequence[Line], before: Tensor, lowest: dict[str, Tensor]) -> dict[str, int]:
+    """Queries that a line alone brings lowest; one that refines is held against those before it, and no one's rival."""
+    rivals = {line.name: lowest[line.name] for line in lines if line.kind != "refined"}
+    wins = dict(worst_case(before, rivals).unique_wins)
+    for line in lines:
+        if line.kind == "refined":
+            rivals[line.name] = lowest[line.name]
+            wins[line.name] = worst_case(before, rivals).unique_wins[line.name]
+    return wins
 
 
 def _restarts(line: Line) -> list[str]:

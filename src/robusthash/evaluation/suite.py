@@ -14,6 +14,7 @@ from robusthash.attacks.base import Attack
 from robusthash.attacks.edits import GreedyFlips
 from robusthash.attacks.house import flip_apgd, guided_targeted_apgd, margin_pn_apgd, soft_ap_apgd, wrong_apgd
 from robusthash.attacks.named import guided_apgd
+from robusthash.attacks.search import Polish
 from robusthash.attacks.threat import Attacked as Modality
 from robusthash.attacks.threat import Threat, threat_on
 from robusthash.core.registry import nearest
@@ -22,7 +23,7 @@ from robusthash.core.types import Codes
 from robusthash.data.base import Split
 from robusthash.evaluation.attempts import Attempts, Keep, run_lines
 from robusthash.evaluation.bench import Bench, Progress, silent
-from robusthash.evaluation.lines import Gradient, Line
+from robusthash.evaluation.lines import Gradient, Line, Refined
 from robusthash.evaluation.results import EvalResult, Flag
 from robusthash.evaluation.standing import standing
 
@@ -55,6 +56,12 @@ class Suite:
         """The lines that every victim is given: all but the adaptive ones, which go with a defense."""
         return tuple(line for line in self.lines if line.kind != "adaptive")
 
+    def beside(self, lines: Sequence[Line]) -> Suite:
+        """The suite with more lines, before those that refine what was found."""
+        refined = tuple(line for line in self.lines if isinstance(line, Refined))
+        others = tuple(line for line in self.lines if not isinstance(line, Refined))
+        return replace(self, lines=(*others, *lines, *refined))
+
     def digest(self) -> str:
         """Of all that its lines depend on."""
         return digest([[line.name, line.restarts, line.settings()] for line in self.lines])
@@ -68,14 +75,16 @@ class _Tier:
     queries: int
     floor: int
     targeted: bool = False
+    refined: tuple[str, ...] = ()
 
 
 _STANDARD = ("guided", "wrong", "pursuit", "flip", "soft-ap", "margin-pn")
+_REFINED = ("soft-ap", "margin-pn", "guided")
 TIERS = {
     "smoke": _Tier(("guided",), 1, 10, 64, 0),
     "fast": _Tier(("guided", "soft-ap"), 1, 20, 500, 0),
-    "standard": _Tier(_STANDARD, 2, 100, 1000, 8, targeted=True),
-    "full": _Tier(_STANDARD, 5, 300, 5000, 8, targeted=True),
+    "standard": _Tier(_STANDARD, 2, 100, 1000, 8, targeted=True, refined=_REFINED),
+    "full": _Tier(_STANDARD, 5, 300, 5000, 8, targeted=True, refined=_REFINED),
 }
 
 
@@ -90,12 +99,15 @@ def tier(
     smoke     guided                                                   1         10     64
     fast      guided, soft-ap                                          1         20     500
     standard  guided, wrong, pursuit, flip, soft-ap, margin-pn;        2         100    1000
-              targeted guided (once, towards each target)
+              targeted guided (once, towards each target);
+              then soft-ap, margin-pn, guided once more, each from
+              the worst point of each query so far (``Refined``)
     full      as standard                                              5         300    5000
     ========  =======================================================  ========  =====  =======
 
     Args:
-        threat: ``img-linf-8`` by default. Under an edit budget, greedy flips take the place of APGD.
+        threat: ``img-linf-8`` by default. Under an edit budget, greedy flips take the place of APGD, and nothing
+            refines: the edits are spent. Nor under a joint one, whose pairs no direction's AP may choose.
         extra_lines: what is not a gradient line of every victim: transfer, black-box, noise, and the adaptive lines of
             the defense.
         queries: instead of the tier's.
@@ -118,7 +130,11 @@ def tier(
     lines: list[Line] = [_line(line, attacks[line], threat, effort.restarts) for line in effort.names]
     if effort.targeted:
         lines.append(_line("guided-targeted", guided_targeted_apgd(steps=steps, modality=on), threat, 1))
-    return Suite(name, (*lines, *extra_lines), effort.queries if queries is None else queries, effort.floor)
+    if not threat.edits and len(threat.balls) == 1:
+        for line in effort.refined:
+            attack = replace(attacks[line], search=Polish(steps))
+            lines.append(Refined(f"refined {line}", _line(line, attack, threat, 1).attack))
+    return Suite(name, tuple(lines), effort.queries if queries is None else queries, effort.floor).beside(extra_lines)
 
 
 def attacked_modality(threat: Threat) -> Modality:
