@@ -92,11 +92,11 @@ def test_soft_ap_in_blocks_has_the_gradient_of_the_dense_form(monkeypatch: pytes
 def test_margin_counts_a_split_distance_by_shares() -> None:
     """Nearest 3: the one at distance 0, and two thirds of the three at distance 1."""
     codes = torch.tensor([[1.0, 1, 1], [-1, 1, 1], [1, -1, 1], [1, 1, -1], [-1, -1, -1]])
-    mean = house._nearest(torch.ones(1, 3), codes, torch.ones(1, 5), 3)
+    mean, none = house._nearest(torch.ones(1, 3), codes, (torch.ones(1, 5), torch.zeros(1, 5)), 3)
     torch.testing.assert_close(mean, torch.tensor([[1.0, 1, 1]]) / 3 + 2 / 3 * codes[1:4].mean(0))
     order = torch.tensor([4, 2, 0, 3, 1])
-    assert torch.equal(house._nearest(torch.ones(1, 3), codes[order], torch.ones(1, 5), 3), mean)
-    assert torch.equal(house._nearest(torch.ones(1, 3), codes, torch.zeros(1, 5), 3), torch.zeros(1, 3))
+    assert torch.equal(house._nearest(torch.ones(1, 3), codes[order], (torch.ones(1, 5),), 3)[0], mean)
+    assert torch.equal(none, torch.zeros(1, 3))
     with pytest.raises(ValueError, match="nearest must be at least 1, got 0"):
         MarginPN(0)
 

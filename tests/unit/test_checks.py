@@ -126,16 +126,9 @@ def test_declared_randomness_is_amber_and_matches_its_class() -> None:
     encoders, heads = {"image": Flat()}, {"image": Dice(torch.ones(4, 5))}
     declared = Hasher(encoders, heads, declared="randomised")
     assert f1_repeated(declared, inputs).level == "amber"
-    assert f23_class(declared, inputs, True, False, None).level == "pass"
+    assert f23_class(declared, inputs).level == "pass"
     assert f1_repeated(Hasher(encoders, heads), inputs).level == "red"
-    assert "change between calls" in f23_class(Hasher(encoders, heads), inputs, True, False, None).remedy
-
-
-def test_the_caller_may_bring_more_eyes_for_f23(honest: Bench) -> None:
-    inputs = honest.batch(0).inputs
-    flag = f23_class(honest.victim, inputs, False, False, lambda victim, inputs: ["a gate hides in layer 3"])
-    assert flag.level == "red"
-    assert "layer 3" in flag.remedy
+    assert "change between calls" in f23_class(Hasher(encoders, heads), inputs).remedy
 
 
 def test_what_runs_inside_a_forward_pass_is_seen() -> None:

@@ -229,7 +229,12 @@ def test_truncation_that_the_checksum_covers(bench, bundle):
 
 def test_fewer_rows_than_ids(bench, bundle):
     rewrite(bundle, inputs=inputs_of(bundle)[:-1])
-    refused(bundle, bench, r"inputs\.npy: 11 rows for 12 ids")
+    refused(bundle, bench, r"inputs\.npy: shape \(11, .* for 12 ids")
+
+
+def test_a_single_number_in_place_of_inputs(bench, bundle):
+    rewrite(bundle, inputs=inputs_of(bundle)[0, 0, 0, 0])
+    refused(bundle, bench, r"inputs\.npy: shape \(\) for 12 ids")
 
 
 def test_a_missing_file(bench, bundle):

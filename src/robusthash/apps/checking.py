@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from robusthash.apps.runs import Run, write_json
 from robusthash.apps.stages import Shown, bench_of, load_victim, read_data, silent
 from robusthash.attacks.named import mainstay
-from robusthash.attacks.threat import Threat, threat_on
+from robusthash.attacks.threat import Norm, Threat, threat_on
+from robusthash.attacks.threats import image_ball
 from robusthash.data import load_data
 from robusthash.defenses.adversarial import AdversarialTraining
 from robusthash.defenses.outer import SAATOuter
@@ -18,15 +19,12 @@ from robusthash.evaluation.bench import Bench, make_bench
 from robusthash.evaluation.checks import model_checks
 from robusthash.evaluation.checks_base import CHECKS
 from robusthash.evaluation.checks_model import require_usable
-from robusthash.evaluation.observed import mismatches
 from robusthash.evaluation.results import Flag
 from robusthash.evaluation.zoo import Calibrated, calibrate
 from robusthash.models.hasher import build_hasher
 from robusthash.objectives.centers import CSQ
 from robusthash.training.loop import OptimConfig, TrainConfig, fit
 from robusthash.training.recipe import HashingRecipe
-
-Norm = Literal["linf", "l2"]
 
 
 def check_run(
@@ -47,7 +45,7 @@ def check_run(
         direction: such as ``T2I``; the first of the run's by default.
     """
     bench = run_bench(run, shown, direction)
-    flags = model_checks(bench, _threat(bench, eps, norm), queries=queries, steps=steps, observed=mismatches)
+    flags = model_checks(bench, _threat(bench, eps, norm), queries=queries, steps=steps)
     write_json(run.path / "checks.json", plain(flags))
     return flags
 
@@ -62,8 +60,12 @@ def run_bench(run: Run, shown: Shown = silent, direction: str | None = None) -> 
 
 
 def _threat(bench: Bench, eps: float | None, norm: Norm) -> Threat:
-    modality = bench.direction[0]
-    return threat_on("text" if modality == "text" else "image", eps, norm, "W2")
+    if bench.direction[0] == "text":
+        return threat_on("text", eps, norm, "W2")
+    shape = bench.batch(0).inputs["image"].shape
+    if norm == "l2" and eps is None and len(shape) != 4:
+        raise ValueError("an l2 budget of features has no customary size; give eps")
+    return image_ball(norm, eps, (shape[-2], shape[-1]), "W2")
 
 
 def plain(flags: tuple[Flag, ...]) -> list[dict[str, Any]]:
@@ -81,7 +83,7 @@ def calibration(
     """
     bench = toy_bench(shown) if run is None else run_bench(run, shown)
     threat = _threat(bench, None, "linf")
-    honest = model_checks(bench, threat, queries=queries, steps=100, observed=mismatches)
+    honest = model_checks(bench, threat, queries=queries, steps=100)
     return honest, calibrate(bench, threat, queries=queries, steps=steps)
 
 

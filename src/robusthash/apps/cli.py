@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _stopped(signum: int, frame: FrameType | None) -> None:
-    console.print("stopped; the same command goes on from the last checkpoint")
+    console.print("stopped; what was finished is kept: run, train, evaluate, assess, sweep and demo go on from there")
     sys.exit(130)
 
 

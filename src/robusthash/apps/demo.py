@@ -19,7 +19,6 @@ from torch import Tensor
 
 from robusthash.apps import stages
 from robusthash.apps.config import load_config, save_config
-from robusthash.apps.pages.report import headline
 from robusthash.apps.pages.story import Curve, Example, Hit, Search, demo_page
 from robusthash.apps.runs import Run, write_json
 from robusthash.apps.stages import Shown, silent
@@ -136,13 +135,13 @@ def eps_curve(run: Run, bench: Bench, results: Mapping[str, EvalResult], shown: 
     settings, own = _attack(run, CURVE_ATTACK)
     budget = own.threat.balls["image"].eps
     queries = min(_CURVE_QUERIES, len(bench.queries))
-    few = replace(bench, queries=bench.queries.take(torch.arange(queries)), query=_first(bench.query, queries))
+    few = bench.first(queries)
     identity = digest([settings, few.queries.fingerprint(), few.batch_size, few.seed, run.card()["digest"]])
     path = run.path / "curve.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     if kept.get("identity") != identity:
         kept = {"identity": identity, "seconds": 0.0, "ap": {}}
-    measure = headline(results["clean"])
+    measure = results["clean"].setting.headline
     rows = []
     for number, eps in enumerate(EPS):
         if eps == 0:
@@ -163,10 +162,6 @@ def eps_curve(run: Run, bench: Bench, results: Mapping[str, EvalResult], shown: 
     return Curve(CURVE_ATTACK, EPS, torch.tensor(rows, dtype=torch.float64).cummin(0).values, kept["seconds"])
 
 
-def _first(codes: Codes, count: int) -> Codes:
-    return replace(codes, packed=codes.packed[:count], ids=codes.ids[:count])
-
-
 # ---------------------------------------------------------------------------------------------- one query searched
 
 
@@ -179,7 +174,7 @@ def choose_example(
     where there is none), it is the one with the most varied colours. So it is chosen, not typical, and its rule says
     among how many.
     """
-    measure = headline(results["saat"]["clean"])
+    measure = results["saat"]["clean"].setting.headline
     clean = {model: results[model]["clean"].per_query[measure] for model in MODELS}
     attacked = {model: results[model][PICTURED].per_query[measure] for model in MODELS}
     found = (clean["undefended"] > 0.9) & (clean["saat"] > 0.9)
@@ -300,7 +295,7 @@ def summarise(
         },
         "data": {**data.describe(), "options": config.data},
         "bits": clean.setting.bits,
-        "queries": len(clean.per_query[headline(clean)]),
+        "queries": len(clean.per_query[clean.setting.headline]),
         "attacks": {name: dict(s) for name, s in stages.named_attacks(config.evaluation.attacks).items()},
         "seeds": {"training": config.runtime.seed, "evaluation": config.evaluation.seed},
         "models": {model: run.card() for model, run in runs.items()},
@@ -318,7 +313,7 @@ def summarise(
 
 def _numbers(name: str, result: EvalResult) -> dict[str, Any]:
     """One result under plain names."""
-    measure = headline(result)
+    measure = result.setting.headline
     keys = {"map": f"w{measure}", "map-8bit": f"w{measure}/8bit"} if name == "worst" else {"map": measure}
     keys |= {"t-map": f"t-{measure}", "flips": "flips", "success": "ASR", "hrs": "HRS"}
     if name != "worst":

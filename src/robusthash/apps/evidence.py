@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from robusthash.apps import assessing, stages
+from robusthash.apps.lineup import LOOKED_AT
 from robusthash.apps.runs import Run
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
@@ -16,6 +19,7 @@ from robusthash.evaluation.bundles import read_bundle
 from robusthash.evaluation.entries import BestKnown, Claimed, Entry, Restrictions, Source, Verified, verify
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean, worst
 from robusthash.evaluation.evidence import best_known, export, verify_bundle
+from robusthash.evaluation.observed import Observed, observed
 from robusthash.evaluation.results import EvalResult, load_results, save_results
 
 FILE = "evidence.json"
@@ -100,7 +104,7 @@ def assess_afresh(run: Run, tier: str, threat: str, queries: int) -> dict[str, E
     """A tier of the suite without anything that was kept, as the results ``clean`` and ``worst``."""
     result = assessing.assess(run, tier, threat, queries, kept=False)
     assert result is not None  # no shard was asked for
-    headline = result.setting.protocol["measures"][0]
+    headline = result.setting.headline
     return {"clean": replace(result, values={headline: result["clean"]}), "worst": result}
 
 
@@ -128,16 +132,24 @@ def entry_of(run: Run, results: Mapping[str, EvalResult], recipe: str, overrides
     Args:
         results: by name, with ``clean`` and ``worst``.
         recipe: file below recipes/.
+
+    Raises:
+        ValueError: a run that was not evaluated and attacked from its first modality to itself.
     """
+    if missing := [name for name in ("clean", "worst") if name not in results]:
+        raise ValueError(
+            f"{run.path} has no result {missing[0]!r}, which an entry claims (it has {', '.join(results) or 'none'}); "
+            "evaluate it from its first modality to itself"
+        )
     config, card, training = run.config, run.card(), run.config.training
+    seen = _seen(run)
     clean, lowest = results["clean"], lowered(results["worst"], accepted(run))
-    measure = "MAP" if clean.setting.protocol["k"] is None else f"MAP@{clean.setting.protocol['k']}"
+    measure = clean.setting.headline
     value, own = lowest[f"w{measure}"], results["worst"][f"w{measure}"]
     threat = ""
     if training.attack is not None:
         attack: Attack = build("attack", training.attack, objective=build("objective", training.objective))
         threat = attack.threat.name
-    randomised = card["declared"] == "randomised"
     return Entry(
         id=f"{config.name}-seed{config.runtime.seed}",
         title=f"{card['bits']} bits, {_name(training.objective)}, {_name(training.outer or 'no defense')}",
@@ -149,7 +161,10 @@ def entry_of(run: Run, results: Mapping[str, EvalResult], recipe: str, overrides
         training_attack="" if training.attack is None else json.dumps(training.attack, sort_keys=True),
         defense=card["declared"],
         restrictions=Restrictions(
-            gradients=True, deterministic=not randomised, no_inner_optimisation=True, static_database=True
+            gradients=seen.gradient_reaches_input,
+            deterministic=not seen.randomised,
+            no_inner_optimisation=not seen.inner_gradients,
+            static_database=True,  # no victim of this package encodes its database anew for a query
         ),
         claimed=Claimed(
             threat=lowest.setting.threat,
@@ -161,6 +176,14 @@ def entry_of(run: Run, results: Mapping[str, EvalResult], recipe: str, overrides
         best_known=BestKnown(value=round(value, 4), source="own" if value == own else lowest.notes[-1]),
         unreliable=", ".join(flag.id for flag in lowest.flags if flag.level == "red"),
     )
+
+
+def _seen(run: Run) -> Observed:
+    """How the run's victim behaves on a few queries."""
+    victim, _ = stages.load_victim(run)
+    data = stages.read_data(run.config, stages.silent)
+    few = data.query.batch(torch.arange(min(LOOKED_AT, len(data.query)))).only(victim.modalities)
+    return observed(victim, few.to(victim.device).inputs)
 
 
 def _name(component: Mapping[str, Any] | str) -> str:

@@ -20,9 +20,9 @@ from robusthash.evaluation.checks_suite import suite_checks
 from robusthash.evaluation.curve import Curve
 from robusthash.evaluation.evaluate import as_codes, measure_codes
 from robusthash.evaluation.lines import Gradient, Line
-from robusthash.evaluation.observed import Observed, mismatches, observed
+from robusthash.evaluation.observed import Observed, observed
 from robusthash.evaluation.results import EvalResult, Flag
-from robusthash.evaluation.suite import TIERS, Suite, at_queries
+from robusthash.evaluation.suite import TIERS, Suite
 from robusthash.objectives.base import HashObjective
 
 LOOKED_AT = 16  # queries by whose passes a victim's behaviour is told
@@ -85,7 +85,7 @@ class Flags:
     progress: Progress = silent
 
     def __call__(self, bench: Bench, attempts: Attempts, result: EvalResult) -> tuple[Flag, ...]:
-        model = model_checks(bench, self.threat, queries=min(CHECKED, len(bench.queries)), observed=mismatches)
+        model = model_checks(bench, self.threat, queries=min(CHECKED, len(bench.queries)))
         headline = bench.protocol.headline
         untargeted = [line for line in attempts.lines if not line.targeted]
         ap = {line.name: result.per_query[f"{headline} under {line.name}"][None] for line in untargeted}
@@ -116,7 +116,7 @@ class Flags:
             return {}
         best = min(able, key=lambda line: float(ap[line.name].mean()))
         part = torch.arange(min(CHECKED, len(bench.queries)))
-        few = at_queries(bench, part)
+        few = bench.at(part)
         search: Any = best.attack.search
         longer = replace(best, attack=replace(best.attack, search=replace(search, steps=2 * search.steps)))
         once, further = range(best.restarts), range(best.restarts, 2 * best.restarts)

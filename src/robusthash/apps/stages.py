@@ -345,7 +345,9 @@ def attacked_queries(
     searched = [bench.queries.fingerprint(), bench.data.database.fingerprint()]
     where = [dict(settings), *searched, run.config.evaluation.batch_size, bench.seed]
     usual = bench.direction == (bench.victim.modalities[0],) * 2 and view == "white-box"
-    identity = digest(where if usual else [*where, bench.direction, view])
+    where += [] if usual else [bench.direction, view]
+    where += [bench.protocol.settings()["targets"]] if attack.targeted else []
+    identity = digest(where)
     folder = run.path / "attacks" / f"{attack.name}-{identity}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(

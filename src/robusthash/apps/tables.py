@@ -42,7 +42,7 @@ class Row:
 
 def headline_of(result: EvalResult) -> str:
     """The value that stands for a result: wMAP of a worst case, t-MAP of a targeted attack, else MAP."""
-    cut = "MAP" if result.setting.protocol["k"] is None else f"MAP@{result.setting.protocol['k']}"
+    cut = result.setting.headline
     return next(name for name in (f"w{cut}", f"t-{cut}", cut) if name in result.values)
 
 

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from robusthash.attacks.threat import Threat
+from robusthash.attacks.threat import Threat, per_item
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Inputs, Outputs, Reference
@@ -66,9 +66,9 @@ class Loss(Protocol):
 class Search(Protocol):
     """Ascends a score inside a threat. Per item: no step of one query may depend on another.
 
-    A search of edits instead of steps says so by a class attribute ``edits = True``. One that must look inside what it
-    differentiates offers ``looking(victim) -> Search``, and one whose budget is made for a victim
-    ``bound(threat, victim, data) -> Threat``.
+    A search of edits instead of steps says so by a class attribute ``edits = True``, one that compares scores of
+    different steps by ``steady = True``. One that must look inside what it differentiates offers
+    ``looking(victim) -> Search``, and one whose budget is made for a victim ``bound(threat, victim, data) -> Threat``.
     """
 
     def __call__(
@@ -125,6 +125,11 @@ class Attack:
             raise ValueError(f"restarts must be at least 1, got {self.restarts}")
         if self.slope not in ("published", "one"):
             raise ValueError(f"slope must be 'published' or 'one', got {self.slope!r}")
+        if self.slope != "one" and getattr(self.search, "steady", False):
+            raise ValueError(
+                f"{type(self.search).__name__} compares scores of different steps, which a scheduled slope changes; "
+                f"give it slope 'one', not {self.slope!r}"
+            )
         if self.threat.edits != getattr(self.search, "edits", False):
             raise ValueError(
                 f"{type(self.search).__name__} cannot search {self.threat.name}: edit budgets on bags of words take "
@@ -231,7 +236,6 @@ def _better(score: Score, select: Select | None, first: Found, second: Found) ->
             values.append(select(sign(logits)) if select is not None else value)
     win = values[1] > values[0]
     inputs = {
-        name: torch.where(win.view(-1, *[1] * (value.dim() - 1)), second.inputs[name], value)
-        for name, value in first.inputs.items()
+        name: torch.where(per_item(win, value), second.inputs[name], value) for name, value in first.inputs.items()
     }
     return Found(inputs, first.trace, first.forward + second.forward + 2, first.backward + second.backward)

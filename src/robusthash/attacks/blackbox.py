@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.oracle import Answered, Ask, Asking
-from robusthash.attacks.threat import Ball, Edits, Threat
+from robusthash.attacks.threat import Ball, Edits, Threat, per_item
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Inputs
@@ -123,11 +123,11 @@ class Square:
             same = (tried == x).flatten(1).all(1)
             if same.any():
                 negated = asking.feasible(origin + delta(-sign).view_as(origin))
-                tried = torch.where(same.view(-1, *[1] * (x.dim() - 1)), negated, tried)
+                tried = torch.where(per_item(same, x), negated, tried)
             found = asking(tried)
             better = found >= value
             value = torch.where(better, found, value)
-            x = torch.where(better.view(-1, *[1] * (x.dim() - 1)), tried, x)
+            x = torch.where(per_item(better, x), tried, x)
 
 
 def _signs(numbers: Tensor, like: Tensor) -> Tensor:
@@ -270,8 +270,8 @@ class NES:
             for number in range(min(self.pairs, asking.left // 2)):
                 away = self._direction(x, asking.batch.ids, ball, scope.within(number))
                 higher, lower = asking(asking.feasible(x + away)), asking(asking.feasible(x - away))
-                grad += (higher - lower).to(x.dtype).view(-1, *[1] * (x.dim() - 1)) * away
-            size = grad.abs().flatten(1).mean(1).clamp_min(1e-12).view(-1, *[1] * (x.dim() - 1))
+                grad += per_item((higher - lower).to(x.dtype), x) * away
+            size = per_item(grad.abs().flatten(1).mean(1).clamp_min(1e-12), x)
             speed = self.momentum * speed + grad / size
             x = asking.feasible(x + self.step * ball.eps * ball.steepest(speed))
             if asking.left:
@@ -284,7 +284,7 @@ class NES:
         else:  # the middle of each of the 2^24 cells, so that none is at infinity
             away = math.sqrt(2.0) * torch.erfinv(2.0 * (drawn + 2.0**-25).clamp_max(1 - 2.0**-24) - 1.0)
         if ball.norm == "l2":
-            away = away / away.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (x.dim() - 1))
+            away = away / per_item(away.flatten(1).norm(dim=1).clamp_min(1e-12), x)
         return self.sigma * ball.eps * away
 
 

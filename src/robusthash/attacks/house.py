@@ -1,12 +1,13 @@
 """Our own objectives: per query, on the logits, blind to their scale; and the attacks of the suite that use them.
 
 All look at the soft bits tanh(u / s), s the item's median |u| held constant, so that multiplying all logits by any
-factor changes nothing. Those that look at the database go through its DISTINCT codes, in blocks: a look costs two
-passes of B x M x K multiply-adds over the M distinct codes, and B x M counts are held.
+factor changes nothing. Those that look at the database go through its DISTINCT codes, in blocks: a look costs three
+passes of B x M x K multiply-adds over the M distinct codes (margin-pn four), and B x M counts are held.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,25 +209,29 @@ class MarginPN:
         tally, bits = _tally(guidance), soft_bits(probe)
         codes, items, relevant = (part.to(bits.dtype) for part in (tally.codes, tally.items, tally.relevant))
         with torch.no_grad():
-            towards = _nearest(bits, codes, relevant, self.nearest)
-            away = _nearest(bits, codes, items - relevant, self.nearest)
+            towards, away = _nearest(bits, codes, (relevant, items - relevant), self.nearest)
         return (bits * (towards - away)).mean(1)
 
 
-def _nearest(bits: Tensor, codes: Tensor, counts: Tensor, nearest: int) -> Tensor:
-    """(B, K) mean code of the ``nearest`` items of each query; zeros where there are none."""
+def _nearest(bits: Tensor, codes: Tensor, groups: Sequence[Tensor], nearest: int) -> list[Tensor]:
+    """Of each group of (B, M) items by code, the (B, K) mean code of the ``nearest``; zeros where there are none."""
     size, length = bits.shape
     blocks = torch.arange(len(codes), device=codes.device).split(max(1, _CELLS // size))
     hard = sign(bits)
-    profile = torch.zeros(size, length + 2, dtype=torch.float64, device=bits.device)
+    profiles = torch.zeros(len(groups), size, length + 2, dtype=torch.float64, device=bits.device)
     for block in blocks:
-        profile.scatter_add_(1, _bins(hard, codes[block])[0], counts[:, block].double())
-    taken = torch.minimum((nearest - (profile.cumsum(1) - profile)).clamp_min(0), profile)
-    part = share(taken, profile).to(bits.dtype)
-    total = torch.zeros_like(bits)
+        low, _ = _bins(hard, codes[block])
+        for counts, profile in zip(groups, profiles, strict=True):
+            profile.scatter_add_(1, low, counts[:, block].double())
+    taken = torch.minimum((nearest - (profiles.cumsum(2) - profiles)).clamp_min(0), profiles)
+    parts = share(taken, profiles).to(bits.dtype)
+    totals = [torch.zeros_like(bits) for _ in groups]
     for block in blocks:
-        total += (counts[:, block] * part.gather(1, _bins(hard, codes[block])[0])) @ codes[block]
-    return total / taken.sum(1, keepdim=True).clamp_min(1).to(bits.dtype)
+        low, _ = _bins(hard, codes[block])
+        for counts, part, total in zip(groups, parts, totals, strict=True):
+            total += (counts[:, block] * part.gather(1, low)) @ codes[block]
+    counted = taken.sum(2).clamp_min(1).to(bits.dtype)
+    return [total / count[:, None] for total, count in zip(totals, counted, strict=True)]
 
 
 def _tally(guidance: Guidance) -> Tally:

@@ -1,9 +1,9 @@
 """The published attacks by name: each a composition of guide, loss, search and threat.
 
-``steps`` defaults to 100 everywhere, the ``fast`` profile; the papers' own counts stand in each docstring. Budgets are
-unified: 8/255 in pixels with steps of 1/255, and 0.05 with steps of 3/500 on continuous text vectors (``modality:
-text``; ``both`` attacks the pair). All take ``slope``: ``published`` schedules alpha as the papers do, ``one`` keeps it
-at 1, which was found stronger against hardened models.
+``steps`` defaults to 100 everywhere; the papers' own counts stand in each docstring. Budgets are unified: 8/255 in
+pixels with steps of 1/255, and 0.05 with steps of 3/500 on continuous text vectors (``modality: text``; ``both``
+attacks the pair). Those on a relaxed code take ``slope``: ``published`` schedules alpha as the papers do, ``one`` keeps
+it at 1, which was found stronger against hardened models.
 """
 
 from __future__ import annotations

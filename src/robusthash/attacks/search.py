@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Found, Score, Select
-from robusthash.attacks.threat import Threat
+from robusthash.attacks.threat import Threat, per_item
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
@@ -40,7 +40,7 @@ def _start(batch: Batch, threat: Threat, draws: Draws, random: bool, start: Inpu
 
 def _rows(mask: Tensor, yes: Inputs, no: Inputs) -> Inputs:
     """Per item: ``yes`` where ``mask`` (B,), else ``no``."""
-    return {n: torch.where(mask.view(-1, *[1] * (v.dim() - 1)), yes[n], v) for n, v in no.items()}
+    return {n: torch.where(per_item(mask, v), yes[n], v) for n, v in no.items()}
 
 
 @dataclass
@@ -93,10 +93,7 @@ class PGD:
             if select is not None and step % self.select_every == 0:
                 best = _offered(best, select(sign(logits)), x)
             if self.momentum:
-                unit = {
-                    n: g / g.abs().flatten(1).sum(1).clamp_min(1e-12).view(-1, *[1] * (g.dim() - 1))
-                    for n, g in grad.items()
-                }
+                unit = {n: g / per_item(g.abs().flatten(1).sum(1).clamp_min(1e-12), g) for n, g in grad.items()}
                 speed = unit if speed is None else {n: self.momentum * speed[n] + g for n, g in unit.items()}
                 grad = speed
             direction = threat.steepest(grad)
@@ -138,6 +135,7 @@ class APGD:
     rho: float = 0.75
     random_start: bool = False
     select_every: int = 10
+    steady: ClassVar[bool] = True
     first_step: ClassVar[float] = 2.0  # in units of each ball's eps
 
     def __post_init__(self) -> None:
@@ -163,9 +161,7 @@ class APGD:
         for t in range(1, self.steps):
             weight = 1.0 if t == 1 else 0.75
             direction = threat.steepest(grad)
-            ahead = {
-                n: x[n] + step.view(-1, *[1] * (d.dim() - 1)) * threat.balls[n].eps * d for n, d in direction.items()
-            }
+            ahead = {n: x[n] + per_item(step, d) * threat.balls[n].eps * d for n, d in direction.items()}
             ahead = threat.project(ahead, origin)
             mixed = {n: x[n] + weight * (ahead[n] - x[n]) + (1 - weight) * (x[n] - previous_x[n]) for n in x}
             previous_x, x = x, threat.project(mixed, origin)

@@ -16,7 +16,8 @@ from robusthash.core.types import Inputs
 Knowledge = Literal["W2", "W1", "W0", "B2", "B1", "T"]
 
 
-def _per_item(values: Tensor, like: Tensor) -> Tensor:
+def per_item(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) shaped to scale the items of ``like``."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -66,21 +67,21 @@ class Ball:
             return torch.clamp(torch.clamp(x, origin - self.eps, origin + self.eps), low, high)
         delta = x - origin
         shrink = (self.eps / _norms(delta).clamp_min(1e-12)).clamp_max(1.0)
-        return torch.clamp(origin + delta * _per_item(shrink, delta), low, high)
+        return torch.clamp(origin + delta * per_item(shrink, delta), low, high)
 
     def random_start(self, origin: Tensor, ids: Tensor, draws: Draws) -> Tensor:
         """Uniform in the cube of side 2 eps (``linf``); a random direction of random length (``l2``)."""
         noise = 2.0 * draws.uniform(ids, origin.shape[1:]).to(origin.dtype) - 1.0
         if self.norm == "l2":
             length = draws.within("length").uniform(ids, (1,)).flatten().to(origin.dtype)
-            noise = noise * _per_item(length / _norms(noise).clamp_min(1e-12), noise)
+            noise = noise * per_item(length / _norms(noise).clamp_min(1e-12), noise)
         return self.project(origin + self.eps * noise, origin)
 
     def steepest(self, grad: Tensor) -> Tensor:
         """The unit step of the norm along ``grad``: its sign, or the normalised gradient."""
         if self.norm == "linf":
             return grad.sign()
-        return grad / _per_item(_norms(grad).clamp_min(1e-12), grad)
+        return grad / per_item(_norms(grad).clamp_min(1e-12), grad)
 
     def details(self) -> dict[str, Any]:
         """What beside norm and eps makes it."""
@@ -295,6 +296,7 @@ def _budget(settings: Mapping[str, Any]) -> Budget:
 
 
 Attacked = Literal["image", "text", "both"]
+Norm = Literal["linf", "l2"]
 EPS = {"image": 8 / 255, "text": 0.05}
 """Customary budgets: of pixels; of a continuous text vector (DRFGD), which corresponds to no real text."""
 
@@ -302,17 +304,25 @@ EPS = {"image": 8 / 255, "text": 0.05}
 def threat_on(
     modality: Attacked = "image",
     eps: float | None = None,
-    norm: Literal["linf", "l2"] = "linf",
+    norm: Norm = "linf",
     knowledge: Knowledge = "W1",
 ) -> Threat:
     """The usual threats: ``img-linf-8`` by default, ``txt-linf-0.05``, or both on the pair of one item.
 
     Args:
         modality: what is attacked; ``both`` perturbs image and text of an item together.
-        eps: of the image, or of the text where only that is attacked; the customary one by default.
+        eps: of the image, or of the text where only that is attacked; the customary one by default, in L-inf.
+
+    Raises:
+        ValueError: an L2 threat without ``eps``: the customary length depends on the size of the image.
     """
     if modality not in ("image", "text", "both"):
         raise ValueError(f"modality must be 'image', 'text' or 'both', got {modality!r}")
+    if norm == "l2" and (eps is None or modality == "both"):
+        raise ValueError(
+            f"an l2 threat on {modality!r} has no customary eps here; give eps, on one modality (of images 0.5 at 32 x "
+            "32 and 3.5 at 224 x 224 are customary, as the threat 'img-l2' has them)"
+        )
     attacked = ("image", "text") if modality == "both" else (modality,)
     balls: dict[str, Budget] = {name: Ball(norm, EPS[name]) for name in attacked}
     if eps is not None:
@@ -320,7 +330,7 @@ def threat_on(
     return Threat(balls, knowledge)
 
 
-def image_threat(eps: float = 8 / 255, norm: Literal["linf", "l2"] = "linf", knowledge: Knowledge = "W1") -> Threat:
+def image_threat(eps: float = 8 / 255, norm: Norm = "linf", knowledge: Knowledge = "W1") -> Threat:
     """The usual image threat: ``img-linf-8`` by default."""
     return threat_on("image", eps, norm, knowledge)
 

@@ -12,7 +12,18 @@ from collections.abc import Callable
 from torch import Tensor
 
 from robusthash.attacks.swaps import Swaps
-from robusthash.attacks.threat import EPS, Ball, Budget, Edits, Knowledge, Threat, edit_threat, image_threat, threat_on
+from robusthash.attacks.threat import (
+    EPS,
+    Ball,
+    Budget,
+    Edits,
+    Knowledge,
+    Norm,
+    Threat,
+    edit_threat,
+    image_threat,
+    threat_on,
+)
 from robusthash.core.registry import build, catalogue, nearest, register
 
 L2_AT_32 = 0.5
@@ -35,6 +46,13 @@ def img_l2(knowledge: Knowledge = "W1", pixels: tuple[int, int] = (32, 32)) -> T
     if len(pixels) != 2 or min(pixels) < 1:
         raise ValueError(f"pixels must be the height and width of the model's input, got {pixels!r}")
     return image_threat(L2_AT_32 * math.sqrt(pixels[0] * pixels[1]) / 32, "l2", knowledge)
+
+
+def image_ball(norm: Norm, eps: float | None, pixels: tuple[int, int], knowledge: Knowledge = "W1") -> Threat:
+    """An image threat by norm and budget, by default the customary one: ``img-linf-8``, or ``img-l2`` at this size."""
+    if norm == "l2" and eps is None:
+        return img_l2(knowledge, pixels)
+    return threat_on("image", eps, norm, knowledge)
 
 
 @register("threat", "txt-feat-linf", modality="text")

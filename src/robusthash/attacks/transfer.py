@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from robusthash.attacks.base import Attack, Found, Score, Select
 from robusthash.attacks.search import _ascend, _offered, _start
-from robusthash.attacks.threat import Threat
+from robusthash.attacks.threat import Threat, per_item
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
@@ -165,7 +165,7 @@ def _zeros(x: Inputs) -> Inputs:
 
 def _mean_one(grad: Tensor) -> Tensor:
     """The gradient of each item divided by its mean |g|."""
-    return grad / grad.abs().flatten(1).mean(1).clamp_min(1e-12).view(-1, *[1] * (grad.dim() - 1))
+    return grad / per_item(grad.abs().flatten(1).mean(1).clamp_min(1e-12), grad)
 
 
 def _unit(threat: Threat, name: str, speed: Tensor) -> Tensor:

@@ -122,10 +122,7 @@ def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], 
         threat.verify({**batch.inputs, **attacked}, batch.inputs)
         signs.append(encode_signs(bench.victim, modality, attacked[modality]))
         if modality == "image" and origin.ndim == 4:
-            change = (attacked[modality] - origin) * 255
-            # a change of 8/255 is 7.99999 in floats, and is meant to stay 8
-            rounded = origin + (change + 1e-3 * change.sign()).trunc() / 255
-            eight_bit.append(encode_signs(bench.victim, modality, rounded))
+            eight_bit.append(encode_signs(bench.victim, modality, in_eight_bits(origin, attacked[modality])))
         else:  # only pixels are stored in eight bits
             eight_bit.append(signs[-1])
         pixels.append(_changes(modality, origin.cpu(), attacked[modality].cpu()))
@@ -140,6 +137,13 @@ def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], 
         torch.full((len(batch),), seconds / len(batch)),
         first.cpu(),
     )
+
+
+def in_eight_bits(clean: Tensor, attacked: Tensor) -> Tensor:
+    """(B, 3, H, W) pictures whose change is rounded towards zero to whole levels of 1/255."""
+    change = (attacked - clean) * 255
+    # a change of 8/255 is 7.99999 in floats, and is meant to stay 8
+    return clean + (change + 1e-3 * change.sign()).trunc() / 255
 
 
 def _changes(modality: str, clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:

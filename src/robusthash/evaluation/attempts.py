@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -17,6 +16,7 @@ from robusthash.evaluation.attacked import Attacked, encode_signs
 from robusthash.evaluation.bench import Bench, Progress, silent
 from robusthash.evaluation.evaluate import ap_alone, ap_names, as_codes, measure_codes
 from robusthash.evaluation.lines import Line, Refined
+from robusthash.models.views import keyed_noise
 
 LOOKS = 20  # draws of a randomised victim's noise under which a candidate is scored
 
@@ -63,14 +63,6 @@ class Attempts:
         return torch.stack([attempt.attacked.signs for attempt in self.found[line]])
 
 
-@contextlib.contextmanager
-def keyed_noise(draws: Draws, device: torch.device) -> Iterator[None]:
-    """Inside, whatever a model draws from torch's global stream is a function of the key; the stream is restored."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(draws.key())
-        yield
-
-
 def corner_start(threat: Threat, origin: Inputs, ids: Tensor, draws: Draws) -> Inputs:
     """A random corner of the ball for each item: the farthest start (an edit budget: all edits spent at random)."""
     if threat.edits:
@@ -113,7 +105,8 @@ class Attacker:
             batch = self.bench.batch(block, line.threat.balls)
             draws = Draws(self.bench.seed, ("start", line.name, str(restart)))
             start = corner_start(line.threat, batch.inputs, batch.ids, draws)
-        with keyed_noise(Draws(self.bench.seed, ("run", *map(str, (line.name, restart, block)))), self._device):
+        draws = Draws(self.bench.seed, ("run", *map(str, (line.name, restart, block))))
+        with keyed_noise(draws.key(), self._device):
             found = self._run(self.fitted[key], restart, block, start)
         self.keep.save(line, restart, block, found)
         return found
@@ -149,7 +142,7 @@ class Attacker:
             draws = Draws(self.bench.seed, ("looks", purpose, *map(str, (name, restart, block))))
             codes = []
             for look in range(LOOKS):
-                with keyed_noise(draws.within(look), self._device):
+                with keyed_noise(draws.within(look).key(), self._device):
                     parts = inputs.to(self._device).split(self.parts.batch_size)
                     codes.append(torch.cat([encode_signs(victim, modality, part) for part in parts]))
             sets.append(torch.stack(codes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -62,6 +62,15 @@ class Bench:
         """(Q, T, C) target label sets of each query; all zero where none is possible."""
         ids = torch.arange(len(self.queries))
         return self.protocol.targets.draw(self.query_labels, ids, self.database_labels)
+
+    def at(self, positions: Tensor) -> Bench:
+        """The bench with only these queries, in this order."""
+        query = Codes(self.query.packed[positions], self.query.bits, torch.arange(len(positions)), self.query.origin)
+        return replace(self, queries=self.queries.take(positions), query=query)
+
+    def first(self, count: int) -> Bench:
+        """The bench of its first queries; itself where it has no more."""
+        return self if count >= len(self.queries) else self.at(torch.arange(count))
 
     @cached_property
     def _training(self) -> Reference:
@@ -162,7 +171,8 @@ def make_bench(
         database: learned database codes (ADSH, DSARH); by default the clean split is encoded.
         queries: only the first this many queries.
         seed: of every attack's draws.
-        batch_size: queries attacked at a time; no result depends on it beyond float rounding.
+        batch_size: queries attacked at a time; results of a deterministic victim depend on it by float rounding alone,
+            what a randomised one draws is keyed by the block.
     """
     protocol = load_protocol(protocol)
     direction = direction or (victim.modalities[0], victim.modalities[0])

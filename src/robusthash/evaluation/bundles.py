@@ -78,7 +78,7 @@ def read_bundle(folder: str | Path) -> Bundle:
 
     Raises:
         FileNotFoundError: a missing file.
-        ValueError: another schema, a damaged or truncated file, a wrong type, repeated ids; the field is named.
+        ValueError: another schema, a damaged or truncated file, a wrong type; the field is named.
     """
     folder = Path(folder)
     path = folder / "manifest.json"
@@ -123,6 +123,6 @@ def _array(path: Path, dtype: type[np.generic], rows: int) -> np.ndarray:
         raise ValueError(f"{path} is truncated or no array: {error}") from None
     if found.dtype != dtype:
         raise ValueError(f"{path}: dtype is {found.dtype}, and must be {np.dtype(dtype)}")
-    if len(found) != rows or math.prod(found.shape) == 0:
-        raise ValueError(f"{path}: {len(found)} rows for {rows} ids; the bundle is truncated or empty")
+    if found.ndim == 0 or len(found) != rows or math.prod(found.shape) == 0:
+        raise ValueError(f"{path}: shape {found.shape} for {rows} ids; the bundle is truncated or empty")
     return found

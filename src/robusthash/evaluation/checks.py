@@ -6,7 +6,6 @@ The checks that compare lines of a suite are ``checks_suite.suite_checks``.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -17,13 +16,11 @@ from robusthash.attacks.base import Loss
 from robusthash.attacks.losses import ObjectiveLoss, ScaleFree
 from robusthash.attacks.threat import Threat
 from robusthash.core.profile import prepared_profile
-from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split, content_hash
 from robusthash.data.loader import batches
 from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.checks_base import CHECKS, above, flag, order
 from robusthash.evaluation.checks_model import (
-    Reasons,
     f1_repeated,
     f15_f19_inside,
     f16_precision,
@@ -48,7 +45,6 @@ def model_checks(
     *,
     queries: int = 128,
     steps: int = 100,
-    observed: Reasons | None = None,
 ) -> tuple[Flag, ...]:
     """F1-F3, F10-F17 and F19-F23: everything that needs only the victim.
 
@@ -57,7 +53,6 @@ def model_checks(
         objective: what the attack ascends: an attack loss, a training objective, or by default the house objective.
         queries: the first this many of the bench; F17 and F21 look at all.
         steps: of the search whose path F10-F12 look at.
-        observed: more ways of seeing that a victim is not what it declares, for F23.
 
     Raises:
         ValueError: a threat that leaves the query modality alone; a model that cannot be used at all, see
@@ -73,7 +68,7 @@ def model_checks(
     if isinstance(loss, HashObjective):
         loss = ObjectiveLoss(loss)
     collapse = f17_collapse(bench)  # of codes alone, so all queries are cheap
-    bench = first_queries(bench, queries)
+    bench = bench.first(queries)
     inputs = bench.queries.batch(torch.arange(len(bench.queries))).only({modality}).to(bench.victim.device)
     require_usable(bench.victim, inputs)
     clean = score_clean(bench)
@@ -93,7 +88,7 @@ def model_checks(
             f20_range(bench.victim, inputs.inputs, threat, value, chance),
             f21_leakage(bench.data),
             f22_no_budget(bench, threat),
-            f23_class(bench.victim, inputs.inputs, repeated.value > 0, inside.value > 0, observed),
+            f23_class(bench.victim, inputs.inputs),
         ]
     )
 
@@ -104,7 +99,7 @@ def passive_checks(bench: Bench, threat: Threat, queries: int = 16) -> tuple[Fla
     Args:
         queries: the first this many of the bench; F17 looks at all.
     """
-    collapse, bench = f17_collapse(bench), first_queries(bench, queries)
+    collapse, bench = f17_collapse(bench), bench.first(queries)
     modality = bench.direction[0]
     inputs = bench.queries.batch(torch.arange(len(bench.queries))).only({modality}).to(bench.victim.device)
     clean = score_clean(bench)
@@ -112,15 +107,6 @@ def passive_checks(bench: Bench, threat: Threat, queries: int = 16) -> tuple[Fla
     inside, trained = f15_f19_inside(bench.victim, inputs.inputs)
     repeated = f1_repeated(bench.victim, inputs.inputs)
     return order([repeated, inside, collapse, trained, f20_range(bench.victim, inputs.inputs, threat, value, chance)])
-
-
-def first_queries(bench: Bench, count: int) -> Bench:
-    """The bench of its first queries."""
-    if count >= len(bench.queries):
-        return bench
-    kept = torch.arange(count)
-    query = Codes(bench.query.packed[:count], bench.query.bits, kept, bench.query.origin)
-    return replace(bench, queries=bench.queries.take(kept), query=query)
 
 
 def f17_collapse(bench: Bench) -> Flag:

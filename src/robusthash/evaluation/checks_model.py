@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,9 @@ from robusthash.core.hamming import sign
 from robusthash.core.runtime import default_dtype
 from robusthash.core.types import Batch, Inputs
 from robusthash.evaluation.checks_base import CHECKS, above, flag, not_run
+from robusthash.evaluation.observed import mismatches
 from robusthash.evaluation.results import Flag
 from robusthash.models.hasher import Hasher, frozen
-
-Reasons = Callable[[Hasher, Inputs], Sequence[str]]
-"""(victim, inputs) -> why its behaviour contradicts its declared class; empty where it does not."""
 
 
 def require_usable(victim: Hasher, batch: Batch) -> None:
@@ -188,25 +186,8 @@ def f20_range(victim: Hasher, inputs: Inputs, threat: Threat, clean: float, chan
     return flag("F20", largest, "pass")
 
 
-def f23_class(victim: Hasher, inputs: Inputs, randomised: bool, inner: bool, observed: Reasons | None) -> Flag:
+def f23_class(victim: Hasher, inputs: Inputs) -> Flag:
     """The declared class against what is seen."""
-    reasons = list(_contradictions(victim, randomised, inner))
-    reasons += [reason for reason in (observed(victim, inputs) if observed else ()) if reason not in reasons]
+    reasons = mismatches(victim, inputs)
     remedy = f"{CHECKS['F23'].remedy} ({'; '.join(reasons)})" if reasons else None
     return flag("F23", len(reasons), "red" if reasons else "pass", remedy=remedy)
-
-
-def _contradictions(victim: Hasher, randomised: bool, inner: bool) -> Iterator[str]:
-    declared = victim.declared
-    parts = (*victim.encoders.values(), *victim.purifiers.values())
-    shown = {str(getattr(module, "declares", "plain")) for module in parts} - {"plain"}
-    if randomised and declared != "randomised":
-        yield f"declared {declared}, and its codes change between calls"
-    if declared == "randomised" and not randomised:
-        yield "declared randomised, and two passes agree"
-    if declared in ("gate", "mask", "purifier") and declared not in shown:
-        yield f"declared {declared}, and no part of it is one"
-    if declared in ("plain", "adversarial") and shown:
-        yield f"declared {declared}, and it holds a {min(shown)}"
-    if inner and declared in ("plain", "adversarial"):
-        yield f"declared {declared}, and its forward pass uses gradients"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robusthash.core.hamming import distance, pack
+from robusthash.core.hamming import distance, pack, unpack
 from robusthash.core.profile import prepared_profile
 from robusthash.core.types import Codes
 from robusthash.data.base import ArraySource, RetrievalData
@@ -69,8 +69,8 @@ def copies_found(bench: Bench, signs: Tensor, labels: Tensor) -> CopiesFound:
     packed = pack(signs)
     profile = prepared_profile(Codes(packed, bench.victim.bits, torch.arange(len(packed))), labels, bench.prepared)
     wanted = bench.database.packed[labels.argmax(1)]
-    bits = torch.stack([distance(a[None], b[None])[0, 0] for a, b in zip(packed, wanted, strict=True)])
-    return CopiesFound(average_precision(profile), precision_at(profile, 1), bits.long(), packed)
+    bits = (unpack(packed, bench.victim.bits) != unpack(wanted, bench.victim.bits)).sum(1)
+    return CopiesFound(average_precision(profile), precision_at(profile, 1), bits, packed)
 
 
 def calibrated_radius(bench: Bench, share: float = 0.01) -> int:

@@ -43,7 +43,7 @@ class Curve:
 
     def onto(self, result: EvalResult) -> EvalResult:
         """``result`` with the curve ``w<headline>/eps``, its score, and each query's value at each budget."""
-        name = f"w{result.setting.protocol['measures'][0]}"
+        name = f"w{result.setting.headline}"
         columns = {f"{name} eps {eps:.6g}": row for eps, row in zip(self.eps, self.worst, strict=True)}
         curve = {"eps": torch.tensor(self.eps, dtype=torch.float64), name: self.means}
         return replace(

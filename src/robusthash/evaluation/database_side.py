@@ -20,9 +20,10 @@ from robusthash.core.profile import prepared_profile
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Goal, Guidance, Reference
 from robusthash.data.base import Split
+from robusthash.evaluation.attacked import in_eight_bits
 from robusthash.evaluation.bench import Bench, Progress, silent
-from robusthash.evaluation.evaluate import as_codes, score_clean
-from robusthash.evaluation.results import Cost, EvalResult
+from robusthash.evaluation.evaluate import as_codes, score_clean, setting_of
+from robusthash.evaluation.results import Cost, EvalResult, Setting
 from robusthash.evaluation.stats import intervals
 from robusthash.models.hasher import Hasher, frozen
 
@@ -79,7 +80,8 @@ def perturb_database(bench: Bench, attack: Attack, share: float = 0.1, *, progre
         "item flips": float(flips.mean()),
     }
     return replace(
-        _named(scored[0], attack, "db-perturb", f"{count} of {len(bench.database)} items"),
+        scored[0],
+        setting=_named(scored[0].setting, attack, "db-perturb", f"{count} of {len(bench.database)} items"),
         values={**scored[0].values, **made},
         per_query=per_query,
         interval=intervals(per_query),
@@ -154,7 +156,7 @@ def insert_items(
     }
     counts = torch.tensor([[len(bench.database)]]), torch.tensor([[count]])
     return EvalResult(
-        setting=_named(score_clean(bench), attack, "db-insert", f"{count} items").setting,
+        setting=_named(setting_of(bench), attack, "db-insert", f"{count} items"),
         values={name: float(values.mean()) for name, values in per_query.items()},
         per_query=per_query,
         interval=intervals(per_query),
@@ -274,7 +276,7 @@ def _attack_items(
         attack.threat.verify(attacked, origin)
         change = attacked[modality] - origin[modality]
         whole = modality == "image" and origin[modality].ndim == 4  # only pixels are stored in eight bits
-        rounded = origin[modality] + (change * 255).trunc() / 255 if whole else attacked[modality]
+        rounded = in_eight_bits(origin[modality], attacked[modality]) if whole else attacked[modality]
         for kept, inputs in zip(codes, (origin[modality], attacked[modality], rounded), strict=True):
             with frozen(victim), torch.no_grad():
                 kept.append(sign(victim({modality: inputs})[modality].logits).to("cpu", torch.int8).clone())
@@ -303,11 +305,10 @@ def _with_items(bench: Bench, rows: Tensor, signs: Tensor) -> Bench:
     return replace(bench, database=replace(bench.database, packed=packed))
 
 
-def _named(result: EvalResult, attack: Attack, kind: str, amount: str) -> EvalResult:
-    """The result with its threat, attack and budget."""
+def _named(setting: Setting, attack: Attack, kind: str, amount: str) -> Setting:
+    """The setting with its threat, attack and budget."""
     named = attack.threat.name if attack.threat.name.startswith(kind) else f"{kind}-{attack.threat.name}"
-    setting = replace(result.setting, threat=named, attacks=(attack.name,), budget=f"{amount}, {attack.budget}")
-    return replace(result, setting=setting)
+    return replace(setting, threat=named, attacks=(attack.name,), budget=f"{amount}, {attack.budget}")
 
 
 def _cost(changed: _Changed, started: float) -> Cost:

@@ -206,10 +206,11 @@ def ap_alone(bench: Bench) -> Bench:
 
 def score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
     """MAP and its kin under attack, what rounding to eight bits leaves of it, flips, drop and ASR."""
-    headline, clean = bench.protocol.headline, measure_codes(bench, bench.query, bench.query_labels)
+    headline, lean = bench.protocol.headline, ap_alone(bench)
+    clean = measure_codes(lean, bench.query, bench.query_labels)
     codes = as_codes(attacked.signs[:, 0])
     measured = measure_codes(bench, codes, bench.query_labels)
-    rounded = measure_codes(bench, as_codes(attacked.eight_bit[:, 0]), bench.query_labels)
+    rounded = measure_codes(lean, as_codes(attacked.eight_bit[:, 0]), bench.query_labels)
     before, after = clean.per_query[headline], measured.per_query[headline]
     drop, _ = ap_drop(before, after)
     success = success_rate(before, after)
@@ -223,7 +224,7 @@ def score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
         **measured.values,
         f"{headline}/8bit": rounded.values[headline],
         "flips": float(per_query["flips"].mean()),
-        "drop": float(drop.nan_to_num(0.0).mean()),
+        "drop": float(drop.nanmean()),
         "ASR": success.rate,
     }
     return EvalResult(

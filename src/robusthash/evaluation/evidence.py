@@ -20,7 +20,7 @@ from torch import Tensor
 from robusthash.attacks.threat import Threat
 from robusthash.core.files import json_text, write_all_aside
 from robusthash.core.types import Batch
-from robusthash.evaluation.attacked import Attacked, Trial, finish
+from robusthash.evaluation.attacked import Attacked, Trial, finish, in_eight_bits
 from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.bundles import SCHEMA, Bundle, Manifest, ThreatRecord, read_bundle, sha256_of
 from robusthash.evaluation.evaluate import score_attack
@@ -175,7 +175,7 @@ def best_known(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult
             differing.append("digests.model")
         if differing:
             raise ValueError(f"the bundle {source} and our own worst case differ in {', '.join(differing)}")
-    headline = _headline(own)
+    headline = own.setting.headline
     values, per_query = dict(own.values), dict(own.per_query)
     for name in [name for name in own.per_query if name.startswith("wMAP")]:
         found = worst_case(
@@ -207,11 +207,6 @@ def best_known(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult
         },
         notes=(*own.notes, f"lowered by {', '.join(lowered)}" if lowered else "no bundle lowers our own value"),
     )
-
-
-def _headline(result: EvalResult) -> str:
-    cut = result.setting.protocol["k"]
-    return "MAP" if cut is None else f"MAP@{cut}"
 
 
 # ---------------------------------------------------------------------------------------------- checks and scores
@@ -309,5 +304,4 @@ def _pictures(modality: str, clean: Tensor) -> bool:
 
 def _eight_bit(clean: Tensor, attacked: Tensor) -> np.ndarray:
     """(n, 3, H, W) uint8: the change rounded towards zero to whole levels, then the picture to the nearest."""
-    rounded = clean + ((attacked - clean) * 255).trunc() / 255
-    return (rounded * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    return (in_eight_bits(clean, attacked) * 255).round().clamp(0, 255).to(torch.uint8).numpy()

@@ -97,7 +97,7 @@ def attribute_bands(
         bench: with image queries; all of them are taken.
         permutations: even, at least 4; each costs block^2 - 1 passes an image.
         seed: of the permutations, which all images share.
-        batch_size: images encoded at a time.
+        batch_size: coalitions encoded at a time.
 
     Raises:
         ValueError: queries that are no images or do not divide into blocks; a query without a relevant item (``ap``);

@@ -77,7 +77,7 @@ class Protocol:
     """
 
     name: str
-    measures: tuple[str, ...]  # the first one is the headline
+    measures: tuple[str, ...]  # the headline among them
     directions: tuple[tuple[str, str], ...] = (I2I, I2T, T2I, T2T)  # (query, database) modality, where data have them
     ap: LegacyDenominator = "hits"
     k: int | None = None  # the cut of the headline; None is the whole database
@@ -137,10 +137,6 @@ class Protocol:
             raise ValueError(f"{name!r}: first-k-relevant exists in legacy order only")
         gain = next((option for option in options if option in ("exp", "lin")), self.gain)
         return Measure(name, base, k, radius, denominator, ties, gain)  # type: ignore[arg-type]
-
-    def needs_order(self) -> bool:
-        """Whether some measure depends on the order of the database, so that a profile is not enough."""
-        return any(self.parse(name).base == "MAP" and self.parse(name).ties == "legacy" for name in self.measures)
 
     def settings(self) -> dict[str, Any]:
         """The protocol as plain JSON values, as results carry it."""

@@ -61,6 +61,11 @@ class Setting:
     training_attack: str = ""
     software: dict[str, str] = field(default_factory=software_versions)
 
+    @property
+    def headline(self) -> str:
+        """The measure that worst cases, chance and summary scores refer to: ``MAP`` or ``MAP@k``."""
+        return "MAP" if self.protocol["k"] is None else f"MAP@{self.protocol['k']}"
+
     def differs(self, other: Setting) -> list[str]:
         """Names of the fields in which two settings differ, apart from those of the model and the software."""
         own, theirs = dataclasses.asdict(self), dataclasses.asdict(other)

@@ -55,7 +55,10 @@ def worst_case(
         if values.shape != clean.shape:
             raise ValueError(f"{name} has {tuple(values.shape)} values for {len(clean)} queries")
         if values.isnan().any():
-            raise ValueError(f"{name} holds NaN for query {int(torch.nonzero(values.isnan())[0])}; score it again")
+            raise ValueError(
+                f"{name} holds NaN for query {int(torch.nonzero(values.isnan())[0])}, and a worst case needs a value "
+                "of each; under a protocol with empty='skip' leave out the queries that have no relevant item"
+            )
     names = ("clean", *attacks)
     values = torch.stack(stacked)  # (1 + attacks, Q)
     table = (values if by is None else torch.stack([by[name] for name in names])) * (-1 if targeted else 1)

@@ -108,7 +108,7 @@ def standing(bench: Bench, attempts: Attempts, floor_random: int = 0) -> EvalRes
         reference=reference,
         attacks=lines,
         notes=notes,
-        perceptibility=_perceptibility(won, bench),
+        perceptibility=_perceptibility(won),
         cost=_cost([attempt for found in attempts.found.values() for attempt in found]),
     )
 
@@ -223,7 +223,7 @@ def _won(bench: Bench, attempts: Attempts, winner: Sequence[str]) -> dict[str, T
     return columns
 
 
-def _perceptibility(won: dict[str, Tensor], bench: Bench) -> dict[str, float]:
+def _perceptibility(won: dict[str, Tensor]) -> dict[str, float]:
     made = {}
     for name, column in won.items():
         known = column[~column.isnan()]

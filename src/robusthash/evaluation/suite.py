@@ -19,7 +19,6 @@ from robusthash.attacks.threat import Attacked as Modality
 from robusthash.attacks.threat import Threat, threat_on
 from robusthash.core.registry import nearest
 from robusthash.core.runtime import digest
-from robusthash.core.types import Codes
 from robusthash.data.base import Split
 from robusthash.evaluation.attempts import Attempts, Keep, run_lines
 from robusthash.evaluation.bench import Bench, Progress, silent
@@ -190,12 +189,6 @@ def _first_label(labels: Tensor) -> Tensor:
     return torch.where(labels.sum(1) > 0, (labels > 0).float().argmax(1), -1)
 
 
-def at_queries(bench: Bench, positions: Tensor) -> Bench:
-    """The bench with only these queries, in this order."""
-    query = Codes(bench.query.packed[positions], bench.query.bits, torch.arange(len(positions)), bench.query.origin)
-    return replace(bench, queries=bench.queries.take(positions), query=query)
-
-
 # ---------------------------------------------------------------------------------------------- the assessment
 
 Checks = Callable[[Bench, Attempts, EvalResult], tuple[Flag, ...]]
@@ -300,7 +293,7 @@ def prepare_suite(
     if not untargeted:
         raise ValueError(f"the suite {suite.name!r} has no untargeted line, so there is no worst case to find")
     if suite.queries is not None and suite.queries < len(bench.queries):
-        bench = at_queries(bench, stable_subset(bench.queries, suite.queries))
+        bench = bench.at(stable_subset(bench.queries, suite.queries))
     if len(untargeted) < len(suite.lines) and not bool(bench.targets.any()):
         note = "no targeted attack: every label set of the database shares a label with every query"
         return replace(suite, lines=untargeted), bench, (note,)

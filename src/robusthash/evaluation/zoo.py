@@ -25,10 +25,11 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Goal, Guidance, Inputs
 from robusthash.data.base import RetrievalData, Split
 from robusthash.evaluation.bench import Bench, make_bench
-from robusthash.evaluation.checks import first_queries, model_checks
+from robusthash.evaluation.checks import model_checks
 from robusthash.evaluation.results import Flag
 from robusthash.models.hasher import Defense, Hasher
 from robusthash.models.image import IMAGENET, Normalise
+from robusthash.models.views import keyed_noise
 
 
 @dataclass(frozen=True)
@@ -340,11 +341,11 @@ def calibrate(
     shape = bench.queries.batch(torch.zeros(1, dtype=torch.int64)).inputs[bench.direction[0]].shape
     if bench.direction[0] != "image" or len(shape) != 4:
         raise ValueError(f"the zoo masks images (B, 3, H, W); these are {bench.direction[0]} queries {tuple(shape)}")
-    bench = first_queries(bench, queries)
+    bench = bench.first(queries)
     found = []
     for member in members:
-        torch.manual_seed(bench.seed)  # the masks that are random take from torch's own stream, as such code does
-        flags = model_checks(member.apply(bench), threat, member.loss, queries=queries, steps=steps)
+        with keyed_noise(bench.seed, bench.victim.device):  # random masks take from torch's own stream
+            flags = model_checks(member.apply(bench), threat, member.loss, queries=queries, steps=steps)
         found.append(_calibrated(member, flags))
     return (*found, _forgetful(bench, threat))
 

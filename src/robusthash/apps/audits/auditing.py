@@ -234,7 +234,7 @@ def _attack(target: Target, scene: Scene, tier: Tier, eps: float, shown: Shown) 
     """Run every hostile line on the first photographs; one row for each, and one for the worst of each kind."""
     few = scene.first(min(tier.attacked, len(scene.bench.queries)))
     runs: list[tuple[Line, int]] = []
-    for line in hostile_lines(target, few.bench, tier, eps):
+    for line in hostile_lines(target, tier, eps):
         fitted = line.fitted(few.bench)
         runs += [(fitted, restart) for restart in range(fitted.restarts)]
     if not runs:

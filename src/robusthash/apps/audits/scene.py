@@ -12,7 +12,7 @@ from robusthash.apps.audits.rows import Example, Kind, Role, Row, Shot, make_row
 from robusthash.apps.demo import colour_variety
 from robusthash.core.hamming import topk
 from robusthash.data.transforms import read_image
-from robusthash.evaluation.attacked import Attacked
+from robusthash.evaluation.attacked import Attacked, in_eight_bits
 from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.copies import CopiesFound, copies_found
 from robusthash.evaluation.lines import Line
@@ -44,9 +44,7 @@ class Scene:
 
     def first(self, count: int) -> Scene:
         """The same with the first queries alone."""
-        query = replace(self.bench.query, packed=self.bench.query.packed[:count], ids=torch.arange(count))
-        bench = replace(self.bench, queries=self.bench.queries.take(torch.arange(count)), query=query)
-        return replace(self, bench=bench)
+        return replace(self, bench=self.bench.first(count))
 
     def row(self, name: str, words: str, visible: str, kind: Kind, signs: Tensor, images: Tensor) -> Row:
         found = copies_found(self.bench, signs, self.bench.query_labels)
@@ -54,8 +52,7 @@ class Scene:
 
     def hostile(self, line: Line, restart: int, attacked: Attacked) -> Hostile:
         """Attacked photographs as files of eight bits, scored against their own copy, or the target's."""
-        origin = self.images
-        images = origin + ((attacked.inputs.cpu() - origin) * 255).trunc() / 255
+        images = in_eight_bits(self.images, attacked.inputs.cpu())
         labels = self.bench.targets[:, 0] if line.targeted else self.bench.query_labels
         found = copies_found(self.bench, attacked.eight_bit[:, 0].float(), labels)
         return Hostile(line, line.name if line.restarts == 1 else f"{line.name}, start {restart + 1}", found, images)

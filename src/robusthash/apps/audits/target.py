@@ -18,7 +18,6 @@ from robusthash.attacks.named import guided_apgd, mainstay
 from robusthash.attacks.search import APGD
 from robusthash.attacks.threat import threat_on
 from robusthash.core.registry import nearest
-from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.blackbox import Questions
 from robusthash.evaluation.lines import Gradient, Line
 from robusthash.models.endpoint import Endpoint
@@ -173,7 +172,7 @@ def _open_endpoint(url: str, images: Tensor, bits: int | None, limits: EndpointL
     return Target(url, url, made.hasher, False, endpoint, said=made.said)
 
 
-def hostile_lines(target: Target, bench: Bench, tier: Tier, eps: float) -> list[Line]:
+def hostile_lines(target: Target, tier: Tier, eps: float) -> list[Line]:
     """The attacks of an audit: untargeted lines hide a photograph, targeted ones make it look like another.
 
     Lines that follow gradients know weights and stored codes. A target without gradients, such as a perceptual hash or

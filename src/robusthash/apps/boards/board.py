@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from robusthash.apps.evidence import accepted, lowered
-from robusthash.apps.pages.report import headline
 from robusthash.apps.runs import Run, RunError, load_run
 from robusthash.apps.tables import Cell, cell_of
 from robusthash.core.runtime import digest
@@ -158,9 +157,9 @@ def _records(run: Run) -> list[Record]:
                 found.append(Record(run, own, lowered(own, bundles), group["clean"], parts))
     if assessed.is_file():
         results = load_results(assessed)
-        cleans = [r for r in results if headline(r) in r.per_query and r.setting.threat == "none"] + cleans
+        cleans = [r for r in results if r.setting.headline in r.per_query and r.setting.threat == "none"] + cleans
         for own in results:
-            if f"w{headline(own)}" in own.values:
+            if f"w{own.setting.headline}" in own.values:
                 clean = next((c for c in cleans if _same_queries(c.setting, own.setting)), None)
                 found.append(Record(run, own, lowered(own, bundles), clean, {}))
     return found
@@ -172,7 +171,7 @@ def _same_queries(one: Setting, other: Setting) -> bool:
 
 
 def _board(records: Sequence[Record]) -> Board:
-    measure = headline(records[0].own)
+    measure = records[0].own.setting.headline
     recipes: dict[str, list[Record]] = {}
     for record in records:
         recipes.setdefault(record.recipe, []).append(record)

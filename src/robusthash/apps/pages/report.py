@@ -100,7 +100,7 @@ def results_section(title: str, results: Results, with_tiles: bool) -> Markup:
 def tiles_of(results: Results) -> list[tuple[str, str, Child]]:
     """The few numbers of one direction and relevance."""
     clean, worst = results["clean"], results.get("worst")
-    measure = headline(clean)
+    measure = clean.setting.headline
     tiles: list[tuple[str, str, Child]] = [(f"clean {measure}", number(clean.values[measure]), span(clean, measure))]
     if worst is not None:
         low = f"w{measure}"
@@ -114,15 +114,9 @@ def tiles_of(results: Results) -> list[tuple[str, str, Child]]:
 # ---------------------------------------------------------------------------------------------- numbers as text
 
 
-def headline(result: EvalResult) -> str:
-    """The measure that the protocol puts first: ``MAP`` or ``MAP@k``."""
-    cut = result.setting.protocol["k"]
-    return "MAP" if cut is None else f"MAP@{cut}"
-
-
 def is_untargeted(name: str, result: EvalResult) -> bool:
     """Clean queries or an untargeted attack: neither a target nor the worst case over several."""
-    return name != "worst" and f"t-{headline(result)}" not in result.values
+    return name != "worst" and f"t-{result.setting.headline}" not in result.values
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -145,7 +139,7 @@ def with_span(result: EvalResult, name: str) -> Child:
 def verdict(results: Results) -> str:
     """The run in a sentence or two."""
     clean, worst = results["clean"], results.get("worst")
-    measure = headline(clean)
+    measure = clean.setting.headline
     start = f"On {len(clean.per_query[measure])} queries the clean {measure} is {number(clean[measure])}"
     if worst is None:
         return f"{start}. No attack was run, so nothing is said about robustness."
@@ -159,7 +153,7 @@ def verdict(results: Results) -> str:
 
 def results_table(results: Results) -> Markup:
     """Clean, every attack and the worst case: values with intervals, and what each attack spent."""
-    measure = headline(results["clean"])
+    measure = results["clean"].setting.headline
     targeted = any(f"t-{measure}" in result.values for result in results.values())
     pixels = not results["clean"].setting.direction.startswith("T")  # texts are not stored in eight bits
     head = ["", measure, *["of 8-bit images"] * pixels, "bits flipped", "success rate", *[f"t-{measure}"] * targeted]
@@ -281,7 +275,7 @@ def versions_line(result: EvalResult) -> str:
 def map_chart(models: Mapping[str, Results], tones: Mapping[str, Tone], caption: str = "") -> Markup:
     """Headline value with interval, clean, under each untargeted attack and in the worst case, of one or more runs."""
     first = next(iter(models.values()))
-    measure = headline(first["clean"])
+    measure = first["clean"].setting.headline
     names = [name for name, result in first.items() if name == "worst" or is_untargeted(name, result)]
     rows = []
     for name in names:

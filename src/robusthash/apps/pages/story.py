@@ -13,7 +13,6 @@ from robusthash.apps.pages.charts import UNIT, Axis, Series, Tone, line_chart
 from robusthash.apps.pages.html import Child, Markup, tag
 from robusthash.apps.pages.report import (
     Results,
-    headline,
     is_untargeted,
     map_chart,
     model_facts,
@@ -90,7 +89,7 @@ def demo_page(
     """The whole page. ``summary`` is that of ``demo.summarise``."""
     return html.page(
         "A photo search that works, is broken, and is hardened",
-        [tag("p", _verdict(summary)), tag("p", _honesty(summary), class_="note")],
+        [tag("p", _verdict(summary)), tag("p", _HONESTY, class_="note")],
         _tiles(summary),
         html.section(
             "One query, four searches",
@@ -149,11 +148,10 @@ def _budget(summary: Mapping[str, Any]) -> str:
     return " or ".join(f"{eps * 255:g}/255" for eps in sorted(found))
 
 
-def _honesty(summary: Mapping[str, Any]) -> str:
-    return (
-        "Read with care: one training seed, one small encoder, twenty photographs, and attacks of few steps. A longer "
-        "attack finds more. The numbers show the method at work; they are no benchmark."
-    )
+_HONESTY = (
+    "Read with care: one training seed, one small encoder, twenty photographs, and attacks of few steps. A longer "
+    "attack finds more. The numbers show the method at work; they are no benchmark."
+)
 
 
 def _tiles(summary: Mapping[str, Any]) -> Markup:
@@ -309,7 +307,7 @@ def _pr(results: Mapping[str, Results]) -> Markup:
     lines = {}
     for model, found in results.items():
         attacks = {name: result for name, result in found.items() if is_untargeted(name, result) and name != "clean"}
-        strongest = min(attacks, key=lambda name: attacks[name][headline(attacks[name])])
+        strongest = min(attacks, key=lambda name: attacks[name][attacks[name].setting.headline])
         lines[f"{TITLES[model]}, clean"] = (found["clean"], TONES[model], False)
         lines[f"{TITLES[model]}, {strongest}"] = (attacks[strongest], TONES[model], True)
     return pr_chart(

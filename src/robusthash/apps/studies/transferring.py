@@ -12,7 +12,8 @@ import torch
 
 from robusthash.apps.runs import load_run
 from robusthash.apps.stages import Shown, load_victim, read_data, silent
-from robusthash.attacks.threat import image_threat
+from robusthash.attacks.threat import Norm
+from robusthash.attacks.threats import image_ball
 from robusthash.core.registry import build
 from robusthash.evaluation.bench import make_bench
 from robusthash.evaluation.transfer import TransferMatrix, transfer_matrix
@@ -62,8 +63,8 @@ def transfer_table(
     paths: Sequence[Path],
     queries: int | None = 200,
     steps: int = 20,
-    eps: float = 8 / 255,
-    norm: str = "linf",
+    eps: float | None = None,
+    norm: Norm = "linf",
     shown: Shown = silent,
 ) -> TransferTable:
     """Attack the images of every run from every run, under the protocol, seed and batch size of the first.
@@ -71,6 +72,7 @@ def transfer_table(
     Args:
         paths: at least two run directories of one data set.
         queries: only the first this many.
+        eps: budget of the images; that customary for the norm by default.
 
     Raises:
         RunError: a folder that is no trained run.
@@ -87,10 +89,12 @@ def transfer_table(
     for run, card in zip(runs, cards, strict=True):
         if "image" not in card["modalities"]:
             raise ValueError(f"{run.path} encodes {card['modalities']}; this table attacks images")
-    first, threat = runs[0].config, image_threat(eps, norm)  # type: ignore[arg-type]  # Ball refuses other norms
+    first = runs[0].config
     if first.runtime.threads:
         torch.set_num_threads(first.runtime.threads)
     data = {str(first.data): read_data(first, shown)}
+    sample = data[str(first.data)].query.batch(torch.arange(1)).inputs["image"]
+    threat = image_ball(norm, eps, (sample.shape[-2], sample.shape[-1]))
     benches = {}
     for name, run in zip(names, runs, strict=True):
         if str(run.config.data) not in data:  # the same data may be spelled otherwise; the matrix compares content

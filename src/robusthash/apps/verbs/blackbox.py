@@ -15,7 +15,10 @@ def transfer(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, two or more, of one data set.")],
     queries: Annotated[int, typer.Option(min=1, help="Only the first this many queries.")] = 200,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the search.")] = 20,
-    eps: Annotated[str, typer.Option(help="Budget in units of the range: 8/255, or 0.5 with --norm l2.")] = "8/255",
+    eps: Annotated[
+        str | None,
+        typer.Option(help="Budget in units of the range; by default 8/255, and with l2 0.5 at 32 x 32 pixels."),
+    ] = None,
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
     as_json: AsJson = False,
 ) -> None:
@@ -25,11 +28,13 @@ def transfer(
     from robusthash.apps.config import numbers
     from robusthash.apps.studies.transferring import transfer_table
 
-    radius = numbers(yaml.safe_load(eps))
-    if not isinstance(radius, int | float):
+    radius = None if eps is None else numbers(yaml.safe_load(eps))
+    if radius is not None and not isinstance(radius, int | float):
         raise ValueError(f"--eps takes a number such as 8/255, got {eps!r}")
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"--norm takes linf or l2, got {norm!r}")
     with progress_bars() as shown:
-        table = transfer_table(runs, queries, steps, float(radius), norm, shown)
+        table = transfer_table(runs, queries, steps, radius, "l2" if norm == "l2" else "linf", shown)
     if as_json:
         print_json(table.plain())
         return
