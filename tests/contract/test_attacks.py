@@ -121,7 +121,7 @@ def test_slope_is_scheduled_over_the_steps(world: World) -> None:
     alphas.clear()
     run(replace(attack, loss=Noted(), slope="one"), world, batch=small, goal=goal)
     assert alphas == [1.0] * 100
-    with pytest.raises(ValueError, match="APGD compares scores of different steps.* give it slope 'one'"):
+    with pytest.raises(ValueError, match=r"APGD compares scores of different steps.* give it slope 'one'"):
         replace(attack, search=APGD(5))
 
 

@@ -29,6 +29,7 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal
 from robusthash.data import ArraySource, RetrievalData, Split, load_data
 from robusthash.evaluation import evaluate, make_bench, score_clean
+from robusthash.evaluation.suite import assess, tier
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPSH
 from robusthash.training import HashingRecipe, OptimConfig, fit
@@ -274,3 +275,10 @@ def test_near_words_of_a_real_encoder() -> None:
     found = nearest_tokens(encoder.embedding.weight, usable, 2)
     row = found.table[tokenizer.convert_tokens_to_ids("airplane")]
     assert set(tokenizer.convert_ids_to_tokens(row.tolist())) <= {"plane", "aircraft", "airport"}
+
+
+def test_a_suite_takes_token_swaps(texts: World) -> None:
+    bench = make_bench(texts.victim, texts.data, direction=("text", "text"))
+    result = assess(bench, tier("fast", named_threat("txt-token-2")))
+    assert result["wMAP"] < result["clean"]
+    assert result.perceptibility["edits/max"] <= 2

@@ -10,7 +10,7 @@ from helpers import linear_hasher
 from torch import Tensor
 
 from robusthash.attacks.base import Attack
-from robusthash.attacks.edits import GreedyFlips
+from robusthash.attacks.edits import ExactFlips, GreedyFlips
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.threat import Edits, edit_threat
@@ -79,3 +79,55 @@ def test_projection_keeps_the_largest_changes() -> None:
     assert Edits(3).project(moved, origin).tolist() == [[1.0, 0.0, 0.0, 0.0]]
     assert Edits(0).project(moved, origin).tolist() == origin.tolist()
     assert Edits(2.9).count == 2
+
+
+def metric_of(weight: Tensor, wanted: Tensor):
+    """A reported metric: how many bits leave the wanted code, which many texts share."""
+    return lambda signs: (signs != wanted).sum(1).double()
+
+
+def best_of_all(weight: Tensor, bag: Tensor, wanted: Tensor, edits: int) -> int:
+    return max(
+        int((torch.where(weight @ flipped >= 0, 1.0, -1.0) != wanted).sum())
+        for count in range(edits + 1)
+        for chosen in combinations(range(WORDS), count)
+        for flipped in [bag + (1 - 2 * bag) * torch.eye(WORDS)[list(chosen)].sum(0)]
+    )
+
+
+@pytest.mark.parametrize(("edits", "best"), [(1, 6), (2, 5), (3, 4)])
+def test_one_exact_flip_is_the_best_of_all_and_several_nearly(edits: int, best: int) -> None:
+    attack, weight, batch, goal = world(1.0)
+    victim = linear_hasher(weight, modality="text")
+    wanted = torch.where(batch.inputs["text"] @ weight.T >= 0, 1.0, -1.0)
+    exact = Attack("t", attack.guide, attack.loss, ExactFlips(), edit_threat(edits, "W2"), selects=True)
+    select = metric_of(weight, wanted)
+    out = exact(victim, batch, goal, REFERENCE, draws=Draws(0), select=select)
+    exact.threat.verify(out.batch.inputs, batch.inputs)
+    reached = select(out.signs)
+    highest = [best_of_all(weight, bag, code, edits) for bag, code in zip(batch.inputs["text"], wanted, strict=True)]
+    assert all(own <= most for own, most in zip(reached.tolist(), highest, strict=True))
+    assert sum(own == most for own, most in zip(reached.tolist(), highest, strict=True)) >= best  # of 6 texts
+    assert out.backward == 0
+
+
+def test_exact_flips_go_on_from_a_start_and_never_below_it() -> None:
+    attack, weight, batch, goal = world(1.0)
+    victim = linear_hasher(weight, modality="text")
+    wanted = torch.where(batch.inputs["text"] @ weight.T >= 0, 1.0, -1.0)
+    select = metric_of(weight, wanted)
+    exact = Attack("t", attack.guide, attack.loss, ExactFlips(), edit_threat(2, "W2"), selects=True)
+    start = batch.inputs["text"].clone()
+    start[:, :2] = 1 - start[:, :2]  # both edits are spent: only an exchange can help
+    out = exact(victim, batch, goal, REFERENCE, draws=Draws(0), select=select, start={"text": start})
+    before = select(torch.where(start @ weight.T >= 0, 1.0, -1.0))
+    assert bool((select(out.signs) >= before).all())
+    assert bool((select(out.signs) > before).any())
+
+
+def test_exact_flips_need_the_reported_metric() -> None:
+    attack, weight, batch, goal = world(1.0)
+    victim = linear_hasher(weight, modality="text")
+    blind = Attack("t", attack.guide, attack.loss, ExactFlips(), edit_threat(1))
+    with pytest.raises(ValueError, match="give the attack selects=True"):
+        blind(victim, batch, goal, REFERENCE, draws=Draws(0))

@@ -126,13 +126,19 @@ def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys)
     from robusthash.evaluation import suite
 
     monkeypatch.setitem(suite.TIERS, "standard", suite._Tier(("guided",), 1, 4, 24, 2))
-    monkeypatch.setattr(lineup, "QUESTIONS", 5)
+    monkeypatch.setitem(lineup.QUESTIONS, "standard", 5)
     monkeypatch.setattr(lineup, "CHECKED", 6)
     monkeypatch.setattr(lineup, "TIERS", suite.TIERS)
-    result = assessing.assess(load_run(run), "standard", surrogates=[load_run(run)])
-    assert {"guided", "uniform noise", "corner noise", "square, ids", f"transfer {run.parent.name}"} <= set(
-        result.attacks
-    )
+    config = {**CONFIG, "runtime": {**CONFIG["runtime"], "seed": 1}}
+    trainings = [{**CONFIG["training"], "epochs": epochs} for epochs in (1, 2)]
+    twins = [stages.train(make_config({**config, "training": each}), run.parent.parent) for each in trainings]
+    result = assessing.assess(load_run(run), "standard", surrogates=twins)
+    transfers = {f"transfer tiny-{twin.id}" for twin in twins}
+    assert {"guided", "uniform noise", "corner noise", "square, ids", *transfers} <= set(result.attacks)
+    assert "2 of the 3 surrogates that a claim is made with" in result.notes
+    for given, words in (([load_run(run)], "has the weights of the victim"), ([twins[0]] * 2, "is given twice")):
+        with pytest.raises(ValueError, match=words):
+            assessing.assess(load_run(run), "standard", surrogates=given)
     flags = {flag.id: flag for flag in result.flags}
     assert set(flags) == {f"F{number}" for number in range(1, 24)}
     assert flags["F7"].level == "amber"  # no curve was run

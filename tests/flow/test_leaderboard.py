@@ -94,6 +94,26 @@ def test_evidence_from_export_to_a_lower_best_known_value(run, tmp_path, call):
     assert len(load_results(run / "evidence.json")) == 1, "a bundle that is verified twice counts once"
 
 
+def test_evidence_lowers_suites_too_on_all_queries_and_on_their_choice_of_them(run, tmp_path, call):
+    for queries in (10, 1000):
+        assert call("assess", run, "--tier", "smoke", "--queries", str(queries), "--threat", "img-linf-8")[0] == 0
+        results = load_results(run / "assess.json")
+        raised = [replace(r, per_query={**r.per_query, "wMAP": r.per_query["clean"]}) for r in results]
+        save_results(run / "assess.json", raised)  # as if the suite had found nothing, so that the bundle must win
+        bundle = tmp_path / f"bundle{queries}"
+        assert call("evidence", "export", run, "--attack", STRONG, "--out", bundle)[0] == 0
+        code, out, _ = call("evidence", "verify", bundle, "--run", run, "--json")
+        assert code == 0
+        (own,) = raised
+        (row,) = next(board.rows for board in make_boards([run]) if board.setting.budget.startswith("suite smoke"))
+        found = {result.name: result for result in load_results(run / "evidence.json")}
+        name = json.loads(out)["bundle"] + (", 10 queries" if queries == 10 else "")
+        lowest = torch.minimum(own.per_query["clean"], found[name].per_query["MAP"])
+        assert row.known.value == pytest.approx(float(lowest.mean()))
+        assert row.known.value < float(own.per_query["clean"].mean())
+        assert name in row.sources
+
+
 def test_evidence_for_other_weights_is_refused_in_one_line(run, tmp_path, call):
     bundle = tmp_path / "bundle"
     assert call("evidence", "export", run, "--attack", "hag", "--out", bundle)[0] == 0
@@ -107,6 +127,22 @@ def test_evidence_for_other_weights_is_refused_in_one_line(run, tmp_path, call):
     code, _, err = call("evidence", "export", run, "--attack", "dhta", "--out", tmp_path / "t")
     assert code == 1
     assert "targeted" in err
+
+
+def test_an_entry_may_claim_a_suite(run, tmp_path, call):
+    assert call("assess", run, "--tier", "smoke", "--queries", "10")[0] == 0
+    named = ["evidence", "entry", run, "--recipe", "tiny.yaml", "--out", tmp_path]
+    code, _, err = call(*named, "--result", "img-linf-8 standard")
+    assert code == 1
+    assert "has no result 'img-linf-8 standard'" in err
+    code, out, err = call(*named, "--result", "img-linf-8 smoke")
+    assert code == 0, err
+    claimed = yaml.safe_load(Path(out.strip()).read_text())["claimed"]
+    (own,) = load_results(run / "assess.json")
+    assert (claimed["tier"], claimed["queries"]) == ("smoke", 10)
+    assert claimed["worst"] == round(own["wMAP"], 4)
+    code, _, err = call("verify", out.strip(), "--run", run)
+    assert code == 0, err
 
 
 def test_an_entry_is_written_verified_and_fails_when_it_lies(run, tmp_path, call):
@@ -203,6 +239,22 @@ def test_the_results_of_a_suite_are_listed_beside_those_of_the_recipe(run):
     assert any("img-linf-8, paper tier, 2 attacks" in board.title for board in make_boards([run]))
     save_results(run / "assess.json", [assessed])
     assert "wMAP over eps" in leaderboard_page(boards)
+
+
+def test_a_red_check_of_the_model_marks_every_number_of_it(run):
+    assert not make_boards([run])[0].rows[0].checked
+    red = {"id": "F2", "value": 1.0, "threshold": 0.01, "level": "red", "remedy": "cut graph", "title": "share"}
+    (run / "checks.json").write_text(json.dumps([red, {**red, "id": "F7", "value": "inf", "level": "amber"}]))
+    (row,) = make_boards([run])[0].rows
+    assert row.unreliable
+    assert [flag.id for flag in row.flags] == ["F2"]
+    (run / "checks.json").write_text("[]")
+    worst = next(result for result in load_results(run / "metrics.json") if result.name == "worst")
+    setting = replace(worst.setting, threat="img-linf-4")
+    flags = tuple(Flag(id, 1.0, 0.0, "red", "") for id in ("F4", "F13"))
+    save_results(run / "assess.json", [replace(worst, name="img-linf-4 fast", setting=setting, flags=flags)])
+    marks = {board.setting.threat: [flag.id for flag in board.rows[0].flags] for board in make_boards([run])}
+    assert marks == {"img-linf-4": ["F13", "F4"], worst.setting.threat: ["F13"]}, "F4 is about one suite alone"
 
 
 @pytest.mark.parametrize("what", ["twice", "seed", "unevaluated", "unattacked", "no run"])

@@ -15,7 +15,7 @@ from robusthash.apps.config import make_config
 from robusthash.apps.pages import html
 from robusthash.apps.pages.charts import UNIT, Axis, Dot, Series, dot_chart, line_chart
 from robusthash.apps.pages.html import Markup, picture, tag
-from robusthash.apps.pages.report import read_results, run_page, write_report
+from robusthash.apps.pages.report import run_page, write_report
 from robusthash.apps.runs import Run, RunError
 
 VOID = {"img", "meta", "circle", "line", "polyline", "polygon", "br"}
@@ -136,7 +136,7 @@ def test_the_same_files_give_the_same_report(run: Run) -> None:
 
 def test_hostile_names_cannot_break_out(run: Run) -> None:
     hostile = '</title></code><script>alert("x")</script><img src=x onerror=alert(1)>'
-    results = dict(read_results(run))
+    results = dict(run.evaluated())
     results[hostile] = results.pop("mainstay")
     card = {**run.card(), "name": hostile, "objective": {"name": hostile}}
     log = [{"epoch": 0, "lr": 0.1, "seconds": 1.0, hostile: 0.5}, {"epoch": 1, "lr": 0.1, "seconds": 1.0, hostile: 0.4}]
@@ -145,7 +145,7 @@ def test_hostile_names_cannot_break_out(run: Run) -> None:
 
 
 def test_a_report_without_attacks_claims_no_robustness(run: Run) -> None:
-    results = {"clean": read_results(run)["clean"]}
+    results = {"clean": run.evaluated()["clean"]}
     page = check_self_contained(run_page(run.card(), results, [], ["robusthash evaluate x"]))
     assert "nothing is said about robustness" in page.words
     assert "worst case" not in page.words
@@ -153,7 +153,7 @@ def test_a_report_without_attacks_claims_no_robustness(run: Run) -> None:
 
 def test_a_run_that_was_not_evaluated_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="has not been evaluated; run 'robusthash evaluate"):
-        read_results(Run(tmp_path, run.config))
+        Run(tmp_path, run.config).evaluated()
     with pytest.raises(RunError, match="no trained model"):
         write_report(Run(tmp_path, run.config))
 

@@ -331,12 +331,16 @@ def test_the_curve_falls_and_ends_where_the_line_does(bench: Bench) -> None:
     assert curve.ap.shape == (12, 4)
     assert bool((curve.ap.diff(dim=1) <= 0).all())
     assert curve.means[-1] < curve.means[0]
-    assert float(curve.means[0]) == pytest.approx(clean_ap(bench))
+    assert torch.equal(curve.ap[:, 0], curve.clean)
+    assert float(curve.clean.mean()) == pytest.approx(clean_ap(bench))
     whole = bench.select(bench.query_labels, 1)(line.run(bench, 0, 0).signs[:, 0])
     assert torch.allclose(curve.ap[:, -1], whole)
     for wrong in ((), (5, 5), (10, 5), (10, 31)):
         with pytest.raises(ValueError, match="budgets must rise and end at most at the line's 30"):
             question_curve(bench, line, wrong)
+    noisy = small_hasher(declared="randomised")
+    with pytest.raises(ValueError, match="randomised victim is not built"):
+        question_curve(replace(bench, victim=noisy), line, (5,))
 
 
 def test_text_lines(texts: Bench) -> None:

@@ -19,12 +19,14 @@ from robusthash.attacks.losses import ScaleFree
 from robusthash.attacks.named import guided_apgd
 from robusthash.attacks.search import APGD, Polish
 from robusthash.attacks.threat import Threat, edit_threat, image_threat, threat_on
+from robusthash.attacks.threats import named_threat
 from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Inputs
 from robusthash.evaluation.attacked import Attacked, Trial, finish
 from robusthash.evaluation.attempts import Attacker, corner_start, run_lines
 from robusthash.evaluation.bench import Bench, make_bench
+from robusthash.evaluation.checks import model_checks, suite_checks
 from robusthash.evaluation.curve import eps_curve
 from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
 from robusthash.evaluation.lines import Gradient, Line, Refined
@@ -215,9 +217,10 @@ def test_tiers_hold_the_lines_that_they_promise():
     assert [line.restarts for line in standard.lines] == [2] * 6 + [1] * 4
     assert [line.restarts for line in full.lines] == [5] * 6 + [1] * 4
     assert {line.attack.search for line in full.lines} == {APGD(300), Polish(300)}
-    assert [line.name for line in tier("standard", edit_threat(2)).lines] == names
+    assert [line.name for line in tier("standard", edit_threat(2)).lines] == [*names, "exact", "refined exact"]
+    assert [line.name for line in tier("standard", named_threat("txt-token-2")).lines] == names
     assert [line.name for line in tier("standard", threat_on("both")).lines] == names
-    assert [TIERS[name].queries for name in TIERS] == [64, 500, 1000, 5000]
+    assert [TIERS[name].queries for name in TIERS] == [64, 500, 1000, None]
     assert tier("smoke", image_threat(4 / 255)).lines[0].threat.name == "img-linf-4"
     assert tier("smoke", threat_on("both")).lines[0].threat.name == "img-linf-8+txt-linf-0.05"
     assert tier("fast", edit_threat(2)).lines[1].threat.name == "txt-bow-2"
@@ -236,6 +239,9 @@ def test_what_cannot_be_assessed_is_refused_before_any_attack(bench):
         assess(bench, Suite("towards", (Gradient("t", guided_targeted_apgd(EPS, 4)),)))
     with pytest.raises(ValueError, match="the queries are images"):
         assess(bench, "smoke", edit_threat(2))
+    for name in ("db-insert", "db-perturb-img-linf-4"):
+        with pytest.raises(ValueError, match=rf"{name}.* changes the database.*robusthash poison RUN"):
+            assess(bench, "smoke", named_threat(name))
     with pytest.raises(ValueError, match="no shard 2 of 2"):
         run_lines(bench, small().lines, Memory(), shard=(2, 2))
     with pytest.raises(ValueError, match="needs a keep"):
@@ -444,6 +450,15 @@ def test_t14_a_rounding_layer_hides_the_gradient_and_not_the_weakness(data, benc
     assert result.attacks["identity"]["MAP"] < result.attacks["corners"]["MAP"]
     assert "identity/0" in result.winner
     assert result.setting.attacks == ("guided", "corners"), "an adaptive line goes with the defense, not the setting"
+    masked_bench = make_bench(masked, data, batch_size=20)
+    seen = {flag.id: flag.level for flag in model_checks(masked_bench, threat, queries=20, steps=10)}
+    assert seen["F2"] == "red"
+    clean = result.per_query["clean"]
+    ap = {name: result.per_query[f"MAP under {name}"][None] for name in ("guided", "corners")}
+    kinds = {"guided": "white-box", "corners": "noise"}
+    for lines, cut in ((ap, False), ({"corners": ap["corners"]}, True)):  # beaten, or left out for want of a gradient
+        flags = suite_checks(lines, {name: kinds[name] for name in lines}, clean, {}, 0.1, cut=cut)
+        assert next(flag.level for flag in flags if flag.id == "F4") == "red"
 
 
 def random_victim(bits: int) -> Hasher:

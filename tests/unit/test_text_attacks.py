@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robusthash.apps import stages
 from robusthash.apps.config import make_config
-from robusthash.apps.pages.report import read_results, write_report
+from robusthash.apps.pages.report import write_report
 from robusthash.apps.runs import Run
 from robusthash.apps.tables import headline_of, make_rows, markdown
 from robusthash.attacks import Attack
@@ -231,7 +231,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_a_run_in_all_directions(run: Run) -> None:
-    results = read_results(run)
+    results = run.evaluated()
     images = {"clean", "mainstay", "mainstay on both", "worst"}
     texts = {"clean", "mainstay on both", "text-edits", "text-edits like dhta", "worst"}
     grouped = by_bench(results)
@@ -252,7 +252,7 @@ def test_a_run_in_all_directions(run: Run) -> None:
 
 def test_tables_of_directions(run: Run) -> None:
     rows = make_rows([run.path])
-    chance = {bench: group["clean"].reference["chance"] for bench, group in by_bench(read_results(run)).items()}
+    chance = {bench: group["clean"].reference["chance"] for bench, group in by_bench(run.evaluated()).items()}
     assert rows[0].chance == chance
     whole, few = markdown(rows), markdown(rows, ["T2I clean", "T2I worst"])
     assert "| chance I2T | chance I2I | chance T2I | chance T2T |" in whole

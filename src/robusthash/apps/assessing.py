@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from robusthash.apps import stages
-from robusthash.apps.lineup import Flags, lines_beside, seen_of, without_gradient
+from robusthash.apps.lineup import CLAIMS, Flags, lines_beside, seen_of, without_gradient
 from robusthash.apps.runs import Run, write_json
 from robusthash.attacks.threat import Threat
 from robusthash.attacks.threats import named_threat
@@ -29,6 +29,7 @@ from robusthash.evaluation.transfer import Surrogate, make_surrogate
 from robusthash.objectives.base import HashObjective
 
 CURVE_LINES = ("guided", "soft-ap")
+SURROGATES = 3  # of a claim; they should differ in backbone, loss and length of code
 CHECKED_TIERS = ("fast", "standard", "full")  # smoke is too short to judge, and paper is no evidence
 
 
@@ -103,7 +104,8 @@ def assess(
         bench = replace(bench, protocol=with_legacy(bench.protocol))
     pixels = data.query.batch(torch.arange(1)).inputs.get("image")
     size = None if pixels is None or pixels.ndim != 4 else (int(pixels.shape[-2]), int(pixels.shape[-1]))
-    aim = named_threat(threat, "W2", pixels=size) if isinstance(threat, str) else threat
+    texts = data.train.batch(torch.arange(len(data.train))).inputs["text"] if threat == "txt-feat-linf" else None
+    aim = named_threat(threat, "W2", pixels=size, features=texts) if isinstance(threat, str) else threat
     suite = _suite(tier_name, aim, queries, objective)
     if curve and not any(line.name in CURVE_LINES for line in suite.lines):
         raise ValueError(f"--eps-curve runs the lines {' and '.join(CURVE_LINES)}, which {tier_name!r} does not have")
@@ -111,7 +113,9 @@ def assess(
     seen = seen_of(bench, aim)
     if seen.cut:
         suite, notes = without_gradient(suite), (*notes, "no gradient reaches the input: no white-box line was run")
-    known = [_surrogate(other, data, bench) for other in surrogates]
+    known = _surrogates(run, surrogates, data, bench)
+    if tier_name in CLAIMS and 0 < len(known) < SURROGATES:
+        notes = (*notes, f"{len(known)} of the {SURROGATES} surrogates that a claim is made with")
     suite = suite.beside(lines_beside(bench, objective, aim, tier_name, known, seen))
     if all(line.targeted for line in suite.lines):
         raise ValueError(
@@ -128,7 +132,7 @@ def assess(
     if curve:
         chosen = [line for line in suite.lines if line.name in CURVE_LINES]
         by_eps = eps_curve(bench, chosen, aim, keep=None if keep is None else keep.within("curve"), progress=shown)
-    checks = Flags(suite, aim, by_eps, shown) if checked and tier_name in CHECKED_TIERS else None
+    checks = Flags(suite, aim, by_eps, seen.cut, shown) if checked and tier_name in CHECKED_TIERS else None
     result = assess_prepared(bench, suite, notes, keep=keep, progress=shown, checks=checks)
     if by_eps is not None:
         result = by_eps.onto(result)
@@ -146,9 +150,24 @@ def _suite(tier_name: str, aim: Threat, queries: int | None, objective: HashObje
     return suite if queries is None else replace(suite, queries=queries)
 
 
-def _surrogate(run: Run, data: RetrievalData, bench: Bench) -> Surrogate:
-    """A run as a stand-in for the victim."""
-    return make_surrogate(run.path.parent.name, stages.load_victim(run)[0], data, bench.direction, bench.batch_size)
+def _surrogates(run: Run, others: Sequence[Run], data: RetrievalData, bench: Bench) -> list[Surrogate]:
+    """Runs as stand-ins for the victim, called by their recipes; with their id where two share one.
+
+    Raises:
+        ValueError: the victim itself, or weights that are given twice.
+    """
+    weights = [other.card()["digest"] for other in others]
+    for other, digested in zip(others, weights, strict=True):
+        if digested == run.card()["digest"]:
+            raise ValueError(f"the surrogate {other.path} has the weights of the victim; give models of other training")
+        if weights.count(digested) > 1:
+            raise ValueError(f"the surrogate {other.path} is given twice; give each model once")
+    recipes = [other.path.parent.name for other in others]
+    names = [r if recipes.count(r) == 1 else f"{r}-{o.id}" for r, o in zip(recipes, others, strict=True)]
+    return [
+        make_surrogate(name, stages.load_victim(other)[0], data, bench.direction, bench.batch_size)
+        for name, other in zip(names, others, strict=True)
+    ]
 
 
 def _folder(run: Run, suite: Suite, bench: Bench) -> Path:

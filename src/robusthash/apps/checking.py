@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from robusthash.apps.runs import Run, write_json
+from robusthash.apps.runs import CHECKED, Run, write_json
 from robusthash.apps.stages import Shown, bench_of, load_victim, read_data, silent
 from robusthash.attacks.named import mainstay
 from robusthash.attacks.threat import Norm, Threat, threat_on
@@ -46,7 +46,7 @@ def check_run(
     """
     bench = run_bench(run, shown, direction)
     flags = model_checks(bench, _threat(bench, eps, norm), queries=queries, steps=steps)
-    write_json(run.path / "checks.json", plain(flags))
+    write_json(run.path / CHECKED, plain(flags))
     return flags
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +26,7 @@ from robusthash.apps.verbs import (
     suite,
 )
 from robusthash.apps.verbs.terminal import console, escape
+from robusthash.core.memory import REMEDY, DoesNotFit, SmallerBatch, out_of_memory
 from robusthash.version import __version__
 
 app = typer.Typer(
@@ -38,17 +41,50 @@ def main() -> None:
     """Entry point: an error that a user can mend is one line and exit code 1, a usage error 2, Ctrl-C 130."""
     previous = signal.signal(signal.SIGINT, _stopped)
     try:
-        app()
+        with _memory_noted():
+            app()
     except (ValueError, KeyError, OSError, ImportError, FloatingPointError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        console.print(f"[bold red]error:[/] {escape(str(text))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _refused(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        _refused(error if isinstance(error, DoesNotFit) else _memory_short(error))
     finally:
         signal.signal(signal.SIGINT, previous)
 
 
+def _refused(text: object) -> None:
+    console.print(f"[bold red]error:[/] {escape(str(text))}", highlight=False, soft_wrap=True)
+    sys.exit(1)
+
+
+def _memory_short(error: Exception) -> str:
+    said = next(iter(str(error).splitlines()), type(error).__name__)
+    return (
+        f"memory does not suffice ({said}); take smaller batches (training.batch_size, evaluation.batch_size), {REMEDY}"
+    )
+
+
+@contextmanager
+def _memory_noted() -> Iterator[None]:
+    """What was done in smaller batches than asked is a line on stderr; other warnings look as ever."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def shown(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, SmallerBatch):
+                console.print(escape(str(message)), highlight=False, soft_wrap=True)
+            else:
+                usual(message, category, *place, **more)
+
+        warnings.showwarning = shown
+        warnings.simplefilter("always", SmallerBatch)
+        yield
+
+
 def _stopped(signum: int, frame: FrameType | None) -> None:
-    console.print("stopped; what was finished is kept: run, train, evaluate, assess, sweep and demo go on from there")
+    kept = "run, train, evaluate, assess, questions, sweep and demo go on from there"
+    console.print(f"stopped; what was finished is kept: {kept}", soft_wrap=True)
     sys.exit(130)
 
 
@@ -77,6 +113,7 @@ PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "check": checks.check,
         "audit": audit.audit,
         "transfer": blackbox.transfer,
+        "questions": blackbox.questions,
         "poison": database.poison,
         "verify": evidence.verify,
         "leaderboard": evidence.leaderboard,

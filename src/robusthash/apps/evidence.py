@@ -17,10 +17,11 @@ from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
 from robusthash.evaluation.bundles import read_bundle
 from robusthash.evaluation.entries import BestKnown, Claimed, Entry, Restrictions, Source, Verified, verify
-from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean, worst
-from robusthash.evaluation.evidence import best_known, export, verify_bundle
+from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean, setting_of, worst
+from robusthash.evaluation.evidence import best_known, disagreements, export, on_queries, verify_bundle
 from robusthash.evaluation.observed import Observed, observed
 from robusthash.evaluation.results import EvalResult, load_results, save_results
+from robusthash.evaluation.suite import stable_subset
 
 FILE = "evidence.json"
 """Accepted bundles of a run, as results; the leaderboard reads them beside the run's own."""
@@ -53,7 +54,8 @@ def verify_evidence(run: Run, folder: Path, keep: bool = True, shown: stages.Sho
     """Check and score a bundle against the queries and the weights of a run.
 
     Args:
-        keep: write the result among the accepted bundles of the run, in place of an earlier one of the same bundle.
+        keep: write the result among the accepted bundles of the run, in place of an earlier one of the same bundle; and
+            beside it that on each choice of queries which a suite of this run was asked, so that it lowers those too.
     """
     victim, _ = stages.load_victim(run)
     ends = read_bundle(folder).manifest.direction
@@ -61,10 +63,14 @@ def verify_evidence(run: Run, folder: Path, keep: bool = True, shown: stages.Sho
     direction = None if ends == (home, home) else "2".join(end[0].upper() for end in ends)
     bench = stages.bench_of(run, victim, stages.read_data(run.config, shown), shown, direction)
     found = verify_bundle(folder, bench)
-    result = stages.described(found, found.name, run)
+    letters = setting_of(bench).direction
+    counts = {len(own.per_query["clean"]) for own in run.assessed().values() if own.setting.direction == letters}
+    chosen = [stable_subset(bench.queries, count) for count in sorted(counts) if count < len(bench.queries)]
+    made = [found, *(on_queries(found, bench, positions) for positions in chosen)]
+    described = {result.name: stages.described(result, result.name, run) for result in made}
     if keep:
-        save_results(run.path / FILE, list({**accepted(run), result.name: result}.values()))
-    return result
+        save_results(run.path / FILE, list({**accepted(run), **described}.values()))
+    return described[found.name]
 
 
 def accepted(run: Run) -> dict[str, EvalResult]:
@@ -75,11 +81,7 @@ def accepted(run: Run) -> dict[str, EvalResult]:
 
 def lowered(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult:
     """``best_known`` over those bundles that are about the setting of ``own``; the others say nothing of it."""
-    fitting = {
-        name: result
-        for name, result in bundles.items()
-        if not set(own.setting.differs(result.setting)) - {"attacks", "budget", "seeds"}
-    }
+    fitting = {name: result for name, result in bundles.items() if not disagreements(own, result)}
     return best_known(own, fitting)
 
 
@@ -126,26 +128,30 @@ def verify_entry(entry: Entry, run: Run, shown: stages.Shown = stages.silent) ->
     return verify(entry, lambda _: assess_afresh(run, claimed.tier, claimed.threat, claimed.queries))
 
 
-def entry_of(run: Run, results: Mapping[str, EvalResult], recipe: str, overrides: Sequence[str] = ()) -> Entry:
+def entry_of(run: Run, recipe: str, overrides: Sequence[str] = (), suite: str | None = None) -> Entry:
     """A registry entry of an evaluated run: its card, and its own numbers as the claim.
 
     Args:
-        results: by name, with ``clean`` and ``worst``.
         recipe: file below recipes/.
+        suite: name of a result of ``assess`` to claim, such as ``img-linf-8 standard``; by default the worst case over
+            the attacks of the recipe.
 
     Raises:
-        ValueError: a run that was not evaluated and attacked from its first modality to itself.
+        ValueError: a run that has no such result, or one that ``verify`` could not make again.
     """
-    if missing := [name for name in ("clean", "worst") if name not in results]:
+    results = run.evaluated() if suite is None else run.assessed()
+    if missing := [name for name in (("clean", "worst") if suite is None else (suite,)) if name not in results]:
         raise ValueError(
-            f"{run.path} has no result {missing[0]!r}, which an entry claims (it has {', '.join(results) or 'none'}); "
-            "evaluate it from its first modality to itself"
+            f"{run.path} has no result {missing[0]!r} for the entry to claim; it has {', '.join(results) or 'none'}"
         )
+    own = results[suite or "worst"]
+    tier = "recipe" if suite is None else own.setting.budget.removeprefix("suite ").partition(",")[0]
+    if suite is not None and suite != f"{own.setting.threat} {tier}":
+        raise ValueError(f"{suite!r} is of one direction alone, and entries are from the first modality to itself")
     config, card, training = run.config, run.card(), run.config.training
     seen = _seen(run)
-    clean, lowest = results["clean"], lowered(results["worst"], accepted(run))
-    measure = clean.setting.headline
-    value, own = lowest[f"w{measure}"], results["worst"][f"w{measure}"]
+    lowest, measure = lowered(own, accepted(run)), own.setting.headline
+    value, claimed = lowest[f"w{measure}"], own[f"w{measure}"]
     threat = ""
     if training.attack is not None:
         attack: Attack = build("attack", training.attack, objective=build("objective", training.objective))
@@ -154,7 +160,7 @@ def entry_of(run: Run, results: Mapping[str, EvalResult], recipe: str, overrides
         id=f"{config.name}-seed{config.runtime.seed}",
         title=f"{card['bits']} bits, {_name(training.objective)}, {_name(training.outer or 'no defense')}",
         source=Source(recipe=recipe, set=tuple(overrides), seed=config.runtime.seed, digest=card["digest"]),
-        data=clean.setting.database.partition(":")[0],
+        data=own.setting.database.partition(":")[0],
         input_size=tuple(card["image_size"]),
         bits=card["bits"],
         training_threat=threat,
@@ -167,14 +173,15 @@ def entry_of(run: Run, results: Mapping[str, EvalResult], recipe: str, overrides
             static_database=True,  # no victim of this package encodes its database anew for a query
         ),
         claimed=Claimed(
-            threat=lowest.setting.threat,
-            queries=len(clean.per_query[measure]),
+            tier=tier,
+            threat=own.setting.threat,
+            queries=len(own.per_query[f"w{measure}"]),
             measure=measure,
-            clean=round(clean[measure], 4),
-            worst=round(own, 4),
+            clean=round(own.reference["clean"], 4),
+            worst=round(claimed, 4),
         ),
-        best_known=BestKnown(value=round(value, 4), source="own" if value == own else lowest.notes[-1]),
-        unreliable=", ".join(flag.id for flag in lowest.flags if flag.level == "red"),
+        best_known=BestKnown(value=round(value, 4), source="own" if value == claimed else lowest.notes[-1]),
+        unreliable=", ".join(sorted({flag.id for flag in (*lowest.flags, *run.checked()) if flag.level == "red"})),
     )
 
 

@@ -27,7 +27,7 @@ from robusthash.objectives.base import HashObjective
 
 LOOKED_AT = 16  # queries by whose passes a victim's behaviour is told
 CHECKED = 128  # queries of the checks that attack on their own
-QUESTIONS = 1000
+QUESTIONS = {"standard": 1000, "full": 5000}
 CLAIMS = ("standard", "full")  # tiers whose numbers may be claimed
 
 
@@ -49,8 +49,8 @@ def lines_beside(
     """Lines beside the gradient lines that every victim is given.
 
     Nothing in ``smoke`` and ``paper``. Noise and transfer from ``fast`` up; the adaptive lines of the defense and
-    searches by 1,000 questions from ``standard`` up. Threats on image and text together have no searches by questions
-    and no noise.
+    searches by 1,000 questions in ``standard``, by 5,000 in ``full``. Threats on image and text together, and token
+    swaps, have no searches by questions; token swaps have no noise either.
     """
     if tier not in TIERS or tier == "smoke":
         return ()
@@ -62,7 +62,7 @@ def lines_beside(
     if len(threat.balls) == 1:
         lines += noise_lines(threat)
         if tier in CLAIMS:
-            lines += question_lines(threat, QUESTIONS)
+            lines += question_lines(threat, QUESTIONS[tier])
     return tuple(lines)
 
 
@@ -77,11 +77,13 @@ class Flags:
 
     Args:
         curve: the worst case by budget, where it was run.
+        cut: no gradient reaches the input, so white-box lines were left out.
     """
 
     suite: Suite
     threat: Threat
     curve: Curve | None = None
+    cut: bool = False
     progress: Progress = silent
 
     def __call__(self, bench: Bench, attempts: Attempts, result: EvalResult) -> tuple[Flag, ...]:
@@ -102,6 +104,7 @@ class Flags:
             more.get("doubled steps"),
             more.get("doubled restarts"),
             part=more.get("part"),
+            cut=self.cut,
         )
         return order([*model, *compared])
 

@@ -24,7 +24,7 @@ from robusthash.core.files import json_text, write_aside
 from robusthash.core.registry import build
 from robusthash.core.runtime import digest
 from robusthash.core.types import Codes
-from robusthash.evaluation.results import software_versions
+from robusthash.evaluation.results import EvalResult, Flag, load_results, software_versions
 from robusthash.models.hasher import Hasher, build_hasher
 from robusthash.objectives.base import HashObjective
 
@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 class RunError(ValueError):
     """A run directory that cannot be used as it stands."""
+
+
+CHECKED = "checks.json"
+"""What ``check`` said of a run."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -52,6 +56,12 @@ class Run:
     @property
     def id(self) -> str:
         return self.path.name
+
+    @property
+    def recipe(self) -> str:
+        """What training seeds of one recipe have in common, and no other recipe."""
+        unseeded = self.config.model_copy(update={"runtime": self.config.runtime.model_copy(update={"seed": 0})})
+        return f"{self.config.name} {unseeded.model_id()}"
 
     @property
     def trained(self) -> bool:
@@ -174,6 +184,43 @@ class Run:
         if not self.trained:
             raise RunError(f"{self.path} holds no trained model; run 'robusthash train' or 'robusthash run' first")
         return json.loads((self.path / "model.json").read_text())
+
+    def evaluated(self) -> dict[str, EvalResult]:
+        """What ``evaluate`` measured, by name: ``clean``, each attack, ``worst``; ``I2T clean`` in several directions.
+
+        Raises:
+            RunError: the run has not been evaluated.
+        """
+        path = self.path / "metrics.json"
+        if not path.is_file():
+            raise RunError(f"{self.path} has not been evaluated; run 'robusthash evaluate {self.path}' first")
+        return {result.name: result for result in load_results(path)}
+
+    def assessed(self) -> dict[str, EvalResult]:
+        """What suites found, by name: ``img-linf-8 standard``, ``I2T img-linf-8 fast``; empty where none was run."""
+        path = self.path / "assess.json"
+        return {result.name: result for result in load_results(path)} if path.is_file() else {}
+
+    def results(self) -> dict[str, EvalResult]:
+        """Both by name. Tables of attacks take ``evaluated`` alone, so that no suite is listed among its own parts.
+
+        Raises:
+            RunError: the run has been neither evaluated nor assessed.
+        """
+        assessed = self.assessed()
+        if assessed and not (self.path / "metrics.json").is_file():
+            return assessed
+        return {**assessed, **self.evaluated()}
+
+    def checked(self) -> tuple[Flag, ...]:
+        """What ``check`` last said of the model; empty where it was not asked."""
+        path = self.path / CHECKED
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        numbers = ("value", "threshold")  # JSON has no infinite ones, so they may be text
+        return tuple(
+            Flag(id=made["id"], level=made["level"], remedy=made["remedy"], **{n: float(made[n]) for n in numbers})
+            for made in found
+        )
 
     def load_model(self) -> tuple[Hasher, HashObjective]:
         """The trained hasher (eval mode, CPU) and its objective.

@@ -18,12 +18,13 @@ from robusthash.apps.runs import Run, RunError, load_run, open_run, write_json
 from robusthash.attacks.base import Attack
 from robusthash.core.files import write_aside
 from robusthash.core.hamming import pack
+from robusthash.core.memory import warn
 from robusthash.core.registry import build, check
 from robusthash.core.runtime import choose_device, digest
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attacked import Attacked, attack_block
-from robusthash.evaluation.bench import Bench, make_bench
+from robusthash.evaluation.bench import Bench, in_parts, make_bench
 from robusthash.evaluation.evaluate import score_attack, score_clean, worst
 from robusthash.evaluation.results import EvalResult, save_results
 from robusthash.models.encode import encode_split
@@ -353,14 +354,19 @@ def attacked_queries(
     write_json(
         folder / "config.json", {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}
     )
-    blocks, fitted = [], None
-    for block in range(bench.blocks):
-        path = folder / f"{block}.npz"
+    paths = [folder / f"{block}.npz" for block in range(bench.blocks)]
+    fitted = attack if all(path.is_file() for path in paths) else bench.fitted(attack)
+    blocks, parts, seen = list[Attacked](), bench, bench.victim.seen_by(view)
+
+    def attacked(part: Bench, block: int, _: slice) -> Attacked:
+        return attack_block(part, fitted, block, seen)
+
+    for block, path in enumerate(paths):
         if path.is_file():
             blocks.append(read_block(path))
         else:
-            fitted = fitted or bench.fitted(attack)
-            blocks.append(attack_block(bench, fitted, block, bench.victim.seen_by(view)))
+            done, parts = in_parts(bench, parts, block, attacked, warn)
+            blocks.append(Attacked.join(done))
             with write_aside(path) as aside:
                 np.savez(aside, allow_pickle=False, **blocks[-1].arrays())
         shown(block + 1, bench.blocks, name)

@@ -111,6 +111,79 @@ def greedy(
     return Found({"text": x}, torch.stack(trace), forward, steps)
 
 
+@register("attack-search", "exact-flips", modality="text", evidence="own")
+@dataclass(frozen=True)
+class ExactFlips:
+    """Every word is tried and the edit of lowest AP kept; once all edits are spent, one is exchanged at a time.
+
+    For attackers who know the database and may pass as many texts through their copy of the model as they like. Of
+    equal AP the text of higher score is taken, so that a flat metric is left behind; ties go to the earlier word. A
+    search ends where no text of the block finds anything better. Greedy, so a lower bound on what m edits can do.
+
+    Args:
+        exchanges: rounds after the edits are spent, in each of which every edit is taken back once and every word tried
+            in its place.
+
+    Raises:
+        ValueError: a threat of norm balls, or an attack that does not select by the reported metric.
+    """
+
+    exchanges: int = 2
+    edits: ClassVar[bool] = True
+
+    def __call__(
+        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Inputs | None
+    ) -> Found:
+        edits = threat.balls.get("text")
+        if len(threat.balls) != 1 or not isinstance(edits, Edits):
+            raise ValueError(f"exact flips search edits of texts alone, not {threat.name}")
+        if select is None:
+            raise ValueError("exact flips choose by the reported metric: give the attack selects=True and W2")
+        origin, asked = batch.inputs["text"], 0
+        x = threat.project(_start(batch, threat, draws, False, start), {"text": origin})["text"]
+        trace: list[Tensor] = []
+
+        def rated(x: Tensor) -> Tensor:
+            """(B, 2) reported metric and score, compared in this order."""
+            nonlocal asked
+            asked += 1
+            with torch.no_grad():
+                value, logits = score({"text": x}, 1.0)
+            return torch.stack([select(sign(logits)).double(), value.double()], 1)
+
+        best = rated(x)
+        for number in range(edits.count + self.exchanges):
+            bases = [x] if number < edits.count else [_without(x, origin, place) for place in range(edits.count)]
+            before, kept = best, x
+            for base in bases:
+                for column in range(x.shape[1]):
+                    tried = base.clone()
+                    tried[:, column] = 1.0 - tried[:, column]
+                    rating = rated(tried)
+                    allowed = (tried != origin).sum(1) <= edits.count
+                    better = allowed & _higher(rating, best)
+                    best = torch.where(better[:, None], rating, best)
+                    kept = torch.where(better[:, None], tried, kept)
+            x = kept
+            trace.append(best[:, 1].mean())
+            if torch.equal(best, before):
+                break
+        return Found({"text": x}, torch.stack(trace), asked, 0)
+
+
+def _without(x: Tensor, origin: Tensor, place: int) -> Tensor:
+    """(B, V) texts with edit number ``place`` of each, counted from its first word, taken back where it has one."""
+    changed = x != origin
+    which = changed & (changed.cumsum(1) == place + 1)
+    return torch.where(which, origin, x)
+
+
+def _higher(left: Tensor, right: Tensor) -> Tensor:
+    """(B,) whether (B, 2) ratings are higher, the second column deciding between equals."""
+    equal = left[:, 0] == right[:, 0]
+    return (left[:, 0] > right[:, 0]) | (equal & (left[:, 1] > right[:, 1]))
+
+
 def _feasible(x: Tensor, origin: Tensor, budget: int) -> Tensor:
     """(B, V) bool: flipping this entry leaves the text within its budget."""
     flipped = x != origin

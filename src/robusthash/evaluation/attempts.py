@@ -13,7 +13,7 @@ from robusthash.attacks.threat import Threat
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Inputs
 from robusthash.evaluation.attacked import Attacked, encode_signs
-from robusthash.evaluation.bench import Bench, Progress, silent
+from robusthash.evaluation.bench import Bench, Progress, in_parts, silent
 from robusthash.evaluation.evaluate import ap_alone, ap_names, as_codes, measure_codes
 from robusthash.evaluation.lines import Line, Refined
 from robusthash.models.views import keyed_noise
@@ -116,23 +116,12 @@ class Attacker:
         return self.bench.victim.device
 
     def _run(self, line: Line, restart: int, block: int, start: Inputs | None) -> Attacked:
-        while True:
-            size, count = self.parts.batch_size, self.bench.batch_size // self.parts.batch_size
-            numbers = range(block * count, min((block + 1) * count, self.parts.blocks))
-            done: list[Attacked] = []
-            try:
-                for place, number in enumerate(numbers):
-                    rows = slice(place * size, (place + 1) * size)
-                    own = None if start is None else {name: value[rows] for name, value in start.items()}
-                    done.append(line.run(self.parts, number, restart, own))
-                return Attacked.join(done)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not _out_of_memory(error) or size == 1:
-                    raise
-            self.parts = replace(self.bench, batch_size=_smaller(size))
-            self.notes.append(
-                f"{size} queries at a time did not fit into memory; {self.parts.batch_size} were attacked at a time"
-            )
+        def part(parts: Bench, number: int, rows: slice) -> Attacked:
+            own = None if start is None else {name: value[rows] for name, value in start.items()}
+            return line.run(parts, number, restart, own)
+
+        found, self.parts = in_parts(self.bench, self.parts, block, part, self.notes.append)
+        return Attacked.join(found)
 
     def looks(self, name: str, restart: int, block: int, inputs: Tensor) -> Tensor:
         """(2, L, B, K) int8 codes of inputs of a block under two separate sets of keyed noise draws."""
@@ -147,16 +136,6 @@ class Attacker:
                     codes.append(torch.cat([encode_signs(victim, modality, part) for part in parts]))
             sets.append(torch.stack(codes))
         return torch.stack(sets)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said
-
-
-def _smaller(size: int) -> int:
-    """The largest proper divisor: blocks of it fill a block of ``size`` exactly."""
-    return max(part for part in range(1, size // 2 + 1) if size % part == 0)
 
 
 def randomised(bench: Bench) -> bool:
@@ -209,7 +188,7 @@ def run_lines(
         return None
     found = {line.name: tuple(_joined(done[line.name, n]) for n in range(line.restarts)) for line in lines}
     clean = _clean_looks(bench, attacker) if randomised(bench) else None
-    return Attempts(tuple(lines), found, clean, tuple(attacker.notes))
+    return Attempts(tuple(lines), found, clean, (*bench.notes, *attacker.notes))
 
 
 def _in_order(lines: Sequence[Line]) -> Iterator[tuple[Line, int]]:

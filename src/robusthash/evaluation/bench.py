@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,15 +13,17 @@ from torch import Tensor
 from robusthash.attacks.base import Attack, Select
 from robusthash.core.ap import average_precision
 from robusthash.core.hamming import pack
+from robusthash.core.memory import Say, halving, warn
 from robusthash.core.profile import Prepared, prepare, prepared_counts
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Reference
 from robusthash.data.base import RetrievalData, Split
 from robusthash.evaluation.protocol import Protocol, load_protocol
-from robusthash.models.encode import encode_split
+from robusthash.models.encode import encode_by, encode_split
 from robusthash.models.hasher import Hasher
 
 Progress = Callable[[int, int, str], None]
+Part = TypeVar("Part")
 
 
 def silent(done: int, total: int, text: str) -> None:
@@ -44,6 +47,8 @@ class Bench:
     database: Codes
     seed: int
     batch_size: int
+    encoded_by: int = 0  # items at a time, the same for all splits; 0 is ``encoding_batch`` of the batch size
+    notes: tuple[str, ...] = ()  # of memory that did not suffice
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -74,7 +79,7 @@ class Bench:
 
     @cached_property
     def _training(self) -> Reference:
-        return self._encoded(self.data.train, self.victim.for_database(), self.direction[1:], self.batch_size)
+        return self._encoded(self.data.train, self.direction[1:])
 
     @cached_property
     def _searched(self) -> Reference:
@@ -83,18 +88,19 @@ class Bench:
 
     @cached_property
     def _training_pairs(self) -> Reference:
-        return self._encoded(self.data.train, self.victim.for_database(), self.victim.modalities, self.batch_size)
+        return self._encoded(self.data.train, self.victim.modalities)
 
     @cached_property
     def _searched_pairs(self) -> Reference:
         others = [name for name in self.victim.modalities if name != self.direction[1]]
-        # encoded as the database is, so that the pair of a joint attack is the same in every direction
-        encoded = self._encoded(self.data.database, self.victim.for_database(), others, encoding_batch(self.batch_size))
+        encoded = self._encoded(self.data.database, others)
         codes = {**encoded.codes, **self._searched.codes}
         return Reference({name: codes[name] for name in self.victim.modalities}, encoded.labels)
 
-    def _encoded(self, split: Split, hasher: Hasher, modalities: Collection[str], batch_size: int) -> Reference:
-        codes = {m: encode_split(hasher, split, batch_size=batch_size, modality=m)[m] for m in modalities}
+    def _encoded(self, split: Split, modalities: Collection[str]) -> Reference:
+        """Encoded as the database is, so that the pair of a joint attack is the same in every direction."""
+        hasher, size = self.victim.for_database(), self.encoded_by or encoding_batch(self.batch_size)
+        codes = {m: encode_split(hasher, split, batch_size=size, modality=m)[m] for m in modalities}
         return Reference({m: c.signs().float() for m, c in codes.items()}, split.labels).to(self.victim.device)
 
     def known(self, attack: Attack) -> Reference | None:
@@ -146,6 +152,32 @@ def encoding_batch(batch_size: int) -> int:
     return max(batch_size, 256)
 
 
+def in_parts(
+    bench: Bench, parts: Bench, block: int, run: Callable[[Bench, int, slice], Part], say: Say
+) -> tuple[list[Part], Bench]:
+    """One block of a bench, at so many queries at a time as fit into memory.
+
+    Args:
+        parts: the bench by the batch size that fitted last: a divisor of its own.
+        run: (bench, block number in it, rows of the block of ``bench`` that these are) -> what came of that part.
+        say: is told of every size that did not fit.
+
+    Returns:
+        What came of each part, in order, and the bench by the batch size that fitted.
+
+    Raises:
+        MemoryError: one query at a time does not fit.
+    """
+
+    def attacked(size: int) -> tuple[list[Part], Bench]:
+        fitting = parts if size == parts.batch_size else replace(bench, batch_size=size)
+        count = bench.batch_size // size
+        numbers = range(block * count, min((block + 1) * count, fitting.blocks))
+        return [run(fitting, n, slice(at * size, (at + 1) * size)) for at, n in enumerate(numbers)], fitting
+
+    return halving(attacked, parts.batch_size, "queries", "attacked", say)[0]
+
+
 def _labels(split: Split) -> Tensor:
     if split.labels is None:
         raise ValueError(f"the {split.name} split has no labels; evaluation needs them to know what is relevant")
@@ -164,7 +196,9 @@ def make_bench(
     batch_size: int = 250,
     progress: Progress = silent,
 ) -> Bench:
-    """Encode queries and database, once.
+    """Encode queries and database, once, both by one batch size: where either does not fit into memory, by a smaller.
+
+    That is said by a warning and in the notes of the bench.
 
     Args:
         direction: (query modality, database modality); the victim's first modality both ways by default.
@@ -173,6 +207,10 @@ def make_bench(
         seed: of every attack's draws.
         batch_size: queries attacked at a time; results of a deterministic victim depend on it by float rounding alone,
             what a randomised one draws is keyed by the block.
+
+    Raises:
+        ValueError: a direction of a modality that the victim lacks.
+        MemoryError: single items do not fit.
     """
     protocol = load_protocol(protocol)
     direction = direction or (victim.modalities[0], victim.modalities[0])
@@ -181,20 +219,24 @@ def make_bench(
     kept = data.query
     if queries is not None and queries < len(kept):
         kept = kept.take(torch.arange(queries))
-    size = encoding_batch(batch_size)
-    if database is None:
-        database = encode_split(
-            victim.for_database(),
-            data.database,
+    notes: list[str] = []
+
+    def encoded(hasher: Hasher, split: Split, modality: str, size: int, title: str) -> Codes:
+        return encode_by(
+            hasher,
+            split,
             batch_size=size,
-            modality=direction[1],
-            progress=lambda done, total: progress(done, total, "encoding the database"),
-        )[direction[1]]
-    query = encode_split(
-        victim,
-        kept,
-        batch_size=size,
-        modality=direction[0],
-        progress=lambda done, total: progress(done, total, "encoding the queries"),
-    )[direction[0]]
-    return Bench(victim, data, protocol, direction, kept, query, database, seed, batch_size)
+            modality=modality,
+            progress=lambda done, total: progress(done, total, title),
+        )[modality]
+
+    def both(size: int) -> tuple[Codes, Codes]:
+        searched = database
+        if searched is None:
+            searched = encoded(victim.for_database(), data.database, direction[1], size, "encoding the database")
+        return searched, encoded(victim, kept, direction[0], size, "encoding the queries")
+
+    (searched, query), size = halving(both, encoding_batch(batch_size), "items", "encoded", notes.append)
+    for note in notes:
+        warn(note)
+    return Bench(victim, data, protocol, direction, kept, query, searched, seed, batch_size, size, tuple(notes))

@@ -16,9 +16,11 @@ from robusthash.attacks.oracle import Answered, Ask, QueryOracle, ids_lost
 from robusthash.attacks.threat import Edits, Threat
 from robusthash.core.ap import average_precision
 from robusthash.core.labels import relevant
+from robusthash.core.memory import warn
 from robusthash.core.types import Batch, Codes, Inputs
 from robusthash.evaluation.attacked import Attacked, Trial, finish
-from robusthash.evaluation.bench import Bench, Progress, silent
+from robusthash.evaluation.attempts import Forget, Keep, randomised
+from robusthash.evaluation.bench import Bench, Progress, in_parts, silent
 from robusthash.evaluation.lines import Kind
 from robusthash.evaluation.robust import topk_disruption
 from robusthash.evaluation.transfer import (
@@ -212,8 +214,10 @@ def question_lines(threat: Threat, budget: int = 1000, k: int = 100) -> list[Que
     """The customary searches by questions, from codes (B2, by AP) and from ordered ids (B1).
 
     Norm balls: square attack on both, NES on codes. Bags of words: greedy trial of words on both, and random edits of
-    the same number of words.
+    the same number of words. Of token swaps none: nearness is that of the victim's own embeddings, which no asker has.
     """
+    if any(ball.norm == "swaps" for ball in threat.balls.values()):
+        return []
     if threat.edits:
         return [
             Questions("greedy words, codes", GreedyWords(), threat, "codes", "ap", budget, k),
@@ -241,7 +245,9 @@ def noise(name: str, threat: Threat, draws: int = 100, shape: Literal["uniform",
 
 
 def noise_lines(threat: Threat, draws: int = 100) -> list[Questions]:
-    """Uniform and corner noise; random edits of exactly m words where words are edited."""
+    """Uniform and corner noise; random edits of exactly m words where words are edited; of token swaps none."""
+    if any(ball.norm == "swaps" for ball in threat.balls.values()):
+        return []
     if all(isinstance(ball, Edits) for ball in threat.balls.values()):
         return [noise("random edits", threat, draws)]
     return [noise("uniform noise", threat, draws), noise("corner noise", threat, draws, "corner")]
@@ -252,7 +258,8 @@ class QuestionCurve:
     """What questions buy: the worst AP of each query after so many of them."""
 
     budgets: tuple[int, ...]
-    ap: Tensor  # (Q, G) float64 lowest exact expected AP over the whole database, of the clean query and up to here
+    clean: Tensor  # (Q,) float64 exact expected AP over the whole database
+    ap: Tensor  # (Q, G) float64 the lowest of the clean query and of what was held up to each budget
 
     @property
     def means(self) -> Tensor:
@@ -261,7 +268,11 @@ class QuestionCurve:
 
 
 def question_curve(
-    bench: Bench, line: Questions, budgets: Sequence[int] = (100, 1000, 5000), progress: Progress = silent
+    bench: Bench,
+    line: Questions,
+    budgets: Sequence[int] = (100, 1000, 5000),
+    progress: Progress = silent,
+    keep: Keep | None = None,
 ) -> QuestionCurve:
     """Run ``line`` once and look at what it held after each number of questions; the search is one, not several.
 
@@ -270,22 +281,42 @@ def question_curve(
 
     Args:
         budgets: rising, the last at most ``line.budget``.
+        keep: of these budgets alone: what is kept of a block are the codes after each of them.
 
     Raises:
-        ValueError: budgets that do not rise or exceed that of the line.
+        ValueError: budgets that do not rise or exceed that of the line, or a randomised victim, whose lowest AP over
+            budgets would be that of its luckiest noise.
+        MemoryError: one query at a time does not fit.
     """
     marks = tuple(budgets)
     if not marks or sorted(set(marks)) != list(marks) or marks[-1] > line.budget:
         raise ValueError(f"budgets must rise and end at most at the line's {line.budget}, got {list(marks)}")
-    line, parts = line.fitted(bench), []
+    if randomised(bench):
+        raise ValueError("a curve of a randomised victim is not built: assess it, which averages over its noise")
+    line, parts, keep, found = line.fitted(bench), bench, keep or Forget(), list[Tensor]()
+    labels = bench.query_labels.split(bench.batch_size)
+
+    def held(part: Bench, block: int, _: slice) -> Attacked:
+        return _held(part, line, block, marks)
+
     for block in range(bench.blocks):
-        began = time.perf_counter()
-        batch, answered = line.answered(bench, block, marks=marks)
-        nowhere = torch.empty(len(batch), 0, dtype=torch.int8)
-        trials = [Trial({}, nowhere)] + [Trial(answered.record[mark], nowhere, oracle=mark) for mark in marks]
-        trials[0] = replace(trials[0], inputs={name: batch.inputs[name] for name in line.threat.balls})
-        attacked = finish(bench, line.threat, batch, trials, time.perf_counter() - began)
-        value = bench.select(_labels(batch), 1)
-        parts.append(torch.stack([value(attacked.signs[:, place]) for place in range(len(trials))], 1))
+        attacked = keep.load(line, 0, block)
+        if attacked is None:
+            done, parts = in_parts(bench, parts, block, held, warn)
+            attacked = Attacked.join(done)
+            keep.save(line, 0, block, attacked)
+        ap = bench.select(labels[block], 1)
+        found.append(torch.stack([ap(signs) for signs in attacked.signs.unbind(1)], 1))
         progress(block + 1, bench.blocks, line.name)
-    return QuestionCurve(marks, torch.cat(parts).cummin(1).values[:, 1:])
+    lowest = torch.cat(found).cummin(1).values
+    return QuestionCurve(marks, lowest[:, 0], lowest[:, 1:])
+
+
+def _held(bench: Bench, line: Questions, block: int, marks: tuple[int, ...]) -> Attacked:
+    """A block as it is, and what its search held after so many questions, in the places of goals."""
+    began = time.perf_counter()
+    batch, answered = line.answered(bench, block, marks=marks)
+    clean = {name: batch.inputs[name] for name in line.threat.balls}
+    nowhere = torch.empty(len(batch), 0, dtype=torch.int8)
+    trials = [Trial(clean, nowhere), *(Trial(answered.record[mark], nowhere, oracle=mark) for mark in marks)]
+    return finish(bench, line.threat, batch, trials, time.perf_counter() - began)

@@ -20,6 +20,9 @@ class Check:
     remedy: str  # one line
 
 
+OF_A_SUITE = frozenset({"F4", "F5", "F6", "F7", "F8", "F9", "F18"})
+"""Checks that compare the lines of one suite under one threat; all others are about the model itself."""
+
 CHECKS: dict[str, Check] = {
     "F1": Check("share of queries whose code differs between passes", 0.0, "randomised: attack with EOT lines"),
     "F2": Check(

@@ -12,11 +12,12 @@ from torch import Tensor
 from robusthash.attacks.base import Attack
 from robusthash.attacks.threat import Threat
 from robusthash.core.hamming import pack
+from robusthash.core.memory import warn
 from robusthash.core.profile import prepared_profile
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attacked import Attacked, attack_block
-from robusthash.evaluation.bench import Bench, Progress, make_bench, silent
+from robusthash.evaluation.bench import Bench, Progress, in_parts, make_bench, silent
 from robusthash.evaluation.protocol import Measured, Protocol, measure
 from robusthash.evaluation.results import Cost, EvalResult, Setting
 from robusthash.evaluation.robust import (
@@ -72,12 +73,23 @@ def evaluate(
 
 
 def attack_all(bench: Bench, attack: Attack, gradients: Hasher | None = None, progress: Progress = silent) -> Attacked:
-    """Fit what the attack has to learn, then attack every block of queries."""
-    attack, blocks = bench.fitted(attack), []
+    """Fit what the attack has to learn, then attack every block of queries.
+
+    Blocks that do not fit into memory are attacked in parts, and a warning says so.
+
+    Raises:
+        MemoryError: one query at a time does not fit.
+    """
+    attack, parts, found = bench.fitted(attack), bench, list[Attacked]()
+
+    def attacked(bench: Bench, block: int, _: slice) -> Attacked:
+        return attack_block(bench, attack, block, gradients)
+
     for block in range(bench.blocks):
-        blocks.append(attack_block(bench, attack, block, gradients))
+        done, parts = in_parts(bench, parts, block, attacked, warn)
+        found += done
         progress(block + 1, bench.blocks, attack.name)
-    return Attacked.join(blocks)
+    return Attacked.join(found)
 
 
 def score_clean(bench: Bench) -> EvalResult:
@@ -91,7 +103,7 @@ def score_clean(bench: Bench) -> EvalResult:
         reference=measured.reference,
         empty=measured.empty,
         curves=measured.curves,
-        notes=measured.notes,
+        notes=(*bench.notes, *measured.notes),
     )
 
 

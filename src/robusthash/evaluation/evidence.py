@@ -23,13 +23,15 @@ from robusthash.core.types import Batch
 from robusthash.evaluation.attacked import Attacked, Trial, finish, in_eight_bits
 from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.bundles import SCHEMA, Bundle, Manifest, ThreatRecord, read_bundle, sha256_of
-from robusthash.evaluation.evaluate import score_attack
+from robusthash.evaluation.evaluate import score_attack, setting_of
 from robusthash.evaluation.results import EvalResult
 from robusthash.evaluation.robust import hrs_of, worst_case
 from robusthash.evaluation.stats import bootstrap_interval, intervals
 from robusthash.models.encode import weights_digest
 from robusthash.version import __version__
 
+_OF_THE_SEARCH = frozenset({"attacks", "budget", "seeds", "digests.suite"})
+"""Fields in which our search and a bundle may differ: a bundle says what lies in the budget, not how it was found."""
 _CLAIM = 0.005  # MAP by which a claim may differ from our own score before it is remarked upon
 
 
@@ -153,6 +155,26 @@ def verify_bundle(folder: str | Path, bench: Bench) -> EvalResult:
     return replace(result, notes=(*result.notes, *notes), name=f"evidence {bundle.digest}")
 
 
+def disagreements(own: EvalResult, bundle: EvalResult) -> list[str]:
+    """Names of the fields in which a bundle is about something else than our own worst case."""
+    return [name for name in own.setting.differs(bundle.setting) if name not in _OF_THE_SEARCH]
+
+
+def on_queries(result: EvalResult, bench: Bench, positions: Tensor) -> EvalResult:
+    """The result of a verified bundle on some of the queries of its bench, as a suite chooses them."""
+    per_query = {name: values[positions] for name, values in result.per_query.items()}
+    few = setting_of(bench.at(positions))
+    digests = {**result.setting.digests, "queries": few.digests["queries"]}
+    return replace(
+        result,
+        name=f"{result.name}, {len(positions)} queries",
+        setting=replace(result.setting, queries=few.queries, digests=digests),
+        values={n: float(per_query[n].nan_to_num(0.0).mean()) for n in result.values if n in per_query},
+        per_query=per_query,
+        interval=intervals(per_query),
+    )
+
+
 def best_known(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult:
     """The lowest value of each query over our own worst case and accepted bundles.
 
@@ -170,7 +192,7 @@ def best_known(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult
     if not bundles:
         return own
     for source, result in bundles.items():
-        differing = [f for f in own.setting.differs(result.setting) if f not in ("attacks", "budget", "seeds")]
+        differing = disagreements(own, result)
         if own.setting.digests.get("model") != result.setting.digests.get("model"):
             differing.append("digests.model")
         if differing:

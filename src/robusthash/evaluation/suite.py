@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Attack
-from robusthash.attacks.edits import GreedyFlips
+from robusthash.attacks.base import Attack, Search
+from robusthash.attacks.edits import ExactFlips, GreedyFlips
 from robusthash.attacks.house import flip_apgd, guided_targeted_apgd, margin_pn_apgd, soft_ap_apgd, wrong_apgd
 from robusthash.attacks.named import guided_apgd
 from robusthash.attacks.search import Polish
 from robusthash.attacks.threat import Attacked as Modality
-from robusthash.attacks.threat import Threat, threat_on
+from robusthash.attacks.threat import Edits, Threat, threat_on
+from robusthash.attacks.tokens import GreedySwaps
 from robusthash.core.registry import nearest
 from robusthash.core.runtime import digest
 from robusthash.data.base import Split
@@ -71,7 +72,7 @@ class _Tier:
     names: tuple[str, ...]
     restarts: int
     steps: int
-    queries: int
+    queries: int | None
     floor: int
     targeted: bool = False
     refined: tuple[str, ...] = ()
@@ -83,7 +84,7 @@ TIERS = {
     "smoke": _Tier(("guided",), 1, 10, 64, 0),
     "fast": _Tier(("guided", "soft-ap"), 1, 20, 500, 0),
     "standard": _Tier(_STANDARD, 2, 100, 1000, 8, targeted=True, refined=_REFINED),
-    "full": _Tier(_STANDARD, 5, 300, 5000, 8, targeted=True, refined=_REFINED),
+    "full": _Tier(_STANDARD, 5, 300, None, 8, targeted=True, refined=_REFINED),
 }
 
 
@@ -101,12 +102,13 @@ def tier(
               targeted guided (once, towards each target);
               then soft-ap, margin-pn, guided once more, each from
               the worst point of each query so far (``Refined``)
-    full      as standard                                              5         300    5000
+    full      as standard                                              5         300    all
     ========  =======================================================  ========  =====  =======
 
     Args:
-        threat: ``img-linf-8`` by default. Under an edit budget, greedy flips take the place of APGD, and nothing
-            refines: the edits are spent. Nor under a joint one, whose pairs no direction's AP may choose.
+        threat: ``img-linf-8`` by default. Under a budget of words greedy flips take the place of APGD, a line ``exact``
+            tries every word, and it alone refines; under one of tokens greedy swaps do, and nothing refines. Nor does
+            anything under a joint threat, whose pairs no direction's AP may choose.
         extra_lines: what is not a gradient line of every victim: transfer, black-box, noise, and the adaptive lines of
             the defense.
         queries: instead of the tier's.
@@ -129,11 +131,21 @@ def tier(
     lines: list[Line] = [_line(line, attacks[line], threat, effort.restarts) for line in effort.names]
     if effort.targeted:
         lines.append(_line("guided-targeted", guided_targeted_apgd(steps=steps, modality=on), threat, 1))
-    if not threat.edits and len(threat.balls) == 1:
-        for line in effort.refined:
-            attack = replace(attacks[line], search=Polish(steps))
-            lines.append(Refined(f"refined {line}", _line(line, attack, threat, 1).attack))
+    if len(threat.balls) == 1 and effort.refined:
+        lines += _refining(attacks, effort, threat)
     return Suite(name, tuple(lines), effort.queries if queries is None else queries, effort.floor).beside(extra_lines)
+
+
+def _refining(attacks: Mapping[str, Attack], effort: _Tier, threat: Threat) -> list[Line]:
+    """The lines that go on from the worst point of each query, and of words the one that they need beside them."""
+    (budget,) = threat.balls.values()
+    if isinstance(budget, Edits):
+        exact = replace(attacks["guided"], search=ExactFlips(), threat=replace(threat, knowledge="W2"))
+        return [Gradient("exact", exact), Refined("refined exact", exact)]
+    if threat.edits:
+        return []
+    near = {name: replace(attacks[name], search=Polish(effort.steps)) for name in effort.refined}
+    return [Refined(f"refined {name}", _line(name, attack, threat, 1).attack) for name, attack in near.items()]
 
 
 def attacked_modality(threat: Threat) -> Modality:
@@ -150,8 +162,14 @@ def attacked_modality(threat: Threat) -> Modality:
 
 def _line(name: str, attack: Attack, threat: Threat, restarts: int) -> Gradient:
     aimed = replace(threat, knowledge=attack.threat.knowledge)
-    search = GreedyFlips() if threat.edits else attack.search
-    return Gradient(name, replace(attack, search=search, threat=aimed), restarts)
+    return Gradient(name, replace(attack, search=_search_of(attack, threat), threat=aimed), restarts)
+
+
+def _search_of(attack: Attack, threat: Threat) -> Search:
+    if not threat.edits:
+        return attack.search
+    (budget,) = threat.balls.values()
+    return GreedyFlips() if isinstance(budget, Edits) else GreedySwaps()
 
 
 # ---------------------------------------------------------------------------------------------- queries
@@ -284,6 +302,11 @@ def prepare_suite(
     elif threat is not None:
         suite = suite.at(threat)
     for line in suite.lines:
+        if line.threat.side != "query":
+            raise ValueError(
+                f"{line.threat.name} changes the database, and a suite attacks queries; robusthash poison RUN measures "
+                "it (perturb_database and insert_items in Python)"
+            )
         if bench.direction[0] not in line.threat.balls:
             raise ValueError(
                 f"the line {line.name!r} attacks {sorted(line.threat.balls)}, and the queries are "

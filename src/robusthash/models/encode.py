@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from robusthash.core.hamming import pack, sign
+from robusthash.core.memory import halving, warn
 from robusthash.core.runtime import precision
 from robusthash.core.types import Codes
 from robusthash.data.base import Split
@@ -28,6 +29,8 @@ def encode_split(
 ) -> dict[str, Codes]:
     """Codes of every item, by modality, in eval mode, without a graph. The batch size does not matter to the result.
 
+    Where a batch does not fit into memory, the split is encoded again by half of it, and a warning says so.
+
     Args:
         victim: anything with the ``Hasher`` call.
         modality: encode only this one; all that the victim and the split share by default.
@@ -37,7 +40,28 @@ def encode_split(
 
     Raises:
         ValueError: where the model gives NaN or infinite logits, or where it and the split share no such modality.
+        MemoryError: where not even single items fit.
     """
+
+    def encoded(size: int) -> dict[str, Codes]:
+        return encode_by(
+            victim, split, batch_size=size, modality=modality, dtype=dtype, progress=progress, origin=origin
+        )
+
+    return halving(encoded, batch_size, "items", "encoded", warn)[0]
+
+
+def encode_by(
+    victim: Hasher,
+    split: Split,
+    *,
+    batch_size: int,
+    modality: str | None = None,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+    origin: str = "",
+) -> dict[str, Codes]:
+    """``encode_split`` at this batch size or not at all, for splits that must share one."""
     wanted = victim.modalities if modality is None else (modality,)
     packed: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
     done = 0

@@ -17,6 +17,7 @@ from robusthash.apps.evidence import accepted, lowered
 from robusthash.apps.runs import Run, RunError, load_run
 from robusthash.apps.tables import Cell, cell_of
 from robusthash.core.runtime import digest
+from robusthash.evaluation.checks_base import OF_A_SUITE
 from robusthash.evaluation.comparison import METHOD_SEEDS, Claim, Standing, claim_of, compare_all
 from robusthash.evaluation.results import EvalResult, Flag, Setting, by_bench, load_results
 from robusthash.evaluation.robust import hrs_of
@@ -35,13 +36,12 @@ class Record:
     known: EvalResult  # the same, lowered by accepted bundles
     clean: EvalResult | None  # of the same queries; a suite's own choice of queries may have none
     parts: Mapping[str, EvalResult]  # single attacks, where they are kept
+    said: tuple[Flag, ...]  # what was seen of the same model elsewhere: by ``check``, by other suites of its direction
 
     @property
     def recipe(self) -> str:
         """What seeds of one recipe have in common, and no other recipe."""
-        config = self.run.config
-        unseeded = config.model_copy(update={"runtime": config.runtime.model_copy(update={"seed": 0})})
-        return f"{config.name} {unseeded.model_id()} {self.own.setting.bits}"
+        return f"{self.run.recipe} {self.own.setting.bits}"
 
 
 @dataclass(frozen=True)
@@ -154,15 +154,22 @@ def _records(run: Run) -> list[Record]:
             if "worst" in group:
                 parts = {name: result for name, result in group.items() if name not in ("clean", "worst")}
                 own = group["worst"]
-                found.append(Record(run, own, lowered(own, bundles), group["clean"], parts))
+                found.append(Record(run, own, lowered(own, bundles), group["clean"], parts, _said(run, own)))
     if assessed.is_file():
         results = load_results(assessed)
         cleans = [r for r in results if r.setting.headline in r.per_query and r.setting.threat == "none"] + cleans
         for own in results:
             if f"w{own.setting.headline}" in own.values:
                 clean = next((c for c in cleans if _same_queries(c.setting, own.setting)), None)
-                found.append(Record(run, own, lowered(own, bundles), clean, {}))
+                found.append(Record(run, own, lowered(own, bundles), clean, {}, _said(run, own)))
     return found
+
+
+def _said(run: Run, own: EvalResult) -> tuple[Flag, ...]:
+    """Red checks of the model itself, by ``check`` and by suites in this direction: they stand against any number."""
+    alike = [result for result in run.assessed().values() if result.setting.direction == own.setting.direction]
+    found = [*run.checked(), *(flag for result in alike for flag in result.flags)]
+    return tuple(flag for flag in found if flag.level == "red" and flag.id not in OF_A_SUITE)
 
 
 def _same_queries(one: Setting, other: Setting) -> bool:
@@ -222,7 +229,8 @@ def _row(name: str, records: Sequence[Record], measure: str) -> Row:
     }
     reached = [v for r in known for part in r.attacks.values() for n, v in part.items() if n == f"t-{measure}"]
     lowering = {winner for r in known for winner in r.winner if winner.startswith("evidence ")}
-    flags = [flag for record in records for result in (record.own, *record.parts.values()) for flag in result.flags]
+    own_flags = [flag for record in records for result in (record.own, *record.parts.values()) for flag in result.flags]
+    flags = [*own_flags, *(flag for record in records for flag in record.said)]
     raised = {(flag.id, flag.level): flag for flag in flags if flag.level != "pass"}
     return Row(
         name=name,
@@ -239,7 +247,7 @@ def _row(name: str, records: Sequence[Record], measure: str) -> Row:
         targeted=max(reached) if reached else None,
         attacks=attacks,
         flags=tuple(raised[key] for key in sorted(raised)),
-        checked=bool(flags),
+        checked=bool(flags) or any(record.run.checked() for record in records),
     )
 
 

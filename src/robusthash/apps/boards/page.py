@@ -11,6 +11,7 @@ from robusthash.apps.pages import html
 from robusthash.apps.pages.charts import TONES, UNIT, Axis, Point, Series, Tone, line_chart, scatter_chart
 from robusthash.apps.pages.html import Child, Markup, tag
 from robusthash.apps.pages.report import number, pr_chart
+from robusthash.apps.pages.wording import doubt
 from robusthash.evaluation.results import EvalResult
 
 _DRAWN = 6  # models whose curves a chart shows
@@ -26,9 +27,7 @@ def leaderboard_page(boards: Sequence[Board]) -> str:
     doubtful = [row.name for row in rows if row.unreliable]
     if doubtful:
         badge = tag("span", "UNRELIABLE", class_="badge")
-        lead.append(
-            tag("p", badge, " A red flag stands against: ", ", ".join(doubtful), ". Their numbers prove nothing.")
-        )
+        lead.append(tag("p", badge, " ", doubt(doubtful)))
     return html.page(
         "Leaderboard",
         lead,

@@ -7,15 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from robusthash.apps.boards.board import Board, Row, comparable
+from robusthash.apps.pages import wording
 
 
 def remark(row: Row) -> str:
     """What the checks say of a row: what must be seen before its number."""
-    if row.unreliable:
-        return f"UNRELIABLE ({', '.join(flag.id for flag in row.flags if flag.level == 'red')})"
-    if not row.checked:
-        return "not checked"
-    return ", ".join(f"{flag.id} amber" for flag in row.flags) or "no flag"
+    return wording.remark(row.flags, row.checked)
 
 
 def claim_text(row: Row) -> str:
@@ -66,8 +63,7 @@ def as_markdown(boards: Sequence[Board]) -> str:
 def legend(methods: bool) -> str:
     """How to read the tables; what is said of methods only where there are some."""
     text = (
-        "A worst case is the mean over queries of the lowest AP that any listed attack found: an upper bound on true "
-        "robustness, under this attack set and this budget. Best-known values count accepted evidence bundles too, "
+        f"{wording.WORST_CASE} Best-known values count accepted evidence bundles too, "
         "which can only lower them. Bold: not significantly different from the best of the column at 5 % (paired, "
         "Holm over the table); unreliable models are not ranked. Intervals are 95 %"
     )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from robusthash.apps.pages import html
 from robusthash.apps.pages.branches import branches_section
 from robusthash.apps.pages.charts import TONES, UNIT, Axis, Dot, Series, Tone, dot_chart, line_chart
 from robusthash.apps.pages.html import Child, Markup, tag
-from robusthash.apps.runs import Run, RunError
+from robusthash.apps.pages.suite import doubt_line, suite_sections
+from robusthash.apps.pages.wording import notes, number, setting_facts, short, span, with_span
+from robusthash.apps.runs import Run
 from robusthash.core.files import write_aside
-from robusthash.evaluation.results import EvalResult, by_bench, load_results
+from robusthash.evaluation.results import EvalResult, Flag, by_bench
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,22 +31,18 @@ def write_report(run: Run) -> Path:
         RunError: the run has not been trained or evaluated.
     """
     path = run.path / "report.html"
-    text = run_page(run.card(), read_results(run), run.lines(), commands_of(run), branches_section(run.path))
+    text = run_page(
+        run.card(),
+        run.evaluated(),
+        run.lines(),
+        commands_of(run),
+        branches_section(run.path),
+        list(run.assessed().values()),
+        run.checked(),
+    )
     with write_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
     return path
-
-
-def read_results(run: Run) -> dict[str, EvalResult]:
-    """The results of a run by name.
-
-    Raises:
-        RunError: the run has not been evaluated.
-    """
-    path = run.path / "metrics.json"
-    if not path.is_file():
-        raise RunError(f"{run.path} has not been evaluated; run 'robusthash evaluate {run.path}' first")
-    return {result.name: result for result in load_results(path)}
 
 
 def commands_of(run: Run) -> list[str]:
@@ -60,6 +57,8 @@ def run_page(
     log: Sequence[Mapping[str, Any]],
     commands: Sequence[str],
     branches: Child = None,
+    suites: Sequence[EvalResult] = (),
+    checked: Sequence[Flag] = (),
 ) -> str:
     """The page of one run.
 
@@ -67,6 +66,8 @@ def run_page(
         card: the model card.
         log: one line per epoch of training.
         branches: a section on what a purifier looks at.
+        suites: what suites of attacks found.
+        checked: what ``check`` said of the model.
     """
     groups = by_bench(results)
     first = next(iter(groups.values()))
@@ -74,15 +75,17 @@ def run_page(
     lead = [tag("p", f"{bench}: " if several else None, verdict(group)) for bench, group in groups.items()]
     return html.page(
         f"{card['name']}: {card['bits']} bits on {clean.setting.queries.partition(':')[0]}",
-        lead,
+        [*lead, doubt_line(suites, checked)],
         None if several else html.tiles(tiles_of(first)),
         *(results_section(f"Results, {bench}" if several else "Results", g, several) for bench, g in groups.items()),
+        *suite_sections(suites),
         html.section("What was changed", perceptibility_table(results)) if len(results) > len(groups) else None,
         branches,
         html.section("Training", tag("div", model_facts(card), training_chart(log), class_="pair")),
         html.section("Setting", setting_facts(first.get("worst", clean), results)),
         html.section("Commands", html.commands(commands)),
         foot=versions_line(clean),
+        style=html.read_asset("suite.css") if suites else "",
     )
 
 
@@ -117,23 +120,6 @@ def tiles_of(results: Results) -> list[tuple[str, str, Child]]:
 def is_untargeted(name: str, result: EvalResult) -> bool:
     """Clean queries or an untargeted attack: neither a target nor the worst case over several."""
     return name != "worst" and f"t-{result.setting.headline}" not in result.values
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number in plain digits; infinite ones as the sign for it."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else ("∞" if value > 0 else "−∞")
-
-
-def span(result: EvalResult, name: str) -> str:
-    """The 95 % interval of a value, or nothing where it has none."""
-    return "{:.3f} to {:.3f}".format(*result.interval[name]) if name in result.interval else ""
-
-
-def with_span(result: EvalResult, name: str) -> Child:
-    """A value with its interval below it; a dash where the result does not have it."""
-    if name not in result.values:
-        return "–"
-    return [number(result.values[name]), tag("span", span(result, name), class_="span")]
 
 
 def verdict(results: Results) -> str:
@@ -215,32 +201,6 @@ def perceptibility_table(results: Results) -> list[Markup]:
     return tables
 
 
-def setting_facts(result: EvalResult, results: Results) -> Markup:
-    """Everything that the numbers are a statement about."""
-    setting = result.setting
-    protocol = {key: value for key, value in setting.protocol.items() if key not in ("measures", "directions")}
-    directions = dict.fromkeys(found.setting.direction for found in results.values())
-    pairs: list[tuple[Child, Child]] = [
-        ("queries", setting.queries),
-        ("database", setting.database),
-        ("direction, bits", f"{', '.join(directions)}, {setting.bits} bits"),
-        ("protocol", ", ".join(f"{key} {_short(value)}" for key, value in protocol.items())),
-        ("objective, defense", f"{setting.objective}, {setting.defense}"),
-        ("training attack", setting.training_attack or "none"),
-        ("threats", ", ".join(sorted({r.setting.threat for r in results.values()} - {"none"})) or "none"),
-        ("seeds", f"evaluation {', '.join(map(str, setting.seeds))}"),
-    ]
-    for name, found in results.items():
-        if name.rpartition(" ")[2] not in ("clean", "worst"):
-            pairs.append((name, found.setting.budget))
-    pairs += [(f"digest of {name}", tag("code", value)) for name, value in setting.digests.items()]
-    return html.facts(pairs)
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else str(value)
-
-
 def model_facts(card: Mapping[str, Any]) -> Markup:
     """The model card."""
     spec = card["hasher"]
@@ -248,20 +208,14 @@ def model_facts(card: Mapping[str, Any]) -> Markup:
         [
             ("model", tag("code", f"{card['name']}/{card['id']}")),
             ("bits", card["bits"]),
-            ("encoders", ", ".join(f"{m}: {_short(spec.get(m))}" for m in card["modalities"])),
-            ("head", _short(spec.get("head"))),
+            ("encoders", ", ".join(f"{m}: {short(spec.get(m))}" for m in card["modalities"])),
+            ("head", short(spec.get("head"))),
             ("image size", " × ".join(str(side) for side in card["image_size"]) + " px"),
             ("declared defense", card["declared"]),
-            ("objective", _short(card["objective"])),
+            ("objective", short(card["objective"])),
             ("training", f"{card['epochs']} epochs, {card['seconds']:.0f} s"),
         ]
     )
-
-
-def notes(results: Iterable[EvalResult]) -> Markup | None:
-    """What was clipped or left out, each remark once."""
-    said = dict.fromkeys(note for result in results for note in result.notes)
-    return tag("p", "Notes: " + "; ".join(said) + ".", class_="note") if said else None
 
 
 def versions_line(result: EvalResult) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robusthash.apps.runs import Run, RunError, load_run
+from robusthash.apps.runs import Run, RunError
 from robusthash.apps.studies.attribution import ATTRIBUTION, labelled, load_attributions
 from robusthash.apps.studies.curves import log_curves, values_of
 from robusthash.apps.studies.plots import (
@@ -24,7 +24,7 @@ from robusthash.apps.studies.plots import (
     scatter_plot,
 )
 from robusthash.apps.studies.sweep import SweepRow
-from robusthash.apps.tables import Row, bench_of, headline_of, make_rows
+from robusthash.apps.tables import Row, bench_of, headline_of, make_rows, seeds_by_row
 from robusthash.evaluation.frequency import BandAttribution
 from robusthash.evaluation.results import EvalResult, by_bench, load_results
 
@@ -51,14 +51,8 @@ def draw_runs(paths: Sequence[Path], out: Path) -> tuple[Drawn, list[str]]:
         if not (path / "metrics.json").is_file():
             raise RunError(f"{path} has not been evaluated; run 'robusthash evaluate {path}' first")
     rows = make_rows(paths)
-    by_name: dict[str, list[Run]] = {}
-    for path in paths:
-        run = load_run(path)
-        by_name.setdefault(run.config.name, []).append(run)
-    results = {
-        name: [{r.name: r for r in load_results(run.path / "metrics.json")} for run in runs]
-        for name, runs in by_name.items()
-    }
+    by_name = seeds_by_row(paths)
+    results = {name: [run.evaluated() for run in runs] for name, runs in by_name.items()}
     out.mkdir(parents=True, exist_ok=True)
     drawn: Drawn = []
     notes = [

@@ -59,17 +59,18 @@ def evidence_entry(
     recipe: Annotated[str, typer.Option(help="Recipe file that makes the run, as the entry will name it.")],
     out: Annotated[Path, typer.Option(help="Folder of registry entries.")] = Path("registry"),
     sets: Annotated[list[str] | None, typer.Option("--set", help="Override that the run was made with.")] = None,
+    result: Annotated[
+        str | None, typer.Option(help='Claim a suite: "img-linf-8 standard"; by default the attacks of the recipe.')
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a registry entry of an evaluated run: its card and its numbers as a claim."""
     from robusthash.apps.evidence import entry_of
-    from robusthash.apps.pages.report import read_results
     from robusthash.apps.runs import load_run
     from robusthash.core.files import write_aside
     from robusthash.evaluation.entries import entry_text
 
-    opened = load_run(run)
-    entry = entry_of(opened, read_results(opened), recipe, sets or ())
+    entry = entry_of(load_run(run), recipe, sets or (), result)
     path = out / f"{entry.id}.yaml"
     with write_aside(path) as aside:
         aside.write_text(entry_text(entry), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from robusthash.apps.verbs.results import plain, result_of
-from robusthash.apps.verbs.terminal import AsJson, RunPath, console, print_json, print_table
+from robusthash.apps.verbs.terminal import AsJson, RunPath, console, escape, print_json, print_table
 
 
 def score(
@@ -47,16 +47,20 @@ def compare(
     first: RunPath,
     second: RunPath,
     result: Annotated[
-        str, typer.Option(help="Which result of both runs: clean, an attack's name, or worst.")
+        str, typer.Option(help="Which result of both runs: clean, an attack, worst, or a suite: 'img-linf-8 standard'.")
     ] = "worst",
     as_json: AsJson = False,
 ) -> None:
     """Paired differences of two runs (first minus second); refused where more than the model differs."""
     from dataclasses import asdict
 
+    from robusthash.apps.pages.wording import doubt
     from robusthash.evaluation.results import compare as compare_results
 
-    differences = compare_results(result_of(first, result), result_of(second, result))
+    found = {run: result_of(run, result) for run in (first, second)}
+    differences = compare_results(found[first], found[second])
+    if doubtful := [str(run) for run, side in found.items() if side.unreliable]:
+        console.print(f"[bold red]UNRELIABLE[/] {escape(doubt(doubtful))}")
     if as_json:
         print_json({name: asdict(difference) for name, difference in differences.items()})
         return
@@ -68,19 +72,22 @@ def compare(
 
 
 def table(
-    paths: Annotated[list[Path], typer.Argument(help="Run directories; runs of one recipe are its seeds.")],
+    paths: Annotated[
+        list[Path], typer.Argument(help="Run directories; runs that differ in the seed alone share a row.")
+    ],
     column: Annotated[
         list[str] | None, typer.Option(help="Result to show: clean, mainstay, worst. Repeatable.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One Markdown table of several runs, with intervals over seeds and queries."""
+    """One Markdown table of several runs, with intervals over seeds and queries; below it attacks and budgets."""
     from dataclasses import asdict
 
-    from robusthash.apps.tables import make_rows, markdown
+    from robusthash.apps.tables import captions, make_rows, markdown
 
     rows = make_rows(paths)
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    sys.stdout.write(markdown(rows, column) + "\n")
+    said = "".join(f"\n{line}\n" for line in captions(rows, column))
+    sys.stdout.write(f"{markdown(rows, column)}\n{said}")

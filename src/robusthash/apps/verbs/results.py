@@ -13,21 +13,16 @@ if TYPE_CHECKING:
     from robusthash.evaluation.results import EvalResult
 
 
-def results_of(run: Path) -> dict[str, EvalResult]:
-    """What ``evaluate`` wrote, by name."""
-    from robusthash.evaluation.results import load_results
-
-    path = run / "metrics.json"
-    if not path.is_file():
-        raise ValueError(f"{run} has not been evaluated; run 'robusthash evaluate {run}' first")
-    return {result.name: result for result in load_results(path)}
-
-
 def result_of(run: Path, name: str) -> EvalResult:
-    """One of them; a mistyped name is answered with the nearest."""
+    """One result of a run, of its evaluation or of a suite.
+
+    Raises:
+        ValueError: no such result; the nearest name is offered.
+    """
+    from robusthash.apps.runs import load_run
     from robusthash.core.registry import nearest
 
-    results = results_of(run)
+    results = load_run(run).results()
     if name not in results:
         raise ValueError(f"{run} has no result {name!r}{nearest(name, results)}")
     return results[name]
@@ -43,8 +38,10 @@ def plain(result: EvalResult) -> dict[str, Any]:
 
 
 def show_results(run: Path, as_json: bool) -> None:
-    """All results of a run, and its path on stdout."""
-    results = results_of(run)
+    """All results of the evaluation of a run, and its path on stdout."""
+    from robusthash.apps.runs import load_run
+
+    results = load_run(run).evaluated()
     if as_json:
         print_json({"run": str(run), "results": {name: plain(result) for name, result in results.items()}})
         return

@@ -1,0 +1,151 @@
+"""A run -> what questions to its search service buy: MAP by number of questions, for each thing the service shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robusthash.apps import stages
+from robusthash.apps.assessing import FolderKeep
+from robusthash.apps.runs import Run
+from robusthash.apps.studies.plots import Line, line_plot, save
+from robusthash.attacks.threats import named_threat
+from robusthash.core.registry import build
+from robusthash.core.runtime import digest
+from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.blackbox import Judge, QuestionCurve, Questions, Shows, question_curve
+from robusthash.evaluation.stats import intervals
+from robusthash.evaluation.suite import stable_subset
+
+JUDGES: dict[Shows, Judge] = {"codes": "ap", "distances": "ap", "ids": "rank"}
+"""The most that can be made of what is shown."""
+
+
+@dataclass(frozen=True)
+class QuestionTable:
+    """Curves of one search on the same queries of a run, by what the oracle shows."""
+
+    run: Path
+    threat: str
+    search: str
+    curves: dict[Shows, QuestionCurve]
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        return self._first.budgets
+
+    @property
+    def clean(self) -> Tensor:
+        """(Q,) AP of the clean queries."""
+        return self._first.clean
+
+    @property
+    def _first(self) -> QuestionCurve:
+        return next(iter(self.curves.values()))
+
+    def intervals(self, shows: Shows) -> list[tuple[float, float]]:
+        """95 % over queries of the mean at each budget, in their order."""
+        found = intervals({str(place): column for place, column in enumerate(self.curves[shows].ap.T)})
+        return [found[str(place)] for place in range(len(self.budgets))]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {
+            "run": str(self.run),
+            "measure": "wMAP over the whole database",
+            "threat": self.threat,
+            "search": self.search,
+            "queries": len(self.clean),
+            "clean": float(self.clean.mean()),
+            "budgets": list(self.budgets),
+            "shows": {
+                shows: {
+                    "judge": JUDGES[shows],
+                    "wMAP": curve.means.tolist(),
+                    "interval": [list(ends) for ends in self.intervals(shows)],
+                }
+                for shows, curve in self.curves.items()
+            },
+        }
+
+    def rows(self) -> list[list[Any]]:
+        """A row for the clean queries and for each budget: questions, then wMAP by what is shown."""
+        columns = [curve.means.tolist() for curve in self.curves.values()]
+        clean = ["clean", *[float(self.clean.mean())] * len(columns)]
+        return [clean, *([str(budget), *values] for budget, *values in zip(self.budgets, *columns, strict=True))]
+
+
+def question_table(
+    run: Run,
+    budgets: Sequence[int] = (100, 1000, 5000),
+    shows: Sequence[Shows] = ("codes", "distances", "ids"),
+    queries: int = 100,
+    search: str | None = None,
+    threat: str = "img-linf-8",
+    direction: str | None = None,
+    shown: stages.Shown = stages.silent,
+) -> QuestionTable:
+    """Ask a run's victim up to the largest budget, once for each thing that its service may show.
+
+    Finished blocks of queries are kept under ``questions/`` in the run directory, so the same call goes on from there.
+
+    Args:
+        budgets: rising numbers of questions of each query, the clean one among them.
+        queries: chosen by ``stable_subset``, as in an assessment.
+        search: ``square`` or ``nes``, or another question search of the catalogue; by default ``square``, and
+            ``greedy-words`` where words are edited.
+        direction: ``I2T`` and the like; the hasher's first modality both ways by default.
+
+    Raises:
+        RunError: a folder that is no trained run.
+        KeyError: an unknown search or threat.
+        ValueError: budgets that do not rise, a search that cannot do the threat, a threat on another modality than
+            that of the queries, a randomised victim.
+    """
+    if run.config.runtime.threads:
+        torch.set_num_threads(run.config.runtime.threads)
+    victim, _ = stages.load_victim(run)
+    everything = run.config.evaluation.model_copy(update={"queries": None})
+    whole = replace(run, config=run.config.model_copy(update={"evaluation": everything}))
+    bench = stages.bench_of(whole, victim, stages.read_data(run.config, shown), shown, direction)
+    bench = bench.at(stable_subset(bench.queries, queries))
+    image = bench.queries.batch(torch.arange(1)).inputs.get("image")
+    size = None if image is None or image.ndim != 4 else (int(image.shape[-2]), int(image.shape[-1]))
+    aim = named_threat(threat, "B2", pixels=size)
+    name = search or ("greedy-words" if aim.edits else "square")
+    asker = build("question-search", name)
+    keep = FolderKeep(run.path / "questions" / _identity(run, bench, budgets))
+    curves = {}
+    for kind in shows:
+        line = Questions(f"{name}, {kind}", asker, aim, kind, JUDGES[kind], budgets[-1])
+        curves[kind] = question_curve(bench, line, budgets, shown, keep)
+    return QuestionTable(run.path, aim.name, name, curves)
+
+
+def _identity(run: Run, bench: Bench, budgets: Sequence[int]) -> str:
+    """Of all that kept codes depend on beside the settings of the search."""
+    asked = [bench.queries.fingerprint(), bench.data.database.fingerprint(), bench.direction]
+    return digest([run.card()["digest"], *asked, bench.batch_size, bench.seed, list(budgets)])
+
+
+def draw_questions(table: QuestionTable, path: Path) -> list[Path]:
+    """wMAP over questions, on a logarithmic axis, with intervals over queries; as PDF and PNG beside each other.
+
+    Args:
+        path: with one of these endings.
+    """
+    places, lines = [math.log2(budget) for budget in table.budgets], list[Line]()
+    for shows, curve in table.curves.items():
+        low, high = zip(*table.intervals(shows), strict=True)
+        lines.append(Line(f"shows {shows}", places, curve.means.tolist(), low, high))
+    clean = {"clean": float(table.clean.mean())}
+    asked = f"questions of each query ({table.search})"
+    figure = line_plot(lines, asked, "wMAP", references=clean, unit=True, whiskers=True)
+    figure.axes[0].set_xticks(places, [f"{budget:,}" for budget in table.budgets])
+    return save(figure, path.with_suffix(""))
