@@ -16,6 +16,7 @@ from robusthash.apps.verbs import suite as suite_verb
 from robusthash.attacks.threat import image_threat
 from robusthash.data import load_data
 from robusthash.evaluation.bench import make_bench
+from robusthash.evaluation.lines import Gradient
 from robusthash.evaluation.results import load_results
 from robusthash.evaluation.suite import tier as suite_tier
 from robusthash.models.hasher import build_hasher
@@ -144,6 +145,8 @@ def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys)
     assert flags["F7"].level == "amber"  # no curve was run
     for ran in ("F4", "F5", "F6", "F8", "F9"):
         assert flags[ran].value < float("inf")
+    monkeypatch.setattr(Gradient, "run", lambda *_: pytest.fail("the attacks of the checks are kept as well"))
+    assert assessing.assess(load_run(run), "standard", surrogates=twins).flags == result.flags
     suite_verb._show(result)
     assert "remedy" in capsys.readouterr().err
 

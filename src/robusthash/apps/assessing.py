@@ -132,7 +132,8 @@ def assess(
     if curve:
         chosen = [line for line in suite.lines if line.name in CURVE_LINES]
         by_eps = eps_curve(bench, chosen, aim, keep=None if keep is None else keep.within("curve"), progress=shown)
-    checks = Flags(suite, aim, by_eps, seen.cut, shown) if checked and tier_name in CHECKED_TIERS else None
+    aside = None if keep is None else keep.within("checks")
+    checks = Flags(suite, aim, by_eps, seen.cut, aside, shown) if checked and tier_name in CHECKED_TIERS else None
     result = assess_prepared(bench, suite, notes, keep=keep, progress=shown, checks=checks)
     if by_eps is not None:
         result = by_eps.onto(result)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robusthash.attacks.threat import Budget, Threat
 from robusthash.evaluation.adaptive import adaptive_lines
-from robusthash.evaluation.attempts import Attacker, Attempts
+from robusthash.evaluation.attempts import Attacker, Attempts, Forget, Keep
 from robusthash.evaluation.bench import Bench, Progress, silent
 from robusthash.evaluation.blackbox import Surrogate, noise_lines, question_lines, transfer_lines
 from robusthash.evaluation.checks import model_checks
@@ -78,12 +78,14 @@ class Flags:
     Args:
         curve: the worst case by budget, where it was run.
         cut: no gradient reaches the input, so white-box lines were left out.
+        keep: of the attacks that checks run themselves, so that they too go on where they were stopped.
     """
 
     suite: Suite
     threat: Threat
     curve: Curve | None = None
     cut: bool = False
+    keep: Keep | None = None
     progress: Progress = silent
 
     def __call__(self, bench: Bench, attempts: Attempts, result: EvalResult) -> tuple[Flag, ...]:
@@ -124,13 +126,22 @@ class Flags:
         longer = replace(best, attack=replace(best.attack, search=replace(search, steps=2 * search.steps)))
         once, further = range(best.restarts), range(best.restarts, 2 * best.restarts)
         first = ap[best.name].amin(0)[part]
-        anywhere = _lowest(few, best.at(_everything(self.threat, few)), once, self.progress)
+        anywhere = self._lowest(few, best.at(_everything(self.threat, few)), once)
         return {
             "part": part,
             "unbounded": torch.minimum(first, anywhere),  # what lies in the small ball lies in the large one
-            "doubled steps": _lowest(few, longer, once, self.progress),
-            "doubled restarts": torch.minimum(first, _lowest(few, best, further, self.progress)),
+            "doubled steps": self._lowest(few, longer, once),
+            "doubled restarts": torch.minimum(first, self._lowest(few, best, further)),
         }
+
+    def _lowest(self, bench: Bench, line: Line, restarts: range) -> Tensor:
+        """(Q,) lowest AP over some restarts of a line."""
+        attacker, headline, found = Attacker(bench, self.keep or Forget()), bench.protocol.headline, []
+        for done, restart in enumerate(restarts):
+            signs = [attacker.block(line, restart, block).signs[:, 0] for block in range(bench.blocks)]
+            found.append(measure_codes(bench, as_codes(torch.cat(signs)), bench.query_labels).per_query[headline])
+            self.progress(done + 1, len(restarts), f"{line.name} again")
+        return torch.stack(found).amin(0)
 
 
 def _everything(threat: Threat, bench: Bench) -> Threat:
@@ -142,13 +153,3 @@ def _everything(threat: Threat, bench: Bench) -> Threat:
         size = width if ball.norm == "linf" else width * inputs[name][0].numel() ** 0.5
         balls[name] = replace(ball, eps=size)
     return Threat(balls, threat.knowledge)
-
-
-def _lowest(bench: Bench, line: Line, restarts: range, progress: Progress) -> Tensor:
-    """(Q,) lowest AP over some restarts of a line."""
-    attacker, headline, found = Attacker(bench), bench.protocol.headline, []
-    for done, restart in enumerate(restarts):
-        signs = [attacker.block(line, restart, block).signs[:, 0] for block in range(bench.blocks)]
-        found.append(measure_codes(bench, as_codes(torch.cat(signs)), bench.query_labels).per_query[headline])
-        progress(done + 1, len(restarts), f"{line.name} again")
-    return torch.stack(found).amin(0)
