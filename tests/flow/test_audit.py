@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from robusthash.apps.audits import auditing
+from robusthash.apps.audits import lights
 from robusthash.apps.audits.auditing import run_audit
 from robusthash.apps.audits.photos import read_photos
 from robusthash.apps.audits.target import Tier, open_target, size_of
@@ -58,7 +58,7 @@ def test_a_model_is_measured_attacked_and_told_in_words(folder, model, tmp_path,
     save(folder / "again.png", 3)
     Image.new("RGB", (40, 40), "white").save(folder / "white.png")
     red = Flag("F9", 2.0, 1.0, "red", "restart the attack")
-    monkeypatch.setattr(auditing, "passive_checks", lambda bench, threat: (red,))
+    monkeypatch.setattr(lights, "passive_checks", lambda bench, threat: (red,))
     summary = run_audit("toy:model", tmp_path / "out", folder, size=32, tier=TINY)
     rows = {row["name"]: row for row in summary["rows"]}
     assert summary["bits"] == 24
@@ -101,6 +101,54 @@ def test_a_hash_without_gradients_says_what_was_not_tried(folder, tmp_path):
     assert asked["bits"] > next(row for row in summary["rows"] if row["name"] == "noise")["bits"]
     assert {flag["id"] for flag in summary["flags"]} == {"F1", "F15", "F17", "F19", "F20"}
     assert "limit of this audit, not a protection" in (tmp_path / "out" / "report.html").read_text()
+
+
+class Masked(torch.nn.Module):
+    """The toy model behind something that takes its gradient away."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.inner, self.way = sys.modules["toy"].model, way
+
+    def forward(self, images):
+        if self.way == "rounded":
+            return self.inner((images * 255).round() / 255)
+        if self.way == "detached":
+            return self.inner(images.detach())
+        if self.way == "zeroed":
+            return self.inner(images).detach() + 0 * self.inner(images)
+        return self.inner(images) >= 0
+
+
+def test_gradients_that_are_there_pass(folder, model, tmp_path):
+    summary = run_audit("toy:model", tmp_path / "out", folder, size=32, tier=TINY)
+    lights = {flag["id"]: flag for flag in summary["flags"]}
+    assert set(lights) == {"F1", "F2", "F3", "F15", "F17", "F19", "F20"}
+    assert lights["F2"]["level"] == lights["F3"]["level"] == "pass"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The weights show an attack no way" in page
+    assert "What to do: " not in page
+
+
+@pytest.mark.parametrize("way", ["rounded", "detached", "zeroed", "bits"])
+def test_a_model_that_takes_its_gradient_away_gets_a_red_light(folder, model, tmp_path, way):
+    sys.modules["toy"].masked = Masked(way)
+    summary = run_audit("toy:masked", tmp_path / "out", folder, size=32, tier=TINY)
+    (light,) = [flag for flag in summary["flags"] if flag["id"] == "F2"]
+    assert (light["level"], light["value"]) == ("red", 1.0)
+    assert "cuts the gradient" in light["remedy"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1 red" in page
+    assert "Do not rely on what follows yet" in page
+
+
+def test_a_scripted_model_and_a_function_are_looked_at_too(folder, model, tmp_path):
+    torch.jit.trace(Masked("zeroed").eval(), torch.zeros(2, 3, 32, 32)).save(str(tmp_path / "zeroed.pt"))
+    sys.modules["toy"].function = lambda images: model(images.detach()) + 0 * images.sum()
+    sys.modules["toy"].numbers = lambda images: model(images.detach()).detach().numpy()
+    for target, level in [(str(tmp_path / "zeroed.pt"), "red"), ("toy:function", "red"), ("toy:numbers", None)]:
+        summary = run_audit(target, tmp_path / "out", folder, size=32, tier=TINY)
+        assert {flag["id"]: flag["level"] for flag in summary["flags"]}.get("F2") == level
 
 
 def answer_with(folder, size):

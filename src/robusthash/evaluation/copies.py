@@ -1,4 +1,7 @@
-"""Relevance without labels: a search is right where it finds the copy of the very photograph that is asked about."""
+"""Relevance without labels: a search is right where it finds the copy of the very photograph that is asked about.
+
+Where the photographs are of known kinds, how well the others of the same kind are found is measured beside it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robusthash.core import ap
 from robusthash.core.hamming import distance, pack, unpack
-from robusthash.core.profile import prepared_profile
+from robusthash.core.profile import prepare, prepared_counts, prepared_profile
 from robusthash.core.types import Codes
 from robusthash.data.base import ArraySource, RetrievalData
 from robusthash.data.splits import Indices, assemble, hash_pixels
@@ -46,6 +50,26 @@ def copies_data(photographs: Tensor, stored: Tensor, note: str) -> RetrievalData
 
 
 @dataclass(frozen=True, eq=False)
+class KindFound:
+    """How well the other photographs of the same kind are found; NaN for a photograph that has none."""
+
+    ap: Tensor  # (Q,) float64
+    chance: Tensor  # (Q,) float64 the AP of a random order
+
+    @staticmethod
+    def counted(items: Tensor, relevant: Tensor, cut: int | None = None) -> KindFound:
+        """From (Q, groups) int64 counts of all photographs and of those of the same kind, nearest group first.
+
+        Args:
+            cut: ranks that count; where more photographs are of the kind, so many are all that can be found.
+        """
+        some = relevant.sum(1) > 0
+        found = ap.average_precision(items, relevant, cut, "mink")
+        chance = ap.average_precision(items.sum(1, keepdim=True), relevant.sum(1, keepdim=True), cut, "mink")
+        return KindFound(torch.where(some, found, torch.nan), torch.where(some, chance, torch.nan))
+
+
+@dataclass(frozen=True, eq=False)
 class CopiesFound:
     """How a search answers, photograph by photograph."""
 
@@ -53,24 +77,39 @@ class CopiesFound:
     first: Tensor  # (Q,) float64 chance that the copy comes first
     bits: Tensor  # (Q,) int64 Hamming distance to the copy
     packed: Tensor  # (Q, bytes) the codes that asked
+    kind: KindFound | None = None  # where the kinds are known
 
     def within(self, radius: int) -> Tensor:
         """(Q,) float64: 1 where the copy differs in at most so many bits."""
         return (self.bits <= radius).to(torch.float64)
 
 
-def copies_found(bench: Bench, signs: Tensor, labels: Tensor) -> CopiesFound:
+def copies_found(bench: Bench, signs: Tensor, labels: Tensor, kinds: Tensor | None = None) -> CopiesFound:
     """Search with codes for the copies that ``labels`` name: their own, or those of targets.
 
     Args:
         signs: (Q, K) in {-1, +1}, of the first Q queries of the bench.
         labels: (Q, C) one-hot.
+        kinds: (M, G) one-hot kind of each stored copy, zeros where it has none.
     """
     packed = pack(signs)
     profile = prepared_profile(Codes(packed, bench.victim.bits, torch.arange(len(packed))), labels, bench.prepared)
     wanted = bench.database.packed[labels.argmax(1)]
     bits = (unpack(packed, bench.victim.bits) != unpack(wanted, bench.victim.bits)).sum(1)
-    return CopiesFound(average_precision(profile), precision_at(profile, 1), bits, packed)
+    kind = None if kinds is None else _kind_found(bench, packed, kinds)
+    return CopiesFound(average_precision(profile), precision_at(profile, 1), bits, packed, kind)
+
+
+def _kind_found(bench: Bench, packed: Tensor, kinds: Tensor) -> KindFound:
+    """The stored copies of the same kind, the own copy left out of the ranking: it says nothing about the kind."""
+    asked = kinds[: len(packed)]
+    query = Codes(packed, bench.victim.bits, torch.arange(len(packed)))
+    items, relevant = prepared_counts(query, asked, prepare(bench.database, kinds))
+    own = distance(packed, bench.database.packed[: len(packed)]).diagonal().long()[:, None]
+    one = torch.ones_like(own)
+    items = items.scatter_add(1, own, -one)
+    relevant = relevant.scatter_add(1, own, -one * asked.sum(1, keepdim=True).long())
+    return KindFound.counted(items, relevant)
 
 
 def calibrated_radius(bench: Bench, share: float = 0.01) -> int:

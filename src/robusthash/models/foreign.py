@@ -153,15 +153,15 @@ def form_of(answer: Tensor, name: str) -> Form:
 
 
 def as_logits(answer: Tensor, form: Form, name: str) -> Tensor:
-    """(B, K) float whose signs are the bits. Gradients pass where the answer has them.
+    """(B, K) in torch's default dtype, whose signs are the bits. Gradients pass where the answer has them.
 
     Raises:
         Broken: the answer is not of this form.
     """
     if form == "numbers":
-        return answer.float()
+        return answer.to(torch.get_default_dtype())
     if form == "probabilities":
-        return answer.float() - 0.5
+        return answer.to(torch.get_default_dtype()) - 0.5
     if form == "bytes":
         if answer.dtype != torch.uint8:
             raise Broken(f"{name} answered {answer.dtype}, and packed bytes before")

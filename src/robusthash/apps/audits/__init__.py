@@ -1,1 +1,1 @@
-"""Audit of any search on photographs, without labels."""
+"""Audit of any search on photographs."""

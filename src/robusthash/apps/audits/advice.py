@@ -10,6 +10,26 @@ from robusthash.apps.audits.rows import Row, kept, kept_words
 _FEW = 0.9  # of the photographs: below, an everyday change is a weakness
 _BROKEN = 0.5
 _TAKEN = 0.1  # of the photographs: above, imitation is a danger
+_LUCK = 0.1  # of MAP: less above a random order is hardly more than luck
+
+
+def about_kinds(rows: Sequence[Row]) -> str:
+    """How well photographs of the same kind are found, unchanged and under attack."""
+    same, hide = _one(rows, "same"), _maybe(rows, "hide-worst")
+    if same.same_kind is None:
+        return "None of the photographs that asked has another of its kind, so nothing was measured about kinds."
+    said = (
+        f"Asked for other photographs of the same kind, the subfolder, it scores {same.same_kind:.2f}, where 1 is "
+        f"perfect and {same.same_kind_chance:.2f} is luck."
+    )
+    if hide is None or hide.same_kind is None:
+        return said
+    before = [value for value in same.same_kind_each[: hide.asked] if value is not None]
+    return (
+        f"{said} For the {len(before)} photographs that were changed on purpose this goes from "
+        f"{sum(before) / len(before):.2f} to {hide.same_kind:.2f}; those attacks were aimed at the photograph itself, "
+        "so one that is aimed at its kind may do more harm."
+    )
 
 
 def verdict(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
@@ -17,7 +37,8 @@ def verdict(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     word, same = kept_words(summary), _one(rows, "same")
     everyday = [row for row in rows if row.kind == "everyday"]
     weak = sorted((row for row in everyday if kept(row, summary) < _FEW), key=lambda row: kept(row, summary))
-    said = [
+    said = ["Do not rely on what follows yet: a warning light is red, see below."] if _red(summary) else []
+    said += [
         f"{same.asked} photographs were looked up in a search that stores a copy of each. Unchanged, "
         f"{kept(same, summary) * same.asked:.0f} of them were {word}."
     ]
@@ -54,7 +75,7 @@ def advice(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     """What to do about it, most urgent first."""
     lines = []
     same = _one(rows, "same")
-    if summary["doubts"]:
+    if summary["doubts"] or _red(summary):
         lines.append("First mend what the warning lights below say; the other numbers may change then.")
     if kept(same, summary) < _FEW:
         lines.append(
@@ -96,6 +117,11 @@ def advice(summary: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
             f"{near:.1%} of the pairs of different photographs count as the same. Lower the number of bits that may "
             "differ, or use longer codes."
         )
+    if same.same_kind is not None and same.same_kind < (same.same_kind_chance or 0.0) + _LUCK:
+        lines.append(
+            "It hardly knows kinds: photographs of the same kind are found little better than by luck. Take it to find "
+            "copies, and a model that learned kinds where they matter."
+        )
     if hide is None:
         lines.append(
             "This audit could not follow the weights of the search, so it says nothing about somebody who tries on "
@@ -112,6 +138,10 @@ def _mend(row: Row) -> str:
     if row.name in ("blur", "resize"):
         return "Bring all pictures to one small size before hashing, so that sharpness does not matter"
     return "Train with compressed pictures, or shrink pictures before hashing"
+
+
+def _red(summary: Mapping[str, Any]) -> bool:
+    return any(flag["level"] == "red" for flag in summary["flags"])
 
 
 def _one(rows: Sequence[Row], kind: str) -> Row:

@@ -10,29 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robusthash.apps.audits.advice import about_kinds
+from robusthash.apps.audits.kinds import Kinds, read_kinds
+from robusthash.apps.audits.lights import doubts, warning_lights
 from robusthash.apps.audits.page import audit_page
 from robusthash.apps.audits.photos import STORED_QUALITY, Photos, read_photos
 from robusthash.apps.audits.ranked import ranked_rows
-from robusthash.apps.audits.rows import Example, Kind, Row, worst_of
+from robusthash.apps.audits.rows import Done, Example, Row, worst_of
 from robusthash.apps.audits.scene import Hostile, Scene
 from robusthash.apps.audits.target import EndpointLimits, Target, Tier, hostile_lines, open_target, size_of, tier_named
 from robusthash.apps.runs import write_json
 from robusthash.apps.stages import Shown, silent
-from robusthash.attacks.threat import threat_on
 from robusthash.core.files import write_aside
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.data.changes import EVERYDAY, noise
 from robusthash.evaluation.attacked import Attacked
 from robusthash.evaluation.bench import Bench
-from robusthash.evaluation.checks import passive_checks
-from robusthash.evaluation.copies import COPIES, calibrated_radius, copies_data, copies_found, false_matches
+from robusthash.evaluation.copies import COPIES, calibrated_radius, copies_data, false_matches
 from robusthash.evaluation.lines import Line
 from robusthash.evaluation.results import Flag, software_versions
 from robusthash.models.encode import encode_split
-from robusthash.models.foreign import normalisation_doubt
 from robusthash.models.hasher import Hasher, frozen
-from robusthash.models.perceptual import NAMES
 
 _AT_ONCE = 32  # images encoded together: foreign models may be large
 _BLOCK = 10  # photographs attacked together
@@ -44,6 +43,7 @@ def run_audit(
     out: Path,
     photos: Path | None = None,
     *,
+    labels: bool = False,
     size: int | None = None,
     bits: int | None = None,
     tier: str | Tier = "fast",
@@ -59,6 +59,8 @@ def run_audit(
     Args:
         target: what is audited; see ``open_target``.
         photos: a folder of the user's own photographs; the twenty of this package by default.
+        labels: the subfolders of ``photos`` are kinds; each row then says too how well the other photographs of the
+            same kind are found. Attacks are aimed as before, at the photograph itself.
         size: pixels a side that the target is shown; see ``size_of``.
         bits: K where known; found out by default.
         tier: ``smoke``, ``fast``, or one of one's own.
@@ -71,7 +73,8 @@ def run_audit(
         The content of ``audit.json``.
 
     Raises:
-        ValueError: a broken model (``Broken``), unusable photographs, a budget too small, an unknown tier.
+        ValueError: a broken model (``Broken``), unusable photographs, a budget too small, an unknown tier; ``labels``
+            without two subfolders of two photographs, or at an endpoint whose ids are no files of them.
         FileNotFoundError, ImportError: the target, the folder or an extra is missing.
     """
     started = time.perf_counter()
@@ -80,12 +83,13 @@ def run_audit(
         raise ValueError(f"eps must lie above 0 and be at most 0.5 of the range, got {eps:g}; write 8/255, not 8")
     side = size_of(target, size)
     read = read_photos(photos, side, limit, seed)
+    kinds = read_kinds(read) if labels else None
     opened = open_target(target, read.asking(_LOOKED_AT), bits, limits)
     out.mkdir(parents=True, exist_ok=True)
     if opened.hasher is None:
-        found = _Measured(ranked_rows(opened, read, chosen, eps, seed, shown), ())
+        found = _Measured(ranked_rows(opened, read, kinds, chosen, eps, seed, shown), ())
     else:
-        found = _audit_codes(opened, opened.hasher, read, chosen, eps, radius, seed, shown)
+        found = _audit_codes(opened, opened.hasher, read, kinds, chosen, eps, radius, seed, shown)
     summary = {
         "target": target,
         "title": opened.title,
@@ -101,6 +105,7 @@ def run_audit(
         "tier": asdict(chosen),
         "seed": seed,
         "photographs": read.facts(),
+        "kinds": None if kinds is None else {**kinds.facts(), "said": about_kinds(found.rows)},
         "rows": [asdict(row) for row in found.rows],
         "flags": [asdict(flag) for flag in found.flags],
         "questions": opened.endpoint.asked if opened.endpoint else None,
@@ -131,6 +136,7 @@ def _audit_codes(
     target: Target,
     hasher: Hasher,
     photos: Photos,
+    kinds: Kinds | None,
     tier: Tier,
     eps: float,
     radius: int | None,
@@ -143,7 +149,7 @@ def _audit_codes(
             len(photos) + queries * (len(EVERYDAY) + 2) + min(tier.attacked, queries) * (tier.questions + 2)
         )
     bench = _bench(hasher, photos, queries, seed, shown)
-    said, doubts = [], _doubts(target, hasher, bench, photos)
+    said = []
     if radius is None:
         radius = target.radius if target.radius is not None else calibrated_radius(bench)
         if target.radius is None:
@@ -153,7 +159,7 @@ def _audit_codes(
             )
     if not 0 <= radius < hasher.bits:
         raise ValueError(f"the radius must lie in 0..{hasher.bits - 1} for {hasher.bits} bits, got {radius}")
-    scene = Scene(bench, photos, radius)
+    scene = Scene(bench, photos, radius, None if kinds is None else kinds.stored)
     images = photos.asking(queries)
     rows = [scene.row("unchanged", "nothing", "no", "same", bench.query.signs().float(), images)]
     candidates: dict[str, tuple[Tensor, Tensor]] = {}  # (signs, images) of each change
@@ -173,10 +179,10 @@ def _audit_codes(
         (*rows, *attacks.rows),
         (*examples, *attacks.examples),
         tuple(said),
-        tuple(doubts),
+        tuple(doubts(target, bench, photos)),
         radius,
         false_matches(bench, radius),
-        () if target.endpoint else passive_checks(bench, threat_on("image", eps)),
+        warning_lights(target, bench, eps),
     )
 
 
@@ -202,23 +208,6 @@ def _signs(hasher: Hasher, images: Tensor) -> Tensor:
     with frozen(hasher), torch.no_grad():
         parts = images.split(_AT_ONCE)
         return torch.cat([sign(hasher({"image": part.to(hasher.device)})["image"].logits).cpu() for part in parts])
-
-
-def _doubts(target: Target, hasher: Hasher, bench: Bench, photos: Photos) -> list[str]:
-    """Sentences on what looks wrong with the model itself."""
-    doubts = []
-    signs = bench.database.signs()
-    same = int((signs == signs[:1]).all(0).sum())
-    if same > bench.victim.bits / 4:
-        doubts.append(
-            f"{same} of {bench.victim.bits} bits are the same for every photograph, so they tell nothing apart."
-        )
-    if target.foreign and target.endpoint is None and target.name not in NAMES:
-        few = photos.asking(2 * _LOOKED_AT)
-        changed = EVERYDAY[2](EVERYDAY[1](few))
-        if doubt := normalisation_doubt(hasher, few, changed):
-            doubts.append(doubt)
-    return doubts
 
 
 # ---------------------------------------------------------------------------------------------- hostile changes
@@ -253,9 +242,9 @@ def _attack(target: Target, scene: Scene, tier: Tier, eps: float, shown: Shown) 
     for targeted, hostile in found.items():
         if not hostile:
             continue
-        kind: Kind = "imitate" if targeted else "hide"
+        kind: Done = "imitate" if targeted else "hide"
         if targeted:
-            before = copies_found(few.bench, few.bench.query.signs().float(), few.bench.targets[:, 0])
+            before = few.found(few.bench.query.signs().float(), few.bench.targets[:, 0])
             rows.append(few.hostile_row("before the attack", "nothing", "imitate", before, few.images))
         who = {"white-box": "has the model", "black-box": f"may only ask it, {tier.questions} times"}
         for each in hostile:

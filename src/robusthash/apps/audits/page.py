@@ -8,7 +8,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from robusthash.apps.audits.advice import advice, verdict
-from robusthash.apps.audits.photos import STORED_QUALITY
+from robusthash.apps.audits.circumstances import facts, lights, words
 from robusthash.apps.audits.rows import Example, Row, Shot, kept, kept_words
 from robusthash.apps.pages import html
 from robusthash.apps.pages.charts import UNIT, Axis, Dot, Tone, dot_chart
@@ -24,9 +24,10 @@ def audit_page(
     summary: Mapping[str, Any], rows: Sequence[Row], examples: Sequence[Example], flags: Sequence[Flag] = ()
 ) -> str:
     """The whole page. ``summary`` is that of ``run_audit``."""
+    kinds = [] if summary["kinds"] is None else [summary["kinds"]["said"]]
     return html.page(
         f"How easily is {summary['title']} fooled?",
-        [tag("p", sentence) for sentence in verdict(summary, rows)],
+        [tag("p", sentence) for sentence in [*verdict(summary, rows), *kinds]],
         _tiles(summary, rows),
         html.section("In pictures", [_example(example, summary) for example in examples], slug="pictures")
         if examples
@@ -39,9 +40,9 @@ def audit_page(
             slug="changes",
         ),
         html.section("What to do", tag("ul", [tag("li", line) for line in advice(summary, rows)]), slug="advice"),
-        html.section("Warning lights", _lights(summary, flags), slug="checks"),
-        html.section("The words", _words(summary), slug="words"),
-        html.section("How this was measured", _facts(summary), slug="setting"),
+        html.section("Warning lights", lights(summary, flags), slug="checks"),
+        html.section("The words", words(summary), slug="words"),
+        html.section("How this was measured", facts(summary), slug="setting"),
         foot=", ".join(f"{name} {version}" for name, version in summary["software"].items()),
     )
 
@@ -166,100 +167,41 @@ def _imitation(summary: Mapping[str, Any], rows: Sequence[Row]) -> Markup | None
         "Made to look like another photograph: here the numbers say how often the attack succeeded, that is, how often "
         "the copy of the other photograph came first or counted as the same. Lower is better; the row before the "
         "attack says how often that happens by itself."
+        + (" The last column alone speaks of the photograph's own kind." if summary["kinds"] is not None else "")
     )
     worst = [number for number, row in enumerate(shown) if row.kind == "imitate-worst"]
     return html.table(["attack", *head], [[_label(row), *cells(row)] for row in shown], caption, worst)
 
 
 def _label(row: Row) -> Child:
-    return row.name if row.words == "nothing" else [row.name, tag("span", row.words, class_="span")]
+    return row.name if row.words == "nothing" else _two(row.name, row.words)
+
+
+def _two(above: str, below: str) -> Child:
+    return [above, tag("span", below, class_="span")]
 
 
 def _columns(summary: Mapping[str, Any]) -> tuple[list[Child], Any]:
     head: list[Child] = ["can you see it?", "came first"]
     if summary["bits"] is not None:
-        head += [f"counts as the same (≤ {summary['radius']} bits)", f"bits apart, of {summary['bits']}"]
+        head += [_two("counts as the same", f"≤ {summary['radius']} bits"), _two("bits apart", f"of {summary['bits']}")]
     head += ["MAP"]
+    if summary["kinds"] is not None:
+        head += [_two("same kind found", "MAP")]
 
     def cells(row: Row) -> list[Child]:
         made: list[Child] = [row.visible, _of(row.first, row.asked)]
         if row.recognised is not None and row.bits is not None:
             made += [_of(row.recognised, row.asked), f"{row.bits:.1f}"]
-        return [*made, f"{row.map:.3f}"]
+        made.append(f"{row.map:.3f}")
+        if summary["kinds"] is not None:
+            made.append(_of_kind(row))
+        return made
 
     return head, cells
 
 
-def _lights(summary: Mapping[str, Any], flags: Sequence[Flag]) -> Child:
-    parts: list[Child] = []
-    if summary["doubts"]:
-        parts.append(tag("ul", [tag("li", tag("b", "✗ ", class_="bad"), doubt) for doubt in summary["doubts"]]))
-    if flags:
-        mark = {"red": "✗ red", "amber": "▲ amber", "pass": "✓ pass"}
-        order = ["red", "amber", "pass"]
-        rows: list[list[Child]] = [
-            [flag.id, mark[flag.level], f"{flag.value:g}", f"{flag.threshold:g}", flag.remedy]
-            for flag in sorted(flags, key=lambda flag: order.index(flag.level))
-        ]
-        red = [number for number, row in enumerate(rows) if "red" in str(row[1])]
-        if red:
-            parts.append(tag("p", tag("b", f"{len(red)} red: do not rely on the numbers of this page until mended.")))
-        parts.append(html.table(["check", "light", "value", "limit", "what to do"], rows, "", red))
-    if not parts:
-        parts.append(tag("p", "None: the model answers the same when asked twice, alone and in company."))
-    return parts
-
-
-# ---------------------------------------------------------------------------------------------- circumstances
-
-
-def _words(summary: Mapping[str, Any]) -> Markup:
-    pairs: list[tuple[Child, Child]] = []
-    if summary["bits"] is not None:
-        pairs += [
-            ("code", f"The {summary['bits']} bits by which this search knows a picture."),
-            ("bits apart", "In how many of them two pictures differ: 0 is the same to the search, half is unrelated."),
-            (
-                "counts as the same",
-                f"At most {summary['radius']} bits apart. Of the pairs of different photographs here, "
-                f"{summary['false matches']:.1%} are as near as that by accident.",
-            ),
-        ]
-    pairs += [
-        ("came first", "The stored copy of the photograph was the nearest of all stored pictures."),
-        ("MAP", "1 where the copy always comes first, 0.5 where it always comes second, near 0 where it is lost."),
-        ("on purpose", "Changed by someone who knows this search, or may ask it many questions, and wants it to fail."),
-    ]
-    return html.facts(pairs)
-
-
-def _facts(summary: Mapping[str, Any]) -> Markup:
-    photos = summary["photographs"]
-    pairs: list[tuple[Child, Child]] = [
-        ("what was audited", [tag("code", summary["target"]), *[f" {sentence}" for sentence in summary["said"]]]),
-        (
-            "photographs",
-            f"{photos['used']} from {photos['folder']}, as central squares of {summary['size']} pixels. The search "
-            f"holds a JPEG copy (quality {STORED_QUALITY}) of each; a photograph that asks should find its own copy, "
-            "and nothing else counts as right. Similar photographs, such as a burst, count as different.",
-        ),
-    ]
-    for name in ("unreadable", "the same as another", "unchanged by saving again"):
-        if photos[name]:
-            few = ", ".join(photos[name][:5]) + (", …" if len(photos[name]) > 5 else "")
-            pairs.append((f"left out: {name}", f"{len(photos[name])}: {few}"))
-    if photos["beyond the limit"]:
-        pairs.append(("left out: beyond the limit", str(photos["beyond the limit"])))
-    tier = summary["tier"]
-    pairs += [
-        (
-            "changed on purpose",
-            f"No pixel by more than {summary['eps'] * 255:g} of 255 brightness levels, kept as a file keeps it; at "
-            f"most {tier['attacked']} photographs, {tier['steps']} steps for attacks that follow the weights (tier "
-            f"{tier['name']}). A longer attack finds more: these numbers are the best that the search can claim.",
-        ),
-        ("seed and time", f"{summary['seed']}; {summary['seconds']:.0f} seconds"),
-    ]
-    if summary["questions"] is not None:
-        pairs.append(("questions asked", str(summary["questions"])))
-    return html.facts(pairs)
+def _of_kind(row: Row) -> Child:
+    if row.same_kind is None:
+        return "none to find"
+    return _two(f"{row.same_kind:.3f}", f"luck {row.same_kind_chance:.3f}")

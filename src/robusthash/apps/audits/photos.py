@@ -34,6 +34,7 @@ class Photos:
     twice: tuple[str, ...]  # left out: the pixels of another photograph
     flat: tuple[str, ...]  # left out: their pixels are those of a stored copy, as saving a plain area changes nothing
     beyond: int  # left out: more than the limit
+    files: tuple[str, ...]  # names of all that lie in the folder, left out or not
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -97,6 +98,7 @@ def read_photos(folder: Path | None, size: int, limit: int = 1000, seed: int = 0
         twice=tuple(names[row] for row in np.flatnonzero(~first & ~flat)),
         flat=tuple(names[row] for row in np.flatnonzero(flat)),
         beyond=len(found) - len(chosen),
+        files=tuple(name for _, name in found),
     )
 
 

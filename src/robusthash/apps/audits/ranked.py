@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from robusthash.apps.audits.kinds import Kinds
 from robusthash.apps.audits.photos import Photos
-from robusthash.apps.audits.rows import Kind, Row, difference
+from robusthash.apps.audits.rows import Done, Row, difference, kind_columns
 from robusthash.apps.audits.target import Target, Tier
 from robusthash.apps.stages import Shown
 from robusthash.attacks.blackbox import Square, ask_around
@@ -19,19 +20,26 @@ from robusthash.attacks.threat import threat_on
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Inputs
 from robusthash.data.changes import EVERYDAY, noise
+from robusthash.evaluation.copies import KindFound
 from robusthash.models.endpoint import Endpoint
 
 Lists = list[tuple[str, ...]]
 
 
-def ranked_rows(target: Target, photos: Photos, tier: Tier, eps: float, seed: int, shown: Shown) -> tuple[Row, ...]:
+def ranked_rows(
+    target: Target, photos: Photos, kinds: Kinds | None, tier: Tier, eps: float, seed: int, shown: Shown
+) -> tuple[Row, ...]:
     """Ask about the photographs unchanged, under everyday changes and noise, and search by questions to be missed.
 
     Right is the id that came first for the unchanged photograph. 1 / rank is 0 where that id is not in the answer, so
     longer answers can only raise it. The search sees lists alone and tries to empty them of what they first held.
 
+    Args:
+        kinds: where they are known; the ids must then be paths below the folder.
+
     Raises:
-        ValueError: the budget is too small; nothing has been asked then but two questions about one photograph.
+        ValueError: the budget is too small, or the ids tell no kinds; nothing has been asked then but two questions
+            about one photograph, unless a later photograph is the first to bring an unknown id.
     """
     endpoint = target.endpoint
     if endpoint is None:
@@ -40,7 +48,7 @@ def ranked_rows(target: Target, photos: Photos, tier: Tier, eps: float, seed: in
     few = images[: tier.attacked]
     endpoint.check_budget(len(images) * (len(EVERYDAY) + 2) + len(few) * (tier.questions + 1))
     level = f"{eps * 255:g} of 255 brightness levels"
-    plan: list[tuple[str, str, str, Kind, Callable[[Tensor], Tensor]]] = [
+    plan: list[tuple[str, str, str, Done, Callable[[Tensor], Tensor]]] = [
         ("unchanged", "nothing", "no", "same", lambda x: x),
         *((change.name, change.words, change.visible, _EVERYDAY, change) for change in EVERYDAY),
         (
@@ -51,34 +59,50 @@ def ranked_rows(target: Target, photos: Photos, tier: Tier, eps: float, seed: in
             lambda x: noise(x, torch.arange(len(x)), eps, Draws(seed, ("audit",))),
         ),
     ]
+    if kinds is not None:
+        for asked in (images[:1], images):  # refused by the first answer already, where that will do
+            kinds.require_known(_ask(endpoint, asked), endpoint.url)
+    unchanged = _ask(endpoint, images)
+    right = [ids[0] for ids in unchanged]
+    width = max(map(len, unchanged)) - 1  # ids that count for kinds, the own one left out
     rows: list[Row] = []
-    right: list[str] = []
+
+    def kind_found(answers: Lists) -> KindFound | None:
+        return None if kinds is None else kinds.found_in(answers, photos.names[: len(answers)], width)
+
     for number, (name, words, visible, kind, change) in enumerate(plan):
         changed = change(images)
         answers = _ask(endpoint, changed)
-        right = right or [ids[0] for ids in answers]
-        rows.append(_row(name, words, visible, kind, answers, right, images, changed))
+        rows.append(_row(name, words, visible, kind, answers, right, kind_found(answers), (images, changed)))
         shown(number + 1, len(plan), "asking the endpoint")
     searched = _searched(endpoint, few, tier.questions, eps, Draws(seed, ("audit", "square")), shown)
     words = f"made to be missed by someone who may only ask it, {tier.questions} times"
-    square = _row("square", words, "hardly", "hide", _ask(endpoint, searched), right, few, searched)
+    answers = _ask(endpoint, searched)
+    square = _row("square", words, "hardly", "hide", answers, right, kind_found(answers), (few, searched))
     worst = replace(square, name="hide, worst case", words="made to be missed", kind="hide-worst")
     return (*rows, square, worst)
 
 
-_EVERYDAY: Kind = "everyday"
+_EVERYDAY: Done = "everyday"
 
 
 def _row(
-    name: str, words: str, visible: str, kind: Kind, answers: Lists, right: Sequence[str], before: Tensor, after: Tensor
+    name: str,
+    words: str,
+    visible: str,
+    kind: Done,
+    answers: Lists,
+    right: Sequence[str],
+    of_kind: KindFound | None,
+    images: tuple[Tensor, Tensor],
 ) -> Row:
     """What came back for the first photographs, against what came first for each unchanged."""
     pairs = list(zip(answers, right, strict=False))
     ap = [1 / (1 + ids.index(wanted)) if wanted in ids else 0.0 for ids, wanted in pairs]
     first = sum(ids[0] == wanted for ids, wanted in pairs) / len(pairs)
-    largest, psnr = difference(before, after)
-    mean = sum(ap) / len(ap)
-    return Row(name, words, visible, kind, len(ap), mean, first, largest=largest, psnr=psnr, per_photo=tuple(ap))
+    largest, psnr = difference(*images)
+    measured = {"largest": largest, "psnr": psnr, "per_photo": tuple(ap), **kind_columns(of_kind)}
+    return Row(name, words, visible, kind, len(ap), sum(ap) / len(ap), first, **measured)
 
 
 def _searched(endpoint: Endpoint, images: Tensor, questions: int, eps: float, draws: Draws, shown: Shown) -> Tensor:

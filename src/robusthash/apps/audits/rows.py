@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robusthash.evaluation.copies import CopiesFound
+from robusthash.evaluation.copies import CopiesFound, KindFound
 from robusthash.evaluation.perceptibility import pixel_norms
 
-Kind = Literal["same", "everyday", "noise", "hide", "hide-worst", "imitate", "imitate-worst"]
+Done = Literal["same", "everyday", "noise", "hide", "hide-worst", "imitate", "imitate-worst"]
 Role = Literal["own", "target", "other"]
 
 
@@ -24,7 +24,7 @@ class Row:
     name: str
     words: str
     visible: str
-    kind: Kind
+    kind: Done
     asked: int
     map: float  # mean of 1 / rank: of the own copy, or under ``imitate`` of the other photograph's
     first: float  # share whose copy (or target) came first
@@ -33,6 +33,9 @@ class Row:
     largest: float = 0.0  # largest change of a pixel, of 255
     psnr: float | None = None  # dB, of the mean squared change over all photographs; None where nothing changed
     per_photo: tuple[float, ...] = ()  # 1 / rank of each
+    same_kind: float | None = None  # MAP of finding the other photographs of the same kind; None without kinds
+    same_kind_chance: float | None = None  # that of a random order
+    same_kind_each: tuple[float | None, ...] = ()  # AP of each; None for the only one of its kind
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def make_row(
     name: str,
     words: str,
     visible: str,
-    kind: Kind,
+    kind: Done,
     found: CopiesFound,
     radius: int,
     images: tuple[Tensor, Tensor] | None = None,
@@ -88,7 +91,22 @@ def make_row(
         largest,
         psnr,
         tuple(found.ap.tolist()),
+        **kind_columns(found.kind),
     )
+
+
+def kind_columns(found: KindFound | None) -> dict[str, Any]:
+    """The columns of a row on photographs of the same kind; nothing without kinds."""
+    if found is None:
+        return {}
+    each = tuple(None if math.isnan(value) else value for value in found.ap.tolist())
+    if not any(value is not None for value in each):
+        return {"same_kind_each": each}
+    return {
+        "same_kind": float(found.ap.nanmean()),
+        "same_kind_chance": float(found.chance.nanmean()),
+        "same_kind_each": each,
+    }
 
 
 def difference(before: Tensor, after: Tensor) -> tuple[float, float | None]:
@@ -102,7 +120,8 @@ def difference(before: Tensor, after: Tensor) -> tuple[float, float | None]:
 def worst_of(found: Sequence[CopiesFound], imitate: bool = False) -> tuple[CopiesFound, Tensor]:
     """Each photograph's worst case over several attacks, and which attack it was by rank.
 
-    Rank, coming first and distance are each taken at their own worst, which for imitation is their best.
+    Rank, coming first and distance are each taken at their own worst, which for imitation is their best. The kind is
+    taken at its worst in both.
     """
     ap, bits = torch.stack([each.ap for each in found]), torch.stack([each.bits for each in found])
     first = torch.stack([each.first for each in found])
@@ -110,9 +129,11 @@ def worst_of(found: Sequence[CopiesFound], imitate: bool = False) -> tuple[Copie
     score = (ap if imitate else -ap) + (bits if not imitate else -bits).double() * 1e-9
     winner = score.argmax(0)
     packed = torch.stack([each.packed for each in found])[winner, torch.arange(len(winner))]
+    kinds = [each.kind for each in found if each.kind is not None]
+    kind = KindFound(torch.stack([each.ap for each in kinds]).amin(0), kinds[0].chance) if kinds else None
     if imitate:
-        return CopiesFound(ap.amax(0), first.amax(0), bits.amin(0), packed), winner
-    return CopiesFound(ap.amin(0), first.amin(0), bits.amax(0), packed), winner
+        return CopiesFound(ap.amax(0), first.amax(0), bits.amin(0), packed, kind), winner
+    return CopiesFound(ap.amin(0), first.amin(0), bits.amax(0), packed, kind), winner
 
 
 def kept(row: Row, summary: Mapping[str, Any]) -> float:

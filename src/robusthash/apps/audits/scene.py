@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robusthash.apps.audits.photos import Photos
-from robusthash.apps.audits.rows import Example, Kind, Role, Row, Shot, make_row
+from robusthash.apps.audits.rows import Done, Example, Role, Row, Shot, make_row
 from robusthash.apps.demo import colour_variety
 from robusthash.core.hamming import topk
 from robusthash.data.transforms import read_image
@@ -37,6 +37,7 @@ class Scene:
     bench: Bench
     photos: Photos
     radius: int
+    kinds: Tensor | None = None  # (M, G) one-hot kind of each stored copy, where they are known
 
     @property
     def images(self) -> Tensor:
@@ -46,24 +47,28 @@ class Scene:
         """The same with the first queries alone."""
         return replace(self, bench=self.bench.first(count))
 
-    def row(self, name: str, words: str, visible: str, kind: Kind, signs: Tensor, images: Tensor) -> Row:
-        found = copies_found(self.bench, signs, self.bench.query_labels)
+    def found(self, signs: Tensor, labels: Tensor) -> CopiesFound:
+        """What codes find: the copies that ``labels`` name, and the kinds where they are known."""
+        return copies_found(self.bench, signs, labels, self.kinds)
+
+    def row(self, name: str, words: str, visible: str, kind: Done, signs: Tensor, images: Tensor) -> Row:
+        found = self.found(signs, self.bench.query_labels)
         return make_row(name, words, visible, kind, found, self.radius, (self.images, images))
 
     def hostile(self, line: Line, restart: int, attacked: Attacked) -> Hostile:
         """Attacked photographs as files of eight bits, scored against their own copy, or the target's."""
         images = in_eight_bits(self.images, attacked.inputs.cpu())
         labels = self.bench.targets[:, 0] if line.targeted else self.bench.query_labels
-        found = copies_found(self.bench, attacked.eight_bit[:, 0].float(), labels)
+        found = self.found(attacked.eight_bit[:, 0].float(), labels)
         return Hostile(line, line.name if line.restarts == 1 else f"{line.name}, start {restart + 1}", found, images)
 
-    def hostile_row(self, name: str, words: str, kind: Kind, found: CopiesFound, images: Tensor) -> Row:
+    def hostile_row(self, name: str, words: str, kind: Done, found: CopiesFound, images: Tensor) -> Row:
         visible = "no" if words == "nothing" else "hardly"
         return make_row(name, words, visible, kind, found, self.radius, (self.images, images))
 
     def everyday(self, row: Row, signs: Tensor, images: Tensor) -> Example:
         """A photograph that this change harms."""
-        found = copies_found(self.bench, signs, self.bench.query_labels)
+        found = self.found(signs, self.bench.query_labels)
         chosen, which = self._chosen(found, hidden=True)
         text = f"The everyday change that costs this search most: {row.words}. Shown is {which}."
         return self._example("An everyday change", text, chosen, images[chosen], found.packed[chosen], None)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from robusthash.apps import stages
 from robusthash.apps.runs import load_run
@@ -21,8 +22,8 @@ from robusthash.core.registry import nearest
 from robusthash.evaluation.blackbox import Questions
 from robusthash.evaluation.lines import Gradient, Line
 from robusthash.models.endpoint import Endpoint
-from robusthash.models.foreign import Foreign, foreign
-from robusthash.models.hasher import Hasher
+from robusthash.models.foreign import Call, foreign
+from robusthash.models.hasher import Hasher, frozen
 from robusthash.models.imported import load_onnx, load_python, load_torchscript
 from robusthash.models.perceptual import NAMES, perceptual
 
@@ -87,6 +88,7 @@ class Target:
     radius: int | None = None  # bits that may differ, where its users have a custom
     said: tuple[str, ...] = ()
     foreign: bool = True
+    by_torch: bool = False  # torch computes it, so that there should be gradients, whether or not there are
 
 
 def size_of(target: str, size: int | None) -> int:
@@ -124,7 +126,7 @@ def open_target(target: str, images: Tensor, bits: int | None = None, limits: En
         return _open_endpoint(target, images, bits, limits or EndpointLimits())
     if target in NAMES:
         known = perceptual(target)
-        return _made(target, known.title, foreign(known, images, target, bits), radius=known.radius)
+        return _made(target, known.title, known, images, bits, radius=known.radius)
     if _is_run(target):
         hasher, _ = stages.load_victim(load_run(Path(target)))
         if "image" not in hasher.modalities:
@@ -132,7 +134,9 @@ def open_target(target: str, images: Tensor, bits: int | None = None, limits: En
         if bits is not None and bits != hasher.bits:
             raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave it at auto")
         said = f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
-        return Target(target, "/".join(Path(target).parts[-2:]), hasher, True, said=(said,), foreign=False)
+        return Target(
+            target, "/".join(Path(target).parts[-2:]), hasher, True, said=(said,), foreign=False, by_torch=True
+        )
     return _open_model(target, images, bits)
 
 
@@ -150,15 +154,31 @@ def _open_model(target: str, images: Tensor, bits: int | None) -> Target:
             f"{target!r} is no run directory, module:name, .pt or .onnx file, http address, nor one of "
             f"{', '.join(NAMES)}{nearest(target, NAMES).partition(' Known')[0]}"
         )
-    return _made(target, path.name, foreign(model, images, target, bits), tuple(said))
+    return _made(target, path.name, model, images, bits, tuple(said))
 
 
 def _is_run(target: str) -> bool:
     return target not in NAMES and Path(target).is_dir()
 
 
-def _made(name: str, title: str, made: Foreign, said: tuple[str, ...] = (), radius: int | None = None) -> Target:
-    return Target(name, title, made.hasher, made.gradients, None, radius, (*made.said, *said))
+def _made(
+    name: str,
+    title: str,
+    model: Call,
+    images: Tensor,
+    bits: int | None,
+    said: tuple[str, ...] = (),
+    radius: int | None = None,
+) -> Target:
+    made = foreign(model, images, name, bits)
+    by_torch = isinstance(model, nn.Module) or _has_graph(made.hasher, images[:1])
+    return Target(name, title, made.hasher, made.gradients, None, radius, (*made.said, *said), by_torch=by_torch)
+
+
+def _has_graph(hasher: Hasher, images: Tensor) -> bool:
+    """Whether autograd follows the images up to the logits, though the gradients may be 0."""
+    with frozen(hasher), torch.enable_grad():
+        return hasher({"image": images.clone().requires_grad_(True)})["image"].logits.requires_grad
 
 
 def _open_endpoint(url: str, images: Tensor, bits: int | None, limits: EndpointLimits) -> Target:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robusthash.apps.verbs.terminal import AsJson, console, print_json, print_table, progress_bars
+from robusthash.apps.verbs.terminal import AsJson, console, escape, print_json, print_table, progress_bars
 
 
 def audit(
@@ -23,6 +23,12 @@ def audit(
     photos: Annotated[
         Path | None, typer.Option(help="Folder of your photographs; twenty come with the package.")
     ] = None,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            "--labels", help="Subfolders are kinds: measure too whether photographs of the same kind are found."
+        ),
+    ] = False,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels a side; 224, or the run's own, by default.")] = None,
     bits: Annotated[str, typer.Option(help="Length of the codes, or auto.")] = "auto",
     tier: Annotated[str, typer.Option(help="smoke (seconds) or fast (minutes).")] = "fast",
@@ -43,7 +49,9 @@ def audit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How fragile is a search? Any model, file, endpoint or perceptual hash, on your own photographs, without labels.
+    """How fragile is a search? Any model, file, endpoint or perceptual hash, on your own photographs.
+
+    No labels are needed; with --labels, photographs sorted into subfolders by kind say more.
 
     A dotted path runs the module that it names, and model files run their own graph: audit only what you would run
     anyway.
@@ -64,6 +72,7 @@ def audit(
             target,
             out,
             photos,
+            labels=labels,
             size=size,
             bits=None if bits == "auto" else int(bits),
             tier=chosen,
@@ -79,7 +88,11 @@ def audit(
         return
     print_table(f"audit of {summary['title']}", *_rows(summary))
     for doubt in summary["doubts"]:
-        console.print(f"[bold red]doubt:[/] {doubt}", highlight=False)
+        console.print(f"[bold red]doubt:[/] {escape(doubt)}", highlight=False)
+    for light in (flag for flag in summary["flags"] if flag["level"] == "red"):
+        console.print(f"[bold red]{light['id']} red:[/] {escape(light['remedy'])}", highlight=False)
+    if summary["kinds"] is not None:
+        console.print(escape(summary["kinds"]["said"]), highlight=False)
     sys.stdout.write(f"{out / 'report.html'}\n")
 
 
@@ -95,6 +108,7 @@ def _headers(lines: list[str]) -> dict[str, str]:
 
 def _rows(summary: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     head = ["change", "asked", "came first", "recognised", "bits apart", "MAP"]
+    kinds = summary["kinds"] is not None
     rows = [
         [
             row["name"],
@@ -103,7 +117,12 @@ def _rows(summary: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
             "" if row["recognised"] is None else row["recognised"],
             "" if row["bits"] is None else row["bits"],
             row["map"],
+            *([_of_kind(row)] if kinds else []),
         ]
         for row in summary["rows"]
     ]
-    return head, rows
+    return [*head, *(["same kind / luck"] if kinds else [])], rows
+
+
+def _of_kind(row: dict[str, Any]) -> str:
+    return "" if row["same_kind"] is None else f"{row['same_kind']:.2f}/{row['same_kind_chance']:.2f}"

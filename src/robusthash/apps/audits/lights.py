@@ -1,0 +1,86 @@
+"""The warning lights of an audit: what looks wrong with the model itself, before anything is done to a photograph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robusthash.apps.audits.photos import Photos
+from robusthash.apps.audits.target import Target
+from robusthash.attacks.threat import threat_on
+from robusthash.core.types import Inputs
+from robusthash.data.changes import EVERYDAY
+from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.checks import passive_checks
+from robusthash.evaluation.checks_base import CHECKS, above, flag, order
+from robusthash.evaluation.checks_search import gradient
+from robusthash.evaluation.results import Flag
+from robusthash.models.foreign import normalisation_doubt
+from robusthash.models.hasher import frozen
+from robusthash.models.perceptual import NAMES
+
+_LOOKED_AT = 16  # photographs
+
+_LOOKS_FOR = {
+    "F1": "Asked again, it gives another code: share of the photographs.",
+    "F2": "The weights show an attack no way, because the gradient is exactly 0: share of the photographs.",
+    "F3": "Answers or gradients that are no numbers: share of the photographs.",
+    "F15": "It adapts itself to each picture while it looks at it (1 is yes).",
+    "F17": "Many pictures share a code, so that luck decides which comes first.",
+    "F19": "Parts that still run as in training, where answers depend on luck or company.",
+    "F20": "The largest number that reaches its first layer; too large where pictures are normalised twice.",
+}
+
+_CUT = (
+    "something inside cuts the gradient (rounding, detach, no_grad, bits in place of numbers), so attacks that follow "
+    "the weights saw nothing: hand over the numbers before that step, and audit again"
+)
+
+
+def looks_for(id: str) -> str:
+    """What a check looks for, in plain words."""
+    return _LOOKS_FOR.get(id, CHECKS[id].title)
+
+
+def warning_lights(target: Target, bench: Bench, eps: float) -> tuple[Flag, ...]:
+    """F1, F15, F17, F19 and F20, and where torch computes the model F2 and F3 too; none of an endpoint."""
+    if target.endpoint is not None:
+        return ()
+    lights = list(passive_checks(bench, threat_on("image", eps)))
+    return order(lights + _gradient_lights(bench.first(_LOOKED_AT)) if target.by_torch else lights)
+
+
+def _gradient_lights(bench: Bench) -> list[Flag]:
+    """F2 and F3 by one backward pass, away from each photograph's own code."""
+    zero, broken = [], []
+
+    def clarity(inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
+        logits = bench.victim(inputs)["image"].logits
+        return logits.abs().mean(1), logits
+
+    with frozen(bench.victim):
+        for block in range(bench.blocks):
+            value, logits, slopes, _ = gradient(clarity, bench.batch(block).inputs)
+            rows = slopes["image"].flatten(1)
+            zero.append((rows == 0).all(1))
+            broken.append(~(torch.isfinite(rows).all(1) & torch.isfinite(value) & torch.isfinite(logits).all(1)))
+    flat = above("F2", torch.cat(zero).double().mean().item())
+    flat = flag("F2", flat.value, flat.level, remedy=_CUT)
+    return [flat, above("F3", torch.cat(broken).double().mean().item())]
+
+
+def doubts(target: Target, bench: Bench, photos: Photos) -> list[str]:
+    """Sentences on what looks wrong with the model itself."""
+    said = []
+    signs = bench.database.signs()
+    same = int((signs == signs[:1]).all(0).sum())
+    if same > bench.victim.bits / 4:
+        said.append(
+            f"{same} of {bench.victim.bits} bits are the same for every photograph, so they tell nothing apart."
+        )
+    if target.foreign and target.endpoint is None and target.name not in NAMES:
+        few = photos.asking(_LOOKED_AT)
+        changed = EVERYDAY[2](EVERYDAY[1](few))
+        if doubt := normalisation_doubt(bench.victim, few, changed):
+            said.append(doubt)
+    return said
