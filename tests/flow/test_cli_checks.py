@@ -49,7 +49,7 @@ def test_a_red_check_is_exit_code_1_and_says_what_to_do(call, trained, monkeypat
     assert code == 1
     assert out == ""
     assert "F23" in err
-    assert "declared randomised" in " ".join(err.replace("│", " ").split())
+    assert "'randomised' is declared" in " ".join(err.replace("│", " ").split())
 
 
 def test_a_model_that_returns_nan_is_one_line(call, trained, monkeypatch):

@@ -32,7 +32,7 @@ def transfer(
     if radius is not None and not isinstance(radius, int | float):
         raise ValueError(f"--eps takes a number such as 8/255, got {eps!r}")
     if norm not in ("linf", "l2"):
-        raise ValueError(f"--norm takes linf or l2, got {norm!r}")
+        raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
     with progress_bars() as shown:
         table = transfer_table(runs, queries, steps, radius, "l2" if norm == "l2" else "linf", shown)
     if as_json:
