@@ -11,7 +11,7 @@ import torch
 from helpers import linear_hasher, reference_of, train_config
 from torch import Tensor
 
-from robusthash.apps import stages
+from robusthash.apps import assessing, stages
 from robusthash.apps.config import make_config
 from robusthash.apps.pages.report import write_report
 from robusthash.apps.runs import Run
@@ -248,6 +248,17 @@ def test_a_run_in_all_directions(run: Run) -> None:
     for said in ("Results, I2T", "Results, T2T", "entries changed, mean", "pixels changed", "I2T, I2I, T2I, T2T"):
         assert said in page
     assert page.count("of 8-bit images") == 2
+
+
+def test_a_suite_on_texts_takes_words_exactly_and_vectors_in_the_range_of_the_training_set(run: Run) -> None:
+    words = assessing.assess(run, "standard", "txt-bow-2", 6, direction="T2I", checked=False, kept=False)
+    assert words is not None
+    exact, greedy = (words.per_query[f"MAP under {line}"] for line in ("exact", "greedy words, codes"))
+    assert float(exact.mean()) <= float(greedy.mean())
+    assert torch.equal(words.per_query["wMAP"], words.per_query["MAP under refined exact"])
+    vector = assessing.assess(run, "smoke", "txt-feat-linf", 6, direction="T2I", kept=False)
+    assert vector is not None
+    assert vector["wMAP"] <= vector["clean"]
 
 
 def test_tables_of_directions(run: Run) -> None:

@@ -97,15 +97,10 @@ def assess(
         torch.set_num_threads(run.config.runtime.threads)
     victim, objective = stages.load_victim(run)
     data = stages.read_data(run.config, shown)
-    everything = run.config.evaluation.model_copy(update={"queries": None})
-    whole = replace(run, config=run.config.model_copy(update={"evaluation": everything}))
-    bench = stages.bench_of(whole, victim, data, shown, direction)
+    bench = stages.bench_of(run, victim, data, shown, direction, whole=True)
     if tier_name == PAPER:
         bench = replace(bench, protocol=with_legacy(bench.protocol))
-    pixels = data.query.batch(torch.arange(1)).inputs.get("image")
-    size = None if pixels is None or pixels.ndim != 4 else (int(pixels.shape[-2]), int(pixels.shape[-1]))
-    texts = data.train.batch(torch.arange(len(data.train))).inputs["text"] if threat == "txt-feat-linf" else None
-    aim = named_threat(threat, "W2", pixels=size, features=texts) if isinstance(threat, str) else threat
+    aim = _threat(threat, data) if isinstance(threat, str) else threat
     suite = _suite(tier_name, aim, queries, objective)
     if curve and not any(line.name in CURVE_LINES for line in suite.lines):
         raise ValueError(f"--eps-curve runs the lines {' and '.join(CURVE_LINES)}, which {tier_name!r} does not have")
@@ -142,6 +137,12 @@ def assess(
     if kept:
         _write(run.path / "assess.json", result)
     return result
+
+
+def _threat(name: str, data: RetrievalData) -> Threat:
+    """A threat by name, with what it takes from the data: the size of images, the range of text vectors."""
+    texts = data.train.batch(torch.arange(len(data.train))).inputs.get("text") if name == "txt-feat-linf" else None
+    return named_threat(name, "W2", pixels=stages.image_size(data), features=texts)
 
 
 def _suite(tier_name: str, aim: Threat, queries: int | None, objective: HashObjective) -> Suite:

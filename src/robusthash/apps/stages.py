@@ -189,8 +189,20 @@ def encode(run: Run, shown: Shown = silent) -> dict[str, Path]:
 _MODALITY = {"I": "image", "T": "text"}
 
 
-def bench_of(run: Run, victim: Hasher, data: RetrievalData, shown: Shown, direction: str | None = None) -> Bench:
-    """The bench of a run's evaluation section, in a direction such as ``I2T``."""
+def image_size(data: RetrievalData) -> tuple[int, int] | None:
+    """Height and width of the images that queries are; None of texts and features."""
+    pixels = data.query.batch(torch.arange(1)).inputs.get("image")
+    return None if pixels is None or pixels.ndim != 4 else (int(pixels.shape[-2]), int(pixels.shape[-1]))
+
+
+def bench_of(
+    run: Run, victim: Hasher, data: RetrievalData, shown: Shown, direction: str | None = None, whole: bool = False
+) -> Bench:
+    """The bench of a run's evaluation section, in a direction such as ``I2T``.
+
+    Args:
+        whole: with all queries, whatever number of them the section takes.
+    """
     section = run.config.evaluation
     ends = None if direction is None else (_MODALITY[direction[0]], _MODALITY[direction[-1]])
     return make_bench(
@@ -199,7 +211,7 @@ def bench_of(run: Run, victim: Hasher, data: RetrievalData, shown: Shown, direct
         build("protocol", section.protocol),
         direction=ends,
         database=run.learned_database() if ends is None or ends[1] == "image" else None,
-        queries=section.queries,
+        queries=None if whole else section.queries,
         seed=section.seed,
         batch_size=section.batch_size,
         progress=shown,

@@ -45,10 +45,7 @@ class GreedyFlips:
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Inputs | None
     ) -> Found:
-        edits = threat.balls.get("text")
-        if len(threat.balls) != 1 or not isinstance(edits, Edits):
-            raise ValueError(f"greedy flips search edits of texts alone, not {threat.name}")
-        origin, budget = batch.inputs["text"], edits.count
+        origin, budget = batch.inputs["text"], _words(threat, "greedy flips").count
         x = threat.project(_start(batch, threat, draws, False, start), {"text": origin})["text"]
         steps, tried = max(1, budget), min(self.candidates, origin.shape[1])
         rows = torch.arange(len(x), device=x.device)
@@ -134,9 +131,7 @@ class ExactFlips:
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Inputs | None
     ) -> Found:
-        edits = threat.balls.get("text")
-        if len(threat.balls) != 1 or not isinstance(edits, Edits):
-            raise ValueError(f"exact flips search edits of texts alone, not {threat.name}")
+        edits = _words(threat, "exact flips")
         if select is None:
             raise ValueError("exact flips choose by the reported metric: give the attack selects=True and W2")
         origin, asked = batch.inputs["text"], 0
@@ -169,6 +164,13 @@ class ExactFlips:
             if torch.equal(best, before):
                 break
         return Found({"text": x}, torch.stack(trace), asked, 0)
+
+
+def _words(threat: Threat, search: str) -> Edits:
+    budget = threat.balls.get("text")
+    if len(threat.balls) != 1 or not isinstance(budget, Edits):
+        raise ValueError(f"{search} search edits of texts alone, not {threat.name}")
+    return budget
 
 
 def _without(x: Tensor, origin: Tensor, place: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +111,10 @@ def question_table(
     if run.config.runtime.threads:
         torch.set_num_threads(run.config.runtime.threads)
     victim, _ = stages.load_victim(run)
-    everything = run.config.evaluation.model_copy(update={"queries": None})
-    whole = replace(run, config=run.config.model_copy(update={"evaluation": everything}))
-    bench = stages.bench_of(whole, victim, stages.read_data(run.config, shown), shown, direction)
+    data = stages.read_data(run.config, shown)
+    bench = stages.bench_of(run, victim, data, shown, direction, whole=True)
     bench = bench.at(stable_subset(bench.queries, queries))
-    image = bench.queries.batch(torch.arange(1)).inputs.get("image")
-    size = None if image is None or image.ndim != 4 else (int(image.shape[-2]), int(image.shape[-1]))
-    aim = named_threat(threat, "B2", pixels=size)
+    aim = named_threat(threat, "B2", pixels=stages.image_size(data))
     name = search or ("greedy-words" if aim.edits else "square")
     asker = build("question-search", name)
     keep = FolderKeep(run.path / "questions" / _identity(run, bench, budgets))
