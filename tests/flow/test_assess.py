@@ -13,7 +13,7 @@ from robusthash.apps import assessing, lineup, stages
 from robusthash.apps.config import make_config
 from robusthash.apps.runs import RunError, load_run
 from robusthash.apps.verbs import suite as suite_verb
-from robusthash.attacks.threat import image_threat
+from robusthash.attacks.threat import edit_threat, image_threat
 from robusthash.data import load_data
 from robusthash.evaluation.bench import make_bench
 from robusthash.evaluation.lines import Gradient
@@ -167,6 +167,8 @@ def test_where_no_gradient_arrives_the_white_box_lines_are_left_out():
     threat = image_threat(knowledge="W2")
     whole = suite_tier("fast", threat, extra_lines=lineup.noise_lines(threat))
     assert [line.kind for line in lineup.without_gradient(whole).lines] == ["noise", "noise"]
+    words = suite_tier("standard", edit_threat(2))
+    assert [line.name for line in lineup.without_gradient(words).lines] == ["exact", "refined exact"]
 
 
 def test_the_paper_tier_stands_apart(call, run):

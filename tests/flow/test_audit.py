@@ -92,7 +92,7 @@ def test_the_same_audit_gives_the_same_numbers(folder, model, tmp_path):
 
 
 def test_a_hash_without_gradients_says_what_was_not_tried(folder, tmp_path):
-    pytest.importorskip("imagehash")
+    pytest.importorskip("imagehash", reason="needs the extra 'audit' (pip install robusthash[audit])")
     summary = run_audit("dhash", tmp_path / "out", folder, size=48, tier=TINY)
     assert not summary["gradients"]
     assert summary["radius"] == 10
@@ -175,7 +175,7 @@ def answer_with(folder, size):
 def test_an_endpoint_of_ids(folder, tmp_path):
     from robusthash.apps.audits.target import EndpointLimits
 
-    pytest.importorskip("httpx")
+    pytest.importorskip("httpx", reason="needs the extra 'audit' (pip install robusthash[audit])")
     limits = EndpointLimits(rate=1e6, headers={"x-key": "secret-word"})
     with served(answer_with(folder, 32)) as (url, _):
         summary = run_audit(url, tmp_path / "out", folder, size=32, tier=TINY, limits=limits)
@@ -207,7 +207,7 @@ def answer_by_brightness(folder, size):
 def test_questions_alone_find_what_noise_does_not(folder, tmp_path):
     from robusthash.apps.audits.target import EndpointLimits
 
-    pytest.importorskip("httpx")
+    pytest.importorskip("httpx", reason="needs the extra 'audit' (pip install robusthash[audit])")
     with served(answer_by_brightness(folder, 32)) as (url, _):
         limits = EndpointLimits(rate=1e6)
         summary = run_audit(url, tmp_path / "out", folder, size=32, tier=TINY, eps=0.1, limits=limits)
@@ -245,21 +245,11 @@ def test_targets_that_cannot_be_opened(folder, model):
     assert size_of("toy:model", None) == 224
 
 
-def test_the_verb(folder, model, tmp_path, monkeypatch, capsys):
-    from robusthash.apps import cli
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["robusthash", "audit", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            return int(leaving.code or 0)
-        return 0
-
-    plain = ["toy:model", "--photos", folder, "--size", 32, "--tier", "smoke", "--attacked", 2, "--out", tmp_path / "o"]
-    assert call(*plain, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["tier"]["attacked"] == 2
-    assert call(*plain, "--bits", "many") == 1
-    assert call(*plain, "--header", "no colon") == 1
-    assert call(*plain, "--tier", "huge") == 1
-    assert call(*plain, "--eps", 0) == 1
+def test_the_verb(folder, model, tmp_path, call):
+    small = ["--size", 32, "--tier", "smoke", "--attacked", 2]
+    plain = ["audit", "toy:model", "--photos", folder, *small, "--out", tmp_path / "o"]
+    code, out, err = call(*plain, "--json")
+    assert code == 0, err
+    assert json.loads(out)["tier"]["attacked"] == 2
+    for wrong in (("--bits", "many"), ("--header", "no colon"), ("--tier", "huge"), ("--eps", 0)):
+        assert call(*plain, *wrong)[0] == 1

@@ -153,7 +153,7 @@ def answering(photos, count, named=lambda name: name):
 
 
 def test_an_endpoint_whose_ids_are_files(folder, tmp_path):
-    pytest.importorskip("httpx")
+    pytest.importorskip("httpx", reason="needs the extra 'audit' (pip install robusthash[audit])")
     photos, limits = read_photos(folder, 32), EndpointLimits(rate=1e6)
     with served(answering(photos, 4)) as (url, _):
         summary = run_audit(url, tmp_path / "out", folder, labels=True, size=32, tier=TINY, limits=limits)
@@ -179,7 +179,7 @@ def test_lists_of_ids_are_scored_over_what_they_can_hold(folder):
 
 
 def test_an_endpoint_whose_ids_tell_no_kinds_is_refused_before_it_is_asked_much(folder, tmp_path):
-    pytest.importorskip("httpx")
+    pytest.importorskip("httpx", reason="needs the extra 'audit' (pip install robusthash[audit])")
     photos, limits = read_photos(folder, 32), EndpointLimits(rate=1e6)
     for count, named, said in [
         (9, lambda name: name.split("/")[1], "is no image below .* paths below it, such as"),
@@ -191,24 +191,18 @@ def test_an_endpoint_whose_ids_tell_no_kinds_is_refused_before_it_is_asked_much(
             assert len(seen) == 2
 
 
-def test_the_verb_takes_labels(folder, model, tmp_path, monkeypatch, capsys):
-    from robusthash.apps import cli
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["robusthash", "audit", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            return int(leaving.code or 0)
-        return 0
-
-    plain = ["toy:model", "--size", 32, "--tier", "smoke", "--attacked", 2, "--out", tmp_path / "o", "--labels"]
-    assert call(*plain, "--photos", folder, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["rows"][0]["same_kind"] > 0
-    assert call(*plain, "--photos", folder) == 0
-    assert "same kind" in capsys.readouterr().err
-    assert call(*plain) == 1
-    assert "needs --photos" in capsys.readouterr().err
+def test_the_verb_takes_labels(folder, model, tmp_path, call):
+    small = ["--size", 32, "--tier", "smoke", "--attacked", 2]
+    plain = ["audit", "toy:model", *small, "--out", tmp_path / "o", "--labels"]
+    code, out, err = call(*plain, "--photos", folder, "--json")
+    assert code == 0, err
+    assert json.loads(out)["rows"][0]["same_kind"] > 0
+    code, _, err = call(*plain, "--photos", folder)
+    assert code == 0
+    assert "same kind" in err
+    code, _, err = call(*plain)
+    assert code == 1
+    assert "needs --photos" in err
 
 
 def test_a_run_of_this_package(folder, tmp_path):

@@ -248,6 +248,9 @@ def test_a_red_check_of_the_model_marks_every_number_of_it(run):
     (row,) = make_boards([run])[0].rows
     assert row.unreliable
     assert [flag.id for flag in row.flags] == ["F2"]
+    (run / "checks.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"checks\.json is damaged .* robusthash check"):
+        make_boards([run])
     (run / "checks.json").write_text("[]")
     worst = next(result for result in load_results(run / "metrics.json") if result.name == "worst")
     setting = replace(worst.setting, threat="img-linf-4")

@@ -124,7 +124,7 @@ def test_a_threat_needs_a_modality() -> None:
 def test_scaling_keeps_everything_else() -> None:
     threat = Threat({"image": Ball("linf", EPS, (0.1, 0.9))}, knowledge="W2", side="database")
     half = threat.scaled(0.5)
-    assert half == replace(threat, balls={"image": Ball("linf", EPS / 2, (0.1, 0.9))}, name="img-linf-4")
+    assert half == replace(threat, balls={"image": Ball("linf", EPS / 2, (0.1, 0.9))}, name="img-linf-4 in [0.1, 0.9]")
     with pytest.raises(ValueError, match="outside"):
         threat.scaled(100.0)
 

@@ -107,7 +107,10 @@ def assess(
     suite, bench, notes = prepare_suite(bench, suite)
     seen = seen_of(bench, aim)
     if seen.cut:
-        suite, notes = without_gradient(suite), (*notes, "no gradient reaches the input: no white-box line was run")
+        suite, notes = (
+            without_gradient(suite),
+            (*notes, "no gradient reaches the input: no line that follows it was run"),
+        )
     known = _surrogates(run, surrogates, data, bench)
     if tier_name in CLAIMS and 0 < len(known) < SURROGATES:
         notes = (*notes, f"{len(known)} of the {SURROGATES} surrogates that a claim is made with")

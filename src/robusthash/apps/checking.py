@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from robusthash.apps.runs import CHECKED, Run, write_json
-from robusthash.apps.stages import Shown, bench_of, load_victim, read_data, silent
+from robusthash.apps.stages import Shown, bench_of, image_size, load_victim, read_data, silent
 from robusthash.attacks.named import mainstay
 from robusthash.attacks.threat import Norm, Threat, threat_on
 from robusthash.attacks.threats import image_ball
@@ -62,10 +62,7 @@ def run_bench(run: Run, shown: Shown = silent, direction: str | None = None) -> 
 def _threat(bench: Bench, eps: float | None, norm: Norm) -> Threat:
     if bench.direction[0] == "text":
         return threat_on("text", eps, norm, "W2")
-    shape = bench.batch(0).inputs["image"].shape
-    if norm == "l2" and eps is None and len(shape) != 4:
-        raise ValueError("an l2 budget of features has no customary size; give eps")
-    return image_ball(norm, eps, (shape[-2], shape[-1]), "W2")
+    return image_ball(norm, eps, image_size(bench.data), "W2")
 
 
 def plain(flags: tuple[Flag, ...]) -> list[dict[str, Any]]:

@@ -67,8 +67,14 @@ def lines_beside(
 
 
 def without_gradient(suite: Suite) -> Suite:
-    """The suite without the lines that need a gradient, where none reaches the input."""
-    return replace(suite, lines=tuple(line for line in suite.lines if line.kind not in ("white-box", "refined")))
+    """The suite without the lines that follow a gradient of the victim itself, where none reaches the input."""
+    return replace(suite, lines=tuple(line for line in suite.lines if not _follows(line)))
+
+
+def _follows(line: Line) -> bool:
+    if not isinstance(line, Gradient) or line.kind not in ("white-box", "refined"):
+        return False
+    return bool(getattr(line.attack.search, "by_gradient", True))
 
 
 @dataclass(frozen=True)

@@ -185,16 +185,19 @@ class Run:
             raise RunError(f"{self.path} holds no trained model; run 'robusthash train' or 'robusthash run' first")
         return json.loads((self.path / "model.json").read_text())
 
+    @property
+    def was_evaluated(self) -> bool:
+        return (self.path / "metrics.json").is_file()
+
     def evaluated(self) -> dict[str, EvalResult]:
         """What ``evaluate`` measured, by name: ``clean``, each attack, ``worst``; ``I2T clean`` in several directions.
 
         Raises:
             RunError: the run has not been evaluated.
         """
-        path = self.path / "metrics.json"
-        if not path.is_file():
+        if not self.was_evaluated:
             raise RunError(f"{self.path} has not been evaluated; run 'robusthash evaluate {self.path}' first")
-        return {result.name: result for result in load_results(path)}
+        return {result.name: result for result in load_results(self.path / "metrics.json")}
 
     def assessed(self) -> dict[str, EvalResult]:
         """What suites found, by name: ``img-linf-8 standard``, ``I2T img-linf-8 fast``; empty where none was run."""
@@ -208,19 +211,24 @@ class Run:
             RunError: the run has been neither evaluated nor assessed.
         """
         assessed = self.assessed()
-        if assessed and not (self.path / "metrics.json").is_file():
-            return assessed
-        return {**assessed, **self.evaluated()}
+        return assessed if assessed and not self.was_evaluated else {**assessed, **self.evaluated()}
 
     def checked(self) -> tuple[Flag, ...]:
-        """What ``check`` last said of the model; empty where it was not asked."""
+        """What ``check`` last said of the model; empty where it was not asked.
+
+        Raises:
+            RunError: a file that cannot be read; it is named.
+        """
         path = self.path / CHECKED
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        numbers = ("value", "threshold")  # JSON has no infinite ones, so they may be text
-        return tuple(
-            Flag(id=made["id"], level=made["level"], remedy=made["remedy"], **{n: float(made[n]) for n in numbers})
-            for made in found
-        )
+        if not path.is_file():
+            return ()
+        try:  # JSON has no infinite numbers, so they may be text
+            return tuple(
+                Flag(made["id"], float(made["value"]), float(made["threshold"]), made["level"], made["remedy"])
+                for made in json.loads(path.read_text(encoding="utf-8"))
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged ({error!r}); write it again: robusthash check {self.path}") from None
 
     def load_model(self) -> tuple[Hasher, HashObjective]:
         """The trained hasher (eval mode, CPU) and its objective.

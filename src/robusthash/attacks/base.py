@@ -67,8 +67,9 @@ class Search(Protocol):
     """Ascends a score inside a threat. Per item: no step of one query may depend on another.
 
     A search of edits instead of steps says so by a class attribute ``edits = True``, one that compares scores of
-    different steps by ``steady = True``. One that must look inside what it differentiates offers
-    ``looking(victim) -> Search``, and one whose budget is made for a victim ``bound(threat, victim, data) -> Threat``.
+    different steps by ``steady = True``, one that needs no gradient by ``by_gradient = False``. One that must look
+    inside what it differentiates offers ``looking(victim) -> Search``, and one whose budget is made for a victim
+    ``bound(threat, victim, data) -> Threat``.
     """
 
     def __call__(

@@ -127,6 +127,7 @@ class ExactFlips:
 
     exchanges: int = 2
     edits: ClassVar[bool] = True
+    by_gradient: ClassVar[bool] = False
 
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Inputs | None

@@ -276,14 +276,16 @@ def automatic_name(balls: Mapping[str, Budget]) -> str:
 
 
 def _named(modality: str, ball: Budget) -> str:
-    """``img-linf-8`` (of 255), ``img-l2-0.5``, ``txt-linf-0.05``, ``txt-bow-3``, ``txt-token-2``."""
+    """``img-linf-8`` (of 255), ``txt-linf-0.05``, ``txt-linf-0.05 in [-1.5, 2]``, ``txt-bow-3``, ``txt-token-2``."""
     short = {"image": "img", "text": "txt"}.get(modality, modality)
     if isinstance(ball, Edits):
         return f"{short}-bow-{ball.count}"
     if isinstance(ball, Swaps):
         return f"{short}-token-{ball.count}"
     size = ball.eps * 255 if modality == "image" and ball.norm == "linf" else ball.eps
-    return f"{short}-{ball.norm}-{size:g}"
+    low, high = ball.bounds
+    within = "" if (low, high) == (0.0, 1.0) else f" in [{low:g}, {high:g}]"  # another range is another threat
+    return f"{short}-{ball.norm}-{size:g}{within}"
 
 
 def _budget(settings: Mapping[str, Any]) -> Budget:

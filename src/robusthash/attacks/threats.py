@@ -48,9 +48,13 @@ def img_l2(knowledge: Knowledge = "W1", pixels: tuple[int, int] = (32, 32)) -> T
     return image_threat(L2_AT_32 * math.sqrt(pixels[0] * pixels[1]) / 32, "l2", knowledge)
 
 
-def image_ball(norm: Norm, eps: float | None, pixels: tuple[int, int], knowledge: Knowledge = "W1") -> Threat:
-    """An image threat by norm and budget, by default the customary one: ``img-linf-8``, or ``img-l2`` at this size."""
-    if norm == "l2" and eps is None:
+def image_ball(norm: Norm, eps: float | None, pixels: tuple[int, int] | None, knowledge: Knowledge = "W1") -> Threat:
+    """An image threat by norm and budget, by default the customary one: ``img-linf-8``, or ``img-l2`` at this size.
+
+    Raises:
+        ValueError: an L2 threat without ``eps`` on features, which have no ``pixels``.
+    """
+    if norm == "l2" and eps is None and pixels is not None:
         return img_l2(knowledge, pixels)
     return threat_on("image", eps, norm, knowledge)
 
@@ -134,7 +138,8 @@ def named_threat(
     Args:
         name: ``img-linf-8``, ``img-l2``, ``txt-feat-linf``, ``txt-bow-m``, ``txt-token-m``, ``joint``, ``db-insert``,
             ``db-perturb``; ``img-linf-4`` (of 255), ``img-l2-3.5``, ``txt-linf-0.05``, ``txt-bow-5``, ``txt-token-1``;
-            ``img-linf-8+txt-linf-0.05``; ``db-insert-img-linf-4``. Every name that a threat gives itself is read.
+            ``img-linf-8+txt-linf-0.05``; ``db-insert-img-linf-4``. Every name that a threat gives itself is
+            read, but for those of a range that only the data give.
         knowledge: W2, W1, W0, B2, B1 or T; that of the catalogue by default.
         pixels: height and width of the input, for ``img-l2``.
         features: (N, V) training features, which ``txt-feat-linf`` needs.

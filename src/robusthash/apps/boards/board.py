@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 
 from robusthash.apps.evidence import accepted, lowered
-from robusthash.apps.runs import Run, RunError, load_run
+from robusthash.apps.runs import Run, load_run
 from robusthash.apps.tables import Cell, cell_of
 from robusthash.core.runtime import digest
 from robusthash.evaluation.checks_base import OF_A_SUITE
 from robusthash.evaluation.comparison import METHOD_SEEDS, Claim, Standing, claim_of, compare_all
-from robusthash.evaluation.results import EvalResult, Flag, Setting, by_bench, load_results
+from robusthash.evaluation.results import EvalResult, Flag, Setting, by_bench
 from robusthash.evaluation.robust import hrs_of
 from robusthash.evaluation.stats import hierarchical_interval
-
-ASSESSED = "assess.json"
-"""Results of a suite beside ``metrics.json``: worst cases by threat and tier."""
 
 
 @dataclass(frozen=True)
@@ -143,25 +140,19 @@ def make_boards(paths: Sequence[Path]) -> list[Board]:
 
 def _records(run: Run) -> list[Record]:
     """Every worst case of a run: of its evaluation by direction and relevance, and of every tier of the suite."""
-    path = run.path / "metrics.json"
-    assessed = run.path / ASSESSED
-    if not path.is_file() and not assessed.is_file():
-        raise RunError(f"{run.path} has not been evaluated; run 'robusthash evaluate {run.path}' first")
-    bundles, cleans, found = accepted(run), [], []
-    if path.is_file():
-        for group in by_bench({result.name: result for result in load_results(path)}).values():
-            cleans.append(group["clean"])
-            if "worst" in group:
-                parts = {name: result for name, result in group.items() if name not in ("clean", "worst")}
-                own = group["worst"]
-                found.append(Record(run, own, lowered(own, bundles), group["clean"], parts, _said(run, own)))
-    if assessed.is_file():
-        results = load_results(assessed)
-        cleans = [r for r in results if r.setting.headline in r.per_query and r.setting.threat == "none"] + cleans
-        for own in results:
-            if f"w{own.setting.headline}" in own.values:
-                clean = next((c for c in cleans if _same_queries(c.setting, own.setting)), None)
-                found.append(Record(run, own, lowered(own, bundles), clean, {}, _said(run, own)))
+    assessed = list(run.assessed().values())
+    evaluated = {} if assessed and not run.was_evaluated else run.evaluated()
+    bundles, cleans, found = accepted(run), [r for r in assessed if r.setting.threat == "none"], list[Record]()
+    for group in by_bench(evaluated).values():
+        cleans.append(group["clean"])
+        if "worst" in group:
+            parts = {name: result for name, result in group.items() if name not in ("clean", "worst")}
+            own = group["worst"]
+            found.append(Record(run, own, lowered(own, bundles), group["clean"], parts, _said(run, own)))
+    for own in assessed:
+        if f"w{own.setting.headline}" in own.values:
+            clean = next((c for c in cleans if _same_queries(c.setting, own.setting)), None)
+            found.append(Record(run, own, lowered(own, bundles), clean, {}, _said(run, own)))
     return found
 
 

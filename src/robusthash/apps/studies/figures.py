@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robusthash.apps.runs import Run, RunError
+from robusthash.apps.runs import Run
 from robusthash.apps.studies.attribution import ATTRIBUTION, labelled, load_attributions
 from robusthash.apps.studies.curves import log_curves, values_of
 from robusthash.apps.studies.plots import (
@@ -26,9 +26,8 @@ from robusthash.apps.studies.plots import (
 from robusthash.apps.studies.sweep import SweepRow
 from robusthash.apps.tables import Row, bench_of, headline_of, make_rows, seeds_by_row
 from robusthash.evaluation.frequency import BandAttribution
-from robusthash.evaluation.results import EvalResult, by_bench, load_results
+from robusthash.evaluation.results import EvalResult, by_bench
 
-ASSESSED = "assess.json"
 Drawn = list[Path]
 
 
@@ -47,9 +46,6 @@ def draw_runs(paths: Sequence[Path], out: Path) -> tuple[Drawn, list[str]]:
         ValueError: runs that no table may hold together.
     """
     require_matplotlib()
-    for path in paths:
-        if not (path / "metrics.json").is_file():
-            raise RunError(f"{path} has not been evaluated; run 'robusthash evaluate {path}' first")
     rows = make_rows(paths)
     by_name = seeds_by_row(paths)
     results = {name: [run.evaluated() for run in runs] for name, runs in by_name.items()}
@@ -63,7 +59,7 @@ def draw_runs(paths: Sequence[Path], out: Path) -> tuple[Drawn, list[str]]:
     for bench in rows[0].chance:
         drawn += _tables(rows, results, bench, out)
         drawn += _precision_recall(results, bench, out)
-    drawn += _budgets({name: [run.path / ASSESSED for run in runs] for name, runs in by_name.items()}, out)
+    drawn += _budgets(by_name, out)
     drawn += _bands_of_runs(paths, out)
     return drawn + _losses(by_name, out), notes
 
@@ -143,12 +139,12 @@ def _spanned(name: str, x: Tensor, seeds: Sequence[Tensor]) -> Line:
     return Line(name, x.tolist(), values.mean(0).tolist(), *band)
 
 
-def _budgets(paths: Mapping[str, Sequence[Path]], out: Path) -> Drawn:
+def _budgets(by_name: Mapping[str, Sequence[Run]], out: Path) -> Drawn:
     """Curves over budgets of assessed runs: each with an ``eps`` axis, in units of 1/255; bands span the seeds."""
     found: dict[tuple[str, str], dict[str, list[dict[str, Tensor]]]] = {}
-    for name, files in paths.items():
-        for path in files:
-            for result in load_results(path) if path.is_file() else ():
+    for name, runs in by_name.items():
+        for run in runs:
+            for result in run.assessed().values():
                 for curve in (axes for axes in result.curves.values() if "eps" in axes):
                     for measure in (axis for axis in curve if axis != "eps"):
                         found.setdefault((result.name, measure), {}).setdefault(name, []).append(curve)

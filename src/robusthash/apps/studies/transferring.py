@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from robusthash.apps.runs import load_run
-from robusthash.apps.stages import Shown, load_victim, read_data, silent
+from robusthash.apps.stages import Shown, image_size, load_victim, read_data, silent
 from robusthash.attacks.threat import Norm
 from robusthash.attacks.threats import image_ball
 from robusthash.core.registry import build
@@ -93,8 +93,7 @@ def transfer_table(
     if first.runtime.threads:
         torch.set_num_threads(first.runtime.threads)
     data = {str(first.data): read_data(first, shown)}
-    sample = data[str(first.data)].query.batch(torch.arange(1)).inputs["image"]
-    threat = image_ball(norm, eps, (sample.shape[-2], sample.shape[-1]))
+    threat = image_ball(norm, eps, image_size(data[str(first.data)]))
     benches = {}
     for name, run in zip(names, runs, strict=True):
         if str(run.config.data) not in data:  # the same data may be spelled otherwise; the matrix compares content
