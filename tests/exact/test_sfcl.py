@@ -262,7 +262,7 @@ def test_the_semantic_loss_is_the_sum_of_four_likelihoods(intra: float) -> None:
                     total += math.log1p(math.exp(theta)) - similar * theta
             expected["intra" if a == b else "inter"] += (intra if a == b else 1.0) * total / 18
         expected["regularisation"] += 0.3 * float((output.code - output.code.sign()).square().mean().detach())
-    assert {name: float(value) for name, value in terms.items()} == pytest.approx(expected, rel=1e-5)
+    assert {name: float(value.detach()) for name, value in terms.items()} == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_intra_modal_term_reaches_both_modalities() -> None:
