@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import image_batch, linear_hasher
+from helpers import image_batch, linear_hasher, reference_of
 from torch import Tensor
 
 from robusthash.attacks import Attack, Ball, Threat
@@ -19,6 +19,7 @@ from robusthash.attacks.search import PGD
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Reference
+from robusthash.data import ArraySource, RetrievalData, Split
 
 DRAWS = Draws(0, ("dsarh",))
 WIDE = (-50.0, 50.0)  # toy inputs are no pixels
@@ -241,6 +242,108 @@ def test_the_printed_sign_helps_retrieval() -> None:
     assert noisy.attacked("literal_sign", 0.2) > clean + 0.01
 
 
+# --- the feature term (Eq 10)
+
+
+class Featured:
+    """A linear hash of features that are the flattened inputs, three classes, and known items of both splits."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(12)
+        self.victim = linear_hasher(torch.randn(6, 15, generator=generator) / 4)
+        splits = {}
+        for name, count in (("train", 24), ("query", 6), ("database", 18)):
+            labels = torch.eye(3)[torch.arange(count) % 3]
+            pixels = torch.randint(0, 256, (count, 3, 1, 5), generator=generator, dtype=torch.uint8)
+            source = ArraySource({"image": pixels})
+            splits[name] = Split(name, source, torch.arange(count), labels, source.hashes())
+        self.data = RetrievalData("toy", **splits, label_names=tuple("abc"))
+        self.batch = self.data.query.batch(torch.arange(6))
+        assert self.batch.labels is not None
+        self.goal = Goal(self.batch.labels, -1)
+
+    def rows(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Features of length 1 and labels, item by item."""
+        batch = split.batch(torch.arange(len(split)))
+        flat = batch.inputs["image"].flatten(1)
+        assert batch.labels is not None
+        return torch.stack([row / row.square().sum().sqrt() for row in flat]), batch.labels
+
+    def direction(self, split: Split) -> Tensor:
+        """c_i in two loops: the mean of similar features minus that of the others, halved."""
+        features, labels = self.rows(split)
+        found = []
+        for wanted in self.goal.labels:  # type: ignore[union-attr]
+            near = [f for f, other in zip(features, labels, strict=True) if float(wanted @ other) > 0]
+            far = [f for f, other in zip(features, labels, strict=True) if float(wanted @ other) == 0]
+            found.append((sum(near) / len(near) - sum(far) / len(far)) / 2)
+        return torch.stack(found)
+
+    def fitted(self, knowledge: Literal["W1", "W2"], **options: Any) -> tuple[Attack, Reference]:
+        split = self.data.train if knowledge == "W1" else self.data.database
+        reference = reference_of(self.victim, split)
+        made = dsarh(eps=0.1, steps=10, step_size=0.02, knowledge=knowledge, **options)
+        return made.fit(self.victim, self.data, reference, draws=DRAWS), reference
+
+
+@pytest.mark.parametrize("knowledge", ["W1", "W2"])
+def test_the_feature_term_is_that_of_the_known_items(knowledge: Literal["W1", "W2"]) -> None:
+    world = Featured()
+    attack, reference = world.fitted(knowledge, features=0.5)
+    score, guidance = attack.aim(world.victim, world.batch, world.goal, reference, DRAWS)
+    wanted = world.direction(world.data.train if knowledge == "W1" else world.data.database)
+    assert guidance.features is not None
+    torch.testing.assert_close(guidance.features["image"], wanted)
+    elsewhere = (world.batch.inputs["image"] + 0.03).clamp(0, 1)
+    flat = elsewhere.flatten(1)
+    with torch.no_grad():
+        code = torch.tanh(flat @ world.victim.heads["image"].weight.T)
+        value, _ = score({"image": elsewhere}, 1.0)
+    unit = flat / flat.square().sum(1, keepdim=True).sqrt()
+    expected = (code * guidance.codes).mean(1) + 0.5 * (unit * wanted).sum(1)
+    torch.testing.assert_close(value, -expected)
+    plain, _ = world.fitted(knowledge)
+    torch.testing.assert_close(
+        plain.guide(world.victim, world.batch, world.goal, reference, DRAWS).codes, guidance.codes
+    )
+
+
+def test_without_known_features_those_of_the_batch_are_compared() -> None:
+    """As in adversarial training, where an attack is not fitted."""
+    world = Featured()
+    attack, reference = dsarh(features=0.5), reference_of(world.victim, world.data.train)
+    guidance = attack.guide(world.victim, world.batch, world.goal, reference, DRAWS)
+    assert guidance.features is not None
+    torch.testing.assert_close(guidance.features["image"], world.direction(world.data.query))
+
+
+def test_the_feature_term_moves_features_away() -> None:
+    """The heavier it is, the less the attacked features agree with those of similar items."""
+    world = Featured()
+    wanted = world.direction(world.data.train)
+    agreements = []
+    for weight in (0.0, 0.5, 50.0):
+        attack, reference = world.fitted("W1", features=weight)
+        found, _ = attack.perturb(world.victim, world.batch, world.goal, reference, draws=DRAWS)
+        flat = found.inputs["image"].flatten(1)
+        agreements.append(float((flat / flat.square().sum(1, keepdim=True).sqrt() * wanted).sum(1).mean()))
+    assert agreements[0] > agreements[1] + 1e-4
+    assert agreements[1] > agreements[2] + 1e-4
+
+
+def test_without_weight_nothing_of_it_is_there() -> None:
+    made = dsarh()
+    assert made.guide == Similarity()
+    assert made.loss == Agreement()
+    world = Featured()
+    reference = reference_of(world.victim, world.data.train)
+    assert made.guide(world.victim, world.batch, world.goal, reference, DRAWS).features is None
+    with pytest.raises(ValueError, match="a direction in feature space"):
+        replace(dsarh(features=0.5), guide=Similarity()).perturb(
+            world.victim, world.batch, world.goal, reference, draws=DRAWS
+        )
+
+
 # --- options
 
 
@@ -274,6 +377,9 @@ def test_bad_options_are_refused() -> None:
         (lambda: dsarh(form="cubic"), "'cubic'"),  # type: ignore[arg-type]
         (lambda: dsarh(form="square", mode="literal_eq11"), "stands alone"),
         (lambda: dsarh(form="weighted", slope="published"), "stands alone"),
+        (lambda: dsarh(form="square", features=0.5), "stands alone"),
+        (lambda: dsarh(features=-0.5), "at least 0"),
+        (lambda: dsarh(mode="literal_sign", features=0.5), "literal mode"),
     ]
     for make, said in makers:
         with pytest.raises(ValueError, match=said):

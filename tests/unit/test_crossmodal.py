@@ -27,6 +27,7 @@ from robusthash.objectives import HashObjective
 from robusthash.training import HashingRecipe, Moment, OptimConfig, Schedule, TrainConfig, fit
 
 NAMES = ["dcmh", "dadh", "cpah", "daph"]
+CRITICS = ("dadh", "cpah")
 BITS = 16
 
 
@@ -54,8 +55,10 @@ def make_objective(name: str) -> HashObjective:
     return build("objective", {"name": name, **short.get(name, {})})
 
 
-def config(epochs: int, lr: float = 5e-3, batch_size: int = 32) -> TrainConfig:
-    optim = {"hasher": OptimConfig("adam", lr, weight_decay=0.0), "critic": OptimConfig("adam", 1e-3, momentum=0.5)}
+def config(name: str, epochs: int, lr: float = 5e-3, batch_size: int = 32) -> TrainConfig:
+    optim = {"hasher": OptimConfig("adam", lr, weight_decay=0.0)}
+    if name in CRITICS:
+        optim["critic"] = OptimConfig("adam", 1e-3, momentum=0.5)
     return TrainConfig(epochs, batch_size, optim, Schedule("constant"), device="cpu")
 
 
@@ -70,7 +73,7 @@ def mean_ap(queries: Tensor, database: Tensor, relevance: Tensor) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_learns_across_modalities(name: str, data: RetrievalData) -> None:
     hasher = make_hasher(name, data)
-    fit(HashingRecipe(hasher, make_objective(name)), data, config(14, lr=1e-2))
+    fit(HashingRecipe(hasher, make_objective(name)), data, config(name, 14, lr=1e-2))
     codes = {side: encode_split(hasher, getattr(data, side)) for side in ("query", "database")}
     signs = {side: {m: c.signs().float() for m, c in by.items()} for side, by in codes.items()}
     relevance = relevant(data.query.labels, data.database.labels)
@@ -105,7 +108,7 @@ def test_every_part_learns_at_its_time(name: str, data: RetrievalData) -> None:
     recipe = HashingRecipe(hasher, objective)
     recipe.setup(data, 0, 32)
     groups = recipe.parameter_groups()
-    assert ("critic" in groups) == (name in ("dadh", "cpah"))
+    assert ("critic" in groups) == (name in CRITICS)
     batch = data.train.batch(torch.arange(32))
     for _ in range(3):  # DAPH's heads wait for its second stage, which begins at the third epoch here
         seen = {}
@@ -130,14 +133,14 @@ def test_resumed_equals_uninterrupted(name: str, data: RetrievalData) -> None:
         return HashingRecipe(make_hasher(name, data), make_objective(name))
 
     straight, log = fresh(), MemoryLog()
-    fit(straight, data, config(3), log)
+    fit(straight, data, config(name, 3), log)
     stopped = MemoryLog(stop_after=1)
     with pytest.raises(Interrupted):
-        fit(fresh(), data, config(3), stopped)
+        fit(fresh(), data, config(name, 3), stopped)
     stopped.stop_after = None
     torch.rand(7)
     resumed = fresh()
-    fit(resumed, data, config(3), stopped)
+    fit(resumed, data, config(name, 3), stopped)
     for part, module in straight.modules().items():
         other = resumed.modules()[part].state_dict()
         for key, value in module.state_dict().items():
@@ -150,7 +153,7 @@ def test_resumed_equals_uninterrupted(name: str, data: RetrievalData) -> None:
 def test_what_is_saved_serves_an_attack(name: str, data: RetrievalData, tmp_path: Path) -> None:
     """Critics and proxies stay behind; a fresh objective takes the rest and says the same."""
     hasher, objective = make_hasher(name, data), make_objective(name)
-    fit(HashingRecipe(hasher, objective), data, config(3))
+    fit(HashingRecipe(hasher, objective), data, config(name, 3))
     kept = objective.kept()
     assert not any(key.startswith(("critics.", "classifiers.", "proxies.")) for key in kept)
     _save_weights(kept, tmp_path / "objective.safetensors")
@@ -175,7 +178,7 @@ def test_adversarial_training_on_images(name: str, data: RetrievalData) -> None:
     """The attacked outputs hold images alone, while critics and proxies know both modalities."""
     hasher = make_hasher(name, data)
     recipe = AdversarialTraining(hasher, make_objective(name), mainstay(steps=1), PlainAT())
-    lines = fit(recipe, data, config(3, batch_size=48))
+    lines = fit(recipe, data, config(name, 3, batch_size=48))
     assert any(key.startswith("robust/") for key in lines[-1])
 
 
@@ -183,14 +186,14 @@ def test_adversarial_training_on_images(name: str, data: RetrievalData) -> None:
 def test_trains_in_bf16(name: str, data: RetrievalData) -> None:
     """Gradient penalties and softmaxes stay in float32; the loop would refuse a loss that is not finite."""
     lines = fit(
-        HashingRecipe(make_hasher(name, data), make_objective(name)), data, replace(config(3), precision="bf16")
+        HashingRecipe(make_hasher(name, data), make_objective(name)), data, replace(config(name, 3), precision="bf16")
     )
     assert len(lines) == 3
 
 
 def test_end_epoch_of_dadh_is_in_the_checkpoint(data: RetrievalData) -> None:
     objective = make_objective("dadh")
-    fit(HashingRecipe(make_hasher("dadh", data), objective), data, config(1))
+    fit(HashingRecipe(make_hasher("dadh", data), objective), data, config("dadh", 1))
     assert set(objective.kept()["joint_codes"].unique().tolist()) == {-1.0, 1.0}
 
 

@@ -167,6 +167,27 @@ def test_text_keeps_its_full_weight_in_the_convex_form(pairs: RetrievalData) -> 
     assert float(pulled(0.5).abs().max()) > 0
 
 
+@pytest.mark.parametrize("outer", [DSARHOuter(0.5), DSARHOuter(1.0), DSARHOuter(1.0, "additive")])
+def test_text_parameters_learn_nothing_from_attacked_images(pairs: RetrievalData, outer: DSARHOuter) -> None:
+    """As in the paper: attacked images meet the text codes as constants, and texts meet the codes of clean images. The
+    gradient of the text net is that of plain training, the gradient of the image net is another."""
+    gradients = []
+    for used in (DSARHOuter(0.0), outer):
+        hasher = two_sided(pairs)
+        recipe = AdversarialTraining(hasher, DSARHObjective(), inner(eps=0.1, step_size=0.1), used)
+        recipe.setup(pairs, 0, 16)
+        ((_, terms),) = recipe.step(pairs.train.batch(torch.arange(16)), Moment(0, 0.0, Draws(0)))
+        torch.stack(list(terms.values())).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in hasher.named_parameters()})
+    for name, plain in gradients[0].items():
+        assert plain is not None
+        grad = gradients[1][name]
+        if ".text." in name:
+            torch.testing.assert_close(grad, plain, rtol=1e-4, atol=1e-7, msg=name)
+        else:
+            assert float((grad - plain).abs().max()) > 1e-4 * float(plain.abs().max()), name
+
+
 def test_lam_zero_is_plain_training(pairs: RetrievalData) -> None:
     left, right = two_sided(pairs), two_sided(pairs)
     robust = fit(AdversarialTraining(left, DSARHObjective(), inner(), DSARHOuter(0.0)), pairs, train_config(2))

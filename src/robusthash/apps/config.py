@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from robusthash.core.registry import check, nearest
 from robusthash.core.runtime import digest
+from robusthash.training.groups import BASE, MODALITIES, NAMES, unknown
 
 _FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+)\s*")
 _EXPONENT = re.compile(r"[+-]?\d+(?:\.\d*)?[eE][+-]?\d+")
@@ -69,10 +70,10 @@ class HasherSection(Section):
 
 
 class OptimSection(Section):
-    """One optimiser group."""
+    """One optimiser group. ``lr`` 0 freezes ``hasher`` or a part of it, BatchNorm statistics included."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Annotated[float, BeforeValidator(numbers)] = Field(0.01, gt=0)
+    lr: Annotated[float, BeforeValidator(numbers)] = Field(0.01, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: Annotated[float, BeforeValidator(numbers)] = Field(5e-4, ge=0)
 
@@ -86,14 +87,28 @@ class ScheduleSection(Section):
     gamma: float = 0.1
 
 
+def _filled(groups: Any) -> Any:
+    """Settings of parts of the hasher, each laid over those of ``hasher``."""
+    whole = groups.get(BASE, {}) if isinstance(groups, Mapping) else None
+    whole = whole.model_dump() if isinstance(whole, OptimSection) else whole
+    if not isinstance(whole, Mapping):
+        return groups  # what is wrong with it, the fields say
+    parts = {name: given for name, given in groups.items() if name in NAMES and isinstance(given, Mapping)}
+    return {**groups, **{name: {**whole, **given} for name, given in parts.items()}}
+
+
 class TrainingSection(Section):
-    """How the model is trained. A recipe says by its signature whether it needs an ``attack`` and an ``outer``."""
+    """How the model is trained. A recipe says by its signature whether it needs an ``attack`` and an ``outer``.
+
+    ``optim`` holds the settings of each optimiser group: ``hasher``, where there are any ``critic``, ``purifier``,
+    ``guide``, and if wanted parts of the hasher (``training.groups``), which take from ``hasher`` what they leave out.
+    """
 
     recipe: _component("recipe") = "hashing"  # type: ignore[valid-type]
     objective: _component("objective") = "csq"  # type: ignore[valid-type]
     outer: _component("outer") | None = None  # type: ignore[valid-type]
     attack: _component("attack") | None = None  # type: ignore[valid-type]
-    optim: dict[str, OptimSection] = {"hasher": OptimSection()}
+    optim: Annotated[dict[str, OptimSection], BeforeValidator(_filled)] = {"hasher": OptimSection()}
     schedule: ScheduleSection = ScheduleSection()
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(64, ge=1)
@@ -112,7 +127,16 @@ class TrainingSection(Section):
                 raise ValueError(f"recipe {made.name!r} needs {key!r}")
             if key not in accepted and given:
                 raise ValueError(f"recipe {made.name!r} takes no {key!r}; adversarial training is recipe: adversarial")
+        self._check_groups(getattr(made.make, "groups", None))
         return self
+
+    def _check_groups(self, groups: tuple[str, ...] | None) -> None:
+        """``optim`` against the groups that the recipe may have; which of them it has, the loop knows."""
+        for name, optim in self.optim.items():
+            if groups is not None and name not in (*groups, BASE) and not (name in NAMES and BASE in groups):
+                raise ValueError(unknown(name, [*groups, *(NAMES if BASE in groups else ())]))
+            if optim.lr == 0 and name not in (BASE, *NAMES):
+                raise ValueError(f"optim.{name}.lr is 0, which freezes parts of the hasher and no other group")
 
 
 class EvaluationSection(Section):
@@ -151,6 +175,14 @@ class Config(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     runtime: RuntimeSection = RuntimeSection()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        for name in self.training.optim:
+            modality = name.partition("-")[0]
+            if name in NAMES and modality in MODALITIES and getattr(self.hasher, modality) is None:
+                raise ValueError(f"training.optim.{name} needs hasher.{modality}, which is not set")
+        return self
 
     def model_id(self, ancestor: str = "") -> str:
         """Digest of all that makes the trained model: data, hasher, training, seed, and the run it started from."""

@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from robusthash.apps import stages
 from robusthash.apps.runs import Run
 from robusthash.attacks.base import Attack
+from robusthash.attacks.threat import Threat
 from robusthash.attacks.threats import named_threat
 from robusthash.core.registry import build
 from robusthash.evaluation.database_side import insert_items, perturb_database
 from robusthash.evaluation.results import EvalResult, save_results
+from robusthash.objectives.base import HashObjective
 
 
 def poison(
     run: Run,
     threat: str,
     *,
+    attack: Mapping[str, Any] | str | None = None,
     count: int = 10,
     k: int = 10,
     share: float = 0.1,
-    steps: int = 100,
+    steps: int | None = None,
     direction: str | None = None,
     out: Path | None = None,
     shown: stages.Shown = stages.silent,
 ) -> tuple[EvalResult, Path]:
-    """Attack the database of a run by ``guided-apgd`` and keep the result beside the run.
+    """Attack the database of a run and keep the result beside the run.
 
     Args:
         threat: ``db-insert`` or ``db-perturb``, or with another bound ``db-insert-img-linf-4``.
+        attack: of ``db-perturb``, any registered one on images, by name or settings; with its own knowledge, and where
+            the threat names no bound its own budget. By default ``guided-apgd``, which knows the database codes.
+        steps: of ``guided-apgd``, 100.
         count, k: items inserted and the ranks that count, of ``db-insert``.
         share: of the database items, of ``db-perturb``.
         direction: ``T2I``, ``I2I``; the hasher's first modality both ways by default.
-        out: where the result is written; ``poison-THREAT.json`` in the run by default.
+        out: where the result is written; by default ``poison-THREAT.json`` in the run, with the attack and the
+            direction in its name where they were given.
 
     Raises:
-        ValueError: a threat of queries, or numbers outside their range; see ``evaluation.database_side``.
+        ValueError: a threat of queries, an attack that the threat does not take, or numbers outside their range; see
+            ``evaluation.database_side``.
     """
     named = named_threat(threat)
     if named.side != "database":
@@ -46,14 +56,34 @@ def poison(
     if run.config.runtime.threads:
         torch.set_num_threads(run.config.runtime.threads)
     victim, objective = stages.load_victim(run)
-    attack: Attack = build("attack", {"name": "guided-apgd", "steps": steps}, objective=objective)
-    attack = replace(attack, threat=named)
+    chosen = _attack(threat, named, attack, steps, objective)
     bench = stages.bench_of(run, victim, stages.read_data(run.config, shown), shown, direction)
     if named.name.startswith("db-insert"):
-        result = insert_items(bench, attack, count, k, progress=shown)
+        result = insert_items(bench, chosen, count, k, progress=shown)
     else:
-        result = perturb_database(bench, attack, share, progress=shown)
-    result = stages.described(result, f"poison {named.name}", run)
-    path = run.path / f"poison-{named.name}.json" if out is None else out
+        result = perturb_database(bench, chosen, share, progress=shown)
+    title = " ".join(filter(None, (chosen.threat.name, attack and chosen.name, direction)))
+    result = stages.described(result, f"poison {title}", run)
+    path = run.path / f"poison-{title.replace(' ', '-')}.json" if out is None else out
     save_results(path, [result])
     return result, path
+
+
+def _attack(
+    threat: str, named: Threat, settings: Mapping[str, Any] | str | None, steps: int | None, objective: HashObjective
+) -> Attack:
+    """The attack that a threat of the database is carried out by, with that threat."""
+    if settings is None:
+        made: Attack = build("attack", {"name": "guided-apgd", "steps": steps or 100}, objective=objective)
+        return replace(made, threat=named)
+    if not threat.startswith("db-perturb"):
+        raise ValueError(f"{threat!r} steers items by guided-apgd; an attack can be chosen for db-perturb")
+    if steps is not None:
+        raise ValueError(f"steps are those of guided-apgd; give them with the attack: '{{name: ..., steps: {steps}}}'")
+    made = build("attack", settings, objective=objective)
+    if threat == "db-perturb":
+        own = replace(made.threat, side="database", name=f"db-perturb-{made.threat.name}")
+        return replace(made, threat=own)
+    if not isinstance(settings, str) and "eps" in settings:
+        raise ValueError(f"{threat!r} names a bound and the attack an eps; give one of them")
+    return replace(made, threat=replace(named, knowledge=made.threat.knowledge))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from robusthash.attacks.base import Attack, Loss
+from robusthash.attacks.base import Attack, Guide, Loss, Probe
 from robusthash.attacks.guides import known
 from robusthash.attacks.losses import Agreement, ObjectiveLoss
 from robusthash.attacks.named import Slope, steps_on
@@ -17,8 +18,10 @@ from robusthash.core.hamming import sign
 from robusthash.core.labels import relevant
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Batch, Goal, Guidance, Reference
-from robusthash.models.hasher import Hasher
+from robusthash.core.types import Batch, Goal, Guidance, Outputs, Reference
+from robusthash.data.base import RetrievalData
+from robusthash.data.loader import batches
+from robusthash.models.hasher import Hasher, frozen
 from robusthash.objectives.pairwise import DPH, DPSH
 
 Mode = Literal["fixed", "literal_sign", "literal_eq11", "literal_eq17"]
@@ -31,7 +34,7 @@ def signed_mean(similar: Tensor, codes: Tensor, balanced: bool) -> Tensor:
 
     Args:
         similar: (B, M) bool.
-        codes: (M, K) in {-1, +1}, or means of such.
+        codes: (M, K) in {-1, +1}, or means of such; or features (M, D) of length 1.
         balanced: (mean of the similar - mean of the others) / 2, a side without items counting nothing (Eq 5 takes the
             two expectations apart); otherwise sum_j s_ij R_j / M with s in {-1, +1}, as the equations are printed.
 
@@ -111,6 +114,67 @@ def _own_code(victim: Hasher, batch: Batch) -> Tensor:
         return sign(torch.stack([output.relaxed() for output in victim(batch.inputs).values()]).mean(0))
 
 
+@dataclass(frozen=True, eq=False)
+class FeatureSimilarity:
+    """DSARH's direction among codes and among features: c_i = signed mean of the known items' f_j / |f_j| (Eq 10).
+
+    f are the features that the hash head takes. The known items are those whose codes are known: training (W1) or
+    database items (W2), encoded by ``fitted``. Before that, as in adversarial training, where features move with every
+    step, they are the clean items of the batch.
+    """
+
+    codes: Similarity
+    knowledge: Knowledge
+    bank: dict[str, Tensor] | None = None  # by modality (M, D), rows of length 1
+    labels: Tensor | None = None  # (M, C)
+
+    def fitted(self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws) -> Guide:
+        """The guide with the features of the known items."""
+        split = data.train if self.knowledge == "W1" else data.database
+        rows: dict[str, list[Tensor]] = {}
+        with frozen(victim), torch.no_grad():
+            for batch in batches(split, 256, modalities=victim.modalities):
+                for name, values in _unit_features(victim(batch.to(victim.device).inputs)).items():
+                    rows.setdefault(name, []).append(values)
+        labels = None if split.labels is None else split.labels.to(victim.device)
+        return replace(self, bank={name: torch.cat(parts) for name, parts in rows.items()}, labels=labels)
+
+    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+        guidance = self.codes(victim, batch, goal, reference, draws)
+        bank, labels = self.bank, self.labels
+        if bank is None:
+            with torch.no_grad():
+                bank, labels = _unit_features(victim(batch.inputs)), batch.labels
+        if labels is None or goal.labels is None:
+            raise ValueError("the feature term compares labelled items, and these have no labels")
+        similar = relevant(goal.labels, labels)
+        features = {name: signed_mean(similar, bank[name], self.codes.balanced) for name in batch.inputs}
+        return replace(guidance, features=features)
+
+
+def _unit_features(outputs: Outputs) -> dict[str, Tensor]:
+    """f / |f| by modality, (B, D)."""
+    return {name: normalize(output.features.float().flatten(1)) for name, output in outputs.items()}
+
+
+@dataclass(frozen=True)
+class FeatureAgreement:
+    """(1/K) h . a + weight * f / |f| . c, the second averaged over the attacked modalities (Eq 10, its sign mended).
+
+    Args:
+        weight: of the feature term, at least 0.
+    """
+
+    weight: float
+
+    def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
+        if guidance.features is None:
+            raise ValueError("this loss needs a direction in feature space; use the guide of 'dsarh' with features")
+        wanted = guidance.features
+        terms = [(values * wanted[name]).sum(1) for name, values in _unit_features(probe.outputs).items()]
+        return Agreement()(probe, guidance) + self.weight * torch.stack(terms).mean(0)
+
+
 def _loss(form: str) -> Loss:
     if form == "linear":
         return Agreement()
@@ -132,6 +196,7 @@ def dsarh(
     form: Literal["linear", "weighted", "square"] = "linear",
     knowledge: Knowledge = "W1",
     random_start: bool = False,
+    features: float = 0.0,
 ) -> Attack:
     """DSARH: sign steps of 2/255 against the signed mean of the known codes. 1, 3 or 10 steps in its training.
 
@@ -144,17 +209,23 @@ def dsarh(
             form, which turns round where |<h, R_j>| > K would begin and so never does with tanh. The last two compare
             with all codes known and with alpha = 1.
         knowledge: training codes (W1) or database codes (W2); the paper does not say.
+        features: weight of the feature term (Eq 10), f / |f| . c with c the signed mean of the features of known items
+            of the same modality, normalised; see ``FeatureSimilarity``. 0 leaves it out; 0.5 weighs it half as much.
 
-    Differs: the signs and factors of the printed updates are repaired; the optional feature term (Eq 10) is not built.
+    Differs: the signs and factors of the printed updates are repaired. The feature term compares a modality with
+    itself, since features of images and texts need not have one width, and takes the features before the hash head.
     """
-    if form != "linear" and (mode != "fixed" or codes != "all" or slope != "one"):
-        raise ValueError(f"form {form!r} stands alone: leave mode 'fixed', codes 'all' and slope 'one'")
+    if form != "linear" and (mode != "fixed" or codes != "all" or slope != "one" or features):
+        raise ValueError(f"form {form!r} stands alone: leave mode 'fixed', codes 'all', slope 'one' and features 0")
+    if features < 0 or (features and mode != "fixed"):
+        raise ValueError(f"features must be at least 0, and 0 with a literal mode, got {features:g} in mode {mode!r}")
     size = 2 / 255 if step_size is None and modality != "text" else step_size
     search = steps_on(modality, steps, size, random_start)
+    guide = Similarity(mode, balanced, codes)
     return Attack(
         "dsarh",
-        Similarity(mode, balanced, codes),
-        _loss(form),
+        FeatureSimilarity(guide, knowledge) if features else guide,
+        FeatureAgreement(features) if features else _loss(form),
         search,
         threat_on(modality, eps, knowledge=knowledge),
         slope,

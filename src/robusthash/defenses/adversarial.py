@@ -68,6 +68,8 @@ class AdversarialTraining(Recipe):
         warmup: share of training over which eps grows from 0 to its full size (SFCL).
     """
 
+    groups = ("hasher", "critic", "guide")
+
     def __init__(
         self, hasher: Hasher, objective: HashObjective, attack: Attack, outer: Outer, warmup: float = 0.0
     ) -> None:

@@ -49,6 +49,8 @@ class Asymmetric(Recipe):
     Differs: V is solved on clean outputs only. The passes over a sample are shuffled together.
     """
 
+    groups = ("hasher", "guide")
+
     def __init__(
         self,
         hasher: Hasher,

@@ -93,6 +93,8 @@ class Regenerate(Recipe):
     Differs: the terms of the classification are averaged; see the functions above for the repaired equations.
     """
 
+    groups = ("purifier", "critic")
+
     def __init__(
         self,
         hasher: Hasher,

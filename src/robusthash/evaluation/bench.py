@@ -103,24 +103,27 @@ class Bench:
         codes = {m: encode_split(hasher, split, batch_size=size, modality=m)[m] for m in modalities}
         return Reference({m: c.signs().float() for m, c in codes.items()}, split.labels).to(self.victim.device)
 
-    def known(self, attack: Attack) -> Reference | None:
+    def known(self, attack: Attack, pairs: bool = False) -> Reference | None:
         """What the threat lets the attacker know: database codes (W2), training codes (W1) or nothing (W0).
 
         They are those of the modality that is searched. A joint attack is told those of both modalities, so that it
         makes one and the same pair of image and text, whichever direction it is then scored in.
+
+        Args:
+            pairs: codes of both modalities for every attack.
         """
         knowledge = attack.threat.knowledge
         if knowledge == "W0":
             return None
         if knowledge in ("W1", "W2"):
-            if len(attack.threat.balls) > 1:
+            if pairs or len(attack.threat.balls) > 1:
                 return self._training_pairs if knowledge == "W1" else self._searched_pairs
             return self._training if knowledge == "W1" else self._searched
         raise ValueError(f"a {knowledge} attacker holds no weights; {attack.name!r} needs W0, W1 or W2")
 
-    def fitted(self, attack: Attack) -> Attack:
+    def fitted(self, attack: Attack, pairs: bool = False) -> Attack:
         """The attack, its learning parts trained on this victim: once a bench, before the first block."""
-        return attack.fit(self.victim, self.data, self.known(attack), draws=Draws(self.seed, ("fit",)))
+        return attack.fit(self.victim, self.data, self.known(attack, pairs), draws=Draws(self.seed, ("fit",)))
 
     def select(self, labels: Tensor, sign: int) -> Select:
         """Exact expected AP over the database from the adversary's side, for points of one batch."""

@@ -36,10 +36,11 @@ def perturb_database(bench: Bench, attack: Attack, share: float = 0.1, *, progre
 
     Of N items round(share * N), at least one, are drawn by the bench's seed. Each is attacked away from its own labels;
     where the attack selects, it keeps the point whose code, asked as a query, has the lowest exact AP. In the direction
-    T2I this is what "text queries under image attack" means.
+    T2I this is what "text queries under image attack" means; an attacker who knows codes there knows those of images
+    and texts, since it is texts that ask.
 
     Args:
-        attack: untargeted, on the searched modality alone, such as ``guided-apgd``.
+        attack: untargeted, on the searched modality alone, such as ``guided-apgd`` or ``dsarh``.
         share: of the database, in (0, 1].
 
     Returns:
@@ -56,8 +57,9 @@ def perturb_database(bench: Bench, attack: Attack, share: float = 0.1, *, progre
         raise ValueError(f"{attack.name!r} is targeted; items are attacked away from their own labels")
     _check(bench, attack)
     started = time.perf_counter()
-    attack = bench.fitted(attack)
-    known, draws = bench.known(attack), Draws(bench.seed, ("db-perturb",))
+    across = bench.direction[0] != bench.direction[1]
+    attack = bench.fitted(attack, across)
+    known, draws = bench.known(attack, across), Draws(bench.seed, ("db-perturb",))
     count = max(1, round(share * len(bench.database)))
     chosen = torch.randperm(len(bench.database), generator=draws.generator())[:count].sort().values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -61,6 +61,8 @@ class Hasher(nn.Module):
         self.bits = bits.pop()
         self.spec = dict(spec or {})
         self.declared = declared
+        self._frozen: list[nn.Parameter] = []  # these two in lists, so that they are not registered a second time
+        self._still: list[nn.Module] = []
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -71,6 +73,30 @@ class Hasher(nn.Module):
         """That of the weights; the CPU where there are none, as in a perceptual hash."""
         held = next(chain(self.parameters(), self.buffers()), None)
         return torch.device("cpu") if held is None else held.device
+
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Hold these parameters in training: no gradient, and modules that hold no others stay in eval mode, so that
+        BatchNorm keeps its statistics and dropout is off. What an earlier call froze and this one does not, learns.
+        """
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        still = {id(parameter) for parameter in self._frozen}
+        self._still = []
+        for module in self.modules():
+            held = list(module.parameters())
+            if held and module is not self and all(id(parameter) in still for parameter in held):
+                self._still.append(module)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Hasher:
+        """The mode of every module, but what is frozen stays in eval mode."""
+        super().train(mode)
+        for module in self._still:
+            module.eval()
+        return self
 
     def bare(self) -> Hasher:
         """The same encoders and heads without the purifiers: what an oblivious attack differentiates."""

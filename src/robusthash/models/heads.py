@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -58,12 +60,26 @@ class BatchNormHead(nn.Module):
 
 @register("head", "mlp")
 class MLPHead(nn.Module):
-    """Two linear layers with ReLU between and tanh: the hash layer of SFCL and DSARH, ``hidden`` 512."""
+    """Linear layers with ReLU between and tanh: the hash layer of SFCL and DSARH.
 
-    def __init__(self, width: int, bits: int, hidden: int = 512) -> None:
+    Args:
+        hidden: width of the hidden layer, 512 in both papers, or the widths of several. DSARH's image net after the
+            convolutions, 4096-512, is ``[4096, 512]``; after an AlexNet up to its second layer of 4096, 512.
+
+    Raises:
+        ValueError: no hidden layer (that is the head ``tanh``), or one without a unit.
+    """
+
+    def __init__(self, width: int, bits: int, hidden: int | Sequence[int] = 512) -> None:
         super().__init__()
+        hidden = [hidden] if isinstance(hidden, int) else list(hidden)
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"hidden must be one or several widths of at least 1, got {hidden}; without, use 'tanh'")
         self.bits = bits
-        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, bits))
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip((width, *hidden), hidden, strict=False):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden[-1], bits))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
         logits = self.layers(features)

@@ -13,6 +13,7 @@ from robusthash.core.runtime import Draws, choose_device, precision, seed_everyt
 from robusthash.data.base import RetrievalData
 from robusthash.data.loader import batches
 from robusthash.data.transforms import augment
+from robusthash.training.groups import divided
 from robusthash.training.recipe import FIGURES, Moment, Recipe
 
 
@@ -23,7 +24,7 @@ def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """One optimiser group.
+    """One optimiser group; ``lr`` 0 freezes a part of the hasher.
 
     Raises:
         ValueError: an unknown optimiser.
@@ -121,16 +122,20 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
     Raises:
         FloatingPointError: a loss that is NaN or infinite, with epoch, step and terms.
         KeyError: an optimiser group that the configuration does not know.
+        ValueError: settings of a group that the recipe does not have.
     """
     device = choose_device(config.device)
     seed_everything(config.seed)
     recipe.hasher.to(device)
     recipe.setup(data, config.seed, config.batch_size)
-    groups = recipe.parameter_groups()
-    missing = sorted(set(groups) - set(config.optim))
-    if missing:
-        raise KeyError(f"no optimiser settings for group {missing[0]!r}; add training.optim.{missing[0]}")
-    optimisers = {name: config.optim[name].make(parameters) for name, parameters in groups.items()}
+    rates = {name: optim.lr for name, optim in config.optim.items()}
+    groups, still = divided(recipe.hasher, recipe.parameter_groups(), rates)
+    recipe.hasher.freeze(still)
+    optimisers = {
+        name: config.optim[name].make(parameters)
+        for group in groups.values()
+        for name, parameters in group.shares.items()
+    }
     first, lines = _resume(recipe, optimisers, run)
     draws = Draws(config.seed, ("train",))
 
@@ -164,15 +169,17 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
                             f"loss of {group!r} is not finite at epoch {epoch}, step {step}: {values}; "
                             "lower the learning rate"
                         )
-                    optimiser = optimisers[group]
-                    optimiser.zero_grad(set_to_none=True)
+                    stepped = {name: optimisers[name] for name in groups[group].shares}
+                    for optimiser in stepped.values():
+                        optimiser.zero_grad(set_to_none=True)
                     loss.backward()
                     if config.clip:
-                        torch.nn.utils.clip_grad_norm_(groups[group], config.clip)
+                        torch.nn.utils.clip_grad_norm_(groups[group].parameters, config.clip)
                     rate = config.optim[group].lr * factor
-                    for parameters in optimiser.param_groups:
-                        parameters["lr"] = rate
-                    optimiser.step()
+                    for name, optimiser in stepped.items():
+                        for parameters in optimiser.param_groups:
+                            parameters["lr"] = config.optim[name].lr * factor
+                        optimiser.step()
             if run is not None:
                 run.progress(epoch * steps + step + 1, config.epochs * steps, f"epoch {epoch + 1}/{config.epochs}")
         recipe.end_epoch(epoch)
@@ -182,6 +189,7 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
         if run is not None:
             run.log(lines[-1])
             run.checkpoint(_state(recipe, optimisers, epoch + 1, lines))
+    recipe.hasher.freeze([])
     recipe.hasher.eval()
     return lines
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ class Moment:
 class Recipe(ABC):
     """Interface: one way to train. The loop owns optimisers and checkpoints; the recipe owns modes and losses."""
 
+    groups: ClassVar[tuple[str, ...] | None] = None
+    """The optimiser groups that it may have, so that a recipe file can be checked when it is read; None is not told."""
+
     hasher: Hasher
 
     @abstractmethod
@@ -42,7 +46,8 @@ class Recipe(ABC):
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by optimiser group: ``hasher``, and where there are any ``critic``, ``purifier``, ``guide``."""
+        """Parameters by optimiser group: ``hasher``, and where there are any ``critic``, ``purifier``, ``guide``. Parts
+        of ``hasher`` with settings of their own are told apart by the loop."""
 
     @abstractmethod
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
@@ -99,6 +104,8 @@ def fill_memory(memory: CodeMemory, hasher: Hasher, split: Split, batch_size: in
 @register("recipe", "hashing", state="measured")
 class HashingRecipe(Recipe):
     """Train a hasher on its objective, undefended."""
+
+    groups = ("hasher", "critic")
 
     def __init__(self, hasher: Hasher, objective: HashObjective) -> None:
         self.hasher = hasher

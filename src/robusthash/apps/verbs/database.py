@@ -14,15 +14,19 @@ from robusthash.apps.verbs.terminal import AsJson, RunPath, print_json, print_ta
 def poison(
     run: RunPath,
     threat: Annotated[str, typer.Option(help="db-insert or db-perturb; db-insert-img-linf-4 for another bound.")],
+    attack: Annotated[str | None, typer.Option(help="Attack of db-perturb, as YAML or by name: dsarh.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Items put in, of db-insert.")] = 10,
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="Ranks that count, of db-insert.")] = 10,
     share: Annotated[float, typer.Option(help="Share of the database items that is changed, of db-perturb.")] = 0.1,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of guided-apgd.")] = 100,
+    steps: Annotated[int | None, typer.Option(min=2, help="Steps of guided-apgd, 100.")] = None,
     direction: Annotated[str | None, typer.Option(help="I2I or T2I; the hasher's first modality by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result here (.json) instead of into the run.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack the database of a run: insert items to be found often, or change items to be found no more."""
+    import yaml
+
+    from robusthash.apps.config import numbers
     from robusthash.apps.poisoning import poison as poison_run
     from robusthash.apps.runs import load_run
 
@@ -32,6 +36,7 @@ def poison(
         result, path = poison_run(
             load_run(run),
             threat,
+            attack=None if attack is None else numbers(yaml.safe_load(attack)),
             count=count,
             k=k,
             share=share,
