@@ -13,6 +13,7 @@ from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.threat import image_threat
 from robusthash.data import RetrievalData
+from robusthash.data.splits import stable_subset
 from robusthash.evaluation import make_bench, score_attack, score_clean, worst
 from robusthash.evaluation.attacked import Attacked, attack_block
 from robusthash.evaluation.evaluate import attack_all
@@ -159,7 +160,11 @@ def test_a_direction_that_the_victim_lacks_is_refused(victim, data):
         make_bench(victim, data, direction=("text", "image"))
 
 
-def test_the_query_limit_keeps_the_first_ones(victim, data):
+def test_the_query_limit_chooses_by_content(victim, data):
     short = make_bench(victim, data, queries=10)
+    chosen = stable_subset(data.query, 10)
     assert len(short.queries) == 10
-    assert torch.equal(short.query_labels, data.query.labels[:10])
+    assert torch.equal(short.query_labels, data.query.labels[chosen])
+    assert torch.equal(short.query.packed, make_bench(victim, data).query.packed[chosen])
+    with pytest.raises(ValueError, match="at least one query, got 0"):
+        make_bench(victim, data, queries=0)

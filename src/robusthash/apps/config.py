@@ -165,7 +165,7 @@ class EvaluationSection(Section):
     identity: list[_component("attack")] = []  # type: ignore[valid-type]  # purifiers' gradients taken to be the identity
     directions: list[Literal["I2I", "I2T", "T2I", "T2T"]] | None = None  # the hasher's first modality both ways
     relevance: list[str] = ["own"]
-    queries: int | None = Field(None, ge=1)  # the first this many queries; all by default
+    queries: int | None = Field(None, ge=1)  # chosen by content as in `assess`; all by default
     batch_size: int = Field(250, ge=1)
     seed: int = 0
 

@@ -50,6 +50,7 @@ def evaluate(
     """Evaluate a victim clean, or under one attack.
 
     Args:
+        queries: so many of the queries, chosen by content as everywhere; all by default.
         attack: None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted ones hold
             the same names with ``t-`` for the target labels and the plain names for the original labels.
         victim_for_gradients: what the attack differentiates, the victim itself by default.
@@ -334,6 +335,7 @@ def setting_of(bench: Bench, attack: Described | None = None) -> Setting:
         seeds=(bench.seed,),
         digests={"database": bench.data.database.fingerprint(), "queries": bench.queries.fingerprint()},
         defense=bench.victim.declared,
+        chosen=bench.chosen,
     )
 
 

@@ -21,7 +21,7 @@ from robusthash.attacks.threat import Threat
 from robusthash.core.files import json_text, write_all_aside
 from robusthash.core.types import Batch
 from robusthash.evaluation.attacked import Attacked, Trial, finish, in_eight_bits
-from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.bench import Bench, by_content
 from robusthash.evaluation.bundles import SCHEMA, Bundle, Manifest, ThreatRecord, read_bundle, sha256_of
 from robusthash.evaluation.evaluate import score_attack, setting_of
 from robusthash.evaluation.results import EvalResult
@@ -163,12 +163,12 @@ def disagreements(own: EvalResult, bundle: EvalResult) -> list[str]:
 def on_queries(result: EvalResult, bench: Bench, positions: Tensor) -> EvalResult:
     """The result of a verified bundle on some of the queries of its bench, as a suite chooses them."""
     per_query = {name: values[positions] for name, values in result.per_query.items()}
-    few = setting_of(bench.at(positions))
+    few = setting_of(bench.at(positions, by_content(len(positions), bench.data.query)))
     digests = {**result.setting.digests, "queries": few.digests["queries"]}
     return replace(
         result,
         name=f"{result.name}, {len(positions)} queries",
-        setting=replace(result.setting, queries=few.queries, digests=digests),
+        setting=replace(result.setting, queries=few.queries, digests=digests, chosen=few.chosen),
         values={n: float(per_query[n].nan_to_num(0.0).mean()) for n in result.values if n in per_query},
         per_query=per_query,
         interval=intervals(per_query),

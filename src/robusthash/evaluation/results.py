@@ -60,6 +60,12 @@ class Setting:
     defense: str = ""
     training_attack: str = ""
     software: dict[str, str] = field(default_factory=software_versions)
+    chosen: str = ""  # "all", "200 of 1000 by content" or "given"; "" of results that do not say it
+
+    @property
+    def asked(self) -> str:
+        """The queries, and how they were chosen where that is known."""
+        return f"{self.queries}, {self.chosen}" if self.chosen else self.queries
 
     @property
     def headline(self) -> str:
@@ -67,12 +73,15 @@ class Setting:
         return "MAP" if self.protocol["k"] is None else f"MAP@{self.protocol['k']}"
 
     def differs(self, other: Setting) -> list[str]:
-        """Names of the fields in which two settings differ, apart from those of the model and the software."""
+        """Names of the fields in which two settings differ, apart from those of the model and the software.
+
+        How queries were chosen is none of them: the digest of the queries says whether they are the same.
+        """
         own, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         found = [
             name
             for name in own
-            if name not in (*_OF_THE_MODEL, "software", "digests", "protocol") and own[name] != theirs[name]
+            if name not in (*_OF_THE_MODEL, "software", "chosen", "digests", "protocol") and own[name] != theirs[name]
         ]
         for group, skipped in (("protocol", ()), ("digests", _DIGESTS_OF_THE_MODEL)):
             keys = sorted({*own[group], *theirs[group]} - set(skipped))

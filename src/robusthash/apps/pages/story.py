@@ -32,7 +32,7 @@ TONES: dict[str, Tone] = {"undefended": "a", "saat": "b"}
 
 @dataclass(frozen=True)
 class Curve:
-    """AP of the first queries at each budget, under one attack and every smaller budget."""
+    """AP of some queries at each budget, under one attack and every smaller budget."""
 
     attack: str
     eps: tuple[int, ...]  # of 255

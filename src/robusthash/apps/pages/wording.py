@@ -60,7 +60,7 @@ def setting_facts(result: EvalResult, results: Mapping[str, EvalResult]) -> Mark
     protocol = {key: value for key, value in setting.protocol.items() if key not in ("measures", "directions")}
     directions = dict.fromkeys(found.setting.direction for found in results.values())
     pairs: list[tuple[Child, Child]] = [
-        ("queries", setting.queries),
+        ("queries", setting.asked),
         ("database", setting.database),
         ("direction, bits", f"{', '.join(directions)}, {setting.bits} bits"),
         ("protocol", ", ".join(f"{key} {short(value)}" for key, value in protocol.items())),
