@@ -168,8 +168,10 @@ def worst(
     for name in ap_names(clean.per_query):
         found = lowest(name)
         values[f"w{name}"], per_query[f"w{name}"] = found.mean, found.values
-    eight_bit = lowest(headline, "/8bit")
-    values[f"w{headline}/8bit"], per_query[f"w{headline}/8bit"] = eight_bit.mean, eight_bit.values
+    words = untargeted and all(f"{headline}/rounded" in result.per_query for result in untargeted.values())
+    for ending in ("/8bit", "/rounded") if words else ("/8bit",):
+        stored = lowest(headline, ending)
+        values[f"w{headline}{ending}"], per_query[f"w{headline}{ending}"] = stored.mean, stored.values
 
     found = lowest(headline)
     chance = torch.full_like(found.values, clean.reference["chance"])
@@ -218,24 +220,27 @@ def ap_alone(bench: Bench) -> Bench:
 
 
 def score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
-    """MAP and its kin under attack, what rounding to eight bits leaves of it, flips, drop and ASR."""
+    """MAP and its kin under attack, what rounding to eight bits or whole words leaves of it, flips, drop and ASR."""
     headline, lean = bench.protocol.headline, ap_alone(bench)
     clean = measure_codes(lean, bench.query, bench.query_labels)
     codes = as_codes(attacked.signs[:, 0])
     measured = measure_codes(bench, codes, bench.query_labels)
-    rounded = measure_codes(lean, as_codes(attacked.eight_bit[:, 0]), bench.query_labels)
+    stored = {
+        f"{headline}{ending}": measure_codes(lean, as_codes(signs[:, 0]), bench.query_labels)
+        for ending, signs in attacked.stored.items()
+    }
     before, after = clean.per_query[headline], measured.per_query[headline]
     drop, _ = ap_drop(before, after)
     success = success_rate(before, after)
     per_query = {
         **measured.per_query,
-        f"{headline}/8bit": rounded.per_query[headline],
+        **{name: rounded.per_query[headline] for name, rounded in stored.items()},
         "flips": flips(bench.query, codes).to(torch.float64),
         "drop": drop,
     }
     values = {
         **measured.values,
-        f"{headline}/8bit": rounded.values[headline],
+        **{name: rounded.values[headline] for name, rounded in stored.items()},
         "flips": float(per_query["flips"].mean()),
         "drop": float(drop.nanmean()),
         "ASR": success.rate,
@@ -277,8 +282,9 @@ def score_targeted(bench: Bench, attacked: Attacked) -> EvalResult:
             rounds.setdefault(name, []).append(column)
         clean = Codes(bench.query.packed[asked], bench.query.bits, torch.arange(len(asked)))
         rounds.setdefault("base", []).append(measure_codes(bench, clean, wanted).per_query[headline])
-        rounded = measure_codes(bench, as_codes(attacked.eight_bit[asked, number]), wanted)
-        rounds.setdefault(f"t-{headline}/8bit", []).append(rounded.per_query[headline])
+        for ending, signs in attacked.stored.items():
+            rounded = measure_codes(bench, as_codes(signs[asked, number]), wanted)
+            rounds.setdefault(f"t-{headline}{ending}", []).append(rounded.per_query[headline])
         for name, value in _representative(bench, attacked.representative[asked, number], wanted).items():
             representative.setdefault(f"t-{name}", []).append(value)
         chance += reached.reference["chance"] / targets.shape[1]

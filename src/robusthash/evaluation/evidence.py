@@ -73,7 +73,6 @@ def export(
     if len(where) != len(inputs) or len(set(where.tolist())) != len(where):
         raise ValueError(f"{len(inputs)} inputs for {len(where)} positions, which must differ from each other")
     result = _score(bench, threat, where, inputs.numpy(), None, attack, budget)
-    headline = bench.protocol.headline
     ball = threat.balls[modality]
     clean = bench.queries.batch(where).inputs[modality]
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +100,7 @@ def export(
             queries=len(where),
             attack=attack,
             budget=budget,
-            claimed=dict(claimed or {n: result[n] for n in (headline, f"{headline}/8bit")}),
+            claimed=dict(claimed or _claimed(result)),
             tool=f"robusthash {__version__}",
             files={name: sha256_of(aside) for name, aside in zip(names, asides, strict=False)},
         )
@@ -318,6 +317,12 @@ def _positions(bundle: Bundle, bench: Bench) -> Tensor:
 
 def _codes_digest(bench: Bench) -> str:
     return hashlib.sha256(bench.database.packed.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _claimed(result: EvalResult) -> dict[str, float]:
+    """The headline, and what is left of it in eight bits and, of bags of words, in whole words."""
+    names = [f"{result.setting.headline}{ending}" for ending in ("", "/8bit", "/rounded")]
+    return {name: result[name] for name in names if name in result.values}
 
 
 def _pictures(modality: str, clean: Tensor) -> bool:

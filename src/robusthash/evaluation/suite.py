@@ -184,10 +184,11 @@ def assess(
 ) -> EvalResult:
     """The worst case of each query over the clean input and every line and restart of a suite.
 
-    The result holds ``wMAP`` with its interval (and so for every AP of the protocol), ``wMAP/8bit``, ``HRS``, and where
-    lines are targeted ``t-MAP``, ``gain``, ``t-ASR``, ``TR`` and the ``collateral MAP``. ``attacks`` says of each line
-    its MAP, its unique wins, how far towards the searched floor it came, ASR, flips and cost; ``winner`` names the line
-    and restart of each query; ``reference`` has chance, least, floor and clean.
+    The result holds ``wMAP`` with its interval (and so for every AP of the protocol), ``wMAP/8bit`` and of bags of
+    words ``wMAP/rounded``, ``HRS``, and where lines are targeted ``t-MAP``, ``gain``, ``t-ASR``, ``TR`` and the
+    ``collateral MAP``. ``attacks`` says of each line its MAP, its unique wins, how far towards the searched floor it
+    came, ASR, flips and cost; ``winner`` names the line and restart of each query; ``reference`` has chance, least,
+    floor and clean.
 
     A victim that declares itself ``randomised`` is scored by the mean AP over fresh draws of its noise, other draws
     than those by which the worst is chosen.

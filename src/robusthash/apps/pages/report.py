@@ -12,7 +12,7 @@ from robusthash.apps.pages.branches import branches_section
 from robusthash.apps.pages.charts import TONES, UNIT, Axis, Dot, Series, Tone, dot_chart, line_chart
 from robusthash.apps.pages.html import Child, Markup, tag
 from robusthash.apps.pages.suite import doubt_line, suite_sections
-from robusthash.apps.pages.wording import notes, number, setting_facts, short, span, with_span
+from robusthash.apps.pages.wording import ROUNDING, notes, number, setting_facts, short, span, stored_as, with_span
 from robusthash.apps.runs import Run
 from robusthash.core.files import write_aside
 from robusthash.evaluation.results import EvalResult, Flag, by_bench
@@ -141,22 +141,21 @@ def results_table(results: Results) -> Markup:
     """Clean, every attack and the worst case: values with intervals, and what each attack spent."""
     measure = results["clean"].setting.headline
     targeted = any(f"t-{measure}" in result.values for result in results.values())
-    pixels = not results["clean"].setting.direction.startswith("T")  # texts are not stored in eight bits
-    head = ["", measure, *["of 8-bit images"] * pixels, "bits flipped", "success rate", *[f"t-{measure}"] * targeted]
+    ending, stored = stored_as(results.values())
+    head = ["", measure, *[f"of {stored}"] * bool(stored), "bits flipped", "success rate", *[f"t-{measure}"] * targeted]
     rows: list[list[Child]] = []
     for name, result in results.items():
         prefix = "w" if name == "worst" else ""
         flipped = f"{result['flips']:.1f} of {result.setting.bits}" if "flips" in result.values else "–"
         rate = result.values.get("ASR", result.values.get("t-ASR"))
         row: list[Child] = [name, with_span(result, prefix + measure)]
-        row += [with_span(result, f"{prefix}{measure}/8bit")] * pixels
+        row += [with_span(result, f"{prefix}{measure}{ending}")] * bool(stored)
         row += [flipped, "–" if rate is None else f"{rate:.0%}"]
         rows.append([*row, *([with_span(result, f"t-{measure}")] * targeted), passes(result)])
     reference = results["clean"].reference
     rows.append(["chance", number(reference["chance"]), *["–"] * (len(head) - 1)])
-    rounding = "The 8-bit column rounds the perturbation to whole grey levels. " if pixels else ""
     caption = (
-        f"Below each value its 95 % bootstrap interval over queries. {rounding}"
+        f"Below each value its 95 % bootstrap interval over queries. {ROUNDING[ending]}"
         "Success: AP at most half of clean; targeted: t-AP of at least 0.5. Passes: forward + backward "
         "passes of single queries."
     )
