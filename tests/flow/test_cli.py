@@ -333,7 +333,13 @@ def test_poison_attacks_the_database(call, trained, tmp_path):
     assert code == 0
     assert out.strip() == str(kept)
     assert "20 of 200 items" in err.replace("\n", " ")
+    chosen = "{name: dsarh, eps: 4/255, steps: 2}"
+    code, out, _ = call("poison", trained, "--threat", "db-perturb", "--attack", chosen, "--share", 1, "--json")
+    assert code == 0
+    assert json.loads(out)["threat"] == "db-perturb-img-linf-4"
+    assert (trained / "poison-db-perturb-img-linf-4-dsarh.json").is_file()
     for arguments, said in [
+        (("--threat", "db-insert", "--attack", "dsarh"), "db-perturb"),
         (("--threat", "img-linf-8"), "changes queries"),
         (("--threat", "db-insort"), "db-insert"),
         (("--threat", "db-perturb", "--share", 2), "(0, 1]"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import (
     Interrupted,
     MemoryLog,
@@ -23,6 +25,7 @@ from helpers import (
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from robusthash.apps.config import make_config
 from robusthash.attacks.dsarh import dsarh
 from robusthash.core.hamming import sign, unpack
 from robusthash.core.registry import build
@@ -393,3 +396,15 @@ def test_registered_names_make_what_they_say(data: RetrievalData) -> None:
     batch = image_batch(torch.zeros(2, 2))
     with pytest.raises(ValueError, match="labels"):
         DSARHObjective()({"image": output_of(torch.zeros(2, 8))}, batch, recipe.memory)
+
+
+def test_the_recipe_in_the_documents_can_be_read() -> None:
+    """The paper's training: its nets, two learning rates, and frozen convolutions."""
+    page = Path(__file__).parents[2] / "docs" / "methods" / "dsarh.md"
+    _, block = page.read_text().split("```yaml\n")
+    raw = {"name": "paper", "data": "ucmerced", **yaml.safe_load(block.split("```")[0])}
+    optim = make_config(raw).training.optim
+    assert (optim["hasher"].lr, optim["text"].lr) == (1e-3, 1e-2)
+    assert optim["text"].weight_decay == 5e-4
+    frozen = make_config(raw, ["training.optim.conv.lr=0"]).training.optim
+    assert (frozen["conv"].lr, frozen["conv"].momentum) == (0.0, 0.9)

@@ -62,7 +62,7 @@ def poison(
         result = insert_items(bench, chosen, count, k, progress=shown)
     else:
         result = perturb_database(bench, chosen, share, progress=shown)
-    title = " ".join(filter(None, (chosen.threat.name, attack and chosen.name, direction)))
+    title = " ".join(part for part in (chosen.threat.name, "" if attack is None else chosen.name, direction) if part)
     result = stages.described(result, f"poison {title}", run)
     path = run.path / f"poison-{title.replace(' ', '-')}.json" if out is None else out
     save_results(path, [result])

@@ -164,7 +164,7 @@ def _unit_features(outputs: Outputs) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class FeatureAgreement:
-    """(1/K) h . a + weight * f / |f| . c, the second averaged over the attacked modalities (Eq 10, its sign mended).
+    """(1/K) h . a + weight * f / |f| . c, the second averaged over the attacked modalities (Eq 10).
 
     Args:
         weight: of the feature term, at least 0.

@@ -18,7 +18,9 @@ class DSARHOuter:
     """DSARH: L = (1 - lam) L_sim(x) + lam L_sim(x') + quantisation(x), with whatever objective is trained.
 
     x' holds the attacked items of the attacked modalities and clean ones of the others, so that text keeps its full
-    weight where only images are attacked. The paper's own objectives are ``dsarh`` (image-text) and ``adsh`` (images).
+    weight where only images are attacked. It learns nothing from them: the memory that attacked images are compared
+    with is constant, as in Eq 18, and holds codes of clean items. The paper's own objectives are ``dsarh`` (image-text)
+    and ``adsh`` (images).
 
     Args:
         lam: 0 is plain training, 1 trains on attacked items alone (the paper's account of its curves).
