@@ -299,20 +299,26 @@ def parse_column(text: str, names: Collection[str]) -> Column:
     """``[MEASURE of ]RESULT[ as LABEL]``: ``worst``, ``I2T worst as worst case``, ``nDCG@100 of clean as nDCG``.
 
     Args:
-        names: the results that there are; a name that is one of them is never taken apart.
+        names: the results that there are; the longest text that is one of them is never taken apart.
 
     Raises:
         ValueError: no such result; the nearest is offered.
     """
-    wanted, label = text, ""
-    if wanted not in names and " as " in wanted:
-        wanted, _, label = text.rpartition(" as ")
-    if wanted in names:
-        return Column(wanted, None, label)
-    measure, found, result = wanted.partition(" of ")
-    if found and result in names:
-        return Column(result, measure, label)
-    raise ValueError(f"no run has a result {(result if found else wanted)!r}{nearest(result or wanted, names)}")
+    for wanted, label in _labelled(text):
+        if wanted in names:
+            return Column(wanted, None, label)
+        measure, _, result = wanted.partition(" of ")
+        if result in names:
+            return Column(result, measure, label)
+    wanted = text.partition(" as ")[0]
+    result = wanted.partition(" of ")[2] or wanted
+    raise ValueError(f"no run has a result {result!r}{nearest(result, names)}")
+
+
+def _labelled(text: str) -> list[tuple[str, str]]:
+    """Every way to read a text as ``NAME as LABEL``, longest name first; without a label in the beginning."""
+    words = text.split(" as ")
+    return [(" as ".join(words[:end]), " as ".join(words[end:])) for end in range(len(words), 0, -1)]
 
 
 def chosen_rows(rows: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
@@ -324,11 +330,10 @@ def chosen_rows(rows: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
     by_name = {row.name: row for row in rows}
     made = []
     for text in wanted:
-        name, label = (text, text) if text in by_name else text.rpartition(" as ")[::2]
+        name, label = next((read for read in _labelled(text) if read[0] in by_name), _labelled(text)[-1])
         if name not in by_name:
-            name = name or text
             raise ValueError(f"no row is named {name!r}{nearest(name, by_name)}; there are {', '.join(by_name)}")
-        made.append(replace(by_name[name], name=label))
+        made.append(replace(by_name[name], name=label or name))
     return made
 
 

@@ -139,7 +139,7 @@ def keep(
     out: Annotated[Path, typer.Option(help="Folder of the copies: OUT/RECIPE/ID.")] = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Keep the results of runs for a repository: small copies without weights, which `table` and others read as runs."""
+    """Keep the results of runs for a repository: small copies without weights, which `table` and its like read."""
     from robusthash.apps.keeping import keep as keep_run
     from robusthash.apps.runs import find_runs, load_run
 
