@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from robusthash.core.registry import build, check, nearest
 from robusthash.core.runtime import digest
@@ -168,6 +177,15 @@ class EvaluationSection(Section):
     queries: int | None = Field(None, ge=1)  # chosen by content as in `assess`; all by default
     batch_size: int = Field(250, ge=1)
     seed: int = 0
+
+    @field_validator("protocol")
+    @classmethod
+    def _usable(cls, protocol: dict[str, Any] | str) -> dict[str, Any] | str:
+        try:
+            build("protocol", protocol)  # its values are checked where it is made, which costs nothing
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        return protocol
 
 
 class RuntimeSection(Section):

@@ -16,7 +16,13 @@ from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Inputs
 from robusthash.evaluation.bench import Bench
-from robusthash.evaluation.perceptibility import image_measures, pixel_norms, text_measures, vector_norms
+from robusthash.evaluation.perceptibility import (
+    image_measures,
+    legacy_matrix_norms,
+    pixel_norms,
+    text_measures,
+    vector_norms,
+)
 from robusthash.models.hasher import Hasher, frozen
 
 _SSIM_WINDOW = 11
@@ -60,12 +66,13 @@ class Attacked:
 
     @staticmethod
     def join(blocks: Sequence[Attacked]) -> Attacked:
-        """Blocks put end to end."""
+        """Blocks put end to end, with the measures that all have: a block kept by an older version has fewer."""
         bits = min(block.whole_words.shape[2] for block in blocks)  # 0 where some of them know none
         blocks = [replace(block, whole_words=block.whole_words[..., :bits]) for block in blocks]
         names = [f.name for f in fields(Attacked) if f.name != "pixels"]
         whole = {name: torch.cat([getattr(block, name) for block in blocks]) for name in names}
-        pixels = {name: torch.cat([block.pixels[name] for block in blocks]) for name in blocks[0].pixels}
+        shared = [name for name in blocks[0].pixels if all(name in block.pixels for block in blocks)]
+        pixels = {name: torch.cat([block.pixels[name] for block in blocks]) for name in shared}
         return Attacked(pixels=pixels, **whole)
 
 
@@ -177,7 +184,8 @@ def _changes(modality: str, clean: Tensor, attacked: Tensor) -> dict[str, Tensor
         return text_measures(clean, attacked)
     if clean.ndim == 2:  # features in place of pixels
         return vector_norms(clean, attacked)
-    return (image_measures if min(clean.shape[-2:]) >= _SSIM_WINDOW else pixel_norms)(clean, attacked)
+    measures = image_measures if min(clean.shape[-2:]) >= _SSIM_WINDOW else pixel_norms
+    return {**measures(clean, attacked), **legacy_matrix_norms(clean, attacked)}
 
 
 def goals(bench: Bench, targeted: bool, batch: Batch) -> list[Goal]:
