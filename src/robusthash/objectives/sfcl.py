@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.core.types import Batch, LossTerms, Outputs
@@ -42,7 +43,8 @@ class SFCLObjective(DPSH):
         labels, bank_labels = batch.labels, memory.labels
         if labels is None or bank_labels is None:
             raise ValueError("the objective 'sfcl' is supervised, and this batch has no labels")
-        within, between = [], []
+        within: list[Tensor] = []
+        between: list[Tensor] = []
         for modality, output in outputs.items():
             for other, codes in memory.codes.items():
                 mean = self.similarity(output, labels, codes, bank_labels).mean()
