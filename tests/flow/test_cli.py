@@ -310,6 +310,19 @@ def test_recipes_of_the_repository_are_valid():
             assert (path.parent / config.training.init_from).is_file()
 
 
+def test_recipes_of_purifiers_have_the_hasher_that_they_start_from():
+    checked = 0
+    for path in sorted((REPO / "recipes").glob("*drfgd*.yaml")):
+        child = load_config(path)
+        parent = load_config(path.parent / child.training.init_from)
+        assert child.data == parent.data, path
+        assert child.training.objective == parent.training.objective, path
+        for part in ("bits", "image", "text", "head"):
+            assert getattr(child.hasher, part) == getattr(parent.hasher, part), (path, part)
+        checked += 1
+    assert checked >= 10
+
+
 def test_unknown_recipe_file_and_run(call, tmp_path):
     code, _, err = call("train", tmp_path / "none.yaml")
     assert code == 1

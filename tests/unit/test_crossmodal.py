@@ -14,15 +14,17 @@ from torch import Tensor
 
 from robusthash.apps.runs import _load_weights, _save_weights
 from robusthash.attacks import mainstay, pgd
+from robusthash.attacks.drfgd import drfgd
 from robusthash.core.labels import relevant
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, LossTerms
 from robusthash.data import RetrievalData
 from robusthash.defenses import AdversarialTraining, PlainAT
+from robusthash.defenses.regenerate import Regenerate
 from robusthash.models import Hasher, build_hasher, encode_split
 from robusthash.models.cpah import CommonPrivate
-from robusthash.models.hasher import frozen
+from robusthash.models.hasher import frozen, purified
 from robusthash.objectives import HashObjective
 from robusthash.training import HashingRecipe, Moment, OptimConfig, Schedule, TrainConfig, fit
 
@@ -253,6 +255,23 @@ def test_common_and_private_add_up_to_the_whole(part: CommonPrivate) -> None:
         torch.testing.assert_close(common + shown["private"], whole, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(shown["private"], (1 - mask) * whole, rtol=1e-5, atol=1e-6)
         assert common.shape == (6, 8)
+
+
+@pytest.mark.parametrize("name", ["cpah", "dadh", "daph"])
+def test_drfgd_purifies_the_queries_of_its_papers_targets(name: str, data: RetrievalData) -> None:
+    hasher = make_hasher(name, data)
+    fit(HashingRecipe(hasher, make_objective(name)), data, config(6, lr=1e-2))
+    before = copy.deepcopy(hasher.state_dict())
+    purifiers = {"image": {"name": "drfgd-image", "width": 4}, "text": {"name": "drfgd-text", "hidden": 16}}
+    texts = {"name": "drfgd", "modality": "text", "steps": 1}
+    whole = purified(hasher, purifiers, "query")
+    recipe = Regenerate(whole, make_objective(name), drfgd(steps=1), texts, reconstruction=1.0, discrimination=0.0)
+    optim = {"purifier": OptimConfig("adam", 1e-2, weight_decay=0.0)}
+    lines = fit(recipe, data, TrainConfig(6, 16, optim, Schedule("constant"), device="cpu"))
+    for modality in ("image", "text"):
+        assert lines[-1][f"{modality} alignment"] < lines[0][f"{modality} alignment"]
+    for key, value in whole.bare().state_dict().items():
+        assert torch.equal(value, before[key]), key
 
 
 def test_cpah_hasher_is_rebuilt_from_its_spec(data: RetrievalData) -> None:
