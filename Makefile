@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check tables bench clean
 
 setup: .venv/.ready
 
@@ -18,9 +18,13 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
+
+# Tables of the pages are what the commands in their comments print; a test checks that none is out of date.
+tables: setup
+	$(BIN)/cog -r -I docs -p "from commands import show" README.md docs/results/*.md docs/methods/*.md
 
 bench: setup
 	@for file in benchmarks/[a-z]*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done

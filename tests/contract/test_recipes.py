@@ -163,7 +163,7 @@ def test_declared_becomes_adversarial(warm: Hasher) -> None:
 
 def test_targeted_inner_attacks_aim_at_foreign_labels(warm: Hasher, data: RetrievalData) -> None:
     """Each item gets a target of the training set that shares no label with it, another one each epoch."""
-    recipe = AdversarialTraining(copy.deepcopy(warm), DPSH(), dhta(steps=1), build("outer", "cgat"))
+    recipe = AdversarialTraining(copy.deepcopy(warm), DPSH(), dhta(steps=1), PlainAT())
     recipe.setup(data, 0, 16)
     batch = data.train.batch(torch.arange(16))
     seen = []

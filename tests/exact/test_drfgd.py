@@ -266,6 +266,20 @@ def test_texts_keep_shape_and_range() -> None:
     assert torch.equal(purifier.regenerate(bags).sample, made)
 
 
+def test_words_at_the_edge_of_the_range_keep_their_gradient() -> None:
+    """min(1, max(0, x + tanh b)) exactly, with the gradient of x + tanh b: 1 to a word, 1 - tanh(b)^2 to the layer."""
+    purifier, change = TextRegenerator(3, 4), torch.tensor([0.8, -0.9, 0.1])
+    with torch.no_grad():
+        purifier.last.bias.copy_(change)  # its weight is zero, so the change is the bias
+    bag = torch.tensor([[1.0, 0.0, 0.5]], requires_grad=True)
+    made = purifier(bag, None)[0]
+    torch.testing.assert_close(made.detach(), torch.tensor([[1.0, 0.0, 0.5 + math.tanh(0.1)]]), rtol=0, atol=1e-7)
+    weights = torch.tensor([[2.0, 3.0, 5.0]])
+    to_bag, to_bias = torch.autograd.grad((weights * made).sum(), [bag, purifier.last.bias])
+    torch.testing.assert_close(to_bag, weights)
+    torch.testing.assert_close(to_bias, weights[0] * (1 - torch.tanh(change) ** 2))
+
+
 def test_gradients_reach_the_pixels_through_the_purifier(trained: Hasher) -> None:
     """The white-box view differs from the identity view, and both from nothing."""
     whole = purified(copy.deepcopy(trained), {"image": {"name": "drfgd-image", "width": 4}}, "query")

@@ -57,6 +57,34 @@ def test_dph_equals_the_double_loop() -> None:
     assert DPH().similarity(coded(code), labels, bank, bank_labels).tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_balanced_dph_is_the_mean_over_similar_pairs_plus_that_over_the_others() -> None:
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.eye(4)[torch.arange(40) % 4]
+    code, bank = torch.rand(40, 6, generator=generator) * 2 - 1, torch.rand(40, 6, generator=generator) * 2 - 1
+    objective = DPH(balance=True)
+    objective.setup(facts_of(labels, 6))
+    assert objective.similar_weight.item() == pytest.approx(3.0)  # #dissimilar / #similar
+    similar, other = [], []
+    for h, y in zip(code.double(), labels, strict=True):
+        for u, z in zip(bank.double(), labels, strict=True):
+            (similar if float(y @ z) > 0 else other).append((float(h @ u) / 6 - (1 if float(y @ z) > 0 else -1)) ** 2)
+    share = 0.75  # of pairs that are dissimilar: both means weigh as much as these pairs do
+    expected = share * (sum(similar) / len(similar) + sum(other) / len(other))
+    found = objective.similarity(coded(code), labels, bank, labels).mean()
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_balanced_dph_keeps_its_weight_with_the_model_and_plain_dph_needs_none() -> None:
+    labels = torch.eye(5)[torch.arange(40) % 5]
+    trained, loaded = DPH(balance=True), DPH(balance=True)
+    trained.setup(facts_of(labels, 6))
+    loaded.load_state_dict(trained.kept())
+    assert loaded.similar_weight.item() == pytest.approx(4.0)
+    assert DPH().kept() == {}  # what models trained before there was a balance hold
+    with pytest.raises(ValueError, match="cannot balance"):
+        DPH(balance=True).setup(facts_of(torch.ones(4, 1), 6))
+
+
 # --- DPSH
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robusthash.core.types import Batch, HashOutput, Outputs
 from robusthash.defenses.sfcl import LabelScorer, Redundancy, SFCLOuter, wrong_labels
 from robusthash.models.sfcl import Exchange, Separation, SFCLEncoder
-from robusthash.objectives import TrainFacts
+from robusthash.objectives import CodeMemory, TrainFacts
+from robusthash.objectives.sfcl import SFCLObjective
 
 GFNET = {"name": "gfnet", "size": 16, "patch": 4, "dim": 8, "depth": 1}
 SMALL = {"name": "small", "width": 4, "grid": 1}
@@ -225,3 +227,65 @@ def test_the_auxiliary_loss_falls_towards_the_labels() -> None:
     assert value(torch.zeros(2, 3), torch.zeros(2, 3)) == pytest.approx(2 * 2.5 * math.log(2), rel=1e-5)
     assert value(right, opposite) < value(0.5 * right, opposite) < value(torch.zeros(2, 3), opposite)
     assert value(right, opposite, labels) > value(right, opposite)
+
+
+# --- the semantic loss
+
+
+def semantic(
+    intra: float, modalities: tuple[str, ...] = ("image", "text")
+) -> tuple[SFCLObjective, Outputs, Batch, CodeMemory]:
+    """An objective over six training items, three of them in the batch."""
+    made = torch.Generator().manual_seed(0)
+    labels = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1], [1, 0, 0]])
+    memory = CodeMemory(6, 4, labels, modalities)
+    for codes in memory.codes.values():
+        codes.data = torch.tanh(torch.randn(6, 4, generator=made))
+    logits = {name: torch.randn(3, 4, generator=made).requires_grad_(True) for name in modalities}
+    outputs = {name: HashOutput(v, torch.tanh(v), v) for name, v in logits.items()}
+    return SFCLObjective(intra=intra, eta=0.3), outputs, Batch({}, labels[:3], torch.arange(3)), memory
+
+
+@pytest.mark.parametrize("intra", [0.0, 1.0, 0.5])
+def test_the_semantic_loss_is_the_sum_of_four_likelihoods(intra: float) -> None:
+    """Eq. 11 and 12 by loops over every pair, in plain numbers."""
+    objective, outputs, batch, memory = semantic(intra)
+    terms = objective(outputs, batch, memory)
+    expected = {"intra": 0.0, "inter": 0.0, "regularisation": 0.0}
+    for a, output in outputs.items():
+        for b, codes in memory.codes.items():
+            total = 0.0
+            for i in range(3):
+                for j in range(6):
+                    theta = float(output.code[i].detach() @ codes[j]) / 2
+                    similar = float(batch.labels[i] @ memory.labels[j] > 0)
+                    total += math.log1p(math.exp(theta)) - similar * theta
+            expected["intra" if a == b else "inter"] += (intra if a == b else 1.0) * total / 18
+        expected["regularisation"] += 0.3 * float((output.code - output.code.sign()).square().mean().detach())
+    assert {name: float(value.detach()) for name, value in terms.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_intra_modal_term_reaches_both_modalities() -> None:
+    """Alone, Eq. 11 gives images and texts a gradient; each does not depend on the other's memory."""
+    objective, outputs, batch, memory = semantic(1.0)
+    codes = [output.code for output in outputs.values()]
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(objective(outputs, batch, memory)["intra"], codes)
+
+    grads = gradients()
+    assert all(bool((g != 0).any()) for g in grads)
+    memory.codes["text"].data.neg_()
+    again = gradients()
+    torch.testing.assert_close(again[0], grads[0])
+    assert not torch.equal(again[1], grads[1])
+
+
+def test_the_semantic_loss_over_images_alone_has_no_inter_modal_term() -> None:
+    objective, outputs, batch, memory = semantic(1.0, ("image",))
+    assert set(objective(outputs, batch, memory)) == {"intra", "regularisation"}
+
+
+def test_a_negative_weight_of_the_semantic_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        SFCLObjective(intra=-1.0)

@@ -104,6 +104,22 @@ def test_adversarial_run_trains_its_ancestor_first(recipe, tmp_path):
     assert [p.name for p in (tmp_path / "runs").iterdir() if p.name == "tiny"] == ["tiny"]
 
 
+def test_the_ancestor_has_the_net_of_the_run_that_asks_for_it(recipe, tmp_path):
+    """An override of bits or of the encoder reaches the undefended model that training starts from."""
+    child = {
+        "extends": "tiny.yaml",
+        "training": {"recipe": "adversarial", "outer": "pgd-at", "attack": {"name": "pgd", "steps": 1}, "epochs": 1},
+    }
+    child["training"]["init_from"] = "tiny.yaml"
+    path = tmp_path / "tiny-at.yaml"
+    path.write_text(yaml.safe_dump(child))
+    wanted = ["hasher.bits=12", "hasher.image={name: small, width: 4}"]
+    run = stages.train(load_config(path, wanted), tmp_path / "runs", base=tmp_path)
+    (ancestor,) = (tmp_path / "runs" / "tiny").iterdir()
+    assert load_run(ancestor).card()["bits"] == run.card()["bits"] == 12
+    assert load_run(ancestor).card()["hasher"]["image"] == run.card()["hasher"]["image"]
+
+
 def test_killed_training_goes_on_to_the_same_result(tmp_path):
     """kill -9 after the first checkpoint; the same command ends with the same weights as an uninterrupted run."""
     config = {**CONFIG, "training": {**CONFIG["training"], "epochs": 30}}

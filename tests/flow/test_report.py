@@ -82,7 +82,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = make_config(
         {
             "name": "tiny",
-            "data": {"name": "synthetic", "train": 64, "query": 12, "database": 64},
+            "data": {"name": "synthetic", "train": 64, "query": 12, "database": 256},
             "hasher": {"bits": 8, "image": {"name": "small", "width": 4}},
             "training": {"objective": "csq", "epochs": 2, "batch_size": 32, "optim": {"hasher": {"lr": 0.05}}},
             "evaluation": {
@@ -123,7 +123,9 @@ def test_the_report_is_one_well_formed_file_with_the_numbers_of_metrics_json(run
 def test_every_chart_has_a_title_a_description_and_a_legend(run: Run) -> None:
     page = Reader(write_report(run).read_text(encoding="utf-8"))
     images = [attributes for name, attributes in page.tags if name == "svg" and attributes.get("role") == "img"]
-    assert len(images) == 3  # MAP by attack, precision and recall, loss terms
+    assert len(images) == 6  # MAP by attack, loss terms; precision over recall and over N, untargeted and of targets
+    for title in ("Precision and recall", "Precision of the first N"):
+        assert page.text.count(title) == page.text.count(f"{title} of the target labels") == 2  # title, figure
     assert all(len(attributes["aria-label"]) > 20 for attributes in images)
     assert sum(name == "desc" for name, _ in page.tags) == len(images)
     assert sum(a.get("class") == "legend" for _, a in page.tags) == len(images)

@@ -22,7 +22,7 @@ from robusthash.apps.studies.attribution import load_attributions
 
 CONFIG = {
     "name": "tiny",
-    "data": {"name": "synthetic", "train": 64, "query": 12, "database": 60},
+    "data": {"name": "synthetic", "train": 64, "query": 12, "database": 210},
     "hasher": {"bits": 12, "image": {"name": "small", "width": 4}},
     "training": {"objective": "csq", "epochs": 4, "batch_size": 32, "optim": {"hasher": {"lr": 0.05}}},
     "evaluation": {"attacks": [{"name": "mainstay", "steps": 2, "step_size": "4/255"}, {"name": "dhta", "steps": 2}]},
@@ -118,7 +118,8 @@ def test_figures_draw_what_was_measured(call, trained, tmp_path):
     (tmp_path / "matrix.json").write_text(json.dumps(matrix))
     code, out, err = call("figures", trained, "--out", tmp_path, "--transfer", tmp_path / "matrix.json", "--json")
     assert code == 0, err
-    stems = ("attacks", "targeted", "scatter", "pr", "pr-attacked", "loss", "transfer")
+    curves = [f"{kind}{ending}" for kind in ("pr", "pn") for ending in ("", "-attacked", "-targeted")]
+    stems = ("attacks", "targeted", "scatter", *curves, "loss", "transfer")
     drawn(tmp_path, *stems)
     assert len(json.loads(out)["figures"]) == 2 * len(stems)
     (tmp_path / "matrix.json").write_text("[]")

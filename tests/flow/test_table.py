@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from robusthash.apps import stages
 from robusthash.apps.config import make_config
 from robusthash.apps.runs import Run, load_run
-from robusthash.apps.tables import captions, make_rows
+from robusthash.apps.tables import Column, captions, make_rows, parse_column, seeds_by_row
 from robusthash.evaluation.results import load_results, save_results
+from robusthash.evaluation.stats import bootstrap_interval, hierarchical_interval
 
 CONFIG = {
     "name": "tiny",
@@ -102,3 +105,94 @@ def test_seeds_that_were_attacked_differently_leave_the_cell_empty(run, tmp_path
     assert "worst" not in row.cells
     assert "worst" not in row.attacked
     assert captions([row], ["clean", "worst"])[-1].startswith("-: not evaluated in every seed")
+
+
+def moved(folder: Path, run: Run, seed: int, by: float, **settings: object) -> Path:
+    """A sibling of another seed whose clean AP are lower, more so for later queries."""
+    name = f"{seed} {by}"
+    made = sibling(run, folder, name, {"runtime.seed": seed, **settings})
+    found = load_results(made / "metrics.json")
+    shift = by * torch.linspace(0, 2, 24, dtype=torch.float64)
+    lower = {"MAP": found[0].per_query["MAP"] - shift}
+    save_results(made / "metrics.json", [replace(found[0], per_query={**found[0].per_query, **lower}), *found[1:]])
+    return made
+
+
+def test_differences_are_paired_by_seed_and_query(call, run, tmp_path):
+    own = [run.path, moved(tmp_path, run, 1, 0.02)]
+    other = {"hasher.bits": 16}
+    lower = [moved(tmp_path, run, seed, by, **other) for seed, by in ((0, 0.1), (1, 0.06), (2, 9.0))]
+    baseline = "tiny, hasher.bits=12"
+    code, out, err = call("table", *lower, *own, "--against", baseline, "--column", "clean", "--json")
+    assert code == 0, err
+    (row,) = json.loads(out)
+    cell = row["cells"]["clean"]
+    assert (row["name"], cell["seeds"], cell["signed"]) == ("tiny, hasher.bits=16", 2, True)
+    steps = torch.linspace(0, 2, 24, dtype=torch.float64)
+    differences = torch.stack([-0.1 * steps, (0.02 - 0.06) * steps])
+    assert cell["value"] == pytest.approx(-0.07)
+    assert cell["interval"] == pytest.approx(list(hierarchical_interval(differences)))
+    shown = call("table", *lower, *own, "--against", baseline, "--column", "clean", "--column", "worst")[1].splitlines()
+    assert shown[0] == "| recipe | clean | worst | seeds |"
+    assert shown[2].startswith("| tiny, hasher.bits=16 | -0.070 (-0.")
+    assert shown[2].endswith("| +0.000 (+0.000 to +0.000) | 2 |")
+    first = ["--against", baseline, "--seed", 0, "--column", "clean", "--json"]
+    (one,) = json.loads(call("table", *lower, *own, *first)[1])
+    assert one["cells"]["clean"]["interval"] == pytest.approx(list(bootstrap_interval(-0.1 * steps)))
+    code, _, err = call("table", *lower, *own, "--against", "tiny")
+    assert code == 1
+    assert "no row is named 'tiny'" in err
+    assert "no run has the training seed 7" in call("table", *own, "--seed", 7)[2]
+
+
+def test_columns_of_measures_and_of_suites_under_labels(call, run, tmp_path):
+    seed = Path(shutil.copytree(run.path, tmp_path / "tiny" / run.id))
+    suite = replace(run.evaluated()["worst"], name="img-linf-8 standard")
+    save_results(seed / "assess.json", [suite])
+    columns = ["clean as as it is", "ACG@100 of clean", "img-linf-8 standard as standard tier"]
+    code, out, err = call("table", seed.parent, "--row", "tiny as ours", *(w for c in columns for w in ("--column", c)))
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0] == "| recipe | as it is | ACG@100 of clean | standard tier | chance | training minutes | seeds |"
+    clean = run.evaluated()["clean"]
+    assert lines[2].startswith(f"| ours | {clean['MAP']:.3f} (")
+    assert f"| {clean['ACG@100']:.3f} (" in lines[2]
+    assert f"| {suite['wMAP']:.3f} (" in lines[2]
+    assert lines[4].startswith("standard tier: img-linf-8, the lowest AP of each query")
+    assert len(call("table", seed, "--no-caption", "--column", "worst")[1].splitlines()) == 3
+    assert "img-linf-8 standard" not in call("table", seed)[1]
+
+
+def test_a_column_or_row_that_is_nowhere_is_refused(call, run):
+    code, _, err = call("table", run.path, "--column", "wors")
+    assert code == 1
+    assert "no run has a result 'wors'; did you mean 'worst'" in err
+    assert "no run has a result 'clea'" in call("table", run.path, "--column", "nDCG@100 of clea as x")[2]
+    assert "no row is named 'tinny'" in call("table", run.path, "--row", "tinny as ours")[2]
+    out = call("table", run.path, "--column", "nothing of clean")[1].splitlines()
+    assert out[2].startswith("| tiny | - |")
+
+
+def test_names_with_the_words_of_a_column_are_never_taken_apart():
+    names = ["clean", "best of clean", "clean as ever"]
+    assert parse_column("best of clean", names) == Column("best of clean")
+    assert parse_column("clean as ever", names) == Column("clean as ever")
+    assert parse_column("clean as ever as x", names) == Column("clean as ever", None, "x")
+    assert parse_column("MAP of clean as a as b", [*names, "clean as a"]) == Column("clean as a", "MAP", "b")
+
+
+def test_other_formats_hold_the_same_values(call, run):
+    cell = make_rows([run.path])[0].cells["clean"]
+    lines = list(csv.reader(call("table", run.path, "--column", "clean", "--format", "csv")[1].splitlines()))
+    assert lines[0] == ["recipe", "clean", "clean low", "clean high", "clean seeds"]
+    assert [float(value) for value in lines[1][1:]] == pytest.approx([cell.value, *cell.interval, 1], abs=1e-6)
+    tex = call("table", run.path, "--column", "clean as 95 % & more", "--format", "latex")[1].splitlines()
+    assert tex[0] == r"\begin{tabular}{lllll}"
+    assert tex[2] == r"recipe & 95 \% \& more & chance & training minutes & seeds \\"
+    assert tex[4].startswith(f"tiny & {cell.text()} & ")
+
+
+def test_seeds_stand_in_their_order(run, tmp_path):
+    later = [moved(tmp_path, run, 2, 0.2), run.path, moved(tmp_path, run, 1, 0.1)]
+    assert [seed.config.runtime.seed for seed in seeds_by_row(later)["tiny"]] == [0, 1, 2]
+    assert make_rows(later)[0].cells == make_rows(later[::-1])[0].cells

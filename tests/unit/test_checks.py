@@ -34,8 +34,8 @@ SUITE = {f"F{n}" for n in (4, 5, 6, 7, 8, 9, 18)}
 
 @pytest.fixture(scope="module")
 def honest() -> Bench:
-    """A small CSQ model, hardened by SAAT."""
-    return toy_bench(epochs=15)
+    """A small CSQ model, hardened by SAAT; with fewer epochs F10 depends on how the machine rounds."""
+    return toy_bench()
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,14 @@ from robusthash.attacks.base import Found
 from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.threat import image_threat
+from robusthash.core.registry import build
 from robusthash.data import RetrievalData
+from robusthash.data.splits import stable_subset
 from robusthash.evaluation import make_bench, score_attack, score_clean, worst
 from robusthash.evaluation.attacked import Attacked, attack_block
-from robusthash.evaluation.evaluate import attack_all
+from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.evaluate import as_codes, attack_all, measure_codes
+from robusthash.evaluation.results import EvalResult
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,70 @@ def test_targeted_results_carry_base_rate_representative_and_collateral(bench):
     assert result.empty == int((bench.targets.sum((1, 2)) == 0).sum())
 
 
+@pytest.fixture(scope="module")
+def targeted(bench) -> tuple[Bench, Attacked, EvalResult]:
+    """A bench whose queries 1 and 4 have every label, so no target; what a targeted attack came to; its result."""
+    labels = bench.queries.labels.clone()
+    labels[[1, 4]] = 1
+    bench = replace(bench, queries=replace(bench.queries, labels=labels))
+    attack = rh.attacks.mainstay_targeted(eps=16 / 255, steps=3, step_size=8 / 255)
+    attacked = attack_all(bench, attack)
+    return bench, attacked, score_attack(bench, attack, attacked)
+
+
+def test_targeted_values_are_means_over_the_targets_of_each_query(targeted):
+    bench, attacked, result = targeted
+    asked = bench.targets.sum((1, 2)) > 0
+    rounds = [measure_codes(bench, as_codes(attacked.signs[:, n]), bench.targets[:, n]).per_query for n in range(3)]
+    stacked = torch.stack([each["MAP"] for each in rounds])[:, asked]
+    assert result.empty == 2
+    assert result.per_query["t-MAP"].isnan().tolist() == (~asked).tolist()
+    assert torch.allclose(result.per_query["t-MAP"][asked], stacked.mean(0), atol=1e-12)
+    assert torch.equal(result.per_query["t-MAP/max"][asked], stacked.amax(0))
+    own = [measure_codes(bench, as_codes(attacked.signs[:, n]), bench.query_labels).per_query for n in range(3)]
+    expected = torch.stack([each["MAP"] for each in own]).mean(0)
+    assert torch.allclose(result.per_query["MAP"][asked], expected[asked], atol=1e-12)
+    clean = [measure_codes(bench, bench.query, bench.targets[:, n]).per_query["MAP"][asked] for n in range(3)]
+    assert result.reference["clean"] == pytest.approx(float(torch.stack(clean).mean()))
+
+
+def test_targeted_results_carry_the_curves_of_target_and_original_labels(targeted):
+    bench, attacked, result = targeted
+    assert {"PR", "PR/radius", "P@N", "t-PR", "t-PR/radius", "t-P@N"} == set(result.curves)
+    asked = torch.nonzero(bench.targets.sum((1, 2)) > 0).flatten()
+    database = bench.database.signs().double()
+    for name, labels in (("t-P@N", bench.targets), ("P@N", bench.query_labels[:, None].expand(-1, 3, -1))):
+        curve = result.curves[name]
+        assert curve["n"].tolist() == [100.0 * step for step in range(1, len(database) // 100 + 1)]
+        for place, cut in enumerate(curve["n"].tolist()):
+            precisions = []
+            for query in asked.tolist():
+                for number in range(3):
+                    distance = (database.shape[1] - database @ attacked.signs[query, number].double()) / 2
+                    right = (bench.database_labels * labels[query, number]).sum(1) > 0
+                    last = distance.sort().values[int(cut) - 1]  # the distance that the cut falls into
+                    inside, tied = distance < last, distance == last
+                    share = (cut - int(inside.sum())) / int(tied.sum())
+                    precisions.append((float(right[inside].sum()) + share * float(right[tied].sum())) / cut)
+            assert float(curve["precision"][place]) == pytest.approx(sum(precisions) / len(precisions))
+    rounds = [
+        measure_codes(bench.at(asked), as_codes(attacked.signs[asked, n]), bench.targets[asked, n]).curves["PR"]
+        for n in range(3)
+    ]
+    expected = torch.stack([curve["precision"] for curve in rounds]).mean(0)
+    assert torch.allclose(result.curves["t-PR"]["precision"], expected, atol=1e-12)
+
+
+def test_one_target_of_each_query_is_the_first_of_three(victim, data, bench):
+    alone = make_bench(victim, data, build("protocol", {"name": "house", "targets": 1}), batch_size=16)
+    assert alone.targets.shape[1] == 1
+    assert torch.equal(alone.targets, bench.targets[:, :1])
+    attack = rh.attacks.mainstay_targeted(eps=16 / 255, steps=2, step_size=8 / 255)
+    result = score_attack(alone, attack, attack_all(alone, attack))
+    assert result["t-MAP/max"] == result["t-MAP"]
+    assert result.setting.protocol["targets"] == {"count": 1, "seed": 0}
+
+
 def test_targets_are_disjoint_and_shared_by_all_attacks(bench):
     own = bench.query_labels[:, None]
     assert ((bench.targets * own).sum(2) == 0).all()
@@ -159,7 +227,11 @@ def test_a_direction_that_the_victim_lacks_is_refused(victim, data):
         make_bench(victim, data, direction=("text", "image"))
 
 
-def test_the_query_limit_keeps_the_first_ones(victim, data):
+def test_the_query_limit_chooses_by_content(victim, data):
     short = make_bench(victim, data, queries=10)
+    chosen = stable_subset(data.query, 10)
     assert len(short.queries) == 10
-    assert torch.equal(short.query_labels, data.query.labels[:10])
+    assert torch.equal(short.query_labels, data.query.labels[chosen])
+    assert torch.equal(short.query.packed, make_bench(victim, data).query.packed[chosen])
+    with pytest.raises(ValueError, match="at least one query, got 0"):
+        make_bench(victim, data, queries=0)

@@ -78,5 +78,5 @@ def test_weights_of_the_authors_form(tmp_path: Path) -> None:
     torch.save({"model": state}, path)
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(gfnet(**TINY, weights=str(path)).eval()(x)[0], source.eval()(x)[0])
-    with pytest.raises(ValueError, match="size, patch, dim and depth must fit"):
+    with pytest.raises(ValueError, match="size, patch, dim, depth and ratio must fit"):
         gfnet(**{**TINY, "dim": 12}, weights=str(path))

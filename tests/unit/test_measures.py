@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.retrieval import retrieval_average_precision
 
+from robusthash.apps.config import ConfigError, make_config
 from robusthash.core.hamming import pack
 from robusthash.core.profile import code_profile
+from robusthash.core.registry import build, catalogue
 from robusthash.core.types import Codes, Profile
 from robusthash.evaluation import measures
 from robusthash.evaluation.protocol import Protocol, TargetRule, load_protocol, measure, measure_profile
@@ -251,6 +253,27 @@ def test_paper_protocols_use_the_row_order(name: str) -> None:
     assert all(value >= 0 for value in made.values.values())
     with pytest.raises(ValueError, match="score the codes, not a profile"):
         measure_profile(protocol, code_profile(query, query_labels, database, labels))
+
+
+@pytest.mark.parametrize("name", [card.name for card in catalogue("protocol")])
+def test_every_protocol_takes_the_number_of_targets_in_one_way(name: str) -> None:
+    assert load_protocol(name).targets == TargetRule(3)
+    assert build("protocol", {"name": name, "targets": 1}).targets == TargetRule(1)
+    for wrong in (0, -1, 1.5, "two"):
+        with pytest.raises(ValueError, match=f"targets per query must be a whole number of at least 1, got {wrong!r}"):
+            build("protocol", {"name": name, "targets": wrong})
+
+
+def test_the_recipe_reader_refuses_a_protocol_that_cannot_be_made() -> None:
+    for protocol, said in (
+        ({"name": "saat", "targets": 0}, "targets per query must be a whole number of at least 1, got 0"),
+        ({"name": "crossmodal", "k": 0}, "k must be at least 1"),
+        ({"name": "crossmodal", "k": "all"}, "'<' not supported"),
+    ):
+        with pytest.raises(ConfigError, match=f"evaluation.protocol: .*{said}"):
+            make_config({"name": "x", "evaluation": {"protocol": protocol}})
+    made = make_config({"name": "x", "evaluation": {"protocol": {"name": "saat", "targets": 1}}})
+    assert made.evaluation.protocol == {"name": "saat", "targets": 1}
 
 
 def test_measure_names_are_checked_when_the_protocol_is_made() -> None:

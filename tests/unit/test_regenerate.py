@@ -84,8 +84,11 @@ def one_step(made: Regenerate, data: RetrievalData) -> dict[str, dict[str, float
     return {group: {name: float(term.detach()) for name, term in terms.items()} for group, terms in groups}
 
 
-def test_the_hasher_is_bit_identical_after_training_and_the_purifier_is_not(warm: Hasher, data: RetrievalData) -> None:
-    made = recipe(warm)
+@pytest.mark.parametrize("inner", ["published", "through"])
+def test_the_hasher_is_bit_identical_after_training_and_the_purifier_is_not(
+    inner: Any, warm: Hasher, data: RetrievalData
+) -> None:
+    made = recipe(warm, inner=inner)
     bare = made.hasher.bare()
     bare.train()  # batch statistics would move in this mode
     before, purifier = state_of(bare), copy.deepcopy(made.hasher.purifiers.state_dict())
@@ -129,6 +132,43 @@ def test_texts_alone_may_be_purified(paired: tuple[RetrievalData, Hasher]) -> No
     whole = purified(copy.deepcopy(hasher), {"text": BOTH["text"]}, "query")
     found = one_step(Regenerate(whole, DPSH(), drfgd(steps=2, modality="text")), data)
     assert set(found["purifier"]) == {f"text {term}" for term in TERMS}
+
+
+def attacked_by(made: Regenerate, victim: Hasher, data: RetrievalData) -> dict[str, Any]:
+    """What the inner attacks of ``made`` find on ``victim`` for the first 16 items."""
+    batch, found = data.train.batch(torch.arange(16)), {}
+    for attack in made.attacks:
+        goal, reference = Goal(batch.labels, -1), made.memory.reference()
+        found |= attack.perturb(victim, batch, goal, reference, draws=Draws(0))[0].inputs
+    return {name: value.detach() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("inner", ["published", "through"])
+def test_the_inner_attack_is_taken_on_the_bare_hasher_or_through_the_purifiers(
+    inner: Any, paired: tuple[RetrievalData, Hasher]
+) -> None:
+    """L_Rec of x and of what the attack finds on either, computed apart, for purifiers that change their inputs."""
+    data, hasher = paired
+    whole = purified(copy.deepcopy(hasher), BOTH, "query")
+    for modality in ("image", "text"):
+        torch.nn.init.normal_(
+            whole.purifiers[modality].last.weight, std=0.2, generator=torch.Generator().manual_seed(4)
+        )
+    made = Regenerate(whole, DPSH(), drfgd(steps=3), text_attack=TEXT_ATTACK, inner=inner, reconstruction=1.0)
+    losses = one_step(made, data)["purifier"]
+    found = {"published": attacked_by(made, whole.bare(), data), "through": attacked_by(made, whole, data)}
+    batch = data.train.batch(torch.arange(16))
+    for modality, purifier in whole.purifiers.items():
+        assert not torch.equal(found["published"][modality], found["through"][modality])
+        x = batch.inputs[modality]
+        with torch.no_grad():
+            clean, robust = purifier(x, None)[0], purifier(found[inner][modality], None)[0]
+        expected = sum(float((a - b).square().mean()) for a, b in [(x, clean), (x, robust), (clean, robust)])
+        assert losses[f"{modality} reconstruction"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_before_a_new_purifier_both_inner_attacks_are_the_same(warm: Hasher, data: RetrievalData) -> None:
+    assert one_step(recipe(warm, inner="through"), data) == one_step(recipe(warm), data)
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -209,6 +249,7 @@ def foreign(warm: Hasher) -> Hasher:
         (lambda w: Regenerate(foreign(w), DPSH(), drfgd()), f"{IdentityBackward.__name__}; use drfgd-image"),
         (lambda w: recipe(w, text_attack=TEXT_ATTACK), r"attacks on \['image', 'text'\].*text_attack"),
         (lambda w: Regenerate(purified(w, IMAGE), DPSH(), dhta()), "'dhta' is targeted"),
+        (lambda w: recipe(w, inner="both"), "inner must be 'published'.*got 'both'"),
         (lambda w: recipe(w, alignment=-1.0), "must not be negative"),
         (lambda w: recipe(w, **dict.fromkeys(TERMS, 0.0)), "nor all be 0"),
     ],

@@ -23,6 +23,7 @@ from robusthash.attacks.threats import named_threat
 from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Inputs
+from robusthash.data.splits import stable_subset
 from robusthash.evaluation.attacked import Attacked, Trial, finish
 from robusthash.evaluation.attempts import Attacker, corner_start, run_lines
 from robusthash.evaluation.bench import Bench, make_bench
@@ -32,7 +33,7 @@ from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
 from robusthash.evaluation.lines import Gradient, Line, Refined
 from robusthash.evaluation.presets import LEGACY, paper_suite, with_legacy
 from robusthash.evaluation.results import load_results, save_results
-from robusthash.evaluation.suite import TIERS, Suite, assess, prepare_suite, run_shard, stable_subset, tier
+from robusthash.evaluation.suite import TIERS, Suite, assess, prepare_suite, run_shard, tier
 from robusthash.models import Hasher
 from robusthash.models.purified import Purifier
 

@@ -26,10 +26,10 @@ from robusthash.attacks.threat import Ball, Edits, Threat, edit_threat, threat_o
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal
-from robusthash.data import RetrievalData, load_data
+from robusthash.data import ArraySource, RetrievalData, Split, load_data
 from robusthash.evaluation import Bench, make_bench, score_attack, score_clean
-from robusthash.evaluation.attacked import attack_block
-from robusthash.evaluation.evaluate import attack_all
+from robusthash.evaluation.attacked import Attacked, attack_block
+from robusthash.evaluation.evaluate import attack_all, worst
 from robusthash.evaluation.perceptibility import text_measures
 from robusthash.evaluation.results import EvalResult, Setting, by_bench
 from robusthash.models import Hasher, build_hasher
@@ -108,6 +108,82 @@ def test_attacks_harm_the_modality_that_they_change(benches: dict[str, Bench]) -
     assert found.setting.threat == "txt-bow-3"
     assert 0 < found.perceptibility["edits/max"] <= 3
     assert found.perceptibility["largest/max"] == 1.0
+
+
+# --- rounding as a control
+
+
+def mean_ap_of(bench: Bench, bags: Tensor) -> float:
+    """MAP of any bags in place of the queries, by the data themselves: a query split that holds them."""
+    split = Split(
+        "query", ArraySource({"text": bags}), torch.arange(len(bags)), bench.query_labels, HASHES[: len(bags)]
+    )
+    data = replace(bench.data, query=split)
+    return score_clean(make_bench(bench.victim, data, direction=bench.direction))["MAP"]
+
+
+HASHES = np.array([f"{number:016d}".encode() for number in range(99)], dtype="S16")
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.45, 0.9])
+def test_bags_are_scored_rounded_to_whole_words_too(eps: float, benches: dict[str, Bench]) -> None:
+    bench = benches["T2I"]
+    attack = make("mainstay", modality="text", eps=eps, step_size=eps / 2)
+    attacked = attack_all(bench, attack)
+    result, clean = score_attack(bench, attack, attacked), score_clean(bench)
+    assert result["MAP"] < clean["MAP"] or eps == 0.05
+    assert result["MAP/rounded"] == pytest.approx(mean_ap_of(bench, (attacked.inputs > 0.5).float()), abs=1e-9)
+    assert (result["MAP/rounded"] == clean["MAP"]) == (eps < 0.5)  # below a half, rounding gives the bag back
+    assert result["MAP"] == pytest.approx(mean_ap_of(bench, attacked.inputs), abs=1e-9)
+    lowest = worst(bench, clean, {"mainstay": result})
+    expected = torch.minimum(result.per_query["MAP/rounded"], clean.per_query["MAP"])
+    assert torch.equal(lowest.per_query["wMAP/rounded"], expected)
+
+
+def test_a_targeted_attack_on_bags_is_undone_by_rounding_too(benches: dict[str, Bench]) -> None:
+    attack = make("mainstay-targeted", modality="text")
+    result = score_attack(benches["T2I"], attack, attack_all(benches["T2I"], attack))
+    assert result["t-MAP/rounded"] == pytest.approx(result.reference["clean"], abs=1e-12)
+    assert result["t-MAP"] > result.reference["clean"]
+
+
+def test_edits_are_whole_words_already(benches: dict[str, Bench]) -> None:
+    attack = build("attack", {"name": "text-edits", "edits": 2, "like": "mainstay"}, objective=DPSH())
+    result = score_attack(benches["T2I"], attack, attack_all(benches["T2I"], attack))
+    assert result["MAP"] < score_clean(benches["T2I"])["MAP"]
+    assert torch.equal(result.per_query["MAP/rounded"], result.per_query["MAP"])
+
+
+def test_images_and_vectors_of_features_have_no_whole_words(benches: dict[str, Bench], data: RetrievalData) -> None:
+    attack = make("mainstay")
+    assert "MAP/rounded" not in score_attack(benches["I2T"], attack, attack_all(benches["I2T"], attack)).values
+    half = {  # topics: weights between 0 and 1
+        name: replace(
+            split,
+            source=ArraySource({k: v * 0.5 for k, v in split.source.inputs(split.rows).items()}),
+            rows=torch.arange(len(split)),
+        )
+        for name, split in data.splits.items()
+    }
+    bench = make_bench(benches["T2I"].victim, replace(data, **half), direction=("text", "image"))
+    attack = make("mainstay", modality="text")
+    found = score_attack(bench, attack, attack_all(bench, attack))
+    assert "MAP/rounded" not in found.values
+    assert "wMAP/rounded" not in worst(bench, score_clean(bench), {"mainstay": found}).values
+
+
+def test_blocks_of_earlier_versions_are_read_without_whole_words(benches: dict[str, Bench]) -> None:
+    bench, attack = benches["T2I"], make("mainstay", modality="text")
+    new = [attack_block(bench, attack, block) for block in range(bench.blocks)]
+    arrays = new[0].arrays()
+    again = Attacked.from_arrays(arrays)
+    assert torch.equal(again.whole_words, new[0].whole_words)
+    assert again.whole_words.shape == again.signs.shape
+    del arrays["whole_words"]
+    whole = Attacked.join([Attacked.from_arrays(arrays), *new[1:]])
+    result = score_attack(bench, attack, whole)
+    assert "MAP/rounded" not in result.values
+    assert result["MAP"] == score_attack(bench, attack, Attacked.join(new))["MAP"]
 
 
 @pytest.mark.parametrize("like", [*NAMES, {"name": "tha", "fit_steps": 5, "hidden": 16}], ids=str)
@@ -248,6 +324,7 @@ def test_a_run_in_all_directions(run: Run) -> None:
     for said in ("Results, I2T", "Results, T2T", "entries changed, mean", "pixels changed", "I2T, I2I, T2I, T2T"):
         assert said in page
     assert page.count("of 8-bit images") == 2
+    assert page.count(">of whole words<") == 2
 
 
 def test_a_suite_on_texts_takes_words_exactly_and_vectors_in_the_range_of_the_training_set(run: Run) -> None:
@@ -256,6 +333,7 @@ def test_a_suite_on_texts_takes_words_exactly_and_vectors_in_the_range_of_the_tr
     exact, greedy = (words.per_query[f"MAP under {line}"] for line in ("exact", "greedy words, codes"))
     assert float(exact.mean()) <= float(greedy.mean())
     assert torch.equal(words.per_query["wMAP"], words.per_query["MAP under refined exact"])
+    assert torch.equal(words.per_query["wMAP"], words.per_query["wMAP/rounded"])
     vector = assessing.assess(run, "smoke", "txt-feat-linf", 6, direction="T2I", kept=False)
     assert vector is not None
     assert vector["wMAP"] <= vector["clean"]

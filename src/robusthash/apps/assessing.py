@@ -82,7 +82,7 @@ def assess(
 
     Args:
         tier_name: ``smoke``, ``fast``, ``standard``, ``full``, or ``paper``: the attacks as published, kept apart.
-        queries: instead of the tier's; chosen by ``stable_subset``.
+        queries: instead of the tier's; chosen by content.
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
         curve: the worst case at seven budgets too, by the lines ``guided`` and ``soft-ap``.
         shard: (i, n): only these blocks of queries, for several processes; a call without it joins them.
@@ -130,7 +130,7 @@ def assess(
     if curve:
         chosen = [line for line in suite.lines if line.name in CURVE_LINES]
         by_eps = eps_curve(bench, chosen, aim, keep=None if keep is None else keep.within("curve"), progress=shown)
-    aside = None if keep is None else keep.within("checks")
+    aside = None if keep is None else keep.within("checked")
     checks = Flags(suite, aim, by_eps, seen.cut, aside, shown) if checked and tier_name in CHECKED_TIERS else None
     result = assess_prepared(bench, suite, notes, keep=keep, progress=shown, checks=checks)
     if by_eps is not None:

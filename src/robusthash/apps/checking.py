@@ -41,7 +41,7 @@ def check_run(
 
     Args:
         eps: budget; the customary one of the query modality by default.
-        queries: of the run's query split, the first this many.
+        queries: so many of the run's, chosen by content.
         direction: such as ``T2I``; the first of the run's by default.
     """
     bench = run_bench(run, shown, direction)

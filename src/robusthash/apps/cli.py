@@ -106,6 +106,7 @@ PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "score": numbers.score,
         "compare": numbers.compare,
         "table": numbers.table,
+        "keep": numbers.keep,
         "report": experiment.report,
     },
     "Numbers that hold": {

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from robusthash.core.registry import check, nearest
+from robusthash.core.registry import build, check, nearest
 from robusthash.core.runtime import digest
+from robusthash.defenses.needs import check_needs
 from robusthash.training.groups import BASE, MODALITIES, NAMES, unknown
 
 _FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+)\s*")
@@ -128,6 +138,7 @@ class TrainingSection(Section):
             if key not in accepted and given:
                 raise ValueError(f"recipe {made.name!r} takes no {key!r}; adversarial training is recipe: adversarial")
         self._check_groups(getattr(made.make, "groups", None))
+        self._check_attack()
         return self
 
     def _check_groups(self, groups: tuple[str, ...] | None) -> None:
@@ -137,6 +148,17 @@ class TrainingSection(Section):
                 raise ValueError(unknown(name, [*groups, *(NAMES if BASE in groups else ())]))
             if optim.lr == 0 and name not in (BASE, *NAMES):
                 raise ValueError(f"optim.{name}.lr is 0, which freezes parts of the hasher and no other group")
+
+    def _check_attack(self) -> None:
+        """That the inner attack gives what the outer loss needs; both are made for it, which takes no data."""
+        if self.attack is None or self.outer is None:
+            return
+        objective = build("objective", self.objective)
+        try:
+            attack, outer = build("attack", self.attack, objective=objective), build("outer", self.outer)
+        except KeyError as error:  # a name inside of their options
+            raise ValueError(error.args[0]) from None
+        check_needs(attack, outer, objective)
 
 
 class EvaluationSection(Section):
@@ -152,9 +174,18 @@ class EvaluationSection(Section):
     identity: list[_component("attack")] = []  # type: ignore[valid-type]  # purifiers' gradients taken to be the identity
     directions: list[Literal["I2I", "I2T", "T2I", "T2T"]] | None = None  # the hasher's first modality both ways
     relevance: list[str] = ["own"]
-    queries: int | None = Field(None, ge=1)  # the first this many queries; all by default
+    queries: int | None = Field(None, ge=1)  # chosen by content as in `assess`; all by default
     batch_size: int = Field(250, ge=1)
     seed: int = 0
+
+    @field_validator("protocol")
+    @classmethod
+    def _usable(cls, protocol: dict[str, Any] | str) -> dict[str, Any] | str:
+        try:
+            build("protocol", protocol)  # its values are checked where it is made, which costs nothing
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        return protocol
 
 
 class RuntimeSection(Section):
@@ -279,4 +310,6 @@ def _explain(problem: Mapping[str, Any], where: str) -> str:
         known = getattr(section, "model_fields", OptimSection.model_fields)
         return f"{where}: unknown key {'.'.join(place)!r}{nearest(place[-1], known)}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {'.'.join(place) or 'config'}: {message} (got {problem['input']!r})"
+    given = problem["input"]
+    whole = isinstance(given, Mapping) and "name" not in given  # a section, whose content would hide the message
+    return f"{where}: {'.'.join(place) or 'config'}: {message}" + ("" if whole else f" (got {given!r})")

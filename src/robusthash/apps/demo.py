@@ -30,6 +30,7 @@ from robusthash.core.runtime import digest
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
 from robusthash.data.photos import describe_item, thumbnail
+from robusthash.data.splits import stable_subset
 from robusthash.evaluation.bench import Bench, make_bench
 from robusthash.evaluation.evaluate import attack_all, score_attack
 from robusthash.evaluation.perceptibility import image_measures
@@ -126,7 +127,7 @@ def _bench(run: Run, data: RetrievalData) -> Bench:
 
 
 def eps_curve(run: Run, bench: Bench, results: Mapping[str, EvalResult], shown: Shown = silent) -> Curve:
-    """AP of the first queries at each budget of ``EPS``.
+    """AP of some queries, chosen by content, at each budget of ``EPS``.
 
     A perturbation of a smaller budget is allowed at a larger one too, so each query keeps the least AP so far, and
     the curve never rises. The budgets that were evaluated already (none, and the run's own) are taken from there;
@@ -134,8 +135,7 @@ def eps_curve(run: Run, bench: Bench, results: Mapping[str, EvalResult], shown: 
     """
     settings, own = _attack(run, CURVE_ATTACK)
     budget = own.threat.balls["image"].eps
-    queries = min(_CURVE_QUERIES, len(bench.queries))
-    few = bench.first(queries)
+    asked, few = stable_subset(bench.queries, _CURVE_QUERIES), bench.some(_CURVE_QUERIES)
     identity = digest([settings, few.queries.fingerprint(), few.batch_size, few.seed, run.card()["digest"]])
     path = run.path / "curve.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
@@ -145,9 +145,9 @@ def eps_curve(run: Run, bench: Bench, results: Mapping[str, EvalResult], shown: 
     rows = []
     for number, eps in enumerate(EPS):
         if eps == 0:
-            ap = results["clean"].per_query[measure][:queries].tolist()
+            ap = results["clean"].per_query[measure][asked].tolist()
         elif abs(eps / 255 - budget) < 1e-9:
-            ap = results[CURVE_ATTACK].per_query[measure][:queries].tolist()
+            ap = results[CURVE_ATTACK].per_query[measure][asked].tolist()
         elif str(eps) in kept["ap"]:
             ap = kept["ap"][str(eps)]
         else:

@@ -15,13 +15,13 @@ from robusthash.apps.lineup import LOOKED_AT
 from robusthash.apps.runs import Run
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
+from robusthash.data.splits import stable_subset
 from robusthash.evaluation.bundles import read_bundle
 from robusthash.evaluation.entries import BestKnown, Claimed, Entry, Restrictions, Source, Verified, verify
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean, setting_of, worst
 from robusthash.evaluation.evidence import best_known, disagreements, export, on_queries, verify_bundle
 from robusthash.evaluation.observed import Observed, observed
 from robusthash.evaluation.results import EvalResult, load_results, save_results
-from robusthash.evaluation.suite import stable_subset
 
 FILE = "evidence.json"
 """Accepted bundles of a run, as results; the leaderboard reads them beside the run's own."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.threat import Budget, Threat
+from robusthash.data.splits import stable_subset
 from robusthash.evaluation.adaptive import adaptive_lines
 from robusthash.evaluation.attempts import Attacker, Attempts, Forget, Keep
 from robusthash.evaluation.bench import Bench, Progress, silent
@@ -95,7 +96,7 @@ class Flags:
     progress: Progress = silent
 
     def __call__(self, bench: Bench, attempts: Attempts, result: EvalResult) -> tuple[Flag, ...]:
-        model = model_checks(bench, self.threat, queries=min(CHECKED, len(bench.queries)))
+        model = model_checks(bench, self.threat, queries=CHECKED)
         headline = bench.protocol.headline
         untargeted = [line for line in attempts.lines if not line.targeted]
         ap = {line.name: result.per_query[f"{headline} under {line.name}"][None] for line in untargeted}
@@ -126,8 +127,7 @@ class Flags:
         if not able or self.threat.edits:
             return {}
         best = min(able, key=lambda line: float(ap[line.name].mean()))
-        part = torch.arange(min(CHECKED, len(bench.queries)))
-        few = bench.at(part)
+        part, few = stable_subset(bench.queries, CHECKED), bench.some(CHECKED)
         search: Any = best.attack.search
         longer = replace(best, attack=replace(best.attack, search=replace(search, steps=2 * search.steps)))
         once, further = range(best.restarts), range(best.restarts, 2 * best.restarts)

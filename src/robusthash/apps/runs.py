@@ -8,7 +8,7 @@ import logging
 import pickle
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ class RunError(ValueError):
 CHECKED = "checks.json"
 """What ``check`` said of a run."""
 
+KEPT = "kept.json"
+"""What makes a run directory a copy of results alone; see ``keeping``."""
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON aside and rename, so that a reader never sees half a file."""
@@ -59,9 +62,17 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """What training seeds of one recipe have in common, and no other recipe."""
-        unseeded = self.config.model_copy(update={"runtime": self.config.runtime.model_copy(update={"seed": 0})})
-        return f"{self.config.name} {unseeded.model_id()}"
+        """What training seeds of one recipe have in common, and no other recipe; wherever the data lies."""
+        plain = self.config.model_dump()
+        data = plain["data"] if isinstance(plain["data"], dict) else {"name": plain["data"]}
+        plain["data"] = {key: value for key, value in data.items() if key != "root"}
+        plain["runtime"]["seed"] = 0
+        return f"{self.config.name} {Config.model_validate(plain).model_id()}"
+
+    @property
+    def kept(self) -> bool:
+        """A copy of results alone, without weights."""
+        return (self.path / KEPT).is_file()
 
     @property
     def trained(self) -> bool:
@@ -236,6 +247,11 @@ class Run:
         Raises:
             RunError: weights that are truncated or do not fit the model card.
         """
+        if self.kept:
+            raise RunError(
+                f"{self.path} keeps results without weights; train its recipe again for the model: "
+                f"robusthash train {self.path / 'config.yaml'}"
+            )
         card, folder = self.card(), self.path / "checkpoint"
         spec = card["hasher"]
         hasher = build_hasher(
@@ -260,6 +276,8 @@ def open_run(
     """
     path = root / config.name / config.model_id(ancestor)
     existing = path / "config.yaml"
+    if (path / KEPT).is_file():
+        raise RunError(f"{path} keeps results without weights, and no run goes on there; use another --runs folder")
     if existing.is_file():
         held = load_config(existing).model_id(ancestor)
         if held != path.name:
@@ -292,6 +310,21 @@ def load_run(path: str | Path) -> Run:
         return Run(path, load_config(path / "config.yaml"))
     except ConfigError as error:
         raise RunError(f"{path}: its config cannot be read: {error}") from None
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run directories: those given, and of any other folder given those right below it, by name.
+
+    Raises:
+        RunError: a folder that neither is a run directory nor holds one.
+    """
+    found: list[Path] = []
+    for path in paths:
+        below = sorted(config.parent for config in path.glob("*/config.yaml"))
+        if not (path / "config.yaml").is_file() and not below:
+            raise RunError(f"{path} is not a run directory and holds none: it has no config.yaml")
+        found += [path] if (path / "config.yaml").is_file() else below
+    return found
 
 
 def _without_weights(encoder: Any) -> Any:

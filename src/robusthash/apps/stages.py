@@ -70,9 +70,11 @@ def _parent(config: Config, root: Path, shown: Shown, base: Path) -> Run | None:
     path = base / named if (base / named).exists() else Path(named)
     if path.suffix not in (".yaml", ".yml"):
         return load_run(path)
-    # the run to start from sees the same data, seed and device as the one that asks for it
+    # the run to start from sees the same data, seed and device as the one that asks for it, and has the same net
     recipe = load_config(path)
-    recipe = recipe.model_copy(update={"data": config.data, "runtime": config.runtime})
+    net = {part: getattr(config.hasher, part) for part in ("bits", "image", "text", "head")}
+    hasher = recipe.hasher.model_copy(update=net)
+    recipe = recipe.model_copy(update={"data": config.data, "hasher": hasher, "runtime": config.runtime})
     return train(recipe, root, shown, path.parent)
 
 

@@ -1,47 +1,85 @@
-"""Runs -> one table: recipes as rows, seeds averaged, intervals over seeds and queries."""
+"""Runs -> one table: recipes as rows, seeds averaged, intervals over seeds and queries; or differences to one row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from robusthash.apps.config import Config
 from robusthash.apps.runs import Run, load_run
+from robusthash.core.registry import nearest
 from robusthash.evaluation.results import EvalResult, by_bench
 from robusthash.evaluation.stats import bootstrap_interval, hierarchical_interval
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One value of a table: mean over seeds, 95 % interval, number of seeds."""
+    """One value of a table: mean over seeds, 95 % interval, number of seeds; ``signed`` is a difference."""
 
     value: float
     interval: tuple[float, float]
     seeds: int
+    signed: bool = False
 
     def text(self, digits: int = 3) -> str:
-        """``0.472 (0.455-0.490)``."""
+        """``0.472 (0.455-0.490)``; of a difference ``+0.010 (-0.002 to +0.022)``."""
         low, high = self.interval
+        if self.signed:
+            return f"{self.value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
         return f"{self.value:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One recipe: its cells by result name, training minutes, and what stands still in the table.
+class Column:
+    """A column: a result by name, a measure of it or its headline, and what the table calls it."""
 
-    ``chance`` is by what was scored on: "" where that is one thing, else ``I2T``, ``T2I by class``, ... ``attacked``
-    has threat, attacks and budget of every cell; "" of clean queries.
+    result: str
+    measure: str | None = None
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.label or (f"{self.measure} of {self.result}" if self.measure else self.result)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe: its cells by the title of their column, training minutes, and what stands still in the table.
+
+    ``chance`` is by what was scored on: "" where that is one thing, else ``I2T``, ``T2I by class``, ..., and ``scored``
+    says which of these a cell is about. ``attacked`` has threat, attacks and budget of every cell; "" of clean queries.
     """
 
     name: str
     cells: dict[str, Cell]
     minutes: float
     chance: dict[str, float]
+    scored: dict[str, str]
     attacked: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One evaluated run: its results and those of its suites, read once; its clean ones by what was scored on."""
+
+    run: Run
+    evaluated: dict[str, EvalResult]
+    results: dict[str, EvalResult]
+    clean: dict[str, EvalResult]
+
+    @property
+    def number(self) -> int:
+        """The training seed."""
+        return self.run.config.runtime.seed
+
+
+Seeds = Mapping[str, Sequence[Seed]]
+"""Runs by the name of their row."""
 
 
 def headline_of(result: EvalResult) -> str:
@@ -51,40 +89,101 @@ def headline_of(result: EvalResult) -> str:
 
 
 def make_rows(paths: Sequence[Path]) -> list[Row]:
-    """Rows in the order in which recipes first appear among ``paths``; runs that differ in the seed alone share one.
+    """``rows_of`` run directories, with all that they were evaluated on."""
+    return rows_of(read_seeds(paths))
 
-    A result enters a row only where every seed of the recipe has it, and only where all seeds were attacked alike, so
-    that no cell mixes settings.
+
+def read_seeds(paths: Sequence[Path]) -> dict[str, list[Seed]]:
+    """Run directories by row, in the order in which recipes first appear; those that differ in the seed share one.
 
     Raises:
         ValueError: runs on different data, splits, directions or protocols, which no table may hold together; or a
             seed given twice.
     """
-    rows: list[Row] = []
+    rows: dict[str, list[Seed]] = {}
     first: dict[str, EvalResult] = {}
-    for name, seeds in seeds_by_row(paths).items():
-        found = [run.evaluated() for run in seeds]
-        cleans = [{bench: group["clean"] for bench, group in by_bench(results).items()} for results in found]
-        first = first or cleans[0]
-        for clean in cleans:
+    for name, runs in seeds_by_row(paths).items():
+        for run in runs:
+            evaluated = run.evaluated()
+            clean = {bench: group["clean"] for bench, group in by_bench(evaluated).items()}
+            first = first or clean
             if clean.keys() != first.keys():
                 raise ValueError(f"{name} was scored on {_benches(clean)}, the first recipe on {_benches(first)}")
             differing = {field for bench in clean for field in clean[bench].setting.differs(first[bench].setting)}
             if differing:
                 raise ValueError(f"{name} was evaluated in another setting ({', '.join(sorted(differing))})")
-        cells, attacked = {}, {}
-        for result in found[0]:
-            if all(result in results and _alike(results[result], found[0][result]) for results in found):
-                cells[result] = cell_of([results[result] for results in found])
-                attacked[result] = _attack_of(found[0][result])
-        minutes = sum(run.card()["seconds"] for run in seeds) / len(seeds) / 60
-        chance = {bench: clean.reference["chance"] for bench, clean in cleans[0].items()}
-        rows.append(Row(name, cells, minutes, chance, attacked))
+            rows.setdefault(name, []).append(Seed(run, evaluated, {**run.assessed(), **evaluated}, clean))
     return rows
 
 
+def rows_of(rows: Seeds, columns: Sequence[Column] | None = None) -> list[Row]:
+    """A table of values.
+
+    A result enters a row only where every seed of the recipe has it, and only where all seeds were attacked alike, so
+    that no cell mixes settings.
+
+    Args:
+        columns: by default all that the first seed of a row was evaluated on; results of suites only by name.
+    """
+    made = []
+    for name, seeds in rows.items():
+        wanted = [Column(result) for result in seeds[0].evaluated] if columns is None else columns
+        found = {column: _of_all(seeds, column) for column in wanted}
+        made.append(_row(name, seeds, {c: (cell_of(r, c.measure), r[0]) for c, r in found.items() if r}))
+    return made
+
+
+def differences_of(rows: Seeds, columns: Sequence[Column], baseline: str) -> list[Row]:
+    """A table of paired differences to the row ``baseline``, which is left out: same seed, same queries.
+
+    A pair of seeds shares its start where a defense goes on from the undefended model of its seed. Over several common
+    seeds the interval is that of the method (seeds and queries resampled), of a single one that of the checkpoint.
+
+    Raises:
+        ValueError: no row of that name.
+    """
+    if baseline not in rows:
+        raise ValueError(f"no row is named {baseline!r}{nearest(baseline, rows)}; there are {', '.join(rows)}")
+    against = {seed.number: seed for seed in rows[baseline]}
+    made = []
+    for name in [name for name in rows if name != baseline]:
+        common = [seed for seed in rows[name] if seed.number in against]
+        others = [against[seed.number] for seed in common]
+        found = {column: _of_all([*common, *others], column) for column in columns}
+        count = len(common)
+        cells = {c: (_difference(r[:count], r[count:], c.measure), r[0]) for c, r in found.items() if r}
+        made.append(_row(name, rows[name], cells))
+    return made
+
+
+def _row(name: str, seeds: Sequence[Seed], cells: Mapping[Column, tuple[Cell, EvalResult]]) -> Row:
+    chance = {bench: clean.reference["chance"] for bench, clean in seeds[0].clean.items()}
+    return Row(
+        name,
+        {column.title: cell for column, (cell, _) in cells.items()},
+        sum(seed.run.card()["seconds"] for seed in seeds) / len(seeds) / 60,
+        chance,
+        {column.title: bench_of(column.result, chance) for column in cells},
+        {column.title: _attack_of(result) for column, (_, result) in cells.items()},
+    )
+
+
+def _of_all(seeds: Sequence[Seed], column: Column) -> list[EvalResult]:
+    """The result of a column by seed; empty where one lacks it, or was attacked otherwise."""
+    found = [result for seed in seeds if (result := seed.results.get(column.result)) is not None]
+    alike = len(found) == len(seeds) and len({_attack_of(result) for result in found}) == 1
+    measured = column.measure is None or all(column.measure in result.per_query for result in found)
+    return found if alike and measured else []
+
+
+def _difference(own: Sequence[EvalResult], other: Sequence[EvalResult], measure: str | None) -> Cell:
+    values = _values(own, measure) - _values(other, measure)
+    kept = values[:, ~values.isnan().any(0)]
+    return Cell(float(kept.mean()), _interval(kept), len(own), signed=True)
+
+
 def seeds_by_row(paths: Sequence[Path]) -> dict[str, list[Run]]:
-    """Runs by the name of their row: the recipe's, with the settings that tell it from others of that name.
+    """Runs by the name of their row, by seed: the recipe's name, with the settings that tell it from its namesakes.
 
     Raises:
         ValueError: two runs of one recipe with the same training seed, which would count twice.
@@ -98,12 +197,25 @@ def seeds_by_row(paths: Sequence[Path]) -> dict[str, list[Run]]:
         if len(set(trained)) < len(trained):
             where = ", ".join(str(run.path) for run in runs)
             raise ValueError(f"training seeds {trained} of one recipe repeat ({where}); give each seed once")
+        runs.sort(key=lambda run: run.config.runtime.seed)
     configs = [runs[0].config for runs in recipes.values()]
     named = {}
     for runs in recipes.values():
         own = runs[0].config
         named[", ".join([own.name, *_apart(own, [c for c in configs if c.name == own.name])])] = runs
     return named
+
+
+def of_seeds(paths: Sequence[Path], seeds: Collection[int]) -> list[Path]:
+    """The runs of these training seeds.
+
+    Raises:
+        ValueError: no run has one of them.
+    """
+    found = [path for path in paths if load_run(path).config.runtime.seed in seeds]
+    if not found:
+        raise ValueError(f"no run has the training seed {' or '.join(map(str, seeds))}")
+    return found
 
 
 def _apart(own: Config, namesakes: Sequence[Config]) -> list[str]:
@@ -116,7 +228,8 @@ def _apart(own: Config, namesakes: Sequence[Config]) -> list[str]:
 
 def _settings(config: Config) -> dict[str, Any]:
     training = config.training.model_dump(exclude={"init_from"})
-    return _flat({"data": config.data, "hasher": config.hasher.plain(), "training": training})
+    settings = _flat({"data": config.data, "hasher": config.hasher.plain(), "training": training})
+    return {key: value for key, value in settings.items() if key != "data.root"}  # where the data lies is no setting
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -133,10 +246,6 @@ def _benches(cleans: Mapping[str, EvalResult]) -> str:
 def bench_of(column: str, benches: Iterable[str]) -> str:
     """What the result of this name was scored on."""
     return max((bench for bench in benches if not bench or column.startswith(f"{bench} ")), key=len, default="")
-
-
-def _alike(one: EvalResult, other: EvalResult) -> bool:
-    return _attack_of(one) == _attack_of(other)
 
 
 def _attack_of(result: EvalResult) -> str:
@@ -157,35 +266,135 @@ def cell_of(results: Sequence[EvalResult], measure: str | None = None) -> Cell:
         measure: the headline of the result by default.
     """
     measure = measure or headline_of(results[0])
-    values = torch.stack([result.per_query[measure] for result in results])
+    values = _values(results, measure)
     kept = values[:, ~values.isnan().any(0)]
-    if len(kept) > 1:
-        interval = hierarchical_interval(kept)
-    elif measure in results[0].interval:
-        interval = results[0].interval[measure]
-    else:
-        interval = bootstrap_interval(kept[0])
-    return Cell(float(kept.mean()), interval, len(results))
+    stored = results[0].interval.get(measure) if len(kept) == 1 else None
+    return Cell(float(kept.mean()), stored or _interval(kept), len(results))
+
+
+def _values(results: Sequence[EvalResult], measure: str | None) -> Tensor:
+    """(S, Q) values of S seeds."""
+    measure = measure or headline_of(results[0])
+    return torch.stack([result.per_query[measure].to(torch.float64) for result in results])
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    return hierarchical_interval(values) if len(values) > 1 else bootstrap_interval(values[0])
+
+
+# ---------------------------------------------------------------------------------------------- columns, rows by name
+
+
+def all_columns(rows: Seeds) -> list[Column]:
+    """All that the first run was evaluated on."""
+    return [Column(result) for result in next(iter(rows.values()))[0].evaluated]
+
+
+def result_names(rows: Seeds) -> list[str]:
+    """Every result of these runs, of their evaluations and of suites."""
+    return list(dict.fromkeys(name for seeds in rows.values() for seed in seeds for name in seed.results))
+
+
+def parse_column(text: str, names: Collection[str]) -> Column:
+    """``[MEASURE of ]RESULT[ as LABEL]``: ``worst``, ``I2T worst as worst case``, ``nDCG@100 of clean as nDCG``.
+
+    Args:
+        names: the results that there are; the longest text that is one of them is never taken apart.
+
+    Raises:
+        ValueError: no such result; the nearest is offered.
+    """
+    for wanted, label in _labelled(text):
+        if wanted in names:
+            return Column(wanted, None, label)
+        measure, _, result = wanted.partition(" of ")
+        if result in names:
+            return Column(result, measure, label)
+    wanted = text.partition(" as ")[0]
+    result = wanted.partition(" of ")[2] or wanted
+    raise ValueError(f"no run has a result {result!r}{nearest(result, names)}")
+
+
+def _labelled(text: str) -> list[tuple[str, str]]:
+    """Every way to read a text as ``NAME as LABEL``, longest name first; without a label in the beginning."""
+    words = text.split(" as ")
+    return [(" as ".join(words[:end]), " as ".join(words[end:])) for end in range(len(words), 0, -1)]
+
+
+def chosen_rows(rows: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
+    """Rows by name in the order asked for, ``NAME[ as LABEL]``, under their labels.
+
+    Raises:
+        ValueError: no such row; the nearest is offered.
+    """
+    by_name = {row.name: row for row in rows}
+    made = []
+    for text in wanted:
+        name, label = next((read for read in _labelled(text) if read[0] in by_name), _labelled(text)[-1])
+        if name not in by_name:
+            raise ValueError(f"no row is named {name!r}{nearest(name, by_name)}; there are {', '.join(by_name)}")
+        made.append(replace(by_name[name], name=label or name))
+    return made
+
+
+# ---------------------------------------------------------------------------------------------- a table as text
 
 
 def markdown(rows: Sequence[Row], results: Sequence[str] | None = None) -> str:
     """A Markdown table; ``results`` chooses and orders the columns, by default all that the first row has."""
+    head, *lines = text_table(rows, results)
+    written = [f"| {' | '.join(line)} |" for line in [head, *lines]]
+    return "\n".join([written[0], "|" + " --- |" * len(head), *written[1:]])
+
+
+def latex(rows: Sequence[Row], results: Sequence[str] | None = None) -> str:
+    """A LaTeX ``tabular`` with the rules of the package ``booktabs``."""
+    head, *lines = ([_tex(cell) for cell in line] for line in text_table(rows, results))
+    body = [f"{' & '.join(line)} \\\\" for line in lines]
+    start = [f"\\begin{{tabular}}{{{'l' * len(head)}}}", "\\toprule", f"{' & '.join(head)} \\\\", "\\midrule"]
+    return "\n".join([*start, *body, "\\bottomrule", "\\end{tabular}"])
+
+
+def _tex(text: str) -> str:
+    return "".join(f"\\{mark}" if mark in "&%$#_{}" else mark for mark in text)
+
+
+def plain_table(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
+    """Header and lines with value, ends of the interval and seeds of each column apart; "" where there is no value."""
+    head = ["recipe", *(f"{column}{part}" for column in columns for part in ("", " low", " high", " seeds"))]
+    lines = []
+    for row in rows:
+        cells = [row.cells.get(column) for column in columns]
+        parts = [_numbers(cell) for cell in cells]
+        lines.append([row.name, *(part for cell in parts for part in cell)])
+    return [head, *lines]
+
+
+def _numbers(cell: Cell | None) -> list[str]:
+    return [""] * 4 if cell is None else [*(f"{value:.6f}" for value in (cell.value, *cell.interval)), str(cell.seeds)]
+
+
+def text_table(rows: Sequence[Row], results: Sequence[str] | None = None) -> list[list[str]]:
+    """Header and lines of a table for reading; of differences without chance and training, which are no differences."""
     columns = list(rows[0].cells) if results is None else list(results)
-    shown = {bench_of(column, rows[0].chance) for column in columns}
-    benches = [bench for bench in rows[0].chance if bench in shown]
-    chances = [f"chance {bench}".strip() for bench in benches]
-    lines = [f"| {' | '.join(['recipe', *columns, *chances, 'training minutes', 'seeds'])} |"]
-    lines.append("|" + " --- |" * (len(columns) + len(chances) + 3))
+    shown = {row.scored[column] for row in rows for column in columns if column in row.scored}
+    benches = [bench for bench in rows[0].chance if bench in shown and not _signed(rows)]
+    minutes = [] if _signed(rows) else ["training minutes"]
+    table = [["recipe", *columns, *(f"chance {bench}".strip() for bench in benches), *minutes, "seeds"]]
     for row in rows:
         cells = [row.cells[column].text() if column in row.cells else "-" for column in columns]
         cells += [f"{row.chance[bench]:.3f}" for bench in benches]
-        seeds = max(cell.seeds for cell in row.cells.values())
-        lines.append(f"| {' | '.join([row.name, *cells, f'{row.minutes:.1f}', str(seeds)])} |")
-    return "\n".join(lines)
+        cells += [f"{row.minutes:.1f}"] * len(minutes)
+        table.append([row.name, *cells, str(max((cell.seeds for cell in row.cells.values()), default=0))])
+    return table
+
+
+def _signed(rows: Sequence[Row]) -> bool:
+    return any(cell.signed for row in rows for cell in row.cells.values())
 
 
 def captions(rows: Sequence[Row], results: Sequence[str] | None = None) -> list[str]:
-    """Lines below the table of ``markdown``: threat, attacks and budget of the attacked columns.
+    """Lines below the table: threat, attacks and budget of the attacked columns.
 
     Columns of the same words share a line. A column whose rows were attacked differently has a line for each, and is
     said not to compare.

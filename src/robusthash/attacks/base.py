@@ -50,7 +50,11 @@ class Found:
 
 
 class Guide(Protocol):
-    """Where the goal lies in Hamming space."""
+    """Where the goal lies in Hamming space.
+
+    One whose guidance is a single code of each item, which stands for the goal's labels, says so by an attribute
+    ``label_codes = True``: outer losses that pull attacked items to the guidance need it.
+    """
 
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
@@ -148,6 +152,11 @@ class Attack:
         guide = self.guide if learn is None else learn(victim, data, reference, draws.within(self.name))
         threat = self.threat if bind is None else bind(self.threat, victim, data)
         return self if learn is None and bind is None else replace(self, guide=guide, threat=threat)
+
+    @property
+    def label_codes(self) -> bool:
+        """Whether the guidance is a single code of each item that stands for the goal's labels."""
+        return bool(getattr(self.guide, "label_codes", False))
 
     @property
     def budget(self) -> str:

@@ -83,6 +83,11 @@ class Similarity:
         if self.codes not in ("all", "image", "text"):
             raise ValueError(f"codes must be 'all', 'image' or 'text', got {self.codes!r}")
 
+    @property
+    def label_codes(self) -> bool:
+        """Only the repaired direction points to the codes of the labels."""
+        return self.mode == "fixed"
+
     def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
         banks, similar = self._known(goal, reference)
         together = torch.stack(banks).mean(0)

@@ -65,6 +65,7 @@ class Prototype(nn.Module):
 
     BATCH = 32
     RATE = 1e-4
+    label_codes = True
 
     def __init__(self, hidden: int = 4096, middle: int = 512, steps: int = 300) -> None:
         super().__init__()

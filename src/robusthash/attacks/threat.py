@@ -122,7 +122,7 @@ class Edits:
         Raises:
             ValueError: an ``origin`` that is no bag of 0 and 1.
         """
-        if origin.dim() != 2 or not origin.is_floating_point() or not _binary(origin):
+        if origin.dim() != 2 or not origin.is_floating_point() or not binary(origin):
             raise ValueError(
                 f"an edit budget needs texts as real (B, V) bags of words of 0 and 1, got {origin.dtype} "
                 f"{tuple(origin.shape)} from {float(origin.min()):g} to {float(origin.max()):g}; binarise them"
@@ -152,7 +152,8 @@ class Edits:
 Budget = Ball | Edits | Swaps
 
 
-def _binary(values: Tensor) -> bool:
+def binary(values: Tensor) -> bool:
+    """Whether all values are 0 or 1, as in a bag that says which words occur."""
     return bool(((values == 0) | (values == 1)).all())
 
 
@@ -254,7 +255,7 @@ class Threat:
             ball = self.balls[name]
             if not torch.isfinite(value).all():
                 raise ValueError(f"the attacked {name} holds NaN or infinite values")
-            if isinstance(ball, Edits) and not _binary(value):
+            if isinstance(ball, Edits) and not binary(value):
                 raise ValueError(f"the attacked {name} holds values other than 0 and 1, which are no edits of words")
             if value.dtype != clean.dtype or value.shape != clean.shape:
                 raise ValueError(f"the attacked {name} is {value.dtype} {tuple(value.shape)}, not {clean.dtype}")

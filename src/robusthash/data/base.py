@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -104,6 +104,11 @@ class Split:
         return hashlib.sha256(self.hashes.tobytes() + labels).hexdigest()[:16]
 
 
+def _unlabelled(split: Split) -> int:
+    """Items without a label, which are similar to nothing."""
+    return len(split) if split.labels is None else int((split.labels.sum(1) == 0).sum())
+
+
 @dataclass(frozen=True)
 class RetrievalData:
     """Train, query and database splits of one data set, checked when made.
@@ -176,13 +181,14 @@ class RetrievalData:
         """Digest of all splits, in order."""
         return digest({name: split.fingerprint() for name, split in self.splits.items()}, 16)
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """Sizes, digests and notes, as results carry them."""
         return {
             "name": self.name,
             "sizes": {name: len(split) for name, split in self.splits.items()},
             "fingerprints": {name: split.fingerprint() for name, split in self.splits.items()},
             "labels": len(self.label_names),
+            "unlabelled": {name: _unlabelled(split) for name, split in self.splits.items()},
             "train_in_database": self.train_in_database,
             "note": self.note,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,8 @@ from robusthash.data.texts import Caption, Texts, TextStyle
 from robusthash.data.transforms import MAX_PIXELS, Fit, OnError
 
 __all__ = ["FileSource", "folder"]
+
+logger = logging.getLogger(__name__)
 
 SplitRule = Literal["manifest", "random", "balanced"]
 
@@ -58,7 +61,8 @@ def folder(
         root: the folder of class folders, or the one that the manifest's ``file`` column is relative to.
         archive: a plain, uncompressed tar instead of ``root``; it needs a manifest.
         manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (a list, or ``;`` between), optionally
-            ``class``, ``captions``, ``split`` and ``id``.
+            ``class``, ``captions``, ``split`` and ``id``. Items without a label are similar to nothing; they are kept,
+            counted in the note and warned of.
         label_field: take the labels from ``labels`` or from ``class``. Where every row has the other column too, it
             becomes another label system of that name (``RetrievalData.by``).
         size: side of the square images in pixels.
@@ -100,6 +104,7 @@ def folder(
         indices = _drawn_split(labels, names, split, query, train, database, seed)
     also: dict[str, Tensor] = {}
     note = f"Images {fit} to {size} x {size}; split {split}" + ("." if split == "manifest" else f", seed {seed}.")
+    note += _note_unlabelled(labels)
     lacking = sum(not entry.also for entry in entries)
     if lacking == 0:
         also[other_field(label_field)] = _multi_hot([entry.also for entry in entries])[0]
@@ -121,6 +126,16 @@ def _multi_hot(rows: Sequence[Sequence[str]]) -> tuple[Tensor, tuple[str, ...]]:
     for number, row in enumerate(rows):
         labels[number, [column[label] for label in row]] = 1
     return labels, names
+
+
+def _note_unlabelled(labels: Tensor) -> str:
+    """Warns of items without a label, and says how many there are; nothing where there are none."""
+    count = int((labels.sum(1) == 0).sum())
+    if count == 0:
+        return ""
+    said = f"{count} of {len(labels)} items have no label and are similar to nothing."
+    logger.warning("folder: %s They are kept.", said)
+    return f" {said}"
 
 
 def _entries(
@@ -192,7 +207,7 @@ def _drawn_split(
         )
     if rule != "balanced":
         raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {rule!r}")
-    several = int((labels.sum(1) > 1).sum())
-    if several:
-        raise ValueError(f"split='balanced' needs one label an item and {several} items have several; use 'random'")
+    for number, many in ((int((labels.sum(1) > 1).sum()), "several"), (int((labels.sum(1) == 0).sum()), "none")):
+        if number:
+            raise ValueError(f"split='balanced' needs one label an item and {number} items have {many}; use 'random'")
     return class_split(labels.argmax(1), query=query, train=train, database=database, seed=seed, names=names)

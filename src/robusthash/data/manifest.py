@@ -73,11 +73,11 @@ def entries_of_manifest(
 
     Columns: ``file`` (path below ``root`` or name in ``archive``), ``labels`` (a list, or text with ``;`` between) or
     ``class`` as ``label_field`` says, and optionally the other one of these two, ``captions`` (a list or one text),
-    ``split`` and ``id``.
+    ``split`` and ``id``. A row may have no label, as in published lists; such an item is similar to nothing.
 
     Raises:
         FileNotFoundError: no manifest, no archive, or files of the manifest that are not there, counted and named.
-        ValueError: a broken row (its line is named), a missing column, rows without labels, repeated files or ids.
+        ValueError: a broken row (its line is named), a missing column, no label in any row, repeated files or ids.
     """
     rows = _rows(manifest)
     needed = ("file", label_field, "captions") if captions else ("file", label_field)
@@ -90,9 +90,11 @@ def entries_of_manifest(
             )
     _unique([str(PurePosixPath(str(row["file"]))) for _, row in rows], "file", manifest)
     _unique([str(row["id"]) for _, row in rows if row.get("id") not in (None, "")], "id", manifest)
-    unlabelled = [f"line {line}" for line, row in rows if not _texts(row[label_field])]
-    if unlabelled:
-        raise ValueError(f"{len(unlabelled)} of {len(rows)} rows of {manifest} have no label: {_some(unlabelled)}")
+    if not any(_texts(row[label_field]) for _, row in rows):
+        raise ValueError(
+            f"no row of {manifest} has a label in the column {label_field!r}; fill it, or set label_field to "
+            f"{other_field(label_field)!r} where the labels stand there"
+        )
     members = _members(archive) if archive is not None else None
     files = [_locate(str(row["file"]), root, archive, members) for _, row in rows]
     missing = [str(row["file"]) for (_, row), file in zip(rows, files, strict=True) if file is None]

@@ -1,7 +1,8 @@
-"""Which items train, query and fill the database: seeded choices, and the data set made of them."""
+"""Which items train, query and fill the database: seeded choices, the data set made of them, some of its queries."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,39 @@ def random_split(
             f"with train_in_database={train_in_database}; ask for fewer"
         )
     return Indices(training, queries, reference)
+
+
+def stable_subset(split: Split, count: int) -> Tensor:
+    """(count,) positions of items chosen by the hash of their content, each first label in its share.
+
+    The one choice of some of the queries, wherever not all are asked. The same items come out, in the same order,
+    however the split is ordered; so every model is asked the same. Where the split has no more, all stay in its order.
+
+    Raises:
+        ValueError: count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"a subset needs at least one query, got {count}")
+    if count >= len(split):
+        return torch.arange(len(split))
+    # hashed again: a split may itself have been drawn by the hash of the content
+    keys = [hashlib.blake2b(b"suite" + bytes(value), digest_size=8).digest() for value in split.hashes]
+    first = torch.full((len(split),), -1) if split.labels is None else _first_label(split.labels)
+    strata: dict[int, list[int]] = {}
+    for position in sorted(range(len(split)), key=lambda i: (keys[i], int(first[i]))):
+        strata.setdefault(int(first[position]), []).append(position)
+    shares = {label: count * len(members) / len(split) for label, members in strata.items()}
+    taken = {label: int(value) for label, value in shares.items()}
+    by_remainder = sorted(shares, key=lambda label: (taken[label] - shares[label], label))
+    for label in by_remainder[: count - sum(taken.values())]:
+        taken[label] += 1
+    chosen = [position for label, members in strata.items() for position in members[: taken[label]]]
+    return torch.tensor(sorted(chosen, key=lambda i: (keys[i], int(first[i]))))
+
+
+def _first_label(labels: Tensor) -> Tensor:
+    """(N,) index of the first label of each item; -1 where it has none."""
+    return torch.where(labels.sum(1) > 0, (labels > 0).float().argmax(1), -1)
 
 
 def compact(indices: Indices) -> tuple[Tensor, Indices]:

@@ -15,6 +15,7 @@ from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, LossTerms, Outputs
 from robusthash.data.base import RetrievalData
+from robusthash.defenses.needs import check_needs
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.objectives.base import HashObjective
 from robusthash.objectives.memory import CodeMemory
@@ -64,8 +65,11 @@ class AdversarialTraining(Recipe):
             training set that shares nothing with its own, drawn anew each epoch; where none exists, at its own labels,
             which harms nothing. A guide that learns (an ``nn.Module`` with ``setup(facts)`` and ``terms(goal labels,
             reference, draws)``) is the optimiser group "guide", stepped before the attack.
-        outer: the defense's own loss.
+        outer: the defense's own loss. What it needs of the attack it declares as ``needs``, see ``Needs``.
         warmup: share of training over which eps grows from 0 to its full size (SFCL).
+
+    Raises:
+        ValueError: an attack that does not give what the outer loss needs, or a warm-up out of range.
     """
 
     groups = ("hasher", "critic", "guide")
@@ -75,6 +79,7 @@ class AdversarialTraining(Recipe):
     ) -> None:
         if not 0.0 <= warmup < 1.0:
             raise ValueError(f"warmup is a share of training in [0, 1), got {warmup:g}")
+        check_needs(attack, outer, objective)
         self.hasher = hasher
         self.attack = attack
         self.outer = outer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from robusthash.core.registry import register
 from robusthash.core.types import LossTerms, Outputs
 from robusthash.defenses.adversarial import Round
+from robusthash.defenses.needs import Needs
 from robusthash.objectives.base import quantisation
 
 
@@ -21,6 +23,10 @@ def _original(turn: Round) -> LossTerms:
 def _agreement(outputs: Outputs, codes: Tensor) -> Tensor:
     """Mean over the batch of (1/K) b . h(x'), averaged over modalities."""
     return torch.stack([(output.relaxed() * codes).mean() for output in outputs.values()]).mean()
+
+
+TO_OWN_CODE = Needs(goal="own", label_codes=True)
+"""Of losses that pull attacked items to the code of their own labels."""
 
 
 @register("outer", "pgd-at", state="measured")
@@ -44,6 +50,7 @@ class CgATOuter:
     """CgAT: L = L_ori(x) - adversarial * (1/K) b_c . h(x'), b_c the center code."""
 
     adversarial: float = 1.0
+    needs: ClassVar[Needs] = TO_OWN_CODE
 
     def __call__(self, turn: Round) -> LossTerms:
         return {**_original(turn), "adversarial": -self.adversarial * _agreement(turn.robust, turn.guidance.codes)}
@@ -63,6 +70,7 @@ class SAATOuter:
 
     adversarial: float = 1.0
     quantisation: float = 1e-4
+    needs: ClassVar[Needs] = TO_OWN_CODE
 
     def __call__(self, turn: Round) -> LossTerms:
         spread = torch.stack([quantisation(output).mean() for output in turn.robust.values()]).mean()

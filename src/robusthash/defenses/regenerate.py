@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,12 @@ def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
     return softplus(-real.float()).mean() + softplus(fake.float()).mean()
 
 
+Inner = Literal["published", "through"]
+
+
 @register("recipe", "regenerate", paper="DRFGD, AAAI 2026", evidence="paper", state="measured")
 class Regenerate(Recipe):
-    """DRFGD: the hasher stays as it is, bit for bit; its purifiers learn, each against an attack on the bare hasher.
+    """DRFGD: the hasher stays as it is, bit for bit; its purifiers learn, each against an attack on its queries.
 
     For each purified modality, x clean and x' attacked, z and z' their robust features, v and v' their fragile ones,
     g and g' their samples made anew (the paper's x-bar and x-tilde):
@@ -75,7 +78,7 @@ class Regenerate(Recipe):
     Args:
         hasher: a trained one with ``Regenerator`` purifiers, for queries only in the paper (``sides: query``).
         objective: what the hasher was trained on; only attacks on it need it.
-        attack: makes x' on the bare hasher, as the paper's own attacks do, anew in every step.
+        attack: makes x', anew in every step; ``inner`` says on what.
         text_attack: settings of the attack on texts, where images and texts are both purified.
         disentangle: lambda, 1. The paper lists it without an equation; here it weighs L_R, so that 0 (or false) is the
             control without disentanglement.
@@ -83,6 +86,9 @@ class Regenerate(Recipe):
         reconstruction: beta, in [400, 2000] in the paper, "depending on the target model".
         tau, most: of ``set_contrast`` and ``SignedSets``.
         literal_divergence: ``symmetric_kl`` instead of ln 2 - JS.
+        inner: ``published`` attacks the bare hasher, as the paper does: x' of an attacker who does not know of the
+            purifier. ``through`` (ours, a variant) attacks hasher and purifiers as they stand, so that they learn
+            against an attacker who does. The hasher is not changed by either.
 
     Differs: the terms of the classification are averaged; see the functions above for the repaired equations.
     """
@@ -104,7 +110,13 @@ class Regenerate(Recipe):
         tau: float = 0.05,
         most: int = 256,
         literal_divergence: bool = False,
+        inner: Inner = "published",
     ) -> None:
+        if inner not in get_args(Inner):
+            raise ValueError(
+                f"inner must be 'published' (the bare hasher) or 'through' (with purifiers), got {inner!r}"
+            )
+        self.inner = inner
         self.hasher = hasher
         self.objective = objective
         self.attacks = [attack]
@@ -160,8 +172,9 @@ class Regenerate(Recipe):
     def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
         bare, reference = self.hasher.bare(), self.memory.reference()
         attacked: Inputs = {}
+        victim = self.hasher if self.inner == "through" else bare
         for attack in self.attacks:
-            found, _ = attack.perturb(bare, batch, Goal(batch.labels, -1), reference, draws=moment.draws)
+            found, _ = attack.perturb(victim, batch, Goal(batch.labels, -1), reference, draws=moment.draws)
             attacked |= {name: value.detach() for name, value in found.inputs.items()}
         terms: LossTerms = {}
         fakes: Inputs = {}

@@ -12,6 +12,7 @@ from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import LossTerms
 from robusthash.defenses.adversarial import Round
+from robusthash.defenses.needs import Needs
 from robusthash.models.sfcl import DOMAINS
 from robusthash.objectives.base import TrainFacts
 
@@ -153,6 +154,11 @@ class SFCLOuter(nn.Module):
         self.heads = nn.ModuleDict()
         self.scorers = nn.ModuleDict()
         self.redundancy: Redundancy | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """Attacked images, and the attack's target where l' is taken from it."""
+        return Needs(goal="target" if self.wrong == "target" and self.auxiliary else None, modality=MODALITY)
 
     def setup(self, facts: TrainFacts) -> None:
         """Make heads and scorers for the widths that the encoder shows, drawn from the seed.

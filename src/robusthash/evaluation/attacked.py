@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Attack
-from robusthash.attacks.threat import Threat
+from robusthash.attacks.threat import Threat, binary
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Inputs
 from robusthash.evaluation.bench import Bench
-from robusthash.evaluation.perceptibility import image_measures, pixel_norms, text_measures, vector_norms
+from robusthash.evaluation.perceptibility import (
+    image_measures,
+    legacy_matrix_norms,
+    pixel_norms,
+    text_measures,
+    vector_norms,
+)
 from robusthash.models.hasher import Hasher, frozen
 
 _SSIM_WINDOW = 11
@@ -26,7 +32,8 @@ _SSIM_WINDOW = 11
 class Attacked:
     """Attacked queries: their codes, what was changed and what it cost. T goals a query: 1, or its targets.
 
-    ``eight_bit`` are the codes of the inputs with the change rounded towards zero to multiples of 1/255.
+    ``eight_bit`` are the codes of the inputs with the change rounded towards zero to multiples of 1/255;
+    ``whole_words`` those of attacked bags rounded to 0 and 1, as a text has them.
     """
 
     signs: Tensor  # (B, T, K) int8
@@ -36,6 +43,13 @@ class Attacked:
     passes: Tensor  # (B, 3) int64 forward and backward passes and oracle questions of the query, over all T
     seconds: Tensor  # (B,) share of the block's time
     inputs: Tensor  # (B, ...) float32 attacked inputs of the first goal
+    whole_words: Tensor  # (B, T, K) int8; (B, T, 0) where queries are no bags of words
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """Codes of the inputs as pictures and texts are kept, by the ending of the measure that is taken of them."""
+        words = {"/rounded": self.whole_words} if self.whole_words.shape[2] else {}
+        return {"/8bit": self.eight_bit, **words}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays for a file."""
@@ -44,17 +58,21 @@ class Attacked:
 
     @staticmethod
     def from_arrays(arrays: dict[str, np.ndarray]) -> Attacked:
-        """The inverse of ``arrays``."""
+        """The inverse of ``arrays``; files of earlier versions know no whole words."""
         plain = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        plain.setdefault("whole_words", plain["signs"][..., :0])
         pixels = {name.removeprefix("pixels/"): plain.pop(name) for name in list(plain) if name.startswith("pixels/")}
         return Attacked(pixels=pixels, **plain)
 
     @staticmethod
     def join(blocks: Sequence[Attacked]) -> Attacked:
-        """Blocks put end to end."""
+        """Blocks put end to end, with the measures that all have: a block kept by an older version has fewer."""
+        bits = min(block.whole_words.shape[2] for block in blocks)  # 0 where some of them know none
+        blocks = [replace(block, whole_words=block.whole_words[..., :bits]) for block in blocks]
         names = [f.name for f in fields(Attacked) if f.name != "pixels"]
         whole = {name: torch.cat([getattr(block, name) for block in blocks]) for name in names}
-        pixels = {name: torch.cat([block.pixels[name] for block in blocks]) for name in blocks[0].pixels}
+        shared = [name for name in blocks[0].pixels if all(name in block.pixels for block in blocks)]
+        pixels = {name: torch.cat([block.pixels[name] for block in blocks]) for name in shared}
         return Attacked(pixels=pixels, **whole)
 
 
@@ -106,7 +124,8 @@ def attack_block(
 def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], seconds: float) -> Attacked:
     """What the evaluator, not the attack, does with attacked queries: whatever searched for them ends here.
 
-    It projects again, verifies the budget, and encodes in a fresh eval-mode pass, as found and in eight bits.
+    It projects again, verifies the budget, and encodes in fresh eval-mode passes: as found, in eight bits, and bags of
+    words in whole words.
 
     Args:
         batch: the clean block.
@@ -115,7 +134,7 @@ def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], 
     """
     modality = bench.direction[0]
     origin = batch.inputs[modality]
-    signs, eight_bit, pixels = [], [], []
+    signs, eight_bit, whole_words, pixels = [], [], [], []
     first = origin
     for number, trial in enumerate(trials):
         attacked = threat.project(trial.inputs, batch.inputs)
@@ -125,6 +144,7 @@ def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], 
             eight_bit.append(encode_signs(bench.victim, modality, in_eight_bits(origin, attacked[modality])))
         else:  # only pixels are stored in eight bits
             eight_bit.append(signs[-1])
+        whole_words.append(_of_whole_words(bench.victim, modality, origin, attacked[modality], signs[-1]))
         pixels.append(_changes(modality, origin.cpu(), attacked[modality].cpu()))
         first = attacked[modality] if number == 0 else first
     passes = torch.tensor([[trial.forward, trial.backward, trial.oracle] for trial in trials]).sum(0, keepdim=True)
@@ -136,7 +156,19 @@ def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], 
         passes.repeat(len(batch), 1),
         torch.full((len(batch),), seconds / len(batch)),
         first.cpu(),
+        torch.stack(whole_words, 1),
     )
+
+
+def _of_whole_words(victim: Hasher, modality: str, clean: Tensor, attacked: Tensor, signs: Tensor) -> Tensor:
+    """(B, K) codes of attacked bags rounded to 0 and 1; ``signs`` where they are that already; (B, 0) of no bags.
+
+    A text has no part of a word: what rounding undoes is an attack on the representation alone.
+    """
+    if modality != "text" or clean.ndim != 2 or not clean.is_floating_point() or not binary(clean):
+        return signs[:, :0]
+    rounded = attacked.round()
+    return signs if torch.equal(rounded, attacked) else encode_signs(victim, modality, rounded)
 
 
 def in_eight_bits(clean: Tensor, attacked: Tensor) -> Tensor:
@@ -152,7 +184,8 @@ def _changes(modality: str, clean: Tensor, attacked: Tensor) -> dict[str, Tensor
         return text_measures(clean, attacked)
     if clean.ndim == 2:  # features in place of pixels
         return vector_norms(clean, attacked)
-    return (image_measures if min(clean.shape[-2:]) >= _SSIM_WINDOW else pixel_norms)(clean, attacked)
+    measures = image_measures if min(clean.shape[-2:]) >= _SSIM_WINDOW else pixel_norms
+    return {**measures(clean, attacked), **legacy_matrix_norms(clean, attacked)}
 
 
 def goals(bench: Bench, targeted: bool, batch: Batch) -> list[Goal]:

@@ -18,6 +18,7 @@ from robusthash.core.profile import Prepared, prepare, prepared_counts
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Reference
 from robusthash.data.base import RetrievalData, Split
+from robusthash.data.splits import stable_subset
 from robusthash.evaluation.protocol import Protocol, load_protocol
 from robusthash.models.encode import encode_by, encode_split
 from robusthash.models.hasher import Hasher
@@ -49,6 +50,7 @@ class Bench:
     batch_size: int
     encoded_by: int = 0  # items at a time, the same for all splits; 0 is ``encoding_batch`` of the batch size
     notes: tuple[str, ...] = ()  # of memory that did not suffice
+    chosen: str = "all"  # how the queries were chosen from those of the data set
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -68,14 +70,19 @@ class Bench:
         ids = torch.arange(len(self.queries))
         return self.protocol.targets.draw(self.query_labels, ids, self.database_labels)
 
-    def at(self, positions: Tensor) -> Bench:
+    def at(self, positions: Tensor, chosen: str = "given") -> Bench:
         """The bench with only these queries, in this order."""
         query = Codes(self.query.packed[positions], self.query.bits, torch.arange(len(positions)), self.query.origin)
-        return replace(self, queries=self.queries.take(positions), query=query)
+        return replace(self, queries=self.queries.take(positions), query=query, chosen=chosen)
 
-    def first(self, count: int) -> Bench:
-        """The bench of its first queries; itself where it has no more."""
-        return self if count >= len(self.queries) else self.at(torch.arange(count))
+    def some(self, count: int) -> Bench:
+        """The bench of so many of its queries, chosen by ``stable_subset``; itself where it has no more.
+
+        Raises:
+            ValueError: count below 1.
+        """
+        positions = stable_subset(self.queries, count)
+        return self if count >= len(self.queries) else self.at(positions, by_content(count, self.data.query))
 
     @cached_property
     def _training(self) -> Reference:
@@ -150,6 +157,11 @@ class Bench:
         return -(-len(self.queries) // self.batch_size)
 
 
+def by_content(count: int, split: Split) -> str:
+    """How results say that ``stable_subset`` chose so many queries of a split."""
+    return f"{count} of {len(split)} by content"
+
+
 def encoding_batch(batch_size: int) -> int:
     """Items encoded at a time: one number for all splits, since a code may depend on how many share a batch."""
     return max(batch_size, 256)
@@ -206,22 +218,24 @@ def make_bench(
     Args:
         direction: (query modality, database modality); the victim's first modality both ways by default.
         database: learned database codes (ADSH, DSARH); by default the clean split is encoded.
-        queries: only the first this many queries.
+        queries: so many of the queries, chosen by ``stable_subset`` as a suite chooses them; all by default.
         seed: of every attack's draws.
         batch_size: queries attacked at a time; results of a deterministic victim depend on it by float rounding alone,
             what a randomised one draws is keyed by the block.
 
     Raises:
-        ValueError: a direction of a modality that the victim lacks.
+        ValueError: a direction of a modality that the victim lacks, queries below 1.
         MemoryError: single items do not fit.
     """
     protocol = load_protocol(protocol)
     direction = direction or (victim.modalities[0], victim.modalities[0])
     if direction[0] not in victim.modalities or direction[1] not in victim.modalities:
         raise ValueError(f"direction {direction} needs modalities that this hasher lacks: it has {victim.modalities}")
-    kept = data.query
-    if queries is not None and queries < len(kept):
-        kept = kept.take(torch.arange(queries))
+    kept, chosen = data.query, "all"
+    if queries is not None:
+        positions = stable_subset(kept, queries)
+        if queries < len(kept):
+            kept, chosen = kept.take(positions), by_content(queries, data.query)
     notes: list[str] = []
 
     def encoded(hasher: Hasher, split: Split, modality: str, size: int, title: str) -> Codes:
@@ -242,4 +256,5 @@ def make_bench(
     (searched, query), size = halving(both, encoding_batch(batch_size), "items", "encoded", notes.append)
     for note in notes:
         warn(note)
-    return Bench(victim, data, protocol, direction, kept, query, searched, seed, batch_size, size, tuple(notes))
+    said = tuple(notes)
+    return Bench(victim, data, protocol, direction, kept, query, searched, seed, batch_size, size, said, chosen)

@@ -51,7 +51,7 @@ def model_checks(
     Args:
         threat: what is to be attacked; the checks themselves know all that a W2 attacker knows.
         objective: what the attack ascends: an attack loss, a training objective, or by default the house objective.
-        queries: the first this many of the bench; F17 and F21 look at all.
+        queries: so many of the bench, chosen by content; F17 and F21 look at all.
         steps: of the search whose path F10-F12 look at.
 
     Raises:
@@ -68,7 +68,7 @@ def model_checks(
     if isinstance(loss, HashObjective):
         loss = ObjectiveLoss(loss)
     collapse = f17_collapse(bench)  # of codes alone, so all queries are cheap
-    bench = bench.first(queries)
+    bench = bench.some(queries)
     inputs = bench.queries.batch(torch.arange(len(bench.queries))).only({modality}).to(bench.victim.device)
     require_usable(bench.victim, inputs)
     clean = score_clean(bench)
@@ -97,9 +97,9 @@ def passive_checks(bench: Bench, threat: Threat, queries: int = 16) -> tuple[Fla
     """F1, F15, F17, F19 and F20: what is seen without any attack, so of models without gradients too.
 
     Args:
-        queries: the first this many of the bench; F17 looks at all.
+        queries: so many of the bench, chosen by content; F17 looks at all.
     """
-    collapse, bench = f17_collapse(bench), bench.first(queries)
+    collapse, bench = f17_collapse(bench), bench.some(queries)
     modality = bench.direction[0]
     inputs = bench.queries.batch(torch.arange(len(bench.queries))).only({modality}).to(bench.victim.device)
     clean = score_clean(bench)

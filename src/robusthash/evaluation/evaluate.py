@@ -50,6 +50,7 @@ def evaluate(
     """Evaluate a victim clean, or under one attack.
 
     Args:
+        queries: so many of the queries, chosen by content as everywhere; all by default.
         attack: None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted ones hold
             the same names with ``t-`` for the target labels and the plain names for the original labels.
         victim_for_gradients: what the attack differentiates, the victim itself by default.
@@ -167,8 +168,10 @@ def worst(
     for name in ap_names(clean.per_query):
         found = lowest(name)
         values[f"w{name}"], per_query[f"w{name}"] = found.mean, found.values
-    eight_bit = lowest(headline, "/8bit")
-    values[f"w{headline}/8bit"], per_query[f"w{headline}/8bit"] = eight_bit.mean, eight_bit.values
+    words = untargeted and all(f"{headline}/rounded" in result.per_query for result in untargeted.values())
+    for ending in ("/8bit", "/rounded") if words else ("/8bit",):
+        stored = lowest(headline, ending)
+        values[f"w{headline}{ending}"], per_query[f"w{headline}{ending}"] = stored.mean, stored.values
 
     found = lowest(headline)
     chance = torch.full_like(found.values, clean.reference["chance"])
@@ -217,24 +220,27 @@ def ap_alone(bench: Bench) -> Bench:
 
 
 def score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
-    """MAP and its kin under attack, what rounding to eight bits leaves of it, flips, drop and ASR."""
+    """MAP and its kin under attack, what rounding to eight bits or whole words leaves of it, flips, drop and ASR."""
     headline, lean = bench.protocol.headline, ap_alone(bench)
     clean = measure_codes(lean, bench.query, bench.query_labels)
     codes = as_codes(attacked.signs[:, 0])
     measured = measure_codes(bench, codes, bench.query_labels)
-    rounded = measure_codes(lean, as_codes(attacked.eight_bit[:, 0]), bench.query_labels)
+    stored = {
+        f"{headline}{ending}": measure_codes(lean, as_codes(signs[:, 0]), bench.query_labels)
+        for ending, signs in attacked.stored.items()
+    }
     before, after = clean.per_query[headline], measured.per_query[headline]
     drop, _ = ap_drop(before, after)
     success = success_rate(before, after)
     per_query = {
         **measured.per_query,
-        f"{headline}/8bit": rounded.per_query[headline],
+        **{name: rounded.per_query[headline] for name, rounded in stored.items()},
         "flips": flips(bench.query, codes).to(torch.float64),
         "drop": drop,
     }
     values = {
         **measured.values,
-        f"{headline}/8bit": rounded.values[headline],
+        **{name: rounded.values[headline] for name, rounded in stored.items()},
         "flips": float(per_query["flips"].mean()),
         "drop": float(drop.nanmean()),
         "ASR": success.rate,
@@ -255,34 +261,32 @@ def score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
 def score_targeted(bench: Bench, attacked: Attacked) -> EvalResult:
     """t-MAP over the targets of each query (mean; the best is ``/max``) and the MAP of the original labels.
 
-    A query without a possible target is NaN throughout and counted in ``empty``.
+    Curves are means over all pairs of a query and a target: ``t-PR`` and its kin of the target labels, ``PR`` of the
+    original ones. A query without a possible target is NaN throughout and counted in ``empty``.
     """
-    headline, targets = bench.protocol.headline, bench.targets
+    headline, targets, lean = bench.protocol.headline, bench.targets, ap_alone(bench)
     possible = targets.sum((1, 2)) > 0
     if not possible.any():
         raise ValueError("no query has a possible target: every label set of the database shares a label with each")
-    asked, missing = torch.nonzero(possible).flatten(), int((~possible).sum())
-    rounds: dict[str, list[Tensor]] = {}
-    representative: dict[str, list[float]] = {}
-    chance = 0.0
-    for number in range(targets.shape[1]):
-        wanted = targets[asked, number]
-        own = bench.query_labels[asked]
-        adversarial = as_codes(attacked.signs[asked, number])
-        reached = measure_codes(bench, adversarial, wanted)
-        for name, column in reached.per_query.items():
-            rounds.setdefault(f"t-{name}", []).append(column)
-        for name, column in measure_codes(bench, adversarial, own).per_query.items():
-            rounds.setdefault(name, []).append(column)
-        clean = Codes(bench.query.packed[asked], bench.query.bits, torch.arange(len(asked)))
-        rounds.setdefault("base", []).append(measure_codes(bench, clean, wanted).per_query[headline])
-        rounded = measure_codes(bench, as_codes(attacked.eight_bit[asked, number]), wanted)
-        rounds.setdefault(f"t-{headline}/8bit", []).append(rounded.per_query[headline])
-        for name, value in _representative(bench, attacked.representative[asked, number], wanted).items():
-            representative.setdefault(f"t-{name}", []).append(value)
-        chance += reached.reference["chance"] / targets.shape[1]
-    whole = {name: torch.stack(columns).mean(0) for name, columns in rounds.items()}
-    whole[f"t-{headline}/max"] = torch.stack(rounds[f"t-{headline}"]).amax(0)
+    asked, missing, each = torch.nonzero(possible).flatten(), int((~possible).sum()), targets.shape[1]
+    wanted = targets[asked].flatten(0, 1)  # a row for each pair of a query and a target
+    own = bench.query_labels[asked].repeat_interleave(each, 0)
+    codes = as_codes(attacked.signs[asked].flatten(0, 1))
+    unchanged = Codes(bench.query.packed[asked.repeat_interleave(each)], codes.bits, codes.ids)
+    reached, left = measure_codes(bench, codes, wanted), measure_codes(bench, codes, own)
+    stored = {
+        f"t-{headline}{ending}": measure_codes(lean, as_codes(signs[asked].flatten(0, 1)), wanted).per_query[headline]
+        for ending, signs in attacked.stored.items()
+    }
+    columns = {
+        **{f"t-{name}": column for name, column in reached.per_query.items()},
+        **left.per_query,
+        **stored,
+        "base": measure_codes(lean, unchanged, wanted).per_query[headline],
+    }
+    pairs = {name: column.unflatten(0, (len(asked), each)) for name, column in columns.items()}
+    whole = {name: column.mean(1) for name, column in pairs.items()}
+    whole[f"t-{headline}/max"] = pairs[f"t-{headline}"].amax(1)
     whole["gain"] = whole[f"t-{headline}"] - whole["base"]
     per_query = {}
     for name, column in whole.items():
@@ -291,15 +295,17 @@ def score_targeted(bench: Bench, attacked: Attacked) -> EvalResult:
     base = per_query.pop("base")
     values = {name: float(column[asked].nanmean()) for name, column in per_query.items() if not column.isnan().all()}
     values["t-ASR"] = targeted_success_rate(base[asked], per_query[f"t-{headline}"][asked])
+    steered = _representative(bench, attacked.representative[asked].flatten(0, 1), wanted)
     return EvalResult(
         setting=setting_of(bench),
         values=values,
         per_query=per_query,
         interval=intervals(per_query),
-        reference={"chance": chance, "clean": float(base[asked].mean())},
+        reference={"chance": reached.reference["chance"], "clean": float(base[asked].mean())},
         empty=missing,
+        curves={**{f"t-{name}": curve for name, curve in reached.curves.items()}, **left.curves},
         notes=(f"{missing} queries have no possible target and are left out",) if missing else (),
-        representative={name: sum(found) / len(found) for name, found in representative.items()},
+        representative={f"t-{name}": value for name, value in steered.items()},
     )
 
 
@@ -334,6 +340,7 @@ def setting_of(bench: Bench, attack: Described | None = None) -> Setting:
         seeds=(bench.seed,),
         digests={"database": bench.data.database.fingerprint(), "queries": bench.queries.fingerprint()},
         defense=bench.victim.declared,
+        chosen=bench.chosen,
     )
 
 

@@ -21,7 +21,7 @@ from robusthash.attacks.threat import Threat
 from robusthash.core.files import json_text, write_all_aside
 from robusthash.core.types import Batch
 from robusthash.evaluation.attacked import Attacked, Trial, finish, in_eight_bits
-from robusthash.evaluation.bench import Bench
+from robusthash.evaluation.bench import Bench, by_content
 from robusthash.evaluation.bundles import SCHEMA, Bundle, Manifest, ThreatRecord, read_bundle, sha256_of
 from robusthash.evaluation.evaluate import score_attack, setting_of
 from robusthash.evaluation.results import EvalResult
@@ -73,7 +73,6 @@ def export(
     if len(where) != len(inputs) or len(set(where.tolist())) != len(where):
         raise ValueError(f"{len(inputs)} inputs for {len(where)} positions, which must differ from each other")
     result = _score(bench, threat, where, inputs.numpy(), None, attack, budget)
-    headline = bench.protocol.headline
     ball = threat.balls[modality]
     clean = bench.queries.batch(where).inputs[modality]
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +100,7 @@ def export(
             queries=len(where),
             attack=attack,
             budget=budget,
-            claimed=dict(claimed or {n: result[n] for n in (headline, f"{headline}/8bit")}),
+            claimed=dict(claimed or _claimed(result)),
             tool=f"robusthash {__version__}",
             files={name: sha256_of(aside) for name, aside in zip(names, asides, strict=False)},
         )
@@ -163,12 +162,12 @@ def disagreements(own: EvalResult, bundle: EvalResult) -> list[str]:
 def on_queries(result: EvalResult, bench: Bench, positions: Tensor) -> EvalResult:
     """The result of a verified bundle on some of the queries of its bench, as a suite chooses them."""
     per_query = {name: values[positions] for name, values in result.per_query.items()}
-    few = setting_of(bench.at(positions))
+    few = setting_of(bench.at(positions, by_content(len(positions), bench.data.query)))
     digests = {**result.setting.digests, "queries": few.digests["queries"]}
     return replace(
         result,
         name=f"{result.name}, {len(positions)} queries",
-        setting=replace(result.setting, queries=few.queries, digests=digests),
+        setting=replace(result.setting, queries=few.queries, digests=digests, chosen=few.chosen),
         values={n: float(per_query[n].nan_to_num(0.0).mean()) for n in result.values if n in per_query},
         per_query=per_query,
         interval=intervals(per_query),
@@ -318,6 +317,12 @@ def _positions(bundle: Bundle, bench: Bench) -> Tensor:
 
 def _codes_digest(bench: Bench) -> str:
     return hashlib.sha256(bench.database.packed.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _claimed(result: EvalResult) -> dict[str, float]:
+    """The headline, and what is left of it in eight bits and, of bags of words, in whole words."""
+    names = [f"{result.setting.headline}{ending}" for ending in ("", "/8bit", "/rounded")]
+    return {name: result[name] for name in names if name in result.values}
 
 
 def _pictures(modality: str, clean: Tensor) -> bool:

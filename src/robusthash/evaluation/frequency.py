@@ -38,6 +38,7 @@ class BandAttribution:
     top: int
     permutations: int
     seed: int
+    chosen: str = ""  # how the images were chosen; "" of files that do not say it
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays for a file."""
@@ -61,6 +62,7 @@ class BandAttribution:
     @staticmethod
     def from_arrays(arrays: dict[str, np.ndarray]) -> BandAttribution:
         """The inverse of ``arrays``."""
+        arrays = {"chosen": np.asarray(""), **arrays}
         plain = {f.name: arrays[f.name] for f in fields(BandAttribution)}
         tensors = {name: torch.from_numpy(value) for name, value in plain.items() if value.ndim}
         return BandAttribution(**{**{name: value.item() for name, value in plain.items() if not value.ndim}, **tensors})
@@ -149,6 +151,7 @@ def attribute_bands(
         top=top,
         permutations=permutations,
         seed=seed,
+        chosen=bench.chosen,
     )
 
 

@@ -35,6 +35,7 @@ from robusthash.evaluation.measures import Empty, Gain, LegacyDenominator
 I2I, I2T, T2I, T2T = ("image", "image"), ("image", "text"), ("text", "image"), ("text", "text")
 
 CURVES = ("PR", "PR/radius", "P@N")
+TARGETS = 3  # of each query, unless a protocol is told otherwise
 _DENOMINATORS = ("hits", "mink", "rel", "first-k-relevant")
 _TIES = ("expected", "optimistic", "pessimistic", "legacy")
 _NAME = re.compile(
@@ -45,10 +46,18 @@ _NAME = re.compile(
 @dataclass(frozen=True)
 class TargetRule:
     """Target labels for t-MAP: drawn per query, keyed by query id, from the label sets of the database that share no
-    label with the query."""
+    label with the query. Fewer targets are the first ones of more.
 
-    count: int = 3  # targets per query; the mean over them is the headline
+    Raises:
+        ValueError: a count below 1.
+    """
+
+    count: int = TARGETS  # targets per query; the mean over them is the headline
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.count) is not int or self.count < 1:
+            raise ValueError(f"targets per query must be a whole number of at least 1, got {self.count!r}")
 
     def draw(self, query_labels: Tensor, ids: Tensor, database_labels: Tensor) -> Tensor:
         """(Q, count, C) label sets, all zero for a query that has no possible target: it leaves and is counted."""
@@ -304,6 +313,7 @@ def _assert_possible(name: str, values: Tensor, profile: Profile) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- named protocols
+# Each takes ``targets``, the number of target label sets of each query: {name: saat, targets: 1}.
 
 
 def load_protocol(protocol: str | Protocol) -> Protocol:
@@ -312,7 +322,7 @@ def load_protocol(protocol: str | Protocol) -> Protocol:
 
 
 @register("protocol", "house")
-def house() -> Protocol:
+def house(targets: int = TARGETS) -> Protocol:
     """MAP over the whole database and MAP@5000 (hits and mink), tie-expected, with graded measures and PR.
 
     The default. Empty queries count as 0; ``tie_gap`` says how much is the luck of the order within ties.
@@ -323,11 +333,12 @@ def house() -> Protocol:
             *("MAP", "MAP/optimistic", "MAP/pessimistic", "tie_gap", "MAP@5000", "MAP@5000/mink"),
             *("P@100", "R@100", "P@r<=2", "nDCG@100", "ACG@100", "WAP", "PR", "PR/radius", "P@N"),
         ),
+        targets=TargetRule(targets),
     )
 
 
 @register("protocol", "saat", paper="SAAT 2023")
-def saat() -> Protocol:
+def saat(targets: int = TARGETS) -> Protocol:
     """MAP@5000 with `hits`, in stable-sort order: SAAT, CgAT, ATRDH, ProS-GAN's code, and SAAH.
 
     A query without a relevant item counts as 0. Published code sorts unstably; the stable order by (distance, row) is
@@ -339,11 +350,12 @@ def saat() -> Protocol:
         directions=(I2I,),
         k=5000,
         ties="legacy",
+        targets=TargetRule(targets),
     )
 
 
 @register("protocol", "sfcl", paper="SFCL", modality="cross-modal")
-def sfcl() -> Protocol:
+def sfcl(targets: int = TARGETS) -> Protocol:
     """MAP over the whole database, as SFCL states; MAP@5000 beside it.
 
     The paper's attacked DCMH values lie below the least MAP@ALL that exists, so its tables cannot be what the text
@@ -354,11 +366,12 @@ def sfcl() -> Protocol:
         measures=("MAP", "MAP/expected", "MAP@5000", "MAP@5000/expected"),
         directions=(I2T, I2I),
         ties="legacy",
+        targets=TargetRule(targets),
     )
 
 
 @register("protocol", "dsarh", paper="DSARH", modality="cross-modal")
-def dsarh() -> Protocol:
+def dsarh(targets: int = TARGETS) -> Protocol:
     """MAP over the whole database, nDCG@100 and ACG@100: DSARH.
 
     The paper's M is read as the number of relevant items; nDCG has the gain 2^shared - 1.
@@ -368,11 +381,12 @@ def dsarh() -> Protocol:
         measures=("MAP", "MAP/expected", "nDCG@100", "ACG@100"),
         directions=(I2T, T2I, I2I),
         ties="legacy",
+        targets=TargetRule(targets),
     )
 
 
 @register("protocol", "crossmodal", paper="EQB2A, TA-DCH", modality="cross-modal")
-def crossmodal(k: int = 50) -> Protocol:
+def crossmodal(k: int = 50, targets: int = TARGETS) -> Protocol:
     """MAP@50 over the first 50 relevant items of the whole ranking: EQB2A, TA-DCH and the DCMH port's k.
 
     It is no top-k measure: it looks as far down the list as the relevant items lie. Legacy order only.
@@ -384,4 +398,5 @@ def crossmodal(k: int = 50) -> Protocol:
         ap="first-k-relevant",
         k=k,
         ties="legacy",
+        targets=TargetRule(targets),
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from robusthash.core.files import json_text, write_all_aside
 from robusthash.core.registry import nearest
+from robusthash.evaluation.packing import pack, unpack
 from robusthash.evaluation.stats import holm, intervals, sign_flip_tests
 from robusthash.version import __version__
 
@@ -60,6 +61,12 @@ class Setting:
     defense: str = ""
     training_attack: str = ""
     software: dict[str, str] = field(default_factory=software_versions)
+    chosen: str = ""  # "all", "200 of 1000 by content" or "given"; "" of results that do not say it
+
+    @property
+    def asked(self) -> str:
+        """The queries, and how they were chosen where that is known."""
+        return f"{self.queries}, {self.chosen}" if self.chosen else self.queries
 
     @property
     def headline(self) -> str:
@@ -67,12 +74,15 @@ class Setting:
         return "MAP" if self.protocol["k"] is None else f"MAP@{self.protocol['k']}"
 
     def differs(self, other: Setting) -> list[str]:
-        """Names of the fields in which two settings differ, apart from those of the model and the software."""
+        """Names of the fields in which two settings differ, apart from those of the model and the software.
+
+        How queries were chosen is none of them: the digest of the queries says whether they are the same.
+        """
         own, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         found = [
             name
             for name in own
-            if name not in (*_OF_THE_MODEL, "software", "digests", "protocol") and own[name] != theirs[name]
+            if name not in (*_OF_THE_MODEL, "software", "chosen", "digests", "protocol") and own[name] != theirs[name]
         ]
         for group, skipped in (("protocol", ()), ("digests", _DIGESTS_OF_THE_MODEL)):
             keys = sorted({*own[group], *theirs[group]} - set(skipped))
@@ -164,32 +174,40 @@ def by_bench(results: Mapping[str, EvalResult]) -> dict[str, dict[str, EvalResul
 _ARRAYS = ("per_query", "curves")  # tensors live in the sidecar
 
 
-def save_results(path: str | Path, results: Sequence[EvalResult]) -> None:
+def save_results(path: str | Path, results: Sequence[EvalResult], packed: bool = False) -> None:
     """Write results to ``path`` (JSON) and their arrays to the ``.npz`` of the same name.
 
     Both are complete on disk before either replaces an older one, and the JSON holds the digest of its sidecar, so a
     pair that does not belong together is noticed. An infinite value (the PSNR of an unchanged image) is written "inf".
 
+    Args:
+        packed: per-query values in 16 bits each, and the sidecar compressed; see ``packing.pack``.
+
     Raises:
-        ValueError: a NaN among the values, with its name.
+        ValueError: a NaN among the values, with its name; or values that cannot be packed.
         OSError: the disk is full or the folder missing; older files are untouched.
     """
     path = Path(path)
     if path.suffix != ".json":
         raise ValueError(f"results are saved as .json, got {path.name}")
     arrays: dict[str, np.ndarray] = {}
+    queries: dict[str, np.ndarray] = {} if packed else arrays
     written = []
     for result in results:
         plain = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in _ARRAYS}
         plain["setting"], plain["cost"] = dataclasses.asdict(result.setting), dataclasses.asdict(result.cost)
         plain["flags"] = [dataclasses.asdict(flag) for flag in result.flags]
-        plain["per_query"] = {name: _keep(arrays, values) for name, values in result.per_query.items()}
+        prefix = "query" if packed else "array"
+        plain["per_query"] = {name: _keep(queries, values, prefix) for name, values in result.per_query.items()}
         plain["curves"] = {
             name: {axis: _keep(arrays, values) for axis, values in axes.items()} for name, axes in result.curves.items()
         }
         written.append(plain)
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    if packed:
+        np.savez_compressed(buffer, allow_pickle=False, **arrays, **pack(queries))
+    else:
+        np.savez(buffer, allow_pickle=False, **arrays)
     sidecar = hashlib.sha256(buffer.getvalue()).hexdigest()
     document = {"schema": SCHEMA, "sidecar": sidecar, "results": written}
     text = json_text(document, path.name)
@@ -198,9 +216,9 @@ def save_results(path: str | Path, results: Sequence[EvalResult]) -> None:
         json_file.write_text(text, encoding="utf-8")
 
 
-def _keep(arrays: dict[str, np.ndarray], values: Tensor) -> str:
+def _keep(arrays: dict[str, np.ndarray], values: Tensor, prefix: str = "array") -> str:
     """Put a tensor among the arrays; its key there."""
-    key = f"array{len(arrays)}"
+    key = f"{prefix}{len(arrays)}"
     arrays[key] = values.detach().cpu().numpy()
     return key
 
@@ -228,7 +246,10 @@ def load_results(path: str | Path) -> list[EvalResult]:
     if hashlib.sha256(content).hexdigest() != document["sidecar"]:
         raise ValueError(f"{sidecar} does not belong to {path.name}: one of the two is of another run; evaluate again")
     with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
-        arrays = {key: torch.from_numpy(loaded[key]) for key in loaded.files}
+        held = {key: loaded[key] for key in loaded.files}
+    if "steps" in held:
+        held |= unpack({key: held.pop(key) for key in ("names", "lengths", "tops", "steps")})
+    arrays = {key: torch.from_numpy(values) for key, values in held.items()}
     try:
         return [_read(entry, arrays) for entry in document["results"]]
     except (KeyError, TypeError, AttributeError) as error:

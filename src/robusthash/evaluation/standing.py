@@ -97,7 +97,7 @@ def standing(bench: Bench, attempts: Attempts, floor_random: int = 0) -> EvalRes
     notes = (*result.notes, *attempts.notes, *notes, *(() if targeted is None else targeted.notes))
     if judges is not None:
         said = f"a randomised victim: AP are means over {LOOKS} fresh draws of its noise"
-        notes = (*notes, f"{said}; those of eight bits and of targets are of one draw each")
+        notes = (*notes, f"{said}; those of eight bits, whole words and targets are of one draw each")
     spans = intervals({n: v for n, v in per_query.items() if n not in result.interval})
     return replace(
         result,
@@ -149,9 +149,10 @@ def _scored(bench: Bench, line: Line, attempt: Attempt) -> tuple[EvalResult, dic
     """The AP of one attempt and, of a randomised victim, those that choose."""
     headline = bench.protocol.headline
     measured = measure_codes(bench, as_codes(attempt.attacked.signs[:, 0]), bench.query_labels)
-    rounded = measure_codes(bench, as_codes(attempt.attacked.eight_bit[:, 0]), bench.query_labels)
     per_query = {name: measured.per_query[name] for name in ap_names(measured.per_query)}
-    per_query[f"{headline}/8bit"] = rounded.per_query[headline]
+    for ending, signs in attempt.attacked.stored.items():
+        rounded = measure_codes(bench, as_codes(signs[:, 0]), bench.query_labels)
+        per_query[f"{headline}{ending}"] = rounded.per_query[headline]
     result = EvalResult(
         setting=replace(setting_of(bench), threat=line.threat.name, attacks=(line.name,)),
         values={name: float(column.nan_to_num(0.0).mean()) for name, column in per_query.items()},
@@ -212,7 +213,7 @@ def _won(bench: Bench, attempts: Attempts, winner: Sequence[str]) -> dict[str, T
     """Of each query's worst input: bits flipped and what was changed; NaN where the clean input is the worst."""
     found = {f"{n}/{r}": a.attacked for n, line in attempts.found.items() for r, a in enumerate(line)}
     changed = {name: flips(bench.query, as_codes(a.signs[:, 0])).double() for name, a in found.items()}
-    names = next(iter(found.values())).pixels
+    names = [n for n in next(iter(found.values())).pixels if all(n in each.pixels for each in found.values())]
     columns = {name: torch.full((len(winner),), torch.nan, dtype=torch.float64) for name in ("flips", *names)}
     for row, name in enumerate(winner):
         if name == "clean":
@@ -253,9 +254,10 @@ def _reached(bench: Bench, found: Sequence[Attempt], with_clean: bool) -> tuple[
     targets = bench.targets
     asked, goals = torch.nonzero(targets.sum((1, 2)) > 0).flatten(), targets.shape[1]
     candidates = [attempt.attacked for attempt in found]
+    bits = min(attacked.whole_words.shape[2] for attacked in candidates)
     if with_clean:
         signs = bench.query.signs()[:, None].expand(-1, goals, -1)
-        candidates.append(replace(candidates[0], signs=signs, eight_bit=signs))
+        candidates.append(replace(candidates[0], signs=signs, eight_bit=signs, whole_words=signs))
     scores = torch.stack(
         [
             torch.stack([_target_ap(bench, as_codes(a.signs[asked, t]), targets[asked, t]) for t in range(goals)], 1)
@@ -268,6 +270,7 @@ def _reached(bench: Bench, found: Sequence[Attempt], with_clean: bool) -> tuple[
         candidates[0],
         signs=_picked([a.signs for a in candidates], best),
         eight_bit=_picked([a.eight_bit for a in candidates], best),
+        whole_words=_picked([a.whole_words[..., :bits] for a in candidates], best),
         representative=candidates[0].representative[..., :0],
         pixels={},
     )
@@ -300,7 +303,9 @@ def _looked_at(attempts: Attempts, lines: Sequence[Line]) -> list[Attempt]:
 
 def _targeted_values(targeted: EvalResult, headline: str) -> dict[str, float]:
     kept = {n: v for n, v in targeted.values.items() if n in (f"t-{headline}", f"t-{headline}/max", "gain", "t-ASR")}
-    kept[f"t-{headline}/8bit"] = targeted.values[f"t-{headline}/8bit"]
+    for name in (f"t-{headline}/8bit", f"t-{headline}/rounded"):
+        if name in targeted.values:
+            kept[name] = targeted.values[name]
     kept[f"collateral {headline}"] = targeted.values[headline]
     if targeted.reference["clean"] < 1:
         kept["TR"] = targeted_resistance(targeted.values[f"t-{headline}"], targeted.reference["clean"])

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
-
-import torch
-from torch import Tensor
 
 from robusthash.attacks.base import Attack, Search
 from robusthash.attacks.edits import ExactFlips, GreedyFlips
@@ -20,7 +16,6 @@ from robusthash.attacks.threat import Edits, Threat, threat_on
 from robusthash.attacks.tokens import GreedySwaps
 from robusthash.core.registry import nearest
 from robusthash.core.runtime import digest
-from robusthash.data.base import Split
 from robusthash.evaluation.attempts import Attempts, Keep, run_lines
 from robusthash.evaluation.bench import Bench, Progress, silent
 from robusthash.evaluation.lines import Gradient, Line, Refined
@@ -33,7 +28,7 @@ class Suite:
     """Lines, and how many queries they are run on.
 
     Args:
-        queries: taken by ``stable_subset``; None takes all.
+        queries: how many, chosen by ``data.splits.stable_subset``; None takes all.
         floor: random starts of each query in the search for its floor AP.
     """
 
@@ -172,41 +167,6 @@ def _search_of(attack: Attack, threat: Threat) -> Search:
     return GreedyFlips() if isinstance(budget, Edits) else GreedySwaps()
 
 
-# ---------------------------------------------------------------------------------------------- queries
-
-
-def stable_subset(split: Split, count: int) -> Tensor:
-    """(count,) positions of items chosen by the hash of their content, each first label in its share.
-
-    The same items come out, in the same order, however the split is ordered; so every model is asked the same.
-
-    Raises:
-        ValueError: count below 1.
-    """
-    if count < 1:
-        raise ValueError(f"a subset needs at least one query, got {count}")
-    if count >= len(split):
-        return torch.arange(len(split))
-    # hashed again: a split may itself have been drawn by the hash of the content
-    keys = [hashlib.blake2b(b"suite" + bytes(value), digest_size=8).digest() for value in split.hashes]
-    first = torch.full((len(split),), -1) if split.labels is None else _first_label(split.labels)
-    strata: dict[int, list[int]] = {}
-    for position in sorted(range(len(split)), key=lambda i: (keys[i], int(first[i]))):
-        strata.setdefault(int(first[position]), []).append(position)
-    shares = {label: count * len(members) / len(split) for label, members in strata.items()}
-    taken = {label: int(value) for label, value in shares.items()}
-    by_remainder = sorted(shares, key=lambda label: (taken[label] - shares[label], label))
-    for label in by_remainder[: count - sum(taken.values())]:
-        taken[label] += 1
-    chosen = [position for label, members in strata.items() for position in members[: taken[label]]]
-    return torch.tensor(sorted(chosen, key=lambda i: (keys[i], int(first[i]))))
-
-
-def _first_label(labels: Tensor) -> Tensor:
-    """(N,) index of the first label of each item; -1 where it has none."""
-    return torch.where(labels.sum(1) > 0, (labels > 0).float().argmax(1), -1)
-
-
 # ---------------------------------------------------------------------------------------------- the assessment
 
 Checks = Callable[[Bench, Attempts, EvalResult], tuple[Flag, ...]]
@@ -224,10 +184,11 @@ def assess(
 ) -> EvalResult:
     """The worst case of each query over the clean input and every line and restart of a suite.
 
-    The result holds ``wMAP`` with its interval (and so for every AP of the protocol), ``wMAP/8bit``, ``HRS``, and where
-    lines are targeted ``t-MAP``, ``gain``, ``t-ASR``, ``TR`` and the ``collateral MAP``. ``attacks`` says of each line
-    its MAP, its unique wins, how far towards the searched floor it came, ASR, flips and cost; ``winner`` names the line
-    and restart of each query; ``reference`` has chance, least, floor and clean.
+    The result holds ``wMAP`` with its interval (and so for every AP of the protocol), ``wMAP/8bit`` and of bags of
+    words ``wMAP/rounded``, ``HRS``, and where lines are targeted ``t-MAP``, ``gain``, ``t-ASR``, ``TR`` and the
+    ``collateral MAP``. ``attacks`` says of each line its MAP, its unique wins, how far towards the searched floor it
+    came, ASR, flips and cost; ``winner`` names the line and restart of each query; ``reference`` has chance, least,
+    floor and clean.
 
     A victim that declares itself ``randomised`` is scored by the mean AP over fresh draws of its noise, other draws
     than those by which the worst is chosen.
@@ -315,8 +276,8 @@ def prepare_suite(
     untargeted = tuple(line for line in suite.lines if not line.targeted)
     if not untargeted:
         raise ValueError(f"the suite {suite.name!r} has no untargeted line, so there is no worst case to find")
-    if suite.queries is not None and suite.queries < len(bench.queries):
-        bench = bench.at(stable_subset(bench.queries, suite.queries))
+    if suite.queries is not None:
+        bench = bench.some(suite.queries)
     if len(untargeted) < len(suite.lines) and not bool(bench.targets.any()):
         note = "no targeted attack: every label set of the database shares a label with every query"
         return replace(suite, lines=untargeted), bench, (note,)

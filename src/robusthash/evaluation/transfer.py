@@ -189,6 +189,7 @@ class TransferMatrix:
     worst: Tensor  # (S, T) float64 mean over queries of the lower of clean and attacked: wMAP of this attack alone
     per_query: Tensor  # (S, T, Q) float64 under attack; NaN where the protocol leaves a query out
     queries: int
+    chosen: str  # how these were chosen
 
 
 def transfer_matrix(
@@ -245,6 +246,7 @@ def transfer_matrix(
         torch.minimum(attacked, clean).nanmean(2),
         attacked,
         len(first.queries),
+        first.chosen,
     )
 
 

@@ -213,13 +213,12 @@ class Forgetful:
 
 
 def rebuilt(bench: Bench, victim: Hasher | None = None, data: RetrievalData | None = None) -> Bench:
-    """The same bench of another victim or other data, encoded anew."""
+    """The same bench of another victim or another database, encoded anew; the queries stay those of the bench."""
     return make_bench(
         victim or bench.victim,
-        data or bench.data,
+        replace(data or bench.data, query=bench.queries),
         bench.protocol,
         direction=bench.direction,
-        queries=len(bench.queries),
         seed=bench.seed,
         batch_size=bench.batch_size,
     )
@@ -341,7 +340,7 @@ def calibrate(
     shape = bench.queries.batch(torch.zeros(1, dtype=torch.int64)).inputs[bench.direction[0]].shape
     if bench.direction[0] != "image" or len(shape) != 4:
         raise ValueError(f"the zoo masks images (B, 3, H, W); these are {bench.direction[0]} queries {tuple(shape)}")
-    bench = bench.first(queries)
+    bench = bench.some(queries)
     found = []
     for member in members:
         with keyed_noise(bench.seed, bench.victim.device):  # random masks take from torch's own stream

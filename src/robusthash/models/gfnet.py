@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from robusthash.core.registry import register
 from robusthash.models.image import ImageEncoder
+from robusthash.models.weights import load_weights
 
 
 class GlobalFilter(nn.Module):
@@ -150,7 +149,7 @@ def gfnet(
         depth: blocks.
         ratio: width of the MLPs over ``dim``.
         drop_path: largest probability that a block is left out in training, growing from 0 with depth.
-        weights: a state-dict file, e.g. the authors' (under ``model`` or bare; a classifier in it is left out).
+        weights: a file, such as the authors' release of GFNet-Ti; a classifier in it is left out.
 
     Differs: filters of another size are not resized; the weights must fit.
 
@@ -160,18 +159,5 @@ def gfnet(
     """
     trunk = GFNet(size, patch, dim, depth, ratio, drop_path)
     if weights is not None:
-        _load(trunk, weights)
+        load_weights(trunk, weights, "gfnet", fits="size, patch, dim, depth and ratio must fit")
     return ImageEncoder(trunk, dim, smallest=1)
-
-
-def _load(trunk: GFNet, weights: str) -> None:
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"weights file {weights!r} for gfnet does not exist; give a path or null")
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    state = state.get("model", state)
-    try:
-        trunk.load_state_dict({name: value for name, value in state.items() if not name.startswith("head.")})
-    except RuntimeError as error:
-        raise ValueError(
-            f"weights {weights!r} are of another GFNet; size, patch, dim and depth must fit: {error}"
-        ) from None

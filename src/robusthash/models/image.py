@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from robusthash.core.registry import register
+from robusthash.models.weights import load_weights
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -73,23 +73,23 @@ def small(width: int = 32, grid: int = 2) -> ImageEncoder:
 
 
 def _torchvision(name: str, weights: str | None) -> Any:
-    """A torchvision model; ``weights`` is None (random), ``"hub"`` (download, on request) or a state-dict file."""
-    make = getattr(torchvision.models, name)
-    if weights == "hub":
-        return make(weights="DEFAULT")
-    model = make(weights=None)
-    if weights is not None:
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"weights file {weights!r} for {name} does not exist; give a path, 'hub' or null")
-        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    """A torchvision model; ``"hub"`` downloads its weights, anything else leaves it new."""
+    return getattr(torchvision.models, name)(weights="DEFAULT" if weights == "hub" else None)
+
+
+def _filled(model: Any, name: str, weights: str | None, head: str = "") -> Any:
+    """The model, its classifier gone, with the weights of a file where there is one."""
+    if weights not in (None, "hub"):
+        load_weights(model, weights, name, head)
     return model
 
 
 def _classifier_net(name: str, weights: str | None, smallest: int) -> ImageEncoder:
     """AlexNet or VGG up to its second 4096-wide layer, as the hashing codes use it."""
     model = _torchvision(name, weights)
+    last = f"classifier.{len(model.classifier) - 1}."
     model.classifier = model.classifier[:-1]
-    return ImageEncoder(model, 4096, smallest)
+    return ImageEncoder(_filled(model, name, weights, last), 4096, smallest)
 
 
 def _resnet(name: str, weights: str | None) -> ImageEncoder:
@@ -97,46 +97,46 @@ def _resnet(name: str, weights: str | None) -> ImageEncoder:
     model = _torchvision(name, weights)
     width = model.fc.in_features
     model.fc = nn.Identity()
-    return ImageEncoder(model, width, smallest=32)
+    return ImageEncoder(_filled(model, name, weights), width, smallest=32)
 
 
 @register("image-encoder", "alexnet", paper="Krizhevsky 2012", evidence="library", modality="image")
 def alexnet(weights: str | None = None) -> ImageEncoder:
-    """AlexNet (torchvision), D = 4096."""
+    """AlexNet (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
     return _classifier_net("alexnet", weights, 63)
 
 
 @register("image-encoder", "vgg11", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
 def vgg11(weights: str | None = None) -> ImageEncoder:
-    """VGG11 (torchvision), D = 4096."""
+    """VGG11 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
     return _classifier_net("vgg11", weights, 32)
 
 
 @register("image-encoder", "vgg16", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
 def vgg16(weights: str | None = None) -> ImageEncoder:
-    """VGG16 (torchvision), D = 4096."""
+    """VGG16 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
     return _classifier_net("vgg16", weights, 32)
 
 
 @register("image-encoder", "vgg19", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
 def vgg19(weights: str | None = None) -> ImageEncoder:
-    """VGG19 (torchvision), D = 4096."""
+    """VGG19 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
     return _classifier_net("vgg19", weights, 32)
 
 
 @register("image-encoder", "resnet18", paper="He 2016", evidence="library", modality="image")
 def resnet18(weights: str | None = None) -> ImageEncoder:
-    """ResNet18 (torchvision), D = 512."""
+    """ResNet18 (torchvision), D = 512. ``weights``: a file, ``"hub"`` or None."""
     return _resnet("resnet18", weights)
 
 
 @register("image-encoder", "resnet34", paper="He 2016", evidence="library", modality="image")
 def resnet34(weights: str | None = None) -> ImageEncoder:
-    """ResNet34 (torchvision), D = 512."""
+    """ResNet34 (torchvision), D = 512. ``weights``: a file, ``"hub"`` or None."""
     return _resnet("resnet34", weights)
 
 
 @register("image-encoder", "resnet50", paper="He 2016", evidence="library", modality="image")
 def resnet50(weights: str | None = None) -> ImageEncoder:
-    """ResNet50 (torchvision), D = 2048."""
+    """ResNet50 (torchvision), D = 2048. ``weights``: a file, ``"hub"`` or None."""
     return _resnet("resnet50", weights)

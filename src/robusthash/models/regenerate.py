@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from torch.nn.utils.parametrizations import spectral_norm
 
 from robusthash.core.registry import register
-from robusthash.models.purified import Encode, Purifier
+from robusthash.models.purified import Encode, Purifier, carried
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ class TextRegenerator(Regenerator):
     Args:
         vocabulary: V, known from the data.
         hidden: width of every layer and of both views.
-        output: as for images.
+        output: as for images; but the clamp of ``residual`` is left out of the gradient (straight through), in training
+            and for attackers. Words are 0 or 1, the edges of the range, where the clamp cuts many changes (ours).
     """
 
     def __init__(self, vocabulary: int, hidden: int = 512, output: Literal["residual", "direct"] = "residual") -> None:
@@ -175,7 +176,8 @@ class TextRegenerator(Regenerator):
         return [self.bottom(self.first(x))]
 
     def _write(self, x: Tensor, read: list[Tensor], robust: Tensor) -> Tensor:
-        return _finish(x, self.last(self.up(self.join(torch.cat([read[-1], robust], 1)))), self.output)
+        change = self.last(self.up(self.join(torch.cat([read[-1], robust], 1))))
+        return _finish(x, change, self.output, straight=True)
 
     def critic(self) -> nn.Module:
         sizes = (self.vocabulary, self.width, self.width // 2 or 1)
@@ -211,7 +213,10 @@ def _zero(last: nn.Conv2d | nn.Linear, output: str) -> None:
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
 
-def _finish(x: Tensor, change: Tensor, output: str) -> Tensor:
+def _finish(x: Tensor, change: Tensor, output: str, *, straight: bool = False) -> Tensor:
+    """The sample from what the last layer says; ``straight`` leaves the clamp out of the gradient."""
     if output == "direct":
         return torch.sigmoid(change).to(x.dtype)
-    return (x + torch.tanh(change)).clamp(0.0, 1.0).to(x.dtype)
+    free = x + torch.tanh(change)
+    kept = free.clamp(0.0, 1.0)
+    return (carried(kept, free) if straight else kept).to(x.dtype)

@@ -66,7 +66,7 @@ class DCMH(CrossLikelihood):
             measure, 0.003 for 32 bits and 10 000 items).
         eta: weight of the balance term (ours: 0.1; the paper's 1 is K by this measure). At the start, while all codes
             of a modality are nearly the same, it is the larger part of the loss and holds back the first.
-        balance: weight similar pairs, see ``PairLikelihood``. Off in the paper.
+        balance: weight similar pairs, see ``WeightedPairs``. Off in the paper.
 
     Differs: every term is the published one divided by the pairs of a step, b N, except gamma's and eta's, which have
     their own scale, so that learning rates are of ordinary size. The paper trains the image net for an epoch, then the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -12,37 +14,21 @@ from robusthash.core.types import HashOutput
 from robusthash.objectives.base import HashObjective, TrainFacts, quantisation
 
 
-@register("objective", "dph", paper="Yang et al., IEEE Trans. Cybernetics 2020", evidence="paper+code")
-class DPH(HashObjective):
-    """DPH: regress scaled inner products of codes to +-1 similarity.
-
-    L = mean_ij ((1/K) h_i . U_j - S'_ij)^2, S' in {-1, +1}, U the bank held constant. No quantisation term.
-    Source: the re-implementations in the public SAAT and CgAT codes.
-    Differs: the bank holds true codes and labels from the first step on (the codes start it at zero).
-    """
-
-    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
-        signed = 2.0 * relevant(labels, code_labels).float() - 1.0
-        return (output.code @ codes.T / codes.shape[1] - signed).square().mean(1)
-
-    def regularisation(self, output: HashOutput) -> Tensor:
-        return torch.zeros(len(output.code), device=output.code.device)
-
-
-class PairLikelihood(HashObjective):
-    """Minus the log-likelihood of pairwise similarity: w_ij [softplus(T_ij) - S_ij T_ij], T_ij = h_i . U_j / 2.
+class WeightedPairs(HashObjective):
+    """A mean over pairs of an item and a reference, of which the similar ones may be weighted.
 
     Args:
         balance: weight similar pairs by #dissimilar / #similar of the training set, which single-label data need: with
             one similar pair in ten or twenty, codes learn first of all to differ. Off in the papers.
+        stored: whether a trained model keeps the weight.
     """
 
     similar_weight: Tensor
 
-    def __init__(self, balance: bool) -> None:
+    def __init__(self, balance: bool, stored: bool = True) -> None:
         super().__init__()
         self.balance = balance
-        self.register_buffer("similar_weight", torch.ones(()))
+        self.register_buffer("similar_weight", torch.ones(()), persistent=stored)
 
     def setup(self, facts: TrainFacts) -> None:
         if self.balance:
@@ -50,15 +36,51 @@ class PairLikelihood(HashObjective):
                 raise ValueError(f"cannot balance pairs: a share of {facts.share_similar:g} of them is similar")
             self.similar_weight.fill_((1.0 - facts.share_similar) / facts.share_similar)
 
+    @abstractmethod
+    def pair_losses(self, output: HashOutput, similar: Tensor, codes: Tensor) -> Tensor:
+        """(B, M) loss of each pair before it is weighted; ``similar`` (B, M) is 1 or 0."""
+
     def losses(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
         """(B, M) loss of each pair of an item with a reference."""
         similar = relevant(labels, code_labels).float()
-        theta = output.code @ codes.T / 2
         weight = 1.0 + (self.similar_weight - 1.0) * similar
-        return weight * (softplus(theta) - similar * theta)
+        return weight * self.pair_losses(output, similar, codes)
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
         return self.losses(output, labels, codes, code_labels).mean(1)
+
+
+@register(
+    "objective", "dph", paper="Yang et al., IEEE Trans. Cybernetics 2020", evidence="paper+code", state="measured"
+)
+class DPH(WeightedPairs):
+    """DPH: regress scaled inner products of codes to +-1 similarity.
+
+    L = mean_ij w_ij ((1/K) h_i . U_j - S'_ij)^2, S' in {-1, +1}, U the bank held constant. No quantisation term.
+    Source: the re-implementations in the public SAAT and CgAT codes.
+    Differs: the bank holds true codes and labels from the first step on (the codes start it at zero).
+
+    Args:
+        balance: see ``WeightedPairs``. Without it one code for all classes is nearly the best of single-label data:
+            nine pairs in ten ask for opposite codes, which no ten classes can have.
+    """
+
+    def __init__(self, balance: bool = False) -> None:
+        super().__init__(balance, stored=balance)  # models of before there was a balance hold no weight
+
+    def pair_losses(self, output: HashOutput, similar: Tensor, codes: Tensor) -> Tensor:
+        return (output.code @ codes.T / codes.shape[1] - (2.0 * similar - 1.0)).square()
+
+    def regularisation(self, output: HashOutput) -> Tensor:
+        return torch.zeros(len(output.code), device=output.code.device)
+
+
+class PairLikelihood(WeightedPairs):
+    """Minus the log-likelihood of pairwise similarity: w_ij [softplus(T_ij) - S_ij T_ij], T_ij = h_i . U_j / 2."""
+
+    def pair_losses(self, output: HashOutput, similar: Tensor, codes: Tensor) -> Tensor:
+        theta = output.code @ codes.T / 2
+        return softplus(theta) - similar * theta
 
 
 @register("objective", "dpsh", paper="Li et al., IJCAI 2016", evidence="paper+code", state="measured")
@@ -69,7 +91,7 @@ class DPSH(PairLikelihood):
 
     Args:
         eta: weight of the quantisation term in mean form (ours: 0.1; published codes: 0.15-0.32 by the same measure).
-        balance: see ``PairLikelihood``.
+        balance: see ``WeightedPairs``.
 
     Differs: h is tanh of the logits (the original feeds the unbounded output); the sums are means.
     """
@@ -87,7 +109,8 @@ class HashNet(HashObjective):
     """HashNet: balanced pair likelihood with a tanh that steepens as training goes on.
 
     L = (1/|S|) sum_ij w_ij [softplus(t_ij) - S_ij t_ij], t_ij = (10/K) h_i . U_j, w = |S|/|S1| for similar pairs and
-    |S|/|S0| for others (so L is the mean over similar pairs plus the mean over the others).
+    |S|/|S0| for others (so L is the mean over similar pairs plus the mean over the others: balanced as it is, and
+    without an option for it).
     h = tanh(beta v), beta = sqrt(1 + 0.005 steps), raised every 200 steps. No quantisation term.
 
     Differs: the pair weights come from the whole training set instead of the batch, so no batch lacks a side and the

@@ -47,7 +47,7 @@ def warning_lights(target: Target, bench: Bench, eps: float) -> tuple[Flag, ...]
     if target.endpoint is not None:
         return ()
     lights = list(passive_checks(bench, threat_on("image", eps)))
-    return order(lights + _gradient_lights(bench.first(_LOOKED_AT)) if target.by_torch else lights)
+    return order(lights + _gradient_lights(bench.some(_LOOKED_AT)) if target.by_torch else lights)
 
 
 def _gradient_lights(bench: Bench) -> list[Flag]:

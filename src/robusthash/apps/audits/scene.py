@@ -44,8 +44,8 @@ class Scene:
         return self.photos.asking(len(self.bench.queries))
 
     def first(self, count: int) -> Scene:
-        """The same with the first queries alone."""
-        return replace(self, bench=self.bench.first(count))
+        """The same with the first photographs alone; they are in random order."""
+        return replace(self, bench=self.bench.at(torch.arange(count)))
 
     def found(self, signs: Tensor, labels: Tensor) -> CopiesFound:
         """What codes find: the copies that ``labels`` name, and the kinds where they are known."""

@@ -106,7 +106,7 @@ def _line(board: Board, row: Row, rank: int, slug: str, targeted: bool) -> Marku
     low, setting = f"w{board.measure}", row.setting
     badge = tag("span", "UNRELIABLE", class_="badge") if row.unreliable else None
     summary = tag("summary", tag("span", f"{rank}", class_="rank"), row.name, badge)
-    queries = setting.queries
+    queries = setting.asked
     attacked = f"{setting.threat}; worst of {', '.join(setting.attacks)}; {setting.budget}; {queries}"
     reds = "; ".join(f"{flag.id}: {flag.remedy}" for flag in row.flags)
     cells: list[Markup] = [

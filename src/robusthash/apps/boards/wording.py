@@ -80,7 +80,7 @@ def setting_pairs(board: Board, boards: Sequence[Board] = ()) -> list[tuple[str,
     rules = {key: value for key, value in setting.protocol.items() if key not in ("measures", "directions")}
     chance = sorted({round(row.chance, 3) for row in board.rows})
     return [
-        ("queries", setting.queries),
+        ("queries", setting.asked),
         ("database", setting.database),
         ("threat", setting.threat),
         ("attacks", ", ".join(setting.attacks)),

@@ -15,6 +15,7 @@ from robusthash.apps.pages.html import Markup, tag
 from robusthash.apps.runs import RunError
 from robusthash.core.files import write_aside
 from robusthash.data.base import Split
+from robusthash.data.splits import stable_subset
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.models.regenerate import ImageRegenerator
 
@@ -23,15 +24,15 @@ _SHOWN = 5
 
 
 def save_branches(folder: Path, victim: Hasher, queries: Split) -> None:
-    """Write ``branches.npz``: the first query images, what the purifier makes of them, and a heat map of each branch.
+    """Write ``branches.npz``: a few query images, what the purifier makes of them, and a heat map of each branch.
 
-    A hasher without such a purifier leaves no file. Maps are (n, H, W) in [0, 1], the mean |activation| over channels
-    between its least and its largest value in the image.
+    The images are chosen by content. A hasher without such a purifier leaves no file. Maps are (n, H, W) in [0, 1], the
+    mean |activation| over channels between its least and its largest value in the image.
     """
     if "image" not in victim.purifiers or not isinstance(victim.purifiers["image"], ImageRegenerator):
         return
     purifier = victim.purifiers["image"]
-    images = queries.batch(torch.arange(min(_SHOWN, len(queries)))).inputs["image"].to(victim.device)
+    images = queries.batch(stable_subset(queries, _SHOWN)).inputs["image"].to(victim.device)
     with frozen(victim), torch.no_grad():
         robust, fragile = purifier.views(images)
         sample = purifier.regenerate(images).sample

@@ -12,7 +12,7 @@ from robusthash.apps.pages.branches import branches_section
 from robusthash.apps.pages.charts import TONES, UNIT, Axis, Dot, Series, Tone, dot_chart, line_chart
 from robusthash.apps.pages.html import Child, Markup, tag
 from robusthash.apps.pages.suite import doubt_line, suite_sections
-from robusthash.apps.pages.wording import notes, number, setting_facts, short, span, with_span
+from robusthash.apps.pages.wording import ROUNDING, notes, number, setting_facts, short, span, stored_as, with_span
 from robusthash.apps.runs import Run
 from robusthash.core.files import write_aside
 from robusthash.evaluation.results import EvalResult, Flag, by_bench
@@ -92,7 +92,10 @@ def run_page(
 def results_section(title: str, results: Results, with_tiles: bool) -> Markup:
     """Table and charts of one direction and relevance; its tiles where the page has several."""
     untargeted = {name: result for name, result in results.items() if is_untargeted(name, result)}
-    charts = [pr_chart({name: (result, TONES[i % 6], i >= 6) for i, (name, result) in enumerate(untargeted.items())})]
+    targeted = {name: result for name, result in results.items() if name != "worst" and name not in untargeted}
+    charts: list[Markup | None] = [pr_chart(_toned(untargeted)), precision_chart(_toned(untargeted))]
+    if targeted:
+        charts += [pr_chart(_toned(targeted), targets=True), precision_chart(_toned(targeted), targets=True)]
     if "worst" in results:
         charts.insert(0, map_chart({"": results}, {"": "b"}))
     tiles = html.tiles(tiles_of(results)) if with_tiles else None
@@ -141,22 +144,21 @@ def results_table(results: Results) -> Markup:
     """Clean, every attack and the worst case: values with intervals, and what each attack spent."""
     measure = results["clean"].setting.headline
     targeted = any(f"t-{measure}" in result.values for result in results.values())
-    pixels = not results["clean"].setting.direction.startswith("T")  # texts are not stored in eight bits
-    head = ["", measure, *["of 8-bit images"] * pixels, "bits flipped", "success rate", *[f"t-{measure}"] * targeted]
+    ending, stored = stored_as(results.values())
+    head = ["", measure, *[f"of {stored}"] * bool(stored), "bits flipped", "success rate", *[f"t-{measure}"] * targeted]
     rows: list[list[Child]] = []
     for name, result in results.items():
         prefix = "w" if name == "worst" else ""
         flipped = f"{result['flips']:.1f} of {result.setting.bits}" if "flips" in result.values else "–"
         rate = result.values.get("ASR", result.values.get("t-ASR"))
         row: list[Child] = [name, with_span(result, prefix + measure)]
-        row += [with_span(result, f"{prefix}{measure}/8bit")] * pixels
+        row += [with_span(result, f"{prefix}{measure}{ending}")] * bool(stored)
         row += [flipped, "–" if rate is None else f"{rate:.0%}"]
         rows.append([*row, *([with_span(result, f"t-{measure}")] * targeted), passes(result)])
     reference = results["clean"].reference
     rows.append(["chance", number(reference["chance"]), *["–"] * (len(head) - 1)])
-    rounding = "The 8-bit column rounds the perturbation to whole grey levels. " if pixels else ""
     caption = (
-        f"Below each value its 95 % bootstrap interval over queries. {rounding}"
+        f"Below each value its 95 % bootstrap interval over queries. {ROUNDING[ending]}"
         "Success: AP at most half of clean; targeted: t-AP of at least 0.5. Passes: forward + backward "
         "passes of single queries."
     )
@@ -178,7 +180,13 @@ def perceptibility_table(results: Results) -> list[Markup]:
         "PSNR of mean MSE (dB)": lambda found: number(-10 * math.log10(max(found["mse/mean"], 1e-12)), 1),
         "SSIM, mean": lambda found: number(found["ssim/mean"]) if "ssim/mean" in found else "–",
         "pixels changed": lambda found: f"{found['l0/mean']:.0%}" if "l0/mean" in found else "–",
+        "row sum": lambda found: number(found["legacy_matrix_inf/mean"]) if "legacy_matrix_inf/mean" in found else "–",
+        "spectral": lambda found: number(found["legacy_matrix_2/mean"]) if "legacy_matrix_2/mean" in found else "–",
     }
+    of_images = (
+        "Perturbations of the query images; pixel norms of x′ − x with x in [0, 1]. Row sum and spectral are matrix "
+        "norms, means over channels: what published tables print as L∞ and L2."
+    )
     texts: dict[str, Callable[[Mapping[str, float]], str]] = {
         "entries changed, mean": lambda found: number(found["edits/mean"], 1),
         "share of entries": lambda found: f"{found['changed/mean']:.1%}",
@@ -191,7 +199,7 @@ def perceptibility_table(results: Results) -> list[Markup]:
     )
     tables = []
     for key, columns, caption in (
-        ("mse/mean", images, "Perturbations of the query images; pixel norms of x′ − x with x in [0, 1]."),
+        ("mse/mean", images, of_images),
         ("changed/mean", texts, of_texts),
     ):
         kept = {name: result.perceptibility for name, result in results.items() if key in result.perceptibility}
@@ -250,19 +258,49 @@ def map_chart(models: Mapping[str, Results], tones: Mapping[str, Tone], caption:
     )
 
 
-def pr_chart(lines: Mapping[str, tuple[EvalResult, Tone, bool]], caption: str = "") -> Markup:
-    """Precision over recall by rank; (result, tone, dashed) by name. Results without the curve are left out."""
-    series = []
-    for name, (result, tone, dashed) in lines.items():
-        if "PR" in result.curves:
-            curve = result.curves["PR"]
-            series.append(Series(name, curve["recall"].tolist(), curve["precision"].tolist(), tone, dashed))
+Toned = Mapping[str, tuple[EvalResult, Tone, bool]]
+"""Results by name, each with its tone and whether it is dashed."""
+
+
+def _toned(results: Results) -> Toned:
+    return {name: (result, TONES[i % 6], i >= 6) for i, (name, result) in enumerate(results.items())}
+
+
+def pr_chart(lines: Toned, caption: str = "", targets: bool = False) -> Markup | None:
+    """Precision over recall by rank; results without the curve are left out.
+
+    Args:
+        targets: of the target labels.
+    """
+    series = _curve_series(lines, "t-PR" if targets else "PR", "recall")
     if not series:
-        return tag("p", "The protocol measures no precision-recall curve.", class_="note")
+        return None if targets else tag("p", "The protocol measures no precision-recall curve.", class_="note")
     described = "; ".join(f"{line.name}: precision {line.y[len(line.y) // 2]:.2f} at half recall" for line in series)
-    return line_chart(
-        "Precision and recall", described, series, Axis("recall", UNIT), Axis("precision", UNIT), caption=caption
-    )
+    title = f"Precision and recall{' of the target labels' * targets}"
+    return line_chart(title, described, series, Axis("recall", UNIT), Axis("precision", UNIT), caption=caption)
+
+
+def precision_chart(lines: Toned, targets: bool = False) -> Markup | None:
+    """Precision of the first N; results without the curve are left out, and without any nothing is drawn.
+
+    Args:
+        targets: of the target labels.
+    """
+    series = _curve_series(lines, "t-P@N" if targets else "P@N", "n")
+    if not series or max(len(line.x) for line in series) < 2:
+        return None
+    longest = max(series, key=lambda line: len(line.x))
+    described = "; ".join(f"{line.name}: {line.y[0]:.2f} at {line.x[0]:.0f}" for line in series)
+    title = f"Precision of the first N{' of the target labels' * targets}"
+    return line_chart(title, described, series, Axis("N", _ticks(0, longest.x[-1])), Axis("precision", UNIT))
+
+
+def _curve_series(lines: Toned, curve: str, axis: str) -> list[Series]:
+    return [
+        Series(name, result.curves[curve][axis].tolist(), result.curves[curve]["precision"].tolist(), tone, dashed)
+        for name, (result, tone, dashed) in lines.items()
+        if curve in result.curves
+    ]
 
 
 def training_chart(log: Sequence[Mapping[str, Any]]) -> Markup | None:

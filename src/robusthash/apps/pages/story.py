@@ -32,7 +32,7 @@ TONES: dict[str, Tone] = {"undefended": "a", "saat": "b"}
 
 @dataclass(frozen=True)
 class Curve:
-    """AP of the first queries at each budget, under one attack and every smaller budget."""
+    """AP of some queries at each budget, under one attack and every smaller budget."""
 
     attack: str
     eps: tuple[int, ...]  # of 255
@@ -303,7 +303,7 @@ def _eps_chart(summary: Mapping[str, Any], curves: Mapping[str, Curve]) -> Marku
     )
 
 
-def _pr(results: Mapping[str, Results]) -> Markup:
+def _pr(results: Mapping[str, Results]) -> Markup | None:
     lines = {}
     for model, found in results.items():
         attacks = {name: result for name, result in found.items() if is_untargeted(name, result) and name != "clean"}

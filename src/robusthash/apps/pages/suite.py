@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from robusthash.apps.pages import html
 from robusthash.apps.pages.charts import UNIT, Axis, Series, line_chart
 from robusthash.apps.pages.html import Child, Markup, tag, text_of
-from robusthash.apps.pages.wording import WORST_CASE, doubt, notes, number, remark, setting_facts, span
+from robusthash.apps.pages.wording import WORST_CASE, doubt, notes, number, remark, setting_facts, span, stored_as
 from robusthash.evaluation.checks_base import CHECKS
 from robusthash.evaluation.presets import LEGACY, PAPER
 from robusthash.evaluation.results import EvalResult, Flag
@@ -97,8 +97,8 @@ def _summary(result: EvalResult) -> str:
 def _tiles(result: EvalResult) -> list[tuple[str, str, Child]]:
     measure, low, reference = result.setting.headline, f"w{result.setting.headline}", result.reference
     worst = tag("span", number(result[low]), class_="doubt" if result.unreliable else None)
-    pixels = not result.setting.direction.startswith("T")  # texts are not stored in eight bits
-    stored = f"; of 8-bit images {number(result[f'{low}/8bit'])}" if pixels else ""
+    ending, kind = stored_as([result])
+    stored = f"; of {kind} {number(result[f'{low}{ending}'])}" if kind else ""
     lowest = text_of(worst, _badge() if result.unreliable else None)
     tiles: list[tuple[str, str, Child]] = [
         (f"clean {measure}", number(reference["clean"]), span(result, "clean")),

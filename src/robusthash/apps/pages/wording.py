@@ -17,6 +17,25 @@ WORST_CASE = (
 )
 
 
+ROUNDING = {
+    "/8bit": "The 8-bit column rounds the perturbation to whole grey levels. ",
+    "/rounded": "The column of whole words rounds attacked bags to 0 and 1: no text has a part of a word. ",
+    "": "",
+}
+
+
+def stored_as(results: Iterable[EvalResult]) -> tuple[str, str]:
+    """How queries are kept outside of a model: the ending of the measure that is taken of it, and its words.
+
+    Pictures are kept in eight bits, bags of words in whole words, token ids and vectors of features as they are.
+    """
+    found = list(results)
+    if not found[0].setting.direction.startswith("T"):
+        return "/8bit", "8-bit images"
+    words = any(name.endswith("/rounded") for result in found for name in result.values)
+    return ("/rounded", "whole words") if words else ("", "")
+
+
 def remark(flags: Sequence[Flag], checked: bool) -> str:
     """What the checks say of a number: what must be seen before it. ``checked``: any check was run."""
     if reds := [flag.id for flag in flags if flag.level == "red"]:
@@ -60,7 +79,7 @@ def setting_facts(result: EvalResult, results: Mapping[str, EvalResult]) -> Mark
     protocol = {key: value for key, value in setting.protocol.items() if key not in ("measures", "directions")}
     directions = dict.fromkeys(found.setting.direction for found in results.values())
     pairs: list[tuple[Child, Child]] = [
-        ("queries", setting.queries),
+        ("queries", setting.asked),
         ("database", setting.database),
         ("direction, bits", f"{', '.join(directions)}, {setting.bits} bits"),
         ("protocol", ", ".join(f"{key} {short(value)}" for key, value in protocol.items())),

@@ -52,7 +52,7 @@ def attribute_runs(
     """Attribute the search of each run to DCT bands; ``out/attribution.npz`` is written after each.
 
     Args:
-        images: the first this many queries.
+        images: so many queries, chosen by content.
         seed: of the permutations: the same for every run, so that maps differ by their models alone.
     """
     runs = labelled(paths)

@@ -12,6 +12,7 @@ from robusthash.apps.tables import headline_of
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
 from robusthash.core.runtime import choose_device, digest
+from robusthash.data.splits import stable_subset
 from robusthash.evaluation.bench import make_bench
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean
 from robusthash.evaluation.results import EvalResult, load_results, save_results
@@ -49,7 +50,7 @@ def robust_curves(
 
     Args:
         attack: settings of one untargeted attack.
-        queries: only the first this many.
+        queries: only so many, chosen by content.
 
     Raises:
         RunError: no epoch was kept, or the method learns its database codes, which are those of the last epoch.
@@ -63,10 +64,11 @@ def robust_curves(
         raise RunError(f"{run.path} learned its database codes, and those of earlier epochs are not kept")
     ((name, settings),) = named_attacks([attack]).items()
     section = run.config.evaluation
-    identity = digest([settings, queries, section.model_dump(mode="json", include={"protocol", "seed", "batch_size"})])
+    data = read_data(run.config, shown)
+    asked = None if queries is None else data.query.take(stable_subset(data.query, queries)).fingerprint()
+    identity = digest([settings, asked, section.model_dump(mode="json", include={"protocol", "seed", "batch_size"})])
     path = run.path / f"curves-{identity}.json"
     held = {result.name: result for result in load_results(path)} if path.is_file() else {}
-    data = read_data(run.config, shown)
     curves: dict[str, dict[int, EvalResult]] = {"clean": {}, name: {}}
     for number, epoch in enumerate(epochs):
         shown(number, len(epochs), f"{name} by epoch")

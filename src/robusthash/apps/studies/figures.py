@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,8 +35,9 @@ def draw_runs(paths: Sequence[Path], out: Path) -> tuple[Drawn, list[str]]:
     """Every figure that the results, logs and attributions of these runs allow, as PDF and PNG in ``out``.
 
     Runs of one recipe are its seeds and are averaged. Written are, for each direction or relevance, ``attacks`` (bars),
-    ``targeted`` (bars of t-MAP), ``scatter``, ``pr`` and ``pr-attacked``; ``eps`` where a suite drew curves over
-    budgets; ``bands`` where every run was attributed; and ``loss`` with the training loss.
+    ``targeted`` (bars of t-MAP), ``scatter``, and curves: ``pr`` (precision and recall), ``pr-attacked`` and
+    ``pr-targeted``, of the target labels, and likewise ``pn`` (precision of the first N); ``eps`` where a suite drew
+    curves over budgets; ``bands`` where every run was attributed; and ``loss`` with the training loss.
 
     Returns:
         The files, and a note for every recipe that the scatter leaves out.
@@ -58,7 +59,7 @@ def draw_runs(paths: Sequence[Path], out: Path) -> tuple[Drawn, list[str]]:
     ]
     for bench in rows[0].chance:
         drawn += _tables(rows, results, bench, out)
-        drawn += _precision_recall(results, bench, out)
+        drawn += _curves(results, bench, out)
     drawn += _budgets(by_name, out)
     drawn += _bands_of_runs(paths, out)
     return drawn + _losses(by_name, out), notes
@@ -106,31 +107,50 @@ def _worst_last(groups: dict[str, dict[str, Measured]]) -> dict[str, dict[str, M
     return dict(sorted(groups.items(), key=lambda item: (item[0] == "worst", item[0] != "clean")))
 
 
-def _precision_recall(results: Results, bench: str, out: Path) -> Drawn:
-    """Mean precision over recall, clean and under the attack that is strongest on each model; bands span the seeds."""
-    clean, attacked = [], []
+_CURVES = {"pr": ("PR", "recall", "recall"), "pn": ("P@N", "n", "N")}
+"""By stem of the file: curve of a result, its axis across, and what that is called."""
+
+
+def _curves(results: Results, bench: str, out: Path) -> Drawn:
+    """Precision over recall and over N: clean, under the attack that is strongest on each model, and of target labels.
+
+    The strongest is the one of lowest MAP, of targeted ones that of highest t-MAP; bands span the seeds.
+    """
+    shown: dict[str, dict[str, list[EvalResult]]] = {"": {}, "-attacked": {}, "-targeted": {}}
     for name, seeds in results.items():
         groups = [by_bench(found)[bench] for found in seeds]
-        clean += _curve_over_seeds(name, [group["clean"] for group in groups])
-        strongest = [
-            min(attacks, key=lambda result: result[headline_of(result)])
-            for group in groups
-            if (attacks := [r for n, r in group.items() if n not in ("clean", "worst") and "ASR" in r.values])
-        ]
-        if len(strongest) == len(groups):
-            attacked += _curve_over_seeds(name, strongest)
+        shown[""][name] = [group["clean"] for group in groups]
+        shown["-attacked"][name] = _strongest(groups, "ASR", min)
+        shown["-targeted"][name] = _strongest(groups, "t-ASR", max)
     drawn: Drawn = []
-    for lines, stem in ((clean, "pr"), (attacked, "pr-attacked")):
-        if lines:
-            drawn += save(line_plot(lines, "recall", "precision", unit=True), out / f"{stem}{_ending(bench)}")
+    for stem, (curve, axis, label) in _CURVES.items():
+        for ending, models in shown.items():
+            wanted = f"t-{curve}" if ending == "-targeted" else curve
+            lines = [line for name, seeds in models.items() for line in _curve_over_seeds(name, seeds, wanted, axis)]
+            if lines:
+                height = "precision of the target labels" if ending == "-targeted" else "precision"
+                drawn += save(line_plot(lines, label, height, unit=True), out / f"{stem}{ending}{_ending(bench)}")
     return drawn
 
 
-def _curve_over_seeds(name: str, seeds: Sequence[EvalResult]) -> list[Line]:
-    """The PR curve, where the protocol keeps one: mean over seeds, and their span where there are several."""
-    if not all("PR" in result.curves for result in seeds):
+def _strongest(
+    groups: Sequence[Mapping[str, EvalResult]], mark: str, best: Callable[..., EvalResult]
+) -> list[EvalResult]:
+    """Of each seed the attack of lowest or highest headline, among those whose values hold ``mark``; none if one has
+    no such attack."""
+    found = [
+        best(attacks, key=lambda result: result[headline_of(result)])
+        for group in groups
+        if (attacks := [r for n, r in group.items() if n not in ("clean", "worst") and mark in r.values])
+    ]
+    return found if len(found) == len(groups) else []
+
+
+def _curve_over_seeds(name: str, seeds: Sequence[EvalResult], curve: str, axis: str) -> list[Line]:
+    """One curve, where the protocol keeps it: mean over seeds, and their span where there are several."""
+    if not seeds or not all(curve in result.curves for result in seeds):
         return []
-    return [_spanned(name, seeds[0].curves["PR"]["recall"], [result.curves["PR"]["precision"] for result in seeds])]
+    return [_spanned(name, seeds[0].curves[curve][axis], [result.curves[curve]["precision"] for result in seeds])]
 
 
 def _spanned(name: str, x: Tensor, seeds: Sequence[Tensor]) -> Line:

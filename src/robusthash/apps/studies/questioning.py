@@ -21,7 +21,6 @@ from robusthash.core.runtime import digest
 from robusthash.evaluation.bench import Bench
 from robusthash.evaluation.blackbox import Judge, QuestionCurve, Questions, Shows, question_curve
 from robusthash.evaluation.stats import intervals
-from robusthash.evaluation.suite import stable_subset
 
 JUDGES: dict[Shows, Judge] = {"codes": "ap", "distances": "ap", "ids": "rank"}
 """The most that can be made of what is shown."""
@@ -35,6 +34,7 @@ class QuestionTable:
     threat: str
     search: str
     curves: dict[Shows, QuestionCurve]
+    chosen: str  # how the queries were chosen
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -62,6 +62,7 @@ class QuestionTable:
             "threat": self.threat,
             "search": self.search,
             "queries": len(self.clean),
+            "chosen": self.chosen,
             "clean": float(self.clean.mean()),
             "budgets": list(self.budgets),
             "shows": {
@@ -97,7 +98,7 @@ def question_table(
 
     Args:
         budgets: rising numbers of questions of each query, the clean one among them.
-        queries: chosen by ``stable_subset``, as in an assessment.
+        queries: chosen by content, as in an assessment.
         search: ``square`` or ``nes``, or another question search of the catalogue; by default ``square``, and
             ``greedy-words`` where words are edited.
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
@@ -113,7 +114,7 @@ def question_table(
     victim, _ = stages.load_victim(run)
     data = stages.read_data(run.config, shown)
     bench = stages.bench_of(run, victim, data, shown, direction, whole=True)
-    bench = bench.at(stable_subset(bench.queries, queries))
+    bench = bench.some(queries)
     aim = named_threat(threat, "B2", pixels=stages.image_size(data))
     name = search or ("greedy-words" if aim.edits else "square")
     asker = build("question-search", name)
@@ -122,7 +123,7 @@ def question_table(
     for kind in shows:
         line = Questions(f"{name}, {kind}", asker, aim, kind, JUDGES[kind], budgets[-1])
         curves[kind] = question_curve(bench, line, budgets, shown, keep)
-    return QuestionTable(run.path, aim.name, name, curves)
+    return QuestionTable(run.path, aim.name, name, curves, bench.chosen)
 
 
 def _identity(run: Run, bench: Bench, budgets: Sequence[int]) -> str:

@@ -35,6 +35,7 @@ class TransferTable:
             "threat": m.threat,
             "search": m.search,
             "queries": m.queries,
+            "chosen": m.chosen,
             "surrogates": list(m.surrogates),
             "victims": list(m.victims),
             "clean": m.clean.tolist(),
@@ -46,7 +47,7 @@ class TransferTable:
         """Rows are surrogates, columns victims; each cell is wMAP under this attack alone, the mean under it behind."""
         m = self.matrix
         lines = [
-            f"w{m.measure} ({m.measure} under attack), {m.threat}, {m.queries} queries; "
+            f"w{m.measure} ({m.measure} under attack), {m.threat}, {m.queries} queries ({m.chosen}); "
             "rows: found on, columns: tried on",
             "",
             "| found on | " + " | ".join(m.victims) + " |",
@@ -71,7 +72,7 @@ def transfer_table(
 
     Args:
         paths: at least two run directories of one data set.
-        queries: only the first this many.
+        queries: only so many, chosen by content.
         eps: budget of the images; that customary for the norm by default.
 
     Raises:

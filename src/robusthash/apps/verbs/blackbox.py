@@ -13,7 +13,7 @@ from robusthash.apps.verbs.terminal import AsJson, RunPath, print_json, print_ta
 
 def transfer(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, two or more, of one data set.")],
-    queries: Annotated[int, typer.Option(min=1, help="Only the first this many queries.")] = 200,
+    queries: Annotated[int, typer.Option(min=1, help="Queries, chosen by content.")] = 200,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the search.")] = 20,
     eps: Annotated[
         str | None,
@@ -85,7 +85,7 @@ def questions(
     if as_json:
         print_json({**table.plain(), "figures": [str(path) for path in drawn]})
         return
-    title = f"wMAP by questions, {table.search} under {table.threat}, {len(table.clean)} queries"
+    title = f"wMAP by questions, {table.search} under {table.threat}, {len(table.clean)} queries ({table.chosen})"
     print_table(title, ["questions", *table.curves], table.rows())
     for path in drawn:
         sys.stdout.write(f"{path}\n")

@@ -64,10 +64,11 @@ def data_check(
     if as_json:
         print_json(described)
         return
-    rows = [[split, len(part), part.fingerprint()] for split, part in data.splits.items()]
+    unlabelled = described["unlabelled"]
+    rows = [[split, len(part), unlabelled[split], part.fingerprint()] for split, part in data.splits.items()]
     print_table(
         f"{data.name}: {len(data.label_names)} labels, modalities {', '.join(data.modalities)}",
-        ["split", "items", "fingerprint"],
+        ["split", "items", "without a label", "fingerprint"],
         rows,
     )
     console.print(f"training items in the database: {data.train_in_database}")

@@ -22,7 +22,7 @@ _COLOUR = {"pass": "green", "amber": "yellow", "red": "bold red"}
 
 def check(
     run: Annotated[Path | None, typer.Argument(help="Run directory; may be left out with --zoo.")] = None,
-    queries: Annotated[int, typer.Option(min=1, help="Check on this many queries.")] = 128,
+    queries: Annotated[int, typer.Option(min=1, help="Queries, chosen by content.")] = 128,
     steps: Annotated[int, typer.Option(min=2, help="Steps of the search whose path is looked at.")] = 100,
     eps: Annotated[str | None, typer.Option(help="Budget, e.g. 4/255; the customary one by default.")] = None,
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",

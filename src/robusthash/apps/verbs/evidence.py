@@ -149,7 +149,7 @@ def _show(result: EvalResult, title: str, as_json: bool, more: dict[str, str]) -
     from robusthash.apps.tables import headline_of
 
     measure = headline_of(result)
-    names = [measure, f"{measure}/8bit"]
+    names = [measure, f"{measure}/8bit", f"{measure}/rounded"]
     rows = [[n, result[n], "{:.4f} .. {:.4f}".format(*result.interval[n])] for n in names if n in result.values]
     rows.append(["clean", result.reference["clean"], ""])
     print_table(f"{title}: {result.setting.threat}", ["measure", "value", "95 % interval"], rows)

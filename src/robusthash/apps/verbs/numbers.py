@@ -1,8 +1,10 @@
-"""The verbs score, compare and table: numbers of codes and of evaluated runs."""
+"""The verbs score, compare, table and keep: numbers of codes and of evaluated runs."""
 
 from __future__ import annotations
 
+import csv
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -71,23 +73,78 @@ def compare(
     )
 
 
+class Format(StrEnum):
+    """How a table is written."""
+
+    markdown = "markdown"
+    latex = "latex"
+    csv = "csv"
+
+
 def table(
     paths: Annotated[
-        list[Path], typer.Argument(help="Run directories; runs that differ in the seed alone share a row.")
+        list[Path],
+        typer.Argument(help="Run directories, or folders of them; runs that differ in the seed alone share a row."),
     ],
     column: Annotated[
-        list[str] | None, typer.Option(help="Result to show: clean, mainstay, worst. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="'[MEASURE of ]RESULT[ as LABEL]': worst, 'img-linf-8 standard as suite', 'nDCG@100 of clean'. "
+            "Repeatable."
+        ),
     ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="'RECIPE[ as LABEL]': these rows in this order, under these labels. Repeatable."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Paired differences to this recipe over common seeds, instead of values.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only runs of this training seed. Repeatable.")] = None,
+    format: Annotated[
+        Format, typer.Option(help="csv: six digits; ends of intervals and seeds in columns of their own.")
+    ] = Format.markdown,
+    caption: Annotated[bool, typer.Option(help="Say below the table what was attacked, and how.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """One Markdown table of several runs, with intervals over seeds and queries; below it attacks and budgets."""
+    """One table of several runs, with intervals over seeds and queries; below it attacks and budgets."""
     from dataclasses import asdict
 
-    from robusthash.apps.tables import captions, make_rows, markdown
+    from robusthash.apps import tables
+    from robusthash.apps.runs import find_runs
 
-    rows = make_rows(paths)
+    found = find_runs(paths)
+    seeds = tables.read_seeds(found if seed is None else tables.of_seeds(found, seed))
+    names = tables.result_names(seeds)
+    columns = None if column is None else [tables.parse_column(text, names) for text in column]
+    if against is None:
+        rows = tables.rows_of(seeds, columns)
+    else:
+        rows = tables.differences_of(seeds, columns or tables.all_columns(seeds), against)
+    rows = rows if row is None else tables.chosen_rows(rows, row)
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    said = "".join(f"\n{line}\n" for line in captions(rows, column))
-    sys.stdout.write(f"{markdown(rows, column)}\n{said}")
+    titles = list(rows[0].cells) if columns is None else [column.title for column in columns]
+    if format is Format.csv:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(tables.plain_table(rows, titles))
+        return
+    sys.stdout.write(f"{(tables.latex if format is Format.latex else tables.markdown)(rows, titles)}\n")
+    lines = tables.captions(rows, titles) if caption else []
+    sys.stdout.write("".join(f"\n{'% ' * (format is Format.latex)}{line}\n" for line in lines))
+
+
+def keep(
+    paths: Annotated[list[Path], typer.Argument(help="Evaluated run directories, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="Folder of the copies: OUT/RECIPE/ID.")] = Path("results"),
+    as_json: AsJson = False,
+) -> None:
+    """Keep the results of runs for a repository: small copies without weights, which `table` and its like read."""
+    from robusthash.apps.keeping import keep as keep_run
+    from robusthash.apps.runs import find_runs, load_run
+
+    made = [keep_run(load_run(path), out) for path in find_runs(paths)]
+    if as_json:
+        print_json({"kept": [str(path) for path in made]})
+        return
+    sys.stdout.write("".join(f"{path}\n" for path in made))

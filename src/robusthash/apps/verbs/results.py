@@ -68,4 +68,6 @@ def show_table(results: Mapping[str, EvalResult]) -> None:
                 f"{result.reference.get('chance', float('nan')):.4f}",
             ]
         )
-    print_table("results", ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
+    chosen = next(iter(results.values())).setting.chosen
+    title = "results" if chosen in ("", "all") else f"results, queries: {chosen}"
+    print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)

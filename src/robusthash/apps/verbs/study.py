@@ -16,7 +16,7 @@ Figures = Annotated[bool, typer.Option("--figure/--no-figure", help="Draw it too
 
 def attribute(
     runs: RunPaths,
-    images: Annotated[int, typer.Option(min=1, help="The first this many queries.")] = 32,
+    images: Annotated[int, typer.Option(min=1, help="Queries, chosen by content.")] = 32,
     permutations: Annotated[int, typer.Option(min=4, help="Even; 63 passes an image each.")] = 64,
     worth: Annotated[
         Literal["tau", "ap"], typer.Option(help="Agreement with the clean ranking (Kendall's tau-b), or AP.")
@@ -56,6 +56,7 @@ def attribute(
                     "share_error": orders[label][1].tolist(),
                     "defined": int(one.defined.sum()),
                     "images": len(one.defined),
+                    "chosen": one.chosen,
                     "worth": one.worth,
                     "permutations": one.permutations,
                     "seed": one.seed,
@@ -157,7 +158,7 @@ def curves(
     robust: Annotated[
         str | None, typer.Option(help="Attack, as YAML or by name: MAP of the epochs kept by runtime.keep_epochs.")
     ] = None,
-    queries: Annotated[int | None, typer.Option(min=1, help="Only the first this many, for --robust.")] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Only so many, chosen by content, for --robust.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("figures"),
     as_json: AsJson = False,
 ) -> None:

@@ -104,7 +104,8 @@ def _show(result: EvalResult) -> None:
     for name, value in result.values.items():
         ends = result.interval.get(name)
         rows.append([name, value, "" if ends is None else "{:.4f} .. {:.4f}".format(*ends)])
-    print_table(f"{result.name}, {queries} queries", ["measure", "value", "95 % interval"], rows)
+    chosen = f" ({result.setting.chosen})" if result.setting.chosen else ""
+    print_table(f"{result.name}, {queries} queries{chosen}", ["measure", "value", "95 % interval"], rows)
     print_table("reference", ["", "value"], [[name, value] for name, value in result.reference.items()])
     columns = list(dict.fromkeys(name for line in result.attacks.values() for name in line))
     columns = [name for name in columns if name not in ("forward", "backward", "oracle")]

@@ -1,0 +1,169 @@
+"""What outer losses need of the inner attack is checked where a recipe is read, and where one is made in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from helpers import make_data, small_hasher
+
+from robusthash.apps.config import ConfigError, make_config
+from robusthash.attacks import Attack, image_threat
+from robusthash.attacks.losses import Agreement
+from robusthash.attacks.search import PGD
+from robusthash.core import registry
+from robusthash.core.registry import build, catalogue
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, Goal, Guidance, Reference
+from robusthash.defenses import AdversarialTraining, CgATOuter, PlainAT, Round, SAATOuter
+from robusthash.defenses.needs import Needs
+from robusthash.defenses.sfcl import SFCLOuter
+from robusthash.models import Hasher
+from robusthash.objectives import DPSH
+from robusthash.training import Moment
+
+Settings = str | dict[str, Any]
+
+
+def recipe(outer: Settings, attack: Settings) -> dict[str, Any]:
+    training = {"recipe": "adversarial", "objective": "dpsh", "outer": outer, "attack": attack}
+    return {"name": "x", "data": "synthetic", "training": training}
+
+
+REFUSED: list[tuple[Settings, Settings, str]] = [
+    ("saat", "mainstay-targeted", "targeted"),
+    ("saat", "dhta", "targeted"),
+    ("cgat", "tha", "targeted"),
+    ("saat", "pgd", "Unguided"),
+    ("saat", "sdha", "Positives"),
+    ("cgat", "hag", "Own"),
+    ("cgat", {"name": "dsarh", "mode": "literal_sign"}, "Similarity"),
+    ({"name": "sfcl", "wrong": "target"}, "mainstay", "labels that a targeted attack aims at"),
+    ("sfcl", {"name": "mainstay", "modality": "text"}, "image attacked"),
+    ("saah", {"name": "mainstay", "modality": "text"}, "image attacked"),
+]
+FITTING: list[tuple[Settings, Settings]] = [
+    ("saat", "mainstay"),
+    ("saat", "cgat"),
+    ("cgat", "dsarh"),
+    ("saat", {"name": "mainstay", "modality": "text"}),
+    ("saat", {"name": "text-edits", "like": "mainstay"}),
+    ("pgd-at", "hag"),
+    ("pgd-at", "dhta"),
+    ("atrdh", "tha"),
+    ("atrdh", "mainstay"),
+    ("dsarh", "dsarh"),
+    ("saah", "pgd"),
+    ("sfcl", "dhta"),
+    ("sfcl", "mainstay"),
+    ({"name": "sfcl", "wrong": "target"}, "dhta"),
+    ({"name": "sfcl", "wrong": "target", "auxiliary": 0.0}, "mainstay"),  # l' is not taken then
+]
+
+
+@pytest.mark.parametrize(("outer", "attack", "why"), REFUSED)
+def test_an_attack_that_does_not_fit_is_refused_where_the_recipe_is_read(
+    outer: Settings, attack: Settings, why: str
+) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        make_config(recipe(outer, attack))
+    name = outer if isinstance(outer, str) else outer["name"]
+    assert f"Attacks that fit '{name}': " in str(caught.value)
+    assert "'epochs'" not in str(caught.value)  # the line is not hidden behind the whole section
+
+
+@pytest.mark.parametrize(("outer", "attack"), FITTING)
+def test_an_attack_that_fits_is_read(outer: Settings, attack: Settings) -> None:
+    assert make_config(recipe(outer, attack)).training.outer == outer
+
+
+def test_the_line_names_what_fits() -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config(recipe("saat", "dhta"))
+    fits, losses = str(caught.value).partition("Attacks that fit 'saat': ")[2].split("; losses that fit 'dhta': ")
+    assert {"mainstay", "cgat"} <= set(fits.split(", "))
+    assert not {"dhta", "pgd", "hag", "sdha", "text-edits"} & set(fits.split(", "))  # the last attacks no images
+    assert {"pgd-at", "atrdh", "sfcl"} <= set(losses.split(", "))
+    assert not {"saat", "cgat"} & set(losses.split(", "))
+
+
+@pytest.mark.parametrize("outer", [card.name for card in catalogue("outer")])
+@pytest.mark.parametrize("attack", [card.name for card in catalogue("attack") if card.modality == "any"])
+def test_every_pair_is_refused_where_it_is_made_or_trains_a_step(outer: str, attack: str) -> None:
+    """No pair dies of a tensor size within training: it is refused before, or it has finite terms."""
+    if outer in ("saah", "sfcl"):
+        pytest.skip("needs an encoder of its own; its terms do not look at the guidance")
+    objective, options = DPSH(), {"name": attack}
+    options |= {"steps": 2} if attack != "tha" else {"steps": 2, "hidden": 16}
+    made = build("attack", options, objective=objective)
+    data = make_data()
+    loss = build("outer", outer)
+    if getattr(loss, "needs", Needs()).unmet(made):
+        with pytest.raises(ValueError, match=f"does not fit the outer loss '{outer}'"):
+            AdversarialTraining(small_hasher(), objective, made, loss)
+        return
+    trained = AdversarialTraining(small_hasher(), objective, made, loss)
+    trained.setup(data, 0, 8)
+    for _, terms in trained.step(data.train.batch(torch.arange(8)), Moment(0, 0.5, Draws(0))):
+        assert all(bool(torch.isfinite(term)) for term in terms.values())
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The known code that is nearest: one an item, but of which label it is not said."""
+
+    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+        own = next(iter(victim(batch.inputs).values())).relaxed()
+        assert reference is not None
+        codes = torch.cat(list(reference.codes.values()))
+        return Guidance(codes[(own @ codes.T).argmax(1)])
+
+
+@dataclass(frozen=True)
+class Declared(Nearest):
+    label_codes: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("outer", [SAATOuter(), CgATOuter()])
+def test_an_attack_of_ones_own_is_checked_where_the_recipe_is_made(outer: SAATOuter | CgATOuter) -> None:
+    def mine(guide: Nearest, targeted: bool = False) -> Attack:
+        return Attack("mine", guide, Agreement(), PGD(1), image_threat(), targeted=targeted)
+
+    with pytest.raises(ValueError, match=r"'mine' does not fit.*Nearest.*label_codes = True"):
+        AdversarialTraining(small_hasher(), DPSH(), mine(Nearest()), outer)
+    with pytest.raises(ValueError, match="targeted"):
+        AdversarialTraining(small_hasher(), DPSH(), mine(Declared(), targeted=True), outer)
+    AdversarialTraining(small_hasher(), DPSH(), mine(Declared()), outer)
+    AdversarialTraining(small_hasher(), DPSH(), mine(Nearest()), PlainAT())
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """Names that the test registers are forgotten afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_CARDS", dict(registry._CARDS))
+        yield
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_new_loss_joins_by_what_it_declares() -> None:
+    @registry.register("outer", "picky")
+    @dataclass(frozen=True)
+    class Picky:
+        needs: ClassVar[Needs] = Needs(goal="target", label_codes=True)
+
+        def __call__(self, turn: Round) -> dict[str, torch.Tensor]:
+            return PlainAT()(turn)
+
+    with pytest.raises(ConfigError, match="Attacks that fit 'picky': dhta, guided-targeted-apgd, mainstay-targeted"):
+        make_config(recipe("picky", "mainstay"))
+    make_config(recipe("picky", "dhta"))
+
+
+def test_sfcl_needs_a_target_only_where_it_looks_at_one() -> None:
+    assert SFCLOuter().needs.goal is None
+    assert SFCLOuter(wrong="target").needs.goal == "target"
+    assert SFCLOuter(wrong="target", auxiliary=0.0).needs.goal is None
