@@ -12,13 +12,13 @@ from helpers import image_batch, linear_hasher, reference_of
 from torch import Tensor
 
 from robusthash.attacks import Attack, Ball, Threat
-from robusthash.attacks.dsarh import Among, Mode, Similarity, dsarh, signed_mean
+from robusthash.attacks.dsarh import Among, FeatureGuidance, Mode, Similarity, dsarh, signed_mean
 from robusthash.attacks.guides import mainstay_code
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.search import PGD
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Goal, Reference
+from robusthash.core.types import Goal, Guidance, Reference
 from robusthash.data import ArraySource, RetrievalData, Split
 
 DRAWS = Draws(0, ("dsarh",))
@@ -292,7 +292,7 @@ def test_the_feature_term_is_that_of_the_known_items(knowledge: Literal["W1", "W
     attack, reference = world.fitted(knowledge, features=0.5)
     score, guidance = attack.aim(world.victim, world.batch, world.goal, reference, DRAWS)
     wanted = world.direction(world.data.train if knowledge == "W1" else world.data.database)
-    assert guidance.features is not None
+    assert isinstance(guidance, FeatureGuidance)
     torch.testing.assert_close(guidance.features["image"], wanted)
     elsewhere = (world.batch.inputs["image"] + 0.03).clamp(0, 1)
     flat = elsewhere.flatten(1)
@@ -313,7 +313,7 @@ def test_without_known_features_those_of_the_batch_are_compared() -> None:
     world = Featured()
     attack, reference = dsarh(features=0.5), reference_of(world.victim, world.data.train)
     guidance = attack.guide(world.victim, world.batch, world.goal, reference, DRAWS)
-    assert guidance.features is not None
+    assert isinstance(guidance, FeatureGuidance)
     torch.testing.assert_close(guidance.features["image"], world.direction(world.data.query))
 
 
@@ -337,7 +337,7 @@ def test_without_weight_nothing_of_it_is_there() -> None:
     assert made.loss == Agreement()
     world = Featured()
     reference = reference_of(world.victim, world.data.train)
-    assert made.guide(world.victim, world.batch, world.goal, reference, DRAWS).features is None
+    assert type(made.guide(world.victim, world.batch, world.goal, reference, DRAWS)) is Guidance
     with pytest.raises(ValueError, match="a direction in feature space"):
         replace(dsarh(features=0.5), guide=Similarity()).perturb(
             world.victim, world.batch, world.goal, reference, draws=DRAWS

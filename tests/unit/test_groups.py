@@ -139,7 +139,10 @@ def test_rate_zero_freezes_weights_and_statistics(pairs: RetrievalData) -> None:
 
 def test_what_is_frozen_stays_in_eval_mode(pairs: RetrievalData) -> None:
     hasher = two_sided(pairs)
+    hasher.heads["image"].eval()
     hasher.freeze(part(hasher, "text"))
+    assert not hasher.encoders["text"].training
+    assert not hasher.heads["image"].training, "the mode of what is not frozen is left alone"
     hasher.train()
     assert not any(module.training for module in hasher.encoders["text"].modules()), "dropout and BatchNorm"
     assert hasher.encoders["image"].training
@@ -147,7 +150,7 @@ def test_what_is_frozen_stays_in_eval_mode(pairs: RetrievalData) -> None:
     twin = copy.deepcopy(hasher).train()
     assert not twin.encoders["text"].training
     hasher.freeze([])
-    assert hasher.train().encoders["text"].training
+    assert hasher.encoders["text"].training
     assert all(parameter.requires_grad for parameter in hasher.parameters())
 
 

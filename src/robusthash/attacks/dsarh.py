@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -119,6 +119,13 @@ def _own_code(victim: Hasher, batch: Batch) -> Tensor:
         return sign(torch.stack([output.relaxed() for output in victim(batch.inputs).values()]).mean(0))
 
 
+@dataclass(frozen=True)
+class FeatureGuidance(Guidance):
+    """A direction among codes, and beside it one among features."""
+
+    features: dict[str, Tensor] = field(default_factory=dict)  # by modality (B, D)
+
+
 @dataclass(frozen=True, eq=False)
 class FeatureSimilarity:
     """DSARH's direction among codes and among features: c_i = signed mean of the known items' f_j / |f_j| (Eq 10).
@@ -154,7 +161,7 @@ class FeatureSimilarity:
             raise ValueError("the feature term compares labelled items, and these have no labels")
         similar = relevant(goal.labels, labels)
         features = {name: signed_mean(similar, bank[name], self.codes.balanced) for name in batch.inputs}
-        return replace(guidance, features=features)
+        return FeatureGuidance(guidance.codes, guidance.weights, features)
 
 
 def _unit_features(outputs: Outputs) -> dict[str, Tensor]:
@@ -173,7 +180,7 @@ class FeatureAgreement:
     weight: float
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
-        if guidance.features is None:
+        if not isinstance(guidance, FeatureGuidance):
             raise ValueError("this loss needs a direction in feature space; use the guide of 'dsarh' with features")
         wanted = guidance.features
         terms = [(values * wanted[name]).sum(1) for name, values in _unit_features(probe.outputs).items()]

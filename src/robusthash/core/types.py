@@ -136,7 +136,6 @@ class Guidance:
 
     codes: Tensor  # (B, K) one representative code per query, or (M, K) a set shared by the batch
     weights: Tensor | None = None  # (B, M) signed pull of each shared code; None when one-to-one
-    features: dict[str, Tensor] | None = None  # by modality (B, D), a direction in feature space beside the codes
 
 
 @dataclass(frozen=True)

@@ -80,16 +80,18 @@ class Hasher(nn.Module):
         """
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._frozen = [parameter for parameter in parameters if parameter.requires_grad]
+        for module in self._still:
+            module.train(self.training)
+        named = list(parameters)
+        self._frozen = [parameter for parameter in named if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        still = {id(parameter) for parameter in self._frozen}
+        ids = {id(parameter) for parameter in named}
         self._still = []
         for module in self.modules():
             held = list(module.parameters())
-            if held and module is not self and all(id(parameter) in still for parameter in held):
-                self._still.append(module)
-        self.train(self.training)
+            if held and module is not self and all(id(parameter) in ids for parameter in held):
+                self._still.append(module.eval())
 
     def train(self, mode: bool = True) -> Hasher:
         """The mode of every module, but what is frozen stays in eval mode."""
