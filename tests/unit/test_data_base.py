@@ -44,6 +44,7 @@ def test_training_items_in_the_database_are_recorded():
         "toy", split("train", [0, 1], held), split("query", [6], held), split("database", [1, 2, 3], held), ("a",)
     )
     assert data.train_in_database == 1
+    assert data.describe()["unlabelled"] == {"train": 0, "query": 0, "database": 0}
     assert data.describe()["sizes"] == {"train": 2, "query": 1, "database": 3}
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+import robusthash as rh
+from robusthash.core.labels import relevant
 from robusthash.data import ArraySource, load_data
 from robusthash.data.folder import FileSource
 from robusthash.data.transforms import UnreadableImage
@@ -282,6 +284,42 @@ def test_repeated_files_and_ids(listed: Path) -> None:
         load(listed, rows_of(id=7))
 
 
+def test_items_without_a_label_stay_and_are_similar_to_nothing(listed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = rows_of()
+    for number in (3, 5, 10):  # of the query, training and validation items, as the split column says
+        rows[number]["labels"] = []
+    with caplog.at_level(logging.WARNING):
+        data = load(listed, rows)
+    assert "3 of 12 items have no label and are similar to nothing." in data.note
+    assert "3 of 12 items have no label" in caplog.text
+    assert data.describe()["unlabelled"] == {"train": 1, "query": 1, "database": 1, "validation": 1}
+    assert sum(len(split) for name, split in data.splits.items() if name != "database") == 12
+    assert data.label_names == ("sea", "sky", "tree")
+    assert data.query.labels is not None
+    assert data.database.labels is not None
+    assert relevant(data.query.labels, data.database.labels).any(1).tolist() == [False, True]
+    rows = rows_of(split="", labels=["sky"])
+    rows[2]["labels"] = []
+    with pytest.raises(ValueError, match="needs one label an item and 1 items have none; use 'random'"):
+        load(listed, rows, split="balanced")
+    assert "no label" not in load(listed, rows_of()).note
+
+
+def test_items_without_a_label_train_are_attacked_and_counted(listed: Path) -> None:
+    rows = rows_of()
+    for number in (3, 5):
+        rows[number]["labels"] = []
+    data = load(listed, rows)
+    for objective in (rh.objectives.CSQ(), rh.objectives.DPSH()):
+        hasher = rh.build_hasher(bits=8, image={"name": "small", "width": 4, "grid": 1})
+        rh.fit(rh.HashingRecipe(hasher, objective), data, rh.TrainConfig(epochs=1, batch_size=8, device="cpu"))
+        clean = rh.evaluate(hasher, data)
+        assert (clean.empty, clean.per_query["MAP"].tolist()[0]) == (1, 0.0)
+        for attack in (rh.attacks.mainstay(steps=2), rh.attacks.mainstay_targeted(steps=2), rh.attacks.hag(steps=2)):
+            result = rh.evaluate(hasher, data, attack=attack)
+            assert all(np.isfinite(value) for value in result.values.values())
+
+
 def test_missing_columns_and_labels(listed: Path) -> None:
     rows = rows_of()
     del rows[4]["labels"]
@@ -289,10 +327,8 @@ def test_missing_columns_and_labels(listed: Path) -> None:
         load(listed, rows)
     with pytest.raises(ValueError, match="have no column 'file'"):
         load(listed, [{"name": "a.png", "labels": ["x"]}])
-    rows = rows_of()
-    rows[4]["labels"] = rows[5]["labels"] = []
-    with pytest.raises(ValueError, match=r"2 of 12 rows of .* have no label: line 5, line 6"):
-        load(listed, rows)
+    with pytest.raises(ValueError, match=r"no row of .*list\.jsonl has a label in the column 'labels'; .* 'class'"):
+        load(listed, rows_of(labels=[]))
     rows = [{key: value for key, value in row.items() if key != "captions"} for row in rows_of()]
     with pytest.raises(ValueError, match="have no column 'captions'"):
         load(listed, rows, texts=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -211,8 +212,6 @@ def test_a_nan_from_the_attack_is_an_error(bench):
 
 
 def test_attacked_blocks_survive_a_file(bench, tmp_path):
-    import numpy as np
-
     block = attack_block(bench, attacks()["hag"], 0)
     np.savez(tmp_path / "block.npz", **block.arrays())
     with np.load(tmp_path / "block.npz", allow_pickle=False) as arrays:
@@ -220,6 +219,28 @@ def test_attacked_blocks_survive_a_file(bench, tmp_path):
     assert torch.equal(again.signs, block.signs)
     assert torch.equal(again.inputs, block.inputs)
     assert set(again.pixels) == set(block.pixels)
+
+
+def test_results_hold_the_matrix_norms_of_the_change(bench):
+    attack = attacks()["hag"]
+    attacked = attack_all(bench, attack)
+    found = score_attack(bench, attack, attacked).perceptibility
+    clean = bench.queries.batch(torch.arange(len(bench.queries))).inputs["image"]
+    delta = (attacked.inputs - clean).double().numpy()
+    rows = np.abs(delta).sum(3).max(2).mean(1)
+    spectral = np.linalg.svd(delta, compute_uv=False)[..., 0].mean(1)
+    assert found["legacy_matrix_inf/mean"] == pytest.approx(rows.mean())
+    assert found["legacy_matrix_inf/max"] == pytest.approx(rows.max())
+    assert found["legacy_matrix_2/mean"] == pytest.approx(spectral.mean(), rel=1e-6)
+
+
+def test_blocks_that_an_older_version_kept_join_with_new_ones(bench):
+    blocks = [attack_block(bench, attacks()["hag"], number) for number in (0, 1)]
+    older = replace(blocks[1], pixels={n: v for n, v in blocks[1].pixels.items() if not n.startswith("legacy")})
+    for pair in ([blocks[0], older], [older, blocks[0]]):
+        joined = Attacked.join(pair)
+        assert set(joined.pixels) == set(older.pixels)
+        assert all(len(values) == len(joined.signs) for values in joined.pixels.values())
 
 
 def test_a_direction_that_the_victim_lacks_is_refused(victim, data):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -62,13 +63,29 @@ def test_summary_holds_mean_and_worst() -> None:
     assert math.isfinite(made["psnr/min"])
 
 
-def test_matrix_norms_have_their_own_names() -> None:
-    clean, attacked = pair()
-    delta = (attacked - clean).double()
+@pytest.mark.parametrize("shape", [(33, 40), (40, 33), (12, 12)])
+def test_matrix_norms_have_their_own_names(shape: tuple[int, int]) -> None:
+    """Row sums one by one, and singular values, which the code does not compute."""
+    clean, attacked = pair(2, *shape)
     found = perceptibility.legacy_matrix_norms(clean, attacked)
-    assert float(found["legacy_matrix_inf"][0]) == pytest.approx(float(delta[0].abs().sum(2).amax(1).mean()))
-    assert float(found["legacy_matrix_2"][0]) == pytest.approx(float(torch.linalg.svdvals(delta[0])[:, 0].mean()))
+    for row, delta in enumerate((attacked.double() - clean.double()).numpy()):
+        sums = [max(sum(abs(float(value)) for value in line) for line in channel) for channel in delta]
+        assert float(found["legacy_matrix_inf"][row]) == pytest.approx(sum(sums) / 3, rel=1e-12)
+        singular = [np.linalg.svd(channel, compute_uv=False)[0] for channel in delta]
+        assert float(found["legacy_matrix_2"][row]) == pytest.approx(sum(singular) / 3, rel=1e-9)
     assert float(found["legacy_matrix_inf"][0]) > float(perceptibility.pixel_norms(clean, attacked)["linf"][0])
+    made = perceptibility.perceptibility(clean, attacked)
+    assert made["legacy_matrix_2/max"] == pytest.approx(float(found["legacy_matrix_2"].max()))
+
+
+def test_matrix_norms_of_no_change_and_of_one_value() -> None:
+    clean = torch.full((1, 3, 16, 16), 0.5)
+    same = perceptibility.legacy_matrix_norms(clean, clean)
+    assert {name: float(values[0]) for name, values in same.items()} == {"legacy_matrix_inf": 0, "legacy_matrix_2": 0}
+    attacked = clean.clone()
+    attacked[0, :, 3, 4] += 0.25  # one entry of each channel: every norm of the matrix is this entry
+    one = perceptibility.legacy_matrix_norms(clean, attacked)
+    assert [float(values[0]) for values in one.values()] == pytest.approx([0.25, 0.25], rel=1e-12)
 
 
 def test_bad_images_are_refused() -> None:
