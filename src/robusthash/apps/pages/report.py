@@ -258,7 +258,7 @@ def pr_chart(lines: Mapping[str, tuple[EvalResult, Tone, bool]], caption: str = 
             curve = result.curves["PR"]
             series.append(Series(name, curve["recall"].tolist(), curve["precision"].tolist(), tone, dashed))
     if not series:
-        return tag("p", "The protocol measures no precision-recall curve.", class_="note")
+        return tag("p", "These results hold no precision-recall curve.", class_="note")
     described = "; ".join(f"{line.name}: precision {line.y[len(line.y) // 2]:.2f} at half recall" for line in series)
     return line_chart(
         "Precision and recall", described, series, Axis("recall", UNIT), Axis("precision", UNIT), caption=caption
