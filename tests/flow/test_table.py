@@ -139,6 +139,9 @@ def test_differences_are_paired_by_seed_and_query(call, run, tmp_path):
     first = ["--against", baseline, "--seed", 0, "--column", "clean", "--json"]
     (one,) = json.loads(call("table", *lower, *own, *first)[1])
     assert one["cells"]["clean"]["interval"] == pytest.approx(list(bootstrap_interval(-0.1 * steps)))
+    code, _, err = call("table", lower[2], *own, "--against", baseline)
+    assert code == 1
+    assert f"tiny, hasher.bits=16 (seeds [2]) and {baseline} (seeds [0, 1]) have no seed in common" in err
     code, _, err = call("table", *lower, *own, "--against", "tiny")
     assert code == 1
     assert "no row is named 'tiny'" in err
@@ -169,8 +172,10 @@ def test_a_column_or_row_that_is_nowhere_is_refused(call, run):
     assert "no run has a result 'wors'; did you mean 'worst'" in err
     assert "no run has a result 'clea'" in call("table", run.path, "--column", "nDCG@100 of clea as x")[2]
     assert "no row is named 'tinny'" in call("table", run.path, "--row", "tinny as ours")[2]
-    out = call("table", run.path, "--column", "nothing of clean")[1].splitlines()
-    assert out[2].startswith("| tiny | - |")
+    assert (
+        "'clean' has no values per query of 'MAO'; did you mean 'MAP'"
+        in call("table", run.path, "--column", "MAO of clean")[2]
+    )
 
 
 def test_names_with_the_words_of_a_column_are_never_taken_apart():

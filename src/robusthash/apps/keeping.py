@@ -25,6 +25,11 @@ _EVIDENCE = "evidence.json"  # rare, and the best-known value needs all of it
 _GRADED = ("nDCG@", "ACG@")
 
 
+def has_results(run: Run) -> bool:
+    """The run was evaluated or assessed."""
+    return any((run.path / name).is_file() for name in _RESULTS)
+
+
 def keep(run: Run, out: Path) -> Path:
     """Write ``out/<recipe>/<id>``, a copy of a run that has results; the same run gives the same files again.
 
@@ -37,7 +42,7 @@ def keep(run: Run, out: Path) -> Path:
     if run.kept:
         raise RunError(f"{run.path} is already a kept copy; give the run that it was made of")
     card = run.card()
-    if not any((run.path / name).is_file() for name in _RESULTS):
+    if not has_results(run):
         raise RunError(f"{run.path} has no results to keep; run 'robusthash evaluate' or 'robusthash assess' first")
     target = out / card["name"] / card["id"]
     if target.is_dir() and not (target / KEPT).is_file():

@@ -140,7 +140,7 @@ def differences_of(rows: Seeds, columns: Sequence[Column], baseline: str) -> lis
     seeds the interval is that of the method (seeds and queries resampled), of a single one that of the checkpoint.
 
     Raises:
-        ValueError: no row of that name.
+        ValueError: no row of that name, or one that has no training seed in common with it.
     """
     if baseline not in rows:
         raise ValueError(f"no row is named {baseline!r}{nearest(baseline, rows)}; there are {', '.join(rows)}")
@@ -148,6 +148,9 @@ def differences_of(rows: Seeds, columns: Sequence[Column], baseline: str) -> lis
     made = []
     for name in [name for name in rows if name != baseline]:
         common = [seed for seed in rows[name] if seed.number in against]
+        if not common:
+            own = [seed.number for seed in rows[name]]
+            raise ValueError(f"{name} (seeds {own}) and {baseline} (seeds {list(against)}) have no seed in common")
         others = [against[seed.number] for seed in common]
         found = {column: _of_all([*common, *others], column) for column in columns}
         count = len(common)
@@ -290,9 +293,22 @@ def all_columns(rows: Seeds) -> list[Column]:
     return [Column(result) for result in next(iter(rows.values()))[0].evaluated]
 
 
-def result_names(rows: Seeds) -> list[str]:
-    """Every result of these runs, of their evaluations and of suites."""
-    return list(dict.fromkeys(name for seeds in rows.values() for seed in seeds for name in seed.results))
+def named_columns(texts: Sequence[str], rows: Seeds) -> list[Column]:
+    """Columns as ``parse_column`` reads them, of results and measures that some run has.
+
+    Raises:
+        ValueError: no run has the result, or the measure of it per query; the nearest is offered.
+    """
+    held: dict[str, dict[str, None]] = {}  # measures by result
+    for seed in (seed for seeds in rows.values() for seed in seeds):
+        for name, result in seed.results.items():
+            held.setdefault(name, {}).update(dict.fromkeys(result.per_query))
+    columns = [parse_column(text, held) for text in texts]
+    for column in columns:
+        if column.measure is not None and column.measure not in held[column.result]:
+            near = nearest(column.measure, held[column.result])
+            raise ValueError(f"{column.result!r} has no values per query of {column.measure!r}{near}")
+    return columns
 
 
 def parse_column(text: str, names: Collection[str]) -> Column:

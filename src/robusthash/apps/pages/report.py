@@ -274,7 +274,7 @@ def pr_chart(lines: Toned, caption: str = "", targets: bool = False) -> Markup |
     """
     series = _curve_series(lines, "t-PR" if targets else "PR", "recall")
     if not series:
-        return None if targets else tag("p", "The protocol measures no precision-recall curve.", class_="note")
+        return None if targets else tag("p", "These results hold no precision-recall curve.", class_="note")
     described = "; ".join(f"{line.name}: precision {line.y[len(line.y) // 2]:.2f} at half recall" for line in series)
     title = f"Precision and recall{' of the target labels' * targets}"
     return line_chart(title, described, series, Axis("recall", UNIT), Axis("precision", UNIT), caption=caption)

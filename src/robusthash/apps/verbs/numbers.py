@@ -115,8 +115,7 @@ def table(
 
     found = find_runs(paths)
     seeds = tables.read_seeds(found if seed is None else tables.of_seeds(found, seed))
-    names = tables.result_names(seeds)
-    columns = None if column is None else [tables.parse_column(text, names) for text in column]
+    columns = None if column is None else tables.named_columns(column, seeds)
     if against is None:
         rows = tables.rows_of(seeds, columns)
     else:
@@ -139,11 +138,19 @@ def keep(
     out: Annotated[Path, typer.Option(help="Folder of the copies: OUT/RECIPE/ID.")] = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Keep the results of runs for a repository: small copies without weights, which `table` and its like read."""
-    from robusthash.apps.keeping import keep as keep_run
+    """Keep the results of runs for a repository: small copies without weights, which `table` and its like read.
+
+    Of a folder, runs without results are left out and named; a run that is given itself must have some.
+    """
+    from robusthash.apps import keeping
     from robusthash.apps.runs import find_runs, load_run
 
-    made = [keep_run(load_run(path), out) for path in find_runs(paths)]
+    made = []
+    for run in map(load_run, find_runs(paths)):
+        if run.path in paths or keeping.has_results(run):
+            made.append(keeping.keep(run, out))
+        else:
+            console.print(escape(f"{run.path} has no results yet and is left out"), soft_wrap=True)
     if as_json:
         print_json({"kept": [str(path) for path in made]})
         return
