@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from robusthash.core.hamming import sign
-from robusthash.core.labels import cosine, relevant
+from robusthash.core.labels import cosine, overlap, relevant
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Reference
@@ -74,22 +74,40 @@ class Anchor:
     Drawn without replacement, keyed by query; all of them where fewer exist (published copies draw with
     replacement). A vote of 0 is +1.
 
+    Where no reference item has exactly these labels, which the papers exclude, those vote that have all of them (and
+    more), else those that share any. Targets are label sets of the database, so an attack that knows it (W2) gets there
+    only with the stand-in of a query that has no possible target, which is left out when scored.
+
     Raises:
-        ValueError: where no reference item has exactly the target labels.
+        ValueError: where no reference item shares a label with the target.
     """
 
     items: int = 9
+    label_codes: ClassVar[bool] = True
 
     def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
         codes, labels, wanted = known(reference, goal)
-        exact = (wanted @ labels.T == labels.sum(1)) & (wanted.sum(1, keepdim=True) == labels.sum(1))
-        if not exact.any(1).all():
-            row = int(torch.nonzero(~exact.any(1))[0])
-            raise ValueError(f"no reference item has exactly the target labels of query {int(batch.ids[row])}")
-        rank = draws.uniform(batch.ids, (len(codes),)).masked_fill(~exact, 2.0)
+        voters = self._voters(wanted, labels)
+        if not voters.any(1).all():
+            row = int(torch.nonzero(~voters.any(1))[0])
+            raise ValueError(
+                f"no reference item shares a label with the target of query {int(batch.ids[row])}; give the attack "
+                "knowledge of the database, whose label sets the targets are (W2)"
+            )
+        rank = draws.uniform(batch.ids, (len(codes),)).masked_fill(~voters, 2.0)
         drawn, rows = rank.topk(min(self.items, len(codes)), dim=1, largest=False)
         votes = (codes[rows] * (drawn < 2.0).unsqueeze(2)).sum(1)
         return Guidance(sign(votes))
+
+    @staticmethod
+    def _voters(wanted: Tensor, labels: Tensor) -> Tensor:
+        """(B, M) bool: the items with exactly the wanted labels; where there are none, with all; else with any."""
+        shared, size = overlap(wanted, labels), wanted.sum(1, keepdim=True)
+        every = (shared == size) & (size > 0)
+        voters = every & (labels.sum(1) == size)
+        for wider in (every, shared > 0):
+            voters = torch.where(voters.any(1, keepdim=True), voters, wider)
+        return voters
 
 
 def mainstay_code(
@@ -130,6 +148,7 @@ class Mainstay:
     """The mainstay code of the goal's labels over the reference codes (SAAT; with ``cgat`` weights CgAT's center)."""
 
     weights: Literal["code", "paper", "cgat"] = "code"
+    label_codes: ClassVar[bool] = True
 
     def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
         codes, labels, wanted = known(reference, goal)
@@ -143,6 +162,8 @@ class Center:
 
     Differs: an item without labels counts as a negative (the released code divides 0 by 0 there).
     """
+
+    label_codes: ClassVar[bool] = True
 
     def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
         return Mainstay("cgat")(victim, batch, goal, reference, draws)

@@ -36,6 +36,7 @@ class Attacked:
     passes: Tensor  # (B, 3) int64 forward and backward passes and oracle questions of the query, over all T
     seconds: Tensor  # (B,) share of the block's time
     inputs: Tensor  # (B, ...) float32 attacked inputs of the first goal
+    fitted: Tensor  # (B,) int64 steps that the attack was fitted with to the victim, before all queries
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays for a file."""
@@ -46,15 +47,17 @@ class Attacked:
     def from_arrays(arrays: dict[str, np.ndarray]) -> Attacked:
         """The inverse of ``arrays``."""
         plain = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        plain.setdefault("fitted", torch.zeros(len(plain["signs"]), dtype=torch.int64))  # of before it was kept
         pixels = {name.removeprefix("pixels/"): plain.pop(name) for name in list(plain) if name.startswith("pixels/")}
         return Attacked(pixels=pixels, **plain)
 
     @staticmethod
     def join(blocks: Sequence[Attacked]) -> Attacked:
-        """Blocks put end to end."""
+        """Blocks put end to end; a measure that a block was kept without, as of an older version, is left out."""
         names = [f.name for f in fields(Attacked) if f.name != "pixels"]
         whole = {name: torch.cat([getattr(block, name) for block in blocks]) for name in names}
-        pixels = {name: torch.cat([block.pixels[name] for block in blocks]) for name in blocks[0].pixels}
+        measured = [name for name in blocks[0].pixels if all(name in block.pixels for block in blocks)]
+        pixels = {name: torch.cat([block.pixels[name] for block in blocks]) for name in measured}
         return Attacked(pixels=pixels, **whole)
 
 
@@ -100,10 +103,12 @@ def attack_block(
         output = attack(gradients or bench.victim, batch, goal, known, draws=draws, select=select, start=begin)
         steered = _representative(output.guidance, goal.sign, len(batch))
         trials.append(Trial(output.batch.inputs, steered, output.forward, output.backward))
-    return finish(bench, attack.threat, batch, trials, time.perf_counter() - started)
+    return finish(bench, attack.threat, batch, trials, time.perf_counter() - started, attack.fit_steps)
 
 
-def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], seconds: float) -> Attacked:
+def finish(
+    bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], seconds: float, fit_steps: int = 0
+) -> Attacked:
     """What the evaluator, not the attack, does with attacked queries: whatever searched for them ends here.
 
     It projects again, verifies the budget, and encodes in a fresh eval-mode pass, as found and in eight bits.
@@ -112,6 +117,7 @@ def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], 
         batch: the clean block.
         trials: one for each goal, as ``goals`` orders them.
         seconds: that the search took.
+        fit_steps: that what the attack learns was fitted with.
     """
     modality = bench.direction[0]
     origin = batch.inputs[modality]
@@ -136,6 +142,7 @@ def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], 
         passes.repeat(len(batch), 1),
         torch.full((len(batch),), seconds / len(batch)),
         first.cpu(),
+        torch.full((len(batch),), fit_steps),
     )
 
 
