@@ -198,8 +198,27 @@ def test_the_vote_uses_exact_label_sets_without_replacement() -> None:
     allowed = {tuple(row) for row in codes[9:].tolist()}
     assert {tuple(row) for row in one.tolist()} <= allowed
     assert len({tuple(row) for row in one.tolist()}) > 3  # drawn, and anew for each query
-    with pytest.raises(ValueError, match="exactly the target labels of query 0"):
-        guidance_of(Anchor(9), reference, torch.tensor([[0.0, 1.0]]))
+
+
+def test_without_the_exact_label_set_those_vote_that_have_all_labels_else_those_that_share_one() -> None:
+    codes, _ = random_bank(4, items=12, bits=8, classes=4, single=True)
+    labels = torch.tensor([[1.0, 0, 0, 0]] * 3 + [[0, 1.0, 0, 0]] * 3 + [[1.0, 1.0, 0, 0]] * 3 + [[0, 1.0, 1.0, 0]] * 3)
+    reference = Reference({"image": codes}, labels)
+
+    def voted(*wanted: float) -> torch.Tensor:
+        return guidance_of(Anchor(99), reference, torch.tensor([wanted])).codes[0]
+
+    def vote(*rows: int) -> torch.Tensor:
+        return torch.where(codes[list(rows)].sum(0) >= 0, 1.0, -1.0)
+
+    assert torch.equal(voted(0, 1, 0, 0), vote(3, 4, 5))  # exactly these, though others have them too
+    assert torch.equal(voted(0, 0, 1, 0), vote(9, 10, 11))  # all of them, and more
+    assert torch.equal(voted(1, 1, 1, 0), vote(*range(12)))  # none has all three: any shared label
+    assert torch.equal(voted(0, 0, 1, 1), vote(9, 10, 11))
+    both = guidance_of(Anchor(99), reference, torch.tensor([[0.0, 1, 0, 0], [0, 0, 1, 1]]), 2).codes
+    assert torch.equal(both, torch.stack([vote(3, 4, 5), vote(9, 10, 11)]))  # each query has its own rule
+    with pytest.raises(ValueError, match="no reference item shares a label with the target of query 0"):
+        voted(0, 0, 0, 1)
 
 
 def test_fewer_than_nine_are_all_taken() -> None:

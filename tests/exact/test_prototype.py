@@ -80,3 +80,64 @@ def test_unfitted_or_badly_made_is_refused() -> None:
         Prototype(hidden=0)
     assert tha().search.random_start is False
     assert tha(random_start=True).search.random_start is True
+
+
+def several(items: int = 40) -> tuple[object, Reference]:
+    """A victim of 12 bits in name, and codes of four overlapping label sets, each about a code of its own."""
+    generator = torch.Generator().manual_seed(3)
+    sets = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [1.0, 1.0, 0], [0, 1.0, 1.0]])
+    own = torch.where(torch.rand(4, 12, generator=generator) < 0.5, -1.0, 1.0)
+    row = torch.arange(items) % 4
+    flipped = torch.rand(items, 12, generator=generator) < 0.1
+    victim = type("Victim", (), {"bits": 12, "device": torch.device("cpu")})()
+    return victim, Reference({"image": torch.where(flipped, -own[row], own[row])}, sets[row])
+
+
+def test_the_fit_ends_where_the_codes_rest_and_is_the_same_each_time() -> None:
+    victim, reference = several()
+    start = Prototype(hidden=64, middle=16)
+    made, again = (start.fitted(victim, None, reference, Draws(0)) for _ in range(2))
+    assert made.fit_steps == again.fit_steps
+    assert made.fit_steps % Prototype.LOOK == 0
+    assert Prototype.LOOK <= made.fit_steps < Prototype.MOST
+    sets = torch.unique(reference.labels, dim=0)
+    assert torch.equal(made.prototypes(sets), again.prototypes(sets))
+    assert start.fit_steps == 0  # of an attack that is not fitted
+
+
+def test_an_asked_for_number_of_steps_is_taken() -> None:
+    victim, reference = several()
+    assert Prototype(16, 8, steps=7).fitted(victim, None, reference, Draws(0)).fit_steps == 7
+
+
+def test_codes_that_never_rest_are_fitted_as_long_as_in_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The looks see other codes each time, and once so few changed ones that the rate falls."""
+    victim, reference = several()
+    looks = iter([0, 24, 0, 24, 25, 49, 25, 49, 25])  # of 48 bits, where the border is moved to 2: how many are +1
+
+    def codes(self: Prototype, sets: torch.Tensor) -> torch.Tensor:
+        flat = -torch.ones(sets.numel() // sets.shape[1] * 12)
+        flat[: next(looks)] = 1.0
+        return flat
+
+    rates: list[float] = []
+    step = torch.optim.Adam.step
+
+    def noted(self: torch.optim.Adam, closure: object = None) -> object:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, closure)
+
+    monkeypatch.setattr(Prototype, "_codes", codes)
+    monkeypatch.setattr(Prototype, "LOOK", 2)
+    monkeypatch.setattr(Prototype, "MOST", 13)
+    monkeypatch.setattr(Prototype, "SETTLED", 0.03)
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    made = Prototype(16, 8).fitted(victim, None, reference, Draws(0))
+    assert made.fit_steps == 13
+    assert rates == pytest.approx([1e-4] * 8 + [1e-5] * 5)  # one of 48 bits differs at the fifth look, of step 8
+
+
+def test_the_settings_of_a_line_tell_fits_apart() -> None:
+    names = {repr(guide) for guide in (Prototype(), Prototype(steps=300), Prototype(64), Prototype(64, 8))}
+    assert len(names) == 4
+    assert repr(tha().guide) == "Prototype(hidden=4096, middle=512, steps=until settled)"

@@ -172,10 +172,13 @@ def test_where_no_gradient_arrives_the_white_box_lines_are_left_out():
 
 
 def test_the_paper_tier_stands_apart(call, run):
-    code, out, err = call("assess", run, "--tier", "paper", "--queries", "4", "--json")
+    code, out, err = call("assess", run, "--tier", "paper", "--queries", "4", "--steps", "5", "--json")
     assert code == 0, err
     shown = json.loads(out)
-    assert shown["name"] == "img-linf-8 paper"
+    assert shown["name"] == "img-linf-8 paper at most 5 steps"
+    assert shown["setting"]["budget"].startswith("suite paper at most 5 steps, ")
+    assert shown["attacks"]["tha"]["fit steps"] >= 500
+    assert "fit steps" not in shown["attacks"]["dhta"]
     assert shown["flags"] == []
     assert not shown["attacks"].keys() & {"guided", "soft-ap", "corner noise"}
     assert {"mainstay", "hag", "pgd-20"} <= shown["attacks"].keys()
@@ -183,6 +186,9 @@ def test_the_paper_tier_stands_apart(call, run):
     code, _, err = call("assess", run, "--tier", "paper", "--eps-curve")
     assert code == 1
     assert "'paper' does not have" in err
+    code, _, err = call("assess", run, "--tier", "fast", "--steps", "5")
+    assert code == 1
+    assert "--steps shortens the attacks of the tier 'paper'" in err
 
 
 @pytest.mark.parametrize("reached", [0.5, 0.0])

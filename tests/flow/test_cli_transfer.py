@@ -50,7 +50,7 @@ def test_a_table_of_two_runs(call, runs):
         ([0, 2], [], "differ in queries"),
         ([0, 1], ["--eps", "8"], "write 8/255, not 8"),
         ([0, 1], ["--eps", "small"], "takes a number such as 8/255, got 'small'"),
-        ([0, 1], ["--norm", "l1"], "norm must be 'linf' or 'l2', got 'l1'"),
+        ([0, 1], ["--norm", "l1"], "has no customary eps here; give eps"),
     ],
 )
 def test_refusals(call, runs, chosen, options, message):

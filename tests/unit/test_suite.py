@@ -31,7 +31,7 @@ from robusthash.evaluation.checks import model_checks, suite_checks
 from robusthash.evaluation.curve import eps_curve
 from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
 from robusthash.evaluation.lines import Gradient, Line, Refined
-from robusthash.evaluation.presets import LEGACY, paper_suite, with_legacy
+from robusthash.evaluation.presets import LEGACY, paper_suite, published, with_legacy
 from robusthash.evaluation.results import load_results, save_results
 from robusthash.evaluation.suite import TIERS, Suite, assess, prepare_suite, run_shard, tier
 from robusthash.models import Hasher
@@ -573,11 +573,14 @@ def test_mainstay_is_the_guide_of_the_headline_line():
 
 def test_the_paper_tier_holds_every_published_attack_with_its_own_steps():
     suite = paper_suite(build("objective", "csq"), image_threat(4 / 255))
-    published = {card.name for card in catalogue("attack") if card.evidence.startswith("paper")}
-    assert {line.name for line in suite.lines} == published | {"pgd-20"}
+    with_paper = {card.name for card in catalogue("attack") if card.evidence.startswith("paper")}
+    assert {line.name for line in suite.lines} == with_paper | {"pgd-20"}
     by_name = {line.name: line.attack for line in suite.lines}
     assert by_name["pgd-20"].search.steps == 20
     assert by_name["pgd"].search.steps == 100
+    counts = {"hag": 2000, "sdha": 1500, "p2p": 2000, "dhta": 2000, "mainstay": 100, "mainstay-targeted": 100}
+    assert {name: by_name[name].search.steps for name in counts} == counts
+    assert by_name["tha"].guide.MOST == 30_000
     assert {attack.threat.balls["image"].eps for attack in by_name.values()} == {4 / 255}
     assert by_name["hag"].threat.knowledge == "W0", "what an attack knows is its own"
     assert by_name["mainstay"].slope == "published"
@@ -586,6 +589,28 @@ def test_the_paper_tier_holds_every_published_attack_with_its_own_steps():
     assert {name for line in texts.lines for name in line.threat.balls} == {"text"}
     with pytest.raises(ValueError, match="no attack was published under txt-bow-2"):
         paper_suite(build("objective", "csq"), edit_threat(2))
+
+
+def test_a_shortened_paper_tier_says_so_and_takes_no_more_steps():
+    objective = build("objective", "csq")
+    suite, whole = paper_suite(objective, steps=50), paper_suite(objective)
+    assert {line.name: line.attack.search.steps for line in suite.lines} == {
+        line.name: min(50, line.attack.search.steps) for line in whole.lines
+    }
+    assert suite.name == "paper at most 50 steps"
+    assert published(suite.name)
+    assert published(whole.name)
+    assert not published("standard")
+    assert suite.digest() != whole.digest()
+
+
+def test_the_paper_tier_under_another_norm_keeps_the_share_of_the_budget_that_a_step_has():
+    objective = build("objective", "csq")
+    for threat in (image_threat(12, "l1"), image_threat(0.5, "l2")):
+        by_name = {line.name: line.attack for line in paper_suite(objective, threat).lines}
+        assert by_name["mainstay"].search.step_size == pytest.approx(threat.balls["image"].eps / 8)
+        assert by_name["pgd-20"].search.step_size == pytest.approx(threat.balls["image"].eps / 4)
+        assert by_name["hag"].threat.balls == threat.balls
 
 
 def test_the_order_of_rows_is_measured_beside_the_expected_one(bench):

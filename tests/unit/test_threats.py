@@ -109,5 +109,5 @@ def test_bad_names_and_settings() -> None:
         Threat.from_settings({"name": "img-linf-8"})
     with pytest.raises(ValueError, match="norm must be"):
         Threat.from_settings(
-            {**image_threat().settings(), "balls": {"image": {"norm": "l1", "eps": 1.0, "bounds": [0, 1]}}}
+            {**image_threat().settings(), "balls": {"image": {"norm": "l3", "eps": 1.0, "bounds": [0, 1]}}}
         )

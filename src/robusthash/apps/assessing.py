@@ -77,6 +77,7 @@ def assess(
     surrogates: Sequence[Run] = (),
     checked: bool = True,
     kept: bool = True,
+    steps: int | None = None,
 ) -> EvalResult | None:
     """Run a suite on a trained run, or go on where it was stopped, and write ``assess.json``.
 
@@ -88,6 +89,7 @@ def assess(
         shard: (i, n): only these blocks of queries, for several processes; a call without it joins them.
         surrogates: runs on the same data that transfer lines search on; without them F5 says so.
         checked: raise the flags; the tiers smoke and paper never do.
+        steps: of the tier paper, the most that an attack takes; the papers' own counts by default.
         kept: go on from kept blocks, and write ``assess.json``; without it everything is attacked afresh.
 
     Returns:
@@ -101,7 +103,7 @@ def assess(
     if tier_name == PAPER:
         bench = replace(bench, protocol=with_legacy(bench.protocol))
     aim = _threat(threat, data) if isinstance(threat, str) else threat
-    suite = _suite(tier_name, aim, queries, objective)
+    suite = _suite(tier_name, aim, queries, objective, steps)
     if curve and not any(line.name in CURVE_LINES for line in suite.lines):
         raise ValueError(f"--eps-curve runs the lines {' and '.join(CURVE_LINES)}, which {tier_name!r} does not have")
     suite, bench, notes = prepare_suite(bench, suite)
@@ -148,10 +150,12 @@ def _threat(name: str, data: RetrievalData) -> Threat:
     return named_threat(name, "W2", pixels=stages.image_size(data), features=texts)
 
 
-def _suite(tier_name: str, aim: Threat, queries: int | None, objective: HashObjective) -> Suite:
+def _suite(tier_name: str, aim: Threat, queries: int | None, objective: HashObjective, steps: int | None) -> Suite:
     if tier_name != PAPER:
+        if steps is not None:
+            raise ValueError(f"--steps shortens the attacks of the tier 'paper'; those of {tier_name!r} are fixed")
         return tier(tier_name, aim, queries=queries)
-    suite = paper_suite(objective, aim)
+    suite = paper_suite(objective, aim, steps=steps)
     return suite if queries is None else replace(suite, queries=queries)
 
 
@@ -179,7 +183,7 @@ def _folder(run: Run, suite: Suite, bench: Bench) -> Path:
     """Where the blocks of a suite on these queries are kept; lines keep apart what their own settings change."""
     asked = [bench.queries.fingerprint(), bench.data.database.fingerprint(), bench.protocol.settings()["targets"]]
     identity = digest([run.card()["digest"], *asked, bench.direction, bench.batch_size, bench.seed])
-    folder = run.path / "assess" / f"{suite.name}-{identity}"
+    folder = run.path / "assess" / f"{suite.name.replace(' ', '-')}-{identity}"
     folder.mkdir(parents=True, exist_ok=True)
     lines = {line.name: {"restarts": line.restarts, "settings": line.settings()} for line in suite.lines}
     (folder / "lines").mkdir(exist_ok=True)

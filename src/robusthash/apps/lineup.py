@@ -156,6 +156,6 @@ def _everything(threat: Threat, bench: Bench) -> Threat:
     balls: dict[str, Budget] = {}
     for name, ball in threat.balls.items():
         width = ball.bounds[1] - ball.bounds[0]
-        size = width if ball.norm == "linf" else width * inputs[name][0].numel() ** 0.5
+        size = width * inputs[name][0].numel() ** {"linf": 0.0, "l2": 0.5}.get(ball.norm, 1.0)
         balls[name] = replace(ball, eps=size)
     return Threat(balls, threat.knowledge)

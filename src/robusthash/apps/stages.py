@@ -362,6 +362,7 @@ def attacked_queries(
     usual = bench.direction == (bench.victim.modalities[0],) * 2 and view == "white-box"
     where += [] if usual else [bench.direction, view]
     where += [bench.protocol.settings()["targets"]] if attack.targeted else []
+    where += [repr(attack.guide)] if hasattr(attack.guide, "fitted") else []  # how long it learns is a default
     identity = digest(where)
     folder = run.path / "attacks" / f"{attack.name}-{identity}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ class BandBall(Ball):
     range. Clipping is last, so that nothing leaves the ball; what it cuts off at the corners spills into other bands.
 
     Raises:
-        ValueError: at the first image whose sides are not multiples of the block.
+        ValueError: an ``l1`` ball; at the first image whose sides are not multiples of the block.
     """
 
     band: Band = "low"
@@ -51,6 +51,8 @@ class BandBall(Ball):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.norm == "l1":
+            raise ValueError("a band of frequency spreads over all pixels, and an l1 ball keeps few; take linf or l2")
         band_mask(self.band, self.block)
 
     def kept(self, delta: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class BandBall(Ball):
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
         return super().project(origin + self.kept(x - origin), origin)
 
-    def steepest(self, grad: Tensor) -> Tensor:
+    def steepest(self, grad: Tensor, at: Tensor | None = None) -> Tensor:
         """The step of the ball's norm along the gradient in the band, itself in the band: it still ascends."""
         inside = super().steepest(self.kept(grad))
         return self.kept(inside) if self.norm == "linf" else inside

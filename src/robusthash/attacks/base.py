@@ -159,6 +159,11 @@ class Attack:
         return bool(getattr(self.guide, "label_codes", False))
 
     @property
+    def fit_steps(self) -> int:
+        """Steps that the guide was fitted with to its victim; 0 where nothing learns."""
+        return int(getattr(self.guide, "fit_steps", 0))
+
+    @property
     def budget(self) -> str:
         """Search, steps, slope, restarts and knowledge, as results carry them."""
         return f"{self.search}, slope {self.slope}, starts {self.restarts}, {self.threat.knowledge}"

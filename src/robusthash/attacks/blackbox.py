@@ -110,6 +110,8 @@ class Square:
 
     def __call__(self, asking: Asking, draws: Draws) -> None:
         ball = _ball(asking, "the square attack")
+        if ball.norm == "l1":
+            raise ValueError("the square attack has patterns for linf and l2; for an l1 ball take estimated gradients")
         origin, ids = asking.origin, asking.batch.ids
         if asking.left:
             asking(asking.feasible(origin + _pattern(origin, ids, ball, draws.within("square", "pattern"))))
@@ -283,8 +285,8 @@ class NES:
             away = _signs(drawn, x)
         else:  # the middle of each of the 2^24 cells, so that none is at infinity
             away = math.sqrt(2.0) * torch.erfinv(2.0 * (drawn + 2.0**-25).clamp_max(1 - 2.0**-24) - 1.0)
-        if ball.norm == "l2":
-            away = away / per_item(away.flatten(1).norm(dim=1).clamp_min(1e-12), x)
+        if ball.norm != "linf":
+            away = away / per_item(ball.size(away).clamp_min(1e-12), x)
         return self.sigma * ball.eps * away
 
 

@@ -1,6 +1,7 @@
 """The published attacks by name: each a composition of guide, loss, search and threat.
 
-``steps`` defaults to 100 everywhere; the papers' own counts stand in each docstring. Budgets are unified: 8/255 in
+``steps`` defaults to 100 everywhere; where a paper has another count, it is registered with the attack (``published``),
+and the tier ``paper`` takes it. Budgets are unified: 8/255 in
 pixels with steps of 1/255, and 0.05 with steps of 3/500 on continuous text vectors (``modality: text``; ``both``
 attacks the pair). Those on a relaxed code take ``slope``: ``published`` schedules alpha as the papers do, ``one`` keeps
 it at 1, which was found stronger against hardened models.
@@ -22,16 +23,27 @@ from robusthash.attacks.losses import (
     mainstay_loss,
 )
 from robusthash.attacks.search import APGD, PGD, RawGradient
-from robusthash.attacks.threat import Attacked, threat_on
+from robusthash.attacks.threat import Attacked, Norm, Threat, threat_on
 from robusthash.core.registry import register
 from robusthash.objectives.base import HashObjective
 
 Slope = Literal["published", "one"]
 
 
-def steps_on(modality: Attacked, steps: int, step_size: float | None = None, random_start: bool = True) -> PGD:
-    """PGD with the customary step size of what is attacked, unless another is given."""
+def steps_on(
+    modality: Attacked,
+    steps: int,
+    step_size: float | None = None,
+    random_start: bool = True,
+    threat: Threat | None = None,
+) -> PGD:
+    """PGD with the customary step size of what is attacked, unless another is given.
+
+    In ``l2`` and ``l1`` it is an eighth of the budget, the share that 1/255 has of 8/255.
+    """
     customary = 3 / 500 if modality == "text" else 1 / 255
+    if threat is not None and (ball := next(iter(threat.balls.values()))).norm in ("l2", "l1"):
+        customary = ball.eps / 8
     return PGD(steps, customary if step_size is None else step_size, random_start=random_start)
 
 
@@ -41,7 +53,7 @@ def pgd(
     eps: float | None = None,
     steps: int = 100,
     step_size: float | None = None,
-    norm: Literal["linf", "l2"] = "linf",
+    norm: Norm = "linf",
     restarts: int = 1,
     modality: Attacked = "image",
     random_start: bool = True,
@@ -51,7 +63,8 @@ def pgd(
     FGSM is ``steps=1, step_size=eps, random_start=False``. The published form has alpha = 1 throughout. SAAH trains
     with it from the clean image (``random_start=False``).
     """
-    search, threat = steps_on(modality, steps, step_size, random_start), threat_on(modality, eps, norm)
+    threat = threat_on(modality, eps, norm)
+    search = steps_on(modality, steps, step_size, random_start, threat)
     return Attack("pgd", Unguided(), ObjectiveLoss(objective), search, threat, restarts=restarts)
 
 
@@ -62,6 +75,7 @@ def pgd(
     evidence="paper+code",
     supervised=False,
     state="measured",
+    published={"steps": 2000},
 )
 def hag(
     eps: float | None = None,
@@ -70,7 +84,7 @@ def hag(
     slope: Slope = "published",
     modality: Attacked = "image",
 ) -> Attack:
-    """HAG: away from the query's own code; no labels. 2,000 steps in the paper.
+    """HAG: away from the query's own code; no labels.
 
     Differs: the score is summed over queries (lr 100 / 128 reproduces the code's batch of 128), so the batch size
     does not matter; codes are those of the returned image.
@@ -79,7 +93,14 @@ def hag(
     return Attack("hag", Own(), HAGLoss(), search, threat_on(modality, eps, knowledge="W0"), slope)
 
 
-@register("attack", "sdha", paper="Lu et al., ICMR 2021", evidence="paper+code", state="measured")
+@register(
+    "attack",
+    "sdha",
+    paper="Lu et al., ICMR 2021",
+    evidence="paper+code",
+    state="measured",
+    published={"steps": 1500},
+)
 def sdha(
     eps: float | None = None,
     steps: int = 100,
@@ -87,7 +108,7 @@ def sdha(
     slope: Slope = "published",
     modality: Attacked = "image",
 ) -> Attack:
-    """SDHA: away from every relevant training code, nearest first. 1,500 steps in the paper."""
+    """SDHA: away from every relevant training code, nearest first."""
     return Attack("sdha", Positives(), SDHALoss(), RawGradient(steps, "adam", lr), threat_on(modality, eps), slope)
 
 
@@ -99,13 +120,14 @@ def cgat(
     slope: Slope = "published",
     restarts: int = 1,
     modality: Attacked = "image",
+    random_start: bool = True,
 ) -> Attack:
     """CgAT: away from the center code of the query's labels.
 
     The released code has no evaluation attack; steps and slope are those of SAAT, as an earlier state of its
     repository has them.
     """
-    search, threat = steps_on(modality, steps, step_size), threat_on(modality, eps)
+    search, threat = steps_on(modality, steps, step_size, random_start), threat_on(modality, eps)
     return Attack("cgat", Center(), Agreement(), search, threat, slope, restarts=restarts)
 
 
@@ -117,16 +139,18 @@ def mainstay(
     slope: Slope = "published",
     weights: Literal["code", "paper", "cgat"] = "code",
     form: MaskedForm = "linear",
-    norm: Literal["linf", "l2"] = "linf",
+    norm: Norm = "linf",
     restarts: int = 1,
     modality: Attacked = "image",
+    random_start: bool = True,
 ) -> Attack:
     """Mainstay attack (SAAT): away from the mainstay code of the query's labels. 100 steps in the paper.
 
-    ``form``: ``linear`` is the paper's loss, ``code`` the masked quadratic of the released code.
+    ``form``: ``linear`` is the paper's loss, ``code`` the masked quadratic of the released code. ``random_start``: as
+    the code; the paper starts at the clean image, x'_0 = x (``random_start: false``).
     """
-    guide, loss = Mainstay(weights), mainstay_loss(form, targeted=False)
-    search, threat = steps_on(modality, steps, step_size), threat_on(modality, eps, norm)
+    guide, loss, threat = Mainstay(weights), mainstay_loss(form, targeted=False), threat_on(modality, eps, norm)
+    search = steps_on(modality, steps, step_size, random_start, threat)
     return Attack("mainstay", guide, loss, search, threat, slope, restarts=restarts)
 
 
@@ -140,16 +164,28 @@ def mainstay_targeted(
     slope: Slope = "published",
     weights: Literal["code", "paper", "cgat"] = "code",
     form: MaskedForm = "linear",
-    norm: Literal["linf", "l2"] = "linf",
+    norm: Norm = "linf",
     modality: Attacked = "image",
+    random_start: bool = True,
 ) -> Attack:
-    """Targeted mainstay attack (SAAT): towards the mainstay code of the target labels."""
-    guide, loss = Mainstay(weights), mainstay_loss(form, targeted=True)
-    search = steps_on(modality, steps, step_size)
-    return Attack("mainstay-targeted", guide, loss, search, threat_on(modality, eps, norm), slope, targeted=True)
+    """Targeted mainstay attack (SAAT): towards the mainstay code of the target labels. 100 steps in the paper.
+
+    ``random_start``: see ``mainstay``.
+    """
+    guide, loss, threat = Mainstay(weights), mainstay_loss(form, targeted=True), threat_on(modality, eps, norm)
+    search = steps_on(modality, steps, step_size, random_start, threat)
+    return Attack("mainstay-targeted", guide, loss, search, threat, slope, targeted=True)
 
 
-@register("attack", "p2p", paper="Bai et al., ECCV 2020", evidence="paper+code", targeted=True, state="measured")
+@register(
+    "attack",
+    "p2p",
+    paper="Bai et al., ECCV 2020",
+    evidence="paper+code",
+    targeted=True,
+    state="measured",
+    published={"steps": 2000},
+)
 def p2p(
     eps: float | None = None,
     steps: int = 100,
@@ -157,13 +193,21 @@ def p2p(
     slope: Slope = "published",
     modality: Attacked = "image",
 ) -> Attack:
-    """P2P: towards the code of one random database item with the target labels. 2,000 steps in the paper."""
+    """P2P: towards the code of one random database item with the target labels."""
     threat = threat_on(modality, eps, knowledge="W2")
     search = steps_on(modality, steps, step_size, random_start=False)
     return Attack("p2p", Anchor(1), Agreement(), search, threat, slope, targeted=True)
 
 
-@register("attack", "dhta", paper="Bai et al., ECCV 2020", evidence="paper+code", targeted=True, state="measured")
+@register(
+    "attack",
+    "dhta",
+    paper="Bai et al., ECCV 2020",
+    evidence="paper+code",
+    targeted=True,
+    state="measured",
+    published={"steps": 2000},
+)
 def dhta(
     eps: float | None = None,
     steps: int = 100,
@@ -171,7 +215,7 @@ def dhta(
     slope: Slope = "published",
     modality: Attacked = "image",
 ) -> Attack:
-    """DHTA: towards the majority vote of nine database items with the target labels. 2,000 steps in the paper.
+    """DHTA: towards the majority vote of nine database items with the target labels.
 
     Differs: sign steps and a budget in pixels (the authors step along the normalised gradient, with 0.032 on
     normalised inputs, about 1.8/255).

@@ -96,7 +96,7 @@ class PGD:
                 unit = {n: g / per_item(g.abs().flatten(1).sum(1).clamp_min(1e-12), g) for n, g in grad.items()}
                 speed = unit if speed is None else {n: self.momentum * speed[n] + g for n, g in unit.items()}
                 grad = speed
-            direction = threat.steepest(grad)
+            direction = threat.steepest(grad, x)
             x = threat.project({n: x[n] + self.step_size * threat.ratio(n) * d for n, d in direction.items()}, origin)
         forward = self.steps
         if select is not None:
@@ -160,7 +160,7 @@ class APGD:
         last = 0
         for t in range(1, self.steps):
             weight = 1.0 if t == 1 else 0.75
-            direction = threat.steepest(grad)
+            direction = threat.steepest(grad, x)
             ahead = {n: x[n] + per_item(step, d) * threat.balls[n].eps * d for n, d in direction.items()}
             ahead = threat.project(ahead, origin)
             mixed = {n: x[n] + weight * (ahead[n] - x[n]) + (1 - weight) * (x[n] - previous_x[n]) for n in x}

@@ -136,7 +136,7 @@ class Swaps:
         pick = (draws.within("candidate").uniform(ids, (origin.shape[1],)) * allowed.shape[2]).long()
         return torch.where(chosen, allowed.gather(2, pick[:, :, None])[:, :, 0], origin)
 
-    def steepest(self, grad: Tensor) -> Tensor:
+    def steepest(self, grad: Tensor, at: Tensor | None = None) -> Tensor:
         raise ValueError("a budget of swaps has no steepest step; use the search 'greedy-swaps'")
 
     def details(self) -> dict[str, Any]:

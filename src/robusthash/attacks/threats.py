@@ -52,7 +52,7 @@ def image_ball(norm: Norm, eps: float | None, pixels: tuple[int, int] | None, kn
     """An image threat by norm and budget, by default the customary one: ``img-linf-8``, or ``img-l2`` at this size.
 
     Raises:
-        ValueError: an L2 threat without ``eps`` on features, which have no ``pixels``.
+        ValueError: an L2 threat without ``eps`` on features, which have no ``pixels``; an L1 threat without ``eps``.
     """
     if norm == "l2" and eps is None and pixels is not None:
         return img_l2(knowledge, pixels)
@@ -119,6 +119,7 @@ def _on_database(name: str, like: str, knowledge: Knowledge) -> Threat:
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _PATTERNS: tuple[tuple[str, str, Callable[[float], Budget]], ...] = (
     (rf"img-linf-{_NUMBER}", "image", lambda size: Ball("linf", size / 255)),
+    (rf"img-l1-{_NUMBER}", "image", lambda size: Ball("l1", size)),
     (rf"img-l2-{_NUMBER}", "image", lambda size: Ball("l2", size)),
     (rf"txt-linf-{_NUMBER}", "text", lambda size: Ball("linf", size)),
     (r"txt-bow-(\d+)", "text", Edits),
@@ -137,9 +138,9 @@ def named_threat(
 
     Args:
         name: ``img-linf-8``, ``img-l2``, ``txt-feat-linf``, ``txt-bow-m``, ``txt-token-m``, ``joint``, ``db-insert``,
-            ``db-perturb``; ``img-linf-4`` (of 255), ``img-l2-3.5``, ``txt-linf-0.05``, ``txt-bow-5``, ``txt-token-1``;
-            ``img-linf-8+txt-linf-0.05``; ``db-insert-img-linf-4``. Every name that a threat gives itself is
-            read, but for those of a range that only the data give.
+            ``db-perturb``; ``img-linf-4`` (of 255), ``img-l2-3.5``, ``img-l1-12``, ``txt-linf-0.05``, ``txt-bow-5``,
+            ``txt-token-1``; ``img-linf-8+txt-linf-0.05``; ``db-insert-img-linf-4``. Every name that a threat gives
+            itself is read, but for those of a range that only the data give.
         knowledge: W2, W1, W0, B2, B1 or T; that of the catalogue by default.
         pixels: height and width of the input, for ``img-l2``.
         features: (N, V) training features, which ``txt-feat-linf`` needs.

@@ -104,7 +104,7 @@ class TransferSteps:
                 variance = {n: around[n] - grad[n] for n in x}
             smooth = {n: _blurred(v, self.smoothing) for n, v in total.items()}
             speed = {n: self.momentum * speed[n] + _mean_one(smooth[n]) for n in x}
-            direction = threat.steepest(speed)
+            direction = threat.steepest(speed, x)
             x = threat.project({n: x[n] + self.step_size * eps[n] * direction[n] for n in x}, origin)
         looks = self.steps * self.scales * (1 + self.variance)
         if select is None:
@@ -169,7 +169,7 @@ def _mean_one(grad: Tensor) -> Tensor:
 
 
 def _unit(threat: Threat, name: str, speed: Tensor) -> Tensor:
-    """``speed`` as a step of about the size of eps: its parts have mean 1 for ``linf``, so only ``l2`` is rescaled."""
+    """``speed`` as a step of about the size of eps: its parts have mean 1 for ``linf``, so only others are rescaled."""
     ball = threat.balls[name]
     return speed if ball.norm == "linf" else ball.steepest(speed)
 

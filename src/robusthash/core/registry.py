@@ -7,7 +7,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 Made = TypeVar("Made", bound=Callable[..., Any])
@@ -30,6 +30,8 @@ class Card:
     targeted: bool = False
     summary: str = ""
     state: State = "tested"
+    published: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Options of the paper's own evaluation where they are not the defaults."""
 
 
 _CARDS: dict[tuple[str, str], Card] = {}
@@ -45,6 +47,7 @@ def register(
     supervised: bool = True,
     targeted: bool = False,
     state: State = "tested",
+    published: Mapping[str, Any] | None = None,
 ) -> Callable[[Made], Made]:
     """Give ``name`` of ``kind`` to a class or function. A taken name raises."""
 
@@ -52,7 +55,9 @@ def register(
         if (kind, name) in _CARDS:
             raise ValueError(f"{kind} {name!r} is already registered by {_CARDS[kind, name].make.__module__}")
         summary = (inspect.getdoc(make) or "").partition("\n")[0]
-        _CARDS[kind, name] = Card(kind, name, make, paper, evidence, modality, supervised, targeted, summary, state)
+        _CARDS[kind, name] = Card(
+            kind, name, make, paper, evidence, modality, supervised, targeted, summary, state, dict(published or {})
+        )
         return make
 
     return record

@@ -44,6 +44,7 @@ class Attacked:
     seconds: Tensor  # (B,) share of the block's time
     inputs: Tensor  # (B, ...) float32 attacked inputs of the first goal
     whole_words: Tensor  # (B, T, K) int8; (B, T, 0) where queries are no bags of words
+    fitted: Tensor  # (B,) int64 steps that the attack was fitted with to the victim, before all queries
 
     @property
     def stored(self) -> dict[str, Tensor]:
@@ -58,9 +59,10 @@ class Attacked:
 
     @staticmethod
     def from_arrays(arrays: dict[str, np.ndarray]) -> Attacked:
-        """The inverse of ``arrays``; files of earlier versions know no whole words."""
+        """The inverse of ``arrays``; files of earlier versions know no whole words and no steps of fitting."""
         plain = {name: torch.from_numpy(value) for name, value in arrays.items()}
         plain.setdefault("whole_words", plain["signs"][..., :0])
+        plain.setdefault("fitted", torch.zeros(len(plain["signs"]), dtype=torch.int64))
         pixels = {name.removeprefix("pixels/"): plain.pop(name) for name in list(plain) if name.startswith("pixels/")}
         return Attacked(pixels=pixels, **plain)
 
@@ -118,10 +120,12 @@ def attack_block(
         output = attack(gradients or bench.victim, batch, goal, known, draws=draws, select=select, start=begin)
         steered = _representative(output.guidance, goal.sign, len(batch))
         trials.append(Trial(output.batch.inputs, steered, output.forward, output.backward))
-    return finish(bench, attack.threat, batch, trials, time.perf_counter() - started)
+    return finish(bench, attack.threat, batch, trials, time.perf_counter() - started, attack.fit_steps)
 
 
-def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], seconds: float) -> Attacked:
+def finish(
+    bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], seconds: float, fit_steps: int = 0
+) -> Attacked:
     """What the evaluator, not the attack, does with attacked queries: whatever searched for them ends here.
 
     It projects again, verifies the budget, and encodes in fresh eval-mode passes: as found, in eight bits, and bags of
@@ -131,6 +135,7 @@ def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], 
         batch: the clean block.
         trials: one for each goal, as ``goals`` orders them.
         seconds: that the search took.
+        fit_steps: that what the attack learns was fitted with.
     """
     modality = bench.direction[0]
     origin = batch.inputs[modality]
@@ -157,6 +162,7 @@ def finish(bench: Bench, threat: Threat, batch: Batch, trials: Sequence[Trial], 
         torch.full((len(batch),), seconds / len(batch)),
         first.cpu(),
         torch.stack(whole_words, 1),
+        torch.full((len(batch),), fit_steps),
     )
 
 

@@ -67,11 +67,11 @@ def corner_start(threat: Threat, origin: Inputs, ids: Tensor, draws: Draws) -> I
     """A random corner of the ball for each item: the farthest start (an edit budget: all edits spent at random)."""
     if threat.edits:
         return threat.random_start(origin, ids, draws)
-    signs = {
-        name: torch.where(draws.within("corner", name).uniform(ids, origin[name].shape[1:]) < 0.5, -1.0, 1.0)
+    drawn = {
+        name: draws.within("corner", name).uniform(ids, origin[name].shape[1:]).to(origin[name].dtype)
         for name in threat.balls
     }
-    steps = threat.steepest({name: value.to(origin[name].dtype) for name, value in signs.items()})
+    steps = threat.corner(drawn)
     return threat.project({name: origin[name] + threat.balls[name].eps * step for name, step in steps.items()}, origin)
 
 

@@ -23,7 +23,7 @@ class ThreatRecord(Record):
     name: str
     version: int = 1
     modality: str
-    norm: Literal["linf", "l2", "flips"]
+    norm: Literal["linf", "l2", "l1", "flips"]
     eps: float
     bounds: tuple[float, float] = (0.0, 1.0)
     knowledge: Knowledge = "W2"

@@ -71,16 +71,16 @@ class _Start:
     def _luck(self, score: Score, batch: Batch, threat: Threat, draws: Draws, grads: Inputs) -> Tensor:
         origin = batch.only(threat.balls).inputs
 
-        def stepped(direction: Inputs) -> Tensor:
-            ahead = {n: origin[n] + threat.balls[n].eps * d for n, d in threat.steepest(direction).items()}
+        def stepped(step: Inputs) -> Tensor:
+            ahead = {n: origin[n] + threat.balls[n].eps * d for n, d in step.items()}
             with torch.no_grad():
                 return score(threat.project(ahead, origin), 1.0)[0]
 
-        steered, best = stepped(grads), torch.full((len(batch),), -torch.inf, device=batch.ids.device)
+        steered, best = stepped(threat.steepest(grads)), torch.full((len(batch),), -torch.inf, device=batch.ids.device)
         for number in range(self.tries):
             scope = draws.within("random sign", number)
-            signs = {n: _signs(scope.within(n), batch.ids, value) for n, value in origin.items()}
-            best = torch.maximum(best, stepped(signs))
+            drawn = {n: scope.within(n).uniform(batch.ids, tuple(v.shape[1:])).to(v.dtype) for n, v in origin.items()}
+            best = torch.maximum(best, stepped(threat.corner(drawn)))
         return best > steered
 
 

@@ -136,7 +136,9 @@ def score_attack(bench: Bench, attack: Described, attacked: Attacked) -> EvalRes
     perceptibility = {}
     for name, values in attacked.pixels.items():
         perceptibility[f"{name}/mean"], perceptibility[f"{name}/max"] = float(values.mean()), float(values.max())
-    return replace(result, setting=setting_of(bench, attack), perceptibility=perceptibility, cost=cost)
+    steps = int(attacked.fitted.max())
+    notes = (*result.notes, *((f"fitted to the victim in {steps} steps",) if steps else ()))
+    return replace(result, setting=setting_of(bench, attack), perceptibility=perceptibility, cost=cost, notes=notes)
 
 
 def worst(

@@ -15,7 +15,7 @@ def perceptibility(clean: Tensor, attacked: Tensor) -> dict[str, float]:
     """Mean and worst over images of every measure below.
 
     Returns:
-        ``linf, l2, mse, psnr, l0, ssim`` and the matrix norms of published tables as ``name/mean`` and ``name/max``;
+        ``linf, l2, l1, mse, psnr, l0, ssim`` and the matrix norms of published tables as ``name/mean`` and ``name/max``;
         for ``psnr`` and ``ssim``, where lower is more visible, also ``name/min``. PSNR is infinite for an unchanged
         image, and so is then its mean.
 
@@ -30,15 +30,16 @@ def perceptibility(clean: Tensor, attacked: Tensor) -> dict[str, float]:
 
 
 def image_measures(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
-    """(B,) of each measure: ``linf``, ``l2``, ``mse``, ``psnr`` (dB), ``l0`` (share of pixels), ``ssim``."""
+    """(B,) of each measure: ``linf``, ``l2``, ``l1``, ``mse``, ``psnr`` (dB), ``l0`` (share of pixels), ``ssim``."""
     return {**pixel_norms(clean, attacked), "ssim": ssim(clean, attacked)}
 
 
 def pixel_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
     """(B,) norms of delta = attacked - clean.
 
-    ``linf`` max |delta|; ``l2`` sqrt(sum delta^2) over all channels; ``mse`` mean delta^2; ``psnr`` 10 log10(1 / MSE)
-    in dB, infinite for delta = 0; ``l0`` share of pixels that change by more than 1/510 in some channel.
+    ``linf`` max |delta|; ``l2`` sqrt(sum delta^2) and ``l1`` sum |delta| over all channels; ``mse`` mean delta^2;
+    ``psnr`` 10 log10(1 / MSE) in dB, infinite for delta = 0; ``l0`` share of pixels that change by more than 1/510 in
+    some channel.
     """
     before, after = _images(clean, attacked)
     delta = after - before
@@ -46,6 +47,7 @@ def pixel_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
     return {
         "linf": delta.abs().amax((1, 2, 3)),
         "l2": delta.square().sum((1, 2, 3)).sqrt(),
+        "l1": delta.abs().sum((1, 2, 3)),
         "mse": mse,
         "psnr": -10 * torch.log10(mse),  # -log10(0) is the infinity that the definition asks for
         "l0": (delta.abs().amax(1) > 1 / 510).to(torch.float64).mean((1, 2)),
@@ -53,12 +55,12 @@ def pixel_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
 
 
 def vector_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
-    """(B,) ``linf``, ``l2`` and ``mse`` of the change of feature vectors (B, V), in float64."""
+    """(B,) ``linf``, ``l2``, ``l1`` and ``mse`` of the change of feature vectors (B, V), in float64."""
     if clean.ndim != 2 or clean.shape != attacked.shape:
         raise ValueError(f"vectors must be (B, V) and alike, got {tuple(clean.shape)} and {tuple(attacked.shape)}")
     delta = attacked.to(torch.float64) - clean.to(torch.float64)
     square = delta.square()
-    return {"linf": delta.abs().amax(1), "l2": square.sum(1).sqrt(), "mse": square.mean(1)}
+    return {"linf": delta.abs().amax(1), "l2": square.sum(1).sqrt(), "l1": delta.abs().sum(1), "mse": square.mean(1)}
 
 
 def ssim(clean: Tensor, attacked: Tensor) -> Tensor:

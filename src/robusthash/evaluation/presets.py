@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from robusthash.attacks.base import Attack
+from robusthash.attacks.search import PGD
 from robusthash.attacks.threat import Threat, threat_on
 from robusthash.core.registry import build, catalogue
 from robusthash.evaluation.lines import Gradient
@@ -17,11 +19,17 @@ LEGACY = "MAP@5000/hits/legacy"  # what the published code prints, in a stable o
 SHORT = {"name": "pgd", "steps": 20, "step_size": 2 / 255}  # of image attacks: half of the papers stop at 20 steps
 
 
-def paper_suite(objective: HashObjective, threat: Threat | None = None, queries: int | None = 1000) -> Suite:
+def paper_suite(
+    objective: HashObjective, threat: Threat | None = None, queries: int | None = 1000, steps: int | None = None
+) -> Suite:
     """Every published attack once, with its own steps, step size, slope and knowledge; each returns its last point.
 
-    An attack that a file registers with ``evidence`` ``paper`` or ``paper+code`` joins by itself. ``pgd-20`` stands
-    beside the 100 steps of ``pgd``. The threat gives the budget alone.
+    An attack that a file registers with ``evidence`` ``paper`` or ``paper+code`` joins by itself, with the options that
+    are registered as ``published``. ``pgd-20`` stands beside the 100 steps of ``pgd``. The threat gives the budget
+    alone; under another norm, which counts in other units, steps keep their share of it.
+
+    Args:
+        steps: no attack takes more; the suite, and the budget of its results, then say so in their names.
 
     Raises:
         ValueError: a budget of edits, under which no attack was published.
@@ -30,15 +38,38 @@ def paper_suite(objective: HashObjective, threat: Threat | None = None, queries:
     if threat.edits:
         raise ValueError(f"no attack was published under {threat.name}; the tier 'paper' takes a norm, as img-linf-8")
     on = attacked_modality(threat)
-    wanted = {} if on == "image" else {"modality": on}
-    published = [c for c in catalogue("attack") if c.evidence.startswith("paper") and c.modality in ("any", on)]
-    attacks: dict[str, Attack] = {
-        card.name: build("attack", {"name": card.name, **wanted}, objective=objective) for card in published
-    }
+    wanted: dict[str, Any] = {} if on == "image" else {"modality": on}
+    cards = [c for c in catalogue("attack") if c.evidence.startswith("paper") and c.modality in ("any", on)]
+    settings = {card.name: {"name": card.name, **card.published} for card in cards}
     if on != "text":
-        attacks["pgd-20"] = build("attack", {**SHORT, **wanted}, objective=objective)
-    lines = [Gradient(name, attack).at(threat) for name, attack in attacks.items()]
-    return Suite(PAPER, tuple(lines), queries)
+        settings["pgd-20"] = SHORT
+    lines = []
+    for name, options in settings.items():
+        attack = build("attack", {**options, **wanted}, objective=objective)
+        lines.append(Gradient(name, _cut(_rescaled(attack, threat), steps)).at(threat))
+    title = PAPER if steps is None else f"{PAPER} at most {steps} steps"
+    return Suite(title, tuple(lines), queries)
+
+
+def published(name: str) -> bool:
+    """Whether a suite of this name is one of attacks as published, however many steps they took."""
+    return name == PAPER or name.startswith(f"{PAPER} at most ")
+
+
+def _rescaled(attack: Attack, threat: Threat) -> Attack:
+    """Under another norm, steps of the same share of the budget."""
+    was, now = (next(iter(t.balls.values())) for t in (attack.threat, threat))
+    if was.norm == now.norm or not isinstance(attack.search, PGD):
+        return attack
+    return replace(attack, search=replace(attack.search, step_size=attack.search.step_size / was.eps * now.eps))
+
+
+def _cut(attack: Attack, steps: int | None) -> Attack:
+    """The attack with at most so many steps."""
+    if steps is None:
+        return attack
+    search: Any = attack.search  # every search of a published attack counts steps
+    return replace(attack, search=replace(search, steps=min(search.steps, steps)))
 
 
 def with_legacy(protocol: Protocol) -> Protocol:

@@ -204,9 +204,9 @@ def _cost(found: Sequence[Attempt]) -> Cost:
 
 def _spent(found: Sequence[Attempt]) -> dict[str, float]:
     cost = _cost(found)
-    return {"forward": float(cost.forward), "backward": float(cost.backward), "oracle": float(cost.oracle)} | {
-        "seconds": cost.seconds
-    }
+    made = {"forward": float(cost.forward), "backward": float(cost.backward), "oracle": float(cost.oracle)}
+    fitted = max(int(attempt.attacked.fitted.max()) for attempt in found)
+    return made | {"seconds": cost.seconds} | ({"fit steps": float(fitted)} if fitted else {})
 
 
 def _won(bench: Bench, attempts: Attempts, winner: Sequence[str]) -> dict[str, Tensor]:

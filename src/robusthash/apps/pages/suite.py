@@ -10,7 +10,7 @@ from robusthash.apps.pages.charts import UNIT, Axis, Series, line_chart
 from robusthash.apps.pages.html import Child, Markup, tag, text_of
 from robusthash.apps.pages.wording import WORST_CASE, doubt, notes, number, remark, setting_facts, span, stored_as
 from robusthash.evaluation.checks_base import CHECKS
-from robusthash.evaluation.presets import LEGACY, PAPER
+from robusthash.evaluation.presets import LEGACY, published
 from robusthash.evaluation.results import EvalResult, Flag
 
 _GROUPS = ("white-box", "adaptive", "refined", "transfer", "black-box", "noise")
@@ -54,7 +54,7 @@ def _section(result: EvalResult) -> Markup:
 
 def _published(result: EvalResult) -> bool:
     """Attacks as published, which are no evidence of robustness."""
-    return result.setting.budget.partition(",")[0] == f"suite {PAPER}"
+    return published(result.setting.budget.partition(",")[0].removeprefix("suite "))
 
 
 def _badge() -> Markup:

@@ -19,7 +19,7 @@ def transfer(
         str | None,
         typer.Option(help="Budget in units of the range; by default 8/255, and with l2 0.5 at 32 x 32 pixels."),
     ] = None,
-    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    norm: Annotated[Literal["linf", "l2", "l1"], typer.Option(help="linf, l2 or l1 (which needs --eps).")] = "linf",
     as_json: AsJson = False,
 ) -> None:
     """How attacks carry over between models: a table of surrogates (rows) and victims (columns)."""
@@ -31,10 +31,8 @@ def transfer(
     radius = None if eps is None else numbers(yaml.safe_load(eps))
     if radius is not None and not isinstance(radius, int | float):
         raise ValueError(f"--eps takes a number such as 8/255, got {eps!r}")
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
     with progress_bars() as shown:
-        table = transfer_table(runs, queries, steps, radius, "l2" if norm == "l2" else "linf", shown)
+        table = transfer_table(runs, queries, steps, radius, norm, shown)
     if as_json:
         print_json(table.plain())
         return

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -25,7 +25,7 @@ def check(
     queries: Annotated[int, typer.Option(min=1, help="Queries, chosen by content.")] = 128,
     steps: Annotated[int, typer.Option(min=2, help="Steps of the search whose path is looked at.")] = 100,
     eps: Annotated[str | None, typer.Option(help="Budget, e.g. 4/255; the customary one by default.")] = None,
-    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    norm: Annotated[Literal["linf", "l2", "l1"], typer.Option(help="linf, l2 or l1 (which needs --eps).")] = "linf",
     direction: Annotated[str | None, typer.Option(help="I2I, I2T, T2I or T2T; the run's first by default.")] = None,
     zoo: Annotated[bool, typer.Option("--zoo", help="Calibrate the checks on deliberately masked models.")] = False,
     as_json: AsJson = False,
@@ -40,8 +40,6 @@ def check(
 
     if run is None and not zoo:
         raise ValueError("name a run directory to check, or ask for --zoo")
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm must be 'linf' or 'l2', got {norm!r}")
     opened = None if run is None else load_run(run)
     if zoo or opened is None:
         _show_zoo(opened, min(queries, 40), as_json)
@@ -52,7 +50,7 @@ def check(
             opened,
             shown,
             eps=budget,
-            norm="l2" if norm == "l2" else "linf",
+            norm=norm,
             queries=queries,
             steps=steps,
             direction=direction,

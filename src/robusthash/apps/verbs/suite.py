@@ -37,6 +37,10 @@ def assess(
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Raise no flags, which saves time; smoke never does.")
     ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tier paper: no attack takes more; by default each takes its paper's, up to 2,000."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run by a suite of attacks: the worst case of each query over all of them.
@@ -61,6 +65,7 @@ def assess(
             shard=part,
             surrogates=[load_run(path) for path in surrogate or ()],
             checked=not unchecked,
+            steps=steps,
         )
     if result is None:
         console.print(f"shard {shard} is done; when all are, the same command without --shard joins them")
@@ -130,4 +135,10 @@ def _show(result: EvalResult) -> None:
 def _cell(column: str, value: float | None) -> str | float:
     if value is None:
         return ""
-    return f"{value:.0f}" if column == "unique wins" else f"{value:.1f}" if column in ("seconds", "flips") else value
+    return (
+        f"{value:.0f}"
+        if column in ("unique wins", "fit steps")
+        else f"{value:.1f}"
+        if column in ("seconds", "flips")
+        else value
+    )
