@@ -36,7 +36,7 @@ def test_an_unchanged_image() -> None:
     clean, _ = pair(1)
     found = perceptibility.image_measures(clean, clean)
     assert {name: float(values[0]) for name, values in found.items()} == {
-        "linf": 0, "l2": 0, "mse": 0, "psnr": math.inf, "l0": 0, "ssim": pytest.approx(1)
+        "linf": 0, "l2": 0, "l1": 0, "mse": 0, "psnr": math.inf, "l0": 0, "ssim": pytest.approx(1)
     }  # fmt: skip
 
 

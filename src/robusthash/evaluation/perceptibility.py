@@ -15,9 +15,9 @@ def perceptibility(clean: Tensor, attacked: Tensor) -> dict[str, float]:
     """Mean and worst over images of every measure below.
 
     Returns:
-        ``linf, l2, l1, mse, psnr, l0, ssim`` and the matrix norms of published tables as ``name/mean`` and ``name/max``;
-        for ``psnr`` and ``ssim``, where lower is more visible, also ``name/min``. PSNR is infinite for an unchanged
-        image, and so is then its mean.
+        ``linf, l2, l1, mse, psnr, l0, ssim`` and the matrix norms of published tables as ``name/mean`` and
+        ``name/max``; for ``psnr`` and ``ssim``, where lower is more visible, also ``name/min``. PSNR is infinite for
+        an unchanged image, and so is then its mean.
 
     Raises:
         ValueError: shapes that differ, values outside [0, 1], images under 11 pixels (SSIM has no window there).
