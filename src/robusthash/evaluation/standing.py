@@ -212,7 +212,7 @@ def _won(bench: Bench, attempts: Attempts, winner: Sequence[str]) -> dict[str, T
     """Of each query's worst input: bits flipped and what was changed; NaN where the clean input is the worst."""
     found = {f"{n}/{r}": a.attacked for n, line in attempts.found.items() for r, a in enumerate(line)}
     changed = {name: flips(bench.query, as_codes(a.signs[:, 0])).double() for name, a in found.items()}
-    names = next(iter(found.values())).pixels
+    names = [n for n in next(iter(found.values())).pixels if all(n in a.pixels for a in found.values())]
     columns = {name: torch.full((len(winner),), torch.nan, dtype=torch.float64) for name in ("flips", *names)}
     for row, name in enumerate(winner):
         if name == "clean":
