@@ -254,6 +254,12 @@ def test_searches_and_threats_must_fit(bench: Bench, texts: Bench) -> None:
 
     with pytest.raises(ValueError, match="the square attack searches norm balls, not txt-bow-2"):
         ask_around(Square(), ask, texts.batch(0), edit_threat(2), Draws(0), 9)
+    with pytest.raises(ValueError, match="patterns for linf and l2; for an l1 ball take estimated gradients"):
+        ask_around(Square(), ask, bench.batch(0), image_threat(2, "l1"), Draws(0), 9)
+    assert [line.name for line in question_lines(image_threat(2, "l1"), 9)] == ["nes, codes", "nes, ids"]
+    for search in (NES(), RandomPoints("corner")):
+        found = ask_around(search, ask, bench.batch(0), image_threat(2, "l1"), Draws(0), 9).inputs
+        image_threat(2, "l1").verify(found, bench.batch(0).inputs)
     with pytest.raises(ValueError, match="greedy-words edits bags of words, not img-linf-8"):
         ask_around(GreedyWords(), ask, bench.batch(0), image_threat(), Draws(0), 9)
     with pytest.raises(ValueError, match="one modality at a time"):

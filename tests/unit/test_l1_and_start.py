@@ -7,7 +7,6 @@ import torch
 from helpers import make_data, trained_hasher
 
 from robusthash.attacks import Attack, cgat, image_threat, mainstay, mainstay_targeted, pgd
-from robusthash.attacks.blackbox import Square
 from robusthash.attacks.named import steps_on
 from robusthash.attacks.search import APGD
 from robusthash.attacks.threats import named_threat
@@ -83,7 +82,7 @@ def test_a_suite_runs_under_an_l1_threat(bench: Bench) -> None:
     assert result["wMAP"] <= result["clean"]
 
 
-def test_l1_has_no_customary_budget_and_no_square(bench: Bench) -> None:
+def test_l1_has_no_customary_budget() -> None:
     with pytest.raises(ValueError, match="no customary eps here; give eps"):
         pgd(DPSH(), norm="l1")
     with pytest.raises(KeyError, match="img-l1"):
@@ -91,7 +90,6 @@ def test_l1_has_no_customary_budget_and_no_square(bench: Bench) -> None:
     assert named_threat("img-l1-12").name == image_threat(12, "l1").name == "img-l1-12"
     assert image_threat(12, "l1").from_settings(image_threat(12, "l1").settings()) == image_threat(12, "l1")
     assert image_threat(12, "l1").scaled(0.5).name == "img-l1-6"
-    assert Square().share == 0.8
 
 
 def test_steps_of_l2_and_l1_are_an_eighth_of_the_budget_and_others_as_they_were() -> None:

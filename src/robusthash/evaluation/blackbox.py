@@ -213,8 +213,9 @@ def _nearest(distances: Tensor, k: int) -> Tensor:
 def question_lines(threat: Threat, budget: int = 1000, k: int = 100) -> list[Questions]:
     """The customary searches by questions, from codes (B2, by AP) and from ordered ids (B1).
 
-    Norm balls: square attack on both, NES on codes. Bags of words: greedy trial of words on both, and random edits of
-    the same number of words. Of token swaps none: nearness is that of the victim's own embeddings, which no asker has.
+    Norm balls: square attack on both, NES on codes; in L1, for which the square attack has no pattern, NES on both.
+    Bags of words: greedy trial of words on both, and random edits of the same number of words. Of token swaps none:
+    nearness is that of the victim's own embeddings, which no asker has.
     """
     if any(ball.norm == "swaps" for ball in threat.balls.values()):
         return []
@@ -224,10 +225,13 @@ def question_lines(threat: Threat, budget: int = 1000, k: int = 100) -> list[Que
             Questions("greedy words, ids", GreedyWords(), threat, "ids", "rank", budget, k),
             Questions("random words, codes", RandomPoints(), threat, "codes", "ap", budget, k),
         ]
+    nes = Questions("nes, codes", NES(), threat, "codes", "ap", budget, k)
+    if any(ball.norm == "l1" for ball in threat.balls.values()):
+        return [nes, Questions("nes, ids", NES(), threat, "ids", "rank", budget, k)]
     return [
         Questions("square, codes", Square(), threat, "codes", "ap", budget, k),
         Questions("square, ids", Square(), threat, "ids", "rank", budget, k),
-        Questions("nes, codes", NES(), threat, "codes", "ap", budget, k),
+        nes,
     ]
 
 
