@@ -99,7 +99,7 @@ def test_over_image_and_text_the_memory_of_both_is_kept_and_text_gets_no_adversa
 def test_weight_zero_trains_as_plain(warm: Hasher, data: RetrievalData) -> None:
     left, right = copy.deepcopy(warm), copy.deepcopy(warm)
     fit(AdversarialTraining(left, DPSH(), inner(), ATRDHOuter(0.0)), data, config(1))
-    fit(HashingRecipe(right, DPSH()), data, config(1))
+    fit(HashingRecipe(right, DPSH()), data, train_config(1))
     for (name, ours), (_, theirs) in zip(left.named_parameters(), right.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
 

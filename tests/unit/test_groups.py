@@ -204,6 +204,16 @@ def test_settings_without_effect_are_refused_before_the_first_step(
     assert all(torch.equal(value, before[name]) for name, value in hasher.state_dict().items())
 
 
+def test_a_group_without_parameters_may_have_settings() -> None:
+    """A part that an ablation leaves out; its file still holds its settings."""
+    hasher = small_hasher()
+    groups = {"hasher": list(hasher.parameters()), "critic": []}
+    for rates in ({"hasher": 1.0, "critic": 1.0}, {"hasher": 1.0}):
+        made, frozen = divided(hasher, groups, rates)
+        assert set(made) == {"hasher"}
+        assert frozen == []
+
+
 def plain(**optim: Any) -> dict[str, Any]:
     return {"name": "x", "training": {"optim": {"hasher": {"name": "adam", "lr": 1e-3, "weight_decay": 0}, **optim}}}
 

@@ -151,7 +151,7 @@ class Regenerate(Recipe):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         groups = {"purifier": [*self.hasher.purifiers.parameters(), *self.classifiers.parameters()]}
-        return {**groups, "critic": list(self.critics.parameters())} if len(self.critics) else groups
+        return {**groups, "critic": list(self.critics.parameters())}  # none where discrimination is 0
 
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
         missing = [name for name in self.hasher.modalities if name not in data.modalities]

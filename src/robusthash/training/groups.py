@@ -61,15 +61,15 @@ def divided(
     """The groups of a recipe with the hasher's parts apart, and what is frozen.
 
     Args:
-        groups: of the recipe.
+        groups: of the recipe; one without parameters needs no settings, and may have them.
         rates: learning rate of each name in ``training.optim``; 0 freezes a part of the hasher, or what no part covers.
 
     Raises:
         KeyError: a group of the recipe without settings.
         ValueError: settings that nothing would use, or nothing that learns.
     """
-    for name in groups:
-        if name not in rates:
+    for name, parameters in groups.items():
+        if parameters and name not in rates:
             raise KeyError(f"no optimiser settings for group {name!r}; add training.optim.{name}")
     parts = [name for name in NAMES if name in rates and name not in groups]
     known = [*groups, *(name for name in NAMES if BASE in groups and part(hasher, name))]
@@ -84,7 +84,7 @@ def divided(
     frozen: list[nn.Parameter] = []
     for name, parameters in groups.items():
         if name != BASE:
-            made[name] = Group({name: parameters})
+            made |= {name: Group({name: parameters})} if parameters else {}
             continue
         shares = {key: [p for p in parameters if owner[id(p)] == key] for key in (BASE, *parts)}
         for key in parts:
@@ -94,7 +94,7 @@ def divided(
         made[name] = Group({key: share for key, share in shares.items() if share and rates[key] > 0})
         if not made[name].shares:
             raise ValueError("every part of the hasher is frozen (lr 0), so nothing would be trained")
-    for name in groups:
+    for name in made:
         if name != BASE and rates[name] == 0:
             raise ValueError(f"training.optim.{name}.lr is 0, which freezes parts of the hasher and no other group")
     return made, frozen
