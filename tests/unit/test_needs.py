@@ -41,9 +41,8 @@ REFUSED: list[tuple[Settings, Settings, str]] = [
     ("saat", "sdha", "Positives"),
     ("cgat", "hag", "Own"),
     ("cgat", {"name": "dsarh", "mode": "literal_sign"}, "Similarity"),
-    ({"name": "sfcl", "wrong": "target"}, "mainstay", "labels that a targeted attack aims at"),
-    ("sfcl", {"name": "mainstay", "modality": "text"}, "image attacked"),
-    ("saah", {"name": "mainstay", "modality": "text"}, "image attacked"),
+    ({"name": "sfcl", "wrong": "target"}, "mainstay", "labels that a targeted inner attack aims at"),
+    ("sfcl", {"name": "mainstay", "modality": "text"}, "needs attacked images"),
 ]
 FITTING: list[tuple[Settings, Settings]] = [
     ("saat", "mainstay"),
@@ -57,6 +56,7 @@ FITTING: list[tuple[Settings, Settings]] = [
     ("atrdh", "mainstay"),
     ("dsarh", "dsarh"),
     ("saah", "pgd"),
+    ("saah", {"name": "mainstay", "modality": "text"}),
     ("sfcl", "dhta"),
     ("sfcl", "mainstay"),
     ({"name": "sfcl", "wrong": "target"}, "dhta"),

@@ -32,14 +32,14 @@ class Needs:
         if self.goal == "own" and attack.targeted:
             return "the attack is targeted, and this loss pulls to the guidance, which must be that of the own labels"
         if self.goal == "target" and not attack.targeted:
-            return "this loss needs the labels that a targeted attack aims at"
+            return "this loss needs the labels that a targeted inner attack aims at"
         if self.label_codes and not attack.label_codes:
             return (
                 f"its guide {type(attack.guide).__name__} does not give one code an item that stands for the item's "
                 "labels (a guide that does says label_codes = True)"
             )
         if self.modality is not None and self.modality not in attack.threat.balls:
-            return f"this loss needs the {self.modality} attacked, and {attack.threat.name} does not"
+            return f"this loss needs attacked {self.modality}s, and {attack.threat.name} leaves them alone"
         return ""
 
 

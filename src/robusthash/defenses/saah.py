@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from robusthash.core.registry import register
 from robusthash.core.types import HashOutput, LossTerms
 from robusthash.defenses.adversarial import Round
-from robusthash.defenses.needs import Needs
 from robusthash.defenses.outer import PlainAT
 from robusthash.models.frequency import BlockDCT
 
@@ -68,7 +67,6 @@ class SAAHOuter:
     stability: float = 1.0
     retention: float = 1.0
     stab_reduction: Reduction = "block"
-    needs: ClassVar[Needs] = Needs(modality="image")  # pictures alone pass through a gate
 
     def __post_init__(self) -> None:
         for name in ("stability", "retention"):
