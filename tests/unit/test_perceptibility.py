@@ -35,7 +35,7 @@ def test_an_unchanged_image() -> None:
     clean, _ = pair(1)
     found = perceptibility.image_measures(clean, clean)
     assert {name: float(values[0]) for name, values in found.items()} == {
-        "linf": 0, "l2": 0, "mse": 0, "psnr": math.inf, "l0": 0, "ssim": pytest.approx(1)
+        "linf": 0, "l2": 0, "l1": 0, "mse": 0, "psnr": math.inf, "l0": 0, "ssim": pytest.approx(1)
     }  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def test_one_changed_channel_is_one_changed_pixel() -> None:
     assert float(found["l0"]) == 1 / 256
     assert float(found["linf"]) == pytest.approx(0.1)
     assert float(found["l2"]) == pytest.approx(math.hypot(0.1, 1 / 600), rel=1e-5)
+    assert float(found["l1"]) == pytest.approx(0.1 + 1 / 600, rel=1e-5)
 
 
 def test_summary_holds_mean_and_worst() -> None:
