@@ -260,7 +260,7 @@ def test_common_and_private_add_up_to_the_whole(part: CommonPrivate) -> None:
 @pytest.mark.parametrize("name", ["cpah", "dadh", "daph"])
 def test_drfgd_purifies_the_queries_of_its_papers_targets(name: str, data: RetrievalData) -> None:
     hasher = make_hasher(name, data)
-    fit(HashingRecipe(hasher, make_objective(name)), data, config(6, lr=1e-2))
+    fit(HashingRecipe(hasher, make_objective(name)), data, config(name, 6, lr=1e-2))
     before = copy.deepcopy(hasher.state_dict())
     purifiers = {"image": {"name": "drfgd-image", "width": 4}, "text": {"name": "drfgd-text", "hidden": 16}}
     texts = {"name": "drfgd", "modality": "text", "steps": 1}
