@@ -166,6 +166,24 @@ def test_columns_of_measures_and_of_suites_under_labels(call, run, tmp_path):
     assert "img-linf-8 standard" not in call("table", seed)[1]
 
 
+def test_a_column_of_differences_is_paired_within_the_run(call, run, tmp_path):
+    seeds = [run.path, moved(tmp_path, run, 1, 0.05)]
+    columns = ["--column", "mainstay minus hag as mainstay to HAG", "--column", "MAP of clean minus hag"]
+    code, out, err = call("table", *seeds, *columns, "--json")
+    assert code == 0, err
+    (row,) = json.loads(out)
+    found = {name: run.evaluated()[name].per_query["MAP"].double() for name in ("mainstay", "hag")}
+    expected = (found["mainstay"] - found["hag"]).repeat(2, 1)
+    cell = row["cells"]["mainstay to HAG"]
+    assert cell["signed"]
+    assert cell["value"] == pytest.approx(float(expected.mean()), abs=1e-6)
+    assert cell["interval"] == pytest.approx(list(hierarchical_interval(expected)), abs=1e-6)
+    assert "MAP of clean minus hag" in row["cells"]
+    refused = call("table", *seeds, "--against", "tiny", "--column", "mainstay minus hag")[2]
+    assert "'mainstay minus hag' is a difference already" in refused
+    assert "no run has a result" in call("table", *seeds, "--column", "mainstay minus hga")[2]
+
+
 def test_a_column_or_row_that_is_nowhere_is_refused(call, run):
     code, _, err = call("table", run.path, "--column", "wors")
     assert code == 1

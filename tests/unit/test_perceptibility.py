@@ -49,6 +49,7 @@ def test_one_changed_channel_is_one_changed_pixel() -> None:
     assert float(found["l0"]) == 1 / 256
     assert float(found["linf"]) == pytest.approx(0.1)
     assert float(found["l2"]) == pytest.approx(math.hypot(0.1, 1 / 600), rel=1e-5)
+    assert float(found["l1"]) == pytest.approx(0.1 + 1 / 600, rel=1e-5)
 
 
 def test_summary_holds_mean_and_worst() -> None:

@@ -36,15 +36,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: a result by name, a measure of it or its headline, and what the table calls it."""
+    """A column: a result by name, a measure of it or its headline, and what the table calls it.
+
+    With ``minus``, the difference of that measure to another result of the same run, paired by seed and query.
+    """
 
     result: str
     measure: str | None = None
     label: str = ""
+    minus: str = ""
 
     @property
     def title(self) -> str:
-        return self.label or (f"{self.measure} of {self.result}" if self.measure else self.result)
+        result = f"{self.result} minus {self.minus}" if self.minus else self.result
+        return self.label or (f"{self.measure} of {result}" if self.measure else result)
 
 
 @dataclass(frozen=True)
@@ -128,9 +133,23 @@ def rows_of(rows: Seeds, columns: Sequence[Column] | None = None) -> list[Row]:
     made = []
     for name, seeds in rows.items():
         wanted = [Column(result) for result in seeds[0].evaluated] if columns is None else columns
-        found = {column: _of_all(seeds, column) for column in wanted}
-        made.append(_row(name, seeds, {c: (cell_of(r, c.measure), r[0]) for c, r in found.items() if r}))
+        cells = {column: cell for column in wanted if (cell := _cell(seeds, column)) is not None}
+        made.append(_row(name, seeds, cells))
     return made
+
+
+def _cell(seeds: Sequence[Seed], column: Column) -> tuple[Cell, EvalResult] | None:
+    """The value of a column and the result that it is of; None where a seed lacks it, or was attacked otherwise."""
+    found = _of_all(seeds, column)
+    if not found:
+        return None
+    if not column.minus:
+        return cell_of(found, column.measure), found[0]
+    others = _of_all(seeds, replace(column, result=column.minus))
+    measure = column.measure or headline_of(found[0])
+    if not others or any(measure not in other.per_query for other in others):
+        return None
+    return _difference(found, others, measure), found[0]
 
 
 def differences_of(rows: Seeds, columns: Sequence[Column], baseline: str) -> list[Row]:
@@ -140,8 +159,11 @@ def differences_of(rows: Seeds, columns: Sequence[Column], baseline: str) -> lis
     seeds the interval is that of the method (seeds and queries resampled), of a single one that of the checkpoint.
 
     Raises:
-        ValueError: no row of that name, or one that has no training seed in common with it.
+        ValueError: no row of that name, or one that has no training seed in common with it; or a column that is a
+            difference already.
     """
+    if doubled := [column.title for column in columns if column.minus]:
+        raise ValueError(f"{doubled[0]!r} is a difference already; leave --against out for it")
     if baseline not in rows:
         raise ValueError(f"no row is named {baseline!r}{nearest(baseline, rows)}; there are {', '.join(rows)}")
     against = {seed.number: seed for seed in rows[baseline]}
@@ -305,14 +327,15 @@ def named_columns(texts: Sequence[str], rows: Seeds) -> list[Column]:
             held.setdefault(name, {}).update(dict.fromkeys(result.per_query))
     columns = [parse_column(text, held) for text in texts]
     for column in columns:
-        if column.measure is not None and column.measure not in held[column.result]:
-            near = nearest(column.measure, held[column.result])
-            raise ValueError(f"{column.result!r} has no values per query of {column.measure!r}{near}")
+        for result in filter(None, (column.result, column.minus)):
+            if column.measure is not None and column.measure not in held[result]:
+                near = nearest(column.measure, held[result])
+                raise ValueError(f"{result!r} has no values per query of {column.measure!r}{near}")
     return columns
 
 
 def parse_column(text: str, names: Collection[str]) -> Column:
-    """``[MEASURE of ]RESULT[ as LABEL]``: ``worst``, ``I2T worst as worst case``, ``nDCG@100 of clean as nDCG``.
+    """``[MEASURE of ]RESULT[ minus RESULT][ as LABEL]``: ``worst``, ``nDCG@100 of clean as nDCG``, ``hag minus sdha``.
 
     Args:
         names: the results that there are; the longest text that is one of them is never taken apart.
@@ -326,6 +349,9 @@ def parse_column(text: str, names: Collection[str]) -> Column:
         measure, _, result = wanted.partition(" of ")
         if result in names:
             return Column(result, measure, label)
+        first, _, minus = wanted.rpartition(" minus ")
+        if minus in names:
+            return replace(parse_column(first, names), label=label, minus=minus)
     wanted = text.partition(" as ")[0]
     result = wanted.partition(" of ")[2] or wanted
     raise ValueError(f"no run has a result {result!r}{nearest(result, names)}")

@@ -89,8 +89,8 @@ def table(
     column: Annotated[
         list[str] | None,
         typer.Option(
-            help="'[MEASURE of ]RESULT[ as LABEL]': worst, 'img-linf-8 standard as suite', 'nDCG@100 of clean'. "
-            "Repeatable."
+            help="'[MEASURE of ]RESULT[ minus RESULT][ as LABEL]': worst, 'img-linf-8 standard as suite', "
+            "'nDCG@100 of clean', 'mainstay minus hag'. Repeatable."
         ),
     ] = None,
     row: Annotated[
