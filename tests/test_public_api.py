@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -19,6 +22,55 @@ def test_every_public_name_exists():
         assert getattr(rh, name) is not None
     for name in rh.attacks.__all__:
         assert getattr(rh.attacks, name) is not None
+
+
+def test_names_are_imported_when_they_are_first_used():
+    program = """
+import sys
+import robusthash as rh
+assert not {"torch", "numpy", "yaml"} & set(sys.modules)
+assert {*rh.__all__, "evaluation", "index"} <= set(dir(rh))
+assert rh.Batch.__module__ == "robusthash.core.types"
+assert "robusthash.attacks" not in sys.modules
+assert rh.objectives.CSQ().__class__.__name__ == "CSQ"
+assert rh.data.load_data is rh.load_data is sys.modules["robusthash"].__dict__["load_data"]
+try:
+    rh.atacks
+except AttributeError as error:
+    assert str(error) == "module 'robusthash' has no attribute 'atacks'"
+else:
+    raise AssertionError("a name that does not exist was found")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_type_checkers_see_the_names_where_they_are_imported_from():
+    tree = ast.parse(Path(rh.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert {*seen, "__version__"} == set(rh.__all__)
+    homes = {name: f"robusthash.{home}" for name, home in rh._HOMES.items()}
+    assert seen == {**homes, "attacks": "robusthash", "objectives": "robusthash"}
+
+
+def test_a_name_of_the_package_is_found_without_importing_its_room():
+    program = "from robusthash.core.registry import build; print(build('attack', 'mainstay').name)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "mainstay", done.stderr
+
+
+def test_a_name_of_the_package_is_refused_to_code_from_outside(tmp_path):
+    """Although nothing of the package has been looked up yet when that code is imported."""
+    (tmp_path / "theirs.py").write_text(
+        "from robusthash.core.registry import register\n\n\n"
+        "@register('objective', 'csq')\ndef mine():\n    return None\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    done = subprocess.run(
+        [sys.executable, "-c", "import theirs"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert "objective 'csq' is already registered by robusthash.objectives.centers" in done.stderr
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])

@@ -8,16 +8,22 @@ Example:
     >>> robust = rh.evaluate(hasher, data, attack=rh.attacks.mainstay(eps=8 / 255, steps=20))
 """
 
-from robusthash import attacks, objectives
-from robusthash.attacks import Attack, Threat
-from robusthash.core.types import Batch
-from robusthash.data import load_data
-from robusthash.defenses import AdversarialTraining
-from robusthash.evaluation import EvalResult, Protocol, Suite, assess, compare, evaluate, make_bench, tier
-from robusthash.index import open_index
-from robusthash.models import Hasher, build_hasher, encode_split
-from robusthash.training import HashingRecipe, TrainConfig, fit
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from robusthash.core.registry import discover
 from robusthash.version import __version__
+
+if TYPE_CHECKING:
+    from robusthash import attacks, objectives
+    from robusthash.attacks import Attack, Threat
+    from robusthash.core.types import Batch
+    from robusthash.data import load_data
+    from robusthash.defenses import AdversarialTraining
+    from robusthash.evaluation import EvalResult, Protocol, Suite, assess, compare, evaluate, make_bench, tier
+    from robusthash.index import open_index
+    from robusthash.models import Hasher, build_hasher, encode_split
+    from robusthash.training import HashingRecipe, TrainConfig, fit
 
 __all__ = [
     "AdversarialTraining",
@@ -44,3 +50,47 @@ __all__ = [
     "open_index",
     "tier",
 ]
+
+_REGISTERING = ("data", "models", "objectives", "training", "attacks", "defenses", "evaluation")
+_ROOMS = ("core", *_REGISTERING, "index")
+_HOMES = {
+    "AdversarialTraining": "defenses",
+    "Attack": "attacks",
+    "Batch": "core.types",
+    "EvalResult": "evaluation",
+    "Hasher": "models",
+    "HashingRecipe": "training",
+    "Protocol": "evaluation",
+    "Suite": "evaluation",
+    "Threat": "attacks",
+    "TrainConfig": "training",
+    "assess": "evaluation",
+    "build_hasher": "models",
+    "compare": "evaluation",
+    "encode_split": "models",
+    "evaluate": "evaluation",
+    "fit": "training",
+    "load_data": "data",
+    "make_bench": "evaluation",
+    "open_index": "index",
+    "tier": "evaluation",
+}
+"""The room or module that each name is imported from when it is first used: ``import robusthash`` loads none."""
+
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and would take any other name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return import_module(f"{__name__}.{name}")
+        if name in _HOMES:
+            value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})
+
+
+discover(*(f"{__name__}.{room}" for room in _REGISTERING))

@@ -204,6 +204,43 @@ def test_remove_and_add_again(url: str, engine: str) -> None:
         assert index.payload(gone[:1]) == [{"label": "new"}]
 
 
+def test_queries_of_another_origin_are_refused(url: str, engine: str) -> None:
+    held, near = random_codes(20, 32, 0, origin="model-a"), random_codes(2, 32, 2)
+    queries = {origin: Codes(near.packed, 32, near.ids, origin) for origin in ("", "model-a", "model-b")}
+    with open_index(url, 32, engine) as index:
+        assert index.origin == ""
+        index.add(some(held, torch.arange(10)))
+        index.add(Codes(held.packed[10:], 32, held.ids[10:]))  # a foreign array says no origin, and is taken as it is
+        assert index.origin == "model-a"
+        for origin in ("", "model-a"):
+            agrees(index.search(queries[origin], 5), near, held, 5)
+            assert len(index.range(queries[origin], 32).ids[0]) == 20
+        for call in (
+            lambda c: index.search(c, 5),
+            lambda c: index.range(c, 32),
+            lambda c: index.search(c, 5, where=[]),
+        ):
+            with pytest.raises(ValueError, match=r"'model-b'.*'model-a'"):
+                call(queries["model-b"])
+
+
+def test_an_index_of_unknown_origin_takes_queries_of_any(url: str, engine: str) -> None:
+    held, queries = random_codes(20, 32, 0), random_codes(2, 32, 2, origin="model-b")
+    with open_index(url, 32, engine) as index:
+        index.add(held)
+        agrees(index.search(queries, 5), queries, held, 5)
+        assert len(index.range(queries, 32).ids[1]) == 20
+
+
+def test_a_reader_knows_the_origin_that_another_wrote(url: str, engine: str) -> None:
+    queries = random_codes(2, 32, 2, origin="model-b")
+    with open_index(url, 32, engine) as reader, open_index(url, engine=engine, create=False) as writer:
+        reader.search(queries, 1)
+        writer.add(random_codes(3, 32, 0, origin="model-a"))
+        with pytest.raises(ValueError, match=r"'model-b'.*'model-a'"):
+            reader.search(queries, 1)
+
+
 def test_reopening_keeps_everything(url: str, engine: str) -> None:
     queries = random_codes(4, 32, 2)
     with open_index(url, 32, engine) as index:

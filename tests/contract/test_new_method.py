@@ -91,6 +91,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (home / "newattack.py").write_text(ATTACK)
         (home / "newobjective.py").write_text(OBJECTIVE)
         patch.syspath_prepend(str(folder))
+        registry.catalogue()  # the package's own names are registered by now, and stay
         patch.setattr(registry, "_CARDS", dict(registry._CARDS))
         importlib.invalidate_caches()
         yield home

@@ -214,6 +214,18 @@ def test_index_refuses_a_checkpoint_of_other_bits(call, trained, tmp_path):
     assert "16" in err
 
 
+def test_index_refuses_the_queries_of_another_run(call, trained, tmp_path):
+    index, image = tmp_path / "index", tmp_path / "picture.png"
+    assert call("index", "build", index, "--run", trained)[0] == 0
+    other = stages.train(make_config(CONFIG, ["runtime.seed=1"]), tmp_path / "runs")
+    Image.new("RGB", (20, 20)).save(image)
+    for verb in ("search", "add"):
+        code, out, err = call("index", verb, index, image, "--run", other.path)
+        assert (code, out) == (1, "")
+        for said in (other.card()["digest"], load_run(trained).card()["digest"], "--run"):
+            assert said in err
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 

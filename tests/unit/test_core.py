@@ -270,6 +270,7 @@ def test_digest_is_short_stable_and_blind_to_key_order() -> None:
 def shelf(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry of its own, forgotten afterwards."""
     monkeypatch.setattr(registry, "_CARDS", {})
+    monkeypatch.setattr(registry, "_UNREAD", [])
 
     @registry.register("fruit", "apple", paper="Newton 1687", evidence="paper")
     def apple(weight: float = 1.0, colour: str = "red") -> tuple[str, float, str]:

@@ -134,16 +134,21 @@ def test_codes_of_another_length_name_both(index: CodeIndex, home: Path) -> None
 
 
 def test_codes_of_another_origin_name_both(index: CodeIndex, home: Path) -> None:
-    with pytest.raises(ValueError, match=r"'model-b'.*'model-a'.*encode with the same model or open a new index"):
-        index.add(codes([9], origin="model-b"))
-    assert index.search(codes([9], origin="model-b"), 1).ids.shape == (1, 1)  # queries come from another split
+    remedy = r"'model-b'.*'model-a'.*encode with the model of origin 'model-a' \(--run .*\), or build a new index"
+    for call in (lambda c: index.add(c), lambda c: index.search(c, 1), lambda c: index.range(c, 1)):
+        with pytest.raises(ValueError, match=remedy):
+            call(codes([9], origin="model-b"))
     unchanged(index, home)
 
 
 def test_an_emptied_index_takes_another_origin(index: CodeIndex) -> None:
     index.remove([1, 2, 3])
+    assert index.search(codes([9], origin="model-b"), 1).ids.tolist() == [[-1]]
     index.add(codes([9], origin="model-b"))
-    assert index.info()["origin"] == "model-b"
+    assert index.info()["origin"] == index.origin == "model-b"
+    assert index.search(codes([9], origin="model-b"), 1).ids.tolist() == [[9]]
+    with pytest.raises(ValueError, match=r"'model-a'.*'model-b'"):
+        index.search(codes([9], origin="model-a"), 1)
 
 
 def test_an_id_held_already_is_named(index: CodeIndex, home: Path) -> None:

@@ -1,4 +1,7 @@
-"""Verbs by panel. Tables and progress go to stderr, ``--json`` data to stdout; an error is one line, no trace."""
+"""Verbs by panel. Tables and progress go to stderr, ``--json`` data to stdout; an error is one line, no trace.
+
+What a verb needs is imported when it is called: help, version and completion load typer and rich, and no more.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from robusthash.attacks.swaps import Swaps
 from robusthash.attacks.threat import Ball, Edits, Threat, image_threat
 from robusthash.attacks.threats import named_threat
 from robusthash.attacks.tokens import token_swaps
-from robusthash.core.registry import discover
 
 __all__ = [
     "Attack",
@@ -38,5 +37,3 @@ __all__ = [
     "token_swaps",
     "wrong_apgd",
 ]
-
-discover(__name__, __path__)

@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 Result = TypeVar("Result")
 Say = Callable[[str], None]
 
@@ -24,6 +22,8 @@ class DoesNotFit(MemoryError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory does not suffice: torch raises three kinds of it, NumPy and Python a fourth."""
+    import torch  # seconds to import, and the command line reports errors without it
+
     said = str(error).lower()
     exhausted = "out of memory" in said or "can't allocate memory" in said or "cublas_status_alloc_failed" in said
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and exhausted)

@@ -34,7 +34,10 @@ class Card:
     """Options of the paper's own evaluation where they are not the defaults."""
 
 
+_PACKAGE = __name__.partition(".")[0]
 _CARDS: dict[tuple[str, str], Card] = {}
+_UNREAD: list[str] = []
+"""Packages whose modules register names, and have not been imported for it yet."""
 
 
 def register(
@@ -52,6 +55,8 @@ def register(
     """Give ``name`` of ``kind`` to a class or function. A taken name raises."""
 
     def record(make: Made) -> Made:
+        if not make.__module__.startswith(f"{_PACKAGE}."):  # code from elsewhere: the package's own names come first
+            _import_unread()
         if (kind, name) in _CARDS:
             raise ValueError(f"{kind} {name!r} is already registered by {_CARDS[kind, name].make.__module__}")
         summary = (inspect.getdoc(make) or "").partition("\n")[0]
@@ -80,6 +85,8 @@ def card(kind: str, name: str) -> Card:
     if ":" in name:
         module, _, name = name.partition(":")
         importlib.import_module(module)
+    if (kind, name) not in _CARDS:
+        _import_unread()
     if (kind, name) not in _CARDS:
         names = [known for other, known in _CARDS if other == kind]
         raise KeyError(f"no {kind} is called {name!r}{nearest(name, names)}")
@@ -114,10 +121,21 @@ def build(kind: str, settings: str | Mapping[str, Any], **context: Any) -> Any:
 
 def catalogue(kind: str | None = None) -> list[Card]:
     """All cards, or those of one kind, ordered by kind and name."""
+    _import_unread()
     return sorted((c for c in _CARDS.values() if kind in (None, c.kind)), key=lambda c: (c.kind, c.name))
 
 
-def discover(package: str, path: Any) -> None:
-    """Import every module beside a room's ``__init__``: dropping a file in is enough to register it."""
-    for module in pkgutil.iter_modules(path):
-        importlib.import_module(f"{package}.{module.name}")
+def discover(*packages: str) -> None:
+    """Register what the modules of ``packages`` register: dropping a file in is enough.
+
+    They are imported when a name is first looked up that is not registered yet, so that nothing is loaded before.
+    """
+    _UNREAD.extend(packages)
+
+
+def _import_unread() -> None:
+    for package in list(_UNREAD):
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
+        if package in _UNREAD:  # a module that looks names up while it is imported comes through here as well
+            _UNREAD.remove(package)

@@ -82,7 +82,7 @@ class Codes:
     packed: Tensor  # (N, ceil(K / 8)) uint8; bit 1 = +1; first bit of the code highest; zeros pad the end
     bits: int
     ids: Tensor  # (N,) int64
-    origin: str = ""  # digest of the model and the split that made them
+    origin: str = ""  # digest of the model that made them; "" where it is unknown
 
     def __len__(self) -> int:
         return len(self.packed)

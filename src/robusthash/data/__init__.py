@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from robusthash.core.registry import build, discover
+from robusthash.core.registry import build
 from robusthash.data.base import ArraySource, RetrievalData, Source, Split
 from robusthash.data.loader import batches
 
 __all__ = ["ArraySource", "RetrievalData", "Source", "Split", "batches", "load_data"]
-
-discover(__name__, __path__)
 
 
 def load_data(name: str, **options: Any) -> RetrievalData:

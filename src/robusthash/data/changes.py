@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional as transforms
 
 from robusthash.core.runtime import Draws
 
@@ -67,21 +66,29 @@ def crop(images: Tensor, share: float) -> Tensor:
     height, width = images.shape[-2:]
     rows, columns = max(1, round(height * share / 2)), max(1, round(width * share / 2))
     inner = images[..., rows : height - rows, columns : width - columns]
-    return transforms.resize(inner, [height, width], antialias=True)
+    return _resized(inner, height, width)
 
 
 def shrink(images: Tensor, factor: float) -> Tensor:
     """Reduced to ``factor`` of width and height, then enlarged again."""
     height, width = images.shape[-2:]
-    small = transforms.resize(images, [max(1, round(height * factor)), max(1, round(width * factor))], antialias=True)
-    return transforms.resize(small, [height, width], antialias=True)
+    small = _resized(images, max(1, round(height * factor)), max(1, round(width * factor)))
+    return _resized(small, height, width)
 
 
 def blur(images: Tensor, share: float) -> Tensor:
     """Gaussian blur whose sigma is ``share`` of the shorter side, at least half a pixel."""
+    from torchvision.transforms.functional import gaussian_blur  # half a second to import
+
     sigma = max(0.5, share * min(images.shape[-2:]))
     reach = min(round(3 * sigma), (min(images.shape[-2:]) - 1) // 2)
-    return transforms.gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
+    return gaussian_blur(images, [2 * reach + 1] * 2, [sigma, sigma])
+
+
+def _resized(images: Tensor, height: int, width: int) -> Tensor:
+    from torchvision.transforms.functional import resize  # half a second to import
+
+    return resize(images, [height, width], antialias=True)
 
 
 EVERYDAY = (

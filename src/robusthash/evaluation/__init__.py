@@ -1,6 +1,5 @@
 """Codes and labels -> results: measures, protocols, attacked evaluation, statistics."""
 
-from robusthash.core.registry import discover
 from robusthash.evaluation.bench import Bench, make_bench
 from robusthash.evaluation.curve import eps_curve
 from robusthash.evaluation.evaluate import evaluate, score_attack, score_clean, worst
@@ -28,5 +27,3 @@ __all__ = [
     "tier",
     "worst",
 ]
-
-discover(__name__, __path__)

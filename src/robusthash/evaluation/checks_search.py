@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from robusthash.attacks.base import Attack, Found, Loss, Probe, Score, Select
@@ -241,6 +240,8 @@ def _alignment(values: Tensor, metrics: Tensor) -> Flag:
 
     Differs: unweighted, queries whose AP hardly moved add the noise of small steps around the best point.
     """
+    from scipy.stats import rankdata  # a second to import, and only this check needs it
+
     ranks = [rankdata(part.double().cpu().numpy(), axis=0) for part in (values, metrics)]
     centred = [part - part.mean(0) for part in ranks]
     sizes = [np.sqrt((part**2).sum(0)) for part in centred]

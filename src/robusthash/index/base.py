@@ -40,6 +40,8 @@ class CodeIndex(ABC):
       ties at rank k resolved by the same rule; -1 fills the ranks that no item has; ``Ranking.cut`` is False.
     * An adapter that cannot keep the rule, or is approximate by its nature, says so in ``Ranking.cut``.
     * A write is acknowledged (the call returns) only when it survives a kill, and happens whole or not at all.
+    * Codes of another origin than those held are refused by ``add``, ``search`` and ``range`` alike; codes without an
+      origin, and an index whose codes came without one, are accepted. An emptied index takes any origin.
     * ``where`` narrows the items before they are ranked. It is either a collection of allowed ids, where unknown ones
       are ignored, or a mapping of payload values: ``{"label": "cat", "year": [2024, 2025]}`` keeps the items whose
       label is cat and whose year is either. A payload value that is itself a list matches by any of its members.
@@ -52,6 +54,11 @@ class CodeIndex(ABC):
     @abstractmethod
     def bits(self) -> int:
         """Length of the codes."""
+
+    @property
+    @abstractmethod
+    def origin(self) -> str:
+        """Digest of the model that made the codes held; "" where none was given, or where no item is held."""
 
     @abstractmethod
     def add(self, codes: Codes, payload: Sequence[Mapping[str, Any]] | None = None) -> None:
@@ -67,13 +74,31 @@ class CodeIndex(ABC):
             OSError: when the disk is full; the index is unchanged and usable.
         """
 
-    @abstractmethod
     def search(self, codes: Codes, k: int, where: Where | None = None) -> Ranking:
         """The ``k`` nearest items of each of Q query codes, at least 1: (Q, k), -1 where there are fewer."""
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        return self._search(self._queries(codes), k, where)
 
-    @abstractmethod
     def range(self, codes: Codes, radius: int, where: Where | None = None) -> Within:
         """All items at most ``radius`` bits, 0 or more, from each query code. Exact in every engine."""
+        if radius < 0:
+            raise ValueError(f"radius must be 0 or greater, got {radius}")
+        return self._range(self._queries(codes), min(radius, self.bits), where)
+
+    @abstractmethod
+    def _search(self, queries: np.ndarray, k: int, where: Where | None) -> Ranking:
+        """Answer ``search`` for checked (Q, ceil(K / 8)) rows."""
+
+    @abstractmethod
+    def _range(self, queries: np.ndarray, radius: int, where: Where | None) -> Within:
+        """Answer ``range`` for checked (Q, ceil(K / 8)) rows; the radius is at most the number of bits."""
+
+    def _queries(self, codes: Codes) -> np.ndarray:
+        """Packed rows of query codes that fit the codes held in length and origin."""
+        rows = as_rows(codes, self.bits)
+        check_origin(codes.origin, self.origin)
+        return rows
 
     @abstractmethod
     def remove(self, ids: Ids) -> int:
@@ -135,6 +160,20 @@ def as_ids(ids: Ids) -> np.ndarray:
     if array.dtype.kind not in "iu":
         raise ValueError(f"ids must be whole numbers, got {array.dtype}: {array[0]!r}")
     return array.astype(np.int64)
+
+
+def check_origin(given: str, held: str) -> None:
+    """Refuse codes of origin ``given`` next to codes of origin ``held``; "" is unknown and fits any.
+
+    Raises:
+        ValueError: where the two differ.
+    """
+    if given and held and given != held:
+        raise ValueError(
+            f"codes of origin {given!r} do not belong to an index of origin {held!r}: distances between the codes of "
+            f"two models mean nothing; encode with the model of origin {held!r} (--run on the command line), or build "
+            "a new index"
+        )
 
 
 def as_rows(codes: Codes, bits: int) -> np.ndarray:

@@ -62,6 +62,11 @@ class LocalIndex(CodeIndex):
     def bits(self) -> int:
         return self._bits
 
+    @property
+    def origin(self) -> str:
+        with self._lock:
+            return str(self._opened().meta()["origin"]) if len(self._current().rows) else ""
+
     def add(self, codes: Codes, payload: Sequence[Mapping[str, Any]] | None = None) -> None:
         rows, ids = as_rows(codes, self._bits), as_ids(codes.ids)
         texts = _texts(payload, ids)
@@ -76,10 +81,7 @@ class LocalIndex(CodeIndex):
                 store.add(ids, rows, texts, codes.origin)
                 self._pending.append((ids, rows.copy()))  # the caller may write into its tensor later
 
-    def search(self, codes: Codes, k: int, where: Where | None = None) -> Ranking:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        queries = as_rows(codes, self._bits)
+    def _search(self, queries: np.ndarray, k: int, where: Where | None) -> Ranking:
         engine = self._narrowed(where)
         kept = min(k, len(engine.rows))
         found, distances = _empty(len(queries), 0) if kept == 0 else engine.search(queries, kept)
@@ -89,10 +91,8 @@ class LocalIndex(CodeIndex):
         cut = torch.full((len(queries),), not engine.exact)
         return Ranking(torch.from_numpy(found), torch.from_numpy(distances), cut)
 
-    def range(self, codes: Codes, radius: int, where: Where | None = None) -> Within:
-        if radius < 0:
-            raise ValueError(f"radius must be 0 or greater, got {radius}")
-        answers = self._narrowed(where).range(as_rows(codes, self._bits), min(radius, self._bits))
+    def _range(self, queries: np.ndarray, radius: int, where: Where | None) -> Within:
+        answers = self._narrowed(where).range(queries, radius)
         ids, distances = zip(*answers, strict=True) if answers else ((), ())
         return Within(tuple(map(torch.from_numpy, ids)), tuple(map(torch.from_numpy, distances)))
 

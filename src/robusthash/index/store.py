@@ -17,6 +17,7 @@ from typing import Any, final
 import numpy as np
 
 from robusthash.core.files import flush
+from robusthash.index.base import check_origin
 
 FORMAT = 1
 FILE = "index.sqlite"
@@ -105,7 +106,7 @@ class Store:
             highest = self._all("SELECT max(id) FROM items")[0][0]
             if highest is not None:
                 self._refuse_taken(ids, highest)
-                self._refuse_origin(origin)
+                check_origin(origin, self.meta()["origin"])
             if origin:
                 self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('origin', ?)", (json.dumps(origin),))
             for start in range(0, len(ids), _CHUNK):  # unpacked by SQLite: four times faster than a call for each row
@@ -125,14 +126,6 @@ class Store:
         taken = self._all(f"SELECT id FROM items WHERE id {_ASKED} LIMIT 1", asked)
         if taken:
             raise ValueError(f"id {taken[0][0]} is already in the index; remove it first or give a new id")
-
-    def _refuse_origin(self, origin: str) -> None:
-        held = self.meta()["origin"]
-        if origin and held and origin != held:
-            raise ValueError(
-                f"codes of origin {origin!r} do not belong to an index of origin {held!r}: distances between the codes "
-                "of two models mean nothing; encode with the same model or open a new index"
-            )
 
     def remove(self, ids: np.ndarray) -> int:
         """Delete rows in one transaction and count them."""

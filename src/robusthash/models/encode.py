@@ -36,7 +36,7 @@ def encode_split(
         modality: encode only this one; all that the victim and the split share by default.
         dtype: ``float32`` or ``bf16`` autocast.
         progress: called with (items done, items in all) after each batch.
-        origin: digest of the model and split, kept in the codes.
+        origin: digest of the model, kept in the codes; an index refuses queries of another.
 
     Raises:
         ValueError: where the model gives NaN or infinite logits, or where it and the split share no such modality.

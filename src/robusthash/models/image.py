@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from robusthash.core.registry import register
@@ -74,6 +73,8 @@ def small(width: int = 32, grid: int = 2) -> ImageEncoder:
 
 def _torchvision(name: str, weights: str | None) -> Any:
     """A torchvision model; ``"hub"`` downloads its weights, anything else leaves it new."""
+    import torchvision  # half a second to import, and only these encoders need it
+
     return getattr(torchvision.models, name)(weights="DEFAULT" if weights == "hub" else None)
 
 

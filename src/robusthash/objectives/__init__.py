@@ -1,6 +1,5 @@
 """Outputs -> loss terms: hashing objectives and the code memory."""
 
-from robusthash.core.registry import discover
 from robusthash.objectives.base import HashObjective, TrainFacts
 from robusthash.objectives.centers import CSQ
 from robusthash.objectives.cpah import CPAH
@@ -25,5 +24,3 @@ __all__ = [
     "HashObjective",
     "TrainFacts",
 ]
-
-discover(__name__, __path__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -23,6 +22,8 @@ def hadamard_centers(classes: int, bits: int, draws: Draws) -> Tensor:
     """
     rows = torch.empty(0, bits)
     if bits & (bits - 1) == 0:
+        from scipy.linalg import hadamard  # a while to import, and only these lengths need it
+
         square = torch.from_numpy(hadamard(bits)).float()
         rows = torch.cat([square, -square])[:classes]
     missing = classes - len(rows)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scipy.stats import binomtest
-
 from robusthash.apps.audits.advice import advice, verdict
 from robusthash.apps.audits.circumstances import facts, lights, words
 from robusthash.apps.audits.rows import Example, Row, Shot, kept, kept_words
@@ -131,6 +129,8 @@ def _shot(shot: Shot, summary: Mapping[str, Any]) -> Markup:
 
 def _chart(summary: Mapping[str, Any], rows: Sequence[Row]) -> Markup:
     """One dot for each change that should not matter: the share of photographs kept, with its 95 % interval."""
+    from scipy.stats import binomtest  # a second to import, and only this chart needs it
+
     drawn, described = [], []
     for row in rows:
         if row.kind not in _TONES:

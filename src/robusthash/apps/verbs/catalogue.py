@@ -26,10 +26,9 @@ def everything(
     Evidence: paper+code, paper, reconstruction, own or library.
     State: measured (on real data, in the documents) or tested.
     """
-    from robusthash.apps import catalogue
-    from robusthash.core.registry import nearest
+    from robusthash.core.registry import catalogue, nearest
 
-    cards = catalogue.everything()
+    cards = catalogue()
     kinds = {card.kind for card in cards}
     if kind is not None and kind not in kinds:
         raise ValueError(f"no kind is called {kind!r}{nearest(kind, kinds)}")
