@@ -22,6 +22,7 @@ from helpers import (
 )
 from torch import Tensor
 
+from robusthash.apps.config import ConfigError, load_config
 from robusthash.attacks import mainstay
 from robusthash.attacks.named import dhta
 from robusthash.core.hamming import sign
@@ -378,3 +379,24 @@ def test_unlabelled_training_of_a_supervised_objective_is_refused(data: Retrieva
     bare = replace(data, train=replace(data.train, labels=None))
     with pytest.raises(ValueError, match="no labels"):
         fit(make_recipe("plain", small_hasher()), bare, train_config(1))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "training.recipe.inner=thru",
+            "inner of recipe 'regenerate' must be one of 'published', 'through', got 'thru'",
+        ),
+        ("training.attack.modality=images", "modality of attack 'drfgd' must be one of .*'both', got 'images'"),
+        (
+            "hasher.purifiers.image.output=straight",
+            "output of purifier 'drfgd-image' must be one of .*, got 'straight'",
+        ),
+        ("evaluation.attacks.1.norm=l3", "norm of attack 'mainstay' must be one of 'linf', 'l2', 'l1', got 'l3'"),
+    ],
+)
+def test_a_wrong_word_is_refused_when_the_recipe_is_read(override: str, said: str) -> None:
+    """Not after the run that it starts from was trained."""
+    with pytest.raises(ConfigError, match=said):
+        load_config("recipes/fashion-drfgd.yaml", [override])

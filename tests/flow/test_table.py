@@ -204,6 +204,24 @@ def test_names_with_the_words_of_a_column_are_never_taken_apart():
     assert parse_column("MAP of clean as a as b", [*names, "clean as a"]) == Column("clean as a", "MAP", "b")
 
 
+def test_of_a_folder_runs_that_were_not_evaluated_are_left_out(call, run, tmp_path):
+    done = sibling(run, tmp_path, "done", {})
+    waiting = sibling(run, tmp_path, "waiting", {"runtime.seed": 1})
+    for path in waiting.glob("metrics.*"):
+        path.unlink()
+    code, out, err = call("table", tmp_path, "--column", "clean")
+    assert code == 0, err
+    assert f"{waiting} has no results yet and is left out" in err
+    assert out == call("table", done, "--column", "clean")[1]
+    code, _, err = call("table", done, waiting, "--column", "clean")
+    assert code == 1
+    assert f"{waiting} has not been evaluated" in err
+    shutil.rmtree(done)
+    code, _, err = call("table", tmp_path)
+    assert code == 1
+    assert "none of these runs was evaluated" in err
+
+
 def test_other_formats_hold_the_same_values(call, run):
     cell = make_rows([run.path])[0].cells["clean"]
     lines = list(csv.reader(call("table", run.path, "--column", "clean", "--format", "csv")[1].splitlines()))

@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -311,6 +312,24 @@ def test_registry_errors_offer_the_nearest() -> None:
         registry.build("vegetable", "apple")
     with pytest.raises(TypeError, match="weight"):
         registry.build("fruit", "pear")
+    with pytest.raises(KeyError, match=r"takes no 'zzz'\. Known: colour, weight\."):
+        registry.check("fruit", {"name": "apple", "zzz": 2})
+
+
+@pytest.mark.usefixtures("shelf")
+def test_an_option_of_a_few_words_is_checked_before_anything_is_made() -> None:
+    @registry.register("fruit", "plum")
+    def plum(skin: Literal["blue", "red"] = "blue", stones: Literal[0, 1] = 1) -> str:
+        raise AssertionError("made")
+
+    for options, said in (
+        ({"skin": "green"}, "skin of fruit 'plum' must be one of 'blue', 'red', got 'green'"),
+        ({"stones": "1"}, "stones of fruit 'plum' must be one of 0, 1, got '1'"),
+        ({"skin": ["blue"]}, "got \\['blue'\\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            registry.check("fruit", {"name": "plum", **options})
+    assert registry.check("fruit", {"name": "plum", "skin": "red", "stones": 0})[1] == {"skin": "red", "stones": 0}
 
 
 @pytest.mark.usefixtures("shelf")

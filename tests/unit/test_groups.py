@@ -229,11 +229,16 @@ def test_a_recipe_file_names_groups_that_there_may_be() -> None:
         ({"head": {"lr": -1}}, "head"),
         ({"head": {"rate": 1}}, "head"),
         ({"head": 3}, "head"),
+        ({"head": {"lr": float("inf")}}, r"optim\.head\.lr: .*finite"),
     ):
         with pytest.raises(ConfigError, match=said):
             make_config(plain(**optim))
     with pytest.raises(ConfigError, match="optim"):
         make_config({"name": "x", "training": {"optim": ["hasher"]}})
+    with pytest.raises(ConfigError, match=r"group 'hasher'; add training\.optim\.hasher"):
+        make_config({"name": "x", "training": {"optim": {"image": {"lr": 0.1}}}})
+    with pytest.raises(ConfigError, match=r"group 'purifier'; add training\.optim\.purifier"):
+        make_config({"name": "x", "training": {"recipe": "regenerate", "attack": "mainstay"}})
 
 
 def test_a_part_takes_from_hasher_what_it_leaves_out(tmp_path: Path) -> None:
@@ -273,7 +278,7 @@ def test_a_head_of_several_hidden_layers() -> None:
     torch.testing.assert_close(head(x)[0], expected)
     torch.testing.assert_close(head(x)[1], torch.tanh(expected))
     assert MLPHead(6, 4, 5).state_dict().keys() == {f"layers.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
-    for bad in ([], [4, 0], 0):
+    for bad in ([], [4, 0], 0, "wide", [4, "5"], [2.5], True, None, [[4]]):
         with pytest.raises(ValueError, match="hidden must be"):
             MLPHead(6, 4, bad)
 

@@ -29,8 +29,9 @@ Settings = str | dict[str, Any]
 
 
 def recipe(outer: Settings, attack: Settings) -> dict[str, Any]:
-    training = {"recipe": "adversarial", "objective": "dpsh", "outer": outer, "attack": attack}
-    return {"name": "x", "data": "synthetic", "training": training}
+    optim = {"hasher": {"lr": 0.01}, "guide": {"lr": 0.01}}
+    training = {"recipe": "adversarial", "objective": "dpsh", "outer": outer, "attack": attack, "optim": optim}
+    return {"name": "x", "data": "synthetic", "hasher": {"text": "mlp"}, "training": training}
 
 
 REFUSED: list[tuple[Settings, Settings, str]] = [
@@ -78,6 +79,26 @@ def test_an_attack_that_does_not_fit_is_refused_where_the_recipe_is_read(
 @pytest.mark.parametrize(("outer", "attack"), FITTING)
 def test_an_attack_that_fits_is_read(outer: Settings, attack: Settings) -> None:
     assert make_config(recipe(outer, attack)).training.outer == outer
+
+
+def test_what_the_attack_needs_of_hasher_and_optimisers_is_asked_for_where_the_recipe_is_read() -> None:
+    """Before anything is trained, the run to start from above all."""
+    for name, settings, recipe_name in (
+        ("text-edits", "text-edits", "adversarial"),
+        ("mainstay", {"name": "mainstay", "modality": "both"}, "adversarial"),
+        ("mainstay", {"name": "mainstay", "modality": "text"}, "asymmetric"),
+    ):
+        raw = recipe("pgd-at" if recipe_name == "adversarial" else "dsarh", settings)
+        raw["training"]["recipe"] = recipe_name
+        raw["hasher"] = {"image": "small"}
+        with pytest.raises(ConfigError, match=rf"'{name}' changes texts.*set hasher\.text") as caught:
+            make_config(raw)
+        assert "batch_size" not in str(caught.value)  # the whole config would hide the line
+    for outer, attack in (("atrdh", "tha"), ("dsarh", "tha")):
+        raw = recipe(outer, attack)
+        del raw["training"]["optim"]["guide"]
+        with pytest.raises(ConfigError, match=r"group 'guide'; add training\.optim\.guide"):
+            make_config(raw)
 
 
 def test_the_line_names_what_fits() -> None:

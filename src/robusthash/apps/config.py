@@ -19,11 +19,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from torch import nn
 
+from robusthash.attacks.base import Attack
 from robusthash.core.registry import build, check, nearest
 from robusthash.core.runtime import digest
 from robusthash.defenses.needs import check_needs
-from robusthash.training.groups import BASE, MODALITIES, NAMES, unknown
+from robusthash.training.groups import BASE, MODALITIES, NAMES, unknown, unset
 
 _FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+)\s*")
 _EXPONENT = re.compile(r"[+-]?\d+(?:\.\d*)?[eE][+-]?\d+")
@@ -83,7 +85,7 @@ class OptimSection(Section):
     """One optimiser group. ``lr`` 0 freezes ``hasher`` or a part of it, BatchNorm statistics included."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Annotated[float, BeforeValidator(numbers)] = Field(0.01, ge=0)
+    lr: Annotated[float, BeforeValidator(numbers)] = Field(0.01, ge=0, allow_inf_nan=False)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: Annotated[float, BeforeValidator(numbers)] = Field(5e-4, ge=0)
 
@@ -137,28 +139,47 @@ class TrainingSection(Section):
                 raise ValueError(f"recipe {made.name!r} needs {key!r}")
             if key not in accepted and given:
                 raise ValueError(f"recipe {made.name!r} takes no {key!r}; adversarial training is recipe: adversarial")
-        self._check_groups(getattr(made.make, "groups", None))
-        self._check_attack()
+        groups: tuple[str, ...] | None = getattr(made.make, "groups", None)
+        self._check_groups(groups)
+        self._check_attack(learns="guide" in (groups or ()))
         return self
 
     def _check_groups(self, groups: tuple[str, ...] | None) -> None:
-        """``optim`` against the groups that the recipe may have; which of them it has, the loop knows."""
+        """``optim`` against the groups that the recipe may have; which others than the first it has, the loop knows."""
+        if groups is not None and groups[0] not in self.optim:
+            raise ValueError(unset(groups[0]))
         for name, optim in self.optim.items():
             if groups is not None and name not in (*groups, BASE) and not (name in NAMES and BASE in groups):
                 raise ValueError(unknown(name, [*groups, *(NAMES if BASE in groups else ())]))
             if optim.lr == 0 and name not in (BASE, *NAMES):
                 raise ValueError(f"optim.{name}.lr is 0, which freezes parts of the hasher and no other group")
 
-    def _check_attack(self) -> None:
-        """That the inner attack gives what the outer loss needs; both are made for it, which takes no data."""
-        if self.attack is None or self.outer is None:
+    def _check_attack(self, learns: bool) -> None:
+        """That the inner attack gives what the outer loss needs, and has settings where its guide ``learns``."""
+        attack = self.inner_attack()
+        if attack is None:
             return
-        objective = build("objective", self.objective)
+        if learns and isinstance(attack.guide, nn.Module) and "guide" not in self.optim:
+            raise ValueError(unset("guide"))
+        if self.outer is not None:
+            try:
+                outer = build("outer", self.outer)
+            except KeyError as error:  # a name inside of its options
+                raise ValueError(error.args[0]) from None
+            check_needs(attack, outer, build("objective", self.objective))
+
+    def inner_attack(self) -> Attack | None:
+        """The inner attack, made without data.
+
+        Raises:
+            ValueError: options that it does not take.
+        """
+        if self.attack is None:
+            return None
         try:
-            attack, outer = build("attack", self.attack, objective=objective), build("outer", self.outer)
-        except KeyError as error:  # a name inside of their options
+            return build("attack", self.attack, objective=build("objective", self.objective))
+        except KeyError as error:  # a name inside of its options
             raise ValueError(error.args[0]) from None
-        check_needs(attack, outer, objective)
 
 
 class EvaluationSection(Section):
@@ -213,6 +234,13 @@ class Config(Section):
             modality = name.partition("-")[0]
             if name in NAMES and modality in MODALITIES and getattr(self.hasher, modality) is None:
                 raise ValueError(f"training.optim.{name} needs hasher.{modality}, which is not set")
+        attack = self.training.inner_attack()
+        for modality in attack.threat.balls if attack is not None else ():
+            if getattr(self.hasher, modality, None) is None:
+                raise ValueError(
+                    f"the inner attack {attack.name!r} changes {modality}s, and this hasher encodes none: set "
+                    f"hasher.{modality}, or take another training.attack"
+                )
         return self
 
     def model_id(self, ancestor: str = "") -> str:
@@ -311,5 +339,5 @@ def _explain(problem: Mapping[str, Any], where: str) -> str:
         return f"{where}: unknown key {'.'.join(place)!r}{nearest(place[-1], known)}"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
-    whole = isinstance(given, Mapping) and "name" not in given  # a section, whose content would hide the message
+    whole = isinstance(given, Mapping) and not (place and "name" in given)  # a section, which would hide the message
     return f"{where}: {'.'.join(place) or 'config'}: {message}" + ("" if whole else f" (got {given!r})")

@@ -327,6 +327,19 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def runs_with(has: Callable[[Run], bool], paths: Sequence[Path]) -> tuple[list[Run], list[Run]]:
+    """The runs that ``find_runs`` finds: those that are given or ``has`` holds of; and the others, of folders.
+
+    So a folder may hold runs that wait for their results, and a run that is given itself is not left out.
+
+    Raises:
+        RunError: a folder that neither is a run directory nor holds one.
+    """
+    runs = [load_run(path) for path in find_runs(paths)]
+    chosen = [run for run in runs if run.path in paths or has(run)]
+    return chosen, [run for run in runs if run not in chosen]
+
+
 def _without_weights(encoder: Any) -> Any:
     """Encoder settings, nested ones too, without pretrained weights: those were only the start, and may be gone."""
     if not isinstance(encoder, dict):

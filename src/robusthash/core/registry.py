@@ -8,7 +8,8 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 Made = TypeVar("Made", bound=Callable[..., Any])
 Evidence = Literal["paper+code", "paper", "reconstruction", "own", "library"]
@@ -73,7 +74,8 @@ def nearest(word: str, known: Any) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return hint + (f" Known: {', '.join(known)}." if len(known) <= 40 else "")
+    listed = f"{hint or '.'} Known: {', '.join(known)}."
+    return listed if len(known) <= 40 else hint
 
 
 def card(kind: str, name: str) -> Card:
@@ -100,16 +102,33 @@ def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str,
 
     Raises:
         KeyError: no name, an unknown name, or an option that it does not take; the nearest is offered.
+        ValueError: an option of a few known words (``Literal``) with another one.
     """
     options = {"name": settings} if isinstance(settings, str) else dict(settings)
     if "name" not in options:
         raise KeyError(f"a {kind} needs a 'name', got {dict(options)}")
     found = card(kind, options.pop("name"))
     accepted = inspect.signature(found.make).parameters
-    for key in options:
+    for key, value in options.items():
         if key not in accepted:
             raise KeyError(f"{kind} {found.name!r} takes no {key!r}{nearest(key, accepted)}")
+        words = _words(found.make).get(key)
+        if words is not None and value not in words:
+            raise ValueError(
+                f"{key} of {kind} {found.name!r} must be one of {', '.join(map(repr, words))}, got {value!r}"
+            )
     return found, options
+
+
+@cache
+def _words(make: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
+    """The words that an option annotated as a ``Literal`` may be, by option; none where annotations have no meaning."""
+    try:
+        parameters = inspect.signature(make, eval_str=True).parameters
+    except NameError:  # a name imported for type checkers alone
+        return {}
+    annotations = {name: parameter.annotation for name, parameter in parameters.items()}
+    return {name: get_args(given) for name, given in annotations.items() if get_origin(given) is Literal}
 
 
 def build(kind: str, settings: str | Mapping[str, Any], **context: Any) -> Any:

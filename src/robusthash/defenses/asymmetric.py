@@ -63,7 +63,9 @@ class Asymmetric(Recipe):
         database: Literal["learned", "network"] = "learned",
     ) -> None:
         if not isinstance(objective, ADSH):
-            raise ValueError(f"the recipe 'asymmetric' solves codes of the objective 'adsh', not {type(objective)}")
+            raise ValueError(
+                f"the recipe 'asymmetric' solves codes of the objective 'adsh', not of {type(objective).__name__}"
+            )
         if len(hasher.modalities) != 1:
             raise ValueError(f"asymmetric training is for one modality, and this hasher has {list(hasher.modalities)}")
         if attack is None and outer is not None:

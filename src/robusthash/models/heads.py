@@ -72,9 +72,10 @@ class MLPHead(nn.Module):
 
     def __init__(self, width: int, bits: int, hidden: int | Sequence[int] = 512) -> None:
         super().__init__()
-        hidden = [hidden] if isinstance(hidden, int) else list(hidden)
-        if not hidden or min(hidden) < 1:
-            raise ValueError(f"hidden must be one or several widths of at least 1, got {hidden}; without, use 'tanh'")
+        given = hidden
+        hidden = list(given) if isinstance(given, Sequence) else [given]
+        if not hidden or not all(type(size) is int and size >= 1 for size in hidden):
+            raise ValueError(f"hidden must be one or several widths of at least 1, got {given!r}; without, use 'tanh'")
         self.bits = bits
         layers: list[nn.Module] = []
         for inputs, outputs in zip((width, *hidden), hidden, strict=False):

@@ -70,7 +70,7 @@ def divided(
     """
     for name, parameters in groups.items():
         if parameters and name not in rates:
-            raise KeyError(f"no optimiser settings for group {name!r}; add training.optim.{name}")
+            raise KeyError(unset(name))
     parts = [name for name in NAMES if name in rates and name not in groups]
     known = [*groups, *(name for name in NAMES if BASE in groups and part(hasher, name))]
     for name in rates:
@@ -103,3 +103,8 @@ def divided(
 def unknown(name: str, known: list[str]) -> str:
     """That ``training.optim.name`` is the setting of no group, and what there is."""
     return f"training.optim.{name} sets a group that this recipe does not have{nearest(name, known)}"
+
+
+def unset(name: str) -> str:
+    """That a group of the recipe has no settings."""
+    return f"no optimiser settings for group {name!r}; add training.optim.{name}"

@@ -36,7 +36,8 @@ class Recipe(ABC):
     """Interface: one way to train. The loop owns optimisers and checkpoints; the recipe owns modes and losses."""
 
     groups: ClassVar[tuple[str, ...] | None] = None
-    """The optimiser groups that it may have, so that a recipe file can be checked when it is read; None is not told."""
+    """The optimiser groups that it may have, the first of them always, so that a recipe file can be checked when it is
+    read; None is not told."""
 
     hasher: Hasher
 

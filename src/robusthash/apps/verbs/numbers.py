@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from robusthash.apps.verbs.results import plain, result_of
 from robusthash.apps.verbs.terminal import AsJson, RunPath, console, escape, print_json, print_table
+
+if TYPE_CHECKING:
+    from robusthash.apps.runs import Run
 
 
 def score(
@@ -73,6 +77,11 @@ def compare(
     )
 
 
+def _say_left_out(runs: Sequence[Run]) -> None:
+    for run in runs:
+        console.print(escape(f"{run.path} has no results yet and is left out"), soft_wrap=True)
+
+
 class Format(StrEnum):
     """How a table is written."""
 
@@ -107,13 +116,20 @@ def table(
     caption: Annotated[bool, typer.Option(help="Say below the table what was attacked, and how.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """One table of several runs, with intervals over seeds and queries; below it attacks and budgets."""
+    """One table of several runs, with intervals over seeds and queries; below it attacks and budgets.
+
+    Of a folder, runs that were not evaluated are left out and named; a run that is given itself must have been.
+    """
     from dataclasses import asdict
 
     from robusthash.apps import tables
-    from robusthash.apps.runs import find_runs
+    from robusthash.apps.runs import RunError, runs_with
 
-    found = find_runs(paths)
+    runs, waiting = runs_with(lambda run: run.was_evaluated, paths)
+    _say_left_out(waiting)
+    if not runs:
+        raise RunError("none of these runs was evaluated; run 'robusthash evaluate RUN' first")
+    found = [run.path for run in runs]
     seeds = tables.read_seeds(found if seed is None else tables.of_seeds(found, seed))
     columns = None if column is None else tables.named_columns(column, seeds)
     if against is None:
@@ -143,14 +159,11 @@ def keep(
     Of a folder, runs without results are left out and named; a run that is given itself must have some.
     """
     from robusthash.apps import keeping
-    from robusthash.apps.runs import find_runs, load_run
+    from robusthash.apps.runs import runs_with
 
-    made = []
-    for run in map(load_run, find_runs(paths)):
-        if run.path in paths or keeping.has_results(run):
-            made.append(keeping.keep(run, out))
-        else:
-            console.print(escape(f"{run.path} has no results yet and is left out"), soft_wrap=True)
+    runs, waiting = runs_with(keeping.has_results, paths)
+    made = [keeping.keep(run, out) for run in runs]
+    _say_left_out(waiting)
     if as_json:
         print_json({"kept": [str(path) for path in made]})
         return
