@@ -151,6 +151,14 @@ def test_an_emptied_index_takes_another_origin(index: CodeIndex) -> None:
         index.search(codes([9], origin="model-a"), 1)
 
 
+def test_an_emptied_index_forgets_its_origin(index: CodeIndex) -> None:
+    index.remove([1, 2, 3])
+    assert index.origin == ""
+    index.add(codes([9]))  # of unknown origin: any query is taken, and no model is named for them
+    assert index.info()["origin"] == index.origin == ""
+    assert index.search(codes([9], origin="model-b"), 1).ids.tolist() == [[9]]
+
+
 def test_an_id_held_already_is_named(index: CodeIndex, home: Path) -> None:
     with pytest.raises(ValueError, match="id 2 is already in the index"):
         index.add(codes([10, 2, 11]), [{"a": 1}] * 3)

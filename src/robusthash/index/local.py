@@ -65,7 +65,7 @@ class LocalIndex(CodeIndex):
     @property
     def origin(self) -> str:
         with self._lock:
-            return str(self._opened().meta()["origin"]) if len(self._current().rows) else ""
+            return self._origin if len(self._current().rows) else ""
 
     def add(self, codes: Codes, payload: Sequence[Mapping[str, Any]] | None = None) -> None:
         rows, ids = as_rows(codes, self._bits), as_ids(codes.ids)
@@ -78,7 +78,7 @@ class LocalIndex(CodeIndex):
         with self._lock:
             store = self._opened()
             if len(ids):
-                store.add(ids, rows, texts, codes.origin)
+                self._origin = store.add(ids, rows, texts, codes.origin)
                 self._pending.append((ids, rows.copy()))  # the caller may write into its tensor later
 
     def _search(self, queries: np.ndarray, k: int, where: Where | None) -> Ranking:
@@ -158,6 +158,7 @@ class LocalIndex(CodeIndex):
         store = self._opened()
         self._version = store.version()
         self._pending = []
+        self._origin = str(store.meta()["origin"])
         return self._adopt(ENGINES[self._name](Rows(*store.load((self._bits + 7) // 8))))
 
     def _current(self) -> Engine:

@@ -98,17 +98,23 @@ class Store:
             raise ValueError(f"{self.path} is damaged: codes are not {width} bytes each; restore it from a snapshot")
         return every, np.frombuffer(codes, dtype=np.uint8).reshape(len(every), width)
 
-    def add(self, ids: np.ndarray, codes: np.ndarray, payload: Sequence[str] | None, origin: str) -> None:
-        """Insert rows in one transaction, after checking ids and origin against what is held by then."""
+    def add(self, ids: np.ndarray, codes: np.ndarray, payload: Sequence[str] | None, origin: str) -> str:
+        """Insert rows in one transaction, after checking ids and origin against what is held by then.
+
+        Returns:
+            The origin of all that is held now.
+        """
         order = np.argsort(ids)  # in id order the tree grows at its end, which is many times faster
         ascending, width = ids[order], codes.shape[1]
         with self._writing():
             highest = self._all("SELECT max(id) FROM items")[0][0]
+            held = ""  # of an emptied store, whatever its codes were of
             if highest is not None:
                 self._refuse_taken(ids, highest)
-                check_origin(origin, self.meta()["origin"])
-            if origin:
-                self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('origin', ?)", (json.dumps(origin),))
+                held = str(self.meta()["origin"])
+                check_origin(origin, held)
+            held = origin or held
+            self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('origin', ?)", (json.dumps(held),))
             for start in range(0, len(ids), _CHUNK):  # unpacked by SQLite: four times faster than a call for each row
                 part = slice(start, start + _CHUNK)
                 self._connection.execute(
@@ -120,6 +126,7 @@ class Store:
                 self._connection.executemany(
                     "INSERT INTO payloads VALUES (?, ?)", zip(ascending.tolist(), texts, strict=True)
                 )
+        return held
 
     def _refuse_taken(self, ids: np.ndarray, highest: int) -> None:
         asked = json.dumps(ids[ids <= highest].tolist())
