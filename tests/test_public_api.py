@@ -83,10 +83,25 @@ def test_the_example_of_the_page_runs(page, tmp_path, monkeypatch, capsys):
     assert "tensor" in printed or re.search(r"0\.\d+", printed)
 
 
+def anchors_of(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    return {re.sub(r"[^\w -]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
 def test_every_link_of_the_documents_leads_somewhere():
     for page in [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").rglob("*.md"))]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.relative_to(REPO)} links to {target}"
+        for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.relative_to(REPO)} links to {target}"
+            assert not anchor or anchor in anchors_of(there), f"{page.relative_to(REPO)} links to {target}#{anchor}"
+
+
+def test_anchors_are_those_of_headings():
+    assert "in-python" in anchors_of(REPO / "docs" / "robustness.md")
+    assert "as-implemented" in anchors_of(REPO / "docs" / "methods" / "drfgd.md")
+    assert "mine-yaml" not in anchors_of(REPO / "docs" / "quickstart.md")  # a comment of an example
 
 
 def test_documented_methods_of_add_a_method_work(monkeypatch):

@@ -244,6 +244,7 @@ def test_index_refuses_the_queries_of_another_run(call, trained, tmp_path):
         ("runtime", ["section.key=value"]),
         ("evaluation.attacks.7.steps=1", ["7"]),
         ("training.optim.hasher.learning_rate=1", ["learning_rate"]),
+        ("training={epochs: ", ["not valid YAML", "'{epochs: '"]),
     ],
 )
 def test_config_errors_name_the_key_and_the_nearest(override, words):
@@ -261,6 +262,24 @@ def test_budgets_are_fractions(trained, call):
     assert code == 1
     assert "8/255" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        ("{name: hag, steps: ", "not valid YAML"),
+        ("[hag]", "attack is a name, or a mapping with 'name'"),
+        ("{steps: 3}", "attack needs a 'name'"),
+        ("{name: hag, steps: many}", "attack 'hag' cannot be made with {'steps': 'many'}"),
+        ("{name: hag, slope: none}", "slope of attack 'hag' must be one of 'published', 'one', got 'none'"),
+    ],
+)
+def test_an_attack_that_cannot_be_read_is_one_line(trained, call, tmp_path, attack, said):
+    for words in (("evaluate", trained, "--attack", attack), ("attack", trained, attack, "--out", tmp_path / "x.npz")):
+        code, _, err = call(*words)
+        assert code == 1
+        assert said in err
+        assert len(err.strip().splitlines()) == 1
 
 
 def test_a_truncated_checkpoint_is_named(recipe, tmp_path, call):

@@ -204,6 +204,20 @@ def test_names_with_the_words_of_a_column_are_never_taken_apart():
     assert parse_column("MAP of clean as a as b", [*names, "clean as a"]) == Column("clean as a", "MAP", "b")
 
 
+def test_a_row_alone_has_no_differences(call, run):
+    code, _, err = call("table", run.path, "--against", "tiny")
+    assert code == 1
+    assert "tiny is the only row" in err
+
+
+def test_a_folder_of_recipes_says_where_its_runs_are(call, run):
+    top = run.path.parents[1]
+    code, _, err = call("table", top)
+    assert code == 1
+    assert f"{top} is not a run directory and holds none" in err
+    assert f"such as {run.path.parent}" in err
+
+
 def test_of_a_folder_runs_that_were_not_evaluated_are_left_out(call, run, tmp_path):
     done = sibling(run, tmp_path, "done", {})
     waiting = sibling(run, tmp_path, "waiting", {"runtime.seed": 1})

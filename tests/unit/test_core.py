@@ -308,9 +308,12 @@ def test_registry_errors_offer_the_nearest() -> None:
         registry.build("fruit", {"name": "apple", "wieght": 2})
     with pytest.raises(KeyError, match="needs a 'name'"):
         registry.build("fruit", {"weight": 2})
+    for wrong in (["apple"], None, 3):
+        with pytest.raises(ValueError, match="fruit is a name, or a mapping with 'name' and options, got"):
+            registry.build("fruit", wrong)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match="no vegetable is called 'apple'"):
         registry.build("vegetable", "apple")
-    with pytest.raises(TypeError, match="weight"):
+    with pytest.raises(KeyError, match="fruit 'pear' needs 'weight'"):
         registry.build("fruit", "pear")
     with pytest.raises(KeyError, match=r"takes no 'zzz'\. Known: colour, weight\."):
         registry.check("fruit", {"name": "apple", "zzz": 2})
@@ -330,6 +333,20 @@ def test_an_option_of_a_few_words_is_checked_before_anything_is_made() -> None:
         with pytest.raises(ValueError, match=said):
             registry.check("fruit", {"name": "plum", **options})
     assert registry.check("fruit", {"name": "plum", "skin": "red", "stones": 0})[1] == {"skin": "red", "stones": 0}
+
+
+@pytest.mark.usefixtures("shelf")
+def test_an_option_of_a_wrong_type_is_named() -> None:
+    """The fault of who wrote the option; without one it is a fault of the code, and stays what it is."""
+
+    @registry.register("fruit", "melon")
+    def melon(weight: float = 1.0, broken: int = 0) -> float:
+        return weight / 2 + len(broken) if broken else weight / 2  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match=r"fruit 'melon' cannot be made with \{'weight': 'heavy'\}: unsupported"):
+        registry.build("fruit", {"name": "melon", "weight": "heavy"})
+    with pytest.raises(TypeError):
+        registry.build("fruit", "melon", broken=3)
 
 
 @pytest.mark.usefixtures("shelf")

@@ -49,6 +49,19 @@ def numbers(value: Any) -> Any:
     return value
 
 
+def value_of(text: str) -> Any:
+    """A value of the command line, as a recipe would hold it.
+
+    Raises:
+        ConfigError: not YAML; one line.
+    """
+    try:
+        return numbers(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        said = getattr(error, "problem", None) or "it cannot be read"
+        raise ConfigError(f"not valid YAML: {text!r} ({said})") from None
+
+
 def _component(kind: str) -> Any:
     """A field that holds ``name`` or ``{name: ..., options}`` of a registered kind, checked against its signature."""
 
@@ -312,7 +325,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set takes section.key=value, got {override!r}")
-    value = numbers(yaml.safe_load(text)) if text else None
+    value = value_of(text) if text else None
 
     def place(node: Any, keys: list[str]) -> Any:
         if not keys:

@@ -322,7 +322,11 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         below = sorted(config.parent for config in path.glob("*/config.yaml"))
         if not (path / "config.yaml").is_file() and not below:
-            raise RunError(f"{path} is not a run directory and holds none: it has no config.yaml")
+            deeper = next(path.glob("*/*/config.yaml"), None)
+            raise RunError(
+                f"{path} is not a run directory and holds none: it has no config.yaml"
+                + ("" if deeper is None else f"; give the folders in it that do, such as {deeper.parents[1]}")
+            )
         found += [path] if (path / "config.yaml").is_file() else below
     return found
 

@@ -159,13 +159,15 @@ def differences_of(rows: Seeds, columns: Sequence[Column], baseline: str) -> lis
     seeds the interval is that of the method (seeds and queries resampled), of a single one that of the checkpoint.
 
     Raises:
-        ValueError: no row of that name, or one that has no training seed in common with it; or a column that is a
-            difference already.
+        ValueError: no row of that name, no other row, or one that has no training seed in common with it; or a column
+            that is a difference already.
     """
     if doubled := [column.title for column in columns if column.minus]:
         raise ValueError(f"{doubled[0]!r} is a difference already; leave --against out for it")
     if baseline not in rows:
-        raise ValueError(f"no row is named {baseline!r}{nearest(baseline, rows)}; there are {', '.join(rows)}")
+        raise ValueError(f"no row is named {baseline!r}{nearest(baseline, rows)}")
+    if len(rows) < 2:
+        raise ValueError(f"{baseline} is the only row; give the runs that are to be held against it too")
     against = {seed.number: seed for seed in rows[baseline]}
     made = []
     for name in [name for name in rows if name != baseline]:
@@ -374,7 +376,7 @@ def chosen_rows(rows: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
     for text in wanted:
         name, label = next((read for read in _labelled(text) if read[0] in by_name), _labelled(text)[-1])
         if name not in by_name:
-            raise ValueError(f"no row is named {name!r}{nearest(name, by_name)}; there are {', '.join(by_name)}")
+            raise ValueError(f"no row is named {name!r}{nearest(name, by_name)}")
         made.append(replace(by_name[name], name=label or name))
     return made
 

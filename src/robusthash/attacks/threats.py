@@ -177,5 +177,5 @@ def _parsed(part: str, known: set[str]) -> tuple[str, Budget]:
         if found := re.fullmatch(pattern, part):
             return modality, make(float(found[1]))
     raise KeyError(
-        f"no threat is called {part!r}{nearest(part, known)} Other numbers: img-linf-4, img-l2-1, txt-bow-5."
+        f"no threat is called {part!r}{nearest(part, known)} Other numbers: img-linf-4, img-l2-1, img-l1-12, txt-bow-5."
     )

@@ -102,11 +102,13 @@ def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str,
 
     Raises:
         KeyError: no name, an unknown name, or an option that it does not take; the nearest is offered.
-        ValueError: an option of a few known words (``Literal``) with another one.
+        ValueError: neither a name nor a name with options; an option of a few known words (``Literal``) with another.
     """
+    if not isinstance(settings, str | Mapping):
+        raise ValueError(f"{kind} is a name, or a mapping with 'name' and options, got {settings!r}")
     options = {"name": settings} if isinstance(settings, str) else dict(settings)
     if "name" not in options:
-        raise KeyError(f"a {kind} needs a 'name', got {dict(options)}")
+        raise KeyError(f"{kind} needs a 'name', got {dict(options)}")
     found = card(kind, options.pop("name"))
     accepted = inspect.signature(found.make).parameters
     for key, value in options.items():
@@ -132,10 +134,27 @@ def _words(make: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def build(kind: str, settings: str | Mapping[str, Any], **context: Any) -> Any:
-    """Make the object that ``settings`` name; of ``context``, which the caller supplies, it gets what it takes."""
+    """Make the object that ``settings`` name; of ``context``, which the caller supplies, it gets what it takes.
+
+    Raises:
+        KeyError, ValueError: what ``check`` refuses; an option that is missing, or of a type that cannot be used.
+    """
     found, options = check(kind, settings)
-    accepted = inspect.signature(found.make).parameters
-    return found.make(**options, **{key: value for key, value in context.items() if key in accepted})
+    parameters = inspect.signature(found.make).parameters
+    given = {**options, **{key: value for key, value in context.items() if key in parameters}}
+    for key, parameter in parameters.items():
+        if (
+            parameter.default is parameter.empty
+            and key not in given
+            and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ):
+            raise KeyError(f"{kind} {found.name!r} needs {key!r}")
+    try:
+        return found.make(**given)
+    except TypeError as error:
+        if not options:
+            raise
+        raise ValueError(f"{kind} {found.name!r} cannot be made with {options}: {error}") from error
 
 
 def catalogue(kind: str | None = None) -> list[Card]:

@@ -23,12 +23,10 @@ def transfer(
     as_json: AsJson = False,
 ) -> None:
     """How attacks carry over between models: a table of surrogates (rows) and victims (columns)."""
-    import yaml
-
-    from robusthash.apps.config import numbers
+    from robusthash.apps.config import value_of
     from robusthash.apps.studies.transferring import transfer_table
 
-    radius = None if eps is None else numbers(yaml.safe_load(eps))
+    radius = None if eps is None else value_of(eps)
     if radius is not None and not isinstance(radius, int | float):
         raise ValueError(f"--eps takes a number such as 8/255, got {eps!r}")
     with progress_bars() as shown:

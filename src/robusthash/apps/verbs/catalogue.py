@@ -52,13 +52,11 @@ def data_check(
     as_json: AsJson = False,
 ) -> None:
     """Read a data set, check its splits, and print sizes and fingerprints."""
-    import yaml
-
-    from robusthash.apps.config import numbers
+    from robusthash.apps.config import value_of
     from robusthash.core.registry import build
     from robusthash.data import RetrievalData
 
-    data: RetrievalData = build("data", numbers(yaml.safe_load(name)))
+    data: RetrievalData = build("data", value_of(name))
     described = data.describe()
     if as_json:
         print_json(described)

@@ -24,9 +24,7 @@ def poison(
     as_json: AsJson = False,
 ) -> None:
     """Attack the database of a run: insert items to be found often, or change items to be found no more."""
-    import yaml
-
-    from robusthash.apps.config import numbers
+    from robusthash.apps.config import value_of
     from robusthash.apps.poisoning import poison as poison_run
     from robusthash.apps.runs import load_run
 
@@ -36,7 +34,7 @@ def poison(
         result, path = poison_run(
             load_run(run),
             threat,
-            attack=None if attack is None else numbers(yaml.safe_load(attack)),
+            attack=None if attack is None else value_of(attack),
             count=count,
             k=k,
             share=share,

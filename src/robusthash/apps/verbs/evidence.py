@@ -24,14 +24,12 @@ def evidence_export(
     as_json: AsJson = False,
 ) -> None:
     """Attack the queries of a run and write them as an evidence bundle."""
-    import yaml
-
     from robusthash.apps import evidence
-    from robusthash.apps.config import numbers
+    from robusthash.apps.config import value_of
     from robusthash.apps.runs import load_run
 
     with progress_bars() as shown:
-        result = evidence.export_evidence(load_run(run), numbers(yaml.safe_load(attack)), out, shown)
+        result = evidence.export_evidence(load_run(run), value_of(attack), out, shown)
     _show(result, f"evidence of {run}", as_json, {"out": str(out)})
     if not as_json:
         sys.stdout.write(f"{out}\n")

@@ -92,13 +92,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a trained run clean, under each attack, and in the worst case per query."""
-    import yaml
-
     from robusthash.apps import stages
-    from robusthash.apps.config import numbers
+    from robusthash.apps.config import value_of
     from robusthash.apps.runs import load_run
 
-    chosen = [numbers(yaml.safe_load(text)) for text in attack or ()] or None
+    chosen = [value_of(text) for text in attack or ()] or None
     with progress_bars() as shown:
         stages.evaluate(load_run(run), shown, chosen)
     show_results(run, as_json)
@@ -111,14 +109,12 @@ def attack_command(
     as_json: AsJson = False,
 ) -> None:
     """Attack the queries of a run and keep the attacked inputs."""
-    import yaml
-
     from robusthash.apps import stages
-    from robusthash.apps.config import numbers
+    from robusthash.apps.config import value_of
     from robusthash.apps.runs import load_run
 
     with progress_bars() as shown:
-        result = stages.attack_to_file(load_run(run), numbers(yaml.safe_load(name)), out, shown)
+        result = stages.attack_to_file(load_run(run), value_of(name), out, shown)
     if as_json:
         print_json({"out": str(out), **plain(result)})
         return

@@ -163,9 +163,7 @@ def curves(
     as_json: AsJson = False,
 ) -> None:
     """Convergence of training: loss terms and seconds by epoch, and clean and attacked MAP by kept epoch."""
-    import yaml
-
-    from robusthash.apps.config import numbers
+    from robusthash.apps.config import value_of
     from robusthash.apps.studies.attribution import labelled
     from robusthash.apps.studies.curves import log_curves, robust_curves, values_of
     from robusthash.apps.studies.figures import draw_log, draw_robust
@@ -177,7 +175,7 @@ def curves(
     drawn = [path for label, run in opened.items() for path in draw_log(label, run, out)]
     plain: dict[str, Any] = {label: {"log": log_curves(run)} for label, run in opened.items()}
     if robust is not None:
-        attack = numbers(yaml.safe_load(robust))
+        attack = value_of(robust)
         with progress_bars() as shown:
             found = {label: robust_curves(run, attack, queries, shown) for label, run in opened.items()}
         drawn += draw_robust(found, out)
