@@ -16,6 +16,7 @@ from robusthash.apps.runs import Run, write_json
 from robusthash.attacks.threat import Threat
 from robusthash.attacks.threats import named_threat
 from robusthash.core.files import write_aside
+from robusthash.core.identity import describe, identity
 from robusthash.core.runtime import digest
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attacked import Attacked
@@ -35,7 +36,7 @@ CHECKED_TIERS = ("fast", "standard", "full")  # smoke is too short to judge, and
 
 @dataclass(frozen=True)
 class FolderKeep:
-    """Attacked blocks as files, ``<line>-<digest of its settings>/<restart>/<block>.npz``, complete or not there."""
+    """Attacked blocks as files, ``<line>-<identity of its settings>/<restart>/<block>.npz``, complete or not there."""
 
     root: Path
 
@@ -43,9 +44,13 @@ class FolderKeep:
         """A keep of its own inside this one."""
         return FolderKeep(self.root / name)
 
-    def _path(self, line: Line, restart: int, block: int) -> Path:
+    def folder(self, line: Line) -> Path:
+        """Where the blocks of a line are."""
         name = re.sub(r"[^\w.-]+", "_", line.name)
-        return self.root / f"{name}-{digest(line.settings(), 8)}" / str(restart) / f"{block}.npz"
+        return self.root / f"{name}-{identity(line.settings(), 8)}"
+
+    def _path(self, line: Line, restart: int, block: int) -> Path:
+        return self.folder(line) / str(restart) / f"{block}.npz"
 
     def load(self, line: Line, restart: int, block: int) -> Attacked | None:
         """The block that was kept, or None.
@@ -182,22 +187,13 @@ def _surrogates(run: Run, others: Sequence[Run], data: RetrievalData, bench: Ben
 def _folder(run: Run, suite: Suite, bench: Bench) -> Path:
     """Where the blocks of a suite on these queries are kept; lines keep apart what their own settings change."""
     asked = [bench.queries.fingerprint(), bench.data.database.fingerprint(), bench.protocol.settings()["targets"]]
-    identity = digest([run.card()["digest"], *asked, bench.direction, bench.batch_size, bench.seed])
-    folder = run.path / "assess" / f"{suite.name.replace(' ', '-')}-{identity}"
+    place = digest([run.card()["digest"], *asked, bench.direction, bench.batch_size, bench.seed])
+    folder = run.path / "assess" / f"{suite.name.replace(' ', '-')}-{place}"
     folder.mkdir(parents=True, exist_ok=True)
     lines = {line.name: {"restarts": line.restarts, "settings": line.settings()} for line in suite.lines}
     (folder / "lines").mkdir(exist_ok=True)
-    write_json(folder / "lines" / f"{suite.digest()}.json", _plain(lines))
+    write_json(folder / "lines" / f"{suite.digest()}.json", describe(lines))
     return folder
-
-
-def _plain(value: object) -> object:
-    """Settings as JSON takes them: what is no plain data is written as text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _write(path: Path, result: EvalResult) -> None:

@@ -14,8 +14,8 @@ from robusthash.attacks.search import Polish
 from robusthash.attacks.threat import Attacked as Modality
 from robusthash.attacks.threat import Edits, Threat, threat_on
 from robusthash.attacks.tokens import GreedySwaps
+from robusthash.core.identity import marked_identity
 from robusthash.core.registry import nearest
-from robusthash.core.runtime import digest
 from robusthash.evaluation.attempts import Attempts, Keep, run_lines
 from robusthash.evaluation.bench import Bench, Progress, silent
 from robusthash.evaluation.lines import Gradient, Line, Refined
@@ -58,8 +58,8 @@ class Suite:
         return replace(self, lines=(*others, *lines, *refined))
 
     def digest(self) -> str:
-        """Of all that its lines depend on."""
-        return digest([[line.name, line.restarts, line.settings()] for line in self.lines])
+        """Identity of all that its lines depend on, with the number of the scheme before it."""
+        return marked_identity([[line.name, line.restarts, line.settings()] for line in self.lines])
 
 
 @dataclass(frozen=True)
@@ -224,12 +224,13 @@ def assess_prepared(
     attempts = run_lines(bench, suite.lines, keep, progress)
     assert attempts is not None  # one shard, the whole
     result = standing(bench, attempts, suite.floor)
+    digests = {name: value for name, value in result.setting.digests.items() if name != "budget"}
     setting = replace(
         result.setting,
         # adaptive lines go with the defense, which is the model's: without them results of two models stay comparable
         attacks=tuple(line.name for line in suite.own),
         budget=f"suite {suite.name}, {len(suite.own)} lines",
-        digests={**result.setting.digests, "suite": replace(suite, lines=suite.own).digest()},
+        digests={**digests, "suite": replace(suite, lines=suite.own).digest()},
     )
     notes = (*notes, *result.notes)
     result = replace(result, name=f"{setting.threat} {suite.name}", setting=setting, notes=notes)
