@@ -173,44 +173,6 @@ Checks = Callable[[Bench, Attempts, EvalResult], tuple[Flag, ...]]
 """What looks at everything that was found and raises flags."""
 
 
-def assess(
-    bench: Bench,
-    suite: Suite | str = "standard",
-    threat: Threat | None = None,
-    *,
-    keep: Keep | None = None,
-    progress: Progress = silent,
-    checks: Checks | None = None,
-) -> EvalResult:
-    """The worst case of each query over the clean input and every line and restart of a suite.
-
-    The result holds ``wMAP`` with its interval (and so for every AP of the protocol), ``wMAP/8bit`` and of bags of
-    words ``wMAP/rounded``, ``HRS``, and where lines are targeted ``t-MAP``, ``gain``, ``t-ASR``, ``TR`` and the
-    ``collateral MAP``. ``attacks`` says of each line its MAP, its unique wins, how far towards the searched floor it
-    came, ASR, flips and cost; ``winner`` names the line and restart of each query; ``reference`` has chance, least,
-    floor and clean.
-
-    A victim that declares itself ``randomised`` is scored by the mean AP over fresh draws of its noise, other draws
-    than those by which the worst is chosen.
-
-    Args:
-        suite: a suite, or a tier by name.
-        threat: what the attacker may change, instead of what the suite's lines say; ``img-linf-8`` for a tier by name.
-        keep: where attacked blocks are kept; the same call then goes on where it was stopped.
-        checks: raises the result's flags.
-
-    Example:
-        >>> import robusthash as rh
-        >>> data = rh.load_data("synthetic")
-        >>> bench = rh.make_bench(rh.build_hasher(bits=16), data)
-        >>> result = rh.assess(bench, "smoke")
-        >>> result["wMAP"] <= result.reference["clean"]
-        True
-    """
-    suite, bench, notes = prepare_suite(bench, suite, threat)
-    return assess_prepared(bench, suite, notes, keep=keep, progress=progress, checks=checks)
-
-
 def assess_prepared(
     bench: Bench,
     suite: Suite,
@@ -220,7 +182,7 @@ def assess_prepared(
     progress: Progress = silent,
     checks: Checks | None = None,
 ) -> EvalResult:
-    """``assess`` of what ``prepare_suite`` returned."""
+    """``assess`` of what ``prepare_suite`` returned; ``checks`` raises the flags of the result."""
     attempts = run_lines(bench, suite.lines, keep, progress)
     assert attempts is not None  # one shard, the whole
     result = standing(bench, attempts, suite.floor)
@@ -235,20 +197,6 @@ def assess_prepared(
     notes = (*notes, *result.notes)
     result = replace(result, name=f"{setting.threat} {suite.name}", setting=setting, notes=notes)
     return result if checks is None else replace(result, flags=checks(bench, attempts, result))
-
-
-def run_shard(
-    bench: Bench,
-    suite: Suite | str,
-    shard: tuple[int, int],
-    threat: Threat | None = None,
-    *,
-    keep: Keep,
-    progress: Progress = silent,
-) -> None:
-    """Only the blocks of shard (i, n) of ``assess``, into the keep; ``assess`` with the same keep joins them all."""
-    suite, bench, _ = prepare_suite(bench, suite, threat)
-    run_lines(bench, suite.lines, keep, progress, shard)
 
 
 def prepare_suite(
