@@ -29,7 +29,8 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal
 from robusthash.data import ArraySource, RetrievalData, Split, load_data
 from robusthash.evaluation import evaluate, make_bench, score_clean
-from robusthash.evaluation.suite import assess, tier
+from robusthash.evaluation.assess import assess
+from robusthash.evaluation.suite import tier
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPSH
 from robusthash.training import HashingRecipe, OptimConfig, fit

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robusthash.apps import assessing, lineup, stages
+from robusthash.apps import assessing, stages
 from robusthash.apps.config import make_config
 from robusthash.apps.runs import RunError, load_run
 from robusthash.apps.verbs import suite as suite_verb
 from robusthash.attacks.threat import edit_threat, image_threat
 from robusthash.data import load_data
+from robusthash.evaluation import suite, tiers
+from robusthash.evaluation.assess import assess, run_shard
 from robusthash.evaluation.bench import make_bench
 from robusthash.evaluation.lines import Gradient
 from robusthash.evaluation.results import load_results
@@ -124,12 +126,9 @@ def test_damaged_blocks_and_bad_words_are_refused(call, run):
 
 def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys):
     """The standard tier, made small: noise and questions beside the gradient lines, and every check that has an id."""
-    from robusthash.evaluation import suite
-
     monkeypatch.setitem(suite.TIERS, "standard", suite._Tier(("guided",), 1, 4, 24, 2))
-    monkeypatch.setitem(lineup.QUESTIONS, "standard", 5)
-    monkeypatch.setattr(lineup, "CHECKED", 6)
-    monkeypatch.setattr(lineup, "TIERS", suite.TIERS)
+    monkeypatch.setitem(tiers.ORACLE_QUERIES, "standard", 5)
+    monkeypatch.setattr(tiers, "CHECKED", 6)
     config = {**CONFIG, "runtime": {**CONFIG["runtime"], "seed": 1}}
     trainings = [{**CONFIG["training"], "epochs": epochs} for epochs in (1, 2)]
     twins = [stages.train(make_config({**config, "training": each}), run.parent.parent) for each in trainings]
@@ -151,24 +150,94 @@ def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys)
     assert "remedy" in capsys.readouterr().err
 
 
+GATED = {**CONFIG["hasher"], "purifiers": {"image": "spectral-gate"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "hasher"),
+    [("smoke", CONFIG["hasher"]), ("fast", CONFIG["hasher"]), ("standard", CONFIG["hasher"]), ("standard", GATED)],
+    ids=["smoke", "fast", "standard", "standard of a gated victim"],
+)
+def test_python_and_the_command_line_run_the_same_tier(call, tmp_path, monkeypatch, name, hasher):
+    """One name, one number: the same attacks, values, flags, notes and digest."""
+    cut = {"standard": ("guided", "flip")}.get(name, suite.TIERS[name].names)
+    monkeypatch.setitem(suite.TIERS, name, suite._Tier(cut, 1, 4, 12, 2, targeted=name == "standard"))
+    monkeypatch.setitem(tiers.ORACLE_QUERIES, "standard", 5)
+    monkeypatch.setattr(tiers, "CHECKED", 6)
+    trained = stages.train(make_config({**CONFIG, "hasher": hasher}), tmp_path)
+    code, _, err = call("assess", trained.path, "--tier", name, "--eps-curve")
+    assert code == 0, err
+    (written,) = load_results(trained.path / "assess.json")
+
+    victim, objective = stages.load_victim(trained)
+    bench = make_bench(victim, stages.read_data(trained.config, stages.silent), batch_size=8)
+    result = assess(bench, name, objective=objective, curve=True)
+    assert result.attacks.keys() == written.attacks.keys()
+    assert result.setting.attacks == written.setting.attacks
+    assert result.flags == written.flags
+    assert bool(result.flags) == (name != "smoke")
+    assert result.setting.digests["suite"] == written.setting.digests["suite"]
+    assert (result.name, result.setting.budget, result.notes) == (written.name, written.setting.budget, written.notes)
+    assert not result.setting.differs(written.setting)
+    assert result.values == written.values
+    expected = {"smoke": set(), "fast": {"noise"}, "standard": {"noise", "black-box"}}[name]
+    prepared = tiers.prepare_tier(bench, name, objective=objective)
+    kinds = {line.kind for line in prepared.suite.lines} - {"white-box"}
+    assert kinds == (expected | {"adaptive"} if hasher is GATED else expected)
+    assert ("trained-objective" in result.attacks) == (hasher is GATED)
+
+
+def test_shards_of_a_tier_in_python_are_joined_by_the_same_call(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(suite.TIERS, "fast", suite._Tier(("guided",), 1, 4, 20, 2))
+    victim, objective = stages.load_victim(load_run(run))
+    bench = make_bench(victim, load_data(**CONFIG["data"]), batch_size=8)
+    keep = assessing.FolderKeep(tmp_path / "blocks")
+    expected = assess(bench, "fast", objective=objective, checked=False)
+    for shard in ((0, 2), (1, 2)):
+        run_shard(bench, "fast", shard, objective=objective, keep=keep)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Gradient, "run", lambda *_: pytest.fail("every block is there"))
+        result = assess(bench, "fast", objective=objective, checked=False, keep=keep)
+    assert result.values == expected.values
+    assert list(result.attacks) == ["guided", "uniform noise", "corner noise"]
+
+
+def test_what_a_tier_takes_is_refused_where_it_means_nothing(run):
+    victim, objective = stages.load_victim(load_run(run))
+    bench = make_bench(victim, load_data(**CONFIG["data"]), queries=4)
+    own = suite_tier("smoke")
+    for words, options in (
+        ("go with a tier by name", {"suite": own, "objective": objective}),
+        ("take eps_curve", {"suite": own, "curve": True}),
+        ("give it as objective=", {"suite": "paper"}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            assess(bench, **options)
+    with pytest.raises(KeyError, match="did you mean 'standard'"):
+        assess(bench, "standart")
+    result = assess(bench, own, queries=3)
+    assert list(result.attacks) == ["guided"]
+    assert result.setting.queries.endswith("query[3]")
+
+
 def test_adaptive_lines_go_with_the_defense():
     data = load_data("synthetic")
     gated = build_hasher(bits=12, image={"name": "small", "width": 4}, purifiers={"image": "spectral-gate"})
     threat = image_threat(knowledge="W2")
     for hasher, expected in ((gated, True), (build_hasher(bits=12, image={"name": "small", "width": 4}), False)):
         bench = make_bench(hasher, data, queries=4)
-        lines = lineup.lines_beside(bench, None, threat, "standard", (), lineup.seen_of(bench, threat))
+        lines = tiers.extra_lines(bench, None, threat, "standard", (), tiers.observe(bench, threat))
         assert any(line.kind == "adaptive" for line in lines) == expected
-        assert {line.kind for line in lineup.lines_beside(bench, None, threat, "fast")} == {"noise"}
-    assert lineup.lines_beside(bench, None, threat, "smoke") == ()
+        assert {line.kind for line in tiers.extra_lines(bench, None, threat, "fast")} == {"noise"}
+    assert tiers.extra_lines(bench, None, threat, "smoke") == ()
 
 
 def test_where_no_gradient_arrives_the_white_box_lines_are_left_out():
     threat = image_threat(knowledge="W2")
-    whole = suite_tier("fast", threat, extra_lines=lineup.noise_lines(threat))
-    assert [line.kind for line in lineup.without_gradient(whole).lines] == ["noise", "noise"]
+    whole = suite_tier("fast", threat, extra_lines=tiers.noise_lines(threat))
+    assert [line.kind for line in tiers.without_gradient(whole).lines] == ["noise", "noise"]
     words = suite_tier("standard", edit_threat(2))
-    assert [line.name for line in lineup.without_gradient(words).lines] == ["exact", "refined exact"]
+    assert [line.name for line in tiers.without_gradient(words).lines] == ["exact", "refined exact"]
 
 
 def test_the_paper_tier_stands_apart(call, run):
@@ -193,8 +262,8 @@ def test_the_paper_tier_stands_apart(call, run):
 
 @pytest.mark.parametrize("reached", [0.5, 0.0])
 def test_only_a_cut_graph_loses_its_white_box_lines(run, monkeypatch, reached):
-    looked = assessing.seen_of
-    monkeypatch.setattr(assessing, "seen_of", lambda bench, threat: replace(looked(bench, threat), reached=reached))
+    looked = tiers.observe
+    monkeypatch.setattr(tiers, "observe", lambda bench, threat: replace(looked(bench, threat), reached=reached))
     result = assessing.assess(load_run(run), "fast", queries=4, checked=False)
     assert result is not None
     assert ("guided" in result.attacks) == (reached > 0)

@@ -63,13 +63,17 @@ def test_suites_of_unlike_settings_are_refused_by_field(call, runs, tmp_path):
     for change, field in (
         ({"budget": "suite smoke, 2 lines"}, "budget"),
         ({"attacks": ("guided", "transfer other")}, "attacks"),
-        ({"digests": {**result.setting.digests, "suite": "0"}}, "digests.suite"),
+        ({"digests": {**result.setting.digests, "suite": "2-0"}}, "digests.suite"),
         ({"queries": "synthetic:query[20]"}, "queries"),
     ):
         save_results(other / "assess.json", [replace(result, setting=replace(result.setting, **change))])
         code, out, err = call("compare", runs[0].path, other, "--result", SMOKE)
         assert (code, out) == (1, "")
         assert f"they differ in {field};" in err
+    digests = {**result.setting.digests, "suite": "dabfaa8925b3"}  # as the first scheme wrote it
+    save_results(other / "assess.json", [replace(result, setting=replace(result.setting, digests=digests))])
+    _, _, err = call("compare", runs[0].path, other, "--result", SMOKE)
+    assert "digests.suite (identities by the schemes 1 and 2 of this package" in err
     assert call("compare", runs[0].path, tmp_path, "--result", SMOKE)[0] == 1
 
 

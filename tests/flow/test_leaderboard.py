@@ -191,7 +191,8 @@ def test_three_seeds_make_a_method_and_fewer_do_not_say_the_word(run, tmp_path):
 
 
 def test_unlike_settings_never_share_a_table(run, tmp_path):
-    other = sibling(run, tmp_path, name="other", budget="more steps")
+    digests = load_results(run / "metrics.json")[-1].setting.digests
+    other = sibling(run, tmp_path, name="other", budget="more steps", digests={**digests, "budget": "2-0"})
     boards = make_boards([run, other])
     assert [len(board.rows) for board in boards] == [1, 1]
     assert len({board.id for board in boards}) == 2
@@ -199,6 +200,26 @@ def test_unlike_settings_never_share_a_table(run, tmp_path):
     more_bits = sibling(run, tmp_path, name="longer", bits=64)
     (board,) = make_boards([run, more_bits])
     assert {row.setting.bits for row in board.rows} == {12, 64}
+
+
+def test_suites_of_two_schemes_never_share_a_table_and_the_page_says_why(run, tmp_path, call):
+    assert call("assess", run, "--tier", "smoke", "--queries", "10")[0] == 0
+    older = sibling(run, tmp_path, name="older")
+    (own,) = load_results(run / "assess.json")
+    plain = {**own.setting.digests, "suite": "dabfaa8925b3"}  # as the first scheme wrote it
+    save_results(older / "assess.json", [replace(own, setting=replace(own.setting, digests=plain))])
+    boards = [board for board in make_boards([run, older]) if board.setting.budget.startswith("suite smoke")]
+    assert [len(board.rows) for board in boards] == [1, 1]
+    assert len({board.id for board in boards}) == 2
+    text = as_markdown(boards)
+    assert f"not comparable with: {boards[1].id} in digests.suite (identities by the schemes 1 and 2" in text
+
+
+def test_results_from_before_budgets_had_an_identity_share_a_table_by_their_text(run, tmp_path):
+    digests = {n: v for n, v in load_results(run / "metrics.json")[-1].setting.digests.items() if n != "budget"}
+    older = sibling(run, tmp_path, name="older", digests=digests)
+    (board,) = make_boards([run, older])
+    assert len(board.rows) == 2
 
 
 def test_an_unreliable_model_is_last_unranked_and_marked_everywhere(run, tmp_path):

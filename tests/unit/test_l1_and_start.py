@@ -15,8 +15,9 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal
 from robusthash.data import RetrievalData
 from robusthash.evaluation import evaluate, make_bench
+from robusthash.evaluation.assess import assess
 from robusthash.evaluation.bench import Bench
-from robusthash.evaluation.suite import assess, tier
+from robusthash.evaluation.suite import tier
 from robusthash.models import Hasher
 from robusthash.objectives import DPSH
 

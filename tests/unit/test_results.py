@@ -167,6 +167,35 @@ def test_comparison_is_refused_and_names_the_field(changes: dict[str, object], f
         compare(result(0), result(1, **changes))
 
 
+def test_budgets_are_compared_by_identity_and_of_older_results_by_text() -> None:
+    digests = setting().digests
+    made = setting(digests={**digests, "budget": "2-aa"})
+    reworded = setting(digests={**digests, "budget": "2-aa"}, budget="200 steps in all")
+    other = setting(digests={**digests, "budget": "2-bb"})
+    assert made.differs(reworded) == []
+    assert made.differs(other) == ["budget"]
+    assert made.differs(setting()) == [], "made before budgets had an identity"
+    assert reworded.differs(setting()) == ["budget"]
+    assert other.differs(setting(digests={**digests, "budget": "3-aa"})) == [], "of two schemes the text decides"
+    assert reworded.differs(setting(digests={**digests, "budget": "3-aa"})) == ["budget"]
+
+
+def test_suites_of_two_schemes_are_said_to_be_of_two_schemes(tmp_path: Path) -> None:
+    digests = setting().digests
+    older = result(0, digests={**digests, "suite": "9a17fc952c2c"})  # as the first scheme wrote it
+    save_results(tmp_path / "assess.json", [older])
+    (read,) = load_results(tmp_path / "assess.json")
+    assert read.setting == older.setting
+    newer = result(1, digests={**digests, "suite": "2-ba886e2e19e0"})
+    said = r"differ in digests.suite \(identities by the schemes 1 and 2 .*; assess the older one again\)"
+    for pair in ((read, newer), (newer, read)):
+        with pytest.raises(ValueError, match=said):
+            compare(*pair)
+    with pytest.raises(ValueError, match=r"differ in digests.suite;"):
+        compare(newer, result(1, digests={**digests, "suite": "2-0"}))
+    assert older.setting.difference(read.setting) == ""
+
+
 def test_models_may_differ_also_after_a_round_trip(tmp_path: Path) -> None:
     digests = {**setting().digests, "model": "zz", "codes": "yy"}
     other = result(1, model="csq-64", bits=64, objective="csq", defense="saat", training_attack="pgd", digests=digests)

@@ -24,6 +24,7 @@ from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Inputs
 from robusthash.data.splits import stable_subset
+from robusthash.evaluation.assess import assess, run_shard
 from robusthash.evaluation.attacked import Attacked, Trial, finish
 from robusthash.evaluation.attempts import Attacker, corner_start, run_lines
 from robusthash.evaluation.bench import Bench, make_bench
@@ -33,7 +34,7 @@ from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
 from robusthash.evaluation.lines import Gradient, Line, Refined
 from robusthash.evaluation.presets import LEGACY, paper_suite, published, with_legacy
 from robusthash.evaluation.results import load_results, save_results
-from robusthash.evaluation.suite import TIERS, Suite, assess, prepare_suite, run_shard, tier
+from robusthash.evaluation.suite import TIERS, Suite, prepare_suite, tier
 from robusthash.models import Hasher
 from robusthash.models.purified import Purifier
 
@@ -46,6 +47,10 @@ class Memory:
     def __init__(self, stop_after: int | None = None) -> None:
         self.blocks: dict[tuple[str, int, int], Attacked] = {}
         self.stop_after = stop_after
+        self.parts: dict[str, Memory] = {}
+
+    def within(self, name: str) -> Memory:
+        return self.parts.setdefault(name, Memory())
 
     def load(self, line: Line, restart: int, block: int) -> Attacked | None:
         return self.blocks.get((line.name + str(line.settings()), restart, block))

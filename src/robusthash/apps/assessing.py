@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from robusthash.apps import stages
-from robusthash.apps.lineup import CLAIMS, Flags, lines_beside, seen_of, without_gradient
 from robusthash.apps.runs import Run, write_json
 from robusthash.attacks.threat import Threat
 from robusthash.attacks.threats import named_threat
 from robusthash.core.files import write_aside
+from robusthash.core.identity import describe, identity
 from robusthash.core.runtime import digest
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attacked import Attacked
+from robusthash.evaluation.attempts import run_lines
 from robusthash.evaluation.bench import Bench
-from robusthash.evaluation.curve import eps_curve
 from robusthash.evaluation.lines import Line
-from robusthash.evaluation.presets import PAPER, paper_suite, with_legacy
 from robusthash.evaluation.results import EvalResult, load_results, save_results
-from robusthash.evaluation.suite import Suite, assess_prepared, prepare_suite, run_shard, tier
+from robusthash.evaluation.suite import Suite
+from robusthash.evaluation.tiers import assess_tier, curve_lines, prepare_tier
 from robusthash.evaluation.transfer import Surrogate, make_surrogate
-from robusthash.objectives.base import HashObjective
-
-CURVE_LINES = ("guided", "soft-ap")
-SURROGATES = 3  # of a claim; they should differ in backbone, loss and length of code
-CHECKED_TIERS = ("fast", "standard", "full")  # smoke is too short to judge, and paper is no evidence
 
 
 @dataclass(frozen=True)
 class FolderKeep:
-    """Attacked blocks as files, ``<line>-<digest of its settings>/<restart>/<block>.npz``, complete or not there."""
+    """Attacked blocks as files, ``<line>-<identity of its settings>/<restart>/<block>.npz``, complete or not there."""
 
     root: Path
 
@@ -43,9 +38,13 @@ class FolderKeep:
         """A keep of its own inside this one."""
         return FolderKeep(self.root / name)
 
-    def _path(self, line: Line, restart: int, block: int) -> Path:
+    def folder(self, line: Line) -> Path:
+        """Where the blocks of a line are."""
         name = re.sub(r"[^\w.-]+", "_", line.name)
-        return self.root / f"{name}-{digest(line.settings(), 8)}" / str(restart) / f"{block}.npz"
+        return self.root / f"{name}-{identity(line.settings(), 8)}"
+
+    def _path(self, line: Line, restart: int, block: int) -> Path:
+        return self.folder(line) / str(restart) / f"{block}.npz"
 
     def load(self, line: Line, restart: int, block: int) -> Attacked | None:
         """The block that was kept, or None.
@@ -100,43 +99,24 @@ def assess(
     victim, objective = stages.load_victim(run)
     data = stages.read_data(run.config, shown)
     bench = stages.bench_of(run, victim, data, shown, direction, whole=True)
-    if tier_name == PAPER:
-        bench = replace(bench, protocol=with_legacy(bench.protocol))
-    aim = _threat(threat, data) if isinstance(threat, str) else threat
-    suite = _suite(tier_name, aim, queries, objective, steps)
-    if curve and not any(line.name in CURVE_LINES for line in suite.lines):
-        raise ValueError(f"--eps-curve runs the lines {' and '.join(CURVE_LINES)}, which {tier_name!r} does not have")
-    suite, bench, notes = prepare_suite(bench, suite)
-    seen = seen_of(bench, aim)
-    if seen.cut:
-        suite, notes = (
-            without_gradient(suite),
-            (*notes, "no gradient reaches the input: no line that follows it was run"),
-        )
-    known = _surrogates(run, surrogates, data, bench)
-    if tier_name in CLAIMS and 0 < len(known) < SURROGATES:
-        notes = (*notes, f"{len(known)} of the {SURROGATES} surrogates that a claim is made with")
-    suite = suite.beside(lines_beside(bench, objective, aim, tier_name, known, seen))
-    if all(line.targeted for line in suite.lines):
-        raise ValueError(
-            f"no gradient reaches the input of {run.path}, and the tier {tier_name!r} has no other lines under "
-            f"{aim.name}; use 'standard', which asks questions too"
-        )
-    keep = FolderKeep(_folder(run, suite, bench)) if kept else None
+    prepared = prepare_tier(
+        bench,
+        tier_name,
+        _threat(threat, data) if isinstance(threat, str) else threat,
+        objective=objective,
+        surrogates=_surrogates(run, surrogates, data, bench),
+        queries=queries,
+        steps=steps,
+    )
+    if curve:
+        curve_lines(prepared)  # refused before anything is attacked
+    keep = FolderKeep(_folder(run, prepared.suite, prepared.bench)) if kept else None
     if shard is not None:
         if keep is None:
             raise ValueError("a shard without what is kept would lose its work")
-        run_shard(bench, suite, shard, keep=keep, progress=shown)
+        run_lines(prepared.bench, prepared.suite.lines, keep, shown, shard)
         return None
-    by_eps = None
-    if curve:
-        chosen = [line for line in suite.lines if line.name in CURVE_LINES]
-        by_eps = eps_curve(bench, chosen, aim, keep=None if keep is None else keep.within("curve"), progress=shown)
-    aside = None if keep is None else keep.within("checked")
-    checks = Flags(suite, aim, by_eps, seen.cut, aside, shown) if checked and tier_name in CHECKED_TIERS else None
-    result = assess_prepared(bench, suite, notes, keep=keep, progress=shown, checks=checks)
-    if by_eps is not None:
-        result = by_eps.onto(result)
+    result = assess_tier(prepared, curve=curve, checked=checked, keep=keep, progress=shown)
     prefix = "" if direction is None else f"{direction} "
     result = stages.described(result, f"{prefix}{result.name}", run)
     if kept:
@@ -148,15 +128,6 @@ def _threat(name: str, data: RetrievalData) -> Threat:
     """A threat by name, with what it takes from the data: the size of images, the range of text vectors."""
     texts = data.train.batch(torch.arange(len(data.train))).inputs.get("text") if name == "txt-feat-linf" else None
     return named_threat(name, "W2", pixels=stages.image_size(data), features=texts)
-
-
-def _suite(tier_name: str, aim: Threat, queries: int | None, objective: HashObjective, steps: int | None) -> Suite:
-    if tier_name != PAPER:
-        if steps is not None:
-            raise ValueError(f"--steps shortens the attacks of the tier 'paper'; those of {tier_name!r} are fixed")
-        return tier(tier_name, aim, queries=queries)
-    suite = paper_suite(objective, aim, steps=steps)
-    return suite if queries is None else replace(suite, queries=queries)
 
 
 def _surrogates(run: Run, others: Sequence[Run], data: RetrievalData, bench: Bench) -> list[Surrogate]:
@@ -182,22 +153,13 @@ def _surrogates(run: Run, others: Sequence[Run], data: RetrievalData, bench: Ben
 def _folder(run: Run, suite: Suite, bench: Bench) -> Path:
     """Where the blocks of a suite on these queries are kept; lines keep apart what their own settings change."""
     asked = [bench.queries.fingerprint(), bench.data.database.fingerprint(), bench.protocol.settings()["targets"]]
-    identity = digest([run.card()["digest"], *asked, bench.direction, bench.batch_size, bench.seed])
-    folder = run.path / "assess" / f"{suite.name.replace(' ', '-')}-{identity}"
+    place = digest([run.card()["digest"], *asked, bench.direction, bench.batch_size, bench.seed])
+    folder = run.path / "assess" / f"{suite.name.replace(' ', '-')}-{place}"
     folder.mkdir(parents=True, exist_ok=True)
     lines = {line.name: {"restarts": line.restarts, "settings": line.settings()} for line in suite.lines}
     (folder / "lines").mkdir(exist_ok=True)
-    write_json(folder / "lines" / f"{suite.digest()}.json", _plain(lines))
+    write_json(folder / "lines" / f"{suite.digest()}.json", describe(lines))
     return folder
-
-
-def _plain(value: object) -> object:
-    """Settings as JSON takes them: what is no plain data is written as text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _write(path: Path, result: EvalResult) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from robusthash.apps import assessing, stages
-from robusthash.apps.lineup import LOOKED_AT
 from robusthash.apps.runs import Run
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
@@ -22,6 +21,7 @@ from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean
 from robusthash.evaluation.evidence import best_known, disagreements, export, on_queries, verify_bundle
 from robusthash.evaluation.observed import Observed, observed
 from robusthash.evaluation.results import EvalResult, load_results, save_results
+from robusthash.evaluation.tiers import OBSERVED
 
 FILE = "evidence.json"
 """Accepted bundles of a run, as results; the leaderboard reads them beside the run's own."""
@@ -189,7 +189,7 @@ def _seen(run: Run) -> Observed:
     """How the run's victim behaves on a few queries."""
     victim, _ = stages.load_victim(run)
     data = stages.read_data(run.config, stages.silent)
-    few = data.query.batch(torch.arange(min(LOOKED_AT, len(data.query)))).only(victim.modalities)
+    few = data.query.batch(torch.arange(min(OBSERVED, len(data.query)))).only(victim.modalities)
     return observed(victim, few.to(victim.device).inputs)
 
 

@@ -18,9 +18,10 @@ from robusthash.apps.runs import Run, RunError, load_run, open_run, write_json
 from robusthash.attacks.base import Attack
 from robusthash.core.files import write_aside
 from robusthash.core.hamming import pack
+from robusthash.core.identity import identity
 from robusthash.core.memory import warn
 from robusthash.core.registry import build, check
-from robusthash.core.runtime import choose_device, digest
+from robusthash.core.runtime import choose_device
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attacked import Attacked, attack_block
@@ -358,13 +359,11 @@ def attacked_queries(
 ) -> Attacked:
     """The attacked queries, block by block; finished blocks are read from the run directory."""
     searched = [bench.queries.fingerprint(), bench.data.database.fingerprint()]
-    where = [dict(settings), *searched, run.config.evaluation.batch_size, bench.seed]
+    where = [attack.settings(), *searched, run.config.evaluation.batch_size, bench.seed]
     usual = bench.direction == (bench.victim.modalities[0],) * 2 and view == "white-box"
     where += [] if usual else [bench.direction, view]
     where += [bench.protocol.settings()["targets"]] if attack.targeted else []
-    where += [repr(attack.guide)] if hasattr(attack.guide, "fitted") else []  # how long it learns is a default
-    identity = digest(where)
-    folder = run.path / "attacks" / f"{attack.name}-{identity}"
+    folder = run.path / "attacks" / f"{attack.name}-{identity(where)}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "config.json", {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}

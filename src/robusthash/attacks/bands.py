@@ -10,6 +10,7 @@ from torch import Tensor
 
 from robusthash.attacks.base import Found, Score, Search, Select
 from robusthash.attacks.threat import Ball, Budget, Threat
+from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Inputs
 from robusthash.models.frequency import BlockDCT
@@ -70,6 +71,7 @@ class BandBall(Ball):
         return self.kept(inside) if self.norm == "linf" else inside
 
 
+@register("attack-search", "banded")
 @dataclass(frozen=True)
 class Banded:
     """A search whose perturbation of the image stays in one band; the threat, and what is verified, are as before.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from robusthash.attacks.threat import Threat, per_item
 from robusthash.core.hamming import sign
+from robusthash.core.identity import changes, describe
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Inputs, Outputs, Reference
 from robusthash.data.base import RetrievalData
@@ -167,6 +168,15 @@ class Attack:
     def budget(self) -> str:
         """Search, steps, slope, restarts and knowledge, as results carry them."""
         return f"{self.search}, slope {self.slope}, starts {self.restarts}, {self.threat.knowledge}"
+
+    def budget_settings(self) -> dict[str, Any]:
+        """What ``budget`` says, as plain data: by it budgets are compared, whatever the text is."""
+        parts = {"slope": self.slope, "restarts": self.restarts, "knowledge": self.threat.knowledge}
+        return {"search": describe(self.search), **parts}
+
+    def settings(self) -> dict[str, Any]:
+        """What its result depends on, as plain data: names and parameters that are not the default, and the threat."""
+        return {**changes(self, skip=("threat",)), "threat": self.threat.settings()}
 
     def aim(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws

@@ -126,6 +126,7 @@ class FeatureGuidance(Guidance):
     features: dict[str, Tensor] = field(default_factory=dict)  # by modality (B, D)
 
 
+@register("attack-guide", "feature-similarity", paper="DSARH, Zhang et al., manuscript 2024", evidence="paper")
 @dataclass(frozen=True, eq=False)
 class FeatureSimilarity:
     """DSARH's direction among codes and among features: c_i = signed mean of the known items' f_j / |f_j| (Eq 10).
@@ -137,8 +138,8 @@ class FeatureSimilarity:
 
     codes: Similarity
     knowledge: Knowledge
-    bank: dict[str, Tensor] | None = None  # by modality (M, D), rows of length 1
-    labels: Tensor | None = None  # (M, C)
+    bank: dict[str, Tensor] | None = field(default=None, compare=False)  # by modality (M, D), rows of length 1
+    labels: Tensor | None = field(default=None, compare=False)  # (M, C)
 
     def fitted(self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws) -> Guide:
         """The guide with the features of the known items."""
@@ -169,6 +170,7 @@ def _unit_features(outputs: Outputs) -> dict[str, Tensor]:
     return {name: normalize(output.features.float().flatten(1)) for name, output in outputs.items()}
 
 
+@register("attack-loss", "feature-agreement", paper="DSARH, Zhang et al., manuscript 2024", evidence="paper")
 @dataclass(frozen=True)
 class FeatureAgreement:
     """(1/K) h . a + weight * f / |f| . c, the second averaged over the attacked modalities (Eq 10).

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Probe
 from robusthash.core.hamming import sign
+from robusthash.core.identity import name_of
 from robusthash.core.registry import register
 from robusthash.core.types import Guidance
 from robusthash.objectives.base import HashObjective
@@ -131,6 +132,10 @@ class ObjectiveLoss:
     """
 
     objective: HashObjective
+
+    def identity_options(self) -> dict[str, Any]:
+        """The objective by its name; its options and what it learned are the model's, like the weights."""
+        return {"objective": name_of(self.objective)}
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         reference, labels = probe.reference, probe.goal.labels

@@ -82,9 +82,14 @@ class Prototype(nn.Module):
         self.net = nn.Sequential()
 
     def __repr__(self) -> str:
-        """All that a fit depends on, as the settings of a line carry it."""
+        """Without the net, which depends on the victim."""
         hidden, middle = self.widths
         return f"Prototype(hidden={hidden}, middle={middle}, steps={self.steps or 'until settled'})"
+
+    def identity_options(self) -> dict[str, int | None]:
+        """All that a fit depends on, beside the victim."""
+        hidden, middle = self.widths
+        return {"hidden": hidden, "middle": middle, "steps": self.steps}
 
     def setup(self, facts: TrainFacts) -> None:
         """Draw the weights, uniform within 1 / sqrt(inputs) as ``nn.Linear`` does, from the seed alone."""

@@ -95,6 +95,11 @@ def card(kind: str, name: str) -> Card:
     return _CARDS[kind, name]
 
 
+def card_of(make: Callable[..., Any]) -> Card | None:
+    """The card that a class or function was registered under; None of one without a name."""
+    return next((known for known in _CARDS.values() if known.make is make), None)
+
+
 def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str, Any]]:
     """The card and the options that ``settings`` name, checked before anything is made.
 

@@ -1,12 +1,13 @@
 """Codes and labels -> results: measures, protocols, attacked evaluation, statistics."""
 
+from robusthash.evaluation.assess import assess, run_shard
 from robusthash.evaluation.bench import Bench, make_bench
 from robusthash.evaluation.curve import eps_curve
 from robusthash.evaluation.evaluate import evaluate, score_attack, score_clean, worst
 from robusthash.evaluation.presets import paper_suite
 from robusthash.evaluation.protocol import Protocol
 from robusthash.evaluation.results import EvalResult, compare, load_results, save_results
-from robusthash.evaluation.suite import Suite, assess, run_shard, tier
+from robusthash.evaluation.suite import Suite, tier
 
 __all__ = [
     "Bench",

@@ -30,6 +30,9 @@ class Keep(Protocol):
     def save(self, line: Line, restart: int, block: int, attacked: Attacked) -> None:
         """Keep a block; it is complete or not there, whatever happens."""
 
+    def within(self, name: str) -> Keep:
+        """A keep of its own inside this one, for blocks of other queries or other starts."""
+
 
 class Forget:
     """Keeps nothing."""
@@ -39,6 +42,9 @@ class Forget:
 
     def save(self, line: Line, restart: int, block: int, attacked: Attacked) -> None:
         return None
+
+    def within(self, name: str) -> Forget:
+        return self
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from robusthash.attacks.blackbox import NES, GreedyWords, QuestionSearch, Random
 from robusthash.attacks.oracle import Answered, Ask, QueryOracle, ids_lost
 from robusthash.attacks.threat import Edits, Threat
 from robusthash.core.ap import average_precision
+from robusthash.core.identity import changes
 from robusthash.core.labels import relevant
 from robusthash.core.memory import warn
 from robusthash.core.types import Batch, Codes, Inputs
@@ -111,8 +112,7 @@ class Questions:
         return False
 
     def settings(self) -> dict[str, Any]:
-        asked = {"shows": self.shows, "judge": self.judge, "budget": self.budget, "k": self.k}
-        return {"search": repr(self.search), "threat": asdict(self.threat), **asked}
+        return {**changes(self, skip=("name", "attacked", "restarts", "kind")), "threat": self.threat.settings()}
 
     def fitted(self, bench: Bench) -> Questions:
         """Itself; refused where the threat attacks another modality than the bench asks with."""

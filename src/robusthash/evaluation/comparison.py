@@ -102,10 +102,8 @@ def _values(column: str, models: Mapping[str, Sequence[EvalResult]]) -> dict[str
     first_name, first = next((name, results[0]) for name, results in models.items())
     for name, results in models.items():
         for result in results:
-            if differing := first.setting.differs(result.setting):
-                raise ValueError(
-                    f"{first_name} and {name} cannot stand in one table: they differ in {', '.join(differing)}"
-                )
+            if differing := first.setting.difference(result.setting):
+                raise ValueError(f"{first_name} and {name} cannot stand in one table: they differ in {differing}")
             if column not in result.per_query:
                 raise ValueError(f"{name} has no per-query values of {column}")
     stacked = {n: torch.stack([r.per_query[column].to(torch.float64) for r in rs]) for n, rs in models.items()}

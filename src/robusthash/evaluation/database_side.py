@@ -16,6 +16,7 @@ from torch import Tensor
 from robusthash.attacks.base import Attack, Select
 from robusthash.core.ap import share as ratio
 from robusthash.core.hamming import distance, pack, sign
+from robusthash.core.identity import marked_identity
 from robusthash.core.profile import prepared_profile
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Goal, Guidance, Reference
@@ -310,7 +311,8 @@ def _with_items(bench: Bench, rows: Tensor, signs: Tensor) -> Bench:
 def _named(setting: Setting, attack: Attack, kind: str, amount: str) -> Setting:
     """The setting with its threat, attack and budget."""
     named = attack.threat.name if attack.threat.name.startswith(kind) else f"{kind}-{attack.threat.name}"
-    return replace(setting, threat=named, attacks=(attack.name,), budget=f"{amount}, {attack.budget}")
+    digests = {**setting.digests, "budget": marked_identity([amount, attack.budget_settings()])}
+    return replace(setting, threat=named, attacks=(attack.name,), budget=f"{amount}, {attack.budget}", digests=digests)
 
 
 def _cost(changed: _Changed, started: float) -> Cost:

@@ -12,6 +12,7 @@ from torch import Tensor
 from robusthash.attacks.base import Attack
 from robusthash.attacks.threat import Threat
 from robusthash.core.hamming import pack
+from robusthash.core.identity import marked_identity
 from robusthash.core.memory import warn
 from robusthash.core.profile import prepared_profile
 from robusthash.core.types import Codes
@@ -181,12 +182,15 @@ def worst(
     values["HRS"] = float(hrs_of(*(column.mean().reshape(1) for column in columns.T))[0])
     spans = intervals(per_query)
     spans["HRS"] = bootstrap_interval(columns, lambda means: hrs_of(means[:, 0], means[:, 1], means[:, 2]))
+    budgets = [result.setting.digests.get("budget", "") for result in untargeted.values()]
+    digests = {"budget": marked_identity(sorted({*budgets}))} if budgets and all(budgets) else {}
     return EvalResult(
         setting=replace(
             clean.setting,
             threat="; ".join(sorted({r.setting.threat for r in untargeted.values()})) or "none",
             attacks=tuple(untargeted),
             budget="; ".join(sorted({r.setting.budget for r in untargeted.values()})),
+            digests={**clean.setting.digests, **digests},
         ),
         values=values,
         per_query=per_query,
@@ -329,6 +333,9 @@ def setting_of(bench: Bench, attack: Described | None = None) -> Setting:
     """The fields that the bench and the attack know; the run adds the model's."""
     letters = {"image": "I", "text": "T"}
     note = f" ({bench.data.note})" if bench.data.note else ""
+    digests = {"database": bench.data.database.fingerprint(), "queries": bench.queries.fingerprint()}
+    if isinstance(attack, Attack):
+        digests["budget"] = marked_identity(attack.budget_settings())
     return Setting(
         model="",
         database=f"{bench.data.name}:database[{len(bench.data.database)}]{note}",
@@ -340,7 +347,7 @@ def setting_of(bench: Bench, attack: Described | None = None) -> Setting:
         attacks=(attack.name,) if attack else (),
         budget=attack.budget if attack else "",
         seeds=(bench.seed,),
-        digests={"database": bench.data.database.fingerprint(), "queries": bench.queries.fingerprint()},
+        digests=digests,
         defense=bench.victim.declared,
         chosen=bench.chosen,
     )

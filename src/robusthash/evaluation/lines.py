@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from inspect import isroutine
 from typing import Any, Literal, Protocol
 
 from robusthash.attacks.base import Attack
 from robusthash.attacks.threat import Threat
-from robusthash.core.runtime import digest
+from robusthash.core.identity import describe, identity
 from robusthash.core.types import Inputs
 from robusthash.evaluation.attacked import Attacked, attack_block
 from robusthash.evaluation.bench import Bench
@@ -37,7 +38,8 @@ class Line(Protocol):
     def targeted(self) -> bool: ...
 
     def settings(self) -> dict[str, Any]:
-        """Everything that its result depends on, beside the bench; what is kept under other settings is not taken."""
+        """Everything that its result depends on, beside the bench, as plain data (``core.identity``); what is kept
+        under other settings is not taken."""
 
     def fitted(self, bench: Bench) -> Line:
         """The line with what it has to learn learned on this bench; itself where nothing learns."""
@@ -52,12 +54,6 @@ class Line(Protocol):
             restart: 0 for the first; keys the draws.
             start: feasible inputs to start from; a line that cannot use them leaves them alone.
         """
-
-
-def attack_settings(attack: Attack) -> dict[str, Any]:
-    """What the result of an attack depends on, beside the bench and what is differentiated."""
-    parts = {"guide": repr(attack.guide), "loss": repr(attack.loss), "threat": asdict(attack.threat)}
-    return {"attack": attack.name, "budget": attack.budget, **parts}
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,11 @@ class Gradient:
         return self.attack.targeted
 
     def settings(self) -> dict[str, Any]:
-        return {**attack_settings(self.attack), "seen": self.seen}
+        if self.view is None:
+            return {"attack": self.attack.settings()}
+        # a function shows no parameters: the line's author named it
+        view = self.seen if isroutine(self.view) else describe(self.view)
+        return {"attack": self.attack.settings(), "view": view}
 
     def fitted(self, bench: Bench) -> Gradient:
         return replace(self, attack=bench.fitted(self.attack))
@@ -110,7 +110,7 @@ class Refined(Gradient):
     """A white-box line that starts each query at the worst point that the untargeted lines before it came to.
 
     Args:
-        after: digest of those lines; what is kept goes by it.
+        after: identity of those lines; what is kept goes by it.
     """
 
     kind: Kind = "refined"
@@ -121,4 +121,4 @@ class Refined(Gradient):
 
     def following(self, lines: Sequence[Line]) -> Refined:
         """The line after these."""
-        return replace(self, after=digest([[line.name, line.restarts, line.settings()] for line in lines]))
+        return replace(self, after=identity([[line.name, line.restarts, line.settings()] for line in lines]))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from robusthash.core.files import json_text, write_all_aside
+from robusthash.core.identity import scheme_of
 from robusthash.core.registry import nearest
 from robusthash.evaluation.packing import pack, unpack
 from robusthash.evaluation.stats import holm, intervals, sign_flip_tests
@@ -43,7 +44,8 @@ class Setting:
     """What a result is a statement about: model, database, queries, threat, attack set, budget and seeds.
 
     ``digests`` identify contents: "model" (weights) and "codes" (database codes) change with the model; "database",
-    "queries", "labels" and any other do not. Two results are comparable where all but the model agrees.
+    "queries", "labels" and any other do not. "suite" and "budget" are identities (``core.identity``) of the attacks of
+    a suite and of what each search was allowed. Two results are comparable where all but the model agrees.
     """
 
     model: str
@@ -76,18 +78,39 @@ class Setting:
     def differs(self, other: Setting) -> list[str]:
         """Names of the fields in which two settings differ, apart from those of the model and the software.
 
-        How queries were chosen is none of them: the digest of the queries says whether they are the same.
+        How queries were chosen is none of them: the digest of the queries says whether they are the same. Budgets are
+        compared by their identities, and by their texts where a result has none.
         """
         own, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        found = [
-            name
-            for name in own
-            if name not in (*_OF_THE_MODEL, "software", "chosen", "digests", "protocol") and own[name] != theirs[name]
-        ]
-        for group, skipped in (("protocol", ()), ("digests", _DIGESTS_OF_THE_MODEL)):
+        others = (*_OF_THE_MODEL, "software", "chosen", "digests", "protocol", "budget")
+        found = [name for name in own if name not in others and own[name] != theirs[name]]
+        found += ["budget"] if self._other_budget(other) else []
+        for group, skipped in (("protocol", ()), ("digests", (*_DIGESTS_OF_THE_MODEL, "budget"))):
             keys = sorted({*own[group], *theirs[group]} - set(skipped))
             found += [f"{group}.{key}" for key in keys if own[group].get(key) != theirs[group].get(key)]
         return found
+
+    def difference(self, other: Setting) -> str:
+        """The fields of ``differs`` as a sentence says them, "" where there are none.
+
+        Identities of suites that were made by different schemes tell nothing about the suites; the sentence says so.
+        """
+        found = ", ".join(self.differs(other))
+        suites = [setting.digests["suite"] for setting in (self, other) if "suite" in setting.digests]
+        schemes = [scheme_of(suite) for suite in suites]
+        if len({*schemes}) < 2:
+            return found
+        first, second = sorted(schemes)
+        return (
+            f"{found} (identities by the schemes {first} and {second} of this package, which cannot be compared: the "
+            "suites may be the same; assess the older one again)"
+        )
+
+    def _other_budget(self, other: Setting) -> bool:
+        own, theirs = self.digests.get("budget"), other.digests.get("budget")
+        if own and theirs and scheme_of(own) == scheme_of(theirs):
+            return own != theirs
+        return self.budget != other.budget
 
 
 @dataclass(frozen=True)
@@ -305,10 +328,9 @@ def compare(first: EvalResult, second: EvalResult) -> dict[str, Difference]:
     Raises:
         ValueError: the settings differ in anything but the model; the message names the fields. Or nothing is common.
     """
-    differing = first.setting.differs(second.setting)
-    if differing:
+    if differing := first.setting.difference(second.setting):
         raise ValueError(
-            f"these results cannot be compared: they differ in {', '.join(differing)}; "
+            f"these results cannot be compared: they differ in {differing}; "
             "only the model may differ, so evaluate both under the same setting"
         )
     paired: dict[str, Tensor] = {}

@@ -14,8 +14,8 @@ from robusthash.attacks.search import Polish
 from robusthash.attacks.threat import Attacked as Modality
 from robusthash.attacks.threat import Edits, Threat, threat_on
 from robusthash.attacks.tokens import GreedySwaps
+from robusthash.core.identity import marked_identity
 from robusthash.core.registry import nearest
-from robusthash.core.runtime import digest
 from robusthash.evaluation.attempts import Attempts, Keep, run_lines
 from robusthash.evaluation.bench import Bench, Progress, silent
 from robusthash.evaluation.lines import Gradient, Line, Refined
@@ -58,8 +58,8 @@ class Suite:
         return replace(self, lines=(*others, *lines, *refined))
 
     def digest(self) -> str:
-        """Of all that its lines depend on."""
-        return digest([[line.name, line.restarts, line.settings()] for line in self.lines])
+        """Identity of all that its lines depend on, with the number of the scheme before it."""
+        return marked_identity([[line.name, line.restarts, line.settings()] for line in self.lines])
 
 
 @dataclass(frozen=True)
@@ -173,44 +173,6 @@ Checks = Callable[[Bench, Attempts, EvalResult], tuple[Flag, ...]]
 """What looks at everything that was found and raises flags."""
 
 
-def assess(
-    bench: Bench,
-    suite: Suite | str = "standard",
-    threat: Threat | None = None,
-    *,
-    keep: Keep | None = None,
-    progress: Progress = silent,
-    checks: Checks | None = None,
-) -> EvalResult:
-    """The worst case of each query over the clean input and every line and restart of a suite.
-
-    The result holds ``wMAP`` with its interval (and so for every AP of the protocol), ``wMAP/8bit`` and of bags of
-    words ``wMAP/rounded``, ``HRS``, and where lines are targeted ``t-MAP``, ``gain``, ``t-ASR``, ``TR`` and the
-    ``collateral MAP``. ``attacks`` says of each line its MAP, its unique wins, how far towards the searched floor it
-    came, ASR, flips and cost; ``winner`` names the line and restart of each query; ``reference`` has chance, least,
-    floor and clean.
-
-    A victim that declares itself ``randomised`` is scored by the mean AP over fresh draws of its noise, other draws
-    than those by which the worst is chosen.
-
-    Args:
-        suite: a suite, or a tier by name.
-        threat: what the attacker may change, instead of what the suite's lines say; ``img-linf-8`` for a tier by name.
-        keep: where attacked blocks are kept; the same call then goes on where it was stopped.
-        checks: raises the result's flags.
-
-    Example:
-        >>> import robusthash as rh
-        >>> data = rh.load_data("synthetic")
-        >>> bench = rh.make_bench(rh.build_hasher(bits=16), data)
-        >>> result = rh.assess(bench, "smoke")
-        >>> result["wMAP"] <= result.reference["clean"]
-        True
-    """
-    suite, bench, notes = prepare_suite(bench, suite, threat)
-    return assess_prepared(bench, suite, notes, keep=keep, progress=progress, checks=checks)
-
-
 def assess_prepared(
     bench: Bench,
     suite: Suite,
@@ -220,34 +182,21 @@ def assess_prepared(
     progress: Progress = silent,
     checks: Checks | None = None,
 ) -> EvalResult:
-    """``assess`` of what ``prepare_suite`` returned."""
+    """``assess`` of what ``prepare_suite`` returned; ``checks`` raises the flags of the result."""
     attempts = run_lines(bench, suite.lines, keep, progress)
     assert attempts is not None  # one shard, the whole
     result = standing(bench, attempts, suite.floor)
+    digests = {name: value for name, value in result.setting.digests.items() if name != "budget"}
     setting = replace(
         result.setting,
         # adaptive lines go with the defense, which is the model's: without them results of two models stay comparable
         attacks=tuple(line.name for line in suite.own),
         budget=f"suite {suite.name}, {len(suite.own)} lines",
-        digests={**result.setting.digests, "suite": replace(suite, lines=suite.own).digest()},
+        digests={**digests, "suite": replace(suite, lines=suite.own).digest()},
     )
     notes = (*notes, *result.notes)
     result = replace(result, name=f"{setting.threat} {suite.name}", setting=setting, notes=notes)
     return result if checks is None else replace(result, flags=checks(bench, attempts, result))
-
-
-def run_shard(
-    bench: Bench,
-    suite: Suite | str,
-    shard: tuple[int, int],
-    threat: Threat | None = None,
-    *,
-    keep: Keep,
-    progress: Progress = silent,
-) -> None:
-    """Only the blocks of shard (i, n) of ``assess``, into the keep; ``assess`` with the same keep joins them all."""
-    suite, bench, _ = prepare_suite(bench, suite, threat)
-    run_lines(bench, suite.lines, keep, progress, shard)
 
 
 def prepare_suite(

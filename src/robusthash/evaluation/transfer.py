@@ -23,7 +23,7 @@ from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attacked import Attacked, Trial, finish, goals
 from robusthash.evaluation.bench import Bench, Progress, encoding_batch, silent
 from robusthash.evaluation.evaluate import as_codes
-from robusthash.evaluation.lines import Kind, attack_settings
+from robusthash.evaluation.lines import Kind
 from robusthash.evaluation.protocol import measure
 from robusthash.models.encode import encode_split, weights_digest
 from robusthash.models.hasher import Hasher
@@ -97,7 +97,7 @@ class Transfer:
 
     def settings(self) -> dict[str, Any]:
         surrogates = [surrogate.digest for surrogate in self.surrogates]
-        return {**attack_settings(self.attack), "surrogates": surrogates}
+        return {"attack": self.attack.settings(), "surrogates": surrogates}
 
     def fitted(self, bench: Bench) -> Transfer:
         """Itself; a surrogate that cannot be asked about this bench is refused here, before the first block."""

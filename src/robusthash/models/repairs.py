@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Inputs, Outputs
 from robusthash.data.base import Split
@@ -33,6 +34,7 @@ def repairers_of(victim: Hasher) -> dict[str, Purifier]:
     return found
 
 
+@register("gradient-view", "repair-identity")
 @dataclass(frozen=True)
 class RepairIdentity:
     """The purifier's values with the identity's gradient (BPDA; Athalye et al., ICML 2018)."""
@@ -87,6 +89,7 @@ def repaired(victim: Hasher, inputs: Inputs) -> Inputs:
     return {name: outputs[name].aux["pure"].detach() for name in inputs if name in victim.purifiers}
 
 
+@register("gradient-view", "repair-moved")
 @dataclass(frozen=True)
 class RepairMoved:
     """A view that shows |P(x') - P(x)|^2, for an attack that first fools the purifier.
@@ -140,6 +143,7 @@ class _Imitated(Purifier):
         return carried(pure, self.proxy(x)), shown
 
 
+@register("gradient-view", "repair-learnt")
 @dataclass(frozen=True)
 class RepairLearnt:
     """The purifier's values with the gradient of a small net fitted on what it makes of training items (BPDA).

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import HashOutput, Inputs, Outputs
 from robusthash.models.gates import SpectralGate
@@ -126,6 +127,7 @@ def gates_of(victim: Hasher) -> dict[str, SpectralGate]:
     return {name: gate for name, gate in victim.purifiers.items() if isinstance(gate, SpectralGate)}
 
 
+@register("gradient-view", "gate")
 @dataclass(frozen=True)
 class GateSeen:
     """Gradients of a gated victim under another gate (SAAH).
@@ -186,6 +188,7 @@ def _masked(victim: Hasher, mask: MaskKind = "own", only: str | None = None) -> 
     return rebuilt(victim, encoders={name: _EncoderSeen(encoder, mask, only) for name, encoder in found.items()})
 
 
+@register("gradient-view", "mask")
 @dataclass(frozen=True)
 class MaskSeen:
     """Gradients as if masks were ``hard`` (0 or 1, straight through: the soft mask's gradient) or ``soft`` (SFCL)."""
@@ -196,6 +199,7 @@ class MaskSeen:
         return Carried(victim, _masked(victim, self.mask))
 
 
+@register("gradient-view", "branch")
 @dataclass(frozen=True)
 class BranchSeen:
     """The gradient of one branch alone, ``spatial`` or ``frequency``; the other is taken for constant (SFCL)."""
@@ -287,6 +291,7 @@ def _looks(number: int) -> int:
     return number
 
 
+@register("gradient-view", "noise-averaged")
 @dataclass(frozen=True)
 class NoiseAveraged:
     """Expectation over transformation: ``draws`` looks at a victim that draws random numbers itself.
@@ -305,6 +310,7 @@ class NoiseAveraged:
         return Averaged(victim, victim.seen_by("identity") if self.identity else victim, self.draws, own=False)
 
 
+@register("gradient-view", "mask-noise")
 @dataclass(frozen=True)
 class MaskNoise:
     """``draws`` looks with the Gumbel noise that masks have in training (SFCL); codes are those without it."""

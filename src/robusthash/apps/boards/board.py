@@ -110,6 +110,8 @@ def comparable(setting: Setting) -> dict[str, object]:
     plain = asdict(setting)
     for name in ("model", "bits", "objective", "defense", "training_attack", "software"):
         del plain[name]
+    if "budget" in setting.digests:
+        del plain["budget"]  # text that says the same
     plain["digests"] = {name: value for name, value in plain["digests"].items() if name not in ("model", "codes")}
     return plain
 

@@ -75,7 +75,7 @@ def legend(methods: bool) -> str:
 def setting_pairs(board: Board, boards: Sequence[Board] = ()) -> list[tuple[str, str]]:
     """What the numbers of a board are a statement about, and in what it differs from ``boards`` of the same threat."""
     kin = [b for b in boards if b is not board and (b.data, b.setting.threat) == (board.data, board.setting.threat)]
-    apart = [f"{b.id} in {', '.join(board.setting.differs(b.setting))}" for b in kin]
+    apart = [f"{b.id} in {board.setting.difference(b.setting)}" for b in kin]
     setting = board.setting
     rules = {key: value for key, value in setting.protocol.items() if key not in ("measures", "directions")}
     chance = sorted({round(row.chance, 3) for row in board.rows})
