@@ -329,10 +329,10 @@ def named_columns(texts: Sequence[str], rows: Seeds) -> list[Column]:
             held.setdefault(name, {}).update(dict.fromkeys(result.per_query))
     columns = [parse_column(text, held) for text in texts]
     for column in columns:
-        for result in filter(None, (column.result, column.minus)):
-            if column.measure is not None and column.measure not in held[result]:
-                near = nearest(column.measure, held[result])
-                raise ValueError(f"{result!r} has no values per query of {column.measure!r}{near}")
+        for source in filter(None, (column.result, column.minus)):
+            if column.measure is not None and column.measure not in held[source]:
+                near = nearest(column.measure, held[source])
+                raise ValueError(f"{source!r} has no values per query of {column.measure!r}{near}")
     return columns
 
 
