@@ -386,14 +386,14 @@ def test_unlabelled_training_of_a_supervised_objective_is_refused(data: Retrieva
     [
         (
             "training.recipe.inner=thru",
-            "inner of recipe 'regenerate' must be one of 'published', 'through', got 'thru'",
+            "inner of recipe 'regenerate' must be 'published' or 'through', got 'thru'",
         ),
-        ("training.attack.modality=images", "modality of attack 'drfgd' must be one of .*'both', got 'images'"),
+        ("training.attack.modality=images", "modality of attack 'drfgd' must be .*'both', got 'images'"),
         (
             "hasher.purifiers.image.output=straight",
-            "output of purifier 'drfgd-image' must be one of .*, got 'straight'",
+            "output of purifier 'drfgd-image' must be .*, got 'straight'",
         ),
-        ("evaluation.attacks.1.norm=l3", "norm of attack 'mainstay' must be one of 'linf', 'l2', 'l1', got 'l3'"),
+        ("evaluation.attacks.1.norm=l3", "norm of attack 'mainstay' must be 'linf', 'l2' or 'l1', got 'l3'"),
     ],
 )
 def test_a_wrong_word_is_refused_when_the_recipe_is_read(override: str, said: str) -> None:

@@ -271,7 +271,7 @@ def test_budgets_are_fractions(trained, call):
         ("[hag]", "attack is a name, or a mapping with 'name'"),
         ("{steps: 3}", "attack needs a 'name'"),
         ("{name: hag, steps: many}", "attack 'hag' cannot be made with {'steps': 'many'}"),
-        ("{name: hag, slope: none}", "slope of attack 'hag' must be one of 'published', 'one', got 'none'"),
+        ("{name: hag, slope: none}", "slope of attack 'hag' must be 'published' or 'one', got 'none'"),
     ],
 )
 def test_an_attack_that_cannot_be_read_is_one_line(trained, call, tmp_path, attack, said):

@@ -326,8 +326,8 @@ def test_an_option_of_a_few_words_is_checked_before_anything_is_made() -> None:
         raise AssertionError("made")
 
     for options, said in (
-        ({"skin": "green"}, "skin of fruit 'plum' must be one of 'blue', 'red', got 'green'"),
-        ({"stones": "1"}, "stones of fruit 'plum' must be one of 0, 1, got '1'"),
+        ({"skin": "green"}, "skin of fruit 'plum' must be 'blue' or 'red', got 'green'"),
+        ({"stones": "1"}, "stones of fruit 'plum' must be 0 or 1, got '1'"),
         ({"skin": ["blue"]}, "got \\['blue'\\]"),
     ):
         with pytest.raises(ValueError, match=said):

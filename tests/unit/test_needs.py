@@ -189,3 +189,11 @@ def test_sfcl_needs_a_target_only_where_it_looks_at_one() -> None:
     assert SFCLOuter().needs.goal is None
     assert SFCLOuter(wrong="target").needs.goal == "target"
     assert SFCLOuter(wrong="target", auxiliary=0.0).needs.goal is None
+
+
+@pytest.mark.parametrize("name", ["complementary", "auxiliary", "semantic"])
+@pytest.mark.parametrize("weight", [-1.0, "C"])
+def test_sfcl_takes_no_weight_that_is_none(name: str, weight: object) -> None:
+    """A negative one would train away from what the term asks for."""
+    with pytest.raises(ConfigError, match=f"{name} is a weight of at least 0, got {weight!r}"):
+        make_config(recipe({"name": "sfcl", name: weight}, "mainstay"))

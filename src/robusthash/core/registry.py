@@ -121,9 +121,9 @@ def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str,
             raise KeyError(f"{kind} {found.name!r} takes no {key!r}{nearest(key, accepted)}")
         words = _words(found.make).get(key)
         if words is not None and value not in words:
-            raise ValueError(
-                f"{key} of {kind} {found.name!r} must be one of {', '.join(map(repr, words))}, got {value!r}"
-            )
+            *most, last = map(repr, words)
+            choice = " or ".join(text for text in (", ".join(most), last) if text)
+            raise ValueError(f"{key} of {kind} {found.name!r} must be {choice}, got {value!r}")
     return found, options
 
 

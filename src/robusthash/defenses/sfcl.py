@@ -144,6 +144,9 @@ class SFCLOuter(nn.Module):
             raise ValueError(f"sem_inputs must be 'both' or 'clean', got {sem_inputs!r}")
         if wrong not in ("predicted", "target"):
             raise ValueError(f"wrong must be 'predicted' or 'target', got {wrong!r}")
+        for name, weight in (("complementary", complementary), ("auxiliary", auxiliary), ("semantic", semantic)):
+            if not isinstance(weight, int | float) or weight < 0:
+                raise ValueError(f"{name} is a weight of at least 0, got {weight!r}")
         self.complementary, self.auxiliary, self.semantic = complementary, auxiliary, semantic
         self.alpha = alpha
         self.warmup = warmup
