@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,10 @@ class Stateful:
         self.steps = steps
 
 
+class Stateless:
+    """A search or a guide without parameters."""
+
+
 def own_function(x: int) -> int:
     return x
 
@@ -326,6 +331,7 @@ def test_a_part_without_a_name_is_called_by_its_module() -> None:
     assert describe(OwnGuide(3, 1)) == describe(OwnGuide(3, 1.0)) == describe(OwnGuide(3, learned=torch.ones(3)))
     assert describe(OwnGuide(3, 0.5)) == {"code": name, "options": {"width": 3, "slope": 0.5}}
     assert describe(OwnGuide(3, codes=own_function))["options"]["codes"] == {"code": f"{__name__}:own_function"}
+    assert describe(Stateless()) == {"code": f"{__name__}:Stateless"}
     nested = describe(OwnGuide(3, codes=[Mainstay(), {"a": np.float32(2)}]))["options"]["codes"]
     assert nested == [{"kind": "attack-guide", "name": "mainstay"}, {"a": 2}]
 
@@ -340,8 +346,9 @@ def test_tensors_are_told_apart_by_their_content() -> None:
     ("value", "said"),
     [
         (lambda x: x, "function of a module or a dataclass"),
-        (Stateful(3), "Stateful is no dataclass.*identity_options"),
-        (torch.nn.Linear(2, 2), "Linear is no dataclass.*identity_options"),
+        (Stateful(3), "Stateful has state and is no dataclass.*identity_options"),
+        (torch.nn.Linear(2, 2), "Linear has state and is no dataclass.*identity_options"),
+        (partial(own_function, 3), "partial has state and is no dataclass"),
         (torch.ones(2).sum, "function of a module or a dataclass"),
     ],
 )

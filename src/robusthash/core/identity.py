@@ -37,7 +37,7 @@ def describe(value: Any) -> Any:
     the int.
 
     Raises:
-        TypeError: what has no such description: a closure, a lambda, an object that is no dataclass.
+        TypeError: what has no such description: a closure, a lambda, an object with state that is no dataclass.
     """
     if value is None or isinstance(value, bool | str):
         return value
@@ -116,12 +116,19 @@ def _part(value: Any) -> dict[str, Any]:
         }
     elif dataclasses.is_dataclass(value):
         options = changes(value)
+    elif _stateless(value):
+        options = {}
     else:
         raise TypeError(
-            f"{type(value).__qualname__} is no dataclass, so what its results depend on cannot be read; make it a "
-            "frozen dataclass, or give it identity_options() -> dict of its parameters"
+            f"{type(value).__qualname__} has state and is no dataclass, so what its results depend on cannot be "
+            "read; make it a frozen dataclass, or give it identity_options() -> dict of its parameters"
         )
     return {**name_of(value), **({"options": options} if options else {})}
+
+
+def _stateless(value: Any) -> bool:
+    """Whether an object holds nothing; one that pickles in its own way, as a ``partial``, may hold what is not seen."""
+    return type(value).__reduce__ is object.__reduce__ and not value.__getstate__()
 
 
 def _content(value: Tensor | np.ndarray) -> dict[str, Any]:
