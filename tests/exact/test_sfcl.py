@@ -286,6 +286,20 @@ def test_the_semantic_loss_over_images_alone_has_no_inter_modal_term() -> None:
     assert set(objective(outputs, batch, memory)) == {"intra", "regularisation"}
 
 
+def test_the_settings_of_dcmh_pull_to_the_shared_code_and_balance_bits() -> None:
+    objective, outputs, batch, memory = semantic(1.0)
+    objective.settings = "dcmh"
+    terms = objective(outputs, batch, memory)
+    shared = [[sum(float(c[i, k]) for c in memory.codes.values()) >= 0 for k in range(4)] for i in range(3)]
+    codes = [output.code.detach() for output in outputs.values()]
+    pull = sum((float(c[i, k]) - (1 if shared[i][k] else -1)) ** 2 for c in codes for i in range(3) for k in range(4))
+    skew = sum((sum(float(c[i, k]) for i in range(3)) / 3) ** 2 for c in codes for k in range(4))
+    assert float(terms["regularisation"].detach()) == pytest.approx(0.3 * pull / 24, rel=1e-5)
+    assert float(terms["balance"].detach()) == pytest.approx(0.3 * skew / 8, rel=1e-5)
+    with pytest.raises(ValueError, match="'printed' or 'dcmh', got 'dpsh'"):
+        SFCLObjective(settings="dpsh")  # type: ignore[arg-type]
+
+
 def test_a_negative_weight_of_the_semantic_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 0, got -1"):
         SFCLObjective(intra=-1.0)

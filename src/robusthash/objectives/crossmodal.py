@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from robusthash.core.hamming import sign
 from robusthash.core.registry import register
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
 from robusthash.objectives.base import HashObjective, quantisation
@@ -33,8 +32,7 @@ class CrossModalObjective(HashObjective):
 
     def joint(self, memory: CodeMemory, batch: Batch) -> Tensor:
         """(B, K) shared codes of the batch's items, B = sign(F + G), held constant."""
-        rows = [codes.detach()[batch.ids] for codes in memory.codes.values()]
-        return sign(torch.stack(rows).sum(0))
+        return memory.joint(batch)
 
     def regularisation(self, output: HashOutput) -> Tensor:
         return self.gamma * quantisation(output)

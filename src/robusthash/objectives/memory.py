@@ -33,6 +33,10 @@ class CodeMemory(nn.Module):
         for name, output in outputs.items():
             self.codes[name][batch.ids] = output.code.detach().float()
 
+    def joint(self, batch: Batch) -> Tensor:
+        """(B, K) the code that the modalities of each item of ``batch`` share, B = sign(F + G), held constant."""
+        return sign(torch.stack([codes.detach()[batch.ids] for codes in self.codes.values()]).sum(0))
+
     def reference(self) -> Reference:
         """The signs, as attacks and guides see them."""
         return Reference({name: sign(values.detach()) for name, values in self.codes.items()}, self.labels)
