@@ -15,7 +15,8 @@ import yaml
 from robusthash.apps import stages
 from robusthash.apps.config import make_config
 from robusthash.apps.runs import Run, load_run
-from robusthash.apps.tables import Column, captions, make_rows, parse_column, seeds_by_row
+from robusthash.apps.table_text import captions
+from robusthash.apps.tables import Column, make_rows, parse_column, seeds_by_row
 from robusthash.evaluation.results import load_results, save_results
 from robusthash.evaluation.stats import bootstrap_interval, hierarchical_interval
 

@@ -15,7 +15,8 @@ from robusthash.apps import assessing, stages
 from robusthash.apps.config import make_config
 from robusthash.apps.pages.report import write_report
 from robusthash.apps.runs import Run
-from robusthash.apps.tables import headline_of, make_rows, markdown
+from robusthash.apps.table_text import markdown
+from robusthash.apps.tables import headline_of, make_rows
 from robusthash.attacks import Attack
 from robusthash.attacks.base import Probe, Search
 from robusthash.attacks.edits import GreedyFlips

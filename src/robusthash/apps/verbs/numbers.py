@@ -122,7 +122,7 @@ def table(
     """
     from dataclasses import asdict
 
-    from robusthash.apps import tables
+    from robusthash.apps import table_text, tables
     from robusthash.apps.runs import RunError, runs_with
 
     runs, waiting = runs_with(lambda run: run.was_evaluated, paths)
@@ -142,10 +142,10 @@ def table(
         return
     titles = list(rows[0].cells) if columns is None else [column.title for column in columns]
     if format is Format.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows(tables.plain_table(rows, titles))
+        csv.writer(sys.stdout, lineterminator="\n").writerows(table_text.plain_table(rows, titles))
         return
-    sys.stdout.write(f"{(tables.latex if format is Format.latex else tables.markdown)(rows, titles)}\n")
-    lines = tables.captions(rows, titles) if caption else []
+    sys.stdout.write(f"{(table_text.latex if format is Format.latex else table_text.markdown)(rows, titles)}\n")
+    lines = table_text.captions(rows, titles) if caption else []
     sys.stdout.write("".join(f"\n{'% ' * (format is Format.latex)}{line}\n" for line in lines))
 
 
