@@ -38,6 +38,8 @@ def in_turn(ours: Work, theirs: Work, pairs: int) -> Compared:
     for pair in range(pairs):
         for side in (0, 1) if pair % 2 == 0 else (1, 0):
             times[side].append(seconds(sides[side]))
-    wall, processor = (statistics.median(a[clock] / b[clock] for a, b in zip(*times, strict=True)) for clock in (0, 1))
+    wall, processor = (
+        statistics.median(a[clock] / b[clock] for a, b in zip(*times, strict=True)) for clock in (0, 1)
+    )
     medians = [statistics.median(made[clock] for made in side) for clock in (1, 0) for side in times]
     return Compared(processor, wall, *medians)

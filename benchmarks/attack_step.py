@@ -1,10 +1,11 @@
 """What one step of PGD costs beyond the forward and backward pass that it cannot do without.
 
-An attack of ten steps and ten bare passes (forward, the same loss, backward to the input, of the same frozen model on
-the same batch) are timed in turn, in alternating order; the ratio is the median over the pairs of processor time, which
-other load on the machine hardly touches (the ratio of wall times stands in the detail). Run it with one thread and on
-the CPU. Everything counts as the attack's but its guide: random start, checks for NaN, sign
-steps, projection, freezing. Images are channels-last from the start, so that neither side pays for a conversion.
+An attack of ten steps and ten bare passes (forward, the same loss, backward to the input, of the same frozen
+model on the same batch) are timed in turn, in alternating order; the ratio is the median over the pairs of
+processor time, which other load on the machine hardly touches (the ratio of wall times stands in the detail).
+Run it with one thread and on the CPU. Everything counts as the attack's but its guide: random start, checks
+for NaN, sign steps, projection, freezing. Images are channels-last from the start, so that neither side pays
+for a conversion.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from robusthash.attacks import mainstay
 from robusthash.core.hamming import pack, sign
-from robusthash.core.profile import prepare, prepared_profile
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Goal, Guidance
-from robusthash.evaluation.measures import average_precision
+from robusthash.metrics.distance_histogram import prepare, prepared_profile
+from robusthash.metrics.ranking_measures import average_precision
 from robusthash.models import Hasher, build_hasher
 from robusthash.models.hasher import frozen
 
@@ -42,11 +43,15 @@ class Given:
         return Guidance(self.codes)
 
 
-def measure(bench: str, target: float, image: dict[str, Any], side: int, count: int, pairs: int) -> dict[str, Any]:
+def measure(
+    benchmark: str, target: float, image: dict[str, Any], side: int, count: int, pairs: int
+) -> dict[str, Any]:
     """One row: the attack's time per step over that of a bare pass."""
     victim = build_hasher(bits=32, image=image).eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(count, 3, side, side, generator=generator).contiguous(memory_format=torch.channels_last)
+    images = torch.rand(count, 3, side, side, generator=generator).contiguous(
+        memory_format=torch.channels_last
+    )
     batch, goal = Batch({"image": images}, None, torch.arange(count)), Goal(None, -1)
     codes = sign(torch.randn(count, 32, generator=generator))
     attack = replace(mainstay(steps=STEPS), guide=Given(codes))
@@ -73,14 +78,25 @@ def measure(bench: str, target: float, image: dict[str, Any], side: int, count: 
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    return {"bench": bench, "ratio": round(compared.ratio, 4), "target": target, "better": "lower", "detail": detail}
+    return {
+        "bench": benchmark,
+        "ratio": round(compared.ratio, 4),
+        "target": target,
+        "better": "lower",
+        "detail": detail,
+    }
 
 
-def selection(bench: str, target: float, image: dict[str, Any], side: int, count: int, pairs: int) -> dict[str, Any]:
-    """One row: exact AP of a batch against 100,000 items, as it falls on each of ten steps, over a bare pass."""
+def selection(
+    benchmark: str, target: float, image: dict[str, Any], side: int, count: int, pairs: int
+) -> dict[str, Any]:
+    """One row: exact AP of a batch against 100,000 items, as it falls on each of ten steps, over a bare
+    pass."""
     victim = build_hasher(bits=32, image=image).eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(count, 3, side, side, generator=generator).contiguous(memory_format=torch.channels_last)
+    images = torch.rand(count, 3, side, side, generator=generator).contiguous(
+        memory_format=torch.channels_last
+    )
     signs = sign(torch.randn(count, 32, generator=generator))
     labels = (torch.rand(ITEMS + count, 24, generator=generator) < 3 / 24).float()
     packed = torch.randint(0, 256, (ITEMS, 4), generator=generator, dtype=torch.uint8)
@@ -107,14 +123,16 @@ def selection(bench: str, target: float, image: dict[str, Any], side: int, count
         "compiled": find_spec("numba") is not None,
     }
     ratio = round(compared.ratio / EVERY, 4)
-    return {"bench": bench, "ratio": ratio, "target": target, "better": "lower", "detail": detail}
+    return {"bench": benchmark, "ratio": ratio, "target": target, "better": "lower", "detail": detail}
 
 
 def run() -> list[dict[str, Any]]:
     """Overhead of a step on an AlexNet-shaped net and on the small net, and of exact-AP selection on both."""
     return [
         selection("selection-per-step-alexnet", 0.01, {"name": "alexnet"}, side=224, count=8, pairs=8),
-        selection("selection-per-step-small", 0.05, {"name": "small", "width": 32}, side=32, count=128, pairs=10),
+        selection(
+            "selection-per-step-small", 0.05, {"name": "small", "width": 32}, side=32, count=128, pairs=10
+        ),
         measure("attack-step-alexnet", 1.05, {"name": "alexnet"}, side=224, count=8, pairs=6),
         measure("attack-step-small", 1.10, {"name": "small", "width": 32}, side=32, count=128, pairs=8),
     ]

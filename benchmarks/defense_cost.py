@@ -1,9 +1,10 @@
 """What a training step of a defense costs beside one of CgAT with the same net, batch and inner steps.
 
-One step is all that the loop does with a batch: inner attack, attacked and clean pass, memory, loss, backward, SGD. The
-two sides are timed in turn, in alternating order; the ratio is the median over the pairs of processor time, which other
-load on the machine hardly touches (the ratio of wall times stands in the detail). Run it on one thread, on the CPU.
-Images and labels are random; nets have random weights: neither changes the cost.
+One step is all that the loop does with a batch: inner attack, attacked and clean pass, memory, loss,
+backward, SGD. The two sides are timed in turn, in alternating order; the ratio is the median over the pairs
+of processor time, which other load on the machine hardly touches (the ratio of wall times stands in the
+detail). Run it on one thread, on the CPU. Images and labels are random; nets have random weights: neither
+changes the cost.
 
 To add a defense: write a function like ``saah`` and name it in ``DEFENSES`` with its target.
 """
@@ -35,7 +36,9 @@ Make = Callable[[Image], Recipe]
 
 def inner(name: str, objective: DPSH, **options: Any) -> Attack:
     """The inner attack of the papers: 7 steps of 2/255 in a ball of 8/255."""
-    return build("attack", {"name": name, "steps": STEPS, "step_size": 2 / 255, **options}, objective=objective)
+    return build(
+        "attack", {"name": name, "steps": STEPS, "step_size": 2 / 255, **options}, objective=objective
+    )
 
 
 def cgat(image: Image) -> Recipe:
@@ -63,9 +66,15 @@ def random_data(items: int, side: int) -> RetrievalData:
     pixels = torch.randint(0, 256, (items + 2, 3, side, side), generator=generator, dtype=torch.uint8)
     labels = torch.eye(CLASSES)[torch.randint(0, CLASSES, (items + 2,), generator=generator)]
     source = ArraySource({"image": pixels})
-    rows = {"train": torch.arange(items), "query": torch.tensor([items]), "database": torch.tensor([items + 1])}
+    rows = {
+        "train": torch.arange(items),
+        "query": torch.tensor([items]),
+        "database": torch.tensor([items + 1]),
+    }
     hashes = source.hashes()
-    splits = {name: Split(name, source, chosen, labels[chosen], hashes[chosen]) for name, chosen in rows.items()}
+    splits = {
+        name: Split(name, source, chosen, labels[chosen], hashes[chosen]) for name, chosen in rows.items()
+    }
     return RetrievalData("random", **splits, label_names=tuple("abcdefghij"))
 
 
@@ -73,7 +82,9 @@ def stepper(recipe: Recipe, data: RetrievalData, batch: Batch) -> Callable[[], N
     """One training step as the loop takes it."""
     recipe.setup(data, 0, 32)
     groups = recipe.parameter_groups()
-    optimisers = {name: torch.optim.SGD(found, 1e-4, momentum=0.9, weight_decay=5e-4) for name, found in groups.items()}
+    optimisers = {
+        name: torch.optim.SGD(found, 1e-4, momentum=0.9, weight_decay=5e-4) for name, found in groups.items()
+    }
 
     def step() -> None:
         for group, terms in recipe.step(batch, Moment(0, 0.0, Draws(0))):
@@ -126,7 +137,8 @@ def measure(
 
 
 def run() -> Iterator[dict[str, Any]]:
-    """Every defense on an AlexNet-shaped net at 224 px, and beside it on the small net at 32 px, without a target."""
+    """Every defense on an AlexNet-shaped net at 224 px, and beside it on the small net at 32 px, without a
+    target."""
     small = {"name": "small", "width": 32}
     for name, (_, target) in DEFENSES.items():
         yield measure(name, "alexnet", target, {"name": "alexnet"}, side=224, count=4, items=16, pairs=5)

@@ -1,15 +1,16 @@
-"""What SFCL costs beside CgAT (a training step) and beside the undefended net (a query), with the same spatial net.
+"""What SFCL costs beside CgAT (a training step) and beside the undefended net (a query), with the same
+spatial net.
 
-A training step is everything the loop does with a batch of pairs: inner attack, two forward passes, outer loss,
-backward, Adam. Both sides take as many inner steps, hash images and texts and train on the same objective. A query is
-one image encoded by the frozen model. The sides are timed in turn, in alternating order; the ratio is the median over
-the pairs of processor time, which other load on the machine hardly touches (the ratio of wall times stands in the
-detail). Run it with one thread and on the CPU.
+A training step is everything the loop does with a batch of pairs: inner attack, two forward passes, outer
+loss, backward, Adam. Both sides take as many inner steps, hash images and texts and train on the same
+objective. A query is one image encoded by the frozen model. The sides are timed in turn, in alternating
+order; the ratio is the median over the pairs of processor time, which other load on the machine hardly
+touches (the ratio of wall times stands in the detail). Run it with one thread and on the CPU.
 
-Parameters and multiply-adds are of the image side, counted per image as ``robusthash cost`` counts them: a transform
-of n real numbers as 1.25 n log2 n, a complex product as four. The targets are the ratios of the paper's own table
-(18.8 to 13.4 minutes an epoch, 18.0 to 12.3 ms a query). A processor that is busy with products will not meet them:
-GFNet-Ti has 1.8 times the multiply-adds of AlexNet, and comes on top.
+Parameters and multiply-adds are of the image side, counted per image as ``robusthash cost`` counts them: a
+transform of n real numbers as 1.25 n log2 n, a complex product as four. The targets are the ratios of the
+paper's own table (18.8 to 13.4 minutes an epoch, 18.0 to 12.3 ms a query). A processor that is busy with
+products will not meet them: GFNet-Ti has 1.8 times the multiply-adds of AlexNet, and comes on top.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import torch
 from _timing import Work, in_turn
 from torch import Tensor, nn
 
+from robusthash.analysis.model_cost import size_of
 from robusthash.attacks import Attack
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.data import ArraySource, RetrievalData, Split
 from robusthash.defenses import AdversarialTraining
-from robusthash.evaluation.cost import size_of
 from robusthash.models import Hasher, build_hasher
 from robusthash.models.hasher import frozen
 from robusthash.objectives import DPSH
@@ -46,7 +47,9 @@ def pairs_of(items: int, side: int) -> RetrievalData:
         source = ArraySource({"image": pixels, "text": words})
         return Split(name, source, torch.arange(items), labels, source.hashes())
 
-    return RetrievalData("random", split(0, "train"), split(1, "query"), split(2, "database"), tuple("abcdefghij"))
+    return RetrievalData(
+        "random", split(0, "train"), split(1, "query"), split(2, "database"), tuple("abcdefghij")
+    )
 
 
 def hasher_of(image: Any) -> Hasher:
@@ -95,7 +98,10 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Training step and query of SFCL on these two nets, against the spatial one alone."""
     data = pairs_of(max(batch, CLASSES), side)
-    defended, plain = hasher_of({"name": "sfcl", "spatial": spatial, "frequency": frequency}), hasher_of(spatial)
+    defended, plain = (
+        hasher_of({"name": "sfcl", "spatial": spatial, "frequency": frequency}),
+        hasher_of(spatial),
+    )
     inner = {"steps": steps, "step_size": 2 / 255, "slope": "one"}
     images = torch.rand(queries, 3, side, side, generator=torch.Generator().manual_seed(0))
     shared = {
@@ -112,21 +118,34 @@ def rows(
     )
     asked = in_turn(query(defended, images), query(plain, images), 2 * pairs)
     made = []
-    for bench, target, result, more in (
+    for benchmark, target, result, more in (
         (f"sfcl-step-{name}", 1.40, training, {"batch": batch, "inner_steps": steps, "against": "cgat"}),
         (f"sfcl-query-{name}", 1.46, asked, {"images": queries, "against": "undefended"}),
     ):
-        times = {"ours_ms": 1e3 * result.ours, "theirs_ms": 1e3 * result.theirs, "wall_ratio": result.wall_ratio}
+        times = {
+            "ours_ms": 1e3 * result.ours,
+            "theirs_ms": 1e3 * result.theirs,
+            "wall_ratio": result.wall_ratio,
+        }
         detail = {**{key: round(value, 4) for key, value in times.items()}, **more, **shared}
         made.append(
-            {"bench": bench, "ratio": round(result.ratio, 4), "target": target, "better": "lower", "detail": detail}
+            {
+                "bench": benchmark,
+                "ratio": round(result.ratio, 4),
+                "target": target,
+                "better": "lower",
+                "detail": detail,
+            }
         )
     return made
 
 
 def run() -> list[dict[str, Any]]:
     """The paper's pair at 224 px, and the small pair of our recipes at 64 px."""
-    small, gfnet = {"name": "small", "width": 16}, {"name": "gfnet", "size": 64, "patch": 8, "dim": 64, "depth": 4}
+    small, gfnet = (
+        {"name": "small", "width": 16},
+        {"name": "gfnet", "size": 64, "patch": 8, "dim": 64, "depth": 4},
+    )
     return [
         *rows("small", small, gfnet, side=64, batch=32, steps=10, pairs=3, queries=16),
         *rows("alexnet", "alexnet", "gfnet", side=224, batch=4, steps=10, pairs=2, queries=4),

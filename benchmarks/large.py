@@ -1,8 +1,9 @@
-"""Memory of distance profiles for databases that come in shards: 1, 3 and 10 million items, none of them kept.
+"""Memory of distance profiles for databases that come in shards: 1, 3 and 10 million items, none of them
+kept.
 
-Each size runs in a fresh process. Its codes and labels are drawn shard by shard (250,000 items) and let go; what counts
-is the peak of the resident set over that before the first shard. The ratio is the peak at 10 million items over that at
-1 million: flat memory is 1.
+Each size runs in a fresh process. Its codes and labels are drawn shard by shard (250,000 items) and let go;
+what counts is the peak of the resident set over that before the first shard. The ratio is the peak at 10
+million items over that at 1 million: flat memory is 1.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robusthash.core.profile import streamed_profile
 from robusthash.core.types import Codes
+from robusthash.metrics.distance_histogram import streamed_profile
 
 SIZES = (1_000_000, 3_000_000, 10_000_000)
 QUERIES, BITS, LABELS, SHARD = 100, 64, 24, 250_000
@@ -50,13 +51,19 @@ def _child(items: int, pipe: Any) -> None:
     profile = streamed_profile(query, query_labels, shards(items))
     whole = bool((profile.items.sum(1) == items).all())
     pipe.send(
-        {"peak_mb": _peak(), "grown_mb": _peak() - before, "seconds": time.process_time() - started, "all": whole}
+        {
+            "peak_mb": _peak(),
+            "grown_mb": _peak() - before,
+            "seconds": time.process_time() - started,
+            "all": whole,
+        }
     )
     pipe.close()
 
 
 def measure(items: int) -> dict[str, float]:
-    """Peak resident MB of a fresh process, what the stream added to one shard's peak, and processor seconds."""
+    """Peak resident MB of a fresh process, what the stream added to one shard's peak, and processor
+    seconds."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(items, sender))
@@ -73,7 +80,12 @@ def run() -> list[dict[str, Any]]:
     size = {"queries": QUERIES, "bits": BITS, "labels": LABELS, "shard": SHARD}
     detail = {**size, "by_items": found}
     return [
-        {"bench": "profile-memory-10M-over-1M", "ratio": round(most / least, 3), "target": 1.05, "better": "lower"}
+        {
+            "bench": "profile-memory-10M-over-1M",
+            "ratio": round(most / least, 3),
+            "target": 1.05,
+            "better": "lower",
+        }
         | {"detail": detail}
     ]
 

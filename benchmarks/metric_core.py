@@ -1,8 +1,9 @@
 """Speed and memory of the metric core against a per-query argsort, in the same run on the same threads.
 
-The reference size of the evaluation protocol: 1,000 queries, 100,000 database items, 32 bits, 24 labels, several to an
-item; MAP over the whole database and MAP@5000. The ratio is for random codes, the worst case for merging equal rows;
-the detail adds collapsed codes, as trained models make them, longer codes and single labels.
+The reference size of the evaluation protocol: 1,000 queries, 100,000 database items, 32 bits, 24 labels,
+several to an item; MAP over the whole database and MAP@5000. The ratio is for random codes, the worst case
+for merging equal rows; the detail adds collapsed codes, as trained models make them, longer codes and single
+labels.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robusthash.core.ap import average_precision
 from robusthash.core.hamming import pack
-from robusthash.core.profile import code_profile, merge
 from robusthash.core.types import Codes, Profile
+from robusthash.metrics.average_precision import average_precision
+from robusthash.metrics.distance_histogram import code_profile, merge
 
 QUERIES, ITEMS, BITS, LABELS, CUT = 1000, 100_000, 32, 24, 5000
 ROUNDS = 5
@@ -34,8 +35,8 @@ def make(bits: int = BITS, labels: int = LABELS, kind: str = "random") -> Sides:
     """Queries and a database.
 
     Args:
-        kind: ``random`` codes and label sets of three labels on average; ``collapsed`` the same drawn from 2,000
-            distinct (code, label set) rows; ``single`` random codes, one label each.
+        kind: ``random`` codes and label sets of three labels on average; ``collapsed`` the same drawn from
+            2,000 distinct (code, label set) rows; ``single`` random codes, one label each.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -45,7 +46,11 @@ def make(bits: int = BITS, labels: int = LABELS, kind: str = "random") -> Sides:
         hot = (torch.rand(distinct, labels, generator=generator) < 3 / labels).float()
         if kind == "single":
             hot = torch.eye(labels)[torch.randint(labels, (distinct,), generator=generator)]
-        rows = torch.randint(distinct, (count,), generator=generator) if kind == "collapsed" else torch.arange(count)
+        rows = (
+            torch.randint(distinct, (count,), generator=generator)
+            if kind == "collapsed"
+            else torch.arange(count)
+        )
         return Codes(pack(signs[rows]), bits, torch.arange(count)), hot[rows].contiguous()
 
     query, query_labels = side(QUERIES)
@@ -61,10 +66,11 @@ def ours(query: Codes, query_labels: Tensor, database: Codes, labels: Tensor) ->
 
 
 def argsort(query: Codes, query_labels: Tensor, database: Codes, labels: Tensor) -> tuple[float, float]:
-    """The same two values as published code computes them: distances and relevance by matrix product, one sort a query.
+    """The same two values as published code computes them: distances and relevance by matrix product, one
+    sort a query.
 
-    numpy's default sort, which is the faster of its two here. The codes are unpacked to float once and the two values
-    share the sort, so this is a quick form of it.
+    numpy's default sort, which is the faster of its two here. The codes are unpacked to float once and the
+    two values share the sort, so this is a quick form of it.
     """
     items, wanted = database.signs().float().numpy(), labels.numpy()
     sums = np.zeros(2)
@@ -81,11 +87,12 @@ def argsort(query: Codes, query_labels: Tensor, database: Codes, labels: Tensor)
 
 
 def race(data: Sides) -> dict[str, Any]:
-    """Both in turns, so that whatever else the machine does falls on both: ours whole, the baseline a slice of queries.
+    """Both in turns, so that whatever else the machine does falls on both: ours whole, the baseline a slice
+    of queries.
 
     Returns:
-        The ratio of processor seconds (time that other programs took does not count), processor and wall seconds of
-        one whole run of each, the best wall seconds of ours, and the values of both.
+        The ratio of processor seconds (time that other programs took does not count), processor and wall
+        seconds of one whole run of each, the best wall seconds of ours, and the values of both.
     """
     query, query_labels, database, labels = data
     own, base, values = [], [], np.zeros(2)
@@ -130,7 +137,8 @@ def _resident() -> int:
 
 
 def _memory_child(which: str, pipe: Any) -> None:
-    """Peak extra memory of one implementation: resident set sampled every 2 ms, and allocations that numpy traces."""
+    """Peak extra memory of one implementation: resident set sampled every 2 ms, and allocations that numpy
+    traces."""
     torch.set_num_threads(1)
     data = make()
     run = ours if which == "ours" else argsort
@@ -173,8 +181,9 @@ def memory(which: str) -> dict[str, float]:
 
 
 def kernels(bits: int = 64, labels: int = 38) -> dict[str, Any]:
-    """Seconds of profiles and both MAPs at the protocol's reference size, by machine code and by numpy, in turn."""
-    from robusthash.core import profile as core
+    """Seconds of profiles and both MAPs at the protocol's reference size, by machine code and by numpy, in
+    turn."""
+    from robusthash.metrics import distance_histogram as core
 
     data, installed = make(bits, labels), core._numba_installed
     if not installed():
@@ -203,12 +212,19 @@ def _same(left: Profile, right: Profile) -> bool:
 
 
 def compiled_rows() -> list[dict[str, Any]]:
-    """Machine code over numpy: a ratio, since both run in turn; seconds stand in the detail as (processor, wall)."""
+    """Machine code over numpy: a ratio, since both run in turn; seconds stand in the detail as (processor,
+    wall)."""
     rows = []
     for bits, labels in ((64, 24), (64, 38)):
         found = kernels(bits, labels)
         ratio = found["seconds"]["numpy"][0] / found["seconds"]["compiled"][0]
-        size = {"queries": QUERIES, "items": ITEMS, "bits": bits, "labels": labels, "threads": torch.get_num_threads()}
+        size = {
+            "queries": QUERIES,
+            "items": ITEMS,
+            "bits": bits,
+            "labels": labels,
+            "threads": torch.get_num_threads(),
+        }
         rows.append(
             {
                 "bench": f"metric-core-numpy-over-compiled-{bits}-bits-{labels}-labels",
@@ -238,7 +254,9 @@ def run() -> list[dict[str, Any]]:
     whole = code_profile(*data)
     started = time.perf_counter()
     parts = [
-        code_profile(query, query_labels, Codes(database.packed[rows], BITS, database.ids[rows]), labels[rows])
+        code_profile(
+            query, query_labels, Codes(database.packed[rows], BITS, database.ids[rows]), labels[rows]
+        )
         for rows in torch.arange(ITEMS).chunk(7)
     ]
     merged = merge(parts)

@@ -1,8 +1,8 @@
 """Search time of the local index against faiss called directly: one million 64-bit codes, 100 queries.
 
-Both scan the same codes in the same process and thread count, in pairs that alternate in order; the ratio is the
-median over the pairs, so that a burst of other work on the machine touches both sides. Exactness is checked first: a
-fast wrong answer is no result.
+Both scan the same codes in the same process and thread count, in pairs that alternate in order; the ratio is
+the median over the pairs, so that a burst of other work on the machine touches both sides. Exactness is
+checked first: a fast wrong answer is no result.
 """
 
 from __future__ import annotations
@@ -30,13 +30,18 @@ def random_codes(count: int, draws: np.random.Generator) -> np.ndarray:
     return draws.integers(0, 256, (count, BITS // 8), dtype=np.uint8)
 
 
-def clustered_codes(count: int, draws: np.random.Generator, centres: np.ndarray, flips: float = 0.02) -> np.ndarray:
-    """(count, 8) uint8 as training makes them: a few centres, each bit flipped with a small chance; ties abound."""
+def clustered_codes(
+    count: int, draws: np.random.Generator, centres: np.ndarray, flips: float = 0.02
+) -> np.ndarray:
+    """(count, 8) uint8 as training makes them: a few centres, each bit flipped with a small chance; ties
+    abound."""
     noise = np.packbits(draws.random((count, BITS), dtype=np.float32) < flips, axis=1)
     return centres[draws.integers(0, len(centres), count)] ^ noise
 
 
-def compare(index: CodeIndex, direct: Any, queries: Codes, k: int, pairs: int) -> tuple[float, dict[str, float]]:
+def compare(
+    index: CodeIndex, direct: Any, queries: Codes, k: int, pairs: int
+) -> tuple[float, dict[str, float]]:
     """Median ratio of ours to faiss over alternating pairs, and the median times in milliseconds."""
     rows = queries.packed.numpy()
     compared = in_turn(lambda: index.search(queries, k), lambda: direct.search(rows, k), pairs)
@@ -57,7 +62,7 @@ def check(index: CodeIndex, queries: Codes, held: Codes, k: int) -> None:
 
 
 def run(count: int = 1_000_000, queries: int = 100, pairs: int = 25, seed: int = 0) -> list[dict[str, Any]]:
-    """One row for each distribution of codes and each k: ``bench, ratio, target, better, detail``."""
+    """One row for each distribution of codes and each k: ``benchmark, ratio, target, better, detail``."""
     draws = np.random.default_rng(seed)
     centres = random_codes(100, draws)
     data = {
@@ -80,10 +85,16 @@ def run(count: int = 1_000_000, queries: int = 100, pairs: int = 25, seed: int =
                     check(index, query, held, k)
                     ratio, times = compare(index, direct, query, k, pairs)
                     detail = {"distribution": name, "n": count, "queries": queries, "k": k, "bits": BITS}
-                    detail |= {"pairs": pairs, "threads": faiss.omp_get_max_threads(), "faiss": faiss.__version__}
-                    bench = f"search-vs-faiss-{size}-{BITS}bit-k{k}-{name}"
+                    detail |= {
+                        "pairs": pairs,
+                        "threads": faiss.omp_get_max_threads(),
+                        "faiss": faiss.__version__,
+                    }
+                    benchmark = f"search-vs-faiss-{size}-{BITS}bit-k{k}-{name}"
                     measured = {key: round(value, 3) for key, value in (times | store).items()}
-                    rows.append({"bench": bench, "ratio": round(ratio, 4), "target": TARGET, "better": "lower"})
+                    rows.append(
+                        {"bench": benchmark, "ratio": round(ratio, 4), "target": TARGET, "better": "lower"}
+                    )
                     rows[-1]["detail"] = detail | measured
     return rows
 

@@ -11,7 +11,9 @@ import torch
 REPO_ROOT = Path(__file__).resolve().parents[1]
 
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start: their sums must be those of this process
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # of the programs that tests start: their sums must be those of this process
+)
 torch.set_num_threads(1)  # the tests run side by side, and small tensors do not gain from more threads
 
 

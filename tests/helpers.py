@@ -1,4 +1,5 @@
-"""Small data, small victims and counters that many tests share. Everything is generated; nothing is read from disk."""
+"""Small data, small victims and counters that many tests share. Everything is generated; nothing is read from
+disk."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ CLASSES = 3
 def make_split(
     name: str, items: int, seed: int, *, size: int = 12, classes: int = CLASSES, multi: bool = False
 ) -> Split:
-    """Images with one coloured pattern per class and noise; with ``multi`` every third item has two classes."""
+    """Images with one coloured pattern per class and noise; with ``multi`` every third item has two
+    classes."""
     patterns = torch.rand(classes, 3, size, size, generator=torch.Generator().manual_seed(7)) > 0.5
     generator = torch.Generator().manual_seed(seed)
     first = torch.arange(items) % classes
@@ -44,7 +46,9 @@ def make_data(
 ) -> RetrievalData:
     """Three disjoint splits of the same three classes."""
     sizes = {"train": train, "query": query, "database": database}
-    splits = {n: make_split(n, count, seed, size=size, multi=multi) for seed, (n, count) in enumerate(sizes.items())}
+    splits = {
+        n: make_split(n, count, seed, size=size, multi=multi) for seed, (n, count) in enumerate(sizes.items())
+    }
     return RetrievalData("tiny", **splits, label_names=tuple("abc"))
 
 
@@ -209,7 +213,9 @@ class MemoryLog:
     def resume(self) -> dict[str, Any] | None:
         if self.saved is None:
             return None
-        return torch.load(io.BytesIO(self.saved), weights_only=True)  # no code may be needed to read a checkpoint
+        return torch.load(
+            io.BytesIO(self.saved), weights_only=True
+        )  # no code may be needed to read a checkpoint
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         stream = io.BytesIO()

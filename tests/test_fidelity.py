@@ -1,4 +1,5 @@
-"""``docs/fidelity.md`` against the code: every file, name and value that it gives is there, and no item is left out.
+"""``docs/fidelity.md`` against the code: every file, name and value that it gives is there, and no item is
+left out.
 
 Sources are parsed, nothing is imported.
 """
@@ -19,7 +20,9 @@ PAGE = ROOT / "docs" / "fidelity.md"
 COLUMNS = ["item", "in the paper", "here", "where", "state"]
 PAPERS = ("SAAT", "SAAH", "SFCL", "DRFGD", "DSARH")
 STATE = re.compile(r"exact|(deviating|absent): \S.*")
-PLACE = re.compile(r"(?P<file>[\w./-]+\.(?:py|yaml))(?::(?P<name>[\w.]+)(?:\((?P<option>\w+)\))?(?:=(?P<value>.+))?)?")
+PLACE = re.compile(
+    r"(?P<file>[\w./-]+\.(?:py|yaml))(?::(?P<name>[\w.]+)(?:\((?P<option>\w+)\))?(?:=(?P<value>.+))?)?"
+)
 
 
 EQUATIONS: dict[str, set[int]] = {
@@ -45,7 +48,14 @@ ITEMS: dict[str, set[str]] = {
         *("Figure of the spectral response", "Figure of retention and block", "Figure of convergence"),
     },
     "SFCL": {
-        *("Backbones", "Separation (SFRG)", "Masks at inference", "Fusion (RAFF)", "Hash layer", "Text encoder"),
+        *(
+            "Backbones",
+            "Separation (SFRG)",
+            "Masks at inference",
+            "Fusion (RAFF)",
+            "Hash layer",
+            "Text encoder",
+        ),
         *("I(s; f)", "Wrong labels l'", "L_quan", "Total loss", "Inner attack", "Warm-up"),
         *("lambda_c, lambda_a, lambda_s", "alpha", "Optimiser", "Data sets", "MAP", "Baselines"),
         *("Table 1", "Table of t-MAP", "Table 3", "Table of cost", "Table of other losses"),
@@ -53,14 +63,30 @@ ITEMS: dict[str, set[str]] = {
     },
     "DRFGD": {
         *("Disentangler", "Generator", "Discriminator", "L_R", "L_Ali", "L_Rec", "L_Dis", "L_G"),
-        *("Attack on texts", "tau", "Attack in training", "lambda", "alpha, beta", "Optimiser", "Batch, epochs"),
+        *(
+            "Attack on texts",
+            "tau",
+            "Attack in training",
+            "lambda",
+            "alpha, beta",
+            "Optimiser",
+            "Batch, epochs",
+        ),
         *("Inference", "Targets", "Data sets", "MAP", "Attacks in evaluation", "Baselines", "Table 1"),
         *("Tables of MAP under attack", "Tables of t-MAP", "Table of ablations", "Figure of heat maps"),
     },
     "DSARH": {
         *("Algorithm 2", "Algorithm 3", "lambda", "alpha, beta", "eps, step", "Inner steps"),
         *("Optimiser, image-text", "Image net", "Text net", "Schedule, images", "c, gamma", "Data sets"),
-        *("MAP, nDCG, ACG", "Table I", "Table II", "Table of shallow methods", "Table IV", "Table V", "Table VI"),
+        *(
+            "MAP, nDCG, ACG",
+            "Table I",
+            "Table II",
+            "Table of shallow methods",
+            "Table IV",
+            "Table V",
+            "Table VI",
+        ),
         *("Table of inner steps", "Fig. 6", "Figure of training data", "Figure of nDCG and ACG"),
     },
 }
@@ -97,7 +123,11 @@ def member(body: list[ast.stmt], name: str) -> ast.stmt | None:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return node
         targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
         )
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             return node
@@ -116,7 +146,11 @@ def options(node: ast.stmt) -> dict[str, ast.expr | None]:
     plain = [*node.args.posonlyargs, *node.args.args]
     defaults = [None] * (len(plain) - len(node.args.defaults)) + list(node.args.defaults)
     return dict(
-        zip([arg.arg for arg in (*plain, *node.args.kwonlyargs)], [*defaults, *node.args.kw_defaults], strict=True)
+        zip(
+            [arg.arg for arg in (*plain, *node.args.kwonlyargs)],
+            [*defaults, *node.args.kw_defaults],
+            strict=True,
+        )
     )
 
 
@@ -135,7 +169,11 @@ def fault(place: str) -> str:
             if name and (not isinstance(found, dict) or key not in found):
                 return f"{file} has no {name}"
             found = found[key] if name else found
-        return "" if value is None or found == yaml.safe_load(value) else f"{file}: {name} is {found!r}, not {value}"
+        return (
+            ""
+            if value is None or found == yaml.safe_load(value)
+            else f"{file}: {name} is {found!r}, not {value}"
+        )
     node: Any = parsed(path)
     for part in name.split(".") if name else ():
         node = member(node.body, part) if hasattr(node, "body") else None
@@ -165,14 +203,18 @@ def test_every_item_of_a_paper_has_its_row(paper: str) -> None:
     assert set().union(*map(numbers_of, named)) == EQUATIONS[paper]
 
 
-@pytest.mark.parametrize(("paper", "row"), ROWS, ids=lambda value: value if isinstance(value, str) else value[0])
+@pytest.mark.parametrize(
+    ("paper", "row"), ROWS, ids=lambda value: value if isinstance(value, str) else value[0]
+)
 def test_a_row_has_a_known_state_and_names_what_exists(paper: str, row: list[str]) -> None:
     assert len(row) == len(COLUMNS), f"{paper}, {row[0]}: {len(row)} cells"
     _, printed, here, where, state = row
     assert STATE.fullmatch(state), f"state must be 'exact', 'deviating: why' or 'absent: why', got {state!r}"
     assert printed
     places = re.findall(r"`([^`]+)`", where)
-    assert bool(places) == (not state.startswith("absent")), f"{paper}, {row[0]}: {where!r} with state {state!r}"
+    assert bool(places) == (not state.startswith("absent")), (
+        f"{paper}, {row[0]}: {where!r} with state {state!r}"
+    )
     assert here
     assert not (faults := [fault(place) for place in places if fault(place)]), f"{paper}, {row[0]}: {faults}"
 
@@ -182,13 +224,13 @@ def test_a_row_has_a_known_state_and_names_what_exists(paper: str, row: list[str
     [
         ("attacks/guides.py:mainstay_code", ""),
         ("attacks/guides.py:Mainstay(weights)='code'", ""),
-        ("defenses/outer.py:SAATOuter(adversarial)=1.0", ""),
-        ("defenses/adversarial.py:AdversarialTraining.step", ""),
+        ("defenses/outer_losses.py:SAATOuter(adversarial)=1.0", ""),
+        ("defenses/adversarial_training.py:AdversarialTraining.step", ""),
         ("attacks/gone.py:mainstay_code", "no file"),
         ("attacks/guides.py:gone", "defines no gone"),
-        ("defenses/adversarial.py:AdversarialTraining.gone", "defines no"),
+        ("defenses/adversarial_training.py:AdversarialTraining.gone", "defines no"),
         ("attacks/guides.py:Mainstay(gone)", "takes no gone"),
-        ("defenses/outer.py:SAATOuter(adversarial)=2.0", "is 1.0, not 2.0"),
+        ("defenses/outer_losses.py:SAATOuter(adversarial)=2.0", "is 1.0, not 2.0"),
         ("recipes/fashion-csq-saah-paper.yaml:training.epochs=100", ""),
         ("recipes/fashion-csq-saah-paper.yaml:training.epochs=99", "is 100, not 99"),
         ("recipes/fashion-csq-saah-paper.yaml:training.gone", "has no"),

@@ -17,14 +17,18 @@ COG = ["cog", "-I", str(ROOT / "docs"), "-p", "from commands import show"]
 
 def page_of(command: str, folder: Path) -> Path:
     page = folder / "page.md"
-    page.write_text(f'Before.\n<!-- [[[cog\nshow(r"""\n{command}\n""")\n]]] -->\n<!-- [[[end]]] -->\nAfter.\n')
+    page.write_text(
+        f'Before.\n<!-- [[[cog\nshow(r"""\n{command}\n""")\n]]] -->\n<!-- [[[end]]] -->\nAfter.\n'
+    )
     return page
 
 
 @pytest.mark.parametrize("page", GENERATED, ids=lambda page: page.name)
 def test_a_page_is_what_its_results_give(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert Cog().main([*COG, "--check", "--diff", str(page)]) == 0, f"{page.name} is out of date; run: make tables"
+    assert Cog().main([*COG, "--check", "--diff", str(page)]) == 0, (
+        f"{page.name} is out of date; run: make tables"
+    )
 
 
 def test_there_is_a_page_to_check() -> None:
@@ -59,4 +63,6 @@ def test_kept_results_hold_no_weights_and_no_paths() -> None:
     assert {path.suffix for path in kept} <= {".json", ".jsonl", ".npz", ".yaml"}
     for path in kept:
         if path.suffix != ".npz":
-            assert not re.search(r'["\s](/|~/|\.\./)\w', path.read_text()), f"{path} holds a path of a machine"
+            assert not re.search(r'["\s](/|~/|\.\./)\w', path.read_text()), (
+                f"{path} holds a path of a machine"
+            )

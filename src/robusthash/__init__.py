@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from robusthash.core.types import Batch
     from robusthash.data import load_data
     from robusthash.defenses import AdversarialTraining
-    from robusthash.evaluation import EvalResult, Protocol, Suite, assess, compare, evaluate, make_bench, tier
+    from robusthash.evaluation import EvaluationContext, evaluate, make_context
     from robusthash.index import open_index
+    from robusthash.metrics import EvalResult, Protocol, compare
     from robusthash.models import Hasher, build_hasher, encode_split
+    from robusthash.robustness import Suite, assess, tier
     from robusthash.training import HashingRecipe, TrainConfig, fit
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Attack",
     "Batch",
     "EvalResult",
+    "EvaluationContext",
     "Hasher",
     "HashingRecipe",
     "Protocol",
@@ -45,37 +48,39 @@ __all__ = [
     "evaluate",
     "fit",
     "load_data",
-    "make_bench",
+    "make_context",
     "objectives",
     "open_index",
     "tier",
 ]
 
-_REGISTERING = ("data", "models", "objectives", "training", "attacks", "defenses", "evaluation")
-_ROOMS = ("core", *_REGISTERING, "index")
+_REGISTERING = ("data", "models", "objectives", "training", "attacks", "defenses")
+_ROOMS = ("core", "metrics", *_REGISTERING, "evaluation", "robustness", "analysis", "index")
 _HOMES = {
     "AdversarialTraining": "defenses",
     "Attack": "attacks",
     "Batch": "core.types",
-    "EvalResult": "evaluation",
+    "EvalResult": "metrics",
+    "EvaluationContext": "evaluation",
     "Hasher": "models",
     "HashingRecipe": "training",
-    "Protocol": "evaluation",
-    "Suite": "evaluation",
+    "Protocol": "metrics",
+    "Suite": "robustness",
     "Threat": "attacks",
     "TrainConfig": "training",
-    "assess": "evaluation",
+    "assess": "robustness",
     "build_hasher": "models",
-    "compare": "evaluation",
+    "compare": "metrics",
     "encode_split": "models",
     "evaluate": "evaluation",
     "fit": "training",
     "load_data": "data",
-    "make_bench": "evaluation",
+    "make_context": "evaluation",
     "open_index": "index",
-    "tier": "evaluation",
+    "tier": "robustness",
 }
-"""The room or module that each name is imported from when it is first used: ``import robusthash`` loads none."""
+"""The room or module that each name is imported from when it is first used: ``import robusthash`` loads
+none."""
 
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and would take any other name for one of ours
@@ -93,4 +98,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_ROOMS})
 
 
-discover(*(f"{__name__}.{room}" for room in _REGISTERING))
+discover(*(f"{__name__}.{room}" for room in ("metrics.protocol", *_REGISTERING)))

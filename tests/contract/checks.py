@@ -28,7 +28,7 @@ from torch import Tensor
 
 from robusthash.attacks import Attack
 from robusthash.attacks.base import Probe
-from robusthash.attacks.search import APGD
+from robusthash.attacks.pgd import APGD
 from robusthash.core.hamming import sign
 from robusthash.core.labels import draw_targets
 from robusthash.core.registry import build, card
@@ -37,7 +37,7 @@ from robusthash.core.types import Batch, Goal, HashOutput, Inputs, Reference
 from robusthash.data import RetrievalData, load_data
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPSH, HashObjective
-from robusthash.objectives.centers import hadamard_centers
+from robusthash.objectives.csq import hadamard_centers
 from robusthash.training import HashingRecipe, fit
 
 DRAWS = Draws(0, ("contract",))
@@ -78,7 +78,9 @@ def make_pair_world() -> World:
     """The same over images with captions: a victim of both modalities."""
     data = load_data("synthetic", train=64, query=12, database=48)
     text = {"name": "mlp", "widths": [16]}
-    victim = build_hasher(bits=8, image={"name": "small", "width": 4, "grid": 1}, text=text, vocabulary=data.vocabulary)
+    victim = build_hasher(
+        bits=8, image={"name": "small", "width": 4, "grid": 1}, text=text, vocabulary=data.vocabulary
+    )
     fit(HashingRecipe(victim, DPSH()), data, train_config(12))
     batch = data.query.batch(torch.arange(8))
     targets = draw_targets(batch.labels, batch.ids, data.database.labels, 1, DRAWS)[:, 0]
@@ -97,7 +99,12 @@ def make_attack(name: str, objective: HashObjective, **options: Any) -> Attack:
 
 def run(attack: Attack, world: World, **changed: Any) -> Any:
     """Call ``attack`` on the world, with some arguments changed."""
-    given = {"victim": world.victim, "batch": world.batch, "goal": world.goal(attack), "reference": world.reference}
+    given = {
+        "victim": world.victim,
+        "batch": world.batch,
+        "goal": world.goal(attack),
+        "reference": world.reference,
+    }
     rest = {"draws": DRAWS, **changed}
     positional = [rest.pop(name, value) for name, value in given.items()]
     return attack(*positional, **rest)
@@ -146,7 +153,9 @@ def check_stays_inside(attack: Attack, world: World) -> None:
         assert float(x.max()) <= 1.0
         touched = (x != clean).flatten(1).any(1)
         # a search that returns its best point may come back to a start that three steps did not better
-        assert bool(touched.any() if isinstance(attack.search, APGD) else touched.all()), "some query was not touched"
+        assert bool(touched.any() if isinstance(attack.search, APGD) else touched.all()), (
+            "some query was not touched"
+        )
     assert isinstance(attack.budget, str)
 
 
@@ -187,7 +196,9 @@ def check_batching(attack: Attack, world: World) -> None:
         inputs = {name: value[rows] for name, value in batch.inputs.items()}
         labels = None if batch.labels is None else batch.labels[rows]
         small_goal = Goal(None if goal.labels is None else goal.labels[rows], goal.sign)
-        return run(attack, world, victim=victim, batch=Batch(inputs, labels, batch.ids[rows]), goal=small_goal)
+        return run(
+            attack, world, victim=victim, batch=Batch(inputs, labels, batch.ids[rows]), goal=small_goal
+        )
 
     whole = part(torch.arange(len(batch)))
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))
@@ -198,7 +209,8 @@ def check_batching(attack: Attack, world: World) -> None:
     for name in attack.threat.balls:
         x = whole.batch.inputs[name]
         alone = torch.cat([one.batch.inputs[name] for one in singles])
-        # a gradient within rounding of zero may change its sign: almost all pixels agree, and none leaves the ball
+        # a gradient within rounding of zero may change its sign: almost all pixels agree, and none leaves the
+        # ball
         assert float(((alone - x).abs() > 1e-6).double().mean()) < 1e-3
         assert float(((mixed.batch.inputs[name] - x[order]).abs() > 1e-6).double().mean()) < 1e-3
 
@@ -245,19 +257,24 @@ def check_counts(attack: Attack, world: World) -> None:
         with counted(victim) as calls:
             out = run(attack, world, victim=victim, select=select)
         assert (out.forward, out.backward) == (found.forward, found.backward)
-        assert calls.forward == out.forward + asked.forward + 1  # the code of the returned inputs is encoded anew
+        assert (
+            calls.forward == out.forward + asked.forward + 1
+        )  # the code of the returned inputs is encoded anew
 
 
 def check_returned_code(attack: Attack, world: World) -> None:
     out = run(attack, world)
     with torch.no_grad():
-        outputs = copy.deepcopy(world.victim).eval()({name: out.batch.inputs[name] for name in attack.threat.balls})
+        outputs = copy.deepcopy(world.victim).eval()(
+            {name: out.batch.inputs[name] for name in attack.threat.balls}
+        )
     assert torch.equal(out.signs, sign(next(iter(outputs.values())).logits))
     assert not out.signs.is_inference(), "a tensor made in inference mode cannot be trained on"
 
 
 def check_select(attack: Attack, world: World) -> None:
-    """By a metric that the attack may compute, what comes back is no worse than any point that was looked at."""
+    """By a metric that the attack may compute, what comes back is no worse than any point that was looked
+    at."""
     seen: list[Tensor] = []
 
     def plus_ones(signs: Tensor) -> Tensor:
@@ -280,7 +297,8 @@ def check_start(attack: Attack, world: World) -> None:
 
 
 def check_other_modalities(attack: Attack, world: World) -> None:
-    """Another modality of the items is not touched, not asked, and not in the way, wherever it stands in the batch."""
+    """Another modality of the items is not touched, not asked, and not in the way, wherever it stands in the
+    batch."""
     attacked = tuple(attack.threat.balls)
     spare = next((name for name in ("text", "image", "sound") if name not in attacked), "sound")
     values = torch.rand(len(world.batch), 5, generator=torch.Generator().manual_seed(1))
@@ -327,7 +345,9 @@ def check_labels(attack: Attack, world: World, supervised: bool) -> None:
             with pytest.raises(ValueError, match="label"):
                 run(attack, world, batch=bare, goal=goal, reference=reference)
     else:
-        attack.threat.verify(run(attack, world, batch=bare, goal=goal, reference=None).batch.inputs, bare.inputs)
+        attack.threat.verify(
+            run(attack, world, batch=bare, goal=goal, reference=None).batch.inputs, bare.inputs
+        )
 
 
 ATTACK_CHECKS = (
@@ -355,7 +375,8 @@ LABELS = torch.eye(2)[torch.arange(12) % 2]
 
 
 def perfect_signs(objective: HashObjective, labels: Tensor) -> Tensor:
-    """(N, K) the code that the objective asks for: its own centers, or one code per class and its complement."""
+    """(N, K) the code that the objective asks for: its own centers, or one code per class and its
+    complement."""
     if hasattr(objective, "targets"):
         return objective.targets(labels)
     if getattr(objective, "stage", 1) == 2:  # the codes that its first stage has learned
@@ -377,7 +398,8 @@ def value_of(objective: HashObjective, logits: dict[str, Tensor], labels: Tensor
 
 
 def ready(objective: HashObjective) -> HashObjective:
-    """Set up; one that first learns something of its own (proxies) has done so on perfect codes of both modalities."""
+    """Set up; one that first learns something of its own (proxies) has done so on perfect codes of both
+    modalities."""
     objective.setup(facts_of(LABELS, BITS, widths={"image": BITS, "text": BITS}))
     learned = [p for p in objective.parameters() if p.requires_grad]
     while getattr(objective, "stage", 2) == 1:
@@ -398,7 +420,9 @@ def check_terms(objective: HashObjective) -> None:
         generator = torch.Generator().manual_seed(0)
         logits = {m: torch.randn(12, BITS, generator=generator).requires_grad_(True) for m in modalities}
         outputs = {name: told(value) for name, value in logits.items()}
-        memory = memory_of({m: torch.tanh(torch.randn(12, BITS, generator=generator)) for m in modalities}, LABELS)
+        memory = memory_of(
+            {m: torch.tanh(torch.randn(12, BITS, generator=generator)) for m in modalities}, LABELS
+        )
         terms = objective(outputs, image_batch(torch.zeros(12, 2), LABELS), memory)
         assert terms
         assert all(term.shape == () and torch.isfinite(term) for term in terms.values())
@@ -420,10 +444,14 @@ def check_perfect_code(objective: HashObjective) -> None:
 
 
 def check_per_item(objective: HashObjective) -> None:
-    """An item's similarity loss does not depend on the rest of the batch, so an attack may ascend it alone."""
+    """An item's similarity loss does not depend on the rest of the batch, so an attack may ascend it
+    alone."""
     ready(objective)
     generator = torch.Generator().manual_seed(3)
-    logits, bank = torch.randn(12, BITS, generator=generator), torch.tanh(torch.randn(12, BITS, generator=generator))
+    logits, bank = (
+        torch.randn(12, BITS, generator=generator),
+        torch.tanh(torch.randn(12, BITS, generator=generator)),
+    )
     whole = objective.similarity(output_of(logits), LABELS, bank, LABELS)
     assert whole.shape == (12,)
     for row in (0, 7):

@@ -17,8 +17,8 @@ from robusthash.attacks import Attack, image_threat
 from robusthash.attacks.base import Probe
 from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import Agreement, mainstay_loss
-from robusthash.attacks.search import APGD, PGD, RawGradient
-from robusthash.attacks.threat import threat_on
+from robusthash.attacks.pgd import APGD, PGD, RawGradient
+from robusthash.attacks.threat_model import threat_on
 from robusthash.core.registry import Card, catalogue
 from robusthash.core.types import Goal, Guidance
 
@@ -40,7 +40,17 @@ def test_labels_are_asked_for_where_needed(card: Card, world: World, pairs: Worl
 
 
 def test_cards_say_what_the_attacks_are(world: World) -> None:
-    assert {"pgd", "hag", "sdha", "cgat", "mainstay", "mainstay-targeted", "p2p", "dhta", "guided-apgd"} <= set(IDS)
+    assert {
+        "pgd",
+        "hag",
+        "sdha",
+        "cgat",
+        "mainstay",
+        "mainstay-targeted",
+        "p2p",
+        "dhta",
+        "guided-apgd",
+    } <= set(IDS)
     for card in CARDS:
         attack = make_attack(card.name, world.objective)
         assert attack.targeted == card.targeted
@@ -85,7 +95,9 @@ def test_variants_on_pairs(name: str, check: Callable[[Attack, World], None], pa
     check(replace(plain, **PAIRED[name]), pairs)
 
 
-@pytest.mark.parametrize("name", [c.name for c in CARDS if "restarts" in inspect.signature(c.make).parameters])
+@pytest.mark.parametrize(
+    "name", [c.name for c in CARDS if "restarts" in inspect.signature(c.make).parameters]
+)
 def test_restarts_are_never_worse(name: str, world: World) -> None:
     attacks = [make_attack(name, world.objective, restarts=restarts) for restarts in (1, 2, 4)]
     goal = world.goal(attacks[0])
@@ -93,7 +105,9 @@ def test_restarts_are_never_worse(name: str, world: World) -> None:
     scores = [goal.sign * agreement(attacks[0], world, o.batch.inputs, goal, o.guidance) for o in outs]
     assert bool((scores[1] >= scores[0]).all())
     assert bool((scores[2] >= scores[1]).all())
-    assert bool((scores[2] > scores[0]).any()), "four restarts found nothing that one did not: are they the same?"
+    assert bool((scores[2] > scores[0]).any()), (
+        "four restarts found nothing that one did not: are they the same?"
+    )
     assert (outs[1].forward, outs[1].backward) == (2 * outs[0].forward + 2, 2 * outs[0].backward)
 
     def minus_ones(signs: Tensor) -> Tensor:
@@ -126,10 +140,13 @@ def test_slope_is_scheduled_over_the_steps(world: World) -> None:
 
 
 def test_mainstay_lowers_the_relevance_of_what_is_near(world: World) -> None:
-    """The point of it all: attacked codes lie farther from relevant codes than clean ones; targeted ones nearer."""
+    """The point of it all: attacked codes lie farther from relevant codes than clean ones; targeted ones
+    nearer."""
     codes, labels = world.reference.codes["image"], world.reference.labels
     with torch.no_grad():
-        clean = torch.where(copy.deepcopy(world.victim).eval()(world.batch.inputs)["image"].logits >= 0, 1.0, -1.0)
+        clean = torch.where(
+            copy.deepcopy(world.victim).eval()(world.batch.inputs)["image"].logits >= 0, 1.0, -1.0
+        )
 
     def gap(signs: Tensor, wanted: Tensor) -> Tensor:
         near = (wanted @ labels.T > 0).float()
@@ -185,5 +202,6 @@ def test_draws_are_scoped_by_attack_and_restart(world: World) -> None:
     first = make_attack("mainstay", world.objective)
     other = replace(first, name="another")
     assert not torch.equal(
-        run(first, world, draws=DRAWS).batch.inputs["image"], run(other, world, draws=DRAWS).batch.inputs["image"]
+        run(first, world, draws=DRAWS).batch.inputs["image"],
+        run(other, world, draws=DRAWS).batch.inputs["image"],
     )

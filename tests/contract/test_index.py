@@ -1,4 +1,5 @@
-"""What every exact index promises: the oracle's answers, ties included, whatever was added, removed or reopened.
+"""What every exact index promises: the oracle's answers, ties included, whatever was added, removed or
+reopened.
 
 An adapter joins by a line in ``EXACT``. The approximate engine has its own tests at the end.
 """
@@ -18,14 +19,16 @@ from hypothesis import strategies as st
 from robusthash.core import hamming
 from robusthash.core.types import Codes, Ranking
 from robusthash.index import CodeIndex, open_index
-from robusthash.index import engines as engines_module
+from robusthash.index import search_engines as engines_module
 
 EXACT = ["faiss", "numpy"]
 WIDTHS = [1, 12, 32, 60, 64, 128]
 LABELS = ["cat", "dog", "sky"]
 
 
-def random_codes(count: int, bits: int, seed: int = 0, ids: torch.Tensor | None = None, origin: str = "") -> Codes:
+def random_codes(
+    count: int, bits: int, seed: int = 0, ids: torch.Tensor | None = None, origin: str = ""
+) -> Codes:
     """Random codes; from four distinct ones where ``seed`` is odd, so that nearly all distances are tied."""
     draws = torch.Generator().manual_seed(seed)
     signs = torch.randint(2, (count, bits), generator=draws) * 2 - 1
@@ -139,7 +142,9 @@ def test_filter_by_ids(url: str, engine: str, kind: type) -> None:
         index.add(held)
         few = some(held, torch.arange(40))
         agrees(index.search(queries, 50, where=kind(allowed)), queries, few, 50)
-        assert all(set(ids.tolist()) <= set(allowed) for ids in index.range(queries, 60, where=kind(allowed)).ids)
+        assert all(
+            set(ids.tolist()) <= set(allowed) for ids in index.range(queries, 60, where=kind(allowed)).ids
+        )
         assert index.range(queries, 60, where=kind(allowed)).ids[0].shape == (40,)
         assert (index.search(queries, 3, where=kind([])).ids == -1).all()
 
@@ -147,7 +152,12 @@ def test_filter_by_ids(url: str, engine: str, kind: type) -> None:
 def labelled(index: CodeIndex) -> Codes:
     held = random_codes(120, 32, 1, shuffled(120))
     payload = [
-        {"label": LABELS[at % 3], "year": 2000 + at % 5, "tags": ["even", "all"] if at % 2 == 0 else ["all"], "é": True}
+        {
+            "label": LABELS[at % 3],
+            "year": 2000 + at % 5,
+            "tags": ["even", "all"] if at % 2 == 0 else ["all"],
+            "é": True,
+        }
         for at in range(119)
     ]
     index.add(held, [*payload, {}])
@@ -210,7 +220,9 @@ def test_queries_of_another_origin_are_refused(url: str, engine: str) -> None:
     with open_index(url, 32, engine) as index:
         assert index.origin == ""
         index.add(some(held, torch.arange(10)))
-        index.add(Codes(held.packed[10:], 32, held.ids[10:]))  # a foreign array says no origin, and is taken as it is
+        index.add(
+            Codes(held.packed[10:], 32, held.ids[10:])
+        )  # a foreign array says no origin, and is taken as it is
         assert index.origin == "model-a"
         for origin in ("", "model-a"):
             agrees(index.search(queries[origin], 5), near, held, 5)
@@ -275,7 +287,11 @@ def test_a_snapshot_opens_and_equals(url: str, engine: str, tmp_path: Path) -> N
 
 
 def test_another_opener_sees_what_was_written(url: str, engine: str) -> None:
-    held, more, queries = random_codes(20, 32, 0), random_codes(5, 32, 2, torch.arange(50, 55)), random_codes(4, 32, 4)
+    held, more, queries = (
+        random_codes(20, 32, 0),
+        random_codes(5, 32, 2, torch.arange(50, 55)),
+        random_codes(4, 32, 4),
+    )
     with open_index(url, 32, engine) as writer, open_index(url, 32, engine) as reader:
         writer.add(held)
         agrees(reader.search(queries, 30), queries, held, 30)
@@ -402,7 +418,9 @@ def test_ivf_follows_adds_and_removals(url: str) -> None:
         index.add(some(held, torch.arange(2000, 3000)))
         last = some(held, torch.arange(2990, 3000))
         assert (index.search(last, 1).distances == 0).all()
-        assert index.info()["approximation"]["trained_on"] == 2000  # lists are kept until the rows have doubled
+        assert (
+            index.info()["approximation"]["trained_on"] == 2000
+        )  # lists are kept until the rows have doubled
         assert index.remove(range(1, 3000)) == 2999
         found = index.search(some(held, torch.tensor([0])), 3)
         assert found.ids.tolist() == [[0, -1, -1]]

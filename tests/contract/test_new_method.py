@@ -31,7 +31,7 @@ import torch
 
 from robusthash.attacks import Attack, image_threat
 from robusthash.attacks.losses import Agreement
-from robusthash.attacks.search import PGD
+from robusthash.attacks.pgd import PGD
 from robusthash.core.registry import register
 from robusthash.core.types import Guidance
 

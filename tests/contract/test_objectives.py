@@ -35,7 +35,9 @@ def test_cards_say_what_the_objectives_are() -> None:
 
 
 @pytest.mark.parametrize("name", ["dpsh", "hashnet"])
-@pytest.mark.parametrize("labels", [torch.ones(6, 2), torch.eye(6)[:, :0]], ids=["all-similar", "none-similar"])
+@pytest.mark.parametrize(
+    "labels", [torch.ones(6, 2), torch.eye(6)[:, :0]], ids=["all-similar", "none-similar"]
+)
 def test_one_sided_pairs_are_refused(name: str, labels: torch.Tensor) -> None:
     objective = DPSH(balance=True) if name == "dpsh" else HashNet()
     with pytest.raises(ValueError, match=r"a share of [01]"):

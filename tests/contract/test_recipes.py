@@ -1,4 +1,5 @@
-"""Recipes: their own loss falls, an interrupted run is the same run, and each outer loss is what its paper adds."""
+"""Recipes: their own loss falls, an interrupted run is the same run, and each outer loss is what its paper
+adds."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ from helpers import (
 )
 from torch import Tensor
 
-from robusthash.apps.config import ConfigError, load_config
+from robusthash.apps.experiment.config import ConfigError, load_config
 from robusthash.attacks import mainstay
-from robusthash.attacks.named import dhta
+from robusthash.attacks.published import dhta
 from robusthash.core.hamming import sign
 from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
@@ -32,7 +33,7 @@ from robusthash.core.types import Goal, Guidance
 from robusthash.data import RetrievalData
 from robusthash.defenses import AdversarialTraining, CgATOuter, PlainAT, Round, SAATOuter
 from robusthash.models import Hasher, build_hasher
-from robusthash.models.image import ImageEncoder
+from robusthash.models.image_encoders import ImageEncoder
 from robusthash.objectives import DPSH, CodeMemory, HashNet, HashObjective
 from robusthash.training import HashingRecipe, Moment, OptimConfig, Recipe, TrainConfig, fit
 
@@ -66,7 +67,9 @@ def make_recipe(kind: str, hasher: Hasher, objective: HashObjective | None = Non
     objective = DPSH() if objective is None else objective
     if kind == "plain":
         return HashingRecipe(hasher, objective)
-    return AdversarialTraining(hasher, objective, inner(), build("outer", {"name": kind, **OPTIONS.get(kind, {})}))
+    return AdversarialTraining(
+        hasher, objective, inner(), build("outer", {"name": kind, **OPTIONS.get(kind, {})})
+    )
 
 
 def summed(line: dict[str, Any]) -> float:
@@ -95,7 +98,8 @@ def test_own_loss_falls(kind: str, data: RetrievalData) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_equals_uninterrupted(kind: str, data: RetrievalData) -> None:
-    """Stopped after the first of three epochs and taken up by fresh objects: the same bits, memory included."""
+    """Stopped after the first of three epochs and taken up by fresh objects: the same bits, memory
+    included."""
     config = train_config(3, augment="flip-crop")
 
     def fresh() -> Recipe:
@@ -145,7 +149,9 @@ def test_memory_is_filled_before_the_first_step_and_follows_training(data: Retri
     recipe = HashingRecipe(hasher, DPSH())
     recipe.setup(data, 0, 10)
     with torch.no_grad():
-        expected = copy.deepcopy(hasher).eval()(data.train.batch(torch.arange(len(data.train))).inputs)["image"].code
+        expected = (
+            copy.deepcopy(hasher).eval()(data.train.batch(torch.arange(len(data.train))).inputs)["image"].code
+        )
     torch.testing.assert_close(recipe.memory.codes["image"].data, expected)
     assert hasher.training  # the pass restored the mode that it found
     batch = data.train.batch(torch.tensor([5, 1, 8]))
@@ -195,7 +201,9 @@ def test_warmup_grows_the_budget(warm: Hasher, data: RetrievalData) -> None:
 # --- what each outer loss adds
 
 
-def outer_run(warm: Hasher, data: RetrievalData, outer: Any, **options: Any) -> tuple[list[dict[str, Any]], Hasher]:
+def outer_run(
+    warm: Hasher, data: RetrievalData, outer: Any, **options: Any
+) -> tuple[list[dict[str, Any]], Hasher]:
     hasher = copy.deepcopy(warm)
     recipe = AdversarialTraining(hasher, DPSH(), inner(weights="cgat", **options), outer)
     return fit(recipe, data, train_config(2)), hasher
@@ -222,7 +230,9 @@ def test_saat_with_zero_weights_is_plain_fine_tuning(warm: Hasher, data: Retriev
         assert torch.equal(ours, theirs), name
 
 
-def test_without_a_budget_the_adversarial_term_is_the_clean_agreement(warm: Hasher, data: RetrievalData) -> None:
+def test_without_a_budget_the_adversarial_term_is_the_clean_agreement(
+    warm: Hasher, data: RetrievalData
+) -> None:
     seen: list[Round] = []
 
     class Watch(SAATOuter):
@@ -244,7 +254,8 @@ def test_without_a_budget_the_adversarial_term_is_the_clean_agreement(warm: Hash
 
 
 def test_order_of_a_step(warm: Hasher, data: RetrievalData) -> None:
-    """Attack in eval mode against the memory as it stood; train-mode outputs; memory and guidance after the update."""
+    """Attack in eval mode against the memory as it stood; train-mode outputs; memory and guidance after the
+    update."""
     hasher, looks = copy.deepcopy(warm), []
 
     class Watch(CgATOuter):
@@ -259,7 +270,9 @@ def test_order_of_a_step(warm: Hasher, data: RetrievalData) -> None:
     hasher.register_forward_hook(lambda module, x, out: looks.append(("forward", module.training, out)))
     batch = data.train.batch(torch.arange(16))
     list(recipe.step(batch, Moment(0, 0.0, Draws(0))))
-    assert [look[:2] for look in looks] == [("forward", False)] * 2 + [("forward", True)] * 2 + [("outer", True)]
+    assert [look[:2] for look in looks] == [("forward", False)] * 2 + [("forward", True)] * 2 + [
+        ("outer", True)
+    ]
     turn = looks[-1][2]
     assert turn.goal.sign == -1
     assert not turn.attacked.inputs["image"].requires_grad
@@ -322,7 +335,9 @@ def test_quantisation_has_no_gradient_at_the_signs() -> None:
 def test_a_loss_that_is_not_finite_names_its_epoch(data: RetrievalData) -> None:
     for objective in (DPSH(), HashNet(every=1, gamma=1e30)):
         hasher = small_hasher()
-        with pytest.raises(FloatingPointError, match=r"'hasher' is not finite at epoch \d+, step \d+.*learning rate"):
+        with pytest.raises(
+            FloatingPointError, match=r"'hasher' is not finite at epoch \d+, step \d+.*learning rate"
+        ):
             fit(HashingRecipe(hasher, objective), data, train_config(3, lr=1e30))
 
 
@@ -336,7 +351,10 @@ class TwoGroups(HashingRecipe):
     """A recipe that steps its head and its encoder in turn, to see who moves when."""
 
     def parameter_groups(self) -> dict[str, list[torch.nn.Parameter]]:
-        return {"hasher": list(self.hasher.encoders.parameters()), "critic": list(self.hasher.heads.parameters())}
+        return {
+            "hasher": list(self.hasher.encoders.parameters()),
+            "critic": list(self.hasher.heads.parameters()),
+        }
 
     def pool(self, epoch: int) -> Tensor:
         return torch.arange(20)

@@ -1,4 +1,5 @@
-"""Swaps of tokens on a tiny transformer: what every attack promises, and the best swaps found by trying all of them."""
+"""Swaps of tokens on a tiny transformer: what every attack promises, and the best swaps found by trying all
+of them."""
 
 from __future__ import annotations
 
@@ -19,20 +20,20 @@ from contract import checks
 from contract.checks import DRAWS, World, run
 from robusthash.attacks import Attack, Swaps, Threat, named_threat
 from robusthash.attacks.base import Probe
-from robusthash.attacks.edits import GreedyFlips
-from robusthash.attacks.search import PGD
-from robusthash.attacks.swaps import Candidates, nearest_tokens
-from robusthash.attacks.tokens import GreedySwaps, usable_tokens
+from robusthash.attacks.pgd import PGD
+from robusthash.attacks.token_budget import Candidates, nearest_tokens
+from robusthash.attacks.token_swaps import GreedySwaps, usable_tokens
+from robusthash.attacks.word_edits import GreedyFlips
 from robusthash.core.labels import draw_targets
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal
 from robusthash.data import ArraySource, RetrievalData, Split, load_data
-from robusthash.evaluation import evaluate, make_bench, score_clean
-from robusthash.evaluation.assess import assess
-from robusthash.evaluation.suite import tier
+from robusthash.evaluation import evaluate, make_context, score_clean
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPSH
+from robusthash.robustness.assess import assess
+from robusthash.robustness.suite import tier
 from robusthash.training import HashingRecipe, OptimConfig, fit
 
 pytest.importorskip("transformers", reason="needs the extra 'text' (pip install robusthash[text])")
@@ -42,7 +43,8 @@ LONGEST = 8
 
 
 def texts_of(name: str, count: int, seed: int) -> Split:
-    """Four classes with four words each (ids 4 to 19, so that 20 to 23 and [MASK] occur nowhere), then padding."""
+    """Four classes with four words each (ids 4 to 19, so that 20 to 23 and [MASK] occur nowhere), then
+    padding."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.arange(count) % 4
     ids = torch.full((count, LONGEST), PAD)
@@ -58,7 +60,8 @@ def texts_of(name: str, count: int, seed: int) -> Split:
 @pytest.fixture(scope="module")
 def texts() -> World:
     splits = {
-        name: texts_of(name, n, seed) for seed, (name, n) in enumerate((("train", 64), ("query", 16), ("database", 48)))
+        name: texts_of(name, n, seed)
+        for seed, (name, n) in enumerate((("train", 64), ("query", 16), ("database", 48)))
     }
     data = RetrievalData("words", **splits, label_names=tuple("abcd"))
     config = {
@@ -114,7 +117,9 @@ def score_of(attack: Attack, world: World, ids: Tensor, rows: Tensor, guidance: 
     with torch.no_grad():
         outputs = copy.deepcopy(world.victim).eval()({"text": ids})
         picked = replace(guidance, codes=guidance.codes[rows])
-        return attack.loss(Probe(outputs, {"text": ids}, batch, Goal(batch.labels, goal.sign), 1.0, None), picked)
+        return attack.loss(
+            Probe(outputs, {"text": ids}, batch, Goal(batch.labels, goal.sign), 1.0, None), picked
+        )
 
 
 def test_one_swap_with_all_tried_is_the_best_of_all(texts: World) -> None:
@@ -151,10 +156,10 @@ def test_the_gradient_ranks_better_than_chance(texts: World) -> None:
 def test_more_swaps_never_help_the_defender_and_map_falls(texts: World) -> None:
     values = [float(run(make(texts, swaps=m, candidates=40), texts).trace[-1]) for m in (1, 2, 3)]
     assert values[0] <= values[1] <= values[2]
-    bench = make_bench(texts.victim, texts.data, direction=("text", "text"), batch_size=5)
+    context = make_context(texts.victim, texts.data, direction=("text", "text"), batch_size=5)
     attack = build("attack", {"name": "token-swaps", "swaps": 3}, objective=texts.objective)
     result = evaluate(texts.victim, texts.data, direction=("text", "text"), attack=attack, batch_size=5)
-    assert result["MAP"] < score_clean(bench)["MAP"] - 0.02
+    assert result["MAP"] < score_clean(context)["MAP"] - 0.02
     assert result.setting.threat == "txt-token-3"
     assert set(result.perceptibility) == {"changed/mean", "changed/max", "edits/mean", "edits/max"}
     assert result.perceptibility["edits/max"] <= 3
@@ -186,7 +191,9 @@ def test_batches_do_not_matter(texts: World) -> None:
     whole = run(attack, texts, victim=victim).batch.inputs["text"]
     for row in range(8):
         alone = Batch(
-            {"text": texts.batch.inputs["text"][row : row + 1]}, goal.labels[row : row + 1], torch.tensor([row])
+            {"text": texts.batch.inputs["text"][row : row + 1]},
+            goal.labels[row : row + 1],
+            torch.tensor([row]),
         )
         out = run(attack, texts, victim=victim, batch=alone, goal=Goal(alone.labels, -1))
         assert torch.equal(out.batch.inputs["text"][0], whole[row])
@@ -269,7 +276,19 @@ def test_near_words_of_a_real_encoder() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    words = ["airport", "airplane", "plane", "aircraft", "forest", "trees", "river", "lake", "water", "red", "house"]
+    words = [
+        "airport",
+        "airplane",
+        "plane",
+        "aircraft",
+        "forest",
+        "trees",
+        "river",
+        "lake",
+        "water",
+        "red",
+        "house",
+    ]
     encoder = build("text-encoder", {"name": "transformer", "weights": str(folder), "pooling": "mean"})
     usable = torch.zeros(encoder.words, dtype=torch.bool)
     usable[[tokenizer.convert_tokens_to_ids(word) for word in words]] = True
@@ -279,7 +298,7 @@ def test_near_words_of_a_real_encoder() -> None:
 
 
 def test_a_suite_takes_token_swaps(texts: World) -> None:
-    bench = make_bench(texts.victim, texts.data, direction=("text", "text"))
-    result = assess(bench, tier("fast", named_threat("txt-token-2")))
+    context = make_context(texts.victim, texts.data, direction=("text", "text"))
+    result = assess(context, tier("fast", named_threat("txt-token-2")))
     assert result["wMAP"] < result["clean"]
     assert result.perceptibility["edits/max"] <= 2

@@ -7,21 +7,21 @@ import torch
 from helpers import Flat, LinearHead, image_batch
 from torch import Tensor, nn
 
-from robusthash.attacks.adaptive import OverDraws
-from robusthash.attacks.bands import BandBall, Banded, band_mask
+from robusthash.attacks.adaptive_losses import OverDraws
 from robusthash.attacks.base import Attack
+from robusthash.attacks.frequency_bands import BandBall, Banded, band_mask
 from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import Agreement, ScaleFree
-from robusthash.attacks.search import APGD, PGD
-from robusthash.attacks.threat import Threat, image_threat
+from robusthash.attacks.pgd import APGD, PGD
+from robusthash.attacks.threat_model import Threat, image_threat
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal
 from robusthash.models import Hasher, Purifier
-from robusthash.models.frequency import BlockDCT
+from robusthash.models.block_dct import BlockDCT
 from robusthash.models.gates import SpectralGate
-from robusthash.models.purified import Encode
-from robusthash.models.repairs import RepairIdentity
-from robusthash.models.views import GateSeen, NoiseAveraged
+from robusthash.models.purifier import Encode
+from robusthash.models.purifier_gradients import RepairIdentity
+from robusthash.models.surrogate_gradients import GateSeen, NoiseAveraged
 
 DRAWS, AWAY, LEVELS = Draws(0), Goal(None, -1), 4096.0
 
@@ -42,7 +42,9 @@ class Aside(Purifier):
 
 
 def behind(purifier: Purifier, weight: Tensor) -> Hasher:
-    return Hasher({"image": Flat()}, {"image": LinearHead(weight)}, {}, "purifier", {"image": purifier}).double()
+    return Hasher(
+        {"image": Flat()}, {"image": LinearHead(weight)}, {}, "purifier", {"image": purifier}
+    ).double()
 
 
 def on_grid(bits: int = 4, width: int = 9, items: int = 6) -> tuple[Tensor, Tensor]:
@@ -154,9 +156,13 @@ def test_averaging_over_noise_finds_what_one_draw_misses() -> None:
 
     def left(looks: int) -> float:
         """The part of the corner's effect that is missing in the mean logit."""
-        attack = Attack("toy", Own(), OverDraws(Agreement()), PGD(1, 0.1, random_start=False), image_threat(0.1))
+        attack = Attack(
+            "toy", Own(), OverDraws(Agreement()), PGD(1, 0.1, random_start=False), image_threat(0.1)
+        )
         seen = NoiseAveraged(looks)(victim).around({}, Draws(7))
-        found = attack(seen, image_batch(x), Goal(None, -1), None, draws=DRAWS).batch.inputs["image"].flatten(1)
+        found = (
+            attack(seen, image_batch(x), Goal(None, -1), None, draws=DRAWS).batch.inputs["image"].flatten(1)
+        )
         moved = sign * ((found - x) @ weight[0])
         return float(1 + (moved / (0.1 * weight.abs().sum())).mean())
 
@@ -180,7 +186,8 @@ def test_noise_is_keyed_and_leaves_the_global_streams_alone() -> None:
 
 
 def test_gradient_of_the_mean_loss_is_the_mean_of_gradients() -> None:
-    """Looks are computed again on the way back: with the same noise, or the gradient would be that of others."""
+    """Looks are computed again on the way back: with the same noise, or the gradient would be that of
+    others."""
     weight, x = on_grid(2)
     view = NoiseAveraged(5)(behind(Sketchy(), weight)).around({}, Draws(3))
     leaf = image_batch(x).inputs["image"].requires_grad_(True)
@@ -202,7 +209,8 @@ class Blocks(nn.Module):
 @pytest.mark.parametrize("search", [PGD(5, 0.004, random_start=True), APGD(6)], ids=["pgd", "apgd"])
 @pytest.mark.parametrize("band", ["low", "mid", "high"])
 def test_a_banded_attack_changes_nothing_outside_its_band(band: str, search: PGD | APGD) -> None:
-    """Where nothing is clipped, coefficients of other bands stay as they were; in any case the ball is kept."""
+    """Where nothing is clipped, coefficients of other bands stay as they were; in any case the ball is
+    kept."""
     weight = torch.randn(6, 3 * 256, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     victim = Hasher({"image": Blocks()}, {"image": LinearHead(weight)}).double()
     x = 0.3 + 0.4 * torch.rand(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -192,12 +192,16 @@ def test_objective_as_score_is_minus_its_similarity_alone() -> None:
     codes, labels = signs(6, 8), torch.eye(3).repeat(2, 1)
     own = torch.eye(3)
     objective = DPSH(eta=100.0)
-    probe = Probe({"image": output}, {}, image_batch(own), Goal(own, -1), 1.0, Reference({"image": codes}, labels))
+    probe = Probe(
+        {"image": output}, {}, image_batch(own), Goal(own, -1), 1.0, Reference({"image": codes}, labels)
+    )
     value = ObjectiveLoss(objective)(probe, Guidance(torch.empty(0, 8)))
     torch.testing.assert_close(value, -objective.similarity(output, own, codes, labels))
     for reference, wanted in [(None, own), (Reference({"image": codes}, None), own), (probe.reference, None)]:
         with pytest.raises(ValueError, match="labelled"):
-            ObjectiveLoss(objective)(Probe({"image": output}, {}, probe.origin, Goal(wanted, -1), 1.0, reference), None)
+            ObjectiveLoss(objective)(
+                Probe({"image": output}, {}, probe.origin, Goal(wanted, -1), 1.0, reference), None
+            )
 
 
 def test_published_slope_in_ten_blocks() -> None:

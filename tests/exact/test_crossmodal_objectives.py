@@ -67,7 +67,9 @@ def test_dcmh_gradient_of_a_pair_is_half_sigmoid_minus_similarity_times_the_othe
     for bit in range(6):  # and by finite differences
         step = torch.zeros(1, 6).double()
         step[0, bit] = 1e-5
-        up, down = (objective.similarity(linear(code.detach() + s), labels, bank, theirs) for s in (step, -step))
+        up, down = (
+            objective.similarity(linear(code.detach() + s), labels, bank, theirs) for s in (step, -step)
+        )
         assert ((up - down) / 2e-5).item() == pytest.approx(expected[bit].item(), rel=1e-5)
 
 
@@ -161,8 +163,12 @@ def test_dadh_triplets_are_zero_beyond_the_margin_and_without_triplets() -> None
     labels = torch.eye(2)
     apart = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
     assert torch.equal(weighted_triplets(apart, labels, apart, labels, 0.4), torch.zeros(2))
-    assert torch.equal(weighted_triplets(apart, torch.ones(2, 2), apart, labels, 0.4), torch.zeros(2))  # no negative
-    assert torch.equal(weighted_triplets(apart, torch.zeros(2, 2), apart, labels, 0.4), torch.zeros(2))  # no positive
+    assert torch.equal(
+        weighted_triplets(apart, torch.ones(2, 2), apart, labels, 0.4), torch.zeros(2)
+    )  # no negative
+    assert torch.equal(
+        weighted_triplets(apart, torch.zeros(2, 2), apart, labels, 0.4), torch.zeros(2)
+    )  # no positive
     swapped = weighted_triplets(apart, labels, -apart, labels, 0.4)
     assert swapped.tolist() == pytest.approx([2.4, 2.4])
 
@@ -220,7 +226,9 @@ def test_gradient_penalty_of_linear_critics() -> None:
     flat = Affine(torch.zeros(4))
     penalty = gradient_penalty(flat, real, fake, mix)
     assert penalty.item() == pytest.approx(1.0, rel=1e-4)
-    assert torch.isfinite(torch.autograd.grad(penalty, flat.weight)[0]).all()  # where the norm has no derivative
+    assert torch.isfinite(
+        torch.autograd.grad(penalty, flat.weight)[0]
+    ).all()  # where the norm has no derivative
 
 
 def test_gradient_penalty_is_taken_between_real_and_fake() -> None:
@@ -267,7 +275,9 @@ def test_cpah_consistency_is_on_the_classifier_and_tells_the_three_kinds() -> No
     with torch.no_grad():
         objective.classifiers["consistency"].weight.copy_(50 * torch.eye(3))
     assert objective.consistency(outputs).item() < 1e-6
-    swapped = {name: replace(o, features=o.aux["private"], aux={"private": common}) for name, o in outputs.items()}
+    swapped = {
+        name: replace(o, features=o.aux["private"], aux={"private": common}) for name, o in outputs.items()
+    }
     assert objective.consistency(swapped).item() > 40
 
 
@@ -349,7 +359,10 @@ def test_daph_stage_two_pulls_to_the_anchors_of_both_modalities() -> None:
     objective = DAPH(proxy_epochs=1)
     objective.setup(facts_of(labels, 4, widths={"image": 4, "text": 4}))
     outputs = {name: output_of(draw(4, 4, seed=n)) for n, name in enumerate(("image", "text"))}
-    batch, memory = image_batch(torch.zeros(4, 2), labels), memory_of({"image": draw(4, 4), "text": draw(4, 4)}, labels)
+    batch, memory = (
+        image_batch(torch.zeros(4, 2), labels),
+        memory_of({"image": draw(4, 4), "text": draw(4, 4)}, labels),
+    )
     first = objective(outputs, batch, memory)
     assert set(first) == {"proxies", "crowding", "polarisation", "balance"}
     proxies = objective.anchors.clone()
@@ -358,7 +371,9 @@ def test_daph_stage_two_pulls_to_the_anchors_of_both_modalities() -> None:
     assert objective.stage == 2
     assert torch.equal(objective.anchors, sign(proxies))
     second = objective(outputs, batch, memory)
-    values = [objective.similarity(o, labels, a, labels).mean() for o in outputs.values() for a in sign(proxies)]
+    values = [
+        objective.similarity(o, labels, a, labels).mean() for o in outputs.values() for a in sign(proxies)
+    ]
     assert second["similarity"].item() == pytest.approx(float(sum(values)) / 2, rel=1e-6)
     objective.end_epoch(memory)
     assert torch.equal(objective.anchors, sign(proxies))  # frozen from here on

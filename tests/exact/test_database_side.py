@@ -13,15 +13,15 @@ from helpers import linear_hasher
 from robusthash.attacks import Attack, named_threat
 from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import Agreement, ScaleFree
-from robusthash.attacks.search import APGD
+from robusthash.attacks.pgd import APGD
 from robusthash.core.registry import build
 from robusthash.core.types import Codes
 from robusthash.data import ArraySource, RetrievalData, Split
-from robusthash.evaluation import Bench, make_bench, score_clean
-from robusthash.evaluation.database_side import at_least_one, exposure, insert_items, perturb_database
-from robusthash.evaluation.results import load_results, save_results
+from robusthash.evaluation import EvaluationContext, make_context, score_clean
+from robusthash.metrics.results import load_results, save_results
 from robusthash.models import Hasher
 from robusthash.objectives import DPSH
+from robusthash.robustness.database_attacks import at_least_one, exposure, insert_items, perturb_database
 
 PIXELS, BITS = 12, 6
 
@@ -29,7 +29,8 @@ PIXELS, BITS = 12, 6
 def by_all_orders(items: list[int], inserted: list[int], k: int) -> tuple[float, float]:
     """Probability that one is found, and expected share of the top k, over every order within the groups."""
     groups = [
-        sorted(set(itertools.permutations([0] * n + [1] * a))) or [()] for n, a in zip(items, inserted, strict=True)
+        sorted(set(itertools.permutations([0] * n + [1] * a))) or [()]
+        for n, a in zip(items, inserted, strict=True)
     ]
     found = slots = total = 0
     for chosen in itertools.product(*groups):
@@ -41,7 +42,14 @@ def by_all_orders(items: list[int], inserted: list[int], k: int) -> tuple[float,
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 9, 20])
 @pytest.mark.parametrize(
     ("items", "inserted"),
-    [([2, 3, 1], [0, 2, 1]), ([4], [3]), ([0, 2], [1, 0]), ([3, 0, 2], [0, 2, 2]), ([1, 1], [0, 0]), ([3, 3], [0, 3])],
+    [
+        ([2, 3, 1], [0, 2, 1]),
+        ([4], [3]),
+        ([0, 2], [1, 0]),
+        ([3, 0, 2], [0, 2, 2]),
+        ([1, 1], [0, 0]),
+        ([3, 3], [0, 3]),
+    ],
 )
 def test_exposure_is_the_mean_over_all_orders(items: list[int], inserted: list[int], k: int) -> None:
     found = at_least_one(torch.tensor([items]), torch.tensor([inserted]), k)
@@ -52,23 +60,30 @@ def split_of(name: str, count: int, seed: int) -> Split:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.eye(2)[torch.arange(count) % 2]
     # class 0 is bright on the left half, class 1 on the right
-    side = torch.where(labels[:, :1] > 0, torch.tensor([1.0] * 6 + [-1.0] * 6), torch.tensor([-1.0] * 6 + [1.0] * 6))
+    side = torch.where(
+        labels[:, :1] > 0, torch.tensor([1.0] * 6 + [-1.0] * 6), torch.tensor([-1.0] * 6 + [1.0] * 6)
+    )
     values = 0.5 + 0.08 * side + 0.02 * torch.randn(count, PIXELS, generator=generator)
-    pixels = (values.view(count, 1, 1, PIXELS).expand(-1, 3, -1, -1) * 255).round().clamp(0, 255).to(torch.uint8)
+    pixels = (
+        (values.view(count, 1, 1, PIXELS).expand(-1, 3, -1, -1) * 255).round().clamp(0, 255).to(torch.uint8)
+    )
     source = ArraySource({"image": pixels.contiguous()})
     return Split(name, source, torch.arange(count), labels, source.hashes())
 
 
 @pytest.fixture(scope="module")
-def world() -> Bench:
+def world() -> EvaluationContext:
     splits = {
-        name: split_of(name, n, seed) for seed, (name, n) in enumerate((("train", 30), ("query", 20), ("database", 40)))
+        name: split_of(name, n, seed)
+        for seed, (name, n) in enumerate((("train", 30), ("query", 20), ("database", 40)))
     }
     data = RetrievalData("toy", **splits, label_names=("a", "b"))
     generator = torch.Generator().manual_seed(9)
     half = torch.tensor([1.0] * 6 + [-1.0] * 6)
-    weight = torch.rand(BITS, PIXELS, generator=generator) * half * torch.tensor([1, -1, 1, -1, 1, -1.0])[:, None]
-    return make_bench(linear_hasher(weight.repeat(1, 3) / 3), data, batch_size=7)
+    weight = (
+        torch.rand(BITS, PIXELS, generator=generator) * half * torch.tensor([1, -1, 1, -1, 1, -1.0])[:, None]
+    )
+    return make_context(linear_hasher(weight.repeat(1, 3) / 3), data, batch_size=7)
 
 
 def attack_of(kind: str, eps: str = "img-linf-8", steps: int = 20) -> Attack:
@@ -76,7 +91,7 @@ def attack_of(kind: str, eps: str = "img-linf-8", steps: int = 20) -> Attack:
     return replace(made, threat=named_threat(f"{kind}-{eps}"))
 
 
-def test_the_whole_database_can_be_turned_over(world: Bench) -> None:
+def test_the_whole_database_can_be_turned_over(world: EvaluationContext) -> None:
     """A linear hash under a budget beyond every margin: most bits flip, so what was nearest is farthest."""
     clean = score_clean(world)
     assert clean["MAP"] > 0.95
@@ -91,19 +106,21 @@ def test_the_whole_database_can_be_turned_over(world: Bench) -> None:
     assert result.setting.differs(clean.setting) == ["threat", "attacks", "budget"]
 
 
-def test_no_budget_changes_nothing_and_more_items_cost_more(world: Bench) -> None:
+def test_no_budget_changes_nothing_and_more_items_cost_more(world: EvaluationContext) -> None:
     clean = score_clean(world)
     still = perturb_database(world, attack_of("db-perturb", "img-linf-0"), 1.0)
     assert still.values["item flips"] == 0
     assert torch.equal(still.per_query["MAP"], clean.per_query["MAP"])
-    part, most = (perturb_database(world, attack_of("db-perturb", "img-linf-64"), share) for share in (0.1, 0.8))
+    part, most = (
+        perturb_database(world, attack_of("db-perturb", "img-linf-64"), share) for share in (0.1, 0.8)
+    )
     assert part.values["items"] == 4
     assert most["MAP"] < part["MAP"] < clean["MAP"]
     again = perturb_database(world, attack_of("db-perturb", "img-linf-64"), 0.1)
     assert torch.equal(again.per_query["MAP"], part.per_query["MAP"])
 
 
-def test_inserted_items_reach_their_aims(world: Bench) -> None:
+def test_inserted_items_reach_their_aims(world: EvaluationContext) -> None:
     """With a budget beyond every margin the codes are those aimed at, and so is the exposure."""
     result = insert_items(world, attack_of("db-insert", "img-linf-128", 40), 4, 5)
     assert result["exposure@5"] >= result.reference["clean"] - 1e-12
@@ -122,8 +139,9 @@ def by_hand_missed(items: int, inserted: int, k: int) -> float:
     return missed
 
 
-def test_exposure_counts_the_codes_themselves(world: Bench) -> None:
-    """An item with the code of a query, alone at distance 0, is found by it at k = 1; ties share the place."""
+def test_exposure_counts_the_codes_themselves(world: EvaluationContext) -> None:
+    """An item with the code of a query, alone at distance 0, is found by it at k = 1; ties share the
+    place."""
     own = world.query.packed[:1]
     found, slots = exposure(world, Codes(own, BITS, torch.zeros(1, dtype=torch.int64)), 1)
     same = int((world.database.packed == own).all(1).sum())
@@ -131,7 +149,7 @@ def test_exposure_counts_the_codes_themselves(world: Bench) -> None:
     assert float(slots[0]) == pytest.approx(1 / (same + 1))
 
 
-def test_the_purifier_of_queries_is_not_in_the_way(world: Bench) -> None:
+def test_the_purifier_of_queries_is_not_in_the_way(world: EvaluationContext) -> None:
     """Items are attacked through what encodes the database, not through a purifier of queries."""
     asked: list[str] = []
 
@@ -145,13 +163,13 @@ def test_the_purifier_of_queries_is_not_in_the_way(world: Bench) -> None:
     assert asked
 
 
-def test_results_are_kept(world: Bench, tmp_path: Path) -> None:
+def test_results_are_kept(world: EvaluationContext, tmp_path: Path) -> None:
     result = insert_items(world, attack_of("db-insert"), 2, 3)
     save_results(tmp_path / "poison.json", [result])
     assert load_results(tmp_path / "poison.json")[0].values == result.values
 
 
-def test_bad_input_is_named(world: Bench) -> None:
+def test_bad_input_is_named(world: EvaluationContext) -> None:
     insert, perturb = attack_of("db-insert"), attack_of("db-perturb")
     for share in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):

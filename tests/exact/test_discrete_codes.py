@@ -1,4 +1,5 @@
-"""The column-wise solver of database codes: exact against brute force, never rising, blockwise, and shy of ties."""
+"""The column-wise solver of database codes: exact against brute force, never rising, blockwise, and shy of
+ties."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from robusthash.core.hamming import sign
 from robusthash.core.labels import relevant
 from robusthash.objectives import TrainFacts
-from robusthash.objectives.asymmetric import ADSH, DiscreteMemory, discrete_update, similarity_sums
+from robusthash.objectives.adsh import ADSH, DiscreteMemory, discrete_update, similarity_sums
 
 GAMMA = 3.0
 
@@ -42,7 +43,9 @@ class Case:
         self.sums = similarity_sums(self.labels, self.labels[self.rows], self.outputs, dissimilar)
 
     def solved(self, codes: Tensor | None = None, gamma: float = GAMMA) -> Tensor:
-        return discrete_update(self.codes if codes is None else codes, self.outputs, self.rows, self.sums, gamma)
+        return discrete_update(
+            self.codes if codes is None else codes, self.outputs, self.rows, self.sums, gamma
+        )
 
     def value(self, codes: Tensor) -> float:
         return value(codes, self.outputs, self.rows, self.s)
@@ -88,7 +91,9 @@ def test_the_objective_never_rises_and_comes_to_rest() -> None:
 def test_sums_in_blocks_are_the_dense_product(block: int) -> None:
     case = Case(n=60, m=25, bits=16, seed=1, dissimilar=0.25)
     dense = case.s.T @ case.outputs.double()
-    torch.testing.assert_close(similarity_sums(case.labels, case.labels[case.rows], case.outputs, 0.25, block), dense)
+    torch.testing.assert_close(
+        similarity_sums(case.labels, case.labels[case.rows], case.outputs, 0.25, block), dense
+    )
 
 
 def test_a_zero_argument_keeps_the_old_bit() -> None:
@@ -131,7 +136,8 @@ def test_items_never_sampled_take_the_code_of_their_class() -> None:
 
 
 def test_loss_and_gradient_are_those_of_the_equations() -> None:
-    """L = (1/K) mean_ij (u.V - K S')^2 + gamma / (n K) mean_i ||u_i - V_i||^2, and Eq 28 without its double count."""
+    """L = (1/K) mean_ij (u.V - K S')^2 + gamma / (n K) mean_i ||u_i - V_i||^2, and Eq 28 without its double
+    count."""
     generator = torch.Generator().manual_seed(2)
     n, bits, rows = 10, 6, torch.tensor([7, 0, 3])
     labels = torch.eye(2)[torch.arange(n) % 2]
@@ -156,12 +162,15 @@ def test_loss_and_gradient_are_those_of_the_equations() -> None:
 
 
 def test_the_soft_constraint_balances_the_pairs() -> None:
-    """S' sums to zero over all pairs: few similar pairs among many classes count as much as the others together."""
+    """S' sums to zero over all pairs: few similar pairs among many classes count as much as the others
+    together."""
     labels = torch.eye(5)[torch.arange(20) % 5]
     objective = ADSH()
     objective.setup(facts_of(labels, 8))
     assert float(objective.dissimilar) == pytest.approx(0.25)
-    assert float(signed(labels, torch.arange(20), float(objective.dissimilar)).sum()) == pytest.approx(0.0, abs=1e-4)
+    assert float(signed(labels, torch.arange(20), float(objective.dissimilar)).sum()) == pytest.approx(
+        0.0, abs=1e-4
+    )
     with pytest.raises(ValueError, match="a share of 1 is similar"):
         ADSH().setup(TrainFacts(4, 8, torch.ones(4, 1), 0, 1.0))
 

@@ -1,4 +1,5 @@
-"""DRFGD where the result is known: the set contrast, the repaired losses, the purifier that starts as the identity."""
+"""DRFGD where the result is known: the set contrast, the repaired losses, the purifier that starts as the
+identity."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from torch import Tensor
 from robusthash.attacks.drfgd import SignedSets, drfgd, set_contrast, swapped
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Reference
-from robusthash.defenses.regenerate import critic_loss, shared_information, soft_cross_entropy, symmetric_kl
-from robusthash.evaluation.bench import make_bench
+from robusthash.defenses.drfgd import critic_loss, shared_information, soft_cross_entropy, symmetric_kl
+from robusthash.evaluation.context import make_context
 from robusthash.evaluation.evaluate import score_clean
+from robusthash.models.drfgd import ImageRegenerator, TextRegenerator
 from robusthash.models.hasher import Hasher, purified
-from robusthash.models.regenerate import ImageRegenerator, TextRegenerator
 
 DRAWS = Draws(0, ("drfgd",))
 
@@ -47,7 +48,9 @@ def test_the_loss_is_the_printed_one_over_both_modalities() -> None:
     positive = torch.rand(4, 9, generator=generator) < 0.4
     positive[:, 0], positive[:, 1] = True, False
     found = set_contrast(code, sets_of(positive, images + texts), 0.3, mean=False)
-    torch.testing.assert_close(found, hamming_form(code, positive, [images, texts], 0.3), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found, hamming_form(code, positive, [images, texts], 0.3), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -61,7 +64,8 @@ def test_equal_scores_give_the_logarithm_of_one_more_than_the_set(count: int) ->
 
 
 def test_gradient_to_a_score_is_its_softmax_share_over_tau() -> None:
-    """With codes on distinct bits, d L / d h_k is that share times the code's half bit: PGD lowers each s_p."""
+    """With codes on distinct bits, d L / d h_k is that share times the code's half bit: PGD lowers each
+    s_p."""
     codes = 2.0 * torch.eye(4)  # s_j = h_j / 4
     guidance = sets_of(torch.tensor([[True, True, False, False]]), codes)
     code = torch.tensor([[0.3, -0.2, 0.1, 0.5]], requires_grad=True)
@@ -85,7 +89,10 @@ def test_extreme_exponents_stay_finite() -> None:
 
 def test_alignment_is_the_attack_loss_with_the_sets_exchanged() -> None:
     generator = torch.Generator().manual_seed(2)
-    code, codes = torch.tanh(torch.randn(3, 8, generator=generator)), torch.randn(7, 8, generator=generator).sign()
+    code, codes = (
+        torch.tanh(torch.randn(3, 8, generator=generator)),
+        torch.randn(7, 8, generator=generator).sign(),
+    )
     positive = torch.arange(7)[None].expand(3, 7) % 3 == torch.arange(3)[:, None]
     exchanged = set_contrast(code, sets_of(~positive, codes))
     assert torch.equal(set_contrast(code, swapped(sets_of(positive, codes))), exchanged)
@@ -108,7 +115,9 @@ def test_one_gradient_step_moves_alignment_and_attack_loss_oppositely() -> None:
 
 
 def queries(labels: Tensor, ids: Tensor | None = None) -> Batch:
-    return Batch({"image": torch.rand(len(labels), 1, 1, 4)}, labels, torch.arange(len(labels)) if ids is None else ids)
+    return Batch(
+        {"image": torch.rand(len(labels), 1, 1, 4)}, labels, torch.arange(len(labels)) if ids is None else ids
+    )
 
 
 def test_sets_follow_the_labels_and_sum_the_modalities() -> None:
@@ -121,7 +130,9 @@ def test_sets_follow_the_labels_and_sum_the_modalities() -> None:
     )
     assert torch.equal(guidance.codes, images + texts)
     positive = (goal.labels @ labels.T) > 0
-    expected = positive / positive.sum(1, keepdim=True) - (~positive).float() / (~positive).sum(1, keepdim=True)
+    expected = positive / positive.sum(1, keepdim=True) - (~positive).float() / (~positive).sum(
+        1, keepdim=True
+    )
     torch.testing.assert_close(guidance.weights, expected)
 
 
@@ -208,7 +219,9 @@ def test_cross_entropy_is_least_at_uniform_over_the_wanted_classes() -> None:
 
 
 def test_critic_at_zero_logits_says_twice_ln_2() -> None:
-    assert critic_loss(torch.zeros(2, 1, 4, 4), torch.zeros(4, 1, 4, 4)).item() == pytest.approx(2 * math.log(2))
+    assert critic_loss(torch.zeros(2, 1, 4, 4), torch.zeros(4, 1, 4, 4)).item() == pytest.approx(
+        2 * math.log(2)
+    )
     assert critic_loss(torch.full((2,), 9.0), torch.full((2,), -9.0)) < 1e-3
 
 
@@ -225,7 +238,7 @@ def test_a_new_purifier_is_the_identity_and_map_is_unchanged(trained: Hasher) ->
     whole = purified(copy.deepcopy(trained), {"image": {"name": "drfgd-image", "width": 4}}, "query")
     x = data.query.batch(torch.arange(6)).inputs["image"]
     assert torch.equal(whole.purifiers["image"](x, None)[0], x)
-    values = [score_clean(make_bench(victim, data)).per_query["MAP"] for victim in (trained, whole)]
+    values = [score_clean(make_context(victim, data)).per_query["MAP"] for victim in (trained, whole)]
     assert (values[0] == values[1]).all()
 
 
@@ -267,13 +280,16 @@ def test_texts_keep_shape_and_range() -> None:
 
 
 def test_words_at_the_edge_of_the_range_keep_their_gradient() -> None:
-    """min(1, max(0, x + tanh b)) exactly, with the gradient of x + tanh b: 1 to a word, 1 - tanh(b)^2 to the layer."""
+    """min(1, max(0, x + tanh b)) exactly, with the gradient of x + tanh b: 1 to a word, 1 - tanh(b)^2 to the
+    layer."""
     purifier, change = TextRegenerator(3, 4), torch.tensor([0.8, -0.9, 0.1])
     with torch.no_grad():
         purifier.last.bias.copy_(change)  # its weight is zero, so the change is the bias
     bag = torch.tensor([[1.0, 0.0, 0.5]], requires_grad=True)
     made = purifier(bag, None)[0]
-    torch.testing.assert_close(made.detach(), torch.tensor([[1.0, 0.0, 0.5 + math.tanh(0.1)]]), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        made.detach(), torch.tensor([[1.0, 0.0, 0.5 + math.tanh(0.1)]]), rtol=0, atol=1e-7
+    )
     weights = torch.tensor([[2.0, 3.0, 5.0]])
     to_bag, to_bias = torch.autograd.grad((weights * made).sum(), [bag, purifier.last.bias])
     torch.testing.assert_close(to_bag, weights)
@@ -286,7 +302,9 @@ def test_gradients_reach_the_pixels_through_the_purifier(trained: Hasher) -> Non
     purifier = whole.purifiers["image"]
     with torch.no_grad():
         purifier.last.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(12))
-    x = (0.3 + 0.4 * torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(13))).requires_grad_(True)
+    x = (0.3 + 0.4 * torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(13))).requires_grad_(
+        True
+    )
     grads = []
     for victim in (whole, whole.seen_by("identity")):
         (grad,) = torch.autograd.grad(victim({"image": x})["image"].logits.sum(), x)
@@ -299,7 +317,9 @@ def test_the_fragile_branch_is_not_run_at_inference(trained: Hasher) -> None:
     whole = purified(copy.deepcopy(trained), {"image": {"name": "drfgd-image", "width": 4}}, "query")
     calls: list[str] = []
     for name in ("robust", "fragile"):
-        getattr(whole.purifiers["image"], name).register_forward_hook(lambda *_, name=name: calls.append(name))
+        getattr(whole.purifiers["image"], name).register_forward_hook(
+            lambda *_, name=name: calls.append(name)
+        )
     whole({"image": torch.rand(2, 3, 12, 12)})
     assert calls == ["robust"]
 

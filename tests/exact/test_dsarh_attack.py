@@ -1,4 +1,5 @@
-"""DSARH's attack: what one step does, what the printed equations do, and that only the repaired form lowers MAP."""
+"""DSARH's attack: what one step does, what the printed equations do, and that only the repaired form lowers
+MAP."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from robusthash.attacks import Attack, Ball, Threat
 from robusthash.attacks.dsarh import Among, FeatureGuidance, Mode, Similarity, dsarh, signed_mean
 from robusthash.attacks.guides import mainstay_code
 from robusthash.attacks.losses import Agreement
-from robusthash.attacks.search import PGD
+from robusthash.attacks.pgd import PGD
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Guidance, Reference
@@ -27,7 +28,9 @@ WIDE = (-50.0, 50.0)  # toy inputs are no pixels
 
 def attack_of(mode: Mode = "fixed", eps: float = 0.2, steps: int = 10, **options: bool) -> Attack:
     search = PGD(steps, 2.5 * eps / steps if steps > 1 else eps, random_start=False)
-    return Attack("dsarh", Similarity(mode, **options), Agreement(), search, Threat({"image": Ball("linf", eps, WIDE)}))
+    return Attack(
+        "dsarh", Similarity(mode, **options), Agreement(), search, Threat({"image": Ball("linf", eps, WIDE)})
+    )
 
 
 def random_signs(*shape: int, seed: int = 0) -> Tensor:
@@ -64,7 +67,9 @@ def guided(
     among: Among = "all",
 ) -> Tensor:
     victim, batch = linear_hasher(torch.eye(values.shape[1])), image_batch(values)
-    return Similarity(mode, balanced, among)(victim, batch, Goal(wanted, -1), Reference(codes, labels), DRAWS).codes
+    return Similarity(mode, balanced, among)(
+        victim, batch, Goal(wanted, -1), Reference(codes, labels), DRAWS
+    ).codes
 
 
 def test_modes_of_the_guide_are_the_printed_directions() -> None:
@@ -78,7 +83,9 @@ def test_modes_of_the_guide_are_the_printed_directions() -> None:
     of_text = guided("fixed", codes, labels, values, wanted, balanced=False, among="text")
     torch.testing.assert_close(of_text, s @ text / 9)
     torch.testing.assert_close(guided("literal_sign", codes, labels, values, wanted), -s @ both / 9)
-    torch.testing.assert_close(guided("literal_eq11", codes, labels, values, wanted), -sign(values) * (s @ both) / 9)
+    torch.testing.assert_close(
+        guided("literal_eq11", codes, labels, values, wanted), -sign(values) * (s @ both) / 9
+    )
     torch.testing.assert_close(guided("literal_eq17", codes, labels, values, wanted), -s @ (image * text) / 9)
 
 
@@ -86,7 +93,9 @@ def test_equation_17_forgets_the_content_where_modalities_agree() -> None:
     """(d): B^U = B^V makes its direction a multiple of ones, whatever the codes are."""
     codes = random_signs(9, 6, seed=5)
     labels = torch.eye(3)[torch.arange(9) % 3]
-    found = guided("literal_eq17", {"image": codes, "text": codes}, labels, torch.randn(2, 6), torch.eye(3)[:2])
+    found = guided(
+        "literal_eq17", {"image": codes, "text": codes}, labels, torch.randn(2, 6), torch.eye(3)[:2]
+    )
     assert torch.equal(found, found[:, :1].expand_as(found))
     assert bool((found != 0).all())
 
@@ -142,24 +151,30 @@ def test_every_step_helps_where_all_items_are_similar() -> None:
 
 
 def test_equation_26_pulls_negative_bits_together() -> None:
-    """Own and similar codes (-1, -1): the printed minus with its factor b_i o b_j lowers J, the repair raises it."""
+    """Own and similar codes (-1, -1): the printed minus with its factor b_i o b_j lowers J, the repair raises
+    it."""
     victim, values = linear_hasher(torch.eye(2)), torch.full((1, 2), -0.3)
     reference = Reference({"image": -torch.ones(3, 2)}, torch.ones(3, 1))
 
     def moved(mode: Mode, direction: int) -> Tensor:
         goal = Goal(torch.ones(1, 1), direction)
-        found, _ = attack_of(mode, eps=0.1, steps=1).perturb(victim, image_batch(values), goal, reference, draws=DRAWS)
+        found, _ = attack_of(mode, eps=0.1, steps=1).perturb(
+            victim, image_batch(values), goal, reference, draws=DRAWS
+        )
         return found.inputs["image"].flatten() - values.flatten()
 
     torch.testing.assert_close(moved("fixed", -1), torch.tensor([0.1, 0.1]))
-    torch.testing.assert_close(moved("literal_eq11", +1), torch.tensor([-0.1, -0.1]))  # Eq 26 is Eq 11 with a minus
+    torch.testing.assert_close(
+        moved("literal_eq11", +1), torch.tensor([-0.1, -0.1])
+    )  # Eq 26 is Eq 11 with a minus
 
 
 # --- what the printed equations do to retrieval
 
 
 class Toy:
-    """Ten Gaussian classes, a 32-bit linear hash fitted by ridge regression, text codes = image codes, 5% flipped."""
+    """Ten Gaussian classes, a 32-bit linear hash fitted by ridge regression, text codes = image codes, 5%
+    flipped."""
 
     def __init__(self, classes: int = 10, size: int = 64, bits: int = 32, spread: float = 0.5) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -168,9 +183,9 @@ class Toy:
 
         def draw(count: int) -> tuple[Tensor, Tensor]:
             kinds = torch.arange(count) % classes
-            return means[kinds] + 0.35 * spread * torch.randn(count, size, generator=generator), torch.eye(classes)[
-                kinds
-            ]
+            return means[kinds] + 0.35 * spread * torch.randn(count, size, generator=generator), torch.eye(
+                classes
+            )[kinds]
 
         known, self.labels = draw(500)
         wanted = self.labels @ target
@@ -208,8 +223,8 @@ def toy() -> Toy:
 
 
 def test_only_the_repaired_attack_lowers_map(toy: Toy) -> None:
-    """Chance is 0.10. Another such toy gave, at eps 0.15 / 0.20 / 0.30: repaired 0.90 / 0.61 / 0.13; printed sign
-    1.00 / 0.98 / 0.91; literal Eq 11 1.00 / 1.00 / 0.98; literal Eq 17 1.00 / 0.96 / 0.77."""
+    """Chance is 0.10. Another such toy gave, at eps 0.15 / 0.20 / 0.30: repaired 0.90 / 0.61 / 0.13; printed
+    sign 1.00 / 0.98 / 0.91; literal Eq 11 1.00 / 1.00 / 0.98; literal Eq 17 1.00 / 0.96 / 0.77."""
     assert toy.mean_ap(toy.queries) == pytest.approx(1.0, abs=1e-3)
     fixed = [toy.attacked("fixed", eps) for eps in (0.15, 0.2, 0.3)]
     assert fixed == sorted(fixed, reverse=True)
@@ -246,7 +261,8 @@ def test_the_printed_sign_helps_retrieval() -> None:
 
 
 class Featured:
-    """A linear hash of features that are the flattened inputs, three classes, and known items of both splits."""
+    """A linear hash of features that are the flattened inputs, three classes, and known items of both
+    splits."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(12)

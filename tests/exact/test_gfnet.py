@@ -95,7 +95,9 @@ def test_one_residual_around_the_whole_chain() -> None:
 
 def test_parts_of_a_weight_stay_together_in_channels_last() -> None:
     """A hasher is made channels-last, which strides 4-d weights; the filter must say the same."""
-    hasher = build_hasher(bits=4, image={"name": "gfnet", "size": 16, "patch": 4, "dim": 8, "depth": 1}).eval()
+    hasher = build_hasher(
+        bits=4, image={"name": "gfnet", "size": 16, "patch": 4, "dim": 8, "depth": 1}
+    ).eval()
     encoder = hasher.encoders["image"]
     bare = gfnet(size=16, patch=4, dim=8, depth=1).eval()
     bare.load_state_dict(encoder.state_dict())

@@ -10,10 +10,10 @@ from helpers import linear_hasher
 from torch import Tensor
 
 from robusthash.attacks.base import Attack
-from robusthash.attacks.edits import ExactFlips, GreedyFlips
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement
-from robusthash.attacks.threat import Edits, edit_threat
+from robusthash.attacks.threat_model import Edits, edit_threat
+from robusthash.attacks.word_edits import ExactFlips, GreedyFlips
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Reference
 
@@ -28,7 +28,12 @@ def world(scale: float) -> tuple[Attack, Tensor, Batch, Goal]:
     weight = scale * torch.randn(BITS, WORDS, generator=generator)
     bags = (torch.rand(6, WORDS, generator=generator) < 0.4).float()
     batch = Batch({"text": bags}, LABELS, torch.arange(6))
-    return Attack("t", Mainstay(), Agreement(), GreedyFlips(), edit_threat(1)), weight, batch, Goal(LABELS, -1)
+    return (
+        Attack("t", Mainstay(), Agreement(), GreedyFlips(), edit_threat(1)),
+        weight,
+        batch,
+        Goal(LABELS, -1),
+    )
 
 
 def brute_force(weight: Tensor, bag: Tensor, code: Tensor, edits: int) -> float:
@@ -105,7 +110,9 @@ def test_one_exact_flip_is_the_best_of_all_and_several_nearly(edits: int, best: 
     out = exact(victim, batch, goal, REFERENCE, draws=Draws(0), select=select)
     exact.threat.verify(out.batch.inputs, batch.inputs)
     reached = select(out.signs)
-    highest = [best_of_all(weight, bag, code, edits) for bag, code in zip(batch.inputs["text"], wanted, strict=True)]
+    highest = [
+        best_of_all(weight, bag, code, edits) for bag, code in zip(batch.inputs["text"], wanted, strict=True)
+    ]
     assert all(own <= most for own, most in zip(reached.tolist(), highest, strict=True))
     assert sum(own == most for own, most in zip(reached.tolist(), highest, strict=True)) >= best  # of 6 texts
     assert out.backward == 0

@@ -9,15 +9,23 @@ import torch
 from helpers import image_batch, linear_hasher
 from torch import Tensor
 
-from robusthash.attacks import house
+from robusthash.attacks import ranking_losses as house
 from robusthash.attacks.base import Attack, Probe
-from robusthash.attacks.house import MarginPN, Pull, SoftAP, Tallied, Tally, Wrong, soft_average_precision
-from robusthash.attacks.search import APGD
-from robusthash.attacks.threat import image_threat
-from robusthash.core.ap import average_precision
+from robusthash.attacks.pgd import APGD
+from robusthash.attacks.ranking_losses import (
+    MarginPN,
+    Pull,
+    SoftAP,
+    Tallied,
+    Tally,
+    Wrong,
+    soft_average_precision,
+)
+from robusthash.attacks.threat_model import image_threat
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, HashOutput, Reference
+from robusthash.metrics.average_precision import average_precision
 
 DRAWS = Draws(0)
 
@@ -116,7 +124,9 @@ def test_the_wrong_guide_takes_the_nearest_label_that_the_query_lacks() -> None:
     victim = linear_hasher(torch.eye(4))
     batch = image_batch(torch.ones(2, 4))
     wanted = torch.tensor([[1.0, 0, 0, 0], [1.0, 1, 1, 1]])
-    pulls = [Wrong(margin)(victim, batch, Goal(wanted, -1), reference, DRAWS).codes for margin in (True, False)]
+    pulls = [
+        Wrong(margin)(victim, batch, Goal(wanted, -1), reference, DRAWS).codes for margin in (True, False)
+    ]
     assert torch.equal(pulls[0][0], torch.tensor([0.0, 0, 0, 2]))  # only the bit that tells the two apart
     assert torch.equal(pulls[1][0], torch.tensor([-1.0, -1, -1, 1]))
     assert torch.equal(pulls[0][1], pulls[1][1])  # it has every label: away from its own representative

@@ -1,4 +1,5 @@
-"""On a linear hash the smallest successful budget is known, |u_k| / ||w_k||_1: attacks must meet it and not beat it."""
+"""On a linear hash the smallest successful budget is known, |u_k| / ||w_k||_1: attacks must meet it and not
+beat it."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from robusthash.attacks.base import Attack, Probe
 from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import Agreement, ScaleFree
-from robusthash.attacks.search import APGD, PGD, apgd_checkpoints
-from robusthash.attacks.threat import Ball, Threat, image_threat
+from robusthash.attacks.pgd import APGD, PGD, apgd_checkpoints
+from robusthash.attacks.threat_model import Ball, Threat, image_threat
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Guidance
 
@@ -22,12 +23,15 @@ AWAY = Goal(None, -1)
 class Ones:
     """Guidance: every bit +1."""
 
-    def __call__(self, victim: object, batch: object, goal: object, reference: object, draws: object) -> Guidance:
+    def __call__(
+        self, victim: object, batch: object, goal: object, reference: object, draws: object
+    ) -> Guidance:
         return Guidance(torch.ones(len(batch), victim.bits))
 
 
 def toy(bits: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Weights (K, n) and inputs (B, n) far enough inside (0, 1) that no range clips the budgets tried here."""
+    """Weights (K, n) and inputs (B, n) far enough inside (0, 1) that no range clips the budgets tried
+    here."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(bits, width, generator=generator, dtype=torch.float64)
     x = 0.45 + 0.1 * torch.rand(16, width, generator=generator, dtype=torch.float64)
@@ -51,7 +55,9 @@ def apgd(eps: float, steps: int = 2, norm: str = "linf") -> Attack:
 def test_a_bit_flips_exactly_beyond_its_budget(norm: str, gated: bool) -> None:
     weight, x = toy(4, 9)
     x = x[:8]
-    gate = torch.randn(9, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64) if gated else None
+    gate = (
+        torch.randn(9, 9, generator=torch.Generator().manual_seed(5), dtype=torch.float64) if gated else None
+    )
     seen = weight if gate is None else weight @ gate
     budgets = (x @ seen.T).abs() / seen.norm(p=1 if norm == "linf" else 2, dim=1)
     tried = 0
@@ -68,7 +74,10 @@ def test_a_bit_flips_exactly_beyond_its_budget(norm: str, gated: bool) -> None:
 
 
 def test_equality_gives_zero_which_counts_as_plus_one() -> None:
-    weight, x = torch.tensor([[1.0, -1.0]], dtype=torch.float64), torch.tensor([[0.75, 0.5]], dtype=torch.float64)
+    weight, x = (
+        torch.tensor([[1.0, -1.0]], dtype=torch.float64),
+        torch.tensor([[0.75, 0.5]], dtype=torch.float64),
+    )
     assert not flips(apgd(0.125), weight, x).item()  # u = +0.25 reaches exactly 0: still +1
     assert flips(apgd(0.125), -weight, x).item()  # u = -0.25 reaches exactly 0: now +1
 
@@ -77,8 +86,11 @@ def test_apgd_reaches_the_corner_in_two_steps() -> None:
     weight, x = toy(1, 9)
     victim = linear_hasher(weight).double()
     clean = (x @ weight.T).sign()
-    # one bit divided by its own size is a constant, so the house loss shows no ascent before the flip; this one does
-    out = Attack("toy", Own(), Agreement(), APGD(2), image_threat(0.1))(victim, image_batch(x), AWAY, None, draws=DRAWS)
+    # one bit divided by its own size is a constant, so the house loss shows no ascent before the flip; this
+    # one does
+    out = Attack("toy", Own(), Agreement(), APGD(2), image_threat(0.1))(
+        victim, image_batch(x), AWAY, None, draws=DRAWS
+    )
     corner = x - 0.1 * clean * weight.sign()
     torch.testing.assert_close(out.batch.inputs["image"].flatten(1), corner)
     assert (out.forward, out.backward) == (2, 2)
@@ -101,10 +113,13 @@ def test_one_sign_step_moves_the_value_by_eps_times_the_l1_norm() -> None:
     "search", [PGD(20, 0.02), APGD(20), APGD(20, random_start=True)], ids=["pgd", "apgd", "random"]
 )
 def test_many_bits_are_pushed_together(search: object) -> None:
-    """The score of a code of many bits is concave enough that more steps never end below the one-step corner."""
+    """The score of a code of many bits is concave enough that more steps never end below the one-step
+    corner."""
     weight, x = toy(8, 30)
     victim = linear_hasher(weight / 30).double()
-    out = Attack("toy", Ones(), Agreement(), search, image_threat(0.1))(victim, image_batch(x), AWAY, None, draws=DRAWS)
+    out = Attack("toy", Ones(), Agreement(), search, image_threat(0.1))(
+        victim, image_batch(x), AWAY, None, draws=DRAWS
+    )
     change = (out.batch.inputs["image"].flatten(1) - x) @ weight.T
     assert float(change.mean(1).max()) < 0
 
@@ -115,7 +130,9 @@ def test_saturation_does_not_stop_the_scale_free_loss() -> None:
     found = []
     for factor in (1.0, 2.0**13):
         victim = linear_hasher(weight * factor).double()
-        found.append(apgd(0.1, steps=10)(victim, image_batch(x), AWAY, None, draws=DRAWS).batch.inputs["image"])
+        found.append(
+            apgd(0.1, steps=10)(victim, image_batch(x), AWAY, None, draws=DRAWS).batch.inputs["image"]
+        )
     assert torch.equal(found[0], found[1])
 
 
@@ -182,7 +199,9 @@ def test_restarts_of_a_search_without_random_start_begin_elsewhere() -> None:
     victim = linear_hasher(weight).double()
     starts: list[Tensor] = []
     attack = Attack("toy", Ones(), Agreement(), APGD(4), image_threat(0.1), restarts=3)
-    handle = victim.register_forward_pre_hook(lambda module, inputs: starts.append(inputs[0]["image"].detach().clone()))
+    handle = victim.register_forward_pre_hook(
+        lambda module, inputs: starts.append(inputs[0]["image"].detach().clone())
+    )
     attack.perturb(victim, image_batch(x), AWAY, None, draws=DRAWS)
     handle.remove()
     clean = image_batch(x).inputs["image"]

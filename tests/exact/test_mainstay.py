@@ -1,4 +1,5 @@
-"""The mainstay code is the optimum it claims to be, for all three weightings, and does not depend on order."""
+"""The mainstay code is the optimum it claims to be, for all three weightings, and does not depend on
+order."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def random_bank(seed: int, items: int, bits: int, classes: int, single: bool) ->
     return codes, (torch.rand(items, classes, generator=generator) < 0.4).float()
 
 
-def guidance_of(guide: object, reference: Reference | None, wanted: Tensor | None, count: int = 1) -> Guidance:
+def guidance_of(
+    guide: object, reference: Reference | None, wanted: Tensor | None, count: int = 1
+) -> Guidance:
     """Ask a guide, on a victim and inputs that should not matter."""
     victim = linear_hasher(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)))
     inputs = torch.rand(count, 5, generator=torch.Generator().manual_seed(1))
@@ -88,11 +91,15 @@ def test_weightings_coincide_on_single_labels_and_differ_on_many() -> None:
     assert torch.equal(found[0], found[2])
     codes, labels = random_bank(6, items=60, bits=64, classes=4, single=False)
     wanted = torch.tensor([[1.0, 1, 0, 0], [0, 1, 1, 1]])
-    assert not torch.equal(mainstay_code(wanted, codes, labels, "code"), mainstay_code(wanted, codes, labels, "paper"))
+    assert not torch.equal(
+        mainstay_code(wanted, codes, labels, "code"), mainstay_code(wanted, codes, labels, "paper")
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), items=st.integers(2, 40), mode=st.sampled_from(MODES), single=st.booleans())
+@given(
+    seed=st.integers(0, 10_000), items=st.integers(2, 40), mode=st.sampled_from(MODES), single=st.booleans()
+)
 def test_order_of_the_bank_does_not_matter(seed: int, items: int, mode: str, single: bool) -> None:
     codes, labels = random_bank(seed, items, bits=8, classes=3, single=single)
     order = torch.randperm(items, generator=torch.Generator().manual_seed(seed + 1))
@@ -104,7 +111,8 @@ def test_order_of_the_bank_does_not_matter(seed: int, items: int, mode: str, sin
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), positives=st.integers(1, 12), negatives=st.integers(1, 12))
 def test_exact_ties_give_plus_one(seed: int, positives: int, negatives: int) -> None:
-    """A bit on which both sides have the same mean is a tie, whatever the counts; rounding must not decide it."""
+    """A bit on which both sides have the same mean is a tie, whatever the counts; rounding must not decide
+    it."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.randint(0, positives + 1, (1,), generator=generator)
     share = left.double() / positives
@@ -123,7 +131,9 @@ def test_batch_size_does_not_matter_to_the_code() -> None:
     codes, labels = random_bank(9, items=200, bits=64, classes=3, single=False)
     wanted = torch.tensor([[1.0, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1]]).repeat(8, 1)
     together = mainstay_code(wanted, codes, labels, "code")
-    assert torch.equal(together, torch.cat([mainstay_code(row[None], codes, labels, "code") for row in wanted]))
+    assert torch.equal(
+        together, torch.cat([mainstay_code(row[None], codes, labels, "code") for row in wanted])
+    )
 
 
 def test_missing_sides_give_zero_pull_not_nan() -> None:
@@ -193,7 +203,9 @@ def test_the_vote_uses_exact_label_sets_without_replacement() -> None:
     labels = torch.tensor([[1.0, 0.0]] * 9 + [[1.0, 1.0]] * 21)
     reference = Reference({"image": codes}, labels)
     voted = guidance_of(Anchor(9), reference, torch.tensor([[1.0, 0.0]])).codes[0]
-    assert torch.equal(voted, torch.where(codes[:9].sum(0) >= 0, 1.0, -1.0))  # exactly nine exist: each counts once
+    assert torch.equal(
+        voted, torch.where(codes[:9].sum(0) >= 0, 1.0, -1.0)
+    )  # exactly nine exist: each counts once
     one = guidance_of(Anchor(1), reference, torch.tensor([[1.0, 1.0]]).repeat(40, 1), 40).codes
     allowed = {tuple(row) for row in codes[9:].tolist()}
     assert {tuple(row) for row in one.tolist()} <= allowed
@@ -202,7 +214,9 @@ def test_the_vote_uses_exact_label_sets_without_replacement() -> None:
 
 def test_without_the_exact_label_set_those_vote_that_have_all_labels_else_those_that_share_one() -> None:
     codes, _ = random_bank(4, items=12, bits=8, classes=4, single=True)
-    labels = torch.tensor([[1.0, 0, 0, 0]] * 3 + [[0, 1.0, 0, 0]] * 3 + [[1.0, 1.0, 0, 0]] * 3 + [[0, 1.0, 1.0, 0]] * 3)
+    labels = torch.tensor(
+        [[1.0, 0, 0, 0]] * 3 + [[0, 1.0, 0, 0]] * 3 + [[1.0, 1.0, 0, 0]] * 3 + [[0, 1.0, 1.0, 0]] * 3
+    )
     reference = Reference({"image": codes}, labels)
 
     def voted(*wanted: float) -> torch.Tensor:
@@ -237,7 +251,9 @@ def test_positives_share_a_label_and_weigh_one_in_all() -> None:
     assert torch.equal(found.codes[4], torch.where(own >= 0, 1.0, -1.0))
 
 
-@pytest.mark.parametrize("guide", [Mainstay(), Center(), Anchor(9), Positives()], ids=lambda g: type(g).__name__)
+@pytest.mark.parametrize(
+    "guide", [Mainstay(), Center(), Anchor(9), Positives()], ids=lambda g: type(g).__name__
+)
 def test_guides_that_need_labels_say_so(guide: object) -> None:
     reference = Reference({"image": BANK_CODES}, BANK_LABELS)
     for known, wanted in [

@@ -1,4 +1,5 @@
-"""T14: a rounding layer hides every gradient of a linear hash. Gradients find nothing; questions find the hole."""
+"""T14: a rounding layer hides every gradient of a linear hash. Gradients find nothing; questions find the
+hole."""
 
 from __future__ import annotations
 
@@ -6,12 +7,12 @@ import torch
 from helpers import LinearHead, make_data
 from torch import Tensor, nn
 
-from robusthash.attacks.blackbox import Square, _bump, _two_bumps
-from robusthash.attacks.named import guided_apgd
-from robusthash.evaluation.bench import make_bench
-from robusthash.evaluation.blackbox import Questions
-from robusthash.evaluation.lines import Gradient
+from robusthash.attacks.published import guided_apgd
+from robusthash.attacks.query_search import Square, _bump, _two_bumps
+from robusthash.evaluation.attack_spec import GradientAttack
+from robusthash.evaluation.context import make_context
 from robusthash.models.hasher import Hasher
+from robusthash.robustness.specs.oracle_attacks import OracleAttack
 
 EPS = 12 / 255
 
@@ -27,16 +28,16 @@ def test_random_search_beats_a_masked_victim_where_apgd_does_not() -> None:
     data = make_data()
     weight = torch.randn(12, 3 * 12 * 12, generator=torch.Generator().manual_seed(0))
     victim = Hasher({"image": Rounded()}, {"image": LinearHead(weight - weight.mean(1, keepdim=True))})
-    bench = make_bench(victim, data, batch_size=12)
-    ap = bench.select(bench.query_labels, 1)
-    clean = ap(bench.query.signs())
+    context = make_context(victim, data, batch_size=12)
+    ap = context.select(context.query_labels, 1)
+    clean = ap(context.query.signs())
 
     attack = guided_apgd(eps=EPS, steps=10)
-    by_gradient = Gradient("guided", attack).run(bench, 0, 0)
-    assert torch.equal(by_gradient.signs[:, 0], bench.query.signs()), "a zero gradient leads nowhere"
+    by_gradient = GradientAttack("guided", attack).run(context, 0, 0)
+    assert torch.equal(by_gradient.signs[:, 0], context.query.signs()), "a zero gradient leads nowhere"
 
-    square = Questions("square", Square(), attack.threat, "codes", "ap", 80)
-    after = ap(square.run(bench, 0, 0).signs[:, 0])
+    square = OracleAttack("square", Square(), attack.threat, "codes", "ap", 80)
+    after = ap(square.run(context, 0, 0).signs[:, 0])
     assert float((clean - after).mean()) > 0.1
     assert bool((after <= clean).all())
 

@@ -14,7 +14,7 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import HashOutput
 from robusthash.objectives import CSQ, DPH, DPSH, HashNet
 from robusthash.objectives.base import quantisation, share_similar
-from robusthash.objectives.centers import hadamard_centers
+from robusthash.objectives.csq import hadamard_centers
 
 
 def coded(code: Tensor) -> HashOutput:
@@ -54,20 +54,27 @@ def test_dph_equals_the_double_loop() -> None:
             for u, z in zip(bank.double(), bank_labels, strict=True)
         ]
         expected.append(sum(terms) / len(terms))
-    assert DPH().similarity(coded(code), labels, bank, bank_labels).tolist() == pytest.approx(expected, rel=1e-5)
+    assert DPH().similarity(coded(code), labels, bank, bank_labels).tolist() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_balanced_dph_is_the_mean_over_similar_pairs_plus_that_over_the_others() -> None:
     generator = torch.Generator().manual_seed(2)
     labels = torch.eye(4)[torch.arange(40) % 4]
-    code, bank = torch.rand(40, 6, generator=generator) * 2 - 1, torch.rand(40, 6, generator=generator) * 2 - 1
+    code, bank = (
+        torch.rand(40, 6, generator=generator) * 2 - 1,
+        torch.rand(40, 6, generator=generator) * 2 - 1,
+    )
     objective = DPH(balance=True)
     objective.setup(facts_of(labels, 6))
     assert objective.similar_weight.item() == pytest.approx(3.0)  # #dissimilar / #similar
     similar, other = [], []
     for h, y in zip(code.double(), labels, strict=True):
         for u, z in zip(bank.double(), labels, strict=True):
-            (similar if float(y @ z) > 0 else other).append((float(h @ u) / 6 - (1 if float(y @ z) > 0 else -1)) ** 2)
+            (similar if float(y @ z) > 0 else other).append(
+                (float(h @ u) / 6 - (1 if float(y @ z) > 0 else -1)) ** 2
+            )
     share = 0.75  # of pairs that are dissimilar: both means weigh as much as these pairs do
     expected = share * (sum(similar) / len(similar) + sum(other) / len(other))
     found = objective.similarity(coded(code), labels, bank, labels).mean()
@@ -114,7 +121,9 @@ def test_dpsh_derivative_to_omega_is_sigmoid_minus_similarity(similar: float) ->
 
 def test_dpsh_falls_with_omega_for_a_similar_pair_and_stays_finite() -> None:
     u, label = torch.ones(1, 4), torch.tensor([[1.0]])
-    values = [DPSH().similarity(coded(torch.full((1, 4), v)), label, u, label).item() for v in (-0.9, 0.0, 0.9)]
+    values = [
+        DPSH().similarity(coded(torch.full((1, 4), v)), label, u, label).item() for v in (-0.9, 0.0, 0.9)
+    ]
     assert values[0] > values[1] > values[2]
     for size in (1e4, -1e4):
         unbounded = HashOutput(torch.full((1, 4), size), torch.full((1, 4), size), torch.zeros(1, 4))
@@ -288,7 +297,9 @@ def test_two_modalities_average_over_ordered_pairs() -> None:
     batch = image_batch(torch.zeros(4, 2), labels)
     objective = DPSH()
     terms = objective(outputs, batch, memory_of(banks, labels))
-    pairs = [objective.similarity(outputs[a], labels, banks[b], labels).mean() for a in outputs for b in outputs]
+    pairs = [
+        objective.similarity(outputs[a], labels, banks[b], labels).mean() for a in outputs for b in outputs
+    ]
     assert len(pairs) == 4
     assert terms["similarity"].item() == pytest.approx(float(sum(pairs)) / 4, rel=1e-6)
     single = [objective.regularisation(outputs[m]).mean() for m in outputs]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import facts_of
 
-from robusthash.attacks.prototype import Prototype, prototype_terms, tha
+from robusthash.attacks.tha import Prototype, prototype_terms, tha
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Reference
 
@@ -113,7 +113,9 @@ def test_an_asked_for_number_of_steps_is_taken() -> None:
 def test_codes_that_never_rest_are_fitted_as_long_as_in_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The looks see other codes each time, and once so few changed ones that the rate falls."""
     victim, reference = several()
-    looks = iter([0, 24, 0, 24, 25, 49, 25, 49, 25])  # of 48 bits, where the border is moved to 2: how many are +1
+    looks = iter(
+        [0, 24, 0, 24, 25, 49, 25, 49, 25]
+    )  # of 48 bits, where the border is moved to 2: how many are +1
 
     def codes(self: Prototype, sets: torch.Tensor) -> torch.Tensor:
         flat = -torch.ones(sets.numel() // sets.shape[1] * 12)
@@ -134,7 +136,9 @@ def test_codes_that_never_rest_are_fitted_as_long_as_in_the_paper(monkeypatch: p
     monkeypatch.setattr(torch.optim.Adam, "step", noted)
     made = Prototype(16, 8).fitted(victim, None, reference, Draws(0))
     assert made.fit_steps == 13
-    assert rates == pytest.approx([1e-4] * 8 + [1e-5] * 5)  # one of 48 bits differs at the fifth look, of step 8
+    assert rates == pytest.approx(
+        [1e-4] * 8 + [1e-5] * 5
+    )  # one of 48 bits differs at the fifth look, of step 8
 
 
 def test_the_settings_of_a_line_tell_fits_apart() -> None:

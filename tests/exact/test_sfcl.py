@@ -1,4 +1,5 @@
-"""SFCL: masks, fusion, the estimates of information, labels and signs, as the paper and its repairs define them."""
+"""SFCL: masks, fusion, the estimates of information, labels and signs, as the paper and its repairs define
+them."""
 
 from __future__ import annotations
 
@@ -179,7 +180,9 @@ def test_the_critic_of_redundancy_ascends_what_the_encoder_descends(kind: str) -
 
 def test_wrong_labels_by_hand() -> None:
     labels = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]])
-    probabilities = torch.tensor([[0.9, 0.6, 0.5], [0.9, 0.2, 0.3], [0.9, 0.9, 0.0], [0.9, 0.9, 0.9], [0.1, 0.3, 0.2]])
+    probabilities = torch.tensor(
+        [[0.9, 0.6, 0.5], [0.9, 0.2, 0.3], [0.9, 0.9, 0.0], [0.9, 0.9, 0.9], [0.1, 0.3, 0.2]]
+    )
     expected = torch.tensor([[0.0, 1, 1], [0, 0, 1], [0, 0, 1], [0, 0, 0], [0, 1, 0]])
     assert torch.equal(wrong_labels(probabilities, labels), expected)
 
@@ -192,7 +195,9 @@ def test_wrong_labels_never_overlap_the_true_ones() -> None:
     assert bool((wrong.sum(1) > 0)[labels.sum(1) < 6].all())
 
 
-WIDTHS = {f"{name}{part}": width for name, width in (("spatial", 6), ("frequency", 4)) for part in ("", "+", "-")}
+WIDTHS = {
+    f"{name}{part}": width for name, width in (("spatial", 6), ("frequency", 4)) for part in ("", "+", "-")
+}
 
 
 def ready(**options: object) -> SFCLOuter:
@@ -292,7 +297,9 @@ def test_the_settings_of_dcmh_pull_to_the_shared_code_and_balance_bits() -> None
     terms = objective(outputs, batch, memory)
     shared = [[sum(float(c[i, k]) for c in memory.codes.values()) >= 0 for k in range(4)] for i in range(3)]
     codes = [output.code.detach() for output in outputs.values()]
-    pull = sum((float(c[i, k]) - (1 if shared[i][k] else -1)) ** 2 for c in codes for i in range(3) for k in range(4))
+    pull = sum(
+        (float(c[i, k]) - (1 if shared[i][k] else -1)) ** 2 for c in codes for i in range(3) for k in range(4)
+    )
     skew = sum((sum(float(c[i, k]) for i in range(3)) / 3) ** 2 for c in codes for k in range(4))
     assert float(terms["regularisation"].detach()) == pytest.approx(0.3 * pull / 24, rel=1e-5)
     assert float(terms["balance"].detach()) == pytest.approx(0.3 * skew / 8, rel=1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robusthash.defenses.saah import spectral_stability
 from robusthash.models import build_hasher
-from robusthash.models.frequency import BlockDCT, dct_matrix
+from robusthash.models.block_dct import BlockDCT, dct_matrix
 from robusthash.models.gates import SpectralGate
 
 LEARNED = ("block", "pixel", "pixel+freq", "global")
@@ -62,10 +62,13 @@ def test_against_the_written_sum(block: int) -> None:
     for u in range(block):
         for v in range(block):
             waves = torch.outer(
-                torch.cos((2 * i + 1) * u * math.pi / (2 * block)), torch.cos((2 * i + 1) * v * math.pi / (2 * block))
+                torch.cos((2 * i + 1) * u * math.pi / (2 * block)),
+                torch.cos((2 * i + 1) * v * math.pi / (2 * block)),
             )
             halves = (2**-0.5 if u == 0 else 1.0) * (2**-0.5 if v == 0 else 1.0)
-            assert float(found[u, v]) == pytest.approx(float(2 / block * halves * (x * waves).sum()), abs=1e-5)
+            assert float(found[u, v]) == pytest.approx(
+                float(2 / block * halves * (x * waves).sum()), abs=1e-5
+            )
 
 
 def test_golden_ramp_and_constant() -> None:
@@ -204,13 +207,17 @@ def test_nothing_is_clipped() -> None:
 def test_low_pass_keeps_a_triangle(cutoff: int | None, kept: int) -> None:
     pure, m, excess = through(SpectralGate("low-pass", cutoff=cutoff), images())
     limit = 7 if cutoff is None else cutoff
-    assert [[int(v) for v in row] for row in m[0, 0]] == [[int(u + v <= limit) for v in range(8)] for u in range(8)]
+    assert [[int(v) for v in row] for row in m[0, 0]] == [
+        [int(u + v <= limit) for v in range(8)] for u in range(8)
+    ]
     assert int(m[1, 3].sum()) == kept
     assert float(excess[0]) == pytest.approx(kept / 64 - 0.5, abs=1e-6)
     if kept == 64:
         torch.testing.assert_close(pure, images(), atol=1e-5, rtol=0)  # m = 1: P(x) = x
     if kept == 1:
-        torch.testing.assert_close(pure[0, 0, :8, :8], images()[0, 0, :8, :8].mean().expand(8, 8), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            pure[0, 0, :8, :8], images()[0, 0, :8, :8].mean().expand(8, 8), atol=1e-6, rtol=0
+        )
 
 
 def test_none_is_the_identity() -> None:
@@ -311,7 +318,8 @@ def test_stability_has_no_gradient_to_the_images_and_one_to_the_gate() -> None:
 
 @pytest.mark.parametrize("kind", ["block", "pixel", "pixel+freq"])
 def test_gradients_pass_through_gate_and_net(kind: str) -> None:
-    """The slope of a code along a direction, by autograd and by central differences, of gate and encoder together."""
+    """The slope of a code along a direction, by autograd and by central differences, of gate and encoder
+    together."""
     hasher = build_hasher(
         bits=8, image={"name": "small", "width": 4, "grid": 1}, purifiers={"image": {"name": "spectral-gate"}}
     )

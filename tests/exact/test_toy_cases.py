@@ -1,4 +1,5 @@
-"""The worked examples of the evaluation protocol, T1 to T18, with values computed by hand, and brute force."""
+"""The worked examples of the evaluation protocol, T1 to T18, with values computed by hand, and brute
+force."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from robusthash.core.ap import average_precision as core_ap
+from robusthash.analysis.shapley_values import shapley
 from robusthash.core.hamming import pack
-from robusthash.core.profile import code_profile, merge
 from robusthash.core.types import Codes, Profile
-from robusthash.evaluation import measures, perceptibility, robust
-from robusthash.evaluation.attribution import shapley
-from robusthash.evaluation.stats import sign_flip_test
+from robusthash.metrics import distortion as perceptibility
+from robusthash.metrics import ranking_measures as measures
+from robusthash.metrics import robustness_measures as robust
+from robusthash.metrics.average_precision import average_precision as core_ap
+from robusthash.metrics.distance_histogram import code_profile, merge
+from robusthash.metrics.statistics import sign_flip_test
 
 
 def codes(rows: list[str] | Tensor) -> Codes:
@@ -125,7 +128,10 @@ def test_t03_degenerate() -> None:
         all_relevant = value(measures.average_precision(from_counts([2, 3], [2, 3]), k, denominator, ties))
         assert all_relevant == near(1 if denominator != "rel" or k is None else k / 5)
         for relevant in (0, 1):
-            assert value(measures.average_precision(from_counts([1], [relevant]), k, denominator, ties)) == relevant
+            assert (
+                value(measures.average_precision(from_counts([1], [relevant]), k, denominator, ties))
+                == relevant
+            )
     nothing = from_counts([2, 3], [0, 0])
     assert value(measures.ndcg(nothing)) == 0
     assert value(measures.wap(nothing)) == 0
@@ -137,10 +143,13 @@ def test_t03_degenerate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "relevant", "expected"), [(4, 1, 0.520833), (4, 2, 0.680556), (6, 4, 0.763333), (1000, 100, 0.105843)]
+    ("size", "relevant", "expected"),
+    [(4, 1, 0.520833), (4, 2, 0.680556), (6, 4, 0.763333), (1000, 100, 0.105843)],
 )
 def test_t04_chance(size: int, relevant: int, expected: float) -> None:
-    spread = from_counts([1] * size, [1] * relevant + [0] * (size - relevant))  # chance ignores where items lie
+    spread = from_counts(
+        [1] * size, [1] * relevant + [0] * (size - relevant)
+    )  # chance ignores where items lie
     assert value(measures.chance(spread)) == near(expected)
     harmonic = sum(1 / t for t in range(1, size + 1))
     s = (relevant - 1) / (size - 1)
@@ -184,7 +193,14 @@ def test_t09_perceptibility() -> None:
     clean = torch.full((1, 3, 224, 224), 0.5, dtype=torch.float64)
     attacked = clean + 8 / 255
     found = perceptibility.image_measures(clean, attacked)
-    expected = {"linf": 0.0313725, "l2": 12.171902, "mse": 9.842368e-4, "psnr": 30.0690, "ssim": 0.998152, "l0": 1}
+    expected = {
+        "linf": 0.0313725,
+        "l2": 12.171902,
+        "mse": 9.842368e-4,
+        "psnr": 30.0690,
+        "ssim": 0.998152,
+        "l0": 1,
+    }
     tolerance = {"linf": 5e-8, "l2": 5e-7, "mse": 5e-11, "psnr": 5e-5, "ssim": 5e-7, "l0": 0}
     for name, wanted in expected.items():
         assert value(found[name]) == pytest.approx(wanted, abs=tolerance[name]), name
@@ -208,7 +224,9 @@ def test_t16_order_of_the_database_does_not_matter() -> None:
     generator = torch.Generator().manual_seed(4)
     classes = torch.arange(10).repeat_interleave(100)
     labels = torch.nn.functional.one_hot(classes, 10)
-    database = codes(torch.tensor([[0] * 8, [1] + [0] * 7])[(torch.rand(1000, generator=generator) < 0.05).long()])
+    database = codes(
+        torch.tensor([[0] * 8, [1] + [0] * 7])[(torch.rand(1000, generator=generator) < 0.05).long()]
+    )
     query, query_labels = codes(torch.zeros(10, 8, dtype=torch.int64)), torch.eye(10)
     orders = {
         "sorted": torch.arange(1000),
@@ -225,7 +243,9 @@ def test_t16_order_of_the_database_does_not_matter() -> None:
             "nDCG": measures.ndcg(profile, 100),
             "WAP": measures.wap(profile),
         }
-        legacy[name] = float(measures.legacy_average_precision(query, query_labels, ordered, labels[order]).mean())
+        legacy[name] = float(
+            measures.legacy_average_precision(query, query_labels, ordered, labels[order]).mean()
+        )
     for name in ("reversed", "shuffled"):
         for measure, values in headline["sorted"].items():
             assert torch.equal(values, headline[name][measure]), measure
@@ -241,7 +261,9 @@ def test_t17_shards_add_bit_for_bit() -> None:
     whole = code_profile(query, query_labels, database, labels)
     for shards in (1, 7):
         parts = [
-            code_profile(query, query_labels, Codes(database.packed[rows], 20, database.ids[rows]), labels[rows])
+            code_profile(
+                query, query_labels, Codes(database.packed[rows], 20, database.ids[rows]), labels[rows]
+            )
             for rows in torch.arange(1003).chunk(shards)
         ]
         merged = merge(parts)
@@ -249,7 +271,9 @@ def test_t17_shards_add_bit_for_bit() -> None:
             assert torch.equal(getattr(merged, name), getattr(whole, name)), name
             assert getattr(merged, name).dtype == getattr(whole, name).dtype
     streamed = code_profile(query, query_labels, database, labels, block=97)
-    assert all(torch.equal(getattr(streamed, name), getattr(whole, name)) for name in ("items", "gain_exp", "ideal"))
+    assert all(
+        torch.equal(getattr(streamed, name), getattr(whole, name)) for name in ("items", "gain_exp", "ideal")
+    )
 
 
 def orders_of(groups: list[list[int]]) -> np.ndarray:
@@ -257,7 +281,9 @@ def orders_of(groups: list[list[int]]) -> np.ndarray:
     per_group = [np.array(list(itertools.permutations(group))) for group in groups]
     made = per_group[0]
     for following in per_group[1:]:
-        made = np.concatenate([np.repeat(made, len(following), 0), np.tile(following, (len(made), 1))], axis=1)
+        made = np.concatenate(
+            [np.repeat(made, len(following), 0), np.tile(following, (len(made), 1))], axis=1
+        )
     return made
 
 
@@ -274,7 +300,9 @@ def random_groups(seed: int) -> list[list[int]]:
 
 
 def profile_of(groups: list[list[int]]) -> Profile:
-    columns = [[len(group), sum(g > 0 for g in group), sum(group), sum(2**g - 1 for g in group)] for group in groups]
+    columns = [
+        [len(group), sum(g > 0 for g in group), sum(group), sum(2**g - 1 for g in group)] for group in groups
+    ]
     items, relevant, gain, gain_exp = torch.tensor(columns).T[:, None]
     ideal = torch.tensor([[sum(group.count(g) for group in groups) for g in range(4)]])
     return Profile(items, relevant, gain, gain_exp.double(), ideal)
@@ -289,16 +317,26 @@ def check_against_brute_force(groups: list[list[int]]) -> None:
     precisions = (hit * seen / ranks).cumsum(1)
     total = int(seen[0, -1])
     for k in range(1, size + 1):
-        divisors = {"hits": seen[:, k - 1], "mink": np.full(len(hit), min(total, k)), "rel": np.full(len(hit), total)}
+        divisors = {
+            "hits": seen[:, k - 1],
+            "mink": np.full(len(hit), min(total, k)),
+            "rel": np.full(len(hit), total),
+        }
         for denominator, divisor in divisors.items():
             every = precisions[:, k - 1] / np.maximum(divisor, 1)
-            assert value(measures.average_precision(profile, k, denominator)) == pytest.approx(every.mean(), abs=1e-12)
+            assert value(measures.average_precision(profile, k, denominator)) == pytest.approx(
+                every.mean(), abs=1e-12
+            )
             if denominator != "hits" or k == size:
                 best = value(measures.average_precision(profile, k, denominator, "optimistic"))
                 worst = value(measures.average_precision(profile, k, denominator, "pessimistic"))
                 assert (best, worst) == pytest.approx((every.max(), every.min()), abs=1e-12)
-        assert value(measures.precision_at(profile, k)) == pytest.approx((seen[:, k - 1] / k).mean(), abs=1e-12)
-        assert value(measures.acg(profile, k)) == pytest.approx((rankings[:, :k].sum(1) / k).mean(), abs=1e-12)
+        assert value(measures.precision_at(profile, k)) == pytest.approx(
+            (seen[:, k - 1] / k).mean(), abs=1e-12
+        )
+        assert value(measures.acg(profile, k)) == pytest.approx(
+            (rankings[:, :k].sum(1) / k).mean(), abs=1e-12
+        )
         for gain, gains in (("exp", 2.0**rankings - 1), ("lin", rankings)):
             discounted = gains / np.log2(ranks + 1)
             ideal = (np.sort(gains[0])[::-1] / np.log2(ranks + 1))[:k].sum()
@@ -341,7 +379,8 @@ def test_least_ap_is_that_of_a_reversed_perfect_ranking() -> None:
 
 
 def test_split_group_agrees_with_a_rational_sum_at_database_size() -> None:
-    """The windowed hypergeometric sum against all its terms, in big integers, for a group cut at rank 2,000."""
+    """The windowed hypergeometric sum against all its terms, in big integers, for a group cut at rank
+    2,000."""
     items, relevant, k = torch.tensor([[40, 3000, 500]]), torch.tensor([[10, 700, 70]]), 2000
     n, r, m, nb, rb = 3000, 700, 1960, 40, 10
     whole = math.comb(n, m)

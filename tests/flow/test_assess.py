@@ -9,19 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robusthash.apps import assessing, stages
-from robusthash.apps.config import make_config
-from robusthash.apps.runs import RunError, load_run
-from robusthash.apps.verbs import suite as suite_verb
-from robusthash.attacks.threat import edit_threat, image_threat
+from robusthash.apps.commands import assess_command as suite_verb
+from robusthash.apps.experiment import assess_run as assessing
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.run_directory import RunError, load_run
+from robusthash.attacks.threat_model import edit_threat, image_threat
 from robusthash.data import load_data
-from robusthash.evaluation import suite, tiers
-from robusthash.evaluation.assess import assess, run_shard
-from robusthash.evaluation.bench import make_bench
-from robusthash.evaluation.lines import Gradient
-from robusthash.evaluation.results import load_results
-from robusthash.evaluation.suite import tier as suite_tier
+from robusthash.evaluation.attack_spec import GradientAttack
+from robusthash.evaluation.context import make_context
+from robusthash.metrics.results import load_results
 from robusthash.models.hasher import build_hasher
+from robusthash.robustness import suite, tiers
+from robusthash.robustness.assess import assess, run_shard
+from robusthash.robustness.suite import tier as suite_tier
 
 CONFIG = {
     "name": "tiny",
@@ -60,7 +61,9 @@ def test_the_verb_shows_a_table_and_json_and_writes_the_record(call, run):
     shown = json.loads(out)
     assert shown["name"] == "img-linf-8 smoke"
     assert shown["values"]["wMAP"] <= shown["values"]["clean"]
-    assert shown["setting"]["queries"].endswith("query[20]"), "the 3 queries of the recipe are not the suite's"
+    assert shown["setting"]["queries"].endswith("query[20]"), (
+        "the 3 queries of the recipe are not the suite's"
+    )
     assert shown["curves"]["wMAP/eps"]["wMAP"][0] == pytest.approx(shown["values"]["clean"])
     (written,) = load_results(run / "assess.json")
     assert written["wMAP"] == shown["values"]["wMAP"]
@@ -69,23 +72,26 @@ def test_the_verb_shows_a_table_and_json_and_writes_the_record(call, run):
     assert code == 0
     for word in ("wMAP/8bit", "HRS", "unique wins", "guided", "24 queries", "floor"):
         assert word in err
-    assert {result.name for result in load_results(run / "assess.json")} == {"img-linf-8 smoke", "img-linf-4 smoke"}
+    assert {result.name for result in load_results(run / "assess.json")} == {
+        "img-linf-8 smoke",
+        "img-linf-4 smoke",
+    }
 
 
 def test_after_a_kill_and_in_shards_the_records_are_the_same(call, run, monkeypatch):
-    saved = assessing.FolderKeep.save
+    saved = assessing.FolderStore.save
     whole = assessing.assess(load_run(run), "smoke")
     expected = blocks(run)
     assert len(expected) == 3
     _forget(run)
 
-    def dies(keep, line, restart, block, attacked):
+    def dies(store, spec, restart, block, attacked):
         if block == 1:
             raise KeyboardInterrupt
-        saved(keep, line, restart, block, attacked)
+        saved(store, spec, restart, block, attacked)
 
     with monkeypatch.context() as patched:
-        patched.setattr(assessing.FolderKeep, "save", dies)
+        patched.setattr(assessing.FolderStore, "save", dies)
         with pytest.raises(KeyboardInterrupt):
             assessing.assess(load_run(run), "smoke")
     assert len(blocks(run)) == 1
@@ -125,7 +131,8 @@ def test_damaged_blocks_and_bad_words_are_refused(call, run):
 
 
 def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys):
-    """The standard tier, made small: noise and questions beside the gradient lines, and every check that has an id."""
+    """The standard tier, made small: noise and questions beside the gradient lines, and every check that has
+    an id."""
     monkeypatch.setitem(suite.TIERS, "standard", suite._Tier(("guided",), 1, 4, 24, 2))
     monkeypatch.setitem(tiers.ORACLE_QUERIES, "standard", 5)
     monkeypatch.setattr(tiers, "CHECKED", 6)
@@ -136,7 +143,10 @@ def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys)
     transfers = {f"transfer tiny-{twin.id}" for twin in twins}
     assert {"guided", "uniform noise", "corner noise", "square, ids", *transfers} <= set(result.attacks)
     assert "2 of the 3 surrogates that a claim is made with" in result.notes
-    for given, words in (([load_run(run)], "has the weights of the victim"), ([twins[0]] * 2, "is given twice")):
+    for given, words in (
+        ([load_run(run)], "has the weights of the victim"),
+        ([twins[0]] * 2, "is given twice"),
+    ):
         with pytest.raises(ValueError, match=words):
             assessing.assess(load_run(run), "standard", surrogates=given)
     flags = {flag.id: flag for flag in result.flags}
@@ -144,7 +154,9 @@ def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys)
     assert flags["F7"].level == "amber"  # no curve was run
     for ran in ("F4", "F5", "F6", "F8", "F9"):
         assert flags[ran].value < float("inf")
-    monkeypatch.setattr(Gradient, "run", lambda *_: pytest.fail("the attacks of the checks are kept as well"))
+    monkeypatch.setattr(
+        GradientAttack, "run", lambda *_: pytest.fail("the attacks of the checks are kept as well")
+    )
     assert assessing.assess(load_run(run), "standard", surrogates=twins).flags == result.flags
     suite_verb._show(result)
     assert "remedy" in capsys.readouterr().err
@@ -155,7 +167,12 @@ GATED = {**CONFIG["hasher"], "purifiers": {"image": "spectral-gate"}}
 
 @pytest.mark.parametrize(
     ("name", "hasher"),
-    [("smoke", CONFIG["hasher"]), ("fast", CONFIG["hasher"]), ("standard", CONFIG["hasher"]), ("standard", GATED)],
+    [
+        ("smoke", CONFIG["hasher"]),
+        ("fast", CONFIG["hasher"]),
+        ("standard", CONFIG["hasher"]),
+        ("standard", GATED),
+    ],
     ids=["smoke", "fast", "standard", "standard of a gated victim"],
 )
 def test_python_and_the_command_line_run_the_same_tier(call, tmp_path, monkeypatch, name, hasher):
@@ -170,19 +187,23 @@ def test_python_and_the_command_line_run_the_same_tier(call, tmp_path, monkeypat
     (written,) = load_results(trained.path / "assess.json")
 
     victim, objective = stages.load_victim(trained)
-    bench = make_bench(victim, stages.read_data(trained.config, stages.silent), batch_size=8)
-    result = assess(bench, name, objective=objective, curve=True)
+    context = make_context(victim, stages.read_data(trained.config, stages.silent), batch_size=8)
+    result = assess(context, name, objective=objective, curve=True)
     assert result.attacks.keys() == written.attacks.keys()
     assert result.setting.attacks == written.setting.attacks
     assert result.flags == written.flags
     assert bool(result.flags) == (name != "smoke")
     assert result.setting.digests["suite"] == written.setting.digests["suite"]
-    assert (result.name, result.setting.budget, result.notes) == (written.name, written.setting.budget, written.notes)
+    assert (result.name, result.setting.budget, result.notes) == (
+        written.name,
+        written.setting.budget,
+        written.notes,
+    )
     assert not result.setting.differs(written.setting)
     assert result.values == written.values
     expected = {"smoke": set(), "fast": {"noise"}, "standard": {"noise", "black-box"}}[name]
-    prepared = tiers.prepare_tier(bench, name, objective=objective)
-    kinds = {line.kind for line in prepared.suite.lines} - {"white-box"}
+    prepared = tiers.prepare_tier(context, name, objective=objective)
+    kinds = {spec.kind for spec in prepared.suite.specs} - {"white-box"}
     assert kinds == (expected | {"adaptive"} if hasher is GATED else expected)
     assert ("trained-objective" in result.attacks) == (hasher is GATED)
 
@@ -190,21 +211,21 @@ def test_python_and_the_command_line_run_the_same_tier(call, tmp_path, monkeypat
 def test_shards_of_a_tier_in_python_are_joined_by_the_same_call(run, tmp_path, monkeypatch):
     monkeypatch.setitem(suite.TIERS, "fast", suite._Tier(("guided",), 1, 4, 20, 2))
     victim, objective = stages.load_victim(load_run(run))
-    bench = make_bench(victim, load_data(**CONFIG["data"]), batch_size=8)
-    keep = assessing.FolderKeep(tmp_path / "blocks")
-    expected = assess(bench, "fast", objective=objective, checked=False)
+    context = make_context(victim, load_data(**CONFIG["data"]), batch_size=8)
+    store = assessing.FolderStore(tmp_path / "blocks")
+    expected = assess(context, "fast", objective=objective, checked=False)
     for shard in ((0, 2), (1, 2)):
-        run_shard(bench, "fast", shard, objective=objective, keep=keep)
+        run_shard(context, "fast", shard, objective=objective, store=store)
     with monkeypatch.context() as stopped:
-        stopped.setattr(Gradient, "run", lambda *_: pytest.fail("every block is there"))
-        result = assess(bench, "fast", objective=objective, checked=False, keep=keep)
+        stopped.setattr(GradientAttack, "run", lambda *_: pytest.fail("every block is there"))
+        result = assess(context, "fast", objective=objective, checked=False, store=store)
     assert result.values == expected.values
     assert list(result.attacks) == ["guided", "uniform noise", "corner noise"]
 
 
 def test_what_a_tier_takes_is_refused_where_it_means_nothing(run):
     victim, objective = stages.load_victim(load_run(run))
-    bench = make_bench(victim, load_data(**CONFIG["data"]), queries=4)
+    context = make_context(victim, load_data(**CONFIG["data"]), queries=4)
     own = suite_tier("smoke")
     for words, options in (
         ("go with a tier by name", {"suite": own, "objective": objective}),
@@ -212,10 +233,10 @@ def test_what_a_tier_takes_is_refused_where_it_means_nothing(run):
         ("give it as objective=", {"suite": "paper"}),
     ):
         with pytest.raises(ValueError, match=words):
-            assess(bench, **options)
+            assess(context, **options)
     with pytest.raises(KeyError, match="did you mean 'standard'"):
-        assess(bench, "standart")
-    result = assess(bench, own, queries=3)
+        assess(context, "standart")
+    result = assess(context, own, queries=3)
     assert list(result.attacks) == ["guided"]
     assert result.setting.queries.endswith("query[3]")
 
@@ -224,20 +245,23 @@ def test_adaptive_lines_go_with_the_defense():
     data = load_data("synthetic")
     gated = build_hasher(bits=12, image={"name": "small", "width": 4}, purifiers={"image": "spectral-gate"})
     threat = image_threat(knowledge="W2")
-    for hasher, expected in ((gated, True), (build_hasher(bits=12, image={"name": "small", "width": 4}), False)):
-        bench = make_bench(hasher, data, queries=4)
-        lines = tiers.extra_lines(bench, None, threat, "standard", (), tiers.observe(bench, threat))
-        assert any(line.kind == "adaptive" for line in lines) == expected
-        assert {line.kind for line in tiers.extra_lines(bench, None, threat, "fast")} == {"noise"}
-    assert tiers.extra_lines(bench, None, threat, "smoke") == ()
+    for hasher, expected in (
+        (gated, True),
+        (build_hasher(bits=12, image={"name": "small", "width": 4}), False),
+    ):
+        context = make_context(hasher, data, queries=4)
+        specs = tiers.extra_attacks(context, None, threat, "standard", (), tiers.observe(context, threat))
+        assert any(spec.kind == "adaptive" for spec in specs) == expected
+        assert {spec.kind for spec in tiers.extra_attacks(context, None, threat, "fast")} == {"noise"}
+    assert tiers.extra_attacks(context, None, threat, "smoke") == ()
 
 
 def test_where_no_gradient_arrives_the_white_box_lines_are_left_out():
     threat = image_threat(knowledge="W2")
-    whole = suite_tier("fast", threat, extra_lines=tiers.noise_lines(threat))
-    assert [line.kind for line in tiers.without_gradient(whole).lines] == ["noise", "noise"]
+    whole = suite_tier("fast", threat, extra_attacks=tiers.noise_attacks(threat))
+    assert [spec.kind for spec in tiers.without_gradient(whole).specs] == ["noise", "noise"]
     words = suite_tier("standard", edit_threat(2))
-    assert [line.name for line in tiers.without_gradient(words).lines] == ["exact", "refined exact"]
+    assert [spec.name for spec in tiers.without_gradient(words).specs] == ["exact", "refined exact"]
 
 
 def test_the_paper_tier_stands_apart(call, run):
@@ -263,7 +287,9 @@ def test_the_paper_tier_stands_apart(call, run):
 @pytest.mark.parametrize("reached", [0.5, 0.0])
 def test_only_a_cut_graph_loses_its_white_box_lines(run, monkeypatch, reached):
     looked = tiers.observe
-    monkeypatch.setattr(tiers, "observe", lambda bench, threat: replace(looked(bench, threat), reached=reached))
+    monkeypatch.setattr(
+        tiers, "observe", lambda context, threat: replace(looked(context, threat), reached=reached)
+    )
     result = assessing.assess(load_run(run), "fast", queries=4, checked=False)
     assert result is not None
     assert ("guided" in result.attacks) == (reached > 0)

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from robusthash.apps.audits import lights
-from robusthash.apps.audits.auditing import run_audit
-from robusthash.apps.audits.photos import read_photos
-from robusthash.apps.audits.target import Tier, open_target, size_of
+from robusthash.apps.audit import warnings as lights
+from robusthash.apps.audit.measurement import run_audit
+from robusthash.apps.audit.photo_collection import read_photos
+from robusthash.apps.audit.targets import Tier, open_target, size_of
 from robusthash.core.hamming import distance
 from robusthash.core.runtime import Draws
-from robusthash.evaluation.results import Flag
-from robusthash.models.foreign import Broken
+from robusthash.metrics.results import Flag
+from robusthash.models.external.wrapper import Broken
 from tests.unit.test_endpoint import served
 
 LINES = ("guided-apgd", "flip", "mainstay", "square")
@@ -58,7 +58,7 @@ def test_a_model_is_measured_attacked_and_told_in_words(folder, model, tmp_path,
     save(folder / "again.png", 3)
     Image.new("RGB", (40, 40), "white").save(folder / "white.png")
     red = Flag("F9", 2.0, 1.0, "red", "restart the attack")
-    monkeypatch.setattr(lights, "passive_checks", lambda bench, threat: (red,))
+    monkeypatch.setattr(lights, "passive_checks", lambda context, threat: (red,))
     summary = run_audit("toy:model", tmp_path / "out", folder, size=32, tier=TINY)
     rows = {row["name"]: row for row in summary["rows"]}
     assert summary["bits"] == 24
@@ -146,7 +146,11 @@ def test_a_scripted_model_and_a_function_are_looked_at_too(folder, model, tmp_pa
     torch.jit.trace(Masked("zeroed").eval(), torch.zeros(2, 3, 32, 32)).save(str(tmp_path / "zeroed.pt"))
     sys.modules["toy"].function = lambda images: model(images.detach()) + 0 * images.sum()
     sys.modules["toy"].numbers = lambda images: model(images.detach()).detach().numpy()
-    for target, level in [(str(tmp_path / "zeroed.pt"), "red"), ("toy:function", "red"), ("toy:numbers", None)]:
+    for target, level in [
+        (str(tmp_path / "zeroed.pt"), "red"),
+        ("toy:function", "red"),
+        ("toy:numbers", None),
+    ]:
         summary = run_audit(target, tmp_path / "out", folder, size=32, tier=TINY)
         assert {flag["id"]: flag["level"] for flag in summary["flags"]}.get("F2") == level
 
@@ -164,7 +168,9 @@ def answer_with(folder, size):
     def answer(body, number):
         import io
 
-        pixels = torch.from_numpy(np.asarray(Image.open(io.BytesIO(body)), dtype=np.float32)).mean(2).flatten()
+        pixels = (
+            torch.from_numpy(np.asarray(Image.open(io.BytesIO(body)), dtype=np.float32)).mean(2).flatten()
+        )
         far = distance(torch.from_numpy(bits(pixels))[None], codes)[0]
         order = far.argsort(stable=True)[:5].tolist()
         return 200, {}, {"ids": [photos.names[i] for i in order], "distances": [int(far[i]) for i in order]}
@@ -173,7 +179,7 @@ def answer_with(folder, size):
 
 
 def test_an_endpoint_of_ids(folder, tmp_path):
-    from robusthash.apps.audits.target import EndpointLimits
+    from robusthash.apps.audit.targets import EndpointLimits
 
     pytest.importorskip("httpx", reason="needs the extra 'audit' (pip install robusthash[audit])")
     limits = EndpointLimits(rate=1e6, headers={"x-key": "secret-word"})
@@ -184,10 +190,14 @@ def test_an_endpoint_of_ids(folder, tmp_path):
         assert summary["rows"][1]["recognised"] is None
         everyday, asked = 8 * 10, TINY.attacked * TINY.questions
         assert everyday + asked / 2 <= summary["questions"] <= everyday + asked + TINY.attacked + 2
-        written = (tmp_path / "out" / "report.html").read_text() + (tmp_path / "out" / "audit.json").read_text()
+        written = (tmp_path / "out" / "report.html").read_text() + (
+            tmp_path / "out" / "audit.json"
+        ).read_text()
         assert "secret-word" not in written
         with pytest.raises(ValueError, match="raise --budget"):
-            run_audit(url, tmp_path / "out", folder, size=32, tier=TINY, limits=EndpointLimits(budget=20, rate=1e6))
+            run_audit(
+                url, tmp_path / "out", folder, size=32, tier=TINY, limits=EndpointLimits(budget=20, rate=1e6)
+            )
 
 
 def answer_by_brightness(folder, size):
@@ -205,7 +215,7 @@ def answer_by_brightness(folder, size):
 
 
 def test_questions_alone_find_what_noise_does_not(folder, tmp_path):
-    from robusthash.apps.audits.target import EndpointLimits
+    from robusthash.apps.audit.targets import EndpointLimits
 
     pytest.importorskip("httpx", reason="needs the extra 'audit' (pip install robusthash[audit])")
     with served(answer_by_brightness(folder, 32)) as (url, _):

@@ -1,4 +1,5 @@
-"""The audit where subfolders are kinds: what is measured beside the own copy, against sorting by hand, and refusals."""
+"""The audit where subfolders are kinds: what is measured beside the own copy, against sorting by hand, and
+refusals."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from robusthash.apps import stages
-from robusthash.apps.audits.auditing import run_audit
-from robusthash.apps.audits.kinds import read_kinds
-from robusthash.apps.audits.photos import read_photos
-from robusthash.apps.audits.target import EndpointLimits, Tier
-from robusthash.apps.config import make_config
+from robusthash.apps.audit.categories import read_kinds
+from robusthash.apps.audit.measurement import run_audit
+from robusthash.apps.audit.photo_collection import read_photos
+from robusthash.apps.audit.targets import EndpointLimits, Tier
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
 from robusthash.core.runtime import Draws
 from tests.unit.test_endpoint import served
 
@@ -45,7 +46,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def model(monkeypatch):
-    """``toy:model``, random projections of 24 bits, and ``toy:colours``, half of whose bits ask for the colour."""
+    """``toy:model``, random projections of 24 bits, and ``toy:colours``, half of whose bits ask for the
+    colour."""
     made = types.ModuleType("toy")
     torch.manual_seed(0)
     made.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 24, bias=False))
@@ -101,7 +103,9 @@ def test_a_model_that_knows_colours_finds_kinds_and_hiding_a_photograph_says_so(
     assert unchanged["same_kind"] == 1.0 > unchanged["same_kind_chance"]
     assert "it scores 1.00" in summary["kinds"]["said"]
     plain = run_audit("toy:colours", tmp_path / "plain", folder, size=32, tier=TINY)
-    kept = [{**row, "same_kind": None, "same_kind_chance": None, "same_kind_each": ()} for row in summary["rows"]]
+    kept = [
+        {**row, "same_kind": None, "same_kind_chance": None, "same_kind_each": ()} for row in summary["rows"]
+    ]
     assert plain["rows"] == kept  # labels change no attack
     assert plain["kinds"] is None
     assert "same kind" not in (tmp_path / "plain" / "report.html").read_text()
@@ -110,7 +114,9 @@ def test_a_model_that_knows_colours_finds_kinds_and_hiding_a_photograph_says_so(
 def test_photographs_without_another_of_their_kind_are_searched_but_not_counted(folder, model, tmp_path):
     save(folder / "loose.png", 20, (1, 1, 1))
     save(folder / "green" / "only.png", 21, (0.2, 1.0, 0.2))
-    summary = run_audit("toy:model", tmp_path / "out", folder, labels=True, size=32, tier=Tier("t", 11, 2, 4, 20))
+    summary = run_audit(
+        "toy:model", tmp_path / "out", folder, labels=True, size=32, tier=Tier("t", 11, 2, 4, 20)
+    )
     names = read_photos(folder, 32).names
     each = dict(zip(names, summary["rows"][0]["same_kind_each"], strict=True))
     assert [name for name, value in each.items() if value is None] == [

@@ -1,4 +1,5 @@
-"""The command line end to end on the small generated world: train, evaluate, index, search, and every refusal."""
+"""The command line end to end on the small generated world: train, evaluate, index, search, and every
+refusal."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ import torch
 import yaml
 from PIL import Image
 
-from robusthash.apps import stages
-from robusthash.apps.config import ConfigError, load_config, make_config
-from robusthash.apps.runs import RunError, load_run
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import ConfigError, load_config, make_config
+from robusthash.apps.experiment.run_directory import RunError, load_run
 
 REPO = Path(__file__).parents[2]
 CONFIG = {
@@ -108,7 +109,12 @@ def test_the_ancestor_has_the_net_of_the_run_that_asks_for_it(recipe, tmp_path):
     """An override of bits or of the encoder reaches the undefended model that training starts from."""
     child = {
         "extends": "tiny.yaml",
-        "training": {"recipe": "adversarial", "outer": "pgd-at", "attack": {"name": "pgd", "steps": 1}, "epochs": 1},
+        "training": {
+            "recipe": "adversarial",
+            "outer": "pgd-at",
+            "attack": {"name": "pgd", "steps": 1},
+            "epochs": 1,
+        },
     }
     child["training"]["init_from"] = "tiny.yaml"
     path = tmp_path / "tiny-at.yaml"
@@ -121,7 +127,8 @@ def test_the_ancestor_has_the_net_of_the_run_that_asks_for_it(recipe, tmp_path):
 
 
 def test_killed_training_goes_on_to_the_same_result(tmp_path):
-    """kill -9 after the first checkpoint; the same command ends with the same weights as an uninterrupted run."""
+    """kill -9 after the first checkpoint; the same command ends with the same weights as an uninterrupted
+    run."""
     config = {**CONFIG, "training": {**CONFIG["training"], "epochs": 30}}
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -275,7 +282,10 @@ def test_budgets_are_fractions(trained, call):
     ],
 )
 def test_an_attack_that_cannot_be_read_is_one_line(trained, call, tmp_path, attack, said):
-    for words in (("evaluate", trained, "--attack", attack), ("attack", trained, attack, "--out", tmp_path / "x.npz")):
+    for words in (
+        ("evaluate", trained, "--attack", attack),
+        ("attack", trained, attack, "--out", tmp_path / "x.npz"),
+    ):
         code, _, err = call(*words)
         assert code == 1
         assert said in err
@@ -378,7 +388,9 @@ def test_poison_attacks_the_database(call, trained, tmp_path):
     assert out.strip() == str(kept)
     assert "20 of 200 items" in err.replace("\n", " ")
     chosen = "{name: dsarh, eps: 4/255, steps: 2}"
-    code, out, _ = call("poison", trained, "--threat", "db-perturb", "--attack", chosen, "--share", 1, "--json")
+    code, out, _ = call(
+        "poison", trained, "--threat", "db-perturb", "--attack", chosen, "--share", 1, "--json"
+    )
     assert code == 0
     assert json.loads(out)["threat"] == "db-perturb-img-linf-4"
     assert (trained / "poison-db-perturb-img-linf-4-dsarh.json").is_file()

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from robusthash.apps import checking, stages
-from robusthash.apps.config import make_config
-from robusthash.evaluation.zoo import ZOO, calibrate
+from robusthash.apps.experiment import check_run as checking
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
+from robusthash.robustness.checks.masked_defenses import ZOO, calibrate
 
 CONFIG = {
     "name": "tiny",

@@ -1,4 +1,5 @@
-"""``robusthash questions`` on a run of the small generated world: the curve, its figure, going on, and refusals."""
+"""``robusthash questions`` on a run of the small generated world: the curve, its figure, going on, and
+refusals."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from robusthash.apps import stages
-from robusthash.apps.assessing import FolderKeep
-from robusthash.apps.config import make_config
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.assess_run import FolderStore
+from robusthash.apps.experiment.config import make_config
 from robusthash.attacks.oracle import QueryOracle
 
 CONFIG = {
@@ -70,15 +71,15 @@ def test_the_table_is_of_the_same_numbers_and_asks_nothing_twice(call, trained, 
 
 def test_a_stopped_search_goes_on_and_ends_the_same(call, trained, monkeypatch):
     options = ("--queries", 20, "--budgets", "4,9", "--search", "nes", "--shows", "codes", "--json")
-    kept = FolderKeep.save
+    kept = FolderStore.save
 
-    def stops(keep, line, restart, block, attacked):
+    def stops(store, spec, restart, block, attacked):
         if block == 1:
             raise RuntimeError("killed")
-        kept(keep, line, restart, block, attacked)
+        kept(store, spec, restart, block, attacked)
 
     with monkeypatch.context() as patched:
-        patched.setattr(FolderKeep, "save", stops)
+        patched.setattr(FolderStore, "save", stops)
         with pytest.raises(RuntimeError, match="killed"):
             call("questions", trained, *options)
     assert len(list((trained / "questions").rglob("nes*/0/*.npz"))) == 1

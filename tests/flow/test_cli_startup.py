@@ -1,4 +1,5 @@
-"""Libraries that command lines load: none for help and completion, torch alone for the catalogue and for results."""
+"""Libraries that command lines load: none for help and completion, torch alone for the catalogue and for
+results."""
 
 from __future__ import annotations
 
@@ -13,10 +14,21 @@ import click
 import pytest
 import typer
 
-from robusthash.apps import cli, stages
-from robusthash.apps.config import make_config
+from robusthash.apps import cli
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
 
-HEAVY = ("torch", "torchvision", "scipy", "sklearn", "skimage", "pandas", "matplotlib", "faiss", "transformers")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "scipy",
+    "sklearn",
+    "skimage",
+    "pandas",
+    "matplotlib",
+    "faiss",
+    "transformers",
+)
 PROGRAM = f"""
 import json, sys
 from robusthash.apps import cli
@@ -39,7 +51,7 @@ CONFIG = {
 }
 
 
-def run_lines(*lines: tuple[object, ...], **environment: str) -> tuple[str, list[str]]:
+def run_attacks(*lines: tuple[object, ...], **environment: str) -> tuple[str, list[str]]:
     """Stdout of command lines that one new process runs, and the heavy libraries loaded at its end."""
     words = json.dumps([list(map(str, line)) for line in lines])
     done = subprocess.run(
@@ -66,23 +78,29 @@ def test_help_and_version_load_no_library() -> None:
     assert len(every) > 30
     assert ("list",) in every
     assert ("index", "search") in every
-    printed, loaded = run_lines(("--version",), *((*words, "--help") for words in every))
+    printed, loaded = run_attacks(("--version",), *((*words, "--help") for words in every))
     assert printed.count("Usage") == len(every)
     assert loaded == []
 
 
 def test_completion_loads_no_library() -> None:
     environment = {"_ROBUSTHASH_COMPLETE": "complete_bash", "COMP_WORDS": "robusthash l", "COMP_CWORD": "1"}
-    printed, loaded = run_lines((), **environment)
+    printed, loaded = run_attacks((), **environment)
     assert printed.split() == ["leaderboard", "list"]
     assert loaded == []
 
 
 def test_the_catalogue_loads_torch_alone() -> None:
-    """Every registered class is imported; what builds a network of torchvision or reads a data set is not run."""
-    printed, loaded = run_lines(("list", "--json"))
+    """Every registered class is imported; what builds a network of torchvision or reads a data set is not
+    run."""
+    printed, loaded = run_attacks(("list", "--json"))
     cards = {(card["kind"], card["name"]) for card in json.loads(printed)}
-    assert {("image-encoder", "resnet18"), ("recipe", "hashing"), ("outer", "saah"), ("threat", "img-linf-8")} <= cards
+    assert {
+        ("image-encoder", "resnet18"),
+        ("recipe", "hashing"),
+        ("outer", "saah"),
+        ("threat", "img-linf-8"),
+    } <= cards
     assert loaded == ["torch"]
 
 
@@ -97,6 +115,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize("verb", ["compare", "table", "leaderboard", "keep"])
 def test_reading_results_loads_torch_alone(verb: str, runs: list[Path], tmp_path: Path) -> None:
-    """Results hold tensors, so torch stays; no model is built, and no library of images or statistics is needed."""
+    """Results hold tensors, so torch stays; no model is built, and no library of images or statistics is
+    needed."""
     line = (verb, *runs, "--out", tmp_path) if verb == "keep" else (verb, *runs)
-    assert run_lines(line)[1] == ["torch"]
+    assert run_attacks(line)[1] == ["torch"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from robusthash.apps import stages
-from robusthash.apps.config import make_config
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
 
 CONFIG = {
     "name": "tiny",

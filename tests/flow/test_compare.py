@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from robusthash.apps import assessing, stages
-from robusthash.apps.config import make_config
-from robusthash.apps.runs import Run
-from robusthash.evaluation.results import Flag, save_results
+from robusthash.apps.experiment import assess_run as assessing
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.run_directory import Run
+from robusthash.metrics.results import Flag, save_results
 
 CONFIG = {
     "name": "tiny",

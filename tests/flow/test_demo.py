@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from robusthash.apps import stages
-from robusthash.apps.config import load_config
-from robusthash.apps.demo import EPS, run_demo, summary_rows
-from robusthash.apps.runs import load_run
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import load_config
+from robusthash.apps.experiment.demo_run import EPS, run_demo, summary_rows
+from robusthash.apps.experiment.run_directory import load_run
 from robusthash.index import open_index
 
 from .test_report import check_self_contained
@@ -31,7 +31,8 @@ class Stopped(Exception):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str]]:
-    """(folder, summary, progress texts of the second call) of a demo that was stopped while the attacks ran."""
+    """(folder, summary, progress texts of the second call) of a demo that was stopped while the attacks
+    ran."""
     out = tmp_path_factory.mktemp("demo")
 
     def stop(done: int, total: int, text: str) -> None:
@@ -42,21 +43,29 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         run_demo(out, stop, seed=3, sets=SMALL)
     assert not (out / "summary.json").exists()
     first = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name in ("model.json", "0.npz")}
-    assert len(first) == 3  # the undefended model, mainstay's first block and the first one of the attack it stopped in
+    assert (
+        len(first) == 3
+    )  # the undefended model, mainstay's first block and the first one of the attack it stopped in
     texts: list[str] = []
     summary = run_demo(out, lambda done, total, text: texts.append(text), seed=3, sets=SMALL)
-    assert all(path.stat().st_mtime_ns == when for path, when in first.items()), "something done was done again"
+    assert all(path.stat().st_mtime_ns == when for path, when in first.items()), (
+        "something done was done again"
+    )
     return out, summary, texts
 
 
-def test_a_second_call_goes_on_where_the_first_was_stopped(demo: tuple[Path, dict[str, Any], list[str]]) -> None:
+def test_a_second_call_goes_on_where_the_first_was_stopped(
+    demo: tuple[Path, dict[str, Any], list[str]],
+) -> None:
     texts = demo[2]
     assert "undefended: training" not in texts
     assert "saat: training" in texts
     assert texts.index("undefended: guided-apgd") < texts.index("saat: training")
 
 
-def test_the_summary_holds_every_number_under_plain_names(demo: tuple[Path, dict[str, Any], list[str]]) -> None:
+def test_the_summary_holds_every_number_under_plain_names(
+    demo: tuple[Path, dict[str, Any], list[str]],
+) -> None:
     out, returned, _ = demo
     summary = json.loads((out / "summary.json").read_text())
     assert summary == json.loads(json.dumps(returned))
@@ -73,7 +82,9 @@ def test_the_summary_holds_every_number_under_plain_names(demo: tuple[Path, dict
         curve = summary["curve"][model]["map"]
         assert len(curve) == len(EPS)
         assert curve == sorted(curve, reverse=True)
-        assert curve[0] == pytest.approx(summary[f"{model}.clean.map"])  # the curve's 40 queries are all there are
+        assert curve[0] == pytest.approx(
+            summary[f"{model}.clean.map"]
+        )  # the curve's 40 queries are all there are
     assert summary["seeds"] == {"training": 3, "evaluation": 3}
     assert summary["data"]["name"] == "photos"
     assert summary["data"]["sizes"] == {"train": 160, "query": 40, "database": 200}
@@ -128,6 +139,11 @@ def test_the_short_table_has_a_row_for_each_attack(demo: tuple[Path, dict[str, A
     assert columns == ["", "undefended", "SAAT"]
     assert [row[0] for row in rows] == [
         *("clean", "mainstay", "hag", "cgat", "guided-apgd"),
-        *("mainstay-targeted, own labels", "mainstay-targeted, target labels", "worst case per query", "chance"),
+        *(
+            "mainstay-targeted, own labels",
+            "mainstay-targeted, target labels",
+            "worst case per query",
+            "chance",
+        ),
     ]
     assert all(math.isfinite(value) for row in rows for value in row[1:])

@@ -1,4 +1,5 @@
-"""``robusthash keep``: copies of results that every reading verb opens as runs, with nothing private and no weights."""
+"""``robusthash keep``: copies of results that every reading verb opens as runs, with nothing private and no
+weights."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 import yaml
 
-from robusthash.apps import assessing, stages
-from robusthash.apps.config import make_config
-from robusthash.apps.keeping import keep
-from robusthash.apps.runs import Run, RunError, load_run, write_json
-from robusthash.apps.tables import headline_of
+from robusthash.apps.experiment import assess_run as assessing
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.kept_results import keep
+from robusthash.apps.experiment.run_directory import Run, RunError, load_run, write_json
+from robusthash.apps.experiment.tables import headline_of
 
 CONFIG = {
     "name": "tiny",
@@ -64,7 +66,9 @@ def test_a_copy_holds_what_tables_need_and_no_weights(runs: list[Run], tmp_path:
         assert found[name].values == result.values
         assert found[name].interval == result.interval
         assert found[name].setting == result.setting
-        assert torch.allclose(found[name].per_query[headline], result.per_query[headline], atol=1e-5, rtol=0.0)
+        assert torch.allclose(
+            found[name].per_query[headline], result.per_query[headline], atol=1e-5, rtol=0.0
+        )
         assert f"{headline}/8bit" not in found[name].per_query
     assert set(found["dhta"].per_query) == {"t-MAP"}
     assert set(found["hag"].per_query) == set(found["clean"].per_query) == {"MAP", "nDCG@100", "ACG@100"}
@@ -81,7 +85,9 @@ def test_reading_verbs_take_a_copy_for_the_run(call, runs: list[Run], tmp_path: 
     assert call("table", tmp_path / "tiny", *columns) == call("table", *(run.path for run in runs), *columns)
     assert call("leaderboard", *copies)[0] == 0
     found = json.loads(call("compare", *copies, "--result", SMOKE, "--json")[1])["wMAP"]
-    same = json.loads(call("compare", *sorted(str(r.path) for r in runs), "--result", SMOKE, "--json")[1])["wMAP"]
+    same = json.loads(call("compare", *sorted(str(r.path) for r in runs), "--result", SMOKE, "--json")[1])[
+        "wMAP"
+    ]
     assert found["mean"] == pytest.approx(same["mean"], abs=2e-5)
     assert call("report", copies[0])[0] == 0
     call("keep", runs[0].path.parent, "--out", tmp_path)

@@ -14,13 +14,14 @@ import pytest
 import torch
 import yaml
 
-from robusthash.apps import cli, stages
-from robusthash.apps.boards.board import make_boards
-from robusthash.apps.boards.page import leaderboard_page
-from robusthash.apps.boards.wording import as_markdown, as_plain
-from robusthash.apps.config import make_config
-from robusthash.apps.runs import Run
-from robusthash.evaluation.results import Flag, load_results, save_results
+from robusthash.apps import cli
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.leaderboard import make_boards
+from robusthash.apps.experiment.leaderboard_text import as_markdown, as_plain
+from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.reports.leaderboard_page import leaderboard_page
+from robusthash.metrics.results import Flag, load_results, save_results
 from tests.flow.test_report import Reader
 
 CONFIG = {
@@ -32,7 +33,7 @@ CONFIG = {
     "runtime": {"device": "cpu"},
 }
 STRONG = "{name: mainstay, steps: 4, step_size: 4/255}"
-SCRIPT = Path(cli.__file__).parent / "pages" / "leaderboard.js"
+SCRIPT = Path(cli.__file__).parent / "reports" / "leaderboard.js"
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +65,16 @@ def sibling(
         span = {n: (a - shift, b - shift) if "MAP" in n else (a, b) for n, (a, b) in result.interval.items()}
         setting = replace(result.setting, model=f"{name}/{made.name}", **changes)  # type: ignore[arg-type]
         kept: tuple[Flag, ...] = flags if result.name == "worst" else ()  # type: ignore[assignment]
-        made_result = replace(result, per_query=per_query, values=values, interval=span, setting=setting, flags=kept)
+        made_result = replace(
+            result, per_query=per_query, values=values, interval=span, setting=setting, flags=kept
+        )
         found.append(made_result)
     save_results(made / "metrics.json", found)
     return made
 
 
-# ---------------------------------------------------------------------------------------------- evidence and registry
+# ---------------------------------------------------------------------------------------------- evidence and
+# registry
 
 
 def test_evidence_from_export_to_a_lower_best_known_value(run, tmp_path, call):
@@ -96,16 +100,23 @@ def test_evidence_from_export_to_a_lower_best_known_value(run, tmp_path, call):
 
 def test_evidence_lowers_suites_too_on_all_queries_and_on_their_choice_of_them(run, tmp_path, call):
     for queries in (10, 1000):
-        assert call("assess", run, "--tier", "smoke", "--queries", str(queries), "--threat", "img-linf-8")[0] == 0
+        assert (
+            call("assess", run, "--tier", "smoke", "--queries", str(queries), "--threat", "img-linf-8")[0]
+            == 0
+        )
         results = load_results(run / "assess.json")
         raised = [replace(r, per_query={**r.per_query, "wMAP": r.per_query["clean"]}) for r in results]
-        save_results(run / "assess.json", raised)  # as if the suite had found nothing, so that the bundle must win
+        save_results(
+            run / "assess.json", raised
+        )  # as if the suite had found nothing, so that the bundle must win
         bundle = tmp_path / f"bundle{queries}"
         assert call("evidence", "export", run, "--attack", STRONG, "--out", bundle)[0] == 0
         code, out, _ = call("evidence", "verify", bundle, "--run", run, "--json")
         assert code == 0
         (own,) = raised
-        (row,) = next(board.rows for board in make_boards([run]) if board.setting.budget.startswith("suite smoke"))
+        (row,) = next(
+            board.rows for board in make_boards([run]) if board.setting.budget.startswith("suite smoke")
+        )
         found = {result.name: result for result in load_results(run / "evidence.json")}
         name = json.loads(out)["bundle"] + (", 10 queries" if queries == 10 else "")
         lowest = torch.minimum(own.per_query["clean"], found[name].per_query["MAP"])
@@ -151,7 +162,9 @@ def test_an_entry_is_written_verified_and_fails_when_it_lies(run, tmp_path, call
     code, out, err = call("evidence", "entry", run, "--recipe", "recipes/tiny.yaml", "--out", registry)
     assert code == 0, err
     path = Path(out.strip())
-    for block in (run / "attacks").rglob("*.npz"):  # verification runs the attacks anew: kept blocks cannot vouch
+    for block in (run / "attacks").rglob(
+        "*.npz"
+    ):  # verification runs the attacks anew: kept blocks cannot vouch
         block.unlink()
     code, out, err = call("verify", path, "--run", run, "--json")
     assert code == 0, err
@@ -216,7 +229,9 @@ def test_suites_of_two_schemes_never_share_a_table_and_the_page_says_why(run, tm
 
 
 def test_results_from_before_budgets_had_an_identity_share_a_table_by_their_text(run, tmp_path):
-    digests = {n: v for n, v in load_results(run / "metrics.json")[-1].setting.digests.items() if n != "budget"}
+    digests = {
+        n: v for n, v in load_results(run / "metrics.json")[-1].setting.digests.items() if n != "budget"
+    }
     older = sibling(run, tmp_path, name="older", digests=digests)
     (board,) = make_boards([run, older])
     assert len(board.rows) == 2
@@ -247,7 +262,9 @@ def test_an_unreliable_model_is_last_unranked_and_marked_everywhere(run, tmp_pat
 def test_the_results_of_a_suite_are_listed_beside_those_of_the_recipe(run):
     results = {result.name: result for result in load_results(run / "metrics.json")}
     worst = results["worst"]
-    curve = {"wMAP/eps": {"eps": torch.tensor([0.0, 4 / 255, 8 / 255]), "wMAP": torch.tensor([0.6, 0.5, 0.4])}}
+    curve = {
+        "wMAP/eps": {"eps": torch.tensor([0.0, 4 / 255, 8 / 255]), "wMAP": torch.tensor([0.6, 0.5, 0.4])}
+    }
     setting = replace(worst.setting, budget="standard", attacks=("guided/0", "flip/1"))
     assessed = replace(worst, name="img-linf-8 standard", setting=setting, curves=curve)
     save_results(run / "assess.json", [assessed])
@@ -264,7 +281,14 @@ def test_the_results_of_a_suite_are_listed_beside_those_of_the_recipe(run):
 
 def test_a_red_check_of_the_model_marks_every_number_of_it(run):
     assert not make_boards([run])[0].rows[0].checked
-    red = {"id": "F2", "value": 1.0, "threshold": 0.01, "level": "red", "remedy": "cut graph", "title": "share"}
+    red = {
+        "id": "F2",
+        "value": 1.0,
+        "threshold": 0.01,
+        "level": "red",
+        "remedy": "cut graph",
+        "title": "share",
+    }
     (run / "checks.json").write_text(json.dumps([red, {**red, "id": "F7", "value": "inf", "level": "amber"}]))
     (row,) = make_boards([run])[0].rows
     assert row.unreliable
@@ -278,7 +302,9 @@ def test_a_red_check_of_the_model_marks_every_number_of_it(run):
     flags = tuple(Flag(id, 1.0, 0.0, "red", "") for id in ("F4", "F13"))
     save_results(run / "assess.json", [replace(worst, name="img-linf-4 fast", setting=setting, flags=flags)])
     marks = {board.setting.threat: [flag.id for flag in board.rows[0].flags] for board in make_boards([run])}
-    assert marks == {"img-linf-4": ["F13", "F4"], worst.setting.threat: ["F13"]}, "F4 is about one suite alone"
+    assert marks == {"img-linf-4": ["F13", "F4"], worst.setting.threat: ["F13"]}, (
+        "F4 is about one suite alone"
+    )
 
 
 @pytest.mark.parametrize("what", ["twice", "seed", "unevaluated", "unattacked", "no run"])
@@ -287,7 +313,10 @@ def test_runs_that_make_no_board(run, tmp_path, what):
     if what == "twice":
         paths, words = [run, run], "given twice"
     elif what == "seed":
-        paths, words = [run, sibling(run, tmp_path, seed=0, shift=0.1)], r"training seeds \[0, 0\] of one recipe repeat"
+        paths, words = (
+            [run, sibling(run, tmp_path, seed=0, shift=0.1)],
+            r"training seeds \[0, 0\] of one recipe repeat",
+        )
     elif what == "unevaluated":
         (run / "metrics.json").unlink()
         words = "has not been evaluated; run 'robusthash evaluate"
@@ -354,7 +383,14 @@ console.log(JSON.stringify([
 
 def dom(path: Path, address: str) -> list[tuple[str, bool]]:
     """Names of the rows as a browser shows them at this address, and whether each is hidden."""
-    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{path}#{address}"]
+    words = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        f"file://{path}#{address}",
+    ]
     folder = {**os.environ, "HOME": str(path.parent)}
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120, env=folder)
     rows = re.findall(r"<tr id=[^>]*>", done.stdout)
@@ -364,7 +400,10 @@ def dom(path: Path, address: str) -> list[tuple[str, bool]]:
 def test_a_browser_sorts_and_filters_by_the_address(run, tmp_path):
     if shutil.which("chromium") is None:
         pytest.skip("needs chromium to open the page")
-    low, long = sibling(run, tmp_path, name="low", shift=0.1), sibling(run, tmp_path, name="long", shift=0.2, bits=64)
+    low, long = (
+        sibling(run, tmp_path, name="low", shift=0.1),
+        sibling(run, tmp_path, name="long", shift=0.2, bits=64),
+    )
     page = tmp_path / "board.html"
     page.write_text(leaderboard_page(make_boards([low, run, long])))
     assert dom(page, "") == [("tiny", False), ("low", False), ("long", False)]

@@ -1,4 +1,5 @@
-"""A model too large for the memory, through the command line: smaller batches that are said, or one line of error."""
+"""A model too large for the memory, through the command line: smaller batches that are said, or one line of
+error."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from robusthash.apps import stages
-from robusthash.apps.config import make_config
-from robusthash.evaluation.results import load_results
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
+from robusthash.metrics.results import load_results
 from robusthash.models.hasher import Hasher
 
 CONFIG = {
@@ -37,7 +38,9 @@ def hold(monkeypatch):
     def limit(fits: int, error: Exception | None = None) -> None:
         def forward(hasher, inputs):
             if len(inputs["image"]) > fits:
-                raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs.")
+                raise error or torch.OutOfMemoryError(
+                    "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee docs."
+                )
             return usual(hasher, inputs)
 
         monkeypatch.setattr(Hasher, "forward", forward)
@@ -58,7 +61,9 @@ def test_smaller_batches_are_said_and_change_nothing(call, run, hold):
     hold(16)
     code, _, err = call("encode", run)
     assert code == 0
-    assert err.count("32 items at a time did not fit into memory; 16 were encoded at a time\n") == 3, "for each split"
+    assert err.count("32 items at a time did not fit into memory; 16 were encoded at a time\n") == 3, (
+        "for each split"
+    )
     assert "SmallerBatch" not in err
     assert all(np.array_equal(packed, expected[name]) for name, packed in codes().items())
     code, _, err = call("assess", run, "--tier", "smoke")
@@ -86,7 +91,12 @@ def test_what_never_fits_is_one_line_with_a_remedy(call, run, hold, verb):
 
 
 @pytest.mark.parametrize(
-    "error", [None, MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nframe #0")]
+    "error",
+    [
+        None,
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nframe #0"),
+    ],
 )
 def test_training_without_memory_is_one_line_too(call, tmp_path, hold, error):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(CONFIG))

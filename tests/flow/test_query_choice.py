@@ -14,14 +14,17 @@ import torch
 from PIL import Image
 
 import robusthash as rh
-from robusthash.apps import checking, stages
-from robusthash.apps.config import make_config
-from robusthash.apps.runs import Run, load_run
-from robusthash.apps.studies import attribution, questioning, transferring
-from robusthash.apps.studies.attribution import load_attributions
-from robusthash.apps.studies.curves import robust_curves
+from robusthash.apps.experiment import attribution_run as attribution
+from robusthash.apps.experiment import check_run as checking
+from robusthash.apps.experiment import oracle_run as questioning
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import transfer_run as transferring
+from robusthash.apps.experiment.attribution_run import load_attributions
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.epoch_curves import robust_curves
+from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.data.splits import stable_subset
-from robusthash.evaluation.results import load_results
+from robusthash.metrics.results import load_results
 
 KINDS, QUERIES, ASKED = 6, 5, 12  # the first 12 of the 30 queries hold 3 of the 6 classes
 
@@ -37,7 +40,9 @@ def images(tmp_path_factory) -> Path:
             noisy = pattern.repeat(4, 0).repeat(4, 1) + numbers.integers(-40, 40, (16, 16, 3))
             name = f"{kind}-{number}.png"
             Image.fromarray(noisy.astype(np.uint8)).save(root / name)
-            rows.append({"file": name, "labels": [f"kind {kind}"], "split": "test" if number < QUERIES else "train"})
+            rows.append(
+                {"file": name, "labels": [f"kind {kind}"], "split": "test" if number < QUERIES else "train"}
+            )
     (root / "ordered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     random.Random(0).shuffle(rows)
     (root / "shuffled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -47,7 +52,12 @@ def images(tmp_path_factory) -> Path:
 def config(images: Path, seed: int = 0, manifest: str = "ordered", **evaluation: Any) -> dict[str, Any]:
     return {
         "name": "tiny",
-        "data": {"name": "folder", "root": str(images), "manifest": str(images / f"{manifest}.jsonl"), "size": 16},
+        "data": {
+            "name": "folder",
+            "root": str(images),
+            "manifest": str(images / f"{manifest}.jsonl"),
+            "size": 16,
+        },
         "hasher": {"bits": 8, "image": {"name": "small", "width": 4}},
         "training": {"objective": "csq", "epochs": 1, "batch_size": 16, "optim": {"hasher": {"lr": 0.05}}},
         "evaluation": {"attacks": [{"name": "hag", "steps": 1}], "batch_size": 8, **evaluation},
@@ -86,25 +96,30 @@ def seen(monkeypatch, module: Any, name: str) -> list[Any]:
 
 
 def test_the_choice_covers_the_classes_in_whatever_order_the_queries_are_listed(images):
-    ordered, shuffled = (rh.load_data(**config(images, manifest=name)["data"]) for name in ("ordered", "shuffled"))
+    ordered, shuffled = (
+        rh.load_data(**config(images, manifest=name)["data"]) for name in ("ordered", "shuffled")
+    )
     assert kinds(ordered.query.labels[:ASKED]) == 3, "the first ones are of a few classes"
     chosen = ordered.query.take(stable_subset(ordered.query, ASKED))
     assert chosen.labels.sum(0).tolist() == [ASKED / KINDS] * KINDS
     assert ordered.query.fingerprint() != shuffled.query.fingerprint()
     hasher = rh.build_hasher(bits=8, image={"name": "small", "width": 4})
-    benches = [rh.make_bench(hasher, data, queries=ASKED) for data in (ordered, shuffled)]
-    assert {bench.queries.fingerprint() for bench in benches} == {chosen.fingerprint()}
-    assert benches[0].chosen == f"{ASKED} of {KINDS * QUERIES} by content"
-    again = rh.make_bench(hasher, ordered).some(ASKED)
-    assert (again.queries.fingerprint(), again.chosen) == (chosen.fingerprint(), benches[0].chosen)
-    assert torch.equal(again.query.packed, benches[0].query.packed)
-    assert rh.make_bench(hasher, ordered, queries=KINDS * QUERIES).chosen == "all"
+    contexts = [rh.make_context(hasher, data, queries=ASKED) for data in (ordered, shuffled)]
+    assert {context.queries.fingerprint() for context in contexts} == {chosen.fingerprint()}
+    assert contexts[0].chosen == f"{ASKED} of {KINDS * QUERIES} by content"
+    again = rh.make_context(hasher, ordered).some(ASKED)
+    assert (again.queries.fingerprint(), again.chosen) == (chosen.fingerprint(), contexts[0].chosen)
+    assert torch.equal(again.query.packed, contexts[0].query.packed)
+    assert rh.make_context(hasher, ordered, queries=KINDS * QUERIES).chosen == "all"
 
 
 def test_python_recipe_and_assess_ask_the_same_queries_and_say_so(call, runs, expected):
     data = stages.read_data(runs[0].config)
     victim, _ = stages.load_victim(runs[0])
-    results = [rh.evaluate(victim, data, queries=ASKED), rh.assess(rh.make_bench(victim, data, queries=ASKED), "smoke")]
+    results = [
+        rh.evaluate(victim, data, queries=ASKED),
+        rh.assess(rh.make_context(victim, data, queries=ASKED), "smoke"),
+    ]
     code, _, err = call("evaluate", runs[0].path)
     assert code == 0, err
     assert f"queries: {ASKED} of {KINDS * QUERIES} by content" in err
@@ -134,35 +149,41 @@ def test_results_that_do_not_say_how_queries_were_chosen_compare_with_those_that
 
 def test_verbs_that_compare_models_or_look_into_one_ask_them_too(call, runs, expected, monkeypatch, tmp_path):
     first, second = (run.path for run in runs)
-    benches = []
+    contexts = []
     found = seen(monkeypatch, transferring, "transfer_matrix")
     code, out, err = call("transfer", first, second, "--queries", ASKED, "--steps", 1, "--json")
     assert code == 0, err
     assert json.loads(out)["chosen"] == f"{ASKED} of {KINDS * QUERIES} by content"
-    benches += list(found[0].values())
+    contexts += list(found[0].values())
     found = seen(monkeypatch, attribution, "attribute_bands")
-    code, _, err = call("attribute", first, "--images", ASKED, "--permutations", 4, "--worth", "ap", "--out", tmp_path)
+    code, _, err = call(
+        "attribute", first, "--images", ASKED, "--permutations", 4, "--worth", "ap", "--out", tmp_path
+    )
     assert code == 0, err
     (kept,) = load_attributions(tmp_path / "attribution.npz").values()
     assert kept.chosen == f"{ASKED} of {KINDS * QUERIES} by content"
-    benches += found
+    contexts += found
     found = seen(monkeypatch, questioning, "question_curve")
-    code, out, err = call("questions", first, "--queries", ASKED, "--budgets", "2", "--shows", "codes", "--json")
+    code, out, err = call(
+        "questions", first, "--queries", ASKED, "--budgets", "2", "--shows", "codes", "--json"
+    )
     assert code == 0, err
     assert json.loads(out)["chosen"] == f"{ASKED} of {KINDS * QUERIES} by content"
-    benches += found
+    contexts += found
     found = seen(monkeypatch, checking, "model_checks")
     _, _, err = call("check", first, "--queries", ASKED, "--steps", 2)
     assert "checks of" in err
-    benches += found
-    assert len(benches) == 5
-    assert {bench.queries.fingerprint() for bench in benches} == {expected}
+    contexts += found
+    assert len(contexts) == 5
+    assert {context.queries.fingerprint() for context in contexts} == {expected}
 
 
 def test_curves_by_epoch_ask_them_and_take_nothing_kept_for_another_choice(runs, expected):
     run, attack = runs[0], {"name": "hag", "steps": 1}
     found = robust_curves(run, attack, ASKED)
-    assert {r.setting.digests["queries"] for by_epoch in found.values() for r in by_epoch.values()} == {expected}
+    assert {r.setting.digests["queries"] for by_epoch in found.values() for r in by_epoch.values()} == {
+        expected
+    }
     assert len(list(run.path.glob("curves-*.json"))) == 1
     robust_curves(run, attack, ASKED)
     assert len(list(run.path.glob("curves-*.json"))) == 1, "kept"
@@ -171,12 +192,13 @@ def test_curves_by_epoch_ask_them_and_take_nothing_kept_for_another_choice(runs,
 
 
 def test_a_part_of_a_class_ordered_bench_is_chosen_for_the_checks(runs):
-    """The checks look at some of the queries of a bench: not at its first ones, which would be of a few classes."""
-    bench = stages.bench_of(
+    """The checks look at some of the queries of a bench: not at its first ones, which would be of a few
+    classes."""
+    context = stages.context_of(
         load_run(runs[0].path),
         stages.load_victim(runs[0])[0],
         stages.read_data(runs[0].config),
         stages.silent,
         whole=True,
     )
-    assert kinds(bench.some(KINDS).query_labels) == KINDS
+    assert kinds(context.some(KINDS).query_labels) == KINDS

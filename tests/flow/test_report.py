@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from robusthash.apps import stages
-from robusthash.apps.config import make_config
-from robusthash.apps.pages import html
-from robusthash.apps.pages.charts import UNIT, Axis, Dot, Series, dot_chart, line_chart
-from robusthash.apps.pages.html import Markup, picture, tag
-from robusthash.apps.pages.report import run_page, write_report
-from robusthash.apps.runs import Run, RunError
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.run_directory import Run, RunError
+from robusthash.apps.reports import html
+from robusthash.apps.reports.charts import UNIT, Axis, Dot, Series, dot_chart, line_chart
+from robusthash.apps.reports.html import Markup, picture, tag
+from robusthash.apps.reports.run_report import run_page, write_report
 
 VOID = {"img", "meta", "circle", "line", "polyline", "polygon", "br"}
 
@@ -84,7 +84,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "name": "tiny",
             "data": {"name": "synthetic", "train": 64, "query": 12, "database": 256},
             "hasher": {"bits": 8, "image": {"name": "small", "width": 4}},
-            "training": {"objective": "csq", "epochs": 2, "batch_size": 32, "optim": {"hasher": {"lr": 0.05}}},
+            "training": {
+                "objective": "csq",
+                "epochs": 2,
+                "batch_size": 32,
+                "optim": {"hasher": {"lr": 0.05}},
+            },
             "evaluation": {
                 "attacks": [
                     {"name": "mainstay", "steps": 2, "step_size": "8/255"},
@@ -103,7 +108,9 @@ def test_the_report_is_one_well_formed_file_with_the_numbers_of_metrics_json(run
     path = write_report(run)
     assert path == run.path / "report.html"
     page = check_self_contained(path.read_text(encoding="utf-8"))
-    written = {entry["name"]: entry for entry in json.loads((run.path / "metrics.json").read_text())["results"]}
+    written = {
+        entry["name"]: entry for entry in json.loads((run.path / "metrics.json").read_text())["results"]
+    }
     assert set(written) == {"clean", "mainstay", "dhta", "worst"}
     expected = [
         written["clean"]["values"]["MAP"],
@@ -122,10 +129,16 @@ def test_the_report_is_one_well_formed_file_with_the_numbers_of_metrics_json(run
 
 def test_every_chart_has_a_title_a_description_and_a_legend(run: Run) -> None:
     page = Reader(write_report(run).read_text(encoding="utf-8"))
-    images = [attributes for name, attributes in page.tags if name == "svg" and attributes.get("role") == "img"]
-    assert len(images) == 6  # MAP by attack, loss terms; precision over recall and over N, untargeted and of targets
+    images = [
+        attributes for name, attributes in page.tags if name == "svg" and attributes.get("role") == "img"
+    ]
+    assert (
+        len(images) == 6
+    )  # MAP by attack, loss terms; precision over recall and over N, untargeted and of targets
     for title in ("Precision and recall", "Precision of the first N"):
-        assert page.text.count(title) == page.text.count(f"{title} of the target labels") == 2  # title, figure
+        assert (
+            page.text.count(title) == page.text.count(f"{title} of the target labels") == 2
+        )  # title, figure
     assert all(len(attributes["aria-label"]) > 20 for attributes in images)
     assert sum(name == "desc" for name, _ in page.tags) == len(images)
     assert sum(a.get("class") == "legend" for _, a in page.tags) == len(images)
@@ -141,7 +154,10 @@ def test_hostile_names_cannot_break_out(run: Run) -> None:
     results = dict(run.evaluated())
     results[hostile] = results.pop("mainstay")
     card = {**run.card(), "name": hostile, "objective": {"name": hostile}}
-    log = [{"epoch": 0, "lr": 0.1, "seconds": 1.0, hostile: 0.5}, {"epoch": 1, "lr": 0.1, "seconds": 1.0, hostile: 0.4}]
+    log = [
+        {"epoch": 0, "lr": 0.1, "seconds": 1.0, hostile: 0.5},
+        {"epoch": 1, "lr": 0.1, "seconds": 1.0, hostile: 0.4},
+    ]
     page = check_self_contained(run_page(card, results, log, [f"robusthash evaluate '{hostile}'"]))
     assert page.words.count('<script>alert("x")</script>') >= 4  # title, row, legend, command: as text
 
@@ -187,20 +203,28 @@ def test_a_picture_holds_its_own_pixels() -> None:
 
 
 def test_lines_are_drawn_where_their_values_are() -> None:
-    chart = line_chart("t", "d", [Series("s", [0, 16], [0.0, 1.0], "a")], Axis("x", [0, 8, 16]), Axis("y", UNIT))
+    chart = line_chart(
+        "t", "d", [Series("s", [0, 16], [0.0, 1.0], "a")], Axis("x", [0, 8, 16]), Axis("y", UNIT)
+    )
     found = re.search(r'points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', chart)
     assert found is not None
     left, low, right, high = map(float, found.groups())
     grid = [float(y) for y in re.findall(r'y1="([\d.]+)" y2="[\d.]+" class="grid"', chart)]
     assert (low, high) == (max(grid), min(grid))
-    ticks = [float(x) for x in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">\d+</text>', chart)]
+    ticks = [
+        float(x) for x in re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">\d+</text>', chart)
+    ]
     assert (left, right) == (min(ticks), max(ticks))
 
 
 def test_dots_lie_inside_their_intervals() -> None:
     rows = [("clean", [Dot("a", 0.9, 0.85, 0.95), Dot("b", 0.5, 0.4, 0.6)])]
-    chart = dot_chart("t", "d", rows, [("one", "a", False), ("two", "b", True)], Axis("MAP", UNIT), ("chance", 0.1))
-    whiskers = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)" y1="[\d.]+" y2="[\d.]+" class="whisker"/>', chart)[:2]
+    chart = dot_chart(
+        "t", "d", rows, [("one", "a", False), ("two", "b", True)], Axis("MAP", UNIT), ("chance", 0.1)
+    )
+    whiskers = re.findall(
+        r'<line x1="([\d.]+)" x2="([\d.]+)" y1="[\d.]+" y2="[\d.]+" class="whisker"/>', chart
+    )[:2]
     centres = re.findall(r'<circle cx="([\d.]+)"', chart)[:2]
     for (low, high), centre in zip(whiskers, centres, strict=True):
         assert float(low) < float(centre) < float(high)

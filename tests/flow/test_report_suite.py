@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from robusthash.apps import assessing, stages
-from robusthash.apps.config import make_config
-from robusthash.apps.pages.report import run_page, write_report
-from robusthash.apps.pages.suite import suite_sections
-from robusthash.apps.runs import Run
-from robusthash.evaluation.results import EvalResult, Flag
+from robusthash.apps.experiment import assess_run as assessing
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.reports.run_report import run_page, write_report
+from robusthash.apps.reports.suite_section import suite_sections
+from robusthash.metrics.results import EvalResult, Flag
 from tests.flow.test_report import Reader, check_self_contained
 
 CONFIG = {
@@ -75,7 +76,9 @@ def test_the_section_holds_the_numbers_of_the_file(run: Run) -> None:
     assert badges(page) == 0
 
 
-def test_a_red_flag_is_at_the_top_of_page_and_section_and_beside_the_number(run: Run, result: EvalResult) -> None:
+def test_a_red_flag_is_at_the_top_of_page_and_section_and_beside_the_number(
+    run: Run, result: EvalResult
+) -> None:
     page = page_of(run, replace(result, flags=(PASS, RED, AMBER)))
     alarms = [(name, attributes) for name, attributes in page.tags if attributes.get("class") == "alarm"]
     assert len(alarms) == 4, "page, section, headline number, and the check itself"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from robusthash.apps import assessing, stages
-from robusthash.apps.config import make_config
-from robusthash.apps.runs import load_run
-from robusthash.evaluation.results import EvalResult, load_results
+from robusthash.apps.experiment import assess_run as assessing
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.run_directory import load_run
+from robusthash.metrics.results import EvalResult, load_results
 
 CONFIG = {
     "name": "tiny",
@@ -43,7 +44,9 @@ def test_two_processes_at_once_make_the_record_of_one(tmp_path):
         path.unlink()
 
     command = [sys.executable, "-m", "robusthash", "assess", str(run), "--tier", "smoke", "--shard"]
-    shards = [subprocess.Popen([*command, part], stderr=subprocess.PIPE, text=True) for part in ("0/2", "1/2")]
+    shards = [
+        subprocess.Popen([*command, part], stderr=subprocess.PIPE, text=True) for part in ("0/2", "1/2")
+    ]
     said = [shard.communicate(timeout=120)[1] for shard in shards]
     for number, shard in enumerate(shards):
         assert shard.returncode == 0, said[number]

@@ -14,18 +14,20 @@ import matplotlib.image
 import pytest
 import yaml
 
-from robusthash.apps import stages
-from robusthash.apps.config import make_config
-from robusthash.apps.runs import load_run
-from robusthash.apps.studies import sweep
-from robusthash.apps.studies.attribution import load_attributions
+from robusthash.apps.experiment import parameter_sweep as sweep
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.attribution_run import load_attributions
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.run_directory import load_run
 
 CONFIG = {
     "name": "tiny",
     "data": {"name": "synthetic", "train": 64, "query": 12, "database": 210},
     "hasher": {"bits": 12, "image": {"name": "small", "width": 4}},
     "training": {"objective": "csq", "epochs": 4, "batch_size": 32, "optim": {"hasher": {"lr": 0.05}}},
-    "evaluation": {"attacks": [{"name": "mainstay", "steps": 2, "step_size": "4/255"}, {"name": "dhta", "steps": 2}]},
+    "evaluation": {
+        "attacks": [{"name": "mainstay", "steps": 2, "step_size": "4/255"}, {"name": "dhta", "steps": 2}]
+    },
     "runtime": {"device": "cpu", "keep_epochs": 2},
 }
 
@@ -101,7 +103,11 @@ def test_the_last_kept_epoch_is_the_trained_model(trained):
     run = load_run(trained)
     last, final = run.load_epoch(4)[0].state_dict(), run.load_model()[0].state_dict()
     assert all(last[name].equal(final[name]) for name in final)
-    assert not run.load_epoch(2)[0].state_dict()["heads.image.linear.weight"].equal(final["heads.image.linear.weight"])
+    assert (
+        not run.load_epoch(2)[0]
+        .state_dict()["heads.image.linear.weight"]
+        .equal(final["heads.image.linear.weight"])
+    )
 
 
 def test_curves_of_a_run_without_kept_epochs_say_how_to_keep_them(call, trained, tmp_path):
@@ -116,7 +122,9 @@ def test_curves_of_a_run_without_kept_epochs_say_how_to_keep_them(call, trained,
 def test_figures_draw_what_was_measured(call, trained, tmp_path):
     matrix = {"surrogates": ["a", "b"], "victims": ["a"], "attacked": [[0.1], [None]], "measure": "MAP"}
     (tmp_path / "matrix.json").write_text(json.dumps(matrix))
-    code, out, err = call("figures", trained, "--out", tmp_path, "--transfer", tmp_path / "matrix.json", "--json")
+    code, out, err = call(
+        "figures", trained, "--out", tmp_path, "--transfer", tmp_path / "matrix.json", "--json"
+    )
     assert code == 0, err
     curves = [f"{kind}{ending}" for kind in ("pr", "pn") for ending in ("", "-attacked", "-targeted")]
     stems = ("attacks", "targeted", "scatter", *curves, "loss", "transfer")
@@ -160,8 +168,25 @@ def test_a_sweep_runs_every_point_names_the_failing_one_and_goes_on(call, recipe
 
 
 def test_stopping_a_sweep_stops_its_children(recipe, tmp_path):
-    command = [sys.executable, "-m", "robusthash", "sweep", str(recipe), "--over", "hasher.bits=8,16", "--jobs", "2"]
-    command += ["--set", "training.epochs=5000", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "swept")]
+    command = [
+        sys.executable,
+        "-m",
+        "robusthash",
+        "sweep",
+        str(recipe),
+        "--over",
+        "hasher.bits=8,16",
+        "--jobs",
+        "2",
+    ]
+    command += [
+        "--set",
+        "training.epochs=5000",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "swept"),
+    ]
     parent = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     children: list[int] = []
     until = time.monotonic() + 60

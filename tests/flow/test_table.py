@@ -12,13 +12,13 @@ import pytest
 import torch
 import yaml
 
-from robusthash.apps import stages
-from robusthash.apps.config import make_config
-from robusthash.apps.runs import Run, load_run
-from robusthash.apps.table_text import captions
-from robusthash.apps.tables import Column, make_rows, parse_column, seeds_by_row
-from robusthash.evaluation.results import load_results, save_results
-from robusthash.evaluation.stats import bootstrap_interval, hierarchical_interval
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.run_directory import Run, load_run
+from robusthash.apps.experiment.table_text import captions
+from robusthash.apps.experiment.tables import Column, make_rows, parse_column, seeds_by_row
+from robusthash.metrics.results import load_results, save_results
+from robusthash.metrics.statistics import bootstrap_interval, hierarchical_interval
 
 CONFIG = {
     "name": "tiny",
@@ -38,7 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def sibling(run: Run, folder: Path, name: str, settings: dict[str, object], **changes: object) -> Path:
-    """A copy of a run with other settings (by dotted path) in its config, and other fields in its worst case."""
+    """A copy of a run with other settings (by dotted path) in its config, and other fields in its worst
+    case."""
     made = Path(shutil.copytree(run.path, folder / name))
     config = yaml.safe_load((made / "config.yaml").read_text())
     for path, value in settings.items():
@@ -86,7 +87,9 @@ def test_the_caption_names_attacks_and_budget(call, run, tmp_path):
     assert not captions(make_rows([run.path]), ["clean"])
 
 
-@pytest.mark.parametrize("changes", [{"attacks": ("hag",)}, {"budget": "more steps"}, {"threat": "img-linf-4"}])
+@pytest.mark.parametrize(
+    "changes", [{"attacks": ("hag",)}, {"budget": "more steps"}, {"threat": "img-linf-4"}]
+)
 def test_rows_that_were_attacked_differently_are_said_apart(run, tmp_path, changes):
     other = sibling(run, tmp_path, "other", {"hasher.bits": 16}, **changes)
     lines = captions(make_rows([run.path, other]), ["clean", "worst"])
@@ -115,7 +118,9 @@ def moved(folder: Path, run: Run, seed: int, by: float, **settings: object) -> P
     found = load_results(made / "metrics.json")
     shift = by * torch.linspace(0, 2, 24, dtype=torch.float64)
     lower = {"MAP": found[0].per_query["MAP"] - shift}
-    save_results(made / "metrics.json", [replace(found[0], per_query={**found[0].per_query, **lower}), *found[1:]])
+    save_results(
+        made / "metrics.json", [replace(found[0], per_query={**found[0].per_query, **lower}), *found[1:]]
+    )
     return made
 
 
@@ -133,7 +138,9 @@ def test_differences_are_paired_by_seed_and_query(call, run, tmp_path):
     differences = torch.stack([-0.1 * steps, (0.02 - 0.06) * steps])
     assert cell["value"] == pytest.approx(-0.07)
     assert cell["interval"] == pytest.approx(list(hierarchical_interval(differences)))
-    shown = call("table", *lower, *own, "--against", baseline, "--column", "clean", "--column", "worst")[1].splitlines()
+    shown = call("table", *lower, *own, "--against", baseline, "--column", "clean", "--column", "worst")[
+        1
+    ].splitlines()
     assert shown[0] == "| recipe | clean | worst | seeds |"
     assert shown[2].startswith("| tiny, hasher.bits=16 | -0.070 (-0.")
     assert shown[2].endswith("| +0.000 (+0.000 to +0.000) | 2 |")
@@ -154,10 +161,15 @@ def test_columns_of_measures_and_of_suites_under_labels(call, run, tmp_path):
     suite = replace(run.evaluated()["worst"], name="img-linf-8 standard")
     save_results(seed / "assess.json", [suite])
     columns = ["clean as as it is", "ACG@100 of clean", "img-linf-8 standard as standard tier"]
-    code, out, err = call("table", seed.parent, "--row", "tiny as ours", *(w for c in columns for w in ("--column", c)))
+    code, out, err = call(
+        "table", seed.parent, "--row", "tiny as ours", *(w for c in columns for w in ("--column", c))
+    )
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[0] == "| recipe | as it is | ACG@100 of clean | standard tier | chance | training minutes | seeds |"
+    assert (
+        lines[0]
+        == "| recipe | as it is | ACG@100 of clean | standard tier | chance | training minutes | seeds |"
+    )
     clean = run.evaluated()["clean"]
     assert lines[2].startswith(f"| ours | {clean['MAP']:.3f} (")
     assert f"| {clean['ACG@100']:.3f} (" in lines[2]
@@ -241,7 +253,9 @@ def test_other_formats_hold_the_same_values(call, run):
     cell = make_rows([run.path])[0].cells["clean"]
     lines = list(csv.reader(call("table", run.path, "--column", "clean", "--format", "csv")[1].splitlines()))
     assert lines[0] == ["recipe", "clean", "clean low", "clean high", "clean seeds"]
-    assert [float(value) for value in lines[1][1:]] == pytest.approx([cell.value, *cell.interval, 1], abs=1e-6)
+    assert [float(value) for value in lines[1][1:]] == pytest.approx(
+        [cell.value, *cell.interval, 1], abs=1e-6
+    )
     tex = call("table", run.path, "--column", "clean as 95 % & more", "--format", "latex")[1].splitlines()
     assert tex[0] == r"\begin{tabular}{lllll}"
     assert tex[2] == r"recipe & 95 \% \& more & chance & training minutes & seeds \\"

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from robusthash.attacks.base import Attack
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import ScaleFree
-from robusthash.attacks.search import APGD
-from robusthash.attacks.threat import image_threat, threat_on
+from robusthash.attacks.pgd import APGD
+from robusthash.attacks.threat_model import image_threat, threat_on
 from robusthash.core.hamming import sign
-from robusthash.evaluation.adaptive import Adaptive, Staged, adaptive_lines
-from robusthash.evaluation.bench import Bench, make_bench
-from robusthash.evaluation.lines import Line
-from robusthash.evaluation.observed import Observed, matches, mismatches, observed
+from robusthash.evaluation.attack_spec import AttackSpec
+from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.models import Hasher, Purifier, build_hasher, purified
 from robusthash.models.hasher import frozen
-from robusthash.models.purified import Encode
-from robusthash.models.repairs import RepairIdentity, RepairLearnt
-from robusthash.models.views import MaskNoise, NoiseAveraged
+from robusthash.models.purifier import Encode
+from robusthash.models.purifier_gradients import RepairIdentity, RepairLearnt
+from robusthash.models.surrogate_gradients import MaskNoise, NoiseAveraged
 from robusthash.objectives import DPSH
+from robusthash.robustness.specs.adaptive_attacks import Adaptive, Staged, adaptive_attacks
+from robusthash.robustness.victim_behaviour import Observed, matches, mismatches, observed
 
 SMALL = {"name": "small", "width": 4, "grid": 1}
 DATA = make_data(size=16)
@@ -69,10 +69,12 @@ def base() -> Hasher:
 
 
 @pytest.fixture(scope="module")
-def benches(base: Hasher) -> dict[str, Bench]:
+def contexts(base: Hasher) -> dict[str, EvaluationContext]:
     """A trained victim of each kind."""
     encoder = {"name": "sfcl", "spatial": SMALL, "frequency": SMALL, "width": 16}
-    masked = jolted(build_hasher(bits=8, image=encoder))  # untrained: training so short collapses it to one code
+    masked = jolted(
+        build_hasher(bits=8, image=encoder)
+    )  # untrained: training so short collapses it to one code
     victims = {
         "gate": purified(base, {"image": "spectral-gate"}),
         "mask": masked,
@@ -80,7 +82,7 @@ def benches(base: Hasher) -> dict[str, Bench]:
         "randomised": before(base, Noisy(), "randomised"),
         "aside": before(base, Aside(), "purifier"),
     }
-    return {name: make_bench(victim, DATA, queries=8, batch_size=8) for name, victim in victims.items()}
+    return {name: make_context(victim, DATA, queries=8, batch_size=8) for name, victim in victims.items()}
 
 
 LINES = {
@@ -94,96 +96,105 @@ LINES = {
 }
 
 
-def names(lines: tuple[Line, ...]) -> list[str]:
-    return [line.name for line in lines]
+def names(specs: tuple[AttackSpec, ...]) -> list[str]:
+    return [spec.name for spec in specs]
 
 
 @pytest.mark.parametrize("kind", LINES)
-def test_lines_of_a_class(kind: str, benches: dict[str, Bench]) -> None:
-    victim = benches[kind].victim
+def test_lines_of_a_class(kind: str, contexts: dict[str, EvaluationContext]) -> None:
+    victim = contexts[kind].victim
     assert victim.declared == kind
-    lines = adaptive_lines(victim, None, THREAT, 4)
-    assert names(lines) == LINES[kind]
-    assert names(adaptive_lines(victim, DPSH(), THREAT, 4)) == [*LINES[kind], "trained-objective"]
-    settings = [json.dumps(line.settings(), sort_keys=True) for line in lines]
+    specs = adaptive_attacks(victim, None, THREAT, 4)
+    assert names(specs) == LINES[kind]
+    assert names(adaptive_attacks(victim, DPSH(), THREAT, 4)) == [*LINES[kind], "trained-objective"]
+    settings = [json.dumps(spec.settings(), sort_keys=True) for spec in specs]
     assert not any('"code":' in text for text in settings), "all parts have registered names"
-    assert len(set(settings)) == len(lines)
-    assert {line.kind for line in lines} == {"adaptive"}
-    assert lines[0].at(image_threat(0.1)).threat == image_threat(0.1, knowledge="W2")
+    assert len(set(settings)) == len(specs)
+    assert {spec.kind for spec in specs} == {"adaptive"}
+    assert specs[0].at(image_threat(0.1)).threat == image_threat(0.1, knowledge="W2")
     unsaid = threat_on("text", knowledge="W2")
-    assert names(adaptive_lines(victim, None, unsaid)) == (["eot-20"] if kind == "randomised" else [])
+    assert names(adaptive_attacks(victim, None, unsaid)) == (["eot-20"] if kind == "randomised" else [])
 
 
-def short(line: Line) -> Line:
+def short(spec: AttackSpec) -> AttackSpec:
     """The same line with few looks and little learning."""
-    if isinstance(line, Adaptive) and isinstance(line.view, NoiseAveraged | MaskNoise):
-        return replace(line, view=replace(line.view, draws=2))
-    if isinstance(line, Adaptive) and isinstance(line.view, RepairLearnt):
-        return replace(line, view=RepairLearnt(4))
-    return line
+    if isinstance(spec, Adaptive) and isinstance(spec.view, NoiseAveraged | MaskNoise):
+        return replace(spec, view=replace(spec.view, draws=2))
+    if isinstance(spec, Adaptive) and isinstance(spec.view, RepairLearnt):
+        return replace(spec, view=RepairLearnt(4))
+    return spec
 
 
 @pytest.mark.parametrize("kind", LINES)
-def test_every_line_runs(kind: str, benches: dict[str, Bench]) -> None:
-    """It stays in the ball, reports the victim's own codes of its inputs, counts its passes and can be repeated."""
-    bench = benches[kind]
-    batch = bench.batch(0)
-    for line in adaptive_lines(bench.victim, DPSH(), THREAT, 4, 2):
-        line = short(line)
-        fitted = line.fitted(bench)
-        assert fitted.settings() == line.settings(), "what is learned takes no part"
-        found = fitted.run(bench, 0, 0)
+def test_every_line_runs(kind: str, contexts: dict[str, EvaluationContext]) -> None:
+    """It stays in the ball, reports the victim's own codes of its inputs, counts its passes and can be
+    repeated."""
+    context = contexts[kind]
+    batch = context.batch(0)
+    for spec in adaptive_attacks(context.victim, DPSH(), THREAT, 4, 2):
+        spec = short(spec)
+        fitted = spec.fitted(context)
+        assert fitted.settings() == spec.settings(), "what is learned takes no part"
+        found = fitted.run(context, 0, 0)
         THREAT.verify({"image": found.inputs}, batch.inputs)
         assert not torch.equal(found.inputs, batch.inputs["image"])
         if kind != "randomised":
-            with frozen(bench.victim), torch.no_grad():
-                own = sign(bench.victim({"image": found.inputs})["image"].logits).to(torch.int8)
+            with frozen(context.victim), torch.no_grad():
+                own = sign(context.victim({"image": found.inputs})["image"].logits).to(torch.int8)
             assert torch.equal(found.signs[:, 0], own)
         forward, backward, oracle = found.passes[0].tolist()
-        seen = fitted.view(bench.victim) if isinstance(fitted, Adaptive) and fitted.view else None
+        seen = fitted.view(context.victim) if isinstance(fitted, Adaptive) and fitted.view else None
         expected = tuple(4 * price for price in seen.passes) if seen is not None else (4, 4)
-        assert (forward, backward, oracle) == (*expected, 0) or isinstance(line, Staged)
-        assert line.restarts == 2
-        if line.name in ("gate-frozen", "two-stage", "repair-learnt", "mask-noise-20", "eot-20"):
-            assert torch.equal(short(line).fitted(bench).run(bench, 0, 0).inputs, found.inputs)
-            assert not torch.equal(fitted.run(bench, 0, 1).inputs, found.inputs)
+        assert (forward, backward, oracle) == (*expected, 0) or isinstance(spec, Staged)
+        assert spec.restarts == 2
+        if spec.name in ("gate-frozen", "two-stage", "repair-learnt", "mask-noise-20", "eot-20"):
+            assert torch.equal(short(spec).fitted(context).run(context, 0, 0).inputs, found.inputs)
+            assert not torch.equal(fitted.run(context, 0, 1).inputs, found.inputs)
 
 
-def test_the_second_stage_starts_where_the_first_ended(benches: dict[str, Bench]) -> None:
-    bench = benches["mask"]
-    line = next(x for x in adaptive_lines(bench.victim, None, THREAT, 8) if x.name == "branch-spatial")
-    assert isinstance(line, Staged)
-    first = line.first.run(bench, 0, 0)
+def test_the_second_stage_starts_where_the_first_ended(contexts: dict[str, EvaluationContext]) -> None:
+    context = contexts["mask"]
+    spec = next(x for x in adaptive_attacks(context.victim, None, THREAT, 8) if x.name == "branch-spatial")
+    assert isinstance(spec, Staged)
+    first = spec.first.run(context, 0, 0)
     starts: list[Tensor] = []
-    handle = bench.victim.register_forward_pre_hook(lambda module, args: starts.append(args[0]["image"].detach()))
-    found = line.then.run(bench, 0, 0, {"image": first.inputs})
+    handle = context.victim.register_forward_pre_hook(
+        lambda module, args: starts.append(args[0]["image"].detach())
+    )
+    found = spec.then.run(context, 0, 0, {"image": first.inputs})
     handle.remove()
     assert torch.allclose(starts[0], first.inputs)
-    whole = line.run(bench, 0, 0)
+    whole = spec.run(context, 0, 0)
     assert torch.equal(whole.inputs, found.inputs)
     assert torch.equal(whole.passes, first.passes + found.passes)
     with pytest.raises(ValueError, match="have the threats"):
-        replace(line, first=line.first.at(image_threat(0.1)))
+        replace(spec, first=spec.first.at(image_threat(0.1)))
 
 
-def test_a_purifier_out_of_the_graph_falls_to_the_adaptive_lines(benches: dict[str, Bench]) -> None:
+def test_a_purifier_out_of_the_graph_falls_to_the_adaptive_lines(
+    contexts: dict[str, EvaluationContext],
+) -> None:
     """A plain attack cannot even start; the lines for what was observed bring MAP down."""
-    bench = benches["aside"]
-    seen = observed(bench.victim, bench.batch(0).inputs)
+    context = contexts["aside"]
+    seen = observed(context.victim, context.batch(0).inputs)
     assert seen.cut
     assert not seen.gradient_reaches_input
     assert matches("purifier", seen) == []
     white = Adaptive("white", Attack("white", Mainstay(), ScaleFree(), APGD(4), THREAT, selects=True))
     with pytest.raises(RuntimeError, match="does not require grad"):
-        white.run(bench, 0, 0)
-    lines = adaptive_lines(bench.victim, None, THREAT, 10, seen=seen)
-    assert names(lines) == ["repair-identity", "repair-learnt", "two-stage"]  # nothing random, so nothing to average
-    clean = bench.query.signs()[:8]
-    metric = bench.select(bench.query_labels[:8], -1)
-    for line in lines:
-        signs = line.fitted(bench).run(bench, 0, 0).signs[:, 0]
+        white.run(context, 0, 0)
+    specs = adaptive_attacks(context.victim, None, THREAT, 10, seen=seen)
+    assert names(specs) == [
+        "repair-identity",
+        "repair-learnt",
+        "two-stage",
+    ]  # nothing random, so nothing to average
+    clean = context.query.signs()[:8]
+    metric = context.select(context.query_labels[:8], -1)
+    for spec in specs:
+        signs = spec.fitted(context).run(context, 0, 0).signs[:, 0]
         assert float(metric(signs.float()).mean()) > float(metric(clean.float()).mean()) + 0.05
-    assert any(isinstance(line, Adaptive) and isinstance(line.view, RepairIdentity) for line in lines)
+    assert any(isinstance(spec, Adaptive) and isinstance(spec.view, RepairIdentity) for spec in specs)
 
 
 def test_what_cannot_be_attacked_so_is_refused(base: Hasher) -> None:
@@ -191,26 +202,31 @@ def test_what_cannot_be_attacked_so_is_refused(base: Hasher) -> None:
         return Hasher(dict(base.encoders), dict(base.heads), {}, declared)  # type: ignore[arg-type]
 
     for honest in ("plain", "adversarial"):
-        assert adaptive_lines(declaring(honest), DPSH(), THREAT) == ()
+        assert adaptive_attacks(declaring(honest), DPSH(), THREAT) == ()
     with pytest.raises(ValueError, match="the package has no detector"):
-        adaptive_lines(declaring("detector"), None, THREAT)
-    for declared, reason in (("gate", "has no purifier"), ("purifier", "has no purifier"), ("mask", "has none")):
+        adaptive_attacks(declaring("detector"), None, THREAT)
+    for declared, reason in (
+        ("gate", "has no purifier"),
+        ("purifier", "has no purifier"),
+        ("mask", "has none"),
+    ):
         with pytest.raises(ValueError, match=reason):
-            adaptive_lines(declaring(declared), None, THREAT)
+            adaptive_attacks(declaring(declared), None, THREAT)
     with pytest.raises(ValueError, match="need W0, W1 or W2, not B2"):
-        adaptive_lines(base, None, image_threat(knowledge="B2"))
+        adaptive_attacks(base, None, image_threat(knowledge="B2"))
     noisy = before(base, Noisy(), "plain")
-    assert "eot-20" in names(adaptive_lines(noisy, None, THREAT, seen=replace(HONEST, randomised=True)))
+    assert "eot-20" in names(adaptive_attacks(noisy, None, THREAT, seen=replace(HONEST, randomised=True)))
 
 
-def test_without_labels_lines_leave_the_own_code(benches: dict[str, Bench]) -> None:
-    bench = benches["gate"]
-    line = adaptive_lines(bench.victim, DPSH(), replace(THREAT, knowledge="W0"), 3)
-    assert "trained-objective" not in names(line)
-    assert line[0].run(bench, 0, 0).representative.shape == (8, 1, 8)
+def test_without_labels_lines_leave_the_own_code(contexts: dict[str, EvaluationContext]) -> None:
+    context = contexts["gate"]
+    spec = adaptive_attacks(context.victim, DPSH(), replace(THREAT, knowledge="W0"), 3)
+    assert "trained-objective" not in names(spec)
+    assert spec[0].run(context, 0, 0).representative.shape == (8, 1, 8)
 
 
-# ---------------------------------------------------------------------------------------------------- observed
+# ----------------------------------------------------------------------------------------------------
+# observed
 
 
 class Cut(nn.Module):
@@ -222,16 +238,18 @@ class Cut(nn.Module):
         return self.encoder(x.detach())
 
 
-def test_observed_behaviour(base: Hasher, benches: dict[str, Bench]) -> None:
+def test_observed_behaviour(base: Hasher, contexts: dict[str, EvaluationContext]) -> None:
     x = {"image": DATA.query.batch(torch.arange(8)).inputs["image"]}
     assert observed(base, x) == HONEST
-    seen = {name: observed(bench.victim, x) for name, bench in benches.items()}
+    seen = {name: observed(context.victim, x) for name, context in contexts.items()}
     assert seen["gate"] == replace(HONEST, gate=True)
     assert seen["mask"] == replace(HONEST, mask=True)
     assert seen["purifier"] == replace(HONEST, purifier=True)
     assert seen["randomised"] == replace(HONEST, purifier=True, randomised=True)
     assert seen["aside"] == replace(HONEST, purifier=True, reached=0.0)
-    assert observed(before(base, Descending(), "purifier"), x) == replace(HONEST, purifier=True, inner_gradients=True)
+    assert observed(before(base, Descending(), "purifier"), x) == replace(
+        HONEST, purifier=True, inner_gradients=True
+    )
     cut = Hasher({"image": Cut(base.encoders["image"])}, dict(base.heads))
     assert observed(cut, x) == replace(HONEST, reached=0.0)
     assert not mismatches(base, x)

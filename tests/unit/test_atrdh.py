@@ -1,4 +1,5 @@
-"""ATRDH: its term is DPH's on the attacked codes; the prototype net trains along, and a resumed run is the same run."""
+"""ATRDH: its term is DPH's on the attacked codes; the prototype net trains along, and a resumed run is the
+same run."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from helpers import Interrupted, MemoryLog, make_data, small_hasher, train_confi
 from torch import Tensor
 
 from robusthash.attacks import Attack
-from robusthash.attacks.prototype import tha
+from robusthash.attacks.tha import tha
 from robusthash.core.runtime import Draws
 from robusthash.data import RetrievalData, load_data
 from robusthash.defenses import AdversarialTraining, Round
 from robusthash.defenses.atrdh import ATRDHOuter
-from robusthash.evaluation import make_bench, score_attack
+from robusthash.evaluation import make_context, score_attack
 from robusthash.evaluation.evaluate import attack_all
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPH, DPSH
@@ -33,7 +34,14 @@ def warm(data: RetrievalData) -> Hasher:
 
 
 def inner(**options: object) -> Attack:
-    given = {"steps": 2, "step_size": 4 / 255, "random_start": True, "hidden": 32, "fit_steps": 100, **options}
+    given = {
+        "steps": 2,
+        "step_size": 4 / 255,
+        "random_start": True,
+        "hidden": 32,
+        "fit_steps": 100,
+        **options,
+    }
     return tha(**given)  # type: ignore[arg-type]
 
 
@@ -53,7 +61,9 @@ class Watch(ATRDHOuter):
         return super().__call__(turn)
 
 
-def watched(hasher: Hasher, objective: DPH, attack: Attack, data: RetrievalData) -> tuple[dict[str, dict], Round]:
+def watched(
+    hasher: Hasher, objective: DPH, attack: Attack, data: RetrievalData
+) -> tuple[dict[str, dict], Round]:
     """The terms by group of one step, and its round."""
     outer = Watch()
     object.__setattr__(outer, "seen", [])
@@ -71,7 +81,9 @@ def test_without_a_budget_the_term_is_dphs_against_the_memory(warm: Hasher, data
         turn.clean["image"], turn.batch.labels, turn.memory.codes["image"], data.train.labels
     )
     assert terms["hasher"]["adversarial"].item() == pytest.approx(expected.mean().item(), rel=1e-4)
-    assert ATRDHOuter(2.0)(turn)["adversarial"].item() == pytest.approx(2 * terms["hasher"]["adversarial"].item())
+    assert ATRDHOuter(2.0)(turn)["adversarial"].item() == pytest.approx(
+        2 * terms["hasher"]["adversarial"].item()
+    )
 
 
 def test_over_image_and_text_the_memory_of_both_is_kept_and_text_gets_no_adversarial_gradient() -> None:
@@ -104,7 +116,9 @@ def test_weight_zero_trains_as_plain(warm: Hasher, data: RetrievalData) -> None:
         assert torch.equal(ours, theirs), name
 
 
-def test_the_prototype_net_learns_and_the_model_step_leaves_it_alone(warm: Hasher, data: RetrievalData) -> None:
+def test_the_prototype_net_learns_and_the_model_step_leaves_it_alone(
+    warm: Hasher, data: RetrievalData
+) -> None:
     attack = inner()
     recipe = AdversarialTraining(copy.deepcopy(warm), DPSH(), attack, ATRDHOuter())
     lines = fit(recipe, data, config(3))
@@ -139,14 +153,14 @@ def test_resumed_equals_uninterrupted(data: RetrievalData) -> None:
 
 
 def test_tha_is_fitted_once_for_a_bench_and_always_the_same(warm: Hasher, data: RetrievalData) -> None:
-    bench = make_bench(warm, data, batch_size=5)
-    found = [attack_all(bench, inner(random_start=False, steps=5)) for _ in range(2)]
+    context = make_context(warm, data, batch_size=5)
+    found = [attack_all(context, inner(random_start=False, steps=5)) for _ in range(2)]
     assert torch.equal(found[0].inputs, found[1].inputs)
-    fitted = bench.fitted(inner())
+    fitted = context.fitted(inner())
     assert all(not parameter.requires_grad for parameter in fitted.guide.parameters())
-    result = score_attack(bench, inner(), found[0])
+    result = score_attack(context, inner(), found[0])
     assert result["t-MAP"] > result.reference["clean"]
-    assert bench.fitted(unlearned := build_plain()) is unlearned
+    assert context.fitted(unlearned := build_plain()) is unlearned
 
 
 def build_plain() -> Attack:

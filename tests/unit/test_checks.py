@@ -1,4 +1,5 @@
-"""The checks F1-F23: every masked toy is caught by the check meant for it, and an honest hardened model passes."""
+"""The checks F1-F23: every masked toy is caught by the check meant for it, and an honest hardened model
+passes."""
 
 from __future__ import annotations
 
@@ -11,21 +12,40 @@ import torch
 from helpers import Flat, LinearHead, image_batch, make_data, small_hasher
 from torch import Tensor, nn
 
-from robusthash.apps.checking import toy_bench
+from robusthash.apps.experiment.check_run import toy_context
 from robusthash.attacks.base import Attack
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement
-from robusthash.attacks.threat import edit_threat, image_threat
+from robusthash.attacks.threat_model import edit_threat, image_threat
 from robusthash.data import load_data
-from robusthash.evaluation import make_bench
-from robusthash.evaluation.attacked import attack_block
-from robusthash.evaluation.bench import Bench
-from robusthash.evaluation.checks import CHECKS, bit_entropy, f21_leakage, model_checks, require_usable, suite_checks
-from robusthash.evaluation.checks_model import f1_repeated, f15_f19_inside, f16_precision, f23_class
-from robusthash.evaluation.results import EvalResult, Flag, load_results, save_results
-from robusthash.evaluation.zoo import ZOO, Forgetful, Masked, WakefulDropout, _Joined, calibrate
+from robusthash.evaluation import make_context
+from robusthash.evaluation.attack_block import attack_block
+from robusthash.evaluation.context import EvaluationContext
+from robusthash.metrics.results import EvalResult, Flag, load_results, save_results
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPSH
+from robusthash.robustness.checks.behaviour_checks import (
+    f1_repeated,
+    f15_f19_inside,
+    f16_precision,
+    f23_class,
+)
+from robusthash.robustness.checks.masked_defenses import (
+    ZOO,
+    Forgetful,
+    Masked,
+    WakefulDropout,
+    _Joined,
+    calibrate,
+)
+from robusthash.robustness.checks.model_checks import (
+    CHECKS,
+    bit_entropy,
+    f21_leakage,
+    model_checks,
+    require_usable,
+    suite_checks,
+)
 
 THREAT = image_threat(8 / 255)
 MODEL = {f"F{n}" for n in (1, 2, 3, *range(10, 18), *range(19, 24))}
@@ -33,13 +53,13 @@ SUITE = {f"F{n}" for n in (4, 5, 6, 7, 8, 9, 18)}
 
 
 @pytest.fixture(scope="module")
-def honest() -> Bench:
+def honest() -> EvaluationContext:
     """A small CSQ model, hardened by SAAT; with fewer epochs F10 depends on how the machine rounds."""
-    return toy_bench()
+    return toy_context()
 
 
 @pytest.fixture(scope="module")
-def flags(honest: Bench) -> dict[str, Flag]:
+def flags(honest: EvaluationContext) -> dict[str, Flag]:
     return {flag.id: flag for flag in model_checks(honest, THREAT, queries=32, steps=60)}
 
 
@@ -58,13 +78,17 @@ def test_an_honest_hardened_model_passes_every_red_check(flags: dict[str, Flag])
 
 
 @pytest.mark.parametrize("member", ZOO, ids=lambda member: f"{member.meant}-{member.name}")
-def test_every_masked_toy_is_caught_by_the_check_meant_for_it(honest: Bench, member: Masked) -> None:
+def test_every_masked_toy_is_caught_by_the_check_meant_for_it(
+    honest: EvaluationContext, member: Masked
+) -> None:
     row = calibrate(honest, THREAT, queries=24, steps=21, members=(member,))[0]
     assert (row.name, row.meant) == (member.name, member.meant)
     assert row.caught, row
 
 
-def test_an_attack_that_forgets_the_ball_is_refused_and_its_result_is_projected(honest: Bench) -> None:
+def test_an_attack_that_forgets_the_ball_is_refused_and_its_result_is_projected(
+    honest: EvaluationContext,
+) -> None:
     (row,) = calibrate(honest, THREAT, members=())
     assert row.caught
     assert row.value > row.threshold
@@ -77,15 +101,15 @@ def test_an_attack_that_forgets_the_ball_is_refused_and_its_result_is_projected(
 def test_the_zoo_is_of_images() -> None:
     data = load_data("synthetic", train=32, query=8, database=32)
     victim = build_hasher(bits=8, image=None, text="mlp", vocabulary=data.vocabulary)
-    bench = make_bench(victim, data)
+    context = make_context(victim, data)
     with pytest.raises(ValueError, match="masks images"):
-        calibrate(bench, edit_threat())
+        calibrate(context, edit_threat())
 
 
 def test_edit_budgets_say_which_checks_cannot_be_run() -> None:
     data = load_data("synthetic", train=32, query=8, database=32)
     victim = build_hasher(bits=8, image=None, text="mlp", vocabulary=data.vocabulary)
-    found = {flag.id: flag for flag in model_checks(make_bench(victim, data), edit_threat(), queries=8)}
+    found = {flag.id: flag for flag in model_checks(make_context(victim, data), edit_threat(), queries=8)}
     assert set(found) == MODEL
     for id in ("F10", "F11", "F12", "F13"):
         assert found[id].level == "amber"
@@ -94,23 +118,23 @@ def test_edit_budgets_say_which_checks_cannot_be_run() -> None:
     assert found["F2"].level == found["F14"].level == found["F22"].level == "pass"
 
 
-def test_few_steps_are_no_proof_of_convergence(honest: Bench) -> None:
+def test_few_steps_are_no_proof_of_convergence(honest: EvaluationContext) -> None:
     assert only(model_checks(honest, THREAT, queries=8, steps=20), "F12").level == "amber"
 
 
-def test_a_training_objective_may_stand_for_the_house_objective(honest: Bench) -> None:
+def test_a_training_objective_may_stand_for_the_house_objective(honest: EvaluationContext) -> None:
     found = model_checks(honest, THREAT, DPSH(), queries=8, steps=3)
     assert {flag.id for flag in found} == MODEL
     assert only(found, "F2").level == "pass"
 
 
-def test_a_threat_that_leaves_the_queries_alone_is_refused(honest: Bench) -> None:
+def test_a_threat_that_leaves_the_queries_alone_is_refused(honest: EvaluationContext) -> None:
     with pytest.raises(ValueError, match="nothing to check"):
         model_checks(honest, edit_threat())
 
 
 @pytest.mark.parametrize(("queries", "steps"), [(0, 10), (8, 1)])
-def test_no_queries_or_steps_are_refused(honest: Bench, queries: int, steps: int) -> None:
+def test_no_queries_or_steps_are_refused(honest: EvaluationContext, queries: int, steps: int) -> None:
     with pytest.raises(ValueError, match="at least 1 query and 2 steps"):
         model_checks(honest, THREAT, queries=queries, steps=steps)
 
@@ -174,7 +198,8 @@ def test_leakage_is_found_in_what_the_model_is_fed() -> None:
     assert (flag.level, flag.value) == ("red", 3)
 
 
-# ---------------------------------------------------------------------------------------------- unusable models
+# ---------------------------------------------------------------------------------------------- unusable
+# models
 
 
 def broken(change) -> Hasher:
@@ -218,7 +243,8 @@ def test_a_usable_model_is_left_as_it_was() -> None:
     assert victim.training
 
 
-# ---------------------------------------------------------------------------------------------- the lines of a suite
+# ---------------------------------------------------------------------------------------------- the lines of
+# a suite
 
 CLEAN = torch.full((200,), 0.8, dtype=torch.float64)
 
@@ -304,7 +330,9 @@ def test_a_rival_of_another_length_is_refused() -> None:
 # ---------------------------------------------------------------------------------------------- flags
 
 
-def test_flags_survive_a_results_file(tmp_path: Path, flags: dict[str, Flag], honest: Bench) -> None:
+def test_flags_survive_a_results_file(
+    tmp_path: Path, flags: dict[str, Flag], honest: EvaluationContext
+) -> None:
     from robusthash.evaluation import score_clean
 
     flag = only(suite_checks({}, {}, CLEAN, {}, 0.1), "F4")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from robusthash.evaluation import EvalResult
-from robusthash.evaluation.comparison import claim_of, compare_all
-from robusthash.evaluation.results import Setting, compare
-from robusthash.evaluation.stats import hierarchical_difference, hierarchical_interval, holm, sign_flip_test
+from robusthash.metrics import EvalResult
+from robusthash.metrics.comparison import claim_of, compare_all
+from robusthash.metrics.results import Setting, compare
+from robusthash.metrics.statistics import hierarchical_difference, hierarchical_interval, holm, sign_flip_test
 
 SETTING = Setting(
     "m", "photos", "photos", {"k": None, "ties": "expected"}, "I2I", 32, "img-linf-8", ("hag",), "b", (0,)
@@ -35,7 +35,7 @@ def test_bold_is_not_significantly_different_from_the_best():
     assert [found[name].bold for name in "abc"] == [True, True, False]
     assert found["c"].difference == pytest.approx(-0.1)
     assert found["c"].interval[0] <= -0.1 <= found["c"].interval[1]
-    assert {standing.claim for standing in found.values()} == {"checkpoint"}
+    assert {aggregate.claim for aggregate in found.values()} == {"checkpoint"}
 
 
 def test_the_correction_is_over_the_whole_table():
@@ -118,6 +118,11 @@ def test_hierarchical_difference_shares_the_queries():
 def test_a_statistic_of_several_means_has_a_hierarchical_interval():
     seeds = torch.stack([BASE + shift for shift in (0.0, 0.1, 0.2)])
     pairs = torch.stack([seeds, 2 * seeds], 2)
-    assert hierarchical_interval(pairs, resamples=500, statistic=lambda means: means[:, 1] / means[:, 0]) == (2.0, 2.0)
+    assert hierarchical_interval(pairs, resamples=500, statistic=lambda means: means[:, 1] / means[:, 0]) == (
+        2.0,
+        2.0,
+    )
     plain = hierarchical_interval(seeds, resamples=500)
-    assert hierarchical_interval(pairs, resamples=500, statistic=lambda means: means[:, 0]) == pytest.approx(plain)
+    assert hierarchical_interval(pairs, resamples=500, statistic=lambda means: means[:, 0]) == pytest.approx(
+        plain
+    )

@@ -63,7 +63,11 @@ def test_first_bit_is_the_highest_and_zeros_pad_the_end() -> None:
 
 def test_lengths_that_do_not_fit_are_refused() -> None:
     packed = pack(random_signs(2, 16))
-    for bits, said in [(17, "17 bits need 3 bytes a code, got 2"), (8, "8 bits need 1 bytes"), (0, "positive, got 0")]:
+    for bits, said in [
+        (17, "17 bits need 3 bytes a code, got 2"),
+        (8, "8 bits need 1 bytes"),
+        (0, "positive, got 0"),
+    ]:
         with pytest.raises(ValueError, match=said):
             unpack(packed, bits)
     with pytest.raises(ValueError, match="different length: 2 and 3"):
@@ -82,7 +86,12 @@ def test_distance_equals_the_dot_product_formula(bits: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 999), items=st.integers(1, 40), k=st.integers(1, 50), block=st.sampled_from([1, 3, 64]))
+@given(
+    seed=st.integers(0, 999),
+    items=st.integers(1, 40),
+    k=st.integers(1, 50),
+    block=st.sampled_from([1, 3, 64]),
+)
 def test_topk_is_ordered_by_distance_and_then_id(seed: int, items: int, k: int, block: int) -> None:
     """Few bits, so that most distances tie; ids that are neither sorted nor consecutive."""
     queries, database = random_signs(4, 3, seed), random_signs(items, 3, seed + 1)
@@ -126,7 +135,13 @@ def test_draws_are_keyed_by_seed_scope_and_id() -> None:
     ids = torch.arange(50)
     made = [
         draws.uniform(ids, (4,))
-        for draws in (Draws(0), Draws(1), Draws(0).within("a"), Draws(0).within("b"), Draws(0).within("a", "b"))
+        for draws in (
+            Draws(0),
+            Draws(1),
+            Draws(0).within("a"),
+            Draws(0).within("b"),
+            Draws(0).within("a", "b"),
+        )
     ]
     for left, right in itertools.combinations(made, 2):
         assert float((left == right).double().mean()) < 0.01
@@ -200,7 +215,9 @@ def test_targets_share_nothing_with_the_query_and_come_from_the_database() -> No
     known = {tuple(row) for row in database.tolist()}
     for query, rows in zip(queries, targets, strict=True):
         possible = [
-            row for row in known if sum(row) and not sum(a * b for a, b in zip(row, query.tolist(), strict=True))
+            row
+            for row in known
+            if sum(row) and not sum(a * b for a, b in zip(row, query.tolist(), strict=True))
         ]
         for row in rows.tolist():
             assert tuple(row) in possible or (not possible and sum(row) == 0)
@@ -208,7 +225,9 @@ def test_targets_share_nothing_with_the_query_and_come_from_the_database() -> No
     assert not torch.equal(draw_targets(queries, ids, database, 3, Draws(1)), targets)
     order = torch.randperm(40, generator=generator)
     assert torch.equal(draw_targets(queries[order], ids[order], database, 3, Draws(0)), targets[order])
-    assert torch.equal(draw_targets(queries, ids, database.flip(0), 3, Draws(0)), targets)  # a set has no order
+    assert torch.equal(
+        draw_targets(queries, ids, database.flip(0), 3, Draws(0)), targets
+    )  # a set has no order
 
 
 def test_targets_are_uniform_over_label_sets_not_over_items() -> None:
@@ -289,7 +308,11 @@ def shelf(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("shelf")
 def test_registry_builds_by_name_options_and_context() -> None:
     assert registry.build("fruit", "apple") == ("apple", 1.0, "red")
-    assert registry.build("fruit", {"name": "apple", "weight": 2.0}, colour="green", price=3) == ("apple", 2.0, "green")
+    assert registry.build("fruit", {"name": "apple", "weight": 2.0}, colour="green", price=3) == (
+        "apple",
+        2.0,
+        "green",
+    )
     settings = {"name": "pear", "weight": 5.0}
     assert registry.build("fruit", settings) == ("pear", 5.0)
     assert settings == {"name": "pear", "weight": 5.0}  # what was handed over is left alone
@@ -302,7 +325,9 @@ def test_registry_builds_by_name_options_and_context() -> None:
 
 @pytest.mark.usefixtures("shelf")
 def test_registry_errors_offer_the_nearest() -> None:
-    with pytest.raises(KeyError, match=r"no fruit is called 'aple'; did you mean 'apple'\? Known: apple, pear"):
+    with pytest.raises(
+        KeyError, match=r"no fruit is called 'aple'; did you mean 'apple'\? Known: apple, pear"
+    ):
         registry.build("fruit", "aple")
     with pytest.raises(KeyError, match="'apple' takes no 'wieght'; did you mean 'weight'"):
         registry.build("fruit", {"name": "apple", "wieght": 2})
@@ -332,7 +357,10 @@ def test_an_option_of_a_few_words_is_checked_before_anything_is_made() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             registry.check("fruit", {"name": "plum", **options})
-    assert registry.check("fruit", {"name": "plum", "skin": "red", "stones": 0})[1] == {"skin": "red", "stones": 0}
+    assert registry.check("fruit", {"name": "plum", "skin": "red", "stones": 0})[1] == {
+        "skin": "red",
+        "stones": 0,
+    }
 
 
 @pytest.mark.usefixtures("shelf")
@@ -343,7 +371,9 @@ def test_an_option_of_a_wrong_type_is_named() -> None:
     def melon(weight: float = 1.0, broken: int = 0) -> float:
         return weight / 2 + len(broken) if broken else weight / 2  # type: ignore[arg-type]
 
-    with pytest.raises(ValueError, match=r"fruit 'melon' cannot be made with \{'weight': 'heavy'\}: unsupported"):
+    with pytest.raises(
+        ValueError, match=r"fruit 'melon' cannot be made with \{'weight': 'heavy'\}: unsupported"
+    ):
         registry.build("fruit", {"name": "melon", "weight": "heavy"})
     with pytest.raises(TypeError):
         registry.build("fruit", "melon", broken=3)

@@ -9,7 +9,7 @@ import torch
 from helpers import LinearHead
 from torch import Tensor, nn
 
-from robusthash.evaluation.cost import size_of, time_in_turn
+from robusthash.analysis.model_cost import size_of, time_in_turn
 from robusthash.models import Hasher, build_hasher
 
 
@@ -49,7 +49,9 @@ def test_a_global_filter_counts_its_transforms_and_its_product():
     size, patch, dim = 32, 8, 16
     plain = {"name": "gfnet", "size": size, "patch": patch, "dim": dim, "depth": 1}
     image = {"image": torch.rand(1, 3, size, size)}
-    one, two = (size_of(build_hasher(bits=8, image={**plain, "depth": depth}), image).macs for depth in (1, 2))
+    one, two = (
+        size_of(build_hasher(bits=8, image={**plain, "depth": depth}), image).macs for depth in (1, 2)
+    )
     grid = size // patch
     transform = dim * 2.5 * grid**2 * math.log2(grid**2) / 2  # there and back are two of these
     filtered = 2 * transform + 4 * dim * grid * (grid // 2 + 1)
@@ -60,7 +62,9 @@ def test_a_purifier_counts_and_the_bare_hasher_does_not_have_it():
     gated = build_hasher(bits=8, image={"name": "small", "width": 4}, purifiers={"image": "spectral-gate"})
     image = {"image": torch.rand(1, 3, 16, 16)}
     whole, bare = size_of(gated, image), size_of(gated.bare(), image)
-    assert whole.macs >= bare.macs + 2 * 3 * 16 * 16 * 64  # the block DCT there and back, beside the gate's own net
+    assert (
+        whole.macs >= bare.macs + 2 * 3 * 16 * 16 * 64
+    )  # the block DCT there and back, beside the gate's own net
     assert whole.parameters > bare.parameters
     with pytest.raises(ValueError, match="one query"):
         size_of(gated, {"image": torch.rand(2, 3, 16, 16)})
@@ -68,7 +72,9 @@ def test_a_purifier_counts_and_the_bare_hasher_does_not_have_it():
 
 def test_everything_is_timed_in_turn_after_warming_up():
     calls: list[str] = []
-    found = time_in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "a", warmup=2, runs=3)
+    found = time_in_turn(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "a", warmup=2, runs=3
+    )
     assert "".join(calls) == "abab" + "abbaab"
     assert found["a"].ratio == 1.0
     assert found["b"].runs == 3
@@ -83,6 +89,8 @@ def test_everything_is_timed_in_turn_after_warming_up():
 def test_the_ratio_is_that_of_the_times():
     matrix = torch.rand(160, 160)
     found = time_in_turn(
-        {"once": lambda: matrix @ matrix, "often": lambda: [matrix @ matrix for _ in range(12)]}, "once", runs=15
+        {"once": lambda: matrix @ matrix, "often": lambda: [matrix @ matrix for _ in range(12)]},
+        "once",
+        runs=15,
     )
     assert found["often"].ratio > 3

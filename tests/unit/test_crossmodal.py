@@ -1,4 +1,5 @@
-"""Cross-modal objectives on a hasher of images and texts: they learn, reach the inputs, resume, and are saved."""
+"""Cross-modal objectives on a hasher of images and texts: they learn, reach the inputs, resume, and are
+saved."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 from helpers import Interrupted, MemoryLog, facts_of, reference_of
 from torch import Tensor
 
-from robusthash.apps.runs import _load_weights, _save_weights
+from robusthash.apps.experiment.run_directory import _load_weights, _save_weights
 from robusthash.attacks import mainstay, pgd
 from robusthash.attacks.drfgd import drfgd
 from robusthash.core.labels import relevant
@@ -21,7 +22,7 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, LossTerms
 from robusthash.data import RetrievalData
 from robusthash.defenses import AdversarialTraining, PlainAT
-from robusthash.defenses.regenerate import Regenerate
+from robusthash.defenses.drfgd import Regenerate
 from robusthash.models import Hasher, build_hasher, encode_split
 from robusthash.models.cpah import CommonPrivate
 from robusthash.models.hasher import frozen, purified
@@ -86,7 +87,9 @@ def test_learns_across_modalities(name: str, data: RetrievalData) -> None:
 
 @pytest.mark.parametrize("head", ["linear", "tanh"])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_of_the_similarity_reaches_pixels_and_bags(name: str, head: str, data: RetrievalData) -> None:
+def test_gradient_of_the_similarity_reaches_pixels_and_bags(
+    name: str, head: str, data: RetrievalData
+) -> None:
     """For more than 99 % of the items, in eval mode, as an attack asks: nothing is detached on the way."""
     hasher, objective = make_hasher(name, data, head), make_objective(name)
     recipe = HashingRecipe(hasher, objective)
@@ -118,7 +121,9 @@ def test_every_part_learns_at_its_time(name: str, data: RetrievalData) -> None:
             for parameter in (*hasher.parameters(), *objective.parameters()):
                 parameter.grad = None
             torch.stack(list(terms.values())).sum().backward()
-            seen[group] = {id(p) for p in (*hasher.parameters(), *objective.parameters()) if p.grad is not None}
+            seen[group] = {
+                id(p) for p in (*hasher.parameters(), *objective.parameters()) if p.grad is not None
+            }
         recipe.end_epoch(0)
     for encoder in hasher.encoders.values():
         assert all(id(p) in seen["hasher"] for p in encoder.parameters())
@@ -147,7 +152,9 @@ def test_resumed_equals_uninterrupted(name: str, data: RetrievalData) -> None:
         other = resumed.modules()[part].state_dict()
         for key, value in module.state_dict().items():
             assert torch.equal(value, other[key]), f"{part} {key}"
-    strip = [[{k: v for k, v in line.items() if k != "seconds"} for line in run.lines] for run in (log, stopped)]
+    strip = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in run.lines] for run in (log, stopped)
+    ]
     assert strip[0] == strip[1]
 
 
@@ -165,14 +172,17 @@ def test_what_is_saved_serves_an_attack(name: str, data: RetrievalData, tmp_path
     with torch.no_grad():
         outputs = hasher({"image": batch.inputs["image"]})["image"]
     values = [
-        o.similarity(outputs, batch.labels, reference.codes["text"], reference.labels) for o in (objective, again)
+        o.similarity(outputs, batch.labels, reference.codes["text"], reference.labels)
+        for o in (objective, again)
     ]
     assert torch.equal(*values)
     start = values[0].mean()
     found = pgd(again, steps=4)(hasher, batch, Goal(batch.labels, -1), reference, draws=Draws(0))
     with torch.no_grad():
         attacked = hasher({"image": found.batch.inputs["image"]})["image"]
-    assert objective.similarity(attacked, batch.labels, reference.codes["text"], reference.labels).mean() > start
+    assert (
+        objective.similarity(attacked, batch.labels, reference.codes["text"], reference.labels).mean() > start
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,7 +198,9 @@ def test_adversarial_training_on_images(name: str, data: RetrievalData) -> None:
 def test_trains_in_bf16(name: str, data: RetrievalData) -> None:
     """Gradient penalties and softmaxes stay in float32; the loop would refuse a loss that is not finite."""
     lines = fit(
-        HashingRecipe(make_hasher(name, data), make_objective(name)), data, replace(config(name, 3), precision="bf16")
+        HashingRecipe(make_hasher(name, data), make_objective(name)),
+        data,
+        replace(config(name, 3), precision="bf16"),
     )
     assert len(lines) == 3
 
@@ -200,7 +212,8 @@ def test_end_epoch_of_dadh_is_in_the_checkpoint(data: RetrievalData) -> None:
 
 
 def test_critics_look_at_keyed_places(data: RetrievalData) -> None:
-    """The same step of the same run looks at the same interpolates, whatever the global stream; the next at others."""
+    """The same step of the same run looks at the same interpolates, whatever the global stream; the next at
+    others."""
 
     def told(objective: HashObjective) -> LossTerms:
         torch.rand(3)
@@ -265,7 +278,9 @@ def test_drfgd_purifies_the_queries_of_its_papers_targets(name: str, data: Retri
     purifiers = {"image": {"name": "drfgd-image", "width": 4}, "text": {"name": "drfgd-text", "hidden": 16}}
     texts = {"name": "drfgd", "modality": "text", "steps": 1}
     whole = purified(hasher, purifiers, "query")
-    recipe = Regenerate(whole, make_objective(name), drfgd(steps=1), texts, reconstruction=1.0, discrimination=0.0)
+    recipe = Regenerate(
+        whole, make_objective(name), drfgd(steps=1), texts, reconstruction=1.0, discrimination=0.0
+    )
     optim = {"purifier": OptimConfig("adam", 1e-2, weight_decay=0.0)}
     lines = fit(recipe, data, TrainConfig(6, 16, optim, Schedule("constant"), device="cpu"))
     for modality in ("image", "text"):

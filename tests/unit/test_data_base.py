@@ -11,7 +11,9 @@ from robusthash.data import ArraySource, RetrievalData, Split, batches
 
 
 def source(count: int = 12, seed: int = 0) -> ArraySource:
-    pixels = torch.randint(0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     return ArraySource({"image": pixels, "text": torch.eye(count)})
 
 
@@ -35,13 +37,19 @@ def test_equal_content_under_another_row_is_found():
     held.arrays["image"][9] = held.arrays["image"][3]
     held.arrays["text"][9] = held.arrays["text"][3]
     with pytest.raises(ValueError, match="also in the database"):
-        RetrievalData("toy", split("train", [0], held), split("query", [9], held), split("database", [3], held), ("a",))
+        RetrievalData(
+            "toy", split("train", [0], held), split("query", [9], held), split("database", [3], held), ("a",)
+        )
 
 
 def test_training_items_in_the_database_are_recorded():
     held = source()
     data = RetrievalData(
-        "toy", split("train", [0, 1], held), split("query", [6], held), split("database", [1, 2, 3], held), ("a",)
+        "toy",
+        split("train", [0, 1], held),
+        split("query", [6], held),
+        split("database", [1, 2, 3], held),
+        ("a",),
     )
     assert data.train_in_database == 1
     assert data.describe()["unlabelled"] == {"train": 0, "query": 0, "database": 0}

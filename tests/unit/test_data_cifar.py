@@ -47,7 +47,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Python batches in the official layout; their digests cannot be the official ones, so that check is off."""
+    """Python batches in the official layout; their digests cannot be the official ones, so that check is
+    off."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     pixels = noise(120).transpose(0, 3, 1, 2).reshape(6, 20, 3072)
@@ -113,7 +114,9 @@ def test_pixels_and_labels_belong_together(archive: Path) -> None:
         for start, end in zip(content["offset"][:-1], content["offset"][1:], strict=True)
     ]
     for image, label in zip(batch.inputs["image"], batch.labels, strict=True):
-        found = [row for row, pixels in enumerate(stored) if np.array_equal(pixels, (image * 255).round().numpy())]
+        found = [
+            row for row, pixels in enumerate(stored) if np.array_equal(pixels, (image * 255).round().numpy())
+        ]
         assert [row % 10 for row in found] == [int(label.argmax())]
 
 
@@ -177,7 +180,9 @@ def test_images_that_are_none_or_of_another_size(tmp_path: Path) -> None:
 def test_wrong_options_are_named(archive: Path) -> None:
     with pytest.raises(ValueError, match="'official-test', got 'cifar10-2'"):
         load_data("cifar10", npz=archive, split="cifar10-2")
-    with pytest.raises(ValueError, match="class 'airplane' has 20 items left for the queries and 100 are needed"):
+    with pytest.raises(
+        ValueError, match="class 'airplane' has 20 items left for the queries and 100 are needed"
+    ):
         load_data("cifar10", npz=archive)
     with pytest.raises(ValueError, match="queries must be at least 1, got 0"):
         load_data("cifar10", npz=archive, query=0)

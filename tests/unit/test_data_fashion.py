@@ -65,7 +65,9 @@ def test_pixels_labels_and_parts_belong_together(tmp_path: Path) -> None:
     write(tmp_path, False)
     data = load_data("fashion-mnist", root=tmp_path, **SMALL)
     for split, seed in ((data.query, 1), (data.train, 0), (data.database, 0)):
-        stored = {image.tobytes(): row % 10 for row, image in enumerate(images(100 if seed == 0 else 30, seed))}
+        stored = {
+            image.tobytes(): row % 10 for row, image in enumerate(images(100 if seed == 0 else 30, seed))
+        }
         batch = split.batch(torch.arange(len(split)))
         assert batch.labels is not None
         for image, label in zip(batch.inputs["image"][:, 0], batch.labels, strict=True):
@@ -107,7 +109,12 @@ def test_seed_and_cuts(tmp_path: Path) -> None:
 def test_nothing_there_says_what_belongs_where(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         load_data("fashion-mnist", root=tmp_path)
-    for part in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "FashionMNIST", "dataset-fashion-mnist"):
+    for part in (
+        "train-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+        "FashionMNIST",
+        "dataset-fashion-mnist",
+    ):
         assert part in str(caught.value)
 
 
@@ -127,7 +134,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         read_idx(path, 1)
 
 
-@pytest.mark.parametrize("damage", [b"no gzip at all", gzip.compress(b"x" * 500)[:20]], ids=["foreign", "cut"])
+@pytest.mark.parametrize(
+    "damage", [b"no gzip at all", gzip.compress(b"x" * 500)[:20]], ids=["foreign", "cut"]
+)
 def test_broken_compression_is_named(tmp_path: Path, damage: bytes) -> None:
     write(tmp_path, True)
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(damage)

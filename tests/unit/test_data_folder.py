@@ -33,7 +33,10 @@ def classes(tmp_path: Path) -> Path:
     root = tmp_path / "images"
     for number in range(30):
         name = ("cat", "apple", "boat")[number % 3]
-        picture(root / name / ("deep/" if number == 3 else "") / f"{number}.{'PNG' if number == 4 else 'png'}", number)
+        picture(
+            root / name / ("deep/" if number == 3 else "") / f"{number}.{'PNG' if number == 4 else 'png'}",
+            number,
+        )
     (root / "cat" / "notes.txt").write_text("not an image")
     (root / "cat" / ".hidden.png").write_text("left by a file manager")
     return root
@@ -143,7 +146,9 @@ def test_hash_is_of_the_pixels_not_of_the_file(classes: Path, caplog: pytest.Log
 
 
 def test_empty_folder_and_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere; it should hold one folder of images for each"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder .*nowhere; it should hold one folder of images for each"
+    ):
         load_data("folder", root=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is empty: it holds neither class folders nor images"):
         load_data("folder", root=tmp_path)
@@ -180,7 +185,8 @@ def test_unreadable_image_raises_or_is_skipped(classes: Path, caplog: pytest.Log
     lazy = load_data("folder", root=classes, size=8, on_error="skip", memory=0)
     assert lazy.fingerprint() == data.fingerprint()
     assert torch.equal(
-        lazy.database.batch(torch.arange(23)).inputs["image"], data.database.batch(torch.arange(23)).inputs["image"]
+        lazy.database.batch(torch.arange(23)).inputs["image"],
+        data.database.batch(torch.arange(23)).inputs["image"],
     )
 
 
@@ -220,7 +226,8 @@ def test_captions_become_bags_of_words(listed: Path) -> None:
     data = load(listed, texts=True)
     assert data.modalities == ("image", "text")
     text = data.query.batch(torch.arange(2)).inputs["text"]
-    # a, picture, of, number, one, more and the numbers of the eight training images; those of the queries are unknown
+    # a, picture, of, number, one, more and the numbers of the eight training images; those of the queries are
+    # unknown
     assert text.shape == (2, 6 + 8)
     assert text.sum(1).tolist() == [6, 6]
     assert "outside the vocabulary of 14" in data.note
@@ -230,7 +237,9 @@ def test_captions_become_bags_of_words(listed: Path) -> None:
 def test_csv_reads_as_json_does(listed: Path) -> None:
     lines = ['"file","labels","captions","split"']
     for row in rows_of():
-        lines.append(f'"{row["file"]}","{"; ".join(row["labels"])}","{" ".join(row["captions"])}","{row["split"]}"')
+        lines.append(
+            f'"{row["file"]}","{"; ".join(row["labels"])}","{" ".join(row["captions"])}","{row["split"]}"'
+        )
     (listed / "list.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8")
     data = load_data("folder", root=listed, manifest=listed / "list.csv", size=8, texts=True)
     assert data.fingerprint() == load(listed, texts=True).fingerprint()
@@ -245,7 +254,9 @@ def test_plain_tar_is_read_in_place(listed: Path) -> None:
     for number in range(12):
         (listed / "all" / f"{number}.png").unlink()
     for memory in (0, 1 << 20):
-        data = load_data("folder", archive=listed / "all.tar", manifest=listed / "list.jsonl", size=8, memory=memory)
+        data = load_data(
+            "folder", archive=listed / "all.tar", manifest=listed / "list.jsonl", size=8, memory=memory
+        )
         assert data.fingerprint() == expected
         assert data.query.batch(torch.arange(2)).inputs["image"].shape == (2, 3, 8, 8)
     write_jsonl(listed / "list.jsonl", rows_of(13))
@@ -284,7 +295,9 @@ def test_repeated_files_and_ids(listed: Path) -> None:
         load(listed, rows_of(id=7))
 
 
-def test_items_without_a_label_stay_and_are_similar_to_nothing(listed: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_items_without_a_label_stay_and_are_similar_to_nothing(
+    listed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = rows_of()
     for number in (3, 5, 10):  # of the query, training and validation items, as the split column says
         rows[number]["labels"] = []
@@ -312,10 +325,16 @@ def test_items_without_a_label_train_are_attacked_and_counted(listed: Path) -> N
     data = load(listed, rows)
     for objective in (rh.objectives.CSQ(), rh.objectives.DPSH()):
         hasher = rh.build_hasher(bits=8, image={"name": "small", "width": 4, "grid": 1})
-        rh.fit(rh.HashingRecipe(hasher, objective), data, rh.TrainConfig(epochs=1, batch_size=8, device="cpu"))
+        rh.fit(
+            rh.HashingRecipe(hasher, objective), data, rh.TrainConfig(epochs=1, batch_size=8, device="cpu")
+        )
         clean = rh.evaluate(hasher, data)
         assert (clean.empty, clean.per_query["MAP"].tolist()[0]) == (1, 0.0)
-        for attack in (rh.attacks.mainstay(steps=2), rh.attacks.mainstay_targeted(steps=2), rh.attacks.hag(steps=2)):
+        for attack in (
+            rh.attacks.mainstay(steps=2),
+            rh.attacks.mainstay_targeted(steps=2),
+            rh.attacks.hag(steps=2),
+        ):
             result = rh.evaluate(hasher, data, attack=attack)
             assert all(np.isfinite(value) for value in result.values.values())
 
@@ -327,7 +346,9 @@ def test_missing_columns_and_labels(listed: Path) -> None:
         load(listed, rows)
     with pytest.raises(ValueError, match="have no column 'file'"):
         load(listed, [{"name": "a.png", "labels": ["x"]}])
-    with pytest.raises(ValueError, match=r"no row of .*list\.jsonl has a label in the column 'labels'; .* 'class'"):
+    with pytest.raises(
+        ValueError, match=r"no row of .*list\.jsonl has a label in the column 'labels'; .* 'class'"
+    ):
         load(listed, rows_of(labels=[]))
     rows = [{key: value for key, value in row.items() if key != "captions"} for row in rows_of()]
     with pytest.raises(ValueError, match="have no column 'captions'"):
@@ -363,7 +384,9 @@ def test_values_of_the_split_column_must_go_somewhere(listed: Path) -> None:
     rows[0]["split"] = "dev"
     with pytest.raises(ValueError, match="split column holds 'dev', which no split takes"):
         load(listed, rows)
-    with pytest.raises(ValueError, match="no row of the manifest is for the query split; its split column holds"):
+    with pytest.raises(
+        ValueError, match="no row of the manifest is for the query split; its split column holds"
+    ):
         load(listed, rows_of(), query_splits=["query"], validation_splits=["test", "val"])
     with pytest.raises(ValueError, match=r"the splits are lists .* got the text 'test'"):
         load(listed, rows_of(), query_splits="test")
@@ -399,9 +422,17 @@ def test_wrong_split_rule_is_named(classes: Path) -> None:
 
 @pytest.mark.data
 def test_uc_merced_in_place(shared_data: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = {"archive": shared_data / "ucmerced.tar", "manifest": shared_data / "ucmerced.jsonl", "size": 32}
+    options = {
+        "archive": shared_data / "ucmerced.tar",
+        "manifest": shared_data / "ucmerced.jsonl",
+        "size": 32,
+    }
     data = load_data("folder", query_splits=["test", "val"], texts=True, **options)
-    assert {name: len(split) for name, split in data.splits.items()} == {"train": 1680, "query": 420, "database": 1680}
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 1680,
+        "query": 420,
+        "database": 1680,
+    }
     assert len(data.label_names) == 17
     counts = sum(split.labels.sum(0) for split in (data.query, data.database) if split.labels is not None)
     assert torch.as_tensor(counts)[data.label_names.index("trees")] == 1009

@@ -65,7 +65,9 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert image.shape == (3, 32, 16)
     assert pixel(image, 8, 2)[0] > 200  # the left half has become the top
     assert pixel(image, 8, 29)[2] > 200
-    assert pixel(read_image(path, 8, "stretch"), 4, 0)[0] > 200  # also where the file is decoded at a fraction
+    assert (
+        pixel(read_image(path, 8, "stretch"), 4, 0)[0] > 200
+    )  # also where the file is decoded at a fraction
 
 
 def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
@@ -80,7 +82,9 @@ def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "opaque", "half"), [("RGBA", (100, 50, 0, 255), (0, 0, 0, 128)), ("LA", (9, 255), (0, 128))]
 )
-def test_alpha_is_laid_on_white(tmp_path: Path, mode: str, opaque: tuple[int, ...], half: tuple[int, ...]) -> None:
+def test_alpha_is_laid_on_white(
+    tmp_path: Path, mode: str, opaque: tuple[int, ...], half: tuple[int, ...]
+) -> None:
     image = read_image(save(tmp_path / "alpha.png", halves(mode, opaque, half)))
     assert pixel(image, 0, 0) == (list(opaque[:3]) if mode == "RGBA" else [9, 9, 9])
     assert all(abs(value - 127) <= 1 for value in pixel(image, 31, 0))
@@ -112,7 +116,10 @@ def test_floats_in_the_unit_range_and_wider_ones(tmp_path: Path) -> None:
     unit = np.array([[0.0, 0.5], [0.25, 0.75]], dtype=np.float32)
     assert read_image(save(tmp_path / "unit.tif", Image.fromarray(unit)))[0].tolist() == [[0, 128], [64, 191]]
     wide = np.array([[-10.0, 0.0], [5.0, 10.0]], dtype=np.float32)
-    assert read_image(save(tmp_path / "wide.tif", Image.fromarray(wide)))[0].tolist() == [[0, 128], [191, 255]]
+    assert read_image(save(tmp_path / "wide.tif", Image.fromarray(wide)))[0].tolist() == [
+        [0, 128],
+        [191, 255],
+    ]
     wider = np.array([[0, 100_000], [200_000, 400_000]], dtype=np.int32)
     assert read_image(save(tmp_path / "int.tif", Image.fromarray(wider)))[0].tolist() == [[0, 64], [128, 255]]
     level = np.full((2, 2), 70_000, dtype=np.int32)
@@ -214,7 +221,11 @@ def test_bomb_warning_raised_as_an_error_is_ours_too(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"size": 0}, "size must be"), ({"size": 8, "fit": "squeeze"}, "fit must be"), ({"max_pixels": 0}, "max_pixels")],
+    [
+        ({"size": 0}, "size must be"),
+        ({"size": 8, "fit": "squeeze"}, "fit must be"),
+        ({"max_pixels": 0}, "max_pixels"),
+    ],
 )
 def test_wrong_arguments_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     path = save(tmp_path / "a.png", Image.new("L", (4, 4)))
@@ -308,7 +319,9 @@ def test_many_files_come_in_order_from_several_threads(tmp_path: Path) -> None:
     paths = [save(tmp_path / f"{n}.png", Image.new("L", (3, 3), n % 256)) for n in range(300)]
     before = threading.active_count()
     values = [
-        int(image[0, 0, 0]) for image in iter_images(paths, 3, workers=4) if not isinstance(image, UnreadableImage)
+        int(image[0, 0, 0])
+        for image in iter_images(paths, 3, workers=4)
+        if not isinstance(image, UnreadableImage)
     ]
     assert values == [n % 256 for n in range(300)]
     assert threading.active_count() == before

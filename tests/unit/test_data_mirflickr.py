@@ -27,7 +27,8 @@ ITEMS = 30
 
 @pytest.fixture
 def mir(tmp_path: Path) -> Path:
-    """Thirty images: im29 has no concept, im30 no common tag; lists with Windows line ends, below a prefix folder."""
+    """Thirty images: im29 has no concept, im30 no common tag; lists with Windows line ends, below a prefix
+    folder."""
     root = tmp_path / "mirflickr25k"
     images, lists = root / "mirflickr", root / "mirflickr25k_annotations_v080"
     for kind in ("meta/tags", "meta/tags_raw", "doc"):
@@ -100,7 +101,11 @@ def test_filters(mir: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_named_splits_ask_for_their_sizes(mir: Path) -> None:
-    for split, sizes in {"sfcl": "query=2000, train=5000", "dsarh": "query=1000", "dcmh": "train=10000"}.items():
+    for split, sizes in {
+        "sfcl": "query=2000, train=5000",
+        "dsarh": "query=1000",
+        "dcmh": "train=10000",
+    }.items():
         with pytest.raises(ValueError, match=sizes):
             load_data("mirflickr", root=mir, split=split)
     with pytest.raises(KeyError, match="no split is called 'djsrh'"):
@@ -128,7 +133,9 @@ def test_what_is_missing_belongs_to_which_archive(mir: Path, gone: str, message:
 def test_broken_lists(mir: Path) -> None:
     lists = mir / "mirflickr25k" / "mirflickr25k_annotations_v080"
     (lists / "sky.txt").write_text("im12.jpg\n")
-    with pytest.raises(ValueError, match=r"sky\.txt should hold one image number a line, .* holds 'im12\.jpg'"):
+    with pytest.raises(
+        ValueError, match=r"sky\.txt should hold one image number a line, .* holds 'im12\.jpg'"
+    ):
         load_data("mirflickr", root=mir, query=4, train=10, size=8)
     (lists / "sky.txt").unlink()
     with pytest.raises(ValueError, match="holds 23 lists for 24 concepts"):

@@ -72,7 +72,9 @@ def test_layout_categories_and_order(coco: Path) -> None:
 def test_captions_first_or_all_without_stop_words(coco: Path) -> None:
     data = load(coco, split="official", query=None, train=None)
     assert [len(split) for split in data.splits.values()] == [16, 7, 16]
-    assert data.vocabulary == 17  # "second" and the numbers of the training images; "the", "first", "of" are stop words
+    assert (
+        data.vocabulary == 17
+    )  # "second" and the numbers of the training images; "the", "first", "of" are stop words
     text = data.train.batch(torch.arange(16)).inputs["text"]
     assert text.sum(1).tolist() == [2] * 16
     first = load(coco, split="official", query=None, train=None, caption="first")
@@ -83,7 +85,9 @@ def test_captions_first_or_all_without_stop_words(coco: Path) -> None:
 
 def test_karpathy_split(coco: Path) -> None:
     parts = ["train", "restval", "val", "test"]
-    images = [{"cocoid": number, "split": parts[number % 4]} for numbers in PARTS.values() for number in numbers]
+    images = [
+        {"cocoid": number, "split": parts[number % 4]} for numbers in PARTS.values() for number in numbers
+    ]
     (coco / "dataset_coco.json").write_text(json.dumps({"images": images}))
     data = load(coco, split="dsarh", karpathy=coco / "dataset_coco.json", query=None, train=None)
     assert {name: len(split) for name, split in data.splits.items()} == {
@@ -118,7 +122,13 @@ def test_missing_and_broken_files(coco: Path) -> None:
     with pytest.raises(ValueError, match=r"captions_val2017\.json is not JSON"):
         load(coco)
     stray = {"image_id": 999, "category_id": 1}
-    put(root, "instances_val2017.json", images=[], annotations=[stray], categories=[{"id": 1, "name": "person"}])
+    put(
+        root,
+        "instances_val2017.json",
+        images=[],
+        annotations=[stray],
+        categories=[{"id": 1, "name": "person"}],
+    )
     with pytest.raises(ValueError, match=r"instances_val2017\.json has other categories"):
         load(coco)
     categories = [{"id": number, "name": name} for number, name in CATEGORIES]
@@ -126,7 +136,9 @@ def test_missing_and_broken_files(coco: Path) -> None:
     with pytest.raises(ValueError, match=r"instances_val2017\.json has an object of an unknown image .*999"):
         load(coco)
     put(root, "instances_val2017.json", images=[])
-    with pytest.raises(ValueError, match=r"instances_val2017\.json should hold categories, images, annotations"):
+    with pytest.raises(
+        ValueError, match=r"instances_val2017\.json should hold categories, images, annotations"
+    ):
         load(coco)
     (root / "annotations" / "instances_val2017.json").unlink()
     with pytest.raises(
@@ -156,7 +168,11 @@ def test_real_images(shared_data: Path, tmp_path: Path) -> None:
     with tarfile.open(shared_data / "coco_mini.tar") as archive:
         archive.extractall(tmp_path, filter="data")
     data = load_data("mscoco", root=tmp_path, split="official", size=32)
-    assert {name: len(split) for name, split in data.splits.items()} == {"train": 66, "query": 180, "database": 66}
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 66,
+        "query": 180,
+        "database": 66,
+    }
     assert len(data.label_names) == 80
     assert data.label_names[0] == "person"
     assert data.label_names[-1] == "toothbrush"

@@ -42,7 +42,9 @@ def nus(tmp_path: Path) -> Path:
     for concept in CONCEPTS:
         marks = [f"{int(has(number, concept))} " for number in range(ITEMS)]
         write(root / "Groundtruth" / "AllLabels" / f"Labels_{concept}.txt", marks)
-    write(root / "NUS_WID_Tags" / "All_Tags.txt", [f"{7000 + number}      blue  sky" for number in range(ITEMS)])
+    write(
+        root / "NUS_WID_Tags" / "All_Tags.txt", [f"{7000 + number}      blue  sky" for number in range(ITEMS)]
+    )
     write_tags(root / "NUS_WID_Tags" / "AllTags1k.txt", range(ITEMS), with_photo=True)
     for number in range(ITEMS):
         file = root / "Flickr" / name_of(number).replace("\\", "/")
@@ -56,11 +58,16 @@ def write(path: Path, lines: list[str]) -> None:
 
 def write_tags(path: Path, numbers: range, with_photo: bool) -> None:
     rows = ["\t".join(map(str, tags_of(number))) for number in numbers]
-    write(path, [f"{7000 + number}\t{row}" if with_photo else row for number, row in zip(numbers, rows, strict=True)])
+    write(
+        path,
+        [f"{7000 + number}\t{row}" if with_photo else row for number, row in zip(numbers, rows, strict=True)],
+    )
 
 
 def load(root: Path, **options: object) -> RetrievalData:
-    return load_data("nus-wide", **{"root": root, "concepts": 2, "query": 4, "train": 8, "size": 8, **options})
+    return load_data(
+        "nus-wide", **{"root": root, "concepts": 2, "query": 4, "train": 8, "size": 8, **options}
+    )
 
 
 def test_concepts_are_chosen_by_their_counts(nus: Path) -> None:
@@ -94,7 +101,10 @@ def test_tags_of_other_layouts_are_the_same(nus: Path, layout: str) -> None:
         write_tags(folder / "AllTags1k.txt", range(ITEMS), with_photo=False)
     else:  # the parts are in another order than the whole list
         for part, numbers in (("Train", range(15, ITEMS)), ("Test", range(15))):
-            write(nus / "NUS-WIDE" / "ImageList" / f"{part}Imagelist.txt", [name_of(number) for number in numbers])
+            write(
+                nus / "NUS-WIDE" / "ImageList" / f"{part}Imagelist.txt",
+                [name_of(number) for number in numbers],
+            )
             write_tags(folder / f"{part}_Tags1k.dat", numbers, with_photo=False)
     data = load(nus)
     assert data.vocabulary == 1000
@@ -111,7 +121,9 @@ def test_partial_images_are_counted(nus: Path, caplog: pytest.LogCaptureFixture)
     assert "items dropped: their image file is not there" in data.note
     assert len(data.database) == len(whole.database) - 1
     shutil.rmtree(nus / "NUS-WIDE" / "Flickr")
-    with pytest.raises(FileNotFoundError, match=r"no Flickr in .*; the photographs belong in Flickr/<concept>/<file>"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no Flickr in .*; the photographs belong in Flickr/<concept>/<file>"
+    ):
         load(nus)
     with pytest.raises(FileNotFoundError, match=r"none of the \d+ images is there"):
         load(nus, images=nus)
@@ -125,7 +137,9 @@ def test_files_that_do_not_belong_together(nus: Path) -> None:
     ):
         load(nus)
     write_tags(folder / "AllTags1k.txt", range(ITEMS - 1), with_photo=True)
-    with pytest.raises(ValueError, match=r"AllTags1k\.txt has not as many lines as its image list, which has 24"):
+    with pytest.raises(
+        ValueError, match=r"AllTags1k\.txt has not as many lines as its image list, which has 24"
+    ):
         load(nus)
     write(folder / "AllTags1k.txt", ["0 1 1"] * ITEMS)
     with pytest.raises(ValueError, match="should be 1000 of 0 or 1, and are 3 fields"):

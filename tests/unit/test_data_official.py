@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from robusthash.data.files import Decoding
+from robusthash.data.image_files import Decoding
 from robusthash.data.official import Pool, Protocol, choose, find, make_data, protocol
-from robusthash.data.texts import TextStyle
+from robusthash.data.text_modality import TextStyle
 from robusthash.data.transforms import ImageFile, Vocabulary
 from tests.unit.test_data_folder import picture
 
@@ -105,7 +105,9 @@ def test_unreadable_files_leave_every_split(tmp_path: Path) -> None:
 
 def test_items_that_do_not_fit_together(tmp_path: Path) -> None:
     pool = pool_of(tmp_path)
-    with pytest.raises(ValueError, match=r"items of different number: \{'files': 9, 'labels': 8, 'texts': 9\}"):
+    with pytest.raises(
+        ValueError, match=r"items of different number: \{'files': 9, 'labels': 8, 'texts': 9\}"
+    ):
         Pool(pool.files, pool.labels[:8], NAMES, pool.texts)
     labels = pool.labels.clone()
     labels[2, 0] = float("nan")

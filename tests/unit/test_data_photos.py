@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from robusthash.data import RetrievalData, load_data
-from robusthash.data.photographs import PHOTOGRAPHS, TAGS, photograph_path
+from robusthash.data.photo_sources import PHOTOGRAPHS, TAGS, photograph_path
 from robusthash.data.photos import PhotoItem, PhotoSource, describe_item, overlap, thumbnail
 
 SMALL = {"train": 60, "query": 40, "database": 80}
@@ -40,7 +40,8 @@ def test_same_options_same_bytes_and_another_seed_others(data: RetrievalData) ->
     again = load_data("photos", texts=True, labels="both", **SMALL)
     assert again.fingerprint() == data.fingerprint()
     assert torch.equal(
-        again.train.batch(torch.arange(60)).inputs["image"], data.train.batch(torch.arange(60)).inputs["image"]
+        again.train.batch(torch.arange(60)).inputs["image"],
+        data.train.batch(torch.arange(60)).inputs["image"],
     )
     other = load_data("photos", texts=True, labels="both", seed=1, **SMALL)
     assert not set(other.query.hashes) & set(data.query.hashes)
@@ -73,12 +74,16 @@ def test_query_windows_overlap_no_other_by_more_than_stated(data: RetrievalData,
 
 def test_overlap_is_intersection_over_union() -> None:
     box = np.array([0.0, 0.0, 0.5, 0.5])
-    others = np.array([[0.0, 0.0, 0.5, 0.5], [0.25, 0.0, 0.75, 0.5], [0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
+    others = np.array(
+        [[0.0, 0.0, 0.5, 0.5], [0.25, 0.0, 0.75, 0.5], [0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]
+    )
     assert overlap(others, box) == pytest.approx([1, 1 / 3, 0, 0.25])
 
 
 def test_impossible_overlap_names_the_remedy() -> None:
-    with pytest.raises(ValueError, match=r"photograph '\w+'.* above 0\.01; raise max_overlap or ask for fewer queries"):
+    with pytest.raises(
+        ValueError, match=r"photograph '\w+'.* above 0\.01; raise max_overlap or ask for fewer queries"
+    ):
         load_data("photos", max_overlap=0.01, **SMALL)
 
 
@@ -115,7 +120,9 @@ def test_every_tag_is_shared_and_every_photograph_has_one() -> None:
 
 
 def test_label_kinds() -> None:
-    assert load_data("photos", train=20, query=20, database=20).label_names == tuple(p.name for p in PHOTOGRAPHS)
+    assert load_data("photos", train=20, query=20, database=20).label_names == tuple(
+        p.name for p in PHOTOGRAPHS
+    )
     tags = load_data("photos", labels="tags", train=20, query=20, database=20)
     assert tags.label_names == TAGS
     assert tags.query.labels is not None

@@ -81,7 +81,9 @@ def test_official_test_part_gives_the_queries_and_nothing_else() -> None:
 
 def test_small_class_is_named_with_counts() -> None:
     labels = torch.tensor([0] * 10 + [1] * 3)
-    with pytest.raises(ValueError, match=r"class 'cat' has 3 items left for the queries and 4 are needed \(8 over 2"):
+    with pytest.raises(
+        ValueError, match=r"class 'cat' has 3 items left for the queries and 4 are needed \(8 over 2"
+    ):
         class_split(labels, query=8, train=2, names=("dog", "cat"))
     with pytest.raises(ValueError, match="class 'cat' has 2 items left for the training items and 3"):
         class_split(labels, query=2, train=6, names=("dog", "cat"))
@@ -101,7 +103,9 @@ def test_random_split() -> None:
     assert not rows(shared.query) & rows(shared.database)
 
 
-@pytest.mark.parametrize("sizes", [{"query": 50, "train": None}, {"query": 10, "train": 41}, {"query": 60, "train": 1}])
+@pytest.mark.parametrize(
+    "sizes", [{"query": 50, "train": None}, {"query": 10, "train": 41}, {"query": 60, "train": 1}]
+)
 def test_random_split_of_too_few_items(sizes: dict[str, int | None]) -> None:
     with pytest.raises(ValueError, match="50 items are too few"):
         random_split(50, **sizes)  # type: ignore[arg-type]
@@ -141,4 +145,6 @@ def test_assemble_with_no_query_left() -> None:
     pixels = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
     indices = Indices(torch.tensor([0]), torch.tensor([1]), torch.tensor([0]))
     with pytest.raises(ValueError, match="query split is empty"):
-        assemble("toy", ArraySource({"image": pixels}), torch.ones(2, 1), hash_pixels(pixels), indices, ("a",))
+        assemble(
+            "toy", ArraySource({"image": pixels}), torch.ones(2, 1), hash_pixels(pixels), indices, ("a",)
+        )

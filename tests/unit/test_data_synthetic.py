@@ -12,7 +12,11 @@ from robusthash.data import load_data
 
 def test_defaults() -> None:
     data = load_data("synthetic")
-    assert {name: len(split) for name, split in data.splits.items()} == {"train": 200, "query": 40, "database": 200}
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 200,
+        "query": 40,
+        "database": 200,
+    }
     assert data.modalities == ("image", "text")
     assert data.image_size == (16, 16)
     assert data.label_names == ("red", "green", "blue", "yellow", "disc", "square", "cross", "ring")
@@ -27,7 +31,9 @@ def test_same_seed_same_world() -> None:
     first = load_data("synthetic", seed=3)
     assert load_data("synthetic", seed=3).fingerprint() == first.fingerprint()
     assert load_data("synthetic", seed=4).fingerprint() != first.fingerprint()
-    assert list(load_data("synthetic", seed=3, train=10, query=50).query.hashes[:40]) == list(first.query.hashes)
+    assert list(load_data("synthetic", seed=3, train=10, query=50).query.hashes[:40]) == list(
+        first.query.hashes
+    )
 
 
 def test_single_label() -> None:
@@ -75,7 +81,8 @@ def test_a_small_net_learns_it_in_seconds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"size": 8}, r"12\.\.64 pixels, got 8"), ({"database": 0}, "database must be at least 1")]
+    ("options", "message"),
+    [({"size": 8}, r"12\.\.64 pixels, got 8"), ({"database": 0}, "database must be at least 1")],
 )
 def test_wrong_options_are_named(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -12,7 +12,15 @@ TEXTS = ["A red disc, a RED square.", "the blue disc's edge", "a disc"]
 
 
 def test_words_are_lower_case_runs_of_letters_and_digits() -> None:
-    assert words_of("A red-hot Disc's 3rd, edge_case!") == ["a", "red", "hot", "disc's", "3rd", "edge", "case"]
+    assert words_of("A red-hot Disc's 3rd, edge_case!") == [
+        "a",
+        "red",
+        "hot",
+        "disc's",
+        "3rd",
+        "edge",
+        "case",
+    ]
     assert words_of("cafe\u0301 ÉTÉ") == words_of("caf\u00e9 été")  # accents written in either way
     assert words_of(" ,. ") == []
 

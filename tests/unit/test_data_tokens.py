@@ -1,4 +1,5 @@
-"""Texts as token ids and the transformer that reads them: a tiny one made here, a real one where it is installed."""
+"""Texts as token ids and the transformer that reads them: a tiny one made here, a real one where it is
+installed."""
 
 from __future__ import annotations
 
@@ -14,14 +15,16 @@ import torch
 
 from robusthash.core.registry import build
 from robusthash.data import RetrievalData, load_data
-from robusthash.data.texts import token_ids
+from robusthash.data.text_modality import token_ids
 from robusthash.models import build_hasher, encode_split
 from robusthash.objectives import DPSH
 from robusthash.training import HashingRecipe, fit
 from tests.helpers import train_config
 from tests.unit.test_data_folder import picture
 
-transformers = pytest.importorskip("transformers", reason="needs the extra 'text' (pip install robusthash[text])")
+transformers = pytest.importorskip(
+    "transformers", reason="needs the extra 'text' (pip install robusthash[text])"
+)
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "disc", "ring", "a", "big")
 
@@ -90,7 +93,9 @@ def test_max_length_keeps_to_what_the_encoder_takes(listed: Path, bert: Path) ->
 
 
 def test_where_there_is_no_tokenizer(listed: Path, bert: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere; it should hold tokenizer\.json or vocab\.txt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder .*nowhere; it should hold tokenizer\.json or vocab\.txt"
+    ):
         load(listed, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no tokenizer"):
@@ -153,7 +158,9 @@ def test_a_head_learns_and_the_weights_stay(listed: Path, bert: Path) -> None:
 
 def test_inputs_that_the_encoders_do_not_take(bert: Path) -> None:
     encoder = build("text-encoder", {"name": "transformer", "weights": str(bert)})
-    with pytest.raises(ValueError, match="texts of 13 tokens, and this encoder takes 12 at most; set max_length: 12"):
+    with pytest.raises(
+        ValueError, match="texts of 13 tokens, and this encoder takes 12 at most; set max_length: 12"
+    ):
         encoder(torch.ones(2, 13, dtype=torch.int64))
     with pytest.raises(ValueError, match="token id 12 and this encoder knows 12"):
         encoder(torch.full((2, 4), 12))
@@ -190,7 +197,11 @@ def test_a_real_sentence_encoder_knows_meanings() -> None:
     assert spec is not None
     assert spec.origin is not None
     folder = Path(spec.origin).parent / "model"
-    texts = ["two planes stand at the airport", "aircraft are parked near a terminal", "many trees in a forest"]
+    texts = [
+        "two planes stand at the airport",
+        "aircraft are parked near a terminal",
+        "many trees in a forest",
+    ]
     ids, note = token_ids(texts, folder, 32)
     assert "cut" not in note
     encoder = build("text-encoder", {"name": "transformer", "weights": str(folder), "pooling": "mean"})

@@ -39,7 +39,9 @@ def test_both_label_systems_and_all_captions(merced: Path) -> None:
     classes = data.by("class").query.labels
     assert classes is not None
     assert torch.equal(classes, torch.nn.functional.one_hot(torch.tensor([0, 1] * 3), 2).float())
-    swapped = load_data("ucmerced", root=merced, size=8, labels="class", caption="first", query_splits=["test"])
+    swapped = load_data(
+        "ucmerced", root=merced, size=8, labels="class", caption="first", query_splits=["test"]
+    )
     assert swapped.label_names == ("beach", "river")
     assert swapped.label_systems == ("labels",)
     assert swapped.vocabulary == 3
@@ -60,7 +62,9 @@ def test_archive_beside_the_manifest_comes_first(merced: Path) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path, merced: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no UC Merced at .*ucmerced\.jsonl: it should hold one JSON object"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no UC Merced at .*ucmerced\.jsonl: it should hold one JSON object"
+    ):
         load_data("ucmerced", root=tmp_path / "nowhere")
     (merced / "ucmerced").rename(merced / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"neither .*ucmerced\.tar nor the folder"):
@@ -70,7 +74,11 @@ def test_missing_files_are_named(tmp_path: Path, merced: Path) -> None:
 @pytest.mark.data
 def test_the_real_set(shared_data: Path) -> None:
     data = load_data("ucmerced", root=shared_data, size=16)
-    assert {name: len(split) for name, split in data.splits.items()} == {"train": 1680, "query": 420, "database": 1680}
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 1680,
+        "query": 420,
+        "database": 1680,
+    }
     assert len(data.label_names) == 17
     classes = data.by("class")
     assert classes.query.labels is not None

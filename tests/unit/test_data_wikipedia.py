@@ -1,4 +1,5 @@
-"""Wikipedia documents: the packed features, the official archive on a small tree, and an encoder for vectors."""
+"""Wikipedia documents: the packed features, the official archive on a small tree, and an encoder for
+vectors."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def archive(tmp_path: Path) -> Path:
             category = (number - start) % 10
             file = root / "images" / CATEGORIES[category] / f"i{number}.jpg"
             picture(file.with_suffix(".png"), number).rename(file)
-            (root / "texts" / f"t{number}-1.2.xml").write_text(f"<document><text>Art &amp; life {number} & x</text>")
+            (root / "texts" / f"t{number}-1.2.xml").write_text(
+                f"<document><text>Art &amp; life {number} & x</text>"
+            )
             lines.append(f"t{number}-1.2\ti{number}\t{category + 1}\r\n")
         (root / f"{part}set_txt_img_cat.list").write_bytes("".join(lines).encode())
     return tmp_path
@@ -74,7 +77,9 @@ def test_cut_sizes_are_drawn_by_the_seed(archive: Path) -> None:
     assert "query=3, train=8, database=10, seed 1" in data.note
     again = load_data("wikipedia", root=archive, query=3, train=8, database=10, seed=1)
     assert again.fingerprint() == data.fingerprint()
-    assert load_data("wikipedia", root=archive, query=3, seed=2).query.fingerprint() != data.query.fingerprint()
+    assert (
+        load_data("wikipedia", root=archive, query=3, seed=2).query.fingerprint() != data.query.fingerprint()
+    )
     with pytest.raises(ValueError, match=r"query must lie in 1\.\.6, got 7"):
         load_data("wikipedia", root=archive, query=7)
 
@@ -92,9 +97,13 @@ def test_pixels_with_topics_and_with_words(archive: Path) -> None:
 
 
 def test_missing_files(archive: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no raw_features\.mat in .*; wikipedia_dataset\.zip unpacks to"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no raw_features\.mat in .*; wikipedia_dataset\.zip unpacks to"
+    ):
         load_data("wikipedia", root=tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"no file .*none\.npz; it should hold the arrays image_train"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file .*none\.npz; it should hold the arrays image_train"
+    ):
         load_data("wikipedia", npz=tmp_path / "none.npz")
     root = archive / "wikipedia_dataset"
     (root / "texts" / "t3-1.2.xml").unlink()
@@ -151,11 +160,15 @@ def test_a_hasher_learns_from_vectors(archive: Path) -> None:
     assert len(lines) == 3
     codes = encode_split(hasher, data.query)
     assert {name: len(value) for name, value in codes.items()} == {"image": TEST, "text": TEST}
-    with pytest.raises(ValueError, match=r"takes 128 features an item, and the images come as \(2, 3, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"takes 128 features an item, and the images come as \(2, 3, 8, 8\)"
+    ):
         hasher({"image": torch.zeros(2, 3, 8, 8)})
     small = torch.rand(3, 128)
     encoder = hasher.encoders["image"].eval()
-    torch.testing.assert_close(encoder(0.1 * small)[0], encoder(small)[0], rtol=1e-3, atol=1e-3)  # scale is no matter
+    torch.testing.assert_close(
+        encoder(0.1 * small)[0], encoder(small)[0], rtol=1e-3, atol=1e-3
+    )  # scale is no matter
     with pytest.raises(ValueError, match="inputs and widths must be positive"):
         build_hasher(bits=8, image={"name": "vector", "inputs": 0})
 
@@ -163,7 +176,11 @@ def test_a_hasher_learns_from_vectors(archive: Path) -> None:
 @pytest.mark.data
 def test_real_features(shared_data: Path) -> None:
     data = load_data("wikipedia", root=shared_data)
-    assert {name: len(split) for name, split in data.splits.items()} == {"train": 2173, "query": 693, "database": 2173}
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 2173,
+        "query": 693,
+        "database": 2173,
+    }
     assert data.image_size == (128,)
     assert data.train.labels is not None
     assert data.train.labels.sum(0).tolist() == [138, 272, 244, 248, 202, 178, 186, 144, 214, 347]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from robusthash.apps.config import ConfigError, make_config
-from robusthash.apps.stages import evaluate, train
+from robusthash.apps.experiment.config import ConfigError, make_config
+from robusthash.apps.experiment.stages import evaluate, train
 from robusthash.data import RetrievalData
 from robusthash.data.base import ArraySource
 from robusthash.data.splits import Indices, assemble, hash_pixels
@@ -17,7 +17,11 @@ from robusthash.data.splits import Indices, assemble, hash_pixels
 RAW = {
     "name": "both",
     "data": {"name": "synthetic", "train": 48, "query": 12, "database": 48},
-    "hasher": {"bits": 8, "image": {"name": "small", "width": 4, "grid": 1}, "text": {"name": "mlp", "widths": [16]}},
+    "hasher": {
+        "bits": 8,
+        "image": {"name": "small", "width": 4, "grid": 1},
+        "text": {"name": "mlp", "widths": [16]},
+    },
     "training": {"objective": "dpsh", "epochs": 2, "batch_size": 16},
     "evaluation": {
         "directions": ["I2T", "I2I", "T2I"],
@@ -28,7 +32,9 @@ RAW = {
 
 
 def labelled() -> RetrievalData:
-    pixels = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (9, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     tags, classes = torch.eye(3).repeat(3, 1), torch.eye(9)[:, :2]
     indices = Indices(torch.arange(3), torch.arange(3, 6), torch.arange(6, 9))
     source = ArraySource({"image": pixels})
@@ -110,9 +116,13 @@ def test_another_net_than_the_one_that_training_goes_on_from_is_refused(tmp_path
         ({"relevance": ["own", "class"]}, r"no labels 'class' beside its own"),
     ],
 )
-def test_an_impossible_evaluation_is_refused_before_any_attack(asked: dict, said: str, tmp_path: Path) -> None:
+def test_an_impossible_evaluation_is_refused_before_any_attack(
+    asked: dict, said: str, tmp_path: Path
+) -> None:
     hasher = {"bits": 8, "image": RAW["hasher"]["image"]}
-    run = train(make_config({**RAW, "hasher": hasher, "evaluation": {"attacks": ["mainstay"], **asked}}), tmp_path)
+    run = train(
+        make_config({**RAW, "hasher": hasher, "evaluation": {"attacks": ["mainstay"], **asked}}), tmp_path
+    )
     with pytest.raises(ValueError, match=said):
         evaluate(run)
     assert not (run.path / "attacks").exists()

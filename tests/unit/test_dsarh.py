@@ -25,7 +25,7 @@ from helpers import (
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from robusthash.apps.config import make_config
+from robusthash.apps.experiment.config import make_config
 from robusthash.attacks.dsarh import dsarh
 from robusthash.core.hamming import sign, unpack
 from robusthash.core.registry import build
@@ -34,11 +34,11 @@ from robusthash.core.types import Batch, Goal, HashOutput
 from robusthash.data import RetrievalData
 from robusthash.data.synthetic import synthetic
 from robusthash.defenses import AdversarialTraining, Round
-from robusthash.defenses.asymmetric import Asymmetric
 from robusthash.defenses.dsarh import DSARHOuter
+from robusthash.defenses.dsarh_asymmetric import Asymmetric
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import CSQ, DPSH, HashObjective
-from robusthash.objectives.asymmetric import ADSH
+from robusthash.objectives.adsh import ADSH
 from robusthash.objectives.base import quantisation
 from robusthash.objectives.dsarh import DSARHObjective
 from robusthash.training import HashingRecipe, Moment, Recipe, fit
@@ -62,7 +62,9 @@ class Pair:
         generator = torch.Generator().manual_seed(0)
         self.labels = torch.eye(3)[torch.arange(9) % 3]
         self.ids = torch.tensor([2, 5, 7])
-        self.logits = {n: torch.randn(3, 4, generator=generator).requires_grad_(True) for n in ("image", "text")}
+        self.logits = {
+            n: torch.randn(3, 4, generator=generator).requires_grad_(True) for n in ("image", "text")
+        }
         self.bank = {n: torch.tanh(torch.randn(9, 4, generator=generator)) for n in ("image", "text")}
         self.memory = memory_of(self.bank, self.labels)
         self.batch = Batch({}, self.labels[self.ids], self.ids)
@@ -122,7 +124,11 @@ def pairs() -> RetrievalData:
 def two_sided(data: RetrievalData, seed: int = 0) -> Hasher:
     text = {"name": "mlp", "widths": [16]}
     return build_hasher(
-        bits=8, image={"name": "small", "width": 4, "grid": 1}, text=text, vocabulary=data.vocabulary, seed=seed
+        bits=8,
+        image={"name": "small", "width": 4, "grid": 1},
+        text=text,
+        vocabulary=data.vocabulary,
+        seed=seed,
     )
 
 
@@ -144,7 +150,9 @@ def test_convex_and_additive_mixtures(pairs: RetrievalData) -> None:
     turn, convex = seen_rounds(pairs, DSARHOuter(0.3))
     assert set(turn.robust) == {"image"}
     clean = turn.objective(turn.clean, turn.batch, turn.memory)
-    mixed = turn.objective({"image": turn.robust["image"], "text": turn.clean["text"]}, turn.batch, turn.memory)
+    mixed = turn.objective(
+        {"image": turn.robust["image"], "text": turn.clean["text"]}, turn.batch, turn.memory
+    )
     assert convex["clean/similarity"].item() == pytest.approx(0.7 * clean["similarity"].item(), rel=1e-6)
     assert convex["robust/similarity"].item() == pytest.approx(0.3 * mixed["similarity"].item(), rel=1e-6)
     assert torch.equal(convex["clean/regularisation"], clean["regularisation"])
@@ -172,8 +180,9 @@ def test_text_keeps_its_full_weight_in_the_convex_form(pairs: RetrievalData) -> 
 
 @pytest.mark.parametrize("outer", [DSARHOuter(0.5), DSARHOuter(1.0), DSARHOuter(1.0, "additive")])
 def test_text_parameters_learn_nothing_from_attacked_images(pairs: RetrievalData, outer: DSARHOuter) -> None:
-    """As in the paper: attacked images meet the text codes as constants, and texts meet the codes of clean images. The
-    gradient of the text net is that of plain training, the gradient of the image net is another."""
+    """As in the paper: attacked images meet the text codes as constants, and texts meet the codes of clean
+    images. The gradient of the text net is that of plain training, the gradient of the image net is
+    another."""
     gradients = []
     for used in (DSARHOuter(0.0), outer):
         hasher = two_sided(pairs)
@@ -193,7 +202,9 @@ def test_text_parameters_learn_nothing_from_attacked_images(pairs: RetrievalData
 
 def test_lam_zero_is_plain_training(pairs: RetrievalData) -> None:
     left, right = two_sided(pairs), two_sided(pairs)
-    robust = fit(AdversarialTraining(left, DSARHObjective(), inner(), DSARHOuter(0.0)), pairs, train_config(2))
+    robust = fit(
+        AdversarialTraining(left, DSARHObjective(), inner(), DSARHOuter(0.0)), pairs, train_config(2)
+    )
     plain = fit(HashingRecipe(right, DSARHObjective()), pairs, train_config(2))
     for ours, theirs in zip(robust, plain, strict=True):
         assert ours["clean/similarity"] == theirs["similarity"]
@@ -213,11 +224,15 @@ def test_the_attack_raises_the_loss_it_is_trained_on(pairs: RetrievalData) -> No
     )
     with torch.no_grad():
         clean, attacked = (hasher({"image": x["image"]}) for x in (batch.inputs, found.inputs))
-        values = [objective(outputs, batch, recipe.memory)["similarity"].item() for outputs in (clean, attacked)]
+        values = [
+            objective(outputs, batch, recipe.memory)["similarity"].item() for outputs in (clean, attacked)
+        ]
     assert values[1] > values[0] + 0.1
 
 
-@pytest.mark.parametrize(("lam", "mode"), [(-0.1, "convex"), (1.1, "convex"), (-1.0, "additive"), (0.5, "mean")])
+@pytest.mark.parametrize(
+    ("lam", "mode"), [(-0.1, "convex"), (1.1, "convex"), (-1.0, "additive"), (0.5, "mean")]
+)
 def test_bad_mixtures_are_refused(lam: float, mode: Any) -> None:
     with pytest.raises(ValueError, match="lam"):
         DSARHOuter(lam, mode)
@@ -308,7 +323,10 @@ def test_the_attack_sees_the_learned_codes(data: RetrievalData) -> None:
 
 
 def test_lam_zero_is_adsh(data: RetrievalData) -> None:
-    robust, plain = asymmetric(small_hasher(), attacked=True, outer=DSARHOuter(0.0)), asymmetric(small_hasher())
+    robust, plain = (
+        asymmetric(small_hasher(), attacked=True, outer=DSARHOuter(0.0)),
+        asymmetric(small_hasher()),
+    )
     first, second = (fit(recipe, data, train_config(3, lr=0.02)) for recipe in (robust, plain))
     assert [line["clean/similarity"] for line in first] == [line["similarity"] for line in second]
     for (name, ours), (_, theirs) in zip(
@@ -343,7 +361,11 @@ def test_resumed_equals_uninterrupted(data: RetrievalData, attacked: bool) -> No
 
 def test_learned_codes_are_for_the_items_they_were_learned_on(data: RetrievalData) -> None:
     itself = replace(data, database=replace(data.train, name="database"))
-    for where, database, given in ((itself, "learned", True), (itself, "network", False), (data, "learned", False)):
+    for where, database, given in (
+        (itself, "learned", True),
+        (itself, "network", False),
+        (data, "learned", False),
+    ):
         recipe = asymmetric(small_hasher(), database=database)
         recipe.setup(where, 0, 16)
         codes = recipe.database_codes()
@@ -356,7 +378,9 @@ def test_learned_codes_are_for_the_items_they_were_learned_on(data: RetrievalDat
     recipe.setup(turned, 0, 16)
     codes = recipe.database_codes()
     assert codes is not None
-    assert torch.equal(codes.signs().float(), recipe.memory.codes["image"].flip(0)[:40]), "codes follow their items"
+    assert torch.equal(codes.signs().float(), recipe.memory.codes["image"].flip(0)[:40]), (
+        "codes follow their items"
+    )
     other = replace(itself.database, labels=data.train.labels.roll(1, 1))
     recipe.setup(replace(data, database=other), 0, 16)
     assert recipe.database_codes() is None, "the same pixels under other labels are other items"

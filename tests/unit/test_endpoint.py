@@ -1,4 +1,5 @@
-"""Searches behind HTTP: honest ones, and those that time out, refuse, contradict themselves or lie about order."""
+"""Searches behind HTTP: honest ones, and those that time out, refuse, contradict themselves or lie about
+order."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from robusthash.models.foreign import Broken, foreign
+from robusthash.models.external.wrapper import Broken, foreign
 
 pytest.importorskip("httpx")
 
-from robusthash.models.endpoint import Endpoint
+from robusthash.models.external.http_endpoint import Endpoint
 
 IMAGES = torch.linspace(0, 1, 3 * 3 * 16 * 16).view(3, 3, 16, 16)
 
@@ -70,7 +71,10 @@ def quick(url, **settings):
 def test_codes_and_hex_are_the_same_victim():
     with served(lambda body, n: (200, {}, {"code": mean_bits(body)})) as (url, _):
         listed = foreign(quick(url)[0], IMAGES, url)
-    with served(lambda body, n: (200, {}, {"code": np.packbits(mean_bits(body)).tobytes().hex()})) as (url, asked):
+    with served(lambda body, n: (200, {}, {"code": np.packbits(mean_bits(body)).tobytes().hex()})) as (
+        url,
+        asked,
+    ):
         endpoint, _ = quick(url, headers={"authorization": "Bearer abc"})
         packed = foreign(endpoint, IMAGES, url)
         logits = packed.hasher({"image": IMAGES})["image"].logits
@@ -92,7 +96,10 @@ def test_ids_with_distances_in_order():
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"ids": ["a", "b"], "distances": [3, 1]}, "lies about its order: 'b' at distance 1 stands after 'a'"),
+        (
+            {"ids": ["a", "b"], "distances": [3, 1]},
+            "lies about its order: 'b' at distance 1 stands after 'a'",
+        ),
         ({"ids": ["a", "a"]}, "list of different ids"),
         ({"ids": []}, "list of different ids"),
         ({"ids": ["a", "b"], "distances": [1]}, "not as many numbers"),

@@ -9,9 +9,15 @@ import pytest
 import torch
 import yaml
 
-from robusthash.evaluation import EvalResult
-from robusthash.evaluation.entries import Entry, entry_text, load_entries, load_entry, verify
-from robusthash.evaluation.results import Flag, Setting
+from robusthash.metrics import EvalResult
+from robusthash.metrics.results import Flag, Setting
+from robusthash.robustness.evidence.registry_entries import (
+    Entry,
+    entry_text,
+    load_entries,
+    load_entry,
+    verify,
+)
 
 REGISTRY = Path(__file__).parents[2] / "registry"
 PLAIN = {
@@ -37,8 +43,12 @@ def entry(**changes: object) -> Entry:
     return Entry.model_validate({**{k: v for k, v in PLAIN.items() if k != "schema"}, **changes})
 
 
-def results(clean: float = 0.8, worst: float = 0.2, bits: int = 12, **changes: object) -> dict[str, EvalResult]:
-    setting = Setting("m", "s", "s", {"k": None}, "I2I", bits, "img-linf-8", digests={"model": "aa"}, defense="plain")
+def results(
+    clean: float = 0.8, worst: float = 0.2, bits: int = 12, **changes: object
+) -> dict[str, EvalResult]:
+    setting = Setting(
+        "m", "s", "s", {"k": None}, "I2I", bits, "img-linf-8", digests={"model": "aa"}, defense="plain"
+    )
     made = {}
     for name, measure, value in (("clean", "MAP", clean), ("worst", "wMAP", worst)):
         per_query = {measure: torch.full((4,), value, dtype=torch.float64)}
@@ -76,7 +86,10 @@ def test_the_entries_of_the_registry_are_whole_and_name_recipes_that_exist():
         ({"bits": 0}, "bits: Input should be greater"),
         ({"defence": "plain"}, "unknown field 'defence'; did you mean 'defense'"),
         ({"defense": "magic"}, "defense: is none of plain, adversarial"),
-        ({"source": {"recipe": "tiny.yaml", "sede": 0}}, r"unknown field 'source\.sede'; did you mean 'seed'"),
+        (
+            {"source": {"recipe": "tiny.yaml", "sede": 0}},
+            r"unknown field 'source\.sede'; did you mean 'seed'",
+        ),
         ({"claimed": {**PLAIN["claimed"], "worst": 0.9}}, r"claimed\.worst 0\.9 is above claimed\.clean"),
         ({"claimed": {**PLAIN["claimed"], "clean": 1.5}}, r"claimed\.clean: Input should be less"),
         ({"claimed": {**PLAIN["claimed"], "clean": float("nan")}}, r"claimed\.clean"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from robusthash.core.files import json_text, write_all_aside, write_aside
+from robusthash.core.atomic_files import json_text, write_all_aside, write_aside
 
 
 def run(code: str, folder: Path) -> subprocess.Popen[str]:
@@ -45,7 +45,10 @@ def test_files_that_belong_together_change_together(tmp_path: Path) -> None:
     paths = [tmp_path / "a.npz", tmp_path / "a.json"]
     for path in paths:
         path.write_text("old")
-    with pytest.raises(FileNotFoundError, match=r"a\.json: nothing was written"), write_all_aside(paths) as asides:
+    with (
+        pytest.raises(FileNotFoundError, match=r"a\.json: nothing was written"),
+        write_all_aside(paths) as asides,
+    ):
         asides[0].write_text("new")
     assert [path.read_text() for path in paths] == ["old", "old"]
     with write_all_aside(paths) as asides:
@@ -73,7 +76,7 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
     path.write_text("old")
     child = run(
         "import resource, signal, sys, pathlib\n"
-        "from robusthash.core.files import write_aside\n"
+        "from robusthash.core.atomic_files import write_aside\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n"
@@ -96,7 +99,7 @@ def test_a_kill_leaves_the_old_file_whole(tmp_path: Path) -> None:
     path.write_text("old")
     child = run(
         "import sys, time, pathlib\n"
-        "from robusthash.core.files import write_aside\n"
+        "from robusthash.core.atomic_files import write_aside\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "with write_aside(folder / 'value.txt') as aside:\n"
         "    aside.write_text('half')\n"

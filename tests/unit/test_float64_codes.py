@@ -1,4 +1,5 @@
-"""In float64 a code does not depend on how many items share a batch, for any encoder, with and without a purifier."""
+"""In float64 a code does not depend on how many items share a batch, for any encoder, with and without a
+purifier."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
-from robusthash.data.changes import jpeg
-from robusthash.models.foreign import MEAN, Broken, foreign, normalisation_doubt
-from robusthash.models.imported import load_onnx, load_python, load_torchscript
-from robusthash.models.perceptual import NAMES, perceptual
+from robusthash.data.image_changes import jpeg
+from robusthash.models.external.loaders import load_onnx, load_python, load_torchscript
+from robusthash.models.external.perceptual_hashes import NAMES, perceptual
+from robusthash.models.external.wrapper import MEAN, Broken, foreign, normalisation_doubt
 
 SIZE, BITS = 24, 16
 
@@ -70,7 +70,9 @@ def test_a_bool_array_is_a_code_and_a_function_without_weights_lives_on_the_cpu(
 
 
 def test_a_module_in_training_mode_is_put_right(images):
-    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3 * SIZE * SIZE), nn.Dropout(0.5), nn.Linear(3 * SIZE * SIZE, 8))
+    model = nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(3 * SIZE * SIZE), nn.Dropout(0.5), nn.Linear(3 * SIZE * SIZE, 8)
+    )
     made = foreign(model.train(), images, "toy")
     assert made.gradients
     assert not model.training
@@ -156,7 +158,8 @@ def test_normalised_twice(images):
     assert normalisation_doubt(twice, images[:4], changed[:4]) == ""  # too few to say
 
 
-# ---------------------------------------------------------------------------------------------- where they come from
+# ---------------------------------------------------------------------------------------------- where they
+# come from
 
 
 @pytest.fixture

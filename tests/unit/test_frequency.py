@@ -8,13 +8,13 @@ from helpers import LinearHead, linear_hasher, make_data
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
+from robusthash.analysis.band_attribution import BandAttribution, attribute_bands, tau_b
+from robusthash.analysis.shapley_values import shapley
 from robusthash.core.hamming import topk
 from robusthash.core.runtime import Draws
-from robusthash.evaluation.attribution import shapley
-from robusthash.evaluation.bench import make_bench
-from robusthash.evaluation.frequency import BandAttribution, attribute_bands, tau_b
+from robusthash.evaluation.context import make_context
 from robusthash.models import Hasher
-from robusthash.models.frequency import BlockDCT
+from robusthash.models.block_dct import BlockDCT
 
 
 class SomeBands(nn.Module):
@@ -42,20 +42,22 @@ def data():
 
 @pytest.mark.parametrize("worth", ["tau", "ap"])
 def test_attributions_of_every_image_sum_to_what_the_bands_are_worth(data, worth):
-    bench = make_bench(seeing(8), data)
-    found = attribute_bands(bench, worth=worth, permutations=4, top=30)
+    context = make_context(seeing(8), data)
+    found = attribute_bands(context, worth=worth, permutations=4, top=30)
     assert found.values.shape == (5, 8, 8)
     assert torch.allclose(found.values.sum((1, 2)), found.everything - found.none, rtol=0, atol=1e-9)
     assert float((found.everything - found.none).abs().max()) > 0.05
     if worth == "tau":
-        assert torch.equal(found.everything[found.defined], torch.ones(int(found.defined.sum()), dtype=torch.float64))
+        assert torch.equal(
+            found.everything[found.defined], torch.ones(int(found.defined.sum()), dtype=torch.float64)
+        )
     assert torch.allclose(found.mean, found.values[found.defined].mean(0))
 
 
 @pytest.mark.parametrize("worth", ["tau", "ap"])
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_band_that_the_model_cannot_see_gets_exactly_nothing(data, n, worth):
-    found = attribute_bands(make_bench(seeing(n), data), worth=worth, permutations=4, top=30)
+    found = attribute_bands(make_context(seeing(n), data), worth=worth, permutations=4, top=30)
     unseen = torch.ones(8, 8, dtype=torch.bool)
     unseen[:n, :n] = False
     assert torch.count_nonzero(found.values[:, unseen]) == 0
@@ -66,20 +68,22 @@ def test_a_band_that_the_model_cannot_see_gets_exactly_nothing(data, n, worth):
 
 
 def test_nobody_is_the_image_of_its_own_mean_colour(data):
-    bench, seen = make_bench(seeing(1), data), []
-    encoder = bench.victim.encoders["image"]
+    context, seen = make_context(seeing(1), data), []
+    encoder = context.victim.encoders["image"]
     encoder.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    attribute_bands(bench, permutations=4, top=30)
+    attribute_bands(context, permutations=4, top=30)
     nobody = seen[0][:5]  # the first coalition that is asked for, of all five images
     means = data.query.batch(torch.arange(5)).inputs["image"].mean((2, 3), keepdim=True)
     assert torch.allclose(nobody, means.expand_as(nobody), atol=1e-5)
 
 
 def test_permutations_are_kept_by_seed_and_batches_do_not_matter(data):
-    bench = make_bench(seeing(2), data)
-    one = attribute_bands(bench, permutations=4, top=30, seed=3)
-    assert torch.equal(one.values, attribute_bands(bench, permutations=4, top=30, seed=3, batch_size=7).values)
-    other = attribute_bands(bench, permutations=4, top=30, seed=4)
+    context = make_context(seeing(2), data)
+    one = attribute_bands(context, permutations=4, top=30, seed=3)
+    assert torch.equal(
+        one.values, attribute_bands(context, permutations=4, top=30, seed=3, batch_size=7).values
+    )
+    other = attribute_bands(context, permutations=4, top=30, seed=4)
     assert not torch.equal(one.values, other.values)
     again = BandAttribution.from_arrays(one.arrays())
     assert torch.equal(again.mean_error, one.mean_error)
@@ -87,7 +91,7 @@ def test_permutations_are_kept_by_seed_and_batches_do_not_matter(data):
 
 
 def test_shares_by_order_end_at_one(data):
-    share, error = attribute_bands(make_bench(seeing(2), data), permutations=4, top=30).by_order()
+    share, error = attribute_bands(make_context(seeing(2), data), permutations=4, top=30).by_order()
     assert share[-1] == pytest.approx(1.0)
     assert share[2] == pytest.approx(1.0)  # u + v <= 2 holds all four bands that are seen
     assert 0 < share[0] < 1
@@ -98,24 +102,24 @@ def test_shares_by_order_end_at_one(data):
 def test_queries_whose_top_is_one_distance_are_left_out_and_refused_where_all_are(data):
     constant = linear_hasher(torch.zeros(8, 3 * 16 * 16))
     with pytest.raises(ValueError, match=r"one distance.*worth 'ap'"):
-        attribute_bands(make_bench(constant, data), permutations=4)
-    bench = make_bench(seeing(8, bits=6), data)
-    _, distances = topk(bench.query.packed, bench.database.packed, 60)
+        attribute_bands(make_context(constant, data), permutations=4)
+    context = make_context(seeing(8, bits=6), data)
+    _, distances = topk(context.query.packed, context.database.packed, 60)
     varied = {top: distances[:, 0] < distances[:, top - 1] for top in range(2, 60)}
     top = next(top for top, some in varied.items() if 0 < int(some.sum()) < 5)
-    found = attribute_bands(bench, permutations=4, top=top)
+    found = attribute_bands(context, permutations=4, top=top)
     assert torch.equal(found.defined, varied[top])
     assert torch.count_nonzero(found.values[~found.defined]) == 0
 
 
 def test_bad_input_is_refused(data):
-    bench = make_bench(seeing(1), data)
+    context = make_context(seeing(1), data)
     with pytest.raises(ValueError, match="worth must be 'tau' or 'ap', got 'map'"):
-        attribute_bands(bench, worth="map")
+        attribute_bands(context, worth="map")
     with pytest.raises(ValueError, match="blocks of 7"):
-        attribute_bands(bench, block=7)
+        attribute_bands(context, block=7)
     with pytest.raises(ValueError, match="permutations must be even"):
-        attribute_bands(bench, permutations=5, top=30)
+        attribute_bands(context, permutations=5, top=30)
 
 
 def test_tau_b_agrees_with_scipy_under_ties():

@@ -1,4 +1,5 @@
-"""Optimiser groups of parts of the hasher: what each name covers, what is frozen, and what is refused when."""
+"""Optimiser groups of parts of the hasher: what each name covers, what is frozen, and what is refused
+when."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ import yaml
 from helpers import Interrupted, MemoryLog, make_data, small_hasher
 from torch import nn
 
-from robusthash.apps.config import Config, ConfigError, load_config, make_config
-from robusthash.apps.stages import train_config
+from robusthash.apps.experiment.config import Config, ConfigError, load_config, make_config
+from robusthash.apps.experiment.stages import train_config
 from robusthash.data import RetrievalData
 from robusthash.data.synthetic import synthetic
 from robusthash.models import Hasher, build_hasher
 from robusthash.models.heads import MLPHead
 from robusthash.objectives import CSQ, DPSH
 from robusthash.training import HashingRecipe, OptimConfig, Schedule, TrainConfig, fit
-from robusthash.training.groups import NAMES, divided, part
+from robusthash.training.optimiser_groups import NAMES, divided, part
 
 SGD = OptimConfig("sgd", 0.05, momentum=0.9, weight_decay=1e-3)
 
@@ -70,7 +71,9 @@ def test_each_name_covers_what_it_says(pairs: RetrievalData) -> None:
     assert covers["text-backbone"] == starting(hasher, "encoders.text")
     assert covers["image-head"] == starting(hasher, "heads.image")
     assert covers["text-head"] == starting(hasher, "heads.text")
-    assert covers["conv"] == starting(hasher, "encoders.image"), "the small net is convolutions and BatchNorm alone"
+    assert covers["conv"] == starting(hasher, "encoders.image"), (
+        "the small net is convolutions and BatchNorm alone"
+    )
     assert all(covers.values())
 
 
@@ -96,7 +99,8 @@ def test_the_more_specific_name_wins(pairs: RetrievalData) -> None:
 
 
 def test_each_part_steps_by_its_own_rate(pairs: RetrievalData) -> None:
-    """One step of plain SGD moves a parameter by its rate times its gradient, which another rate does not change."""
+    """One step of plain SGD moves a parameter by its rate times its gradient, which another rate does not
+    change."""
     plain = OptimConfig("sgd", 0.01, momentum=0.0, weight_decay=0.0)
     moved = {}
     for key, optim in (("same", {}), ("apart", {"text": replace(plain, lr=0.03)})):
@@ -133,7 +137,9 @@ def test_rate_zero_freezes_weights_and_statistics(pairs: RetrievalData) -> None:
         same = torch.equal(value, before[name])
         still = name.startswith("encoders.image") or name.endswith((".bounds", ".mean", ".std"))
         assert same == still, name
-    assert all(parameter.requires_grad for parameter in hasher.parameters()), "only for as long as training lasts"
+    assert all(parameter.requires_grad for parameter in hasher.parameters()), (
+        "only for as long as training lasts"
+    )
     assert hasher.train().encoders["image"].training
 
 
@@ -177,7 +183,9 @@ def test_resumed_equals_uninterrupted(pairs: RetrievalData, apart: bool) -> None
     assert set(state["optimisers"]) == ({"hasher", "text"} if apart else {"hasher"})
     stopped.stop_after = None
     fit(HashingRecipe(resumed, DPSH()), pairs, config, stopped)
-    for (name, ours), (_, theirs) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
+    for (name, ours), (_, theirs) in zip(
+        straight.named_parameters(), resumed.named_parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
 
 
@@ -215,7 +223,10 @@ def test_a_group_without_parameters_may_have_settings() -> None:
 
 
 def plain(**optim: Any) -> dict[str, Any]:
-    return {"name": "x", "training": {"optim": {"hasher": {"name": "adam", "lr": 1e-3, "weight_decay": 0}, **optim}}}
+    return {
+        "name": "x",
+        "training": {"optim": {"hasher": {"name": "adam", "lr": 1e-3, "weight_decay": 0}, **optim}},
+    }
 
 
 def test_a_recipe_file_names_groups_that_there_may_be() -> None:
@@ -277,7 +288,9 @@ def test_a_head_of_several_hidden_layers() -> None:
     expected = torch.relu(torch.relu(x @ w[0].T + w[1]) @ w[2].T + w[3]) @ w[4].T + w[5]
     torch.testing.assert_close(head(x)[0], expected)
     torch.testing.assert_close(head(x)[1], torch.tanh(expected))
-    assert MLPHead(6, 4, 5).state_dict().keys() == {f"layers.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
+    assert MLPHead(6, 4, 5).state_dict().keys() == {
+        f"layers.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")
+    }
     for bad in ([], [4, 0], 0, "wide", [4, "5"], [2.5], True, None, [[4]]):
         with pytest.raises(ValueError, match="hidden must be"):
             MLPHead(6, 4, bad)

@@ -16,31 +16,32 @@ import numpy as np
 import pytest
 import torch
 
-from robusthash.apps.assessing import FolderKeep
-from robusthash.apps.config import load_config
+from robusthash.apps.experiment.assess_run import FolderStore
+from robusthash.apps.experiment.config import load_config
 from robusthash.attacks.base import Attack
 from robusthash.attacks.guides import Mainstay
-from robusthash.attacks.house import flip_apgd
-from robusthash.attacks.named import guided_apgd, pgd
-from robusthash.attacks.prototype import Prototype
-from robusthash.attacks.search import APGD
-from robusthash.attacks.threat import image_threat
-from robusthash.attacks.threats import named_threat
+from robusthash.attacks.pgd import APGD
+from robusthash.attacks.published import guided_apgd, pgd
+from robusthash.attacks.ranking_losses import flip_apgd
+from robusthash.attacks.tha import Prototype
+from robusthash.attacks.threat_model import image_threat
+from robusthash.attacks.threat_registry import named_threat
 from robusthash.core import identity as scheme
 from robusthash.core import registry
 from robusthash.core.identity import describe, identity, marked_identity, scheme_of
 from robusthash.core.registry import Card, build, catalogue, register
-from robusthash.evaluation.blackbox import Questions, noise_lines, question_lines
-from robusthash.evaluation.lines import Gradient, Line, Refined
-from robusthash.evaluation.presets import paper_suite
-from robusthash.evaluation.suite import TIERS, Suite, tier
-from robusthash.models.repairs import RepairIdentity, RepairLearnt, RepairMoved
-from robusthash.models.views import BranchSeen, GateSeen, MaskNoise, MaskSeen, NoiseAveraged
+from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, RefinedAttack
+from robusthash.models.purifier_gradients import RepairIdentity, RepairLearnt, RepairMoved
+from robusthash.models.surrogate_gradients import BranchSeen, GateSeen, MaskNoise, MaskSeen, NoiseAveraged
+from robusthash.robustness.specs.oracle_attacks import OracleAttack, noise_attacks, oracle_attacks
+from robusthash.robustness.specs.published_suite import paper_suite
+from robusthash.robustness.suite import TIERS, Suite, tier
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("identity.json").read_text())
-"""Digests and defaults as published. A digest that differs here makes every stored result of its suite incomparable.
-Where that is meant, raise ``core.identity.SCHEME`` and write the file again: ``python tests/unit/test_identity.py``."""
+"""Digests and defaults as published. A digest that differs here makes every stored result of its suite
+incomparable. Where that is meant, raise ``core.identity.SCHEME`` and write the file again:
+``python tests/unit/test_identity.py``."""
 
 PARTS = ("attack-guide", "attack-loss", "attack-search", "question-search", "gradient-view")
 THREATS = ("img-linf-8", "img-linf-4", "img-l2", "img-l1-40", "txt-bow-2", "txt-token-2", "joint")
@@ -78,12 +79,15 @@ def suites() -> dict[str, Suite]:
     return found
 
 
-def lines() -> dict[str, Line]:
+def specs() -> dict[str, AttackSpec]:
     """A line of each kind that stores blocks."""
     threat, objective = named_threat("img-linf-8"), build("objective", "csq")
-    found: list[Line] = [*tier("standard").lines, *noise_lines(threat), *question_lines(threat, 1000)]
-    found += [Gradient(str(describe(view)["name"]), guided_apgd(), view=view, seen=repr(view)) for view in VIEWS[:4]]
-    return {line.name: line for line in [*found, *paper_suite(objective).lines]}
+    found: list[AttackSpec] = [*tier("standard").specs, *noise_attacks(threat), *oracle_attacks(threat, 1000)]
+    found += [
+        GradientAttack(str(describe(view)["name"]), guided_apgd(), view=view, seen=repr(view))
+        for view in VIEWS[:4]
+    ]
+    return {spec.name: spec for spec in [*found, *paper_suite(objective).specs]}
 
 
 def attacks() -> dict[str, str]:
@@ -95,7 +99,7 @@ def attacks() -> dict[str, str]:
 
 def defaults() -> dict[str, dict[str, Any]]:
     """The defaults of every registered part, of an attack and of a search by questions, described."""
-    found = {"Attack": defaults_of(Attack), "Questions": defaults_of(Questions)}
+    found = {"Attack": defaults_of(Attack), "OracleAttack": defaults_of(OracleAttack)}
     for kind in PARTS:
         for card in catalogue(kind):
             if card.make.__module__.startswith("robusthash."):
@@ -109,14 +113,16 @@ def defaults_of(make: Any) -> dict[str, Any]:
         return {name: describe(option.default) for name, option in options}
     fields = [f for f in dataclasses.fields(make) if f.compare]
     known = {f.name: describe(f.default) for f in fields if f.default is not dataclasses.MISSING}
-    made = {f.name: describe(f.default_factory()) for f in fields if f.default_factory is not dataclasses.MISSING}
+    made = {
+        f.name: describe(f.default_factory()) for f in fields if f.default_factory is not dataclasses.MISSING
+    }
     return {**known, **made}
 
 
 def written() -> dict[str, dict[str, Any]]:
     """What ``identity.json`` holds."""
     recipes = {name: load_config(ROOT / "recipes" / f"{name}.yaml").model_id() for name in RECIPES}
-    folders = {name: FolderKeep(Path()).folder(line).name for name, line in lines().items()}
+    folders = {name: FolderStore(Path()).folder(spec).name for name, spec in specs().items()}
     views = {repr(view): identity(view) for view in VIEWS}
     digests = {name: suite.digest() for name, suite in suites().items()}
     return {
@@ -147,8 +153,8 @@ def test_defaults_of_registered_parts_are_as_published() -> None:
 
 
 def test_shipped_parts_have_registered_names() -> None:
-    for name, line in lines().items():
-        assert "code" not in set(keys(line.settings())), name
+    for name, spec in specs().items():
+        assert "code" not in set(keys(spec.settings())), name
     for card in catalogue("attack"):
         if card.make.__module__.startswith("robusthash."):
             settings = build("attack", card.name, objective=build("objective", "dpsh")).settings()
@@ -162,7 +168,8 @@ def keys(value: Any) -> Iterator[str]:
         yield from keys(item)
 
 
-# ------------------------------------------------------------------------------------- what does not change a digest
+# ------------------------------------------------------------------------------------- what does not change a
+# digest
 
 
 def rebuilt(cls: type, name: str, more: dict[str, Any]) -> type:
@@ -185,33 +192,39 @@ def put_in_place(monkeypatch: pytest.MonkeyPatch, cls: type, kind: str, made: ty
 def test_a_renamed_class_or_another_field_with_a_default_keeps_every_digest(
     monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
-    line = Gradient("guided", guided_apgd(steps=7), view=NoiseAveraged(5), seen="noise")
-    suite = Suite("one", (line, Refined("refined", flip_apgd())))
-    before, folder, budget = suite.digest(), FolderKeep(Path()).folder(line), identity(line.attack.budget_settings())
+    spec = GradientAttack("guided", guided_apgd(steps=7), view=NoiseAveraged(5), seen="noise")
+    suite = Suite("one", (spec, RefinedAttack("refined", flip_apgd())))
+    before, folder, budget = (
+        suite.digest(),
+        FolderStore(Path()).folder(spec),
+        identity(spec.attack.budget_settings()),
+    )
     guide = rebuilt(Mainstay, "RenamedGuide", more)
     search = rebuilt(APGD, "RenamedSearch", more)
     view = rebuilt(NoiseAveraged, "RenamedView", more)
     put_in_place(monkeypatch, Mainstay, "attack-guide", guide)
     put_in_place(monkeypatch, APGD, "attack-search", search)
     put_in_place(monkeypatch, NoiseAveraged, "gradient-view", view)
-    attack = replace(line.attack, guide=guide(), search=search(7))
-    other = replace(line, attack=attack, view=view(5))
-    assert repr(attack.search) != repr(line.attack.search)
-    refined = suite.lines[1]
-    assert isinstance(refined, Refined)
+    attack = replace(spec.attack, guide=guide(), search=search(7))
+    other = replace(spec, attack=attack, view=view(5))
+    assert repr(attack.search) != repr(spec.attack.search)
+    refined = suite.specs[1]
+    assert isinstance(refined, RefinedAttack)
     refined = replace(refined, attack=replace(refined.attack, search=search(refined.attack.search.steps)))  # type: ignore[attr-defined]
     assert Suite("one", (other, refined)).digest() == before
-    assert FolderKeep(Path()).folder(other) == folder
+    assert FolderStore(Path()).folder(other) == folder
     assert identity(attack.budget_settings()) == budget
     if more:
         changed = replace(other, attack=replace(attack, search=search(7, added=4)))
         assert Suite("one", (changed, refined)).digest() != before
-        assert FolderKeep(Path()).folder(changed) != folder
+        assert FolderStore(Path()).folder(changed) != folder
 
 
 def test_a_field_with_a_default_may_join_the_attack_itself() -> None:
     attack = guided_apgd()
-    made = dataclasses.make_dataclass("Wider", [("more", int, field(default=0))], bases=(type(attack),), frozen=True)
+    made = dataclasses.make_dataclass(
+        "Wider", [("more", int, field(default=0))], bases=(type(attack),), frozen=True
+    )
     parts = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)}
     assert made(**parts).settings() == attack.settings()
     assert made(**parts, more=1).settings() != attack.settings()
@@ -224,10 +237,13 @@ def test_what_is_learned_takes_no_part() -> None:
     assert identity(learned) == identity(Prototype(8, 8))
     assert identity(Prototype(8, 9)) != identity(Prototype(8, 8))
     assert describe(Prototype()) == {"kind": "attack-guide", "name": "prototype"}
-    assert identity(replace(RepairLearnt(), nets={"image": torch.nn.Linear(2, 2)})) == identity(RepairLearnt())
+    assert identity(replace(RepairLearnt(), nets={"image": torch.nn.Linear(2, 2)})) == identity(
+        RepairLearnt()
+    )
 
 
-# ------------------------------------------------------------------------------------------ what changes a digest
+# ------------------------------------------------------------------------------------------ what changes a
+# digest
 
 
 def changed(value: Any) -> Any:
@@ -238,7 +254,9 @@ def changed(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("part", ["guide", "loss", "search"])
-@pytest.mark.parametrize("name", [c.name for c in catalogue("attack") if c.make.__module__.startswith("robusthash.")])
+@pytest.mark.parametrize(
+    "name", [c.name for c in catalogue("attack") if c.make.__module__.startswith("robusthash.")]
+)
 def test_every_option_of_a_part_changes_the_identity(name: str, part: str) -> None:
     attack = build("attack", name, objective=build("objective", "csq"))
     held = getattr(attack, part)
@@ -246,7 +264,11 @@ def test_every_option_of_a_part_changes_the_identity(name: str, part: str) -> No
         assert isinstance(held, Prototype)
         return
     seen = {identity(attack.settings())}
-    options = [f.name for f in dataclasses.fields(held) if f.compare and isinstance(getattr(held, f.name), int | float)]
+    options = [
+        f.name
+        for f in dataclasses.fields(held)
+        if f.compare and isinstance(getattr(held, f.name), int | float)
+    ]
     for option in options:
         made = object.__new__(type(held))  # without __post_init__, which may refuse the value
         for f in dataclasses.fields(held):
@@ -275,18 +297,20 @@ def test_everything_of_an_attack_changes_its_identity() -> None:
         replace(pgd(build("objective", "dpsh")), name=attack.name, slope="published"),
     ]
     assert len({identity(one.settings()) for one in [attack, *others]}) == 1 + len(others)
-    line = Gradient("a", attack)
+    spec = GradientAttack("a", attack)
     more = [
-        Refined("a", attack),
-        Refined("a", attack).following([line]),
-        Gradient("a", attack, view=lambda victim: victim, seen="itself"),
-        Gradient("a", attack, view=lambda victim: victim, seen="another"),
-        Gradient("a", attack, view=NoiseAveraged(), seen="noise"),
-        Gradient("a", attack, view=NoiseAveraged(3), seen="noise"),
+        RefinedAttack("a", attack),
+        RefinedAttack("a", attack).following([spec]),
+        GradientAttack("a", attack, view=lambda victim: victim, seen="itself"),
+        GradientAttack("a", attack, view=lambda victim: victim, seen="another"),
+        GradientAttack("a", attack, view=NoiseAveraged(), seen="noise"),
+        GradientAttack("a", attack, view=NoiseAveraged(3), seen="noise"),
     ]
-    assert len({FolderKeep(Path()).folder(one) for one in [line, *more]}) == 1 + len(more)
-    assert FolderKeep(Path()).folder(line) == FolderKeep(Path()).folder(replace(line, restarts=3)), "blocks of more"
-    assert Suite("s", (line,)).digest() != Suite("s", (replace(line, restarts=3),)).digest()
+    assert len({FolderStore(Path()).folder(one) for one in [spec, *more]}) == 1 + len(more)
+    assert FolderStore(Path()).folder(spec) == FolderStore(Path()).folder(replace(spec, restarts=3)), (
+        "blocks of more"
+    )
+    assert Suite("s", (spec,)).digest() != Suite("s", (replace(spec, restarts=3),)).digest()
 
 
 def test_the_number_of_the_scheme_is_hashed_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,9 +352,13 @@ def own_function(x: int) -> int:
 def test_a_part_without_a_name_is_called_by_its_module() -> None:
     name = f"{__name__}:OwnGuide"
     assert describe(OwnGuide(3)) == {"code": name, "options": {"width": 3}}
-    assert describe(OwnGuide(3, 1)) == describe(OwnGuide(3, 1.0)) == describe(OwnGuide(3, learned=torch.ones(3)))
+    assert (
+        describe(OwnGuide(3, 1)) == describe(OwnGuide(3, 1.0)) == describe(OwnGuide(3, learned=torch.ones(3)))
+    )
     assert describe(OwnGuide(3, 0.5)) == {"code": name, "options": {"width": 3, "slope": 0.5}}
-    assert describe(OwnGuide(3, codes=own_function))["options"]["codes"] == {"code": f"{__name__}:own_function"}
+    assert describe(OwnGuide(3, codes=own_function))["options"]["codes"] == {
+        "code": f"{__name__}:own_function"
+    }
     assert describe(Stateless()) == {"code": f"{__name__}:Stateless"}
     nested = describe(OwnGuide(3, codes=[Mainstay(), {"a": np.float32(2)}]))["options"]["codes"]
     assert nested == [{"kind": "attack-guide", "name": "mainstay"}, {"a": 2}]
@@ -372,4 +400,6 @@ def test_a_registered_name_stands_for_a_part_from_outside(monkeypatch: pytest.Mo
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("identity.json").write_text(json.dumps(written(), indent=1) + "\n", encoding="utf-8")
+    Path(__file__).with_name("identity.json").write_text(
+        json.dumps(written(), indent=1) + "\n", encoding="utf-8"
+    )

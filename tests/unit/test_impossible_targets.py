@@ -1,4 +1,5 @@
-"""A query that shares a label with every label set of the database has no target: targeted attacks leave it out."""
+"""A query that shares a label with every label set of the database has no target: targeted attacks leave it
+out."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from helpers import make_data, small_hasher
 
 from robusthash.core.registry import build, catalogue
 from robusthash.data import RetrievalData
-from robusthash.evaluation import assess, evaluate, make_bench, paper_suite
-from robusthash.evaluation.bench import Bench
+from robusthash.evaluation import evaluate, make_context
+from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import attack_all, score_attack
 from robusthash.objectives import DPSH
+from robusthash.robustness import assess, paper_suite
 
 TARGETED = [card.name for card in catalogue("attack") if card.targeted]
 
@@ -29,8 +31,8 @@ def data() -> RetrievalData:
 
 
 @pytest.fixture(scope="module")
-def bench(data: RetrievalData) -> Bench:
-    return make_bench(small_hasher(), data)
+def context(data: RetrievalData) -> EvaluationContext:
+    return make_context(small_hasher(), data)
 
 
 @pytest.mark.parametrize("name", TARGETED)
@@ -47,18 +49,22 @@ def test_each_targeted_attack_leaves_it_out_and_counts_it(name: str, data: Retri
 
 
 @pytest.mark.parametrize("name", [n for n in TARGETED if n != "tha"])
-def test_the_other_queries_come_out_as_without_it(name: str, data: RetrievalData, bench: Bench) -> None:
+def test_the_other_queries_come_out_as_without_it(
+    name: str, data: RetrievalData, context: EvaluationContext
+) -> None:
     """The draws are keyed by query, so leaving one out changes no other."""
     attack = build("attack", {"name": name, "steps": 2}, objective=DPSH())
-    whole = score_attack(bench, attack, attack_all(bench, attack)).per_query["t-MAP"]
+    whole = score_attack(context, attack, attack_all(context, attack)).per_query["t-MAP"]
     plain = replace(data, query=replace(data.query, labels=make_data(query=8).query.labels))
     usual = evaluate(small_hasher(), plain, attack=attack).per_query["t-MAP"]
     assert torch.equal(whole[[0, 1, 3, 4, 6, 7]], usual[[0, 1, 3, 4, 6, 7]])
 
 
-def test_the_paper_tier_runs_to_its_end(bench: Bench) -> None:
+def test_the_paper_tier_runs_to_its_end(context: EvaluationContext) -> None:
     suite = paper_suite(DPSH(), queries=None, steps=2)
-    lines = tuple(line for line in suite.lines if line.name in ("p2p", "dhta", "mainstay", "mainstay-targeted"))
-    result = assess(bench, replace(suite, lines=lines))
+    lines = tuple(
+        line for line in suite.specs if line.name in ("p2p", "dhta", "mainstay", "mainstay-targeted")
+    )
+    result = assess(context, replace(suite, specs=lines))
     assert "2 queries have no possible target and are left out" in result.notes
     assert {"p2p", "dhta", "mainstay-targeted"} <= set(result.attacks)

@@ -16,7 +16,7 @@ import torch
 from robusthash.core import hamming
 from robusthash.core.types import Codes
 from robusthash.index import CodeIndex, LocalIndex, open_index
-from robusthash.index import store as store_module
+from robusthash.index import sqlite_store as store_module
 
 
 def codes(ids: list[int], bits: int = 32, origin: str = "") -> Codes:
@@ -37,7 +37,8 @@ def index(home: Path):
 
 
 def unchanged(index: CodeIndex, home: Path) -> None:
-    """The three items of the fixture and no more, in memory and on disk; and the index still takes a write."""
+    """The three items of the fixture and no more, in memory and on disk; and the index still takes a
+    write."""
     for opened in (index, open_index(f"file:{home}", create=False)):
         assert opened.count() == 3
         assert sorted(opened.search(codes([1]), 5).ids[0].tolist()) == [-1, -1, 1, 2, 3]
@@ -134,7 +135,9 @@ def test_codes_of_another_length_name_both(index: CodeIndex, home: Path) -> None
 
 
 def test_codes_of_another_origin_name_both(index: CodeIndex, home: Path) -> None:
-    remedy = r"'model-b'.*'model-a'.*encode with the model of origin 'model-a' \(--run .*\), or build a new index"
+    remedy = (
+        r"'model-b'.*'model-a'.*encode with the model of origin 'model-a' \(--run .*\), or build a new index"
+    )
     for call in (lambda c: index.add(c), lambda c: index.search(c, 1), lambda c: index.range(c, 1)):
         with pytest.raises(ValueError, match=remedy):
             call(codes([9], origin="model-b"))
@@ -258,7 +261,12 @@ def test_a_closed_index_says_so(index: CodeIndex) -> None:
     index.close()
     index.close()
     calls = [lambda: index.search(codes([1]), 1), lambda: index.add(codes([5])), index.count, index.info]
-    for call in [*calls, lambda: index.remove([1]), lambda: index.payload([1]), lambda: index.snapshot("elsewhere")]:
+    for call in [
+        *calls,
+        lambda: index.remove([1]),
+        lambda: index.payload([1]),
+        lambda: index.snapshot("elsewhere"),
+    ]:
         with pytest.raises(ValueError, match="is closed"):
             call()
 
@@ -367,7 +375,9 @@ def test_a_commit_reaches_the_disk_before_it_is_acknowledged(home: Path) -> None
     with LocalIndex(home, 32) as index:
         connection = index._opened()._connection
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # full: the log is synced at each commit
+        assert connection.execute("PRAGMA synchronous").fetchone() == (
+            2,
+        )  # full: the log is synced at each commit
 
 
 def test_a_second_writer_waits_and_then_is_told(home: Path) -> None:
@@ -376,7 +386,9 @@ def test_a_second_writer_waits_and_then_is_told(home: Path) -> None:
         other = sqlite3.connect(home / "index.sqlite", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         for write in (lambda: index.add(codes([9])), lambda: index.remove([1])):
-            with pytest.raises(TimeoutError, match=r"another process has been writing to .*index\.sqlite for 0\.2 s"):
+            with pytest.raises(
+                TimeoutError, match=r"another process has been writing to .*index\.sqlite for 0\.2 s"
+            ):
                 write()
         assert index.search(codes([1]), 3).ids[0].sort().values.tolist() == [1, 2, 3]  # readers go on
         other.execute("ROLLBACK")

@@ -7,19 +7,19 @@ import torch
 from helpers import make_data, trained_hasher
 
 from robusthash.attacks import Attack, cgat, image_threat, mainstay, mainstay_targeted, pgd
-from robusthash.attacks.named import steps_on
-from robusthash.attacks.search import APGD
-from robusthash.attacks.threats import named_threat
+from robusthash.attacks.pgd import APGD
+from robusthash.attacks.published import steps_on
+from robusthash.attacks.threat_registry import named_threat
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal
 from robusthash.data import RetrievalData
-from robusthash.evaluation import evaluate, make_bench
-from robusthash.evaluation.assess import assess
-from robusthash.evaluation.bench import Bench
-from robusthash.evaluation.suite import tier
+from robusthash.evaluation import evaluate, make_context
+from robusthash.evaluation.context import EvaluationContext
 from robusthash.models import Hasher
 from robusthash.objectives import DPSH
+from robusthash.robustness.assess import assess
+from robusthash.robustness.suite import tier
 
 EPS = 2.0  # of 432 entries
 
@@ -35,50 +35,50 @@ def victim(data: RetrievalData) -> Hasher:
 
 
 @pytest.fixture(scope="module")
-def bench(victim: Hasher, data: RetrievalData) -> Bench:
-    return make_bench(victim, data)
+def context(victim: Hasher, data: RetrievalData) -> EvaluationContext:
+    return make_context(victim, data)
 
 
-def attacked_score(attack: Attack, bench: Bench, start: bool) -> torch.Tensor:
+def attacked_score(attack: Attack, context: EvaluationContext, start: bool) -> torch.Tensor:
     """(B,) what the attack ascends, at the clean inputs or at what it found."""
-    batch = bench.batch(0)
-    goal, known, draws = Goal(batch.labels, -1), bench.known(attack), Draws(0)
-    score, _ = attack.aim(bench.victim, batch, goal, known, draws)
-    found, _ = attack.perturb(bench.victim, batch, goal, known, draws=draws)
+    batch = context.batch(0)
+    goal, known, draws = Goal(batch.labels, -1), context.known(attack), Draws(0)
+    score, _ = attack.aim(context.victim, batch, goal, known, draws)
+    found, _ = attack.perturb(context.victim, batch, goal, known, draws=draws)
     with torch.no_grad():
         return score(batch.inputs if start else found.inputs, 1.0)[0]
 
 
 @pytest.mark.parametrize("name", ["pgd", "mainstay"])
-def test_published_attacks_take_an_l1_budget_and_use_it(name: str, bench: Bench) -> None:
+def test_published_attacks_take_an_l1_budget_and_use_it(name: str, context: EvaluationContext) -> None:
     attack = build("attack", {"name": name, "eps": EPS, "norm": "l1", "steps": 20}, objective=DPSH())
     assert attack.threat.name == "img-l1-2"
     assert attack.search.step_size == EPS / 8
-    clean, found = (attacked_score(attack, bench, start) for start in (True, False))
+    clean, found = (attacked_score(attack, context, start) for start in (True, False))
     assert bool((found > clean).all())
-    result = evaluate(bench.victim, bench.data, attack=attack)
+    result = evaluate(context.victim, context.data, attack=attack)
     assert result.setting.threat == "img-l1-2"
     assert result.perceptibility["l1/max"] <= EPS * (1 + 1e-5)
     assert result.perceptibility["l1/mean"] > 0.9 * EPS
     assert result.perceptibility["l0/mean"] < 0.5  # few pixels, as an L1 ball has it
-    assert result["MAP"] <= evaluate(bench.victim, bench.data)["MAP"]
+    assert result["MAP"] <= evaluate(context.victim, context.data)["MAP"]
 
 
-def test_apgd_under_l1_beats_random_points_of_the_ball(bench: Bench) -> None:
+def test_apgd_under_l1_beats_random_points_of_the_ball(context: EvaluationContext) -> None:
     attack = mainstay(eps=EPS, norm="l1", slope="one")
     searched = Attack("apgd", attack.guide, attack.loss, APGD(20), attack.threat)
-    batch = bench.batch(0)
-    score, _ = searched.aim(bench.victim, batch, Goal(batch.labels, -1), bench.known(searched), Draws(0))
-    found = attacked_score(searched, bench, False)
+    batch = context.batch(0)
+    score, _ = searched.aim(context.victim, batch, Goal(batch.labels, -1), context.known(searched), Draws(0))
+    found = attacked_score(searched, context, False)
     for seed in range(3):
         noise = attack.threat.random_start(batch.inputs, batch.ids, Draws(seed))
         with torch.no_grad():
             assert bool((found >= score(noise, 1.0)[0]).all())
 
 
-def test_a_suite_runs_under_an_l1_threat(bench: Bench) -> None:
+def test_a_suite_runs_under_an_l1_threat(context: EvaluationContext) -> None:
     threat = named_threat("img-l1-2", "W2")
-    result = assess(bench, tier("smoke", threat))
+    result = assess(context, tier("smoke", threat))
     assert result.setting.threat == "img-l1-2"
     assert result["wMAP"] <= result["clean"]
 
@@ -100,12 +100,12 @@ def test_steps_of_l2_and_l1_are_an_eighth_of_the_budget_and_others_as_they_were(
 
 
 @pytest.mark.parametrize("make", [mainstay, mainstay_targeted, cgat])
-def test_the_start_at_the_clean_image_can_be_asked_for(make, bench: Bench) -> None:
+def test_the_start_at_the_clean_image_can_be_asked_for(make, context: EvaluationContext) -> None:
     """One step of zero length returns the start itself."""
-    batch = bench.batch(0)
+    batch = context.batch(0)
     for random in (True, False):
         attack = make(steps=1, step_size=0.0, random_start=random)
         goal = Goal(batch.labels, 1 if attack.targeted else -1)
-        found, _ = attack.perturb(bench.victim, batch, goal, bench.known(attack), draws=Draws(0))
+        found, _ = attack.perturb(context.victim, batch, goal, context.known(attack), draws=Draws(0))
         assert torch.equal(found.inputs["image"], batch.inputs["image"]) != random
     assert make().search.random_start is True  # as SAAT's code

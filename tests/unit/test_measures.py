@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.retrieval import retrieval_average_precision
 
-from robusthash.apps.config import ConfigError, make_config
+from robusthash.apps.experiment.config import ConfigError, make_config
 from robusthash.core.hamming import pack
-from robusthash.core.profile import code_profile
 from robusthash.core.registry import build, catalogue
 from robusthash.core.types import Codes, Profile
-from robusthash.evaluation import measures
-from robusthash.evaluation.protocol import Protocol, TargetRule, load_protocol, measure, measure_profile
+from robusthash.metrics import ranking_measures as measures
+from robusthash.metrics.distance_histogram import code_profile
+from robusthash.metrics.protocol import Protocol, TargetRule, load_protocol, measure, measure_profile
 
 BITS = 40
 
 
 def untied(seed: int) -> tuple[Codes, Tensor, Codes, Tensor, Tensor]:
-    """Two queries of one code, a database with one item at each distance, and the (2, N) shared labels by rank."""
+    """Two queries of one code, a database with one item at each distance, and the (2, N) shared labels by
+    rank."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(BITS + 1, generator=generator)
     database = -torch.ones(BITS + 1, BITS, dtype=torch.int64)
@@ -41,7 +42,9 @@ def random_set(count: int, bits: int, classes: int, seed: int) -> tuple[Codes, T
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (count, bits), generator=generator) * 2 - 1
     labels = (torch.rand(count, classes, generator=generator) < 0.2).float()
-    labels[torch.arange(count), torch.randint(classes, (count,), generator=generator)] = 1  # no item without a label
+    labels[torch.arange(count), torch.randint(classes, (count,), generator=generator)] = (
+        1  # no item without a label
+    )
     return Codes(pack(signs), bits, torch.arange(count)), labels
 
 
@@ -109,7 +112,9 @@ def test_expected_is_the_mean_of_legacy_over_shuffled_databases() -> None:
     for _ in range(400):
         order = torch.randperm(60, generator=generator)
         shuffled = Codes(database.packed[order], 4, database.ids)
-        values.append(measures.legacy_average_precision(query, query_labels, shuffled, labels[order], 20, "hits"))
+        values.append(
+            measures.legacy_average_precision(query, query_labels, shuffled, labels[order], 20, "hits")
+        )
     stacked = torch.stack(values)
     error = stacked.std(0) / math.sqrt(len(values))
     assert ((stacked.mean(0) - expected).abs() < 4 * error + 1e-12).all()
@@ -120,9 +125,15 @@ def test_first_k_relevant_looks_past_rank_k() -> None:
     found = measures.legacy_average_precision(query, query_labels, database, labels, 3, "first-k-relevant")
     for row in range(2):
         ranks = (torch.nonzero(shared[row] > 0).flatten() + 1).tolist()[:3]
-        assert float(found[row]) == pytest.approx(sum((i + 1) / rank for i, rank in enumerate(ranks)) / len(ranks))
-    everything = measures.legacy_average_precision(query, query_labels, database, labels, None, "first-k-relevant")
-    assert torch.allclose(everything, measures.average_precision(code_profile(query, query_labels, database, labels)))
+        assert float(found[row]) == pytest.approx(
+            sum((i + 1) / rank for i, rank in enumerate(ranks)) / len(ranks)
+        )
+    everything = measures.legacy_average_precision(
+        query, query_labels, database, labels, None, "first-k-relevant"
+    )
+    assert torch.allclose(
+        everything, measures.average_precision(code_profile(query, query_labels, database, labels))
+    )
 
 
 def test_rank_curve_with_few_relevant_items_and_a_hit_at_rank_one() -> None:
@@ -168,7 +179,13 @@ def test_policies_for_empty_queries() -> None:
 def test_all_is_never_spelled_as_a_number(k: int) -> None:
     query, query_labels, database, labels, _ = untied(0)
     profile = code_profile(query, query_labels, database, labels)
-    for function in (measures.average_precision, measures.precision_at, measures.ndcg, measures.acg, measures.chance):
+    for function in (
+        measures.average_precision,
+        measures.precision_at,
+        measures.ndcg,
+        measures.acg,
+        measures.chance,
+    ):
         with pytest.raises(ValueError, match="whole database is k=None"):
             function(profile, k)
     with pytest.raises(ValueError, match="whole database is k=None"):
@@ -205,7 +222,9 @@ def test_house_protocol_names_every_number() -> None:
     profile = code_profile(query, query_labels, database, labels)
     assert made.values["MAP"] == pytest.approx(float(measures.average_precision(profile).mean()))
     assert made.values["MAP@5000/mink"] == pytest.approx(made.values["MAP"])
-    assert made.values["MAP/optimistic"] - made.values["MAP/pessimistic"] == pytest.approx(made.values["tie_gap"])
+    assert made.values["MAP/optimistic"] - made.values["MAP/pessimistic"] == pytest.approx(
+        made.values["tie_gap"]
+    )
     assert made.values["P@r<=2"] == pytest.approx(float(measures.precision_within(profile, 2).mean()))
     assert made.values["nDCG@100"] == pytest.approx(float(measures.ndcg(profile, 100, "exp").mean()))
     assert made.empty == 1
@@ -248,7 +267,9 @@ def test_paper_protocols_use_the_row_order(name: str) -> None:
     query, query_labels = random_set(20, 8, 6, 11)
     database, labels = random_set(400, 8, 6, 12)
     made = measure(protocol, query, query_labels, database, labels)
-    expected = measures.legacy_average_precision(query, query_labels, database, labels, protocol.k, protocol.ap)
+    expected = measures.legacy_average_precision(
+        query, query_labels, database, labels, protocol.k, protocol.ap
+    )
     assert torch.equal(made.per_query[protocol.headline], expected)
     assert all(value >= 0 for value in made.values.values())
     with pytest.raises(ValueError, match="score the codes, not a profile"):
@@ -260,7 +281,9 @@ def test_every_protocol_takes_the_number_of_targets_in_one_way(name: str) -> Non
     assert load_protocol(name).targets == TargetRule(3)
     assert build("protocol", {"name": name, "targets": 1}).targets == TargetRule(1)
     for wrong in (0, -1, 1.5, "two"):
-        with pytest.raises(ValueError, match=f"targets per query must be a whole number of at least 1, got {wrong!r}"):
+        with pytest.raises(
+            ValueError, match=f"targets per query must be a whole number of at least 1, got {wrong!r}"
+        ):
             build("protocol", {"name": name, "targets": wrong})
 
 
@@ -331,4 +354,6 @@ def test_targets_are_disjoint_and_keyed_by_id() -> None:
     assert float((drawn * query_labels[:, None]).sum()) == 0
     again = rule.draw(query_labels[10:20], torch.arange(10, 20), labels)
     assert torch.equal(again, drawn[10:20])
-    assert not torch.equal(dataclasses.replace(rule, seed=4).draw(query_labels, torch.arange(30), labels), drawn)
+    assert not torch.equal(
+        dataclasses.replace(rule, seed=4).draw(query_labels, torch.arange(30), labels), drawn
+    )

@@ -17,7 +17,7 @@ from robusthash.core.types import Codes
 from robusthash.data import ArraySource, RetrievalData, Split
 from robusthash.models import Hasher, build_hasher, encode_split
 from robusthash.models.hasher import frozen
-from robusthash.models.image import IMAGENET, ImageEncoder
+from robusthash.models.image_encoders import IMAGENET, ImageEncoder
 
 WIDTHS = {
     "alexnet": 4096,
@@ -60,7 +60,10 @@ def test_encoder_at_its_smallest_size(name: str) -> None:
     assert output.features.shape == larger.features.shape == (2, encoder.width)
     assert output.logits.shape == output.code.shape == (2, 12)
     assert encoder.smallest == side
-    with pytest.raises(ValueError, match=f"at least {side} px, got \\({side - 1}, {side}\\)"), torch.device("meta"):
+    with (
+        pytest.raises(ValueError, match=f"at least {side} px, got \\({side - 1}, {side}\\)"),
+        torch.device("meta"),
+    ):
         hasher({"image": torch.rand(2, 3, side - 1, side)})
 
 
@@ -96,7 +99,9 @@ def test_weights_come_from_a_local_file(tmp_path: Path) -> None:
             if value.is_floating_point():
                 value.uniform_(0.01, 0.02)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
-    hasher = build_hasher(bits=8, image={"name": "resnet18", "weights": str(tmp_path / "weights.pth")}, seed=1).eval()
+    hasher = build_hasher(
+        bits=8, image={"name": "resnet18", "weights": str(tmp_path / "weights.pth")}, seed=1
+    ).eval()
     trunk = hasher.encoders["image"].trunk.state_dict()
     for name, value in source.state_dict().items():
         if not name.startswith("fc."):
@@ -203,7 +208,8 @@ def test_hasher_refuses_what_does_not_fit() -> None:
 
 def test_hasher_answers_any_subset_of_its_modalities() -> None:
     weights = {
-        m: torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i, m in enumerate(["image", "text"])
+        m: torch.randn(4, 3, generator=torch.Generator().manual_seed(i))
+        for i, m in enumerate(["image", "text"])
     }
     hasher = Hasher({m: Flat() for m in weights}, {m: LinearHead(w) for m, w in weights.items()})
     inputs = {m: torch.rand(2, 3) for m in weights}
@@ -265,7 +271,9 @@ def test_frozen_restores_every_mode_and_flag() -> None:
 
 def test_encoding_does_not_depend_on_the_batch_size(learned: Hasher, data: RetrievalData) -> None:
     seen: list[tuple[int, int]] = []
-    whole = encode_split(learned, data.database, origin="m", progress=lambda done, total: seen.append((done, total)))
+    whole = encode_split(
+        learned, data.database, origin="m", progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(60, 60)]
     learned.train()  # the mode of the caller does not matter, and is kept
     for size in (1, 7):
@@ -325,13 +333,16 @@ def test_bf16_keeps_almost_all_bits_and_the_ranking(learned: Hasher, data: Retri
         for dtype in ("float32", "bf16")
     }
     differing = [
-        float((a.signs() != b.signs()).double().mean()) for a, b in zip(codes["float32"], codes["bf16"], strict=True)
+        float((a.signs() != b.signs()).double().mean())
+        for a, b in zip(codes["float32"], codes["bf16"], strict=True)
     ]
     assert max(differing) < 0.02
     full, half = (precision_at_ten(*codes[dtype], relevant) for dtype in ("float32", "bf16"))
     assert full > 0.6  # chance is 1 in 3: the victim has learned something, so that agreement means something
     assert abs(full - half) < 0.02
-    assert float(distance(codes["float32"][0].packed, codes["bf16"][0].packed).diagonal().double().mean()) < 0.32
+    assert (
+        float(distance(codes["float32"][0].packed, codes["bf16"][0].packed).diagonal().double().mean()) < 0.32
+    )
 
 
 def test_channels_last_changes_nothing_but_rounding(learned: Hasher, data: RetrievalData) -> None:

@@ -1,4 +1,5 @@
-"""What outer losses need of the inner attack is checked where a recipe is read, and where one is made in Python."""
+"""What outer losses need of the inner attack is checked where a recipe is read, and where one is made in
+Python."""
 
 from __future__ import annotations
 
@@ -10,16 +11,16 @@ import pytest
 import torch
 from helpers import make_data, small_hasher
 
-from robusthash.apps.config import ConfigError, make_config
+from robusthash.apps.experiment.config import ConfigError, make_config
 from robusthash.attacks import Attack, image_threat
 from robusthash.attacks.losses import Agreement
-from robusthash.attacks.search import PGD
+from robusthash.attacks.pgd import PGD
 from robusthash.core import registry
 from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Reference
 from robusthash.defenses import AdversarialTraining, CgATOuter, PlainAT, Round, SAATOuter
-from robusthash.defenses.needs import Needs
+from robusthash.defenses.requirements import Needs
 from robusthash.defenses.sfcl import SFCLOuter
 from robusthash.models import Hasher
 from robusthash.objectives import DPSH
@@ -30,7 +31,13 @@ Settings = str | dict[str, Any]
 
 def recipe(outer: Settings, attack: Settings) -> dict[str, Any]:
     optim = {"hasher": {"lr": 0.01}, "guide": {"lr": 0.01}}
-    training = {"recipe": "adversarial", "objective": "dpsh", "outer": outer, "attack": attack, "optim": optim}
+    training = {
+        "recipe": "adversarial",
+        "objective": "dpsh",
+        "outer": outer,
+        "attack": attack,
+        "optim": optim,
+    }
     return {"name": "x", "data": "synthetic", "hasher": {"text": "mlp"}, "training": training}
 
 
@@ -104,9 +111,13 @@ def test_what_the_attack_needs_of_hasher_and_optimisers_is_asked_for_where_the_r
 def test_the_line_names_what_fits() -> None:
     with pytest.raises(ConfigError) as caught:
         make_config(recipe("saat", "dhta"))
-    fits, losses = str(caught.value).partition("Attacks that fit 'saat': ")[2].split("; losses that fit 'dhta': ")
+    fits, losses = (
+        str(caught.value).partition("Attacks that fit 'saat': ")[2].split("; losses that fit 'dhta': ")
+    )
     assert {"mainstay", "cgat"} <= set(fits.split(", "))
-    assert not {"dhta", "pgd", "hag", "sdha", "text-edits"} & set(fits.split(", "))  # the last attacks no images
+    assert not {"dhta", "pgd", "hag", "sdha", "text-edits"} & set(
+        fits.split(", ")
+    )  # the last attacks no images
     assert {"pgd-at", "atrdh", "sfcl"} <= set(losses.split(", "))
     assert not {"saat", "cgat"} & set(losses.split(", "))
 
@@ -138,7 +149,9 @@ def test_every_pair_is_refused_where_it_is_made_or_trains_a_step(outer: str, att
 class Nearest:
     """The known code that is nearest: one an item, but of which label it is not said."""
 
-    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
         own = next(iter(victim(batch.inputs).values())).relaxed()
         assert reference is not None
         codes = torch.cat(list(reference.codes.values()))
@@ -182,7 +195,9 @@ def test_a_new_loss_joins_by_what_it_declares() -> None:
         def __call__(self, turn: Round) -> dict[str, torch.Tensor]:
             return PlainAT()(turn)
 
-    with pytest.raises(ConfigError, match="Attacks that fit 'picky': dhta, guided-targeted-apgd, mainstay-targeted"):
+    with pytest.raises(
+        ConfigError, match="Attacks that fit 'picky': dhta, guided-targeted-apgd, mainstay-targeted"
+    ):
         make_config(recipe("picky", "mainstay"))
     make_config(recipe("picky", "dhta"))
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from robusthash.evaluation.packing import pack, unpack
-from robusthash.evaluation.results import EvalResult, Setting, load_results, save_results
+from robusthash.metrics.packed_values import pack, unpack
+from robusthash.metrics.results import EvalResult, Setting, load_results, save_results
 
 
 def test_values_move_by_half_a_step_at_most_and_ends_stay() -> None:
@@ -45,7 +45,9 @@ def test_what_has_no_step_is_refused(value: float) -> None:
 def test_packed_results_are_read_as_others_are(tmp_path: Path) -> None:
     setting = Setting("model", "data", "queries", {"k": None}, "I2I", 8)
     ap, curve = torch.rand(100, dtype=torch.float64), {"eps": torch.tensor([0.0, 8 / 255])}
-    result = EvalResult(setting, {"MAP": float(ap.mean())}, {"MAP": ap}, curves={"wMAP/eps": curve}, name="clean")
+    result = EvalResult(
+        setting, {"MAP": float(ap.mean())}, {"MAP": ap}, curves={"wMAP/eps": curve}, name="clean"
+    )
     for name, packed in (("plain", False), ("packed", True)):
         save_results(tmp_path / f"{name}.json", [result, result], packed)
         for found in load_results(tmp_path / f"{name}.json"):

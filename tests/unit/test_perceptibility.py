@@ -9,10 +9,12 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from robusthash.evaluation import perceptibility
+from robusthash.metrics import distortion as perceptibility
 
 
-def pair(count: int = 3, height: int = 33, width: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def pair(
+    count: int = 3, height: int = 33, width: int = 40, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     clean = torch.rand(count, 3, height, width, generator=generator)
     smooth = torch.nn.functional.avg_pool2d(clean, 5, 1, 2)
@@ -26,10 +28,18 @@ def test_ssim_and_psnr_agree_with_scikit_image() -> None:
     for row in range(3):
         left, right = (images[row].permute(1, 2, 0).double().numpy() for images in (clean, attacked))
         expected = structural_similarity(
-            left, right, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0
+            left,
+            right,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=1.0,
         )
         assert float(found["ssim"][row]) == pytest.approx(expected, abs=1e-9)
-        assert float(found["psnr"][row]) == pytest.approx(peak_signal_noise_ratio(left, right, data_range=1.0))
+        assert float(found["psnr"][row]) == pytest.approx(
+            peak_signal_noise_ratio(left, right, data_range=1.0)
+        )
 
 
 def test_an_unchanged_image() -> None:
@@ -74,7 +84,9 @@ def test_matrix_norms_have_their_own_names(shape: tuple[int, int]) -> None:
         assert float(found["legacy_matrix_inf"][row]) == pytest.approx(sum(sums) / 3, rel=1e-12)
         singular = [np.linalg.svd(channel, compute_uv=False)[0] for channel in delta]
         assert float(found["legacy_matrix_2"][row]) == pytest.approx(sum(singular) / 3, rel=1e-9)
-    assert float(found["legacy_matrix_inf"][0]) > float(perceptibility.pixel_norms(clean, attacked)["linf"][0])
+    assert float(found["legacy_matrix_inf"][0]) > float(
+        perceptibility.pixel_norms(clean, attacked)["linf"][0]
+    )
     made = perceptibility.perceptibility(clean, attacked)
     assert made["legacy_matrix_2/max"] == pytest.approx(float(found["legacy_matrix_2"].max()))
 
@@ -82,7 +94,10 @@ def test_matrix_norms_have_their_own_names(shape: tuple[int, int]) -> None:
 def test_matrix_norms_of_no_change_and_of_one_value() -> None:
     clean = torch.full((1, 3, 16, 16), 0.5)
     same = perceptibility.legacy_matrix_norms(clean, clean)
-    assert {name: float(values[0]) for name, values in same.items()} == {"legacy_matrix_inf": 0, "legacy_matrix_2": 0}
+    assert {name: float(values[0]) for name, values in same.items()} == {
+        "legacy_matrix_inf": 0,
+        "legacy_matrix_2": 0,
+    }
     attacked = clean.clone()
     attacked[0, :, 3, 4] += 0.25  # one entry of each channel: every norm of the matrix is this entry
     one = perceptibility.legacy_matrix_norms(clean, attacked)
@@ -103,7 +118,9 @@ def test_bad_images_are_refused() -> None:
 
 
 def test_texts() -> None:
-    assert perceptibility.changed_share(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 9, 3, 9]])).tolist() == [0.5]
+    assert perceptibility.changed_share(
+        torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 9, 3, 9]])
+    ).tolist() == [0.5]
     left, right = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
     assert float(perceptibility.cosine_distance(left, right)) == pytest.approx(1 - math.sqrt(0.5))
 

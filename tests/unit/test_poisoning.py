@@ -1,4 +1,5 @@
-"""Any registered attack on the images of a database: direction T2I of an image-text run, and what is refused."""
+"""Any registered attack on the images of a database: direction T2I of an image-text run, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -7,18 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from robusthash.apps.config import make_config
-from robusthash.apps.poisoning import poison
-from robusthash.apps.runs import Run
-from robusthash.apps.stages import bench_of, load_victim, read_data, silent, train
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.poison_run import poison
+from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.stages import context_of, load_victim, read_data, silent, train
 from robusthash.core.registry import build
 from robusthash.evaluation.evaluate import score_clean
-from robusthash.evaluation.results import load_results
+from robusthash.metrics.results import load_results
 
 RAW: dict[str, Any] = {
     "name": "both",
     "data": {"name": "synthetic", "size": 12, "train": 60, "query": 16, "database": 48},
-    "hasher": {"bits": 8, "image": {"name": "small", "width": 4, "grid": 1}, "text": {"name": "mlp", "widths": [32]}},
+    "hasher": {
+        "bits": 8,
+        "image": {"name": "small", "width": 4, "grid": 1},
+        "text": {"name": "mlp", "widths": [32]},
+    },
     "training": {
         "objective": "dsarh",
         "optim": {"hasher": {"name": "adam", "lr": 1e-2, "weight_decay": 0}},
@@ -50,18 +55,19 @@ def test_dsarh_attacks_the_images_that_texts_search(run: Run) -> None:
     assert path.name == "poison-db-perturb-img-linf-76.5-dsarh-T2I.json"
     assert load_results(path)[0].values["MAP"] == part["MAP"], "the later one of this name"
     victim, _ = load_victim(run)
-    bench = bench_of(run, victim, read_data(run.config), silent, "T2I")
-    assert score_clean(bench)["MAP"] == clean
+    context = context_of(run, victim, read_data(run.config), silent, "T2I")
+    assert score_clean(context)["MAP"] == clean
 
 
 def test_the_attacker_of_items_knows_what_texts_look_like(run: Run) -> None:
-    """Across modalities the known codes are those of both, of the training set at W1 and of the database at W2."""
+    """Across modalities the known codes are those of both, of the training set at W1 and of the database at
+    W2."""
     victim, objective = load_victim(run)
     for direction, pairs in (("T2I", True), ("I2I", False)):
-        bench = bench_of(run, victim, read_data(run.config), silent, direction)
+        context = context_of(run, victim, read_data(run.config), silent, direction)
         for knowledge, items in (("W1", 60), ("W2", 48)):
             attack = build("attack", {"name": "dsarh", "knowledge": knowledge}, objective=objective)
-            known = bench.known(attack, pairs)
+            known = context.known(attack, pairs)
             assert known is not None
             assert set(known.codes) == ({"image", "text"} if pairs else {"image"})
             assert all(len(codes) == items for codes in known.codes.values())
@@ -81,7 +87,9 @@ def test_attacks_by_name(run: Run, name: str) -> None:
 
 
 def test_a_bound_in_the_name_of_the_threat(run: Run) -> None:
-    result, _ = poison(run, "db-perturb-img-linf-4", attack={"name": "dsarh", "knowledge": "W2"}, direction="T2I")
+    result, _ = poison(
+        run, "db-perturb-img-linf-4", attack={"name": "dsarh", "knowledge": "W2"}, direction="T2I"
+    )
     assert result.setting.threat == "db-perturb-img-linf-4"
     assert result.setting.budget.endswith("W2")
     assert result.perceptibility["linf/max"] <= 4 / 255 + 1e-6

@@ -9,11 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from robusthash.core import profile as core
-from robusthash.core.ap import average_precision, harmonic
 from robusthash.core.hamming import pack
-from robusthash.core.profile import code_profile, merge, prepare, prepared_counts, prepared_profile, streamed_profile
 from robusthash.core.types import Codes, Profile
+from robusthash.metrics import distance_histogram as core
+from robusthash.metrics.average_precision import average_precision, harmonic
+from robusthash.metrics.distance_histogram import (
+    code_profile,
+    merge,
+    prepare,
+    prepared_counts,
+    prepared_profile,
+    streamed_profile,
+)
 
 FIELDS = ("items", "relevant", "gain", "gain_exp", "ideal")
 
@@ -62,7 +69,9 @@ def test_profile_equals_a_naive_count(
     monkeypatch.setattr(core, "_NARROW", narrow)
     query, query_labels = make(21, bits, classes, 0, labels_each=labels_each)
     database, labels = make(333, bits, classes, 1, labels_each=labels_each)
-    assert_equal(code_profile(query, query_labels, database, labels), naive(query, query_labels, database, labels))
+    assert_equal(
+        code_profile(query, query_labels, database, labels), naive(query, query_labels, database, labels)
+    )
 
 
 NEVER = 1 << 62
@@ -75,7 +84,12 @@ NEVER = 1 << 62
 )  # fmt: skip
 @pytest.mark.parametrize("columns", [64, 1 << 17])
 def test_machine_code_counts_the_same_integers(
-    bits: int, classes: int, distinct: int | None, labels_each: float, columns: int, monkeypatch: pytest.MonkeyPatch
+    bits: int,
+    classes: int,
+    distinct: int | None,
+    labels_each: float,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("numba", reason="needs the extra 'fast' (pip install robusthash[fast])")
     query, query_labels = make(21, bits, classes, 0, labels_each=labels_each)
@@ -93,7 +107,7 @@ def test_machine_code_counts_the_same_integers(
 
 def test_machine_code_is_used_for_large_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba", reason="needs the extra 'fast' (pip install robusthash[fast])")
-    from robusthash.core import compiled
+    from robusthash.metrics import distance_histogram_numba as compiled
 
     calls: list[int] = []
     counted = compiled.count
@@ -172,7 +186,9 @@ def test_hash_collisions_cannot_change_counts(monkeypatch: pytest.MonkeyPatch) -
     query, query_labels = make(9, 16, 6, 6)
     database, labels = make(400, 16, 6, 7, distinct=20)
     monkeypatch.setattr(core, "_mix", lambda words: core.np.zeros(words.shape[1]))  # as if all rows collided
-    assert_equal(code_profile(query, query_labels, database, labels), naive(query, query_labels, database, labels))
+    assert_equal(
+        code_profile(query, query_labels, database, labels), naive(query, query_labels, database, labels)
+    )
 
 
 @pytest.mark.parametrize("narrow", [0, 1 << 14])
@@ -219,7 +235,12 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="no profiles"):
         merge([])
     with pytest.raises(ValueError, match="do not add"):
-        merge([code_profile(query, query_labels, database, labels), naive(other_bits, labels, other_bits, labels)])
+        merge(
+            [
+                code_profile(query, query_labels, database, labels),
+                naive(other_bits, labels, other_bits, labels),
+            ]
+        )
 
 
 @pytest.mark.parametrize("before", [0, 1, 5, 31, 32, 33, 1000, 99_999, 10**7])

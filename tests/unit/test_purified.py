@@ -8,9 +8,9 @@ from helpers import Flat, LinearHead, make_data, small_hasher, trained_hasher
 from torch import Tensor, nn
 
 from robusthash.core.registry import catalogue, register
-from robusthash.evaluation import make_bench
+from robusthash.evaluation import make_context
 from robusthash.models import Hasher, Purifier, build_hasher, encode_split, purified
-from robusthash.models.purified import Encode
+from robusthash.models.purifier import Encode
 
 
 class Halve(Purifier):
@@ -28,7 +28,9 @@ class Halve(Purifier):
 
 def linear(sides: str = "both") -> Hasher:
     weight = torch.tensor([[1.0, -1.0, 2.0], [0.5, 0.5, -1.0]])
-    return Hasher({"image": Flat()}, {"image": LinearHead(weight)}, {}, purifiers={"image": Halve()}, sides=sides)
+    return Hasher(
+        {"image": Flat()}, {"image": LinearHead(weight)}, {}, purifiers={"image": Halve()}, sides=sides
+    )
 
 
 X = torch.tensor([[0.2, 0.4, 0.6], [0.9, 0.1, 0.3]])[:, None, None]
@@ -60,15 +62,16 @@ def test_the_database_side_reaches_the_bench() -> None:
         def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
             return 1 - x, {}
 
-    def bench(sides: str):
-        return make_bench(
-            Hasher(dict(base.encoders), dict(base.heads), {}, purifiers={"image": Invert()}, sides=sides), data
+    def context(sides: str):
+        return make_context(
+            Hasher(dict(base.encoders), dict(base.heads), {}, purifiers={"image": Invert()}, sides=sides),
+            data,
         )
 
     bare = encode_split(base, data.database)["image"].packed
-    assert torch.equal(bench("query").database.packed, bare)
-    assert not torch.equal(bench("both").database.packed, bare)
-    assert torch.equal(bench("both").query.packed, bench("query").query.packed)
+    assert torch.equal(context("query").database.packed, bare)
+    assert not torch.equal(context("both").database.packed, bare)
+    assert torch.equal(context("both").query.packed, context("query").query.packed)
 
 
 @pytest.mark.parametrize(("view", "slope"), [("white-box", 0.5), ("identity", 1.0), ("oblivious", 1.0)])
@@ -106,4 +109,6 @@ def test_purified_keeps_the_hasher_and_says_so() -> None:
     again = build_hasher(**whole.spec, seed=1)
     again.load_state_dict(whole.state_dict())
     image = torch.rand(2, 3, 12, 12)
-    assert torch.equal(again.eval()({"image": image})["image"].logits, whole.eval()({"image": image})["image"].logits)
+    assert torch.equal(
+        again.eval()({"image": image})["image"].logits, whole.eval()({"image": image})["image"].logits
+    )

@@ -21,21 +21,21 @@ from helpers import (
     trained_hasher,
 )
 
-from robusthash.apps import stages
-from robusthash.apps.config import ConfigError, make_config
-from robusthash.apps.pages.branches import branches_section, save_branches
-from robusthash.apps.pages.report import write_report
-from robusthash.apps.runs import RunError, load_run
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import ConfigError, make_config
+from robusthash.apps.experiment.run_directory import RunError, load_run
+from robusthash.apps.reports.branch_maps import branches_section, save_branches
+from robusthash.apps.reports.run_report import write_report
 from robusthash.attacks import dhta
 from robusthash.attacks.drfgd import drfgd
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal
 from robusthash.data import RetrievalData
-from robusthash.defenses.regenerate import Regenerate
-from robusthash.models.encode import encode_split
+from robusthash.defenses.drfgd import Regenerate
+from robusthash.models.encoding import encode_split
 from robusthash.models.hasher import Hasher, build_hasher, purified
-from robusthash.models.purified import IdentityBackward
+from robusthash.models.purifier import IdentityBackward
 from robusthash.objectives import DPSH
 from robusthash.training import HashingRecipe, OptimConfig, Schedule, TrainConfig, fit
 from robusthash.training.recipe import Moment
@@ -100,7 +100,9 @@ def test_the_hasher_is_bit_identical_after_training_and_the_purifier_is_not(
     fit(made, data, config())
     for name, value in bare.state_dict().items():
         assert torch.equal(value, before["state"][name]), name
-    assert any(not torch.equal(value, purifier[name]) for name, value in made.hasher.purifiers.state_dict().items())
+    assert any(
+        not torch.equal(value, purifier[name]) for name, value in made.hasher.purifiers.state_dict().items()
+    )
     assert made.hasher.declared == made.hasher.spec["declared"] == "purifier"
 
 
@@ -147,7 +149,8 @@ def attacked_by(made: Regenerate, victim: Hasher, data: RetrievalData) -> dict[s
 def test_the_inner_attack_is_taken_on_the_bare_hasher_or_through_the_purifiers(
     inner: Any, paired: tuple[RetrievalData, Hasher]
 ) -> None:
-    """L_Rec of x and of what the attack finds on either, computed apart, for purifiers that change their inputs."""
+    """L_Rec of x and of what the attack finds on either, computed apart, for purifiers that change their
+    inputs."""
     data, hasher = paired
     whole = purified(copy.deepcopy(hasher), BOTH, "query")
     for modality in ("image", "text"):
@@ -196,7 +199,9 @@ def test_weights_scale_their_terms(warm: Hasher, data: RetrievalData) -> None:
     assert ratios["image discrimination"] != 0
 
 
-def test_a_new_purifier_reconstructs_clean_images_and_keeps_the_perturbation(warm: Hasher, data: RetrievalData) -> None:
+def test_a_new_purifier_reconstructs_clean_images_and_keeps_the_perturbation(
+    warm: Hasher, data: RetrievalData
+) -> None:
     """At the start g = x and g' = x', so L_Rec is twice the mean square of the perturbation."""
     found = one_step(recipe(warm), data)["purifier"]["image reconstruction"]
     made = recipe(warm)
@@ -210,7 +215,9 @@ def test_a_new_purifier_reconstructs_clean_images_and_keeps_the_perturbation(war
 
 
 def test_the_literal_divergence_is_another_loss(warm: Hasher, data: RetrievalData) -> None:
-    found = [one_step(recipe(warm, literal_divergence=literal), data)["purifier"] for literal in (False, True)]
+    found = [
+        one_step(recipe(warm, literal_divergence=literal), data)["purifier"] for literal in (False, True)
+    ]
     assert found[0]["image divergence"] == pytest.approx(0.69, abs=0.05)  # features start out alike
     assert found[1]["image divergence"] < 0.2
     assert found[0]["image alignment"] == found[1]["image alignment"]
@@ -274,7 +281,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     base: dict[str, Any] = {
         "name": "parent",
         "data": {"name": "synthetic", "train": 48, "query": 8, "database": 32},
-        "hasher": {"bits": 8, "image": {"name": "small", "width": 4}, "text": {"name": "mlp", "widths": [16]}},
+        "hasher": {
+            "bits": 8,
+            "image": {"name": "small", "width": 4},
+            "text": {"name": "mlp", "widths": [16]},
+        },
         "training": {"objective": "dpsh", "epochs": 2, "batch_size": 16},
         "runtime": {"device": "cpu"},
     }

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from robusthash.evaluation.protocol import load_protocol
-from robusthash.evaluation.results import (
+from robusthash.metrics.protocol import load_protocol
+from robusthash.metrics.results import (
     Cost,
     EvalResult,
     Flag,
@@ -176,7 +176,9 @@ def test_budgets_are_compared_by_identity_and_of_older_results_by_text() -> None
     assert made.differs(other) == ["budget"]
     assert made.differs(setting()) == [], "made before budgets had an identity"
     assert reworded.differs(setting()) == ["budget"]
-    assert other.differs(setting(digests={**digests, "budget": "3-aa"})) == [], "of two schemes the text decides"
+    assert other.differs(setting(digests={**digests, "budget": "3-aa"})) == [], (
+        "of two schemes the text decides"
+    )
     assert reworded.differs(setting(digests={**digests, "budget": "3-aa"})) == ["budget"]
 
 
@@ -198,7 +200,9 @@ def test_suites_of_two_schemes_are_said_to_be_of_two_schemes(tmp_path: Path) -> 
 
 def test_models_may_differ_also_after_a_round_trip(tmp_path: Path) -> None:
     digests = {**setting().digests, "model": "zz", "codes": "yy"}
-    other = result(1, model="csq-64", bits=64, objective="csq", defense="saat", training_attack="pgd", digests=digests)
+    other = result(
+        1, model="csq-64", bits=64, objective="csq", defense="saat", training_attack="pgd", digests=digests
+    )
     save_results(tmp_path / "metrics.json", [other])
     differences = compare(result(0), load_results(tmp_path / "metrics.json")[0])
     expected = result(0).per_query["MAP@5000"] - other.per_query["MAP@5000"]
@@ -212,7 +216,9 @@ def test_models_may_differ_also_after_a_round_trip(tmp_path: Path) -> None:
 
 def test_a_clear_difference_is_significant_after_correction() -> None:
     better = result(0)
-    worse = dataclasses.replace(better, per_query={name: values - 0.1 for name, values in better.per_query.items()})
+    worse = dataclasses.replace(
+        better, per_query={name: values - 0.1 for name, values in better.per_query.items()}
+    )
     difference = compare(better, worse)["MAP@5000"]
     assert difference.mean == pytest.approx(0.1)
     assert difference.p_holm < 0.001

@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from robusthash.core.ap import average_precision
 from robusthash.core.hamming import distance, pack
-from robusthash.core.profile import code_profile
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Codes
-from robusthash.evaluation import robust
+from robusthash.metrics import robustness_measures as robust
+from robusthash.metrics.average_precision import average_precision
+from robusthash.metrics.distance_histogram import code_profile
 
 
 def codes(count: int, bits: int, seed: int) -> Codes:
     generator = torch.Generator().manual_seed(seed)
-    return Codes(pack(torch.randint(0, 2, (count, bits), generator=generator) * 2 - 1), bits, torch.arange(count))
+    return Codes(
+        pack(torch.randint(0, 2, (count, bits), generator=generator) * 2 - 1), bits, torch.arange(count)
+    )
 
 
 def ap(signs: Tensor, query_labels: Tensor, database: Codes, labels: Tensor, k: int | None = None) -> Tensor:
@@ -67,7 +69,8 @@ def test_topk_disruption_shares_the_mass_of_split_groups() -> None:
     database = Codes(pack(torch.tensor([[-1, -1], [1, -1], [-1, 1]])), 2, torch.arange(3))
     clean = Codes(pack(torch.tensor([[-1, -1]])), 2, torch.arange(1))
     attacked = Codes(pack(torch.tensor([[1, -1]])), 2, torch.arange(1))
-    # clean membership 1, 1/2, 1/2; attacked: item 1 at 0, item 0 at 1, item 2 at 2: 1, 1, 0; shared 1 + 1/2 of 2
+    # clean membership 1, 1/2, 1/2; attacked: item 1 at 0, item 0 at 1, item 2 at 2: 1, 1, 0; shared 1 + 1/2
+    # of 2
     assert float(robust.topk_disruption(clean, attacked, database, 2)) == pytest.approx(0.25)
 
 

@@ -12,9 +12,9 @@ import torch
 from helpers import MemoryLog, facts_of, make_data, small_hasher, train_config, trained_hasher
 from torch import Tensor
 
-from robusthash.apps.config import make_config
-from robusthash.apps.pages.report import training_chart
-from robusthash.apps.stages import load_victim, train
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.stages import load_victim, train
+from robusthash.apps.reports.run_report import training_chart
 from robusthash.attacks import Attack
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
@@ -85,7 +85,9 @@ def one_step(recipe: AdversarialTraining, data: RetrievalData) -> dict[str, Loss
 def test_terms_are_those_of_the_paper(gated: Hasher, data: RetrievalData, rounds: list[Round]) -> None:
     yielded = one_step(saah(gated, Seen(stability=3.0, retention=2.0, stab_reduction="sum")), data)
     terms, (turn,) = yielded["hasher"], rounds
-    clean, robust = (turn.objective(outputs, turn.batch, turn.memory) for outputs in (turn.clean, turn.robust))
+    clean, robust = (
+        turn.objective(outputs, turn.batch, turn.memory) for outputs in (turn.clean, turn.robust)
+    )
     assert set(terms) == {
         "clean/similarity",
         "clean/regularisation",
@@ -99,12 +101,16 @@ def test_terms_are_those_of_the_paper(gated: Hasher, data: RetrievalData, rounds
         assert torch.equal(terms[f"robust/{name}"], robust[name])
     x, attacked = turn.batch.inputs["image"], turn.attacked.inputs["image"]
     gate = turn.clean["image"].aux["gate"]
-    assert terms["stability"].item() == pytest.approx(3 * spectral_stability(x - attacked, gate, "sum").item())
+    assert terms["stability"].item() == pytest.approx(
+        3 * spectral_stability(x - attacked, gate, "sum").item()
+    )
     bound = (gate.flatten(1).mean(1) - 0.5).square().mean()
     assert terms["retention"].item() == pytest.approx(2 * bound.item(), rel=1e-5)
 
 
-def test_attacked_images_pass_through_their_own_gate(gated: Hasher, data: RetrievalData, rounds: list[Round]) -> None:
+def test_attacked_images_pass_through_their_own_gate(
+    gated: Hasher, data: RetrievalData, rounds: list[Round]
+) -> None:
     one_step(saah(gated, Seen()), data)
     (turn,) = rounds
     purifier = gated.purifiers["image"]
@@ -149,7 +155,9 @@ def test_without_gate_and_terms_it_is_plain_adversarial_training(warm: Hasher, d
     theirs = fit(saah(bare, PlainAT()), data, train_config(2))
     assert without(ours, "stability", "retention") == without(theirs)
     assert all(line["retention"] == pytest.approx(0.25) for line in ours)  # nothing learns to lower it
-    for (name, left), (_, right) in zip(gated.bare().named_parameters(), bare.named_parameters(), strict=True):
+    for (name, left), (_, right) in zip(
+        gated.bare().named_parameters(), bare.named_parameters(), strict=True
+    ):
         assert torch.equal(left, right), name
 
 
@@ -192,7 +200,9 @@ def test_figures_of_a_known_gate(gated: Hasher, data: RetrievalData, rounds: lis
 
 
 def test_a_hasher_without_a_gate_is_refused(warm: Hasher, data: RetrievalData) -> None:
-    with pytest.raises(ValueError, match=r"needs a hasher with a spectral gate.*purifiers: \{image: spectral-gate\}"):
+    with pytest.raises(
+        ValueError, match=r"needs a hasher with a spectral gate.*purifiers: \{image: spectral-gate\}"
+    ):
         one_step(saah(copy.deepcopy(warm)), data)
 
 
@@ -210,7 +220,8 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 
 
 def test_pgd_starts_where_it_is_told(warm: Hasher, data: RetrievalData) -> None:
-    """One step from the clean image moves every pixel by the step or not at all; from a random start it does not."""
+    """One step from the clean image moves every pixel by the step or not at all; from a random start it does
+    not."""
     objective = DPSH()
     objective.setup(facts_of(data.train.labels, warm.bits))
     batch = data.query.batch(torch.arange(8))

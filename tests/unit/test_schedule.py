@@ -37,7 +37,9 @@ def test_exponential_falls_smoothly_to_gamma() -> None:
     """DSARH's 0.9 an outer iteration, over ten of them."""
     schedule = Schedule("exponential", gamma=0.9**10)
     assert schedule.factor(0.0) == 1.0
-    assert [schedule.factor(epoch / 10) for epoch in range(10)] == pytest.approx([0.9**epoch for epoch in range(10)])
+    assert [schedule.factor(epoch / 10) for epoch in range(10)] == pytest.approx(
+        [0.9**epoch for epoch in range(10)]
+    )
 
 
 @pytest.mark.parametrize("kind", ["constant", "cosine", "steps", "exponential"])

@@ -1,4 +1,5 @@
-"""Codes of other programs: every accepted form gives the same values; every malformed file says what to do."""
+"""Codes of other programs: every accepted form gives the same values; every malformed file says what to
+do."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from robusthash.evaluation.protocol import Protocol, measure
-from robusthash.evaluation.results import EvalResult, compare
-from robusthash.evaluation.score import read_codes, score
+from robusthash.metrics.code_scoring import read_codes, score
+from robusthash.metrics.protocol import Protocol, measure
+from robusthash.metrics.results import EvalResult, compare
 
 QUERIES, ITEMS, BITS = 20, 150, 12
 
@@ -47,7 +48,16 @@ def scored(folder: Path, form: str) -> EvalResult:
     return score(files[0], files[1])
 
 
-FORMS = ("0/1", "bool", "float -1/+1", "int8 -1/+1", "uint8 0/1", "uint8 0/1 with bits", "packed", "multi-hot")
+FORMS = (
+    "0/1",
+    "bool",
+    "float -1/+1",
+    "int8 -1/+1",
+    "uint8 0/1",
+    "uint8 0/1 with bits",
+    "packed",
+    "multi-hot",
+)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -75,7 +85,9 @@ def test_scoring_files_equals_scoring_codes(tmp_path: Path) -> None:
 def test_sparse_class_numbers_and_ids(tmp_path: Path) -> None:
     (codes, classes), (items, item_classes) = arrays().values()
     far = np.array([7, 10**9, 3, 500])
-    query = read_codes(save(tmp_path / "q.npz", codes=codes, labels=far[classes], ids=np.arange(QUERIES) * 10))
+    query = read_codes(
+        save(tmp_path / "q.npz", codes=codes, labels=far[classes], ids=np.arange(QUERIES) * 10)
+    )
     database = read_codes(save(tmp_path / "d.npz", codes=items, labels=far[item_classes].astype(float)))
     assert score(query, database)["MAP"] == scored(tmp_path, "0/1")["MAP"]
     assert query.codes.ids.tolist() == list(range(0, QUERIES * 10, 10))
@@ -98,7 +110,10 @@ GOOD = {"codes": np.array([[0, 1, 1], [1, 0, 0]]), "labels": np.array([0, 1])}
         ({"codes": np.zeros(3)}, r"'codes' must be \(N, K\)"),
         ({"codes": np.array([["a", "b"]])}, r"'codes' has the type"),
         ({"codes": np.array([[200, 3], [4, 5]], dtype=np.uint8)}, r"looks packed.*add the key 'bits'"),
-        ({"codes": np.array([[200], [4]], dtype=np.uint8), "bits": 12}, r"1 bytes a row, but 12 bits are 2 bytes"),
+        (
+            {"codes": np.array([[200], [4]], dtype=np.uint8), "bits": 12},
+            r"1 bytes a row, but 12 bits are 2 bytes",
+        ),
         ({"codes": np.array([[201], [4]], dtype=np.uint8), "bits": 5}, r"bits set beyond the 5"),
         ({"bits": 4}, r"'bits' is 4 but 'codes' has 3 columns"),
         ({"bits": 2.5}, r"'bits' must be one positive integer"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import Interrupted, MemoryLog, make_data, small_hasher, train_config
 
-from robusthash.attacks.named import dhta, mainstay
+from robusthash.attacks.published import dhta, mainstay
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, LossTerms
 from robusthash.data import RetrievalData
@@ -31,15 +31,21 @@ def sfcl(**options: Any) -> dict[str, Any]:
 
 def pair_hasher(seed: int = 0, **options: Any) -> Hasher:
     text = {"name": "mlp", "widths": [12]}
-    return build_hasher(bits=8, image=sfcl(**options), text=text, head=HEAD, seed=seed, vocabulary=DATA.vocabulary)
+    return build_hasher(
+        bits=8, image=sfcl(**options), text=text, head=HEAD, seed=seed, vocabulary=DATA.vocabulary
+    )
 
 
 DATA = synthetic(train=48, query=12, database=36)
 INNER = dhta(steps=2, step_size=4 / 255, slope="one")
 
 
-def recipe_of(hasher: Hasher, outer: SFCLOuter | None = None, attack: Any = INNER, warmup: float = 0.0) -> Any:
-    return AdversarialTraining(hasher, DPSH(), attack, SFCLOuter(warmup=warmup) if outer is None else outer, warmup)
+def recipe_of(
+    hasher: Hasher, outer: SFCLOuter | None = None, attack: Any = INNER, warmup: float = 0.0
+) -> Any:
+    return AdversarialTraining(
+        hasher, DPSH(), attack, SFCLOuter(warmup=warmup) if outer is None else outer, warmup
+    )
 
 
 def one_step(hasher: Hasher, outer: SFCLOuter, attack: Any = INNER, progress: float = 0.5) -> LossTerms:
@@ -138,7 +144,9 @@ def test_terms_and_weights() -> None:
     other = one_step(pair_hasher(), SFCLOuter(warmup=0.0, complementary=0.6, auxiliary=3.0, semantic=1.5))
     early = one_step(pair_hasher(), SFCLOuter(warmup=0.8), progress=0.2)
     for name, value in full.items():
-        factor, ramp = {"auxiliary": (3.0, 0.25), "complementary": (2.0, 0.25)}.get(name.split("/")[0], (0.5, 1.0))
+        factor, ramp = {"auxiliary": (3.0, 0.25), "complementary": (2.0, 0.25)}.get(
+            name.split("/")[0], (0.5, 1.0)
+        )
         torch.testing.assert_close(other[name], factor * value)
         torch.testing.assert_close(early[name], ramp * value)
 
@@ -253,7 +261,9 @@ def test_resumed_equals_uninterrupted_over_image_and_text() -> None:
 def test_losses_fall_on_pairs() -> None:
     config = replace(train_config(15), optim={"hasher": OptimConfig("adam", 3e-3, weight_decay=0.0)})
     lines = fit(recipe_of(pair_hasher()), DATA, config)
-    sums = [sum(value for name, value in line.items() if name not in ("epoch", "lr", "seconds")) for line in lines]
+    sums = [
+        sum(value for name, value in line.items() if name not in ("epoch", "lr", "seconds")) for line in lines
+    ]
     assert sums[-1] < sums[0] - 1.0
     for name in ("auxiliary", "complementary/labels"):
         assert lines[-1][name] < lines[0][name], name

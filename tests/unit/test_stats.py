@@ -10,10 +10,10 @@ import pytest
 import scipy.stats
 import torch
 
+from robusthash.analysis.shapley_values import shapley
 from robusthash.core.runtime import Draws
-from robusthash.evaluation import stats
-from robusthash.evaluation.attribution import shapley
-from robusthash.evaluation.robust import hrs_of
+from robusthash.metrics import statistics as stats
+from robusthash.metrics.robustness_measures import hrs_of
 
 
 def sample(count: int, seed: int = 0) -> torch.Tensor:
@@ -55,7 +55,9 @@ def test_undefined_queries_are_left_out_of_their_column_only() -> None:
     values = sample(40)
     holed = values.clone()
     holed[::4] = torch.nan
-    made = stats.intervals({"all": values, "some": holed, "none": torch.full((40,), torch.nan)}, resamples=2000)
+    made = stats.intervals(
+        {"all": values, "some": holed, "none": torch.full((40,), torch.nan)}, resamples=2000
+    )
     assert set(made) == {"all", "some"}
     assert made["all"] == pytest.approx(stats.bootstrap_interval(values, resamples=2000), abs=1e-14)
     assert made["some"][0] < float(holed.nanmean()) < made["some"][1]
@@ -89,7 +91,9 @@ def test_zero_differences_have_no_sign() -> None:
 def test_random_sign_flips_agree_with_the_exact_test_and_are_never_zero() -> None:
     values = sample(18, 3) - 0.4
     exact = stats.sign_flip_test(values)
-    doubled = torch.cat([values, torch.full((5,), 1e-15).double()])  # 23 values: drawn, and the same distribution
+    doubled = torch.cat(
+        [values, torch.full((5,), 1e-15).double()]
+    )  # 23 values: drawn, and the same distribution
     assert stats.sign_flip_test(doubled, flips=40_000) == pytest.approx(exact, abs=0.01)
     assert stats.sign_flip_test(sample(100) + 1, flips=1000) == 1 / 1000
 
@@ -108,7 +112,9 @@ def test_seeds_widen_the_interval() -> None:
     apart = same + torch.tensor([-0.1, 0.0, 0.05, 0.1]).double()[:, None]
     low, high = stats.hierarchical_interval(same, resamples=4000)
     plain = stats.bootstrap_interval(queries, resamples=4000)
-    assert high - low == pytest.approx(plain[1] - plain[0], rel=0.05)  # shared queries are not counted four times
+    assert high - low == pytest.approx(
+        plain[1] - plain[0], rel=0.05
+    )  # shared queries are not counted four times
     wide = stats.hierarchical_interval(apart, resamples=4000)
     assert wide[1] - wide[0] > 1.5 * (high - low)
     with pytest.raises(ValueError, match="at least two training seeds"):
@@ -129,7 +135,9 @@ def test_shapley_values_telescope_ignore_the_invisible_and_carry_errors() -> Non
     assert values[1].tolist() == [0, 0, 0]
     assert torch.allclose(values[:, 0], weights)  # additive: exact, and without error
     assert float(errors[:, 0].max()) < 1e-12
-    assert torch.allclose(values[:, 1], weights * weights.sum())  # pairwise interactions cancel in antithetic pairs
+    assert torch.allclose(
+        values[:, 1], weights * weights.sum()
+    )  # pairwise interactions cancel in antithetic pairs
     exact = torch.zeros(5, dtype=torch.float64)
     for order in itertools.permutations(range(5)):
         mask = torch.zeros(5)

@@ -1,4 +1,5 @@
-"""Attacks on images, texts and pairs of both, in every direction; edits of words; what the pages make of them."""
+"""Attacks on images, texts and pairs of both, in every direction; edits of words; what the pages make of
+them."""
 
 from __future__ import annotations
 
@@ -11,28 +12,29 @@ import torch
 from helpers import linear_hasher, reference_of, train_config
 from torch import Tensor
 
-from robusthash.apps import assessing, stages
-from robusthash.apps.config import make_config
-from robusthash.apps.pages.report import write_report
-from robusthash.apps.runs import Run
-from robusthash.apps.table_text import markdown
-from robusthash.apps.tables import headline_of, make_rows
+from robusthash.apps.experiment import assess_run as assessing
+from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.table_text import markdown
+from robusthash.apps.experiment.tables import headline_of, make_rows
+from robusthash.apps.reports.run_report import write_report
 from robusthash.attacks import Attack
 from robusthash.attacks.base import Probe, Search
-from robusthash.attacks.edits import GreedyFlips
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement
-from robusthash.attacks.search import APGD, PGD, RawGradient
-from robusthash.attacks.threat import Ball, Edits, Threat, edit_threat, threat_on
+from robusthash.attacks.pgd import APGD, PGD, RawGradient
+from robusthash.attacks.threat_model import Ball, Edits, Threat, edit_threat, threat_on
+from robusthash.attacks.word_edits import GreedyFlips
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal
 from robusthash.data import ArraySource, RetrievalData, Split, load_data
-from robusthash.evaluation import Bench, make_bench, score_attack, score_clean
-from robusthash.evaluation.attacked import Attacked, attack_block
+from robusthash.evaluation import EvaluationContext, make_context, score_attack, score_clean
+from robusthash.evaluation.attack_block import Attacked, attack_block
 from robusthash.evaluation.evaluate import attack_all, worst
-from robusthash.evaluation.perceptibility import text_measures
-from robusthash.evaluation.results import EvalResult, Setting, by_bench
+from robusthash.metrics.distortion import text_measures
+from robusthash.metrics.results import EvalResult, Setting, by_direction
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPSH
 from robusthash.training import HashingRecipe, fit
@@ -59,9 +61,9 @@ def victim(data: RetrievalData) -> Hasher:
 
 
 @pytest.fixture(scope="module")
-def benches(victim: Hasher, data: RetrievalData) -> dict[str, Bench]:
+def contexts(victim: Hasher, data: RetrievalData) -> dict[str, EvaluationContext]:
     return {
-        name: make_bench(victim, data, direction=(ENDS[name[0]], ENDS[name[2]]), batch_size=9)
+        name: make_context(victim, data, direction=(ENDS[name[0]], ENDS[name[2]]), batch_size=9)
         for name in ("I2T", "I2I", "T2I", "T2T")
     }
 
@@ -71,11 +73,13 @@ def make(name: str, **options: object) -> Attack:
 
 
 @pytest.mark.parametrize(("name", "on", "direction"), CASES, ids=["-".join(case) for case in CASES])
-def test_every_attack_in_every_direction(name: str, on: str, direction: str, benches: dict[str, Bench]) -> None:
-    bench, attack = benches[direction], make(name, modality=on)
-    attacked = attack_block(bench, attack, 0)
-    batch = bench.batch(0, attack.threat.balls)
-    query = bench.direction[0]
+def test_every_attack_in_every_direction(
+    name: str, on: str, direction: str, contexts: dict[str, EvaluationContext]
+) -> None:
+    context, attack = contexts[direction], make(name, modality=on)
+    attacked = attack_block(context, attack, 0)
+    batch = context.batch(0, attack.threat.balls)
+    query = context.direction[0]
     attack.threat.verify({**batch.inputs, query: attacked.inputs}, batch.inputs)
     if not attack.selects:  # one that selects returns the clean query where no point that it saw was worse
         assert bool((attacked.inputs != batch.inputs[query]).flatten(1).any(1).all())
@@ -84,27 +88,31 @@ def test_every_attack_in_every_direction(name: str, on: str, direction: str, ben
 
 
 @pytest.mark.parametrize("name", ["mainstay", "dhta", "guided-apgd", "sdha"])
-def test_a_joint_attack_makes_one_pair_for_all_directions(name: str, benches: dict[str, Bench]) -> None:
+def test_a_joint_attack_makes_one_pair_for_all_directions(
+    name: str, contexts: dict[str, EvaluationContext]
+) -> None:
     attack = make(name, modality="both")
-    found = {direction: attack_block(bench, attack, 0) for direction, bench in benches.items()}
+    found = {direction: attack_block(context, attack, 0) for direction, context in contexts.items()}
     assert torch.equal(found["I2T"].inputs, found["I2I"].inputs)
     assert torch.equal(found["T2I"].inputs, found["T2T"].inputs)
-    bench = benches["T2T"]
-    batch = bench.batch(0, attack.threat.balls)
-    goal = Goal(batch.labels if not attack.targeted else bench.targets[:9, 0], 1 if attack.targeted else -1)
-    pair = attack(bench.victim, batch, goal, bench.known(attack), draws=Draws(bench.seed, ("attack", "0")))
+    context = contexts["T2T"]
+    batch = context.batch(0, attack.threat.balls)
+    goal = Goal(batch.labels if not attack.targeted else context.targets[:9, 0], 1 if attack.targeted else -1)
+    pair = attack(
+        context.victim, batch, goal, context.known(attack), draws=Draws(context.seed, ("attack", "0"))
+    )
     assert torch.equal(pair.batch.inputs["image"], found["I2I"].inputs)
     assert torch.equal(pair.batch.inputs["text"], found["T2T"].inputs)
 
 
-def test_attacks_harm_the_modality_that_they_change(benches: dict[str, Bench]) -> None:
+def test_attacks_harm_the_modality_that_they_change(contexts: dict[str, EvaluationContext]) -> None:
     attacks = {
         "I2I": make("mainstay", steps=10, slope="one", eps=16 / 255, step_size=4 / 255),
         "T2T": build("attack", {"name": "text-edits", "edits": 3}, objective=DPSH()),
     }
     for direction, attack in attacks.items():
-        bench = benches[direction]
-        clean, found = score_clean(bench), score_attack(bench, attack, attack_all(bench, attack))
+        context = contexts[direction]
+        clean, found = score_clean(context), score_attack(context, attack, attack_all(context, attack))
         assert found["MAP"] < clean["MAP"] - 0.05
     assert found.setting.threat == "txt-bow-3"
     assert 0 < found.perceptibility["edits/max"] <= 3
@@ -114,50 +122,62 @@ def test_attacks_harm_the_modality_that_they_change(benches: dict[str, Bench]) -
 # --- rounding as a control
 
 
-def mean_ap_of(bench: Bench, bags: Tensor) -> float:
+def mean_ap_of(context: EvaluationContext, bags: Tensor) -> float:
     """MAP of any bags in place of the queries, by the data themselves: a query split that holds them."""
     split = Split(
-        "query", ArraySource({"text": bags}), torch.arange(len(bags)), bench.query_labels, HASHES[: len(bags)]
+        "query",
+        ArraySource({"text": bags}),
+        torch.arange(len(bags)),
+        context.query_labels,
+        HASHES[: len(bags)],
     )
-    data = replace(bench.data, query=split)
-    return score_clean(make_bench(bench.victim, data, direction=bench.direction))["MAP"]
+    data = replace(context.data, query=split)
+    return score_clean(make_context(context.victim, data, direction=context.direction))["MAP"]
 
 
 HASHES = np.array([f"{number:016d}".encode() for number in range(99)], dtype="S16")
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.45, 0.9])
-def test_bags_are_scored_rounded_to_whole_words_too(eps: float, benches: dict[str, Bench]) -> None:
-    bench = benches["T2I"]
+def test_bags_are_scored_rounded_to_whole_words_too(
+    eps: float, contexts: dict[str, EvaluationContext]
+) -> None:
+    context = contexts["T2I"]
     attack = make("mainstay", modality="text", eps=eps, step_size=eps / 2)
-    attacked = attack_all(bench, attack)
-    result, clean = score_attack(bench, attack, attacked), score_clean(bench)
+    attacked = attack_all(context, attack)
+    result, clean = score_attack(context, attack, attacked), score_clean(context)
     assert result["MAP"] < clean["MAP"] or eps == 0.05
-    assert result["MAP/rounded"] == pytest.approx(mean_ap_of(bench, (attacked.inputs > 0.5).float()), abs=1e-9)
+    assert result["MAP/rounded"] == pytest.approx(
+        mean_ap_of(context, (attacked.inputs > 0.5).float()), abs=1e-9
+    )
     assert (result["MAP/rounded"] == clean["MAP"]) == (eps < 0.5)  # below a half, rounding gives the bag back
-    assert result["MAP"] == pytest.approx(mean_ap_of(bench, attacked.inputs), abs=1e-9)
-    lowest = worst(bench, clean, {"mainstay": result})
+    assert result["MAP"] == pytest.approx(mean_ap_of(context, attacked.inputs), abs=1e-9)
+    lowest = worst(context, clean, {"mainstay": result})
     expected = torch.minimum(result.per_query["MAP/rounded"], clean.per_query["MAP"])
     assert torch.equal(lowest.per_query["wMAP/rounded"], expected)
 
 
-def test_a_targeted_attack_on_bags_is_undone_by_rounding_too(benches: dict[str, Bench]) -> None:
+def test_a_targeted_attack_on_bags_is_undone_by_rounding_too(contexts: dict[str, EvaluationContext]) -> None:
     attack = make("mainstay-targeted", modality="text")
-    result = score_attack(benches["T2I"], attack, attack_all(benches["T2I"], attack))
+    result = score_attack(contexts["T2I"], attack, attack_all(contexts["T2I"], attack))
     assert result["t-MAP/rounded"] == pytest.approx(result.reference["clean"], abs=1e-12)
     assert result["t-MAP"] > result.reference["clean"]
 
 
-def test_edits_are_whole_words_already(benches: dict[str, Bench]) -> None:
+def test_edits_are_whole_words_already(contexts: dict[str, EvaluationContext]) -> None:
     attack = build("attack", {"name": "text-edits", "edits": 2, "like": "mainstay"}, objective=DPSH())
-    result = score_attack(benches["T2I"], attack, attack_all(benches["T2I"], attack))
-    assert result["MAP"] < score_clean(benches["T2I"])["MAP"]
+    result = score_attack(contexts["T2I"], attack, attack_all(contexts["T2I"], attack))
+    assert result["MAP"] < score_clean(contexts["T2I"])["MAP"]
     assert torch.equal(result.per_query["MAP/rounded"], result.per_query["MAP"])
 
 
-def test_images_and_vectors_of_features_have_no_whole_words(benches: dict[str, Bench], data: RetrievalData) -> None:
+def test_images_and_vectors_of_features_have_no_whole_words(
+    contexts: dict[str, EvaluationContext], data: RetrievalData
+) -> None:
     attack = make("mainstay")
-    assert "MAP/rounded" not in score_attack(benches["I2T"], attack, attack_all(benches["I2T"], attack)).values
+    assert (
+        "MAP/rounded" not in score_attack(contexts["I2T"], attack, attack_all(contexts["I2T"], attack)).values
+    )
     half = {  # topics: weights between 0 and 1
         name: replace(
             split,
@@ -166,33 +186,35 @@ def test_images_and_vectors_of_features_have_no_whole_words(benches: dict[str, B
         )
         for name, split in data.splits.items()
     }
-    bench = make_bench(benches["T2I"].victim, replace(data, **half), direction=("text", "image"))
+    context = make_context(contexts["T2I"].victim, replace(data, **half), direction=("text", "image"))
     attack = make("mainstay", modality="text")
-    found = score_attack(bench, attack, attack_all(bench, attack))
+    found = score_attack(context, attack, attack_all(context, attack))
     assert "MAP/rounded" not in found.values
-    assert "wMAP/rounded" not in worst(bench, score_clean(bench), {"mainstay": found}).values
+    assert "wMAP/rounded" not in worst(context, score_clean(context), {"mainstay": found}).values
 
 
-def test_blocks_of_earlier_versions_are_read_without_whole_words(benches: dict[str, Bench]) -> None:
-    bench, attack = benches["T2I"], make("mainstay", modality="text")
-    new = [attack_block(bench, attack, block) for block in range(bench.blocks)]
+def test_blocks_of_earlier_versions_are_read_without_whole_words(
+    contexts: dict[str, EvaluationContext],
+) -> None:
+    context, attack = contexts["T2I"], make("mainstay", modality="text")
+    new = [attack_block(context, attack, block) for block in range(context.blocks)]
     arrays = new[0].arrays()
     again = Attacked.from_arrays(arrays)
     assert torch.equal(again.whole_words, new[0].whole_words)
     assert again.whole_words.shape == again.signs.shape
     del arrays["whole_words"]
     whole = Attacked.join([Attacked.from_arrays(arrays), *new[1:]])
-    result = score_attack(bench, attack, whole)
+    result = score_attack(context, attack, whole)
     assert "MAP/rounded" not in result.values
-    assert result["MAP"] == score_attack(bench, attack, Attacked.join(new))["MAP"]
+    assert result["MAP"] == score_attack(context, attack, Attacked.join(new))["MAP"]
 
 
 @pytest.mark.parametrize("like", [*NAMES, {"name": "tha", "fit_steps": 5, "hidden": 16}], ids=str)
-def test_edits_take_any_guide(like: object, benches: dict[str, Bench]) -> None:
+def test_edits_take_any_guide(like: object, contexts: dict[str, EvaluationContext]) -> None:
     attack = build("attack", {"name": "text-edits", "like": like, "edits": 2}, objective=DPSH())
-    bench = benches["T2I"]
-    attacked = attack_block(bench, bench.fitted(attack), 0)
-    changed = (attacked.inputs != bench.batch(0).inputs["text"]).sum(1)
+    context = contexts["T2I"]
+    attacked = attack_block(context, context.fitted(attack), 0)
+    changed = (attacked.inputs != context.batch(0).inputs["text"]).sum(1)
     assert int(changed.max()) in (1, 2)
     assert attack.threat.name == "txt-bow-2"
     assert attack.threat.knowledge == build("attack", like, objective=DPSH()).threat.knowledge
@@ -251,7 +273,9 @@ def test_what_is_no_bag_of_words_is_refused() -> None:
         Ball("linf", 0.5).project(tokens, tokens)
 
 
-@pytest.mark.parametrize("search", [PGD(2), APGD(2), RawGradient(2)], ids=lambda search: type(search).__name__)
+@pytest.mark.parametrize(
+    "search", [PGD(2), APGD(2), RawGradient(2)], ids=lambda search: type(search).__name__
+)
 def test_other_searches_refuse_edits(search: Search) -> None:
     with pytest.raises(ValueError, match="greedy-flips"):
         Attack("wrong", Mainstay(), Agreement(), search, edit_threat(2))
@@ -291,7 +315,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     recipe = {
         "name": "pairs",
         "data": {"name": "synthetic", "train": 64, "query": 12, "database": 48},
-        "hasher": {"bits": 8, "image": {"name": "small", "width": 4}, "text": {"name": "mlp", "widths": [16]}},
+        "hasher": {
+            "bits": 8,
+            "image": {"name": "small", "width": 4},
+            "text": {"name": "mlp", "widths": [16]},
+        },
         "training": {"objective": "dpsh", "epochs": 2, "batch_size": 32},
         "evaluation": {
             "directions": ["I2T", "I2I", "T2I", "T2T"],
@@ -311,8 +339,8 @@ def test_a_run_in_all_directions(run: Run) -> None:
     results = run.evaluated()
     images = {"clean", "mainstay", "mainstay on both", "worst"}
     texts = {"clean", "mainstay on both", "text-edits", "text-edits like dhta", "worst"}
-    grouped = by_bench(results)
-    assert {bench: set(group) for bench, group in grouped.items()} == {
+    grouped = by_direction(results)
+    assert {context: set(group) for context, group in grouped.items()} == {
         "I2T": images,
         "I2I": images,
         "T2I": texts,
@@ -322,7 +350,13 @@ def test_a_run_in_all_directions(run: Run) -> None:
     assert headline_of(results["T2I text-edits like dhta"]) == "t-MAP"
     assert results["I2T clean"].setting.direction == "I2T"
     page = write_report(run).read_text(encoding="utf-8")
-    for said in ("Results, I2T", "Results, T2T", "entries changed, mean", "pixels changed", "I2T, I2I, T2I, T2T"):
+    for said in (
+        "Results, I2T",
+        "Results, T2T",
+        "entries changed, mean",
+        "pixels changed",
+        "I2T, I2I, T2I, T2T",
+    ):
         assert said in page
     assert page.count("of 8-bit images") == 2
     assert page.count(">of whole words<") == 2
@@ -342,7 +376,10 @@ def test_a_suite_on_texts_takes_words_exactly_and_vectors_in_the_range_of_the_tr
 
 def test_tables_of_directions(run: Run) -> None:
     rows = make_rows([run.path])
-    chance = {bench: group["clean"].reference["chance"] for bench, group in by_bench(run.evaluated()).items()}
+    chance = {
+        context: group["clean"].reference["chance"]
+        for context, group in by_direction(run.evaluated()).items()
+    }
     assert rows[0].chance == chance
     whole, few = markdown(rows), markdown(rows, ["T2I clean", "T2I worst"])
     assert "| chance I2T | chance I2I | chance T2I | chance T2T |" in whole
@@ -364,11 +401,11 @@ def test_a_joint_attack_written_to_a_file(run: Run, tmp_path: Path) -> None:
 def test_results_are_grouped_by_the_longest_name() -> None:
     plain = EvalResult(Setting("", "", "", {}, "I2T", 8), {}, {})
     names = ["I2T clean", "I2T by class clean", "I2T by class worst", "I2T worst"]
-    grouped = by_bench({name: replace(plain, name=name) for name in names})
-    assert {bench: list(group) for bench, group in grouped.items()} == {
+    grouped = by_direction({name: replace(plain, name=name) for name in names})
+    assert {context: list(group) for context, group in grouped.items()} == {
         "I2T": ["clean", "worst"],
         "I2T by class": ["clean", "worst"],
     }
-    assert list(by_bench({"clean": plain, "mainstay": plain})) == [""]
+    assert list(by_direction({"clean": plain, "mainstay": plain})) == [""]
     with pytest.raises(ValueError, match="'T2I worst' has no clean"):
-        by_bench({"I2T clean": plain, "T2I worst": plain})
+        by_direction({"I2T clean": plain, "T2I worst": plain})

@@ -1,4 +1,5 @@
-"""Balls, threats and the verification that the evaluator relies on; the PGD search against an independent library."""
+"""Balls, threats and the verification that the evaluator relies on; the PGD search against an independent
+library."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from robusthash.attacks.search import PGD
-from robusthash.attacks.threat import Ball, Threat, image_threat
+from robusthash.attacks.pgd import PGD
+from robusthash.attacks.threat_model import Ball, Threat, image_threat
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch
 
@@ -47,11 +48,18 @@ def test_budgets_are_measured_in_the_width_of_the_range() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 999), eps=st.floats(0, 1), norm=st.sampled_from(["linf", "l2", "l1"]), far=st.floats(0.01, 5)
+    seed=st.integers(0, 999),
+    eps=st.floats(0, 1),
+    norm=st.sampled_from(["linf", "l2", "l1"]),
+    far=st.floats(0.01, 5),
 )
-def test_projection_ends_inside_and_keeps_what_is_inside(seed: int, eps: float, norm: str, far: float) -> None:
+def test_projection_ends_inside_and_keeps_what_is_inside(
+    seed: int, eps: float, norm: str, far: float
+) -> None:
     ball, origin = Ball(norm, eps), images(seed).double()
-    noise = far * torch.randn(origin.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    noise = far * torch.randn(
+        origin.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64
+    )
     x = ball.project(origin + noise, origin)
     assert float(ball.size(x - origin).max()) <= eps + 1e-12
     assert float(x.min()) >= 0
@@ -72,7 +80,8 @@ def test_l2_projection_scales_and_then_cuts() -> None:
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), eps=st.floats(0.01, 3), far=st.floats(0.05, 2))
 def test_l1_projection_is_the_nearest_point_of_ball_and_box(seed: int, eps: float, far: float) -> None:
-    """Against a general solver: least squares over the change split into its positive and its negative part."""
+    """Against a general solver: least squares over the change split into its positive and its negative
+    part."""
     generator = np.random.default_rng(seed)
     origin = generator.random(12)
     wanted = origin + far * generator.standard_normal(12)
@@ -87,7 +96,13 @@ def test_l1_projection_is_the_nearest_point_of_ball_and_box(seed: int, eps: floa
     room = [(0.0, 1.0 - value) for value in origin] + [(0.0, value) for value in origin]
     budget = {"type": "ineq", "fun": lambda parts: eps - parts.sum(), "jac": lambda parts: -np.ones(24)}
     solved = minimize(
-        away, np.zeros(24), jac=slope, bounds=room, constraints=[budget], method="SLSQP", options={"ftol": 1e-14}
+        away,
+        np.zeros(24),
+        jac=slope,
+        bounds=room,
+        constraints=[budget],
+        method="SLSQP",
+        options={"ftol": 1e-14},
     )
     ball, at = Ball("l1", eps), torch.tensor(origin).view(1, 1, 3, 4)
     found = ball.project(torch.tensor(wanted).view(1, 1, 3, 4), at)
@@ -111,7 +126,7 @@ def test_l1_projection_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyP
     origin = images(count=7)
     moved = origin + torch.randn(origin.shape, generator=torch.Generator().manual_seed(3))
     whole = Ball("l1", 2.0).project(moved, origin)
-    monkeypatch.setattr("robusthash.attacks.threat._HELD", 2 * origin[0].numel() * 2)
+    monkeypatch.setattr("robusthash.attacks.threat_model._HELD", 2 * origin[0].numel() * 2)
     assert torch.equal(Ball("l1", 2.0).project(moved, origin), whole)
 
 
@@ -160,7 +175,9 @@ def test_steepest_step_has_unit_size_and_the_best_slope(norm: str) -> None:
     step = ball.steepest(grad)
     torch.testing.assert_close(ball.size(step), torch.ones(3))
     slope = (grad * step).flatten(1).sum(1)
-    torch.testing.assert_close(slope, grad.flatten(1).norm(p=1 if norm == "linf" else 2, dim=1))  # the dual norm
+    torch.testing.assert_close(
+        slope, grad.flatten(1).norm(p=1 if norm == "linf" else 2, dim=1)
+    )  # the dual norm
     assert torch.equal(ball.steepest(torch.zeros(1, 2, 4, 4)), torch.zeros(1, 2, 4, 4))
 
 
@@ -208,7 +225,9 @@ def test_a_threat_needs_a_modality() -> None:
 def test_scaling_keeps_everything_else() -> None:
     threat = Threat({"image": Ball("linf", EPS, (0.1, 0.9))}, knowledge="W2", side="database")
     half = threat.scaled(0.5)
-    assert half == replace(threat, balls={"image": Ball("linf", EPS / 2, (0.1, 0.9))}, name="img-linf-4 in [0.1, 0.9]")
+    assert half == replace(
+        threat, balls={"image": Ball("linf", EPS / 2, (0.1, 0.9))}, name="img-linf-4 in [0.1, 0.9]"
+    )
     with pytest.raises(ValueError, match="outside"):
         threat.scaled(100.0)
 
@@ -274,7 +293,9 @@ def test_verify_catches_a_touched_modality() -> None:
 # --- an independent implementation
 
 
-@pytest.mark.parametrize(("eps", "step_size", "steps"), [(8 / 255, 2 / 255, 7), (0.3, 0.05, 10), (8 / 255, 8 / 255, 1)])
+@pytest.mark.parametrize(
+    ("eps", "step_size", "steps"), [(8 / 255, 2 / 255, 7), (0.3, 0.05, 10), (8 / 255, 8 / 255, 1)]
+)
 def test_pgd_equals_torchattacks(eps: float, step_size: float, steps: int) -> None:
     torch.manual_seed(0)
     classifier = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(54, 4)).eval()
@@ -287,7 +308,9 @@ def test_pgd_equals_torchattacks(eps: float, step_size: float, steps: int) -> No
     search = PGD(steps, step_size, random_start=False)
     batch = Batch({"image": x}, None, torch.arange(6))
     ours = search(score, batch, image_threat(eps), Draws(0), None, None).inputs["image"]
-    theirs = torchattacks.PGD(classifier, eps=eps, alpha=step_size, steps=steps, random_start=False)(x, labels)
+    theirs = torchattacks.PGD(classifier, eps=eps, alpha=step_size, steps=steps, random_start=False)(
+        x, labels
+    )
     assert float((ours - x).abs().max()) > 0.9 * min(eps, steps * step_size)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 

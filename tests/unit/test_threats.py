@@ -33,7 +33,9 @@ def test_the_catalogue_is_that_of_the_protocol() -> None:
 def test_the_range_of_text_features_is_that_of_the_training_set() -> None:
     made = named_threat("txt-feat-linf", features=torch.tensor([[-1.5, 0.0], [0.25, 2.0]]))
     assert made.balls == {"text": Ball("linf", 0.05, (-1.5, 2.0))}
-    assert made.name == "txt-linf-0.05 in [-1.5, 2]", "another range is another threat, and results go by the name"
+    assert made.name == "txt-linf-0.05 in [-1.5, 2]", (
+        "another range is another threat, and results go by the name"
+    )
     assert named_threat("txt-feat-linf", features=torch.eye(2)).name == "txt-linf-0.05"
     with pytest.raises(ValueError, match="needs features="):
         named_threat("txt-feat-linf")

@@ -1,4 +1,5 @@
-"""Steps that carry over, ensembles of surrogates with their own codes, and the matrix of every model on every other."""
+"""Steps that carry over, ensembles of surrogates with their own codes, and the matrix of every model on every
+other."""
 
 from __future__ import annotations
 
@@ -9,21 +10,40 @@ from typing import Any
 import pytest
 import torch
 from contract.checks import ATTACK_CHECKS, World, make_attack, make_world
-from helpers import assert_same_state, counted, make_data, reference_of, small_hasher, state_of, trained_hasher
+from helpers import (
+    assert_same_state,
+    counted,
+    make_data,
+    reference_of,
+    small_hasher,
+    state_of,
+    trained_hasher,
+)
 from torch import Tensor
 
-from robusthash.attacks.named import mainstay
-from robusthash.attacks.search import PGD
-from robusthash.attacks.threat import Threat, edit_threat, image_threat, threat_on
-from robusthash.attacks.transfer import Surrogate, TransferSteps, _blurred, customary_smoothing, transfer
+from robusthash.attacks.pgd import PGD
+from robusthash.attacks.published import mainstay
+from robusthash.attacks.threat_model import Threat, edit_threat, image_threat, threat_on
+from robusthash.attacks.transfer_search import (
+    Surrogate,
+    TransferSteps,
+    _blurred,
+    customary_smoothing,
+    transfer,
+)
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Inputs
 from robusthash.data import RetrievalData, load_data
-from robusthash.evaluation.bench import Bench, make_bench
-from robusthash.evaluation.blackbox import Transfer, make_surrogate, transfer_lines, transfer_matrix
-from robusthash.evaluation.transfer import ENSEMBLE, transfer_attack
+from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.models import Hasher, build_hasher
-from robusthash.models.encode import weights_digest
+from robusthash.models.encoding import weights_digest
+from robusthash.robustness.specs.oracle_attacks import (
+    Transfer,
+    make_surrogate,
+    transfer_attacks,
+    transfer_matrix,
+)
+from robusthash.robustness.specs.transfer_attacks import ENSEMBLE, transfer_attack
 
 EPS = 16 / 255
 KNOWN = image_threat(EPS, knowledge="T")
@@ -50,12 +70,12 @@ def models(data: RetrievalData) -> dict[str, Hasher]:
 
 
 @pytest.fixture(scope="module")
-def benches(data: RetrievalData, models: dict[str, Hasher]) -> dict[str, Bench]:
-    return {name: make_bench(model, data, batch_size=6) for name, model in models.items()}
+def contexts(data: RetrievalData, models: dict[str, Hasher]) -> dict[str, EvaluationContext]:
+    return {name: make_context(model, data, batch_size=6) for name, model in models.items()}
 
 
-def surrogates(benches: dict[str, Bench]) -> list[Surrogate]:
-    return [make_surrogate(name, bench.victim, bench.data) for name, bench in benches.items()]
+def surrogates(contexts: dict[str, EvaluationContext]) -> list[Surrogate]:
+    return [make_surrogate(name, context.victim, context.data) for name, context in contexts.items()]
 
 
 # ------------------------------------------------------------------------------------------------ the steps
@@ -134,8 +154,12 @@ def test_diverse_images_are_shrunk_copies_on_black() -> None:
     assert float(area[~whole].min()) > 0.2
     assert float(area[~whole].max()) < 1.0
     corners = seen[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]]
-    assert bool((corners[~whole] == 0).any(0).all()), "it is put anywhere, so every corner is padding for some image"
-    assert torch.equal(TransferSteps(diversity=1.0, shrink=1.0)._transform(white, ids, Draws(0)).round(), white)
+    assert bool((corners[~whole] == 0).any(0).all()), (
+        "it is put anywhere, so every corner is padding for some image"
+    )
+    assert torch.equal(
+        TransferSteps(diversity=1.0, shrink=1.0)._transform(white, ids, Draws(0)).round(), white
+    )
 
 
 def test_the_blur_is_a_gaussian() -> None:
@@ -147,7 +171,12 @@ def test_the_blur_is_a_gaussian() -> None:
     line = torch.exp(-0.5 * torch.linspace(-3, 3, 5, dtype=torch.float64).square())
     assert torch.allclose(blurred[0, 1, 2:7, 2:7], torch.outer(line, line) / line.sum() ** 2)
     assert _blurred(point[:, 0, 0], 5) is not None
-    assert [customary_smoothing(torch.zeros(1, 3, size, size)) for size in (32, 48, 224, 299)] == [3, 3, 11, 15]
+    assert [customary_smoothing(torch.zeros(1, 3, size, size)) for size in (32, 48, 224, 299)] == [
+        3,
+        3,
+        11,
+        15,
+    ]
     assert customary_smoothing(torch.zeros(1, 40)) == 0
 
 
@@ -177,14 +206,16 @@ def test_options_of_images_need_images(world: World) -> None:
 # ------------------------------------------------------------------------------------------------ ensembles
 
 
-def test_an_ensemble_ascends_the_mean_of_its_members(benches: dict[str, Bench]) -> None:
-    first = next(iter(benches.values()))
-    batch, held = first.batch(0), surrogates(benches)
+def test_an_ensemble_ascends_the_mean_of_its_members(contexts: dict[str, EvaluationContext]) -> None:
+    first = next(iter(contexts.values()))
+    batch, held = first.batch(0), surrogates(contexts)
     goal, attack = Goal(batch.labels, -1), transfer_attack(KNOWN, TransferSteps(3))
     found = transfer(attack, held, batch, goal, draws=Draws(0))
     alone = {s.name: transfer(attack, [s], batch, goal, draws=Draws(0)) for s in held}
     assert (found.forward, found.backward) == (9, 9)
-    assert float(found.trace[0]) == pytest.approx(sum(float(one.trace[0]) for one in alone.values()) / 3, abs=1e-6)
+    assert float(found.trace[0]) == pytest.approx(
+        sum(float(one.trace[0]) for one in alone.values()) / 3, abs=1e-6
+    )
 
     def mean_score(inputs: Inputs) -> float:
         scores = [attack.aim(s.hasher, batch, goal, s.reference, Draws(0))[0] for s in held]
@@ -195,18 +226,20 @@ def test_an_ensemble_ascends_the_mean_of_its_members(benches: dict[str, Bench]) 
     attack.threat.verify(found.inputs, batch.inputs)
 
 
-def test_every_surrogate_steers_by_its_own_codes(benches: dict[str, Bench]) -> None:
-    batch, held = benches["narrow"].batch(0), surrogates(benches)
+def test_every_surrogate_steers_by_its_own_codes(contexts: dict[str, EvaluationContext]) -> None:
+    batch, held = contexts["narrow"].batch(0), surrogates(contexts)
     goal, attack = Goal(batch.labels, -1), transfer_attack(KNOWN, TransferSteps(2))
     usual = transfer(attack, held, batch, goal, draws=Draws(0)).inputs["image"]
-    swapped = replace(held[1], reference=replace(held[1].reference, codes={"image": -held[1].reference.codes["image"]}))
+    swapped = replace(
+        held[1], reference=replace(held[1].reference, codes={"image": -held[1].reference.codes["image"]})
+    )
     other = transfer(attack, [held[0], swapped, held[2]], batch, goal, draws=Draws(0)).inputs["image"]
     assert not torch.equal(usual, other)
     assert {s.reference.codes["image"].shape[1] for s in held} == {6, 8, 12}
 
 
-def test_transfer_refuses_what_it_must_not_know(benches: dict[str, Bench]) -> None:
-    batch, held = benches["narrow"].batch(0), surrogates(benches)
+def test_transfer_refuses_what_it_must_not_know(contexts: dict[str, EvaluationContext]) -> None:
+    batch, held = contexts["narrow"].batch(0), surrogates(contexts)
     goal, attack = Goal(batch.labels, -1), transfer_attack(KNOWN, TransferSteps(2))
     with pytest.raises(ValueError, match="at least one surrogate"):
         transfer(attack, [], batch, goal, draws=Draws(0))
@@ -223,10 +256,10 @@ def test_transfer_refuses_what_it_must_not_know(benches: dict[str, Bench]) -> No
 # ------------------------------------------------------------------------------------------------ lines
 
 
-def test_lines_attack_a_victim_they_never_ask(benches: dict[str, Bench]) -> None:
-    victim = benches["short"]
-    held = [s for s in surrogates(benches) if s.name != "short"]
-    lines = transfer_lines(victim, held, image_threat(EPS), steps=4)
+def test_lines_attack_a_victim_they_never_ask(contexts: dict[str, EvaluationContext]) -> None:
+    victim = contexts["short"]
+    held = [s for s in surrogates(contexts) if s.name != "short"]
+    lines = transfer_attacks(victim, held, image_threat(EPS), steps=4)
     assert [line.name for line in lines] == [
         "transfer narrow",
         "transfer wide",
@@ -241,16 +274,20 @@ def test_lines_attack_a_victim_they_never_ask(benches: dict[str, Bench]) -> None
         before = state_of(victim.victim)
         with counted(victim.victim) as passes:
             attacked = line.fitted(victim).run(victim, 0, 0)
-        assert (passes.forward, passes.backward) == (2, 0), "the victim encodes the result, and its 8-bit copy"
+        assert (passes.forward, passes.backward) == (2, 0), (
+            "the victim encodes the result, and its 8-bit copy"
+        )
         assert_same_state(before, state_of(victim.victim))
         assert int(attacked.passes[0, 1]) >= 4 * len(line.surrogates)
         reached[line.name] = float(ap(attacked.signs[:, 0]).mean())
     assert min(reached.values()) < clean - 0.05, (clean, reached)
 
 
-def test_restarts_begin_elsewhere_and_starts_are_used(benches: dict[str, Bench]) -> None:
-    victim = benches["short"]
-    line = Transfer("t", transfer_attack(KNOWN, TransferSteps(2)), tuple(surrogates(benches)[:1]), restarts=2)
+def test_restarts_begin_elsewhere_and_starts_are_used(contexts: dict[str, EvaluationContext]) -> None:
+    victim = contexts["short"]
+    line = Transfer(
+        "t", transfer_attack(KNOWN, TransferSteps(2)), tuple(surrogates(contexts)[:1]), restarts=2
+    )
     first, again = line.run(victim, 0, 0), line.run(victim, 0, 1)
     assert torch.equal(line.run(victim, 0, 0).inputs, first.inputs)
     assert not torch.equal(first.inputs, again.inputs)
@@ -261,11 +298,13 @@ def test_restarts_begin_elsewhere_and_starts_are_used(benches: dict[str, Bench])
     assert float(bigger.run(victim, 0, 1).pixels["linf"].max()) > EPS
 
 
-def test_settings_identify_the_surrogates(benches: dict[str, Bench], data: RetrievalData) -> None:
-    held = surrogates(benches)
+def test_settings_identify_the_surrogates(
+    contexts: dict[str, EvaluationContext], data: RetrievalData
+) -> None:
+    held = surrogates(contexts)
     line = Transfer("t", transfer_attack(KNOWN, TransferSteps(2)), (held[0],))
     model = small_hasher()
-    same = make_surrogate("renamed", benches["narrow"].victim, data)
+    same = make_surrogate("renamed", contexts["narrow"].victim, data)
     assert same.digest == held[0].digest
     before, plain = weights_digest(model), make_surrogate("m", model, data).digest
     with torch.no_grad():
@@ -281,8 +320,10 @@ def test_settings_identify_the_surrogates(benches: dict[str, Bench], data: Retri
     assert len({str(one.settings()) for one in [line, *different]}) == 5
 
 
-def test_lines_refuse_surrogates_that_do_not_fit(benches: dict[str, Bench], data: RetrievalData) -> None:
-    attack, (narrow, *_) = transfer_attack(KNOWN, TransferSteps(2)), surrogates(benches)
+def test_lines_refuse_surrogates_that_do_not_fit(
+    contexts: dict[str, EvaluationContext], data: RetrievalData
+) -> None:
+    attack, (narrow, *_) = transfer_attack(KNOWN, TransferSteps(2)), surrogates(contexts)
     with pytest.raises(ValueError, match="give its threat the knowledge 'T'"):
         Transfer("t", mainstay(), (narrow,))
     with pytest.raises(ValueError, match="at least one surrogate"):
@@ -290,14 +331,16 @@ def test_lines_refuse_surrogates_that_do_not_fit(benches: dict[str, Bench], data
     with pytest.raises(ValueError, match="give its attack 1"):
         Transfer("t", replace(attack, restarts=2), (narrow,))
     with pytest.raises(ValueError, match="different names"):
-        transfer_lines(benches["wide"], [narrow, narrow], KNOWN)
+        transfer_attacks(contexts["wide"], [narrow, narrow], KNOWN)
     with pytest.raises(ValueError, match="different names, got"):
-        transfer_lines(benches["wide"], [], KNOWN)
-    few = replace(narrow, reference=replace(reference_of(narrow.hasher, data.train), labels=torch.ones(48, 7)))
+        transfer_attacks(contexts["wide"], [], KNOWN)
+    few = replace(
+        narrow, reference=replace(reference_of(narrow.hasher, data.train), labels=torch.ones(48, 7))
+    )
     with pytest.raises(ValueError, match="'narrow' knows 7 labels and the queries have 3"):
-        Transfer("t", attack, (few,)).fitted(benches["wide"])
+        Transfer("t", attack, (few,)).fitted(contexts["wide"])
     with pytest.raises(ValueError, match="'narrow' does not encode 'text'"):
-        Transfer("t", attack, (narrow,)).at(threat_on("text")).fitted(benches["wide"])
+        Transfer("t", attack, (narrow,)).at(threat_on("text")).fitted(contexts["wide"])
     with pytest.raises(ValueError, match="the queries are 'text'"):
         make_surrogate("m", narrow.hasher, data, ("text", "image"))
 
@@ -308,51 +351,51 @@ def test_words_transfer_by_greedy_flips() -> None:
     for seed in (0, 1):
         text = {"name": "mlp", "widths": [16]}
         made.append(build_hasher(bits=8 + seed, image=None, text=text, vocabulary=data.vocabulary, seed=seed))
-    bench = make_bench(made[0], data, batch_size=10)
-    (line,) = transfer_lines(bench, [make_surrogate("b", made[1], data)], edit_threat(2))
-    attacked = line.fitted(bench).run(bench, 0, 0)
-    assert float((attacked.inputs - bench.batch(0).inputs["text"]).abs().sum(1).max()) <= 2
-    (vector,) = transfer_lines(bench, [make_surrogate("b", made[1], data)], threat_on("text"))
-    assert vector.run(bench, 0, 0).signs.shape == (10, 1, 8)
+    context = make_context(made[0], data, batch_size=10)
+    (line,) = transfer_attacks(context, [make_surrogate("b", made[1], data)], edit_threat(2))
+    attacked = line.fitted(context).run(context, 0, 0)
+    assert float((attacked.inputs - context.batch(0).inputs["text"]).abs().sum(1).max()) <= 2
+    (vector,) = transfer_attacks(context, [make_surrogate("b", made[1], data)], threat_on("text"))
+    assert vector.run(context, 0, 0).signs.shape == (10, 1, 8)
 
 
 # ------------------------------------------------------------------------------------------------ the matrix
 
 
-def test_the_matrix_holds_what_the_lines_find(benches: dict[str, Bench]) -> None:
+def test_the_matrix_holds_what_the_lines_find(contexts: dict[str, EvaluationContext]) -> None:
     threat: Threat = image_threat(EPS)
-    matrix = transfer_matrix(benches, threat, steps=3)
+    matrix = transfer_matrix(contexts, threat, steps=3)
     assert matrix.surrogates == ("narrow", "wide", "short", ENSEMBLE)
     assert matrix.victims == ("narrow", "wide", "short")
     assert matrix.attacked.shape == matrix.worst.shape == (4, 3)
     assert bool((matrix.worst <= matrix.attacked + 1e-12).all())
     assert bool((matrix.worst <= matrix.clean + 1e-12).all())
-    held = surrogates(benches)
-    line = transfer_lines(benches["short"], held, threat, steps=3)[1]  # found on "wide"
-    signs = torch.cat([line.run(benches["short"], block, 0).signs[:, 0] for block in range(2)])
-    ap = benches["short"].select(benches["short"].query_labels, 1)(signs)
+    held = surrogates(contexts)
+    line = transfer_attacks(contexts["short"], held, threat, steps=3)[1]  # found on "wide"
+    signs = torch.cat([line.run(contexts["short"], block, 0).signs[:, 0] for block in range(2)])
+    ap = contexts["short"].select(contexts["short"].query_labels, 1)(signs)
     assert torch.allclose(matrix.per_query[1, 2], ap)
-    others = transfer_lines(benches["short"], held[:2], threat, steps=3)[2]
-    signs = torch.cat([others.run(benches["short"], block, 0).signs[:, 0] for block in range(2)])
-    ap = benches["short"].select(benches["short"].query_labels, 1)(signs)
+    others = transfer_attacks(contexts["short"], held[:2], threat, steps=3)[2]
+    signs = torch.cat([others.run(contexts["short"], block, 0).signs[:, 0] for block in range(2)])
+    ap = contexts["short"].select(contexts["short"].query_labels, 1)(signs)
     assert torch.allclose(matrix.per_query[3, 2], ap), "the victim is left out of its own ensemble"
 
 
-def test_two_models_have_no_ensemble_of_others(benches: dict[str, Bench]) -> None:
-    two = {name: benches[name] for name in ("narrow", "wide")}
+def test_two_models_have_no_ensemble_of_others(contexts: dict[str, EvaluationContext]) -> None:
+    two = {name: contexts[name] for name in ("narrow", "wide")}
     assert transfer_matrix(two, KNOWN, steps=1).surrogates == ("narrow", "wide")
 
 
-def test_the_matrix_refuses_benches_that_differ(benches: dict[str, Bench]) -> None:
+def test_the_matrix_refuses_benches_that_differ(contexts: dict[str, EvaluationContext]) -> None:
     with pytest.raises(ValueError, match="at least two models, got \\['narrow'\\]"):
-        transfer_matrix({"narrow": benches["narrow"]}, KNOWN)
+        transfer_matrix({"narrow": contexts["narrow"]}, KNOWN)
     for field, changed in (
-        ("seed", replace(benches["wide"], seed=3)),
-        ("batch size", replace(benches["wide"], batch_size=7)),
-        ("queries", make_bench(benches["wide"].victim, benches["wide"].data, queries=5, batch_size=6)),
-        ("protocol", make_bench(benches["wide"].victim, benches["wide"].data, "saat", batch_size=6)),
+        ("seed", replace(contexts["wide"], seed=3)),
+        ("batch size", replace(contexts["wide"], batch_size=7)),
+        ("queries", make_context(contexts["wide"].victim, contexts["wide"].data, queries=5, batch_size=6)),
+        ("protocol", make_context(contexts["wide"].victim, contexts["wide"].data, "saat", batch_size=6)),
     ):
         with pytest.raises(ValueError, match=f"wide and narrow differ in {field}"):
-            transfer_matrix({"narrow": benches["narrow"], "wide": changed}, KNOWN)
+            transfer_matrix({"narrow": contexts["narrow"], "wide": changed}, KNOWN)
     with pytest.raises(ValueError, match="no model can be called"):
-        transfer_matrix({"narrow": benches["narrow"], ENSEMBLE: benches["wide"]}, KNOWN)
+        transfer_matrix({"narrow": contexts["narrow"], ENSEMBLE: contexts["wide"]}, KNOWN)

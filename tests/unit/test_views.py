@@ -10,18 +10,18 @@ import torch
 from helpers import image_batch, jolted, linear_hasher, make_data, small_hasher
 from torch import Tensor
 
-from robusthash.attacks.adaptive import GateOpening, OverDraws, RepairMovedLoss
+from robusthash.attacks.adaptive_losses import GateOpening, OverDraws, RepairMovedLoss
 from robusthash.attacks.base import Probe
 from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import ScaleFree
-from robusthash.attacks.threat import image_threat
+from robusthash.attacks.threat_model import image_threat
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Inputs
 from robusthash.models import Hasher, build_hasher
 from robusthash.models.hasher import frozen
-from robusthash.models.purified import carried
-from robusthash.models.repairs import RepairIdentity, RepairLearnt, RepairMoved, repaired
-from robusthash.models.views import BranchSeen, GateSeen, MaskNoise, MaskSeen, NoiseAveraged
+from robusthash.models.purifier import carried
+from robusthash.models.purifier_gradients import RepairIdentity, RepairLearnt, RepairMoved, repaired
+from robusthash.models.surrogate_gradients import BranchSeen, GateSeen, MaskNoise, MaskSeen, NoiseAveraged
 
 SMALL = {"name": "small", "width": 4, "grid": 1}
 X = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -34,7 +34,9 @@ def gated() -> Hasher:
 
 @pytest.fixture(scope="module")
 def masked() -> Hasher:
-    return jolted(build_hasher(bits=8, image={"name": "sfcl", "spatial": SMALL, "frequency": SMALL, "width": 16}))
+    return jolted(
+        build_hasher(bits=8, image={"name": "sfcl", "spatial": SMALL, "frequency": SMALL, "width": 16})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,8 @@ def test_values_are_the_victims_and_gradients_are_not(name: str, request: pytest
 def test_the_soft_view_of_a_hard_mask() -> None:
     hard = jolted(
         build_hasher(
-            bits=8, image={"name": "sfcl", "spatial": SMALL, "frequency": SMALL, "width": 16, "hard_eval": True}
+            bits=8,
+            image={"name": "sfcl", "spatial": SMALL, "frequency": SMALL, "width": 16, "hard_eval": True},
         )
     )
     (own, slope), (logits, other) = looked(hard), looked(MaskSeen("soft")(hard))
@@ -93,7 +96,8 @@ def test_the_soft_view_of_a_hard_mask() -> None:
 
 
 def test_a_frozen_gate_is_that_of_the_clean_input(gated: Hasher) -> None:
-    """Its gradient away from the clean input is that of the net behind constant weights, taken at the clean gate."""
+    """Its gradient away from the clean input is that of the net behind constant weights, taken at the clean
+    gate."""
     gate = gated.purifiers["image"]
     clean, moved = X, (X + 0.1).clamp(0, 1)
     view = GateSeen("frozen")(gated).around({"image": clean}, Draws(0))
@@ -107,7 +111,9 @@ def test_a_frozen_gate_is_that_of_the_clean_input(gated: Hasher) -> None:
     found_logits, found = looked(view, moved)
     assert torch.equal(found_logits, own)
     assert torch.allclose(found, expected, atol=1e-6)
-    assert not torch.allclose(found, looked(GateSeen("frozen")(gated), moved)[1], atol=1e-6)  # not told: the gate of x'
+    assert not torch.allclose(
+        found, looked(GateSeen("frozen")(gated), moved)[1], atol=1e-6
+    )  # not told: the gate of x'
 
 
 def test_gates_open_and_shut(gated: Hasher) -> None:
@@ -198,7 +204,9 @@ def test_how_far_a_repair_moved(repairing: Hasher, gradient: str) -> None:
     leaf = moved.clone().requires_grad_(True)
     with frozen(view):
         outputs = view({"image": leaf})
-        value = RepairMovedLoss()(Probe(outputs, {}, image_batch(torch.rand(4, 8)), Goal(None, -1), 1.0, None), None)  # type: ignore[arg-type]
+        value = RepairMovedLoss()(
+            Probe(outputs, {}, image_batch(torch.rand(4, 8)), Goal(None, -1), 1.0, None), None
+        )  # type: ignore[arg-type]
         (grad,) = torch.autograd.grad(-value.sum(), leaf)
     with torch.no_grad():
         pure = {n: repaired(repairing, {"image": v})["image"] for n, v in (("clean", X), ("moved", moved))}
@@ -209,7 +217,8 @@ def test_how_far_a_repair_moved(repairing: Hasher, gradient: str) -> None:
 
 
 def test_a_learnt_proxy_imitates_its_purifier(repairing: Hasher) -> None:
-    """Its values are the purifier's; it is nearer to what the purifier does than the identity is, and keyed."""
+    """Its values are the purifier's; it is nearer to what the purifier does than the identity is, and
+    keyed."""
     data, threat = make_data(size=16), image_threat(8 / 255)
 
     def near(inputs: Inputs, ids: Tensor, draws: Draws) -> Inputs:

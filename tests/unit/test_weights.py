@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from robusthash.core.registry import build
 from robusthash.models.gfnet import gfnet
-from robusthash.models.weights import HOLDERS, conversion, load_weights, read_tensors
+from robusthash.models.pretrained_weights import HOLDERS, conversion, load_weights, read_tensors
 
 State = dict[str, Tensor]
 
@@ -64,7 +64,9 @@ def loaded(path: Path, **options: Any) -> State:
 
 
 def same(found: State, expected: State) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
 
 
 @pytest.mark.parametrize("holder", [None, *HOLDERS])
@@ -86,10 +88,20 @@ def test_a_state_dict_is_found_bare_or_under_its_key(
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module.", "backbone.", "encoder.", "model.", "module.model.", "_orig_mod.module.", "encoders.image.trunk."],
+    [
+        "module.",
+        "backbone.",
+        "encoder.",
+        "model.",
+        "module.model.",
+        "_orig_mod.module.",
+        "encoders.image.trunk.",
+    ],
 )
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_whatever_stands_before_the_names_is_found(tmp_path: Path, state: State, prefix: str, suffix: str) -> None:
+def test_whatever_stands_before_the_names_is_found(
+    tmp_path: Path, state: State, prefix: str, suffix: str
+) -> None:
     path = tmp_path / f"w.{suffix}"
     written = {**under(prefix, state), "normalise.mean": torch.zeros(3)}
     if suffix == "pth":
@@ -101,13 +113,17 @@ def test_whatever_stands_before_the_names_is_found(tmp_path: Path, state: State,
 
 def test_dataparallel_inside_a_net(tmp_path: Path, state: State) -> None:
     """The ImageNet example of PyTorch wraps AlexNet's features alone: features.module.0.weight."""
-    torch.save({name.replace("layer1.", "layer1.module."): value for name, value in state.items()}, tmp_path / "w.pth")
+    torch.save(
+        {name.replace("layer1.", "layer1.module."): value for name, value in state.items()},
+        tmp_path / "w.pth",
+    )
     assert same(loaded(tmp_path / "w.pth"), state)
 
 
 def test_half_precision_is_read_into_the_nets_own(tmp_path: Path, state: State) -> None:
     torch.save(
-        {name: value.half() if value.is_floating_point() else value for name, value in state.items()}, tmp_path / "w"
+        {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
+        tmp_path / "w",
     )
     found = loaded(tmp_path / "w")
     assert found["conv1.weight"].dtype == torch.float32
@@ -115,7 +131,9 @@ def test_half_precision_is_read_into_the_nets_own(tmp_path: Path, state: State) 
 
 
 def test_old_files_lack_the_counts_of_batchnorm(tmp_path: Path, state: State) -> None:
-    torch.save({name: value for name, value in state.items() if not name.endswith("tracked")}, tmp_path / "w.pth")
+    torch.save(
+        {name: value for name, value in state.items() if not name.endswith("tracked")}, tmp_path / "w.pth"
+    )
     assert same(loaded(tmp_path / "w.pth"), {**state, "bn1.num_batches_tracked": torch.tensor(0)})
 
 
@@ -128,7 +146,9 @@ def test_what_the_net_has_no_place_for_is_left_out_and_named(
     assert "9 of 11 tensors taken; left out: module.fc.weight (7 x 2), module.fc.bias (7)" in caplog.text
 
 
-def test_nothing_left_out_says_nothing(tmp_path: Path, state: State, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_left_out_says_nothing(
+    tmp_path: Path, state: State, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.save(state, tmp_path / "w.pth")
     assert load_weights(Net(), str(tmp_path / "w.pth"), "net") == ()
     assert caplog.text == ""
@@ -143,7 +163,8 @@ def test_a_classifier_of_any_size_is_left_out(tmp_path: Path, name: str, classes
     torch.manual_seed(1)
     # a large layer is one value repeated, which takes no room in the file
     state = {
-        k: torch.rand(v.shape if v.numel() < 1 << 20 else 1).expand(v.shape).to(v.dtype) for k, v in shapes.items()
+        k: torch.rand(v.shape if v.numel() < 1 << 20 else 1).expand(v.shape).to(v.dtype)
+        for k, v in shapes.items()
     }
     torch.save({"state_dict": under("module.", state), "arch": name}, tmp_path / "w.pth")
     trunk = build("image-encoder", {"name": name, "weights": str(tmp_path / "w.pth")}).trunk.state_dict()
@@ -153,7 +174,8 @@ def test_a_classifier_of_any_size_is_left_out(tmp_path: Path, name: str, classes
 
 
 def test_the_authors_release_of_gfnet_ti(tmp_path: Path) -> None:
-    """Names and shapes of the published file, written out by hand, with its ``args``; the default size takes it."""
+    """Names and shapes of the published file, written out by hand, with its ``args``; the default size takes
+    it."""
     shapes: dict[str, tuple[int, ...]] = {
         "pos_embed": (1, 196, 256),
         "patch_embed.proj.weight": (256, 3, 16, 16),
@@ -239,18 +261,29 @@ BAD: dict[str, tuple[Callable[[Path, State], Any], str]] = {
         r"hold Python objects \([a-z.]*test_weights.Foreign\).*convert it once.*'w-weights.pth'",
     ),
     "a foreign class, old form": (
-        lambda p, s: torch.save({"state_dict": s, "config": Foreign()}, p, _use_new_zipfile_serialization=False),
+        lambda p, s: torch.save(
+            {"state_dict": s, "config": Foreign()}, p, _use_new_zipfile_serialization=False
+        ),
         "hold Python objects",
     ),
     "a whole model": (
         lambda p, s: torch.save(nn.Linear(2, 2), p),
         r"Python objects \(torch.nn.modules.linear.Linear\)",
     ),
-    "hostile": (lambda p, s: torch.save({"state_dict": s, "x": Runs(p.parent / "ran")}, p), "would run posix.mkdir"),
+    "hostile": (
+        lambda p, s: torch.save({"state_dict": s, "x": Runs(p.parent / "ran")}, p),
+        "would run posix.mkdir",
+    ),
     "a tensor": (lambda p, s: torch.save(torch.zeros(3), p), "hold no state dict but a Tensor"),
     "a list": (lambda p, s: torch.save([1, 2], p), "hold no state dict but a list"),
-    "no tensors": (lambda p, s: torch.save({"epoch": 1, "lr": 0.1}, p), "hold no state dict but keys epoch, lr; save"),
-    "another key": (lambda p, s: torch.save({"student": s, "epoch": 1}, p), "keys student, epoch.*under state_dict, "),
+    "no tensors": (
+        lambda p, s: torch.save({"epoch": 1, "lr": 0.1}, p),
+        "hold no state dict but keys epoch, lr; save",
+    ),
+    "another key": (
+        lambda p, s: torch.save({"student": s, "epoch": 1}, p),
+        "keys student, epoch.*under state_dict, ",
+    ),
     "another net": (
         lambda p, s: torch.save({"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}, p),
         r"\(2 tensors\) are not of net: 8 missing: conv1.weight, conv1.bias, bn1.weight and 5 more; give weights of",
@@ -272,7 +305,9 @@ BAD: dict[str, tuple[Callable[[Path, State], Any], str]] = {
         "NaN or infinite values, in conv1.bias; fetch",
     ),
     "two nets": (
-        lambda p, s: torch.save({**under("student.", s), **under("teacher.", {k: v + 1 for k, v in s.items()})}, p),
+        lambda p, s: torch.save(
+            {**under("student.", s), **under("teacher.", {k: v + 1 for k, v in s.items()})}, p
+        ),
         "hold net more than once, with other values, under 'student.' and 'teacher.'; save the one",
     ),
 }
@@ -324,15 +359,23 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["dict", "module"])
-def test_the_printed_conversion_works(tmp_path: Path, state: State, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_printed_conversion_works(
+    tmp_path: Path, state: State, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = f"theirs_{what}"
-    (tmp_path / f"{name}.py").write_text("import torch\nclass Net(torch.nn.Linear): pass\nclass Config: pass\n")
+    (tmp_path / f"{name}.py").write_text(
+        "import torch\nclass Net(torch.nn.Linear): pass\nclass Config: pass\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     theirs = importlib.import_module(name)
     net = theirs.Net(2, 2)
-    torch.save({"model": net.state_dict(), "config": theirs.Config()} if what == "dict" else net, tmp_path / "w.pth")
+    torch.save(
+        {"model": net.state_dict(), "config": theirs.Config()} if what == "dict" else net, tmp_path / "w.pth"
+    )
     with pytest.raises(ValueError, match=rf"Python objects \({name}.*where {name} can be imported"):
         read_tensors(tmp_path / "w.pth")
     command = conversion(tmp_path / "w.pth").replace("python ", f"{sys.executable} ", 1)
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, shell=True, check=True)
+    subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, shell=True, check=True
+    )
     assert same(read_tensors(tmp_path / "w-weights.pth"), net.state_dict())

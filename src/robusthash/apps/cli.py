@@ -1,6 +1,8 @@
-"""Verbs by panel. Tables and progress go to stderr, ``--json`` data to stdout; an error is one line, no trace.
+"""Verbs by panel. Tables and progress go to stderr, ``--json`` data to stdout; an error is one line, no
+trace.
 
-What a verb needs is imported when it is called: help, version and completion load typer and rich, and no more.
+What a verb needs is imported when it is called: help, version and completion load typer and rich, and no
+more.
 """
 
 from __future__ import annotations
@@ -15,21 +17,21 @@ from typing import Annotated, Any
 
 import typer
 
-from robusthash.apps.verbs import (
-    audit,
+from robusthash.apps.commands import (
+    assess_command,
+    audit_command,
     blackbox,
     catalogue,
     checks,
-    database,
     evidence,
     experiment,
-    index,
+    index_command,
     numbers,
+    poison,
     study,
-    suite,
 )
-from robusthash.apps.verbs.terminal import console, escape
-from robusthash.core.memory import REMEDY, DoesNotFit, SmallerBatch, out_of_memory
+from robusthash.apps.commands.terminal import console, escape
+from robusthash.core.out_of_memory import REMEDY, DoesNotFit, SmallerBatch, out_of_memory
 from robusthash.version import __version__
 
 app = typer.Typer(
@@ -63,9 +65,8 @@ def _refused(text: object) -> None:
 
 def _memory_short(error: Exception) -> str:
     said = next(iter(str(error).splitlines()), type(error).__name__)
-    return (
-        f"memory does not suffice ({said}); take smaller batches (training.batch_size, evaluation.batch_size), {REMEDY}"
-    )
+    smaller = "take smaller batches (training.batch_size, evaluation.batch_size)"
+    return f"memory does not suffice ({said}); {smaller}, {REMEDY}"
 
 
 @contextmanager
@@ -92,7 +93,9 @@ def _stopped(signum: int, frame: FrameType | None) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
     if version:
         sys.stdout.write(f"robusthash {__version__}\n")
         raise typer.Exit
@@ -113,12 +116,12 @@ PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "report": experiment.report,
     },
     "Numbers that hold": {
-        "assess": suite.assess,
+        "assess": assess_command.assess,
         "check": checks.check,
-        "audit": audit.audit,
+        "audit": audit_command.audit,
         "transfer": blackbox.transfer,
         "questions": blackbox.questions,
-        "poison": database.poison,
+        "poison": poison.poison,
         "verify": evidence.verify,
         "leaderboard": evidence.leaderboard,
         "evidence": evidence.app,
@@ -130,7 +133,7 @@ PANELS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "attribute": study.attribute,
         "cost": study.cost,
     },
-    "Search and catalogue": {"index": index.app, "list": catalogue.everything, "data": catalogue.app},
+    "Search and catalogue": {"index": index_command.app, "list": catalogue.everything, "data": catalogue.app},
 }
 
 for panel, verbs in PANELS.items():

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from robusthash.attacks.threat import Threat, per_item
+from robusthash.attacks.threat_model import Threat, per_item
 from robusthash.core.hamming import sign
 from robusthash.core.identity import changes, describe
 from robusthash.core.runtime import Draws
@@ -42,7 +42,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came back with. Counts are per query, of the search itself: what a guide asks is not in them."""
+    """What a search came back with. Counts are per query, of the search itself: what a guide asks is not in
+    them."""
 
     inputs: Inputs
     trace: Tensor  # (steps,) mean score before each step
@@ -53,8 +54,8 @@ class Found:
 class Guide(Protocol):
     """Where the goal lies in Hamming space.
 
-    One whose guidance is a single code of each item, which stands for the goal's labels, says so by an attribute
-    ``label_codes = True``: outer losses that pull attacked items to the guidance need it.
+    One whose guidance is a single code of each item, which stands for the goal's labels, says so by an
+    attribute ``label_codes = True``: outer losses that pull attacked items to the guidance need it.
     """
 
     def __call__(
@@ -71,19 +72,26 @@ class Loss(Protocol):
 class Search(Protocol):
     """Ascends a score inside a threat. Per item: no step of one query may depend on another.
 
-    A search of edits instead of steps says so by a class attribute ``edits = True``, one that compares scores of
-    different steps by ``steady = True``, one that needs no gradient by ``by_gradient = False``. One that must look
-    inside what it differentiates offers ``looking(victim) -> Search``, and one whose budget is made for a victim
-    ``bound(threat, victim, data) -> Threat``.
+    A search of edits instead of steps says so by a class attribute ``edits = True``, one that compares scores
+    of different steps by ``steady = True``, one that needs no gradient by ``by_gradient = False``. One that
+    must look inside what it differentiates offers ``looking(victim) -> Search``, and one whose budget is made
+    for a victim ``bound(threat, victim, data) -> Threat``.
     """
 
     def __call__(
-        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Inputs | None
+        self,
+        score: Score,
+        batch: Batch,
+        threat: Threat,
+        draws: Draws,
+        select: Select | None,
+        start: Inputs | None,
     ) -> Found: ...
 
 
 def published_slope(progress: float) -> float:
-    """Slope alpha of tanh after a share ``progress`` of the steps: ten equal blocks of 0.1 (x5), .2, .3, .5, .7, 1."""
+    """Slope alpha of tanh after a share ``progress`` of the steps: ten equal blocks of 0.1 (x5), .2, .3, .5,
+    .7, 1."""
     return (0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)[min(int(progress * 10 + 1e-9), 9)]
 
 
@@ -106,10 +114,10 @@ class Attack:
     Args:
         slope: ``published`` schedules alpha by the papers' ten blocks, ``one`` keeps alpha = 1.
         targeted: the goal carries target labels and sign +1.
-        restarts: independent searches, each after the first from a random start; the best by ``select``, else by
-            score, is kept per query.
-        selects: return the point of best reported metric that was seen; the evaluator then hands over ``select``,
-            which needs the database codes (W2). Published attacks return their last point.
+        restarts: independent searches, each after the first from a random start; the best by ``select``, else
+            by score, is kept per query.
+        selects: return the point of best reported metric that was seen; the evaluator then hands over
+            ``select``, which needs the database codes (W2). Published attacks return their last point.
     """
 
     name: str
@@ -143,11 +151,14 @@ class Attack:
                 "cannot be mixed"
             )
 
-    def fit(self, victim: Hasher, data: RetrievalData, reference: Reference | None, *, draws: Draws) -> Attack:
+    def fit(
+        self, victim: Hasher, data: RetrievalData, reference: Reference | None, *, draws: Draws
+    ) -> Attack:
         """The attack with its learning parts trained on this very victim; itself where nothing learns.
 
-        A guide that learns offers ``fitted(victim, data, reference, draws) -> Guide``. The evaluator calls this once
-        for a victim, before the first block of queries, with what the threat lets the attacker know.
+        A guide that learns offers ``fitted(victim, data, reference, draws) -> Guide``. The evaluator calls
+        this once for a victim, before the first block of queries, with what the threat lets the attacker
+        know.
         """
         learn, bind = getattr(self.guide, "fitted", None), getattr(self.search, "bound", None)
         guide = self.guide if learn is None else learn(victim, data, reference, draws.within(self.name))
@@ -175,13 +186,15 @@ class Attack:
         return {"search": describe(self.search), **parts}
 
     def settings(self) -> dict[str, Any]:
-        """What its result depends on, as plain data: names and parameters that are not the default, and the threat."""
+        """What its result depends on, as plain data: names and parameters that are not the default, and the
+        threat."""
         return {**changes(self, skip=("threat",)), "threat": self.threat.settings()}
 
     def aim(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> tuple[Score, Guidance]:
-        """What a search ascends on this victim, and the guidance behind it; the arguments are those of ``perturb``.
+        """What a search ascends on this victim, and the guidance behind it; the arguments are those of
+        ``perturb``.
 
         Raises:
             ValueError: the batch lacks a modality that the threat attacks.
@@ -189,7 +202,9 @@ class Attack:
         missing = [name for name in self.threat.balls if name not in batch.inputs]
         if missing:
             raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")
-        guidance = self.guide(victim, batch.only(self.threat.balls), goal, reference, draws.within(self.name, "guide"))
+        guidance = self.guide(
+            victim, batch.only(self.threat.balls), goal, reference, draws.within(self.name, "guide")
+        )
 
         def score(inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
             alpha = published_slope(progress) if self.slope == "published" else 1.0
@@ -210,7 +225,8 @@ class Attack:
         select: Select | None = None,
         start: Inputs | None = None,
     ) -> tuple[Found, Guidance]:
-        """Search for the attacked inputs. The victim is put in eval mode with frozen parameters, and restored.
+        """Search for the attacked inputs. The victim is put in eval mode with frozen parameters, and
+        restored.
 
         Args:
             batch: clean items; modalities that the threat does not name are left alone.
@@ -244,8 +260,11 @@ class Attack:
         select: Select | None = None,
         start: Inputs | None = None,
     ) -> AttackOutput:
-        """``perturb``, then encode what it returned anew (published loops report the code of one step earlier)."""
-        found, guidance = self.perturb(victim, batch, goal, reference, draws=draws, select=select, start=start)
+        """``perturb``, then encode what it returned anew (published loops report the code of one step
+        earlier)."""
+        found, guidance = self.perturb(
+            victim, batch, goal, reference, draws=draws, select=select, start=start
+        )
         with frozen(victim), torch.no_grad():
             signs = sign(next(iter(victim(found.inputs).values())).logits)
         attacked = batch.with_inputs(found.inputs)
@@ -261,6 +280,7 @@ def _better(score: Score, select: Select | None, first: Found, second: Found) ->
             values.append(select(sign(logits)) if select is not None else value)
     win = values[1] > values[0]
     inputs = {
-        name: torch.where(per_item(win, value), second.inputs[name], value) for name, value in first.inputs.items()
+        name: torch.where(per_item(win, value), second.inputs[name], value)
+        for name, value in first.inputs.items()
     }
     return Found(inputs, first.trace, first.forward + second.forward + 2, first.backward + second.backward)

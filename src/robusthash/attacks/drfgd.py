@@ -1,4 +1,5 @@
-"""DRFGD's attack: away from every relevant code, as measured against the mean irrelevant one; swapped, it aligns."""
+"""DRFGD's attack: away from every relevant code, as measured against the mean irrelevant one; swapped, it
+aligns."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from robusthash.attacks.base import Attack, Probe
 from robusthash.attacks.guides import Own
-from robusthash.attacks.search import PGD
-from robusthash.attacks.threat import Attacked, threat_on
+from robusthash.attacks.pgd import PGD
+from robusthash.attacks.threat_model import Attacked, threat_on
 from robusthash.core.hamming import sign
 from robusthash.core.labels import relevant
 from robusthash.core.registry import register
@@ -20,18 +21,21 @@ from robusthash.models.hasher import Hasher
 
 
 def set_contrast(code: Tensor, guidance: Guidance, tau: float = 0.05, *, mean: bool = True) -> Tensor:
-    """L_Adv = log(1 + sum_p exp((s_p - s_N) / tau)), (B,), lower = farther from the first set (DRFGD, Eq 1-2).
+    """L_Adv = log(1 + sum_p exp((s_p - s_N) / tau)), (B,), lower = farther from the first set (DRFGD, Eq
+    1-2).
 
-    s_j = <h, b_j> / 2K is the agreement with item j, up to a constant that cancels: minus the Hamming distance over K,
-    summed over the modalities of the item. s_N is the mean over the second set.
+    s_j = <h, b_j> / 2K is the agreement with item j, up to a constant that cancels: minus the Hamming
+    distance over K, summed over the modalities of the item. s_N is the mean over the second set.
 
     Args:
         code: (B, K) relaxed codes h in [-1, 1].
-        guidance: shared codes (M, K), the sum over an item's modalities, and weights (B, M): above 0 in the first set
-            (its members are pushed away), below 0 in the second, 0 in neither. ``swapped`` exchanges the sets.
+        guidance: shared codes (M, K), the sum over an item's modalities, and weights (B, M): above 0 in the
+            first set (its members are pushed away), below 0 in the second, 0 in neither. ``swapped``
+            exchanges the sets.
         tau: temperature, 0.05 in the paper.
-        mean: the mean over the first set stands for the printed sum, so that its size does not matter (ours). For an
-            attack by signed steps both are the same; False is as printed, log(1 + |set|) where all s are equal.
+        mean: the mean over the first set stands for the printed sum, so that its size does not matter (ours).
+            For an attack by signed steps both are the same; False is as printed, log(1 + |set|) where all s
+            are equal.
 
     Raises:
         ValueError: guidance without weights, or a temperature that is not positive.
@@ -41,7 +45,9 @@ def set_contrast(code: Tensor, guidance: Guidance, tau: float = 0.05, *, mean: b
     if not tau > 0.0:
         raise ValueError(f"tau must be positive, got {tau:g}")
     first, second = guidance.weights > 0, (guidance.weights < 0).to(code.dtype)
-    with torch.autocast(code.device.type, enabled=False):  # bf16 scores over a small tau would be off by whole units
+    with torch.autocast(
+        code.device.type, enabled=False
+    ):  # bf16 scores over a small tau would be off by whole units
         codes = guidance.codes.to(code.dtype)
         scores = code @ codes.T / (2 * codes.shape[1])
         against = (scores * second).sum(1, keepdim=True) / second.sum(1, keepdim=True).clamp_min(1.0)
@@ -60,13 +66,15 @@ def swapped(guidance: Guidance) -> Guidance:
 @register("attack-guide", "signed-sets", paper="DRFGD, AAAI 2026", evidence="paper")
 @dataclass(frozen=True)
 class SignedSets:
-    """Reference items that share a label with the goal, 1 / count each, and those that do not, -1 / count each.
+    """Reference items that share a label with the goal, 1 / count each, and those that do not, -1 / count
+    each.
 
-    The code of an item is the sum over its modalities. A query without a relevant item has its own clean code as the
-    only one; without an irrelevant item, the second set is empty and its mean agreement is 0.
+    The code of an item is the sum over its modalities. A query without a relevant item has its own clean code
+    as the only one; without an irrelevant item, the second set is empty and its mean agreement is 0.
 
     Args:
-        most: items of each set that are kept, drawn without replacement, keyed by query (ours; the paper takes all).
+        most: items of each set that are kept, drawn without replacement, keyed by query (ours; the paper
+            takes all).
     """
 
     most: int = 256
@@ -75,9 +83,13 @@ class SignedSets:
         if self.most < 1:
             raise ValueError(f"most must be at least 1, got {self.most}")
 
-    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
         if reference is None or reference.labels is None or goal.labels is None:
-            raise ValueError("this guide needs labelled reference codes: use a W1 or W2 threat and labelled data")
+            raise ValueError(
+                "this guide needs labelled reference codes: use a W1 or W2 threat and labelled data"
+            )
         codes = torch.stack(list(reference.codes.values())).sum(0)
         positive = relevant(goal.labels, reference.labels)
         kept = self._drawn(positive, batch, draws.within("relevant"))
@@ -122,9 +134,9 @@ def drfgd(
 ) -> Attack:
     """DRFGD's attack: away from relevant codes of both modalities, towards the mean irrelevant one. 20 steps.
 
-    Budget 8/255 with steps of 3/255 in pixels; 0.05 with steps of 0.006 on bags of words, which corresponds to no real
-    text: over a vocabulary of 1,386 it sums up to 69 words, where a text has about five. Random start: ours, the paper
-    does not say.
+    Budget 8/255 with steps of 3/255 in pixels; 0.05 with steps of 0.006 on bags of words, which corresponds
+    to no real text: over a vocabulary of 1,386 it sums up to 69 words, where a text has about five. Random
+    start: ours, the paper does not say.
     """
     customary = 3 / 500 if modality == "text" else 3 / 255
     search = PGD(steps, customary if step_size is None else step_size, random_start=random_start)

@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 from robusthash.attacks.base import Attack, Guide, Loss, Probe
 from robusthash.attacks.guides import known
 from robusthash.attacks.losses import Agreement, ObjectiveLoss
-from robusthash.attacks.named import Slope, steps_on
-from robusthash.attacks.threat import Attacked, Knowledge, threat_on
+from robusthash.attacks.published import Slope, steps_on
+from robusthash.attacks.threat_model import Attacked, Knowledge, threat_on
 from robusthash.core.hamming import sign
 from robusthash.core.labels import relevant
 from robusthash.core.registry import register
@@ -35,13 +35,16 @@ def signed_mean(similar: Tensor, codes: Tensor, balanced: bool) -> Tensor:
     Args:
         similar: (B, M) bool.
         codes: (M, K) in {-1, +1}, or means of such; or features (M, D) of length 1.
-        balanced: (mean of the similar - mean of the others) / 2, a side without items counting nothing (Eq 5 takes the
-            two expectations apart); otherwise sum_j s_ij R_j / M with s in {-1, +1}, as the equations are printed.
+        balanced: (mean of the similar - mean of the others) / 2, a side without items counting nothing (Eq 5
+            takes the two expectations apart); otherwise sum_j s_ij R_j / M with s in {-1, +1}, as the
+            equations are printed.
 
     Returns:
         (B, K) in [-1, 1], not binarised: how much a bit matters stays in it.
     """
-    with torch.autocast(codes.device.type, enabled=False):  # sums of signs are whole numbers, and exact in float32
+    with torch.autocast(
+        codes.device.type, enabled=False
+    ):  # sums of signs are whole numbers, and exact in float32
         near = similar.float()
         towards = near @ codes
         away = codes.sum(0) - towards
@@ -54,17 +57,20 @@ def signed_mean(similar: Tensor, codes: Tensor, balanced: bool) -> Tensor:
 @register("attack-guide", "similarity", paper="DSARH, Zhang et al., manuscript 2024", evidence="paper")
 @dataclass(frozen=True)
 class Similarity:
-    """DSARH's direction a_i = signed mean of the reference codes R_j by similarity; the attack lowers (1/K) h . a_i.
+    """DSARH's direction a_i = signed mean of the reference codes R_j by similarity; the attack lowers (1/K) h
+    . a_i.
 
-    R_j is the mean of the item's codes over modalities (the paper's integrated form, Eq 17 as meant), or the code of
-    one (``codes``: inter-modal Eq 14, intra-modal Eq 16).
+    R_j is the mean of the item's codes over modalities (the paper's integrated form, Eq 17 as meant), or the
+    code of one (``codes``: inter-modal Eq 14, intra-modal Eq 16).
 
     Args:
-        mode: ``fixed`` is the repaired attack. The literal ones follow the printed update, for showing what it does:
-            ``literal_sign`` steps along +sum_j s_ij R_j (Eq 9, whose sign helps retrieval); ``literal_eq11`` along
-            +sum_j s_ij (B_i o R_j), B_i the own clean code (the last factor of Eq 9 dropped: bits with B_i = -1 go the
-            other way); ``literal_eq17`` along +sum_j s_ij (B^U_j o B^V_j), all ones where image and text codes agree.
-        balanced: separate means of similar and dissimilar items; the literal modes always take the printed sum.
+        mode: ``fixed`` is the repaired attack. The literal ones follow the printed update, for showing what
+            it does: ``literal_sign`` steps along +sum_j s_ij R_j (Eq 9, whose sign helps retrieval);
+            ``literal_eq11`` along +sum_j s_ij (B_i o R_j), B_i the own clean code (the last factor of Eq 9
+            dropped: bits with B_i = -1 go the other way); ``literal_eq17`` along +sum_j s_ij (B^U_j o B^V_j),
+                all ones where image and text codes agree.
+        balanced: separate means of similar and dissimilar items; the literal modes always take the printed
+            sum.
         codes: of which modality.
 
     Raises:
@@ -88,19 +94,25 @@ class Similarity:
         """Only the repaired direction points to the codes of the labels."""
         return self.mode == "fixed"
 
-    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
         banks, similar = self._known(goal, reference)
         together = torch.stack(banks).mean(0)
         if self.mode == "fixed":
             return Guidance(signed_mean(similar, together, self.balanced))
         if self.mode == "literal_eq17":
             if len(banks) != 2:
-                raise ValueError("literal_eq17 multiplies image and text codes; this attacker knows only one of them")
+                raise ValueError(
+                    "literal_eq17 multiplies image and text codes; this attacker knows only one of them"
+                )
             together = banks[0] * banks[1]
         printed = signed_mean(similar, together, balanced=False)
         if self.mode == "literal_eq11":
             printed = printed * _own_code(victim, batch)
-        return Guidance(-printed)  # the search goes against the guidance, the printed update along its direction
+        return Guidance(
+            -printed
+        )  # the search goes against the guidance, the printed update along its direction
 
     def _known(self, goal: Goal, reference: Reference | None) -> tuple[list[Tensor], Tensor]:
         """The banks (M, K) of the modalities asked for, and which of their items are similar, (B, M)."""
@@ -126,19 +138,24 @@ class FeatureGuidance(Guidance):
     features: dict[str, Tensor] = field(default_factory=dict)  # by modality (B, D)
 
 
-@register("attack-guide", "feature-similarity", paper="DSARH, Zhang et al., manuscript 2024", evidence="paper")
+@register(
+    "attack-guide", "feature-similarity", paper="DSARH, Zhang et al., manuscript 2024", evidence="paper"
+)
 @dataclass(frozen=True, eq=False)
 class FeatureSimilarity:
-    """DSARH's direction among codes and among features: c_i = signed mean of the known items' f_j / |f_j| (Eq 10).
+    """DSARH's direction among codes and among features: c_i = signed mean of the known items' f_j / |f_j| (Eq
+    10).
 
-    f are the features that the hash head takes. The known items are those whose codes are known: training (W1) or
-    database items (W2), encoded by ``fitted``. Before that, as in adversarial training, where features move with every
-    step, they are the clean items of the batch.
+    f are the features that the hash head takes. The known items are those whose codes are known: training
+    (W1) or database items (W2), encoded by ``fitted``. Before that, as in adversarial training, where
+    features move with every step, they are the clean items of the batch.
     """
 
     codes: Similarity
     knowledge: Knowledge
-    bank: dict[str, Tensor] | None = field(default=None, compare=False)  # by modality (M, D), rows of length 1
+    bank: dict[str, Tensor] | None = field(
+        default=None, compare=False
+    )  # by modality (M, D), rows of length 1
     labels: Tensor | None = field(default=None, compare=False)  # (M, C)
 
     def fitted(self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws) -> Guide:
@@ -152,7 +169,9 @@ class FeatureSimilarity:
         labels = None if split.labels is None else split.labels.to(victim.device)
         return replace(self, bank={name: torch.cat(parts) for name, parts in rows.items()}, labels=labels)
 
-    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
         guidance = self.codes(victim, batch, goal, reference, draws)
         bank, labels = self.bank, self.labels
         if bank is None:
@@ -183,7 +202,9 @@ class FeatureAgreement:
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         if not isinstance(guidance, FeatureGuidance):
-            raise ValueError("this loss needs a direction in feature space; use the guide of 'dsarh' with features")
+            raise ValueError(
+                "this loss needs a direction in feature space; use the guide of 'dsarh' with features"
+            )
         wanted = guidance.features
         terms = [(values * wanted[name]).sum(1) for name, values in _unit_features(probe.outputs).items()]
         return Agreement()(probe, guidance) + self.weight * torch.stack(terms).mean(0)
@@ -212,27 +233,35 @@ def dsarh(
     random_start: bool = False,
     features: float = 0.0,
 ) -> Attack:
-    """DSARH: sign steps of 2/255 against the signed mean of the known codes. 1, 3 or 10 steps in its training.
+    """DSARH: sign steps of 2/255 against the signed mean of the known codes. 1, 3 or 10 steps in its
+    training.
 
     Args:
-        steps: 20 in evaluation is ours (the paper stops when "the prediction" alters, which retrieval does not have).
+        steps: 20 in evaluation is ours (the paper stops when "the prediction" alters, which retrieval does
+            not have).
         step_size: 2/255, or 3/500 on text. One step hence moves by 2/255, not by eps.
         mode: ``fixed``, or a printed form; see the guide ``similarity``.
-        form: ``linear`` agreement; ``weighted`` ascends the pair likelihood itself, sum_j (S_ij - sigma(<h, R_j> / 2))
-            R_j anew at each step (Eq 8); ``square`` ascends mean_j ((1/K) <h, R_j> - S'_ij)^2, the exact image-only
-            form, which turns round where |<h, R_j>| > K would begin and so never does with tanh. The last two compare
-            with all codes known and with alpha = 1.
+        form: ``linear`` agreement; ``weighted`` ascends the pair likelihood itself, sum_j (S_ij - sigma(<h,
+            R_j> / 2)) R_j anew at each step (Eq 8); ``square`` ascends mean_j ((1/K) <h, R_j> - S'_ij)^2, the
+            exact image-only form, which turns round where |<h, R_j>| > K would begin and so never does with
+            tanh. The last two compare with all codes known and with alpha = 1.
         knowledge: training codes (W1) or database codes (W2); the paper does not say.
-        features: weight of the feature term (Eq 10), f / |f| . c with c the signed mean of the features of known items
-            of the same modality, normalised; see ``FeatureSimilarity``. 0 leaves it out; 0.5 weighs it half as much.
+        features: weight of the feature term (Eq 10), f / |f| . c with c the signed mean of the features of
+            known items of the same modality, normalised; see ``FeatureSimilarity``. 0 leaves it out; 0.5
+            weighs it half as much.
 
-    Differs: the signs and factors of the printed updates are repaired. The feature term compares a modality with
-    itself, since features of images and texts need not have one width, and takes the features before the hash head.
+    Differs: the signs and factors of the printed updates are repaired. The feature term compares a modality
+    with itself, since features of images and texts need not have one width, and takes the features before the
+    hash head.
     """
     if form != "linear" and (mode != "fixed" or codes != "all" or slope != "one" or features):
-        raise ValueError(f"form {form!r} stands alone: leave mode 'fixed', codes 'all', slope 'one' and features 0")
+        raise ValueError(
+            f"form {form!r} stands alone: leave mode 'fixed', codes 'all', slope 'one' and features 0"
+        )
     if features < 0 or (features and mode != "fixed"):
-        raise ValueError(f"features must be at least 0, and 0 with a literal mode, got {features:g} in mode {mode!r}")
+        raise ValueError(
+            f"features must be at least 0, and 0 with a literal mode, got {features:g} in mode {mode!r}"
+        )
     size = 2 / 255 if step_size is None and modality != "text" else step_size
     search = steps_on(modality, steps, size, random_start)
     guide = Similarity(mode, balanced, codes)

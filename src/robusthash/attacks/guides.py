@@ -17,7 +17,8 @@ from robusthash.models.hasher import Hasher
 
 
 def known(reference: Reference | None, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes (M, K), their labels (M, C), goal labels (B, C)); codes of several modalities are put end to end.
+    """(codes (M, K), their labels (M, C), goal labels (B, C)); codes of several modalities are put end to
+    end.
 
     Raises:
         ValueError: where the guide needs labels or codes that the attacker does not have.
@@ -33,29 +34,39 @@ def known(reference: Reference | None, goal: Goal) -> tuple[Tensor, Tensor, Tens
 class Unguided:
     """For losses that need no code: an empty guidance, hence no representative MAP."""
 
-    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
         return Guidance(torch.empty(0, victim.bits, device=victim.device))
 
 
 @register("attack-guide", "own", paper="HAG 2020", supervised=False)
 @dataclass(frozen=True)
 class Own:
-    """The query's own clean relaxed code, averaged where image and text are attacked together: needs no labels."""
+    """The query's own clean relaxed code, averaged where image and text are attacked together: needs no
+    labels."""
 
-    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
         with torch.no_grad():
-            return Guidance(torch.stack([output.relaxed() for output in victim(batch.inputs).values()]).mean(0))
+            return Guidance(
+                torch.stack([output.relaxed() for output in victim(batch.inputs).values()]).mean(0)
+            )
 
 
 @register("attack-guide", "positives", paper="SDHA 2021")
 @dataclass(frozen=True)
 class Positives:
-    """All reference codes that share a label with the goal, as a set: weights (B, M) are 1 / count, 0 elsewhere.
+    """All reference codes that share a label with the goal, as a set: weights (B, M) are 1 / count, 0
+    elsewhere.
 
     A query without any has its own clean code as the only one.
     """
 
-    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
         codes, labels, wanted = known(reference, goal)
         positive = relevant(wanted, labels).float()
         alone = positive.sum(1) == 0
@@ -69,14 +80,16 @@ class Positives:
 @register("attack-guide", "anchor", paper="DHTA 2020", targeted=True)
 @dataclass(frozen=True)
 class Anchor:
-    """Component voting over ``items`` random reference codes with exactly the target labels (9: DHTA, 1: P2P).
+    """Component voting over ``items`` random reference codes with exactly the target labels (9: DHTA, 1:
+    P2P).
 
     Drawn without replacement, keyed by query; all of them where fewer exist (published copies draw with
     replacement). A vote of 0 is +1.
 
-    Where no reference item has exactly these labels, which the papers exclude, those vote that have all of them (and
-    more), else those that share any. Targets are label sets of the database, so an attack that knows it (W2) gets there
-    only with the stand-in of a query that has no possible target, which is left out when scored.
+    Where no reference item has exactly these labels, which the papers exclude, those vote that have all of
+    them (and more), else those that share any. Targets are label sets of the database, so an attack that
+    knows it (W2) gets there only with the stand-in of a query that has no possible target, which is left out
+    when scored.
 
     Raises:
         ValueError: where no reference item shares a label with the target.
@@ -85,7 +98,9 @@ class Anchor:
     items: int = 9
     label_codes: ClassVar[bool] = True
 
-    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
         codes, labels, wanted = known(reference, goal)
         voters = self._voters(wanted, labels)
         if not voters.any(1).all():
@@ -101,7 +116,8 @@ class Anchor:
 
     @staticmethod
     def _voters(wanted: Tensor, labels: Tensor) -> Tensor:
-        """(B, M) bool: the items with exactly the wanted labels; where there are none, with all; else with any."""
+        """(B, M) bool: the items with exactly the wanted labels; where there are none, with all; else with
+        any."""
         shared, size = overlap(wanted, labels), wanted.sum(1, keepdim=True)
         every = (shared == size) & (size > 0)
         voters = every & (labels.sum(1) == size)
@@ -113,19 +129,20 @@ class Anchor:
 def mainstay_code(
     wanted: Tensor, codes: Tensor, labels: Tensor, weights: Literal["code", "paper", "cgat"] = "code"
 ) -> Tensor:
-    """The mainstay code of each label vector: sgn(sum_P w b - sum_N w b), which minimises the weighted distance sum.
+    """The mainstay code of each label vector: sgn(sum_P w b - sum_N w b), which minimises the weighted
+    distance sum.
 
     Args:
         wanted: (B, C) label vectors; no image is needed.
         codes: (M, K) reference codes in {-1, +1}.
         labels: (M, C) their labels.
-        weights: of the positives, with s the cosine of label vectors. ``code``: s / sum s (SAAT's code, most likely
-            behind its numbers); ``paper``: s / count (TIFS 2023); ``cgat``: 1 / count (CgAT's code). Negatives always
-            weigh 1 / count. On single-label data the three coincide.
+        weights: of the positives, with s the cosine of label vectors. ``code``: s / sum s (SAAT's code, most
+            likely behind its numbers); ``paper``: s / count (TIFS 2023); ``cgat``: 1 / count (CgAT's code).
+            Negatives always weigh 1 / count. On single-label data the three coincide.
 
     Returns:
-        (B, K) in {-1, +1}; a sum within rounding (1e-6 of at most 2) of zero is a tie and gives +1, so that neither the
-        order of the bank nor the batch size decides a bit.
+        (B, K) in {-1, +1}; a sum within rounding (1e-6 of at most 2) of zero is a tie and gives +1, so that
+        neither the order of the bank nor the batch size decides a bit.
     """
     if weights not in ("code", "paper", "cgat"):
         raise ValueError(f"mainstay weights must be 'code', 'paper' or 'cgat', got {weights!r}")
@@ -145,12 +162,15 @@ def mainstay_code(
 @register("attack-guide", "mainstay", paper="SAAT, TIFS 2023", evidence="paper+code")
 @dataclass(frozen=True)
 class Mainstay:
-    """The mainstay code of the goal's labels over the reference codes (SAAT; with ``cgat`` weights CgAT's center)."""
+    """The mainstay code of the goal's labels over the reference codes (SAAT; with ``cgat`` weights CgAT's
+    center)."""
 
     weights: Literal["code", "paper", "cgat"] = "code"
     label_codes: ClassVar[bool] = True
 
-    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
         codes, labels, wanted = known(reference, goal)
         return Guidance(mainstay_code(wanted, codes, labels, self.weights))
 
@@ -165,5 +185,7 @@ class Center:
 
     label_codes: ClassVar[bool] = True
 
-    def __call__(self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws) -> Guidance:
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
         return Mainstay("cgat")(victim, batch, goal, reference, draws)

@@ -32,8 +32,8 @@ class MaskedAgreement:
 
     Args:
         targeted: W = 1[p < 0.5] (towards) instead of 1[p > -0.5] (away).
-        mirror: with ``targeted``, -(p^2 - 2p), which also pushes bits fully opposite to the target (ours; the code's
-            form gives those almost no gradient).
+        mirror: with ``targeted``, -(p^2 - 2p), which also pushes bits fully opposite to the target (ours; the
+            code's form gives those almost no gradient).
 
     Differs: the mask is counted per item; the code counts it over the batch, which couples queries.
     """
@@ -53,8 +53,9 @@ class MaskedAgreement:
 class HAGLoss:
     """HAG: (masked mean of h' h + 1)^2 + (mean of masked h')^2, by the SAAT re-implementation.
 
-    The mask keeps bits not yet flipped enough: |h'_k - sgn h_k| < 1 + margin. The clean code enters as the continuous
-    tanh. An empty mask leaves (0 + 1)^2 with no gradient: the loss is not monotone in success, so never stop by it.
+    The mask keeps bits not yet flipped enough: |h'_k - sgn h_k| < 1 + margin. The clean code enters as the
+    continuous tanh. An empty mask leaves (0 + 1)^2 with no gradient: the loss is not monotone in success, so
+    never stop by it.
     """
 
     margin: float = 0.5
@@ -87,7 +88,9 @@ class SDHALoss:
         if positive is None:
             raise ValueError("SDHA needs a set of codes with weights; use the guide 'positives'")
         if not all(value.is_floating_point() for value in probe.inputs.values()):
-            raise ValueError("SDHA weighs the size of the change, which token ids do not have; use another 'like'")
+            raise ValueError(
+                "SDHA weighs the size of the change, which token ids do not have; use another 'like'"
+            )
         with torch.no_grad():
             distances = (codes.shape[1] - sign(q) @ codes.T) / 2
             weights = positive * distances.clamp_min(0.5).rsqrt()
@@ -95,7 +98,9 @@ class SDHALoss:
             minus = weights.sum(1, keepdim=True) - plus
         surrogate = (plus * self._bit(q) + minus * self._bit(-q)).sum(1)
         origin = probe.origin.inputs
-        change = torch.stack([(v - origin[n]).flatten(1).square().mean(1) for n, v in probe.inputs.items()]).sum(0)
+        change = torch.stack(
+            [(v - origin[n]).flatten(1).square().mean(1) for n, v in probe.inputs.items()]
+        ).sum(0)
         return change - self.strength / codes.shape[1] * surrogate
 
     def _bit(self, product: Tensor) -> Tensor:
@@ -117,7 +122,8 @@ class ScaleFree:
 
 
 def soft_bits(probe: Probe) -> Tensor:
-    """(B, K) tanh(u / s) with s the item's median |u|, held constant; u is averaged over the attacked modalities."""
+    """(B, K) tanh(u / s) with s the item's median |u|, held constant; u is averaged over the attacked
+    modalities."""
     logits = torch.stack([output.logits for output in probe.outputs.values()]).mean(0)
     size = logits.detach().abs().median(1, keepdim=True).values.clamp_min(1e-12)
     return torch.tanh(logits / size)
@@ -126,7 +132,8 @@ def soft_bits(probe: Probe) -> Tensor:
 @register("attack-loss", "objective", paper="Madry et al., ICLR 2018", evidence="paper")
 @dataclass(frozen=True)
 class ObjectiveLoss:
-    """Minus the training objective's similarity loss against the reference codes (FGSM / PGD on a hashing loss).
+    """Minus the training objective's similarity loss against the reference codes (FGSM / PGD on a hashing
+    loss).
 
     The regularisation term is left out: its gradient only drives |h| down.
     """
@@ -140,7 +147,9 @@ class ObjectiveLoss:
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         reference, labels = probe.reference, probe.goal.labels
         if reference is None or reference.labels is None or labels is None:
-            raise ValueError("an attack on the objective needs labelled reference codes: use a W1 or W2 threat")
+            raise ValueError(
+                "an attack on the objective needs labelled reference codes: use a W1 or W2 threat"
+            )
         codes = torch.cat(list(reference.codes.values()))
         code_labels = reference.labels.repeat(len(reference.codes), 1)
         values = [self.objective.similarity(o, labels, codes, code_labels) for o in probe.outputs.values()]
@@ -151,7 +160,8 @@ MaskedForm = Literal["linear", "code", "mirror"]
 
 
 def mainstay_loss(form: MaskedForm, targeted: bool) -> Agreement | MaskedAgreement:
-    """The loss of the mainstay attack: ``linear`` (paper, default), ``code``, or ``mirror`` (targeted only)."""
+    """The loss of the mainstay attack: ``linear`` (paper, default), ``code``, or ``mirror`` (targeted
+    only)."""
     if form == "linear":
         return Agreement()
     if form == "code" or (form == "mirror" and targeted):

@@ -1,4 +1,5 @@
-"""A search service as an attacker meets it: it answers questions, a counted number of them, and shows nothing else."""
+"""A search service as an attacker meets it: it answers questions, a counted number of them, and shows nothing
+else."""
 
 from __future__ import annotations
 
@@ -9,20 +10,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robusthash.attacks.search import _Best
-from robusthash.attacks.threat import Budget, Threat
+from robusthash.attacks.pgd import _Best
+from robusthash.attacks.threat_model import Budget, Threat
 from robusthash.core.hamming import distance, pack, sign, topk
 from robusthash.core.types import Batch, Codes, Inputs
 from robusthash.models.hasher import Hasher, frozen
 
-Shown = Literal["B2", "B1"]
+Progress = Literal["B2", "B1"]
 
 Ask = Callable[[Inputs], Tensor]
-"""Inputs of a block of queries -> (B,) score of the answers, larger = better for the attacker; one question each."""
+"""Inputs of a block of queries -> (B,) score of the answers, larger = better for the attacker; one question
+each."""
 
 
 class QueryOracle:
-    """A victim and its database behind a counter. Each row of a batch is one question of the query with its id.
+    """A victim and its database behind a counter. Each row of a batch is one question of the query with its
+    id.
 
     Args:
         victim: encodes each question, of one modality.
@@ -35,7 +38,9 @@ class QueryOracle:
         ValueError: a budget or k below 1, or another knowledge.
     """
 
-    def __init__(self, victim: Hasher, database: Codes, budget: int, knowledge: Shown = "B2", k: int = 100) -> None:
+    def __init__(
+        self, victim: Hasher, database: Codes, budget: int, knowledge: Progress = "B2", k: int = 100
+    ) -> None:
         if budget < 1:
             raise ValueError(f"an oracle needs a budget of at least 1 question for each query, got {budget}")
         if knowledge not in ("B2", "B1"):
@@ -65,7 +70,8 @@ class QueryOracle:
         return distance(self._answer(batch).packed, self._database.packed)
 
     def rank(self, batch: Batch) -> Tensor:
-        """(B, k) int64 ids of the nearest items, by (distance, id), and no distance: all that B1 shows; -1 fills up.
+        """(B, k) int64 ids of the nearest items, by (distance, id), and no distance: all that B1 shows; -1
+        fills up.
 
         Raises:
             ValueError: a query whose budget is spent; nothing is then counted.
@@ -74,12 +80,16 @@ class QueryOracle:
 
     def _only_b2(self, what: str) -> None:
         if self.knowledge != "B2":
-            raise ValueError(f"a {self.knowledge} oracle shows the ordered ids of the top k, no {what}; ask 'rank'")
+            raise ValueError(
+                f"a {self.knowledge} oracle shows the ordered ids of the top k, no {what}; ask 'rank'"
+            )
 
     def _answer(self, batch: Batch) -> Codes:
         values = list(batch.inputs.values())
         if len(values) != 1:
-            raise ValueError(f"a question has one modality, these have {sorted(batch.inputs)}; use Batch.only")
+            raise ValueError(
+                f"a question has one modality, these have {sorted(batch.inputs)}; use Batch.only"
+            )
         after = dict(self._asked)
         for query in batch.ids.tolist():
             after[query] = after.get(query, 0) + 1
@@ -96,8 +106,8 @@ class QueryOracle:
 def ids_lost(clean: Tensor, found: Tensor, weighted: bool = True) -> Tensor:
     """How much of the clean top k a query has lost, from ordered ids alone.
 
-    1 - sum_i w(r_i) w(r'_i) / sum_r w(r)^2 over the items i that both lists hold, at ranks r and r'; the rank weight
-    w(r) = 1 / log2(1 + r) is that of DCG, or 1 throughout, which gives the plain overlap. Ours.
+    1 - sum_i w(r_i) w(r'_i) / sum_r w(r)^2 over the items i that both lists hold, at ranks r and r'; the rank
+    weight w(r) = 1 / log2(1 + r) is that of DCG, or 1 throughout, which gives the plain overlap. Ours.
 
     Args:
         clean: (B, k) int64 ids that the clean query returned; -1 is no item.
@@ -145,7 +155,9 @@ class Asking:
         if self.budget < 1:
             raise ValueError(f"a search by questions needs a budget of at least 1, got {self.budget}")
         if any(not 1 <= mark <= self.budget for mark in self.marks):
-            raise ValueError(f"marks lie in 1..{self.budget}, the budget of questions, got {list(self.marks)}")
+            raise ValueError(
+                f"marks lie in 1..{self.budget}, the budget of questions, got {list(self.marks)}"
+            )
 
     @property
     def modality(self) -> str:

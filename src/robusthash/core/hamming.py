@@ -17,12 +17,15 @@ def sign(logits: Tensor) -> Tensor:
     """
     if not torch.isfinite(logits).all():
         bad = int((~torch.isfinite(logits)).sum())
-        raise ValueError(f"{bad} of {logits.numel()} code values are NaN or infinite; the model or the attack diverged")
+        raise ValueError(
+            f"{bad} of {logits.numel()} code values are NaN or infinite; the model or the attack diverged"
+        )
     return torch.where(logits >= 0, 1.0, -1.0).to(logits.dtype)
 
 
 def pack(signs: Tensor) -> Tensor:
-    """(N, K) signs in {-1, +1} -> (N, ceil(K / 8)) uint8; bit 1 = +1, first bit highest, zeros pad the end."""
+    """(N, K) signs in {-1, +1} -> (N, ceil(K / 8)) uint8; bit 1 = +1, first bit highest, zeros pad the
+    end."""
     bits = (signs > 0).to("cpu", torch.uint8).numpy()
     return torch.from_numpy(np.packbits(bits, axis=1))
 
@@ -76,7 +79,9 @@ def topk(
         raise ValueError(f"k must be at least 1, got {k}")
     count = len(database)
     ids = torch.arange(count) if ids is None else ids.cpu()
-    by_id = torch.argsort(ids)  # with rows in id order, a stable order by distance is the order by (distance, id)
+    by_id = torch.argsort(
+        ids
+    )  # with rows in id order, a stable order by distance is the order by (distance, id)
     database, ids = database.cpu()[by_id], ids[by_id]
     kept = min(k, count)
     out_ids = torch.full((len(queries), k), -1, dtype=torch.int64)
@@ -84,7 +89,9 @@ def topk(
     for start in range(0, len(queries), block):
         rows = slice(start, start + block)
         found = distance(queries[rows], database)
-        key = found.to(torch.int64) * count + torch.arange(count)  # unique, so that no tie is left to the sort
+        key = found.to(torch.int64) * count + torch.arange(
+            count
+        )  # unique, so that no tie is left to the sort
         best = torch.topk(key, kept, dim=1, largest=False, sorted=True).values
         out_ids[rows, :kept] = ids[best % count]
         out_distances[rows, :kept] = (best // count).to(torch.int32)

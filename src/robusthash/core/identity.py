@@ -15,7 +15,8 @@ from robusthash.core.registry import card_of
 from robusthash.core.runtime import digest
 
 SCHEME = 2
-"""Version of the rules below, hashed with every identity. It rises when a rule or a registered default changes."""
+"""Version of the rules below, hashed with every identity. It rises when a rule or a registered default
+changes."""
 
 FIRST = 1  # digests of ``repr``, which carry no number
 
@@ -29,15 +30,17 @@ class Options(Protocol):
 
 
 def describe(value: Any) -> Any:
-    """A value as plain JSON data that names what results depend on, and nothing of how it is written in Python.
+    """A value as plain JSON data that names what results depend on, and nothing of how it is written in
+    Python.
 
-    A part (guide, loss, search, view of the victim, ...) becomes its registered kind and name, or ``module:qualname``
-    where it has none, with the parameters that differ from their defaults. A dataclass field with ``compare=False``
-    holds what is learned or derived, and takes no part. Tensors become a digest of their content; a whole float equals
-    the int.
+    A part (guide, loss, search, view of the victim, ...) becomes its registered kind and name, or
+    ``module:qualname`` where it has none, with the parameters that differ from their defaults. A dataclass
+    field with ``compare=False`` holds what is learned or derived, and takes no part. Tensors become a digest
+    of their content; a whole float equals the int.
 
     Raises:
-        TypeError: what has no such description: a closure, a lambda, an object with state that is no dataclass.
+        TypeError: what has no such description: a closure, a lambda, an object with state that is no
+            dataclass.
     """
     if value is None or isinstance(value, bool | str):
         return value
@@ -57,7 +60,8 @@ def describe(value: Any) -> Any:
 
 
 def changes(value: Any, skip: Collection[str] = ()) -> dict[str, Any]:
-    """The dataclass fields of ``value`` that differ from their defaults, described; those without a default always."""
+    """The dataclass fields of ``value`` that differ from their defaults, described; those without a default
+    always."""
     found = {}
     for field in dataclasses.fields(value):
         if field.name in skip or not field.compare or not field.init:
@@ -80,7 +84,8 @@ def identity(value: Any, length: int = 12) -> str:
 
 
 def marked_identity(value: Any) -> str:
-    """``identity`` with the number of the scheme before it, as results carry it: "2-0f3a...", by ``scheme_of``."""
+    """``identity`` with the number of the scheme before it, as results carry it: "2-0f3a...", by
+    ``scheme_of``."""
     return f"{SCHEME}-{identity(value)}"
 
 
@@ -99,7 +104,9 @@ def _name(make: Callable[..., Any]) -> dict[str, str]:
 
 def _named_code(value: Callable[..., Any]) -> dict[str, str]:
     if not isinstance(value, type) and (not inspect.isfunction(value) or "<" in value.__qualname__):
-        raise TypeError(f"{value!r} has no name to identify it by; write it as a function of a module or a dataclass")
+        raise TypeError(
+            f"{value!r} has no name to identify it by; write it as a function of a module or a dataclass"
+        )
     return _name(value)
 
 
@@ -127,7 +134,8 @@ def _part(value: Any) -> dict[str, Any]:
 
 
 def _stateless(value: Any) -> bool:
-    """Whether an object holds nothing; one that pickles in its own way, as a ``partial``, may hold what is not seen."""
+    """Whether an object holds nothing; one that pickles in its own way, as a ``partial``, may hold what is
+    not seen."""
     return type(value).__reduce__ is object.__reduce__ and not value.__getstate__()
 
 

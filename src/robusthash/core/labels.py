@@ -24,11 +24,13 @@ def cosine(left: Tensor, right: Tensor) -> Tensor:
     return overlap(left, right) / norms.clamp_min(1e-8)
 
 
-def draw_targets(query_labels: Tensor, ids: Tensor, database_labels: Tensor, count: int, draws: Draws) -> Tensor:
+def draw_targets(
+    query_labels: Tensor, ids: Tensor, database_labels: Tensor, count: int, draws: Draws
+) -> Tensor:
     """Target label sets for targeted attacks, keyed by query id.
 
-    Each is drawn uniformly, with replacement over ``count``, from the distinct non-zero label sets of the database
-    that share no label with the query (the rule of SAAT's code, seeded).
+    Each is drawn uniformly, with replacement over ``count``, from the distinct non-zero label sets of the
+    database that share no label with the query (the rule of SAAT's code, seeded).
 
     Args:
         query_labels: (Q, C) multi-hot.
@@ -37,8 +39,8 @@ def draw_targets(query_labels: Tensor, ids: Tensor, database_labels: Tensor, cou
         count: targets per query.
 
     Returns:
-        (Q, count, C) float; all zero for a query that no target is possible for. Such a query leaves the targeted
-        evaluation and is counted.
+        (Q, count, C) float; all zero for a query that no target is possible for. Such a query leaves the
+        targeted evaluation and is counted.
     """
     sets = torch.unique(database_labels.cpu().to(torch.uint8), dim=0).float()
     sets = sets[sets.sum(1) > 0]

@@ -56,13 +56,25 @@ def register(
     """Give ``name`` of ``kind`` to a class or function. A taken name raises."""
 
     def record(make: Made) -> Made:
-        if not make.__module__.startswith(f"{_PACKAGE}."):  # code from elsewhere: the package's own names come first
+        if not make.__module__.startswith(
+            f"{_PACKAGE}."
+        ):  # code from elsewhere: the package's own names come first
             _import_unread()
         if (kind, name) in _CARDS:
             raise ValueError(f"{kind} {name!r} is already registered by {_CARDS[kind, name].make.__module__}")
         summary = (inspect.getdoc(make) or "").partition("\n")[0]
         _CARDS[kind, name] = Card(
-            kind, name, make, paper, evidence, modality, supervised, targeted, summary, state, dict(published or {})
+            kind,
+            name,
+            make,
+            paper,
+            evidence,
+            modality,
+            supervised,
+            targeted,
+            summary,
+            state,
+            dict(published or {}),
         )
         return make
 
@@ -70,7 +82,8 @@ def register(
 
 
 def nearest(word: str, known: Any) -> str:
-    """A hint that names the likeliest of ``known`` for a mistyped ``word``, and lists them when there are few."""
+    """A hint that names the likeliest of ``known`` for a mistyped ``word``, and lists them when there are
+    few."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -107,7 +120,8 @@ def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str,
 
     Raises:
         KeyError: no name, an unknown name, or an option that it does not take; the nearest is offered.
-        ValueError: neither a name nor a name with options; an option of a few known words (``Literal``) with another.
+        ValueError: neither a name nor a name with options; an option of a few known words (``Literal``) with
+            another.
     """
     if not isinstance(settings, str | Mapping):
         raise ValueError(f"{kind} is a name, or a mapping with 'name' and options, got {settings!r}")
@@ -129,7 +143,8 @@ def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str,
 
 @cache
 def _words(make: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
-    """The words that an option annotated as a ``Literal`` may be, by option; none where annotations have no meaning."""
+    """The words that an option annotated as a ``Literal`` may be, by option; none where annotations have no
+    meaning."""
     try:
         parameters = inspect.signature(make, eval_str=True).parameters
     except NameError:  # a name imported for type checkers alone
@@ -139,10 +154,12 @@ def _words(make: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def build(kind: str, settings: str | Mapping[str, Any], **context: Any) -> Any:
-    """Make the object that ``settings`` name; of ``context``, which the caller supplies, it gets what it takes.
+    """Make the object that ``settings`` name; of ``context``, which the caller supplies, it gets what it
+    takes.
 
     Raises:
-        KeyError, ValueError: what ``check`` refuses; an option that is missing, or of a type that cannot be used.
+        KeyError, ValueError: what ``check`` refuses; an option that is missing, or of a type that cannot be
+            used.
     """
     found, options = check(kind, settings)
     parameters = inspect.signature(found.make).parameters
@@ -171,14 +188,18 @@ def catalogue(kind: str | None = None) -> list[Card]:
 def discover(*packages: str) -> None:
     """Register what the modules of ``packages`` register: dropping a file in is enough.
 
-    They are imported when a name is first looked up that is not registered yet, so that nothing is loaded before.
+    They are imported when a name is first looked up that is not registered yet, so that nothing is loaded
+    before.
     """
     _UNREAD.extend(packages)
 
 
 def _import_unread() -> None:
     for package in list(_UNREAD):
-        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-            importlib.import_module(f"{package}.{module.name}")
+        path = getattr(
+            importlib.import_module(package), "__path__", ()
+        )  # of a module that is no package: none
+        for module in pkgutil.walk_packages(path, f"{package}."):
+            importlib.import_module(module.name)
         if package in _UNREAD:  # a module that looks names up while it is imported comes through here as well
             _UNREAD.remove(package)

@@ -84,7 +84,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global streams that libraries use (dropout, initial weights). Our own draws are keyed instead."""
+    """Seed the global streams that libraries use (dropout, initial weights). Our own draws are keyed
+    instead."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

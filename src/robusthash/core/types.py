@@ -48,7 +48,9 @@ class Batch:
         """
         kept = {name: value for name, value in self.inputs.items() if name in modalities}
         if not kept:
-            raise ValueError(f"these items have {sorted(self.inputs)}, and {sorted(modalities)} was asked for")
+            raise ValueError(
+                f"these items have {sorted(self.inputs)}, and {sorted(modalities)} was asked for"
+            )
         return replace(self, inputs=kept)
 
     def with_inputs(self, inputs: Inputs) -> Batch:
@@ -63,7 +65,9 @@ class HashOutput:
     logits: Tensor  # (B, K) before the squashing function; bit k is +1 where logits >= 0
     code: Tensor  # (B, K) what the objective sees: tanh, linear or batch-normed
     features: Tensor  # (B, D) input of the hash head
-    aux: dict[str, Tensor] = field(default_factory=dict)  # masks, spectra: shown to the encoder's own outer loss
+    aux: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # masks, spectra: shown to the encoder's own outer loss
     scale: float = 1.0  # mean |logit| of a linear head, so that tanh does not saturate
 
     def relaxed(self, alpha: float = 1.0) -> Tensor:
@@ -105,7 +109,8 @@ class Ranking:
 class Profile:
     """Counts by Hamming distance: all that a ranking metric needs. Profiles of shards add.
 
-    Columns are the distances 0..K. ``ideal[q, g]`` counts the database items that share g labels with query q.
+    Columns are the distances 0..K. ``ideal[q, g]`` counts the database items that share g labels with query
+    q.
     """
 
     items: Tensor  # (Q, K + 1) int64
@@ -126,7 +131,9 @@ class Profile:
 class Goal:
     """What the adversary wants for each query."""
 
-    labels: Tensor | None  # (B, C) own labels (untargeted) or target labels (targeted); None for label-free attacks
+    labels: (
+        Tensor | None
+    )  # (B, C) own labels (untargeted) or target labels (targeted); None for label-free attacks
     sign: int  # -1 away from them, +1 toward them
 
 

@@ -34,7 +34,8 @@ def content_hash(data: bytes) -> bytes:
 
 
 def as_input(values: Tensor) -> Tensor:
-    """What a hasher gets of stored values: pixels in [0, 1]; bags, kept as bool to save memory, as 0 and 1."""
+    """What a hasher gets of stored values: pixels in [0, 1]; bags, kept as bool to save memory, as 0 and
+    1."""
     if values.dtype == torch.uint8:
         return values.float() / 255
     return values.float() if values.dtype == torch.bool else values
@@ -44,7 +45,9 @@ def as_input(values: Tensor) -> Tensor:
 class ArraySource:
     """Items held in memory: images as uint8 (a quarter of float's memory), other modalities as they are."""
 
-    arrays: dict[str, Tensor]  # "image": (N, 3, H, W) uint8 or (N, V) float; "text": (N, V) float/bool, (N, L) int64
+    arrays: dict[
+        str, Tensor
+    ]  # "image": (N, 3, H, W) uint8 or (N, V) float; "text": (N, V) float/bool, (N, L) int64
 
     def __post_init__(self) -> None:
         sizes = {name: len(value) for name, value in self.arrays.items()}
@@ -73,7 +76,9 @@ class Split:
     rows: Tensor  # (N,) int64
     labels: Tensor | None  # (N, C) multi-hot float32
     hashes: np.ndarray  # (N,) content hashes, "S16"
-    also: dict[str, Tensor] = field(default_factory=dict)  # other label systems of the same items, by name, (N, C')
+    also: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # other label systems of the same items, by name, (N, C')
 
     def __post_init__(self) -> None:
         if len(self.rows) == 0:
@@ -96,7 +101,9 @@ class Split:
         """A split of these positions, in their order; a name is kept unless another is given."""
         labels = None if self.labels is None else self.labels[positions]
         also = {system: values[positions] for system, values in self.also.items()}
-        return Split(name or self.name, self.source, self.rows[positions], labels, self.hashes[positions.numpy()], also)
+        return Split(
+            name or self.name, self.source, self.rows[positions], labels, self.hashes[positions.numpy()], also
+        )
 
     def fingerprint(self) -> str:
         """Digest of the ordered content and the labels: equal only for the same items in the same order."""
@@ -137,7 +144,9 @@ class RetrievalData:
                     f"{int(shared.sum())} of {len(queries)} queries are also in the {other.name} split "
                     f"(first: query {first}, content {queries[first].decode()}); remove them from one of the two"
                 )
-        object.__setattr__(self, "train_in_database", int(np.isin(self.train.hashes, self.database.hashes).sum()))
+        object.__setattr__(
+            self, "train_in_database", int(np.isin(self.train.hashes, self.database.hashes).sum())
+        )
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -150,7 +159,8 @@ class RetrievalData:
 
     @property
     def vocabulary(self) -> int | None:
-        """Width V of the texts as bags of words (length L where they are token ids), or None where there are none."""
+        """Width V of the texts as bags of words (length L where they are token ids), or None where there are
+        none."""
         inputs = self.train.batch(torch.zeros(1, dtype=torch.int64)).inputs
         return inputs["text"].shape[1] if "text" in inputs else None
 
@@ -166,8 +176,12 @@ class RetrievalData:
             ValueError: where the items have no such labels.
         """
         if system not in self.train.also:
-            raise ValueError(f"{self.name} has no labels {system!r} beside its own; it has {list(self.label_systems)}")
-        relabelled = {name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()}
+            raise ValueError(
+                f"{self.name} has no labels {system!r} beside its own; it has {list(self.label_systems)}"
+            )
+        relabelled = {
+            name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
+        }
         note = f"{self.note} Relevance by {system}.".strip()
         return RetrievalData(self.name, **relabelled, label_names=(), note=note)
 

@@ -23,7 +23,9 @@ CifarSplit = Literal["deephash", "deephash-with-train", "official-test"]
 _OFFICIAL = "cifar-10-batches-py"
 _ARCHIVE = "cifar10.npz"
 _KEYS = ("jpeg", "offset", "label", "is_test", "classes")
-_ARCHIVE_NOTE = "Pixels are re-encoded JPEG and the order is not the official one: numbers are close to official ones."
+_ARCHIVE_NOTE = (
+    "Pixels are re-encoded JPEG and the order is not the official one: numbers are close to official ones."
+)
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,18 @@ def cifar10(
 ) -> RetrievalData:
     """CIFAR-10, 60,000 colour images of 32 x 32 in ten classes, under a split of the hashing literature.
 
-    ``deephash``: 1,000 queries (100 a class) and 5,000 training images (500 a class) drawn from all 60,000; the
-    database is the other 54,000 ("cifar10" in the DeepHash family of codes). ``deephash-with-train``: the same, and the
-    database is all 59,000 that are no queries ("cifar10-1"). ``official-test``: the 10,000 official test images are
-    the queries, the 50,000 training images are training set and database ("cifar10-2"; some codes draw those 10,000
-    from all images instead). The published draws were not seeded alike, so no seed repeats a paper's own choice.
+    ``deephash``: 1,000 queries (100 a class) and 5,000 training images (500 a class) drawn from all 60,000;
+    the database is the other 54,000 ("cifar10" in the DeepHash family of codes). ``deephash-with-train``: the
+    same, and the database is all 59,000 that are no queries ("cifar10-1"). ``official-test``: the 10,000
+    official test images are the queries, the 50,000 training images are training set and database
+    ("cifar10-2"; some codes draw those 10,000 from all images instead). The published draws were not seeded
+    alike, so no seed repeats a paper's own choice.
 
     Args:
-        root: folder that holds ``cifar-10-batches-py`` (torchvision's layout, checked by its digests) or, looked for
-            second, ``cifar10.npz``.
-        npz: read this file instead: arrays ``jpeg`` (all files end to end), ``offset``, ``label``, ``is_test`` and
-            ``classes``.
+        root: folder that holds ``cifar-10-batches-py`` (torchvision's layout, checked by its digests) or,
+            looked for second, ``cifar10.npz``.
+        npz: read this file instead: arrays ``jpeg`` (all files end to end), ``offset``, ``label``,
+            ``is_test`` and ``classes``.
         download: fetch the official files into ``root`` where they are missing.
         split: one of the three above.
         query, train, database: cut a split to so many items, equal over the classes and seeded, for instance
@@ -133,12 +136,16 @@ def _read_npz(path: Path) -> _Images:
         with np.load(path, allow_pickle=False) as archive:
             missing = sorted(set(_KEYS) - set(archive.files))
             if missing:
-                raise ValueError(f"it lacks the arrays {', '.join(missing)} and has {', '.join(archive.files)}")
+                raise ValueError(
+                    f"it lacks the arrays {', '.join(missing)} and has {', '.join(archive.files)}"
+                )
             jpeg, offset, label, is_test = (archive[key] for key in ("jpeg", "offset", "label", "is_test"))
             names = tuple(str(name) for name in archive["classes"])
         count = len(label)
         if len(offset) != count + 1 or len(is_test) != count or (np.diff(offset.astype(np.int64)) <= 0).any():
-            raise ValueError(f"{count} labels, {len(is_test)} test marks and {len(offset)} offsets do not fit together")
+            raise ValueError(
+                f"{count} labels, {len(is_test)} test marks and {len(offset)} offsets do not fit together"
+            )
         if offset[0] != 0 or offset[-1] != len(jpeg):
             raise ValueError(f"the offsets end at {offset[-1]} and there are {len(jpeg)} bytes of images")
         if count == 0 or label.min() < 0 or label.max() >= len(names):
@@ -152,13 +159,19 @@ def _read_npz(path: Path) -> _Images:
         for position, row in enumerate(rows.tolist()):
             # without ``read_image`` and threads: on files this small their overhead is most of the time
             try:
-                with Image.open(io.BytesIO(jpeg[offset[row] : offset[row + 1]].tobytes()), formats=["JPEG"]) as image:
+                with Image.open(
+                    io.BytesIO(jpeg[offset[row] : offset[row + 1]].tobytes()), formats=["JPEG"]
+                ) as image:
                     decoded = np.asarray(image.convert("RGB"))
             except OSError as error:
                 raise ValueError(f"image {row} of {path} is no JPEG file") from error
             if decoded.shape != (32, 32, 3):
-                raise ValueError(f"image {row} of {path} is {decoded.shape[1]} x {decoded.shape[0]}, not 32 x 32")
+                raise ValueError(
+                    f"image {row} of {path} is {decoded.shape[1]} x {decoded.shape[0]}, not 32 x 32"
+                )
             pixels[position] = decoded
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
-    return _Images(torch.from_numpy(label.astype(np.int64)), torch.from_numpy(is_test.astype(bool)), names, take)
+    return _Images(
+        torch.from_numpy(label.astype(np.int64)), torch.from_numpy(is_test.astype(bool)), names, take
+    )

@@ -15,7 +15,18 @@ from robusthash.core.registry import register
 from robusthash.data.base import ArraySource, RetrievalData
 from robusthash.data.splits import assemble, class_split, compact, hash_pixels, one_hot
 
-CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CLASSES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 _SIDE = 28
 _PARTS = ("train", "t10k")
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist installs
@@ -32,16 +43,16 @@ def fashion_mnist(
 ) -> RetrievalData:
     """Fashion-MNIST: 70,000 grey images of 28 x 28 in ten classes. Queries are official test images.
 
-    Training and database items are drawn from the 60,000 official training images and share none, unless ``train`` is
-    None. Images whose pixels occur twice are kept once. Grey is repeated into three channels, so that every image
-    encoder takes it.
+    Training and database items are drawn from the 60,000 official training images and share none, unless
+    ``train`` is None. Images whose pixels occur twice are kept once. Grey is repeated into three channels, so
+    that every image encoder takes it.
 
     Args:
-        root: a folder with the four IDX files (``train-images-idx3-ubyte`` and so on, plain or ``.gz``), or one that
-            holds ``FashionMNIST/raw`` (torchvision's layout). Looked for last: where Debian's package
-            ``dataset-fashion-mnist`` puts them.
-        pool: side to average the images down to, 4 to 28: each new pixel is the mean of the pixels that its area
-            touches, which also keeps high frequencies from aliasing. None leaves 28.
+        root: a folder with the four IDX files (``train-images-idx3-ubyte`` and so on, plain or ``.gz``), or
+            one that holds ``FashionMNIST/raw`` (torchvision's layout). Looked for last: where Debian's
+            package ``dataset-fashion-mnist`` puts them.
+        pool: side to average the images down to, 4 to 28: each new pixel is the mean of the pixels that its
+            area touches, which also keeps high frequencies from aliasing. None leaves 28.
         train, query, database: items, equal over the classes and seeded; None takes all there are.
 
     Raises:
@@ -93,7 +104,9 @@ def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     images = read_idx(_either(folder / f"{part}-images-idx3-ubyte"), dimensions=3)
     labels = read_idx(_either(folder / f"{part}-labels-idx1-ubyte"), dimensions=1)
     if images.shape[1:] != (_SIDE, _SIDE):
-        raise ValueError(f"{folder}: {part} images of {images.shape[2]} x {images.shape[1]}, not {_SIDE} x {_SIDE}")
+        raise ValueError(
+            f"{folder}: {part} images of {images.shape[2]} x {images.shape[1]}, not {_SIDE} x {_SIDE}"
+        )
     if len(images) != len(labels):
         raise ValueError(f"{folder}: {len(images)} {part} images and {len(labels)} labels")
     if len(labels) and labels.max() >= len(CLASSES):

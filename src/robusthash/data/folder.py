@@ -12,10 +12,10 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData
-from robusthash.data.files import MEMORY, Decoding, FileSource
+from robusthash.data.image_files import MEMORY, Decoding, FileSource
 from robusthash.data.manifest import Entry, LabelField, entries_of_folder, entries_of_manifest, other_field
 from robusthash.data.splits import Indices, assemble, class_split, random_split
-from robusthash.data.texts import Caption, Texts, TextStyle
+from robusthash.data.text_modality import Caption, Texts, TextStyle
 from robusthash.data.transforms import MAX_PIXELS, Fit, OnError
 
 __all__ = ["FileSource", "folder"]
@@ -53,29 +53,34 @@ def folder(
 ) -> RetrievalData:
     """Your own images, labelled by class folders or by a CSV or JSON-lines manifest.
 
-    Every file is decoded once when the set is loaded: that finds the unreadable ones and gives content hashes, which
-    are of the pixels at ``size``, so that a picture saved again without loss is known as the same. A query whose
-    pixels are also in another split is dropped with a warning. Images stay in memory when they fit in ``memory``.
+    Every file is decoded once when the set is loaded: that finds the unreadable ones and gives content
+    hashes, which are of the pixels at ``size``, so that a picture saved again without loss is known as the
+    same. A query whose pixels are also in another split is dropped with a warning. Images stay in memory when
+    they fit in ``memory``.
 
     Args:
         root: the folder of class folders, or the one that the manifest's ``file`` column is relative to.
         archive: a plain, uncompressed tar instead of ``root``; it needs a manifest.
-        manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (a list, or ``;`` between), optionally
-            ``class``, ``captions``, ``split`` and ``id``. Items without a label are similar to nothing; they are kept,
-            counted in the note and warned of.
-        label_field: take the labels from ``labels`` or from ``class``. Where every row has the other column too, it
-            becomes another label system of that name (``RetrievalData.by``).
+        manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (a list, or ``;`` between),
+            optionally ``class``, ``captions``, ``split`` and ``id``. Items without a label are similar to
+            nothing; they are kept, counted in the note and warned of.
+        label_field: take the labels from ``labels`` or from ``class``. Where every row has the other column
+            too, it becomes another label system of that name (``RetrievalData.by``).
         size: side of the square images in pixels.
         fit: ``crop``, ``stretch`` or ``pad``, as in ``read_image``.
-        texts: ``True`` adds a bag of the words of an image's captions as modality ``text``, ``"tokens"`` token ids for
-            a transformer. An item with an empty text is kept, counted in the note and warned of.
+        texts: ``True`` adds a bag of the words of an image's captions as modality ``text``, ``"tokens"``
+            token ids for a transformer. An item with an empty text is kept, counted in the note and warned
+            of.
         caption: use the ``first`` caption of an image, or ``all`` of them joined.
         vocabulary: most frequent words of the training captions that the bag counts.
-        tokenizer, max_length: for tokens, the folder with the tokenizer and the longest text; longer ones are cut.
-        split: ``manifest`` follows the column ``split``; ``random`` draws; ``balanced`` draws equally over the classes
-            and needs one label an item. None: ``manifest`` where the column is there, else ``random``.
-        query_splits, train_splits, database_splits, validation_splits: under ``manifest``, the values of the column
-            that go into each split; a value that is for queries is for nothing else, and each value must go somewhere.
+        tokenizer, max_length: for tokens, the folder with the tokenizer and the longest text; longer ones are
+            cut.
+        split: ``manifest`` follows the column ``split``; ``random`` draws; ``balanced`` draws equally over
+            the classes and needs one label an item. None: ``manifest`` where the column is there, else
+            ``random``.
+        query_splits, train_splits, database_splits, validation_splits: under ``manifest``, the values of the
+            column that go into each split; a value that is for queries is for nothing else, and each value
+            must go somewhere.
         query: under ``random`` and ``balanced``, the number of queries; None is a fifth of all items.
         train: number of training items, disjoint from the database; None trains on the whole database.
         database: number of database items; None is all the others.
@@ -85,8 +90,8 @@ def folder(
 
     Raises:
         FileNotFoundError: a folder, archive, manifest or listed file is missing.
-        ValueError: no labels, broken rows, repeated files, empty classes, unreadable files (``UnreadableImage``), a
-            split that cannot be made.
+        ValueError: no labels, broken rows, repeated files, empty classes, unreadable files
+            (``UnreadableImage``), a split that cannot be made.
     """
     decoding = Decoding(size, fit, on_error, max_pixels, memory)
     style = TextStyle(texts, caption, vocabulary, tokenizer, max_length)
@@ -98,12 +103,16 @@ def folder(
         split = "manifest" if any(entry.split for entry in entries) else "random"
     if split == "manifest":
         if (query, train, database) != (None, None, None):
-            raise ValueError("query, train and database are sizes of a drawn split; set split='random' or 'balanced'")
+            raise ValueError(
+                "query, train and database are sizes of a drawn split; set split='random' or 'balanced'"
+            )
         indices = _manifest_split(entries, train_splits, query_splits, database_splits, validation_splits)
     else:
         indices = _drawn_split(labels, names, split, query, train, database, seed)
     also: dict[str, Tensor] = {}
-    note = f"Images {fit} to {size} x {size}; split {split}" + ("." if split == "manifest" else f", seed {seed}.")
+    note = f"Images {fit} to {size} x {size}; split {split}" + (
+        "." if split == "manifest" else f", seed {seed}."
+    )
     note += _note_unlabelled(labels)
     lacking = sum(not entry.also for entry in entries)
     if lacking == 0:
@@ -148,7 +157,9 @@ def _entries(
     if label_field not in ("labels", "class"):
         raise ValueError(f"label_field must be 'labels' or 'class', got {label_field!r}")
     if (root is None) == (archive is None):
-        raise ValueError(f"give either root (a folder) or archive (a tar), got root={root!r} and archive={archive!r}")
+        raise ValueError(
+            f"give either root (a folder) or archive (a tar), got root={root!r} and archive={archive!r}"
+        )
     if manifest is not None:
         where = (None if root is None else Path(root), None if archive is None else Path(archive))
         return entries_of_manifest(Path(manifest), *where, label_field, texts)
@@ -170,7 +181,9 @@ def _manifest_split(
         if isinstance(values, str):
             raise ValueError(f"the splits are lists of values of the split column, got the text {values!r}")
     if not any(entry.split for entry in entries):
-        raise ValueError("split='manifest' needs a manifest with a column 'split'; use 'random' or 'balanced'")
+        raise ValueError(
+            "split='manifest' needs a manifest with a column 'split'; use 'random' or 'balanced'"
+        )
     unknown = sorted({entry.split for entry in entries} - {*train, *query, *database, *validation})
     if unknown:
         raise ValueError(
@@ -179,7 +192,9 @@ def _manifest_split(
         )
 
     def rows(wanted: set[str]) -> Tensor:
-        return torch.tensor([row for row, entry in enumerate(entries) if entry.split in wanted], dtype=torch.int64)
+        return torch.tensor(
+            [row for row, entry in enumerate(entries) if entry.split in wanted], dtype=torch.int64
+        )
 
     asked = set(query)
     held = rows(set(validation) - asked)
@@ -187,7 +202,9 @@ def _manifest_split(
     for name, part in parts.items():
         if len(part) == 0:
             found = ", ".join(sorted({repr(entry.split) for entry in entries}))
-            raise ValueError(f"no row of the manifest is for the {name} split; its split column holds {found}")
+            raise ValueError(
+                f"no row of the manifest is for the {name} split; its split column holds {found}"
+            )
     return Indices(**parts, validation=held if len(held) else None)
 
 
@@ -203,11 +220,21 @@ def _drawn_split(
     query = max(1, len(labels) // 5) if query is None else query
     if rule == "random":
         return random_split(
-            len(labels), query=query, train=train, database=database, seed=seed, train_in_database=train is None
+            len(labels),
+            query=query,
+            train=train,
+            database=database,
+            seed=seed,
+            train_in_database=train is None,
         )
     if rule != "balanced":
         raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {rule!r}")
-    for number, many in ((int((labels.sum(1) > 1).sum()), "several"), (int((labels.sum(1) == 0).sum()), "none")):
+    for number, many in (
+        (int((labels.sum(1) > 1).sum()), "several"),
+        (int((labels.sum(1) == 0).sum()), "none"),
+    ):
         if number:
-            raise ValueError(f"split='balanced' needs one label an item and {number} items have {many}; use 'random'")
+            raise ValueError(
+                f"split='balanced' needs one label an item and {number} items have {many}; use 'random'"
+            )
     return class_split(labels.argmax(1), query=query, train=train, database=database, seed=seed, names=names)

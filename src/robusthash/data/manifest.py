@@ -1,4 +1,5 @@
-"""Which image files there are and what is written about them: folders of classes, manifests, plain tar archives."""
+"""Which image files there are and what is written about them: folders of classes, manifests, plain tar
+archives."""
 
 from __future__ import annotations
 
@@ -35,11 +36,13 @@ def entries_of_folder(root: Path) -> list[Entry]:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: nothing in it, images beside the class folders, a class folder without images, or folders that are
-            named like splits.
+        ValueError: nothing in it, images beside the class folders, a class folder without images, or folders
+            that are named like splits.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root.absolute()}; it should hold one folder of images for each class")
+        raise FileNotFoundError(
+            f"no folder {root.absolute()}; it should hold one folder of images for each class"
+        )
     visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     loose = [path for path in visible if _is_image(path)]
     if loose:
@@ -62,7 +65,9 @@ def entries_of_folder(root: Path) -> list[Entry]:
         entries += [Entry(ImageFile(path), (folder.name,)) for path in files]
         empty += [] if files else [folder.name]
     if empty:
-        raise ValueError(f"{len(empty)} class folders of {root} hold no image: {_some(empty)}; remove or fill them")
+        raise ValueError(
+            f"{len(empty)} class folders of {root} hold no image: {_some(empty)}; remove or fill them"
+        )
     return entries
 
 
@@ -71,13 +76,16 @@ def entries_of_manifest(
 ) -> list[Entry]:
     """The rows of a CSV or JSON-lines manifest, their files found in a folder or in a plain tar.
 
-    Columns: ``file`` (path below ``root`` or name in ``archive``), ``labels`` (a list, or text with ``;`` between) or
-    ``class`` as ``label_field`` says, and optionally the other one of these two, ``captions`` (a list or one text),
-    ``split`` and ``id``. A row may have no label, as in published lists; such an item is similar to nothing.
+    Columns: ``file`` (path below ``root`` or name in ``archive``), ``labels`` (a list, or text with ``;``
+    between) or ``class`` as ``label_field`` says, and optionally the other one of these two, ``captions`` (a
+    list or one text), ``split`` and ``id``. A row may have no label, as in published lists; such an item is
+    similar to nothing.
 
     Raises:
-        FileNotFoundError: no manifest, no archive, or files of the manifest that are not there, counted and named.
-        ValueError: a broken row (its line is named), a missing column, no label in any row, repeated files or ids.
+        FileNotFoundError: no manifest, no archive, or files of the manifest that are not there, counted and
+            named.
+        ValueError: a broken row (its line is named), a missing column, no label in any row, repeated files or
+            ids.
     """
     rows = _rows(manifest)
     needed = ("file", label_field, "captions") if captions else ("file", label_field)
@@ -128,7 +136,9 @@ def _rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
         text = manifest.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{manifest} is not UTF-8 text: {error}") from error
-    rows = list(_csv_rows(manifest, text) if manifest.suffix.lower() == ".csv" else _json_rows(manifest, text))
+    rows = list(
+        _csv_rows(manifest, text) if manifest.suffix.lower() == ".csv" else _json_rows(manifest, text)
+    )
     if not rows:
         raise ValueError(f"{manifest} has no rows")
     return rows
@@ -172,7 +182,9 @@ def _texts(value: Any, separator: str = ";") -> list[str]:
 def _unique(values: Iterable[str], column: str, manifest: Path) -> None:
     twice = [value for value, count in Counter(values).items() if count > 1]
     if twice:
-        raise ValueError(f"{len(twice)} values of the column {column!r} occur twice in {manifest}: {_some(twice)}")
+        raise ValueError(
+            f"{len(twice)} values of the column {column!r} occur twice in {manifest}: {_some(twice)}"
+        )
 
 
 def _members(archive: Path) -> dict[str, ImageFile]:
@@ -182,7 +194,9 @@ def _members(archive: Path) -> dict[str, ImageFile]:
     try:
         with tarfile.open(archive, "r:") as opened:
             return {
-                member.name.removeprefix("./"): ImageFile(archive, member.name, member.offset_data, member.size)
+                member.name.removeprefix("./"): ImageFile(
+                    archive, member.name, member.offset_data, member.size
+                )
                 for member in opened
                 if member.isreg() and not member.issparse()
             }

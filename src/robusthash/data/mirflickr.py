@@ -12,9 +12,9 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData
-from robusthash.data.files import MEMORY, Decoding
+from robusthash.data.image_files import MEMORY, Decoding
 from robusthash.data.official import Pool, Protocol, choose, find, lines_of, make_data, protocol
-from robusthash.data.texts import Texts, TextStyle
+from robusthash.data.text_modality import Texts, TextStyle
 from robusthash.data.transforms import Fit, ImageFile, OnError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,9 @@ SPLITS = {
     "ucch": Protocol(2000, None, "last", "UCCH (code)"),
 }
 
-_IMAGES = "mirflickr25k.zip unpacks to mirflickr/ with im1.jpg to im25000.jpg, meta/tags, meta/tags_raw and doc"
+_IMAGES = (
+    "mirflickr25k.zip unpacks to mirflickr/ with im1.jpg to im25000.jpg, meta/tags, meta/tags_raw and doc"
+)
 _LABELS = "mirflickr25k_annotations_v080.zip belongs there as a folder of that name, with animals.txt and the others"
 _COMPLETE, _FILTERED = 25000, 20015
 
@@ -52,22 +54,27 @@ def mirflickr(
     on_error: OnError = "raise",
     memory: int = MEMORY,
 ) -> RetrievalData:
-    """MIRFLICKR-25K: 25,000 photographs of Flickr, 24 or 38 concepts (several an image) and the tags of their owners.
+    """MIRFLICKR-25K: 25,000 photographs of Flickr, 24 or 38 concepts (several an image) and the tags of their
+    owners.
 
-    Papers use 24 concepts and, of the 25,000, the 20,015 that have a concept and a common tag (the default filter).
-    SFCL and DSARH say 25,000; with their number of queries the two cannot be told apart. Splits are drawn by ``seed``:
-    the published draws are not known, and the order of ``ucch`` is that of the image numbers here.
+    Papers use 24 concepts and, of the 25,000, the 20,015 that have a concept and a common tag (the default
+    filter). SFCL and DSARH say 25,000; with their number of queries the two cannot be told apart. Splits are
+    drawn by ``seed``: the published draws are not known, and the order of ``ucch`` is that of the image
+    numbers here.
 
     Args:
-        root: folder that holds ``mirflickr/`` and ``mirflickr25k_annotations_v080/``, at most three folders down.
-        split: sizes of ``sfcl`` or ``drfgd`` (2,000 queries, 5,000 training items), ``dsarh`` (1,000 and 5,000),
-            ``dcmh`` (2,000 and 10,000), ``ucch`` (the last 2,000, trained on all others). All others are the database.
-        mir_filter: ``none`` keeps every image, ``label`` those with a concept, ``label+tag`` those with a tag of the
-            common ones as well.
+        root: folder that holds ``mirflickr/`` and ``mirflickr25k_annotations_v080/``, at most three folders
+            down.
+        split: sizes of ``sfcl`` or ``drfgd`` (2,000 queries, 5,000 training items), ``dsarh`` (1,000 and
+            5,000), ``dcmh`` (2,000 and 10,000), ``ucch`` (the last 2,000, trained on all others). All others
+            are the database.
+        mir_filter: ``none`` keeps every image, ``label`` those with a concept, ``label+tag`` those with a tag
+            of the common ones as well.
         concepts: 24, or 38 with the stricter ``_r1`` lists of 14 of them, which imply their base.
         query, train, database: other sizes; a cut database is drawn from all that are no queries.
         size, fit: of the square images in pixels, as in ``read_image``.
-        texts: ``True`` is a bag of the 1,386 common tags, ``"tokens"`` the raw tags, joined by spaces, as token ids.
+        texts: ``True`` is a bag of the 1,386 common tags, ``"tokens"`` the raw tags, joined by spaces, as
+            token ids.
         tokenizer, max_length: for tokens, the folder with the tokenizer and the longest text.
         on_error, memory: as in ``folder``.
 
@@ -111,7 +118,8 @@ def _image_numbers(folder: Path) -> list[int]:
 
 
 def _labels(folder: Path, numbers: list[int], concepts: int) -> tuple[Tensor, tuple[str, ...]]:
-    """(N, C) labels and their names, in alphabetical order of the files, and 14 with ``_r1`` after their base."""
+    """(N, C) labels and their names, in alphabetical order of the files, and 14 with ``_r1`` after their
+    base."""
     lists = sorted(path for path in folder.glob("*.txt") if path.stem.lower() != "readme")
     lists = [path for path in lists if concepts == 38 or not path.stem.endswith("_r1")]
     if len(lists) != concepts:
@@ -121,7 +129,9 @@ def _labels(folder: Path, numbers: list[int], concepts: int) -> tuple[Tensor, tu
     for column, path in enumerate(lists):
         for line in lines_of(path):
             if not line.isdecimal() or not 1 <= int(line) <= _COMPLETE:
-                raise ValueError(f"{path} should hold one image number a line, 1 to {_COMPLETE}, and holds {line!r}")
+                raise ValueError(
+                    f"{path} should hold one image number a line, 1 to {_COMPLETE}, and holds {line!r}"
+                )
             if int(line) in row:  # a partial set has only some of the images
                 labels[row[int(line)], column] = 1
     if empty := [path.stem for path, count in zip(lists, labels.sum(0).tolist(), strict=True) if count == 0]:
@@ -130,7 +140,8 @@ def _labels(folder: Path, numbers: list[int], concepts: int) -> tuple[Tensor, tu
 
 
 def _tag_bags(folder: Path, numbers: list[int]) -> Tensor:
-    """(N, V) bool, which of the common tags each image has; the columns are the lines of ``common_tags.txt``."""
+    """(N, V) bool, which of the common tags each image has; the columns are the lines of
+    ``common_tags.txt``."""
     listed = folder / "doc" / "common_tags.txt"
     if not listed.is_file():
         raise FileNotFoundError(f"no file {listed}; {_IMAGES}")

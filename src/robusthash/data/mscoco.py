@@ -1,4 +1,5 @@
-"""MS-COCO: photographs with 80 categories of objects and five captions, in the folders of its official archives."""
+"""MS-COCO: photographs with 80 categories of objects and five captions, in the folders of its official
+archives."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData
-from robusthash.data.files import MEMORY, Decoding
+from robusthash.data.image_files import MEMORY, Decoding
 from robusthash.data.official import Pool, Protocol, choose, find, make_data, protocol
 from robusthash.data.splits import Indices
-from robusthash.data.texts import Caption, Texts, TextStyle
+from robusthash.data.text_modality import Caption, Texts, TextStyle
 from robusthash.data.transforms import Fit, ImageFile, OnError
 
 SPLITS = {
@@ -52,20 +53,23 @@ def mscoco(
 ) -> RetrievalData:
     """MS-COCO: 123,287 photographs, 80 categories of objects (several an image) and five captions an image.
 
-    Items stand in the order train then val, by image number. 1,069 of the full set show no object of any category;
-    they have no relevant item at all, and are dropped and counted in the note. Crowds count as their category. Splits
-    are drawn by ``seed``: the published draws are not known.
+    Items stand in the order train then val, by image number. 1,069 of the full set show no object of any
+    category; they have no relevant item at all, and are dropped and counted in the note. Crowds count as
+    their category. Splits are drawn by ``seed``: the published draws are not known.
 
     Args:
-        root: folder that holds ``annotations/`` and the image folders ``train2017/`` and ``val2017/`` (or 2014), at
-            most three folders down.
+        root: folder that holds ``annotations/`` and the image folders ``train2017/`` and ``val2017/`` (or
+            2014), at most three folders down.
         year: 2014 (82,783 and 40,504 images) or 2017 (118,287 and 5,000 of the same).
-        split: sizes of ``sfcl`` (5,000 queries, 10,000 training items), ``drfgd`` (2,000 and 10,000), ``ucch`` (the
-            last 5,000, trained on all others); ``dsarh`` follows the ``karpathy`` file (5,000 queries, 5,000 for
-            validation, all others trained on and searched); ``official`` has the val images as queries.
-        karpathy: ``dataset_coco.json``: its ``images`` have ``cocoid`` and ``split`` (train, restval, val or test).
+        split: sizes of ``sfcl`` (5,000 queries, 10,000 training items), ``drfgd`` (2,000 and 10,000),
+            ``ucch`` (the last 5,000, trained on all others); ``dsarh`` follows the ``karpathy`` file (5,000
+            queries, 5,000 for validation, all others trained on and searched); ``official`` has the val
+            images as queries.
+        karpathy: ``dataset_coco.json``: its ``images`` have ``cocoid`` and ``split`` (train, restval, val or
+            test).
         unlabelled: ``drop`` images without any category, or ``keep`` them.
-        query, train, database: other sizes of a drawn split; a cut database is drawn from all that are no queries.
+        query, train, database: other sizes of a drawn split; a cut database is drawn from all that are no
+            queries.
         size, fit: of the square images in pixels, as in ``read_image``.
         texts: ``True`` is a bag of the words of the captions without stop words, ``"tokens"`` token ids.
         caption: use the ``first`` caption of an image (by annotation number), or ``all`` of them joined.
@@ -85,9 +89,13 @@ def mscoco(
     drawn = split not in (_KARPATHY, _OFFICIAL)
     how = protocol({**SPLITS, **dict.fromkeys((_KARPATHY, _OFFICIAL), SPLITS["sfcl"])}, split)
     if not drawn and (query, train, database) != (None, None, None):
-        raise ValueError(f"query, train and database are sizes of a drawn split, and {split!r} is written down")
+        raise ValueError(
+            f"query, train and database are sizes of a drawn split, and {split!r} is written down"
+        )
     decoding = Decoding(size, fit, on_error, memory=memory)
-    style = TextStyle(texts, caption, vocabulary, tokenizer, max_length, _stop_words() if texts else frozenset())
+    style = TextStyle(
+        texts, caption, vocabulary, tokenizer, max_length, _stop_words() if texts else frozenset()
+    )
     pool, numbers = _pool(Path(root), year, bool(texts))
     wanted = torch.ones(len(pool), dtype=torch.bool) if unlabelled == "keep" else pool.labels.any(1)
     pool, numbers = pool.only(wanted, "no label"), numbers[wanted]
@@ -101,7 +109,9 @@ def mscoco(
         indices = Indices(rest, torch.nonzero(is_val).flatten(), rest)
     else:
         indices = choose(pool.labels, how, query, train, database, seed, pool.names)
-    note = f"Split {split}" + (f", seed {seed}" if drawn else "") + f"; images {fit} to {size} x {size}; {year}."
+    note = (
+        f"Split {split}" + (f", seed {seed}" if drawn else "") + f"; images {fit} to {size} x {size}; {year}."
+    )
     return make_data("mscoco", pool, indices, decoding, style, note)
 
 
@@ -129,18 +139,24 @@ def _pool(root: Path, year: int, texts: bool) -> tuple[Pool, Tensor]:
                 )
             shown[image, category] = 1
         labels.append(shown)
-        folder = find(root, f"{part}{year}", f"{part}{year}.zip unpacks to a folder of that name beside annotations/")
+        folder = find(
+            root, f"{part}{year}", f"{part}{year}.zip unpacks to a folder of that name beside annotations/"
+        )
         files += [ImageFile(folder / image["file_name"]) for image in images]
         numbers += [image["id"] for image in images]
         if texts:
             said = _captions(root, f"captions_{part}{year}.json")
             captions += [said.get(image["id"], ()) for image in images]
-    return Pool(tuple(files), torch.cat(labels), names, tuple(captions) if texts else None), torch.tensor(numbers)
+    return Pool(tuple(files), torch.cat(labels), names, tuple(captions) if texts else None), torch.tensor(
+        numbers
+    )
 
 
 def _annotations(root: Path, name: str, *keys: str) -> dict[str, Any]:
     year = Path(name).stem[-4:]
-    path = find(root, f"annotations/{name}", f"annotations_trainval{year}.zip unpacks to annotations/ with {name}")
+    path = find(
+        root, f"annotations/{name}", f"annotations_trainval{year}.zip unpacks to annotations/ with {name}"
+    )
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
@@ -153,7 +169,9 @@ def _annotations(root: Path, name: str, *keys: str) -> dict[str, Any]:
 def _captions(root: Path, name: str) -> dict[int, tuple[str, ...]]:
     """Image number -> its captions, by annotation number."""
     said = defaultdict(list)
-    for annotation in sorted(_annotations(root, name, "annotations")["annotations"], key=lambda known: known["id"]):
+    for annotation in sorted(
+        _annotations(root, name, "annotations")["annotations"], key=lambda known: known["id"]
+    ):
         said[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
     return {image: tuple(captions) for image, captions in said.items()}
 
@@ -181,6 +199,8 @@ def _karpathy_split(file: str | Path | None, numbers: Tensor) -> Indices:
 
 
 def _stop_words() -> frozenset[str]:
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # a second to import, and only bags need it
+    from sklearn.feature_extraction.text import (
+        ENGLISH_STOP_WORDS,  # a second to import, and only bags need it
+    )
 
     return ENGLISH_STOP_WORDS

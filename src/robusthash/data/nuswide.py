@@ -1,4 +1,5 @@
-"""NUS-WIDE: photographs of Flickr with 81 concepts and 1,000 tags, in the folders of its official archives."""
+"""NUS-WIDE: photographs of Flickr with 81 concepts and 1,000 tags, in the folders of its official
+archives."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData
-from robusthash.data.files import MEMORY, Decoding
+from robusthash.data.image_files import MEMORY, Decoding
 from robusthash.data.official import Pool, Protocol, choose, find, lines_of, make_data, protocol
-from robusthash.data.texts import Texts, TextStyle
+from robusthash.data.text_modality import Texts, TextStyle
 from robusthash.data.transforms import Fit, ImageFile, OnError
 
 SPLITS = {
@@ -30,11 +31,14 @@ _CONCEPTS = {"djsrh": 10, "ucch": 10}  # all others: 21
 _COMPLETE, _FILTERED = 269_648, {21: 195_834, 10: 186_577}
 _TAG_COUNT = 1000
 
-_LISTS = "ImageList.zip unpacks to ImageList/ with Imagelist.txt (269,648 lines like actor\\0001_2124494179.jpg)"
+_LISTS = (
+    "ImageList.zip unpacks to ImageList/ with Imagelist.txt (269,648 lines like actor\\0001_2124494179.jpg)"
+)
 _TRUTH = "Groundtruth.zip unpacks to Groundtruth/AllLabels/ with 81 files Labels_airport.txt and so on"
 _TAGS = "NUS_WID_Tags.zip unpacks to NUS_WID_Tags/ with AllTags1k.txt, All_Tags.txt, Train_Tags1k.dat, Test_Tags1k.dat"
 _IMAGES = (
-    "the photographs belong in Flickr/<concept>/<file>, as the image list names them (or name the folder: images=)"
+    "the photographs belong in Flickr/<concept>/<file>, as the image list names them "
+    "(or name the folder: images=)"
 )
 
 
@@ -56,26 +60,27 @@ def nus_wide(
     on_error: OnError = "raise",
     memory: int = MEMORY,
 ) -> RetrievalData:
-    """NUS-WIDE: 269,648 photographs of Flickr; those with one of its 21 (or 10) most frequent concepts are kept.
+    """NUS-WIDE: 269,648 photographs of Flickr; those with one of its 21 (or 10) most frequent concepts are
+    kept.
 
-    The concepts are chosen by their number of images in ``AllLabels``; 21 keep 195,834 images and 10 keep 186,577.
-    Some photographs are no longer on the web: a partial set is used as far as it goes, and the note counts the rest.
-    Splits are drawn by ``seed``: the published draws are not known. Differs: that SFCL draws equally over the classes
-    is our reading of its sizes, 100 and 500 times 21.
+    The concepts are chosen by their number of images in ``AllLabels``; 21 keep 195,834 images and 10 keep
+    186,577. Some photographs are no longer on the web: a partial set is used as far as it goes, and the note
+    counts the rest. Splits are drawn by ``seed``: the published draws are not known. Differs: that SFCL draws
+    equally over the classes is our reading of its sizes, 100 and 500 times 21.
 
     Args:
-        root: folder that holds ``ImageList/``, ``Groundtruth/``, ``NUS_WID_Tags/`` and ``Flickr/``, at most three
-            folders down; only the file names count, since copies of the set differ in their folders.
+        root: folder that holds ``ImageList/``, ``Groundtruth/``, ``NUS_WID_Tags/`` and ``Flickr/``, at most
+            three folders down; only the file names count, since copies of the set differ in their folders.
         images: the folder of the photographs where it is not ``Flickr``.
-        split: sizes of ``sfcl``, ``drfgd`` or ``dsarh`` (21 concepts; 100 queries and 500 training items of each),
-            ``dadh`` (21; 2,100 and 10,000 of all), ``djsrh`` (10; 200 and 500 of each) or ``ucch`` (10; the last 2,100,
-            trained on all others). All that are no queries are the database.
+        split: sizes of ``sfcl``, ``drfgd`` or ``dsarh`` (21 concepts; 100 queries and 500 training items of
+            each), ``dadh`` (21; 2,100 and 10,000 of all), ``djsrh`` (10; 200 and 500 of each) or ``ucch``
+            (10; the last 2,100, trained on all others). All that are no queries are the database.
         concepts: another number of concepts, 1 to 81.
-        query, train, database: other sizes, equal over the concepts where the split is; a cut database is drawn from
-            all that are no queries.
+        query, train, database: other sizes, equal over the concepts where the split is; a cut database is
+            drawn from all that are no queries.
         size, fit: of the square images in pixels, as in ``read_image``.
-        texts: ``True`` is the bag of the 1,000 tags that come with the set, ``"tokens"`` all tags, joined by spaces,
-            as token ids.
+        texts: ``True`` is the bag of the 1,000 tags that come with the set, ``"tokens"`` all tags, joined by
+            spaces, as token ids.
         tokenizer, max_length: for tokens, the folder with the tokenizer and the longest text.
         on_error, memory: as in ``folder``.
 
@@ -113,7 +118,9 @@ def _most_frequent(folder: Path, count: int, wanted: int) -> tuple[Tensor, tuple
     """(N, wanted) labels of the concepts with most images, in alphabetical order of their names."""
     files = sorted(folder.glob("Labels_*.txt"))
     if not 1 <= wanted <= len(files):
-        raise ValueError(f"concepts must lie in 1..{len(files)}, as many as {folder} has, got {wanted}; {_TRUTH}")
+        raise ValueError(
+            f"concepts must lie in 1..{len(files)}, as many as {folder} has, got {wanted}; {_TRUTH}"
+        )
     marks = {path.stem.removeprefix("Labels_"): _marks(path, count) for path in files}
     frequent = sorted(sorted(marks, key=lambda name: (-int(marks[name].sum()), name))[:wanted])
     if empty := [name for name in frequent if not marks[name].any()]:
@@ -125,7 +132,9 @@ def _marks(path: Path, count: int) -> np.ndarray:
     """(N,) bool of a file with 0 or 1 on each line, whatever its line ends."""
     marks = np.frombuffer(path.read_bytes().translate(None, b" \t\r\n"), dtype=np.uint8) - ord("0")
     if len(marks) != count or (marks > 1).any():
-        raise ValueError(f"{path} should hold {count} lines of 0 or 1, as many as the image list, and has {len(marks)}")
+        raise ValueError(
+            f"{path} should hold {count} lines of 0 or 1, as many as the image list, and has {len(marks)}"
+        )
     return marks == 1
 
 
@@ -156,7 +165,8 @@ def _tag_lines(root: Path, listed: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _beside(names: list[str], path: Path) -> Iterator[tuple[str, str]]:
-    """Each name with the non-empty line of ``path`` that stands beside it; lines are read as they are needed."""
+    """Each name with the non-empty line of ``path`` that stands beside it; lines are read as they are
+    needed."""
     with path.open(encoding="utf-8", errors="replace") as opened:
         lines = (line for line in opened if line.strip())
         for name, line in itertools.zip_longest(names, lines):
@@ -172,7 +182,9 @@ def _tag_row(line: str, name: str) -> np.ndarray:
         _same_photo(fields.pop(0), name)
     marks = np.array(fields) == "1"
     if len(marks) != _TAG_COUNT or not set(fields) <= {"0", "1"}:
-        raise ValueError(f"the tags of {name} should be {_TAG_COUNT} of 0 or 1, and are {len(fields)} fields; {_TAGS}")
+        raise ValueError(
+            f"the tags of {name} should be {_TAG_COUNT} of 0 or 1, and are {len(fields)} fields; {_TAGS}"
+        )
     return marks
 
 
@@ -189,4 +201,6 @@ def _raw_tags(path: Path, listed: list[str]) -> list[tuple[str, ...]]:
 def _same_photo(photo: str, name: str) -> None:
     """The image list names ``actor/0001_2124494179.jpg`` where a line of tags begins with 2124494179."""
     if Path(name).stem.rpartition("_")[2] != photo:
-        raise ValueError(f"the tags of photo {photo} stand beside {name}: the files are not in the same order; {_TAGS}")
+        raise ValueError(
+            f"the tags of photo {photo} stand beside {name}: the files are not in the same order; {_TAGS}"
+        )

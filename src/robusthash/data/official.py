@@ -1,4 +1,5 @@
-"""What the readers of official image-text sets share: finding files, choosing items as papers do, making splits."""
+"""What the readers of official image-text sets share: finding files, choosing items as papers do, making
+splits."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from torch import Tensor
 from robusthash.core.registry import nearest
 from robusthash.core.runtime import Draws
 from robusthash.data.base import RetrievalData
-from robusthash.data.files import Decoding
+from robusthash.data.image_files import Decoding
 from robusthash.data.splits import Indices, assemble, compact, random_split
-from robusthash.data.texts import TextStyle, note_empty
+from robusthash.data.text_modality import TextStyle, note_empty
 from robusthash.data.transforms import ImageFile
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ class Protocol:
 
     Attributes:
         query, train: numbers of items; ``train`` None is every item that is no query.
-        rule: ``random``; ``per-class`` draws equally over the classes, one class after the other, an item that an
-            earlier class took not being drawn again; ``last`` takes the last items as queries.
+        rule: ``random``; ``per-class`` draws equally over the classes, one class after the other, an item
+            that an earlier class took not being drawn again; ``last`` takes the last items as queries.
         papers: that use it.
     """
 
@@ -107,7 +108,9 @@ class Pool:
         """
         there = torch.tensor([file.path.is_file() for file in self.files])
         if not there.any():
-            raise FileNotFoundError(f"none of the {len(self)} images is there (first: {self.files[0]}); {belong}")
+            raise FileNotFoundError(
+                f"none of the {len(self)} images is there (first: {self.files[0]}); {belong}"
+            )
         if not there.all():
             logger.warning("%d of %d images are not there (%s)", int((~there).sum()), len(self), belong)
         return self.only(there, "their image file is not there")
@@ -126,8 +129,8 @@ def make_data(
 ) -> RetrievalData:
     """The data set of chosen items: images decoded, texts encoded, splits checked.
 
-    The images of the splits are decoded once here, and the content hashes are of their pixels. Unreadable files leave
-    every split under ``on_error="skip"``.
+    The images of the splits are decoded once here, and the content hashes are of their pixels. Unreadable
+    files leave every split under ``on_error="skip"``.
     """
     needed, indices = compact(indices)
     pool = pool.take(needed)
@@ -179,7 +182,8 @@ def choose(
     Args:
         labels: (N, C) multi-hot.
         query, train: None is the protocol's own number.
-        database: None is every item that is no query; else so many of those, drawn apart from the training items.
+        database: None is every item that is no query; else so many of those, drawn apart from the training
+            items.
         names: of the label columns, for messages.
 
     Raises:
@@ -205,7 +209,9 @@ def choose(
         training = _some(rest, train, draws.within("train"), "training items")
     elif train is not None:
         training = _class_after_class(labels, train, rest, draws.within("train"), names, "training items")
-    reference = rest if database is None else _some(rest, database, draws.within("database"), "database items")
+    reference = (
+        rest if database is None else _some(rest, database, draws.within("database"), "database items")
+    )
     return Indices(training, queries, reference)
 
 
@@ -255,7 +261,9 @@ def find(root: Path, name: str, belong: str) -> Path:
     for depth in range(_DEPTH + 1):
         found = [path for path in sorted(root.glob("*/" * depth + name)) if _is_own(path.relative_to(root))]
         if len(found) > 1:
-            raise ValueError(f"{name} is there twice, at {found[0]} and {found[1]}; give the root of one of them")
+            raise ValueError(
+                f"{name} is there twice, at {found[0]} and {found[1]}; give the root of one of them"
+            )
         if found:
             return found[0]
     raise FileNotFoundError(f"no {name} in {root.absolute()}; {belong}")

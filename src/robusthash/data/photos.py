@@ -1,8 +1,9 @@
-"""The embedded data set: windows of twenty photographs that come with scikit-image and scikit-learn. No download.
+"""The embedded data set: windows of twenty photographs that come with scikit-image and scikit-learn. No
+download.
 
-Every item is a window of one photograph under the changes that a copy goes through: cropping and scaling, mirroring,
-brightness and contrast, JPEG compression. With the label of the photograph, retrieval is copy detection; with tags that
-photographs share, it is multi-label retrieval.
+Every item is a window of one photograph under the changes that a copy goes through: cropping and scaling,
+mirroring, brightness and contrast, JPEG compression. With the label of the photograph, retrieval is copy
+detection; with tags that photographs share, it is multi-label retrieval.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Inputs
 from robusthash.data.base import ArraySource, RetrievalData, Split
-from robusthash.data.photographs import PHOTOGRAPHS, TAGS, Photograph, photograph_path
+from robusthash.data.photo_sources import PHOTOGRAPHS, TAGS, Photograph, photograph_path
 from robusthash.data.splits import Indices, assemble, hash_pixels
 from robusthash.data.transforms import Vocabulary, read_image
 
 Labels = Literal["photo", "tags", "both"]
 
-_CHOOSING_SIDE = 256  # windows are chosen on photographs of this shorter side, so that they are the same at every size
-_DRAWING_FACTOR = 4  # and drawn from photographs of this many times the size: 1.6 pixels or more for each one drawn
+_CHOOSING_SIDE = (
+    256  # windows are chosen on photographs of this shorter side, so that they are the same at every size
+)
+_DRAWING_FACTOR = (
+    4  # and drawn from photographs of this many times the size: 1.6 pixels or more for each one drawn
+)
 _TRIES, _ROUNDS = 40, 25  # windows drawn for an item in one round, and rounds before giving up
 _LEAST_DEVIATION = 10.0  # grey levels; a window below it (sky, black border) carries no identity
 
@@ -39,7 +44,9 @@ class PhotoItem:
 
     photograph: str
     tags: tuple[str, ...]
-    box: tuple[float, float, float, float]  # left, top, right, bottom as shares of the photograph's width and height
+    box: tuple[
+        float, float, float, float
+    ]  # left, top, right, bottom as shares of the photograph's width and height
     mirrored: bool
     brightness: float  # factor on the mean grey level
     contrast: float  # factor on the deviation from the mean
@@ -78,16 +85,18 @@ def photos(
 ) -> RetrievalData:
     """Copies of twenty real photographs: windows, mirrored, brighter or darker, re-compressed. No download.
 
-    A window covers 40 to 100 % of the photograph's shorter side. No query window has an intersection over union above
-    ``max_overlap`` with a training or database window of the same photograph, mirrored ones included; a containment
-    measure cannot be bounded, because a large window contains every small one. Items are balanced over the photographs:
-    item i shows photograph i mod 20. The same options give the same bytes, for one version of Pillow.
+    A window covers 40 to 100 % of the photograph's shorter side. No query window has an intersection over
+    union above ``max_overlap`` with a training or database window of the same photograph, mirrored ones
+    included; a containment measure cannot be bounded, because a large window contains every small one. Items
+    are balanced over the photographs: item i shows photograph i mod 20. The same options give the same bytes,
+    for one version of Pillow.
 
     Args:
         size: side of the items in pixels, 16 to 256.
-        labels: ``photo`` makes copies of the same photograph relevant; ``tags`` uses what several photographs share
-            (face, space, texture and the like), multi-label; ``both`` has the columns of both.
-        texts: adds a bag of the caption's words as modality ``text``; the vocabulary is that of the training captions.
+        labels: ``photo`` makes copies of the same photograph relevant; ``tags`` uses what several photographs
+            share (face, space, texture and the like), multi-label; ``both`` has the columns of both.
+        texts: adds a bag of the caption's words as modality ``text``; the vocabulary is that of the training
+            captions.
         train, query, database: items in each split; the three are disjoint.
         max_overlap: in (0, 1].
 
@@ -103,7 +112,9 @@ def photos(
     items: list[PhotoItem] = []
     for part, count in (("train", train), ("query", query), ("database", database)):
         within = draws.within(part)
-        items += _describe(asked if part == "query" else _windows(tables, count, within, asked, max_overlap), within)
+        items += _describe(
+            asked if part == "query" else _windows(tables, count, within, asked, max_overlap), within
+        )
     drawn = {
         photograph.name: _reduced(image, _DRAWING_FACTOR * size)
         for photograph, image in zip(PHOTOGRAPHS, opened, strict=True)
@@ -135,7 +146,8 @@ def describe_item(split: Split, position: int) -> PhotoItem:
 
 
 def thumbnail(item: PhotoItem, size: int = 256) -> Tensor:
-    """The item's own window under the item's own changes, drawn at another size: (3, size, size) uint8, for people."""
+    """The item's own window under the item's own changes, drawn at another size: (3, size, size) uint8, for
+    people."""
     photograph = next(known for known in PHOTOGRAPHS if known.name == item.photograph)
     return _render(item, _reduced(_open(photograph), _DRAWING_FACTOR * size), size)
 
@@ -175,7 +187,8 @@ def _windows(
 ) -> np.ndarray:
     """(count, 4) boxes as shares of width and height; item i is of photograph i mod 20.
 
-    Each item takes the first of its own candidates that has content and keeps away from the windows to ``avoid``.
+    Each item takes the first of its own candidates that has content and keeps away from the windows to
+    ``avoid``.
     """
     boxes = np.empty((count, 4))
     for number, table in enumerate(tables):
@@ -202,7 +215,8 @@ def _windows(
 
 
 def _candidates(width: int, height: int, numbers: np.ndarray) -> np.ndarray:
-    """(..., 4) in [0, 1) -> (..., 4) boxes: side 40-100 % of the shorter side, aspect 4:5 to 5:4, placed anywhere."""
+    """(..., 4) in [0, 1) -> (..., 4) boxes: side 40-100 % of the shorter side, aspect 4:5 to 5:4, placed
+    anywhere."""
     side = (0.4 + 0.6 * numbers[..., 0]) * min(width, height)
     stretch = np.exp((numbers[..., 1] - 0.5) * np.log(1.25))  # square root of the aspect
     across, down = np.minimum(side * stretch / width, 1), np.minimum(side / stretch / height, 1)
@@ -230,7 +244,9 @@ def _deviation(table: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 def _describe(boxes: np.ndarray, draws: Draws) -> list[PhotoItem]:
     numbers = draws.within("changes").uniform(torch.arange(len(boxes)), (5,)).double().numpy()
     items = []
-    for number, (box, (flip, light, contrast, quality, phrase)) in enumerate(zip(boxes, numbers, strict=True)):
+    for number, (box, (flip, light, contrast, quality, phrase)) in enumerate(
+        zip(boxes, numbers, strict=True)
+    ):
         photograph = PHOTOGRAPHS[number % len(PHOTOGRAPHS)]
         changes = (flip < 0.5, 0.75 + 0.5 * light, 0.75 + 0.5 * contrast, 30 + int(quality * 66))
         words = photograph.phrases[int(phrase * len(photograph.phrases))]
@@ -238,14 +254,21 @@ def _describe(boxes: np.ndarray, draws: Draws) -> list[PhotoItem]:
         share = (right - left) * (bottom - top)
         items.append(
             PhotoItem(
-                photograph.name, photograph.tags, (left, top, right, bottom), *changes, _caption(words, share, *changes)
+                photograph.name,
+                photograph.tags,
+                (left, top, right, bottom),
+                *changes,
+                _caption(words, share, *changes),
             )
         )
     return items
 
 
-def _caption(phrase: str, share: float, mirrored: bool, brightness: float, contrast: float, quality: int) -> str:
-    """A phrase and what was done to the photograph: "a tabby cat, cropped closely, mirrored and slightly darker"."""
+def _caption(
+    phrase: str, share: float, mirrored: bool, brightness: float, contrast: float, quality: int
+) -> str:
+    """A phrase and what was done to the photograph: "a tabby cat, cropped closely, mirrored and slightly
+    darker"."""
     words = [
         "cropped closely" if share < 0.25 else "cropped" if share < 0.6 else "",
         "mirrored" if mirrored else "",

@@ -1,4 +1,5 @@
-"""Which items train, query and fill the database: seeded choices, the data set made of them, some of its queries."""
+"""Which items train, query and fill the database: seeded choices, the data set made of them, some of its
+queries."""
 
 from __future__ import annotations
 
@@ -28,12 +29,17 @@ class Indices:
 
 
 def balanced_take(
-    labels: Tensor, count: int | None, draws: Draws, among: Tensor, names: Sequence[str] = (), what: str = "items"
+    labels: Tensor,
+    count: int | None,
+    draws: Draws,
+    among: Tensor,
+    names: Sequence[str] = (),
+    what: str = "items",
 ) -> Tensor:
     """``count`` of the items ``among``, drawn equally from every class, ordered class after class in turn.
 
-    So every prefix of the result is as balanced as it can be. Where ``count`` is no multiple of the number of classes,
-    the first classes give one more.
+    So every prefix of the result is as balanced as it can be. Where ``count`` is no multiple of the number of
+    classes, the first classes give one more.
 
     Args:
         labels: (N,) int64 classes 0..C-1 of all items.
@@ -81,15 +87,17 @@ def class_split(
 ) -> Indices:
     """The customary split of a single-label set, equal over the classes.
 
-    Queries are drawn first and so do not depend on the other sizes; then the training items; then the database.
+    Queries are drawn first and so do not depend on the other sizes; then the training items; then the
+    database.
 
     Args:
         labels: (N,) int64 classes.
         query: how many in all; None takes all of ``query_among``.
         train: how many; None takes every item that is no query (the training set is then the database).
-        database: how many; None takes every item that is no query and, unless ``train_in_database``, no training item.
-        query_among: (N,) bool, the only items that may be queries, as in sets with an official test part. Those not
-            chosen stay out of the other splits. None lets every item be one.
+        database: how many; None takes every item that is no query and, unless ``train_in_database``, no
+            training item.
+        query_among: (N,) bool, the only items that may be queries, as in sets with an official test part.
+            Those not chosen stay out of the other splits. None lets every item be one.
         names: of the classes, for messages.
 
     Raises:
@@ -126,7 +134,8 @@ def random_split(
         count: items in all.
         query: how many are queries.
         train: how many train; None: all that are no queries, which are then the database too.
-        database: how many are searched; None: all that are no queries and, unless ``train_in_database``, do not train.
+        database: how many are searched; None: all that are no queries and, unless ``train_in_database``, do
+            not train.
 
     Raises:
         ValueError: more items asked for than there are.
@@ -139,7 +148,9 @@ def random_split(
     queries, rest = order[:query], order[query:]
     training = rest if train is None else rest[:train]
     pool = rest if train is None or train_in_database else rest[train:]
-    if train_in_database and database is not None:  # a cut must not prefer the training items, which stand first
+    if (
+        train_in_database and database is not None
+    ):  # a cut must not prefer the training items, which stand first
         pool = pool[torch.randperm(len(pool), generator=draws.within("database").generator())]
     reference = pool if database is None else pool[:database]
     short = (len(queries) < query, train is not None and len(training) < train)
@@ -154,8 +165,9 @@ def random_split(
 def stable_subset(split: Split, count: int) -> Tensor:
     """(count,) positions of items chosen by the hash of their content, each first label in its share.
 
-    The one choice of some of the queries, wherever not all are asked. The same items come out, in the same order,
-    however the split is ordered; so every model is asked the same. Where the split has no more, all stay in its order.
+    The one choice of some of the queries, wherever not all are asked. The same items come out, in the same
+    order, however the split is ordered; so every model is asked the same. Where the split has no more, all
+    stay in its order.
 
     Raises:
         ValueError: count below 1.
@@ -198,7 +210,8 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 def hash_pixels(images: Tensor) -> np.ndarray:
-    """(N, ...) uint8 -> (N,) ``"S16"`` content hashes of each item's bytes: equal pixels collide, however stored."""
+    """(N, ...) uint8 -> (N,) ``"S16"`` content hashes of each item's bytes: equal pixels collide, however
+    stored."""
     array = images.numpy()
     return np.array([content_hash(item.tobytes()) for item in array], dtype="S16")
 
@@ -213,7 +226,8 @@ def assemble(
     note: str = "",
     also: Mapping[str, Tensor] | None = None,
 ) -> RetrievalData:
-    """A checked data set from one source. Queries whose content is also in another split leave, with one warning.
+    """A checked data set from one source. Queries whose content is also in another split leave, with one
+    warning.
 
     Args:
         labels: (N, C) multi-hot of all rows of the source.
@@ -226,7 +240,9 @@ def assemble(
     elsewhere = [rows for rows in (indices.train, indices.database, indices.validation) if rows is not None]
     twice = np.isin(hashes[indices.query.numpy()], hashes[torch.cat(elsewhere).numpy()])
     if twice.any():
-        dropped = f"{int(twice.sum())} of {len(twice)} queries dropped: the same pixels are also in another split"
+        dropped = (
+            f"{int(twice.sum())} of {len(twice)} queries dropped: the same pixels are also in another split"
+        )
         logger.warning("%s: %s", name, dropped)
         note = f"{note} {dropped}.".strip()
 

@@ -19,7 +19,12 @@ COLOURS = {
 }
 SHAPES = ("disc", "square", "cross", "ring")
 GROUNDS = ("plain", "striped", "chequered")
-_SIDES = {"disc": "round", "square": "angular", "cross": "crossed", "ring": "hollow"}  # a second word for each shape
+_SIDES = {
+    "disc": "round",
+    "square": "angular",
+    "cross": "crossed",
+    "ring": "hollow",
+}  # a second word for each shape
 
 
 @register("data", "synthetic")
@@ -34,13 +39,13 @@ def synthetic(
 ) -> RetrievalData:
     """Coloured shapes on textured grounds with a bag-of-words caption: tiny, instant, learnt in seconds.
 
-    Each image shows one of four shapes in one of four colours at a random place and scale, on a ground whose texture
-    carries no label, with noise. Items take the sixteen pairs of colour and shape in turn.
+    Each image shows one of four shapes in one of four colours at a random place and scale, on a ground whose
+    texture carries no label, with noise. Items take the sixteen pairs of colour and shape in turn.
 
     Args:
         size: side in pixels, 12 to 64.
-        multilabel: labels are the colour and the shape (8 columns, two of them set), so that items may share one or
-            both; otherwise the pair is the single label (16 columns).
+        multilabel: labels are the colour and the shape (8 columns, two of them set), so that items may share
+            one or both; otherwise the pair is the single label (16 columns).
         texts: adds the caption as modality ``text``; it names the ground and the place too, which is noise.
         train, query, database: items in each split; the three are disjoint.
 
@@ -68,7 +73,9 @@ def synthetic(
         names = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
         labels = one_hot(pair, 16)
     indices = Indices(*torch.arange(len(pixels)).split(list(counts.values())))
-    return assemble("synthetic", ArraySource(arrays), labels, hash_pixels(pixels), indices, names, "Generated shapes.")
+    return assemble(
+        "synthetic", ArraySource(arrays), labels, hash_pixels(pixels), indices, names, "Generated shapes."
+    )
 
 
 def _world(count: int, size: int, draws: Draws) -> tuple[Tensor, Tensor, list[str]]:
@@ -106,7 +113,9 @@ def _draw(colour: Tensor, shape: Tensor, ground: Tensor, numbers: Tensor, noise:
     )[shape, torch.arange(len(shape))]  # (N, S, S)
     stripes = ((y + column(4)) * 5 % 1 < 0.5).float().expand(-1, -1, size)
     cheques = ((y * 4).floor() + (x * 4).floor() + (column(4) * 2).floor()) % 2
-    pattern = torch.stack([torch.full_like(cheques, 0.5), stripes, cheques])[ground, torch.arange(len(ground))]
+    pattern = torch.stack([torch.full_like(cheques, 0.5), stripes, cheques])[
+        ground, torch.arange(len(ground))
+    ]
     back = 0.35 + 0.25 * column(5) + 0.12 * (pattern - 0.5)
     tint = torch.tensor(list(COLOURS.values()))[colour] * (0.8 + 0.2 * numbers[:, 6, None])
     image = torch.where(inside[:, None], tint[:, :, None, None], back[:, None])
@@ -115,7 +124,9 @@ def _draw(colour: Tensor, shape: Tensor, ground: Tensor, numbers: Tensor, noise:
 
 def _captions(colour: Tensor, shape: Tensor, ground: Tensor, numbers: Tensor) -> list[str]:
     tints, captions = tuple(COLOURS), []
-    for tint, form, under, row in zip(colour.tolist(), shape.tolist(), ground.tolist(), numbers.tolist(), strict=True):
+    for tint, form, under, row in zip(
+        colour.tolist(), shape.tolist(), ground.tolist(), numbers.tolist(), strict=True
+    ):
         name = SHAPES[form]
         called = f"{_SIDES[name]} {name}" if row[7] < 0.5 else name
         side = "left" if row[3] < 0.5 else "right"

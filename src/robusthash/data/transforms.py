@@ -82,15 +82,15 @@ def read_image(
     """One image file -> (3, H, W) uint8 RGB; the first frame of an animation.
 
     The EXIF orientation is applied. Grey, palette and CMYK images become RGB (colour profiles are ignored);
-    transparent pixels are laid on white. Integers of 16 bits are scaled by 1/257. Wider integers, and floats outside
-    [0, 1], have no agreed range and are stretched from their least to their largest value.
+    transparent pixels are laid on white. Integers of 16 bits are scaled by 1/257. Wider integers, and floats
+    outside [0, 1], have no agreed range and are stretched from their least to their largest value.
 
     Args:
         source: a path, an ``ImageFile`` or a binary stream.
         size: side in pixels of the square result; None keeps the image's own size and ignores ``fit``.
-        fit: ``crop`` takes the central square, ``stretch`` changes the aspect, ``pad`` adds black borders. Resizing is
-            bicubic with antialiasing; large JPEG files are decoded at a fraction of their size, never below twice
-            ``size``.
+        fit: ``crop`` takes the central square, ``stretch`` changes the aspect, ``pad`` adds black borders.
+            Resizing is bicubic with antialiasing; large JPEG files are decoded at a fraction of their size,
+            never below twice ``size``.
         max_pixels: largest width x height accepted, read from the header before anything is decoded.
 
     Raises:
@@ -188,7 +188,8 @@ def iter_images(
 ) -> Iterator[Tensor | UnreadableImage]:
     """Decode in a thread pool, in order: (3, size, size) uint8, or the error of a file that cannot be read.
 
-    A few hundred images are held at a time, whatever the number of files. ``workers`` None is up to eight threads.
+    A few hundred images are held at a time, whatever the number of files. ``workers`` None is up to eight
+    threads.
     """
     _check_arguments(size, fit, max_pixels)
 
@@ -216,8 +217,8 @@ def read_images(
 
     Args:
         files: paths or ``ImageFile`` records.
-        on_error: ``skip`` leaves unreadable files out, with one warning that counts them and names the first few;
-            ``raise`` raises the first error.
+        on_error: ``skip`` leaves unreadable files out, with one warning that counts them and names the first
+            few; ``raise`` raises the first error.
         progress: called with (files done, files in all).
 
     Returns:
@@ -270,7 +271,8 @@ def words_of(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that a bag of words counts, most frequent first. Make it with ``fit``, from training texts only."""
+    """The words that a bag of words counts, most frequent first. Make it with ``fit``, from training texts
+    only."""
 
     words: tuple[str, ...]
 
@@ -285,7 +287,8 @@ class Vocabulary:
 
     @classmethod
     def fit(cls, texts: Iterable[str], size: int = 1000, without: Collection[str] = ()) -> Vocabulary:
-        """The ``size`` most frequent words, those of ``without`` left out; equal counts in alphabetical order."""
+        """The ``size`` most frequent words, those of ``without`` left out; equal counts in alphabetical
+        order."""
         if size < 1:
             raise ValueError(f"a vocabulary needs a size of at least 1, got {size}")
         counts = Counter(word for text in texts for word in words_of(text))
@@ -295,11 +298,14 @@ class Vocabulary:
         return cls(tuple(ordered[:size]))
 
     def encode(self, texts: Sequence[str], values: Literal["binary", "counts"] = "binary") -> Tensor:
-        """N texts -> (N, V) float32: 1 where the word occurs, or how often. Words not in the vocabulary are ignored."""
+        """N texts -> (N, V) float32: 1 where the word occurs, or how often. Words not in the vocabulary are
+        ignored."""
         if values not in ("binary", "counts"):
             raise ValueError(f"values must be 'binary' or 'counts', got {values!r}")
         column = {word: number for number, word in enumerate(self.words)}
-        found = [(row, column[word]) for row, text in enumerate(texts) for word in words_of(text) if word in column]
+        found = [
+            (row, column[word]) for row, text in enumerate(texts) for word in words_of(text) if word in column
+        ]
         bags = torch.zeros(len(texts), len(self.words))
         rows, columns = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).unbind(1)
         bags.index_put_((rows, columns), torch.ones(()), accumulate=True)
@@ -319,8 +325,8 @@ def augment(images: Tensor, ids: Tensor, draws: Draws, flip: bool = True, pad: i
 
     Args:
         images: (B, 3, H, W) float in [0, 1].
-        ids: (B,) int64; the same id, scope and seed give the same change whatever the batch. Narrow ``draws`` by the
-            epoch, or every epoch is the same.
+        ids: (B,) int64; the same id, scope and seed give the same change whatever the batch. Narrow ``draws``
+            by the epoch, or every epoch is the same.
         flip: mirror with probability one half.
         pad: pixels of padding on each side; the crop moves by up to so many. Less than H and W.
 
@@ -333,7 +339,9 @@ def augment(images: Tensor, ids: Tensor, draws: Draws, flip: bool = True, pad: i
     if len(ids) != len(images):
         raise ValueError(f"{len(ids)} ids for {len(images)} images")
     if not 0 <= pad < min(height, width):
-        raise ValueError(f"pad must lie in 0..{min(height, width) - 1} for {height} x {width} images, got {pad}")
+        raise ValueError(
+            f"pad must lie in 0..{min(height, width) - 1} for {height} x {width} images, got {pad}"
+        )
     numbers = draws.within("augment").uniform(ids.to(images.device), (3,))
     top, left = (numbers[:, :2] * (2 * pad + 1)).long().unbind(1)
     rows = top[:, None] + torch.arange(height, device=images.device)  # (B, H)
@@ -342,4 +350,8 @@ def augment(images: Tensor, ids: Tensor, draws: Draws, flip: bool = True, pad: i
         columns = torch.where(numbers[:, 2:] < 0.5, columns.flip(1), columns)
     padded = functional.pad(images, (pad, pad, pad, pad), mode="reflect") if pad else images
     item = torch.arange(len(images), device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[item, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return (
+        padded.permute(0, 2, 3, 1)[item, rows[:, :, None], columns[:, None, :]]
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )

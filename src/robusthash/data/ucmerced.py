@@ -1,4 +1,5 @@
-"""UC Merced aerial photographs with classes, several labels and captions: the smallest real image-text set."""
+"""UC Merced aerial photographs with classes, several labels and captions: the smallest real image-text
+set."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from pathlib import Path
 
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData
-from robusthash.data.files import MEMORY
 from robusthash.data.folder import folder
+from robusthash.data.image_files import MEMORY
 from robusthash.data.manifest import LabelField
-from robusthash.data.texts import Caption, Texts
+from robusthash.data.text_modality import Caption, Texts
 from robusthash.data.transforms import Fit
 
 _TAR, _FOLDER, _MANIFEST = "ucmerced.tar", "ucmerced", "ucmerced.jsonl"
@@ -39,19 +40,23 @@ def ucmerced(
     query_splits: Sequence[str] = ("test", "val"),
     memory: int = MEMORY,
 ) -> RetrievalData:
-    """UC Merced: 2,100 aerial photographs, 17 labels (several an image), 21 classes and five captions an image.
+    """UC Merced: 2,100 aerial photographs, 17 labels (several an image), 21 classes and five captions an
+    image.
 
-    The 1,680 training images of the caption set are training set and database, its 210 test and 210 validation images
-    the queries. Two images share one of the 17 labels in 64 % of all pairs, so chance is high: look at the classes too,
-    which are the other label system of the data set (``RetrievalData.by("class")``, ``relevance: [labels, class]``).
+    The 1,680 training images of the caption set are training set and database, its 210 test and 210
+    validation images the queries. Two images share one of the 17 labels in 64 % of all pairs, so chance is
+    high: look at the classes too, which are the other label system of the data set
+    (``RetrievalData.by("class")``, ``relevance: [labels, class]``).
 
     Args:
         root: folder that holds ``ucmerced.jsonl`` and, beside it, ``ucmerced.tar`` or that tar unpacked.
-        archive, manifest: these files where they have other names or places; the manifest's columns are those of
-            ``folder``.
-        labels: main label system, ``labels`` (17) or ``class`` (21); the other one comes along under its name.
+        archive, manifest: these files where they have other names or places; the manifest's columns are those
+            of ``folder``.
+        labels: main label system, ``labels`` (17) or ``class`` (21); the other one comes along under its
+            name.
         size: side of the square images in pixels; the originals have 256.
-        fit, texts, caption, vocabulary, tokenizer, max_length, memory: as in ``folder``; texts are on by default.
+        fit, texts, caption, vocabulary, tokenizer, max_length, memory: as in ``folder``; texts are on by
+            default.
         query_splits: parts of the caption set that are queries; with ``["test"]``, ``val`` is for validation.
 
     Raises:

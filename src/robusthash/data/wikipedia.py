@@ -1,4 +1,5 @@
-"""Wikipedia featured articles: 2,866 documents of image and text in ten categories, as features or as they are."""
+"""Wikipedia featured articles: 2,866 documents of image and text in ten categories, as features or as they
+are."""
 
 from __future__ import annotations
 
@@ -16,13 +17,24 @@ from torch import Tensor
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.data.base import ArraySource, RetrievalData
-from robusthash.data.files import MEMORY, Decoding
+from robusthash.data.image_files import MEMORY, Decoding
 from robusthash.data.official import Pool, find, lines_of, make_data
 from robusthash.data.splits import Indices, assemble, compact, one_hot
-from robusthash.data.texts import Texts, TextStyle
+from robusthash.data.text_modality import Texts, TextStyle
 from robusthash.data.transforms import Fit, ImageFile, OnError
 
-CATEGORIES = ("art", "biology", "geography", "history", "literature", "media", "music", "royalty", "sport", "warfare")
+CATEGORIES = (
+    "art",
+    "biology",
+    "geography",
+    "history",
+    "literature",
+    "media",
+    "music",
+    "royalty",
+    "sport",
+    "warfare",
+)
 
 _ARCHIVE = "wikipedia.npz"
 _KEYS = tuple(f"{what}_{part}" for what in ("image", "text", "label") for part in ("train", "test"))
@@ -54,20 +66,22 @@ def wikipedia(
 ) -> RetrievalData:
     """Wikipedia: 2,173 training documents, which are also the database, and 693 test documents as queries.
 
-    The split is the official one, which DSARH and TA-DCH use. With ``images="features"`` the modality ``image`` is
-    (N, 128) float32, frequencies of visual words: give it the encoder ``vector``. Documents are the same only where
-    both features are: three queries share their image with a training document of another text, and stay.
+    The split is the official one, which DSARH and TA-DCH use. With ``images="features"`` the modality
+    ``image`` is (N, 128) float32, frequencies of visual words: give it the encoder ``vector``. Documents are
+    the same only where both features are: three queries share their image with a training document of another
+    text, and stay.
 
     Args:
-        root: folder that holds ``wikipedia.npz``, looked for first, or the unpacked official archive, at most three
-            folders down.
-        npz: read this file instead; arrays ``image_train`` (2173, 128), ``text_train`` (2173, 10), ``label_train``
-            (0 to 9), the same with ``_test``, and ``categories``.
+        root: folder that holds ``wikipedia.npz``, looked for first, or the unpacked official archive, at most
+            three folders down.
+        npz: read this file instead; arrays ``image_train`` (2173, 128), ``text_train`` (2173, 10),
+            ``label_train`` (0 to 9), the same with ``_test``, and ``categories``.
         images: ``features`` or, from the archive only, ``pixels``.
-        texts: ``True`` or ``"topics"`` is (N, 10) weights of topics; from the archive only and beside pixels only,
-            ``"bag"`` is a bag of the words of the article and ``"tokens"`` token ids.
+        texts: ``True`` or ``"topics"`` is (N, 10) weights of topics; from the archive only and beside pixels
+            only, ``"bag"`` is a bag of the words of the article and ``"tokens"`` token ids.
         query, train, database: cut a part to so many items, drawn by ``seed``.
-        size, fit, vocabulary, tokenizer, max_length, on_error, memory: as in ``folder``, for pixels and words.
+        size, fit, vocabulary, tokenizer, max_length, on_error, memory: as in ``folder``, for pixels and
+            words.
 
     Raises:
         FileNotFoundError: a file is missing; the message says which archive it is in and where it goes.
@@ -82,7 +96,11 @@ def wikipedia(
         raise ValueError(f"texts={texts!r} goes with images='pixels'; with features the texts are 'topics'")
     if npz is not None and images == "pixels":
         raise ValueError(f"images='pixels' needs the official archive; {npz} holds features only")
-    note = f"Official split; images {fit} to {size} x {size}." if images == "pixels" else "Official split; features."
+    note = (
+        f"Official split; images {fit} to {size} x {size}."
+        if images == "pixels"
+        else "Official split; features."
+    )
     if query or train or database:
         note += f" Cut to query={query}, train={train}, database={database}, seed {seed}."
     kind: Texts = "tokens" if texts == "tokens" else "bag" if texts == "bag" else bool(texts)
@@ -91,7 +109,9 @@ def wikipedia(
         decoding = Decoding(size, fit, on_error, memory=memory)
         pool, tested = _documents(Path(root), words)
         pool = pool if words or not texts else replace(pool, bags=_read_mat(Path(root))[0]["text"])
-        return make_data("wikipedia", pool, _split(tested, query, train, database, seed), decoding, style, note)
+        return make_data(
+            "wikipedia", pool, _split(tested, query, train, database, seed), decoding, style, note
+        )
     packed = Path(root) / _ARCHIVE if npz is None else Path(npz)
     if npz is not None or packed.is_file():
         arrays, labels, tested = _read_npz(packed)
@@ -115,7 +135,9 @@ def _split(tested: Tensor, query: int | None, train: int | None, database: int |
             raise ValueError(f"{name} must lie in 1..{len(rows)}, got {count}")
         return rows[torch.randperm(len(rows), generator=draws.within(name).generator())[:count]]
 
-    return Indices(part("train", ~tested, train), part("query", tested, query), part("database", ~tested, database))
+    return Indices(
+        part("train", ~tested, train), part("query", tested, query), part("database", ~tested, database)
+    )
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -126,14 +148,18 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         with np.load(path, allow_pickle=False) as archive:
             missing = sorted(set(_KEYS) - set(archive.files))
             if missing:
-                raise ValueError(f"it lacks the arrays {', '.join(missing)} and has {', '.join(archive.files)}")
+                raise ValueError(
+                    f"it lacks the arrays {', '.join(missing)} and has {', '.join(archive.files)}"
+                )
             parts = {key: archive[key] for key in _KEYS}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a Wikipedia archive: {error}") from error
     arrays, tested = _joined(parts, path)
     labels = torch.from_numpy(np.concatenate([parts["label_train"], parts["label_test"]]).astype(np.int64))
     if len(labels) != len(tested) or labels.min() < 0 or labels.max() >= len(CATEGORIES):
-        raise ValueError(f"{path}: {len(labels)} labels in {labels.min()}..{labels.max()} for {len(tested)} documents")
+        raise ValueError(
+            f"{path}: {len(labels)} labels in {labels.min()}..{labels.max()} for {len(tested)} documents"
+        )
     return arrays, one_hot(labels, len(CATEGORIES)), tested
 
 
@@ -146,7 +172,9 @@ def _read_mat(root: Path) -> tuple[dict[str, Tensor], Tensor]:
         read = loadmat(path, variable_names=list(_MATRICES.values()))
         parts = {key: read[name] for key, name in _MATRICES.items()}
     except (ValueError, TypeError, OSError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"{path} does not hold the matrices {', '.join(_MATRICES.values())}: {error!r}") from error
+        raise ValueError(
+            f"{path} does not hold the matrices {', '.join(_MATRICES.values())}: {error!r}"
+        ) from error
     return _joined(parts, path)
 
 
@@ -155,7 +183,9 @@ def _joined(parts: dict[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor]
     for name in ("image", "text"):
         train, test = parts[f"{name}_train"], parts[f"{name}_test"]
         if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
-            raise ValueError(f"{path}: {name} features should be two matrices, got {train.shape} and {test.shape}")
+            raise ValueError(
+                f"{path}: {name} features should be two matrices, got {train.shape} and {test.shape}"
+            )
         arrays[name] = torch.from_numpy(np.concatenate([train, test]).astype(np.float32))
         if not torch.isfinite(arrays[name]).all():
             raise ValueError(f"{path}: {name} features hold NaN or infinite values")
@@ -164,17 +194,21 @@ def _joined(parts: dict[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor]
 
 
 def _documents(root: Path, words: bool) -> tuple[Pool, Tensor]:
-    """Image files, labels and (with ``words``) texts of the training and then the test list; which are of the test."""
+    """Image files, labels and (with ``words``) texts of the training and then the test list; which are of the
+    test."""
     lists = [lines_of(find(root, f"{part}set_txt_img_cat.list", _LISTS)) for part in ("train", "test")]
     rows = [line.split() for listed in lists for line in listed]
     wrong = [row for row in rows if len(row) != 3 or row[2] not in _NUMBERS]
     if wrong:
-        raise ValueError(f"the lists should hold text, image and category (1 to 10) a line, and hold {wrong[0]}")
+        raise ValueError(
+            f"the lists should hold text, image and category (1 to 10) a line, and hold {wrong[0]}"
+        )
     labels = torch.tensor([int(category) - 1 for _, _, category in rows])
     tested = torch.arange(len(rows)) >= len(lists[0])
     folder = find(root, "images", _LISTS).parent
     files = tuple(
-        ImageFile(folder / "images" / CATEGORIES[int(category) - 1] / f"{image}.jpg") for _, image, category in rows
+        ImageFile(folder / "images" / CATEGORIES[int(category) - 1] / f"{image}.jpg")
+        for _, image, category in rows
     )
     texts = tuple((_words(folder / "texts" / f"{text}.xml"),) for text, _, _ in rows) if words else None
     return Pool(files, one_hot(labels, len(CATEGORIES)), CATEGORIES, texts), tested

@@ -9,7 +9,7 @@ import torch
 from robusthash.core.labels import relevant
 from robusthash.core.registry import register
 from robusthash.core.types import LossTerms
-from robusthash.defenses.adversarial import Round
+from robusthash.defenses.adversarial_training import Round
 
 
 @register("outer", "atrdh", paper="Wang et al., SIGIR 2021", evidence="paper+code", state="measured")
@@ -17,13 +17,13 @@ from robusthash.defenses.adversarial import Round
 class ATRDHOuter:
     """ATRDH: L = L_ori(x) + adversarial * mean_ij ((1/K) h(x'_i) . U_j - S'_ij)^2, S' in {-1, +1}.
 
-    U are the clean real codes of all training items, held constant; over several modalities the term is the mean over
-    the pairs of an attacked modality and a memory. The paper's inner attack is ``tha`` from a random start, its
-    prototype net trained along: 7 steps of 2/255.
+    U are the clean real codes of all training items, held constant; over several modalities the term is the
+    mean over the pairs of an attacked modality and a memory. The paper's inner attack is ``tha`` from a
+    random start, its prototype net trained along: 7 steps of 2/255.
 
     Differs: the memory holds true codes from the first step on (the code starts it at zero, which only adds a
-    constant); targets share no label with the item (the code draws any label set of the database); the attack runs in
-    eval mode.
+    constant); targets share no label with the item (the code draws any label set of the database); the attack
+    runs in eval mode.
 
     Args:
         adversarial: 1 in the authors' code, 2 in SAAT's copy.

@@ -1,4 +1,5 @@
-"""SAAH: adversarial training of a hasher that stands behind a spectral gate, with the gate's two own terms."""
+"""SAAH: adversarial training of a hasher that stands behind a spectral gate, with the gate's two own
+terms."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.core.types import HashOutput, LossTerms
-from robusthash.defenses.adversarial import Round
-from robusthash.defenses.outer import PlainAT
-from robusthash.models.frequency import BlockDCT
+from robusthash.defenses.adversarial_training import Round
+from robusthash.defenses.outer_losses import PlainAT
+from robusthash.models.block_dct import BlockDCT
 
 Reduction = Literal["block", "sum", "mean"]
 
@@ -20,15 +21,15 @@ Reduction = Literal["block", "sum", "mean"]
 def spectral_stability(change: Tensor, gate: Tensor, reduction: Reduction = "block") -> Tensor:
     """L_stab = || DCT(x - x') * m^2 ||^2, averaged over the batch (SAAH, Eq. 11).
 
-    Linear in the transform, so one DCT of the difference is enough. The difference is a constant: the term reaches the
-    gate of the clean image alone, and no weight of the encoder.
+    Linear in the transform, so one DCT of the difference is enough. The difference is a constant: the term
+    reaches the gate of the clean image alone, and no weight of the encoder.
 
     Args:
         change: (B, C, H, W) x - x'.
         gate: (B, P, n, n) m of the clean image, not detached.
-        reduction: what is summed of an image. ``block`` (ours): the sum inside a block, averaged over blocks; ``sum``:
-            over all blocks, which at 224 px holds the gate near 0.1 whatever the retention; ``mean``: over all
-            coefficients, which leaves the term without effect. The paper does not say.
+        reduction: what is summed of an image. ``block`` (ours): the sum inside a block, averaged over blocks;
+            ``sum``: over all blocks, which at 224 px holds the gate near 0.1 whatever the retention;
+            ``mean``: over all coefficients, which leaves the term without effect. The paper does not say.
 
     Returns:
         A scalar; multiplied by 4 where the change doubles.
@@ -46,14 +47,14 @@ def spectral_stability(change: Tensor, gate: Tensor, reduction: Reduction = "blo
 class SAAHOuter:
     """SAAH: L = L_hash(P(x)) + L_hash(P(x')) + stability * L_stab + retention * R_bound (Eq. 11-13).
 
-    R_bound is (mean of m - rho)^2 of each clean image, averaged over the batch; rho is the gate's. x' passes through
-    its own gate, L_stab weighs by that of x. The attacked codes are compared with the clean memory. The hasher needs a
-    gate: ``hasher.purifiers.image: spectral-gate``. Inner attack of the paper: ``pgd`` on the objective from the clean
-    image, 7 steps; size and eps are not stated (here 2/255 and 8/255).
+    R_bound is (mean of m - rho)^2 of each clean image, averaged over the batch; rho is the gate's. x' passes
+    through its own gate, L_stab weighs by that of x. The attacked codes are compared with the clean memory.
+    The hasher needs a gate: ``hasher.purifiers.image: spectral-gate``. Inner attack of the paper: ``pgd`` on
+    the objective from the clean image, 7 steps; size and eps are not stated (here 2/255 and 8/255).
 
-    Logged besides the terms, from the clean images: ``gate/mean``; ``gate/spread``, the deviation of m over the
-    frequencies (near 0 the gate only scales the image, which the first layer undoes); ``gate/images``, the deviation
-    of the mean over the images (which a batch-level R_bound would not see).
+    Logged besides the terms, from the clean images: ``gate/mean``; ``gate/spread``, the deviation of m over
+    the frequencies (near 0 the gate only scales the image, which the first layer undoes); ``gate/images``,
+    the deviation of the mean over the images (which a batch-level R_bound would not see).
 
     Args:
         stability: lambda_s, 1 in the paper; 0 switches the term off.

@@ -11,17 +11,18 @@ from torch.nn import functional as F
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import LossTerms
-from robusthash.defenses.adversarial import Round
-from robusthash.defenses.needs import Needs
+from robusthash.defenses.adversarial_training import Round
+from robusthash.defenses.requirements import Needs
 from robusthash.models.sfcl import DOMAINS
 from robusthash.objectives.base import TrainFacts
 
 MODALITY = "image"
-Shown = dict[str, Tensor]
+Progress = dict[str, Tensor]
 
 
 class LabelScorer(nn.Module):
-    """g(a, b, l), an MLP on the concatenation, and the estimate I^ that it gives: mean log-softmax over label sets.
+    """g(a, b, l), an MLP on the concatenation, and the estimate I^ that it gives: mean log-softmax over label
+    sets.
 
     One hidden ReLU layer, its weights split by input so that B items are scored against U label sets without
     repeating the features.
@@ -62,8 +63,8 @@ class _Reversed(torch.autograd.Function):
 class Redundancy(nn.Module):
     """InfoNCE between the robust features of the two domains, under projections to ``size`` and cosine / 0.1.
 
-    InfoNCE is a lower bound on what the domains share, and the encoder lowers it: projections trained along would only
-    collapse. So they ascend (their gradient is reversed), or stay at random orthonormal values.
+    InfoNCE is a lower bound on what the domains share, and the encoder lowers it: projections trained along
+    would only collapse. So they ascend (their gradient is reversed), or stay at random orthonormal values.
     """
 
     def __init__(self, width: int, other: int, kind: Literal["reversed", "frozen"], size: int = 128) -> None:
@@ -76,7 +77,8 @@ class Redundancy(nn.Module):
         )
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """Mean over i of log softmax_j (cos(p_i, q_j) / 0.1) at j = i: at most 0, -log B where all are alike."""
+        """Mean over i of log softmax_j (cos(p_i, q_j) / 0.1) at j = i: at most 0, -log B where all are
+        alike."""
         p, q = (
             F.normalize(F.linear(values, _Reversed.apply(weight)).float(), dim=1)
             for values, weight in zip((left, right), self.projections, strict=True)
@@ -96,7 +98,9 @@ def wrong_labels(probabilities: Tensor, labels: Tensor) -> Tensor:
     """
     foreign = labels == 0
     taken = (probabilities >= 0.5) & foreign
-    likeliest = F.one_hot(probabilities.masked_fill(~foreign, -1.0).argmax(1), labels.shape[1]).bool() & foreign
+    likeliest = (
+        F.one_hot(probabilities.masked_fill(~foreign, -1.0).argmax(1), labels.shape[1]).bool() & foreign
+    )
     return torch.where(taken.any(1, keepdim=True), taken, likeliest).to(labels.dtype)
 
 
@@ -104,25 +108,30 @@ def wrong_labels(probabilities: Tensor, labels: Tensor) -> Tensor:
 class SFCLOuter(nn.Module):
     """SFCL: L = w (complementary * L_comp + auxiliary * L_aux) + semantic * L_sem, w the warm-up factor.
 
-    L_comp (Eq. 6) = -I^(s; l | f) - I^(f; l | s) + alpha I^(s; f) on robust features, averaged over clean and attacked.
-    L_aux (Eq. 7) = sum over domains of BCE(h(f+(x')), l) + BCE(h(f-(x')), l') + 0.5 BCE(h(f+(x)), l), means over
-    classes; the same head h for both parts. L_sem is the recipe's objective, the mean of clean and attacked.
+    L_comp (Eq. 6) = -I^(s; l | f) - I^(f; l | s) + alpha I^(s; f) on robust features, averaged over clean and
+    attacked. L_aux (Eq. 7) = sum over domains of BCE(h(f+(x')), l) + BCE(h(f-(x')), l') + 0.5 BCE(h(f+(x)),
+    l), means over classes; the same head h for both parts. L_sem is the recipe's objective, the mean of clean
+    and attacked.
 
-    Needs the image encoder ``sfcl``, whose parts it finds in ``HashOutput.aux``. Without separation there is no f-, and
-    L_aux is not taken. The paper's inner attack is targeted PGD (``dhta``) of 10 steps of 2/255.
+    Needs the image encoder ``sfcl``, whose parts it finds in ``HashOutput.aux``. Without separation there is
+    no f-, and L_aux is not taken. The paper's inner attack is targeted PGD (``dhta``) of 10 steps of 2/255.
 
     Args:
-        complementary, auxiliary, semantic: lambda_c, lambda_a, lambda_s, as in the paper. 0 leaves the term out.
+        complementary, auxiliary, semantic: lambda_c, lambda_a, lambda_s, as in the paper. 0 leaves the term
+            out.
         alpha: weight of the redundancy, 0.5 in the paper.
-        warmup: share of training over which w grows from 0 to 1 (the paper's "adversarial warm-up" is not defined);
-            give the recipe the same one for eps.
+        warmup: share of training over which w grows from 0 to 1 (the paper's "adversarial warm-up" is not
+            defined); give the recipe the same one for eps.
         sem_inputs: ``both``, or ``clean``: L_sem does not see the attack.
-        wrong: l' is what is ``predicted`` for x' (FSR's rule, made multi-label), or the ``target`` of the attack.
-        redundancy: ``reversed``: the critic's projections learn to find what is shared; ``frozen``: random ones.
+        wrong: l' is what is ``predicted`` for x' (FSR's rule, made multi-label), or the ``target`` of the
+            attack.
+        redundancy: ``reversed``: the critic's projections learn to find what is shared; ``frozen``: random
+            ones.
         hidden: of the auxiliary heads.
 
-    Differs: Eq. 7 is printed with the sign that would drive p+ to 0; this is the cross-entropy that the text speaks of.
-    Eq. 5 runs over the distinct label sets of the batch, since equal ones would be false negatives.
+    Differs: Eq. 7 is printed with the sign that would drive p+ to 0; this is the cross-entropy that the text
+    speaks of. Eq. 5 runs over the distinct label sets of the batch, since equal ones would be false
+    negatives.
     """
 
     def __init__(
@@ -144,7 +153,11 @@ class SFCLOuter(nn.Module):
             raise ValueError(f"sem_inputs must be 'both' or 'clean', got {sem_inputs!r}")
         if wrong not in ("predicted", "target"):
             raise ValueError(f"wrong must be 'predicted' or 'target', got {wrong!r}")
-        for name, weight in (("complementary", complementary), ("auxiliary", auxiliary), ("semantic", semantic)):
+        for name, weight in (
+            ("complementary", complementary),
+            ("auxiliary", auxiliary),
+            ("semantic", semantic),
+        ):
             if not isinstance(weight, int | float) or weight < 0:
                 raise ValueError(f"{name} is a weight of at least 0, got {weight!r}")
         self.complementary, self.auxiliary, self.semantic = complementary, auxiliary, semantic
@@ -179,7 +192,11 @@ class SFCLOuter(nn.Module):
             torch.manual_seed(Draws(facts.seed).within("sfcl").key())
             if self.auxiliary and f"{DOMAINS[0]}-" in widths:
                 for name in DOMAINS:
-                    layers = nn.Linear(widths[name], self.hidden), nn.ReLU(), nn.Linear(self.hidden, facts.classes)
+                    layers = (
+                        nn.Linear(widths[name], self.hidden),
+                        nn.ReLU(),
+                        nn.Linear(self.hidden, facts.classes),
+                    )
                     self.heads[name] = nn.Sequential(*layers)
             if self.complementary:
                 self.scorers["spatial"] = LabelScorer(one, two, facts.classes)
@@ -193,7 +210,9 @@ class SFCLOuter(nn.Module):
             ValueError: images that are not attacked, or no labels.
         """
         if MODALITY not in turn.robust:
-            raise ValueError(f"the outer loss 'sfcl' needs attacked images; the attack changes {sorted(turn.robust)}")
+            raise ValueError(
+                f"the outer loss 'sfcl' needs attacked images; the attack changes {sorted(turn.robust)}"
+            )
         labels = turn.batch.labels
         if labels is None:
             raise ValueError("the outer loss 'sfcl' needs labels, which this batch lacks")
@@ -201,7 +220,9 @@ class SFCLOuter(nn.Module):
         ramp = min(1.0, turn.progress / self.warmup) if self.warmup else 1.0
         terms = self._semantic(turn)
         if self.heads:
-            terms["auxiliary"] = ramp * self.auxiliary * self._auxiliary(clean, attacked, labels, self._wrong(turn))
+            terms["auxiliary"] = (
+                ramp * self.auxiliary * self._auxiliary(clean, attacked, labels, self._wrong(turn))
+            )
         if self.scorers:
             parts = [self._complementary(shown, labels) for shown in (clean, attacked)]
             for name in parts[0]:
@@ -227,7 +248,9 @@ class SFCLOuter(nn.Module):
         if self.wrong == "target":
             if turn.goal.sign < 0 or turn.goal.labels is None:
                 raise ValueError("wrong: target needs a targeted inner attack, such as dhta")
-            return turn.goal.labels * (1.0 - labels)  # an item without a possible target was aimed at its own labels
+            return turn.goal.labels * (
+                1.0 - labels
+            )  # an item without a possible target was aimed at its own labels
         with torch.no_grad():
             shown = turn.robust[MODALITY].aux
             logits = torch.stack([self.heads[name](shown[name]).float() for name in DOMAINS]).mean(0)
@@ -248,10 +271,13 @@ class SFCLOuter(nn.Module):
             ]
         ).sum()
 
-    def _complementary(self, shown: Shown, labels: Tensor) -> LossTerms:
-        """The two parts of L_comp: what both domains together fail to tell of the labels, and what they share."""
+    def _complementary(self, shown: Progress, labels: Tensor) -> LossTerms:
+        """The two parts of L_comp: what both domains together fail to tell of the labels, and what they
+        share."""
         sets, own = torch.unique(labels, dim=0, return_inverse=True)
         left, right = shown["spatial+"], shown["frequency+"]
         assert self.redundancy is not None
-        told = self.scorers["spatial"](left, right, sets, own) + self.scorers["frequency"](right, left, sets, own)
+        told = self.scorers["spatial"](left, right, sets, own) + self.scorers["frequency"](
+            right, left, sets, own
+        )
         return {"labels": -told, "redundancy": self.alpha * self.redundancy(left, right)}

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Attack
-from robusthash.attacks.threat import Threat
+from robusthash.attacks.threat_model import Threat
 from robusthash.core.hamming import pack
 from robusthash.core.identity import marked_identity
-from robusthash.core.memory import warn
-from robusthash.core.profile import prepared_profile
+from robusthash.core.out_of_memory import warn
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
-from robusthash.evaluation.attacked import Attacked, attack_block
-from robusthash.evaluation.bench import Bench, Progress, in_parts, make_bench, silent
-from robusthash.evaluation.protocol import Measured, Protocol, measure
-from robusthash.evaluation.results import Cost, EvalResult, Setting
-from robusthash.evaluation.robust import (
+from robusthash.evaluation.attack_block import Attacked, attack_block
+from robusthash.evaluation.context import EvaluationContext, Progress, in_parts, make_context, silent
+from robusthash.metrics.distance_histogram import prepared_profile
+from robusthash.metrics.protocol import Measured, Protocol, measure
+from robusthash.metrics.results import Cost, EvalResult, Setting
+from robusthash.metrics.robustness_measures import (
     WorstCase,
     ap_drop,
     flips,
@@ -30,7 +30,7 @@ from robusthash.evaluation.robust import (
     targeted_success_rate,
     worst_case,
 )
-from robusthash.evaluation.stats import bootstrap_interval, intervals
+from robusthash.metrics.statistics import bootstrap_interval, intervals
 from robusthash.models.hasher import Hasher
 
 
@@ -52,13 +52,15 @@ def evaluate(
 
     Args:
         queries: so many of the queries, chosen by content as everywhere; all by default.
-        attack: None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted ones hold
-            the same names with ``t-`` for the target labels and the plain names for the original labels.
+        attack: None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted
+            ones hold the same names with ``t-`` for the target labels and the plain names for the original
+            labels.
         victim_for_gradients: what the attack differentiates, the victim itself by default.
 
-    For several attacks on one victim use ``make_bench`` once, then ``score_clean``, ``score_attack`` and ``worst``.
+    For several attacks on one victim use ``make_context`` once, then ``score_clean``, ``score_attack`` and
+    ``worst``.
     """
-    bench = make_bench(
+    context = make_context(
         victim,
         data,
         protocol,
@@ -70,11 +72,13 @@ def evaluate(
         progress=progress,
     )
     if attack is None:
-        return score_clean(bench)
-    return score_attack(bench, attack, attack_all(bench, attack, victim_for_gradients, progress))
+        return score_clean(context)
+    return score_attack(context, attack, attack_all(context, attack, victim_for_gradients, progress))
 
 
-def attack_all(bench: Bench, attack: Attack, gradients: Hasher | None = None, progress: Progress = silent) -> Attacked:
+def attack_all(
+    context: EvaluationContext, attack: Attack, gradients: Hasher | None = None, progress: Progress = silent
+) -> Attacked:
     """Fit what the attack has to learn, then attack every block of queries.
 
     Blocks that do not fit into memory are attacked in parts, and a warning says so.
@@ -82,30 +86,30 @@ def attack_all(bench: Bench, attack: Attack, gradients: Hasher | None = None, pr
     Raises:
         MemoryError: one query at a time does not fit.
     """
-    attack, parts, found = bench.fitted(attack), bench, list[Attacked]()
+    attack, parts, found = context.fitted(attack), context, list[Attacked]()
 
-    def attacked(bench: Bench, block: int, _: slice) -> Attacked:
-        return attack_block(bench, attack, block, gradients)
+    def attacked(context: EvaluationContext, block: int, _: slice) -> Attacked:
+        return attack_block(context, attack, block, gradients)
 
-    for block in range(bench.blocks):
-        done, parts = in_parts(bench, parts, block, attacked, warn)
+    for block in range(context.blocks):
+        done, parts = in_parts(context, parts, block, attacked, warn)
         found += done
-        progress(block + 1, bench.blocks, attack.name)
+        progress(block + 1, context.blocks, attack.name)
     return Attacked.join(found)
 
 
-def score_clean(bench: Bench) -> EvalResult:
+def score_clean(context: EvaluationContext) -> EvalResult:
     """The clean queries."""
-    measured = measure_codes(bench, bench.query, bench.query_labels)
+    measured = measure_codes(context, context.query, context.query_labels)
     return EvalResult(
-        setting=setting_of(bench),
+        setting=setting_of(context),
         values=measured.values,
         per_query=measured.per_query,
         interval=intervals(measured.per_query),
         reference=measured.reference,
         empty=measured.empty,
         curves=measured.curves,
-        notes=(*bench.notes, *measured.notes),
+        notes=(*context.notes, *measured.notes),
     )
 
 
@@ -125,7 +129,7 @@ class Described(Shape):
     def targeted(self) -> bool: ...
 
 
-def score_attack(bench: Bench, attack: Described, attacked: Attacked) -> EvalResult:
+def score_attack(context: EvaluationContext, attack: Described, attacked: Attacked) -> EvalResult:
     """Score attacked queries against the frozen database."""
     cost = Cost(
         forward=int(attacked.passes[:, 0].sum()),
@@ -133,25 +137,31 @@ def score_attack(bench: Bench, attack: Described, attacked: Attacked) -> EvalRes
         oracle=int(attacked.passes[:, 2:].sum()),
         seconds=float(attacked.seconds.sum()),
     )
-    result = score_targeted(bench, attacked) if attack.targeted else score_untargeted(bench, attacked)
+    result = score_targeted(context, attacked) if attack.targeted else score_untargeted(context, attacked)
     perceptibility = {}
     for name, values in attacked.pixels.items():
-        perceptibility[f"{name}/mean"], perceptibility[f"{name}/max"] = float(values.mean()), float(values.max())
+        perceptibility[f"{name}/mean"], perceptibility[f"{name}/max"] = (
+            float(values.mean()),
+            float(values.max()),
+        )
     steps = int(attacked.fitted.max())
     notes = (*result.notes, *((f"fitted to the victim in {steps} steps",) if steps else ()))
-    return replace(result, setting=setting_of(bench, attack), perceptibility=perceptibility, cost=cost, notes=notes)
+    return replace(
+        result, setting=setting_of(context, attack), perceptibility=perceptibility, cost=cost, notes=notes
+    )
 
 
 def worst(
-    bench: Bench,
+    context: EvaluationContext,
     clean: EvalResult,
     results: Mapping[str, EvalResult],
     by: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> EvalResult:
-    """The worst case of each query over the clean input and every untargeted result, for each AP of the protocol.
+    """The worst case of each query over the clean input and every untargeted result, for each AP of the
+    protocol.
 
-    ``wMAP`` is the mean over queries of the lowest AP, not the lowest of the attacks' means. ``HRS`` sums up clean and
-    worst value above chance.
+    ``wMAP`` is the mean over queries of the lowest AP, not the lowest of the attacks' means. ``HRS`` sums up
+    clean and worst value above chance.
 
     Args:
         results: by attack name; targeted results are listed but take no part.
@@ -159,7 +169,7 @@ def worst(
             ``robust.worst_case``.
     """
     untargeted = {name: r for name, r in results.items() if not any(key.startswith("t-") for key in r.values)}
-    headline = bench.protocol.headline
+    headline = context.protocol.headline
     values: dict[str, float] = {}
     per_query: dict[str, Tensor] = {}
 
@@ -220,19 +230,22 @@ def ap_names(names: Iterable[str]) -> list[str]:
     return [n for n in names if n.startswith("MAP") and not n.endswith(("/optimistic", "/pessimistic"))]
 
 
-def ap_alone(bench: Bench) -> Bench:
+def ap_alone(context: EvaluationContext) -> EvaluationContext:
     """The bench under a protocol of these AP alone, for scores that are made many times."""
-    return replace(bench, protocol=replace(bench.protocol, measures=tuple(ap_names(bench.protocol.measures))))
+    return replace(
+        context, protocol=replace(context.protocol, measures=tuple(ap_names(context.protocol.measures)))
+    )
 
 
-def score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
-    """MAP and its kin under attack, what rounding to eight bits or whole words leaves of it, flips, drop and ASR."""
-    headline, lean = bench.protocol.headline, ap_alone(bench)
-    clean = measure_codes(lean, bench.query, bench.query_labels)
+def score_untargeted(context: EvaluationContext, attacked: Attacked) -> EvalResult:
+    """MAP and its kin under attack, what rounding to eight bits or whole words leaves of it, flips, drop and
+    ASR."""
+    headline, lean = context.protocol.headline, ap_alone(context)
+    clean = measure_codes(lean, context.query, context.query_labels)
     codes = as_codes(attacked.signs[:, 0])
-    measured = measure_codes(bench, codes, bench.query_labels)
+    measured = measure_codes(context, codes, context.query_labels)
     stored = {
-        f"{headline}{ending}": measure_codes(lean, as_codes(signs[:, 0]), bench.query_labels)
+        f"{headline}{ending}": measure_codes(lean, as_codes(signs[:, 0]), context.query_labels)
         for ending, signs in attacked.stored.items()
     }
     before, after = clean.per_query[headline], measured.per_query[headline]
@@ -241,7 +254,7 @@ def score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
     per_query = {
         **measured.per_query,
         **{name: rounded.per_query[headline] for name, rounded in stored.items()},
-        "flips": flips(bench.query, codes).to(torch.float64),
+        "flips": flips(context.query, codes).to(torch.float64),
         "drop": drop,
     }
     values = {
@@ -252,7 +265,7 @@ def score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
         "ASR": success.rate,
     }
     return EvalResult(
-        setting=setting_of(bench),
+        setting=setting_of(context),
         values={name: value for name, value in values.items() if value is not None},
         per_query=per_query,
         interval=intervals(per_query),
@@ -260,28 +273,32 @@ def score_untargeted(bench: Bench, attacked: Attacked) -> EvalResult:
         empty=measured.empty,
         curves=measured.curves,
         notes=measured.notes,
-        representative=_representative(bench, attacked.representative[:, 0], bench.query_labels),
+        representative=_representative(context, attacked.representative[:, 0], context.query_labels),
     )
 
 
-def score_targeted(bench: Bench, attacked: Attacked) -> EvalResult:
+def score_targeted(context: EvaluationContext, attacked: Attacked) -> EvalResult:
     """t-MAP over the targets of each query (mean; the best is ``/max``) and the MAP of the original labels.
 
-    Curves are means over all pairs of a query and a target: ``t-PR`` and its kin of the target labels, ``PR`` of the
-    original ones. A query without a possible target is NaN throughout and counted in ``empty``.
+    Curves are means over all pairs of a query and a target: ``t-PR`` and its kin of the target labels, ``PR``
+    of the original ones. A query without a possible target is NaN throughout and counted in ``empty``.
     """
-    headline, targets, lean = bench.protocol.headline, bench.targets, ap_alone(bench)
+    headline, targets, lean = context.protocol.headline, context.targets, ap_alone(context)
     possible = targets.sum((1, 2)) > 0
     if not possible.any():
-        raise ValueError("no query has a possible target: every label set of the database shares a label with each")
+        raise ValueError(
+            "no query has a possible target: every label set of the database shares a label with each"
+        )
     asked, missing, each = torch.nonzero(possible).flatten(), int((~possible).sum()), targets.shape[1]
     wanted = targets[asked].flatten(0, 1)  # a row for each pair of a query and a target
-    own = bench.query_labels[asked].repeat_interleave(each, 0)
+    own = context.query_labels[asked].repeat_interleave(each, 0)
     codes = as_codes(attacked.signs[asked].flatten(0, 1))
-    unchanged = Codes(bench.query.packed[asked.repeat_interleave(each)], codes.bits, codes.ids)
-    reached, left = measure_codes(bench, codes, wanted), measure_codes(bench, codes, own)
+    unchanged = Codes(context.query.packed[asked.repeat_interleave(each)], codes.bits, codes.ids)
+    reached, left = measure_codes(context, codes, wanted), measure_codes(context, codes, own)
     stored = {
-        f"t-{headline}{ending}": measure_codes(lean, as_codes(signs[asked].flatten(0, 1)), wanted).per_query[headline]
+        f"t-{headline}{ending}": measure_codes(lean, as_codes(signs[asked].flatten(0, 1)), wanted).per_query[
+            headline
+        ]
         for ending, signs in attacked.stored.items()
     }
     columns = {
@@ -299,11 +316,13 @@ def score_targeted(bench: Bench, attacked: Attacked) -> EvalResult:
         per_query[name] = torch.full((len(possible),), float("nan"), dtype=torch.float64)
         per_query[name][asked] = column
     base = per_query.pop("base")
-    values = {name: float(column[asked].nanmean()) for name, column in per_query.items() if not column.isnan().all()}
+    values = {
+        name: float(column[asked].nanmean()) for name, column in per_query.items() if not column.isnan().all()
+    }
     values["t-ASR"] = targeted_success_rate(base[asked], per_query[f"t-{headline}"][asked])
-    steered = _representative(bench, attacked.representative[asked].flatten(0, 1), wanted)
+    steered = _representative(context, attacked.representative[asked].flatten(0, 1), wanted)
     return EvalResult(
-        setting=setting_of(bench),
+        setting=setting_of(context),
         values=values,
         per_query=per_query,
         interval=intervals(per_query),
@@ -315,41 +334,43 @@ def score_targeted(bench: Bench, attacked: Attacked) -> EvalResult:
     )
 
 
-def _representative(bench: Bench, signs: Tensor, labels: Tensor) -> dict[str, float]:
+def _representative(context: EvaluationContext, signs: Tensor, labels: Tensor) -> dict[str, float]:
     """The protocol's AP values with the representative codes as queries; not a bound."""
     if signs.shape[1] == 0:
         return {}
-    measured = measure_codes(bench, as_codes(signs), labels)
+    measured = measure_codes(context, as_codes(signs), labels)
     return {name: value for name, value in measured.values.items() if name.startswith("MAP")}
 
 
-def measure_codes(bench: Bench, query: Codes, labels: Tensor) -> Measured:
+def measure_codes(context: EvaluationContext, query: Codes, labels: Tensor) -> Measured:
     """Any codes in place of the queries, under the protocol of the bench."""
-    profile = prepared_profile(query, labels, bench.prepared)
-    return measure(bench.protocol, query, labels, bench.database, bench.database_labels, profile=profile)
+    profile = prepared_profile(query, labels, context.prepared)
+    return measure(
+        context.protocol, query, labels, context.database, context.database_labels, profile=profile
+    )
 
 
-def setting_of(bench: Bench, attack: Described | None = None) -> Setting:
+def setting_of(context: EvaluationContext, attack: Described | None = None) -> Setting:
     """The fields that the bench and the attack know; the run adds the model's."""
     letters = {"image": "I", "text": "T"}
-    note = f" ({bench.data.note})" if bench.data.note else ""
-    digests = {"database": bench.data.database.fingerprint(), "queries": bench.queries.fingerprint()}
+    note = f" ({context.data.note})" if context.data.note else ""
+    digests = {"database": context.data.database.fingerprint(), "queries": context.queries.fingerprint()}
     if isinstance(attack, Attack):
         digests["budget"] = marked_identity(attack.budget_settings())
     return Setting(
         model="",
-        database=f"{bench.data.name}:database[{len(bench.data.database)}]{note}",
-        queries=f"{bench.data.name}:query[{len(bench.queries)}]",
-        protocol=bench.protocol.settings(),
-        direction="2".join(letters[modality] for modality in bench.direction),
-        bits=bench.victim.bits,
+        database=f"{context.data.name}:database[{len(context.data.database)}]{note}",
+        queries=f"{context.data.name}:query[{len(context.queries)}]",
+        protocol=context.protocol.settings(),
+        direction="2".join(letters[modality] for modality in context.direction),
+        bits=context.victim.bits,
         threat=attack.threat.name if attack else "none",
         attacks=(attack.name,) if attack else (),
         budget=attack.budget if attack else "",
-        seeds=(bench.seed,),
+        seeds=(context.seed,),
         digests=digests,
-        defense=bench.victim.declared,
-        chosen=bench.chosen,
+        defense=context.victim.declared,
+        chosen=context.chosen,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from robusthash.index.base import CodeIndex, Within
-from robusthash.index.local import LocalIndex
+from robusthash.index.local_index import LocalIndex
 
 __all__ = ["CodeIndex", "LocalIndex", "Within", "open_index"]
 
@@ -28,6 +28,8 @@ def open_index(url: str, bits: int | None = None, engine: str = "faiss", create:
         raise ValueError(f"an index address is file:DIR, got {url!r}; supported schemes: file")
     if rest.startswith("//"):
         if not rest.startswith("///"):
-            raise ValueError(f"{url!r} names a host; write file:DIR or file:///DIR for a directory of this machine")
+            raise ValueError(
+                f"{url!r} names a host; write file:DIR or file:///DIR for a directory of this machine"
+            )
         rest = rest[2:]
     return LocalIndex(Path(rest).expanduser(), bits, engine, create)

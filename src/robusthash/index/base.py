@@ -36,16 +36,19 @@ class CodeIndex(ABC):
 
     The contract, the same for every exact adapter:
 
-    * ``search`` returns exactly what ``core.hamming.topk`` returns on the items held, ordered by (distance, id), with
-      ties at rank k resolved by the same rule; -1 fills the ranks that no item has; ``Ranking.cut`` is False.
+    * ``search`` returns exactly what ``core.hamming.topk`` returns on the items held, ordered by (distance,
+      id), with ties at rank k resolved by the same rule; -1 fills the ranks that no item has; ``Ranking.cut``
+      is False.
     * An adapter that cannot keep the rule, or is approximate by its nature, says so in ``Ranking.cut``.
-    * A write is acknowledged (the call returns) only when it survives a kill, and happens whole or not at all.
-    * Codes of another origin than those held are refused by ``add``, ``search`` and ``range`` alike; codes without an
-      origin, and an index whose codes came without one, are accepted. An emptied index takes any origin.
-    * ``where`` narrows the items before they are ranked. It is either a collection of allowed ids, where unknown ones
-      are ignored, or a mapping of payload values: ``{"label": "cat", "year": [2024, 2025]}`` keeps the items whose
-      label is cat and whose year is either. A payload value that is itself a list matches by any of its members.
-      Filtered queries are answered by an exact scan of the allowed items.
+    * A write is acknowledged (the call returns) only when it survives a kill, and happens whole or not at
+      all.
+    * Codes of another origin than those held are refused by ``add``, ``search`` and ``range`` alike; codes
+      without an origin, and an index whose codes came without one, are accepted. An emptied index takes any
+      origin.
+    * ``where`` narrows the items before they are ranked. It is either a collection of allowed ids, where
+      unknown ones are ignored, or a mapping of payload values: ``{"label": "cat", "year": [2024, 2025]}``
+      keeps the items whose label is cat and whose year is either. A payload value that is itself a list
+      matches by any of its members. Filtered queries are answered by an exact scan of the allowed items.
 
     Wrong input raises ``ValueError`` and changes nothing.
     """
@@ -69,8 +72,8 @@ class CodeIndex(ABC):
             payload: N JSON objects, returned by ``payload`` and matched by ``where``; none by default.
 
         Raises:
-            ValueError: for codes of another length or another origin, an id given twice or held already, or a payload
-                that JSON cannot write.
+            ValueError: for codes of another length or another origin, an id given twice or held already, or a
+                payload that JSON cannot write.
             OSError: when the disk is full; the index is unchanged and usable.
         """
 
@@ -141,7 +144,9 @@ class CodeIndex(ABC):
     def __enter__(self) -> CodeIndex:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -180,15 +185,19 @@ def as_rows(codes: Codes, bits: int) -> np.ndarray:
     """The packed rows of ``codes`` as a contiguous (N, ceil(K / 8)) uint8 array, checked against ``bits``.
 
     Raises:
-        ValueError: for codes of another length, rows of another width or type, another number of ids, or padding
-            that is not zero, which would count as distance.
+        ValueError: for codes of another length, rows of another width or type, another number of ids, or
+            padding that is not zero, which would count as distance.
     """
     if codes.bits != bits:
-        raise ValueError(f"codes of {codes.bits} bits do not fit an index of {bits} bits; encode with the same model")
+        raise ValueError(
+            f"codes of {codes.bits} bits do not fit an index of {bits} bits; encode with the same model"
+        )
     width = (bits + 7) // 8
     if str(codes.packed.dtype) != "torch.uint8" or codes.packed.ndim != 2 or codes.packed.shape[1] != width:
         found = f"{tuple(codes.packed.shape)} {codes.packed.dtype}"
-        raise ValueError(f"codes of {bits} bits are (N, {width}) torch.uint8 rows, got {found}; use hamming.pack")
+        raise ValueError(
+            f"codes of {bits} bits are (N, {width}) torch.uint8 rows, got {found}; use hamming.pack"
+        )
     if len(codes.ids) != len(codes.packed):
         raise ValueError(f"{len(codes.packed)} codes with {len(codes.ids)} ids")
     rows = np.ascontiguousarray(codes.packed.cpu().numpy())

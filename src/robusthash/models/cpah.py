@@ -1,4 +1,5 @@
-"""CPAH's encoders: any encoder, two layers, and a mask that parts what modalities share from what is one's own."""
+"""CPAH's encoders: any encoder, two layers, and a mask that parts what modalities share from what is one's
+own."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ _PAPER = "Xie et al., IEEE TIP 2020"
 
 
 class CommonPrivate(nn.Module):
-    """f = two layers (Linear, BatchNorm, ReLU) on an encoder's features; the common part is m f, m = sigma(W f + b).
+    """f = two layers (Linear, BatchNorm, ReLU) on an encoder's features; the common part is m f, m = sigma(W
+    f + b).
 
-    Returns the common part as features (B, D) and the private part f - m f in aux as ``private`` (B, D). The mask is
-    used in training and at test alike. BatchNorm cannot train on a batch of one item.
+    Returns the common part as features (B, D) and the private part f - m f in aux as ``private`` (B, D). The
+    mask is used in training and at test alike. BatchNorm cannot train on a batch of one item.
 
     Args:
         inner: the encoder before it, with ``.width``.
@@ -67,8 +69,8 @@ def cpah_text(vocabulary: int, inner: str | Mapping[str, Any] = "mlp", width: in
 
     Args:
         vocabulary: V, known from the data.
-        inner: name or settings of the text encoder before it. The public code has none: bags enter the two layers, and
-            one layer more stands before them here.
+        inner: name or settings of the text encoder before it. The public code has none: bags enter the two
+            layers, and one layer more stands before them here.
         width: D of both parts; the same as the image side's.
     """
     return CommonPrivate(build("text-encoder", inner, vocabulary=vocabulary), width)

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from robusthash.core.registry import register
-from robusthash.models.frequency import BlockDCT
-from robusthash.models.purified import Encode, Purifier
+from robusthash.models.block_dct import BlockDCT
+from robusthash.models.purifier import Encode, Purifier
 
 GateKind = Literal["block", "pixel", "pixel+freq", "global", "low-pass", "none"]
 
 CHANNELS = 3
 HIDDEN_BLOCK = 121
 HIDDEN_PIXEL = 173
-"""Widths with which the block gate has 31,161 parameters and the pixel gate 30,968: "about 3.1e4" in the paper."""
+"""Widths with which the block gate has 31,161 parameters and the pixel gate 30,968: "about 3.1e4" in the
+paper."""
 EMBEDDED = 16
 
 
@@ -47,7 +48,8 @@ class PixelLogits(nn.Module):
     """The three magnitudes of one coefficient -> its logit, by one network for all: 3 -> 173 -> 173 -> 1.
 
     Args:
-        placed: it also sees a learned 16-vector of the frequency (u, v); else it knows it only by its magnitude.
+        placed: it also sees a learned 16-vector of the frequency (u, v); else it knows it only by its
+            magnitude.
     """
 
     def __init__(self, block: int, start: float, placed: bool) -> None:
@@ -74,33 +76,45 @@ class GlobalLogits(nn.Module):
         return self.bias.expand(*sizes.shape[:2], *sizes.shape[3:])
 
 
-@register("purifier", "spectral-gate", paper="SAAH, SIGIR 2026", evidence="paper", modality="image", state="measured")
+@register(
+    "purifier",
+    "spectral-gate",
+    paper="SAAH, SIGIR 2026",
+    evidence="paper",
+    modality="image",
+    state="measured",
+)
 class SpectralGate(Purifier):
-    """P(x) = IDCT(z * m), z = DCT(x) by blocks, m = m_min + (1 - m_min) sigmoid(g(|z|) / tau) (SAAH, Eq. 5-7).
+    """P(x) = IDCT(z * m), z = DCT(x) by blocks, m = m_min + (1 - m_min) sigmoid(g(|z|) / tau) (SAAH, Eq.
+    5-7).
 
-    The gate weighs every frequency of every block, alike in the three channels. Its result is not clipped to [0, 1],
-    which would kill gradients. It starts at m = rho exactly: the last layer's weights are zero, and its bias is
-    tau ln(p / (1 - p)) with p = (rho - m_min) / (1 - m_min), that is -0.1054 by default.
+    The gate weighs every frequency of every block, alike in the three channels. Its result is not clipped to
+    [0, 1], which would kill gradients. It starts at m = rho exactly: the last layer's weights are zero, and
+    its bias is tau ln(p / (1 - p)) with p = (rho - m_min) / (1 - m_min), that is -0.1054 by default.
 
-    It shows ``gate``, (B, P, n, n) m by block and frequency in [m_min, 1], and ``excess``, (B,) mean of m minus rho.
+    It shows ``gate``, (B, P, n, n) m by block and frequency in [m_min, 1], and ``excess``, (B,) mean of m
+    minus rho.
 
     Args:
-        kind: ``block`` (ours; see below), ``pixel``, ``pixel+freq``; for ablations ``global`` (one learned n x n gate),
-            ``low-pass`` (m = 1 where u + v <= cutoff, else 0; nothing to learn) and ``none`` (the identity).
+        kind: ``block`` (ours; see below), ``pixel``, ``pixel+freq``; for ablations ``global`` (one learned n
+            x n gate), ``low-pass`` (m = 1 where u + v <= cutoff, else 0; nothing to learn) and ``none`` (the
+            identity).
         block: side n of a block.
         rho: mean gate at the start, and the retention that ``excess`` is measured from; between m_min and 1.
         m_min: least gate, in [0, 1).
         tau: temperature of the sigmoid, above 0.
-        input: what the gate sees of a magnitude: ``log1p`` (ours) or ``raw`` (the text; up to n * 1, mostly < 0.3).
-        center: gate x - 0.5 instead of x, so that m = 0.5 does not halve the brightness (ours; off as in the text).
+        input: what the gate sees of a magnitude: ``log1p`` (ours) or ``raw`` (the text; up to n * 1, mostly <
+            0.3).
+        center: gate x - 0.5 instead of x, so that m = 0.5 does not halve the brightness (ours; off as in the
+            text).
         cutoff: of ``low-pass``; n - 1 by default, which keeps 36 of 64 frequencies.
 
     Raises:
         ValueError: an option outside its range; later, images whose sides are not multiples of the block.
 
-    Differs: the text maps the 3 magnitudes of a coefficient to its logit (``pixel``), which cannot know its frequency
-    but by magnitude; 31,161 parameters of ``block``, a number that depends on the block size as the text's does, agree
-    with it as well, and are the default.
+    Differs: the text maps the 3 magnitudes of a coefficient to its logit (``pixel``), which cannot know its
+    frequency but by magnitude; 31,161 parameters of ``block``, a number that depends on the block size as the
+    text's does, agree with it as well, and are the default.
     """
 
     declares = "gate"
@@ -163,7 +177,8 @@ class SpectralGate(Purifier):
         return self.weighed(x, self.gate)
 
     def weighed(self, x: Tensor, rule: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """P(x) with the gate that ``rule`` gives the coefficients: its own, or one that an attacker supposes."""
+        """P(x) with the gate that ``rule`` gives the coefficients: its own, or one that an attacker
+        supposes."""
         z = self.coefficients(x)
         m = rule(z)
         shown = {"gate": m, "excess": m.flatten(1).mean(1) - self.rho}

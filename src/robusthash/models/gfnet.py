@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from robusthash.core.registry import register
-from robusthash.models.image import ImageEncoder
-from robusthash.models.weights import load_weights
+from robusthash.models.image_encoders import ImageEncoder
+from robusthash.models.pretrained_weights import load_weights
 
 
 class GlobalFilter(nn.Module):
@@ -17,8 +17,8 @@ class GlobalFilter(nn.Module):
         grid: n, even or odd.
         dim: channels C.
 
-    ``complex_weight`` is (n, n // 2 + 1, C, 2), real and imaginary part, drawn from N(0, 0.02^2) as in the code. The
-    transform runs in float32 (float64 for a float64 model), under autocast too.
+    ``complex_weight`` is (n, n // 2 + 1, C, 2), real and imaginary part, drawn from N(0, 0.02^2) as in the
+    code. The transform runs in float32 (float64 for a float64 model), under autocast too.
     """
 
     def __init__(self, grid: int, dim: int) -> None:
@@ -83,7 +83,8 @@ class PatchEmbedding(nn.Module):
 
 
 class GFNet(nn.Module):
-    """Patches, position, blocks, LayerNorm, mean over the tokens. Parameters are named as in the authors' code.
+    """Patches, position, blocks, LayerNorm, mean over the tokens. Parameters are named as in the authors'
+    code.
 
     Raises:
         ValueError: sides that the patches do not divide; an image of another size than it was made for.
@@ -92,7 +93,9 @@ class GFNet(nn.Module):
     def __init__(self, size: int, patch: int, dim: int, depth: int, ratio: int, drop_path: float) -> None:
         super().__init__()
         if patch < 1 or size < patch or size % patch:
-            raise ValueError(f"a patch of {patch} px does not divide images of {size} px; choose one that does")
+            raise ValueError(
+                f"a patch of {patch} px does not divide images of {size} px; choose one that does"
+            )
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path is a probability in [0, 1), got {drop_path:g}")
         if depth < 1:
@@ -140,7 +143,8 @@ def gfnet(
 ) -> ImageEncoder:
     """GFNet, D = ``dim``; the defaults are GFNet-Ti (7,254,784 parameters). Takes images of ``size`` px only.
 
-    Scaled down, keep at least 8 patches a side: 64 px with patch 8, 32 px with patch 4; ``dim`` 64, ``depth`` 4.
+    Scaled down, keep at least 8 patches a side: 64 px with patch 8, 32 px with patch 4; ``dim`` 64, ``depth``
+    4.
 
     Args:
         size: side of the images, for which the filters are made.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robusthash.core.registry import build
 from robusthash.core.runtime import seed_everything
 from robusthash.core.types import HashOutput, Inputs, Outputs
-from robusthash.models.purified import IdentityBackward
+from robusthash.models.purifier import IdentityBackward
 
 Defense = Literal["plain", "adversarial", "gate", "mask", "purifier", "randomised", "detector"]
 Sides = Literal["query", "both"]
@@ -61,7 +61,9 @@ class Hasher(nn.Module):
         self.bits = bits.pop()
         self.spec = dict(spec or {})
         self.declared = declared
-        self._frozen: list[nn.Parameter] = []  # these two in lists, so that they are not registered a second time
+        self._frozen: list[
+            nn.Parameter
+        ] = []  # these two in lists, so that they are not registered a second time
         self._still: list[nn.Module] = []
 
     @property
@@ -75,8 +77,9 @@ class Hasher(nn.Module):
         return torch.device("cpu") if held is None else held.device
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Hold these parameters in training: no gradient, and modules that hold no others stay in eval mode, so that
-        BatchNorm keeps its statistics and dropout is off. What an earlier call froze and this one does not, learns.
+        """Hold these parameters in training: no gradient, and modules that hold no others stay in eval mode,
+        so that BatchNorm keeps its statistics and dropout is off. What an earlier call froze and this one
+        does not, learns.
         """
         for parameter in self._frozen:
             parameter.requires_grad_(True)
@@ -102,10 +105,15 @@ class Hasher(nn.Module):
 
     def bare(self) -> Hasher:
         """The same encoders and heads without the purifiers: what an oblivious attack differentiates."""
-        return Hasher(dict(self.encoders), dict(self.heads), self.spec, self.declared) if self.purifiers else self
+        return (
+            Hasher(dict(self.encoders), dict(self.heads), self.spec, self.declared)
+            if self.purifiers
+            else self
+        )
 
     def seen_by(self, view: View) -> Hasher:
-        """What an attacker differentiates: everything, the bare hasher (oblivious), or purifiers as the identity."""
+        """What an attacker differentiates: everything, the bare hasher (oblivious), or purifiers as the
+        identity."""
         if view == "white-box":
             return self
         if not self.purifiers:
@@ -116,7 +124,8 @@ class Hasher(nn.Module):
         return Hasher(dict(self.encoders), dict(self.heads), self.spec, self.declared, wrapped, self.sides)
 
     def for_database(self) -> Hasher:
-        """The victim that encodes the database: itself, or without purifiers where those are for queries only."""
+        """The victim that encodes the database: itself, or without purifiers where those are for queries
+        only."""
         return self.bare() if self.sides == "query" else self
 
     def forward(self, inputs: Inputs) -> Outputs:
@@ -136,15 +145,16 @@ class Hasher(nn.Module):
     def _hash(self, modality: str, values: Tensor) -> HashOutput:
         features, aux = self.encoders[modality](values)
         logits, code, scale = self.heads[modality](features)
-        # under autocast these are bf16; codes are decided, and compared with references, in torch's default dtype:
-        # float32, unless somebody wants the digits that finite differences need
+        # under autocast these are bf16; codes are decided, and compared with references, in torch's default
+        # dtype: float32, unless somebody wants the digits that finite differences need
         logits, code = (values.to(torch.get_default_dtype()) for values in (logits, code))
         return HashOutput(logits, code, features, aux, scale)
 
 
 @contextlib.contextmanager
 def frozen(victim: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; mode and flags of every module and parameter are restored."""
+    """Eval mode and no parameter gradients inside; mode and flags of every module and parameter are
+    restored."""
     modes = [(module, module.training) for module in victim.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in victim.parameters()]
     victim.eval()
@@ -198,7 +208,9 @@ def build_hasher(
         encoders["image"] = build("image-encoder", image)
     if text is not None:
         if vocabulary is None:
-            raise ValueError("a text encoder needs data with texts: this data set has none (is texts: true set?)")
+            raise ValueError(
+                "a text encoder needs data with texts: this data set has none (is texts: true set?)"
+            )
         encoders["text"] = build("text-encoder", text, vocabulary=vocabulary)
     heads = {name: build("head", head, width=encoder.width, bits=bits) for name, encoder in encoders.items()}
     for encoder in encoders.values():  # one that is itself a defense says of which class
@@ -207,13 +219,22 @@ def build_hasher(
     if text is not None:  # a run is opened again without files of weights: what else they said is kept
         remembered = getattr(encoders["text"], "remembered", {})
         text = {**({"name": text} if isinstance(text, str) else text), **remembered} if remembered else text
-    spec = {"bits": bits, "image": image, "text": text, "head": head, "declared": declared, "vocabulary": vocabulary}
+    spec = {
+        "bits": bits,
+        "image": image,
+        "text": text,
+        "head": head,
+        "declared": declared,
+        "vocabulary": vocabulary,
+    }
     # channels-last was measured 1.3 times faster in float32 on a CPU, and is what tensor cores want
     hasher = Hasher(encoders, heads, spec, declared).to(memory_format=torch.channels_last)
     return purified(hasher, purifiers, sides, seed) if purifiers else hasher
 
 
-def purified(hasher: Hasher, purifiers: Mapping[str, Component], sides: Sides = "both", seed: int = 0) -> Hasher:
+def purified(
+    hasher: Hasher, purifiers: Mapping[str, Component], sides: Sides = "both", seed: int = 0
+) -> Hasher:
     """The same hasher, its modules shared, with new purifiers before its encoders.
 
     Args:

@@ -34,7 +34,9 @@ class LinearHead(nn.Module):
         super().__init__()
         self.bits = bits
         self.linear = nn.Linear(width, bits)
-        self.register_buffer("size", torch.ones(()))  # running mean |logit|, so that an attack's tanh does not saturate
+        self.register_buffer(
+            "size", torch.ones(())
+        )  # running mean |logit|, so that an attack's tanh does not saturate
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
         logits = self.linear(features)
@@ -63,8 +65,9 @@ class MLPHead(nn.Module):
     """Linear layers with ReLU between and tanh: the hash layer of SFCL and DSARH.
 
     Args:
-        hidden: width of the hidden layer, 512 in both papers, or the widths of several. DSARH's image net after the
-            convolutions, 4096-512, is ``[4096, 512]``; after an AlexNet up to its second layer of 4096, 512.
+        hidden: width of the hidden layer, 512 in both papers, or the widths of several. DSARH's image net
+            after the convolutions, 4096-512, is ``[4096, 512]``; after an AlexNet up to its second layer of
+            4096, 512.
 
     Raises:
         ValueError: no hidden layer (that is the head ``tanh``), or one without a unit.
@@ -75,7 +78,9 @@ class MLPHead(nn.Module):
         given = hidden
         hidden = list(given) if isinstance(given, Sequence) else [given]
         if not hidden or not all(type(size) is int and size >= 1 for size in hidden):
-            raise ValueError(f"hidden must be one or several widths of at least 1, got {given!r}; without, use 'tanh'")
+            raise ValueError(
+                f"hidden must be one or several widths of at least 1, got {given!r}; without, use 'tanh'"
+            )
         self.bits = bits
         layers: list[nn.Module] = []
         for inputs, outputs in zip((width, *hidden), hidden, strict=False):

@@ -21,14 +21,15 @@ class Separation(nn.Module):
     """Splits features into a robust and a non-robust part by a learned mask: f+ = m o f, f- = f - f+.
 
     r = MLP(f); with noise, m = sigmoid((r + g1 - g2) / tau), g Gumbel, which is the two-way Gumbel softmax of
-    sigmoid(r) exactly (log s(r) - log(1 - s(r)) = r). Noise in training only: without it m = sigmoid(r / tau), which is
-    soft and deterministic.
+    sigmoid(r) exactly (log s(r) - log(1 - s(r)) = r). Noise in training only: without it m = sigmoid(r /
+    tau), which is soft and deterministic.
 
     Args:
         width: D of the features.
         hidden: of the MLP.
         tau: temperature.
-        hard_eval: outside training, m = 1[r >= 0]; its gradient is that of the soft mask, so that attacks see it.
+        hard_eval: outside training, m = 1[r >= 0]; its gradient is that of the soft mask, so that attacks see
+            it.
     """
 
     def __init__(self, width: int, hidden: int = 256, tau: float = 1.0, hard_eval: bool = False) -> None:
@@ -43,7 +44,8 @@ class Separation(nn.Module):
         """(B, D) -> (B, D) in [0, 1].
 
         Args:
-            kind: ``own``: noisy in training, else hard or soft by ``hard_eval``. ``hard`` has the soft mask's gradient.
+            kind: ``own``: noisy in training, else hard or soft by ``hard_eval``. ``hard`` has the soft mask's
+                gradient.
         """
         if kind == "own":
             kind = "noisy" if self.training else "hard" if self.hard_eval else "soft"
@@ -73,19 +75,22 @@ class Exchange(nn.Module):
         return features + self.gamma * torch.sigmoid(self.linear(others))
 
 
-@register("image-encoder", "sfcl", paper="SFCL, ICMR 2026", evidence="paper", modality="image", state="measured")
+@register(
+    "image-encoder", "sfcl", paper="SFCL, ICMR 2026", evidence="paper", modality="image", state="measured"
+)
 class SFCLEncoder(nn.Module):
     """Spatial and frequency features, separated by masks (SFRG) and fused (RAFF); D = ``width``.
 
-    f+_s, f+_f from the separation nets; f~_s = f+_s + g_s sigmoid(W_sf f+_f), f~_f likewise with the sides exchanged;
-    features = MLP [f~_s | f~_f] with GELU. ``aux`` shows, for ``spatial`` and ``frequency``, the ungated features under
-    that name and f+ and f- under ``spatial+``, ``spatial-`` and so on: what the outer loss ``sfcl`` works on.
-    The defaults are the paper's pair at 224 px, AlexNet and GFNet-Ti.
+    f+_s, f+_f from the separation nets; f~_s = f+_s + g_s sigmoid(W_sf f+_f), f~_f likewise with the sides
+    exchanged; features = MLP [f~_s | f~_f] with GELU. ``aux`` shows, for ``spatial`` and ``frequency``, the
+    ungated features under that name and f+ and f- under ``spatial+``, ``spatial-`` and so on: what the outer
+    loss ``sfcl`` works on. The defaults are the paper's pair at 224 px, AlexNet and GFNet-Ti.
 
     Args:
         spatial: an ``image-encoder`` name or settings.
         frequency: another; two spatial backbones are the control of the paper's idea.
-        width: of the fused features and of the fusion's hidden layer (paper: hidden 512; its output is not told).
+        width: of the fused features and of the fusion's hidden layer (paper: hidden 512; its output is not
+            told).
         hidden: of the separation nets.
         tau: temperature of the masks, 1 in the paper.
         separate: False: masks are 1, and ``aux`` shows no f- (ablation S).
@@ -132,7 +137,9 @@ class SFCLEncoder(nn.Module):
         """(B, 3, H, W) -> (B, ``width``) and what the outer loss needs."""
         return self.seen(x)
 
-    def seen(self, x: Tensor, mask: MaskKind = "own", only: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def seen(
+        self, x: Tensor, mask: MaskKind = "own", only: str | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """``forward`` as an attacker may look at it.
 
         Args:

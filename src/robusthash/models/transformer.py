@@ -13,17 +13,22 @@ from torch import Tensor, nn
 from robusthash.core.registry import register
 
 
-@register("text-encoder", "transformer", paper="Devlin et al. 2019 (BERT)", evidence="library", modality="text")
+@register(
+    "text-encoder", "transformer", paper="Devlin et al. 2019 (BERT)", evidence="library", modality="text"
+)
 class TextTransformer(nn.Module):
-    """A transformer of the BERT kind, read from a folder; features are its [CLS] state or the mean over the tokens.
+    """A transformer of the BERT kind, read from a folder; features are its [CLS] state or the mean over the
+    tokens.
 
-    SFCL encodes texts by BERT-base. Padding, the id ``pad_token_id`` of the model's configuration, is masked, so the
-    features do not depend on how far a text is padded. Frozen, it stays in eval mode and makes no gradients, so that
-    training a head costs one forward pass a batch; nothing is computed ahead. Attacks differentiate at ``embedding``.
+    SFCL encodes texts by BERT-base. Padding, the id ``pad_token_id`` of the model's configuration, is masked,
+    so the features do not depend on how far a text is padded. Frozen, it stays in eval mode and makes no
+    gradients, so that training a head costs one forward pass a batch; nothing is computed ahead. Attacks
+    differentiate at ``embedding``.
 
     Args:
-        weights: folder with ``config.json`` and ``model.safetensors``. Local files only, no pickle, no foreign code.
-            None is a new model of ``config``, as when a trained run, which has all weights, is opened again.
+        weights: folder with ``config.json`` and ``model.safetensors``. Local files only, no pickle, no
+            foreign code. None is a new model of ``config``, as when a trained run, which has all weights, is
+            opened again.
         trainable: train its weights too.
         config: what ``config.json`` says; of use without ``weights`` only.
         pooling: ``cls``, the last state of the first token, or ``mean``, of all tokens that are no padding.
@@ -75,7 +80,8 @@ class TextTransformer(nn.Module):
         mask = (ids != self.padding).long()
         # the first token is [CLS] and always seen: a text of padding alone would have nothing to attend to
         mask[:, 0] = 1
-        # frozen weights and whole numbers record nothing for a backward pass, and an attack may ask at the embeddings
+        # frozen weights and whole numbers record nothing for a backward pass, and an attack may ask at the
+        # embeddings
         states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         if self.pooling == "cls":
             return states[:, 0], {}
@@ -103,7 +109,9 @@ def _transformers() -> Any:
     try:
         import transformers  # seconds to import, and only this encoder needs it
     except ImportError as error:
-        raise ImportError("the text encoder 'transformer' needs transformers: pip install robusthash[text]") from error
+        raise ImportError(
+            "the text encoder 'transformer' needs transformers: pip install robusthash[text]"
+        ) from error
     return transformers
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robusthash.core.labels import relevant
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
-from robusthash.objectives.memory import CodeMemory
+from robusthash.objectives.code_memory import CodeMemory
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class TrainFacts:
     seed: int
     share_similar: float  # share of ordered pairs of training items that share a label
     widths: Mapping[str, int] = field(default_factory=dict)  # feature width D of each modality's encoder
-    shown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # widths of what encoders show in ``aux``
+    shown: Mapping[str, Mapping[str, int]] = field(
+        default_factory=dict
+    )  # widths of what encoders show in ``aux``
 
     @property
     def classes(self) -> int:
@@ -43,7 +45,8 @@ def share_similar(labels: Tensor, block: int = 1024) -> float:
 def quantisation(output: HashOutput) -> Tensor:
     """(B,) mean squared distance of the relaxed code to its own sign, the sign held constant.
 
-    Written with the absolute value, which is the same, so that a NaN reaches the loss and the loop can say where.
+    Written with the absolute value, which is the same, so that a NaN reaches the loss and the loop can say
+    where.
     """
     return (output.code.abs() - 1.0).square().mean(1)
 
@@ -52,13 +55,16 @@ class HashObjective(nn.Module, ABC):
     """Interface. Minimised; every term is per item, so that an attack may ascend it alone.
 
     A pairwise objective compares a code with reference codes; a center objective ignores them.
-    Over several modalities the terms are averaged over the pairs of an output and the memory of a modality, so that the
-    image-only case and the image-text case are the same lines, and an attacked image alone is still compared with both.
+    Over several modalities the terms are averaged over the pairs of an output and the memory of a modality,
+    so that the image-only case and the image-text case are the same lines, and an attacked image alone is
+    still compared with both.
     """
 
     supervised: ClassVar[bool] = True
     intra: ClassVar[bool] = True  # of several modalities, a code is compared with its own one's memory too
-    training_only: ClassVar[tuple[str, ...]] = ("critics",)  # modules that setup makes and only training needs
+    training_only: ClassVar[tuple[str, ...]] = (
+        "critics",
+    )  # modules that setup makes and only training needs
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,6 +114,8 @@ class HashObjective(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__} is supervised, and this batch has no labels")
         pairs = self.pairs(outputs, memory)
         return {
-            "similarity": torch.stack([self.similarity(o, labels, c, bank_labels).mean() for o, c in pairs]).mean(),
+            "similarity": torch.stack(
+                [self.similarity(o, labels, c, bank_labels).mean() for o, c in pairs]
+            ).mean(),
             "regularisation": torch.stack([self.regularisation(o).mean() for o in outputs.values()]).mean(),
         }

@@ -1,4 +1,5 @@
-"""CPAH: a shared part of both modalities' features, told from their private parts, and pairwise likelihood."""
+"""CPAH: a shared part of both modalities' features, told from their private parts, and pairwise
+likelihood."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
 from robusthash.objectives.base import TrainFacts
+from robusthash.objectives.code_memory import CodeMemory
 from robusthash.objectives.critics import FAKE, REAL, Critic, critic_loss, deceive, one_width, seeded_linear
-from robusthash.objectives.crossmodal import CrossLikelihood
-from robusthash.objectives.memory import CodeMemory
+from robusthash.objectives.cross_modal import CrossLikelihood
 
 PRIVATE_OF_IMAGE, COMMON, PRIVATE_OF_TEXT = range(3)
 """Classes of the consistency classifier."""
@@ -22,10 +23,10 @@ PRIVATE_OF_IMAGE, COMMON, PRIVATE_OF_TEXT = range(3)
 class CPAH(CrossLikelihood):
     """CPAH: consistency-preserving adversarial hashing, for hashers whose encoders are ``cpah``.
 
-    L = NLL(h_i . U_j / 2, S) + beta mean (B - h)^2 + alpha (L_cons + L_cls) + adversarial * -log sigma(D(f_c text)),
-    L_cons the cross-entropy of a 3-way classifier on {image-private, common, text-private} features, L_cls the binary
-    cross-entropy of a label classifier per modality on common features. The critic D, in the group "critic", tells
-    common image (real) from common text (fake) features with gradient penalty 10.
+    L = NLL(h_i . U_j / 2, S) + beta mean (B - h)^2 + alpha (L_cons + L_cls) + adversarial * -log sigma(D(f_c
+    text)), L_cons the cross-entropy of a 3-way classifier on {image-private, common, text-private} features,
+    L_cls the binary cross-entropy of a label classifier per modality on common features. The critic D, in the
+    group "critic", tells common image (real) from common text (fake) features with gradient penalty 10.
 
     Args:
         alpha: weight of the consistency and the label classifiers.
@@ -38,11 +39,12 @@ class CPAH(CrossLikelihood):
     Raises:
         ValueError: at ``setup``, feature widths that differ; in training, encoders without a private part.
 
-    Differs (only third-party code and no paper text was at hand): every term is a mean, with weights of our choice (the
-    code sums, with 100 before the adversarial term, 0.1 for alpha and 1 for beta); the consistency loss is taken on the
-    classifier's output, which that code makes and never uses; the mask is used at test too, and nothing is detached
-    between pixels and code; references are the memory instead of the batch; B follows the memory at every step.
-    Over one modality alone there is no critic, and the classifiers see that modality.
+    Differs (only third-party code and no paper text was at hand): every term is a mean, with weights of our
+    choice (the code sums, with 100 before the adversarial term, 0.1 for alpha and 1 for beta); the
+    consistency loss is taken on the classifier's output, which that code makes and never uses; the mask is
+    used at test too, and nothing is detached between pixels and code; references are the memory instead of
+    the batch; B follows the memory at every step. Over one modality alone there is no critic, and the
+    classifiers see that modality.
     """
 
     training_only = ("critics", "classifiers")
@@ -83,7 +85,8 @@ class CPAH(CrossLikelihood):
             self.critics = Critic(width, (self.hidden,), draws.within("critic"))
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
-        """The terms of every cross-modal objective, ``consistency``, ``labels``, and for texts ``adversarial``."""
+        """The terms of every cross-modal objective, ``consistency``, ``labels``, and for texts
+        ``adversarial``."""
         terms = super().forward(outputs, batch, memory)
         terms["consistency"] = self.alpha * self.consistency(outputs)
         told = [self._label_loss(name, output, batch) for name, output in outputs.items()]
@@ -103,7 +106,9 @@ class CPAH(CrossLikelihood):
                 )
             own = PRIVATE_OF_IMAGE if name == REAL else PRIVATE_OF_TEXT
             features += [output.features, output.aux["private"]]
-            kinds += [torch.full((len(output.code),), kind, device=output.code.device) for kind in (COMMON, own)]
+            kinds += [
+                torch.full((len(output.code),), kind, device=output.code.device) for kind in (COMMON, own)
+            ]
         return cross_entropy(self.classifiers["consistency"](torch.cat(features)).float(), torch.cat(kinds))
 
     def _label_loss(self, name: str, output: HashOutput, batch: Batch) -> Tensor:

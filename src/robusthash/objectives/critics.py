@@ -11,7 +11,8 @@ from torch.nn.functional import softplus
 from robusthash.core.runtime import Draws
 
 REAL, FAKE = "image", "text"
-"""Both papers let the images' distribution be the real one, and only the text net is trained to imitate it."""
+"""Both papers let the images' distribution be the real one, and only the text net is trained to imitate
+it."""
 
 
 class Critic(nn.Module):
@@ -36,7 +37,8 @@ class Critic(nn.Module):
 
 
 def seeded_linear(inputs: int, outputs: int, draws: Draws) -> nn.Linear:
-    """A linear layer with torch's usual initial weights (uniform within 1 / sqrt(inputs)), drawn from ``draws``."""
+    """A linear layer with torch's usual initial weights (uniform within 1 / sqrt(inputs)), drawn from
+    ``draws``."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     generator, bound = draws.generator(), inputs**-0.5
     with torch.no_grad():
@@ -57,7 +59,8 @@ def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor, pena
 
 
 def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
-    """Mean of (|grad D| - 1)^2 at mix * real + (1 - mix) * fake, differentiable, in float32 also under autocast."""
+    """Mean of (|grad D| - 1)^2 at mix * real + (1 - mix) * fake, differentiable, in float32 also under
+    autocast."""
     with torch.enable_grad(), torch.autocast(real.device.type, enabled=False):
         point = (mix * real.float() + (1.0 - mix) * fake.float()).detach().requires_grad_(True)
         (slope,) = torch.autograd.grad(critic(point).sum(), point, create_graph=True)

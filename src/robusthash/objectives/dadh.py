@@ -1,4 +1,5 @@
-"""DADH: weighted cosine triplets, discriminators on features and codes, and a discrete solver for the joint code."""
+"""DADH: weighted cosine triplets, discriminators on features and codes, and a discrete solver for the joint
+code."""
 
 from __future__ import annotations
 
@@ -13,18 +14,20 @@ from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
 from robusthash.objectives.base import TrainFacts
+from robusthash.objectives.code_memory import CodeMemory
 from robusthash.objectives.critics import FAKE, REAL, Critic, critic_loss, deceive, one_width
-from robusthash.objectives.crossmodal import CrossModalObjective
-from robusthash.objectives.memory import CodeMemory
+from robusthash.objectives.cross_modal import CrossModalObjective
 
 
-def weighted_triplets(code: Tensor, labels: Tensor, codes: Tensor, code_labels: Tensor, margin: float) -> Tensor:
+def weighted_triplets(
+    code: Tensor, labels: Tensor, codes: Tensor, code_labels: Tensor, margin: float
+) -> Tensor:
     """(B,) weighted mean over positives j and negatives k of [d_ij - d_ik + margin]_+, d = 1 - cosine.
 
     A pair weighs 2^(shared labels) - 1. An item without a positive or without a negative gets 0.
 
-    The mean runs over all triplets of an item with M references at a cost of M log M: with the negatives sorted, the
-    hinge of one positive is active for a prefix of them, whose sum a running sum holds.
+    The mean runs over all triplets of an item with M references at a cost of M log M: with the negatives
+    sorted, the hinge of one positive is active for a prefix of them, whose sum a running sum holds.
 
     Args:
         code: (B, K).
@@ -37,10 +40,13 @@ def weighted_triplets(code: Tensor, labels: Tensor, codes: Tensor, code_labels: 
     shared = overlap(labels, code_labels)
     weights = torch.exp2(shared) - 1.0  # the negative's part of the published weight is 2^0 - 1 = 0
     negative = shared == 0
-    # no positive's bound d_ij + margin, at most 2 + margin, reaches 4 + margin: positives never count as negatives
+    # no positive's bound d_ij + margin, at most 2 + margin, reaches 4 + margin: positives never count as
+    # negatives
     ordered = distance.masked_fill(~negative, 4.0 + margin).sort(1).values
     bound = distance + margin
-    active = torch.searchsorted(ordered.detach(), bound.detach().contiguous())  # negatives nearer than the bound
+    active = torch.searchsorted(
+        ordered.detach(), bound.detach().contiguous()
+    )  # negatives nearer than the bound
     sums = torch.nn.functional.pad(ordered.cumsum(1), (1, 0)).gather(1, active)
     hinges = (active * bound - sums) / negative.sum(1, keepdim=True).clamp_min(1)
     return (weights * hinges).sum(1) / weights.sum(1).clamp_min(1e-8)
@@ -52,7 +58,8 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def discrete_step(joint: Tensor, labels: Tensor, relaxed: Tensor, mu: float, ridge: float) -> Tensor:
-    """(N, K) next joint codes: sign(L P + mu H) with P = (L^T L + ridge I)^-1 L^T B. A zero keeps the old bit.
+    """(N, K) next joint codes: sign(L P + mu H) with P = (L^T L + ridge I)^-1 L^T B. A zero keeps the old
+    bit.
 
     Args:
         joint: (N, K) joint codes B in {-1, +1}.
@@ -70,15 +77,15 @@ def discrete_step(joint: Tensor, labels: Tensor, relaxed: Tensor, mu: float, rid
 class DADH(CrossModalObjective):
     """DADH: weighted triplets across modalities, adversarial alignment, and discrete joint codes.
 
-    L = alpha T + beta mean (B - h)^2 + gamma [adv(features) + adv(codes)], T the weighted mean over the triplets of an
-    item and the other modality's memory of [d_ij - d_ik + margin]_+, d = 1 - cosine, weight 2^(shared labels) - 1;
-    adv = -log sigma(D(text)). The critics D, in the group "critic", tell image (real) from text (fake) by binary
-    cross-entropy with gradient penalty 10. After each epoch B = sign(L P + mu H), P the ridge regression of B on the
-    labels L.
+    L = alpha T + beta mean (B - h)^2 + gamma [adv(features) + adv(codes)], T the weighted mean over the
+    triplets of an item and the other modality's memory of [d_ij - d_ik + margin]_+, d = 1 - cosine, weight
+    2^(shared labels) - 1; adv = -log sigma(D(text)). The critics D, in the group "critic", tell image (real)
+    from text (fake) by binary cross-entropy with gradient penalty 10. After each epoch B = sign(L P + mu H),
+    P the ridge regression of B on the labels L.
 
     Args:
-        alpha, beta, gamma: weights of triplets, quantisation and adversarial terms; the paper's 10, 1, 1 in its
-            proportion, divided by ten because T is a mean here.
+        alpha, beta, gamma: weights of triplets, quantisation and adversarial terms; the paper's 10, 1, 1 in
+            its proportion, divided by ten because T is a mean here.
         margin: of a triplet.
         mu: weight of the relaxed codes in the discrete step.
         ridge: lambda of its regression.
@@ -88,11 +95,11 @@ class DADH(CrossModalObjective):
     Raises:
         ValueError: at ``setup``, feature widths of the two encoders differ.
 
-    Differs: means for sums. The weight of a triplet is normalised by the sum of the item's weights instead of its ideal
-    DCG, which only changes how much items weigh against each other; the code's constant factors (10 and 1.21) are left
-    out. References are the whole memory, held constant, instead of the batch. The adversarial gradient of codes reaches
-    the whole text net; the code stops it before the hash layer. Until the first discrete step B is sign(F + G).
-    Over one modality alone there are no critics.
+    Differs: means for sums. The weight of a triplet is normalised by the sum of the item's weights instead of
+    its ideal DCG, which only changes how much items weigh against each other; the code's constant factors (10
+    and 1.21) are left out. References are the whole memory, held constant, instead of the batch. The
+    adversarial gradient of codes reaches the whole text net; the code stops it before the hash layer. Until
+    the first discrete step B is sign(F + G). Over one modality alone there are no critics.
     """
 
     joint_codes: Tensor
@@ -128,7 +135,10 @@ class DADH(CrossModalObjective):
         if {REAL, FAKE} <= set(facts.widths):
             widths = {"features": one_width(facts.widths, "dadh"), "codes": facts.bits}
             self.critics = nn.ModuleDict(
-                {name: Critic(width, self.hidden[name], self.draws.within(name)) for name, width in widths.items()}
+                {
+                    name: Critic(width, self.hidden[name], self.draws.within(name))
+                    for name, width in widths.items()
+                }
             )
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:

@@ -14,17 +14,18 @@ from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
 from robusthash.objectives.base import TrainFacts
+from robusthash.objectives.code_memory import CodeMemory
 from robusthash.objectives.critics import seeded_linear
-from robusthash.objectives.crossmodal import CrossModalObjective
+from robusthash.objectives.cross_modal import CrossModalObjective
 from robusthash.objectives.dadh import unit
-from robusthash.objectives.memory import CodeMemory
 
 ABSENT = -1e4
 """A logit that adds nothing to a logsumexp; finite, because the gradient of an empty one would be NaN."""
 
 
 def proxy_softmax(logits: Tensor, positive: Tensor, negative: Tensor, slope: float, margin: float) -> Tensor:
-    """(B,) mean over positives p of -log(e^{g (s_p - m)} / (e^{g (s_p - m)} + sum over negatives q of e^{g s_q})).
+    """(B,) mean over positives p of -log(e^{g (s_p - m)} / (e^{g (s_p - m)} + sum over negatives q of e^{g
+    s_q})).
 
     0 for an item without positives or without negatives.
 
@@ -39,8 +40,11 @@ def proxy_softmax(logits: Tensor, positive: Tensor, negative: Tensor, slope: flo
     return losses.sum(1) / positive.sum(1).clamp_min(1)
 
 
-def weighted_softmax(logits: Tensor, weights: Tensor, negative: Tensor, slope: float, margin: float) -> Tensor:
-    """(B,) the same against one positive per item, the mean of ``logits`` by ``weights`` (B, M) >= 0; 0 without any."""
+def weighted_softmax(
+    logits: Tensor, weights: Tensor, negative: Tensor, slope: float, margin: float
+) -> Tensor:
+    """(B,) the same against one positive per item, the mean of ``logits`` by ``weights`` (B, M) >= 0; 0
+    without any."""
     total = weights.sum(1)
     against = torch.logsumexp((slope * logits).masked_fill(~negative, ABSENT), 1)
     mean = (weights * logits).sum(1) / total.clamp_min(1e-8)
@@ -50,7 +54,8 @@ def weighted_softmax(logits: Tensor, weights: Tensor, negative: Tensor, slope: f
 class Proxies(nn.Module):
     """The nets of stage 1: a code per class, and a code per item from its features and its labels.
 
-    Class c_k = norm(LabelNet(e_k)); item p = norm(W [norm(f(features)) + norm(g(labels))]), one W, f, g per modality.
+    Class c_k = norm(LabelNet(e_k)); item p = norm(W [norm(f(features)) + norm(g(labels))]), one W, f, g per
+    modality.
     """
 
     def __init__(self, facts: TrainFacts, inner: int, draws: Draws) -> None:
@@ -85,12 +90,13 @@ class DAPH(CrossModalObjective):
     """DAPH: data-aware proxy hashing, both stages in one run.
 
     Stage 1, ``proxy_epochs`` long, trains label-conditioned proxies (see ``Proxies``):
-    L = mean over modalities of L_ms(p) + |relu(C C^T - I)|_F^2 + beta reg + alpha bal, L_ms the softmax of an item's
-    classes against the others at logits <p, c_k>, reg = mean (<norm(sgn z), z> - 1)^2, bal = |mean z|^2.
-    Stage 2 trains the hasher against the signs of the proxies of all training items, kept constant: at logits
-    <h, a> / K, L = L_pos + eta L_part for the anchors a of each modality, + L_cls for the signs of the class codes.
-    Positive are anchors of the same label set, negative those that share no label; L_part takes as positive the mean of
-    the rest, weighted by the number of shared labels, and L_cls the mean of the item's classes.
+    L = mean over modalities of L_ms(p) + |relu(C C^T - I)|_F^2 + beta reg + alpha bal, L_ms the softmax of an
+    item's classes against the others at logits <p, c_k>, reg = mean (<norm(sgn z), z> - 1)^2, bal = |mean
+    z|^2. Stage 2 trains the hasher against the signs of the proxies of all training items, kept constant: at
+    logits <h, a> / K, L = L_pos + eta L_part for the anchors a of each modality, + L_cls for the signs of the
+    class codes. Positive are anchors of the same label set, negative those that share no label; L_part takes
+    as positive the mean of the rest, weighted by the number of shared labels, and L_cls the mean of the
+    item's classes.
 
     Args:
         proxy_epochs: length of stage 1 in epochs, at least 1, less than the run's epochs.
@@ -103,11 +109,11 @@ class DAPH(CrossModalObjective):
     Raises:
         ValueError: ``proxy_epochs`` below 1.
 
-    Differs: means for sums in reg and bal. Stage 1 looks at the hasher's own features, and trains its encoders (the
-    heads wait for stage 2), where the paper has nets of its own; anchors are the proxies that each item had in the last
-    epoch of stage 1. The code's extra 1 for every positive class in the negatives' sum is left out; a text's anchors
-    are positive by the same label set, as an image's (the code takes supersets). Both nets train together, not by turns
-    of an epoch.
+    Differs: means for sums in reg and bal. Stage 1 looks at the hasher's own features, and trains its
+    encoders (the heads wait for stage 2), where the paper has nets of its own; anchors are the proxies that
+    each item had in the last epoch of stage 1. The code's extra 1 for every positive class in the negatives'
+    sum is left out; a text's anchors are positive by the same label set, as an image's (the code takes
+    supersets). Both nets train together, not by turns of an epoch.
     """
 
     training_only = ("critics", "proxies")
@@ -137,7 +143,9 @@ class DAPH(CrossModalObjective):
         self.beta = beta
         self.eta = eta
         self.inner = inner
-        self.register_buffer("anchors", torch.empty(0))  # (modalities, N, K) proxies, from stage 2 on their signs
+        self.register_buffer(
+            "anchors", torch.empty(0)
+        )  # (modalities, N, K) proxies, from stage 2 on their signs
         self.register_buffer("class_codes", torch.empty(0))  # (C, K) signs, from stage 2 on
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
 
@@ -154,7 +162,8 @@ class DAPH(CrossModalObjective):
         self.class_codes = torch.zeros(facts.classes, facts.bits, device=device)
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
-        """L_pos + eta L_part with the references as anchors: an attack ascends it against the codes that it knows."""
+        """L_pos + eta L_part with the references as anchors: an attack ascends it against the codes that it
+        knows."""
         shared = overlap(labels, code_labels)
         own, theirs = labels.sum(1, keepdim=True), code_labels.sum(1)
         negative = shared == 0
@@ -167,7 +176,8 @@ class DAPH(CrossModalObjective):
         return torch.zeros(len(output.code), device=output.code.device)
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
-        """Of stage 1: ``proxies``, ``crowding``, ``polarisation``, ``balance``; of 2: ``similarity``, ``classes``."""
+        """Of stage 1: ``proxies``, ``crowding``, ``polarisation``, ``balance``; of 2: ``similarity``,
+        ``classes``."""
         labels, all_labels = batch.labels, memory.labels
         if labels is None or all_labels is None:
             raise ValueError("DAPH is supervised, and this batch has no labels")
@@ -188,20 +198,26 @@ class DAPH(CrossModalObjective):
 
     def _proxy_terms(self, outputs: Outputs, labels: Tensor, ids: Tensor) -> LossTerms:
         classes = self.proxies.of_classes()
-        made = {name: self.proxies.of_items(name, output.features, labels) for name, output in outputs.items()}
+        made = {
+            name: self.proxies.of_items(name, output.features, labels) for name, output in outputs.items()
+        }
         with torch.no_grad():
             for name, proxies in made.items():
                 self.anchors[self.order.index(name), ids] = proxies.detach()
         positive = labels > 0
         fits = [
-            proxy_softmax(p @ classes.T, positive, ~positive, self.slope, self.margin).mean() for p in made.values()
+            proxy_softmax(p @ classes.T, positive, ~positive, self.slope, self.margin).mean()
+            for p in made.values()
         ]
-        crowding = (classes @ classes.T - torch.eye(len(classes), device=classes.device)).relu().square().sum()
+        crowding = (
+            (classes @ classes.T - torch.eye(len(classes), device=classes.device)).relu().square().sum()
+        )
         parts = [classes, *made.values()]
         return {
             "proxies": torch.stack(fits).mean(),
             "crowding": crowding,
-            "polarisation": self.beta * _sum(lambda z: ((unit(sign(z)) * z).sum(1) - 1.0).square().mean(), parts),
+            "polarisation": self.beta
+            * _sum(lambda z: ((unit(sign(z)) * z).sum(1) - 1.0).square().mean(), parts),
             "balance": self.alpha * _sum(lambda z: z.mean(0).square().sum(), parts),
         }
 

@@ -18,8 +18,9 @@ class WeightedPairs(HashObjective):
     """A mean over pairs of an item and a reference, of which the similar ones may be weighted.
 
     Args:
-        balance: weight similar pairs by #dissimilar / #similar of the training set, which single-label data need: with
-            one similar pair in ten or twenty, codes learn first of all to differ. Off in the papers.
+        balance: weight similar pairs by #dissimilar / #similar of the training set, which single-label data
+            need: with one similar pair in ten or twenty, codes learn first of all to differ. Off in the
+                papers.
         stored: whether a trained model keeps the weight.
     """
 
@@ -33,7 +34,9 @@ class WeightedPairs(HashObjective):
     def setup(self, facts: TrainFacts) -> None:
         if self.balance:
             if not 0.0 < facts.share_similar < 1.0:
-                raise ValueError(f"cannot balance pairs: a share of {facts.share_similar:g} of them is similar")
+                raise ValueError(
+                    f"cannot balance pairs: a share of {facts.share_similar:g} of them is similar"
+                )
             self.similar_weight.fill_((1.0 - facts.share_similar) / facts.share_similar)
 
     @abstractmethod
@@ -51,18 +54,22 @@ class WeightedPairs(HashObjective):
 
 
 @register(
-    "objective", "dph", paper="Yang et al., IEEE Trans. Cybernetics 2020", evidence="paper+code", state="measured"
+    "objective",
+    "dph",
+    paper="Yang et al., IEEE Trans. Cybernetics 2020",
+    evidence="paper+code",
+    state="measured",
 )
 class DPH(WeightedPairs):
     """DPH: regress scaled inner products of codes to +-1 similarity.
 
-    L = mean_ij w_ij ((1/K) h_i . U_j - S'_ij)^2, S' in {-1, +1}, U the bank held constant. No quantisation term.
-    Source: the re-implementations in the public SAAT and CgAT codes.
+    L = mean_ij w_ij ((1/K) h_i . U_j - S'_ij)^2, S' in {-1, +1}, U the bank held constant. No quantisation
+    term. Source: the re-implementations in the public SAAT and CgAT codes.
     Differs: the bank holds true codes and labels from the first step on (the codes start it at zero).
 
     Args:
-        balance: see ``WeightedPairs``. Without it one code for all classes is nearly the best of single-label data:
-            nine pairs in ten ask for opposite codes, which no ten classes can have.
+        balance: see ``WeightedPairs``. Without it one code for all classes is nearly the best of single-label
+            data: nine pairs in ten ask for opposite codes, which no ten classes can have.
     """
 
     def __init__(self, balance: bool = False) -> None:
@@ -76,7 +83,8 @@ class DPH(WeightedPairs):
 
 
 class PairLikelihood(WeightedPairs):
-    """Minus the log-likelihood of pairwise similarity: w_ij [softplus(T_ij) - S_ij T_ij], T_ij = h_i . U_j / 2."""
+    """Minus the log-likelihood of pairwise similarity: w_ij [softplus(T_ij) - S_ij T_ij], T_ij = h_i . U_j /
+    2."""
 
     def pair_losses(self, output: HashOutput, similar: Tensor, codes: Tensor) -> Tensor:
         theta = output.code @ codes.T / 2
@@ -87,10 +95,12 @@ class PairLikelihood(WeightedPairs):
 class DPSH(PairLikelihood):
     """DPSH: maximum likelihood of pairwise similarity with Omega = half the inner product of codes.
 
-    L = mean_ij w_ij [softplus(Omega_ij) - S_ij Omega_ij] + eta * mean (sgn h - h)^2, Omega_ij = h_i . U_j / 2.
+    L = mean_ij w_ij [softplus(Omega_ij) - S_ij Omega_ij] + eta * mean (sgn h - h)^2, Omega_ij = h_i . U_j /
+    2.
 
     Args:
-        eta: weight of the quantisation term in mean form (ours: 0.1; published codes: 0.15-0.32 by the same measure).
+        eta: weight of the quantisation term in mean form (ours: 0.1; published codes: 0.15-0.32 by the same
+            measure).
         balance: see ``WeightedPairs``.
 
     Differs: h is tanh of the logits (the original feeds the unbounded output); the sums are means.
@@ -108,14 +118,14 @@ class DPSH(PairLikelihood):
 class HashNet(HashObjective):
     """HashNet: balanced pair likelihood with a tanh that steepens as training goes on.
 
-    L = (1/|S|) sum_ij w_ij [softplus(t_ij) - S_ij t_ij], t_ij = (10/K) h_i . U_j, w = |S|/|S1| for similar pairs and
-    |S|/|S0| for others (so L is the mean over similar pairs plus the mean over the others: balanced as it is, and
-    without an option for it).
+    L = (1/|S|) sum_ij w_ij [softplus(t_ij) - S_ij t_ij], t_ij = (10/K) h_i . U_j, w = |S|/|S1| for similar
+    pairs and |S|/|S0| for others (so L is the mean over similar pairs plus the mean over the others: balanced
+    as it is, and without an option for it).
     h = tanh(beta v), beta = sqrt(1 + 0.005 steps), raised every 200 steps. No quantisation term.
 
-    Differs: the pair weights come from the whole training set instead of the batch, so no batch lacks a side and the
-    loss stays per item; the paper's extra weight by label overlap is left out, as in every code read. ``beta`` belongs
-    to the objective: an attack's alpha never touches it.
+    Differs: the pair weights come from the whole training set instead of the batch, so no batch lacks a side
+    and the loss stays per item; the paper's extra weight by label overlap is left out, as in every code read.
+    ``beta`` belongs to the objective: an attack's alpha never touches it.
     """
 
     steps: Tensor

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.core.types import Batch, LossTerms, Outputs
-from robusthash.objectives.memory import CodeMemory
+from robusthash.objectives.code_memory import CodeMemory
 from robusthash.objectives.pairwise import DPSH
 
 
@@ -18,17 +18,17 @@ class SFCLObjective(DPSH):
     """SFCL's L_sem: intra-modal likelihoods (Eq. 11), inter-modal ones (Eq. 12) and quantisation, summed.
 
     L_sem = intra (L_vv + L_tt) + (L_vt + L_tv) + eta sum_m mean (h^m - sgn h^m)^2, where
-    L_ab = mean_ij w_ij [softplus(T_ij) - S_ij T_ij], T_ij = h^a_i . h^b_j / 2, i over the batch and j over the memory
-    of all training items, held constant. Over images alone only L_vv is left.
+    L_ab = mean_ij w_ij [softplus(T_ij) - S_ij T_ij], T_ij = h^a_i . h^b_j / 2, i over the batch and j over
+    the memory of all training items, held constant. Over images alone only L_vv is left.
 
-    The paper also says "internal settings as DCMH". ``settings: dcmh`` reads that as DCMH's two further terms: the
-    quantisation goes to the code that both modalities share, eta mean (B - h)^2, and bits are balanced, eta mean_k
-    (mean_i h_ik)^2, both averaged over the modalities.
+    The paper also says "internal settings as DCMH". ``settings: dcmh`` reads that as DCMH's two further
+    terms: the quantisation goes to the code that both modalities share, eta mean (B - h)^2, and bits are
+    balanced, eta mean_k (mean_i h_ik)^2, both averaged over the modalities.
 
     Args:
         intra: weight of the intra-modal terms, 1 in the paper; 0 leaves Eq. 11 out.
-        eta: weight of the quantisation in mean form, 0.1. The paper prints an unnormalised sum next to means, with
-            no weight.
+        eta: weight of the quantisation in mean form, 0.1. The paper prints an unnormalised sum next to means,
+            with no weight.
         settings: ``printed``, or ``dcmh`` as above.
         balance: weight similar pairs, see ``PairLikelihood`` (ours; off as in the paper).
 
@@ -55,7 +55,8 @@ class SFCLObjective(DPSH):
         self.settings = settings
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
-        """Terms ``intra``, ``inter`` (where there are two modalities), ``regularisation`` and, of DCMH, ``balance``."""
+        """Terms ``intra``, ``inter`` (where there are two modalities), ``regularisation`` and, of DCMH,
+        ``balance``."""
         labels, bank_labels = batch.labels, memory.labels
         if labels is None or bank_labels is None:
             raise ValueError("the objective 'sfcl' is supervised, and this batch has no labels")

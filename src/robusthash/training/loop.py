@@ -1,4 +1,5 @@
-"""The one training loop: epochs, optimisers, schedules, checkpoints, resume. The only place that steps an optimiser."""
+"""The one training loop: epochs, optimisers, schedules, checkpoints, resume. The only place that steps an
+optimiser."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from robusthash.core.runtime import Draws, choose_device, precision, seed_everyt
 from robusthash.data.base import RetrievalData
 from robusthash.data.loader import batches
 from robusthash.data.transforms import augment
-from robusthash.training.groups import divided
+from robusthash.training.optimiser_groups import divided
 from robusthash.training.recipe import FIGURES, Moment, Recipe
 
 
@@ -40,16 +41,20 @@ class OptimConfig:
 
     def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         if self.name == "sgd":
-            return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            return torch.optim.SGD(
+                parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+            )
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
         return kind(parameters, self.lr, betas=(self.momentum, 0.999), weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate factor over training: warm-up share, then ``constant``, ``cosine``, ``steps`` or ``exponential``.
+    """Learning-rate factor over training: warm-up share, then ``constant``, ``cosine``, ``steps`` or
+    ``exponential``.
 
-    ``steps`` multiplies by ``gamma`` at each share of ``at``; ``exponential`` falls smoothly from 1 to ``gamma``.
+    ``steps`` multiplies by ``gamma`` at each share of ``at``; ``exponential`` falls smoothly from 1 to
+    ``gamma``.
 
     Raises:
         ValueError: an unknown kind.
@@ -64,7 +69,8 @@ class Schedule:
         _one_of("schedule", self.kind, ("constant", "cosine", "steps", "exponential"))
 
     def factor(self, progress: float) -> float:
-        """The factor after a share ``progress`` of all steps; a function of it alone, so that resuming is exact."""
+        """The factor after a share ``progress`` of all steps; a function of it alone, so that resuming is
+        exact."""
         if progress < self.warmup:
             return min((progress + 1e-3) / self.warmup, 1.0)
         if self.kind == "cosine":
@@ -113,11 +119,14 @@ class RunLog(Protocol):
     def progress(self, done: int, total: int, text: str) -> None: ...
 
 
-def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | None = None) -> list[dict[str, Any]]:
-    """Train ``recipe`` on ``data.train``; returns one line an epoch (loss terms, learning rate, seconds, ``figures``).
+def fit(
+    recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | None = None
+) -> list[dict[str, Any]]:
+    """Train ``recipe`` on ``data.train``; returns one line an epoch (loss terms, learning rate, seconds,
+    ``figures``).
 
-    With ``run``, a checkpoint is written after each epoch, and training goes on from the last one to the same result
-    as an uninterrupted run on the same machine.
+    With ``run``, a checkpoint is written after each epoch, and training goes on from the last one to the same
+    result as an uninterrupted run on the same machine.
 
     Raises:
         FloatingPointError: a loss that is NaN or infinite, with epoch, step and terms.
@@ -148,7 +157,9 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
         sums: dict[str, float] = {}
         figures: dict[str, float] = {}
         order = moment_draws.within("order")
-        for step, batch in enumerate(batches(data.train, config.batch_size, order, pool, recipe.hasher.modalities)):
+        for step, batch in enumerate(
+            batches(data.train, config.batch_size, order, pool, recipe.hasher.modalities)
+        ):
             progress = (epoch + step / steps) / config.epochs
             factor = config.schedule.factor(progress)
             batch = batch.to(device)
@@ -181,7 +192,9 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
                             parameters["lr"] = config.optim[name].lr * factor
                         optimiser.step()
             if run is not None:
-                run.progress(epoch * steps + step + 1, config.epochs * steps, f"epoch {epoch + 1}/{config.epochs}")
+                run.progress(
+                    epoch * steps + step + 1, config.epochs * steps, f"epoch {epoch + 1}/{config.epochs}"
+                )
         recipe.end_epoch(epoch)
         lines.append({"epoch": epoch, "lr": rate, "seconds": round(time.perf_counter() - started, 3), **sums})
         if figures:
@@ -194,7 +207,9 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
     return lines
 
 
-def _state(recipe: Recipe, optimisers: dict[str, torch.optim.Optimizer], epoch: int, lines: list) -> dict[str, Any]:
+def _state(
+    recipe: Recipe, optimisers: dict[str, torch.optim.Optimizer], epoch: int, lines: list
+) -> dict[str, Any]:
     """All that the rest of training depends on; readable in weights-only mode."""
     return {
         "epoch": epoch,

@@ -17,7 +17,7 @@ from robusthash.data.base import RetrievalData, Split
 from robusthash.data.loader import batches
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.objectives.base import HashObjective, TrainFacts, share_similar
-from robusthash.objectives.memory import CodeMemory
+from robusthash.objectives.code_memory import CodeMemory
 
 FIGURES = "figures"
 """In place of a group's name: what a recipe yields with it is averaged into the log and not optimised."""
@@ -33,11 +33,12 @@ class Moment:
 
 
 class Recipe(ABC):
-    """Interface: one way to train. The loop owns optimisers and checkpoints; the recipe owns modes and losses."""
+    """Interface: one way to train. The loop owns optimisers and checkpoints; the recipe owns modes and
+    losses."""
 
     groups: ClassVar[tuple[str, ...] | None] = None
-    """The optimiser groups that it may have, the first of them always, so that a recipe file can be checked when it is
-    read; None is not told."""
+    """The optimiser groups that it may have, the first of them always, so that a recipe file can be checked
+    when it is read; None is not told."""
 
     hasher: Hasher
 
@@ -47,8 +48,8 @@ class Recipe(ABC):
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by optimiser group: ``hasher``, and where there are any ``critic``, ``purifier``, ``guide``. Parts
-        of ``hasher`` with settings of their own are told apart by the loop."""
+        """Parameters by optimiser group: ``hasher``, and where there are any ``critic``, ``purifier``,
+        ``guide``. Parts of ``hasher`` with settings of their own are told apart by the loop."""
 
     @abstractmethod
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
@@ -60,8 +61,9 @@ class Recipe(ABC):
 
     @abstractmethod
     def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
-        """Yield (group, loss terms); the loop steps that group and resumes here. Losses are computed after the yield
-        before them, because parameters moved. What comes with ``FIGURES`` as its group is only logged."""
+        """Yield (group, loss terms); the loop steps that group and resumes here. Losses are computed after
+        the yield before them, because parameters moved. What comes with ``FIGURES`` as its group is only
+        logged."""
 
     def end_epoch(self, epoch: int) -> None:  # noqa: B027 - only discrete solvers have something to do
         """After the last step of an epoch."""
@@ -126,7 +128,9 @@ class HashingRecipe(Recipe):
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
         missing = [name for name in self.hasher.modalities if name not in data.modalities]
         if missing:
-            raise ValueError(f"this hasher encodes {missing[0]!r}, and {data.name} has only {list(data.modalities)}")
+            raise ValueError(
+                f"this hasher encodes {missing[0]!r}, and {data.name} has only {list(data.modalities)}"
+            )
         device = self.hasher.device
         self.objective.to(device).setup(train_facts(data.train, self.hasher, seed))
         self.objective.to(device)  # what setup made

@@ -1,0 +1,1 @@
+"""Analyses of a trained hasher: frequency bands, cost."""

@@ -1,0 +1,1 @@
+"""Stages of an experiment on run directories, and what compares many runs."""

@@ -1,0 +1,131 @@
+"""Small copies of runs for a repository: results that tables are made of, without weights, attacked queries
+or paths.
+
+A kept run is a run directory to every verb that only reads: ``table``, ``compare``, ``leaderboard``,
+``report``.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from robusthash.apps.experiment.config import Config
+from robusthash.apps.experiment.run_directory import KEPT, Run, RunError, load_run, write_json
+from robusthash.core.atomic_files import write_all_aside
+from robusthash.metrics.protocol import CURVES
+from robusthash.metrics.results import EvalResult, load_results, save_results
+
+SCHEMA = "robusthash.kept/1"
+_RESULTS = ("metrics.json", "assess.json")
+_EVIDENCE = "evidence.json"  # rare, and the best-known value needs all of it
+_GRADED = ("nDCG@", "ACG@")
+
+
+def has_results(run: Run) -> bool:
+    """The run was evaluated or assessed."""
+    return any((run.path / name).is_file() for name in _RESULTS)
+
+
+def keep(run: Run, out: Path) -> Path:
+    """Write ``out/<recipe>/<id>``, a copy of a run that has results; the same run gives the same files again.
+
+    The id stays that of the run, although the paths of this machine are left out of the config. Files of an
+    earlier copy that the run no longer has are removed.
+
+    Raises:
+        RunError: a run that is not trained, has no results, or is itself such a copy; or ``out`` holds the
+            run itself.
+    """
+    if run.kept:
+        raise RunError(f"{run.path} is already a kept copy; give the run that it was made of")
+    card = run.card()
+    if not has_results(run):
+        raise RunError(
+            f"{run.path} has no results to keep; run 'robusthash evaluate' or 'robusthash assess' first"
+        )
+    target = out / card["name"] / card["id"]
+    if target.is_dir() and not (target / KEPT).is_file():
+        raise RunError(f"{target} is a run directory, not a kept copy; choose another --out folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".keep-") as folder:
+        staged = Path(folder)
+        _write(run, card["id"], staged)
+        load_run(staged).results()  # a copy that cannot be read is not worth keeping
+        target.mkdir(exist_ok=True)
+        names = sorted(path.name for path in staged.iterdir())
+        with write_all_aside([target / name for name in names]) as asides:
+            for name, aside in zip(names, asides, strict=True):
+                aside.write_bytes((staged / name).read_bytes())
+    for path in target.iterdir():
+        if path.is_file() and path.name not in (*names, "report.html"):
+            path.unlink()
+    return target
+
+
+def _write(run: Run, run_id: str, folder: Path) -> None:
+    """The files of the copy; ``kept.json`` says what became of the run's."""
+    for name in _RESULTS:
+        if (run.path / name).is_file():
+            save_results(
+                folder / name, [_slim(result) for result in load_results(run.path / name)], packed=True
+            )
+    if (run.path / _EVIDENCE).is_file():
+        save_results(folder / _EVIDENCE, load_results(run.path / _EVIDENCE))
+    config = _public(run.config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    for path in sorted(run.path.glob("*.json")):
+        if path.name not in (*_RESULTS, _EVIDENCE):
+            write_json(folder / path.name, _named(json.loads(path.read_text(encoding="utf-8"))))
+    log = run.path / "log.jsonl"
+    if log.is_file():
+        (folder / log.name).write_bytes(log.read_bytes())
+    write_json(
+        folder / KEPT,
+        {"schema": SCHEMA, "id": run_id, "per_query": "16 bits of the headline and graded means"},
+    )
+
+
+def _slim(result: EvalResult) -> EvalResult:
+    """A result with the per-query values that tables, intervals and paired differences need.
+
+    Those are its headline (of a suite also that of its clean queries), and nDCG and ACG of clean queries and
+    of untargeted attacks. Curves go, but those over budgets; means and intervals of everything stay.
+    """
+    cut = result.setting.headline
+    headlines = [name for name in (f"w{cut}", f"t-{cut}", cut) if name in result.values]
+    if f"w{cut}" not in result.values:
+        headlines = headlines[:1]  # of a targeted attack t-MAP alone
+    targeted = f"t-{cut}" in headlines
+    kept = {
+        name: values
+        for name, values in result.per_query.items()
+        if name in (*headlines, "clean") or (name.startswith(_GRADED) and not targeted)
+    }
+    curves = {name: axes for name, axes in result.curves.items() if not name.startswith(CURVES)}
+    return replace(result, per_query=kept, curves=curves, winner=())
+
+
+def _public(config: Config) -> dict[str, Any]:
+    """The config as plain data, without where the data lies and with other paths cut to the name of the
+    file."""
+    plain = config.model_dump(mode="json")
+    if isinstance(plain["data"], dict):
+        plain["data"].pop("root", None)
+    return _named(plain)
+
+
+def _named(value: Any) -> Any:
+    """Plain data in which a path that leaves this folder is the name of its last part alone."""
+    if isinstance(value, dict):
+        return {key: _named(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_named(item) for item in value]
+    if isinstance(value, str) and value.startswith(("/", "~", "..")) and " " not in value:
+        return Path(value).name
+    return value

@@ -1,0 +1,121 @@
+"""Runs -> transfer matrix: what attacks found on each model do to every other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robusthash.apps.experiment.run_directory import load_run
+from robusthash.apps.experiment.stages import Progress, image_size, load_victim, read_data, silent
+from robusthash.attacks.threat_model import Norm
+from robusthash.attacks.threat_registry import image_ball
+from robusthash.core.registry import build
+from robusthash.evaluation.context import make_context
+from robusthash.robustness.specs.transfer_attacks import TransferMatrix, transfer_matrix
+
+
+@dataclass(frozen=True)
+class TransferTable:
+    """A transfer matrix of runs."""
+
+    runs: dict[str, str]  # name in the matrix -> run directory
+    matrix: TransferMatrix
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        m = self.matrix
+        return {
+            "runs": self.runs,
+            "measure": m.measure,
+            "threat": m.threat,
+            "search": m.search,
+            "queries": m.queries,
+            "chosen": m.chosen,
+            "surrogates": list(m.surrogates),
+            "victims": list(m.victims),
+            "clean": m.clean.tolist(),
+            "attacked": m.attacked.tolist(),
+            "worst": m.worst.tolist(),
+        }
+
+    def markdown(self) -> str:
+        """Rows are surrogates, columns victims; each cell is wMAP under this attack alone, the mean under it
+        behind."""
+        m = self.matrix
+        lines = [
+            f"w{m.measure} ({m.measure} under attack), {m.threat}, {m.queries} queries ({m.chosen}); "
+            "rows: found on, columns: tried on",
+            "",
+            "| found on | " + " | ".join(m.victims) + " |",
+            "| --- |" + " ---: |" * len(m.victims),
+            "| (clean) | " + " | ".join(f"{value:.4f}" for value in m.clean.tolist()) + " |",
+        ]
+        for name, worst, attacked in zip(m.surrogates, m.worst.tolist(), m.attacked.tolist(), strict=True):
+            cells = (f"{low:.4f} ({mean:.4f})" for low, mean in zip(worst, attacked, strict=True))
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def transfer_table(
+    paths: Sequence[Path],
+    queries: int | None = 200,
+    steps: int = 20,
+    eps: float | None = None,
+    norm: Norm = "linf",
+    progress: Progress = silent,
+) -> TransferTable:
+    """Attack the images of every run from every run, under the protocol, seed and batch size of the first.
+
+    Args:
+        paths: at least two run directories of one data set.
+        queries: only so many, chosen by content.
+        eps: budget of the images; that customary for the norm by default.
+
+    Raises:
+        RunError: a folder that is no trained run.
+        ValueError: fewer than two runs, one given twice, runs without images, or of other data.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"a transfer matrix needs at least two runs, got {len(paths)}")
+    runs = [load_run(path) for path in paths]
+    cards = [run.card() for run in runs]
+    shared = Counter(card["name"] for card in cards)
+    names = [card["name"] if shared[card["name"]] == 1 else f"{card['name']}/{card['id']}" for card in cards]
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise ValueError(f"{repeated[0]} is given twice; name each run once")
+    for run, card in zip(runs, cards, strict=True):
+        if "image" not in card["modalities"]:
+            raise ValueError(f"{run.path} encodes {card['modalities']}; this table attacks images")
+    first = runs[0].config
+    if first.runtime.threads:
+        torch.set_num_threads(first.runtime.threads)
+    data = {str(first.data): read_data(first, progress)}
+    threat = image_ball(norm, eps, image_size(data[str(first.data)]))
+    contexts = {}
+    for name, run in zip(names, runs, strict=True):
+        if (
+            str(run.config.data) not in data
+        ):  # the same data may be spelled otherwise; the matrix compares content
+            data[str(run.config.data)] = read_data(run.config, progress)
+        contexts[name] = make_context(
+            load_victim(run)[0],
+            data[str(run.config.data)],
+            build("protocol", first.evaluation.protocol),
+            direction=("image", "image"),
+            database=run.learned_database(),
+            queries=queries,
+            seed=first.evaluation.seed,
+            batch_size=first.evaluation.batch_size,
+            progress=_titled(progress, name),
+        )
+    matrix = transfer_matrix(contexts, threat, steps, progress)
+    return TransferTable({name: str(run.path) for name, run in zip(names, runs, strict=True)}, matrix)
+
+
+def _titled(progress: Progress, name: str) -> Progress:
+    return lambda done, total, text: progress(done, total, f"{name}: {text}")

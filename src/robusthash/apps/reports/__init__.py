@@ -1,0 +1,1 @@
+"""Pages that open from disk, and figures for papers."""

@@ -1,1 +1,0 @@
-"""What compares many runs: sweeps, curves, figures, transfer, attribution, cost."""

@@ -1,0 +1,322 @@
+"""Our own objectives: per query, on the logits, blind to their scale; and the attacks of the suite that use
+them.
+
+All look at the soft bits tanh(u / s), s the item's median |u| held constant, so that multiplying all logits
+by any factor changes nothing. Those that look at the database go through its DISTINCT codes, in blocks: a
+look costs three passes of B x M x K multiply-adds over the M distinct codes (margin-pn four), and B x M
+counts are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from robusthash.attacks.base import Attack, Probe
+from robusthash.attacks.guides import Mainstay, Own, known, mainstay_code
+from robusthash.attacks.losses import ScaleFree, soft_bits
+from robusthash.attacks.pgd import APGD
+from robusthash.attacks.threat_model import Attacked, threat_on
+from robusthash.core.hamming import pack, sign, unpack
+from robusthash.core.labels import relevant
+from robusthash.core.registry import register
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, Goal, Guidance, Reference
+from robusthash.metrics.average_precision import share
+from robusthash.models.hasher import Hasher
+
+_CELLS = 1 << 22  # (query, code) pairs held at a time
+
+# ---------------------------------------------------------------------------------------------- towards a
+# wrong label
+
+
+@register("attack-guide", "wrong")
+@dataclass(frozen=True)
+class Wrong:
+    """From the own representative to the nearest one of another label: of two mainstay codes, own minus
+    wrong.
+
+    "Nearest" is by the clean code of the query, over the labels that the goal lacks and the reference has; of
+    equally near ones the first label is taken. A query that has every label has no wrong one and only leaves
+    its own.
+
+    Args:
+        margin: bits on which both agree then pull nowhere; without it, the wrong representative alone is
+            pursued.
+    """
+
+    margin: bool = True
+
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
+        codes, labels, wanted = known(reference, goal)
+        present = torch.nonzero(labels.sum(0) > 0).flatten()
+        single = torch.eye(labels.shape[1], device=labels.device, dtype=labels.dtype)[present]
+        representatives = mainstay_code(single, codes, labels)
+        clean = sign(Own()(victim, batch, goal, reference, draws).codes).to(codes.dtype)
+        lacked = wanted[:, present] == 0
+        agreement = (clean @ representatives.T).masked_fill(
+            ~lacked, -torch.inf
+        )  # whole numbers: ties are exact
+        wrong = representatives[agreement.argmax(1)]
+        own = mainstay_code(wanted, codes, labels)
+        pull = own - wrong if self.margin else -wrong
+        return Guidance(torch.where(lacked.any(1, keepdim=True), pull, own))
+
+
+@register("attack-loss", "pull")
+@dataclass(frozen=True)
+class Pull:
+    """mean_k z_k g_k over the soft bits z: the guidance g keeps its sizes, so that a 0 pulls nowhere."""
+
+    def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
+        return (soft_bits(probe) * guidance.codes).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------- the whole
+# database
+
+
+@dataclass(frozen=True)
+class Tally(Guidance):
+    """Distinct reference codes; ``weights`` are relevant minus irrelevant items of each for each query."""
+
+    items: Tensor = field(default_factory=lambda: torch.empty(0))  # (M,) items with each code
+
+    @property
+    def relevant(self) -> Tensor:
+        """(B, M) relevant items with each code."""
+        if self.weights is None:
+            raise ValueError("a tally needs its weights")
+        return (self.weights + self.items) / 2
+
+
+@register("attack-guide", "tally")
+@dataclass(frozen=True)
+class Tallied:
+    """Every distinct reference code with its counts of relevant and irrelevant items."""
+
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Guidance:
+        codes, labels, wanted = known(reference, goal)
+        packed, member, counts = torch.unique(pack(codes), dim=0, return_inverse=True, return_counts=True)
+        distinct = unpack(packed, codes.shape[1]).to(codes)
+        member, items = member.to(codes.device), counts.to(codes)
+        sets, row = torch.unique(wanted, dim=0, return_inverse=True)
+        near = torch.zeros(len(sets), len(distinct), device=codes.device)
+        for number, labelled in enumerate(sets):  # one set at a time: no (B, N) matrix
+            near[number].index_add_(0, member, relevant(labelled[None], labels)[0].to(near.dtype))
+        return Tally(distinct, 2 * near[row] - items, items)
+
+
+def soft_average_precision(items: Tensor, relevant: Tensor) -> Tensor:
+    """The expected AP of ``core.ap`` for real counts, differentiable; the same value where the counts are
+    whole.
+
+    The sums over a group are differences of digamma functions; (r - 1) / (n - 1) is taken as 0 where either
+    is below one item, where it would be no probability.
+
+    Args:
+        items: (B, G) float64 items of each group, nearest first.
+        relevant: (B, G) relevant ones among them.
+
+    Returns:
+        (B,) in float64; 0 where nothing is relevant.
+    """
+    before = items.cumsum(1) - items
+    relevant_before = relevant.cumsum(1) - relevant
+    ones = torch.digamma(before + items + 1) - torch.digamma(before + 1)
+    steps = items - (before + 1) * ones
+    several = items > 1 + 1e-9
+    pairs = torch.where(several, (relevant - 1).clamp_min(0) / torch.where(several, items - 1, 1.0), 0.0)
+    filled = items > 1e-9
+    density = torch.where(filled, relevant / torch.where(filled, items, 1.0), 0.0)
+    total = relevant.sum(1).detach()
+    sums = (density * ((relevant_before + 1) * ones + pairs * steps)).sum(1)
+    return torch.where(total > 0, sums / torch.where(total > 0, total, 1.0), 0.0)
+
+
+class _SoftAP(torch.autograd.Function):
+    """Soft AP of (B, K) soft bits and its gradient, both in blocks of the codes: autograd would keep every
+    block."""
+
+    @staticmethod
+    def forward(ctx: Any, bits: Tensor, codes: Tensor, items: Tensor, relevant: Tensor) -> Tensor:
+        size, length = bits.shape
+        blocks = torch.arange(len(codes), device=codes.device).split(max(1, _CELLS // size))
+        both = torch.zeros(
+            2, size, length + 2, dtype=torch.float64, device=bits.device
+        )  # items, relevant by distance
+        for block in blocks:
+            low, beyond = _bins(bits, codes[block])
+            for counts, profile in zip(
+                (items[block].expand(size, -1), relevant[:, block]), both, strict=True
+            ):
+                profile.scatter_add_(1, low, (counts * (1 - beyond)).double())
+                profile.scatter_add_(1, low + 1, (counts * beyond).double())
+        with torch.enable_grad():
+            profiles = both.requires_grad_(True)
+            value = soft_average_precision(profiles[0], profiles[1])
+            (slope,) = torch.autograd.grad(value.sum(), profiles)
+        rise = slope.diff(dim=2).to(bits.dtype)  # of AP, as an item moves from one distance to the next
+        grad = torch.zeros_like(bits)
+        for block in blocks:
+            low, _ = _bins(bits, codes[block])
+            by_distance = items[block] * rise[0].gather(1, low) + relevant[:, block] * rise[1].gather(1, low)
+            grad -= by_distance @ codes[block] / 2
+        ctx.save_for_backward(grad)
+        return value.detach().to(bits.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0][:, None] * ctx.saved_tensors[0], None, None, None
+
+
+def _bins(bits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, m) the whole part of the soft distance (K - z b) / 2 to each code, and what is beyond it."""
+    length = bits.shape[1]
+    distance = ((length - bits @ codes.T) / 2).clamp(0, length)
+    low = distance.floor().long().clamp(0, length)  # NaN has some bin; the search refuses it by its value
+    return low, distance - low
+
+
+@register("attack-loss", "soft-ap")
+@dataclass(frozen=True)
+class SoftAP:
+    """The reported metric made differentiable: expected AP of the soft profile, with the guide ``tally``.
+
+    Each distinct code counts for the two whole distances around its soft distance, in triangular bins of
+    width 1; the closed form of the expected AP is applied to what comes out.
+    """
+
+    def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
+        tally, bits = _tally(guidance), soft_bits(probe)
+        value: Tensor = _SoftAP.apply(
+            bits, *(part.to(bits.dtype) for part in (tally.codes, tally.items, tally.relevant))
+        )
+        return value
+
+
+@register("attack-loss", "margin-pn")
+@dataclass(frozen=True)
+class MarginPN:
+    """Mean soft agreement with the nearest relevant codes minus that with the nearest irrelevant ones
+    (``tally``).
+
+    The nearest are those of the current binary code, found anew at every look; of a distance that the cut
+    splits, every item counts by the same share, so that no order decides.
+
+    Args:
+        nearest: items on each side; all where there are fewer.
+    """
+
+    nearest: int = 100
+
+    def __post_init__(self) -> None:
+        if self.nearest < 1:
+            raise ValueError(f"nearest must be at least 1, got {self.nearest}")
+
+    def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
+        tally, bits = _tally(guidance), soft_bits(probe)
+        codes, items, relevant = (part.to(bits.dtype) for part in (tally.codes, tally.items, tally.relevant))
+        with torch.no_grad():
+            towards, away = _nearest(bits, codes, (relevant, items - relevant), self.nearest)
+        return (bits * (towards - away)).mean(1)
+
+
+def _nearest(bits: Tensor, codes: Tensor, groups: Sequence[Tensor], nearest: int) -> list[Tensor]:
+    """Of each group of (B, M) items by code, the (B, K) mean code of the ``nearest``; zeros where there are
+    none."""
+    size, length = bits.shape
+    blocks = torch.arange(len(codes), device=codes.device).split(max(1, _CELLS // size))
+    hard = sign(bits)
+    profiles = torch.zeros(len(groups), size, length + 2, dtype=torch.float64, device=bits.device)
+    for block in blocks:
+        low, _ = _bins(hard, codes[block])
+        for counts, profile in zip(groups, profiles, strict=True):
+            profile.scatter_add_(1, low, counts[:, block].double())
+    taken = torch.minimum((nearest - (profiles.cumsum(2) - profiles)).clamp_min(0), profiles)
+    parts = share(taken, profiles).to(bits.dtype)
+    totals = [torch.zeros_like(bits) for _ in groups]
+    for block in blocks:
+        low, _ = _bins(hard, codes[block])
+        for counts, part, total in zip(groups, parts, totals, strict=True):
+            total += (counts[:, block] * part.gather(1, low)) @ codes[block]
+    counted = taken.sum(2).clamp_min(1).to(bits.dtype)
+    return [total / count[:, None] for total, count in zip(totals, counted, strict=True)]
+
+
+def _tally(guidance: Guidance) -> Tally:
+    if not isinstance(guidance, Tally):
+        raise ValueError("this loss counts items by code; use the guide 'tally'")
+    return guidance
+
+
+# ---------------------------------------------------------------------------------------------- attacks
+
+
+@register("attack", "flip-apgd", evidence="own", supervised=False, state="measured")
+def flip_apgd(
+    eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image"
+) -> Attack:
+    """House attack: APGD away from the query's own clean code; its search needs no labels."""
+    threat = threat_on(modality, eps, knowledge="W2")
+    return Attack("flip-apgd", Own(), ScaleFree(), APGD(steps), threat, restarts=restarts, selects=True)
+
+
+@register("attack", "wrong-apgd", evidence="own", state="measured")
+def wrong_apgd(
+    eps: float | None = None,
+    steps: int = 100,
+    restarts: int = 1,
+    modality: Attacked = "image",
+    margin: bool = True,
+) -> Attack:
+    """House attack: APGD towards the nearest representative of another label, and away from the own one.
+
+    ``margin=False`` pursues the wrong representative alone.
+    """
+    threat = threat_on(modality, eps, knowledge="W2")
+    return Attack("wrong-apgd", Wrong(margin), Pull(), APGD(steps), threat, restarts=restarts, selects=True)
+
+
+@register("attack", "soft-ap-apgd", evidence="own", state="measured")
+def soft_ap_apgd(
+    eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image"
+) -> Attack:
+    """House attack: APGD on a differentiable form of the expected AP over the whole database."""
+    threat = threat_on(modality, eps, knowledge="W2")
+    return Attack("soft-ap-apgd", Tallied(), SoftAP(), APGD(steps), threat, restarts=restarts, selects=True)
+
+
+@register("attack", "margin-pn-apgd", evidence="own", state="measured")
+def margin_pn_apgd(
+    eps: float | None = None,
+    steps: int = 100,
+    restarts: int = 1,
+    modality: Attacked = "image",
+    nearest: int = 100,
+) -> Attack:
+    """House attack: APGD away from the nearest relevant items and towards the nearest irrelevant ones."""
+    threat = threat_on(modality, eps, knowledge="W2")
+    loss = MarginPN(nearest)
+    return Attack("margin-pn-apgd", Tallied(), loss, APGD(steps), threat, restarts=restarts, selects=True)
+
+
+@register("attack", "guided-targeted-apgd", evidence="own", targeted=True, state="measured")
+def guided_targeted_apgd(
+    eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image"
+) -> Attack:
+    """House attack: APGD on the scale-free agreement with the mainstay code of the target labels."""
+    threat = threat_on(modality, eps, knowledge="W2")
+    parts = (Mainstay(), ScaleFree(), APGD(steps), threat)
+    return Attack("guided-targeted-apgd", *parts, targeted=True, restarts=restarts, selects=True)

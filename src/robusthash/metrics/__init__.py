@@ -1,0 +1,6 @@
+"""Retrieval measures on codes and labels, protocols, robustness measures, statistics, and result files."""
+
+from robusthash.metrics.protocol import Protocol
+from robusthash.metrics.results import EvalResult, compare, load_results, save_results
+
+__all__ = ["EvalResult", "Protocol", "compare", "load_results", "save_results"]

@@ -1,0 +1,242 @@
+"""Scoring codes that any other program made: two files in, the values of a protocol out."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robusthash.core.hamming import pack
+from robusthash.core.types import Codes
+from robusthash.metrics.protocol import Protocol, load_protocol, measure
+from robusthash.metrics.results import EvalResult, Setting
+from robusthash.metrics.statistics import intervals
+
+_BINARISE = "binarise before saving, e.g. codes = np.where(outputs >= 0, 1, -1)"
+
+
+@dataclass(frozen=True, eq=False)
+class CodeFile:
+    """Codes and labels of one side, as read from a file or made in memory."""
+
+    name: str  # for messages and records
+    codes: Codes
+    labels: Tensor  # (N,) int64 classes or (N, C) uint8 multi-hot
+
+
+def read_codes(path: str | Path) -> CodeFile:
+    """Read codes and labels from an ``.npz`` file.
+
+    Keys:
+        codes: (N, K) in -1/+1, 0/1 or bool, any number type; or (N, ceil(K / 8)) uint8, packed with the first
+            bit highest, as ``np.packbits`` does, and then ``bits`` must be there.
+        labels: (N,) integer classes, or (N, C) multi-hot.
+        bits: optional, K.
+        ids: optional, (N,) unique integers; positions by default.
+
+    The file is read without executing anything in it (``allow_pickle=False``).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: naming the file, the key, what is wrong and what to do.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; save one with np.savez(path, codes=..., labels=...)")
+    arrays = _read_arrays(path)
+    for key in ("codes", "labels"):
+        if key not in arrays:
+            raise ValueError(
+                f"{path}: the key {key!r} is missing (found: {', '.join(sorted(arrays)) or 'none'}); "
+                "save with np.savez(path, codes=..., labels=...)"
+            )
+    packed, bits = _codes(path, arrays["codes"], arrays.get("bits"))
+    labels = _labels(path, arrays["labels"])
+    if len(labels) != len(packed):
+        raise ValueError(
+            f"{path}: 'labels' has {len(labels)} rows and 'codes' {len(packed)}; they must match, in order"
+        )
+    ids = _ids(path, arrays.get("ids"), len(packed))
+    digest = hashlib.sha256(packed.numpy().tobytes() + str(bits).encode()).hexdigest()[:16]
+    return CodeFile(path.name, Codes(packed, bits, ids, origin=digest), labels)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it holds one bare array, without labels")
+        with loaded:
+            return {key: loaded[key] for key in loaded.files}
+    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as .npz of plain arrays ({error}); "
+            "save with np.savez(path, codes=..., labels=...), numbers only, no object arrays"
+        ) from error
+
+
+def _numbers(path: Path, key: str, array: np.ndarray) -> np.ndarray:
+    """``array``, checked to be finite numbers."""
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{path}: {key!r} has the type {array.dtype}; it must hold integers, floats or bools"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).sum())
+        raise ValueError(
+            f"{path}: {key!r} holds {bad} NaN or infinite values; the program that made it diverged"
+        )
+    return array
+
+
+def _codes(path: Path, array: np.ndarray, given: np.ndarray | None) -> tuple[Tensor, int]:
+    """Packed codes and their length."""
+    array = _numbers(path, "codes", array)
+    if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] == 0:
+        raise ValueError(f"{path}: 'codes' must be (N, K) with N and K above 0, got shape {array.shape}")
+    bits = None if given is None else _bits(path, given)
+    values = set(np.unique(array).tolist())
+    width = array.shape[1]
+    if array.dtype == np.uint8 and (values - {0, 1} or (bits is not None and bits != width)):
+        if bits is None:
+            raise ValueError(
+                f"{path}: 'codes' is uint8 with values beyond 0 and 1, so it looks packed, but how many bits "
+                f"it holds is unknown; add the key 'bits', e.g. np.savez(path, codes=..., labels=..., bits={8 * width})"
+            )
+        if width != (bits + 7) // 8:
+            raise ValueError(
+                f"{path}: 'codes' has {width} bytes a row, but {bits} bits are {(bits + 7) // 8} bytes packed; "
+                "correct 'bits', or save the codes unpacked as -1/+1"
+            )
+        beyond = 8 * width - bits
+        if beyond and (array[:, -1] & ((1 << beyond) - 1)).any():
+            raise ValueError(
+                f"{path}: 'codes' has bits set beyond the {bits} that 'bits' names; pack with the first bit highest "
+                "and zeros at the end, as np.packbits does"
+            )
+        return torch.from_numpy(np.ascontiguousarray(array)), bits
+    if not (values <= {0, 1} or values <= {-1, 1}):
+        other = sorted(values - {-1, 0, 1})
+        found = f"such as {other[0]:g}" if other else "-1 and 0 together"
+        raise ValueError(
+            f"{path}: 'codes' must be all -1/+1 or all 0/1 (or bool), it holds values {found}; {_BINARISE}"
+        )
+    if bits is not None and bits != width:
+        raise ValueError(f"{path}: 'bits' is {bits} but 'codes' has {width} columns; correct or drop 'bits'")
+    return pack(torch.from_numpy((array > 0).astype(np.int8))), width
+
+
+def _bits(path: Path, given: np.ndarray) -> int:
+    given = _numbers(path, "bits", given)
+    if given.size != 1 or given.ravel()[0] != int(given.ravel()[0]) or given.ravel()[0] < 1:
+        raise ValueError(f"{path}: 'bits' must be one positive integer, got {given.tolist()}")
+    return int(given.ravel()[0])
+
+
+def _labels(path: Path, array: np.ndarray) -> Tensor:
+    array = _numbers(path, "labels", array)
+    if array.ndim == 1:
+        if array.dtype.kind == "f" and (array != np.floor(array)).any():
+            raise ValueError(f"{path}: 'labels' of shape (N,) must be integer classes, it holds fractions")
+        classes = array.astype(np.int64)
+        if len(classes) and classes.min() < 0:
+            raise ValueError(f"{path}: 'labels' holds the class {classes.min()}; classes are 0 or above")
+        return torch.from_numpy(classes)
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise ValueError(
+            f"{path}: 'labels' must be (N,) classes or (N, C) multi-hot, got shape {array.shape}"
+        )
+    if not ((array == 0) | (array == 1)).all():
+        raise ValueError(
+            f"{path}: 'labels' of shape (N, C) must be 0 or 1 (multi-hot); for classes save shape (N,)"
+        )
+    return torch.from_numpy(array.astype(np.uint8))
+
+
+def _ids(path: Path, array: np.ndarray | None, count: int) -> Tensor:
+    if array is None:
+        return torch.arange(count)
+    array = _numbers(path, "ids", array)
+    if array.shape != (count,) or array.dtype.kind not in "iu":
+        raise ValueError(f"{path}: 'ids' must be {count} integers, got {array.dtype} of shape {array.shape}")
+    if len(np.unique(array)) != count:
+        raise ValueError(f"{path}: 'ids' holds duplicates; every item needs an id of its own")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def score(query: CodeFile, database: CodeFile, protocol: str | Protocol = "house") -> EvalResult:
+    """Score codes of any origin under a protocol, with 95 % bootstrap intervals over queries.
+
+    The codes come from elsewhere, so it cannot be checked that queries and database hold different items: a
+    query that is also in the database finds itself and flatters the result. Whoever made the files vouches
+    for that.
+
+    Raises:
+        ValueError: code lengths, label kinds or label widths that differ between the two files.
+    """
+    protocol = load_protocol(protocol)
+    if query.codes.bits != database.codes.bits:
+        raise ValueError(
+            f"{query.name} has codes of {query.codes.bits} bits and {database.name} of {database.codes.bits}; "
+            "both sides must come from the same model"
+        )
+    query_labels, labels = _same_labels(query, database)
+    made = measure(protocol, query.codes, query_labels, database.codes, labels)
+    setting = Setting(
+        model="codes from files",
+        database=database.name,
+        queries=query.name,
+        protocol=protocol.settings(),
+        direction="",
+        bits=query.codes.bits,
+        digests={
+            "model": _digest(query.codes.packed),
+            "codes": _digest(database.codes.packed),
+            "queries": _digest(query.codes.ids, query_labels),
+            "database": _digest(database.codes.ids, labels),
+        },
+    )
+    return EvalResult(
+        setting=setting,
+        values=made.values,
+        per_query=made.per_query,
+        interval=intervals(made.per_query),
+        reference=made.reference,
+        empty=made.empty,
+        curves=made.curves,
+        notes=made.notes,
+    )
+
+
+def _same_labels(query: CodeFile, database: CodeFile) -> tuple[Tensor, Tensor]:
+    """(Q, C) and (N, C) multi-hot of the two files."""
+    if query.labels.ndim != database.labels.ndim:
+        kinds = {1: "integer classes (N,)", 2: "multi-hot labels (N, C)"}
+        raise ValueError(
+            f"{query.name} has {kinds[query.labels.ndim]} and {database.name} {kinds[database.labels.ndim]}; "
+            "save both in the same form"
+        )
+    if query.labels.ndim == 2:
+        if query.labels.shape[1] != database.labels.shape[1]:
+            raise ValueError(
+                f"{query.name} has {query.labels.shape[1]} label columns and {database.name} "
+                f"{database.labels.shape[1]}; both must list the same labels in the same order"
+            )
+        return query.labels, database.labels
+    _, dense = torch.unique(torch.cat([query.labels, database.labels]), return_inverse=True)
+    hot = torch.zeros(len(dense), int(dense.max()) + 1, dtype=torch.uint8)
+    hot[torch.arange(len(dense)), dense] = 1
+    return hot[: len(query.labels)], hot[len(query.labels) :]
+
+
+def _digest(*tensors: Tensor) -> str:
+    made = hashlib.sha256()
+    for tensor in tensors:
+        made.update(str((tuple(tensor.shape), tensor.dtype)).encode())
+        made.update(tensor.contiguous().numpy().tobytes())
+    return made.hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""Many models in one table: which are not significantly different from the best, and whose claim it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robusthash.metrics.results import EvalResult
+from robusthash.metrics.statistics import hierarchical_difference, holm, intervals, sign_flip_tests
+
+METHOD_SEEDS = 3
+"""Training seeds from which a number may be called that of a method; below, it is that of a checkpoint."""
+
+Claim = Literal["method", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a model stands in one column, beside the model of highest mean."""
+
+    mean: float
+    best: bool  # it has the highest mean
+    difference: float  # from the best, at most 0
+    interval: tuple[float, float]  # 95 %, of the difference
+    p: float  # two-sided
+    p_holm: float  # corrected over all comparisons of the table
+    bold: bool  # not significantly different from the best
+    claim: Claim  # what the comparison is about: methods, where both have seeds enough, else checkpoints
+
+
+def claim_of(seeds: int) -> Claim:
+    """A ``method`` from three training seeds up, else a ``checkpoint``."""
+    return "method" if seeds >= METHOD_SEEDS else "checkpoint"
+
+
+def compare_all(
+    table: Mapping[str, Mapping[str, Sequence[EvalResult]]], level: float = 0.05
+) -> dict[str, dict[str, Standing]]:
+    """Compare every model of every column with the best of that column, corrected over the whole table by
+    Holm.
+
+    Two methods (three training seeds each or more) are compared by the hierarchical bootstrap, seeds then
+    queries; all others by the paired sign-flip test over queries of the mean over their seeds, which is a
+    claim about checkpoints.
+
+    Args:
+        table: by column, which is the name of a per-query measure where higher is better, and model: the
+            results of its training seeds.
+        level: of significance, after correction.
+
+    Returns:
+        By column and model.
+
+    Raises:
+        ValueError: an empty column, or results in different settings; the models and fields are named.
+    """
+    values = {column: _values(column, models) for column, models in table.items()}
+    best = {
+        column: max(models, key=lambda name: float(models[name].mean())) for column, models in values.items()
+    }
+    p_values: dict[str, float] = {}
+    spans: dict[str, tuple[float, float]] = {}
+    for column, models in values.items():
+        leader, plain = models[best[column]], {}
+        for name, own in models.items():
+            key = f"{column}\n{name}"
+            if name == best[column]:
+                continue
+            if _about(own, leader) == "method":
+                low, high, p_values[key] = hierarchical_difference(own, leader)
+                spans[key] = low, high
+            else:
+                plain[key] = own.mean(0) - leader.mean(0)
+        if plain:
+            p_values |= sign_flip_tests(plain)
+            spans |= intervals(plain)
+    corrected = holm(p_values)
+    standings: dict[str, dict[str, Standing]] = {}
+    for column, models in values.items():
+        leader = models[best[column]]
+        standings[column] = {}
+        for name, own in models.items():
+            mean, key = float(own.mean()), f"{column}\n{name}"
+            if name == best[column]:
+                standings[column][name] = Standing(
+                    mean, True, 0.0, (0.0, 0.0), 1.0, 1.0, True, claim_of(len(own))
+                )
+                continue
+            gap, p_holm = mean - float(leader.mean()), corrected[key]
+            standings[column][name] = Standing(
+                mean, False, gap, spans[key], p_values[key], p_holm, p_holm >= level, _about(own, leader)
+            )
+    return standings
+
+
+def _about(own: Tensor, leader: Tensor) -> Claim:
+    return claim_of(min(len(own), len(leader)))
+
+
+def _values(column: str, models: Mapping[str, Sequence[EvalResult]]) -> dict[str, Tensor]:
+    """(S, Q) values of each model, on the queries that every model has a value for."""
+    if not models or not all(models.values()):
+        raise ValueError(f"the column {column} needs at least one result of every model")
+    first_name, first = next((name, results[0]) for name, results in models.items())
+    for name, results in models.items():
+        for result in results:
+            if differing := first.setting.difference(result.setting):
+                raise ValueError(
+                    f"{first_name} and {name} cannot stand in one table: they differ in {differing}"
+                )
+            if column not in result.per_query:
+                raise ValueError(f"{name} has no per-query values of {column}")
+    stacked = {
+        n: torch.stack([r.per_query[column].to(torch.float64) for r in rs]) for n, rs in models.items()
+    }
+    defined = ~torch.cat(list(stacked.values())).isnan().any(0)
+    if not defined.any():
+        raise ValueError(f"no query has a value of {column} for every model")
+    return {name: values[:, defined] for name, values in stacked.items()}

@@ -1,0 +1,265 @@
+"""Uncertainty: bootstrap over queries, paired sign-flip tests, Holm's correction, training seeds.
+
+The unit of resampling is the query. Everything is drawn from a keyed scope, so that the same values always
+give the same interval, and in blocks, so that memory does not grow with the number of resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robusthash.core.runtime import Draws
+
+_BLOCK = 1 << 21  # random numbers held at a time
+
+
+def resampled_means(values: Tensor, resamples: int = 10_000, draws: Draws = Draws(0)) -> Tensor:
+    """Means of bootstrap resamples of the queries, the same resamples for every column.
+
+    Args:
+        values: (Q, m) per-query values; NaN leaves a query out of that column.
+
+    Returns:
+        (resamples, m) float64; NaN where a resample holds no defined value of a column.
+    """
+    if values.ndim != 2 or len(values) == 0:
+        raise ValueError(f"values must be (Q, m) with Q > 0, got {tuple(values.shape)}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be positive, got {resamples}")
+    count = len(values)
+    values = values.to("cpu", torch.float64)
+    defined = ~values.isnan()
+    filled = torch.where(defined, values, 0.0)
+    generator = draws.within("bootstrap").generator()
+    made = []
+    step = max(1, _BLOCK // count)
+    for start in range(0, resamples, step):
+        times = _times_drawn(min(step, resamples - start), count, generator)
+        made.append((times @ filled) / (times @ defined.to(torch.float64)))
+    return torch.cat(made)
+
+
+def _times_drawn(rows: int, count: int, generator: torch.Generator) -> Tensor:
+    """(rows, count) how often each of ``count`` items is drawn in ``count`` draws with replacement."""
+    drawn = torch.randint(count, (rows, count), generator=generator) + torch.arange(rows)[:, None] * count
+    return torch.bincount(drawn.flatten(), minlength=rows * count).view(rows, count).to(torch.float64)
+
+
+def bootstrap_interval(
+    values: Tensor,
+    statistic: Callable[[Tensor], Tensor] | None = None,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    draws: Draws = Draws(0),
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean, or of a function of several means.
+
+    Args:
+        values: (Q,) values, or (Q, m) when the statistic needs m means (AP, wAP and chance for HRS).
+        statistic: (resamples, m) means -> (resamples,); None for the mean itself.
+        level: coverage in (0, 1).
+
+    Returns:
+        Lower and upper end.
+    """
+    means = resampled_means(values[:, None] if values.ndim == 1 else values, resamples, draws)
+    low, high = _percentiles(means[:, 0] if statistic is None else statistic(means), level)
+    return low, high
+
+
+def intervals(
+    per_query: Mapping[str, Tensor],
+    level: float = 0.95,
+    resamples: int = 10_000,
+    draws: Draws = Draws(0),
+) -> dict[str, tuple[float, float]]:
+    """The interval of the mean of each named (Q,) array, from the same resamples; arrays of NaN only are left
+    out."""
+    names = [name for name, values in per_query.items() if not values.isnan().all()]
+    if not names:
+        return {}
+    means = resampled_means(
+        torch.stack([per_query[name].to(torch.float64) for name in names], 1), resamples, draws
+    )
+    return {name: _percentiles(means[:, column], level) for column, name in enumerate(names)}
+
+
+def _percentiles(samples: Tensor, level: float) -> tuple[float, float]:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    samples = samples[~samples.isnan()]
+    if len(samples) == 0:
+        raise ValueError("the statistic is undefined in every resample")
+    tail = (1 - level) / 2
+    low, high = torch.quantile(samples, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def hierarchical_interval(
+    values: Tensor,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    draws: Draws = Draws(0),
+    statistic: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[float, float]:
+    """Interval of a METHOD's mean: training seeds are resampled, then queries.
+
+    All seeds are scored on the same queries, so one resample of the queries is shared by the seeds that were
+    drawn; resampling them apart would count the same query as several independent ones and make the interval
+    too narrow.
+
+    Args:
+        values: (S, Q) per-query values of S training seeds, S at least 2; or (S, Q, m) with a ``statistic``.
+        statistic: (resamples, m) means -> (resamples,); None for the mean itself.
+    """
+    means = _hierarchical_means([values if values.ndim == 3 else values[..., None]], resamples, draws)[0]
+    return _percentiles(means[:, 0] if statistic is None else statistic(means), level)
+
+
+def hierarchical_difference(
+    first: Tensor, second: Tensor, level: float = 0.95, resamples: int = 10_000, draws: Draws = Draws(0)
+) -> tuple[float, float, float]:
+    """Interval and two-sided p of the difference of two METHODS' means, first minus second, on the same
+    queries.
+
+    Seeds of each method are resampled apart, the queries together. p is twice the share of resamples on the
+    rarer side of zero, the observed value counted among them, so that it is never 0.
+
+    Args:
+        first: (S, Q) per-query values of S training seeds; second: (S', Q).
+
+    Returns:
+        Lower and upper end, and p.
+    """
+    left, right = _hierarchical_means([first[..., None], second[..., None]], resamples, draws)
+    differences = (left - right)[:, 0]
+    rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    return *_percentiles(differences, level), min(1.0, 2 * (rarer + 1) / (resamples + 1))
+
+
+def _hierarchical_means(groups: Sequence[Tensor], resamples: int, draws: Draws) -> list[Tensor]:
+    """(resamples, m) means of each (S, Q, m) group: its seeds resampled, the queries in common."""
+    for values in groups:
+        if values.ndim != 3 or values.shape[0] < 2 or values.shape[1] == 0:
+            raise ValueError(
+                f"values must be (S, Q) with at least two training seeds, got {tuple(values.shape[:2])}; one seed "
+                "supports a claim about a checkpoint (bootstrap_interval), not about a method"
+            )
+        if values.isnan().any():
+            raise ValueError("values hold NaN; choose the queries that are defined for every seed")
+    count = groups[0].shape[1]
+    if any(values.shape[1] != count for values in groups):
+        raise ValueError(
+            f"the methods have {[values.shape[1] for values in groups]} queries; score both on the same"
+        )
+    groups = [values.to("cpu", torch.float64) for values in groups]
+    generator = draws.within("hierarchical").generator()
+    made: list[list[Tensor]] = [[] for _ in groups]
+    step = max(1, _BLOCK // count)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        seed_times = [_times_drawn(rows, len(values), generator) for values in groups]
+        query_times = _times_drawn(rows, count, generator)
+        for place, (times, values) in enumerate(zip(seed_times, groups, strict=True)):
+            over_seeds = (times @ values.flatten(1)).view(rows, count, -1)
+            made[place].append((over_seeds * query_times[..., None]).sum(1) / (len(values) * count))
+    return [torch.cat(blocks) for blocks in made]
+
+
+def sign_flip_test(differences: Tensor, flips: int = 100_000, draws: Draws = Draws(0)) -> float:
+    """Two-sided paired permutation test of "the mean difference is zero".
+
+    p is the share of sign patterns with |mean| >= |observed mean| - 1e-12: of all 2^n patterns for n <= 20,
+    else of ``flips`` random ones, the observed pattern among them, so that p is never 0. Differences that are
+    0 have no sign and change nothing; they do not count towards n.
+
+    Args:
+        differences: (Q,) paired differences, no NaN.
+
+    Example:
+        >>> import torch
+        >>> sign_flip_test(torch.tensor([0.1, 0.2, 0.3]))
+        0.25
+    """
+    if not torch.isfinite(differences).all():
+        raise ValueError("the test needs finite differences; leave undefined queries out")
+    return sign_flip_tests({"": differences}, flips, draws)[""]
+
+
+def sign_flip_tests(
+    differences: Mapping[str, Tensor], flips: int = 100_000, draws: Draws = Draws(0)
+) -> dict[str, float]:
+    """``sign_flip_test`` of several measures of the same queries, with the same random flips.
+
+    Args:
+        differences: (Q,) by measure; NaN leaves a query out of that measure.
+    """
+    if flips < 2:
+        raise ValueError(f"flips must be at least 2, got {flips}")
+    columns = {name: values.to("cpu", torch.float64).flatten() for name, values in differences.items()}
+    p_values: dict[str, float] = {}
+    drawn: dict[str, Tensor] = {}
+    for name, values in columns.items():
+        if len(values) == 0 or values.isnan().all():
+            raise ValueError(f"the test {name} needs the difference of at least one query")
+        signed = values[(values != 0) & ~values.isnan()]
+        if len(signed) <= 20:
+            p_values[name] = _exact_share(signed)
+        else:
+            drawn[name] = values.nan_to_num(0.0)  # a zero adds nothing to any pattern
+    if drawn:
+        shares = _drawn_shares(
+            torch.stack(list(drawn.values()), 1), flips, draws.within("sign-flip").generator()
+        )
+        p_values.update(zip(drawn, shares, strict=True))
+    return {name: p_values[name] for name in columns}
+
+
+def _exact_share(values: Tensor) -> float:
+    """Share of all sign patterns of at most 20 non-zero values that reach the observed sum."""
+    count = len(values)
+    if count == 0:
+        return 1.0
+    threshold = values.sum().abs() - 1e-12 * count
+    patterns = 1 << (count - 1)  # the two halves mirror each other, so the last sign stays +1
+    step = max(1, _BLOCK // count)
+    reached = 0
+    for start in range(0, patterns, step):
+        numbers = torch.arange(start, min(start + step, patterns))
+        signs = 1.0 - 2.0 * ((numbers[:, None] >> torch.arange(count)) & 1).to(torch.float64)
+        reached += int(((signs @ values).abs() >= threshold).sum())
+    return reached / patterns
+
+
+def _drawn_shares(values: Tensor, flips: int, generator: torch.Generator) -> list[float]:
+    """Of each column of (Q, m): share of ``flips`` patterns, the observed one among them, that reach its
+    sum."""
+    count, total = len(values), values.sum(0)
+    threshold = total.abs() - 1e-12 * count
+    reached = torch.ones(values.shape[1], dtype=torch.int64)
+    step = max(1, _BLOCK // count)
+    for start in range(0, flips - 1, step):
+        rows = min(step, flips - 1 - start)
+        random = torch.randint(0, 256, (rows, (count + 7) // 8), generator=generator, dtype=torch.uint8)
+        kept = torch.from_numpy(np.unpackbits(random.numpy(), axis=1, count=count)).to(torch.float64)
+        sums = 2 * (kept @ values) - total  # signs are 2 kept - 1
+        reached += (sums.abs() >= threshold).sum(0)
+    return (reached.to(torch.float64) / flips).tolist()
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down adjusted p-values of one family of comparisons, by name, each at most 1."""
+    for name, p in p_values.items():
+        if not 0 <= p <= 1:
+            raise ValueError(f"the p-value of {name} must lie in [0, 1], got {p}")
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    ordered = sorted(p_values, key=lambda name: p_values[name])
+    for rank, name in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}

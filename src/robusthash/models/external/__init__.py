@@ -1,0 +1,1 @@
+"""Models from elsewhere as victims: wrapped functions, model files, HTTP endpoints, perceptual hashes."""

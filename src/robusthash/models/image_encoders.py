@@ -1,0 +1,149 @@
+"""Image encoders: (B, 3, H, W) in [0, 1] -> (features (B, D), aux). Normalisation is their first layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robusthash.core.registry import register
+from robusthash.models.pretrained_weights import load_weights
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std per channel, inside the model, so that attack budgets stay in pixel units."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class ImageEncoder(nn.Module):
+    """Normalisation, then ``trunk``. ``width`` is D; inputs under ``smallest`` pixels a side are refused."""
+
+    def __init__(self, trunk: nn.Module, width: int, smallest: int, statistics=IMAGENET) -> None:
+        super().__init__()
+        self.normalise = Normalise(*statistics)
+        self.trunk = trunk
+        self.width = width
+        self.smallest = smallest
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if min(x.shape[-2:]) < self.smallest:
+            raise ValueError(
+                f"this encoder needs images of at least {self.smallest} px, got {tuple(x.shape[-2:])}"
+            )
+        return self.trunk(self.normalise(x)), {}
+
+
+def _block(inputs: int, outputs: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    ]
+
+
+@register("image-encoder", "small", modality="image", state="measured")
+def small(width: int = 32, grid: int = 2) -> ImageEncoder:
+    """Four convolutions for 16-64 px that train on a CPU in minutes; ``width`` channels, doubled twice.
+
+    Args:
+        width: channels of the first layer.
+        grid: the last map is pooled to grid x grid, so any input size gives D = 4 * width * grid^2.
+    """
+    trunk = nn.Sequential(
+        # the only layer at full resolution strides, since it would cost more than all others together
+        nn.Conv2d(3, width, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        *_block(width, 2 * width),
+        nn.MaxPool2d(2),
+        *_block(2 * width, 4 * width),
+        *_block(4 * width, 4 * width),
+        nn.AdaptiveAvgPool2d(grid),
+        nn.Flatten(),
+    )
+    return ImageEncoder(trunk, 4 * width * grid**2, smallest=8, statistics=((0.5,) * 3, (0.25,) * 3))
+
+
+def _torchvision(name: str, weights: str | None) -> Any:
+    """A torchvision model; ``"hub"`` downloads its weights, anything else leaves it new."""
+    import torchvision  # half a second to import, and only these encoders need it
+
+    return getattr(torchvision.models, name)(weights="DEFAULT" if weights == "hub" else None)
+
+
+def _filled(model: Any, name: str, weights: str | None, head: str = "") -> Any:
+    """The model, its classifier gone, with the weights of a file where there is one."""
+    if weights not in (None, "hub"):
+        load_weights(model, weights, name, head)
+    return model
+
+
+def _classifier_net(name: str, weights: str | None, smallest: int) -> ImageEncoder:
+    """AlexNet or VGG up to its second 4096-wide layer, as the hashing codes use it."""
+    model = _torchvision(name, weights)
+    last = f"classifier.{len(model.classifier) - 1}."
+    model.classifier = model.classifier[:-1]
+    return ImageEncoder(_filled(model, name, weights, last), 4096, smallest)
+
+
+def _resnet(name: str, weights: str | None) -> ImageEncoder:
+    """ResNet up to its pooled features."""
+    model = _torchvision(name, weights)
+    width = model.fc.in_features
+    model.fc = nn.Identity()
+    return ImageEncoder(_filled(model, name, weights), width, smallest=32)
+
+
+@register("image-encoder", "alexnet", paper="Krizhevsky 2012", evidence="library", modality="image")
+def alexnet(weights: str | None = None) -> ImageEncoder:
+    """AlexNet (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
+    return _classifier_net("alexnet", weights, 63)
+
+
+@register("image-encoder", "vgg11", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
+def vgg11(weights: str | None = None) -> ImageEncoder:
+    """VGG11 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
+    return _classifier_net("vgg11", weights, 32)
+
+
+@register("image-encoder", "vgg16", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
+def vgg16(weights: str | None = None) -> ImageEncoder:
+    """VGG16 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
+    return _classifier_net("vgg16", weights, 32)
+
+
+@register("image-encoder", "vgg19", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
+def vgg19(weights: str | None = None) -> ImageEncoder:
+    """VGG19 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
+    return _classifier_net("vgg19", weights, 32)
+
+
+@register("image-encoder", "resnet18", paper="He 2016", evidence="library", modality="image")
+def resnet18(weights: str | None = None) -> ImageEncoder:
+    """ResNet18 (torchvision), D = 512. ``weights``: a file, ``"hub"`` or None."""
+    return _resnet("resnet18", weights)
+
+
+@register("image-encoder", "resnet34", paper="He 2016", evidence="library", modality="image")
+def resnet34(weights: str | None = None) -> ImageEncoder:
+    """ResNet34 (torchvision), D = 512. ``weights``: a file, ``"hub"`` or None."""
+    return _resnet("resnet34", weights)
+
+
+@register("image-encoder", "resnet50", paper="He 2016", evidence="library", modality="image")
+def resnet50(weights: str | None = None) -> ImageEncoder:
+    """ResNet50 (torchvision), D = 2048. ``weights``: a file, ``"hub"`` or None."""
+    return _resnet("resnet50", weights)

@@ -1,0 +1,1 @@
+"""Checks of evaluations: signs that a robustness number may not be trusted."""

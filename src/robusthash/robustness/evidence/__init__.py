@@ -1,0 +1,1 @@
+"""Evidence bundles and registry entries: attacked queries and claims that others send in."""

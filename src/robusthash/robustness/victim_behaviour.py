@@ -1,0 +1,158 @@
+"""What a victim does when it is looked at, against what it declares: the wrong class means the wrong adaptive
+lines."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from robusthash.core.types import Inputs, Outputs
+from robusthash.models.hasher import Defense, Hasher, frozen
+from robusthash.models.purifier import Purifier
+from robusthash.models.sfcl import Separation
+
+SAME = 1e-4
+"""Logits of two looks are the same where they differ by at most this share of the largest; kernels may
+reorder sums."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Behaviour of a victim in eval mode."""
+
+    randomised: bool  # logits differ between calls on the same inputs
+    purifier: bool  # a Purifier that is no gate stands before an encoder
+    gate: bool
+    mask: bool  # features are separated by a learned mask
+    inner_gradients: bool  # forward takes gradients or steps of an optimiser itself
+    reached: float  # share of the items to whose input a gradient comes; 1 where no input is continuous
+
+    @property
+    def gradient_reaches_input(self) -> bool:
+        """For at least 99 % of the items. Below, the gradient is masked for some; only at 0 is the graph
+        cut."""
+        return self.reached >= 0.99
+
+    @property
+    def cut(self) -> bool:
+        """No gradient reaches any item, so nothing that differentiates the victim itself can start."""
+        return self.reached == 0
+
+
+@dataclass
+class _Inner:
+    """How often a backward pass or a step of an optimiser ran inside a block."""
+
+    backward: int = 0
+    steps: int = 0
+
+
+def observed(victim: Hasher, inputs: Inputs, looks: int = 3) -> Observed:
+    """Look at a victim: some clean inputs are enough, 8 to 128 of them.
+
+    Logits are compared over ``looks`` calls, the parts are those of the package by type, and a backward pass
+    inside the forward pass is seen by the tensors that autograd takes back (under ``no_grad`` outside, none
+    is wanted).
+
+    Raises:
+        ValueError: no inputs, or fewer than two looks.
+    """
+    if not inputs or looks < 2:
+        raise ValueError(f"observing takes inputs and at least two looks, got {sorted(inputs)} and {looks}")
+    purifiers = [part for part in victim.modules() if isinstance(part, Purifier)]
+    with frozen(victim):
+        with torch.no_grad(), _watched() as inner:
+            answers = [_logits(victim(inputs)) for _ in range(looks)]
+        reached = _reached(victim, inputs)
+    return Observed(
+        randomised=any(_differ(answers[0], other) for other in answers[1:]),
+        purifier=any(part.declares != "gate" for part in purifiers),
+        gate=any(part.declares == "gate" for part in purifiers),
+        mask=any(isinstance(part, Separation) for part in victim.modules()),
+        inner_gradients=bool(inner.backward or inner.steps),
+        reached=reached,
+    )
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[_Inner]:
+    inner = _Inner()
+
+    def unpack(value: Tensor) -> Tensor:
+        inner.backward += 1
+        return value
+
+    def step(*_: Any) -> None:
+        inner.steps += 1
+
+    handle = register_optimizer_step_pre_hook(step)
+    try:
+        with saved_tensors_hooks(lambda value: value, unpack):
+            yield inner
+    finally:
+        handle.remove()
+
+
+def _logits(outputs: Outputs) -> dict[str, Tensor]:
+    return {name: output.logits.detach() for name, output in outputs.items()}
+
+
+def _differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return any(bool((v - other[n]).abs().max() > SAME * v.abs().max()) for n, v in one.items())
+
+
+def _reached(victim: Hasher, inputs: Inputs) -> float:
+    """The share of items to whose continuous inputs sum |u|, which saturates nowhere, has a gradient."""
+    leaves = {n: v.detach().clone().requires_grad_(True) for n, v in inputs.items() if v.is_floating_point()}
+    if not leaves:
+        return 1.0
+    with torch.enable_grad():
+        value = torch.stack([output.logits.abs().sum() for output in victim(leaves).values()]).sum()
+        if not value.requires_grad:
+            return 0.0
+        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    shares = [0.0 if g is None else float((g != 0).flatten(1).any(1).float().mean()) for g in grads]
+    return min(shares)
+
+
+def matches(declared: Defense, seen: Observed) -> list[str]:
+    """Reasons why a declared class does not fit what was observed; none where it does.
+
+    A victim may have more parts than the one that names its class: their lines are run as well, so only a
+    class that hides a part (``plain``, ``adversarial``) or names one that is not there is a mismatch.
+    """
+    reasons = []
+    hides = declared in ("plain", "adversarial", "detector")
+    if seen.randomised and declared != "randomised":
+        reasons.append(f"codes change between calls, and {declared!r} is declared: declare 'randomised'")
+    if declared == "randomised" and not seen.randomised:
+        reasons.append("'randomised' is declared, and codes did not change between calls")
+    for part in ("purifier", "gate", "mask"):
+        if hides and getattr(seen, part):
+            reasons.append(f"a {part} is inside, and {declared!r} is declared: declare {part!r}")
+        if declared == part and not getattr(seen, part):
+            reasons.append(f"{part!r} is declared, and none was found inside")
+    if seen.inner_gradients and declared not in ("purifier", "randomised"):
+        reasons.append(f"forward takes gradients itself, and {declared!r} is declared: declare 'purifier'")
+    if not seen.gradient_reaches_input and declared not in ("purifier", "randomised"):
+        said = (
+            "no gradient reaches the input"
+            if seen.cut
+            else f"a gradient reaches {seen.reached:.0%} of the items only"
+        )
+        reasons.append(f"{said}, and {declared!r} is declared: the graph is cut or saturated")
+    if declared == "detector":
+        reasons.append("'detector' is declared, and the package has none: no attack includes its score")
+    return reasons
+
+
+def mismatches(victim: Hasher, inputs: Inputs) -> list[str]:
+    """``matches`` of what a victim declares and what is observed on some clean inputs."""
+    return matches(victim.declared, observed(victim, inputs))
