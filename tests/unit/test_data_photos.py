@@ -10,8 +10,16 @@ import pytest
 import torch
 
 from robusthash.data import RetrievalData, load_data
-from robusthash.data.photo_sources import PHOTOGRAPHS, TAGS, photograph_path
-from robusthash.data.photos import PhotoItem, PhotoSource, describe_item, overlap, thumbnail
+from robusthash.data.photos import (
+    PHOTOGRAPHS,
+    TAGS,
+    PhotoItem,
+    PhotoSource,
+    describe_item,
+    overlap,
+    photograph_path,
+    thumbnail,
+)
 
 SMALL = {"train": 60, "query": 40, "database": 80}
 
