@@ -25,10 +25,6 @@ class Source(Protocol):
         """The inputs of these rows, by modality: images float32 in [0, 1]."""
         ...
 
-    def hashes(self) -> np.ndarray:
-        """(N,) content hashes as ``"S16"`` byte strings; equal content, equal hash."""
-        ...
-
 
 def content_hash(data: bytes) -> bytes:
     """The 16 bytes that identify an item's content, as hex of a BLAKE2b."""
@@ -63,6 +59,7 @@ class ArraySource:
         return {name: as_input(value[rows]) for name, value in self.arrays.items()}
 
     def hashes(self) -> np.ndarray:
+        """(N,) content hashes as ``"S16"`` byte strings; equal content, equal hash."""
         columns = [value.numpy() for _, value in sorted(self.arrays.items())]
         contents = (b"".join(column[row].tobytes() for column in columns) for row in range(len(self)))
         return np.array([content_hash(content) for content in contents], dtype="S16")
@@ -137,10 +134,9 @@ class RetrievalData:
             shared = np.isin(queries, other.hashes)
             if shared.any():
                 first = int(np.flatnonzero(shared)[0])
-                raise ValueError(
-                    f"{int(shared.sum())} of {len(queries)} queries are also in the {other.name} split "
-                    f"(first: query {first}, content {queries[first].decode()}); remove them from one of the two"
-                )
+                example = f"first: query {first}, content {queries[first].decode()}"
+                count = f"{int(shared.sum())} of {len(queries)} queries"
+                raise ValueError(f"{count} are also in the {other.name} split ({example}); remove them there")
         shared = np.isin(self.train.hashes, self.database.hashes)
         object.__setattr__(self, "train_in_database", int(shared.sum()))
 

@@ -136,7 +136,10 @@ def _read_archive(path: Path) -> _Images:
             pixels[position] = _decode(stream, f"image {row} of {path}")
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
-    note = "Pixels are re-encoded JPEG and the order is not the official one: numbers are close to official ones."
+    note = (
+        "Pixels are re-encoded JPEG and the order is not the official one: "
+        "numbers are close to official ones."
+    )
     labels = torch.from_numpy(label.astype(np.int64))
     return _Images(labels, torch.from_numpy(is_test.astype(bool)), names, take, note)
 

@@ -16,16 +16,8 @@ from robusthash.data.base import ArraySource, RetrievalData
 from robusthash.data.splits import SplitOptions, assemble, class_split, compact, hash_pixels, one_hot
 
 CLASSES = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
 _SIDE = 28
 _PARTS = ("train", "t10k")
@@ -86,9 +78,9 @@ def _find(root: Path) -> Path:
         if all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in names):
             return folder
     raise FileNotFoundError(
-        f"no Fashion-MNIST: the files {', '.join(names)} (plain or .gz) belong in {root.absolute()} or in "
-        f"{searched[1]}; torchvision.datasets.FashionMNIST({str(root)!r}, download=True) puts them there, and "
-        "Debian's package dataset-fashion-mnist installs them too"
+        f"no Fashion-MNIST: the files {', '.join(names)} (plain or .gz) belong in {root.absolute()} or "
+        f"{searched[1]}; torchvision.datasets.FashionMNIST({str(root)!r}, download=True) puts them there, "
+        "and Debian's package dataset-fashion-mnist installs them too"
     )
 
 
@@ -124,9 +116,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     head = 4 + 4 * dimensions
     start = int.from_bytes(raw[:4], "big")
     if len(raw) < head or start != magic:
-        raise ValueError(
-            f"{path} is no IDX file of {dimensions} dimensions: it starts with {start:#010x}, not {magic:#010x}"
-        )
+        raise ValueError(f"{path} is no IDX file of {dimensions} dimensions: it starts with {start:#010x}")
     shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", dimensions, offset=4))
     if len(raw) - head != int(np.prod(shape, dtype=np.int64)):
         raise ValueError(f"{path} says {shape} and holds {len(raw) - head} bytes of data; fetch it again")

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 LabelField = Literal["labels", "class"]
 
+_OTHER: dict[LabelField, LabelField] = {"labels": "class", "class": "labels"}
 _SPLIT_NAMES = frozenset({"train", "test", "val", "valid", "validation", "query", "database"})
 
 
@@ -45,9 +46,7 @@ class ColumnSplits:
     def __post_init__(self) -> None:
         for values in vars(self).values():
             if isinstance(values, str):
-                raise ValueError(
-                    f"the splits are lists of values of the split column, got the text {values!r}"
-                )
+                raise ValueError(f"the splits are lists of values of the column, got the text {values!r}")
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ def folder(
 ) -> RetrievalData:
     """Your own images, labelled by class folders or by a CSV or JSON-lines manifest.
 
-    Every file is decoded once when the set is loaded: that finds the unreadable ones and gives content
-    hashes, which are of the pixels at ``size``, so that a picture saved again without loss is known as the
+    Content hashes are of the pixels at ``size``, so that a picture saved again without loss counts as the
     same. A query whose pixels are also in another split is dropped with a warning.
 
     Args:
@@ -100,15 +98,13 @@ def folder(
             (``UnreadableImage``), a split that cannot be made.
     """
     if (root is None) == (archive is None):
-        raise ValueError(
-            f"give either root (a folder) or archive (a tar), got root={root!r} and archive={archive!r}"
-        )
+        raise ValueError(f"give either root (a folder) or archive (a tar), got {root!r} and {archive!r}")
     if manifest is not None:
         entries = _entries_of_manifest(Path(manifest), root, archive, label_field, bool(text.texts))
     else:
         entries = _entries_of_folder(root, bool(text.texts))
-    decoded = decode([entry.file for entry in entries], image)
-    entries = [entries[row] for row in decoded.rows.tolist()]
+    source, readable = decode([entry.file for entry in entries], image)
+    entries = [entries[row] for row in readable.tolist()]
     labels, names = _multi_hot([entry.labels for entry in entries])
     rule = splits.split or ("manifest" if any(entry.split for entry in entries) else "random")
     if rule == "manifest":
@@ -117,15 +113,17 @@ def folder(
     else:
         indices = _drawn_split(labels, names, replace(splits, split=rule))
     note = f"Images {image}; split {rule}" + ("." if rule == "manifest" else f", seed {splits.seed}.")
-    also, label_note = _other_labels(entries, _other_field(label_field))
-    note += _note_unlabelled(labels) + label_note
-    modalities: dict[str, Tensor] = {}
+    if count := int((labels.sum(1) == 0).sum()):
+        unlabelled = f"{count} of {len(labels)} items have no label and are similar to nothing."
+        logger.warning("folder: %s They are kept.", unlabelled)
+        note += f" {unlabelled}"
+    also, label_note = _other_labels(entries, _OTHER[label_field])
+    note += label_note
     if text.texts:
-        searched = torch.cat([indices.query, indices.database])
-        captions = [entry.captions for entry in entries]
-        modalities["text"], text_note = text.encode(captions, indices.train, searched)
-        note += f" {text_note}"
-    return assemble("folder", decoded.source(modalities), labels, decoded.hashes, indices, names, note, also)
+        others = torch.cat([indices.query, indices.database])
+        values, text_note = text.encode([entry.captions for entry in entries], indices.train, others)
+        source, note = replace(source, others={"text": values}), f"{note} {text_note}"
+    return assemble("folder", source, labels, source.hashes, indices, names, note, also)
 
 
 def _multi_hot(rows: Sequence[Sequence[str]]) -> tuple[Tensor, tuple[str, ...]]:
@@ -143,27 +141,15 @@ def _other_labels(entries: Sequence[Entry], field: LabelField) -> tuple[dict[str
     lacking = sum(not entry.also for entry in entries)
     if lacking == 0:
         return {field: _multi_hot([entry.also for entry in entries])[0]}, ""
-    if lacking == len(entries):
-        return {}, ""
-    return {}, f" {lacking} of {len(entries)} items have no {field!r}, which is left out."
-
-
-def _note_unlabelled(labels: Tensor) -> str:
-    count = int((labels.sum(1) == 0).sum())
-    if count == 0:
-        return ""
-    note = f"{count} of {len(labels)} items have no label and are similar to nothing."
-    logger.warning("folder: %s They are kept.", note)
-    return f" {note}"
+    note = f" {lacking} of {len(entries)} items have no {field!r}, which is left out."
+    return {}, note if lacking < len(entries) else ""
 
 
 def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
     """The split that the column ``split`` of the manifest writes down."""
     values = {entry.split for entry in entries}
     if not any(values):
-        raise ValueError(
-            "split='manifest' needs a manifest with a column 'split'; use 'random' or 'balanced'"
-        )
+        raise ValueError("split='manifest' needs a column 'split'; use 'random' or 'balanced'")
     unknown = sorted(values.difference(*vars(columns).values()))
     if unknown:
         raise ValueError(
@@ -173,9 +159,7 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
     query = set(columns.query_splits)
 
     def rows(of: Iterable[str]) -> Tensor:
-        return torch.tensor(
-            [row for row, entry in enumerate(entries) if entry.split in of], dtype=torch.int64
-        )
+        return torch.tensor([row for row, entry in enumerate(entries) if entry.split in of]).long()
 
     parts = {
         "train": rows(set(columns.train_splits) - query),
@@ -212,7 +196,7 @@ def _entries_of_folder(root: str | Path | None, captions: bool) -> list[Entry]:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"no folder {root.absolute()}; it should hold one folder of images for each class"
+            f"no folder {root.absolute()}; it should hold a folder of images for each class"
         )
     visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     loose = [path for path in visible if _is_image(path)]
@@ -226,14 +210,14 @@ def _entries_of_folder(root: str | Path | None, captions: bool) -> list[Entry]:
         raise ValueError(f"{root} is empty: it holds neither class folders nor images")
     if {path.name.lower() for path in classes} <= _SPLIT_NAMES:
         raise ValueError(
-            f"the folders of {root} are named like splits ({', '.join(path.name for path in classes)}), which "
-            "would become labels; give a manifest with the columns file, labels and split"
+            f"the folders of {root} are named like splits ({_some([path.name for path in classes])}), which would "
+            "become labels; give a manifest with the columns file, labels and split"
         )
     files = {path.name: sorted(file for file in path.rglob("*") if _is_image(file)) for path in classes}
     empty = [name for name, images in files.items() if not images]
     if empty:
         raise ValueError(
-            f"{len(empty)} class folders of {root} hold no image: {_some(empty)}; remove or fill them"
+            f"{len(empty)} class folders of {root} hold no image: {_some(empty)}; fill or remove"
         )
     return [Entry(ImageFile(file), (name,)) for name, images in files.items() for file in images]
 
@@ -246,7 +230,7 @@ def _entries_of_manifest(
     captions: bool,
 ) -> list[Entry]:
     """The rows of a CSV or JSON-lines manifest, their files found in a folder or in a plain tar."""
-    rows, other = _rows(manifest), _other_field(label_field)
+    rows, other = _rows(manifest), _OTHER[label_field]
     for column in ("file", label_field, "captions") if captions else ("file", label_field):
         lacking = [line for line, row in rows if column not in row]
         if lacking:
@@ -261,13 +245,11 @@ def _entries_of_manifest(
             f"no row of {manifest} has a label in the column {label_field!r}; fill it, or set label_field to "
             f"{other!r} where the labels stand there"
         )
-    members = _members(Path(archive)) if archive is not None else None
+    members = {} if archive is None else _members(Path(archive))
     entries, missing = [], []
     for _, row in rows:
         name = str(row["file"])
-        file = (
-            _file_below(Path(root or ""), name) if members is None else members.get(name.removeprefix("./"))
-        )
+        file = _file_below(Path(root), name) if root is not None else members.get(name.removeprefix("./"))
         if file is None:
             missing.append(name)
             continue
@@ -281,10 +263,6 @@ def _entries_of_manifest(
             f"{len(missing)} of {len(rows)} files of {manifest} are not in {where}: {_some(missing)}"
         )
     return entries
-
-
-def _other_field(label_field: LabelField) -> LabelField:
-    return "class" if label_field == "labels" else "labels"
 
 
 def _rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -338,7 +316,7 @@ def _refuse_repeated(values: Iterable[str], column: str, manifest: Path) -> None
     twice = [value for value, count in Counter(values).items() if count > 1]
     if twice:
         raise ValueError(
-            f"{len(twice)} values of the column {column!r} occur twice in {manifest}: {_some(twice)}"
+            f"{len(twice)} values of column {column!r} occur twice in {manifest}: {_some(twice)}"
         )
 
 

@@ -10,7 +10,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from robusthash.core.types import Inputs
-from robusthash.data.base import ArraySource, Source, as_input, content_hash
+from robusthash.data.base import as_input, content_hash
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class ImageOptions:
             Resizing is bicubic with antialiasing; large JPEG files are decoded at a fraction of their size,
             never below twice ``size``.
         on_error: ``raise`` at the first unreadable file, or ``skip`` all such files with one warning that
-            counts them and names the first few.
+            counts them.
         max_pixels: refuse files of more pixels (width x height), before anything is decoded.
         memory: bytes (1 GiB by default) that decoded images may take; a larger set is decoded again for each
             batch, and 0 always does so.
@@ -123,7 +123,6 @@ def read_image(
         FileNotFoundError: no such file.
         ImageTooLarge: more than ``max_pixels`` pixels.
         UnreadableImage: not an image, truncated or corrupt. Both are ValueErrors.
-        ValueError: an argument outside its range.
     """
     _check_reading(size, fit, max_pixels)
     if isinstance(source, (str, Path)):
@@ -148,10 +147,10 @@ def _decode_one(stream: BinaryIO, name: str, size: int | None, fit: Fit, max_pix
         with Image.open(stream, formats=FORMATS) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:
-                raise ImageTooLarge(
-                    f"{name} has {image.width} x {image.height} = {pixels} pixels, more than the limit of "
-                    f"{max_pixels}; raise max_pixels if you trust the file"
+                limit = (
+                    f"{pixels} pixels, more than the limit of {max_pixels}; raise max_pixels if you trust it"
                 )
+                raise ImageTooLarge(f"{name} has {image.width} x {image.height} = {limit}")
             if size is not None:
                 image.draft(image.mode, (2 * size, 2 * size))
             rgb = _to_rgb(ImageOps.exif_transpose(image))
@@ -224,24 +223,31 @@ def iter_images(
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """The result of one pass over image files."""
+class FileSource:
+    """Images of files, in memory where they fit, else decoded for each batch; other modalities in memory."""
 
+    files: tuple[str | Path | ImageFile, ...]
     options: ImageOptions
-    files: tuple[str | Path | ImageFile, ...]  # the readable ones
-    rows: Tensor  # (K,) int64, their positions among the files asked for
-    hashes: np.ndarray  # (K,) "S16" of the pixels
-    images: Tensor | None  # (K, 3, size, size) uint8, or None where they do not fit in memory
+    hashes: np.ndarray  # (N,) "S16" of the pixels
+    images: Tensor | None  # (N, 3, size, size) uint8
+    others: dict[str, Tensor] = field(default_factory=dict)  # e.g. "text": (N, V) float32 or bool
 
-    def source(self, others: dict[str, Tensor]) -> Source:
-        """The images with other modalities, (K, ...) each, from memory or from the files."""
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def inputs(self, rows: Tensor) -> Inputs:
+        """As of ``Source``; raises ``UnreadableImage`` where a file was damaged after it was checked."""
         if self.images is not None:
-            return ArraySource({"image": self.images, **others})
-        return FileSource(self.files, self.options, others, self.hashes)
+            images = self.images[rows]
+        else:
+            files, options = [self.files[row] for row in rows.tolist()], self.options
+            images, _ = read_images(files, options.size, options.fit, "raise", options.max_pixels)
+        others = {name: as_input(values[rows]) for name, values in self.others.items()}
+        return {"image": as_input(images), **others}
 
 
-def decode(files: Sequence[str | Path | ImageFile], options: ImageOptions) -> Decoded:
-    """Decode every file once: find the unreadable ones, hash the pixels of the others.
+def decode(files: Sequence[str | Path | ImageFile], options: ImageOptions) -> tuple[FileSource, Tensor]:
+    """Decode every file once: the readable ones with hashes of their pixels, and their (K,) positions.
 
     Raises:
         UnreadableImage: under ``on_error="raise"``.
@@ -268,11 +274,8 @@ def decode(files: Sequence[str | Path | ImageFile], options: ImageOptions) -> De
         if not rows:
             raise ValueError(f"none of the {len(files)} images could be read: {first}")
         logger.warning("%d of %d images skipped as unreadable: %s", len(errors), len(files), first)
-    readable = tuple(files[row] for row in rows)
-    positions = torch.tensor(rows, dtype=torch.int64)
-    return Decoded(
-        options, readable, positions, np.array(hashes, "S16"), images[: len(rows)] if fits else None
-    )
+    readable, in_memory = tuple(files[row] for row in rows), images[: len(rows)] if fits else None
+    return FileSource(readable, options, np.array(hashes, "S16"), in_memory), torch.tensor(rows).long()
 
 
 def read_images(
@@ -286,29 +289,6 @@ def read_images(
 
     Options as in ``ImageOptions``, errors as of ``decode``.
     """
-    decoded = decode(files, ImageOptions(size, fit, on_error, max_pixels, memory=sys.maxsize))
-    assert decoded.images is not None  # any number of images fits
-    return decoded.images, decoded.rows
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """Images decoded for each batch, so that memory does not grow with the set; other modalities in memory."""
-
-    files: tuple[str | Path | ImageFile, ...]
-    options: ImageOptions
-    others: dict[str, Tensor]  # e.g. "text": (N, V) float32 or bool
-    pixel_hashes: np.ndarray  # (N,) "S16", from the pass that checked the files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def inputs(self, rows: Tensor) -> Inputs:
-        """As of ``Source``; raises ``UnreadableImage`` where a file was damaged after it was checked."""
-        files, how = [self.files[row] for row in rows.tolist()], self.options
-        images, _ = read_images(files, how.size, how.fit, "raise", how.max_pixels)
-        others = {name: as_input(values[rows]) for name, values in self.others.items()}
-        return {"image": as_input(images), **others}
-
-    def hashes(self) -> np.ndarray:
-        return self.pixel_hashes
+    source, rows = decode(files, ImageOptions(size, fit, on_error, max_pixels, memory=sys.maxsize))
+    assert source.images is not None  # any number of images fits
+    return source.images, rows

@@ -30,7 +30,7 @@ SPLITS = {
 _IMAGES = (
     "mirflickr25k.zip unpacks to mirflickr/ with im1.jpg to im25000.jpg, meta/tags, meta/tags_raw and doc"
 )
-_LABELS = "mirflickr25k_annotations_v080.zip belongs there as a folder of that name, with animals.txt and the others"
+_LABELS = "mirflickr25k_annotations_v080.zip belongs there as a folder of that name, with animals.txt etc."
 _COMPLETE, _FILTERED = 25000, 20015
 
 
@@ -94,7 +94,7 @@ def _image_numbers(folder: Path) -> list[int]:
 
 
 def _labels(folder: Path, numbers: list[int], concepts: int) -> tuple[Tensor, tuple[str, ...]]:
-    """(N, C) labels and their names, in alphabetical order of the files, and 14 with ``_r1`` after their base."""
+    """(N, C) labels and their names, in alphabetical order of the files; ``_r1`` follows its base."""
     lists = sorted(path for path in folder.glob("*.txt") if path.stem.lower() != "readme")
     lists = [path for path in lists if concepts == 38 or not path.stem.endswith("_r1")]
     if len(lists) != concepts:
@@ -105,7 +105,7 @@ def _labels(folder: Path, numbers: list[int], concepts: int) -> tuple[Tensor, tu
         for line in lines_of(path):
             if not line.isdecimal() or not 1 <= int(line) <= _COMPLETE:
                 raise ValueError(
-                    f"{path} should hold one image number a line, 1 to {_COMPLETE}, and holds {line!r}"
+                    f"{path} should hold one image number a line, 1 to 25000, and holds {line!r}"
                 )
             if int(line) in row:  # a partial set has only some of the images
                 labels[row[int(line)], column] = 1

@@ -100,9 +100,8 @@ def _pool(root: Path, year: int, texts: bool) -> tuple[Pool, Tensor]:
         names = part_names
         images = sorted(instances["images"], key=lambda image: image["id"])
         part_numbers = [image["id"] for image in images]
-        labels.append(
-            _labels(instances["annotations"], part_numbers, [each["id"] for each in categories], name)
-        )
+        columns = [category["id"] for category in categories]
+        labels.append(_labels(instances["annotations"], part_numbers, columns, name))
         folder = find(root, part, f"{part}.zip unpacks to a folder of that name beside annotations/")
         files += [ImageFile(folder / image["file_name"]) for image in images]
         numbers += part_numbers
@@ -153,7 +152,7 @@ def _karpathy_split(file: str | Path | None, numbers: Tensor) -> Indices:
     """The split that ``dataset_coco.json`` writes down."""
     if file is None or not Path(file).is_file():
         raise FileNotFoundError(
-            f"split='dsarh' needs karpathy=, the file dataset_coco.json of Karpathy's splits: {file}"
+            f"split='dsarh' needs karpathy=, the file dataset_coco.json of Karpathy: {file}"
         )
     try:
         part = {image["cocoid"]: image["split"] for image in json.loads(Path(file).read_bytes())["images"]}
@@ -163,9 +162,8 @@ def _karpathy_split(file: str | Path | None, numbers: Tensor) -> Indices:
         raise ValueError(f"{file} knows nothing of {len(unknown)} images (first: {unknown[0]})")
 
     def rows(*parts: str) -> Tensor:
-        return torch.tensor(
-            [row for row, number in enumerate(numbers.tolist()) if part[number] in parts]
-        ).long()
+        mask = torch.tensor([part[number] in parts for number in numbers.tolist()])
+        return torch.nonzero(mask).flatten()
 
     training, validation = rows("train", "restval"), rows("val")
     return Indices(training, rows("test"), training, validation if len(validation) else None)

@@ -34,11 +34,8 @@ _LISTS = (
     "ImageList.zip unpacks to ImageList/ with Imagelist.txt (269,648 lines like actor\\0001_2124494179.jpg)"
 )
 _TRUTH = "Groundtruth.zip unpacks to Groundtruth/AllLabels/ with 81 files Labels_airport.txt and so on"
-_TAGS = "NUS_WID_Tags.zip unpacks to NUS_WID_Tags/ with AllTags1k.txt, All_Tags.txt, Train_Tags1k.dat, Test_Tags1k.dat"
-_IMAGES = (
-    "the photographs belong in Flickr/<concept>/<file>, as the image list names them "
-    "(or name the folder: images=)"
-)
+_TAGS = "NUS_WID_Tags.zip unpacks to NUS_WID_Tags/ with AllTags1k.txt and All_Tags.txt"
+_IMAGES = "the photographs belong in Flickr/<concept>/<file>, as the image list names them, or in images="
 
 
 @register("data", "nus-wide", paper="Chua et al. 2009", modality="image+text")
@@ -77,7 +74,8 @@ def nus_wide(
     """
     protocol = find_protocol(SPLITS, splits.split)
     root = Path(root)
-    listed = _image_names(find(root, "Imagelist.txt", _LISTS))
+    # the list has Windows separators
+    listed = [line.replace("\\", "/") for line in lines_of(find(root, "Imagelist.txt", _LISTS))]
     count = _CONCEPTS.get(str(splits.split), 21) if concepts is None else concepts
     labels, names = _most_frequent(find(root, "AllLabels", _TRUTH), len(listed), count)
     folder = find(root, "Flickr", _IMAGES) if images is None else Path(images)
@@ -86,21 +84,15 @@ def nus_wide(
     pool = pool.only(labelled, f"none of the {count} concepts")
     if len(listed) == _COMPLETE and count in _FILTERED:
         pool = pool.expect(_FILTERED[count])
-    rows = torch.nonzero(labelled).flatten().tolist()
     if text.texts == "tokens":
         tags = _raw_tags(find(root, "All_Tags.txt", _TAGS), listed)
-        pool = replace(pool, texts=tuple(tags[row] for row in rows))
+        pool = replace(pool, texts=tuple(tags[row] for row in torch.nonzero(labelled).flatten().tolist()))
     elif text.texts:
-        pool = replace(pool, bags=_tag_bags(root, listed, [listed[row] for row in rows]))
+        pool = replace(pool, bags=_tag_bags(find(root, "AllTags1k.txt", _TAGS), listed, labelled))
     pool = pool.on_disk(_IMAGES)
     indices = protocol_split(pool.labels, protocol, splits, names)
     note = f"Split {splits.split}, seed {splits.seed}; images {image}; {count} concepts."
     return make_data("nus-wide", pool, indices, image, text, note)
-
-
-def _image_names(path: Path) -> list[str]:
-    """The lines of an image list, which have Windows separators."""
-    return [line.replace("\\", "/") for line in lines_of(path)]
 
 
 def _most_frequent(folder: Path, images: int, concepts: int) -> tuple[Tensor, tuple[str, ...]]:
@@ -108,7 +100,7 @@ def _most_frequent(folder: Path, images: int, concepts: int) -> tuple[Tensor, tu
     files = sorted(folder.glob("Labels_*.txt"))
     if not 1 <= concepts <= len(files):
         raise ValueError(
-            f"concepts must lie in 1..{len(files)}, as many as {folder} has, got {concepts}; {_TRUTH}"
+            f"concepts must lie in 1..{len(files)}, the files of {folder}, got {concepts}; {_TRUTH}"
         )
     marks = {path.stem.removeprefix("Labels_"): _marks(path, images) for path in files}
     frequent = sorted(sorted(marks, key=lambda name: (-int(marks[name].sum()), name))[:concepts])
@@ -122,35 +114,18 @@ def _marks(path: Path, count: int) -> np.ndarray:
     marks = np.frombuffer(path.read_bytes().translate(None, b" \t\r\n"), dtype=np.uint8) - ord("0")
     if len(marks) != count or (marks > 1).any():
         raise ValueError(
-            f"{path} should hold {count} lines of 0 or 1, as many as the image list, and has {len(marks)}"
+            f"{path} should hold {count} lines of 0 or 1, as the image list, and has {len(marks)}"
         )
     return marks == 1
 
 
-def _tag_bags(root: Path, listed: list[str], names: list[str]) -> Tensor:
-    """(N, 1000) bool, the tags that come with the set of the images of these ``names`` among all ``listed``."""
-    row = {name: number for number, name in enumerate(names)}
-    bags = torch.zeros(len(row), _TAG_COUNT, dtype=torch.bool)
-    count = 0
-    for name, line in _tag_lines(root, listed):
-        if name in row:
-            bags[row[name]] = torch.from_numpy(_tag_row(line, name))
-            count += 1
-    if count != len(row):
-        raise ValueError(f"the tag files have rows for {count} of {len(row)} images; {_TAGS}")
-    return bags
-
-
-def _tag_lines(root: Path, listed: list[str]) -> Iterator[tuple[str, str]]:
-    """Image names with their lines of tags, from ``AllTags1k.txt`` or else from the files of both parts."""
-    try:
-        whole = find(root, "AllTags1k.txt", _TAGS)
-    except FileNotFoundError:
-        for part in ("Train", "Test"):
-            names = _image_names(find(root, f"{part}Imagelist.txt", _LISTS))
-            yield from _line_by_line(names, find(root, f"{part}_Tags1k.dat", _TAGS))
-    else:
-        yield from _line_by_line(listed, whole)
+def _tag_bags(path: Path, listed: list[str], mask: Tensor) -> Tensor:
+    """(N, 1000) bool, the tags that come with the set, of the ``listed`` images where ``mask`` holds."""
+    bags = torch.zeros(len(listed), _TAG_COUNT, dtype=torch.bool)
+    for row, (name, line) in enumerate(_line_by_line(listed, path)):
+        if mask[row]:
+            bags[row] = torch.from_numpy(_tag_row(line, name))
+    return bags[mask]
 
 
 def _line_by_line(names: list[str], path: Path) -> Iterator[tuple[str, str]]:
@@ -170,7 +145,7 @@ def _tag_row(line: str, name: str) -> np.ndarray:
         _check_photo(fields.pop(0), name)
     if len(fields) != _TAG_COUNT or not set(fields) <= {"0", "1"}:
         raise ValueError(
-            f"the tags of {name} should be {_TAG_COUNT} of 0 or 1, and are {len(fields)} fields; {_TAGS}"
+            f"the tags of {name} should be 1000 of 0 or 1, and are {len(fields)} fields; {_TAGS}"
         )
     return np.array(fields) == "1"
 
@@ -189,5 +164,5 @@ def _check_photo(photo: str, name: str) -> None:
     """The image list names ``actor/0001_2124494179.jpg`` where a line of tags begins with 2124494179."""
     if Path(name).stem.rpartition("_")[2] != photo:
         raise ValueError(
-            f"the tags of photo {photo} stand beside {name}: the files are not in the same order; {_TAGS}"
+            f"the tags of photo {photo} stand beside {name}: the files are not in the same order"
         )

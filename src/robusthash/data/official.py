@@ -115,9 +115,7 @@ class Pool:
         """
         there = torch.tensor([file.path.is_file() for file in self.files])
         if not there.any():
-            raise FileNotFoundError(
-                f"none of the {len(self)} images is there (first: {self.files[0]}); {belong}"
-            )
+            raise FileNotFoundError(f"none of the {len(self)} images is there (as {self.files[0]}); {belong}")
         if not there.all():
             logger.warning("%d of %d images are not there (%s)", int((~there).sum()), len(self), belong)
         return self.only(there, "their image file is not there")
@@ -141,15 +139,14 @@ def make_data(
     """
     needed, indices = compact(indices)
     pool = pool.take(needed)
-    decoded = decode(pool.files, image)
-    if len(decoded.rows) < len(pool):
-        pool, indices = pool.take(decoded.rows), _without_unreadable(indices, decoded.rows, len(pool))
+    source, readable = decode(pool.files, image)
+    if len(readable) < len(pool):
+        pool, indices = pool.take(readable), _without_unreadable(indices, readable, len(pool))
     note = f"{note} {pool.note}".strip()
-    others: dict[str, Tensor] = {}
     if text.texts:
-        others["text"], text_note = _encode_texts(pool, indices, text)
-        note = f"{note} {text_note}".strip()
-    return assemble(name, decoded.source(others), pool.labels, decoded.hashes, indices, pool.names, note)
+        values, text_note = _encode_texts(pool, indices, text)
+        source, note = replace(source, others={"text": values}), f"{note} {text_note}".strip()
+    return assemble(name, source, pool.labels, source.hashes, indices, pool.names, note)
 
 
 def _encode_texts(pool: Pool, indices: Indices, text: TextOptions) -> tuple[Tensor, str]:
@@ -187,9 +184,7 @@ def find(root: Path, name: str, belong: str) -> Path:
     for depth in range(_DEPTH + 1):
         paths = [path for path in sorted(root.glob("*/" * depth + name)) if _is_own(path.relative_to(root))]
         if len(paths) > 1:
-            raise ValueError(
-                f"{name} is there twice, at {paths[0]} and {paths[1]}; give the root of one of them"
-            )
+            raise ValueError(f"{name} is there twice, at {paths[0]} and {paths[1]}; give the root of one")
         if paths:
             return paths[0]
     raise FileNotFoundError(f"no {name} in {root.absolute()}; {belong}")
@@ -206,16 +201,14 @@ def lines_of(path: Path) -> list[str]:
 
 
 def read_npz(path: Path, keys: Sequence[str], what: str) -> dict[str, np.ndarray]:
-    """The arrays ``keys`` of an ``.npz`` file without pickles; errors say that it is no archive of ``what``."""
+    """The arrays ``keys`` of an ``.npz`` file of the data set ``what``; pickles are refused."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path.absolute()}; it should hold the arrays {', '.join(keys)}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = sorted(set(keys) - set(archive.files))
             if missing:
-                raise ValueError(
-                    f"it lacks the arrays {', '.join(missing)} and has {', '.join(archive.files)}"
-                )
+                raise ValueError(f"it lacks the arrays {', '.join(missing)} of {', '.join(keys)}")
             return {key: archive[key] for key in keys}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a {what} archive: {error}") from error

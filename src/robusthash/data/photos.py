@@ -20,7 +20,6 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Inputs
 from robusthash.data.base import ArraySource, RetrievalData, Split
 from robusthash.data.image_files import read_image
 from robusthash.data.splits import Indices, assemble, check_sizes, hash_pixels
@@ -30,9 +29,7 @@ from robusthash.data.transforms import through_jpeg
 Labels = Literal["photo", "tags", "both"]
 
 _CHOOSING_SIDE = 256  # shorter side on which windows are chosen, so that they are the same at every size
-_DRAWING_FACTOR = (
-    4  # items are drawn from photographs of this many times the size: 1.6 pixels or more for each
-)
+_DRAWING_FACTOR = 4  # items are drawn from photographs of 4 times the size: 1.6 pixels or more for each one
 _TRIES, _ROUNDS = 40, 25  # windows drawn for an item in one round, and rounds before giving up
 _LEAST_DEVIATION = 10.0  # grey levels; a window below it (sky, black border) carries no identity
 
@@ -53,7 +50,8 @@ class Photograph:
 # fmt: off
 PHOTOGRAPHS = (
     Photograph("astronaut", "skimage/data/astronaut.png", ("person", "face", "space"),
-               ("a smiling astronaut in an orange suit", "a woman in a space suit before a flag and a model of the shuttle")),
+               ("a smiling astronaut in an orange suit",
+                "a woman in a space suit before a flag and a model of the shuttle")),
     Photograph("brick", "skimage/data/brick.png", ("texture", "building"),
                ("a brick wall", "rows of long bricks in a wall")),
     Photograph("camera", "skimage/data/camera.png", ("person", "outdoor", "building"),
@@ -113,21 +111,10 @@ class PhotoItem:
 
 
 @dataclass(frozen=True)
-class PhotoSource:
+class PhotoSource(ArraySource):
     """Rendered items in memory, with the record of how each was made."""
 
-    arrays: ArraySource
     items: tuple[PhotoItem, ...]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def inputs(self, rows: Tensor) -> Inputs:
-        return self.arrays.inputs(rows)
-
-    def hashes(self) -> np.ndarray:
-        """Of the pixels alone: a caption does not make another image."""
-        return hash_pixels(self.arrays.arrays["image"])
 
 
 @register("data", "photos", state="measured")
@@ -173,23 +160,23 @@ def photos(
     boxes = {"query": _windows(tables, query, draws.within("query"), None, max_overlap)}
     for part, count in (("train", train), ("database", database)):
         boxes[part] = _windows(tables, count, draws.within(part), boxes["query"], max_overlap)
-    items = [
-        item for part in ("train", "query", "database") for item in _describe(boxes[part], draws.within(part))
-    ]
+    parts = [_describe(boxes[part], draws.within(part)) for part in ("train", "query", "database")]
+    items = [item for part in parts for item in part]
     reduced = [_reduced(image, _DRAWING_FACTOR * size) for image in opened]
     by_name = {photograph.name: image for photograph, image in zip(PHOTOGRAPHS, reduced, strict=True)}
     arrays = {"image": torch.stack([_render(item, by_name[item.photograph], size) for item in items])}
-    note = f"Windows of {len(PHOTOGRAPHS)} photographs; IoU of a query window with another is {max_overlap} at most."
+    note = f"Windows of 20 photographs; IoU of a query window with another is {max_overlap} at most."
     if texts:
         vocabulary = Vocabulary.fit(item.caption for item in items[:train])
         arrays["text"] = vocabulary.encode([item.caption for item in items])
         unseen, total = vocabulary.unseen(item.caption for item in items[train:])
         note += f" {unseen} of {total} caption words of query and database are outside the vocabulary."
-    source = PhotoSource(ArraySource(arrays), tuple(items))
     rows = torch.arange(len(items))
     indices = Indices(rows[:train], rows[train : train + query], rows[train + query :])
     names, columns = _label_columns(items, labels)
-    return assemble("photos", source, columns, source.hashes(), indices, names, note)
+    # a caption does not make another image: the hashes are of the pixels alone
+    hashes = hash_pixels(arrays["image"])
+    return assemble("photos", PhotoSource(arrays, tuple(items)), columns, hashes, indices, names, note)
 
 
 def describe_item(split: Split, position: int) -> PhotoItem:
@@ -221,8 +208,8 @@ def photograph_path(photograph: Photograph) -> Path:
     path = Path(spec.origin).parent / inside if spec is not None and spec.origin else Path(photograph.file)
     if not path.is_file():
         raise FileNotFoundError(
-            f"the photograph {photograph.file} is missing; it comes inside the wheel of scikit-image or "
-            "scikit-learn, so install them again: pip install --force-reinstall --no-deps scikit-image scikit-learn"
+            f"the photograph {photograph.file} is missing; install the wheels that hold it again: "
+            "pip install --force-reinstall --no-deps scikit-image scikit-learn"
         )
     return path
 
@@ -270,9 +257,8 @@ def _windows(
                 break
         else:
             raise ValueError(
-                f"{_ROUNDS * _TRIES} windows of the photograph {PHOTOGRAPHS[number].name!r} all overlap one of "
-                f"its {len(taken)} query windows by an IoU above {max_overlap}; raise max_overlap or ask for "
-                "fewer queries"
+                f"{_ROUNDS * _TRIES} windows of the photograph {PHOTOGRAPHS[number].name!r} all overlap a "
+                f"query window by an IoU above {max_overlap}; raise max_overlap or ask for fewer queries"
             )
     return boxes
 
@@ -316,9 +302,8 @@ def _describe(boxes: np.ndarray, draws: Draws) -> list[PhotoItem]:
         words = photograph.phrases[int(phrase * len(photograph.phrases))]
         left, top, right, bottom = box.tolist()
         caption = _caption(words, (right - left) * (bottom - top), *changes)
-        items.append(
-            PhotoItem(photograph.name, photograph.tags, (left, top, right, bottom), *changes, caption)
-        )
+        window = (left, top, right, bottom)
+        items.append(PhotoItem(photograph.name, photograph.tags, window, *changes, caption))
     return items
 
 

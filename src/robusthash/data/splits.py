@@ -93,21 +93,9 @@ def balanced_take(
     names: Sequence[str] = (),
     what: str = "items",
 ) -> Tensor:
-    """Draw ``count`` items equally from every class, ordered class after class in turn.
+    """(count,) rows ``among`` (N,) bool, as many of every class, in turns: every prefix is balanced.
 
-    So every prefix of the result is as balanced as it can be.
-
-    Args:
-        labels: (N,) int64 classes 0..C-1 of all items.
-        count: None takes all, in the same mixed order.
-        among: (N,) bool, the items that may be taken.
-        names, what: of the classes, and the use of the items, for messages.
-
-    Returns:
-        (count,) int64 row numbers.
-
-    Raises:
-        ValueError: a class has too few items; it is named, with both counts.
+    ``count`` None takes all. Raises ValueError where a class, of these ``names``, has too few items.
     """
     parts = _draw_by_class(labels, count, draws, among, names, what)
     turns = [torch.arange(len(part)) * len(parts) + number for number, part in enumerate(parts)]
@@ -117,10 +105,9 @@ def balanced_take(
 def _draw_by_class(
     labels: Tensor, count: int | None, draws: Draws, among: Tensor, names: Sequence[str], what: str
 ) -> list[Tensor]:
-    """Rows of each class, drawn one class after the other without taking a row twice.
+    """Rows of each class, one class after the other without taking a row twice; the first give one more.
 
-    Labels are (N,) classes or (N, C) multi-hot. Where ``count`` is no multiple of the number of classes, the
-    first classes give one more.
+    Labels are (N,) classes or (N, C) multi-hot.
     """
     classes = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
     free = among.clone()
@@ -151,15 +138,14 @@ def class_split(
 ) -> Indices:
     """The customary split of a single-label set, equal over the classes.
 
-    Queries are drawn first and so do not depend on the other sizes; then the training items; then the
-    database. ``train`` None takes every item that is no query (the training set is then the database);
-    ``database`` None takes every item that is no query and, unless ``train_in_database``, no training item.
+    Queries are drawn first, so they do not depend on the other sizes; then training items; then the database.
+    ``train`` None takes every item that is no query (the training set is then the database); ``database``
+    None takes every item that is no query and, unless ``train_in_database``, no training item.
 
     Args:
         labels: (N,) int64 classes.
-        query_among: (N,) bool, the only items that may be queries (``query`` None takes them all), as in sets
-            with an official test part. Those not drawn stay out of the other splits. None lets every item be
-            one, and then ``query`` None is a fifth of them.
+        query_among: (N,) bool, the official test part: all queries are of it (``query`` None takes them all),
+            and nothing else is. None lets every item be a query, and ``query`` None is a fifth.
         names: of the classes, for messages.
 
     Raises:
@@ -182,8 +168,7 @@ def class_split(
 def random_split(count: int, sizes: SplitOptions, train_in_database: bool = True) -> Indices:
     """A split of ``count`` items that ignores labels, for multi-label sets.
 
-    ``query`` None is a fifth of the items; ``train`` None is all that are no queries, which are then the
-    database too; ``database`` None is all that are no queries and, unless ``train_in_database``, do not train.
+    ``query`` None is a fifth of the items; ``train`` and ``database`` None as in ``class_split``.
 
     Raises:
         ValueError: more items asked for than there are.
@@ -212,16 +197,13 @@ def _query_count(sizes: SplitOptions, count: int) -> int:
 
 
 def protocol_split(labels: Tensor, protocol: Protocol, sizes: SplitOptions, names: Sequence[str]) -> Indices:
-    """The split of a protocol, or of other sizes under its rule.
+    """The split of (N, C) multi-hot ``labels`` by a protocol, or of other sizes under its rule.
 
-    Args:
-        labels: (N, C) multi-hot.
-        sizes: ``query`` and ``train`` None are the protocol's own numbers; ``database`` None is every item
-            that is no query, else that many of those, drawn apart from the training items.
-        names: of the label columns, for messages.
+    ``query`` and ``train`` None are the protocol's own numbers; ``database`` None is every item that is no
+    query, else that many of those, drawn apart from the training items.
 
     Raises:
-        ValueError: there are too few items, of all or of one class.
+        ValueError: there are too few items, of all or of one class, which ``names`` names.
     """
     query = protocol.query if sizes.query is None else sizes.query
     train = protocol.train if sizes.train is None else sizes.train
@@ -230,7 +212,8 @@ def protocol_split(labels: Tensor, protocol: Protocol, sizes: SplitOptions, name
     draws = Draws(sizes.seed).within("official-split")
     free = torch.ones(len(labels), dtype=torch.bool)
     if protocol.rule == "last":
-        _check_enough(len(labels) - 1, query, "queries")
+        if query >= len(labels):
+            raise ValueError(f"{query} queries were asked for and {len(labels) - 1} are there; ask for fewer")
         queries = torch.arange(len(labels))[-query:]
     else:
         queries = torch.cat(_draw_by_class(labels, query, draws.within("query"), free, names, "queries"))
@@ -244,33 +227,24 @@ def protocol_split(labels: Tensor, protocol: Protocol, sizes: SplitOptions, name
         training = torch.cat(
             _draw_by_class(labels, train, draws.within("train"), free, names, "training items")
         )
-    if sizes.database is None:
-        return Indices(training, queries, rest)
-    return Indices(
-        training, queries, draw_rows(rest, sizes.database, draws.within("database"), "database items")
-    )
+    database = rest
+    if sizes.database is not None:
+        database = draw_rows(rest, sizes.database, draws.within("database"), "database items")
+    return Indices(training, queries, database)
 
 
 def draw_rows(rows: Tensor, count: int, draws: Draws, what: str) -> Tensor:
     """Draw ``count`` of the rows; ``what`` names them where there are too few."""
-    _check_enough(len(rows), count, what)
+    if count > len(rows):
+        raise ValueError(f"{count} {what} were asked for and {len(rows)} are there; ask for fewer")
     return rows[torch.randperm(len(rows), generator=draws.generator())[:count]]
-
-
-def _check_enough(there: int, count: int, what: str) -> None:
-    if count > there:
-        raise ValueError(f"{count} {what} were asked for and {there} are there; ask for fewer")
 
 
 def stable_subset(split: Split, count: int) -> Tensor:
     """(count,) positions of items chosen by the hash of their content, each first label in its share.
 
     The one choice of some of the queries, wherever not all are attacked: the same items come out, in the same
-    order, however the split is ordered, so every model gets the same. All stay, in the split's order, where
-    there are no more.
-
-    Raises:
-        ValueError: count below 1.
+    order, however the split is ordered, so every model gets the same. All stay where there are no more.
     """
     if count < 1:
         raise ValueError(f"a subset needs at least one query, got {count}")
@@ -278,22 +252,19 @@ def stable_subset(split: Split, count: int) -> Tensor:
         return torch.arange(len(split))
     # hashed again: a split may itself have been drawn by the hash of the content
     keys = [hashlib.blake2b(b"suite" + bytes(value), digest_size=8).digest() for value in split.hashes]
-    first = torch.full((len(split),), -1) if split.labels is None else _first_label(split.labels)
+    first = [-1] * len(split)  # number of an item's first label; -1 where it has none
+    if split.labels is not None:
+        first = torch.where(split.labels.sum(1) > 0, (split.labels > 0).float().argmax(1), -1).tolist()
     strata: dict[int, list[int]] = {}
-    for position in sorted(range(len(split)), key=lambda i: (keys[i], int(first[i]))):
-        strata.setdefault(int(first[position]), []).append(position)
+    for position in sorted(range(len(split)), key=lambda i: (keys[i], first[i])):
+        strata.setdefault(first[position], []).append(position)
     shares = {label: count * len(members) / len(split) for label, members in strata.items()}
     taken = {label: int(value) for label, value in shares.items()}
     by_remainder = sorted(shares, key=lambda label: (taken[label] - shares[label], label))
     for label in by_remainder[: count - sum(taken.values())]:
         taken[label] += 1
     subset = [position for label, members in strata.items() for position in members[: taken[label]]]
-    return torch.tensor(sorted(subset, key=lambda i: (keys[i], int(first[i]))))
-
-
-def _first_label(labels: Tensor) -> Tensor:
-    """(N,) index of the first label of each item; -1 where it has none."""
-    return torch.where(labels.sum(1) > 0, (labels > 0).float().argmax(1), -1)
+    return torch.tensor(sorted(subset, key=lambda i: (keys[i], first[i])))
 
 
 def compact(indices: Indices) -> tuple[Tensor, Indices]:
@@ -324,7 +295,7 @@ def assemble(
     note: str = "",
     also: Mapping[str, Tensor] | None = None,
 ) -> RetrievalData:
-    """A checked data set from one source; queries whose content is also in another split leave, with a warning.
+    """A checked data set from one source; queries whose content is in another split leave, with a warning.
 
     Args:
         labels: (N, C) multi-hot of all rows of the source.
@@ -337,9 +308,8 @@ def assemble(
     elsewhere = [rows for rows in (indices.train, indices.database, indices.validation) if rows is not None]
     twice = np.isin(hashes[indices.query.numpy()], hashes[torch.cat(elsewhere).numpy()])
     if twice.any():
-        dropped = (
-            f"{int(twice.sum())} of {len(twice)} queries dropped: the same pixels are also in another split"
-        )
+        count = f"{int(twice.sum())} of {len(twice)} queries"
+        dropped = f"{count} dropped: the same pixels are also in another split"
         logger.warning("%s: %s", name, dropped)
         note = f"{note} {dropped}.".strip()
 

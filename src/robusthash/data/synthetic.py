@@ -82,7 +82,7 @@ def _world(count: int, size: int, draws: Draws) -> tuple[Tensor, Tensor, list[st
 
 
 def _draw(colour: Tensor, shape: Tensor, ground: Tensor, numbers: Tensor, noise: Tensor) -> Tensor:
-    """(N,) numbers of colour, shape and ground, (N, 8) and (N, 3, S, S) uniform numbers -> (N, 3, S, S) uint8."""
+    """(N,) of each kind, (N, 8) and (N, 3, S, S) uniform numbers -> (N, 3, S, S) uint8."""
     size = noise.shape[-1]
     line = (torch.arange(size) + 0.5) / size
     y, x = line[None, :, None], line[None, None, :]

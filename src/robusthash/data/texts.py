@@ -110,7 +110,7 @@ def token_ids(texts: Sequence[str], folder: Path, max_length: int) -> tuple[Tens
     limit = tokenizer.model_max_length
     if not 2 < max_length <= limit:
         raise ValueError(
-            f"max_length must lie in 3..{limit}, the longest text of the encoder of {folder}: {max_length}"
+            f"max_length must lie in 3..{limit}, the limit of the encoder in {folder}: {max_length}"
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {folder} has no padding token; use one of a BERT kind")

@@ -1,4 +1,4 @@
-"""Transforms of images in [0, 1]: the augmentation of training, and everyday changes as files undergo them."""
+"""Transforms of images in [0, 1]: augmentation for training, and everyday changes of files."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def augment(images: Tensor, ids: Tensor, draws: Draws, flip: bool = True, pad: i
     if len(ids) != len(images):
         raise ValueError(f"{len(ids)} ids for {len(images)} images")
     if not 0 <= pad < min(height, width):
-        raise ValueError(
-            f"pad must lie in 0..{min(height, width) - 1} for {height} x {width} images, got {pad}"
-        )
+        raise ValueError(f"pad must lie in 0..{min(height, width) - 1} for {height} x {width}, got {pad}")
     numbers = draws.within("augment").uniform(ids.to(images.device), (3,))
     top, left = (numbers[:, :2] * (2 * pad + 1)).long().unbind(1)
     rows = top[:, None] + torch.arange(height, device=images.device)  # (B, H)
@@ -67,9 +65,8 @@ class Change:
             ValueError: images that are not (B, 3, H, W) float.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                f"changes take (B, 3, H, W) float images, got {images.dtype} {tuple(images.shape)}"
-            )
+            shape = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"changes take (B, 3, H, W) float images, got {shape}")
         return eight_bits(self.apply(images))
 
 
@@ -101,7 +98,7 @@ def through_jpeg(pixels: np.ndarray, quality: int) -> Tensor:
 
 
 def crop(images: Tensor, share: float) -> Tensor:
-    """``share`` of width and height cut away, the same on all sides, and the rest enlarged to the old size."""
+    """``share`` of width and height cut away, equally on all sides, and the rest enlarged again."""
     height, width = images.shape[-2:]
     rows, columns = max(1, round(height * share / 2)), max(1, round(width * share / 2))
     return _resized(images[..., rows : height - rows, columns : width - columns], height, width)

@@ -55,8 +55,8 @@ def ucmerced(
     manifest = Path(root) / _MANIFEST if manifest is None else Path(manifest)
     if not manifest.is_file():
         raise FileNotFoundError(
-            f"no UC Merced at {manifest.absolute()}: it should hold one JSON object a line with file, labels, class, "
-            f"captions and split, with the images in {_TAR} or unpacked (or name them by manifest= and archive=)"
+            f"no UC Merced at {manifest.absolute()}: it should hold one JSON object a line with file, labels, "
+            f"class, captions and split, and {_TAR} the images (or name them by manifest= and archive=)"
         )
     tar, unpacked = Path(root) / _TAR, Path(root) / _FOLDER
     if archive is None and tar.is_file():

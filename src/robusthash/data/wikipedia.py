@@ -75,9 +75,7 @@ def wikipedia(
     """
     words = text.texts in ("bag", "tokens")
     if images == "features" and words:
-        raise ValueError(
-            f"texts={text.texts!r} goes with images='pixels'; with features the texts are 'topics'"
-        )
+        raise ValueError(f"texts={text.texts!r} goes with images='pixels'; features have 'topics'")
     if npz is not None and images == "pixels":
         raise ValueError(f"images='pixels' needs the official archive; {npz} holds features only")
     note = f"Official split; images {image}." if images == "pixels" else "Official split; features."
@@ -107,10 +105,8 @@ def _split(is_query: Tensor, splits: SplitOptions) -> Indices:
         rows = torch.nonzero(among).flatten()
         return rows if count is None else draw_rows(rows, count, draws.within(name), f"{name} documents")
 
-    training = part("train", ~is_query, splits.train)
-    return Indices(
-        training, part("query", is_query, splits.query), part("database", ~is_query, splits.database)
-    )
+    training, database = part("train", ~is_query, splits.train), part("database", ~is_query, splits.database)
+    return Indices(training, part("query", is_query, splits.query), database)
 
 
 def _read_features(path: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -119,9 +115,8 @@ def _read_features(path: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     arrays, is_query = _joined(parts, path)
     labels = torch.from_numpy(np.concatenate([parts["label_train"], parts["label_test"]]).astype(np.int64))
     if len(labels) != len(is_query) or labels.min() < 0 or labels.max() >= len(CATEGORIES):
-        raise ValueError(
-            f"{path}: {len(labels)} labels in {labels.min()}..{labels.max()} for {len(is_query)} documents"
-        )
+        span = f"{len(labels)} labels in {labels.min()}..{labels.max()}"
+        raise ValueError(f"{path}: {span} for {len(is_query)} documents")
     return arrays, one_hot(labels, len(CATEGORIES)), is_query
 
 
@@ -134,9 +129,8 @@ def _read_mat(root: Path) -> tuple[dict[str, Tensor], Tensor]:
         read = loadmat(path, variable_names=list(_MATRICES.values()))
         parts = {key: read[name] for key, name in _MATRICES.items()}
     except (ValueError, TypeError, OSError, KeyError, NotImplementedError) as error:
-        raise ValueError(
-            f"{path} does not hold the matrices {', '.join(_MATRICES.values())}: {error!r}"
-        ) from error
+        names = ", ".join(_MATRICES.values())
+        raise ValueError(f"{path} does not hold the matrices {names}: {error!r}") from error
     return _joined(parts, path)
 
 
@@ -147,7 +141,7 @@ def _joined(parts: dict[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor]
         train, test = parts[f"{name}_train"], parts[f"{name}_test"]
         if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
             raise ValueError(
-                f"{path}: {name} features should be two matrices, got {train.shape} and {test.shape}"
+                f"{path}: {name} features should be matrices, got {train.shape} and {test.shape}"
             )
         arrays[name] = torch.from_numpy(np.concatenate([train, test]).astype(np.float32))
         if not torch.isfinite(arrays[name]).all():
@@ -161,9 +155,7 @@ def _documents(root: Path, words: bool) -> tuple[Pool, Tensor]:
     rows = [line.split() for listed in lists for line in listed]
     wrong = [row for row in rows if len(row) != 3 or row[2] not in _NUMBERS]
     if wrong:
-        raise ValueError(
-            f"the lists should hold text, image and category (1 to 10) a line, and hold {wrong[0]}"
-        )
+        raise ValueError(f"the lists should hold text, image, category (1 to 10) a line, and hold {wrong[0]}")
     labels = torch.tensor([int(category) - 1 for _, _, category in rows])
     is_query = torch.arange(len(rows)) >= len(lists[0])
     folder = find(root, "images", _LISTS).parent

@@ -82,16 +82,12 @@ class CodeIndex:
         self._directory, self._name = directory, engine
         self._lock = threading.RLock()
         self._store: Store | None = None
-        self._pending: list[
-            tuple[np.ndarray, np.ndarray]
-        ] = []  # own writes that the engine does not hold yet
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []  # own writes that the engine lacks yet
         try:
             self._store = _open_store(directory, bits, engine, create, wait)
             self._bits = int(self._store.meta()["bits"])
             if bits not in (None, self._bits):
-                raise ValueError(
-                    f"the index in {directory} holds codes of {self._bits} bits, asked for {bits}"
-                )
+                raise ValueError(f"{directory} holds codes of {self._bits} bits, asked for {bits}")
             self._load()
         except BaseException:
             self.close()
@@ -286,9 +282,7 @@ def open_index(url: str, bits: int | None = None, engine: str = "faiss", create:
         raise ValueError(f"an index address is file:DIR, got {url!r}; supported schemes: file")
     if rest.startswith("//"):
         if not rest.startswith("///"):
-            raise ValueError(
-                f"{url!r} names a host; write file:DIR or file:///DIR for a directory of this machine"
-            )
+            raise ValueError(f"{url!r} names a host; write file:DIR or file:///DIR, on this machine")
         rest = rest[2:]
     return CodeIndex(Path(rest).expanduser(), bits, engine, create)
 
@@ -321,15 +315,11 @@ def _id_array(ids: Ids) -> np.ndarray:
 def _packed_rows(codes: Codes, bits: int) -> np.ndarray:
     """The rows of ``codes`` as a contiguous (N, ceil(K / 8)) uint8 array, checked against ``bits``."""
     if codes.bits != bits:
-        raise ValueError(
-            f"codes of {codes.bits} bits do not fit an index of {bits} bits; encode with the same model"
-        )
+        raise ValueError(f"codes of {codes.bits} bits do not fit an index of {bits} bits; use the same model")
     width, packed = (bits + 7) // 8, codes.packed
     if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != width:
-        shape = f"{tuple(packed.shape)} {packed.dtype}"
-        raise ValueError(
-            f"codes of {bits} bits are (N, {width}) torch.uint8 rows, got {shape}; use hamming.pack"
-        )
+        got = f"got {tuple(packed.shape)} {packed.dtype}; use hamming.pack"
+        raise ValueError(f"codes of {bits} bits are (N, {width}) torch.uint8 rows, {got}")
     if len(codes.ids) != len(packed):
         raise ValueError(f"{len(packed)} codes with {len(codes.ids)} ids")
     rows = np.ascontiguousarray(packed.cpu().numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,8 +16,7 @@ import torch
 from robusthash.core import hamming
 from robusthash.core.runtime import Draws
 
-Neighbours = tuple[np.ndarray, np.ndarray]
-"""Ids (int64) and distances (int32)."""
+Neighbours = tuple[np.ndarray, np.ndarray]  # ids (int64) and distances (int32)
 
 
 @final
@@ -125,9 +125,7 @@ class FlatEngine(Engine):
     def range(self, queries: np.ndarray, radius: int) -> list[Neighbours]:
         limits, distances, at = self._index.range_search(queries, radius + 1)  # faiss: strictly nearer than
         distances = distances.astype(np.int32)
-        parts = [
-            slice(start, stop) for start, stop in zip(limits[:-1].tolist(), limits[1:].tolist(), strict=True)
-        ]
+        parts = [slice(*pair) for pair in itertools.pairwise(limits.tolist())]
         return [_by_distance(self.rows.ids[at[part]], distances[part]) for part in parts]
 
 
@@ -214,9 +212,8 @@ def _trained_ivf(codes: np.ndarray) -> Any:
     import faiss
 
     bits, lists = codes.shape[1] * 8, max(1, math.isqrt(len(codes)))
-    sample = (
-        codes[:: max(1, len(codes) // (64 * lists))] if len(codes) else np.zeros((1, bits // 8), np.uint8)
-    )
+    sample = codes if len(codes) else np.zeros((1, bits // 8), np.uint8)
+    sample = sample[:: max(1, len(codes) // (64 * lists))]
     sample = np.unique(sample, axis=0)  # trained codes collapse to few values: no list for each copy of one
     lists = max(1, min(lists, len(sample) // 40))
     index = faiss.IndexBinaryIVF(faiss.IndexBinaryFlat(bits), bits, lists)
@@ -257,6 +254,5 @@ def check_tie_order(width: int) -> None:
         if not (np.array_equal(at, ids.numpy()) and np.array_equal(distances, expected.numpy())):
             raise RuntimeError(
                 f"faiss {faiss.__version__} does not order equal distances by row here, so its answers would "
-                "differ from the (distance, id) rule; install another faiss-cpu or open the index with "
-                "engine='numpy'"
+                "differ from the rule; install another faiss-cpu or open the index with engine='numpy'"
             )

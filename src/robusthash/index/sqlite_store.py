@@ -26,6 +26,8 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE items (id INTEGER PRIMARY KEY, code BLOB NOT NULL);
 CREATE TABLE payloads (id INTEGER PRIMARY KEY, value TEXT NOT NULL);
 """
+_RESTORE = "restore it from a snapshot or build the index again"
+_UNUSABLE = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
 _PAGE = 4096  # bytes; the file is a whole number of pages
 _CHUNK = 65536  # rows that go into SQLite in one statement
 _KEY = re.compile(r'[^"\\\x00-\x1f]+')
@@ -59,16 +61,12 @@ class Store:
     def _prepare(self) -> None:
         tables = self._all("SELECT name FROM sqlite_master WHERE name IN ('meta', 'items', 'payloads')")
         if len(tables) != 3:
-            raise ValueError(
-                f"{self.path} is damaged or not an index; restore it from a snapshot or remove it"
-            )
+            raise ValueError(f"{self.path} is damaged or no index; restore it from a snapshot or remove it")
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
         stored = self.meta().get("format")
         if stored != FORMAT:
-            raise ValueError(
-                f"{self.path} has format {stored}, this version reads {FORMAT}; build the index again"
-            )
+            raise ValueError(f"{self.path} has format {stored}, this version reads {FORMAT}; build it again")
 
     def close(self) -> None:
         """Close the connection; the last one to do so folds the log into the file."""
@@ -96,9 +94,7 @@ class Store:
                 codes += b"".join([code for _, code in chunk])
         ids = np.concatenate(parts)
         if len(codes) != len(ids) * width:
-            raise ValueError(
-                f"{self.path} is damaged: codes are not {width} bytes each; restore it from a snapshot"
-            )
+            raise ValueError(f"{self.path} is damaged: codes are not {width} bytes each; restore a snapshot")
         return ids, np.frombuffer(codes, dtype=np.uint8).reshape(len(ids), width)
 
     def add(self, ids: np.ndarray, codes: np.ndarray, payload: Sequence[str] | None, origin: str) -> str:
@@ -143,9 +139,8 @@ class Store:
 
     def payload(self, ids: np.ndarray) -> dict[int, dict[str, Any]]:
         """By id, the payload of those that are held."""
-        query = (
-            f"SELECT id, coalesce(value, '{{}}') FROM items LEFT JOIN payloads USING (id) WHERE id {_IN_LIST}"
-        )
+        joined = "items LEFT JOIN payloads USING (id)"
+        query = f"SELECT id, coalesce(value, '{{}}') FROM {joined} WHERE id {_IN_LIST}"
         with self._errors():
             return {item: json.loads(text) for item, text in self._all(query, json.dumps(ids.tolist()))}
 
@@ -167,11 +162,9 @@ class Store:
             )
             path, text = f'$."{key}"', to_json(options, f"where: {key!r}")
             values += [path, path, text, path, text]
-        query = (
-            f"SELECT id FROM payloads WHERE {' AND '.join(clauses)}" if clauses else "SELECT id FROM items"
-        )
+        which = f"payloads WHERE {' AND '.join(clauses)}" if clauses else "items"
         with self._errors():
-            return np.array(self._all(query, *values), dtype=np.int64).reshape(-1)
+            return np.array(self._all(f"SELECT id FROM {which}", *values), dtype=np.int64).reshape(-1)
 
     def copy_to(self, directory: Path) -> None:
         """Copy consistently to a new directory: written under another name, flushed, then renamed."""
@@ -246,9 +239,8 @@ def check_origin(given: str, held: str) -> None:
     """Refuse codes of origin ``given`` next to codes of origin ``held``; "" is unknown and fits any."""
     if given and held and given != held:
         raise ValueError(
-            f"codes of origin {given!r} do not belong to an index of origin {held!r}: distances between the codes "
-            f"of two models mean nothing; encode with the model of origin {held!r} (--run on the command line), "
-            "or build a new index"
+            f"codes of origin {given!r} do not belong to an index of origin {held!r}: their distances mean "
+            f"nothing; encode with the model of origin {held!r} (--run on the command line), or build a new index"
         )
 
 
@@ -266,9 +258,7 @@ def _refuse_part_page(path: Path) -> None:
     """SQLite would read zeros after a file that ends within a page, unless a log holds the rest."""
     log = path.with_name(f"{path.name}-wal")
     if path.stat().st_size % _PAGE and not (log.exists() and log.stat().st_size):
-        raise ValueError(
-            f"{path} is damaged (it ends within a page); restore it from a snapshot or build it again"
-        )
+        raise ValueError(f"{path} is damaged (it ends within a page); {_RESTORE}")
 
 
 @contextlib.contextmanager
@@ -283,22 +273,13 @@ def _sqlite_errors(path: Path, wait: float) -> Iterator[None]:
             sqlite3.SQLITE_CORRUPT,
             sqlite3.SQLITE_NOTADB,
         ):
-            text = f"{path} is damaged ({error}); restore it from a snapshot or build the index again"
-            raise ValueError(text) from None
+            raise ValueError(f"{path} is damaged ({error}); {_RESTORE}") from None
         if primary == sqlite3.SQLITE_FULL:
-            raise OSError(
-                errno.ENOSPC, "the disk is full, nothing was written; make room", str(path)
-            ) from None
+            raise OSError(errno.ENOSPC, "the disk is full, nothing was written", str(path)) from None
         if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             text = f"another process has been writing to {path} for {wait:g} s; try again later"
             raise TimeoutError(text) from None
-        unusable = (
-            sqlite3.SQLITE_IOERR,
-            sqlite3.SQLITE_CANTOPEN,
-            sqlite3.SQLITE_READONLY,
-            sqlite3.SQLITE_PERM,
-        )
-        if primary in unusable:
+        if primary in _UNUSABLE:
             text = f"the file cannot be read and written ({error}); check its rights and the room on the disk"
             raise OSError(errno.EIO, text, str(path)) from None
         raise
