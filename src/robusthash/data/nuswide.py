@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from robusthash.core.registry import register
-from robusthash.data.base import RetrievalData
+from robusthash.data.base import RetrievalData, find, flat_options, lines_of
 from robusthash.data.image_files import ImageFile, ImageOptions
-from robusthash.data.official import Pool, find, flat_options, lines_of, make_data
+from robusthash.data.image_text import Pool, TextOptions, make_data
 from robusthash.data.splits import Protocol, SplitOptions, find_protocol, protocol_split
-from robusthash.data.texts import TextOptions
 
 SPLITS = {
     "sfcl": Protocol(2100, 10500, "per-class", "SFCL"),
@@ -66,11 +65,6 @@ def nus_wide(
             each), ``dadh`` (21; 2,100 and 10,000 of all), ``djsrh`` (10; 200 and 500 of each) or ``ucch``
             (10; the last 2,100, trained on all others). All that are no queries are the database; a cut one
             is drawn from them.
-
-    Raises:
-        FileNotFoundError: a file is missing; the message says which archive it is in and where it goes.
-        KeyError: an unknown split.
-        ValueError: files that do not belong together or too few items.
     """
     protocol = find_protocol(SPLITS, splits.split)
     root = Path(root)
