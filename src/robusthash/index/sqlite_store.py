@@ -226,8 +226,8 @@ def check_origin(given: str, held: str) -> None:
     """Refuse codes of origin ``given`` next to codes of origin ``held``; "" is unknown and fits any."""
     if given and held and given != held:
         raise ValueError(
-            f"codes of origin {given!r} do not belong to an index of origin {held!r}: their distances mean "
-            f"nothing; encode with the model of origin {held!r} (--run on the command line) or build a new index"
+            f"codes of origin {given!r} do not fit an index of origin {held!r}: distances mean nothing; "
+            f"encode with the model of origin {held!r} (--run on the command line), or build a new index"
         )
 
 
