@@ -33,7 +33,7 @@ _LISTS = (
     "ImageList.zip unpacks to ImageList/ with Imagelist.txt (269,648 lines like actor\\0001_2124494179.jpg)"
 )
 _TRUTH = "Groundtruth.zip unpacks to Groundtruth/AllLabels/ with 81 files Labels_airport.txt and so on"
-_TAGS = "NUS_WID_Tags.zip unpacks to NUS_WID_Tags/ with All_Tags.txt, and AllTags1k.txt or both parts"
+_TAGS = "NUS_WID_Tags.zip unpacks to NUS_WID_Tags/: All_Tags.txt, AllTags1k.txt or {Train,Test}_Tags1k.dat"
 _IMAGES = "the photographs belong in Flickr/<concept>/<file>, as the image list names them, or in images="
 
 
