@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 
+from robusthash.core.registry import card
+from robusthash.data import load_data
 from robusthash.data.base import find
 from robusthash.data.image_files import ImageFile, ImageOptions
 from robusthash.data.image_text import Pool, TextOptions, Vocabulary, make_data
@@ -143,3 +146,20 @@ def test_stop_words_are_neither_counted_nor_missed() -> None:
     assert words.words == ("bird", "cat", "dog")
     assert words.unseen(["the fish and the cat"], {"the", "and"}) == (1, 2)
     assert words.unseen(["the fish and the cat"]) == (4, 5)
+
+
+def test_records_of_options_are_flat_to_recipes() -> None:
+    """A reader takes the fields of its records by name; what it has no use for is no option of it."""
+    reader = card("data", "mirflickr").make
+    options = {name: option.default for name, option in inspect.signature(reader).parameters.items()}
+    assert options["split"] == "sfcl"
+    assert (options["size"], options["texts"], options["max_length"]) == (64, True, 64)
+    assert not {"splits", "image", "text", "caption", "vocabulary"} & set(options)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'caption'"):
+        reader(caption="all")
+    with pytest.raises(KeyError, match="takes no 'sise'; did you mean 'size'"):
+        load_data("mirflickr", sise=3)
+    with pytest.raises(
+        ValueError, match="fit of data 'mirflickr' must be 'crop', 'stretch' or 'pad', got 'cut'"
+    ):
+        load_data("mirflickr", fit="cut")

@@ -64,19 +64,17 @@ def cifar10(
             instance ``database=10000`` on a small machine. None is the customary size.
     """
     images = _read(Path(root), npz, download)
-    if split == "official-test":
-        query_among, train_in_database = images.is_test, True
-    else:
+    is_official = split == "official-test"
+    if not is_official:
         query, train = 1000 if query is None else query, 5000 if train is None else train
-        query_among, train_in_database = None, split == "deephash-with-train"
-    chosen = class_split(
+    indices = class_split(
         images.labels,
         SplitOptions(split, query, train, database, seed),
-        train_in_database=train_in_database,
-        query_among=query_among,
+        train_in_database=split != "deephash",
+        query_among=images.is_test if is_official else None,
         names=images.names,
     )
-    needed, indices = compact(chosen)
+    needed, indices = compact(indices)
     pixels = images.take(needed)
     labels = one_hot(images.labels[needed], len(images.names))
     note = f"Split {split}, seed {seed}. {images.note}".strip()

@@ -194,14 +194,10 @@ class Pool:
 
     def take(self, rows: Tensor) -> Pool:
         """The items of these rows, in their order."""
-        numbers = rows.tolist()
-        return replace(
-            self,
-            files=tuple(self.files[row] for row in numbers),
-            labels=self.labels[rows],
-            texts=None if self.texts is None else tuple(self.texts[row] for row in numbers),
-            bags=None if self.bags is None else self.bags[rows],
-        )
+        files = tuple(self.files[row] for row in rows.tolist())
+        texts = None if self.texts is None else tuple(self.texts[row] for row in rows.tolist())
+        bags = None if self.bags is None else self.bags[rows]
+        return replace(self, files=files, labels=self.labels[rows], texts=texts, bags=bags)
 
     def only(self, mask: Tensor, lacking: str) -> Pool:
         """The items where ``mask`` (N,) holds, at least one; the note counts those ``lacking`` something."""

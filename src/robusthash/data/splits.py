@@ -305,12 +305,7 @@ def assemble(
         others = {system: values[rows] for system, values in (also or {}).items()}
         return Split(part, source, rows, labels[rows], hashes[rows.numpy()], others)
 
-    return RetrievalData(
-        name,
-        split("train", indices.train),
-        split("query", indices.query[torch.from_numpy(~twice)]),
-        split("database", indices.database),
-        tuple(label_names),
-        None if indices.validation is None else split("validation", indices.validation),
-        note,
-    )
+    train, query = split("train", indices.train), split("query", indices.query[torch.from_numpy(~twice)])
+    validation = None if indices.validation is None else split("validation", indices.validation)
+    database = split("database", indices.database)
+    return RetrievalData(name, train, query, database, tuple(label_names), validation, note)

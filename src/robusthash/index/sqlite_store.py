@@ -160,10 +160,7 @@ class Store:
         draft = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
         draft.mkdir(parents=True)
         try:
-            with (
-                self._errors(),
-                contextlib.closing(sqlite3.connect(draft / FILE)) as copy,
-            ):
+            with self._errors(), contextlib.closing(sqlite3.connect(draft / FILE)) as copy:
                 self._connection.backup(copy)
             flush(draft / FILE)
             flush(draft)
