@@ -65,13 +65,13 @@ def compare(
     """Paired differences of two runs (first minus second); refused where more than the model differs."""
     from dataclasses import asdict
 
-    from robusthash.apps.reports.wording import doubt
+    from robusthash.apps.reports.pages import red_flag_warning
     from robusthash.metrics.results import compare as compare_results
 
     found = {run: result_of(run, result) for run in (first, second)}
     differences = compare_results(found[first], found[second])
     if doubtful := [str(run) for run, side in found.items() if side.unreliable]:
-        console.print(f"[bold red]UNRELIABLE[/] {escape(doubt(doubtful))}")
+        console.print(f"[bold red]UNRELIABLE[/] {escape(red_flag_warning(doubtful))}")
     if as_json:
         print_json({name: asdict(difference) for name, difference in differences.items()})
         return

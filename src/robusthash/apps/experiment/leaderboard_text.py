@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from robusthash.apps.experiment.leaderboard import Board, Row, comparable
-from robusthash.apps.reports import wording
+from robusthash.apps.reports import pages
 
 
 def remark(row: Row) -> str:
     """What the checks say of a row: what must be seen before its number."""
-    return wording.remark(row.flags, row.checked)
+    return pages.remark(row.flags, row.checked)
 
 
 def claim_text(row: Row) -> str:
@@ -77,7 +77,7 @@ def as_markdown(boards: Sequence[Board]) -> str:
 def legend(methods: bool) -> str:
     """How to read the tables; what is said of methods only where there are some."""
     text = (
-        f"{wording.WORST_CASE} Best-known values count accepted evidence bundles too, "
+        f"{pages.WORST_CASE} Best-known values count accepted evidence bundles too, "
         "which can only lower them. Bold: not significantly different from the best of the column at 5 % (paired, "
         "Holm over the table); unreliable models are not ranked. Intervals are 95 %"
     )

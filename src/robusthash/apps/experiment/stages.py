@@ -14,7 +14,7 @@ import torch
 
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run, open_run, write_json
-from robusthash.apps.reports.branch_maps import save_branches
+from robusthash.apps.reports.run_report import save_branches
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack

@@ -1,29 +1,34 @@
-"""The demo's page: what was searched, what the attack changed, what hardening kept, and every number behind
-it."""
+"""The demo's page: photographs searched, attacked and searched again by a hardened model, with every number."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from robusthash.apps.reports import html
-from robusthash.apps.reports.charts import UNIT, Axis, Series, Tone, line_chart
-from robusthash.apps.reports.html import Child, Markup, tag
-from robusthash.apps.reports.run_report import (
-    Results,
-    is_untargeted,
-    map_chart,
-    model_facts,
+from robusthash.apps.reports.charts import UNIT, Axis, Chart, LineChart, Series, Tone
+from robusthash.apps.reports.pages import (
+    Cell,
+    CellLike,
+    Facts,
+    Table,
+    Tiles,
     notes,
     number,
-    perceptibility_table,
+    render,
+    setting_facts,
+)
+from robusthash.apps.reports.pages import span_text
+from robusthash.apps.reports.run_report import (
+    Results,
+    interval_chart,
+    is_untargeted,
+    model_facts,
+    perturbation_tables,
     pr_chart,
     results_table,
-    setting_facts,
-    versions_line,
 )
 from robusthash.metrics.statistics import bootstrap_interval
 
@@ -52,7 +57,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Hit:
-    """One result of a search, ready to be shown."""
+    """One result of a search, ready to be drawn."""
 
     picture: Tensor  # (3, h, w) uint8
     name: str
@@ -87,188 +92,83 @@ class Example:
 def demo_page(
     summary: Mapping[str, Any], results: Mapping[str, Results], curves: Mapping[str, Curve], example: Example
 ) -> str:
-    """The whole page. ``summary`` is that of ``demo.summarise``."""
-    return html.page(
-        "A photo search that works, is broken, and is hardened",
-        [tag("p", _verdict(summary)), tag("p", _HONESTY, class_="note")],
-        _tiles(summary),
-        html.section(
-            "One query, four searches",
-            tag("p", example.rule),
-            _shots(example),
-            tag("div", [_search(search) for search in example.searches], class_="searches"),
-            _hits_note(),
-            slug="example",
-        ),
-        html.section(
-            "How much, on average",
-            tag(
-                "div",
-                _comparison(summary, results),
-                tag("div", _dots(results), _checks(summary)),
-                class_="pair",
-            ),
-            tag("div", _eps_chart(summary, curves), _pr(results), class_="pair"),
-            notes(result for found in results.values() for result in found.values()),
-            slug="numbers",
-        ),
-        html.section(
-            "Every attack",
-            [
-                [tag("h3", TITLES[model]), results_table(found), perceptibility_table(found)]
-                for model, found in results.items()
-            ],
-            slug="attacks",
-        ),
-        html.section("Time taken", _times(summary), slug="time"),
-        html.section("Commands", html.commands(summary["commands"]), slug="commands"),
-        html.section(
-            "Data, models, setting",
-            _data(summary),
-            tag("div", [_model(summary, model) for model in results], class_="pair"),
-            tag("h3", "Setting of the evaluation"),
-            setting_facts(results["saat"]["worst"], results["saat"]),
-            slug="setting",
-        ),
-        foot=f"{versions_line(results['saat']['clean'])}; seed {summary['seeds']['training']}; "
-        f"torch threads: {summary['threads']}",
+    """The whole page. ``summary`` is that of ``demo_run.summarise``."""
+    before, attacks = summary["undefended"], summary["attacks"]
+    budgets = sorted({settings.get("eps", 8 / 255) for settings in attacks.values()})
+    charts = interval_chart({TITLES[model]: found for model, found in results.items()},
+                            {TITLES[model]: TONES[model] for model in results})  # fmt: skip
+    return render(
+        "demo.html.j2",
+        title="A photo search that works, is broken, and is hardened",
+        titles=TITLES,
+        summary=summary,
+        budget=" or ".join(f"{eps * 255:g}/255" for eps in budgets),
+        untargeted=len(attacks) - sum("t-map" in before[name] for name in attacks),
+        tiles=_tiles(summary),
+        example=example,
+        pictures=_pictures(example),
+        comparison=_comparison(summary, results),
+        intervals=charts,
+        goals=_goals(summary["checks"]),
+        eps_chart=_eps_chart(summary, curves),
+        pr_chart=_pr_chart(results),
+        notes=notes(result for found in results.values() for result in found.values()),
+        tables={
+            TITLES[m]: [results_table(found), *perturbation_tables(found)] for m, found in results.items()
+        },
+        times=_times(summary["seconds"], summary["threads"]),
+        data=_data_facts(summary),
+        models={TITLES[model]: model_facts(summary["models"][model]) for model in results},
+        setting=setting_facts(results["saat"]["worst"], results["saat"]),
+        software=results["saat"]["clean"].setting.software,
     )
 
 
-def _verdict(summary: Mapping[str, Any]) -> list[Child]:
-    before, after = summary["undefended"], summary["saat"]
-    attacks = len(summary["attacks"]) - sum("t-map" in before[name] for name in summary["attacks"])
-    return [
-        f"The undefended hasher finds copies of a photograph with a MAP of {number(before['clean']['map'])}. Changes "
-        f"of at most {_budget(summary)} in each pixel bring it down to ",
-        tag("b", number(before["worst"]["map"]), class_="undefended"),
-        f" in the worst case over {attacks} attacks. After hardening by SAAT the same attacks leave ",
-        tag("b", number(after["worst"]["map"]), class_="saat"),
-        f", and clean queries reach {number(after['clean']['map'])}. A random order would give "
-        f"{number(summary['chance'])}.",
-    ]
-
-
-def _budget(summary: Mapping[str, Any]) -> str:
-    found = {settings.get("eps", 8 / 255) for settings in summary["attacks"].values()}
-    return " or ".join(f"{eps * 255:g}/255" for eps in sorted(found))
-
-
-_HONESTY = (
-    "Read with care: one training seed, one small encoder, twenty photographs, and attacks of few steps. A longer "
-    "attack finds more. The numbers show the method at work; they are no benchmark."
-)
-
-
-def _tiles(summary: Mapping[str, Any]) -> Markup:
-    made = []
+def _tiles(summary: Mapping[str, Any]) -> Tiles:
+    tiles: Tiles = []
     for model, title in TITLES.items():
-        found = summary[model]
-        remark = f"clean → worst case, {_span(found['worst'])}; of 8-bit images {number(found['worst']['map-8bit'])}"
-        text = f"{number(found['clean']['map'])} → {number(found['worst']['map'])}"
-        made.append((f"MAP, {title}", text, remark))
+        clean, worst = summary[model]["clean"], summary[model]["worst"]
+        ends = f"95 % interval {span_text(worst['map-interval'])}"
+        remark = f"clean → worst case, {ends}; of 8-bit images {number(worst['map-8bit'])}"
+        tiles.append((f"MAP, {title}", f"{number(clean['map'])} → {number(worst['map'])}", remark))
     checks = summary["checks"]
-    made.append(
-        ("worst case", f"{checks['saat worst / undefended worst']:.1f} ×", "hardened to undefended MAP")
-    )
-    change = checks["saat clean / undefended clean"] - 1
-    made.append(("clean queries", f"{change:+.1%}".replace("-", "−"), "hardened against undefended MAP"))
-    return html.tiles(made)
+    gain = f"{checks['saat worst / undefended worst']:.1f} ×"
+    change = f"{checks['saat clean / undefended clean'] - 1:+.1%}".replace("-", "−")
+    tiles.append(("worst case", gain, "hardened to undefended MAP"))
+    return [*tiles, ("clean queries", change, "hardened against undefended MAP")]
 
 
-def _span(numbers: Mapping[str, Any]) -> str:
-    return "95 % interval {:.3f} to {:.3f}".format(*numbers["map-interval"])
+def _pictures(example: Example) -> list[tuple[Tensor, str, str]]:
+    """The query, and for each model the attacked query and the perturbation made visible, with captions."""
+    gain, query = 0.5 / example.eps, example.searches[0].image
+    pictures = [(query, "the query", f"{example.name}; as the models see it")]
+    for search in (search for search in example.searches if search.attacked):
+        name = f"attacked: {TITLES[search.model]}"
+        pictures.append((search.image, name, f"by {example.attack}, as sent to the search"))
+        size = search.measures
+        norms = f"L∞ {size['linf'] * 255:.1f}/255, L2 {size['l2']:.2f}, PSNR {number(size['psnr'], 1)} dB"
+        caption = f"{norms}, SSIM {size['ssim']:.3f}; grey is no change"
+        pictures.append((0.5 + gain * (search.image - query), f"its change × {gain:.0f}", caption))
+    return pictures
 
 
-# ---------------------------------------------------------------------------------------------- the example
+# ---------------------------------------------------------------------------------------------- numbers
 
 
-def _shots(example: Example) -> Markup:
-    """The query, and for each model the attacked query and the perturbation made visible."""
-    gain = 0.5 / example.eps
-    shots = [(example.searches[0].image, "the query", f"{example.name}; as the models see it")]
-    for search in example.searches:
-        if search.attacked:
-            delta = search.image - example.searches[0].image
-            title = TITLES[search.model]
-            shots.append((search.image, f"attacked: {title}", f"by {example.attack}, as sent to the search"))
-            shots.append((0.5 + gain * delta, f"its change × {gain:.0f}", _norms(search)))
-    figures = [
-        tag("figure", html.picture(image, f"{name}, {text}"), tag("figcaption", tag("b", name), text))
-        for image, name, text in shots
-    ]
-    return tag("div", figures, class_="shots")
-
-
-def _norms(search: Search) -> str:
-    found = search.measures
-    parts = [
-        f"L∞ {found['linf'] * 255:.1f}/255",
-        f"L2 {found['l2']:.2f}",
-        f"PSNR {number(found['psnr'], 1)} dB",
-    ]
-    return ", ".join([*parts, f"SSIM {found['ssim']:.3f}"]) + "; grey is no change"
-
-
-def _search(search: Search) -> Markup:
-    state = "attacked" if search.attacked else "clean"
-    right = sum(hit.relevant for hit in search.hits)
-    what = tag(
-        "div",
-        html.picture(search.image, f"{state} query sent to the {TITLES[search.model]} model"),
-        tag(
-            "div",
-            tag("b", TITLES[search.model], class_=search.model),
-            tag("span", f"{state} query"),
-            tag("span", f"AP {number(search.ap)}, {right} of {len(search.hits)} right"),
-        ),
-        class_="what",
-    )
-    return tag("div", what, tag("ol", [_hit(hit) for hit in search.hits], class_="hits"), class_="search")
-
-
-def _hit(hit: Any) -> Markup:
-    word = "relevant" if hit.relevant else "not relevant"
-    return tag(
-        "li",
-        html.picture(hit.picture, f"{hit.name}, {word}, distance {hit.distance}"),
-        tag("span", "✓ " if hit.relevant else "✗ ", class_="mark", aria_hidden="true"),
-        f"d = {hit.distance}",
-        class_="yes" if hit.relevant else "no",
-    )
-
-
-def _hits_note() -> Markup:
-    return tag(
-        "p",
-        "The eight nearest items of each model's index, nearest first, by (distance, id); d is the Hamming distance of "
-        "the codes. A full frame and ✓ mark other windows of the same photograph, a dashed frame and ✗ all else. "
-        "Results are drawn larger than the models see them. Each model is attacked with full knowledge of it.",
-        class_="note",
-    )
-
-
-# ---------------------------------------------------------------------------------------------- the numbers
-
-
-def _comparison(summary: Mapping[str, Any], results: Mapping[str, Results]) -> Markup:
+def _comparison(summary: Mapping[str, Any], results: Mapping[str, Results]) -> Table:
     """Clean, attacked and worst MAP of both models, side by side."""
-    names = list(summary["saat"])
-    rows: list[list[Child]] = []
-    for name in names:
+    rows: list[Sequence[CellLike]] = []
+    marked = []
+    for name, hardened in summary["saat"].items():
         for key, label in (("map", "MAP"), ("t-map", "t-MAP")):
-            if key not in summary["saat"][name]:
+            if key not in hardened:
                 continue
-            found = [summary[model][name] for model in results]
+            values = [summary[model][name] for model in results]
             text = "worst case per query" if name == "worst" else name
-            if "t-map" in summary["saat"][name]:
-                text += f": {label}"
-            cells: list[Child] = []
-            for numbers in found:
-                low, high = numbers[f"{key}-interval"]
-                cells.append([number(numbers[key]), tag("span", f"{low:.3f} to {high:.3f}", class_="span")])
-            ratio = found[1][key] / found[0][key] if found[0][key] else float("inf")
-            rows.append([text, *cells, f"{ratio:.2f}"])
+            cells = [Cell(number(each[key]), span_text(each[f"{key}-interval"])) for each in values]
+            ratio = values[1][key] / values[0][key] if values[0][key] else float("inf")
+            marked += [len(rows)] * (name == "worst")
+            rows.append([f"{text}: {label}" if "t-map" in hardened else text, *cells, f"{ratio:.2f}"])
     rows.append(["chance", *[number(summary["chance"])] * len(results), "–"])
     caption = (
         f"MAP over the whole database with 95 % bootstrap intervals over {summary['queries']} queries; untargeted and "
@@ -277,116 +177,77 @@ def _comparison(summary: Mapping[str, Any], results: Mapping[str, Results]) -> M
         "CgAT's center code is the mainstay code, and the two attacks differ in their random start alone. Ratio: "
         "hardened to undefended."
     )
-    return html.table(
-        ["", *(TITLES[model] for model in results), "ratio"],
-        rows,
-        caption,
-        [names.index("worst") + _extra(summary)],
-    )
+    return Table(["", *(TITLES[model] for model in results), "ratio"], rows, caption, marked)
 
 
-def _extra(summary: Mapping[str, Any]) -> int:
-    """Rows that targeted attacks add before the worst case."""
-    return sum("t-map" in numbers for numbers in summary["saat"].values())
-
-
-def _dots(results: Mapping[str, Results]) -> Markup:
-    return map_chart(
-        {TITLES[model]: found for model, found in results.items()},
-        {TITLES[model]: TONES[model] for model in results},
-    )
-
-
-def _eps_chart(summary: Mapping[str, Any], curves: Mapping[str, Curve]) -> Markup:
+def _eps_chart(summary: Mapping[str, Any], curves: Mapping[str, Curve]) -> Chart:
     series, described = [], []
     for model, curve in curves.items():
         low, high = zip(*curve.interval, strict=True)
-        series.append(
-            Series(TITLES[model], curve.eps, curve.mean, TONES[model], dots=True, low=low, high=high)
-        )
-        described.append(f"{TITLES[model]}: " + ", ".join(number(value, 2) for value in curve.mean))
+        title = TITLES[model]
+        series.append(Series(title, curve.eps, curve.mean, TONES[model], dots=True, low=low, high=high))
+        described.append(f"{title}: " + ", ".join(number(value, 2) for value in curve.mean))
     curve = next(iter(curves.values()))
-    return line_chart(
-        "MAP against eps",
-        "; ".join(described) + f" at {', '.join(str(eps) for eps in curve.eps)} of 255.",
-        series,
-        Axis("eps (of 255)", curve.eps),
-        Axis("MAP", UNIT),
-        ("chance", summary["chance"]),
-        f"{curve.attack} on the first {curve.ap.shape[1]} queries, bands: 95 % intervals. Each query keeps the lowest "
-        "AP found at this or a smaller budget, which this one allows as well; so the curves never rise.",
+    return LineChart(
+        title="MAP against eps",
+        description="; ".join(described) + f" at {', '.join(map(str, curve.eps))} of 255.",
+        series=series,
+        x=Axis("eps (of 255)", curve.eps),
+        y=Axis("MAP", UNIT),
+        reference=("chance", summary["chance"]),
+        caption=(
+            f"{curve.attack} on the first {curve.ap.shape[1]} queries, bands: 95 % intervals. Each query keeps the "
+            "lowest AP found at this or a smaller budget, which this one allows as well; so the curves never rise."
+        ),
     )
 
 
-def _pr(results: Mapping[str, Results]) -> Markup | None:
-    lines = {}
+def _pr_chart(results: Mapping[str, Results]) -> Chart | None:
+    curves = {}
     for model, found in results.items():
-        attacks = {
-            name: result for name, result in found.items() if is_untargeted(name, result) and name != "clean"
-        }
+        attacks = {n: r for n, r in found.items() if is_untargeted(n, r) and n != "clean"}
         strongest = min(attacks, key=lambda name: attacks[name][attacks[name].setting.headline])
-        lines[f"{TITLES[model]}, clean"] = (found["clean"], TONES[model], False)
-        lines[f"{TITLES[model]}, {strongest}"] = (attacks[strongest], TONES[model], True)
+        curves[f"{TITLES[model]}, clean"] = (found["clean"], TONES[model], False)
+        curves[f"{TITLES[model]}, {strongest}"] = (attacks[strongest], TONES[model], True)
     return pr_chart(
-        lines,
+        curves,
         "By rank, ties in expectation, averaged over queries; attacked by the attack of the lowest MAP of each model.",
     )
 
 
-def _checks(summary: Mapping[str, Any]) -> Markup:
-    """What the demo set out to show, and whether it does."""
-    checks = summary["checks"]
-    wanted = [
-        ("undefended: worst / clean MAP", checks["undefended worst / clean"], "below 0.5", lambda v: v < 0.5),
-        (
-            "worst MAP: hardened / undefended",
-            checks["saat worst / undefended worst"],
-            "at least 1.5",
-            lambda v: v >= 1.5,
-        ),
-        (
-            "clean MAP: hardened / undefended",
-            checks["saat clean / undefended clean"],
-            "at least 0.85",
-            lambda v: v >= 0.85,
-        ),
+def _goals(checks: Mapping[str, float]) -> Table:
+    """Ratios that the demo is meant to show, and whether it does."""
+    before = checks["undefended worst / clean"]
+    worst, clean = checks["saat worst / undefended worst"], checks["saat clean / undefended clean"]
+    goals = [
+        ("undefended: worst / clean MAP", before, "below 0.5", before < 0.5),
+        ("worst MAP: hardened / undefended", worst, "at least 1.5", worst >= 1.5),
+        ("clean MAP: hardened / undefended", clean, "at least 0.85", clean >= 0.85),
     ]
-    rows = [
-        [name, f"{value:.2f}", goal, "✓ yes" if holds(value) else "✗ no"]
-        for name, value, goal, holds in wanted
-    ]
-    return html.table(["", "measured", "wanted", "holds"], rows, "What the demo is meant to show")
+    rows = [[name, f"{value:.2f}", goal, "✓ yes" if holds else "✗ no"] for name, value, goal, holds in goals]
+    return Table(["", "measured", "wanted", "holds"], rows, "What the demo is meant to show")
 
 
-# ---------------------------------------------------------------------------------------------- the
-# circumstances
+# ---------------------------------------------------------------------------------------------- circumstances
 
 
-def _times(summary: Mapping[str, Any]) -> Markup:
-    seconds = {name: value for name, value in summary["seconds"].items() if name != "this call"}
-    rows = [[name, f"{value:.0f}"] for name, value in seconds.items()]
-    rows.append(["these together", f"{sum(seconds.values()):.0f}"])
-    rows.append(["the call that wrote this report", f"{summary['seconds']['this call']:.0f}"])
-    caption = (
-        f"Seconds on the clock; torch threads: {summary['threads']}. A call that goes on skips what is done."
-    )
-    return html.table(["", "s"], rows, caption, [len(rows) - 2])
+def _times(seconds: Mapping[str, float], threads: int) -> Table:
+    parts = {name: value for name, value in seconds.items() if name != "this call"}
+    rows = [[name, f"{value:.0f}"] for name, value in parts.items()]
+    rows.append(["these together", f"{sum(parts.values()):.0f}"])
+    rows.append(["the call that wrote this report", f"{seconds['this call']:.0f}"])
+    caption = f"Seconds on the clock; torch threads: {threads}. A call that goes on skips what is done."
+    return Table(["", "s"], rows, caption, [len(rows) - 2])
 
 
-def _data(summary: Mapping[str, Any]) -> Markup:
-    data = summary["data"]
+def _data_facts(summary: Mapping[str, Any]) -> Facts:
+    data, example = summary["data"], summary["example"]
     sizes = ", ".join(f"{count} {name}" for name, count in data["sizes"].items())
     prints = ", ".join(f"{name} {value}" for name, value in data["fingerprints"].items())
-    return html.facts(
-        [
-            ("data", f"{data['name']}: {sizes}; {data['labels']} labels"),
-            ("note", data["note"]),
-            ("fingerprints", tag("code", prints)),
-            ("training items in the database", data["train_in_database"]),
-            ("the example", f"query {summary['example']['query']}, {summary['example']['photograph']}"),
-        ]
-    )
-
-
-def _model(summary: Mapping[str, Any], model: str) -> Markup:
-    return tag("div", tag("h3", TITLES[model]), model_facts(summary["models"][model]))
+    return [
+        ("data", f"{data['name']}: {sizes}; {data['labels']} labels"),
+        ("note", data["note"]),
+        ("fingerprints", Cell(prints, element="code")),
+        ("training items in the database", data["train_in_database"]),
+        ("the example", f"query {example['query']}, {example['photograph']}"),
+    ]

@@ -1,16 +1,17 @@
-"""What suites of attacks found on a run: one section of its report for every result in ``assess.json``."""
+"""Results of suites of attacks on a run: data of one section of its report for every result in ``assess.json``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from robusthash.apps.reports import html
-from robusthash.apps.reports.charts import UNIT, Axis, Series, line_chart
-from robusthash.apps.reports.html import Child, Markup, tag, text_of
-from robusthash.apps.reports.wording import (
+from robusthash.apps.reports.charts import UNIT, Axis, LineChart, Series
+from robusthash.apps.reports.pages import (
     WORST_CASE,
-    doubt,
+    Cell,
+    CellLike,
+    Table,
     notes,
     number,
     remark,
@@ -23,237 +24,160 @@ from robusthash.robustness.checks.base import CHECKS
 from robusthash.robustness.specs.published_suite import LEGACY, published
 
 _GROUPS = ("white-box", "adaptive", "refined", "transfer", "black-box", "noise")
+_COLUMNS = {
+    "unique wins": "{:.0f}",
+    "completeness": "{:.0%}",
+    "ASR": "{:.0%}",
+    "bits flipped": "{:.1f}",
+    "seconds": "{:.1f}",
+}
 
 
-def suite_sections(results: Sequence[EvalResult]) -> list[Markup]:
-    """One section a result; attacks as published come last."""
-    return [_section(result) for result in sorted(results, key=_published)]
-
-
-def doubt_line(results: Sequence[EvalResult], checked: Sequence[Flag]) -> Markup | None:
-    """What to see before any number of the page: the suites against whose result a red flag stands.
+def unreliable_names(results: Sequence[EvalResult], checked: Sequence[Flag]) -> list[str]:
+    """The results against which a red flag stands; a red flag of the model stands against every number.
 
     Args:
-        checked: what ``check`` said of the model; a red flag of it stands against every number.
+        checked: flags that ``check`` raised on the model.
     """
     red = [flag.id for flag in checked if flag.level == "red"]
-    doubtful = [f"every number of this model ({', '.join(red)})"] * bool(red)
-    doubtful += [result.name for result in results if result.unreliable]
-    if not doubtful:
-        return None
-    return tag("p", _badge(), " ", doubt(doubtful))
+    names = [f"every number of this model ({', '.join(red)})"] * bool(red)
+    return names + [result.name for result in results if result.unreliable]
 
 
-def _section(result: EvalResult) -> Markup:
-    return tag(
-        "section",
-        tag("h2", f"Suite: {result.name} ", _badge() if result.unreliable else None),
-        _standing(result),
-        tag("p", _summary(result)),
-        html.tiles(_tiles(result)),
-        _lines(result),
-        _targeted(result),
-        _curve(result),
-        _checks(result),
-        notes([result]),
-        _folded("The setting of these numbers", setting_facts(result, {result.name: result})),
-        class_="suite unreliable" if result.unreliable else "suite",
-    )
-
-
-def _published(result: EvalResult) -> bool:
-    """Attacks as published, which are no evidence of robustness."""
-    return published(result.setting.budget.partition(",")[0].removeprefix("suite "))
-
-
-def _badge() -> Markup:
-    return tag("strong", "UNRELIABLE", class_="alarm")
-
-
-def _folded(summary: str, *children: Child) -> Markup:
-    return tag("details", tag("summary", summary), *children)
-
-
-def _standing(result: EvalResult) -> list[Markup]:
-    """How far the numbers may be trusted."""
-    said = []
-    if _published(result):
-        text = "Attacks as published, to be held beside printed numbers: no evidence of robustness."
-        said.append(tag("p", tag("strong", text)))
-    reds = [flag for flag in result.flags if flag.level == "red"]
-    if reds:
-        remedies = [tag("li", f"{flag.id}: {flag.remedy}") for flag in reds]
-        text = "The numbers of this section prove nothing until these red flags are cleared up:"
-        said.append(tag("div", tag("p", text), tag("ul", remedies), class_="alarmed", role="note"))
-    elif not result.flags:
-        text = "Not checked: no check looked for signs that these attacks were blind to this model."
-        said.append(tag("p", text, class_="note"))
-    else:
-        said.append(tag("p", f"Checks: {remark(result.flags, True)}.", class_="note"))
-    return said
-
-
-def _summary(result: EvalResult) -> str:
+def suite_data(result: EvalResult) -> dict[str, Any]:
+    """What the template ``suite_section`` shows of a result."""
     measure, low = result.setting.headline, f"w{result.setting.headline}"
-    untargeted = len(_untargeted(result))
-    fall = f"{measure} falls from {number(result.reference['clean'])} to {number(result[low])}"
-    return (
-        f"Under {result.setting.threat} {fall} where each of {len(result.per_query[low])} queries meets the worst of "
-        f"{untargeted} {'line' if untargeted == 1 else 'lines'} of attack. {'' if _published(result) else WORST_CASE}"
-    )
-
-
-def _tiles(result: EvalResult) -> list[tuple[str, str, Child]]:
-    measure, low, reference = result.setting.headline, f"w{result.setting.headline}", result.reference
-    worst = tag("span", number(result[low]), class_="doubt" if result.unreliable else None)
-    ending, kind = stored_as([result])
-    stored = f"; of {kind} {number(result[f'{low}{ending}'])}" if kind else ""
-    lowest = text_of(worst, _badge() if result.unreliable else None)
-    tiles: list[tuple[str, str, Child]] = [
-        (f"clean {measure}", number(reference["clean"]), span(result, "clean")),
-        (f"{low}, worst case", lowest, f"{span(result, low)}{stored}"),
-        ("harmonic robustness score", number(result["HRS"]), span(result, "HRS")),
-        ("chance", number(reference["chance"]), "a random order of the database"),
-    ]
-    if "floor" in reference:
-        tiles.append(
-            ("floor", number(reference["floor"]), "the lowest that a search over codes found; not a bound")
-        )
-    return tiles
-
-
-# ---------------------------------------------------------------------------------------------- lines
+    ending, stored = stored_as([result])
+    return {
+        "result": result,
+        "measure": measure,
+        "low": low,
+        "worst_case": WORST_CASE,
+        "published": published(result.setting.budget.partition(",")[0].removeprefix("suite ")),
+        "reds": [flag for flag in result.flags if flag.level == "red"],
+        "checks": remark(result.flags, True),
+        "count": len(_untargeted(result)),
+        "stored": f"; of {stored} {number(result[f'{low}{ending}'])}" if stored else "",
+        "spans": {name: span(result, name) for name in ("clean", low, "HRS")},
+        "attacks": _attack_table(result),
+        "targeted": _targeted_table(result),
+        "curve": _curve(result),
+        "raised": _check_table(result.flags, ("red", "amber")),
+        "passed": _check_table(result.flags, ("pass",)),
+        "notes": notes([result]),
+        "setting": setting_facts(result, {result.name: result}),
+    }
 
 
 def _untargeted(result: EvalResult) -> dict[str, dict[str, float]]:
-    """The lines that count for the worst case, the strongest first."""
+    """The attacks that count for the worst case, the strongest first."""
     measure = result.setting.headline
-    lines = {name: line for name, line in result.attacks.items() if measure in line}
-    return dict(sorted(lines.items(), key=lambda item: item[1][measure]))
+    attacks = {name: attack for name, attack in result.attacks.items() if measure in attack}
+    return dict(sorted(attacks.items(), key=lambda item: item[1][measure]))
 
 
-def _group(name: str, line: Mapping[str, float], result: EvalResult) -> str:
-    """What a line knows of the model, by what a result keeps: the setting lists all lines but the adaptive
-    ones."""
+def _group(name: str, attack: Mapping[str, float], result: EvalResult) -> str:
+    """What an attack knows of the model; the setting lists all attacks but the adaptive ones."""
     if name not in result.setting.attacks:
         return "adaptive"
     for group in ("refined", "transfer"):
         if name.startswith(f"{group} "):
             return group
-    if line.get("oracle", 0) > 0:
+    if attack.get("oracle", 0) > 0:
         return "noise" if name.endswith("noise") or name == "random edits" else "black-box"
     return "white-box"
 
 
-def _lines(result: EvalResult) -> Markup:
-    """Every untargeted line: by group, the strongest first."""
-    measure, lines = result.setting.headline, _untargeted(result)
+def _attack_table(result: EvalResult) -> Table:
+    """Every untargeted attack: by group, the strongest first; attacks as published form no groups."""
+    measure, attacks = result.setting.headline, _untargeted(result)
+    grouped = not published(result.setting.budget.partition(",")[0].removeprefix("suite "))
     groups: dict[str, list[str]] = {group: [] for group in _GROUPS}
-    for name, line in lines.items():
-        groups["white-box" if _published(result) else _group(name, line, result)].append(name)
-    printed = any(LEGACY in line for line in lines.values())
-    head = ["", measure, *[LEGACY] * printed, "unique wins", "completeness", "ASR", "bits flipped", "seconds"]
-    rows: list[list[Child]] = []
+    for name, attack in attacks.items():
+        groups[_group(name, attack, result) if grouped else "white-box"].append(name)
+    legacy = any(LEGACY in attack for attack in attacks.values())
+    head = ["", measure, *[LEGACY] * legacy, *_COLUMNS]
+    rows: list[list[CellLike]] = []
     marked = []
     for group, names in groups.items():
-        if names and not _published(result):
+        if names and grouped:
             marked.append(len(rows))
             rows.append([group, *[None] * (len(head) - 1)])
         for name in names:
-            line, ends = lines[name], span(result, f"{measure} under {name}")
-            row: list[Child] = [
+            attack = attacks[name]
+            row: list[CellLike] = [
                 name,
-                [number(line[measure]), tag("span", ends, class_="span") if ends else None],
+                Cell(number(attack[measure]), span(result, f"{measure} under {name}")),
             ]
-            row += [_cell(line, LEGACY, "{:.3f}")] * printed
-            row += [_cell(line, "unique wins", "{:.0f}"), _cell(line, "completeness", "{:.0%}")]
-            row += [
-                _cell(line, "ASR", "{:.0%}"),
-                _cell(line, "flips", "{:.1f}"),
-                _cell(line, "seconds", "{:.1f}"),
-            ]
+            row += [_text(attack, LEGACY, "{:.3f}")] * legacy
+            row += [_text(attack, "flips" if column == "bits flipped" else column, form)
+                    for column, form in _COLUMNS.items()]  # fmt: skip
             rows.append(row)
-    legacy = f"{LEGACY} is what published code prints. " if printed else ""
+    explained = f"{LEGACY} is what published code prints. " if legacy else ""
     caption = (
-        f"Each line alone, the strongest first; 95 % intervals over queries. {legacy}Unique wins: queries that it "
-        "alone brings lowest. Completeness: how much of the way from clean to the floor it went. ASR: queries that "
+        f"Each attack alone, the strongest first; 95 % intervals over queries. {explained}Unique wins: queries that "
+        "it alone brings lowest. Completeness: how much of the way from clean to the floor it went. ASR: queries that "
         f"lose half their AP. Bits flipped: of {result.setting.bits}, mean."
     )
-    return html.table(head, rows, caption, marked)
+    return Table(head, rows, caption, marked)
 
 
-def _cell(line: Mapping[str, float], name: str, form: str) -> str:
-    return form.format(line[name]) if name in line else "–"
+def _text(attack: Mapping[str, float], name: str, form: str) -> str:
+    return form.format(attack[name]) if name in attack else "–"
 
 
-def _targeted(result: EvalResult) -> Markup | None:
-    """The lines that pull a target up, and what they come to together."""
+def _targeted_table(result: EvalResult) -> Table | None:
+    """The attacks that pull a target up, and what they come to together."""
     measure = f"t-{result.setting.headline}"
-    lines = {name: line for name, line in result.attacks.items() if measure in line}
-    if not lines:
+    attacks = {name: attack for name, attack in result.attacks.items() if measure in attack}
+    if not attacks:
         return None
     rows = [
-        [name, _cell(line, measure, "{:.3f}"), _cell(line, "seconds", "{:.1f}")]
-        for name, line in lines.items()
+        [name, _text(attack, measure, "{:.3f}"), _text(attack, "seconds", "{:.1f}")]
+        for name, attack in attacks.items()
     ]
     caption = (
-        f"Targeted lines: how high the items of a target come. Clean queries give them {measure} "
-        f"{number(result.reference['t-clean'])}; all lines together gain {number(result['gain'])} on average and leave "
-        f"{number(result['collateral ' + result.setting.headline])} of the original {result.setting.headline}."
+        f"Targeted attacks: how high the items of a target come. Clean queries give them {measure} "
+        f"{number(result.reference['t-clean'])}; all attacks together gain {number(result['gain'])} on average and "
+        f"leave {number(result['collateral ' + result.setting.headline])} of the original {result.setting.headline}."
     )
-    return html.table(["", measure, "seconds"], rows, caption)
+    return Table(["", measure, "seconds"], rows, caption)
 
 
-# ---------------------------------------------------------------------------------------------- curve and
-# checks
-
-
-def _curve(result: EvalResult) -> Markup | None:
+def _curve(result: EvalResult) -> LineChart | None:
     """The worst case over budgets, where it was run."""
     low = f"w{result.setting.headline}"
     curve = result.curves.get(f"{low}/eps")
     if curve is None:
         return None
     budgets, values = curve["eps"].tolist(), curve[low].tolist()
-    spans = [result.interval[f"{low} eps {eps:.6g}"] for eps in budgets]
+    lows, highs = zip(*(result.interval[f"{low} eps {eps:.6g}"] for eps in budgets), strict=True)
     of_images = result.setting.threat.startswith("img-linf")
     x = [eps * 255 for eps in budgets] if of_images else budgets
     mark = " (UNRELIABLE)" if result.unreliable else ""
-    lows, highs = zip(*spans, strict=True)
-    series = Series(f"{low}{mark}", x, values, "b", result.unreliable, True, lows, highs)
-    chart = line_chart(
-        f"{low} over eps",
-        f"{low} falls from {number(values[0])} to {number(values[-1])}",
-        [series],
-        Axis("eps, in 1/255" if of_images else "eps", [max(x) * step / 4 for step in range(5)]),
-        Axis(low, UNIT),
-        ("chance", result.reference["chance"]),
-        "By a part of the lines. Each budget also starts from what the smaller one found, so the curve cannot rise. "
-        f"Its mean height is {number(result['curve score'])}.",
+    return LineChart(
+        title=f"{low} over eps",
+        description=f"{low} falls from {number(values[0])} to {number(values[-1])}",
+        series=[Series(f"{low}{mark}", x, values, "b", result.unreliable, True, lows, highs)],
+        x=Axis("eps, in 1/255" if of_images else "eps", [max(x) * step / 4 for step in range(5)]),
+        y=Axis(low, UNIT),
+        reference=("chance", result.reference["chance"]),
+        caption=(
+            "By a part of the attacks. Each budget also starts from what the smaller one found, so the curve cannot "
+            f"rise. Its mean height is {number(result['curve score'])}."
+        ),
     )
-    return tag("div", chart, class_="budgets")
 
 
-def _checks(result: EvalResult) -> list[Markup]:
-    """Red and amber checks with their remedies; those that found nothing are folded away."""
-    levels = ("red", "amber")
-    raised = [flag for level in levels for flag in result.flags if flag.level == level]
-    passed = [flag for flag in result.flags if flag.level == "pass"]
-    made = []
-    if raised:
-        rows = [[*_check(flag), flag.remedy] for flag in raised]
-        made.append(
-            html.table(["check", "level", "value", "threshold", "remedy"], rows, "Checks that raised a flag.")
-        )
-    if passed:
-        rows = [_check(flag) for flag in passed]
-        said = f"{len(passed)} of {len(result.flags)} checks found nothing"
-        made.append(_folded(said, html.table(["check", "level", "value", "threshold"], rows)))
-    return [tag("div", *made, class_="checks")] if made else []
-
-
-def _check(flag: Flag) -> list[Child]:
-    title = tag("span", CHECKS[flag.id].title, class_="span") if flag.id in CHECKS else None
-    level = tag("strong", flag.level, class_="alarm") if flag.level == "red" else flag.level
-    value = f"{flag.value:.3g}" if math.isfinite(flag.value) else "–"
-    return [text_of(flag.id, title), level, value, f"{flag.threshold:g}"]
+def _check_table(flags: Sequence[Flag], levels: Sequence[str]) -> Table | None:
+    """The checks of these levels, the first level first; remedies unless they passed."""
+    raised = "pass" not in levels
+    rows: list[list[CellLike]] = []
+    for flag in (flag for level in levels for flag in flags if flag.level == level):
+        title = CHECKS[flag.id].title if flag.id in CHECKS else ""
+        value = f"{flag.value:.3g}" if math.isfinite(flag.value) else "–"
+        level = Cell(flag.level, element="alarm" if flag.level == "red" else "")
+        row: list[CellLike] = [Cell(flag.id, title), level, value, f"{flag.threshold:g}"]
+        rows.append([*row, *[flag.remedy] * raised])
+    head = ["check", "level", "value", "threshold", *["remedy"] * raised]
+    return Table(head, rows, "Checks that raised a flag." * raised) if rows else None
