@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from robusthash.apps.audit.categories import read_kinds
+
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.photo_collection import read_photos
 from robusthash.apps.audit.targets import EndpointLimits, Tier

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from robusthash.apps.reports.html import Markup, picture, tag
 
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run, RunError
 from robusthash.apps.reports import html
 from robusthash.apps.reports.charts import UNIT, Axis, Dot, Series, dot_chart, line_chart
-from robusthash.apps.reports.html import Markup, picture, tag
 from robusthash.apps.reports.run_report import run_page, write_report
 
 VOID = {"img", "meta", "circle", "line", "polyline", "polygon", "br"}

@@ -20,11 +20,11 @@ from helpers import (
     train_config,
     trained_hasher,
 )
+from robusthash.apps.reports.branch_maps import branches_section, save_branches
 
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import ConfigError, make_config
 from robusthash.apps.experiment.run_directory import RunError, load_run
-from robusthash.apps.reports.branch_maps import branches_section, save_branches
 from robusthash.apps.reports.run_report import write_report
 from robusthash.attacks import dhta
 from robusthash.attacks.drfgd import drfgd

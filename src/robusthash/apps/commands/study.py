@@ -191,8 +191,8 @@ def curves(
     from robusthash.apps.experiment.attribution_run import labelled
     from robusthash.apps.experiment.config import value_of
     from robusthash.apps.experiment.epoch_curves import log_curves, robust_curves, values_of
-    from robusthash.apps.reports.figures import draw_log, draw_robust
     from robusthash.apps.reports.charts import require_matplotlib
+    from robusthash.apps.reports.figures import draw_log, draw_robust
 
     require_matplotlib()
     opened = labelled(runs)

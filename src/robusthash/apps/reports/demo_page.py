@@ -19,8 +19,8 @@ from robusthash.apps.reports.pages import (
     number,
     render,
     setting_facts,
+    span_text,
 )
-from robusthash.apps.reports.pages import span_text
 from robusthash.apps.reports.run_report import (
     Results,
     interval_chart,
