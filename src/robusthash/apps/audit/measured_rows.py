@@ -21,6 +21,9 @@ from robusthash.evaluation.copy_detection import CopiesFound, KindFound, copies_
 from robusthash.metrics.distortion import pixel_norms
 
 Change = Literal["same", "everyday", "noise", "hide", "hide-worst", "imitate", "imitate-worst"]
+Columns = tuple[str, str, str, Change]
+"""First columns of a row: name, words for readers, how visible it is, what it is."""
+
 Role = Literal["own", "target", "other"]
 
 _HITS = 5  # results drawn for each search
@@ -146,24 +149,13 @@ class CopySearch:
         labels = self.context.query_labels if labels is None else labels
         return copies_found(self.context, signs, labels, self.categories)
 
-    def row(
-        self, name: str, words: str, visible: str, kind: Change, found: CopiesFound, images: Tensor
-    ) -> Row:
+    def row(self, columns: Columns, found: CopiesFound, images: Tensor) -> Row:
         """The row of one change. ``images``: after it."""
-        return Row(
-            name,
-            words,
-            visible,
-            kind,
-            len(found.ap),
-            float(found.ap.mean()),
-            float(found.first.mean()),
-            float(found.within(self.radius).mean()),
-            float(found.bits.double().mean()),
-            per_photo=tuple(found.ap.tolist()),
-            **difference(self.images, images),
-            **category_columns(found.kind),
-        )
+        columns_of_queries = found.ap, found.first, found.within(self.radius), found.bits.double()
+        ap, first, recognised, bits = (float(values.mean()) for values in columns_of_queries)
+        others = {**difference(self.images, images), **category_columns(found.kind)}
+        per_photo = tuple(found.ap.tolist())
+        return Row(*columns, len(found.ap), ap, first, recognised, bits, per_photo=per_photo, **others)
 
     def score(self, spec: AttackSpec, restart: int, attacked: Attacked) -> AttackResult:
         """Score attacked photographs as 8-bit files against their own copy, or the target's."""
@@ -222,12 +214,8 @@ class CopySearch:
         database = self.context.database
         ids, distances = topk(packed[None], database.packed, min(_HITS, len(database)))
         roles: dict[int | None, Role] = {target: "target", own: "own"}
-        return tuple(
-            Shot(
-                read_image(self.photos.paths[item], 112),
-                self.photos.names[item],
-                far,
-                roles.get(item, "other"),
-            )
-            for item, far in zip(ids[0].tolist(), distances[0].tolist(), strict=True)
-        )
+        shots = []
+        for item, distance in zip(ids[0].tolist(), distances[0].tolist(), strict=True):
+            picture = read_image(self.photos.paths[item], 112)
+            shots.append(Shot(picture, self.photos.names[item], distance, roles.get(item, "other")))
+        return tuple(shots)

@@ -16,6 +16,7 @@ from robusthash.apps.audit.audit_page import audit_page, category_sentence
 from robusthash.apps.audit.measured_rows import (
     AttackResult,
     Change,
+    Columns,
     CopySearch,
     Example,
     Row,
@@ -54,6 +55,10 @@ _BATCH = 32  # images encoded together: foreign models may be large
 _BLOCK = 10  # photographs attacked together
 _TRIED = 8  # photographs on which a model is tried first
 
+_MISSED = "made to be missed, the worst of these for each photograph"
+_HIDDEN: Columns = ("hide, worst case", _MISSED, "hardly", "hide-worst")
+_TAKEN: Columns = ("imitate, best case", "made to look like another photograph", "hardly", "imitate-worst")
+
 Lists = list[tuple[str, ...]]
 """Ids that an endpoint answers, nearest first, by photograph."""
 
@@ -87,9 +92,6 @@ def run_audit(
     out.mkdir(parents=True, exist_ok=True)
     plan = _Plan(opened, collection, categories, options, progress)
     measured = _Measured(_audit_ids(plan)) if opened.hasher is None else _audit_codes(plan, opened.hasher)
-    categories_of_photos = None
-    if categories is not None:
-        categories_of_photos = {**categories.facts(), "said": category_sentence(measured.rows)}
     summary = {
         "target": target,
         "title": opened.title,
@@ -105,15 +107,15 @@ def run_audit(
         "tier": asdict(options.tier),
         "seed": options.seed,
         "photographs": collection.facts(),
-        "kinds": categories_of_photos,
+        "kinds": categories and {**categories.facts(), "said": category_sentence(measured.rows)},
         "rows": [asdict(row) for row in measured.rows],
         "flags": [asdict(flag) for flag in measured.flags],
         "questions": opened.endpoint.asked if opened.endpoint else None,
         "software": software_versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
+    page = audit_page(summary, measured.rows, measured.examples, measured.flags)
     with write_aside(out / "report.html") as aside:
-        page = audit_page(summary, measured.rows, measured.examples, measured.flags)
         aside.write_text(page, encoding="utf-8")
     write_json(out / "audit.json", summary)
     return summary
@@ -134,17 +136,17 @@ class _Plan:
         """(Q, 3, S, S) float: the photographs that are searched for."""
         return self.photos.first(self.options.tier.queries)
 
-    def changes(self) -> list[tuple[tuple[str, str, str, Change], Callable[[Tensor], Tensor]]]:
+    def changes(self) -> list[tuple[Columns, Callable[[Tensor], Tensor]]]:
         """Everyday changes and noise: the first columns of the row of each, and the change."""
         eps, draws = self.options.eps, Draws(self.options.seed, ("audit",))
+
+        def noisy(images: Tensor) -> Tensor:
+            return noise(images, torch.arange(len(images)), eps, draws)
+
         words = f"random noise of {eps * 255:g} of 255 brightness levels"
-        return [
-            *(((each.name, each.words, each.visible, "everyday"), each) for each in EVERYDAY),
-            (
-                ("noise", words, "slight grain", "noise"),
-                lambda images: noise(images, torch.arange(len(images)), eps, draws),
-            ),
-        ]
+        everyday: list[tuple[Columns, Callable[[Tensor], Tensor]]]
+        everyday = [((each.name, each.words, each.visible, "everyday"), each) for each in EVERYDAY]
+        return [*everyday, (("noise", words, "slight grain", "noise"), noisy)]
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,12 @@ def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
     radius, remarks = _radius(plan, context)
     search = CopySearch(context, photos, radius, None if plan.categories is None else plan.categories.stored)
     unchanged = search.find(context.query.signs().float())
-    rows = [search.row("unchanged", "nothing", "no", "same", unchanged, images)]
+    rows = [search.row(("unchanged", "nothing", "no", "same"), unchanged, images)]
     changed: dict[str, tuple[Tensor, Tensor]] = {}  # (signs, images) of each change
     for number, (columns, change) in enumerate(plan.changes()):
         pixels = change(images)
         changed[columns[0]] = (_signs(hasher, pixels), pixels)
-        rows.append(search.row(*columns, search.find(changed[columns[0]][0]), pixels))
+        rows.append(search.row(columns, search.find(changed[columns[0]][0]), pixels))
         plan.progress(min(number + 1, len(EVERYDAY)), len(EVERYDAY), "everyday changes")
     everyday = [row for row in rows if row.kind == "everyday"]
     worst = min(everyday, key=lambda row: (row.first, row.map, -(row.bits or 0)))
@@ -194,7 +196,8 @@ def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
 
 def _radius(plan: _Plan, context: EvaluationContext) -> tuple[int, tuple[str, ...]]:
     """The bits that may differ, and a sentence where nobody says how many."""
-    bits, remarks = context.victim.bits, ()
+    bits = context.victim.bits
+    remarks: tuple[str, ...] = ()
     radius = plan.target.radius if plan.options.radius is None else plan.options.radius
     if radius is None:
         radius = calibrated_radius(context)
@@ -252,26 +255,17 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[Row], list[Example]]:
     for targeted, of_aim in results.items():
         if not of_aim:
             continue
-        kind, aim = ("imitate", "pass for another") if targeted else ("hide", "be missed")
+        kind: Change = "imitate" if targeted else "hide"
+        aim = "pass for another" if targeted else "be missed"
         if targeted:
             before = few.find(few.context.query.signs().float(), few.context.targets[:, 0])
-            rows.append(few.row("before the attack", "nothing", "no", "imitate", before, few.images))
+            rows.append(few.row(("before the attack", "nothing", "no", kind), before, few.images))
         for each in of_aim:
             words = f"made to {aim} by someone who {who[each.spec.kind]}"
-            rows.append(few.row(each.name, words, "hardly", kind, each.found, each.images))
+            rows.append(few.row((each.name, words, "hardly", kind), each.found, each.images))
         worst, winner = worst_of([each.found for each in of_aim], targeted)
         images = torch.stack([each.images for each in of_aim])[winner, torch.arange(len(winner))]
-        if targeted:
-            columns = (
-                "imitate, best case",
-                "made to look like another photograph",
-                "hardly",
-                "imitate-worst",
-            )
-        else:
-            words = "made to be missed, the worst of these for each photograph"
-            columns = ("hide, worst case", words, "hardly", "hide-worst")
-        rows.append(few.row(*columns, worst, images))
+        rows.append(few.row(_TAKEN if targeted else _HIDDEN, worst, images))
         examples.append(few.attacked_example(worst, images, targeted, eps))
     return rows, examples
 
@@ -302,7 +296,7 @@ def _audit_ids(plan: _Plan) -> tuple[Row, ...]:
     unchanged = _ask(endpoint, images)
     width = max(map(len, unchanged)) - 1  # ids that count for categories, the own one left out
 
-    def row(columns: tuple[str, str, str, Change], before: Tensor, after: Tensor) -> Row:
+    def row(columns: Columns, before: Tensor, after: Tensor) -> Row:
         answers = _ask(endpoint, after)
         pairs = [(ids, right[0]) for ids, right in zip(answers, unchanged, strict=False)]
         ap = [1 / (1 + ids.index(right)) if right in ids else 0.0 for ids, right in pairs]

@@ -277,7 +277,7 @@ def _draw_lines(chart: LineChart) -> Figure:
             if len(line.low) and chart.whiskers:
                 shift = (number - (len(chart.series) - 1) / 2) * 0.08
                 ends = _whiskers(line.y, list(zip(line.low, line.high, strict=True)))
-                bars = {"linestyle": "none", "elinewidth": 1.0, "capsize": 2}
+                bars: dict[str, Any] = {"linestyle": "none", "elinewidth": 1.0, "capsize": 2}
                 axes.errorbar([at + shift for at in line.x], line.y, ends, color=look["color"], **bars)
             elif len(line.low):
                 axes.fill_between(line.x, line.low, line.high, color=look["color"], alpha=0.18, linewidth=0)
@@ -306,10 +306,9 @@ def _draw_bars(chart: IntervalChart) -> Figure:
             places = [place + (number - (len(series) - 1) / 2) * width for place, _ in bars]
             values = [dot.value for _, dot in bars]
             ends = _whiskers(values, [(dot.low, dot.high) for _, dot in bars])
-            look = {"color": _look(number)["color"], "hatch": _HATCHES[number % len(_HATCHES)]}
-            axes.bar(
-                places, values, width * 0.92, yerr=ends, error_kw=error, edgecolor="white", label=name, **look
-            )
+            hatch = _HATCHES[number % len(_HATCHES)]
+            look: dict[str, Any] = {"color": _look(number)["color"], "edgecolor": "white", "hatch": hatch}
+            axes.bar(places, values, width * 0.92, yerr=ends, error_kw=error, label=name, **look)
         _draw_reference(axes, chart)
         names = [name for name, _ in chart.rows]
         axes.set_xticks(range(len(names)), names, rotation=25, ha="right", rotation_mode="anchor")
@@ -326,7 +325,7 @@ def _draw_points(chart: ScatterChart) -> Figure:
         for number, point in enumerate(chart.points):
             across, up = point.x_interval or (point.x,) * 2, point.y_interval or (point.y,) * 2
             ends = {"xerr": _whiskers([point.x], [across]), "yerr": _whiskers([point.y], [up])}
-            bars = {"elinewidth": 1.0, "capsize": 2, "linestyle": "none", "markersize": 7}
+            bars: dict[str, Any] = {"elinewidth": 1.0, "capsize": 2, "linestyle": "none", "markersize": 7}
             axes.errorbar([point.x], [point.y], label=point.series, **ends, **bars, **_look(number))
             end = max(end, across[1] * 1.05, up[1] * 1.05)
         axes.plot([0, end], [0, end], color="#999999", linewidth=0.9, zorder=0)
@@ -336,7 +335,7 @@ def _draw_points(chart: ScatterChart) -> Figure:
     return figure
 
 
-def _look(number: int) -> dict[str, str]:
+def _look(number: int) -> dict[str, Any]:
     return {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
 
 

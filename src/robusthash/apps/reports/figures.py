@@ -331,8 +331,8 @@ def _matrix_figure(rows: Sequence[str], columns: Sequence[str], values: Any, mea
         image = axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
         for row, column in np.argwhere(np.isfinite(values)):
             value = values[row, column]
-            look = {"ha": "center", "va": "center", "color": "white" if value < (low + high) / 2 else "black"}
-            axes.text(column, row, f"{value:.2f}", fontsize=8, **look)
+            colour = "white" if value < (low + high) / 2 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(rows)), rows)
         axes.set(xlabel="victim", ylabel="surrogate")

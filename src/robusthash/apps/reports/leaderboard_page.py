@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from robusthash.apps.experiment.leaderboard import Board, Row
+from robusthash.apps.experiment.leaderboard import Board
 from robusthash.apps.experiment.leaderboard_text import claim_text, legend, remark, setting_pairs, source_text
 from robusthash.apps.reports.charts import (
     TONES,
@@ -19,7 +19,7 @@ from robusthash.apps.reports.charts import (
     Series,
     Tone,
 )
-from robusthash.apps.reports.pages import Facts, number, render
+from robusthash.apps.reports.pages import number, render
 from robusthash.apps.reports.run_report import pr_chart
 from robusthash.metrics.results import EvalResult
 
@@ -41,6 +41,9 @@ def leaderboard_page(boards: Sequence[Board]) -> str:
             ("threat", "threat", sorted({board.setting.threat for board in boards})),
             ("bits", "bits", sorted({row.setting.bits for row in rows})),
         ],
+        source_text=source_text,
+        claim_text=claim_text,
+        remark=remark,
         boards=[_board(board, place, boards) for place, board in enumerate(boards)],
     )
 
@@ -52,51 +55,10 @@ def _board(board: Board, place: int, boards: Sequence[Board]) -> dict[str, Any]:
         "board": board,
         "low": f"w{board.measure}",
         "targeted": any(row.targeted is not None for row in board.rows),
-        "rows": [_row(row, _id(place, rank)) for rank, row in enumerate(board.rows, 1)],
+        "place": place,
         "charts": [*charts, *filter(None, (_eps_chart(board), _pr_chart(board)))],
         "setting": setting_pairs(board, boards),
     }
-
-
-def _id(place: int, rank: int) -> str:
-    return f"row-{place}-{rank}"
-
-
-def _row(row: Row, slug: str) -> dict[str, Any]:
-    setting = row.setting
-    return {
-        "row": row,
-        "id": slug,
-        "attacked": (
-            f"{setting.threat}; worst of {', '.join(setting.attacks)}; {setting.budget}; {setting.asked}"
-        ),
-        "source": source_text(row),
-        "claim": claim_text(row),
-        "remark": remark(row),
-        "details": _details(row),
-    }
-
-
-def _details(row: Row) -> Facts:
-    """Behind a row: models, training, every attack, the flags with their remedies."""
-    facts: Facts = [
-        ("models", ", ".join(record.own.setting.model for record in row.records)),
-        ("objective", row.setting.objective),
-        ("training attack", row.setting.training_attack or "none"),
-        ("under each attack", ", ".join(f"{name} {value:.3f}" for name, value in row.attacks.items())),
-        ("chance", number(row.chance)),
-    ]
-    for flag in row.flags:
-        value = f"{flag.value:g}, threshold {flag.threshold:g}: {flag.remedy}"
-        facts.append((f"{flag.id} {flag.level}", value))
-    if not row.checked:
-        facts.append(("checks", "none was run on these numbers: 'robusthash check' does"))
-    for column, aggregate in row.aggregate.items():
-        if not aggregate.best:
-            low, high = aggregate.interval
-            text = f"{aggregate.difference:+.3f} ({low:+.3f} to {high:+.3f}), p {aggregate.p_holm:.2g} after Holm"
-            facts.append((f"{column}, from the best", text))
-    return facts
 
 
 # ---------------------------------------------------------------------------------------------- charts
@@ -111,7 +73,9 @@ def _scatter(board: Board, place: int) -> Chart:
         title = f"{mark}{row.name}: clean {number(row.clean)}, best-known worst case {row.known.text()}"
         values = row.clean, row.known.value, row.clean_interval, row.known.interval
         points.append(
-            Point(row.setting.defense, *values, str(rank), title, _id(place, rank), crossed=row.unreliable)
+            Point(
+                row.setting.defense, *values, str(rank), title, f"row-{place}-{rank}", crossed=row.unreliable
+            )
         )
     across = [value for point in points for value in (point.x, *(point.x_interval or ()))]
     up = [value for point in points for value in (point.y, *(point.y_interval or ()))]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +27,22 @@ from robusthash.apps.reports.charts import (
     Series,
     Tone,
 )
-from robusthash.apps.reports.pages import (
-    ROUNDING,
-    Cell,
-    CellLike,
-    Facts,
-    Table,
-    Tiles,
-    notes,
-    number,
-    one_line,
-    render,
-    setting_facts,
-    span,
-    stored_as,
-    with_span,
-)
-from robusthash.apps.reports.suite_section import suite_data, unreliable_names
+from robusthash.apps.reports.pages import WORST_CASE, notes, number, remark, render, stored_as
 from robusthash.core.atomic_files import write_aside
 from robusthash.data.base import Split
 from robusthash.data.splits import stable_subset
 from robusthash.metrics.results import EvalResult, Flag, by_direction
 from robusthash.models.drfgd import ImageRegenerator
 from robusthash.models.hasher import Hasher, frozen
+from robusthash.robustness.checks.base import CHECKS
+from robusthash.robustness.specs.published_suite import LEGACY, published
 
 Results = Mapping[str, EvalResult]
 """The results of one run by name: ``clean``, each attack, ``worst``; over several directions ``I2T clean``..."""
 
 BRANCHES = "branches.npz"
+
+_GROUPS = ("white-box", "adaptive", "refined", "transfer", "black-box", "noise")
 
 
 def write_report(run: Run) -> Path:
@@ -96,56 +85,43 @@ def run_page(
         checked: flags that ``check`` raised on the model.
     """
     groups = by_direction(results)
-    first = next(iter(groups.values()))
-    clean = first["clean"]
+    clean = next(iter(groups.values()))["clean"]
     return render(
         "run_report.html.j2",
         title=f"{card['name']}: {card['bits']} bits on {clean.setting.queries.partition(':')[0]}",
-        groups=[_group(context, group) for context, group in groups.items()],
+        results=results,
+        groups=[{**group_data(group), "context": context} for context, group in groups.items()],
         unreliable=unreliable_names(suites, checked),
         suites=sorted(map(suite_data, suites), key=lambda suite: suite["published"]),
-        perturbations=perturbation_tables(results) if len(results) > len(groups) else [],
         branches=branches,
-        model=model_facts(card),
+        card=card,
         training=training_chart(log),
-        setting=setting_facts(first.get("worst", clean), results),
         commands=commands,
-        software=clean.setting.software,
     )
 
 
-def _group(context: str, results: Results) -> dict[str, Any]:
-    """What the page shows of one direction and relevance."""
+def group_data(results: Results) -> dict[str, Any]:
+    """Results of one direction and relevance as the template ``results`` takes them."""
     untargeted = {name: result for name, result in results.items() if is_untargeted(name, result)}
     targeted = {name: r for name, r in results.items() if name != "worst" and name not in untargeted}
+    measure = results["clean"].setting.headline
     charts = [pr_chart(_with_looks(untargeted)), precision_chart(_with_looks(untargeted))]
     if targeted:
         looks = _with_looks(targeted)
         charts += [pr_chart(looks, targets=True), precision_chart(looks, targets=True)]
     if "worst" in results:
-        measure = results["clean"].setting.headline
         charts.insert(0, interval_chart({measure: results}, {measure: "b"}, "Values"))
+    ending, stored = stored_as(results.values())
     return {
-        "context": context,
-        "verdict": verdict(results),
-        "tiles": _tiles(results),
-        "table": results_table(results),
+        "results": results,
+        "measure": measure,
+        "ending": ending,
+        "stored": stored,
+        "targeted": bool(targeted),
         "charts": charts,
         "curves": any("PR" in result.curves for result in untargeted.values()),
         "notes": notes(results.values()),
     }
-
-
-def _tiles(results: Results) -> Tiles:
-    clean, worst = results["clean"], results.get("worst")
-    measure = clean.setting.headline
-    tiles: Tiles = [(f"clean {measure}", number(clean.values[measure]), span(clean, measure))]
-    if worst is not None:
-        label = f"worst case per query, {len(worst.setting.attacks)} attacks"
-        tiles.append((label, number(worst[f"w{measure}"]), span(worst, f"w{measure}")))
-        score = number(worst["HRS"]), "0: collapsed or not robust, 1: perfect"
-        tiles.append(("harmonic robustness score", *score))
-    return [*tiles, ("chance", number(clean.reference["chance"]), "a random order of the database")]
 
 
 def is_untargeted(name: str, result: EvalResult) -> bool:
@@ -153,106 +129,93 @@ def is_untargeted(name: str, result: EvalResult) -> bool:
     return name != "worst" and f"t-{result.setting.headline}" not in result.values
 
 
-def verdict(results: Results) -> str:
-    """The run in a sentence or two."""
-    clean, worst = results["clean"], results.get("worst")
-    measure = clean.setting.headline
-    start = f"On {len(clean.per_query[measure])} queries the clean {measure} is {number(clean[measure])}"
-    if worst is None:
-        return f"{start}. No attack was run, so nothing is said about robustness."
-    attacks = ", ".join(worst.setting.attacks)
-    fall = f"it falls to {number(worst['w' + measure])} where each query meets the worst of {attacks}"
-    return f"{start}; {fall}. Chance is {number(clean.reference['chance'])}."
+# ---------------------------------------------------------------------------------------------- suites
 
 
-# ---------------------------------------------------------------------------------------------- tables
+def unreliable_names(results: Sequence[EvalResult], checked: Sequence[Flag]) -> list[str]:
+    """The results against which a red flag stands; a red flag of the model stands against every number.
+
+    Args:
+        checked: flags that ``check`` raised on the model.
+    """
+    red = [flag.id for flag in checked if flag.level == "red"]
+    names = [f"every number of this model ({', '.join(red)})"] * bool(red)
+    return names + [result.name for result in results if result.unreliable]
 
 
-def results_table(results: Results) -> Table:
-    """Clean, every attack and the worst case: values with intervals, and what each attack spent."""
-    measure = results["clean"].setting.headline
-    targeted = any(f"t-{measure}" in result.values for result in results.values())
-    ending, stored = stored_as(results.values())
-    head = ["", measure, *[f"of {stored}"] * bool(stored), "bits flipped", "success rate"]
-    head += [f"t-{measure}"] * targeted
-    rows: list[list[CellLike]] = []
-    for name, result in results.items():
-        prefix = "w" if name == "worst" else ""
-        flipped = f"{result['flips']:.1f} of {result.setting.bits}" if "flips" in result.values else "–"
-        rate = result.values.get("ASR", result.values.get("t-ASR"))
-        row: list[CellLike] = [name, with_span(result, prefix + measure)]
-        row += [with_span(result, f"{prefix}{measure}{ending}")] * bool(stored)
-        row += [flipped, "–" if rate is None else f"{rate:.0%}"]
-        row += [with_span(result, f"t-{measure}")] * targeted
-        cost = result.cost
-        rows.append([*row, f"{cost.forward:,} + {cost.backward:,}" if cost.forward else "–"])
-    rows.append(["chance", number(results["clean"].reference["chance"]), *["–"] * (len(head) - 1)])
-    caption = (
-        f"Below each value its 95 % bootstrap interval over queries. {ROUNDING[ending]}"
-        "Success: AP at most half of clean; targeted: t-AP of at least 0.5. Passes: forward + backward "
-        "passes of single queries."
-    )
-    marked = [row for row, name in enumerate(results) if name == "worst"]
-    return Table([*head, "passes"], rows, caption, marked)
+def suite_data(result: EvalResult) -> dict[str, Any]:
+    """A result as the template ``suite_section`` takes it."""
+    measure = result.setting.headline
+    is_published = published(result.setting.budget.partition(",")[0].removeprefix("suite "))
+    untargeted = {name: attack for name, attack in result.attacks.items() if measure in attack}
+    groups: dict[str, dict[str, Mapping[str, float]]] = {group: {} for group in _GROUPS}
+    for name, attack in sorted(untargeted.items(), key=lambda item: item[1][measure]):
+        groups["white-box" if is_published else _group(name, attack, result)][name] = attack
+    ending, stored = stored_as([result])
+    return {
+        "result": result,
+        "measure": measure,
+        "worst_case": WORST_CASE,
+        "published": is_published,
+        "remark": remark(result.flags, True),
+        "ending": ending,
+        "stored": stored,
+        "count": len(untargeted),
+        "groups": {group: attacks for group, attacks in groups.items() if attacks},
+        "legacy": LEGACY if any(LEGACY in attack for attack in untargeted.values()) else None,
+        "targeted": {name: each for name, each in result.attacks.items() if f"t-{measure}" in each},
+        "curve": _curve(result),
+        "raised": _flags(result, "red") + _flags(result, "amber"),
+        "passed": _flags(result, "pass"),
+    }
 
 
-Column = Callable[[Mapping[str, float]], str]
+def _group(name: str, attack: Mapping[str, float], result: EvalResult) -> str:
+    """What an attack knows of the model; the setting lists all attacks but the adaptive ones."""
+    if name not in result.setting.attacks:
+        return "adaptive"
+    for group in ("refined", "transfer"):
+        if name.startswith(f"{group} "):
+            return group
+    if attack.get("oracle", 0) > 0:
+        return "noise" if name.endswith("noise") or name == "random edits" else "black-box"
+    return "white-box"
 
 
-def _number_of(name: str, digits: int = 3) -> Column:
-    return lambda values: number(values[name], digits) if name in values else "–"
-
-
-_IMAGES: dict[str, Column] = {
-    "largest |δ| (of 255)": lambda values: f"{values['linf/max'] * 255:.2f}",
-    "L2, mean": _number_of("l2/mean"),
-    "MSE, mean": lambda values: f"{values['mse/mean']:.2e}",
-    "PSNR of mean MSE (dB)": lambda values: number(-10 * math.log10(max(values["mse/mean"], 1e-12)), 1),
-    "SSIM, mean": _number_of("ssim/mean"),
-    "pixels changed": lambda values: f"{values['l0/mean']:.0%}" if "l0/mean" in values else "–",
-    "row sum": _number_of("legacy_matrix_inf/mean"),
-    "spectral": _number_of("legacy_matrix_2/mean"),
-}
-_TEXTS: dict[str, Column] = {
-    "entries changed, mean": _number_of("edits/mean", 1),
-    "share of entries": lambda values: f"{values['changed/mean']:.1%}",
-    "L1, mean": _number_of("l1/mean", 2),
-    "largest |δ|": _number_of("largest/max"),
-}
-_OF_IMAGES = (
-    "Perturbations of the query images; pixel norms of x′ − x with x in [0, 1]. Row sum and spectral are matrix "
-    "norms, means over channels: what published tables print as L∞ and L2."
-)
-_OF_TEXTS = (
-    "Perturbations of the query texts as vectors over the vocabulary. A fraction of a word corresponds to no real "
-    "text; edits of whole words do."
-)
-
-
-def perturbation_tables(results: Results) -> list[Table]:
-    """How large and how visible the perturbations of each attack are: of images, of texts, or both."""
-    tables = []
-    for key, columns, caption in (("mse/mean", _IMAGES, _OF_IMAGES), ("changed/mean", _TEXTS, _OF_TEXTS)):
-        measured = {name: r.perceptibility for name, r in results.items() if key in r.perceptibility}
-        rows = [[name, *(column(values) for column in columns.values())] for name, values in measured.items()]
-        if rows:
-            tables.append(Table(["", *columns], rows, caption))
-    return tables
-
-
-def model_facts(card: Mapping[str, Any]) -> Facts:
-    """The model card."""
-    hasher = card["hasher"]
+def _flags(result: EvalResult, level: str) -> list[dict[str, Any]]:
+    """Flags of a level, with the titles of their checks."""
     return [
-        ("model", Cell(f"{card['name']}/{card['id']}", element="code")),
-        ("bits", card["bits"]),
-        ("encoders", ", ".join(f"{m}: {one_line(hasher.get(m))}" for m in card["modalities"])),
-        ("head", one_line(hasher.get("head"))),
-        ("image size", " × ".join(str(side) for side in card["image_size"]) + " px"),
-        ("declared defense", card["declared"]),
-        ("objective", one_line(card["objective"])),
-        ("training", f"{card['epochs']} epochs, {card['seconds']:.0f} s"),
+        {
+            **asdict(flag),
+            "title": CHECKS[flag.id].title if flag.id in CHECKS else "",
+            "value": f"{flag.value:.3g}" if math.isfinite(flag.value) else "–",
+        }
+        for flag in result.flags
+        if flag.level == level
     ]
+
+
+def _curve(result: EvalResult) -> Chart | None:
+    """The worst case over budgets, where it was run."""
+    low = f"w{result.setting.headline}"
+    curve = result.curves.get(f"{low}/eps")
+    if curve is None:
+        return None
+    budgets, values = curve["eps"].tolist(), curve[low].tolist()
+    lows, highs = zip(*(result.interval[f"{low} eps {eps:.6g}"] for eps in budgets), strict=True)
+    of_images = result.setting.threat.startswith("img-linf")
+    x = [eps * 255 for eps in budgets] if of_images else budgets
+    mark = " (UNRELIABLE)" if result.unreliable else ""
+    return LineChart(
+        title=f"{low} over eps",
+        description=f"{low} falls from {number(values[0])} to {number(values[-1])}",
+        series=[Series(f"{low}{mark}", x, values, "b", result.unreliable, True, lows, highs)],
+        x=Axis("eps, in 1/255" if of_images else "eps", [max(x) * step / 4 for step in range(5)]),
+        y=Axis(low, UNIT),
+        reference=("chance", result.reference["chance"]),
+        caption="By a part of the attacks. Each budget also starts from what the smaller one found, so the curve "
+        f"cannot rise. Its mean height is {number(result['curve score'])}.",
+    )
 
 
 # ---------------------------------------------------------------------------------------------- charts
