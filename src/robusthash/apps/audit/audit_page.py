@@ -77,7 +77,7 @@ def audit_page(
 
 
 def _chart(rows: Sequence[Row], shares: Mapping[Row, float], by_radius: bool) -> Chart:
-    """A dot for each change that should not matter: share of the photographs found, with its 95 % interval."""
+    """A dot for each change that should not matter: share of the photographs found, and its interval."""
     from scipy.stats import binomtest  # a second to import, and only this chart needs it
 
     dots = []
@@ -93,8 +93,6 @@ def _chart(rows: Sequence[Row], shares: Mapping[Row, float], by_radius: bool) ->
         rows=dots,
         tones={name: tone for name, tone in _TONES.items() if name in series},
         x=Axis("share", UNIT),
-        caption="Further right is better; the lines are 95 % intervals for the number of photographs that were tried. "
-        "Hollow: one attack alone.",
     )
 
 
@@ -106,15 +104,17 @@ def category_sentence(rows: Sequence[Row]) -> str:
         return (
             "None of the photographs that asked has another of its kind, so nothing was measured about kinds."
         )
+    mean, chance = f"{same.same_kind:.2f}", f"{same.same_kind_chance:.2f}"
     sentence = (
-        f"Asked for other photographs of the same kind, the subfolder, it scores {same.same_kind:.2f}, where 1 is "
-        f"perfect and {same.same_kind_chance:.2f} is luck."
+        f"Asked for other photographs of the same kind, the subfolder, it scores {mean}, where 1 is perfect "
+        f"and {chance} is luck."
     )
     if hide is None or hide.same_kind is None:
         return sentence
     before = [value for value in same.same_kind_each[: hide.asked] if value is not None]
+    change = f"{sum(before) / len(before):.2f} to {hide.same_kind:.2f}"
     return (
-        f"{sentence} For the {len(before)} photographs that were changed on purpose this goes from "
-        f"{sum(before) / len(before):.2f} to {hide.same_kind:.2f}; those attacks were aimed at the photograph itself, "
-        "so one that is aimed at its kind may do more harm."
+        f"{sentence} For the {len(before)} photographs that were changed on purpose this goes from {change}; "
+        "those attacks were aimed at the photograph itself, so one that is aimed at its kind may do more "
+        "harm."
     )

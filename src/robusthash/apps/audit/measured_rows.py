@@ -1,4 +1,4 @@
-"""Measured rows of an audit, and a search over stored copies that measures changes and shows what it returns."""
+"""Measured rows and pictures of an audit, by a search over stored copies of photographs."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ class Row:
     largest: float = 0.0  # largest change of a pixel, of 255
     psnr: float | None = None  # dB, of the mean squared change over all photographs; None without a change
     per_photo: tuple[float, ...] = ()  # 1 / rank of each
-    same_kind: float | None = (
-        None  # MAP of finding the other photographs of a category; None without categories
-    )
+    same_kind: float | None = None  # MAP of finding the others of a category; None without categories
     same_kind_chance: float | None = None  # that of a random order
     same_kind_each: tuple[float | None, ...] = ()  # AP of each; None for the only one of its category
 
@@ -163,8 +161,6 @@ class CopySearch:
         labels = self.context.targets[:, 0] if spec.targeted else None
         name = spec.name if spec.restarts == 1 else f"{spec.name}, start {restart + 1}"
         return AttackResult(spec, name, self.find(attacked.codes_8bit[:, 0].float(), labels), images)
-
-    # ------------------------------------------------------------------------------------------ pictures
 
     def everyday_example(self, words: str, signs: Tensor, images: Tensor) -> Example:
         """A photograph that this change harms."""

@@ -160,7 +160,7 @@ class _Measured:
     flags: tuple[Flag, ...] = ()
 
 
-# ---------------------------------------------------------------------------------------------- searches by code
+# ------------------------------------------------------------------------------------- searches by code
 
 
 def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
@@ -202,8 +202,9 @@ def _radius(plan: _Plan, context: EvaluationContext) -> tuple[int, tuple[str, ..
     if radius is None:
         radius = calibrated_radius(context)
         remarks = (
-            f"Nobody has said how many bits may differ between two pictures that count as the same, so the largest "
-            f"number was taken at which at most 1 % of the pairs of different photographs do: {radius}.",
+            "Nobody has said how many bits may differ between two pictures that count as the same, so the "
+            "largest number was taken at which at most 1 % of the pairs of different photographs do: "
+            f"{radius}.",
         )
     if not 0 <= radius < bits:
         raise ValueError(f"the radius must lie in 0..{bits - 1} for {bits} bits, got {radius}")
@@ -270,7 +271,7 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[Row], list[Example]]:
     return rows, examples
 
 
-# ---------------------------------------------------------------------------------------------- searches by ids
+# ------------------------------------------------------------------------------------- searches by ids
 
 
 def _audit_ids(plan: _Plan) -> tuple[Row, ...]:

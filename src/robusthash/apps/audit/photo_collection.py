@@ -78,7 +78,8 @@ def read_photos(folder: Path | None, size: int, limit: int = 1000, seed: int = 0
         FileNotFoundError: no such folder.
         ValueError: no images in it, none that can be read, or fewer than two different ones.
     """
-    files = _packaged() if folder is None else _images_below(folder)
+    packaged = [(photograph_path(photograph), photograph.name) for photograph in PHOTOGRAPHS]
+    files = packaged if folder is None else _images_below(folder)
     order = torch.randperm(len(files), generator=Draws(seed, ("audit", "order")).generator())[:limit]
     drawn = [files[row] for row in order.tolist()]
     pixels, readable_rows = read_images([path for path, _ in drawn], size, on_error="skip")
@@ -93,8 +94,9 @@ def read_photos(folder: Path | None, size: int, limit: int = 1000, seed: int = 0
     if len(used) < 2:
         where = "the photographs of this package" if folder is None else str(folder)
         raise ValueError(
-            f"{where} holds {len(used)} usable photograph{'s' * (len(used) != 1)} of {len(files)} files; an audit "
-            "asks whether a search tells photographs apart, and needs at least 2 different ones, better 20 or more"
+            f"{where} holds {len(used)} usable photograph{'s' * (len(used) != 1)} of {len(files)} files; an "
+            "audit asks whether a search tells photographs apart, and needs at least 2 different ones, "
+            "better 20 or more"
         )
     rows = torch.from_numpy(used)
     return Photos(
@@ -118,10 +120,6 @@ def _first_of_content(hashes: np.ndarray) -> np.ndarray:
     return mask
 
 
-def _packaged() -> list[tuple[Path, str]]:
-    return [(photograph_path(photograph), photograph.name) for photograph in PHOTOGRAPHS]
-
-
 def _images_below(folder: Path) -> list[tuple[Path, str]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder.absolute()}; --photos takes a folder of images")
@@ -131,9 +129,6 @@ def _images_below(folder: Path) -> list[tuple[Path, str]]:
     if not visible:
         raise ValueError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
     return visible
-
-
-# ---------------------------------------------------------------------------------------------- categories
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +157,14 @@ class Categories:
         unknown = [each for ids in lists for each in ids if each not in self.files]
         if unknown:
             raise ValueError(
-                f"{url} answered the id {unknown[0]!r}, which is no image below {self.folder}, so its kind is "
-                f"unknown; --labels needs ids that are paths below it, such as {next(iter(self.files))!r}; or leave "
-                "--labels out"
+                f"{url} answered the id {unknown[0]!r}, which is no image below {self.folder}, so its kind "
+                "is unknown; --labels needs ids that are paths below it, such as "
+                f"{next(iter(self.files))!r}; or leave --labels out"
             )
         if max(map(len, lists)) < 2:
             raise ValueError(
-                f"{url} answered one id to each photograph, its own copy at best, so nothing of its kind can be "
-                "found; let it answer more, or leave --labels out"
+                f"{url} answered one id to each photograph, its own copy at best, so nothing of its kind can "
+                "be found; let it answer more, or leave --labels out"
             )
 
     def found_in(self, lists: Sequence[Sequence[str]], names: Sequence[str], width: int) -> KindFound:
@@ -200,15 +195,11 @@ def read_categories(photos: Photos) -> Categories:
             photographs each.
     """
     if not photos.folder:
-        raise ValueError(
-            f"--labels needs --photos; the photographs of this package are of no kinds: {_REMEDY}"
-        )
+        raise ValueError(f"--labels needs --photos; the packaged photographs are of no kinds: {_REMEDY}")
     categories = [_category(name) for name in photos.names]
     counts = dict(sorted(Counter(filter(None, categories)).items()))
     if not counts:
-        raise ValueError(
-            f"{photos.folder} holds no subfolder with a usable photograph, so no kinds: {_REMEDY}"
-        )
+        raise ValueError(f"{photos.folder} holds no subfolder with a usable photograph: {_REMEDY}")
     if len(counts) == 1:
         raise ValueError(
             f"{photos.folder} holds one kind only, {next(iter(counts))!r}, and needs two: {_REMEDY}"

@@ -50,7 +50,7 @@ class Tier:
     def __post_init__(self) -> None:
         if min(self.queries, self.attacked, self.questions) < 1 or self.steps < 2:
             raise ValueError(
-                f"an audit needs queries, attacked queries, questions and 2 steps at least, got {self}"
+                f"an audit needs queries, attacked ones, questions and 2 steps at least, got {self}"
             )
 
 

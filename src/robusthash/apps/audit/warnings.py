@@ -1,4 +1,4 @@
-"""Warnings of an audit: signs that something is wrong with the model itself, before any photograph is changed."""
+"""Warnings of an audit: signs that something is wrong with the model itself."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from robusthash.robustness.checks.model_checks import passive_checks
 _PHOTOS = 16  # on which gradients and normalisation are checked
 
 _CUT = (
-    "something inside cuts the gradient (rounding, detach, no_grad, bits in place of numbers), so attacks that follow "
-    "the weights saw nothing: hand over the numbers before that step, and audit again"
+    "something inside cuts the gradient (rounding, detach, no_grad, bits in place of numbers), so attacks "
+    "that follow the weights saw nothing: hand over the numbers before that step, and audit again"
 )
 
 

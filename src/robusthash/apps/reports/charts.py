@@ -102,7 +102,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A figure with its title, a sentence for screen readers, a named line such as chance, and a caption."""
+    """A figure with its title, a sentence for screen readers, and a named line such as chance."""
 
     form: ClassVar[str]  # macro of the template that draws it
     width: ClassVar[int] = 430  # of the SVG: narrow, so that text stays legible on a phone
@@ -113,7 +113,6 @@ class Chart:
     title: str = ""
     description: str = ""
     reference: tuple[str, float] | None = None
-    caption: str = ""
 
     @property
     def left(self) -> int:

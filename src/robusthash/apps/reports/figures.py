@@ -265,7 +265,7 @@ def draw_robust(found: Mapping[str, Mapping[str, Mapping[int, EvalResult]]], out
 
 
 def draw_sweep(rows: Sequence[SweepRow], measure: str, out: Path) -> Drawn:
-    """``sweep``: results over the values of the first axis; a line for every result and setting of the others."""
+    """``sweep``: results over the first axis; a line for each result and setting of the other axes."""
     done = [row for row in rows if row.cells]
     if not done:
         return []

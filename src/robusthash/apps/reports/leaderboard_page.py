@@ -50,13 +50,14 @@ def leaderboard_page(boards: Sequence[Board]) -> str:
 
 def _board(board: Board, place: int, boards: Sequence[Board]) -> dict[str, Any]:
     """What the page shows of a board."""
-    charts = [_scatter(board, place)] if len(board.rows) > 1 else []
     return {
         "board": board,
         "low": f"w{board.measure}",
         "targeted": any(row.targeted is not None for row in board.rows),
         "place": place,
-        "charts": [*charts, *filter(None, (_eps_chart(board), _pr_chart(board)))],
+        "scatter": _scatter(board, place) if len(board.rows) > 1 else None,
+        "eps_chart": _eps_chart(board),
+        "pr_chart": _pr_chart(board),
         "setting": setting_pairs(board, boards),
     }
 
@@ -89,9 +90,6 @@ def _scatter(board: Board, place: int) -> Chart:
         x=Axis(f"clean {board.measure}", _ticks([*across, best.chance])),
         y=Axis(f"best-known w{board.measure}", _ticks([0.0, *up, best.chance])),
         reference=("chance", best.chance),
-        caption=(
-            "Numbers are those of the table, thin lines 95 % intervals; on the dashed diagonal attacks change nothing."
-        ),
     )
 
 
@@ -137,5 +135,4 @@ def _pr_chart(board: Board) -> Chart | None:
         if drawn:
             name = min(drawn, key=lambda attack: drawn[attack].values[board.measure])
             curves[f"{row.name}, {name}"] = (drawn[name], tone, True)
-    seeds = " First training seed of each." if board.methods else ""
-    return pr_chart(curves, f"The three best models, clean and under their strongest single attack.{seeds}")
+    return pr_chart(curves)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WORST_CASE = (
-    "A worst case is the mean over queries of the lowest AP that any listed attack found: an upper bound on true "
-    "robustness, under this attack set and this budget."
+    "A worst case is the mean over queries of the lowest AP that any listed attack found: an upper bound on "
+    "true robustness, under this attack set and this budget."
 )
 
 
@@ -87,7 +87,7 @@ def red_flag_warning(names: Sequence[str]) -> str:
 
 
 def stored_as(results: Iterable[EvalResult]) -> tuple[str, str]:
-    """How queries are stored outside of a model: the ending of the measure that is taken of it, and its words.
+    """How queries are stored outside of a model: the ending of the measure taken of it, and its words.
 
     Images are stored with 8 bits a channel, bags of words in whole words, token ids and vectors of features
     as they are.
@@ -110,17 +110,17 @@ def _asset(name: str) -> Markup:
 
 
 @functools.cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The Jinja environment of all templates."""
     loader = PackageLoader("robusthash.apps.reports")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
+    made = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **options)
     for function in (number, decibels, span, ends, one_line, red_flag_warning, png):
-        environment.filters[function.__name__] = function
-    environment.globals["asset"] = _asset
-    return environment
+        made.filters[function.__name__] = function
+    made.globals["asset"] = _asset
+    return made
 
 
 def render(template: str, **data: Any) -> str:
     """Fill a template of ``templates/``; text is escaped, and a name that is not given is an error."""
-    return _environment().get_template(template).render(data)
+    return environment().get_template(template).render(data)

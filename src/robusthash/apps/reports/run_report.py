@@ -1,4 +1,4 @@
-"""The report of one run: files of its directory -> report.html. Its tables and charts serve other pages too."""
+"""The report of one run: files of its directory -> report.html. Its charts serve other pages too."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from robusthash.robustness.checks.base import CHECKS
 from robusthash.robustness.specs.published_suite import LEGACY, published
 
 Results = Mapping[str, EvalResult]
-"""The results of one run by name: ``clean``, each attack, ``worst``; over several directions ``I2T clean``..."""
+"""Results of a run by name: ``clean``, each attack, ``worst``; over several directions ``I2T clean``, ..."""
 
 BRANCHES = "branches.npz"
 
@@ -52,15 +52,9 @@ def write_report(run: Run) -> Path:
         RunError: the run has not been trained or evaluated.
     """
     quoted = shlex.quote(str(run.path))
-    text = run_page(
-        run.card(),
-        run.evaluated(),
-        run.lines(),
-        [f"robusthash evaluate {quoted}", f"robusthash report {quoted}"],
-        load_branches(run.path),
-        list(run.assessed().values()),
-        run.checked(),
-    )
+    commands = [f"robusthash evaluate {quoted}", f"robusthash report {quoted}"]
+    branches, suites = load_branches(run.path), list(run.assessed().values())
+    text = run_page(run.card(), run.evaluated(), run.lines(), commands, branches, suites, run.checked())
     with write_aside(run.path / "report.html") as aside:
         aside.write_text(text, encoding="utf-8")
     return run.path / "report.html"
@@ -213,8 +207,6 @@ def _curve(result: EvalResult) -> Chart | None:
         x=Axis("eps, in 1/255" if of_images else "eps", [max(x) * step / 4 for step in range(5)]),
         y=Axis(low, UNIT),
         reference=("chance", result.reference["chance"]),
-        caption="By a part of the attacks. Each budget also starts from what the smaller one found, so the curve "
-        f"cannot rise. Its mean height is {number(result['curve score'])}.",
     )
 
 
@@ -255,7 +247,7 @@ def _with_looks(results: Results) -> Looks:
     return {name: (result, TONES[i % 6], i >= 6) for i, (name, result) in enumerate(results.items())}
 
 
-def pr_chart(results: Looks, caption: str = "", targets: bool = False) -> Chart | None:
+def pr_chart(results: Looks, targets: bool = False) -> Chart | None:
     """Precision over recall by rank, of the target labels where ``targets``; None without such a curve."""
     series = _curve_series(results, "t-PR" if targets else "PR", "recall")
     if not series:
@@ -267,7 +259,6 @@ def pr_chart(results: Looks, caption: str = "", targets: bool = False) -> Chart 
         series=series,
         x=Axis("recall", UNIT),
         y=Axis("precision", UNIT),
-        caption=caption,
     )
 
 
@@ -328,11 +319,8 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     return [round(step * i, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
-# ---------------------------------------------------------------------------------------------- branches
-
-
 def save_branches(folder: Path, victim: Hasher, queries: Split) -> None:
-    """Write ``branches.npz``: query images, what a purifier regenerates of them, and a heat map of each branch.
+    """Write ``branches.npz``: query images, what a purifier makes of them, and heat maps of its branches.
 
     Five images are chosen by content. A hasher without such a purifier leaves no file. Maps are (n, H, W) in
     [0, 1], the mean |activation| over channels between its least and its largest value in the image.
