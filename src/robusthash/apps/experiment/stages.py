@@ -14,7 +14,6 @@ import torch
 
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run, open_run, write_json
-from robusthash.apps.reports.run_report import save_branches
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
@@ -245,6 +244,8 @@ def evaluate(
         these before the name (``I2T mainstay``, ``I2T by class worst``). Also written to ``metrics.json``
         with ``metrics.npz`` beside it.
     """
+    from robusthash.apps.reports.run_report import save_branches
+
     section = run.config.evaluation
     if run.config.runtime.threads:
         torch.set_num_threads(run.config.runtime.threads)
