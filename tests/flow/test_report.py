@@ -129,7 +129,8 @@ def test_the_report_is_one_well_formed_file_with_the_numbers_of_metrics_json(run
 
 def test_every_result_stands_in_its_row_with_all_its_numbers(run: Run) -> None:
     """No number of a result may get lost between metrics.json and the page, or end in another row."""
-    text = re.sub(r"<[^>]*>", " ", write_report(run).read_text(encoding="utf-8").replace("</tr>", "\n"))
+    page = write_report(run).read_text(encoding="utf-8")
+    rows = [re.sub(r"<[^>]*>", " ", row) for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
     for entry in json.loads((run.path / "metrics.json").read_text())["results"]:
         name, values, cost = entry["name"], entry["values"], entry["cost"]
         prefix = "w" if name == "worst" else ""
@@ -138,15 +139,14 @@ def test_every_result_stands_in_its_row_with_all_its_numbers(run: Run) -> None:
         numbers += [f"{values[key]:.1f}" for key in ("flips",) if key in values]
         numbers += [f"{cost['forward']:,} + {cost['backward']:,}"] * bool(cost["forward"])
         numbers += [f"{values[key]:.0%}" for key in ("ASR", "t-ASR") if key in values][:1]
-        row = next(line for line in text.splitlines() if line.split()[:1] == [name])
+        result, *perturbation = [row for row in rows if row.split()[0] == name]
         assert len(measures) >= 1
+        assert len(perturbation) == bool(entry["perceptibility"])
         for number in numbers:
-            assert number in row, f"{name}: {number}"
-        if entry["perceptibility"]:
-            size = entry["perceptibility"]
-            perturbed = [line for line in text.splitlines() if line.split()[:1] == [name]][1]
-            assert f"{size['linf/max'] * 255:.2f}" in perturbed
-            assert f"{size['ssim/mean']:.3f}" in perturbed
+            assert number in result, f"{name}: {number}"
+        for row in perturbation:
+            assert f"{entry['perceptibility']['linf/max'] * 255:.2f}" in row
+            assert f"{entry['perceptibility']['ssim/mean']:.3f}" in row
 
 
 def test_every_chart_has_a_title_a_description_and_a_legend(run: Run) -> None:

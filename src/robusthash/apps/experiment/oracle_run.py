@@ -150,7 +150,8 @@ def draw_questions(table: QuestionTable, path: Path) -> list[Path]:
     Args:
         path: with one of these endings.
     """
-    places, names = [math.log2(budget) for budget in table.budgets], [f"{budget:,}" for budget in table.budgets]
+    places = [math.log2(budget) for budget in table.budgets]
+    names = [f"{budget:,}" for budget in table.budgets]
     series = []
     for shows, curve in table.curves.items():
         low, high = zip(*table.intervals(shows), strict=True)
