@@ -97,7 +97,7 @@ def _chart(rows: Sequence[Row], shares: Mapping[Row, float], by_radius: bool) ->
 
 
 def category_sentence(rows: Sequence[Row]) -> str:
-    """How well photographs of the same category are found, unchanged and under attack."""
+    """Say how well photographs of the same category are found, unchanged and under attack."""
     first = {row.kind: row for row in reversed(rows)}
     same, hide = first["same"], first.get("hide-worst")
     if same.same_kind is None:

@@ -73,14 +73,14 @@ class Example:
     after: tuple[Shot, ...]
 
 
-def category_columns(found: KindFound | None) -> dict[str, Any]:
+def category_columns(answers: KindFound | None) -> dict[str, Any]:
     """The columns of a row on photographs of the same category; nothing without categories."""
-    if found is None:
+    if answers is None:
         return {}
-    each = tuple(None if math.isnan(value) else value for value in found.ap.tolist())
+    each = tuple(None if math.isnan(value) else value for value in answers.ap.tolist())
     if all(value is None for value in each):
         return {"same_kind_each": each}
-    mean, chance = float(found.ap.nanmean()), float(found.chance.nanmean())
+    mean, chance = float(answers.ap.nanmean()), float(answers.chance.nanmean())
     return {"same_kind": mean, "same_kind_chance": chance, "same_kind_each": each}
 
 
@@ -96,19 +96,19 @@ def difference(before: Tensor, after: Tensor) -> dict[str, Any]:
     return {"largest": largest, "psnr": None if mse == 0 else -10 * math.log10(mse)}
 
 
-def worst_of(found: Sequence[CopiesFound], imitate: bool = False) -> tuple[CopiesFound, Tensor]:
+def worst_of(answers: Sequence[CopiesFound], imitate: bool = False) -> tuple[CopiesFound, Tensor]:
     """Each photograph's worst case over several attacks, and which attack it was by rank.
 
     Rank, coming first and distance are each taken at their own worst, which for imitation is their best. The
     category is taken at its worst in both.
     """
-    ap, bits = torch.stack([each.ap for each in found]), torch.stack([each.bits for each in found])
-    first = torch.stack([each.first for each in found])
+    ap, bits = torch.stack([each.ap for each in answers]), torch.stack([each.bits for each in answers])
+    first = torch.stack([each.first for each in answers])
     # of equal ranks, the attack that moved more bits
     score = (ap if imitate else -ap) + (bits if not imitate else -bits).double() * 1e-9
     winner = score.argmax(0)
-    packed = torch.stack([each.packed for each in found])[winner, torch.arange(len(winner))]
-    kinds = [each.kind for each in found if each.kind is not None]
+    packed = torch.stack([each.packed for each in answers])[winner, torch.arange(len(winner))]
+    kinds = [each.kind for each in answers if each.kind is not None]
     kind = KindFound(torch.stack([each.ap for each in kinds]).amin(0), kinds[0].chance) if kinds else None
     if imitate:
         return CopiesFound(ap.amax(0), first.amax(0), bits.amin(0), packed, kind), winner
@@ -121,7 +121,7 @@ class AttackResult:
 
     spec: AttackSpec
     name: str
-    found: CopiesFound
+    answers: CopiesFound
     images: Tensor  # (Q, 3, S, S) as an 8-bit file
 
 
@@ -147,13 +147,13 @@ class CopySearch:
         labels = self.context.query_labels if labels is None else labels
         return copies_found(self.context, signs, labels, self.categories)
 
-    def row(self, columns: Columns, found: CopiesFound, images: Tensor) -> Row:
+    def row(self, columns: Columns, answers: CopiesFound, images: Tensor) -> Row:
         """The row of one change. ``images``: after it."""
-        columns_of_queries = found.ap, found.first, found.within(self.radius), found.bits.double()
-        ap, first, recognised, bits = (float(values.mean()) for values in columns_of_queries)
-        others = {**difference(self.images, images), **category_columns(found.kind)}
-        per_photo = tuple(found.ap.tolist())
-        return Row(*columns, len(found.ap), ap, first, recognised, bits, per_photo=per_photo, **others)
+        per_query = answers.ap, answers.first, answers.within(self.radius), answers.bits.double()
+        ap, first, recognised, bits = (float(values.mean()) for values in per_query)
+        others = {**difference(self.images, images), **category_columns(answers.kind)}
+        per_photo = tuple(answers.ap.tolist())
+        return Row(*columns, len(answers.ap), ap, first, recognised, bits, per_photo=per_photo, **others)
 
     def score(self, spec: AttackSpec, restart: int, attacked: Attacked) -> AttackResult:
         """Score attacked photographs as 8-bit files against their own copy, or the target's."""
@@ -164,36 +164,36 @@ class CopySearch:
 
     def everyday_example(self, words: str, signs: Tensor, images: Tensor) -> Example:
         """A photograph that this change harms."""
-        found = self.find(signs)
-        row, rule = self._pick(found, hidden=True)
+        answers = self.find(signs)
+        row, rule = self._pick(answers, hidden=True)
         text = f"The everyday change that costs this search most: {words}. Shown is {rule}."
-        return self._example("An everyday change", text, row, images[row], found.packed[row])
+        return self._example("An everyday change", text, row, images[row], answers.packed[row])
 
-    def attacked_example(self, found: CopiesFound, images: Tensor, targeted: bool, eps: float) -> Example:
+    def attacked_example(self, answers: CopiesFound, images: Tensor, targeted: bool, eps: float) -> Example:
         """A photograph on which the attack succeeded, where there is one."""
-        row, rule = self._pick(found, hidden=not targeted)
+        row, rule = self._pick(answers, hidden=not targeted)
         target = int(self.context.targets[row, 0].argmax()) if targeted else None
         aim = "misses it" if target is None else f"takes it for {self.photos.names[target]}"
         level = f"no pixel by more than {eps * 255:g} of 255 brightness levels"
         text = f"Changed on purpose so that the search {aim}, {level}. Shown is {rule}."
         title = "Taken for another" if targeted else "Hidden on purpose"
-        return self._example(title, text, row, images[row], found.packed[row], target)
+        return self._example(title, text, row, images[row], answers.packed[row], target)
 
-    def _pick(self, found: CopiesFound, hidden: bool) -> tuple[int, str]:
+    def _pick(self, answers: CopiesFound, hidden: bool) -> tuple[int, str]:
         """A photograph for the pictures, and the rule it was picked by."""
-        within = found.within(self.radius)
+        within = answers.within(self.radius)
         if hidden:
-            events = {"something else came first": found.first < 0.5}
+            events = {"something else came first": answers.first < 0.5}
             events["its copy no longer counted as the same"] = within < 0.5
         else:
-            events = {"that one came first": found.first > 0.5, "it counted as the same": within > 0.5}
+            events = {"that one came first": answers.first > 0.5, "it counted as the same": within > 0.5}
         for event, success in events.items():
             if success.any():
                 row = int(torch.where(success, colour_variety(self.images), -1.0).argmax())
                 count = int(success.sum())
                 rule = "only one" if count == 1 else f"most colourful of the {count}"
                 return row, f"the {rule} where {event}"
-        score = found.ap - 1e-6 * found.bits
+        score = answers.ap - 1e-6 * answers.bits
         furthest = int(score.argmin() if hidden else score.argmax())
         return furthest, "the one on which this went furthest; nothing was gained by it on any"
 

@@ -263,8 +263,8 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[Row], list[Example]]:
             rows.append(few.row(("before the attack", "nothing", "no", kind), before, few.images))
         for each in of_aim:
             words = f"made to {aim} by someone who {who[each.spec.kind]}"
-            rows.append(few.row((each.name, words, "hardly", kind), each.found, each.images))
-        worst, winner = worst_of([each.found for each in of_aim], targeted)
+            rows.append(few.row((each.name, words, "hardly", kind), each.answers, each.images))
+        worst, winner = worst_of([each.answers for each in of_aim], targeted)
         images = torch.stack([each.images for each in of_aim])[winner, torch.arange(len(winner))]
         rows.append(few.row(_TAKEN if targeted else _HIDDEN, worst, images))
         examples.append(few.attacked_example(worst, images, targeted, eps))
@@ -292,8 +292,8 @@ def _audit_ids(plan: _Plan) -> tuple[Row, ...]:
     few = images[: tier.attacked]
     endpoint.check_budget(len(images) * (len(EVERYDAY) + 2) + len(few) * (tier.questions + 1))
     if categories is not None:
-        for asked in (images[:1], images):  # refused by the first answer already, where that will do
-            categories.require_known(_ask(endpoint, asked), endpoint.url)
+        for part in (images[:1], images):  # refused by the first answer already, where that will do
+            categories.require_known(_ask(endpoint, part), endpoint.url)
     unchanged = _ask(endpoint, images)
     width = max(map(len, unchanged)) - 1  # ids that count for categories, the own one left out
 
@@ -303,8 +303,8 @@ def _audit_ids(plan: _Plan) -> tuple[Row, ...]:
         ap = [1 / (1 + ids.index(right)) if right in ids else 0.0 for ids, right in pairs]
         first = sum(ids[0] == right for ids, right in pairs) / len(pairs)
         names = plan.photos.names[: len(answers)]
-        found = None if categories is None else categories.found_in(answers, names, width)
-        measured = {"per_photo": tuple(ap), **difference(before, after), **category_columns(found)}
+        by_category = None if categories is None else categories.found_in(answers, names, width)
+        measured = {"per_photo": tuple(ap), **difference(before, after), **category_columns(by_category)}
         return Row(*columns, len(ap), sum(ap) / len(ap), first, **measured)
 
     rows = [row(("unchanged", "nothing", "no", "same"), images, images)]

@@ -54,7 +54,7 @@ class Photos:
         return self.pixels[:count].float() / 255
 
     def facts(self) -> dict[str, object]:
-        """What was used and what was not, as JSON."""
+        """Photographs used and left out, as JSON."""
         return {
             "folder": self.folder or "the photographs of this package",
             "used": len(self),

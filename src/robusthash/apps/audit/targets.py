@@ -70,7 +70,7 @@ def tier_named(name: str) -> Tier:
 
 @dataclass(frozen=True)
 class EndpointLimits:
-    """How often an endpoint may be queried; see ``Endpoint``."""
+    """Limits on queries to an endpoint; see ``Endpoint``."""
 
     budget: int = 5000
     rate: float = 5.0
@@ -218,7 +218,7 @@ def _wrapped(
 
 
 def _has_graph(hasher: Hasher, images: Tensor) -> bool:
-    """Whether autograd follows the images up to the logits, though the gradients may be 0."""
+    """True where autograd follows the images up to the logits, though the gradients may be 0."""
     with frozen(hasher), torch.enable_grad():
         return hasher({"image": images.clone().requires_grad_(True)})["image"].logits.requires_grad
 

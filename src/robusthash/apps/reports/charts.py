@@ -44,7 +44,7 @@ class Axis:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """Where ``value`` lies between the ends, 0 to 1."""
+        """Place of ``value`` between the ends, 0 to 1."""
         first, last = self.ticks[0], self.ticks[-1]
         return min(max((value - first) / (last - first), 0.0), 1.0)
 

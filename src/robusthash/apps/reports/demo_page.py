@@ -83,15 +83,15 @@ def demo_page(
         budgets=sorted({settings.get("eps", 8 / 255) for settings in attacks.values()}),
         untargeted=len(attacks) - sum("t-map" in before[name] for name in attacks),
         example=example,
-        groups={model: group_data(found) for model, found in results.items()},
+        groups={model: group_data(named) for model, named in results.items()},
         intervals=interval_chart(
-            {TITLES[model]: found for model, found in results.items()},
+            {TITLES[model]: named for model, named in results.items()},
             {TITLES[model]: TONES[model] for model in results},
         ),
         curve=curves["undefended"],
         eps_chart=_eps_chart(summary, curves),
         pr_chart=_pr_chart(results),
-        notes=notes(result for found in results.values() for result in found.values()),
+        notes=notes(result for named in results.values() for result in named.values()),
     )
 
 
@@ -115,9 +115,9 @@ def _eps_chart(summary: Mapping[str, Any], curves: Mapping[str, Curve]) -> Chart
 
 def _pr_chart(results: Mapping[str, Results]) -> Chart | None:
     curves = {}
-    for model, found in results.items():
-        attacks = {n: r for n, r in found.items() if is_untargeted(n, r) and n != "clean"}
+    for model, named in results.items():
+        attacks = {n: r for n, r in named.items() if is_untargeted(n, r) and n != "clean"}
         strongest = min(attacks, key=lambda name: attacks[name][attacks[name].setting.headline])
-        curves[f"{TITLES[model]}, clean"] = (found["clean"], TONES[model], False)
+        curves[f"{TITLES[model]}, clean"] = (named["clean"], TONES[model], False)
         curves[f"{TITLES[model]}, {strongest}"] = (attacks[strongest], TONES[model], True)
     return pr_chart(curves)

@@ -129,10 +129,10 @@ def _draw_curves(results: Results, context: str, out: Path, ending: str) -> Draw
             targeted = kind == "-targeted"
             key = f"t-{curve}" if targeted else curve
             series = []
-            for name, found in by_model.items():
-                if found and all(key in result.curves for result in found):
-                    precision = [result.curves[key]["precision"] for result in found]
-                    series.append(_over_seeds(name, found[0].curves[key][axis], precision))
+            for name, of_seeds in by_model.items():
+                if of_seeds and all(key in result.curves for result in of_seeds):
+                    precision = [result.curves[key]["precision"] for result in of_seeds]
+                    series.append(_over_seeds(name, of_seeds[0].curves[key][axis], precision))
             if series:
                 y = Axis("precision of the target labels" if targeted else "precision", from_zero=True)
                 drawn += save(LineChart(series=series, x=Axis(label), y=y), out / f"{stem}{kind}{ending}")
@@ -142,7 +142,7 @@ def _draw_curves(results: Results, context: str, out: Path, ending: str) -> Draw
 def _strongest(
     groups: Sequence[Mapping[str, EvalResult]], mark: str, best: Callable[..., EvalResult]
 ) -> list[EvalResult]:
-    """Of each seed the attack of lowest or highest headline, among those whose values hold ``mark``; none if
+    """The attack of lowest or highest headline of each seed, among those whose values hold ``mark``; none if
     a seed has no such attack."""
     strongest = [
         best(attacks, key=lambda result: result[headline_of(result)])
@@ -161,14 +161,14 @@ def _over_seeds(name: str, x: Tensor, seeds: Sequence[Tensor]) -> Series:
 
 def _draw_budgets(by_name: Mapping[str, Sequence[Run]], out: Path) -> Drawn:
     """Curves over budgets of assessed runs, in units of 1/255; bands span the seeds."""
-    found: dict[tuple[str, str], dict[str, list[dict[str, Tensor]]]] = {}
+    curves: dict[tuple[str, str], dict[str, list[dict[str, Tensor]]]] = {}
     for name, runs in by_name.items():
         for result in (result for run in runs for result in run.assessed().values()):
             for curve in (axes for axes in result.curves.values() if "eps" in axes):
                 for measure in (axis for axis in curve if axis != "eps"):
-                    found.setdefault((result.name, measure), {}).setdefault(name, []).append(curve)
+                    curves.setdefault((result.name, measure), {}).setdefault(name, []).append(curve)
     drawn: Drawn = []
-    for (named, measure), models in found.items():
+    for (named, measure), models in curves.items():
         series = [
             _over_seeds(name, seeds[0]["eps"] * 255, [seed[measure] for seed in seeds])
             for name, seeds in models.items()
@@ -179,21 +179,21 @@ def _draw_budgets(by_name: Mapping[str, Sequence[Run]], out: Path) -> Drawn:
     return drawn
 
 
-def draw_bands(found: Mapping[str, BandAttribution], out: Path) -> Drawn:
+def draw_bands(attributions: Mapping[str, BandAttribution], out: Path) -> Drawn:
     """``bands``: heat maps side by side; ``bands-share``: how much of the worth the lowest frequencies make.
 
     Raises:
         ValueError: attributions of different worths.
     """
-    worths = sorted({one.worth for one in found.values()})
+    worths = sorted({one.worth for one in attributions.values()})
     if len(worths) > 1:
         raise ValueError(
             f"attributions of different worths, {worths}, cannot share a figure; attribute them alike"
         )
     measure = {"tau": "share in Kendall's tau-b", "ap": "share in AP"}[worths[0]]
-    maps = {name: (one.mean, one.mean_error) for name, one in found.items()}
+    maps = {name: (one.mean, one.mean_error) for name, one in attributions.items()}
     series = []
-    for name, one in found.items():
+    for name, one in attributions.items():
         # the share of all that lies at or below an order; its error is that of the images
         values, errors = one.by_order()
         low, high = (values - 2 * errors).tolist(), (values + 2 * errors).tolist()
@@ -253,10 +253,10 @@ def draw_log(label: str, run: Run, out: Path) -> Drawn:
     return save(losses, out / f"convergence-{stem}") + save(times, out / f"seconds-{stem}")
 
 
-def draw_robust(found: Mapping[str, Mapping[str, Mapping[int, EvalResult]]], out: Path) -> Drawn:
+def draw_robust(runs: Mapping[str, Mapping[str, Mapping[int, EvalResult]]], out: Path) -> Drawn:
     """``robust-curves``: clean and attacked MAP by epoch of each run, with intervals over queries."""
     series, measure = [], ""
-    for label, results in found.items():
+    for label, results in runs.items():
         for name, by_epoch in results.items():
             measure, (epochs, values), (low, high) = values_of(by_epoch)
             series.append(Series(f"{label}: {name}", epochs, values, low=low, high=high))

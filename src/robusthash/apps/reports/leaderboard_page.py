@@ -49,7 +49,7 @@ def leaderboard_page(boards: Sequence[Board]) -> str:
 
 
 def _board(board: Board, place: int, boards: Sequence[Board]) -> dict[str, Any]:
-    """What the page shows of a board."""
+    """A board as the template takes it."""
     return {
         "board": board,
         "low": f"w{board.measure}",

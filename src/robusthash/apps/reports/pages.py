@@ -73,7 +73,7 @@ def one_line(value: Any) -> str:
 
 
 def remark(flags: Sequence[Flag], checked: bool) -> str:
-    """What the checks make of a number. ``checked``: any check was run."""
+    """Summarise the flags against a number. ``checked``: any check was run."""
     if reds := [flag.id for flag in flags if flag.level == "red"]:
         return f"UNRELIABLE ({', '.join(reds)})"
     if not checked:
@@ -87,7 +87,7 @@ def red_flag_warning(names: Sequence[str]) -> str:
 
 
 def stored_as(results: Iterable[EvalResult]) -> tuple[str, str]:
-    """How queries are stored outside of a model: the ending of the measure taken of it, and its words.
+    """Form in which queries are stored outside of a model: the ending of its measure, and its words.
 
     Images are stored with 8 bits a channel, bags of words in whole words, token ids and vectors of features
     as they are.
@@ -100,7 +100,7 @@ def stored_as(results: Iterable[EvalResult]) -> tuple[str, str]:
 
 
 def notes(results: Iterable[EvalResult]) -> list[str]:
-    """What was clipped or left out, each note once."""
+    """Notes on what was clipped or left out, each once."""
     return list(dict.fromkeys(note for result in results for note in result.notes))
 
 
@@ -114,11 +114,11 @@ def environment() -> Environment:
     """The Jinja environment of all templates."""
     loader = PackageLoader("robusthash.apps.reports")
     options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
-    made = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **options)
+    templates = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **options)
     for function in (number, decibels, span, ends, one_line, red_flag_warning, png):
-        made.filters[function.__name__] = function
-    made.globals["asset"] = _asset
-    return made
+        templates.filters[function.__name__] = function
+    templates.globals["asset"] = _asset
+    return templates
 
 
 def render(template: str, **data: Any) -> str:

@@ -165,7 +165,7 @@ def suite_data(result: EvalResult) -> dict[str, Any]:
 
 
 def _group(name: str, attack: Mapping[str, float], result: EvalResult) -> str:
-    """What an attack knows of the model; the setting lists all attacks but the adaptive ones."""
+    """The knowledge of an attack; the setting lists all attacks but the adaptive ones."""
     if name not in result.setting.attacks:
         return "adaptive"
     for group in ("refined", "transfer"):
@@ -226,7 +226,7 @@ def interval_chart(models: Mapping[str, Results], tones: Mapping[str, Tone], nam
     for name, result in first.items():
         key = f"w{measure}" if name == "worst" else measure
         if name == "worst" or is_untargeted(name, result):
-            dots = [Dot(m, found[name][key], *found[name].interval[key]) for m, found in models.items()]
+            dots = [Dot(m, named[name][key], *named[name].interval[key]) for m, named in models.items()]
             rows.append(("worst case" if name == "worst" else name, dots))
     described = "; ".join(f"{name}: {', '.join(number(dot.value) for dot in dots)}" for name, dots in rows)
     return IntervalChart(
