@@ -14,7 +14,7 @@ from jinja2 import UndefinedError
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run, RunError
-from robusthash.apps.reports.charts import UNIT, Axis, Chart, Dot, IntervalChart, LineChart, Series, draw
+from robusthash.apps.reports.charts import UNIT, Chart, ChartAxis, Dot, IntervalChart, LineChart, Series, draw
 from robusthash.apps.reports.pages import environment, png
 from robusthash.apps.reports.run_report import run_page, write_report
 
@@ -232,7 +232,7 @@ def test_a_picture_holds_its_own_pixels() -> None:
 
 def test_lines_are_drawn_where_their_values_are() -> None:
     series = [Series("s", [0, 16], [0.0, 1.0])]
-    chart = svg(LineChart(series=series, x=Axis("x", [0, 8, 16]), y=Axis("y", UNIT), title="t"))
+    chart = svg(LineChart(series=series, x=ChartAxis("x", [0, 8, 16]), y=ChartAxis("y", UNIT), title="t"))
     found = re.search(r'points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', chart)
     assert found is not None
     left, low, right, high = map(float, found.groups())
@@ -247,7 +247,7 @@ def test_lines_are_drawn_where_their_values_are() -> None:
 INTERVALS = IntervalChart(
     rows=[("clean", [Dot("one", 0.9, 0.85, 0.95), Dot("two", 0.5, 0.4, 0.6)])],
     tones={"one": "a", "two": "b"},
-    x=Axis("MAP", UNIT),
+    x=ChartAxis("MAP", UNIT),
     reference=("chance", 0.1),
     title="t",
 )
@@ -269,7 +269,7 @@ def test_papers_draw_the_same_description() -> None:
     (axes,) = draw(INTERVALS).axes
     assert [bar.get_height() for bar in axes.patches] == [0.9, 0.5]
     with pytest.raises(ValueError, match="needs at least one value"):
-        draw(LineChart(series=[], x=Axis("x"), y=Axis("y")))
+        draw(LineChart(series=[], x=ChartAxis("x"), y=ChartAxis("y")))
 
 
 def test_series_with_parts_of_different_length_are_refused() -> None:

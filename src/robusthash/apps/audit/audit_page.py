@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robusthash.apps.audit.measured_rows import Example, Row
+from robusthash.apps.audit.measured_rows import AuditExample, AuditRow
 from robusthash.apps.audit.photo_collection import STORED_QUALITY
-from robusthash.apps.reports.charts import UNIT, Axis, Chart, Dot, IntervalChart, Tone
+from robusthash.apps.reports.charts import UNIT, Chart, ChartAxis, Dot, IntervalChart, Tone
 from robusthash.apps.reports.pages import render
 from robusthash.metrics.results import Flag
 from robusthash.robustness.checks.base import CHECKS
@@ -40,14 +40,17 @@ _FEW = 0.9  # of the photographs: below, an everyday change is a weakness
 
 
 def audit_page(
-    summary: Mapping[str, Any], rows: Sequence[Row], examples: Sequence[Example], flags: Sequence[Flag] = ()
+    summary: Mapping[str, Any],
+    rows: Sequence[AuditRow],
+    examples: Sequence[AuditExample],
+    flags: Sequence[Flag] = (),
 ) -> str:
     """The whole page. ``summary`` is that of ``run_audit``."""
     by_radius = summary["matches by"] == "radius"
     first = {row.kind: row for row in reversed(rows)}
     shares = {row: row.recognised if by_radius and row.recognised is not None else row.first for row in rows}
     everyday = [row for row in rows if row.kind == "everyday"]
-    weak: dict[str, list[Row]] = {}
+    weak: dict[str, list[AuditRow]] = {}
     for row in (row for row in everyday if shares[row] < _FEW):
         weak.setdefault(_REMEDIES.get(row.name, _REMEDY), []).append(row)
     levels = ("red", "amber", "pass")
@@ -76,7 +79,7 @@ def audit_page(
     )
 
 
-def _chart(rows: Sequence[Row], shares: Mapping[Row, float], by_radius: bool) -> Chart:
+def _chart(rows: Sequence[AuditRow], shares: Mapping[AuditRow, float], by_radius: bool) -> Chart:
     """A dot for each change that should not matter: share of the photographs found, and its interval."""
     from scipy.stats import binomtest  # a second to import, and only this chart needs it
 
@@ -92,11 +95,11 @@ def _chart(rows: Sequence[Row], shares: Mapping[Row, float], by_radius: bool) ->
         description="; ".join(f"{name} {dot.value:.2f}" for name, (dot,) in dots),
         rows=dots,
         tones={name: tone for name, tone in _TONES.items() if name in series},
-        x=Axis("share", UNIT),
+        x=ChartAxis("share", UNIT),
     )
 
 
-def category_sentence(rows: Sequence[Row]) -> str:
+def category_sentence(rows: Sequence[AuditRow]) -> str:
     """Say how well photographs of the same category are found, unchanged and under attack."""
     first = {row.kind: row for row in reversed(rows)}
     same, hide = first["same"], first.get("hide-worst")

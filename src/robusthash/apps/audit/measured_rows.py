@@ -30,7 +30,7 @@ _HITS = 5  # results drawn for each search
 
 
 @dataclass(frozen=True)
-class Row:
+class AuditRow:
     """Effect of one change on a search. Shares are of the photographs that were searched for."""
 
     name: str
@@ -61,7 +61,7 @@ class Shot:
 
 
 @dataclass(frozen=True)
-class Example:
+class AuditExample:
     """A photograph, what was done to it, and what the search returned before and after."""
 
     title: str
@@ -147,13 +147,13 @@ class CopySearch:
         labels = self.context.query_labels if labels is None else labels
         return copies_found(self.context, signs, labels, self.categories)
 
-    def row(self, columns: Columns, answers: CopiesFound, images: Tensor) -> Row:
+    def row(self, columns: Columns, answers: CopiesFound, images: Tensor) -> AuditRow:
         """The row of one change. ``images``: after it."""
         per_query = answers.ap, answers.first, answers.within(self.radius), answers.bits.double()
         ap, first, recognised, bits = (float(values.mean()) for values in per_query)
         others = {**difference(self.images, images), **category_columns(answers.kind)}
         per_photo = tuple(answers.ap.tolist())
-        return Row(*columns, len(answers.ap), ap, first, recognised, bits, per_photo=per_photo, **others)
+        return AuditRow(*columns, len(answers.ap), ap, first, recognised, bits, per_photo=per_photo, **others)
 
     def score(self, spec: AttackSpec, restart: int, attacked: Attacked) -> AttackResult:
         """Score attacked photographs as 8-bit files against their own copy, or the target's."""
@@ -162,14 +162,16 @@ class CopySearch:
         name = spec.name if spec.restarts == 1 else f"{spec.name}, start {restart + 1}"
         return AttackResult(spec, name, self.find(attacked.codes_8bit[:, 0].float(), labels), images)
 
-    def everyday_example(self, words: str, signs: Tensor, images: Tensor) -> Example:
+    def everyday_example(self, words: str, signs: Tensor, images: Tensor) -> AuditExample:
         """A photograph that this change harms."""
         answers = self.find(signs)
         row, rule = self._pick(answers, hidden=True)
         text = f"The everyday change that costs this search most: {words}. Shown is {rule}."
         return self._example("An everyday change", text, row, images[row], answers.packed[row])
 
-    def attacked_example(self, answers: CopiesFound, images: Tensor, targeted: bool, eps: float) -> Example:
+    def attacked_example(
+        self, answers: CopiesFound, images: Tensor, targeted: bool, eps: float
+    ) -> AuditExample:
         """A photograph on which the attack succeeded, where there is one."""
         row, rule = self._pick(answers, hidden=not targeted)
         target = int(self.context.targets[row, 0].argmax()) if targeted else None
@@ -199,12 +201,12 @@ class CopySearch:
 
     def _example(
         self, title: str, text: str, row: int, changed: Tensor, packed: Tensor, target: int | None = None
-    ) -> Example:
+    ) -> AuditExample:
         original = self.images[row]
         largest = float((changed - original).abs().max())
         gain = min(32.0, 0.5 / largest) if largest else 1.0
         before = self._shots(self.context.query.packed[row], row, target)
-        return Example(title, text, original, changed, gain, before, self._shots(packed, row, target))
+        return AuditExample(title, text, original, changed, gain, before, self._shots(packed, row, target))
 
     def _shots(self, packed: Tensor, own: int, target: int | None) -> tuple[Shot, ...]:
         database = self.context.database

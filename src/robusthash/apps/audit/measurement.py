@@ -15,11 +15,11 @@ from torch import Tensor
 from robusthash.apps.audit.audit_page import audit_page, category_sentence
 from robusthash.apps.audit.measured_rows import (
     AttackResult,
+    AuditExample,
+    AuditRow,
     Change,
     Columns,
     CopySearch,
-    Example,
-    Row,
     category_columns,
     difference,
     worst_of,
@@ -151,8 +151,8 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Measured:
-    rows: tuple[Row, ...]
-    examples: tuple[Example, ...] = ()
+    rows: tuple[AuditRow, ...]
+    examples: tuple[AuditExample, ...] = ()
     remarks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     radius: int | None = None
@@ -236,7 +236,7 @@ def _signs(hasher: Hasher, images: Tensor) -> Tensor:
         return torch.cat([sign(logits).cpu() for logits in parts])
 
 
-def _attack(plan: _Plan, search: CopySearch) -> tuple[list[Row], list[Example]]:
+def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[AuditExample]]:
     """Run every attack on the first photographs: a row for each, and for the worst of those of one aim."""
     tier, eps = plan.options.tier, plan.options.eps
     few = search.first(min(tier.attacked, len(search.context.queries)))
@@ -250,8 +250,8 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[Row], list[Example]]:
             parts.append(spec.run(few.context, block, restart))
             plan.progress(next(done), len(runs) * blocks, "attacks")
         results[spec.targeted].append(few.score(spec, restart, Attacked.join(parts)))
-    rows: list[Row] = []
-    examples: list[Example] = []
+    rows: list[AuditRow] = []
+    examples: list[AuditExample] = []
     who = {"white-box": "has the model", "black-box": f"may only ask it, {tier.questions} times"}
     for targeted, of_aim in results.items():
         if not of_aim:
@@ -274,7 +274,7 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[Row], list[Example]]:
 # ------------------------------------------------------------------------------------- searches by ids
 
 
-def _audit_ids(plan: _Plan) -> tuple[Row, ...]:
+def _audit_ids(plan: _Plan) -> tuple[AuditRow, ...]:
     """Measure an endpoint that answers ids alone, unchanged, under everyday changes and noise, and attacked.
 
     Right is the id that came first for the unchanged photograph. 1 / rank is 0 where that id is not in the
@@ -297,7 +297,7 @@ def _audit_ids(plan: _Plan) -> tuple[Row, ...]:
     unchanged = _ask(endpoint, images)
     width = max(map(len, unchanged)) - 1  # ids that count for categories, the own one left out
 
-    def row(columns: Columns, before: Tensor, after: Tensor) -> Row:
+    def row(columns: Columns, before: Tensor, after: Tensor) -> AuditRow:
         answers = _ask(endpoint, after)
         pairs = [(ids, right[0]) for ids, right in zip(answers, unchanged, strict=False)]
         ap = [1 / (1 + ids.index(right)) if right in ids else 0.0 for ids, right in pairs]
@@ -305,7 +305,7 @@ def _audit_ids(plan: _Plan) -> tuple[Row, ...]:
         names = plan.photos.names[: len(answers)]
         by_category = None if categories is None else categories.found_in(answers, names, width)
         measured = {"per_photo": tuple(ap), **difference(before, after), **category_columns(by_category)}
-        return Row(*columns, len(ap), sum(ap) / len(ap), first, **measured)
+        return AuditRow(*columns, len(ap), sum(ap) / len(ap), first, **measured)
 
     rows = [row(("unchanged", "nothing", "no", "same"), images, images)]
     changes = plan.changes()

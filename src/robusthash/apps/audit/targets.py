@@ -58,11 +58,7 @@ TIERS = {"smoke": Tier("smoke", 20, 4, 5, 30), "fast": Tier("fast", 200, 12, 20)
 
 
 def tier_named(name: str) -> Tier:
-    """One of ``TIERS``.
-
-    Raises:
-        ValueError: another name.
-    """
+    """One of ``TIERS``; another name is a ValueError."""
     if name not in TIERS:
         raise ValueError(f"the tier of an audit must be one of {', '.join(TIERS)}, got {name!r}")
     return TIERS[name]
@@ -87,14 +83,11 @@ class AuditOptions:
             other photographs of a category are found. Attacks are aimed as before, at the photograph itself.
         size: pixels a side of the target's inputs; see ``size_of``.
         bits: K where known; found out by default.
-        eps: budget of noise and attacks, L-infinity in pixels of [0, 1].
+        eps: budget of noise and attacks in (0, 0.5], L-infinity in pixels of [0, 1].
         radius: bits that may differ between two pictures that count as the same; by default the custom of a
             perceptual hash, else the largest at which at most 1 % of the pairs of different photographs do.
         limit: photographs read at most.
         seed: of the choice of photographs, the noise and the attacks.
-
-    Raises:
-        ValueError: a budget outside (0, 0.5].
     """
 
     labels: bool = False

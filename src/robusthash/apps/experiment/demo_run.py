@@ -23,7 +23,7 @@ from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import load_config, save_config
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.apps.experiment.stages import Progress, silent
-from robusthash.apps.reports.demo_page import Curve, Example, Hit, Search, demo_page
+from robusthash.apps.reports.demo_page import BudgetCurve, DemoExample, DemoSearch, Hit, demo_page
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
@@ -140,7 +140,7 @@ def _context(run: Run, data: RetrievalData) -> EvaluationContext:
 
 def eps_curve(
     run: Run, context: EvaluationContext, results: Mapping[str, EvalResult], progress: Progress = silent
-) -> Curve:
+) -> BudgetCurve:
     """AP of some queries, chosen by content, at each budget of ``EPS``.
 
     A perturbation of a smaller budget is allowed at a larger one too, so each query keeps the least AP so
@@ -173,7 +173,9 @@ def eps_curve(
             write_json(path, kept)
         rows.append(ap)
         progress(number + 1, len(EPS), "MAP against eps")
-    return Curve(CURVE_ATTACK, EPS, torch.tensor(rows, dtype=torch.float64).cummin(0).values, kept["seconds"])
+    return BudgetCurve(
+        CURVE_ATTACK, EPS, torch.tensor(rows, dtype=torch.float64).cummin(0).values, kept["seconds"]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- one query
@@ -184,7 +186,7 @@ def choose_example(
     runs: Mapping[str, Run],
     contexts: Mapping[str, EvaluationContext],
     results: Mapping[str, Mapping[str, EvalResult]],
-) -> Example:
+) -> DemoExample:
     """Search with one query, clean and attacked, in the index of each model.
 
     Of the queries that the undefended model finds and loses under attack and the hardened one finds and keeps
@@ -217,7 +219,7 @@ def choose_example(
         searches += _searches(model, runs[model], contexts[model], query, clean[model], attacked[model])
     item = describe_item(queries, query)
     eps = float(_attack(runs["saat"], PICTURED)[1].threat.balls["image"].eps)
-    return Example(query, item.photograph, rule, PICTURED, eps, tuple(searches))
+    return DemoExample(query, item.photograph, rule, PICTURED, eps, tuple(searches))
 
 
 def colour_variety(images: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ def _attack(run: Run, name: str) -> tuple[dict[str, Any], Attack]:
 
 def _searches(
     model: str, run: Run, context: EvaluationContext, query: int, clean: Tensor, attacked: Tensor
-) -> list[Search]:
+) -> list[DemoSearch]:
     """The clean and the attacked image of one query, each searched in the model's index."""
     found = stages.attacked_queries(run, context, PICTURED, *_attack(run, PICTURED), silent)
     origin = context.queries.batch(torch.tensor([query])).inputs["image"][0]
@@ -255,7 +257,7 @@ def _searches(
     for row, (image, ap, seen) in enumerate([(origin, clean, {}), (changed, attacked, measures)]):
         pairs = zip(ranking.ids[row].tolist(), ranking.distances[row].tolist(), strict=True)
         hits = tuple(_hit(context, query, item, distance) for item, distance in pairs if item >= 0)
-        made.append(Search(model, row == 1, image, float(ap[query]), seen, hits))
+        made.append(DemoSearch(model, row == 1, image, float(ap[query]), seen, hits))
     return made
 
 
@@ -272,8 +274,8 @@ def summarise(
     runs: Mapping[str, Run],
     data: RetrievalData,
     results: Mapping[str, Mapping[str, EvalResult]],
-    curves: Mapping[str, Curve],
-    example: Example,
+    curves: Mapping[str, BudgetCurve],
+    example: DemoExample,
     commands: Sequence[str],
 ) -> dict[str, Any]:
     """All numbers of the report as plain JSON.

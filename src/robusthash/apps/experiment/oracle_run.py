@@ -15,7 +15,7 @@ from torch import Tensor
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.assess_run import FolderStore
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.apps.reports.charts import Axis, LineChart, Series, save
+from robusthash.apps.reports.charts import ChartAxis, LineChart, Series, save
 from robusthash.attacks.threat_registry import named_threat
 from robusthash.core.registry import build
 from robusthash.core.runtime import digest
@@ -158,8 +158,8 @@ def draw_questions(table: QuestionTable, path: Path) -> list[Path]:
         series.append(Series(f"shows {shows}", places, curve.means.tolist(), low=low, high=high))
     chart = LineChart(
         series=series,
-        x=Axis(f"questions of each query ({table.search})", places, names),
-        y=Axis("wMAP", from_zero=True),
+        x=ChartAxis(f"questions of each query ({table.search})", places, names),
+        y=ChartAxis("wMAP", from_zero=True),
         reference=("clean", float(table.clean.mean())),
         whiskers=True,
     )

@@ -29,7 +29,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Axis:
+class ChartAxis:
     """A linear axis from the first to the last tick; without ticks, which only papers allow, from the data.
 
     Args:
@@ -82,7 +82,7 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Point:
+class ScatterPoint:
     """One of the things compared, in a plane; intervals as thin lines, a cross where it is not to be trusted.
 
     Args:
@@ -109,7 +109,7 @@ class Chart:
     right: ClassVar[int] = 418
     top: ClassVar[int] = 10
 
-    x: Axis
+    x: ChartAxis
     title: str = ""
     description: str = ""
     reference: tuple[str, float] | None = None
@@ -135,7 +135,7 @@ class Chart:
 class Plane(Chart):
     """A figure over two axes."""
 
-    y: Axis
+    y: ChartAxis
 
     def up(self, value: float) -> float:
         """Vertical place of a value in the SVG."""
@@ -190,7 +190,7 @@ class ScatterChart(Plane):
     """
 
     form = "scatter"
-    points: Sequence[Point]
+    points: Sequence[ScatterPoint]
     tones: Mapping[str, Tone] = field(default_factory=dict)
 
     @property

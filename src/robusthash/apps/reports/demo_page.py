@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robusthash.apps.reports.charts import UNIT, Axis, Chart, LineChart, Series, Tone
+from robusthash.apps.reports.charts import UNIT, Chart, ChartAxis, LineChart, Series, Tone
 from robusthash.apps.reports.pages import notes, number, render
 from robusthash.apps.reports.run_report import Results, group_data, interval_chart, is_untargeted, pr_chart
 from robusthash.metrics.statistics import bootstrap_interval
@@ -18,7 +18,7 @@ TONES: dict[str, Tone] = {"undefended": "a", "saat": "b"}
 
 
 @dataclass(frozen=True)
-class Curve:
+class BudgetCurve:
     """AP of some queries at each budget, under one attack and every smaller budget."""
 
     attack: str
@@ -47,7 +47,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Search:
+class DemoSearch:
     """One query image sent to the index of one model."""
 
     model: str
@@ -59,7 +59,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Example:
+class DemoExample:
     """The query of the pictures and why it was chosen."""
 
     query: int
@@ -67,11 +67,14 @@ class Example:
     rule: str
     attack: str
     eps: float
-    searches: tuple[Search, ...]  # clean and attacked, for each model
+    searches: tuple[DemoSearch, ...]  # clean and attacked, for each model
 
 
 def demo_page(
-    summary: Mapping[str, Any], results: Mapping[str, Results], curves: Mapping[str, Curve], example: Example
+    summary: Mapping[str, Any],
+    results: Mapping[str, Results],
+    curves: Mapping[str, BudgetCurve],
+    example: DemoExample,
 ) -> str:
     """The whole page. ``summary`` is that of ``demo_run.summarise``."""
     before, attacks = summary["undefended"], summary["attacks"]
@@ -95,7 +98,7 @@ def demo_page(
     )
 
 
-def _eps_chart(summary: Mapping[str, Any], curves: Mapping[str, Curve]) -> Chart:
+def _eps_chart(summary: Mapping[str, Any], curves: Mapping[str, BudgetCurve]) -> Chart:
     series, described = [], []
     for model, curve in curves.items():
         low, high = zip(*curve.interval, strict=True)
@@ -107,8 +110,8 @@ def _eps_chart(summary: Mapping[str, Any], curves: Mapping[str, Curve]) -> Chart
         title="MAP against eps",
         description="; ".join(described) + f" at {', '.join(map(str, eps))} of 255.",
         series=series,
-        x=Axis("eps (of 255)", eps),
-        y=Axis("MAP", UNIT),
+        x=ChartAxis("eps (of 255)", eps),
+        y=ChartAxis("MAP", UNIT),
         reference=("chance", summary["chance"]),
     )
 

@@ -18,13 +18,13 @@ from robusthash.apps.experiment.parameter_sweep import SweepRow
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.tables import Cell, Row, context_of, headline_of, make_rows, seeds_by_row
 from robusthash.apps.reports.charts import (
-    Axis,
+    ChartAxis,
     Dot,
     Interval,
     IntervalChart,
     LineChart,
-    Point,
     ScatterChart,
+    ScatterPoint,
     Series,
     paper_figure,
     require_matplotlib,
@@ -85,7 +85,7 @@ def draw_runs(paths: Sequence[Path], out: Path) -> tuple[Drawn, list[str]]:
 def _draw_tables(rows: Sequence[Row], results: Results, context: str, out: Path, ending: str) -> Drawn:
     """Bars of every attack, and clean against worst."""
     groups: dict[bool, dict[str, list[Dot]]] = {False: {}, True: {}}  # by targeted, then by name
-    points: list[Point] = []
+    points: list[ScatterPoint] = []
     measures: dict[str, str] = {}
     for row in rows:
         cells: dict[str, Cell] = {}
@@ -98,16 +98,16 @@ def _draw_tables(rows: Sequence[Row], results: Results, context: str, out: Path,
                 dots.append(Dot(row.name, cell.value, *cell.interval))
         if "clean" in cells and "worst" in cells:
             clean, worst = cells["clean"], cells["worst"]
-            points.append(Point(row.name, clean.value, worst.value, clean.interval, worst.interval))
+            points.append(ScatterPoint(row.name, clean.value, worst.value, clean.interval, worst.interval))
     chance = ("chance", rows[0].chance[context])
     untargeted = sorted(groups[False].items(), key=lambda item: (item[0] == "worst", item[0] != "clean"))
-    bars = IntervalChart(rows=untargeted, x=Axis(measures["clean"]), reference=chance)
+    bars = IntervalChart(rows=untargeted, x=ChartAxis(measures["clean"]), reference=chance)
     drawn = save(bars, out / f"attacks{ending}")
     if targeted := list(groups[True].items()):
         height = f"{measures[targeted[0][0]]} (higher is worse)"
-        drawn += save(IntervalChart(rows=targeted, x=Axis(height)), out / f"targeted{ending}")
+        drawn += save(IntervalChart(rows=targeted, x=ChartAxis(height)), out / f"targeted{ending}")
     if points:
-        x, y = Axis(f"{measures['clean']}, clean"), Axis(f"{measures['worst']}, worst case")
+        x, y = ChartAxis(f"{measures['clean']}, clean"), ChartAxis(f"{measures['worst']}, worst case")
         drawn += save(ScatterChart(points=points, x=x, y=y, reference=chance), out / f"scatter{ending}")
     return drawn
 
@@ -134,8 +134,10 @@ def _draw_curves(results: Results, context: str, out: Path, ending: str) -> Draw
                     precision = [result.curves[key]["precision"] for result in of_seeds]
                     series.append(_over_seeds(name, of_seeds[0].curves[key][axis], precision))
             if series:
-                y = Axis("precision of the target labels" if targeted else "precision", from_zero=True)
-                drawn += save(LineChart(series=series, x=Axis(label), y=y), out / f"{stem}{kind}{ending}")
+                y = ChartAxis("precision of the target labels" if targeted else "precision", from_zero=True)
+                drawn += save(
+                    LineChart(series=series, x=ChartAxis(label), y=y), out / f"{stem}{kind}{ending}"
+                )
     return drawn
 
 
@@ -174,8 +176,8 @@ def _draw_budgets(by_name: Mapping[str, Sequence[Run]], out: Path) -> Drawn:
             for name, seeds in models.items()
         ]
         stem = f"eps-{named}-{measure}".replace(" ", "-").replace("/", "-").replace("@", "-at-")
-        y = Axis(measure, from_zero=True)
-        drawn += save(LineChart(series=series, x=Axis("eps (1/255)"), y=y), out / stem)
+        y = ChartAxis(measure, from_zero=True)
+        drawn += save(LineChart(series=series, x=ChartAxis("eps (1/255)"), y=y), out / stem)
     return drawn
 
 
@@ -198,7 +200,10 @@ def draw_bands(attributions: Mapping[str, BandAttribution], out: Path) -> Drawn:
         values, errors = one.by_order()
         low, high = (values - 2 * errors).tolist(), (values + 2 * errors).tolist()
         series.append(Series(name, list(range(len(values))), values.tolist(), low=low, high=high))
-    x, y = Axis("u + v of the highest band counted"), Axis("share of all attribution", from_zero=True)
+    x, y = (
+        ChartAxis("u + v of the highest band counted"),
+        ChartAxis("share of all attribution", from_zero=True),
+    )
     shares = LineChart(series=series, x=x, y=y, whiskers=True)
     return save(_band_figure(maps, measure), out / "bands") + save(shares, out / "bands-share")
 
@@ -237,8 +242,8 @@ def _draw_losses(by_name: Mapping[str, Sequence[Run]], out: Path) -> Drawn:
         shortest = min(len(epochs) for epochs, _ in curves)
         values = [torch.tensor(loss[:shortest]) for _, loss in curves]
         series.append(_over_seeds(name, torch.tensor(curves[0][0][:shortest]), values))
-    y = Axis("training loss (own units of each)")
-    return save(LineChart(series=series, x=Axis("epoch"), y=y), out / "loss")
+    y = ChartAxis("training loss (own units of each)")
+    return save(LineChart(series=series, x=ChartAxis("epoch"), y=y), out / "loss")
 
 
 def draw_log(label: str, run: Run, out: Path) -> Drawn:
@@ -247,9 +252,9 @@ def draw_log(label: str, run: Run, out: Path) -> Drawn:
     seconds = [Series(label, *curves.pop("seconds"))]
     terms = [Series(name, *curve) for name, curve in curves.items() if not name.startswith("gate/")]
     positive = all(value > 0 for term in terms for value in term.y)
-    stem, epoch = label.replace("/", "-"), Axis("epoch")
-    losses = LineChart(series=terms, x=epoch, y=Axis("loss term", log=positive))
-    times = LineChart(series=seconds, x=epoch, y=Axis("seconds", from_zero=True))
+    stem, epoch = label.replace("/", "-"), ChartAxis("epoch")
+    losses = LineChart(series=terms, x=epoch, y=ChartAxis("loss term", log=positive))
+    times = LineChart(series=seconds, x=epoch, y=ChartAxis("seconds", from_zero=True))
     return save(losses, out / f"convergence-{stem}") + save(times, out / f"seconds-{stem}")
 
 
@@ -260,7 +265,7 @@ def draw_robust(runs: Mapping[str, Mapping[str, Mapping[int, EvalResult]]], out:
         for name, by_epoch in results.items():
             measure, (epochs, values), (low, high) = values_of(by_epoch)
             series.append(Series(f"{label}: {name}", epochs, values, low=low, high=high))
-    chart = LineChart(series=series, x=Axis("epoch"), y=Axis(measure, from_zero=True))
+    chart = LineChart(series=series, x=ChartAxis("epoch"), y=ChartAxis(measure, from_zero=True))
     return save(chart, out / "robust-curves")
 
 
@@ -287,8 +292,8 @@ def draw_sweep(rows: Sequence[SweepRow], measure: str, out: Path) -> Drawn:
             x, y, ends = zip(*sorted(points, key=lambda point: point[0]), strict=True)
             low, high = zip(*ends, strict=True)
             series.append(Series(f"{name}, {setting}" if setting else name, x, y, low=low, high=high))
-    across = Axis(first, names=() if numeric else ticks)
-    return save(LineChart(series=series, x=across, y=Axis(measure, from_zero=True)), out / "sweep")
+    across = ChartAxis(first, names=() if numeric else ticks)
+    return save(LineChart(series=series, x=across, y=ChartAxis(measure, from_zero=True)), out / "sweep")
 
 
 def _is_number(text: str) -> bool:

@@ -11,11 +11,11 @@ from robusthash.apps.experiment.leaderboard_text import claim_text, legend, rema
 from robusthash.apps.reports.charts import (
     TONES,
     UNIT,
-    Axis,
     Chart,
+    ChartAxis,
     LineChart,
-    Point,
     ScatterChart,
+    ScatterPoint,
     Series,
     Tone,
 )
@@ -27,8 +27,7 @@ _DRAWN = 6  # models whose curves a chart shows
 
 
 def leaderboard_page(boards: Sequence[Board]) -> str:
-    """The whole page. Filters and order live in its address, so that a view can be linked:
-    ``#bits=32&sort=hrs.up``."""
+    """The whole page. Filters and order live in its address, to be linked: ``#bits=32&sort=hrs.up``."""
     rows = [row for board in boards for row in board.rows]
     return render(
         "leaderboard.html.j2",
@@ -74,7 +73,7 @@ def _scatter(board: Board, place: int) -> Chart:
         title = f"{mark}{row.name}: clean {number(row.clean)}, best-known worst case {row.known.text()}"
         values = row.clean, row.known.value, row.clean_interval, row.known.interval
         points.append(
-            Point(
+            ScatterPoint(
                 row.setting.defense, *values, str(rank), title, f"row-{place}-{rank}", crossed=row.unreliable
             )
         )
@@ -87,8 +86,8 @@ def _scatter(board: Board, place: int) -> Chart:
         description=f"{len(points)} models; the most robust is {highest}",
         points=points,
         tones={defense: TONES[i % len(TONES)] for i, defense in enumerate(defenses)},
-        x=Axis(f"clean {board.measure}", _ticks([*across, best.chance])),
-        y=Axis(f"best-known w{board.measure}", _ticks([0.0, *up, best.chance])),
+        x=ChartAxis(f"clean {board.measure}", _ticks([*across, best.chance])),
+        y=ChartAxis(f"best-known w{board.measure}", _ticks([0.0, *up, best.chance])),
         reference=("chance", best.chance),
     )
 
@@ -118,8 +117,8 @@ def _eps_chart(board: Board) -> Chart | None:
         title=f"w{board.measure} over eps",
         description="; ".join(f"{line.name} ends at {line.y[-1]:.3f}" for line in series),
         series=series,
-        x=Axis("eps, in 1/255", [furthest * step / 4 for step in range(5)]),
-        y=Axis(f"w{board.measure}", UNIT),
+        x=ChartAxis("eps, in 1/255", [furthest * step / 4 for step in range(5)]),
+        y=ChartAxis(f"w{board.measure}", UNIT),
         reference=("chance", board.rows[0].chance),
     )
 

@@ -19,8 +19,8 @@ from robusthash.apps.experiment.run_directory import Run, RunError
 from robusthash.apps.reports.charts import (
     TONES,
     UNIT,
-    Axis,
     Chart,
+    ChartAxis,
     Dot,
     IntervalChart,
     LineChart,
@@ -204,8 +204,8 @@ def _curve(result: EvalResult) -> Chart | None:
         title=f"{low} over eps",
         description=f"{low} falls from {number(values[0])} to {number(values[-1])}",
         series=[Series(f"{low}{mark}", x, values, "b", result.unreliable, True, lows, highs)],
-        x=Axis("eps, in 1/255" if of_images else "eps", [max(x) * step / 4 for step in range(5)]),
-        y=Axis(low, UNIT),
+        x=ChartAxis("eps, in 1/255" if of_images else "eps", [max(x) * step / 4 for step in range(5)]),
+        y=ChartAxis(low, UNIT),
         reference=("chance", result.reference["chance"]),
     )
 
@@ -234,7 +234,7 @@ def interval_chart(models: Mapping[str, Results], tones: Mapping[str, Tone], nam
         description=f"{names or ', '.join(models)}. {described}.",
         rows=rows,
         tones=tones,
-        x=Axis(f"{measure} with 95 % interval", UNIT),
+        x=ChartAxis(f"{measure} with 95 % interval", UNIT),
         reference=("chance", first["clean"].reference["chance"]),
     )
 
@@ -257,8 +257,8 @@ def pr_chart(results: Looks, targets: bool = False) -> Chart | None:
         title=f"Precision and recall{' of the target labels' * targets}",
         description="; ".join(described),
         series=series,
-        x=Axis("recall", UNIT),
-        y=Axis("precision", UNIT),
+        x=ChartAxis("recall", UNIT),
+        y=ChartAxis("precision", UNIT),
     )
 
 
@@ -272,8 +272,8 @@ def precision_chart(results: Looks, targets: bool = False) -> Chart | None:
         title=f"Precision of the first N{' of the target labels' * targets}",
         description="; ".join(f"{line.name}: {line.y[0]:.2f} at {line.x[0]:.0f}" for line in series),
         series=series,
-        x=Axis("N", _ticks(0, longest.x[-1])),
-        y=Axis("precision", UNIT),
+        x=ChartAxis("N", _ticks(0, longest.x[-1])),
+        y=ChartAxis("precision", UNIT),
     )
 
 
@@ -301,8 +301,8 @@ def training_chart(log: Sequence[Mapping[str, Any]]) -> LineChart | None:
         title="Loss terms by epoch",
         description="; ".join(f"{line.name} ends at {line.y[-1]:.3g}" for line in series),
         series=series,
-        x=Axis("epoch", _ticks(epochs[0], epochs[-1], whole=True)),
-        y=Axis("weighted loss term", _ticks(min(0.0, *values), max(values))),
+        x=ChartAxis("epoch", _ticks(epochs[0], epochs[-1], whole=True)),
+        y=ChartAxis("weighted loss term", _ticks(min(0.0, *values), max(values))),
     )
 
 
