@@ -229,9 +229,8 @@ class TierChecks:
         self, context: EvaluationContext, attack_runs: AttackRuns, result: EvalResult
     ) -> tuple[Flag, ...]:
         model = model_checks(context, self.threat, queries=CHECKED)
-        headline = context.protocol.headline
         untargeted = [spec for spec in attack_runs.specs if not spec.targeted]
-        ap = {spec.name: result.per_query[f"{headline} under {spec.name}"][None] for spec in untargeted}
+        ap = {s.name: result.per_query[result.setting.key.name(attack=s.name)][None] for s in untargeted}
         more = self._more(context, untargeted, ap) if self.suite.name in CLAIMS else {}
         compared = suite_checks(
             ap,

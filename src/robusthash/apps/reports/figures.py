@@ -14,7 +14,7 @@ from robusthash.apps.experiment.attribution_run import ATTRIBUTION, labelled, lo
 from robusthash.apps.experiment.epoch_curves import log_curves, values_of
 from robusthash.apps.experiment.parameter_sweep import SweepRow
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.apps.experiment.tables import Row, context_of, headline_of, make_rows, seeds_by_row
+from robusthash.apps.experiment.tables import TableRow, make_rows, seeds_by_row
 from robusthash.apps.reports.plots import (
     Line,
     Measured,
@@ -26,7 +26,8 @@ from robusthash.apps.reports.plots import (
     save,
     scatter_plot,
 )
-from robusthash.metrics.results import EvalResult, by_direction
+from robusthash.metrics.measure_key import MeasureKey
+from robusthash.metrics.results import EvalResult, by_direction, headline_of
 
 Drawn = list[Path]
 
@@ -74,19 +75,19 @@ Results = Mapping[str, Sequence[Mapping[str, EvalResult]]]
 """Results by recipe, seed and name."""
 
 
-def _tables(rows: Sequence[Row], results: Results, context: str, out: Path) -> Drawn:
+def _tables(rows: Sequence[TableRow], results: Results, context: str, out: Path) -> Drawn:
     """Bars of every attack, and clean against worst."""
     untargeted: dict[str, dict[str, Measured]] = {}
     targeted: dict[str, dict[str, Measured]] = {}
     points: dict[str, tuple[Measured, Measured]] = {}
     measures: dict[str, str] = {}
     for row in rows:
-        own = {name: cell for name, cell in row.cells.items() if context_of(name, row.chance) == context}
+        own = {name: cell for name, cell in row.cells.items() if row.scored[name] == context}
         for name, cell in own.items():
-            short = name.removeprefix(context).strip()
-            measure = headline_of(results[row.name][0][name])
+            result = results[row.name][0][name]
+            short, measure = result.attack, headline_of(result)
             measures[short] = measure
-            group = targeted if measure.startswith("t-") else untargeted
+            group = targeted if MeasureKey.parse(measure).role == "targeted" else untargeted
             group.setdefault(short, {})[row.name] = (cell.value, cell.interval)
         ends = [f"{context} {name}".strip() for name in ("clean", "worst")]
         if all(name in own for name in ends):
@@ -129,7 +130,7 @@ def _curves(results: Results, context: str, out: Path) -> Drawn:
     drawn: Drawn = []
     for stem, (curve, axis, label) in _CURVES.items():
         for ending, models in shown.items():
-            wanted = f"t-{curve}" if ending == "-targeted" else curve
+            wanted = MeasureKey.parse(curve).name("targeted" if ending == "-targeted" else "")
             lines = [
                 line
                 for name, seeds in models.items()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from robusthash.apps.experiment.leaderboard import Board, Row
-from robusthash.apps.experiment.leaderboard_text import claim_text, legend, remark, setting_pairs, source_text
+from robusthash.apps.experiment.leaderboard import (
+    Leaderboard, RankedModel, claim_text, legend, remark, setting_pairs, source_text,
+)  # fmt: skip
 from robusthash.apps.reports import html
 from robusthash.apps.reports.charts import TONES, UNIT, Axis, Point, Series, Tone, line_chart, scatter_chart
 from robusthash.apps.reports.html import Child, Markup, tag
@@ -17,7 +18,7 @@ from robusthash.metrics.results import EvalResult
 _DRAWN = 6  # models whose curves a chart shows
 
 
-def leaderboard_page(boards: Sequence[Board]) -> str:
+def leaderboard_page(boards: Sequence[Leaderboard]) -> str:
     """The whole page. Filters and order live in its address, so that a view can be linked:
     ``#bits=32&sort=hrs.up``."""
     rows = [row for board in boards for row in board.rows]
@@ -43,7 +44,7 @@ def leaderboard_page(boards: Sequence[Board]) -> str:
     )
 
 
-def _filters(boards: Sequence[Board]) -> Markup:
+def _filters(boards: Sequence[Leaderboard]) -> Markup:
     """Shown by the script alone: without it they could do nothing."""
     choices = {
         "data": ("data set", sorted({board.data for board in boards})),
@@ -63,7 +64,7 @@ def _filters(boards: Sequence[Board]) -> Markup:
     return tag("div", *made, tag("span", id="count", role="status"), class_="filters", hidden=True)
 
 
-def _section(board: Board, place: int, boards: Sequence[Board]) -> Markup:
+def _section(board: Leaderboard, place: int, boards: Sequence[Leaderboard]) -> Markup:
     charts = [_scatter(board, place)] if len(board.rows) > 1 else []
     charts += [chart for chart in (_eps_chart(board), _pr(board)) if chart is not None]
     return tag(
@@ -82,8 +83,9 @@ def _section(board: Board, place: int, boards: Sequence[Board]) -> Markup:
 # ---------------------------------------------------------------------------------------------- table
 
 
-def _table(board: Board, place: int) -> Markup:
-    low, targeted = f"w{board.measure}", any(row.targeted is not None for row in board.rows)
+def _table(board: Leaderboard, place: int) -> Markup:
+    key, targeted = board.setting.key, any(row.targeted is not None for row in board.rows)
+    low = key.name("worst")
     head = [
         ("name", "model", True),
         ("clean", f"clean {board.measure}", False),
@@ -91,7 +93,7 @@ def _table(board: Board, place: int) -> Markup:
         ("known", f"best-known {low}", False),
         ("by", "found by", True),
         ("hrs", "HRS", False),
-        *([("targeted", f"highest t-{board.measure}", False)] if targeted else []),
+        *([("targeted", f"highest {key.name('targeted')}", False)] if targeted else []),
         ("checks", "checks", True),
         ("claim", "claim", True),
         ("bits", "bits", False),
@@ -117,8 +119,8 @@ def _id(place: int, rank: int) -> str:
     return f"row-{place}-{rank}"
 
 
-def _line(board: Board, row: Row, rank: int, slug: str, targeted: bool) -> Markup:
-    low, setting = f"w{board.measure}", row.setting
+def _line(board: Leaderboard, row: RankedModel, rank: int, slug: str, targeted: bool) -> Markup:
+    low, setting = board.setting.key.name("worst"), row.setting
     badge = tag("span", "UNRELIABLE", class_="badge") if row.unreliable else None
     summary = tag("summary", tag("span", f"{rank}", class_="rank"), row.name, badge)
     queries = setting.asked
@@ -168,7 +170,7 @@ def _value(
     return tag("td", shown, span, data_v=repr(value), title=title, class_=kind or None)
 
 
-def _details(row: Row) -> Markup:
+def _details(row: RankedModel) -> Markup:
     """What stands behind a row: models, training, every attack, the flags with their remedies."""
     setting = row.setting
     pairs: list[tuple[Child, Child]] = [
@@ -195,7 +197,7 @@ def _details(row: Row) -> Markup:
 # ---------------------------------------------------------------------------------------------- charts
 
 
-def _scatter(board: Board, place: int) -> Markup:
+def _scatter(board: Leaderboard, place: int) -> Markup:
     """Best-known value over clean value; hovering a point shows its row."""
     kinds = sorted({row.setting.defense for row in board.rows})
     tones: dict[str, Tone] = {kind: TONES[i % len(TONES)] for i, kind in enumerate(kinds)}
@@ -225,7 +227,7 @@ def _scatter(board: Board, place: int) -> Markup:
         points,
         list(tones.items()),
         Axis(f"clean {board.measure}", _ticks([*across, best.chance])),
-        Axis(f"best-known w{board.measure}", _ticks([0.0, *up, best.chance])),
+        Axis(f"best-known {board.setting.key.name('worst')}", _ticks([0.0, *up, best.chance])),
         ("chance", best.chance),
         "Numbers are those of the table, thin lines 95 % intervals; on the dashed diagonal attacks change nothing.",
     )
@@ -238,11 +240,11 @@ def _ticks(values: Sequence[float]) -> list[float]:
     return [place * step / 10 for place in range(first, max(last, first + 1) + 1)]
 
 
-def _eps_chart(board: Board) -> Markup | None:
+def _eps_chart(board: Leaderboard) -> Markup | None:
     """Worst case over eps of the first rows whose records hold the curve, of the first seed."""
     series: list[Series] = []
     for row in board.rows:
-        curve = row.records[0].own.curves.get(f"w{board.measure}/eps")
+        curve = row.records[0].own.curves.get(board.setting.key.name("worst", option="eps"))
         if curve is not None and len(series) < _DRAWN:
             name = next(axis for axis in curve if axis != "eps")
             tone, mark = TONES[len(series) % len(TONES)], " (UNRELIABLE)" if row.unreliable else ""
@@ -254,16 +256,16 @@ def _eps_chart(board: Board) -> Markup | None:
         return None
     furthest = max(line.x[-1] for line in series)
     return line_chart(
-        f"w{board.measure} over eps",
+        f"{board.setting.key.name('worst')} over eps",
         "; ".join(f"{line.name} ends at {line.y[-1]:.3f}" for line in series),
         series,
         Axis("eps, in 1/255", [furthest * step / 4 for step in range(5)]),
-        Axis(f"w{board.measure}", UNIT),
+        Axis(board.setting.key.name("worst"), UNIT),
         ("chance", board.rows[0].chance),
     )
 
 
-def _pr(board: Board) -> Markup | None:
+def _pr(board: Leaderboard) -> Markup | None:
     """Precision over recall of the first rows: clean, and dashed under the single attack of lowest mean."""
     lines: dict[str, tuple[EvalResult, Tone, bool]] = {}
     for place, row in enumerate(board.rows[: _DRAWN // 2]):

@@ -24,6 +24,7 @@ from robusthash.apps.reports.wording import (
     with_span,
 )
 from robusthash.core.atomic_files import write_aside
+from robusthash.metrics.measure_key import MeasureKey, Role
 from robusthash.metrics.results import EvalResult, Flag, by_direction
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def run_page(
         tag("p", f"{context}: " if several else None, verdict(group)) for context, group in groups.items()
     ]
     return html.page(
-        f"{card['name']}: {card['bits']} bits on {clean.setting.queries.partition(':')[0]}",
+        f"{card['name']}: {card['bits']} bits on {clean.setting.data.name}",
         [*lead, doubt_line(suites, checked)],
         None if several else html.tiles(tiles_of(first)),
         *(
@@ -130,7 +131,7 @@ def tiles_of(results: Results) -> list[tuple[str, str, Child]]:
         (f"clean {measure}", number(clean.values[measure]), span(clean, measure))
     ]
     if worst is not None:
-        low = f"w{measure}"
+        low = clean.setting.key.name("worst")
         tiles.append(
             (
                 f"worst case per query, {len(worst.setting.attacks)} attacks",
@@ -150,7 +151,7 @@ def tiles_of(results: Results) -> list[tuple[str, str, Child]]:
 
 def is_untargeted(name: str, result: EvalResult) -> bool:
     """Clean queries or an untargeted attack: neither a target nor the worst case over several."""
-    return name != "worst" and f"t-{result.setting.headline}" not in result.values
+    return name != "worst" and result.setting.key.name("targeted") not in result.values
 
 
 def verdict(results: Results) -> str:
@@ -161,7 +162,7 @@ def verdict(results: Results) -> str:
     if worst is None:
         return f"{start}. No attack was run, so nothing is said about robustness."
     attacks = ", ".join(worst.setting.attacks)
-    fall = f"it falls to {number(worst['w' + measure])} where each query meets the worst of {attacks}"
+    fall = f"it falls to {number(worst[worst.setting.key.name('worst')])} where each query meets the worst of {attacks}"
     return f"{start}; {fall}. Chance is {number(clean.reference['chance'])}."
 
 
@@ -170,30 +171,31 @@ def verdict(results: Results) -> str:
 
 def results_table(results: Results) -> Markup:
     """Clean, every attack and the worst case: values with intervals, and what each attack spent."""
-    measure = results["clean"].setting.headline
-    targeted = any(f"t-{measure}" in result.values for result in results.values())
-    ending, stored = stored_as(results.values())
+    key = results["clean"].setting.key
+    measure, target = str(key), key.name("targeted")
+    targeted = any(target in result.values for result in results.values())
+    storage, stored = stored_as(results.values())
     head = [
         "",
         measure,
         *[f"of {stored}"] * bool(stored),
         "bits flipped",
         "success rate",
-        *[f"t-{measure}"] * targeted,
+        *[target] * targeted,
     ]
     rows: list[list[Child]] = []
     for name, result in results.items():
-        prefix = "w" if name == "worst" else ""
+        role: Role = "worst" if name == "worst" else ""
         flipped = f"{result['flips']:.1f} of {result.setting.bits}" if "flips" in result.values else "–"
         rate = result.values.get("ASR", result.values.get("t-ASR"))
-        row: list[Child] = [name, with_span(result, prefix + measure)]
-        row += [with_span(result, f"{prefix}{measure}{ending}")] * bool(stored)
+        row: list[Child] = [name, with_span(result, key.name(role))]
+        row += [with_span(result, key.name(role, storage=storage))] * bool(stored)
         row += [flipped, "–" if rate is None else f"{rate:.0%}"]
-        rows.append([*row, *([with_span(result, f"t-{measure}")] * targeted), passes(result)])
+        rows.append([*row, *([with_span(result, target)] * targeted), passes(result)])
     reference = results["clean"].reference
     rows.append(["chance", number(reference["chance"]), *["–"] * (len(head) - 1)])
     caption = (
-        f"Below each value its 95 % bootstrap interval over queries. {ROUNDING[ending]}"
+        f"Below each value its 95 % bootstrap interval over queries. {ROUNDING[storage]}"
         "Success: AP at most half of clean; targeted: t-AP of at least 0.5. Passes: forward + backward "
         "passes of single queries."
     )
@@ -284,7 +286,7 @@ def map_chart(models: Mapping[str, Results], tones: Mapping[str, Tone], caption:
     names = [name for name, result in first.items() if name == "worst" or is_untargeted(name, result)]
     rows = []
     for name in names:
-        key = f"w{measure}" if name == "worst" else measure
+        key = first["clean"].setting.key.name("worst" if name == "worst" else "")
         dots = [
             Dot(tones[model], results[name][key], *results[name].interval[key])
             for model, results in models.items()
@@ -316,7 +318,7 @@ def pr_chart(lines: Toned, caption: str = "", targets: bool = False) -> Markup |
     Args:
         targets: of the target labels.
     """
-    series = _curve_series(lines, "t-PR" if targets else "PR", "recall")
+    series = _curve_series(lines, MeasureKey("PR").name("targeted" if targets else ""), "recall")
     if not series:
         return None if targets else tag("p", "These results hold no precision-recall curve.", class_="note")
     described = "; ".join(
@@ -334,7 +336,7 @@ def precision_chart(lines: Toned, targets: bool = False) -> Markup | None:
     Args:
         targets: of the target labels.
     """
-    series = _curve_series(lines, "t-P@N" if targets else "P@N", "n")
+    series = _curve_series(lines, MeasureKey("P@N").name("targeted" if targets else ""), "n")
     if not series or max(len(line.x) for line in series) < 2:
         return None
     longest = max(series, key=lambda line: len(line.x))

@@ -63,7 +63,7 @@ def _section(result: EvalResult) -> Markup:
 
 def _published(result: EvalResult) -> bool:
     """Attacks as published, which are no evidence of robustness."""
-    return published(result.setting.budget.partition(",")[0].removeprefix("suite "))
+    return published(result.setting.tier)
 
 
 def _badge() -> Markup:
@@ -94,7 +94,7 @@ def _standing(result: EvalResult) -> list[Markup]:
 
 
 def _summary(result: EvalResult) -> str:
-    measure, low = result.setting.headline, f"w{result.setting.headline}"
+    measure, low = result.setting.headline, result.setting.key.name("worst")
     untargeted = len(_untargeted(result))
     fall = f"{measure} falls from {number(result.reference['clean'])} to {number(result[low])}"
     return (
@@ -104,10 +104,11 @@ def _summary(result: EvalResult) -> str:
 
 
 def _tiles(result: EvalResult) -> list[tuple[str, str, Child]]:
-    measure, low, reference = result.setting.headline, f"w{result.setting.headline}", result.reference
+    key, reference = result.setting.key, result.reference
+    measure, low = str(key), key.name("worst")
     worst = tag("span", number(result[low]), class_="doubt" if result.unreliable else None)
-    ending, kind = stored_as([result])
-    stored = f"; of {kind} {number(result[f'{low}{ending}'])}" if kind else ""
+    storage, kind = stored_as([result])
+    stored = f"; of {kind} {number(result[key.name('worst', storage=storage)])}" if kind else ""
     lowest = text_of(worst, _badge() if result.unreliable else None)
     tiles: list[tuple[str, str, Child]] = [
         (f"clean {measure}", number(reference["clean"]), span(result, "clean")),
@@ -160,7 +161,7 @@ def _lines(result: EvalResult) -> Markup:
             marked.append(len(rows))
             rows.append([group, *[None] * (len(head) - 1)])
         for name in names:
-            line, ends = lines[name], span(result, f"{measure} under {name}")
+            line, ends = lines[name], span(result, result.setting.key.name(attack=name))
             row: list[Child] = [
                 name,
                 [number(line[measure]), tag("span", ends, class_="span") if ends else None],
@@ -188,7 +189,7 @@ def _cell(line: Mapping[str, float], name: str, form: str) -> str:
 
 def _targeted(result: EvalResult) -> Markup | None:
     """The lines that pull a target up, and what they come to together."""
-    measure = f"t-{result.setting.headline}"
+    measure = result.setting.key.name("targeted")
     lines = {name: line for name, line in result.attacks.items() if measure in line}
     if not lines:
         return None
@@ -199,7 +200,7 @@ def _targeted(result: EvalResult) -> Markup | None:
     caption = (
         f"Targeted lines: how high the items of a target come. Clean queries give them {measure} "
         f"{number(result.reference['t-clean'])}; all lines together gain {number(result['gain'])} on average and leave "
-        f"{number(result['collateral ' + result.setting.headline])} of the original {result.setting.headline}."
+        f"{number(result[result.setting.key.name('collateral')])} of the original {result.setting.headline}."
     )
     return html.table(["", measure, "seconds"], rows, caption)
 
@@ -210,12 +211,13 @@ def _targeted(result: EvalResult) -> Markup | None:
 
 def _curve(result: EvalResult) -> Markup | None:
     """The worst case over budgets, where it was run."""
-    low = f"w{result.setting.headline}"
-    curve = result.curves.get(f"{low}/eps")
+    key = result.setting.key
+    low = key.name("worst")
+    curve = result.curves.get(key.name("worst", option="eps"))
     if curve is None:
         return None
     budgets, values = curve["eps"].tolist(), curve[low].tolist()
-    spans = [result.interval[f"{low} eps {eps:.6g}"] for eps in budgets]
+    spans = [result.interval[key.name("worst", eps=eps)] for eps in budgets]
     of_images = result.setting.threat.startswith("img-linf")
     x = [eps * 255 for eps in budgets] if of_images else budgets
     mark = " (UNRELIABLE)" if result.unreliable else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from robusthash.apps.reports import html
 from robusthash.apps.reports.html import Child, Markup, tag
+from robusthash.metrics.measure_key import MeasureKey, Storage
 from robusthash.metrics.results import EvalResult, Flag
 
 WORST_CASE = (
@@ -18,24 +19,24 @@ WORST_CASE = (
 )
 
 
-ROUNDING = {
-    "/8bit": "The 8-bit column rounds the perturbation to whole grey levels. ",
-    "/rounded": "The column of whole words rounds attacked bags to 0 and 1: no text has a part of a word. ",
+ROUNDING: dict[Storage, str] = {
+    "8bit": "The 8-bit column rounds the perturbation to whole grey levels. ",
+    "rounded": "The column of whole words rounds attacked bags to 0 and 1: no text has a part of a word. ",
     "": "",
 }
 
 
-def stored_as(results: Iterable[EvalResult]) -> tuple[str, str]:
-    """How queries are kept outside of a model: the ending of the measure that is taken of it, and its words.
+def stored_as(results: Iterable[EvalResult]) -> tuple[Storage, str]:
+    """The form in which queries are kept outside of a model, as measures name it, and in words.
 
     Pictures are kept in eight bits, bags of words in whole words, token ids and vectors of features as they
     are.
     """
     found = list(results)
     if not found[0].setting.direction.startswith("T"):
-        return "/8bit", "8-bit images"
-    words = any(name.endswith("/rounded") for result in found for name in result.values)
-    return ("/rounded", "whole words") if words else ("", "")
+        return "8bit", "8-bit images"
+    words = any(MeasureKey.parse(name).storage == "rounded" for result in found for name in result.values)
+    return ("rounded", "whole words") if words else ("", "")
 
 
 def remark(flags: Sequence[Flag], checked: bool) -> str:
@@ -93,7 +94,7 @@ def setting_facts(result: EvalResult, results: Mapping[str, EvalResult]) -> Mark
         ("seeds", f"evaluation {', '.join(map(str, setting.seeds))}"),
     ]
     for name, found in results.items():
-        if name.rpartition(" ")[2] not in ("clean", "worst"):
+        if found.attack not in ("clean", "worst") or found.setting.tier:
             pairs.append((name, found.setting.budget))
     pairs += [(f"digest of {name}", tag("code", value)) for name, value in setting.digests.items()]
     return html.facts(pairs)
