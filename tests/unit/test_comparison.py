@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from robusthash.metrics import EvalResult
-from robusthash.metrics.comparison import claim_of, compare_all
-from robusthash.metrics.comparison import compare
+from robusthash.metrics.comparison import claim_of, compare, compare_all
 from robusthash.metrics.results import Setting
 from robusthash.metrics.statistics import hierarchical_difference, hierarchical_interval, holm, sign_flip_test
 

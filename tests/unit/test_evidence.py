@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from robusthash.robustness.evidence.bundles import best_known, export, verify_bundle
 from torch import Tensor
 
 import robusthash as rh
@@ -28,7 +29,6 @@ from robusthash.evaluation.attack_block import Attacked
 from robusthash.evaluation.evaluate import attack_all
 from robusthash.metrics import EvalResult
 from robusthash.models.encoding import weights_digest
-from robusthash.robustness.evidence.verification import best_known, export, verify_bundle
 from tests.helpers import make_data, small_hasher, trained_hasher
 
 ATTACK = rh.attacks.mainstay(eps=16 / 255, steps=4, step_size=8 / 255)
@@ -308,7 +308,7 @@ def test_an_8_bit_copy_of_something_else(context, bundle):
         (lambda m: m.pop("bits"), "the field 'bits' is missing"),
         (lambda m: m.update(budgets="x"), "unknown field 'budgets'; did you mean 'budget'"),
         (lambda m: m["threat"].update(nrom="linf"), r"unknown field 'threat\.nrom'; did you mean 'norm'"),
-        (lambda m: m["threat"].update(version=2), r"threat\.version 2"),
+        (lambda m: m["threat"].update(version=2), r"threat\.version: Input should be 1 \(got 2\)"),
         (lambda m: m.update(bits=99), "bits is 99 and ours 8"),
         (lambda m: m.update(database="00"), "database is '00'"),
         (lambda m: m.update(direction=["text", "image"]), "direction is"),

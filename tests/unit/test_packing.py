@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from robusthash.metrics.results import pack_values, unpack_values
-from robusthash.metrics.results import EvalResult, Setting, load_results, save_results
+from robusthash.metrics.results import (
+    EvalResult,
+    Setting,
+    load_results,
+    pack_values,
+    save_results,
+    unpack_values,
+)
 
 
 def test_values_move_by_half_a_step_at_most_and_ends_stay() -> None:

@@ -412,4 +412,6 @@ def test_results_are_grouped_by_direction_and_relevance() -> None:
     clean, worst = replace(plain, attack="clean"), replace(plain, attack="worst")
     assert list(by_direction({"clean": clean, "worst": worst})) == [""]
     with pytest.raises(ValueError, match="'T2I worst' has no clean"):
-        by_direction({"I2T clean": replace(clean, scored_on="I2T"), "T2I worst": replace(worst, scored_on="T2I")})
+        by_direction(
+            {"I2T clean": replace(clean, scored_on="I2T"), "T2I worst": replace(worst, scored_on="T2I")}
+        )

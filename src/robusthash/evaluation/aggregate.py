@@ -81,7 +81,11 @@ def aggregate(context: EvaluationContext, attack_runs: AttackRuns, floor_random:
         **(
             {}
             if targeted is None
-            else {n: v for n, v in targeted.per_query.items() if n == "gain" or MeasureKey.parse(n).role == "targeted"}
+            else {
+                n: v
+                for n, v in targeted.per_query.items()
+                if n == "gain" or MeasureKey.parse(n).role == "targeted"
+            }
         ),
     }
     specs: dict[str, dict[str, float]] = {}

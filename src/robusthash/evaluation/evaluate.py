@@ -257,7 +257,9 @@ def score_untargeted(context: EvaluationContext, attacked: Attacked) -> EvalResu
     codes = as_codes(attacked.signs[:, 0])
     measured = measure_codes(context, codes, context.query_labels)
     stored = {
-        MeasureKey(headline).name(storage=storage): measure_codes(lean, as_codes(signs[:, 0]), context.query_labels)
+        MeasureKey(headline).name(storage=storage): measure_codes(
+            lean, as_codes(signs[:, 0]), context.query_labels
+        )
         for storage, signs in attacked.stored.items()
     }
     before, after = clean.per_query[headline], measured.per_query[headline]

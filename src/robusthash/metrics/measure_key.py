@@ -82,4 +82,6 @@ class MeasureKey:
 
     def plain(self) -> dict[str, Any]:
         """The fields that are not at their default, as JSON takes them."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in ("", (), None)}
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in ("", (), None)
+        }

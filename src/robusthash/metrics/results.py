@@ -251,7 +251,9 @@ def save_results(path: str | Path, results: Sequence[EvalResult], packed: bool =
     for result in results:
         entry = asdict(replace(result, per_query={}, curves={}))
         prefix = "query" if packed else "array"
-        entry["per_query"] = {name: _add(queries, values, prefix) for name, values in result.per_query.items()}
+        entry["per_query"] = {
+            name: _add(queries, values, prefix) for name, values in result.per_query.items()
+        }
         entry["curves"] = {
             name: {axis: _add(arrays, values) for axis, values in axes.items()}
             for name, axes in result.curves.items()
@@ -328,7 +330,9 @@ _RESULT = TypeAdapter(EvalResult)
 
 def _read(entry: dict[str, Any], arrays: Mapping[str, Tensor]) -> EvalResult:
     per_query = {name: arrays[key] for name, key in entry["per_query"].items()}
-    curves = {name: {axis: arrays[key] for axis, key in axes.items()} for name, axes in entry["curves"].items()}
+    curves = {
+        name: {axis: arrays[key] for axis, key in axes.items()} for name, axes in entry["curves"].items()
+    }
     return _RESULT.validate_python({**entry, "per_query": per_query, "curves": curves})
 
 
@@ -343,7 +347,9 @@ def _with_fields(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         prefix = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default="")
         if suite is not None:
             prefix = name.removesuffix(f"{setting['threat']} {suite['name']}")
-        database = re.fullmatch(r"(?P<name>.+?):database\[(?P<count>\d+)\](?: \((?P<note>.*)\))?", setting["database"])
+        database = re.fullmatch(
+            r"(?P<name>.+?):database\[(?P<count>\d+)\](?: \((?P<note>.*)\))?", setting["database"]
+        )
         queries = re.fullmatch(r".+:query\[(?P<count>\d+)\]", setting["queries"])
         data = DataSet(setting["database"])
         if database and queries:
@@ -356,7 +362,9 @@ def _with_fields(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "relevance": relevance[2] if relevance[1] else "own",
         }
         attack = "worst" if suite else name.removeprefix(prefix)
-        filled.append({**entry, "setting": {**setting, **fields}, "attack": attack, "scored_on": prefix.strip()})
+        filled.append(
+            {**entry, "setting": {**setting, **fields}, "attack": attack, "scored_on": prefix.strip()}
+        )
     return filled
 
 

@@ -151,7 +151,9 @@ def _show(result: EvalResult, title: str, as_json: bool, more: dict[str, str]) -
         return
     key = result.setting.key
     names = [str(key), key.name(storage="8bit"), key.name(storage="rounded")]
-    rows = [[n, result[n], "{:.4f} .. {:.4f}".format(*result.interval[n])] for n in names if n in result.values]
+    rows = [
+        [n, result[n], "{:.4f} .. {:.4f}".format(*result.interval[n])] for n in names if n in result.values
+    ]
     rows.append(["clean", result.reference["clean"], ""])
     print_table(f"{title}: {result.setting.threat}", ["measure", "value", "95 % interval"], rows)
     for note in result.notes:

@@ -146,10 +146,7 @@ def table(
     found = [run.path for run in runs]
     seeds = tables.read_seeds(found, seed or ())
     columns = None if column is None else tables.named_columns(column, seeds)
-    if against is None:
-        rows = tables.rows_of(seeds, columns)
-    else:
-        rows = tables.differences_of(seeds, columns, against)
+    rows = tables.differences_of(seeds, columns, against) if against else tables.rows_of(seeds, columns)
     rows = rows if row is None else tables.chosen_rows(rows, row)
     if as_json:
         print_json([asdict(row) for row in rows])
@@ -158,9 +155,7 @@ def table(
     if format is Format.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows(tables.plain_table(rows, titles))
         return
-    sys.stdout.write(
-        f"{(tables.latex if format is Format.latex else tables.markdown)(rows, titles)}\n"
-    )
+    sys.stdout.write(f"{(tables.latex if format is Format.latex else tables.markdown)(rows, titles)}\n")
     lines = tables.captions(rows, titles) if caption else []
     sys.stdout.write("".join(f"\n{'% ' * (format is Format.latex)}{line}\n" for line in lines))
 

@@ -200,7 +200,10 @@ def choose_example(
     queries = contexts["saat"].queries
     colour = colour_variety(queries.batch(torch.arange(len(queries))).inputs["image"])
     query = int(torch.where(fit, colour, -1.0).argmax() if fit.any() else colour.argmax())
-    lost = {model: results[model]["worst"].per_query[MeasureKey(measure).name("worst")] <= 0.5 * clean[model] for model in MODELS}
+    lost = {
+        model: results[model]["worst"].per_query[MeasureKey(measure).name("worst")] <= 0.5 * clean[model]
+        for model in MODELS
+    }
     among = (
         f"{int(fit.sum())} of {len(fit)} queries have a clean AP above 0.9 under both models and, under the {PICTURED} "
         "attack, below 0.1 under the undefended and above 0.9 under the hardened one. This is the one of them "
@@ -338,7 +341,13 @@ def summarise(
 def _numbers(name: str, result: EvalResult) -> dict[str, Any]:
     """One result under plain names."""
     key, role = result.setting.key, "worst" if name == "worst" else ""
-    keys = {"map": key.name(role), "t-map": key.name("targeted"), "flips": "flips", "success": "ASR", "hrs": "HRS"}
+    keys = {
+        "map": key.name(role),
+        "t-map": key.name("targeted"),
+        "flips": "flips",
+        "success": "ASR",
+        "hrs": "HRS",
+    }
     keys |= {"map-8bit": key.name(role, storage="8bit")}
     made: dict[str, Any] = {short: result.values[key] for short, key in keys.items() if key in result.values}
     spans = {short: list(result.interval[keys[short]]) for short in ("map", "t-map") if short in made}

@@ -20,7 +20,12 @@ from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean
 from robusthash.metrics.results import EvalResult, load_results, save_results
 from robusthash.robustness.evidence import records
 from robusthash.robustness.evidence.bundles import (
-    best_known, disagreements, export, on_queries, read_bundle, verify_bundle,
+    best_known,
+    disagreements,
+    export,
+    on_queries,
+    read_bundle,
+    verify_bundle,
 )  # fmt: skip
 from robusthash.robustness.evidence.records import RegistryEntry, Restrictions, Verified
 from robusthash.robustness.tiers import OBSERVED
@@ -149,15 +154,21 @@ def entry_of(run: Run, recipe: str, overrides: Sequence[str] = (), suite: str | 
         raise ValueError(f"{run.path} has no result {missing[0]!r} for the entry to claim; it has {listed}")
     own = results[suite or "worst"]
     if own.scored_on:
-        raise ValueError(f"{suite!r} is of one direction alone, and entries are from the first modality to itself")
+        raise ValueError(
+            f"{suite!r} is of one direction alone, and entries are from the first modality to itself"
+        )
     config, card, training, setting = run.config, run.card(), run.config.training, own.setting
     best, low = lowered(own, accepted(run)), setting.key.name("worst")
     red = {flag.id for flag in (*best.flags, *run.checked()) if flag.level == "red"}
-    attack = training.attack and build("attack", training.attack, objective=build("objective", training.objective))
+    attack = training.attack and build(
+        "attack", training.attack, objective=build("objective", training.objective)
+    )
     return RegistryEntry(
         id=f"{config.name}-seed{config.runtime.seed}",
         title=f"{card['bits']} bits, {_name(training.objective)}, {_name(training.outer or 'no defense')}",
-        source=records.ModelSource(recipe=recipe, set=tuple(overrides), seed=config.runtime.seed, digest=card["digest"]),
+        source=records.ModelSource(
+            recipe=recipe, set=tuple(overrides), seed=config.runtime.seed, digest=card["digest"]
+        ),
         data=setting.data.name,
         input_size=tuple(card["image_size"]),
         bits=card["bits"],

@@ -1,4 +1,4 @@
-"""Run directories -> leaderboards, one a setting: models with intervals, flags and best-known values; as Markdown, JSON.
+"""Run directories -> leaderboards, one a setting, with intervals, flags and best-known values.
 
 Only results that ``Setting.differs`` finds alike share a leaderboard. Three training seeds of a recipe make
 one row, a claim about the method; fewer stay rows of single checkpoints.
@@ -126,7 +126,9 @@ def make_boards(paths: Sequence[Path]) -> list[Leaderboard]:
         else:
             groups.append([checkpoint])
     if not groups:
-        raise ValueError("none of these runs was attacked; give evaluation.attacks, or run 'robusthash assess'")
+        raise ValueError(
+            "none of these runs was attacked; give evaluation.attacks, or run 'robusthash assess'"
+        )
     boards = [_board(group) for group in groups]
     return sorted(boards, key=lambda b: (b.data, b.setting.direction, b.setting.threat, -len(b.rows)))
 
@@ -266,7 +268,12 @@ def as_markdown(boards: Sequence[Leaderboard]) -> str:
     parts = ["# Leaderboard\n"]
     for board in boards:
         columns = _columns(board)
-        lines = [f"## {board.title}", "", f"|  | {' | '.join(columns)} |", "|" + " --- |" * (len(columns) + 1)]
+        lines = [
+            f"## {board.title}",
+            "",
+            f"|  | {' | '.join(columns)} |",
+            "|" + " --- |" * (len(columns) + 1),
+        ]
         for rank, row in enumerate(board.rows, 1):
             lines.append(f"| {rank} | {' | '.join(cell(row) for cell in columns.values())} |")
         facts = "\n".join(f"* {name}: {text}" for name, text in setting_pairs(board, boards))
@@ -320,7 +327,9 @@ def legend(methods: bool) -> str:
 def setting_pairs(board: Leaderboard, boards: Sequence[Leaderboard] = ()) -> list[tuple[str, str]]:
     """Everything that the numbers depend on, and the fields that differ from ``boards`` of the same data and threat."""
     setting = board.setting
-    alike = [b for b in boards if (b.data, b.setting.threat) == (board.data, setting.threat) and b is not board]
+    alike = [
+        b for b in boards if (b.data, b.setting.threat) == (board.data, setting.threat) and b is not board
+    ]
     apart = "; ".join(f"{b.id} in {setting.difference(b.setting)}" for b in alike)
     rules = {key: value for key, value in setting.protocol.items() if key not in ("measures", "directions")}
     chances = sorted({round(row.chance, 3) for row in board.rows})

@@ -349,7 +349,9 @@ def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str
 
 def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[str]]:
     """Header and lines with value, ends of the interval and seeds of each column apart; "" where there is none."""
-    table = [["recipe", *(f"{column}{part}" for column in columns for part in ("", " low", " high", " seeds"))]]
+    table = [
+        ["recipe", *(f"{column}{part}" for column in columns for part in ("", " low", " high", " seeds"))]
+    ]
     for row in rows:
         numbers = [row.cells[c].numbers() if c in row.cells else [""] * 4 for c in columns]
         table.append([row.name, *(number for group in numbers for number in group)])

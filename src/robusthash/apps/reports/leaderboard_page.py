@@ -6,7 +6,13 @@ import math
 from collections.abc import Sequence
 
 from robusthash.apps.experiment.leaderboard import (
-    Leaderboard, RankedModel, claim_text, legend, remark, setting_pairs, source_text,
+    Leaderboard,
+    RankedModel,
+    claim_text,
+    legend,
+    remark,
+    setting_pairs,
+    source_text,
 )  # fmt: skip
 from robusthash.apps.reports import html
 from robusthash.apps.reports.charts import TONES, UNIT, Axis, Point, Series, Tone, line_chart, scatter_chart

@@ -72,12 +72,16 @@ def read_bundle(folder: str | Path) -> Bundle:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is truncated: {name} is missing")
         if _sha256(folder / name) != manifest.files[name]:
-            raise ValueError(f"{folder / name} is truncated or changed: its sha256 is not that of files[{name!r}]")
+            raise ValueError(
+                f"{folder / name} is truncated or changed: its sha256 is not that of files[{name!r}]"
+            )
     ids = json.loads(list_of_ids.read_text(encoding="utf-8"))
     if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
         raise ValueError(f"{list_of_ids} must be a list of content hashes")
     if len(ids) != manifest.queries:
-        raise ValueError(f"{list_of_ids} holds {len(ids)} ids, and the manifest says queries {manifest.queries}")
+        raise ValueError(
+            f"{list_of_ids} holds {len(ids)} ids, and the manifest says queries {manifest.queries}"
+        )
     inputs = _array(folder / "inputs.npy", np.float32, len(ids))
     codes_8bit = _array(folder / "inputs-8bit.npy", np.uint8, len(ids)) if images else None
     return Bundle(folder, manifest, tuple(ids), inputs, codes_8bit, _sha256(path)[:12])
@@ -138,7 +142,9 @@ def export(
     if len(rows) != len(inputs) or len(set(rows.tolist())) != len(rows):
         raise ValueError(f"{len(inputs)} inputs for {len(rows)} positions, which must differ from each other")
     result = _score(context, _SentAttack(attack, threat, budget), rows, inputs.numpy())
-    headline = result.setting.headline  # claimed, and with it what storage as 8-bit images or whole words leaves of it
+    headline = (
+        result.setting.headline
+    )  # claimed, and with it what storage as 8-bit images or whole words leaves of it
     ball, clean = threat.balls[modality], context.queries.batch(rows).inputs[modality]
     folder.mkdir(parents=True, exist_ok=True)
     names = ["inputs.npy", "ids.json", *["inputs-8bit.npy"] * (modality == "image" and clean.ndim == 4)]
@@ -181,7 +187,11 @@ def verify_bundle(folder: str | Path, context: EvaluationContext) -> EvalResult:
     manifest, notes, modality, ours = bundle.manifest, [], context.direction[0], _identity(context)
     for name, value in ours.items():
         if getattr(manifest, name) != value:
-            other = "it was made for other weights" if name == "weights" else "verify it with the run it was made for"
+            other = (
+                "it was made for other weights"
+                if name == "weights"
+                else "verify it with the run it was made for"
+            )
             raise ValueError(f"{folder}: {name} is {getattr(manifest, name)!r} and ours {value!r}; {other}")
     if manifest.threat.modality != modality:
         raise ValueError(
@@ -192,7 +202,9 @@ def verify_bundle(folder: str | Path, context: EvaluationContext) -> EvalResult:
             raise ValueError(
                 f"{folder}: codes is not the digest of our database codes; it was made for another model"
             )
-        notes.append("the bundle was made against database codes that differ from ours, as other hardware may round")
+        notes.append(
+            "the bundle was made against database codes that differ from ours, as other hardware may round"
+        )
     budget = f"{manifest.budget or 'budget not stated'}; sent in, made with {manifest.tool}"
     attack = _SentAttack(manifest.attack, manifest.threat.threat(), budget)
     positions = _positions(bundle, context)
@@ -202,7 +214,9 @@ def verify_bundle(folder: str | Path, context: EvaluationContext) -> EvalResult:
         notes.append(f"{count} of {total} queries are in the bundle; the others are scored clean")
     for name, value in manifest.claimed.items():
         if name in result.values and abs(result[name] - value) > _CLAIM:
-            notes.append(f"the bundle claims {name} {value:.4f}; it scores {result[name]:.4f} here, which is what counts")
+            notes.append(
+                f"the bundle claims {name} {value:.4f}; it scores {result[name]:.4f} here, which is what counts"
+            )
     name = f"evidence {bundle.digest}"
     return replace(result, notes=(*result.notes, *notes), name=name, attack=name)
 

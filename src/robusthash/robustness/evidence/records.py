@@ -172,7 +172,9 @@ class RegistryEntry(SentRecord):
         if claimed.worst > claimed.clean:
             raise ValueError(f"claimed.worst {claimed.worst} is above claimed.clean {claimed.clean}")
         if self.best_known.value > claimed.worst + claimed.tolerance:
-            raise ValueError(f"best_known.value {self.best_known.value} is above claimed.worst {claimed.worst}")
+            raise ValueError(
+                f"best_known.value {self.best_known.value} is above claimed.worst {claimed.worst}"
+            )
         return self
 
 
@@ -198,7 +200,9 @@ def load_entry(path: str | Path) -> RegistryEntry:
 
 def entry_text(entry: RegistryEntry) -> str:
     """The entry as the YAML that ``load_entry`` reads."""
-    return yaml.safe_dump({"schema": ENTRY_SCHEMA, **entry.model_dump(mode="json")}, sort_keys=False, width=120)
+    return yaml.safe_dump(
+        {"schema": ENTRY_SCHEMA, **entry.model_dump(mode="json")}, sort_keys=False, width=120
+    )
 
 
 @dataclass(frozen=True)
@@ -234,11 +238,16 @@ def verify(entry: RegistryEntry, results: Mapping[str, EvalResult]) -> Verified:
         "defense": (entry.defense, worst.setting.defense),
         "claimed.threat": (claimed.threat, worst.setting.threat),
         "claimed.queries": (claimed.queries, len(worst.per_query[low])),
-        "source.digest": (entry.source.digest, worst.setting.digests.get("model", "") if entry.source.digest else ""),
+        "source.digest": (
+            entry.source.digest,
+            worst.setting.digests.get("model", "") if entry.source.digest else "",
+        ),
     }
     faults += [f"{name} is {ours!r}, found {seen!r}" for name, (ours, seen) in facts.items() if ours != seen]
     if measured["worst"] < entry.best_known.value - claimed.tolerance:
-        faults.append(f"best_known.value is {entry.best_known.value:.4f}, and this run found {measured['worst']:.4f}")
+        faults.append(
+            f"best_known.value is {entry.best_known.value:.4f}, and this run found {measured['worst']:.4f}"
+        )
     if worst.unreliable and not entry.unreliable:
         red = ", ".join(flag.id for flag in worst.flags if flag.level == "red")
         faults.append(f"red flags {red} were raised, and the entry carries no 'unreliable'")
