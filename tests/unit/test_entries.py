@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from robusthash.robustness.evidence.records import RegistryEntry, entry_text, load_entry, verify
 
 from robusthash.metrics import EvalResult
 from robusthash.metrics.results import Flag, Setting
+from robusthash.robustness.evidence.records import RegistryEntry, entry_text, load_entry, verify
 
 REGISTRY = Path(__file__).parents[2] / "registry"
 PLAIN = {

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from robusthash.metrics.protocol import load_protocol
 from robusthash.metrics.comparison import compare
 from robusthash.metrics.measure_key import MeasureKey
+from robusthash.metrics.protocol import load_protocol
 from robusthash.metrics.results import (
     Cost,
     DataSet,

@@ -1,4 +1,4 @@
-"""Comparison of results: two in every measure, or many in one table, paired by query and corrected by Holm."""
+"""Comparison of results, two or many: paired by query and corrected by Holm."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def claim_of(seeds: int) -> Claim:
 def compare_all(
     table: Mapping[str, Mapping[str, Sequence[EvalResult]]], level: float = 0.05
 ) -> dict[str, dict[str, Ranking]]:
-    """Compare every model of every column with the best of that column, corrected over the whole table by Holm.
+    """Compare every model of every column with the best of that column, by Holm over the whole table.
 
     Two methods (three training seeds each or more) are compared by the hierarchical bootstrap, seeds then
     queries; all others by the paired sign-flip test over queries of the mean over their seeds, which is a
@@ -101,34 +101,29 @@ def compare_all(
     """
     values = {column: _values(column, models) for column, models in table.items()}
     best = {c: max(models, key=lambda name: float(models[name].mean())) for c, models in values.items()}
-    p_values: dict[str, float] = {}
-    spans: dict[str, tuple[float, float]] = {}
+    tests: dict[str, tuple[float, tuple[float, float]]] = {}  # p and interval by column and model
     for column, models in values.items():
         leader, plain = models[best[column]], {}
         for name, own in models.items():
             key = f"{column}\n{name}"
-            if name == best[column]:
-                continue
-            if claim_of(min(len(own), len(leader))) == "method":
-                low, high, p_values[key] = hierarchical_difference(own, leader)
-                spans[key] = low, high
-            else:
+            if name != best[column] and claim_of(min(len(own), len(leader))) == "method":
+                low, high, p = hierarchical_difference(own, leader)
+                tests[key] = p, (low, high)
+            elif name != best[column]:
                 plain[key] = own.mean(0) - leader.mean(0)
         if plain:
-            p_values |= sign_flip_tests(plain)
-            spans |= intervals(plain)
-    corrected = holm(p_values)
+            spans = intervals(plain)
+            tests |= {key: (p, spans[key]) for key, p in sign_flip_tests(plain).items()}
+    corrected = holm({key: p for key, (p, _) in tests.items()})
     rankings: dict[str, dict[str, Ranking]] = {column: {} for column in values}
     for column, models in values.items():
         leader = models[best[column]]
         for name, own in models.items():
             mean, claim, key = float(own.mean()), claim_of(min(len(own), len(leader))), f"{column}\n{name}"
-            if name == best[column]:
-                ranking = Ranking(mean, True, 0.0, (0.0, 0.0), 1.0, 1.0, True, claim)
-            else:
-                gap, bold = mean - float(leader.mean()), corrected[key] >= level
-                ranking = Ranking(mean, False, gap, spans[key], p_values[key], corrected[key], bold, claim)
-            rankings[column][name] = ranking
+            gap, (p, span) = mean - float(leader.mean()), tests.get(key, (1.0, (0.0, 0.0)))
+            p_holm, is_best = corrected.get(key, 1.0), name == best[column]
+            bold = is_best or p_holm >= level
+            rankings[column][name] = Ranking(mean, is_best, gap, span, p, p_holm, bold, claim)
     return rankings
 
 

@@ -21,16 +21,15 @@ _NAME = re.compile(
 class MeasureKey:
     """One measured value; ``str`` gives the name that ``EvalResult.values`` and ``per_query`` know it by.
 
-    ==================  =========================================================================================
+    ==================  ====================================================================================
     ``wMAP``            role "worst": the lowest AP of each query
     ``t-MAP``           role "targeted": of the target labels
     ``collateral MAP``  role "collateral": of the original labels under targeted attacks
-    ``MAP@5000/mink``   base with options of the protocol's language: denominator, ties, gain; ``t-MAP/max``: the
-                        best target
+    ``MAP@5000/mink``   base with options: denominator, ties, gain; ``t-MAP/max``: the best target
     ``wMAP/8bit``       storage: attacked queries as 8-bit images, or ``/rounded`` to whole words
     ``MAP under hag``   the lowest AP over the restarts of one attack of a suite
     ``wMAP eps 0.03``   the worst case within another budget
-    ==================  =========================================================================================
+    ==================  ====================================================================================
     """
 
     base: str  # "MAP", "MAP@5000", "nDCG@100", "P@r<=2", "ASR", ...
@@ -42,7 +41,7 @@ class MeasureKey:
 
     @classmethod
     def parse(cls, name: str) -> MeasureKey:
-        """The key of a name. Every text is a name; one outside the language above is a base without options."""
+        """The key of a name; a text outside the language above is a base without options."""
         match = _NAME.fullmatch(name)
         if match is None:
             return cls(name)

@@ -26,10 +26,8 @@ from robusthash.version import __version__
 SCHEMA = "robusthash.results/2"
 _SCHEMA_1 = "robusthash.results/1"  # read, never written
 
-_OF_THE_MODEL = ("model", "bits", "objective", "defense", "training_attack")
-_DIGESTS_OF_THE_MODEL = ("model", "codes")
-_SAID_ELSEWHERE = ("data", "tier", "relevance", "chosen", "software")
-"""Fields that cannot differ alone between comparable results: texts and digests say the same, or it is no matter."""
+_OF_THE_MODEL = ("model", "bits", "objective", "defense", "training_attack", "software")
+_OF_DIGESTS = ("data", "tier", "relevance", "chosen")  # their contents are compared as digests
 
 
 def software_versions() -> dict[str, str]:
@@ -40,7 +38,7 @@ def software_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class DataSet:
-    """The data of a result; counts are 0 where they are not known, as of codes from files."""
+    """The data of a result; numbers of items are 0 where unknown, as of codes from files."""
 
     name: str = ""
     note: str = ""
@@ -56,12 +54,11 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything that a number depends on: model, database, queries, threat, attack set, budget and seeds.
+    """Everything that a number depends on. Two results are comparable where all but the model agrees.
 
     ``digests`` identify contents: "model" (weights) and "codes" (database codes) change with the model;
     "database", "queries", "labels" and any other do not. "suite" and "budget" are identities
-    (``core.identity``) of the attacks of a suite and of what each search was allowed. Two results are
-    comparable where all but the model agrees.
+    (``core.identity``) of the attacks of a suite and of the budget of each search.
     """
 
     model: str
@@ -101,44 +98,34 @@ class Setting:
 
     def comparable(self) -> dict[str, Any]:
         """Fields and digests that two settings must share to be comparable, as plain data."""
-        plain = {n: v for n, v in asdict(self).items() if n not in (*_OF_THE_MODEL, *_SAID_ELSEWHERE)}
-        digests = {n: v for n, v in self.digests.items() if n not in _DIGESTS_OF_THE_MODEL}
-        return {**plain, "digests": digests}
+        plain = {n: v for n, v in asdict(self).items() if n not in (*_OF_THE_MODEL, *_OF_DIGESTS)}
+        return {**plain, "digests": {n: v for n, v in self.digests.items() if n not in ("model", "codes")}}
 
     def differs(self, other: Setting) -> list[str]:
-        """Names of the fields in which two settings are not comparable.
-
-        Budgets are compared by their identities, and by their texts where a result has none.
-        """
+        """Fields in which two settings are not comparable; budgets without an identity compare by text."""
         ours, theirs = self.comparable(), other.comparable()
-        grouped = ("protocol", "digests", "budget")
-        found = [name for name in ours if name not in grouped and ours[name] != theirs[name]]
-        found += ["budget"] if self._other_budget(other) else []
-        for group in ("protocol", "digests"):
-            keys = sorted({*ours[group], *theirs[group]} - {"budget"})
-            found += [f"{group}.{key}" for key in keys if ours[group].get(key) != theirs[group].get(key)]
+        budgets = [setting["digests"].pop("budget", "") for setting in (ours, theirs)]
+        if all(budgets) and scheme_of(budgets[0]) == scheme_of(budgets[1]):
+            ours["budget"], theirs["budget"] = budgets
+        groups = [(name, ours.pop(name), theirs.pop(name)) for name in ("protocol", "digests")]
+        found = [name for name in ours if name != "budget" and ours[name] != theirs[name]]
+        found += ["budget"] if ours["budget"] != theirs["budget"] else []
+        for group, one, two in groups:
+            found += [f"{group}.{key}" for key in sorted({*one, *two}) if one.get(key) != two.get(key)]
         return found
 
     def difference(self, other: Setting) -> str:
-        """The fields of ``differs`` in words, "" where there are none.
-
-        Identities of suites that were made by different schemes say nothing about the suites; the text says so.
-        """
+        """The fields of ``differs`` in words, and that identities of suites by two schemes say nothing."""
         found = ", ".join(self.differs(other))
         suites = [setting.digests["suite"] for setting in (self, other) if "suite" in setting.digests]
         schemes = sorted({scheme_of(suite) for suite in suites})
         if len(schemes) < 2:
             return found
+        names = " and ".join(map(str, schemes))
         return (
-            f"{found} (identities by the schemes {schemes[0]} and {schemes[1]} of this package, which cannot be "
-            "compared: the suites may be the same; assess the older one again)"
+            f"{found} (identities by the schemes {names} of this package, which cannot be compared: the suites "
+            "may be the same; assess the older one again)"
         )
-
-    def _other_budget(self, other: Setting) -> bool:
-        ours, theirs = self.digests.get("budget"), other.digests.get("budget")
-        if ours and theirs and scheme_of(ours) == scheme_of(theirs):
-            return ours != theirs
-        return self.budget != other.budget
 
 
 @dataclass(frozen=True)
@@ -164,7 +151,7 @@ class Flag:
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class EvalResult:
-    """One evaluation: ``result["MAP@5000"]`` is a value, everything else says how it came about."""
+    """One evaluation: ``result["MAP@5000"]`` is a value."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True)
 
@@ -200,12 +187,12 @@ class EvalResult:
 
     @property
     def unreliable(self) -> bool:
-        """A red flag was raised."""
+        """True where a red flag was raised."""
         return any(flag.level == "red" for flag in self.flags)
 
 
 def headline_of(result: EvalResult) -> str:
-    """The name of the value that stands for a result: wMAP of a worst case, t-MAP of a targeted attack, else MAP."""
+    """The main measure of a result: wMAP of a worst case, t-MAP of a targeted attack, else MAP."""
     names = [result.setting.key.name(role) for role in ("worst", "targeted", "")]
     return next(name for name in names if name in result.values)
 
@@ -232,8 +219,7 @@ def save_results(path: str | Path, results: Sequence[EvalResult], packed: bool =
     """Write results to ``path`` (JSON) and their arrays to the ``.npz`` of the same name.
 
     Both are complete on disk before either replaces an older one, and the JSON holds the digest of its
-    sidecar, so a pair that does not belong together is noticed. An infinite value (the PSNR of an unchanged
-    image) is written "inf".
+    sidecar. An infinite value (the PSNR of an unchanged image) is written "inf".
 
     Args:
         packed: per-query values in 16 bits each, and the sidecar compressed; see ``pack_values``.

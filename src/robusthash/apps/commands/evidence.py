@@ -46,7 +46,7 @@ def evidence_verify(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Check a bundle against a run: bounds, queries, weights; hash and score it again. No attack code is run."""
+    """Check a bundle against a run (bounds, queries, weights) and score it again. No attack code is run."""
     from robusthash.apps.experiment import evidence_run as evidence
     from robusthash.apps.experiment.run_directory import load_run
 

@@ -1,4 +1,4 @@
-"""Stages of evidence and of the registry: export and verify a bundle of a run, write and verify a registry entry."""
+"""Stages of evidence and of the registry: export and verify bundles of a run, and registry entries."""
 
 from __future__ import annotations
 
@@ -65,8 +65,7 @@ def verify_evidence(
 
     Args:
         keep: write the result among the accepted bundles of the run, in place of an earlier one of the same
-            bundle; and next to it that on each choice of queries which a suite of this run was assessed on, so
-            that it lowers those too.
+            bundle, and with it those on each choice of queries of a suite of this run, to lower these too.
     """
     victim, _ = stages.load_victim(run)
     ends, home = read_bundle(folder).manifest.direction, victim.modalities[0]
@@ -112,8 +111,8 @@ def verify_entry(entry: RegistryEntry, run: Run, progress: stages.Progress = sta
     recipe, seed = Path(entry.source.recipe).stem, entry.source.seed
     if run.config.name != recipe or run.config.runtime.seed != seed:
         raise ValueError(
-            f"{run.path} is {run.config.name!r} with seed {run.config.runtime.seed}, and the entry {entry.id} is of "
-            f"{recipe!r} with seed {seed}; train that one: robusthash train {entry.source.recipe}"
+            f"{run.path} is {run.config.name!r} with seed {run.config.runtime.seed}, and the entry {entry.id} is "
+            f"of {recipe!r} with seed {seed}; train that one: robusthash train {entry.source.recipe}"
         )
     claimed = entry.claimed
     if claimed.tier == "recipe":

@@ -103,7 +103,7 @@ class Leaderboard:
 
 
 def _shared(setting: Setting) -> dict[str, Any]:
-    """The fields of a setting that all rows of a leaderboard share; the text of a budget only without its digest."""
+    """The fields that all rows of a leaderboard share; the text of a budget only without its digest."""
     plain = {**setting.comparable(), "chosen": setting.chosen}
     return {name: value for name, value in plain.items() if name != "budget" or name not in setting.digests}
 
@@ -316,8 +316,8 @@ def legend(methods: bool) -> str:
     """Explain the tables; ``methods``: some row is one."""
     text = (
         f"{wording.WORST_CASE} Best-known values count accepted evidence bundles too, "
-        "which can only lower them. Bold: not significantly different from the best of the column at 5 % (paired, "
-        "Holm over the table); unreliable models are not ranked. Intervals are 95 %"
+        "which can only lower them. Bold: not significantly different from the best of the column at 5 % "
+        "(paired, Holm over the table); unreliable models are not ranked. Intervals are 95 %"
     )
     if methods:
         return f"{text}: over training seeds and queries for a method, over queries for a checkpoint."
@@ -325,7 +325,7 @@ def legend(methods: bool) -> str:
 
 
 def setting_pairs(board: Leaderboard, boards: Sequence[Leaderboard] = ()) -> list[tuple[str, str]]:
-    """Everything that the numbers depend on, and the fields that differ from ``boards`` of the same data and threat."""
+    """Everything that the numbers depend on, and the fields that differ from others of this data and threat."""
     setting = board.setting
     alike = [
         b for b in boards if (b.data, b.setting.threat) == (board.data, setting.threat) and b is not board

@@ -1,4 +1,4 @@
-"""Runs -> one table: recipes as rows, seeds averaged, intervals over seeds and queries; as Markdown, LaTeX or CSV."""
+"""Runs -> one table: recipes as rows, seeds averaged, intervals over seeds and queries; and as text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Cell:
 class Column:
     """A column: a result by name, a measure of it (by default its headline), and the title in the table.
 
-    With ``minus``, the difference of that measure to another result of the same run, paired by seed and query.
+    With ``minus``, the difference to another result of the same run, paired by seed and query.
     """
 
     result: str
@@ -60,7 +60,7 @@ class Column:
 class TableRow:
     """One recipe: its cells by the title of their column, and training minutes.
 
-    ``chance`` is by direction and relevance ("" where a run has one alone), ``scored`` has those of each cell.
+    ``chance`` is by direction and relevance ("" where a run has one alone), ``scored`` gives them by cell.
     ``attacked`` has threat, attacks and budget of every cell; "" of clean queries.
     """
 
@@ -97,7 +97,7 @@ def make_rows(paths: Sequence[Path]) -> list[TableRow]:
 
 
 def read_seeds(paths: Sequence[Path], only: Collection[int] = ()) -> dict[str, list[Seed]]:
-    """Run directories by row, in the order in which recipes first appear; runs that differ in the seed share one.
+    """Run directories by row, in the order of the recipes; runs that differ in the seed share one.
 
     Args:
         only: these training seeds; all by default.
@@ -142,7 +142,7 @@ def _evaluated(seeds: Sequence[Seed]) -> list[Column]:
 
 
 def _cell(seeds: Sequence[Seed], column: Column) -> tuple[Cell, EvalResult] | None:
-    """The value of a column, and a result that it is of; None where a seed lacks it, or was attacked otherwise."""
+    """The value of a column, and a result of it; None where a seed lacks it, or was attacked otherwise."""
     if not (results := _of_all(seeds, column)):
         return None
     measure = column.measure or headline_of(results[0])
@@ -236,7 +236,7 @@ def _stacked(results: Sequence[EvalResult], measure: str) -> Tensor:
 
 
 def seeds_by_row(paths: Sequence[Path]) -> dict[str, list[Run]]:
-    """Runs by the name of their row, by seed: the recipe's name, with the settings that tell it from its namesakes."""
+    """Runs by row, ordered by seed. A row is named by its recipe, with the settings that namesakes differ in."""
     recipes: dict[str, list[Run]] = {}
     for path in paths:
         run = load_run(path)
@@ -263,7 +263,7 @@ def require_distinct_seeds(runs: Sequence[Run]) -> None:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """The settings of the model by dotted path, as ``--set`` takes them; the place of the data is none of them."""
+    """The settings of the model by dotted path, as ``--set`` takes them; without the place of the data."""
     training = config.training.model_dump(exclude={"init_from"})
     settings = _flat({"data": config.data, "hasher": config.hasher.plain(), "training": training})
     return {key: value for key, value in settings.items() if key != "data.root"}
@@ -292,7 +292,7 @@ def named_columns(texts: Sequence[str], rows: Seeds) -> list[Column]:
 
 
 def parse_column(text: str, names: Collection[str]) -> Column:
-    """Parse ``[MEASURE of ]RESULT[ minus RESULT][ as LABEL]``: ``nDCG@100 of clean as nDCG``, ``hag minus sdha``.
+    """Parse ``[MEASURE of ]RESULT[ minus RESULT][ as LABEL]``, as ``nDCG@100 of clean as nDCG``.
 
     Args:
         names: the results that there are; the longest text that is one of them is never taken apart.
@@ -321,7 +321,7 @@ def _labelled(text: str) -> list[tuple[str, str]]:
 
 
 def chosen_rows(rows: Sequence[TableRow], texts: Sequence[str]) -> list[TableRow]:
-    """Rows by ``NAME[ as LABEL]`` in this order, under their labels; ValueError where there is no such row."""
+    """Rows by ``NAME[ as LABEL]`` in this order, under their labels; ValueError for another name."""
     by_name = {row.name: row for row in rows}
     chosen = []
     for text in texts:
@@ -348,7 +348,7 @@ def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str
 
 
 def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[str]]:
-    """Header and lines with value, ends of the interval and seeds of each column apart; "" where there is none."""
+    """Header and lines with value, ends of the interval and seeds of each column apart; "" for none."""
     table = [
         ["recipe", *(f"{column}{part}" for column in columns for part in ("", " low", " high", " seeds"))]
     ]
@@ -375,9 +375,9 @@ def text_table(rows: Sequence[TableRow], results: Sequence[str] | None = None) -
 
 
 def captions(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[str]:
-    """Lines below the table: threat, attacks and budget of the attacked columns; those of the same words share one.
+    """Lines below the table: threat, attacks and budget of the attacked columns; equal ones share a line.
 
-    A column whose rows were attacked differently has a line for each, and another says that they do not compare.
+    A column whose rows were attacked differently has a line for each, and one that says they do not compare.
     """
     columns = list(rows[0].cells) if results is None else list(results)
     subjects: dict[str, list[str]] = {}  # columns by words

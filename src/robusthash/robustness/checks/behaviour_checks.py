@@ -1,4 +1,4 @@
-"""Checks of the victim by its behaviour: repeated passes, numbers, inner gradients, train mode, inputs, its class."""
+"""Checks of the victim by its behaviour: repeated passes, precision, train mode, inputs, its class."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def require_usable(victim: Hasher, batch: Batch) -> None:
         for name, logits in ((name, output.logits) for name, output in outputs.items()):
             if tuple(logits.shape) != (size, victim.bits):
                 raise ValueError(
-                    f"the model declares {victim.bits} bits and gives {name} logits of shape {tuple(logits.shape)} "
-                    f"for {size} queries; it must give ({size}, {victim.bits})"
+                    f"the model declares {victim.bits} bits and gives {name} logits of shape "
+                    f"{tuple(logits.shape)} for {size} queries; it must give ({size}, {victim.bits})"
                 )
             if bad := int((~torch.isfinite(logits)).sum()):
                 raise ValueError(
@@ -82,7 +82,7 @@ def f1_repeated(victim: Hasher, inputs: Inputs) -> Flag:
 def f16_precision(victim: Hasher, inputs: Inputs) -> Flag:
     """Codes in float32 against float64, and bits that are nearly 0: |u| under 1e-4 of the median |u|.
 
-    Differs: the specified margin of 1e-4 is relative to the size of the logits, so that their scale is no excuse.
+    Differs: the specified margin of 1e-4 is relative to the size of the logits, whatever their scale.
     """
     single = logits_of(victim, inputs)
     try:
@@ -109,8 +109,8 @@ def as_double(inputs: Inputs) -> Inputs:
 
 
 _FLAG_AT = {"batch_norm": 5}  # position of train or training among the arguments; 2 for every dropout
-_TRAINED = {"batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout",
-            "feature_alpha_dropout"}  # fmt: skip
+_TRAINED = {"batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d"}
+_TRAINED |= {"alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
 
 
 class _Watch(TorchFunctionMode):
@@ -149,7 +149,7 @@ def f15_f19_inside(victim: Hasher, inputs: Inputs) -> tuple[Flag, Flag]:
 
 
 def f20_range(victim: Hasher, inputs: Inputs, threat: Threat, clean: float, chance: float) -> Flag:
-    """Inputs outside the threat's range, values no single normalisation gives, or (amber) clean MAP at chance.
+    """Inputs outside the threat's range or normalised twice, or (amber) clean MAP at chance.
 
     Once normalised by the customary statistics, pixels in [0, 1] lie within 2.7 of 0; twice, they reach 10.
     Only convolutions of an encoder that take the image itself are looked at.
@@ -158,7 +158,8 @@ def f20_range(victim: Hasher, inputs: Inputs, threat: Threat, clean: float, chan
         low, high = threat.balls[name].bounds
         worst = float(torch.maximum(low - values, values - high).max())
         if worst > 1e-6:
-            remedy = f"{name} inputs leave the range [{low:g}, {high:g}] by {worst:g}: normalise inside the model only"
+            remedy = f"{name} inputs leave the range [{low:g}, {high:g}] by {worst:g}: "
+            remedy += "normalise inside the model only"
             return flag("F20", worst, "red", threshold=0.0, remedy=remedy)
     reached: list[float] = []
 
@@ -175,7 +176,9 @@ def f20_range(victim: Hasher, inputs: Inputs, threat: Threat, clean: float, chan
     if largest > CHECKS["F20"].threshold:
         return flag("F20", largest, "red")
     if clean <= chance + 0.02:
-        remedy = f"clean MAP {clean:.3f} is at chance {chance:.3f}: untrained, or normalised otherwise than in training"
+        remedy = (
+            f"clean MAP {clean:.3f} is at chance {chance:.3f}: untrained, or not normalised as in training"
+        )
         return flag("F20", clean, "amber", threshold=chance + 0.02, remedy=remedy)
     return flag("F20", largest, "pass")
 

@@ -41,8 +41,14 @@ class _Search(Search):
         self.edits = edits
 
     def __call__(
-        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Inputs | None
-    ) -> Found:  # fmt: skip
+        self,
+        score: Score,
+        batch: Batch,
+        threat: Threat,
+        draws: Draws,
+        select: Select | None,
+        _: Inputs | None,
+    ) -> Found:
         return self.function(score, batch, threat, draws, select)
 
 
@@ -107,7 +113,7 @@ def gradient_checks(context: EvaluationContext, threat: Threat, loss: Loss) -> t
 
 
 def _at_start(context: EvaluationContext, threat: Threat, loss: Loss) -> tuple[float, float, bool]:
-    """Shares of queries with a zero gradient and with a number that is not finite; whether there is a graph."""
+    """Shares of queries with a zero gradient, and with a number that is not finite; and if there is a graph."""
     zero, broken, connected = list[Tensor](), list[Tensor](), list[bool]()
 
     def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> Found:
@@ -253,7 +259,7 @@ def path_checks(
 
 
 def _f10_alignment(values: Tensor, metrics: Tensor) -> Flag:
-    """F10: Spearman's correlation along the path of each query, averaged with the spread of its AP as the weight.
+    """F10: Spearman's correlation along the path of each query, averaged with the spread of its AP as weight.
 
     Red where the 95 % bootstrap interval over queries lies below the threshold, amber where only the value
     does.

@@ -1,7 +1,6 @@
 """All checks of a model, run on a few queries before a suite; those of suites are in ``suite_checks``.
 
-Each gives a ``Flag`` with value, threshold, level and a one-line remedy. A check that could not be run is amber
-and says why.
+Each gives a ``Flag`` with value, threshold, level and remedy. One that could not be run is amber and says why.
 """
 
 from __future__ import annotations
@@ -116,13 +115,13 @@ def _clean_and_chance(context: EvaluationContext) -> tuple[float, float]:
 
 
 def f17_collapse(context: EvaluationContext) -> Flag:
-    """Few distinct codes: the gap between the best and the worst order of ties, or bits that are nearly constant."""
+    """Few distinct codes: the gap between the best and the worst order of ties, or nearly constant bits."""
     gap = float(tie_gap(prepared_profile(context.query, context.query_labels, context.prepared)).mean())
     entropy = float(bit_entropy(context.database.signs()).mean())
     if gap <= CHECKS["F17"].threshold and entropy < 0.3:
         distinct = len(torch.unique(context.database.packed, dim=0))
-        remedy = f"bits carry {entropy:.2f} bit each; {distinct} distinct codes in the database: {CHECKS['F17'].remedy}"
-        return flag("F17", entropy, "red", threshold=0.3, remedy=remedy)
+        remedy = f"bits carry {entropy:.2f} bit each; {distinct} distinct codes in the database: "
+        return flag("F17", entropy, "red", threshold=0.3, remedy=remedy + CHECKS["F17"].remedy)
     return above("F17", gap)
 
 

@@ -1,4 +1,4 @@
-"""Checks that compare the attacks of a suite: anything that beats the white box, or that more effort still finds."""
+"""Checks that compare the attacks of a suite: other attacks, or more effort, that beat the white box."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def suite_checks(
         chance: MAP of a random order.
         floor: (Q,) lowest AP that a search over codes found.
         curve: worst AP (Q,) by eps, in any order of keys.
-        cut: white-box attacks were left out since no gradient reaches the input; they count as the clean value.
+        cut: no gradient reaches the input, so white-box attacks were left out and count as the clean value.
 
     Raises:
         ValueError: an attack without a kind, shapes that do not fit the clean queries, or NaN.
@@ -86,7 +86,7 @@ def suite_checks(
 def worst_of(
     ap: Mapping[str, Tensor], kind: Mapping[str, Kind], clean: Tensor, kinds: Collection[Kind]
 ) -> Tensor | None:
-    """(Q,) lowest AP over the clean query and all attacks of these kinds; None where there is no such attack."""
+    """(Q,) lowest AP over the clean query and all attacks of these kinds; None without such an attack."""
     lowest = [values.double().amin(0) for name, values in ap.items() if kind[name] in kinds]
     return torch.stack([clean.double(), *lowest]).amin(0) if lowest else None
 

@@ -1,8 +1,7 @@
-"""Evidence bundles: attacked queries in a folder, that anyone may send in and that count only once scored here.
+"""Evidence bundles: attacked queries in a folder, which anyone may send in and which count once scored here.
 
 No attack code is run or trusted: the bounds are checked against our own clean queries, found by content hash;
-the victim hashes the inputs again; our protocol scores them. A bundle may lower a model's number and can never
-raise it.
+the victim hashes the inputs again; our protocol scores them. A bundle can lower a number, never raise it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.atomic_files import json_text, write_all_aside
-from robusthash.evaluation.attack_block import Attacked, Trial, finish, in_8bit
+from robusthash.evaluation.attack_block import Attacked, Trial, finish
 from robusthash.evaluation.context import EvaluationContext, by_content
 from robusthash.evaluation.evaluate import score_attack, setting_of
 from robusthash.metrics.measure_key import MeasureKey
@@ -32,8 +31,9 @@ from robusthash.models.encoding import weights_digest
 from robusthash.robustness.evidence.records import BUNDLE_SCHEMA, Manifest, ThreatRecord, read_record
 from robusthash.version import __version__
 
+_FILES = ("inputs.npy", "ids.json")
 _OF_THE_SEARCH = frozenset({"attacks", "budget", "seeds", "digests.suite"})
-"""Fields in which our search and a bundle may differ: a bundle says what lies in the budget, not how it was found."""
+"""Fields in which our search and a bundle may differ: it shows a point in the budget, however it was found."""
 _CLAIM = 0.005  # MAP by which a claim may differ from our own score before a note says so
 
 
@@ -45,46 +45,49 @@ class Bundle:
     manifest: Manifest
     ids: tuple[str, ...]
     inputs: np.ndarray  # (n, ...) float32, mapped from disk
-    codes_8bit: np.ndarray | None  # (n, 3, H, W) uint8; None where the inputs are no images
     digest: str  # of the manifest, and by its list of files of everything else
 
 
 def read_bundle(folder: str | Path) -> Bundle:
-    """Read a bundle and check all that can be checked without the victim. No pickle is loaded, no listed path opened.
+    """Read a bundle, and check all that needs no victim. Loads no pickle and opens no path that is listed.
 
     Raises:
         FileNotFoundError: a missing file.
         ValueError: another schema, a damaged or truncated file, a wrong type; the field is named.
     """
     folder = Path(folder)
-    path, list_of_ids = folder / "manifest.json", folder / "ids.json"
+    path, inputs_path, ids_path = (folder / name for name in ("manifest.json", *_FILES))
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no evidence bundle: it has no manifest.json")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    manifest = read_record(Manifest, raw, BUNDLE_SCHEMA, str(path))
-    images = manifest.threat.modality == "image" and "inputs-8bit.npy" in manifest.files
-    for name in ["inputs.npy", "ids.json", *["inputs-8bit.npy"] * images]:
+    manifest = read_record(Manifest, _json(path), BUNDLE_SCHEMA, str(path))
+    for name in _FILES:
         if name not in manifest.files:
             raise ValueError(f"{path}: files lists no {name!r}")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is truncated: {name} is missing")
         if _sha256(folder / name) != manifest.files[name]:
-            raise ValueError(
-                f"{folder / name} is truncated or changed: its sha256 is not that of files[{name!r}]"
-            )
-    ids = json.loads(list_of_ids.read_text(encoding="utf-8"))
+            raise ValueError(f"{folder / name} is truncated or changed: its sha256 is not files[{name!r}]")
+    ids = _json(ids_path)
     if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
-        raise ValueError(f"{list_of_ids} must be a list of content hashes")
+        raise ValueError(f"{ids_path} must be a list of content hashes")
     if len(ids) != manifest.queries:
-        raise ValueError(
-            f"{list_of_ids} holds {len(ids)} ids, and the manifest says queries {manifest.queries}"
-        )
-    inputs = _array(folder / "inputs.npy", np.float32, len(ids))
-    codes_8bit = _array(folder / "inputs-8bit.npy", np.uint8, len(ids)) if images else None
-    return Bundle(folder, manifest, tuple(ids), inputs, codes_8bit, _sha256(path)[:12])
+        raise ValueError(f"{ids_path} holds {len(ids)} ids, and the manifest says queries {manifest.queries}")
+    try:
+        inputs = np.load(inputs_path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{inputs_path} is truncated or no array: {error}") from None
+    if inputs.dtype != np.float32:
+        raise ValueError(f"{inputs_path}: dtype is {inputs.dtype}, and must be float32")
+    if inputs.ndim == 0 or len(inputs) != len(ids) or math.prod(inputs.shape) == 0:
+        raise ValueError(f"{inputs_path}: shape {inputs.shape} for {len(ids)} ids; it is truncated or empty")
+    return Bundle(folder, manifest, tuple(ids), inputs, _sha256(path)[:12])
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def _sha256(path: Path) -> str:
@@ -92,19 +95,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _array(path: Path, dtype: type[np.generic], rows: int) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is truncated or no array: {error}") from None
-    if array.dtype != dtype:
-        raise ValueError(f"{path}: dtype is {array.dtype}, and must be {np.dtype(dtype)}")
-    if array.ndim == 0 or len(array) != rows or math.prod(array.shape) == 0:
-        raise ValueError(f"{path}: shape {array.shape} for {rows} ids; the bundle is truncated or empty")
-    return array
-
-
-# ---------------------------------------------------------------------------------------------- export, verify
+# ---------------------------------------------------------------------------------------------- export
 
 
 def export(
@@ -135,42 +126,45 @@ def export(
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; give the bundle a folder of its own")
     if list(threat.balls) != [modality]:
-        raise ValueError(
-            f"a bundle holds queries of {modality!r} alone, and {threat.name} changes {list(threat.balls)}"
-        )
+        changed = f"{threat.name} changes {list(threat.balls)}"
+        raise ValueError(f"a bundle holds queries of {modality!r} alone, and {changed}")
     rows = torch.arange(len(context.queries)) if positions is None else positions
     if len(rows) != len(inputs) or len(set(rows.tolist())) != len(rows):
         raise ValueError(f"{len(inputs)} inputs for {len(rows)} positions, which must differ from each other")
     result = _score(context, _SentAttack(attack, threat, budget), rows, inputs.numpy())
-    headline = (
-        result.setting.headline
-    )  # claimed, and with it what storage as 8-bit images or whole words leaves of it
-    ball, clean = threat.balls[modality], context.queries.batch(rows).inputs[modality]
+    key, ids = result.setting.key, [content.decode() for content in context.queries.hashes[rows.numpy()]]
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["inputs.npy", "ids.json", *["inputs-8bit.npy"] * (modality == "image" and clean.ndim == 4)]
-    with write_all_aside([folder / name for name in [*names, "manifest.json"]]) as asides:
+    with write_all_aside([folder / name for name in (*_FILES, "manifest.json")]) as asides:
         np.save(asides[0], inputs.numpy(), allow_pickle=False)
-        asides[1].write_text(json.dumps([h.decode() for h in context.queries.hashes[rows.numpy()]]) + "\n")
-        if len(names) == 3:
-            np.save(asides[2], _levels(clean, inputs), allow_pickle=False)
+        asides[1].write_text(json.dumps(ids) + "\n")
         manifest = Manifest(
-            threat=ThreatRecord(
-                name=threat.name, modality=modality, norm=ball.norm, eps=ball.eps, bounds=ball.bounds,
-                knowledge=threat.knowledge,
-            ),
+            threat=ThreatRecord.of(threat),
             **_identity(context),
             model=model,
-            codes=_codes_digest(context),
             queries=len(rows),
             attack=attack,
             budget=budget,
-            claimed={n: v for n, v in result.values.items() if MeasureKey.parse(n).name() == headline},
+            claimed={n: v for n, v in result.values.items() if MeasureKey.parse(n).name() == str(key)},
             tool=f"robusthash {__version__}",
-            files={name: _sha256(aside) for name, aside in zip(names, asides, strict=False)},
-        )  # fmt: skip
+            files={name: _sha256(aside) for name, aside in zip(_FILES, asides, strict=False)},
+        )
         document = {"schema": BUNDLE_SCHEMA, **manifest.model_dump(mode="json")}
-        asides[-1].write_text(json_text(document), encoding="utf-8")
+        asides[2].write_text(json_text(document), encoding="utf-8")
     return result
+
+
+def _identity(context: EvaluationContext) -> dict[str, Any]:
+    """The fields of a manifest that must be those of the victim and its database."""
+    return {
+        "weights": weights_digest(context.victim),
+        "database": context.data.database.fingerprint(),
+        "direction": context.direction,
+        "bits": context.victim.bits,
+        "codes": hashlib.sha256(context.database.packed.cpu().numpy().tobytes()).hexdigest()[:16],
+    }
+
+
+# ---------------------------------------------------------------------------------------------- verification
 
 
 def verify_bundle(folder: str | Path, context: EvaluationContext) -> EvalResult:
@@ -184,55 +178,33 @@ def verify_bundle(folder: str | Path, context: EvaluationContext) -> EvalResult:
             not ours; inputs that leave the ball or range, or hold NaN. The message names the field.
     """
     bundle = read_bundle(folder)
-    manifest, notes, modality, ours = bundle.manifest, [], context.direction[0], _identity(context)
-    for name, value in ours.items():
-        if getattr(manifest, name) != value:
-            other = (
-                "it was made for other weights"
-                if name == "weights"
-                else "verify it with the run it was made for"
-            )
-            raise ValueError(f"{folder}: {name} is {getattr(manifest, name)!r} and ours {value!r}; {other}")
-    if manifest.threat.modality != modality:
-        raise ValueError(
-            f"{folder}: threat.modality is {manifest.threat.modality!r}, and queries here are {modality!r}"
-        )
-    if manifest.codes != _codes_digest(context):
-        if ours["weights"] == "none":  # then the codes are all that tells one victim from another
-            raise ValueError(
-                f"{folder}: codes is not the digest of our database codes; it was made for another model"
-            )
-        notes.append(
-            "the bundle was made against database codes that differ from ours, as other hardware may round"
-        )
+    manifest, ours, notes = bundle.manifest, _identity(context), list[str]()
+    differing = [name for name, value in ours.items() if getattr(manifest, name) != value]
+    if (
+        differing == ["codes"] and ours["weights"] != "none"
+    ):  # without weights, only codes identify the victim
+        notes.append("made against database codes that differ from ours, as other hardware may round")
+    elif differing:
+        name = differing[0]
+        remedy = "verify it with the run it was made for"
+        remedy = "it was made for other weights" if name == "weights" else remedy
+        raise ValueError(f"{folder}: {name} is {getattr(manifest, name)!r} and ours {ours[name]!r}; {remedy}")
+    if manifest.threat.modality != context.direction[0]:
+        queries = f"queries here are {context.direction[0]!r}"
+        raise ValueError(f"{folder}: threat.modality is {manifest.threat.modality!r}, and {queries}")
     budget = f"{manifest.budget or 'budget not stated'}; sent in, made with {manifest.tool}"
     attack = _SentAttack(manifest.attack, manifest.threat.threat(), budget)
     positions = _positions(bundle, context)
-    result = _score(context, attack, positions, bundle.inputs, bundle.codes_8bit, str(folder))
-    count, total = len(positions), len(context.queries)
-    if count < total:
-        notes.append(f"{count} of {total} queries are in the bundle; the others are scored clean")
+    result = _score(context, attack, positions, bundle.inputs, str(folder))
+    if len(positions) < len(context.queries):
+        count = f"{len(positions)} of {len(context.queries)}"
+        notes.append(f"{count} queries are in the bundle; the others are scored clean")
     for name, value in manifest.claimed.items():
         if name in result.values and abs(result[name] - value) > _CLAIM:
-            notes.append(
-                f"the bundle claims {name} {value:.4f}; it scores {result[name]:.4f} here, which is what counts"
-            )
+            score = f"it scores {result[name]:.4f} here, which is what counts"
+            notes.append(f"the bundle claims {name} {value:.4f}; {score}")
     name = f"evidence {bundle.digest}"
     return replace(result, notes=(*result.notes, *notes), name=name, attack=name)
-
-
-def _identity(context: EvaluationContext) -> dict[str, Any]:
-    """The fields of a manifest that must be those of the victim and its database."""
-    return {
-        "weights": weights_digest(context.victim),
-        "database": context.data.database.fingerprint(),
-        "direction": context.direction,
-        "bits": context.victim.bits,
-    }
-
-
-def _codes_digest(context: EvaluationContext) -> str:
-    return hashlib.sha256(context.database.packed.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _positions(bundle: Bundle, context: EvaluationContext) -> Tensor:
@@ -244,8 +216,8 @@ def _positions(bundle: Bundle, context: EvaluationContext) -> Tensor:
     for row, content in enumerate(bundle.ids):
         if not free.get(content):
             raise ValueError(
-                f"{bundle.folder / 'ids.json'}: id {content!r} (row {row}) is none of our {len(context.queries)} "
-                "queries, or comes too often; the bundle holds other queries"
+                f"{bundle.folder / 'ids.json'}: id {content!r} (row {row}) is none of our "
+                f"{len(context.queries)} queries, or comes too often; the bundle holds other queries"
             )
         positions.append(free[content].pop(0))
     return torch.tensor(positions, dtype=torch.int64)
@@ -262,47 +234,48 @@ class _SentAttack:
 
 
 def _score(
-    context: EvaluationContext,
-    attack: _SentAttack,
-    positions: Tensor,
-    inputs: np.ndarray,
-    codes_8bit: np.ndarray | None = None,
-    where: str = "inputs",
-) -> EvalResult:
-    """Score inputs in place of our clean queries at ``positions``, block by block, each verified before ``finish``."""
+    context: EvaluationContext, attack: _SentAttack, positions: Tensor, inputs: np.ndarray, where: str = "inputs"
+) -> EvalResult:  # fmt: skip
+    """Score inputs in place of our clean queries at ``positions``, block by block, all verified first."""
     (modality,) = attack.threat.balls
     row_of = {position: row for row, position in enumerate(positions.tolist())}
     blocks = []
     for block in range(context.blocks):
         batch = context.batch(block)
         clean = batch.inputs[modality]
+        attacked = clean.clone()
         slots = [slot for slot, position in enumerate(batch.ids.tolist()) if position in row_of]
         rows = [row_of[int(batch.ids[slot])] for slot in slots]
-        attacked = clean.clone()
         if rows:
             sent = torch.from_numpy(np.array(inputs[rows]))
             if sent.dtype != clean.dtype or sent.shape[1:] != clean.shape[1:]:
-                raise ValueError(
-                    f"{where}: inputs are {sent.dtype} {tuple(sent.shape[1:])}, our clean queries {clean.dtype} "
-                    f"{tuple(clean.shape[1:])}"
-                )
+                ours = f"our clean queries {clean.dtype} {tuple(clean.shape[1:])}"
+                raise ValueError(f"{where}: inputs are {sent.dtype} {tuple(sent.shape[1:])}, {ours}")
             attacked[slots] = sent.to(clean.device)
             try:
                 attack.threat.verify({modality: attacked}, {modality: clean})
             except ValueError as error:
                 raise ValueError(f"{where}: inputs, rows {rows[0]} to {rows[-1]}: {error}") from None
-            if codes_8bit is not None:
-                expected = _levels(clean[slots].cpu(), sent).astype(int)
-                if np.abs(codes_8bit[rows] - expected).max() > 1:
-                    raise ValueError(f"{where}: inputs-8bit.npy is not the 8-bit copy of inputs.npy")
         trial = Trial({modality: attacked}, torch.empty(len(batch), 0, dtype=torch.int8))
         blocks.append(finish(context, attack.threat, batch, [trial], 0.0))
     return score_attack(context, attack, Attacked.join(blocks))
 
 
-def _levels(clean: Tensor, attacked: Tensor) -> np.ndarray:
-    """(n, 3, H, W) uint8: the change rounded towards zero to whole levels, then the image to the nearest."""
-    return (in_8bit(clean, attacked) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+def on_queries(result: EvalResult, context: EvaluationContext, positions: Tensor) -> EvalResult:
+    """The result of a verified bundle on some of the queries of its context, as a suite chooses them."""
+    per_query = {name: values[positions] for name, values in result.per_query.items()}
+    some = setting_of(context.at(positions, by_content(len(positions), context.data.query)))
+    digests = {**result.setting.digests, "queries": some.digests["queries"]}
+    chosen = {"queries": some.queries, "data": some.data, "digests": digests, "chosen": some.chosen}
+    return replace(
+        result,
+        name=f"{result.name}, {len(positions)} queries",
+        attack=f"{result.name}, {len(positions)} queries",
+        setting=replace(result.setting, **chosen),
+        values={n: float(per_query[n].nan_to_num(0.0).mean()) for n in result.values if n in per_query},
+        per_query=per_query,
+        interval=intervals(per_query),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- best known
@@ -311,25 +284,6 @@ def _levels(clean: Tensor, attacked: Tensor) -> np.ndarray:
 def disagreements(own: EvalResult, bundle: EvalResult) -> list[str]:
     """Names of the fields in which a bundle is about something else than our own worst case."""
     return [name for name in own.setting.differs(bundle.setting) if name not in _OF_THE_SEARCH]
-
-
-def on_queries(result: EvalResult, context: EvaluationContext, positions: Tensor) -> EvalResult:
-    """The result of a verified bundle on some of the queries of its context, as a suite chooses them."""
-    per_query = {name: values[positions] for name, values in result.per_query.items()}
-    some = setting_of(context.at(positions, by_content(len(positions), context.data.query)))
-    digests = {**result.setting.digests, "queries": some.digests["queries"]}
-    name = f"{result.name}, {len(positions)} queries"
-    return replace(
-        result,
-        name=name,
-        attack=name,
-        setting=replace(
-            result.setting, queries=some.queries, data=some.data, digests=digests, chosen=some.chosen
-        ),
-        values={n: float(per_query[n].nan_to_num(0.0).mean()) for n in result.values if n in per_query},
-        per_query=per_query,
-        interval=intervals(per_query),
-    )
 
 
 def best_known(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult:
@@ -355,28 +309,25 @@ def best_known(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult
             differing.append("digests.model")
         if differing:
             raise ValueError(f"the bundle {source} and our own worst case differ in {', '.join(differing)}")
-    key = own.setting.key
+    key, values, per_query = own.setting.key, dict(own.values), dict(own.per_query)
     headline, low = str(key), key.name("worst")
-    values, per_query = dict(own.values), dict(own.per_query)
     for name in own.per_query:
         measure = MeasureKey.parse(name)
-        if measure.role != "worst" or measure.eps is not None:
-            continue
-        plain = measure.name(storage=measure.storage)
-        sent = {source: r.per_query[plain] for source, r in bundles.items() if plain in r.per_query}
-        lowest = worst_case(own.per_query[name], sent)
-        values[name], per_query[name] = lowest.mean, lowest.values
+        if measure.role == "worst" and measure.eps is None:
+            plain = measure.name(storage=measure.storage)
+            sent = {source: r.per_query[plain] for source, r in bundles.items() if plain in r.per_query}
+            lowest = worst_case(own.per_query[name], sent)
+            values[name], per_query[name] = lowest.mean, lowest.values
     best = worst_case(own.per_query[low], {source: r.per_query[headline] for source, r in bundles.items()})
-    changed = {name: column for name, column in per_query.items() if column is not own.per_query[name]}
-    spans = {**own.interval, **intervals(changed)}
+    lower = {name: column for name, column in per_query.items() if column is not own.per_query[name]}
     first = next(iter(bundles.values()))
     clean = first.per_query[headline] + first.per_query["drop"]
     columns = torch.stack([clean, best.values, torch.full_like(clean, own.reference["chance"])], 1)
     values["HRS"] = float(hrs_of(*columns.mean(0)))
-    spans["HRS"] = bootstrap_interval(columns, lambda means: hrs_of(means[:, 0], means[:, 1], means[:, 2]))
+    span = bootstrap_interval(columns, lambda means: hrs_of(means[:, 0], means[:, 1], means[:, 2]))
     before = own.winner or ("own",) * len(best.winner)
-    lowered = sorted({name for name in best.winner if name != "clean"})
-    note = f"lowered by {', '.join(lowered)}" if lowered else "no bundle lowers our own value"
+    winners = sorted({name for name in best.winner if name != "clean"})
+    note = f"lowered by {', '.join(winners)}" if winners else "no bundle lowers our own value"
     sent_in = {
         source: {headline: result[headline], "unique wins": float(best.unique_wins[source])}
         for source, result in bundles.items()
@@ -385,7 +336,7 @@ def best_known(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult
         own,
         values=values,
         per_query=per_query,
-        interval=spans,
+        interval={**own.interval, **intervals(lower), "HRS": span},
         reference={**own.reference, "own": own[low]},
         winner=tuple(o if w == "clean" else w for o, w in zip(before, best.winner, strict=True)),
         attacks={**own.attacks, **sent_in},

@@ -1,4 +1,4 @@
-"""Records that others send in, with errors that name the field: manifests of evidence bundles and registry entries."""
+"""Records that others send in, manifests of bundles and registry entries; errors name the field."""
 
 from __future__ import annotations
 
@@ -30,10 +30,7 @@ Sent = TypeVar("Sent", bound=SentRecord)
 
 
 def read_record(kind: type[Sent], raw: Any, schema: str, where: str) -> Sent:
-    """Validate ``raw`` as a record of ``kind``; ``schema`` is the version that it must name.
-
-    Args:
-        where: the file, for messages.
+    """Validate plain data from the file ``where`` as a record of ``kind``.
 
     Raises:
         ValueError: another schema, a missing or unknown field, a bad value; every fault in a line of its own.
@@ -62,9 +59,6 @@ def _explain(kind: type[SentRecord], problem: Any, where: str) -> str:
     return f"{where}: {place}: {message} (got {problem['input']!r})"
 
 
-# ---------------------------------------------------------------------------------------------- bundles
-
-
 class ThreatRecord(SentRecord):
     """A threat on one modality. ``eps`` is in input units: 8/255, or a number of words for ``flips``."""
 
@@ -76,18 +70,19 @@ class ThreatRecord(SentRecord):
     bounds: tuple[float, float] = (0.0, 1.0)
     knowledge: Knowledge = "W2"
 
-    def threat(self) -> Threat:
-        """The threat that the numbers make.
+    @classmethod
+    def of(cls, threat: Threat) -> ThreatRecord:
+        ((modality, ball),) = threat.balls.items()
+        numbers = {"norm": ball.norm, "eps": ball.eps, "bounds": ball.bounds, "knowledge": threat.knowledge}
+        return cls(name=threat.name, modality=modality, **numbers)
 
-        Raises:
-            ValueError: a name that its numbers do not have.
-        """
+    def threat(self) -> Threat:
+        """The threat that the numbers make; ValueError where it has another name."""
         ball: Budget = Edits(self.eps) if self.norm == "flips" else Ball(self.norm, self.eps, self.bounds)
         threat = Threat({self.modality: ball}, self.knowledge)
         if threat.name != self.name:
-            raise ValueError(
-                f"threat.name {self.name!r} does not fit its numbers, which are those of {threat.name!r}"
-            )
+            numbers = f"its numbers, which are those of {threat.name!r}"
+            raise ValueError(f"threat.name {self.name!r} does not fit {numbers}")
         return threat
 
 
@@ -107,9 +102,6 @@ class Manifest(SentRecord):
     claimed: dict[str, float]
     tool: str
     files: dict[str, str]  # name -> sha256
-
-
-# ---------------------------------------------------------------------------------------------- registry
 
 
 class ModelSource(SentRecord):
@@ -225,13 +217,13 @@ def verify(entry: RegistryEntry, results: Mapping[str, EvalResult]) -> Verified:
     A value outside of the tolerance on either side is a fault: below, the model is weaker than claimed;
     above, the claim was not reproduced.
     """
-    worst, claimed = results["worst"], entry.claimed
+    worst, claimed, tolerance = results["worst"], entry.claimed, entry.claimed.tolerance
     low = MeasureKey.parse(claimed.measure).name("worst")
     measured = {"clean": results["clean"][claimed.measure], "worst": worst[low]}
     faults = [
-        f"claimed.{name} is {getattr(claimed, name):.4f}, measured {value:.4f}, tolerance {claimed.tolerance:g}"
+        f"claimed.{name} is {getattr(claimed, name):.4f}, measured {value:.4f}, tolerance {tolerance:g}"
         for name, value in measured.items()
-        if abs(value - getattr(claimed, name)) > claimed.tolerance
+        if abs(value - getattr(claimed, name)) > tolerance
     ]
     facts = {
         "bits": (entry.bits, worst.setting.bits),
