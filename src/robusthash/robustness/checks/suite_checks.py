@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,6 @@ from robusthash.metrics.results import Flag
 from robusthash.metrics.robustness_measures import hubness
 from robusthash.metrics.statistics import bootstrap_interval
 from robusthash.robustness.checks.base import CHECKS, above, flag, not_run, order
-
-_WHITE: tuple[Kind, ...] = ("white-box", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def suite_checks(
     more: MoreEffort = MoreEffort(),
     cut: bool = False,
 ) -> tuple[Flag, ...]:
-    """F4-F9 and F18. What is None could not be run, and is amber.
+    """F4-F9 and F18. A check whose values are None could not be run, and is amber.
 
     Args:
         ap: (R, Q) AP of each untargeted attack and restart.
@@ -65,50 +63,32 @@ def suite_checks(
     for values in [v for v in (more.unbounded, more.doubled_steps, more.doubled_restarts) if v is not None]:
         if len(values) != len(part):
             raise ValueError(f"{len(values)} values for {len(part)} clean queries")
-    white = worst_of(ap, kind, clean, _WHITE)
-    white = clean.double() if white is None and cut else white
+    lowest = {name: torch.minimum(clean.double(), values.double().amin(0)) for name, values in ap.items()}
+    of_white = [values for name, values in lowest.items() if kind[name] in ("white-box", "adaptive")]
+    white = torch.stack(of_white).amin(0) if of_white else clean.double() if cut else None
     some = None if white is None else white[part]
-    bound = chance if floor is None else max(chance, float(floor[part].double().mean()))
-    flags = [
-        _beaten("F4", ap, kind, clean, white, ("black-box", "noise")),
-        _beaten("F5", ap, kind, clean, white, ("transfer",)),
-        not_run("F6", "no attack was run at eps = 1 (standard and full tiers do)")
-        if more.unbounded is None
-        else above("F6", float(more.unbounded.double().mean()) - bound),
-        _curve(curve),
-        _effort("F8", some, more.doubled_steps, "doubled steps"),
-        _effort("F9", some, more.doubled_restarts, "doubled restarts"),
-        _universal(signs),
-    ]
+    flags = [_curve(curve), _universal(signs)]
+    for id, kinds in (("F4", ("black-box", "noise")), ("F5", ("transfer",))):
+        rivals = {name: values for name, values in lowest.items() if kind[name] in kinds}
+        flags.append(_beaten(id, rivals, white, " or ".join(kinds)))
+    if more.unbounded is None:
+        flags.append(not_run("F6", "no attack was run at eps = 1 (standard and full tiers do)"))
+    else:
+        bound = chance if floor is None else max(chance, float(floor[part].double().mean()))
+        flags.append(above("F6", float(more.unbounded.double().mean()) - bound))
+    flags.append(_effort("F8", some, more.doubled_steps, "doubled steps"))
+    flags.append(_effort("F9", some, more.doubled_restarts, "doubled restarts"))
     return order(flags)
 
 
-def worst_of(
-    ap: Mapping[str, Tensor], kind: Mapping[str, Kind], clean: Tensor, kinds: Collection[Kind]
-) -> Tensor | None:
-    """(Q,) lowest AP over the clean query and all attacks of these kinds; None without such an attack."""
-    lowest = [values.double().amin(0) for name, values in ap.items() if kind[name] in kinds]
-    return torch.stack([clean.double(), *lowest]).amin(0) if lowest else None
+def _beaten(id: str, rivals: Mapping[str, Tensor], white: Tensor | None, kinds: str) -> Flag:
+    """The gain of the strongest rival over the white-box wMAP, with a paired bootstrap over queries.
 
-
-def _beaten(
-    id: str,
-    ap: Mapping[str, Tensor],
-    kind: Mapping[str, Kind],
-    clean: Tensor,
-    white: Tensor | None,
-    kinds: tuple[Kind, ...],
-) -> Flag:
-    """The gain of the strongest such attack over the white-box wMAP, with a paired bootstrap over queries.
-
-    Red where the whole 95 % interval lies beyond the threshold, amber where the value does but its interval
-    reaches it.
+    Red where the whole 95 % interval lies beyond the threshold, amber where only the value does.
     """
-    rivals = [name for name in ap if kind[name] in kinds]
     if not rivals or white is None:
-        return not_run(id, f"the suite has no {'white-box' if white is None else ' or '.join(kinds)} attack")
-    lowest = {name: torch.minimum(clean.double(), ap[name].double().amin(0)) for name in rivals}
-    gains = {name: white - torch.minimum(white, values) for name, values in lowest.items()}
+        return not_run(id, f"the suite has no {'white-box' if white is None else kinds} attack")
+    gains = {name: white - torch.minimum(white, values) for name, values in rivals.items()}
     name = max(gains, key=lambda rival: float(gains[rival].mean()))
     gain, threshold = float(gains[name].mean()), CHECKS[id].threshold
     if gain <= threshold:
