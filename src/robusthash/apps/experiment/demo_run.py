@@ -37,7 +37,7 @@ from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.evaluation.evaluate import attack_all, score_attack
 from robusthash.index import open_index
 from robusthash.metrics.distortion import image_measures
-from robusthash.metrics.measure_key import MeasureKey
+from robusthash.metrics.measure_key import MeasureKey, Role
 from robusthash.metrics.results import EvalResult, software_versions
 
 MODELS = ("undefended", "saat")
@@ -340,16 +340,11 @@ def summarise(
 
 def _numbers(name: str, result: EvalResult) -> dict[str, Any]:
     """One result under plain names."""
-    key, role = result.setting.key, "worst" if name == "worst" else ""
-    keys = {
-        "map": key.name(role),
-        "t-map": key.name("targeted"),
-        "flips": "flips",
-        "success": "ASR",
-        "hrs": "HRS",
-    }
-    keys |= {"map-8bit": key.name(role, storage="8bit")}
-    made: dict[str, Any] = {short: result.values[key] for short, key in keys.items() if key in result.values}
+    key = result.setting.key
+    role: Role = "worst" if name == "worst" else ""
+    keys = {"map": key.name(role), "map-8bit": key.name(role, storage="8bit"), "t-map": key.name("targeted")}
+    keys |= {"flips": "flips", "success": "ASR", "hrs": "HRS"}
+    made: dict[str, Any] = {short: result[full] for short, full in keys.items() if full in result.values}
     spans = {short: list(result.interval[keys[short]]) for short in ("map", "t-map") if short in made}
     return {**made, **{f"{short}-interval": ends for short, ends in spans.items()}}
 

@@ -138,18 +138,18 @@ def _checkpoints(run: Run) -> list[Checkpoint]:
     assessed, bundles = run.assessed(), accepted(run)
     evaluated = {} if assessed and not run.was_evaluated else run.evaluated()
     groups = list(by_direction(evaluated).values())
-    worst = [(group["worst"], group["clean"], group) for group in groups if "worst" in group]
+    worst = [(group["worst"], group) for group in groups if "worst" in group]
     for own in assessed.values():
         alike = [group["clean"] for group in groups if _same_queries(group["clean"].setting, own.setting)]
         if own.setting.key.name("worst") in own.values:
-            worst.append((own, alike[0] if alike else None, {}))
+            worst.append((own, {"clean": alike[0]} if alike else {}))
     checkpoints = []
-    for own, clean, group in worst:
+    for own, group in worst:
         parts = {name: result for name, result in group.items() if name not in ("clean", "worst")}
         suites = [r for r in assessed.values() if r.setting.direction == own.setting.direction]
         flags = [*run.checked(), *(flag for result in suites for flag in result.flags)]
         red = tuple(flag for flag in flags if flag.level == "red" and flag.id not in OF_A_SUITE)
-        checkpoints.append(Checkpoint(run, own, lowered(own, bundles), clean, parts, red))
+        checkpoints.append(Checkpoint(run, own, lowered(own, bundles), group.get("clean"), parts, red))
     return checkpoints
 
 

@@ -266,12 +266,12 @@ def on_queries(result: EvalResult, context: EvaluationContext, positions: Tensor
     per_query = {name: values[positions] for name, values in result.per_query.items()}
     some = setting_of(context.at(positions, by_content(len(positions), context.data.query)))
     digests = {**result.setting.digests, "queries": some.digests["queries"]}
-    chosen = {"queries": some.queries, "data": some.data, "digests": digests, "chosen": some.chosen}
+    chosen: dict[str, Any] = {"queries": some.queries, "data": some.data, "chosen": some.chosen}
     return replace(
         result,
         name=f"{result.name}, {len(positions)} queries",
         attack=f"{result.name}, {len(positions)} queries",
-        setting=replace(result.setting, **chosen),
+        setting=replace(result.setting, digests=digests, **chosen),
         values={n: float(per_query[n].nan_to_num(0.0).mean()) for n in result.values if n in per_query},
         per_query=per_query,
         interval=intervals(per_query),
