@@ -34,7 +34,8 @@ from robusthash.metrics.results import load_results, save_results
 from robusthash.models import Hasher
 from robusthash.models.purifier import Purifier
 from robusthash.robustness.assess import assess, run_shard
-from robusthash.robustness.checks.model_checks import model_checks, suite_checks
+from robusthash.robustness.checks.model_checks import model_checks
+from robusthash.robustness.checks.suite_checks import suite_checks
 from robusthash.robustness.eps_curve import eps_curve
 from robusthash.robustness.specs.published_suite import LEGACY, paper_suite, published, with_legacy
 from robusthash.robustness.suite import TIERS, Suite, prepare_suite, tier
