@@ -50,7 +50,7 @@ class Masked:
     Args:
         meant: the check that must turn red.
         apply: the context of an honest victim -> the context of the masked one.
-        loss: what its attack ascends, the house objective by default.
+        loss: what its attack ascends, the default objective if None.
     """
 
     name: str
@@ -72,8 +72,7 @@ class Calibrated:
     remedy: str
 
 
-# ---------------------------------------------------------------------------------------------- parts of the
-# masks
+# ---------------------------------------------------------------------------------------------- parts of masks
 
 
 class Before(nn.Module):
@@ -233,7 +232,7 @@ class Forgetful:
 def rebuilt(
     context: EvaluationContext, victim: Hasher | None = None, data: RetrievalData | None = None
 ) -> EvaluationContext:
-    """The same context of another victim or another database, encoded anew; the queries stay those of the
+    """The same context of another victim or another database, encoded again; the queries stay those of the
     context."""
     return make_context(
         victim or context.victim,
@@ -298,7 +297,7 @@ def _stale(context: EvaluationContext) -> EvaluationContext:
 
 
 def _leaked(context: EvaluationContext) -> EvaluationContext:
-    """The database holds the queries too, from files that were saved anew, so that their hashes differ."""
+    """The database holds the queries too, from files that were saved again, so that their hashes differ."""
     query, database = context.data.query, context.data.database
     renamed = np.array([content[::-1] for content in query.hashes], dtype="S16")
     labels = None

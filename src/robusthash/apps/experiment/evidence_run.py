@@ -110,9 +110,10 @@ def verify_entry(entry: RegistryEntry, run: Run, progress: stages.Progress = sta
     """
     recipe, seed = Path(entry.source.recipe).stem, entry.source.seed
     if run.config.name != recipe or run.config.runtime.seed != seed:
+        ours = f"{run.path} is {run.config.name!r} with seed {run.config.runtime.seed}"
         raise ValueError(
-            f"{run.path} is {run.config.name!r} with seed {run.config.runtime.seed}, and the entry {entry.id} is "
-            f"of {recipe!r} with seed {seed}; train that one: robusthash train {entry.source.recipe}"
+            f"{ours}, and the entry {entry.id} is of {recipe!r} with seed {seed}; train that one: "
+            f"robusthash train {entry.source.recipe}"
         )
     claimed = entry.claimed
     if claimed.tier == "recipe":

@@ -325,7 +325,7 @@ def legend(methods: bool) -> str:
 
 
 def setting_pairs(board: Leaderboard, boards: Sequence[Leaderboard] = ()) -> list[tuple[str, str]]:
-    """Everything that the numbers depend on, and the fields that differ from others of this data and threat."""
+    """Everything that the numbers depend on, and fields that differ in ``boards`` of this data and threat."""
     setting = board.setting
     alike = [
         b for b in boards if (b.data, b.setting.threat) == (board.data, setting.threat) and b is not board

@@ -113,7 +113,7 @@ def gradient_checks(context: EvaluationContext, threat: Threat, loss: Loss) -> t
 
 
 def _at_start(context: EvaluationContext, threat: Threat, loss: Loss) -> tuple[float, float, bool]:
-    """Shares of queries with a zero gradient, and with a number that is not finite; and if there is a graph."""
+    """Shares of queries with a zero gradient, and with a number that is not finite; any graph at all."""
     zero, broken, connected = list[Tensor](), list[Tensor](), list[bool]()
 
     def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> Found:
@@ -179,7 +179,7 @@ def f14_differences(context: EvaluationContext, threat: Threat) -> Flag:
             columns.append(torch.stack([(ahead - behind) / (2 * _STEP), (_rows(slopes) * _rows(way)).sum(1)]))
         measured, promised = torch.stack(columns, 2)  # (B, directions) each
         size = torch.maximum(measured.norm(dim=1), promised.norm(dim=1))
-        # nothing moves and nothing is said to move: a flat objective has no gradient to trust either
+        # nothing moves, and nothing is promised to: a flat objective has no gradient to trust either
         error = (measured - promised).norm(dim=1) / size.clamp_min(1e-300)
         errors.append(torch.where(size > 0, error, 1.0))
         return Found(inside, value.mean().reshape(1), 1, 1)

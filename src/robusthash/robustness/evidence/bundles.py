@@ -33,7 +33,7 @@ from robusthash.version import __version__
 
 _FILES = ("inputs.npy", "ids.json")
 _OF_THE_SEARCH = frozenset({"attacks", "budget", "seeds", "digests.suite"})
-"""Fields in which our search and a bundle may differ: it shows a point in the budget, however it was found."""
+"""Fields in which our search and a bundle may differ: a point in the budget counts, however it was found."""
 _CLAIM = 0.005  # MAP by which a claim may differ from our own score before a note says so
 
 
@@ -131,7 +131,7 @@ def export(
     rows = torch.arange(len(context.queries)) if positions is None else positions
     if len(rows) != len(inputs) or len(set(rows.tolist())) != len(rows):
         raise ValueError(f"{len(inputs)} inputs for {len(rows)} positions, which must differ from each other")
-    result = _score(context, _SentAttack(attack, threat, budget), rows, inputs.numpy())
+    result = _score(context, _SentAttack(attack, threat, budget), rows, inputs.numpy(), "export")
     key, ids = result.setting.key, [content.decode() for content in context.queries.hashes[rows.numpy()]]
     folder.mkdir(parents=True, exist_ok=True)
     with write_all_aside([folder / name for name in (*_FILES, "manifest.json")]) as asides:
@@ -183,7 +183,7 @@ def verify_bundle(folder: str | Path, context: EvaluationContext) -> EvalResult:
     if (
         differing == ["codes"] and ours["weights"] != "none"
     ):  # without weights, only codes identify the victim
-        notes.append("made against database codes that differ from ours, as other hardware may round")
+        notes.append("the bundle was made against other database codes, as other hardware may round")
     elif differing:
         name = differing[0]
         remedy = "verify it with the run it was made for"
@@ -234,8 +234,8 @@ class _SentAttack:
 
 
 def _score(
-    context: EvaluationContext, attack: _SentAttack, positions: Tensor, inputs: np.ndarray, where: str = "inputs"
-) -> EvalResult:  # fmt: skip
+    context: EvaluationContext, attack: _SentAttack, positions: Tensor, inputs: np.ndarray, where: str
+) -> EvalResult:
     """Score inputs in place of our clean queries at ``positions``, block by block, all verified first."""
     (modality,) = attack.threat.balls
     row_of = {position: row for row, position in enumerate(positions.tolist())}
