@@ -107,7 +107,7 @@ def read_seeds(paths: Sequence[Path], only: Collection[int] = ()) -> dict[str, l
             a seed given twice; or none of ``only``.
     """
     paths = [path for path in paths if not only or load_run(path).config.runtime.seed in only]
-    if not paths:
+    if only and not paths:
         raise ValueError(f"no run has the training seed {' or '.join(map(str, only))}")
     rows: dict[str, list[Seed]] = {}
     first: dict[str, EvalResult] = {}
