@@ -108,7 +108,7 @@ def test_without_a_red_flag_nothing_is_marked(run: Run, result: EvalResult) -> N
 
 
 def test_published_attacks_are_reported_as_no_evidence(run: Run, result: EvalResult) -> None:
-    setting = replace(result.setting, budget="suite paper, 1 lines")
+    setting = replace(result.setting, budget="suite paper, 1 lines", tier="paper")
     paper = replace(result, name="img-linf-8 paper", setting=setting, curves={})
     page = page_of(run, paper, result)
     assert page.words.count("no evidence of robustness") == 1

@@ -37,6 +37,7 @@ from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.evaluation.evaluate import attack_all, score_attack
 from robusthash.index import open_index
 from robusthash.metrics.distortion import image_measures
+from robusthash.metrics.measure_key import MeasureKey, Role
 from robusthash.metrics.results import EvalResult, software_versions
 
 MODELS = ("undefended", "saat")
@@ -201,7 +202,10 @@ def choose_example(
     queries = contexts["saat"].queries
     colour = colour_variety(queries.batch(torch.arange(len(queries))).inputs["image"])
     query = int(torch.where(fit, colour, -1.0).argmax() if fit.any() else colour.argmax())
-    lost = {model: results[model]["worst"].per_query[f"w{measure}"] <= 0.5 * clean[model] for model in MODELS}
+    lost = {
+        model: results[model]["worst"].per_query[MeasureKey(measure).name("worst")] <= 0.5 * clean[model]
+        for model in MODELS
+    }
     among = (
         f"{int(fit.sum())} of {len(fit)} queries have a clean AP above 0.9 under both models and, under the {PICTURED} "
         "attack, below 0.1 under the undefended and above 0.9 under the hardened one. This is the one of them "
@@ -338,12 +342,11 @@ def summarise(
 
 def _numbers(name: str, result: EvalResult) -> dict[str, Any]:
     """One result under plain names."""
-    measure = result.setting.headline
-    keys = {"map": f"w{measure}", "map-8bit": f"w{measure}/8bit"} if name == "worst" else {"map": measure}
-    keys |= {"t-map": f"t-{measure}", "flips": "flips", "success": "ASR", "hrs": "HRS"}
-    if name != "worst":
-        keys |= {"map-8bit": f"{measure}/8bit"}
-    made: dict[str, Any] = {short: result.values[key] for short, key in keys.items() if key in result.values}
+    key = result.setting.key
+    role: Role = "worst" if name == "worst" else ""
+    keys = {"map": key.name(role), "map-8bit": key.name(role, storage="8bit"), "t-map": key.name("targeted")}
+    keys |= {"flips": "flips", "success": "ASR", "hrs": "HRS"}
+    made: dict[str, Any] = {short: result[full] for short, full in keys.items() if full in result.values}
     spans = {short: list(result.interval[keys[short]]) for short in ("map", "t-map") if short in made}
     return {**made, **{f"{short}-interval": ends for short, ends in spans.items()}}
 

@@ -16,7 +16,7 @@ from robusthash.apps.experiment.attribution_run import ATTRIBUTION, labelled, lo
 from robusthash.apps.experiment.epoch_curves import log_curves, values_of
 from robusthash.apps.experiment.parameter_sweep import SweepRow
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.apps.experiment.tables import Cell, Row, context_of, headline_of, make_rows, seeds_by_row
+from robusthash.apps.experiment.tables import Cell, TableRow, make_rows, seeds_by_row
 from robusthash.apps.reports.charts import (
     ChartAxis,
     Dot,
@@ -30,7 +30,8 @@ from robusthash.apps.reports.charts import (
     require_matplotlib,
     save,
 )
-from robusthash.metrics.results import EvalResult, by_direction
+from robusthash.metrics.measure_key import MeasureKey
+from robusthash.metrics.results import EvalResult, by_direction, headline_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,7 +83,7 @@ def draw_runs(paths: Sequence[Path], out: Path) -> tuple[Drawn, list[str]]:
     return drawn + _draw_losses(by_name, out), notes
 
 
-def _draw_tables(rows: Sequence[Row], results: Results, context: str, out: Path, ending: str) -> Drawn:
+def _draw_tables(rows: Sequence[TableRow], results: Results, context: str, out: Path, ending: str) -> Drawn:
     """Bars of every attack, and clean against worst."""
     groups: dict[bool, dict[str, list[Dot]]] = {False: {}, True: {}}  # by targeted, then by name
     points: list[ScatterPoint] = []
@@ -90,11 +91,12 @@ def _draw_tables(rows: Sequence[Row], results: Results, context: str, out: Path,
     for row in rows:
         cells: dict[str, Cell] = {}
         for column, cell in row.cells.items():
-            if context_of(column, row.chance) == context:
-                name = column.removeprefix(context).strip()
+            if row.scored[column] == context:
+                result = results[row.name][0][column]
+                name, measures[result.attack] = result.attack, headline_of(result)
                 cells[name] = cell
-                measures[name] = headline_of(results[row.name][0][column])
-                dots = groups[measures[name].startswith("t-")].setdefault(name, [])
+                targeted = MeasureKey.parse(measures[name]).role == "targeted"
+                dots = groups[targeted].setdefault(name, [])
                 dots.append(Dot(row.name, cell.value, *cell.interval))
         if "clean" in cells and "worst" in cells:
             clean, worst = cells["clean"], cells["worst"]
@@ -103,9 +105,9 @@ def _draw_tables(rows: Sequence[Row], results: Results, context: str, out: Path,
     untargeted = sorted(groups[False].items(), key=lambda item: (item[0] == "worst", item[0] != "clean"))
     bars = IntervalChart(rows=untargeted, x=ChartAxis(measures["clean"]), reference=chance)
     drawn = save(bars, out / f"attacks{ending}")
-    if targeted := list(groups[True].items()):
-        height = f"{measures[targeted[0][0]]} (higher is worse)"
-        drawn += save(IntervalChart(rows=targeted, x=ChartAxis(height)), out / f"targeted{ending}")
+    if groups[True]:
+        y = ChartAxis(f"{measures[next(iter(groups[True]))]} (higher is worse)")
+        drawn += save(IntervalChart(rows=list(groups[True].items()), x=y), out / f"targeted{ending}")
     if points:
         x, y = ChartAxis(f"{measures['clean']}, clean"), ChartAxis(f"{measures['worst']}, worst case")
         drawn += save(ScatterChart(points=points, x=x, y=y, reference=chance), out / f"scatter{ending}")
@@ -127,7 +129,7 @@ def _draw_curves(results: Results, context: str, out: Path, ending: str) -> Draw
     for stem, (curve, axis, label) in _CURVES.items():
         for kind, by_model in models.items():
             targeted = kind == "-targeted"
-            key = f"t-{curve}" if targeted else curve
+            key = MeasureKey(curve).name("targeted" if targeted else "")
             series = []
             for name, of_seeds in by_model.items():
                 if of_seeds and all(key in result.curves for result in of_seeds):

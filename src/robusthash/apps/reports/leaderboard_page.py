@@ -6,8 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from robusthash.apps.experiment.leaderboard import Board
-from robusthash.apps.experiment.leaderboard_text import claim_text, legend, remark, setting_pairs, source_text
+from robusthash.apps.experiment.leaderboard import (
+    Leaderboard,
+    claim_text,
+    legend,
+    remark,
+    setting_pairs,
+    source_text,
+)
 from robusthash.apps.reports.charts import (
     TONES,
     UNIT,
@@ -26,7 +32,7 @@ from robusthash.metrics.results import EvalResult
 _DRAWN = 6  # models whose curves a chart shows
 
 
-def leaderboard_page(boards: Sequence[Board]) -> str:
+def leaderboard_page(boards: Sequence[Leaderboard]) -> str:
     """The whole page. Filters and order live in its address, to be linked: ``#bits=32&sort=hrs.up``."""
     rows = [row for board in boards for row in board.rows]
     return render(
@@ -47,11 +53,11 @@ def leaderboard_page(boards: Sequence[Board]) -> str:
     )
 
 
-def _board(board: Board, place: int, boards: Sequence[Board]) -> dict[str, Any]:
+def _board(board: Leaderboard, place: int, boards: Sequence[Leaderboard]) -> dict[str, Any]:
     """A board as the template takes it."""
     return {
         "board": board,
-        "low": f"w{board.measure}",
+        "low": board.setting.key.name("worst"),
         "targeted": any(row.targeted is not None for row in board.rows),
         "place": place,
         "scatter": _scatter(board, place) if len(board.rows) > 1 else None,
@@ -64,7 +70,7 @@ def _board(board: Board, place: int, boards: Sequence[Board]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- charts
 
 
-def _scatter(board: Board, place: int) -> Chart:
+def _scatter(board: Leaderboard, place: int) -> Chart:
     """Best-known value over clean value; hovering a point shows its row."""
     defenses = sorted({row.setting.defense for row in board.rows})
     points = []
@@ -87,7 +93,7 @@ def _scatter(board: Board, place: int) -> Chart:
         points=points,
         tones={defense: TONES[i % len(TONES)] for i, defense in enumerate(defenses)},
         x=ChartAxis(f"clean {board.measure}", _ticks([*across, best.chance])),
-        y=ChartAxis(f"best-known w{board.measure}", _ticks([0.0, *up, best.chance])),
+        y=ChartAxis(f"best-known {board.setting.key.name('worst')}", _ticks([0.0, *up, best.chance])),
         reference=("chance", best.chance),
     )
 
@@ -99,11 +105,11 @@ def _ticks(values: Sequence[float]) -> list[float]:
     return [place * step / 10 for place in range(first, max(last, first + 1) + 1)]
 
 
-def _eps_chart(board: Board) -> Chart | None:
+def _eps_chart(board: Leaderboard) -> Chart | None:
     """Worst case over eps of the first rows whose records hold the curve, of the first seed."""
     series: list[Series] = []
     for row in board.rows:
-        curve = row.records[0].own.curves.get(f"w{board.measure}/eps")
+        curve = row.records[0].own.curves.get(board.setting.key.name("worst", option="eps"))
         if curve is not None and len(series) < _DRAWN:
             name = next(axis for axis in curve if axis != "eps")
             label = f"{row.name}{' (UNRELIABLE)' * row.unreliable}"
@@ -114,16 +120,16 @@ def _eps_chart(board: Board) -> Chart | None:
         return None
     furthest = max(line.x[-1] for line in series)
     return LineChart(
-        title=f"w{board.measure} over eps",
+        title=f"{board.setting.key.name('worst')} over eps",
         description="; ".join(f"{line.name} ends at {line.y[-1]:.3f}" for line in series),
         series=series,
         x=ChartAxis("eps, in 1/255", [furthest * step / 4 for step in range(5)]),
-        y=ChartAxis(f"w{board.measure}", UNIT),
+        y=ChartAxis(board.setting.key.name("worst"), UNIT),
         reference=("chance", board.rows[0].chance),
     )
 
 
-def _pr_chart(board: Board) -> Chart | None:
+def _pr_chart(board: Leaderboard) -> Chart | None:
     """Precision over recall of the first rows: clean, and dashed under the single attack of lowest mean."""
     curves: dict[str, tuple[EvalResult, Tone, bool]] = {}
     for place, row in enumerate(board.rows[: _DRAWN // 2]):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import EvalResult, Flag
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def stored_as(results: Iterable[EvalResult]) -> tuple[str, str]:
     some = list(results)
     if not some[0].setting.direction.startswith("T"):
         return "/8bit", "8-bit images"
-    words = any(name.endswith("/rounded") for result in some for name in result.values)
+    words = any(MeasureKey.parse(name).storage == "rounded" for result in some for name in result.values)
     return ("/rounded", "whole words") if words else ("", "")
 
 

@@ -31,6 +31,7 @@ from robusthash.apps.reports.pages import WORST_CASE, notes, number, remark, ren
 from robusthash.core.atomic_files import write_aside
 from robusthash.data.base import Split
 from robusthash.data.splits import stable_subset
+from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import EvalResult, Flag, by_direction
 from robusthash.models.drfgd import ImageRegenerator
 from robusthash.models.hasher import Hasher, frozen
@@ -120,7 +121,7 @@ def group_data(results: Results) -> dict[str, Any]:
 
 def is_untargeted(name: str, result: EvalResult) -> bool:
     """Clean queries or an untargeted attack: neither a target nor the worst case over several."""
-    return name != "worst" and f"t-{result.setting.headline}" not in result.values
+    return name != "worst" and result.setting.key.name("targeted") not in result.values
 
 
 # ---------------------------------------------------------------------------------------------- suites
@@ -139,8 +140,8 @@ def unreliable_names(results: Sequence[EvalResult], checked: Sequence[Flag]) -> 
 
 def suite_data(result: EvalResult) -> dict[str, Any]:
     """A result as the template ``suite_section`` takes it."""
-    measure = result.setting.headline
-    is_published = published(result.setting.budget.partition(",")[0].removeprefix("suite "))
+    key, measure = result.setting.key, result.setting.headline
+    is_published = published(result.setting.tier)
     untargeted = {name: attack for name, attack in result.attacks.items() if measure in attack}
     groups: dict[str, dict[str, Mapping[str, float]]] = {group: {} for group in _GROUPS}
     for name, attack in sorted(untargeted.items(), key=lambda item: item[1][measure]):
@@ -157,7 +158,7 @@ def suite_data(result: EvalResult) -> dict[str, Any]:
         "count": len(untargeted),
         "groups": {group: attacks for group, attacks in groups.items() if attacks},
         "legacy": LEGACY if any(LEGACY in attack for attack in untargeted.values()) else None,
-        "targeted": {name: each for name, each in result.attacks.items() if f"t-{measure}" in each},
+        "targeted": {name: each for name, each in result.attacks.items() if key.name("targeted") in each},
         "curve": _curve(result),
         "raised": _flags(result, "red") + _flags(result, "amber"),
         "passed": _flags(result, "pass"),
@@ -191,12 +192,13 @@ def _flags(result: EvalResult, level: str) -> list[dict[str, Any]]:
 
 def _curve(result: EvalResult) -> Chart | None:
     """The worst case over budgets, where it was run."""
-    low = f"w{result.setting.headline}"
-    curve = result.curves.get(f"{low}/eps")
+    key = result.setting.key
+    low = key.name("worst")
+    curve = result.curves.get(key.name("worst", option="eps"))
     if curve is None:
         return None
     budgets, values = curve["eps"].tolist(), curve[low].tolist()
-    lows, highs = zip(*(result.interval[f"{low} eps {eps:.6g}"] for eps in budgets), strict=True)
+    lows, highs = zip(*(result.interval[key.name("worst", eps=eps)] for eps in budgets), strict=True)
     of_images = result.setting.threat.startswith("img-linf")
     x = [eps * 255 for eps in budgets] if of_images else budgets
     mark = " (UNRELIABLE)" if result.unreliable else ""
@@ -224,7 +226,7 @@ def interval_chart(models: Mapping[str, Results], tones: Mapping[str, Tone], nam
     measure = first["clean"].setting.headline
     rows = []
     for name, result in first.items():
-        key = f"w{measure}" if name == "worst" else measure
+        key = result.setting.key.name("worst" if name == "worst" else "")
         if name == "worst" or is_untargeted(name, result):
             dots = [Dot(m, named[name][key], *named[name].interval[key]) for m, named in models.items()]
             rows.append(("worst case" if name == "worst" else name, dots))
@@ -249,7 +251,7 @@ def _with_looks(results: Results) -> Looks:
 
 def pr_chart(results: Looks, targets: bool = False) -> Chart | None:
     """Precision over recall by rank, of the target labels where ``targets``; None without such a curve."""
-    series = _curve_series(results, "t-PR" if targets else "PR", "recall")
+    series = _curve_series(results, MeasureKey("PR").name("targeted" if targets else ""), "recall")
     if not series:
         return None
     described = [f"{line.name}: precision {line.y[len(line.y) // 2]:.2f} at half recall" for line in series]
@@ -264,7 +266,7 @@ def pr_chart(results: Looks, targets: bool = False) -> Chart | None:
 
 def precision_chart(results: Looks, targets: bool = False) -> Chart | None:
     """Precision of the first N, of the target labels where ``targets``; None without such a curve."""
-    series = _curve_series(results, "t-P@N" if targets else "P@N", "n")
+    series = _curve_series(results, MeasureKey("P@N").name("targeted" if targets else ""), "n")
     if not series or max(len(line.x) for line in series) < 2:
         return None
     longest = max(series, key=lambda line: len(line.x))
