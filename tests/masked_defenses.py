@@ -1,12 +1,15 @@
 """Deliberately masked toy defenses, made from any hasher, each with the check that must catch it.
 
 A check that has never been seen to fire is no check. ``calibrate`` breaks a working victim in every way
-listed here and says whether the check meant for it turned red; users run it on their own model.
+listed here and says whether the check meant for it turned red. The table of ``docs/checks.md`` is the output of
+
+    python tests/masked_defenses.py
 """
 
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,17 +22,25 @@ from torch.nn.functional import avg_pool2d, interpolate
 from robusthash.attacks.base import Attack, Found, Loss, Probe, Score, Select
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement, ScaleFree
+from robusthash.attacks.published import mainstay
 from robusthash.attacks.threat_model import Threat
+from robusthash.attacks.threat_registry import image_ball
 from robusthash.core.hamming import pack
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Goal, Guidance, Inputs
+from robusthash.data import load_data
 from robusthash.data.base import RetrievalData, Split
+from robusthash.defenses.adversarial_training import AdversarialTraining
+from robusthash.defenses.outer_losses import SAATOuter
 from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.metrics.results import Flag
-from robusthash.models.hasher import Defense, Hasher
+from robusthash.models.hasher import Defense, Hasher, build_hasher
 from robusthash.models.image_encoders import IMAGENET, Normalise
 from robusthash.models.surrogate_gradients import keyed_noise
+from robusthash.objectives.csq import CSQ
 from robusthash.robustness.checks.model_checks import model_checks
+from robusthash.training.loop import OptimConfig, TrainConfig, fit
+from robusthash.training.recipe import HashingRecipe
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Masked:
 
     Args:
         meant: the check that must turn red.
-        apply: the bench of an honest victim -> the bench of the masked one.
+        apply: the context of an honest victim -> the context of the masked one.
         loss: what its attack ascends, the house objective by default.
     """
 
@@ -222,8 +233,8 @@ class Forgetful:
 def rebuilt(
     context: EvaluationContext, victim: Hasher | None = None, data: RetrievalData | None = None
 ) -> EvaluationContext:
-    """The same bench of another victim or another database, encoded anew; the queries stay those of the
-    bench."""
+    """The same context of another victim or another database, encoded anew; the queries stay those of the
+    context."""
     return make_context(
         victim or context.victim,
         replace(data or context.data, query=context.queries),
@@ -350,13 +361,13 @@ def calibrate(
     steps: int = 30,
     members: tuple[Masked, ...] = ZOO,
 ) -> tuple[Calibrated, ...]:
-    """Mask the victim of a bench in every way, and see whether the check meant for it turns red.
+    """Mask the victim of a context in every way, and see whether the check meant for it turns red.
 
     The last row is the attack that forgets the ball, which no check but the evaluator's own verification
     catches.
 
     Raises:
-        ValueError: a bench whose queries are not images (B, 3, H, W); the masks are of images.
+        ValueError: a context whose queries are not images (B, 3, H, W); the masks are of images.
     """
     shape = context.queries.batch(torch.zeros(1, dtype=torch.int64)).inputs[context.direction[0]].shape
     if context.direction[0] != "image" or len(shape) != 4:
@@ -393,3 +404,46 @@ def _forgetful(context: EvaluationContext, threat: Threat) -> Calibrated:
     except ValueError as refused:
         return Calibrated("attack that forgets the ball", "verify", reached, ball.eps, True, (), str(refused))
     return Calibrated("attack that forgets the ball", "verify", reached, ball.eps, False, (), "")
+
+
+def toy_context(*, bits: int = 32, width: int = 8, epochs: int = 20, hardening: int = 3) -> EvaluationContext:
+    """A small model, trained by CSQ and then hardened by SAAT, on the generated world: about ten seconds.
+
+    It is hardened for half of the budget that is attacked, so that an attack still moves its AP and can be
+    judged.
+    """
+    data = load_data("synthetic", seed=0)
+    hasher = build_hasher(bits=bits, image={"name": "small", "width": width})
+    config = TrainConfig(epochs=epochs, batch_size=32, optim={"hasher": OptimConfig(lr=0.05)}, device="cpu")
+    fit(HashingRecipe(hasher, CSQ()), data, config)
+    inner = mainstay(eps=4 / 255, steps=2, step_size=2.67 / 255, slope="one")
+    harder = TrainConfig(
+        epochs=hardening, batch_size=32, optim={"hasher": OptimConfig(lr=0.02)}, device="cpu"
+    )
+    fit(AdversarialTraining(hasher, CSQ(), inner, SAATOuter()), data, harder)
+    return make_context(hasher, data, batch_size=64)
+
+
+def as_markdown(rows: tuple[Calibrated, ...]) -> str:
+    """The calibration as a Markdown table."""
+    lines = [
+        "| masked by | check meant | value | threshold | caught | also red |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = [
+            row.name,
+            row.meant,
+            f"{row.value:.4g}",
+            f"{row.threshold:.4g}",
+            "yes" if row.caught else "**no**",
+        ]
+        lines.append(f"| {' | '.join([*cells, ', '.join(row.also)])} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    victim, budget = toy_context(), image_ball("linf", None, (12, 12), "W2")
+    sys.stdout.write(f"{as_markdown(calibrate(victim, budget, queries=32, steps=50))}\n\n")
+    red = [flag.id for flag in model_checks(victim, budget, queries=32, steps=100) if flag.level == "red"]
+    sys.stdout.write(f"the honest model: {', '.join(red) or 'no red check'}\n")
