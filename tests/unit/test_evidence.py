@@ -46,7 +46,9 @@ def attacked(context: EvaluationContext) -> AttackedBlock:
 
 
 @pytest.fixture(scope="module")
-def sent(context: EvaluationContext, attacked: AttackedBlock, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sent(
+    context: EvaluationContext, attacked: AttackedBlock, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("evidence") / "whole"
     export(context, ATTACK.threat, attacked.inputs, folder, attack="mainstay", budget=ATTACK.budget)
     return folder

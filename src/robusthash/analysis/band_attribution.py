@@ -54,9 +54,9 @@ class BandAttribution:
         return BandAttribution(**values)
 
     def by_order(self) -> tuple[Tensor, Tensor]:
-        """Share of all attribution in the bands with u + v <= 0, 1, ..., 2n - 2, and its standard error over images.
+        """Share of all attribution in the bands with u + v <= 0, 1, ..., 2n - 2, and its standard error.
 
-        A ratio of means over the defined images; its error is that of the linearised ratio.
+        A ratio of means over the defined images; its error, over images, is that of the linearised ratio.
         """
         n = len(self.mean)
         order = torch.arange(n)[:, None] + torch.arange(n)
@@ -83,20 +83,21 @@ def attribute_bands(
 ) -> BandAttribution:
     """Credit every DCT band of the queries of ``context`` with its share in the search.
 
-    A coalition of bands is an image that keeps their coefficients in every block and channel; the others are 0,
-    but the block means (DC) become the mean of the image's blocks, so that the empty coalition is a plain area
-    of the image's own colour. The worth of a coalition is
+    A coalition of bands is an image that keeps their coefficients in every block and channel; the others are
+    0, but the block means (DC) become the mean of the image's blocks, so that the empty coalition is a plain
+    area of the image's own colour. The worth of a coalition is
 
-    - ``tau``: Kendall's tau-b between the distances of its code and those of the clean image's code to the clean
-      top ``top``. Where these all lie at one distance tau-b is undefined for every coalition: such an image is
-      worth 0 throughout, marked in ``defined`` and left out of the mean. A coalition for which all tie agrees
-      with nothing: 0.
+    - ``tau``: Kendall's tau-b between the distances of its code and those of the clean image's code to the
+      clean top ``top``. Where these all lie at one distance tau-b is undefined for every coalition: such an
+      image is worth 0 throughout, marked in ``defined`` and left out of the mean. A coalition for which all
+      tie agrees with nothing: 0.
     - ``ap``: expected AP over the whole database.
 
-    Credits of an image sum to worth(all) - worth(none) up to rounding, and a band that the code does not see gets
-    0 exactly. After Heuss, de Rijke and Anand, "RankingSHAP", 2024.
+    Credits of an image sum to worth(all) - worth(none) up to rounding, and a band that the code does not see
+    gets 0 exactly. After Heuss, de Rijke and Anand, "RankingSHAP", 2024.
 
-    Differs: images of coalitions are not clipped to [0, 1], for clipping would give a band a part in the others.
+    Differs: images of coalitions are not clipped to [0, 1], for clipping would give a band a part in the
+    others.
 
     Args:
         context: with image queries; all of them are taken.
@@ -197,8 +198,8 @@ class _Agreement:
         self.defined = distances[:, 0] < distances[:, -1]
         if not self.defined.any():
             raise ValueError(
-                f"the clean top {top} of every query lies at one distance, so that no ranking is left to agree "
-                "with; use the worth 'ap' or a larger top"
+                f"the clean top {top} of every query lies at one distance, so that no ranking is left to "
+                "agree with; use the worth 'ap' or a larger top"
             )
         self.nearest = context.database.signs()[ids].float()  # (N, top, K)
         self.clean = distances.float()

@@ -33,7 +33,7 @@ class Size:
 
 
 def size_of(hasher: Hasher, inputs: Inputs) -> Size:
-    """Parameters of the encoders, heads and purifiers that ``inputs`` pass, and the multiply-adds of one of them.
+    """Parameters that ``inputs`` pass, in encoders, heads and purifiers, and the multiply-adds of one item.
 
     Counted as the operations are dispatched: convolutions, matrix products and attention exactly, a Fourier
     transform of N complex numbers as 5 N log2 N floating-point operations and a real one as half of that (the
@@ -42,9 +42,6 @@ def size_of(hasher: Hasher, inputs: Inputs) -> Size:
 
     Args:
         inputs: one item by modality, (1, ...).
-
-    Raises:
-        ValueError: more than one item.
     """
     if any(len(values) != 1 for values in inputs.values()):
         raise ValueError(
@@ -71,7 +68,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _more_formulas() -> dict[Any, Any]:
-    """Operations that torch's own counter does not know: (arguments..., out_val) -> floating-point operations."""
+    """Operations unknown to torch's own counter: (arguments..., out_val) -> floating-point operations."""
 
     def transformed(values: Tensor, dims: list[int]) -> float:
         return 5.0 * values.numel() * math.log2(math.prod(values.shape[dim] for dim in dims))
@@ -123,9 +120,7 @@ def time_in_turn(
     """Time pieces of work in turn, so that all other load of the machine falls on all of them.
 
     Args:
-        works: by name, the reference among them.
-        warmup: calls of each before the first that counts.
-        runs: timed calls of each.
+        works: by name, the reference among them; each is called ``warmup`` times before ``runs`` timed calls.
 
     Raises:
         KeyError: no work of the reference's name.

@@ -20,14 +20,15 @@ def shapley(
 ) -> tuple[Tensor, Tensor]:
     """Shapley value of each player with its standard error.
 
-    A permutation adds the players one by one and credits each with the change of ``value``; its reverse is taken
-    with it, which cancels the interaction of pairs exactly (two players: exact). The credits of every permutation
-    telescope, so the values sum to value(all) - value(none) to rounding, and a player that changes nothing gets 0
-    exactly. Castro, Gomez and Tejada, "Polynomial calculation of the Shapley value based on sampling", 2009.
+    A permutation adds the players one by one and credits each with the change of ``value``; its reverse is
+    taken with it, which cancels the interaction of pairs exactly (two players: exact). The credits of every
+    permutation telescope, so the values sum to value(all) - value(none) to rounding, and a player that
+    changes nothing gets 0 exactly. Castro, Gomez and Tejada, "Polynomial calculation of the Shapley value
+    based on sampling", 2009.
 
     Args:
-        value: (players,) bool mask of the coalition -> a number, or a tensor of one number per image. It must be
-            deterministic.
+        value: (players,) bool mask of the coalition -> a number, or a tensor of one number per image. It must
+            be deterministic.
         players: number of players, at least 1.
         permutations: even, at least 4; each costs ``players`` - 1 evaluations.
         many: ``value`` takes (S, players) masks at once and gives (S, *shape).
@@ -68,7 +69,9 @@ def shapley(
 
 
 def _credits(worth: Callable[[Tensor], Tensor], order: Tensor, ends: Tensor) -> Tensor:
-    """(players, *shape) change of value as each player joins in ``order``; ``ends``: value of none and of all."""
+    """(players, *shape) change of value as each player joins in ``order``; ``ends`` is that of none and of
+    all.
+    """
     players = len(order)
     joined = torch.ones(players, players, dtype=torch.bool).tril()[:-1]  # (steps, places)
     masks = torch.zeros_like(joined)

@@ -1,4 +1,4 @@
-"""The result of a suite from its attacked codes: worst cases, targets, the floor that a search finds, cost."""
+"""The result of a suite from its attacked codes: worst cases, targets, the searched floor, cost."""
 
 from __future__ import annotations
 
@@ -23,25 +23,14 @@ from robusthash.evaluation.evaluate import (
     worst,
 )
 from robusthash.evaluation.runner import NOISE_SAMPLES, AttackRuns
+from robusthash.metrics import robustness_measures as robustness
 from robusthash.metrics.results import Cost, EvalResult
-from robusthash.metrics.robustness_measures import (
-    completeness,
-    flips,
-    floor_ap,
-    floor_starts,
-    success_rate,
-    targeted_resistance,
-    worst_case,
-)
 from robusthash.metrics.statistics import intervals
 
 
 def aggregate(context: EvaluationContext, runs: AttackRuns, floor_random: int = 0) -> EvalResult:
-    """The result of a suite whose attacks have been run.
-
-    Args:
-        floor_random: random codes that the floor search starts from, beside the complement of the query's code
-            and the representative.
+    """The result of a suite whose attacks were run; ``floor_random`` random codes more start the floor
+    search.
     """
     headline, untargeted = context.protocol.headline, [spec for spec in runs.specs if not spec.targeted]
     scores = _score(context, runs, untargeted)
@@ -98,7 +87,7 @@ class _Scores:
     clean: EvalResult
     restarts: dict[str, EvalResult] = field(default_factory=dict)
     selection: dict[str, dict[str, Tensor]] | None = None
-    """By restart and measure: the (Q,) AP that choose a randomised victim's worst case; "clean" among them."""
+    """By restart and measure: (Q,) AP that choose a randomised victim's worst case; "clean" among them."""
 
     def lowest(self, spec: AttackSpec, measure: str) -> Tensor:
         """(Q,) AP of an attack's worst restart; of a randomised victim the one that other draws choose."""
@@ -170,7 +159,7 @@ def _by_attack(
     wins, rows = _unique_wins(specs, scores, headline), {}
     for spec in specs:
         lowest, blocks = scores.lowest(spec, headline), runs.blocks[spec.name]
-        changed = [flips(context.query, as_codes(attacked.signs[:, 0])) for attacked in blocks]
+        changed = [robustness.flips(context.query, as_codes(attacked.signs[:, 0])) for attacked in blocks]
         rows[spec.name] = {
             headline: float(lowest.mean()),
             **{name: float(scores.lowest(spec, name).mean()) for name in in_row_order},
@@ -183,10 +172,7 @@ def _by_attack(
 
 
 def _unique_wins(specs: Sequence[AttackSpec], scores: _Scores, headline: str) -> dict[str, int]:
-    """Queries that an attack alone brings lowest.
-
-    One that refines is compared with those before it, and is no one's rival.
-    """
+    """Queries that an attack alone brings lowest; one that refines competes with those before it alone."""
     clean, lowest = scores.clean.per_query[headline], {s.name: scores.lowest(s, headline) for s in specs}
     if scores.selection is not None:
         clean, lowest = scores.selection["clean"][headline], {}
@@ -194,30 +180,32 @@ def _unique_wins(specs: Sequence[AttackSpec], scores: _Scores, headline: str) ->
             by = [scores.selection[f"{spec.name}/{restart}"][headline] for restart in range(spec.restarts)]
             lowest[spec.name] = torch.stack(by).amin(0)
     rivals = {spec.name: lowest[spec.name] for spec in specs if spec.kind != "refined"}
-    wins = dict(worst_case(clean, rivals).unique_wins)
+    wins = dict(robustness.worst_case(clean, rivals).unique_wins)
     for spec in specs:
         if spec.kind == "refined":
             rivals[spec.name] = lowest[spec.name]
-            wins[spec.name] = worst_case(clean, rivals).unique_wins[spec.name]
+            wins[spec.name] = robustness.worst_case(clean, rivals).unique_wins[spec.name]
     return wins
 
 
 def _success(clean: Tensor, attacked: Tensor, floor: Tensor | None) -> dict[str, float]:
     values = {}
-    rate = success_rate(clean, attacked).rate
+    rate = robustness.success_rate(clean, attacked).rate
     if rate is not None:
         values["ASR"] = rate
     if floor is not None:
-        share = completeness(clean, attacked, floor)
+        share = robustness.completeness(clean, attacked, floor)
         if not share.isnan().all():
             values["completeness"] = float(share.nanmean())
     return values
 
 
 def _changes(context: EvaluationContext, runs: AttackRuns, winner: Sequence[str]) -> dict[str, Tensor]:
-    """Of each query's worst input: bits flipped and what was changed; NaN where the clean input is the worst."""
+    """Flips and perceptibility of each query's worst input; NaN where that is the clean one."""
     restarts = {f"{name}/{n}": a for name, blocks in runs.blocks.items() for n, a in enumerate(blocks)}
-    flipped = {n: flips(context.query, as_codes(a.signs[:, 0])).double() for n, a in restarts.items()}
+    flipped = {
+        n: robustness.flips(context.query, as_codes(a.signs[:, 0])).double() for n, a in restarts.items()
+    }
     first = next(iter(restarts.values()))
     measures = [name for name in first.pixels if all(name in each.pixels for each in restarts.values())]
     columns = {n: torch.full((len(winner),), torch.nan, dtype=torch.float64) for n in ("flips", *measures)}
@@ -243,7 +231,7 @@ def _perceptibility(changes: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _targeted(context: EvaluationContext, runs: AttackRuns) -> EvalResult | None:
-    """The worst case towards each target over all targeted attacks, restarts and the clean input; None without any.
+    """The worst case towards each target over all targeted attacks, restarts and the clean input.
 
     Of a randomised victim the first restart alone: the best of noisy codes is no measure.
     """
@@ -305,7 +293,9 @@ def _targeted_values(targeted: EvalResult, headline: str) -> dict[str, float]:
     values = {name: targeted.values[name] for name in names if name in targeted.values}
     values[f"collateral {headline}"] = targeted.values[headline]
     if targeted.reference["clean"] < 1:
-        values["TR"] = targeted_resistance(targeted.values[f"t-{headline}"], targeted.reference["clean"])
+        values["TR"] = robustness.targeted_resistance(
+            targeted.values[f"t-{headline}"], targeted.reference["clean"]
+        )
     return values
 
 
@@ -323,9 +313,9 @@ def _floor(
     steered = [attacked.representative[:, 0] for blocks in runs.blocks.values() for attacked in blocks]
     representative = next((codes for codes in steered if codes.shape[1]), None)
     ids = torch.arange(len(context.queries))
-    starts = floor_starts(context.query.signs(), representative, ids, Draws(context.seed), random)
+    starts = robustness.floor_starts(context.query.signs(), representative, ids, Draws(context.seed), random)
     database = context.database, context.database_labels
-    floor, _ = floor_ap(starts, context.query_labels, *database, protocol.k, protocol.ap)
+    floor, _ = robustness.floor_ap(starts, context.query_labels, *database, protocol.k, protocol.ap)
     return floor, ()
 
 

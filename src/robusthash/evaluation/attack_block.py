@@ -52,7 +52,7 @@ class AttackedBlock:
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """Codes of the inputs as files of pictures and texts hold them, by the ending of the measure's name."""
+        """Codes of the inputs as files hold them, by the ending of the measure's name."""
         words = {"/rounded": self.whole_words} if self.whole_words.shape[2] else {}
         return {"/8bit": self.codes_8bit, **words}
 
@@ -63,7 +63,7 @@ class AttackedBlock:
 
     @staticmethod
     def from_arrays(arrays: dict[str, np.ndarray]) -> AttackedBlock:
-        """The inverse of ``arrays``; files of earlier versions lack oracle queries, whole words, steps of fitting."""
+        """The inverse of ``arrays``; files of earlier versions lack oracle queries, whole words, fitting."""
         plain = {name: torch.from_numpy(value) for name, value in arrays.items()}
         plain["passes"] = pad(plain["passes"], (0, 3 - plain["passes"].shape[1]))
         plain.setdefault("whole_words", plain["signs"][..., :0])
@@ -74,7 +74,7 @@ class AttackedBlock:
 
     @staticmethod
     def join(blocks: Sequence[AttackedBlock]) -> AttackedBlock:
-        """Blocks put end to end, with the measures that all have: stored by an older version they have fewer."""
+        """Blocks put end to end, with the measures that all have; older versions stored fewer."""
         bits = min(block.whole_words.shape[2] for block in blocks)  # 0 where some of them know none
         blocks = [replace(block, whole_words=block.whole_words[..., :bits]) for block in blocks]
         names = [f.name for f in fields(AttackedBlock) if f.name != "pixels"]
@@ -97,7 +97,8 @@ def attack_block(
     Args:
         gradients: the model that the attack differentiates: the victim by default (adaptive white box); the
             bare hasher (oblivious), a surrogate (transfer), or a view of the victim with other gradients.
-        restart: keys the draws; each after the first starts at random in the budget, unless ``start`` is given.
+        restart: keys the draws; each after the first starts at random in the budget, unless ``start`` is
+            given.
         start: feasible inputs to start from, such as the solution at a smaller budget.
     """
     batch, known = context.batch(block, attack.threat.balls), context.known(attack)
@@ -140,8 +141,7 @@ def _representative(output: AttackOutput, goal_sign: int, queries: int) -> Tenso
 def goals(context: EvaluationContext, targeted: bool, batch: Batch) -> list[Goal]:
     """Away from the query's labels, or towards each target.
 
-    A query without a possible target keeps its labels as a stand-in, so that the batch stays whole; scoring
-    leaves it out.
+    A query without a possible target keeps its labels as a stand-in; scoring leaves it out.
     """
     if not targeted:
         return [Goal(batch.labels, -1)]
@@ -162,18 +162,17 @@ def finish(
     representative: Tensor | None = None,
     fit_steps: int = 0,
 ) -> AttackedBlock:
-    """Project, verify and encode attacked queries. Every search ends here: the evaluator does it, not the attack.
+    """Project, verify and encode attacked queries. Every search ends here, in the evaluator's hands.
 
-    Codes come from fresh eval-mode passes: of the inputs as they are, in 8-bit, and of bags of words in whole
-    words.
+    Codes come from fresh eval-mode passes: of the inputs as they are, in 8-bit, and of bags in whole words.
 
     Args:
         batch: the clean block.
         results: attacked inputs, one set for each goal, as ``goals`` orders them.
-        seconds: that the search took.
+        seconds: duration of the search.
         passes: forward passes, backward passes and oracle queries of each query, over all goals.
         representative: (B, T, K) codes that the attack steers to.
-        fit_steps: that the learning part of the attack was fitted with.
+        fit_steps: steps that the learning part of the attack was fitted with.
     """
     modality = context.direction[0]
     origin = batch.inputs[modality]
@@ -220,7 +219,7 @@ def in_8bit(clean: Tensor, attacked: Tensor) -> Tensor:
 
 
 def _of_whole_words(victim: Hasher, modality: str, clean: Tensor, attacked: Tensor, signs: Tensor) -> Tensor:
-    """(B, K) codes of attacked bags rounded to 0 and 1; ``signs`` where they are that already; (B, 0) of no bags.
+    """(B, K) codes of attacked bags rounded to 0 and 1; (B, 0) where queries are no bags of words.
 
     A text has no part of a word: a change that rounding undoes attacks the representation alone.
     """

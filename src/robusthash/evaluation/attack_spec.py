@@ -19,7 +19,7 @@ Kind = Literal["white-box", "adaptive", "transfer", "black-box", "noise", "refin
 
 
 class AttackSpec(Protocol):
-    """One way to attack. Its blocks are stored by (spec, restart, block), so it is plain data and draws by keys."""
+    """One way to attack: plain data, keyed draws; its blocks are stored by (spec, restart, block)."""
 
     @property
     def name(self) -> str:

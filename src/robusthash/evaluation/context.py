@@ -25,7 +25,7 @@ from robusthash.models.hasher import Hasher
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """A victim on a data set under a protocol, in one direction. Made once; every attack is scored against it.
+    """A victim on a data set under a protocol, in one direction; every attack is scored against it.
 
     The database is clean and encoded once, by ``victim.for_database()``, before any attack, unless learned
     codes are given. Queries without a label set that any item shares are counted, not dropped.
@@ -69,11 +69,7 @@ class EvaluationContext:
         return replace(self, queries=self.queries.take(positions), query=query, chosen=chosen)
 
     def some(self, count: int) -> EvaluationContext:
-        """The context with ``count`` of its queries, chosen by ``stable_subset``; itself where it has no more.
-
-        Raises:
-            ValueError: count below 1.
-        """
+        """``count`` of the queries, chosen by ``stable_subset``; itself where it has no more."""
         positions = stable_subset(self.queries, count)
         return self if count >= len(self.queries) else self.at(positions, by_content(count, self.data.query))
 
@@ -105,13 +101,11 @@ class EvaluationContext:
         return Reference(signs, split.labels).to(self.victim.device)
 
     def known(self, attack: Attack, pairs: bool = False) -> Reference | None:
-        """Codes that the threat lets the attacker know: of the database (W2), of training items (W1) or none (W0).
+        """Codes that the attacker knows: of the database (W2), of training items (W1) or none (W0).
 
-        They are those of the searched modality. A joint attack knows those of both modalities, so that it finds
-        one and the same pair of image and text, whichever direction it is then scored in.
-
-        Args:
-            pairs: codes of both modalities for every attack.
+        They are those of the searched modality. A joint attack knows those of both modalities (so does any
+        with ``pairs``), and finds one and the same pair of image and text, whichever direction it is then
+        scored in.
         """
         knowledge, both = attack.threat.knowledge, pairs or len(attack.threat.balls) > 1
         if knowledge == "W0":
@@ -123,7 +117,7 @@ class EvaluationContext:
         raise ValueError(f"a {knowledge} attacker holds no weights; {attack.name!r} needs W0, W1 or W2")
 
     def fitted(self, attack: Attack, pairs: bool = False) -> Attack:
-        """The attack with its learning parts trained on this victim: once a context, before the first block."""
+        """The attack with its learning parts trained on this victim: once, before the first block."""
         return attack.fit(self.victim, self.data, self.known(attack, pairs), draws=Draws(self.seed, ("fit",)))
 
     def select(self, labels: Tensor, sign: int) -> Select:
@@ -141,7 +135,7 @@ class EvaluationContext:
         """Block number ``block`` of the queries, on the victim's device; ids are query positions.
 
         Args:
-            modalities: to take beside the query modality, as where both are attacked together.
+            modalities: beside that of the query, as where both are attacked together.
         """
         positions = torch.arange(len(self.queries)).split(self.batch_size)[block]
         return self.queries.batch(positions).only({self.direction[0], *modalities}).to(self.victim.device)
@@ -162,7 +156,7 @@ def by_content(count: int, split: Split) -> str:
 
 
 def encoding_batch(batch_size: int) -> int:
-    """Items encoded at a time: one number for all splits, since a code may depend on how many share a batch."""
+    """Items encoded at a time, the same for all splits: a code may depend on how many share a batch."""
     return max(batch_size, 256)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 from typing import Protocol as Shape
 
 import torch
@@ -20,18 +21,10 @@ from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import GradientAttack
 from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore
+from robusthash.metrics import robustness_measures as robustness
 from robusthash.metrics.distance_histogram import prepared_profile
 from robusthash.metrics.protocol import Measured, Protocol, measure
 from robusthash.metrics.results import Cost, EvalResult, Setting
-from robusthash.metrics.robustness_measures import (
-    WorstCase,
-    ap_drop,
-    flips,
-    hrs_of,
-    success_rate,
-    targeted_success_rate,
-    worst_case,
-)
 from robusthash.metrics.statistics import bootstrap_interval, intervals
 from robusthash.models.hasher import Hasher
 
@@ -41,37 +34,23 @@ def evaluate(
     data: RetrievalData,
     protocol: str | Protocol = "house",
     *,
-    direction: tuple[str, str] | None = None,
     attack: Attack | None = None,
     victim_for_gradients: Hasher | None = None,
-    database: Codes | None = None,
-    queries: int | None = None,
-    seed: int = 0,
-    batch_size: int = 250,
     progress: Progress = silent,
+    **options: Any,
 ) -> EvalResult:
-    """Evaluate a victim clean, or under one attack; ``make_context`` has the other arguments.
+    """Evaluate a victim clean, or under one attack.
 
     For several attacks on one victim use ``make_context`` once, then ``score_clean``, ``score_attack`` and
     ``worst``.
 
     Args:
         attack: None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted
-            ones hold the same names with ``t-`` for the target labels and the plain names for the original
-            labels.
+            ones the same names with ``t-`` for the target labels and the plain names for the original labels.
         victim_for_gradients: the model that the attack differentiates, the victim itself by default.
+        options: direction, database, queries, seed and batch_size of ``make_context``.
     """
-    context = make_context(
-        victim,
-        data,
-        protocol,
-        direction=direction,
-        database=database,
-        queries=queries,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    context = make_context(victim, data, protocol, progress=progress, **options)
     if attack is None:
         return score_clean(context)
     return score_attack(context, attack, attack_all(context, attack, victim_for_gradients, progress))
@@ -86,8 +65,6 @@ def attack_all(
     name: str = "",
 ) -> AttackedBlock:
     """Fit the attack's learning parts, then attack every block of queries.
-
-    Blocks that do not fit into memory are attacked in parts, and a warning says so.
 
     Args:
         gradients: the model that the attack differentiates, the victim itself by default.
@@ -157,14 +134,14 @@ def score_untargeted(context: EvaluationContext, attacked: AttackedBlock) -> Eva
         for ending, signs in attacked.stored.items()
     }
     before, after = clean.per_query[headline], measured.per_query[headline]
-    drop, _ = ap_drop(before, after)
-    changed_bits = flips(context.query, codes).to(torch.float64)
+    drop, _ = robustness.ap_drop(before, after)
+    changed_bits = robustness.flips(context.query, codes).to(torch.float64)
     values = {
         **measured.values,
         **{name: rounded.values[headline] for name, rounded in stored.items()},
         "flips": float(changed_bits.mean()),
         "drop": float(drop.nanmean()),
-        "ASR": success_rate(before, after).rate,
+        "ASR": robustness.success_rate(before, after).rate,
     }
     per_query = {
         **measured.per_query,
@@ -224,7 +201,7 @@ def score_targeted(context: EvaluationContext, attacked: AttackedBlock) -> EvalR
         per_query[name] = torch.full((len(possible),), float("nan"), dtype=torch.float64)
         per_query[name][rows] = column
     values = {name: float(column.nanmean()) for name, column in means.items() if not column.isnan().all()}
-    values["t-ASR"] = targeted_success_rate(base, means[f"t-{headline}"])
+    values["t-ASR"] = robustness.targeted_success_rate(base, means[f"t-{headline}"])
     steered = _representative(context, attacked.representative[rows].flatten(0, 1), target_labels)
     return replace(
         _result(context, to_target, values, per_query),
@@ -267,7 +244,7 @@ def worst(
     results: Mapping[str, EvalResult],
     by: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> EvalResult:
-    """The worst case of each query over the clean input and every untargeted result, for each AP of the protocol.
+    """The worst case of each query over the clean input and every untargeted result, for each AP.
 
     ``wMAP`` is the mean over queries of the lowest AP, not the lowest of the attacks' means. ``HRS`` sums up
     clean and worst value above chance.
@@ -280,10 +257,10 @@ def worst(
     untargeted = {name: r for name, r in results.items() if not any(key.startswith("t-") for key in r.values)}
     headline = context.protocol.headline
 
-    def lowest(name: str, ending: str = "") -> WorstCase:
+    def lowest(name: str, ending: str = "") -> robustness.WorstCase:
         scores = None if by is None else {attack: by[attack][name] for attack in ("clean", *untargeted)}
         under = {attack: result.per_query[f"{name}{ending}"] for attack, result in untargeted.items()}
-        return worst_case(clean.per_query[name], under, by=scores)
+        return robustness.worst_case(clean.per_query[name], under, by=scores)
 
     cases = {name: lowest(name) for name in ap_names(clean.per_query)}
     words = untargeted and all(f"{headline}/rounded" in result.per_query for result in untargeted.values())
@@ -295,9 +272,11 @@ def worst(
 
     chance = torch.full_like(found.values, clean.reference["chance"])
     columns = torch.stack([clean.per_query[headline], found.values, chance], 1).nan_to_num(0.0)
-    values["HRS"] = float(hrs_of(*(column.mean().reshape(1) for column in columns.T))[0])
+    values["HRS"] = float(robustness.hrs_of(*(column.mean().reshape(1) for column in columns.T))[0])
     spans = intervals(per_query)
-    spans["HRS"] = bootstrap_interval(columns, lambda means: hrs_of(means[:, 0], means[:, 1], means[:, 2]))
+    spans["HRS"] = bootstrap_interval(
+        columns, lambda means: robustness.hrs_of(means[:, 0], means[:, 1], means[:, 2])
+    )
     return EvalResult(
         setting=_setting_of_worst(clean, untargeted),
         values=values,

@@ -53,8 +53,8 @@ class NoStore:
 class AttackRuns:
     """All results of the attacks of a suite. Attacked inputs are left out: the store has them.
 
-    ``noise`` holds (2, S, Q, K) int8 codes of a randomised victim under S draws of its noise: one set to choose
-    the worst case by, one to score it by; of each "attack/restart" and of the ``clean`` queries.
+    ``noise`` holds (2, S, Q, K) int8 codes of a randomised victim under S draws of its noise: one set to
+    choose the worst case by, one to score it by; of each "attack/restart" and of the ``clean`` queries.
     """
 
     specs: tuple[AttackSpec, ...]

@@ -31,21 +31,22 @@ def assess(
 ) -> EvalResult:
     """The worst case of each query over the clean input and every attack and restart of a suite.
 
-    A tier by name is all that ``robusthash assess --tier`` runs: its attacks, those that fit the victim (noise,
-    searches by oracle queries, transfer from surrogates, adaptive attacks of its defense), and the checks.
+    A tier by name is all that ``robusthash assess --tier`` runs: its attacks, those that fit the victim
+    (noise, searches by oracle queries, transfer from surrogates, adaptive attacks of its defense), and the
+    checks.
 
-    The result holds ``wMAP`` with its interval (and so for every AP of the protocol), ``wMAP/8bit`` and of bags
-    of words ``wMAP/rounded``, ``HRS``, and where attacks are targeted ``t-MAP``, ``gain``, ``t-ASR``, ``TR`` and
-    the ``collateral MAP``. ``attacks`` has of each attack its MAP, its unique wins, how far towards the searched
-    floor it came, ASR, flips and cost; ``winner`` names the attack and restart of each query; ``reference`` has
-    chance, least, floor and clean.
+    The result holds ``wMAP`` with its interval (and so for every AP of the protocol), ``wMAP/8bit`` and of
+    bags of words ``wMAP/rounded``, ``HRS``, and where attacks are targeted ``t-MAP``, ``gain``, ``t-ASR``,
+    ``TR`` and the ``collateral MAP``. ``attacks`` has of each attack its MAP, its unique wins, how far
+    towards the searched floor it came, ASR, flips and cost; ``winner`` names the attack and restart of each
+    query; ``reference`` has chance, least, floor and clean.
 
     A victim that declares itself ``randomised`` is scored by the mean AP over fresh draws of its noise, other
     draws than those by which the worst is chosen.
 
     Args:
-        suite: a tier by name (``smoke``, ``fast``, ``standard``, ``full``, ``paper``), or a suite, which is run
-            as it is and raises no flags.
+        suite: a tier by name (``smoke``, ``fast``, ``standard``, ``full``, ``paper``), or a suite, which is
+            run as it is and raises no flags.
         threat: of the attacker, instead of the one in the suite; ``img-linf-8`` for a tier by name.
         objective: of a tier, that the victim was trained with; ``paper`` needs it, and a defense that has
             adaptive attacks is attacked on it too.
@@ -108,7 +109,7 @@ def _on(
     """The suite on this number of queries; options that only a tier can use are refused."""
     if objective is not None or surrogates:
         raise ValueError(
-            f"the suite {suite.name!r} holds all its attacks: objective= and surrogates= go with a tier by name; "
-            "add attacks by Suite.beside"
+            f"the suite {suite.name!r} holds all its attacks: objective= and surrogates= go with a tier by "
+            "name; add attacks by Suite.beside"
         )
     return suite if queries is None else replace(suite, queries=queries)

@@ -1,7 +1,7 @@
-"""Attacks on the database: some of its items are changed not to be found, or items are inserted to be found often.
+"""Attacks on the database: items are changed not to be found, or inserted to be found often.
 
-The queries stay clean. Items are encoded as the database is, by ``victim.for_database()``, and that is what an
-attack differentiates. As with attacked queries, the evaluator projects, verifies and encodes again.
+The queries stay clean. Items are encoded as the database is, by ``victim.for_database()``, and that is what
+an attack differentiates. As with attacked queries, the evaluator projects, verifies and encodes again.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def perturb_database(
 ) -> EvalResult:
     """The clean queries against a database of which a share was attacked (``db-perturb``).
 
-    Of N items round(share * N), at least one, are drawn by the context's seed. Each is attacked away from its own
-    labels; where the attack selects, it keeps the point whose code, as a query, has the lowest exact AP. In the
-    direction T2I this is what "text queries under image attack" means; an attacker who knows codes there knows
-    those of images and texts, since texts are the queries.
+    Of N items round(share * N), at least one, are drawn by the context's seed. Each is attacked away from its
+    own labels; where the attack selects, it keeps the point whose code, as a query, has the lowest exact AP.
+    In the direction T2I this is what "text queries under image attack" means; an attacker who knows codes
+    there knows those of images and texts, since texts are the queries.
 
     Args:
         attack: untargeted, on the searched modality alone, such as ``guided-apgd`` or ``dsarh``.
@@ -104,22 +104,22 @@ def insert_items(
 ) -> EvalResult:
     """Items put into the database to appear in the top k of as many queries as possible (``db-insert``).
 
-    The carriers are training items, drawn by the context's seed: the attacker owns them. The attacker knows the
-    database codes, not the queries. So codes of the database stand in for queries: each inserted item is steered
-    to the database code that adds most expected exposure to that of the items before it, and where the attack
+    The carriers are training items, drawn by the context's seed: the attacker owns them. The attacker knows
+    the database codes, not the queries, so codes of the database stand in for them: each item is steered to
+    the database code that adds most expected exposure to that of the items before it, and where the attack
     selects, it keeps the point of highest expected exposure on its own.
 
     Args:
-        attack: on the searched modality alone, of knowledge W2, with a loss that follows a code; its own guide
-            is replaced by the code that the item is steered to.
-        count: c, items put in.
+        attack: on the searched modality alone, of knowledge W2, with a loss that follows a code; its own
+            guide is replaced by the code that the item is steered to.
+        count: items put in.
         k: ranks that count.
 
     Returns:
-        ``exposure@k``: share of queries in whose top k an inserted item appears, in expectation over ties, with
-        ``/8bit``; ``slots@k``: expected share of the top k that inserted items take. ``reference`` has the
-        exposure of the same carriers unchanged (``clean``), of items at random ranks (``chance``), and of codes
-        that reach their aims (``reached aims``).
+        ``exposure@k``: share of queries in whose top k an inserted item appears, in expectation over ties,
+            with ``/8bit``; ``slots@k``: expected share of the top k that inserted items take. ``reference``
+            has the exposure of the same carriers unchanged (``clean``), of items at random ranks
+            (``chance``), and of codes that reach their aims (``reached aims``).
 
     Raises:
         ValueError: count or k below 1, more items than carriers, another modality or knowledge.
@@ -198,7 +198,7 @@ def at_least_one(items: Tensor, inserted: Tensor, k: int) -> Tensor:
 
 
 def exposure(context: EvaluationContext, inserted: Codes, k: int) -> tuple[Tensor, Tensor]:
-    """(Q,) probability that an inserted item is in the top k of each query, and (Q,) its expected share of it."""
+    """(Q,) probability that an inserted item is in the top k, and (Q,) their expected share of it."""
     items = prepared_profile(context.query, context.query_labels, context.prepared).items
     near = distance(context.query.packed, inserted.packed).long()
     extra = torch.zeros_like(items).scatter_add_(1, near, torch.ones_like(near))
@@ -209,7 +209,7 @@ def exposure(context: EvaluationContext, inserted: Codes, k: int) -> tuple[Tenso
 
 
 def _proxies(context: EvaluationContext, k: int, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Packed database codes in place of queries, and (S, K + 1) the chance of one item at each distance of each."""
+    """Packed database codes in place of queries, and (S, K + 1) chances of one item at each distance."""
     rows = torch.randperm(len(context.database), generator=draws.within("asked").generator())[:_PROXIES]
     codes = Codes(context.database.packed[rows], context.database.bits, torch.arange(len(rows)))
     items = prepared_profile(codes, context.database_labels[rows], context.prepared).items.clone()

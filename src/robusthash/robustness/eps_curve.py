@@ -1,4 +1,4 @@
-"""Worst case against budget: each attack also starts from the result at the smaller budget, so curves only fall."""
+"""Worst case against budget: each attack also starts from the smaller budget's result."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def eps_curve(
 ) -> Curve:
     """The worst case of each query over some attacks at rising budgets.
 
-    Every attack runs twice at each budget: from its own start, and from the worst input found within the budget
-    before, which is feasible. The result of a smaller budget counts for a larger one, so no query's value ever
-    rises.
+    Every attack runs twice at each budget: from its own start, and from the worst input found within the
+    budget before, which is feasible. The result of a smaller budget counts for a larger one, so no query's
+    value ever rises.
 
     Args:
         specs: untargeted.
@@ -116,7 +116,7 @@ def eps_curve(
 def _attacked(
     runner: BlockRunner, specs: Sequence[AttackSpec], block: int, before: Tensor | None
 ) -> list[AttackedBlock]:
-    """A block under each attack from its own start and, where there is one, from the result at the budget before."""
+    """A block under each attack from its own start and, if any, from the result at the budget before."""
     results = []
     for spec in specs:
         results.append(runner.block(spec, 0, block))

@@ -1,4 +1,4 @@
-"""Suites: fixed sets of attacks in tiers of effort, the queries they are run on, and one number at the end."""
+"""Suites: fixed sets of attacks in tiers of effort, the queries they run on, and one number at the end."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def tier(
     extra_attacks: Sequence[AttackSpec] = (),
     queries: int | None = None,
 ) -> Suite:
-    """A suite by its tier: ``smoke`` (does it run), ``fast`` (development), ``standard`` (claims), ``full`` (disputes).
+    """A suite by its tier of effort.
+
+    ``smoke`` shows that it runs, ``fast`` is for development, ``standard`` for claims, ``full`` for disputes.
 
     ========  =======================================================  ========  =====  =======
     tier      gradient attacks                                         restarts  steps  queries
@@ -112,9 +114,9 @@ def tier(
     ========  =======================================================  ========  =====  =======
 
     Args:
-        threat: ``img-linf-8`` by default. Under a budget of words greedy flips take the place of APGD, an attack
-            ``exact`` tries every word, and it alone refines; under one of tokens greedy swaps do, and nothing
-            refines. Nor does anything under a joint threat, whose pairs no direction's AP may choose.
+        threat: ``img-linf-8`` by default. Under a budget of words greedy flips take the place of APGD, an
+            attack ``exact`` tries every word, and it alone refines; under one of tokens greedy swaps do, and
+            nothing refines. Nor does anything under a joint threat, whose pairs no direction's AP may choose.
         extra_attacks: other than the gradient attacks of every victim: transfer, black-box, noise, and the
             adaptive ones of the defense.
         queries: instead of the tier's.
@@ -183,15 +185,15 @@ def prepare_suite(
     """The suite under its threat, the context of its queries, and notes of what had to be left out.
 
     Raises:
-        ValueError: no attack to find a worst case with, or one that does not change what is queried.
+        ValueError: no untargeted attack, or one that does not change what is queried.
     """
     if threat is not None:
         suite = suite.at(threat)
     for spec in suite.specs:
         if spec.threat.side != "query":
             raise ValueError(
-                f"{spec.threat.name} changes the database, and a suite attacks queries; robusthash poison RUN "
-                "measures it (perturb_database and insert_items in Python)"
+                f"{spec.threat.name} changes the database, and a suite attacks queries; robusthash "
+                "poison RUN measures it (perturb_database and insert_items in Python)"
             )
         if context.direction[0] not in spec.threat.balls:
             raise ValueError(

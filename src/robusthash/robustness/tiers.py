@@ -1,4 +1,4 @@
-"""Tiers for a given victim: the attacks of the tier and those that fit the victim, the curve and the flags."""
+"""Tiers for a given victim: the attacks of the tier and those that fit the victim, the curve, the flags."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def prepare_tier(
     Args:
         name: ``smoke``, ``fast``, ``standard``, ``full``, or ``paper``: the attacks as published.
         threat: ``img-linf-8`` by default.
-        objective: that the victim was trained with. ``paper`` needs it, and a defense that has adaptive attacks
-            is attacked on it too.
+        objective: that the victim was trained with. ``paper`` needs it, and a defense that has adaptive
+            attacks is attacked on it too.
         surrogates: for transfer attacks, from ``fast`` up.
         queries: instead of the tier's, chosen by content.
         steps: of the tier ``paper``, the most that an attack takes; the papers' own counts by default.
@@ -116,7 +116,7 @@ def observe(context: EvaluationContext, threat: Threat) -> Observed:
 
 
 def without_gradient(suite: Suite) -> Suite:
-    """The suite without the attacks that follow a gradient of the victim itself, where none reaches the input."""
+    """The suite without the attacks that follow a gradient of the victim itself."""
 
     def follows(spec: AttackSpec) -> bool:
         if not isinstance(spec, GradientAttack) or spec.kind not in ("white-box", "refined"):
@@ -136,9 +136,9 @@ def extra_attacks(
 ) -> tuple[AttackSpec, ...]:
     """Attacks on top of the gradient attacks that every victim is given.
 
-    None in ``smoke`` and ``paper``. Noise and transfer from ``fast`` up; the adaptive attacks of the defense and
-    searches by 1,000 oracle queries in ``standard``, by 5,000 in ``full``. Threats on image and text together,
-    and token swaps, have no searches by oracle queries; token swaps have no noise either.
+    None in ``smoke`` and ``paper``. Noise and transfer from ``fast`` up; the adaptive attacks of the defense
+    and searches by 1,000 oracle queries in ``standard``, by 5,000 in ``full``. Threats on image and text
+    together, and token swaps, have no searches by oracle queries; token swaps have no noise either.
     """
     if name not in TIERS or name == "smoke":
         return ()
@@ -163,11 +163,7 @@ def assess_tier(
     store: BlockStore = NoStore(),
     progress: Progress = silent,
 ) -> EvalResult:
-    """Run a prepared tier; see ``assess``.
-
-    Raises:
-        ValueError: a curve of a tier that does not have the attacks of the curve.
-    """
+    """Run a prepared tier; see ``assess``."""
     suite, context, by_eps, checks = prepared.suite, prepared.context, None, None
     if curve:
         specs = curve_attacks(prepared)
@@ -180,23 +176,19 @@ def assess_tier(
 
 
 def curve_attacks(prepared: PreparedTier) -> tuple[AttackSpec, ...]:
-    """The attacks of a tier that its curve over budgets runs.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """The attacks of a tier that its curve over budgets runs; a ValueError where it has none."""
     specs = tuple(spec for spec in prepared.suite.specs if spec.name in CURVE_ATTACKS)
     if not specs:
         raise ValueError(
-            f"--eps-curve (curve=True) runs the attacks {' and '.join(CURVE_ATTACKS)}, which {prepared.name!r} "
-            "does not have for this victim"
+            f"--eps-curve (curve=True) runs the attacks {' and '.join(CURVE_ATTACKS)}, which "
+            f"{prepared.name!r} does not have for this victim"
         )
     return specs
 
 
 @dataclass(frozen=True)
 class TierChecks:
-    """Raises the flags of an assessment: the checks of the model, and those that compare the attacks of the suite.
+    """Raises the flags of an assessment: the checks of the model, and those that compare the attacks.
 
     Args:
         curve: the worst case by budget, where it was run.
@@ -236,10 +228,10 @@ class TierChecks:
     def _longer_attacks(
         self, context: EvaluationContext, specs: Sequence[AttackSpec], ap: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """AP under the strongest white-box attack at eps = 1, and with twice its steps or restarts, on a part.
+        """AP of a part under the strongest white-box attack at eps = 1, and with twice its steps or restarts.
 
-        An adaptive one takes its place where there is none: those that average over noise cost thirty times as
-        much.
+        An adaptive one takes its place where there is none: those that average over noise cost thirty times
+        as much.
         """
         gradient = [spec for spec in specs if isinstance(spec, GradientAttack) and spec.kind != "refined"]
         able = [spec for spec in gradient if spec.kind == "white-box"] or gradient

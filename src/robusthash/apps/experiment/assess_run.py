@@ -1,4 +1,4 @@
-"""The stage behind ``robusthash assess``: a tier on a trained run, stored block by block, with its result in a file."""
+"""The stage behind ``robusthash assess``: a tier on a trained run, stored block by block."""
 
 from __future__ import annotations
 
@@ -48,15 +48,12 @@ def assess(
     """Run a tier on a trained run, or go on where it was stopped, and write ``assess.json``.
 
     Args:
-        tier_name: ``smoke``, ``fast``, ``standard``, ``full``, or ``paper``: the attacks as published, apart from
-            the others.
-        queries: instead of the tier's; chosen by content.
+        tier_name, queries, surrogates, steps: as of ``tiers.prepare_tier``; surrogates are runs on the same
+            data.
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
         curve: the worst case at seven budgets too, by the attacks ``guided`` and ``soft-ap``.
         shard: (i, n): only these blocks of queries, for several processes; a call without it joins them.
-        surrogates: runs on the same data that transfer attacks search on; without them F5 says so.
         checked: raise the flags; the tiers smoke and paper never do.
-        steps: of the tier paper, the most that an attack takes; the papers' own counts by default.
         kept: go on from stored blocks, and write ``assess.json``; without it everything is attacked again.
 
     Returns:
@@ -104,11 +101,7 @@ def _threat(name: str, data: RetrievalData) -> Threat:
 def _surrogates(
     run: Run, others: Sequence[Run], data: RetrievalData, context: EvaluationContext
 ) -> list[Surrogate]:
-    """Runs as stand-ins for the victim, called by their recipes; with their id where two share one.
-
-    Raises:
-        ValueError: the victim itself, or weights that are given twice.
-    """
+    """Runs as stand-ins for the victim, called by their recipes; with their id where two share one."""
     weights = [other.card()["digest"] for other in others]
     for other, digested in zip(others, weights, strict=True):
         if digested == run.card()["digest"]:

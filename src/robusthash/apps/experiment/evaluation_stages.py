@@ -98,12 +98,7 @@ def evaluate(
 
 
 def _check_evaluation(run: Run, victim: Hasher) -> None:
-    """Refuse an evaluation section that does not fit the victim, before any query is attacked.
-
-    Raises:
-        ConfigError: a direction of a modality that it does not encode, or an attack that overlooks a purifier it
-            lacks.
-    """
+    """Refuse an evaluation section that does not fit the victim, before any query is attacked."""
     section = run.config.evaluation
     for direction in section.directions or ():
         ends = _MODALITY[direction[0]], _MODALITY[direction[-1]]
@@ -189,7 +184,7 @@ def attacked_queries(
 def attack_to_file(
     run: Run, settings: Mapping[str, Any] | str, out: Path, progress: Progress = silent
 ) -> EvalResult:
-    """Attack the queries and write the attacked ``inputs`` (float32), their ``codes``, ``bits`` and ``labels``.
+    """Attack the queries and write the attacked ``inputs`` (float32), ``codes``, ``bits`` and ``labels``.
 
     A joint attack writes the image under these names, and the text of each pair as ``inputs_text`` and
     ``codes_text``.

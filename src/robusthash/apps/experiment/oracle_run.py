@@ -1,4 +1,4 @@
-"""The price of oracle queries: MAP of a run by their number, for each answer that the search service may give."""
+"""The price of oracle queries: MAP of a run by their number, for each kind of answer."""
 
 from __future__ import annotations
 
@@ -99,14 +99,13 @@ def question_table(
 ) -> QuestionTable:
     """Search by oracle queries to a run's victim up to the largest budget, once for each kind of answer.
 
-    Finished blocks of queries are stored under ``questions/`` in the run directory, so the same call goes on
-    from there.
+    Finished blocks are stored under ``questions/`` in the run directory, so the same call goes on from there.
 
     Args:
         budgets: rising numbers of oracle queries of each query, the clean one among them.
         queries: chosen by content, as in an assessment.
-        search: ``square`` or ``nes``, or another such search of the registry; by default ``square``, and
-            ``greedy-words`` where words are edited.
+        search: ``square``, ``nes`` or another registered one; by default ``square``, of words
+            ``greedy-words``.
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
 
     Raises:
@@ -137,11 +136,7 @@ def _identity(run: Run, context: EvaluationContext, budgets: Sequence[int]) -> s
 
 
 def draw_questions(table: QuestionTable, path: Path) -> list[Path]:
-    """wMAP over oracle queries, on a logarithmic axis, with intervals over queries; as PDF and PNG.
-
-    Args:
-        path: with one of these endings.
-    """
+    """wMAP over oracle queries, on a logarithmic axis, with intervals over queries, as PDF and PNG."""
     from robusthash.apps.reports.plots import Line, line_plot, save  # charts are drawn here alone
 
     places, lines = [math.log2(budget) for budget in table.budgets], list[Line]()

@@ -37,19 +37,19 @@ def poison(
 
     Args:
         threat: ``db-insert`` or ``db-perturb``, or with another bound ``db-insert-img-linf-4``.
-        attack: of ``db-perturb``, any registered one on images, by name or settings; with its own knowledge, and
-            where the threat names no bound its own budget. By default ``guided-apgd``, which knows the database
-            codes.
+        attack: of ``db-perturb``, any registered one on images, by name or settings; with its own knowledge,
+            and where the threat names no bound its own budget. By default ``guided-apgd``, which knows the
+            database codes.
         steps: of ``guided-apgd``, 100.
         count, k: items inserted and the ranks that count, of ``db-insert``.
         share: of the database items, of ``db-perturb``.
         direction: ``T2I``, ``I2I``; the hasher's first modality both ways by default.
-        out: file of the result; by default ``poison-THREAT.json`` in the run, with the attack and the direction
-            in its name where they were given.
+        out: file of the result; by default ``poison-THREAT.json`` in the run, with the attack and the
+            direction in its name where they were given.
 
     Raises:
-        ValueError: a threat of queries, an attack that the threat does not take, or numbers outside their range;
-            see ``robustness.database_attacks``.
+        ValueError: a threat of queries, an attack that the threat does not take, or numbers outside their
+            range; see ``robustness.database_attacks``.
     """
     named = named_threat(threat)
     if named.side != "database":

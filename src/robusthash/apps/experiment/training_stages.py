@@ -1,4 +1,4 @@
-"""The training stages of an experiment: from a config to a trained run. They meet only in the run directory."""
+"""The training stages of an experiment: from a config to a trained run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def train(config: Config, root: Path, progress: Progress = silent, base: Path = 
 
 
 def _initial_hasher(config: Config, data: RetrievalData, parent: Run | None) -> Hasher:
-    """The hasher that training starts with: new, or the parent's; the config's purifiers are put before it."""
+    """The hasher that training starts with: new, or the parent's with the purifiers of the config."""
     section, seed = config.hasher, config.runtime.seed
     if parent is None:
         return build_hasher(
@@ -100,8 +100,8 @@ def _initial_hasher(config: Config, data: RetrievalData, parent: Run | None) -> 
         settings, trained = getattr(section, part), getattr(parent.config.hasher, part)
         if settings is not None and _options(settings) != _options(trained):
             raise ConfigError(
-                f"hasher.{part} is {settings!r}, but {parent.path}, which training goes on from, was trained with "
-                f"{trained!r}; train that net first and give its run as training.init_from"
+                f"hasher.{part} is {settings!r}, but {parent.path}, which training goes on from, was trained "
+                f"with {trained!r}; train that net first and give its run as training.init_from"
             )
     if not section.purifiers:
         return hasher

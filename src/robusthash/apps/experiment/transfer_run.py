@@ -43,7 +43,9 @@ class TransferTable:
         }
 
     def markdown(self) -> str:
-        """Rows are surrogates, columns victims; a cell is wMAP under this attack alone and (the mean under it)."""
+        """Rows are surrogates, columns victims; a cell is the wMAP of this attack alone and (the mean under
+        it).
+        """
         m = self.matrix
         lines = [
             f"w{m.measure} ({m.measure} under attack), {m.threat}, {m.queries} queries ({m.chosen}); "
@@ -75,7 +77,6 @@ def transfer_table(
         eps: budget of the images; that customary for the norm by default.
 
     Raises:
-        RunError: a folder that is no trained run.
         ValueError: fewer than two runs, one given twice, runs without images, or of other data.
     """
     if len(paths) < 2:

@@ -49,15 +49,15 @@ class OracleAttack:
       database. AP stays flat while the right item is still first, and this does not.
     * ``ids``, ``rank`` or ``overlap`` (B1): the ordered ids alone, compared with those of the clean query.
 
-    The returned input is the best by this score, which at B1 need not be the one of lowest AP. The clean query
-    is the first of the budget.
+    The returned input is the best by this score, which at B1 need not be the one of lowest AP. The clean
+    query is the first of the budget.
 
     Args:
         attacked: threat of one modality, the query's; its knowledge is set by ``shows``.
         budget: oracle queries of each query.
         k: ids that the service returns, and ranks that ``overlap`` counts.
-        marks: rising numbers of oracle queries; the results are then the clean query and the best inputs after
-            each of them, in the places of targets.
+        marks: rising numbers of oracle queries; the results are then the clean query and the best inputs
+            after each of them, in the places of targets.
 
     Raises:
         ValueError: a judge that needs more than is shown, or a budget below 1.
@@ -230,7 +230,7 @@ def noise(
 
 
 def noise_attacks(threat: Threat, draws: int = 100) -> list[OracleAttack]:
-    """Uniform and corner noise; random edits of exactly m words where words are edited; of token swaps none."""
+    """Uniform and corner noise; of words random edits of exactly m; of token swaps none."""
     if any(ball.norm == "swaps" for ball in threat.balls.values()):
         return []
     if all(isinstance(ball, Edits) for ball in threat.balls.values()):
@@ -261,16 +261,16 @@ def question_curve(
 ) -> QuestionCurve:
     """Run ``spec`` once and score its best inputs after each number of oracle queries.
 
-    The schedule of a search follows its whole budget, so a search of fewer oracle queries may be better at its
-    end than a longer one is at that point.
+    The schedule of a search follows its whole budget, so a search of fewer oracle queries may be better at
+    its end than a longer one is at that point.
 
     Args:
         budgets: rising, the last at most ``spec.budget``.
         store: of these budgets alone: its blocks hold the codes after each of them.
 
     Raises:
-        ValueError: budgets that do not rise or exceed that of the attack, or a randomised victim, whose lowest
-            AP over budgets would be that of its luckiest noise.
+        ValueError: budgets that do not rise or exceed that of the attack, or a randomised victim, whose
+            lowest AP over budgets would be that of its luckiest noise.
         MemoryError: one query at a time does not fit.
     """
     marks = tuple(budgets)

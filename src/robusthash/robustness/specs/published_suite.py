@@ -25,11 +25,12 @@ def paper_suite(
     queries: int | None = 1000,
     steps: int | None = None,
 ) -> Suite:
-    """Every published attack once, with its own steps, step size, slope and knowledge; each returns its last point.
+    """Every published attack once, with its own steps, step size, slope and knowledge.
 
-    An attack that a file registers with ``evidence`` ``paper`` or ``paper+code`` joins by itself, with the
-    options that are registered as ``published``. ``pgd-20`` joins the 100 steps of ``pgd``. The threat gives the
-    budget alone; under another norm, which counts in other units, steps keep their share of it.
+    Each returns its last point. An attack that a file registers with ``evidence`` ``paper`` or ``paper+code``
+    joins by itself, with the options that are registered as ``published``; ``pgd-20`` joins the 100 steps of
+    ``pgd``. The threat gives the budget alone; under another norm, which counts in other units, steps keep
+    their share of it.
 
     Args:
         steps: no attack takes more; the suite, and the budget of its results, then say so in their names.

@@ -1,4 +1,4 @@
-"""Transfer: attacks that search on surrogates alone, and the matrix of every model attacked from every other."""
+"""Transfer: attacks that search on surrogates alone, and the matrix of all models against all."""
 
 from __future__ import annotations
 
@@ -74,9 +74,6 @@ class Transfer:
     Args:
         attack: guide, loss and search, with a threat that knows ``T``; it ascends the surrogates' mean score.
         surrogates: at least one; their digests are in ``settings``.
-
-    Raises:
-        ValueError: another knowledge, no surrogate, restarts of the attack itself.
     """
 
     name: str
@@ -163,11 +160,11 @@ def transfer_attack(threat: Threat, search: TransferSteps | GreedyFlips) -> Atta
 def transfer_attacks(
     context: EvaluationContext, surrogates: Sequence[Surrogate], threat: Threat, steps: int = 20
 ) -> list[Transfer]:
-    """The customary transfer attacks: each surrogate alone, and where there are several their ensemble, three ways.
+    """The customary transfer attacks: each surrogate alone, and of several their ensemble, three ways.
 
-    Images: momentum, input diversity 0.5 and gradient smoothing throughout; of the ensemble also with Nesterov
-    steps over three scales, and with variance tuning by five neighbours. Other inputs: momentum. Bags of words:
-    greedy flips.
+    Images: momentum, input diversity 0.5 and gradient smoothing throughout; of the ensemble also with
+    Nesterov steps over three scales, and with variance tuning by five neighbours. Other inputs: momentum.
+    Bags of words: greedy flips.
 
     Raises:
         ValueError: no surrogate, or two of one name.
@@ -211,7 +208,7 @@ class TransferMatrix:
     victims: tuple[str, ...]  # T columns
     clean: Tensor  # (T,) float64
     attacked: Tensor  # (S, T) float64 mean under the attack
-    worst: Tensor  # (S, T) float64 mean over queries of the lower of clean and attacked: wMAP of this attack alone
+    worst: Tensor  # (S, T) float64 mean of the lower of clean and attacked: wMAP of this attack alone
     per_query: Tensor  # (S, T, Q) float64 under attack; NaN where the protocol leaves a query out
     queries: int
     chosen: str  # how these were chosen
@@ -229,7 +226,8 @@ def transfer_matrix(
         contexts: by name; of one data set, protocol, query modality, batch size and seed.
 
     Raises:
-        ValueError: fewer than two contexts, or contexts that differ in more than the victim; it names the field.
+        ValueError: fewer than two contexts, or contexts that differ in more than the victim; it names the
+            field.
     """
     names, first = tuple(contexts), _alike(contexts)
     surrogates = {
