@@ -42,9 +42,7 @@ class AttackedBlock:
     codes_8bit: Tensor  # (B, T, K) int8
     representative: Tensor  # (B, T, K) int8 codes that the attack steers to; (B, T, 0) where it has none
     pixels: dict[str, Tensor]  # (B, T) perceptibility by measure: of pixels, or of the entries of a text
-    passes: (
-        Tensor  # (B, 3) int64 forward passes, backward passes and oracle queries of each query, over all T
-    )
+    passes: Tensor  # (B, 3) int64 forward and backward passes and oracle queries of each query, over all T
     seconds: Tensor  # (B,) share of the block's time
     inputs: Tensor  # (B, ...) float32 attacked inputs of the first goal
     whole_words: Tensor  # (B, T, K) int8; (B, T, 0) where queries are no bags of words

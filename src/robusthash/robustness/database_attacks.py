@@ -128,12 +128,10 @@ def insert_items(
     if k < 1 or count < 1:
         raise ValueError(f"count and k must be at least 1, got {count} and {k}")
     if count > len(carriers):
-        raise ValueError(
-            f"{count} items to insert and {len(carriers)} training items to carry them; insert fewer"
-        )
+        raise ValueError(f"{count} items to insert and {len(carriers)} training items to carry them")
     if attack.threat.knowledge != "W2":
         raise ValueError(
-            f"items are aimed by the database codes (W2), and {attack.name!r} is {attack.threat.knowledge}"
+            f"items are aimed by database codes (W2), {attack.name!r} is {attack.threat.knowledge}"
         )
     _check(context, attack)
     started, draws = time.perf_counter(), Draws(context.seed, ("db-insert",))
@@ -152,11 +150,7 @@ def insert_items(
     items = _attack_items(context, steered, carriers, rows, goal, context.known(attack), draws, progress)
     exposed_queries, slots = exposure(context, as_codes(items.signs), k)
     exposed_8bit, _ = exposure(context, as_codes(items.codes_8bit), k)
-    per_query = {
-        f"exposure@{k}": exposed_queries,
-        f"exposure@{k}/8bit": exposed_8bit,
-        f"slots@{k}": slots,
-    }
+    per_query = {f"exposure@{k}": exposed_queries, f"exposure@{k}/8bit": exposed_8bit, f"slots@{k}": slots}
     counts = torch.tensor([[len(context.database)]]), torch.tensor([[count]])
     at_aims = as_codes(context.database.signs()[aims])
     return EvalResult(
