@@ -181,7 +181,7 @@ def finish(
         threat.verify({**batch.inputs, **inputs}, batch.inputs)
         attacked = inputs[modality]
         signs.append(encode_signs(context.victim, modality, attacked))
-        if is_picture(modality, origin):
+        if modality == "image" and origin.ndim == 4:  # only pixels are stored in 8-bit
             codes_8bit.append(encode_signs(context.victim, modality, in_8bit(origin, attacked)))
         else:
             codes_8bit.append(signs[-1])
@@ -202,11 +202,6 @@ def finish(
         whole_words=torch.stack(whole_words, 1),
         fitted=torch.full((queries,), fit_steps),
     )
-
-
-def is_picture(modality: str, inputs: Tensor) -> bool:
-    """Inputs are pixels, which files hold in 8-bit; features are not."""
-    return modality == "image" and inputs.ndim == 4
 
 
 def in_8bit(clean: Tensor, attacked: Tensor) -> Tensor:
