@@ -133,9 +133,7 @@ def insert_items(
     if count > len(carriers):
         raise ValueError(f"{count} items to insert and {len(carriers)} training items to carry them")
     if attack.threat.knowledge != "W2":
-        raise ValueError(
-            f"items are aimed by database codes (W2), {attack.name!r} is {attack.threat.knowledge}"
-        )
+        raise ValueError(f"items are aimed by codes (W2), and {attack.name!r} is {attack.threat.knowledge}")
     _check(context, attack)
     started, draws = time.perf_counter(), Draws(context.seed, ("db-insert",))
     proxies, chances = _proxies(context, k, draws)

@@ -100,9 +100,7 @@ def _surrogates(
     weights = [other.card()["digest"] for other in others]
     for other, digested in zip(others, weights, strict=True):
         if digested == run.card()["digest"]:
-            raise ValueError(
-                f"the surrogate {other.path} has the victim's weights; give models of other training"
-            )
+            raise ValueError(f"the surrogate {other.path} has the weights of the victim; give other models")
         if weights.count(digested) > 1:
             raise ValueError(f"the surrogate {other.path} is given twice; give each model once")
     recipes = [other.path.parent.name for other in others]

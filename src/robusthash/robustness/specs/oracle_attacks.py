@@ -98,7 +98,7 @@ class OracleAttack:
     def fitted(self, context: EvaluationContext) -> OracleAttack:
         """Itself; refused where the threat attacks another modality than that of the queries."""
         if context.direction[0] not in self.threat.balls:
-            raise ValueError(f"{self.threat.name} does not attack {context.direction[0]} queries")
+            raise ValueError(f"{self.threat.name} does not attack the {context.direction[0]} queries")
         return self
 
     def at(self, threat: Threat) -> OracleAttack:
@@ -272,7 +272,7 @@ def question_curve(
     if not marks or sorted(set(marks)) != list(marks) or marks[-1] > spec.budget:
         raise ValueError(f"budgets must rise and end at most at the attack's {spec.budget}: {list(marks)}")
     if context.randomised:
-        raise ValueError("there is no curve of a randomised victim: assess it, which averages over its noise")
+        raise ValueError("a curve of a randomised victim is not built: assess it, which averages noise")
     attacked = BlockRunner(context, store).queries(replace(spec, marks=marks), progress=progress)
     ap = context.select(context.query_labels, 1)
     lowest = torch.stack([ap(signs) for signs in attacked.signs.unbind(1)], 1).cummin(1).values
