@@ -14,7 +14,7 @@ from robusthash.apps.audit.photo_collection import Photos
 from robusthash.apps.experiment.demo_run import colour_variety
 from robusthash.core.hamming import topk
 from robusthash.data.image_files import read_image
-from robusthash.evaluation.attack_block import Attacked, in_8bit
+from robusthash.evaluation.attack_block import AttackedBlock, in_8bit
 from robusthash.evaluation.attack_spec import AttackSpec
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import CopiesFound, KindFound, copies_found
@@ -155,7 +155,7 @@ class CopySearch:
         per_photo = tuple(answers.ap.tolist())
         return AuditRow(*columns, len(answers.ap), ap, first, recognised, bits, per_photo=per_photo, **others)
 
-    def score(self, spec: AttackSpec, restart: int, attacked: Attacked) -> AttackResult:
+    def score(self, spec: AttackSpec, restart: int, attacked: AttackedBlock) -> AttackResult:
         """Score attacked photographs as 8-bit files against their own copy, or the target's."""
         images = in_8bit(self.images, attacked.inputs.cpu())
         labels = self.context.targets[:, 0] if spec.targeted else None

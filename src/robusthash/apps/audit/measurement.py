@@ -39,17 +39,16 @@ from robusthash.attacks.oracle import ids_lost
 from robusthash.attacks.query_search import Square, ask_around
 from robusthash.attacks.threat_model import threat_on
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Inputs
 from robusthash.data.transforms import EVERYDAY, noise
-from robusthash.evaluation.attack_block import Attacked
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import COPIES, calibrated_radius, copies_data, false_matches
+from robusthash.evaluation.runner import BlockRunner
 from robusthash.metrics.results import Flag, software_versions
-from robusthash.models.encoding import encode_split
+from robusthash.models.encoding import encode_signs, encode_split
 from robusthash.models.external.http_endpoint import Endpoint
-from robusthash.models.hasher import Hasher, frozen
+from robusthash.models.hasher import Hasher
 
 _BATCH = 32  # images encoded together: foreign models may be large
 _BLOCK = 10  # photographs attacked together
@@ -231,25 +230,24 @@ def _context(plan: _Plan, hasher: Hasher) -> EvaluationContext:
 
 def _signs(hasher: Hasher, images: Tensor) -> Tensor:
     """(Q, K) codes of images."""
-    with frozen(hasher), torch.no_grad():
-        parts = [hasher({"image": part.to(hasher.device)})["image"].logits for part in images.split(_BATCH)]
-        return torch.cat([sign(logits).cpu() for logits in parts])
+    return encode_signs(hasher, "image", images, _BATCH)
 
 
 def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[AuditExample]]:
     """Run every attack on the first photographs: a row for each, and for the worst of those of one aim."""
     tier, eps = plan.options.tier, plan.options.eps
     few = search.first(min(tier.attacked, len(search.context.queries)))
-    fitted = [spec.fitted(few.context) for spec in hostile_attacks(plan.target, tier, eps)]
-    runs = [(spec, restart) for spec in fitted for restart in range(spec.restarts)]
+    specs = hostile_attacks(plan.target, tier, eps)
+    runs = [(spec, restart) for spec in specs for restart in range(spec.restarts)]
     results: dict[bool, list[AttackResult]] = {False: [], True: []}
-    done, blocks = itertools.count(1), few.context.blocks
-    for spec, restart in runs:
-        parts = []
-        for block in range(blocks):
-            parts.append(spec.run(few.context, block, restart))
-            plan.progress(next(done), len(runs) * blocks, "attacks")
-        results[spec.targeted].append(few.score(spec, restart, Attacked.join(parts)))
+    runner = BlockRunner(few.context)
+    for number, (spec, restart) in enumerate(runs):
+
+        def progress(block: int, blocks: int, _: str, before: int = number) -> None:
+            plan.progress(before * blocks + block, len(runs) * blocks, "attacks")
+
+        attacked = runner.queries(spec, restart, progress)
+        results[spec.targeted].append(few.score(spec, restart, attacked))
     rows: list[AuditRow] = []
     examples: list[AuditExample] = []
     who = {"white-box": "has the model", "black-box": f"may only ask it, {tier.questions} times"}

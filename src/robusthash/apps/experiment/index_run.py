@@ -11,12 +11,13 @@ import yaml
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.stages import Progress, silent
-from robusthash.core.hamming import pack, sign
+from robusthash.core.hamming import pack
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split
 from robusthash.data.image_files import SUFFIXES, read_image, read_images
 from robusthash.index import CodeIndex, open_index
-from robusthash.models.hasher import Hasher, frozen
+from robusthash.models.encoding import encode_signs
+from robusthash.models.hasher import Hasher
 
 _AT_ONCE = 1024  # images decoded and encoded together
 
@@ -97,13 +98,9 @@ def _add(index: CodeIndex, run: Run, images: Path, progress: Progress) -> dict[s
 
 
 def _encode(hasher: Hasher, run: Run, pixels: torch.Tensor, first_id: int) -> Codes:
-    with frozen(hasher), torch.no_grad():
-        logits = [
-            hasher({"image": part.to(hasher.device).float() / 255})["image"].logits
-            for part in pixels.split(256)
-        ]
+    parts = [encode_signs(hasher, "image", part.float() / 255) for part in pixels.split(256)]
     ids = torch.arange(first_id, first_id + len(pixels))
-    return Codes(pack(sign(torch.cat(logits))), hasher.bits, ids, run.card()["digest"])
+    return Codes(pack(torch.cat(parts)), hasher.bits, ids, run.card()["digest"])
 
 
 def _side(run: Run) -> int:

@@ -261,8 +261,8 @@ class Run:
                 f"{path} is damaged ({error!r}); write it again: robusthash check {self.path}"
             ) from None
 
-    def load_model(self) -> tuple[Hasher, HashObjective]:
-        """The trained hasher (eval mode, CPU) and its objective.
+    def load_hasher(self) -> Hasher:
+        """The trained hasher alone (eval mode, CPU).
 
         Raises:
             RunError: weights that are truncated or do not fit the model card.
@@ -272,15 +272,18 @@ class Run:
                 f"{self.path} keeps results without weights; train its recipe again for the model: "
                 f"robusthash train {self.path / 'config.yaml'}"
             )
-        card, folder = self.card(), self.path / "checkpoint"
-        spec = card["hasher"]
-        hasher = build_hasher(
-            **{**spec, "image": _without_weights(spec["image"]), "text": _without_weights(spec["text"])}
-        )
-        _load_weights(hasher, folder / "hasher.safetensors")
-        objective = build("objective", card["objective"])
-        _load_weights(objective, folder / "objective.safetensors")
-        return hasher.eval(), objective.eval()
+        spec = self.card()["hasher"]
+        image, text = _without_weights(spec["image"]), _without_weights(spec["text"])
+        hasher = build_hasher(**{**spec, "image": image, "text": text})
+        _load_weights(hasher, self.path / "checkpoint" / "hasher.safetensors")
+        return hasher.eval()
+
+    def load_model(self) -> tuple[Hasher, HashObjective]:
+        """The trained hasher and its objective (eval mode, CPU); errors as of ``load_hasher``."""
+        hasher = self.load_hasher()
+        objective = build("objective", self.card()["objective"])
+        _load_weights(objective, self.path / "checkpoint" / "objective.safetensors")
+        return hasher, objective.eval()
 
 
 def open_run(

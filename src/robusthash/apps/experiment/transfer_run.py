@@ -1,4 +1,4 @@
-"""Runs -> transfer matrix: what attacks found on each model do to every other."""
+"""The transfer matrix of runs: the effect of attacks found on each model on every other."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from robusthash.apps.experiment.model_stages import image_size, load_hasher, read_data, set_threads
 from robusthash.apps.experiment.run_directory import load_run
-from robusthash.apps.experiment.stages import Progress, image_size, load_victim, read_data, silent
 from robusthash.attacks.threat_model import Norm
 from robusthash.attacks.threat_registry import image_ball
 from robusthash.core.registry import build
+from robusthash.core.runtime import Progress, silent
 from robusthash.evaluation.context import make_context
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.robustness.specs.transfer_attacks import TransferMatrix, transfer_matrix
@@ -30,23 +29,15 @@ class TransferTable:
     def plain(self) -> dict[str, Any]:
         """As JSON takes it."""
         m = self.matrix
-        return {
-            "runs": self.runs,
-            "measure": m.measure,
-            "threat": m.threat,
-            "search": m.search,
-            "queries": m.queries,
-            "chosen": m.chosen,
-            "surrogates": list(m.surrogates),
-            "victims": list(m.victims),
-            "clean": m.clean.tolist(),
-            "attacked": m.attacked.tolist(),
-            "worst": m.worst.tolist(),
-        }
+        tables = {name: getattr(m, name).tolist() for name in ("clean", "attacked", "worst")}
+        names = {name: list(getattr(m, name)) for name in ("surrogates", "victims")}
+        plain = {name: getattr(m, name) for name in ("measure", "threat", "search", "queries", "chosen")}
+        return {"runs": self.runs, **plain, **names, **tables}
 
     def markdown(self) -> str:
-        """Rows are surrogates, columns victims; each cell is wMAP under this attack alone, the mean under it
-        behind."""
+        """Rows are surrogates, columns victims; a cell is the wMAP of this attack alone and (the mean under
+        it).
+        """
         m = self.matrix
         lines = [
             f"{MeasureKey(m.measure).name('worst')} ({m.measure} under attack), {m.threat}, "
@@ -75,11 +66,10 @@ def transfer_table(
 
     Args:
         paths: at least two run directories of one data set.
-        queries: only so many, chosen by content.
+        queries: number of queries, chosen by content.
         eps: budget of the images; that customary for the norm by default.
 
     Raises:
-        RunError: a folder that is no trained run.
         ValueError: fewer than two runs, one given twice, runs without images, or of other data.
     """
     if len(paths) < 2:
@@ -94,19 +84,17 @@ def transfer_table(
         if "image" not in card["modalities"]:
             raise ValueError(f"{run.path} encodes {card['modalities']}; this table attacks images")
     first = runs[0].config
-    if first.runtime.threads:
-        torch.set_num_threads(first.runtime.threads)
+    set_threads(first)
     data = {str(first.data): read_data(first, progress)}
     threat = image_ball(norm, eps, image_size(data[str(first.data)]))
     contexts = {}
     for name, run in zip(names, runs, strict=True):
-        if (
-            str(run.config.data) not in data
-        ):  # the same data may be spelled otherwise; the matrix compares content
-            data[str(run.config.data)] = read_data(run.config, progress)
+        key = str(run.config.data)
+        if key not in data:  # the same data may be spelled otherwise; the matrix compares content
+            data[key] = read_data(run.config, progress)
         contexts[name] = make_context(
-            load_victim(run)[0],
-            data[str(run.config.data)],
+            load_hasher(run),
+            data[key],
             build("protocol", first.evaluation.protocol),
             direction=("image", "image"),
             database=run.learned_database(),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.atomic_files import json_text, write_all_aside
-from robusthash.evaluation.attack_block import Attacked, Trial, finish
+from robusthash.evaluation.attack_block import AttackedBlock, finish
 from robusthash.evaluation.context import EvaluationContext, by_content
 from robusthash.evaluation.evaluate import score_attack, setting_of
 from robusthash.metrics.measure_key import MeasureKey
@@ -256,9 +256,8 @@ def _score(
                 attack.threat.verify({modality: attacked}, {modality: clean})
             except ValueError as error:
                 raise ValueError(f"{where}: inputs, rows {rows[0]} to {rows[-1]}: {error}") from None
-        trial = Trial({modality: attacked}, torch.empty(len(batch), 0, dtype=torch.int8))
-        blocks.append(finish(context, attack.threat, batch, [trial], 0.0))
-    return score_attack(context, attack, Attacked.join(blocks))
+        blocks.append(finish(context, attack.threat, batch, [{modality: attacked}], 0.0))
+    return score_attack(context, attack, AttackedBlock.join(blocks))
 
 
 def on_queries(result: EvalResult, context: EvaluationContext, positions: Tensor) -> EvalResult:
