@@ -72,7 +72,7 @@ def test_a_name_of_the_package_is_refused_to_code_from_outside(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", "import theirs"], capture_output=True, text=True, check=False, env=environment
     )
-    assert "objective 'csq' is already registered by robusthash.objectives.csq" in done.stderr
+    assert "objective 'csq' is already registered by robusthash.objectives.centers" in done.stderr
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])

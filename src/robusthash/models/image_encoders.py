@@ -1,13 +1,15 @@
-"""Image encoders: (B, 3, H, W) in [0, 1] -> (features (B, D), aux). Normalisation is their first layer."""
+"""Image encoders: (B, 3, H, W) in [0, 1], or feature vectors (B, V), -> (features (B, D), aux)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robusthash.core.registry import register
+from robusthash.models.hasher import Encoder
 from robusthash.models.pretrained_weights import load_weights
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -28,7 +30,7 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.std
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(Encoder):
     """Normalisation, then ``trunk``. ``width`` is D; inputs under ``smallest`` pixels a side are refused."""
 
     def __init__(self, trunk: nn.Module, width: int, smallest: int, statistics=IMAGENET) -> None:
@@ -39,19 +41,15 @@ class ImageEncoder(nn.Module):
         self.smallest = smallest
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if min(x.shape[-2:]) < self.smallest:
-            raise ValueError(
-                f"this encoder needs images of at least {self.smallest} px, got {tuple(x.shape[-2:])}"
-            )
+        size = tuple(x.shape[-2:])
+        if min(size) < self.smallest:
+            raise ValueError(f"this encoder needs images of at least {self.smallest} px, got {size}")
         return self.trunk(self.normalise(x)), {}
 
 
 def _block(inputs: int, outputs: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    ]
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
 @register("image-encoder", "small", modality="image", state="measured")
@@ -84,11 +82,9 @@ def _torchvision(name: str, weights: str | None) -> Any:
     return getattr(torchvision.models, name)(weights="DEFAULT" if weights == "hub" else None)
 
 
-def _filled(model: Any, name: str, weights: str | None, head: str = "") -> Any:
-    """The model, its classifier gone, with the weights of a file where there is one."""
+def _fill(model: Any, name: str, weights: str | None, head: str = "") -> None:
     if weights not in (None, "hub"):
         load_weights(model, weights, name, head)
-    return model
 
 
 def _classifier_net(name: str, weights: str | None, smallest: int) -> ImageEncoder:
@@ -96,7 +92,8 @@ def _classifier_net(name: str, weights: str | None, smallest: int) -> ImageEncod
     model = _torchvision(name, weights)
     last = f"classifier.{len(model.classifier) - 1}."
     model.classifier = model.classifier[:-1]
-    return ImageEncoder(_filled(model, name, weights, last), 4096, smallest)
+    _fill(model, name, weights, last)
+    return ImageEncoder(model, 4096, smallest)
 
 
 def _resnet(name: str, weights: str | None) -> ImageEncoder:
@@ -104,7 +101,8 @@ def _resnet(name: str, weights: str | None) -> ImageEncoder:
     model = _torchvision(name, weights)
     width = model.fc.in_features
     model.fc = nn.Identity()
-    return ImageEncoder(_filled(model, name, weights), width, smallest=32)
+    _fill(model, name, weights)
+    return ImageEncoder(model, width, smallest=32)
 
 
 @register("image-encoder", "alexnet", paper="Krizhevsky 2012", evidence="library", modality="image")
@@ -147,3 +145,40 @@ def resnet34(weights: str | None = None) -> ImageEncoder:
 def resnet50(weights: str | None = None) -> ImageEncoder:
     """ResNet50 (torchvision), D = 2048. ``weights``: a file, ``"hub"`` or None."""
     return _resnet("resnet50", weights)
+
+
+@register("image-encoder", "vector", modality="image")
+class VectorMLP(Encoder):
+    """Fully connected layers with ReLU on vectors of image features, as of the data set ``wikipedia``.
+
+    Args:
+        inputs: V, values in each vector.
+        widths: of the layers; the last is D.
+        dropout: after every layer.
+        normalise: first bring each vector to mean 0 and variance 1: histograms sum to one, a hundredth a
+            value, and at that scale a net with usual learning rates does not learn from them.
+    """
+
+    def __init__(
+        self, inputs: int, widths: Sequence[int] = (512,), dropout: float = 0.0, normalise: bool = True
+    ) -> None:
+        super().__init__()
+        if inputs < 1 or not widths or min(widths) < 1:
+            raise ValueError(f"inputs and widths must be positive numbers, got {inputs} and {list(widths)}")
+        layers: list[nn.Module] = []
+        if normalise:
+            layers.append(nn.LayerNorm(inputs, eps=1e-8, elementwise_affine=False))
+        for before, after in zip((inputs, *widths), widths, strict=False):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+            layers += [nn.Dropout(dropout)] if dropout else []
+        self.layers = nn.Sequential(*layers)
+        self.inputs = inputs
+        self.width = widths[-1]
+
+    def forward(self, vectors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if vectors.dim() != 2 or vectors.shape[1] != self.inputs:
+            raise ValueError(
+                f"the encoder 'vector' takes {self.inputs} features an item, and the images come as "
+                f"{tuple(vectors.shape)}; set its inputs to their number, or choose an encoder for pixels"
+            )
+        return self.layers(vectors), {}

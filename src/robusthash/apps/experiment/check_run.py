@@ -19,7 +19,7 @@ from robusthash.defenses.outer_losses import SAATOuter
 from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.metrics.results import Flag
 from robusthash.models.hasher import build_hasher
-from robusthash.objectives.csq import CSQ
+from robusthash.objectives.centers import CSQ
 from robusthash.robustness.checks.base import CHECKS
 from robusthash.robustness.checks.behaviour_checks import require_usable
 from robusthash.robustness.checks.masked_defenses import Calibrated, calibrate
