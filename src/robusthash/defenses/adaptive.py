@@ -104,12 +104,12 @@ class PurifierAttacks(AdaptiveAttacks):
 
     def attacks(self, victim: Hasher, modality: str, setting: AdaptiveSetting) -> list[AdaptiveAttack]:
         cut = setting.gradient_cut
-        view, random = (
-            RepairMoved("identity" if cut else "own"),
-            setting.search(setting.half, random_start=True),
+        view, search = RepairMoved("own"), setting.search(setting.half, random_start=True)
+        if cut:
+            view = RepairMoved("identity")
+        moved = setting.attack(
+            "two-stage-first", view, guide=Unguided(), loss=RepairMovedLoss(), search=search, selects=False
         )
-        parts = {"guide": Unguided(), "loss": RepairMovedLoss(), "search": random}
-        moved = setting.attack("two-stage-first", view, **parts, selects=False)
         return [
             setting.attack("repair-identity", RepairIdentity()),
             setting.attack("repair-learnt", RepairLearnt()),

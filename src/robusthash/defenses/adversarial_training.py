@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,9 +41,6 @@ class AdversarialTraining(Recipe):
             stepped before the attack.
         outer: the defense's own loss; see ``Needs`` for what it needs of the attack.
         warmup: share of training over which eps grows from 0 to its full size (SFCL).
-
-    Raises:
-        ValueError: an attack that does not give what the outer loss needs, or a warm-up out of range.
     """
 
     groups = ("hasher", "critic", "guide")
@@ -95,8 +93,8 @@ class AdversarialTraining(Recipe):
         goal = self._goal(batch, memory, draws)
         self.hasher.train()
         if "guide" in self._learning:
-            terms = self._learning["guide"].terms  # type: ignore[union-attr]
-            yield "guide", terms(goal.labels, memory.reference(), draws)  # type: ignore[operator]
+            guide: Any = self.attack.guide
+            yield "guide", guide.terms(goal.labels, memory.reference(), draws)
         ramp = 1.0 if not self.warmup else min(1.0, moment.progress / self.warmup)
         attack = replace(self.attack, threat=self.attack.threat.scaled(ramp)) if ramp < 1.0 else self.attack
         found, _ = attack.perturb(self.hasher, batch, goal, memory.reference(), draws=draws)

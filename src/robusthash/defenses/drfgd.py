@@ -115,9 +115,7 @@ class Regenerate(Recipe):
         inner: Inner = "published",
     ) -> None:
         if inner not in get_args(Inner):
-            raise ValueError(
-                f"inner must be 'published' (bare hasher) or 'through' (with purifiers), got {inner!r}"
-            )
+            raise ValueError(f"inner must be 'published' or 'through' (the purifiers), got {inner!r}")
         self.inner = inner
         self.hasher = hasher
         self.objective = objective
@@ -229,23 +227,15 @@ def _mean(values: list[Tensor]) -> Tensor:
 
 
 def _checked(hasher: Hasher, attacks: list[Attack]) -> dict[str, Regenerator]:
-    """The purifiers, where each has its attack.
-
-    Raises:
-        ValueError: no purifier, one of another kind, one without an attack, or a targeted attack.
-    """
+    """The purifiers, where each has its attack."""
     if not hasher.purifiers:
-        raise ValueError(
-            "recipe 'regenerate' trains purifiers, and this hasher has none: set hasher.purifiers"
-        )
+        raise ValueError("recipe 'regenerate' trains purifiers: set hasher.purifiers")
     for modality, purifier in hasher.purifiers.items():
         if not isinstance(purifier, Regenerator):
             raise ValueError(f"the {modality} purifier is a {type(purifier).__name__}; use drfgd-{modality}")
     for attack in attacks:
         if attack.targeted:
-            raise ValueError(
-                f"{attack.name!r} is targeted; purifiers are trained against an untargeted attack"
-            )
+            raise ValueError(f"{attack.name!r} is targeted; purifiers train against an untargeted one")
     attacked = sorted(name for attack in attacks for name in attack.threat.balls)
     if attacked != sorted(hasher.purifiers):
         raise ValueError(

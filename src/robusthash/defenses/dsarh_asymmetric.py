@@ -49,10 +49,6 @@ class Asymmetric(Recipe):
             epoch without a gradient), or the ``network``'s own signs where it was trained before.
         database: ``learned`` searches V where every database item is a training item; ``network`` never does.
 
-    Raises:
-        ValueError: an option out of range, another objective than ADSH, a hasher of several modalities, an
-            outer loss without an attack.
-
     Differs: V is solved on clean outputs only. The passes over a sample are shuffled together.
     """
 

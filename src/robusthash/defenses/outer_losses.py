@@ -126,9 +126,6 @@ class DSARHOuter(OuterLoss):
         lam_mode: ``additive`` is Eq 18 as printed, L(x) + lam L_sim(x') on the attacked modalities, for lam
             1.
 
-    Raises:
-        ValueError: lam below 0, or above 1 in the convex form.
-
     Differs: the paper prints the additive form and describes the convex one; its value of lam is not given,
     0.5 is ours. Quantisation stays on clean codes at full weight (as Eq 23 and 27 of the image form).
     """

@@ -35,9 +35,6 @@ def spectral_stability(change: Tensor, gate: Tensor, reduction: Reduction = "blo
         reduction: of an image. ``block`` (ours): the sum inside a block, averaged over blocks; ``sum``: over
             all blocks, which at 224 px holds the gate near 0.1 whatever the retention; ``mean``: over all
             coefficients, which leaves the term without effect. The paper does not say.
-
-    Returns:
-        A scalar; multiplied by 4 where the change doubles.
     """
     with torch.no_grad():
         energy = BlockDCT(gate.shape[-1]).to(change.device)(change).square().sum(2)
@@ -61,9 +58,6 @@ class SAAHOuter(OuterLoss):
         stability: lambda_s, 1 in the paper; 0 switches the term off.
         retention: gamma, 1 in the paper; 0 switches the term off.
         stab_reduction: see ``spectral_stability``.
-
-    Raises:
-        ValueError: a negative weight, an unknown reduction; later, a hasher without a gate.
     """
 
     stability: float = 1.0

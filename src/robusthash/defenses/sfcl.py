@@ -25,8 +25,7 @@ MODALITY = "image"
 class LabelScorer(nn.Module):
     """g(a, b, l), an MLP on the concatenation, and its estimate I^: mean log-softmax over label sets.
 
-    One hidden ReLU layer, its weights split by input so that B items are scored against U label sets without
-    repeating the features.
+    One hidden ReLU layer, its weights split by input so that B items are scored against U label sets at once.
     """
 
     def __init__(self, width: int, other: int, classes: int, hidden: int = 128) -> None:
@@ -90,12 +89,8 @@ class Redundancy(nn.Module):
 def wrong_labels(probabilities: Tensor, labels: Tensor) -> Tensor:
     """l': the classes that an attacked item is taken for and does not have; else the likeliest of those.
 
-    Args:
-        probabilities: (B, C) of each class, from the ungated features of the attacked item.
-        labels: (B, C) its own, multi-hot.
-
-    Returns:
-        (B, C) multi-hot, never overlapping ``labels``; empty only for an item that has every class.
+    (B, C) multi-hot, never overlapping ``labels``; empty only for an item that has every class.
+    ``probabilities`` (B, C) are from the ungated features of the attacked item.
     """
     foreign = labels == 0
     taken = (probabilities >= 0.5) & foreign
@@ -169,11 +164,7 @@ class SFCLOuter(nn.Module, OuterLoss):
         self.redundancy: Redundancy | None = None
 
     def setup(self, facts: TrainFacts) -> None:
-        """Make heads and scorers for the widths of the encoder's features, drawn from the seed.
-
-        Raises:
-            ValueError: an image encoder without spatial and frequency features, or no labels.
-        """
+        """Make heads and scorers for the widths of the encoder's features, drawn from the seed."""
         widths = facts.aux_widths.get(MODALITY, {})
         if not all(f"{name}+" in widths for name in DOMAINS):
             has = sorted(widths) or "nothing"
@@ -191,11 +182,7 @@ class SFCLOuter(nn.Module, OuterLoss):
                 self.redundancy = Redundancy(one, two, self.redundancy_kind)
 
     def forward(self, turn: Round) -> LossTerms:
-        """The weighted terms of one step.
-
-        Raises:
-            ValueError: images that are not attacked, or no labels.
-        """
+        """The weighted terms of one step."""
         if MODALITY not in turn.robust:
             changed = sorted(turn.robust)
             raise ValueError(f"the outer loss 'sfcl' needs attacked images; the attack changes {changed}")

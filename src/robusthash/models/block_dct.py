@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 
 def dct_matrix(size: int) -> Tensor:
-    """(n, n) orthonormal DCT-II: A[0, j] = sqrt(1/n), A[u, j] = sqrt(2/n) cos((2j + 1) u pi / 2n).
-
-    Raises:
-        ValueError: a size below 1.
-    """
+    """(n, n) orthonormal DCT-II: A[0, j] = sqrt(1/n), A[u, j] = sqrt(2/n) cos((2j + 1) u pi / 2n)."""
     if size < 1:
         raise ValueError(f"a DCT needs at least 1 point, got {size}")
     place = torch.arange(size, dtype=torch.float64)
@@ -44,11 +40,7 @@ class BlockDCT(nn.Module):
         self.register_buffer("basis", torch.kron(matrix, matrix), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, P, C, n, n) coefficients: block by rows, channel, frequency (u down, v across).
-
-        Raises:
-            ValueError: H or W is not a multiple of the block.
-        """
+        """(B, C, H, W) -> (B, P, C, n, n) coefficients: block by rows, channel, frequency (u down, v across)."""
         n = self.block
         items, channels, height, width = x.shape
         if height % n or width % n:

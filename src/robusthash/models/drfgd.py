@@ -91,16 +91,11 @@ class ImageRegenerator(Regenerator):
     channels at scale 1/4, and the decoder takes encoding and robust branch side by side.
 
     Args:
-        width: channels at full scale, a multiple of 4. 64 is what the paper's size suggests; 16 runs on a
-            CPU.
-        output: ``residual`` adds tanh of the last layer to the input and clamps; that layer starts at zero,
-            so the new purifier changes nothing. ``direct`` is a sigmoid of it: no way around the decoder for
-            a perturbation.
+        width: channels at full scale, a multiple of 4; the paper's size suggests 64, 16 runs on a CPU.
+        output: ``residual`` adds tanh of the last layer, which starts at zero, to the input and clamps;
+            ``direct`` is a sigmoid of it: no way around the decoder for a perturbation.
 
     Differs: the paper names neither the source of the encoding f nor any layer; all of this is ours.
-
-    Raises:
-        ValueError: a width that four groups do not divide, or an unknown output.
     """
 
     def __init__(self, width: int = 16, output: Output = "residual") -> None:
@@ -120,9 +115,7 @@ class ImageRegenerator(Regenerator):
 
     def _read(self, x: Tensor) -> list[Tensor]:
         if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[-2:]) < 8:
-            raise ValueError(
-                f"this purifier takes images (B, 3, H, W) of at least 8 px, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"this purifier takes images (B, 3, H, W) of 8 px or more, got {tuple(x.shape)}")
         features = [self.first(2.0 * x - 1.0)]
         for layer in self.down:
             features.append(layer(features[-1]))
@@ -153,9 +146,8 @@ class TextRegenerator(Regenerator):
     Args:
         vocabulary: V, known from the data.
         hidden: width of every layer and of both views.
-        output: as for images; but the clamp of ``residual`` is left out of the gradient (straight through),
-            in training and for attackers. Words are 0 or 1, the edges of the range, where the clamp cuts many
-            changes (ours).
+        output: as for images; but the clamp of ``residual`` is left out of the gradient (straight through):
+            words are 0 or 1, the edges of the range, where it cuts many changes (ours).
     """
 
     def __init__(self, vocabulary: int, hidden: int = 512, output: Output = "residual") -> None:

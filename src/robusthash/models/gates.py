@@ -92,12 +92,10 @@ class GlobalLogits(nn.Module):
 class SpectralGate(Purifier):
     """P(x) = IDCT(z m), z = DCT(x) by blocks, m = m_min + (1 - m_min) sigmoid(g(|z|) / tau) (SAAH, Eq. 5-7).
 
-    The gate weighs every frequency of every block, alike in the three channels. Its result is not clipped to
-    [0, 1], which would kill gradients. It starts at m = rho exactly: the last layer's weights are zero, and
-    its bias is tau ln(p / (1 - p)) with p = (rho - m_min) / (1 - m_min), that is -0.1054 by default.
-
-    ``aux`` holds ``gate``, (B, P, n, n) m by block and frequency in [m_min, 1], and ``excess``, (B,) mean of
-    m minus rho.
+    One gate for the three channels. The result is not clipped to [0, 1], which would kill gradients. It
+    starts at m = rho exactly: the last layer has weights 0 and the bias tau ln(p / (1 - p)), p = (rho -
+    m_min) / (1 - m_min). ``aux``: ``gate``, (B, P, n, n) m by block and frequency, and ``excess``, (B,) mean
+    of m minus rho.
 
     Args:
         kind: ``block`` (ours; see below), ``pixel``, ``pixel+freq``; for ablations ``global`` (one learned n
@@ -106,17 +104,13 @@ class SpectralGate(Purifier):
         rho: mean gate at the start, and the retention that ``excess`` is measured from; between m_min and 1.
         m_min: least gate, in [0, 1).
         tau: temperature of the sigmoid, above 0.
-        input: a magnitude as the gate gets it: ``log1p`` (ours) or ``raw`` (the text; up to n, mostly < 0.3).
-        center: gate x - 0.5 instead of x, so that m = 0.5 does not halve the brightness (ours; off as in the
-            text).
+        input: magnitudes as ``log1p`` (ours) or ``raw`` (the text; up to n, mostly < 0.3).
+        center: gate x - 0.5, so that m = 0.5 does not halve the brightness (ours; off as in the text).
         cutoff: of ``low-pass``; n - 1 by default, which keeps 36 of 64 frequencies.
 
-    Raises:
-        ValueError: an option outside its range; later, images whose sides are not multiples of the block.
-
     Differs: the text maps the 3 magnitudes of a coefficient to its logit (``pixel``), which cannot know its
-    frequency but by magnitude; 31,161 parameters of ``block``, a number that depends on the block size as the
-    text's does, agree with it as well, and are the default.
+    frequency but by magnitude; 31,161 parameters of ``block`` agree with the text's number as well, and are
+    the default.
     """
 
     declares = "gate"
@@ -144,9 +138,8 @@ class SpectralGate(Purifier):
         if input not in ("log1p", "raw"):
             raise ValueError(f"input must be 'log1p' or 'raw', got {input!r}")
         if cutoff is not None and (kind != "low-pass" or not 0 <= cutoff <= 2 * (block - 1)):
-            most = 2 * (block - 1)
             raise ValueError(
-                f"cutoff lies in 0..{most} and belongs to kind 'low-pass', got {cutoff} with {kind!r}"
+                f"cutoff is of kind 'low-pass', in 0..{2 * block - 2}, got {cutoff} with {kind!r}"
             )
         self.kind = kind
         self.dct = BlockDCT(block)
@@ -250,12 +243,8 @@ def _constant(values: Tensor) -> Rule:
 class GateView(GradientView):
     """Gradients of a gated victim under another gate (SAAH).
 
-    Args:
-        gate: ``frozen``: m(x) of the clean input, without a gradient through m; ``minimum`` and ``one``: m =
-            m_min and m = 1 everywhere; ``smooth``: the gate itself, its gradient alone at temperature 4 tau.
-
-    Raises:
-        ValueError: a victim without a spectral gate.
+    ``frozen``: m(x) of the clean input, without a gradient through m; ``minimum`` and ``one``: m = m_min and
+    m = 1 everywhere; ``smooth``: the gate itself, its gradient alone at temperature 4 tau.
     """
 
     gate: Literal["frozen", "minimum", "one", "smooth"]
@@ -263,9 +252,7 @@ class GateView(GradientView):
     def __call__(self, victim: Hasher) -> ViewedHasher:
         gates = gates_of(victim)
         if not gates:
-            raise ValueError(
-                "a view of the gate needs a victim with the purifier 'spectral-gate'; this one has none"
-            )
+            raise ValueError("a view of the gate needs a victim with the purifier 'spectral-gate'")
         parts = {name: ReweighedGate(gate, self._rule(gate)) for name, gate in gates.items()}
         gradients = victim.with_parts(purifiers=parts)
         if self.gate == "smooth":  # its values are the victim's already

@@ -15,10 +15,6 @@ class GlobalFilter(nn.Module):
 
     ``complex_weight`` is (n, n // 2 + 1, C, 2), real and imaginary part, drawn from N(0, 0.02^2) as in the
     code. The transform runs in float32 (float64 for a float64 model), under autocast too.
-
-    Args:
-        grid: n, even or odd.
-        dim: channels C.
     """
 
     def __init__(self, grid: int, dim: int) -> None:
@@ -82,18 +78,12 @@ class PatchEmbedding(nn.Module):
 
 
 class GFNet(nn.Module):
-    """Patches, position, blocks, LayerNorm, mean over tokens; parameters are named as in the authors' code.
-
-    Raises:
-        ValueError: sides that the patches do not divide; an image of another size than it was made for.
-    """
+    """Patches, position, blocks, LayerNorm, mean over tokens; parameter names are the authors'."""
 
     def __init__(self, size: int, patch: int, dim: int, depth: int, ratio: int, drop_path: float) -> None:
         super().__init__()
         if patch < 1 or size < patch or size % patch:
-            raise ValueError(
-                f"a patch of {patch} px does not divide images of {size} px; choose one that does"
-            )
+            raise ValueError(f"a patch of {patch} px does not divide images of {size} px")
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path is a probability in [0, 1), got {drop_path:g}")
         if depth < 1:
@@ -144,8 +134,7 @@ def gfnet(
     Scaled down, keep at least 8 patches a side: 64 px with patch 8, 32 px with patch 4; dim 64, depth 4.
 
     Args:
-        size: side of the images, for which the filters are made.
-        patch: side of a patch, a divisor of ``size``.
+        size, patch: sides of the images, for which the filters are made, and of a patch, a divisor.
         dim: channels of a token, and D.
         depth: blocks.
         ratio: width of the MLPs over ``dim``.
@@ -153,10 +142,6 @@ def gfnet(
         weights: a file, such as the authors' release of GFNet-Ti; a classifier in it is left out.
 
     Differs: filters of another size are not resized; the weights must fit.
-
-    Raises:
-        FileNotFoundError: weights that are not there.
-        ValueError: sizes that do not go together, or weights that do not fit.
     """
     trunk = GFNet(size, patch, dim, depth, ratio, drop_path)
     if weights is not None:

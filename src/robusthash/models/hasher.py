@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robusthash.core.registry import build
 from robusthash.core.runtime import seed_everything
 from robusthash.core.types import HashOutput, Inputs, Outputs
-from robusthash.models.purifier import IdentityBackward
+from robusthash.models.purifier import ProxyBackward
 
 Defense = Literal["plain", "adversarial", "gate", "mask", "purifier", "randomised", "detector"]
 """Defense classes of this package; the file of another defense registers its own as kind ``adaptive``."""
@@ -60,9 +60,6 @@ class Hasher(nn.Module):
         declared: its defense class; selects the adaptive attacks and is saved with the weights.
         purifiers: modality -> ``Purifier``, for any of the modalities.
         sides: purify queries only, or the database too.
-
-    Raises:
-        ValueError: modalities of encoders and heads differ, or heads of different bits.
     """
 
     def __init__(
@@ -104,10 +101,10 @@ class Hasher(nn.Module):
         return torch.device("cpu") if tensor is None else tensor.device
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Hold these parameters, and no others, in training.
+        """Hold these parameters, and no others, in training, without a gradient.
 
-        They get no gradient, and modules that hold no others stay in eval mode, so that BatchNorm keeps its
-        statistics and dropout is off.
+        Modules that hold no others stay in eval mode, so that BatchNorm keeps its statistics and dropout is
+        off.
         """
         for parameter in self._frozen:
             parameter.requires_grad_(True)
@@ -155,14 +152,14 @@ class Hasher(nn.Module):
             raise ValueError(f"a {view} attack needs a purifier to overlook, and this hasher has none")
         if view == "oblivious":
             return self.bare()
-        return self.with_parts(purifiers={name: IdentityBackward(p) for name, p in self.purifiers.items()})
+        return self.with_parts(purifiers={name: ProxyBackward(p) for name, p in self.purifiers.items()})
 
     def for_database(self) -> Hasher:
         """The hasher of database items: itself, or without purifiers where those are for queries only."""
         return self.bare() if self.sides == "query" else self
 
     def forward(self, inputs: Inputs) -> Outputs:
-        """Hash any subset of the modalities."""
+        """Hash any subset of the modalities; ``aux`` has the input behind a purifier as ``pure``."""
         outputs = {}
         for modality, values in inputs.items():
             if modality not in self.encoders:
@@ -170,7 +167,7 @@ class Hasher(nn.Module):
             if modality in self.purifiers:
                 pure, aux = self.purifiers[modality](values, partial(self._hash, modality))
                 output = self._hash(modality, pure)
-                outputs[modality] = replace(output, aux={**output.aux, **aux})
+                outputs[modality] = replace(output, aux={**output.aux, **aux, "pure": pure})
             else:
                 outputs[modality] = self._hash(modality, values)
         return outputs
@@ -217,15 +214,11 @@ def build_hasher(
 
     Args:
         bits: code length K, at least 1.
-        image: an ``image-encoder`` name or settings, or None.
-        text: a ``text-encoder`` name or settings, or None.
-        head: a ``head`` name or settings.
+        image, text, head: names or settings of ``image-encoder``, ``text-encoder`` (or None) and ``head``,
+            such as ``{"name": "alexnet", "weights": "alexnet.pth"}``.
         vocabulary: width V of the bags of words, which a text encoder needs to know.
         purifiers: modality -> a ``purifier`` name or settings.
-        sides: what they purify.
-
-    Example:
-        ``build_hasher(bits=32, image={"name": "alexnet", "weights": "alexnet.pth"})``
+        sides: the sides that they purify.
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or bits < 1:
         raise ValueError(f"bits must be a positive whole number, got {bits!r}")
@@ -237,9 +230,7 @@ def build_hasher(
         encoders["image"] = build("image-encoder", image)
     if text is not None:
         if vocabulary is None:
-            raise ValueError(
-                "a text encoder needs data with texts: this data set has none (is texts: true set?)"
-            )
+            raise ValueError("a text encoder needs data with texts (is texts: true set?)")
         encoders["text"] = build("text-encoder", text, vocabulary=vocabulary)
         if options := encoders["text"].resolved_options:
             text = {**({"name": text} if isinstance(text, str) else text), **options}
@@ -257,12 +248,7 @@ def build_hasher(
 def purified(
     hasher: Hasher, purifiers: Mapping[str, Component], sides: Sides = "both", seed: int = 0
 ) -> Hasher:
-    """The same hasher, its modules shared, with new purifiers before its encoders.
-
-    Args:
-        purifiers: modality -> a ``purifier`` name or settings; each may ask for ``vocabulary`` and ``bits``.
-        sides: what they purify.
-    """
+    """The same hasher, its modules shared, with new purifiers (by modality) before its encoders."""
     seed_everything(seed)
     context = {"vocabulary": hasher.spec.get("vocabulary"), "bits": hasher.bits}
     parts = {modality: build("purifier", settings, **context) for modality, settings in purifiers.items()}

@@ -66,18 +66,13 @@ class MLPHead(nn.Module):
     Args:
         hidden: width of the hidden layer, 512 in both papers, or the widths of several; DSARH's image net
             after the convolutions is ``[4096, 512]``.
-
-    Raises:
-        ValueError: no hidden layer (that is the head ``tanh``), or one without a unit.
     """
 
     def __init__(self, width: int, bits: int, hidden: int | Sequence[int] = 512) -> None:
         super().__init__()
         sizes = list(hidden) if isinstance(hidden, Sequence) else [hidden]
         if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
-            raise ValueError(
-                f"hidden must be one or several widths of at least 1, got {hidden!r}; without, use 'tanh'"
-            )
+            raise ValueError(f"hidden must be widths of at least 1 (without: 'tanh'), got {hidden!r}")
         self.bits = bits
         layers: list[nn.Module] = []
         for inputs, outputs in zip((width, *sizes), sizes, strict=False):

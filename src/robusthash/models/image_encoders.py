@@ -56,9 +56,7 @@ def _block(inputs: int, outputs: int) -> list[nn.Module]:
 def small(width: int = 32, grid: int = 2) -> ImageEncoder:
     """Four convolutions for 16-64 px that train on a CPU in minutes; ``width`` channels, doubled twice.
 
-    Args:
-        width: channels of the first layer.
-        grid: the last map is pooled to grid x grid, so any input size gives D = 4 * width * grid^2.
+    The last map is pooled to ``grid`` x ``grid``, so any input size gives D = 4 * width * grid^2.
     """
     trunk = nn.Sequential(
         # the only layer at full resolution strides, since it would cost more than all others together
@@ -155,8 +153,8 @@ class VectorMLP(Encoder):
         inputs: V, values in each vector.
         widths: of the layers; the last is D.
         dropout: after every layer.
-        normalise: first bring each vector to mean 0 and variance 1: histograms sum to one, a hundredth a
-            value, and at that scale a net with usual learning rates does not learn from them.
+        normalise: bring each vector to mean 0 and variance 1; nets do not learn from histograms that sum to
+            one.
     """
 
     def __init__(

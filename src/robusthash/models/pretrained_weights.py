@@ -34,23 +34,18 @@ def load_weights(module: nn.Module, path: str, name: str, head: str = "", fits: 
     The file is safetensors or written by ``torch.save``: a state dict, bare or under one of ``HOLDERS``, next
     to any plain values and ``argparse.Namespace`` objects. Nothing in it is executed. The prefix
     (``module.``, ``backbone.``, ...) is found, not asked for. Every tensor of the module must be there in its
-    shape. Tensors of parts that the module lacks, a classifier of any size above all, are left out and
-    logged.
+    shape. Tensors of parts that the module lacks, a classifier of any size above all, are left out, logged
+    and returned by name.
 
     Args:
-        module: the net, without classifier.
-        path: of the file.
         name: of the net, for messages.
         head: prefix of a classifier that sits among the module's own names, ``classifier.6.`` of AlexNet.
         fits: remedy where shapes differ, such as which options must fit.
 
-    Returns:
-        Names of the tensors that were left out, as the file has them.
-
     Raises:
         FileNotFoundError: no such file.
-        ValueError: one line: a file that is empty, damaged, of another kind or would run code; tensors of
-            another net, or of two nets.
+        ValueError: a file that is empty, damaged, of another kind or would run code; tensors of another net
+            or of two.
     """
     tensors = read_tensors(Path(path).expanduser())
     expected = module.state_dict()
@@ -76,9 +71,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: one line that names the file and what is wrong with it.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"weights file '{path}' does not exist; give the path of a file, or null for none"
-        )
+        raise FileNotFoundError(f"weights file '{path}' does not exist; give a file, or null for none")
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
@@ -125,9 +118,7 @@ def _unpickled(path: Path, start: bytes) -> Any:
 def _refusal(path: Path, needed: str, blocked: bool) -> str:
     """Why a pickle is not opened, and the line that converts it."""
     if blocked:
-        return (
-            f"weights '{path}' would run {needed} when opened, which no weights need: do not open this file"
-        )
+        return f"weights '{path}' would run {needed} when opened: do not open this file"
     return (
         f"weights '{path}' hold Python objects ({needed}) beside tensors, and opening these could run any code; "
         f"if you trust who made it, convert it once, where {needed.partition('.')[0]} can be imported: "
@@ -164,11 +155,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _prefix(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str, name: str) -> str:
-    """The prefix of this net's names in the file: that under which most tensors fit.
-
-    Raises:
-        ValueError: two prefixes under which the whole net is, with other values.
-    """
+    """The prefix of this net's names in the file: that under which most tensors fit."""
     fitting: Counter[str] = Counter()
     for key, value in tensors.items():
         for place in [0, *(at + 1 for at, letter in enumerate(key) if letter == ".")]:

@@ -52,14 +52,15 @@ class Purifier(nn.Module, ABC):
         """(B, ...) -> (B, ...), and entries such as a gate or a mask that join ``HashOutput.aux``."""
 
 
-class IdentityBackward(Purifier):
-    """A purifier whose gradient is taken to be the identity (BPDA), for attacks on one that hides its own."""
+class ProxyBackward(Purifier):
+    """A purifier's values with the gradient of another module, by default the identity (BPDA)."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, proxy: nn.Module | None = None) -> None:
         super().__init__()
         self.inner = inner
+        self.proxy = nn.Identity() if proxy is None else proxy
 
     def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             pure, aux = self.inner(x, encode)
-        return with_gradient_of(pure, x), aux
+        return with_gradient_of(pure, self.proxy(x)), aux

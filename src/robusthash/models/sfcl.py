@@ -31,13 +31,7 @@ class Separation(nn.Module):
 
     r = MLP(f); with noise, m = sigmoid((r + g1 - g2) / tau), g Gumbel, which is the two-way Gumbel softmax of
     sigmoid(r) exactly (log s(r) - log(1 - s(r)) = r). Noise in training only: without it m = sigmoid(r /
-    tau), which is soft and deterministic.
-
-    Args:
-        width: D of the features.
-        hidden: of the MLP.
-        tau: temperature.
-        hard_eval: outside training, m = 1[r >= 0], with the gradient of the soft mask for attacks.
+    tau), or 1[r >= 0] with the gradient of that (``hard_eval``).
     """
 
     def __init__(self, width: int, hidden: int = 256, tau: float = 1.0, hard_eval: bool = False) -> None:
@@ -49,12 +43,7 @@ class Separation(nn.Module):
         self.hard_eval = hard_eval
 
     def mask(self, features: Tensor, kind: MaskKind = "own") -> Tensor:
-        """(B, D) -> (B, D) in [0, 1].
-
-        Args:
-            kind: ``own``: noisy in training, else hard or soft by ``hard_eval``. ``hard`` has the soft mask's
-                gradient.
-        """
+        """(B, D) -> (B, D) in [0, 1]; ``own`` is noisy in training, else hard or soft by ``hard_eval``."""
         if kind == "own":
             kind = "noisy" if self.training else "hard" if self.hard_eval else "soft"
         r = self.score(features).float()
@@ -90,13 +79,13 @@ class SFCLEncoder(Encoder):
     """Spatial and frequency features, separated by masks (SFRG) and fused (RAFF); D = ``width``.
 
     f+_s, f+_f from the separation nets; f~_s = f+_s + g_s sigmoid(W_sf f+_f), f~_f likewise with the sides
-    exchanged; features = MLP [f~_s | f~_f] with GELU. ``aux`` holds, for ``spatial`` and ``frequency``, the
-    ungated features under that name and f+ and f- under ``spatial+``, ``spatial-`` and so on, for the outer
-    loss ``sfcl``. The defaults are the paper's pair at 224 px, AlexNet and GFNet-Ti.
+    exchanged; features = MLP [f~_s | f~_f] with GELU. ``aux`` has the ungated features as ``spatial`` and
+    ``frequency``, f+ and f- as ``spatial+``, ``spatial-`` and so on. The defaults are the paper's pair at 224
+    px, AlexNet and GFNet-Ti.
 
     Args:
-        spatial: an ``image-encoder`` name or settings.
-        frequency: another; two spatial backbones are the control of the paper's idea.
+        spatial, frequency: ``image-encoder`` names or settings; two spatial ones are the control of the
+            paper's idea.
         width: of the fused features and of the fusion's hidden layer (paper: hidden 512, output not given).
         hidden: of the separation nets.
         tau: temperature of the masks, 1 in the paper.
@@ -104,9 +93,6 @@ class SFCLEncoder(Encoder):
         fuse: False: no exchange, only the MLP (ablation F).
         gamma: start of g_s and g_f (ours; the paper does not say).
         hard_eval: masks of 0 and 1 outside training (ours; off).
-
-    Raises:
-        ValueError: one of the two backbones is itself of two domains.
     """
 
     def __init__(
@@ -122,19 +108,15 @@ class SFCLEncoder(Encoder):
         hard_eval: bool = False,
     ) -> None:
         super().__init__()
-        backbones = {
-            name: build("image-encoder", net) for name, net in zip(DOMAINS, (spatial, frequency), strict=True)
-        }
+        nets = dict(zip(DOMAINS, (spatial, frequency), strict=True))
+        backbones = {name: build("image-encoder", net) for name, net in nets.items()}
         if any(isinstance(backbone, SFCLEncoder) for backbone in backbones.values()):
             raise ValueError("a backbone of 'sfcl' must be a plain image encoder, not 'sfcl' itself")
         self.widths = widths = {name: int(backbone.width) for name, backbone in backbones.items()}
         one, two = widths.values()
         self.backbones = nn.ModuleDict(backbones)
-        self.separations = nn.ModuleDict()
-        if separate:
-            self.separations.update(
-                {name: Separation(widths[name], hidden, tau, hard_eval) for name in DOMAINS}
-            )
+        separated = widths.items() if separate else ()
+        self.separations = nn.ModuleDict({n: Separation(D, hidden, tau, hard_eval) for n, D in separated})
         self.exchanges = nn.ModuleList([Exchange(one, two, gamma), Exchange(two, one, gamma)] if fuse else [])
         self.fusion = nn.Sequential(nn.Linear(one + two, width), nn.GELU(), nn.Linear(width, width))
         self.width = width
@@ -152,12 +134,7 @@ class SFCLEncoder(Encoder):
     def assumed(
         self, x: Tensor, mask: MaskKind = "own", only: str | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``forward`` as an attacker may assume it.
-
-        Args:
-            mask: kind of the masks.
-            only: the one domain whose backbone has a gradient; values are the same.
-        """
+        """``forward`` with an assumed kind of mask, or the gradient of ``only`` one domain's backbone."""
         aux: dict[str, Tensor] = {}
         for name in DOMAINS:
             features, _ = self.backbones[name](x)
@@ -194,9 +171,7 @@ def _assuming(victim: Hasher, mask: MaskKind = "own", only: str | None = None) -
     encoders = masks_of(victim)
     if not encoders:
         raise ValueError("a view of masks or branches needs the image encoder 'sfcl' with separate: true")
-    return victim.with_parts(
-        {name: _AssumedEncoder(encoder, mask, only) for name, encoder in encoders.items()}
-    )
+    return victim.with_parts({name: _AssumedEncoder(e, mask, only) for name, e in encoders.items()})
 
 
 @register("gradient-view", "mask")

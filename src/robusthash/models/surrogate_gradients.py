@@ -25,7 +25,7 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import HashOutput, Inputs, Outputs
 from robusthash.data.base import Split
 from robusthash.models.hasher import Hasher, frozen
-from robusthash.models.purifier import Encode, IdentityBackward, Purifier, with_gradient_of
+from robusthash.models.purifier import ProxyBackward, Purifier, with_gradient_of
 
 Near = Callable[[Inputs, Tensor, Draws], Inputs]
 """(clean inputs, ids, draws) -> inputs near them, such as an attack will evaluate."""
@@ -123,9 +123,9 @@ def keyed_noise(key: int, device: torch.device | str) -> Iterator[None]:
 class SampledHasher(ViewedHasher):
     """The mean over several samples of a hasher that draws, each with its own keyed noise; new at every call.
 
-    ``aux`` holds the samples, ``draws`` (n, B, K) logits and ``draws/code``, so that a loss can be averaged
-    over them (``OverDraws``). Logits are their mean or, with ``deterministic``, those of a victim that does
-    not draw. One sample's graph at a time is in memory; each is computed again in the backward pass.
+    ``aux`` holds the samples, ``draws`` (n, B, K) logits and ``draws/code``, for the loss ``OverDraws``.
+    Logits are their mean or, with ``deterministic``, those of a victim that does not draw. One sample's graph
+    at a time is in memory; each is computed again in the backward pass.
     """
 
     def __init__(self, victim: Hasher, gradients: Hasher, samples: int, deterministic: bool) -> None:
@@ -170,11 +170,7 @@ class SampledHasher(ViewedHasher):
 
 @dataclass(frozen=True)
 class SampledView(GradientView):
-    """Base of views that average over ``draws`` samples.
-
-    Raises:
-        ValueError: fewer than one draw.
-    """
+    """Base of views that average over ``draws`` samples."""
 
     draws: int = 20
 
@@ -203,16 +199,10 @@ class NoiseAveraged(SampledView):
 
 
 def purifiers_of(victim: Hasher) -> dict[str, Purifier]:
-    """The purifiers of a victim, by modality.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """The purifiers of a victim, by modality."""
     parts = {name: part for name, part in victim.purifiers.items() if isinstance(part, Purifier)}
     if not parts:
-        raise ValueError(
-            "a view of the purifier needs a victim with one; give the hasher its defense as a Purifier"
-        )
+        raise ValueError("a view of the purifier needs a victim with one: give its defense as a Purifier")
     return parts
 
 
@@ -223,18 +213,6 @@ class RepairIdentity(GradientView):
 
     def __call__(self, victim: Hasher) -> ViewedHasher:
         return ViewedHasher(victim, victim.seen_by("identity"))
-
-
-class _OutputInAux(Purifier):
-    """A purifier whose output is in ``aux`` too, as ``pure``."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
-        pure, aux = self.inner(x, encode)
-        return pure, {**aux, "pure": pure}
 
 
 class MovedHasher(ViewedHasher):
@@ -253,9 +231,7 @@ class MovedHasher(ViewedHasher):
         for name in inputs:
             if name in self.victim.purifiers:
                 if name not in self.clean:
-                    raise ValueError(
-                        f"how far the repaired {name} moved is unknown before for_block() has the clean one"
-                    )
+                    raise ValueError(f"the move of the repaired {name} is unknown before for_block()")
                 aux = outputs[name].aux
                 moved = (aux["pure"] - self.clean[name]).flatten(1).square().sum(1)
                 outputs[name] = replace(outputs[name], aux={**aux, "moved": moved})
@@ -264,11 +240,8 @@ class MovedHasher(ViewedHasher):
 
 def repaired(victim: Hasher, inputs: Inputs) -> Inputs:
     """P(x) of each modality that has a purifier, in eval mode, without gradients."""
-    view = victim.with_parts(
-        purifiers={name: _OutputInAux(part) for name, part in purifiers_of(victim).items()}
-    )
-    with frozen(view), torch.no_grad():
-        outputs = view(inputs)
+    with frozen(victim), torch.no_grad():
+        outputs = victim(inputs)
     return {name: outputs[name].aux["pure"].detach() for name in inputs if name in victim.purifiers}
 
 
@@ -284,19 +257,14 @@ class RepairMoved(GradientView):
     gradient: Literal["own", "identity"] = "own"
 
     def __call__(self, victim: Hasher) -> ViewedHasher:
-        parts: dict[str, Purifier] = purifiers_of(victim)
-        if self.gradient == "identity":
-            parts = {name: IdentityBackward(part) for name, part in parts.items()}
-        with_output = {name: _OutputInAux(part) for name, part in parts.items()}
-        return MovedHasher(victim, victim.with_parts(purifiers=with_output))
+        purifiers_of(victim)
+        return MovedHasher(victim, victim.seen_by("white-box" if self.gradient == "own" else "identity"))
 
 
 class ProxyNet(nn.Module):
-    """x + three smooth layers: convolutions for images (B, C, H, W), linear layers for vectors (B, V).
+    """x + three smooth layers: convolutions for images (B, C, H, W), linear ones for vectors (B, V).
 
-    Args:
-        like: inputs of the shape that it gets; its first axis does not matter.
-        width: channels; vectors have eight times as many units.
+    ``like`` has the shape of its inputs; ``width`` counts channels, and vectors have eight times as many units.
     """
 
     def __init__(self, like: Tensor, width: int = 16) -> None:
@@ -312,33 +280,13 @@ class ProxyNet(nn.Module):
         return x + self.layers(x)
 
 
-class _ProxyBackward(Purifier):
-    """A purifier's values with the gradient of a net that imitates it."""
-
-    def __init__(self, inner: nn.Module, proxy: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.proxy = proxy
-
-    def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            pure, aux = self.inner(x, encode)
-        return with_gradient_of(pure, self.proxy(x)), aux
-
-
 @register("gradient-view", "repair-learnt")
 @dataclass(frozen=True)
 class RepairLearnt(GradientView):
-    """The purifier's values with the gradient of a small net that imitates it on training items (BPDA).
+    """The purifier's values with the gradient of a small net that imitates it on training items (BPDA)."""
 
-    Args:
-        steps: of ``fitted``, 32 items each; Adam, 1e-3, mean square error.
-        width: of the net.
-        nets: the fitted nets by modality; None before ``fitted``.
-    """
-
-    steps: int = 200
-    width: int = 16
+    steps: int = 200  # of ``fitted``, 32 items each; Adam, 1e-3, mean square error
+    width: int = 16  # of the net
     nets: Mapping[str, nn.Module] | None = field(default=None, repr=False, compare=False)
 
     BATCH = 32
@@ -352,7 +300,7 @@ class RepairLearnt(GradientView):
         if self.nets is None:
             raise ValueError("the net that imitates this purifier is not learned yet: call fitted(...) first")
         parts = purifiers_of(victim)
-        proxies = {name: _ProxyBackward(parts[name], net) for name, net in self.nets.items()}
+        proxies = {name: ProxyBackward(parts[name], net) for name, net in self.nets.items()}
         return ViewedHasher(victim, victim.with_parts(purifiers=proxies))
 
     def fitted(

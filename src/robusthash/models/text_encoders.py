@@ -59,8 +59,8 @@ class TextMLP(Encoder):
 class TextTransformer(Encoder):
     """A transformer of the BERT kind on token ids; features are its [CLS] state or the mean over the tokens.
 
-    Padding, ``pad_token_id`` of the configuration, is masked, so features do not depend on how far a text is
-    padded. Frozen, it stays in eval mode. SFCL encodes texts by BERT-base.
+    Padding is masked, so features do not depend on how far a text is padded. Frozen, it stays in eval mode.
+    SFCL encodes texts by BERT-base. Needs the extra ``text``.
 
     Args:
         weights: folder with ``config.json`` and ``model.safetensors``. Local files only, no pickle, no
@@ -68,11 +68,6 @@ class TextTransformer(Encoder):
         trainable: train its weights too.
         pooling: ``cls``, the last state of the first token, or ``mean``, of all tokens that are no padding.
         config: the content of ``config.json``; of use without ``weights`` only.
-
-    Raises:
-        ImportError: the extra ``text`` is not installed.
-        FileNotFoundError: no such folder or file.
-        ValueError: another pooling, neither weights nor config, or a folder that holds no such model.
     """
 
     def __init__(
@@ -139,9 +134,7 @@ class TextTransformer(Encoder):
                 f"set max_length: {self.longest} for the data"
             )
         if (last := int(ids.max())) >= self.words:
-            raise ValueError(
-                f"token id {last} and this encoder knows {self.words}; use the tokenizer of its weights"
-            )
+            raise ValueError(f"token id {last}, not below {self.words}: use the tokenizer of the weights")
 
 
 def _transformers() -> Any:

@@ -45,17 +45,13 @@ class DiscreteMemory(CodeMemory):
 def similarity_sums(
     labels: Tensor, row_labels: Tensor, outputs: Tensor, dissimilar: float = 1.0, block: int = 4096
 ) -> Tensor:
-    """S'^T U, made from labels in blocks so that the (m, n) similarity is never in memory.
+    """S'^T U (n, K) in float64, made from labels in blocks so that the (m, n) similarity is never in memory.
 
     Args:
         labels: (n, C) of the database.
         row_labels: (m, C) of the sampled items.
         outputs: (m, K) their real codes U.
         dissimilar: S' is +1 where two items share a label and ``-dissimilar`` elsewhere.
-        block: database items at a time.
-
-    Returns:
-        (n, K) float64.
     """
     real = outputs.double()
     similar = (relevant(part, row_labels) for part in labels.split(block))
@@ -67,6 +63,7 @@ def discrete_update(codes: Tensor, outputs: Tensor, rows: Tensor, sums: Tensor, 
 
     J(V) = ||U V^T - K S'||_F^2 + gamma ||U - V_rows||_F^2 (DSARH Eq 29-33 corrected), hence with Q = -2 K
     S'^T U - 2 gamma Ubar:  V_k <- -sgn(2 V_-k (U_-k^T U_k) + Q_k), by columns already updated. J never rises.
+    Where the argument is zero, the old bit stays.
 
     Args:
         codes: (n, K) V in {-1, +1}.
@@ -74,9 +71,6 @@ def discrete_update(codes: Tensor, outputs: Tensor, rows: Tensor, sums: Tensor, 
         rows: (m,) int64 distinct positions of the sampled items in V.
         sums: (n, K) S'^T U, see ``similarity_sums``.
         gamma: weight of the items' own codes.
-
-    Returns:
-        (n, K) new V in the dtype of ``codes``. Where the argument is zero, the old bit stays.
     """
     v, u = codes.double(), outputs.double()  # in float32 rounding would decide bits whose argument is zero
     linear = -2.0 * codes.shape[1] * sums.double()
@@ -103,9 +97,6 @@ class ADSH(HashObjective):
         gamma: 200 in the paper, next to a sum over n pairs; hence gamma / n here.
         soft: S' of dissimilar pairs is -(#similar / #dissimilar) as in the authors' code; otherwise -1 as in
             the paper, with which few similar pairs among many classes do not count.
-
-    Raises:
-        ValueError: ``soft`` where pairs are of one kind only.
 
     Differs: divided by K, so that learning rates do not depend on the bits; the ratio is that of the training
     set (of each sampled block in the code), so that an item's loss does not depend on the sample.
@@ -150,9 +141,7 @@ class ADSH(HashObjective):
             return
         labels, rows = memory.labels, torch.nonzero(memory.seen).flatten()
         if labels is None or len(rows) == 0:
-            raise ValueError(
-                "ADSH solves its codes from labelled items that were trained on, and there are none"
-            )
+            raise ValueError("ADSH solves its codes from trained labelled items, and there are none")
         solved = {}
         for name, codes in memory.codes.items():
             outputs = memory.latest[name][rows]

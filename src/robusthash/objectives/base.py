@@ -126,11 +126,7 @@ class HashObjective(nn.Module, ABC):
         return {name: value for name, value in self.state_dict().items() if not name.startswith(dropped)}
 
     def both_labels(self, batch: Batch, memory: CodeMemory) -> tuple[Tensor, Tensor]:
-        """Labels of the batch and of the memory.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """Labels of the batch and of the memory."""
         if batch.labels is None or memory.labels is None:
             raise ValueError(f"{type(self).__name__} is supervised, and this batch has no labels")
         return batch.labels, memory.labels

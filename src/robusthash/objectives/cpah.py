@@ -33,12 +33,8 @@ PRIVATE_OF_IMAGE, COMMON, PRIVATE_OF_TEXT = range(3)
 class CommonPrivate(Encoder):
     """f = two layers (Linear, BatchNorm, ReLU) on an encoder's features; common part m f, m = sigma(W f + b).
 
-    Returns the common part as features (B, D) and the private part f - m f in aux as ``private`` (B, D). The
-    mask is used in training and at test alike. BatchNorm cannot train on a batch of one item.
-
-    Args:
-        inner: the encoder before it.
-        width: D, 512 in the public code.
+    Features are the common part (B, D), D 512 in the public code; ``private`` in aux is f - m f. The mask is
+    used in training and at test alike. BatchNorm cannot train on a batch of one item.
     """
 
     def __init__(self, inner: Encoder, width: int = 512) -> None:
@@ -64,24 +60,15 @@ class CommonPrivate(Encoder):
 
 @register("image-encoder", "cpah", paper=_PAPER, evidence="reconstruction", modality="image")
 def cpah_image(inner: str | Mapping[str, Any] = "small", width: int = 512) -> CommonPrivate:
-    """CPAH's image side: common and private features on an inner ``image-encoder``.
-
-    Args:
-        inner: name or settings of the image encoder before it (CNN-F in the paper).
-        width: D of both parts.
-    """
+    """CPAH's image side: common and private features on an ``image-encoder`` (CNN-F in the paper)."""
     return CommonPrivate(build("image-encoder", inner), width)
 
 
 @register("text-encoder", "cpah", paper=_PAPER, evidence="reconstruction", modality="text")
 def cpah_text(vocabulary: int, inner: str | Mapping[str, Any] = "mlp", width: int = 512) -> CommonPrivate:
-    """CPAH's text side: common and private features on an inner ``text-encoder``.
+    """CPAH's text side: common and private features, as wide as the image side's, on a ``text-encoder``.
 
-    Args:
-        vocabulary: V, known from the data.
-        inner: name or settings of the text encoder before it. The public code has none: bags enter the two
-            layers, and one layer more is before them here.
-        width: D of both parts; the same as the image side's.
+    The public code has no inner encoder: bags enter the two layers, and one layer more is before them here.
     """
     return CommonPrivate(build("text-encoder", inner, vocabulary=vocabulary), width)
 
@@ -102,9 +89,6 @@ class CPAH(CrossLikelihood):
         penalty: weight of the gradient penalty.
         hidden: hidden width of critic and consistency classifier, 64 in that code.
         balance: see ``WeightedPairs``. Off in the paper.
-
-    Raises:
-        ValueError: at ``setup``, feature widths that differ; in training, encoders without a private part.
 
     Differs (only third-party code and no paper text was at hand): every term is a mean, with weights of our
     choice (the code sums, with 100 before the adversarial term, 0.1 for alpha and 1 for beta); the

@@ -164,9 +164,6 @@ class SFCLObjective(DPSH):
             with no weight.
         settings: ``printed``, or ``dcmh`` as above.
         balance: see ``WeightedPairs`` (ours; off as in the paper).
-
-    Raises:
-        ValueError: a negative weight, or unknown settings.
     """
 
     def __init__(
@@ -212,13 +209,7 @@ class SFCLObjective(DPSH):
 
 
 class Critic(nn.Module):
-    """Fully connected layers with ReLU: (B, D) -> (B,) logit, positive for real.
-
-    Args:
-        width: D.
-        hidden: widths of the hidden layers.
-        draws: key of the initial weights, so that a resumed run begins with the same ones.
-    """
+    """Fully connected layers with ReLU, keyed initial weights: (B, D) -> (B,) logit, positive for real."""
 
     def __init__(self, width: int, hidden: Sequence[int], draws: Draws) -> None:
         super().__init__()
@@ -243,12 +234,7 @@ def seeded_linear(inputs: int, outputs: int, draws: Draws) -> nn.Linear:
 
 
 def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor, penalty: float) -> Tensor:
-    """Mean binary cross-entropy of real as 1 and fake as 0, plus ``penalty`` times the mean gradient penalty.
-
-    Args:
-        real, fake: (B, D).
-        mix: (B, 1) in [0, 1): place between real and fake of the gradient penalty.
-    """
+    """Mean binary cross-entropy of real (B, D) as 1, fake as 0, and a gradient penalty at ``mix`` (B, 1)."""
     entropy = softplus(-critic(real)).mean() + softplus(critic(fake)).mean()
     return entropy + penalty * gradient_penalty(critic, real, fake, mix)
 
@@ -268,11 +254,7 @@ def deceive(critic: nn.Module, fake: Tensor) -> Tensor:
 
 
 def one_width(widths: Mapping[str, int], name: str) -> int:
-    """The feature width that both modalities share.
-
-    Raises:
-        ValueError: widths differ.
-    """
+    """The feature width that both modalities share."""
     if len(set(widths.values())) != 1:
         raise ValueError(
             f"{name} compares the features of both modalities, whose widths differ: {dict(widths)}; "

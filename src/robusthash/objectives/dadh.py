@@ -29,16 +29,10 @@ def weighted_triplets(
 ) -> Tensor:
     """(B,) weighted mean over positives j and negatives k of [d_ij - d_ik + margin]_+, d = 1 - cosine.
 
-    A pair weighs 2^(shared labels) - 1. An item without a positive or without a negative gets 0. All triplets
-    of an item with M references cost M log M: with the negatives sorted, the hinge of one positive is active
-    for a prefix of them, whose sum a running sum holds.
-
-    Args:
-        code: (B, K).
-        labels: (B, C) multi-hot.
-        codes: (M, K) references.
-        code_labels: (M, C) multi-hot.
-        margin: 0.4 in the paper.
+    Codes (B, K) with multi-hot labels (B, C) against references (M, K), (M, C). A pair weighs 2^(shared
+    labels) - 1; an item without a positive or without a negative gets 0. All triplets of an item cost M log
+    M: with the negatives sorted, the hinge of one positive is active for a prefix of them, whose sum a
+    running sum holds.
     """
     distance = 1.0 - unit(code) @ unit(codes).T
     shared = overlap(labels, code_labels)
@@ -61,12 +55,8 @@ def unit(rows: Tensor) -> Tensor:
 def discrete_step(joint: Tensor, labels: Tensor, relaxed: Tensor, mu: float, ridge: float) -> Tensor:
     """(N, K) next joint codes: sign(L P + mu H), P = (L^T L + ridge I)^-1 L^T B. A zero keeps the old bit.
 
-    Args:
-        joint: (N, K) joint codes B in {-1, +1}.
-        labels: (N, C) multi-hot L.
-        relaxed: (N, K) relaxed codes, averaged over the modalities.
-        mu: their weight.
-        ridge: of the regression of B on the labels.
+    B (N, K) are the joint codes in {-1, +1}, L (N, C) multi-hot labels, H the relaxed codes averaged over
+    modalities.
     """
     gram = labels.T @ labels + ridge * torch.eye(labels.shape[1], device=labels.device)
     total = labels @ torch.linalg.solve(gram, labels.T @ joint) + mu * relaxed
@@ -90,9 +80,6 @@ class DADH(CrossModalObjective):
         ridge: lambda of its regression.
         penalty: weight of the gradient penalty.
         feature_critic, hash_critic: hidden widths.
-
-    Raises:
-        ValueError: at ``setup``, feature widths of the two encoders differ.
 
     Differs: means for sums. The weight of a triplet is normalised by the sum of the item's weights instead of
     its ideal DCG, which only changes how much items weigh against each other; the code's constant factors (10
@@ -133,9 +120,7 @@ class DADH(CrossModalObjective):
         self.joint_codes = torch.zeros(facts.items, facts.bits, device=self.joint_codes.device)
         if {REAL, FAKE} <= set(facts.widths):
             widths = {"features": one_width(facts.widths, "dadh"), "codes": facts.bits}
-            critics = {
-                name: Critic(width, self.hidden[name], draws.within(name)) for name, width in widths.items()
-            }
+            critics = {n: Critic(D, self.hidden[n], draws.within(n)) for n, D in widths.items()}
             self.critics = nn.ModuleDict(critics)
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:

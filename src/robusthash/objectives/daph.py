@@ -22,13 +22,8 @@ ABSENT = -1e4
 def proxy_softmax(logits: Tensor, positive: Tensor, negative: Tensor, slope: float, margin: float) -> Tensor:
     """(B,) mean over positives p of -log(e^{g(s_p-m)} / (e^{g(s_p-m)} + sum over negatives q of e^{g s_q})).
 
-    0 for an item without positives or without negatives.
-
-    Args:
-        logits: (B, M) similarities s, in [-1, 1].
-        positive, negative: (B, M) bool.
-        slope: g.
-        margin: m.
+    s (B, M) are similarities in [-1, 1], g the slope, m the margin; 0 for an item without positives or
+    negatives.
     """
     against = torch.logsumexp((slope * logits).masked_fill(~negative, ABSENT), 1, keepdim=True)
     losses = softplus(against - slope * (logits - margin)) * positive
@@ -98,9 +93,6 @@ class DAPH(CrossModalObjective):
         eta: weight of the partial matches in stage 2, 1.
         inner: width of the proxies' hidden layers, 512.
 
-    Raises:
-        ValueError: ``proxy_epochs`` below 1.
-
     Differs: means for sums in reg and bal. Stage 1 uses the hasher's own features, and trains its encoders
     (the heads wait for stage 2), where the paper has nets of its own; anchors are the proxies that each item
     had in the last epoch of stage 1. The code's extra 1 for every positive class in the negatives' sum is
@@ -164,7 +156,7 @@ class DAPH(CrossModalObjective):
         return HashObjective.regularisation(self, output)  # no quantisation
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
-        """Stage 1: ``proxies``, ``crowding``, ``polarisation``, ``balance``; 2: ``similarity``, ``classes``."""
+        """Terms ``proxies``, ``crowding``, ``polarisation``, ``balance``, then ``similarity``, ``classes``."""
         labels, all_labels = self.both_labels(batch, memory)
         if self.stage == 1:
             return self._proxy_terms(outputs, labels, batch.ids)
@@ -188,10 +180,9 @@ class DAPH(CrossModalObjective):
             for name, rows in proxies.items():
                 self.anchors[self.order.index(name), ids] = rows.detach()
         positive = labels > 0
-        fits = [
-            proxy_softmax(rows @ classes.T, positive, ~positive, self.slope, self.margin).mean()
-            for rows in proxies.values()
-        ]
+        slope, margin = self.slope, self.margin
+        logits = [rows @ classes.T for rows in proxies.values()]
+        fits = [proxy_softmax(s, positive, ~positive, slope, margin).mean() for s in logits]
         eye = torch.eye(len(classes), device=classes.device)
         crowding = (classes @ classes.T - eye).relu().square().sum()
         parts = [classes, *proxies.values()]

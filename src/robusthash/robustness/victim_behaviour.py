@@ -49,9 +49,6 @@ def observed(victim: Hasher, inputs: Inputs, passes: int = 3) -> Observed:
     Logits are compared over ``passes`` calls, the parts are those of the package by type, and a backward pass
     inside the forward pass shows in the tensors that autograd takes back (under ``no_grad`` outside, none is
     needed).
-
-    Raises:
-        ValueError: no inputs, or fewer than two passes.
     """
     if not inputs or passes < 2:
         raise ValueError(f"observing takes inputs and at least two passes, got {sorted(inputs)} and {passes}")

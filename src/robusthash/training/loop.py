@@ -26,11 +26,7 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """One optimiser group; ``lr`` 0 freezes a part of the hasher.
-
-    Raises:
-        ValueError: an unknown optimiser.
-    """
+    """One optimiser group; ``lr`` 0 freezes a part of the hasher."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.01
@@ -54,9 +50,6 @@ class Schedule:
 
     ``steps`` multiplies by ``gamma`` at each share of ``at``; ``exponential`` falls smoothly from 1 to
     ``gamma``.
-
-    Raises:
-        ValueError: an unknown kind.
     """
 
     kind: Literal["constant", "cosine", "steps", "exponential"] = "cosine"
@@ -82,11 +75,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of training that belong to no method.
-
-    Raises:
-        ValueError: epochs or batch size below 1, or an unknown augmentation.
-    """
+    """Settings of training that belong to no method."""
 
     epochs: int = 20
     batch_size: int = 64
@@ -215,11 +204,7 @@ def _augmented(batch: Batch, config: TrainConfig, draws: Draws) -> Batch:
 
 
 def _loss(terms: LossTerms, message: str) -> torch.Tensor:
-    """Sum of the terms.
-
-    Raises:
-        FloatingPointError: it is NaN or infinite.
-    """
+    """Sum of the terms."""
     loss = torch.stack([term.float() for term in terms.values()]).sum()
     if not torch.isfinite(loss):
         values = {name: float(term.detach()) for name, term in terms.items()}

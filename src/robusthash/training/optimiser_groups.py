@@ -87,9 +87,7 @@ def divided(
             raise ValueError("every part of the hasher is frozen (lr 0), so nothing would be trained")
     for name in result:
         if name != BASE and rates[name] == 0:
-            raise ValueError(
-                f"training.optim.{name}.lr is 0, which freezes parts of the hasher and no other group"
-            )
+            raise ValueError(f"training.optim.{name}.lr is 0, which freezes only parts of the hasher")
     return result, frozen
 
 

@@ -83,9 +83,7 @@ def check_modalities(hasher: Hasher, data: RetrievalData) -> None:
     """Refuse data that lack a modality of the hasher."""
     for name in hasher.modalities:
         if name not in data.modalities:
-            raise ValueError(
-                f"this hasher encodes {name!r}, and {data.name} has only {list(data.modalities)}"
-            )
+            raise ValueError(f"this hasher encodes {name!r}, {data.name} has {list(data.modalities)}")
 
 
 def detached(outputs: Outputs) -> Outputs:
@@ -93,8 +91,8 @@ def detached(outputs: Outputs) -> Outputs:
     result = {}
     for name, o in outputs.items():
         aux = {key: value.detach() for key, value in o.aux.items()}
-        tensors = {"logits": o.logits.detach(), "code": o.code.detach(), "features": o.features.detach()}
-        result[name] = replace(o, **tensors, aux=aux)
+        logits, code, features = o.logits.detach(), o.code.detach(), o.features.detach()
+        result[name] = replace(o, logits=logits, code=code, features=features, aux=aux)
     return result
 
 

@@ -103,9 +103,8 @@ class Endpoint:
             Broken: the two answers differ.
         """
         first, second = self.answers(image)[0], self.answers(image, again=True)[0]
-        bits = [np.empty(0, bool) if answer.code is None else answer.code for answer in (first, second)]
-        same = first.ids == second.ids and first.distances == second.distances and np.array_equal(*bits)
-        if not same:
+        one, two = (np.empty(0, bool) if answer.code is None else answer.code for answer in (first, second))
+        if first.ids != second.ids or first.distances != second.distances or not np.array_equal(one, two):
             reason = "an audit needs a search that repeats itself"
             raise Broken(f"{self.url} gave two answers to the same image; {reason}")
         return first
@@ -146,10 +145,8 @@ class Endpoint:
                 if reply.status_code == 200:
                     return _read(reply.content, self.url)
                 if reply.status_code != 429 and reply.status_code < 500:
-                    text = reply.text.strip()[:120]
-                    raise Broken(
-                        f"{self.url} answered status {reply.status_code}{': ' + text if text else ''}"
-                    )
+                    text = f"{reply.status_code}: {reply.text.strip()[:120]}".rstrip(": ")
+                    raise Broken(f"{self.url} answered status {text}")
                 problem = f"answered status {reply.status_code}"
                 wait = max(wait, _retry_after(reply.headers.get("retry-after", ""), self.url))
             if attempt < self.retries:

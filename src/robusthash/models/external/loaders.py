@@ -138,14 +138,10 @@ class _Session:
         inputs = session.get_inputs()
         shapes = [list(each.shape) for each in inputs]
         if len(shapes) != 1 or len(shapes[0]) != 4 or (isinstance(shapes[0][1], int) and shapes[0][1] != 3):
-            raise ValueError(
-                f"{path} must take one input (B, 3, H, W), it takes {shapes}; export it so, or wrap it"
-            )
+            raise ValueError(f"{path} must take one input (B, 3, H, W), it takes {shapes}")
         batch, _, height, width = shapes[0]
         if isinstance(batch, int) and batch != 1:
-            raise ValueError(
-                f"{path} has a fixed batch of {batch}; export it with a free batch axis, or with 1"
-            )
+            raise ValueError(f"{path} has a fixed batch of {batch}; export it with a free one, or 1")
         self.session, self.name = session, inputs[0].name
         self.batch: int | None = 1 if batch == 1 else None
         fixed = isinstance(height, int) and isinstance(width, int)
@@ -221,6 +217,4 @@ def perceptual(name: str) -> Perceptual:
             f"perceptual hashes need an extra: pip install 'robusthash[audit]' ({error})"
         ) from error
     compute: Callable[[Image.Image], Any] = getattr(imagehash, name)
-    return Perceptual(
-        name, TITLES[name], 64, 10, lambda pixels: compute(Image.fromarray(pixels)).hash.flatten()
-    )
+    return Perceptual(name, TITLES[name], 64, 10, lambda x: compute(Image.fromarray(x)).hash.flatten())

@@ -65,11 +65,7 @@ class Adaptive(GradientAttack):
 
 @dataclass(frozen=True)
 class Staged:
-    """Two attacks in a row: the second starts from the first one's result in the query modality. Untargeted.
-
-    Raises:
-        ValueError: attacks of different threats, or a targeted one.
-    """
+    """Two attacks in a row: the second starts from the first one's result in the query modality."""
 
     name: str
     first: GradientAttack
