@@ -70,8 +70,7 @@ class Regenerate(Recipe):
             supervision")
         L_G = discrimination * L_Dis + alignment * L_Ali + reconstruction * L_Rec
         L_Ali = mean over g, g' of ``set_contrast`` with the sets exchanged, through the frozen hasher
-        L_Rec = MSE(x, g) + MSE(x, g') + MSE(g, g')
-        L_Dis = -mean over g, g' of log D
+        L_Rec = MSE(x, g) + MSE(x, g') + MSE(g, g');   L_Dis = -mean over g, g' of log D
 
     The group "purifier" (with the classifiers) steps on disentangle * L_R + L_G; then "critic" on L_D. A term
     of weight 0 is not computed: those are the paper's ablations.
@@ -80,17 +79,14 @@ class Regenerate(Recipe):
         hasher: a trained one with ``Regenerator`` purifiers, for queries only in the paper (``sides:
             query``).
         objective: that of the hasher's training; only attacks on it need it.
-        attack: makes x' in every step; ``inner`` says on what.
-        text_attack: settings of the attack on texts, where images and texts are both purified.
-        disentangle: lambda, 1. The paper lists it without an equation; here it weighs L_R, so that 0 (or
-            false) is the control without disentanglement.
-        alignment: alpha, in [1, 50] in the paper.
-        reconstruction: beta, in [400, 2000] in the paper, "depending on the target model".
+        attack, text_attack: make x' in every step; the second, as settings, on texts where both are purified.
+        disentangle: lambda, 1, in no equation of the paper; here it weighs L_R, so that 0 is the control.
+        alignment, reconstruction: alpha in [1, 50] and beta in [400, 2000] in the paper, by the target model.
         tau, most: of ``set_contrast`` and ``SignedSets``.
         literal_divergence: ``symmetric_kl`` instead of ln 2 - JS.
         inner: ``published`` attacks the bare hasher, as the paper does: x' of an attacker who does not know
-            of the purifier. ``through`` (ours, a variant) attacks hasher and purifiers as they are, so that
-            they learn against an attacker who does. The hasher is not changed by either.
+            of the purifier. ``through`` (ours) attacks hasher and purifiers as they are, so that they learn
+            against one who does.
 
     Differs: the terms of the classification are averaged; see the functions above for the repaired equations.
     """
@@ -240,6 +236,6 @@ def _checked(hasher: Hasher, attacks: list[Attack]) -> dict[str, Regenerator]:
     if attacked != sorted(hasher.purifiers):
         raise ValueError(
             f"purifiers for {sorted(hasher.purifiers)} but attacks on {attacked}: each purified modality "
-            "needs one attack, training.attack, and for texts beside images training.recipe.text_attack"
+            "needs one attack, training.attack, and for texts next to images training.recipe.text_attack"
         )
     return {modality: cast(Regenerator, purifier) for modality, purifier in hasher.purifiers.items()}

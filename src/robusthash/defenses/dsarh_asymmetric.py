@@ -34,9 +34,9 @@ class Asymmetric(Recipe):
     """ADSH, and with an ``attack`` DSARH for images. An epoch is one outer iteration.
 
     Each epoch samples ``items`` of the training split, trains the network on them ``inner_epochs`` times with
-    the codes V of the whole training split fixed, then solves V column by column from the latest outputs. V
-    is the memory of an inner attack and an outer loss. The paper's learning rate, times 0.9 an outer
-    iteration, is the schedule ``exponential`` with gamma 0.9^epochs.
+    the codes V of the whole split fixed, then solves V column by column from the latest outputs. V is the
+    memory of an inner attack and an outer loss. The paper's learning rate, times 0.9 an outer iteration, is
+    the schedule ``exponential`` with gamma 0.9^epochs.
 
     Args:
         hasher: of one modality.
@@ -45,7 +45,7 @@ class Asymmetric(Recipe):
         outer: the mixture of clean and attacked loss, ``dsarh`` where an attack is given without one.
         items: sampled in each epoch, 2000 in the paper; all where the split has fewer.
         inner_epochs: passes over them, 3 in the paper.
-        start: V before the first epoch: ``random`` signs (zeros, as in published code, would leave the first
+        start: V before the first epoch: ``random`` signs (the zeros of published code would leave the first
             epoch without a gradient), or the ``network``'s own signs where it was trained before.
         database: ``learned`` searches V where every database item is a training item; ``network`` never does.
 

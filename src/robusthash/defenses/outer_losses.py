@@ -16,7 +16,7 @@ from robusthash.objectives.base import quantisation
 
 CLEAN_ONLY = "regularisation"  # name of the quantisation in every objective
 TO_OWN_CODE = Needs(goal="own", label_codes=True)
-"""Of losses that pull attacked items to the code of their own labels."""
+"""Needs of losses that pull attacked items to the code of their own labels."""
 
 
 def _agreement(outputs: Outputs, codes: Tensor) -> Tensor:

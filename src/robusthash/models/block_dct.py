@@ -40,7 +40,7 @@ class BlockDCT(nn.Module):
         self.register_buffer("basis", torch.kron(matrix, matrix), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, P, C, n, n) coefficients: block by rows, channel, frequency (u down, v across)."""
+        """(B, C, H, W) -> (B, P, C, n, n): block by rows, channel, frequency (u down, v across)."""
         n = self.block
         items, channels, height, width = x.shape
         if height % n or width % n:

@@ -73,76 +73,62 @@ def small(width: int = 32, grid: int = 2) -> ImageEncoder:
     return ImageEncoder(trunk, 4 * width * grid**2, smallest=8, statistics=((0.5,) * 3, (0.25,) * 3))
 
 
-def _torchvision(name: str, weights: str | None) -> Any:
-    """A torchvision model; ``"hub"`` downloads its weights, anything else leaves it new."""
+def _torchvision(name: str, weights: str | None, smallest: int) -> ImageEncoder:
+    """A torchvision net up to its pooled features or its second 4096-wide layer."""
     import torchvision  # half a second to import, and only these encoders need it
 
-    return getattr(torchvision.models, name)(weights="DEFAULT" if weights == "hub" else None)
-
-
-def _fill(model: Any, name: str, weights: str | None, head: str = "") -> None:
+    model: Any = getattr(torchvision.models, name)(weights="DEFAULT" if weights == "hub" else None)
+    if hasattr(model, "fc"):
+        width, head = model.fc.in_features, ""
+        model.fc = nn.Identity()
+    else:
+        width, head = 4096, f"classifier.{len(model.classifier) - 1}."
+        model.classifier = model.classifier[:-1]
     if weights not in (None, "hub"):
         load_weights(model, weights, name, head)
-
-
-def _classifier_net(name: str, weights: str | None, smallest: int) -> ImageEncoder:
-    """AlexNet or VGG up to its second 4096-wide layer, as the hashing codes use it."""
-    model = _torchvision(name, weights)
-    last = f"classifier.{len(model.classifier) - 1}."
-    model.classifier = model.classifier[:-1]
-    _fill(model, name, weights, last)
-    return ImageEncoder(model, 4096, smallest)
-
-
-def _resnet(name: str, weights: str | None) -> ImageEncoder:
-    """ResNet up to its pooled features."""
-    model = _torchvision(name, weights)
-    width = model.fc.in_features
-    model.fc = nn.Identity()
-    _fill(model, name, weights)
-    return ImageEncoder(model, width, smallest=32)
+    return ImageEncoder(model, width, smallest)
 
 
 @register("image-encoder", "alexnet", paper="Krizhevsky 2012", evidence="library", modality="image")
 def alexnet(weights: str | None = None) -> ImageEncoder:
     """AlexNet (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _classifier_net("alexnet", weights, 63)
+    return _torchvision("alexnet", weights, 63)
 
 
 @register("image-encoder", "vgg11", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
 def vgg11(weights: str | None = None) -> ImageEncoder:
     """VGG11 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _classifier_net("vgg11", weights, 32)
+    return _torchvision("vgg11", weights, 32)
 
 
 @register("image-encoder", "vgg16", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
 def vgg16(weights: str | None = None) -> ImageEncoder:
     """VGG16 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _classifier_net("vgg16", weights, 32)
+    return _torchvision("vgg16", weights, 32)
 
 
 @register("image-encoder", "vgg19", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
 def vgg19(weights: str | None = None) -> ImageEncoder:
     """VGG19 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _classifier_net("vgg19", weights, 32)
+    return _torchvision("vgg19", weights, 32)
 
 
 @register("image-encoder", "resnet18", paper="He 2016", evidence="library", modality="image")
 def resnet18(weights: str | None = None) -> ImageEncoder:
     """ResNet18 (torchvision), D = 512. ``weights``: a file, ``"hub"`` or None."""
-    return _resnet("resnet18", weights)
+    return _torchvision("resnet18", weights, 32)
 
 
 @register("image-encoder", "resnet34", paper="He 2016", evidence="library", modality="image")
 def resnet34(weights: str | None = None) -> ImageEncoder:
     """ResNet34 (torchvision), D = 512. ``weights``: a file, ``"hub"`` or None."""
-    return _resnet("resnet34", weights)
+    return _torchvision("resnet34", weights, 32)
 
 
 @register("image-encoder", "resnet50", paper="He 2016", evidence="library", modality="image")
 def resnet50(weights: str | None = None) -> ImageEncoder:
     """ResNet50 (torchvision), D = 2048. ``weights``: a file, ``"hub"`` or None."""
-    return _resnet("resnet50", weights)
+    return _torchvision("resnet50", weights, 32)
 
 
 @register("image-encoder", "vector", modality="image")

@@ -120,8 +120,8 @@ def _refusal(path: Path, needed: str, blocked: bool) -> str:
     if blocked:
         return f"weights '{path}' would run {needed} when opened: do not open this file"
     return (
-        f"weights '{path}' hold Python objects ({needed}) beside tensors, and opening these could run any code; "
-        f"if you trust who made it, convert it once, where {needed.partition('.')[0]} can be imported: "
+        f"weights '{path}' hold Python objects ({needed}) next to tensors, and opening these could run any "
+        f"code; if you trust who made it, convert it once, where {needed.partition('.')[0]} can be imported: "
         f"{conversion(path)}"
     )
 

@@ -264,7 +264,8 @@ class RepairMoved(GradientView):
 class ProxyNet(nn.Module):
     """x + three smooth layers: convolutions for images (B, C, H, W), linear ones for vectors (B, V).
 
-    ``like`` has the shape of its inputs; ``width`` counts channels, and vectors have eight times as many units.
+    ``like`` has the shape of its inputs; ``width`` counts channels, and vectors have eight times as many
+    units.
     """
 
     def __init__(self, like: Tensor, width: int = 16) -> None:

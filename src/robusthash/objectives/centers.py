@@ -97,10 +97,10 @@ class DPN(CSQ):
 
     Args:
         margin: m, 1.
-        on_tanh: feed tanh(v) as SAAT's code does; with margin 1 the hinge is then always active,
-            L = 1 - mean h t.
-        adaptive: after each epoch the target of a class becomes the majority of its items' codes; a tie keeps
-            its bit.
+        on_tanh: feed tanh(v) as SAAT's code does; with margin 1 the hinge is then always active, L = 1 - mean
+            h t.
+        adaptive: after each epoch a class's target becomes the majority of its items' codes; a tie keeps its
+            bit.
 
     Differs: mean over bits (the authors' code sums them; SAAT's takes the mean). Several classes: the authors
     sum the hinges of each class; ours is the rule of SAAT's code.

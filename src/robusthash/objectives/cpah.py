@@ -83,9 +83,7 @@ class CPAH(CrossLikelihood):
     group "critic", tells common image (real) from common text (fake) features with gradient penalty 10.
 
     Args:
-        alpha: weight of the consistency and the label classifiers.
-        beta: weight of the quantisation term.
-        adversarial: weight of the adversarial term.
+        alpha, beta, adversarial: weights of the classifiers, the quantisation and the adversarial term.
         penalty: weight of the gradient penalty.
         hidden: hidden width of critic and consistency classifier, 64 in that code.
         balance: see ``WeightedPairs``. Off in the paper.
@@ -93,9 +91,9 @@ class CPAH(CrossLikelihood):
     Differs (only third-party code and no paper text was at hand): every term is a mean, with weights of our
     choice (the code sums, with 100 before the adversarial term, 0.1 for alpha and 1 for beta); the
     consistency loss is taken on the classifier's output, which that code makes and never uses; the mask is
-    used at test too, and nothing is detached between pixels and code; references are the memory instead of
-    the batch; B follows the memory at every step. Over one modality alone there is no critic, and the
-    classifiers get that modality.
+    used at test too, and nothing is detached between pixels and code; references are the memory, not the
+    batch; B follows it at every step. Over one modality alone there is no critic, and the classifiers get
+    that modality.
     """
 
     training_only = ("critics", "classifiers")

@@ -71,20 +71,19 @@ class DCMH(CrossLikelihood):
     Theta_ij = F_i . G_j / 2 and B = sign(F + G). The paper's head is ``linear``; ``tanh`` works as well.
 
     Args:
-        gamma: weight of the quantisation term, a mean over items and bits (ours: 0.1; the paper's 1 is K / N
-            by this measure, 0.003 for 32 bits and 10 000 items).
-        eta: weight of the balance term (ours: 0.1; the paper's 1 is K by this measure). At the start, while
-            all codes of a modality are nearly the same, it is the larger part of the loss and holds back the
+        gamma: weight of the quantisation, a mean over items and bits (ours; the paper's 1 is K / N by this
+            measure).
+        eta: weight of the balance term (ours; the paper's 1 is K by this measure). At the start, while all
+            codes of a modality are nearly the same, it is the larger part of the loss and holds back the
             first.
         balance: weight similar pairs, see ``WeightedPairs``. Off in the paper.
 
-    Differs: every term is the published one divided by the pairs of a step, b N, except gamma's and eta's,
-    which have their own scale, so that learning rates are of ordinary size. The paper trains the image net
-    for an epoch, then the text net, then sets B; here one step trains both against the memory, which holds
-    the other side constant: the same gradients, by turns of a step. B follows the memory at every step. The
-    mean of the balance term is the batch's; the published one is over the whole training set with only the
-    batch's rows live, whose gradient answers for codes up to an epoch old, and at ordinary learning rates
-    with momentum swings ever wider.
+    Differs: terms are the published ones divided by the pairs of a step, b N, except gamma's and eta's. The
+    paper trains the image net for an epoch, then the text net, then sets B; here one step trains both against
+    the memory, which holds the other side constant: the same gradients, by turns of a step, and B follows at
+    every step. The balance term is of the batch; the published mean over the training set, with only the
+    batch's rows live, has a gradient that answers for codes up to an epoch old and swings ever wider with
+    momentum.
     """
 
     def __init__(self, gamma: float = 0.1, eta: float = 0.1, balance: bool = False) -> None:
@@ -109,9 +108,8 @@ class DSARHObjective(DPSH):
     modality.
 
     Args:
-        alpha: weight of image codes among themselves. Given nowhere in the paper; 1 is ours, as all these
-            weights.
-        beta: of text codes among themselves.
+        alpha, beta: weights of image and of text codes among themselves; 1 is ours, the paper gives no
+            weight.
         eta: of the quantisation, 0.1.
         balance: see ``WeightedPairs`` (ours; off as in the paper).
 
@@ -151,18 +149,16 @@ class SFCLObjective(DPSH):
 
     L_sem = intra (L_vv + L_tt) + (L_vt + L_tv) + eta sum_m mean (h^m - sgn h^m)^2, where L_ab = mean_ij w_ij
     [softplus(T_ij) - S_ij T_ij], T_ij = h^a_i . h^b_j / 2, i over the batch and j over the memory of all
-    training items, held constant. Over images alone only L_vv is left. A pair of an item with itself stays
-    among the N x M pairs, as printed.
-
-    The paper also says "internal settings as DCMH". ``settings: dcmh`` reads that as DCMH's two further
-    terms: the quantisation goes to the code that both modalities share, eta mean (B - h)^2, and bits are
-    balanced, eta mean_k (mean_i h_ik)^2, both averaged over the modalities.
+    training items, held constant. Over images alone only L_vv is left. Pairs of an item with itself stay, as
+    printed.
 
     Args:
         intra: weight of the intra-modal terms, 1 in the paper; 0 leaves Eq. 11 out.
-        eta: weight of the quantisation in mean form, 0.1. The paper prints an unnormalised sum next to means,
-            with no weight.
-        settings: ``printed``, or ``dcmh`` as above.
+        eta: of the quantisation in mean form, 0.1; the paper prints an unnormalised sum next to means, with
+            no weight.
+        settings: ``printed``, or ``dcmh``, a reading of "internal settings as DCMH": the quantisation goes to
+            the code that both modalities share, eta mean (B - h)^2, and bits are balanced, eta mean_k (mean_i
+            h_ik)^2, both averaged over the modalities.
         balance: see ``WeightedPairs`` (ours; off as in the paper).
     """
 

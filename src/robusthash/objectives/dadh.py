@@ -76,16 +76,15 @@ class DADH(CrossModalObjective):
         alpha, beta, gamma: weights of triplets, quantisation and adversarial terms; the paper's 10, 1, 1 in
             its proportion, divided by ten because T is a mean here.
         margin: of a triplet.
-        mu: weight of the relaxed codes in the discrete step.
-        ridge: lambda of its regression.
+        mu, ridge: weight of the relaxed codes in the discrete step, and lambda of its regression.
         penalty: weight of the gradient penalty.
         feature_critic, hash_critic: hidden widths.
 
-    Differs: means for sums. The weight of a triplet is normalised by the sum of the item's weights instead of
-    its ideal DCG, which only changes how much items weigh against each other; the code's constant factors (10
-    and 1.21) are left out. References are the whole memory, held constant, instead of the batch. The
-    adversarial gradient of codes reaches the whole text net; the code stops it before the hash layer. Until
-    the first discrete step B is sign(F + G). Over one modality alone there are no critics.
+    Differs: means for sums. A triplet's weight is normalised by the sum of the item's weights, not its ideal
+    DCG, which only changes how much items weigh against each other; the code's constant factors (10 and 1.21)
+    are left out. References are the whole memory, held constant, not the batch. The adversarial gradient of
+    codes reaches the whole text net; the code stops it before the hash layer. Until the first discrete step B
+    is sign(F + G). One modality alone has no critics.
     """
 
     joint_codes: Tensor

@@ -87,17 +87,16 @@ class DAPH(CrossModalObjective):
 
     Args:
         proxy_epochs: length of stage 1 in epochs, at least 1, less than the run's epochs.
-        slope: g, 20.
-        margin: sigma, 0.2.
+        slope, margin: g, 20, and sigma, 0.2, of the softmax.
         alpha, beta: weights of balance and polarisation in stage 1, 0.2 each.
         eta: weight of the partial matches in stage 2, 1.
         inner: width of the proxies' hidden layers, 512.
 
-    Differs: means for sums in reg and bal. Stage 1 uses the hasher's own features, and trains its encoders
-    (the heads wait for stage 2), where the paper has nets of its own; anchors are the proxies that each item
-    had in the last epoch of stage 1. The code's extra 1 for every positive class in the negatives' sum is
-    left out; a text's anchors are positive by the same label set, as an image's (the code takes supersets).
-    Both nets train together, not by turns of an epoch.
+    Differs: means for sums in reg and bal. Stage 1 uses the hasher's own features, and trains its encoders,
+    where the paper has nets of its own; anchors are the proxies that each item had in the last epoch of stage
+    1. The code's extra 1 for every positive class in the negatives' sum is left out; a text's anchors are
+    positive by the same label set, as an image's (the code takes supersets). Both nets train together, not by
+    turns of an epoch.
     """
 
     training_only = ("critics", "proxies")
@@ -156,7 +155,7 @@ class DAPH(CrossModalObjective):
         return HashObjective.regularisation(self, output)  # no quantisation
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
-        """Terms ``proxies``, ``crowding``, ``polarisation``, ``balance``, then ``similarity``, ``classes``."""
+        """``proxies``, ``crowding``, ``polarisation`` and ``balance``, then ``similarity``, ``classes``."""
         labels, all_labels = self.both_labels(batch, memory)
         if self.stage == 1:
             return self._proxy_terms(outputs, labels, batch.ids)

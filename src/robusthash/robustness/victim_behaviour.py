@@ -34,7 +34,7 @@ class Observed:
 
     @property
     def gradient_reaches_input(self) -> bool:
-        """For at least 99 % of the items; below, the gradient is masked for some, and at 0 the graph is cut."""
+        """For at least 99 % of the items; below, the gradient is masked for some, and at 0 it is cut."""
         return self.reached >= 0.99
 
     @property

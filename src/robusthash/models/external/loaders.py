@@ -85,8 +85,8 @@ def load_torchscript(path: Path) -> Call:
             names = archive.namelist()
     if not any("/code/" in name for name in names):  # TorchScript brings code; torch.save does not
         raise ValueError(
-            f"{path} is no TorchScript file; weights or a pickled module are not opened. Save the whole model "
-            "with torch.jit.trace(model.eval(), images).save(...), or name it by its Python path, module:name"
+            f"{path} is no TorchScript file; weights or a pickled module are not opened. Save the whole "
+            "model with torch.jit.trace(model.eval(), images).save(...), or name its Python path, module:name"
         )
     module: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu").eval()
     return module

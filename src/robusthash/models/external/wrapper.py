@@ -108,14 +108,14 @@ def answered(call: Call, images: Tensor, name: str) -> Tensor:
     if rows.ndim != 2 or len(rows) != len(images) or rows.shape[1] == 0:
         hint = "; is it squeezed?" if len(images) == 1 and rows.ndim == 1 else ""
         raise Broken(
-            f"{name} answered shape {tuple(rows.shape)} to {len(images)} images; it must be (B, K) with one row "
-            f"for each image, also for a batch of one{hint}"
+            f"{name} answered shape {tuple(rows.shape)} to {len(images)} images; it must be (B, K) with one "
+            f"row for each image, also for a batch of one{hint}"
         )
     if rows.is_floating_point() and not torch.isfinite(rows).all():
         bad = f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} values"
         raise Broken(
-            f"{name} answered {bad} that are NaN or infinite, which are no bits; look for a division by zero, "
-            "a logarithm or half precision inside it"
+            f"{name} answered {bad} that are NaN or infinite, which are no bits; look for a division by "
+            "zero, a logarithm or half precision inside it"
         )
     return rows
 
@@ -143,8 +143,8 @@ def form_of(answer: Tensor, name: str) -> Form:
         return "probabilities"
     if least >= 0:
         raise Broken(
-            f"{name} answered numbers {bounds}, never below 0, so that every bit would be 1: these are features, "
-            "not codes; subtract a threshold (their median, say) inside the model"
+            f"{name} answered numbers {bounds}, never below 0, so that every bit would be 1: these are "
+            "features, not codes; subtract a threshold (their median, say) inside the model"
         )
     return "numbers"
 
@@ -209,8 +209,8 @@ def foreign(call: Call, images: Tensor, name: str, bits: int | None = None) -> F
     on_gradients = (
         "It can be differentiated, so attacks that know its weights were run."
         if gradients
-        else "It gives no gradients, so attacks that follow the weights are impossible and only others were run. "
-        "That is a limit of this audit, not a protection."
+        else "It gives no gradients, so attacks that follow the weights are impossible and only others were "
+        "run. That is a limit of this audit, not a protection."
     )
     return Foreign(hasher, form, gradients, (f"It answers {width} {kind}: {SAID[form]}.", on_gradients))
 
@@ -267,8 +267,8 @@ def normalisation_doubt(hasher: Hasher, images: Tensor, changed: Tensor) -> str:
         )
     if done >= _WELL:
         return (
-            f"The model seems to expect normalised images: {finds} {done:.0%} when they are normalised first. "
-            "Pixels in [0, 1] go in; normalise inside the model."
+            f"The model seems to expect normalised images: {finds} {done:.0%} when they are normalised "
+            "first. Pixels in [0, 1] go in; normalise inside the model."
         )
     return ""
 

@@ -140,8 +140,7 @@ def adaptive_attacks(
     if declared == "detector":
         raise ValueError(
             "the package has no detector: an attack on 'detector' must include the detector's score, and "
-            "rejected queries must be scored; declare the class of the hasher itself, and evaluate the detector "
-            "elsewhere"
+            "rejected queries must be scored; declare the class of the hasher itself instead"
         )
     if threat.knowledge not in ("W0", "W1", "W2"):
         raise ValueError(
