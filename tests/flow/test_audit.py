@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from robusthash.apps.audit import warnings as lights
+from robusthash.apps.audit import warnings as audit_warnings
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.photo_collection import read_photos
-from robusthash.apps.audit.targets import Tier, open_target, size_of
+from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, Tier, open_target, size_of
 from robusthash.core.hamming import distance
 from robusthash.core.runtime import Draws
 from robusthash.metrics.results import Flag
@@ -53,13 +53,13 @@ def model(monkeypatch):
     return made.model
 
 
-def test_a_model_is_measured_attacked_and_told_in_words(folder, model, tmp_path, monkeypatch):
+def test_a_model_is_measured_attacked_and_described_in_words(folder, model, tmp_path, monkeypatch):
     (folder / "broken.jpg").write_bytes(b"no picture")
     save(folder / "again.png", 3)
     Image.new("RGB", (40, 40), "white").save(folder / "white.png")
     red = Flag("F9", 2.0, 1.0, "red", "restart the attack")
-    monkeypatch.setattr(lights, "passive_checks", lambda context, threat: (red,))
-    summary = run_audit("toy:model", tmp_path / "out", folder, size=32, tier=TINY)
+    monkeypatch.setattr(audit_warnings, "passive_checks", lambda context, threat: (red,))
+    summary = run_audit("toy:model", tmp_path / "out", folder, AuditOptions(size=32, tier=TINY))
     rows = {row["name"]: row for row in summary["rows"]}
     assert summary["bits"] == 24
     assert summary["photographs"]["used"] == 9
@@ -87,13 +87,15 @@ def test_a_model_is_measured_attacked_and_told_in_words(folder, model, tmp_path,
 
 
 def test_the_same_audit_gives_the_same_numbers(folder, model, tmp_path):
-    first, second = (run_audit("toy:model", tmp_path / n, folder, size=32, tier=TINY) for n in ("a", "b"))
+    first, second = (
+        run_audit("toy:model", tmp_path / n, folder, AuditOptions(size=32, tier=TINY)) for n in ("a", "b")
+    )
     assert first["rows"] == second["rows"]
 
 
 def test_a_hash_without_gradients_says_what_was_not_tried(folder, tmp_path):
     pytest.importorskip("imagehash", reason="needs the extra 'audit' (pip install robusthash[audit])")
-    summary = run_audit("dhash", tmp_path / "out", folder, size=48, tier=TINY)
+    summary = run_audit("dhash", tmp_path / "out", folder, AuditOptions(size=48, tier=TINY))
     assert not summary["gradients"]
     assert summary["radius"] == 10
     assert {row["kind"] for row in summary["rows"]} == {"same", "everyday", "noise", "hide", "hide-worst"}
@@ -121,22 +123,22 @@ class Masked(torch.nn.Module):
 
 
 def test_gradients_that_are_there_pass(folder, model, tmp_path):
-    summary = run_audit("toy:model", tmp_path / "out", folder, size=32, tier=TINY)
-    lights = {flag["id"]: flag for flag in summary["flags"]}
-    assert set(lights) == {"F1", "F2", "F3", "F15", "F17", "F19", "F20"}
-    assert lights["F2"]["level"] == lights["F3"]["level"] == "pass"
+    summary = run_audit("toy:model", tmp_path / "out", folder, AuditOptions(size=32, tier=TINY))
+    flags = {flag["id"]: flag for flag in summary["flags"]}
+    assert set(flags) == {"F1", "F2", "F3", "F15", "F17", "F19", "F20"}
+    assert flags["F2"]["level"] == flags["F3"]["level"] == "pass"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "The weights show an attack no way" in page
     assert "What to do: " not in page
 
 
 @pytest.mark.parametrize("way", ["rounded", "detached", "zeroed", "bits"])
-def test_a_model_that_takes_its_gradient_away_gets_a_red_light(folder, model, tmp_path, way):
+def test_a_model_that_takes_its_gradient_away_gets_a_red_flag(folder, model, tmp_path, way):
     sys.modules["toy"].masked = Masked(way)
-    summary = run_audit("toy:masked", tmp_path / "out", folder, size=32, tier=TINY)
-    (light,) = [flag for flag in summary["flags"] if flag["id"] == "F2"]
-    assert (light["level"], light["value"]) == ("red", 1.0)
-    assert "cuts the gradient" in light["remedy"]
+    summary = run_audit("toy:masked", tmp_path / "out", folder, AuditOptions(size=32, tier=TINY))
+    (flag,) = [each for each in summary["flags"] if each["id"] == "F2"]
+    assert (flag["level"], flag["value"]) == ("red", 1.0)
+    assert "cuts the gradient" in flag["remedy"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "1 red" in page
     assert "Do not rely on what follows yet" in page
@@ -151,7 +153,7 @@ def test_a_scripted_model_and_a_function_are_looked_at_too(folder, model, tmp_pa
         ("toy:function", "red"),
         ("toy:numbers", None),
     ]:
-        summary = run_audit(target, tmp_path / "out", folder, size=32, tier=TINY)
+        summary = run_audit(target, tmp_path / "out", folder, AuditOptions(size=32, tier=TINY))
         assert {flag["id"]: flag["level"] for flag in summary["flags"]}.get("F2") == level
 
 
@@ -179,12 +181,10 @@ def answer_with(folder, size):
 
 
 def test_an_endpoint_of_ids(folder, tmp_path):
-    from robusthash.apps.audit.targets import EndpointLimits
-
     pytest.importorskip("httpx", reason="needs the extra 'audit' (pip install robusthash[audit])")
     limits = EndpointLimits(rate=1e6, headers={"x-key": "secret-word"})
     with served(answer_with(folder, 32)) as (url, _):
-        summary = run_audit(url, tmp_path / "out", folder, size=32, tier=TINY, limits=limits)
+        summary = run_audit(url, tmp_path / "out", folder, AuditOptions(size=32, tier=TINY, limits=limits))
         assert summary["bits"] is None
         assert summary["rows"][0]["first"] == 1.0
         assert summary["rows"][1]["recognised"] is None
@@ -196,7 +196,10 @@ def test_an_endpoint_of_ids(folder, tmp_path):
         assert "secret-word" not in written
         with pytest.raises(ValueError, match="raise --budget"):
             run_audit(
-                url, tmp_path / "out", folder, size=32, tier=TINY, limits=EndpointLimits(budget=20, rate=1e6)
+                url,
+                tmp_path / "out",
+                folder,
+                AuditOptions(size=32, tier=TINY, limits=EndpointLimits(budget=20, rate=1e6)),
             )
 
 
@@ -215,12 +218,12 @@ def answer_by_brightness(folder, size):
 
 
 def test_questions_alone_find_what_noise_does_not(folder, tmp_path):
-    from robusthash.apps.audit.targets import EndpointLimits
-
     pytest.importorskip("httpx", reason="needs the extra 'audit' (pip install robusthash[audit])")
     with served(answer_by_brightness(folder, 32)) as (url, _):
         limits = EndpointLimits(rate=1e6)
-        summary = run_audit(url, tmp_path / "out", folder, size=32, tier=TINY, eps=0.1, limits=limits)
+        summary = run_audit(
+            url, tmp_path / "out", folder, AuditOptions(size=32, tier=TINY, eps=0.1, limits=limits)
+        )
     rows = {row["name"]: row for row in summary["rows"]}
     assert rows["square"]["map"] < rows["noise"]["map"]
     assert rows["hide, worst case"]["map"] == rows["square"]["map"]
@@ -242,7 +245,7 @@ def test_photographs_that_cannot_be_used(tmp_path, folder):
 
 
 def test_targets_that_cannot_be_opened(folder, model):
-    images = read_photos(folder, 32).asking(8)
+    images = read_photos(folder, 32).first(8)
     for target, said in [
         ("phas", "did you mean 'phash'"),
         ("model.onnx", "no model file"),

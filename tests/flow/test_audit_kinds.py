@@ -13,10 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from robusthash.apps.audit.categories import read_kinds
 from robusthash.apps.audit.measurement import run_audit
-from robusthash.apps.audit.photo_collection import read_photos
-from robusthash.apps.audit.targets import EndpointLimits, Tier
+from robusthash.apps.audit.photo_collection import read_categories, read_photos
+from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, Tier
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.core.runtime import Draws
@@ -77,7 +76,7 @@ def sorted_by_hand(model, photos, draws=4000):
 
 
 def test_every_row_says_how_kinds_are_found(folder, model, tmp_path):
-    summary = run_audit("toy:model", tmp_path / "out", folder, labels=True, size=32, tier=TINY)
+    summary = run_audit("toy:model", tmp_path / "out", folder, AuditOptions(labels=True, size=32, tier=TINY))
     rows = {row["name"]: row for row in summary["rows"]}
     assert summary["kinds"]["photographs"] == {"blue": 4, "red": 5}
     unchanged = rows["unchanged"]
@@ -98,11 +97,13 @@ def test_every_row_says_how_kinds_are_found(folder, model, tmp_path):
 
 
 def test_a_model_that_knows_colours_finds_kinds_and_hiding_a_photograph_says_so(folder, model, tmp_path):
-    summary = run_audit("toy:colours", tmp_path / "out", folder, labels=True, size=32, tier=TINY)
+    summary = run_audit(
+        "toy:colours", tmp_path / "out", folder, AuditOptions(labels=True, size=32, tier=TINY)
+    )
     unchanged = summary["rows"][0]
     assert unchanged["same_kind"] == 1.0 > unchanged["same_kind_chance"]
     assert "it scores 1.00" in summary["kinds"]["said"]
-    plain = run_audit("toy:colours", tmp_path / "plain", folder, size=32, tier=TINY)
+    plain = run_audit("toy:colours", tmp_path / "plain", folder, AuditOptions(size=32, tier=TINY))
     kept = [
         {**row, "same_kind": None, "same_kind_chance": None, "same_kind_each": ()} for row in summary["rows"]
     ]
@@ -115,7 +116,10 @@ def test_photographs_without_another_of_their_kind_are_searched_but_not_counted(
     save(folder / "loose.png", 20, (1, 1, 1))
     save(folder / "green" / "only.png", 21, (0.2, 1.0, 0.2))
     summary = run_audit(
-        "toy:model", tmp_path / "out", folder, labels=True, size=32, tier=Tier("t", 11, 2, 4, 20)
+        "toy:model",
+        tmp_path / "out",
+        folder,
+        AuditOptions(labels=True, size=32, tier=Tier("t", 11, 2, 4, 20)),
     )
     names = read_photos(folder, 32).names
     each = dict(zip(names, summary["rows"][0]["same_kind_each"], strict=True))
@@ -129,7 +133,7 @@ def test_photographs_without_another_of_their_kind_are_searched_but_not_counted(
 def test_folders_without_kinds_are_refused_with_what_to_do(tmp_path):
     def refused(root, said):
         with pytest.raises(ValueError, match=said) as caught:
-            read_kinds(read_photos(root, 32))
+            read_categories(read_photos(root, 32))
         assert "--labels" in str(caught.value)
 
     refused(None, "needs --photos")
@@ -143,7 +147,7 @@ def test_folders_without_kinds_are_refused_with_what_to_do(tmp_path):
     save(root / "dog" / "4.png", 4, (1, 1, 1))
     refused(root, "2 kinds \\(cat 2, dog 1\\)")
     save(root / "dog" / "deeper" / "5.png", 5, (1, 1, 1))
-    assert read_kinds(read_photos(root, 32)).counts == {"cat": 2, "dog": 2}
+    assert read_categories(read_photos(root, 32)).counts == {"cat": 2, "dog": 2}
 
 
 def answering(photos, count, named=lambda name: name):
@@ -162,7 +166,9 @@ def test_an_endpoint_whose_ids_are_files(folder, tmp_path):
     pytest.importorskip("httpx", reason="needs the extra 'audit' (pip install robusthash[audit])")
     photos, limits = read_photos(folder, 32), EndpointLimits(rate=1e6)
     with served(answering(photos, 4)) as (url, _):
-        summary = run_audit(url, tmp_path / "out", folder, labels=True, size=32, tier=TINY, limits=limits)
+        summary = run_audit(
+            url, tmp_path / "out", folder, AuditOptions(labels=True, size=32, tier=TINY, limits=limits)
+        )
     unchanged = summary["rows"][0]
     assert unchanged["same_kind"] == 1.0 > unchanged["same_kind_chance"] > 0.3
     assert all(row["same_kind"] is not None for row in summary["rows"])
@@ -170,7 +176,7 @@ def test_an_endpoint_whose_ids_are_files(folder, tmp_path):
 
 
 def test_lists_of_ids_are_scored_over_what_they_can_hold(folder):
-    kinds = read_kinds(read_photos(folder, 32))
+    kinds = read_categories(read_photos(folder, 32))
     lists = [
         ("red/0.png", "blue/1.png", "red/2.png", "red/4.png"),  # its own, then a miss and two hits
         ("blue/3.png", "elsewhere.png", "blue/5.png"),  # its own is lost, and the list is shorter
@@ -193,7 +199,12 @@ def test_an_endpoint_whose_ids_tell_no_kinds_is_refused_before_it_is_asked_much(
     ]:
         with served(answering(photos, count, named)) as (url, seen):
             with pytest.raises(ValueError, match=said):
-                run_audit(url, tmp_path / "out", folder, labels=True, size=32, tier=TINY, limits=limits)
+                run_audit(
+                    url,
+                    tmp_path / "out",
+                    folder,
+                    AuditOptions(labels=True, size=32, tier=TINY, limits=limits),
+                )
             assert len(seen) == 2
 
 
@@ -220,6 +231,6 @@ def test_a_run_of_this_package(folder, tmp_path):
         "runtime": {"device": "cpu"},
     }
     run = stages.train(make_config(recipe), tmp_path / "runs")
-    summary = run_audit(str(run.path), tmp_path / "out", folder, labels=True, tier=TINY)
+    summary = run_audit(str(run.path), tmp_path / "out", folder, AuditOptions(labels=True, tier=TINY))
     assert {flag["id"]: flag["level"] for flag in summary["flags"]}["F2"] == "pass"
     assert all(row["same_kind"] > 0 for row in summary["rows"])

@@ -16,7 +16,7 @@ from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.kept_results import keep
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run, write_json
-from robusthash.apps.experiment.tables import headline_of
+from robusthash.metrics.results import headline_of
 
 CONFIG = {
     "name": "tiny",

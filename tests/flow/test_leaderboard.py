@@ -17,8 +17,7 @@ import yaml
 from robusthash.apps import cli
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import make_config
-from robusthash.apps.experiment.leaderboard import make_boards
-from robusthash.apps.experiment.leaderboard_text import as_markdown, as_plain
+from robusthash.apps.experiment.leaderboard import as_markdown, as_plain, make_boards
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.reports.leaderboard_page import leaderboard_page
 from robusthash.metrics.results import Flag, load_results, save_results
@@ -272,7 +271,7 @@ def test_the_results_of_a_suite_are_listed_beside_those_of_the_recipe(run):
     assert len(boards) == 2
     tier = next(board for board in boards if board.setting.budget == "standard")
     assert tier.rows[0].clean == results["clean"]["MAP"]
-    named = replace(assessed, setting=replace(setting, budget="suite paper, 2 lines"))
+    named = replace(assessed, setting=replace(setting, tier="paper"))
     save_results(run / "assess.json", [named])
     assert any("img-linf-8, paper tier, 2 attacks" in board.title for board in make_boards([run]))
     save_results(run / "assess.json", [assessed])

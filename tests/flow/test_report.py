@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import UndefinedError
 
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run, RunError
-from robusthash.apps.reports import html
-from robusthash.apps.reports.charts import UNIT, Axis, Dot, Series, dot_chart, line_chart
-from robusthash.apps.reports.html import Markup, picture, tag
+from robusthash.apps.reports.charts import UNIT, Chart, ChartAxis, Dot, IntervalChart, LineChart, Series, draw
+from robusthash.apps.reports.pages import environment, png
 from robusthash.apps.reports.run_report import run_page, write_report
 
 VOID = {"img", "meta", "circle", "line", "polyline", "polygon", "br"}
@@ -52,7 +52,7 @@ class Reader(HTMLParser):
 
     @property
     def words(self) -> str:
-        return " ".join(self.text)
+        return " ".join(" ".join(self.text).split())
 
     def names(self) -> set[str]:
         return {name for name, _ in self.tags}
@@ -127,6 +127,28 @@ def test_the_report_is_one_well_formed_file_with_the_numbers_of_metrics_json(run
     assert {"svg", "polyline", "circle", "table", "figcaption"} <= page.names()
 
 
+def test_every_result_stands_in_its_row_with_all_its_numbers(run: Run) -> None:
+    """No number of a result may get lost between metrics.json and the page, or end in another row."""
+    page = write_report(run).read_text(encoding="utf-8")
+    rows = [re.sub(r"<[^>]*>", " ", row) for row in re.findall(r"<tr.*?</tr>", page, re.DOTALL)]
+    for entry in json.loads((run.path / "metrics.json").read_text())["results"]:
+        name, values, cost = entry["name"], entry["values"], entry["cost"]
+        prefix = "w" if name == "worst" else ""
+        measures = [key for key in (f"{prefix}MAP", f"{prefix}MAP/8bit", "t-MAP") if key in values]
+        numbers = [f"{number:.3f}" for key in measures for number in (values[key], *entry["interval"][key])]
+        numbers += [f"{values[key]:.1f}" for key in ("flips",) if key in values]
+        numbers += [f"{cost['forward']:,} + {cost['backward']:,}"] * bool(cost["forward"])
+        numbers += [f"{values[key]:.0%}" for key in ("ASR", "t-ASR") if key in values][:1]
+        result, *perturbation = [row for row in rows if row.split()[0] == name]
+        assert len(measures) >= 1
+        assert len(perturbation) == bool(entry["perceptibility"])
+        for number in numbers:
+            assert number in result, f"{name}: {number}"
+        for row in perturbation:
+            assert f"{entry['perceptibility']['linf/max'] * 255:.2f}" in row
+            assert f"{entry['perceptibility']['ssim/mean']:.3f}" in row
+
+
 def test_every_chart_has_a_title_a_description_and_a_legend(run: Run) -> None:
     page = Reader(write_report(run).read_text(encoding="utf-8"))
     images = [
@@ -179,11 +201,17 @@ def test_a_run_that_was_not_evaluated_is_refused(run: Run, tmp_path: Path) -> No
 # ---------------------------------------------------------------------------------------------- the pieces
 
 
-def test_tags_escape_text_and_attributes_but_not_markup() -> None:
-    made = tag("p", "a < b & c", tag("b", 'x"'), None, [1, 0.5], class_="it's", hidden=True, title=None)
-    assert made == '<p class="it&#x27;s" hidden>a &lt; b &amp; c<b>x&quot;</b>10.5</p>'
-    assert tag("img", alt='" onload="x') == '<img alt="&quot; onload=&quot;x"/>'
-    assert html.text_of("<i>", Markup("<i>")) == "&lt;i&gt;<i>"
+def svg(chart: Chart) -> str:
+    return environment().get_template("charts.html.j2").module.chart(chart)
+
+
+def test_templates_escape_text_and_attributes_and_refuse_unknown_names() -> None:
+    row = environment().get_template("macros.html.j2").module.row("a < b & c", ['x"', 0.5, None], True)
+    assert str(row).strip() == (
+        '<tr class="marked"><th scope="row">a &lt; b &amp; c</th><td>x&#34;</td><td>0.5</td><td>None</td></tr>'
+    )
+    with pytest.raises(UndefinedError, match="title"):
+        environment().get_template("base.html.j2").render()
 
 
 def test_a_picture_holds_its_own_pixels() -> None:
@@ -194,18 +222,17 @@ def test_a_picture_holds_its_own_pixels() -> None:
     from PIL import Image
 
     image = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
-    made = picture(image, "noise & more")
-    source = re.search(r'src="data:image/png;base64,([^"]+)"', made)
-    assert source is not None
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source[1]))))
+    encoded = png(image)
+    assert encoded.source.startswith("data:image/png;base64,")
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded.source.partition(",")[2]))))
     assert np.array_equal(pixels, (image * 255).round().permute(1, 2, 0).numpy().astype(np.uint8))
-    assert 'alt="noise &amp; more" width="7" height="5"' in made
+    element = environment().get_template("macros.html.j2").module.picture(image, "noise & more")
+    assert 'alt="noise &amp; more" width="7" height="5"' in element
 
 
 def test_lines_are_drawn_where_their_values_are() -> None:
-    chart = line_chart(
-        "t", "d", [Series("s", [0, 16], [0.0, 1.0], "a")], Axis("x", [0, 8, 16]), Axis("y", UNIT)
-    )
+    series = [Series("s", [0, 16], [0.0, 1.0])]
+    chart = svg(LineChart(series=series, x=ChartAxis("x", [0, 8, 16]), y=ChartAxis("y", UNIT), title="t"))
     found = re.search(r'points="([\d.]+),([\d.]+) ([\d.]+),([\d.]+)"', chart)
     assert found is not None
     left, low, right, high = map(float, found.groups())
@@ -217,11 +244,17 @@ def test_lines_are_drawn_where_their_values_are() -> None:
     assert (left, right) == (min(ticks), max(ticks))
 
 
+INTERVALS = IntervalChart(
+    rows=[("clean", [Dot("one", 0.9, 0.85, 0.95), Dot("two", 0.5, 0.4, 0.6)])],
+    tones={"one": "a", "two": "b"},
+    x=ChartAxis("MAP", UNIT),
+    reference=("chance", 0.1),
+    title="t",
+)
+
+
 def test_dots_lie_inside_their_intervals() -> None:
-    rows = [("clean", [Dot("a", 0.9, 0.85, 0.95), Dot("b", 0.5, 0.4, 0.6)])]
-    chart = dot_chart(
-        "t", "d", rows, [("one", "a", False), ("two", "b", True)], Axis("MAP", UNIT), ("chance", 0.1)
-    )
+    chart = svg(INTERVALS)
     whiskers = re.findall(
         r'<line x1="([\d.]+)" x2="([\d.]+)" y1="[\d.]+" y2="[\d.]+" class="whisker"/>', chart
     )[:2]
@@ -229,6 +262,14 @@ def test_dots_lie_inside_their_intervals() -> None:
     for (low, high), centre in zip(whiskers, centres, strict=True):
         assert float(low) < float(centre) < float(high)
     assert float(centres[0]) > float(centres[1])
+
+
+def test_papers_draw_the_same_description() -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra 'figures' (pip install robusthash[figures])")
+    (axes,) = draw(INTERVALS).axes
+    assert [bar.get_height() for bar in axes.patches] == [0.9, 0.5]
+    with pytest.raises(ValueError, match="needs at least one value"):
+        draw(LineChart(series=[], x=ChartAxis("x"), y=ChartAxis("y")))
 
 
 def test_series_with_parts_of_different_length_are_refused() -> None:

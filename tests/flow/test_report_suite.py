@@ -11,8 +11,8 @@ from robusthash.apps.experiment import assess_run as assessing
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.apps.reports.run_report import run_page, write_report
-from robusthash.apps.reports.suite_section import suite_sections
+from robusthash.apps.reports.pages import environment
+from robusthash.apps.reports.run_report import run_page, suite_data, write_report
 from robusthash.metrics.results import EvalResult, Flag
 from tests.flow.test_report import Reader, check_self_contained
 
@@ -45,6 +45,11 @@ def result(run: Run) -> EvalResult:
 
 def page_of(run: Run, *suites: EvalResult) -> Reader:
     return check_self_contained(run_page(run.card(), run.evaluated(), run.lines(), [], None, suites))
+
+
+def section_of(suite: EvalResult) -> Reader:
+    """The section of one suite alone."""
+    return Reader(environment().get_template("suite_section.html.j2").module.section(suite_data(suite)))
 
 
 def badges(page: Reader) -> int:
@@ -102,15 +107,15 @@ def test_without_a_red_flag_nothing_is_marked(run: Run, result: EvalResult) -> N
     assert "Checks: no flag." in page_of(run, replace(result, flags=(PASS,))).words
 
 
-def test_published_attacks_are_said_to_be_no_evidence(run: Run, result: EvalResult) -> None:
-    setting = replace(result.setting, budget="suite paper, 1 lines")
+def test_published_attacks_are_reported_as_no_evidence(run: Run, result: EvalResult) -> None:
+    setting = replace(result.setting, budget="suite paper, 1 lines", tier="paper")
     paper = replace(result, name="img-linf-8 paper", setting=setting, curves={})
     page = page_of(run, paper, result)
     assert page.words.count("no evidence of robustness") == 1
     assert page.words.index("Suite: img-linf-8 paper") > page.words.index("Suite: img-linf-8 smoke")
 
 
-def test_lines_are_told_apart_by_what_they_know(result: EvalResult) -> None:
+def test_attacks_are_grouped_by_what_they_know(result: EvalResult) -> None:
     own = result.attacks["guided"]
     asks = {**own, "oracle": 1000.0, "backward": 0.0}
     lines = {
@@ -126,23 +131,23 @@ def test_lines_are_told_apart_by_what_they_know(result: EvalResult) -> None:
     values = {**result.values, "gain": 0.1, "collateral MAP": 0.3}
     reference = {**result.reference, "t-clean": 0.2}
     made = replace(result, attacks=lines, setting=setting, values=values, reference=reference)
-    words = Reader(suite_sections([made])[0]).words
+    words = section_of(made).words
     rows = ["white-box guided", "adaptive gate-frozen", "refined refined guided", "transfer transfer other"]
     places = [words.index(row) for row in [*rows, "black-box square, codes", "noise corner noise"]]
     assert places == sorted(places)
-    assert "0.420" in words[words.index("Targeted lines") :]
+    assert "0.420" in words[words.index("Targeted attacks") :]
 
 
 def test_the_curve_is_drawn_where_there_is_one(result: EvalResult) -> None:
-    with_curve = Reader(suite_sections([result])[0])
+    with_curve = section_of(result)
     assert "wMAP over eps" in with_curve.words
     assert "eps, in 1/255" in with_curve.words
     assert any(name == "polygon" for name, _ in with_curve.tags), "the band of its interval"
-    assert "over eps" not in Reader(suite_sections([replace(result, curves={})])[0]).words
+    assert "over eps" not in section_of(replace(result, curves={})).words
     raw = {"wMAP/eps": {"eps": torch.tensor([0.0, 0.5]), "wMAP": torch.tensor([0.6, 0.4])}}
     ends = {**result.interval, "wMAP eps 0": (0.5, 0.7), "wMAP eps 0.5": (0.3, 0.5)}
     setting = replace(result.setting, threat="img-l2-0.5")
-    other = Reader(suite_sections([replace(result, curves=raw, interval=ends, setting=setting)])[0])
+    other = section_of(replace(result, curves=raw, interval=ends, setting=setting))
     assert "in 1/255" not in other.words
 
 

@@ -15,8 +15,7 @@ import yaml
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run, load_run
-from robusthash.apps.experiment.table_text import captions
-from robusthash.apps.experiment.tables import Column, make_rows, parse_column, seeds_by_row
+from robusthash.apps.experiment.tables import Column, captions, make_rows, parse_column, seeds_by_row
 from robusthash.metrics.results import load_results, save_results
 from robusthash.metrics.statistics import bootstrap_interval, hierarchical_interval
 

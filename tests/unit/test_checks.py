@@ -12,7 +12,6 @@ import torch
 from helpers import Flat, LinearHead, image_batch, make_data, small_hasher
 from torch import Tensor, nn
 
-from robusthash.apps.experiment.check_run import toy_context
 from robusthash.attacks.base import Attack
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement
@@ -24,27 +23,25 @@ from robusthash.evaluation.context import EvaluationContext
 from robusthash.metrics.results import EvalResult, Flag, load_results, save_results
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPSH
+from robusthash.robustness.checks.base import CHECKS
 from robusthash.robustness.checks.behaviour_checks import (
     f1_repeated,
     f15_f19_inside,
     f16_precision,
     f23_class,
+    require_usable,
 )
-from robusthash.robustness.checks.masked_defenses import (
+from robusthash.robustness.checks.model_checks import bit_entropy, f21_leakage, model_checks
+from robusthash.robustness.checks.suite_checks import MoreEffort, suite_checks
+from tests.masked_defenses import (
     ZOO,
     Forgetful,
     Masked,
     WakefulDropout,
     _Joined,
+    as_markdown,
     calibrate,
-)
-from robusthash.robustness.checks.model_checks import (
-    CHECKS,
-    bit_entropy,
-    f21_leakage,
-    model_checks,
-    require_usable,
-    suite_checks,
+    toy_context,
 )
 
 THREAT = image_threat(8 / 255)
@@ -93,6 +90,10 @@ def test_an_attack_that_forgets_the_ball_is_refused_and_its_result_is_projected(
     assert row.caught
     assert row.value > row.threshold
     assert "beyond" in row.remedy
+    assert (
+        as_markdown((row,)).splitlines()[-1]
+        == f"| {row.name} | verify | {row.value:.4g} | 0.03137 | yes |  |"
+    )
     attack = Attack("forgetful", Mainstay(), Agreement(), Forgetful(), image_threat(8 / 255, knowledge="W2"))
     attacked = attack_block(honest, attack, 0)
     assert float(attacked.pixels["linf"].max()) <= 8 / 255 + 1e-6
@@ -273,25 +274,27 @@ def test_what_a_suite_did_not_run_is_amber() -> None:
     found = suite_checks({"guided": torch.full((1, 200), 0.5)}, {"guided": "adaptive"}, CLEAN, signs, 0.1)
     assert {flag.id for flag in found if flag.level == "amber" and math.isinf(flag.value)} == SUITE - {"F18"}
     found = suite_checks({"square": torch.full((1, 200), 0.5)}, {"square": "black-box"}, CLEAN, {}, 0.1)
-    assert "no white-box line" in only(found, "F4").remedy
+    assert "no white-box attack" in only(found, "F4").remedy
     assert only(found, "F18").level == "amber"
 
 
 @pytest.mark.parametrize(
     ("options", "id", "level"),
     [
-        ({"unbounded": torch.full((200,), 0.3)}, "F6", "red"),
-        ({"unbounded": torch.full((200,), 0.11)}, "F6", "pass"),
-        ({"unbounded": torch.full((200,), 0.3), "floor": torch.full((200,), 0.29)}, "F6", "pass"),
+        ({"more": MoreEffort(unbounded=torch.full((200,), 0.3))}, "F6", "red"),
+        ({"more": MoreEffort(unbounded=torch.full((200,), 0.11))}, "F6", "pass"),
+        (
+            {"more": MoreEffort(unbounded=torch.full((200,), 0.3)), "floor": torch.full((200,), 0.29)},
+            "F6",
+            "pass",
+        ),
         ({"curve": {0.1: torch.full((200,), 0.4), 0.0: CLEAN, 0.2: torch.full((200,), 0.41)}}, "F7", "red"),
         ({"curve": {0.1: torch.full((200,), 0.4), 0.0: CLEAN, 0.2: torch.full((200,), 0.4)}}, "F7", "pass"),
         ({"curve": {0.1: CLEAN}}, "F7", "amber"),
-        ({"doubled_steps": torch.full((200,), 0.48)}, "F8", "red"),
-        ({"doubled_steps": torch.full((200,), 0.6)}, "F8", "pass"),
-        ({"doubled_restarts": torch.full((200,), 0.48)}, "F9", "red"),
-        ({"doubled_restarts": torch.full((200,), 0.495)}, "F9", "pass"),
-        ({"path": {"guided": torch.full((1, 200), 0.4)}}, "F11", "red"),
-        ({"path": {"guided": torch.full((1, 200), 0.5)}}, "F11", "pass"),
+        ({"more": MoreEffort(doubled_steps=torch.full((200,), 0.48))}, "F8", "red"),
+        ({"more": MoreEffort(doubled_steps=torch.full((200,), 0.6))}, "F8", "pass"),
+        ({"more": MoreEffort(doubled_restarts=torch.full((200,), 0.48))}, "F9", "red"),
+        ({"more": MoreEffort(doubled_restarts=torch.full((200,), 0.495))}, "F9", "pass"),
     ],
 )
 def test_effort_and_curves(options, id: str, level: str) -> None:
@@ -324,7 +327,7 @@ def test_lines_that_do_not_fit_are_refused(ap, kind, signs, message: str) -> Non
 
 def test_a_rival_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="3 values for 200 clean queries"):
-        suite_checks({}, {}, CLEAN, {}, 0.1, unbounded=torch.zeros(3))
+        suite_checks({}, {}, CLEAN, {}, 0.1, more=MoreEffort(unbounded=torch.zeros(3)))
 
 
 # ---------------------------------------------------------------------------------------------- flags

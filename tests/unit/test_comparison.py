@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from robusthash.metrics import EvalResult
-from robusthash.metrics.comparison import claim_of, compare_all
-from robusthash.metrics.results import Setting, compare
+from robusthash.metrics.comparison import claim_of, compare, compare_all
+from robusthash.metrics.results import Setting
 from robusthash.metrics.statistics import hierarchical_difference, hierarchical_interval, holm, sign_flip_test
 
 SETTING = Setting(
@@ -78,7 +78,7 @@ def test_seeds_that_disagree_make_no_method_better_than_another():
 
 
 def test_unlike_settings_are_refused_and_the_field_named():
-    with pytest.raises(ValueError, match="a and b cannot stand in one table: they differ in budget"):
+    with pytest.raises(ValueError, match="a and b cannot share one table: they differ in budget"):
         compare_all({"wMAP": {"a": [result(BASE)], "b": [result(BASE, budget="more")]}})
     with pytest.raises(ValueError, match="threat"):
         compare(result(BASE), result(BASE, threat="img-linf-4"))

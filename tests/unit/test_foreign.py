@@ -13,7 +13,7 @@ from torch import nn
 
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
-from robusthash.data.image_changes import jpeg
+from robusthash.data.transforms import jpeg
 from robusthash.models.external.loaders import NAMES, load_onnx, load_python, load_torchscript, perceptual
 from robusthash.models.external.wrapper import Broken, foreign, normalisation_doubt
 from robusthash.models.image_encoders import IMAGENET

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from robusthash.metrics.packed_values import pack, unpack
-from robusthash.metrics.results import EvalResult, Setting, load_results, save_results
+from robusthash.metrics.results import (
+    EvalResult,
+    Setting,
+    load_results,
+    pack_values,
+    save_results,
+    unpack_values,
+)
 
 
 def test_values_move_by_half_a_step_at_most_and_ends_stay() -> None:
@@ -20,7 +26,7 @@ def test_values_move_by_half_a_step_at_most_and_ends_stay() -> None:
         "none": np.full(3, np.nan),
         "empty": np.zeros(0),
     }
-    found = unpack(pack(arrays))
+    found = unpack_values(pack_values(arrays))
     assert list(found) == list(arrays)
     assert np.nanmax(np.abs(found["ap"] - arrays["ap"])) <= 0.5 / 65_534 + 1e-12
     assert np.nanmax(np.abs(found["acg"] - arrays["acg"])) <= 0.5 * 4 / 65_534 + 1e-12
@@ -28,18 +34,18 @@ def test_values_move_by_half_a_step_at_most_and_ends_stay() -> None:
     for name, values in arrays.items():
         assert np.array_equal(np.isnan(found[name]), np.isnan(values))
         assert found[name].dtype == np.float64
-    assert unpack(pack({})) == {}
+    assert unpack_values(pack_values({})) == {}
 
 
 def test_packed_twice_is_packed_once() -> None:
-    once = unpack(pack({"ap": np.random.default_rng(1).random(200)}))
-    assert np.array_equal(unpack(pack(once))["ap"], once["ap"])
+    once = unpack_values(pack_values({"ap": np.random.default_rng(1).random(200)}))
+    assert np.array_equal(unpack_values(pack_values(once))["ap"], once["ap"])
 
 
 @pytest.mark.parametrize("value", [-0.1, float("inf")])
 def test_what_has_no_step_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="drop holds a negative or infinite value"):
-        pack({"drop": np.array([0.5, value])})
+        pack_values({"drop": np.array([0.5, value])})
 
 
 def test_packed_results_are_read_as_others_are(tmp_path: Path) -> None:

@@ -24,8 +24,7 @@ from helpers import (
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import ConfigError, make_config
 from robusthash.apps.experiment.run_directory import RunError, load_run
-from robusthash.apps.reports.branch_maps import branches_section, save_branches
-from robusthash.apps.reports.run_report import write_report
+from robusthash.apps.reports.run_report import load_branches, save_branches, write_report
 from robusthash.attacks import dhta
 from robusthash.attacks.drfgd import drfgd
 from robusthash.core.registry import build
@@ -351,18 +350,20 @@ def test_heat_maps_are_scaled_and_shown_once_for_each_query(run: Any, tmp_path: 
         assert kept[name].max() <= 1
         assert (kept[name].reshape(5, -1).max(1) > 0.5).all()
     assert not np.array_equal(kept["robust"], kept["fragile"])
-    section = branches_section(run.path)
-    assert section is not None
-    assert section.count("data:image/png;base64,") == 4 * 5
-    assert write_report(run).read_text().count(section) == 1
+    rows = load_branches(run.path)
+    assert rows is not None
+    assert [len(images) for images in rows.values()] == [5] * 4
+    page = write_report(run).read_text()
+    assert page.count("data:image/png;base64,") == 4 * 5
+    assert page.count("Where the branches look") == 1
     (tmp_path / "branches.npz").write_bytes(b"PK broken")
     with pytest.raises(RunError, match="damaged"):
-        branches_section(tmp_path)
+        load_branches(tmp_path)
 
 
 def test_a_hasher_without_such_a_purifier_has_no_heat_maps(tmp_path: Path) -> None:
     save_branches(tmp_path, small_hasher(), make_data().query)
-    assert branches_section(tmp_path) is None
+    assert load_branches(tmp_path) is None
     assert not list(tmp_path.iterdir())
 
 

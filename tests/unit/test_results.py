@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from robusthash.metrics.comparison import compare
+from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.protocol import load_protocol
 from robusthash.metrics.results import (
     Cost,
+    DataSet,
     EvalResult,
     Flag,
     Setting,
-    compare,
+    by_direction,
     load_results,
     save_results,
 )
@@ -88,7 +91,93 @@ def test_saved_and_loaded_results_are_the_same(tmp_path: Path) -> None:
     text = path.read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    assert json.loads(text)["schema"] == "robusthash.results/1"
+    document = json.loads(text)
+    assert document["schema"] == "robusthash.results/2"
+    assert document["measures"]["MAP@5000"] == {"base": "MAP@5000"}
+
+
+def as_schema_1(path: Path) -> None:
+    """Rewrite a results file as the first schema has it: structure in names and texts alone."""
+    document = json.loads(path.read_text())
+    del document["measures"]
+    for entry in document["results"]:
+        del entry["attack"], entry["scored_on"]
+        for name in ("data", "tier", "relevance"):
+            del entry["setting"][name]
+    path.write_text(json.dumps({**document, "schema": "robusthash.results/1"}))
+
+
+def test_results_of_the_first_schema_are_read_into_the_fields_of_the_second(tmp_path: Path) -> None:
+    data = DataSet("photos", "a note: with (brackets)", 700, 24)
+    place: dict[str, object] = {"database": data.texts[0], "queries": data.texts[1], "data": data}
+    found = []
+    for direction, relevance in (("I2T", "own"), ("I2T", "class"), ("T2I", "own")):
+        scored_on = direction if relevance == "own" else f"{direction} by {relevance}"
+        for attack in ("clean", "hag on text", "worst"):
+            made = result(0, direction=direction, relevance=relevance, **place)
+            name = f"{scored_on} {attack}"
+            found.append(dataclasses.replace(made, name=name, attack=attack, scored_on=scored_on))
+    suite = {"tier": "paper at most 5 steps", "budget": "suite paper at most 5 steps, 13 lines"}
+    made = result(0, direction="T2I", **place, **suite)
+    name = "T2I img-linf-8 paper at most 5 steps"
+    found.append(dataclasses.replace(made, name=name, attack="worst", scored_on="T2I"))
+    path = tmp_path / "metrics.json"
+    save_results(path, found)
+    as_schema_1(path)
+    for before, after in zip(found, load_results(path), strict=True):
+        assert after.setting == before.setting
+        assert (after.name, after.attack, after.scored_on) == (before.name, before.attack, before.scored_on)
+    groups = by_direction({r.name: r for r in load_results(path)[:-1]})
+    assert list(groups) == ["I2T", "I2T by class", "T2I"]
+    assert all(list(group) == ["clean", "hag on text", "worst"] for group in groups.values())
+
+
+def test_texts_of_the_first_schema_that_name_no_data_set_stay_names(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    save_results(path, [dataclasses.replace(result(0, database="codes.npz"), name="clean", attack="clean")])
+    as_schema_1(path)
+    (read,) = load_results(path)
+    assert read.setting.data == DataSet("codes.npz")
+    assert (read.attack, read.scored_on, read.setting.tier, read.setting.relevance) == (
+        "clean",
+        "",
+        "",
+        "own",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("MAP", MeasureKey("MAP")),
+        ("wMAP@5000/mink", MeasureKey("MAP@5000", ("mink",), "worst")),
+        ("wMAP/8bit", MeasureKey("MAP", role="worst", storage="8bit")),
+        ("t-MAP/max", MeasureKey("MAP", ("max",), "targeted")),
+        ("t-MAP@5000/hits/legacy/rounded", MeasureKey("MAP@5000", ("hits", "legacy"), "targeted", "rounded")),
+        ("collateral MAP", MeasureKey("MAP", role="collateral")),
+        ("MAP under pgd/8bit", MeasureKey("MAP", attack="pgd/8bit")),
+        ("wMAP eps 1.5e-05", MeasureKey("MAP", role="worst", eps=1.5e-05)),
+        ("P@r<=2", MeasureKey("P@r<=2")),
+        ("WAP", MeasureKey("WAP")),
+        ("t-PR/radius", MeasureKey("PR", ("radius",), "targeted")),
+        ("t-ASR", MeasureKey("ASR", role="targeted")),
+        ("exposure@10/8bit", MeasureKey("exposure@10", storage="8bit")),
+        ("curve score", MeasureKey("curve score")),
+    ],
+)  # fmt: skip
+def test_a_measure_is_parsed_and_named_again(name: str, key: MeasureKey) -> None:
+    assert MeasureKey.parse(name) == key
+    assert str(key) == name
+
+
+def test_a_key_names_its_kin() -> None:
+    key = MeasureKey.parse("MAP@5000/expected")
+    assert key.is_ap
+    assert key.ties == "expected"
+    assert key.name("worst", storage="8bit") == "wMAP@5000/expected/8bit"
+    assert MeasureKey("MAP").name(attack="hag") == "MAP under hag"
+    assert not MeasureKey.parse("WAP").is_ap
+    assert result()[MeasureKey("MAP@5000")] == result()["MAP@5000"]
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:

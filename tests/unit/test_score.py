@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from robusthash.metrics.code_scoring import read_codes, score
+from robusthash.metrics.comparison import compare
 from robusthash.metrics.protocol import Protocol, measure
-from robusthash.metrics.results import EvalResult, compare
+from robusthash.metrics.results import EvalResult
 
 QUERIES, ITEMS, BITS = 20, 150, 12
 

@@ -16,8 +16,7 @@ from robusthash.apps.experiment import assess_run as assessing
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.apps.experiment.table_text import markdown
-from robusthash.apps.experiment.tables import headline_of, make_rows
+from robusthash.apps.experiment.tables import make_rows, markdown
 from robusthash.apps.reports.run_report import write_report
 from robusthash.attacks import Attack
 from robusthash.attacks.base import Probe, Search
@@ -34,7 +33,7 @@ from robusthash.evaluation import EvaluationContext, make_context, score_attack,
 from robusthash.evaluation.attack_block import Attacked, attack_block
 from robusthash.evaluation.evaluate import attack_all, worst
 from robusthash.metrics.distortion import text_measures
-from robusthash.metrics.results import EvalResult, Setting, by_direction
+from robusthash.metrics.results import EvalResult, Setting, by_direction, headline_of
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPSH
 from robusthash.training import HashingRecipe, fit
@@ -398,14 +397,21 @@ def test_a_joint_attack_written_to_a_file(run: Run, tmp_path: Path) -> None:
         assert pair["codes_text"].shape == pair["codes"].shape == (12, 1)
 
 
-def test_results_are_grouped_by_the_longest_name() -> None:
+def test_results_are_grouped_by_direction_and_relevance() -> None:
     plain = EvalResult(Setting("", "", "", {}, "I2T", 8), {}, {})
     names = ["I2T clean", "I2T by class clean", "I2T by class worst", "I2T worst"]
-    grouped = by_direction({name: replace(plain, name=name) for name in names})
+    results = {}
+    for name in names:
+        scored_on, _, attack = name.rpartition(" ")
+        results[name] = replace(plain, name=name, scored_on=scored_on, attack=attack)
+    grouped = by_direction(results)
     assert {context: list(group) for context, group in grouped.items()} == {
         "I2T": ["clean", "worst"],
         "I2T by class": ["clean", "worst"],
     }
-    assert list(by_direction({"clean": plain, "mainstay": plain})) == [""]
+    clean, worst = replace(plain, attack="clean"), replace(plain, attack="worst")
+    assert list(by_direction({"clean": clean, "worst": worst})) == [""]
     with pytest.raises(ValueError, match="'T2I worst' has no clean"):
-        by_direction({"I2T clean": plain, "T2I worst": plain})
+        by_direction(
+            {"I2T clean": replace(clean, scored_on="I2T"), "T2I worst": replace(worst, scored_on="T2I")}
+        )

@@ -25,6 +25,7 @@ from robusthash.evaluation.evaluate import (
     worst,
 )
 from robusthash.evaluation.runner import LOOKS, AttackRuns, RestartResult, mean_ap
+from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import Cost, EvalResult
 from robusthash.metrics.robustness_measures import (
     completeness,
@@ -48,7 +49,7 @@ def aggregate(context: EvaluationContext, attack_runs: AttackRuns, floor_random:
         floor_random: random codes that the floor search starts from, beside the complement of the own code
             and the representative.
     """
-    headline = context.protocol.headline
+    headline, key = context.protocol.headline, MeasureKey(context.protocol.headline)
     clean, judges = _clean(context, attack_runs)
     untargeted, lean = [spec for spec in attack_runs.specs if not spec.targeted], ap_alone(context)
     scored: dict[str, EvalResult] = {}
@@ -74,13 +75,17 @@ def aggregate(context: EvaluationContext, attack_runs: AttackRuns, floor_random:
     per_query = {
         **result.per_query,
         "clean": before,
-        **{f"{headline} under {name}": values for name, values in lowest.items()},
+        **{key.name(attack=name): values for name, values in lowest.items()},
         **won,
         **({} if floor is None else {"floor": floor}),
         **(
             {}
             if targeted is None
-            else {n: v for n, v in targeted.per_query.items() if n.startswith(("t-", "gain"))}
+            else {
+                n: v
+                for n, v in targeted.per_query.items()
+                if n == "gain" or MeasureKey.parse(n).role == "targeted"
+            }
         ),
     }
     specs: dict[str, dict[str, float]] = {}
@@ -106,7 +111,7 @@ def aggregate(context: EvaluationContext, attack_runs: AttackRuns, floor_random:
             if spec.targeted:
                 reached, _ = _reached(context, _looked_at(attack_runs, [spec]), with_clean=False)
                 specs[spec.name] = {
-                    f"t-{headline}": float(reached.mean()),
+                    key.name("targeted"): float(reached.mean()),
                     **_spent(attack_runs.found[spec.name]),
                 }
     notes = (*result.notes, *attack_runs.notes, *notes, *(() if targeted is None else targeted.notes))
@@ -170,9 +175,9 @@ def _scored(
     headline = context.protocol.headline
     measured = measure_codes(context, as_codes(restart_result.attacked.signs[:, 0]), context.query_labels)
     per_query = {name: measured.per_query[name] for name in ap_names(measured.per_query)}
-    for ending, signs in restart_result.attacked.stored.items():
+    for storage, signs in restart_result.attacked.stored.items():
         rounded = measure_codes(context, as_codes(signs[:, 0]), context.query_labels)
-        per_query[f"{headline}{ending}"] = rounded.per_query[headline]
+        per_query[MeasureKey(headline).name(storage=storage)] = rounded.per_query[headline]
     result = EvalResult(
         setting=replace(setting_of(context), threat=spec.threat.name, attacks=(spec.name,)),
         values={name: float(column.nan_to_num(0.0).mean()) for name, column in per_query.items()},
@@ -343,15 +348,12 @@ def _looked_at(attack_runs: AttackRuns, specs: Sequence[AttackSpec]) -> list[Res
 
 
 def _targeted_values(targeted: EvalResult, headline: str) -> dict[str, float]:
-    kept = {
-        n: v
-        for n, v in targeted.values.items()
-        if n in (f"t-{headline}", f"t-{headline}/max", "gain", "t-ASR")
-    }
-    for name in (f"t-{headline}/8bit", f"t-{headline}/rounded"):
-        if name in targeted.values:
-            kept[name] = targeted.values[name]
-    kept[f"collateral {headline}"] = targeted.values[headline]
+    key = MeasureKey(headline)
+    reached, best = key.name("targeted"), key.name("targeted", option="max")
+    kept = {n: v for n, v in targeted.values.items() if n in (reached, best, "gain", "t-ASR")}
+    stored = (key.name("targeted", storage="8bit"), key.name("targeted", storage="rounded"))
+    kept |= {name: targeted.values[name] for name in stored if name in targeted.values}
+    kept[key.name("collateral")] = targeted.values[headline]
     if targeted.reference["clean"] < 1:
-        kept["TR"] = targeted_resistance(targeted.values[f"t-{headline}"], targeted.reference["clean"])
+        kept["TR"] = targeted_resistance(targeted.values[reached], targeted.reference["clean"])
     return kept

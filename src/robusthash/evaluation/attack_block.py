@@ -24,6 +24,7 @@ from robusthash.metrics.distortion import (
     text_measures,
     vector_norms,
 )
+from robusthash.metrics.measure_key import Storage
 from robusthash.models.hasher import Hasher, frozen
 
 _SSIM_WINDOW = 11
@@ -48,11 +49,10 @@ class Attacked:
     fitted: Tensor  # (B,) int64 steps that the attack was fitted with to the victim, before all queries
 
     @property
-    def stored(self) -> dict[str, Tensor]:
-        """Codes of the inputs as pictures and texts are kept, by the ending of the measure that is taken of
-        them."""
-        words = {"/rounded": self.whole_words} if self.whole_words.shape[2] else {}
-        return {"/8bit": self.codes_8bit, **words}
+    def stored(self) -> dict[Storage, Tensor]:
+        """Codes of the inputs as pictures and texts are stored, by ``MeasureKey.storage``."""
+        words: dict[Storage, Tensor] = {"rounded": self.whole_words} if self.whole_words.shape[2] else {}
+        return {"8bit": self.codes_8bit, **words}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays for a file."""

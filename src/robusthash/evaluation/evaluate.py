@@ -19,8 +19,9 @@ from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attack_block import Attacked, attack_block
 from robusthash.evaluation.context import EvaluationContext, Progress, in_parts, make_context, silent
 from robusthash.metrics.distance_histogram import prepared_profile
+from robusthash.metrics.measure_key import MeasureKey, Storage
 from robusthash.metrics.protocol import Measured, Protocol, measure
-from robusthash.metrics.results import Cost, EvalResult, Setting
+from robusthash.metrics.results import Cost, DataSet, EvalResult, Setting
 from robusthash.metrics.robustness_measures import (
     WorstCase,
     ap_drop,
@@ -110,6 +111,7 @@ def score_clean(context: EvaluationContext) -> EvalResult:
         empty=measured.empty,
         curves=measured.curves,
         notes=(*context.notes, *measured.notes),
+        attack="clean",
     )
 
 
@@ -146,8 +148,9 @@ def score_attack(context: EvaluationContext, attack: Described, attacked: Attack
         )
     steps = int(attacked.fitted.max())
     notes = (*result.notes, *((f"fitted to the victim in {steps} steps",) if steps else ()))
+    setting = setting_of(context, attack)
     return replace(
-        result, setting=setting_of(context, attack), perceptibility=perceptibility, cost=cost, notes=notes
+        result, setting=setting, perceptibility=perceptibility, cost=cost, notes=notes, attack=attack.name
     )
 
 
@@ -168,23 +171,26 @@ def worst(
         by: of a randomised victim, the per-query AP that choose the worst, for "clean" and by attack; see
             ``robust.worst_case``.
     """
-    untargeted = {name: r for name, r in results.items() if not any(key.startswith("t-") for key in r.values)}
-    headline = context.protocol.headline
+    headline, key = context.protocol.headline, MeasureKey(context.protocol.headline)
+    target = key.name("targeted")
+    untargeted = {name: r for name, r in results.items() if not _is_targeted(r)}
     values: dict[str, float] = {}
     per_query: dict[str, Tensor] = {}
 
-    def lowest(name: str, ending: str = "") -> WorstCase:
+    def lowest(name: str, storage: Storage = "") -> WorstCase:
+        stored = MeasureKey.parse(name).name(storage=storage)
         judges = None if by is None else {attack: by[attack][name] for attack in ("clean", *untargeted)}
-        under = {attack: result.per_query[f"{name}{ending}"] for attack, result in untargeted.items()}
+        under = {attack: result.per_query[stored] for attack, result in untargeted.items()}
         return worst_case(clean.per_query[name], under, by=judges)
 
     for name in ap_names(clean.per_query):
-        found = lowest(name)
-        values[f"w{name}"], per_query[f"w{name}"] = found.mean, found.values
-    words = untargeted and all(f"{headline}/rounded" in result.per_query for result in untargeted.values())
-    for ending in ("/8bit", "/rounded") if words else ("/8bit",):
-        stored = lowest(headline, ending)
-        values[f"w{headline}{ending}"], per_query[f"w{headline}{ending}"] = stored.mean, stored.values
+        found, low = lowest(name), MeasureKey.parse(name).name("worst")
+        values[low], per_query[low] = found.mean, found.values
+    words = untargeted and all(key.name(storage="rounded") in r.per_query for r in untargeted.values())
+    storages: tuple[Storage, ...] = ("8bit", "rounded") if words else ("8bit",)
+    for storage in storages:
+        found, low = lowest(headline, storage), key.name("worst", storage=storage)
+        values[low], per_query[low] = found.mean, found.values
 
     found = lowest(headline)
     chance = torch.full_like(found.values, clean.reference["chance"])
@@ -212,7 +218,7 @@ def worst(
             name: {
                 headline: r.values[headline],
                 "unique wins": float(found.unique_wins.get(name, 0)),
-                **({f"t-{headline}": r.values[f"t-{headline}"]} if f"t-{headline}" in r.values else {}),
+                **({target: r.values[target]} if target in r.values else {}),
             }
             for name, r in results.items()
         },
@@ -222,12 +228,18 @@ def worst(
             oracle=sum(r.cost.oracle for r in results.values()),
             seconds=sum(r.cost.seconds for r in results.values()),
         ),
+        attack="worst",
     )
+
+
+def _is_targeted(result: EvalResult) -> bool:
+    return any(MeasureKey.parse(name).role == "targeted" for name in result.values)
 
 
 def ap_names(names: Iterable[str]) -> list[str]:
     """Of measure names, those of an AP that has a worst case: not the optimistic and pessimistic ones."""
-    return [n for n in names if n.startswith("MAP") and not n.endswith(("/optimistic", "/pessimistic"))]
+    keys = [MeasureKey.parse(name) for name in names]
+    return [str(k) for k in keys if k.is_ap and not k.role and k.ties not in ("optimistic", "pessimistic")]
 
 
 def ap_alone(context: EvaluationContext) -> EvaluationContext:
@@ -245,8 +257,10 @@ def score_untargeted(context: EvaluationContext, attacked: Attacked) -> EvalResu
     codes = as_codes(attacked.signs[:, 0])
     measured = measure_codes(context, codes, context.query_labels)
     stored = {
-        f"{headline}{ending}": measure_codes(lean, as_codes(signs[:, 0]), context.query_labels)
-        for ending, signs in attacked.stored.items()
+        MeasureKey(headline).name(storage=storage): measure_codes(
+            lean, as_codes(signs[:, 0]), context.query_labels
+        )
+        for storage, signs in attacked.stored.items()
     }
     before, after = clean.per_query[headline], measured.per_query[headline]
     drop, _ = ap_drop(before, after)
@@ -284,6 +298,7 @@ def score_targeted(context: EvaluationContext, attacked: Attacked) -> EvalResult
     of the original ones. A query without a possible target is NaN throughout and counted in ``empty``.
     """
     headline, targets, lean = context.protocol.headline, context.targets, ap_alone(context)
+    key = MeasureKey(headline)
     possible = targets.sum((1, 2)) > 0
     if not possible.any():
         raise ValueError(
@@ -296,21 +311,21 @@ def score_targeted(context: EvaluationContext, attacked: Attacked) -> EvalResult
     unchanged = Codes(context.query.packed[asked.repeat_interleave(each)], codes.bits, codes.ids)
     reached, left = measure_codes(context, codes, wanted), measure_codes(context, codes, own)
     stored = {
-        f"t-{headline}{ending}": measure_codes(lean, as_codes(signs[asked].flatten(0, 1)), wanted).per_query[
-            headline
-        ]
-        for ending, signs in attacked.stored.items()
+        key.name("targeted", storage=storage): measure_codes(
+            lean, as_codes(signs[asked].flatten(0, 1)), wanted
+        ).per_query[headline]
+        for storage, signs in attacked.stored.items()
     }
     columns = {
-        **{f"t-{name}": column for name, column in reached.per_query.items()},
+        **{_targeted(name): column for name, column in reached.per_query.items()},
         **left.per_query,
         **stored,
         "base": measure_codes(lean, unchanged, wanted).per_query[headline],
     }
     pairs = {name: column.unflatten(0, (len(asked), each)) for name, column in columns.items()}
     whole = {name: column.mean(1) for name, column in pairs.items()}
-    whole[f"t-{headline}/max"] = pairs[f"t-{headline}"].amax(1)
-    whole["gain"] = whole[f"t-{headline}"] - whole["base"]
+    whole[key.name("targeted", option="max")] = pairs[key.name("targeted")].amax(1)
+    whole["gain"] = whole[key.name("targeted")] - whole["base"]
     per_query = {}
     for name, column in whole.items():
         per_query[name] = torch.full((len(possible),), float("nan"), dtype=torch.float64)
@@ -319,7 +334,7 @@ def score_targeted(context: EvaluationContext, attacked: Attacked) -> EvalResult
     values = {
         name: float(column[asked].nanmean()) for name, column in per_query.items() if not column.isnan().all()
     }
-    values["t-ASR"] = targeted_success_rate(base[asked], per_query[f"t-{headline}"][asked])
+    values[_targeted("ASR")] = targeted_success_rate(base[asked], per_query[key.name("targeted")][asked])
     steered = _representative(context, attacked.representative[asked].flatten(0, 1), wanted)
     return EvalResult(
         setting=setting_of(context),
@@ -328,10 +343,15 @@ def score_targeted(context: EvaluationContext, attacked: Attacked) -> EvalResult
         interval=intervals(per_query),
         reference={"chance": reached.reference["chance"], "clean": float(base[asked].mean())},
         empty=missing,
-        curves={**{f"t-{name}": curve for name, curve in reached.curves.items()}, **left.curves},
+        curves={**{_targeted(name): curve for name, curve in reached.curves.items()}, **left.curves},
         notes=(f"{missing} queries have no possible target and are left out",) if missing else (),
-        representative={f"t-{name}": value for name, value in steered.items()},
+        representative={_targeted(name): value for name, value in steered.items()},
     )
+
+
+def _targeted(name: str) -> str:
+    """The measure of that name, of the target labels."""
+    return MeasureKey.parse(name).name("targeted")
 
 
 def _representative(context: EvaluationContext, signs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -353,14 +373,15 @@ def measure_codes(context: EvaluationContext, query: Codes, labels: Tensor) -> M
 def setting_of(context: EvaluationContext, attack: Described | None = None) -> Setting:
     """The fields that the bench and the attack know; the run adds the model's."""
     letters = {"image": "I", "text": "T"}
-    note = f" ({context.data.note})" if context.data.note else ""
+    data = DataSet(context.data.name, context.data.note, len(context.data.database), len(context.queries))
     digests = {"database": context.data.database.fingerprint(), "queries": context.queries.fingerprint()}
     if isinstance(attack, Attack):
         digests["budget"] = marked_identity(attack.budget_settings())
     return Setting(
         model="",
-        database=f"{context.data.name}:database[{len(context.data.database)}]{note}",
-        queries=f"{context.data.name}:query[{len(context.queries)}]",
+        database=data.texts[0],
+        queries=data.texts[1],
+        data=data,
         protocol=context.protocol.settings(),
         direction="2".join(letters[modality] for modality in context.direction),
         bits=context.victim.bits,

@@ -1,4 +1,4 @@
-"""Many models in one table: which are not significantly different from the best, and whose claim it is."""
+"""Comparison of results, two or many: paired by query and corrected by Holm."""
 
 from __future__ import annotations
 
@@ -19,8 +19,50 @@ Claim = Literal["method", "checkpoint"]
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Where a model stands in one column, beside the model of highest mean."""
+class Difference:
+    """A paired difference of two models on the same queries."""
+
+    mean: float  # first minus second
+    interval: tuple[float, float]  # 95 % bootstrap over queries
+    p: float  # two-sided sign-flip test
+    p_holm: float  # corrected over all measures of the comparison
+    queries: int  # queries that both have a value for
+
+
+def compare(first: EvalResult, second: EvalResult) -> dict[str, Difference]:
+    """Paired differences (first minus second) of every per-query measure that both have.
+
+    Raises:
+        ValueError: the settings differ in anything but the model; the message names the fields. Or nothing is
+            common.
+    """
+    if differing := first.setting.difference(second.setting):
+        raise ValueError(
+            f"these results cannot be compared: they differ in {differing}; "
+            "only the model may differ, so evaluate both under the same setting"
+        )
+    paired: dict[str, Tensor] = {}
+    for name in [name for name in first.per_query if name in second.per_query]:
+        left, right = first.per_query[name].to(torch.float64), second.per_query[name].to(torch.float64)
+        if left.shape != right.shape:
+            raise ValueError(f"{name} has {len(left)} values in one result and {len(right)} in the other")
+        if not (left - right).isnan().all():
+            paired[name] = left - right
+    if not paired:
+        raise ValueError("the two results share no per-query measure")
+    ends, p_values = intervals(paired), sign_flip_tests(paired)
+    corrected = holm(p_values)
+    return {
+        name: Difference(
+            float(gaps.nanmean()), ends[name], p_values[name], corrected[name], int((~gaps.isnan()).sum())
+        )
+        for name, gaps in paired.items()
+    }
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A model in one column, compared with the model of highest mean."""
 
     mean: float
     best: bool  # it has the highest mean
@@ -29,7 +71,7 @@ class Standing:
     p: float  # two-sided
     p_holm: float  # corrected over all comparisons of the table
     bold: bool  # not significantly different from the best
-    claim: Claim  # what the comparison is about: methods, where both have seeds enough, else checkpoints
+    claim: Claim  # methods are compared where both have enough seeds, else checkpoints
 
 
 def claim_of(seeds: int) -> Claim:
@@ -39,9 +81,8 @@ def claim_of(seeds: int) -> Claim:
 
 def compare_all(
     table: Mapping[str, Mapping[str, Sequence[EvalResult]]], level: float = 0.05
-) -> dict[str, dict[str, Standing]]:
-    """Compare every model of every column with the best of that column, corrected over the whole table by
-    Holm.
+) -> dict[str, dict[str, Ranking]]:
+    """Compare every model of every column with the best of that column, by Holm over the whole table.
 
     Two methods (three training seeds each or more) are compared by the hierarchical bootstrap, seeds then
     queries; all others by the paired sign-flip test over queries of the mean over their seeds, which is a
@@ -59,46 +100,31 @@ def compare_all(
         ValueError: an empty column, or results in different settings; the models and fields are named.
     """
     values = {column: _values(column, models) for column, models in table.items()}
-    best = {
-        column: max(models, key=lambda name: float(models[name].mean())) for column, models in values.items()
-    }
-    p_values: dict[str, float] = {}
-    spans: dict[str, tuple[float, float]] = {}
+    best = {c: max(models, key=lambda name: float(models[name].mean())) for c, models in values.items()}
+    tests: dict[str, tuple[float, tuple[float, float]]] = {}  # p and interval by column and model
     for column, models in values.items():
         leader, plain = models[best[column]], {}
         for name, own in models.items():
             key = f"{column}\n{name}"
-            if name == best[column]:
-                continue
-            if _about(own, leader) == "method":
-                low, high, p_values[key] = hierarchical_difference(own, leader)
-                spans[key] = low, high
-            else:
+            if name != best[column] and claim_of(min(len(own), len(leader))) == "method":
+                low, high, p = hierarchical_difference(own, leader)
+                tests[key] = p, (low, high)
+            elif name != best[column]:
                 plain[key] = own.mean(0) - leader.mean(0)
         if plain:
-            p_values |= sign_flip_tests(plain)
-            spans |= intervals(plain)
-    corrected = holm(p_values)
-    standings: dict[str, dict[str, Standing]] = {}
+            spans = intervals(plain)
+            tests |= {key: (p, spans[key]) for key, p in sign_flip_tests(plain).items()}
+    corrected = holm({key: p for key, (p, _) in tests.items()})
+    rankings: dict[str, dict[str, Ranking]] = {column: {} for column in values}
     for column, models in values.items():
         leader = models[best[column]]
-        standings[column] = {}
         for name, own in models.items():
-            mean, key = float(own.mean()), f"{column}\n{name}"
-            if name == best[column]:
-                standings[column][name] = Standing(
-                    mean, True, 0.0, (0.0, 0.0), 1.0, 1.0, True, claim_of(len(own))
-                )
-                continue
-            gap, p_holm = mean - float(leader.mean()), corrected[key]
-            standings[column][name] = Standing(
-                mean, False, gap, spans[key], p_values[key], p_holm, p_holm >= level, _about(own, leader)
-            )
-    return standings
-
-
-def _about(own: Tensor, leader: Tensor) -> Claim:
-    return claim_of(min(len(own), len(leader)))
+            mean, claim, key = float(own.mean()), claim_of(min(len(own), len(leader))), f"{column}\n{name}"
+            gap, (p, span) = mean - float(leader.mean()), tests.get(key, (1.0, (0.0, 0.0)))
+            p_holm, is_best = corrected.get(key, 1.0), name == best[column]
+            bold = is_best or p_holm >= level
+            rankings[column][name] = Ranking(mean, is_best, gap, span, p, p_holm, bold, claim)
+    return rankings
 
 
 def _values(column: str, models: Mapping[str, Sequence[EvalResult]]) -> dict[str, Tensor]:
@@ -110,7 +136,7 @@ def _values(column: str, models: Mapping[str, Sequence[EvalResult]]) -> dict[str
         for result in results:
             if differing := first.setting.difference(result.setting):
                 raise ValueError(
-                    f"{first_name} and {name} cannot stand in one table: they differ in {differing}"
+                    f"{first_name} and {name} cannot share one table: they differ in {differing}"
                 )
             if column not in result.per_query:
                 raise ValueError(f"{name} has no per-query values of {column}")

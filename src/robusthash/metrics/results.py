@@ -1,56 +1,68 @@
-"""Results: what was measured together with everything it depends on; JSON in and out; comparison of two."""
+"""Results: what was measured together with everything it depends on; JSON in and out."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from robusthash.core.atomic_files import json_text, write_all_aside
 from robusthash.core.identity import scheme_of
 from robusthash.core.registry import nearest
-from robusthash.metrics.packed_values import pack, unpack
-from robusthash.metrics.statistics import holm, intervals, sign_flip_tests
+from robusthash.metrics.measure_key import MeasureKey
 from robusthash.version import __version__
 
-SCHEMA = "robusthash.results/1"
+SCHEMA = "robusthash.results/2"
+_SCHEMA_1 = "robusthash.results/1"  # read, never written
 
-_OF_THE_MODEL = ("model", "bits", "objective", "defense", "training_attack")
-_DIGESTS_OF_THE_MODEL = ("model", "codes")
+_OF_THE_MODEL = ("model", "bits", "objective", "defense", "training_attack", "software")
+_OF_DIGESTS = ("data", "tier", "relevance", "chosen")  # their contents are compared as digests
 
 
 def software_versions() -> dict[str, str]:
     """Versions that a number may depend on."""
-    return {
-        "robusthash": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"robusthash": __version__, **versions}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The data of a result; numbers of items are 0 where unknown, as of codes from files."""
+
+    name: str = ""
+    note: str = ""
+    database: int = 0  # items
+    queries: int = 0
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The database and the queries as reports name them: ``fashion:database[7000] (note)``."""
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.name}:database[{self.database}]{note}", f"{self.name}:query[{self.queries}]"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a result is a statement about: model, database, queries, threat, attack set, budget and seeds.
+    """Everything that a number depends on. Two results are comparable where all but the model agrees.
 
     ``digests`` identify contents: "model" (weights) and "codes" (database codes) change with the model;
     "database", "queries", "labels" and any other do not. "suite" and "budget" are identities
-    (``core.identity``) of the attacks of a suite and of what each search was allowed. Two results are
-    comparable where all but the model agrees.
+    (``core.identity``) of the attacks of a suite and of the budget of each search.
     """
 
     model: str
-    database: str
+    database: str  # text for reports; ``data`` has its parts
     queries: str
     protocol: dict[str, Any]  # Protocol.settings(): cut, denominator, ties, empty policy, gain, target rule
     direction: str  # "I2I", "I2T", "T2I", "T2T"; "" for codes without a modality
@@ -65,6 +77,9 @@ class Setting:
     training_attack: str = ""
     software: dict[str, str] = field(default_factory=software_versions)
     chosen: str = ""  # "all", "200 of 1000 by content" or "given"; "" of results that do not say it
+    data: DataSet = field(default_factory=DataSet)
+    tier: str = ""  # or the name of a suite of one's own; "" of single attacks and of those of a recipe
+    relevance: str = "own"  # label system that says what is relevant; "own" is that of the data set
 
     @property
     def asked(self) -> str:
@@ -72,47 +87,45 @@ class Setting:
         return f"{self.queries}, {self.chosen}" if self.chosen else self.queries
 
     @property
-    def headline(self) -> str:
+    def key(self) -> MeasureKey:
         """The measure that worst cases, chance and summary scores refer to: ``MAP`` or ``MAP@k``."""
-        return "MAP" if self.protocol["k"] is None else f"MAP@{self.protocol['k']}"
+        return MeasureKey("MAP" if self.protocol["k"] is None else f"MAP@{self.protocol['k']}")
+
+    @property
+    def headline(self) -> str:
+        """The name of ``key``."""
+        return str(self.key)
+
+    def comparable(self) -> dict[str, Any]:
+        """Fields and digests that two settings must share to be comparable, as plain data."""
+        plain = {n: v for n, v in asdict(self).items() if n not in (*_OF_THE_MODEL, *_OF_DIGESTS)}
+        return {**plain, "digests": {n: v for n, v in self.digests.items() if n not in ("model", "codes")}}
 
     def differs(self, other: Setting) -> list[str]:
-        """Names of the fields in which two settings differ, apart from those of the model and the software.
-
-        How queries were chosen is none of them: the digest of the queries says whether they are the same.
-        Budgets are compared by their identities, and by their texts where a result has none.
-        """
-        own, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        others = (*_OF_THE_MODEL, "software", "chosen", "digests", "protocol", "budget")
-        found = [name for name in own if name not in others and own[name] != theirs[name]]
-        found += ["budget"] if self._other_budget(other) else []
-        for group, skipped in (("protocol", ()), ("digests", (*_DIGESTS_OF_THE_MODEL, "budget"))):
-            keys = sorted({*own[group], *theirs[group]} - set(skipped))
-            found += [f"{group}.{key}" for key in keys if own[group].get(key) != theirs[group].get(key)]
+        """Fields in which two settings are not comparable; budgets without an identity compare by text."""
+        ours, theirs = self.comparable(), other.comparable()
+        budgets = [setting["digests"].pop("budget", "") for setting in (ours, theirs)]
+        if all(budgets) and scheme_of(budgets[0]) == scheme_of(budgets[1]):
+            ours["budget"], theirs["budget"] = budgets
+        groups = [(name, ours.pop(name), theirs.pop(name)) for name in ("protocol", "digests")]
+        found = [name for name in ours if name != "budget" and ours[name] != theirs[name]]
+        found += ["budget"] if ours["budget"] != theirs["budget"] else []
+        for group, one, two in groups:
+            found += [f"{group}.{key}" for key in sorted({*one, *two}) if one.get(key) != two.get(key)]
         return found
 
     def difference(self, other: Setting) -> str:
-        """The fields of ``differs`` as a sentence says them, "" where there are none.
-
-        Identities of suites that were made by different schemes tell nothing about the suites; the sentence
-        says so.
-        """
+        """The fields of ``differs`` in words, and that identities of suites by two schemes say nothing."""
         found = ", ".join(self.differs(other))
         suites = [setting.digests["suite"] for setting in (self, other) if "suite" in setting.digests]
-        schemes = [scheme_of(suite) for suite in suites]
-        if len({*schemes}) < 2:
+        schemes = sorted({scheme_of(suite) for suite in suites})
+        if len(schemes) < 2:
             return found
-        first, second = sorted(schemes)
+        names = " and ".join(map(str, schemes))
         return (
-            f"{found} (identities by the schemes {first} and {second} of this package, which cannot be compared: the "
-            "suites may be the same; assess the older one again)"
+            f"{found} (identities by the schemes {names} of this package, which cannot be compared: the suites "
+            "may be the same; assess the older one again)"
         )
-
-    def _other_budget(self, other: Setting) -> bool:
-        own, theirs = self.digests.get("budget"), other.digests.get("budget")
-        if own and theirs and scheme_of(own) == scheme_of(theirs):
-            return own != theirs
-        return self.budget != other.budget
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ class Cost:
 
     forward: int = 0  # passes of single queries
     backward: int = 0
-    oracle: int = 0  # questions to a black box
+    oracle: int = 0  # queries to a black box
     seconds: float = 0.0
 
 
@@ -138,10 +151,12 @@ class Flag:
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class EvalResult:
-    """One evaluation: ``result["MAP@5000"]`` is a value, everything else says how it came about."""
+    """One evaluation: ``result["MAP@5000"]`` is a value."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True)
 
     setting: Setting
-    values: dict[str, float]
+    values: dict[str, float]  # by name; ``MeasureKey.parse`` takes a name apart
     per_query: dict[str, Tensor]  # (Q,); NaN for a query that the mean leaves out
     interval: dict[str, tuple[float, float]] = field(default_factory=dict)
     reference: dict[str, float] = field(default_factory=dict)  # chance, least, floor, clean
@@ -149,16 +164,14 @@ class EvalResult:
     curves: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by curve, axis -> (G,)
     notes: tuple[str, ...] = ()  # clipped cuts, undefined measures
     winner: tuple[str, ...] = ()  # (Q,) attack and restart that found each worst AP; "clean" where none did
-    attacks: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # of a suite: MAP, unique wins, completeness
-    representative: dict[str, float] = field(
-        default_factory=dict
-    )  # representative codes as queries; no bound
+    attacks: dict[str, dict[str, float]] = field(default_factory=dict)  # of a suite: MAP, wins, completeness
+    representative: dict[str, float] = field(default_factory=dict)  # of representative codes; no bound
     perceptibility: dict[str, float] = field(default_factory=dict)
     flags: tuple[Flag, ...] = ()
     cost: Cost = field(default_factory=Cost)
-    name: str = ""  # within its run: "clean", an attack, "worst"
+    name: str = ""  # unique in its run: "clean", "I2T worst", "img-linf-8 standard"
+    attack: str = ""  # "clean", "worst", or the attack by its name in the run
+    scored_on: str = ""  # direction and relevance before the name: "I2T", "T2I by class"; "" of a run of one
 
     def __post_init__(self) -> None:
         lengths = {name: len(values) for name, values in self.per_query.items()}
@@ -167,52 +180,49 @@ class EvalResult:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"per-query arrays of different length: {lengths}")
 
-    def __getitem__(self, name: str) -> float:
-        if name not in self.values:
-            raise KeyError(f"this result has no {name!r}{nearest(name, self.values)}")
-        return self.values[name]
+    def __getitem__(self, name: str | MeasureKey) -> float:
+        if str(name) not in self.values:
+            raise KeyError(f"this result has no {str(name)!r}{nearest(str(name), self.values)}")
+        return self.values[str(name)]
 
     @property
     def unreliable(self) -> bool:
-        """A red flag stands."""
+        """True where a red flag was raised."""
         return any(flag.level == "red" for flag in self.flags)
 
 
-def by_direction(results: Mapping[str, EvalResult]) -> dict[str, dict[str, EvalResult]]:
-    """The results of a run by what they were scored on, with their own names: "" where that is one thing
-    alone.
+def headline_of(result: EvalResult) -> str:
+    """The main measure of a result: wMAP of a worst case, t-MAP of a targeted attack, else MAP."""
+    names = [result.setting.key.name(role) for role in ("worst", "targeted", "")]
+    return next(name for name in names if name in result.values)
 
-    A run over several directions or relevances has ``I2T clean``, ``I2T mainstay``, ``T2I by class clean``:
-    these are ``clean`` and ``mainstay`` of "I2T", and ``clean`` of "T2I by class".
+
+def by_direction(results: Mapping[str, EvalResult]) -> dict[str, dict[str, EvalResult]]:
+    """The results of a run by ``scored_on``, and by ``attack``.
 
     Raises:
         ValueError: a result without the clean one that it belongs to.
     """
-    prefixes = [name.removesuffix("clean") for name in results if name == "clean" or name.endswith(" clean")]
-    groups: dict[str, dict[str, EvalResult]] = {prefix.strip(): {} for prefix in prefixes}
+    groups: dict[str, dict[str, EvalResult]] = {}
+    for result in results.values():
+        groups.setdefault(result.scored_on, {})[result.attack] = result
     for name, result in results.items():
-        fitting = [prefix for prefix in prefixes if name.startswith(prefix)]
-        if not fitting:
-            raise ValueError(f"the result {name!r} has no clean one beside it; evaluate the run again")
-        prefix = max(fitting, key=len)
-        groups[prefix.strip()][name.removeprefix(prefix)] = result
+        if "clean" not in groups[result.scored_on]:
+            raise ValueError(f"the result {name!r} has no clean one next to it; evaluate the run again")
     return groups
 
 
 # ---------------------------------------------------------------------------------------------- JSON
-
-_ARRAYS = ("per_query", "curves")  # tensors live in the sidecar
 
 
 def save_results(path: str | Path, results: Sequence[EvalResult], packed: bool = False) -> None:
     """Write results to ``path`` (JSON) and their arrays to the ``.npz`` of the same name.
 
     Both are complete on disk before either replaces an older one, and the JSON holds the digest of its
-    sidecar, so a pair that does not belong together is noticed. An infinite value (the PSNR of an unchanged
-    image) is written "inf".
+    sidecar. An infinite value (the PSNR of an unchanged image) is written "inf".
 
     Args:
-        packed: per-query values in 16 bits each, and the sidecar compressed; see ``packing.pack``.
+        packed: per-query values in 16 bits each, and the sidecar compressed; see ``pack_values``.
 
     Raises:
         ValueError: a NaN among the values, with its name; or values that cannot be packed.
@@ -223,34 +233,37 @@ def save_results(path: str | Path, results: Sequence[EvalResult], packed: bool =
         raise ValueError(f"results are saved as .json, got {path.name}")
     arrays: dict[str, np.ndarray] = {}
     queries: dict[str, np.ndarray] = {} if packed else arrays
-    written = []
+    entries = []
     for result in results:
-        plain = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in _ARRAYS}
-        plain["setting"], plain["cost"] = dataclasses.asdict(result.setting), dataclasses.asdict(result.cost)
-        plain["flags"] = [dataclasses.asdict(flag) for flag in result.flags]
+        entry = asdict(replace(result, per_query={}, curves={}))
         prefix = "query" if packed else "array"
-        plain["per_query"] = {
-            name: _keep(queries, values, prefix) for name, values in result.per_query.items()
+        entry["per_query"] = {
+            name: _add(queries, values, prefix) for name, values in result.per_query.items()
         }
-        plain["curves"] = {
-            name: {axis: _keep(arrays, values) for axis, values in axes.items()}
+        entry["curves"] = {
+            name: {axis: _add(arrays, values) for axis, values in axes.items()}
             for name, axes in result.curves.items()
         }
-        written.append(plain)
+        entries.append(entry)
     buffer = io.BytesIO()
     if packed:
-        np.savez_compressed(buffer, allow_pickle=False, **arrays, **pack(queries))
+        np.savez_compressed(buffer, allow_pickle=False, **arrays, **pack_values(queries))
     else:
         np.savez(buffer, allow_pickle=False, **arrays)
-    sidecar = hashlib.sha256(buffer.getvalue()).hexdigest()
-    document = {"schema": SCHEMA, "sidecar": sidecar, "results": written}
+    names = dict.fromkeys(name for result in results for name in (*result.values, *result.per_query))
+    document = {
+        "schema": SCHEMA,
+        "sidecar": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "measures": {name: MeasureKey.parse(name).plain() for name in names},  # for programs of others
+        "results": entries,
+    }
     text = json_text(document, path.name)
     with write_all_aside([path.with_suffix(".npz"), path]) as (array_file, json_file):
         array_file.write_bytes(buffer.getvalue())
         json_file.write_text(text, encoding="utf-8")
 
 
-def _keep(arrays: dict[str, np.ndarray], values: Tensor, prefix: str = "array") -> str:
+def _add(arrays: dict[str, np.ndarray], values: Tensor, prefix: str = "array") -> str:
     """Put a tensor among the arrays; its key there."""
     key = f"{prefix}{len(arrays)}"
     arrays[key] = values.detach().cpu().numpy()
@@ -258,11 +271,11 @@ def _keep(arrays: dict[str, np.ndarray], values: Tensor, prefix: str = "array") 
 
 
 def load_results(path: str | Path) -> list[EvalResult]:
-    """Read what ``save_results`` wrote.
+    """Read what ``save_results`` wrote, by this schema or the one before.
 
     Raises:
         FileNotFoundError: the JSON or its sidecar is missing.
-        ValueError: not a results file, another schema, or a sidecar of another run.
+        ValueError: not a results file, another schema, a damaged field, or a sidecar of another run.
     """
     path = Path(path)
     try:
@@ -271,98 +284,108 @@ def load_results(path: str | Path) -> list[EvalResult]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict) or "schema" not in document:
         raise ValueError(f"{path} is not a results file: it names no schema")
-    if document["schema"] != SCHEMA:
+    if document["schema"] not in (SCHEMA, _SCHEMA_1):
         raise ValueError(f"{path} has the schema {document['schema']!r}, this version reads {SCHEMA!r}")
     sidecar = path.with_suffix(".npz")
     if not sidecar.exists():
         raise FileNotFoundError(f"{path} needs its per-query values in {sidecar.name}, which is missing")
     content = sidecar.read_bytes()
-    if hashlib.sha256(content).hexdigest() != document["sidecar"]:
-        raise ValueError(
-            f"{sidecar} does not belong to {path.name}: one of the two is of another run; evaluate again"
-        )
-    with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
-        held = {key: loaded[key] for key in loaded.files}
-    if "steps" in held:
-        held |= unpack({key: held.pop(key) for key in ("names", "lengths", "tops", "steps")})
-    arrays = {key: torch.from_numpy(values) for key, values in held.items()}
     try:
-        return [_read(entry, arrays) for entry in document["results"]]
+        if hashlib.sha256(content).hexdigest() != document["sidecar"]:
+            raise ValueError(
+                f"{sidecar} does not belong to {path.name}: one of the two is of another run; evaluate again"
+            )
+        with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
+            held = {key: loaded[key] for key in loaded.files}
+        if "steps" in held:
+            held |= unpack_values({key: held.pop(key) for key in ("names", "lengths", "tops", "steps")})
+        arrays = {key: torch.from_numpy(values) for key, values in held.items()}
+        entries = document["results"]
+        if document["schema"] == _SCHEMA_1:
+            entries = _with_fields(entries)
+        return [_read(entry, arrays) for entry in entries]
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{path} is damaged: {faults}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
 
 
-def _read(entry: dict[str, Any], arrays: dict[str, Tensor]) -> EvalResult:
-    setting = dict(entry["setting"])
-    setting["attacks"], setting["seeds"] = tuple(setting["attacks"]), tuple(setting["seeds"])
-    return EvalResult(
-        setting=Setting(**setting),
-        values=_floats(entry["values"]),
-        per_query={name: arrays[key] for name, key in entry["per_query"].items()},
-        interval={name: (float(low), float(high)) for name, (low, high) in entry["interval"].items()},
-        reference=_floats(entry["reference"]),
-        empty=entry["empty"],
-        curves={
-            name: {axis: arrays[key] for axis, key in axes.items()} for name, axes in entry["curves"].items()
-        },
-        notes=tuple(entry["notes"]),
-        winner=tuple(entry["winner"]),
-        attacks={name: _floats(values) for name, values in entry["attacks"].items()},
-        representative=_floats(entry["representative"]),
-        perceptibility=_floats(entry["perceptibility"]),
-        flags=tuple(
-            Flag(**{**flag, "value": float(flag["value"]), "threshold": float(flag["threshold"])})
-            for flag in entry["flags"]
-        ),
-        cost=Cost(**entry["cost"]),
-        name=entry["name"],
-    )
+_RESULT = TypeAdapter(EvalResult)
 
 
-def _floats(values: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items()}  # "inf" too
+def _read(entry: dict[str, Any], arrays: Mapping[str, Tensor]) -> EvalResult:
+    per_query = {name: arrays[key] for name, key in entry["per_query"].items()}
+    curves = {
+        name: {axis: arrays[key] for axis, key in axes.items()} for name, axes in entry["curves"].items()
+    }
+    return _RESULT.validate_python({**entry, "per_query": per_query, "curves": curves})
 
 
-# ---------------------------------------------------------------------------------------------- comparison
+def _with_fields(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of schema 1 with the fields of schema 2, which they hold in names and texts alone."""
+    names = [entry["name"] for entry in entries]
+    prefixes = [name.removesuffix("clean") for name in names if name == "clean" or name.endswith(" clean")]
+    filled = []
+    for name, entry in zip(names, entries, strict=True):
+        setting = entry["setting"]
+        suite = re.fullmatch(r"suite (?P<name>.+), \d+ lines", setting["budget"])
+        prefix = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default="")
+        if suite is not None:
+            prefix = name.removesuffix(f"{setting['threat']} {suite['name']}")
+        database = re.fullmatch(
+            r"(?P<name>.+?):database\[(?P<count>\d+)\](?: \((?P<note>.*)\))?", setting["database"]
+        )
+        queries = re.fullmatch(r".+:query\[(?P<count>\d+)\]", setting["queries"])
+        data = DataSet(setting["database"])
+        if database and queries:
+            note = database["note"] or ""
+            data = DataSet(database["name"], note, int(database["count"]), int(queries["count"]))
+        relevance = prefix.strip().rpartition("by ")
+        fields = {
+            "data": asdict(data),
+            "tier": suite["name"] if suite else "",
+            "relevance": relevance[2] if relevance[1] else "own",
+        }
+        attack = "worst" if suite else name.removeprefix(prefix)
+        filled.append(
+            {**entry, "setting": {**setting, **fields}, "attack": attack, "scored_on": prefix.strip()}
+        )
+    return filled
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference of two models on the same queries."""
+# ---------------------------------------------------------------------------------------------- 16-bit values
 
-    mean: float  # first minus second
-    interval: tuple[float, float]  # 95 % bootstrap over queries
-    p: float  # two-sided sign-flip test
-    p_holm: float  # corrected over all measures of the comparison
-    queries: int  # queries that both have a value for
+_STEPS = 65_534  # of the largest value; the last of the 16 bits' numbers stands for NaN
+_NAN = _STEPS + 1
 
 
-def compare(first: EvalResult, second: EvalResult) -> dict[str, Difference]:
-    """Paired differences (first minus second) of every per-query measure that both have.
+def pack_values(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Named (Q,) arrays as one flat array of whole steps; ``unpack_values`` gives them back.
+
+    A step is 1/65534 of the largest value that an array can hold: 1, or the next whole number above its own
+    largest. Equal values stay equal, and 0 and 1 exact; any other moves by half a step at most.
 
     Raises:
-        ValueError: the settings differ in anything but the model; the message names the fields. Or nothing is
-            common.
+        ValueError: a negative or infinite value.
     """
-    if differing := first.setting.difference(second.setting):
-        raise ValueError(
-            f"these results cannot be compared: they differ in {differing}; "
-            "only the model may differ, so evaluate both under the same setting"
-        )
-    paired: dict[str, Tensor] = {}
-    for name in [name for name in first.per_query if name in second.per_query]:
-        left, right = first.per_query[name].to(torch.float64), second.per_query[name].to(torch.float64)
-        if left.shape != right.shape:
-            raise ValueError(f"{name} has {len(left)} values in one result and {len(right)} in the other")
-        if not (left - right).isnan().all():
-            paired[name] = left - right
-    if not paired:
-        raise ValueError("the two results share no per-query measure")
-    ends, p_values = intervals(paired), sign_flip_tests(paired)
-    corrected = holm(p_values)
+    flat, tops = [], []
+    for name, values in arrays.items():
+        finite = values[~np.isnan(values)]
+        if np.isinf(finite).any() or (finite < 0).any():
+            raise ValueError(f"{name} holds a negative or infinite value, which is not packed")
+        tops.append(max(1.0, float(np.ceil(finite.max(initial=0.0)))))
+        flat.append(np.where(np.isnan(values), _NAN, np.rint(np.nan_to_num(values) / tops[-1] * _STEPS)))
     return {
-        name: Difference(
-            float(values.nanmean()), ends[name], p_values[name], corrected[name], int((~values.isnan()).sum())
-        )
-        for name, values in paired.items()
+        "names": np.array(list(arrays), dtype=np.str_),
+        "lengths": np.array([len(values) for values in flat], dtype=np.int64),
+        "tops": np.array(tops),
+        "steps": np.concatenate([*flat, np.zeros(0)]).astype("<u2"),
     }
+
+
+def unpack_values(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of ``pack_values`` as float64."""
+    parts = np.split(packed["steps"], np.cumsum(packed["lengths"]))[:-1]
+    columns = zip(packed["names"], parts, packed["tops"], strict=True)
+    return {str(name): np.where(part == _NAN, np.nan, part / _STEPS * top) for name, part, top in columns}

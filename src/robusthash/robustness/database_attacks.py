@@ -25,6 +25,7 @@ from robusthash.evaluation.context import EvaluationContext, Progress, silent
 from robusthash.evaluation.evaluate import as_codes, score_clean, setting_of
 from robusthash.metrics.average_precision import share as ratio
 from robusthash.metrics.distance_histogram import prepared_profile
+from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import Cost, EvalResult, Setting
 from robusthash.metrics.statistics import intervals
 from robusthash.models.hasher import Hasher, frozen
@@ -78,11 +79,11 @@ def perturb_database(
     ]
     headline, clean = context.protocol.headline, score_clean(context)
     drop = clean.per_query[headline] - scored[0].per_query[headline]
-    codes_8bit = scored[1].per_query[headline]
-    per_query = {**scored[0].per_query, f"{headline}/8bit": codes_8bit, "drop": drop}
+    codes_8bit, stored = scored[1].per_query[headline], MeasureKey(headline).name(storage="8bit")
+    per_query = {**scored[0].per_query, stored: codes_8bit, "drop": drop}
     flips = (context.database.signs()[chosen] != changed.signs).sum(1).to(torch.float64)
     made = {
-        f"{headline}/8bit": scored[1].values[headline],
+        stored: scored[1].values[headline],
         "drop": clean.values[headline] - scored[0].values[headline],
         "items": float(count),
         "item flips": float(flips.mean()),
@@ -154,14 +155,14 @@ def insert_items(
         name: exposure(context, as_codes(signs), k)
         for name, signs in (
             ("", changed.signs),
-            ("/8bit", changed.codes_8bit),
+            ("8bit", changed.codes_8bit),
             ("clean", changed.clean),
             ("aims", context.database.signs()[aims]),
         )
     }
     per_query = {
         f"exposure@{k}": found[""][0],
-        f"exposure@{k}/8bit": found["/8bit"][0],
+        MeasureKey(f"exposure@{k}").name(storage="8bit"): found["8bit"][0],
         f"slots@{k}": found[""][1],
     }
     counts = torch.tensor([[len(context.database)]]), torch.tensor([[count]])

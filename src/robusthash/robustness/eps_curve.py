@@ -44,15 +44,16 @@ class Curve:
 
     def onto(self, result: EvalResult) -> EvalResult:
         """``result`` with the curve ``w<headline>/eps``, its score, and each query's value at each budget."""
-        name = f"w{result.setting.headline}"
-        columns = {f"{name} eps {eps:.6g}": row for eps, row in zip(self.eps, self.worst, strict=True)}
+        key = result.setting.key
+        name = key.name("worst")
+        columns = {key.name("worst", eps=eps): row for eps, row in zip(self.eps, self.worst, strict=True)}
         curve = {"eps": torch.tensor(self.eps, dtype=torch.float64), name: self.means}
         return replace(
             result,
             values={**result.values, "curve score": self.score},
             per_query={**result.per_query, **columns},
             interval={**result.interval, **intervals(columns)},
-            curves={**result.curves, f"{name}/eps": curve},
+            curves={**result.curves, key.name("worst", option="eps"): curve},
         )
 
 

@@ -211,6 +211,7 @@ def assess_prepared(
         # comparable
         attacks=tuple(spec.name for spec in suite.own),
         budget=f"suite {suite.name}, {len(suite.own)} lines",
+        tier=suite.name,
         digests={**digests, "suite": replace(suite, specs=suite.own).digest()},
     )
     notes = (*notes, *result.notes)

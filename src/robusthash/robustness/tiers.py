@@ -20,7 +20,7 @@ from robusthash.metrics.results import EvalResult, Flag
 from robusthash.objectives.base import HashObjective
 from robusthash.robustness.checks.base import order
 from robusthash.robustness.checks.model_checks import model_checks
-from robusthash.robustness.checks.suite_checks import suite_checks
+from robusthash.robustness.checks.suite_checks import MoreEffort, suite_checks
 from robusthash.robustness.eps_curve import Curve, eps_curve
 from robusthash.robustness.specs.adaptive_attacks import adaptive_attacks
 from robusthash.robustness.specs.oracle_attacks import (
@@ -229,29 +229,25 @@ class TierChecks:
         self, context: EvaluationContext, attack_runs: AttackRuns, result: EvalResult
     ) -> tuple[Flag, ...]:
         model = model_checks(context, self.threat, queries=CHECKED)
-        headline = context.protocol.headline
         untargeted = [spec for spec in attack_runs.specs if not spec.targeted]
-        ap = {spec.name: result.per_query[f"{headline} under {spec.name}"][None] for spec in untargeted}
-        more = self._more(context, untargeted, ap) if self.suite.name in CLAIMS else {}
+        ap = {s.name: result.per_query[result.setting.key.name(attack=s.name)][None] for s in untargeted}
+        more = self._more(context, untargeted, ap) if self.suite.name in CLAIMS else MoreEffort()
         compared = suite_checks(
             ap,
             {spec.name: spec.kind for spec in untargeted},
             result.per_query["clean"],
             {spec.name: attack_runs.signs(spec.name)[:, :, 0] for spec in untargeted},
             result.reference["chance"],
-            result.per_query.get("floor"),
-            None if self.curve is None else dict(zip(self.curve.eps, self.curve.worst, strict=True)),
-            more.get("unbounded"),
-            more.get("doubled steps"),
-            more.get("doubled restarts"),
-            part=more.get("part"),
+            floor=result.per_query.get("floor"),
+            curve=None if self.curve is None else dict(zip(self.curve.eps, self.curve.worst, strict=True)),
+            more=more,
             cut=self.cut,
         )
         return order([*model, *compared])
 
     def _more(
         self, context: EvaluationContext, specs: Sequence[AttackSpec], ap: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    ) -> MoreEffort:
         """The strongest white-box line on a part of the queries at eps = 1, and with twice its steps or
         restarts.
 
@@ -261,7 +257,7 @@ class TierChecks:
         gradient = [spec for spec in specs if isinstance(spec, GradientAttack) and spec.kind != "refined"]
         able = [spec for spec in gradient if spec.kind == "white-box"] or gradient
         if not able or self.threat.edits:
-            return {}
+            return MoreEffort()
         best = min(able, key=lambda spec: float(ap[spec.name].mean()))
         part, few = stable_subset(context.queries, CHECKED), context.some(CHECKED)
         search: Any = best.attack.search
@@ -269,12 +265,12 @@ class TierChecks:
         once, further = range(best.restarts), range(best.restarts, 2 * best.restarts)
         first = ap[best.name].amin(0)[part]
         anywhere = self._lowest(few, best.at(_everything(self.threat, few)), once)
-        return {
-            "part": part,
-            "unbounded": torch.minimum(first, anywhere),  # what lies in the small ball lies in the large one
-            "doubled steps": self._lowest(few, longer, once),
-            "doubled restarts": torch.minimum(first, self._lowest(few, best, further)),
-        }
+        return MoreEffort(
+            part=part,
+            unbounded=torch.minimum(first, anywhere),  # what lies in the small ball lies in the large one
+            doubled_steps=self._lowest(few, longer, once),
+            doubled_restarts=torch.minimum(first, self._lowest(few, best, further)),
+        )
 
     def _lowest(self, context: EvaluationContext, spec: AttackSpec, restarts: range) -> Tensor:
         """(Q,) lowest AP over some restarts of a line."""

@@ -12,8 +12,7 @@ import torch
 
 from robusthash.core.runtime import Draws, choose_device, precision, seed_everything
 from robusthash.core.types import Batch, LossTerms
-from robusthash.data.base import RetrievalData
-from robusthash.data.loader import batches
+from robusthash.data.base import RetrievalData, batches
 from robusthash.data.transforms import augment
 from robusthash.training.optimiser_groups import Group, divided
 from robusthash.training.recipe import FIGURES, Moment, Recipe

@@ -1,45 +1,53 @@
-"""What an audit measured, row by row, and the pictures that it shows."""
+"""Measured rows and pictures of an audit, by a search over stored copies of photographs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from robusthash.evaluation.copy_detection import CopiesFound, KindFound
+from robusthash.apps.audit.photo_collection import Photos
+from robusthash.apps.experiment.demo_run import colour_variety
+from robusthash.core.hamming import topk
+from robusthash.data.image_files import read_image
+from robusthash.evaluation.attack_block import Attacked, in_8bit
+from robusthash.evaluation.attack_spec import AttackSpec
+from robusthash.evaluation.context import EvaluationContext
+from robusthash.evaluation.copy_detection import CopiesFound, KindFound, copies_found
 from robusthash.metrics.distortion import pixel_norms
 
-Done = Literal["same", "everyday", "noise", "hide", "hide-worst", "imitate", "imitate-worst"]
+Change = Literal["same", "everyday", "noise", "hide", "hide-worst", "imitate", "imitate-worst"]
+Columns = tuple[str, str, str, Change]
+"""First columns of a row: name, words for readers, how visible it is, what it is."""
+
 Role = Literal["own", "target", "other"]
+
+_HITS = 5  # results drawn for each search
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one change does to a search. Shares are of the photographs that asked."""
+class AuditRow:
+    """Effect of one change on a search. Shares are of the photographs that were searched for."""
 
     name: str
     words: str
     visible: str
-    kind: Done
-    asked: int
+    kind: Change
+    asked: int  # photographs that were searched for
     map: float  # mean of 1 / rank: of the own copy, or under ``imitate`` of the other photograph's
     first: float  # share whose copy (or target) came first
     recognised: float | None = None  # share within the radius; None where there are no codes
     bits: float | None = None  # mean bits that differ from the copy (or target)
     largest: float = 0.0  # largest change of a pixel, of 255
-    psnr: float | None = (
-        None  # dB, of the mean squared change over all photographs; None where nothing changed
-    )
+    psnr: float | None = None  # dB, of the mean squared change over all photographs; None without a change
     per_photo: tuple[float, ...] = ()  # 1 / rank of each
-    same_kind: float | None = (
-        None  # MAP of finding the other photographs of the same kind; None without kinds
-    )
+    same_kind: float | None = None  # MAP of finding the others of a category; None without categories
     same_kind_chance: float | None = None  # that of a random order
-    same_kind_each: tuple[float | None, ...] = ()  # AP of each; None for the only one of its kind
+    same_kind_each: tuple[float | None, ...] = ()  # AP of each; None for the only one of its category
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,12 @@ class Shot:
 
     picture: Tensor  # (3, h, w) uint8
     name: str
-    distance: int | None
+    distance: int
     role: Role
 
 
 @dataclass(frozen=True)
-class Example:
+class AuditExample:
     """A photograph, what was done to it, and what the search returned before and after."""
 
     title: str
@@ -65,88 +73,147 @@ class Example:
     after: tuple[Shot, ...]
 
 
-def make_row(
-    name: str,
-    words: str,
-    visible: str,
-    kind: Done,
-    found: CopiesFound,
-    radius: int,
-    images: tuple[Tensor, Tensor] | None = None,
-) -> Row:
-    """The row of one change.
+def category_columns(answers: KindFound | None) -> dict[str, Any]:
+    """The columns of a row on photographs of the same category; nothing without categories."""
+    if answers is None:
+        return {}
+    each = tuple(None if math.isnan(value) else value for value in answers.ap.tolist())
+    if all(value is None for value in each):
+        return {"same_kind_each": each}
+    mean, chance = float(answers.ap.nanmean()), float(answers.chance.nanmean())
+    return {"same_kind": mean, "same_kind_chance": chance, "same_kind_each": each}
+
+
+def difference(before: Tensor, after: Tensor) -> dict[str, Any]:
+    """Columns of a row: largest change of a pixel in levels of 255, and PSNR in dB.
 
     Args:
-        images: (Q, 3, S, S) before and after, both float in [0, 1].
+        before, after: (Q, 3, S, S) float in [0, 1].
     """
-    largest, psnr = 0.0, None
-    if images is not None:
-        largest, psnr = difference(*images)
-    return Row(
-        name,
-        words,
-        visible,
-        kind,
-        len(found.ap),
-        float(found.ap.mean()),
-        float(found.first.mean()),
-        float(found.within(radius).mean()),
-        float(found.bits.double().mean()),
-        largest,
-        psnr,
-        tuple(found.ap.tolist()),
-        **kind_columns(found.kind),
-    )
-
-
-def kind_columns(found: KindFound | None) -> dict[str, Any]:
-    """The columns of a row on photographs of the same kind; nothing without kinds."""
-    if found is None:
-        return {}
-    each = tuple(None if math.isnan(value) else value for value in found.ap.tolist())
-    if not any(value is not None for value in each):
-        return {"same_kind_each": each}
-    return {
-        "same_kind": float(found.ap.nanmean()),
-        "same_kind_chance": float(found.chance.nanmean()),
-        "same_kind_each": each,
-    }
-
-
-def difference(before: Tensor, after: Tensor) -> tuple[float, float | None]:
-    """Largest change of a pixel in levels of 255, and PSNR in dB, None where nothing changed."""
     norms = [pixel_norms(a, b) for a, b in zip(before.split(32), after.split(32), strict=True)]
     mse = float(torch.cat([each["mse"] for each in norms]).mean())
     largest = float(torch.cat([each["linf"] for each in norms]).amax()) * 255
-    return largest, None if mse == 0 else -10 * math.log10(mse)
+    return {"largest": largest, "psnr": None if mse == 0 else -10 * math.log10(mse)}
 
 
-def worst_of(found: Sequence[CopiesFound], imitate: bool = False) -> tuple[CopiesFound, Tensor]:
+def worst_of(answers: Sequence[CopiesFound], imitate: bool = False) -> tuple[CopiesFound, Tensor]:
     """Each photograph's worst case over several attacks, and which attack it was by rank.
 
     Rank, coming first and distance are each taken at their own worst, which for imitation is their best. The
-    kind is taken at its worst in both.
+    category is taken at its worst in both.
     """
-    ap, bits = torch.stack([each.ap for each in found]), torch.stack([each.bits for each in found])
-    first = torch.stack([each.first for each in found])
+    ap, bits = torch.stack([each.ap for each in answers]), torch.stack([each.bits for each in answers])
+    first = torch.stack([each.first for each in answers])
     # of equal ranks, the attack that moved more bits
     score = (ap if imitate else -ap) + (bits if not imitate else -bits).double() * 1e-9
     winner = score.argmax(0)
-    packed = torch.stack([each.packed for each in found])[winner, torch.arange(len(winner))]
-    kinds = [each.kind for each in found if each.kind is not None]
+    packed = torch.stack([each.packed for each in answers])[winner, torch.arange(len(winner))]
+    kinds = [each.kind for each in answers if each.kind is not None]
     kind = KindFound(torch.stack([each.ap for each in kinds]).amin(0), kinds[0].chance) if kinds else None
     if imitate:
         return CopiesFound(ap.amax(0), first.amax(0), bits.amin(0), packed, kind), winner
     return CopiesFound(ap.amin(0), first.amin(0), bits.amax(0), packed, kind), winner
 
 
-def kept(row: Row, summary: Mapping[str, Any]) -> float:
-    """The share that the page speaks of: within the radius where the search has one, else coming first."""
-    if summary["matches by"] == "radius" and row.recognised is not None:
-        return row.recognised
-    return row.first
+@dataclass(frozen=True)
+class AttackResult:
+    """Photographs that one attack changed, as 8-bit files, and how the search answers them."""
+
+    spec: AttackSpec
+    name: str
+    answers: CopiesFound
+    images: Tensor  # (Q, 3, S, S) as an 8-bit file
 
 
-def kept_words(summary: Mapping[str, Any]) -> str:
-    """What ``kept`` counts, as a reader says it."""
-    return "recognised" if summary["matches by"] == "radius" else "found first"
+@dataclass(frozen=True)
+class CopySearch:
+    """A search over stored copies, with the photographs behind it."""
+
+    context: EvaluationContext
+    photos: Photos
+    radius: int
+    categories: Tensor | None = None  # (M, G) one-hot category of each stored copy, where they are known
+
+    @property
+    def images(self) -> Tensor:
+        return self.photos.first(len(self.context.queries))
+
+    def first(self, count: int) -> CopySearch:
+        """The same with the first photographs alone; they are in random order."""
+        return replace(self, context=self.context.at(torch.arange(count)))
+
+    def find(self, signs: Tensor, labels: Tensor | None = None) -> CopiesFound:
+        """Search for the copies that ``labels`` name, the own ones by default."""
+        labels = self.context.query_labels if labels is None else labels
+        return copies_found(self.context, signs, labels, self.categories)
+
+    def row(self, columns: Columns, answers: CopiesFound, images: Tensor) -> AuditRow:
+        """The row of one change. ``images``: after it."""
+        per_query = answers.ap, answers.first, answers.within(self.radius), answers.bits.double()
+        ap, first, recognised, bits = (float(values.mean()) for values in per_query)
+        others = {**difference(self.images, images), **category_columns(answers.kind)}
+        per_photo = tuple(answers.ap.tolist())
+        return AuditRow(*columns, len(answers.ap), ap, first, recognised, bits, per_photo=per_photo, **others)
+
+    def score(self, spec: AttackSpec, restart: int, attacked: Attacked) -> AttackResult:
+        """Score attacked photographs as 8-bit files against their own copy, or the target's."""
+        images = in_8bit(self.images, attacked.inputs.cpu())
+        labels = self.context.targets[:, 0] if spec.targeted else None
+        name = spec.name if spec.restarts == 1 else f"{spec.name}, start {restart + 1}"
+        return AttackResult(spec, name, self.find(attacked.codes_8bit[:, 0].float(), labels), images)
+
+    def everyday_example(self, words: str, signs: Tensor, images: Tensor) -> AuditExample:
+        """A photograph that this change harms."""
+        answers = self.find(signs)
+        row, rule = self._pick(answers, hidden=True)
+        text = f"The everyday change that costs this search most: {words}. Shown is {rule}."
+        return self._example("An everyday change", text, row, images[row], answers.packed[row])
+
+    def attacked_example(
+        self, answers: CopiesFound, images: Tensor, targeted: bool, eps: float
+    ) -> AuditExample:
+        """A photograph on which the attack succeeded, where there is one."""
+        row, rule = self._pick(answers, hidden=not targeted)
+        target = int(self.context.targets[row, 0].argmax()) if targeted else None
+        aim = "misses it" if target is None else f"takes it for {self.photos.names[target]}"
+        level = f"no pixel by more than {eps * 255:g} of 255 brightness levels"
+        text = f"Changed on purpose so that the search {aim}, {level}. Shown is {rule}."
+        title = "Taken for another" if targeted else "Hidden on purpose"
+        return self._example(title, text, row, images[row], answers.packed[row], target)
+
+    def _pick(self, answers: CopiesFound, hidden: bool) -> tuple[int, str]:
+        """A photograph for the pictures, and the rule it was picked by."""
+        within = answers.within(self.radius)
+        if hidden:
+            events = {"something else came first": answers.first < 0.5}
+            events["its copy no longer counted as the same"] = within < 0.5
+        else:
+            events = {"that one came first": answers.first > 0.5, "it counted as the same": within > 0.5}
+        for event, success in events.items():
+            if success.any():
+                row = int(torch.where(success, colour_variety(self.images), -1.0).argmax())
+                count = int(success.sum())
+                rule = "only one" if count == 1 else f"most colourful of the {count}"
+                return row, f"the {rule} where {event}"
+        score = answers.ap - 1e-6 * answers.bits
+        furthest = int(score.argmin() if hidden else score.argmax())
+        return furthest, "the one on which this went furthest; nothing was gained by it on any"
+
+    def _example(
+        self, title: str, text: str, row: int, changed: Tensor, packed: Tensor, target: int | None = None
+    ) -> AuditExample:
+        original = self.images[row]
+        largest = float((changed - original).abs().max())
+        gain = min(32.0, 0.5 / largest) if largest else 1.0
+        before = self._shots(self.context.query.packed[row], row, target)
+        return AuditExample(title, text, original, changed, gain, before, self._shots(packed, row, target))
+
+    def _shots(self, packed: Tensor, own: int, target: int | None) -> tuple[Shot, ...]:
+        database = self.context.database
+        ids, distances = topk(packed[None], database.packed, min(_HITS, len(database)))
+        roles: dict[int | None, Role] = {target: "target", own: "own"}
+        shots = []
+        for item, distance in zip(ids[0].tolist(), distances[0].tolist(), strict=True):
+            picture = read_image(self.photos.paths[item], 112)
+            shots.append(Shot(picture, self.photos.names[item], distance, roles.get(item, "other")))
+        return tuple(shots)

@@ -1,287 +1,352 @@
-"""The audit: a search is asked about photographs as they are, under everyday changes, under noise, and under
-attack."""
+"""The audit: a search is measured on photographs as they are, under everyday changes, noise and attacks."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from robusthash.apps.audit.advice import about_kinds
-from robusthash.apps.audit.audit_page import audit_page
-from robusthash.apps.audit.categories import Kinds, read_kinds
-from robusthash.apps.audit.copy_search import Hostile, Scene
-from robusthash.apps.audit.ids_only import ranked_rows
-from robusthash.apps.audit.measured_rows import Done, Example, Row, worst_of
-from robusthash.apps.audit.photo_collection import STORED_QUALITY, Photos, read_photos
-from robusthash.apps.audit.targets import (
-    EndpointLimits,
-    Target,
-    Tier,
-    hostile_attacks,
-    open_target,
-    size_of,
-    tier_named,
+from robusthash.apps.audit.audit_page import audit_page, category_sentence
+from robusthash.apps.audit.measured_rows import (
+    AttackResult,
+    AuditExample,
+    AuditRow,
+    Change,
+    Columns,
+    CopySearch,
+    category_columns,
+    difference,
+    worst_of,
 )
-from robusthash.apps.audit.warnings import doubts, warning_lights
+from robusthash.apps.audit.photo_collection import (
+    STORED_QUALITY,
+    Categories,
+    Photos,
+    read_categories,
+    read_photos,
+)
+from robusthash.apps.audit.targets import AuditOptions, Target, hostile_attacks, open_target, size_of
+from robusthash.apps.audit.warnings import model_flags, model_warnings
 from robusthash.apps.experiment.run_directory import write_json
 from robusthash.apps.experiment.stages import Progress, silent
+from robusthash.attacks.oracle import ids_lost
+from robusthash.attacks.query_search import Square, ask_around
+from robusthash.attacks.threat_model import threat_on
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
-from robusthash.data.image_changes import EVERYDAY, noise
+from robusthash.core.types import Batch, Inputs
+from robusthash.data.transforms import EVERYDAY, noise
 from robusthash.evaluation.attack_block import Attacked
-from robusthash.evaluation.attack_spec import AttackSpec
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import COPIES, calibrated_radius, copies_data, false_matches
 from robusthash.metrics.results import Flag, software_versions
 from robusthash.models.encoding import encode_split
+from robusthash.models.external.http_endpoint import Endpoint
 from robusthash.models.hasher import Hasher, frozen
 
-_AT_ONCE = 32  # images encoded together: foreign models may be large
+_BATCH = 32  # images encoded together: foreign models may be large
 _BLOCK = 10  # photographs attacked together
-_LOOKED_AT = 8  # photographs on which a model is tried first
+_TRIED = 8  # photographs on which a model is tried first
+
+_MISSED = "made to be missed, the worst of these for each photograph"
+_HIDDEN: Columns = ("hide, worst case", _MISSED, "hardly", "hide-worst")
+_TAKEN: Columns = ("imitate, best case", "made to look like another photograph", "hardly", "imitate-worst")
+
+Lists = list[tuple[str, ...]]
+"""Ids that an endpoint answers, nearest first, by photograph."""
 
 
 def run_audit(
     target: str,
     out: Path,
     photos: Path | None = None,
-    *,
-    labels: bool = False,
-    size: int | None = None,
-    bits: int | None = None,
-    tier: str | Tier = "fast",
-    eps: float = 8 / 255,
-    radius: int | None = None,
-    limit: int = 1000,
-    seed: int = 0,
-    limits: EndpointLimits | None = None,
+    options: AuditOptions = AuditOptions(),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Audit a search and write ``report.html`` and ``audit.json`` to ``out``.
 
     Args:
-        target: what is audited; see ``open_target``.
+        target: see ``open_target``.
         photos: a folder of the user's own photographs; the twenty of this package by default.
-        labels: the subfolders of ``photos`` are kinds; each row then says too how well the other photographs
-            of the same kind are found. Attacks are aimed as before, at the photograph itself.
-        size: pixels a side that the target is shown; see ``size_of``.
-        bits: K where known; found out by default.
-        tier: ``smoke``, ``fast``, or one of one's own.
-        eps: budget of noise and attacks, L-infinity in pixels of [0, 1].
-        radius: bits that may differ between two pictures that count as the same; by default the custom of a
-            perceptual hash, else the largest at which at most 1 % of the pairs of different photographs do.
-        limit: photographs read at most.
 
     Returns:
         The content of ``audit.json``.
 
     Raises:
-        ValueError: a broken model (``Broken``), unusable photographs, a budget too small, an unknown tier;
-            ``labels`` without two subfolders of two photographs, or at an endpoint whose ids are no files of
-            them.
+        ValueError: a broken model (``Broken``), unusable photographs, a budget too small; labels without two
+            subfolders of two photographs, or at an endpoint whose ids are no files of them.
         FileNotFoundError, ImportError: the target, the folder or an extra is missing.
     """
     started = time.perf_counter()
-    chosen = tier if isinstance(tier, Tier) else tier_named(tier)
-    if not 0 < eps <= 0.5:
-        raise ValueError(
-            f"eps must lie above 0 and be at most 0.5 of the range, got {eps:g}; write 8/255, not 8"
-        )
-    side = size_of(target, size)
-    read = read_photos(photos, side, limit, seed)
-    kinds = read_kinds(read) if labels else None
-    opened = open_target(target, read.asking(_LOOKED_AT), bits, limits)
+    size = size_of(target, options.size)
+    collection = read_photos(photos, size, options.limit, options.seed)
+    categories = read_categories(collection) if options.labels else None
+    opened = open_target(target, collection.first(_TRIED), options.bits, options.limits)
     out.mkdir(parents=True, exist_ok=True)
-    if opened.hasher is None:
-        found = _Measured(ranked_rows(opened, read, kinds, chosen, eps, seed, progress), ())
-    else:
-        found = _audit_codes(opened, opened.hasher, read, kinds, chosen, eps, radius, seed, progress)
+    plan = _Plan(opened, collection, categories, options, progress)
+    measured = _Measured(_audit_ids(plan)) if opened.hasher is None else _audit_codes(plan, opened.hasher)
     summary = {
         "target": target,
         "title": opened.title,
-        "said": [*opened.said, *found.said],
-        "doubts": list(found.doubts),
+        "said": [*opened.remarks, *measured.remarks],
+        "doubts": list(measured.warnings),
         "gradients": opened.gradients,
         "bits": None if opened.hasher is None else opened.hasher.bits,
-        "radius": found.radius,
-        "matches by": "rank" if opened.radius is None and radius is None else "radius",
-        "false matches": found.false_matches,
-        "size": side,
-        "eps": eps,
-        "tier": asdict(chosen),
-        "seed": seed,
-        "photographs": read.facts(),
-        "kinds": None if kinds is None else {**kinds.facts(), "said": about_kinds(found.rows)},
-        "rows": [asdict(row) for row in found.rows],
-        "flags": [asdict(flag) for flag in found.flags],
+        "radius": measured.radius,
+        "matches by": "rank" if opened.radius is None and options.radius is None else "radius",
+        "false matches": measured.false_matches,
+        "size": size,
+        "eps": options.eps,
+        "tier": asdict(options.tier),
+        "seed": options.seed,
+        "photographs": collection.facts(),
+        "kinds": categories and {**categories.facts(), "said": category_sentence(measured.rows)},
+        "rows": [asdict(row) for row in measured.rows],
+        "flags": [asdict(flag) for flag in measured.flags],
         "questions": opened.endpoint.asked if opened.endpoint else None,
         "software": software_versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
+    page = audit_page(summary, measured.rows, measured.examples, measured.flags)
     with write_aside(out / "report.html") as aside:
-        aside.write_text(audit_page(summary, found.rows, found.examples, found.flags), encoding="utf-8")
+        aside.write_text(page, encoding="utf-8")
     write_json(out / "audit.json", summary)
     return summary
 
 
 @dataclass(frozen=True)
+class _Plan:
+    """An opened target, and the photographs and options to measure it with."""
+
+    target: Target
+    photos: Photos
+    categories: Categories | None
+    options: AuditOptions
+    progress: Progress
+
+    @property
+    def images(self) -> Tensor:
+        """(Q, 3, S, S) float: the photographs that are searched for."""
+        return self.photos.first(self.options.tier.queries)
+
+    def changes(self) -> list[tuple[Columns, Callable[[Tensor], Tensor]]]:
+        """Everyday changes and noise: the first columns of the row of each, and the change."""
+        eps, draws = self.options.eps, Draws(self.options.seed, ("audit",))
+
+        def noisy(images: Tensor) -> Tensor:
+            return noise(images, torch.arange(len(images)), eps, draws)
+
+        words = f"random noise of {eps * 255:g} of 255 brightness levels"
+        everyday: list[tuple[Columns, Callable[[Tensor], Tensor]]]
+        everyday = [((each.name, each.words, each.visible, "everyday"), each) for each in EVERYDAY]
+        return [*everyday, (("noise", words, "slight grain", "noise"), noisy)]
+
+
+@dataclass(frozen=True)
 class _Measured:
-    rows: tuple[Row, ...]
-    examples: tuple[Example, ...]
-    said: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()
+    rows: tuple[AuditRow, ...]
+    examples: tuple[AuditExample, ...] = ()
+    remarks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     radius: int | None = None
     false_matches: float | None = None
     flags: tuple[Flag, ...] = ()
 
 
-# ---------------------------------------------------------------------------------------------- searches by
-# code
+# ------------------------------------------------------------------------------------- searches by code
 
 
-def _audit_codes(
-    target: Target,
-    hasher: Hasher,
-    photos: Photos,
-    kinds: Kinds | None,
-    tier: Tier,
-    eps: float,
-    radius: int | None,
-    seed: int,
-    progress: Progress,
-) -> _Measured:
-    queries = min(tier.queries, len(photos))
+def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
+    target, photos, tier = plan.target, plan.photos, plan.options.tier
+    images = plan.images
     if target.endpoint is not None:
-        target.endpoint.check_budget(
-            len(photos) + queries * (len(EVERYDAY) + 2) + min(tier.attacked, queries) * (tier.questions + 2)
-        )
-    context = _context(hasher, photos, queries, seed, progress)
-    said = []
-    if radius is None:
-        radius = target.radius if target.radius is not None else calibrated_radius(context)
-        if target.radius is None:
-            said.append(
-                f"Nobody has said how many bits may differ between two pictures that count as the same, so the largest "
-                f"number was taken at which at most 1 % of the pairs of different photographs do: {radius}."
-            )
-    if not 0 <= radius < hasher.bits:
-        raise ValueError(f"the radius must lie in 0..{hasher.bits - 1} for {hasher.bits} bits, got {radius}")
-    scene = Scene(context, photos, radius, None if kinds is None else kinds.stored)
-    images = photos.asking(queries)
-    rows = [scene.row("unchanged", "nothing", "no", "same", context.query.signs().float(), images)]
-    candidates: dict[str, tuple[Tensor, Tensor]] = {}  # (signs, images) of each change
-    for number, change in enumerate(EVERYDAY):
-        changed = torch.cat([change(part) for part in images.split(_AT_ONCE)])
-        candidates[change.name] = (_signs(hasher, changed), changed)
-        rows.append(
-            scene.row(change.name, change.words, change.visible, "everyday", *candidates[change.name])
-        )
-        progress(number + 1, len(EVERYDAY), "everyday changes")
-    noisy = noise(images, torch.arange(queries), eps, Draws(seed, ("audit",)))
-    level = f"{eps * 255:g} of 255 brightness levels"
-    candidates["noise"] = (_signs(hasher, noisy), noisy)
-    rows.append(scene.row("noise", f"random noise of {level}", "slight grain", "noise", *candidates["noise"]))
-    worst = min(
-        (row for row in rows if row.kind == "everyday"),
-        key=lambda row: (row.first, row.map, -(row.bits or 0)),
-    )
-    examples = [scene.everyday(worst, *candidates[worst.name])]
-    attacks = _attack(target, scene, tier, eps, progress)
+        attacked = min(tier.attacked, len(images)) * (tier.questions + 2)
+        target.endpoint.check_budget(len(photos) + len(images) * (len(EVERYDAY) + 2) + attacked)
+    context = _context(plan, hasher)
+    radius, remarks = _radius(plan, context)
+    search = CopySearch(context, photos, radius, None if plan.categories is None else plan.categories.stored)
+    unchanged = search.find(context.query.signs().float())
+    rows = [search.row(("unchanged", "nothing", "no", "same"), unchanged, images)]
+    changed: dict[str, tuple[Tensor, Tensor]] = {}  # (signs, images) of each change
+    for number, (columns, change) in enumerate(plan.changes()):
+        pixels = change(images)
+        changed[columns[0]] = (_signs(hasher, pixels), pixels)
+        rows.append(search.row(columns, search.find(changed[columns[0]][0]), pixels))
+        plan.progress(min(number + 1, len(EVERYDAY)), len(EVERYDAY), "everyday changes")
+    everyday = [row for row in rows if row.kind == "everyday"]
+    worst = min(everyday, key=lambda row: (row.first, row.map, -(row.bits or 0)))
+    attack_rows, attack_examples = _attack(plan, search)
     return _Measured(
-        (*rows, *attacks.rows),
-        (*examples, *attacks.examples),
-        tuple(said),
-        tuple(doubts(target, context, photos)),
+        (*rows, *attack_rows),
+        (search.everyday_example(worst.words, *changed[worst.name]), *attack_examples),
+        remarks,
+        tuple(model_warnings(target, context, photos)),
         radius,
         false_matches(context, radius),
-        warning_lights(target, context, eps),
+        model_flags(target, context, plan.options.eps),
     )
 
 
-def _context(
-    hasher: Hasher, photos: Photos, queries: int, seed: int, progress: Progress
-) -> EvaluationContext:
+def _radius(plan: _Plan, context: EvaluationContext) -> tuple[int, tuple[str, ...]]:
+    """The bits that may differ, and a sentence where nobody says how many."""
+    bits = context.victim.bits
+    remarks: tuple[str, ...] = ()
+    radius = plan.target.radius if plan.options.radius is None else plan.options.radius
+    if radius is None:
+        radius = calibrated_radius(context)
+        remarks = (
+            "Nobody has said how many bits may differ between two pictures that count as the same, so the "
+            "largest number was taken at which at most 1 % of the pairs of different photographs do: "
+            f"{radius}.",
+        )
+    if not 0 <= radius < bits:
+        raise ValueError(f"the radius must lie in 0..{bits - 1} for {bits} bits, got {radius}")
+    return radius, remarks
+
+
+def _context(plan: _Plan, hasher: Hasher) -> EvaluationContext:
     """Made by hand rather than by ``make_context``, whose batches of 256 are large for a foreign model."""
-    data = copies_data(
-        photos.pixels[:queries], photos.stored, f"stored copies are JPEG files of quality {STORED_QUALITY}"
-    )
+    photos = plan.photos
+    note = f"stored copies are JPEG files of quality {STORED_QUALITY}"
+    data = copies_data(photos.pixels[: plan.options.tier.queries], photos.stored, note)
     both = ("image", "image")
     database = encode_split(
         hasher.for_database(),
         data.database,
-        batch_size=_AT_ONCE,
+        batch_size=_BATCH,
         modality="image",
-        progress=lambda done, total: progress(done, total, "encoding the stored copies"),
+        progress=lambda done, total: plan.progress(done, total, "encoding the stored copies"),
     )["image"]
-    query = encode_split(hasher, data.query, batch_size=_AT_ONCE, modality="image")["image"]
+    query = encode_split(hasher, data.query, batch_size=_BATCH, modality="image")["image"]
+    seed = plan.options.seed
     return EvaluationContext(hasher, data, COPIES, both, data.query, query, database, seed, _BLOCK)
 
 
 def _signs(hasher: Hasher, images: Tensor) -> Tensor:
     """(Q, K) codes of images."""
     with frozen(hasher), torch.no_grad():
-        parts = images.split(_AT_ONCE)
-        return torch.cat(
-            [sign(hasher({"image": part.to(hasher.device)})["image"].logits).cpu() for part in parts]
-        )
+        parts = [hasher({"image": part.to(hasher.device)})["image"].logits for part in images.split(_BATCH)]
+        return torch.cat([sign(logits).cpu() for logits in parts])
 
 
-# ---------------------------------------------------------------------------------------------- hostile
-# changes
-
-
-@dataclass(frozen=True)
-class _Attacks:
-    rows: tuple[Row, ...] = ()
-    examples: tuple[Example, ...] = ()
-
-
-def _attack(target: Target, scene: Scene, tier: Tier, eps: float, progress: Progress) -> _Attacks:
-    """Run every hostile line on the first photographs; one row for each, and one for the worst of each
-    kind."""
-    few = scene.first(min(tier.attacked, len(scene.context.queries)))
-    runs: list[tuple[AttackSpec, int]] = []
-    for line in hostile_attacks(target, tier, eps):
-        fitted = line.fitted(few.context)
-        runs += [(fitted, restart) for restart in range(fitted.restarts)]
-    if not runs:
-        return _Attacks()
-    found: dict[bool, list[Hostile]] = {False: [], True: []}
-    done, blocks = 0, few.context.blocks
-    for line, restart in runs:
+def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[AuditExample]]:
+    """Run every attack on the first photographs: a row for each, and for the worst of those of one aim."""
+    tier, eps = plan.options.tier, plan.options.eps
+    few = search.first(min(tier.attacked, len(search.context.queries)))
+    fitted = [spec.fitted(few.context) for spec in hostile_attacks(plan.target, tier, eps)]
+    runs = [(spec, restart) for spec in fitted for restart in range(spec.restarts)]
+    results: dict[bool, list[AttackResult]] = {False: [], True: []}
+    done, blocks = itertools.count(1), few.context.blocks
+    for spec, restart in runs:
         parts = []
         for block in range(blocks):
-            parts.append(line.run(few.context, block, restart))
-            done += 1
-            progress(done, len(runs) * blocks, "attacks")
-        found[line.targeted].append(few.hostile(line, restart, Attacked.join(parts)))
-    rows: list[Row] = []
-    examples: list[Example] = []
-    for targeted, hostile in found.items():
-        if not hostile:
+            parts.append(spec.run(few.context, block, restart))
+            plan.progress(next(done), len(runs) * blocks, "attacks")
+        results[spec.targeted].append(few.score(spec, restart, Attacked.join(parts)))
+    rows: list[AuditRow] = []
+    examples: list[AuditExample] = []
+    who = {"white-box": "has the model", "black-box": f"may only ask it, {tier.questions} times"}
+    for targeted, of_aim in results.items():
+        if not of_aim:
             continue
-        kind: Done = "imitate" if targeted else "hide"
+        kind: Change = "imitate" if targeted else "hide"
+        aim = "pass for another" if targeted else "be missed"
         if targeted:
-            before = few.found(few.context.query.signs().float(), few.context.targets[:, 0])
-            rows.append(few.hostile_row("before the attack", "nothing", "imitate", before, few.images))
-        who = {"white-box": "has the model", "black-box": f"may only ask it, {tier.questions} times"}
-        for each in hostile:
-            aim = "pass for another" if targeted else "be missed"
-            words = f"made to {aim} by someone who {who[each.line.kind]}"
-            rows.append(few.hostile_row(each.name, words, kind, each.found, each.images))
-        worst, winner = worst_of([each.found for each in hostile], targeted)
-        images = torch.stack([each.images for each in hostile])[winner, torch.arange(len(winner))]
-        if targeted:
-            words = "made to look like another photograph"
-            rows.append(few.hostile_row("imitate, best case", words, "imitate-worst", worst, images))
-        else:
-            words = "made to be missed, the worst of these for each photograph"
-            rows.append(few.hostile_row("hide, worst case", words, "hide-worst", worst, images))
-        examples.append(few.attacked(worst, images, targeted, eps))
-    return _Attacks(tuple(rows), tuple(examples))
+            before = few.find(few.context.query.signs().float(), few.context.targets[:, 0])
+            rows.append(few.row(("before the attack", "nothing", "no", kind), before, few.images))
+        for each in of_aim:
+            words = f"made to {aim} by someone who {who[each.spec.kind]}"
+            rows.append(few.row((each.name, words, "hardly", kind), each.answers, each.images))
+        worst, winner = worst_of([each.answers for each in of_aim], targeted)
+        images = torch.stack([each.images for each in of_aim])[winner, torch.arange(len(winner))]
+        rows.append(few.row(_TAKEN if targeted else _HIDDEN, worst, images))
+        examples.append(few.attacked_example(worst, images, targeted, eps))
+    return rows, examples
+
+
+# ------------------------------------------------------------------------------------- searches by ids
+
+
+def _audit_ids(plan: _Plan) -> tuple[AuditRow, ...]:
+    """Measure an endpoint that answers ids alone, unchanged, under everyday changes and noise, and attacked.
+
+    Right is the id that came first for the unchanged photograph. 1 / rank is 0 where that id is not in the
+    answer, so longer answers can only raise it. The attack sees lists alone and tries to empty them of what
+    they first held.
+
+    Raises:
+        ValueError: the budget is too small, or the ids tell no categories; nothing has been asked then but
+            two queries about one photograph, unless a later photograph is the first to bring an unknown id.
+    """
+    endpoint, categories, tier = plan.target.endpoint, plan.categories, plan.options.tier
+    if endpoint is None:
+        raise ValueError(f"{plan.target.name} answers codes; audit it by them")
+    images = plan.images
+    few = images[: tier.attacked]
+    endpoint.check_budget(len(images) * (len(EVERYDAY) + 2) + len(few) * (tier.questions + 1))
+    if categories is not None:
+        for part in (images[:1], images):  # refused by the first answer already, where that will do
+            categories.require_known(_ask(endpoint, part), endpoint.url)
+    unchanged = _ask(endpoint, images)
+    width = max(map(len, unchanged)) - 1  # ids that count for categories, the own one left out
+
+    def row(columns: Columns, before: Tensor, after: Tensor) -> AuditRow:
+        answers = _ask(endpoint, after)
+        pairs = [(ids, right[0]) for ids, right in zip(answers, unchanged, strict=False)]
+        ap = [1 / (1 + ids.index(right)) if right in ids else 0.0 for ids, right in pairs]
+        first = sum(ids[0] == right for ids, right in pairs) / len(pairs)
+        names = plan.photos.names[: len(answers)]
+        by_category = None if categories is None else categories.found_in(answers, names, width)
+        measured = {"per_photo": tuple(ap), **difference(before, after), **category_columns(by_category)}
+        return AuditRow(*columns, len(ap), sum(ap) / len(ap), first, **measured)
+
+    rows = [row(("unchanged", "nothing", "no", "same"), images, images)]
+    changes = plan.changes()
+    for number, (columns, change) in enumerate(changes):
+        rows.append(row(columns, images, change(images)))
+        plan.progress(number + 2, len(changes) + 1, "asking the endpoint")
+    words = f"made to be missed by someone who may only ask it, {tier.questions} times"
+    square = row(("square", words, "hardly", "hide"), few, _searched(plan, endpoint, few))
+    worst = replace(square, name="hide, worst case", words="made to be missed", kind="hide-worst")
+    return (*rows, square, worst)
+
+
+def _searched(plan: _Plan, endpoint: Endpoint, images: Tensor) -> Tensor:
+    """(n, 3, H, W) images within ``eps`` for which the endpoint lost most of what it first found."""
+    questions = plan.options.tier.questions
+    numbers: dict[str, int] = {}
+    first: list[Tensor] = []
+    asked = itertools.count(1)
+
+    def ask(inputs: Inputs) -> Tensor:
+        answers = _ask(endpoint, inputs["image"])
+        width = first[0].shape[1] if first else max(len(ids) for ids in answers)
+        ids = _numbered(answers, numbers, width)
+        first.extend([ids][len(first) :])
+        plan.progress(next(asked), questions, "searching by questions")
+        return ids_lost(first[0], ids).to(images)
+
+    batch = Batch({"image": images}, None, torch.arange(len(images)))
+    threat = threat_on("image", plan.options.eps, knowledge="B1")
+    draws = Draws(plan.options.seed, ("audit", "square"))
+    return ask_around(Square(), ask, batch, threat, draws, questions).inputs["image"]
+
+
+def _numbered(answers: Lists, numbers: dict[str, int], width: int) -> Tensor:
+    """(B, width) the ids as numbers, the same for the same id, cut to ``width`` or filled up with -1."""
+    rows = [[numbers.setdefault(name, len(numbers)) for name in ids[:width]] for ids in answers]
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+
+
+def _ask(endpoint: Endpoint, images: Tensor) -> Lists:
+    answers = [answer.ids for answer in endpoint.answers(images)]
+    if not all(answers):
+        raise ValueError(f"{endpoint.url} answered a code, and ids before")
+    return answers

@@ -1,5 +1,4 @@
-"""What an audit is about and what it does to it: the search that a user names, and the hostile lines of each
-tier."""
+"""Opening what an audit is about: a run, a model file, a function, an endpoint or a perceptual hash."""
 
 from __future__ import annotations
 
@@ -32,13 +31,13 @@ _SIZE = 224  # pixels a side, where neither the user nor a run says
 
 @dataclass(frozen=True)
 class Tier:
-    """How much an audit does.
+    """Effort of an audit.
 
     Args:
-        queries: photographs that ask, under each everyday change.
+        queries: photographs that are searched for, under each everyday change.
         attacked: of these, how many are attacked.
         steps: of each attack that follows gradients.
-        questions: that a search which only asks may put about one photograph.
+        questions: oracle queries that a black-box attack may make for one photograph.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Tier:
     def __post_init__(self) -> None:
         if min(self.queries, self.attacked, self.questions) < 1 or self.steps < 2:
             raise ValueError(
-                f"an audit needs queries, attacked queries, questions and 2 steps at least, got {self}"
+                f"an audit needs queries, attacked ones, questions and 2 steps at least, got {self}"
             )
 
 
@@ -58,11 +57,7 @@ TIERS = {"smoke": Tier("smoke", 20, 4, 5, 30), "fast": Tier("fast", 200, 12, 20)
 
 
 def tier_named(name: str) -> Tier:
-    """One of ``TIERS``.
-
-    Raises:
-        ValueError: another name.
-    """
+    """One of ``TIERS``; another name is a ValueError."""
     if name not in TIERS:
         raise ValueError(f"the tier of an audit must be one of {', '.join(TIERS)}, got {name!r}")
     return TIERS[name]
@@ -70,7 +65,7 @@ def tier_named(name: str) -> Tier:
 
 @dataclass(frozen=True)
 class EndpointLimits:
-    """How an endpoint may be asked; see ``Endpoint``."""
+    """Limits on queries to an endpoint; see ``Endpoint``."""
 
     budget: int = 5000
     rate: float = 5.0
@@ -79,8 +74,41 @@ class EndpointLimits:
 
 
 @dataclass(frozen=True)
+class AuditOptions:
+    """Options of an audit.
+
+    Args:
+        labels: the subfolders of the photographs are categories; each row then has columns on how well the
+            other photographs of a category are found. Attacks are aimed as before, at the photograph itself.
+        size: pixels a side of the target's inputs; see ``size_of``.
+        bits: K where known; found out by default.
+        eps: budget of noise and attacks in (0, 0.5], L-infinity in pixels of [0, 1].
+        radius: bits that may differ between two pictures that count as the same; by default the custom of a
+            perceptual hash, else the largest at which at most 1 % of the pairs of different photographs do.
+        limit: photographs read at most.
+        seed: of the choice of photographs, the noise and the attacks.
+    """
+
+    labels: bool = False
+    size: int | None = None
+    bits: int | None = None
+    tier: Tier = TIERS["fast"]
+    eps: float = 8 / 255
+    radius: int | None = None
+    limit: int = 1000
+    seed: int = 0
+    limits: EndpointLimits = EndpointLimits()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eps <= 0.5:
+            raise ValueError(
+                f"eps must lie above 0 and be at most 0.5 of the range, got {self.eps:g}; write 8/255, not 8"
+            )
+
+
+@dataclass(frozen=True)
 class Target:
-    """An opened search: a hasher, or an endpoint that answers what it found."""
+    """An opened search: a hasher, or an endpoint that answers ids alone."""
 
     name: str  # as the user wrote it
     title: str  # for readers
@@ -88,35 +116,35 @@ class Target:
     gradients: bool
     endpoint: Endpoint | None = None
     radius: int | None = None  # bits that may differ, where its users have a custom
-    said: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     foreign: bool = True
     by_torch: bool = False  # torch computes it, so that there should be gradients, whether or not there are
 
 
 def size_of(target: str, size: int | None) -> int:
-    """Pixels a side of what the target is shown: a run's own, else ``size``, else 224.
+    """Pixels a side of the target's inputs: a run's own, else ``size``, else 224.
 
     Raises:
         ValueError: a size that a run was not trained on, or a run on vectors of features.
     """
     if not _is_run(target):
         return _SIZE if size is None else size
-    own = load_run(Path(target)).card()["image_size"]
-    if len(own) != 2:
+    trained = load_run(Path(target)).card()["image_size"]
+    if len(trained) != 2:
         raise ValueError(
             f"{target} hashes vectors of features, not pixels; only the encoder that made them sees photos"
         )
-    if size is not None and size != own[0]:
+    if size is not None and size != trained[0]:
         raise ValueError(
-            f"{target} was trained on images of {own[0]} pixels, and --size says {size}; leave it out"
+            f"{target} was trained on images of {trained[0]} pixels, and --size says {size}; leave it out"
         )
-    return int(own[0])
+    return int(trained[0])
 
 
 def open_target(
-    target: str, images: Tensor, bits: int | None = None, limits: EndpointLimits | None = None
+    target: str, images: Tensor, bits: int | None = None, limits: EndpointLimits = EndpointLimits()
 ) -> Target:
-    """Open what the user named and look at it on a few of the photographs.
+    """Open what the user named and try it on a few of the photographs.
 
     Args:
         target: a run directory; ``module:name``; a ``.pt`` (TorchScript) or ``.onnx`` file; an ``http(s)``
@@ -128,69 +156,61 @@ def open_target(
         ValueError: none of these, or a model that is broken (``Broken``).
         FileNotFoundError, ImportError: a file or a module is missing.
     """
+    path = Path(target)
     if target.startswith(("http://", "https://")):
-        return _open_endpoint(target, images, bits, limits or EndpointLimits())
+        return _open_endpoint(target, images, bits, limits)
     if target in NAMES:
         known = perceptual(target)
-        return _made(target, known.title, known, images, bits, radius=known.radius)
+        return _wrapped(target, known.title, known, images, bits, radius=known.radius)
     if _is_run(target):
-        hasher, _ = stages.load_victim(load_run(Path(target)))
-        if "image" not in hasher.modalities:
-            raise ValueError(f"{target} hashes {', '.join(hasher.modalities)}, and an audit needs images")
-        if bits is not None and bits != hasher.bits:
-            raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave it at auto")
-        said = f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
-        return Target(
-            target,
-            "/".join(Path(target).parts[-2:]),
-            hasher,
-            True,
-            said=(said,),
-            foreign=False,
-            by_torch=True,
-        )
-    return _open_model(target, images, bits)
-
-
-def _open_model(target: str, images: Tensor, bits: int | None) -> Target:
-    path = Path(target)
-    said: list[str] = []
+        return _open_run(target, bits)
     if path.suffix == ".onnx":
-        model, *said = load_onnx(path, images)
-    elif path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
-        model = load_torchscript(path)
-    elif ":" in target:
-        model = load_python(target)
-    else:
-        raise ValueError(
-            f"{target!r} is no run directory, module:name, .pt or .onnx file, http address, nor one of "
-            f"{', '.join(NAMES)}{nearest(target, NAMES).partition(' Known')[0]}"
-        )
-    return _made(target, path.name, model, images, bits, tuple(said))
+        model, *remarks = load_onnx(path, images)
+        return _wrapped(target, path.name, model, images, bits, tuple(remarks))
+    if path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
+        return _wrapped(target, path.name, load_torchscript(path), images, bits)
+    if ":" in target:
+        return _wrapped(target, path.name, load_python(target), images, bits)
+    raise ValueError(
+        f"{target!r} is no run directory, module:name, .pt or .onnx file, http address, nor one of "
+        f"{', '.join(NAMES)}{nearest(target, NAMES).partition(' Known')[0]}"
+    )
 
 
 def _is_run(target: str) -> bool:
     return target not in NAMES and Path(target).is_dir()
 
 
-def _made(
+def _open_run(target: str, bits: int | None) -> Target:
+    hasher, _ = stages.load_victim(load_run(Path(target)))
+    if "image" not in hasher.modalities:
+        raise ValueError(f"{target} hashes {', '.join(hasher.modalities)}, and an audit needs images")
+    if bits is not None and bits != hasher.bits:
+        raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave it at auto")
+    remark = (
+        f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
+    )
+    title = "/".join(Path(target).parts[-2:])
+    return Target(target, title, hasher, True, remarks=(remark,), foreign=False, by_torch=True)
+
+
+def _wrapped(
     name: str,
     title: str,
     model: Call,
     images: Tensor,
     bits: int | None,
-    said: tuple[str, ...] = (),
+    remarks: tuple[str, ...] = (),
     radius: int | None = None,
 ) -> Target:
-    made = foreign(model, images, name, bits)
-    by_torch = isinstance(model, nn.Module) or _has_graph(made.hasher, images[:1])
-    return Target(
-        name, title, made.hasher, made.gradients, None, radius, (*made.said, *said), by_torch=by_torch
-    )
+    wrapped = foreign(model, images, name, bits)
+    by_torch = isinstance(model, nn.Module) or _has_graph(wrapped.hasher, images[:1])
+    remarks = (*wrapped.said, *remarks)
+    return Target(name, title, wrapped.hasher, wrapped.gradients, None, radius, remarks, by_torch=by_torch)
 
 
 def _has_graph(hasher: Hasher, images: Tensor) -> bool:
-    """Whether autograd follows the images up to the logits, though the gradients may be 0."""
+    """True where autograd follows the images up to the logits, though the gradients may be 0."""
     with frozen(hasher), torch.enable_grad():
         return hasher({"image": images.clone().requires_grad_(True)})["image"].logits.requires_grad
 
@@ -200,37 +220,33 @@ def _open_endpoint(url: str, images: Tensor, bits: int | None, limits: EndpointL
     answer = endpoint.check_consistency(images[:1])
     if answer.code is None:
         order = "with distances, in their order" if answer.distances else "without distances"
-        said = (f"It answers {len(answer.ids)} ids, nearest first, {order}.",)
-        return Target(url, url, None, False, endpoint, said=said)
-    made = foreign(endpoint, images, url, bits)
-    return Target(url, url, made.hasher, False, endpoint, said=made.said)
+        remark = f"It answers {len(answer.ids)} ids, nearest first, {order}."
+        return Target(url, url, None, False, endpoint, remarks=(remark,))
+    wrapped = foreign(endpoint, images, url, bits)
+    return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.said)
 
 
 def hostile_attacks(target: Target, tier: Tier, eps: float) -> list[AttackSpec]:
-    """The attacks of an audit: untargeted lines hide a photograph, targeted ones make it look like another.
+    """The attacks of an audit: untargeted ones hide a photograph, targeted ones make it look like another.
 
-    Lines that follow gradients know weights and stored codes. A target without gradients, such as a
-    perceptual hash or an endpoint, gets those alone that ask.
+    Attacks that follow gradients know weights and stored codes. A target without gradients, such as a
+    perceptual hash or an endpoint, gets black-box attacks alone.
 
     Args:
-        bench: of the photographs that are attacked.
         eps: budget in pixels, L-infinity.
     """
-    lines: list[AttackSpec] = []
+    specs: list[AttackSpec] = []
     if target.gradients:
-        hide = guided_apgd(eps, tier.steps)
         flip = Attack("flip", Own(), ScaleFree(), APGD(tier.steps), threat_on("image", eps, knowledge="W0"))
         known = threat_on("image", eps, knowledge="W2")
         imitate = Attack("imitate", Anchor(1), ScaleFree(), APGD(tier.steps), known, targeted=True)
-        lines += [
-            GradientAttack("guided-apgd", hide),
+        follow = mainstay(eps, tier.steps, step_size=2.5 * eps / tier.steps, slope="one")
+        specs = [
+            GradientAttack("guided-apgd", guided_apgd(eps, tier.steps)),
             GradientAttack("flip", flip),
-            GradientAttack(
-                "mainstay", mainstay(eps, tier.steps, step_size=2.5 * eps / tier.steps, slope="one")
-            ),
+            GradientAttack("mainstay", follow),
             GradientAttack("imitate", imitate),
         ]
     # judged by bits, since AP is flat while the photograph is still found first
     asked = threat_on("image", eps, knowledge="B2")
-    lines.append(OracleAttack("square", Square(), asked, "codes", "moved", tier.questions))
-    return lines
+    return [*specs, OracleAttack("square", Square(), asked, "codes", "moved", tier.questions)]

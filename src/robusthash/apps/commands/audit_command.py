@@ -65,7 +65,7 @@ def audit(
     from dataclasses import replace
 
     from robusthash.apps.audit.measurement import run_audit
-    from robusthash.apps.audit.targets import EndpointLimits, tier_named
+    from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, tier_named
 
     if not bits.isdigit() and bits != "auto":
         raise ValueError(f"--bits takes a number or auto, got {bits!r}")
@@ -73,22 +73,12 @@ def audit(
     chosen = replace(chosen, queries=queries or chosen.queries, attacked=attacked or chosen.attacked)
     if os.getcwd() not in sys.path:  # a module:name is looked for where the user stands, as python -m does
         sys.path.insert(0, os.getcwd())
+    options = AuditOptions(
+        labels, size, None if bits == "auto" else int(bits), chosen, eps / 255, radius, limit, seed,
+        EndpointLimits(budget, rate, timeout, _headers(header or [])),
+    )  # fmt: skip
     with progress_bars() as progress:
-        summary = run_audit(
-            target,
-            out,
-            photos,
-            labels=labels,
-            size=size,
-            bits=None if bits == "auto" else int(bits),
-            tier=chosen,
-            eps=eps / 255,
-            radius=radius,
-            limit=limit,
-            seed=seed,
-            limits=EndpointLimits(budget, rate, timeout, _headers(header or [])),
-            progress=progress,
-        )
+        summary = run_audit(target, out, photos, options, progress)
     if as_json:
         print_json(summary)
         return

@@ -76,7 +76,7 @@ def questions(
     """
     from robusthash.apps.experiment.oracle_run import JUDGES, draw_questions, question_table
     from robusthash.apps.experiment.run_directory import load_run
-    from robusthash.apps.reports.plots import require_matplotlib
+    from robusthash.apps.reports.charts import require_matplotlib
 
     marks = _rising(budgets)
     if figure is not None:

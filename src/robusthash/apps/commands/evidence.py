@@ -46,8 +46,7 @@ def evidence_verify(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Check a bundle against a run: bounds, queries, weights; hash it again, score it again. No attack code
-    is run."""
+    """Check a bundle against a run (bounds, queries, weights) and score it again. No attack code is run."""
     from robusthash.apps.experiment import evidence_run as evidence
     from robusthash.apps.experiment.run_directory import load_run
 
@@ -74,7 +73,7 @@ def evidence_entry(
     from robusthash.apps.experiment.evidence_run import entry_of
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.core.atomic_files import write_aside
-    from robusthash.robustness.evidence.registry_entries import entry_text
+    from robusthash.robustness.evidence.records import entry_text
 
     entry = entry_of(load_run(run), recipe, sets or (), result)
     path = out / f"{entry.id}.yaml"
@@ -96,7 +95,8 @@ def verify(
 
     from robusthash.apps.experiment.evidence_run import verify_entry
     from robusthash.apps.experiment.run_directory import load_run
-    from robusthash.robustness.evidence.registry_entries import load_entry
+    from robusthash.metrics.measure_key import MeasureKey
+    from robusthash.robustness.evidence.records import load_entry
 
     card = load_entry(entry)
     with progress_bars() as progress:
@@ -107,7 +107,7 @@ def verify(
         claimed = card.claimed
         rows = [
             [f"clean {claimed.measure}", claimed.clean, verified.clean],
-            [f"w{claimed.measure}", claimed.worst, verified.worst],
+            [MeasureKey.parse(claimed.measure).name("worst"), claimed.worst, verified.worst],
         ]
         title = f"{card.id}: {claimed.threat}, {claimed.queries} queries, tolerance {claimed.tolerance:g}"
         print_table(title, ["", "claimed", "measured"], rows)
@@ -127,8 +127,7 @@ def leaderboard(
 
     Without an option, Markdown goes to stdout.
     """
-    from robusthash.apps.experiment.leaderboard import make_boards
-    from robusthash.apps.experiment.leaderboard_text import as_markdown, as_plain
+    from robusthash.apps.experiment.leaderboard import as_markdown, as_plain, make_boards
     from robusthash.apps.reports.leaderboard_page import leaderboard_page
     from robusthash.core.atomic_files import json_text, write_aside
 
@@ -136,18 +135,13 @@ def leaderboard(
     if not any((out, markdown, data)):
         sys.stdout.write(as_markdown(boards))
         return
-    if out is not None:
-        with write_aside(out) as aside:
-            aside.write_text(leaderboard_page(boards), encoding="utf-8")
-    if markdown is not None:
-        with write_aside(markdown) as aside:
-            aside.write_text(as_markdown(boards), encoding="utf-8")
-    if data is not None:
-        text = json_text(as_plain(boards))
-        with write_aside(data) as aside:
-            aside.write_text(text, encoding="utf-8")
-    for path in filter(None, (out, markdown, data)):
-        sys.stdout.write(f"{path}\n")
+    files = {out: leaderboard_page, markdown: as_markdown, data: lambda boards: json_text(as_plain(boards))}
+    for path, write in files.items():
+        if path is not None:
+            text = write(boards)
+            with write_aside(path) as aside:
+                aside.write_text(text, encoding="utf-8")
+            sys.stdout.write(f"{path}\n")
 
 
 def _show(result: EvalResult, title: str, as_json: bool, more: dict[str, str]) -> None:
@@ -155,10 +149,8 @@ def _show(result: EvalResult, title: str, as_json: bool, more: dict[str, str]) -
         facts = {"threat": result.setting.threat, "attacks": result.setting.attacks, "notes": result.notes}
         print_json({**more, **facts, "values": result.values, "reference": result.reference})
         return
-    from robusthash.apps.experiment.tables import headline_of
-
-    measure = headline_of(result)
-    names = [measure, f"{measure}/8bit", f"{measure}/rounded"]
+    key = result.setting.key
+    names = [str(key), key.name(storage="8bit"), key.name(storage="rounded")]
     rows = [
         [n, result[n], "{:.4f} .. {:.4f}".format(*result.interval[n])] for n in names if n in result.values
     ]

@@ -65,13 +65,13 @@ def compare(
     """Paired differences of two runs (first minus second); refused where more than the model differs."""
     from dataclasses import asdict
 
-    from robusthash.apps.reports.wording import doubt
-    from robusthash.metrics.results import compare as compare_results
+    from robusthash.apps.reports.pages import red_flag_warning
+    from robusthash.metrics.comparison import compare as compare_results
 
     found = {run: result_of(run, result) for run in (first, second)}
     differences = compare_results(found[first], found[second])
     if doubtful := [str(run) for run, side in found.items() if side.unreliable]:
-        console.print(f"[bold red]UNRELIABLE[/] {escape(doubt(doubtful))}")
+        console.print(f"[bold red]UNRELIABLE[/] {escape(red_flag_warning(doubtful))}")
     if as_json:
         print_json({name: asdict(difference) for name, difference in differences.items()})
         return
@@ -136,7 +136,7 @@ def table(
     """
     from dataclasses import asdict
 
-    from robusthash.apps.experiment import table_text, tables
+    from robusthash.apps.experiment import tables
     from robusthash.apps.experiment.run_directory import RunError, runs_with
 
     runs, waiting = runs_with(lambda run: run.was_evaluated, paths)
@@ -144,24 +144,19 @@ def table(
     if not runs:
         raise RunError("none of these runs was evaluated; run 'robusthash evaluate RUN' first")
     found = [run.path for run in runs]
-    seeds = tables.read_seeds(found if seed is None else tables.of_seeds(found, seed))
+    seeds = tables.read_seeds(found, seed or ())
     columns = None if column is None else tables.named_columns(column, seeds)
-    if against is None:
-        rows = tables.rows_of(seeds, columns)
-    else:
-        rows = tables.differences_of(seeds, columns or tables.all_columns(seeds), against)
+    rows = tables.differences_of(seeds, columns, against) if against else tables.rows_of(seeds, columns)
     rows = rows if row is None else tables.chosen_rows(rows, row)
     if as_json:
         print_json([asdict(row) for row in rows])
         return
     titles = list(rows[0].cells) if columns is None else [column.title for column in columns]
     if format is Format.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows(table_text.plain_table(rows, titles))
+        csv.writer(sys.stdout, lineterminator="\n").writerows(tables.plain_table(rows, titles))
         return
-    sys.stdout.write(
-        f"{(table_text.latex if format is Format.latex else table_text.markdown)(rows, titles)}\n"
-    )
-    lines = table_text.captions(rows, titles) if caption else []
+    sys.stdout.write(f"{(tables.latex if format is Format.latex else tables.markdown)(rows, titles)}\n")
+    lines = tables.captions(rows, titles) if caption else []
     sys.stdout.write("".join(f"\n{'% ' * (format is Format.latex)}{line}\n" for line in lines))
 
 

@@ -58,7 +58,7 @@ def show_results(run: Path, as_json: bool) -> None:
 
 def show_table(results: Mapping[str, EvalResult]) -> None:
     """The headline of each result beside clean and chance."""
-    from robusthash.apps.experiment.tables import headline_of
+    from robusthash.metrics.results import headline_of
 
     rows: list[list[Any]] = []
     for name, result in results.items():

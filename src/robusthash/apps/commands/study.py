@@ -34,7 +34,7 @@ def attribute(
     """Which frequencies a model searches by: Shapley values of the 64 bands of the 8x8 DCT, with standard
     errors."""
     from robusthash.apps.experiment.attribution_run import ATTRIBUTION, attribute_runs
-    from robusthash.apps.reports.plots import require_matplotlib
+    from robusthash.apps.reports.charts import require_matplotlib
 
     if out is None and len(runs) > 1:
         raise ValueError("several runs need --out, the folder for what they have in common")
@@ -140,7 +140,7 @@ def sweep(
         sweep_rows,
         whole_numbers,
     )
-    from robusthash.apps.reports.plots import require_matplotlib
+    from robusthash.apps.reports.charts import require_matplotlib
     from robusthash.core.atomic_files import write_aside
     from robusthash.core.runtime import digest
 
@@ -191,8 +191,8 @@ def curves(
     from robusthash.apps.experiment.attribution_run import labelled
     from robusthash.apps.experiment.config import value_of
     from robusthash.apps.experiment.epoch_curves import log_curves, robust_curves, values_of
+    from robusthash.apps.reports.charts import require_matplotlib
     from robusthash.apps.reports.figures import draw_log, draw_robust
-    from robusthash.apps.reports.plots import require_matplotlib
 
     require_matplotlib()
     opened = labelled(runs)

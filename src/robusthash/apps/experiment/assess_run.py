@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +120,8 @@ def assess(
         run_attacks(prepared.context, prepared.suite.specs, store, progress, shard)
         return None
     result = assess_tier(prepared, curve=curve, checked=checked, store=store, progress=progress)
-    prefix = "" if direction is None else f"{direction} "
-    result = stages.described(result, f"{prefix}{result.name}", run)
+    result = replace(result, scored_on=direction or "")
+    result = stages.described(result, f"{result.scored_on} {result.name}".strip(), run)
     if kept:
         _write(run.path / "assess.json", result)
     return result

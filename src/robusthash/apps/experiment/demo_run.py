@@ -23,7 +23,7 @@ from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import load_config, save_config
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.apps.experiment.stages import Progress, silent
-from robusthash.apps.reports.demo_page import Curve, Example, Hit, Search, demo_page
+from robusthash.apps.reports.demo_page import BudgetCurve, DemoExample, DemoSearch, Hit, demo_page
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
@@ -37,6 +37,7 @@ from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.evaluation.evaluate import attack_all, score_attack
 from robusthash.index import open_index
 from robusthash.metrics.distortion import image_measures
+from robusthash.metrics.measure_key import MeasureKey, Role
 from robusthash.metrics.results import EvalResult, software_versions
 
 MODELS = ("undefended", "saat")
@@ -140,7 +141,7 @@ def _context(run: Run, data: RetrievalData) -> EvaluationContext:
 
 def eps_curve(
     run: Run, context: EvaluationContext, results: Mapping[str, EvalResult], progress: Progress = silent
-) -> Curve:
+) -> BudgetCurve:
     """AP of some queries, chosen by content, at each budget of ``EPS``.
 
     A perturbation of a smaller budget is allowed at a larger one too, so each query keeps the least AP so
@@ -173,7 +174,9 @@ def eps_curve(
             write_json(path, kept)
         rows.append(ap)
         progress(number + 1, len(EPS), "MAP against eps")
-    return Curve(CURVE_ATTACK, EPS, torch.tensor(rows, dtype=torch.float64).cummin(0).values, kept["seconds"])
+    return BudgetCurve(
+        CURVE_ATTACK, EPS, torch.tensor(rows, dtype=torch.float64).cummin(0).values, kept["seconds"]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- one query
@@ -184,7 +187,7 @@ def choose_example(
     runs: Mapping[str, Run],
     contexts: Mapping[str, EvaluationContext],
     results: Mapping[str, Mapping[str, EvalResult]],
-) -> Example:
+) -> DemoExample:
     """Search with one query, clean and attacked, in the index of each model.
 
     Of the queries that the undefended model finds and loses under attack and the hardened one finds and keeps
@@ -199,7 +202,10 @@ def choose_example(
     queries = contexts["saat"].queries
     colour = colour_variety(queries.batch(torch.arange(len(queries))).inputs["image"])
     query = int(torch.where(fit, colour, -1.0).argmax() if fit.any() else colour.argmax())
-    lost = {model: results[model]["worst"].per_query[f"w{measure}"] <= 0.5 * clean[model] for model in MODELS}
+    lost = {
+        model: results[model]["worst"].per_query[MeasureKey(measure).name("worst")] <= 0.5 * clean[model]
+        for model in MODELS
+    }
     among = (
         f"{int(fit.sum())} of {len(fit)} queries have a clean AP above 0.9 under both models and, under the {PICTURED} "
         "attack, below 0.1 under the undefended and above 0.9 under the hardened one. This is the one of them "
@@ -217,7 +223,7 @@ def choose_example(
         searches += _searches(model, runs[model], contexts[model], query, clean[model], attacked[model])
     item = describe_item(queries, query)
     eps = float(_attack(runs["saat"], PICTURED)[1].threat.balls["image"].eps)
-    return Example(query, item.photograph, rule, PICTURED, eps, tuple(searches))
+    return DemoExample(query, item.photograph, rule, PICTURED, eps, tuple(searches))
 
 
 def colour_variety(images: Tensor) -> Tensor:
@@ -236,7 +242,7 @@ def _attack(run: Run, name: str) -> tuple[dict[str, Any], Attack]:
 
 def _searches(
     model: str, run: Run, context: EvaluationContext, query: int, clean: Tensor, attacked: Tensor
-) -> list[Search]:
+) -> list[DemoSearch]:
     """The clean and the attacked image of one query, each searched in the model's index."""
     found = stages.attacked_queries(run, context, PICTURED, *_attack(run, PICTURED), silent)
     origin = context.queries.batch(torch.tensor([query])).inputs["image"][0]
@@ -255,7 +261,7 @@ def _searches(
     for row, (image, ap, seen) in enumerate([(origin, clean, {}), (changed, attacked, measures)]):
         pairs = zip(ranking.ids[row].tolist(), ranking.distances[row].tolist(), strict=True)
         hits = tuple(_hit(context, query, item, distance) for item, distance in pairs if item >= 0)
-        made.append(Search(model, row == 1, image, float(ap[query]), seen, hits))
+        made.append(DemoSearch(model, row == 1, image, float(ap[query]), seen, hits))
     return made
 
 
@@ -272,8 +278,8 @@ def summarise(
     runs: Mapping[str, Run],
     data: RetrievalData,
     results: Mapping[str, Mapping[str, EvalResult]],
-    curves: Mapping[str, Curve],
-    example: Example,
+    curves: Mapping[str, BudgetCurve],
+    example: DemoExample,
     commands: Sequence[str],
 ) -> dict[str, Any]:
     """All numbers of the report as plain JSON.
@@ -336,12 +342,11 @@ def summarise(
 
 def _numbers(name: str, result: EvalResult) -> dict[str, Any]:
     """One result under plain names."""
-    measure = result.setting.headline
-    keys = {"map": f"w{measure}", "map-8bit": f"w{measure}/8bit"} if name == "worst" else {"map": measure}
-    keys |= {"t-map": f"t-{measure}", "flips": "flips", "success": "ASR", "hrs": "HRS"}
-    if name != "worst":
-        keys |= {"map-8bit": f"{measure}/8bit"}
-    made: dict[str, Any] = {short: result.values[key] for short, key in keys.items() if key in result.values}
+    key = result.setting.key
+    role: Role = "worst" if name == "worst" else ""
+    keys = {"map": key.name(role), "map-8bit": key.name(role, storage="8bit"), "t-map": key.name("targeted")}
+    keys |= {"flips": "flips", "success": "ASR", "hrs": "HRS"}
+    made: dict[str, Any] = {short: result[full] for short, full in keys.items() if full in result.values}
     spans = {short: list(result.interval[keys[short]]) for short in ("map", "t-map") if short in made}
     return {**made, **{f"{short}-interval": ends for short, ends in spans.items()}}
 

@@ -8,14 +8,13 @@ from typing import Any
 
 from robusthash.apps.experiment.run_directory import Run, RunError
 from robusthash.apps.experiment.stages import Progress, named_attacks, read_data, silent
-from robusthash.apps.experiment.tables import headline_of
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
 from robusthash.core.runtime import choose_device, digest
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation.context import make_context
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean
-from robusthash.metrics.results import EvalResult, load_results, save_results
+from robusthash.metrics.results import EvalResult, headline_of, load_results, save_results
 from robusthash.training.recipe import FIGURES
 
 Curve = tuple[list[float], list[float]]

@@ -1,4 +1,4 @@
-"""Stages of evidence and of the registry: runs in, bundles and verdicts out."""
+"""Stages of evidence and of the registry: export and verify bundles of a run, and registry entries."""
 
 from __future__ import annotations
 
@@ -18,28 +18,21 @@ from robusthash.core.registry import build
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean, setting_of, worst
 from robusthash.metrics.results import EvalResult, load_results, save_results
-from robusthash.robustness.evidence.bundles import read_bundle
-from robusthash.robustness.evidence.registry_entries import (
-    BestKnown,
-    Claimed,
-    Entry,
-    Restrictions,
-    Source,
-    Verified,
-    verify,
-)
-from robusthash.robustness.evidence.verification import (
+from robusthash.robustness.evidence import records
+from robusthash.robustness.evidence.bundles import (
     best_known,
     disagreements,
     export,
     on_queries,
+    read_bundle,
     verify_bundle,
-)
+)  # fmt: skip
+from robusthash.robustness.evidence.records import RegistryEntry, Restrictions, Verified
 from robusthash.robustness.tiers import OBSERVED
-from robusthash.robustness.victim_behaviour import Observed, observed
+from robusthash.robustness.victim_behaviour import observed
 
 FILE = "evidence.json"
-"""Accepted bundles of a run, as results; the leaderboard reads them beside the run's own."""
+"""Accepted bundles of a run, as results; leaderboards read them next to the run's own."""
 
 
 def export_evidence(
@@ -57,13 +50,11 @@ def export_evidence(
         raise ValueError(f"{name} is targeted; bundles hold queries of untargeted attacks")
     (modality, *others) = attack.threat.balls
     home = victim.modalities[0]
-    direction = None if others or modality == home else f"{modality[0].upper()}2{home[0].upper()}"
+    direction = None if others or modality == home else _letters((modality, home))
     context = stages.context_of(run, victim, stages.read_data(run.config, progress), progress, direction)
-    attacked = stages.attacked_queries(run, context, name, plain, attack, progress)
-    made = f"{run.config.name}/{run.id}"
-    result = export(
-        context, attack.threat, attacked.inputs, out, attack=name, budget=attack.budget, model=made
-    )
+    inputs = stages.attacked_queries(run, context, name, plain, attack, progress).inputs
+    model = f"{run.config.name}/{run.id}"
+    result = export(context, attack.threat, inputs, out, attack=name, budget=attack.budget, model=model)
     return stages.described(result, name, run)
 
 
@@ -74,27 +65,26 @@ def verify_evidence(
 
     Args:
         keep: write the result among the accepted bundles of the run, in place of an earlier one of the same
-            bundle; and beside it that on each choice of queries which a suite of this run was asked, so that
-            it lowers those too.
+            bundle, and with it those on each choice of queries of a suite of this run, to lower these too.
     """
     victim, _ = stages.load_victim(run)
-    ends = read_bundle(folder).manifest.direction
-    home = victim.modalities[0]
-    direction = None if ends == (home, home) else "2".join(end[0].upper() for end in ends)
+    ends, home = read_bundle(folder).manifest.direction, victim.modalities[0]
+    direction = None if ends == (home, home) else _letters(ends)
     context = stages.context_of(run, victim, stages.read_data(run.config, progress), progress, direction)
-    found = verify_bundle(folder, context)
-    letters = setting_of(context).direction
-    counts = {
-        len(own.per_query["clean"]) for own in run.assessed().values() if own.setting.direction == letters
-    }
-    chosen = [
-        stable_subset(context.queries, count) for count in sorted(counts) if count < len(context.queries)
-    ]
-    made = [found, *(on_queries(found, context, positions) for positions in chosen)]
-    described = {result.name: stages.described(result, result.name, run) for result in made}
+    whole = verify_bundle(folder, context)
+    suites = [r for r in run.assessed().values() if r.setting.direction == setting_of(context).direction]
+    counts = sorted({len(suite.per_query["clean"]) for suite in suites})
+    subsets = [stable_subset(context.queries, count) for count in counts if count < len(context.queries)]
+    results = [whole, *(on_queries(whole, context, positions) for positions in subsets)]
+    described = {result.name: stages.described(result, result.name, run) for result in results}
     if keep:
         save_results(run.path / FILE, list({**accepted(run), **described}.values()))
-    return described[found.name]
+    return described[whole.name]
+
+
+def _letters(ends: tuple[str, str]) -> str:
+    """``("text", "image")`` -> ``T2I``."""
+    return "2".join(end[0].upper() for end in ends)
 
 
 def accepted(run: Run) -> dict[str, EvalResult]:
@@ -104,8 +94,7 @@ def accepted(run: Run) -> dict[str, EvalResult]:
 
 
 def lowered(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult:
-    """``best_known`` over those bundles that are about the setting of ``own``; the others say nothing of
-    it."""
+    """``best_known`` over those bundles that are about the setting of ``own``."""
     fitting = {name: result for name, result in bundles.items() if not disagreements(own, result)}
     return best_known(own, fitting)
 
@@ -113,31 +102,8 @@ def lowered(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult:
 # ---------------------------------------------------------------------------------------------- registry
 
 
-def evaluate_afresh(run: Run, progress: stages.Progress = stages.silent) -> dict[str, EvalResult]:
-    """Clean, the attacks of the run's config, and the worst case, with nothing taken from an earlier
-    evaluation."""
-    victim, objective = stages.load_victim(run)
-    context = stages.context_of(run, victim, stages.read_data(run.config, progress), progress)
-    results = {"clean": score_clean(context)}
-    for name, (view, settings) in stages.chosen_attacks(run, None).items():
-        attack: Attack = build("attack", settings, objective=objective)
-        if context.direction[0] in attack.threat.balls:
-            attacked = attack_all(context, attack, context.victim.seen_by(view), progress)
-            results[name] = score_attack(context, attack, attacked)
-    results["worst"] = worst(context, results["clean"], {n: r for n, r in results.items() if n != "clean"})
-    return {name: stages.described(result, name, run) for name, result in results.items()}
-
-
-def assess_afresh(run: Run, tier: str, threat: str, queries: int) -> dict[str, EvalResult]:
-    """A tier of the suite without anything that was kept, as the results ``clean`` and ``worst``."""
-    result = assessing.assess(run, tier, threat, queries, kept=False)
-    assert result is not None  # no shard was asked for
-    headline = result.setting.headline
-    return {"clean": replace(result, values={headline: result["clean"]}), "worst": result}
-
-
-def verify_entry(entry: Entry, run: Run, progress: stages.Progress = stages.silent) -> Verified:
-    """Run the evaluation of a registry entry again on a trained run, from scratch, and compare.
+def verify_entry(entry: RegistryEntry, run: Run, progress: stages.Progress = stages.silent) -> Verified:
+    """Run the evaluation of a registry entry again on a trained run, with nothing stored taken, and compare.
 
     Raises:
         ValueError: the run is not one of the entry's recipe and seed.
@@ -145,16 +111,32 @@ def verify_entry(entry: Entry, run: Run, progress: stages.Progress = stages.sile
     recipe, seed = Path(entry.source.recipe).stem, entry.source.seed
     if run.config.name != recipe or run.config.runtime.seed != seed:
         raise ValueError(
-            f"{run.path} is {run.config.name!r} with seed {run.config.runtime.seed}, and the entry {entry.id} is of "
-            f"{recipe!r} with seed {seed}; train that one: robusthash train {entry.source.recipe}"
+            f"{run.path} is {run.config.name!r} with seed {run.config.runtime.seed}, and the entry {entry.id} is "
+            f"of {recipe!r} with seed {seed}; train that one: robusthash train {entry.source.recipe}"
         )
     claimed = entry.claimed
     if claimed.tier == "recipe":
-        return verify(entry, lambda _: evaluate_afresh(run, progress))
-    return verify(entry, lambda _: assess_afresh(run, claimed.tier, claimed.threat, claimed.queries))
+        return records.verify(entry, _evaluated_again(run, progress))
+    result = assessing.assess(run, claimed.tier, claimed.threat, claimed.queries, progress, kept=False)
+    assert result is not None  # no shard was asked for
+    clean = replace(result, values={result.setting.headline: result["clean"]})
+    return records.verify(entry, {"clean": clean, "worst": result})
 
 
-def entry_of(run: Run, recipe: str, overrides: Sequence[str] = (), suite: str | None = None) -> Entry:
+def _evaluated_again(run: Run, progress: stages.Progress) -> dict[str, EvalResult]:
+    """Clean and the worst case over the attacks of the run's config, with no block taken from the run."""
+    victim, objective = stages.load_victim(run)
+    context = stages.context_of(run, victim, stages.read_data(run.config, progress), progress)
+    clean, results = score_clean(context), dict[str, EvalResult]()
+    for name, (view, settings) in stages.chosen_attacks(run, None).items():
+        attack: Attack = build("attack", settings, objective=objective)
+        if context.direction[0] in attack.threat.balls:
+            attacked = attack_all(context, attack, context.victim.seen_by(view), progress)
+            results[name] = score_attack(context, attack, attacked)
+    return {"clean": clean, "worst": stages.described(worst(context, clean, results), "worst", run)}
+
+
+def entry_of(run: Run, recipe: str, overrides: Sequence[str] = (), suite: str | None = None) -> RegistryEntry:
     """A registry entry of an evaluated run: its card, and its own numbers as the claim.
 
     Args:
@@ -166,63 +148,60 @@ def entry_of(run: Run, recipe: str, overrides: Sequence[str] = (), suite: str | 
         ValueError: a run that has no such result, or one that ``verify`` could not make again.
     """
     results = run.evaluated() if suite is None else run.assessed()
-    if missing := [
-        name for name in (("clean", "worst") if suite is None else (suite,)) if name not in results
-    ]:
-        raise ValueError(
-            f"{run.path} has no result {missing[0]!r} for the entry to claim; it has {', '.join(results) or 'none'}"
-        )
+    if missing := [n for n in (("clean", "worst") if suite is None else (suite,)) if n not in results]:
+        listed = ", ".join(results) or "none"
+        raise ValueError(f"{run.path} has no result {missing[0]!r} for the entry to claim; it has {listed}")
     own = results[suite or "worst"]
-    tier = "recipe" if suite is None else own.setting.budget.removeprefix("suite ").partition(",")[0]
-    if suite is not None and suite != f"{own.setting.threat} {tier}":
+    if own.scored_on:
         raise ValueError(
             f"{suite!r} is of one direction alone, and entries are from the first modality to itself"
         )
-    config, card, training = run.config, run.card(), run.config.training
-    seen = _seen(run)
-    lowest, measure = lowered(own, accepted(run)), own.setting.headline
-    value, claimed = lowest[f"w{measure}"], own[f"w{measure}"]
-    threat = ""
-    if training.attack is not None:
-        attack: Attack = build("attack", training.attack, objective=build("objective", training.objective))
-        threat = attack.threat.name
-    return Entry(
+    config, card, training, setting = run.config, run.card(), run.config.training, own.setting
+    best, low = lowered(own, accepted(run)), setting.key.name("worst")
+    red = {flag.id for flag in (*best.flags, *run.checked()) if flag.level == "red"}
+    attack = training.attack and build(
+        "attack", training.attack, objective=build("objective", training.objective)
+    )
+    return RegistryEntry(
         id=f"{config.name}-seed{config.runtime.seed}",
         title=f"{card['bits']} bits, {_name(training.objective)}, {_name(training.outer or 'no defense')}",
-        source=Source(recipe=recipe, set=tuple(overrides), seed=config.runtime.seed, digest=card["digest"]),
-        data=own.setting.database.partition(":")[0],
+        source=records.ModelSource(
+            recipe=recipe, set=tuple(overrides), seed=config.runtime.seed, digest=card["digest"]
+        ),
+        data=setting.data.name,
         input_size=tuple(card["image_size"]),
         bits=card["bits"],
-        training_threat=threat,
-        training_attack="" if training.attack is None else json.dumps(training.attack, sort_keys=True),
+        training_threat=attack.threat.name if attack else "",
+        training_attack=json.dumps(training.attack, sort_keys=True) if attack else "",
         defense=card["declared"],
-        restrictions=Restrictions(
-            gradients=seen.gradient_reaches_input,
-            deterministic=not seen.randomised,
-            no_inner_optimisation=not seen.inner_gradients,
-            static_database=True,  # no victim of this package encodes its database anew for a query
-        ),
-        claimed=Claimed(
-            tier=tier,
-            threat=own.setting.threat,
-            queries=len(own.per_query[f"w{measure}"]),
-            measure=measure,
+        restrictions=_restrictions(run),
+        claimed=records.Claimed(
+            tier=setting.tier or "recipe",
+            threat=setting.threat,
+            queries=len(own.per_query[low]),
+            measure=setting.headline,
             clean=round(own.reference["clean"], 4),
-            worst=round(claimed, 4),
+            worst=round(own[low], 4),
         ),
-        best_known=BestKnown(value=round(value, 4), source="own" if value == claimed else lowest.notes[-1]),
-        unreliable=", ".join(
-            sorted({flag.id for flag in (*lowest.flags, *run.checked()) if flag.level == "red"})
+        best_known=records.BestKnown(
+            value=round(best[low], 4), source="own" if best[low] == own[low] else best.notes[-1]
         ),
+        unreliable=", ".join(sorted(red)),
     )
 
 
-def _seen(run: Run) -> Observed:
-    """How the run's victim behaves on a few queries."""
+def _restrictions(run: Run) -> Restrictions:
+    """The behaviour of the run's victim on a few queries."""
     victim, _ = stages.load_victim(run)
-    data = stages.read_data(run.config, stages.silent)
-    few = data.query.batch(torch.arange(min(OBSERVED, len(data.query)))).only(victim.modalities)
-    return observed(victim, few.to(victim.device).inputs)
+    query = stages.read_data(run.config).query
+    few = query.batch(torch.arange(min(OBSERVED, len(query)))).only(victim.modalities)
+    seen = observed(victim, few.to(victim.device).inputs)
+    return Restrictions(
+        gradients=seen.gradient_reaches_input,
+        deterministic=not seen.randomised,
+        no_inner_optimisation=not seen.inner_gradients,
+        static_database=True,  # no victim of this package encodes its database again for a query
+    )
 
 
 def _name(component: Mapping[str, Any] | str) -> str:

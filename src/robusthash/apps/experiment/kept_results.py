@@ -1,8 +1,6 @@
-"""Small copies of runs for a repository: results that tables are made of, without weights, attacked queries
-or paths.
+"""Small copies of runs for a repository: results that tables are made of, without weights, blocks or paths.
 
-A kept run is a run directory to every verb that only reads: ``table``, ``compare``, ``leaderboard``,
-``report``.
+A kept run is a run directory to every verb that only reads: ``table``, ``compare``, ``leaderboard``, ``report``.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from typing import Any
 
 import yaml
 
-from robusthash.apps.experiment.config import Config
 from robusthash.apps.experiment.run_directory import KEPT, Run, RunError, load_run, write_json
 from robusthash.core.atomic_files import write_all_aside
 from robusthash.metrics.protocol import CURVES
@@ -28,7 +25,7 @@ _GRADED = ("nDCG@", "ACG@")
 
 
 def has_results(run: Run) -> bool:
-    """The run was evaluated or assessed."""
+    """True where the run was evaluated or assessed."""
     return any((run.path / name).is_file() for name in _RESULTS)
 
 
@@ -46,9 +43,8 @@ def keep(run: Run, out: Path) -> Path:
         raise RunError(f"{run.path} is already a kept copy; give the run that it was made of")
     card = run.card()
     if not has_results(run):
-        raise RunError(
-            f"{run.path} has no results to keep; run 'robusthash evaluate' or 'robusthash assess' first"
-        )
+        verbs = "'robusthash evaluate' or 'robusthash assess'"
+        raise RunError(f"{run.path} has no results to keep; run {verbs} first")
     target = out / card["name"] / card["id"]
     if target.is_dir() and not (target / KEPT).is_file():
         raise RunError(f"{target} is a run directory, not a kept copy; choose another --out folder")
@@ -69,26 +65,24 @@ def keep(run: Run, out: Path) -> Path:
 
 
 def _write(run: Run, run_id: str, folder: Path) -> None:
-    """The files of the copy; ``kept.json`` says what became of the run's."""
-    for name in _RESULTS:
-        if (run.path / name).is_file():
-            save_results(
-                folder / name, [_slim(result) for result in load_results(run.path / name)], packed=True
-            )
-    if (run.path / _EVIDENCE).is_file():
-        save_results(folder / _EVIDENCE, load_results(run.path / _EVIDENCE))
-    config = _public(run.config)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    """The files of the copy; ``kept.json`` names what was left out."""
     for path in sorted(run.path.glob("*.json")):
-        if path.name not in (*_RESULTS, _EVIDENCE):
-            write_json(folder / path.name, _named(json.loads(path.read_text(encoding="utf-8"))))
+        if path.name in _RESULTS:
+            save_results(folder / path.name, [_slim(result) for result in load_results(path)], packed=True)
+        elif path.name == _EVIDENCE:
+            save_results(folder / path.name, load_results(path))
+        else:
+            write_json(folder / path.name, _without_paths(json.loads(path.read_text(encoding="utf-8"))))
+    config = run.config.model_dump(mode="json")
+    if isinstance(config["data"], dict):
+        config["data"].pop("root", None)
+    text = yaml.safe_dump(_without_paths(config), sort_keys=False)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
     log = run.path / "log.jsonl"
     if log.is_file():
         (folder / log.name).write_bytes(log.read_bytes())
-    write_json(
-        folder / KEPT,
-        {"schema": SCHEMA, "id": run_id, "per_query": "16 bits of the headline and graded means"},
-    )
+    left = "16 bits of the headline and graded means"
+    write_json(folder / KEPT, {"schema": SCHEMA, "id": run_id, "per_query": left})
 
 
 def _slim(result: EvalResult) -> EvalResult:
@@ -97,35 +91,26 @@ def _slim(result: EvalResult) -> EvalResult:
     Those are its headline (of a suite also that of its clean queries), and nDCG and ACG of clean queries and
     of untargeted attacks. Curves go, but those over budgets; means and intervals of everything stay.
     """
-    cut = result.setting.headline
-    headlines = [name for name in (f"w{cut}", f"t-{cut}", cut) if name in result.values]
-    if f"w{cut}" not in result.values:
+    key = result.setting.key
+    worst, target = key.name("worst"), key.name("targeted")
+    headlines = [name for name in (worst, target, str(key)) if name in result.values]
+    if worst not in headlines:
         headlines = headlines[:1]  # of a targeted attack t-MAP alone
-    targeted = f"t-{cut}" in headlines
-    kept = {
+    per_query = {
         name: values
         for name, values in result.per_query.items()
-        if name in (*headlines, "clean") or (name.startswith(_GRADED) and not targeted)
+        if name in (*headlines, "clean") or (name.startswith(_GRADED) and target not in headlines)
     }
     curves = {name: axes for name, axes in result.curves.items() if not name.startswith(CURVES)}
-    return replace(result, per_query=kept, curves=curves, winner=())
+    return replace(result, per_query=per_query, curves=curves, winner=())
 
 
-def _public(config: Config) -> dict[str, Any]:
-    """The config as plain data, without where the data lies and with other paths cut to the name of the
-    file."""
-    plain = config.model_dump(mode="json")
-    if isinstance(plain["data"], dict):
-        plain["data"].pop("root", None)
-    return _named(plain)
-
-
-def _named(value: Any) -> Any:
-    """Plain data in which a path that leaves this folder is the name of its last part alone."""
+def _without_paths(value: Any) -> Any:
+    """Plain data in which a path that leaves this folder is cut to its last part."""
     if isinstance(value, dict):
-        return {key: _named(item) for key, item in value.items()}
+        return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_named(item) for item in value]
+        return [_without_paths(item) for item in value]
     if isinstance(value, str) and value.startswith(("/", "~", "..")) and " " not in value:
         return Path(value).name
     return value

@@ -15,7 +15,7 @@ from torch import Tensor
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.assess_run import FolderStore
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.apps.reports.plots import Line, line_plot, save
+from robusthash.apps.reports.charts import ChartAxis, LineChart, Series, save
 from robusthash.attacks.threat_registry import named_threat
 from robusthash.core.registry import build
 from robusthash.core.runtime import digest
@@ -150,12 +150,17 @@ def draw_questions(table: QuestionTable, path: Path) -> list[Path]:
     Args:
         path: with one of these endings.
     """
-    places, lines = [math.log2(budget) for budget in table.budgets], list[Line]()
+    places = [math.log2(budget) for budget in table.budgets]
+    names = [f"{budget:,}" for budget in table.budgets]
+    series = []
     for shows, curve in table.curves.items():
         low, high = zip(*table.intervals(shows), strict=True)
-        lines.append(Line(f"shows {shows}", places, curve.means.tolist(), low, high))
-    clean = {"clean": float(table.clean.mean())}
-    asked = f"questions of each query ({table.search})"
-    figure = line_plot(lines, asked, "wMAP", references=clean, unit=True, whiskers=True)
-    figure.axes[0].set_xticks(places, [f"{budget:,}" for budget in table.budgets])
-    return save(figure, path.with_suffix(""))
+        series.append(Series(f"shows {shows}", places, curve.means.tolist(), low=low, high=high))
+    chart = LineChart(
+        series=series,
+        x=ChartAxis(f"questions of each query ({table.search})", places, names),
+        y=ChartAxis("wMAP", from_zero=True),
+        reference=("clean", float(table.clean.mean())),
+        whiskers=True,
+    )
+    return save(chart, path.with_suffix(""))

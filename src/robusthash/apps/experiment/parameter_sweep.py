@@ -25,9 +25,9 @@ import yaml
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.apps.experiment.run_directory import load_run, write_json
 from robusthash.apps.experiment.stages import Progress, silent
-from robusthash.apps.experiment.tables import Cell, cell_of, headline_of
+from robusthash.apps.experiment.tables import Cell, cell_of
 from robusthash.core.runtime import digest
-from robusthash.metrics.results import EvalResult, load_results
+from robusthash.metrics.results import EvalResult, headline_of, load_results
 
 State = Literal["waiting", "done", "failed"]
 _LOOK = 0.2  # seconds between looks at the children

@@ -14,7 +14,6 @@ import torch
 
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run, open_run, write_json
-from robusthash.apps.reports.branch_maps import save_branches
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
@@ -245,6 +244,8 @@ def evaluate(
         these before the name (``I2T mainstay``, ``I2T by class worst``). Also written to ``metrics.json``
         with ``metrics.npz`` beside it.
     """
+    from robusthash.apps.reports.run_report import save_branches
+
     section = run.config.evaluation
     if run.config.runtime.threads:
         torch.set_num_threads(run.config.runtime.threads)
@@ -258,11 +259,12 @@ def evaluate(
         for direction in section.directions or (None,):
             context = context_of(run, victim, relevant, progress, direction)
             found = _evaluate_context(run, context, objective, chosen, progress)
-            prefix = "" if direction is None else f"{direction} "
-            prefix += "" if relevance == "own" else f"by {relevance} "
-            results |= {
-                f"{prefix}{name}": described(result, f"{prefix}{name}", run) for name, result in found.items()
-            }
+            parts = [direction or "", "" if relevance == "own" else f"by {relevance}"]
+            scored_on = " ".join(filter(None, parts))
+            for attack, result in found.items():
+                result = replace(result, attack=attack, scored_on=scored_on)
+                name = f"{scored_on} {attack}".strip()
+                results[name] = described(result, name, run, relevance)
     save_results(run.path / "metrics.json", list(results.values()))
     save_branches(run.path, victim, data.query)
     return results
@@ -429,7 +431,7 @@ def read_block(path: Path) -> Attacked:
         ) from None
 
 
-def described(result: EvalResult, name: str, run: Run) -> EvalResult:
+def described(result: EvalResult, name: str, run: Run, relevance: str = "own") -> EvalResult:
     """The result under its name, with the fields of its setting that describe the model."""
     training, card = run.config.training, run.card()
     objective = training.objective if isinstance(training.objective, str) else training.objective["name"]
@@ -439,6 +441,7 @@ def described(result: EvalResult, name: str, run: Run) -> EvalResult:
         objective=objective,
         training_attack="" if training.attack is None else json.dumps(training.attack, sort_keys=True),
         digests={**result.setting.digests, "model": card["digest"]},
+        relevance=relevance,
     )
     return replace(result, name=name, setting=setting)
 

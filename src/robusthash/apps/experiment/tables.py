@@ -1,9 +1,8 @@
-"""Runs -> one table: recipes as rows, seeds averaged, intervals over seeds and queries; or differences to one
-row."""
+"""Runs -> one table: recipes as rows, seeds averaged, intervals over seeds and queries; and as text."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from torch import Tensor
 from robusthash.apps.experiment.config import Config
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.core.registry import nearest
-from robusthash.metrics.results import EvalResult, by_direction
+from robusthash.metrics.results import EvalResult, by_direction, headline_of
 from robusthash.metrics.statistics import bootstrap_interval, hierarchical_interval
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One value of a table: mean over seeds, 95 % interval, number of seeds; ``signed`` is a difference."""
+    """One value of a table: mean over seeds and its 95 % interval; ``signed`` is a difference."""
 
     value: float
     interval: tuple[float, float]
@@ -34,13 +33,16 @@ class Cell:
             return f"{self.value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
         return f"{self.value:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
+    def numbers(self) -> list[str]:
+        """Value, ends of the interval and seeds."""
+        return [*(f"{value:.6f}" for value in (self.value, *self.interval)), str(self.seeds)]
+
 
 @dataclass(frozen=True)
 class Column:
-    """A column: a result by name, a measure of it or its headline, and what the table calls it.
+    """A column: a result by name, a measure of it (by default its headline), and the title in the table.
 
-    With ``minus``, the difference of that measure to another result of the same run, paired by seed and
-    query.
+    With ``minus``, the difference to another result of the same run, paired by seed and query.
     """
 
     result: str
@@ -55,13 +57,11 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One recipe: its cells by the title of their column, training minutes, and what stands still in the
-    table.
+class TableRow:
+    """One recipe: its cells by the title of their column, and training minutes.
 
-    ``chance`` is by what was scored on: "" where that is one thing, else ``I2T``, ``T2I by class``, ..., and
-    ``scored`` says which of these a cell is about. ``attacked`` has threat, attacks and budget of every cell;
-    "" of clean queries.
+    ``chance`` is by direction and relevance ("" where a run has one alone), ``scored`` gives them by cell.
+    ``attacked`` has threat, attacks and budget of every cell; "" of clean queries.
     """
 
     name: str
@@ -74,8 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Seed:
-    """One evaluated run: its results and those of its suites, read once; its clean ones by what was scored
-    on."""
+    """One evaluated run: its results, those of its suites, and its clean ones by direction and relevance."""
 
     run: Run
     evaluated: dict[str, EvalResult]
@@ -88,281 +87,212 @@ class Seed:
         return self.run.config.runtime.seed
 
 
-Seeds = Mapping[str, Sequence[Seed]]
-"""Runs by the name of their row."""
+Seeds = Mapping[str, Sequence[Seed]]  # by the name of the row
+_TEX = str.maketrans({mark: f"\\{mark}" for mark in "&%$#_{}"})
 
 
-def headline_of(result: EvalResult) -> str:
-    """The value that stands for a result: wMAP of a worst case, t-MAP of a targeted attack, else MAP."""
-    cut = result.setting.headline
-    return next(name for name in (f"w{cut}", f"t-{cut}", cut) if name in result.values)
-
-
-def make_rows(paths: Sequence[Path]) -> list[Row]:
+def make_rows(paths: Sequence[Path]) -> list[TableRow]:
     """``rows_of`` run directories, with all that they were evaluated on."""
     return rows_of(read_seeds(paths))
 
 
-def read_seeds(paths: Sequence[Path]) -> dict[str, list[Seed]]:
-    """Run directories by row, in the order in which recipes first appear; those that differ in the seed share
-    one.
+def read_seeds(paths: Sequence[Path], only: Collection[int] = ()) -> dict[str, list[Seed]]:
+    """Run directories by row, in the order of the recipes; runs that differ in the seed share one.
+
+    Args:
+        only: these training seeds; all by default.
 
     Raises:
         ValueError: runs on different data, splits, directions or protocols, which no table may hold together;
-            or a seed given twice.
+            a seed given twice; or none of ``only``.
     """
+    paths = [path for path in paths if not only or load_run(path).config.runtime.seed in only]
+    if not paths:
+        raise ValueError(f"no run has the training seed {' or '.join(map(str, only))}")
     rows: dict[str, list[Seed]] = {}
     first: dict[str, EvalResult] = {}
-    for name, runs in seeds_by_row(paths).items():
-        for run in runs:
-            evaluated = run.evaluated()
-            clean = {context: group["clean"] for context, group in by_direction(evaluated).items()}
-            first = first or clean
-            if clean.keys() != first.keys():
-                raise ValueError(
-                    f"{name} was scored on {_contexts(clean)}, the first recipe on {_contexts(first)}"
-                )
-            differing = {
-                field for context in clean for field in clean[context].setting.differs(first[context].setting)
-            }
-            if differing:
-                raise ValueError(f"{name} was evaluated in another setting ({', '.join(sorted(differing))})")
-            rows.setdefault(name, []).append(Seed(run, evaluated, {**run.assessed(), **evaluated}, clean))
+    for name, run in [(name, run) for name, runs in seeds_by_row(paths).items() for run in runs]:
+        evaluated = run.evaluated()
+        clean = {scored_on: group["clean"] for scored_on, group in by_direction(evaluated).items()}
+        first = first or clean
+        if clean.keys() != first.keys():
+            ours, theirs = (", ".join(k or r.setting.direction for k, r in c.items()) for c in (clean, first))
+            raise ValueError(f"{name} was scored on {ours}, the first recipe on {theirs}")
+        if differing := {field for key in clean for field in clean[key].setting.differs(first[key].setting)}:
+            raise ValueError(f"{name} was evaluated in another setting ({', '.join(sorted(differing))})")
+        rows.setdefault(name, []).append(Seed(run, evaluated, {**run.assessed(), **evaluated}, clean))
     return rows
 
 
-def rows_of(rows: Seeds, columns: Sequence[Column] | None = None) -> list[Row]:
-    """A table of values.
+def rows_of(rows: Seeds, columns: Sequence[Column] | None = None) -> list[TableRow]:
+    """A table of values, by default of all that the first seed of a row was evaluated on.
 
-    A result enters a row only where every seed of the recipe has it, and only where all seeds were attacked
-    alike, so that no cell mixes settings.
-
-    Args:
-        columns: by default all that the first seed of a row was evaluated on; results of suites only by name.
+    A result enters a row only where every seed of the recipe has it and all were attacked alike, so that no
+    cell mixes settings.
     """
-    made = []
+    table = []
     for name, seeds in rows.items():
-        wanted = [Column(result) for result in seeds[0].evaluated] if columns is None else columns
-        cells = {column: cell for column in wanted if (cell := _cell(seeds, column)) is not None}
-        made.append(_row(name, seeds, cells))
-    return made
+        cells = {column: _cell(seeds, column) for column in columns or _evaluated(seeds)}
+        table.append(_row(name, seeds, {column: cell for column, cell in cells.items() if cell is not None}))
+    return table
+
+
+def _evaluated(seeds: Sequence[Seed]) -> list[Column]:
+    return [Column(result) for result in seeds[0].evaluated]
 
 
 def _cell(seeds: Sequence[Seed], column: Column) -> tuple[Cell, EvalResult] | None:
-    """The value of a column and the result that it is of; None where a seed lacks it, or was attacked
-    otherwise."""
-    found = _of_all(seeds, column)
-    if not found:
+    """The value of a column, and a result of it; None where a seed lacks it, or was attacked otherwise."""
+    if not (results := _of_all(seeds, column)):
         return None
-    if not column.minus:
-        return cell_of(found, column.measure), found[0]
-    others = _of_all(seeds, replace(column, result=column.minus))
-    measure = column.measure or headline_of(found[0])
-    if not others or any(measure not in other.per_query for other in others):
-        return None
-    return _difference(found, others, measure), found[0]
+    measure = column.measure or headline_of(results[0])
+    others = _of_all(seeds, Column(column.minus, measure)) if column.minus else []
+    return (cell_of(results, measure, others), results[0]) if others or not column.minus else None
 
 
-def differences_of(rows: Seeds, columns: Sequence[Column], baseline: str) -> list[Row]:
+def differences_of(rows: Seeds, columns: Sequence[Column] | None, baseline: str) -> list[TableRow]:
     """A table of paired differences to the row ``baseline``, which is left out: same seed, same queries.
 
     A pair of seeds shares its start where a defense goes on from the undefended model of its seed. Over
     several common seeds the interval is that of the method (seeds and queries resampled), of a single one
     that of the checkpoint.
 
+    Args:
+        columns: by default all that the first run was evaluated on.
+
     Raises:
         ValueError: no row of that name, no other row, or one that has no training seed in common with it; or
             a column that is a difference already.
     """
+    columns = columns or _evaluated(next(iter(rows.values())))
     if doubled := [column.title for column in columns if column.minus]:
         raise ValueError(f"{doubled[0]!r} is a difference already; leave --against out for it")
     if baseline not in rows:
         raise ValueError(f"no row is named {baseline!r}{nearest(baseline, rows)}")
     if len(rows) < 2:
-        raise ValueError(f"{baseline} is the only row; give the runs that are to be held against it too")
+        raise ValueError(f"{baseline} is the only row; give the runs to compare it with too")
     against = {seed.number: seed for seed in rows[baseline]}
-    made = []
+    table = []
     for name in [name for name in rows if name != baseline]:
         common = [seed for seed in rows[name] if seed.number in against]
         if not common:
-            own = [seed.number for seed in rows[name]]
-            raise ValueError(
-                f"{name} (seeds {own}) and {baseline} (seeds {list(against)}) have no seed in common"
-            )
-        others = [against[seed.number] for seed in common]
-        found = {column: _of_all([*common, *others], column) for column in columns}
-        count = len(common)
-        cells = {c: (_difference(r[:count], r[count:], c.measure), r[0]) for c, r in found.items() if r}
-        made.append(_row(name, rows[name], cells))
-    return made
+            ours = f"{name} (seeds {[seed.number for seed in rows[name]]})"
+            raise ValueError(f"{ours} and {baseline} (seeds {list(against)}) have no seed in common")
+        pairs, count = [*common, *(against[seed.number] for seed in common)], len(common)
+        results = {column: _of_all(pairs, column) for column in columns}
+        cells = {c: (cell_of(r[:count], c.measure, r[count:]), r[0]) for c, r in results.items() if r}
+        table.append(_row(name, rows[name], cells))
+    return table
 
 
-def _row(name: str, seeds: Sequence[Seed], cells: Mapping[Column, tuple[Cell, EvalResult]]) -> Row:
-    chance = {context: clean.reference["chance"] for context, clean in seeds[0].clean.items()}
-    return Row(
+def _row(name: str, seeds: Sequence[Seed], cells: Mapping[Column, tuple[Cell, EvalResult]]) -> TableRow:
+    return TableRow(
         name,
         {column.title: cell for column, (cell, _) in cells.items()},
         sum(seed.run.card()["seconds"] for seed in seeds) / len(seeds) / 60,
-        chance,
-        {column.title: context_of(column.result, chance) for column in cells},
+        {scored_on: clean.reference["chance"] for scored_on, clean in seeds[0].clean.items()},
+        {column.title: result.scored_on for column, (_, result) in cells.items()},
         {column.title: _attack_of(result) for column, (_, result) in cells.items()},
     )
 
 
 def _of_all(seeds: Sequence[Seed], column: Column) -> list[EvalResult]:
     """The result of a column by seed; empty where one lacks it, or was attacked otherwise."""
-    found = [result for seed in seeds if (result := seed.results.get(column.result)) is not None]
-    alike = len(found) == len(seeds) and len({_attack_of(result) for result in found}) == 1
-    measured = column.measure is None or all(column.measure in result.per_query for result in found)
-    return found if alike and measured else []
-
-
-def _difference(own: Sequence[EvalResult], other: Sequence[EvalResult], measure: str | None) -> Cell:
-    values = _values(own, measure) - _values(other, measure)
-    kept = values[:, ~values.isnan().any(0)]
-    return Cell(float(kept.mean()), _interval(kept), len(own), signed=True)
-
-
-def seeds_by_row(paths: Sequence[Path]) -> dict[str, list[Run]]:
-    """Runs by the name of their row, by seed: the recipe's name, with the settings that tell it from its
-    namesakes.
-
-    Raises:
-        ValueError: two runs of one recipe with the same training seed, which would count twice.
-    """
-    recipes: dict[str, list[Run]] = {}
-    for path in paths:
-        run = load_run(path)
-        recipes.setdefault(run.recipe, []).append(run)
-    for runs in recipes.values():
-        trained = [run.config.runtime.seed for run in runs]
-        if len(set(trained)) < len(trained):
-            where = ", ".join(str(run.path) for run in runs)
-            raise ValueError(f"training seeds {trained} of one recipe repeat ({where}); give each seed once")
-        runs.sort(key=lambda run: run.config.runtime.seed)
-    configs = [runs[0].config for runs in recipes.values()]
-    named = {}
-    for runs in recipes.values():
-        own = runs[0].config
-        named[", ".join([own.name, *_apart(own, [c for c in configs if c.name == own.name])])] = runs
-    return named
-
-
-def of_seeds(paths: Sequence[Path], seeds: Collection[int]) -> list[Path]:
-    """The runs of these training seeds.
-
-    Raises:
-        ValueError: no run has one of them.
-    """
-    found = [path for path in paths if load_run(path).config.runtime.seed in seeds]
-    if not found:
-        raise ValueError(f"no run has the training seed {' or '.join(map(str, seeds))}")
-    return found
-
-
-def _apart(own: Config, namesakes: Sequence[Config]) -> list[str]:
-    """The settings of the model in which configs of one name differ, as ``--set`` takes them."""
-    settings = [_settings(config) for config in namesakes]
-    mine = settings[namesakes.index(own)]
-    keys = dict.fromkeys(key for each in settings for key in each)
-    return [f"{key}={mine.get(key)}" for key in keys if len({str(each.get(key)) for each in settings}) > 1]
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    training = config.training.model_dump(exclude={"init_from"})
-    settings = _flat({"data": config.data, "hasher": config.hasher.plain(), "training": training})
-    return {
-        key: value for key, value in settings.items() if key != "data.root"
-    }  # where the data lies is no setting
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted path."""
-    if not isinstance(value, dict):
-        return {path: value}
-    return {
-        key: leaf for name in value for key, leaf in _flat(value[name], f"{path}.{name}".strip(".")).items()
-    }
-
-
-def _contexts(cleans: Mapping[str, EvalResult]) -> str:
-    return ", ".join(context or clean.setting.direction for context, clean in cleans.items())
-
-
-def context_of(column: str, contexts: Iterable[str]) -> str:
-    """What the result of this name was scored on."""
-    return max(
-        (context for context in contexts if not context or column.startswith(f"{context} ")),
-        key=len,
-        default="",
-    )
+    results = [result for seed in seeds if (result := seed.results.get(column.result)) is not None]
+    alike = len(results) == len(seeds) and len({_attack_of(result) for result in results}) == 1
+    measured = column.measure is None or all(column.measure in result.per_query for result in results)
+    return results if alike and measured else []
 
 
 def _attack_of(result: EvalResult) -> str:
-    """What an attacked result is a statement about; "" for clean queries."""
-    setting = result.setting
-    if not setting.attacks:
-        return ""
-    worst = headline_of(result).startswith("w")
-    lowest = f", the lowest AP of each query under {', '.join(setting.attacks)}" if worst else ""
-    return f"{setting.threat}{lowest}; budget: {setting.budget}"
+    """Threat, attacks and budget in words; "" of clean queries."""
+    setting, lowest = result.setting, ""
+    if headline_of(result) == setting.key.name("worst"):
+        lowest = f", the lowest AP of each query under {', '.join(setting.attacks)}"
+    return f"{setting.threat}{lowest}; budget: {setting.budget}" if setting.attacks else ""
 
 
-def cell_of(results: Sequence[EvalResult], measure: str | None = None) -> Cell:
+def cell_of(
+    results: Sequence[EvalResult], measure: str | None = None, minus: Sequence[EvalResult] = ()
+) -> Cell:
     """The mean of a per-query measure over training seeds, on the queries that all have a value for.
 
     Args:
         results: one a seed.
         measure: the headline of the result by default.
+        minus: results of the same seeds and queries, for the mean of the differences.
     """
     measure = measure or headline_of(results[0])
-    values = _values(results, measure)
-    kept = values[:, ~values.isnan().any(0)]
-    stored = results[0].interval.get(measure) if len(kept) == 1 else None
-    return Cell(float(kept.mean()), stored or _interval(kept), len(results))
+    values = _stacked(results, measure) - (_stacked(minus, measure) if minus else 0.0)
+    values = values[:, ~values.isnan().any(0)]
+    interval = results[0].interval.get(measure) if len(values) == 1 and not minus else None
+    if interval is None:
+        interval = hierarchical_interval(values) if len(values) > 1 else bootstrap_interval(values[0])
+    return Cell(float(values.mean()), interval, len(results), signed=bool(minus))
 
 
-def _values(results: Sequence[EvalResult], measure: str | None) -> Tensor:
-    """(S, Q) values of S seeds."""
-    measure = measure or headline_of(results[0])
+def _stacked(results: Sequence[EvalResult], measure: str) -> Tensor:
     return torch.stack([result.per_query[measure].to(torch.float64) for result in results])
 
 
-def _interval(values: Tensor) -> tuple[float, float]:
-    return hierarchical_interval(values) if len(values) > 1 else bootstrap_interval(values[0])
+def seeds_by_row(paths: Sequence[Path]) -> dict[str, list[Run]]:
+    """Runs by row, ordered by seed. A row is named by its recipe, with the settings that namesakes differ in."""
+    recipes: dict[str, list[Run]] = {}
+    for path in paths:
+        run = load_run(path)
+        recipes.setdefault(run.recipe, []).append(run)
+    for runs in recipes.values():
+        require_distinct_seeds(runs)
+        runs.sort(key=lambda run: run.config.runtime.seed)
+    configs = [runs[0].config for runs in recipes.values()]
+    rows = {}
+    for config, runs in zip(configs, recipes.values(), strict=True):
+        namesakes = [_settings(other) for other in configs if other.name == config.name]
+        keys = dict.fromkeys(key for settings in namesakes for key in settings)
+        apart = [key for key in keys if len({str(settings.get(key)) for settings in namesakes}) > 1]
+        rows[", ".join([config.name, *(f"{key}={_settings(config).get(key)}" for key in apart)])] = runs
+    return rows
 
 
-# ---------------------------------------------------------------------------------------------- columns, rows
-# by name
+def require_distinct_seeds(runs: Sequence[Run]) -> None:
+    """Raise ValueError where two runs of one recipe have the same training seed: they would count twice."""
+    seeds = [run.config.runtime.seed for run in runs]
+    if len(set(seeds)) < len(seeds):
+        where = ", ".join(str(run.path) for run in runs)
+        raise ValueError(f"training seeds {seeds} of one recipe repeat ({where}); give each seed once")
 
 
-def all_columns(rows: Seeds) -> list[Column]:
-    """All that the first run was evaluated on."""
-    return [Column(result) for result in next(iter(rows.values()))[0].evaluated]
+def _settings(config: Config) -> dict[str, Any]:
+    """The settings of the model by dotted path, as ``--set`` takes them; without the place of the data."""
+    training = config.training.model_dump(exclude={"init_from"})
+    settings = _flat({"data": config.data, "hasher": config.hasher.plain(), "training": training})
+    return {key: value for key, value in settings.items() if key != "data.root"}
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    parts = [_flat(item, f"{path}.{name}".strip(".")) for name, item in value.items()]
+    return {key: leaf for part in parts for key, leaf in part.items()}
 
 
 def named_columns(texts: Sequence[str], rows: Seeds) -> list[Column]:
-    """Columns as ``parse_column`` reads them, of results and measures that some run has.
-
-    Raises:
-        ValueError: no run has the result, or the measure of it per query; the nearest is offered.
-    """
-    held: dict[str, dict[str, None]] = {}  # measures by result
+    """Columns as ``parse_column`` reads them, of results and measures that some run has; else ValueError."""
+    measures: dict[str, dict[str, None]] = {}  # by result
     for seed in (seed for seeds in rows.values() for seed in seeds):
         for name, result in seed.results.items():
-            held.setdefault(name, {}).update(dict.fromkeys(result.per_query))
-    columns = [parse_column(text, held) for text in texts]
+            measures.setdefault(name, {}).update(dict.fromkeys(result.per_query))
+    columns = [parse_column(text, measures) for text in texts]
     for column in columns:
         for source in filter(None, (column.result, column.minus)):
-            if column.measure is not None and column.measure not in held[source]:
-                near = nearest(column.measure, held[source])
+            if column.measure is not None and column.measure not in measures[source]:
+                near = nearest(column.measure, measures[source])
                 raise ValueError(f"{source!r} has no values per query of {column.measure!r}{near}")
     return columns
 
 
 def parse_column(text: str, names: Collection[str]) -> Column:
-    """``[MEASURE of ]RESULT[ minus RESULT][ as LABEL]``: ``worst``, ``nDCG@100 of clean as nDCG``,
-    ``hag minus sdha``.
+    """Parse ``[MEASURE of ]RESULT[ minus RESULT][ as LABEL]``, as ``nDCG@100 of clean as nDCG``.
 
     Args:
         names: the results that there are; the longest text that is one of them is never taken apart.
@@ -370,37 +300,98 @@ def parse_column(text: str, names: Collection[str]) -> Column:
     Raises:
         ValueError: no such result; the nearest is offered.
     """
-    for wanted, label in _labelled(text):
-        if wanted in names:
-            return Column(wanted, None, label)
-        measure, _, result = wanted.partition(" of ")
+    for name, label in _labelled(text):
+        if name in names:
+            return Column(name, None, label)
+        measure, _, result = name.partition(" of ")
         if result in names:
             return Column(result, measure, label)
-        first, _, minus = wanted.rpartition(" minus ")
+        first, _, minus = name.rpartition(" minus ")
         if minus in names:
             return replace(parse_column(first, names), label=label, minus=minus)
-    wanted = text.partition(" as ")[0]
-    result = wanted.partition(" of ")[2] or wanted
+    name = text.partition(" as ")[0]
+    result = name.partition(" of ")[2] or name
     raise ValueError(f"no run has a result {result!r}{nearest(result, names)}")
 
 
 def _labelled(text: str) -> list[tuple[str, str]]:
-    """Every way to read a text as ``NAME as LABEL``, longest name first; without a label in the beginning."""
+    """Every way to read a text as ``NAME as LABEL``, longest name first; without a label at the beginning."""
     words = text.split(" as ")
     return [(" as ".join(words[:end]), " as ".join(words[end:])) for end in range(len(words), 0, -1)]
 
 
-def chosen_rows(rows: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
-    """Rows by name in the order asked for, ``NAME[ as LABEL]``, under their labels.
-
-    Raises:
-        ValueError: no such row; the nearest is offered.
-    """
+def chosen_rows(rows: Sequence[TableRow], texts: Sequence[str]) -> list[TableRow]:
+    """Rows by ``NAME[ as LABEL]`` in this order, under their labels; ValueError for another name."""
     by_name = {row.name: row for row in rows}
-    made = []
-    for text in wanted:
+    chosen = []
+    for text in texts:
         name, label = next((read for read in _labelled(text) if read[0] in by_name), _labelled(text)[-1])
         if name not in by_name:
             raise ValueError(f"no row is named {name!r}{nearest(name, by_name)}")
-        made.append(replace(by_name[name], name=label or name))
-    return made
+        chosen.append(replace(by_name[name], name=label or name))
+    return chosen
+
+
+def markdown(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
+    """A Markdown table; ``results`` chooses and orders the columns, by default all that the first row has."""
+    table = text_table(rows, results)
+    head, *lines = [f"| {' | '.join(cells)} |" for cells in table]
+    return "\n".join([head, "|" + " --- |" * len(table[0]), *lines])
+
+
+def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
+    """A LaTeX ``tabular`` with the rules of the package ``booktabs``."""
+    table = [[cell.translate(_TEX) for cell in cells] for cells in text_table(rows, results)]
+    head, *lines = [f"{' & '.join(cells)} \\\\" for cells in table]
+    start = f"\\begin{{tabular}}{{{'l' * len(table[0])}}}"
+    return "\n".join([start, "\\toprule", head, "\\midrule", *lines, "\\bottomrule", "\\end{tabular}"])
+
+
+def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[str]]:
+    """Header and lines with value, ends of the interval and seeds of each column apart; "" for none."""
+    table = [
+        ["recipe", *(f"{column}{part}" for column in columns for part in ("", " low", " high", " seeds"))]
+    ]
+    for row in rows:
+        numbers = [row.cells[c].numbers() if c in row.cells else [""] * 4 for c in columns]
+        table.append([row.name, *(number for group in numbers for number in group)])
+    return table
+
+
+def text_table(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[list[str]]:
+    """Header and lines of a table for reading; one of differences has neither chance nor training minutes."""
+    columns = list(rows[0].cells) if results is None else list(results)
+    signed = any(cell.signed for row in rows for cell in row.cells.values())
+    scored = {row.scored[column] for row in rows for column in columns if column in row.scored}
+    chances = [scored_on for scored_on in rows[0].chance if scored_on in scored and not signed]
+    minutes = [] if signed else ["training minutes"]
+    table = [["recipe", *columns, *(f"chance {name}".strip() for name in chances), *minutes, "seeds"]]
+    for row in rows:
+        cells = [row.cells[column].text() if column in row.cells else "-" for column in columns]
+        cells += [f"{row.chance[name]:.3f}" for name in chances]
+        cells += [f"{row.minutes:.1f}"] * len(minutes)
+        table.append([row.name, *cells, str(max((cell.seeds for cell in row.cells.values()), default=0))])
+    return table
+
+
+def captions(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[str]:
+    """Lines below the table: threat, attacks and budget of the attacked columns; equal ones share a line.
+
+    A column whose rows were attacked differently has a line for each, and one that says they do not compare.
+    """
+    columns = list(rows[0].cells) if results is None else list(results)
+    subjects: dict[str, list[str]] = {}  # columns by words
+    mixed = []
+    for column in columns:
+        words = dict.fromkeys(row.attacked[column] for row in rows if row.attacked.get(column))
+        for text in words:
+            names = " and ".join(row.name for row in rows if row.attacked.get(column) == text)
+            subjects.setdefault(text, []).append(column if len(words) == 1 else f"{column} of {names}")
+        mixed += [column] * (len(words) > 1)
+    lines = [f"{', '.join(subject)}: {text}." for text, subject in subjects.items()]
+    if mixed:
+        start = "Columns whose rows do not compare, since they were attacked differently"
+        lines.append(f"{start}: {', '.join(mixed)}.")
+    if any(column not in row.cells for row in rows for column in columns):
+        lines.append("-: not evaluated in every seed, or the seeds of the recipe were attacked differently.")
+    return lines

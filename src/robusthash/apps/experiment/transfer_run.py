@@ -16,6 +16,7 @@ from robusthash.attacks.threat_model import Norm
 from robusthash.attacks.threat_registry import image_ball
 from robusthash.core.registry import build
 from robusthash.evaluation.context import make_context
+from robusthash.metrics.measure_key import MeasureKey
 from robusthash.robustness.specs.transfer_attacks import TransferMatrix, transfer_matrix
 
 
@@ -48,7 +49,8 @@ class TransferTable:
         behind."""
         m = self.matrix
         lines = [
-            f"w{m.measure} ({m.measure} under attack), {m.threat}, {m.queries} queries ({m.chosen}); "
+            f"{MeasureKey(m.measure).name('worst')} ({m.measure} under attack), {m.threat}, "
+            f"{m.queries} queries ({m.chosen}); "
             "rows: found on, columns: tried on",
             "",
             "| found on | " + " | ".join(m.victims) + " |",

@@ -1,23 +1,52 @@
-"""Numbers -> inline SVG: line charts with bands, and rows of dots with intervals. Titled, labelled, with
-legends.
+"""Descriptions of figures, drawn as inline SVG by the templates of pages and by matplotlib for papers.
 
-Colours are CSS classes ``tone-a`` to ``tone-f`` of the page, so that charts follow its light or dark scheme;
-dashes and hollow dots say the same without colour.
+In SVG, colours are CSS classes ``tone-a`` to ``tone-f`` of the page, so that charts follow its light or dark
+scheme; dashes and hollow dots say the same without colour. In papers, one style serves print in grey and the
+colour-blind, with fonts embedded; no pyplot, no state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from robusthash.apps.reports.html import Markup, tag
+import numpy as np
+
+from robusthash.core.atomic_files import write_all_aside
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Tone = Literal["a", "b", "c", "d", "e", "f"]
 TONES: tuple[Tone, ...] = ("a", "b", "d", "e", "f", "c")
+UNIT = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+Interval = tuple[float, float]
 
-_WIDTH, _HEIGHT = 430, 290  # narrow, so that text stays legible on a phone
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 42
+# ---------------------------------------------------------------------------------------------- descriptions
+
+
+@dataclass(frozen=True)
+class ChartAxis:
+    """A linear axis from the first to the last tick; without ticks, which only papers allow, from the data.
+
+    Args:
+        names: of the ticks (of 0, 1, ... without ticks), in papers.
+        from_zero, log: where the axis starts, and its scale, in papers.
+    """
+
+    label: str
+    ticks: Sequence[float] = ()
+    names: Sequence[str] = ()
+    from_zero: bool = False
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Place of ``value`` between the ends, 0 to 1."""
+        first, last = self.ticks[0], self.ticks[-1]
+        return min(max((value - first) / (last - first), 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -27,292 +56,306 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    tone: Tone
+    tone: Tone = "a"
     dashed: bool = False
     dots: bool = False
     low: Sequence[float] = ()
     high: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        lengths = {len(self.x), len(self.y), *(len(side) for side in (self.low, self.high) if side)}
-        if len(lengths) != 1:
+        lengths = {len(self.x), len(self.y), *(len(side) for side in (self.low, self.high) if len(side))}
+        if len(lengths) != 1 or len(self.low) != len(self.high):
             raise ValueError(f"series {self.name!r} has parts of different length: {sorted(lengths)}")
         if len(self.x) == 0:
             raise ValueError(f"series {self.name!r} has no points")
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A linear axis from the first to the last tick."""
-
-    label: str
-    ticks: Sequence[float]
-    format: str = "{:g}"
-
-    def share(self, value: float) -> float:
-        """Where ``value`` lies between the ends, 0 to 1."""
-        first, last = self.ticks[0], self.ticks[-1]
-        return (value - first) / (last - first)
-
-
-UNIT = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-
-
-def line_chart(
-    title: str,
-    description: str,
-    series: Sequence[Series],
-    x: Axis,
-    y: Axis,
-    reference: tuple[str, float] | None = None,
-    caption: str = "",
-) -> Markup:
-    """A figure with lines over two linear axes.
-
-    Args:
-        description: what the chart shows in a sentence, for screen readers.
-        reference: name and height of a horizontal line, such as chance.
-        caption: text below the legend.
-    """
-
-    def across(value: float) -> float:
-        return round(_LEFT + x.share(value) * (_WIDTH - _LEFT - _RIGHT), 1)
-
-    def up(value: float) -> float:
-        return round(_HEIGHT - _BOTTOM - y.share(value) * (_HEIGHT - _TOP - _BOTTOM), 1)
-
-    drawn: list[Markup] = _frame(x, y, across, up)
-    if reference is not None:
-        level = up(reference[1])
-        drawn.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=level, y2=level, class_="reference"))
-    for line in series:
-        points = [f"{across(a)},{up(b)}" for a, b in zip(line.x, line.y, strict=True)]
-        parts = []
-        if line.low:
-            edge = [f"{across(a)},{up(b)}" for a, b in zip(line.x, line.high, strict=True)]
-            back = [f"{across(a)},{up(b)}" for a, b in zip(line.x, line.low, strict=True)]
-            parts.append(tag("polygon", points=" ".join([*edge, *reversed(back)]), class_="band"))
-        parts.append(
-            tag("polyline", points=" ".join(points), class_="line dashed" if line.dashed else "line")
-        )
-        if line.dots:
-            parts += [
-                tag("circle", cx=across(a), cy=up(b), r=3.2, class_="hollow" if line.dashed else "dot")
-                for a, b in zip(line.x, line.y, strict=True)
-            ]
-        drawn.append(tag("g", *parts, class_=f"tone-{line.tone}"))
-    keys = [(line.name, _swatch(line.tone, line.dashed)) for line in series]
-    if reference is not None:
-        keys.append((reference[0], tag("line", x1=1, x2=25, y1=6, y2=6, class_="reference")))
-    return _figure(title, description, drawn, _HEIGHT, keys, caption)
-
-
-@dataclass(frozen=True)
 class Dot:
-    """A value with its interval, of one of the things compared."""
+    """A value with its interval, of one of the series compared."""
 
-    tone: Tone
+    series: str
     value: float
     low: float
     high: float
     hollow: bool = False
 
 
-def dot_chart(
-    title: str,
-    description: str,
-    rows: Sequence[tuple[str, Sequence[Dot]]],
-    keys: Sequence[tuple[str, Tone, bool]],
-    x: Axis,
-    reference: tuple[str, float] | None = None,
-    caption: str = "",
-) -> Markup:
-    """A figure with one row for each name and, in it, one dot with its interval for each thing compared.
+@dataclass(frozen=True)
+class ScatterPoint:
+    """One of the things compared, in a plane; intervals as thin lines, a cross where it is not to be trusted.
 
     Args:
-        rows: row name and its dots, top down.
-        keys: (name, tone, hollow) of each thing compared, for the legend.
+        label: next to it. title: when hovered. of: id of the element that it stands for.
     """
-    step, left = 34, 30 + int(6.6 * max(len(name) for name, _ in rows))
-    height = _TOP + step * len(rows) + _BOTTOM
-    bottom = height - _BOTTOM
 
-    def across(value: float) -> float:
-        return round(left + x.share(value) * (_WIDTH - left - _RIGHT), 1)
-
-    drawn = []
-    for tick in x.ticks:
-        drawn.append(tag("line", x1=across(tick), x2=across(tick), y1=_TOP, y2=bottom, class_="grid"))
-        drawn.append(tag("text", x.format.format(tick), x=across(tick), y=bottom + 16, text_anchor="middle"))
-    drawn.append(tag("text", x.label, x=(left + _WIDTH - _RIGHT) / 2, y=height - 6, text_anchor="middle"))
-    if reference is not None:
-        place = across(reference[1])
-        drawn.append(tag("line", x1=place, x2=place, y1=_TOP, y2=bottom, class_="reference"))
-    for number, (name, dots) in enumerate(rows):
-        middle = _TOP + step * (number + 0.5)
-        drawn.append(tag("text", name, x=left - 14, y=middle + 4, text_anchor="end", class_="row"))
-        for place, dot in enumerate(dots):
-            height_of_dot = round(middle + (place - (len(dots) - 1) / 2) * 10, 1)
-            drawn.append(
-                tag(
-                    "g",
-                    tag(
-                        "line",
-                        x1=across(dot.low),
-                        x2=across(dot.high),
-                        y1=height_of_dot,
-                        y2=height_of_dot,
-                        class_="whisker",
-                    ),
-                    tag(
-                        "circle",
-                        cx=across(dot.value),
-                        cy=height_of_dot,
-                        r=4.2,
-                        class_="hollow" if dot.hollow else "dot",
-                    ),
-                    class_=f"tone-{dot.tone}",
-                )
-            )
-    drawn.append(tag("line", x1=left, x2=_WIDTH - _RIGHT, y1=bottom, y2=bottom, class_="axis"))
-    legend = [(name, _dot_swatch(tone, hollow)) for name, tone, hollow in keys]
-    if reference is not None:
-        legend.append((reference[0], tag("line", x1=1, x2=25, y1=6, y2=6, class_="reference")))
-    return _figure(title, description, drawn, height, legend, caption)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One of the things compared, in a plane; intervals as thin lines, a cross where it is not to be
-    trusted."""
-
-    tone: Tone
+    series: str
     x: float
     y: float
-    x_interval: tuple[float, float] | None = None
-    y_interval: tuple[float, float] | None = None
-    label: str = ""  # beside it
-    title: str = ""  # when hovered
-    of: str = ""  # id of the element that it stands for
+    x_interval: Interval | None = None
+    y_interval: Interval | None = None
+    label: str = ""
+    title: str = ""
+    of: str = ""
     crossed: bool = False
 
 
-def scatter_chart(
-    title: str,
-    description: str,
-    points: Sequence[Point],
-    keys: Sequence[tuple[str, Tone]],
-    x: Axis,
-    y: Axis,
-    reference: tuple[str, float] | None = None,
-    caption: str = "",
-) -> Markup:
-    """A figure with points over two linear axes and the diagonal of equal values.
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A figure with its title, a sentence for screen readers, and a named line such as chance."""
+
+    form: ClassVar[str]  # macro of the template that draws it
+    width: ClassVar[int] = 430  # of the SVG: narrow, so that text stays legible on a phone
+    right: ClassVar[int] = 418
+    top: ClassVar[int] = 10
+
+    x: ChartAxis
+    title: str = ""
+    description: str = ""
+    reference: tuple[str, float] | None = None
+
+    @property
+    def left(self) -> int:
+        return 46
+
+    @property
+    def height(self) -> int:
+        return 290
+
+    @property
+    def bottom(self) -> int:
+        return self.height - 42
+
+    def across(self, value: float) -> float:
+        """Horizontal place of a value in the SVG."""
+        return round(self.left + self.x.share(value) * (self.right - self.left), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane(Chart):
+    """A figure over two axes."""
+
+    y: ChartAxis
+
+    def up(self, value: float) -> float:
+        """Vertical place of a value in the SVG."""
+        return round(self.bottom - self.y.share(value) * (self.bottom - self.top), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineChart(Plane):
+    """Lines over two axes: curves over budgets, precision and recall, sweeps, convergence.
 
     Args:
-        keys: (name, tone) for the legend.
-        reference: name and value of a line on both axes, such as chance.
+        whiskers: in papers, intervals as bars side by side, where bands would lie on one another.
     """
 
-    def across(value: float) -> float:
-        return round(_LEFT + min(max(x.share(value), 0.0), 1.0) * (_WIDTH - _LEFT - _RIGHT), 1)
+    form = "lines"
+    series: Sequence[Series]
+    whiskers: bool = False
 
-    def up(value: float) -> float:
-        return round(_HEIGHT - _BOTTOM - min(max(y.share(value), 0.0), 1.0) * (_HEIGHT - _TOP - _BOTTOM), 1)
-
-    drawn = _frame(x, y, across, up)
-    least, most = max(x.ticks[0], y.ticks[0]), min(x.ticks[-1], y.ticks[-1])
-    ends = {"x1": across(least), "y1": up(least), "x2": across(most), "y2": up(most)}
-    if most > least:
-        drawn.append(tag("line", **ends, class_="reference"))
-    if reference is not None:
-        level, place = up(reference[1]), across(reference[1])
-        drawn.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=level, y2=level, class_="reference"))
-        drawn.append(tag("line", x1=place, x2=place, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="reference"))
-        drawn.append(tag("text", reference[0], x=_WIDTH - _RIGHT, y=level - 4, text_anchor="end"))
-    for point in points:
-        left, top = across(point.x), up(point.y)
-        parts = [tag("title", point.title)] if point.title else []
-        if point.x_interval is not None:
-            low, high = map(across, point.x_interval)
-            parts.append(tag("line", x1=low, x2=high, y1=top, y2=top, class_="whisker"))
-        if point.y_interval is not None:
-            low, high = map(up, point.y_interval)
-            parts.append(tag("line", x1=left, x2=left, y1=low, y2=high, class_="whisker"))
-        parts.append(tag("circle", cx=left, cy=top, r=4.6, class_="hollow" if point.crossed else "dot"))
-        if point.crossed:
-            for slope in (-1, 1):
-                ends = {"x1": left - 7, "x2": left + 7, "y1": top - 7 * slope, "y2": top + 7 * slope}
-                parts.append(tag("line", **ends, class_="cross"))
-        parts.append(tag("text", point.label, x=left + 7, y=top - 5, class_="number"))
-        drawn.append(tag("g", *parts, class_=f"tone-{point.tone}", data_of=point.of or None))
-    legend = [(name, _dot_swatch(tone, False)) for name, tone in keys]
-    if any(point.crossed for point in points):
-        cross = (
-            tag("line", x1=7, x2=19, y1=0, y2=12, class_="cross"),
-            tag("line", x1=7, x2=19, y1=12, y2=0, class_="cross"),
-        )
-        legend.append(("unreliable", tag("g", *cross)))
-    figure = _figure(title, description, drawn, _HEIGHT, legend, caption)
-    return tag("div", figure, class_="scatter")
+    def points(self, x: Sequence[float], y: Sequence[float]) -> str:
+        """Places as an SVG element takes them."""
+        return " ".join(f"{self.across(a)},{self.up(b)}" for a, b in zip(x, y, strict=True))
 
 
-def _frame(x: Axis, y: Axis, across: Callable[[float], float], up: Callable[[float], float]) -> list[Markup]:
-    """Grid, ticks and labels of both axes."""
-    drawn = []
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    for tick in y.ticks:
-        drawn.append(tag("line", x1=_LEFT, x2=right, y1=up(tick), y2=up(tick), class_="grid"))
-        drawn.append(tag("text", y.format.format(tick), x=_LEFT - 7, y=up(tick) + 4, text_anchor="end"))
-    for tick in x.ticks:
-        drawn.append(tag("text", x.format.format(tick), x=across(tick), y=bottom + 16, text_anchor="middle"))
-        drawn.append(tag("line", x1=across(tick), x2=across(tick), y1=bottom, y2=bottom + 4, class_="axis"))
-    drawn.append(tag("line", x1=_LEFT, x2=right, y1=bottom, y2=bottom, class_="axis"))
-    drawn.append(tag("text", x.label, x=(_LEFT + right) / 2, y=_HEIGHT - 6, text_anchor="middle"))
-    middle = (_TOP + bottom) / 2
-    drawn.append(
-        tag("text", y.label, x=12, y=middle, text_anchor="middle", transform=f"rotate(-90 12 {middle})")
-    )
-    return drawn
+@dataclass(frozen=True, kw_only=True)
+class IntervalChart(Chart):
+    """A row for each name and in it a dot with its interval for each series; in papers, groups of bars.
+
+    Args:
+        tones: by series, for the legend; unused in papers.
+    """
+
+    form = "intervals"
+    step: ClassVar[int] = 34
+    rows: Sequence[tuple[str, Sequence[Dot]]]
+    tones: Mapping[str, Tone] = field(default_factory=dict)
+
+    @property
+    def left(self) -> int:
+        return 30 + int(6.6 * max(len(name) for name, _ in self.rows))
+
+    @property
+    def height(self) -> int:
+        return self.top + self.step * len(self.rows) + 42
 
 
-def _figure(
-    title: str,
-    description: str,
-    drawn: Sequence[Markup],
-    height: int,
-    keys: Sequence[tuple[str, Markup]],
-    caption: str,
-) -> Markup:
-    swatches = [
-        tag("li", tag("svg", mark, viewBox="0 0 26 12", aria_hidden="true"), name) for name, mark in keys
-    ]
-    return tag(
-        "figure",
-        tag("h3", title),
-        tag(
-            "svg",
-            tag("title", title),
-            tag("desc", description),
-            drawn,
-            viewBox=f"0 0 {_WIDTH} {height}",
-            role="img",
-            aria_label=f"{title}. {description}",
-        ),
-        tag("ul", swatches, class_="legend"),
-        tag("figcaption", caption) if caption else None,
-        class_="chart",
-    )
+@dataclass(frozen=True, kw_only=True)
+class ScatterChart(Plane):
+    """Points over two linear axes and the diagonal of equal values; a reference is a line on both axes.
+
+    Args:
+        tones: by series, for the legend; unused in papers.
+    """
+
+    form = "scatter"
+    points: Sequence[ScatterPoint]
+    tones: Mapping[str, Tone] = field(default_factory=dict)
+
+    @property
+    def diagonal(self) -> Interval:
+        """The values that both axes show."""
+        return max(self.x.ticks[0], self.y.ticks[0]), min(self.x.ticks[-1], self.y.ticks[-1])
 
 
-def _swatch(tone: Tone, dashed: bool) -> Markup:
-    style = "line dashed" if dashed else "line"
-    return tag("g", tag("polyline", points="1,6 25,6", class_=style), class_=f"tone-{tone}")
+# ---------------------------------------------------------------------------------------------- papers
+
+# Okabe and Ito's colours, so ordered that neighbours differ in lightness; dashes and markers say the same
+_COLOURS = ("#0072B2", "#D55E00", "#7A7A7A", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)), (0, (8, 2)), (0, (3, 1)), "-", (0, (2, 2)))
+_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++", "oo")
+_STYLE: Any = {  # matplotlib types its settings by their names
+    **{"font.size": 9, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False},
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6},
+    **{"lines.linewidth": 1.6, "lines.markersize": 5, "hatch.linewidth": 0.6, "savefig.dpi": 200},
+    **{"legend.frameon": False, "figure.constrained_layout.use": True},
+    "pdf.fonttype": 42,  # embedded as TrueType, so that publishers and editors can read the text
+}
 
 
-def _dot_swatch(tone: Tone, hollow: bool) -> Markup:
-    parts = (
-        tag("line", x1=2, x2=24, y1=6, y2=6, class_="whisker"),
-        tag("circle", cx=13, cy=6, r=4.2, class_="hollow" if hollow else "dot"),
-    )
-    return tag("g", *parts, class_=f"tone-{tone}")
+def require_matplotlib() -> None:
+    """Raise before any work is done where figures cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401 - looked for, not used
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install robusthash[figures]") from error
+
+
+@contextmanager
+def paper_figure(width: float, height: float) -> Iterator[Figure]:
+    """An empty figure, to be filled in the style of papers; sizes in inches."""
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        yield Figure(figsize=(width, height))
+
+
+def save(figure: Figure | Chart, stem: Path) -> list[Path]:
+    """Write ``stem.pdf`` and ``stem.png``; both are whole before either replaces an older one."""
+    require_matplotlib()
+    from matplotlib import rc_context
+
+    drawn = draw(figure) if isinstance(figure, Chart) else figure
+    paths = [stem.with_name(f"{stem.name}.{ending}") for ending in ("pdf", "png")]
+    with rc_context(_STYLE), write_all_aside(paths) as asides:
+        for aside in asides:
+            # without a date the same numbers give the same file
+            drawn.savefig(aside, metadata={"CreationDate": None} if aside.suffix == ".pdf" else None)
+    return paths
+
+
+def draw(chart: Chart) -> Figure:
+    """Draw a chart by matplotlib.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    if isinstance(chart, LineChart) and chart.series:
+        return _draw_lines(chart)
+    if isinstance(chart, IntervalChart) and any(dots for _, dots in chart.rows):
+        return _draw_bars(chart)
+    if isinstance(chart, ScatterChart) and chart.points:
+        return _draw_points(chart)
+    raise ValueError(f"a figure of {chart.form} needs at least one value")
+
+
+def _draw_lines(chart: LineChart) -> Figure:
+    with paper_figure(4.6, 3.1) as figure:
+        from matplotlib.ticker import MaxNLocator
+
+        axes = figure.subplots()
+        for number, line in enumerate(chart.series):
+            look = _look(number)
+            every = 1 if len(line.x) <= 25 else max(1, len(line.x) // 12)
+            dashes = _DASHES[number % len(_DASHES)]
+            axes.plot(line.x, line.y, linestyle=dashes, markevery=every, label=line.name, **look)
+            if len(line.low) and chart.whiskers:
+                shift = (number - (len(chart.series) - 1) / 2) * 0.08
+                ends = _whiskers(line.y, list(zip(line.low, line.high, strict=True)))
+                bars: dict[str, Any] = {"linestyle": "none", "elinewidth": 1.0, "capsize": 2}
+                axes.errorbar([at + shift for at in line.x], line.y, ends, color=look["color"], **bars)
+            elif len(line.low):
+                axes.fill_between(line.x, line.low, line.high, color=look["color"], alpha=0.18, linewidth=0)
+        _draw_reference(axes, chart)
+        if chart.x.names:
+            axes.set_xticks(chart.x.ticks or range(len(chart.x.names)), chart.x.names)
+        elif all(float(at).is_integer() for line in chart.series for at in line.x):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if chart.y.from_zero:
+            axes.set_ylim(bottom=0.0)
+        if chart.y.log:
+            axes.set_yscale("log")
+        axes.set(xlabel=chart.x.label, ylabel=chart.y.label)
+        _draw_legend(figure, axes, len(chart.series))
+    return figure
+
+
+def _draw_bars(chart: IntervalChart) -> Figure:
+    series = list(dict.fromkeys(dot.series for _, dots in chart.rows for dot in dots))
+    width = 0.8 / len(series)
+    with paper_figure(max(4.6, 1.0 + len(chart.rows) * (0.25 + 0.17 * len(series))), 3.4) as figure:
+        axes = figure.subplots()
+        error = {"elinewidth": 0.9, "capsize": 1.5, "ecolor": "#333333"}
+        for number, name in enumerate(series):
+            bars = [(i, dot) for i, (_, dots) in enumerate(chart.rows) for dot in dots if dot.series == name]
+            places = [place + (number - (len(series) - 1) / 2) * width for place, _ in bars]
+            values = [dot.value for _, dot in bars]
+            ends = _whiskers(values, [(dot.low, dot.high) for _, dot in bars])
+            hatch = _HATCHES[number % len(_HATCHES)]
+            look: dict[str, Any] = {"color": _look(number)["color"], "edgecolor": "white", "hatch": hatch}
+            axes.bar(places, values, width * 0.92, yerr=ends, error_kw=error, label=name, **look)
+        _draw_reference(axes, chart)
+        names = [name for name, _ in chart.rows]
+        axes.set_xticks(range(len(names)), names, rotation=25, ha="right", rotation_mode="anchor")
+        axes.set_ylabel(chart.x.label)
+        axes.grid(visible=False, axis="x")
+        _draw_legend(figure, axes, len(series))
+    return figure
+
+
+def _draw_points(chart: ScatterChart) -> Figure:
+    with paper_figure(4.6, 3.9) as figure:
+        axes = figure.subplots()
+        end = 0.0
+        for number, point in enumerate(chart.points):
+            across, up = point.x_interval or (point.x,) * 2, point.y_interval or (point.y,) * 2
+            ends = {"xerr": _whiskers([point.x], [across]), "yerr": _whiskers([point.y], [up])}
+            bars: dict[str, Any] = {"elinewidth": 1.0, "capsize": 2, "linestyle": "none", "markersize": 7}
+            axes.errorbar([point.x], [point.y], label=point.series, **ends, **bars, **_look(number))
+            end = max(end, across[1] * 1.05, up[1] * 1.05)
+        axes.plot([0, end], [0, end], color="#999999", linewidth=0.9, zorder=0)
+        _draw_reference(axes, chart)
+        axes.set(xlim=(0, end), ylim=(0, end), aspect="equal", xlabel=chart.x.label, ylabel=chart.y.label)
+        _draw_legend(figure, axes, len(chart.points))
+    return figure
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+
+
+def _whiskers(values: Sequence[float], intervals: Sequence[Interval]) -> Any:
+    """(2, n) lengths below and above; an interval of another estimate may just leave the value outside."""
+    middle, (low, high) = np.array(values), np.array(intervals).T
+    return np.stack([middle - low, high - middle]).clip(min=0.0)
+
+
+def _draw_reference(axes: Any, chart: Chart) -> None:
+    """A dotted line with its name next to the axes, where no data lies."""
+    if chart.reference is None:
+        return
+    name, height = chart.reference
+    axes.axhline(height, color="#333333", linewidth=1.0, linestyle=(0, (1, 2)))
+    place = ("axes fraction", "data"), "offset points"
+    axes.annotate(name, (1.0, height), (3, 0), *place, ha="left", va="center", fontsize=7.5)
+
+
+def _draw_legend(figure: Figure, axes: Any, entries: int) -> None:
+    """Below the axes, so that it never lies on the data."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(entries, int(62 / (max(map(len, labels)) + 6))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)

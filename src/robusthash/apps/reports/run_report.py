@@ -1,37 +1,49 @@
-"""The report of one run: files of its directory -> report.html. The pieces serve the demo's page as well."""
+"""The report of one run: files of its directory -> report.html. Its charts serve other pages too."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-from robusthash.apps.experiment.run_directory import Run
-from robusthash.apps.reports import html
-from robusthash.apps.reports.branch_maps import branches_section
-from robusthash.apps.reports.charts import TONES, UNIT, Axis, Dot, Series, Tone, dot_chart, line_chart
-from robusthash.apps.reports.html import Child, Markup, tag
-from robusthash.apps.reports.suite_section import doubt_line, suite_sections
-from robusthash.apps.reports.wording import (
-    ROUNDING,
-    notes,
-    number,
-    setting_facts,
-    short,
-    span,
-    stored_as,
-    with_span,
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from robusthash.apps.experiment.run_directory import Run, RunError
+from robusthash.apps.reports.charts import (
+    TONES,
+    UNIT,
+    Chart,
+    ChartAxis,
+    Dot,
+    IntervalChart,
+    LineChart,
+    Series,
+    Tone,
 )
+from robusthash.apps.reports.pages import WORST_CASE, notes, number, remark, render, stored_as
 from robusthash.core.atomic_files import write_aside
+from robusthash.data.base import Split
+from robusthash.data.splits import stable_subset
+from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import EvalResult, Flag, by_direction
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from robusthash.models.drfgd import ImageRegenerator
+from robusthash.models.hasher import Hasher, frozen
+from robusthash.robustness.checks.base import CHECKS
+from robusthash.robustness.specs.published_suite import LEGACY, published
 
 Results = Mapping[str, EvalResult]
-"""The results of one run by name: ``clean``, each attack, ``worst``; over several directions ``I2T clean``,
-..."""
+"""Results of a run by name: ``clean``, each attack, ``worst``; over several directions ``I2T clean``, ..."""
+
+BRANCHES = "branches.npz"
+
+_GROUPS = ("white-box", "adaptive", "refined", "transfer", "black-box", "noise")
 
 
 def write_report(run: Run) -> Path:
@@ -40,25 +52,13 @@ def write_report(run: Run) -> Path:
     Raises:
         RunError: the run has not been trained or evaluated.
     """
-    path = run.path / "report.html"
-    text = run_page(
-        run.card(),
-        run.evaluated(),
-        run.lines(),
-        commands_of(run),
-        branches_section(run.path),
-        list(run.assessed().values()),
-        run.checked(),
-    )
-    with write_aside(path) as aside:
+    quoted = shlex.quote(str(run.path))
+    commands = [f"robusthash evaluate {quoted}", f"robusthash report {quoted}"]
+    branches, suites = load_branches(run.path), list(run.assessed().values())
+    text = run_page(run.card(), run.evaluated(), run.lines(), commands, branches, suites, run.checked())
+    with write_aside(run.path / "report.html") as aside:
         aside.write_text(text, encoding="utf-8")
-    return path
-
-
-def commands_of(run: Run) -> list[str]:
-    """What to type to evaluate the run again and to write this report again."""
-    path = shlex.quote(str(run.path))
-    return [f"robusthash evaluate {path}", f"robusthash report {path}"]
+    return run.path / "report.html"
 
 
 def run_page(
@@ -66,7 +66,7 @@ def run_page(
     results: Results,
     log: Sequence[Mapping[str, Any]],
     commands: Sequence[str],
-    branches: Child = None,
+    branches: Mapping[str, Tensor] | None = None,
     suites: Sequence[EvalResult] = (),
     checked: Sequence[Flag] = (),
 ) -> str:
@@ -75,289 +75,220 @@ def run_page(
     Args:
         card: the model card.
         log: one line per epoch of training.
-        branches: a section on what a purifier looks at.
-        suites: what suites of attacks found.
-        checked: what ``check`` said of the model.
+        branches: rows of images, see ``load_branches``.
+        suites: results of suites of attacks.
+        checked: flags that ``check`` raised on the model.
     """
     groups = by_direction(results)
-    first = next(iter(groups.values()))
-    clean, several = first["clean"], len(groups) > 1
-    lead = [
-        tag("p", f"{context}: " if several else None, verdict(group)) for context, group in groups.items()
-    ]
-    return html.page(
-        f"{card['name']}: {card['bits']} bits on {clean.setting.queries.partition(':')[0]}",
-        [*lead, doubt_line(suites, checked)],
-        None if several else html.tiles(tiles_of(first)),
-        *(
-            results_section(f"Results, {context}" if several else "Results", g, several)
-            for context, g in groups.items()
-        ),
-        *suite_sections(suites),
-        html.section("What was changed", perceptibility_table(results))
-        if len(results) > len(groups)
-        else None,
-        branches,
-        html.section("Training", tag("div", model_facts(card), training_chart(log), class_="pair")),
-        html.section("Setting", setting_facts(first.get("worst", clean), results)),
-        html.section("Commands", html.commands(commands)),
-        foot=versions_line(clean),
-        style=html.read_asset("suite.css") if suites else "",
+    clean = next(iter(groups.values()))["clean"]
+    return render(
+        "run_report.html.j2",
+        title=f"{card['name']}: {card['bits']} bits on {clean.setting.queries.partition(':')[0]}",
+        results=results,
+        groups=[{**group_data(group), "context": context} for context, group in groups.items()],
+        unreliable=unreliable_names(suites, checked),
+        suites=sorted(map(suite_data, suites), key=lambda suite: suite["published"]),
+        branches=branches,
+        card=card,
+        training=training_chart(log),
+        commands=commands,
     )
 
 
-def results_section(title: str, results: Results, with_tiles: bool) -> Markup:
-    """Table and charts of one direction and relevance; its tiles where the page has several."""
+def group_data(results: Results) -> dict[str, Any]:
+    """Results of one direction and relevance as the template ``results`` takes them."""
     untargeted = {name: result for name, result in results.items() if is_untargeted(name, result)}
-    targeted = {
-        name: result for name, result in results.items() if name != "worst" and name not in untargeted
-    }
-    charts: list[Markup | None] = [pr_chart(_toned(untargeted)), precision_chart(_toned(untargeted))]
+    targeted = {name: r for name, r in results.items() if name != "worst" and name not in untargeted}
+    measure = results["clean"].setting.headline
+    charts = [pr_chart(_with_looks(untargeted)), precision_chart(_with_looks(untargeted))]
     if targeted:
-        charts += [pr_chart(_toned(targeted), targets=True), precision_chart(_toned(targeted), targets=True)]
+        looks = _with_looks(targeted)
+        charts += [pr_chart(looks, targets=True), precision_chart(looks, targets=True)]
     if "worst" in results:
-        charts.insert(0, map_chart({"": results}, {"": "b"}))
-    tiles = html.tiles(tiles_of(results)) if with_tiles else None
-    figures = tag("div", *charts, class_="pair")
-    return html.section(title, tiles, results_table(results), figures, notes(results.values()))
-
-
-def tiles_of(results: Results) -> list[tuple[str, str, Child]]:
-    """The few numbers of one direction and relevance."""
-    clean, worst = results["clean"], results.get("worst")
-    measure = clean.setting.headline
-    tiles: list[tuple[str, str, Child]] = [
-        (f"clean {measure}", number(clean.values[measure]), span(clean, measure))
-    ]
-    if worst is not None:
-        low = f"w{measure}"
-        tiles.append(
-            (
-                f"worst case per query, {len(worst.setting.attacks)} attacks",
-                number(worst[low]),
-                span(worst, low),
-            )
-        )
-        tiles.append(
-            ("harmonic robustness score", number(worst["HRS"]), "0: collapsed or not robust, 1: perfect")
-        )
-    return [*tiles, ("chance", number(clean.reference["chance"]), "a random order of the database")]
-
-
-# ---------------------------------------------------------------------------------------------- numbers as
-# text
+        charts.insert(0, interval_chart({measure: results}, {measure: "b"}, "Values"))
+    ending, stored = stored_as(results.values())
+    return {
+        "results": results,
+        "measure": measure,
+        "ending": ending,
+        "stored": stored,
+        "targeted": bool(targeted),
+        "charts": charts,
+        "curves": any("PR" in result.curves for result in untargeted.values()),
+        "notes": notes(results.values()),
+    }
 
 
 def is_untargeted(name: str, result: EvalResult) -> bool:
     """Clean queries or an untargeted attack: neither a target nor the worst case over several."""
-    return name != "worst" and f"t-{result.setting.headline}" not in result.values
+    return name != "worst" and result.setting.key.name("targeted") not in result.values
 
 
-def verdict(results: Results) -> str:
-    """The run in a sentence or two."""
-    clean, worst = results["clean"], results.get("worst")
-    measure = clean.setting.headline
-    start = f"On {len(clean.per_query[measure])} queries the clean {measure} is {number(clean[measure])}"
-    if worst is None:
-        return f"{start}. No attack was run, so nothing is said about robustness."
-    attacks = ", ".join(worst.setting.attacks)
-    fall = f"it falls to {number(worst['w' + measure])} where each query meets the worst of {attacks}"
-    return f"{start}; {fall}. Chance is {number(clean.reference['chance'])}."
+# ---------------------------------------------------------------------------------------------- suites
 
 
-# ---------------------------------------------------------------------------------------------- tables
+def unreliable_names(results: Sequence[EvalResult], checked: Sequence[Flag]) -> list[str]:
+    """The results against which a red flag stands; a red flag of the model stands against every number.
+
+    Args:
+        checked: flags that ``check`` raised on the model.
+    """
+    red = [flag.id for flag in checked if flag.level == "red"]
+    names = [f"every number of this model ({', '.join(red)})"] * bool(red)
+    return names + [result.name for result in results if result.unreliable]
 
 
-def results_table(results: Results) -> Markup:
-    """Clean, every attack and the worst case: values with intervals, and what each attack spent."""
-    measure = results["clean"].setting.headline
-    targeted = any(f"t-{measure}" in result.values for result in results.values())
-    ending, stored = stored_as(results.values())
-    head = [
-        "",
-        measure,
-        *[f"of {stored}"] * bool(stored),
-        "bits flipped",
-        "success rate",
-        *[f"t-{measure}"] * targeted,
-    ]
-    rows: list[list[Child]] = []
-    for name, result in results.items():
-        prefix = "w" if name == "worst" else ""
-        flipped = f"{result['flips']:.1f} of {result.setting.bits}" if "flips" in result.values else "–"
-        rate = result.values.get("ASR", result.values.get("t-ASR"))
-        row: list[Child] = [name, with_span(result, prefix + measure)]
-        row += [with_span(result, f"{prefix}{measure}{ending}")] * bool(stored)
-        row += [flipped, "–" if rate is None else f"{rate:.0%}"]
-        rows.append([*row, *([with_span(result, f"t-{measure}")] * targeted), passes(result)])
-    reference = results["clean"].reference
-    rows.append(["chance", number(reference["chance"]), *["–"] * (len(head) - 1)])
-    caption = (
-        f"Below each value its 95 % bootstrap interval over queries. {ROUNDING[ending]}"
-        "Success: AP at most half of clean; targeted: t-AP of at least 0.5. Passes: forward + backward "
-        "passes of single queries."
-    )
-    marked = [row for row, name in enumerate(results) if name == "worst"]
-    return html.table([*head, "passes"], rows, caption, marked)
-
-
-def passes(result: EvalResult) -> str:
-    """Forward and backward passes of an attack."""
-    return f"{result.cost.forward:,} + {result.cost.backward:,}" if result.cost.forward else "–"
-
-
-def perceptibility_table(results: Results) -> list[Markup]:
-    """How large and how visible the perturbations of each attack are: a table of images, of texts, or
-    both."""
-    images: dict[str, Callable[[Mapping[str, float]], str]] = {
-        "largest |δ| (of 255)": lambda found: f"{found['linf/max'] * 255:.2f}",
-        "L2, mean": lambda found: number(found["l2/mean"]),
-        "MSE, mean": lambda found: f"{found['mse/mean']:.2e}",
-        "PSNR of mean MSE (dB)": lambda found: number(-10 * math.log10(max(found["mse/mean"], 1e-12)), 1),
-        "SSIM, mean": lambda found: number(found["ssim/mean"]) if "ssim/mean" in found else "–",
-        "pixels changed": lambda found: f"{found['l0/mean']:.0%}" if "l0/mean" in found else "–",
-        "row sum": lambda found: (
-            number(found["legacy_matrix_inf/mean"]) if "legacy_matrix_inf/mean" in found else "–"
-        ),
-        "spectral": lambda found: (
-            number(found["legacy_matrix_2/mean"]) if "legacy_matrix_2/mean" in found else "–"
-        ),
+def suite_data(result: EvalResult) -> dict[str, Any]:
+    """A result as the template ``suite_section`` takes it."""
+    key, measure = result.setting.key, result.setting.headline
+    is_published = published(result.setting.tier)
+    untargeted = {name: attack for name, attack in result.attacks.items() if measure in attack}
+    groups: dict[str, dict[str, Mapping[str, float]]] = {group: {} for group in _GROUPS}
+    for name, attack in sorted(untargeted.items(), key=lambda item: item[1][measure]):
+        groups["white-box" if is_published else _group(name, attack, result)][name] = attack
+    ending, stored = stored_as([result])
+    return {
+        "result": result,
+        "measure": measure,
+        "worst_case": WORST_CASE,
+        "published": is_published,
+        "remark": remark(result.flags, True),
+        "ending": ending,
+        "stored": stored,
+        "count": len(untargeted),
+        "groups": {group: attacks for group, attacks in groups.items() if attacks},
+        "legacy": LEGACY if any(LEGACY in attack for attack in untargeted.values()) else None,
+        "targeted": {name: each for name, each in result.attacks.items() if key.name("targeted") in each},
+        "curve": _curve(result),
+        "raised": _flags(result, "red") + _flags(result, "amber"),
+        "passed": _flags(result, "pass"),
     }
-    of_images = (
-        "Perturbations of the query images; pixel norms of x′ − x with x in [0, 1]. Row sum and spectral are matrix "
-        "norms, means over channels: what published tables print as L∞ and L2."
-    )
-    texts: dict[str, Callable[[Mapping[str, float]], str]] = {
-        "entries changed, mean": lambda found: number(found["edits/mean"], 1),
-        "share of entries": lambda found: f"{found['changed/mean']:.1%}",
-        "L1, mean": lambda found: number(found["l1/mean"], 2),
-        "largest |δ|": lambda found: number(found["largest/max"]),
-    }
-    of_texts = (
-        "Perturbations of the query texts as vectors over the vocabulary. A fraction of a word corresponds to no real "
-        "text; edits of whole words do."
-    )
-    tables = []
-    for key, columns, caption in (
-        ("mse/mean", images, of_images),
-        ("changed/mean", texts, of_texts),
-    ):
-        kept = {
-            name: result.perceptibility for name, result in results.items() if key in result.perceptibility
+
+
+def _group(name: str, attack: Mapping[str, float], result: EvalResult) -> str:
+    """The knowledge of an attack; the setting lists all attacks but the adaptive ones."""
+    if name not in result.setting.attacks:
+        return "adaptive"
+    for group in ("refined", "transfer"):
+        if name.startswith(f"{group} "):
+            return group
+    if attack.get("oracle", 0) > 0:
+        return "noise" if name.endswith("noise") or name == "random edits" else "black-box"
+    return "white-box"
+
+
+def _flags(result: EvalResult, level: str) -> list[dict[str, Any]]:
+    """Flags of a level, with the titles of their checks."""
+    return [
+        {
+            **asdict(flag),
+            "title": CHECKS[flag.id].title if flag.id in CHECKS else "",
+            "value": f"{flag.value:.3g}" if math.isfinite(flag.value) else "–",
         }
-        rows = [[name, *(write(found) for write in columns.values())] for name, found in kept.items()]
-        if rows:
-            tables.append(html.table(["", *columns], rows, caption))
-    return tables
+        for flag in result.flags
+        if flag.level == level
+    ]
 
 
-def model_facts(card: Mapping[str, Any]) -> Markup:
-    """The model card."""
-    spec = card["hasher"]
-    return html.facts(
-        [
-            ("model", tag("code", f"{card['name']}/{card['id']}")),
-            ("bits", card["bits"]),
-            ("encoders", ", ".join(f"{m}: {short(spec.get(m))}" for m in card["modalities"])),
-            ("head", short(spec.get("head"))),
-            ("image size", " × ".join(str(side) for side in card["image_size"]) + " px"),
-            ("declared defense", card["declared"]),
-            ("objective", short(card["objective"])),
-            ("training", f"{card['epochs']} epochs, {card['seconds']:.0f} s"),
-        ]
+def _curve(result: EvalResult) -> Chart | None:
+    """The worst case over budgets, where it was run."""
+    key = result.setting.key
+    low = key.name("worst")
+    curve = result.curves.get(key.name("worst", option="eps"))
+    if curve is None:
+        return None
+    budgets, values = curve["eps"].tolist(), curve[low].tolist()
+    lows, highs = zip(*(result.interval[key.name("worst", eps=eps)] for eps in budgets), strict=True)
+    of_images = result.setting.threat.startswith("img-linf")
+    x = [eps * 255 for eps in budgets] if of_images else budgets
+    mark = " (UNRELIABLE)" if result.unreliable else ""
+    return LineChart(
+        title=f"{low} over eps",
+        description=f"{low} falls from {number(values[0])} to {number(values[-1])}",
+        series=[Series(f"{low}{mark}", x, values, "b", result.unreliable, True, lows, highs)],
+        x=ChartAxis("eps, in 1/255" if of_images else "eps", [max(x) * step / 4 for step in range(5)]),
+        y=ChartAxis(low, UNIT),
+        reference=("chance", result.reference["chance"]),
     )
-
-
-def versions_line(result: EvalResult) -> str:
-    """The software that the numbers depend on."""
-    return ", ".join(f"{name} {version}" for name, version in result.setting.software.items())
 
 
 # ---------------------------------------------------------------------------------------------- charts
 
 
-def map_chart(models: Mapping[str, Results], tones: Mapping[str, Tone], caption: str = "") -> Markup:
-    """Headline value with interval, clean, under each untargeted attack and in the worst case, of one or more
-    runs."""
+def interval_chart(models: Mapping[str, Results], tones: Mapping[str, Tone], names: str = "") -> Chart:
+    """Headline value with interval, clean, under each untargeted attack and in the worst case.
+
+    Args:
+        models: results of one or more runs, by what the legend calls them.
+        names: of the runs in the description, those of the legend by default.
+    """
     first = next(iter(models.values()))
     measure = first["clean"].setting.headline
-    names = [name for name, result in first.items() if name == "worst" or is_untargeted(name, result)]
     rows = []
-    for name in names:
-        key = f"w{measure}" if name == "worst" else measure
-        dots = [
-            Dot(tones[model], results[name][key], *results[name].interval[key])
-            for model, results in models.items()
-        ]
-        rows.append(("worst case" if name == "worst" else name, dots))
+    for name, result in first.items():
+        key = result.setting.key.name("worst" if name == "worst" else "")
+        if name == "worst" or is_untargeted(name, result):
+            dots = [Dot(m, named[name][key], *named[name].interval[key]) for m, named in models.items()]
+            rows.append(("worst case" if name == "worst" else name, dots))
     described = "; ".join(f"{name}: {', '.join(number(dot.value) for dot in dots)}" for name, dots in rows)
-    return dot_chart(
-        f"{measure}, clean and attacked",
-        f"{', '.join(filter(None, models)) or 'Values'}. {described}.",
-        rows,
-        [(model or measure, tone, False) for model, tone in tones.items()],
-        Axis(f"{measure} with 95 % interval", UNIT),
-        ("chance", first["clean"].reference["chance"]),
-        caption,
+    return IntervalChart(
+        title=f"{measure}, clean and attacked",
+        description=f"{names or ', '.join(models)}. {described}.",
+        rows=rows,
+        tones=tones,
+        x=ChartAxis(f"{measure} with 95 % interval", UNIT),
+        reference=("chance", first["clean"].reference["chance"]),
     )
 
 
-Toned = Mapping[str, tuple[EvalResult, Tone, bool]]
+Looks = Mapping[str, tuple[EvalResult, Tone, bool]]
 """Results by name, each with its tone and whether it is dashed."""
 
 
-def _toned(results: Results) -> Toned:
+def _with_looks(results: Results) -> Looks:
     return {name: (result, TONES[i % 6], i >= 6) for i, (name, result) in enumerate(results.items())}
 
 
-def pr_chart(lines: Toned, caption: str = "", targets: bool = False) -> Markup | None:
-    """Precision over recall by rank; results without the curve are left out.
-
-    Args:
-        targets: of the target labels.
-    """
-    series = _curve_series(lines, "t-PR" if targets else "PR", "recall")
+def pr_chart(results: Looks, targets: bool = False) -> Chart | None:
+    """Precision over recall by rank, of the target labels where ``targets``; None without such a curve."""
+    series = _curve_series(results, MeasureKey("PR").name("targeted" if targets else ""), "recall")
     if not series:
-        return None if targets else tag("p", "These results hold no precision-recall curve.", class_="note")
-    described = "; ".join(
-        f"{line.name}: precision {line.y[len(line.y) // 2]:.2f} at half recall" for line in series
+        return None
+    described = [f"{line.name}: precision {line.y[len(line.y) // 2]:.2f} at half recall" for line in series]
+    return LineChart(
+        title=f"Precision and recall{' of the target labels' * targets}",
+        description="; ".join(described),
+        series=series,
+        x=ChartAxis("recall", UNIT),
+        y=ChartAxis("precision", UNIT),
     )
-    title = f"Precision and recall{' of the target labels' * targets}"
-    return line_chart(
-        title, described, series, Axis("recall", UNIT), Axis("precision", UNIT), caption=caption
-    )
 
 
-def precision_chart(lines: Toned, targets: bool = False) -> Markup | None:
-    """Precision of the first N; results without the curve are left out, and without any nothing is drawn.
-
-    Args:
-        targets: of the target labels.
-    """
-    series = _curve_series(lines, "t-P@N" if targets else "P@N", "n")
+def precision_chart(results: Looks, targets: bool = False) -> Chart | None:
+    """Precision of the first N, of the target labels where ``targets``; None without such a curve."""
+    series = _curve_series(results, MeasureKey("P@N").name("targeted" if targets else ""), "n")
     if not series or max(len(line.x) for line in series) < 2:
         return None
     longest = max(series, key=lambda line: len(line.x))
-    described = "; ".join(f"{line.name}: {line.y[0]:.2f} at {line.x[0]:.0f}" for line in series)
-    title = f"Precision of the first N{' of the target labels' * targets}"
-    return line_chart(title, described, series, Axis("N", _ticks(0, longest.x[-1])), Axis("precision", UNIT))
+    return LineChart(
+        title=f"Precision of the first N{' of the target labels' * targets}",
+        description="; ".join(f"{line.name}: {line.y[0]:.2f} at {line.x[0]:.0f}" for line in series),
+        series=series,
+        x=ChartAxis("N", _ticks(0, longest.x[-1])),
+        y=ChartAxis("precision", UNIT),
+    )
 
 
-def _curve_series(lines: Toned, curve: str, axis: str) -> list[Series]:
-    return [
-        Series(
-            name,
-            result.curves[curve][axis].tolist(),
-            result.curves[curve]["precision"].tolist(),
-            tone,
-            dashed,
-        )
-        for name, (result, tone, dashed) in lines.items()
-        if curve in result.curves
-    ]
+def _curve_series(results: Looks, name: str, axis: str) -> list[Series]:
+    series = []
+    for label, (result, tone, dashed) in results.items():
+        if name in result.curves:
+            curve = result.curves[name]
+            series.append(Series(label, curve[axis].tolist(), curve["precision"].tolist(), tone, dashed))
+    return series
 
 
-def training_chart(log: Sequence[Mapping[str, Any]]) -> Markup | None:
+def training_chart(log: Sequence[Mapping[str, Any]]) -> LineChart | None:
     """Loss terms by epoch; with a single epoch there is no line to draw."""
     if len(log) < 2:
         return None
@@ -368,12 +299,12 @@ def training_chart(log: Sequence[Mapping[str, Any]]) -> Markup | None:
         for i, name in enumerate(terms)
     ]
     values = [value for line in series for value in line.y]
-    return line_chart(
-        "Loss terms by epoch",
-        "; ".join(f"{line.name} ends at {line.y[-1]:.3g}" for line in series),
-        series,
-        Axis("epoch", _ticks(epochs[0], epochs[-1], whole=True)),
-        Axis("weighted loss term", _ticks(min(0.0, *values), max(values))),
+    return LineChart(
+        title="Loss terms by epoch",
+        description="; ".join(f"{line.name} ends at {line.y[-1]:.3g}" for line in series),
+        series=series,
+        x=ChartAxis("epoch", _ticks(epochs[0], epochs[-1], whole=True)),
+        y=ChartAxis("weighted loss term", _ticks(min(0.0, *values), max(values))),
     )
 
 
@@ -383,9 +314,58 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     rough = room / 5
     scale = 10.0 ** math.floor(math.log10(rough))
     step = next(scale * factor for factor in (1, 2, 5, 10) if scale * factor >= rough - 1e-12)
-    if whole:
-        step = max(1.0, round(step))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     if whole:  # epochs: start at the first one, whatever the step
+        step = max(1.0, round(step))
         return [low + step * i for i in range(math.ceil((high - low) / step - 1e-9) + 1)]
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(step * i, 10) for i in range(first, max(last, first + 1) + 1)]
+
+
+def save_branches(folder: Path, victim: Hasher, queries: Split) -> None:
+    """Write ``branches.npz``: query images, what a purifier makes of them, and heat maps of its branches.
+
+    Five images are chosen by content. A hasher without such a purifier leaves no file. Maps are (n, H, W) in
+    [0, 1], the mean |activation| over channels between its least and its largest value in the image.
+    """
+    if "image" not in victim.purifiers or not isinstance(victim.purifiers["image"], ImageRegenerator):
+        return
+    purifier = victim.purifiers["image"]
+    images = queries.batch(stable_subset(queries, 5)).inputs["image"].to(victim.device)
+    with frozen(victim), torch.no_grad():
+        robust, fragile = (_heat(view, images.shape[-2:]) for view in purifier.views(images))
+        samples = purifier.regenerate(images).sample
+    arrays = {"images": images, "samples": samples, "robust": robust, "fragile": fragile}
+    with write_aside(folder / BRANCHES) as aside:
+        np.savez(aside, allow_pickle=False, **{name: value.cpu().numpy() for name, value in arrays.items()})
+
+
+def _heat(view: Tensor, size: torch.Size) -> Tensor:
+    low, high = view.flatten(1).amin(1)[:, None, None], view.flatten(1).amax(1)[:, None, None]
+    scaled = (view - low) / (high - low).clamp_min(1e-12)
+    return interpolate(scaled[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def load_branches(folder: Path) -> dict[str, Tensor] | None:
+    """The heat maps of a run as rows of (n, 3, H, W) images, or None where it has none.
+
+    Raises:
+        RunError: a file that cannot be read.
+    """
+    path = folder / BRANCHES
+    if not path.is_file():
+        return None
+    names = ("images", "samples", "robust", "fragile")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images, samples, robust, fragile = (torch.from_numpy(arrays[name]) for name in names)
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path} is damaged ({error}); evaluate the run again") from None
+    heat = {"robust branch": _overlaid(images, robust), "fragile branch": _overlaid(images, fragile)}
+    return {"query": images, "regenerated": samples, **heat}
+
+
+def _overlaid(images: Tensor, heat: Tensor) -> Tensor:
+    """(n, 3, H, W) images in grey, dimmed, with the heat on them from dark over orange to yellow."""
+    grey = images.mean(1, keepdim=True)
+    colour = torch.stack([heat, 0.8 * heat.square(), 0.1 * heat], 1)
+    return (0.35 * grey + 0.65 * colour).clamp(0, 1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robusthash.core.registry import nearest
-from robusthash.data.image_changes import to_pixels
+from robusthash.data.transforms import to_pixels
 from robusthash.models.external.wrapper import Call
 
 _AGREE = 0.99  # share of bits on which a converted model must agree with the runtime of its format

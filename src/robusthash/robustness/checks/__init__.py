@@ -1,1 +1,1 @@
-"""Checks of evaluations: signs that a robustness number may not be trusted."""
+"""Checks of models and of suites: signs that a robustness number may not be trusted."""

@@ -1,11 +1,8 @@
-"""Checks of the victim by its behaviour: repeated passes, numbers, inner gradients, train mode, inputs, its
-class."""
+"""Checks of the victim by its behaviour: repeated passes, precision, train mode, inputs, its class."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,16 +41,15 @@ def require_usable(victim: Hasher, batch: Batch) -> None:
                     f"({str(error).splitlines()[0]}); it must not squeeze or normalise over the batch"
                 ) from error
             raise
-        for name, output in outputs.items():
-            if tuple(output.logits.shape) != (size, victim.bits):
+        for name, logits in ((name, output.logits) for name, output in outputs.items()):
+            if tuple(logits.shape) != (size, victim.bits):
                 raise ValueError(
                     f"the model declares {victim.bits} bits and gives {name} logits of shape "
-                    f"{tuple(output.logits.shape)} for {size} queries; it must give ({size}, {victim.bits})"
+                    f"{tuple(logits.shape)} for {size} queries; it must give ({size}, {victim.bits})"
                 )
-            bad = int((~torch.isfinite(output.logits)).sum())
-            if bad:
+            if bad := int((~torch.isfinite(logits)).sum()):
                 raise ValueError(
-                    f"the model gives {bad} NaN or infinite values of {output.logits.numel()} for {name}; "
+                    f"the model gives {bad} NaN or infinite values of {logits.numel()} for {name}; "
                     "train it again with a smaller rate, or look for a division by 0"
                 )
 
@@ -70,24 +66,23 @@ def f1_repeated(victim: Hasher, inputs: Inputs) -> Flag:
     Differs: five passes where two are specified, since two draws of few sizes or masks may well agree.
     """
     first, *others = [logits_of(victim, inputs) for _ in range(5)]
-    differ = float(
-        torch.stack([(sign(first) != sign(other)).any(1) for other in others]).any(0).double().mean()
-    )
-    size = first.abs().median().clamp_min(1e-12)
+    changed = torch.stack([(sign(first) != sign(other)).any(1) for other in others]).any(0)
+    differ = float(changed.double().mean())
     if differ > 0:
         return flag("F1", differ, "amber" if victim.declared == "randomised" else "red")
-    if max(float((first - other).abs().max()) for other in others) > 1e-4 * size:
+    if max(float((first - other).abs().max()) for other in others) > 1e-4 * first.abs().median().clamp_min(
+        1e-12
+    ):
         return flag(
-            "F1", 0.0, "amber", remedy="the logits change between calls, though no code did: EOT lines"
+            "F1", 0.0, "amber", remedy="the logits change between calls, though no code did: attack by EOT"
         )
     return flag("F1", 0.0, "pass")
 
 
 def f16_precision(victim: Hasher, inputs: Inputs) -> Flag:
-    """Codes in float32 against float64, and bits that hang by a thread: |u| under 1e-4 of the median |u|.
+    """Codes in float32 against float64, and bits that are nearly 0: |u| under 1e-4 of the median |u|.
 
-    Differs: the specified margin of 1e-4 is taken relative to the logits' own size, so that their scale is no
-    excuse.
+    Differs: the specified margin of 1e-4 is relative to the size of the logits, whatever their scale.
     """
     single = logits_of(victim, inputs)
     try:
@@ -98,9 +93,8 @@ def f16_precision(victim: Hasher, inputs: Inputs) -> Flag:
     differ = float((sign(single) != sign(double)).double().mean())
     thin = float((single.abs() < 1e-4 * single.abs().median()).double().mean())
     if differ <= CHECKS["F16"].threshold < thin:
-        return flag(
-            "F16", differ, "amber", remedy=f"{thin:.1%} of the bits lie within 1e-4 of 0: enlarge the margins"
-        )
+        remedy = f"{thin:.1%} of the bits lie within 1e-4 of 0: enlarge the margins"
+        return flag("F16", differ, "amber", remedy=remedy)
     return above("F16", differ)
 
 
@@ -110,24 +104,13 @@ def in_double(victim: Hasher) -> Hasher:
 
 
 def as_double(inputs: Inputs) -> Inputs:
-    return {
-        name: values.double() if values.is_floating_point() else values for name, values in inputs.items()
-    }
+    """The inputs with floating-point values in float64."""
+    return {n: values.double() if values.is_floating_point() else values for n, values in inputs.items()}
 
 
-_FLAG_AT = {"batch_norm": 5}  # where train or training stands among the arguments; 2 for every dropout
-_TRAINED = {
-    *(
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_dropout",
-        "feature_alpha_dropout",
-    ),
-    "batch_norm",
-}
+_FLAG_AT = {"batch_norm": 5}  # position of train or training among the arguments; 2 for every dropout
+_TRAINED = {"batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d"}
+_TRAINED |= {"alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
 
 
 class _Watch(TorchFunctionMode):
@@ -144,40 +127,29 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "").rstrip("_")
         if name in _TRAINED:
             at = _FLAG_AT.get(name, 2)
-            named = kwargs.get("training", kwargs.get("train"))
-            if named if named is not None else (len(args) > at and bool(args[at])):
+            training = kwargs.get("training", kwargs.get("train"))
+            if training if training is not None else (len(args) > at and bool(args[at])):
                 self.trained.append(name)
-        if func in (torch.autograd.grad, torch.Tensor.backward):
-            self.differentiated = True
-        if (
-            isinstance(result, Tensor) and result.requires_grad
-        ):  # though the caller has switched gradients off
+        # gradients although the caller has switched them off
+        carries = isinstance(result, Tensor) and result.requires_grad
+        if carries or func in (torch.autograd.grad, torch.Tensor.backward):
             self.differentiated = True
         return result
 
 
-@contextmanager
-def _watched(victim: Hasher) -> Iterator[_Watch]:
-    with frozen(victim), torch.no_grad(), _Watch() as watch:
-        yield watch
-
-
 def f15_f19_inside(victim: Hasher, inputs: Inputs) -> tuple[Flag, Flag]:
     """Autograd inside the forward pass, and layers that train although the victim was put in eval mode."""
-    with _watched(victim) as watch:
+    with frozen(victim), torch.no_grad(), _Watch() as watch:
         victim(inputs)
         stubborn = [name for name, module in victim.named_modules() if module.training]
     count = max(len(watch.trained), len(stubborn))
-    named = f" ({', '.join(sorted({*watch.trained, *stubborn})[:3])})" if count else ""
-    return (
-        above("F15", float(watch.differentiated)),
-        flag("F19", count, "red" if count else "pass", remedy=CHECKS["F19"].remedy + named),
-    )
+    names = f" ({', '.join(sorted({*watch.trained, *stubborn})[:3])})" if count else ""
+    trained = flag("F19", count, "red" if count else "pass", remedy=CHECKS["F19"].remedy + names)
+    return above("F15", float(watch.differentiated)), trained
 
 
 def f20_range(victim: Hasher, inputs: Inputs, threat: Threat, clean: float, chance: float) -> Flag:
-    """Inputs outside the threat's range, values no single normalisation gives, or (amber) clean MAP at
-    chance.
+    """Inputs outside the threat's range or normalised twice, or (amber) clean MAP at chance.
 
     Once normalised by the customary statistics, pixels in [0, 1] lie within 2.7 of 0; twice, they reach 10.
     Only convolutions of an encoder that take the image itself are looked at.
@@ -186,7 +158,8 @@ def f20_range(victim: Hasher, inputs: Inputs, threat: Threat, clean: float, chan
         low, high = threat.balls[name].bounds
         worst = float(torch.maximum(low - values, values - high).max())
         if worst > 1e-6:
-            remedy = f"{name} inputs leave the range [{low:g}, {high:g}] by {worst:g}: normalise inside the model only"
+            remedy = f"{name} inputs leave the range [{low:g}, {high:g}] by {worst:g}: "
+            remedy += "normalise inside the model only"
             return flag("F20", worst, "red", threshold=0.0, remedy=remedy)
     reached: list[float] = []
 
@@ -203,13 +176,15 @@ def f20_range(victim: Hasher, inputs: Inputs, threat: Threat, clean: float, chan
     if largest > CHECKS["F20"].threshold:
         return flag("F20", largest, "red")
     if clean <= chance + 0.02:
-        remedy = f"clean MAP {clean:.3f} is at chance {chance:.3f}: untrained, or normalised otherwise than in training"
+        remedy = (
+            f"clean MAP {clean:.3f} is at chance {chance:.3f}: untrained, or not normalised as in training"
+        )
         return flag("F20", clean, "amber", threshold=chance + 0.02, remedy=remedy)
     return flag("F20", largest, "pass")
 
 
 def f23_class(victim: Hasher, inputs: Inputs) -> Flag:
-    """The declared class against what is seen."""
+    """The declared class against the observed behaviour."""
     reasons = mismatches(victim, inputs)
     remedy = f"{CHECKS['F23'].remedy} ({'; '.join(reasons)})" if reasons else None
     return flag("F23", len(reasons), "red" if reasons else "pass", remedy=remedy)

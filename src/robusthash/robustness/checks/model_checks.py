@@ -1,13 +1,9 @@
-"""Signs that a robustness number may not be trusted: every check of a victim, run on a few queries before a
-suite.
+"""All checks of a model, run on a few queries before a suite; those of suites are in ``suite_checks``.
 
-Each gives a ``Flag`` with value, threshold, level and a one-line remedy. What could not be run is amber and
-says why. The checks that compare lines of a suite are ``checks_suite.suite_checks``.
+Each gives a ``Flag`` with value, threshold, level and remedy. One that could not be run is amber and says why.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import numpy as np
 import torch
@@ -16,8 +12,8 @@ from torch import Tensor
 from robusthash.attacks.base import Loss
 from robusthash.attacks.losses import ObjectiveLoss, ScaleFree
 from robusthash.attacks.threat_model import Threat
-from robusthash.data.base import RetrievalData, Split, content_hash
-from robusthash.data.loader import batches
+from robusthash.core.types import Batch
+from robusthash.data.base import RetrievalData, Split, batches, content_hash
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import score_clean
 from robusthash.metrics.distance_histogram import prepared_profile
@@ -39,9 +35,6 @@ from robusthash.robustness.checks.gradient_checks import (
     gradient_checks,
     path_checks,
 )
-from robusthash.robustness.checks.suite_checks import suite_checks
-
-__all__ = ["CHECKS", "model_checks", "require_usable", "suite_checks"]
 
 
 def model_checks(
@@ -55,10 +48,9 @@ def model_checks(
     """F1-F3, F10-F17 and F19-F23: everything that needs only the victim.
 
     Args:
-        threat: what is to be attacked; the checks themselves know all that a W2 attacker knows.
-        objective: what the attack ascends: an attack loss, a training objective, or by default the house
-            objective.
-        queries: so many of the bench, chosen by content; F17 and F21 look at all.
+        threat: of the attack; the checks themselves know all that a W2 attacker knows.
+        objective: of the attack: a loss, a training objective, or by default the scale-free loss.
+        queries: N of the context, chosen by content; F17 and F21 look at all.
         steps: of the search whose path F10-F12 look at.
 
     Raises:
@@ -73,66 +65,62 @@ def model_checks(
     if queries < 1 or steps < 2:
         raise ValueError(f"checks need at least 1 query and 2 steps, got {queries} and {steps}")
     threat = Threat({modality: threat.balls[modality]}, "W2")
-    loss = ScaleFree() if objective is None else objective
-    if isinstance(loss, HashObjective):
-        loss = ObjectiveLoss(loss)
-    collapse = f17_collapse(context)  # of codes alone, so all queries are cheap
-    context = context.some(queries)
-    inputs = (
-        context.queries.batch(torch.arange(len(context.queries))).only({modality}).to(context.victim.device)
-    )
-    require_usable(context.victim, inputs)
-    clean = score_clean(context)
-    repeated = f1_repeated(context.victim, inputs.inputs)
-    inside, trained = f15_f19_inside(context.victim, inputs.inputs)
-    gradients, runnable = gradient_checks(context, threat, loss)
-    searched = path_checks(context, threat, loss, steps, runnable)
-    if any(found.id == "F3" for found in searched):
-        gradients = [found for found in gradients if found.id != "F3"]
-    value, chance = clean.values[context.protocol.headline], clean.reference["chance"]
+    loss = ObjectiveLoss(objective) if isinstance(objective, HashObjective) else objective or ScaleFree()
+    victim, some = context.victim, context.some(queries)
+    batch = _batch(some)
+    require_usable(victim, batch)
+    repeated, inside = f1_repeated(victim, batch.inputs), f15_f19_inside(victim, batch.inputs)
+    gradients, runnable = gradient_checks(some, threat, loss)
+    path = path_checks(some, threat, loss, steps, runnable)
+    if any(result.id == "F3" for result in path):
+        gradients = [result for result in gradients if result.id != "F3"]
     return order(
         [
-            *(repeated, inside, trained, *gradients, *searched),
-            f14_differences(context, threat),
-            f16_precision(context.victim, inputs.inputs),
-            collapse,
-            f20_range(context.victim, inputs.inputs, threat, value, chance),
+            *(repeated, *inside, *gradients, *path),
+            f14_differences(some, threat),
+            f16_precision(victim, batch.inputs),
+            f17_collapse(context),
+            f20_range(victim, batch.inputs, threat, *_clean_and_chance(some)),
             f21_leakage(context.data),
-            f22_no_budget(context, threat),
-            f23_class(context.victim, inputs.inputs),
+            f22_no_budget(some, threat),
+            f23_class(victim, batch.inputs),
         ]
     )
 
 
 def passive_checks(context: EvaluationContext, threat: Threat, queries: int = 16) -> tuple[Flag, ...]:
-    """F1, F15, F17, F19 and F20: what is seen without any attack, so of models without gradients too.
+    """F1, F15, F17, F19 and F20, which need no attack: for models without gradients too.
 
     Args:
-        queries: so many of the bench, chosen by content; F17 looks at all.
+        queries: N of the context, chosen by content; F17 looks at all.
     """
-    collapse, context = f17_collapse(context), context.some(queries)
-    modality = context.direction[0]
-    inputs = (
-        context.queries.batch(torch.arange(len(context.queries))).only({modality}).to(context.victim.device)
-    )
+    victim, some = context.victim, context.some(queries)
+    inputs = _batch(some).inputs
+    inside = f15_f19_inside(victim, inputs)
+    repeated = f1_repeated(victim, inputs)
+    ranged = f20_range(victim, inputs, threat, *_clean_and_chance(some))
+    return order([repeated, *inside, f17_collapse(context), ranged])
+
+
+def _batch(context: EvaluationContext) -> Batch:
+    """All queries, in their own modality."""
+    batch = context.queries.batch(torch.arange(len(context.queries)))
+    return batch.only({context.direction[0]}).to(context.victim.device)
+
+
+def _clean_and_chance(context: EvaluationContext) -> tuple[float, float]:
     clean = score_clean(context)
-    value, chance = clean.values[context.protocol.headline], clean.reference["chance"]
-    inside, trained = f15_f19_inside(context.victim, inputs.inputs)
-    repeated = f1_repeated(context.victim, inputs.inputs)
-    return order(
-        [repeated, inside, collapse, trained, f20_range(context.victim, inputs.inputs, threat, value, chance)]
-    )
+    return clean[clean.setting.key], clean.reference["chance"]
 
 
 def f17_collapse(context: EvaluationContext) -> Flag:
-    """Few distinct codes: the gap between the best and the worst order of ties, or bits that are nearly
-    constant."""
+    """Few distinct codes: the gap between the best and the worst order of ties, or nearly constant bits."""
     gap = float(tie_gap(prepared_profile(context.query, context.query_labels, context.prepared)).mean())
     entropy = float(bit_entropy(context.database.signs()).mean())
-    distinct = len(torch.unique(context.database.packed, dim=0))
     if gap <= CHECKS["F17"].threshold and entropy < 0.3:
-        remedy = f"bits carry {entropy:.2f} bit each; {distinct} distinct codes in the database: {CHECKS['F17'].remedy}"
-        return flag("F17", entropy, "red", threshold=0.3, remedy=remedy)
+        distinct = len(torch.unique(context.database.packed, dim=0))
+        remedy = f"bits carry {entropy:.2f} bit each; {distinct} distinct codes in the database: "
+        return flag("F17", entropy, "red", threshold=0.3, remedy=remedy + CHECKS["F17"].remedy)
     return above("F17", gap)
 
 
@@ -143,25 +131,22 @@ def bit_entropy(signs: Tensor) -> Tensor:
 
 
 def f21_leakage(data: RetrievalData) -> Flag:
-    """Queries whose very values stand in the database or the training set too.
+    """Queries whose very values are in the database or the training set too.
 
     The data set's own content hashes were compared when it was made; those are of files where it holds files,
-    so what the model is fed is hashed here.
+    so the inputs of the model are hashed here.
     """
-    hashed = partial(_content, batch_size=256)
-    queries = hashed(data.query)
+    queries = _hashes(data.query)
     shared = np.zeros(len(queries), dtype=bool)
     for other in (data.database, data.train):
-        shared |= np.isin(queries, hashed(other)) | np.isin(data.query.hashes, other.hashes)
+        shared |= np.isin(queries, _hashes(other)) | np.isin(data.query.hashes, other.hashes)
     return above("F21", int(shared.sum()))
 
 
-def _content(split: Split, batch_size: int) -> np.ndarray:
+def _hashes(split: Split) -> np.ndarray:
     """(N,) hashes of the values of each item, all modalities together."""
-    found: list[bytes] = []
-    for batch in batches(split, batch_size):
+    hashes: list[bytes] = []
+    for batch in batches(split, 256):
         columns = [values.numpy() for _, values in sorted(batch.inputs.items())]
-        found += [
-            content_hash(b"".join(column[row].tobytes() for column in columns)) for row in range(len(batch))
-        ]
-    return np.array(found, dtype="S16")
+        hashes += [content_hash(b"".join(c[row].tobytes() for c in columns)) for row in range(len(batch))]
+    return np.array(hashes, dtype="S16")
