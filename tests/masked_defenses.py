@@ -34,10 +34,10 @@ from robusthash.defenses.adversarial_training import AdversarialTraining
 from robusthash.defenses.outer_losses import SAATOuter
 from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.metrics.results import Flag
-from robusthash.models.hasher import Defense, Hasher, build_hasher
+from robusthash.models.hasher import Hasher, build_hasher
 from robusthash.models.image_encoders import IMAGENET, Normalise
 from robusthash.models.surrogate_gradients import keyed_noise
-from robusthash.objectives.csq import CSQ
+from robusthash.objectives.centers import CSQ
 from robusthash.robustness.checks.model_checks import model_checks
 from robusthash.training.loop import OptimConfig, TrainConfig, fit
 from robusthash.training.recipe import HashingRecipe
@@ -270,7 +270,7 @@ def _head(change: Callable[[Tensor], Tensor]) -> Callable[[EvaluationContext], E
 
 
 def _remade(
-    old: Hasher, encoders: dict[str, nn.Module], heads: dict[str, nn.Module], declared: Defense
+    old: Hasher, encoders: dict[str, nn.Module], heads: dict[str, nn.Module], declared: str
 ) -> Hasher:
     """A hasher that shares all other modules; in eval mode, on the same device."""
     made = Hasher(encoders, heads, old.spec, declared, dict(old.purifiers), old.sides)
@@ -279,7 +279,7 @@ def _remade(
 
 def _misdeclared(context: EvaluationContext) -> EvaluationContext:
     old = context.victim
-    claimed: Defense = "randomised" if old.declared != "randomised" else "plain"
+    claimed = "randomised" if old.declared != "randomised" else "plain"
     return replace(context, victim=_remade(old, dict(old.encoders), dict(old.heads), claimed))
 
 

@@ -72,7 +72,7 @@ def test_a_name_of_the_package_is_refused_to_code_from_outside(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", "import theirs"], capture_output=True, text=True, check=False, env=environment
     )
-    assert "objective 'csq' is already registered by robusthash.objectives.csq" in done.stderr
+    assert "objective 'csq' is already registered by robusthash.objectives.centers" in done.stderr
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
@@ -112,8 +112,11 @@ def test_anchors_are_those_of_headings():
 
 
 def test_documented_methods_of_add_a_method_work(monkeypatch):
-    """The three complete examples of docs/add-a-method.md register and make what they say."""
+    """The complete examples of docs/add-a-method.md register and make what they say."""
+    from robusthash.attacks import image_threat
     from robusthash.core.registry import build, card
+    from robusthash.models import build_hasher
+    from robusthash.robustness.specs.adaptive_attacks import adaptive_attacks
 
     text = (REPO / "docs" / "add-a-method.md").read_text()
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
@@ -123,3 +126,6 @@ def test_documented_methods_of_add_a_method_work(monkeypatch):
     assert build("attack", "mainstay-scale-free").name == "mainstay-scale-free"
     assert build("objective", "cosine-pairs") is not None
     assert card("outer", "consistency").evidence == "own"
+    victim = build_hasher(bits=8, purifiers={"image": "levels"})
+    names = [spec.name for spec in adaptive_attacks(victim, None, image_threat(knowledge="W2"))]
+    assert names[0] == "smooth-levels"

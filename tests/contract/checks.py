@@ -37,7 +37,7 @@ from robusthash.core.types import Batch, Goal, HashOutput, Inputs, Reference
 from robusthash.data import RetrievalData, load_data
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPSH, HashObjective
-from robusthash.objectives.csq import hadamard_centers
+from robusthash.objectives.centers import hadamard_centers
 from robusthash.training import HashingRecipe, fit
 
 DRAWS = Draws(0, ("contract",))

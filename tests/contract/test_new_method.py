@@ -1,4 +1,4 @@
-"""A new attack and a new objective: one file each, outside the package, held to the same contract."""
+"""A new attack, objective and defense: one file each, outside the package, held to the same contract."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from contract.checks import (
     ATTACK_CHECKS,
@@ -18,9 +19,14 @@ from contract.checks import (
     check_terms,
     make_attack,
 )
-from robusthash.attacks import Attack
+from robusthash.attacks import Attack, image_threat
 from robusthash.core import registry
+from robusthash.evaluation import make_context
+from robusthash.models import build_hasher, purified
 from robusthash.objectives import HashObjective
+from robusthash.robustness.specs.adaptive_attacks import adaptive_attacks
+from robusthash.robustness.tiers import extra_attacks, observe
+from robusthash.robustness.victim_behaviour import matches
 
 ATTACK = '''
 """Push the code to that of the most distant known item, whatever it shows."""
@@ -79,6 +85,67 @@ class Margin(HashObjective):
         return self.weight * quantisation(output)
 '''
 
+DEFENSE = '''
+"""Grey levels outside the graph, and the attack of somebody who knows of them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from robusthash.core.registry import register
+from robusthash.defenses.adaptive import AdaptiveAttacks
+from robusthash.models.purifier import Purifier, with_gradient_of
+from robusthash.models.surrogate_gradients import GradientView, ViewedHasher
+
+
+@register("purifier", "my-levels", modality="image")
+class Levels(Purifier):
+    """Images rounded to a few grey levels."""
+
+    declares = "my-levels"
+
+    def __init__(self, levels: int = 15) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, x, encode):
+        return torch.round(x.detach() * self.levels) / self.levels, {}
+
+
+class SoftLevels(Purifier):
+    """The levels, with the gradient of a sine between them."""
+
+    def __init__(self, inner: Levels) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, encode):
+        n = self.inner.levels
+        pure, aux = self.inner(x, encode)
+        return with_gradient_of(pure, x - torch.sin(2 * torch.pi * n * x) / (4 * torch.pi * n)), aux
+
+
+@register("gradient-view", "my-soft-levels")
+@dataclass(frozen=True)
+class SoftView(GradientView):
+    """The victim with the gradient of soft levels."""
+
+    def __call__(self, victim):
+        parts = {name: SoftLevels(part) for name, part in victim.purifiers.items() if isinstance(part, Levels)}
+        return ViewedHasher(victim, victim.with_parts(purifiers=parts))
+
+
+@register("adaptive", "my-levels")
+class LevelAttacks(AdaptiveAttacks):
+    """Levels taken for smooth."""
+
+    def modalities(self, victim):
+        return [name for name, part in victim.purifiers.items() if isinstance(part, Levels)]
+
+    def attacks(self, victim, modality, setting):
+        return [setting.attack("my-soft-levels", SoftView())]
+'''
+
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -90,6 +157,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (home / "__init__.py").write_text("")
         (home / "newattack.py").write_text(ATTACK)
         (home / "newobjective.py").write_text(OBJECTIVE)
+        (home / "newdefense.py").write_text(DEFENSE)
         patch.syspath_prepend(str(folder))
         registry.catalogue()  # the package's own names are registered by now, and stay
         patch.setattr(registry, "_CARDS", dict(registry._CARDS))
@@ -119,6 +187,30 @@ def test_new_objective(check: Callable[[HashObjective], None], package: Path) ->
 def test_new_objective_keeps_its_state(package: Path) -> None:
     name = "their_methods.newobjective:my-objective"
     check_state(registry.build("objective", name), registry.build("objective", name))
+
+
+def test_new_defense_brings_its_own_adaptive_attacks(package: Path, world: World) -> None:
+    """One file: the purifier, the view of it and the attack, found by the tier and run on the victim."""
+    purifier = {"image": {"name": "their_methods.newdefense:my-levels", "levels": 31}}
+    victim = purified(world.victim, purifier)
+    context = make_context(victim, world.data, queries=8, batch_size=8)
+    threat = image_threat(8 / 255, knowledge="W2")
+    seen = observe(context, threat)
+    assert victim.declared == "my-levels"
+    assert matches(victim.declared, seen) == []
+    specs = {spec.name: spec for spec in adaptive_attacks(victim, None, threat, 4, seen=seen)}
+    assert list(specs) == ["my-soft-levels", "repair-identity", "repair-learnt", "two-stage"]
+    spec = specs["my-soft-levels"]
+    assert spec.settings()["view"] == {"kind": "gradient-view", "name": "my-soft-levels"}
+    in_tier = extra_attacks(context, world.objective, threat, "standard", seen=seen)
+    assert {*specs, "trained-objective"} <= {attack.name for attack in in_tier}
+    result = spec.fitted(context).run(context, 0, 0)
+    clean = context.batch(0).inputs
+    threat.verify({"image": result.inputs}, clean)
+    assert not torch.equal(result.inputs, clean["image"])
+    again = build_hasher(**victim.spec)  # as a stored run is opened
+    assert (again.declared, again.purifiers["image"].levels) == ("my-levels", 31)
+    assert adaptive_attacks(again, None, threat, 4)[0].name == "my-soft-levels"
 
 
 def test_options_of_a_new_method_are_checked_too(package: Path) -> None:

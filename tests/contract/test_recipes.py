@@ -31,7 +31,7 @@ from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Guidance
 from robusthash.data import RetrievalData
-from robusthash.defenses import AdversarialTraining, CgATOuter, PlainAT, Round, SAATOuter
+from robusthash.defenses import AdversarialTraining, CgATOuter, OuterLoss, PlainAT, Round, SAATOuter
 from robusthash.models import Hasher, build_hasher
 from robusthash.models.image_encoders import ImageEncoder
 from robusthash.objectives import DPSH, CodeMemory, HashNet, HashObjective
@@ -177,7 +177,7 @@ def test_targeted_inner_attacks_aim_at_foreign_labels(warm: Hasher, data: Retrie
     for epoch in range(4):
         ((_, terms),) = list(recipe.step(batch, Moment(epoch, 0.0, Draws(0).within(epoch))))
         assert all(bool(torch.isfinite(term)) for term in terms.values())
-        goal = recipe._goal(batch, recipe._plain.memory, Draws(0).within(epoch))
+        goal = recipe._goal(batch, recipe.plain.memory, Draws(0).within(epoch))
         assert goal.sign == 1
         assert bool(((goal.labels * batch.labels).sum(1) == 0).all())
         seen.append(goal.labels)
@@ -187,11 +187,12 @@ def test_targeted_inner_attacks_aim_at_foreign_labels(warm: Hasher, data: Retrie
 def test_warmup_grows_the_budget(warm: Hasher, data: RetrievalData) -> None:
     sizes = []
 
-    def look(turn: Round) -> dict[str, Tensor]:
-        sizes.append(float((turn.attacked.inputs["image"] - turn.batch.inputs["image"]).abs().max()))
-        return PlainAT()(turn)
+    class Watch(OuterLoss):
+        def __call__(self, turn: Round) -> dict[str, Tensor]:
+            sizes.append(float((turn.attacked.inputs["image"] - turn.batch.inputs["image"]).abs().max()))
+            return PlainAT()(turn)
 
-    recipe = AdversarialTraining(copy.deepcopy(warm), DPSH(), inner(), look, warmup=0.5)
+    recipe = AdversarialTraining(copy.deepcopy(warm), DPSH(), inner(), Watch(), warmup=0.5)
     recipe.setup(data, 0, 16)
     for progress in (0.0, 0.25, 0.5, 0.9):
         list(recipe.step(data.train.batch(torch.arange(16)), Moment(0, progress, Draws(0))))

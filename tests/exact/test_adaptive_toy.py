@@ -18,10 +18,9 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal
 from robusthash.models import Hasher, Purifier
 from robusthash.models.block_dct import BlockDCT
-from robusthash.models.gates import SpectralGate
+from robusthash.models.gates import GateView, SpectralGate
 from robusthash.models.purifier import Encode
-from robusthash.models.purifier_gradients import RepairIdentity
-from robusthash.models.surrogate_gradients import GateSeen, NoiseAveraged
+from robusthash.models.surrogate_gradients import NoiseAveraged, RepairIdentity
 
 DRAWS, AWAY, LEVELS = Draws(0), Goal(None, -1), 4096.0
 
@@ -116,7 +115,7 @@ def gated(weight: Tensor) -> tuple[Hasher, Tensor]:
 def test_a_fixed_gate_has_the_threshold_of_its_transpose(kind: str) -> None:
     weight = torch.randn(1, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     victim, through = gated(weight)
-    seen = GateSeen(kind)(victim)  # type: ignore[arg-type]
+    seen = GateView(kind)(victim)  # type: ignore[arg-type]
     generator, tried = torch.Generator().manual_seed(4), 0
     for _ in range(6):
         x = 0.4 + 0.2 * torch.rand(1, 3, 4, 4, generator=generator, dtype=torch.float64)
@@ -133,7 +132,7 @@ def test_a_fixed_gate_has_the_threshold_of_its_transpose(kind: str) -> None:
 
         assert flips(seen, budget * 1.001)
         assert not flips(seen, budget * 0.999)
-        assert not flips(GateSeen("one")(victim), budget * 1.001)  # the signs of w are not those of P^T w
+        assert not flips(GateView("one")(victim), budget * 1.001)  # the signs of w are not those of P^T w
         tried += 1
     assert tried > 2
 
@@ -159,7 +158,7 @@ def test_averaging_over_noise_finds_what_one_draw_misses() -> None:
         attack = Attack(
             "toy", Own(), OverDraws(Agreement()), PGD(1, 0.1, random_start=False), image_threat(0.1)
         )
-        seen = NoiseAveraged(looks)(victim).around({}, Draws(7))
+        seen = NoiseAveraged(looks)(victim).for_block({}, Draws(7))
         found = (
             attack(seen, image_batch(x), Goal(None, -1), None, draws=DRAWS).batch.inputs["image"].flatten(1)
         )
@@ -176,7 +175,7 @@ def test_noise_is_keyed_and_leaves_the_global_streams_alone() -> None:
     logits = []
     for seed in (1, 1, 2):
         before = torch.get_rng_state()
-        view = NoiseAveraged(3)(victim).around({}, Draws(seed))
+        view = NoiseAveraged(3)(victim).for_block({}, Draws(seed))
         first, second = (view(image_batch(x).inputs)["image"].logits for _ in range(2))
         assert not torch.equal(first, second)  # new noise at every call
         assert torch.equal(torch.get_rng_state(), before)
@@ -189,7 +188,7 @@ def test_gradient_of_the_mean_loss_is_the_mean_of_gradients() -> None:
     """Looks are computed again on the way back: with the same noise, or the gradient would be that of
     others."""
     weight, x = on_grid(2)
-    view = NoiseAveraged(5)(behind(Sketchy(), weight)).around({}, Draws(3))
+    view = NoiseAveraged(5)(behind(Sketchy(), weight)).for_block({}, Draws(3))
     leaf = image_batch(x).inputs["image"].requires_grad_(True)
     shown = view({"image": leaf})["image"].aux["draws"]
     (grad,) = torch.autograd.grad(shown.sum(), leaf)

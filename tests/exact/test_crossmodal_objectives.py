@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robusthash.core.hamming import sign
 from robusthash.core.types import Batch, HashOutput, Outputs
 from robusthash.objectives import CPAH, DADH, DAPH, DCMH, CodeMemory
-from robusthash.objectives.critics import critic_loss, deceive, gradient_penalty
+from robusthash.objectives.cross_modal import critic_loss, deceive, gradient_penalty
 from robusthash.objectives.dadh import discrete_step, unit, weighted_triplets
 from robusthash.objectives.daph import proxy_softmax, weighted_softmax
 

@@ -14,7 +14,7 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import HashOutput
 from robusthash.objectives import CSQ, DPH, DPSH, HashNet
 from robusthash.objectives.base import quantisation, share_similar
-from robusthash.objectives.csq import hadamard_centers
+from robusthash.objectives.centers import hadamard_centers
 
 
 def coded(code: Tensor) -> HashOutput:

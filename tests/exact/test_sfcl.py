@@ -13,7 +13,7 @@ from robusthash.core.types import Batch, HashOutput, Outputs
 from robusthash.defenses.sfcl import LabelScorer, Redundancy, SFCLOuter, wrong_labels
 from robusthash.models.sfcl import Exchange, Separation, SFCLEncoder
 from robusthash.objectives import CodeMemory, TrainFacts
-from robusthash.objectives.sfcl import SFCLObjective
+from robusthash.objectives.cross_modal import SFCLObjective
 
 GFNET = {"name": "gfnet", "size": 16, "patch": 4, "dim": 8, "depth": 1}
 SMALL = {"name": "small", "width": 4, "grid": 1}
@@ -117,10 +117,10 @@ def test_the_encoder_is_the_equations() -> None:
         "frequency+": pf,
         "frequency-": ff - pf,
     }
-    assert shown.keys() == expected.keys() == encoder.shown.keys()
+    assert shown.keys() == expected.keys() == encoder.aux_widths.keys()
     for name, value in expected.items():
         torch.testing.assert_close(shown[name], value)
-        assert value.shape[1] == encoder.shown[name]
+        assert value.shape[1] == encoder.aux_widths[name]
 
 
 # --- what the domains share with the labels, and with each other

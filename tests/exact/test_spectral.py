@@ -240,8 +240,8 @@ def test_centred_halves_the_contrast_and_keeps_the_grey() -> None:
         ({"rho": 1.0}, "m_min < rho < 1"),
         ({"tau": 0.0}, "tau must be above 0"),
         ({"input": "log"}, "'log1p' or 'raw', got 'log'"),
-        ({"cutoff": 3}, "belongs to kind 'low-pass', got 3 with 'block'"),
-        ({"kind": "low-pass", "cutoff": 15}, r"cutoff lies in 0\.\.14"),
+        ({"cutoff": 3}, "is of kind 'low-pass', in 0..14, got 3 with 'block'"),
+        ({"kind": "low-pass", "cutoff": 15}, r"in 0\.\.14, got 15"),
         ({"block": 0}, "at least 1 point"),
     ],
 )

@@ -21,8 +21,8 @@ from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.models import Hasher, Purifier, build_hasher, purified
 from robusthash.models.hasher import frozen
 from robusthash.models.purifier import Encode
-from robusthash.models.purifier_gradients import RepairIdentity, RepairLearnt
-from robusthash.models.surrogate_gradients import MaskNoise, NoiseAveraged
+from robusthash.models.sfcl import MaskNoise
+from robusthash.models.surrogate_gradients import NoiseAveraged, RepairIdentity, RepairLearnt
 from robusthash.objectives import DPSH
 from robusthash.robustness.specs.adaptive_attacks import Adaptive, Staged, adaptive_attacks
 from robusthash.robustness.victim_behaviour import Observed, matches, mismatches, observed
@@ -205,13 +205,11 @@ def test_what_cannot_be_attacked_so_is_refused(base: Hasher) -> None:
         assert adaptive_attacks(declaring(honest), DPSH(), THREAT) == ()
     with pytest.raises(ValueError, match="the package has no detector"):
         adaptive_attacks(declaring("detector"), None, THREAT)
-    for declared, reason in (
-        ("gate", "has no purifier"),
-        ("purifier", "has no purifier"),
-        ("mask", "has none"),
-    ):
-        with pytest.raises(ValueError, match=reason):
+    for declared in ("gate", "purifier", "mask"):
+        with pytest.raises(ValueError, match=f"declares '{declared}' and has no such part"):
             adaptive_attacks(declaring(declared), None, THREAT)
+    with pytest.raises(ValueError, match="declares 'moat', for which no file registers adaptive attacks"):
+        adaptive_attacks(declaring("moat"), None, THREAT)
     with pytest.raises(ValueError, match="need W0, W1 or W2, not B2"):
         adaptive_attacks(base, None, image_threat(knowledge="B2"))
     noisy = before(base, Noisy(), "plain")
@@ -254,8 +252,8 @@ def test_observed_behaviour(base: Hasher, contexts: dict[str, EvaluationContext]
     assert observed(cut, x) == replace(HONEST, reached=0.0)
     assert not mismatches(base, x)
     assert [reason[:8] for reason in mismatches(cut, x)] == ["no gradi"]
-    with pytest.raises(ValueError, match="at least two looks"):
-        observed(base, x, looks=1)
+    with pytest.raises(ValueError, match="at least two passes"):
+        observed(base, x, passes=1)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from robusthash.attacks.tha import tha
 from robusthash.core.runtime import Draws
 from robusthash.data import RetrievalData, load_data
 from robusthash.defenses import AdversarialTraining, Round
-from robusthash.defenses.atrdh import ATRDHOuter
+from robusthash.defenses.outer_losses import ATRDHOuter
 from robusthash.evaluation import make_context, score_attack
 from robusthash.evaluation.evaluate import attack_all
 from robusthash.models import Hasher, build_hasher

@@ -24,9 +24,9 @@ from robusthash.data import RetrievalData
 from robusthash.defenses import AdversarialTraining, PlainAT
 from robusthash.defenses.drfgd import Regenerate
 from robusthash.models import Hasher, build_hasher, encode_split
-from robusthash.models.cpah import CommonPrivate
 from robusthash.models.hasher import frozen, purified
 from robusthash.objectives import HashObjective
+from robusthash.objectives.cpah import CommonPrivate
 from robusthash.training import HashingRecipe, Moment, OptimConfig, Schedule, TrainConfig, fit
 
 NAMES = ["dcmh", "dadh", "cpah", "daph"]

@@ -33,14 +33,14 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, HashOutput
 from robusthash.data import RetrievalData
 from robusthash.data.synthetic import synthetic
-from robusthash.defenses import AdversarialTraining, Round
-from robusthash.defenses.dsarh import DSARHOuter
+from robusthash.defenses import AdversarialTraining, OuterLoss, Round
 from robusthash.defenses.dsarh_asymmetric import Asymmetric
+from robusthash.defenses.outer_losses import DSARHOuter
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import CSQ, DPSH, HashObjective
 from robusthash.objectives.adsh import ADSH
 from robusthash.objectives.base import quantisation
-from robusthash.objectives.dsarh import DSARHObjective
+from robusthash.objectives.cross_modal import DSARHObjective
 from robusthash.training import HashingRecipe, Moment, Recipe, fit
 
 
@@ -135,11 +135,12 @@ def two_sided(data: RetrievalData, seed: int = 0) -> Hasher:
 def seen_rounds(data: RetrievalData, outer: DSARHOuter) -> tuple[Round, dict[str, Tensor]]:
     rounds: list[Round] = []
 
-    def look(turn: Round) -> dict[str, Tensor]:
-        rounds.append(turn)
-        return outer(turn)
+    class Watch(OuterLoss):
+        def __call__(self, turn: Round) -> dict[str, Tensor]:
+            rounds.append(turn)
+            return outer(turn)
 
-    recipe = AdversarialTraining(two_sided(data), DSARHObjective(), inner(), look)
+    recipe = AdversarialTraining(two_sided(data), DSARHObjective(), inner(), Watch())
     recipe.setup(data, 0, 16)
     ((group, terms),) = recipe.step(data.train.batch(torch.arange(16)), Moment(0, 0.0, Draws(0)))
     assert group == "hasher"
@@ -304,7 +305,7 @@ def test_adsh_learns(data: RetrievalData) -> None:
 def test_the_attack_sees_the_learned_codes(data: RetrievalData) -> None:
     seen = []
 
-    class Watch:
+    class Watch(OuterLoss):
         def __call__(self, turn: Round) -> dict[str, Tensor]:
             seen.append(turn)
             return DSARHOuter(0.5)(turn)

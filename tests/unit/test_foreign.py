@@ -14,9 +14,9 @@ from torch import nn
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.data.transforms import jpeg
-from robusthash.models.external.loaders import load_onnx, load_python, load_torchscript
-from robusthash.models.external.perceptual_hashes import NAMES, perceptual
-from robusthash.models.external.wrapper import MEAN, Broken, foreign, normalisation_doubt
+from robusthash.models.external.loaders import NAMES, load_onnx, load_python, load_torchscript, perceptual
+from robusthash.models.external.wrapper import Broken, foreign, normalisation_doubt
+from robusthash.models.image_encoders import IMAGENET
 
 SIZE, BITS = 24, 16
 
@@ -146,7 +146,7 @@ class Fragile(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         for _ in range(self.times):
-            images = (images - torch.tensor(MEAN).view(1, 3, 1, 1)) / 0.225
+            images = (images - torch.tensor(IMAGENET[0]).view(1, 3, 1, 1)) / 0.225
         return torch.sin(12 * images.flatten(1)) @ self.weight
 
 

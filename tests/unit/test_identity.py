@@ -31,8 +31,9 @@ from robusthash.core import registry
 from robusthash.core.identity import describe, identity, marked_identity, scheme_of
 from robusthash.core.registry import Card, build, catalogue, register
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, RefinedAttack
-from robusthash.models.purifier_gradients import RepairIdentity, RepairLearnt, RepairMoved
-from robusthash.models.surrogate_gradients import BranchSeen, GateSeen, MaskNoise, MaskSeen, NoiseAveraged
+from robusthash.models.gates import GateView
+from robusthash.models.sfcl import BranchView, MaskNoise, MaskView
+from robusthash.models.surrogate_gradients import NoiseAveraged, RepairIdentity, RepairLearnt, RepairMoved
 from robusthash.robustness.specs.oracle_attacks import OracleAttack, noise_attacks, oracle_attacks
 from robusthash.robustness.specs.published_suite import paper_suite
 from robusthash.robustness.suite import TIERS, Suite, tier
@@ -58,9 +59,9 @@ RECIPES = (
     "ucmerced-labels-dpsh",
 )
 VIEWS = (
-    GateSeen("one"),
-    MaskSeen("hard"),
-    BranchSeen("spatial"),
+    GateView("one"),
+    MaskView("hard"),
+    BranchView("spatial"),
     NoiseAveraged(),
     NoiseAveraged(5, identity=True),
     MaskNoise(),

@@ -87,7 +87,7 @@ def test_smallest_size_is_the_true_limit_of_alexnet() -> None:
 
 
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none.pth' does not exist; give the path of a file"):
+    with pytest.raises(FileNotFoundError, match=r"none.pth' does not exist; give a file"):
         build_hasher(bits=8, image={"name": "resnet18", "weights": str(tmp_path / "none.pth")})
 
 

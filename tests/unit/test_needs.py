@@ -20,7 +20,7 @@ from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Reference
 from robusthash.defenses import AdversarialTraining, CgATOuter, PlainAT, Round, SAATOuter
-from robusthash.defenses.requirements import Needs
+from robusthash.defenses.base import Needs, OuterLoss
 from robusthash.defenses.sfcl import SFCLOuter
 from robusthash.models import Hasher
 from robusthash.objectives import DPSH
@@ -135,7 +135,7 @@ def test_every_pair_is_refused_where_it_is_made_or_trains_a_step(outer: str, att
     made = build("attack", options, objective=objective)
     data = make_data()
     loss = build("outer", outer)
-    if getattr(loss, "needs", Needs()).unmet(made):
+    if loss.needs.unmet(made):
         with pytest.raises(ValueError, match=f"does not fit the outer loss '{outer}'"):
             AdversarialTraining(small_hasher(), objective, made, loss)
         return
@@ -189,7 +189,7 @@ def forgetful() -> Iterator[None]:
 def test_a_new_loss_joins_by_what_it_declares() -> None:
     @registry.register("outer", "picky")
     @dataclass(frozen=True)
-    class Picky:
+    class Picky(OuterLoss):
         needs: ClassVar[Needs] = Needs(goal="target", label_codes=True)
 
         def __call__(self, turn: Round) -> dict[str, torch.Tensor]:

@@ -105,7 +105,7 @@ def test_ablations_of_the_encoder() -> None:
     whole = build_hasher(bits=8, image=sfcl()).encoders["image"].eval()
     joined = build_hasher(bits=8, image=sfcl(separate=False)).encoders["image"].eval()
     out, shown = joined(x)
-    assert set(shown) == {"spatial", "spatial+", "frequency", "frequency+"} == set(joined.shown)
+    assert set(shown) == {"spatial", "spatial+", "frequency", "frequency+"} == set(joined.aux_widths)
     assert torch.equal(shown["spatial"], shown["spatial+"])
     flat = build_hasher(bits=8, image=sfcl(fuse=False)).encoders["image"].eval()
     out, shown = flat(x)
@@ -280,7 +280,7 @@ def test_without_budget_and_weights_it_is_the_objective_on_clean_items() -> None
     ((_, terms),) = recipe.step(batch, Moment(0, 0.5, Draws(0)))
     assert not list(recipe.outer.parameters())
     assert torch.equal(seen[0].attacked.inputs["image"], batch.inputs["image"])
-    plain = recipe._plain.objective(seen[0].clean, batch, seen[0].memory)
+    plain = recipe.plain.objective(seen[0].clean, batch, seen[0].memory)
     assert {name: value.item() for name, value in terms.items()} == pytest.approx(
         {f"clean/{name}": 2.0 * value.item() for name, value in plain.items()}
     )

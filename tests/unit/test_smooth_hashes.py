@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robusthash.models.external.perceptual_hashes import NAMES, perceptual
+from robusthash.models.external.loaders import NAMES, perceptual
 from robusthash.models.external.smooth_hashes import exact_logits, smooth_logits
 
 pytest.importorskip("imagehash")

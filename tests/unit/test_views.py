@@ -18,10 +18,17 @@ from robusthash.attacks.threat_model import image_threat
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Inputs
 from robusthash.models import Hasher, build_hasher
+from robusthash.models.gates import GateView
 from robusthash.models.hasher import frozen
-from robusthash.models.purifier import carried
-from robusthash.models.purifier_gradients import RepairIdentity, RepairLearnt, RepairMoved, repaired
-from robusthash.models.surrogate_gradients import BranchSeen, GateSeen, MaskNoise, MaskSeen, NoiseAveraged
+from robusthash.models.purifier import with_gradient_of
+from robusthash.models.sfcl import BranchView, MaskNoise, MaskView
+from robusthash.models.surrogate_gradients import (
+    NoiseAveraged,
+    RepairIdentity,
+    RepairLearnt,
+    RepairMoved,
+    repaired,
+)
 
 SMALL = {"name": "small", "width": 4, "grid": 1}
 X = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -54,13 +61,13 @@ def looked(hasher: Hasher, x: Tensor = X) -> tuple[Tensor, Tensor]:
 
 
 VIEWS = {
-    "frozen": ("gated", GateSeen("frozen")),
-    "minimum": ("gated", GateSeen("minimum")),
-    "one": ("gated", GateSeen("one")),
-    "smooth": ("gated", GateSeen("smooth")),
-    "hard": ("masked", MaskSeen("hard")),
-    "spatial": ("masked", BranchSeen("spatial")),
-    "frequency": ("masked", BranchSeen("frequency")),
+    "frozen": ("gated", GateView("frozen")),
+    "minimum": ("gated", GateView("minimum")),
+    "one": ("gated", GateView("one")),
+    "smooth": ("gated", GateView("smooth")),
+    "hard": ("masked", MaskView("hard")),
+    "spatial": ("masked", BranchView("spatial")),
+    "frequency": ("masked", BranchView("frequency")),
     "noise": ("masked", MaskNoise(4)),
     "identity": ("repairing", RepairIdentity()),
     "gate-identity": ("gated", RepairIdentity()),
@@ -90,7 +97,7 @@ def test_the_soft_view_of_a_hard_mask() -> None:
             image={"name": "sfcl", "spatial": SMALL, "frequency": SMALL, "width": 16, "hard_eval": True},
         )
     )
-    (own, slope), (logits, other) = looked(hard), looked(MaskSeen("soft")(hard))
+    (own, slope), (logits, other) = looked(hard), looked(MaskView("soft")(hard))
     assert torch.equal(logits, own)
     assert not torch.equal(slope, other)
 
@@ -100,7 +107,7 @@ def test_a_frozen_gate_is_that_of_the_clean_input(gated: Hasher) -> None:
     gate."""
     gate = gated.purifiers["image"]
     clean, moved = X, (X + 0.1).clamp(0, 1)
-    view = GateSeen("frozen")(gated).around({"image": clean}, Draws(0))
+    view = GateView("frozen")(gated).for_block({"image": clean}, Draws(0))
     held = gate.gate(gate.coefficients(clean)).detach()
     leaf = moved.clone().requires_grad_(True)
     with frozen(gated):
@@ -112,7 +119,7 @@ def test_a_frozen_gate_is_that_of_the_clean_input(gated: Hasher) -> None:
     assert torch.equal(found_logits, own)
     assert torch.allclose(found, expected, atol=1e-6)
     assert not torch.allclose(
-        found, looked(GateSeen("frozen")(gated), moved)[1], atol=1e-6
+        found, looked(GateView("frozen")(gated), moved)[1], atol=1e-6
     )  # not told: the gate of x'
 
 
@@ -124,7 +131,7 @@ def test_gates_open_and_shut(gated: Hasher) -> None:
         with frozen(gated):
             bare = gated.bare()({"image": factor * leaf})["image"].logits
             (expected,) = torch.autograd.grad((bare * 2 * own).sum(), leaf)
-        assert torch.allclose(looked(GateSeen(kind)(gated))[1], expected, rtol=1e-3, atol=1e-3)  # type: ignore[arg-type]
+        assert torch.allclose(looked(GateView(kind)(gated))[1], expected, rtol=1e-3, atol=1e-3)  # type: ignore[arg-type]
 
 
 def test_the_smooth_gate_has_the_slope_of_four_times_the_temperature(gated: Hasher) -> None:
@@ -137,17 +144,17 @@ def test_the_smooth_gate_has_the_slope_of_four_times_the_temperature(gated: Hash
         pure, _ = gate.weighed(leaf, lambda z: gate.gate(z).detach() + soft.gate(z) - soft.gate(z).detach())
         logits = gated.bare()({"image": pure})["image"].logits
         (expected,) = torch.autograd.grad((logits * 2 * own).sum(), leaf)
-    assert torch.allclose(looked(GateSeen("smooth")(gated))[1], expected, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(looked(GateView("smooth")(gated))[1], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_branches_add_up(masked: Hasher) -> None:
     """Each sees what the other takes for constant, so the two gradients sum to the whole."""
-    both = [looked(BranchSeen(branch)(masked))[1] for branch in ("spatial", "frequency")]
+    both = [looked(BranchView(branch)(masked))[1] for branch in ("spatial", "frequency")]
     assert torch.allclose(sum(both), looked(masked)[1], rtol=1e-3, atol=1e-3)  # type: ignore[arg-type]
 
 
 def test_mask_noise_is_that_of_training_and_codes_are_without_it(masked: Hasher) -> None:
-    view = MaskNoise(16)(masked).around({}, Draws(1))
+    view = MaskNoise(16)(masked).for_block({}, Draws(1))
     with frozen(view), torch.no_grad():
         output = view({"image": X})["image"]
     draws = output.aux["draws"]
@@ -159,7 +166,7 @@ def test_mask_noise_is_that_of_training_and_codes_are_without_it(masked: Hasher)
 
 def test_a_loss_over_draws_is_the_mean_over_looks(masked: Hasher) -> None:
     batch, goal = image_batch(torch.rand(4, 8)), Goal(None, -1)
-    view = MaskNoise(3)(masked).around({}, Draws(1))
+    view = MaskNoise(3)(masked).for_block({}, Draws(1))
     guidance = Own()(masked, replace(batch, inputs={"image": X}), goal, None, Draws(0))
     with frozen(view):
         outputs = view({"image": X})
@@ -197,9 +204,9 @@ def test_gate_opening_rewards_an_open_gate_whatever_the_goal(gated: Hasher, sign
 @pytest.mark.parametrize("gradient", ["own", "identity"])
 def test_how_far_a_repair_moved(repairing: Hasher, gradient: str) -> None:
     view = RepairMoved(gradient)(repairing)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown before around"):
+    with pytest.raises(ValueError, match="unknown before for_block"):
         view({"image": X})
-    view = view.around({"image": X}, Draws(0))
+    view = view.for_block({"image": X}, Draws(0))
     moved = (X + 0.05 * torch.randn(X.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
     leaf = moved.clone().requires_grad_(True)
     with frozen(view):
@@ -242,19 +249,19 @@ def test_a_learnt_proxy_imitates_its_purifier(repairing: Hasher) -> None:
 def test_refusals(gated: Hasher, masked: Hasher) -> None:
     plain = small_hasher()
     with pytest.raises(ValueError, match="spectral-gate"):
-        GateSeen("one")(plain)
+        GateView("one")(plain)
     with pytest.raises(ValueError, match="image encoder 'sfcl'"):
-        MaskSeen("hard")(plain)
+        MaskView("hard")(plain)
     with pytest.raises(ValueError, match="needs a purifier"):
         RepairIdentity()(plain)
     with pytest.raises(ValueError, match="needs a victim with one"):
         RepairMoved()(plain)
     with pytest.raises(ValueError, match="branch must be one of spatial, frequency"):
-        BranchSeen("both")
+        BranchView("both")
     with pytest.raises(ValueError, match="at least 1 draw"):
         NoiseAveraged(0)
     with pytest.raises(ValueError, match="steps and width"):
         RepairLearnt(0)
     with pytest.raises(ValueError, match="cannot take the gradient"):
-        carried(torch.ones(2), torch.ones(3))
+        with_gradient_of(torch.ones(2), torch.ones(3))
     assert NoiseAveraged(2)(linear_hasher(torch.ones(2, 3))).passes == (4, 2)

@@ -354,7 +354,7 @@ def test_damaged_safetensors(tmp_path: Path, state: State) -> None:
 
 def test_no_file(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pth", tmp_path):
-        with pytest.raises(FileNotFoundError, match="does not exist; give the path of a file, or null"):
+        with pytest.raises(FileNotFoundError, match="does not exist; give a file, or null"):
             read_tensors(path)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,72 +13,40 @@ from robusthash.attacks.base import Attack
 from robusthash.core.labels import draw_targets
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Batch, Goal, Guidance, LossTerms, Outputs
+from robusthash.core.types import Batch, Goal, LossTerms
 from robusthash.data.base import RetrievalData
-from robusthash.defenses.requirements import check_needs
+from robusthash.defenses.base import OuterLoss, Round, check_needs
 from robusthash.models.hasher import Hasher, frozen
-from robusthash.objectives.base import HashObjective
-from robusthash.objectives.code_memory import CodeMemory
+from robusthash.objectives.base import CodeMemory, HashObjective
 from robusthash.training.recipe import FIGURES, HashingRecipe, Moment, Recipe, train_facts
-
-
-@dataclass(frozen=True)
-class Round:
-    """All that an outer loss may look at. ``guidance`` is recomputed after the memory was updated."""
-
-    batch: Batch
-    attacked: Batch
-    goal: Goal
-    clean: Outputs
-    robust: Outputs
-    guidance: Guidance
-    memory: CodeMemory
-    objective: HashObjective
-    progress: float
-
-
-Outer = Callable[[Round], LossTerms]
-"""A defense's own loss. One that learns is an ``nn.Module`` with ``setup(facts)``; its parameters train
-along."""
-
-
-@runtime_checkable
-class Watching(Protocol):
-    """An outer loss that also has figures for the log, which are not optimised."""
-
-    def figures(self, turn: Round) -> LossTerms: ...
 
 
 @register("recipe", "adversarial", state="measured")
 class AdversarialTraining(Recipe):
-    """Min-max training: attack the hasher as it stands, then lower the outer loss on clean and attacked
-    outputs.
+    """Min-max training: attack the hasher as it is, then lower the outer loss on clean and attacked outputs.
 
     Order of a step (SAAT's code): guidance from the memory before this batch, attack in eval mode, attacked
     and clean forward in train mode, memory update from the clean outputs, guidance again, outer loss.
 
-    Over image and text, the attack sees the codes of both; only the modalities that its threat names are
+    Over image and text, the attack has the codes of both; only the modalities that its threat names are
     attacked, and ``Round.robust`` holds only those: the others get the gradient of clean items alone.
 
     Args:
         hasher: start it from a trained one; the papers always do.
         objective: the hashing objective, kept on the clean outputs.
         attack: the inner attack; its threat bounds training too. A targeted one aims each item at a label set
-            of the training set that shares nothing with its own, drawn anew each epoch; where none exists, at
-            its own labels, which harms nothing. A guide that learns (an ``nn.Module`` with ``setup(facts)``
-            and ``terms(goal labels, reference, draws)``) is the optimiser group "guide", stepped before the
-            attack.
-        outer: the defense's own loss. What it needs of the attack it declares as ``needs``, see ``Needs``.
+            of the training set that shares nothing with its own, drawn again each epoch; where none exists,
+            at its own labels, which harms nothing. A guide that learns (an ``nn.Module`` with
+            ``setup(facts)`` and ``terms(goal labels, reference, draws)``) is the optimiser group "guide",
+            stepped before the attack.
+        outer: the defense's own loss; see ``Needs`` for what it needs of the attack.
         warmup: share of training over which eps grows from 0 to its full size (SFCL).
-
-    Raises:
-        ValueError: an attack that does not give what the outer loss needs, or a warm-up out of range.
     """
 
     groups = ("hasher", "critic", "guide")
 
     def __init__(
-        self, hasher: Hasher, objective: HashObjective, attack: Attack, outer: Outer, warmup: float = 0.0
+        self, hasher: Hasher, objective: HashObjective, attack: Attack, outer: OuterLoss, warmup: float = 0.0
     ) -> None:
         if not 0.0 <= warmup < 1.0:
             raise ValueError(f"warmup is a share of training in [0, 1), got {warmup:g}")
@@ -87,14 +55,11 @@ class AdversarialTraining(Recipe):
         self.attack = attack
         self.outer = outer
         self.warmup = warmup
-        self._plain = HashingRecipe(hasher, objective)
+        self.plain = HashingRecipe(
+            hasher, objective
+        )  # undefended training with the same objective and memory
         if hasher.declared == "plain":
             hasher.declared = hasher.spec["declared"] = "adversarial"
-
-    @property
-    def plain(self) -> HashingRecipe:
-        """Undefended training of the same hasher, whose objective and memory this one shares."""
-        return self._plain
 
     @property
     def _learning(self) -> dict[str, nn.Module]:
@@ -103,64 +68,55 @@ class AdversarialTraining(Recipe):
         return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
     def modules(self) -> dict[str, nn.Module]:
-        return {**self._plain.modules(), **self._learning}
+        return {**self.plain.modules(), **self._learning}
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        groups = self._plain.parameter_groups()
-        if isinstance(self.outer, nn.Module):
-            groups["hasher"] = [*groups["hasher"], *self.outer.parameters()]
-        if isinstance(self.attack.guide, nn.Module):
-            groups["guide"] = list(self.attack.guide.parameters())
+        groups, learning = self.plain.parameter_groups(), self._learning
+        if "outer" in learning:
+            groups["hasher"] = [*groups["hasher"], *learning["outer"].parameters()]
+        if "guide" in learning:
+            groups["guide"] = list(learning["guide"].parameters())
         return groups
 
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
         missing = sorted(set(self.attack.threat.balls) - set(self.hasher.modalities))
         if missing:
             raise ValueError(f"the inner attack changes {missing[0]!r}, which this hasher does not encode")
-        self._plain.setup(data, seed, batch_size)
+        self.plain.setup(data, seed, batch_size)
         facts = train_facts(data.train, self.hasher, seed)
         for part in self._learning.values():
             part.to(self.hasher.device).setup(facts)  # type: ignore[operator]
             part.to(self.hasher.device)
 
     def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
-        memory, objective = self._plain.memory, self._plain.objective
-        goal = self._goal(batch, memory, moment.draws)
+        memory, objective, draws = self.plain.memory, self.plain.objective, moment.draws
+        goal = self._goal(batch, memory, draws)
         self.hasher.train()
         if "guide" in self._learning:
-            yield "guide", self._learning["guide"].terms(goal.labels, memory.reference(), moment.draws)  # type: ignore[operator]
+            guide: Any = self.attack.guide
+            yield "guide", guide.terms(goal.labels, memory.reference(), draws)
         ramp = 1.0 if not self.warmup else min(1.0, moment.progress / self.warmup)
         attack = replace(self.attack, threat=self.attack.threat.scaled(ramp)) if ramp < 1.0 else self.attack
-        found, _ = attack.perturb(self.hasher, batch, goal, memory.reference(), draws=moment.draws)
+        found, _ = attack.perturb(self.hasher, batch, goal, memory.reference(), draws=draws)
         changed = {name: value.detach() for name, value in found.inputs.items()}
         robust, clean = self.hasher(changed), self.hasher(batch.inputs)
         memory.update(clean, batch)
         with frozen(self.hasher), torch.no_grad():
-            guidance = self.attack.guide(self.hasher, batch, goal, memory.reference(), moment.draws)
-        yield from self._plain.critic_step(clean, batch)
-        turn = Round(
-            batch,
-            batch.with_inputs(changed),
-            goal,
-            clean,
-            robust,
-            guidance,
-            memory,
-            objective,
-            moment.progress,
-        )
+            guidance = self.attack.guide(self.hasher, batch, goal, memory.reference(), draws)
+        yield from self.plain.critic_step(clean, batch)
+        attacked = batch.with_inputs(changed)
+        turn = Round(batch, attacked, goal, clean, robust, guidance, memory, objective, moment.progress)
         yield "hasher", self.outer(turn)
-        if isinstance(self.outer, Watching):
-            yield FIGURES, self.outer.figures(turn)
+        if figures := self.outer.figures(turn):
+            yield FIGURES, figures
         objective.advance()
 
     def _goal(self, batch: Batch, memory: CodeMemory, draws: Draws) -> Goal:
         if not self.attack.targeted:
             return Goal(batch.labels, -1)
         if batch.labels is None or memory.labels is None:
-            raise ValueError(
-                f"{self.attack.name!r} is targeted and needs labels, which the training split lacks"
-            )
+            reason = "is targeted and needs labels, which the training split lacks"
+            raise ValueError(f"{self.attack.name!r} {reason}")
         targets = draw_targets(batch.labels, batch.ids, memory.labels, 1, draws)[:, 0].to(batch.labels.device)
         impossible = targets.sum(1, keepdim=True) == 0
         if impossible.all():
@@ -170,4 +126,4 @@ class AdversarialTraining(Recipe):
         return Goal(torch.where(impossible, batch.labels, targets), +1)
 
     def end_epoch(self, epoch: int) -> None:
-        self._plain.end_epoch(epoch)
+        self.plain.end_epoch(epoch)

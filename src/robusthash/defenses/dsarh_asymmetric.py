@@ -1,5 +1,4 @@
-"""Asymmetric training: a network for queries, learned codes for the database; plain (ADSH) or adversarial
-(DSARH)."""
+"""Asymmetric training, plain (ADSH) or adversarial (DSARH): a network for queries, learned database codes."""
 
 from __future__ import annotations
 
@@ -15,8 +14,9 @@ from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, LossTerms
 from robusthash.data.base import RetrievalData, Split
-from robusthash.defenses.adversarial_training import AdversarialTraining, Outer
-from robusthash.defenses.dsarh import DSARHOuter
+from robusthash.defenses.adversarial_training import AdversarialTraining
+from robusthash.defenses.base import OuterLoss
+from robusthash.defenses.outer_losses import DSARHOuter
 from robusthash.models.hasher import Hasher
 from robusthash.objectives.adsh import ADSH, DiscreteMemory
 from robusthash.objectives.base import HashObjective
@@ -34,9 +34,9 @@ class Asymmetric(Recipe):
     """ADSH, and with an ``attack`` DSARH for images. An epoch is one outer iteration.
 
     Each epoch samples ``items`` of the training split, trains the network on them ``inner_epochs`` times with
-    the codes V of the whole training split fixed, then solves V column by column from the latest outputs. An
-    inner attack and an outer loss see V as the memory. The paper's learning rate, times 0.9 an outer
-    iteration, is the schedule ``exponential`` with gamma 0.9^epochs.
+    the codes V of the whole split fixed, then solves V column by column from the latest outputs. V is the
+    memory of an inner attack and an outer loss. The paper's learning rate, times 0.9 an outer iteration, is
+    the schedule ``exponential`` with gamma 0.9^epochs.
 
     Args:
         hasher: of one modality.
@@ -45,13 +45,9 @@ class Asymmetric(Recipe):
         outer: the mixture of clean and attacked loss, ``dsarh`` where an attack is given without one.
         items: sampled in each epoch, 2000 in the paper; all where the split has fewer.
         inner_epochs: passes over them, 3 in the paper.
-        start: V before the first epoch: ``random`` signs (zeros, as in published code, would leave the first
+        start: V before the first epoch: ``random`` signs (the zeros of published code would leave the first
             epoch without a gradient), or the ``network``'s own signs where it was trained before.
         database: ``learned`` searches V where every database item is a training item; ``network`` never does.
-
-    Raises:
-        ValueError: an option out of range, another objective than ADSH, a hasher of several modalities, an
-            outer loss without an attack.
 
     Differs: V is solved on clean outputs only. The passes over a sample are shuffled together.
     """
@@ -63,20 +59,18 @@ class Asymmetric(Recipe):
         hasher: Hasher,
         objective: HashObjective,
         attack: Attack | None = None,
-        outer: Outer | None = None,
+        outer: OuterLoss | None = None,
         items: int = 2000,
         inner_epochs: int = 3,
         start: Literal["random", "network"] = "random",
         database: Literal["learned", "network"] = "learned",
     ) -> None:
         if not isinstance(objective, ADSH):
-            raise ValueError(
-                f"the recipe 'asymmetric' solves codes of the objective 'adsh', not of {type(objective).__name__}"
-            )
+            given = type(objective).__name__
+            raise ValueError(f"the recipe 'asymmetric' solves codes of the objective 'adsh', not of {given}")
         if len(hasher.modalities) != 1:
-            raise ValueError(
-                f"asymmetric training is for one modality, and this hasher has {list(hasher.modalities)}"
-            )
+            has = list(hasher.modalities)
+            raise ValueError(f"asymmetric training is for one modality, and this hasher has {has}")
         if attack is None and outer is not None:
             raise ValueError(
                 "an outer loss needs an attack; without one the recipe 'asymmetric' is plain ADSH"
@@ -84,12 +78,10 @@ class Asymmetric(Recipe):
         for name, value in (("items", items), ("inner_epochs", inner_epochs)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name, word, words in (
-            ("start", start, ("random", "network")),
-            ("database", database, ("learned", "network")),
-        ):
-            if word not in words:
-                raise ValueError(f"{name} must be {words[0]!r} or {words[1]!r}, got {word!r}")
+        words = {"start": (start, "random", "network"), "database": (database, "learned", "network")}
+        for name, (word, one, other) in words.items():
+            if word not in (one, other):
+                raise ValueError(f"{name} must be {one!r} or {other!r}, got {word!r}")
         self.hasher = hasher
         self.items = items
         self.inner_epochs = inner_epochs
@@ -99,9 +91,7 @@ class Asymmetric(Recipe):
         if attack is None:
             self._inner = self._plain = HashingRecipe(hasher, objective)
         else:
-            self._inner = AdversarialTraining(
-                hasher, objective, attack, DSARHOuter() if outer is None else outer
-            )
+            self._inner = AdversarialTraining(hasher, objective, attack, outer or DSARHOuter())
             self._plain = self._inner.plain
         self._data: RetrievalData
         self._draws: Draws
@@ -122,15 +112,13 @@ class Asymmetric(Recipe):
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
         self._inner.setup(data, seed, batch_size)
         self._data, self._draws = data, Draws(seed, ("asymmetric",))
-        own = self._plain.memory.reference().codes
-        memory = DiscreteMemory(len(data.train), self.hasher.bits, data.train.labels, self.hasher.modalities)
+        codes, bits = self._plain.memory.reference().codes, self.hasher.bits
+        memory = DiscreteMemory(len(data.train), bits, data.train.labels, self.hasher.modalities)
         self._plain.memory = memory.to(self.hasher.device)
-        ids = torch.arange(len(data.train))
-        drawn = {
-            name: sign(self._draws.within("codes", name).uniform(ids, (self.hasher.bits,)) - 0.5)
-            for name in own
-        }
-        self.memory.assign(own if self.start == "network" else drawn)
+        if self.start == "random":
+            ids = torch.arange(len(data.train))
+            codes = {n: sign(self._draws.within("codes", n).uniform(ids, (bits,)) - 0.5) for n in codes}
+        self.memory.assign(codes)
 
     def pool(self, epoch: int) -> Tensor:
         """(items * inner_epochs,) the sample of this outer iteration, once for each pass."""
@@ -144,8 +132,7 @@ class Asymmetric(Recipe):
         self._inner.end_epoch(epoch)
 
     def database_codes(self) -> Codes | None:
-        """V in the order of the database split where each of its items was trained on, else None: the network
-        encodes new items."""
+        """V in the order of the database split where each of its items was trained on, else None."""
         rows = None if self.database == "network" else same_items(self._data.database, self._data.train)
         if rows is None:
             return None
@@ -153,16 +140,13 @@ class Asymmetric(Recipe):
         return Codes(pack(codes.data.cpu()[rows]), self.hasher.bits, torch.arange(len(rows)))
 
 
-def same_items(wanted: Split, among: Split) -> Tensor | None:
-    """(N,) position in ``among`` of each item of ``wanted``, by content and labels; None where one is not
-    there."""
+def same_items(split: Split, among: Split) -> Tensor | None:
+    """(N,) position in ``among`` of each item of ``split``, by content and labels; None if any is missing."""
+    positions = {key: position for position, key in enumerate(_keys(among))}
+    rows = [positions.get(key, -1) for key in _keys(split)]
+    return None if -1 in rows else torch.tensor(rows)
 
-    def keys(split: Split) -> list[tuple[bytes, bytes]]:
-        labels = (
-            [b""] * len(split) if split.labels is None else [row.tobytes() for row in split.labels.numpy()]
-        )
-        return list(zip(split.hashes.tolist(), labels, strict=True))
 
-    positions = {key: position for position, key in enumerate(keys(among))}
-    found = [positions.get(key, -1) for key in keys(wanted)]
-    return None if -1 in found else torch.tensor(found)
+def _keys(split: Split) -> list[tuple[bytes, bytes]]:
+    labels = [b""] * len(split) if split.labels is None else [row.tobytes() for row in split.labels.numpy()]
+    return list(zip(split.hashes.tolist(), labels, strict=True))

@@ -1,19 +1,24 @@
-"""SAAH: adversarial training of a hasher that stands behind a spectral gate, with the gate's two own
-terms."""
+"""SAAH: adversarial training of a hasher behind a spectral gate, with the gate's two own terms."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from robusthash.attacks.adaptive_losses import GateOpening
+from robusthash.attacks.frequency_bands import BANDS, Banded
 from robusthash.core.registry import register
 from robusthash.core.types import HashOutput, LossTerms
-from robusthash.defenses.adversarial_training import Round
+from robusthash.defenses.adaptive import AdaptiveAttack, AdaptiveAttacks, AdaptiveSetting
+from robusthash.defenses.base import OuterLoss, Round
 from robusthash.defenses.outer_losses import PlainAT
 from robusthash.models.block_dct import BlockDCT
+from robusthash.models.gates import GateView, gates_of
+from robusthash.models.hasher import Hasher
 
 Reduction = Literal["block", "sum", "mean"]
 
@@ -27,12 +32,9 @@ def spectral_stability(change: Tensor, gate: Tensor, reduction: Reduction = "blo
     Args:
         change: (B, C, H, W) x - x'.
         gate: (B, P, n, n) m of the clean image, not detached.
-        reduction: what is summed of an image. ``block`` (ours): the sum inside a block, averaged over blocks;
-            ``sum``: over all blocks, which at 224 px holds the gate near 0.1 whatever the retention;
-            ``mean``: over all coefficients, which leaves the term without effect. The paper does not say.
-
-    Returns:
-        A scalar; multiplied by 4 where the change doubles.
+        reduction: of an image. ``block`` (ours): the sum inside a block, averaged over blocks; ``sum``: over
+            all blocks, which at 224 px holds the gate near 0.1 whatever the retention; ``mean``: over all
+            coefficients, which leaves the term without effect. The paper does not say.
     """
     with torch.no_grad():
         energy = BlockDCT(gate.shape[-1]).to(change.device)(change).square().sum(2)
@@ -44,7 +46,7 @@ def spectral_stability(change: Tensor, gate: Tensor, reduction: Reduction = "blo
 
 @register("outer", "saah", paper="SAAH, SIGIR 2026", evidence="paper", state="measured")
 @dataclass(frozen=True)
-class SAAHOuter:
+class SAAHOuter(OuterLoss):
     """SAAH: L = L_hash(P(x)) + L_hash(P(x')) + stability * L_stab + retention * R_bound (Eq. 11-13).
 
     R_bound is (mean of m - rho)^2 of each clean image, averaged over the batch; rho is the gate's. x' passes
@@ -52,17 +54,10 @@ class SAAHOuter:
     The hasher needs a gate: ``hasher.purifiers.image: spectral-gate``. Inner attack of the paper: ``pgd`` on
     the objective from the clean image, 7 steps; size and eps are not stated (here 2/255 and 8/255).
 
-    Logged besides the terms, from the clean images: ``gate/mean``; ``gate/spread``, the deviation of m over
-    the frequencies (near 0 the gate only scales the image, which the first layer undoes); ``gate/images``,
-    the deviation of the mean over the images (which a batch-level R_bound would not see).
-
     Args:
         stability: lambda_s, 1 in the paper; 0 switches the term off.
         retention: gamma, 1 in the paper; 0 switches the term off.
         stab_reduction: see ``spectral_stability``.
-
-    Raises:
-        ValueError: a negative weight, an unknown reduction; later, a hasher without a gate.
     """
 
     stability: float = 1.0
@@ -74,9 +69,8 @@ class SAAHOuter:
             if getattr(self, name) < 0.0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name):g}")
         if self.stab_reduction not in get_args(Reduction):
-            raise ValueError(
-                f"stab_reduction must be one of {', '.join(get_args(Reduction))}, got {self.stab_reduction!r}"
-            )
+            known = ", ".join(get_args(Reduction))
+            raise ValueError(f"stab_reduction must be one of {known}, got {self.stab_reduction!r}")
 
     def __call__(self, turn: Round) -> LossTerms:
         name, output = _gated(turn)
@@ -87,8 +81,13 @@ class SAAHOuter:
             "retention": self.retention * output.aux["excess"].square().mean(),
         }
 
-    def figures(self, turn: Round) -> dict[str, Tensor]:
-        """Mean of the gate, and its spread over frequencies and over images."""
+    def figures(self, turn: Round) -> LossTerms:
+        """Mean and deviations of the gate on clean images.
+
+        Near a ``gate/spread`` over frequencies of 0 the gate only scales the image, which the first layer
+        undoes; ``gate/images``, the deviation of the mean over images, would be invisible to a batch-level
+        R_bound.
+        """
         gate = _gated(turn)[1].aux["gate"].detach()
         return {
             "gate/mean": gate.mean(),
@@ -106,3 +105,20 @@ def _gated(turn: Round) -> tuple[str, HashOutput]:
         "outer 'saah' needs a hasher with a spectral gate, and this one has none; "
         "add 'purifiers: {image: spectral-gate}' to its hasher section, or use outer 'pgd-at'"
     )
+
+
+@register("adaptive", "gate", paper="SAAH, SIGIR 2026", modality="image")
+class GateAttacks(AdaptiveAttacks):
+    """Spectral gates: other gates for the gradient, single bands, and opening the gate."""
+
+    def modalities(self, victim: Hasher) -> Collection[str]:
+        return gates_of(victim)
+
+    def attacks(self, victim: Hasher, modality: str, setting: AdaptiveSetting) -> list[AdaptiveAttack]:
+        views = [GateView("frozen"), GateView("minimum"), GateView("one"), GateView("smooth")]
+        search, block = setting.search(), gates_of(victim)[modality].dct.block
+        return [
+            *(setting.attack(f"gate-{view.gate}", view) for view in views),
+            *(setting.attack(f"band-{band}", search=Banded(search, band, block)) for band in BANDS),
+            setting.attack("gate-opening", loss=GateOpening()),
+        ]

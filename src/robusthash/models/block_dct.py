@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 
 def dct_matrix(size: int) -> Tensor:
-    """(n, n) orthonormal DCT-II: A[0, j] = sqrt(1/n), A[u, j] = sqrt(2/n) cos((2j + 1) u pi / 2n).
-
-    Raises:
-        ValueError: a size below 1.
-    """
+    """(n, n) orthonormal DCT-II: A[0, j] = sqrt(1/n), A[u, j] = sqrt(2/n) cos((2j + 1) u pi / 2n)."""
     if size < 1:
         raise ValueError(f"a DCT needs at least 1 point, got {size}")
     place = torch.arange(size, dtype=torch.float64)
@@ -27,9 +23,9 @@ class BlockDCT(nn.Module):
 
     The paper's factors (2/n) C_u C_v are those of the orthonormal DCT-II for every n: sums of squares are
     kept, the first coefficient of a block of constant g is n * g, and the transform of a perturbation is the
-    perturbation of the transform. Both products are taken as one with the Kronecker product of A with itself,
-    which was measured 2.3 times faster than two on 8 x 8 blocks. Always in the precision of its input, also
-    under autocast.
+    perturbation of the transform. Both products are one with the Kronecker product of A with itself, measured
+    2.3 times faster on 8 x 8 blocks. Always in the precision of its input, also under autocast, since bf16
+    would lose what an attack of 8/255 adds.
 
     Args:
         block: side n of a block, in pixels.
@@ -44,12 +40,7 @@ class BlockDCT(nn.Module):
         self.register_buffer("basis", torch.kron(matrix, matrix), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, P, C, n, n): coefficients by block (row by row), channel, frequency (u down, v
-        across).
-
-        Raises:
-            ValueError: H or W is not a multiple of the block.
-        """
+        """(B, C, H, W) -> (B, P, C, n, n): block by rows, channel, frequency (u down, v across)."""
         n = self.block
         items, channels, height, width = x.shape
         if height % n or width % n:
@@ -58,7 +49,7 @@ class BlockDCT(nn.Module):
                 f"resize or crop them to a multiple of {n}, or give the gate another block"
             )
         blocks = x.reshape(items, channels, height // n, n, width // n, n).permute(0, 2, 4, 1, 3, 5)
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would lose what an attack of 8/255 adds
+        with torch.autocast(x.device.type, enabled=False):
             coefficients = blocks.reshape(-1, n * n) @ self.basis.T
         return coefficients.view(items, -1, channels, n, n)
 
@@ -69,6 +60,5 @@ class BlockDCT(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             blocks = z.reshape(-1, n * n) @ self.basis
         blocks = blocks.view(items, height // n, width // n, channels, n, n)
-        # channels first in memory, though nets want them last: the copy is so much cheaper, and convolutions
-        # convert
+        # channels first in memory: this copy is much cheaper, and convolutions convert to channels last
         return blocks.permute(0, 3, 1, 4, 2, 5).reshape(items, channels, height, width)

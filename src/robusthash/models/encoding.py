@@ -38,10 +38,9 @@ def encode_split(
     progress: Callable[[int, int], None] | None = None,
     origin: str = "",
 ) -> dict[str, Codes]:
-    """Codes of every item, by modality, in eval mode, without a graph. The batch size does not matter to the
-    result.
+    """Codes of every item, by modality, in eval mode, without a graph; the batch size does not change them.
 
-    Where a batch does not fit into memory, the split is encoded again by half of it, and a warning says so.
+    Where a batch does not fit into memory, the split is encoded again by half of it, with a warning.
 
     Args:
         victim: anything with the ``Hasher`` call.
@@ -51,9 +50,8 @@ def encode_split(
         origin: digest of the model, kept in the codes; an index refuses queries of another.
 
     Raises:
-        ValueError: where the model gives NaN or infinite logits, or where it and the split share no such
-            modality.
-        MemoryError: where not even single items fit.
+        ValueError: NaN or infinite logits, or no such modality in victim and split.
+        MemoryError: single items do not fit.
     """
 
     def encoded(size: int) -> dict[str, Codes]:
@@ -75,18 +73,15 @@ def encode_by(
     origin: str = "",
 ) -> dict[str, Codes]:
     """``encode_split`` at this batch size or not at all, for splits that must share one."""
-    wanted = victim.modalities if modality is None else (modality,)
-    packed: dict[str, list[torch.Tensor]] = {name: [] for name in wanted}
+    names = victim.modalities if modality is None else (modality,)
+    packed: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     done = 0
     with frozen(victim), torch.no_grad(), precision(dtype, victim.device):
         for batch in batches(split, batch_size):
-            inputs = {
-                name: values for name, values in batch.to(victim.device).inputs.items() if name in wanted
-            }
+            inputs = {name: v for name, v in batch.to(victim.device).inputs.items() if name in names}
             if not inputs:
-                raise ValueError(
-                    f"nothing to encode: {list(wanted)} wanted, the {split.name} split has {list(batch.inputs)}"
-                )
+                has = list(batch.inputs)
+                raise ValueError(f"nothing to encode: {list(names)} wanted, the {split.name} split has {has}")
             for name, output in victim(inputs).items():
                 packed[name].append(pack(sign(output.logits)))
             done += len(batch)
@@ -101,9 +96,9 @@ def weights_digest(model: nn.Module) -> str:
     state = model.state_dict()
     if not state:
         return "none"
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

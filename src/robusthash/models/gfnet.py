@@ -13,10 +13,6 @@ from robusthash.models.pretrained_weights import load_weights
 class GlobalFilter(nn.Module):
     """F^-1(W o F(X)) over an n x n grid of tokens: a circular convolution as large as the grid, per channel.
 
-    Args:
-        grid: n, even or odd.
-        dim: channels C.
-
     ``complex_weight`` is (n, n // 2 + 1, C, 2), real and imaginary part, drawn from N(0, 0.02^2) as in the
     code. The transform runs in float32 (float64 for a float64 model), under autocast too.
     """
@@ -65,37 +61,29 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         change = self.mlp(self.norm2(self.filter(self.norm1(x))))
         if self.training and self.drop:
-            keep = (torch.rand(len(x), 1, 1, device=x.device) >= self.drop).to(change.dtype)
-            change = change * keep / (1.0 - self.drop)
+            mask = (torch.rand(len(x), 1, 1, device=x.device) >= self.drop).to(change.dtype)
+            change = change * mask / (1.0 - self.drop)
         return x + change
 
 
 class PatchEmbedding(nn.Module):
-    """Images cut into patches, each a token."""
+    """Images cut into patches, each a token: (B, 3, S, S) -> (B, n * n, C)."""
 
     def __init__(self, patch: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, n * n, C)."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class GFNet(nn.Module):
-    """Patches, position, blocks, LayerNorm, mean over the tokens. Parameters are named as in the authors'
-    code.
-
-    Raises:
-        ValueError: sides that the patches do not divide; an image of another size than it was made for.
-    """
+    """Patches, position, blocks, LayerNorm, mean over tokens; parameter names are the authors'."""
 
     def __init__(self, size: int, patch: int, dim: int, depth: int, ratio: int, drop_path: float) -> None:
         super().__init__()
         if patch < 1 or size < patch or size % patch:
-            raise ValueError(
-                f"a patch of {patch} px does not divide images of {size} px; choose one that does"
-            )
+            raise ValueError(f"a patch of {patch} px does not divide images of {size} px")
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path is a probability in [0, 1), got {drop_path:g}")
         if depth < 1:
@@ -117,8 +105,8 @@ class GFNet(nn.Module):
         """(B, 3, S, S) -> (B, C)."""
         if tuple(x.shape[-2:]) != (self.size, self.size):
             raise ValueError(
-                f"this GFNet has global filters for images of {self.size} x {self.size} px, got {tuple(x.shape[-2:])}; "
-                "resize the data, or make it with size and patch for these"
+                f"this GFNet has global filters for images of {self.size} x {self.size} px, got "
+                f"{tuple(x.shape[-2:])}; resize the data, or make it with size and patch for these"
             )
         tokens = self.patch_embed(x) + self.pos_embed
         return self.norm(self.blocks(tokens)).mean(1)
@@ -143,12 +131,10 @@ def gfnet(
 ) -> ImageEncoder:
     """GFNet, D = ``dim``; the defaults are GFNet-Ti (7,254,784 parameters). Takes images of ``size`` px only.
 
-    Scaled down, keep at least 8 patches a side: 64 px with patch 8, 32 px with patch 4; ``dim`` 64, ``depth``
-    4.
+    Scaled down, keep at least 8 patches a side: 64 px with patch 8, 32 px with patch 4; dim 64, depth 4.
 
     Args:
-        size: side of the images, for which the filters are made.
-        patch: side of a patch, a divisor of ``size``.
+        size, patch: sides of the images, for which the filters are made, and of a patch, a divisor.
         dim: channels of a token, and D.
         depth: blocks.
         ratio: width of the MLPs over ``dim``.
@@ -156,10 +142,6 @@ def gfnet(
         weights: a file, such as the authors' release of GFNet-Ti; a classifier in it is left out.
 
     Differs: filters of another size are not resized; the weights must fit.
-
-    Raises:
-        FileNotFoundError: weights that are not there.
-        ValueError: sizes that do not go together, or weights that do not fit.
     """
     trunk = GFNet(size, patch, dim, depth, ratio, drop_path)
     if weights is not None:

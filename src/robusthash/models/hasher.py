@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,26 +16,50 @@ from torch import Tensor, nn
 from robusthash.core.registry import build
 from robusthash.core.runtime import seed_everything
 from robusthash.core.types import HashOutput, Inputs, Outputs
-from robusthash.models.purifier import IdentityBackward
+from robusthash.models.purifier import ProxyBackward
 
 Defense = Literal["plain", "adversarial", "gate", "mask", "purifier", "randomised", "detector"]
+"""Defense classes of this package; the file of another defense registers its own as kind ``adaptive``."""
+
 Sides = Literal["query", "both"]
 View = Literal["white-box", "oblivious", "identity"]
+Component = str | Mapping[str, Any]
+"""A registered name, or a mapping with ``name`` and options."""
+
+
+class Encoder(nn.Module, ABC):
+    """Base of encoders: ``forward`` maps (B, ...) inputs to (features (B, D), aux), with D = ``width``."""
+
+    width: int
+    declares: str = "plain"
+    """Defense class of a hasher with this encoder, where the encoder is itself a defense."""
+
+    @property
+    def embedding(self) -> nn.Module | None:
+        """Module that looks tokens up, (B, L) ids -> (B, L, D), of an encoder of token ids."""
+        return None
+
+    @property
+    def aux_widths(self) -> Mapping[str, int]:
+        """Widths of the features in ``aux`` that outer losses build nets for."""
+        return {}
+
+    @property
+    def resolved_options(self) -> Mapping[str, Any]:
+        """Options read from files of weights, by which a saved model is built again without the files."""
+        return {}
 
 
 class Hasher(nn.Module):
-    """Encoders and heads by modality, and where a defense has one, a purifier before the encoder.
+    """Encoders and heads by modality and, where a defense has one, a purifier before the encoder.
 
     Args:
-        encoders: modality -> module; ``(B, ...)`` inputs -> ``(features (B, D), aux)``.
+        encoders: modality -> ``Encoder`` or a module with its call.
         heads: modality -> module; ``features`` -> ``(logits (B, K), code (B, K), scale)``.
-        spec: the settings it was built from, saved beside the weights so that it can be built again.
+        spec: the settings it was built from, saved with the weights so that it can be built again.
         declared: its defense class; selects the adaptive attacks and is saved with the weights.
         purifiers: modality -> ``Purifier``, for any of the modalities.
         sides: purify queries only, or the database too.
-
-    Raises:
-        ValueError: modalities of encoders and heads differ, or heads of different bits.
     """
 
     def __init__(
@@ -42,7 +67,7 @@ class Hasher(nn.Module):
         encoders: Mapping[str, nn.Module],
         heads: Mapping[str, nn.Module],
         spec: Mapping[str, Any] | None = None,
-        declared: Defense = "plain",
+        declared: str = "plain",
         purifiers: Mapping[str, nn.Module] | None = None,
         sides: Sides = "both",
     ) -> None:
@@ -52,19 +77,18 @@ class Hasher(nn.Module):
         bits = {int(head.bits) for head in heads.values()}  # type: ignore[arg-type]
         if len(bits) != 1:
             raise ValueError(f"heads of different bits: {sorted(bits)}")
+        if unknown := sorted(set(purifiers or {}) - set(encoders)):
+            raise ValueError(f"a purifier for {unknown[0]!r}, which this hasher does not encode")
         self.encoders = nn.ModuleDict(encoders)
         self.heads = nn.ModuleDict(heads)
-        if strange := sorted(set(purifiers or {}) - set(encoders)):
-            raise ValueError(f"a purifier for {strange[0]!r}, which this hasher does not encode")
         self.purifiers = nn.ModuleDict(purifiers or {})
         self.sides = sides
         self.bits = bits.pop()
         self.spec = dict(spec or {})
         self.declared = declared
-        self._frozen: list[
-            nn.Parameter
-        ] = []  # these two in lists, so that they are not registered a second time
-        self._still: list[nn.Module] = []
+        # lists, so that their content is not registered a second time
+        self._frozen: list[nn.Parameter] = []
+        self._eval_only: list[nn.Module] = []
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -73,71 +97,77 @@ class Hasher(nn.Module):
     @property
     def device(self) -> torch.device:
         """That of the weights; the CPU where there are none, as in a perceptual hash."""
-        held = next(chain(self.parameters(), self.buffers()), None)
-        return torch.device("cpu") if held is None else held.device
+        tensor = next(chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Hold these parameters in training: no gradient, and modules that hold no others stay in eval mode,
-        so that BatchNorm keeps its statistics and dropout is off. What an earlier call froze and this one
-        does not, learns.
+        """Hold these parameters, and no others, in training, without a gradient.
+
+        Modules that hold no others stay in eval mode, so that BatchNorm keeps its statistics and dropout is
+        off.
         """
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        for module in self._still:
+        for module in self._eval_only:
             module.train(self.training)
         named = list(parameters)
         self._frozen = [parameter for parameter in named if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         ids = {id(parameter) for parameter in named}
-        self._still = []
+        self._eval_only = []
         for module in self.modules():
-            held = list(module.parameters())
-            if held and module is not self and all(id(parameter) in ids for parameter in held):
-                self._still.append(module.eval())
+            owned = [id(parameter) for parameter in module.parameters()]
+            if owned and module is not self and ids.issuperset(owned):
+                self._eval_only.append(module.eval())
 
     def train(self, mode: bool = True) -> Hasher:
-        """The mode of every module, but what is frozen stays in eval mode."""
+        """Set the mode of every module, but what is frozen stays in eval mode."""
         super().train(mode)
-        for module in self._still:
+        for module in self._eval_only:
             module.eval()
         return self
 
+    def with_parts(
+        self,
+        encoders: Mapping[str, nn.Module] | None = None,
+        purifiers: Mapping[str, nn.Module] | None = None,
+    ) -> Hasher:
+        """The same hasher with some encoders or purifiers exchanged; all else is shared."""
+        encoders = {**self.encoders, **(encoders or {})}
+        purifiers = {**self.purifiers, **(purifiers or {})}
+        return Hasher(encoders, dict(self.heads), self.spec, self.declared, purifiers, self.sides)
+
     def bare(self) -> Hasher:
-        """The same encoders and heads without the purifiers: what an oblivious attack differentiates."""
-        return (
-            Hasher(dict(self.encoders), dict(self.heads), self.spec, self.declared)
-            if self.purifiers
-            else self
-        )
+        """The same encoders and heads without purifiers: what an oblivious attack differentiates."""
+        if not self.purifiers:
+            return self
+        return Hasher(dict(self.encoders), dict(self.heads), self.spec, self.declared)
 
     def seen_by(self, view: View) -> Hasher:
-        """What an attacker differentiates: everything, the bare hasher (oblivious), or purifiers as the
-        identity."""
+        """The hasher for an attacker: all of it, bare (oblivious), or with purifiers as the identity."""
         if view == "white-box":
             return self
         if not self.purifiers:
             raise ValueError(f"a {view} attack needs a purifier to overlook, and this hasher has none")
         if view == "oblivious":
             return self.bare()
-        wrapped = {name: IdentityBackward(purifier) for name, purifier in self.purifiers.items()}
-        return Hasher(dict(self.encoders), dict(self.heads), self.spec, self.declared, wrapped, self.sides)
+        return self.with_parts(purifiers={name: ProxyBackward(p) for name, p in self.purifiers.items()})
 
     def for_database(self) -> Hasher:
-        """The victim that encodes the database: itself, or without purifiers where those are for queries
-        only."""
+        """The hasher of database items: itself, or without purifiers where those are for queries only."""
         return self.bare() if self.sides == "query" else self
 
     def forward(self, inputs: Inputs) -> Outputs:
-        """Hash any subset of the modalities."""
+        """Hash any subset of the modalities; ``aux`` has the input behind a purifier as ``pure``."""
         outputs = {}
         for modality, values in inputs.items():
             if modality not in self.encoders:
                 raise ValueError(f"this hasher knows {list(self.modalities)}, not {modality!r}")
             if modality in self.purifiers:
-                pure, shown = self.purifiers[modality](values, partial(self._hash, modality))
+                pure, aux = self.purifiers[modality](values, partial(self._hash, modality))
                 output = self._hash(modality, pure)
-                outputs[modality] = replace(output, aux={**output.aux, **shown})
+                outputs[modality] = replace(output, aux={**output.aux, **aux, "pure": pure})
             else:
                 outputs[modality] = self._hash(modality, values)
         return outputs
@@ -153,8 +183,7 @@ class Hasher(nn.Module):
 
 @contextlib.contextmanager
 def frozen(victim: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; mode and flags of every module and parameter are
-    restored."""
+    """Eval mode and no parameter gradients inside; mode and flags of all parts are restored."""
     modes = [(module, module.training) for module in victim.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in victim.parameters()]
     victim.eval()
@@ -169,9 +198,6 @@ def frozen(victim: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-Component = str | Mapping[str, Any]
-
-
 def build_hasher(
     *,
     bits: int,
@@ -179,7 +205,7 @@ def build_hasher(
     text: Component | None = None,
     head: Component = "tanh",
     seed: int = 0,
-    declared: Defense = "plain",
+    declared: str = "plain",
     vocabulary: int | None = None,
     purifiers: Mapping[str, Component] | None = None,
     sides: Sides = "both",
@@ -188,45 +214,32 @@ def build_hasher(
 
     Args:
         bits: code length K, at least 1.
-        image: an ``image-encoder`` name or settings, or None.
-        text: a ``text-encoder`` name or settings, or None.
-        head: a ``head`` name or settings.
+        image, text, head: names or settings of ``image-encoder``, ``text-encoder`` (or None) and ``head``,
+            such as ``{"name": "alexnet", "weights": "alexnet.pth"}``.
         vocabulary: width V of the bags of words, which a text encoder needs to know.
         purifiers: modality -> a ``purifier`` name or settings.
-        sides: what they purify.
-
-    Example:
-        ``build_hasher(bits=32, image={"name": "alexnet", "weights": "alexnet.pth"})``
+        sides: the sides that they purify.
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or bits < 1:
         raise ValueError(f"bits must be a positive whole number, got {bits!r}")
     if image is None and text is None:
         raise ValueError("a hasher needs an image or a text encoder")
     seed_everything(seed)
-    encoders: dict[str, nn.Module] = {}
+    encoders: dict[str, Encoder] = {}
     if image is not None:
         encoders["image"] = build("image-encoder", image)
     if text is not None:
         if vocabulary is None:
-            raise ValueError(
-                "a text encoder needs data with texts: this data set has none (is texts: true set?)"
-            )
+            raise ValueError("a text encoder needs data with texts (is texts: true set?)")
         encoders["text"] = build("text-encoder", text, vocabulary=vocabulary)
+        if options := encoders["text"].resolved_options:
+            text = {**({"name": text} if isinstance(text, str) else text), **options}
     heads = {name: build("head", head, width=encoder.width, bits=bits) for name, encoder in encoders.items()}
-    for encoder in encoders.values():  # one that is itself a defense says of which class
+    for encoder in encoders.values():
         if declared == "plain":
-            declared = getattr(encoder, "declares", "plain")
-    if text is not None:  # a run is opened again without files of weights: what else they said is kept
-        remembered = getattr(encoders["text"], "remembered", {})
-        text = {**({"name": text} if isinstance(text, str) else text), **remembered} if remembered else text
-    spec = {
-        "bits": bits,
-        "image": image,
-        "text": text,
-        "head": head,
-        "declared": declared,
-        "vocabulary": vocabulary,
-    }
+            declared = encoder.declares
+    spec = {"bits": bits, "image": image, "text": text, "head": head}
+    spec |= {"declared": declared, "vocabulary": vocabulary}
     # channels-last was measured 1.3 times faster in float32 on a CPU, and is what tensor cores want
     hasher = Hasher(encoders, heads, spec, declared).to(memory_format=torch.channels_last)
     return purified(hasher, purifiers, sides, seed) if purifiers else hasher
@@ -235,18 +248,13 @@ def build_hasher(
 def purified(
     hasher: Hasher, purifiers: Mapping[str, Component], sides: Sides = "both", seed: int = 0
 ) -> Hasher:
-    """The same hasher, its modules shared, with new purifiers before its encoders.
-
-    Args:
-        purifiers: modality -> a ``purifier`` name or settings; each may ask for ``vocabulary`` and ``bits``.
-        sides: what they purify.
-    """
+    """The same hasher, its modules shared, with new purifiers (by modality) before its encoders."""
     seed_everything(seed)
     context = {"vocabulary": hasher.spec.get("vocabulary"), "bits": hasher.bits}
-    made = {modality: build("purifier", settings, **context) for modality, settings in purifiers.items()}
+    parts = {modality: build("purifier", settings, **context) for modality, settings in purifiers.items()}
     declared = hasher.declared
     if declared in ("plain", "adversarial"):
-        declared = next(iter(made.values())).declares
+        declared = next(iter(parts.values())).declares
     spec = {**hasher.spec, "purifiers": dict(purifiers), "sides": sides, "declared": declared}
-    whole = Hasher(dict(hasher.encoders), dict(hasher.heads), spec, declared, made, sides)
-    return whole.to(hasher.device).to(memory_format=torch.channels_last)
+    result = Hasher(dict(hasher.encoders), dict(hasher.heads), spec, declared, parts, sides)
+    return result.to(hasher.device).to(memory_format=torch.channels_last)

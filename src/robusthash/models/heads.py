@@ -34,9 +34,8 @@ class LinearHead(nn.Module):
         super().__init__()
         self.bits = bits
         self.linear = nn.Linear(width, bits)
-        self.register_buffer(
-            "size", torch.ones(())
-        )  # running mean |logit|, so that an attack's tanh does not saturate
+        # running mean of |logit|, so that an attack's tanh does not saturate
+        self.register_buffer("size", torch.ones(()))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
         logits = self.linear(features)
@@ -65,27 +64,20 @@ class MLPHead(nn.Module):
     """Linear layers with ReLU between and tanh: the hash layer of SFCL and DSARH.
 
     Args:
-        hidden: width of the hidden layer, 512 in both papers, or the widths of several. DSARH's image net
-            after the convolutions, 4096-512, is ``[4096, 512]``; after an AlexNet up to its second layer of
-            4096, 512.
-
-    Raises:
-        ValueError: no hidden layer (that is the head ``tanh``), or one without a unit.
+        hidden: width of the hidden layer, 512 in both papers, or the widths of several; DSARH's image net
+            after the convolutions is ``[4096, 512]``.
     """
 
     def __init__(self, width: int, bits: int, hidden: int | Sequence[int] = 512) -> None:
         super().__init__()
-        given = hidden
-        hidden = list(given) if isinstance(given, Sequence) else [given]
-        if not hidden or not all(type(size) is int and size >= 1 for size in hidden):
-            raise ValueError(
-                f"hidden must be one or several widths of at least 1, got {given!r}; without, use 'tanh'"
-            )
+        sizes = list(hidden) if isinstance(hidden, Sequence) else [hidden]
+        if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
+            raise ValueError(f"hidden must be widths of at least 1 (without: 'tanh'), got {hidden!r}")
         self.bits = bits
         layers: list[nn.Module] = []
-        for inputs, outputs in zip((width, *hidden), hidden, strict=False):
+        for inputs, outputs in zip((width, *sizes), sizes, strict=False):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(hidden[-1], bits))
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], bits))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
         logits = self.layers(features)

@@ -1,13 +1,15 @@
-"""Image encoders: (B, 3, H, W) in [0, 1] -> (features (B, D), aux). Normalisation is their first layer."""
+"""Image encoders: (B, 3, H, W) in [0, 1], or feature vectors (B, V), -> (features (B, D), aux)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robusthash.core.registry import register
+from robusthash.models.hasher import Encoder
 from robusthash.models.pretrained_weights import load_weights
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -28,7 +30,7 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.std
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(Encoder):
     """Normalisation, then ``trunk``. ``width`` is D; inputs under ``smallest`` pixels a side are refused."""
 
     def __init__(self, trunk: nn.Module, width: int, smallest: int, statistics=IMAGENET) -> None:
@@ -39,28 +41,22 @@ class ImageEncoder(nn.Module):
         self.smallest = smallest
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if min(x.shape[-2:]) < self.smallest:
-            raise ValueError(
-                f"this encoder needs images of at least {self.smallest} px, got {tuple(x.shape[-2:])}"
-            )
+        size = tuple(x.shape[-2:])
+        if min(size) < self.smallest:
+            raise ValueError(f"this encoder needs images of at least {self.smallest} px, got {size}")
         return self.trunk(self.normalise(x)), {}
 
 
 def _block(inputs: int, outputs: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    ]
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
 @register("image-encoder", "small", modality="image", state="measured")
 def small(width: int = 32, grid: int = 2) -> ImageEncoder:
     """Four convolutions for 16-64 px that train on a CPU in minutes; ``width`` channels, doubled twice.
 
-    Args:
-        width: channels of the first layer.
-        grid: the last map is pooled to grid x grid, so any input size gives D = 4 * width * grid^2.
+    The last map is pooled to ``grid`` x ``grid``, so any input size gives D = 4 * width * grid^2.
     """
     trunk = nn.Sequential(
         # the only layer at full resolution strides, since it would cost more than all others together
@@ -77,73 +73,96 @@ def small(width: int = 32, grid: int = 2) -> ImageEncoder:
     return ImageEncoder(trunk, 4 * width * grid**2, smallest=8, statistics=((0.5,) * 3, (0.25,) * 3))
 
 
-def _torchvision(name: str, weights: str | None) -> Any:
-    """A torchvision model; ``"hub"`` downloads its weights, anything else leaves it new."""
+def _torchvision(name: str, weights: str | None, smallest: int) -> ImageEncoder:
+    """A torchvision net up to its pooled features or its second 4096-wide layer."""
     import torchvision  # half a second to import, and only these encoders need it
 
-    return getattr(torchvision.models, name)(weights="DEFAULT" if weights == "hub" else None)
-
-
-def _filled(model: Any, name: str, weights: str | None, head: str = "") -> Any:
-    """The model, its classifier gone, with the weights of a file where there is one."""
+    model: Any = getattr(torchvision.models, name)(weights="DEFAULT" if weights == "hub" else None)
+    if hasattr(model, "fc"):
+        width, head = model.fc.in_features, ""
+        model.fc = nn.Identity()
+    else:
+        width, head = 4096, f"classifier.{len(model.classifier) - 1}."
+        model.classifier = model.classifier[:-1]
     if weights not in (None, "hub"):
         load_weights(model, weights, name, head)
-    return model
-
-
-def _classifier_net(name: str, weights: str | None, smallest: int) -> ImageEncoder:
-    """AlexNet or VGG up to its second 4096-wide layer, as the hashing codes use it."""
-    model = _torchvision(name, weights)
-    last = f"classifier.{len(model.classifier) - 1}."
-    model.classifier = model.classifier[:-1]
-    return ImageEncoder(_filled(model, name, weights, last), 4096, smallest)
-
-
-def _resnet(name: str, weights: str | None) -> ImageEncoder:
-    """ResNet up to its pooled features."""
-    model = _torchvision(name, weights)
-    width = model.fc.in_features
-    model.fc = nn.Identity()
-    return ImageEncoder(_filled(model, name, weights), width, smallest=32)
+    return ImageEncoder(model, width, smallest)
 
 
 @register("image-encoder", "alexnet", paper="Krizhevsky 2012", evidence="library", modality="image")
 def alexnet(weights: str | None = None) -> ImageEncoder:
     """AlexNet (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _classifier_net("alexnet", weights, 63)
+    return _torchvision("alexnet", weights, 63)
 
 
 @register("image-encoder", "vgg11", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
 def vgg11(weights: str | None = None) -> ImageEncoder:
     """VGG11 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _classifier_net("vgg11", weights, 32)
+    return _torchvision("vgg11", weights, 32)
 
 
 @register("image-encoder", "vgg16", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
 def vgg16(weights: str | None = None) -> ImageEncoder:
     """VGG16 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _classifier_net("vgg16", weights, 32)
+    return _torchvision("vgg16", weights, 32)
 
 
 @register("image-encoder", "vgg19", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
 def vgg19(weights: str | None = None) -> ImageEncoder:
     """VGG19 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _classifier_net("vgg19", weights, 32)
+    return _torchvision("vgg19", weights, 32)
 
 
 @register("image-encoder", "resnet18", paper="He 2016", evidence="library", modality="image")
 def resnet18(weights: str | None = None) -> ImageEncoder:
     """ResNet18 (torchvision), D = 512. ``weights``: a file, ``"hub"`` or None."""
-    return _resnet("resnet18", weights)
+    return _torchvision("resnet18", weights, 32)
 
 
 @register("image-encoder", "resnet34", paper="He 2016", evidence="library", modality="image")
 def resnet34(weights: str | None = None) -> ImageEncoder:
     """ResNet34 (torchvision), D = 512. ``weights``: a file, ``"hub"`` or None."""
-    return _resnet("resnet34", weights)
+    return _torchvision("resnet34", weights, 32)
 
 
 @register("image-encoder", "resnet50", paper="He 2016", evidence="library", modality="image")
 def resnet50(weights: str | None = None) -> ImageEncoder:
     """ResNet50 (torchvision), D = 2048. ``weights``: a file, ``"hub"`` or None."""
-    return _resnet("resnet50", weights)
+    return _torchvision("resnet50", weights, 32)
+
+
+@register("image-encoder", "vector", modality="image")
+class VectorMLP(Encoder):
+    """Fully connected layers with ReLU on vectors of image features, as of the data set ``wikipedia``.
+
+    Args:
+        inputs: V, values in each vector.
+        widths: of the layers; the last is D.
+        dropout: after every layer.
+        normalise: bring each vector to mean 0 and variance 1; nets do not learn from histograms that sum to
+            one.
+    """
+
+    def __init__(
+        self, inputs: int, widths: Sequence[int] = (512,), dropout: float = 0.0, normalise: bool = True
+    ) -> None:
+        super().__init__()
+        if inputs < 1 or not widths or min(widths) < 1:
+            raise ValueError(f"inputs and widths must be positive numbers, got {inputs} and {list(widths)}")
+        layers: list[nn.Module] = []
+        if normalise:
+            layers.append(nn.LayerNorm(inputs, eps=1e-8, elementwise_affine=False))
+        for before, after in zip((inputs, *widths), widths, strict=False):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+            layers += [nn.Dropout(dropout)] if dropout else []
+        self.layers = nn.Sequential(*layers)
+        self.inputs = inputs
+        self.width = widths[-1]
+
+    def forward(self, vectors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if vectors.dim() != 2 or vectors.shape[1] != self.inputs:
+            raise ValueError(
+                f"the encoder 'vector' takes {self.inputs} features an item, and the images come as "
+                f"{tuple(vectors.shape)}; set its inputs to their number, or choose an encoder for pixels"
+            )
+        return self.layers(vectors), {}

@@ -1,11 +1,10 @@
-"""What stands before an encoder and repairs its input: the interface of gates, generators and input
-transforms."""
+"""Interface of what repairs an input before its encoder: gates, generators and input transforms."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,9 @@ Encode = Callable[[Tensor], HashOutput]
 """Hash inputs of the purifier's modality without it."""
 
 
-class _Carried(torch.autograd.Function):
-    """Values of one tensor, gradients of another."""
-
+class _ExchangedGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: object, values: Tensor, carrier: Tensor) -> Tensor:
+    def forward(ctx: object, values: Tensor, source: Tensor) -> Tensor:
         return values.view_as(values)
 
     @staticmethod
@@ -28,44 +25,42 @@ class _Carried(torch.autograd.Function):
         return None, grad
 
 
-def carried(values: Tensor, carrier: Tensor) -> Tensor:
-    """``values`` bit for bit, with the gradient of ``carrier`` (BPDA, Athalye et al., ICML 2018).
+def with_gradient_of(values: Tensor, source: Tensor) -> Tensor:
+    """``values`` bit for bit, with the gradient of ``source`` (BPDA, Athalye et al., ICML 2018).
 
     Raises:
         ValueError: tensors of different shapes, whose gradients would mean nothing.
     """
-    if values.shape != carrier.shape:
-        raise ValueError(
-            f"values of {tuple(values.shape)} cannot take the gradient of {tuple(carrier.shape)}"
-        )
-    return _Carried.apply(values.detach(), carrier)
+    if values.shape != source.shape:
+        raise ValueError(f"values of {tuple(values.shape)} cannot take the gradient of {tuple(source.shape)}")
+    return _ExchangedGradient.apply(values.detach(), source)
 
 
 class Purifier(nn.Module, ABC):
-    """Interface: inputs of one modality -> inputs of the same shape, before the encoder (and its
-    normalisation).
+    """Interface: inputs of one modality -> inputs of the same shape, before the encoder normalises them.
 
     It is part of the victim: attacks differentiate through it, and it is saved with the weights.
     ``Hasher.bare()`` is the victim without it, which only an *oblivious* attack differentiates. ``declares``
-    is the defense class that it makes of a hasher which had none of its own.
+    is the defense class of a hasher that gets one and had none: ``purifier``, ``gate``, ``randomised``, or
+    the name by which the purifier's file registers its own attacks as kind ``adaptive``.
     """
 
-    declares: ClassVar[Literal["gate", "purifier", "randomised"]] = "purifier"
+    declares: ClassVar[str] = "purifier"
 
     @abstractmethod
     def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, ...) -> (B, ...) and what it shows (a gate, a mask), which joins ``HashOutput.aux``."""
+        """(B, ...) -> (B, ...), and entries such as a gate or a mask that join ``HashOutput.aux``."""
 
 
-class IdentityBackward(Purifier):
-    """A purifier whose gradient is taken to be the identity (BPDA), for adaptive attacks on one that hides
-    its own."""
+class ProxyBackward(Purifier):
+    """A purifier's values with the gradient of another module, by default the identity (BPDA)."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, proxy: nn.Module | None = None) -> None:
         super().__init__()
         self.inner = inner
+        self.proxy = nn.Identity() if proxy is None else proxy
 
     def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            pure, shown = self.inner(x, encode)
-        return carried(pure, x), shown
+            pure, aux = self.inner(x, encode)
+        return with_gradient_of(pure, self.proxy(x)), aux

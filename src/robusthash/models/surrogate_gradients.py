@@ -1,17 +1,18 @@
-"""Views of a victim: the same call, the same parameters, the victim's own codes; only the gradients are
-others.
+"""Views of a victim with other gradients: the same call, parameters and codes.
 
-A view is made by a small frozen object, ``GateSeen("one")(victim)``. What it returns is differentiated by an
-attack; the evaluator encodes with the victim itself. Athalye, Carlini and Wagner (ICML 2018) is where the
-ideas come from.
+A registered ``gradient-view`` is a frozen dataclass, ``GateView("one")(victim)``; an attack differentiates
+what it returns, and the evaluator encodes with the victim itself. The ideas are those of Athalye, Carlini and
+Wagner (ICML 2018). Views of the gate and of SFCL's masks are in ``gates.py`` and ``sfcl.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,238 +23,91 @@ from torch.utils.checkpoint import checkpoint
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import HashOutput, Inputs, Outputs
-from robusthash.models.gates import SpectralGate
+from robusthash.data.base import Split
 from robusthash.models.hasher import Hasher, frozen
-from robusthash.models.purifier import Encode, Purifier, carried
-from robusthash.models.sfcl import DOMAINS, MaskKind, SFCLEncoder
+from robusthash.models.purifier import ProxyBackward, Purifier, with_gradient_of
+
+Near = Callable[[Inputs, Tensor, Draws], Inputs]
+"""(clean inputs, ids, draws) -> inputs near them, such as an attack will evaluate."""
 
 
-class View(Hasher):
-    """A victim seen with other gradients. Guides and searches take it for the victim.
+class ViewedHasher(Hasher):
+    """A victim whose outputs are those of ``gradients``, a hasher of the same values with other gradients.
 
-    ``passes`` says how many forward and backward passes of the victim one of its own costs.
+    Guides and searches take it for the victim. ``passes`` are the forward and backward passes of the victim
+    that one of its own costs.
     """
 
     passes: tuple[int, int] = (1, 1)
 
     def __init__(self, victim: Hasher, gradients: Hasher) -> None:
-        purifiers, spec = dict(victim.purifiers), victim.spec
-        super().__init__(
-            dict(victim.encoders), dict(victim.heads), spec, victim.declared, purifiers, victim.sides
-        )
+        parts = dict(victim.encoders), dict(victim.heads), victim.spec, victim.declared
+        super().__init__(*parts, dict(victim.purifiers), victim.sides)
         self.victim = victim
         self.gradients = gradients
 
-    def around(self, clean: Inputs, draws: Draws) -> View:
+    def for_block(self, clean: Inputs, draws: Draws) -> ViewedHasher:
         """The view for one block of clean inputs, with the random numbers that it may draw."""
         return self
 
     def forward(self, inputs: Inputs) -> Outputs:
-        """What is differentiated; its values are the victim's."""
         return self.gradients(inputs)
 
 
-class Carried(View):
+class GradientView(ABC):
+    """Interface of a registered ``gradient-view``: victim -> what an attack differentiates."""
+
+    @abstractmethod
+    def __call__(self, victim: Hasher) -> ViewedHasher: ...
+
+    def fitted(
+        self, victim: Hasher, split: Split, modalities: Collection[str], near: Near, draws: Draws
+    ) -> GradientView:
+        """The view with what it learns on training items learned; itself where nothing learns."""
+        return self
+
+
+class VictimValues(ViewedHasher):
     """Logits and codes of the victim with the gradients of another hasher of the same parts.
 
-    So a search compares, keeps and selects points by what they do to the victim, whatever it supposes to find
-    them.
+    So a search compares and selects points by what they do to the victim, whatever it assumes to find them.
     """
 
     passes = (2, 1)
 
     def forward(self, inputs: Inputs) -> Outputs:
         with torch.no_grad():
-            own = self.victim(inputs)
+            values = self.victim(inputs)
         if not torch.is_grad_enabled():
-            return own
-        return {name: _carried(own[name], output) for name, output in self.gradients(inputs).items()}
+            return values
+        return {name: exchanged(values[name], output) for name, output in self.gradients(inputs).items()}
 
 
-def _carried(own: HashOutput, seen: HashOutput) -> HashOutput:
-    features = carried(own.features, seen.features)
+def exchanged(values: HashOutput, source: HashOutput) -> HashOutput:
+    """``values`` with the gradients of ``source``."""
     return replace(
-        own, logits=carried(own.logits, seen.logits), code=carried(own.code, seen.code), features=features
+        values,
+        logits=with_gradient_of(values.logits, source.logits),
+        code=with_gradient_of(values.code, source.code),
+        features=with_gradient_of(values.features, source.features),
     )
 
 
-def rebuilt(
-    victim: Hasher,
-    encoders: Mapping[str, nn.Module] | None = None,
-    purifiers: Mapping[str, nn.Module] | None = None,
-) -> Hasher:
-    """The victim with some encoders or purifiers exchanged; all else is shared."""
-    encoders, purifiers = {**victim.encoders, **(encoders or {})}, {**victim.purifiers, **(purifiers or {})}
-    return Hasher(encoders, dict(victim.heads), victim.spec, victim.declared, purifiers, victim.sides)
-
-
-# ------------------------------------------------------------------------------------------------ spectral
-# gates
-
-
-class Weighed(Purifier):
-    """A spectral gate that weighs by another rule than its own."""
-
-    declares = "gate"
-
-    def __init__(self, inner: SpectralGate, rule: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.inner = inner
-        self.rule = rule
-
-    def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.inner.weighed(x, self.rule)
-
-
-class _Frozen(Carried):
-    """Gates held constant: at those of the clean inputs once they are told, until then at those of the
-    inputs."""
-
-    def around(self, clean: Inputs, draws: Draws) -> View:
-        gates = gates_of(self.victim)
-        with frozen(self.victim), torch.no_grad():
-            known = {
-                name: gate.gate(gate.coefficients(clean[name]))
-                for name, gate in gates.items()
-                if name in clean
-            }
-        told = {name: Weighed(gates[name], _constant(values)) for name, values in known.items()}
-        return _Frozen(self.victim, rebuilt(self.victim, purifiers=told))
-
-
-def _constant(values: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda z: values
-
-
-def _flat(value: float) -> Callable[[Tensor], Tensor]:
-    return lambda z: z.new_full((*z.shape[:2], *z.shape[3:]), value)
-
-
-def _held(gate: SpectralGate) -> Callable[[Tensor], Tensor]:
-    return lambda z: gate.gate(z).detach()
-
-
-def _smooth(gate: SpectralGate, factor: float) -> Callable[[Tensor], Tensor]:
-    return lambda z: carried(gate.gate(z), gate.gate(z, factor * gate.tau))
-
-
-def gates_of(victim: Hasher) -> dict[str, SpectralGate]:
-    """The spectral gates of a victim, by modality."""
-    return {name: gate for name, gate in victim.purifiers.items() if isinstance(gate, SpectralGate)}
-
-
-@register("gradient-view", "gate")
-@dataclass(frozen=True)
-class GateSeen:
-    """Gradients of a gated victim under another gate (SAAH).
-
-    Args:
-        gate: ``frozen``: m(x) of the clean input, without a gradient through m; ``minimum`` and ``one``: m =
-            m_min and m = 1 everywhere; ``smooth``: the gate itself, its gradient alone at temperature 4 tau.
-
-    Raises:
-        ValueError: a victim without a spectral gate.
-    """
-
-    gate: Literal["frozen", "minimum", "one", "smooth"]
-
-    def __call__(self, victim: Hasher) -> View:
-        gates = gates_of(victim)
-        if not gates:
-            raise ValueError(
-                "a view of the gate needs a victim with the purifier 'spectral-gate'; this one has none"
-            )
-        rules = {name: self._rule(gate) for name, gate in gates.items()}
-        seen = rebuilt(victim, purifiers={name: Weighed(gates[name], rule) for name, rule in rules.items()})
-        if self.gate == "smooth":  # its values are the victim's already
-            return View(victim, seen)
-        return (_Frozen if self.gate == "frozen" else Carried)(victim, seen)
-
-    def _rule(self, gate: SpectralGate) -> Callable[[Tensor], Tensor]:
-        if self.gate == "smooth":
-            return _smooth(gate, 4.0)
-        if self.gate == "frozen":
-            return _held(gate)
-        return _flat(1.0 if self.gate == "one" else gate.m_min)
-
-
-# ------------------------------------------------------------------------------------------- masks and
-# branches
-
-
-class _EncoderSeen(nn.Module):
-    """SFCL's encoder with other masks, or with the gradient of one branch."""
-
-    def __init__(self, inner: SFCLEncoder, mask: MaskKind = "own", only: str | None = None) -> None:
-        super().__init__()
-        self.inner = inner
-        self.mask = mask
-        self.only = only
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.inner.seen(x, self.mask, self.only)
-
-
-def masks_of(victim: Hasher) -> dict[str, SFCLEncoder]:
-    """The SFCL encoders of a victim that separate by masks, by modality."""
-    return {n: e for n, e in victim.encoders.items() if isinstance(e, SFCLEncoder) and len(e.separations)}
-
-
-def _masked(victim: Hasher, mask: MaskKind = "own", only: str | None = None) -> Hasher:
-    found = masks_of(victim)
-    if not found:
-        raise ValueError("a view of masks or branches needs the image encoder 'sfcl' with separate: true")
-    return rebuilt(
-        victim, encoders={name: _EncoderSeen(encoder, mask, only) for name, encoder in found.items()}
-    )
-
-
-@register("gradient-view", "mask")
-@dataclass(frozen=True)
-class MaskSeen:
-    """Gradients as if masks were ``hard`` (0 or 1, straight through: the soft mask's gradient) or ``soft``
-    (SFCL)."""
-
-    mask: Literal["hard", "soft"]
-
-    def __call__(self, victim: Hasher) -> View:
-        return Carried(victim, _masked(victim, self.mask))
-
-
-@register("gradient-view", "branch")
-@dataclass(frozen=True)
-class BranchSeen:
-    """The gradient of one branch alone, ``spatial`` or ``frequency``; the other is taken for constant
-    (SFCL)."""
-
-    branch: str
-
-    def __post_init__(self) -> None:
-        if self.branch not in DOMAINS:
-            raise ValueError(f"branch must be one of {', '.join(DOMAINS)}, got {self.branch!r}")
-
-    def __call__(self, victim: Hasher) -> View:
-        return View(victim, _masked(victim, only=self.branch))
-
-
-# -------------------------------------------------------------------------------------------------------
-# noise
+# ---------------------------------------------------------------------------------------------- noise
 
 
 @contextlib.contextmanager
 def keyed_noise(key: int, device: torch.device | str) -> Iterator[None]:
-    """Seed the global streams of torch, NumPy and Python inside, and put them back as they were.
+    """Seed the global streams of torch, NumPy and Python inside, and restore them.
 
-    For models that draw from them: what they draw is then a function of ``key`` and of the order within the
-    batch.
+    Models that draw from them then give a function of ``key`` and of the order within the batch.
     """
     place = torch.device(device)
     devices = [place.index or 0] if place.type == "cuda" else []
-    plain, array = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
-        torch.random.default_generator.manual_seed(
-            key
-        )  # torch.manual_seed queues a call for every idle accelerator
+        # torch.manual_seed would queue a call for every idle accelerator
+        torch.random.default_generator.manual_seed(key)
         for number in devices:
             with torch.cuda.device(number):
                 torch.cuda.manual_seed(key)
@@ -262,94 +116,225 @@ def keyed_noise(key: int, device: torch.device | str) -> Iterator[None]:
         try:
             yield
         finally:
-            random.setstate(plain)
-            np.random.set_state(array)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
-class Averaged(View):
-    """Several looks at a hasher that draws, each with own keyed noise; new ones at every call.
+class SampledHasher(ViewedHasher):
+    """The mean over several samples of a hasher that draws, each with its own keyed noise; new at every call.
 
-    ``aux`` shows the looks one by one, ``draws`` (n, B, K) logits and ``draws/code``, so that a loss can be
-    averaged over them (``OverDraws``). The logits are their mean, or (``own``) those of a victim that does
-    not draw. Of the graphs of the looks one at a time is in memory; each is computed again on the way back.
+    ``aux`` holds the samples, ``draws`` (n, B, K) logits and ``draws/code``, for the loss ``OverDraws``.
+    Logits are their mean or, with ``deterministic``, those of a victim that does not draw. One sample's graph
+    at a time is in memory; each is computed again in the backward pass.
     """
 
-    def __init__(self, victim: Hasher, gradients: Hasher, looks: int, own: bool) -> None:
+    def __init__(self, victim: Hasher, gradients: Hasher, samples: int, deterministic: bool) -> None:
         super().__init__(victim, gradients)
-        self.looks = looks
-        self.own = own
-        self.passes = (2 * looks + int(own), looks)
+        self.samples = samples
+        self.deterministic = deterministic
+        self.passes = (2 * samples + int(deterministic), samples)
         self.draws = Draws(0, ("views",))
         self.calls = 0
 
-    def around(self, clean: Inputs, draws: Draws) -> View:
-        view = Averaged(self.victim, self.gradients, self.looks, self.own)
+    def for_block(self, clean: Inputs, draws: Draws) -> ViewedHasher:
+        view = SampledHasher(self.victim, self.gradients, self.samples, self.deterministic)
         view.draws = draws
         return view
 
     def forward(self, inputs: Inputs) -> Outputs:
         scope, self.calls = self.draws.within(self.calls), self.calls + 1
-        looks = [self._look(inputs, scope.within(number).key()) for number in range(self.looks)]
-        if self.own:
+        samples = [self._sample(inputs, scope.within(number).key()) for number in range(self.samples)]
+        if self.deterministic:
             with torch.no_grad():
-                own = self.victim(inputs)
+                values = self.victim(inputs)
         outputs = {}
-        for name, first in looks[0].items():
-            logits, code = (
-                torch.stack([getattr(look[name], part) for look in looks]) for part in ("logits", "code")
-            )
-            shown = {"draws": logits, "draws/code": code}
-            mean = replace(first, logits=logits.mean(0), code=code.mean(0), aux=shown)
-            outputs[name] = replace(_carried(own[name], mean), aux=shown) if self.own else mean
+        for name, first in samples[0].items():
+            logits = torch.stack([sample[name].logits for sample in samples])
+            code = torch.stack([sample[name].code for sample in samples])
+            aux = {"draws": logits, "draws/code": code}
+            output = replace(first, logits=logits.mean(0), code=code.mean(0), aux=aux)
+            if self.deterministic:
+                output = replace(exchanged(values[name], output), aux=aux)
+            outputs[name] = output
         return outputs
 
-    def _look(self, inputs: Inputs, key: int) -> Outputs:
-        def look(values: Inputs) -> Outputs:
+    def _sample(self, inputs: Inputs, key: int) -> Outputs:
+        def sample(values: Inputs) -> Outputs:
             with keyed_noise(key, next(iter(values.values())).device):
                 return self.gradients(values)
 
         if not torch.is_grad_enabled():
-            return look(inputs)
-        return checkpoint(look, inputs, use_reentrant=False, preserve_rng_state=False)
+            return sample(inputs)
+        return checkpoint(sample, inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def _looks(number: int) -> int:
-    if number < 1:
-        raise ValueError(f"a mean over noise needs at least 1 draw, got {number}")
-    return number
+@dataclass(frozen=True)
+class SampledView(GradientView):
+    """Base of views that average over ``draws`` samples."""
+
+    draws: int = 20
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"a mean over noise needs at least 1 draw, got {self.draws}")
 
 
 @register("gradient-view", "noise-averaged")
 @dataclass(frozen=True)
-class NoiseAveraged:
-    """Expectation over transformation: ``draws`` looks at a victim that draws random numbers itself.
+class NoiseAveraged(SampledView):
+    """Expectation over transformation: ``draws`` samples of a victim that draws random numbers itself.
 
     Args:
         identity: take its purifiers' gradient for the identity's, where they hide their own.
     """
 
-    draws: int = 20
     identity: bool = False
 
-    def __post_init__(self) -> None:
-        _looks(self.draws)
-
-    def __call__(self, victim: Hasher) -> View:
-        return Averaged(
-            victim, victim.seen_by("identity") if self.identity else victim, self.draws, own=False
-        )
+    def __call__(self, victim: Hasher) -> ViewedHasher:
+        gradients = victim.seen_by("identity") if self.identity else victim
+        return SampledHasher(victim, gradients, self.draws, deterministic=False)
 
 
-@register("gradient-view", "mask-noise")
+# ---------------------------------------------------------------------------------------------- purifiers
+
+
+def purifiers_of(victim: Hasher) -> dict[str, Purifier]:
+    """The purifiers of a victim, by modality."""
+    parts = {name: part for name, part in victim.purifiers.items() if isinstance(part, Purifier)}
+    if not parts:
+        raise ValueError("a view of the purifier needs a victim with one: give its defense as a Purifier")
+    return parts
+
+
+@register("gradient-view", "repair-identity")
 @dataclass(frozen=True)
-class MaskNoise:
-    """``draws`` looks with the Gumbel noise that masks have in training (SFCL); codes are those without
-    it."""
+class RepairIdentity(GradientView):
+    """The purifier's values with the identity's gradient (BPDA; Athalye et al., ICML 2018)."""
 
-    draws: int = 20
+    def __call__(self, victim: Hasher) -> ViewedHasher:
+        return ViewedHasher(victim, victim.seen_by("identity"))
+
+
+class MovedHasher(ViewedHasher):
+    """The victim with |P(x') - P(x)|^2 in ``aux`` as ``moved`` (B,), P(x) that of the clean input."""
+
+    def __init__(self, victim: Hasher, gradients: Hasher, clean: Inputs | None = None) -> None:
+        super().__init__(victim, gradients)
+        self.clean = clean or {}
+
+    def for_block(self, clean: Inputs, draws: Draws) -> ViewedHasher:
+        inputs = {name: values for name, values in clean.items() if name in self.victim.purifiers}
+        return MovedHasher(self.victim, self.gradients, repaired(self.victim, inputs))
+
+    def forward(self, inputs: Inputs) -> Outputs:
+        outputs = self.gradients(inputs)
+        for name in inputs:
+            if name in self.victim.purifiers:
+                if name not in self.clean:
+                    raise ValueError(f"the move of the repaired {name} is unknown before for_block()")
+                aux = outputs[name].aux
+                moved = (aux["pure"] - self.clean[name]).flatten(1).square().sum(1)
+                outputs[name] = replace(outputs[name], aux={**aux, "moved": moved})
+        return outputs
+
+
+def repaired(victim: Hasher, inputs: Inputs) -> Inputs:
+    """P(x) of each modality that has a purifier, in eval mode, without gradients."""
+    with frozen(victim), torch.no_grad():
+        outputs = victim(inputs)
+    return {name: outputs[name].aux["pure"].detach() for name in inputs if name in victim.purifiers}
+
+
+@register("gradient-view", "repair-moved")
+@dataclass(frozen=True)
+class RepairMoved(GradientView):
+    """The victim with how far its purified input moved, for an attack that first fools the purifier.
+
+    Args:
+        gradient: the purifier's ``own``, or the ``identity`` where it hides its own.
+    """
+
+    gradient: Literal["own", "identity"] = "own"
+
+    def __call__(self, victim: Hasher) -> ViewedHasher:
+        purifiers_of(victim)
+        return MovedHasher(victim, victim.seen_by("white-box" if self.gradient == "own" else "identity"))
+
+
+class ProxyNet(nn.Module):
+    """x + three smooth layers: convolutions for images (B, C, H, W), linear ones for vectors (B, V).
+
+    ``like`` has the shape of its inputs; ``width`` counts channels, and vectors have eight times as many
+    units.
+    """
+
+    def __init__(self, like: Tensor, width: int = 16) -> None:
+        super().__init__()
+        size = like.shape[1]
+        layer: Callable[[int, int], nn.Module] = partial(nn.Conv2d, kernel_size=3, padding=1)
+        if like.dim() == 2:
+            layer, width = nn.Linear, 8 * width
+        first, middle, last = layer(size, width), layer(width, width), layer(width, size)
+        self.layers = nn.Sequential(first, nn.SiLU(), middle, nn.SiLU(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+@register("gradient-view", "repair-learnt")
+@dataclass(frozen=True)
+class RepairLearnt(GradientView):
+    """The purifier's values with the gradient of a small net that imitates it on training items (BPDA)."""
+
+    steps: int = 200  # of ``fitted``, 32 items each; Adam, 1e-3, mean square error
+    width: int = 16  # of the net
+    nets: Mapping[str, nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    BATCH = 32
+    RATE = 1e-3
 
     def __post_init__(self) -> None:
-        _looks(self.draws)
+        if min(self.steps, self.width) < 1:
+            raise ValueError(f"steps and width must be at least 1, got {self.steps} and {self.width}")
 
-    def __call__(self, victim: Hasher) -> View:
-        return Averaged(victim, _masked(victim, "noisy"), self.draws, own=True)
+    def __call__(self, victim: Hasher) -> ViewedHasher:
+        if self.nets is None:
+            raise ValueError("the net that imitates this purifier is not learned yet: call fitted(...) first")
+        parts = purifiers_of(victim)
+        proxies = {name: ProxyBackward(parts[name], net) for name, net in self.nets.items()}
+        return ViewedHasher(victim, victim.with_parts(purifiers=proxies))
+
+    def fitted(
+        self, victim: Hasher, split: Split, modalities: Collection[str], near: Near, draws: Draws
+    ) -> RepairLearnt:
+        """The view with nets learned from pairs x, P(x) of ``split``, half of them moved by ``near``.
+
+        Purifiers of other modalities than those named keep their own gradient. Items, moves and first weights
+        depend on ``draws`` alone.
+        """
+        names = [name for name in purifiers_of(victim) if name in modalities]
+        if not names:
+            has = list(victim.purifiers)
+            raise ValueError(f"nothing to imitate: purifiers for {has}, asked for {list(modalities)}")
+        rows = torch.arange(self.BATCH)
+        nets: dict[str, nn.Module] = {}
+        optimisers: dict[str, torch.optim.Optimizer] = {}
+        for step in range(self.steps):
+            scope = draws.within(step)
+            items = (scope.uniform(rows, ()) * len(split)).long()
+            clean = split.batch(items).only(modalities).to(victim.device).inputs
+            moved = near(clean, rows.to(victim.device), scope)
+            inputs = {name: torch.cat([clean[name][::2], moved[name][1::2]]) for name in names}
+            targets = repaired(victim, inputs)
+            for name, values in inputs.items():
+                if name not in nets:
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(draws.within(name).key())
+                        nets[name] = ProxyNet(values, self.width).to(values)
+                    optimisers[name] = torch.optim.Adam(nets[name].parameters(), self.RATE)
+                with torch.enable_grad():
+                    loss = (nets[name](values) - targets[name]).square().mean()
+                    optimisers[name].zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimisers[name].step()
+        return replace(self, nets={name: net.requires_grad_(False) for name, net in nets.items()})

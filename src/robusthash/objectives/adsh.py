@@ -9,25 +9,22 @@ from robusthash.core.hamming import sign
 from robusthash.core.labels import relevant
 from robusthash.core.registry import register
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
-from robusthash.objectives.base import HashObjective, TrainFacts, quantisation
-from robusthash.objectives.code_memory import CodeMemory
+from robusthash.objectives.base import CodeMemory, HashObjective, TrainFacts, quantisation
 
 
 class DiscreteMemory(CodeMemory):
-    """Learned database codes V: ``codes`` moves by ``assign`` alone, and batches only leave their latest
-    outputs.
+    """Learned database codes V: ``codes`` change by ``assign`` alone, and batches only leave their outputs.
 
-    A guide or an objective that is given this memory hence sees V. ``latest`` (N, K) holds the outputs U and
-    ``seen`` (N,) whose they are since the last ``assign``.
+    A guide or an objective that is given this memory hence gets V. ``latest`` (N, K) holds the outputs U of
+    the items that ``seen`` (N,) marks since the last ``assign``.
     """
 
     seen: Tensor
 
     def __init__(self, items: int, bits: int, labels: Tensor | None, modalities: tuple[str, ...]) -> None:
         super().__init__(items, bits, labels, modalities)
-        self.latest = nn.ParameterDict(
-            {name: nn.Parameter(torch.zeros(items, bits), requires_grad=False) for name in modalities}
-        )
+        latest = {name: nn.Parameter(torch.zeros(items, bits), requires_grad=False) for name in modalities}
+        self.latest = nn.ParameterDict(latest)
         self.register_buffer("seen", torch.zeros(items, dtype=torch.bool))
 
     @torch.no_grad()
@@ -39,8 +36,7 @@ class DiscreteMemory(CodeMemory):
 
     @torch.no_grad()
     def assign(self, codes: dict[str, Tensor]) -> None:
-        """New codes V (N, K) in {-1, +1} by modality; the outputs they were solved from are no longer
-        news."""
+        """Set new codes V (N, K) in {-1, +1} by modality; no output is marked afterwards."""
         for name, values in codes.items():
             self.codes[name].copy_(values)
         self.seen.zero_()
@@ -49,31 +45,25 @@ class DiscreteMemory(CodeMemory):
 def similarity_sums(
     labels: Tensor, row_labels: Tensor, outputs: Tensor, dissimilar: float = 1.0, block: int = 4096
 ) -> Tensor:
-    """S'^T U, made from labels in blocks so that the (m, n) similarity never stands in memory.
+    """S'^T U (n, K) in float64, made from labels in blocks so that the (m, n) similarity is never in memory.
 
     Args:
         labels: (n, C) of the database.
         row_labels: (m, C) of the sampled items.
         outputs: (m, K) their real codes U.
         dissimilar: S' is +1 where two items share a label and ``-dissimilar`` elsewhere.
-        block: database items at a time.
-
-    Returns:
-        (n, K) float64.
     """
     real = outputs.double()
-    signed = (
-        torch.where(relevant(part, row_labels), 1.0, -dissimilar).double() for part in labels.split(block)
-    )
-    return torch.cat([part @ real for part in signed])
+    similar = (relevant(part, row_labels) for part in labels.split(block))
+    return torch.cat([torch.where(part, 1.0, -dissimilar).double() @ real for part in similar])
 
 
 def discrete_update(codes: Tensor, outputs: Tensor, rows: Tensor, sums: Tensor, gamma: float) -> Tensor:
     """One cyclic sweep over the columns of V, each set to its exact minimiser with the others fixed.
 
-    J(V) = ||U V^T - K S'||_F^2 + gamma ||U - V_rows||_F^2 (DSARH Eq 29-33 corrected), hence with
-    Q = -2 K S'^T U - 2 gamma Ubar:  V_k <- -sgn(2 V_-k (U_-k^T U_k) + Q_k), by columns already updated. J
-    never rises.
+    J(V) = ||U V^T - K S'||_F^2 + gamma ||U - V_rows||_F^2 (DSARH Eq 29-33 corrected), hence with Q = -2 K
+    S'^T U - 2 gamma Ubar:  V_k <- -sgn(2 V_-k (U_-k^T U_k) + Q_k), by columns already updated. J never rises.
+    Where the argument is zero, the old bit stays.
 
     Args:
         codes: (n, K) V in {-1, +1}.
@@ -81,10 +71,6 @@ def discrete_update(codes: Tensor, outputs: Tensor, rows: Tensor, sums: Tensor, 
         rows: (m,) int64 distinct positions of the sampled items in V.
         sums: (n, K) S'^T U, see ``similarity_sums``.
         gamma: weight of the items' own codes.
-
-    Returns:
-        (n, K) new V in the dtype of ``codes``. Where the argument is zero, either sign will do and the old
-        bit stays.
     """
     v, u = codes.double(), outputs.double()  # in float32 rounding would decide bits whose argument is zero
     linear = -2.0 * codes.shape[1] * sums.double()
@@ -108,12 +94,9 @@ class ADSH(HashObjective):
     epoch; under another recipe it would be the signs of the network's own last outputs, which is not ADSH.
 
     Args:
-        gamma: 200 in the paper, beside a sum over n pairs; hence gamma / n here.
+        gamma: 200 in the paper, next to a sum over n pairs; hence gamma / n here.
         soft: S' of dissimilar pairs is -(#similar / #dissimilar) as in the authors' code; otherwise -1 as in
-            the paper. Without it, few similar pairs among many classes do not count.
-
-    Raises:
-        ValueError: ``soft`` where pairs are of one kind only.
+            the paper, with which few similar pairs among many classes do not count.
 
     Differs: divided by K, so that learning rates do not depend on the bits; the ratio is that of the training
     set (of each sampled block in the code), so that an item's loss does not depend on the sample.
@@ -131,18 +114,17 @@ class ADSH(HashObjective):
 
     def setup(self, facts: TrainFacts) -> None:
         self.items.fill_(facts.items)
+        share = facts.share_similar
         if self.soft:
-            if not 0.0 < facts.share_similar < 1.0:
-                raise ValueError(
-                    f"ADSH needs similar and dissimilar pairs; a share of {facts.share_similar:g} is similar "
-                    "(set soft: false)"
-                )
-            self.dissimilar.fill_(facts.share_similar / (1.0 - facts.share_similar))
+            if not 0.0 < share < 1.0:
+                reason = f"a share of {share:g} is similar (set soft: false)"
+                raise ValueError(f"ADSH needs similar and dissimilar pairs; {reason}")
+            self.dissimilar.fill_(share / (1.0 - share))
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
         bits = codes.shape[1]
-        wanted = bits * torch.where(relevant(labels, code_labels), 1.0, -self.dissimilar)
-        return (output.code @ sign(codes).T - wanted).square().mean(1) / bits
+        target = bits * torch.where(relevant(labels, code_labels), 1.0, -self.dissimilar)
+        return (output.code @ sign(codes).T - target).square().mean(1) / bits
 
     def regularisation(self, output: HashOutput) -> Tensor:
         """(B,) the same weight on the distance to the own signs, for items that are not in V."""
@@ -154,14 +136,12 @@ class ADSH(HashObjective):
         return {**terms, "regularisation": self.gamma / self.items * torch.stack(near).mean()}
 
     def end_epoch(self, memory: CodeMemory) -> None:
-        """Solve V from the outputs seen this epoch, where V is learned."""
+        """Solve V from the outputs of this epoch, where V is learned."""
         if not isinstance(memory, DiscreteMemory):
             return
         labels, rows = memory.labels, torch.nonzero(memory.seen).flatten()
         if labels is None or len(rows) == 0:
-            raise ValueError(
-                "ADSH solves its codes from labelled items that were trained on, and there are none"
-            )
+            raise ValueError("ADSH solves its codes from trained labelled items, and there are none")
         solved = {}
         for name, codes in memory.codes.items():
             outputs = memory.latest[name][rows]

@@ -1,4 +1,4 @@
-"""What a hashing objective is: a per-item similarity loss, a quantisation loss, and how they are summed."""
+"""Interface of hashing objectives, per-item similarity and quantisation losses, and the memory of codes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from robusthash.core.hamming import sign
 from robusthash.core.labels import relevant
-from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
-from robusthash.objectives.code_memory import CodeMemory
+from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs, Reference
 
 
 @dataclass(frozen=True)
 class TrainFacts:
-    """What an objective may know of the training set before the first step."""
+    """Facts on the training set and the encoders that an objective may use before the first step."""
 
     items: int
     bits: int
@@ -25,9 +25,9 @@ class TrainFacts:
     seed: int
     share_similar: float  # share of ordered pairs of training items that share a label
     widths: Mapping[str, int] = field(default_factory=dict)  # feature width D of each modality's encoder
-    shown: Mapping[str, Mapping[str, int]] = field(
+    aux_widths: Mapping[str, Mapping[str, int]] = field(
         default_factory=dict
-    )  # widths of what encoders show in ``aux``
+    )  # of the features in their ``aux``
 
     @property
     def classes(self) -> int:
@@ -45,26 +45,54 @@ def share_similar(labels: Tensor, block: int = 1024) -> float:
 def quantisation(output: HashOutput) -> Tensor:
     """(B,) mean squared distance of the relaxed code to its own sign, the sign held constant.
 
-    Written with the absolute value, which is the same, so that a NaN reaches the loss and the loop can say
-    where.
+    Written with the absolute value, which is the same, so that a NaN reaches the loss and the loop reports
+    it.
     """
     return (output.code.abs() - 1.0).square().mean(1)
+
+
+class CodeMemory(nn.Module):
+    """Last relaxed code, detached, and label of every training item, by modality, indexed by ``Batch.ids``.
+
+    Filled by one eval-mode pass before the first step; the recipe then overwrites the rows of each batch with
+    its clean outputs. DPSH's bank, SAAT's moving reference and ADSH's database codes are this one object.
+    """
+
+    labels: Tensor | None
+
+    def __init__(self, items: int, bits: int, labels: Tensor | None, modalities: tuple[str, ...]) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("labels", labels)
+        codes = {name: nn.Parameter(torch.zeros(items, bits), requires_grad=False) for name in modalities}
+        self.codes = nn.ParameterDict(codes)
+
+    @torch.no_grad()
+    def update(self, outputs: Outputs, batch: Batch) -> None:
+        """Overwrite the rows of ``batch``."""
+        for name, output in outputs.items():
+            self.codes[name][batch.ids] = output.code.detach().float()
+
+    def joint(self, batch: Batch) -> Tensor:
+        """(B, K) the code that the modalities of each item share, B = sign(F + G), held constant."""
+        return sign(torch.stack([codes.detach()[batch.ids] for codes in self.codes.values()]).sum(0))
+
+    def reference(self) -> Reference:
+        """The signs, for attacks and guides."""
+        return Reference({name: sign(values.detach()) for name, values in self.codes.items()}, self.labels)
 
 
 class HashObjective(nn.Module, ABC):
     """Interface. Minimised; every term is per item, so that an attack may ascend it alone.
 
-    A pairwise objective compares a code with reference codes; a center objective ignores them.
-    Over several modalities the terms are averaged over the pairs of an output and the memory of a modality,
-    so that the image-only case and the image-text case are the same lines, and an attacked image alone is
-    still compared with both.
+    A pairwise objective compares a code with reference codes; a center objective ignores them. Over several
+    modalities the terms are averaged over the pairs of an output and the memory of a modality, so an attacked
+    image alone is still compared with both.
     """
 
     supervised: ClassVar[bool] = True
     intra: ClassVar[bool] = True  # of several modalities, a code is compared with its own one's memory too
-    training_only: ClassVar[tuple[str, ...]] = (
-        "critics",
-    )  # modules that setup makes and only training needs
+    training_only: ClassVar[tuple[str, ...]] = ("critics",)  # modules from ``setup`` that only training needs
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,24 +106,30 @@ class HashObjective(nn.Module, ABC):
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
         """(B,) loss of each item's code against reference ``codes`` (M, K) with ``code_labels`` (M, C)."""
 
-    @abstractmethod
     def regularisation(self, output: HashOutput) -> Tensor:
-        """(B,) weighted quantisation (or similar) term, which no attack ascends."""
+        """(B,) weighted quantisation (or similar) term, which no attack ascends; 0 by default."""
+        return torch.zeros(len(output.code), device=output.code.device)
 
     def advance(self) -> None:
-        """One optimiser step has been taken (HashNet's continuation)."""
+        """Count an optimiser step (HashNet's continuation)."""
 
     def critic(self, outputs: Outputs, batch: Batch) -> LossTerms:
         """Loss of the discriminators on detached outputs, stepped before the objective; none by default."""
         return {}
 
     def end_epoch(self, memory: CodeMemory) -> None:
-        """After the last step of an epoch."""
+        """Update what is solved once an epoch."""
 
     def kept(self) -> dict[str, Tensor]:
         """State that stays with the trained model: all but the modules in ``training_only``."""
-        apart = tuple(f"{name}." for name in self.training_only)
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(apart)}
+        dropped = tuple(f"{name}." for name in self.training_only)
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(dropped)}
+
+    def both_labels(self, batch: Batch, memory: CodeMemory) -> tuple[Tensor, Tensor]:
+        """Labels of the batch and of the memory."""
+        if batch.labels is None or memory.labels is None:
+            raise ValueError(f"{type(self).__name__} is supervised, and this batch has no labels")
+        return batch.labels, memory.labels
 
     def pairs(self, outputs: Outputs, memory: CodeMemory) -> list[tuple[HashOutput, Tensor]]:
         """Each output with each memory (M, K) that it is compared with."""
@@ -109,13 +143,11 @@ class HashObjective(nn.Module, ABC):
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
         """Terms ``similarity`` and ``regularisation``, means over the batch."""
-        labels, bank_labels = batch.labels, memory.labels
-        if labels is None or bank_labels is None:
-            raise ValueError(f"{type(self).__name__} is supervised, and this batch has no labels")
+        labels, memory_labels = self.both_labels(batch, memory)
         pairs = self.pairs(outputs, memory)
+        similarity = [self.similarity(o, labels, codes, memory_labels).mean() for o, codes in pairs]
+        regularisation = [self.regularisation(o).mean() for o in outputs.values()]
         return {
-            "similarity": torch.stack(
-                [self.similarity(o, labels, c, bank_labels).mean() for o, c in pairs]
-            ).mean(),
-            "regularisation": torch.stack([self.regularisation(o).mean() for o in outputs.values()]).mean(),
+            "similarity": torch.stack(similarity).mean(),
+            "regularisation": torch.stack(regularisation).mean(),
         }

@@ -1,5 +1,4 @@
-"""DADH: weighted cosine triplets, discriminators on features and codes, and a discrete solver for the joint
-code."""
+"""DADH: weighted cosine triplets, critics of features and codes, and a discrete solver for the joint code."""
 
 from __future__ import annotations
 
@@ -13,10 +12,16 @@ from robusthash.core.labels import overlap
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
-from robusthash.objectives.base import TrainFacts
-from robusthash.objectives.code_memory import CodeMemory
-from robusthash.objectives.critics import FAKE, REAL, Critic, critic_loss, deceive, one_width
-from robusthash.objectives.cross_modal import CrossModalObjective
+from robusthash.objectives.base import CodeMemory, TrainFacts
+from robusthash.objectives.cross_modal import (
+    FAKE,
+    REAL,
+    Critic,
+    CrossModalObjective,
+    critic_loss,
+    deceive,
+    one_width,
+)
 
 
 def weighted_triplets(
@@ -24,29 +29,19 @@ def weighted_triplets(
 ) -> Tensor:
     """(B,) weighted mean over positives j and negatives k of [d_ij - d_ik + margin]_+, d = 1 - cosine.
 
-    A pair weighs 2^(shared labels) - 1. An item without a positive or without a negative gets 0.
-
-    The mean runs over all triplets of an item with M references at a cost of M log M: with the negatives
-    sorted, the hinge of one positive is active for a prefix of them, whose sum a running sum holds.
-
-    Args:
-        code: (B, K).
-        labels: (B, C) multi-hot.
-        codes: (M, K) references.
-        code_labels: (M, C) multi-hot.
-        margin: 0.4 in the paper.
+    Codes (B, K) with multi-hot labels (B, C) against references (M, K), (M, C). A pair weighs 2^(shared
+    labels) - 1; an item without a positive or without a negative gets 0. All triplets of an item cost M log
+    M: with the negatives sorted, the hinge of one positive is active for a prefix of them, whose sum a
+    running sum holds.
     """
     distance = 1.0 - unit(code) @ unit(codes).T
     shared = overlap(labels, code_labels)
     weights = torch.exp2(shared) - 1.0  # the negative's part of the published weight is 2^0 - 1 = 0
     negative = shared == 0
-    # no positive's bound d_ij + margin, at most 2 + margin, reaches 4 + margin: positives never count as
-    # negatives
+    # no positive's bound, at most 2 + margin, reaches 4 + margin: positives never count as negatives
     ordered = distance.masked_fill(~negative, 4.0 + margin).sort(1).values
     bound = distance + margin
-    active = torch.searchsorted(
-        ordered.detach(), bound.detach().contiguous()
-    )  # negatives nearer than the bound
+    active = torch.searchsorted(ordered.detach(), bound.detach().contiguous())  # negatives below the bound
     sums = torch.nn.functional.pad(ordered.cumsum(1), (1, 0)).gather(1, active)
     hinges = (active * bound - sums) / negative.sum(1, keepdim=True).clamp_min(1)
     return (weights * hinges).sum(1) / weights.sum(1).clamp_min(1e-8)
@@ -58,15 +53,10 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def discrete_step(joint: Tensor, labels: Tensor, relaxed: Tensor, mu: float, ridge: float) -> Tensor:
-    """(N, K) next joint codes: sign(L P + mu H) with P = (L^T L + ridge I)^-1 L^T B. A zero keeps the old
-    bit.
+    """(N, K) next joint codes: sign(L P + mu H), P = (L^T L + ridge I)^-1 L^T B. A zero keeps the old bit.
 
-    Args:
-        joint: (N, K) joint codes B in {-1, +1}.
-        labels: (N, C) multi-hot L.
-        relaxed: (N, K) relaxed codes, averaged over the modalities.
-        mu: their weight.
-        ridge: of the regression of B on the labels.
+    B (N, K) are the joint codes in {-1, +1}, L (N, C) multi-hot labels, H the relaxed codes averaged over
+    modalities.
     """
     gram = labels.T @ labels + ridge * torch.eye(labels.shape[1], device=labels.device)
     total = labels @ torch.linalg.solve(gram, labels.T @ joint) + mu * relaxed
@@ -77,29 +67,24 @@ def discrete_step(joint: Tensor, labels: Tensor, relaxed: Tensor, mu: float, rid
 class DADH(CrossModalObjective):
     """DADH: weighted triplets across modalities, adversarial alignment, and discrete joint codes.
 
-    L = alpha T + beta mean (B - h)^2 + gamma [adv(features) + adv(codes)], T the weighted mean over the
-    triplets of an item and the other modality's memory of [d_ij - d_ik + margin]_+, d = 1 - cosine, weight
-    2^(shared labels) - 1; adv = -log sigma(D(text)). The critics D, in the group "critic", tell image (real)
-    from text (fake) by binary cross-entropy with gradient penalty 10. After each epoch B = sign(L P + mu H),
-    P the ridge regression of B on the labels L.
+    L = alpha T + beta mean (B - h)^2 + gamma [adv(features) + adv(codes)], T ``weighted_triplets`` against
+    the other modality's memory, adv = -log sigma(D(text)). The critics D, in the group "critic", tell image
+    (real) from text (fake) by binary cross-entropy with gradient penalty 10. After each epoch B = sign(L P +
+    mu H), P the ridge regression of B on the labels L.
 
     Args:
         alpha, beta, gamma: weights of triplets, quantisation and adversarial terms; the paper's 10, 1, 1 in
             its proportion, divided by ten because T is a mean here.
         margin: of a triplet.
-        mu: weight of the relaxed codes in the discrete step.
-        ridge: lambda of its regression.
+        mu, ridge: weight of the relaxed codes in the discrete step, and lambda of its regression.
         penalty: weight of the gradient penalty.
         feature_critic, hash_critic: hidden widths.
 
-    Raises:
-        ValueError: at ``setup``, feature widths of the two encoders differ.
-
-    Differs: means for sums. The weight of a triplet is normalised by the sum of the item's weights instead of
-    its ideal DCG, which only changes how much items weigh against each other; the code's constant factors (10
-    and 1.21) are left out. References are the whole memory, held constant, instead of the batch. The
-    adversarial gradient of codes reaches the whole text net; the code stops it before the hash layer. Until
-    the first discrete step B is sign(F + G). Over one modality alone there are no critics.
+    Differs: means for sums. A triplet's weight is normalised by the sum of the item's weights, not its ideal
+    DCG, which only changes how much items weigh against each other; the code's constant factors (10 and 1.21)
+    are left out. References are the whole memory, held constant, not the batch. The adversarial gradient of
+    codes reaches the whole text net; the code stops it before the hash layer. Until the first discrete step B
+    is sign(F + G). One modality alone has no critics.
     """
 
     joint_codes: Tensor
@@ -130,16 +115,12 @@ class DADH(CrossModalObjective):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def setup(self, facts: TrainFacts) -> None:
-        self.draws = Draws(facts.seed, ("dadh",))
+        self.draws = draws = Draws(facts.seed, ("dadh",))
         self.joint_codes = torch.zeros(facts.items, facts.bits, device=self.joint_codes.device)
         if {REAL, FAKE} <= set(facts.widths):
             widths = {"features": one_width(facts.widths, "dadh"), "codes": facts.bits}
-            self.critics = nn.ModuleDict(
-                {
-                    name: Critic(width, self.hidden[name], self.draws.within(name))
-                    for name, width in widths.items()
-                }
-            )
+            critics = {n: Critic(D, self.hidden[n], draws.within(n)) for n, D in widths.items()}
+            self.critics = nn.ModuleDict(critics)
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
         return self.alpha * weighted_triplets(output.code, labels, codes, code_labels, self.margin)
@@ -153,16 +134,18 @@ class DADH(CrossModalObjective):
         terms = super().forward(outputs, batch, memory)
         if self.critics is None or FAKE not in outputs:
             return terms
-        told = [deceive(self.critics[name], _shown(outputs[FAKE], name)) for name in self.hidden]  # type: ignore[index]
-        return {**terms, "adversarial": self.adversarial * torch.stack(told).sum()}
+        critics: nn.ModuleDict = self.critics  # type: ignore[assignment]
+        losses = [deceive(critic, _judged(outputs[FAKE], name)) for name, critic in critics.items()]
+        return {**terms, "adversarial": self.adversarial * torch.stack(losses).sum()}
 
     def critic(self, outputs: Outputs, batch: Batch) -> LossTerms:
         draws = self.draws.within("penalty", int(self.steps))
+        critics: nn.ModuleDict = self.critics  # type: ignore[assignment]
         terms = {}
-        for name in self.hidden:
-            real, fake = (_shown(outputs[modality], name) for modality in (REAL, FAKE))
+        for name, critic in critics.items():
+            real, fake = (_judged(outputs[modality], name) for modality in (REAL, FAKE))
             mix = draws.within(name).uniform(batch.ids, (1,))
-            terms[f"critic/{name}"] = critic_loss(self.critics[name], real, fake, mix, self.penalty)  # type: ignore[index]
+            terms[f"critic/{name}"] = critic_loss(critic, real, fake, mix, self.penalty)
         return terms
 
     def advance(self) -> None:
@@ -176,6 +159,6 @@ class DADH(CrossModalObjective):
         self.joint_codes.copy_(discrete_step(joint, memory.labels, relaxed, self.mu, self.ridge))
 
 
-def _shown(output: HashOutput, name: str) -> Tensor:
-    """(B, D) what the critic ``name`` sees: features or relaxed codes."""
+def _judged(output: HashOutput, name: str) -> Tensor:
+    """(B, D) input of the critic ``name``: features or relaxed codes."""
     return output.features if name == "features" else output.code

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -13,10 +11,8 @@ from robusthash.core.labels import overlap
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs
-from robusthash.objectives.base import TrainFacts
-from robusthash.objectives.code_memory import CodeMemory
-from robusthash.objectives.critics import seeded_linear
-from robusthash.objectives.cross_modal import CrossModalObjective
+from robusthash.objectives.base import CodeMemory, HashObjective, TrainFacts
+from robusthash.objectives.cross_modal import CrossModalObjective, seeded_linear
 from robusthash.objectives.dadh import unit
 
 ABSENT = -1e4
@@ -24,16 +20,10 @@ ABSENT = -1e4
 
 
 def proxy_softmax(logits: Tensor, positive: Tensor, negative: Tensor, slope: float, margin: float) -> Tensor:
-    """(B,) mean over positives p of -log(e^{g (s_p - m)} / (e^{g (s_p - m)} + sum over negatives q of e^{g
-    s_q})).
+    """(B,) mean over positives p of -log(e^{g(s_p-m)} / (e^{g(s_p-m)} + sum over negatives q of e^{g s_q})).
 
-    0 for an item without positives or without negatives.
-
-    Args:
-        logits: (B, M) similarities s, in [-1, 1].
-        positive, negative: (B, M) bool.
-        slope: g.
-        margin: m.
+    s (B, M) are similarities in [-1, 1], g the slope, m the margin; 0 for an item without positives or
+    negatives.
     """
     against = torch.logsumexp((slope * logits).masked_fill(~negative, ABSENT), 1, keepdim=True)
     losses = softplus(against - slope * (logits - margin)) * positive
@@ -43,8 +33,7 @@ def proxy_softmax(logits: Tensor, positive: Tensor, negative: Tensor, slope: flo
 def weighted_softmax(
     logits: Tensor, weights: Tensor, negative: Tensor, slope: float, margin: float
 ) -> Tensor:
-    """(B,) the same against one positive per item, the mean of ``logits`` by ``weights`` (B, M) >= 0; 0
-    without any."""
+    """(B,) the same with one positive an item, the mean of ``logits`` by ``weights`` (B, M); 0 without."""
     total = weights.sum(1)
     against = torch.logsumexp((slope * logits).masked_fill(~negative, ABSENT), 1)
     mean = (weights * logits).sum(1) / total.clamp_min(1e-8)
@@ -60,11 +49,9 @@ class Proxies(nn.Module):
 
     def __init__(self, facts: TrainFacts, inner: int, draws: Draws) -> None:
         super().__init__()
-        self.classes = nn.Sequential(
-            seeded_linear(facts.classes, inner, draws.within("classes")),
-            nn.ReLU(),
-            seeded_linear(inner, facts.bits, draws.within("classes", "out")),
-        )
+        first = seeded_linear(facts.classes, inner, draws.within("classes"))
+        last = seeded_linear(inner, facts.bits, draws.within("classes", "out"))
+        self.classes = nn.Sequential(first, nn.ReLU(), last)
         self.count = facts.classes
         self.features = nn.ModuleDict()
         self.labels = nn.ModuleDict()
@@ -89,31 +76,27 @@ class Proxies(nn.Module):
 class DAPH(CrossModalObjective):
     """DAPH: data-aware proxy hashing, both stages in one run.
 
-    Stage 1, ``proxy_epochs`` long, trains label-conditioned proxies (see ``Proxies``):
-    L = mean over modalities of L_ms(p) + |relu(C C^T - I)|_F^2 + beta reg + alpha bal, L_ms the softmax of an
-    item's classes against the others at logits <p, c_k>, reg = mean (<norm(sgn z), z> - 1)^2, bal = |mean
-    z|^2. Stage 2 trains the hasher against the signs of the proxies of all training items, kept constant: at
-    logits <h, a> / K, L = L_pos + eta L_part for the anchors a of each modality, + L_cls for the signs of the
-    class codes. Positive are anchors of the same label set, negative those that share no label; L_part takes
-    as positive the mean of the rest, weighted by the number of shared labels, and L_cls the mean of the
-    item's classes.
+    Stage 1, ``proxy_epochs`` long, trains label-conditioned proxies (see ``Proxies``): L = mean over
+    modalities of L_ms(p) + |relu(C C^T - I)|_F^2 + beta reg + alpha bal, L_ms the softmax of an item's
+    classes against the others at logits <p, c_k>, reg = mean (<norm(sgn z), z> - 1)^2, bal = |mean z|^2.
+    Stage 2 trains the hasher against the signs of the proxies of all training items, kept constant: at logits
+    <h, a> / K, L = L_pos + eta L_part for the anchors a of each modality, + L_cls for the signs of the class
+    codes. Positive are anchors of the same label set, negative those that share no label; L_part takes as
+    positive the mean of the rest, weighted by the number of shared labels, and L_cls the mean of the item's
+    classes.
 
     Args:
         proxy_epochs: length of stage 1 in epochs, at least 1, less than the run's epochs.
-        slope: g, 20.
-        margin: sigma, 0.2.
+        slope, margin: g, 20, and sigma, 0.2, of the softmax.
         alpha, beta: weights of balance and polarisation in stage 1, 0.2 each.
         eta: weight of the partial matches in stage 2, 1.
         inner: width of the proxies' hidden layers, 512.
 
-    Raises:
-        ValueError: ``proxy_epochs`` below 1.
-
-    Differs: means for sums in reg and bal. Stage 1 looks at the hasher's own features, and trains its
-    encoders (the heads wait for stage 2), where the paper has nets of its own; anchors are the proxies that
-    each item had in the last epoch of stage 1. The code's extra 1 for every positive class in the negatives'
-    sum is left out; a text's anchors are positive by the same label set, as an image's (the code takes
-    supersets). Both nets train together, not by turns of an epoch.
+    Differs: means for sums in reg and bal. Stage 1 uses the hasher's own features, and trains its encoders,
+    where the paper has nets of its own; anchors are the proxies that each item had in the last epoch of stage
+    1. The code's extra 1 for every positive class in the negatives' sum is left out; a text's anchors are
+    positive by the same label set, as an image's (the code takes supersets). Both nets train together, not by
+    turns of an epoch.
     """
 
     training_only = ("critics", "proxies")
@@ -132,9 +115,8 @@ class DAPH(CrossModalObjective):
         inner: int = 512,
     ) -> None:
         if proxy_epochs < 1:
-            raise ValueError(
-                f"proxy_epochs must be at least 1, for there is nothing to hash to before, got {proxy_epochs}"
-            )
+            reason = "there is nothing to hash to before"
+            raise ValueError(f"proxy_epochs must be at least 1, for {reason}, got {proxy_epochs}")
         super().__init__(gamma=0.0)
         self.proxy_epochs = proxy_epochs
         self.slope = slope
@@ -143,9 +125,7 @@ class DAPH(CrossModalObjective):
         self.beta = beta
         self.eta = eta
         self.inner = inner
-        self.register_buffer(
-            "anchors", torch.empty(0)
-        )  # (modalities, N, K) proxies, from stage 2 on their signs
+        self.register_buffer("anchors", torch.empty(0))  # (modalities, N, K) proxies, their signs in stage 2
         self.register_buffer("class_codes", torch.empty(0))  # (C, K) signs, from stage 2 on
         self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
 
@@ -162,8 +142,7 @@ class DAPH(CrossModalObjective):
         self.class_codes = torch.zeros(facts.classes, facts.bits, device=device)
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
-        """L_pos + eta L_part with the references as anchors: an attack ascends it against the codes that it
-        knows."""
+        """L_pos + eta L_part with the references as anchors, as an attack ascends it."""
         shared = overlap(labels, code_labels)
         own, theirs = labels.sum(1, keepdim=True), code_labels.sum(1)
         negative = shared == 0
@@ -173,14 +152,11 @@ class DAPH(CrossModalObjective):
         return proxy_softmax(logits, same, negative, self.slope, self.margin) + self.eta * partial
 
     def regularisation(self, output: HashOutput) -> Tensor:
-        return torch.zeros(len(output.code), device=output.code.device)
+        return HashObjective.regularisation(self, output)  # no quantisation
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
-        """Of stage 1: ``proxies``, ``crowding``, ``polarisation``, ``balance``; of 2: ``similarity``,
-        ``classes``."""
-        labels, all_labels = batch.labels, memory.labels
-        if labels is None or all_labels is None:
-            raise ValueError("DAPH is supervised, and this batch has no labels")
+        """``proxies``, ``crowding``, ``polarisation`` and ``balance``, then ``similarity``, ``classes``."""
+        labels, all_labels = self.both_labels(batch, memory)
         if self.stage == 1:
             return self._proxy_terms(outputs, labels, batch.ids)
         values = [
@@ -198,27 +174,24 @@ class DAPH(CrossModalObjective):
 
     def _proxy_terms(self, outputs: Outputs, labels: Tensor, ids: Tensor) -> LossTerms:
         classes = self.proxies.of_classes()
-        made = {
-            name: self.proxies.of_items(name, output.features, labels) for name, output in outputs.items()
-        }
+        proxies = {name: self.proxies.of_items(name, o.features, labels) for name, o in outputs.items()}
         with torch.no_grad():
-            for name, proxies in made.items():
-                self.anchors[self.order.index(name), ids] = proxies.detach()
+            for name, rows in proxies.items():
+                self.anchors[self.order.index(name), ids] = rows.detach()
         positive = labels > 0
-        fits = [
-            proxy_softmax(p @ classes.T, positive, ~positive, self.slope, self.margin).mean()
-            for p in made.values()
-        ]
-        crowding = (
-            (classes @ classes.T - torch.eye(len(classes), device=classes.device)).relu().square().sum()
-        )
-        parts = [classes, *made.values()]
+        slope, margin = self.slope, self.margin
+        logits = [rows @ classes.T for rows in proxies.values()]
+        fits = [proxy_softmax(s, positive, ~positive, slope, margin).mean() for s in logits]
+        eye = torch.eye(len(classes), device=classes.device)
+        crowding = (classes @ classes.T - eye).relu().square().sum()
+        parts = [classes, *proxies.values()]
+        polarisation = [((unit(sign(z)) * z).sum(1) - 1.0).square().mean() for z in parts]
+        balance = [z.mean(0).square().sum() for z in parts]
         return {
             "proxies": torch.stack(fits).mean(),
             "crowding": crowding,
-            "polarisation": self.beta
-            * _sum(lambda z: ((unit(sign(z)) * z).sum(1) - 1.0).square().mean(), parts),
-            "balance": self.alpha * _sum(lambda z: z.mean(0).square().sum(), parts),
+            "polarisation": self.beta * torch.stack(polarisation).sum(),
+            "balance": self.alpha * torch.stack(balance).sum(),
         }
 
     def end_epoch(self, memory: CodeMemory) -> None:
@@ -227,7 +200,3 @@ class DAPH(CrossModalObjective):
             with torch.no_grad():
                 self.anchors.copy_(sign(self.anchors))
                 self.class_codes.copy_(sign(self.proxies.of_classes()))
-
-
-def _sum(term: Callable[[Tensor], Tensor], parts: list[Tensor]) -> Tensor:
-    return torch.stack([term(part) for part in parts]).sum()

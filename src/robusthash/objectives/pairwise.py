@@ -1,4 +1,4 @@
-"""Objectives on pairs of codes, each item of the batch against the bank: DPH, DPSH, HashNet."""
+"""Objectives on pairs of codes, each item of the batch against the memory: DPH, DPSH, HashNet."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ class WeightedPairs(HashObjective):
     """A mean over pairs of an item and a reference, of which the similar ones may be weighted.
 
     Args:
-        balance: weight similar pairs by #dissimilar / #similar of the training set, which single-label data
-            need: with one similar pair in ten or twenty, codes learn first of all to differ. Off in the
-                papers.
-        stored: whether a trained model keeps the weight.
+        balance: weight similar pairs by #dissimilar / #similar of the training set. Single-label data need
+            it: with one similar pair in ten or twenty, codes learn first of all to differ. Off in the papers.
+        stored: a trained model keeps the weight.
     """
 
     similar_weight: Tensor
@@ -33,11 +32,10 @@ class WeightedPairs(HashObjective):
 
     def setup(self, facts: TrainFacts) -> None:
         if self.balance:
-            if not 0.0 < facts.share_similar < 1.0:
-                raise ValueError(
-                    f"cannot balance pairs: a share of {facts.share_similar:g} of them is similar"
-                )
-            self.similar_weight.fill_((1.0 - facts.share_similar) / facts.share_similar)
+            share = facts.share_similar
+            if not 0.0 < share < 1.0:
+                raise ValueError(f"cannot balance pairs: a share of {share:g} of them is similar")
+            self.similar_weight.fill_((1.0 - share) / share)
 
     @abstractmethod
     def pair_losses(self, output: HashOutput, similar: Tensor, codes: Tensor) -> Tensor:
@@ -63,9 +61,9 @@ class WeightedPairs(HashObjective):
 class DPH(WeightedPairs):
     """DPH: regress scaled inner products of codes to +-1 similarity.
 
-    L = mean_ij w_ij ((1/K) h_i . U_j - S'_ij)^2, S' in {-1, +1}, U the bank held constant. No quantisation
+    L = mean_ij w_ij ((1/K) h_i . U_j - S'_ij)^2, S' in {-1, +1}, U the memory held constant. No quantisation
     term. Source: the re-implementations in the public SAAT and CgAT codes.
-    Differs: the bank holds true codes and labels from the first step on (the codes start it at zero).
+    Differs: the memory holds true codes and labels from the first step on (the codes start it at zero).
 
     Args:
         balance: see ``WeightedPairs``. Without it one code for all classes is nearly the best of single-label
@@ -73,18 +71,14 @@ class DPH(WeightedPairs):
     """
 
     def __init__(self, balance: bool = False) -> None:
-        super().__init__(balance, stored=balance)  # models of before there was a balance hold no weight
+        super().__init__(balance, stored=balance)  # stored models from before this option hold no weight
 
     def pair_losses(self, output: HashOutput, similar: Tensor, codes: Tensor) -> Tensor:
         return (output.code @ codes.T / codes.shape[1] - (2.0 * similar - 1.0)).square()
 
-    def regularisation(self, output: HashOutput) -> Tensor:
-        return torch.zeros(len(output.code), device=output.code.device)
-
 
 class PairLikelihood(WeightedPairs):
-    """Minus the log-likelihood of pairwise similarity: w_ij [softplus(T_ij) - S_ij T_ij], T_ij = h_i . U_j /
-    2."""
+    """Negative log-likelihood of similarity: w_ij [softplus(T_ij) - S_ij T_ij], T_ij = h_i . U_j / 2."""
 
     def pair_losses(self, output: HashOutput, similar: Tensor, codes: Tensor) -> Tensor:
         theta = output.code @ codes.T / 2
@@ -95,12 +89,10 @@ class PairLikelihood(WeightedPairs):
 class DPSH(PairLikelihood):
     """DPSH: maximum likelihood of pairwise similarity with Omega = half the inner product of codes.
 
-    L = mean_ij w_ij [softplus(Omega_ij) - S_ij Omega_ij] + eta * mean (sgn h - h)^2, Omega_ij = h_i . U_j /
-    2.
+    L = mean_ij w_ij [softplus(Omega_ij) - S_ij Omega_ij] + eta mean (sgn h - h)^2, Omega_ij = h_i . U_j / 2.
 
     Args:
-        eta: weight of the quantisation term in mean form (ours: 0.1; published codes: 0.15-0.32 by the same
-            measure).
+        eta: weight of the quantisation in mean form (ours: 0.1; published codes: 0.15-0.32 by this measure).
         balance: see ``WeightedPairs``.
 
     Differs: h is tanh of the logits (the original feeds the unbounded output); the sums are means.
@@ -119,9 +111,8 @@ class HashNet(HashObjective):
     """HashNet: balanced pair likelihood with a tanh that steepens as training goes on.
 
     L = (1/|S|) sum_ij w_ij [softplus(t_ij) - S_ij t_ij], t_ij = (10/K) h_i . U_j, w = |S|/|S1| for similar
-    pairs and |S|/|S0| for others (so L is the mean over similar pairs plus the mean over the others: balanced
-    as it is, and without an option for it).
-    h = tanh(beta v), beta = sqrt(1 + 0.005 steps), raised every 200 steps. No quantisation term.
+    pairs and |S|/|S0| for others, so L is the mean over similar pairs plus the mean over the others. h =
+    tanh(beta v), beta = sqrt(1 + 0.005 steps), raised every 200 steps. No quantisation term.
 
     Differs: the pair weights come from the whole training set instead of the batch, so no batch lacks a side
     and the loss stays per item; the paper's extra weight by label overlap is left out, as in every code read.
@@ -144,11 +135,10 @@ class HashNet(HashObjective):
         return (1.0 + self.gamma * (int(self.steps) // self.every * self.every)) ** 0.5
 
     def setup(self, facts: TrainFacts) -> None:
-        if not 0.0 < facts.share_similar < 1.0:
-            raise ValueError(
-                f"HashNet needs similar and dissimilar pairs; a share of {facts.share_similar:g} is similar"
-            )
-        self.weights.copy_(torch.tensor([1.0 / (1.0 - facts.share_similar), 1.0 / facts.share_similar]))
+        share = facts.share_similar
+        if not 0.0 < share < 1.0:
+            raise ValueError(f"HashNet needs similar and dissimilar pairs; a share of {share:g} is similar")
+        self.weights.copy_(torch.tensor([1.0 / (1.0 - share), 1.0 / share]))
 
     def advance(self) -> None:
         self.steps += 1
@@ -158,6 +148,3 @@ class HashNet(HashObjective):
         t = output.relaxed(self.beta) @ codes.T * (10.0 / codes.shape[1])
         weight = self.weights[0] + (self.weights[1] - self.weights[0]) * similar
         return (weight * (softplus(t) - similar * t)).mean(1)
-
-    def regularisation(self, output: HashOutput) -> Tensor:
-        return torch.zeros(len(output.code), device=output.code.device)

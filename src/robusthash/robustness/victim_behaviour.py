@@ -1,12 +1,11 @@
-"""What a victim does when it is looked at, against what it declares: the wrong class means the wrong adaptive
-lines."""
+"""Observed behaviour of a victim against what it declares: a wrong class means the wrong adaptive attacks."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from robusthash.models.purifier import Purifier
 from robusthash.models.sfcl import Separation
 
 SAME = 1e-4
-"""Logits of two looks are the same where they differ by at most this share of the largest; kernels may
-reorder sums."""
+"""Logits of two passes are the same up to this share of the largest; kernels may reorder sums."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Observed:
     """Behaviour of a victim in eval mode."""
 
     randomised: bool  # logits differ between calls on the same inputs
-    purifier: bool  # a Purifier that is no gate stands before an encoder
+    purifier: bool  # a Purifier that is no gate is before an encoder
     gate: bool
     mask: bool  # features are separated by a learned mask
     inner_gradients: bool  # forward takes gradients or steps of an optimiser itself
@@ -36,8 +34,7 @@ class Observed:
 
     @property
     def gradient_reaches_input(self) -> bool:
-        """For at least 99 % of the items. Below, the gradient is masked for some; only at 0 is the graph
-        cut."""
+        """For at least 99 % of the items; below, the gradient is masked for some, and at 0 it is cut."""
         return self.reached >= 0.99
 
     @property
@@ -46,56 +43,46 @@ class Observed:
         return self.reached == 0
 
 
-@dataclass
-class _Inner:
-    """How often a backward pass or a step of an optimiser ran inside a block."""
+def observed(victim: Hasher, inputs: Inputs, passes: int = 3) -> Observed:
+    """Observe a victim on some clean inputs; 8 to 128 are enough.
 
-    backward: int = 0
-    steps: int = 0
-
-
-def observed(victim: Hasher, inputs: Inputs, looks: int = 3) -> Observed:
-    """Look at a victim: some clean inputs are enough, 8 to 128 of them.
-
-    Logits are compared over ``looks`` calls, the parts are those of the package by type, and a backward pass
-    inside the forward pass is seen by the tensors that autograd takes back (under ``no_grad`` outside, none
-    is wanted).
-
-    Raises:
-        ValueError: no inputs, or fewer than two looks.
+    Logits are compared over ``passes`` calls, the parts are those of the package by type, and a backward pass
+    inside the forward pass shows in the tensors that autograd takes back (under ``no_grad`` outside, none is
+    needed).
     """
-    if not inputs or looks < 2:
-        raise ValueError(f"observing takes inputs and at least two looks, got {sorted(inputs)} and {looks}")
+    if not inputs or passes < 2:
+        raise ValueError(f"observing takes inputs and at least two passes, got {sorted(inputs)} and {passes}")
     purifiers = [part for part in victim.modules() if isinstance(part, Purifier)]
     with frozen(victim):
-        with torch.no_grad(), _watched() as inner:
-            answers = [_logits(victim(inputs)) for _ in range(looks)]
+        with torch.no_grad(), _inner_gradients() as events:
+            logits = [_logits(victim(inputs)) for _ in range(passes)]
         reached = _reached(victim, inputs)
     return Observed(
-        randomised=any(_differ(answers[0], other) for other in answers[1:]),
+        randomised=any(_differ(logits[0], other) for other in logits[1:]),
         purifier=any(part.declares != "gate" for part in purifiers),
         gate=any(part.declares == "gate" for part in purifiers),
         mask=any(isinstance(part, Separation) for part in victim.modules()),
-        inner_gradients=bool(inner.backward or inner.steps),
+        inner_gradients=bool(events),
         reached=reached,
     )
 
 
 @contextlib.contextmanager
-def _watched() -> Iterator[_Inner]:
-    inner = _Inner()
+def _inner_gradients() -> Iterator[list[str]]:
+    """A list that gets an entry for every backward pass and step of an optimiser inside."""
+    events: list[str] = []
 
     def unpack(value: Tensor) -> Tensor:
-        inner.backward += 1
+        events.append("backward")
         return value
 
     def step(*_: Any) -> None:
-        inner.steps += 1
+        events.append("step")
 
     handle = register_optimizer_step_pre_hook(step)
     try:
         with saved_tensors_hooks(lambda value: value, unpack):
-            yield inner
+            yield events
     finally:
         handle.remove()
 
@@ -122,37 +109,36 @@ def _reached(victim: Hasher, inputs: Inputs) -> float:
     return min(shares)
 
 
-def matches(declared: Defense, seen: Observed) -> list[str]:
-    """Reasons why a declared class does not fit what was observed; none where it does.
+def matches(declared: str, seen: Observed) -> list[str]:
+    """Reasons why a declared class does not fit the observed behaviour; none where it does.
 
-    A victim may have more parts than the one that names its class: their lines are run as well, so only a
-    class that hides a part (``plain``, ``adversarial``) or names one that is not there is a mismatch.
+    A victim may have more parts than the one that names its class: the attacks on them are run as well, so
+    only a class that hides a part (``plain``, ``adversarial``) or names one that is not there is a mismatch.
+    A purifier of a class from outside the package is attacked as a purifier too.
     """
     reasons = []
     hides = declared in ("plain", "adversarial", "detector")
+    purifies = declared in ("purifier", "randomised") or (declared not in get_args(Defense) and seen.purifier)
     if seen.randomised and declared != "randomised":
         reasons.append(f"codes change between calls, and {declared!r} is declared: declare 'randomised'")
     if declared == "randomised" and not seen.randomised:
         reasons.append("'randomised' is declared, and codes did not change between calls")
-    for part in ("purifier", "gate", "mask"):
-        if hides and getattr(seen, part):
+    for part, inside in (("purifier", seen.purifier), ("gate", seen.gate), ("mask", seen.mask)):
+        if hides and inside:
             reasons.append(f"a {part} is inside, and {declared!r} is declared: declare {part!r}")
-        if declared == part and not getattr(seen, part):
+        if declared == part and not inside:
             reasons.append(f"{part!r} is declared, and none was found inside")
-    if seen.inner_gradients and declared not in ("purifier", "randomised"):
+    if seen.inner_gradients and not purifies:
         reasons.append(f"forward takes gradients itself, and {declared!r} is declared: declare 'purifier'")
-    if not seen.gradient_reaches_input and declared not in ("purifier", "randomised"):
-        said = (
-            "no gradient reaches the input"
-            if seen.cut
-            else f"a gradient reaches {seen.reached:.0%} of the items only"
-        )
-        reasons.append(f"{said}, and {declared!r} is declared: the graph is cut or saturated")
+    if not seen.gradient_reaches_input and not purifies:
+        some = f"a gradient reaches {seen.reached:.0%} of the items only"
+        reason = "no gradient reaches the input" if seen.cut else some
+        reasons.append(f"{reason}, and {declared!r} is declared: the graph is cut or saturated")
     if declared == "detector":
         reasons.append("'detector' is declared, and the package has none: no attack includes its score")
     return reasons
 
 
 def mismatches(victim: Hasher, inputs: Inputs) -> list[str]:
-    """``matches`` of what a victim declares and what is observed on some clean inputs."""
+    """``matches`` of the declared class and the behaviour on some clean inputs."""
     return matches(victim.declared, observed(victim, inputs))

@@ -1,34 +1,31 @@
-"""The one training loop: epochs, optimisers, schedules, checkpoints, resume. The only place that steps an
-optimiser."""
+"""The one training loop: epochs, optimisers, schedules, checkpoints, resume."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 
 from robusthash.core.runtime import Draws, choose_device, precision, seed_everything
+from robusthash.core.types import Batch, LossTerms
 from robusthash.data.base import RetrievalData, batches
 from robusthash.data.transforms import augment
-from robusthash.training.optimiser_groups import divided
+from robusthash.training.optimiser_groups import Group, divided
 from robusthash.training.recipe import FIGURES, Moment, Recipe
 
 
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
+        raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """One optimiser group; ``lr`` 0 freezes a part of the hasher.
-
-    Raises:
-        ValueError: an unknown optimiser.
-    """
+    """One optimiser group; ``lr`` 0 freezes a part of the hasher."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.01
@@ -39,24 +36,19 @@ class OptimConfig:
         _one_of("optimiser", self.name, ("sgd", "adam", "adamw"))
 
     def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        decay = self.weight_decay
         if self.name == "sgd":
-            return torch.optim.SGD(
-                parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay
-            )
+            return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=decay)
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
-        return kind(parameters, self.lr, betas=(self.momentum, 0.999), weight_decay=self.weight_decay)
+        return kind(parameters, self.lr, betas=(self.momentum, 0.999), weight_decay=decay)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate factor over training: warm-up share, then ``constant``, ``cosine``, ``steps`` or
-    ``exponential``.
+    """Learning-rate factor over training: a warm-up share, then one of four kinds.
 
     ``steps`` multiplies by ``gamma`` at each share of ``at``; ``exponential`` falls smoothly from 1 to
     ``gamma``.
-
-    Raises:
-        ValueError: an unknown kind.
     """
 
     kind: Literal["constant", "cosine", "steps", "exponential"] = "cosine"
@@ -68,8 +60,7 @@ class Schedule:
         _one_of("schedule", self.kind, ("constant", "cosine", "steps", "exponential"))
 
     def factor(self, progress: float) -> float:
-        """The factor after a share ``progress`` of all steps; a function of it alone, so that resuming is
-        exact."""
+        """The factor after a share ``progress`` of all steps; of it alone, so that resuming is exact."""
         if progress < self.warmup:
             return min((progress + 1e-3) / self.warmup, 1.0)
         if self.kind == "cosine":
@@ -83,11 +74,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train: nothing here belongs to a method.
-
-    Raises:
-        ValueError: epochs or batch size below 1, or an unknown augmentation.
-    """
+    """Settings of training that belong to no method."""
 
     epochs: int = 20
     batch_size: int = 64
@@ -107,7 +94,7 @@ class TrainConfig:
 
 
 class RunLog(Protocol):
-    """Where a run keeps its checkpoints and log lines; the loop itself touches no file."""
+    """Store of a run's checkpoints and log lines; the loop itself touches no file."""
 
     def resume(self) -> dict[str, Any] | None: ...
 
@@ -118,11 +105,33 @@ class RunLog(Protocol):
     def progress(self, done: int, total: int, text: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class _Optimisers:
+    """The optimisers by the name of their settings, and how a step of each group updates them."""
+
+    config: TrainConfig
+    groups: Mapping[str, Group]
+    by_name: Mapping[str, torch.optim.Optimizer]
+
+    def step(self, group: str, loss: torch.Tensor, factor: float) -> float:
+        """Step the optimisers of a group; returns its learning rate."""
+        stepped = {name: self.by_name[name] for name in self.groups[group].shares}
+        for optimiser in stepped.values():
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.clip:
+            torch.nn.utils.clip_grad_norm_(self.groups[group].parameters, self.config.clip)
+        for name, optimiser in stepped.items():
+            for parameters in optimiser.param_groups:
+                parameters["lr"] = self.config.optim[name].lr * factor
+            optimiser.step()
+        return self.config.optim[group].lr * factor
+
+
 def fit(
     recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | None = None
 ) -> list[dict[str, Any]]:
-    """Train ``recipe`` on ``data.train``; returns one line an epoch (loss terms, learning rate, seconds,
-    ``figures``).
+    """Train ``recipe`` on ``data.train``; returns terms, learning rate, seconds and ``figures`` by epoch.
 
     With ``run``, a checkpoint is written after each epoch, and training goes on from the last one to the same
     result as an uninterrupted run on the same machine.
@@ -139,75 +148,71 @@ def fit(
     rates = {name: optim.lr for name, optim in config.optim.items()}
     groups, still = divided(recipe.hasher, recipe.parameter_groups(), rates)
     recipe.hasher.freeze(still)
-    optimisers = {
-        name: config.optim[name].make(parameters)
-        for group in groups.values()
-        for name, parameters in group.shares.items()
-    }
-    first, lines = _resume(recipe, optimisers, run)
-    draws = Draws(config.seed, ("train",))
-
+    shares = {name: parameters for group in groups.values() for name, parameters in group.shares.items()}
+    by_name = {name: config.optim[name].make(parameters) for name, parameters in shares.items()}
+    optimisers = _Optimisers(config, groups, by_name)
+    first, lines = _resume(recipe, by_name, run)
     for epoch in range(first, config.epochs):
-        pool = recipe.pool(epoch)
-        items = len(data.train) if pool is None else len(pool)
-        steps = math.ceil(items / config.batch_size)
-        moment_draws = draws.within(epoch)
-        started, rate = time.perf_counter(), 0.0
-        sums: dict[str, float] = {}
-        figures: dict[str, float] = {}
-        order = moment_draws.within("order")
-        for step, batch in enumerate(
-            batches(data.train, config.batch_size, order, pool, recipe.hasher.modalities)
-        ):
-            progress = (epoch + step / steps) / config.epochs
-            factor = config.schedule.factor(progress)
-            batch = batch.to(device)
-            if config.augment == "flip-crop":
-                images = augment(batch.inputs["image"], batch.ids, moment_draws.within("augment"))
-                batch = batch.with_inputs({"image": images})
-            with precision(config.precision, device):
-                for group, terms in recipe.step(batch, Moment(epoch, progress, moment_draws)):
-                    into = figures if group == FIGURES else sums
-                    for name, term in terms.items():
-                        into[name] = into.get(name, 0.0) + float(term.detach()) * len(batch) / items
-                    if group == FIGURES:
-                        continue
-                    loss = torch.stack([term.float() for term in terms.values()]).sum()
-                    if not torch.isfinite(loss):
-                        values = {name: float(term.detach()) for name, term in terms.items()}
-                        raise FloatingPointError(
-                            f"loss of {group!r} is not finite at epoch {epoch}, step {step}: {values}; "
-                            "lower the learning rate"
-                        )
-                    stepped = {name: optimisers[name] for name in groups[group].shares}
-                    for optimiser in stepped.values():
-                        optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
-                    if config.clip:
-                        torch.nn.utils.clip_grad_norm_(groups[group].parameters, config.clip)
-                    rate = config.optim[group].lr * factor
-                    for name, optimiser in stepped.items():
-                        for parameters in optimiser.param_groups:
-                            parameters["lr"] = config.optim[name].lr * factor
-                        optimiser.step()
-            if run is not None:
-                run.progress(
-                    epoch * steps + step + 1, config.epochs * steps, f"epoch {epoch + 1}/{config.epochs}"
-                )
-        recipe.end_epoch(epoch)
-        lines.append({"epoch": epoch, "lr": rate, "seconds": round(time.perf_counter() - started, 3), **sums})
-        if figures:
-            lines[-1][FIGURES] = figures
+        lines.append(_epoch(recipe, data, epoch, optimisers, run))
         if run is not None:
             run.log(lines[-1])
-            run.checkpoint(_state(recipe, optimisers, epoch + 1, lines))
+            run.checkpoint(_state(recipe, by_name, epoch + 1, lines))
     recipe.hasher.freeze([])
     recipe.hasher.eval()
     return lines
 
 
+def _epoch(
+    recipe: Recipe, data: RetrievalData, epoch: int, optimisers: _Optimisers, run: RunLog | None
+) -> dict[str, Any]:
+    """Train one epoch; returns its entry of the log."""
+    config, device = optimisers.config, recipe.hasher.device
+    pool = recipe.pool(epoch)
+    items = len(data.train) if pool is None else len(pool)
+    steps = math.ceil(items / config.batch_size)
+    draws = Draws(config.seed, ("train",)).within(epoch)
+    started, rate = time.perf_counter(), 0.0
+    sums: dict[str, float] = {}
+    figures: dict[str, float] = {}
+    loader = batches(data.train, config.batch_size, draws.within("order"), pool, recipe.hasher.modalities)
+    for step, batch in enumerate(loader):
+        progress = (epoch + step / steps) / config.epochs
+        factor = config.schedule.factor(progress)
+        batch = _augmented(batch.to(device), config, draws)
+        with precision(config.precision, device):
+            for group, terms in recipe.step(batch, Moment(epoch, progress, draws)):
+                means = figures if group == FIGURES else sums
+                for name, term in terms.items():
+                    means[name] = means.get(name, 0.0) + float(term.detach()) * len(batch) / items
+                if group != FIGURES:
+                    loss = _loss(terms, f"loss of {group!r} is not finite at epoch {epoch}, step {step}")
+                    rate = optimisers.step(group, loss, factor)
+        if run is not None:
+            done, total = epoch * steps + step + 1, config.epochs * steps
+            run.progress(done, total, f"epoch {epoch + 1}/{config.epochs}")
+    recipe.end_epoch(epoch)
+    line = {"epoch": epoch, "lr": rate, "seconds": round(time.perf_counter() - started, 3), **sums}
+    return {**line, FIGURES: figures} if figures else line
+
+
+def _augmented(batch: Batch, config: TrainConfig, draws: Draws) -> Batch:
+    if config.augment == "none":
+        return batch
+    images = augment(batch.inputs["image"], batch.ids, draws.within("augment"))
+    return batch.with_inputs({"image": images})
+
+
+def _loss(terms: LossTerms, message: str) -> torch.Tensor:
+    """Sum of the terms."""
+    loss = torch.stack([term.float() for term in terms.values()]).sum()
+    if not torch.isfinite(loss):
+        values = {name: float(term.detach()) for name, term in terms.items()}
+        raise FloatingPointError(f"{message}: {values}; lower the learning rate")
+    return loss
+
+
 def _state(
-    recipe: Recipe, optimisers: dict[str, torch.optim.Optimizer], epoch: int, lines: list
+    recipe: Recipe, optimisers: Mapping[str, torch.optim.Optimizer], epoch: int, lines: list
 ) -> dict[str, Any]:
     """All that the rest of training depends on; readable in weights-only mode."""
     return {
@@ -221,9 +226,9 @@ def _state(
 
 
 def _resume(
-    recipe: Recipe, optimisers: dict[str, torch.optim.Optimizer], run: RunLog | None
+    recipe: Recipe, optimisers: Mapping[str, torch.optim.Optimizer], run: RunLog | None
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Load the last checkpoint, if there is one; returns the first epoch to train and the lines so far."""
+    """Load the last checkpoint, if there is one; returns the first epoch to train and the entries so far."""
     state = run.resume() if run is not None else None
     if state is None:
         return 0, []

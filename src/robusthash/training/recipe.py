@@ -1,4 +1,4 @@
-"""What one way to train is, and the plain one: a hasher on its objective."""
+"""The interface of a training recipe, and the plain one: a hasher on its objective."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, LossTerms, Outputs
 from robusthash.data.base import RetrievalData, Split, batches
-from robusthash.models.hasher import Hasher, frozen
-from robusthash.objectives.base import HashObjective, TrainFacts, share_similar
-from robusthash.objectives.code_memory import CodeMemory
+from robusthash.models.hasher import Encoder, Hasher, frozen
+from robusthash.objectives.base import CodeMemory, HashObjective, TrainFacts, share_similar
 
 FIGURES = "figures"
-"""In place of a group's name: what a recipe yields with it is averaged into the log and not optimised."""
+"""In place of a group's name: such terms of a recipe are averaged into the log and not optimised."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Where training stands when a step is taken."""
+    """The point of training at which a step is taken."""
 
     epoch: int
     progress: float  # share of all steps already taken, in [0, 1)
@@ -32,23 +31,21 @@ class Moment:
 
 
 class Recipe(ABC):
-    """Interface: one way to train. The loop owns optimisers and checkpoints; the recipe owns modes and
-    losses."""
+    """Interface of one way to train; the loop owns optimisers and checkpoints, it owns modes and losses."""
 
     groups: ClassVar[tuple[str, ...] | None] = None
-    """The optimiser groups that it may have, the first of them always, so that a recipe file can be checked
-    when it is read; None is not told."""
+    """The optimiser groups that it may have, the first always, by which a recipe file is checked when it is
+    read; None leaves that to training."""
 
     hasher: Hasher
 
     @abstractmethod
     def modules(self) -> dict[str, nn.Module]:
-        """Everything with state, by name: what a checkpoint holds. ``hasher`` is always one of them."""
+        """Everything with state, by name, for checkpoints. ``hasher`` is always one of them."""
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by optimiser group: ``hasher``, and where there are any ``critic``, ``purifier``,
-        ``guide``. Parts of ``hasher`` with settings of their own are told apart by the loop."""
+        """Parameters by optimiser group: ``hasher``, and with any ``critic``, ``purifier``, ``guide``."""
 
     @abstractmethod
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
@@ -60,12 +57,13 @@ class Recipe(ABC):
 
     @abstractmethod
     def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
-        """Yield (group, loss terms); the loop steps that group and resumes here. Losses are computed after
-        the yield before them, because parameters moved. What comes with ``FIGURES`` as its group is only
-        logged."""
+        """Yield (group, loss terms); the loop steps that group and resumes here, with parameters moved.
+
+        Terms with ``FIGURES`` as their group are only logged.
+        """
 
     def end_epoch(self, epoch: int) -> None:  # noqa: B027 - only discrete solvers have something to do
-        """After the last step of an epoch."""
+        """Update what is solved once an epoch."""
 
     def database_codes(self) -> Codes | None:
         """Learned database codes, where the method makes them."""
@@ -73,30 +71,33 @@ class Recipe(ABC):
 
 
 def train_facts(split: Split, hasher: Hasher, seed: int) -> TrainFacts:
-    """What an objective may know of ``split`` and of the hasher that it trains."""
+    """Facts on ``split`` and on the hasher for an objective."""
     share = 0.0 if split.labels is None else share_similar(split.labels)
     widths = {name: int(encoder.width) for name, encoder in hasher.encoders.items()}  # type: ignore[arg-type]
-    shown = {name: dict(getattr(encoder, "shown", {})) for name, encoder in hasher.encoders.items()}
-    return TrainFacts(len(split), hasher.bits, split.labels, seed, share, widths, shown)
+    aux = {name: e.aux_widths if isinstance(e, Encoder) else {} for name, e in hasher.encoders.items()}
+    return TrainFacts(len(split), hasher.bits, split.labels, seed, share, widths, aux)
+
+
+def check_modalities(hasher: Hasher, data: RetrievalData) -> None:
+    """Refuse data that lack a modality of the hasher."""
+    for name in hasher.modalities:
+        if name not in data.modalities:
+            raise ValueError(f"this hasher encodes {name!r}, {data.name} has {list(data.modalities)}")
 
 
 def detached(outputs: Outputs) -> Outputs:
     """The same outputs, from which no gradient flows back."""
-    return {
-        name: replace(
-            o,
-            logits=o.logits.detach(),
-            code=o.code.detach(),
-            features=o.features.detach(),
-            aux={key: value.detach() for key, value in o.aux.items()},
-        )
-        for name, o in outputs.items()
-    }
+    result = {}
+    for name, o in outputs.items():
+        aux = {key: value.detach() for key, value in o.aux.items()}
+        logits, code, features = o.logits.detach(), o.code.detach(), o.features.detach()
+        result[name] = replace(o, logits=logits, code=code, features=features, aux=aux)
+    return result
 
 
 @torch.no_grad()
 def fill_memory(memory: CodeMemory, hasher: Hasher, split: Split, batch_size: int) -> None:
-    """One eval-mode pass, so that no row of the memory is ever empty."""
+    """Fill every row of the memory by one eval-mode pass."""
     with frozen(hasher):
         for batch in batches(split, batch_size, modalities=hasher.modalities):
             batch = batch.to(hasher.device)
@@ -119,17 +120,13 @@ class HashingRecipe(Recipe):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         critics = [] if self.objective.critics is None else list(self.objective.critics.parameters())
-        apart = {id(parameter) for parameter in critics}
-        own = [parameter for parameter in self.objective.parameters() if id(parameter) not in apart]
+        ids = {id(parameter) for parameter in critics}
+        own = [parameter for parameter in self.objective.parameters() if id(parameter) not in ids]
         groups = {"hasher": [*self.hasher.parameters(), *own]}
         return {**groups, "critic": critics} if critics else groups
 
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
-        missing = [name for name in self.hasher.modalities if name not in data.modalities]
-        if missing:
-            raise ValueError(
-                f"this hasher encodes {missing[0]!r}, and {data.name} has only {list(data.modalities)}"
-            )
+        check_modalities(self.hasher, data)
         device = self.hasher.device
         self.objective.to(device).setup(train_facts(data.train, self.hasher, seed))
         self.objective.to(device)  # what setup made

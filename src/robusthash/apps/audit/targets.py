@@ -21,8 +21,7 @@ from robusthash.attacks.threat_model import threat_on
 from robusthash.core.registry import nearest
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
 from robusthash.models.external.http_endpoint import Endpoint
-from robusthash.models.external.loaders import load_onnx, load_python, load_torchscript
-from robusthash.models.external.perceptual_hashes import NAMES, perceptual
+from robusthash.models.external.loaders import NAMES, load_onnx, load_python, load_torchscript, perceptual
 from robusthash.models.external.wrapper import Call, foreign
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.robustness.specs.oracle_attacks import OracleAttack

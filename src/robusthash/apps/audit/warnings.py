@@ -12,7 +12,7 @@ from robusthash.core.types import Inputs
 from robusthash.data.transforms import EVERYDAY
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.metrics.results import Flag
-from robusthash.models.external.perceptual_hashes import NAMES
+from robusthash.models.external.loaders import NAMES
 from robusthash.models.external.wrapper import normalisation_doubt
 from robusthash.models.hasher import frozen
 from robusthash.robustness.checks.base import above, flag, order

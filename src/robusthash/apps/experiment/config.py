@@ -24,7 +24,7 @@ from torch import nn
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build, check, nearest
 from robusthash.core.runtime import digest
-from robusthash.defenses.requirements import check_needs
+from robusthash.defenses.base import check_needs
 from robusthash.training.optimiser_groups import BASE, MODALITIES, NAMES, unknown, unset
 
 _FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+)\s*")

@@ -1,7 +1,7 @@
-"""Foreign models from where people keep them: a dotted Python path, a TorchScript file, an ONNX file.
+"""External models from a dotted Python path, a TorchScript or ONNX file, and well-known perceptual hashes.
 
-Each is a program: a Python path runs the module it names, and model files run their own graph, with whatever
-that graph does. Audit only what you would run anyway. Pickled modules are never opened.
+All but the last are programs: a Python path runs the module it names, and model files run their own graph.
+Audit only what you would run anyway. Pickled modules are never opened.
 """
 
 from __future__ import annotations
@@ -9,25 +9,30 @@ from __future__ import annotations
 import importlib
 import inspect
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
 from robusthash.core.registry import nearest
+from robusthash.data.transforms import to_pixels
 from robusthash.models.external.wrapper import Call
 
 _AGREE = 0.99  # share of bits on which a converted model must agree with the runtime of its format
+_BLACK_BOX = "The ONNX file is used as a black box through onnxruntime: {}."
 
 
 def load_python(path: str) -> Call:
     """``module:name`` -> a callable from images to codes.
 
-    What ``name`` is decides: an ``nn.Module`` or a function that needs an argument is the model itself; a
-    class of modules, or a function that needs no argument, is a factory, called once without arguments.
+    An ``nn.Module`` or a function that needs an argument is the model itself; a class of modules, or a
+    function that needs no argument, is a factory, called once without arguments.
 
     Raises:
         ImportError: no such module.
@@ -39,32 +44,30 @@ def load_python(path: str) -> Call:
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise  # the module is there, and something that it imports is not
-        raise ImportError(
-            f"no Python module {module_name!r} (wanted by {path!r}); run from the folder that holds it, or install it"
-        ) from error
-    found: Any = module
+        remedy = "run from the folder that holds it, or install it"
+        raise ImportError(f"no Python module {module_name!r} (wanted by {path!r}); {remedy}") from error
+    model: Any = module
     for part in name.split("."):
-        if not hasattr(found, part):
-            raise ValueError(
-                f"{module_name} has no {part!r}{nearest(part, [n for n in vars(module) if n[0] != '_'])}"
-            )
-        found = getattr(found, part)
-    if _is_factory(found):
-        found = found()
-    if not callable(found):
-        raise ValueError(f"{path} is a {type(found).__name__}, which cannot be called with images")
-    model: Call = found
-    return model
+        if not hasattr(model, part):
+            known = [known for known in vars(module) if known[0] != "_"]
+            raise ValueError(f"{module_name} has no {part!r}{nearest(part, known)}")
+        model = getattr(model, part)
+    if _is_factory(model):
+        model = model()
+    if not callable(model):
+        raise ValueError(f"{path} is a {type(model).__name__}, which cannot be called with images")
+    call: Call = model
+    return call
 
 
-def _is_factory(found: Any) -> bool:
-    if isinstance(found, nn.Module) or not callable(found):
+def _is_factory(model: Any) -> bool:
+    if isinstance(model, nn.Module) or not callable(model):
         return False
-    if inspect.isclass(found):
+    if inspect.isclass(model):
         return True
     free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    asked = inspect.signature(found).parameters.values()
-    return all(each.default is not each.empty or each.kind in free for each in asked)
+    parameters = inspect.signature(model).parameters.values()
+    return all(each.default is not each.empty or each.kind in free for each in parameters)
 
 
 def load_torchscript(path: Path) -> Call:
@@ -76,22 +79,21 @@ def load_torchscript(path: Path) -> Call:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no model file {path}")
-    wrong = ValueError(
-        f"{path} is no TorchScript file; weights or a pickled module are not opened. Save the whole model with "
-        "torch.jit.trace(model.eval(), images).save(...), or name it by its Python path, module:name"
-    )
-    if not zipfile.is_zipfile(path):
-        raise wrong
-    with zipfile.ZipFile(path) as archive:  # TorchScript brings code; torch.save does not
-        if not any("/code/" in name for name in archive.namelist()):
-            raise wrong
+    names: list[str] = []
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    if not any("/code/" in name for name in names):  # TorchScript brings code; torch.save does not
+        raise ValueError(
+            f"{path} is no TorchScript file; weights or a pickled module are not opened. Save the whole "
+            "model with torch.jit.trace(model.eval(), images).save(...), or name its Python path, module:name"
+        )
     module: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu").eval()
     return module
 
 
 def load_onnx(path: Path, images: Tensor) -> tuple[Call, str]:
-    """An ONNX file as a differentiable module where it can be converted, else as a black box, with a sentence
-    on it.
+    """An ONNX file as a differentiable module if it can be converted, else as a black box, and a sentence.
 
     Images are resized to the input size that the file fixes. The conversion by ``onnx2torch`` counts only if
     its bits agree with ``onnxruntime`` on ``images``, (n, 3, H, W) in [0, 1].
@@ -113,45 +115,37 @@ def load_onnx(path: Path, images: Tensor) -> tuple[Call, str]:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a family of errors of its own
         raise ValueError(f"{path} cannot be opened as an ONNX model: {error}") from error
-    blackbox = _Session(session, path)
+    black_box = _Session(session, path)
     try:
-        converted = _Resized(onnx2torch.convert(onnx.load(str(path))).eval(), blackbox.size, blackbox.batch)
+        graph = onnx2torch.convert(onnx.load(str(path))).eval()
+        converted = _Resized(graph, black_box.size, black_box.batch)
         with torch.no_grad():
-            ours, theirs = converted(images), torch.from_numpy(np.array(blackbox(images)))
+            ours, theirs = converted(images), torch.from_numpy(np.array(black_box(images)))
     except Exception as error:
-        return blackbox, _BLACK.format(
-            f"it could not be converted ({type(error).__name__}: {str(error)[:160]})"
-        )
+        reason = f"it could not be converted ({type(error).__name__}: {str(error)[:160]})"
+        return black_box, _BLACK_BOX.format(reason)
     agree = float(((ours >= 0) == (theirs >= 0)).float().mean()) if ours.shape == theirs.shape else 0.0
     if agree < _AGREE:
-        return blackbox, _BLACK.format(f"its conversion agrees on {agree:.1%} of the bits only")
-    return (
-        converted,
-        f"The ONNX file was converted so that it can be differentiated; {agree:.1%} of the bits agree.",
-    )
-
-
-_BLACK = "The ONNX file is used as a black box through onnxruntime: {}."
+        return black_box, _BLACK_BOX.format(f"its conversion agrees on {agree:.1%} of the bits only")
+    sentence = f"The ONNX file was converted so that it can be differentiated; {agree:.1%} of the bits agree."
+    return converted, sentence
 
 
 class _Session:
-    """An onnxruntime session as a callable; a fixed batch of one is asked image by image."""
+    """An onnxruntime session as a callable; a fixed batch of one is run image by image."""
 
     def __init__(self, session: Any, path: Path) -> None:
         inputs = session.get_inputs()
         shapes = [list(each.shape) for each in inputs]
         if len(shapes) != 1 or len(shapes[0]) != 4 or (isinstance(shapes[0][1], int) and shapes[0][1] != 3):
-            raise ValueError(
-                f"{path} must take one input (B, 3, H, W), it takes {shapes}; export it so, or wrap it"
-            )
-        self.session, self.name, shape = session, inputs[0].name, inputs[0].shape
-        if isinstance(shape[0], int) and shape[0] != 1:
-            raise ValueError(
-                f"{path} has a fixed batch of {shape[0]}; export it with a free batch axis, or with 1"
-            )
-        self.batch: int | None = 1 if shape[0] == 1 else None
-        fixed = isinstance(shape[2], int) and isinstance(shape[3], int)
-        self.size: tuple[int, int] | None = (shape[2], shape[3]) if fixed else None
+            raise ValueError(f"{path} must take one input (B, 3, H, W), it takes {shapes}")
+        batch, _, height, width = shapes[0]
+        if isinstance(batch, int) and batch != 1:
+            raise ValueError(f"{path} has a fixed batch of {batch}; export it with a free one, or 1")
+        self.session, self.name = session, inputs[0].name
+        self.batch: int | None = 1 if batch == 1 else None
+        fixed = isinstance(height, int) and isinstance(width, int)
+        self.size: tuple[int, int] | None = (height, width) if fixed else None
 
     def __call__(self, images: Tensor) -> np.ndarray:
         values = _resized(images, self.size).detach().cpu().numpy()
@@ -176,6 +170,51 @@ class _Resized(nn.Module):
 def _resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
     if size is None or tuple(images.shape[-2:]) == size:
         return images
-    return functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False).clamp(
-        0, 1
-    )
+    options: dict[str, Any] = {"mode": "bilinear", "antialias": True, "align_corners": False}
+    return functional.interpolate(images, size, **options).clamp(0, 1)
+
+
+# -------------------------------------------------------------------------------- perceptual hashes
+
+
+@dataclass(frozen=True)
+class Perceptual:
+    """A perceptual hash: (B, 3, H, W) float in [0, 1], rounded to 8-bit -> (B, K) bool, without gradients."""
+
+    name: str
+    title: str
+    bits: int
+    radius: int  # bits that may differ between two pictures that count as the same, as its users set it
+    compute: Callable[[np.ndarray], np.ndarray]  # (H, W, 3) uint8 -> (K,) bits
+
+    def __call__(self, images: Tensor) -> np.ndarray:
+        return np.stack([self.compute(pixels) for pixels in to_pixels(images)]).astype(bool)
+
+
+TITLES = {"phash": "pHash", "dhash": "dHash", "whash": "wavelet hash", "pdq": "PDQ"}
+NAMES = tuple(TITLES)
+
+
+def perceptual(name: str) -> Perceptual:
+    """``phash``, ``dhash``, ``whash`` of ``imagehash`` (64 bits each) or ``pdq`` of ``pdqhash`` (256 bits).
+
+    The radii are customs, not laws: 10 of 64 bits, and for PDQ 31 of 256, which its authors recommend.
+
+    Raises:
+        KeyError: another name.
+        ImportError: the extra ``audit`` is not installed.
+    """
+    if name not in NAMES:
+        raise KeyError(f"no perceptual hash is called {name!r}{nearest(name, NAMES)}")
+    try:
+        if name == "pdq":
+            import pdqhash
+
+            return Perceptual(name, TITLES[name], 256, 31, lambda pixels: pdqhash.compute(pixels)[0])
+        import imagehash
+    except ImportError as error:
+        raise ImportError(
+            f"perceptual hashes need an extra: pip install 'robusthash[audit]' ({error})"
+        ) from error
+    compute: Callable[[Image.Image], Any] = getattr(imagehash, name)
+    return Perceptual(name, TITLES[name], 64, 10, lambda x: compute(Image.fromarray(x)).hash.flatten())

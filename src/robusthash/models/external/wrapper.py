@@ -1,9 +1,8 @@
-"""Models that are not ours as victims: any function from images to codes or numbers, looked at before it is
-trusted.
+"""Models from elsewhere as victims: functions from images to codes or numbers, checked before use.
 
-A foreign model gets (B, 3, H, W) float images in [0, 1] and answers with (B, K): real numbers whose sign is
-the bit, numbers in [0, 1] that are cut at 0.5, or bits as bool, 0/1, -1/+1 or packed bytes. What it answers
-is found out once, on real images, said, and held to afterwards. Normalisation belongs inside the model.
+An external model gets (B, 3, H, W) float images in [0, 1] and answers with (B, K): real numbers whose sign is
+the bit, numbers in [0, 1] that are cut at 0.5, or bits as bool, 0/1, -1/+1 or packed bytes. The form is found
+once, on real images, and held to afterwards. Normalisation belongs inside the model.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from robusthash.core.hamming import distance, pack, sign, unpack
-from robusthash.models.hasher import Hasher
+from robusthash.models.hasher import Encoder, Hasher
+from robusthash.models.image_encoders import IMAGENET
 
 Call = Callable[[Tensor], Any]
 """(B, 3, H, W) float in [0, 1] -> (B, K), a tensor or an array."""
@@ -32,29 +32,29 @@ SAID: dict[Form, str] = {
     "bytes": "packed bytes of eight bits each",
 }
 
-_COMPANY = 0.01  # share of bits that may depend on the rest of the batch, as float rounding makes them
+_ROUNDING = 0.01  # share of bits that may depend on the rest of the batch, as float rounding makes them
 
 
 class Broken(ValueError):
-    """A foreign model that cannot be audited; the message says what it did and how to mend it."""
+    """An external model that cannot be audited; the message has the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A foreign model as a victim, and what was found out about it."""
+    """An external model as a victim, with what was observed of it."""
 
     hasher: Hasher
     form: Form
-    gradients: bool  # whether an attacker can differentiate it
+    gradients: bool  # an attacker can differentiate it
     said: tuple[str, ...]  # sentences for the reader
 
 
-class ForeignEncoder(nn.Module):
-    """The image encoder of a foreign victim: its features are its logits.
+class ForeignEncoder(Encoder):
+    """The image encoder of an external victim: its features are its logits.
 
     Args:
         call: the model.
-        form: what it answers.
+        form: of its answers.
         bits: K; every answer must have it.
         name: for messages.
     """
@@ -66,17 +66,15 @@ class ForeignEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, 3, H, W) -> (B, K) logits, and nothing else."""
-        answer = answered(self.call, images, self.name)
-        logits = as_logits(answer, self.form, self.name)
+        logits = as_logits(answered(self.call, images, self.name), self.form, self.name)
         if logits.shape[1] != self.bits:
-            raise Broken(
-                f"{self.name} answered {logits.shape[1]} bits, and {self.bits} before: its width must not vary"
-            )
+            change = f"{logits.shape[1]} bits, and {self.bits} before"
+            raise Broken(f"{self.name} answered {change}: its width must not vary")
         return logits.to(images.device), {}
 
 
 class AsIs(nn.Module):
-    """The head of a foreign victim: the model has made its bits already."""
+    """The head of an external victim: the model has made its bits already."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -96,15 +94,12 @@ def answered(call: Call, images: Tensor, name: str) -> Tensor:
         answer = call(images)
     except (Broken, OSError):
         raise
-    except Exception as error:  # whatever foreign code raises is told as one sentence
-        shape = " x ".join(map(str, images.shape))
-        alone = (
-            "; it must take a batch of one as well (a BatchNorm in training mode cannot)"
-            if len(images) == 1
-            else ""
-        )
+    except Exception as error:  # whatever external code raises is reported as one sentence
+        shape, reason = " x ".join(map(str, images.shape)), f"{type(error).__name__}: {error}"
+        if len(images) == 1:
+            reason += "; it must take a batch of one as well (a BatchNorm in training mode cannot)"
         raise Broken(
-            f"{name} fails on {shape} float images in [0, 1]: {type(error).__name__}: {error}{alone}; "
+            f"{name} fails on {shape} float images in [0, 1]: {reason}; "
             "--size changes the size, normalisation and resizing belong inside the model"
         ) from error
     if not isinstance(answer, Tensor | np.ndarray):
@@ -113,20 +108,20 @@ def answered(call: Call, images: Tensor, name: str) -> Tensor:
     if rows.ndim != 2 or len(rows) != len(images) or rows.shape[1] == 0:
         hint = "; is it squeezed?" if len(images) == 1 and rows.ndim == 1 else ""
         raise Broken(
-            f"{name} answered shape {tuple(rows.shape)} to {len(images)} images; it must be (B, K) with one row for "
-            f"each image, also for a batch of one{hint}"
+            f"{name} answered shape {tuple(rows.shape)} to {len(images)} images; it must be (B, K) with one "
+            f"row for each image, also for a batch of one{hint}"
         )
     if rows.is_floating_point() and not torch.isfinite(rows).all():
-        bad = int((~torch.isfinite(rows)).sum())
+        bad = f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} values"
         raise Broken(
-            f"{name} answered {bad} of {rows.numel()} values that are NaN or infinite, which are no bits; look for a "
-            "division by zero, a logarithm or half precision inside it"
+            f"{name} answered {bad} that are NaN or infinite, which are no bits; look for a division by "
+            "zero, a logarithm or half precision inside it"
         )
     return rows
 
 
 def form_of(answer: Tensor, name: str) -> Form:
-    """What kind of answer this is.
+    """The form of an answer.
 
     Raises:
         Broken: whole numbers that are neither bits nor bytes, or numbers that are never negative.
@@ -139,18 +134,17 @@ def form_of(answer: Tensor, name: str) -> Form:
         return "zero-one"
     if values and values <= {-1, 1}:
         return "plus-minus"
+    bounds = f"from {least:g} to {largest:g}"
     if not answer.is_floating_point():
         if answer.dtype == torch.uint8:
             return "bytes"
-        raise Broken(
-            f"{name} answered whole numbers from {least:g} to {largest:g}; codes are bool, 0/1, -1/+1 or uint8 bytes"
-        )
+        raise Broken(f"{name} answered whole numbers {bounds}; codes are bool, 0/1, -1/+1 or uint8 bytes")
     if least >= 0 and largest <= 1:
         return "probabilities"
     if least >= 0:
         raise Broken(
-            f"{name} answered numbers from {least:g} to {largest:g}, never below 0, so that every bit would be 1: "
-            "these are features, not codes; subtract a threshold (their median, say) inside the model"
+            f"{name} answered numbers {bounds}, never below 0, so that every bit would be 1: these are "
+            "features, not codes; subtract a threshold (their median, say) inside the model"
         )
     return "numbers"
 
@@ -177,16 +171,16 @@ def as_logits(answer: Tensor, form: Form, name: str) -> Tensor:
 
 
 def foreign(call: Call, images: Tensor, name: str, bits: int | None = None) -> Foreign:
-    """Look at a model on a few real images, and make it a victim.
+    """Observe a model on a few real images, and make it a victim.
 
     Args:
         call: the model.
         images: (n, 3, H, W) float in [0, 1], n at least 2; eight are plenty.
-        bits: K, where it is known; found out by default.
+        bits: K, where it is known; that of the answers by default.
 
     Raises:
-        Broken: it fails, also on one image alone; answers NaN, another width or shape; gives other codes when
-            asked the same again, or when asked in other company.
+        Broken: it fails, also on one image alone; answers NaN, another width or shape; gives other codes to
+            the same images, or to an image among others.
     """
     if len(images) < 2:
         raise ValueError(f"a model is looked at on at least 2 images, got {len(images)}")
@@ -205,43 +199,35 @@ def foreign(call: Call, images: Tensor, name: str, bits: int | None = None) -> F
             raise Broken(f"{name} answers {width} bits, and --bits says {bits}; leave it at auto")
         again = as_logits(answered(call, images, name), form, name)
         alone = as_logits(answered(call, images[:1], name), form, name)
-    _same(name, logits, again, 0.0, "asked twice about the same images")
-    _same(
-        name,
-        logits[:1],
-        alone,
-        _COMPANY,
-        "asked about an image alone and among others (is it in training mode?)",
-    )
-    hasher = Hasher(
-        {"image": ForeignEncoder(call, form, width, name)}, {"image": AsIs(width)}, {"foreign": name}
-    )
-    slope = _has_gradients(hasher, images[:2])
-    said = [
-        f"It answers {width} {'numbers' if form in ('numbers', 'probabilities') else 'bits'}: {SAID[form]}."
-    ]
-    said.append(
+    _check_same(name, logits, again, 0.0, "asked twice about the same images")
+    how = "asked about an image alone and among others (is it in training mode?)"
+    _check_same(name, logits[:1], alone, _ROUNDING, how)
+    encoder = ForeignEncoder(call, form, width, name)
+    hasher = Hasher({"image": encoder}, {"image": AsIs(width)}, {"foreign": name})
+    gradients = _has_gradients(hasher, images[:2])
+    kind = "numbers" if form in ("numbers", "probabilities") else "bits"
+    on_gradients = (
         "It can be differentiated, so attacks that know its weights were run."
-        if slope
-        else "It gives no gradients, so attacks that follow the weights are impossible and only others were run. That "
-        "is a limit of this audit, not a protection."
+        if gradients
+        else "It gives no gradients, so attacks that follow the weights are impossible and only others were "
+        "run. That is a limit of this audit, not a protection."
     )
-    return Foreign(hasher, form, slope, tuple(said))
+    return Foreign(hasher, form, gradients, (f"It answers {width} {kind}: {SAID[form]}.", on_gradients))
 
 
-def _same(name: str, first: Tensor, second: Tensor, allowed: float, how: str) -> None:
+def _check_same(name: str, first: Tensor, second: Tensor, allowed: float, how: str) -> None:
     if first.shape != second.shape:
         raise Broken(f"{name} answered {first.shape[1]} and then {second.shape[1]} bits when {how}")
     changed = float((sign(first) != sign(second)).float().mean())
     if changed > allowed:
         raise Broken(
-            f"{name} changes its codes: {changed:.1%} of the bits differ when {how}; a search cannot work on that. "
-            "Call .eval() in your factory, and fix the seed of anything random"
+            f"{name} changes its codes: {changed:.1%} of the bits differ when {how}; a search cannot work on "
+            "that. Call .eval() in your factory, and fix the seed of anything random"
         )
 
 
 def _has_gradients(hasher: Hasher, images: Tensor) -> bool:
-    """Whether the logits move with the pixels, by a backward pass on real images."""
+    """The logits move with the pixels, by a backward pass on real images."""
     leaf = images.clone().requires_grad_(True)
     with torch.enable_grad():
         logits = hasher({"image": leaf})["image"].logits
@@ -251,13 +237,8 @@ def _has_gradients(hasher: Hasher, images: Tensor) -> bool:
     return grad is not None and bool(torch.isfinite(grad).all()) and bool((grad != 0).any())
 
 
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""The usual normalisation of ImageNet models."""
-
-_LOST, _WELL = (
-    0.3,
-    0.7,
-)  # shares of photographs found: close to chance, and well; scale alone moves it by less
+# shares of photographs found: close to chance, and well; scale alone moves it by less
+_CHANCE, _WELL = 0.3, 0.7
 
 
 def normalisation_doubt(hasher: Hasher, images: Tensor, changed: Tensor) -> str:
@@ -272,27 +253,27 @@ def normalisation_doubt(hasher: Hasher, images: Tensor, changed: Tensor) -> str:
     """
     if len(images) < 8:
         return ""
-    mean = torch.tensor(MEAN).view(1, 3, 1, 1).to(images)
-    deviation = torch.tensor(DEVIATION).view(1, 3, 1, 1).to(images)
-    plain = _found(hasher, images, changed)
-    undone = _found(hasher, images * deviation + mean, changed * deviation + mean)
-    done = _found(hasher, (images - mean) / deviation, (changed - mean) / deviation)
-    if plain > _LOST:
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1).to(images) for values in IMAGENET)
+    plain = _share_found(hasher, images, changed)
+    undone = _share_found(hasher, images * deviation + mean, changed * deviation + mean)
+    done = _share_found(hasher, (images - mean) / deviation, (changed - mean) / deviation)
+    if plain > _CHANCE:
         return ""
+    finds = f"it finds {plain:.0%} of slightly changed copies, and"
     if undone >= max(_WELL, done):
         return (
-            f"The model seems to be normalised twice: it finds {plain:.0%} of slightly changed copies, and "
-            f"{undone:.0%} once one normalisation is undone. Pixels in [0, 1] go in; normalise once, inside the model."
+            f"The model seems to be normalised twice: {finds} {undone:.0%} once one normalisation is undone. "
+            "Pixels in [0, 1] go in; normalise once, inside the model."
         )
     if done >= _WELL:
         return (
-            f"The model seems to expect normalised images: it finds {plain:.0%} of slightly changed copies, and "
-            f"{done:.0%} when they are normalised first. Pixels in [0, 1] go in; normalise inside the model."
+            f"The model seems to expect normalised images: {finds} {done:.0%} when they are normalised "
+            "first. Pixels in [0, 1] go in; normalise inside the model."
         )
     return ""
 
 
-def _found(hasher: Hasher, images: Tensor, changed: Tensor) -> float:
+def _share_found(hasher: Hasher, images: Tensor, changed: Tensor) -> float:
     """Share of images whose changed copy has its own original as the one nearest."""
     hasher.eval()
     with torch.no_grad():

@@ -1,53 +1,38 @@
-"""Adaptive lines: for each kind of defense the attacks of somebody who knows it. All are run and the lowest
-counts."""
+"""Adaptive attacks: those that the file of each defense registers, as attacks of a suite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from robusthash.attacks.adaptive_losses import GateOpening, OverDraws, RepairMovedLoss
-from robusthash.attacks.base import Attack, Guide, Loss, Search
-from robusthash.attacks.frequency_bands import BANDS, Banded
-from robusthash.attacks.guides import Mainstay, Own, Unguided
-from robusthash.attacks.losses import ObjectiveLoss, ScaleFree
-from robusthash.attacks.pgd import APGD
+from robusthash.attacks.adaptive_losses import OverDraws
+from robusthash.attacks.guides import Unguided
+from robusthash.attacks.losses import ObjectiveLoss
 from robusthash.attacks.threat_model import Threat
-from robusthash.attacks.word_edits import GreedyFlips
+from robusthash.core.registry import catalogue
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Inputs
+from robusthash.defenses.adaptive import AdaptiveAttack, AdaptiveAttacks, AdaptiveSetting, PurifierAttacks
 from robusthash.evaluation.attack_block import AttackedBlock, attack_block
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, Kind
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.models.hasher import Hasher
-from robusthash.models.purifier_gradients import RepairIdentity, RepairLearnt, RepairMoved
-from robusthash.models.sfcl import DOMAINS
-from robusthash.models.surrogate_gradients import (
-    BranchSeen,
-    GateSeen,
-    MaskNoise,
-    MaskSeen,
-    NoiseAveraged,
-    View,
-    gates_of,
-    keyed_noise,
-    masks_of,
-)
+from robusthash.models.surrogate_gradients import GradientView, NoiseAveraged, ViewedHasher, keyed_noise
 from robusthash.objectives.base import HashObjective
 from robusthash.robustness.victim_behaviour import Observed
 
-See = Callable[[Hasher], Hasher]
+UNDEFENDED = ("plain", "adversarial")
+"""Classes that hide nothing: a suite's white-box attacks are their adaptive ones."""
 
 
 @dataclass(frozen=True)
 class Adaptive(GradientAttack):
-    """A gradient line on a view that may have to be told the clean inputs, to draw, or to learn.
+    """A gradient attack on a view that may depend on the clean inputs, draw, or learn.
 
-    Passes are counted as those of the victim that the view asks for. What a randomised victim draws is keyed
-    by seed, line, block and restart, so that the line can be repeated.
+    Passes are counted as those of the victim that the view asks for. Draws of a randomised victim are keyed
+    by seed, attack, block and restart, so that the attack can be repeated.
     """
 
     kind: Kind = "adaptive"
@@ -56,7 +41,7 @@ class Adaptive(GradientAttack):
         draws = Draws(context.seed, ("fit", self.name))
         with keyed_noise(draws.key(), context.victim.device):
             spec: Adaptive = replace(self, attack=context.fitted(self.attack))
-            if not isinstance(self.view, RepairLearnt):
+            if not isinstance(self.view, GradientView):
                 return spec
             view = self.view.fitted(context.victim, context.data.train, self.threat.balls, self._near, draws)
             return replace(spec, view=view)
@@ -70,21 +55,17 @@ class Adaptive(GradientAttack):
     ) -> AttackedBlock:
         draws = Draws(context.seed, ("view", self.name, str(block), str(restart)))
         with keyed_noise(draws.key(), context.victim.device):
-            seen = self.view(context.victim) if self.view is not None else None
-            if isinstance(seen, View):
-                seen = seen.around(context.batch(block, self.threat.balls).inputs, draws)
-            found = attack_block(context, self.attack, block, seen, restart, start)
-        price = (*seen.passes, 1) if isinstance(seen, View) else (1, 1, 1)
-        return replace(found, passes=found.passes * torch.tensor([price]))
+            view = self.view(context.victim) if self.view is not None else None
+            if isinstance(view, ViewedHasher):
+                view = view.for_block(context.batch(block, self.threat.balls).inputs, draws)
+            result = attack_block(context, self.attack, block, view, restart, start)
+        price = (*view.passes, 1) if isinstance(view, ViewedHasher) else (1, 1, 1)
+        return replace(result, passes=result.passes * torch.tensor([price]))
 
 
 @dataclass(frozen=True)
 class Staged:
-    """Two lines in a row: the second starts from what the first found in the query modality. Untargeted.
-
-    Raises:
-        ValueError: lines of different threats, or a targeted one.
-    """
+    """Two attacks in a row: the second starts from the first one's result in the query modality."""
 
     name: str
     first: GradientAttack
@@ -94,9 +75,8 @@ class Staged:
 
     def __post_init__(self) -> None:
         if self.first.threat != self.then.threat:
-            raise ValueError(
-                f"the stages of {self.name!r} have the threats {self.first.threat} and {self.then.threat}"
-            )
+            threats = f"{self.first.threat} and {self.then.threat}"
+            raise ValueError(f"the stages of {self.name!r} have the threats {threats}")
         if self.first.targeted or self.then.targeted:
             raise ValueError(
                 f"the stages of {self.name!r} cannot be targeted: they hand on one input per query"
@@ -122,51 +102,12 @@ class Staged:
     def run(
         self, context: EvaluationContext, block: int, restart: int, start: Inputs | None = None
     ) -> AttackedBlock:
-        begun = self.first.run(context, block, restart, start)
+        first = self.first.run(context, block, restart, start)
         clean = context.batch(block, self.threat.balls).inputs
-        known = {name: clean[name] for name in self.threat.balls}
-        known[context.direction[0]] = begun.inputs.to(context.victim.device)
-        found = self.then.run(context, block, restart, known)
-        return replace(found, passes=found.passes + begun.passes, seconds=found.seconds + begun.seconds)
-
-
-@dataclass(frozen=True)
-class _Maker:
-    """Makes lines of one threat, steps and restarts."""
-
-    threat: Threat
-    steps: int
-    restarts: int
-
-    @property
-    def guide(self) -> Guide:
-        return Own() if self.threat.knowledge == "W0" else Mainstay()
-
-    def search(self, steps: int, random_start: bool = False) -> Search:
-        return GreedyFlips() if self.threat.edits else APGD(steps, random_start=random_start)
-
-    def spec(
-        self,
-        name: str,
-        view: See | None = None,
-        *,
-        loss: Loss | None = None,
-        guide: Guide | None = None,
-        search: Search | None = None,
-        steps: int | None = None,
-        selects: bool = True,
-    ) -> Adaptive:
-        search, loss = search or self.search(steps or self.steps), loss or ScaleFree()
-        knows = selects and self.threat.knowledge == "W2"
-        attack = Attack(name, guide or self.guide, loss, search, self.threat, selects=knows)
-        return Adaptive(name, attack, self.restarts, view=view, seen="" if view is None else repr(view))
-
-    def staged(self, name: str, first: Adaptive, view: See | None = None) -> Staged:
-        return Staged(name, first, self.spec(f"{name}-then", view, steps=self.half), self.restarts)
-
-    @property
-    def half(self) -> int:
-        return max(2, self.steps // 2)
+        inputs = {name: clean[name] for name in self.threat.balls}
+        inputs[context.direction[0]] = first.inputs.to(context.victim.device)
+        result = self.then.run(context, block, restart, inputs)
+        return replace(result, passes=result.passes + first.passes, seconds=result.seconds + first.seconds)
 
 
 def adaptive_attacks(
@@ -178,96 +119,63 @@ def adaptive_attacks(
     *,
     seen: Observed | None = None,
 ) -> tuple[AttackSpec, ...]:
-    """The lines for what a victim declares and for the parts that it has; none for plain and adversarial
-    training.
+    """Attacks for the class that a victim declares and for its parts; none for undefended ones.
 
-    They come on top of a suite's white-box lines, which differentiate through the whole defense. Guides and
-    losses are the house's: mainstay code and scale-free agreement; at W0, the query's own code. At W2 points
-    are selected by exact AP. Defenses of a modality that the threat leaves alone have no lines.
+    They come on top of a suite's white-box attacks, which differentiate through the whole defense. Each
+    defense's own are registered by its file as kind ``adaptive``, and come by name. Defenses of a modality
+    that the threat leaves alone have none.
 
     Args:
-        objective: the one trained with; given, a line attacks it (APGD on the similarity loss) beside the
-            others.
-        steps: of each line; two-stage lines split them.
-        seen: what ``observed`` said. With it, what is random has its lines whatever is declared, purifiers
-            that are not get no averaging over noise, and a purifier whose gradient is cut is taken for the
-            identity throughout.
+        objective: that of the training; given, one attack more is on it (APGD on the similarity loss).
+        steps: of each; two-stage ones split them.
+        seen: the result of ``observed``. With it, a random victim is averaged over its noise whatever is
+            declared, a purifier that is not random has no averaging, and one whose gradient is cut is taken
+            for the identity.
 
     Raises:
         ValueError: a detector, of which the package has none; a black-box threat; a declared part that is not
-            there.
+            there, or a class that no file registers.
     """
     declared = victim.declared
     if declared == "detector":
         raise ValueError(
-            "the package has no detector: an attack on 'detector' must include the detector's score, and rejected "
-            "queries must be scored; declare the class of the hasher itself, and evaluate the detector elsewhere"
+            "the package has no detector: an attack on 'detector' must include the detector's score, and "
+            "rejected queries must be scored; declare the class of the hasher itself instead"
         )
     if threat.knowledge not in ("W0", "W1", "W2"):
         raise ValueError(
-            f"adaptive lines differentiate the victim: they need W0, W1 or W2, not {threat.knowledge}"
-        )
-    make = _Maker(threat, steps, restarts)
-    gated = {name: gate for name, gate in gates_of(victim).items() if name in threat.balls}
-    repairs = [name for name in victim.purifiers if name in threat.balls and name not in gated]
-    masked = [name for name in masks_of(victim) if name in threat.balls]
-    if declared in ("gate", "purifier") and not victim.purifiers:
-        raise ValueError(
-            f"the hasher declares {declared!r} and has no purifier: give it as one, or declare another class"
-        )
-    if declared == "mask" and not masks_of(victim):
-        raise ValueError(
-            "the hasher declares 'mask' and its encoder has none: use 'sfcl', or declare another class"
+            f"adaptive attacks differentiate the victim: they need W0, W1 or W2, not {threat.knowledge}"
         )
     cut = seen is not None and seen.cut
-    specs: list[AttackSpec] = []
-    if gated:
-        specs += _gate_attacks(make, next(iter(gated.values())).dct.block)
-    if masked:
-        specs += _mask_attacks(make, masks_of(victim)[masked[0]].hard_eval)
-    if repairs:
-        specs += _repair_attacks(make, cut)
-    random = seen.randomised if seen is not None else declared == "randomised" or bool(repairs)
+    setting = AdaptiveSetting(threat, steps, gradient_cut=cut)
+    attacks: list[AdaptiveAttack] = []
+    known: dict[str, AdaptiveAttacks] = {card.name: card.make() for card in catalogue("adaptive")}
+    if declared not in (*known, *UNDEFENDED, "randomised"):
+        raise ValueError(f"the hasher declares {declared!r}, for which no file registers adaptive attacks")
+    for name, defense in known.items():
+        modalities = defense.modalities(victim)
+        if name == declared and not modalities:
+            raise ValueError(
+                f"the hasher declares {name!r} and has no such part: add it, or declare another class"
+            )
+        attacked = [modality for modality in modalities if modality in threat.balls]
+        if attacked:
+            attacks += defense.attacks(victim, attacked[0], setting)
+    purifiers = set(PurifierAttacks().modalities(victim)) & set(threat.balls)
+    random = seen.randomised if seen is not None else bool(purifiers)
     if random or declared == "randomised":
-        specs.append(
-            make.spec("eot-20", NoiseAveraged(20, identity=cut and bool(victim.purifiers)), loss=OverDraws())
-        )
-    if specs and objective is not None and threat.knowledge != "W0":
-        specs.append(make.spec("trained-objective", guide=Unguided(), loss=ObjectiveLoss(objective)))
-    return tuple(specs)
+        view = NoiseAveraged(20, identity=cut and bool(victim.purifiers))
+        attacks.append(setting.attack("eot-20", view, loss=OverDraws()))
+    if attacks and objective is not None and threat.knowledge != "W0":
+        attacks.append(setting.attack("trained-objective", guide=Unguided(), loss=ObjectiveLoss(objective)))
+    return tuple(_spec(attack, restarts) for attack in attacks)
 
 
-def _gate_attacks(make: _Maker, block: int) -> list[AttackSpec]:
-    """SAAH: other gates for the gradient, single bands, and opening the gate."""
-    views = [GateSeen("frozen"), GateSeen("minimum"), GateSeen("one"), GateSeen("smooth")]
-    search = make.search(make.steps)
-    return [
-        *(make.spec(f"gate-{view.gate}", view) for view in views),
-        *(make.spec(f"band-{band}", search=Banded(search, band, block)) for band in BANDS),
-        make.spec("gate-opening", loss=GateOpening()),
-    ]
-
-
-def _mask_attacks(make: _Maker, hard: bool) -> list[AttackSpec]:
-    """SFCL: the mask that it does not use, training noise, and each branch before the fused code."""
-    other = MaskSeen("soft" if hard else "hard")
-    alone = {b: make.spec(f"branch-{b}-first", BranchSeen(b), steps=make.half) for b in DOMAINS}
-    return [
-        make.spec(f"mask-{other.mask}", other),
-        make.spec("mask-noise-20", MaskNoise(20), loss=OverDraws()),
-        *(make.staged(f"branch-{branch}", first) for branch, first in alone.items()),
-    ]
-
-
-def _repair_attacks(make: _Maker, cut: bool) -> list[AttackSpec]:
-    """DRFGD, TPAP: the identity's gradient, a learnt one, and fooling the purifier before the hash."""
-    view = RepairMoved("identity" if cut else "own")
-    random = make.search(make.half, random_start=True)
-    moved = make.spec(
-        "two-stage-first", view, guide=Unguided(), loss=RepairMovedLoss(), search=random, selects=False
-    )
-    return [
-        make.spec("repair-identity", RepairIdentity()),
-        make.spec("repair-learnt", RepairLearnt()),
-        make.staged("two-stage", moved, RepairIdentity() if cut else None),
-    ]
+def _spec(entry: AdaptiveAttack, restarts: int) -> Adaptive | Staged:
+    attack, view = entry.attack, entry.view
+    spec = Adaptive(attack.name, attack, restarts, view=view, seen="" if view is None else repr(view))
+    if entry.first is None:
+        return spec
+    first = _spec(entry.first, restarts)
+    assert isinstance(first, GradientAttack)
+    return Staged(attack.name.removesuffix("-then"), first, spec, restarts)

@@ -1,4 +1,4 @@
-"""Objectives that pull codes to fixed class centers: CSQ."""
+"""Objectives that pull each code to the fixed target code of its class: CSQ and DPN."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from robusthash.core.hamming import sign
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import HashOutput
-from robusthash.objectives.base import HashObjective, TrainFacts
+from robusthash.objectives.base import CodeMemory, HashObjective, TrainFacts
 
 
 def hadamard_centers(classes: int, bits: int, draws: Draws) -> Tensor:
     """(C, K) class centers in {-1, +1}.
 
     Rows of the Hadamard matrix and of its negative while K is a power of two; the rest are balanced random
-    rows (K // 2 minus ones), drawn anew up to 20 times until all are more than K / 4 apart and at least K / 2
-    on average; where no draw meets both, the one of largest least distance is taken.
+    rows (K // 2 minus ones), drawn again up to 20 times until all are more than K / 4 apart and at least K /
+    2 on average; where no draw meets both, the one of largest least distance is taken.
     """
     rows = torch.empty(0, bits)
     if bits & (bits - 1) == 0:
-        from scipy.linalg import hadamard  # a while to import, and only these lengths need it
+        from scipy.linalg import hadamard  # slow to import, and only these lengths need it
 
         square = torch.from_numpy(hadamard(bits)).float()
         rows = torch.cat([square, -square])[:classes]
@@ -80,9 +80,54 @@ class CSQ(HashObjective):
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
         pull = softplus(-2.0 * self.targets(labels) * output.logits / output.scale).mean(1)
-        return pull * (
-            labels.sum(1) > 0
-        )  # an item without labels has no center, and is not pulled to the filler
+        return pull * (labels.sum(1) > 0)  # an item without labels has no center, not the filler
 
     def regularisation(self, output: HashOutput) -> Tensor:
         return self.quantisation * (output.code.abs() - 1.0).square().mean(1)
+
+
+@register("objective", "dpn", paper="Fan et al., IJCAI 2020", evidence="paper+code")
+class DPN(CSQ):
+    """DPN: polarisation; L = mean_k max(0, margin - v_k t_k), t the target code of the item's classes.
+
+    Targets are random balanced codes (half of the bits -1), of several classes as in CSQ. v are the logits,
+    without tanh: past the margin a bit is at rest, which is what polarises. So an attack on this objective
+    gets no gradient from an item whose bits are all at rest: judge the robustness of DPN by attacks with a
+    guide.
+
+    Args:
+        margin: m, 1.
+        on_tanh: feed tanh(v) as SAAT's code does; with margin 1 the hinge is then always active, L = 1 - mean
+            h t.
+        adaptive: after each epoch a class's target becomes the majority of its items' codes; a tie keeps its
+            bit.
+
+    Differs: mean over bits (the authors' code sums them; SAAT's takes the mean). Several classes: the authors
+    sum the hinges of each class; ours is the rule of SAAT's code.
+    """
+
+    def __init__(self, margin: float = 1.0, on_tanh: bool = False, adaptive: bool = False) -> None:
+        super().__init__(quantisation=0.0)
+        self.margin = margin
+        self.on_tanh = on_tanh
+        self.adaptive = adaptive
+
+    def setup(self, facts: TrainFacts) -> None:
+        super().setup(facts)  # the filler
+        generator = Draws(facts.seed, ("dpn",)).within("targets").generator()
+        order = torch.rand(facts.classes, facts.bits, generator=generator).argsort(1)
+        self.centers = torch.where(order < facts.bits // 2, -1.0, 1.0).to(self.filler.device)
+
+    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
+        values = output.relaxed() if self.on_tanh else output.logits
+        hinge = (self.margin - values * self.targets(labels)).relu().mean(1)
+        return hinge * (labels.sum(1) > 0)  # an item without labels has no target
+
+    def end_epoch(self, memory: CodeMemory) -> None:
+        if not self.adaptive:
+            return
+        if memory.labels is None:
+            raise ValueError("adaptive targets need labels, and the training split has none")
+        codes = torch.stack([sign(codes.detach()) for codes in memory.codes.values()]).sum(0)
+        votes = memory.labels.T @ codes
+        self.centers = torch.where(votes == 0, self.centers, sign(votes))
