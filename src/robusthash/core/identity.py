@@ -33,7 +33,8 @@ def describe(value: Any) -> Any:
 
     A part (guide, loss, search, view of the victim, ...) becomes its registered kind and name, or
     ``module:qualname``, with the parameters that differ from their defaults. Dataclass fields with
-    ``compare=False`` are learned or derived and left out. Tensors become a digest; a whole float equals the int.
+    ``compare=False`` are learned or derived and left out. Tensors become a digest; a whole float equals the
+    int.
 
     Raises:
         TypeError: a closure, a lambda, an object with state that is no dataclass.
@@ -116,8 +117,8 @@ def _part(value: Any) -> dict[str, Any]:
         options = {}
     else:
         raise TypeError(
-            f"{type(value).__qualname__} has state and is no dataclass, so what its results depend on cannot be "
-            "read; make it a frozen dataclass, or give it identity_options() -> dict of its parameters"
+            f"{type(value).__qualname__} has state and is no dataclass, so what its results depend on cannot "
+            "be read; make it a frozen dataclass, or give it identity_options() -> dict of its parameters"
         )
     return {**name_of(value), **({"options": options} if options else {})}
 

@@ -21,7 +21,7 @@ class DoesNotFit(MemoryError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory ran out: torch raises three kinds, NumPy and Python a fourth."""
+    """Tell whether an error means that memory ran out: torch has three kinds, NumPy and Python a fourth."""
     import torch  # seconds to import, and the command line reports errors without it
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
