@@ -24,8 +24,8 @@ from robusthash.attacks.base import Probe, Search
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.pgd import APGD, PGD, RawGradient
+from robusthash.attacks.text_edits import GreedyFlips
 from robusthash.attacks.threat_model import Ball, Edits, Threat, edit_threat, threat_on
-from robusthash.attacks.word_edits import GreedyFlips
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal

@@ -111,7 +111,7 @@ def test_passes_are_counted(name: str, world: World) -> None:
     attack = replace(make_attack("mainstay", world.objective, slope="one"), search=STEPS[name])
     goal, draws = Goal(world.batch.labels, -1), Draws(0)
     with counted(world.victim) as passes:
-        found, _ = attack.perturb(world.victim, world.batch, goal, world.reference, draws=draws)
+        found = attack.perturb(world.victim, world.batch, goal, world.reference, draws=draws)
     assert (found.forward, found.backward) == (passes.forward, passes.backward)
     assert found.forward >= STEPS[name].steps
 
@@ -138,7 +138,7 @@ def test_every_option_changes_what_is_found(name: str, world: World) -> None:
     def found(search: TransferSteps) -> Tensor:
         return (
             replace(attack, search=search)
-            .perturb(world.victim, world.batch, goal, world.reference, draws=Draws(0))[0]
+            .perturb(world.victim, world.batch, goal, world.reference, draws=Draws(0))
             .inputs["image"]
         )
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Attack
-from robusthash.attacks.threat_model import Threat, binary
+from robusthash.attacks.budgets import binary
+from robusthash.attacks.threat_model import Threat
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Inputs
@@ -130,7 +131,7 @@ def attack_block(
             gradients or context.victim, batch, goal, known, draws=draws, select=select, start=begin
         )
         steered = _representative(output.guidance, goal.sign, len(batch))
-        trials.append(Trial(output.batch.inputs, steered, output.forward, output.backward))
+        trials.append(Trial(output.inputs, steered, output.forward, output.backward))
     return finish(context, attack.threat, batch, trials, time.perf_counter() - started, attack.fit_steps)
 
 

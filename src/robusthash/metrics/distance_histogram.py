@@ -199,9 +199,9 @@ def prepare(codes: Codes, labels: Tensor, *, merge_above: float = 2.0) -> Prepar
     counts = np.diff(np.append(starts, size))
     rows = np.empty(size, dtype=np.int64)
     rows[order] = np.repeat(np.arange(len(starts)), counts)
-    planes = (np.ascontiguousarray(plane[:, first]) for plane in (code_planes, label_planes))
-    first_single = None if single is None else single[first]
-    return Prepared(*head, *planes, first_single, numbers[first], counts.astype(np.float64), rows)
+    code_planes, label_planes = (np.ascontiguousarray(p[:, first]) for p in (code_planes, label_planes))
+    single, numbers = None if single is None else single[first], numbers[first]
+    return Prepared(*head, code_planes, label_planes, single, numbers, counts.astype(np.float64), rows)
 
 
 def _checked_bytes(codes: Codes) -> np.ndarray:

@@ -8,6 +8,7 @@ above N counts as N.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -97,8 +98,8 @@ def tie_gap(profile: Profile, k: int | None = None, denominator: Denominator = "
 
 def collapsed(profile: Profile) -> Profile:
     """The profile of the same database when every item has the same code: one group of equal distance."""
-    counts = (profile.items, profile.relevant, profile.gain, profile.gain_exp)
-    return Profile(*(count.sum(1, keepdim=True) for count in counts), profile.ideal)
+    counts = {name: getattr(profile, name) for name in ("items", "relevant", "gain", "gain_exp")}
+    return replace(profile, **{name: count.sum(1, keepdim=True) for name, count in counts.items()})
 
 
 def chance(profile: Profile, k: int | None = None, denominator: Denominator = "hits") -> Tensor:

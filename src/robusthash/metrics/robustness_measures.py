@@ -59,9 +59,9 @@ def worst_case(
         if values.shape != clean.shape:
             raise ValueError(f"{name} has {tuple(values.shape)} values for {len(clean)} queries")
         if values.isnan().any():
-            first = int(torch.nonzero(values.isnan())[0])
+            query = int(torch.nonzero(values.isnan())[0])
             raise ValueError(
-                f"{name} holds NaN for query {first}, and a worst case needs a value of each; "
+                f"{name} holds NaN for query {query}, and a worst case needs a value of each; "
                 "under empty='skip' leave out the queries that have no relevant item"
             )
     values = torch.stack(stacked)  # (1 + attacks, Q)

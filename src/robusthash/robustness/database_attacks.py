@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Attack, Select
+from robusthash.attacks.base import Attack, Guide, Select
 from robusthash.core.hamming import distance, pack, sign
 from robusthash.core.identity import marked_identity
 from robusthash.core.runtime import Draws
@@ -240,7 +240,7 @@ def _aims(database: Codes, asked: Tensor, table: Tensor, count: int, draws: Draw
 
 
 @dataclass(frozen=True, eq=False)
-class Steered:
+class Steered(Guide):
     """A guide of codes given for each item by its id."""
 
     codes: Tensor  # (items, K)
@@ -288,7 +288,7 @@ def _attack_items(
         wanted, select = goal(batch)
         output = attack(victim, batch, wanted, known, draws=draws, select=select)
         origin = batch.inputs
-        attacked = attack.threat.project(output.batch.inputs, origin)
+        attacked = attack.threat.project(output.inputs, origin)
         attack.threat.verify(attacked, origin)
         change = attacked[modality] - origin[modality]
         whole = modality == "image" and origin[modality].ndim == 4  # only pixels are stored in eight bits

@@ -13,8 +13,7 @@ import torch
 
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.run_directory import Run, write_json
-from robusthash.attacks.threat_model import Threat
-from robusthash.attacks.threat_registry import named_threat
+from robusthash.attacks.threat_model import Threat, named_threat
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.identity import describe, identity
 from robusthash.core.runtime import digest

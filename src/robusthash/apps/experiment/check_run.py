@@ -11,8 +11,7 @@ import torch
 from robusthash.apps.experiment.run_directory import CHECKED, Run, write_json
 from robusthash.apps.experiment.stages import Progress, context_of, image_size, load_victim, read_data, silent
 from robusthash.attacks.published import mainstay
-from robusthash.attacks.threat_model import Norm, Threat, threat_on
-from robusthash.attacks.threat_registry import image_ball
+from robusthash.attacks.threat_model import Norm, Threat, image_ball, threat_on
 from robusthash.data import load_data
 from robusthash.defenses.adversarial_training import AdversarialTraining
 from robusthash.defenses.outer_losses import SAATOuter

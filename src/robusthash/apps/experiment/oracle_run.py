@@ -16,7 +16,7 @@ from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.assess_run import FolderStore
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.reports.plots import Line, line_plot, save
-from robusthash.attacks.threat_registry import named_threat
+from robusthash.attacks.threat_model import named_threat
 from robusthash.core.registry import build
 from robusthash.core.runtime import digest
 from robusthash.evaluation.context import EvaluationContext

@@ -12,8 +12,7 @@ import torch
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.attacks.base import Attack
-from robusthash.attacks.threat_model import Threat
-from robusthash.attacks.threat_registry import named_threat
+from robusthash.attacks.threat_model import Threat, named_threat
 from robusthash.core.registry import build
 from robusthash.metrics.results import EvalResult, save_results
 from robusthash.objectives.base import HashObjective

@@ -12,8 +12,7 @@ import torch
 
 from robusthash.apps.experiment.run_directory import load_run
 from robusthash.apps.experiment.stages import Progress, image_size, load_victim, read_data, silent
-from robusthash.attacks.threat_model import Norm
-from robusthash.attacks.threat_registry import image_ball
+from robusthash.attacks.threat_model import Norm, image_ball
 from robusthash.core.registry import build
 from robusthash.evaluation.context import make_context
 from robusthash.robustness.specs.transfer_attacks import TransferMatrix, transfer_matrix

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Attack, Found, Loss, Probe, Score, Select
+from robusthash.attacks.base import Attack, Loss, Probe, Score, Search, SearchResult, Select
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement, ScaleFree
 from robusthash.attacks.pgd import APGD
@@ -45,7 +45,7 @@ def _rows(inputs: Inputs) -> Tensor:
 
 
 @dataclass
-class _Start:
+class _Start(Search):
     """Looks at the clean inputs alone: the gradient there, and (on norm balls) the step along it against
     luck."""
 
@@ -64,7 +64,7 @@ class _Start:
         draws: Draws,
         select: Select | None,
         start: Inputs | None,
-    ) -> Found:
+    ) -> SearchResult:
         origin = batch.only(threat.balls).inputs
         value, logits, grads, connected = gradient(score, origin)
         rows = _rows(grads)
@@ -75,7 +75,7 @@ class _Start:
         self.connected = self.connected or connected
         if not self.edits and self.tries:
             self.luckier.append(self._luck(score, batch, threat, draws, grads))
-        return Found(origin, value.mean().reshape(1), 1, 1)
+        return SearchResult(origin, value.mean().reshape(1), 1, 1)
 
     def _luck(self, score: Score, batch: Batch, threat: Threat, draws: Draws, grads: Inputs) -> Tensor:
         origin = batch.only(threat.balls).inputs
@@ -105,7 +105,7 @@ def _signs(draws: Draws, ids: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass
-class _Path:
+class _Path(Search):
     """APGD that offers every step to the selection, and keeps what each step showed."""
 
     steps: int
@@ -122,7 +122,7 @@ class _Path:
         draws: Draws,
         select: Select | None,
         start: Inputs | None,
-    ) -> Found:
+    ) -> SearchResult:
         if select is None:
             raise ValueError("the recorded path needs the metric; hand over bench.select")
         values, metrics = [], []
@@ -145,7 +145,7 @@ class _Path:
 
 
 @dataclass(frozen=True)
-class _Still:
+class _Still(Search):
     """A search that uses up its whole budget at once, without a gradient; at eps = 0 nothing moves."""
 
     edits: bool
@@ -158,15 +158,15 @@ class _Still:
         draws: Draws,
         select: Select | None,
         start: Inputs | None,
-    ) -> Found:
+    ) -> SearchResult:
         origin = batch.only(threat.balls).inputs
         with torch.no_grad():
             value, _ = score(origin, 1.0)
-        return Found(threat.random_start(origin, batch.ids, draws), value.mean().reshape(1), 1, 0)
+        return SearchResult(threat.random_start(origin, batch.ids, draws), value.mean().reshape(1), 1, 0)
 
 
 @dataclass(frozen=True)
-class _Straight:
+class _Straight(Loss):
     """mean_k t_k u_k: nothing in it is held constant, so that finite differences see what autograd sees."""
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
@@ -175,7 +175,7 @@ class _Straight:
 
 
 @dataclass
-class _Differences:
+class _Differences(Search):
     """Central differences along random sign directions against autograd, relative per query."""
 
     edits: bool
@@ -191,7 +191,7 @@ class _Differences:
         draws: Draws,
         select: Select | None,
         start: Inputs | None,
-    ) -> Found:
+    ) -> SearchResult:
         # strictly inside the range, so that a clamp in the model is no kink
         inside = {n: 0.01 + 0.98 * value for n, value in batch.only(threat.balls).inputs.items()}
         value, _, grads, _ = gradient(score, inside)
@@ -211,7 +211,7 @@ class _Differences:
         self.errors.append(
             torch.where(size > 0, (found - promised).norm(dim=1) / size.clamp_min(1e-300), 1.0)
         )
-        return Found(inside, value.mean().reshape(1), 1, 1)
+        return SearchResult(inside, value.mean().reshape(1), 1, 1)
 
 
 def _searched(

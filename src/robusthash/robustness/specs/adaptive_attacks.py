@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from robusthash.attacks.adaptive_losses import GateOpening, OverDraws, RepairMovedLoss
 from robusthash.attacks.base import Attack, Guide, Loss, Search
 from robusthash.attacks.frequency_bands import BANDS, Banded
 from robusthash.attacks.guides import Mainstay, Own, Unguided
-from robusthash.attacks.losses import ObjectiveLoss, ScaleFree
+from robusthash.attacks.losses import GateOpening, ObjectiveLoss, OverDraws, RepairMovedLoss, ScaleFree
 from robusthash.attacks.pgd import APGD
+from robusthash.attacks.text_edits import GreedyFlips
 from robusthash.attacks.threat_model import Threat
-from robusthash.attacks.word_edits import GreedyFlips
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Inputs
 from robusthash.evaluation.attack_block import Attacked, attack_block

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robusthash.attacks.oracle import Answered, Ask, QueryOracle, ids_lost
+from robusthash.attacks.base import SearchResult
+from robusthash.attacks.oracle import Ask, QueryOracle, ids_lost
 from robusthash.attacks.query_search import NES, GreedyWords, QuestionSearch, RandomPoints, Square, ask_around
 from robusthash.attacks.threat_model import Edits, Threat
 from robusthash.core.identity import changes
@@ -136,7 +137,7 @@ class OracleAttack:
     ) -> Attacked:
         began = time.perf_counter()
         batch, answered = self.answered(context, block, restart, start)
-        trial = Trial(answered.inputs, torch.empty(len(batch), 0, dtype=torch.int8), oracle=answered.asked)
+        trial = Trial(answered.inputs, torch.empty(len(batch), 0, dtype=torch.int8), oracle=answered.oracle_queries)
         return finish(context, self.threat, batch, [trial], time.perf_counter() - began)
 
     def answered(
@@ -146,7 +147,7 @@ class OracleAttack:
         restart: int = 0,
         start: Inputs | None = None,
         marks: tuple[int, ...] = (),
-    ) -> tuple[Batch, Answered]:
+    ) -> tuple[Batch, SearchResult]:
         """The clean block and what its questions led to, with the best inputs after each of ``marks``
         questions."""
         batch = context.batch(block)
@@ -344,5 +345,5 @@ def _held(context: EvaluationContext, spec: OracleAttack, block: int, marks: tup
     batch, answered = spec.answered(context, block, marks=marks)
     clean = {name: batch.inputs[name] for name in spec.threat.balls}
     nowhere = torch.empty(len(batch), 0, dtype=torch.int8)
-    trials = [Trial(clean, nowhere), *(Trial(answered.record[mark], nowhere, oracle=mark) for mark in marks)]
+    trials = [Trial(clean, nowhere), *(Trial(answered.best_after[mark], nowhere, oracle=mark) for mark in marks)]
     return finish(context, spec.threat, batch, trials, time.perf_counter() - began)

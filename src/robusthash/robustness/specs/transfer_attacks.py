@@ -14,9 +14,9 @@ from torch import Tensor
 from robusthash.attacks.base import Attack
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import ScaleFree
+from robusthash.attacks.text_edits import GreedyFlips
 from robusthash.attacks.threat_model import Threat
 from robusthash.attacks.transfer_search import Surrogate, TransferSteps, customary_smoothing, transfer
-from robusthash.attacks.word_edits import GreedyFlips
 from robusthash.core.runtime import Draws, digest
 from robusthash.core.types import Batch, Codes, Inputs, Reference
 from robusthash.data.base import RetrievalData
