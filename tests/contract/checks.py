@@ -341,9 +341,7 @@ def check_labels(attack: Attack, world: World, supervised: bool) -> None:
             with pytest.raises(ValueError, match="label"):
                 run(attack, world, batch=bare, goal=goal, reference=reference)
     else:
-        attack.threat.verify(
-            run(attack, world, batch=bare, goal=goal, reference=None).inputs, bare.inputs
-        )
+        attack.threat.verify(run(attack, world, batch=bare, goal=goal, reference=None).inputs, bare.inputs)
 
 
 ATTACK_CHECKS = (

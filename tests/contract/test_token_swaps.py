@@ -147,7 +147,7 @@ def test_the_gradient_ranks_better_than_chance(texts: World) -> None:
     rows = torch.arange(8)
     start, some, best = (
         score_of(make(texts), texts, ids, rows, few.guidance).mean()
-        for ids in (texts.batch.inputs["text"], few.batch.inputs["text"], every.batch.inputs["text"])
+        for ids in (texts.batch.inputs["text"], few.inputs["text"], every.inputs["text"])
     )
     assert float(start - some) > 0.5 * float(start - best) > 0
 

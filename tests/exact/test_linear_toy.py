@@ -130,9 +130,7 @@ def test_saturation_does_not_stop_the_scale_free_loss() -> None:
     found = []
     for factor in (1.0, 2.0**13):
         victim = linear_hasher(weight * factor).double()
-        found.append(
-            apgd(0.1, steps=10)(victim, image_batch(x), AWAY, None, draws=DRAWS).inputs["image"]
-        )
+        found.append(apgd(0.1, steps=10)(victim, image_batch(x), AWAY, None, draws=DRAWS).inputs["image"])
     assert torch.equal(found[0], found[1])
 
 

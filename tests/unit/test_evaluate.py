@@ -212,7 +212,9 @@ class Lie(Search):
     """A search that returns NaN."""
 
     def __call__(self, score, batch, threat, draws, select, start):
-        return SearchResult({name: batch.inputs[name] * float("nan") for name in threat.balls}, torch.zeros(1), 1, 1)
+        return SearchResult(
+            {name: batch.inputs[name] * float("nan") for name in threat.balls}, torch.zeros(1), 1, 1
+        )
 
 
 def test_the_evaluator_projects_again_whatever_the_attack_returns(context, monkeypatch):

@@ -101,8 +101,8 @@ def test_a_joint_attack_makes_one_pair_for_all_directions(
     pair = attack(
         context.victim, batch, goal, context.known(attack), draws=Draws(context.seed, ("attack", "0"))
     )
-    assert torch.equal(pair.batch.inputs["image"], found["I2I"].inputs)
-    assert torch.equal(pair.batch.inputs["text"], found["T2T"].inputs)
+    assert torch.equal(pair.inputs["image"], found["I2I"].inputs)
+    assert torch.equal(pair.inputs["text"], found["T2T"].inputs)
 
 
 def test_attacks_harm_the_modality_that_they_change(contexts: dict[str, EvaluationContext]) -> None:

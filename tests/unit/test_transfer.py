@@ -21,6 +21,7 @@ from helpers import (
 )
 from torch import Tensor
 
+from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.pgd import PGD
 from robusthash.attacks.published import mainstay
 from robusthash.attacks.threat_model import Threat, edit_threat, image_threat, threat_on
@@ -246,8 +247,8 @@ def test_transfer_refuses_what_it_must_not_know(contexts: dict[str, EvaluationCo
     with pytest.raises(ValueError, match=r"knows surrogates alone \(T\), not W1"):
         transfer(mainstay(), held, batch, goal, draws=Draws(0))
 
-    class Learns:
-        fitted = None
+    class Learns(Mainstay):
+        learns = True
 
     with pytest.raises(ValueError, match="Learns learns on one model"):
         transfer(replace(attack, guide=Learns()), held, batch, goal, draws=Draws(0))

@@ -216,11 +216,7 @@ class Attack:
     def aim(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> tuple[Score, Guidance]:
-        """The score that a search ascends on this victim, and its guidance; arguments as of ``perturb``.
-
-        Raises:
-            ValueError: the batch lacks a modality that the threat attacks.
-        """
+        """The score that a search ascends on this victim, and its guidance; arguments as of ``perturb``."""
         missing = [name for name in self.threat.balls if name not in batch.inputs]
         if missing:
             raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")

@@ -80,9 +80,6 @@ class Ball(Budget):
         eps: radius in input units: 8/255, not 8, for pixels in [0, 1]. Of ``l1``, where none is customary for
             every size, 12 at 32 x 32 pixels is the usual one (Croce & Hein, ICML 2021).
         bounds: range of valid inputs.
-
-    Raises:
-        ValueError: an unknown norm; an eps below 0, or beyond the width of the range for ``linf``.
     """
 
     norm: Norm
@@ -102,11 +99,7 @@ class Ball(Budget):
             )
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
-        """The nearest point of ball and range (of ``l2`` ball first, then range, which stays in both).
-
-        Raises:
-            ValueError: for whole numbers, such as token ids: a norm of their differences means nothing.
-        """
+        """The nearest point of ball and range (of ``l2`` ball first, then range, which stays in both)."""
         if not origin.is_floating_point():
             raise ValueError(
                 f"a norm ball around {origin.dtype} values means nothing; edit bags of words ('text-edits') "
@@ -202,11 +195,7 @@ def project_l1(delta: Tensor, room: Tensor, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Edits(Budget):
-    """At most ``eps`` words, its whole part, inserted into or removed from a bag of words in {0, 1}.
-
-    Raises:
-        ValueError: eps below 0.
-    """
+    """At most ``eps`` words, its whole part, inserted into or removed from a bag of words in {0, 1}."""
 
     eps: float = 3
     norm = "flips"
@@ -223,11 +212,7 @@ class Edits(Budget):
         return int(self.eps + 1e-9)
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
-        """The nearest feasible bag: of the entries nearer to the other value, the ``count`` farthest flip.
-
-        Raises:
-            ValueError: an ``origin`` that is no bag of 0 and 1.
-        """
+        """The nearest feasible bag: of the entries nearer to the other value, the ``count`` farthest flip."""
         if origin.dim() != 2 or not origin.is_floating_point() or not binary(origin):
             raise ValueError(
                 f"an edit budget needs texts as real (B, V) bags of words of 0 and 1, got {origin.dtype} "
@@ -295,9 +280,6 @@ class Swaps(Budget):
         eps: tokens that may change; of a fraction the whole part counts.
         k: candidates of each token: the nearest of the victim's own embedding table.
         candidates: None until the attack is fitted to a victim.
-
-    Raises:
-        ValueError: eps below 0, or k below 1.
     """
 
     eps: float = 2
@@ -319,11 +301,7 @@ class Swaps(Budget):
         return int(self.eps + 1e-9)
 
     def allowed(self, origin: Tensor) -> Tensor:
-        """(B, L) token ids -> (B, L, k) candidates.
-
-        Raises:
-            ValueError: texts that are no token ids, or an attack that was not fitted.
-        """
+        """(B, L) token ids -> (B, L, k) candidates."""
         if origin.ndim != 2 or origin.dtype != torch.int64:
             raise ValueError(
                 f"token swaps need texts as (B, L) int64 token ids, got {origin.dtype} "

@@ -33,9 +33,6 @@ def set_contrast(code: Tensor, guidance: Guidance, tau: float = 0.05, *, mean: b
         tau: temperature, 0.05 in the paper.
         mean: take the mean over the first set instead of the printed sum, so that its size does not matter
             (ours). For an attack by signed steps both are the same.
-
-    Raises:
-        ValueError: guidance without weights, or a temperature that is not positive.
     """
     if guidance.weights is None:
         raise ValueError("set-contrast needs a set of codes with signed weights; use the guide 'signed-sets'")

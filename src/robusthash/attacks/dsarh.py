@@ -67,9 +67,6 @@ class Similarity(Guide):
         balanced: separate means of similar and dissimilar items; the literal modes always take the printed
             sum.
 
-    Raises:
-        ValueError: an unknown option; a modality whose codes the attacker does not know; no labels.
-
     Differs: ``balanced`` and the integrated mean are ours; the signs are those that lower similarity.
     """
 
@@ -97,7 +94,9 @@ class Similarity(Guide):
             return Guidance(signed_mean(similar, together, self.balanced))
         if self.mode == "literal_eq17":
             if len(banks) != 2:
-                raise ValueError("literal_eq17 multiplies image and text codes; this attacker knows only one")
+                raise ValueError(
+                    "literal_eq17 multiplies image and text codes; this attacker knows only one of them"
+                )
             together = banks[0] * banks[1]
         printed = signed_mean(similar, together, balanced=False)
         if self.mode == "literal_eq11":

@@ -24,9 +24,6 @@ def band_mask(band: Band, block: int = 8) -> Tensor:
     """(n, n) bool: the frequencies (u, v) of a band of n x n blocks, thirds of u + v = 0 .. 2n - 2.
 
     With n = 8: low u + v <= 4 (15 of 64), mid 5..9 (34), high >= 10 (15).
-
-    Raises:
-        ValueError: an unknown band, or blocks too small for three.
     """
     if band not in BANDS:
         raise ValueError(f"band must be one of {', '.join(BANDS)}, got {band!r}")
@@ -78,11 +75,7 @@ class BandBall(Ball):
 @register("attack-search", "banded")
 @dataclass(frozen=True)
 class Banded(Search):
-    """A search of norm balls whose perturbation of the image stays in one band of the DCT.
-
-    Raises:
-        ValueError: a search of edits, or a threat that has no norm ball around images.
-    """
+    """A search of norm balls whose perturbation of the image stays in one band of the DCT."""
 
     search: Search
     band: Band

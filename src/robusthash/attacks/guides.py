@@ -18,11 +18,7 @@ from robusthash.models.hasher import Hasher
 
 
 def known(reference: Reference | None, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes (M, K), their labels (M, C), goal labels (B, C)); codes of several modalities end to end.
-
-    Raises:
-        ValueError: where the attacker lacks labels or codes.
-    """
+    """(codes (M, K), their labels (M, C), goal labels (B, C)); codes of several modalities end to end."""
     if reference is None or reference.labels is None or goal.labels is None:
         raise ValueError("this guide needs labelled reference codes: use a W1 or W2 threat and labelled data")
     codes = torch.cat(list(reference.codes.values()))
@@ -80,9 +76,6 @@ class Anchor(Guide):
     Drawn without replacement, keyed by query; all of them where fewer exist (published copies draw with
     replacement). A vote of 0 is +1. Where no reference item has exactly these labels, which the papers
     exclude, those vote that have all of them (and more), else those that share any.
-
-    Raises:
-        ValueError: where no reference item shares a label with the target.
     """
 
     items: int = 9

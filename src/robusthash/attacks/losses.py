@@ -177,13 +177,6 @@ class GateOpening(Loss):
     """The loss of an attack, and a reward of ``weight`` times the mean gate of the attacked bands.
 
     A spectral gate that is open lets a perturbation pass (SAAH). The reward is ascended whatever the goal.
-
-    Args:
-        weight: lambda; the mean gate lies in [m_min, 1], ``ScaleFree`` in [-1, 1].
-        bands: those that are attacked; all by default.
-
-    Raises:
-        ValueError: an unknown band, or a victim that shows no gate.
     """
 
     weight: float = 1.0
@@ -227,11 +220,7 @@ class RepairMovedLoss(Loss):
 @register("attack-loss", "over-draws")
 @dataclass(frozen=True)
 class OverDraws(Loss):
-    """The mean of a loss over samples of a random victim (EOT; Athalye et al., ICML 2018).
-
-    Raises:
-        ValueError: outputs without samples: attack the view NoiseAveraged or MaskNoise.
-    """
+    """The mean of a loss over samples of a random victim (EOT; Athalye et al., ICML 2018)."""
 
     inner: Loss = field(default_factory=ScaleFree)
 

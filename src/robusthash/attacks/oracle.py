@@ -31,9 +31,6 @@ class QueryOracle:
         budget: oracle queries of each item, at least 1.
         knowledge: ``B2`` answers with codes or distances; ``B1`` with the ordered ids of the top k alone.
         k: ids that ``rank`` returns.
-
-    Raises:
-        ValueError: a budget or k below 1, or another knowledge.
     """
 
     def __init__(
@@ -61,11 +58,7 @@ class QueryOracle:
         return torch.tensor([self._used[item] for item in ids.tolist()], dtype=torch.int64)
 
     def codes(self, batch: Batch) -> Codes:
-        """B2: the code of each row.
-
-        Raises:
-            ValueError: a B1 oracle, or an item whose budget is spent; nothing is then counted.
-        """
+        """B2: the code of each row; refused (and not counted) by a B1 oracle or where a budget is spent."""
         self._only_b2("codes")
         return self._answer(batch)
 

@@ -1,4 +1,4 @@
-"""Gradient searches: PGD with momentum, APGD, raw gradient (SGD or Adam); a step is a forward and a backward."""
+"""Gradient searches: PGD, APGD, raw gradient by SGD or Adam; a step is a forward and a backward pass."""
 
 from __future__ import annotations
 

@@ -76,12 +76,6 @@ class GreedyFlips(Search):
     of highest true score is taken where it raises the score; otherwise the item stays as it is. An earlier
     flip may be taken back. There are as many steps as edits; nothing is drawn, and ties go to the earlier
     word.
-
-    Args:
-        candidates: flips tried exactly in each step, one forward pass each.
-
-    Raises:
-        ValueError: no candidate, or a threat of norm balls.
     """
 
     candidates: int = 8
@@ -125,9 +119,6 @@ class ExactFlips(Search):
     Args:
         exchanges: rounds after the edits are spent, in each of which every edit is taken back once and every
             word tried in its place.
-
-    Raises:
-        ValueError: a threat of norm balls, or an attack that does not select by the reported metric.
     """
 
     exchanges: int = 2
@@ -213,11 +204,7 @@ def text_edits(
 
 
 def embedding_of(victim: Hasher) -> nn.Module:
-    """The module of a victim that looks its tokens up.
-
-    Raises:
-        ValueError: a victim without texts, or whose text encoder takes no tokens.
-    """
+    """The module of a victim that looks its tokens up."""
     encoder = dict(victim.encoders).get("text")
     embedding = getattr(encoder, "embedding", None)
     if not isinstance(embedding, nn.Module):
@@ -250,9 +237,6 @@ def nearest_tokens(embedding: Tensor, usable: Tensor, k: int = 8) -> Candidates:
     Args:
         embedding: (V, D) the model's own table.
         usable: (V,) bool; the other tokens are neither replaced nor put in.
-
-    Raises:
-        ValueError: k below 1, or fewer than k + 1 usable tokens.
     """
     count = int(usable.sum())
     if not 1 <= k < count:
@@ -282,11 +266,7 @@ class GreedySwaps(Search):
     Differs: HotFlip searches by beam over characters; here it is greedy, over the candidates of each token.
 
     Args:
-        candidates: swaps tried exactly in each step, one forward pass each.
         victim: whose embeddings are differentiated; set by ``looking``, and no part of the identity.
-
-    Raises:
-        ValueError: no candidate, a threat of other budgets, or a victim that takes no tokens.
     """
 
     candidates: int = 8
@@ -354,12 +334,7 @@ def _swaps(threat: Threat) -> Swaps:
 def _ascend_tokens(
     score: Score, embedding: nn.Module, ids: Tensor, progress: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, logits and (B, L, D) gradient of the score to the embeddings of the tokens.
-
-    Raises:
-        FloatingPointError: where score or gradient is not finite.
-        ValueError: where the score never looks a token up.
-    """
+    """Score, logits and (B, L, D) gradient of the score to the embeddings of the tokens."""
     leaves: list[Tensor] = []
 
     def as_leaf(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

@@ -62,9 +62,6 @@ class Prototype(nn.Module, Guide):
             it at half and at three quarters of the steps. 30,000 in the paper. By default ("until settled")
             the codes of all label sets are compared every 500 steps: where at most 0.5 % of their bits
             changed, the rate falls to a tenth, and where none changed, or after 30,000 steps, the fit ends.
-
-    Raises:
-        ValueError: a width or a number of steps below 1.
     """
 
     BATCH = 32

@@ -71,11 +71,7 @@ class Threat:
 
     @staticmethod
     def from_settings(settings: Mapping[str, Any]) -> Threat:
-        """The inverse of ``settings``; candidate lists of token swaps come back when the attack is fitted.
-
-        Raises:
-            ValueError: a missing or unknown key, or a norm that no budget has.
-        """
+        """The inverse of ``settings``; candidate lists of token swaps come back when the attack is fitted."""
         keys = {"name", "version", "knowledge", "side", "balls"}
         if set(settings) != keys:
             raise ValueError(f"the settings of a threat are {sorted(keys)}, got {sorted(settings)}")
@@ -172,10 +168,7 @@ def _budget(settings: Mapping[str, Any]) -> Budget:
 
 
 def threat_on(
-    modality: Attacked = "image",
-    eps: float | None = None,
-    norm: Norm = "linf",
-    knowledge: Knowledge = "W1",
+    modality: Attacked = "image", eps: float | None = None, norm: Norm = "linf", knowledge: Knowledge = "W1"
 ) -> Threat:
     """The usual threats: ``img-linf-8`` by default, ``txt-linf-0.05``, or both on the pair of one item.
 
@@ -221,11 +214,7 @@ def img_linf_8(knowledge: Knowledge = "W1") -> Threat:
 
 @register("threat", "img-l2", modality="image")
 def img_l2(knowledge: Knowledge = "W1", pixels: tuple[int, int] = (32, 32)) -> Threat:
-    """Euclidean length of the change at most 0.5 at 32 x 32 pixels, 3.5 at 224 x 224.
-
-    Args:
-        pixels: height and width of the model's input; the budget grows with the square root of their product.
-    """
+    """Euclidean length of the change at most 0.5 at 32 x 32 pixels, 3.5 at 224 x 224."""
     if len(pixels) != 2 or min(pixels) < 1:
         raise ValueError(f"pixels must be the height and width of the model's input, got {pixels!r}")
     return image_threat(L2_AT_32 * math.sqrt(pixels[0] * pixels[1]) / 32, "l2", knowledge)
@@ -247,11 +236,7 @@ def image_ball(
 
 @register("threat", "txt-feat-linf", modality="text")
 def txt_feat_linf(features: Tensor, knowledge: Knowledge = "W1", eps: float = EPS["text"]) -> Threat:
-    """Entries of a continuous text vector changed by at most 0.05, within the range of the training set.
-
-    Args:
-        features: (N, V) of the training set, whose least and largest value are the range.
-    """
+    """Entries of a continuous text vector changed by at most 0.05, within the range of the training set."""
     if not features.is_floating_point() or not features.isfinite().all():
         raise ValueError(
             f"the range comes from finite real features of the training set, got {features.dtype}"

@@ -53,9 +53,6 @@ class TransferSteps(Search):
     Differs: shrinking and padding is one bilinear map for each item, keyed by it (the papers draw one size
         for a batch
     and take the nearest pixel).
-
-    Raises:
-        ValueError: an option outside its range; a threat of edits; diversity or smoothing without images.
     """
 
     steps: int = 20
@@ -233,9 +230,6 @@ def transfer(
         attack: its threat knows ``T``; a guide that learns is refused, since it would have to be fitted to
             each.
         batch: clean queries.
-
-    Raises:
-        ValueError: no surrogate, another knowledge, or a guide that learns.
     """
     if not surrogates:
         raise ValueError("a transfer attack needs at least one surrogate")

@@ -41,11 +41,7 @@ _UNREAD: list[str] = []  # packages whose modules register names and are not imp
 
 
 def register(kind: str, name: str, **facts: Any) -> Callable[[Factory], Factory]:
-    """Register a class or function as ``name`` of ``kind``; ``facts`` are the other fields of its ``Card``.
-
-    Raises:
-        ValueError: the name is taken.
-    """
+    """Register a class or function as ``name`` of ``kind``; ``facts`` are other fields of its ``Card``."""
 
     def record(make: Factory) -> Factory:
         if not make.__module__.startswith(f"{_PACKAGE}."):  # of others: the package's own names come first

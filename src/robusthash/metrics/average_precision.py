@@ -97,9 +97,6 @@ def average_precision(
     Returns:
         (Q,) float64 in [0, 1]; 0 where nothing relevant is in the top k.
 
-    Raises:
-        ValueError: k below 1 or an unknown name.
-
     Example:
         >>> import torch
         >>> one_group = torch.tensor([[4]]), torch.tensor([[2]])

@@ -44,9 +44,6 @@ def code_profile(
         database, labels: N codes of the same length and (N, C) multi-hot labels.
         block: database items prepared at a time; bounds the memory beyond the arguments and the profile.
 
-    Raises:
-        ValueError: code lengths or label widths that differ, an empty side, labels other than 0 and 1.
-
     Example:
         >>> import torch
         >>> from robusthash.core.hamming import pack
@@ -66,9 +63,6 @@ def streamed_profile(
 
     Args:
         shards: codes and labels (N_i, C) of each; empty ones are passed over.
-
-    Raises:
-        ValueError: as ``code_profile``; no item in any shard.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
@@ -108,9 +102,6 @@ def merge(profiles: Sequence[Profile]) -> Profile:
 
     Exactly that of one pass: all counts are integers, and so is ``gain_exp`` while it stays below 2^53 (36
     shared labels with 100,000 items).
-
-    Raises:
-        ValueError: no profile, or profiles of other sizes.
     """
     if not profiles:
         raise ValueError("there are no profiles to merge")

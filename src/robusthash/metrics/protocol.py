@@ -191,9 +191,6 @@ def measure(
     Args:
         query_labels, labels: (Q, C) and (N, C) multi-hot; for t-MAP the target labels of the queries.
         profile: of the same codes and labels, where it is known already.
-
-    Raises:
-        ValueError: no queries, codes or labels that do not match, an empty query under ``empty="error"``.
     """
     profile = code_profile(query, query_labels, database, labels) if profile is None else profile
     legacy = {}
@@ -213,9 +210,6 @@ def measure_profile(
 
     Args:
         legacy: (Q,) values of the measures in legacy order, by name, which no profile knows.
-
-    Raises:
-        ValueError: no queries, or a measure in legacy order that ``legacy`` does not hold.
     """
     size = measures.database_size(profile)
     total = measures.total_relevant(profile)

@@ -59,9 +59,6 @@ def mean_over_queries(values: Tensor, empty: Tensor, policy: Empty = "zero") -> 
 
     Returns:
         The mean, None where no query is left, and the (Q,) values with NaN for every query left out.
-
-    Raises:
-        ValueError: Q = 0, an unknown policy, or an empty query under ``error``.
     """
     if len(values) == 0:
         raise ValueError("there are no queries (Q = 0), so there is no mean")
