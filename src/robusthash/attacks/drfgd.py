@@ -126,10 +126,8 @@ def drfgd(
     """DRFGD's attack: away from relevant codes of both modalities, towards the mean irrelevant one. 20 steps.
 
     Budget 8/255 with steps of 3/255 in pixels; 0.05 with steps of 0.006 on bags of words, which corresponds
-    to no
-    real text: over a vocabulary of 1,386 it sums up to 69 words, where a text has about five. Random start:
-        ours, the
-    paper does not say.
+    to no real text: over a vocabulary of 1,386 it sums up to 69 words, where a text has about five. Random
+    start: ours, the paper does not say.
     """
     customary = 3 / 500 if modality == "text" else 3 / 255
     search = PGD(steps, customary if step_size is None else step_size, random_start=random_start)

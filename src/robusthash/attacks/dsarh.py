@@ -127,9 +127,8 @@ class FeatureSimilarity(Guide):
     """DSARH's direction among codes, and one among features: signed mean c_i of f_j / |f_j| (Eq 10).
 
     f are the features that the hash head takes. The known items are those whose codes are known: training
-        (W1) or
-    database items (W2), encoded by ``fitted``. Before that, as in adversarial training, where features move
-    with every step, they are the clean items of the batch.
+    (W1) or database items (W2), encoded by ``fitted``. Before that, as in adversarial training, where
+    features move with every step, they are the clean items of the batch.
     """
 
     codes: Similarity
@@ -227,9 +226,8 @@ def dsarh(
             known items of the same modality, normalised; see ``FeatureSimilarity``. 0 leaves it out.
 
     Differs: the signs and factors of the printed updates are repaired. The feature term compares a modality
-        with
-    itself, since features of images and texts need not have one width, and takes the features before the hash
-    head.
+    with itself, since features of images and texts need not have one width, and takes the features before the
+    hash head.
     """
     if form != "linear" and (mode != "fixed" or codes != "all" or features):
         raise ValueError(f"form {form!r} stands alone: leave mode 'fixed', codes 'all' and features 0")

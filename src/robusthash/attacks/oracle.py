@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.base import SearchResult
-from robusthash.attacks.budgets import Budget
 from robusthash.attacks.pgd import Best
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.hamming import distance, pack, sign, topk
@@ -135,17 +134,8 @@ class QuerySession:
         if any(not 1 <= mark <= self.budget for mark in self.marks):
             raise ValueError(f"marks lie in 1..{self.budget}, the budget, got {list(self.marks)}")
 
-    @property
-    def modality(self) -> str:
-        return next(iter(self.threat.balls))
-
-    @property
-    def ball(self) -> Budget:
-        return self.threat.balls[self.modality]
-
-    @property
-    def origin(self) -> Tensor:
-        return self.batch.inputs[self.modality]
+        ((self.modality, self.ball),) = self.threat.balls.items()
+        self.origin = self.batch.inputs[self.modality]
 
     @property
     def left(self) -> int:

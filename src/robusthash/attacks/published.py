@@ -85,8 +85,7 @@ def hag(
     """HAG: away from the query's own code; no labels.
 
     Differs: the score is summed over queries (lr 100 / 128 reproduces the code's batch of 128), so the batch
-        size
-    does not matter; codes are those of the returned image.
+    size does not matter; codes are those of the returned image.
     """
     threat = threat_on(modality, eps, knowledge="W0")
     return Attack("hag", Own(), HAGLoss(), RawGradient(steps, "sgd", lr), threat, slope)

@@ -102,9 +102,8 @@ class Square:
         share: of the pixels that the first squares cover (0.8 as in AutoAttack; halved by the schedule).
 
     Differs: equal answers are accepted, because codes answer in steps and a plateau must be crossed; a draw
-        that would
-    change nothing is negated; starts from the best of the clean point, a given start and the pattern; the
-    squares of ``l2`` are drawn for each item and need not be odd.
+    that would change nothing is negated; starts from the best of the clean point, a given start and the
+    pattern; the squares of ``l2`` are drawn for each item and need not be odd.
     """
 
     share: float = 0.8
@@ -253,8 +252,7 @@ class NES:
         directions: ``gaussian`` (NES), or ``signs`` of +-1 (SPSA).
 
     Differs: sigma is half the budget (0.001 in the paper), since a binary code answers small changes with
-        silence; all
-    points are projected before they are queried, and the best of them is returned.
+    silence; all points are projected before they are queried, and the best of them is returned.
     """
 
     pairs: int = 10

@@ -26,13 +26,12 @@ def prototype_terms(prototypes: Tensor, label_sets: Tensor, codes: Tensor, label
     """THA's loss: prototypes near the codes that share a label with them, far from the others.
 
     With s_ij = (1/K) p_i . b_j, weights a_p = max(0, 2 - s), a_n = max(0, 2 + s) held constant, and the
-    log-sum-exp
-    over all such pairs of the batch jointly: [LSE_n(a_n s) + LSE_p(-a_p s)] / B + (1e-4 / B) ||sgn p - p||^2.
+    log-sum-exp over all such pairs of the batch jointly: [LSE_n(a_n s) + LSE_p(-a_p s)] / B + (1e-4 / B)
+    ||sgn p - p||^2.
 
     Differs: all pairs count (the published codes use the upper triangle of this B x N matrix, which means
-        nothing);
-    no softplus around the sum, as in the authors' code; a batch without similar, or without dissimilar, pairs
-    leaves that part out.
+    nothing); no softplus around the sum, as in the authors' code; a batch without similar, or without
+    dissimilar, pairs leaves that part out.
 
     Args:
         prototypes, label_sets: (B, K) relaxed codes and the (B, C) label sets that they stand for.
@@ -53,8 +52,7 @@ class Prototype(nn.Module, Guide):
     """PrototypeNet: goal labels (C) -> Linear -> ReLU -> Linear -> Linear K -> tanh; its sign is the code.
 
     It must know the codes of the victim: ``fitted`` trains one on a reference, and adversarial training makes
-        it with
-    ``setup`` and trains it along by ``terms``.
+    it with ``setup`` and trains it along by ``terms``.
 
     Args:
         hidden, middle: widths, 4096 and 512 in the paper.
@@ -148,9 +146,13 @@ class Prototype(nn.Module, Guide):
                 changed = 1.0 if before is None else float((codes != before).float().mean())
                 if changed == 0.0:
                     break
-                _slow(optimiser, changed <= self.SETTLED)
-            elif self.steps is not None:
-                _slow(optimiser, step > 0 and step in (self.steps // 2, self.steps * 3 // 4))
+                slower = changed <= self.SETTLED
+            else:
+                slower = (
+                    self.steps is not None and step in (self.steps // 2, self.steps * 3 // 4) and step > 0
+                )
+            if slower:
+                optimiser.param_groups[0]["lr"] *= 0.1
             drawn = (draws.within(step).uniform(rows, ()) * len(sets)).long().to(sets.device)
             with torch.enable_grad():
                 loss = torch.stack(list(guide.terms(sets[drawn], reference, draws).values())).sum()
@@ -164,13 +166,6 @@ class Prototype(nn.Module, Guide):
         """(S, K) signs of the prototypes of these label sets."""
         with torch.no_grad():
             return sign(self.prototypes(sets))
-
-
-def _slow(optimiser: torch.optim.Optimizer, now: bool) -> None:
-    """A tenth of the rate from now on."""
-    if now:
-        for group in optimiser.param_groups:
-            group["lr"] *= 0.1
 
 
 @register("attack", "tha", paper="Wang et al., SIGIR 2021", targeted=True, **CODE)
@@ -187,10 +182,9 @@ def tha(
     """THA: towards the code of the target labels by a prototype net fitted to the victim's training codes.
 
     100 steps in the paper, alpha = 1 as in the authors' code (SAAT's copy schedules it). ``random_start`` is
-    off in
-    evaluation and on inside ATRDH. Differs: the net is fitted until its codes settle, see ``Prototype``, and
-        at most
-    the paper's 30,000 steps (``fit_steps``: exactly this number); results note the steps taken.
+    off in evaluation and on inside ATRDH. Differs: the net is fitted until its codes settle, see
+    ``Prototype``, and at most the paper's 30,000 steps (``fit_steps``: exactly this number); results note the
+    steps taken.
     """
     search = steps_on(modality, steps, step_size, random_start)
     guide = Prototype(hidden, steps=fit_steps)

@@ -51,8 +51,7 @@ class TransferSteps(Search):
         select_every: with ``select``, steps between two looks at the metric, each with a pass of its own.
 
     Differs: shrinking and padding is one bilinear map for each item, keyed by it (the papers draw one size
-        for a batch
-    and take the nearest pixel).
+    for a batch and take the nearest pixel).
     """
 
     steps: int = 20

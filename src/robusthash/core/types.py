@@ -1,7 +1,7 @@
 """The records that pass between the rooms. All are frozen: a stage returns a new one.
 
-Sizes: ``B`` batch, ``N`` items, ``Q`` queries, ``M`` reference items, ``K`` bits, ``C`` classes,
-``D`` feature width, ``k`` ranks kept.
+Sizes: ``B`` batch, ``N`` items, ``Q`` queries, ``M`` reference items, ``K`` bits, ``C`` classes, ``D``
+feature width, ``k`` ranks kept.
 """
 
 from __future__ import annotations

@@ -174,8 +174,7 @@ def score(query: CodeFile, database: CodeFile, protocol: str | Protocol = "house
     """Score codes of any origin under a protocol, with 95 % bootstrap intervals over queries.
 
     That queries and database hold different items cannot be checked here: a query that is also in the
-        database finds
-    itself and flatters the result.
+    database finds itself and flatters the result.
 
     Raises:
         ValueError: code lengths, label kinds or label widths that differ between the two files.

@@ -122,8 +122,7 @@ def text_measures(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
     """(B,) of each measure of texts, (B, V) bags or vectors or (B, L) token ids.
 
     ``changed`` share of entries that differ; ``edits`` their number; ``l1`` sum |delta|; ``largest`` max
-    |delta|.
-    Token ids have only the first two: a difference of ids means nothing.
+    |delta|. Token ids have only the first two: a difference of ids means nothing.
     """
     if clean.shape != attacked.shape or clean.ndim != 2:
         raise ValueError(

@@ -210,13 +210,13 @@ def precision_within(profile: Profile, radius: int) -> Tensor:
     return radius_curve(profile)[0][:, radius]
 
 
-def rank_curve(profile: Profile, levels: int = 100) -> tuple[Tensor, Tensor]:
-    """(levels,) recall 1/levels, ... 1 and (Q, levels) expected precision at it, NaN with nothing relevant.
+def rank_curve(profile: Profile) -> tuple[Tensor, Tensor]:
+    """(100,) recall 0.01, ... 1 and (Q, 100) expected precision at it, NaN with nothing relevant.
 
     Precision is taken at the smallest real-valued position where expected recall reaches the level, linear
-    inside
-    a group: that also works with fewer relevant items than levels and with a hit at rank 1.
+    inside a group: that also works with fewer relevant items than levels and with a hit at rank 1.
     """
+    levels = 100
     steps = torch.arange(1, levels + 1)
     total = total_relevant(profile)[:, None]
     hits = profile.relevant.cumsum(1)
@@ -231,9 +231,9 @@ def rank_curve(profile: Profile, levels: int = 100) -> tuple[Tensor, Tensor]:
     return steps.to(torch.float64) / levels, precision
 
 
-def pr_area(profile: Profile, levels: int = 100) -> Tensor:
+def pr_area(profile: Profile) -> Tensor:
     """(Q,) area under the precision-recall curve by rank, by trapezoid from recall 0 on. It is not AP."""
-    recall, precision = rank_curve(profile, levels)
+    recall, precision = rank_curve(profile)
     recall = torch.cat([torch.zeros(1, dtype=torch.float64), recall])
     return torch.trapezoid(torch.cat([precision[:, :1], precision], 1), recall, dim=1)
 

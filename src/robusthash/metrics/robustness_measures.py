@@ -195,10 +195,9 @@ def floor_ap(
     """The lowest exact AP that a coordinate descent over the bits of the query code finds.
 
     Each turn flips the bit that lowers the expected AP most; a start ends where no flip lowers it. An
-    attacker with
-    full control of the code reaches this, up to local optima: a search result, no bound. Queries with equal
-        label
-    sets are searched together, against distinct (code, relevance) rows, and equal starts once.
+    attacker with full control of the code reaches this, up to local optima: a search result, no bound.
+    Queries with equal label sets are searched together, against distinct (code, relevance) rows, and equal
+    starts once.
 
     Args:
         starts: (Q, S, K) signs in {-1, +1}, as of ``floor_starts``.

@@ -137,7 +137,9 @@ class OracleAttack:
     ) -> Attacked:
         began = time.perf_counter()
         batch, answered = self.answered(context, block, restart, start)
-        trial = Trial(answered.inputs, torch.empty(len(batch), 0, dtype=torch.int8), oracle=answered.oracle_queries)
+        trial = Trial(
+            answered.inputs, torch.empty(len(batch), 0, dtype=torch.int8), oracle=answered.oracle_queries
+        )
         return finish(context, self.threat, batch, [trial], time.perf_counter() - began)
 
     def answered(
@@ -345,5 +347,8 @@ def _held(context: EvaluationContext, spec: OracleAttack, block: int, marks: tup
     batch, answered = spec.answered(context, block, marks=marks)
     clean = {name: batch.inputs[name] for name in spec.threat.balls}
     nowhere = torch.empty(len(batch), 0, dtype=torch.int8)
-    trials = [Trial(clean, nowhere), *(Trial(answered.best_after[mark], nowhere, oracle=mark) for mark in marks)]
+    trials = [
+        Trial(clean, nowhere),
+        *(Trial(answered.best_after[mark], nowhere, oracle=mark) for mark in marks),
+    ]
     return finish(context, spec.threat, batch, trials, time.perf_counter() - began)
