@@ -243,7 +243,7 @@ def test_candidates_are_content() -> None:
 
 def test_what_does_not_fit_is_refused(texts: World) -> None:
     raw = build("attack", "token-swaps", objective=texts.objective)
-    with pytest.raises(ValueError, match="fit the attack to the victim first"):
+    with pytest.raises(ValueError, match="fit the attack to the victim"):
         run(raw, texts)
     with pytest.raises(ValueError, match="budgets of token swaps 'greedy-swaps'"):
         replace(raw, search=PGD(2))

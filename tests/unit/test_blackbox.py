@@ -273,7 +273,7 @@ def test_searches_and_threats_must_fit(context: EvaluationContext, texts: Evalua
 
     with pytest.raises(ValueError, match="the square attack searches norm balls, not txt-bow-2"):
         ask_around(Square(), ask, texts.batch(0), edit_threat(2), Draws(0), 9)
-    with pytest.raises(ValueError, match="patterns for linf and l2; for an l1 ball take estimated gradients"):
+    with pytest.raises(ValueError, match="patterns for linf and l2; take estimated gradients"):
         ask_around(Square(), ask, context.batch(0), image_threat(2, "l1"), Draws(0), 9)
     assert [line.name for line in oracle_attacks(image_threat(2, "l1"), 9)] == ["nes, codes", "nes, ids"]
     for search in (NES(), RandomPoints("corner")):

@@ -158,9 +158,7 @@ class Attack:
                     f"{part!r} is no {base.__name__}; derive it from attacks.base.{base.__name__}"
                 )
         if self.selects and self.threat.knowledge != "W2":
-            raise ValueError(
-                f"selecting by the reported metric needs the database codes (W2), not {self.threat.knowledge}"
-            )
+            raise ValueError(f"selecting needs the database codes (W2), not {self.threat.knowledge}")
         if self.restarts < 1:
             raise ValueError(f"restarts must be at least 1, got {self.restarts}")
         if self.slope not in ("published", "one"):

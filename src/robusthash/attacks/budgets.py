@@ -308,9 +308,7 @@ class Swaps(Budget):
                 f"{tuple(origin.shape)}; set texts: tokens for the data, or use 'text-edits' on bags of words"
             )
         if self.candidates is None:
-            raise ValueError(
-                "the candidates of each token are not known yet; fit the attack to the victim first"
-            )
+            raise ValueError("the candidates of each token are not known yet; fit the attack to the victim")
         return self.candidates.of(origin)
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:

@@ -78,9 +78,7 @@ class SignedSets(Guide):
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
         if reference is None or reference.labels is None or goal.labels is None:
-            raise ValueError(
-                "this guide needs labelled reference codes: use a W1 or W2 threat and labelled data"
-            )
+            raise ValueError("this guide needs labelled reference codes: use a W1 or W2 threat and labels")
         codes = torch.stack(list(reference.codes.values())).sum(0)
         positive = relevant(goal.labels, reference.labels)
         towards = self._drawn(positive, batch, draws.within("relevant"))

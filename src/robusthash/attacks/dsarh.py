@@ -94,9 +94,7 @@ class Similarity(Guide):
             return Guidance(signed_mean(similar, together, self.balanced))
         if self.mode == "literal_eq17":
             if len(banks) != 2:
-                raise ValueError(
-                    "literal_eq17 multiplies image and text codes; this attacker knows only one of them"
-                )
+                raise ValueError("literal_eq17 multiplies image and text codes; only one of them is known")
             together = banks[0] * banks[1]
         printed = signed_mean(similar, together, balanced=False)
         if self.mode == "literal_eq11":
@@ -181,7 +179,7 @@ class FeatureAgreement(Loss):
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         if not isinstance(guidance, FeatureGuidance):
             raise ValueError(
-                "this loss needs a direction in feature space; use the guide of 'dsarh' with features"
+                "this loss needs a direction in feature space: the guide of 'dsarh' with features"
             )
         features = _unit_features(probe.outputs)
         terms = [(values * guidance.features[name]).sum(1) for name, values in features.items()]
@@ -232,9 +230,7 @@ def dsarh(
     if form != "linear" and (mode != "fixed" or codes != "all" or features):
         raise ValueError(f"form {form!r} stands alone: leave mode 'fixed', codes 'all' and features 0")
     if features < 0 or (features and mode != "fixed"):
-        raise ValueError(
-            f"features must be at least 0, and 0 with a literal mode, got {features:g} in mode {mode!r}"
-        )
+        raise ValueError(f"features must be at least 0, and 0 with a literal mode, got {features:g}")
     size = 2 / 255 if step_size is None and modality != "text" else step_size
     search, threat = steps_on(modality, steps, size, False), threat_on(modality, eps, knowledge=knowledge)
     guide = Similarity(mode, balanced, codes)

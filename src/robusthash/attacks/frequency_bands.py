@@ -52,9 +52,7 @@ class BandBall(Ball):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.norm == "l1":
-            raise ValueError(
-                "a band of frequency spreads over all pixels, and an l1 ball keeps few; take linf or l2"
-            )
+            raise ValueError("a band spreads over all pixels, and an l1 ball changes few; take linf or l2")
         band_mask(self.band, self.block)
 
     def in_band(self, delta: Tensor) -> Tensor:

@@ -92,9 +92,7 @@ class SDHALoss(Loss):
         if positive is None:
             raise ValueError("SDHA needs a set of codes with weights; use the guide 'positives'")
         if not all(value.is_floating_point() for value in probe.inputs.values()):
-            raise ValueError(
-                "SDHA weighs the size of the change, which token ids do not have; use another 'like'"
-            )
+            raise ValueError("SDHA weighs the size of the change, which token ids do not have")
         with torch.no_grad():
             distances = (codes.shape[1] - sign(q) @ codes.T) / 2
             weights = positive * distances.clamp_min(0.5).rsqrt()
@@ -147,9 +145,7 @@ class ObjectiveLoss(Loss):
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         reference, labels = probe.reference, probe.goal.labels
         if reference is None or reference.labels is None or labels is None:
-            raise ValueError(
-                "an attack on the objective needs labelled reference codes: use a W1 or W2 threat"
-            )
+            raise ValueError("the objective needs labelled reference codes: use a W1 or W2 threat")
         codes = torch.cat(list(reference.codes.values()))
         code_labels = reference.labels.repeat(len(reference.codes), 1)
         values = [self.objective.similarity(o, labels, codes, code_labels) for o in probe.outputs.values()]
@@ -166,9 +162,6 @@ def mainstay_loss(form: MaskedForm, targeted: bool) -> Agreement | MaskedAgreeme
     if form == "code" or (form == "mirror" and targeted):
         return MaskedAgreement(targeted, mirror=form == "mirror")
     raise ValueError(f"form must be 'linear', 'code' or (targeted) 'mirror', got {form!r}")
-
-
-# ----------------------------------------------------------------------------------------- adaptive attacks
 
 
 @register("attack-loss", "gate-opening")
@@ -190,9 +183,7 @@ class GateOpening(Loss):
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         gates = [output.aux["gate"] for output in probe.outputs.values() if "gate" in output.aux]
         if not gates:
-            raise ValueError(
-                "the loss 'gate-opening' needs a victim that shows a gate, such as 'spectral-gate'"
-            )
+            raise ValueError("'gate-opening' needs a victim that shows a gate, such as 'spectral-gate'")
         means = []
         for gate in gates:
             masks = [band_mask(band, gate.shape[-1]) for band in self.bands]
@@ -227,9 +218,7 @@ class OverDraws(Loss):
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         outputs = probe.outputs.items()
         if not all("draws" in output.aux for _, output in outputs):
-            raise ValueError(
-                "the loss 'over-draws' needs a view that shows its samples: NoiseAveraged or MaskNoise"
-            )
+            raise ValueError("'over-draws' needs a view that shows its samples: NoiseAveraged or MaskNoise")
         values = []
         for sample in range(min(len(output.aux["draws"]) for _, output in outputs)):
             drawn = {

@@ -41,9 +41,7 @@ class QueryOracle:
         k: int = 100,
     ) -> None:
         if budget < 1:
-            raise ValueError(
-                f"an oracle needs a budget of at least 1 oracle query for each item, got {budget}"
-            )
+            raise ValueError(f"a budget of at least 1 oracle query for each item is needed, got {budget}")
         if knowledge not in ("B2", "B1"):
             raise ValueError(f"an oracle is B2 (codes or distances) or B1 (ordered ids), not {knowledge!r}")
         if k < 1:
@@ -73,14 +71,12 @@ class QueryOracle:
     def _only_b2(self, answer: str) -> None:
         if self.knowledge != "B2":
             raise ValueError(
-                f"a {self.knowledge} oracle shows the ordered ids of the top k, no {answer}; ask 'rank'"
+                f"a {self.knowledge} oracle shows the ordered ids alone, no {answer}; use 'rank'"
             )
 
     def _answer(self, batch: Batch) -> Codes:
         if len(batch.inputs) != 1:
-            raise ValueError(
-                f"an oracle query has one modality, these have {sorted(batch.inputs)}; use Batch.only"
-            )
+            raise ValueError(f"an oracle query has one modality, not {sorted(batch.inputs)}; use Batch.only")
         after = self._used + Counter(batch.ids.tolist())
         for item in batch.ids.tolist():
             if after[item] > self.budget:

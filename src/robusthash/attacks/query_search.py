@@ -72,8 +72,6 @@ def _as_maps(x: Tensor) -> Tensor:
     return x if x.dim() == 4 else x.reshape(len(x), 1, 1, -1)
 
 
-# -------------------------------------------------------------------------------------------- square attack
-
 Step = tuple[Callable[[Tensor], Tensor], Tensor]
 """The changed perturbation as a function of the signs of its square, and the signs drawn for it."""
 
@@ -115,9 +113,7 @@ class Square:
     def __call__(self, session: QuerySession, draws: Draws) -> None:
         ball = _ball(session, "the square attack")
         if ball.norm == "l1":
-            raise ValueError(
-                "the square attack has patterns for linf and l2; for an l1 ball take estimated gradients"
-            )
+            raise ValueError("the square attack has patterns for linf and l2; take estimated gradients")
         origin, ids = session.origin, session.batch.ids
         if session.left:
             session(session.feasible(origin + _pattern(origin, ids, ball, draws.within("square", "pattern"))))
@@ -233,9 +229,6 @@ def _bump_step(delta: Tensor, ids: Tensor, eps: float, share: float, draws: Draw
     return moved, signs
 
 
-# -------------------------------------------------------------------------------------- estimated gradients
-
-
 @register("question-search", "nes", paper="Ilyas et al., ICML 2018; Spall 1992", evidence="paper")
 @dataclass(frozen=True)
 class NES:
@@ -295,9 +288,6 @@ class NES:
         if ball.norm != "linf":
             away = away / per_item(ball.size(away).clamp_min(1e-12), x)
         return self.sigma * ball.eps * away
-
-
-# ----------------------------------------------------------------------------------------- points and words
 
 
 @register("question-search", "random-points")

@@ -30,8 +30,6 @@ from robusthash.models.hasher import Hasher
 
 _CELLS = 1 << 22  # (query, code) pairs at a time
 
-# ------------------------------------------------------------------------------------ towards a wrong label
-
 
 @register("attack-guide", "wrong")
 @dataclass(frozen=True)
@@ -72,9 +70,6 @@ class Pull(Loss):
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         return (soft_bits(probe) * guidance.codes).mean(1)
-
-
-# --------------------------------------------------------------------------------------- the whole database
 
 
 @dataclass(frozen=True)
@@ -241,9 +236,6 @@ def _tally(guidance: Guidance) -> Tally:
     if not isinstance(guidance, Tally):
         raise ValueError("this loss counts items by code; use the guide 'tally'")
     return guidance
-
-
-# -------------------------------------------------------------------------------------------------- attacks
 
 
 @register("attack", "flip-apgd", supervised=False, state="measured")

@@ -64,9 +64,6 @@ def greedy(
     return SearchResult(inputs, torch.stack(trace), steps * (1 + tried) + extra, steps)
 
 
-# ---------------------------------------------------------------------------------------------------- words
-
-
 @register("attack-search", "greedy-flips")
 @dataclass(frozen=True)
 class GreedyFlips(Search):
@@ -200,9 +197,6 @@ def text_edits(
     return replace(model, name="text-edits", search=GreedyFlips(candidates), threat=threat, slope="one")
 
 
-# --------------------------------------------------------------------------------------------------- tokens
-
-
 def embedding_of(victim: Hasher) -> nn.Module:
     """The module of a victim that looks its tokens up."""
     encoder = dict(victim.encoders).get("text")
@@ -241,7 +235,7 @@ def nearest_tokens(embedding: Tensor, usable: Tensor, k: int = 8) -> Candidates:
     count = int(usable.sum())
     if not 1 <= k < count:
         raise ValueError(
-            f"{k} candidates for each token need more than {max(k, 1)} usable tokens, and there are {count}"
+            f"{k} candidates for each token need more than {max(k, 1)} usable tokens, not {count}"
         )
     unit = nn.functional.normalize(embedding.detach().to("cpu", torch.float64), dim=1)
     ids = torch.nonzero(usable.cpu()).flatten()
@@ -347,9 +341,7 @@ def _ascend_tokens(
     finally:
         handle.remove()
     if not leaves:
-        raise ValueError(
-            "the score looks no token up, so nothing can be differentiated; check the view of the victim"
-        )
+        raise ValueError("the score looks no token up, so nothing can be differentiated")
     # a score of several passes looks up several times, and its slope is the sum
     grad = torch.stack(torch.autograd.grad(value.sum(), leaves)).sum(0)
     if not (torch.isfinite(value).all() and torch.isfinite(grad).all()):

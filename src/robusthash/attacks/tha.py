@@ -73,9 +73,7 @@ class Prototype(nn.Module, Guide):
     def __init__(self, hidden: int = 4096, middle: int = 512, steps: int | None = None) -> None:
         super().__init__()
         if min(hidden, middle, 1 if steps is None else steps) < 1:
-            raise ValueError(
-                f"hidden, middle and steps must be at least 1, got {hidden}, {middle} and {steps}"
-            )
+            raise ValueError(f"hidden, middle, steps must be at least 1, got {hidden}, {middle}, {steps}")
         self.widths = (hidden, middle)
         self.steps = steps
         self.fit_steps = 0  # that the last fit took
@@ -106,9 +104,7 @@ class Prototype(nn.Module, Guide):
     def prototypes(self, labels: Tensor) -> Tensor:
         """(B, C) label sets -> (B, K) relaxed codes; refused before ``setup`` or ``fitted``."""
         if not len(self.net):
-            raise ValueError(
-                "the prototypes of this attack are not learned yet: call attack.fit(...) on its victim"
-            )
+            raise ValueError("these prototypes are not learned yet: call attack.fit(...) on the victim")
         with torch.autocast(labels.device.type, enabled=False):  # rounding to bf16 would decide bits
             return self.net(labels.float())
 
@@ -130,9 +126,7 @@ class Prototype(nn.Module, Guide):
         """A net of the same widths, trained on the reference; batches are drawn from its label sets."""
         labels = None if reference is None else reference.labels
         if reference is None or labels is None:
-            raise ValueError(
-                "THA learns from labelled reference codes: use a W1 or W2 threat and labelled data"
-            )
+            raise ValueError("THA learns from labelled reference codes: use a W1 or W2 threat and labels")
         guide = Prototype(*self.widths, self.steps)
         guide.setup(TrainFacts(len(labels), victim.bits, labels, draws.key(), 0.0))
         guide.to(victim.device)

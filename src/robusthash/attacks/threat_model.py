@@ -139,9 +139,7 @@ class Threat:
             if not torch.isfinite(value).all():
                 raise ValueError(f"the attacked {name} holds NaN or infinite values")
             if value.dtype != clean.dtype or value.shape != clean.shape:
-                raise ValueError(
-                    f"the attacked {name} is {value.dtype} {tuple(value.shape)}, not {clean.dtype}"
-                )
+                raise ValueError(f"the attacked {name} is {value.dtype} {[*value.shape]}, not {clean.dtype}")
             ball.check(value, clean)
             worst = float(ball.size(value - clean).max())
             slack = tolerance if ball.norm == "linf" else tolerance * max(1.0, ball.eps) * 10
@@ -203,9 +201,6 @@ def edit_threat(edits: int = 3, knowledge: Knowledge = "W1") -> Threat:
     return Threat({"text": Edits(edits)}, knowledge)
 
 
-# -------------------------------------------------------------------------------------------- named threats
-
-
 @register("threat", "img-linf-8", modality="image")
 def img_linf_8(knowledge: Knowledge = "W1") -> Threat:
     """Pixels changed by at most 8/255, in [0, 1]."""
@@ -238,9 +233,7 @@ def image_ball(
 def txt_feat_linf(features: Tensor, knowledge: Knowledge = "W1", eps: float = EPS["text"]) -> Threat:
     """Entries of a continuous text vector changed by at most 0.05, within the range of the training set."""
     if not features.is_floating_point() or not features.isfinite().all():
-        raise ValueError(
-            f"the range comes from finite real features of the training set, got {features.dtype}"
-        )
+        raise ValueError(f"the range comes from finite real training features, got {features.dtype}")
     return Threat({"text": Ball("linf", eps, (float(features.min()), float(features.max())))}, knowledge)
 
 
@@ -277,9 +270,7 @@ def db_perturb(like: str = "img-linf-8", knowledge: Knowledge = "W2") -> Threat:
 def _on_database(name: str, like: str, knowledge: Knowledge) -> Threat:
     bound = named_threat(like, knowledge=knowledge)
     if set(bound.balls) != {"image"} or bound.side != "query":
-        raise ValueError(
-            f"{name} changes images of the database under the bound of an image threat, not {like!r}"
-        )
+        raise ValueError(f"{name} takes the bound of an image threat, not {like!r}")
     return Threat(bound.balls, knowledge, "database", f"{name}-{bound.name}")
 
 

@@ -78,12 +78,10 @@ class TransferSteps(Search):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0.0 <= self.diversity <= 1.0 or not 0.0 < self.shrink <= 1.0:
             raise ValueError(
-                f"diversity lies in [0, 1] and shrink in (0, 1], got {self.diversity} and {self.shrink}"
+                f"diversity lies in [0, 1], shrink in (0, 1], got {self.diversity}, {self.shrink}"
             )
         if not self.step_size > 0 or not self.radius > 0:
-            raise ValueError(
-                f"step_size and radius are shares of eps above 0, got {self.step_size}, {self.radius}"
-            )
+            raise ValueError(f"shares of eps above 0 are needed, got {self.step_size}, {self.radius}")
         if self.smoothing and self.smoothing % 2 == 0:
             raise ValueError(f"smoothing is an odd width, got {self.smoothing}")
 
@@ -92,9 +90,7 @@ class TransferSteps(Search):
     ) -> SearchResult:
         origin = {name: batch.inputs[name] for name in threat.balls}
         if (self.diversity or self.smoothing) and not any(value.dim() == 4 for value in origin.values()):
-            raise ValueError(
-                f"diversity and smoothing need images, and {threat.name} attacks none; set both to 0"
-            )
+            raise ValueError(f"diversity and smoothing need images, not {threat.name}; set both to 0")
         eps = {name: ball.eps for name, ball in threat.balls.items()}
         x, trace, selection = starting_point(batch, threat, draws, start), [], Selection(select)
         speed, variance = _zeros(x), _zeros(x)
@@ -235,9 +231,7 @@ def transfer(
     if attack.threat.knowledge != "T":
         raise ValueError(f"a transfer attack knows surrogates alone (T), not {attack.threat.knowledge}")
     if attack.guide.learns:
-        raise ValueError(
-            f"{type(attack.guide).__name__} learns on one model; transfer another guide, such as mainstay"
-        )
+        raise ValueError(f"{type(attack.guide).__name__} learns on one model; take another, such as mainstay")
     with contextlib.ExitStack() as stack, torch.enable_grad():
         scores = []
         for surrogate in surrogates:

@@ -45,16 +45,6 @@ def halving(work: Callable[[int], Result], size: int, items: str, done: str, say
 
     Raises:
         DoesNotFit: one item at a time does not fit either.
-
-    Example:
-        >>> def narrow(size: int) -> str:
-        ...     if size > 4:
-        ...         raise MemoryError
-        ...     return "done"
-        >>> halving(narrow, 12, "items", "encoded", print)
-        12 items at a time did not fit into memory; 6 were encoded at a time
-        6 items at a time did not fit into memory; 3 were encoded at a time
-        ('done', 3)
     """
     while True:
         try:

@@ -44,9 +44,7 @@ class Batch:
         """The same items with only these modalities; a ``ValueError`` where they have none of them."""
         inputs = {name: value for name, value in self.inputs.items() if name in modalities}
         if not inputs:
-            raise ValueError(
-                f"these items have {sorted(self.inputs)}, and {sorted(modalities)} was asked for"
-            )
+            raise ValueError(f"these items have {sorted(self.inputs)}, not {sorted(modalities)}")
         return replace(self, inputs=inputs)
 
     def with_inputs(self, inputs: Inputs) -> Batch:

@@ -31,9 +31,6 @@ _COMPILED = 1 << 22  # pairs from which machine code is used: below, compiling i
 _FIELDS = ("items", "relevant", "gain", "gain_exp", "ideal")
 
 
-# ------------------------------------------------------------------------------------------------- profiles
-
-
 def code_profile(
     query: Codes, query_labels: Tensor, database: Codes, labels: Tensor, *, block: int = _PART
 ) -> Profile:
@@ -141,9 +138,6 @@ def _items_and_relevant(table: Tensor) -> tuple[Tensor, Tensor]:
     none, *some = table.unbind(1)
     relevant = functools.reduce(torch.add, some, torch.zeros_like(none))
     return none + relevant, relevant
-
-
-# ---------------------------------------------------------------------------------------------- preparation
 
 
 @dataclass(frozen=True)
@@ -254,9 +248,6 @@ def _mix(words: np.ndarray) -> np.ndarray:
         mixed *= np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(32)
     return mixed
-
-
-# ------------------------------------------------------------------------------------------------- counting
 
 
 def _tables(queries: Prepared, database: Prepared) -> tuple[Iterator[Tensor], Tensor]:

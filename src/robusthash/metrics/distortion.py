@@ -42,9 +42,7 @@ def pixel_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
 def vector_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
     """(B,) ``linf``, ``l2``, ``l1`` and ``mse`` of the change of feature vectors (B, V), in float64."""
     if clean.ndim != 2 or clean.shape != attacked.shape:
-        raise ValueError(
-            f"vectors must be (B, V) and alike, got {tuple(clean.shape)} and {tuple(attacked.shape)}"
-        )
+        raise ValueError(f"vectors must be (B, V) and alike, got {[*clean.shape]} and {[*attacked.shape]}")
     delta = attacked.to(torch.float64) - clean.to(torch.float64)
     square = delta.square()
     return {
@@ -64,9 +62,7 @@ def ssim(clean: Tensor, attacked: Tensor) -> Tensor:
     before, after = _images(clean, attacked)
     height, width = before.shape[-2:]
     if min(height, width) < _WINDOW:
-        raise ValueError(
-            f"SSIM needs images of at least {_WINDOW} x {_WINDOW} pixels, got {height} x {width}"
-        )
+        raise ValueError(f"SSIM needs at least {_WINDOW} x {_WINDOW} pixels, got {height} x {width}")
     offsets = torch.arange(_WINDOW, dtype=torch.float64, device=before.device) - _WINDOW // 2
     kernel = torch.exp(-offsets.square() / (2 * 1.5**2))
     kernel = kernel / kernel.sum()
@@ -104,17 +100,13 @@ def legacy_matrix_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
 def _images(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float64, checked."""
     if clean.ndim != 4 or clean.shape != attacked.shape:
-        raise ValueError(
-            f"images must be (B, C, H, W) and alike, got {tuple(clean.shape)} and {tuple(attacked.shape)}"
-        )
+        raise ValueError(f"images must be (B, C, H, W) and alike, got {[*clean.shape]}, {[*attacked.shape]}")
     if len(clean) == 0:
         raise ValueError("there are no images")
     for name, images in (("clean", clean), ("attacked", attacked)):
         low, high = float(images.min()), float(images.max())
         if not (low >= 0 and high <= 1):  # also catches NaN
-            raise ValueError(
-                f"{name} images must lie in [0, 1], got {low:g} to {high:g}; normalise inside the model"
-            )
+            raise ValueError(f"{name} images must lie in [0, 1], got {low:g} to {high:g}")
     return clean.to(torch.float64), attacked.to(torch.float64)
 
 
@@ -125,9 +117,7 @@ def text_measures(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
     |delta|. Token ids have only the first two: a difference of ids means nothing.
     """
     if clean.shape != attacked.shape or clean.ndim != 2:
-        raise ValueError(
-            f"texts must be (B, L) and alike, got {tuple(clean.shape)} and {tuple(attacked.shape)}"
-        )
+        raise ValueError(f"texts must be (B, L) and alike, got {[*clean.shape]} and {[*attacked.shape]}")
     differs = (clean != attacked).to(torch.float64)
     measures = {"changed": differs.mean(1), "edits": differs.sum(1)}
     if not clean.is_floating_point():

@@ -108,9 +108,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if self.k is not None and self.k < 1:
-            raise ValueError(
-                f"protocol {self.name!r}: k must be at least 1, got {self.k}; all ranks are k=None"
-            )
+            raise ValueError(f"protocol {self.name!r}: k must be at least 1, got {self.k}; all is k=None")
         for key, value, known in (
             ("ap", self.ap, _DENOMINATORS),
             ("ties", self.ties, ("expected", "legacy")),
@@ -139,9 +137,7 @@ class Protocol:
             return Measure(name, name, None, None, self.ap, "expected", self.gain)
         match = _NAME.fullmatch(name)
         if match is None:
-            raise ValueError(
-                f"{name!r} is no measure; examples: MAP, MAP@5000/mink, P@100, P@r<=2, nDCG@100, WAP, PR"
-            )
+            raise ValueError(f"{name!r} is no measure; examples: MAP, MAP@5000/mink, P@r<=2, nDCG@100")
         base, options = match["base"], match["options"].split("/")[1:]
         k, radius = (int(number) if number else None for number in match.group("k", "radius"))
         for option in options:
@@ -325,12 +321,8 @@ def _assert_possible(name: str, values: Tensor, profile: Profile) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------ named protocols
-# Each takes ``targets``, the number of target label sets of each query: {name: saat, targets: 1}.
-
-
 def load_protocol(protocol: str | Protocol) -> Protocol:
-    """A registered protocol by name, or the one given."""
+    """A registered protocol by name or settings, ``{name: saat, targets: 1}``, or the one given."""
     return protocol if isinstance(protocol, Protocol) else build("protocol", protocol)
 
 

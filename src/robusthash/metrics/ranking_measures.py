@@ -76,9 +76,6 @@ def mean_over_queries(values: Tensor, empty: Tensor, policy: Empty = "zero") -> 
     return (float(defined.mean()) if len(defined) else None), values
 
 
-# ---------------------------------------------------------------------------------------- average precision
-
-
 def average_precision(
     profile: Profile, k: int | None = None, denominator: Denominator = "hits", ties: Ties = "expected"
 ) -> Tensor:
@@ -135,9 +132,7 @@ def legacy_average_precision(
     if k is not None and k < 1:
         raise ValueError(f"k must be at least 1, got {k}; the whole database is k=None")
     if len(query) == 0 or len(database) == 0:
-        raise ValueError(
-            f"there are {len(query)} queries and {len(database)} database items; both must be positive"
-        )
+        raise ValueError(f"there are {len(query)} queries and {len(database)} database items")
     size = len(database)
     cut = size if k is None else min(k, size)
     ranks = torch.arange(1, size + 1, dtype=torch.float64)
@@ -155,9 +150,6 @@ def legacy_average_precision(
             divisor = {"hits": counted.sum(1), "mink": total.clamp(max=cut), "rel": total}[denominator]
         values.append(share(torch.where(counted, seen / ranks, 0.0).sum(1), divisor))
     return torch.cat(values)
-
-
-# ---------------------------------------------------------------------------------------- precision, recall
 
 
 def precision_at(profile: Profile, k: int) -> Tensor:
@@ -236,9 +228,6 @@ def pr_area(profile: Profile) -> Tensor:
     recall, precision = rank_curve(profile)
     recall = torch.cat([torch.zeros(1, dtype=torch.float64), recall])
     return torch.trapezoid(torch.cat([precision[:, :1], precision], 1), recall, dim=1)
-
-
-# ------------------------------------------------------------------------------------------ graded measures
 
 
 def ndcg(profile: Profile, k: int | None = None, gain: Gain = "exp") -> Tensor:

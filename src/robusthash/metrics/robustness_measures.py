@@ -15,8 +15,6 @@ from robusthash.core.types import Codes
 from robusthash.metrics.average_precision import Denominator, Groups, average_precision, share
 from robusthash.metrics.distance_histogram import Prepared, prepare, prepared_counts
 
-# ----------------------------------------------------------------------------------------------- worst case
-
 
 @dataclass(frozen=True)
 class WorstCase:
@@ -70,9 +68,6 @@ def worst_case(
     alone = (table == worst).sum(0) == 1
     wins = {name: int((alone & (first == row)).sum()) for row, name in enumerate(names) if row}
     return WorstCase(values.gather(0, first[None])[0], tuple(names[row] for row in first.tolist()), wins)
-
-
-# ------------------------------------------------------------------------------------- success of an attack
 
 
 def flips(clean: Codes, attacked: Codes) -> Tensor:
@@ -164,9 +159,6 @@ def completeness(clean: Tensor, attacked: Tensor, floor: Tensor) -> Tensor:
     return torch.where(room > 0, (clean - attacked) / torch.where(room > 0, room, 1.0), torch.nan)
 
 
-# ------------------------------------------------------------------------------------------- searched floor
-
-
 def floor_starts(
     own: Tensor, representative: Tensor | None, ids: Tensor, draws: Draws, random: int = 8
 ) -> Tensor:
@@ -208,9 +200,7 @@ def floor_ap(
         (Q,) float64 floor AP and (Q, K) int8 the code that has it.
     """
     if starts.ndim != 3 or starts.shape[2] != database.bits or starts.shape[1] == 0:
-        raise ValueError(
-            f"starts must be (Q, S, {database.bits}) signs with S > 0, got {tuple(starts.shape)}"
-        )
+        raise ValueError(f"starts must be (Q, S, {database.bits}) with S > 0, got {tuple(starts.shape)}")
     if len(starts) != len(query_labels):
         raise ValueError(f"{len(query_labels)} label rows for the starts of {len(starts)} queries")
     label_sets, member = torch.unique(query_labels.cpu().to(torch.uint8), dim=0, return_inverse=True)
@@ -249,9 +239,6 @@ def _descend(
         packed[active] ^= flips[bit]
         values[active] = lowest[better]
     return values, packed
-
-
-# ------------------------------------------------------------------------------------------- summary scores
 
 
 def hrs_of(clean: Tensor, worst: Tensor, chance: Tensor) -> Tensor:

@@ -139,9 +139,7 @@ def _hierarchical_means(groups: Sequence[Tensor], resamples: int, draws: Draws) 
             raise ValueError("values hold NaN; choose the queries that are defined for every seed")
     count = groups[0].shape[1]
     if any(values.shape[1] != count for values in groups):
-        raise ValueError(
-            f"the methods have {[values.shape[1] for values in groups]} queries; score both on the same"
-        )
+        raise ValueError(f"score the methods on the same queries, not {[v.shape[1] for v in groups]}")
     groups = [values.to("cpu", torch.float64) for values in groups]
     generator = draws.within("hierarchical").generator()
     means: list[list[Tensor]] = [[] for _ in groups]
