@@ -154,9 +154,8 @@ class Attack:
     def __post_init__(self) -> None:
         for part, base in ((self.guide, Guide), (self.loss, Loss), (self.search, Search)):
             if not isinstance(part, base):
-                raise TypeError(
-                    f"{part!r} is no {base.__name__}; derive it from attacks.base.{base.__name__}"
-                )
+                name = type(part).__name__
+                raise TypeError(f"{name} is no {base.__name__}; derive it from attacks.base.{base.__name__}")
         if self.selects and self.threat.knowledge != "W2":
             raise ValueError(f"selecting needs the database codes (W2), not {self.threat.knowledge}")
         if self.restarts < 1:
