@@ -206,7 +206,7 @@ def test_nearest_tokens_by_hand() -> None:
     usable = torch.tensor([True, True, True, True, False])
     found = nearest_tokens(table, usable, 2).table
     assert found.tolist() == [[1, 3], [0, 3], [3, 1], [2, 1], [4, 4]]
-    with pytest.raises(ValueError, match=r"4 candidates .* there are 4"):
+    with pytest.raises(ValueError, match=r"4 candidates .* usable tokens, not 4"):
         nearest_tokens(table, usable, 4)
 
 

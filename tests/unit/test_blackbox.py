@@ -88,7 +88,7 @@ def test_a_ranking_oracle_shows_ids_alone(context: EvaluationContext) -> None:
 
 
 def test_oracles_refuse_what_makes_no_sense(context: EvaluationContext) -> None:
-    with pytest.raises(ValueError, match="budget of at least 1 oracle query for each item, got 0"):
+    with pytest.raises(ValueError, match="budget of at least 1 oracle query for each item is needed, got 0"):
         QueryOracle(context.victim, context.database, 0)
     with pytest.raises(ValueError, match="'W2'"):
         QueryOracle(context.victim, context.database, 1, "W2")  # type: ignore[arg-type]
