@@ -20,6 +20,7 @@ from _timing import in_turn
 from torch import Tensor
 
 from robusthash.attacks import mainstay
+from robusthash.attacks.base import Guide
 from robusthash.core.hamming import pack, sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Goal, Guidance
@@ -34,7 +35,7 @@ ITEMS = 100_000
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(Guide):
     """A guide that costs nothing: the codes are known."""
 
     codes: Tensor

@@ -19,12 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
-from robusthash.attacks.base import Attack, Found, Loss, Probe, Score, Select
+from robusthash.attacks.base import Attack, Loss, Probe, Score, Search, SearchResult, Select
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement, ScaleFree
 from robusthash.attacks.published import mainstay
-from robusthash.attacks.threat_model import Threat
-from robusthash.attacks.threat_registry import image_ball
+from robusthash.attacks.threat_model import Threat, image_ball
 from robusthash.core.hamming import pack
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Goal, Guidance, Inputs
@@ -196,7 +195,7 @@ def scaled(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Backwards:
+class Backwards(Loss):
     """An objective that falls where the attack succeeds."""
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
@@ -204,7 +203,7 @@ class Backwards:
 
 
 @dataclass(frozen=True)
-class Forgetful:
+class Forgetful(Search):
     """A search that steps along the gradient and forgets the ball."""
 
     reach: float = 4.0
@@ -217,14 +216,14 @@ class Forgetful:
         draws: Draws,
         select: Select | None,
         start: Inputs | None,
-    ) -> Found:
+    ) -> SearchResult:
         origin = batch.only(threat.balls).inputs
         leaves = {name: value.clone().requires_grad_(True) for name, value in origin.items()}
         value, _ = score(leaves, 1.0)
         grads = dict(zip(leaves, torch.autograd.grad(value.sum(), list(leaves.values())), strict=True))
         way = threat.steepest(grads)
         beyond = {n: (v + self.reach * threat.balls[n].eps * way[n]).clamp(0, 1) for n, v in origin.items()}
-        return Found(beyond, value.detach().mean().reshape(1), 1, 1)
+        return SearchResult(beyond, value.detach().mean().reshape(1), 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------- the members
@@ -398,9 +397,9 @@ def _forgetful(context: EvaluationContext, threat: Threat) -> Calibrated:
         context.victim, batch, Goal(batch.labels, -1), context.known(attack), draws=Draws(context.seed)
     )
     ball = threat.balls["image"]
-    reached = float(ball.size(output.batch.inputs["image"] - batch.inputs["image"]).max())
+    reached = float(ball.size(output.inputs["image"] - batch.inputs["image"]).max())
     try:
-        threat.verify(output.batch.inputs, batch.inputs)
+        threat.verify(output.inputs, batch.inputs)
     except ValueError as refused:
         return Calibrated("attack that forgets the ball", "verify", reached, ball.eps, True, (), str(refused))
     return Calibrated("attack that forgets the ball", "verify", reached, ball.eps, False, (), "")

@@ -139,11 +139,10 @@ def check_stays_inside(attack: Attack, world: World) -> None:
     out = run(attack, world)
     for name, value in before.items():
         assert torch.equal(world.batch.inputs[name], value), "the clean batch was changed in place"
-    attack.threat.verify(out.batch.inputs, before)
-    assert out.batch.ids is world.batch.ids
-    assert out.batch.labels is world.batch.labels
+    attack.threat.verify(out.inputs, before)
+    assert set(out.inputs) == set(attack.threat.balls)
     for name, ball in attack.threat.balls.items():
-        x, clean = out.batch.inputs[name], before[name]
+        x, clean = out.inputs[name], before[name]
         assert x.shape == clean.shape
         assert x.dtype == clean.dtype
         assert not x.requires_grad
@@ -179,11 +178,11 @@ def check_seeds(attack: Attack, world: World) -> None:
     torch.rand(3)  # the global stream plays no part
     third = run(attack, world)
     for name in attack.threat.balls:
-        assert torch.equal(once.batch.inputs[name], again.batch.inputs[name])
-        assert torch.equal(once.batch.inputs[name], third.batch.inputs[name])
+        assert torch.equal(once.inputs[name], again.inputs[name])
+        assert torch.equal(once.inputs[name], third.inputs[name])
         if getattr(attack.search, "random_start", False):
             other = run(attack, world, draws=Draws(1, ("contract",)))
-            assert not torch.equal(once.batch.inputs[name], other.batch.inputs[name])
+            assert not torch.equal(once.inputs[name], other.inputs[name])
 
 
 def check_batching(attack: Attack, world: World) -> None:
@@ -207,12 +206,12 @@ def check_batching(attack: Attack, world: World) -> None:
     assert torch.equal(torch.cat([one.signs for one in singles]), whole.signs)
     assert torch.equal(mixed.signs, whole.signs[order])
     for name in attack.threat.balls:
-        x = whole.batch.inputs[name]
-        alone = torch.cat([one.batch.inputs[name] for one in singles])
+        x = whole.inputs[name]
+        alone = torch.cat([one.inputs[name] for one in singles])
         # a gradient within rounding of zero may change its sign: almost all pixels agree, and none leaves the
         # ball
         assert float(((alone - x).abs() > 1e-6).double().mean()) < 1e-3
-        assert float(((mixed.batch.inputs[name] - x[order]).abs() > 1e-6).double().mean()) < 1e-3
+        assert float(((mixed.inputs[name] - x[order]).abs() > 1e-6).double().mean()) < 1e-3
 
 
 def check_progress(attack: Attack, world: World) -> None:
@@ -220,7 +219,7 @@ def check_progress(attack: Attack, world: World) -> None:
     goal = world.goal(attack)
     out = run(attack, world)
     start = agreement(attack, world, first_look(attack, world), goal, out.guidance)
-    end = agreement(attack, world, {n: out.batch.inputs[n] for n in attack.threat.balls}, goal, out.guidance)
+    end = agreement(attack, world, out.inputs, goal, out.guidance)
     assert float((goal.sign * (end - start)).mean()) >= 0
     assert torch.isfinite(out.trace).all()
     assert len(out.trace) == STEPS
@@ -232,15 +231,14 @@ def check_direction(attack: Attack, world: World) -> None:
     for direction in (-1, 1):
         goal = Goal(labels, direction)
         out = run(attack, world, goal=goal)
-        inputs = {name: out.batch.inputs[name] for name in attack.threat.balls}
-        ends[direction] = agreement(attack, world, inputs, goal, out.guidance)
+        ends[direction] = agreement(attack, world, out.inputs, goal, out.guidance)
     assert float(ends[1].mean()) > float(ends[-1].mean())
 
 
 def check_zero_budget(attack: Attack, world: World) -> None:
     out = run(replace(attack, threat=attack.threat.scaled(0.0)), world)
     for name in attack.threat.balls:
-        assert torch.equal(out.batch.inputs[name], world.batch.inputs[name])
+        assert torch.equal(out.inputs[name], world.batch.inputs[name])
 
 
 def check_counts(attack: Attack, world: World) -> None:
@@ -251,7 +249,7 @@ def check_counts(attack: Attack, world: World) -> None:
         attack.guide(victim, attacked, goal, world.reference, DRAWS)
     for select in (None, lambda signs: -signs.sum(1)):
         with counted(victim) as calls:
-            found, _ = attack.perturb(victim, world.batch, goal, world.reference, draws=DRAWS, select=select)
+            found = attack.perturb(victim, world.batch, goal, world.reference, draws=DRAWS, select=select)
         assert calls.forward == found.forward + asked.forward
         assert calls.backward == found.backward
         with counted(victim) as calls:
@@ -259,15 +257,13 @@ def check_counts(attack: Attack, world: World) -> None:
         assert (out.forward, out.backward) == (found.forward, found.backward)
         assert (
             calls.forward == out.forward + asked.forward + 1
-        )  # the code of the returned inputs is encoded anew
+        )  # the code of the returned inputs is encoded again
 
 
 def check_returned_code(attack: Attack, world: World) -> None:
     out = run(attack, world)
     with torch.no_grad():
-        outputs = copy.deepcopy(world.victim).eval()(
-            {name: out.batch.inputs[name] for name in attack.threat.balls}
-        )
+        outputs = copy.deepcopy(world.victim).eval()(out.inputs)
     assert torch.equal(out.signs, sign(next(iter(outputs.values())).logits))
     assert not out.signs.is_inference(), "a tensor made in inference mode cannot be trained on"
 
@@ -311,9 +307,9 @@ def check_other_modalities(attack: Attack, world: World) -> None:
     alone = run(attack, world, batch=replace(world.batch, inputs=own))
     for inputs in ({spare: values, **own}, {**own, spare: values}):
         out = run(attack, world, victim=victim, batch=replace(world.batch, inputs=inputs))
-        assert torch.equal(out.batch.inputs[spare], values)
+        assert spare not in out.inputs
         for name in attacked:
-            assert torch.equal(out.batch.inputs[name], alone.batch.inputs[name])
+            assert torch.equal(out.inputs[name], alone.inputs[name])
         assert torch.equal(out.signs, alone.signs)
 
 
@@ -322,7 +318,7 @@ def check_grad_mode(attack: Attack, world: World) -> None:
     with torch.no_grad():
         out = run(attack, world)
     for name in attack.threat.balls:
-        assert torch.equal(out.batch.inputs[name], run(attack, world).batch.inputs[name])
+        assert torch.equal(out.inputs[name], run(attack, world).inputs[name])
 
 
 def check_broken_victim(attack: Attack, world: World) -> None:
@@ -345,9 +341,7 @@ def check_labels(attack: Attack, world: World, supervised: bool) -> None:
             with pytest.raises(ValueError, match="label"):
                 run(attack, world, batch=bare, goal=goal, reference=reference)
     else:
-        attack.threat.verify(
-            run(attack, world, batch=bare, goal=goal, reference=None).batch.inputs, bare.inputs
-        )
+        attack.threat.verify(run(attack, world, batch=bare, goal=goal, reference=None).inputs, bare.inputs)
 
 
 ATTACK_CHECKS = (

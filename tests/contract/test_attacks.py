@@ -102,7 +102,7 @@ def test_restarts_are_never_worse(name: str, world: World) -> None:
     attacks = [make_attack(name, world.objective, restarts=restarts) for restarts in (1, 2, 4)]
     goal = world.goal(attacks[0])
     outs = [run(attack, world) for attack in attacks]
-    scores = [goal.sign * agreement(attacks[0], world, o.batch.inputs, goal, o.guidance) for o in outs]
+    scores = [goal.sign * agreement(attacks[0], world, o.inputs, goal, o.guidance) for o in outs]
     assert bool((scores[1] >= scores[0]).all())
     assert bool((scores[2] >= scores[1]).all())
     assert bool((scores[2] > scores[0]).any()), (
@@ -165,7 +165,7 @@ def test_fgsm_is_one_full_step_of_pgd_and_raises_the_objective(world: World) -> 
     many = make_attack("pgd", world.objective, steps=10, step_size=2 / 255)
     goal, guidance = world.goal(many), Guidance(torch.empty(0, world.victim.bits))
     before = -agreement(many, world, world.batch.inputs, goal, guidance)
-    after = -agreement(many, world, run(many, world).batch.inputs, goal, guidance)
+    after = -agreement(many, world, run(many, world).inputs, goal, guidance)
     assert bool((after >= before).all())
 
 
@@ -202,6 +202,6 @@ def test_draws_are_scoped_by_attack_and_restart(world: World) -> None:
     first = make_attack("mainstay", world.objective)
     other = replace(first, name="another")
     assert not torch.equal(
-        run(first, world, draws=DRAWS).batch.inputs["image"],
-        run(other, world, draws=DRAWS).batch.inputs["image"],
+        run(first, world, draws=DRAWS).inputs["image"],
+        run(other, world, draws=DRAWS).inputs["image"],
     )

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch
 
 from robusthash.attacks import Attack, image_threat
+from robusthash.attacks.base import Guide
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.pgd import PGD
 from robusthash.core.registry import register
@@ -43,7 +44,7 @@ from robusthash.core.types import Guidance
 
 
 @dataclass(frozen=True)
-class Farthest:
+class Farthest(Guide):
     """The complement of the known code that is farthest from the query's own."""
 
     def __call__(self, victim, batch, goal, reference, draws):

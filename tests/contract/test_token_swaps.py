@@ -20,10 +20,9 @@ from contract import checks
 from contract.checks import DRAWS, World, run
 from robusthash.attacks import Attack, Swaps, Threat, named_threat
 from robusthash.attacks.base import Probe
+from robusthash.attacks.budgets import Candidates
 from robusthash.attacks.pgd import PGD
-from robusthash.attacks.token_budget import Candidates, nearest_tokens
-from robusthash.attacks.token_swaps import GreedySwaps, usable_tokens
-from robusthash.attacks.word_edits import GreedyFlips
+from robusthash.attacks.text_edits import GreedyFlips, GreedySwaps, nearest_tokens, usable_tokens
 from robusthash.core.labels import draw_targets
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
@@ -100,7 +99,7 @@ def test_texts_change_by_candidates_alone(like: str, texts: World) -> None:
     attack = make(texts, like=like, swaps=2, neighbours=5)
     before = texts.batch.inputs["text"].clone()
     out = run(attack, texts)
-    found = out.batch.inputs["text"]
+    found = out.inputs["text"]
     assert torch.equal(texts.batch.inputs["text"], before)
     assert found.dtype == torch.int64
     attack.threat.verify({"text": found}, {"text": before})
@@ -137,7 +136,7 @@ def test_one_swap_with_all_tried_is_the_best_of_all(texts: World) -> None:
             tries.append(other)
         several = torch.full((len(tries),), row)
         best = score_of(attack, texts, torch.stack(tries), several, out.guidance).min()
-        found = score_of(attack, texts, out.batch.inputs["text"][row : row + 1], several[:1], out.guidance)[0]
+        found = score_of(attack, texts, out.inputs["text"][row : row + 1], several[:1], out.guidance)[0]
         assert float(found) == pytest.approx(float(best), abs=1e-6)
 
 
@@ -148,7 +147,7 @@ def test_the_gradient_ranks_better_than_chance(texts: World) -> None:
     rows = torch.arange(8)
     start, some, best = (
         score_of(make(texts), texts, ids, rows, few.guidance).mean()
-        for ids in (texts.batch.inputs["text"], few.batch.inputs["text"], every.batch.inputs["text"])
+        for ids in (texts.batch.inputs["text"], few.inputs["text"], every.inputs["text"])
     )
     assert float(start - some) > 0.5 * float(start - best) > 0
 
@@ -175,20 +174,20 @@ def test_restarts_start_elsewhere_and_inside(texts: World) -> None:
     part = attack.threat.random_start({"text": origin["text"][order]}, texts.batch.ids[order], Draws(0))
     assert torch.equal(part["text"], start["text"][order])
     out = run(replace(attack, restarts=2), texts)
-    attack.threat.verify(out.batch.inputs, origin)
+    attack.threat.verify(out.inputs, origin)
 
 
 def test_a_frozen_encoder_is_attacked_too(texts: World) -> None:
     victim = copy.deepcopy(texts.victim)
     victim.encoders["text"].trainable = False
-    found = run(make(texts), texts, victim=victim).batch.inputs["text"]
-    assert torch.equal(found, run(make(texts), texts).batch.inputs["text"])
+    found = run(make(texts), texts, victim=victim).inputs["text"]
+    assert torch.equal(found, run(make(texts), texts).inputs["text"])
 
 
 def test_batches_do_not_matter(texts: World) -> None:
     victim = copy.deepcopy(texts.victim).double()
     attack, goal = make(texts), texts.goal(make(texts))
-    whole = run(attack, texts, victim=victim).batch.inputs["text"]
+    whole = run(attack, texts, victim=victim).inputs["text"]
     for row in range(8):
         alone = Batch(
             {"text": texts.batch.inputs["text"][row : row + 1]},
@@ -196,7 +195,7 @@ def test_batches_do_not_matter(texts: World) -> None:
             torch.tensor([row]),
         )
         out = run(attack, texts, victim=victim, batch=alone, goal=Goal(alone.labels, -1))
-        assert torch.equal(out.batch.inputs["text"][0], whole[row])
+        assert torch.equal(out.inputs["text"][0], whole[row])
 
 
 # --- candidates and budget
@@ -207,7 +206,7 @@ def test_nearest_tokens_by_hand() -> None:
     usable = torch.tensor([True, True, True, True, False])
     found = nearest_tokens(table, usable, 2).table
     assert found.tolist() == [[1, 3], [0, 3], [3, 1], [2, 1], [4, 4]]
-    with pytest.raises(ValueError, match=r"4 candidates .* there are 4"):
+    with pytest.raises(ValueError, match=r"4 candidates .* usable tokens, not 4"):
         nearest_tokens(table, usable, 4)
 
 
@@ -244,7 +243,7 @@ def test_candidates_are_content() -> None:
 
 def test_what_does_not_fit_is_refused(texts: World) -> None:
     raw = build("attack", "token-swaps", objective=texts.objective)
-    with pytest.raises(ValueError, match="fit the attack to the victim first"):
+    with pytest.raises(ValueError, match="fit the attack to the victim"):
         run(raw, texts)
     with pytest.raises(ValueError, match="budgets of token swaps 'greedy-swaps'"):
         replace(raw, search=PGD(2))

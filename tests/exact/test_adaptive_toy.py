@@ -7,11 +7,10 @@ import torch
 from helpers import Flat, LinearHead, image_batch
 from torch import Tensor, nn
 
-from robusthash.attacks.adaptive_losses import OverDraws
 from robusthash.attacks.base import Attack
 from robusthash.attacks.frequency_bands import BandBall, Banded, band_mask
 from robusthash.attacks.guides import Own
-from robusthash.attacks.losses import Agreement, ScaleFree
+from robusthash.attacks.losses import Agreement, OverDraws, ScaleFree
 from robusthash.attacks.pgd import APGD, PGD
 from robusthash.attacks.threat_model import Threat, image_threat
 from robusthash.core.runtime import Draws
@@ -56,7 +55,7 @@ def on_grid(bits: int = 4, width: int = 9, items: int = 6) -> tuple[Tensor, Tens
 def flipped(victim: Hasher, seen: Hasher, x: Tensor, eps: float, steps: int = 2) -> bool:
     """Whether APGD on the view flips the victim's one bit of its one item."""
     attack = Attack("toy", Own(), ScaleFree(), APGD(steps), image_threat(eps))
-    found = attack(seen, image_batch(x), AWAY, None, draws=DRAWS).batch.inputs
+    found = attack(seen, image_batch(x), AWAY, None, draws=DRAWS).inputs
     with torch.no_grad():
         before, after = (victim(inputs)["image"].logits >= 0 for inputs in (image_batch(x).inputs, found))
     return bool((before != after).all())
@@ -126,7 +125,7 @@ def test_a_fixed_gate_has_the_threshold_of_its_transpose(kind: str) -> None:
 
         def flips(view: Hasher, eps: float, batch: Batch = batch) -> bool:
             attack = Attack("toy", Own(), ScaleFree(), APGD(2), image_threat(eps))
-            found = attack(view, batch, AWAY, None, draws=DRAWS).batch.inputs
+            found = attack(view, batch, AWAY, None, draws=DRAWS).inputs
             codes = [victim(inputs)["image"].logits >= 0 for inputs in (batch.inputs, found)]
             return bool((codes[0] != codes[1]).all())
 
@@ -222,15 +221,15 @@ def test_a_banded_attack_changes_nothing_outside_its_band(band: str, search: PGD
 
     attack = Attack("toy", Own(), ScaleFree(), Banded(search, band), image_threat(0.03))  # type: ignore[arg-type]
     out = attack(victim, batch, AWAY, None, draws=DRAWS)
-    delta = out.batch.inputs["image"] - x
-    image_threat(0.03).verify(out.batch.inputs, batch.inputs)
+    delta = out.inputs["image"] - x
+    image_threat(0.03).verify(out.inputs, batch.inputs)
     assert float(delta.abs().max()) > 0.01
     energy = dct(delta).square()
     assert float(energy[..., outside].sum() / energy.sum()) < 0.25  # what clipping spills
     if isinstance(search, PGD):
         small = PGD(5, 0.002, random_start=False)  # five steps of at most 0.004 a pixel never meet this ball
         wide = Attack("toy", Own(), ScaleFree(), Banded(small, band), image_threat(0.1))  # type: ignore[arg-type]
-        moved = wide(victim, batch, AWAY, None, draws=DRAWS).batch.inputs["image"] - x
+        moved = wide(victim, batch, AWAY, None, draws=DRAWS).inputs["image"] - x
         assert float(dct(moved)[..., outside].abs().max()) < 1e-6
         assert float(moved.abs().max()) > 0.005
 

@@ -332,7 +332,7 @@ def test_an_attack_lowers_agreement_with_relevant_codes(trained: Hasher) -> None
     out = attack(trained, batch, goal, reference, draws=DRAWS)
     with torch.no_grad():
         clean = copy.deepcopy(trained).eval()(batch.inputs)["image"].relaxed()
-        moved = copy.deepcopy(trained).eval()(out.batch.inputs)["image"].relaxed()
+        moved = copy.deepcopy(trained).eval()(out.inputs)["image"].relaxed()
     assert set_contrast(moved, out.guidance).mean() < set_contrast(clean, out.guidance).mean()
 
 

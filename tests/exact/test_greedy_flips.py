@@ -12,8 +12,8 @@ from torch import Tensor
 from robusthash.attacks.base import Attack
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement
+from robusthash.attacks.text_edits import ExactFlips, GreedyFlips
 from robusthash.attacks.threat_model import Edits, edit_threat
-from robusthash.attacks.word_edits import ExactFlips, GreedyFlips
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Reference
 
@@ -58,10 +58,10 @@ def test_greedy_equals_brute_force(scale: float, edits: int, candidates: int) ->
     attack = Attack("t", attack.guide, attack.loss, GreedyFlips(candidates), edit_threat(edits))
     victim = linear_hasher(weight, modality="text")
     out = attack(victim, batch, goal, REFERENCE, draws=Draws(0))
-    attack.threat.verify(out.batch.inputs, batch.inputs)
+    attack.threat.verify(out.inputs, batch.inputs)
     for row in range(len(batch)):
         code = out.guidance.codes[row]
-        found = float((torch.tanh(weight @ out.batch.inputs["text"][row]) * code).mean())
+        found = float((torch.tanh(weight @ out.inputs["text"][row]) * code).mean())
         best = brute_force(weight, batch.inputs["text"][row], code, edits)
         assert found == pytest.approx(best, abs=1e-6)
     assert (out.forward, out.backward) == (edits * (1 + candidates), edits)
@@ -74,7 +74,7 @@ def test_a_text_that_no_edit_helps_stays() -> None:
     reference = Reference({"text": torch.ones(2, BITS)}, torch.ones(2, 1))
     small = Batch({"text": alone}, torch.ones(1, 1), torch.arange(1))
     out = attack(victim, small, Goal(torch.ones(1, 1), -1), reference, draws=Draws(0))
-    assert torch.equal(out.batch.inputs["text"], alone)
+    assert torch.equal(out.inputs["text"], alone)
 
 
 def test_projection_keeps_the_largest_changes() -> None:
@@ -108,7 +108,7 @@ def test_one_exact_flip_is_the_best_of_all_and_several_nearly(edits: int, best: 
     exact = Attack("t", attack.guide, attack.loss, ExactFlips(), edit_threat(edits, "W2"), selects=True)
     select = metric_of(weight, wanted)
     out = exact(victim, batch, goal, REFERENCE, draws=Draws(0), select=select)
-    exact.threat.verify(out.batch.inputs, batch.inputs)
+    exact.threat.verify(out.inputs, batch.inputs)
     reached = select(out.signs)
     highest = [
         best_of_all(weight, bag, code, edits) for bag, code in zip(batch.inputs["text"], wanted, strict=True)

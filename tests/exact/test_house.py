@@ -153,7 +153,7 @@ def test_t15_multiplied_logits_change_nothing(name: str) -> None:
         victim = linear_hasher(weight * factor).double()
         attack = Attack("toy", guide, loss, APGD(10), image_threat(0.1))
         out = attack(victim, image_batch(x, wanted), Goal(wanted, -1), reference, draws=DRAWS)
-        found.append(out.batch.inputs["image"])
+        found.append(out.inputs["image"])
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], image_batch(x).inputs["image"])
     guidance = guide(victim, image_batch(x, wanted), Goal(wanted, -1), reference, DRAWS)

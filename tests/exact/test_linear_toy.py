@@ -8,7 +8,7 @@ import torch
 from helpers import counted, image_batch, linear_hasher
 from torch import Tensor
 
-from robusthash.attacks.base import Attack, Probe
+from robusthash.attacks.base import Attack, Guide, Probe
 from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import Agreement, ScaleFree
 from robusthash.attacks.pgd import APGD, PGD, apgd_checkpoints
@@ -20,7 +20,7 @@ DRAWS = Draws(0)
 AWAY = Goal(None, -1)
 
 
-class Ones:
+class Ones(Guide):
     """Guidance: every bit +1."""
 
     def __call__(
@@ -92,10 +92,10 @@ def test_apgd_reaches_the_corner_in_two_steps() -> None:
         victim, image_batch(x), AWAY, None, draws=DRAWS
     )
     corner = x - 0.1 * clean * weight.sign()
-    torch.testing.assert_close(out.batch.inputs["image"].flatten(1), corner)
+    torch.testing.assert_close(out.inputs["image"].flatten(1), corner)
     assert (out.forward, out.backward) == (2, 2)
     short = Attack("toy", Own(), Agreement(), APGD(2), image_threat(0.1, "l2"))
-    found = short(victim, image_batch(x), AWAY, None, draws=DRAWS).batch.inputs["image"].flatten(1)
+    found = short(victim, image_batch(x), AWAY, None, draws=DRAWS).inputs["image"].flatten(1)
     torch.testing.assert_close(found, x - 0.1 * clean * weight / weight.norm())
 
 
@@ -104,7 +104,7 @@ def test_one_sign_step_moves_the_value_by_eps_times_the_l1_norm() -> None:
     weight, x = toy(1, 9)
     victim = linear_hasher(weight).double()
     fgsm = Attack("fgsm", Ones(), Agreement(), PGD(1, 0.1, random_start=False), image_threat(0.1))
-    after = fgsm(victim, image_batch(x), AWAY, None, draws=DRAWS).batch.inputs["image"].flatten(1)
+    after = fgsm(victim, image_batch(x), AWAY, None, draws=DRAWS).inputs["image"].flatten(1)
     moved = ((after - x) @ weight.T).flatten()
     torch.testing.assert_close(moved, torch.full_like(moved, -0.1 * float(weight.abs().sum())))
 
@@ -120,7 +120,7 @@ def test_many_bits_are_pushed_together(search: object) -> None:
     out = Attack("toy", Ones(), Agreement(), search, image_threat(0.1))(
         victim, image_batch(x), AWAY, None, draws=DRAWS
     )
-    change = (out.batch.inputs["image"].flatten(1) - x) @ weight.T
+    change = (out.inputs["image"].flatten(1) - x) @ weight.T
     assert float(change.mean(1).max()) < 0
 
 
@@ -130,9 +130,7 @@ def test_saturation_does_not_stop_the_scale_free_loss() -> None:
     found = []
     for factor in (1.0, 2.0**13):
         victim = linear_hasher(weight * factor).double()
-        found.append(
-            apgd(0.1, steps=10)(victim, image_batch(x), AWAY, None, draws=DRAWS).batch.inputs["image"]
-        )
+        found.append(apgd(0.1, steps=10)(victim, image_batch(x), AWAY, None, draws=DRAWS).inputs["image"])
     assert torch.equal(found[0], found[1])
 
 
@@ -148,13 +146,13 @@ def test_apgd_keeps_its_best_point_per_item() -> None:
             return value
 
     threat = image_threat(0.05)
-    found, guidance = Attack("toy", Own(), Remember(), APGD(30), threat).perturb(
+    found = Attack("toy", Own(), Remember(), APGD(30), threat).perturb(
         victim, image_batch(x), AWAY, None, draws=DRAWS
     )
     path = torch.stack(seen)
     assert len(path) == 30
     outputs = victim(found.inputs)
-    final = ScaleFree()(Probe(outputs, found.inputs, image_batch(x), AWAY, 1.0, None), guidance)
+    final = ScaleFree()(Probe(outputs, found.inputs, image_batch(x), AWAY, 1.0, None), found.guidance)
     torch.testing.assert_close(final, path.min(0).values)
 
 
@@ -163,7 +161,7 @@ def test_counts_of_a_run_on_the_toy() -> None:
     victim = linear_hasher(weight).double()
     attack = Attack("toy", Ones(), Agreement(), PGD(5, 0.01), image_threat(0.1))
     with counted(victim) as calls:
-        found, _ = attack.perturb(victim, image_batch(x), AWAY, None, draws=DRAWS)
+        found = attack.perturb(victim, image_batch(x), AWAY, None, draws=DRAWS)
     assert (calls.forward, calls.backward) == (found.forward, found.backward) == (5, 5)
 
 

@@ -98,8 +98,8 @@ def test_the_fit_ends_where_the_codes_rest_and_is_the_same_each_time() -> None:
     start = Prototype(hidden=64, middle=16)
     made, again = (start.fitted(victim, None, reference, Draws(0)) for _ in range(2))
     assert made.fit_steps == again.fit_steps
-    assert made.fit_steps % Prototype.LOOK == 0
-    assert Prototype.LOOK <= made.fit_steps < Prototype.MOST
+    assert made.fit_steps % Prototype.EVERY == 0
+    assert Prototype.EVERY <= made.fit_steps < Prototype.MOST
     sets = torch.unique(reference.labels, dim=0)
     assert torch.equal(made.prototypes(sets), again.prototypes(sets))
     assert start.fit_steps == 0  # of an attack that is not fitted
@@ -130,7 +130,7 @@ def test_codes_that_never_rest_are_fitted_as_long_as_in_the_paper(monkeypatch: p
         return step(self, closure)
 
     monkeypatch.setattr(Prototype, "_codes", codes)
-    monkeypatch.setattr(Prototype, "LOOK", 2)
+    monkeypatch.setattr(Prototype, "EVERY", 2)
     monkeypatch.setattr(Prototype, "MOST", 13)
     monkeypatch.setattr(Prototype, "SETTLED", 0.03)
     monkeypatch.setattr(torch.optim.Adam, "step", noted)

@@ -63,17 +63,17 @@ def test_an_oracle_answers_as_the_service_would(context: EvaluationContext) -> N
     assert torch.equal(found, distance(context.query.packed, context.database.packed))
     by_rule = (found.to(torch.int64) * 1000 + torch.arange(found.shape[1])).argsort(1)[:, :5]
     assert torch.equal(oracle.rank(batch), by_rule)
-    assert oracle.asked(batch.ids).tolist() == [3] * len(batch)
+    assert oracle.used(batch.ids).tolist() == [3] * len(batch)
 
 
 def test_the_budget_is_counted_by_query_and_holds(context: EvaluationContext) -> None:
     oracle, batch = QueryOracle(context.victim, context.database, 2), context.batch(0)
     some = Batch({"image": batch.inputs["image"][:3]}, None, batch.ids[[0, 0, 4]])
     oracle.codes(some)
-    assert oracle.asked(torch.tensor([0, 4, 5])).tolist() == [2, 1, 0]
-    with pytest.raises(ValueError, match="query 0 has asked its budget of 2 questions"):
+    assert oracle.used(torch.tensor([0, 4, 5])).tolist() == [2, 1, 0]
+    with pytest.raises(ValueError, match="query 0 has used its budget of 2 oracle queries"):
         oracle.codes(some)
-    assert oracle.asked(torch.tensor([0, 4, 5])).tolist() == [2, 1, 0], "a refused batch counts for nobody"
+    assert oracle.used(torch.tensor([0, 4, 5])).tolist() == [2, 1, 0], "a refused batch counts for nobody"
 
 
 def test_a_ranking_oracle_shows_ids_alone(context: EvaluationContext) -> None:
@@ -81,14 +81,14 @@ def test_a_ranking_oracle_shows_ids_alone(context: EvaluationContext) -> None:
     for ask in (oracle.codes, oracle.distances):
         with pytest.raises(ValueError, match="a B1 oracle shows the ordered ids"):
             ask(batch)
-    assert int(oracle.asked(batch.ids).sum()) == 0
+    assert int(oracle.used(batch.ids).sum()) == 0
     found = oracle.rank(batch)
     assert found.shape == (len(batch), 100)
     assert bool((found[:, len(context.database) :] == -1).all())
 
 
 def test_oracles_refuse_what_makes_no_sense(context: EvaluationContext) -> None:
-    with pytest.raises(ValueError, match="budget of at least 1 question for each query, got 0"):
+    with pytest.raises(ValueError, match="budget of at least 1 oracle query for each item is needed, got 0"):
         QueryOracle(context.victim, context.database, 0)
     with pytest.raises(ValueError, match="'W2'"):
         QueryOracle(context.victim, context.database, 1, "W2")  # type: ignore[arg-type]
@@ -143,15 +143,15 @@ def test_image_searches_ask_feasible_points_and_keep_the_best(
         return seen[-1]
 
     answered = ask_around(IMAGE_SEARCHES[name], ask, batch, threat, Draws(0), 40, marks=(1, 10, 40))
-    assert answered.asked == len(seen) <= 40
-    assert answered.asked >= 39, "the budget is there to be used"
+    assert answered.oracle_queries == len(seen) <= 40
+    assert answered.oracle_queries >= 39, "the budget is there to be used"
     assert torch.equal(answered.score, torch.stack(seen).amax(0))
     assert torch.equal(norm_of(answered.inputs["image"]), answered.score)
-    assert torch.equal(answered.record[1]["image"], batch.inputs["image"]), (
+    assert torch.equal(answered.best_after[1]["image"], batch.inputs["image"]), (
         "the clean query is asked about first"
     )
     for mark in (10, 40):
-        assert torch.equal(norm_of(answered.record[mark]["image"]), torch.stack(seen[:mark]).amax(0))
+        assert torch.equal(norm_of(answered.best_after[mark]["image"]), torch.stack(seen[:mark]).amax(0))
     assert bool((answered.score > seen[0]).all())
 
 
@@ -249,7 +249,7 @@ def test_words_are_edited_within_the_budget(search, texts: EvaluationContext) ->
         return (inputs["text"] * weights).sum(1)
 
     answered = ask_around(search, ask, batch, threat, Draws(0), 50)
-    assert answered.asked == asked <= 50
+    assert answered.oracle_queries == asked <= 50
     assert bool((answered.score > (batch.inputs["text"] * weights).sum(1)).all())
 
 
@@ -264,7 +264,7 @@ def test_greedy_words_find_the_best_pair_when_they_may_try_all(texts: Evaluation
         GreedyWords(), lambda x: (x["text"] * gains).sum(1), batch, threat, Draws(0), budget
     )
     assert torch.allclose(answered.score, best)
-    assert answered.asked == budget
+    assert answered.oracle_queries == budget
 
 
 def test_searches_and_threats_must_fit(context: EvaluationContext, texts: EvaluationContext) -> None:
@@ -273,7 +273,7 @@ def test_searches_and_threats_must_fit(context: EvaluationContext, texts: Evalua
 
     with pytest.raises(ValueError, match="the square attack searches norm balls, not txt-bow-2"):
         ask_around(Square(), ask, texts.batch(0), edit_threat(2), Draws(0), 9)
-    with pytest.raises(ValueError, match="patterns for linf and l2; for an l1 ball take estimated gradients"):
+    with pytest.raises(ValueError, match="patterns for linf and l2; take estimated gradients"):
         ask_around(Square(), ask, context.batch(0), image_threat(2, "l1"), Draws(0), 9)
     assert [line.name for line in oracle_attacks(image_threat(2, "l1"), 9)] == ["nes, codes", "nes, ids"]
     for search in (NES(), RandomPoints("corner")):

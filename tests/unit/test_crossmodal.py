@@ -179,7 +179,7 @@ def test_what_is_saved_serves_an_attack(name: str, data: RetrievalData, tmp_path
     start = values[0].mean()
     found = pgd(again, steps=4)(hasher, batch, Goal(batch.labels, -1), reference, draws=Draws(0))
     with torch.no_grad():
-        attacked = hasher({"image": found.batch.inputs["image"]})["image"]
+        attacked = hasher({"image": found.inputs["image"]})["image"]
     assert (
         objective.similarity(attacked, batch.labels, reference.codes["text"], reference.labels).mean() > start
     )

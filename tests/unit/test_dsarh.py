@@ -220,7 +220,7 @@ def test_the_attack_raises_the_loss_it_is_trained_on(pairs: RetrievalData) -> No
     recipe = HashingRecipe(hasher, objective)
     fit(recipe, pairs, train_config(8))
     hasher.eval()
-    found, _ = inner(eps=0.1, step_size=0.067).perturb(
+    found = inner(eps=0.1, step_size=0.067).perturb(
         hasher, batch, Goal(batch.labels, -1), recipe.memory.reference(), draws=Draws(0)
     )
     with torch.no_grad():

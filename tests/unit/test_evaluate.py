@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import robusthash as rh
-from robusthash.attacks.base import Found
+from robusthash.attacks.base import Search, SearchResult
 from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.threat_model import image_threat
@@ -200,19 +200,21 @@ def test_targets_are_disjoint_and_shared_by_all_attacks(context):
     assert torch.equal(context.targets, make_context(context.victim, context.data).targets)
 
 
-class Cheat:
+class Cheat(Search):
     """A search that leaves the ball."""
 
     def __call__(self, score, batch, threat, draws, select, start):
         inputs = {name: batch.inputs[name] + 0.5 for name in threat.balls}
-        return Found(inputs, torch.zeros(1), 1, 1)
+        return SearchResult(inputs, torch.zeros(1), 1, 1)
 
 
-class Lie:
+class Lie(Search):
     """A search that returns NaN."""
 
     def __call__(self, score, batch, threat, draws, select, start):
-        return Found({name: batch.inputs[name] * float("nan") for name in threat.balls}, torch.zeros(1), 1, 1)
+        return SearchResult(
+            {name: batch.inputs[name] * float("nan") for name in threat.balls}, torch.zeros(1), 1, 1
+        )
 
 
 def test_the_evaluator_projects_again_whatever_the_attack_returns(context, monkeypatch):

@@ -24,8 +24,7 @@ from robusthash.attacks.pgd import APGD
 from robusthash.attacks.published import guided_apgd, pgd
 from robusthash.attacks.ranking_losses import flip_apgd
 from robusthash.attacks.tha import Prototype
-from robusthash.attacks.threat_model import image_threat
-from robusthash.attacks.threat_registry import named_threat
+from robusthash.attacks.threat_model import image_threat, named_threat
 from robusthash.core import identity as scheme
 from robusthash.core import registry
 from robusthash.core.identity import describe, identity, marked_identity, scheme_of

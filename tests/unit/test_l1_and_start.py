@@ -9,7 +9,7 @@ from helpers import make_data, trained_hasher
 from robusthash.attacks import Attack, cgat, image_threat, mainstay, mainstay_targeted, pgd
 from robusthash.attacks.pgd import APGD
 from robusthash.attacks.published import steps_on
-from robusthash.attacks.threat_registry import named_threat
+from robusthash.attacks.threat_model import named_threat
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal
@@ -44,7 +44,7 @@ def attacked_score(attack: Attack, context: EvaluationContext, start: bool) -> t
     batch = context.batch(0)
     goal, known, draws = Goal(batch.labels, -1), context.known(attack), Draws(0)
     score, _ = attack.aim(context.victim, batch, goal, known, draws)
-    found, _ = attack.perturb(context.victim, batch, goal, known, draws=draws)
+    found = attack.perturb(context.victim, batch, goal, known, draws=draws)
     with torch.no_grad():
         return score(batch.inputs if start else found.inputs, 1.0)[0]
 
@@ -106,6 +106,6 @@ def test_the_start_at_the_clean_image_can_be_asked_for(make, context: Evaluation
     for random in (True, False):
         attack = make(steps=1, step_size=0.0, random_start=random)
         goal = Goal(batch.labels, 1 if attack.targeted else -1)
-        found, _ = attack.perturb(context.victim, batch, goal, context.known(attack), draws=Draws(0))
+        found = attack.perturb(context.victim, batch, goal, context.known(attack), draws=Draws(0))
         assert torch.equal(found.inputs["image"], batch.inputs["image"]) != random
     assert make().search.random_start is True  # as SAAT's code

@@ -13,6 +13,7 @@ from helpers import make_data, small_hasher
 
 from robusthash.apps.experiment.config import ConfigError, make_config
 from robusthash.attacks import Attack, image_threat
+from robusthash.attacks.base import Guide
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.pgd import PGD
 from robusthash.core import registry
@@ -146,7 +147,7 @@ def test_every_pair_is_refused_where_it_is_made_or_trains_a_step(outer: str, att
 
 
 @dataclass(frozen=True)
-class Nearest:
+class Nearest(Guide):
     """The known code that is nearest: one an item, but of which label it is not said."""
 
     def __call__(
@@ -160,7 +161,7 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Declared(Nearest):
-    label_codes: ClassVar[bool] = True
+    label_codes = True
 
 
 @pytest.mark.parametrize("outer", [SAATOuter(), CgATOuter()])

@@ -230,7 +230,7 @@ def test_pgd_starts_where_it_is_told(warm: Hasher, data: RetrievalData) -> None:
     moved = {}
     for random in (False, True):
         attack = inner(objective, steps=1, random_start=random)
-        found, _ = attack.perturb(warm, batch, Goal(batch.labels, -1), reference, draws=Draws(0))
+        found = attack.perturb(warm, batch, Goal(batch.labels, -1), reference, draws=Draws(0))
         moved[random] = ((found.inputs["image"] - batch.inputs["image"]).abs() * 255 / 4).flatten()
 
     def stepped(sizes: Tensor) -> float:

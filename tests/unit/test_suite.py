@@ -19,8 +19,7 @@ from robusthash.attacks.losses import ScaleFree
 from robusthash.attacks.pgd import APGD, Polish
 from robusthash.attacks.published import guided_apgd
 from robusthash.attacks.ranking_losses import guided_targeted_apgd
-from robusthash.attacks.threat_model import Threat, edit_threat, image_threat, threat_on
-from robusthash.attacks.threat_registry import named_threat
+from robusthash.attacks.threat_model import Threat, edit_threat, image_threat, named_threat, threat_on
 from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Inputs
@@ -414,7 +413,7 @@ def test_a_polish_stays_near_where_it_starts(context):
         out = attack(
             context.victim, batch, Goal(batch.labels, -1), context.known(attack), draws=Draws(0), start=start
         )
-        moved[type(search).__name__] = float((out.batch.inputs["image"] - start["image"]).abs().max())
+        moved[type(search).__name__] = float((out.inputs["image"] - start["image"]).abs().max())
     assert moved["Polish"] <= EPS / 10 + 1e-6 < moved["APGD"]
 
 

@@ -23,8 +23,8 @@ from robusthash.attacks.base import Probe, Search
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.pgd import APGD, PGD, RawGradient
+from robusthash.attacks.text_edits import GreedyFlips
 from robusthash.attacks.threat_model import Ball, Edits, Threat, edit_threat, threat_on
-from robusthash.attacks.word_edits import GreedyFlips
 from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal
@@ -100,8 +100,8 @@ def test_a_joint_attack_makes_one_pair_for_all_directions(
     pair = attack(
         context.victim, batch, goal, context.known(attack), draws=Draws(context.seed, ("attack", "0"))
     )
-    assert torch.equal(pair.batch.inputs["image"], found["I2I"].inputs)
-    assert torch.equal(pair.batch.inputs["text"], found["T2T"].inputs)
+    assert torch.equal(pair.inputs["image"], found["I2I"].inputs)
+    assert torch.equal(pair.inputs["text"], found["T2T"].inputs)
 
 
 def test_attacks_harm_the_modality_that_they_change(contexts: dict[str, EvaluationContext]) -> None:

@@ -126,7 +126,7 @@ def test_l1_projection_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyP
     origin = images(count=7)
     moved = origin + torch.randn(origin.shape, generator=torch.Generator().manual_seed(3))
     whole = Ball("l1", 2.0).project(moved, origin)
-    monkeypatch.setattr("robusthash.attacks.threat_model._HELD", 2 * origin[0].numel() * 2)
+    monkeypatch.setattr("robusthash.attacks.budgets._BREAKPOINTS", 2 * origin[0].numel() * 2)
     assert torch.equal(Ball("l1", 2.0).project(moved, origin), whole)
 
 

@@ -21,6 +21,7 @@ from helpers import (
 )
 from torch import Tensor
 
+from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.pgd import PGD
 from robusthash.attacks.published import mainstay
 from robusthash.attacks.threat_model import Threat, edit_threat, image_threat, threat_on
@@ -112,7 +113,7 @@ def test_passes_are_counted(name: str, world: World) -> None:
     attack = replace(make_attack("mainstay", world.objective, slope="one"), search=STEPS[name])
     goal, draws = Goal(world.batch.labels, -1), Draws(0)
     with counted(world.victim) as passes:
-        found, _ = attack.perturb(world.victim, world.batch, goal, world.reference, draws=draws)
+        found = attack.perturb(world.victim, world.batch, goal, world.reference, draws=draws)
     assert (found.forward, found.backward) == (passes.forward, passes.backward)
     assert found.forward >= STEPS[name].steps
 
@@ -139,7 +140,7 @@ def test_every_option_changes_what_is_found(name: str, world: World) -> None:
     def found(search: TransferSteps) -> Tensor:
         return (
             replace(attack, search=search)
-            .perturb(world.victim, world.batch, goal, world.reference, draws=Draws(0))[0]
+            .perturb(world.victim, world.batch, goal, world.reference, draws=Draws(0))
             .inputs["image"]
         )
 
@@ -247,8 +248,8 @@ def test_transfer_refuses_what_it_must_not_know(contexts: dict[str, EvaluationCo
     with pytest.raises(ValueError, match=r"knows surrogates alone \(T\), not W1"):
         transfer(mainstay(), held, batch, goal, draws=Draws(0))
 
-    class Learns:
-        fitted = None
+    class Learns(Mainstay):
+        learns = True
 
     with pytest.raises(ValueError, match="Learns learns on one model"):
         transfer(replace(attack, guide=Learns()), held, batch, goal, draws=Draws(0))

@@ -10,10 +10,9 @@ import torch
 from helpers import image_batch, jolted, linear_hasher, make_data, small_hasher
 from torch import Tensor
 
-from robusthash.attacks.adaptive_losses import GateOpening, OverDraws, RepairMovedLoss
 from robusthash.attacks.base import Probe
 from robusthash.attacks.guides import Own
-from robusthash.attacks.losses import ScaleFree
+from robusthash.attacks.losses import GateOpening, OverDraws, RepairMovedLoss, ScaleFree
 from robusthash.attacks.threat_model import image_threat
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Inputs

@@ -1,6 +1,7 @@
 """Batch -> attacked batch: guides, losses, searches, threats, and the published attacks by name."""
 
-from robusthash.attacks.base import Attack, AttackOutput
+from robusthash.attacks.base import Attack, SearchResult
+from robusthash.attacks.budgets import Ball, Edits, Swaps
 from robusthash.attacks.published import (
     cgat,
     dhta,
@@ -19,18 +20,15 @@ from robusthash.attacks.ranking_losses import (
     soft_ap_apgd,
     wrong_apgd,
 )
+from robusthash.attacks.text_edits import text_edits, token_swaps
 from robusthash.attacks.tha import tha
-from robusthash.attacks.threat_model import Ball, Edits, Threat, image_threat
-from robusthash.attacks.threat_registry import named_threat
-from robusthash.attacks.token_budget import Swaps
-from robusthash.attacks.token_swaps import token_swaps
-from robusthash.attacks.word_edits import text_edits
+from robusthash.attacks.threat_model import Threat, image_threat, named_threat
 
 __all__ = [
     "Attack",
-    "AttackOutput",
     "Ball",
     "Edits",
+    "SearchResult",
     "Swaps",
     "Threat",
     "cgat",

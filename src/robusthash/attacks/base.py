@@ -1,15 +1,17 @@
-"""An attack is guide x loss x search x threat. The model comes in at the call."""
+"""An attack is guide x loss x search x threat; the model comes in at the call."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from robusthash.attacks.threat_model import Threat, per_item
+from robusthash.attacks.budgets import per_item
+from robusthash.attacks.threat_model import Threat
 from robusthash.core.hamming import sign
 from robusthash.core.identity import changes, describe
 from robusthash.core.runtime import Draws
@@ -23,10 +25,13 @@ Select = Callable[[Tensor], Tensor]
 Score = Callable[[Inputs, float], tuple[Tensor, Tensor]]
 """(attacked inputs, progress in [0, 1]) -> ((B,) score to ascend, (B, K) logits)."""
 
+Start = Inputs | None
+"""Feasible inputs that a search starts from; None is its own start."""
+
 
 @dataclass(frozen=True)
 class Probe:
-    """One look at the victim: all that a loss may use."""
+    """One forward pass of the victim: all that a loss may use."""
 
     outputs: Outputs
     inputs: Inputs
@@ -41,70 +46,86 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search came back with. Counts are per query, of the search itself: what a guide asks is not in
-    them."""
+class SearchResult:
+    """Attacked inputs and the cost of the search, per query.
 
-    inputs: Inputs
-    trace: Tensor  # (steps,) mean score before each step
-    forward: int
-    backward: int
-
-
-class Guide(Protocol):
-    """Where the goal lies in Hamming space.
-
-    One whose guidance is a single code of each item, which stands for the goal's labels, says so by an
-    attribute ``label_codes = True``: outer losses that pull attacked items to the guidance need it.
+    Passes and oracle queries are those of the search itself; a guide's own pass and the encoding of ``signs``
+    come on top.
     """
 
+    inputs: Inputs  # of the attacked modalities
+    trace: Tensor  # (steps,) mean score before each step; (0,) of a search by oracle queries
+    forward: int = 0
+    backward: int = 0
+    oracle_queries: int = 0
+    best_after: dict[int, Inputs] = field(
+        default_factory=dict
+    )  # best inputs after a number of oracle queries
+    score: Tensor | None = None  # (B,) of the inputs, as the attacker saw it, of a search by oracle queries
+    guidance: Guidance = field(
+        default_factory=lambda: Guidance(torch.empty(0, 0))
+    )  # empty where there is none
+    signs: Tensor | None = None  # (B, K) code of the inputs, where ``Attack.__call__`` encoded them
+
+
+class Guide(ABC):
+    """Place of the goal in Hamming space.
+
+    ``label_codes``: the guidance is a single code of each item, which stands for the goal's labels; outer
+    losses that pull attacked items to the guidance need it. ``learns``: ``fitted`` must be called for each
+    victim.
+    """
+
+    label_codes: bool = False
+    learns: bool = False
+    fit_steps: int = 0  # that the last fit took
+
+    @abstractmethod
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance: ...
 
+    def fitted(self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws) -> Guide:
+        """The guide with its learning parts trained on this victim; itself where nothing learns."""
+        return self
 
-class Loss(Protocol):
+
+class Loss(ABC):
     """Agreement with the guidance, (B,), larger = nearer; the search ascends ``goal.sign`` times it."""
 
+    @abstractmethod
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor: ...
 
 
-class Search(Protocol):
-    """Ascends a score inside a threat. Per item: no step of one query may depend on another.
+class Search(ABC):
+    """Ascent of a score inside a threat. Per item: no step of one query may depend on another.
 
-    A search of edits instead of steps says so by a class attribute ``edits = True``, one that compares scores
-    of different steps by ``steady = True``, one that needs no gradient by ``by_gradient = False``. One that
-    must look inside what it differentiates offers ``looking(victim) -> Search``, and one whose budget is made
-    for a victim ``bound(threat, victim, data) -> Threat``.
+    ``edits``: it changes words or tokens instead of taking steps. ``steady``: it compares scores of different
+    steps. ``by_gradient``: it differentiates the score.
     """
 
+    steps: int = 1
+    edits: bool = False
+    steady: bool = False
+    by_gradient: bool = True
+
+    @abstractmethod
     def __call__(
-        self,
-        score: Score,
-        batch: Batch,
-        threat: Threat,
-        draws: Draws,
-        select: Select | None,
-        start: Inputs | None,
-    ) -> Found: ...
+        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
+    ) -> SearchResult: ...
+
+    def bound(self, threat: Threat, victim: Hasher, data: RetrievalData) -> Threat:
+        """The threat with a budget made for this victim; itself where none is."""
+        return threat
+
+    def looking(self, victim: Hasher) -> Search:
+        """The search with access to the inside of the victim; itself where the score is enough."""
+        return self
 
 
 def published_slope(progress: float) -> float:
-    """Slope alpha of tanh after a share ``progress`` of the steps: ten equal blocks of 0.1 (x5), .2, .3, .5,
-    .7, 1."""
+    """Slope alpha of tanh at ``progress``: ten equal blocks of 0.1 (x5), .2, .3, .5, .7, 1."""
     return (0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)[min(int(progress * 10 + 1e-9), 9)]
-
-
-@dataclass(frozen=True)
-class AttackOutput:
-    """Attacked inputs and how they were found."""
-
-    batch: Batch
-    guidance: Guidance
-    trace: Tensor
-    forward: int  # per query, of the search; the guide's own look and the encoding of ``signs`` come on top
-    backward: int
-    signs: Tensor  # (B, K) the code of the returned inputs, encoded anew
 
 
 @dataclass(frozen=True)
@@ -112,12 +133,12 @@ class Attack:
     """Guide x loss x search x threat.
 
     Args:
-        slope: ``published`` schedules alpha by the papers' ten blocks, ``one`` keeps alpha = 1.
+        slope: ``published`` schedules alpha by the papers' ten blocks, ``one`` fixes alpha = 1.
         targeted: the goal carries target labels and sign +1.
-        restarts: independent searches, each after the first from a random start; the best by ``select``, else
-            by score, is kept per query.
-        selects: return the point of best reported metric that was seen; the evaluator then hands over
-            ``select``, which needs the database codes (W2). Published attacks return their last point.
+        restarts: independent searches, each after the first from a random start; the best per query by
+            ``select``, else by score, is returned.
+        selects: return the point of best reported metric among those of the search; the evaluator then hands
+            over ``select``, which needs the database codes (W2). Published attacks return their last point.
     """
 
     name: str
@@ -131,49 +152,49 @@ class Attack:
     selects: bool = False
 
     def __post_init__(self) -> None:
+        for part, base in ((self.guide, Guide), (self.loss, Loss), (self.search, Search)):
+            if not isinstance(part, base):
+                name = type(part).__name__
+                raise TypeError(f"{name} is no {base.__name__}; derive it from attacks.base.{base.__name__}")
         if self.selects and self.threat.knowledge != "W2":
-            raise ValueError(
-                f"selecting by the reported metric needs the database codes (W2), not {self.threat.knowledge}"
-            )
+            raise ValueError(f"selecting needs the database codes (W2), not {self.threat.knowledge}")
         if self.restarts < 1:
             raise ValueError(f"restarts must be at least 1, got {self.restarts}")
         if self.slope not in ("published", "one"):
             raise ValueError(f"slope must be 'published' or 'one', got {self.slope!r}")
-        if self.slope != "one" and getattr(self.search, "steady", False):
+        if self.slope != "one" and self.search.steady:
             raise ValueError(
-                f"{type(self.search).__name__} compares scores of different steps, which a scheduled slope changes; "
-                f"give it slope 'one', not {self.slope!r}"
+                f"{type(self.search).__name__} compares scores of different steps, which a scheduled slope "
+                f"changes; give it slope 'one', not {self.slope!r}"
             )
-        if self.threat.edits != getattr(self.search, "edits", False):
+        if self.threat.edits != self.search.edits:
             raise ValueError(
-                f"{type(self.search).__name__} cannot search {self.threat.name}: edit budgets on bags of words take "
-                "the search 'greedy-flips', budgets of token swaps 'greedy-swaps', norm balls any other, and they "
-                "cannot be mixed"
+                f"{type(self.search).__name__} cannot search {self.threat.name}: edit budgets on bags of "
+                "words take the search 'greedy-flips', budgets of token swaps 'greedy-swaps', norm balls any "
+                "other, and they cannot be mixed"
             )
 
     def fit(
         self, victim: Hasher, data: RetrievalData, reference: Reference | None, *, draws: Draws
     ) -> Attack:
-        """The attack with its learning parts trained on this very victim; itself where nothing learns.
+        """The attack with its learning parts trained on this victim; itself where nothing learns.
 
-        A guide that learns offers ``fitted(victim, data, reference, draws) -> Guide``. The evaluator calls
-        this once for a victim, before the first block of queries, with what the threat lets the attacker
-        know.
+        The evaluator calls this once for a victim, with what the threat lets the attacker know.
         """
-        learn, bind = getattr(self.guide, "fitted", None), getattr(self.search, "bound", None)
-        guide = self.guide if learn is None else learn(victim, data, reference, draws.within(self.name))
-        threat = self.threat if bind is None else bind(self.threat, victim, data)
-        return self if learn is None and bind is None else replace(self, guide=guide, threat=threat)
+        guide = self.guide.fitted(victim, data, reference, draws.within(self.name))
+        threat = self.search.bound(self.threat, victim, data)
+        same = guide is self.guide and threat is self.threat
+        return self if same else replace(self, guide=guide, threat=threat)
 
     @property
     def label_codes(self) -> bool:
-        """Whether the guidance is a single code of each item that stands for the goal's labels."""
-        return bool(getattr(self.guide, "label_codes", False))
+        """True where the guidance is a single code of each item that stands for the goal's labels."""
+        return self.guide.label_codes
 
     @property
     def fit_steps(self) -> int:
         """Steps that the guide was fitted with to its victim; 0 where nothing learns."""
-        return int(getattr(self.guide, "fit_steps", 0))
+        return self.guide.fit_steps
 
     @property
     def budget(self) -> str:
@@ -181,30 +202,23 @@ class Attack:
         return f"{self.search}, slope {self.slope}, starts {self.restarts}, {self.threat.knowledge}"
 
     def budget_settings(self) -> dict[str, Any]:
-        """What ``budget`` says, as plain data: by it budgets are compared, whatever the text is."""
+        """``budget`` as plain data, by which budgets are compared."""
         parts = {"slope": self.slope, "restarts": self.restarts, "knowledge": self.threat.knowledge}
         return {"search": describe(self.search), **parts}
 
     def settings(self) -> dict[str, Any]:
-        """What its result depends on, as plain data: names and parameters that are not the default, and the
-        threat."""
+        """Plain data that the result depends on: names, parameters that are not the default, threat."""
         return {**changes(self, skip=("threat",)), "threat": self.threat.settings()}
 
     def aim(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> tuple[Score, Guidance]:
-        """What a search ascends on this victim, and the guidance behind it; the arguments are those of
-        ``perturb``.
-
-        Raises:
-            ValueError: the batch lacks a modality that the threat attacks.
-        """
+        """The score that a search ascends on this victim, and its guidance; arguments as of ``perturb``."""
         missing = [name for name in self.threat.balls if name not in batch.inputs]
         if missing:
             raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")
-        guidance = self.guide(
-            victim, batch.only(self.threat.balls), goal, reference, draws.within(self.name, "guide")
-        )
+        attacked = batch.only(self.threat.balls)
+        guidance = self.guide(victim, attacked, goal, reference, draws.within(self.name, "guide"))
 
         def score(inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
             alpha = published_slope(progress) if self.slope == "published" else 1.0
@@ -223,10 +237,9 @@ class Attack:
         *,
         draws: Draws,
         select: Select | None = None,
-        start: Inputs | None = None,
-    ) -> tuple[Found, Guidance]:
-        """Search for the attacked inputs. The victim is put in eval mode with frozen parameters, and
-        restored.
+        start: Start = None,
+    ) -> SearchResult:
+        """Search for the attacked inputs; the victim is frozen in eval mode meanwhile, and restored.
 
         Args:
             batch: clean items; modalities that the threat does not name are left alone.
@@ -238,16 +251,14 @@ class Attack:
         """
         with frozen(victim), torch.enable_grad():
             score, guidance = self.aim(victim, batch, goal, reference, draws)
-            attacked = batch.only(self.threat.balls)
-            look = getattr(self.search, "looking", None)
-            search: Search = self.search if look is None else look(victim)
-            found = search(score, batch, self.threat, draws.within(self.name, 0), select, start)
+            search = self.search.looking(victim)
+            result = search(score, batch, self.threat, draws.within(self.name, 0), select, start)
             for restart in range(1, self.restarts):
                 scope = draws.within(self.name, restart)
-                elsewhere = self.threat.random_start(attacked.inputs, batch.ids, scope)
-                again = search(score, batch, self.threat, scope, select, elsewhere)
-                found = _better(score, select, found, again)
-        return found, guidance
+                elsewhere = self.threat.random_start(batch.inputs, batch.ids, scope)
+                another = search(score, batch, self.threat, scope, select, elsewhere)
+                result = _better(score, select, result, another)
+        return replace(result, guidance=guidance)
 
     def __call__(
         self,
@@ -258,29 +269,24 @@ class Attack:
         *,
         draws: Draws,
         select: Select | None = None,
-        start: Inputs | None = None,
-    ) -> AttackOutput:
-        """``perturb``, then encode what it returned anew (published loops report the code of one step
-        earlier)."""
-        found, guidance = self.perturb(
-            victim, batch, goal, reference, draws=draws, select=select, start=start
-        )
+        start: Start = None,
+    ) -> SearchResult:
+        """``perturb`` and encode the result again (published loops report the code of one step earlier)."""
+        result = self.perturb(victim, batch, goal, reference, draws=draws, select=select, start=start)
         with frozen(victim), torch.no_grad():
-            signs = sign(next(iter(victim(found.inputs).values())).logits)
-        attacked = batch.with_inputs(found.inputs)
-        return AttackOutput(attacked, guidance, found.trace, found.forward, found.backward, signs)
+            signs = sign(next(iter(victim(result.inputs).values())).logits)
+        return replace(result, signs=signs)
 
 
-def _better(score: Score, select: Select | None, first: Found, second: Found) -> Found:
+def _better(score: Score, select: Select | None, first: SearchResult, second: SearchResult) -> SearchResult:
     """Per query, the better of two searches by ``select`` or, without it, by their final score."""
     with torch.no_grad():
         values = []
-        for found in (first, second):
-            value, logits = score(found.inputs, 1.0)
-            values.append(select(sign(logits)) if select is not None else value)
+        for result in (first, second):
+            value, logits = score(result.inputs, 1.0)
+            values.append(value if select is None else select(sign(logits)))
     win = values[1] > values[0]
-    inputs = {
-        name: torch.where(per_item(win, value), second.inputs[name], value)
-        for name, value in first.inputs.items()
-    }
-    return Found(inputs, first.trace, first.forward + second.forward + 2, first.backward + second.backward)
+    inputs = {n: torch.where(per_item(win, v), second.inputs[n], v) for n, v in first.inputs.items()}
+    return SearchResult(
+        inputs, first.trace, first.forward + second.forward + 2, first.backward + second.backward
+    )

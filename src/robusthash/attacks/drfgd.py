@@ -1,5 +1,4 @@
-"""DRFGD's attack: away from every relevant code, as measured against the mean irrelevant one; swapped, it
-aligns."""
+"""DRFGD's attack: away from every relevant code against the mean irrelevant one; swapped, it aligns."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Attack, Probe
+from robusthash.attacks.base import Attack, Guide, Loss, Probe
 from robusthash.attacks.guides import Own
 from robusthash.attacks.pgd import PGD
 from robusthash.attacks.threat_model import Attacked, threat_on
@@ -21,8 +20,7 @@ from robusthash.models.hasher import Hasher
 
 
 def set_contrast(code: Tensor, guidance: Guidance, tau: float = 0.05, *, mean: bool = True) -> Tensor:
-    """L_Adv = log(1 + sum_p exp((s_p - s_N) / tau)), (B,), lower = farther from the first set (DRFGD, Eq
-    1-2).
+    """(B,) L_Adv = log(1 + sum_p exp((s_p - s_N) / tau)), lower = farther from the first set (Eq 1-2).
 
     s_j = <h, b_j> / 2K is the agreement with item j, up to a constant that cancels: minus the Hamming
     distance over K, summed over the modalities of the item. s_N is the mean over the second set.
@@ -33,21 +31,15 @@ def set_contrast(code: Tensor, guidance: Guidance, tau: float = 0.05, *, mean: b
             first set (its members are pushed away), below 0 in the second, 0 in neither. ``swapped``
             exchanges the sets.
         tau: temperature, 0.05 in the paper.
-        mean: the mean over the first set stands for the printed sum, so that its size does not matter (ours).
-            For an attack by signed steps both are the same; False is as printed, log(1 + |set|) where all s
-            are equal.
-
-    Raises:
-        ValueError: guidance without weights, or a temperature that is not positive.
+        mean: take the mean over the first set instead of the printed sum, so that its size does not matter
+            (ours). For an attack by signed steps both are the same.
     """
     if guidance.weights is None:
         raise ValueError("set-contrast needs a set of codes with signed weights; use the guide 'signed-sets'")
     if not tau > 0.0:
         raise ValueError(f"tau must be positive, got {tau:g}")
     first, second = guidance.weights > 0, (guidance.weights < 0).to(code.dtype)
-    with torch.autocast(
-        code.device.type, enabled=False
-    ):  # bf16 scores over a small tau would be off by whole units
+    with torch.autocast(code.device.type, enabled=False):  # over a small tau bf16 would be off by whole units
         codes = guidance.codes.to(code.dtype)
         scores = code @ codes.T / (2 * codes.shape[1])
         against = (scores * second).sum(1, keepdim=True) / second.sum(1, keepdim=True).clamp_min(1.0)
@@ -65,16 +57,15 @@ def swapped(guidance: Guidance) -> Guidance:
 
 @register("attack-guide", "signed-sets", paper="DRFGD, AAAI 2026", evidence="paper")
 @dataclass(frozen=True)
-class SignedSets:
-    """Reference items that share a label with the goal, 1 / count each, and those that do not, -1 / count
-    each.
+class SignedSets(Guide):
+    """Reference items that share a label with the goal, 1 / count each, and the others, -1 / count each.
 
     The code of an item is the sum over its modalities. A query without a relevant item has its own clean code
     as the only one; without an irrelevant item, the second set is empty and its mean agreement is 0.
 
     Args:
-        most: items of each set that are kept, drawn without replacement, keyed by query (ours; the paper
-            takes all).
+        most: items of each set at most, drawn without replacement, keyed by query (ours; the paper takes
+            all).
     """
 
     most: int = 256
@@ -87,13 +78,11 @@ class SignedSets:
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
         if reference is None or reference.labels is None or goal.labels is None:
-            raise ValueError(
-                "this guide needs labelled reference codes: use a W1 or W2 threat and labelled data"
-            )
+            raise ValueError("this guide needs labelled reference codes: use a W1 or W2 threat and labels")
         codes = torch.stack(list(reference.codes.values())).sum(0)
         positive = relevant(goal.labels, reference.labels)
-        kept = self._drawn(positive, batch, draws.within("relevant"))
-        weights = kept - self._drawn(~positive, batch, draws.within("irrelevant"))
+        towards = self._drawn(positive, batch, draws.within("relevant"))
+        weights = towards - self._drawn(~positive, batch, draws.within("irrelevant"))
         alone = ~positive.any(1)
         if alone.any():
             own = sign(Own()(victim, batch, goal, reference, draws).codes[alone]).to(codes.dtype)
@@ -105,14 +94,14 @@ class SignedSets:
         """(B, M) 1 / count for at most ``most`` items of the mask, 0 elsewhere."""
         rank = draws.uniform(batch.ids, (mask.shape[1],)).masked_fill(~mask, 2.0)
         lowest, rows = rank.topk(min(self.most, mask.shape[1]), dim=1, largest=False)
-        chosen = (lowest < 2.0).float()
-        shares = chosen / chosen.sum(1, keepdim=True).clamp_min(1.0)
+        inside = (lowest < 2.0).float()
+        shares = inside / inside.sum(1, keepdim=True).clamp_min(1.0)
         return torch.zeros_like(rank).scatter(1, rows, shares)
 
 
 @register("attack-loss", "set-contrast", paper="DRFGD, AAAI 2026", evidence="paper")
 @dataclass(frozen=True)
-class SetContrast:
+class SetContrast(Loss):
     """``set_contrast`` of the attacked code; descended (goal sign -1) it leaves the relevant codes."""
 
     tau: float = 0.05

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Found, Score, Search, Select
-from robusthash.attacks.threat_model import Ball, Budget, Threat
+from robusthash.attacks.base import Score, Search, SearchResult, Select, Start
+from robusthash.attacks.budgets import Ball, Budget
+from robusthash.attacks.threat_model import Threat
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Batch, Inputs
+from robusthash.core.types import Batch
 from robusthash.models.block_dct import BlockDCT
 
 Band = Literal["low", "mid", "high"]
@@ -20,13 +21,9 @@ BANDS: tuple[Band, ...] = get_args(Band)
 
 
 def band_mask(band: Band, block: int = 8) -> Tensor:
-    """(n, n) bool: the frequencies (u, v) of a band of n x n blocks, thirds of the diagonals u + v = 0 .. 2
-    (n - 1).
+    """(n, n) bool: the frequencies (u, v) of a band of n x n blocks, thirds of u + v = 0 .. 2n - 2.
 
     With n = 8: low u + v <= 4 (15 of 64), mid 5..9 (34), high >= 10 (15).
-
-    Raises:
-        ValueError: an unknown band, or blocks too small for three.
     """
     if band not in BANDS:
         raise ValueError(f"band must be one of {', '.join(BANDS)}, got {band!r}")
@@ -39,11 +36,11 @@ def band_mask(band: Band, block: int = 8) -> Tensor:
 
 @dataclass(frozen=True)
 class BandBall(Ball):
-    """The same ball for perturbations whose coefficients outside a band are 0.
+    """A ball of perturbations whose coefficients outside a band are 0.
 
-    A step and a perturbation are projected onto the band, an orthogonal projection, and then into the ball
-    and the range. Clipping is last, so that nothing leaves the ball; what it cuts off at the corners spills
-    into other bands.
+    Steps and perturbations are projected onto the band, an orthogonal projection, then into ball and range.
+    Clipping is last, so that nothing leaves the ball; what it cuts off at the corners spills into other
+    bands.
 
     Raises:
         ValueError: an ``l1`` ball; at the first image whose sides are not multiples of the block.
@@ -55,61 +52,41 @@ class BandBall(Ball):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.norm == "l1":
-            raise ValueError(
-                "a band of frequency spreads over all pixels, and an l1 ball keeps few; take linf or l2"
-            )
+            raise ValueError("a band spreads over all pixels, and an l1 ball changes few; take linf or l2")
         band_mask(self.band, self.block)
 
-    def kept(self, delta: Tensor) -> Tensor:
+    def in_band(self, delta: Tensor) -> Tensor:
         """(B, C, H, W) -> the part of it that lies in the band."""
         dct = BlockDCT(self.block).to(delta)
         z = dct(delta) * band_mask(self.band, self.block).to(delta)
         return dct.inverse(z, *delta.shape[2:])
 
     def project(self, x: Tensor, origin: Tensor) -> Tensor:
-        return super().project(origin + self.kept(x - origin), origin)
+        return super().project(origin + self.in_band(x - origin), origin)
 
     def steepest(self, grad: Tensor, at: Tensor | None = None) -> Tensor:
-        """The step of the ball's norm along the gradient in the band, itself in the band: it still
-        ascends."""
-        inside = super().steepest(self.kept(grad))
-        return self.kept(inside) if self.norm == "linf" else inside
+        """The step of the norm along the gradient in the band, itself in the band: it still ascends."""
+        step = super().steepest(self.in_band(grad))
+        return self.in_band(step) if self.norm == "linf" else step
 
 
 @register("attack-search", "banded")
 @dataclass(frozen=True)
-class Banded:
-    """A search whose perturbation of the image stays in one band; the threat, and what is verified, are as
-    before.
-
-    Args:
-        search: any search of norm balls.
-        band: ``low``, ``mid`` or ``high``.
-        block: side of the blocks of the DCT, as the gate's.
-
-    Raises:
-        ValueError: a search of edits, or a threat that has no norm ball around images.
-    """
+class Banded(Search):
+    """A search of norm balls whose perturbation of the image stays in one band of the DCT."""
 
     search: Search
     band: Band
     block: int = 8
-    edits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         band_mask(self.band, self.block)
-        if getattr(self.search, "edits", False):
+        if self.search.edits:
             raise ValueError(f"{type(self.search).__name__} edits words, which have no bands of frequency")
 
     def __call__(
-        self,
-        score: Score,
-        batch: Batch,
-        threat: Threat,
-        draws: Draws,
-        select: Select | None,
-        start: Inputs | None,
-    ) -> Found:
+        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
+    ) -> SearchResult:
         ball = threat.balls.get("image")
         if not isinstance(ball, Ball):
             raise ValueError(f"bands of frequency belong to images, and {threat.name} does not attack them")

@@ -1,13 +1,14 @@
-"""Guides: which code, or which set of codes, an attack moves away from or towards."""
+"""Guides: the code, or the set of codes, that an attack moves away from or towards."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from robusthash.attacks.base import Guide
 from robusthash.core.hamming import sign
 from robusthash.core.labels import cosine, overlap, relevant
 from robusthash.core.registry import register
@@ -17,12 +18,7 @@ from robusthash.models.hasher import Hasher
 
 
 def known(reference: Reference | None, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes (M, K), their labels (M, C), goal labels (B, C)); codes of several modalities are put end to
-    end.
-
-    Raises:
-        ValueError: where the guide needs labels or codes that the attacker does not have.
-    """
+    """(codes (M, K), their labels (M, C), goal labels (B, C)); codes of several modalities end to end."""
     if reference is None or reference.labels is None or goal.labels is None:
         raise ValueError("this guide needs labelled reference codes: use a W1 or W2 threat and labelled data")
     codes = torch.cat(list(reference.codes.values()))
@@ -31,7 +27,7 @@ def known(reference: Reference | None, goal: Goal) -> tuple[Tensor, Tensor, Tens
 
 @register("attack-guide", "none", supervised=False)
 @dataclass(frozen=True)
-class Unguided:
+class Unguided(Guide):
     """For losses that need no code: an empty guidance, hence no representative MAP."""
 
     def __call__(
@@ -42,33 +38,27 @@ class Unguided:
 
 @register("attack-guide", "own", paper="HAG 2020", supervised=False)
 @dataclass(frozen=True)
-class Own:
-    """The query's own clean relaxed code, averaged where image and text are attacked together: needs no
-    labels."""
+class Own(Guide):
+    """The query's own clean relaxed code, averaged where image and text are attacked together; no labels."""
 
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
         with torch.no_grad():
-            return Guidance(
-                torch.stack([output.relaxed() for output in victim(batch.inputs).values()]).mean(0)
-            )
+            codes = [output.relaxed() for output in victim(batch.inputs).values()]
+            return Guidance(torch.stack(codes).mean(0))
 
 
 @register("attack-guide", "positives", paper="SDHA 2021")
 @dataclass(frozen=True)
-class Positives:
-    """All reference codes that share a label with the goal, as a set: weights (B, M) are 1 / count, 0
-    elsewhere.
-
-    A query without any has its own clean code as the only one.
-    """
+class Positives(Guide):
+    """All reference codes that share a label with the goal, weighted 1 / count; else the own clean code."""
 
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
-        codes, labels, wanted = known(reference, goal)
-        positive = relevant(wanted, labels).float()
+        codes, labels, goal_labels = known(reference, goal)
+        positive = relevant(goal_labels, labels).float()
         alone = positive.sum(1) == 0
         if alone.any():
             own = sign(Own()(victim, batch, goal, reference, draws).codes[alone])
@@ -79,35 +69,28 @@ class Positives:
 
 @register("attack-guide", "anchor", paper="DHTA 2020", targeted=True)
 @dataclass(frozen=True)
-class Anchor:
+class Anchor(Guide):
     """Component voting over ``items`` random reference codes with exactly the target labels (9: DHTA, 1:
     P2P).
 
     Drawn without replacement, keyed by query; all of them where fewer exist (published copies draw with
-    replacement). A vote of 0 is +1.
-
-    Where no reference item has exactly these labels, which the papers exclude, those vote that have all of
-    them (and more), else those that share any. Targets are label sets of the database, so an attack that
-    knows it (W2) gets there only with the stand-in of a query that has no possible target, which is left out
-    when scored.
-
-    Raises:
-        ValueError: where no reference item shares a label with the target.
+    replacement). A vote of 0 is +1. Where no reference item has exactly these labels, which the papers
+    exclude, those vote that have all of them (and more), else those that share any.
     """
 
     items: int = 9
-    label_codes: ClassVar[bool] = True
+    label_codes = True
 
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
-        codes, labels, wanted = known(reference, goal)
-        voters = self._voters(wanted, labels)
+        codes, labels, goal_labels = known(reference, goal)
+        voters = self._voters(goal_labels, labels)
         if not voters.any(1).all():
             row = int(torch.nonzero(~voters.any(1))[0])
             raise ValueError(
-                f"no reference item shares a label with the target of query {int(batch.ids[row])}; give the attack "
-                "knowledge of the database, whose label sets the targets are (W2)"
+                f"no reference item shares a label with the target of query {int(batch.ids[row])}; give the "
+                "attack knowledge of the database, whose label sets the targets are (W2)"
             )
         rank = draws.uniform(batch.ids, (len(codes),)).masked_fill(~voters, 2.0)
         drawn, rows = rank.topk(min(self.items, len(codes)), dim=1, largest=False)
@@ -115,10 +98,9 @@ class Anchor:
         return Guidance(sign(votes))
 
     @staticmethod
-    def _voters(wanted: Tensor, labels: Tensor) -> Tensor:
-        """(B, M) bool: the items with exactly the wanted labels; where there are none, with all; else with
-        any."""
-        shared, size = overlap(wanted, labels), wanted.sum(1, keepdim=True)
+    def _voters(targets: Tensor, labels: Tensor) -> Tensor:
+        """(B, M) bool: items with exactly the target labels; without any, those with all; else with any."""
+        shared, size = overlap(targets, labels), targets.sum(1, keepdim=True)
         every = (shared == size) & (size > 0)
         voters = every & (labels.sum(1) == size)
         for wider in (every, shared > 0):
@@ -126,16 +108,17 @@ class Anchor:
         return voters
 
 
+MainstayWeights = Literal["code", "paper", "cgat"]
+
+
 def mainstay_code(
-    wanted: Tensor, codes: Tensor, labels: Tensor, weights: Literal["code", "paper", "cgat"] = "code"
+    goal_labels: Tensor, codes: Tensor, labels: Tensor, weights: MainstayWeights = "code"
 ) -> Tensor:
-    """The mainstay code of each label vector: sgn(sum_P w b - sum_N w b), which minimises the weighted
-    distance sum.
+    """The mainstay code of each label vector: sgn(sum_P w b - sum_N w b), of least weighted distance sum.
 
     Args:
-        wanted: (B, C) label vectors; no image is needed.
-        codes: (M, K) reference codes in {-1, +1}.
-        labels: (M, C) their labels.
+        goal_labels: (B, C) label vectors; no image is needed.
+        codes, labels: (M, K) reference codes in {-1, +1} and their (M, C) labels.
         weights: of the positives, with s the cosine of label vectors. ``code``: s / sum s (SAAT's code, most
             likely behind its numbers); ``paper``: s / count (TIFS 2023); ``cgat``: 1 / count (CgAT's code).
             Negatives always weigh 1 / count. On single-label data the three coincide.
@@ -144,10 +127,10 @@ def mainstay_code(
         (B, K) in {-1, +1}; a sum within rounding (1e-6 of at most 2) of zero is a tie and gives +1, so that
         neither the order of the bank nor the batch size decides a bit.
     """
-    if weights not in ("code", "paper", "cgat"):
+    if weights not in get_args(MainstayWeights):
         raise ValueError(f"mainstay weights must be 'code', 'paper' or 'cgat', got {weights!r}")
     with torch.autocast(codes.device.type, enabled=False):  # rounding to bf16 would decide bits
-        similarity = cosine(wanted, labels)
+        similarity = cosine(goal_labels, labels)
         positive = (similarity > 0).float()
         pull = positive if weights == "cgat" else similarity
         weight = positive if weights == "paper" else pull
@@ -161,29 +144,28 @@ def mainstay_code(
 
 @register("attack-guide", "mainstay", paper="SAAT, TIFS 2023", evidence="paper+code")
 @dataclass(frozen=True)
-class Mainstay:
-    """The mainstay code of the goal's labels over the reference codes (SAAT; with ``cgat`` weights CgAT's
-    center)."""
+class Mainstay(Guide):
+    """The mainstay code of the goal's labels over the reference codes (SAAT)."""
 
-    weights: Literal["code", "paper", "cgat"] = "code"
-    label_codes: ClassVar[bool] = True
+    weights: MainstayWeights = "code"
+    label_codes = True
 
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
-        codes, labels, wanted = known(reference, goal)
-        return Guidance(mainstay_code(wanted, codes, labels, self.weights))
+        codes, labels, goal_labels = known(reference, goal)
+        return Guidance(mainstay_code(goal_labels, codes, labels, self.weights))
 
 
 @register("attack-guide", "center", paper="CgAT, WWW 2023", evidence="paper+code")
 @dataclass(frozen=True)
-class Center:
+class Center(Guide):
     """CgAT's center code: mean of the positives minus mean of the negatives, signed.
 
     Differs: an item without labels counts as a negative (the released code divides 0 by 0 there).
     """
 
-    label_codes: ClassVar[bool] = True
+    label_codes = True
 
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws

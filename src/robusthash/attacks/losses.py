@@ -1,14 +1,18 @@
-"""Attack losses: agreement of the attacked code with the guidance, (B,), larger = nearer."""
+"""Attack losses: agreement of the attacked code with the guidance, (B,), larger = nearer.
+
+At the end those of adaptive attacks: what an attacker adds who knows the defense.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Probe
+from robusthash.attacks.base import Loss, Probe
+from robusthash.attacks.frequency_bands import BANDS, Band, band_mask
 from robusthash.core.hamming import sign
 from robusthash.core.identity import name_of
 from robusthash.core.registry import register
@@ -18,7 +22,7 @@ from robusthash.objectives.base import HashObjective
 
 @register("attack-loss", "agreement", paper="SAAT, TIFS 2023; DHTA, ECCV 2020")
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Loss):
     """(1/K) sum_k h'_k b_k: the linear loss of SAAT's paper, CgAT, P2P and DHTA."""
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
@@ -27,7 +31,7 @@ class Agreement:
 
 @register("attack-loss", "masked", paper="SAAT code", evidence="paper+code")
 @dataclass(frozen=True)
-class MaskedAgreement:
+class MaskedAgreement(Loss):
     """SAAT's code: sum W (p^2 + 2p) / max(1, sum W) with p_k = h'_k b_k, over bits that are not yet done.
 
     Args:
@@ -50,12 +54,12 @@ class MaskedAgreement:
 
 @register("attack-loss", "hag", paper="Yang et al., IEEE Trans. Cybernetics 2020", evidence="paper+code")
 @dataclass(frozen=True)
-class HAGLoss:
+class HAGLoss(Loss):
     """HAG: (masked mean of h' h + 1)^2 + (mean of masked h')^2, by the SAAT re-implementation.
 
-    The mask keeps bits not yet flipped enough: |h'_k - sgn h_k| < 1 + margin. The clean code enters as the
-    continuous tanh. An empty mask leaves (0 + 1)^2 with no gradient: the loss is not monotone in success, so
-    never stop by it.
+    The mask selects bits not yet flipped enough: |h'_k - sgn h_k| < 1 + margin. The clean code enters as the
+    continuous tanh. An empty mask leaves (0 + 1)^2 with no gradient: not monotone in success, so never stop
+    by it.
     """
 
     margin: float = 0.5
@@ -70,12 +74,12 @@ class HAGLoss:
 
 @register("attack-loss", "sdha", paper="Lu et al., ICMR 2021", evidence="paper+code")
 @dataclass(frozen=True)
-class SDHALoss:
+class SDHALoss(Loss):
     """SDHA: away from every relevant code at once, weighted by distance^-1/2, with gated bit distances.
 
-    d(q, r) = sum_k [0.5 |q_k - r_k| sigma(s q_k r_k) + 1 - sigma(s q_k r_k)], s = 5; agreement is
-    -(25 / K) mean_r w_r d(q, r) + MSE(x', x), descended. Codes are binary, so the sum over relevant codes
-    aggregates exactly to two weights a bit, and the cost is O(K) a query once distances are known.
+    d(q, r) = sum_k [0.5 |q_k - r_k| sigma(s q_k r_k) + 1 - sigma(s q_k r_k)], s = 5; agreement is -(25 / K)
+    mean_r w_r d(q, r) + MSE(x', x), descended. Codes are binary, so the sum over relevant codes is exactly
+    two weights a bit, and the cost is O(K) a query once distances are known.
 
     Differs: the distance in the weight is clamped at 0.5 (1e-8 in the code lets one exact match dominate).
     """
@@ -88,9 +92,7 @@ class SDHALoss:
         if positive is None:
             raise ValueError("SDHA needs a set of codes with weights; use the guide 'positives'")
         if not all(value.is_floating_point() for value in probe.inputs.values()):
-            raise ValueError(
-                "SDHA weighs the size of the change, which token ids do not have; use another 'like'"
-            )
+            raise ValueError("SDHA weighs the size of the change, which token ids do not have")
         with torch.no_grad():
             distances = (codes.shape[1] - sign(q) @ codes.T) / 2
             weights = positive * distances.clamp_min(0.5).rsqrt()
@@ -98,10 +100,8 @@ class SDHALoss:
             minus = weights.sum(1, keepdim=True) - plus
         surrogate = (plus * self._bit(q) + minus * self._bit(-q)).sum(1)
         origin = probe.origin.inputs
-        change = torch.stack(
-            [(v - origin[n]).flatten(1).square().mean(1) for n, v in probe.inputs.items()]
-        ).sum(0)
-        return change - self.strength / codes.shape[1] * surrogate
+        changes = [(v - origin[n]).flatten(1).square().mean(1) for n, v in probe.inputs.items()]
+        return torch.stack(changes).sum(0) - self.strength / codes.shape[1] * surrogate
 
     def _bit(self, product: Tensor) -> Tensor:
         """d(q, r) of one bit as a function of q r: 0.0067 at 1, 0.75 at 0, 1 at -1."""
@@ -111,8 +111,8 @@ class SDHALoss:
 
 @register("attack-loss", "scale-free")
 @dataclass(frozen=True)
-class ScaleFree:
-    """mean_k tanh(t_k u_k / s) with s the item's median |u|, held constant: a house loss on the logits.
+class ScaleFree(Loss):
+    """mean_k tanh(t_k u_k / s) on the logits u, s the item's median |u|, held constant. Ours.
 
     Multiplying all logits by any factor changes nothing, so saturated models cannot hide.
     """
@@ -122,8 +122,7 @@ class ScaleFree:
 
 
 def soft_bits(probe: Probe) -> Tensor:
-    """(B, K) tanh(u / s) with s the item's median |u|, held constant; u is averaged over the attacked
-    modalities."""
+    """(B, K) tanh(u / s), s the item's median |u| held constant, u the mean over attacked modalities."""
     logits = torch.stack([output.logits for output in probe.outputs.values()]).mean(0)
     size = logits.detach().abs().median(1, keepdim=True).values.clamp_min(1e-12)
     return torch.tanh(logits / size)
@@ -131,9 +130,8 @@ def soft_bits(probe: Probe) -> Tensor:
 
 @register("attack-loss", "objective", paper="Madry et al., ICLR 2018", evidence="paper")
 @dataclass(frozen=True)
-class ObjectiveLoss:
-    """Minus the training objective's similarity loss against the reference codes (FGSM / PGD on a hashing
-    loss).
+class ObjectiveLoss(Loss):
+    """Minus the objective's similarity loss against the reference codes (FGSM / PGD on a hashing loss).
 
     The regularisation term is left out: its gradient only drives |h| down.
     """
@@ -147,9 +145,7 @@ class ObjectiveLoss:
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         reference, labels = probe.reference, probe.goal.labels
         if reference is None or reference.labels is None or labels is None:
-            raise ValueError(
-                "an attack on the objective needs labelled reference codes: use a W1 or W2 threat"
-            )
+            raise ValueError("the objective needs labelled reference codes: use a W1 or W2 threat")
         codes = torch.cat(list(reference.codes.values()))
         code_labels = reference.labels.repeat(len(reference.codes), 1)
         values = [self.objective.similarity(o, labels, codes, code_labels) for o in probe.outputs.values()]
@@ -160,10 +156,74 @@ MaskedForm = Literal["linear", "code", "mirror"]
 
 
 def mainstay_loss(form: MaskedForm, targeted: bool) -> Agreement | MaskedAgreement:
-    """The loss of the mainstay attack: ``linear`` (paper, default), ``code``, or ``mirror`` (targeted
-    only)."""
+    """The loss of the mainstay attack: ``linear`` (paper, default), ``code``, or ``mirror`` (if targeted)."""
     if form == "linear":
         return Agreement()
     if form == "code" or (form == "mirror" and targeted):
         return MaskedAgreement(targeted, mirror=form == "mirror")
     raise ValueError(f"form must be 'linear', 'code' or (targeted) 'mirror', got {form!r}")
+
+
+@register("attack-loss", "gate-opening")
+@dataclass(frozen=True)
+class GateOpening(Loss):
+    """The loss of an attack, and a reward of ``weight`` times the mean gate of the attacked bands.
+
+    A spectral gate that is open lets a perturbation pass (SAAH). The reward is ascended whatever the goal.
+    """
+
+    weight: float = 1.0
+    bands: tuple[Band, ...] = BANDS
+    inner: Loss = field(default_factory=ScaleFree)
+
+    def __post_init__(self) -> None:
+        if not self.bands or set(self.bands) - set(BANDS):
+            raise ValueError(f"bands must be some of {', '.join(BANDS)}, got {self.bands}")
+
+    def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
+        gates = [output.aux["gate"] for output in probe.outputs.values() if "gate" in output.aux]
+        if not gates:
+            raise ValueError("'gate-opening' needs a victim that shows a gate, such as 'spectral-gate'")
+        means = []
+        for gate in gates:
+            masks = [band_mask(band, gate.shape[-1]) for band in self.bands]
+            inside = torch.stack(masks).any(0).to(gate.device)
+            means.append(gate[..., inside].flatten(1).mean(1))
+        # the search ascends goal.sign times this, so the sign cancels
+        return self.inner(probe, guidance) + probe.goal.sign * self.weight * torch.stack(means).mean(0)
+
+
+@register("attack-loss", "repair-moved", supervised=False)
+@dataclass(frozen=True)
+class RepairMovedLoss(Loss):
+    """|P(x') - P(x)|^2, as the view RepairMoved shows it: away from the purified clean input.
+
+    Its gradient at the clean input is zero: start at random.
+    """
+
+    def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
+        moved = [output.aux["moved"] for output in probe.outputs.values() if "moved" in output.aux]
+        if not moved:
+            raise ValueError("the loss 'repair-moved' needs the view RepairMoved of a victim with a purifier")
+        return probe.goal.sign * torch.stack(moved).sum(0)
+
+
+@register("attack-loss", "over-draws")
+@dataclass(frozen=True)
+class OverDraws(Loss):
+    """The mean of a loss over samples of a random victim (EOT; Athalye et al., ICML 2018)."""
+
+    inner: Loss = field(default_factory=ScaleFree)
+
+    def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
+        outputs = probe.outputs.items()
+        if not all("draws" in output.aux for _, output in outputs):
+            raise ValueError("'over-draws' needs a view that shows its samples: NoiseAveraged or MaskNoise")
+        values = []
+        for sample in range(min(len(output.aux["draws"]) for _, output in outputs)):
+            drawn = {
+                n: replace(o, logits=o.aux["draws"][sample], code=o.aux["draws/code"][sample])
+                for n, o in outputs
+            }
+            values.append(self.inner(replace(probe, outputs=drawn), guidance))
+        return torch.stack(values).mean(0)

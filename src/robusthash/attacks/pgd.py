@@ -1,5 +1,4 @@
-"""The search engine: PGD with momentum, APGD, raw gradient (SGD or Adam). One step is one forward and one
-backward."""
+"""Gradient searches: PGD, APGD, raw gradient by SGD or Adam; a step is a forward and a backward pass."""
 
 from __future__ import annotations
 
@@ -10,15 +9,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Found, Score, Select
-from robusthash.attacks.threat_model import Threat, per_item
+from robusthash.attacks.base import Score, Search, SearchResult, Select, Start
+from robusthash.attacks.budgets import per_item
+from robusthash.attacks.threat_model import Threat
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Inputs
 
 
-def _ascend(score: Score, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor, Inputs]:
+def ascend(score: Score, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor, Inputs]:
     """Score, logits and the gradient of the score to the inputs alone.
 
     Raises:
@@ -32,36 +32,64 @@ def _ascend(score: Score, inputs: Inputs, progress: float) -> tuple[Tensor, Tens
     return value.detach(), logits.detach(), dict(zip(leaves, grads, strict=True))
 
 
-def _start(batch: Batch, threat: Threat, draws: Draws, random: bool, start: Inputs | None) -> Inputs:
+def starting_point(batch: Batch, threat: Threat, draws: Draws, start: Start, random: bool = False) -> Inputs:
+    """``start`` brought into the threat; without it the clean inputs, or random ones."""
     origin = {name: batch.inputs[name] for name in threat.balls}
     if start is not None:
         return threat.project(start, origin)
-    return threat.random_start(origin, batch.ids, draws) if random else dict(origin)
+    return threat.random_start(origin, batch.ids, draws) if random else origin
 
 
-def _rows(mask: Tensor, yes: Inputs, no: Inputs) -> Inputs:
+def rows_where(mask: Tensor, yes: Inputs, no: Inputs) -> Inputs:
     """Per item: ``yes`` where ``mask`` (B,), else ``no``."""
     return {n: torch.where(per_item(mask, v), yes[n], v) for n, v in no.items()}
 
 
 @dataclass
-class _Best:
-    """Per item, the point of highest value seen."""
+class Best:
+    """Per item, the point of highest value so far."""
 
     value: Tensor
     inputs: Inputs
 
     def offer(self, value: Tensor, inputs: Inputs) -> Tensor:
-        """Keep what is better; returns where it was, (B,) bool."""
+        """Take what is better; returns where it was, (B,) bool."""
         better = value > self.value
         self.value = torch.where(better, value, self.value)
-        self.inputs = _rows(better, inputs, self.inputs)
+        self.inputs = rows_where(better, inputs, self.inputs)
         return better
+
+
+class Selection:
+    """Per item, the point of best reported metric among those offered; idle where there is no ``select``."""
+
+    def __init__(self, select: Select | None) -> None:
+        self.select = select
+        self.best: Best | None = None
+
+    def offer(self, logits: Tensor, inputs: Inputs) -> None:
+        """Rate a point by the metric of its logits."""
+        if self.select is None:
+            return
+        value = self.select(sign(logits))
+        if self.best is None:
+            self.best = Best(value, dict(inputs))
+        else:
+            self.best.offer(value, inputs)
+
+    def conclude(self, score: Score, last: Inputs) -> tuple[Inputs, int]:
+        """The point to return, with ``last`` offered as well, and the forward passes that this took."""
+        if self.select is None:
+            return last, 0
+        with torch.no_grad():
+            self.offer(score(last, 1.0)[1], last)
+        assert self.best is not None
+        return self.best.inputs, 1
 
 
 @register("attack-search", "pgd", paper="Madry et al., ICLR 2018", evidence="paper")
 @dataclass(frozen=True)
-class PGD:
+class PGD(Search):
     """Fixed steps along the norm's steepest direction, each projected; returns its last point.
 
     Args:
@@ -70,7 +98,7 @@ class PGD:
             budget.
         momentum: decay of the L1-normalised gradient (MI-FGSM); 0 is plain PGD.
         random_start: start uniformly in the ball instead of at the clean input.
-        select_every: with ``select``, how often the metric is looked at; the best such point is returned.
+        select_every: with ``select``, steps between two looks at the metric; the best such point is returned.
     """
 
     steps: int = 100
@@ -84,50 +112,31 @@ class PGD:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def __call__(
-        self,
-        score: Score,
-        batch: Batch,
-        threat: Threat,
-        draws: Draws,
-        select: Select | None,
-        start: Inputs | None,
-    ) -> Found:
+        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
+    ) -> SearchResult:
         origin = {name: batch.inputs[name] for name in threat.balls}
-        x = _start(batch, threat, draws, self.random_start, start)
-        trace, speed, best = [], None, None
+        x = starting_point(batch, threat, draws, start, self.random_start)
+        trace, selection = [], Selection(select)
+        speed = {n: torch.zeros_like(v) for n, v in x.items()}
         for step in range(self.steps):
-            value, logits, grad = _ascend(score, x, step / self.steps)
+            value, logits, grad = ascend(score, x, step / self.steps)
             trace.append(value.mean())
-            if select is not None and step % self.select_every == 0:
-                best = _offered(best, select(sign(logits)), x)
+            if step % self.select_every == 0:
+                selection.offer(logits, x)
             if self.momentum:
                 unit = {
                     n: g / per_item(g.abs().flatten(1).sum(1).clamp_min(1e-12), g) for n, g in grad.items()
                 }
-                speed = unit if speed is None else {n: self.momentum * speed[n] + g for n, g in unit.items()}
-                grad = speed
+                grad = speed = {n: self.momentum * speed[n] + g for n, g in unit.items()}
             direction = threat.steepest(grad, x)
-            x = threat.project(
-                {n: x[n] + self.step_size * threat.ratio(n) * d for n, d in direction.items()}, origin
-            )
-        forward = self.steps
-        if select is not None:
-            with torch.no_grad():
-                best = _offered(best, select(sign(score(x, 1.0)[1])), x)
-            x, forward = best.inputs, forward + 1
-        return Found(x, torch.stack(trace), forward, self.steps)
-
-
-def _offered(best: _Best | None, value: Tensor, inputs: Inputs) -> _Best:
-    if best is None:
-        return _Best(value, dict(inputs))
-    best.offer(value, inputs)
-    return best
+            ahead = {n: x[n] + self.step_size * threat.ratio(n) * d for n, d in direction.items()}
+            x = threat.project(ahead, origin)
+        x, extra = selection.conclude(score, x)
+        return SearchResult(x, torch.stack(trace), self.steps + extra, self.steps)
 
 
 def apgd_checkpoints(steps: int) -> list[int]:
-    """Steps at which APGD looks back: p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03,
-    0.06)."""
+    """Checkpoints: p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06) of the steps."""
     shares = [0.0, 0.22]
     while shares[-1] + 1e-9 < 1.0:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
@@ -136,20 +145,20 @@ def apgd_checkpoints(steps: int) -> list[int]:
 
 @register("attack-search", "apgd", paper="Croce & Hein, ICML 2020", evidence="paper")
 @dataclass(frozen=True)
-class APGD:
-    """Step-size-free PGD: step, momentum, best point and restart from it are kept per item.
+class APGD(Search):
+    """Step-size-free PGD: step, momentum, best point and restart from it go by item.
 
     Starts with step 2 eps; at a checkpoint a step is halved where fewer than ``rho`` of the steps since the
     last one went up, or where neither step nor best value changed since; the item then goes on from its best
-    point. Momentum 0.75 after the first step. Needs a score that does not change with progress, so ``slope``
-    must be ``one``.
+    point. Momentum 0.75 after the first step. The score must not change with progress, so ``slope`` must be
+    ``one``.
     """
 
     steps: int = 100
     rho: float = 0.75
     random_start: bool = False
     select_every: int = 10
-    steady: ClassVar[bool] = True
+    steady = True
     first_step: ClassVar[float] = 2.0  # in units of each ball's eps
 
     def __post_init__(self) -> None:
@@ -157,27 +166,19 @@ class APGD:
             raise ValueError(f"APGD needs at least 2 steps, got {self.steps}")
 
     def __call__(
-        self,
-        score: Score,
-        batch: Batch,
-        threat: Threat,
-        draws: Draws,
-        select: Select | None,
-        start: Inputs | None,
-    ) -> Found:
+        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
+    ) -> SearchResult:
         origin = {name: batch.inputs[name] for name in threat.balls}
-        x = _start(batch, threat, draws, self.random_start, start)
-        value, logits, grad = _ascend(score, x, 1.0)
-        trace = [value.mean()]
-        best, best_grad = _Best(value, x), grad
-        chosen = _Best(select(sign(logits)), x) if select is not None else None
+        x = starting_point(batch, threat, draws, start, self.random_start)
+        value, logits, grad = ascend(score, x, 1.0)
+        trace, selection = [value.mean()], Selection(select)
+        selection.offer(logits, x)
+        best, best_grad = Best(value, x), grad
         step = torch.full_like(value, self.first_step)
-        previous_x, previous_value = x, value
+        previous_x, previous_value, best_before = x, value, value
         went_up = torch.zeros_like(value)
         halved_before = torch.ones_like(value, dtype=torch.bool)
-        value_before = best.value.clone()
-        checkpoints = apgd_checkpoints(self.steps)
-        last = 0
+        checkpoints, last = apgd_checkpoints(self.steps), 0
         for t in range(1, self.steps):
             weight = 1.0 if t == 1 else 0.75
             direction = threat.steepest(grad, x)
@@ -185,41 +186,36 @@ class APGD:
             ahead = threat.project(ahead, origin)
             mixed = {n: x[n] + weight * (ahead[n] - x[n]) + (1 - weight) * (x[n] - previous_x[n]) for n in x}
             previous_x, x = x, threat.project(mixed, origin)
-            value, logits, grad = _ascend(score, x, 1.0)
+            value, logits, grad = ascend(score, x, 1.0)
             trace.append(value.mean())
             went_up += value > previous_value
             previous_value = value
             better = best.offer(value, x)
-            best_grad = _rows(better, grad, best_grad)
-            if (
-                chosen is not None
-                and select is not None
-                and (t % self.select_every == 0 or t in checkpoints or t == self.steps - 1)
-            ):
-                chosen.offer(select(sign(logits)), x)
+            best_grad = rows_where(better, grad, best_grad)
+            if t % self.select_every == 0 or t in checkpoints or t == self.steps - 1:
+                selection.offer(logits, x)
             if t in checkpoints:
-                stuck = ~halved_before & (best.value <= value_before)
+                stuck = ~halved_before & (best.value <= best_before)
                 halve = (went_up < self.rho * (t - last)) | stuck
                 step = torch.where(halve, step / 2, step)
-                x, grad = _rows(halve, best.inputs, x), _rows(halve, best_grad, grad)
+                x, grad = rows_where(halve, best.inputs, x), rows_where(halve, best_grad, grad)
                 previous_value = torch.where(halve, best.value, previous_value)
-                halved_before, value_before, last = halve, best.value.clone(), t
+                halved_before, best_before, last = halve, best.value, t
                 went_up.zero_()
-        found = best.inputs if chosen is None else chosen.inputs
-        return Found(found, torch.stack(trace), self.steps, self.steps)
+        inputs = best.inputs if selection.best is None else selection.best.inputs
+        return SearchResult(inputs, torch.stack(trace), self.steps, self.steps)
 
 
 @register("attack-search", "polish", evidence="own")
 class Polish(APGD):
-    """APGD whose first step is a tenth of the budget: from a point that is good already, a step of 2 eps
-    leaps away."""
+    """APGD with a first step of a tenth of the budget: from a good point a step of 2 eps leaps away."""
 
     first_step: ClassVar[float] = 0.1
 
 
 @register("attack-search", "gradient", paper="HAG and SDHA codes", evidence="paper+code")
 @dataclass(frozen=True)
-class RawGradient:
+class RawGradient(Search):
     """Ascent along the raw gradient with SGD or Adam, projected after each step; starts at the clean input.
 
     Args:
@@ -240,36 +236,27 @@ class RawGradient:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def __call__(
-        self,
-        score: Score,
-        batch: Batch,
-        threat: Threat,
-        draws: Draws,
-        select: Select | None,
-        start: Inputs | None,
-    ) -> Found:
+        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
+    ) -> SearchResult:
         origin = {name: batch.inputs[name] for name in threat.balls}
-        x = {name: value.clone() for name, value in _start(batch, threat, draws, False, start).items()}
+        x = {name: value.clone() for name, value in starting_point(batch, threat, draws, start).items()}
         values = list(x.values())
+        stepper: torch.optim.Optimizer
         if self.optimiser == "adam":
-            stepper: torch.optim.Optimizer = torch.optim.Adam(values, lr=self.lr, maximize=True)
+            stepper = torch.optim.Adam(values, lr=self.lr, maximize=True)
         else:
             stepper = torch.optim.SGD(values, lr=self.lr, momentum=self.momentum, maximize=True)
-        trace, best = [], None
+        trace, selection = [], Selection(select)
         for step in range(self.steps):
-            value, logits, grad = _ascend(score, x, step / self.steps)
+            value, logits, grad = ascend(score, x, step / self.steps)
             trace.append(value.mean())
-            if select is not None and step % 10 == 0:
-                best = _offered(best, select(sign(logits)), {n: v.clone() for n, v in x.items()})
+            if step % 10 == 0:
+                selection.offer(logits, {n: v.clone() for n, v in x.items()})
             with torch.no_grad():
                 for name, leaf in x.items():
                     leaf.grad = grad[name]
                 stepper.step()
                 for name, projected in threat.project(x, origin).items():
                     x[name].copy_(projected)
-        found, forward = {n: v.detach() for n, v in x.items()}, self.steps
-        if select is not None:
-            with torch.no_grad():
-                best = _offered(best, select(sign(score(found, 1.0)[1])), found)
-            found, forward = best.inputs, forward + 1
-        return Found(found, torch.stack(trace), forward, self.steps)
+        inputs, extra = selection.conclude(score, {n: v.detach() for n, v in x.items()})
+        return SearchResult(inputs, torch.stack(trace), self.steps + extra, self.steps)

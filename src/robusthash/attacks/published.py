@@ -1,18 +1,19 @@
 """The published attacks by name: each a composition of guide, loss, search and threat.
 
-``steps`` defaults to 100 everywhere; where a paper has another count, it is registered with the attack
-(``published``), and the tier ``paper`` takes it. Budgets are unified: 8/255 in
-pixels with steps of 1/255, and 0.05 with steps of 3/500 on continuous text vectors (``modality: text``;
-``both`` attacks the pair). Those on a relaxed code take ``slope``: ``published`` schedules alpha as the
-papers do, ``one`` keeps it at 1, which was found stronger against hardened models.
+``steps`` defaults to 100 everywhere; another count of a paper is registered with the attack (``published``),
+and the tier ``paper`` takes it. Budgets are unified: 8/255 in pixels with steps of 1/255, and 0.05 with steps
+of 3/500 on continuous text vectors (``modality: text``; ``both`` attacks the pair). Those on a relaxed code
+take ``slope``: ``published`` schedules alpha as the papers do, ``one`` fixes it at 1, which is stronger
+against hardened models.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from robusthash.attacks.base import Attack
-from robusthash.attacks.guides import Anchor, Center, Mainstay, Own, Positives, Unguided
+from robusthash.attacks.budgets import Norm
+from robusthash.attacks.guides import Anchor, Center, Mainstay, MainstayWeights, Own, Positives, Unguided
 from robusthash.attacks.losses import (
     Agreement,
     HAGLoss,
@@ -23,11 +24,13 @@ from robusthash.attacks.losses import (
     mainstay_loss,
 )
 from robusthash.attacks.pgd import APGD, PGD, RawGradient
-from robusthash.attacks.threat_model import Attacked, Norm, Threat, threat_on
+from robusthash.attacks.threat_model import Attacked, Threat, threat_on
 from robusthash.core.registry import register
 from robusthash.objectives.base import HashObjective
 
 Slope = Literal["published", "one"]
+CODE: dict[str, Any] = {"evidence": "paper+code", "state": "measured"}
+"""Facts of attacks whose paper and code are both known, and that are measured."""
 
 
 def steps_on(
@@ -58,25 +61,20 @@ def pgd(
     modality: Attacked = "image",
     random_start: bool = True,
 ) -> Attack:
-    """PGD on the hashing objective itself: ascend the similarity loss against the known codes.
+    """PGD on the hashing objective itself: ascend the similarity loss against the known codes, alpha = 1.
 
-    FGSM is ``steps=1, step_size=eps, random_start=False``. The published form has alpha = 1 throughout. SAAH
-    trains with it from the clean image (``random_start=False``).
+    FGSM is ``steps=1, step_size=eps, random_start=False``. SAAH trains from the clean image
+    (``random_start=False``).
     """
     threat = threat_on(modality, eps, norm)
     search = steps_on(modality, steps, step_size, random_start, threat)
     return Attack("pgd", Unguided(), ObjectiveLoss(objective), search, threat, restarts=restarts)
 
 
-@register(
-    "attack",
-    "hag",
-    paper="Yang et al., IEEE Trans. Cybernetics 2020",
-    evidence="paper+code",
-    supervised=False,
-    state="measured",
-    published={"steps": 2000},
-)
+_YANG = "Yang et al., IEEE Trans. Cybernetics 2020"
+
+
+@register("attack", "hag", paper=_YANG, supervised=False, published={"steps": 2000}, **CODE)
 def hag(
     eps: float | None = None,
     steps: int = 100,
@@ -89,18 +87,11 @@ def hag(
     Differs: the score is summed over queries (lr 100 / 128 reproduces the code's batch of 128), so the batch
     size does not matter; codes are those of the returned image.
     """
-    search = RawGradient(steps, "sgd", lr)
-    return Attack("hag", Own(), HAGLoss(), search, threat_on(modality, eps, knowledge="W0"), slope)
+    threat = threat_on(modality, eps, knowledge="W0")
+    return Attack("hag", Own(), HAGLoss(), RawGradient(steps, "sgd", lr), threat, slope)
 
 
-@register(
-    "attack",
-    "sdha",
-    paper="Lu et al., ICMR 2021",
-    evidence="paper+code",
-    state="measured",
-    published={"steps": 1500},
-)
+@register("attack", "sdha", paper="Lu et al., ICMR 2021", published={"steps": 1500}, **CODE)
 def sdha(
     eps: float | None = None,
     steps: int = 100,
@@ -109,12 +100,11 @@ def sdha(
     modality: Attacked = "image",
 ) -> Attack:
     """SDHA: away from every relevant training code, nearest first."""
-    return Attack(
-        "sdha", Positives(), SDHALoss(), RawGradient(steps, "adam", lr), threat_on(modality, eps), slope
-    )
+    search = RawGradient(steps, "adam", lr)
+    return Attack("sdha", Positives(), SDHALoss(), search, threat_on(modality, eps), slope)
 
 
-@register("attack", "cgat", paper="CgAT, WWW 2023", evidence="paper+code", state="measured")
+@register("attack", "cgat", paper="CgAT, WWW 2023", **CODE)
 def cgat(
     eps: float | None = None,
     steps: int = 100,
@@ -133,13 +123,13 @@ def cgat(
     return Attack("cgat", Center(), Agreement(), search, threat, slope, restarts=restarts)
 
 
-@register("attack", "mainstay", paper="SAAT, TIFS 2023", evidence="paper+code", state="measured")
+@register("attack", "mainstay", paper="SAAT, TIFS 2023", **CODE)
 def mainstay(
     eps: float | None = None,
     steps: int = 100,
     step_size: float | None = None,
     slope: Slope = "published",
-    weights: Literal["code", "paper", "cgat"] = "code",
+    weights: MainstayWeights = "code",
     form: MaskedForm = "linear",
     norm: Norm = "linf",
     restarts: int = 1,
@@ -151,57 +141,33 @@ def mainstay(
     ``form``: ``linear`` is the paper's loss, ``code`` the masked quadratic of the released code.
     ``random_start``: as the code; the paper starts at the clean image, x'_0 = x (``random_start: false``).
     """
-    guide, loss, threat = (
-        Mainstay(weights),
-        mainstay_loss(form, targeted=False),
-        threat_on(modality, eps, norm),
-    )
+    loss, threat = mainstay_loss(form, targeted=False), threat_on(modality, eps, norm)
     search = steps_on(modality, steps, step_size, random_start, threat)
-    return Attack("mainstay", guide, loss, search, threat, slope, restarts=restarts)
+    return Attack("mainstay", Mainstay(weights), loss, search, threat, slope, restarts=restarts)
 
 
-@register(
-    "attack",
-    "mainstay-targeted",
-    paper="SAAT, TIFS 2023",
-    evidence="paper+code",
-    targeted=True,
-    state="measured",
-)
+@register("attack", "mainstay-targeted", paper="SAAT, TIFS 2023", targeted=True, **CODE)
 def mainstay_targeted(
     eps: float | None = None,
     steps: int = 100,
     step_size: float | None = None,
     slope: Slope = "published",
-    weights: Literal["code", "paper", "cgat"] = "code",
+    weights: MainstayWeights = "code",
     form: MaskedForm = "linear",
     norm: Norm = "linf",
     modality: Attacked = "image",
     random_start: bool = True,
 ) -> Attack:
-    """Targeted mainstay attack (SAAT): towards the mainstay code of the target labels. 100 steps in the
-    paper.
+    """Targeted mainstay attack (SAAT): towards the mainstay code of the target labels. 100 steps there.
 
     ``random_start``: see ``mainstay``.
     """
-    guide, loss, threat = (
-        Mainstay(weights),
-        mainstay_loss(form, targeted=True),
-        threat_on(modality, eps, norm),
-    )
+    loss, threat = mainstay_loss(form, targeted=True), threat_on(modality, eps, norm)
     search = steps_on(modality, steps, step_size, random_start, threat)
-    return Attack("mainstay-targeted", guide, loss, search, threat, slope, targeted=True)
+    return Attack("mainstay-targeted", Mainstay(weights), loss, search, threat, slope, targeted=True)
 
 
-@register(
-    "attack",
-    "p2p",
-    paper="Bai et al., ECCV 2020",
-    evidence="paper+code",
-    targeted=True,
-    state="measured",
-    published={"steps": 2000},
-)
+@register("attack", "p2p", paper="Bai et al., ECCV 2020", targeted=True, published={"steps": 2000}, **CODE)
 def p2p(
     eps: float | None = None,
     steps: int = 100,
@@ -215,15 +181,7 @@ def p2p(
     return Attack("p2p", Anchor(1), Agreement(), search, threat, slope, targeted=True)
 
 
-@register(
-    "attack",
-    "dhta",
-    paper="Bai et al., ECCV 2020",
-    evidence="paper+code",
-    targeted=True,
-    state="measured",
-    published={"steps": 2000},
-)
+@register("attack", "dhta", paper="Bai et al., ECCV 2020", targeted=True, published={"steps": 2000}, **CODE)
 def dhta(
     eps: float | None = None,
     steps: int = 100,
@@ -245,11 +203,9 @@ def dhta(
 def guided_apgd(
     eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image"
 ) -> Attack:
-    """House attack: APGD on the scale-free agreement with the mainstay code; no step size to tune.
+    """Default attack: APGD on the scale-free agreement with the mainstay code; no step size to tune.
 
-    Knows the database codes (W2), and returns the point of lowest exact AP that it saw.
+    Knows the database codes (W2), and returns the point of lowest exact AP on its path.
     """
-    threat = threat_on(modality, eps, knowledge="W2")
-    return Attack(
-        "guided-apgd", Mainstay(), ScaleFree(), APGD(steps), threat, restarts=restarts, selects=True
-    )
+    parts = (Mainstay(), ScaleFree(), APGD(steps), threat_on(modality, eps, knowledge="W2"))
+    return Attack("guided-apgd", *parts, restarts=restarts, selects=True)

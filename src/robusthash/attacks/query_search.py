@@ -1,7 +1,7 @@
-"""Searches that only ask: random search by squares, estimated gradients, random points, and words by trial.
+"""Searches by oracle queries: random squares, estimated gradients, random points, and words by trial.
 
-Each takes an ``Asking`` in which the clean query has been asked about, and asks until the budget is spent.
-All queries of a block ask in step, one question each; draws are keyed by query, so neither batch size nor
+Each takes a ``QuerySession`` in which the clean inputs were queried first, and goes on until the budget is
+spent, one oracle query for every item of the block at a time. Draws are keyed by item: neither batch size nor
 order matters.
 """
 
@@ -15,17 +15,19 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from robusthash.attacks.oracle import Answered, Ask, Asking
-from robusthash.attacks.threat_model import Ball, Edits, Threat, per_item
+from robusthash.attacks.base import SearchResult, Start
+from robusthash.attacks.budgets import Ball, Edits, per_item
+from robusthash.attacks.oracle import Ask, QuerySession
+from robusthash.attacks.threat_model import Threat
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Batch, Inputs
+from robusthash.core.types import Batch
 
 
 class QuestionSearch(Protocol):
-    """Spends the questions of an ``Asking``."""
+    """Spends the oracle queries of a session."""
 
-    def __call__(self, asking: Asking, draws: Draws) -> None: ...
+    def __call__(self, session: QuerySession, draws: Draws) -> None: ...
 
 
 def ask_around(
@@ -35,35 +37,34 @@ def ask_around(
     threat: Threat,
     draws: Draws,
     budget: int,
-    start: Inputs | None = None,
+    start: Start = None,
     marks: tuple[int, ...] = (),
-) -> Answered:
-    """Ask about the clean queries, about ``start`` where one is given, and then as ``search`` decides.
+) -> SearchResult:
+    """Query the clean inputs, ``start`` where one is given, and then as ``search`` decides.
 
     Args:
-        ask: one question for each query; (B,) scores of the answers, larger = better for the attacker.
-        budget: questions of each query in all, the clean one among them.
+        ask: one oracle query for each item; (B,) scores of the answers, larger = better for the attacker.
+        budget: oracle queries of each item in all, the clean one among them.
         start: feasible inputs, such as the solution at a smaller eps.
-        marks: numbers of questions after which the best so far is recorded.
+        marks: numbers of oracle queries after which the best so far is recorded.
 
     Raises:
         ValueError: a budget below 1, a mark outside it, several modalities, or a threat that the search
             cannot do.
     """
-    asking = Asking(ask, batch, threat, budget, marks)
-    asking(asking.origin)
-    if start is not None and asking.left:
-        asking(asking.feasible(start[asking.modality]))
-    search(asking, draws)
-    return asking.done()
+    session = QuerySession(ask, batch, threat, budget, marks)
+    session(session.origin)
+    if start is not None and session.left:
+        session(session.feasible(start[session.modality]))
+    search(session, draws)
+    return session.result()
 
 
-def _ball(asking: Asking, name: str) -> Ball:
-    if not isinstance(asking.ball, Ball):
-        raise ValueError(
-            f"{name} searches norm balls, not {asking.threat.name}; use 'greedy-words' or 'random-points'"
-        )
-    return asking.ball
+def _ball(session: QuerySession, name: str) -> Ball:
+    if not isinstance(session.ball, Ball):
+        other = "use 'greedy-words' or 'random-points'"
+        raise ValueError(f"{name} searches norm balls, not {session.threat.name}; {other}")
+    return session.ball
 
 
 def _as_maps(x: Tensor) -> Tensor:
@@ -71,29 +72,24 @@ def _as_maps(x: Tensor) -> Tensor:
     return x if x.dim() == 4 else x.reshape(len(x), 1, 1, -1)
 
 
-# ---------------------------------------------------------------------------------------------- square attack
-
 Step = tuple[Callable[[Tensor], Tensor], Tensor]
 """The changed perturbation as a function of the signs of its square, and the signs drawn for it."""
 
-_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 questions
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 oracle queries
 
 
 def square_share(initial: float, progress: float) -> float:
-    """Share of the pixels that a square covers after a share ``progress`` of the questions (the authors'
-    schedule)."""
+    """Share of the pixels in a square after a share ``progress`` of the budget (the authors' schedule)."""
     return initial * 0.5 ** sum(progress * 10_000 > at for at in _HALVINGS)
 
 
-@register(
-    "question-search",
-    "square",
-    paper="Andriushchenko et al., ECCV 2020; Croce & Hein, ICML 2020",
-    evidence="paper+code",
-)
+_SQUARE = "Andriushchenko et al., ECCV 2020; Croce & Hein, ICML 2020"
+
+
+@register("question-search", "square", paper=_SQUARE, evidence="paper+code")
 @dataclass(frozen=True)
 class Square:
-    """Square attack: change one random square a question, keep it where the answer is no worse. No gradient.
+    """Square attack: each oracle query changes one random square, accepted where the answer is no worse.
 
     ``linf``: the pixels of the square go to the corner +-eps of the ball, one sign for each channel; it
     starts with vertical stripes. ``l2``: the norm of a second square is moved into the first, in the shape of
@@ -105,7 +101,7 @@ class Square:
 
     Differs: equal answers are accepted, because codes answer in steps and a plateau must be crossed; a draw
     that would change nothing is negated; starts from the best of the clean point, a given start and the
-    pattern; the squares of ``l2`` are drawn for each query and need not be odd.
+    pattern; the squares of ``l2`` are drawn for each item and need not be odd.
     """
 
     share: float = 0.8
@@ -114,29 +110,27 @@ class Square:
         if not 0.0 < self.share <= 1.0:
             raise ValueError(f"share must lie in (0, 1], got {self.share}")
 
-    def __call__(self, asking: Asking, draws: Draws) -> None:
-        ball = _ball(asking, "the square attack")
+    def __call__(self, session: QuerySession, draws: Draws) -> None:
+        ball = _ball(session, "the square attack")
         if ball.norm == "l1":
-            raise ValueError(
-                "the square attack has patterns for linf and l2; for an l1 ball take estimated gradients"
-            )
-        origin, ids = asking.origin, asking.batch.ids
-        if asking.left:
-            asking(asking.feasible(origin + _pattern(origin, ids, ball, draws.within("square", "pattern"))))
-        x, value = asking.best
+            raise ValueError("the square attack has patterns for linf and l2; take estimated gradients")
+        origin, ids = session.origin, session.batch.ids
+        if session.left:
+            session(session.feasible(origin + _pattern(origin, ids, ball, draws.within("square", "pattern"))))
+        x, value = session.best
         step = _corner_step if ball.norm == "linf" else _bump_step
-        while asking.left:
-            share = square_share(self.share, asking.asked / asking.budget)
-            scope = draws.within("square", asking.asked)
+        while session.left:
+            share = square_share(self.share, session.used / session.budget)
+            scope = draws.within("square", session.used)
             delta, sign = step(_as_maps(x - origin), ids, ball.eps, share, scope)
-            tried = asking.feasible(origin + delta(sign).view_as(origin))
+            tried = session.feasible(origin + delta(sign).view_as(origin))
             same = (tried == x).flatten(1).all(1)
             if same.any():
-                negated = asking.feasible(origin + delta(-sign).view_as(origin))
+                negated = session.feasible(origin + delta(-sign).view_as(origin))
                 tried = torch.where(per_item(same, x), negated, tried)
-            found = asking(tried)
-            better = found >= value
-            value = torch.where(better, found, value)
+            reached = session(tried)
+            better = reached >= value
+            value = torch.where(better, reached, value)
             x = torch.where(per_item(better, x), tried, x)
 
 
@@ -145,7 +139,7 @@ def _signs(numbers: Tensor, like: Tensor) -> Tensor:
 
 
 def _window(shape: torch.Size, side: int, ids: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Rows (B, H) and columns (B, W) counted from the corner of a random square of each query."""
+    """Rows (B, H) and columns (B, W) counted from the corner of a random square of each item."""
     height, width = shape[-2:]
     place = draws.uniform(ids, (2,))
     top = (place[:, 0] * (height - min(side, height) + 1)).long()
@@ -156,7 +150,7 @@ def _window(shape: torch.Size, side: int, ids: Tensor, draws: Draws) -> tuple[Te
 
 
 def _covered(shape: torch.Size, share: float, side: int, ids: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    """(B, 1, H, W) bool window of each query, and the bump of unit norm in it, 0 outside."""
+    """(B, 1, H, W) bool window of each item, and the bump of unit norm in it, 0 outside."""
     if shape[-2] == 1:  # a vector: neighbours mean nothing, so a random set of entries
         drawn = draws.uniform(ids, (1, 1, shape[-1]))
         inside = drawn <= torch.maximum(drawn.amin(3, keepdim=True), torch.tensor(share, device=ids.device))
@@ -171,8 +165,7 @@ def _covered(shape: torch.Size, share: float, side: int, ids: Tensor, draws: Dra
 
 
 def _bump(rows: int, columns: int) -> Tensor:
-    """Nested rectangles: the value at Chebyshev distance d from the centre is the sum over c >= d of 1 / (c +
-    1)^2."""
+    """Nested rectangles: sum over c >= d of 1 / (c + 1)^2 at Chebyshev distance d from the centre."""
     reach = max(rows // 2, columns // 2) + 1
     tail = (1.0 / torch.arange(1, reach + 1, dtype=torch.float64).square()).flip(0).cumsum(0).flip(0)
     row, column = (torch.arange(rows) - rows // 2).abs(), (torch.arange(columns) - columns // 2).abs()
@@ -189,8 +182,7 @@ def _two_bumps(side: int) -> Tensor:
 
 
 def _pattern(origin: Tensor, ids: Tensor, ball: Ball, draws: Draws) -> Tensor:
-    """Where the search starts: stripes at the corners of the ball (``linf``), tiles of bumps on its sphere
-    (``l2``)."""
+    """First point: stripes at the corners of the ball (``linf``), tiles of bumps on its sphere (``l2``)."""
     maps = _as_maps(origin)
     channels, height, width = maps.shape[1:]
     if ball.norm == "linf":
@@ -210,8 +202,7 @@ def _side(shape: torch.Size, share: float, least: int) -> int:
 
 
 def _corner_step(delta: Tensor, ids: Tensor, eps: float, share: float, draws: Draws) -> Step:
-    """The change with one square at a corner of the ball, as a function of its signs, and signs drawn for
-    it."""
+    """The change with one square at a corner of the ball, as a function of its signs, and drawn signs."""
     inside, _ = _covered(delta.shape, share, _side(delta.shape, share, 1), ids, draws)
     drawn = (delta.shape[1], 1, 1) if delta.shape[2] > 1 else tuple(delta.shape[1:])
     signs = _signs(draws.within("signs").uniform(ids, drawn), delta)
@@ -219,8 +210,7 @@ def _corner_step(delta: Tensor, ids: Tensor, eps: float, share: float, draws: Dr
 
 
 def _bump_step(delta: Tensor, ids: Tensor, eps: float, share: float, draws: Draws) -> Step:
-    """The change with the norm of a second square moved into a first one, as a function of the signs of its
-    bumps."""
+    """The change with the norm of a second square moved into a first, as a function of the bumps' signs."""
     side = _side(delta.shape, share, 3)
     inside, bump = _covered(delta.shape, share, side, ids, draws.within("to"))
     taken, _ = _covered(delta.shape, share, side, ids, draws.within("from"))
@@ -239,28 +229,23 @@ def _bump_step(delta: Tensor, ids: Tensor, eps: float, share: float, draws: Draw
     return moved, signs
 
 
-# ---------------------------------------------------------------------------------------------- estimated
-# gradients
-
-
 @register("question-search", "nes", paper="Ilyas et al., ICML 2018; Spall 1992", evidence="paper")
 @dataclass(frozen=True)
 class NES:
-    """Estimate the gradient of the score from pairs of opposite points, and step along it; each pair is two
-    questions.
+    """Estimate the gradient of the score from pairs of opposite points, and step along it.
 
     g = sum_i (s(x + sigma d_i) - s(x - sigma d_i)) d_i, then steps of the norm's steepest direction with
     momentum.
 
     Args:
-        pairs: of opposite points in one estimate; 2 pairs + 1 questions a step.
+        pairs: of opposite points in one estimate; 2 pairs + 1 oracle queries a step.
         sigma: reach of a pair, as a share of eps.
         step: as a share of eps.
         momentum: decay of the estimates.
         directions: ``gaussian`` (NES), or ``signs`` of +-1 (SPSA).
 
     Differs: sigma is half the budget (0.001 in the paper), since a binary code answers small changes with
-    silence; all points asked about are projected first, and the best of them is what the search returns.
+    silence; all points are projected before they are queried, and the best of them is returned.
     """
 
     pairs: int = 10
@@ -277,22 +262,22 @@ class NES:
         if self.directions not in ("gaussian", "signs"):
             raise ValueError(f"directions must be 'gaussian' or 'signs', got {self.directions!r}")
 
-    def __call__(self, asking: Asking, draws: Draws) -> None:
-        ball = _ball(asking, "NES")
-        x, _ = asking.best
+    def __call__(self, session: QuerySession, draws: Draws) -> None:
+        ball = _ball(session, "NES")
+        x, _ = session.best
         speed = torch.zeros_like(x)
-        while asking.left >= 2:
-            scope = draws.within("nes", asking.asked)
+        while session.left >= 2:
+            scope = draws.within("nes", session.used)
             grad = torch.zeros_like(x)
-            for number in range(min(self.pairs, asking.left // 2)):
-                away = self._direction(x, asking.batch.ids, ball, scope.within(number))
-                higher, lower = asking(asking.feasible(x + away)), asking(asking.feasible(x - away))
+            for number in range(min(self.pairs, session.left // 2)):
+                away = self._direction(x, session.batch.ids, ball, scope.within(number))
+                higher, lower = session(session.feasible(x + away)), session(session.feasible(x - away))
                 grad += per_item((higher - lower).to(x.dtype), x) * away
             size = per_item(grad.abs().flatten(1).mean(1).clamp_min(1e-12), x)
             speed = self.momentum * speed + grad / size
-            x = asking.feasible(x + self.step * ball.eps * ball.steepest(speed))
-            if asking.left:
-                asking(x)
+            x = session.feasible(x + self.step * ball.eps * ball.steepest(speed))
+            if session.left:
+                session(x)
 
     def _direction(self, x: Tensor, ids: Tensor, ball: Ball, draws: Draws) -> Tensor:
         drawn = draws.uniform(ids, x.shape[1:]).to(x.dtype)
@@ -305,15 +290,10 @@ class NES:
         return self.sigma * ball.eps * away
 
 
-# ---------------------------------------------------------------------------------------------- random
-# points, words
-
-
 @register("question-search", "random-points")
 @dataclass(frozen=True)
 class RandomPoints:
-    """Independent random points, the best of which is kept: noise, and for bags of words random edits of m
-    words.
+    """The best of independent random points: noise, and for bags of words random edits of m words.
 
     Args:
         shape: ``uniform`` in the ball, or ``corner``: every entry at +-eps (``linf``), a random direction of
@@ -326,47 +306,44 @@ class RandomPoints:
         if self.shape not in ("uniform", "corner"):
             raise ValueError(f"shape must be 'uniform' or 'corner', got {self.shape!r}")
 
-    def __call__(self, asking: Asking, draws: Draws) -> None:
-        origin, ids, ball = asking.origin, asking.batch.ids, asking.ball
-        while asking.left:
-            scope = draws.within("random-points", asking.asked)
+    def __call__(self, session: QuerySession, draws: Draws) -> None:
+        origin, ids, ball = session.origin, session.batch.ids, session.ball
+        while session.left:
+            scope = draws.within("random-points", session.used)
             if self.shape == "uniform" or isinstance(ball, Edits):
-                asking(ball.random_start(origin, ids, scope))
+                session(ball.random_start(origin, ids, scope))
             else:
                 noise = 2.0 * scope.uniform(ids, origin.shape[1:]).to(origin.dtype) - 1.0
-                asking(ball.project(origin + ball.eps * ball.steepest(noise), origin))
+                session(ball.project(origin + ball.eps * ball.steepest(noise), origin))
 
 
 @register("question-search", "greedy-words", modality="text")
 @dataclass(frozen=True)
 class GreedyWords:
-    """One word a round: many single insertions and removals are asked about, the best is kept unless it
-    harms.
+    """One word a round: many single insertions and removals are queried, the best is taken unless it harms.
 
-    The questions are shared out evenly over the m rounds. Each round tries the removal of every word that the
+    The budget is shared out evenly over the m rounds. Each round tries the removal of every word that the
     text holds, in random order, and then random insertions. Greedy, so a lower bound on what m edits can do.
     """
 
-    def __call__(self, asking: Asking, draws: Draws) -> None:
-        if not isinstance(asking.ball, Edits):
-            raise ValueError(f"greedy-words edits bags of words, not {asking.threat.name}; use 'square'")
-        x, value = asking.best
-        origin, ids = asking.origin, asking.batch.ids
+    def __call__(self, session: QuerySession, draws: Draws) -> None:
+        if not isinstance(session.ball, Edits):
+            raise ValueError(f"greedy-words edits bags of words, not {session.threat.name}; use 'square'")
+        x, value = session.best
+        origin, ids = session.origin, session.batch.ids
         rows = torch.arange(len(x), device=x.device)
-        rounds = min(asking.ball.count, x.shape[1])
+        rounds = min(session.ball.count, x.shape[1])
         for number in range(rounds):
-            tries = min(asking.left // (rounds - number), x.shape[1])
-            order = (
-                draws.within("words", number).uniform(ids, (x.shape[1],)) - x.float()
-            )  # its own words first
+            tries = min(session.left // (rounds - number), x.shape[1])
+            order = draws.within("words", number).uniform(ids, (x.shape[1],)) - x.float()  # own words first
             order = order.masked_fill(x != origin, 2.0)  # what is edited stays so
-            chosen, highest = x, torch.full_like(value, -torch.inf)
+            best, highest = x, torch.full_like(value, -torch.inf)
             for column in order.argsort(dim=1, stable=True)[:, :tries].T:
                 flipped = x.clone()
                 flipped[rows, column] = 1.0 - flipped[rows, column]
-                found = asking(asking.feasible(flipped))
-                better = found > highest
-                highest = torch.where(better, found, highest)
-                chosen = torch.where(better[:, None], flipped, chosen)
-            keep = highest >= value  # an edit that changes nothing may prepare the next one
-            x, value = torch.where(keep[:, None], chosen, x), torch.where(keep, highest, value)
+                reached = session(session.feasible(flipped))
+                better = reached > highest
+                highest = torch.where(better, reached, highest)
+                best = torch.where(better[:, None], flipped, best)
+            accept = highest >= value  # an edit that changes nothing may prepare the next one
+            x, value = torch.where(accept[:, None], best, x), torch.where(accept, highest, value)

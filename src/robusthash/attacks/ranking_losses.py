@@ -1,10 +1,8 @@
-"""Our own objectives: per query, on the logits, blind to their scale; and the attacks of the suite that use
-them.
+"""Our own objectives per query on the logits, blind to their scale, and the default attacks that use them.
 
-All look at the soft bits tanh(u / s), s the item's median |u| held constant, so that multiplying all logits
-by any factor changes nothing. Those that look at the database go through its DISTINCT codes, in blocks: a
-look costs three passes of B x M x K multiply-adds over the M distinct codes (margin-pn four), and B x M
-counts are held.
+All work on the soft bits tanh(u / s), s the item's median |u| held constant: multiplying all logits by any
+factor changes nothing. Those over the database go through its DISTINCT codes in blocks, three passes of B x M
+x K multiply-adds over the M distinct codes (margin-pn four), with B x M counts in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from robusthash.attacks.base import Attack, Probe
+from robusthash.attacks.base import Attack, Guide, Loss, Probe
 from robusthash.attacks.guides import Mainstay, Own, known, mainstay_code
 from robusthash.attacks.losses import ScaleFree, soft_bits
 from robusthash.attacks.pgd import APGD
@@ -30,25 +28,20 @@ from robusthash.core.types import Batch, Goal, Guidance, Reference
 from robusthash.metrics.average_precision import share
 from robusthash.models.hasher import Hasher
 
-_CELLS = 1 << 22  # (query, code) pairs held at a time
-
-# ---------------------------------------------------------------------------------------------- towards a
-# wrong label
+_CELLS = 1 << 22  # (query, code) pairs at a time
 
 
 @register("attack-guide", "wrong")
 @dataclass(frozen=True)
-class Wrong:
-    """From the own representative to the nearest one of another label: of two mainstay codes, own minus
-    wrong.
+class Wrong(Guide):
+    """From the own representative to the nearest of another label: of two mainstay codes, own minus wrong.
 
     "Nearest" is by the clean code of the query, over the labels that the goal lacks and the reference has; of
-    equally near ones the first label is taken. A query that has every label has no wrong one and only leaves
-    its own.
+    equally near ones the first label. A query that has every label has no wrong one and only leaves its own.
 
     Args:
-        margin: bits on which both agree then pull nowhere; without it, the wrong representative alone is
-            pursued.
+        margin: bits on which both agree then pull nowhere; without it, the attack pursues the wrong one
+            alone.
     """
 
     margin: bool = True
@@ -56,32 +49,27 @@ class Wrong:
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
-        codes, labels, wanted = known(reference, goal)
+        codes, labels, goal_labels = known(reference, goal)
         present = torch.nonzero(labels.sum(0) > 0).flatten()
         single = torch.eye(labels.shape[1], device=labels.device, dtype=labels.dtype)[present]
         representatives = mainstay_code(single, codes, labels)
         clean = sign(Own()(victim, batch, goal, reference, draws).codes).to(codes.dtype)
-        lacked = wanted[:, present] == 0
-        agreement = (clean @ representatives.T).masked_fill(
-            ~lacked, -torch.inf
-        )  # whole numbers: ties are exact
+        lacked = goal_labels[:, present] == 0
+        # whole numbers: ties are exact
+        agreement = (clean @ representatives.T).masked_fill(~lacked, -torch.inf)
         wrong = representatives[agreement.argmax(1)]
-        own = mainstay_code(wanted, codes, labels)
+        own = mainstay_code(goal_labels, codes, labels)
         pull = own - wrong if self.margin else -wrong
         return Guidance(torch.where(lacked.any(1, keepdim=True), pull, own))
 
 
 @register("attack-loss", "pull")
 @dataclass(frozen=True)
-class Pull:
-    """mean_k z_k g_k over the soft bits z: the guidance g keeps its sizes, so that a 0 pulls nowhere."""
+class Pull(Loss):
+    """mean_k z_k g_k over the soft bits z; the guidance g is not binarised, so that a 0 pulls nowhere."""
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         return (soft_bits(probe) * guidance.codes).mean(1)
-
-
-# ---------------------------------------------------------------------------------------------- the whole
-# database
 
 
 @dataclass(frozen=True)
@@ -100,17 +88,17 @@ class Tally(Guidance):
 
 @register("attack-guide", "tally")
 @dataclass(frozen=True)
-class Tallied:
+class Tallied(Guide):
     """Every distinct reference code with its counts of relevant and irrelevant items."""
 
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
-        codes, labels, wanted = known(reference, goal)
+        codes, labels, goal_labels = known(reference, goal)
         packed, member, counts = torch.unique(pack(codes), dim=0, return_inverse=True, return_counts=True)
         distinct = unpack(packed, codes.shape[1]).to(codes)
         member, items = member.to(codes.device), counts.to(codes)
-        sets, row = torch.unique(wanted, dim=0, return_inverse=True)
+        sets, row = torch.unique(goal_labels, dim=0, return_inverse=True)
         near = torch.zeros(len(sets), len(distinct), device=codes.device)
         for number, labelled in enumerate(sets):  # one set at a time: no (B, N) matrix
             near[number].index_add_(0, member, relevant(labelled[None], labels)[0].to(near.dtype))
@@ -118,18 +106,13 @@ class Tallied:
 
 
 def soft_average_precision(items: Tensor, relevant: Tensor) -> Tensor:
-    """The expected AP of ``core.ap`` for real counts, differentiable; the same value where the counts are
-    whole.
+    """(B,) expected AP as of ``metrics.average_precision`` for real counts, differentiable.
 
     The sums over a group are differences of digamma functions; (r - 1) / (n - 1) is taken as 0 where either
     is below one item, where it would be no probability.
 
     Args:
-        items: (B, G) float64 items of each group, nearest first.
-        relevant: (B, G) relevant ones among them.
-
-    Returns:
-        (B,) in float64; 0 where nothing is relevant.
+        items, relevant: (B, G) float64 items of each group, nearest first, and relevant ones among them.
     """
     before = items.cumsum(1) - items
     relevant_before = relevant.cumsum(1) - relevant
@@ -145,25 +128,22 @@ def soft_average_precision(items: Tensor, relevant: Tensor) -> Tensor:
 
 
 class _SoftAP(torch.autograd.Function):
-    """Soft AP of (B, K) soft bits and its gradient, both in blocks of the codes: autograd would keep every
-    block."""
+    """Soft AP of (B, K) soft bits and its gradient by blocks of codes: autograd would store every block."""
 
     @staticmethod
     def forward(ctx: Any, bits: Tensor, codes: Tensor, items: Tensor, relevant: Tensor) -> Tensor:
         size, length = bits.shape
         blocks = torch.arange(len(codes), device=codes.device).split(max(1, _CELLS // size))
-        both = torch.zeros(
-            2, size, length + 2, dtype=torch.float64, device=bits.device
-        )  # items, relevant by distance
+        # of items and of relevant ones, by distance
+        profiles = torch.zeros(2, size, length + 2, dtype=torch.float64, device=bits.device)
         for block in blocks:
             low, beyond = _bins(bits, codes[block])
-            for counts, profile in zip(
-                (items[block].expand(size, -1), relevant[:, block]), both, strict=True
-            ):
+            groups = (items[block].expand(size, -1), relevant[:, block])
+            for counts, profile in zip(groups, profiles, strict=True):
                 profile.scatter_add_(1, low, (counts * (1 - beyond)).double())
                 profile.scatter_add_(1, low + 1, (counts * beyond).double())
         with torch.enable_grad():
-            profiles = both.requires_grad_(True)
+            profiles.requires_grad_(True)
             value = soft_average_precision(profiles[0], profiles[1])
             (slope,) = torch.autograd.grad(value.sum(), profiles)
         rise = slope.diff(dim=2).to(bits.dtype)  # of AP, as an item moves from one distance to the next
@@ -191,29 +171,27 @@ def _bins(bits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 @register("attack-loss", "soft-ap")
 @dataclass(frozen=True)
-class SoftAP:
+class SoftAP(Loss):
     """The reported metric made differentiable: expected AP of the soft profile, with the guide ``tally``.
 
     Each distinct code counts for the two whole distances around its soft distance, in triangular bins of
-    width 1; the closed form of the expected AP is applied to what comes out.
+    width 1; the closed form of the expected AP is applied to these counts.
     """
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         tally, bits = _tally(guidance), soft_bits(probe)
-        value: Tensor = _SoftAP.apply(
-            bits, *(part.to(bits.dtype) for part in (tally.codes, tally.items, tally.relevant))
-        )
+        counts = (part.to(bits.dtype) for part in (tally.codes, tally.items, tally.relevant))
+        value: Tensor = _SoftAP.apply(bits, *counts)
         return value
 
 
 @register("attack-loss", "margin-pn")
 @dataclass(frozen=True)
-class MarginPN:
-    """Mean soft agreement with the nearest relevant codes minus that with the nearest irrelevant ones
-    (``tally``).
+class MarginPN(Loss):
+    """Mean soft agreement with the nearest relevant codes minus that with the nearest irrelevant ones.
 
-    The nearest are those of the current binary code, found anew at every look; of a distance that the cut
-    splits, every item counts by the same share, so that no order decides.
+    The nearest are those of the current binary code, at every step; of a distance that the cut splits, every
+    item counts by the same share, so that no order decides.
 
     Args:
         nearest: items on each side; all where there are fewer.
@@ -234,8 +212,7 @@ class MarginPN:
 
 
 def _nearest(bits: Tensor, codes: Tensor, groups: Sequence[Tensor], nearest: int) -> list[Tensor]:
-    """Of each group of (B, M) items by code, the (B, K) mean code of the ``nearest``; zeros where there are
-    none."""
+    """(B, K) mean code of the ``nearest`` of each group of (B, M) items by code; zeros if there are none."""
     size, length = bits.shape
     blocks = torch.arange(len(codes), device=codes.device).split(max(1, _CELLS // size))
     hard = sign(bits)
@@ -261,19 +238,16 @@ def _tally(guidance: Guidance) -> Tally:
     return guidance
 
 
-# ---------------------------------------------------------------------------------------------- attacks
-
-
-@register("attack", "flip-apgd", evidence="own", supervised=False, state="measured")
+@register("attack", "flip-apgd", supervised=False, state="measured")
 def flip_apgd(
     eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image"
 ) -> Attack:
-    """House attack: APGD away from the query's own clean code; its search needs no labels."""
-    threat = threat_on(modality, eps, knowledge="W2")
-    return Attack("flip-apgd", Own(), ScaleFree(), APGD(steps), threat, restarts=restarts, selects=True)
+    """Default attack: APGD away from the query's own clean code; its search needs no labels."""
+    parts = (Own(), ScaleFree(), APGD(steps), threat_on(modality, eps, knowledge="W2"))
+    return Attack("flip-apgd", *parts, restarts=restarts, selects=True)
 
 
-@register("attack", "wrong-apgd", evidence="own", state="measured")
+@register("attack", "wrong-apgd", state="measured")
 def wrong_apgd(
     eps: float | None = None,
     steps: int = 100,
@@ -281,24 +255,24 @@ def wrong_apgd(
     modality: Attacked = "image",
     margin: bool = True,
 ) -> Attack:
-    """House attack: APGD towards the nearest representative of another label, and away from the own one.
+    """Default attack: APGD towards the nearest representative of another label, and away from the own one.
 
     ``margin=False`` pursues the wrong representative alone.
     """
-    threat = threat_on(modality, eps, knowledge="W2")
-    return Attack("wrong-apgd", Wrong(margin), Pull(), APGD(steps), threat, restarts=restarts, selects=True)
+    parts = (Wrong(margin), Pull(), APGD(steps), threat_on(modality, eps, knowledge="W2"))
+    return Attack("wrong-apgd", *parts, restarts=restarts, selects=True)
 
 
-@register("attack", "soft-ap-apgd", evidence="own", state="measured")
+@register("attack", "soft-ap-apgd", state="measured")
 def soft_ap_apgd(
     eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image"
 ) -> Attack:
-    """House attack: APGD on a differentiable form of the expected AP over the whole database."""
-    threat = threat_on(modality, eps, knowledge="W2")
-    return Attack("soft-ap-apgd", Tallied(), SoftAP(), APGD(steps), threat, restarts=restarts, selects=True)
+    """Default attack: APGD on a differentiable form of the expected AP over the whole database."""
+    parts = (Tallied(), SoftAP(), APGD(steps), threat_on(modality, eps, knowledge="W2"))
+    return Attack("soft-ap-apgd", *parts, restarts=restarts, selects=True)
 
 
-@register("attack", "margin-pn-apgd", evidence="own", state="measured")
+@register("attack", "margin-pn-apgd", state="measured")
 def margin_pn_apgd(
     eps: float | None = None,
     steps: int = 100,
@@ -306,17 +280,15 @@ def margin_pn_apgd(
     modality: Attacked = "image",
     nearest: int = 100,
 ) -> Attack:
-    """House attack: APGD away from the nearest relevant items and towards the nearest irrelevant ones."""
-    threat = threat_on(modality, eps, knowledge="W2")
-    loss = MarginPN(nearest)
-    return Attack("margin-pn-apgd", Tallied(), loss, APGD(steps), threat, restarts=restarts, selects=True)
+    """Default attack: APGD away from the nearest relevant items and towards the nearest irrelevant ones."""
+    parts = (Tallied(), MarginPN(nearest), APGD(steps), threat_on(modality, eps, knowledge="W2"))
+    return Attack("margin-pn-apgd", *parts, restarts=restarts, selects=True)
 
 
-@register("attack", "guided-targeted-apgd", evidence="own", targeted=True, state="measured")
+@register("attack", "guided-targeted-apgd", targeted=True, state="measured")
 def guided_targeted_apgd(
     eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image"
 ) -> Attack:
-    """House attack: APGD on the scale-free agreement with the mainstay code of the target labels."""
-    threat = threat_on(modality, eps, knowledge="W2")
-    parts = (Mainstay(), ScaleFree(), APGD(steps), threat)
+    """Default attack: APGD on the scale-free agreement with the mainstay code of the target labels."""
+    parts = (Mainstay(), ScaleFree(), APGD(steps), threat_on(modality, eps, knowledge="W2"))
     return Attack("guided-targeted-apgd", *parts, targeted=True, restarts=restarts, selects=True)

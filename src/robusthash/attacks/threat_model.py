@@ -1,233 +1,39 @@
-"""Threats: what may be changed, by how much, and what the attacker knows."""
+"""Threats: what may be changed, by how much, and what the attacker knows; and the threats by name.
+
+A name says what may be changed and by how much, ``img-linf-8`` or with other numbers ``img-linf-4``; each has
+a version. Who knows what is ``knowledge``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from robusthash.attacks.token_budget import Swaps
+from robusthash.attacks.budgets import Ball, Budget, Edits, Norm, Swaps
+from robusthash.core.registry import build, catalogue, nearest, register
 from robusthash.core.runtime import Draws, digest
 from robusthash.core.types import Inputs
 
 Knowledge = Literal["W2", "W1", "W0", "B2", "B1", "T"]
-Norm = Literal["linf", "l2", "l1"]
-NORMS: tuple[Norm, ...] = get_args(Norm)
-_HELD = 1 << 22  # breakpoints sorted at a time
+Side = Literal["query", "database"]
+Attacked = Literal["image", "text", "both"]
 
+EPS = {"image": 8 / 255, "text": 0.05}
+"""Customary budgets: of pixels; of a continuous text vector (DRFGD), which corresponds to no real text."""
 
-def per_item(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) shaped to scale the items of ``like``."""
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
-def project_l1(delta: Tensor, room: Tensor, eps: float) -> Tensor:
-    """The nearest change of L1 norm at most ``eps`` that no entry of which is beyond its room.
-
-    It is the soft threshold of the change, cut at the room, sign(d) min(max(|d| - t, 0), room): the exact
-    projection onto the intersection of ball and box (Croce & Hein, ICML 2021), not onto one after the other.
-    Its norm falls with t in straight pieces, so t is found by sorting where they end, in float64.
-
-    Args:
-        delta: (B, D) change.
-        room: (B, D) how far each entry may go in the direction of its change, at least 0.
-    """
-    rows = max(1, _HELD // (2 * max(1, delta.shape[1])))
-    if len(delta) > rows:
-        parts = zip(delta.split(rows), room.split(rows), strict=True)
-        return torch.cat([project_l1(change, left, eps) for change, left in parts])
-    size, room = delta.abs().double(), room.double()
-    starts, ends = (size - room).clamp_min(0.0), size  # of the piece of t on which an entry shrinks
-    at, order = torch.cat([starts, ends], 1).sort(1)
-    shrinking = (
-        torch.where(order < size.shape[1], 1.0, -1.0).to(at.dtype).cumsum(1)
-    )  # entries, after each breakpoint
-    lost = (shrinking[:, :-1] * at.diff(dim=1)).cumsum(1)
-    whole = torch.minimum(size, room).sum(1, keepdim=True)
-    norm = torch.cat([whole, whole - lost], 1)  # at each breakpoint
-    last = (norm > eps).sum(
-        1, keepdim=True
-    ) - 1  # beyond it the norm falls below eps; -1 where it is there already
-    here = last.clamp_min(0)
-    beyond = (norm.gather(1, here) - eps) / shrinking.gather(1, here).clamp_min(1.0)
-    threshold = torch.where(last < 0, 0.0, at.gather(1, here) + beyond)
-    return (delta.sign() * torch.minimum((size - threshold).clamp_min(0.0), room)).to(delta.dtype)
-
-
-@dataclass(frozen=True)
-class Ball:
-    """A norm ball around a clean input, cut with the input's range.
-
-    Args:
-        norm: ``linf``, ``l2`` or ``l1``.
-        eps: radius in input units: 8/255, not 8, for pixels in [0, 1]. Of ``l1``, where none is customary for
-            every size, 12 at 32 x 32 pixels is the usual one (Croce & Hein, ICML 2021).
-        bounds: range of valid inputs.
-
-    Raises:
-        ValueError: an unknown norm; an eps below 0, or beyond the width of the range for ``linf``.
-    """
-
-    norm: Norm
-    eps: float
-    bounds: tuple[float, float] = (0.0, 1.0)
-    SPARSITY: ClassVar[float] = 0.01
-    """Share of the entries that a step of ``l1`` changes, as in SLIDE (Tramer & Boneh, NeurIPS 2019)."""
-
-    def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
-        width = self.bounds[1] - self.bounds[0]
-        if not self.eps >= 0.0 or (self.norm == "linf" and self.eps > width):
-            raise ValueError(
-                f"eps {self.eps:g} is outside [0, {width:g}]; budgets are fractions of the range: write 8/255, not 8"
-            )
-
-    def project(self, x: Tensor, origin: Tensor) -> Tensor:
-        """The nearest point of the ball and the range (of ``l2`` ball first, then range, which stays in
-        both).
-
-        Raises:
-            ValueError: for whole numbers, such as token ids: a norm of their differences means nothing.
-        """
-        if not origin.is_floating_point():
-            raise ValueError(
-                f"a norm ball around {origin.dtype} values means nothing; edit bags of words ('text-edits') or swap "
-                "tokens ('token-swaps') instead"
-            )
-        low, high = self.bounds
-        if self.norm == "linf":
-            return torch.clamp(torch.clamp(x, origin - self.eps, origin + self.eps), low, high)
-        delta = x - origin
-        if self.norm == "l1":
-            room = torch.where(delta > 0, high - origin, origin - low).clamp_min(0.0)
-            kept = project_l1(delta.flatten(1), room.flatten(1), self.eps).view_as(delta)
-            moved = torch.clamp(origin + kept, low, high)
-            # half an ulp too much in each of 150,000 entries would add up
-            beyond = (moved.double() - origin.double()).abs() > kept.abs().double()
-            return torch.where(beyond, torch.nextafter(moved, origin), moved)
-        shrink = (self.eps / self.size(delta).clamp_min(1e-12)).clamp_max(1.0)
-        return torch.clamp(origin + delta * per_item(shrink, delta), low, high)
-
-    def random_start(self, origin: Tensor, ids: Tensor, draws: Draws) -> Tensor:
-        """Uniform in the cube of side 2 eps (``linf``); a random direction of random length (``l2``,
-        ``l1``)."""
-        noise = 2.0 * draws.uniform(ids, origin.shape[1:]).to(origin.dtype) - 1.0
-        if self.norm != "linf":
-            length = draws.within("length").uniform(ids, (1,)).flatten().to(origin.dtype)
-            noise = noise * per_item(length / self.size(noise).clamp_min(1e-12), noise)
-        return self.project(origin + self.eps * noise, origin)
-
-    def steepest(self, grad: Tensor, at: Tensor | None = None) -> Tensor:
-        """The unit step of the norm along ``grad``: its sign, the normalised gradient, or a sparse step
-        (``l1``).
-
-        The steepest step of ``l1`` moves a single entry; as usual it is spread, over the signs of the largest
-        share ``SPARSITY`` of the entries, so that no search needs a step for each.
-
-        Args:
-            at: where the step is taken; entries of ``l1`` that are at the end of the range already are passed
-                over.
-        """
-        if self.norm == "linf":
-            return grad.sign()
-        if self.norm == "l2":
-            return grad / per_item(self.size(grad).clamp_min(1e-12), grad)
-        if at is not None:
-            low, high = self.bounds
-            grad = torch.where(((grad > 0) & (at < high)) | ((grad < 0) & (at > low)), grad, 0.0)
-        flat = grad.flatten(1)
-        moved = max(1, math.ceil(self.SPARSITY * flat.shape[1]))
-        largest = flat.abs().topk(moved, dim=1).indices
-        step = torch.zeros_like(flat).scatter_(1, largest, flat.gather(1, largest).sign())
-        return (step / step.abs().sum(1, keepdim=True).clamp_min(1.0)).view_as(grad)
-
-    def details(self) -> dict[str, Any]:
-        """What beside norm and eps makes it."""
-        return {"bounds": [float(bound) for bound in self.bounds]}
-
-    def size(self, delta: Tensor) -> Tensor:
-        """(B,) norm of each perturbation."""
-        flat = delta.flatten(1)
-        if self.norm == "linf":
-            return flat.abs().amax(1)
-        return flat.norm(dim=1) if self.norm == "l2" else flat.abs().sum(1)
-
-
-@dataclass(frozen=True)
-class Edits:
-    """An edit budget on bags of words in {0, 1}: at most so many words inserted or removed.
-
-    Args:
-        eps: m, the number of entries that may flip; of a fraction, as scaling a threat makes it, the whole
-            part counts.
-
-    Raises:
-        ValueError: m below 0.
-    """
-
-    eps: float = 3
-    norm: ClassVar[Literal["flips"]] = "flips"
-    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        if not self.eps >= 0:
-            raise ValueError(f"an edit budget is a number of words, at least 0, got {self.eps!r}")
-
-    @property
-    def count(self) -> int:
-        """Entries that may flip."""
-        return int(self.eps + 1e-9)
-
-    def project(self, x: Tensor, origin: Tensor) -> Tensor:
-        """The nearest feasible bag: of the entries nearer to the other value, the m farthest from ``origin``
-        flip.
-
-        Raises:
-            ValueError: an ``origin`` that is no bag of 0 and 1.
-        """
-        if origin.dim() != 2 or not origin.is_floating_point() or not binary(origin):
-            raise ValueError(
-                f"an edit budget needs texts as real (B, V) bags of words of 0 and 1, got {origin.dtype} "
-                f"{tuple(origin.shape)} from {float(origin.min()):g} to {float(origin.max()):g}; binarise them"
-            )
-        distance = (x - origin).abs()
-        order = distance.argsort(dim=1, descending=True, stable=True)[:, : self.count]
-        allowed = torch.zeros_like(origin, dtype=torch.bool).scatter_(1, order, True)
-        return torch.where(allowed & (distance > 0.5), 1.0 - origin, origin)
-
-    def random_start(self, origin: Tensor, ids: Tensor, draws: Draws) -> Tensor:
-        """Exactly m entries flipped, drawn by item."""
-        noise = draws.uniform(ids, origin.shape[1:]).to(origin.dtype)
-        return self.project(origin + (1.0 - 2.0 * origin) * (0.5 + 0.5 * noise + 1e-6), origin)
-
-    def steepest(self, grad: Tensor, at: Tensor | None = None) -> Tensor:
-        raise ValueError("an edit budget has no steepest step; use the search 'greedy-flips'")
-
-    def details(self) -> dict[str, Any]:
-        """Nothing beside norm and eps."""
-        return {}
-
-    def size(self, delta: Tensor) -> Tensor:
-        """(B,) number of entries that differ."""
-        return (delta != 0).flatten(1).sum(1).float()
-
-
-Budget = Ball | Edits | Swaps
-
-
-def binary(values: Tensor) -> bool:
-    """Whether all values are 0 or 1, as in a bag that says which words occur."""
-    return bool(((values == 0) | (values == 1)).all())
+L2_AT_32 = 0.5
+"""Customary L2 budget at 32 x 32 pixels; it grows with the square root of the pixel count (3.5 at 224)."""
 
 
 @dataclass(frozen=True)
 class Threat:
-    """Balls, or edit budgets, by modality and the attacker's knowledge. A modality not named stays untouched.
+    """Budgets by modality and the attacker's knowledge. A modality not named stays untouched.
 
     Plain data: threats of equal content are equal, hash alike and have one ``fingerprint`` on every machine.
 
@@ -238,17 +44,14 @@ class Threat:
 
     balls: dict[str, Budget]
     knowledge: Knowledge = "W1"
-    side: Literal["query", "database"] = "query"
-    name: str = field(default="")
+    side: Side = "query"
+    name: str = ""
     version: int = 1
 
     def __post_init__(self) -> None:
         if not self.balls:
             raise ValueError("a threat needs at least one modality to attack")
-        for value, known in (
-            (self.knowledge, ("W2", "W1", "W0", "B2", "B1", "T")),
-            (self.side, ("query", "database")),
-        ):
+        for value, known in ((self.knowledge, get_args(Knowledge)), (self.side, get_args(Side))):
             if value not in known:
                 raise ValueError(f"a threat has one of {', '.join(known)} there, got {value!r}")
         if not self.name:
@@ -258,32 +61,21 @@ class Threat:
         return int(self.fingerprint(), 16)
 
     def settings(self) -> dict[str, Any]:
-        """The threat as JSON holds it; ``from_settings`` reads it. Candidate lists stand in it by their
-        digest."""
+        """The threat as JSON holds it, read by ``from_settings``; candidate lists stand as their digest."""
         balls = {
-            name: {"norm": b.norm, "eps": float(b.eps), **b.details()}
-            for name, b in sorted(self.balls.items())
+            name: {"norm": ball.norm, "eps": float(ball.eps), **ball.details()}
+            for name, ball in sorted(self.balls.items())
         }
-        return {
-            "name": self.name,
-            "version": self.version,
-            "knowledge": self.knowledge,
-            "side": self.side,
-            "balls": balls,
-        }
+        facts = {"name": self.name, "version": self.version, "knowledge": self.knowledge, "side": self.side}
+        return {**facts, "balls": balls}
 
     @staticmethod
     def from_settings(settings: Mapping[str, Any]) -> Threat:
-        """The inverse of ``settings``; candidate lists of token swaps are found again when the attack is
-        fitted.
-
-        Raises:
-            ValueError: a missing or unknown key, or a norm that no budget has.
-        """
-        wanted = {"name", "version", "knowledge", "side", "balls"}
-        if set(settings) != wanted:
-            raise ValueError(f"the settings of a threat are {sorted(wanted)}, got {sorted(settings)}")
-        balls = {name: _budget(made) for name, made in settings["balls"].items()}
+        """The inverse of ``settings``; candidate lists of token swaps come back when the attack is fitted."""
+        keys = {"name", "version", "knowledge", "side", "balls"}
+        if set(settings) != keys:
+            raise ValueError(f"the settings of a threat are {sorted(keys)}, got {sorted(settings)}")
+        balls = {name: _budget(ball) for name, ball in settings["balls"].items()}
         return Threat(balls, settings["knowledge"], settings["side"], settings["name"], settings["version"])
 
     def fingerprint(self) -> str:
@@ -292,8 +84,8 @@ class Threat:
 
     @property
     def edits(self) -> bool:
-        """Whether words or tokens are edited, which only a search for edits can do."""
-        return any(ball.norm in ("flips", "swaps") for ball in self.balls.values())
+        """True where words or tokens are edited, which only a search for edits can do."""
+        return any(ball.edits for ball in self.balls.values())
 
     def ratio(self, modality: str) -> float:
         """Budget of a modality in units of the first one's: how far a step of size 1 goes in it."""
@@ -301,24 +93,22 @@ class Threat:
         return self.balls[modality].eps / first if first else 1.0
 
     def project(self, x: Inputs, origin: Inputs) -> Inputs:
-        """Each attacked modality back into its ball and range."""
+        """Each attacked modality back into its budget and range."""
         return {name: ball.project(x[name], origin[name]) for name, ball in self.balls.items()}
 
     def random_start(self, origin: Inputs, ids: Tensor, draws: Draws) -> Inputs:
+        """Random feasible inputs, keyed by item."""
         return {
-            name: b.random_start(origin[name], ids, draws.within("start", name))
-            for name, b in self.balls.items()
+            name: ball.random_start(origin[name], ids, draws.within("start", name))
+            for name, ball in self.balls.items()
         }
 
     def steepest(self, grad: Inputs, at: Inputs | None = None) -> Inputs:
         """The unit step of each budget, taken from ``at`` where that is given."""
-        return {
-            name: b.steepest(grad[name], None if at is None else at[name]) for name, b in self.balls.items()
-        }
+        return {n: ball.steepest(grad[n], None if at is None else at[n]) for n, ball in self.balls.items()}
 
     def corner(self, drawn: Inputs) -> Inputs:
-        """A unit step of each ball in a random direction, from uniform numbers in [0, 1): a sign for each
-        entry.
+        """A unit step of each ball in the direction of uniform numbers in [0, 1): a sign for each entry.
 
         A step of ``l1`` moves few entries: the numbers choose which.
         """
@@ -330,35 +120,27 @@ class Threat:
 
     def scaled(self, factor: float) -> Threat:
         """The same threat with every eps times ``factor``, for eps curves and warm-up."""
-        balls = {name: replace(ball, eps=ball.eps * factor) for name, ball in self.balls.items()}
+        balls = {name: ball.with_eps(ball.eps * factor) for name, ball in self.balls.items()}
         usual = automatic_name(self.balls)
-        kept = self.name.removesuffix(usual) if self.name.endswith(usual) else ""  # "db-insert-img-linf-8"
-        return replace(self, balls=balls, name=kept + automatic_name(balls))
+        prefix = self.name.removesuffix(usual) if self.name.endswith(usual) else ""  # "db-insert-img-linf-8"
+        return replace(self, balls=balls, name=prefix + automatic_name(balls))
 
     def verify(self, x: Inputs, origin: Inputs, tolerance: float = 1e-6) -> None:
-        """Raise where an input left its ball or range, is not finite, or an unnamed modality was touched.
+        """Refuse inputs outside budget or range, non-finite ones, and other modalities that were touched.
 
         The evaluator calls this, not the attack.
         """
         for name, value in x.items():
-            clean = origin[name]
-            if name not in self.balls:
+            clean, ball = origin[name], self.balls.get(name)
+            if ball is None:
                 if not torch.equal(value, clean):
                     raise ValueError(f"the attack touched {name!r}, which {self.name} does not allow")
                 continue
-            ball = self.balls[name]
             if not torch.isfinite(value).all():
                 raise ValueError(f"the attacked {name} holds NaN or infinite values")
-            if isinstance(ball, Edits) and not binary(value):
-                raise ValueError(
-                    f"the attacked {name} holds values other than 0 and 1, which are no edits of words"
-                )
             if value.dtype != clean.dtype or value.shape != clean.shape:
-                raise ValueError(
-                    f"the attacked {name} is {value.dtype} {tuple(value.shape)}, not {clean.dtype}"
-                )
-            if isinstance(ball, Swaps):
-                ball.check(value, clean)
+                raise ValueError(f"the attacked {name} is {value.dtype} {[*value.shape]}, not {clean.dtype}")
+            ball.check(value, clean)
             worst = float(ball.size(value - clean).max())
             slack = tolerance if ball.norm == "linf" else tolerance * max(1.0, ball.eps) * 10
             if worst > ball.eps + slack:
@@ -370,24 +152,8 @@ class Threat:
 
 
 def automatic_name(balls: Mapping[str, Budget]) -> str:
-    """What a threat is called where nobody named it: ``img-linf-8+txt-linf-0.05``."""
-    return "+".join(_named(modality, ball) for modality, ball in sorted(balls.items()))
-
-
-def _named(modality: str, ball: Budget) -> str:
-    """``img-linf-8`` (of 255), ``txt-linf-0.05``, ``txt-linf-0.05 in [-1.5, 2]``, ``txt-bow-3``,
-    ``txt-token-2``."""
-    short = {"image": "img", "text": "txt"}.get(modality, modality)
-    if isinstance(ball, Edits):
-        return f"{short}-bow-{ball.count}"
-    if isinstance(ball, Swaps):
-        return f"{short}-token-{ball.count}"
-    size = ball.eps * 255 if modality == "image" and ball.norm == "linf" else ball.eps
-    low, high = ball.bounds
-    within = (
-        "" if (low, high) == (0.0, 1.0) else f" in [{low:g}, {high:g}]"
-    )  # another range is another threat
-    return f"{short}-{ball.norm}-{size:g}{within}"
+    """The name of a threat that has none: ``img-linf-8+txt-linf-0.05``."""
+    return "+".join(ball.label(modality) for modality, ball in sorted(balls.items()))
 
 
 def _budget(settings: Mapping[str, Any]) -> Budget:
@@ -399,32 +165,24 @@ def _budget(settings: Mapping[str, Any]) -> Budget:
     return Ball(norm, eps, tuple(settings["bounds"]))  # refuses any other norm
 
 
-Attacked = Literal["image", "text", "both"]
-EPS = {"image": 8 / 255, "text": 0.05}
-"""Customary budgets: of pixels; of a continuous text vector (DRFGD), which corresponds to no real text."""
-
-
 def threat_on(
-    modality: Attacked = "image",
-    eps: float | None = None,
-    norm: Norm = "linf",
-    knowledge: Knowledge = "W1",
+    modality: Attacked = "image", eps: float | None = None, norm: Norm = "linf", knowledge: Knowledge = "W1"
 ) -> Threat:
     """The usual threats: ``img-linf-8`` by default, ``txt-linf-0.05``, or both on the pair of one item.
 
     Args:
-        modality: what is attacked; ``both`` perturbs image and text of an item together.
         eps: of the image, or of the text where only that is attacked; the customary one by default, in L-inf.
 
     Raises:
         ValueError: an L2 or L1 threat without ``eps``: the customary length depends on the size of the image.
     """
-    if modality not in ("image", "text", "both"):
+    if modality not in get_args(Attacked):
         raise ValueError(f"modality must be 'image', 'text' or 'both', got {modality!r}")
     if norm != "linf" and (eps is None or modality == "both"):
         raise ValueError(
-            f"an {norm} threat on {modality!r} has no customary eps here; give eps, on one modality (of images 0.5 at "
-            "32 x 32 and 3.5 at 224 x 224 are customary in l2, as in the threat 'img-l2', and 12 at 32 x 32 in l1)"
+            f"an {norm} threat on {modality!r} has no customary eps here; give eps, on one modality (of "
+            "images 0.5 at 32 x 32 and 3.5 at 224 x 224 are customary in l2, as in the threat 'img-l2', and "
+            "12 at 32 x 32 in l1)"
         )
     attacked = ("image", "text") if modality == "both" else (modality,)
     balls: dict[str, Budget] = {name: Ball(norm, EPS[name]) for name in attacked}
@@ -441,3 +199,145 @@ def image_threat(eps: float = 8 / 255, norm: Norm = "linf", knowledge: Knowledge
 def edit_threat(edits: int = 3, knowledge: Knowledge = "W1") -> Threat:
     """At most ``edits`` words inserted into, or removed from, each text: ``txt-bow-3`` by default."""
     return Threat({"text": Edits(edits)}, knowledge)
+
+
+@register("threat", "img-linf-8", modality="image")
+def img_linf_8(knowledge: Knowledge = "W1") -> Threat:
+    """Pixels changed by at most 8/255, in [0, 1]."""
+    return image_threat(knowledge=knowledge)
+
+
+@register("threat", "img-l2", modality="image")
+def img_l2(knowledge: Knowledge = "W1", pixels: tuple[int, int] = (32, 32)) -> Threat:
+    """Euclidean length of the change at most 0.5 at 32 x 32 pixels, 3.5 at 224 x 224."""
+    if len(pixels) != 2 or min(pixels) < 1:
+        raise ValueError(f"pixels must be the height and width of the model's input, got {pixels!r}")
+    return image_threat(L2_AT_32 * math.sqrt(pixels[0] * pixels[1]) / 32, "l2", knowledge)
+
+
+def image_ball(
+    norm: Norm, eps: float | None, pixels: tuple[int, int] | None, knowledge: Knowledge = "W1"
+) -> Threat:
+    """An image threat by norm and budget, by default the customary one at this size.
+
+    Raises:
+        ValueError: an L2 threat without ``eps`` on features, which have no ``pixels``; an L1 threat without
+            ``eps``.
+    """
+    if norm == "l2" and eps is None and pixels is not None:
+        return img_l2(knowledge, pixels)
+    return threat_on("image", eps, norm, knowledge)
+
+
+@register("threat", "txt-feat-linf", modality="text")
+def txt_feat_linf(features: Tensor, knowledge: Knowledge = "W1", eps: float = EPS["text"]) -> Threat:
+    """Entries of a continuous text vector changed by at most 0.05, within the range of the training set."""
+    if not features.is_floating_point() or not features.isfinite().all():
+        raise ValueError(f"the range comes from finite real training features, got {features.dtype}")
+    return Threat({"text": Ball("linf", eps, (float(features.min()), float(features.max())))}, knowledge)
+
+
+@register("threat", "txt-bow-m", modality="text")
+def txt_bow_m(m: int = 3, knowledge: Knowledge = "W1") -> Threat:
+    """At most m = 3 words inserted into a bag of words, or removed from it."""
+    return edit_threat(m, knowledge)
+
+
+@register("threat", "txt-token-m", modality="tokens")
+def txt_token_m(m: int = 2, k: int = 8, knowledge: Knowledge = "W1") -> Threat:
+    """At most m = 2 tokens changed, each for one of its k = 8 nearest in the victim's embedding table."""
+    return Threat({"text": Swaps(m, k)}, knowledge)
+
+
+@register("threat", "joint")
+def joint(knowledge: Knowledge = "W1") -> Threat:
+    """Image (8/255) and text vector (0.05) of one item together; every direction is scored from that pair."""
+    return threat_on("both", knowledge=knowledge)
+
+
+@register("threat", "db-insert", modality="image")
+def db_insert(like: str = "img-linf-8", knowledge: Knowledge = "W2") -> Threat:
+    """Items added to the database, each within the bound of the image threat ``like``, to be found often."""
+    return _on_database("db-insert", like, knowledge)
+
+
+@register("threat", "db-perturb", modality="image")
+def db_perturb(like: str = "img-linf-8", knowledge: Knowledge = "W2") -> Threat:
+    """A declared share of the database items, each within the bound of ``like``, to be no longer found."""
+    return _on_database("db-perturb", like, knowledge)
+
+
+def _on_database(name: str, like: str, knowledge: Knowledge) -> Threat:
+    bound = named_threat(like, knowledge=knowledge)
+    if set(bound.balls) != {"image"} or bound.side != "query":
+        raise ValueError(f"{name} takes the bound of an image threat, not {like!r}")
+    return Threat(bound.balls, knowledge, "database", f"{name}-{bound.name}")
+
+
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_PATTERNS: tuple[tuple[str, str, Callable[[float], Budget]], ...] = (
+    (rf"img-linf-{_NUMBER}", "image", lambda size: Ball("linf", size / 255)),
+    (rf"img-l1-{_NUMBER}", "image", lambda size: Ball("l1", size)),
+    (rf"img-l2-{_NUMBER}", "image", lambda size: Ball("l2", size)),
+    (rf"txt-linf-{_NUMBER}", "text", lambda size: Ball("linf", size)),
+    (r"txt-bow-(\d+)", "text", Edits),
+    (r"txt-token-(\d+)", "text", Swaps),
+)
+
+
+def named_threat(
+    name: str,
+    knowledge: Knowledge | None = None,
+    *,
+    pixels: tuple[int, int] | None = None,
+    features: Tensor | None = None,
+) -> Threat:
+    """The threat of a name: a registered one, one with other numbers, or several joined by ``+``.
+
+    Args:
+        name: ``img-linf-8``, ``img-l2``, ``txt-feat-linf``, ``txt-bow-m``, ``txt-token-m``, ``joint``,
+            ``db-insert``, ``db-perturb``; ``img-linf-4`` (of 255), ``img-l2-3.5``, ``img-l1-12``,
+            ``txt-linf-0.05``, ``txt-bow-5``, ``txt-token-1``; ``img-linf-8+txt-linf-0.05``;
+            ``db-insert-img-linf-4``. Every name that a threat gives itself is read, but for those of a range
+            that only the data give.
+        knowledge: W2, W1, W0, B2, B1 or T; that of the registered threat by default.
+        pixels: height and width of the input, for ``img-l2``.
+        features: (N, V) training features, which ``txt-feat-linf`` needs.
+
+    Raises:
+        KeyError: an unknown name, with the nearest known one.
+        ValueError: a number outside its range, or ``txt-feat-linf`` without features.
+
+    Example:
+        >>> named_threat("img-l2", pixels=(224, 224)).name
+        'img-l2-3.5'
+    """
+    known = {card.name for card in catalogue("threat")}
+    if name in known:
+        if name == "txt-feat-linf" and features is None:
+            raise ValueError(
+                "txt-feat-linf needs features=, the text vectors of the training set: they give its range"
+            )
+        options = {"knowledge": knowledge, "pixels": pixels, "features": features}
+        threat: Threat = build("threat", name, **{k: v for k, v in options.items() if v is not None})
+        return threat
+    for side in ("db-insert", "db-perturb"):
+        if name.startswith(f"{side}-"):
+            return _on_database(side, name.removeprefix(f"{side}-"), knowledge or "W2")
+    balls: dict[str, Budget] = {}
+    for part in name.split("+"):
+        modality, budget = _parsed(part, known)
+        if modality in balls:
+            raise ValueError(f"{name!r} names two budgets for the {modality}")
+        balls[modality] = budget
+    return Threat(balls, knowledge or "W1")
+
+
+def _parsed(part: str, known: set[str]) -> tuple[str, Budget]:
+    for pattern, modality, make in _PATTERNS:
+        if match := re.fullmatch(pattern, part):
+            return modality, make(float(match[1]))
+    raise KeyError(
+        f"no threat is called {part!r}{nearest(part, known)} Other numbers: img-linf-4, img-l2-1, img-l1-12, "
+        "txt-bow-5."
+    )

@@ -10,13 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from robusthash.attacks.adaptive_losses import RepairMovedLoss
 from robusthash.attacks.base import Attack, Guide, Loss, Search
 from robusthash.attacks.guides import Mainstay, Own, Unguided
-from robusthash.attacks.losses import ScaleFree
+from robusthash.attacks.losses import RepairMovedLoss, ScaleFree
 from robusthash.attacks.pgd import APGD
+from robusthash.attacks.text_edits import GreedyFlips
 from robusthash.attacks.threat_model import Threat
-from robusthash.attacks.word_edits import GreedyFlips
 from robusthash.core.registry import register
 from robusthash.models.gates import gates_of
 from robusthash.models.hasher import Hasher

@@ -97,7 +97,7 @@ class AdversarialTraining(Recipe):
             yield "guide", guide.terms(goal.labels, memory.reference(), draws)
         ramp = 1.0 if not self.warmup else min(1.0, moment.progress / self.warmup)
         attack = replace(self.attack, threat=self.attack.threat.scaled(ramp)) if ramp < 1.0 else self.attack
-        found, _ = attack.perturb(self.hasher, batch, goal, memory.reference(), draws=draws)
+        found = attack.perturb(self.hasher, batch, goal, memory.reference(), draws=draws)
         changed = {name: value.detach() for name, value in found.inputs.items()}
         robust, clean = self.hasher(changed), self.hasher(batch.inputs)
         memory.update(clean, batch)

@@ -165,7 +165,7 @@ class Regenerate(Recipe):
         attacked: Inputs = {}
         victim = self.hasher if self.inner == "through" else bare
         for attack in self.attacks:
-            found, _ = attack.perturb(victim, batch, Goal(batch.labels, -1), reference, draws=moment.draws)
+            found = attack.perturb(victim, batch, Goal(batch.labels, -1), reference, draws=moment.draws)
             attacked |= {name: value.detach() for name, value in found.inputs.items()}
         terms: LossTerms = {}
         fakes: Inputs = {}

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from robusthash.attacks.adaptive_losses import GateOpening
 from robusthash.attacks.frequency_bands import BANDS, Banded
+from robusthash.attacks.losses import GateOpening
 from robusthash.core.registry import register
 from robusthash.core.types import HashOutput, LossTerms
 from robusthash.defenses.adaptive import AdaptiveAttack, AdaptiveAttacks, AdaptiveSetting

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robusthash.attacks.adaptive_losses import OverDraws
+from robusthash.attacks.losses import OverDraws
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import LossTerms

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from robusthash.attacks.base import Attack, AttackOutput
-from robusthash.attacks.threat_model import Threat, binary
+from robusthash.attacks.base import Attack, SearchResult
+from robusthash.attacks.budgets import binary
+from robusthash.attacks.threat_model import Threat
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Inputs
@@ -101,7 +102,7 @@ def attack_block(
         start: feasible inputs to start from, such as the solution at a smaller budget.
     """
     batch, known = context.batch(block, attack.threat.balls), context.known(attack)
-    started, outputs, representative = time.perf_counter(), list[AttackOutput](), []
+    started, outputs, representative = time.perf_counter(), list[SearchResult](), []
     for number, goal in enumerate(goals(context, attack.targeted, batch)):
         draws, begin = Draws(context.seed, ("attack", str(number))), start
         if restart:
@@ -120,7 +121,7 @@ def attack_block(
         context,
         attack.threat,
         batch,
-        [output.batch.inputs for output in outputs],
+        [output.inputs for output in outputs],
         seconds,
         passes=(sum(out.forward for out in outputs), sum(out.backward for out in outputs), 0),
         representative=torch.stack(representative, 1),
@@ -128,7 +129,7 @@ def attack_block(
     )
 
 
-def _representative(output: AttackOutput, goal_sign: int, queries: int) -> Tensor:
+def _representative(output: SearchResult, goal_sign: int, queries: int) -> Tensor:
     """(B, K) int8 code that the attack steers to; (B, 0) where it follows none."""
     guidance = output.guidance
     codes = guidance.codes if guidance.weights is None else guidance.weights @ guidance.codes

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Attack, Select
+from robusthash.attacks.base import Attack, Guide, Select
 from robusthash.core.hamming import distance, pack
 from robusthash.core.identity import marked_identity
 from robusthash.core.runtime import Draws, Progress, silent
@@ -231,7 +231,7 @@ def _aims(database: Codes, proxies: Tensor, table: Tensor, count: int, draws: Dr
 
 
 @dataclass(frozen=True, eq=False)
-class SteeredGuide:
+class SteeredGuide(Guide):
     """A guide with a given code for each item, by its id."""
 
     codes: Tensor  # (items, K)
@@ -269,7 +269,7 @@ def _attack_items(
         batch = replace(split.batch(positions[block]), ids=block).only({modality}).to(victim.device)
         aim, select = goal(batch)
         output = attack(victim, batch, aim, known, draws=draws, select=select)
-        passes, results = (output.forward, output.backward, 0), [output.batch.inputs]
+        passes, results = (output.forward, output.backward, 0), [output.inputs]
         attacked = finish(as_queries, attack.threat, batch, results, 0.0, passes=passes)
         clean.append(encode_signs(victim, modality, batch.inputs[modality]))
         sizes.append(ball.size(attacked.inputs - batch.inputs[modality].cpu()))

@@ -16,10 +16,9 @@ from robusthash.attacks.ranking_losses import (
     soft_ap_apgd,
     wrong_apgd,
 )
+from robusthash.attacks.text_edits import ExactFlips, GreedyFlips, GreedySwaps
 from robusthash.attacks.threat_model import Attacked as Modality
 from robusthash.attacks.threat_model import Edits, Threat, threat_on
-from robusthash.attacks.token_swaps import GreedySwaps
-from robusthash.attacks.word_edits import ExactFlips, GreedyFlips
 from robusthash.core.identity import marked_identity
 from robusthash.core.registry import nearest
 from robusthash.core.runtime import Progress, silent

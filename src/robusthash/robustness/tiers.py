@@ -121,7 +121,7 @@ def without_gradient(suite: Suite) -> Suite:
     def follows(spec: AttackSpec) -> bool:
         if not isinstance(spec, GradientAttack) or spec.kind not in ("white-box", "refined"):
             return False
-        return bool(getattr(spec.attack.search, "by_gradient", True))
+        return spec.attack.search.by_gradient
 
     return replace(suite, specs=tuple(spec for spec in suite.specs if not follows(spec)))
 
@@ -266,5 +266,5 @@ def _everything(threat: Threat, context: EvaluationContext) -> Threat:
     for name, ball in threat.balls.items():
         width = ball.bounds[1] - ball.bounds[0]
         size = width * inputs[name][0].numel() ** {"linf": 0.0, "l2": 0.5}.get(ball.norm, 1.0)
-        balls[name] = replace(ball, eps=size)
+        balls[name] = ball.with_eps(size)
     return Threat(balls, threat.knowledge)

@@ -19,8 +19,7 @@ from robusthash.apps.experiment.model_stages import (
     set_threads,
 )
 from robusthash.apps.experiment.run_directory import Run, write_json
-from robusthash.attacks.threat_model import Threat
-from robusthash.attacks.threat_registry import named_threat
+from robusthash.attacks.threat_model import Threat, named_threat
 from robusthash.core.identity import describe
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.data.base import RetrievalData

@@ -9,8 +9,7 @@ import torch
 
 from robusthash.apps.experiment.run_directory import CHECKED, Run, write_json
 from robusthash.apps.experiment.stages import Progress, context_of, image_size, load_victim, read_data, silent
-from robusthash.attacks.threat_model import Norm, threat_on
-from robusthash.attacks.threat_registry import image_ball
+from robusthash.attacks.threat_model import Norm, image_ball, threat_on
 from robusthash.metrics.results import Flag
 from robusthash.robustness.checks.base import CHECKS
 from robusthash.robustness.checks.behaviour_checks import require_usable

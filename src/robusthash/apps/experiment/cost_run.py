@@ -72,7 +72,7 @@ def _inner_steps(run: Run) -> int:
     if settings is None:
         return 0
     attack = build("attack", settings, objective=build("objective", run.config.training.objective))
-    return int(getattr(attack.search, "steps", 1))
+    return attack.search.steps
 
 
 def _pixels(run: Run) -> Inputs:

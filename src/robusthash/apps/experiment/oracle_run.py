@@ -14,7 +14,7 @@ from robusthash.apps.experiment.block_store import FolderStore
 from robusthash.apps.experiment.evaluation_stages import context_of
 from robusthash.apps.experiment.model_stages import image_size, load_hasher, read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.attacks.threat_registry import named_threat
+from robusthash.attacks.threat_model import named_threat
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.evaluation.context import EvaluationContext

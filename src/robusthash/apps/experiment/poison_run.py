@@ -11,8 +11,7 @@ from robusthash.apps.experiment.evaluation_stages import context_of, described
 from robusthash.apps.experiment.model_stages import load_victim, read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.attacks.base import Attack
-from robusthash.attacks.threat_model import Threat
-from robusthash.attacks.threat_registry import named_threat
+from robusthash.attacks.threat_model import Threat, named_threat
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, silent
 from robusthash.metrics.results import EvalResult, save_results

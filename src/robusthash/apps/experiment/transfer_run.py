@@ -10,8 +10,7 @@ from typing import Any
 
 from robusthash.apps.experiment.model_stages import image_size, load_hasher, read_data, set_threads
 from robusthash.apps.experiment.run_directory import load_run
-from robusthash.attacks.threat_model import Norm
-from robusthash.attacks.threat_registry import image_ball
+from robusthash.attacks.threat_model import Norm, image_ball
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, silent
 from robusthash.evaluation.context import make_context

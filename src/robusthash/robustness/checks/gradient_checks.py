@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Attack, Found, Loss, Probe, Score, Search, Select
+from robusthash.attacks.base import Attack, Loss, Probe, Score, Search, SearchResult, Select
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement, ScaleFree
 from robusthash.attacks.pgd import APGD
@@ -30,7 +30,7 @@ _TRIES = 100  # random sign steps of F13
 _DIRECTIONS = 20  # of F14's finite differences
 _STEP = 1e-6  # of finite differences, per entry: few kinks are crossed, and float64 does not mind
 
-Recorded = Callable[[Score, Batch, Threat, Draws, Select | None], Found]
+Recorded = Callable[[Score, Batch, Threat, Draws, Select | None], SearchResult]
 
 
 class _Search(Search):
@@ -48,7 +48,7 @@ class _Search(Search):
         draws: Draws,
         select: Select | None,
         _: Inputs | None,
-    ) -> Found:
+    ) -> SearchResult:
         return self.function(score, batch, threat, draws, select)
 
 
@@ -116,7 +116,7 @@ def _at_start(context: EvaluationContext, threat: Threat, loss: Loss) -> tuple[f
     """Shares of queries with a zero gradient, and with a number that is not finite; and if there is a graph."""
     zero, broken, connected = list[Tensor](), list[Tensor](), list[bool]()
 
-    def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> Found:
+    def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> SearchResult:
         origin = batch.only(threat.balls).inputs
         value, logits, slopes, graph = gradient(score, origin)
         rows = _rows(slopes)
@@ -124,7 +124,7 @@ def _at_start(context: EvaluationContext, threat: Threat, loss: Loss) -> tuple[f
         finite = [torch.isfinite(rows).all(1), torch.isfinite(value), torch.isfinite(logits).all(1)]
         broken.append(~torch.stack(finite).all(0))
         connected.append(graph)
-        return Found(origin, value.mean().reshape(1), 1, 1)
+        return SearchResult(origin, value.mean().reshape(1), 1, 1)
 
     _run(context, threat, loss, look)
     return _share(zero), _share(broken), any(connected)
@@ -136,7 +136,7 @@ def _f13_rugged(context: EvaluationContext, threat: Threat) -> Flag:
         return not_run("F13", "an edit budget has no steepest step")
     luckier: list[Tensor] = []
 
-    def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> Found:
+    def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> SearchResult:
         origin = batch.only(threat.balls).inputs
         value, _, slopes, _ = gradient(score, origin)
 
@@ -154,7 +154,7 @@ def _f13_rugged(context: EvaluationContext, threat: Threat) -> Flag:
             }
             best = torch.maximum(best, stepped(threat.corner(noise)))
         luckier.append(best > steered)
-        return Found(origin, value.mean().reshape(1), 1, 1)
+        return SearchResult(origin, value.mean().reshape(1), 1, 1)
 
     _run(context, threat, _MeanLogit(), look)
     return above("F13", _share(luckier))
@@ -164,7 +164,7 @@ def f14_differences(context: EvaluationContext, threat: Threat) -> Flag:
     """Autograd through the whole victim against central differences along random signs, in float64."""
     errors: list[Tensor] = []
 
-    def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> Found:
+    def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> SearchResult:
         # strictly inside the range, so that a clamp in the model is no kink
         inside = {n: 0.01 + 0.98 * value for n, value in batch.only(threat.balls).inputs.items()}
         value, _, slopes, _ = gradient(score, inside)
@@ -182,7 +182,7 @@ def f14_differences(context: EvaluationContext, threat: Threat) -> Flag:
         # nothing moves and nothing is said to move: a flat objective has no gradient to trust either
         error = (measured - promised).norm(dim=1) / size.clamp_min(1e-300)
         errors.append(torch.where(size > 0, error, 1.0))
-        return Found(inside, value.mean().reshape(1), 1, 1)
+        return SearchResult(inside, value.mean().reshape(1), 1, 1)
 
     try:
         with default_dtype(torch.float64):
@@ -201,11 +201,11 @@ def f22_no_budget(context: EvaluationContext, threat: Threat) -> Flag:
 
     def random_point(
         score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None
-    ) -> Found:
+    ) -> SearchResult:
         origin = batch.only(threat.balls).inputs
         with torch.no_grad():
             value, _ = score(origin, 1.0)
-        return Found(threat.random_start(origin, batch.ids, draws), value.mean().reshape(1), 1, 0)
+        return SearchResult(threat.random_start(origin, batch.ids, draws), value.mean().reshape(1), 1, 0)
 
     nothing = threat.scaled(0.0)
     attack = Attack("checks", Mainstay(), ScaleFree(), _Search(random_point, threat.edits), nothing)
@@ -233,7 +233,9 @@ def path_checks(
         return [not_run(id, reason) for id in ids]
     values, metrics, returned = list[Tensor](), list[Tensor](), list[Tensor]()  # (T, B), (T, B), (B,) a block
 
-    def record(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> Found:
+    def record(
+        score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None
+    ) -> SearchResult:
         assert select is not None  # ``_run`` hands the metric over
         path: list[tuple[Tensor, Tensor]] = []
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from robusthash.attacks.adaptive_losses import OverDraws
 from robusthash.attacks.guides import Unguided
-from robusthash.attacks.losses import ObjectiveLoss
+from robusthash.attacks.losses import ObjectiveLoss, OverDraws
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.registry import catalogue
 from robusthash.core.runtime import Draws

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robusthash.attacks.oracle import Answered, Ask, QueryOracle, ids_lost
+from robusthash.attacks.base import SearchResult
+from robusthash.attacks.oracle import Ask, QueryOracle, ids_lost
 from robusthash.attacks.query_search import NES, GreedyWords, QuestionSearch, RandomPoints, Square, ask_around
 from robusthash.attacks.threat_model import Edits, Threat
 from robusthash.core.identity import changes
@@ -109,16 +110,16 @@ class OracleAttack:
     ) -> AttackedBlock:
         began = time.perf_counter()
         batch, answered = self.answered(context, block, restart, start)
-        results, asked = [answered.inputs], answered.asked
+        results, asked = [answered.inputs], answered.oracle_queries
         if self.marks:
             clean = {name: batch.inputs[name] for name in self.threat.balls}
-            results, asked = [clean, *(answered.record[mark] for mark in self.marks)], sum(self.marks)
+            results, asked = [clean, *(answered.best_after[mark] for mark in self.marks)], sum(self.marks)
         seconds = time.perf_counter() - began
         return finish(context, self.threat, batch, results, seconds, passes=(0, 0, asked))
 
     def answered(
         self, context: EvaluationContext, block: int, restart: int = 0, start: Inputs | None = None
-    ) -> tuple[Batch, Answered]:
+    ) -> tuple[Batch, SearchResult]:
         """The clean block and the result of its search."""
         batch = context.batch(block)
         shown: Literal["B1", "B2"] = "B1" if self.shows == "ids" else "B2"

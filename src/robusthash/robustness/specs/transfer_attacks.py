@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Attack, Found
+from robusthash.attacks.base import Attack, SearchResult
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import ScaleFree
+from robusthash.attacks.text_edits import GreedyFlips
 from robusthash.attacks.threat_model import Threat
 from robusthash.attacks.transfer_search import Surrogate, TransferSteps, customary_smoothing, transfer
-from robusthash.attacks.word_edits import GreedyFlips
 from robusthash.core.runtime import Draws, Progress, digest, silent
 from robusthash.core.types import Batch, Codes, Inputs, Reference
 from robusthash.data.base import RetrievalData
@@ -130,7 +130,7 @@ class Transfer:
 
     def searched(
         self, context: EvaluationContext, batch: Batch, restart: int = 0, start: Inputs | None = None
-    ) -> list[Found]:
+    ) -> list[SearchResult]:
         """The results on the surrogates alone; the context gives goals and seed, its victim is not used."""
         results = []
         for number, goal in enumerate(goals(context, self.targeted, batch)):
@@ -142,7 +142,7 @@ class Transfer:
 
 
 def _finish(
-    context: EvaluationContext, threat: Threat, batch: Batch, found: Sequence[Found], began: float
+    context: EvaluationContext, threat: Threat, batch: Batch, found: Sequence[SearchResult], began: float
 ) -> AttackedBlock:
     """Finished without representative codes: those of surrogates mean nothing to the victim."""
     passes = sum(each.forward for each in found), sum(each.backward for each in found), 0
