@@ -18,6 +18,12 @@ from robusthash.training.optimiser_groups import divided
 from robusthash.training.recipe import FIGURES, Moment, Recipe
 
 
+def _in_range(name: str, value: float, above: float) -> None:
+    if not 0 <= value < above:
+        limit = "finite" if above == math.inf else f"below {above:g}"
+        raise ValueError(f"{name} must be at least 0 and {limit}, got {value!r}")
+
+
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
@@ -25,10 +31,10 @@ def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """One optimiser group; ``lr`` 0 freezes a part of the hasher.
+    """One optimiser group. ``lr`` 0 freezes ``hasher`` or a part of it, BatchNorm statistics included.
 
     Raises:
-        ValueError: an unknown optimiser.
+        ValueError: an unknown optimiser, or a number outside its range.
     """
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -38,6 +44,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _one_of("optimiser", self.name, ("sgd", "adam", "adamw"))
+        for name, above in (("lr", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
+            _in_range(name, getattr(self, name), above)
 
     def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         if self.name == "sgd":
@@ -57,7 +65,7 @@ class Schedule:
     ``gamma``.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or a warm-up outside [0, 1).
     """
 
     kind: Literal["constant", "cosine", "steps", "exponential"] = "cosine"
@@ -67,6 +75,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         _one_of("schedule", self.kind, ("constant", "cosine", "steps", "exponential"))
+        _in_range("warmup", self.warmup, 1.0)
 
     def factor(self, progress: float) -> float:
         """The factor after a share ``progress`` of all steps; a function of it alone, so that resuming is
