@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.budgets import threat_on_data
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.attacks.threat_model import Threat
-from robusthash.attacks.threat_registry import named_threat
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.identity import describe, identity
 from robusthash.core.runtime import digest
@@ -105,7 +105,7 @@ def assess(
     prepared = prepare_tier(
         context,
         tier_name,
-        _threat(threat, data) if isinstance(threat, str) else threat,
+        threat_on_data(threat, data, "W2") if isinstance(threat, str) else threat,
         objective=objective,
         surrogates=_surrogates(run, surrogates, data, context),
         queries=queries,
@@ -125,16 +125,6 @@ def assess(
     if kept:
         _write(run.path / "assess.json", result)
     return result
-
-
-def _threat(name: str, data: RetrievalData) -> Threat:
-    """A threat by name, with what it takes from the data: the size of images, the range of text vectors."""
-    texts = (
-        data.train.batch(torch.arange(len(data.train))).inputs.get("text")
-        if name == "txt-feat-linf"
-        else None
-    )
-    return named_threat(name, "W2", pixels=stages.image_size(data), features=texts)
 
 
 def _surrogates(

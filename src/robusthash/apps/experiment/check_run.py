@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from robusthash.apps.experiment.budgets import threat_name, threat_on_data
 from robusthash.apps.experiment.run_directory import CHECKED, Run, write_json
-from robusthash.apps.experiment.stages import Progress, context_of, image_size, load_victim, read_data, silent
+from robusthash.apps.experiment.stages import Progress, context_of, load_victim, read_data, silent
 from robusthash.attacks.published import mainstay
-from robusthash.attacks.threat_model import Norm, Threat, threat_on
-from robusthash.attacks.threat_registry import image_ball
+from robusthash.attacks.threat_model import Threat
 from robusthash.data import load_data
 from robusthash.defenses.adversarial_training import AdversarialTraining
 from robusthash.defenses.outer_losses import SAATOuter
@@ -32,8 +32,7 @@ def check_run(
     run: Run,
     progress: Progress = silent,
     *,
-    eps: float | None = None,
-    norm: Norm = "linf",
+    threat: str | None = None,
     queries: int = 128,
     steps: int = 100,
     direction: str | None = None,
@@ -42,12 +41,12 @@ def check_run(
     run.
 
     Args:
-        eps: budget; the customary one of the query modality by default.
+        threat: budget by name; the usual one of the query modality by default.
         queries: so many of the run's, chosen by content.
         direction: such as ``T2I``; the first of the run's by default.
     """
     context = run_context(run, progress, direction)
-    flags = model_checks(context, _threat(context, eps, norm), queries=queries, steps=steps)
+    flags = model_checks(context, _threat(context, threat), queries=queries, steps=steps)
     write_json(run.path / CHECKED, plain(flags))
     return flags
 
@@ -63,10 +62,8 @@ def run_context(run: Run, progress: Progress = silent, direction: str | None = N
     )
 
 
-def _threat(context: EvaluationContext, eps: float | None, norm: Norm) -> Threat:
-    if context.direction[0] == "text":
-        return threat_on("text", eps, norm, "W2")
-    return image_ball(norm, eps, image_size(context.data), "W2")
+def _threat(context: EvaluationContext, name: str | None = None) -> Threat:
+    return threat_on_data(name or threat_name(modality=context.direction[0]), context.data, "W2")
 
 
 def plain(flags: tuple[Flag, ...]) -> list[dict[str, Any]]:
@@ -84,7 +81,7 @@ def calibration(
             made anew.
     """
     context = toy_context(progress) if run is None else run_context(run, progress)
-    threat = _threat(context, None, "linf")
+    threat = _threat(context)
     honest = model_checks(context, threat, queries=queries, steps=100)
     return honest, calibrate(context, threat, queries=queries, steps=steps)
 

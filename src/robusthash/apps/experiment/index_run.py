@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from robusthash.apps.experiment import stages
-from robusthash.apps.experiment.run_directory import Run, load_run
+from robusthash.apps.experiment.run_directory import Run, load_run, write_json
 from robusthash.apps.experiment.stages import Progress, silent
+from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack, sign
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split
@@ -19,6 +24,7 @@ from robusthash.index import CodeIndex, open_index
 from robusthash.models.hasher import Hasher, frozen
 
 _AT_ONCE = 1024  # images decoded and encoded together
+_RUN_FILE = "run.json"  # in the directory of an index: the run whose hasher made its codes
 
 
 def build_index(
@@ -34,12 +40,12 @@ def build_index(
         ValueError: the directory holds an index already.
     """
     run = load_run(run_path)
-    card = run.card()
-    with open_index(f"file:{directory}", bits=card["bits"], engine=engine) as index:
-        if index.count():
+    with open_index(f"file:{directory}", bits=run.card()["bits"], engine=engine) as index:
+        if count := index.count():
             raise ValueError(
-                f"{directory} already holds {index.count()} items; use 'index add', or another directory"
+                f"{directory} already holds {count} items; use 'index add', or another directory"
             )
+        write_json(directory / _RUN_FILE, {"run": str(run.path.resolve())})
         if images is not None:
             return _add(index, run, images, progress)
         data = stages.read_data(run.config, progress)
@@ -47,63 +53,106 @@ def build_index(
         return dict(index.info())
 
 
-def add_images(directory: Path, images: Path, run_path: Path, progress: Progress = silent) -> dict[str, Any]:
+def add_images(
+    directory: Path, images: Path, run_path: Path | None = None, progress: Progress = silent
+) -> dict[str, Any]:
     """Add an image file or a folder of images; returns the index's info."""
     with open_index(f"file:{directory}", create=False) as index:
-        return _add(index, load_run(run_path), images, progress)
+        return _add(index, run_of_index(directory, run_path), images, progress)
 
 
 def search_image(
-    directory: Path, image: Path, run_path: Path, k: int, where: str | None = None
+    directory: Path, image: Path, run_path: Path | None = None, k: int = 10, where: str | None = None
 ) -> list[dict[str, Any]]:
     """The k nearest items of an image file: id, distance, payload."""
-    run = load_run(run_path)
-    hasher, _ = stages.load_victim(run)
+    allowed = yaml.safe_load(where) if where else None
+    if allowed is not None and not isinstance(allowed, dict):
+        raise ValueError(f"--where takes a mapping such as '{{label: cat}}', got {where!r}")
     with open_index(f"file:{directory}", create=False) as index:
-        query = _encode(hasher, run, torch.stack([read_image(image, _side(run))]), first_id=0)
-        allowed = yaml.safe_load(where) if where else None
-        if allowed is not None and not isinstance(allowed, dict):
-            raise ValueError(f"--where takes a mapping such as '{{label: cat}}', got {where!r}")
-        found = index.search(query, k, where=allowed)
-        ids = [item for item in found.ids[0].tolist() if item >= 0]
+        run = run_of_index(directory, run_path)
+        pixels = read_image(image, _side(run))[None]
+        ranking = index.search(_encode(stages.load_victim(run)[0], run, pixels), k, where=allowed)
+        ids = [item for item in ranking.ids[0].tolist() if item >= 0]
         payloads = index.payload(ids)
-    return [
-        {"id": item, "distance": distance, "payload": payload}
-        for item, distance, payload in zip(ids, found.distances[0].tolist(), payloads, strict=False)
-    ]
+    rows = zip(ids, ranking.distances[0].tolist(), payloads, strict=False)
+    return [{"id": item, "distance": distance, "payload": payload} for item, distance, payload in rows]
+
+
+def run_of_index(directory: Path, run_path: Path | None = None) -> Run:
+    """The run whose hasher encodes for an index: the one given, else the one that built it.
+
+    Raises:
+        ValueError: none is given, and the index does not say.
+    """
+    if run_path is not None:
+        return load_run(run_path)
+    file = directory / _RUN_FILE
+    builder = Path(json.loads(file.read_text())["run"]) if file.is_file() else directory.resolve().parent
+    if not (builder / "config.yaml").is_file():
+        raise ValueError(
+            f"{directory} does not say which run made its codes, or it has moved; name it with --run"
+        )
+    return load_run(builder)
+
+
+def encode_images(
+    run: Run, images: Sequence[Path], progress: Progress = silent
+) -> Iterator[tuple[Codes, list[Path]]]:
+    """Codes of image files and of folders of them, in pieces, with the paths of the files.
+
+    Files that cannot be read are left out, with a warning that names them.
+
+    Raises:
+        FileNotFoundError: neither an image nor a folder.
+        ValueError: a folder without images.
+    """
+    paths = [path for given in images for path in _files(given)]
+    hasher, _ = stages.load_victim(run)
+    for start in range(0, len(paths), _AT_ONCE):
+        chunk = paths[start : start + _AT_ONCE]
+        pixels, readable = read_images(chunk, _side(run), on_error="skip")
+        if len(readable):
+            yield _encode(hasher, run, pixels), [chunk[position] for position in readable]
+        progress(start + len(chunk), len(paths), "encoding images")
+
+
+def encode_to_file(run: Run, images: Sequence[Path], out: Path, progress: Progress = silent) -> int:
+    """Write ``codes`` (packed), ``bits``, ``ids`` and ``paths`` of images to an ``.npz``; returns their number."""
+    pieces = list(encode_images(run, images, progress))
+    codes = torch.cat([codes.packed for codes, _ in pieces]).numpy()
+    paths = [str(path) for _, chunk in pieces for path in chunk]
+    arrays = {"codes": codes, "bits": np.array(pieces[0][0].bits), "ids": np.arange(len(paths))}
+    with write_aside(out) as aside:
+        np.savez(aside, allow_pickle=False, **arrays, paths=np.array(paths))
+    return len(paths)
+
+
+def _files(images: Path) -> list[Path]:
+    """An image file, or the images of a folder and its subfolders by name."""
+    if images.is_file():
+        return [images]
+    if not images.is_dir():
+        raise FileNotFoundError(f"{images} is neither an image nor a folder")
+    paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"{images} holds no image ({', '.join(sorted(SUFFIXES))})")
+    return paths
 
 
 def _add(index: CodeIndex, run: Run, images: Path, progress: Progress) -> dict[str, Any]:
     """Encode and add in pieces, each safe on disk before the next; ids go on from the highest one."""
-    if images.is_file():
-        paths = [images]
-    elif images.is_dir():
-        paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
-    else:
-        raise FileNotFoundError(f"{images} is neither an image nor a folder")
-    if not paths:
-        raise ValueError(f"{images} holds no image ({', '.join(sorted(SUFFIXES))})")
-    hasher, _ = stages.load_victim(run)
-    first = index.next_id()
-    for start in range(0, len(paths), _AT_ONCE):
-        chunk = paths[start : start + _AT_ONCE]
-        pixels, kept = read_images(chunk, _side(run), on_error="skip")
-        if len(kept):
-            codes = _encode(hasher, run, pixels, first)
-            index.add(codes, [{"path": str(chunk[position])} for position in kept])
-            first += len(kept)
-        progress(start + len(chunk), len(paths), "adding images")
+    for codes, paths in encode_images(run, [images], progress):
+        ids = codes.ids + index.next_id()
+        index.add(Codes(codes.packed, codes.bits, ids, codes.origin), [{"path": str(path)} for path in paths])
     return dict(index.info())
 
 
-def _encode(hasher: Hasher, run: Run, pixels: torch.Tensor, first_id: int) -> Codes:
+def _encode(hasher: Hasher, run: Run, pixels: Tensor) -> Codes:
+    """Codes of (N, 3, H, W) uint8 images."""
     with frozen(hasher), torch.no_grad():
-        logits = [
-            hasher({"image": part.to(hasher.device).float() / 255})["image"].logits
-            for part in pixels.split(256)
-        ]
-    ids = torch.arange(first_id, first_id + len(pixels))
-    return Codes(pack(sign(torch.cat(logits))), hasher.bits, ids, run.card()["digest"])
+        inputs = (part.to(hasher.device).float() / 255 for part in pixels.split(256))
+        logits = [hasher({"image": part})["image"].logits for part in inputs]
+    return Codes(pack(sign(torch.cat(logits))), hasher.bits, torch.arange(len(pixels)), run.card()["digest"])
 
 
 def _side(run: Run) -> int:

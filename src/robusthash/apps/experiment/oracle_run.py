@@ -14,9 +14,9 @@ from torch import Tensor
 
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.assess_run import FolderStore
+from robusthash.apps.experiment.budgets import threat_on_data
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.reports.plots import Line, line_plot, save
-from robusthash.attacks.threat_registry import named_threat
 from robusthash.core.registry import build
 from robusthash.core.runtime import digest
 from robusthash.evaluation.context import EvaluationContext
@@ -126,7 +126,7 @@ def question_table(
     data = stages.read_data(run.config, progress)
     context = stages.context_of(run, victim, data, progress, direction, whole=True)
     context = context.some(queries)
-    aim = named_threat(threat, "B2", pixels=stages.image_size(data))
+    aim = threat_on_data(threat, data, "B2")
     name = search or ("greedy-words" if aim.edits else "square")
     asker = build("question-search", name)
     keep = FolderStore(run.path / "questions" / _identity(run, context, budgets))

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
+from robusthash.apps.experiment.budgets import threat_on_data
 from robusthash.apps.experiment.run_directory import load_run
-from robusthash.apps.experiment.stages import Progress, image_size, load_victim, read_data, silent
-from robusthash.attacks.threat_model import Norm
-from robusthash.attacks.threat_registry import image_ball
+from robusthash.apps.experiment.stages import Progress, load_victim, read_data, silent
 from robusthash.core.registry import build
 from robusthash.evaluation.context import make_context
 from robusthash.robustness.specs.transfer_attacks import TransferMatrix, transfer_matrix
@@ -65,8 +64,7 @@ def transfer_table(
     paths: Sequence[Path],
     queries: int | None = 200,
     steps: int = 20,
-    eps: float | None = None,
-    norm: Norm = "linf",
+    threat: str = "img-linf-8",
     progress: Progress = silent,
 ) -> TransferTable:
     """Attack the images of every run from every run, under the protocol, seed and batch size of the first.
@@ -74,11 +72,12 @@ def transfer_table(
     Args:
         paths: at least two run directories of one data set.
         queries: only so many, chosen by content.
-        eps: budget of the images; that customary for the norm by default.
+        threat: budget of the images, by name.
 
     Raises:
         RunError: a folder that is no trained run.
-        ValueError: fewer than two runs, one given twice, runs without images, or of other data.
+        ValueError: fewer than two runs, one given twice, runs without images, or of other data; a threat that
+            does not change images alone.
     """
     if len(paths) < 2:
         raise ValueError(f"a transfer matrix needs at least two runs, got {len(paths)}")
@@ -95,7 +94,9 @@ def transfer_table(
     if first.runtime.threads:
         torch.set_num_threads(first.runtime.threads)
     data = {str(first.data): read_data(first, progress)}
-    threat = image_ball(norm, eps, image_size(data[str(first.data)]))
+    budget = threat_on_data(threat, data[str(first.data)])
+    if set(budget.balls) != {"image"} or budget.side != "query":
+        raise ValueError(f"this table attacks images, and {threat} does not change images alone")
     contexts = {}
     for name, run in zip(names, runs, strict=True):
         if (
@@ -113,7 +114,7 @@ def transfer_table(
             batch_size=first.evaluation.batch_size,
             progress=_titled(progress, name),
         )
-    matrix = transfer_matrix(contexts, threat, steps, progress)
+    matrix = transfer_matrix(contexts, budget, steps, progress)
     return TransferTable({name: str(run.path) for name, run in zip(names, runs, strict=True)}, matrix)
 
 
