@@ -158,7 +158,7 @@ def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys)
         GradientAttack, "run", lambda *_: pytest.fail("the attacks of the checks are kept as well")
     )
     assert assessing.assess(load_run(run), "standard", surrogates=twins).flags == result.flags
-    suite_verb._show(result)
+    suite_verb.print_assessment(result)
     assert "remedy" in capsys.readouterr().err
 
 

@@ -104,8 +104,8 @@ def print_assessment(result: EvalResult) -> None:
     queries = len(next(iter(result.per_query.values())))
     subset = f" ({result.setting.chosen})" if result.setting.chosen else ""
     print_values(f"{result.name}, {queries} queries{subset}", result)
-    columns = dict.fromkeys(name for facts in result.attacks.values() for name in facts)
-    columns = [name for name in columns if name not in ("forward", "backward", "oracle")]
+    names = dict.fromkeys(name for facts in result.attacks.values() for name in facts)
+    columns = [name for name in names if name not in ("forward", "backward", "oracle")]
     rows = [[name, *(_cell(c, facts.get(c)) for c in columns)] for name, facts in result.attacks.items()]
     print_table("attacks", ["attack", *columns], rows)
     for name, curve in result.curves.items():
