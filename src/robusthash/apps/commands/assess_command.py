@@ -49,18 +49,15 @@ def assess(
     part, victim = None if shard is None else _shard(shard), load_run(run)
     budget = threat_name(threat, eps, norm, query_modality(victim, direction))
     with progress_bars() as progress:
+        surrogates = [load_run(path) for path in surrogate or ()]
+        options: dict[str, Any] = {
+            "curve": eps_curve,
+            "shard": part,
+            "checked": not unchecked,
+            "steps": steps,
+        }
         result = assess_run.assess(
-            victim,
-            tier,
-            budget,
-            queries,
-            progress,
-            direction=direction,
-            curve=eps_curve,
-            shard=part,
-            surrogates=[load_run(path) for path in surrogate or ()],
-            checked=not unchecked,
-            steps=steps,
+            victim, tier, budget, queries, progress, direction=direction, surrogates=surrogates, **options
         )
     if result is None:
         console.print(f"shard {shard} is done; when all are, the same command without --shard joins them")
@@ -81,22 +78,13 @@ def _plain(result: EvalResult) -> dict[str, Any]:
     """The result as plain data, without the values of single queries."""
     from dataclasses import asdict
 
-    common = plain(result)
     curves = {
         name: {axis: values.tolist() for axis, values in curve.items()}
         for name, curve in result.curves.items()
     }
-    return {
-        "name": result.name,
-        **{key: common[key] for key in ("setting", "values")},
-        "interval": {name: ends for name, ends in result.interval.items() if name in result.values},
-        **{key: common[key] for key in ("reference", "attacks")},
-        "curves": curves,
-        "perceptibility": result.perceptibility,
-        "flags": [asdict(flag) for flag in result.flags],
-        "unreliable": result.unreliable,
-        **{key: common[key] for key in ("notes", "cost")},
-    }
+    interval = {name: ends for name, ends in result.interval.items() if name in result.values}
+    flags = {"flags": [asdict(flag) for flag in result.flags], "unreliable": result.unreliable}
+    return {"name": result.name, **plain(result), "interval": interval, "curves": curves, **flags}
 
 
 def print_assessment(result: EvalResult) -> None:

@@ -3,13 +3,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.table import Table
+from rich.text import Text
 from typer import Argument, Exit, Option
 
 from robusthash.apps.commands.options import AsJson, Direction, Eps, Norm, Queries, Threat
-from robusthash.apps.commands.terminal import console, escape, print_json, print_lines, progress_bars
+from robusthash.apps.commands.terminal import print_json, print_lines, print_table, progress_bars
 
 if TYPE_CHECKING:
     from robusthash.apps.experiment.run_directory import Run
@@ -45,9 +45,8 @@ def check(
         return
     budget = threat_name(threat, eps, norm, query_modality(victim, direction))
     with progress_bars() as progress:
-        flags = checking.check_run(
-            victim, progress, threat=budget, queries=queries, steps=steps, direction=direction
-        )
+        options: dict[str, Any] = {"queries": queries, "steps": steps, "direction": direction}
+        flags = checking.check_run(victim, progress, threat=budget, **options)
     if as_json:
         print_json({"run": str(run), "flags": checking.plain(flags)})
     else:
@@ -59,15 +58,14 @@ def check(
 def _print_flags(title: str, flags: Sequence[Flag]) -> None:
     from robusthash.robustness.checks.base import CHECKS
 
-    table = Table(title=escape(title), title_justify="left")
-    for column in ("check", "level", "value", "threshold", "what the value is; what to do"):
-        table.add_column(column)
+    rows = []
     for flag in flags:
-        level = f"[{_COLOUR[flag.level]}]{flag.level}[/]"
+        level = Text(flag.level, _COLOUR[flag.level])
         remedy = "" if flag.level == "pass" else f" -> {flag.remedy}"
-        text = escape(f"{CHECKS[flag.id].title}{remedy}")
-        table.add_row(flag.id, level, f"{flag.value:.4g}", f"{flag.threshold:.4g}", text)
-    console.print(table)
+        numbers = (f"{flag.value:.4g}", f"{flag.threshold:.4g}")
+        rows.append([flag.id, level, *numbers, f"{CHECKS[flag.id].title}{remedy}"])
+    columns = ["check", "level", "value", "threshold", "what the value is; what to do"]
+    print_table(title, columns, rows, right=False)
 
 
 def _check_zoo(run: Run | None, queries: int, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 from typer import Option
 
 from robusthash.apps.commands.options import AsJson, RunPaths
-from robusthash.apps.commands.terminal import print_json, print_lines
+from robusthash.apps.commands.terminal import reply
 
 
 def cost(
@@ -23,7 +23,8 @@ def cost(
 
     torch.set_num_threads(threads)
     reference, rows = cost_rows(runs, against, repeats)
-    if as_json:
-        print_json({"reference": reference, "rows": [asdict(row) for row in rows]})
-    else:
-        print_lines([cost_markdown(reference, rows)])
+    reply(
+        as_json,
+        {"reference": reference, "rows": [asdict(row) for row in rows]},
+        [cost_markdown(reference, rows)],
+    )

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from robusthash.apps.commands.options import AnyQueries, AsJson, Eps, FiguresFolder, Norm, RunPaths, Threat
-from robusthash.apps.commands.terminal import print_json, print_lines, progress_bars
+from robusthash.apps.commands.terminal import progress_bars, reply
 
 
 def curves(
@@ -41,7 +41,4 @@ def curves(
         drawn += draw_robust(results, out)
         for label, named in results.items():
             answer[label]["robust"] = {name: values_of(by_epoch) for name, by_epoch in named.items()}
-    if as_json:
-        print_json(answer)
-    else:
-        print_lines(drawn)
+    reply(as_json, answer, drawn)

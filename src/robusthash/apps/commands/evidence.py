@@ -15,6 +15,7 @@ from robusthash.apps.commands.terminal import (
     print_lines,
     print_table,
     progress_bars,
+    reply,
 )
 
 if TYPE_CHECKING:
@@ -83,18 +84,16 @@ def entry(
     path = out / f"{card.id}.yaml"
     with write_aside(path) as aside:
         aside.write_text(entry_text(card), encoding="utf-8")
-    if as_json:
-        print_json({"entry": str(path), **card.model_dump(mode="json")})
-    else:
-        print_lines([path])
+    reply(as_json, {"entry": str(path), **card.model_dump(mode="json")}, [path])
 
 
 def _print_result(result: EvalResult, title: str, as_json: bool, more: dict[str, str]) -> None:
     from robusthash.apps.experiment.tables import headline_of
 
     if as_json:
-        facts = {"threat": result.setting.threat, "attacks": result.setting.attacks, "notes": result.notes}
-        print_json({**more, **facts, "values": result.values, "reference": result.reference})
+        setting, parts = result.setting, ("notes", "values", "reference")
+        facts = {"threat": setting.threat, "attacks": setting.attacks}
+        print_json({**more, **facts, **{name: getattr(result, name) for name in parts}})
         return
     measure = headline_of(result)
     names = [name for name in (measure, f"{measure}/8bit", f"{measure}/rounded") if name in result.values]

@@ -4,7 +4,7 @@ from typing import Annotated
 from typer import Option
 
 from robusthash.apps.commands.options import AsJson, FiguresFolder, RunPaths
-from robusthash.apps.commands.terminal import note, print_json, print_lines
+from robusthash.apps.commands.terminal import note, reply
 
 
 def figures(
@@ -21,7 +21,4 @@ def figures(
         drawn += draw_transfer_file(transfer, out)
     for text in notes:
         note(text)
-    if as_json:
-        print_json({"figures": [str(path) for path in drawn], "notes": notes})
-    else:
-        print_lines(drawn)
+    reply(as_json, {"figures": [str(path) for path in drawn], "notes": notes}, drawn)

@@ -4,7 +4,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from robusthash.apps.commands.options import AsJson
-from robusthash.apps.commands.terminal import note, print_json, print_lines
+from robusthash.apps.commands.terminal import note, reply
 
 
 def keep(
@@ -23,7 +23,4 @@ def keep(
     copies = [kept_results.keep(run, out) for run in runs]
     for run in waiting:
         note(f"{run.path} has no results yet and is left out")
-    if as_json:
-        print_json({"kept": [str(path) for path in copies]})
-    else:
-        print_lines(copies)
+    reply(as_json, {"kept": [str(path) for path in copies]}, copies)

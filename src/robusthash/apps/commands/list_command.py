@@ -23,18 +23,8 @@ def list(
         raise ValueError(f"no kind is called {kind!r}{nearest(kind, kinds)}")
     cards = [card for card in cards if kind in (None, card.kind)]
     if as_json:
-        fields = [
-            "kind",
-            "name",
-            "paper",
-            "evidence",
-            "state",
-            "modality",
-            "supervised",
-            "targeted",
-            "summary",
-        ]
-        print_json([{field: getattr(card, field) for field in fields} for card in cards])
+        fields = ("kind", "name", "paper", "evidence", "state", "modality", "supervised", "targeted")
+        print_json([{field: getattr(card, field) for field in (*fields, "summary")} for card in cards])
         return
     rows = [
         [f"{card.kind} {card.name}", card.evidence, card.state, card.paper, card.summary] for card in cards

@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -34,17 +34,15 @@ def poison(
     budget = threat_name(threat, eps, norm)
     settings = None if attack is None else value_of(attack)
     with progress_bars() as progress:
+        bounds: dict[str, Any] = {
+            "count": count,
+            "k": k,
+            "share": share,
+            "steps": steps,
+            "direction": direction,
+        }
         result, path = poison_run.poison(
-            load_run(run),
-            budget,
-            attack=settings,
-            count=count,
-            k=k,
-            share=share,
-            steps=steps,
-            direction=direction,
-            out=out,
-            progress=progress,
+            load_run(run), budget, attack=settings, **bounds, out=out, progress=progress
         )
     setting = result.setting
     if as_json:

@@ -1,5 +1,5 @@
 from robusthash.apps.commands.options import AsJson, RunPath
-from robusthash.apps.commands.terminal import print_json, print_lines
+from robusthash.apps.commands.terminal import reply
 
 
 def report(run: RunPath, as_json: AsJson = False) -> None:
@@ -8,7 +8,4 @@ def report(run: RunPath, as_json: AsJson = False) -> None:
     from robusthash.apps.reports.run_report import write_report
 
     path = write_report(load_run(run))
-    if as_json:
-        print_json({"report": str(path)})
-    else:
-        print_lines([path])
+    reply(as_json, {"report": str(path)}, [path])

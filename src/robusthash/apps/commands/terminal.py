@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from robusthash.core.atomic_files import json_text
 
@@ -50,6 +51,14 @@ def print_lines(lines: Iterable[object]) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
+def reply(as_json: bool, data: Any, lines: Iterable[object]) -> None:
+    """The answer of a verb on stdout: as JSON, or as lines."""
+    if as_json:
+        print_json(data)
+    else:
+        print_lines(lines)
+
+
 def note(text: object) -> None:
     """A message on stderr, without markup."""
     console.print(str(text), markup=False, highlight=False, soft_wrap=True)
@@ -58,12 +67,22 @@ def note(text: object) -> None:
 def print_table(
     title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: bool = True
 ) -> None:
-    """A table on stderr; floats with four digits. ``right`` aligns all columns but the first."""
+    """A table on stderr; floats with four digits. ``right`` aligns all columns but the first to the right."""
+
+    def cell(value: Any) -> str | Text:
+        return (
+            f"{value:.4f}"
+            if isinstance(value, float)
+            else value
+            if isinstance(value, Text)
+            else escape(str(value))
+        )
+
     table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if right and number else "left")
     for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else escape(str(value)) for value in row))
+        table.add_row(*map(cell, row))
     console.print(table)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from robusthash.apps.experiment.config import value_of
+from robusthash.apps.experiment.config import Component, value_of
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.stages import image_size
 from robusthash.attacks.threat_model import EPS, Edits, Knowledge, Threat
 from robusthash.attacks.threat_registry import named_threat
 from robusthash.data.base import RetrievalData
-
-_DATABASE = ("db-insert", "db-perturb")
 
 
 def threat_name(
@@ -23,11 +20,10 @@ def threat_name(
     """The threat that the three options name together; the usual one of the modality by default.
 
     Args:
-        threat: a name; ``db-insert`` and ``db-perturb`` take their bound from the other two where these are
-            given.
+        threat: a name; ``db-insert`` and ``db-perturb`` take their bound from the other two, if given.
         eps: size of the ball in units of the range: ``8/255``.
-        norm: ``linf`` by default; without ``eps`` the customary size, which there is for ``linf``, and for
-            ``l2`` on images.
+        norm: ``linf`` by default. Without ``eps`` its size is the customary one: 8/255 for images, 0.05 for
+            text vectors, and in ``l2`` that of the size of the images.
 
     Raises:
         ValueError: an ``eps`` that is no number, a norm without a customary size, or two budgets.
@@ -36,20 +32,21 @@ def threat_name(
         >>> threat_name(eps="4/255"), threat_name(norm="l2"), threat_name(modality="text")
         ('img-linf-4', 'img-l2', 'txt-linf-0.05')
     """
-    if eps is None and norm is None and threat is not None:
+    if threat is not None and eps is None and norm is None:
         return threat
-    short, norm = {"image": "img", "text": "txt"}[modality], norm or "linf"
-    size = EPS[modality] if eps is None else value_of(eps)
-    if isinstance(size, bool) or not isinstance(size, int | float):
-        raise ValueError(f"--eps takes a number such as 8/255, got {eps!r}")
-    if size > 1 and norm == "linf":
-        raise ValueError(f"--eps {eps} is beyond the range of 0 to 1; write 8/255, not 8")
-    if eps is None and norm != "linf" and (norm != "l2" or modality != "image" or threat in _DATABASE):
+    on_database, norm = threat in ("db-insert", "db-perturb"), norm or "linf"
+    name = f"{ {'image': 'img', 'text': 'txt'}[modality] }-{norm}"
+    if eps is not None or norm == "linf":
+        size = EPS[modality] if eps is None else value_of(eps)
+        if isinstance(size, bool) or not isinstance(size, int | float):
+            raise ValueError(f"--eps takes a number such as 8/255, got {eps!r}")
+        if size > 1 and norm == "linf":
+            raise ValueError(f"--eps {eps} is beyond the range of 0 to 1; write 8/255, not 8")
+        levels = size * 255 if name == "img-linf" else size
+        name += f"-{levels:.10f}".rstrip("0").rstrip(".")
+    elif name != "img-l2" or on_database:
         raise ValueError(f"--norm {norm} has no customary eps here; give eps, as --norm {norm} --eps 12")
-    levels = size * 255 if (modality, norm) == ("image", "linf") else size
-    number = f"{levels:.10f}".rstrip("0").rstrip(".")
-    name = f"{short}-{norm}" if eps is None and norm == "l2" else f"{short}-{norm}-{number}"
-    if threat in _DATABASE:
+    if on_database:
         return f"{threat}-{name}"
     if threat not in (None, name):
         raise ValueError(
@@ -80,18 +77,16 @@ def threat_on_data(name: str, data: RetrievalData, knowledge: Knowledge | None =
     return named_threat(name, knowledge, pixels=pixels, features=texts)
 
 
-def attack_under(
-    attack: str, threat: str | None, eps: str | None, norm: str | None
-) -> Mapping[str, Any] | str:
+def attack_under(attack: str, threat: str | None, eps: str | None, norm: str | None) -> Component:
     """Settings of an attack (YAML or a name), under the budget of the options where one is given.
 
     Raises:
-        ValueError: settings with a budget of their own, or a threat that is not of one modality.
+        ValueError: settings with a budget of their own, or a threat of several modalities.
     """
     settings = value_of(attack)
     if threat is None and eps is None and norm is None:
         return settings
-    options = {"name": settings} if isinstance(settings, str) else dict(settings)
+    options: dict[str, Any] = {"name": settings} if isinstance(settings, str) else dict(settings)
     name = threat_name(threat, eps, norm, options.get("modality", "image"))
     if doubled := [key for key in ("eps", "norm", "edits") if key in options]:
         raise ValueError(
@@ -100,9 +95,9 @@ def attack_under(
     ((modality, ball), *others) = named_threat(name).balls.items()
     if others:
         raise ValueError(
-            f"{name} changes several modalities; give the budget with the attack: {{name: ..., eps: ...}}"
+            f"{name} is of several modalities; write the budget into the attack: {{name: ..., eps: ...}}"
         )
     if isinstance(ball, Edits):
         return {**options, "edits": ball.count}
-    text = {"modality": modality} if modality != "image" else {}
-    return {**options, **text, "eps": ball.eps, **({} if ball.norm == "linf" else {"norm": ball.norm})}
+    options |= {} if modality == "image" else {"modality": modality}
+    return {**options, "eps": ball.eps, **({} if ball.norm == "linf" else {"norm": ball.norm})}

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -94,6 +94,15 @@ class Point:
     def key(self) -> str:
         return digest(self.config.model_dump(mode="json"))
 
+    @property
+    def parent(self) -> str:
+        """Key of the run that training starts from where that is a recipe: no two points may train it at once."""
+        config, named = self.config, self.config.training.init_from
+        if named is None or Path(named).suffix not in (".yaml", ".yml"):
+            return ""
+        net = config.hasher.model_dump(mode="json", include={"bits", "image", "text", "head"})
+        return f"parent-{digest([named, config.data, net, config.runtime.model_dump(mode='json')])}"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -161,36 +170,30 @@ class Sweep:
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         self._recall()
         remaining = [point for point in self.points if self.outcomes[point.key].state != "done"]
-        parents: dict[str, Task] = {}
-        for point in remaining:
-            if (parent := self._parent(point)) is not None:
-                parents[_key(parent)] = parent
+        parents = {
+            point.parent: point for point in remaining if point.parent
+        }  # trained once, before all points
         with _processes(self.jobs) as start:
-            blocked = {}
-            for key, _, error in self._work(start, parents, progress, "parents", len(parents)):
-                if error:
-                    blocked[key] = f"its parent {parents[key].recipe} failed: {error}"
-            tasks: dict[str, Task] = {}
+            trained = self._work(start, parents, "prepare", progress, "parents", len(parents))
+            blocked = {key: error for key, _, error in trained if error}
+            points: dict[str, Point] = {}
             for point in remaining:
-                parent = self._parent(point)
-                if parent is not None and _key(parent) in blocked:
-                    self._store(point.key, "failed", error=blocked[_key(parent)])
+                if point.parent in blocked:
+                    error = f"its parent {point.config.training.init_from} failed: {blocked[point.parent]}"
+                    self._store(point.key, "failed", error=error)
                 else:
-                    tasks[point.key] = Task("run", self.recipe, point.sets, self.runs)
-            title = "points of the sweep"
-            for key, run, error in self._work(start, tasks, progress, title, len(self.points)):
+                    points[point.key] = point
+            title, total = "points of the sweep", len(self.points)
+            for key, run, error in self._work(start, points, "run_all", progress, title, total):
                 self._store(key, "failed" if error else "done", run, error)
         return [self.outcomes[point.key] for point in self.points]
 
     def _recall(self) -> None:
         """Take over points that an earlier call finished, where their results still exist."""
-        path = self.out / "sweep.json"
-        if not path.is_file():
-            return
-        by_key = {point.key: point for point in self.points}
-        for entry in json.loads(path.read_text())["points"]:
+        path, by_key = self.out / "sweep.json", {point.key: point for point in self.points}
+        for entry in json.loads(path.read_text())["points"] if path.is_file() else ():
             old = Outcome(**entry)
-            files = (Path(old.run) / name for name in ("config.yaml", "metrics.json"))
+            files = [Path(old.run) / name for name in ("config.yaml", "metrics.json")]
             if old.state != "done" or old.key not in by_key or not all(file.is_file() for file in files):
                 continue
             if load_run(old.run).config == by_key[old.key].config:  # not evaluated under another one since
@@ -202,22 +205,20 @@ class Sweep:
         document = {"recipe": str(self.recipe), "runs": str(self.runs), "points": points}
         write_json(self.out / "sweep.json", document)
 
-    def _parent(self, point: Point) -> Task | None:
-        """The training that a point starts from, if that is a recipe: two points must not do it at once."""
-        named, config = point.config.training.init_from, point.config
-        if named is None or Path(named).suffix not in (".yaml", ".yml"):
-            return None
-        sibling = self.recipe.parent / named
-        data, runtime = json.dumps(config.data), json.dumps(config.runtime.model_dump(mode="json"))
-        recipe = sibling if sibling.exists() else Path(named)
-        return Task("train", recipe, (f"data={data}", f"runtime={runtime}"), self.runs)
-
     def _work(
-        self, start: Start, tasks: Mapping[str, Task], progress: stages.Progress, title: str, total: int
+        self,
+        start: Start,
+        points: Mapping[str, Point],
+        stage: str,
+        progress: stages.Progress,
+        title: str,
+        total: int,
     ) -> Iterator[tuple[str, str, str]]:
-        """Start all tasks; yields (key, run directory, error) as each ends."""
-        done = total - len(tasks)
-        futures = {start(task, self.out / "logs" / f"{key}.log"): key for key, task in tasks.items()}
+        """Start a stage of each point; yields (key, run directory, error) as each ends."""
+        done, futures = total - len(points), {}
+        for key, point in points.items():
+            log = self.out / "logs" / f"{key}.log"
+            futures[start(stage, self.recipe, point.sets, self.runs, log)] = key
         progress(done, total, title)
         for future in as_completed(futures):
             done += 1
@@ -225,45 +226,33 @@ class Sweep:
             yield futures[future], *future.result()
 
 
-@dataclass(frozen=True)
-class Task:
-    """A recipe to train or to run, in a process of its own."""
+Ended = tuple[str, str]
+"""Run directory, and the error in one line."""
 
-    verb: Literal["train", "run"]
-    recipe: Path
-    sets: tuple[str, ...]
-    runs: Path
-
-    def __call__(self, log: Path) -> tuple[str, str]:
-        """Run directory, and the error in one line; all output goes to ``log``."""
-        with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-            try:
-                stage = stages.run_all if self.verb == "run" else stages.train
-                config = load_config(self.recipe, self.sets)
-                return str(stage(config, self.runs, stages.silent, self.recipe.parent).path), ""
-            except Exception as error:
-                traceback.print_exc()
-                message = error.args[0] if isinstance(error, KeyError) and error.args else error
-                text = " ".join(str(message).split()) or type(error).__name__
-                remedy = f"; {REMEDY}" if out_of_memory(error) and REMEDY not in text else ""
-                return "", text + remedy
+Start = Callable[[str, Path, tuple[str, ...], Path, Path], Future[Ended]]
 
 
-Start = Callable[[Task, Path], Future[tuple[str, str]]]
+def _execute(stage: str, recipe: Path, sets: Sequence[str], runs: Path, log: Path) -> Ended:
+    """A stage of a recipe, in a process of its own; all output goes to ``log``."""
+    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            outcome = getattr(stages, stage)(load_config(recipe, sets), runs, base=recipe.parent)
+            return (str(outcome.path) if stage == "run_all" else ""), ""
+        except Exception as error:
+            traceback.print_exc()
+            message = error.args[0] if isinstance(error, KeyError) and error.args else error
+            text = " ".join(str(message).split()) or type(error).__name__
+            return "", f"{text}; {REMEDY}" if out_of_memory(error) and REMEDY not in text else text
 
 
-def _key(parent: Task) -> str:
-    return f"parent-{digest([str(parent.recipe), *parent.sets])}"
-
-
-def _in_process(task: Task, log: Path) -> tuple[str, str]:
+def _in_process(*task: Any) -> Ended:
     """Outcome of a task in a new process; a pool of one, so that a killed process ends no other task."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=os.setsid) as pool:  # Ctrl-C reaches the sweep alone
         try:
-            return pool.submit(task, log).result()
+            return pool.submit(_execute, *task).result()
         except BrokenProcessPool:
-            return "", f"its process was killed, perhaps for want of memory; see {log}"
+            return "", f"its process was killed, perhaps for want of memory; see {task[-1]}"
 
 
 @contextmanager
@@ -271,11 +260,11 @@ def _processes(jobs: int) -> Iterator[Start]:
     """Start tasks, ``jobs`` at a time and one thread each; an exception in the block stops them all."""
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # new processes inherit it
-    futures: list[Future[tuple[str, str]]] = []
-    with ThreadPoolExecutor(jobs) as waiting:
+    futures: list[Future[Ended]] = []
+    with ThreadPoolExecutor(jobs) as queue:
 
-        def start(task: Task, log: Path) -> Future[tuple[str, str]]:
-            futures.append(waiting.submit(_in_process, task, log))
+        def start(*task: Any) -> Future[Ended]:
+            futures.append(queue.submit(_in_process, *task))
             return futures[-1]
 
         try:
@@ -285,11 +274,10 @@ def _processes(jobs: int) -> Iterator[Start]:
             raise
         finally:
             os.environ.pop("OMP_NUM_THREADS")
-            if threads is not None:
-                os.environ["OMP_NUM_THREADS"] = threads
+            os.environ.update({} if threads is None else {"OMP_NUM_THREADS": threads})
 
 
-def _stop(futures: Sequence[Future[tuple[str, str]]]) -> None:
+def _stop(futures: Sequence[Future[Ended]]) -> None:
     """Interrupt the processes, which keep their last checkpoint; after ten seconds kill them."""
     for future in futures:
         future.cancel()

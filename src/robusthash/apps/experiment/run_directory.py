@@ -39,7 +39,7 @@ class RunError(ValueError):
 CHECKED = "checks.json"  # the flags of ``check``
 KEPT = "kept.json"  # marks a copy of results without weights, see ``kept_results``
 _TRAIN = "run 'robusthash train' or 'robusthash run' first"
-_DAMAGED = (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
+_DAMAGED: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
 _DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError)
 
 
