@@ -1,9 +1,8 @@
-"""The verb ``check``: a table or JSON, exit code 1 where a check is red, and the calibration on the zoo."""
+"""The verb ``check``: a table or JSON, and exit code 1 where a check is red."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from robusthash.apps.experiment import check_run as checking
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import make_config
-from robusthash.robustness.checks.masked_defenses import ZOO, calibrate
 
 CONFIG = {
     "name": "tiny",
@@ -71,7 +69,7 @@ def test_a_model_that_returns_nan_is_one_line(call, trained, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (("check",), 1, "name a run"),
+        (("check",), 2, "Missing argument"),
         (("check", "nowhere"), 1, "nowhere"),
         (("check", "nowhere", "--norm", "l3"), 2, "'l3'"),  # refused by the parser of the command line
     ],
@@ -80,14 +78,3 @@ def test_bad_calls_are_one_line(call, arguments, status, message):
     code, _, err = call(*arguments)
     assert code == status
     assert message in err
-
-
-def test_the_zoo_prints_its_calibration(call, trained, monkeypatch):
-    monkeypatch.setattr(checking, "calibrate", partial(calibrate, members=ZOO[1:2]))
-    code, out, _ = call("check", trained, "--zoo", "--queries", 16)
-    assert "| rounding layer | F2 | 1 | 0.01 | yes |" in out
-    assert "| attack that forgets the ball | verify |" in out
-    assert "no red check" in out
-    assert code == 0
-    code, out, _ = call("check", trained, "--zoo", "--queries", 16, "--json")
-    assert [row["caught"] for row in json.loads(out)["zoo"]] == [True, True]

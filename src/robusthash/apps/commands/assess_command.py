@@ -43,8 +43,8 @@ def assess(
     Goes on where it was stopped. The result is added to assess.json in the run directory.
     """
     from robusthash.apps.experiment import assess_run
-    from robusthash.apps.experiment.budgets import query_modality, threat_name
     from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.experiment.threat_options import query_modality, threat_name
 
     part, victim = None if shard is None else _shard(shard), load_run(run)
     budget = threat_name(threat, eps, norm, query_modality(victim, direction))

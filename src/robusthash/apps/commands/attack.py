@@ -18,8 +18,8 @@ def attack(
 ) -> None:
     """Attack the queries of a run and write the attacked inputs."""
     from robusthash.apps.experiment import stages
-    from robusthash.apps.experiment.budgets import attack_under
     from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.experiment.threat_options import attack_under
 
     with progress_bars() as progress:
         settings = attack_under(name, threat, eps, norm)

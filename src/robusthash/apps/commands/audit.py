@@ -94,7 +94,7 @@ def audit(
 
 def _pixel_eps(threat: str | None, eps: str | None, norm: str | None) -> float:
     """Largest change of a pixel in [0, 1]. A bare number from 1 on is levels of 255, an older spelling."""
-    from robusthash.apps.experiment.budgets import threat_name
+    from robusthash.apps.experiment.threat_options import threat_name
 
     if eps is not None and eps.replace(".", "", 1).isdigit():
         if 0 < float(eps) < 1:

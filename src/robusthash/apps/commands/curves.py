@@ -21,9 +21,9 @@ def curves(
 
     Budget and number of queries are those of --robust.
     """
-    from robusthash.apps.experiment.budgets import attack_under
     from robusthash.apps.experiment.epoch_curves import log_curves, robust_curves, values_of
     from robusthash.apps.experiment.run_selection import labelled
+    from robusthash.apps.experiment.threat_options import attack_under
     from robusthash.apps.reports.figures import draw_log, draw_robust
     from robusthash.apps.reports.plots import require_matplotlib
 

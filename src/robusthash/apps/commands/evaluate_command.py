@@ -20,8 +20,8 @@ def evaluate(
     The attacks of a recipe hold their budgets; --threat is for those of --attack.
     """
     from robusthash.apps.experiment import stages
-    from robusthash.apps.experiment.budgets import attack_under
     from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.experiment.threat_options import attack_under
 
     if (budget := threat or eps or norm) and not attack:
         raise ValueError(f"the attacks of a recipe hold their budgets; {budget!r} needs --attack")

@@ -35,9 +35,9 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Attack the queries of a run and write them as an evidence bundle."""
-    from robusthash.apps.experiment.budgets import attack_under
     from robusthash.apps.experiment.evidence_run import export_evidence
     from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.experiment.threat_options import attack_under
 
     settings = attack_under(attack, threat, eps, norm)
     with progress_bars() as progress:

@@ -23,9 +23,9 @@ def poison(
 ) -> None:
     """Attack the database of a run: insert items to be found often, or change items to be found no more."""
     from robusthash.apps.experiment import poison_run
-    from robusthash.apps.experiment.budgets import threat_name
     from robusthash.apps.experiment.config import value_of
     from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.experiment.threat_options import threat_name
 
     if direction in ("I2T", "T2T"):
         raise ValueError(

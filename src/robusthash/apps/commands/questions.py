@@ -28,9 +28,9 @@ def questions(
 
     Goes on where it was stopped.
     """
-    from robusthash.apps.experiment.budgets import query_modality, threat_name
     from robusthash.apps.experiment.oracle_run import JUDGES, draw_questions, question_table
     from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.experiment.threat_options import query_modality, threat_name
     from robusthash.apps.reports.plots import require_matplotlib
 
     numbers, victim = _rising(budgets), load_run(run)

@@ -18,7 +18,7 @@ def transfer(
     as_json: AsJson = False,
 ) -> None:
     """Transfer of attacks between models: a table of surrogates (rows) and victims (columns)."""
-    from robusthash.apps.experiment.budgets import threat_name
+    from robusthash.apps.experiment.threat_options import threat_name
     from robusthash.apps.experiment.transfer_run import transfer_table
 
     with progress_bars() as progress:

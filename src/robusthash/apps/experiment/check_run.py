@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from robusthash.apps.experiment.budgets import threat_name, threat_on_data
+from robusthash.apps.experiment.threat_options import threat_name, threat_on_data
 from robusthash.apps.experiment.run_directory import CHECKED, Run, write_json
 from robusthash.apps.experiment.stages import Progress, context_of, load_victim, read_data, silent
 from robusthash.attacks.published import mainstay

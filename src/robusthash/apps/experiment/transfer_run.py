@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from robusthash.apps.experiment.budgets import threat_on_data
+from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.apps.experiment.run_directory import load_run
 from robusthash.apps.experiment.stages import Progress, load_victim, read_data, silent
 from robusthash.core.registry import build
