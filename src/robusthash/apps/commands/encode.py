@@ -4,7 +4,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from robusthash.apps.commands.options import AsJson, RunPath
-from robusthash.apps.commands.terminal import print_json, print_lines, progress_bars
+from robusthash.apps.commands.terminal import progress_bars, reply
 
 
 def encode(
@@ -17,28 +17,21 @@ def encode(
 
     The first bit of a code is the highest of its first hex digit; zeros pad the end.
     """
-    from robusthash.apps.experiment import stages
-    from robusthash.apps.experiment.index_run import encode_images, encode_to_file
+    from robusthash.apps.experiment import index_run, stages
     from robusthash.apps.experiment.run_directory import load_run
 
     if out is not None and (not images or out.suffix != ".npz"):
         raise ValueError(f"--out takes a path that ends in .npz, for the codes of images, got {str(out)!r}")
+    encoder = load_run(run)
     with progress_bars() as progress:
         if not images:
-            files = stages.encode(load_run(run), progress)
-            answer = {name: str(path) for name, path in files.items()}
-        elif out is not None:
-            answer = {"codes": str(out)}
-            encode_to_file(load_run(run), images, out, progress)
-        else:
-            pieces = [
-                zip(paths, codes.packed, strict=True)
-                for codes, paths in encode_images(load_run(run), images, progress)
-            ]
-            answer = {str(path): bytes(row.tolist()).hex() for piece in pieces for path, row in piece}
-    if as_json:
-        print_json(answer)
-    elif images and out is None:
-        print_lines(f"{code}  {path}" for path, code in answer.items())
-    else:
-        print_lines(answer.values())
+            files = {name: str(path) for name, path in stages.encode(encoder, progress).items()}
+            return reply(as_json, files, files.values())
+        pieces = index_run.encode_images(encoder, images, progress)
+        rows = [row for codes, paths in pieces for row in zip(paths, codes.packed.tolist(), strict=True)]
+    codes = {path: bytes(row) for path, row in rows}
+    if out is not None:
+        index_run.save_codes(out, encoder.card()["bits"], codes)
+        return reply(as_json, {"codes": str(out)}, [out])
+    hexes = {str(path): code.hex() for path, code in codes.items()}
+    return reply(as_json, hexes, (f"{code}  {path}" for path, code in hexes.items()))

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from robusthash.apps.experiment import stages
-from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.apps.experiment.run_directory import Run, write_json
+from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.identity import describe, identity

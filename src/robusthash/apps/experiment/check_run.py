@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from robusthash.apps.experiment.threat_options import threat_name, threat_on_data
 from robusthash.apps.experiment.run_directory import CHECKED, Run, write_json
 from robusthash.apps.experiment.stages import Progress, context_of, load_victim, read_data, silent
+from robusthash.apps.experiment.threat_options import threat_name, threat_on_data
 from robusthash.attacks.published import mainstay
 from robusthash.attacks.threat_model import Threat
 from robusthash.data import load_data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,7 @@ def search_image(
 
 
 def run_of_index(directory: Path, run_path: Path | None = None) -> Run:
-    """The run whose hasher encodes for an index: the one given, else the one that built it.
-
-    Raises:
-        ValueError: none is given, and the index does not say.
-    """
+    """The run whose hasher encodes for an index: the one given, else the one that built it."""
     if run_path is not None:
         return load_run(run_path)
     file = directory / _RUN_FILE
@@ -116,15 +112,12 @@ def encode_images(
         progress(start + len(chunk), len(paths), "encoding images")
 
 
-def encode_to_file(run: Run, images: Sequence[Path], out: Path, progress: Progress = silent) -> int:
-    """Write ``codes`` (packed), ``bits``, ``ids`` and ``paths`` of images to an ``.npz``; returns their number."""
-    pieces = list(encode_images(run, images, progress))
-    codes = torch.cat([codes.packed for codes, _ in pieces]).numpy()
-    paths = [str(path) for _, chunk in pieces for path in chunk]
-    arrays = {"codes": codes, "bits": np.array(pieces[0][0].bits), "ids": np.arange(len(paths))}
+def save_codes(out: Path, bits: int, codes: Mapping[Path, bytes]) -> None:
+    """Write packed codes of images to an ``.npz``: ``codes``, ``bits``, ``ids``, ``paths``."""
+    packed = np.array([list(code) for code in codes.values()], dtype=np.uint8)
+    arrays = {"codes": packed, "bits": np.array(bits), "ids": np.arange(len(codes))}
     with write_aside(out) as aside:
-        np.savez(aside, allow_pickle=False, **arrays, paths=np.array(paths))
-    return len(paths)
+        np.savez(aside, allow_pickle=False, **arrays, paths=np.array([str(path) for path in codes]))
 
 
 def _files(images: Path) -> list[Path]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.assess_run import FolderStore
-from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.apps.reports.plots import Line, line_plot, save
 from robusthash.core.registry import build
 from robusthash.core.runtime import digest

@@ -170,11 +170,9 @@ class Sweep:
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         self._recall()
         remaining = [point for point in self.points if self.outcomes[point.key].state != "done"]
-        parents = {
-            point.parent: point for point in remaining if point.parent
-        }  # trained once, before all points
+        parents = {point.parent: point for point in remaining if point.parent}
         with _processes(self.jobs) as start:
-            trained = self._work(start, parents, "prepare", progress, "parents", len(parents))
+            trained = self._work(start, parents, "prepare", progress, "parents")  # before any point
             blocked = {key: error for key, _, error in trained if error}
             points: dict[str, Point] = {}
             for point in remaining:
@@ -183,8 +181,7 @@ class Sweep:
                     self._store(point.key, "failed", error=error)
                 else:
                     points[point.key] = point
-            title, total = "points of the sweep", len(self.points)
-            for key, run, error in self._work(start, points, "run_all", progress, title, total):
+            for key, run, error in self._work(start, points, "run_all", progress, "points of the sweep"):
                 self._store(key, "failed" if error else "done", run, error)
         return [self.outcomes[point.key] for point in self.points]
 
@@ -206,15 +203,10 @@ class Sweep:
         write_json(self.out / "sweep.json", document)
 
     def _work(
-        self,
-        start: Start,
-        points: Mapping[str, Point],
-        stage: str,
-        progress: stages.Progress,
-        title: str,
-        total: int,
+        self, start: Start, points: Mapping[str, Point], stage: str, progress: stages.Progress, title: str
     ) -> Iterator[tuple[str, str, str]]:
         """Start a stage of each point; yields (key, run directory, error) as each ends."""
+        total = len(points) if stage == "prepare" else len(self.points)
         done, futures = total - len(points), {}
         for key, point in points.items():
             log = self.out / "logs" / f"{key}.log"

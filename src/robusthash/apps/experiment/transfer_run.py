@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.apps.experiment.run_directory import load_run
 from robusthash.apps.experiment.stages import Progress, load_victim, read_data, silent
+from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.core.registry import build
 from robusthash.evaluation.context import make_context
 from robusthash.robustness.specs.transfer_attacks import TransferMatrix, transfer_matrix
