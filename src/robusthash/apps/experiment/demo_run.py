@@ -46,11 +46,7 @@ _CURVE_QUERIES = 100
 
 
 def run_demo(
-    out: Path,
-    progress: Progress = silent,
-    seed: int = 0,
-    threads: int | None = None,
-    sets: Sequence[str] = (),
+    out: Path, progress: Progress = silent, seed: int = 0, sets: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Train, attack, harden, attack, search and report on ``photos``.
 
@@ -59,14 +55,13 @@ def run_demo(
 
     Args:
         seed: of training and of the attacks; the photographs' windows stay the same.
-        threads: of torch; None leaves its default.
         sets: overrides of both recipes, as ``--set`` takes them.
 
     Returns:
         The content of ``summary.json``; see ``summarise``.
     """
     started, out = time.perf_counter(), Path(out)
-    recipes = _write_recipes(out, seed, threads, sets)
+    recipes = _write_recipes(out, seed, sets)
     bars = {model: _titled(progress, model) for model in MODELS}
     runs: dict[str, Run] = {}
     results: dict[str, dict[str, EvalResult]] = {}
@@ -87,12 +82,11 @@ def run_demo(
     return summary
 
 
-def _write_recipes(out: Path, seed: int, threads: int | None, sets: Sequence[str]) -> dict[str, Path]:
+def _write_recipes(out: Path, seed: int, sets: Sequence[str]) -> dict[str, Path]:
     """The packaged recipes with their settings resolved, in ``out/recipes``, to be run by hand too."""
     folder = out / "recipes"
     folder.mkdir(parents=True, exist_ok=True)
     overrides = [f"runtime.seed={seed}", f"evaluation.seed={seed}", *sets]
-    overrides += [] if threads is None else [f"runtime.threads={threads}"]
     recipes = {model: folder / f"demo-{model}.yaml" for model in MODELS}
     for path in recipes.values():
         packaged = Path(str(files("robusthash.apps").joinpath("recipes", path.name)))
@@ -299,9 +293,8 @@ def _numbers(name: str, result: EvalResult) -> dict[str, Any]:
     """One result under plain names."""
     measure = result.setting.headline
     own = f"w{measure}" if name == "worst" else measure
-    tail = {"t-map": f"t-{measure}", "flips": "flips", "success": "ASR", "hrs": "HRS"}
-    last = {"map-8bit": f"{own}/8bit"}
-    keys = {"map": own, **last, **tail} if name == "worst" else {"map": own, **tail, **last}
+    keys = {"map": own, "map-8bit": f"{own}/8bit", "t-map": f"t-{measure}"}
+    keys |= {"flips": "flips", "success": "ASR", "hrs": "HRS"}
     numbers: dict[str, Any] = {key: result.values[of] for key, of in keys.items() if of in result.values}
     spans = {
         f"{key}-interval": list(result.interval[keys[key]]) for key in ("map", "t-map") if key in numbers
