@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def assess(
     run: RunPath,
-    tier: Annotated[str, Option(help="smoke, fast, standard, full; or paper: as published.")] = "fast",
+    tier: Annotated[str, Option(help="Effort: smoke, fast, standard, full; paper: as published.")] = "fast",
     threat: Threat = None,
     eps: Eps = None,
     norm: Norm = None,
@@ -34,8 +34,8 @@ def assess(
         str | None, Option(help="Part I/N of the work (0/2); a call without it joins them.")
     ] = None,
     surrogate: Annotated[list[Path] | None, Option(help="Run to transfer attacks from. Repeatable.")] = None,
-    unchecked: Annotated[bool, Option("--unchecked", help="Raise no flags; faster.")] = False,
-    steps: Annotated[int | None, Option(min=1, help="At most, in tier paper; else its paper's.")] = None,
+    unchecked: Annotated[bool, Option("--unchecked", help="Skip the checks, which raise flags.")] = False,
+    steps: Annotated[int | None, Option(min=1, help="Tier paper: steps of an attack at most.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run by a suite of attacks: the worst case of each query over all of them.

@@ -92,10 +92,9 @@ def interval_text(result: EvalResult, measure: str) -> str:
     return f"{low:.4f} .. {high:.4f}" if low == low else ""
 
 
-def print_values(title: str, result: EvalResult, measures: Iterable[str] | None = None) -> None:
+def print_values(title: str, result: EvalResult) -> None:
     """Values of a result with their intervals, and its reference."""
-    names = result.values if measures is None else measures
-    rows = [[name, result.values[name], interval_text(result, name)] for name in names]
+    rows = [[name, value, interval_text(result, name)] for name, value in result.values.items()]
     print_table(title, ["measure", "value", "95 % interval"], rows)
     print_table("reference", ["", "value"], result.reference.items())
 
