@@ -12,10 +12,8 @@ import torch
 from robusthash.analysis.band_attribution import BandAttribution, attribute_bands
 from robusthash.apps.experiment.run_directory import Run, reading
 from robusthash.apps.experiment.run_selection import labelled
-from robusthash.apps.experiment.stages import Progress, load_victim, read_data, silent
+from robusthash.apps.experiment.stages import Progress, context_of, load_victim, read_data, silent
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.registry import build
-from robusthash.evaluation.context import make_context
 
 ATTRIBUTION = "attribution.npz"
 
@@ -44,15 +42,8 @@ def _attribute(
 ) -> BandAttribution:
     if run.config.runtime.threads:
         torch.set_num_threads(run.config.runtime.threads)
-    context = make_context(
-        load_victim(run)[0],
-        read_data(run.config, progress),
-        build("protocol", run.config.evaluation.protocol),
-        direction=("image", "image"),
-        database=run.learned_database(),
-        queries=queries,
-        progress=progress,
-    )
+    data = read_data(run.config, progress)
+    context = context_of(run, load_victim(run)[0], data, progress, "I2I", whole=True).some(queries)
     title = f"bands of {label}"
     return attribute_bands(context, **options, progress=lambda done, total: progress(done, total, title))
 

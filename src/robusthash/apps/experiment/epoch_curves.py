@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from robusthash.apps.experiment.run_directory import Run, RunError
-from robusthash.apps.experiment.stages import Progress, named_attacks, read_data, silent
+from robusthash.apps.experiment.stages import Progress, context_of, named_attacks, read_data, silent
 from robusthash.apps.experiment.tables import headline_of
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
 from robusthash.core.runtime import choose_device, digest
 from robusthash.data.base import RetrievalData
 from robusthash.data.splits import stable_subset
-from robusthash.evaluation.context import make_context
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean
 from robusthash.metrics.results import EvalResult, load_results, save_results
 from robusthash.training.recipe import FIGURES
@@ -82,16 +81,10 @@ def _evaluate_epoch(
     run: Run, epoch: int, data: RetrievalData, settings: Mapping[str, Any], queries: int | None
 ) -> tuple[EvalResult, EvalResult]:
     """Clean and attacked result of the model after an epoch."""
-    section, device = run.config.evaluation, choose_device(run.config.runtime.device)
+    device = choose_device(run.config.runtime.device)
     hasher, objective = run.load_epoch(epoch)
-    context = make_context(
-        hasher.to(device),
-        data,
-        build("protocol", section.protocol),
-        queries=queries,
-        seed=section.seed,
-        batch_size=section.batch_size,
-    )
+    context = context_of(run, hasher.to(device), data, silent, whole=True)
+    context = context if queries is None else context.some(queries)
     attack: Attack = build("attack", settings, objective=objective.to(device))
     return score_clean(context), score_attack(context, attack, attack_all(context, attack))
 
