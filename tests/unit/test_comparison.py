@@ -11,7 +11,12 @@ from torch import Tensor
 from robusthash.metrics import EvalResult
 from robusthash.metrics.comparison import claim_of, compare_all
 from robusthash.metrics.results import Setting, compare
-from robusthash.metrics.statistics import hierarchical_difference, hierarchical_interval, holm, sign_flip_test
+from robusthash.metrics.statistics import (
+    hierarchical_difference,
+    hierarchical_interval,
+    holm,
+    sign_flip_tests,
+)
 
 SETTING = Setting(
     "m", "photos", "photos", {"k": None, "ties": "expected"}, "I2I", 32, "img-linf-8", ("hag",), "b", (0,)
@@ -45,7 +50,8 @@ def test_the_correction_is_over_the_whole_table():
     others = {name: one[name].p for name in "abcd" if not one[name].best}
     best = next(name for name in "abcd" if one[name].best)
     for name, p in others.items():
-        plain = sign_flip_test(models[name][0].per_query["wMAP"] - models[best][0].per_query["wMAP"])
+        difference = models[name][0].per_query["wMAP"] - models[best][0].per_query["wMAP"]
+        plain = sign_flip_tests({"wMAP": difference})["wMAP"]
         assert p == pytest.approx(plain, abs=0.01)
     assert {name: one[name].p_holm for name in others} == pytest.approx(holm(others))
     wider = compare_all({"wMAP": models, "again": {n: [renamed(r[0])] for n, r in models.items()}})["wMAP"]

@@ -16,6 +16,10 @@ from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.distance_histogram import code_profile
 
 
+def hrs(*values: float) -> float:
+    return float(robust.hrs_of(*(torch.tensor(value, dtype=torch.float64) for value in values)))
+
+
 def codes(count: int, bits: int, seed: int) -> Codes:
     generator = torch.Generator().manual_seed(seed)
     return Codes(
@@ -94,9 +98,9 @@ def test_hubness_is_the_share_of_the_most_frequent_code() -> None:
 
 
 def test_summary_scores_at_their_ends() -> None:
-    assert robust.hrs(1, 1, 0.3) == pytest.approx(1)
-    assert robust.hrs(0.9, 0.05, 0.1) == 0
-    assert robust.hrs(1, 1, 1) == 0  # everything relevant: nothing to score
+    assert hrs(1, 1, 0.3) == pytest.approx(1)
+    assert hrs(0.9, 0.05, 0.1) == 0
+    assert hrs(1, 1, 1) == 0  # everything relevant: nothing to score
     assert robust.targeted_resistance(0.4, 0.4) == 1
     assert robust.targeted_resistance(1.0, 0.4) == pytest.approx(0)
     with pytest.raises(ValueError, match="nothing to gain"):

@@ -1,5 +1,4 @@
-"""Writing files so that a crash, a kill or a full disk leaves the old file whole, and JSON that every reader
-takes."""
+"""Atomic writing of files, and strict JSON: a crash, a kill or a full disk leaves the old file whole."""
 
 from __future__ import annotations
 
@@ -15,27 +14,24 @@ from typing import Any
 
 @contextlib.contextmanager
 def write_aside(path: str | Path) -> Iterator[Path]:
-    """Write ``path`` by way of a temporary file beside it: flushed to disk, then renamed over it.
+    """Yield a temporary path next to ``path`` (same suffix); it is flushed to disk and renamed over ``path``.
 
-    The block receives the temporary path, which keeps the suffix of ``path``, and writes it. When the block
-    ends, the file is flushed (fsync), renamed over ``path``, and the folder is flushed. When it raises, the
-    temporary file is removed and ``path`` is as it was.
+    Where the block raises, the temporary file is removed and ``path`` is as it was.
 
     Raises:
-        OSError: naming ``path``, where the disk is full or the folder cannot be written; ``path`` is
-            untouched.
+        OSError: naming ``path``, where the disk is full or the folder cannot be written.
         FileNotFoundError: the folder does not exist, or the block wrote nothing.
 
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
-        >>> with write_aside(folder / "note.txt") as aside:
-        ...     _ = aside.write_text("kept")
+        >>> with write_aside(folder / "note.txt") as temporary:
+        ...     _ = temporary.write_text("text")
         >>> (folder / "note.txt").read_text()
-        'kept'
+        'text'
     """
-    with write_all_aside([path]) as asides:
-        yield asides[0]
+    with write_all_aside([path]) as temporaries:
+        yield temporaries[0]
 
 
 @contextlib.contextmanager
@@ -46,29 +42,27 @@ def write_all_aside(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
         if not target.parent.is_dir():
             raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist")
     token = secrets.token_hex(6)
-    asides = [target.with_name(f".{target.stem}.{token}.part{target.suffix}") for target in targets]
+    temporaries = [target.with_name(f".{target.stem}.{token}.part{target.suffix}") for target in targets]
     try:
-        yield asides
-        for target, aside in zip(targets, asides, strict=True):
-            if not aside.exists():
-                raise FileNotFoundError(f"cannot write {target}: nothing was written to {aside.name}")
-            flush(aside)
-        for target, aside in zip(targets, asides, strict=True):
-            os.replace(aside, target)
+        yield temporaries
+        for target, temporary in zip(targets, temporaries, strict=True):
+            if not temporary.exists():
+                raise FileNotFoundError(f"cannot write {target}: nothing was written to {temporary.name}")
+            flush(temporary)
+        for target, temporary in zip(targets, temporaries, strict=True):
+            os.replace(temporary, target)
         for folder in {target.parent for target in targets}:
             flush(folder)
     except OSError as error:
-        elsewhere = error.filename is not None and Path(error.filename) not in asides
+        elsewhere = error.filename is not None and Path(error.filename) not in temporaries
         if error.errno is None or elsewhere:  # our own message, or another file that the block touched
             raise
         names = ", ".join(str(target) for target in targets)
-        raise OSError(
-            error.errno,
-            f"cannot write {names}: {os.strerror(error.errno)}; what was there before is unchanged",
-        ) from error
+        reason = f"cannot write {names}: {os.strerror(error.errno)}; what was there before is unchanged"
+        raise OSError(error.errno, reason) from error
     finally:
-        for aside in asides:
-            aside.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
@@ -83,15 +77,8 @@ def flush(path: Path) -> None:
 def json_text(value: Any, where: str = "value") -> str:
     """``value`` as strict JSON, which has no infinite numbers: they are written as "inf" and "-inf".
 
-    Args:
-        where: what ``value`` is called in an error.
-
     Raises:
-        ValueError: a NaN, or what JSON does not hold; its place is named.
-
-    Example:
-        >>> json_text({"psnr": float("inf")}).split()
-        ['{', '"psnr":', '"inf"', '}']
+        ValueError: a NaN, or what JSON does not hold; its place is named, ``where`` being the whole value.
     """
     return json.dumps(_plain(value, where), indent=1, sort_keys=True, allow_nan=False) + "\n"
 

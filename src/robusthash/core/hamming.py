@@ -1,4 +1,4 @@
-"""Signs, packing and distances of binary codes. The only place where a bit is decided or counted."""
+"""Signs, packing and distances of binary codes: the only place where a bit is decided or counted."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ from torch import Tensor
 
 
 def sign(logits: Tensor) -> Tensor:
-    """+1 where ``logits`` >= 0 and -1 elsewhere, in the dtype of ``logits``.
-
-    Zero gives +1, never a third value: zeros would make half-integer distances.
+    """+1 where ``logits`` >= 0 (zero too, or distances were half-integers) and -1 elsewhere, in their dtype.
 
     Raises:
         ValueError: where a value is NaN or infinite; such a number is an error, not a bit.
     """
-    if not torch.isfinite(logits).all():
-        bad = int((~torch.isfinite(logits)).sum())
+    finite = torch.isfinite(logits)
+    if not finite.all():
         raise ValueError(
-            f"{bad} of {logits.numel()} code values are NaN or infinite; the model or the attack diverged"
+            f"{int((~finite).sum())} of {logits.numel()} code values are NaN or infinite; "
+            "the model or the attack diverged"
         )
     return torch.where(logits >= 0, 1.0, -1.0).to(logits.dtype)
 
 
 def pack(signs: Tensor) -> Tensor:
-    """(N, K) signs in {-1, +1} -> (N, ceil(K / 8)) uint8; bit 1 = +1, first bit highest, zeros pad the
-    end."""
+    """(N, K) signs in {-1, +1} -> (N, ceil(K / 8)) uint8; bit 1 = +1, first bit highest, zeros at the end."""
     bits = (signs > 0).to("cpu", torch.uint8).numpy()
     return torch.from_numpy(np.packbits(bits, axis=1))
 
@@ -63,14 +61,12 @@ def distance(queries: Tensor, database: Tensor) -> Tensor:
 def topk(
     queries: Tensor, database: Tensor, k: int, ids: Tensor | None = None, block: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest items of each query, ordered by (distance, id), exactly. The oracle of every index.
+    """The k nearest items of each query by (distance, id), exactly: the ground truth of every index.
 
     Args:
-        queries: (Q, bytes) packed codes.
-        database: (M, bytes) packed codes.
-        k: ranks kept, at least 1; where k > M the rest is -1.
+        queries, database: (Q, bytes) and (M, bytes) packed codes.
         ids: (M,) int64 unique item ids; positions by default.
-        block: queries per block; memory is ``block * M`` distances.
+        block: queries at a time; memory is ``block * M`` distances.
 
     Returns:
         (Q, k) int64 ids and (Q, k) int32 distances, -1 where there is no k-th item.
@@ -79,20 +75,16 @@ def topk(
         raise ValueError(f"k must be at least 1, got {k}")
     count = len(database)
     ids = torch.arange(count) if ids is None else ids.cpu()
-    by_id = torch.argsort(
-        ids
-    )  # with rows in id order, a stable order by distance is the order by (distance, id)
+    by_id = torch.argsort(ids)  # rows in id order: equal distances are then in order of id
     database, ids = database.cpu()[by_id], ids[by_id]
-    kept = min(k, count)
+    ranks = min(k, count)
     out_ids = torch.full((len(queries), k), -1, dtype=torch.int64)
     out_distances = torch.full((len(queries), k), -1, dtype=torch.int32)
     for start in range(0, len(queries), block):
         rows = slice(start, start + block)
-        found = distance(queries[rows], database)
-        key = found.to(torch.int64) * count + torch.arange(
-            count
-        )  # unique, so that no tie is left to the sort
-        best = torch.topk(key, kept, dim=1, largest=False, sorted=True).values
-        out_ids[rows, :kept] = ids[best % count]
-        out_distances[rows, :kept] = (best // count).to(torch.int32)
+        distances = distance(queries[rows], database).to(torch.int64)
+        key = distances * count + torch.arange(count)  # unique, so that no tie is left to the sort
+        nearest = torch.topk(key, ranks, dim=1, largest=False, sorted=True).values
+        out_ids[rows, :ranks] = ids[nearest % count]
+        out_distances[rows, :ranks] = (nearest // count).to(torch.int32)
     return out_ids, out_distances

@@ -1,4 +1,4 @@
-"""Identity: what makes an attack or a suite, as plain data of registered names, and the digest of that."""
+"""Identity of an attack or a suite: plain data of registered names and parameters, and its digest."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from robusthash.core.registry import card_of
 from robusthash.core.runtime import digest
 
 SCHEME = 2
-"""Version of the rules below, hashed with every identity. It rises when a rule or a registered default
-changes."""
+"""Version of the rules below, hashed with every identity; it rises with a rule or a registered default."""
 
 FIRST = 1  # digests of ``repr``, which carry no number
 
@@ -26,21 +25,19 @@ class Options(Protocol):
     """A part whose parameters are not its dataclass fields."""
 
     def identity_options(self) -> Mapping[str, Any]:
-        """The parameters that results depend on, by the names that its class takes them under."""
+        """The parameters that results depend on, by the names that the class takes them under."""
 
 
 def describe(value: Any) -> Any:
-    """A value as plain JSON data that names what results depend on, and nothing of how it is written in
-    Python.
+    """A value as plain JSON data that names what results depend on, independent of its Python code.
 
     A part (guide, loss, search, view of the victim, ...) becomes its registered kind and name, or
-    ``module:qualname`` where it has none, with the parameters that differ from their defaults. A dataclass
-    field with ``compare=False`` holds what is learned or derived, and takes no part. Tensors become a digest
-    of their content; a whole float equals the int.
+    ``module:qualname``, with the parameters that differ from their defaults. Dataclass fields with
+    ``compare=False`` are learned or derived and left out. Tensors become a digest; a whole float equals the
+    int.
 
     Raises:
-        TypeError: what has no such description: a closure, a lambda, an object with state that is no
-            dataclass.
+        TypeError: a closure, a lambda, an object with state that is no dataclass.
     """
     if value is None or isinstance(value, bool | str):
         return value
@@ -60,17 +57,16 @@ def describe(value: Any) -> Any:
 
 
 def changes(value: Any, skip: Collection[str] = ()) -> dict[str, Any]:
-    """The dataclass fields of ``value`` that differ from their defaults, described; those without a default
-    always."""
-    found = {}
+    """The dataclass fields of ``value`` without a default or unlike it, described."""
+    options = {}
     for field in dataclasses.fields(value):
         if field.name in skip or not field.compare or not field.init:
             continue
         described = describe(getattr(value, field.name))
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if default is dataclasses.MISSING or describe(default) != described:
-            found[field.name] = described
-    return found
+            options[field.name] = described
+    return options
 
 
 def name_of(value: Any) -> dict[str, str]:
@@ -84,13 +80,12 @@ def identity(value: Any, length: int = 12) -> str:
 
 
 def marked_identity(value: Any) -> str:
-    """``identity`` with the number of the scheme before it, as results carry it: "2-0f3a...", by
-    ``scheme_of``."""
+    """``identity`` with the number of the scheme in front, as results carry it: "2-0f3a..."."""
     return f"{SCHEME}-{identity(value)}"
 
 
 def scheme_of(marked: str) -> int:
-    """The scheme that a digest in a stored result was made by; the first wrote no number."""
+    """The scheme of a digest in a stored result; the first wrote no number."""
     number, dash, _ = marked.partition("-")
     return int(number) if dash and number.isdecimal() else FIRST
 
@@ -112,34 +107,28 @@ def _named_code(value: Callable[..., Any]) -> dict[str, str]:
 
 def _part(value: Any) -> dict[str, Any]:
     if isinstance(value, Options):
-        defaults = inspect.signature(type(value)).parameters
+        parameters = inspect.signature(type(value)).parameters.values()
+        defaults = {p.name: describe(p.default) for p in parameters if p.default is not p.empty}
         described = {name: describe(option) for name, option in value.identity_options().items()}
-        options = {
-            name: option
-            for name, option in described.items()
-            if name not in defaults
-            or defaults[name].default is inspect.Parameter.empty
-            or describe(defaults[name].default) != option
-        }
+        options = {k: v for k, v in described.items() if k not in defaults or defaults[k] != v}
     elif dataclasses.is_dataclass(value):
         options = changes(value)
     elif _stateless(value):
         options = {}
     else:
         raise TypeError(
-            f"{type(value).__qualname__} has state and is no dataclass, so what its results depend on cannot be "
-            "read; make it a frozen dataclass, or give it identity_options() -> dict of its parameters"
+            f"{type(value).__qualname__} has state and is no dataclass, so what its results depend on cannot "
+            "be read; make it a frozen dataclass, or give it identity_options() -> dict of its parameters"
         )
     return {**name_of(value), **({"options": options} if options else {})}
 
 
 def _stateless(value: Any) -> bool:
-    """Whether an object holds nothing; one that pickles in its own way, as a ``partial``, may hold what is
-    not seen."""
+    """Tell whether an object holds nothing; one that pickles its own way, as ``partial``, may hide state."""
     return type(value).__reduce__ is object.__reduce__ and not value.__getstate__()
 
 
 def _content(value: Tensor | np.ndarray) -> dict[str, Any]:
     array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
-    found = hashlib.sha256(array.tobytes()).hexdigest()[:16]
-    return {"shape": list(array.shape), "dtype": array.dtype.str, "content": found}
+    content = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+    return {"shape": list(array.shape), "dtype": array.dtype.str, "content": content}

@@ -27,28 +27,25 @@ def cosine(left: Tensor, right: Tensor) -> Tensor:
 def draw_targets(
     query_labels: Tensor, ids: Tensor, database_labels: Tensor, count: int, draws: Draws
 ) -> Tensor:
-    """Target label sets for targeted attacks, keyed by query id.
+    """Target label sets of targeted attacks, keyed by query id.
 
-    Each is drawn uniformly, with replacement over ``count``, from the distinct non-zero label sets of the
-    database that share no label with the query (the rule of SAAT's code, seeded).
+    Drawn uniformly and with replacement from the distinct non-zero label sets of the database that share no
+    label with the query (the rule of SAAT's code, seeded).
 
     Args:
-        query_labels: (Q, C) multi-hot.
+        query_labels, database_labels: (Q, C) and (M, C) multi-hot.
         ids: (Q,) query ids, the key of each draw.
-        database_labels: (M, C) multi-hot.
-        count: targets per query.
 
     Returns:
-        (Q, count, C) float; all zero for a query that no target is possible for. Such a query leaves the
-        targeted evaluation and is counted.
+        (Q, count, C) float; all zero for a query without a possible target, which is left out when scored.
     """
     sets = torch.unique(database_labels.cpu().to(torch.uint8), dim=0).float()
     sets = sets[sets.sum(1) > 0]
     allowed = ~relevant(query_labels.cpu(), sets)  # (Q, S)
     possible = allowed.sum(1)
-    chosen = torch.zeros(len(query_labels), count, query_labels.shape[1])
+    targets = torch.zeros(len(query_labels), count, query_labels.shape[1])
     numbers = draws.within("targets").uniform(ids.cpu(), (count,))
     for row in torch.nonzero(possible).flatten().tolist():
         candidates = torch.nonzero(allowed[row]).flatten()
-        chosen[row] = sets[candidates[(numbers[row] * len(candidates)).long()]]
-    return chosen
+        targets[row] = sets[candidates[(numbers[row] * len(candidates)).long()]]
+    return targets

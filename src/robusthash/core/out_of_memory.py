@@ -1,5 +1,4 @@
-"""Batches of a size that fits into memory: what does not fit is done again, less at a time, and that is
-said."""
+"""Batches that fit into memory: what does not fit is repeated in smaller batches, with a message."""
 
 from __future__ import annotations
 
@@ -14,40 +13,32 @@ REMEDY = "free some memory, take a smaller model or input, or compute elsewhere 
 
 
 class SmallerBatch(RuntimeWarning):
-    """Less was done at a time than was asked for. Of a deterministic model no number changes beyond float
-    rounding."""
+    """A smaller batch than asked for; numbers of a deterministic model change by float rounding at most."""
 
 
 class DoesNotFit(MemoryError):
-    """A single item is too much. The message holds the remedy."""
+    """A single item does not fit into memory; the message holds the remedy."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory does not suffice: torch raises three kinds of it, NumPy and Python a
-    fourth."""
+    """Tell whether an error means that memory ran out: torch has three kinds, NumPy and Python a fourth."""
     import torch  # seconds to import, and the command line reports errors without it
 
-    said = str(error).lower()
-    exhausted = (
-        "out of memory" in said or "can't allocate memory" in said or "cublas_status_alloc_failed" in said
-    )
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and exhausted
-    )
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    signs = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
 def halving(work: Callable[[int], Result], size: int, items: str, done: str, say: Say) -> tuple[Result, int]:
-    """``work(size)``; where memory does not suffice, all of it again at the largest proper divisor of the
-    size.
+    """Run ``work(size)``, and while memory runs out again at the largest proper divisor of the size.
 
-    Divisors, so that whole batches of the smaller size fill one of the larger. Half of an even size; 1 of a
-    prime.
+    Divisors, so that whole batches of the smaller size fill one of the larger.
 
     Args:
-        work: does everything, so many items at a time, and leaves nothing behind when it raises.
-        items: what there are ``size`` of, such as "queries".
-        done: what is done with them, such as "attacked".
-        say: is given a line at each step down.
+        work: does everything, ``size`` items at a time, and leaves nothing behind when it raises.
+        items, done: nouns and participle of the message: "queries", "attacked".
+        say: receives a message at each step down.
 
     Returns:
         The result, and the size at which it fitted.
@@ -72,15 +63,14 @@ def halving(work: Callable[[int], Result], size: int, items: str, done: str, say
             if isinstance(error, DoesNotFit) or not out_of_memory(error):
                 raise
             if size == 1:
-                raise DoesNotFit(
-                    f"memory does not suffice for {items} to be {done} one at a time; {REMEDY}"
-                ) from error
-        # outside of the handler, whose error keeps the failed attempt alive
+                message = f"memory does not suffice for {items} to be {done} one at a time; {REMEDY}"
+                raise DoesNotFit(message) from error
+        # outside of the handler, whose error keeps the memory of the failed run alive
         smaller = max(part for part in range(1, size // 2 + 1) if size % part == 0)
         say(f"{size} {items} at a time did not fit into memory; {smaller} were {done} at a time")
         size = smaller
 
 
 def warn(text: str) -> None:
-    """Say it as a ``SmallerBatch`` warning, where no result has notes to hold it."""
+    """Issue a ``SmallerBatch`` warning, where no result has notes to hold the message."""
     warnings.warn(text, SmallerBatch, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Names at the border where text becomes objects: register, build, catalogue, discover."""
+"""Registry of names: where text of a recipe or the command line becomes an object."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-Made = TypeVar("Made", bound=Callable[..., Any])
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 Evidence = Literal["paper+code", "paper", "reconstruction", "own", "library"]
 State = Literal["tested", "measured"]
-"""``measured``: stands in a table of the documents, on real data; ``tested``: by the tests alone."""
+"""``measured``: on real data, in a table of the documents; ``tested``: by the tests alone."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What ``robusthash list`` shows of a name, and what the contract tests choose by."""
+    """Entry of a registered name, as ``robusthash list`` shows it."""
 
     kind: str
     name: str
@@ -37,53 +37,30 @@ class Card:
 
 _PACKAGE = __name__.partition(".")[0]
 _CARDS: dict[tuple[str, str], Card] = {}
-_UNREAD: list[str] = []
-"""Packages whose modules register names, and have not been imported for it yet."""
+_UNREAD: list[str] = []  # packages whose modules register names and are not imported yet
 
 
-def register(
-    kind: str,
-    name: str,
-    *,
-    paper: str = "",
-    evidence: Evidence = "own",
-    modality: str = "any",
-    supervised: bool = True,
-    targeted: bool = False,
-    state: State = "tested",
-    published: Mapping[str, Any] | None = None,
-) -> Callable[[Made], Made]:
-    """Give ``name`` of ``kind`` to a class or function. A taken name raises."""
+def register(kind: str, name: str, **facts: Any) -> Callable[[Factory], Factory]:
+    """Register a class or function as ``name`` of ``kind``; ``facts`` are the other fields of its ``Card``.
 
-    def record(make: Made) -> Made:
-        if not make.__module__.startswith(
-            f"{_PACKAGE}."
-        ):  # code from elsewhere: the package's own names come first
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def record(make: Factory) -> Factory:
+        if not make.__module__.startswith(f"{_PACKAGE}."):  # of others: the package's own names come first
             _import_unread()
         if (kind, name) in _CARDS:
             raise ValueError(f"{kind} {name!r} is already registered by {_CARDS[kind, name].make.__module__}")
         summary = (inspect.getdoc(make) or "").partition("\n")[0]
-        _CARDS[kind, name] = Card(
-            kind,
-            name,
-            make,
-            paper,
-            evidence,
-            modality,
-            supervised,
-            targeted,
-            summary,
-            state,
-            dict(published or {}),
-        )
+        _CARDS[kind, name] = Card(kind, name, make, summary=summary, **facts)
         return make
 
     return record
 
 
 def nearest(word: str, known: Any) -> str:
-    """A hint that names the likeliest of ``known`` for a mistyped ``word``, and lists them when there are
-    few."""
+    """A hint that names the likeliest of ``known`` for a mistyped ``word``, and lists up to 40 of them."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -109,74 +86,68 @@ def card(kind: str, name: str) -> Card:
 
 
 def card_of(make: Callable[..., Any]) -> Card | None:
-    """The card that a class or function was registered under; None of one without a name."""
+    """The card of a class or function; None where it is not registered."""
     return next((known for known in _CARDS.values() if known.make is make), None)
 
 
 def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str, Any]]:
-    """The card and the options that ``settings`` name, checked before anything is made.
-
-    ``settings`` is a name, ``"csq"``, or a name with options, ``{"name": "csq", "quantisation": 1e-4}``.
+    """The card and the checked options of ``settings``: "csq", or {"name": "csq", "quantisation": 1e-4}.
 
     Raises:
-        KeyError: no name, an unknown name, or an option that it does not take; the nearest is offered.
-        ValueError: neither a name nor a name with options; an option of a few known words (``Literal``) with
-            another.
+        KeyError: no name, an unknown name, or an unknown option; the nearest is offered.
+        ValueError: neither a name nor a mapping; a ``Literal`` option with another word.
     """
     if not isinstance(settings, str | Mapping):
         raise ValueError(f"{kind} is a name, or a mapping with 'name' and options, got {settings!r}")
     options = {"name": settings} if isinstance(settings, str) else dict(settings)
     if "name" not in options:
         raise KeyError(f"{kind} needs a 'name', got {dict(options)}")
-    found = card(kind, options.pop("name"))
-    accepted = inspect.signature(found.make).parameters
+    entry = card(kind, options.pop("name"))
+    accepted = inspect.signature(entry.make).parameters
     for key, value in options.items():
         if key not in accepted:
-            raise KeyError(f"{kind} {found.name!r} takes no {key!r}{nearest(key, accepted)}")
-        words = _words(found.make).get(key)
+            raise KeyError(f"{kind} {entry.name!r} takes no {key!r}{nearest(key, accepted)}")
+        words = _words(entry.make).get(key)
         if words is not None and value not in words:
             *most, last = map(repr, words)
             choice = " or ".join(text for text in (", ".join(most), last) if text)
-            raise ValueError(f"{key} of {kind} {found.name!r} must be {choice}, got {value!r}")
-    return found, options
+            raise ValueError(f"{key} of {kind} {entry.name!r} must be {choice}, got {value!r}")
+    return entry, options
 
 
 @cache
 def _words(make: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
-    """The words that an option annotated as a ``Literal`` may be, by option; none where annotations have no
-    meaning."""
+    """The words of each option that is annotated as a ``Literal``."""
     try:
         parameters = inspect.signature(make, eval_str=True).parameters
     except NameError:  # a name imported for type checkers alone
         return {}
-    annotations = {name: parameter.annotation for name, parameter in parameters.items()}
-    return {name: get_args(given) for name, given in annotations.items() if get_origin(given) is Literal}
+    return {
+        name: get_args(parameter.annotation)
+        for name, parameter in parameters.items()
+        if get_origin(parameter.annotation) is Literal
+    }
 
 
 def build(kind: str, settings: str | Mapping[str, Any], **context: Any) -> Any:
-    """Make the object that ``settings`` name; of ``context``, which the caller supplies, it gets what it
-    takes.
+    """Make the object that ``settings`` name, with the parts of ``context`` that it takes.
 
     Raises:
-        KeyError, ValueError: what ``check`` refuses; an option that is missing, or of a type that cannot be
-            used.
+        KeyError, ValueError: what ``check`` refuses; an option that is missing or of a wrong type.
     """
-    found, options = check(kind, settings)
-    parameters = inspect.signature(found.make).parameters
-    given = {**options, **{key: value for key, value in context.items() if key in parameters}}
+    entry, options = check(kind, settings)
+    parameters = inspect.signature(entry.make).parameters
+    arguments = {**options, **{key: value for key, value in context.items() if key in parameters}}
     for key, parameter in parameters.items():
-        if (
-            parameter.default is parameter.empty
-            and key not in given
-            and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        ):
-            raise KeyError(f"{kind} {found.name!r} needs {key!r}")
+        required = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if required and key not in arguments:
+            raise KeyError(f"{kind} {entry.name!r} needs {key!r}")
     try:
-        return found.make(**given)
+        return entry.make(**arguments)
     except TypeError as error:
         if not options:
             raise
-        raise ValueError(f"{kind} {found.name!r} cannot be made with {options}: {error}") from error
+        raise ValueError(f"{kind} {entry.name!r} cannot be made with {options}: {error}") from error
 
 
 def catalogue(kind: str | None = None) -> list[Card]:
@@ -186,19 +157,13 @@ def catalogue(kind: str | None = None) -> list[Card]:
 
 
 def discover(*packages: str) -> None:
-    """Register what the modules of ``packages`` register: dropping a file in is enough.
-
-    They are imported when a name is first looked up that is not registered yet, so that nothing is loaded
-    before.
-    """
+    """Let the modules of ``packages`` register their names, when an unknown name is first looked up."""
     _UNREAD.extend(packages)
 
 
 def _import_unread() -> None:
     for package in list(_UNREAD):
-        path = getattr(
-            importlib.import_module(package), "__path__", ()
-        )  # of a module that is no package: none
+        path = getattr(importlib.import_module(package), "__path__", ())  # a plain module has none
         for module in pkgutil.walk_packages(path, f"{package}."):
             importlib.import_module(module.name)
         if package in _UNREAD:  # a module that looks names up while it is imported comes through here as well

@@ -32,10 +32,9 @@ def _mix(state: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers keyed by (seed, scope, item id), never taken from a stream.
+    """Random numbers keyed by (seed, scope, item id): independent of batch size, order and device.
 
-    So batch size and order cannot matter, and the same numbers come on every device. Narrow the scope with
-    ``within``: ``Draws(0).within("mainstay", restart)``.
+    ``within`` narrows the scope: ``Draws(0).within("mainstay", restart)``.
     """
 
     seed: int
@@ -66,10 +65,10 @@ class Draws:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU; anything else is taken by its word.
+    """The device of a name; ``auto`` is CUDA where there is one, else the CPU.
 
     Raises:
-        ValueError: for a device that is not there.
+        ValueError: a device that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,8 +83,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global streams that libraries use (dropout, initial weights). Our own draws are keyed
-    instead."""
+    """Seed the global streams that libraries use (dropout, initial weights); our own draws are keyed."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -93,11 +91,7 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def precision(name: str, device: torch.device | str) -> Iterator[None]:
-    """``float32`` (the reference) or ``bf16`` autocast on ``device``.
-
-    Raises:
-        ValueError: for another name.
-    """
+    """Run in ``float32`` (the reference) or in ``bf16`` autocast on ``device``; another name is refused."""
     if name not in ("float32", "bf16"):
         raise ValueError(f"precision must be 'float32' or 'bf16', got {name!r}")
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=name == "bf16"):
@@ -106,7 +100,7 @@ def precision(name: str, device: torch.device | str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, torch makes real tensors of ``dtype`` where none is named; logits are given in it."""
+    """Make ``dtype`` the default of torch inside; a hasher gives its logits in it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

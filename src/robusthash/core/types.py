@@ -41,17 +41,13 @@ class Batch:
         )
 
     def only(self, modalities: Collection[str]) -> Batch:
-        """The same items with only these modalities.
-
-        Raises:
-            ValueError: where the items have none of them.
-        """
-        kept = {name: value for name, value in self.inputs.items() if name in modalities}
-        if not kept:
+        """The same items with only these modalities; a ``ValueError`` where they have none of them."""
+        inputs = {name: value for name, value in self.inputs.items() if name in modalities}
+        if not inputs:
             raise ValueError(
                 f"these items have {sorted(self.inputs)}, and {sorted(modalities)} was asked for"
             )
-        return replace(self, inputs=kept)
+        return replace(self, inputs=inputs)
 
     def with_inputs(self, inputs: Inputs) -> Batch:
         """The same items with some modalities replaced, as an attack returns them."""
@@ -60,14 +56,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class HashOutput:
-    """What a hasher says of one modality of a batch."""
+    """Output of a hasher for one modality of a batch."""
 
     logits: Tensor  # (B, K) before the squashing function; bit k is +1 where logits >= 0
     code: Tensor  # (B, K) what the objective sees: tanh, linear or batch-normed
     features: Tensor  # (B, D) input of the hash head
-    aux: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # masks, spectra: shown to the encoder's own outer loss
+    aux: dict[str, Tensor] = field(default_factory=dict)  # masks, spectra, for the encoder's own outer loss
     scale: float = 1.0  # mean |logit| of a linear head, so that tanh does not saturate
 
     def relaxed(self, alpha: float = 1.0) -> Tensor:
@@ -76,7 +70,7 @@ class HashOutput:
 
 
 Outputs = dict[str, HashOutput]
-"""A hasher's answer, by modality."""
+"""Outputs of a hasher, by modality."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +101,13 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Profile:
-    """Counts by Hamming distance: all that a ranking metric needs. Profiles of shards add.
-
-    Columns are the distances 0..K. ``ideal[q, g]`` counts the database items that share g labels with query
-    q.
-    """
+    """Counts by Hamming distance 0..K: all that a ranking metric needs. Profiles of shards add."""
 
     items: Tensor  # (Q, K + 1) int64
     relevant: Tensor  # (Q, K + 1) int64
     gain: Tensor  # (Q, K + 1) int64, sum of shared labels
     gain_exp: Tensor  # (Q, K + 1) float64, sum of 2^shared - 1
-    ideal: Tensor  # (Q, G) int64
+    ideal: Tensor  # (Q, G) int64, database items that share g labels with the query
 
     def __len__(self) -> int:
         return len(self.items)
@@ -129,17 +119,15 @@ class Profile:
 
 @dataclass(frozen=True)
 class Goal:
-    """What the adversary wants for each query."""
+    """Aim of the adversary for each query: its own labels and away, or target labels and towards."""
 
-    labels: (
-        Tensor | None
-    )  # (B, C) own labels (untargeted) or target labels (targeted); None for label-free attacks
-    sign: int  # -1 away from them, +1 toward them
+    labels: Tensor | None  # (B, C) own or target labels; None for label-free attacks
+    sign: int  # -1 away from them, +1 towards them
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Where the goal lies in Hamming space."""
+    """Place of the goal in Hamming space: a code for each query, or a weighted set of codes."""
 
     codes: Tensor  # (B, K) one representative code per query, or (M, K) a set shared by the batch
     weights: Tensor | None = None  # (B, M) signed pull of each shared code; None when one-to-one

@@ -1,8 +1,8 @@
 """The exact tie-averaged average precision of a distance profile.
 
-Items at equal distance come in any order with equal chance. The expectation over those orders is a closed
+Items at equal distance come in any order with equal chance; the expectation over these orders is a closed
 form of the counts (McSherry and Najork, "Computing information retrieval performance measures efficiently in
-the presence of tied scores", ECIR 2008); where the cut k splits a group and the denominator is the number of
+the presence of tied scores", ECIR 2008). Where the cut k splits a group and the denominator is the number of
 hits, which is then random, the expectation conditions on that number (hypergeometric).
 """
 
@@ -21,10 +21,10 @@ _WINDOW = 1 << 16  # terms of the hypergeometric sum held at a time
 
 
 def harmonic(before: Tensor, count: Tensor) -> Tensor:
-    """sum_{j=1..count} 1 / (before + j), to full relative precision, in float64.
+    """sum_{j=1..count} 1 / (before + j) in float64, to full relative precision.
 
-    Short sums from a table of 32; beyond it the difference of two digamma expansions, written with log1p so
-    that it does not cancel. A table up to N would need 8 N bytes and lose digits where ``before`` is large.
+    From a table up to 32; beyond it the difference of two digamma expansions, written with log1p so that it
+    does not cancel.
     """
     table = torch.nn.functional.pad(1.0 / torch.arange(1, 33, dtype=torch.float64), (1, 0)).cumsum(0)
     last = before + count
@@ -42,7 +42,7 @@ def _tail(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Groups:
-    """What the closed forms need of each group of equal distance, all (Q, groups)."""
+    """Counts and harmonic sums of each group of equal distance, all (Q, groups)."""
 
     items: Tensor  # n, int64
     relevant: Tensor  # r, int64
@@ -54,11 +54,7 @@ class Groups:
 
     @classmethod
     def cut(cls, items: Tensor, relevant: Tensor, k: int | None) -> Groups:
-        """Groups of a ranking that is cut after ``k`` items; None cuts nothing.
-
-        Raises:
-            ValueError: k below 1. "All" is None, never 0 or -1.
-        """
+        """Groups of a ranking that is cut after ``k`` items; None cuts nothing, and k below 1 is refused."""
         if k is not None and k < 1:
             raise ValueError(f"k must be at least 1, got {k}; the whole database is k=None")
         before = items.cumsum(1) - items
@@ -90,15 +86,13 @@ def average_precision(
     (r/n) * [(rb+1) A + (r-1)/(n-1) B] precisions in expectation, A and B as in ``Groups``.
 
     Args:
-        items: (Q, groups) int64, items of each group, nearest group first.
-        relevant: (Q, groups) int64, relevant ones among them.
+        items, relevant: (Q, groups) int64 items of each group, nearest first, and relevant ones among them.
         k: ranks that count; None for all, and more than there are counts as all.
-        denominator: what the sum of precisions is divided by: ``hits`` = relevant items in the top k (random
-            where the cut splits a group, and averaged exactly), ``mink`` = min(R, k), ``rel`` = R, all
-            relevant items.
+        denominator: ``hits`` = relevant items in the top k (random where the cut splits a group, and averaged
+            exactly), ``mink`` = min(R, k), ``rel`` = R, all relevant items.
         ties: ``expected`` over all orders within groups; ``optimistic`` relevant first; ``pessimistic``
-            relevant last. The latter two are extremes for ``mink`` and ``rel``; under ``hits`` with a cut
-            they are merely two orders.
+            relevant last. The latter two are extremes for ``mink`` and ``rel``, and under ``hits`` merely two
+            orders.
 
     Returns:
         (Q,) float64 in [0, 1]; 0 where nothing relevant is in the top k.
@@ -123,17 +117,17 @@ def average_precision(
     else:
         divisor = total if k is None else torch.minimum(total, torch.minimum(items.sum(1), torch.tensor(k)))
     if ties != "expected":
-        found, sums = _ordered_sums(groups, ties)
-        return share(sums, found if denominator == "hits" else divisor)
+        hits, ordered = _ordered_sums(groups, ties)
+        return share(ordered, hits if denominator == "hits" else divisor)
     sums = _expected_sums(groups)
     if denominator != "hits":
         return share(sums.sum(1), divisor)
     split = (groups.taken > 0) & (groups.taken < groups.items)
-    whole = share(torch.where(split, 0.0, sums).sum(1), groups.hits())
+    sums_before = torch.where(split, 0.0, sums).sum(1)
+    whole = share(sums_before, groups.hits())
     queries, columns = torch.nonzero(split, as_tuple=True)  # at most one group of a query is split
     if len(queries):
-        sums_before = torch.where(split, 0.0, sums).sum(1)[queries]
-        whole[queries] = _over_random_hits(groups, queries, columns, sums_before)
+        whole[queries] = _over_random_hits(groups, queries, columns, sums_before[queries])
     return whole
 
 
@@ -159,9 +153,9 @@ def _ordered_sums(groups: Groups, ties: Ties) -> tuple[Tensor, Tensor]:
 def _over_random_hits(groups: Groups, queries: Tensor, columns: Tensor, sums_before: Tensor) -> Tensor:
     """Expected AP under ``hits`` for queries whose cut splits a group.
 
-    The number x of relevant items in the cut part is hypergeometric; given x the average precision is
-    (sums before + x/m [(rb+1) A + (x-1)/(m-1) B]) / (rb + x). Terms further from the mean than 5 sqrt(s), s
-    the smallest of m, n-m, r, n-r, hold less than 4e-22 of the probability (Hoeffding) and are left out.
+    The number x of relevant items in the cut part is hypergeometric; given x the average precision is (sums
+    before + x/m [(rb+1) A + (x-1)/(m-1) B]) / (rb + x). Terms further from the mean than 5 sqrt(s), s the
+    smallest of m, n-m, r, n-r, hold less than 4e-22 of the probability (Hoeffding) and are left out.
     """
     n, r, m, rb = (
         getattr(groups, name)[queries, columns][:, None]
@@ -183,8 +177,7 @@ def _over_random_hits(groups: Groups, queries: Tensor, columns: Tensor, sums_bef
         shrinks = (x + 1).to(torch.float64) * (n[rows] - r[rows] - m[rows] + x + 1)
         ratio = torch.where(x < high[rows], grows / shrinks, 1.0)
         log_weight = torch.nn.functional.pad(ratio.log().cumsum(1)[:, :-1], (1, 0))
-        log_weight = torch.where(inside, log_weight, -torch.inf)
-        weight = torch.softmax(log_weight, dim=1)
+        weight = torch.softmax(torch.where(inside, log_weight, -torch.inf), dim=1)
         inner = (rb[rows] + 1) * ones[rows] + share(x - 1, m[rows] - 1) * steps[rows]
         precision = share(sums_before[rows, None] + share(x, m[rows]) * inner, rb[rows] + x)
         expected[rows] = (weight * precision).sum(1)

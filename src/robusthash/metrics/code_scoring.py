@@ -1,4 +1,4 @@
-"""Scoring codes that any other program made: two files in, the values of a protocol out."""
+"""Scoring codes of any other program: two files in, the values of a protocol out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from robusthash.metrics.protocol import Protocol, load_protocol, measure
 from robusthash.metrics.results import EvalResult, Setting
 from robusthash.metrics.statistics import intervals
 
+_SAVE = "save with np.savez(path, codes=..., labels=...)"
 _BINARISE = "binarise before saving, e.g. codes = np.where(outputs >= 0, 1, -1)"
 
 
@@ -30,16 +31,14 @@ class CodeFile:
 
 
 def read_codes(path: str | Path) -> CodeFile:
-    """Read codes and labels from an ``.npz`` file.
+    """Read codes and labels from an ``.npz`` file, without executing anything in it (``allow_pickle=False``).
 
     Keys:
         codes: (N, K) in -1/+1, 0/1 or bool, any number type; or (N, ceil(K / 8)) uint8, packed with the first
-            bit highest, as ``np.packbits`` does, and then ``bits`` must be there.
+            bit highest, as ``np.packbits`` does, together with ``bits``.
         labels: (N,) integer classes, or (N, C) multi-hot.
         bits: optional, K.
         ids: optional, (N,) unique integers; positions by default.
-
-    The file is read without executing anything in it (``allow_pickle=False``).
 
     Raises:
         FileNotFoundError: no such file.
@@ -47,14 +46,12 @@ def read_codes(path: str | Path) -> CodeFile:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; save one with np.savez(path, codes=..., labels=...)")
+        raise FileNotFoundError(f"{path}: no such file; {_SAVE}")
     arrays = _read_arrays(path)
     for key in ("codes", "labels"):
         if key not in arrays:
-            raise ValueError(
-                f"{path}: the key {key!r} is missing (found: {', '.join(sorted(arrays)) or 'none'}); "
-                "save with np.savez(path, codes=..., labels=...)"
-            )
+            keys = ", ".join(sorted(arrays)) or "none"
+            raise ValueError(f"{path}: the key {key!r} is missing (found: {keys}); {_SAVE}")
     packed, bits = _codes(path, arrays["codes"], arrays.get("bits"))
     labels = _labels(path, arrays["labels"])
     if len(labels) != len(packed):
@@ -75,8 +72,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
             return {key: loaded[key] for key in loaded.files}
     except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise ValueError(
-            f"{path}: cannot be read as .npz of plain arrays ({error}); "
-            "save with np.savez(path, codes=..., labels=...), numbers only, no object arrays"
+            f"{path}: cannot be read as .npz of plain arrays ({error}); {_SAVE}, "
+            "numbers only, no object arrays"
         ) from error
 
 
@@ -94,48 +91,52 @@ def _numbers(path: Path, key: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _codes(path: Path, array: np.ndarray, given: np.ndarray | None) -> tuple[Tensor, int]:
+def _codes(path: Path, array: np.ndarray, bits_array: np.ndarray | None) -> tuple[Tensor, int]:
     """Packed codes and their length."""
     array = _numbers(path, "codes", array)
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] == 0:
         raise ValueError(f"{path}: 'codes' must be (N, K) with N and K above 0, got shape {array.shape}")
-    bits = None if given is None else _bits(path, given)
-    values = set(np.unique(array).tolist())
-    width = array.shape[1]
+    bits = None if bits_array is None else _bits(path, bits_array)
+    values, width = set(np.unique(array).tolist()), array.shape[1]
     if array.dtype == np.uint8 and (values - {0, 1} or (bits is not None and bits != width)):
-        if bits is None:
-            raise ValueError(
-                f"{path}: 'codes' is uint8 with values beyond 0 and 1, so it looks packed, but how many bits "
-                f"it holds is unknown; add the key 'bits', e.g. np.savez(path, codes=..., labels=..., bits={8 * width})"
-            )
-        if width != (bits + 7) // 8:
-            raise ValueError(
-                f"{path}: 'codes' has {width} bytes a row, but {bits} bits are {(bits + 7) // 8} bytes packed; "
-                "correct 'bits', or save the codes unpacked as -1/+1"
-            )
-        beyond = 8 * width - bits
-        if beyond and (array[:, -1] & ((1 << beyond) - 1)).any():
-            raise ValueError(
-                f"{path}: 'codes' has bits set beyond the {bits} that 'bits' names; pack with the first bit highest "
-                "and zeros at the end, as np.packbits does"
-            )
-        return torch.from_numpy(np.ascontiguousarray(array)), bits
+        return _packed_codes(path, array, bits)
     if not (values <= {0, 1} or values <= {-1, 1}):
         other = sorted(values - {-1, 0, 1})
-        found = f"such as {other[0]:g}" if other else "-1 and 0 together"
+        example = f"such as {other[0]:g}" if other else "-1 and 0 together"
         raise ValueError(
-            f"{path}: 'codes' must be all -1/+1 or all 0/1 (or bool), it holds values {found}; {_BINARISE}"
+            f"{path}: 'codes' must be all -1/+1 or all 0/1 (or bool), it holds values {example}; {_BINARISE}"
         )
     if bits is not None and bits != width:
         raise ValueError(f"{path}: 'bits' is {bits} but 'codes' has {width} columns; correct or drop 'bits'")
     return pack(torch.from_numpy((array > 0).astype(np.int8))), width
 
 
-def _bits(path: Path, given: np.ndarray) -> int:
-    given = _numbers(path, "bits", given)
-    if given.size != 1 or given.ravel()[0] != int(given.ravel()[0]) or given.ravel()[0] < 1:
-        raise ValueError(f"{path}: 'bits' must be one positive integer, got {given.tolist()}")
-    return int(given.ravel()[0])
+def _packed_codes(path: Path, array: np.ndarray, bits: int | None) -> tuple[Tensor, int]:
+    width = array.shape[1]
+    if bits is None:
+        raise ValueError(
+            f"{path}: 'codes' is uint8 with values beyond 0 and 1, so it looks packed, but how many bits it "
+            f"holds is unknown; add the key 'bits', e.g. np.savez(path, codes=..., labels=..., bits={8 * width})"
+        )
+    if width != (bits + 7) // 8:
+        raise ValueError(
+            f"{path}: 'codes' has {width} bytes a row, but {bits} bits are {(bits + 7) // 8} bytes packed; "
+            "correct 'bits', or save the codes unpacked as -1/+1"
+        )
+    beyond = 8 * width - bits
+    if beyond and (array[:, -1] & ((1 << beyond) - 1)).any():
+        raise ValueError(
+            f"{path}: 'codes' has bits set beyond the {bits} that 'bits' names; pack with the first bit "
+            "highest and zeros at the end, as np.packbits does"
+        )
+    return torch.from_numpy(np.ascontiguousarray(array)), bits
+
+
+def _bits(path: Path, array: np.ndarray) -> int:
+    values = _numbers(path, "bits", array).ravel()
+    if values.size != 1 or values[0] != int(values[0]) or values[0] < 1:
+        raise ValueError(f"{path}: 'bits' must be one positive integer, got {array.tolist()}")
+    return int(values[0])
 
 
 def _labels(path: Path, array: np.ndarray) -> Tensor:
@@ -172,9 +173,9 @@ def _ids(path: Path, array: np.ndarray | None, count: int) -> Tensor:
 def score(query: CodeFile, database: CodeFile, protocol: str | Protocol = "house") -> EvalResult:
     """Score codes of any origin under a protocol, with 95 % bootstrap intervals over queries.
 
-    The codes come from elsewhere, so it cannot be checked that queries and database hold different items: a
-    query that is also in the database finds itself and flatters the result. Whoever made the files vouches
-    for that.
+    That queries and database hold different items cannot be checked here: a query that is also in the
+        database finds
+    itself and flatters the result.
 
     Raises:
         ValueError: code lengths, label kinds or label widths that differ between the two files.
@@ -182,11 +183,17 @@ def score(query: CodeFile, database: CodeFile, protocol: str | Protocol = "house
     protocol = load_protocol(protocol)
     if query.codes.bits != database.codes.bits:
         raise ValueError(
-            f"{query.name} has codes of {query.codes.bits} bits and {database.name} of {database.codes.bits}; "
-            "both sides must come from the same model"
+            f"{query.name} has codes of {query.codes.bits} bits and {database.name} of "
+            f"{database.codes.bits}; both sides must come from the same model"
         )
     query_labels, labels = _same_labels(query, database)
-    made = measure(protocol, query.codes, query_labels, database.codes, labels)
+    measured = measure(protocol, query.codes, query_labels, database.codes, labels)
+    digests = {
+        "model": _digest(query.codes.packed),
+        "codes": _digest(database.codes.packed),
+        "queries": _digest(query.codes.ids, query_labels),
+        "database": _digest(database.codes.ids, labels),
+    }
     setting = Setting(
         model="codes from files",
         database=database.name,
@@ -194,31 +201,17 @@ def score(query: CodeFile, database: CodeFile, protocol: str | Protocol = "house
         protocol=protocol.settings(),
         direction="",
         bits=query.codes.bits,
-        digests={
-            "model": _digest(query.codes.packed),
-            "codes": _digest(database.codes.packed),
-            "queries": _digest(query.codes.ids, query_labels),
-            "database": _digest(database.codes.ids, labels),
-        },
+        digests=digests,
     )
-    return EvalResult(
-        setting=setting,
-        values=made.values,
-        per_query=made.per_query,
-        interval=intervals(made.per_query),
-        reference=made.reference,
-        empty=made.empty,
-        curves=made.curves,
-        notes=made.notes,
-    )
+    return EvalResult(setting=setting, interval=intervals(measured.per_query), **vars(measured))
 
 
 def _same_labels(query: CodeFile, database: CodeFile) -> tuple[Tensor, Tensor]:
     """(Q, C) and (N, C) multi-hot of the two files."""
     if query.labels.ndim != database.labels.ndim:
-        kinds = {1: "integer classes (N,)", 2: "multi-hot labels (N, C)"}
+        forms = {1: "integer classes (N,)", 2: "multi-hot labels (N, C)"}
         raise ValueError(
-            f"{query.name} has {kinds[query.labels.ndim]} and {database.name} {kinds[database.labels.ndim]}; "
+            f"{query.name} has {forms[query.labels.ndim]} and {database.name} {forms[database.labels.ndim]}; "
             "save both in the same form"
         )
     if query.labels.ndim == 2:
@@ -229,14 +222,13 @@ def _same_labels(query: CodeFile, database: CodeFile) -> tuple[Tensor, Tensor]:
             )
         return query.labels, database.labels
     _, dense = torch.unique(torch.cat([query.labels, database.labels]), return_inverse=True)
-    hot = torch.zeros(len(dense), int(dense.max()) + 1, dtype=torch.uint8)
-    hot[torch.arange(len(dense)), dense] = 1
+    hot = torch.nn.functional.one_hot(dense).to(torch.uint8)
     return hot[: len(query.labels)], hot[len(query.labels) :]
 
 
 def _digest(*tensors: Tensor) -> str:
-    made = hashlib.sha256()
+    digest = hashlib.sha256()
     for tensor in tensors:
-        made.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-        made.update(tensor.contiguous().numpy().tobytes())
-    return made.hexdigest()[:16]
+        digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,12 +1,10 @@
-"""Distance profiles: the counts under every ranking measure.
+"""Distance profiles: for each query the items, relevant items and shared labels at each Hamming distance.
 
-A query's profile says how many database items, relevant items and shared labels lie at each Hamming distance.
-It is counted in blocks over both sides from byte planes (XOR, AND, popcount): numpy runs these on many bytes
-at once, but a popcount of wider words on one at a time. A pair becomes one small integer, distance + (K + 1)
-* overlap, and the histogram of those integers is the profile. Nothing is sorted per query, no (Q, N) array is
-kept, and equal (code, label set) rows are counted once, so collapsed codes cost less. Counts are integers, so
-the profiles of shards add up to the profile of the whole, bit for bit. Where numba is installed (extra
-``fast``) large counts run as machine code (``metrics.distance_histogram_numba``), which gives the same integers.
+Counted in blocks over both sides from byte planes (XOR, AND, popcount), which numpy runs on many bytes at
+once. A pair becomes one small integer, distance + (K + 1) * overlap, and the histogram of these integers is
+the profile. Nothing is sorted per query, no (Q, N) array is held, and equal (code, label set) rows are
+counted once, so collapsed codes cost less. Counts are integers: the profiles of shards add up to that of the
+whole, bit for bit. With numba (extra ``fast``) large counts run as machine code and give the same integers.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from robusthash.core.hamming import as_words
 from robusthash.core.types import Codes, Profile
@@ -26,20 +25,139 @@ from robusthash.core.types import Codes, Profile
 _PART = 1 << 18  # database items prepared at a time: bounds the memory of sorting and of label packing
 _COLUMNS = 1 << 17  # items per counting block
 _CELLS = 1 << 19  # (query, item) pairs per counting block: few enough for the cache, enough to hide the calls
-_NARROW = 1 << 14  # below so many items a histogram call for each query would cost more than its counting
-_TABLE = (
-    1 << 20
-)  # histogram cells (8 bytes each) held at a time: bounds the memory for long codes and many labels
-_COMPILED = 1 << 22  # pairs from which machine code is used where it can be: below, compiling it costs more
+_NARROW = 1 << 14  # below this many items a histogram call per query would cost more than its counting
+_TABLE = 1 << 20  # histogram cells (8 bytes each) at a time: bounds the memory for long codes and many labels
+_COMPILED = 1 << 22  # pairs from which machine code is used: below, compiling it costs more
 _FIELDS = ("items", "relevant", "gain", "gain_exp", "ideal")
 
 
-# ---------------------------------------------------------------------------------------------- counting
+# ------------------------------------------------------------------------------------------------- profiles
+
+
+def code_profile(
+    query: Codes, query_labels: Tensor, database: Codes, labels: Tensor, *, block: int = _PART
+) -> Profile:
+    """The distance profile of every query; relevant is who shares a label, the gain is the number shared.
+
+    Args:
+        query, query_labels: Q codes and (Q, C) multi-hot labels.
+        database, labels: N codes of the same length and (N, C) multi-hot labels.
+        block: database items prepared at a time; bounds the memory beyond the arguments and the profile.
+
+    Raises:
+        ValueError: code lengths or label widths that differ, an empty side, labels other than 0 and 1.
+
+    Example:
+        >>> import torch
+        >>> from robusthash.core.hamming import pack
+        >>> code = lambda rows: Codes(pack(torch.tensor(rows)), 3, torch.arange(len(rows)))
+        >>> query, database = code([[-1, -1, -1]]), code([[-1, -1, 1], [1, 1, 1]])
+        >>> profile = code_profile(query, torch.eye(2)[:1], database, torch.eye(2))
+        >>> profile.items.tolist(), profile.relevant.tolist()
+        ([[0, 1, 0, 1]], [[0, 1, 0, 0]])
+    """
+    return streamed_profile(query, query_labels, [(database, labels)], block=block)
+
+
+def streamed_profile(
+    query: Codes, query_labels: Tensor, shards: Iterable[tuple[Codes, Tensor]], *, block: int = _PART
+) -> Profile:
+    """``code_profile`` of a database that comes in shards, bit for bit, each let go once it is counted.
+
+    Args:
+        shards: codes and labels (N_i, C) of each; empty ones are passed over.
+
+    Raises:
+        ValueError: as ``code_profile``; no item in any shard.
+    """
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    queries = prepare(query, query_labels, merge_above=1.0)
+    whole: Profile | None = None
+    for codes, labels in shards:
+        if len(codes) != len(labels):
+            raise ValueError(f"{len(labels)} label rows for {len(codes)} database codes")
+        for start in range(0, len(codes), block):
+            rows = slice(start, start + block)
+            part = Codes(codes.packed[rows], codes.bits, codes.ids[rows], codes.origin)
+            profile = _profile(queries, prepare(part, labels[rows]))
+            whole = profile if whole is None else merge([whole, profile])
+    if whole is None:
+        raise ValueError("the database is empty")
+    return _for_each_query(whole, queries)
+
+
+def prepared_profile(query: Codes, query_labels: Tensor, database: Prepared) -> Profile:
+    """``code_profile`` against a database prepared before, for loops that score candidate codes."""
+    queries = prepare(query, query_labels, merge_above=1.0)
+    return _for_each_query(_profile(queries, database), queries)
+
+
+def prepared_counts(query: Codes, query_labels: Tensor, database: Prepared) -> tuple[Tensor, Tensor]:
+    """(Q, K + 1) int64 ``items`` and ``relevant`` of ``prepared_profile`` alone: all that an AP needs."""
+    queries = prepare(query, query_labels, merge_above=1.0)
+    tables, places = _tables(queries, database)
+    parts = [_items_and_relevant(table) for table in tables]
+    items, relevant = (torch.cat(columns)[places] for columns in zip(*parts, strict=True))
+    rows = slice(None) if queries.rows is None else torch.from_numpy(queries.rows)
+    return items[rows], relevant[rows]
+
+
+def merge(profiles: Sequence[Profile]) -> Profile:
+    """The profile of a database from the profiles of its shards, for the same queries.
+
+    Exactly that of one pass: all counts are integers, and so is ``gain_exp`` while it stays below 2^53 (36
+    shared labels with 100,000 items).
+
+    Raises:
+        ValueError: no profile, or profiles of other sizes.
+    """
+    if not profiles:
+        raise ValueError("there are no profiles to merge")
+    shapes = {tuple(profile.items.shape) for profile in profiles}
+    if len(shapes) > 1:
+        raise ValueError(f"profiles of different queries or code lengths do not add: {sorted(shapes)}")
+    counts = {name: [getattr(profile, name) for profile in profiles] for name in _FIELDS}
+    width = max(ideal.shape[1] for ideal in counts["ideal"])
+    counts["ideal"] = [pad(ideal, (0, width - ideal.shape[1])) for ideal in counts["ideal"]]
+    return Profile(**{name: torch.stack(parts).sum(0) for name, parts in counts.items()})
+
+
+def _for_each_query(profile: Profile, queries: Prepared) -> Profile:
+    """From distinct query rows back to queries."""
+    if queries.rows is None:
+        return profile
+    rows = torch.from_numpy(queries.rows)
+    return Profile(*(getattr(profile, name)[rows] for name in _FIELDS))
+
+
+def _profile(queries: Prepared, database: Prepared) -> Profile:
+    """The profile of each row of ``queries``."""
+    tables, places = _tables(queries, database)
+    parts = []
+    for table in tables:
+        shared = torch.arange(table.shape[1])
+        items, relevant = _items_and_relevant(table)
+        gain = (table * shared[:, None]).sum(1)
+        exponential = 2.0 ** shared.to(torch.float64) - 1
+        gain_exp = torch.einsum("qgd,g->qd", table.to(torch.float64), exponential)
+        parts.append(Profile(items, relevant, gain, gain_exp, ideal=table.sum(2)))
+    return Profile(*(torch.cat([getattr(part, name) for part in parts])[places] for name in _FIELDS))
+
+
+def _items_and_relevant(table: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q, K + 1) each, of (Q, overlaps, K + 1); ``sum(1)`` over few slices would be twenty times slower."""
+    none, *some = table.unbind(1)
+    relevant = functools.reduce(torch.add, some, torch.zeros_like(none))
+    return none + relevant, relevant
+
+
+# ---------------------------------------------------------------------------------------------- preparation
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Codes and labels as byte planes, equal rows merged: make it once for a database that is asked often."""
+    """Codes and labels as byte planes, equal rows merged: made once for a database with many queries."""
 
     bits: int
     classes: int
@@ -53,57 +171,47 @@ class Prepared:
 
 
 def prepare(codes: Codes, labels: Tensor, *, merge_above: float = 2.0) -> Prepared:
-    """Pack ``codes`` and ``labels`` for counting.
+    """Pack ``codes`` and (N, C) multi-hot ``labels`` of any dtype for counting.
 
     Args:
-        codes: N codes.
-        labels: (N, C) multi-hot, every value 0 or 1, any dtype.
-        merge_above: equal rows are merged when a row stands for at least this many items on average; a
-            weighted histogram is about twice as slow as a plain one, so fewer do not pay.
+        merge_above: equal rows are merged where a row stands for at least this many items on average; a
+            weighted histogram is about twice as slow as a plain one.
 
     Raises:
         ValueError: no items, label rows that do not match, labels other than 0 and 1, bits set beyond the
             code.
     """
-    if len(codes) == 0:
+    size = len(codes)
+    if size == 0:
         raise ValueError("there are no codes to count: the split is empty")
     if labels.ndim != 2 or labels.shape[1] == 0:
         raise ValueError(f"labels must be (N, C) multi-hot with C > 0, got shape {tuple(labels.shape)}")
-    if len(labels) != len(codes):
-        raise ValueError(f"{len(labels)} label rows for {len(codes)} codes")
+    if len(labels) != size:
+        raise ValueError(f"{len(labels)} label rows for {size} codes")
     packed = _checked_bytes(codes)
     packed_labels, single, numbers = _pack_labels(labels)
     order, starts = _runs(np.concatenate([as_words(packed), as_words(packed_labels)], axis=1).T)
     code_planes, label_planes = np.ascontiguousarray(packed.T), np.ascontiguousarray(packed_labels.T)
-    if len(starts) * merge_above > len(codes):
-        return Prepared(
-            codes.bits, labels.shape[1], len(codes), code_planes, label_planes, single, numbers, None, None
-        )
-    kept = order[starts]
-    sizes = np.diff(np.append(starts, len(codes)))
-    rows = np.empty(len(codes), dtype=np.int64)
-    rows[order] = np.repeat(np.arange(len(starts)), sizes)
-    return Prepared(
-        codes.bits,
-        labels.shape[1],
-        len(codes),
-        np.ascontiguousarray(code_planes[:, kept]),
-        np.ascontiguousarray(label_planes[:, kept]),
-        None if single is None else single[kept],
-        numbers[kept],
-        sizes.astype(np.float64),
-        rows,
-    )
+    head = (codes.bits, labels.shape[1], size)
+    if len(starts) * merge_above > size:
+        return Prepared(*head, code_planes, label_planes, single, numbers, None, None)
+    first = order[starts]
+    counts = np.diff(np.append(starts, size))
+    rows = np.empty(size, dtype=np.int64)
+    rows[order] = np.repeat(np.arange(len(starts)), counts)
+    planes = (np.ascontiguousarray(plane[:, first]) for plane in (code_planes, label_planes))
+    first_single = None if single is None else single[first]
+    return Prepared(*head, *planes, first_single, numbers[first], counts.astype(np.float64), rows)
 
 
 def _checked_bytes(codes: Codes) -> np.ndarray:
-    packed = codes.packed.cpu().numpy()
-    if packed.dtype != np.uint8 or packed.ndim != 2 or packed.shape[1] != (codes.bits + 7) // 8:
+    packed, width = codes.packed.cpu().numpy(), (codes.bits + 7) // 8
+    if packed.dtype != np.uint8 or packed.ndim != 2 or packed.shape[1] != width:
         raise ValueError(
-            f"packed codes of {codes.bits} bits are (N, {(codes.bits + 7) // 8}) uint8, "
+            f"packed codes of {codes.bits} bits are (N, {width}) uint8, "
             f"got {packed.dtype} of shape {packed.shape}"
         )
-    beyond = 8 * packed.shape[1] - codes.bits
+    beyond = 8 * width - codes.bits
     if beyond and (packed[:, -1] & ((1 << beyond) - 1)).any():
         raise ValueError(f"a code of {codes.bits} bits has bits set in its padding; pad with zeros")
     return packed
@@ -117,22 +225,24 @@ def _pack_labels(labels: Tensor) -> tuple[np.ndarray, np.ndarray | None, np.ndar
     numbers = np.empty(count, dtype=np.int64)
     step = max(1, (1 << 22) // classes)
     for start in range(0, count, step):
-        part = labels[start : start + step].detach().cpu().numpy()
+        rows = slice(start, start + step)
+        part = labels[rows].detach().cpu().numpy()
         on = part == 1
-        if not (on | (part == 0)).all():
-            row = start + int(np.flatnonzero(~(on | (part == 0)).all(axis=1))[0])
+        valid = (on | (part == 0)).all(axis=1)
+        if not valid.all():
+            row = start + int(np.flatnonzero(~valid)[0])
             raise ValueError(f"labels must be 0 or 1 (multi-hot), row {row} has another value")
-        numbers[start : start + step] = on.sum(axis=1)
-        packed[start : start + step] = np.packbits(on, axis=1)
-        single[start : start + step] = np.where(on.any(axis=1), on.argmax(axis=1), -1)
+        numbers[rows] = on.sum(axis=1)
+        packed[rows] = np.packbits(on, axis=1)
+        single[rows] = np.where(on.any(axis=1), on.argmax(axis=1), -1)
     return packed, single if numbers.max() <= 1 else None, numbers
 
 
 def _runs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An order in which equal columns of (words, N) are neighbours, and where each run of equal ones starts.
+    """An order in which equal columns of (words, N) are neighbours, and the start of each run of equal ones.
 
-    Sorted by a 64-bit hash, which is several times faster than by rows. Neighbours are compared word by word,
-    so that a hash collision can only split a run, never join two: counts stay exact.
+    Sorted by a 64-bit hash, several times faster than by rows. Neighbours are compared word by word, so a
+    collision can only split a run, never join two: counts stay exact.
     """
     order = np.argsort(_mix(words))
     changed = np.zeros(words.shape[1], dtype=bool)
@@ -155,135 +265,20 @@ def _mix(words: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def code_profile(
-    query: Codes, query_labels: Tensor, database: Codes, labels: Tensor, *, block: int = _PART
-) -> Profile:
-    """The distance profile of every query.
-
-    Relevance is a shared label; the gain is the number of shared labels. Memory beyond the arguments is
-    bounded by ``block``, not by Q or N, apart from the profile itself.
-
-    Args:
-        query: Q codes.
-        query_labels: (Q, C) multi-hot.
-        database: N codes of the same length.
-        labels: (N, C) multi-hot.
-        block: database items prepared at a time.
-
-    Raises:
-        ValueError: code lengths or label widths that differ, an empty side, labels other than 0 and 1.
-
-    Example:
-        >>> import torch
-        >>> from robusthash.core.hamming import pack
-        >>> code = lambda rows: Codes(pack(torch.tensor(rows)), 3, torch.arange(len(rows)))
-        >>> made = code_profile(code([[-1, -1, -1]]), torch.eye(2)[:1], code([[-1, -1, 1], [1, 1, 1]]), torch.eye(2))
-        >>> made.items.tolist(), made.relevant.tolist()
-        ([[0, 1, 0, 1]], [[0, 1, 0, 0]])
-    """
-    if len(database) == 0:
-        raise ValueError("the database is empty")
-    return streamed_profile(query, query_labels, [(database, labels)], block=block)
+# ------------------------------------------------------------------------------------------------- counting
 
 
-def streamed_profile(
-    query: Codes, query_labels: Tensor, shards: Iterable[tuple[Codes, Tensor]], *, block: int = _PART
-) -> Profile:
-    """``code_profile`` of a database that comes in shards, each let go once it is counted.
-
-    Memory is one shard, one block and the profile, so a database may be larger than what fits. The result is
-    that of one pass, bit for bit (see ``merge``).
-
-    Args:
-        shards: codes and labels (N_i, C) of each; empty ones are passed over.
-
-    Raises:
-        ValueError: as ``code_profile``; no item in any shard.
-    """
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
-    asked = prepare(query, query_labels, merge_above=1.0)
-    whole: Profile | None = None
-    for codes, labels in shards:
-        if len(codes) != len(labels):
-            raise ValueError(f"{len(labels)} label rows for {len(codes)} database codes")
-        for start in range(0, len(codes), block):
-            rows = slice(start, start + block)
-            part = Codes(codes.packed[rows], codes.bits, codes.ids[rows], codes.origin)
-            found = _profile(asked, prepare(part, labels[rows]))
-            whole = found if whole is None else merge([whole, found])
-    if whole is None:
-        raise ValueError("the database is empty")
-    return _spread(whole, asked)
-
-
-def prepared_profile(query: Codes, query_labels: Tensor, database: Prepared) -> Profile:
-    """``code_profile`` against a database prepared before: what a loop that scores candidate codes calls."""
-    asked = prepare(query, query_labels, merge_above=1.0)
-    return _spread(_profile(asked, database), asked)
-
-
-def prepared_counts(query: Codes, query_labels: Tensor, database: Prepared) -> tuple[Tensor, Tensor]:
-    """(Q, K + 1) int64 ``items`` and ``relevant`` of ``prepared_profile`` alone: all that an AP needs, and
-    sooner."""
-    asked = prepare(query, query_labels, merge_above=1.0)
-    tables, back = _tables(asked, database)
-    parts = [_items_and_relevant(table) for table in tables]
-    items, relevant = (torch.cat(columns)[back] for columns in zip(*parts, strict=True))
-    rows = slice(None) if asked.rows is None else torch.from_numpy(asked.rows)
-    return items[rows], relevant[rows]
-
-
-def _spread(profile: Profile, asked: Prepared) -> Profile:
-    """From distinct query rows back to queries."""
-    if asked.rows is None:
-        return profile
-    rows = torch.from_numpy(asked.rows)
-    return Profile(*(getattr(profile, name)[rows] for name in _FIELDS))
-
-
-def _profile(asked: Prepared, database: Prepared) -> Profile:
-    """The profile of each row of ``asked``."""
-    tables, back = _tables(asked, database)
-    parts = []
-    for table in tables:
-        shared = torch.arange(table.shape[1])
-        exponential = 2.0 ** shared.to(torch.float64) - 1
-        items, relevant = _items_and_relevant(table)
-        parts.append(
-            Profile(
-                items=items,
-                relevant=relevant,
-                gain=(table * shared[:, None]).sum(1),
-                gain_exp=torch.einsum("qgd,g->qd", table.to(torch.float64), exponential),
-                ideal=table.sum(2),
-            )
-        )
-    return Profile(*(torch.cat([getattr(part, name) for part in parts])[back] for name in _FIELDS))
-
-
-def _items_and_relevant(table: Tensor) -> tuple[Tensor, Tensor]:
-    """(Q, K + 1) each, of (Q, overlaps, K + 1). Slice by slice: ``sum(1)`` over so few is twenty times
-    slower."""
-    none, *some = table.unbind(1)
-    relevant = functools.reduce(torch.add, some, torch.zeros_like(none))
-    return none + relevant, relevant
-
-
-def _tables(asked: Prepared, database: Prepared) -> tuple[Iterator[Tensor], Tensor]:
-    """(rows, overlaps, distances) counts of parts of ``asked``, and (Q,) the place of each of its rows among
-    them."""
-    if asked.bits != database.bits:
-        raise ValueError(f"queries have {asked.bits} bits and the database {database.bits}")
-    if asked.classes != database.classes:
-        raise ValueError(f"queries have {asked.classes} label columns and the database {database.classes}")
-    distances, overlaps = asked.bits + 1, min(int(asked.numbers.max()), int(database.numbers.max())) + 1
-    order = np.argsort(
-        asked.numbers, kind="stable"
-    )  # queries of few labels together: their keys fit in a byte
-    step = max(1, _TABLE // (distances * overlaps))
+def _tables(queries: Prepared, database: Prepared) -> tuple[Iterator[Tensor], Tensor]:
+    """(rows, overlaps, distances) counts of parts of ``queries``, and (Q,) the place of each row in them."""
+    if queries.bits != database.bits:
+        raise ValueError(f"queries have {queries.bits} bits and the database {database.bits}")
+    if queries.classes != database.classes:
+        raise ValueError(f"queries have {queries.classes} label columns and the database {database.classes}")
+    overlaps = min(int(queries.numbers.max()), int(database.numbers.max())) + 1
+    order = np.argsort(queries.numbers, kind="stable")  # few labels together: their keys fit in a byte
+    step = max(1, _TABLE // ((queries.bits + 1) * overlaps))
     starts = range(0, len(order), step)
-    tables = (_histogram(asked, order[start : start + step], database, overlaps) for start in starts)
+    tables = (_histogram(queries, order[start : start + step], database, overlaps) for start in starts)
     return tables, torch.from_numpy(np.argsort(order))
 
 
@@ -294,6 +289,7 @@ class _Scratch:
         self.pairs = np.empty(cells, np.uint8)
         self.once = np.empty(cells, np.uint8)
         self.total = np.empty(cells, np.uint8 if widest < 256 else np.uint16)
+        self.keys = {dtype: np.empty(cells, dtype) for dtype in (np.uint8, np.int16, np.int32)}
 
     def popcounts(self, operation: np.ufunc, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """(bytes, b), (bytes, m) -> (b, m) bits set after ``operation``; valid until the next call."""
@@ -308,24 +304,19 @@ class _Scratch:
         return total
 
 
-def _histogram(asked: Prepared, rows: np.ndarray, database: Prepared, overlaps: int) -> Tensor:
-    """(rows, overlaps, distances) int64 counts of database items, for rows of ``asked`` in the order of
-    ``numbers``."""
-    codes, labels, numbers = asked.codes[:, rows], asked.labels[:, rows], asked.numbers[rows]
-    size, distances = database.codes.shape[1], asked.bits + 1
+def _histogram(queries: Prepared, rows: np.ndarray, database: Prepared, overlaps: int) -> Tensor:
+    """(rows, overlaps, distances) int64 counts of items for ``rows`` of ``queries``, few labels first."""
+    codes, labels, numbers = queries.codes[:, rows], queries.labels[:, rows], queries.numbers[rows]
+    size, distances = database.codes.shape[1], queries.bits + 1
     if len(rows) * size >= _COMPILED and _numba_installed():
         return _compiled_histogram(codes, labels, database, overlaps, distances)
-    # one label each: equality is cheaper than a popcount; -2 and -1 stand for no label and never meet
-    own = (
-        None
-        if asked.single is None or database.single is None
-        else asked.single[rows] - (asked.numbers[rows] == 0)
-    )
+    own = None  # one label each: equality is cheaper than a popcount; no label is -2 here, -1 there
+    if queries.single is not None and database.single is not None:
+        own = queries.single[rows] - (numbers == 0)
     width = min(_COLUMNS, size)
     height = min(max(1, _CELLS // width), len(rows))
     narrow = width < _NARROW
-    scratch = _Scratch(height * width, max(asked.bits, asked.classes))
-    keys = {dtype: np.empty(height * width, dtype) for dtype in (np.uint8, np.int16, np.int32)}
+    scratch = _Scratch(height * width, max(queries.bits, queries.classes))
     table = torch.zeros((len(rows), overlaps * distances), dtype=torch.int64)
     for left in range(0, size, width):
         columns = slice(left, min(left + width, size))
@@ -333,37 +324,28 @@ def _histogram(asked: Prepared, rows: np.ndarray, database: Prepared, overlaps: 
         if database.counts is not None:
             weights = torch.from_numpy(np.tile(database.counts[columns], height if narrow else 1))
         for top in range(0, len(rows), height):
-            lines = slice(top, min(top + height, len(rows)))
-            cells = (
-                min(int(numbers[lines.stop - 1]), overlaps - 1) + 1
-            ) * distances  # rows are ordered by numbers
+            block = slice(top, min(top + height, len(rows)))
+            shape = (block.stop - top, columns.stop - left)
+            most = min(int(numbers[block.stop - 1]), overlaps - 1)  # rows are ordered by numbers
+            cells = (most + 1) * distances
             wide = narrow or cells > 1 << 15
-            key = keys[np.int32 if wide else np.uint8 if cells <= 1 << 8 else np.int16]
-            shape = (lines.stop - top, columns.stop - left)
+            key = scratch.keys[np.int32 if wide else np.uint8 if cells <= 1 << 8 else np.int16]
             pairs = key[: shape[0] * shape[1]].reshape(shape)
             if own is not None and database.single is not None:
-                overlap = own[lines, None] == database.single[columns]
+                overlap = own[block, None] == database.single[columns]
             else:
-                overlap = scratch.popcounts(np.bitwise_and, labels[:, lines], database.labels[:, columns])
+                overlap = scratch.popcounts(np.bitwise_and, labels[:, block], database.labels[:, columns])
             np.multiply(overlap, distances, out=pairs, dtype=key.dtype)
-            np.add(
-                pairs,
-                scratch.popcounts(np.bitwise_xor, codes[:, lines], database.codes[:, columns]),
-                out=pairs,
-            )
-            if (
-                narrow
-            ):  # all queries of the block in one histogram, each with cells of its own: a call costs more
+            distance = scratch.popcounts(np.bitwise_xor, codes[:, block], database.codes[:, columns])
+            np.add(pairs, distance, out=pairs)
+            if narrow:  # all queries of the block in one histogram call, each with cells of its own
                 np.add(pairs, np.arange(shape[0], dtype=np.int32)[:, None] * cells, out=pairs)
                 pairs = pairs.reshape(1, -1)
             each = shape[0] // len(pairs)
             for row, line in enumerate(torch.from_numpy(pairs)):
-                found = torch.bincount(
-                    line, None if weights is None else weights[: len(line)], minlength=each * cells
-                )
-                table[top + row * each : top + (row + 1) * each, :cells] += found.view(each, cells).to(
-                    torch.int64
-                )
+                weight = None if weights is None else weights[: len(line)]
+                counts = torch.bincount(line, weight, minlength=each * cells).view(each, cells)
+                table[top + row * each : top + (row + 1) * each, :cells] += counts.to(torch.int64)
     return table.view(len(rows), overlaps, distances)
 
 
@@ -376,48 +358,13 @@ def _compiled_histogram(
     codes: np.ndarray, labels: np.ndarray, database: Prepared, overlaps: int, distances: int
 ) -> Tensor:
     """``_histogram`` by machine code; blocks of items become words as they are needed."""
-    from robusthash.metrics import (
-        distance_histogram_numba as compiled,  # loading numba takes a second, and only large counts need it
-    )
+    from robusthash.metrics import distance_histogram_numba as compiled  # loading numba takes a second
 
     table = np.zeros((codes.shape[1], overlaps, distances), dtype=np.int64)
     own = as_words(codes.T), as_words(labels.T)
     for left in range(0, database.codes.shape[1], _COLUMNS):
         columns = slice(left, left + _COLUMNS)
-        weights = (
-            np.empty(0, np.int64) if database.counts is None else database.counts[columns].astype(np.int64)
-        )
         items = as_words(database.codes[:, columns].T), as_words(database.labels[:, columns].T)
-        compiled.count(*own, *items, weights, table)
+        counts = np.empty(0) if database.counts is None else database.counts[columns]
+        compiled.count(*own, *items, counts.astype(np.int64), table)
     return torch.from_numpy(table)
-
-
-def merge(profiles: Sequence[Profile]) -> Profile:
-    """The profile of a database from the profiles of its shards, for the same queries.
-
-    Exactly that of one pass: all counts are integers, and so is ``gain_exp`` while it stays below 2^53 (36
-    shared labels with 100,000 items).
-
-    Raises:
-        ValueError: no profile, or profiles of other sizes.
-    """
-    if not profiles:
-        raise ValueError("there are no profiles to merge")
-    shapes = {tuple(profile.items.shape) for profile in profiles}
-    if len(shapes) > 1:
-        raise ValueError(f"profiles of different queries or code lengths do not add: {sorted(shapes)}")
-    width = max(profile.ideal.shape[1] for profile in profiles)
-    ideals = [
-        torch.nn.functional.pad(profile.ideal, (0, width - profile.ideal.shape[1])) for profile in profiles
-    ]
-
-    def total(name: str) -> Tensor:
-        return torch.stack([getattr(profile, name) for profile in profiles]).sum(0)
-
-    return Profile(
-        total("items"), total("relevant"), total("gain"), total("gain_exp"), torch.stack(ideals).sum(0)
-    )
-
-
-# ---------------------------------------------------------------------------------------------- average
-# precision

@@ -1,7 +1,6 @@
-"""The counting of distance profiles as machine code, by numba (extra ``fast``): the same integers, sooner.
+"""Distance profiles counted as machine code by numba (extra ``fast``): the same integers, sooner.
 
-Imported only where numba is installed and the count is worth it. The compiled code is kept on disk beside
-this file, or where ``NUMBA_CACHE_DIR`` says.
+The compiled code is cached on disk next to this file, or in ``NUMBA_CACHE_DIR``.
 """
 
 # mypy reads numba's decorators, but not the language inside of them
@@ -25,9 +24,9 @@ def count(
     weights: np.ndarray,
     table: np.ndarray,
 ) -> None:
-    """Add to ``table[q, g, d]`` the weight of every item that shares g labels with row q at the distance d.
+    """Add to ``table[q, g, d]`` the weight of every item that shares g labels with row q at distance d.
 
-    Runs on as many threads as torch may use. Sums of integers, so neither threads nor blocks change a bit.
+    Runs on the threads of torch; sums of integers, so neither threads nor blocks change a bit.
 
     Args:
         codes, labels: (Q, words) uint64 of the queries.
@@ -35,7 +34,7 @@ def count(
         weights: (M,) int64 items that each row stands for; (0,): one each.
         table: (Q, overlaps, distances) int64, wide enough for every pair.
     """
-    before = numba.get_num_threads()  # as many as numba may use
+    before = numba.get_num_threads()
     numba.set_num_threads(max(1, min(torch.get_num_threads(), before)))
     try:
         _count(codes, labels, other_codes, other_labels, weights, table)
@@ -45,7 +44,7 @@ def count(
 
 @intrinsic
 def _popcount(typing: Any, word: Any) -> Any:
-    """The processor's own count of set bits, which Python has no word for."""
+    """The processor's own count of set bits."""
 
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])

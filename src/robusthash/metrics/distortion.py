@@ -1,6 +1,6 @@
-"""How visible a perturbation is: pixel norms and structural similarity of images, edits of texts.
+"""Perceptibility of a perturbation: pixel norms and structural similarity of images, edits of texts.
 
-Images are (B, C, H, W) in [0, 1]; every function returns one value per image, in float64.
+Images are (B, C, H, W) in [0, 1]; every function returns one value per item, in float64.
 """
 
 from __future__ import annotations
@@ -11,37 +11,20 @@ from torch import Tensor
 _WINDOW = 11  # pixels; Gaussian of sigma 1.5, as in Wang et al., "Image quality assessment", 2004
 
 
-def perceptibility(clean: Tensor, attacked: Tensor) -> dict[str, float]:
-    """Mean and worst over images of every measure below.
-
-    Returns:
-        ``linf, l2, l1, mse, psnr, l0, ssim`` and the matrix norms of published tables as ``name/mean`` and
-        ``name/max``; for ``psnr`` and ``ssim``, where lower is more visible, also ``name/min``. PSNR is
-        infinite for an unchanged image, and so is then its mean.
-
-    Raises:
-        ValueError: shapes that differ, values outside [0, 1], images under 11 pixels (SSIM has no window
-            there).
-    """
-    per_image = {**image_measures(clean, attacked), **legacy_matrix_norms(clean, attacked)}
-    summary = {f"{name}/mean": float(values.mean()) for name, values in per_image.items()}
-    summary.update({f"{name}/max": float(values.max()) for name, values in per_image.items()})
-    summary.update({f"{name}/min": float(per_image[name].min()) for name in ("psnr", "ssim")})
-    return summary
-
-
 def image_measures(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
-    """(B,) of each measure: ``linf``, ``l2``, ``l1``, ``mse``, ``psnr`` (dB), ``l0`` (share of pixels),
-    ``ssim``."""
+    """(B,) of each measure of ``pixel_norms``, and ``ssim``."""
     return {**pixel_norms(clean, attacked), "ssim": ssim(clean, attacked)}
 
 
 def pixel_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
-    """(B,) norms of delta = attacked - clean.
+    """(B,) norms of delta = attacked - clean, by name.
 
     ``linf`` max |delta|; ``l2`` sqrt(sum delta^2) and ``l1`` sum |delta| over all channels; ``mse`` mean
     delta^2; ``psnr`` 10 log10(1 / MSE) in dB, infinite for delta = 0; ``l0`` share of pixels that change by
     more than 1/510 in some channel.
+
+    Raises:
+        ValueError: shapes that differ, or values outside [0, 1].
     """
     before, after = _images(clean, attacked)
     delta = after - before
@@ -75,10 +58,8 @@ def vector_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
 def ssim(clean: Tensor, attacked: Tensor) -> Tensor:
     """(B,) structural similarity: 11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03, data range 1.
 
-    Per channel, over the positions where the window lies inside the image, then the mean.
-
-    Raises:
-        ValueError: images under 11 pixels.
+    Per channel, over the positions where the window lies inside the image (at least 11 pixels), then the
+    mean.
     """
     before, after = _images(clean, attacked)
     height, width = before.shape[-2:]
@@ -106,17 +87,16 @@ def ssim(clean: Tensor, attacked: Tensor) -> Tensor:
 
 
 def legacy_matrix_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
-    """(B,) the "L_inf" and "L_2" columns of published tables (SAAT, Table VII): MATRIX norms of each channel,
-    averaged.
+    """(B,) "L_inf" and "L_2" of published tables (SAAT, Table VII): MATRIX norms of each channel, averaged.
 
-    ``legacy_matrix_inf`` is the largest absolute row sum and ``legacy_matrix_2`` the spectral norm: 5 to 7
-    for a budget of 8/255 at 224 pixels. They are no pixel norms and never appear under those names.
+    ``legacy_matrix_inf`` is the largest absolute row sum and ``legacy_matrix_2`` the spectral norm, 5 to 7
+    for a budget of 8/255 at 224 pixels: no pixel norms, and never reported under those names.
     """
     before, after = _images(clean, attacked)
     delta = after - before
     return {
         "legacy_matrix_inf": delta.abs().sum(-1).amax(-1).mean(1),
-        # by the largest eigenvalue of delta delta^T, in half of the time of all singular values
+        # by the largest eigenvalue of delta delta^T: half the time of all singular values
         "legacy_matrix_2": torch.linalg.eigvalsh(delta @ delta.mT)[..., -1].clamp_min(0).sqrt().mean(1),
     }
 
@@ -138,32 +118,20 @@ def _images(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
     return clean.to(torch.float64), attacked.to(torch.float64)
 
 
-def changed_share(clean: Tensor, attacked: Tensor) -> Tensor:
-    """(B,) share of the tokens or of the bag-of-words entries of (B, L) that an attack changed."""
+def text_measures(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
+    """(B,) of each measure of texts, (B, V) bags or vectors or (B, L) token ids.
+
+    ``changed`` share of entries that differ; ``edits`` their number; ``l1`` sum |delta|; ``largest`` max
+    |delta|.
+    Token ids have only the first two: a difference of ids means nothing.
+    """
     if clean.shape != attacked.shape or clean.ndim != 2:
         raise ValueError(
             f"texts must be (B, L) and alike, got {tuple(clean.shape)} and {tuple(attacked.shape)}"
         )
-    return (clean != attacked).to(torch.float64).mean(1)
-
-
-def text_measures(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
-    """(B,) of each measure of texts as (B, V) vectors.
-
-    ``changed`` share of entries that differ; ``edits`` their number; ``l1`` sum |delta|; ``largest`` max
-    |delta|. For bags of words under an edit budget ``edits`` and ``l1`` are both the number of words inserted
-    or removed. Token ids have only the first two: a difference of ids means nothing.
-    """
-    share = changed_share(clean, attacked)
-    edits = (clean != attacked).sum(1).to(torch.float64)
+    differs = (clean != attacked).to(torch.float64)
+    measures = {"changed": differs.mean(1), "edits": differs.sum(1)}
     if not clean.is_floating_point():
-        return {"changed": share, "edits": edits}
+        return measures
     delta = (attacked.to(torch.float64) - clean.to(torch.float64)).abs()
-    return {"changed": share, "edits": edits, "l1": delta.sum(1), "largest": delta.amax(1)}
-
-
-def cosine_distance(clean: Tensor, attacked: Tensor) -> Tensor:
-    """(B,) 1 - cosine between (B, D) embeddings of the clean and the attacked text."""
-    return 1 - torch.nn.functional.cosine_similarity(
-        clean.to(torch.float64), attacked.to(torch.float64), dim=1
-    )
+    return {**measures, "l1": delta.sum(1), "largest": delta.amax(1)}

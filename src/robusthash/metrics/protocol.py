@@ -1,16 +1,21 @@
 """Protocols: which measures are reported, with which cut, denominator, tie rule and policy for empty queries.
 
-A number without its protocol is not a result. Measures are named; the names are a small language:
+A number without its protocol is not a result. The names of measures are a small language:
 
-====================  ==============================================================================================
-``MAP``, ``MAP@5000``  over the whole database, or the top k; denominator and tie rule of the protocol unless
-told: ``MAP@5000/mink``      ``/hits``, ``/mink``, ``/rel``, ``/first-k-relevant`` name the denominator,
-``MAP/pessimistic``    ``/expected``, ``/optimistic``, ``/pessimistic``, ``/legacy`` the order within ties
-``tie_gap@5000``       optimistic minus pessimistic MAP
-``P@100, R@100``       precision and recall of the top k; ``P@r<=2`` is the precision within a Hamming radius
-``nDCG@100/lin``       graded; ``/exp`` or ``/lin`` names the gain; ``ACG@100``, ``WAP`` have linear gain
-``PR, PR/radius, P@N`` curves, kept beside the numbers; ``PR/area`` is the area under ``PR``
-====================  ==============================================================================================
+``MAP``, ``MAP@5000``
+    over the whole database, or the top k, with the denominator and tie rule of the protocol
+``MAP@5000/mink``
+    ``/hits``, ``/mink``, ``/rel``, ``/first-k-relevant`` name the denominator
+``MAP/pessimistic``
+    ``/expected``, ``/optimistic``, ``/pessimistic``, ``/legacy`` name the order within ties
+``tie_gap@5000``
+    optimistic minus pessimistic MAP
+``P@100``, ``R@100``, ``P@r<=2``
+    precision and recall of the top k, precision within a Hamming radius
+``nDCG@100/lin``, ``ACG@100``, ``WAP``
+    graded; ``/exp`` or ``/lin`` names the gain of nDCG, the others have linear gain
+``PR``, ``PR/radius``, ``P@N``, ``PR/area``
+    curves, stored next to the numbers, and the area under ``PR``
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,24 +38,25 @@ from robusthash.metrics.distance_histogram import code_profile
 from robusthash.metrics.ranking_measures import Empty, Gain, LegacyDenominator
 
 I2I, I2T, T2I, T2T = ("image", "image"), ("image", "text"), ("text", "image"), ("text", "text")
+Order = Literal["expected", "optimistic", "pessimistic", "legacy"]
 
 CURVES = ("PR", "PR/radius", "P@N")
-TARGETS = 3  # of each query, unless a protocol is told otherwise
-_DENOMINATORS = ("hits", "mink", "rel", "first-k-relevant")
-_TIES = ("expected", "optimistic", "pessimistic", "legacy")
+TARGETS = 3  # of each query, the default of every protocol
+_DENOMINATORS = get_args(LegacyDenominator)
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "MAP": (*_DENOMINATORS, *get_args(Order)),
+    "tie_gap": ("hits", "mink", "rel"),
+    "nDCG": get_args(Gain),
+    "PR": ("area",),
+}
 _NAME = re.compile(
-    r"(?P<base>MAP|tie_gap|P|R|nDCG|ACG|WAP|PR)(@(?P<k>\d+))?(?P<radius>@r<=(?P<r>\d+))?(?P<options>(/[a-z-]+)*)"
+    r"(?P<base>MAP|tie_gap|P|R|nDCG|ACG|WAP|PR)(@(?P<k>\d+))?(@r<=(?P<radius>\d+))?(?P<options>(/[a-z-]+)*)"
 )
 
 
 @dataclass(frozen=True)
 class TargetRule:
-    """Target labels for t-MAP: drawn per query, keyed by query id, from the label sets of the database that
-    share no label with the query. Fewer targets are the first ones of more.
-
-    Raises:
-        ValueError: a count below 1.
-    """
+    """Target labels for t-MAP, ``count`` a query (see ``draw_targets``); fewer are the first of more."""
 
     count: int = TARGETS  # targets per query; the mean over them is the headline
     seed: int = 0
@@ -60,8 +66,7 @@ class TargetRule:
             raise ValueError(f"targets per query must be a whole number of at least 1, got {self.count!r}")
 
     def draw(self, query_labels: Tensor, ids: Tensor, database_labels: Tensor) -> Tensor:
-        """(Q, count, C) label sets, all zero for a query that has no possible target: it leaves and is
-        counted."""
+        """(Q, count, C) label sets, all zero for a query without a possible target."""
         return draw_targets(query_labels, ids, database_labels, self.count, Draws(self.seed))
 
 
@@ -74,17 +79,16 @@ class Measure:
     k: int | None
     radius: int | None
     denominator: LegacyDenominator
-    ties: Literal["expected", "optimistic", "pessimistic", "legacy"]
+    ties: Order
     gain: Gain
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How codes are scored.
+    """Rules by which codes are scored.
 
     Raises:
-        ValueError: when made with an unknown measure, k below 1, or ``first-k-relevant`` outside legacy
-            order.
+        ValueError: an unknown measure or word, k below 1, or ``first-k-relevant`` outside legacy order.
     """
 
     name: str
@@ -94,7 +98,7 @@ class Protocol:
         I2T,
         T2I,
         T2T,
-    )  # (query, database) modality, where data have them
+    )  # (query, database) modality, where present
     ap: LegacyDenominator = "hits"
     k: int | None = None  # the cut of the headline; None is the whole database
     ties: Literal["expected", "legacy"] = "expected"
@@ -107,17 +111,14 @@ class Protocol:
             raise ValueError(
                 f"protocol {self.name!r}: k must be at least 1, got {self.k}; all ranks are k=None"
             )
-        choices = {
-            "ap": _DENOMINATORS,
-            "ties": ("expected", "legacy"),
-            "empty": ("zero", "skip", "error"),
-            "gain": ("exp", "lin"),
-        }
-        for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise ValueError(
-                    f"protocol {self.name!r}: {key} {getattr(self, key)!r} is none of {', '.join(known)}"
-                )
+        for key, value, known in (
+            ("ap", self.ap, _DENOMINATORS),
+            ("ties", self.ties, ("expected", "legacy")),
+            ("empty", self.empty, get_args(Empty)),
+            ("gain", self.gain, get_args(Gain)),
+        ):
+            if value not in known:
+                raise ValueError(f"protocol {self.name!r}: {key} {value!r} is none of {', '.join(known)}")
         if self.headline not in self.measures:
             raise ValueError(f"protocol {self.name!r} must measure its headline {self.headline!r}")
         for name in self.measures:
@@ -141,28 +142,22 @@ class Protocol:
             raise ValueError(
                 f"{name!r} is no measure; examples: MAP, MAP@5000/mink, P@100, P@r<=2, nDCG@100, WAP, PR"
             )
-        base, k, radius = match["base"], match["k"] and int(match["k"]), match["r"] and int(match["r"])
-        options = match["options"].split("/")[1:]
-        allowed = {"MAP": (*_DENOMINATORS, *_TIES), "tie_gap": _DENOMINATORS[:3], "nDCG": ("exp", "lin")}
-        allowed["PR"] = ("area",)
+        base, options = match["base"], match["options"].split("/")[1:]
+        k, radius = (int(number) if number else None for number in match.group("k", "radius"))
         for option in options:
-            if option not in allowed.get(base, ()):
+            if option not in _OPTIONS.get(base, ()):
                 raise ValueError(f"{name!r}: {base} takes no option {option!r}")
         needs_k = (base in ("P", "R") and radius is None) or (base == "PR" and options != ["area"])
-        if (
-            k == 0
-            or (k is None and needs_k)
-            or (radius is not None and base != "P")
-            or (k and base in ("WAP", "PR"))
-        ):
+        misplaced = (radius is not None and base != "P") or (k and base in ("WAP", "PR"))
+        if k == 0 or (k is None and needs_k) or misplaced:
             raise ValueError(f"{name!r} is no measure: its cut is missing, 0, or out of place")
         denominator = next((option for option in options if option in _DENOMINATORS), self.ap)
-        ties = next((option for option in options if option in _TIES), self.ties)
+        ties = next((option for option in options if option in get_args(Order)), self.ties)
         if base == "tie_gap" and denominator == "first-k-relevant":
             raise ValueError(f"{name!r}: a tie gap exists for hits, mink and rel; write {name}/hits")
         if base == "MAP" and denominator == "first-k-relevant" and ties != "legacy":
             raise ValueError(f"{name!r}: first-k-relevant exists in legacy order only")
-        gain = next((option for option in options if option in ("exp", "lin")), self.gain)
+        gain = next((option for option in options if option in get_args(Gain)), self.gain)
         return Measure(name, base, k, radius, denominator, ties, gain)  # type: ignore[arg-type]
 
     def settings(self) -> dict[str, Any]:
@@ -194,8 +189,7 @@ def measure(
     """Score codes under a protocol.
 
     Args:
-        query_labels: (Q, C) multi-hot; the target labels where t-MAP is wanted.
-        labels: (N, C) multi-hot.
+        query_labels, labels: (Q, C) and (N, C) multi-hot; for t-MAP the target labels of the queries.
         profile: of the same codes and labels, where it is known already.
 
     Raises:
@@ -204,10 +198,10 @@ def measure(
     profile = code_profile(query, query_labels, database, labels) if profile is None else profile
     legacy = {}
     for name in protocol.measures:
-        wanted = protocol.parse(name)
-        if wanted.base == "MAP" and wanted.ties == "legacy":
+        parsed = protocol.parse(name)
+        if parsed.base == "MAP" and parsed.ties == "legacy":
             legacy[name] = measures.legacy_average_precision(
-                query, query_labels, database, labels, wanted.k, wanted.denominator
+                query, query_labels, database, labels, parsed.k, parsed.denominator
             )
     return measure_profile(protocol, profile, legacy)
 
@@ -236,29 +230,29 @@ def measure_profile(
         return measures.mean_over_queries(array, no_relevant, protocol.empty)
 
     for name in protocol.measures:
-        wanted = protocol.parse(name)
+        parsed = protocol.parse(name)
         if name in CURVES:
-            kept = ~no_relevant if protocol.empty == "skip" or name != "P@N" else torch.ones_like(no_relevant)
-            if not kept.any():
+            rows = ~no_relevant if protocol.empty == "skip" or name != "P@N" else torch.ones_like(no_relevant)
+            if not rows.any():
                 notes.append(f"{name} is undefined: no query has a relevant item")
             elif name == "P@N" and size < 100:
                 notes.append(f"P@N is undefined: its grid starts at 100 and the database has {size} items")
             else:
-                curves[name] = _curve(name, profile, kept)
+                curves[name] = _curve(name, profile, rows)
             continue
-        if wanted.k is not None and wanted.k > size:
+        if parsed.k is not None and parsed.k > size:
             notes.append(f"{name}: k clipped to the {size} items of the database")
-        average, per_query[name] = mean(_values(wanted, profile, legacy or {}))
+        average, per_query[name] = mean(_values(parsed, profile, legacy or {}))
         if average is None:
             notes.append(f"{name} is undefined: it has a value for no query")
         else:
             values[name] = average
-        if wanted.base == "MAP":
-            key, random_order = _chance(wanted, protocol, profile)
+        if parsed.base == "MAP":
+            key, random_order = _chance(parsed, protocol, profile)
             expected, _ = mean(random_order)
             if expected is not None:
                 reference[key] = expected
-            if average is not None and (wanted.k is None or wanted.k >= size):
+            if average is not None and (parsed.k is None or parsed.k >= size):
                 _assert_possible(name, per_query[name], profile)
     lowest, _ = mean(measures.least_ap(profile))
     if lowest is not None:
@@ -266,68 +260,69 @@ def measure_profile(
     return Measured(values, per_query, int(no_relevant.sum()), reference, curves, tuple(notes))
 
 
-def _values(wanted: Measure, profile: Profile, legacy: dict[str, Tensor]) -> Tensor:
+def _values(measure: Measure, profile: Profile, legacy: dict[str, Tensor]) -> Tensor:
     """(Q,) values of one measure."""
-    if wanted.base == "MAP" and wanted.ties == "legacy":
-        if wanted.name not in legacy:
-            raise ValueError(
-                f"{wanted.name} in legacy order depends on the row order; score the codes, not a profile"
-            )
-        return legacy[wanted.name]
-    if wanted.base == "MAP":
-        divisor, ties = wanted.denominator, wanted.ties
-        assert divisor != "first-k-relevant"  # Protocol.parse allows it in legacy order only
-        assert ties != "legacy"
-        return measures.average_precision(profile, wanted.k, divisor, ties)
-    if wanted.base == "tie_gap":
-        assert wanted.denominator != "first-k-relevant"  # Protocol.parse refuses it
-        return measures.tie_gap(profile, wanted.k, wanted.denominator)
-    if wanted.base == "P" and wanted.radius is not None:
-        return measures.precision_within(profile, wanted.radius)
-    if wanted.base == "P":
-        return measures.precision_at(profile, wanted.k or 0)
-    if wanted.base == "R":
-        return measures.recall_at(profile, wanted.k or 0)
-    if wanted.base == "nDCG":
-        return measures.ndcg(profile, wanted.k, wanted.gain)
-    if wanted.base == "ACG":
-        return measures.acg(profile, wanted.k)
-    return measures.wap(profile) if wanted.base == "WAP" else measures.pr_area(profile)
+    k, radius, denominator = measure.k, measure.radius, measure.denominator
+    match measure.base:
+        case "MAP" if measure.ties == "legacy":
+            if measure.name not in legacy:
+                raise ValueError(
+                    f"{measure.name} in legacy order depends on the row order; score the codes, not a profile"
+                )
+            return legacy[measure.name]
+        case "MAP":
+            assert denominator != "first-k-relevant"  # Protocol.parse allows it in legacy order only
+            assert measure.ties != "legacy"
+            return measures.average_precision(profile, k, denominator, measure.ties)
+        case "tie_gap":
+            assert denominator != "first-k-relevant"  # Protocol.parse refuses it
+            return measures.tie_gap(profile, k, denominator)
+        case "P":
+            if radius is not None:
+                return measures.precision_within(profile, radius)
+            return measures.precision_at(profile, k or 0)
+        case "R":
+            return measures.recall_at(profile, k or 0)
+        case "nDCG":
+            return measures.ndcg(profile, k, measure.gain)
+        case "ACG":
+            return measures.acg(profile, k)
+        case "WAP":
+            return measures.wap(profile)
+    return measures.pr_area(profile)
 
 
-def _chance(wanted: Measure, protocol: Protocol, profile: Profile) -> tuple[str, Tensor]:
+def _chance(measure: Measure, protocol: Protocol, profile: Profile) -> tuple[str, Tensor]:
     """Name and (Q,) value of the chance level of a MAP; the order within ties has no part in it."""
-    if (
-        wanted.denominator == "first-k-relevant"
-    ):  # no closed form at a cut: the level over the whole database stands
+    if measure.denominator == "first-k-relevant":  # no closed form at a cut: the level of the whole database
         return "chance", measures.chance(profile)
-    plain = "MAP" if wanted.k is None else f"MAP@{wanted.k}"
-    plain += "" if wanted.denominator == protocol.ap else f"/{wanted.denominator}"
+    plain = "MAP" if measure.k is None else f"MAP@{measure.k}"
+    plain += "" if measure.denominator == protocol.ap else f"/{measure.denominator}"
     key = "chance" if plain == protocol.headline else f"chance/{plain}"
-    return key, measures.chance(profile, wanted.k, wanted.denominator)
+    return key, measures.chance(profile, measure.k, measure.denominator)
 
 
-def _curve(name: str, profile: Profile, kept: Tensor) -> dict[str, Tensor]:
-    """Means over the kept queries; a point that no query defines is left out."""
+def _curve(name: str, profile: Profile, rows: Tensor) -> dict[str, Tensor]:
+    """Means over the queries in ``rows``; a point that no query defines is left out."""
     if name == "P@N":
         ranks, precision = measures.precision_curve(profile)
-        return {"n": ranks.to(torch.float64), "precision": precision[kept].mean(0)}
+        return {"n": ranks.to(torch.float64), "precision": precision[rows].mean(0)}
     if name == "PR":
         recall, precision = measures.rank_curve(profile)
-        return {"recall": recall, "precision": precision[kept].mean(0)}
+        return {"recall": recall, "precision": precision[rows].mean(0)}
     precision, recall = measures.radius_curve(profile, empty="undefined")
-    defined = ~precision[kept].isnan()
+    defined = ~precision[rows].isnan()
     some = defined.any(0)
     return {
         "radius": torch.arange(precision.shape[1], dtype=torch.float64)[some],
-        "recall": recall[kept].mean(0)[some],
-        "precision": precision[kept].nanmean(0)[some],
+        "recall": recall[rows].mean(0)[some],
+        "precision": precision[rows].nanmean(0)[some],
         "queries": defined.sum(0).to(torch.float64)[some],  # queries whose ball of this radius holds an item
     }
 
 
 def _assert_possible(name: str, values: Tensor, profile: Profile) -> None:
-    """AP over the whole database below its arithmetic minimum is a fault of the counting, never a result."""
+    """Refuse an AP over the whole database below its arithmetic minimum: a fault of the counting."""
     below = values < measures.least_ap(profile) - 1e-9  # NaN compares false
     if below.any():
         first = int(torch.nonzero(below)[0])
@@ -336,8 +331,8 @@ def _assert_possible(name: str, values: Tensor, profile: Profile) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- named
-# protocols Each takes ``targets``, the number of target label sets of each query: {name: saat, targets: 1}.
+# ------------------------------------------------------------------------------------------ named protocols
+# Each takes ``targets``, the number of target label sets of each query: {name: saat, targets: 1}.
 
 
 def load_protocol(protocol: str | Protocol) -> Protocol:
@@ -349,16 +344,11 @@ def load_protocol(protocol: str | Protocol) -> Protocol:
 def house(targets: int = TARGETS) -> Protocol:
     """MAP over the whole database and MAP@5000 (hits and mink), tie-expected, with graded measures and PR.
 
-    The default. Empty queries count as 0; ``tie_gap`` says how much is the luck of the order within ties.
+    The default. Empty queries count as 0; ``tie_gap`` is the luck of the order within ties.
     """
-    return Protocol(
-        name="house",
-        measures=(
-            *("MAP", "MAP/optimistic", "MAP/pessimistic", "tie_gap", "MAP@5000", "MAP@5000/mink"),
-            *("P@100", "R@100", "P@r<=2", "nDCG@100", "ACG@100", "WAP", "PR", "PR/radius", "P@N"),
-        ),
-        targets=TargetRule(targets),
-    )
+    average_precisions = ("MAP", "MAP/optimistic", "MAP/pessimistic", "tie_gap", "MAP@5000", "MAP@5000/mink")
+    others = ("P@100", "R@100", "P@r<=2", "nDCG@100", "ACG@100", "WAP", *CURVES)
+    return Protocol("house", (*average_precisions, *others), targets=TargetRule(targets))
 
 
 @register("protocol", "saat", paper="SAAT 2023")
@@ -366,32 +356,21 @@ def saat(targets: int = TARGETS) -> Protocol:
     """MAP@5000 with `hits`, in stable-sort order: SAAT, CgAT, ATRDH, ProS-GAN's code, and SAAH.
 
     A query without a relevant item counts as 0. Published code sorts unstably; the stable order by (distance,
-    row) is its reproducible stand-in, and the tie-expected value is listed beside it.
+    row) is its reproducible stand-in, and the tie-expected value is listed next to it.
     """
-    return Protocol(
-        name="saat",
-        measures=("MAP@5000", "MAP@5000/expected", "MAP@5000/mink/expected"),
-        directions=(I2I,),
-        k=5000,
-        ties="legacy",
-        targets=TargetRule(targets),
-    )
+    names = ("MAP@5000", "MAP@5000/expected", "MAP@5000/mink/expected")
+    return Protocol("saat", names, (I2I,), k=5000, ties="legacy", targets=TargetRule(targets))
 
 
 @register("protocol", "sfcl", paper="SFCL", modality="cross-modal")
 def sfcl(targets: int = TARGETS) -> Protocol:
-    """MAP over the whole database, as SFCL states; MAP@5000 beside it.
+    """MAP over the whole database, as SFCL states, and MAP@5000.
 
     The paper's attacked DCMH values lie below the least MAP@ALL that exists, so its tables cannot be what the
     text says; MAP@5000 (`hits`) is the likely reading.
     """
-    return Protocol(
-        name="sfcl",
-        measures=("MAP", "MAP/expected", "MAP@5000", "MAP@5000/expected"),
-        directions=(I2T, I2I),
-        ties="legacy",
-        targets=TargetRule(targets),
-    )
+    names = ("MAP", "MAP/expected", "MAP@5000", "MAP@5000/expected")
+    return Protocol("sfcl", names, (I2T, I2I), ties="legacy", targets=TargetRule(targets))
 
 
 @register("protocol", "dsarh", paper="DSARH", modality="cross-modal")
@@ -400,13 +379,8 @@ def dsarh(targets: int = TARGETS) -> Protocol:
 
     The paper's M is read as the number of relevant items; nDCG has the gain 2^shared - 1.
     """
-    return Protocol(
-        name="dsarh",
-        measures=("MAP", "MAP/expected", "nDCG@100", "ACG@100"),
-        directions=(I2T, T2I, I2I),
-        ties="legacy",
-        targets=TargetRule(targets),
-    )
+    names = ("MAP", "MAP/expected", "nDCG@100", "ACG@100")
+    return Protocol("dsarh", names, (I2T, T2I, I2I), ties="legacy", targets=TargetRule(targets))
 
 
 @register("protocol", "crossmodal", paper="EQB2A, TA-DCH", modality="cross-modal")
@@ -415,12 +389,6 @@ def crossmodal(k: int = 50, targets: int = TARGETS) -> Protocol:
 
     It is no top-k measure: it looks as far down the list as the relevant items lie. Legacy order only.
     """
-    return Protocol(
-        name="crossmodal",
-        measures=(f"MAP@{k}", "MAP/hits/expected"),
-        directions=(I2T, T2I),
-        ap="first-k-relevant",
-        k=k,
-        ties="legacy",
-        targets=TargetRule(targets),
-    )
+    names = (f"MAP@{k}", "MAP/hits/expected")
+    rules = TargetRule(targets)
+    return Protocol("crossmodal", names, (I2T, T2I), "first-k-relevant", k, ties="legacy", targets=rules)

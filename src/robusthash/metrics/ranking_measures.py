@@ -1,14 +1,14 @@
 """Ranking measures: vectorised functions of a distance profile, in float64, exact under ties.
 
-Every function returns one value per query. NaN stands for "undefined for this query" and nothing else: such
-queries are left out of the mean and counted. Symbols: n, r, g are the items, relevant items and shared labels
-of a group of equal distance; nb, rb, gb the same strictly before it; m the part of it above the cut; A, B the
-sums of ``core.ap.Groups``.
+One value per query; NaN means "undefined for this query": it is left out of the mean and counted. Symbols: n,
+r, g are the items, relevant items and shared labels of a group of equal distance; nb, rb, gb the same
+strictly before it; m the part of it above the cut; A, B the sums of ``average_precision.Groups``. A cut k
+above N counts as N.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,11 +30,7 @@ def total_relevant(profile: Profile) -> Tensor:
 
 
 def database_size(profile: Profile) -> int:
-    """N, the same for every query.
-
-    Raises:
-        ValueError: no queries, or an empty database.
-    """
+    """N, the same for every query; no queries or an empty database are refused."""
     if len(profile) == 0:
         raise ValueError("there are no queries (Q = 0), so there is nothing to average")
     size = int(profile.items[0].sum())
@@ -44,11 +40,7 @@ def database_size(profile: Profile) -> int:
 
 
 def clip_rank(profile: Profile, k: int | None) -> int:
-    """``k`` within the database: more than N ranks are N, None is N.
-
-    Raises:
-        ValueError: k below 1. The whole database is spelled None, never 0 or -1.
-    """
+    """``k`` clipped to the N items of the database; None is N, and k below 1 is refused."""
     size = database_size(profile)
     if k is not None and k < 1:
         raise ValueError(f"k must be at least 1, got {k}; the whole database is k=None")
@@ -56,12 +48,12 @@ def clip_rank(profile: Profile, k: int | None) -> int:
 
 
 def mean_over_queries(values: Tensor, empty: Tensor, policy: Empty = "zero") -> tuple[float | None, Tensor]:
-    """The mean over queries under a stated policy for empty ones.
+    """The mean over queries under a policy for empty ones.
 
     Args:
         values: (Q,) per-query values, NaN where undefined.
         empty: (Q,) bool, queries with nothing relevant in the database.
-        policy: ``zero`` keeps their value (0 for all precision measures), as published codes do; ``skip``
+        policy: ``zero`` counts their value (0 for all precision measures), as published codes do; ``skip``
             leaves them out; ``error`` refuses.
 
     Returns:
@@ -77,46 +69,40 @@ def mean_over_queries(values: Tensor, empty: Tensor, policy: Empty = "zero") -> 
     if policy == "error" and empty.any():
         first = int(torch.nonzero(empty)[0])
         raise ValueError(
-            f"{int(empty.sum())} of {len(empty)} queries have no relevant item in the database (first: query {first}); "
-            "remove them, or choose empty='zero' or 'skip'"
+            f"{int(empty.sum())} of {len(empty)} queries have no relevant item in the database (first: "
+            f"query {first}); remove them, or choose empty='zero' or 'skip'"
         )
     if policy == "skip":
         values = torch.where(empty, torch.nan, values)
-    kept = values[~values.isnan()]
-    return (float(kept.mean()) if len(kept) else None), values
+    defined = values[~values.isnan()]
+    return (float(defined.mean()) if len(defined) else None), values
 
 
-# ---------------------------------------------------------------------------------------------- average
-# precision
+# ---------------------------------------------------------------------------------------- average precision
 
 
 def average_precision(
     profile: Profile, k: int | None = None, denominator: Denominator = "hits", ties: Ties = "expected"
 ) -> Tensor:
-    """(Q,) AP@k; see ``core.ap.average_precision`` for denominators and tie rules."""
+    """(Q,) AP@k; denominators and tie rules as in ``metrics.average_precision``."""
     clip_rank(profile, k)
     return ap.average_precision(profile.items, profile.relevant, k, denominator, ties)
 
 
 def tie_gap(profile: Profile, k: int | None = None, denominator: Denominator = "hits") -> Tensor:
-    """(Q,) optimistic minus pessimistic AP: how much of the value is the luck of the order within ties."""
-    ends = [average_precision(profile, k, denominator, ties) for ties in ("optimistic", "pessimistic")]
-    return ends[0] - ends[1]
+    """(Q,) optimistic minus pessimistic AP: the luck of the order within ties."""
+    best = average_precision(profile, k, denominator, "optimistic")
+    return best - average_precision(profile, k, denominator, "pessimistic")
 
 
 def collapsed(profile: Profile) -> Profile:
     """The profile of the same database when every item has the same code: one group of equal distance."""
-    return Profile(
-        items=profile.items.sum(1, keepdim=True),
-        relevant=profile.relevant.sum(1, keepdim=True),
-        gain=profile.gain.sum(1, keepdim=True),
-        gain_exp=profile.gain_exp.sum(1, keepdim=True),
-        ideal=profile.ideal,
-    )
+    counts = (profile.items, profile.relevant, profile.gain, profile.gain_exp)
+    return Profile(*(count.sum(1, keepdim=True) for count in counts), profile.ideal)
 
 
 def chance(profile: Profile, k: int | None = None, denominator: Denominator = "hits") -> Tensor:
-    """(Q,) AP@k of a random order, which is that of a fully collapsed code.
+    """(Q,) expected AP@k of a random order, which is that of a fully collapsed code.
 
     For the whole database [H_N (1 - s) + N s] / N with s = (R - 1) / (N - 1).
     """
@@ -124,7 +110,7 @@ def chance(profile: Profile, k: int | None = None, denominator: Denominator = "h
 
 
 def least_ap(profile: Profile) -> Tensor:
-    """(Q,) the least AP over the whole database that any order can have: all relevant items last."""
+    """(Q,) least AP over the whole database that any order can have: all relevant items last."""
     return average_precision(collapsed(profile), None, "rel", "pessimistic")
 
 
@@ -137,8 +123,7 @@ def legacy_average_precision(
     denominator: LegacyDenominator = "hits",
     block: int = 16,
 ) -> Tensor:
-    """(Q,) AP@k in the order of a stable sort by distance, then row: order-dependent, to compare with
-    published tables.
+    """(Q,) AP@k in the order of a stable sort by (distance, row), to compare with published tables.
 
     Args:
         query_labels, labels: (Q, C) and (N, C) multi-hot.
@@ -147,10 +132,8 @@ def legacy_average_precision(
             as MAP@k.
         block: queries sorted at a time.
     """
-    if denominator not in ("hits", "mink", "rel", "first-k-relevant"):
-        raise ValueError(
-            f"denominator must be 'hits', 'mink', 'rel' or 'first-k-relevant', got {denominator!r}"
-        )
+    if denominator not in (known := get_args(LegacyDenominator)):
+        raise ValueError(f"denominator must be one of {', '.join(known)}, got {denominator!r}")
     if k is not None and k < 1:
         raise ValueError(f"k must be at least 1, got {k}; the whole database is k=None")
     if len(query) == 0 or len(database) == 0:
@@ -160,7 +143,7 @@ def legacy_average_precision(
     size = len(database)
     cut = size if k is None else min(k, size)
     ranks = torch.arange(1, size + 1, dtype=torch.float64)
-    made = []
+    values = []
     for start in range(0, len(query), block):
         rows = slice(start, start + block)
         order = torch.argsort(distance(query.packed[rows], database.packed), dim=1, stable=True)
@@ -172,34 +155,33 @@ def legacy_average_precision(
         else:
             counted = hit & (ranks <= cut)
             divisor = {"hits": counted.sum(1), "mink": total.clamp(max=cut), "rel": total}[denominator]
-        made.append(share(torch.where(counted, seen / ranks, 0.0).sum(1), divisor))
-    return torch.cat(made)
+        values.append(share(torch.where(counted, seen / ranks, 0.0).sum(1), divisor))
+    return torch.cat(values)
 
 
-# ---------------------------------------------------------------------------------------------- precision and
-# recall
+# ---------------------------------------------------------------------------------------- precision, recall
 
 
 def precision_at(profile: Profile, k: int) -> Tensor:
-    """(Q,) expected P@k; k is clipped to N."""
-    return _found(profile, clip_rank(profile, k)) / clip_rank(profile, k)
+    """(Q,) expected P@k."""
+    cut = clip_rank(profile, k)
+    return _hits(profile, cut) / cut
 
 
 def recall_at(profile: Profile, k: int) -> Tensor:
     """(Q,) expected R@k; NaN for a query with nothing relevant."""
     total = total_relevant(profile)
-    return torch.where(total > 0, share(_found(profile, clip_rank(profile, k)), total), torch.nan)
+    return torch.where(total > 0, share(_hits(profile, clip_rank(profile, k)), total), torch.nan)
 
 
-def _found(profile: Profile, k: int) -> Tensor:
+def _hits(profile: Profile, k: int) -> Tensor:
     """(Q,) expected relevant items in the top k."""
     groups = Groups.cut(profile.items, profile.relevant, k)
     return (share(profile.relevant, profile.items) * groups.taken).sum(1)
 
 
 def precision_curve(profile: Profile, ranks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """P@N over a grid: (G,) ranks and (Q, G) precisions. Default grid 100, 200, ... 1000; ranks above N are
-    dropped."""
+    """P@N over a grid, by default 100, 200, ... 1000 up to N: (G,) ranks and (Q, G) precisions."""
     ranks = torch.arange(100, 1001, 100) if ranks is None else ranks
     ranks = ranks[ranks <= database_size(profile)]
     columns = [precision_at(profile, int(rank)) for rank in ranks]
@@ -207,14 +189,11 @@ def precision_curve(profile: Profile, ranks: Tensor | None = None) -> tuple[Tens
 
 
 def radius_curve(profile: Profile, empty: Literal["zero", "undefined"] = "zero") -> tuple[Tensor, Tensor]:
-    """Precision and recall of the Hamming ball of each radius 0..K; there are no ties to resolve.
+    """(Q, K + 1) precision and recall of the Hamming ball of each radius; no ties to resolve.
 
     Args:
         empty: precision of a ball without items: 0, as hash-lookup tables count it, or NaN, for averaged
-            curves.
-
-    Returns:
-        (Q, K + 1) precision and recall; recall is NaN for a query with nothing relevant.
+            curves. Recall is NaN for a query with nothing relevant.
     """
     if empty not in ("zero", "undefined"):
         raise ValueError(f"empty must be 'zero' or 'undefined', got {empty!r}")
@@ -234,25 +213,23 @@ def precision_within(profile: Profile, radius: int) -> Tensor:
 
 
 def rank_curve(profile: Profile, levels: int = 100) -> tuple[Tensor, Tensor]:
-    """Expected precision at the recall levels 1/levels, 2/levels, ... 1.
+    """(levels,) recall 1/levels, ... 1 and (Q, levels) expected precision at it, NaN with nothing relevant.
 
-    At each level the smallest real-valued position at which expected recall reaches it, linear inside a
-    group; so it also works with fewer relevant items than levels and with a hit at rank 1.
-
-    Returns:
-        (levels,) recall and (Q, levels) precision, NaN for a query with nothing relevant.
+    Precision is taken at the smallest real-valued position where expected recall reaches the level, linear
+    inside
+    a group: that also works with fewer relevant items than levels and with a hit at rank 1.
     """
     steps = torch.arange(1, levels + 1)
     total = total_relevant(profile)[:, None]
     hits = profile.relevant.cumsum(1)
     # the first group whose hits reach steps / levels * R, decided in integers
     group = torch.searchsorted(levels * hits, steps * total).clamp(max=hits.shape[1] - 1)
-    wanted = steps.to(torch.float64) * total / levels
+    level_hits = steps.to(torch.float64) * total / levels
     items, relevant = profile.items.gather(1, group), profile.relevant.gather(1, group)
     items_before = profile.items.cumsum(1).gather(1, group) - items
     relevant_before = hits.gather(1, group) - relevant
-    position = items_before + (wanted - relevant_before) * share(items, relevant)
-    precision = torch.where(total > 0, wanted / position, torch.nan)
+    position = items_before + (level_hits - relevant_before) * share(items, relevant)
+    precision = torch.where(total > 0, level_hits / position, torch.nan)
     return steps.to(torch.float64) / levels, precision
 
 
@@ -263,16 +240,7 @@ def pr_area(profile: Profile, levels: int = 100) -> Tensor:
     return torch.trapezoid(torch.cat([precision[:, :1], precision], 1), recall, dim=1)
 
 
-# ---------------------------------------------------------------------------------------------- graded
-# measures
-
-
-def _gains(gain: Gain, width: int) -> Tensor:
-    """(width,) gain of 0, 1, 2, ... shared labels."""
-    if gain not in ("exp", "lin"):
-        raise ValueError(f"gain must be 'exp' or 'lin', got {gain!r}")
-    shared = torch.arange(width, dtype=torch.float64)
-    return 2**shared - 1 if gain == "exp" else shared
+# ------------------------------------------------------------------------------------------ graded measures
 
 
 def ndcg(profile: Profile, k: int | None = None, gain: Gain = "exp") -> Tensor:
@@ -281,6 +249,8 @@ def ndcg(profile: Profile, k: int | None = None, gain: Gain = "exp") -> Tensor:
     DCG@k = sum_d (g/n) (D[nb + m] - D[nb]), D[p] = sum_{t<=p} 1 / log2(t + 1), gain 2^shared - 1 (``exp``) or
     shared (``lin``); the ideal order sorts the whole database by gain.
     """
+    if gain not in ("exp", "lin"):
+        raise ValueError(f"gain must be 'exp' or 'lin', got {gain!r}")
     cut = clip_rank(profile, k)
     discount = torch.zeros(cut + 1, dtype=torch.float64)
     discount[1:] = (1 / torch.log2(torch.arange(2, cut + 2, dtype=torch.float64))).cumsum(0)
@@ -288,7 +258,8 @@ def ndcg(profile: Profile, k: int | None = None, gain: Gain = "exp") -> Tensor:
     sums = profile.gain_exp if gain == "exp" else profile.gain.to(torch.float64)
     start = groups.before.clamp(max=cut)
     dcg = (share(sums, profile.items) * (discount[start + groups.taken] - discount[start])).sum(1)
-    values = _gains(gain, profile.ideal.shape[1]).flip(0)
+    shared = torch.arange(profile.ideal.shape[1], dtype=torch.float64)
+    values = (2**shared - 1 if gain == "exp" else shared).flip(0)
     ends = profile.ideal.flip(1).cumsum(1).clamp(max=cut)
     bounds = torch.nn.functional.pad(discount[ends], (1, 0))
     best = (values * bounds.diff(dim=1)).sum(1)
@@ -296,7 +267,7 @@ def ndcg(profile: Profile, k: int | None = None, gain: Gain = "exp") -> Tensor:
 
 
 def acg(profile: Profile, k: int | None = None) -> Tensor:
-    """(Q,) expected ACG@k: shared labels per item of the top k; k is clipped to N."""
+    """(Q,) expected ACG@k: shared labels per item of the top k."""
     cut = clip_rank(profile, k)
     groups = Groups.cut(profile.items, profile.relevant, cut)
     return (share(profile.gain, profile.items) * groups.taken).sum(1) / cut
@@ -305,8 +276,7 @@ def acg(profile: Profile, k: int | None = None) -> Tensor:
 def wap(profile: Profile) -> Tensor:
     """(Q,) expected weighted AP: the mean, over relevant positions, of ACG at that position.
 
-    A group adds (r/n) [(gb + g/r) A + (g - g/r)/(n - 1) B]: items that share no label are not relevant, so
-    the mean gain of a relevant one is g/r.
+    A group adds (r/n) [(gb + g/r) A + (g - g/r)/(n - 1) B]; g/r is the mean gain of a relevant item.
     """
     groups = Groups.cut(profile.items, profile.relevant, None)
     gain = profile.gain.to(torch.float64)

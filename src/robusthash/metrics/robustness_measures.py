@@ -1,5 +1,4 @@
-"""Measures of an attack and of a robust model: success, worst case per query, the floor of a search, summary
-scores."""
+"""Measures of attacks and robust models: success, worst case per query, searched floor, summary scores."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from robusthash.core.types import Codes
 from robusthash.metrics.average_precision import Denominator, Groups, average_precision, share
 from robusthash.metrics.distance_histogram import Prepared, prepare, prepared_counts
 
-# ---------------------------------------------------------------------------------------------- worst case
+# ----------------------------------------------------------------------------------------------- worst case
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class WorstCase:
     """The lowest AP of each query over a suite and the clean input (targeted: the highest t-AP)."""
 
     values: Tensor  # (Q,) float64
-    winner: tuple[str, ...]  # (Q,) the attack that found it; "clean" where none did better
+    winner: tuple[str, ...]  # (Q,) the attack that reached it; "clean" where none did better
     unique_wins: dict[str, int]  # queries on which this attack alone reaches the worst value
 
     @property
@@ -45,25 +44,26 @@ def worst_case(
         clean: (Q,) AP of the clean queries (targeted: t-AP).
         attacks: (Q,) AP under each attack and restart, by name. Of equal ones the first named wins.
         targeted: the worst is then the highest value.
-        by: (Q,) values by the same names, "clean" among them, that choose who wins; the winner's AP is what
-            counts. A randomised model is chosen on some draws of its noise and scored on others: the lowest
-            of noisy looks would drive any of them to 0.
+        by: (Q,) values by the same names, "clean" among them, that choose the winner, whose AP counts. A
+            randomised model is chosen on some draws of its noise and scored on others: the lowest of noisy
+            samples would drive any of them to 0.
 
     Raises:
         ValueError: a length that differs from ``clean``, NaN, or an attack called "clean".
     """
     if "clean" in attacks:
         raise ValueError("an attack cannot be called 'clean': that name stands for the clean input")
-    stacked = [clean.to(torch.float64), *(values.to(torch.float64) for values in attacks.values())]
-    for name, values in zip(["clean", *attacks], stacked, strict=True):
+    names = ("clean", *attacks)
+    stacked = [values.to(torch.float64) for values in (clean, *attacks.values())]
+    for name, values in zip(names, stacked, strict=True):
         if values.shape != clean.shape:
             raise ValueError(f"{name} has {tuple(values.shape)} values for {len(clean)} queries")
         if values.isnan().any():
+            first = int(torch.nonzero(values.isnan())[0])
             raise ValueError(
-                f"{name} holds NaN for query {int(torch.nonzero(values.isnan())[0])}, and a worst case needs a value "
-                "of each; under a protocol with empty='skip' leave out the queries that have no relevant item"
+                f"{name} holds NaN for query {first}, and a worst case needs a value of each; "
+                "under empty='skip' leave out the queries that have no relevant item"
             )
-    names = ("clean", *attacks)
     values = torch.stack(stacked)  # (1 + attacks, Q)
     table = (values if by is None else torch.stack([by[name] for name in names])) * (-1 if targeted else 1)
     worst, first = table.min(0).values, table.argmin(0)
@@ -72,48 +72,47 @@ def worst_case(
     return WorstCase(values.gather(0, first[None])[0], tuple(names[row] for row in first.tolist()), wins)
 
 
-# ---------------------------------------------------------------------------------------------- success of an
-# attack
+# ------------------------------------------------------------------------------------- success of an attack
 
 
 def flips(clean: Codes, attacked: Codes) -> Tensor:
     """(Q,) int64 bits that differ between the clean and the attacked code of each query."""
     _same_queries(clean, attacked)
-    changed = clean.signs() != attacked.signs()
-    return changed.sum(1)
+    return (clean.signs() != attacked.signs()).sum(1)
 
 
 def _same_queries(clean: Codes, attacked: Codes) -> None:
     if len(clean) != len(attacked) or clean.bits != attacked.bits:
         raise ValueError(
-            f"{len(attacked)} attacked codes of {attacked.bits} bits for {len(clean)} clean ones of {clean.bits} bits"
+            f"{len(attacked)} attacked codes of {attacked.bits} bits for {len(clean)} clean ones of "
+            f"{clean.bits} bits"
         )
 
 
 def topk_disruption(clean: Codes, attacked: Codes, database: Codes, k: int, block: int = 8) -> Tensor:
-    """(Q,) share of the clean top k that the attack replaced, in [0, 1].
+    """(Q,) share of the clean top k (clipped to N) that the attack replaced; 0 for an unchanged code.
 
     Tie-aware: an item of a group split by the cut belongs to the top k with the probability m/n; the overlap
-    is the shared mass sum_i min(p_i, p'_i) / k. So an unchanged code gives exactly 0. k is clipped to N.
+    is the shared mass sum_i min(p_i, p'_i) / k.
     """
     _same_queries(clean, attacked)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     cut = min(k, len(database))
-    made = []
+    replaced = []
     for start in range(0, len(clean), block):
         rows = slice(start, start + block)
         members = [_membership(codes.packed[rows], database, cut) for codes in (clean, attacked)]
-        made.append(1 - torch.minimum(*members).sum(1) / cut)
-    return torch.cat(made).clamp(0, 1)
+        replaced.append(1 - torch.minimum(*members).sum(1) / cut)
+    return torch.cat(replaced).clamp(0, 1)
 
 
 def _membership(packed: Tensor, database: Codes, k: int) -> Tensor:
     """(b, N) probability that each item is among the k nearest."""
-    found = distance(packed, database.packed).to(torch.int64)
+    distances = distance(packed, database.packed).to(torch.int64)
     items = torch.zeros(len(packed), database.bits + 1, dtype=torch.int64)
-    items.scatter_add_(1, found, torch.ones_like(found))
-    return share(Groups.cut(items, items, k).taken, items).gather(1, found)
+    items.scatter_add_(1, distances, torch.ones_like(distances))
+    return share(Groups.cut(items, items, k).taken, items).gather(1, distances)
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Success:
 
 
 def ap_drop(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
-    """(Q,) AP lost, and (Q,) the share of the clean AP that is; NaN where the clean AP is 0."""
+    """(Q,) AP lost, and (Q,) its share of the clean AP, NaN where that is 0."""
     lost = clean - attacked
     return lost, torch.where(clean > 0, lost / torch.where(clean > 0, clean, 1.0), torch.nan)
 
@@ -133,18 +132,16 @@ def ap_drop(clean: Tensor, attacked: Tensor) -> tuple[Tensor, Tensor]:
 def success_rate(clean: Tensor, attacked: Tensor, tau: float = 0.5, failed: float = 0.05) -> Success:
     """Untargeted success: the share of queries with AP_attacked <= tau * AP_clean.
 
-    Queries with a clean AP below ``failed`` are left out and counted, so that queries which fail anyway do
-    not pad it. ``tau=0.1`` gives the share that keeps at most a tenth.
+    Queries with a clean AP below ``failed`` fail without an attack: they are left out and counted.
     """
-    kept = clean >= failed
-    count = int(kept.sum())
-    rate = float((attacked[kept] <= tau * clean[kept]).to(torch.float64).mean()) if count else None
+    rows = clean >= failed
+    count = int(rows.sum())
+    rate = float((attacked[rows] <= tau * clean[rows]).to(torch.float64).mean()) if count else None
     return Success(rate, len(clean) - count)
 
 
 def targeted_success_rate(clean: Tensor, attacked: Tensor, least: float = 0.5) -> float:
-    """Targeted success: the share of queries with t-AP of at least ``least`` and above that of the clean
-    query."""
+    """Targeted success: the share of queries with a t-AP of at least ``least``, above the clean one."""
     if len(clean) == 0:
         raise ValueError("there are no queries (Q = 0)")
     return float(((attacked >= least) & (attacked > clean)).to(torch.float64).mean())
@@ -159,30 +156,25 @@ def hubness(codes: Codes) -> float:
 
 
 def completeness(clean: Tensor, attacked: Tensor, floor: Tensor) -> Tensor:
-    """(Q,) (clean - attacked) / (clean - floor): how far towards the searched floor an attack came; NaN where
-    clean is at the floor already. Above 1 where the attack beats the search, which is no bound."""
+    """(Q,) (clean - attacked) / (clean - floor); NaN where clean is at the searched floor already.
+
+    Above 1 where the attack beats the search, which is no bound.
+    """
     room = clean - floor
     return torch.where(room > 0, (clean - attacked) / torch.where(room > 0, room, 1.0), torch.nan)
 
 
-# ---------------------------------------------------------------------------------------------- the searched
-# floor
+# ------------------------------------------------------------------------------------------- searched floor
 
 
 def floor_starts(
     own: Tensor, representative: Tensor | None, ids: Tensor, draws: Draws, random: int = 8
 ) -> Tensor:
-    """Where the floor search starts: the complement of the own code, the representative code, and random
-    codes.
+    """(Q, S, K) int8 start codes of the floor search: own complement, representative, random codes.
 
     Args:
-        own: (Q, K) signs of the clean queries.
-        representative: (Q, K) signs of the attack's representative codes, if there is one.
-        ids: (Q,) int64 query ids, the key of the random codes.
-        random: random codes per query.
-
-    Returns:
-        (Q, S, K) signs in {-1, +1}, int8.
+        own, representative: (Q, K) signs of the clean queries and of the codes that the attack steers to.
+        ids: (Q,) int64 query ids, the key of the random codes, ``random`` a query.
     """
     bits = own.shape[1]
     codes = torch.where(draws.within("floor").uniform(ids.cpu(), (random, bits)) < 0.5, -1, 1).to(torch.int8)
@@ -200,18 +192,17 @@ def floor_ap(
     k: int | None = None,
     denominator: Denominator = "hits",
 ) -> tuple[Tensor, Tensor]:
-    """The lowest AP that a coordinate descent over the bits of the query code finds, exact AP at every step.
+    """The lowest exact AP that a coordinate descent over the bits of the query code finds.
 
-    Each turn flips the bit that lowers the expected AP most; a start ends where no flip lowers it. It is what
-    an attacker with full control of the code reaches, up to local optima: a search result, no bound. Queries
-    with equal label sets are searched together, against the database reduced to distinct (code, relevance)
-    rows, and equal starts once.
+    Each turn flips the bit that lowers the expected AP most; a start ends where no flip lowers it. An
+    attacker with
+    full control of the code reaches this, up to local optima: a search result, no bound. Queries with equal
+        label
+    sets are searched together, against distinct (code, relevance) rows, and equal starts once.
 
     Args:
         starts: (Q, S, K) signs in {-1, +1}, as of ``floor_starts``.
-        query_labels: (Q, C) multi-hot.
-        database: N codes.
-        labels: (N, C) multi-hot.
+        query_labels, labels: (Q, C) and (N, C) multi-hot.
         k, denominator: of the AP that is lowered.
 
     Returns:
@@ -226,18 +217,16 @@ def floor_ap(
     label_sets, member = torch.unique(query_labels.cpu().to(torch.uint8), dim=0, return_inverse=True)
     floor = torch.empty(len(starts), dtype=torch.float64)
     codes = torch.empty(len(starts), database.bits, dtype=torch.int8)
-    wanted = labels.cpu().float()
+    item_labels = labels.cpu().float()
     for index, label_set in enumerate(label_sets):
         queries = torch.nonzero(member == index).flatten()
-        relevant = (wanted @ label_set.float())[:, None] > 0
+        relevant = (item_labels @ label_set.float())[:, None] > 0
         packed, origin = torch.unique(pack(starts[queries].flatten(0, 1)), dim=0, return_inverse=True)
-        reached, found = _descend(packed, prepare(database, relevant), k, denominator)
-        values = reached[origin].view(len(queries), -1)
-        best = values.argmin(1)
-        floor[queries] = values.gather(1, best[:, None])[:, 0]
-        codes[queries] = unpack(
-            found[origin.view(len(queries), -1).gather(1, best[:, None])[:, 0]], database.bits
-        )
+        values, ends = _descend(packed, prepare(database, relevant), k, denominator)
+        origin = origin.view(len(queries), -1)
+        best = origin.gather(1, values[origin].argmin(1, keepdim=True))[:, 0]
+        floor[queries] = values[best]
+        codes[queries] = unpack(ends[best], database.bits)
     return floor, codes
 
 
@@ -247,8 +236,8 @@ def _descend(
     """Descend from each packed start: (S,) AP reached and (S, bytes) codes."""
 
     def score(codes: Tensor) -> Tensor:
-        asked = Codes(codes, database.bits, torch.arange(len(codes)))
-        return average_precision(*prepared_counts(asked, torch.ones(len(codes), 1), database), k, denominator)
+        query = Codes(codes, database.bits, torch.arange(len(codes)))
+        return average_precision(*prepared_counts(query, torch.ones(len(codes), 1), database), k, denominator)
 
     flips = pack(2 * torch.eye(database.bits) - 1)  # (K, bytes), one bit set in each
     packed, values = packed.clone(), score(packed)
@@ -263,27 +252,19 @@ def _descend(
     return values, packed
 
 
-# ---------------------------------------------------------------------------------------------- summary
-# scores
+# ------------------------------------------------------------------------------------------- summary scores
 
 
-def hrs(clean: float, worst: float, chance: float) -> float:
+def hrs_of(clean: Tensor, worst: Tensor, chance: Tensor) -> Tensor:
     """Harmonic robustness score in [0, 1]: the harmonic mean of clean and worst-case MAP, both above chance.
 
     C' = clip((C - c) / (1 - c), 0, 1), W' likewise; 2 C' W' / (C' + W'), 0 where both are 0. A collapsed
     model and a model without robustness both get about 0.
 
     Args:
-        clean, worst, chance: MAP of the clean queries, wMAP, and the mean chance level, on the same queries.
+        clean, worst, chance: MAP of the clean queries, wMAP, and the mean chance level, tensors of one shape.
     """
-    return float(hrs_of(*(torch.tensor(value, dtype=torch.float64) for value in (clean, worst, chance))))
-
-
-def hrs_of(clean: Tensor, worst: Tensor, chance: Tensor) -> Tensor:
-    """``hrs`` for tensors of any shape, as the bootstrap needs it."""
-    room = torch.where(
-        chance < 1, 1 - chance, 1.0
-    )  # where chance is 1 everything is relevant: nothing to score
+    room = torch.where(chance < 1, 1 - chance, 1.0)  # chance 1: everything is relevant, nothing to score
     above = [torch.where(chance < 1, ((value - chance) / room).clamp(0, 1), 0.0) for value in (clean, worst)]
     total = above[0] + above[1]
     return torch.where(total > 0, 2 * above[0] * above[1] / torch.where(total > 0, total, 1.0), 0.0)
@@ -292,9 +273,7 @@ def hrs_of(clean: Tensor, worst: Tensor, chance: Tensor) -> Tensor:
 def curve_score(eps: Sequence[float], worst: Sequence[float]) -> float:
     """Area under wMAP(eps) by trapezoid, divided by the largest eps. ``eps`` starts at 0 and rises."""
     if len(eps) != len(worst) or len(eps) < 2:
-        raise ValueError(
-            f"a curve needs as many eps as values, at least two; got {len(eps)} and {len(worst)}"
-        )
+        raise ValueError(f"a curve needs as many eps as values, at least 2; got {len(eps)} and {len(worst)}")
     if eps[0] != 0 or any(right <= left for left, right in pairwise(eps)):
         raise ValueError(f"eps must start at 0 and rise, got {list(eps)}")
     x, y = torch.tensor(eps, dtype=torch.float64), torch.tensor(worst, dtype=torch.float64)
@@ -302,10 +281,7 @@ def curve_score(eps: Sequence[float], worst: Sequence[float]) -> float:
 
 
 def targeted_resistance(worst: float, clean: float) -> float:
-    """1 - (t-MAP_worst - t-MAP_clean) / (1 - t-MAP_clean): 1 where targeting gains nothing, 0 where it gains
-    all."""
+    """1 - (t-MAP_worst - t-MAP_clean) / (1 - t-MAP_clean): 1 where targeting gains nothing, 0 if all."""
     if clean >= 1:
-        raise ValueError(
-            f"a clean t-MAP of {clean} leaves nothing to gain: the target labels cover everything"
-        )
+        raise ValueError(f"a clean t-MAP of {clean} leaves nothing to gain: the targets cover everything")
     return 1 - (worst - clean) / (1 - clean)

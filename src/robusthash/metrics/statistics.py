@@ -1,7 +1,7 @@
 """Uncertainty: bootstrap over queries, paired sign-flip tests, Holm's correction, training seeds.
 
-The unit of resampling is the query. Everything is drawn from a keyed scope, so that the same values always
-give the same interval, and in blocks, so that memory does not grow with the number of resamples.
+The unit of resampling is the query. All draws are keyed, so the same values always give the same interval,
+and in blocks, so that memory does not grow with the number of resamples.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def resampled_means(values: Tensor, resamples: int = 10_000, draws: Draws = Draw
     defined = ~values.isnan()
     filled = torch.where(defined, values, 0.0)
     generator = draws.within("bootstrap").generator()
-    made = []
+    means = []
     step = max(1, _BLOCK // count)
     for start in range(0, resamples, step):
         times = _times_drawn(min(step, resamples - start), count, generator)
-        made.append((times @ filled) / (times @ defined.to(torch.float64)))
-    return torch.cat(made)
+        means.append((times @ filled) / (times @ defined.to(torch.float64)))
+    return torch.cat(means)
 
 
 def _times_drawn(rows: int, count: int, generator: torch.Generator) -> Tensor:
-    """(rows, count) how often each of ``count`` items is drawn in ``count`` draws with replacement."""
+    """(rows, count) number of times that each item is drawn in ``count`` draws with replacement."""
     drawn = torch.randint(count, (rows, count), generator=generator) + torch.arange(rows)[:, None] * count
     return torch.bincount(drawn.flatten(), minlength=rows * count).view(rows, count).to(torch.float64)
 
@@ -56,35 +56,26 @@ def bootstrap_interval(
     resamples: int = 10_000,
     draws: Draws = Draws(0),
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean, or of a function of several means.
+    """Percentile bootstrap interval, lower and upper end, of a mean or of a function of several means.
 
     Args:
         values: (Q,) values, or (Q, m) when the statistic needs m means (AP, wAP and chance for HRS).
         statistic: (resamples, m) means -> (resamples,); None for the mean itself.
         level: coverage in (0, 1).
-
-    Returns:
-        Lower and upper end.
     """
     means = resampled_means(values[:, None] if values.ndim == 1 else values, resamples, draws)
-    low, high = _percentiles(means[:, 0] if statistic is None else statistic(means), level)
-    return low, high
+    return _percentiles(means[:, 0] if statistic is None else statistic(means), level)
 
 
 def intervals(
-    per_query: Mapping[str, Tensor],
-    level: float = 0.95,
-    resamples: int = 10_000,
-    draws: Draws = Draws(0),
+    per_query: Mapping[str, Tensor], level: float = 0.95, resamples: int = 10_000, draws: Draws = Draws(0)
 ) -> dict[str, tuple[float, float]]:
-    """The interval of the mean of each named (Q,) array, from the same resamples; arrays of NaN only are left
-    out."""
+    """The interval of the mean of each (Q,) array, from the same resamples; all-NaN arrays are left out."""
     names = [name for name, values in per_query.items() if not values.isnan().all()]
     if not names:
         return {}
-    means = resampled_means(
-        torch.stack([per_query[name].to(torch.float64) for name in names], 1), resamples, draws
-    )
+    columns = torch.stack([per_query[name].to(torch.float64) for name in names], 1)
+    means = resampled_means(columns, resamples, draws)
     return {name: _percentiles(means[:, column], level) for column, name in enumerate(names)}
 
 
@@ -108,9 +99,8 @@ def hierarchical_interval(
 ) -> tuple[float, float]:
     """Interval of a METHOD's mean: training seeds are resampled, then queries.
 
-    All seeds are scored on the same queries, so one resample of the queries is shared by the seeds that were
-    drawn; resampling them apart would count the same query as several independent ones and make the interval
-    too narrow.
+    All seeds are scored on the same queries, so the drawn seeds share one resample of the queries; resampling
+    apart would count a query as several independent ones and make the interval too narrow.
 
     Args:
         values: (S, Q) per-query values of S training seeds, S at least 2; or (S, Q, m) with a ``statistic``.
@@ -123,17 +113,13 @@ def hierarchical_interval(
 def hierarchical_difference(
     first: Tensor, second: Tensor, level: float = 0.95, resamples: int = 10_000, draws: Draws = Draws(0)
 ) -> tuple[float, float, float]:
-    """Interval and two-sided p of the difference of two METHODS' means, first minus second, on the same
-    queries.
+    """Lower end, upper end and two-sided p of the difference of two METHODS' means, first minus second.
 
     Seeds of each method are resampled apart, the queries together. p is twice the share of resamples on the
-    rarer side of zero, the observed value counted among them, so that it is never 0.
+    rarer side of zero, the observed value among them, so that it is never 0.
 
     Args:
-        first: (S, Q) per-query values of S training seeds; second: (S', Q).
-
-    Returns:
-        Lower and upper end, and p.
+        first, second: (S, Q) and (S', Q) per-query values of the training seeds, on the same queries.
     """
     left, right = _hierarchical_means([first[..., None], second[..., None]], resamples, draws)
     differences = (left - right)[:, 0]
@@ -146,8 +132,8 @@ def _hierarchical_means(groups: Sequence[Tensor], resamples: int, draws: Draws) 
     for values in groups:
         if values.ndim != 3 or values.shape[0] < 2 or values.shape[1] == 0:
             raise ValueError(
-                f"values must be (S, Q) with at least two training seeds, got {tuple(values.shape[:2])}; one seed "
-                "supports a claim about a checkpoint (bootstrap_interval), not about a method"
+                f"values must be (S, Q) with at least two training seeds, got {tuple(values.shape[:2])}; one "
+                "seed supports a claim about a checkpoint (bootstrap_interval), not about a method"
             )
         if values.isnan().any():
             raise ValueError("values hold NaN; choose the queries that are defined for every seed")
@@ -158,7 +144,7 @@ def _hierarchical_means(groups: Sequence[Tensor], resamples: int, draws: Draws) 
         )
     groups = [values.to("cpu", torch.float64) for values in groups]
     generator = draws.within("hierarchical").generator()
-    made: list[list[Tensor]] = [[] for _ in groups]
+    means: list[list[Tensor]] = [[] for _ in groups]
     step = max(1, _BLOCK // count)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
@@ -166,43 +152,32 @@ def _hierarchical_means(groups: Sequence[Tensor], resamples: int, draws: Draws) 
         query_times = _times_drawn(rows, count, generator)
         for place, (times, values) in enumerate(zip(seed_times, groups, strict=True)):
             over_seeds = (times @ values.flatten(1)).view(rows, count, -1)
-            made[place].append((over_seeds * query_times[..., None]).sum(1) / (len(values) * count))
-    return [torch.cat(blocks) for blocks in made]
-
-
-def sign_flip_test(differences: Tensor, flips: int = 100_000, draws: Draws = Draws(0)) -> float:
-    """Two-sided paired permutation test of "the mean difference is zero".
-
-    p is the share of sign patterns with |mean| >= |observed mean| - 1e-12: of all 2^n patterns for n <= 20,
-    else of ``flips`` random ones, the observed pattern among them, so that p is never 0. Differences that are
-    0 have no sign and change nothing; they do not count towards n.
-
-    Args:
-        differences: (Q,) paired differences, no NaN.
-
-    Example:
-        >>> import torch
-        >>> sign_flip_test(torch.tensor([0.1, 0.2, 0.3]))
-        0.25
-    """
-    if not torch.isfinite(differences).all():
-        raise ValueError("the test needs finite differences; leave undefined queries out")
-    return sign_flip_tests({"": differences}, flips, draws)[""]
+            means[place].append((over_seeds * query_times[..., None]).sum(1) / (len(values) * count))
+    return [torch.cat(blocks) for blocks in means]
 
 
 def sign_flip_tests(
     differences: Mapping[str, Tensor], flips: int = 100_000, draws: Draws = Draws(0)
 ) -> dict[str, float]:
-    """``sign_flip_test`` of several measures of the same queries, with the same random flips.
+    """Two-sided p of the paired permutation test of "the mean difference is zero", for each measure.
+
+    p is the share of sign patterns with |mean| >= |observed mean| - 1e-12: of all 2^n patterns for n <= 20,
+    else of ``flips`` random ones (the same for all measures), the observed pattern among them, so that p is
+    never 0. Differences that are 0 have no sign and do not count towards n.
 
     Args:
-        differences: (Q,) by measure; NaN leaves a query out of that measure.
+        differences: (Q,) paired differences by measure; NaN leaves a query out of that measure.
+
+    Example:
+        >>> import torch
+        >>> sign_flip_tests({"AP": torch.tensor([0.1, 0.2, 0.3])})
+        {'AP': 0.25}
     """
     if flips < 2:
         raise ValueError(f"flips must be at least 2, got {flips}")
     columns = {name: values.to("cpu", torch.float64).flatten() for name, values in differences.items()}
     p_values: dict[str, float] = {}
-    drawn: dict[str, Tensor] = {}
+    large: dict[str, Tensor] = {}
     for name, values in columns.items():
         if len(values) == 0 or values.isnan().all():
             raise ValueError(f"the test {name} needs the difference of at least one query")
@@ -210,12 +185,10 @@ def sign_flip_tests(
         if len(signed) <= 20:
             p_values[name] = _exact_share(signed)
         else:
-            drawn[name] = values.nan_to_num(0.0)  # a zero adds nothing to any pattern
-    if drawn:
-        shares = _drawn_shares(
-            torch.stack(list(drawn.values()), 1), flips, draws.within("sign-flip").generator()
-        )
-        p_values.update(zip(drawn, shares, strict=True))
+            large[name] = values.nan_to_num(0.0)  # a zero adds nothing to any pattern
+    if large:
+        table, generator = torch.stack(list(large.values()), 1), draws.within("sign-flip").generator()
+        p_values.update(zip(large, _drawn_shares(table, flips, generator), strict=True))
     return {name: p_values[name] for name in columns}
 
 
@@ -236,8 +209,7 @@ def _exact_share(values: Tensor) -> float:
 
 
 def _drawn_shares(values: Tensor, flips: int, generator: torch.Generator) -> list[float]:
-    """Of each column of (Q, m): share of ``flips`` patterns, the observed one among them, that reach its
-    sum."""
+    """Share of ``flips`` patterns, with the observed one, that reach the sum of each column of (Q, m)."""
     count, total = len(values), values.sum(0)
     threshold = total.abs() - 1e-12 * count
     reached = torch.ones(values.shape[1], dtype=torch.int64)
@@ -245,8 +217,8 @@ def _drawn_shares(values: Tensor, flips: int, generator: torch.Generator) -> lis
     for start in range(0, flips - 1, step):
         rows = min(step, flips - 1 - start)
         random = torch.randint(0, 256, (rows, (count + 7) // 8), generator=generator, dtype=torch.uint8)
-        kept = torch.from_numpy(np.unpackbits(random.numpy(), axis=1, count=count)).to(torch.float64)
-        sums = 2 * (kept @ values) - total  # signs are 2 kept - 1
+        positive = torch.from_numpy(np.unpackbits(random.numpy(), axis=1, count=count)).to(torch.float64)
+        sums = 2 * (positive @ values) - total  # signs are 2 positive - 1
         reached += (sums.abs() >= threshold).sum(0)
     return (reached.to(torch.float64) / flips).tolist()
 
