@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from robusthash.core.runtime import Draws
-from robusthash.data.image_changes import EVERYDAY, crop, eight_bits, jpeg, noise, shrink
+from robusthash.data.transforms import EVERYDAY, crop, eight_bits, jpeg, noise, shrink
 
 
 @pytest.fixture

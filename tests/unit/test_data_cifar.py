@@ -184,7 +184,7 @@ def test_wrong_options_are_named(archive: Path) -> None:
         ValueError, match="class 'airplane' has 20 items left for the queries and 100 are needed"
     ):
         load_data("cifar10", npz=archive)
-    with pytest.raises(ValueError, match="queries must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="query must be at least 1, got 0"):
         load_data("cifar10", npz=archive, query=0)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from robusthash.data.image_files import Decoding
-from robusthash.data.official import Pool, Protocol, choose, find, make_data, protocol
-from robusthash.data.text_modality import TextStyle
-from robusthash.data.transforms import ImageFile, Vocabulary
+from robusthash.data.image_files import ImageFile, ImageOptions
+from robusthash.data.official import Pool, find, make_data
+from robusthash.data.splits import Protocol, SplitOptions, find_protocol, protocol_split
+from robusthash.data.texts import TextOptions, Vocabulary
 from tests.unit.test_data_folder import picture
 
 NAMES = ("a", "b", "c")
@@ -26,43 +26,52 @@ def overlapping(count: int = 60) -> torch.Tensor:
 
 def test_classes_one_after_the_other_never_take_an_item_twice() -> None:
     labels = overlapping()
-    chosen = choose(labels, Protocol(6, 12, "per-class", ""), None, None, None, 3, NAMES)
+    chosen = protocol_split(labels, Protocol(6, 12, "per-class", ""), SplitOptions(seed=3), NAMES)
     assert len(torch.unique(torch.cat([chosen.query, chosen.train]))) == 18
     for number in range(3):  # each class drew its share among its own members
         assert labels[chosen.query[2 * number : 2 * number + 2], number].all()
         assert labels[chosen.train[4 * number : 4 * number + 4], number].all()
     assert sorted([*chosen.database.tolist(), *chosen.query.tolist()]) == list(range(60))
-    again = choose(labels, Protocol(6, 12, "per-class", ""), None, None, None, 3, NAMES)
+    again = protocol_split(labels, Protocol(6, 12, "per-class", ""), SplitOptions(seed=3), NAMES)
     assert torch.equal(again.train, chosen.train)
-    other = choose(labels, Protocol(6, 12, "per-class", ""), None, None, None, 4, NAMES)
+    other = protocol_split(labels, Protocol(6, 12, "per-class", ""), SplitOptions(seed=4), NAMES)
     assert not torch.equal(other.query, chosen.query)
-    fewer = choose(labels, Protocol(6, 12, "per-class", ""), None, 3, 10, 3, NAMES)
+    fewer = protocol_split(
+        labels, Protocol(6, 12, "per-class", ""), SplitOptions(train=3, database=10, seed=3), NAMES
+    )
     assert torch.equal(fewer.query, chosen.query)  # queries do not depend on the other sizes
     assert len(fewer.database) == 10
     with pytest.raises(ValueError, match=r"class 'a' has 30 items left for the queries and 40 are needed"):
-        choose(labels, Protocol(120, 3, "per-class", ""), None, None, None, 0, NAMES)
+        protocol_split(labels, Protocol(120, 3, "per-class", ""), SplitOptions(), NAMES)
 
 
 def test_random_and_last() -> None:
     labels = overlapping()
-    chosen = choose(labels, Protocol(10, 20, "random", ""), None, None, None, 0, NAMES)
+    chosen = protocol_split(labels, Protocol(10, 20, "random", ""), SplitOptions(), NAMES)
     assert [len(chosen.query), len(chosen.train), len(chosen.database)] == [10, 20, 50]
     assert torch.isin(chosen.train, chosen.database).all()
     assert not torch.isin(chosen.query, chosen.database).any()
-    last = choose(labels, Protocol(10, None, "last", ""), None, None, None, 0, NAMES)
+    last = protocol_split(labels, Protocol(10, None, "last", ""), SplitOptions(), NAMES)
     assert last.query.tolist() == list(range(50, 60))
     assert torch.equal(last.train, last.database)
     assert last.train.tolist() == list(range(50))
-    assert len(choose(labels, Protocol(10, None, "last", ""), 5, 7, 9, 0, NAMES).train) == 7
+    assert (
+        len(
+            protocol_split(
+                labels, Protocol(10, None, "last", ""), SplitOptions(query=5, train=7, database=9), NAMES
+            ).train
+        )
+        == 7
+    )
     with pytest.raises(ValueError, match="60 queries were asked for and 59 are there"):
-        choose(labels, Protocol(60, None, "last", ""), None, None, None, 0, NAMES)
+        protocol_split(labels, Protocol(60, None, "last", ""), SplitOptions(), NAMES)
     with pytest.raises(ValueError, match="train must be at least 1, got 0"):
-        choose(labels, Protocol(6, 12, "per-class", ""), None, 0, None, 0, NAMES)
+        protocol_split(labels, Protocol(6, 12, "per-class", ""), SplitOptions(train=0), NAMES)
 
 
 def test_unknown_split_is_met_with_the_nearest() -> None:
     with pytest.raises(KeyError, match="no split is called 'sflc'; did you mean 'sfcl'"):
-        protocol({"sfcl": Protocol(1, 1, "random", "")}, "sflc")
+        find_protocol({"sfcl": Protocol(1, 1, "random", "")}, "sflc")
 
 
 def test_files_are_found_below_prefix_folders(tmp_path: Path) -> None:
@@ -89,42 +98,38 @@ def pool_of(tmp_path: Path, count: int = 9) -> Pool:
 
 def test_unreadable_files_leave_every_split(tmp_path: Path) -> None:
     pool = pool_of(tmp_path)
-    chosen = choose(pool.labels, Protocol(2, None, "last", ""), None, None, None, 0, NAMES)
+    chosen = protocol_split(pool.labels, Protocol(2, None, "last", ""), SplitOptions(), NAMES)
     pool.files[3].path.write_bytes(b"broken")
-    data = make_data("x", pool, chosen, Decoding(8, on_error="skip", memory=0), TextStyle(True))
+    data = make_data("x", pool, chosen, ImageOptions(8, on_error="skip", memory=0), TextOptions(True), "")
     assert [len(split) for split in data.splits.values()] == [6, 2, 6]
-    whole = make_data("x", pool_of(tmp_path), chosen, Decoding(8), TextStyle(True))
+    whole = make_data("x", pool_of(tmp_path), chosen, ImageOptions(8), TextOptions(True), "")
     for split in ("train", "query"):  # what is left kept its own labels and pixels
         kept = [row for row in range(len(whole.splits[split])) if split != "train" or row != 3]
         assert torch.equal(data.splits[split].labels, whole.splits[split].labels[kept])
         assert list(data.splits[split].hashes) == list(whole.splits[split].hashes[kept])
     pool.files[3].path.write_bytes(b"broken")
     with pytest.raises(ValueError, match=r'on_error="skip" leaves such files out'):
-        make_data("x", pool, chosen, Decoding(8), TextStyle(True))
+        make_data("x", pool, chosen, ImageOptions(8), TextOptions(True), "")
 
 
 def test_items_that_do_not_fit_together(tmp_path: Path) -> None:
     pool = pool_of(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"items of different number: \{'files': 9, 'labels': 8, 'texts': 9\}"
-    ):
-        Pool(pool.files, pool.labels[:8], NAMES, pool.texts)
     labels = pool.labels.clone()
     labels[2, 0] = float("nan")
-    chosen = choose(labels, Protocol(2, None, "last", ""), None, None, None, 0, NAMES)
+    chosen = protocol_split(labels, Protocol(2, None, "last", ""), SplitOptions(), NAMES)
     with pytest.raises(ValueError, match="train: labels hold NaN"):
-        make_data("x", Pool(pool.files, labels, NAMES), chosen, Decoding(8), TextStyle(False))
+        make_data("x", Pool(pool.files, labels, NAMES), chosen, ImageOptions(8), TextOptions(False), "")
     with pytest.raises(ValueError, match="these items come without texts"):
-        make_data("x", Pool(pool.files, pool.labels, NAMES), chosen, Decoding(8), TextStyle(True))
+        make_data("x", Pool(pool.files, pool.labels, NAMES), chosen, ImageOptions(8), TextOptions(True), "")
     with pytest.raises(ValueError, match="no item is left: 9 of 9 items dropped: no label"):
         pool.only(torch.zeros(9, dtype=torch.bool), "no label")
 
 
 def test_bags_in_memory_are_bool_and_reach_the_hasher_as_float(tmp_path: Path) -> None:
     pool = pool_of(tmp_path)
-    chosen = choose(pool.labels, Protocol(2, None, "last", ""), None, None, None, 0, NAMES)
+    chosen = protocol_split(pool.labels, Protocol(2, None, "last", ""), SplitOptions(), NAMES)
     for memory in (0, 1 << 20):
-        data = make_data("x", pool, chosen, Decoding(8, memory=memory), TextStyle(True))
+        data = make_data("x", pool, chosen, ImageOptions(8, memory=memory), TextOptions(True), "")
         text = data.train.batch(torch.arange(7)).inputs["text"]
         assert text.dtype == torch.float32
         assert torch.equal(text, torch.eye(7))  # each item has a word of its own

@@ -12,6 +12,7 @@ from robusthash.core.runtime import Draws
 from robusthash.data.base import ArraySource
 from robusthash.data.splits import (
     Indices,
+    SplitOptions,
     assemble,
     balanced_take,
     class_split,
@@ -39,7 +40,7 @@ def test_balanced_take_is_balanced_in_every_prefix() -> None:
 
 
 def test_class_split_sizes_and_disjointness() -> None:
-    split = class_split(LABELS, query=8, train=20, seed=1)
+    split = class_split(LABELS, SplitOptions(query=8, train=20, seed=1))
     query, train, database = rows(split.query), rows(split.train), rows(split.database)
     assert (len(query), len(train), len(database)) == (8, 20, 92)
     assert not query & train
@@ -50,33 +51,36 @@ def test_class_split_sizes_and_disjointness() -> None:
 
 
 def test_class_split_with_training_items_in_the_database() -> None:
-    split = class_split(LABELS, query=8, train=20, seed=1, train_in_database=True)
+    split = class_split(LABELS, SplitOptions(query=8, train=20, seed=1), train_in_database=True)
     assert rows(split.train) <= rows(split.database)
     assert len(split.database) == 112
-    cut = class_split(LABELS, query=8, train=20, database=40, seed=1, train_in_database=True)
+    cut = class_split(LABELS, SplitOptions(query=8, train=20, database=40, seed=1), train_in_database=True)
     assert len(cut.database) == 40
     assert 0 < len(rows(cut.train) & rows(cut.database)) < 20  # the cut does not prefer training items
-    everything = class_split(LABELS, query=8, train=None, seed=1)
+    everything = class_split(LABELS, SplitOptions(query=8, train=None, seed=1))
     assert rows(everything.train) == rows(everything.database)
 
 
 def test_queries_depend_on_the_seed_and_not_on_other_sizes() -> None:
-    first = class_split(LABELS, query=8, train=20, seed=1)
-    assert torch.equal(first.query, class_split(LABELS, query=8, train=40, database=12, seed=1).query)
-    assert torch.equal(first.train, class_split(LABELS, query=8, train=20, database=12, seed=1).train)
-    assert not torch.equal(first.query, class_split(LABELS, query=8, train=20, seed=2).query)
+    first = class_split(LABELS, SplitOptions(query=8, train=20, seed=1))
+    assert torch.equal(
+        first.query, class_split(LABELS, SplitOptions(query=8, train=40, database=12, seed=1)).query
+    )
+    assert torch.equal(
+        first.train, class_split(LABELS, SplitOptions(query=8, train=20, database=12, seed=1)).train
+    )
+    assert not torch.equal(first.query, class_split(LABELS, SplitOptions(query=8, train=20, seed=2)).query)
 
 
 def test_official_test_part_gives_the_queries_and_nothing_else() -> None:
     test = torch.arange(120) >= 100
-    split = class_split(LABELS, query=8, train=20, seed=0, query_among=test)
+    split = class_split(LABELS, SplitOptions(query=8, train=20, seed=0), query_among=test)
     assert min(rows(split.query)) >= 100
     assert max(rows(split.train) | rows(split.database)) < 100
-    whole = class_split(LABELS, query=None, train=None, seed=0, query_among=test)
+    whole = class_split(LABELS, SplitOptions(query=None, train=None, seed=0), query_among=test)
     assert rows(whole.query) == set(range(100, 120))
     assert rows(whole.database) == set(range(100))
-    with pytest.raises(ValueError, match="query_among"):
-        class_split(LABELS, query=None, train=None)
+    assert len(class_split(LABELS, SplitOptions()).query) == 24  # without such a part, a fifth
 
 
 def test_small_class_is_named_with_counts() -> None:
@@ -84,20 +88,20 @@ def test_small_class_is_named_with_counts() -> None:
     with pytest.raises(
         ValueError, match=r"class 'cat' has 3 items left for the queries and 4 are needed \(8 over 2"
     ):
-        class_split(labels, query=8, train=2, names=("dog", "cat"))
+        class_split(labels, SplitOptions(query=8, train=2), names=("dog", "cat"))
     with pytest.raises(ValueError, match="class 'cat' has 2 items left for the training items and 3"):
-        class_split(labels, query=2, train=6, names=("dog", "cat"))
-    with pytest.raises(ValueError, match="queries must be at least 1, got 0"):
-        class_split(labels, query=0, train=6)
+        class_split(labels, SplitOptions(query=2, train=6), names=("dog", "cat"))
+    with pytest.raises(ValueError, match="query must be at least 1, got 0"):
+        class_split(labels, SplitOptions(query=0, train=6))
 
 
 def test_random_split() -> None:
-    split = random_split(50, query=10, train=20, seed=3, train_in_database=False)
+    split = random_split(50, SplitOptions(query=10, train=20, seed=3), train_in_database=False)
     parts = [rows(part) for part in (split.query, split.train, split.database)]
     assert [len(part) for part in parts] == [10, 20, 20]
     assert set.union(*parts) == set(range(50))
-    assert torch.equal(split.query, random_split(50, query=10, train=None, seed=3).query)
-    shared = random_split(50, query=10, train=20, database=25, seed=3)
+    assert torch.equal(split.query, random_split(50, SplitOptions(query=10, train=None, seed=3)).query)
+    shared = random_split(50, SplitOptions(query=10, train=20, database=25, seed=3))
     assert len(rows(shared.database)) == 25
     assert 0 < len(rows(shared.train) & rows(shared.database)) < 20
     assert not rows(shared.query) & rows(shared.database)
@@ -108,9 +112,9 @@ def test_random_split() -> None:
 )
 def test_random_split_of_too_few_items(sizes: dict[str, int | None]) -> None:
     with pytest.raises(ValueError, match="50 items are too few"):
-        random_split(50, **sizes)  # type: ignore[arg-type]
+        random_split(50, SplitOptions(**sizes))
     with pytest.raises(ValueError, match="database must be at least 1"):
-        random_split(50, query=1, train=1, database=0)
+        random_split(50, SplitOptions(query=1, train=1, database=0))
 
 
 def test_compact_renumbers() -> None:

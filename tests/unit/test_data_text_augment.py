@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from robusthash.core.runtime import Draws
-from robusthash.data.transforms import Vocabulary, augment, words_of
+from robusthash.data.texts import Vocabulary, words_of
+from robusthash.data.transforms import augment
 
 TEXTS = ["A red disc, a RED square.", "the blue disc's edge", "a disc"]
 
@@ -30,11 +31,10 @@ def test_most_frequent_words_first_then_alphabetical() -> None:
     assert Vocabulary.fit(TEXTS, 3).words == ("a", "disc", "red")
 
 
-def test_bags_binary_and_counts_and_unseen() -> None:
+def test_bags_and_unseen() -> None:
     vocabulary = Vocabulary.fit(TEXTS, 3)
     texts = ["a red red disc", "green disc here", ""]
     assert vocabulary.encode(texts).tolist() == [[1, 1, 1], [0, 1, 0], [0, 0, 0]]
-    assert vocabulary.encode(texts, "counts").tolist() == [[1, 1, 2], [0, 1, 0], [0, 0, 0]]
     assert vocabulary.encode(texts).dtype == torch.float32
     assert vocabulary.encode([]).shape == (0, 3)
     assert vocabulary.unseen(texts) == (2, 7)
@@ -45,10 +45,6 @@ def test_vocabulary_errors() -> None:
         Vocabulary.fit(["", "..."])
     with pytest.raises(ValueError, match="size of at least 1"):
         Vocabulary.fit(TEXTS, 0)
-    with pytest.raises(ValueError, match="twice"):
-        Vocabulary(("a", "a"))
-    with pytest.raises(ValueError, match="'tfidf'"):
-        Vocabulary(("a",)).encode(["a"], "tfidf")  # type: ignore[arg-type]
 
 
 @pytest.fixture

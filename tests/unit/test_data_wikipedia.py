@@ -80,7 +80,7 @@ def test_cut_sizes_are_drawn_by_the_seed(archive: Path) -> None:
     assert (
         load_data("wikipedia", root=archive, query=3, seed=2).query.fingerprint() != data.query.fingerprint()
     )
-    with pytest.raises(ValueError, match=r"query must lie in 1\.\.6, got 7"):
+    with pytest.raises(ValueError, match="7 query documents were asked for and 6 are there"):
         load_data("wikipedia", root=archive, query=7)
 
 

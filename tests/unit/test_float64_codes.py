@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robusthash.core.hamming import sign
 from robusthash.data import load_data
-from robusthash.data.loader import batches
+from robusthash.data.base import batches
 from robusthash.models import Hasher, build_hasher
 from robusthash.models.hasher import frozen
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
-from robusthash.data.image_changes import jpeg
+from robusthash.data.transforms import jpeg
 from robusthash.models.external.loaders import load_onnx, load_python, load_torchscript
 from robusthash.models.external.perceptual_hashes import NAMES, perceptual
 from robusthash.models.external.wrapper import MEAN, Broken, foreign, normalisation_doubt

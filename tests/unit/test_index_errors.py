@@ -15,7 +15,7 @@ import torch
 
 from robusthash.core import hamming
 from robusthash.core.types import Codes
-from robusthash.index import CodeIndex, LocalIndex, open_index
+from robusthash.index import CodeIndex, open_index
 from robusthash.index import sqlite_store as store_module
 
 
@@ -351,7 +351,7 @@ def test_a_log_without_its_store_is_not_replayed_into_a_new_one(home: Path) -> N
 
 
 def test_a_full_disk_changes_nothing(home: Path) -> None:
-    with LocalIndex(home, 32) as index:
+    with CodeIndex(home, 32) as index:
         index.add(codes([3, 1, 2], origin="model-a"), [{"label": "cat"}, {"label": "dog"}, {}])
         connection = index._opened()._connection
         connection.execute("PRAGMA max_page_count = 40")
@@ -372,7 +372,7 @@ def test_an_index_that_cannot_be_made_leaves_nothing(home: Path, monkeypatch: py
 
 
 def test_a_commit_reaches_the_disk_before_it_is_acknowledged(home: Path) -> None:
-    with LocalIndex(home, 32) as index:
+    with CodeIndex(home, 32) as index:
         connection = index._opened()._connection
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (
@@ -381,7 +381,7 @@ def test_a_commit_reaches_the_disk_before_it_is_acknowledged(home: Path) -> None
 
 
 def test_a_second_writer_waits_and_then_is_told(home: Path) -> None:
-    with LocalIndex(home, 32, wait=0.2) as index:
+    with CodeIndex(home, 32, wait=0.2) as index:
         index.add(codes([3, 1, 2], origin="model-a"), [{"label": "cat"}, {"label": "dog"}, {}])
         other = sqlite3.connect(home / "index.sqlite", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")

@@ -19,8 +19,7 @@ from robusthash.core.labels import relevant
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Outputs, Reference
-from robusthash.data.base import RetrievalData
-from robusthash.data.loader import batches
+from robusthash.data.base import RetrievalData, batches
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.objectives.pairwise import DPH, DPSH
 

@@ -3,8 +3,7 @@
 from typing import Any
 
 from robusthash.core.registry import build
-from robusthash.data.base import ArraySource, RetrievalData, Source, Split
-from robusthash.data.loader import batches
+from robusthash.data.base import ArraySource, RetrievalData, Source, Split, batches
 
 __all__ = ["ArraySource", "RetrievalData", "Source", "Split", "batches", "load_data"]
 

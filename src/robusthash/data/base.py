@@ -1,8 +1,10 @@
-"""Splits and retrieval data sets: what every reader makes and everything else consumes."""
+"""Splits, retrieval data sets and their batches: the result of every reader, the input of everything else."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -10,21 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robusthash.core.runtime import digest
+from robusthash.core.runtime import Draws, digest
 from robusthash.core.types import Batch, Inputs
 
 
 class Source(Protocol):
-    """Where items come from: memory (``ArraySource``) or files (``files.FileSource``)."""
+    """Items by row: in memory (``ArraySource``) or in files (``image_files.FileSource``)."""
 
     def __len__(self) -> int: ...
 
     def inputs(self, rows: Tensor) -> Inputs:
         """The inputs of these rows, by modality: images float32 in [0, 1]."""
-        ...
-
-    def hashes(self) -> np.ndarray:
-        """(N,) content hashes as ``"S16"`` byte strings; equal content, equal hash."""
         ...
 
 
@@ -34,8 +32,7 @@ def content_hash(data: bytes) -> bytes:
 
 
 def as_input(values: Tensor) -> Tensor:
-    """What a hasher gets of stored values: pixels in [0, 1]; bags, kept as bool to save memory, as 0 and
-    1."""
+    """Stored values as a hasher gets them: uint8 pixels as floats in [0, 1], bool bags as 0 and 1."""
     if values.dtype == torch.uint8:
         return values.float() / 255
     return values.float() if values.dtype == torch.bool else values
@@ -43,11 +40,12 @@ def as_input(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Items held in memory: images as uint8 (a quarter of float's memory), other modalities as they are."""
+    """Items in memory by modality, images as uint8 (a quarter of float's memory).
 
-    arrays: dict[
-        str, Tensor
-    ]  # "image": (N, 3, H, W) uint8 or (N, V) float; "text": (N, V) float/bool, (N, L) int64
+    ``image`` is (N, 3, H, W) uint8 or (N, V) float, ``text`` (N, V) float or bool, or (N, L) int64.
+    """
+
+    arrays: dict[str, Tensor]
 
     def __post_init__(self) -> None:
         sizes = {name: len(value) for name, value in self.arrays.items()}
@@ -61,10 +59,10 @@ class ArraySource:
         return {name: as_input(value[rows]) for name, value in self.arrays.items()}
 
     def hashes(self) -> np.ndarray:
+        """(N,) content hashes as ``"S16"`` byte strings; equal content, equal hash."""
         columns = [value.numpy() for _, value in sorted(self.arrays.items())]
-        return np.array(
-            [content_hash(b"".join(c[i].tobytes() for c in columns)) for i in range(len(self))], dtype="S16"
-        )
+        contents = (b"".join(column[row].tobytes() for column in columns) for row in range(len(self)))
+        return np.array([content_hash(content) for content in contents], dtype="S16")
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,7 @@ class Split:
     rows: Tensor  # (N,) int64
     labels: Tensor | None  # (N, C) multi-hot float32
     hashes: np.ndarray  # (N,) content hashes, "S16"
-    also: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # other label systems of the same items, by name, (N, C')
+    also: dict[str, Tensor] = field(default_factory=dict)  # other label systems by name, (N, C')
 
     def __post_init__(self) -> None:
         if len(self.rows) == 0:
@@ -98,22 +94,20 @@ class Split:
         return Batch(self.source.inputs(self.rows[positions]), labels, positions.to(torch.int64))
 
     def take(self, positions: Tensor, name: str | None = None) -> Split:
-        """A split of these positions, in their order; a name is kept unless another is given."""
+        """A split of these positions, in their order; the name stays unless another is given."""
         labels = None if self.labels is None else self.labels[positions]
         also = {system: values[positions] for system, values in self.also.items()}
-        return Split(
-            name or self.name, self.source, self.rows[positions], labels, self.hashes[positions.numpy()], also
-        )
+        rows, hashes = self.rows[positions], self.hashes[positions.numpy()]
+        return Split(name or self.name, self.source, rows, labels, hashes, also)
 
     def fingerprint(self) -> str:
         """Digest of the ordered content and the labels: equal only for the same items in the same order."""
         labels = b"" if self.labels is None else self.labels.numpy().tobytes()
         return hashlib.sha256(self.hashes.tobytes() + labels).hexdigest()[:16]
 
-
-def _unlabelled(split: Split) -> int:
-    """Items without a label, which are similar to nothing."""
-    return len(split) if split.labels is None else int((split.labels.sum(1) == 0).sum())
+    def unlabelled(self) -> int:
+        """Number of items without a label, which are similar to nothing."""
+        return len(self) if self.labels is None else int((self.labels.sum(1) == 0).sum())
 
 
 @dataclass(frozen=True)
@@ -121,8 +115,8 @@ class RetrievalData:
     """Train, query and database splits of one data set, checked when made.
 
     Raises:
-        ValueError: where a query is also in the database or in the training set. Training items may be in the
-            database (published protocols differ); ``train_in_database`` records how many are.
+        ValueError: a query is also in the database or in the training set. Training items may be in the
+            database (published protocols differ); ``train_in_database`` counts them.
     """
 
     name: str
@@ -140,56 +134,57 @@ class RetrievalData:
             shared = np.isin(queries, other.hashes)
             if shared.any():
                 first = int(np.flatnonzero(shared)[0])
-                raise ValueError(
-                    f"{int(shared.sum())} of {len(queries)} queries are also in the {other.name} split "
-                    f"(first: query {first}, content {queries[first].decode()}); remove them from one of the two"
-                )
-        object.__setattr__(
-            self, "train_in_database", int(np.isin(self.train.hashes, self.database.hashes).sum())
-        )
+                example = f"first: query {first}, content {queries[first].decode()}"
+                count = f"{int(shared.sum())} of {len(queries)} queries"
+                raise ValueError(f"{count} are also in the {other.name} split ({example}); remove them there")
+        shared = np.isin(self.train.hashes, self.database.hashes)
+        object.__setattr__(self, "train_in_database", int(shared.sum()))
 
     @property
     def splits(self) -> dict[str, Split]:
-        made = {"train": self.train, "query": self.query, "database": self.database}
-        return made if self.validation is None else {**made, "validation": self.validation}
+        """The splits by name; ``validation`` only where there is one."""
+        splits = {"train": self.train, "query": self.query, "database": self.database}
+        return splits if self.validation is None else {**splits, "validation": self.validation}
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return tuple(self.train.batch(torch.zeros(1, dtype=torch.int64)).inputs)
+        """Names of the inputs that items have."""
+        return tuple(self._example())
 
     @property
     def vocabulary(self) -> int | None:
-        """Width V of the texts as bags of words (length L where they are token ids), or None where there are
-        none."""
-        inputs = self.train.batch(torch.zeros(1, dtype=torch.int64)).inputs
+        """Width V of texts as bags of words (length L of token ids), or None where there are no texts."""
+        inputs = self._example()
         return inputs["text"].shape[1] if "text" in inputs else None
 
     @property
+    def image_size(self) -> tuple[int, ...]:
+        """(H, W) of the images, or (V,) where they are vectors of features."""
+        shape = self._example()["image"].shape
+        return tuple(shape[-2:]) if len(shape) == 4 else tuple(shape[1:])
+
+    def _example(self) -> Inputs:
+        return self.train.batch(torch.zeros(1, dtype=torch.int64)).inputs
+
+    @property
     def label_systems(self) -> tuple[str, ...]:
-        """Names of the other labels that items carry, e.g. ``class`` beside multi-labels."""
+        """Names of the other labels that items carry, e.g. ``class`` next to multi-labels."""
         return tuple(self.train.also)
 
     def by(self, system: str) -> RetrievalData:
         """The same items, relevant to each other by another label system.
 
         Raises:
-            ValueError: where the items have no such labels.
+            ValueError: the items have no such labels.
         """
         if system not in self.train.also:
-            raise ValueError(
-                f"{self.name} has no labels {system!r} beside its own; it has {list(self.label_systems)}"
-            )
-        relabelled = {
+            has = list(self.label_systems)
+            raise ValueError(f"{self.name} has no labels {system!r} beside its own; it has {has}")
+        splits = {
             name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
         }
         note = f"{self.note} Relevance by {system}.".strip()
-        return RetrievalData(self.name, **relabelled, label_names=(), note=note)
-
-    @property
-    def image_size(self) -> tuple[int, ...]:
-        """(H, W) of the images, or (V,) where they are vectors of features."""
-        shape = self.train.batch(torch.zeros(1, dtype=torch.int64)).inputs["image"].shape
-        return tuple(shape[-2:]) if len(shape) == 4 else tuple(shape[1:])
+        return RetrievalData(self.name, **splits, label_names=(), note=note)
 
     def fingerprint(self) -> str:
         """Digest of all splits, in order."""
@@ -202,7 +197,42 @@ class RetrievalData:
             "sizes": {name: len(split) for name, split in self.splits.items()},
             "fingerprints": {name: split.fingerprint() for name, split in self.splits.items()},
             "labels": len(self.label_names),
-            "unlabelled": {name: _unlabelled(split) for name, split in self.splits.items()},
+            "unlabelled": {name: split.unlabelled() for name, split in self.splits.items()},
             "train_in_database": self.train_in_database,
             "note": self.note,
         }
+
+
+def batches(
+    split: Split,
+    batch_size: int,
+    shuffle: Draws | None = None,
+    positions: Tensor | None = None,
+    modalities: Sequence[str] | None = None,
+) -> Iterator[Batch]:
+    """Batches of ``split``, decoded one ahead; the last may be smaller.
+
+    Args:
+        batch_size: items per batch, at least 1.
+        shuffle: the order is drawn from this scope; None keeps the split's order.
+        positions: only these positions of the split (a pool); None for all.
+        modalities: only these, where the split has them; None for all.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    order = torch.arange(len(split)) if positions is None else positions
+    if shuffle is not None:
+        order = order[torch.randperm(len(order), generator=shuffle.generator())]
+
+    def read(chunk: Tensor) -> Batch:
+        batch = split.batch(chunk)
+        return batch if modalities is None else batch.only(modalities)
+
+    # one thread reads ahead, so that decoding the next batch overlaps computing on this one
+    first, *others = order.split(batch_size)
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(read, first)
+        for chunk in others:
+            current, ahead = ahead, reader.submit(read, chunk)
+            yield current.result()
+        yield ahead.result()

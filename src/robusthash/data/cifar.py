@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +15,12 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.data.base import ArraySource, RetrievalData
-from robusthash.data.splits import assemble, class_split, compact, hash_pixels, one_hot
-
-CifarSplit = Literal["deephash", "deephash-with-train", "official-test"]
+from robusthash.data.official import read_npz
+from robusthash.data.splits import SplitOptions, assemble, class_split, compact, hash_pixels, one_hot
 
 _OFFICIAL = "cifar-10-batches-py"
 _ARCHIVE = "cifar10.npz"
 _KEYS = ("jpeg", "offset", "label", "is_test", "classes")
-_ARCHIVE_NOTE = (
-    "Pixels are re-encoded JPEG and the order is not the official one: numbers are close to official ones."
-)
 
 
 @dataclass(frozen=True)
@@ -36,6 +31,7 @@ class _Images:
     is_test: Tensor  # (N,) bool
     names: tuple[str, ...]
     take: Callable[[Tensor], Tensor]  # (R,) rows -> (R, 3, 32, 32) uint8
+    note: str = ""
 
 
 @register("data", "cifar10", paper="Krizhevsky 2009", modality="image", state="measured")
@@ -43,7 +39,7 @@ def cifar10(
     root: str | Path = "data",
     npz: str | Path | None = None,
     download: bool = False,
-    split: CifarSplit = "deephash",
+    split: Literal["deephash", "deephash-with-train", "official-test"] = "deephash",
     query: int | None = None,
     train: int | None = None,
     database: int | None = None,
@@ -65,52 +61,44 @@ def cifar10(
             ``is_test`` and ``classes``.
         download: fetch the official files into ``root`` where they are missing.
         split: one of the three above.
-        query, train, database: cut a split to so many items, equal over the classes and seeded, for instance
-            ``database=10000`` on a small machine. None is the customary size.
+        query, train, database: cut a split to a number of items, equal over the classes and seeded, for
+            instance ``database=10000`` on a small machine. None is the customary size.
 
     Raises:
         FileNotFoundError: nothing is there; the message says what belongs where.
-        ValueError: damaged files, an unknown split, a size that a class cannot give.
+        ValueError: damaged files, a size that a class cannot give.
     """
-    if split not in ("deephash", "deephash-with-train", "official-test"):
-        raise ValueError(f"split must be 'deephash', 'deephash-with-train' or 'official-test', got {split!r}")
-    if npz is not None:
-        images, note = _read_npz(Path(npz)), _ARCHIVE_NOTE
-    elif download or (Path(root) / _OFFICIAL).is_dir():
-        images, note = _read_official(Path(root), download), ""
-    elif (Path(root) / _ARCHIVE).is_file():
-        images, note = _read_npz(Path(root) / _ARCHIVE), _ARCHIVE_NOTE
-    else:
-        raise FileNotFoundError(
-            f"no CIFAR-10 in {Path(root).absolute()}: put the official python batches in {Path(root) / _OFFICIAL} "
-            f"(download=True fetches them) or one file with JPEG images at {Path(root) / _ARCHIVE} (or name it by npz=)"
-        )
+    images = _read(Path(root), npz, download)
     if split == "official-test":
-        query_among, with_train = images.is_test, True
+        query_among, train_in_database = images.is_test, True
     else:
-        query = 1000 if query is None else query
-        train = 5000 if train is None else train
-        query_among, with_train = None, split == "deephash-with-train"
+        query, train = 1000 if query is None else query, 5000 if train is None else train
+        query_among, train_in_database = None, split == "deephash-with-train"
     chosen = class_split(
         images.labels,
-        query=query,
-        train=train,
-        database=database,
-        seed=seed,
-        train_in_database=with_train,
+        SplitOptions(split, query, train, database, seed),
+        train_in_database=train_in_database,
         query_among=query_among,
         names=images.names,
     )
     needed, indices = compact(chosen)
     pixels = images.take(needed)
-    return assemble(
-        "cifar10",
-        ArraySource({"image": pixels}),
-        one_hot(images.labels[needed], len(images.names)),
-        hash_pixels(pixels),
-        indices,
-        images.names,
-        f"Split {split}, seed {seed}. {note}".strip(),
+    labels = one_hot(images.labels[needed], len(images.names))
+    note = f"Split {split}, seed {seed}. {images.note}".strip()
+    source = ArraySource({"image": pixels})
+    return assemble("cifar10", source, labels, hash_pixels(pixels), indices, images.names, note)
+
+
+def _read(root: Path, npz: str | Path | None, download: bool) -> _Images:
+    if npz is not None:
+        return _read_archive(Path(npz))
+    if download or (root / _OFFICIAL).is_dir():
+        return _read_official(root, download)
+    if (root / _ARCHIVE).is_file():
+        return _read_archive(root / _ARCHIVE)
+    raise FileNotFoundError(
+        f"no CIFAR-10 in {root.absolute()}: put the official python batches in {root / _OFFICIAL} "
+        f"(download=True fetches them) or one file with JPEG images at {root / _ARCHIVE} (or name it by npz=)"
     )
 
 
@@ -120,58 +108,49 @@ def _read_official(root: Path, download: bool) -> _Images:
     try:
         parts = [CIFAR10(str(root), train=train, download=download) for train in (True, False)]
     except RuntimeError as error:
-        raise ValueError(
-            f"{root / _OFFICIAL} is damaged or incomplete: {error}; remove it and fetch it again"
-        ) from None
+        path = root / _OFFICIAL
+        raise ValueError(f"{path} is damaged or incomplete: {error}; remove it and fetch it again") from None
     pixels = torch.from_numpy(np.concatenate([part.data for part in parts])).permute(0, 3, 1, 2)
     labels = torch.tensor([label for part in parts for label in part.targets])
     is_test = torch.arange(len(labels)) >= len(parts[0].data)
     return _Images(labels, is_test, tuple(parts[0].classes), lambda rows: pixels[rows].contiguous())
 
 
-def _read_npz(path: Path) -> _Images:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path.absolute()}; it should hold the arrays {', '.join(_KEYS)}")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = sorted(set(_KEYS) - set(archive.files))
-            if missing:
-                raise ValueError(
-                    f"it lacks the arrays {', '.join(missing)} and has {', '.join(archive.files)}"
-                )
-            jpeg, offset, label, is_test = (archive[key] for key in ("jpeg", "offset", "label", "is_test"))
-            names = tuple(str(name) for name in archive["classes"])
-        count = len(label)
-        if len(offset) != count + 1 or len(is_test) != count or (np.diff(offset.astype(np.int64)) <= 0).any():
-            raise ValueError(
-                f"{count} labels, {len(is_test)} test marks and {len(offset)} offsets do not fit together"
-            )
-        if offset[0] != 0 or offset[-1] != len(jpeg):
-            raise ValueError(f"the offsets end at {offset[-1]} and there are {len(jpeg)} bytes of images")
-        if count == 0 or label.min() < 0 or label.max() >= len(names):
-            raise ValueError(f"labels must lie in 0..{len(names) - 1}")
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a CIFAR-10 archive: {error}") from error
-    offset = offset.astype(np.int64)
+def _read_archive(path: Path) -> _Images:
+    jpeg, offset, label, is_test, classes = read_npz(path, _KEYS, "CIFAR-10").values()
+    offset, names = offset.astype(np.int64), tuple(map(str, classes))
+    count, wrong = len(label), ""
+    if len(offset) != count + 1 or len(is_test) != count or (np.diff(offset) <= 0).any():
+        wrong = f"{count} labels, {len(is_test)} test marks and {len(offset)} offsets do not fit together"
+    elif offset[0] != 0 or offset[-1] != len(jpeg):
+        wrong = f"the offsets end at {offset[-1]} and there are {len(jpeg)} bytes of images"
+    elif count == 0 or label.min() < 0 or label.max() >= len(names):
+        wrong = f"labels must lie in 0..{len(names) - 1}"
+    if wrong:
+        raise ValueError(f"{path} is not a CIFAR-10 archive: {wrong}")
 
     def take(rows: Tensor) -> Tensor:
         pixels = np.empty((len(rows), 32, 32, 3), dtype=np.uint8)
         for position, row in enumerate(rows.tolist()):
-            # without ``read_image`` and threads: on files this small their overhead is most of the time
-            try:
-                with Image.open(
-                    io.BytesIO(jpeg[offset[row] : offset[row + 1]].tobytes()), formats=["JPEG"]
-                ) as image:
-                    decoded = np.asarray(image.convert("RGB"))
-            except OSError as error:
-                raise ValueError(f"image {row} of {path} is no JPEG file") from error
-            if decoded.shape != (32, 32, 3):
-                raise ValueError(
-                    f"image {row} of {path} is {decoded.shape[1]} x {decoded.shape[0]}, not 32 x 32"
-                )
-            pixels[position] = decoded
+            stream = io.BytesIO(jpeg[offset[row] : offset[row + 1]].tobytes())
+            pixels[position] = _decode(stream, f"image {row} of {path}")
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
-    return _Images(
-        torch.from_numpy(label.astype(np.int64)), torch.from_numpy(is_test.astype(bool)), names, take
+    note = (
+        "Pixels are re-encoded JPEG and the order is not the official one: "
+        "numbers are close to official ones."
     )
+    labels = torch.from_numpy(label.astype(np.int64))
+    return _Images(labels, torch.from_numpy(is_test.astype(bool)), names, take, note)
+
+
+def _decode(stream: io.BytesIO, name: str) -> np.ndarray:
+    """(32, 32, 3) uint8. On files this small the overhead of ``read_image`` is most of the time."""
+    try:
+        with Image.open(stream, formats=["JPEG"]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{name} is no JPEG file") from error
+    if pixels.shape != (32, 32, 3):
+        raise ValueError(f"{name} is {pixels.shape[1]} x {pixels.shape[0]}, not 32 x 32")
+    return pixels

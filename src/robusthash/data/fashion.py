@@ -13,19 +13,11 @@ from torch.nn import functional
 
 from robusthash.core.registry import register
 from robusthash.data.base import ArraySource, RetrievalData
-from robusthash.data.splits import assemble, class_split, compact, hash_pixels, one_hot
+from robusthash.data.splits import SplitOptions, assemble, class_split, compact, hash_pixels, one_hot
 
 CLASSES = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
 _SIDE = 28
 _PARTS = ("train", "t10k")
@@ -69,20 +61,13 @@ def fashion_mnist(
     hashes = hash_pixels(pixels)
     first = torch.from_numpy(np.sort(np.unique(hashes, return_index=True)[1]))
     labels, is_test, hashes = labels[first], is_test[first], hashes[first.numpy()]
-    chosen = class_split(
-        labels, query=query, train=train, database=database, seed=seed, query_among=is_test, names=CLASSES
-    )
-    needed, indices = compact(chosen)
+    sizes = SplitOptions(None, query, train, database, seed)
+    needed, indices = compact(class_split(labels, sizes, query_among=is_test, names=CLASSES))
     side = f"pooled to {pool} x {pool}, " if pool is not None and pool < _SIDE else ""
-    return assemble(
-        "fashion-mnist",
-        ArraySource({"image": pixels[first[needed]][:, None].repeat(1, 3, 1, 1)}),
-        one_hot(labels[needed], len(CLASSES)),
-        hashes[needed.numpy()],
-        indices,
-        CLASSES,
-        f"Grey images {side}repeated into three channels; seed {seed}.",
-    )
+    note = f"Grey images {side}repeated into three channels; seed {seed}."
+    source = ArraySource({"image": pixels[first[needed]][:, None].repeat(1, 3, 1, 1)})
+    classes = one_hot(labels[needed], len(CLASSES))
+    return assemble("fashion-mnist", source, classes, hashes[needed.numpy()], indices, CLASSES, note)
 
 
 def _find(root: Path) -> Path:
@@ -93,9 +78,9 @@ def _find(root: Path) -> Path:
         if all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in names):
             return folder
     raise FileNotFoundError(
-        f"no Fashion-MNIST: the files {', '.join(names)} (plain or .gz) belong in {searched[0].absolute()} or in "
-        f"{searched[1]}; torchvision.datasets.FashionMNIST({str(root)!r}, download=True) puts them there, and Debian's "
-        "package dataset-fashion-mnist installs them too"
+        f"no Fashion-MNIST: the files {', '.join(names)} (plain or .gz) belong in {root.absolute()} or "
+        f"{searched[1]}; torchvision.datasets.FashionMNIST({str(root)!r}, download=True) puts them there, "
+        "and Debian's package dataset-fashion-mnist installs them too"
     )
 
 
@@ -104,9 +89,8 @@ def _read_part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     images = read_idx(_either(folder / f"{part}-images-idx3-ubyte"), dimensions=3)
     labels = read_idx(_either(folder / f"{part}-labels-idx1-ubyte"), dimensions=1)
     if images.shape[1:] != (_SIDE, _SIDE):
-        raise ValueError(
-            f"{folder}: {part} images of {images.shape[2]} x {images.shape[1]}, not {_SIDE} x {_SIDE}"
-        )
+        shape = f"{images.shape[2]} x {images.shape[1]}"
+        raise ValueError(f"{folder}: {part} images of {shape}, not {_SIDE} x {_SIDE}")
     if len(images) != len(labels):
         raise ValueError(f"{folder}: {len(images)} {part} images and {len(labels)} labels")
     if len(labels) and labels.max() >= len(CLASSES):
@@ -130,11 +114,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         raise ValueError(f"{path} cannot be decompressed: {error}; fetch it again") from error
     magic = 0x0800 + dimensions  # two zero bytes, the type (08: unsigned byte), the number of dimensions
     head = 4 + 4 * dimensions
-    found = int.from_bytes(raw[:4], "big")
-    if len(raw) < head or found != magic:
-        raise ValueError(
-            f"{path} is no IDX file of {dimensions} dimensions: it starts with {found:#010x}, not {magic:#010x}"
-        )
+    start = int.from_bytes(raw[:4], "big")
+    if len(raw) < head or start != magic:
+        raise ValueError(f"{path} is no IDX file of {dimensions} dimensions: it starts with {start:#010x}")
     shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", dimensions, offset=4))
     if len(raw) - head != int(np.prod(shape, dtype=np.int64)):
         raise ValueError(f"{path} says {shape} and holds {len(raw) - head} bytes of data; fetch it again")

@@ -2,129 +2,128 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import logging
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData
-from robusthash.data.image_files import MEMORY, Decoding, FileSource
-from robusthash.data.manifest import Entry, LabelField, entries_of_folder, entries_of_manifest, other_field
-from robusthash.data.splits import Indices, assemble, class_split, random_split
-from robusthash.data.text_modality import Caption, Texts, TextStyle
-from robusthash.data.transforms import MAX_PIXELS, Fit, OnError
-
-__all__ = ["FileSource", "folder"]
+from robusthash.data.image_files import SUFFIXES, ImageFile, ImageOptions, decode
+from robusthash.data.official import flat_options
+from robusthash.data.splits import Indices, SplitOptions, assemble, class_split, random_split
+from robusthash.data.texts import TextOptions
 
 logger = logging.getLogger(__name__)
 
-SplitRule = Literal["manifest", "random", "balanced"]
+LabelField = Literal["labels", "class"]
+
+_OTHER: dict[LabelField, LabelField] = {"labels": "class", "class": "labels"}
+_SPLIT_NAMES = frozenset({"train", "test", "val", "valid", "validation", "query", "database"})
+
+
+@dataclass(frozen=True)
+class ColumnSplits:
+    """Values of a manifest's column ``split`` that go into each split.
+
+    A value that is for queries is for nothing else, and each value must go somewhere.
+    """
+
+    query_splits: Sequence[str] = ("query", "test")
+    train_splits: Sequence[str] = ("train",)
+    database_splits: Sequence[str] = ("database", "train")
+    validation_splits: Sequence[str] = ("validation", "val")
+
+    def __post_init__(self) -> None:
+        for values in vars(self).values():
+            if isinstance(values, str):
+                raise ValueError(f"the splits are lists of values of the column, got the text {values!r}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image file with what is known of it."""
+
+    file: ImageFile
+    labels: tuple[str, ...]
+    split: str = ""
+    captions: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()  # labels of the other label column
 
 
 @register("data", "folder")
+@flat_options()
 def folder(
     root: str | Path | None = None,
     archive: str | Path | None = None,
     manifest: str | Path | None = None,
     label_field: LabelField = "labels",
-    size: int = 64,
-    fit: Fit = "crop",
-    texts: Texts = False,
-    caption: Caption = "all",
-    vocabulary: int = 1000,
-    tokenizer: str | Path | None = None,
-    max_length: int = 64,
-    split: SplitRule | None = None,
-    query_splits: Sequence[str] = ("query", "test"),
-    train_splits: Sequence[str] = ("train",),
-    database_splits: Sequence[str] = ("database", "train"),
-    validation_splits: Sequence[str] = ("validation", "val"),
-    query: int | None = None,
-    train: int | None = None,
-    database: int | None = None,
-    seed: int = 0,
-    on_error: OnError = "raise",
-    max_pixels: int = MAX_PIXELS,
-    memory: int = MEMORY,
+    image: ImageOptions = ImageOptions(),
+    text: TextOptions = TextOptions(texts=False),
+    splits: SplitOptions = SplitOptions(),
+    columns: ColumnSplits = ColumnSplits(),
 ) -> RetrievalData:
     """Your own images, labelled by class folders or by a CSV or JSON-lines manifest.
 
-    Every file is decoded once when the set is loaded: that finds the unreadable ones and gives content
-    hashes, which are of the pixels at ``size``, so that a picture saved again without loss is known as the
-    same. A query whose pixels are also in another split is dropped with a warning. Images stay in memory when
-    they fit in ``memory``.
+    Content hashes are of the pixels at ``size``, so that a picture saved again without loss counts as the
+    same. A query whose pixels are also in another split is dropped with a warning.
 
     Args:
         root: the folder of class folders, or the one that the manifest's ``file`` column is relative to.
         archive: a plain, uncompressed tar instead of ``root``; it needs a manifest.
         manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (a list, or ``;`` between),
-            optionally ``class``, ``captions``, ``split`` and ``id``. Items without a label are similar to
-            nothing; they are kept, counted in the note and warned of.
+            optionally ``class``, ``captions`` (a list or one text), ``split`` and ``id``. Items without a
+            label are similar to nothing; they are kept, counted in the note and warned of.
         label_field: take the labels from ``labels`` or from ``class``. Where every row has the other column
             too, it becomes another label system of that name (``RetrievalData.by``).
-        size: side of the square images in pixels.
-        fit: ``crop``, ``stretch`` or ``pad``, as in ``read_image``.
-        texts: ``True`` adds a bag of the words of an image's captions as modality ``text``, ``"tokens"``
-            token ids for a transformer. An item with an empty text is kept, counted in the note and warned
-            of.
-        caption: use the ``first`` caption of an image, or ``all`` of them joined.
-        vocabulary: most frequent words of the training captions that the bag counts.
-        tokenizer, max_length: for tokens, the folder with the tokenizer and the longest text; longer ones are
-            cut.
-        split: ``manifest`` follows the column ``split``; ``random`` draws; ``balanced`` draws equally over
-            the classes and needs one label an item. None: ``manifest`` where the column is there, else
-            ``random``.
-        query_splits, train_splits, database_splits, validation_splits: under ``manifest``, the values of the
-            column that go into each split; a value that is for queries is for nothing else, and each value
-            must go somewhere.
-        query: under ``random`` and ``balanced``, the number of queries; None is a fifth of all items.
-        train: number of training items, disjoint from the database; None trains on the whole database.
-        database: number of database items; None is all the others.
-        on_error: ``raise`` at the first unreadable file, or ``skip`` all such files with one warning.
-        max_pixels: refuse files of more pixels.
-        memory: bytes; 0 always decodes from the files.
+        image, text: texts are the captions of the manifest.
+        splits: the rule ``manifest`` follows the column ``split``; ``random`` draws; ``balanced`` draws
+            equally over the classes and needs one label an item. None is ``manifest`` where the column is
+            there, else ``random``. Of a drawn split: ``query`` None is a fifth of all items, ``train`` is
+            disjoint from the database (None trains on all of it), ``database`` None is all the others.
+        columns: for the rule ``manifest``.
 
     Raises:
         FileNotFoundError: a folder, archive, manifest or listed file is missing.
         ValueError: no labels, broken rows, repeated files, empty classes, unreadable files
             (``UnreadableImage``), a split that cannot be made.
     """
-    decoding = Decoding(size, fit, on_error, max_pixels, memory)
-    style = TextStyle(texts, caption, vocabulary, tokenizer, max_length)
-    entries = _entries(root, archive, manifest, label_field, bool(texts))
-    decoded = decoding.decode([entry.file for entry in entries])
-    entries = [entries[row] for row in decoded.kept]
-    labels, names = _multi_hot([entry.labels for entry in entries])
-    if split is None:
-        split = "manifest" if any(entry.split for entry in entries) else "random"
-    if split == "manifest":
-        if (query, train, database) != (None, None, None):
-            raise ValueError(
-                "query, train and database are sizes of a drawn split; set split='random' or 'balanced'"
-            )
-        indices = _manifest_split(entries, train_splits, query_splits, database_splits, validation_splits)
+    if (root is None) == (archive is None):
+        raise ValueError(f"give either root (a folder) or archive (a tar), got {root!r} and {archive!r}")
+    if manifest is not None:
+        entries = _entries_of_manifest(Path(manifest), root, archive, label_field, bool(text.texts))
     else:
-        indices = _drawn_split(labels, names, split, query, train, database, seed)
-    also: dict[str, Tensor] = {}
-    note = f"Images {fit} to {size} x {size}; split {split}" + (
-        "." if split == "manifest" else f", seed {seed}."
-    )
-    note += _note_unlabelled(labels)
-    lacking = sum(not entry.also for entry in entries)
-    if lacking == 0:
-        also[other_field(label_field)] = _multi_hot([entry.also for entry in entries])[0]
-    elif lacking < len(entries):
-        note += f" {lacking} of {len(entries)} items have no {other_field(label_field)!r}, which is left out."
-    others: dict[str, Tensor] = {}
-    if texts:
-        asked = torch.cat([indices.query, indices.database])
-        others["text"], said = style.encode([entry.captions for entry in entries], indices.train, asked)
-        note += f" {said}"
-    return assemble("folder", decoded.source(others), labels, decoded.hashes, indices, names, note, also)
+        entries = _entries_of_folder(root, bool(text.texts))
+    source, readable = decode([entry.file for entry in entries], image)
+    entries = [entries[row] for row in readable.tolist()]
+    labels, names = _multi_hot([entry.labels for entry in entries])
+    rule = splits.split or ("manifest" if any(entry.split for entry in entries) else "random")
+    if rule == "manifest":
+        splits.refuse_sizes("; set split='random' or 'balanced'")
+        indices = _column_split(entries, columns)
+    else:
+        indices = _drawn_split(labels, names, replace(splits, split=rule))
+    note = f"Images {image}; split {rule}" + ("." if rule == "manifest" else f", seed {splits.seed}.")
+    if count := int((labels.sum(1) == 0).sum()):
+        unlabelled = f"{count} of {len(labels)} items have no label and are similar to nothing."
+        logger.warning("folder: %s They are kept.", unlabelled)
+        note += f" {unlabelled}"
+    also, label_note = _other_labels(entries, _OTHER[label_field])
+    note += label_note
+    if text.texts:
+        others = torch.cat([indices.query, indices.database])
+        values, text_note = text.encode([entry.captions for entry in entries], indices.train, others)
+        source, note = replace(source, others={"text": values}), f"{note} {text_note}"
+    return assemble("folder", source, labels, source.hashes, indices, names, note, also)
 
 
 def _multi_hot(rows: Sequence[Sequence[str]]) -> tuple[Tensor, tuple[str, ...]]:
@@ -137,104 +136,216 @@ def _multi_hot(rows: Sequence[Sequence[str]]) -> tuple[Tensor, tuple[str, ...]]:
     return labels, names
 
 
-def _note_unlabelled(labels: Tensor) -> str:
-    """Warns of items without a label, and says how many there are; nothing where there are none."""
-    count = int((labels.sum(1) == 0).sum())
-    if count == 0:
-        return ""
-    said = f"{count} of {len(labels)} items have no label and are similar to nothing."
-    logger.warning("folder: %s They are kept.", said)
-    return f" {said}"
+def _other_labels(entries: Sequence[Entry], field: LabelField) -> tuple[dict[str, Tensor], str]:
+    """The label system of the other column where every item has it, and the note where only some do."""
+    lacking = sum(not entry.also for entry in entries)
+    if lacking == 0:
+        return {field: _multi_hot([entry.also for entry in entries])[0]}, ""
+    note = f" {lacking} of {len(entries)} items have no {field!r}, which is left out."
+    return {}, note if lacking < len(entries) else ""
 
 
-def _entries(
-    root: str | Path | None,
-    archive: str | Path | None,
-    manifest: str | Path | None,
-    label_field: LabelField,
-    texts: bool,
-) -> list[Entry]:
-    if label_field not in ("labels", "class"):
-        raise ValueError(f"label_field must be 'labels' or 'class', got {label_field!r}")
-    if (root is None) == (archive is None):
-        raise ValueError(
-            f"give either root (a folder) or archive (a tar), got root={root!r} and archive={archive!r}"
-        )
-    if manifest is not None:
-        where = (None if root is None else Path(root), None if archive is None else Path(archive))
-        return entries_of_manifest(Path(manifest), *where, label_field, texts)
-    if root is None:
-        raise ValueError("an archive needs a manifest, which says what its files are")
-    if texts:
-        raise ValueError("texts=True needs a manifest with a column 'captions'")
-    return entries_of_folder(Path(root))
-
-
-def _manifest_split(
-    entries: Sequence[Entry],
-    train: Sequence[str],
-    query: Sequence[str],
-    database: Sequence[str],
-    validation: Sequence[str],
-) -> Indices:
-    for values in (train, query, database, validation):
-        if isinstance(values, str):
-            raise ValueError(f"the splits are lists of values of the split column, got the text {values!r}")
-    if not any(entry.split for entry in entries):
-        raise ValueError(
-            "split='manifest' needs a manifest with a column 'split'; use 'random' or 'balanced'"
-        )
-    unknown = sorted({entry.split for entry in entries} - {*train, *query, *database, *validation})
+def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
+    """The split that the column ``split`` of the manifest writes down."""
+    values = {entry.split for entry in entries}
+    if not any(values):
+        raise ValueError("split='manifest' needs a column 'split'; use 'random' or 'balanced'")
+    unknown = sorted(values.difference(*vars(columns).values()))
     if unknown:
         raise ValueError(
             f"the manifest's split column holds {', '.join(map(repr, unknown))}, which no split takes; "
             "name them in query_splits, train_splits, database_splits or validation_splits"
         )
+    query = set(columns.query_splits)
 
-    def rows(wanted: set[str]) -> Tensor:
-        return torch.tensor(
-            [row for row, entry in enumerate(entries) if entry.split in wanted], dtype=torch.int64
-        )
+    def rows(of: Iterable[str]) -> Tensor:
+        return torch.tensor([row for row, entry in enumerate(entries) if entry.split in of]).long()
 
-    asked = set(query)
-    held = rows(set(validation) - asked)
-    parts = {"train": rows(set(train) - asked), "query": rows(asked), "database": rows(set(database) - asked)}
+    parts = {
+        "train": rows(set(columns.train_splits) - query),
+        "query": rows(query),
+        "database": rows(set(columns.database_splits) - query),
+    }
     for name, part in parts.items():
         if len(part) == 0:
-            found = ", ".join(sorted({repr(entry.split) for entry in entries}))
-            raise ValueError(
-                f"no row of the manifest is for the {name} split; its split column holds {found}"
-            )
-    return Indices(**parts, validation=held if len(held) else None)
+            held = ", ".join(sorted(map(repr, values)))
+            raise ValueError(f"no row of the manifest is for the {name} split; its split column holds {held}")
+    validation = rows(set(columns.validation_splits) - query)
+    return Indices(**parts, validation=validation if len(validation) else None)
 
 
-def _drawn_split(
-    labels: Tensor,
-    names: tuple[str, ...],
-    rule: str,
-    query: int | None,
-    train: int | None,
-    database: int | None,
-    seed: int,
-) -> Indices:
-    query = max(1, len(labels) // 5) if query is None else query
-    if rule == "random":
-        return random_split(
-            len(labels),
-            query=query,
-            train=train,
-            database=database,
-            seed=seed,
-            train_in_database=train is None,
+def _drawn_split(labels: Tensor, names: Sequence[str], splits: SplitOptions) -> Indices:
+    if splits.split == "random":
+        return random_split(len(labels), splits, train_in_database=splits.train is None)
+    if splits.split != "balanced":
+        raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {splits.split!r}")
+    number = labels.sum(1)
+    for count, labels_each in ((int((number > 1).sum()), "several"), (int((number == 0).sum()), "none")):
+        if count:
+            wrong = f"{count} items have {labels_each}"
+            raise ValueError(f"split='balanced' needs one label an item and {wrong}; use 'random'")
+    return class_split(labels.argmax(1), splits, names=names)
+
+
+def _entries_of_folder(root: str | Path | None, captions: bool) -> list[Entry]:
+    """Every image below the class folders of ``root``, which give the labels. Hidden files are left out."""
+    if root is None:
+        raise ValueError("an archive needs a manifest, which says what its files are")
+    if captions:
+        raise ValueError("texts=True needs a manifest with a column 'captions'")
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"no folder {root.absolute()}; it should hold a folder of images for each class"
         )
-    if rule != "balanced":
-        raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {rule!r}")
-    for number, many in (
-        (int((labels.sum(1) > 1).sum()), "several"),
-        (int((labels.sum(1) == 0).sum()), "none"),
-    ):
-        if number:
+    visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    loose = [path for path in visible if _is_image(path)]
+    if loose:
+        raise ValueError(
+            f"{len(loose)} images lie in {root} itself and have no label (first: {loose[0].name}); "
+            "move each into a folder named like its class, or give a manifest"
+        )
+    classes = [path for path in visible if path.is_dir()]
+    if not classes:
+        raise ValueError(f"{root} is empty: it holds neither class folders nor images")
+    if {path.name.lower() for path in classes} <= _SPLIT_NAMES:
+        raise ValueError(
+            f"the folders of {root} are named like splits ({_some([path.name for path in classes])}), which would "
+            "become labels; give a manifest with the columns file, labels and split"
+        )
+    files = {path.name: sorted(file for file in path.rglob("*") if _is_image(file)) for path in classes}
+    empty = [name for name, images in files.items() if not images]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} class folders of {root} hold no image: {_some(empty)}; fill or remove"
+        )
+    return [Entry(ImageFile(file), (name,)) for name, images in files.items() for file in images]
+
+
+def _entries_of_manifest(
+    manifest: Path,
+    root: str | Path | None,
+    archive: str | Path | None,
+    label_field: LabelField,
+    captions: bool,
+) -> list[Entry]:
+    """The rows of a CSV or JSON-lines manifest, their files found in a folder or in a plain tar."""
+    rows, other = _rows(manifest), _OTHER[label_field]
+    for column in ("file", label_field, "captions") if captions else ("file", label_field):
+        lacking = [line for line, row in rows if column not in row]
+        if lacking:
             raise ValueError(
-                f"split='balanced' needs one label an item and {number} items have {many}; use 'random'"
+                f"{len(lacking)} of {len(rows)} rows of {manifest} have no column {column!r} (first: line "
+                f"{lacking[0]}); the columns of the first row are {', '.join(rows[0][1])}"
             )
-    return class_split(labels.argmax(1), query=query, train=train, database=database, seed=seed, names=names)
+    _refuse_repeated([str(PurePosixPath(str(row["file"]))) for _, row in rows], "file", manifest)
+    _refuse_repeated([str(row["id"]) for _, row in rows if row.get("id") not in (None, "")], "id", manifest)
+    if not any(_texts(row[label_field]) for _, row in rows):
+        raise ValueError(
+            f"no row of {manifest} has a label in the column {label_field!r}; fill it, or set label_field to "
+            f"{other!r} where the labels stand there"
+        )
+    members = {} if archive is None else _members(Path(archive))
+    entries, missing = [], []
+    for _, row in rows:
+        name = str(row["file"])
+        file = _file_below(Path(root), name) if root is not None else members.get(name.removeprefix("./"))
+        if file is None:
+            missing.append(name)
+            continue
+        labels = tuple(sorted(set(_texts(row[label_field]))))
+        also = tuple(sorted(set(_texts(row.get(other)))))
+        said = tuple(_texts(row.get("captions"), separator=""))
+        entries.append(Entry(file, labels, str(row.get("split") or ""), said, also))
+    if missing:
+        where = archive or root
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(rows)} files of {manifest} are not in {where}: {_some(missing)}"
+        )
+    return entries
+
+
+def _rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, row) of every row."""
+    if not manifest.is_file():
+        raise FileNotFoundError(f"no manifest {manifest.absolute()}")
+    try:
+        text = manifest.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{manifest} is not UTF-8 text: {error}") from error
+    read = _csv_rows if manifest.suffix.lower() == ".csv" else _json_rows
+    rows = list(read(manifest, text))
+    if not rows:
+        raise ValueError(f"{manifest} has no rows")
+    return rows
+
+
+def _csv_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"{manifest}, line {reader.line_num} has not as many fields as the header")
+            yield reader.line_num, dict(row)
+    except csv.Error as error:
+        raise ValueError(f"{manifest}, after line {reader.line_num}: not CSV, {error}") from error
+
+
+def _json_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, content in enumerate(text.split("\n"), start=1):  # not splitlines, which also cuts inside texts
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{manifest}, line {line} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{manifest}, line {line} is not a JSON object")
+        yield line, row
+
+
+def _texts(value: Any, separator: str = ";") -> list[str]:
+    """A list of texts, or one text with separators -> its non-empty parts."""
+    if isinstance(value, str) and separator:
+        value = value.split(separator)
+    parts = value if isinstance(value, list) else [] if value is None else [value]
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _refuse_repeated(values: Iterable[str], column: str, manifest: Path) -> None:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} values of column {column!r} occur twice in {manifest}: {_some(twice)}"
+        )
+
+
+def _members(archive: Path) -> dict[str, ImageFile]:
+    """Regular files of a plain tar, by name, to be read in place."""
+    if not archive.is_file():
+        raise FileNotFoundError(f"no archive {archive.absolute()}")
+    try:
+        with tarfile.open(archive, "r:") as opened:
+            members = [member for member in opened if member.isreg() and not member.issparse()]
+    except tarfile.TarError as error:
+        raise ValueError(f"{archive} is not a plain tar ({error}); uncompress it first") from error
+    return {
+        member.name.removeprefix("./"): ImageFile(archive, member.name, member.offset_data, member.size)
+        for member in members
+    }
+
+
+def _file_below(root: Path, name: str) -> ImageFile | None:
+    relative = PurePosixPath(name.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts:
+        raise ValueError(f"the manifest names {name!r}; files must lie below {root}")
+    path = root / relative
+    return ImageFile(path) if path.is_file() else None
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData
-from robusthash.data.image_files import MEMORY, Decoding
-from robusthash.data.official import Pool, Protocol, choose, find, lines_of, make_data, protocol
-from robusthash.data.text_modality import Texts, TextStyle
-from robusthash.data.transforms import Fit, ImageFile, OnError
+from robusthash.data.image_files import ImageFile, ImageOptions
+from robusthash.data.official import Pool, find, flat_options, lines_of, make_data
+from robusthash.data.splits import Protocol, SplitOptions, find_protocol, protocol_split
+from robusthash.data.texts import TextOptions
 
 logger = logging.getLogger(__name__)
-
-Filter = Literal["none", "label", "label+tag"]
 
 SPLITS = {
     "sfcl": Protocol(2000, 5000, "random", "SFCL"),
@@ -32,30 +30,21 @@ SPLITS = {
 _IMAGES = (
     "mirflickr25k.zip unpacks to mirflickr/ with im1.jpg to im25000.jpg, meta/tags, meta/tags_raw and doc"
 )
-_LABELS = "mirflickr25k_annotations_v080.zip belongs there as a folder of that name, with animals.txt and the others"
+_LABELS = "mirflickr25k_annotations_v080.zip belongs there as a folder of that name, with animals.txt etc."
 _COMPLETE, _FILTERED = 25000, 20015
 
 
 @register("data", "mirflickr", paper="Huiskes and Lew 2008", modality="image+text")
+@flat_options("caption", "vocabulary")
 def mirflickr(
     root: str | Path = "data",
-    split: str = "sfcl",
-    mir_filter: Filter = "label+tag",
+    mir_filter: Literal["none", "label", "label+tag"] = "label+tag",
     concepts: Literal[24, 38] = 24,
-    query: int | None = None,
-    train: int | None = None,
-    database: int | None = None,
-    seed: int = 0,
-    size: int = 64,
-    fit: Fit = "crop",
-    texts: Texts = True,
-    tokenizer: str | Path | None = None,
-    max_length: int = 64,
-    on_error: OnError = "raise",
-    memory: int = MEMORY,
+    image: ImageOptions = ImageOptions(),
+    text: TextOptions = TextOptions(),
+    splits: SplitOptions = SplitOptions("sfcl"),
 ) -> RetrievalData:
-    """MIRFLICKR-25K: 25,000 photographs of Flickr, 24 or 38 concepts (several an image) and the tags of their
-    owners.
+    """MIRFLICKR-25K: 25,000 photographs of Flickr, 24 or 38 concepts (several an image) and owners' tags.
 
     Papers use 24 concepts and, of the 25,000, the 20,015 that have a concept and a common tag (the default
     filter). SFCL and DSARH say 25,000; with their number of queries the two cannot be told apart. Splits are
@@ -65,61 +54,47 @@ def mirflickr(
     Args:
         root: folder that holds ``mirflickr/`` and ``mirflickr25k_annotations_v080/``, at most three folders
             down.
-        split: sizes of ``sfcl`` or ``drfgd`` (2,000 queries, 5,000 training items), ``dsarh`` (1,000 and
-            5,000), ``dcmh`` (2,000 and 10,000), ``ucch`` (the last 2,000, trained on all others). All others
-            are the database.
         mir_filter: ``none`` keeps every image, ``label`` those with a concept, ``label+tag`` those with a tag
             of the common ones as well.
         concepts: 24, or 38 with the stricter ``_r1`` lists of 14 of them, which imply their base.
-        query, train, database: other sizes; a cut database is drawn from all that are no queries.
-        size, fit: of the square images in pixels, as in ``read_image``.
-        texts: ``True`` is a bag of the 1,386 common tags, ``"tokens"`` the raw tags, joined by spaces, as
-            token ids.
-        tokenizer, max_length: for tokens, the folder with the tokenizer and the longest text.
-        on_error, memory: as in ``folder``.
+        text: ``True`` is a bag of the 1,386 common tags, ``"tokens"`` the raw tags, joined by spaces, as ids.
+        splits: sizes of ``sfcl`` or ``drfgd`` (2,000 queries, 5,000 training items), ``dsarh`` (1,000 and
+            5,000), ``dcmh`` (2,000 and 10,000), ``ucch`` (the last 2,000, trained on all others). All others
+            are the database; a cut one is drawn from all that are no queries.
 
     Raises:
         FileNotFoundError: a file is missing; the message says which archive it is in and where it goes.
         KeyError: an unknown split.
-        ValueError: broken files, an unknown option, too few items.
+        ValueError: broken files or too few items.
     """
-    if mir_filter not in ("none", "label", "label+tag"):
-        raise ValueError(f"mir_filter must be 'none', 'label' or 'label+tag', got {mir_filter!r}")
-    if concepts not in (24, 38):
-        raise ValueError(f"concepts must be 24 or 38, got {concepts!r}")
-    how = protocol(SPLITS, split)
-    decoding = Decoding(size, fit, on_error, memory=memory)
-    style = TextStyle(texts, tokenizer=tokenizer, max_length=max_length)
+    protocol = find_protocol(SPLITS, splits.split)
     folder = find(Path(root), "mirflickr", _IMAGES)
     numbers = _image_numbers(folder)
     labels, names = _labels(find(Path(root), "mirflickr25k_annotations_v080", _LABELS), numbers, concepts)
-    bags = _tag_bags(folder, numbers) if texts or mir_filter == "label+tag" else None
-    raw = tuple(_tags(folder, "tags_raw", number) for number in numbers) if texts == "tokens" else None
-    files = tuple(ImageFile(folder / f"im{number}.jpg") for number in numbers)
-    pool = Pool(files, labels, names, raw, bags)
+    bags = _tag_bags(folder, numbers) if text.texts or mir_filter == "label+tag" else None
+    raw = tuple(_tags(folder, "tags_raw", number) for number in numbers) if text.texts == "tokens" else None
+    pool = Pool(tuple(ImageFile(folder / f"im{number}.jpg") for number in numbers), labels, names, raw, bags)
     if mir_filter != "none":
         pool = pool.only(pool.labels.any(1), "no label")
     if mir_filter == "label+tag" and pool.bags is not None:
         pool = pool.only(pool.bags.any(1), "no common tag")
-    if len(numbers) == _COMPLETE and mir_filter == "label+tag":
-        pool = pool.expect(_FILTERED)
-    indices = choose(pool.labels, how, query, train, database, seed, names)
-    note = f"Split {split}, seed {seed}; images {fit} to {size} x {size}; filter {mir_filter}."
-    return make_data("mirflickr", pool, indices, decoding, style, note)
+        pool = pool.expect(_FILTERED) if len(numbers) == _COMPLETE else pool
+    indices = protocol_split(pool.labels, protocol, splits, names)
+    note = f"Split {splits.split}, seed {splits.seed}; images {image}; filter {mir_filter}."
+    return make_data("mirflickr", pool, indices, image, text, note)
 
 
 def _image_numbers(folder: Path) -> list[int]:
     """The numbers of the images, ascending: im2 comes before im10."""
-    found = [re.fullmatch(r"im(\d+)\.jpg", path.name) for path in folder.iterdir()]
-    numbers = sorted(int(match[1]) for match in found if match)
+    matches = [re.fullmatch(r"im(\d+)\.jpg", path.name) for path in folder.iterdir()]
+    numbers = sorted(int(match[1]) for match in matches if match)
     if not numbers:
         raise FileNotFoundError(f"no im1.jpg or other image in {folder}; {_IMAGES}")
     return numbers
 
 
 def _labels(folder: Path, numbers: list[int], concepts: int) -> tuple[Tensor, tuple[str, ...]]:
-    """(N, C) labels and their names, in alphabetical order of the files, and 14 with ``_r1`` after their
-    base."""
+    """(N, C) labels and their names, in alphabetical order of the files; ``_r1`` follows its base."""
     lists = sorted(path for path in folder.glob("*.txt") if path.stem.lower() != "readme")
     lists = [path for path in lists if concepts == 38 or not path.stem.endswith("_r1")]
     if len(lists) != concepts:
@@ -130,7 +105,7 @@ def _labels(folder: Path, numbers: list[int], concepts: int) -> tuple[Tensor, tu
         for line in lines_of(path):
             if not line.isdecimal() or not 1 <= int(line) <= _COMPLETE:
                 raise ValueError(
-                    f"{path} should hold one image number a line, 1 to {_COMPLETE}, and holds {line!r}"
+                    f"{path} should hold one image number a line, 1 to 25000, and holds {line!r}"
                 )
             if int(line) in row:  # a partial set has only some of the images
                 labels[row[int(line)], column] = 1
@@ -140,8 +115,7 @@ def _labels(folder: Path, numbers: list[int], concepts: int) -> tuple[Tensor, tu
 
 
 def _tag_bags(folder: Path, numbers: list[int]) -> Tensor:
-    """(N, V) bool, which of the common tags each image has; the columns are the lines of
-    ``common_tags.txt``."""
+    """(N, V) bool, the common tags of each image; the columns are the lines of ``common_tags.txt``."""
     listed = folder / "doc" / "common_tags.txt"
     if not listed.is_file():
         raise FileNotFoundError(f"no file {listed}; {_IMAGES}")

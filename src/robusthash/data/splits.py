@@ -1,21 +1,64 @@
-"""Which items train, query and fill the database: seeded choices, the data set made of them, some of its
-queries."""
+"""Splits of a data set: seeded draws of training, query and database items, and the set made of them."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from robusthash.core.registry import nearest
 from robusthash.core.runtime import Draws
 from robusthash.data.base import RetrievalData, Source, Split, content_hash
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Protocol, sizes and seed of the splits of a data set.
+
+    Attributes:
+        split: name of a protocol or rule of the reader.
+        query, train, database: numbers of items; None is the protocol's own number.
+        seed: of the draw.
+    """
+
+    split: str | None = None
+    query: int | None = None
+    train: int | None = None
+    database: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_sizes(query=self.query, train=self.train, database=self.database)
+
+    def refuse_sizes(self, reason: str) -> None:
+        """ValueError where a size is given; ``reason`` says why none can be and what to do."""
+        if (self.query, self.train, self.database) != (None, None, None):
+            raise ValueError(f"query, train and database are sizes of a drawn split{reason}")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Sizes that papers use. Training items are part of the database, and no query is in either.
+
+    Attributes:
+        query, train: numbers of items; ``train`` None is every item that is no query.
+        rule: ``random``; ``per-class`` draws equally over the classes, one class after the other, an item
+            that an earlier class took not being drawn again; ``last`` takes the last items as queries.
+        papers: that use it.
+    """
+
+    query: int
+    train: int | None
+    rule: Literal["random", "per-class", "last"]
+    papers: str
 
 
 @dataclass(frozen=True)
@@ -28,6 +71,20 @@ class Indices:
     validation: Tensor | None = None
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """ValueError where a number of items is below 1; None is no number."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def find_protocol(protocols: Mapping[str, Protocol], split: str | None) -> Protocol:
+    """One of the named protocols; KeyError with the nearest name otherwise."""
+    if split is None or split not in protocols:
+        raise KeyError(f"no split is called {split!r}{nearest(str(split), protocols)}")
+    return protocols[split]
+
+
 def balanced_take(
     labels: Tensor,
     count: int | None,
@@ -36,141 +93,158 @@ def balanced_take(
     names: Sequence[str] = (),
     what: str = "items",
 ) -> Tensor:
-    """``count`` of the items ``among``, drawn equally from every class, ordered class after class in turn.
+    """(count,) rows ``among`` (N,) bool, as many of every class, in turns: every prefix is balanced.
 
-    So every prefix of the result is as balanced as it can be. Where ``count`` is no multiple of the number of
-    classes, the first classes give one more.
-
-    Args:
-        labels: (N,) int64 classes 0..C-1 of all items.
-        count: None takes all, in the same mixed order.
-        draws: the scope of the choice.
-        among: (N,) bool, the items that may be taken.
-        names: of the classes, for messages.
-        what: what the items are for, for messages.
-
-    Returns:
-        (count,) int64 row numbers.
-
-    Raises:
-        ValueError: a class has too few items; it is named, with both counts.
+    ``count`` None takes all. Raises ValueError where a class, of these ``names``, has too few items.
     """
-    classes = int(labels.max()) + 1
-    if count is not None and count < 1:
-        raise ValueError(f"the number of {what} must be at least 1, got {count}")
-    chosen, turns = [], []
+    parts = _draw_by_class(labels, count, draws, among, names, what)
+    turns = [torch.arange(len(part)) * len(parts) + number for number, part in enumerate(parts)]
+    return torch.cat(parts)[torch.argsort(torch.cat(turns))]
+
+
+def _draw_by_class(
+    labels: Tensor, count: int | None, draws: Draws, among: Tensor, names: Sequence[str], what: str
+) -> list[Tensor]:
+    """Rows of each class, one class after the other without taking a row twice; the first give one more.
+
+    Labels are (N,) classes or (N, C) multi-hot.
+    """
+    classes = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
+    free = among.clone()
+    parts = []
     for number in range(classes):
-        members = torch.nonzero(among & (labels == number)).flatten()
-        wanted = len(members) if count is None else count // classes + (number < count % classes)
-        if wanted > len(members):
+        is_member = labels == number if labels.ndim == 1 else labels[:, number] > 0
+        members = torch.nonzero(free & is_member).flatten()
+        share = len(members) if count is None else count // classes + (number < count % classes)
+        if share > len(members):
             name = repr(names[number]) if len(names) else str(number)
             raise ValueError(
-                f"class {name} has {len(members)} items left for the {what} and {wanted} are needed "
+                f"class {name} has {len(members)} items left for the {what} and {share} are needed "
                 f"({count} over {classes} classes); ask for fewer"
             )
-        order = torch.randperm(len(members), generator=draws.within(number).generator())[:wanted]
-        chosen.append(members[order])
-        turns.append(torch.arange(wanted) * classes + number)
-    return torch.cat(chosen)[torch.argsort(torch.cat(turns))]
+        rows = members[torch.randperm(len(members), generator=draws.within(number).generator())[:share]]
+        free[rows] = False
+        parts.append(rows)
+    return parts
 
 
 def class_split(
     labels: Tensor,
+    sizes: SplitOptions,
     *,
-    query: int | None,
-    train: int | None,
-    database: int | None = None,
-    seed: int = 0,
     train_in_database: bool = False,
     query_among: Tensor | None = None,
     names: Sequence[str] = (),
 ) -> Indices:
     """The customary split of a single-label set, equal over the classes.
 
-    Queries are drawn first and so do not depend on the other sizes; then the training items; then the
-    database.
+    Queries are drawn first, so they do not depend on the other sizes; then training items; then the database.
+    ``train`` None takes every item that is no query (the training set is then the database); ``database``
+    None takes every item that is no query and, unless ``train_in_database``, no training item.
 
     Args:
         labels: (N,) int64 classes.
-        query: how many in all; None takes all of ``query_among``.
-        train: how many; None takes every item that is no query (the training set is then the database).
-        database: how many; None takes every item that is no query and, unless ``train_in_database``, no
-            training item.
-        query_among: (N,) bool, the only items that may be queries, as in sets with an official test part.
-            Those not chosen stay out of the other splits. None lets every item be one.
+        query_among: (N,) bool, the official test part: all queries are of it (``query`` None takes them all),
+            and nothing else is. None lets every item be a query, and ``query`` None is a fifth.
         names: of the classes, for messages.
 
     Raises:
-        ValueError: a class is too small for its share, or a size is below 1.
+        ValueError: a class is too small for its share.
     """
-    draws = Draws(seed).within("class-split")
-    everything = torch.ones(len(labels), dtype=torch.bool)
-    if query is None and query_among is None:
-        raise ValueError("query=None needs query_among, or every item would be a query")
-    asked = everything if query_among is None else query_among
-    queries = balanced_take(labels, query, draws.within("query"), asked, names, "queries")
-    rest = everything.clone() if query_among is None else ~query_among
+    draws = Draws(sizes.seed).within("class-split")
+    candidates, query = query_among, sizes.query
+    if candidates is None:
+        candidates, query = torch.ones(len(labels), dtype=torch.bool), _query_count(sizes, len(labels))
+    queries = balanced_take(labels, query, draws.within("query"), candidates, names, "queries")
+    rest = candidates.clone() if query_among is None else ~query_among
     rest[queries] = False
-    training = balanced_take(labels, train, draws.within("train"), rest, names, "training items")
-    if train is not None and not train_in_database:
-        rest = rest.clone()
+    training = balanced_take(labels, sizes.train, draws.within("train"), rest, names, "training items")
+    if sizes.train is not None and not train_in_database:
         rest[training] = False
-    reference = balanced_take(labels, database, draws.within("database"), rest, names, "database items")
-    return Indices(training, queries, reference)
+    database = balanced_take(labels, sizes.database, draws.within("database"), rest, names, "database items")
+    return Indices(training, queries, database)
 
 
-def random_split(
-    count: int,
-    *,
-    query: int,
-    train: int | None,
-    database: int | None = None,
-    seed: int = 0,
-    train_in_database: bool = True,
-) -> Indices:
-    """A split that ignores labels, for multi-label sets.
+def random_split(count: int, sizes: SplitOptions, train_in_database: bool = True) -> Indices:
+    """A split of ``count`` items that ignores labels, for multi-label sets.
 
-    Args:
-        count: items in all.
-        query: how many are queries.
-        train: how many train; None: all that are no queries, which are then the database too.
-        database: how many are searched; None: all that are no queries and, unless ``train_in_database``, do
-            not train.
+    ``query`` None is a fifth of the items; ``train`` and ``database`` None as in ``class_split``.
 
     Raises:
         ValueError: more items asked for than there are.
     """
-    for what, size in (("query", query), ("train", train), ("database", database)):
-        if size is not None and size < 1:
-            raise ValueError(f"{what} must be at least 1, got {size}")
-    draws = Draws(seed).within("random-split")
+    query, train, database = _query_count(sizes, count), sizes.train, sizes.database
+    draws = Draws(sizes.seed).within("random-split")
     order = torch.randperm(count, generator=draws.generator())
     queries, rest = order[:query], order[query:]
-    training = rest if train is None else rest[:train]
+    training = rest[:train]
     pool = rest if train is None or train_in_database else rest[train:]
     if (
         train_in_database and database is not None
-    ):  # a cut must not prefer the training items, which stand first
+    ):  # a cut must not prefer the training items, which come first
         pool = pool[torch.randperm(len(pool), generator=draws.within("database").generator())]
-    reference = pool if database is None else pool[:database]
-    short = (len(queries) < query, train is not None and len(training) < train)
-    if any(short) or len(reference) < (database or 1):
+    short = len(queries) < query or (train is not None and len(training) < train)
+    if short or len(pool) < (database or 1):
         raise ValueError(
             f"{count} items are too few for query={query}, train={train}, database={database} "
             f"with train_in_database={train_in_database}; ask for fewer"
         )
-    return Indices(training, queries, reference)
+    return Indices(training, queries, pool[:database])
+
+
+def _query_count(sizes: SplitOptions, count: int) -> int:
+    return max(1, count // 5) if sizes.query is None else sizes.query
+
+
+def protocol_split(labels: Tensor, protocol: Protocol, sizes: SplitOptions, names: Sequence[str]) -> Indices:
+    """The split of (N, C) multi-hot ``labels`` by a protocol, or of other sizes under its rule.
+
+    ``query`` and ``train`` None are the protocol's own numbers; ``database`` None is every item that is no
+    query, else that many of those, drawn apart from the training items.
+
+    Raises:
+        ValueError: there are too few items, of all or of one class, which ``names`` names.
+    """
+    query = protocol.query if sizes.query is None else sizes.query
+    train = protocol.train if sizes.train is None else sizes.train
+    if protocol.rule == "random":
+        return random_split(len(labels), replace(sizes, query=query, train=train))
+    draws = Draws(sizes.seed).within("official-split")
+    free = torch.ones(len(labels), dtype=torch.bool)
+    if protocol.rule == "last":
+        if query >= len(labels):
+            raise ValueError(f"{query} queries were asked for and {len(labels) - 1} are there; ask for fewer")
+        queries = torch.arange(len(labels))[-query:]
+    else:
+        queries = torch.cat(_draw_by_class(labels, query, draws.within("query"), free, names, "queries"))
+    free[queries] = False
+    rest = torch.nonzero(free).flatten()
+    if train is None:
+        training = rest
+    elif protocol.rule == "last":
+        training = draw_rows(rest, train, draws.within("train"), "training items")
+    else:
+        training = torch.cat(
+            _draw_by_class(labels, train, draws.within("train"), free, names, "training items")
+        )
+    database = rest
+    if sizes.database is not None:
+        database = draw_rows(rest, sizes.database, draws.within("database"), "database items")
+    return Indices(training, queries, database)
+
+
+def draw_rows(rows: Tensor, count: int, draws: Draws, what: str) -> Tensor:
+    """Draw ``count`` of the rows; ``what`` names them where there are too few."""
+    if count > len(rows):
+        raise ValueError(f"{count} {what} were asked for and {len(rows)} are there; ask for fewer")
+    return rows[torch.randperm(len(rows), generator=draws.generator())[:count]]
 
 
 def stable_subset(split: Split, count: int) -> Tensor:
     """(count,) positions of items chosen by the hash of their content, each first label in its share.
 
-    The one choice of some of the queries, wherever not all are asked. The same items come out, in the same
-    order, however the split is ordered; so every model is asked the same. Where the split has no more, all
-    stay in its order.
-
-    Raises:
-        ValueError: count below 1.
+    The one choice of some of the queries, wherever not all are attacked: the same items come out, in the same
+    order, however the split is ordered, so every model gets the same. All stay where there are no more.
     """
     if count < 1:
         raise ValueError(f"a subset needs at least one query, got {count}")
@@ -178,22 +252,19 @@ def stable_subset(split: Split, count: int) -> Tensor:
         return torch.arange(len(split))
     # hashed again: a split may itself have been drawn by the hash of the content
     keys = [hashlib.blake2b(b"suite" + bytes(value), digest_size=8).digest() for value in split.hashes]
-    first = torch.full((len(split),), -1) if split.labels is None else _first_label(split.labels)
+    first = [-1] * len(split)  # number of an item's first label; -1 where it has none
+    if split.labels is not None:
+        first = torch.where(split.labels.sum(1) > 0, (split.labels > 0).float().argmax(1), -1).tolist()
     strata: dict[int, list[int]] = {}
-    for position in sorted(range(len(split)), key=lambda i: (keys[i], int(first[i]))):
-        strata.setdefault(int(first[position]), []).append(position)
+    for position in sorted(range(len(split)), key=lambda i: (keys[i], first[i])):
+        strata.setdefault(first[position], []).append(position)
     shares = {label: count * len(members) / len(split) for label, members in strata.items()}
     taken = {label: int(value) for label, value in shares.items()}
     by_remainder = sorted(shares, key=lambda label: (taken[label] - shares[label], label))
     for label in by_remainder[: count - sum(taken.values())]:
         taken[label] += 1
-    chosen = [position for label, members in strata.items() for position in members[: taken[label]]]
-    return torch.tensor(sorted(chosen, key=lambda i: (keys[i], int(first[i]))))
-
-
-def _first_label(labels: Tensor) -> Tensor:
-    """(N,) index of the first label of each item; -1 where it has none."""
-    return torch.where(labels.sum(1) > 0, (labels > 0).float().argmax(1), -1)
+    subset = [position for label, members in strata.items() for position in members[: taken[label]]]
+    return torch.tensor(sorted(subset, key=lambda i: (keys[i], first[i])))
 
 
 def compact(indices: Indices) -> tuple[Tensor, Indices]:
@@ -210,10 +281,8 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 def hash_pixels(images: Tensor) -> np.ndarray:
-    """(N, ...) uint8 -> (N,) ``"S16"`` content hashes of each item's bytes: equal pixels collide, however
-    stored."""
-    array = images.numpy()
-    return np.array([content_hash(item.tobytes()) for item in array], dtype="S16")
+    """(N, ...) uint8 -> (N,) ``"S16"`` content hashes: equal pixels, equal hash, however they are stored."""
+    return np.array([content_hash(item.tobytes()) for item in images.numpy()], dtype="S16")
 
 
 def assemble(
@@ -226,8 +295,7 @@ def assemble(
     note: str = "",
     also: Mapping[str, Tensor] | None = None,
 ) -> RetrievalData:
-    """A checked data set from one source. Queries whose content is also in another split leave, with one
-    warning.
+    """A checked data set from one source; queries whose content is in another split leave, with a warning.
 
     Args:
         labels: (N, C) multi-hot of all rows of the source.
@@ -240,9 +308,8 @@ def assemble(
     elsewhere = [rows for rows in (indices.train, indices.database, indices.validation) if rows is not None]
     twice = np.isin(hashes[indices.query.numpy()], hashes[torch.cat(elsewhere).numpy()])
     if twice.any():
-        dropped = (
-            f"{int(twice.sum())} of {len(twice)} queries dropped: the same pixels are also in another split"
-        )
+        count = f"{int(twice.sum())} of {len(twice)} queries"
+        dropped = f"{count} dropped: the same pixels are also in another split"
         logger.warning("%s: %s", name, dropped)
         note = f"{note} {dropped}.".strip()
 

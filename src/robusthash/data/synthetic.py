@@ -8,8 +8,8 @@ from torch import Tensor
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.data.base import ArraySource, RetrievalData
-from robusthash.data.splits import Indices, assemble, hash_pixels, one_hot
-from robusthash.data.transforms import Vocabulary
+from robusthash.data.splits import Indices, assemble, check_sizes, hash_pixels, one_hot
+from robusthash.data.texts import Vocabulary
 
 COLOURS = {
     "red": (0.85, 0.15, 0.15),
@@ -19,12 +19,7 @@ COLOURS = {
 }
 SHAPES = ("disc", "square", "cross", "ring")
 GROUNDS = ("plain", "striped", "chequered")
-_SIDES = {
-    "disc": "round",
-    "square": "angular",
-    "cross": "crossed",
-    "ring": "hollow",
-}  # a second word for each shape
+_ADJECTIVES = {"disc": "round", "square": "angular", "cross": "crossed", "ring": "hollow"}
 
 
 @register("data", "synthetic")
@@ -54,9 +49,7 @@ def synthetic(
     """
     if not 12 <= size <= 64:
         raise ValueError(f"size must lie in 12..64 pixels, got {size}")
-    for name, count in (("train", train), ("query", query), ("database", database)):
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    check_sizes(train=train, query=query, database=database)
     draws = Draws(seed).within("synthetic")
     counts = {"train": train, "query": query, "database": database}
     worlds = [_world(count, size, draws.within(part)) for part, count in counts.items()]
@@ -73,9 +66,8 @@ def synthetic(
         names = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
         labels = one_hot(pair, 16)
     indices = Indices(*torch.arange(len(pixels)).split(list(counts.values())))
-    return assemble(
-        "synthetic", ArraySource(arrays), labels, hash_pixels(pixels), indices, names, "Generated shapes."
-    )
+    source, hashes = ArraySource(arrays), hash_pixels(pixels)
+    return assemble("synthetic", source, labels, hashes, indices, names, "Generated shapes.")
 
 
 def _world(count: int, size: int, draws: Draws) -> tuple[Tensor, Tensor, list[str]]:
@@ -90,7 +82,7 @@ def _world(count: int, size: int, draws: Draws) -> tuple[Tensor, Tensor, list[st
 
 
 def _draw(colour: Tensor, shape: Tensor, ground: Tensor, numbers: Tensor, noise: Tensor) -> Tensor:
-    """(N,) kinds, (N, 8) and (N, 3, S, S) uniform numbers -> (N, 3, S, S) uint8."""
+    """(N,) of each kind, (N, 8) and (N, 3, S, S) uniform numbers -> (N, 3, S, S) uint8."""
     size = noise.shape[-1]
     line = (torch.arange(size) + 0.5) / size
     y, x = line[None, :, None], line[None, None, :]
@@ -103,19 +95,14 @@ def _draw(colour: Tensor, shape: Tensor, ground: Tensor, numbers: Tensor, noise:
     distance = (down**2 + across**2).sqrt()
     larger = torch.maximum(down.abs(), across.abs())
     smaller = torch.minimum(down.abs(), across.abs())
-    inside = torch.stack(
-        [
-            distance < radius,
-            larger < 0.85 * radius,
-            (larger < 1.1 * radius) & (smaller < 0.35 * radius),
-            (distance < 1.1 * radius) & (distance > 0.6 * radius),
-        ]
-    )[shape, torch.arange(len(shape))]  # (N, S, S)
+    item = torch.arange(len(shape))
+    disc, square = distance < radius, larger < 0.85 * radius
+    cross = (larger < 1.1 * radius) & (smaller < 0.35 * radius)
+    ring = (distance < 1.1 * radius) & (distance > 0.6 * radius)
+    inside = torch.stack([disc, square, cross, ring])[shape, item]  # (N, S, S)
     stripes = ((y + column(4)) * 5 % 1 < 0.5).float().expand(-1, -1, size)
     cheques = ((y * 4).floor() + (x * 4).floor() + (column(4) * 2).floor()) % 2
-    pattern = torch.stack([torch.full_like(cheques, 0.5), stripes, cheques])[
-        ground, torch.arange(len(ground))
-    ]
+    pattern = torch.stack([torch.full_like(cheques, 0.5), stripes, cheques])[ground, item]
     back = 0.35 + 0.25 * column(5) + 0.12 * (pattern - 0.5)
     tint = torch.tensor(list(COLOURS.values()))[colour] * (0.8 + 0.2 * numbers[:, 6, None])
     image = torch.where(inside[:, None], tint[:, :, None, None], back[:, None])
@@ -123,12 +110,11 @@ def _draw(colour: Tensor, shape: Tensor, ground: Tensor, numbers: Tensor, noise:
 
 
 def _captions(colour: Tensor, shape: Tensor, ground: Tensor, numbers: Tensor) -> list[str]:
-    tints, captions = tuple(COLOURS), []
-    for tint, form, under, row in zip(
-        colour.tolist(), shape.tolist(), ground.tolist(), numbers.tolist(), strict=True
-    ):
-        name = SHAPES[form]
-        called = f"{_SIDES[name]} {name}" if row[7] < 0.5 else name
+    colours, captions = tuple(COLOURS), []
+    for item, row in enumerate(numbers.tolist()):
+        name = SHAPES[int(shape[item])]
+        name = f"{_ADJECTIVES[name]} {name}" if row[7] < 0.5 else name
         side = "left" if row[3] < 0.5 else "right"
-        captions.append(f"a {tints[tint]} {called} on a {GROUNDS[under]} ground, to the {side}")
+        texture = GROUNDS[int(ground[item])]
+        captions.append(f"a {colours[int(colour[item])]} {name} on a {texture} ground, to the {side}")
     return captions

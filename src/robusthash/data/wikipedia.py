@@ -1,11 +1,9 @@
-"""Wikipedia featured articles: 2,866 documents of image and text in ten categories, as features or as they
-are."""
+"""Wikipedia featured articles: 2,866 documents of image and text, as features or as they are."""
 
 from __future__ import annotations
 
 import html
 import re
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -17,23 +15,14 @@ from torch import Tensor
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.data.base import ArraySource, RetrievalData
-from robusthash.data.image_files import MEMORY, Decoding
-from robusthash.data.official import Pool, find, lines_of, make_data
-from robusthash.data.splits import Indices, assemble, compact, one_hot
-from robusthash.data.text_modality import Texts, TextStyle
-from robusthash.data.transforms import Fit, ImageFile, OnError
+from robusthash.data.image_files import ImageFile, ImageOptions
+from robusthash.data.official import Pool, find, flat_options, lines_of, make_data, read_npz
+from robusthash.data.splits import Indices, SplitOptions, assemble, compact, draw_rows, one_hot
+from robusthash.data.texts import TextOptions
 
 CATEGORIES = (
-    "art",
-    "biology",
-    "geography",
-    "history",
-    "literature",
-    "media",
-    "music",
-    "royalty",
-    "sport",
-    "warfare",
+    *("art", "biology", "geography", "history", "literature"),
+    *("media", "music", "royalty", "sport", "warfare"),
 )
 
 _ARCHIVE = "wikipedia.npz"
@@ -46,23 +35,21 @@ _LISTS = (
 )
 
 
+class WikipediaTexts(TextOptions):
+    """Texts that may also be the weights of topics that come with the set."""
+
+    forms = ("topics", "bag", "tokens")
+
+
 @register("data", "wikipedia", paper="Rasiwasia et al. 2010", modality="image+text")
+@flat_options("caption", "split")
 def wikipedia(
     root: str | Path = "data",
     npz: str | Path | None = None,
     images: Literal["features", "pixels"] = "features",
-    texts: bool | Literal["topics", "bag", "tokens"] = True,
-    query: int | None = None,
-    train: int | None = None,
-    database: int | None = None,
-    seed: int = 0,
-    size: int = 64,
-    fit: Fit = "crop",
-    vocabulary: int = 1000,
-    tokenizer: str | Path | None = None,
-    max_length: int = 256,
-    on_error: OnError = "raise",
-    memory: int = MEMORY,
+    image: ImageOptions = ImageOptions(),
+    text: WikipediaTexts = WikipediaTexts(max_length=256),
+    splits: SplitOptions = SplitOptions(),
 ) -> RetrievalData:
     """Wikipedia: 2,173 training documents, which are also the database, and 693 test documents as queries.
 
@@ -77,90 +64,60 @@ def wikipedia(
         npz: read this file instead; arrays ``image_train`` (2173, 128), ``text_train`` (2173, 10),
             ``label_train`` (0 to 9), the same with ``_test``, and ``categories``.
         images: ``features`` or, from the archive only, ``pixels``.
-        texts: ``True`` or ``"topics"`` is (N, 10) weights of topics; from the archive only and beside pixels
+        image: for pixels.
+        text: ``True`` or ``"topics"`` is (N, 10) weights of topics; from the archive only and next to pixels
             only, ``"bag"`` is a bag of the words of the article and ``"tokens"`` token ids.
-        query, train, database: cut a part to so many items, drawn by ``seed``.
-        size, fit, vocabulary, tokenizer, max_length, on_error, memory: as in ``folder``, for pixels and
-            words.
+        splits: cuts a part to a number of items, drawn by ``seed``.
 
     Raises:
         FileNotFoundError: a file is missing; the message says which archive it is in and where it goes.
         ValueError: files that do not belong together, an option that the files cannot serve.
     """
-    if images not in ("features", "pixels"):
-        raise ValueError(f"images must be 'features' or 'pixels', got {images!r}")
-    if texts not in (True, False, "topics", "bag", "tokens"):
-        raise ValueError(f"texts must be true, false, 'topics', 'bag' or 'tokens', got {texts!r}")
-    words = texts in ("bag", "tokens")
+    words = text.texts in ("bag", "tokens")
     if images == "features" and words:
-        raise ValueError(f"texts={texts!r} goes with images='pixels'; with features the texts are 'topics'")
+        raise ValueError(f"texts={text.texts!r} goes with images='pixels'; features have 'topics'")
     if npz is not None and images == "pixels":
         raise ValueError(f"images='pixels' needs the official archive; {npz} holds features only")
-    note = (
-        f"Official split; images {fit} to {size} x {size}."
-        if images == "pixels"
-        else "Official split; features."
-    )
-    if query or train or database:
-        note += f" Cut to query={query}, train={train}, database={database}, seed {seed}."
-    kind: Texts = "tokens" if texts == "tokens" else "bag" if texts == "bag" else bool(texts)
-    style = TextStyle(kind, "all", vocabulary, tokenizer, max_length)
+    note = f"Official split; images {image}." if images == "pixels" else "Official split; features."
+    if splits.query or splits.train or splits.database:
+        sizes = f"query={splits.query}, train={splits.train}, database={splits.database}"
+        note += f" Cut to {sizes}, seed {splits.seed}."
     if images == "pixels":
-        decoding = Decoding(size, fit, on_error, memory=memory)
-        pool, tested = _documents(Path(root), words)
-        pool = pool if words or not texts else replace(pool, bags=_read_mat(Path(root))[0]["text"])
-        return make_data(
-            "wikipedia", pool, _split(tested, query, train, database, seed), decoding, style, note
-        )
+        pool, is_query = _documents(Path(root), words)
+        pool = pool if words or not text.texts else replace(pool, bags=_read_mat(Path(root))[0]["text"])
+        return make_data("wikipedia", pool, _split(is_query, splits), image, text, note)
     packed = Path(root) / _ARCHIVE if npz is None else Path(npz)
     if npz is not None or packed.is_file():
-        arrays, labels, tested = _read_npz(packed)
+        arrays, labels, is_query = _read_features(packed)
     else:
-        arrays, tested = _read_mat(Path(root))
+        arrays, is_query = _read_mat(Path(root))
         labels = _documents(Path(root), False)[0].labels
-    needed, indices = compact(_split(tested, query, train, database, seed))
+    needed, indices = compact(_split(is_query, splits))
     hashes = ArraySource(arrays).hashes()[needed.numpy()]
-    used = {name: values[needed] for name, values in arrays.items() if texts or name == "image"}
+    used = {name: values[needed] for name, values in arrays.items() if text.texts or name == "image"}
     return assemble("wikipedia", ArraySource(used), labels[needed], hashes, indices, CATEGORIES, note)
 
 
-def _split(tested: Tensor, query: int | None, train: int | None, database: int | None, seed: int) -> Indices:
-    draws = Draws(seed).within("wikipedia")
+def _split(is_query: Tensor, splits: SplitOptions) -> Indices:
+    draws = Draws(splits.seed).within("wikipedia")
 
     def part(name: str, among: Tensor, count: int | None) -> Tensor:
         rows = torch.nonzero(among).flatten()
-        if count is None:
-            return rows
-        if not 1 <= count <= len(rows):
-            raise ValueError(f"{name} must lie in 1..{len(rows)}, got {count}")
-        return rows[torch.randperm(len(rows), generator=draws.within(name).generator())[:count]]
+        return rows if count is None else draw_rows(rows, count, draws.within(name), f"{name} documents")
 
-    return Indices(
-        part("train", ~tested, train), part("query", tested, query), part("database", ~tested, database)
-    )
+    training, database = part("train", ~is_query, splits.train), part("database", ~is_query, splits.database)
+    return Indices(training, part("query", is_query, splits.query), database)
 
 
-def _read_npz(path: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """``image`` and ``text`` of all documents, one-hot labels and which documents are queries."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path.absolute()}; it should hold the arrays {', '.join(_KEYS)}")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = sorted(set(_KEYS) - set(archive.files))
-            if missing:
-                raise ValueError(
-                    f"it lacks the arrays {', '.join(missing)} and has {', '.join(archive.files)}"
-                )
-            parts = {key: archive[key] for key in _KEYS}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a Wikipedia archive: {error}") from error
-    arrays, tested = _joined(parts, path)
+def _read_features(path: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """``image`` and ``text`` of all documents, one-hot labels and (N,) bool, which documents are queries."""
+    parts = read_npz(path, _KEYS, "Wikipedia")
+    arrays, is_query = _joined(parts, path)
     labels = torch.from_numpy(np.concatenate([parts["label_train"], parts["label_test"]]).astype(np.int64))
-    if len(labels) != len(tested) or labels.min() < 0 or labels.max() >= len(CATEGORIES):
-        raise ValueError(
-            f"{path}: {len(labels)} labels in {labels.min()}..{labels.max()} for {len(tested)} documents"
-        )
-    return arrays, one_hot(labels, len(CATEGORIES)), tested
+    if len(labels) != len(is_query) or labels.min() < 0 or labels.max() >= len(CATEGORIES):
+        span = f"{len(labels)} labels in {labels.min()}..{labels.max()}"
+        raise ValueError(f"{path}: {span} for {len(is_query)} documents")
+    return arrays, one_hot(labels, len(CATEGORIES)), is_query
 
 
 def _read_mat(root: Path) -> tuple[dict[str, Tensor], Tensor]:
@@ -172,46 +129,41 @@ def _read_mat(root: Path) -> tuple[dict[str, Tensor], Tensor]:
         read = loadmat(path, variable_names=list(_MATRICES.values()))
         parts = {key: read[name] for key, name in _MATRICES.items()}
     except (ValueError, TypeError, OSError, KeyError, NotImplementedError) as error:
-        raise ValueError(
-            f"{path} does not hold the matrices {', '.join(_MATRICES.values())}: {error!r}"
-        ) from error
+        names = ", ".join(_MATRICES.values())
+        raise ValueError(f"{path} does not hold the matrices {names}: {error!r}") from error
     return _joined(parts, path)
 
 
 def _joined(parts: dict[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """Training and then test documents, and which of them are of the test."""
     arrays = {}
     for name in ("image", "text"):
         train, test = parts[f"{name}_train"], parts[f"{name}_test"]
         if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
             raise ValueError(
-                f"{path}: {name} features should be two matrices, got {train.shape} and {test.shape}"
+                f"{path}: {name} features should be matrices, got {train.shape} and {test.shape}"
             )
         arrays[name] = torch.from_numpy(np.concatenate([train, test]).astype(np.float32))
         if not torch.isfinite(arrays[name]).all():
             raise ValueError(f"{path}: {name} features hold NaN or infinite values")
-    count = len(parts["image_train"])
-    return arrays, torch.arange(len(arrays["image"])) >= count
+    return arrays, torch.arange(len(arrays["image"])) >= len(parts["image_train"])
 
 
 def _documents(root: Path, words: bool) -> tuple[Pool, Tensor]:
-    """Image files, labels and (with ``words``) texts of the training and then the test list; which are of the
-    test."""
+    """The documents of the training and then the test list, and which are of the test."""
     lists = [lines_of(find(root, f"{part}set_txt_img_cat.list", _LISTS)) for part in ("train", "test")]
     rows = [line.split() for listed in lists for line in listed]
     wrong = [row for row in rows if len(row) != 3 or row[2] not in _NUMBERS]
     if wrong:
-        raise ValueError(
-            f"the lists should hold text, image and category (1 to 10) a line, and hold {wrong[0]}"
-        )
+        raise ValueError(f"the lists should hold text, image, category (1 to 10) a line, and hold {wrong[0]}")
     labels = torch.tensor([int(category) - 1 for _, _, category in rows])
-    tested = torch.arange(len(rows)) >= len(lists[0])
+    is_query = torch.arange(len(rows)) >= len(lists[0])
     folder = find(root, "images", _LISTS).parent
-    files = tuple(
-        ImageFile(folder / "images" / CATEGORIES[int(category) - 1] / f"{image}.jpg")
-        for _, image, category in rows
-    )
+    categories = [CATEGORIES[label] for label in labels.tolist()]
+    paths = [folder / "images" / name / f"{row[1]}.jpg" for name, row in zip(categories, rows, strict=True)]
     texts = tuple((_words(folder / "texts" / f"{text}.xml"),) for text, _, _ in rows) if words else None
-    return Pool(files, one_hot(labels, len(CATEGORIES)), CATEGORIES, texts), tested
+    files = tuple(ImageFile(path) for path in paths)
+    return Pool(files, one_hot(labels, len(CATEGORIES)), CATEGORIES, texts), is_query
 
 
 def _words(path: Path) -> str:

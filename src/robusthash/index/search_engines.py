@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,15 +16,13 @@ import torch
 from robusthash.core import hamming
 from robusthash.core.runtime import Draws
 
-Found = tuple[np.ndarray, np.ndarray]
-"""Ids (int64) and distances (int32)."""
+Neighbours = tuple[np.ndarray, np.ndarray]  # ids (int64) and distances (int32)
 
 
 @final
 @dataclass(frozen=True)
 class Rows:
-    """Items in ascending order of id. With rows in that order, "first row wins" is the (distance, id)
-    rule."""
+    """Items in ascending order of id. In that order "first row wins" is the (distance, id) rule."""
 
     ids: np.ndarray  # (N,) int64, ascending, unique
     codes: np.ndarray  # (N, bytes) uint8
@@ -41,8 +40,8 @@ class Rows:
 
     def minus(self, ids: np.ndarray) -> Rows:
         """These rows without some ids."""
-        kept = ~np.isin(self.ids, ids)
-        return Rows(self.ids[kept], self.codes[kept])
+        rest = ~np.isin(self.ids, ids)
+        return Rows(self.ids[rest], self.codes[rest])
 
     def only(self, ids: np.ndarray) -> Rows:
         """The rows of some ids; those not held are ignored."""
@@ -55,140 +54,112 @@ class Rows:
 
 
 class Engine(ABC):
-    """Scans rows. Safe to call from several threads at once, because nothing in it changes."""
+    """A scan of rows. Safe to call from several threads at once, because nothing in it changes."""
 
-    rows: Rows
-    exact: bool
-    report: dict[str, Any]  # what an approximate engine measured of itself when it was built
+    exact = True
 
-    @abstractmethod
-    def search(self, queries: np.ndarray, k: int) -> Found:
-        """(Q, bytes) uint8 -> (Q, k) ids and distances by (distance, id), -1 where nothing was found; k <=
-        N."""
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.report: dict[str, Any] = {}  # of an approximate engine: its recall, measured when it was built
 
     @abstractmethod
-    def range(self, queries: np.ndarray, radius: int) -> list[Found]:
-        """(Q, bytes) uint8 -> for each query the ids and distances within ``radius``, by (distance, id).
-        Exact."""
+    def search(self, queries: np.ndarray, k: int) -> Neighbours:
+        """(Q, bytes) uint8 -> (Q, k) ids and distances by (distance, id), k <= N; -1 where none was found."""
 
     @abstractmethod
+    def range(self, queries: np.ndarray, radius: int) -> list[Neighbours]:
+        """(Q, bytes) uint8 -> per query the ids and distances within ``radius``, by (distance, id). Exact."""
+
     def only(self, ids: np.ndarray) -> Engine:
         """An exact engine over some of the rows."""
+        return type(self)(self.rows.only(ids))
 
-    @abstractmethod
     def plus(self, ids: np.ndarray, codes: np.ndarray) -> Engine:
         """The engine with more rows."""
+        return type(self)(self.rows.plus(ids, codes))
 
-    @abstractmethod
     def minus(self, ids: np.ndarray) -> Engine:
         """The engine with fewer rows."""
+        return type(self)(self.rows.minus(ids))
 
 
 @final
 class NumpyEngine(Engine):
     """The oracle itself: ``core.hamming.topk``. Needs no faiss, and is several times slower."""
 
-    exact = True
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-        self.report = {}
-
-    def search(self, queries: np.ndarray, k: int) -> Found:
+    def search(self, queries: np.ndarray, k: int) -> Neighbours:
         block = max(1, 4_000_000 // max(1, len(self.rows)))  # the oracle holds block * N distances as int64
         codes, ids = torch.from_numpy(self.rows.codes), torch.from_numpy(self.rows.ids)
-        found, distances = hamming.topk(torch.from_numpy(queries), codes, k, ids, block)
-        return found.numpy(), distances.numpy()
+        nearest, distances = hamming.topk(torch.from_numpy(queries), codes, k, ids, block)
+        return nearest.numpy(), distances.numpy()
 
-    def range(self, queries: np.ndarray, radius: int) -> list[Found]:
+    def range(self, queries: np.ndarray, radius: int) -> list[Neighbours]:
         codes = torch.from_numpy(self.rows.codes)
-        answers = []
+        neighbours = []
         for query in queries:
             distances = hamming.distance(torch.from_numpy(query[None]), codes)[0].numpy()
             near = np.flatnonzero(distances <= radius)
-            answers.append(by_distance(self.rows.ids[near], distances[near]))
-        return answers
-
-    def only(self, ids: np.ndarray) -> NumpyEngine:
-        return NumpyEngine(self.rows.only(ids))
-
-    def plus(self, ids: np.ndarray, codes: np.ndarray) -> NumpyEngine:
-        return NumpyEngine(self.rows.plus(ids, codes))
-
-    def minus(self, ids: np.ndarray) -> NumpyEngine:
-        return NumpyEngine(self.rows.minus(ids))
+            neighbours.append(_by_distance(self.rows.ids[near], distances[near]))
+        return neighbours
 
 
 @final
 class FlatEngine(Engine):
-    """faiss ``IndexBinaryFlat``: the same answers as the oracle, about seven times faster at a million codes.
+    """faiss ``IndexBinaryFlat``: the answers of the oracle, about seven times faster at a million codes.
 
     faiss keeps, of equal distances, those of the smallest row and lists them in row order: its heap compares
     (distance, row), and a later row replaces an earlier one only when it is strictly nearer. Rows are in id
-    order, so its order is the (distance, id) rule and ties at rank k need no second question. That is faiss's
-    habit and not its promise, so ``check_tie_order`` asks the installed build once for each code width.
+    order, so its order is the (distance, id) rule and ties at rank k need no second search. faiss does not
+    promise this, so ``check_tie_order`` tests the installed build once for each code width.
     """
 
-    exact = True
-
     def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
         check_tie_order(rows.codes.shape[1])
-        self.rows = rows
-        self.report = {}
         self._index = flat_index(rows.codes)
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
+    def search(self, queries: np.ndarray, k: int) -> Neighbours:
         distances, at = self._index.search(queries, k)
         return self.rows.ids[at], distances  # k <= N, so that no slot is -1
 
-    def range(self, queries: np.ndarray, radius: int) -> list[Found]:
+    def range(self, queries: np.ndarray, radius: int) -> list[Neighbours]:
         limits, distances, at = self._index.range_search(queries, radius + 1)  # faiss: strictly nearer than
-        answers = []
-        for start, stop in zip(limits[:-1].tolist(), limits[1:].tolist(), strict=True):
-            answers.append(by_distance(self.rows.ids[at[start:stop]], distances[start:stop].astype(np.int32)))
-        return answers
-
-    def only(self, ids: np.ndarray) -> FlatEngine:
-        return FlatEngine(self.rows.only(ids))
-
-    def plus(self, ids: np.ndarray, codes: np.ndarray) -> FlatEngine:
-        return FlatEngine(self.rows.plus(ids, codes))
-
-    def minus(self, ids: np.ndarray) -> FlatEngine:
-        return FlatEngine(self.rows.minus(ids))
+        distances = distances.astype(np.int32)
+        parts = [slice(*pair) for pair in itertools.pairwise(limits.tolist())]
+        return [_by_distance(self.rows.ids[at[part]], distances[part]) for part in parts]
 
 
 @final
 class IvfEngine(Engine):
-    """faiss ``IndexBinaryIVF``: looks into some of the lists only, so it is faster and misses items.
+    """faiss ``IndexBinaryIVF``: searches some of its lists only, so it is faster and misses items.
 
-    ``report`` holds the ``recall`` against the exact answer, measured when the lists were trained. They are
-    trained again when the rows have doubled, and when the engine is built anew.
+    ``report`` holds the recall against the exact answer, measured when the lists were trained. They are
+    trained again when the rows have doubled, and when the engine is built from the store.
     """
 
     exact = False
 
     def __init__(self, rows: Rows, index: Any, report: dict[str, Any]) -> None:
-        self.rows = rows
+        super().__init__(rows)
         self.report = report
         self._index = index
 
     @classmethod
     def trained(cls, rows: Rows) -> IvfEngine:
         """The engine with lists made for these rows."""
-        index = ivf_index(rows.codes)
+        index = _trained_ivf(rows.codes)
         index.add_with_ids(rows.codes, rows.ids)
         engine = cls(rows, index, {"trained_on": len(rows), "lists": index.nlist, "probes": index.nprobe})
-        engine.report["recall@10"] = recall(engine, 10)
+        engine.report["recall@10"] = _recall(engine, 10)
         return engine
 
-    def search(self, queries: np.ndarray, k: int) -> Found:
+    def search(self, queries: np.ndarray, k: int) -> Neighbours:
         distances, ids = self._index.search(queries, k)
         distances[ids < 0] = -1
         order = np.lexsort((ids, np.where(ids < 0, np.iinfo(np.int32).max, distances)), axis=1)
         return np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
 
-    def range(self, queries: np.ndarray, radius: int) -> list[Found]:
+    def range(self, queries: np.ndarray, radius: int) -> list[Neighbours]:
         return FlatEngine(self.rows).range(queries, radius)
 
     def only(self, ids: np.ndarray) -> FlatEngine:
@@ -221,15 +192,14 @@ ENGINES: dict[str, Callable[[Rows], Engine]] = {
 """Engines by name, each made of all rows."""
 
 
-def by_distance(ids: np.ndarray, distances: np.ndarray) -> Found:
+def _by_distance(ids: np.ndarray, distances: np.ndarray) -> Neighbours:
     """The items of one query in the order of (distance, id)."""
     order = np.lexsort((ids, distances))
     return ids[order], distances[order]
 
 
 def flat_index(codes: np.ndarray) -> Any:
-    """A faiss exact index of (N, bytes) packed codes; faiss counts whole bytes, and padding is zero on both
-    sides."""
+    """A faiss exact index of (N, bytes) packed codes; faiss counts whole bytes, and the padding is zero."""
     import faiss
 
     index = faiss.IndexBinaryFlat(codes.shape[1] * 8)
@@ -237,34 +207,30 @@ def flat_index(codes: np.ndarray) -> Any:
     return index
 
 
-def ivf_index(codes: np.ndarray) -> Any:
-    """A trained, empty faiss inverted-file index: about sqrt(N) lists, an eighth of which are looked into."""
+def _trained_ivf(codes: np.ndarray) -> Any:
+    """A trained, empty faiss inverted-file index: about sqrt(N) lists, an eighth of which are searched."""
     import faiss
 
-    lists = max(1, math.isqrt(len(codes)))
-    sample = (
-        codes[:: max(1, len(codes) // (64 * lists))]
-        if len(codes)
-        else np.zeros((1, codes.shape[1]), np.uint8)
-    )
+    bits, lists = codes.shape[1] * 8, max(1, math.isqrt(len(codes)))
+    sample = codes if len(codes) else np.zeros((1, bits // 8), np.uint8)
+    sample = sample[:: max(1, len(codes) // (64 * lists))]
     sample = np.unique(sample, axis=0)  # trained codes collapse to few values: no list for each copy of one
     lists = max(1, min(lists, len(sample) // 40))
-    index = faiss.IndexBinaryIVF(faiss.IndexBinaryFlat(codes.shape[1] * 8), codes.shape[1] * 8, lists)
+    index = faiss.IndexBinaryIVF(faiss.IndexBinaryFlat(bits), bits, lists)
     index.cp.min_points_per_centroid = 1
     index.train(sample)
     index.nprobe = math.ceil(lists / 8)
     return index
 
 
-def recall(engine: Engine, k: int) -> float:
-    """Share of the ``k`` ranks whose distance is the exact one, on 100 stored codes with 5% of their bits
-    flipped."""
+def _recall(engine: Engine, k: int) -> float:
+    """Share of ``k`` ranks whose distance is the exact one, on 100 stored codes with 5% of bits flipped."""
     count, width = engine.rows.codes.shape
     if count == 0:
         return 1.0
-    draws = Draws(0).within("index-recall").generator()
-    at = torch.randint(count, (100,), generator=draws).numpy()
-    flips = torch.rand(100, width * 8, generator=draws).numpy() < 0.05
+    generator = Draws(0).within("index-recall").generator()
+    at = torch.randint(count, (100,), generator=generator).numpy()
+    flips = torch.rand(100, width * 8, generator=generator).numpy() < 0.05
     queries = engine.rows.codes[at] ^ np.packbits(flips, axis=1)
     exact = FlatEngine(engine.rows).search(queries, min(k, count))[1]
     return float((engine.search(queries, min(k, count))[1] == exact).mean())
@@ -272,22 +238,21 @@ def recall(engine: Engine, k: int) -> float:
 
 @cache
 def check_tie_order(width: int) -> None:
-    """Ask the installed faiss, on codes of ``width`` bytes that are nearly all tied, whether the first row
-    wins.
+    """Test the installed faiss on codes of ``width`` bytes that are nearly all tied: the first row must win.
 
     Raises:
-        RuntimeError: where it does not.
+        RuntimeError: it does not.
     """
     import faiss
 
-    draws = Draws(0).within("tie-order", width).generator()
-    codes = torch.randint(2, (400, width), generator=draws, dtype=torch.uint8)
+    generator = Draws(0).within("tie-order", width).generator()
+    codes = torch.randint(2, (400, width), generator=generator, dtype=torch.uint8)
     queries, database = codes[:40], codes[40:]
     for k in (1, 7, 100, 360):
         distances, at = flat_index(database.numpy()).search(queries.numpy(), k)
         ids, expected = hamming.topk(queries, database, k)
         if not (np.array_equal(at, ids.numpy()) and np.array_equal(distances, expected.numpy())):
             raise RuntimeError(
-                f"faiss {faiss.__version__} does not order equal distances by row here, so its answers would differ "
-                "from the (distance, id) rule; install another faiss-cpu or open the index with engine='numpy'"
+                f"faiss {faiss.__version__} does not order equal distances by row here, so its answers would "
+                "differ from the rule; install another faiss-cpu or open the index with engine='numpy'"
             )

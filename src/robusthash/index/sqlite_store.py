@@ -1,4 +1,4 @@
-"""The SQLite file that holds the truth of a local index: ids, codes, payload and what they are."""
+"""The SQLite file of an index: ids, codes, payload and settings, from which engines are built."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import secrets
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 
 from robusthash.core.atomic_files import flush
-from robusthash.index.base import check_origin
 
 FORMAT = 1
 FILE = "index.sqlite"
@@ -26,11 +26,13 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE items (id INTEGER PRIMARY KEY, code BLOB NOT NULL);
 CREATE TABLE payloads (id INTEGER PRIMARY KEY, value TEXT NOT NULL);
 """
+_RESTORE = "restore it from a snapshot or build the index again"
+_UNUSABLE = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
 _PAGE = 4096  # bytes; the file is a whole number of pages
 _CHUNK = 65536  # rows that go into SQLite in one statement
 _KEY = re.compile(r'[^"\\\x00-\x1f]+')
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_ASKED = "IN (SELECT value FROM json_each(?))"
+_IN_LIST = "IN (SELECT value FROM json_each(?))"
 
 
 @final
@@ -43,9 +45,9 @@ class Store:
 
     def __init__(self, directory: Path, wait: float) -> None:
         self.path = directory / FILE
-        self._wait = wait
+        self._errors = partial(_sqlite_errors, self.path, wait)
         _refuse_part_page(self.path)
-        with _told(self.path, wait):
+        with self._errors():
             address = f"{self.path.resolve().as_uri()}?mode=rw"
             self._connection = sqlite3.connect(
                 address, timeout=wait, isolation_level=None, check_same_thread=False, uri=True
@@ -59,52 +61,41 @@ class Store:
     def _prepare(self) -> None:
         tables = self._all("SELECT name FROM sqlite_master WHERE name IN ('meta', 'items', 'payloads')")
         if len(tables) != 3:
-            raise ValueError(
-                f"{self.path} is damaged or not an index; restore it from a snapshot or remove it"
-            )
+            raise ValueError(f"{self.path} is damaged or no index; restore it from a snapshot or remove it")
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
-        found = self.meta().get("format")
-        if found != FORMAT:
-            raise ValueError(
-                f"{self.path} has format {found}, this version reads {FORMAT}; build the index again"
-            )
+        stored = self.meta().get("format")
+        if stored != FORMAT:
+            raise ValueError(f"{self.path} has format {stored}, this version reads {FORMAT}; build it again")
 
     def close(self) -> None:
-        """Let go of the file; the last one to do so folds the log into it."""
+        """Close the connection; the last one to do so folds the log into the file."""
         self._connection.close()
 
     def version(self) -> int:
         """A number that changes when another connection has written."""
-        with _told(self.path, self._wait):
+        with self._errors():
             return int(self._all("PRAGMA data_version")[0][0])
 
     def meta(self) -> dict[str, Any]:
-        """``bits, format, origin, engine`` and what else was kept with ``set_meta``."""
-        with _told(self.path, self._wait):
+        """``bits, format, origin`` and the ``engine`` that the index was created with."""
+        with self._errors():
             return {key: json.loads(value) for key, value in self._all("SELECT key, value FROM meta")}
-
-    def set_meta(self, key: str, value: Any) -> None:
-        """Keep one JSON value."""
-        with self._writing():
-            self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
 
     def load(self, width: int) -> tuple[np.ndarray, np.ndarray]:
         """All (N,) ids ascending and their (N, width) codes."""
-        ids, codes = [np.zeros(0, dtype=np.int64)], bytearray()
-        with _told(self.path, self._wait):
+        parts, codes = [np.zeros(0, dtype=np.int64)], bytearray()
+        with self._errors():
             cursor = self._connection.execute("SELECT id, code FROM items ORDER BY id")
             while chunk := cursor.fetchmany(
                 1000
             ):  # few tuples at once: more would wake the garbage collector
-                ids.append(np.fromiter((at for at, _ in chunk), dtype=np.int64, count=len(chunk)))
+                parts.append(np.fromiter((item for item, _ in chunk), dtype=np.int64, count=len(chunk)))
                 codes += b"".join([code for _, code in chunk])
-        every = np.concatenate(ids)
-        if len(codes) != len(every) * width:
-            raise ValueError(
-                f"{self.path} is damaged: codes are not {width} bytes each; restore it from a snapshot"
-            )
-        return every, np.frombuffer(codes, dtype=np.uint8).reshape(len(every), width)
+        ids = np.concatenate(parts)
+        if len(codes) != len(ids) * width:
+            raise ValueError(f"{self.path} is damaged: codes are not {width} bytes each; restore a snapshot")
+        return ids, np.frombuffer(codes, dtype=np.uint8).reshape(len(ids), width)
 
     def add(self, ids: np.ndarray, codes: np.ndarray, payload: Sequence[str] | None, origin: str) -> str:
         """Insert rows in one transaction, after checking ids and origin against what is held by then.
@@ -114,60 +105,51 @@ class Store:
         """
         order = np.argsort(ids)  # in id order the tree grows at its end, which is many times faster
         ascending, width = ids[order], codes.shape[1]
-        with self._writing():
+        with self._transaction():
             highest = self._all("SELECT max(id) FROM items")[0][0]
             held = ""  # of an emptied store, whatever its codes were of
             if highest is not None:
-                self._refuse_taken(ids, highest)
+                self._refuse_held(ids[ids <= highest])
                 held = str(self.meta()["origin"])
                 check_origin(origin, held)
             held = origin or held
             self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('origin', ?)", (json.dumps(held),))
-            for start in range(
-                0, len(ids), _CHUNK
-            ):  # unpacked by SQLite: four times faster than a call for each row
+            for start in range(0, len(ids), _CHUNK):
                 part = slice(start, start + _CHUNK)
-                self._connection.execute(
+                self._connection.execute(  # unpacked by SQLite: four times faster than a call for each row
                     "INSERT INTO items SELECT value, substr(?2, 1 + key * ?3, ?3) FROM json_each(?1)",
                     (json.dumps(ascending[part].tolist()), codes[order[part]].tobytes(), width),
                 )
             if payload is not None:
-                texts = (payload[at] for at in order.tolist())
-                self._connection.executemany(
-                    "INSERT INTO payloads VALUES (?, ?)", zip(ascending.tolist(), texts, strict=True)
-                )
+                rows = zip(ascending.tolist(), (payload[at] for at in order.tolist()), strict=True)
+                self._connection.executemany("INSERT INTO payloads VALUES (?, ?)", rows)
         return held
 
-    def _refuse_taken(self, ids: np.ndarray, highest: int) -> None:
-        asked = json.dumps(ids[ids <= highest].tolist())
-        taken = self._all(f"SELECT id FROM items WHERE id {_ASKED} LIMIT 1", asked)
-        if taken:
-            raise ValueError(f"id {taken[0][0]} is already in the index; remove it first or give a new id")
+    def _refuse_held(self, ids: np.ndarray) -> None:
+        held = self._all(f"SELECT id FROM items WHERE id {_IN_LIST} LIMIT 1", json.dumps(ids.tolist()))
+        if held:
+            raise ValueError(f"id {held[0][0]} is already in the index; remove it first or give a new id")
 
     def remove(self, ids: np.ndarray) -> int:
         """Delete rows in one transaction and count them."""
-        asked = (json.dumps(ids.tolist()),)
-        with self._writing():
-            self._connection.execute(f"DELETE FROM payloads WHERE id {_ASKED}", asked)
-            return self._connection.execute(f"DELETE FROM items WHERE id {_ASKED}", asked).rowcount
+        values = (json.dumps(ids.tolist()),)
+        with self._transaction():
+            self._connection.execute(f"DELETE FROM payloads WHERE id {_IN_LIST}", values)
+            return self._connection.execute(f"DELETE FROM items WHERE id {_IN_LIST}", values).rowcount
 
     def payload(self, ids: np.ndarray) -> dict[int, dict[str, Any]]:
         """By id, the payload of those that are held."""
-        query = (
-            f"SELECT id, coalesce(value, '{{}}') FROM items LEFT JOIN payloads USING (id) WHERE id {_ASKED}"
-        )
-        with _told(self.path, self._wait):
-            return {at: json.loads(text) for at, text in self._all(query, json.dumps(ids.tolist()))}
+        joined = "items LEFT JOIN payloads USING (id)"
+        query = f"SELECT id, coalesce(value, '{{}}') FROM {joined} WHERE id {_IN_LIST}"
+        with self._errors():
+            return {item: json.loads(text) for item, text in self._all(query, json.dumps(ids.tolist()))}
 
     def matching(self, where: Mapping[str, Any]) -> np.ndarray:
         """Ids of the rows whose payload has these values; a list means any of them."""
-        if not where:
-            with _told(self.path, self._wait):
-                return np.array(self._all("SELECT id FROM items"), dtype=np.int64).reshape(-1)
         clauses, values = [], []
-        for key, wanted in where.items():
+        for key, value in where.items():
             check_key(key)
-            options = list(wanted) if isinstance(wanted, (list, tuple, set, frozenset)) else [wanted]
+            options = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
             for option in options:
                 if not isinstance(option, (str, int, float)):
                     raise ValueError(
@@ -175,27 +157,30 @@ class Store:
                     )
             clauses.append(
                 f"CASE json_type(payloads.value, ?) WHEN 'array' "
-                f"THEN EXISTS (SELECT 1 FROM json_each(payloads.value, ?) AS one WHERE one.value {_ASKED}) "
-                f"ELSE json_extract(payloads.value, ?) {_ASKED} END"
+                f"THEN EXISTS (SELECT 1 FROM json_each(payloads.value, ?) AS one WHERE one.value {_IN_LIST}) "
+                f"ELSE json_extract(payloads.value, ?) {_IN_LIST} END"
             )
             path, text = f'$."{key}"', to_json(options, f"where: {key!r}")
             values += [path, path, text, path, text]
-        with _told(self.path, self._wait):
-            found = self._all(f"SELECT id FROM payloads WHERE {' AND '.join(clauses)}", *values)
-        return np.array(found, dtype=np.int64).reshape(-1)
+        which = f"payloads WHERE {' AND '.join(clauses)}" if clauses else "items"
+        with self._errors():
+            return np.array(self._all(f"SELECT id FROM {which}", *values), dtype=np.int64).reshape(-1)
 
     def copy_to(self, directory: Path) -> None:
-        """A consistent copy in a new directory: written aside, put on disk, then renamed."""
-        aside = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
-        aside.mkdir(parents=True)
+        """Copy consistently to a new directory: written under another name, flushed, then renamed."""
+        draft = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
+        draft.mkdir(parents=True)
         try:
-            with _told(aside / FILE, self._wait), contextlib.closing(sqlite3.connect(aside / FILE)) as copy:
+            with (
+                self._errors(),
+                contextlib.closing(sqlite3.connect(draft / FILE)) as copy,
+            ):
                 self._connection.backup(copy)
-            flush(aside / FILE)
-            flush(aside)
-            os.rename(aside, directory)
+            flush(draft / FILE)
+            flush(draft)
+            os.rename(draft, directory)
         except BaseException:
-            shutil.rmtree(aside)
+            shutil.rmtree(draft)
             raise
         flush(directory.parent)
 
@@ -203,9 +188,9 @@ class Store:
         return self._connection.execute(query, values).fetchall()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _transaction(self) -> Iterator[None]:
         """One transaction, whole or not at all, on disk when the block ends."""
-        with _told(self.path, self._wait):
+        with self._errors():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -216,39 +201,47 @@ class Store:
                 raise
 
 
-def create(directory: Path, bits: int, engine: str) -> None:
+def create_store(directory: Path, bits: int, engine: str) -> None:
     """Make an empty store. It appears under its name only when complete, so a half-made one is never opened.
 
-    Where another process makes the same store meanwhile, the first one stands.
+    Where another process makes the same store meanwhile, the first one stays.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path, aside = directory / FILE, directory / f".{FILE}.{secrets.token_hex(4)}"
+    path, draft = directory / FILE, directory / f".{FILE}.{secrets.token_hex(4)}"
     log = path.with_name(f"{FILE}-wal")
     if log.exists():
         raise ValueError(f"{log} is the log of a store that is gone; put {FILE} back or remove the log")
     meta = {"format": FORMAT, "bits": bits, "engine": engine, "origin": ""}
+    rows = [(key, json.dumps(value)) for key, value in meta.items()]
     try:
-        with _told(path, 0), contextlib.closing(sqlite3.connect(aside)) as connection:
+        with _sqlite_errors(path, 0), contextlib.closing(sqlite3.connect(draft)) as connection:
             connection.execute(f"PRAGMA page_size = {_PAGE}")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(_SCHEMA)
             with connection:
-                connection.executemany(
-                    "INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in meta.items()]
-                )
-        flush(aside)
+                connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+        flush(draft)
         with contextlib.suppress(FileExistsError):
-            os.link(aside, path)
+            os.link(draft, path)
     finally:
-        for draft in directory.glob(f"{aside.name}*"):  # the file, and its log where SQLite could not finish
-            draft.unlink()
+        for file in directory.glob(f"{draft.name}*"):  # the draft, and its log where SQLite could not finish
+            file.unlink()
     flush(directory)
 
 
 def check_key(key: Any) -> None:
-    """Payload keys are found by JSON path, which knows no escapes inside a quoted key."""
+    """Refuse payload keys that a JSON path, which knows no escapes inside a quoted key, could not find."""
     if not (isinstance(key, str) and _KEY.fullmatch(key)):
         raise ValueError(f"payload keys are text without quotes, backslashes and control marks, got {key!r}")
+
+
+def check_origin(given: str, held: str) -> None:
+    """Refuse codes of origin ``given`` next to codes of origin ``held``; "" is unknown and fits any."""
+    if given and held and given != held:
+        raise ValueError(
+            f"codes of origin {given!r} do not belong to an index of origin {held!r}: their distances mean "
+            f"nothing; encode with the model of origin {held!r} (--run on the command line), or build a new index"
+        )
 
 
 def to_json(value: Any, what: str) -> str:
@@ -262,40 +255,31 @@ def to_json(value: Any, what: str) -> str:
 
 
 def _refuse_part_page(path: Path) -> None:
-    """SQLite reads a file that ends within a page as if zeros followed. Its log, where there is one, holds
-    the rest."""
+    """SQLite would read zeros after a file that ends within a page, unless a log holds the rest."""
     log = path.with_name(f"{path.name}-wal")
     if path.stat().st_size % _PAGE and not (log.exists() and log.stat().st_size):
-        raise ValueError(
-            f"{path} is damaged (it ends within a page); restore it from a snapshot or build it again"
-        )
+        raise ValueError(f"{path} is damaged (it ends within a page); {_RESTORE}")
 
 
 @contextlib.contextmanager
-def _told(path: Path, wait: float) -> Iterator[None]:
-    """SQLite's errors in the words of who has to act on them; an error of ours or a bug passes as it is."""
+def _sqlite_errors(path: Path, wait: float) -> Iterator[None]:
+    """Turn SQLite's errors into errors with a remedy; an error of ours or a bug passes as it is."""
     try:
         yield
     except sqlite3.Error as error:
-        primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        short = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHORT_READ
-        if short or primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            text = f"{path} is damaged ({error}); restore it from a snapshot or build the index again"
-            raise ValueError(text) from None
-        if primary == sqlite3.SQLITE_FULL:
-            raise OSError(
-                errno.ENOSPC, "the disk is full, nothing was written; make room", str(path)
-            ) from None
-        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise TimeoutError(
-                f"another process has been writing to {path} for {wait:g} s; try again later"
-            ) from None
-        if primary in (
-            sqlite3.SQLITE_IOERR,
-            sqlite3.SQLITE_CANTOPEN,
-            sqlite3.SQLITE_READONLY,
-            sqlite3.SQLITE_PERM,
+        code = getattr(error, "sqlite_errorcode", 0)
+        primary = code & 0xFF
+        if code == sqlite3.SQLITE_IOERR_SHORT_READ or primary in (
+            sqlite3.SQLITE_CORRUPT,
+            sqlite3.SQLITE_NOTADB,
         ):
-            text = f"the file cannot be read and written ({error}); check its rights, the disk and the room on it"
+            raise ValueError(f"{path} is damaged ({error}); {_RESTORE}") from None
+        if primary == sqlite3.SQLITE_FULL:
+            raise OSError(errno.ENOSPC, "the disk is full, nothing was written", str(path)) from None
+        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            text = f"another process has been writing to {path} for {wait:g} s; try again later"
+            raise TimeoutError(text) from None
+        if primary in _UNUSABLE:
+            text = f"the file cannot be read and written ({error}); check its rights and the room on the disk"
             raise OSError(errno.EIO, text, str(path)) from None
         raise

@@ -12,8 +12,7 @@ from robusthash.core.hamming import pack, sign
 from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import precision
 from robusthash.core.types import Codes
-from robusthash.data.base import Split
-from robusthash.data.loader import batches
+from robusthash.data.base import Split, batches
 from robusthash.models.hasher import Hasher, frozen
 
 

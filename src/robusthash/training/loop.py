@@ -11,8 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from robusthash.core.runtime import Draws, choose_device, precision, seed_everything
-from robusthash.data.base import RetrievalData
-from robusthash.data.loader import batches
+from robusthash.data.base import RetrievalData, batches
 from robusthash.data.transforms import augment
 from robusthash.training.optimiser_groups import divided
 from robusthash.training.recipe import FIGURES, Moment, Recipe

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, LossTerms, Outputs
-from robusthash.data.base import RetrievalData, Split
-from robusthash.data.loader import batches
+from robusthash.data.base import RetrievalData, Split, batches
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.objectives.base import HashObjective, TrainFacts, share_similar
 from robusthash.objectives.code_memory import CodeMemory

@@ -11,7 +11,7 @@ from robusthash.apps.audit.measured_rows import Done, Example, Role, Row, Shot, 
 from robusthash.apps.audit.photo_collection import Photos
 from robusthash.apps.experiment.demo_run import colour_variety
 from robusthash.core.hamming import topk
-from robusthash.data.transforms import read_image
+from robusthash.data.image_files import read_image
 from robusthash.evaluation.attack_block import Attacked, in_8bit
 from robusthash.evaluation.attack_spec import AttackSpec
 from robusthash.evaluation.context import EvaluationContext

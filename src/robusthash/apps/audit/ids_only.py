@@ -20,7 +20,7 @@ from robusthash.attacks.query_search import Square, ask_around
 from robusthash.attacks.threat_model import threat_on
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Inputs
-from robusthash.data.image_changes import EVERYDAY, noise
+from robusthash.data.transforms import EVERYDAY, noise
 from robusthash.evaluation.copy_detection import KindFound
 from robusthash.models.external.http_endpoint import Endpoint
 

@@ -33,7 +33,7 @@ from robusthash.apps.experiment.stages import Progress, silent
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
-from robusthash.data.image_changes import EVERYDAY, noise
+from robusthash.data.transforms import EVERYDAY, noise
 from robusthash.evaluation.attack_block import Attacked
 from robusthash.evaluation.attack_spec import AttackSpec
 from robusthash.evaluation.context import EvaluationContext

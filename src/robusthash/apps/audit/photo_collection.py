@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from robusthash.core.runtime import Draws
-from robusthash.data.image_changes import jpeg
-from robusthash.data.photo_sources import PHOTOGRAPHS, photograph_path
+from robusthash.data.image_files import SUFFIXES, read_images
+from robusthash.data.photos import PHOTOGRAPHS, photograph_path
 from robusthash.data.splits import hash_pixels
-from robusthash.data.transforms import SUFFIXES, read_images
+from robusthash.data.transforms import jpeg
 
 STORED_QUALITY = 95
 """JPEG quality of the copies that are searched: what a site keeps of an upload."""

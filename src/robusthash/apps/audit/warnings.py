@@ -10,7 +10,7 @@ from robusthash.apps.audit.photo_collection import Photos
 from robusthash.apps.audit.targets import Target
 from robusthash.attacks.threat_model import threat_on
 from robusthash.core.types import Inputs
-from robusthash.data.image_changes import EVERYDAY
+from robusthash.data.transforms import EVERYDAY
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.metrics.results import Flag
 from robusthash.models.external.perceptual_hashes import NAMES

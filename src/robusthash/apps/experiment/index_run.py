@@ -19,7 +19,7 @@ from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack, sign
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split
-from robusthash.data.transforms import SUFFIXES, read_image, read_images
+from robusthash.data.image_files import SUFFIXES, read_image, read_images
 from robusthash.index import CodeIndex, open_index
 from robusthash.models.hasher import Hasher, frozen
 

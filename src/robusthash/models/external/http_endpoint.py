@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from robusthash.data.image_changes import to_pixels
+from robusthash.data.transforms import to_pixels
 from robusthash.models.external.wrapper import Broken
 
 _LARGEST = 1 << 20  # bytes of an answer

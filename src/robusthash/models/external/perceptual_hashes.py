@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from robusthash.core.registry import nearest
-from robusthash.data.image_changes import to_pixels
+from robusthash.data.transforms import to_pixels
 
 
 @dataclass(frozen=True)

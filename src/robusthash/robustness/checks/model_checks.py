@@ -16,8 +16,7 @@ from torch import Tensor
 from robusthash.attacks.base import Loss
 from robusthash.attacks.losses import ObjectiveLoss, ScaleFree
 from robusthash.attacks.threat_model import Threat
-from robusthash.data.base import RetrievalData, Split, content_hash
-from robusthash.data.loader import batches
+from robusthash.data.base import RetrievalData, Split, batches, content_hash
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import score_clean
 from robusthash.metrics.distance_histogram import prepared_profile

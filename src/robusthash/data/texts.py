@@ -1,0 +1,183 @@
+"""Captions and tags -> the modality ``text``: bags of words, or token ids for a transformer."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 4096  # texts whose bags exist as floats at a time
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Options of the texts of items. Nothing of an encoder is computed ahead.
+
+    An item without any words is kept, counted in the note of the data set and warned of: its bag is all zero
+    (its ids are the tokenizer's empty text), and no text encoder can tell such items apart.
+
+    Attributes:
+        texts: ``False`` none, ``True`` or ``"bag"`` a bag of words, ``"tokens"`` token ids for a transformer.
+        caption: ``first`` of an item's texts, or ``all`` joined by spaces.
+        vocabulary: most frequent words of the training texts that a bag counts.
+        tokenizer: for tokens, the folder with the tokenizer's files.
+        max_length: for tokens, the most ids a text may have; longer ones are cut, counted and warned of.
+    """
+
+    texts: bool | str = True
+    caption: Literal["first", "all"] = "all"
+    vocabulary: int = 1000
+    tokenizer: str | Path | None = None
+    max_length: int = 64
+
+    forms: ClassVar[tuple[str, ...]] = ("bag", "tokens")
+    """Values of ``texts`` other than true and false."""
+
+    def __post_init__(self) -> None:
+        if self.texts not in (True, False, *self.forms):
+            *others, last = map(repr, self.forms)
+            choice = ", ".join(["true", "false", *others])
+            raise ValueError(f"texts must be {choice} or {last}, got {self.texts!r}")
+        if self.caption not in ("first", "all"):
+            raise ValueError(f"caption must be 'first' or 'all', got {self.caption!r}")
+        if self.texts == "tokens" and self.tokenizer is None:
+            raise ValueError("texts='tokens' needs tokenizer=, the folder with the tokenizer's files")
+        if self.texts != "tokens" and self.tokenizer is not None:
+            raise ValueError(f"a tokenizer is for texts='tokens', and texts is {self.texts!r}")
+
+    def encode(
+        self,
+        captions: Sequence[Sequence[str]],
+        train: Tensor,
+        others: Tensor,
+        stop_words: Collection[str] = (),
+    ) -> tuple[Tensor, str]:
+        """The texts of N items -> (N, V) bool or (N, L) int64, and their note for the data set.
+
+        Args:
+            captions: the texts of each item, in their order.
+            train: row numbers that the vocabulary is made from.
+            others: rows of query and database, in which words outside the vocabulary are counted.
+            stop_words: that a bag never counts.
+        """
+        texts = [" ".join(several[:1] if self.caption == "first" else several) for several in captions]
+        empty = note_empty(torch.tensor([not text.strip() for text in texts]))
+        if self.texts == "tokens":
+            values, note = token_ids(texts, Path(str(self.tokenizer)), self.max_length)
+        else:
+            words = Vocabulary.fit((texts[row] for row in train.tolist()), self.vocabulary, stop_words)
+            starts = range(0, len(texts), _CHUNK)
+            values = torch.cat([words.encode(texts[start : start + _CHUNK]).bool() for start in starts])
+            unseen, total = words.unseen((texts[row] for row in others.tolist()), stop_words)
+            counted = f"{unseen} of {total} caption words of query and database"
+            note = f"{counted} are outside the vocabulary of {len(words)}."
+        return values, f"{empty} {note}".strip()
+
+
+def note_empty(empty: Tensor) -> str:
+    """Warn of items without text and return the note that counts them; "" where there are none."""
+    count = int(empty.sum())
+    if count == 0:
+        return ""
+    note = f"{count} of {len(empty)} items have an empty text."
+    logger.warning("%s They are kept, with nothing in their place.", note)
+    return note
+
+
+def token_ids(texts: Sequence[str], folder: Path, max_length: int) -> tuple[Tensor, str]:
+    """Texts -> (N, L) int64 ids, padded to the longest text, and a note that counts the texts that were cut.
+
+    Args:
+        folder: with a tokenizer's files (``tokenizer.json`` or ``vocab.txt``); nothing is fetched.
+        max_length: L is at most this; special tokens count.
+
+    Raises:
+        ImportError: the extra ``text`` is not installed.
+        FileNotFoundError: no such folder.
+        ValueError: no tokenizer in it, none that pads, or a ``max_length`` above what its encoder takes.
+    """
+    tokenizer = _load_tokenizer(folder)
+    limit = tokenizer.model_max_length
+    if not 2 < max_length <= limit:
+        raise ValueError(
+            f"max_length must lie in 3..{limit}, the limit of the encoder in {folder}: {max_length}"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {folder} has no padding token; use one of a BERT kind")
+    lengths = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+    padded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    note = f"Texts are token ids of {folder.name}."
+    if (longest := max(lengths)) > max_length:
+        count = sum(length > max_length for length in lengths)
+        cut = f"{count} of {len(texts)} texts cut to {max_length} tokens (the longest has {longest})."
+        logger.warning("%s", cut)
+        note += f" {cut}"
+    return padded["input_ids"].to(torch.int64), note
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, from local files only."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder.absolute()}; it should hold tokenizer.json or vocab.txt")
+    try:
+        from transformers import AutoTokenizer  # seconds to import, and only token ids need it
+    except ImportError as error:
+        raise ImportError("texts='tokens' needs transformers: pip install robusthash[text]") from error
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer (tokenizer.json or vocab.txt): {error}") from error
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-cased words: runs of letters and digits, an apostrophe inside allowed."""
+    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", unicodedata.normalize("NFKC", text).lower())
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words that a bag of words counts, most frequent first; ``fit`` makes it of training texts."""
+
+    words: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.words:
+            raise ValueError("a vocabulary needs at least one word; are all texts empty?")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @classmethod
+    def fit(cls, texts: Iterable[str], size: int = 1000, without: Collection[str] = ()) -> Vocabulary:
+        """The ``size`` most frequent words except ``without``; equal counts in alphabetical order."""
+        if size < 1:
+            raise ValueError(f"a vocabulary needs a size of at least 1, got {size}")
+        counts = Counter(word for text in texts for word in words_of(text))
+        for word in without:
+            counts.pop(word, None)
+        ordered = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls(tuple(ordered[:size]))
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> (N, V) float32, 1 where the word occurs; words not in the vocabulary are ignored."""
+        column = {word: number for number, word in enumerate(self.words)}
+        bags = torch.zeros(len(texts), len(self.words))
+        for row, text in enumerate(texts):
+            bags[row, [column[word] for word in words_of(text) if word in column]] = 1
+        return bags
+
+    def unseen(self, texts: Iterable[str], without: Collection[str] = ()) -> tuple[int, int]:
+        """(words that ``encode`` ignores, all words), ``without`` apart, repetitions counted."""
+        known, apart = set(self.words), set(without)
+        is_known = [word in known for text in texts for word in words_of(text) if word not in apart]
+        return is_known.count(False), len(is_known)
