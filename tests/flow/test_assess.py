@@ -295,5 +295,5 @@ def test_only_a_cut_graph_loses_its_white_box_lines(run, monkeypatch, reached):
     assert ("guided" in result.attacks) == (reached > 0)
     assert any("no gradient reaches the input" in note for note in result.notes) == (reached == 0)
     if reached == 0:
-        with pytest.raises(ValueError, match="'paper' has no other lines under img-linf-8; use 'standard'"):
+        with pytest.raises(ValueError, match="'paper' has no other attacks under img-linf-8; use 'standard'"):
             assessing.assess(load_run(run), "paper", queries=4)

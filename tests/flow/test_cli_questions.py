@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from robusthash.apps.experiment import stages
-from robusthash.apps.experiment.assess_run import FolderStore
+from robusthash.apps.experiment.block_store import FolderStore
 from robusthash.apps.experiment.config import make_config
 from robusthash.attacks.oracle import QueryOracle
 

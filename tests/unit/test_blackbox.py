@@ -365,7 +365,7 @@ def test_the_curve_falls_and_ends_where_the_line_does(context: EvaluationContext
     whole = context.select(context.query_labels, 1)(line.run(context, 0, 0).signs[:, 0])
     assert torch.allclose(curve.ap[:, -1], whole)
     for wrong in ((), (5, 5), (10, 5), (10, 31)):
-        with pytest.raises(ValueError, match="budgets must rise and end at most at the line's 30"):
+        with pytest.raises(ValueError, match="budgets must rise and end at most at the attack's 30"):
             question_curve(context, line, wrong)
     noisy = small_hasher(declared="randomised")
     with pytest.raises(ValueError, match="randomised victim is not built"):
@@ -404,7 +404,7 @@ def test_lines_refuse_what_cannot_be_judged(context: EvaluationContext) -> None:
     threat = image_threat(EPS)
     with pytest.raises(ValueError, match="'ap' cannot be judged from 'ids'"):
         OracleAttack("x", Square(), threat, "ids", "ap")
-    with pytest.raises(ValueError, match="at least 1 question, got 0"):
+    with pytest.raises(ValueError, match="at least 1 oracle query, got 0"):
         OracleAttack("x", Square(), threat, budget=0)
     with pytest.raises(ValueError, match="one modality at a time"):
         OracleAttack("x", Square(), threat_on("both"))

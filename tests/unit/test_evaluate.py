@@ -18,7 +18,7 @@ from robusthash.core.registry import build
 from robusthash.data import RetrievalData
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation import make_context, score_attack, score_clean, worst
-from robusthash.evaluation.attack_block import Attacked, attack_block
+from robusthash.evaluation.attack_block import AttackedBlock, attack_block
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import as_codes, attack_all, measure_codes
 from robusthash.metrics.results import EvalResult
@@ -117,7 +117,7 @@ def test_targeted_results_carry_base_rate_representative_and_collateral(context)
 
 
 @pytest.fixture(scope="module")
-def targeted(context) -> tuple[EvaluationContext, Attacked, EvalResult]:
+def targeted(context) -> tuple[EvaluationContext, AttackedBlock, EvalResult]:
     """A bench whose queries 1 and 4 have every label, so no target; what a targeted attack came to; its
     result."""
     labels = context.queries.labels.clone()
@@ -232,7 +232,7 @@ def test_attacked_blocks_survive_a_file(context, tmp_path):
     block = attack_block(context, attacks()["hag"], 0)
     np.savez(tmp_path / "block.npz", **block.arrays())
     with np.load(tmp_path / "block.npz", allow_pickle=False) as arrays:
-        again = Attacked.from_arrays({name: arrays[name] for name in arrays.files})
+        again = AttackedBlock.from_arrays({name: arrays[name] for name in arrays.files})
     assert torch.equal(again.signs, block.signs)
     assert torch.equal(again.inputs, block.inputs)
     assert set(again.pixels) == set(block.pixels)
@@ -257,7 +257,7 @@ def test_blocks_that_an_older_version_kept_join_with_new_ones(context):
         blocks[1], pixels={n: v for n, v in blocks[1].pixels.items() if not n.startswith("legacy")}
     )
     for pair in ([blocks[0], older], [older, blocks[0]]):
-        joined = Attacked.join(pair)
+        joined = AttackedBlock.join(pair)
         assert set(joined.pixels) == set(older.pixels)
         assert all(len(values) == len(joined.signs) for values in joined.pixels.values())
 

@@ -24,7 +24,7 @@ from robusthash.evaluation import (
     score_clean,
     worst,
 )
-from robusthash.evaluation.attack_block import Attacked
+from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.evaluate import attack_all
 from robusthash.metrics import EvalResult
 from robusthash.models.encoding import weights_digest
@@ -41,12 +41,14 @@ def context() -> EvaluationContext:
 
 
 @pytest.fixture(scope="module")
-def attacked(context: EvaluationContext) -> Attacked:
+def attacked(context: EvaluationContext) -> AttackedBlock:
     return attack_all(context, ATTACK)
 
 
 @pytest.fixture(scope="module")
-def sent(context: EvaluationContext, attacked: Attacked, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sent(
+    context: EvaluationContext, attacked: AttackedBlock, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("evidence") / "whole"
     export(context, ATTACK.threat, attacked.inputs, folder, attack="mainstay", budget=ATTACK.budget)
     return folder

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from robusthash.apps.experiment.assess_run import FolderStore
+from robusthash.apps.experiment.block_store import FolderStore
 from robusthash.apps.experiment.config import load_config
 from robusthash.attacks.base import Attack
 from robusthash.attacks.guides import Mainstay

@@ -25,11 +25,11 @@ from robusthash.core.registry import build, catalogue
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Goal, Inputs
 from robusthash.data.splits import stable_subset
-from robusthash.evaluation.attack_block import Attacked, Trial, finish
+from robusthash.evaluation.attack_block import AttackedBlock, finish
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, RefinedAttack
 from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
-from robusthash.evaluation.runner import Attacker, corner_start, run_attacks
+from robusthash.evaluation.runner import BlockRunner, corner_start, run_attacks
 from robusthash.metrics.results import load_results, save_results
 from robusthash.models import Hasher
 from robusthash.models.purifier import Purifier
@@ -46,17 +46,17 @@ class Memory:
     """A keep in memory; ``stop_after`` blocks it dies, as a kill would."""
 
     def __init__(self, stop_after: int | None = None) -> None:
-        self.blocks: dict[tuple[str, int, int], Attacked] = {}
+        self.blocks: dict[tuple[str, int, int], AttackedBlock] = {}
         self.stop_after = stop_after
         self.parts: dict[str, Memory] = {}
 
     def within(self, name: str) -> Memory:
         return self.parts.setdefault(name, Memory())
 
-    def load(self, spec: AttackSpec, restart: int, block: int) -> Attacked | None:
+    def load(self, spec: AttackSpec, restart: int, block: int) -> AttackedBlock | None:
         return self.blocks.get((spec.name + str(spec.settings()), restart, block))
 
-    def save(self, spec: AttackSpec, restart: int, block: int, attacked: Attacked) -> None:
+    def save(self, spec: AttackSpec, restart: int, block: int, attacked: AttackedBlock) -> None:
         if self.stop_after is not None and len(self.blocks) == self.stop_after:
             raise KeyboardInterrupt
         self.blocks[spec.name + str(spec.settings()), restart, block] = attacked
@@ -84,7 +84,7 @@ class Corners:
 
     def run(
         self, context: EvaluationContext, block: int, restart: int, start: Inputs | None = None
-    ) -> Attacked:
+    ) -> AttackedBlock:
         batch = context.batch(block)
         best, kept = None, batch.inputs["image"]
         for number in range(self.tries):
@@ -96,8 +96,7 @@ class Corners:
             better = torch.ones(len(batch), dtype=torch.bool) if best is None else score > best
             best = score if best is None else torch.where(better, score, best)
             kept = torch.where(better[:, None, None, None], tried, kept)
-        trial = Trial({"image": kept}, torch.empty(len(batch), 0, dtype=torch.int8), forward=self.tries)
-        return finish(context, self.threat, batch, [trial], 0.0)
+        return finish(context, self.threat, batch, [{"image": kept}], 0.0, passes=(self.tries, 0, 0))
 
 
 def guided(steps: int = 4, eps: float = EPS) -> Attack:
@@ -131,7 +130,7 @@ def context(data) -> EvaluationContext:
     return make_context(trained_hasher(data), data, batch_size=8)
 
 
-def same(left: Attacked, right: Attacked) -> None:
+def same(left: AttackedBlock, right: AttackedBlock) -> None:
     for name, value in left.arrays().items():
         if name != "seconds":
             np.testing.assert_array_equal(value, right.arrays()[name], err_msg=name)
@@ -149,7 +148,7 @@ def test_the_worst_case_is_over_the_clean_input_and_every_restart_of_every_line(
     for spec in suite.specs[:2]:
         for restart in range(2):
             parts = [store.load(spec, restart, block) for block in range(context.blocks)]
-            codes = as_codes(Attacked.join(parts).signs[:, 0])
+            codes = as_codes(AttackedBlock.join(parts).signs[:, 0])
             ap[f"{spec.name}/{restart}"] = measure_codes(context, codes, context.query_labels).per_query[
                 "MAP"
             ]
@@ -266,7 +265,7 @@ def test_tiers_hold_the_lines_that_they_promise():
 def test_what_cannot_be_assessed_is_refused_before_any_attack(context):
     with pytest.raises(ValueError, match="names of their own"):
         Suite("twice", (GradientAttack("guided", guided()), GradientAttack("guided", guided())))
-    with pytest.raises(ValueError, match="no untargeted line"):
+    with pytest.raises(ValueError, match="no untargeted attack"):
         assess(context, Suite("towards", (GradientAttack("t", guided_targeted_apgd(EPS, 4)),)))
     with pytest.raises(ValueError, match="the queries are images"):
         assess(context, "smoke", edit_threat(2))
@@ -275,7 +274,7 @@ def test_what_cannot_be_assessed_is_refused_before_any_attack(context):
             assess(context, "smoke", named_threat(name))
     with pytest.raises(ValueError, match="no shard 2 of 2"):
         run_attacks(context, small().specs, Memory(), shard=(2, 2))
-    with pytest.raises(ValueError, match="needs a keep"):
+    with pytest.raises(ValueError, match="needs a store"):
         run_attacks(context, small().specs, shard=(0, 2))
 
 
@@ -352,7 +351,7 @@ def test_what_refines_starts_at_the_worst_point_of_each_query_and_never_ends_abo
 
     def run(
         self: RefinedAttack, context: EvaluationContext, block: int, restart: int, start: Inputs | None = None
-    ) -> Attacked:
+    ) -> AttackedBlock:
         assert start is not None
         starts.append(start["image"].clone())
         return usual(self, context, block, restart, start)
@@ -380,7 +379,7 @@ def test_what_refines_starts_at_the_worst_point_of_each_query_and_never_ends_abo
     )
 
 
-def _named(store: Memory) -> dict[tuple[str, int, int], Attacked]:
+def _named(store: Memory) -> dict[tuple[str, int, int], AttackedBlock]:
     return {
         (key.partition("{")[0], restart, block): held for (key, restart, block), held in store.blocks.items()
     }
@@ -449,10 +448,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(context, error):
 
 def test_starts_are_cut_with_the_batch(context):
     """A corner start is that of its query, whatever part of the block it is attacked in."""
-    attacker = Attacker(context)
+    attacker = BlockRunner(context)
     spec = GradientAttack("guided", guided(), 3)
     expected = attacker.block(spec, 2, 0)
-    attacker.parts = replace(context, batch_size=2)
+    attacker.narrow = replace(context, batch_size=2)
     found = attacker.block(spec, 2, 0)
     assert torch.equal(found.signs, expected.signs)
     torch.testing.assert_close(found.inputs, expected.inputs)
@@ -538,17 +537,17 @@ def test_t19_a_victim_of_random_codes_keeps_its_clean_map():
     ]
     assert float(torch.stack(looks).amin(0).mean()) < low
     assert any("20 fresh draws" in note for note in result.notes)
-    attacker, inputs = Attacker(context), context.batch(0).inputs["image"]
-    once, again = (attacker.looks("guided", 0, 0, inputs) for _ in range(2))
+    attacker, inputs = BlockRunner(context), context.batch(0).inputs["image"]
+    once, again = (attacker.noise_codes("guided", 0, 0, inputs) for _ in range(2))
     assert torch.equal(once, again), "the noise is keyed"
     assert not torch.equal(once[0], once[1]), "what chooses is not what scores"
     with pytest.raises(ValueError, match="randomised"):
         eps_curve(context, suite.specs, image_threat(EPS))
 
 
-def _whole(context: EvaluationContext, suite: Suite, store: Memory) -> list[Attacked]:
+def _whole(context: EvaluationContext, suite: Suite, store: Memory) -> list[AttackedBlock]:
     return [
-        Attacked.join([store.load(spec, restart, block) for block in range(context.blocks)])
+        AttackedBlock.join([store.load(spec, restart, block) for block in range(context.blocks)])
         for spec in suite.specs
         for restart in range(spec.restarts)
     ]
@@ -630,8 +629,7 @@ def test_a_full_step_is_a_full_step_in_eight_bits(context):
     seen: list[Tensor] = []
     victim.register_forward_pre_hook(lambda module, given: seen.append(given[0]["image"]))
     moved = {"image": inside["image"] + 8 / 255}
-    trial = Trial(moved, torch.empty(20, 0, dtype=torch.int8))
-    finish(context, threat, replace(batch, inputs=inside), [trial], 0.0)
+    finish(context, threat, replace(batch, inputs=inside), [moved], 0.0)
     torch.testing.assert_close(seen[1], moved["image"], rtol=0, atol=1e-6)
 
 

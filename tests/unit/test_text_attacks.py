@@ -31,7 +31,7 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal
 from robusthash.data import ArraySource, RetrievalData, Split, load_data
 from robusthash.evaluation import EvaluationContext, make_context, score_attack, score_clean
-from robusthash.evaluation.attack_block import Attacked, attack_block
+from robusthash.evaluation.attack_block import AttackedBlock, attack_block
 from robusthash.evaluation.evaluate import attack_all, worst
 from robusthash.metrics.distortion import text_measures
 from robusthash.metrics.results import EvalResult, Setting, by_direction
@@ -199,14 +199,14 @@ def test_blocks_of_earlier_versions_are_read_without_whole_words(
     context, attack = contexts["T2I"], make("mainstay", modality="text")
     new = [attack_block(context, attack, block) for block in range(context.blocks)]
     arrays = new[0].arrays()
-    again = Attacked.from_arrays(arrays)
+    again = AttackedBlock.from_arrays(arrays)
     assert torch.equal(again.whole_words, new[0].whole_words)
     assert again.whole_words.shape == again.signs.shape
     del arrays["whole_words"]
-    whole = Attacked.join([Attacked.from_arrays(arrays), *new[1:]])
+    whole = AttackedBlock.join([AttackedBlock.from_arrays(arrays), *new[1:]])
     result = score_attack(context, attack, whole)
     assert "MAP/rounded" not in result.values
-    assert result["MAP"] == score_attack(context, attack, Attacked.join(new))["MAP"]
+    assert result["MAP"] == score_attack(context, attack, AttackedBlock.join(new))["MAP"]
 
 
 @pytest.mark.parametrize("like", [*NAMES, {"name": "tha", "fit_steps": 5, "hidden": 16}], ids=str)

@@ -37,13 +37,14 @@ from robusthash.data import RetrievalData, load_data
 from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.models import Hasher, build_hasher
 from robusthash.models.encoding import weights_digest
-from robusthash.robustness.specs.oracle_attacks import (
+from robusthash.robustness.specs.transfer_attacks import (
+    ENSEMBLE,
     Transfer,
     make_surrogate,
+    transfer_attack,
     transfer_attacks,
     transfer_matrix,
 )
-from robusthash.robustness.specs.transfer_attacks import ENSEMBLE, transfer_attack
 
 EPS = 16 / 255
 KNOWN = image_threat(EPS, knowledge="T")

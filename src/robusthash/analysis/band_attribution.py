@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from robusthash.analysis.shapley_values import shapley
-from robusthash.core.hamming import sign, topk
+from robusthash.core.hamming import topk
 from robusthash.core.runtime import Draws
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.models.block_dct import BlockDCT
-from robusthash.models.hasher import frozen
+from robusthash.models.encoding import encode_signs
 
 Worth = Literal["tau", "ap"]
 
 
 @dataclass(frozen=True, eq=False)
 class BandAttribution:
-    """Shapley value of every band, u down and v across, and how sure it is. n * n bands of n x n blocks, N
-    images.
+    """Shapley value of every band, u down and v across, with errors; n * n bands of n x n blocks, N images.
 
     ``mean`` averages the images for which the worth is defined; ``values`` of the others are 0, as is their
     worth.
@@ -46,33 +45,29 @@ class BandAttribution:
         """Plain arrays for a file."""
         return {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
 
-    def by_order(self) -> tuple[Tensor, Tensor]:
-        """Share of all attribution in the bands with u + v <= 0, 1, ..., 2n - 2, and its standard error over
-        images.
-
-        A ratio of means over the defined images; its error is that of the linearised ratio.
-        """
-        n = len(self.mean)
-        order = torch.arange(n)[:, None] + torch.arange(n)
-        used = self.values[self.defined]
-        reached = torch.stack(
-            [(used * (order <= limit)).sum((1, 2)) for limit in range(2 * n - 1)]
-        )  # (2n - 1, images)
-        whole = reached[-1]
-        share = reached.mean(1) / whole.mean()
-        residual = (reached - share[:, None] * whole) / whole.mean()
-        error = residual.std(1) / len(whole) ** 0.5 if len(whole) > 1 else torch.zeros_like(share)
-        return share, error
-
     @staticmethod
     def from_arrays(arrays: dict[str, np.ndarray]) -> BandAttribution:
         """The inverse of ``arrays``."""
         arrays = {"chosen": np.asarray(""), **arrays}
         plain = {f.name: arrays[f.name] for f in fields(BandAttribution)}
-        tensors = {name: torch.from_numpy(value) for name, value in plain.items() if value.ndim}
-        return BandAttribution(
-            **{**{name: value.item() for name, value in plain.items() if not value.ndim}, **tensors}
-        )
+        values: dict[str, Any] = {n: torch.from_numpy(v) if v.ndim else v.item() for n, v in plain.items()}
+        return BandAttribution(**values)
+
+    def by_order(self) -> tuple[Tensor, Tensor]:
+        """Share of all attribution in the bands with u + v <= 0, 1, ..., 2n - 2, and its standard error.
+
+        A ratio of means over the defined images; its error, over images, is that of the linearised ratio.
+        """
+        n = len(self.mean)
+        order = torch.arange(n)[:, None] + torch.arange(n)
+        used = self.values[self.defined]
+        by_limit = [(used * (order <= limit)).sum((1, 2)) for limit in range(2 * n - 1)]
+        reached = torch.stack(by_limit)  # (2n - 1, images)
+        whole = reached[-1]
+        share = reached.mean(1) / whole.mean()
+        residual = (reached - share[:, None] * whole) / whole.mean()
+        error = residual.std(1) / len(whole) ** 0.5 if len(whole) > 1 else torch.zeros_like(share)
+        return share, error
 
 
 def attribute_bands(
@@ -89,8 +84,8 @@ def attribute_bands(
     """Credit every DCT band of the queries of ``context`` with its share in the search.
 
     A coalition of bands is an image that keeps their coefficients in every block and channel; the others are
-    0, but the block means (DC) become the mean of the image's blocks, so that nobody is a plain area of the
-    image's own colour. The worth of a coalition is
+    0, but the block means (DC) become the mean of the image's blocks, so that the empty coalition is a plain
+    area of the image's own colour. The worth of a coalition is
 
     - ``tau``: Kendall's tau-b between the distances of its code and those of the clean image's code to the
       clean top ``top``. Where these all lie at one distance tau-b is undefined for every coalition: such an
@@ -105,7 +100,7 @@ def attribute_bands(
     others.
 
     Args:
-        bench: with image queries; all of them are taken.
+        context: with image queries; all of them are taken.
         permutations: even, at least 4; each costs block^2 - 1 passes an image.
         seed: of the permutations, which all images share.
         batch_size: coalitions encoded at a time.
@@ -114,47 +109,18 @@ def attribute_bands(
         ValueError: queries that are no images or do not divide into blocks; a query without a relevant item
             (``ap``); no query for which tau-b is defined.
     """
-    if context.direction[0] != "image":
-        raise ValueError(
-            f"frequency bands are those of image queries, and this bench asks by {context.direction[0]}"
-        )
-    if worth not in ("tau", "ap"):
-        raise ValueError(f"worth must be 'tau' or 'ap', got {worth!r}")
-    images = (
-        context.queries.batch(torch.arange(len(context.queries))).inputs["image"].to(context.victim.device)
+    images = _images(context, worth)
+    coalitions = _Coalitions(context, images, block, worth, top, batch_size)
+    bands, defined = block * block, coalitions.measure.defined
+    ends = coalitions(
+        torch.stack([torch.zeros(bands, dtype=torch.bool), torch.ones(bands, dtype=torch.bool)])
     )
-    if images.ndim != 4:
-        raise ValueError(
-            f"frequency bands need pixels, and these queries are features of shape {tuple(images.shape)}"
-        )
-    dct = BlockDCT(block).to(images.device)
-    kept = dct(images)
-    absent = torch.zeros_like(kept)
-    absent[..., 0, 0] = kept[..., 0, 0].mean(1, keepdim=True)
-    height, width = images.shape[-2:]
-    measure = _Agreement(context, top) if worth == "tau" else _Precision(context)
-    together = max(1, batch_size // len(images))
-
-    def value(masks: Tensor) -> Tensor:
-        """(S, n * n) -> (S, N + 1): of every image, and last the mean over the defined ones, for its own
-        error."""
-        found = []
-        for some in masks.view(-1, 1, 1, 1, block, block).to(images.device).split(together):
-            coalition = torch.where(some, kept, absent).flatten(0, 1)
-            logits = context.victim({"image": dct.inverse(coalition, height, width)})["image"].logits
-            found.append(measure(sign(logits).cpu().view(len(some), len(images), -1)))
-        whole = torch.cat(found).to(torch.float64)
-        return torch.cat([whole, whole[:, measure.defined].mean(1, keepdim=True)], 1)
-
-    with frozen(context.victim), torch.no_grad():
-        bands = block * block
-        ends = value(torch.stack([torch.zeros(bands, dtype=torch.bool), torch.ones(bands, dtype=torch.bool)]))
-        credits, errors = shapley(
-            value, bands, permutations, Draws(seed, ("bands",)), many=True, progress=progress
-        )
+    draws = Draws(seed, ("bands",))
+    credits, errors = shapley(coalitions, bands, permutations, draws, many=True, progress=progress)
     values = credits[:, :-1].T
-    used = values[measure.defined]
-    over_images = used.std(0) / len(used) ** 0.5 if len(used) > 1 else torch.zeros(bands, dtype=torch.float64)
+    used, over_images = values[defined], torch.zeros(bands, dtype=torch.float64)
+    if len(used) > 1:
+        over_images = used.std(0) / len(used) ** 0.5
     spread = (errors[:, -1].square() + over_images.square()).sqrt()
     shape = (-1, block, block)
     return BandAttribution(
@@ -164,13 +130,64 @@ def attribute_bands(
         mean_error=spread.view(block, block).clone(),
         none=ends[0, :-1].clone(),
         everything=ends[1, :-1].clone(),
-        defined=measure.defined,
+        defined=defined,
         worth=worth,
         top=top,
         permutations=permutations,
         seed=seed,
         chosen=context.chosen,
     )
+
+
+def _images(context: EvaluationContext, worth: str) -> Tensor:
+    """All queries of the context, on the victim's device."""
+    if context.direction[0] != "image":
+        raise ValueError(
+            f"frequency bands are those of image queries, and these queries are {context.direction[0]}s"
+        )
+    if worth not in ("tau", "ap"):
+        raise ValueError(f"worth must be 'tau' or 'ap', got {worth!r}")
+    images = context.queries.batch(torch.arange(len(context.queries))).inputs["image"]
+    if images.ndim != 4:
+        raise ValueError(
+            f"frequency bands need pixels, and these queries are features of shape {tuple(images.shape)}"
+        )
+    return images.to(context.victim.device)
+
+
+class _Coalitions:
+    """(S, n * n) masks -> (S, N + 1) worth of every image, and last the mean over the defined ones.
+
+    The mean is a column of its own, for its own error.
+    """
+
+    def __init__(
+        self,
+        context: EvaluationContext,
+        images: Tensor,
+        block: int,
+        worth: Worth,
+        top: int,
+        batch_size: int,
+    ) -> None:
+        self._victim, self._block, self._images = context.victim, block, images
+        self._dct = BlockDCT(block).to(images.device)
+        self._present = self._dct(images)
+        self._absent = torch.zeros_like(self._present)
+        self._absent[..., 0, 0] = self._present[..., 0, 0].mean(1, keepdim=True)
+        self._together = max(1, batch_size // len(images))
+        self.measure = _Agreement(context, top) if worth == "tau" else _Precision(context)
+
+    def __call__(self, masks: Tensor) -> Tensor:
+        parts, count = [], len(self._images)
+        height, width = self._images.shape[-2:]
+        masks = masks.view(-1, 1, 1, 1, self._block, self._block).to(self._images.device)
+        for some in masks.split(self._together):
+            coefficients = torch.where(some, self._present, self._absent).flatten(0, 1)
+            signs = encode_signs(self._victim, "image", self._dct.inverse(coefficients, height, width))
+            parts.append(self.measure(signs.view(len(some), count, -1)))
+        worth = torch.cat(parts).to(torch.float64)
+        return torch.cat([worth, worth[:, self.measure.defined].mean(1, keepdim=True)], 1)
 
 
 class _Agreement:
@@ -181,8 +198,8 @@ class _Agreement:
         self.defined = distances[:, 0] < distances[:, -1]
         if not self.defined.any():
             raise ValueError(
-                f"the clean top {top} of every query lies at one distance, so that no ranking is left to agree with; "
-                "use the worth 'ap' or a larger top"
+                f"the clean top {top} of every query lies at one distance, so that no ranking is left to "
+                "agree with; use the worth 'ap' or a larger top"
             )
         self.nearest = context.database.signs()[ids].float()  # (N, top, K)
         self.clean = distances.float()
@@ -206,19 +223,20 @@ class _Precision:
         self.context = context
 
     def __call__(self, signs: Tensor) -> Tensor:
-        asked = self.context.query_labels.repeat(len(signs), 1)
-        return self.context.select(asked, +1)(signs.flatten(0, 1)).view(signs.shape[:2])
+        labels = self.context.query_labels.repeat(len(signs), 1)
+        return self.context.select(labels, +1)(signs.flatten(0, 1)).view(signs.shape[:2])
 
 
 def tau_b(first: Tensor, second: Tensor) -> Tensor:
     """Kendall's tau-b along the last axis, ties and all; 0 where either side is constant.
 
+    ``scipy.stats.kendalltau`` takes one pair at a time; this takes all of a batch at once.
+
     Args:
-        first: (..., n).
-        second: the same shape.
+        first, second: (..., n).
 
     Returns:
-        (...) float64. ``scipy.stats.kendalltau`` takes one pair at a time; this takes all of a batch at once.
+        (...) float64.
     """
     if first.shape != second.shape or first.shape[-1] < 2:
         raise ValueError(

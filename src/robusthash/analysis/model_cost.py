@@ -1,4 +1,4 @@
-"""What a hasher costs: parameters, multiply-adds, the time of one query, the minutes of an epoch."""
+"""The cost of a hasher: parameters, multiply-adds, the time of one query."""
 
 from __future__ import annotations
 
@@ -33,30 +33,22 @@ class Size:
 
 
 def size_of(hasher: Hasher, inputs: Inputs) -> Size:
-    """Parameters of the encoders, heads and purifiers that ``inputs`` pass, and the multiply-adds of one of
-    them.
+    """Parameters that ``inputs`` pass, in encoders, heads and purifiers, and the multiply-adds of one item.
 
-    Counted as the operations are dispatched, so wherever they stand: convolutions, matrix products and
-    attention exactly, a Fourier transform of N complex numbers as 5 N log2 N floating-point operations and a
-    real one as half of that (the convention of FFTW), a product of two complex numbers as 4 multiply-adds.
-    Other elementwise work, normalisation and pooling are left out, as papers leave them out.
+    Counted as the operations are dispatched: convolutions, matrix products and attention exactly, a Fourier
+    transform of N complex numbers as 5 N log2 N floating-point operations and a real one as half of that (the
+    convention of FFTW), a product of two complex numbers as 4 multiply-adds. Other elementwise work,
+    normalisation and pooling are left out, as papers leave them out.
 
     Args:
         inputs: one item by modality, (1, ...).
-
-    Raises:
-        ValueError: more than one item.
     """
     if any(len(values) != 1 for values in inputs.values()):
         raise ValueError(
             f"the size is that of one query, got { ({n: tuple(v.shape) for n, v in inputs.items()}) }"
         )
-    parts = [
-        group[name]
-        for group in (hasher.encoders, hasher.heads, hasher.purifiers)
-        for name in inputs
-        if name in group
-    ]
+    groups = hasher.encoders, hasher.heads, hasher.purifiers
+    parts = [group[name] for group in groups for name in inputs if name in group]
     parameters = {id(parameter): parameter.numel() for part in parts for parameter in part.parameters()}
     counter = FlopCounterMode(display=False, custom_mapping=_more_formulas())
     with frozen(hasher), torch.no_grad(), _plain_attention(), counter:
@@ -76,8 +68,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _more_formulas() -> dict[Any, Any]:
-    """Operations that torch's own counter does not know: (arguments..., out_val) -> floating-point
-    operations."""
+    """Operations unknown to torch's own counter: (arguments..., out_val) -> floating-point operations."""
 
     def transformed(values: Tensor, dims: list[int]) -> float:
         return 5.0 * values.numel() * math.log2(math.prod(values.shape[dim] for dim in dims))
@@ -118,7 +109,7 @@ class Latency:
 
     median: float
     p95: float
-    ratio: float  # median over the rounds of own / reference time; 1 for the reference itself
+    ratio: float  # median over the rounds of its time / the reference's; 1 for the reference itself
     runs: int
     threads: int
 
@@ -126,12 +117,10 @@ class Latency:
 def time_in_turn(
     works: Mapping[str, Work], reference: str, *, warmup: int = 10, runs: int = 100
 ) -> dict[str, Latency]:
-    """Time pieces of work in turn, so that whatever else the machine does falls on all of them.
+    """Time pieces of work in turn, so that all other load of the machine falls on all of them.
 
     Args:
-        works: by name, the reference among them.
-        warmup: calls of each before the first that counts.
-        runs: timed calls of each.
+        works: by name, the reference among them; each is called ``warmup`` times before ``runs`` timed calls.
 
     Raises:
         KeyError: no work of the reference's name.
@@ -154,13 +143,13 @@ def time_in_turn(
     base = np.array(times[reference])
     return {
         name: Latency(
-            median=1e3 * float(np.median(found)),
-            p95=1e3 * float(np.percentile(found, 95)),
-            ratio=float(np.median(np.array(found) / base)),
+            median=1e3 * float(np.median(seconds)),
+            p95=1e3 * float(np.percentile(seconds, 95)),
+            ratio=float(np.median(np.array(seconds) / base)),
             runs=runs,
             threads=torch.get_num_threads(),
         )
-        for name, found in times.items()
+        for name, seconds in times.items()
     }
 
 

@@ -51,8 +51,8 @@ def shapley(
         )
 
     def worth(masks: Tensor) -> Tensor:
-        found = value(masks) if many else torch.stack([torch.as_tensor(value(mask)) for mask in masks])
-        return torch.as_tensor(found, dtype=torch.float64).cpu()
+        values = value(masks) if many else torch.stack([torch.as_tensor(value(mask)) for mask in masks])
+        return torch.as_tensor(values, dtype=torch.float64).cpu()
 
     ends = worth(torch.stack([torch.zeros(players, dtype=torch.bool), torch.ones(players, dtype=torch.bool)]))
     if not torch.isfinite(ends).all():
@@ -69,10 +69,8 @@ def shapley(
 
 
 def _credits(worth: Callable[[Tensor], Tensor], order: Tensor, ends: Tensor) -> Tensor:
-    """(players, *shape) change of value as each player joins in ``order``.
-
-    Args:
-        ends: (2, *shape) value of nobody and of all, which every order shares.
+    """(players, *shape) change of value as each player joins in ``order``; ``ends`` is that of none and of
+    all.
     """
     players = len(order)
     joined = torch.ones(players, players, dtype=torch.bool).tril()[:-1]  # (steps, places)

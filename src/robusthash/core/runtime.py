@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,13 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+
+Progress = Callable[[int, int, str], None]
+"""(steps done, steps in all, title of the work)."""
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """Show no progress."""
 
 
 def digest(value: Any, length: int = 12) -> str:

@@ -1,5 +1,4 @@
-"""Attack a block of queries and encode what comes back: the expensive part of an evaluation, kept block by
-block."""
+"""Attacked blocks of queries: what a search found is projected, verified, encoded and measured."""
 
 from __future__ import annotations
 
@@ -10,12 +9,13 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from robusthash.attacks.base import Attack
+from robusthash.attacks.base import Attack, AttackOutput
 from robusthash.attacks.threat_model import Threat, binary
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Batch, Goal, Guidance, Inputs
+from robusthash.core.types import Batch, Goal, Inputs
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.metrics.distortion import (
     image_measures,
@@ -24,24 +24,27 @@ from robusthash.metrics.distortion import (
     text_measures,
     vector_norms,
 )
-from robusthash.models.hasher import Hasher, frozen
+from robusthash.models.encoding import encode_signs
+from robusthash.models.hasher import Hasher
 
 _SSIM_WINDOW = 11
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """Attacked queries: their codes, what was changed and what it cost. T goals a query: 1, or its targets.
+class AttackedBlock:
+    """Attacked queries: their codes, their changes and the cost. T goals a query: 1, or its targets.
 
     ``codes_8bit`` are the codes of the inputs with the change rounded towards zero to multiples of 1/255;
-    ``whole_words`` those of attacked bags rounded to 0 and 1, as a text has them.
+    ``whole_words`` those of attacked bags of words rounded to 0 and 1, as a text has them.
     """
 
     signs: Tensor  # (B, T, K) int8
     codes_8bit: Tensor  # (B, T, K) int8
-    representative: Tensor  # (B, T, K) int8 signed guidance codes; (B, T, 0) where the attack has none
+    representative: Tensor  # (B, T, K) int8 codes that the attack steers to; (B, T, 0) where it has none
     pixels: dict[str, Tensor]  # (B, T) perceptibility by measure: of pixels, or of the entries of a text
-    passes: Tensor  # (B, 3) int64 forward and backward passes and oracle questions of the query, over all T
+    passes: (
+        Tensor  # (B, 3) int64 forward passes, backward passes and oracle queries of each query, over all T
+    )
     seconds: Tensor  # (B,) share of the block's time
     inputs: Tensor  # (B, ...) float32 attacked inputs of the first goal
     whole_words: Tensor  # (B, T, K) int8; (B, T, 0) where queries are no bags of words
@@ -49,8 +52,7 @@ class Attacked:
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """Codes of the inputs as pictures and texts are kept, by the ending of the measure that is taken of
-        them."""
+        """Codes of the inputs as files hold them, by the ending of the measure's name."""
         words = {"/rounded": self.whole_words} if self.whole_words.shape[2] else {}
         return {"/8bit": self.codes_8bit, **words}
 
@@ -60,41 +62,26 @@ class Attacked:
         return {**plain, **{f"pixels/{name}": values.numpy() for name, values in self.pixels.items()}}
 
     @staticmethod
-    def from_arrays(arrays: dict[str, np.ndarray]) -> Attacked:
-        """The inverse of ``arrays``; files of earlier versions know no whole words and no steps of
-        fitting."""
+    def from_arrays(arrays: dict[str, np.ndarray]) -> AttackedBlock:
+        """The inverse of ``arrays``; files of earlier versions lack oracle queries, whole words, fitting."""
         plain = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        plain["passes"] = pad(plain["passes"], (0, 3 - plain["passes"].shape[1]))
         plain.setdefault("whole_words", plain["signs"][..., :0])
         plain.setdefault("fitted", torch.zeros(len(plain["signs"]), dtype=torch.int64))
-        pixels = {
-            name.removeprefix("pixels/"): plain.pop(name)
-            for name in list(plain)
-            if name.startswith("pixels/")
-        }
-        return Attacked(pixels=pixels, **plain)
+        measures = [name for name in plain if name.startswith("pixels/")]
+        pixels = {name.removeprefix("pixels/"): plain.pop(name) for name in measures}
+        return AttackedBlock(pixels=pixels, **plain)
 
     @staticmethod
-    def join(blocks: Sequence[Attacked]) -> Attacked:
-        """Blocks put end to end, with the measures that all have: a block kept by an older version has
-        fewer."""
+    def join(blocks: Sequence[AttackedBlock]) -> AttackedBlock:
+        """Blocks put end to end, with the measures that all have; older versions stored fewer."""
         bits = min(block.whole_words.shape[2] for block in blocks)  # 0 where some of them know none
         blocks = [replace(block, whole_words=block.whole_words[..., :bits]) for block in blocks]
-        names = [f.name for f in fields(Attacked) if f.name != "pixels"]
-        whole = {name: torch.cat([getattr(block, name) for block in blocks]) for name in names}
+        names = [f.name for f in fields(AttackedBlock) if f.name != "pixels"]
+        joined = {name: torch.cat([getattr(block, name) for block in blocks]) for name in names}
         shared = [name for name in blocks[0].pixels if all(name in block.pixels for block in blocks)]
         pixels = {name: torch.cat([block.pixels[name] for block in blocks]) for name in shared}
-        return Attacked(pixels=pixels, **whole)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What one search over a block of queries came back with, for one goal."""
-
-    inputs: Inputs  # attacked, by modality
-    representative: Tensor  # (B, K) int8 code it steered to; (B, 0) where it followed none
-    forward: int = 0  # passes of each query, and questions to an oracle
-    backward: int = 0
-    oracle: int = 0
+        return AttackedBlock(pixels=pixels, **joined)
 
 
 def attack_block(
@@ -104,7 +91,7 @@ def attack_block(
     gradients: Hasher | None = None,
     restart: int = 0,
     start: Inputs | None = None,
-) -> Attacked:
+) -> AttackedBlock:
     """Attack one block of queries.
 
     Args:
@@ -114,86 +101,114 @@ def attack_block(
             given.
         start: feasible inputs to start from, such as the solution at a smaller budget.
     """
-    batch = context.batch(block, attack.threat.balls)
-    started, trials = time.perf_counter(), []
+    batch, known = context.batch(block, attack.threat.balls), context.known(attack)
+    started, outputs, representative = time.perf_counter(), list[AttackOutput](), []
     for number, goal in enumerate(goals(context, attack.targeted, batch)):
         draws, begin = Draws(context.seed, ("attack", str(number))), start
         if restart:
             draws = draws.within("restart", restart)
             origin = batch.only(attack.threat.balls).inputs
             begin = start or attack.threat.random_start(origin, batch.ids, draws)
+        select = None
         # one pair of image and text serves every direction, so no direction's AP may choose it
-        chooses = attack.selects and goal.labels is not None and len(attack.threat.balls) == 1
-        select = context.select(goal.labels, goal.sign) if chooses and goal.labels is not None else None
-        known = context.known(attack)
-        output = attack(
-            gradients or context.victim, batch, goal, known, draws=draws, select=select, start=begin
-        )
-        steered = _representative(output.guidance, goal.sign, len(batch))
-        trials.append(Trial(output.batch.inputs, steered, output.forward, output.backward))
-    return finish(context, attack.threat, batch, trials, time.perf_counter() - started, attack.fit_steps)
+        if attack.selects and goal.labels is not None and len(attack.threat.balls) == 1:
+            select = context.select(goal.labels, goal.sign)
+        by = gradients or context.victim
+        outputs.append(attack(by, batch, goal, known, draws=draws, select=select, start=begin))
+        representative.append(_representative(outputs[-1], goal.sign, len(batch)))
+    seconds = time.perf_counter() - started
+    return finish(
+        context,
+        attack.threat,
+        batch,
+        [output.batch.inputs for output in outputs],
+        seconds,
+        passes=(sum(out.forward for out in outputs), sum(out.backward for out in outputs), 0),
+        representative=torch.stack(representative, 1),
+        fit_steps=attack.fit_steps,
+    )
+
+
+def _representative(output: AttackOutput, goal_sign: int, queries: int) -> Tensor:
+    """(B, K) int8 code that the attack steers to; (B, 0) where it follows none."""
+    guidance = output.guidance
+    codes = guidance.codes if guidance.weights is None else guidance.weights @ guidance.codes
+    if len(codes) != queries:
+        return torch.empty(queries, 0, dtype=torch.int8)
+    return sign(goal_sign * codes).to("cpu", torch.int8)
+
+
+def goals(context: EvaluationContext, targeted: bool, batch: Batch) -> list[Goal]:
+    """Away from the query's labels, or towards each target.
+
+    A query without a possible target keeps its labels as a stand-in; scoring leaves it out.
+    """
+    if not targeted:
+        return [Goal(batch.labels, -1)]
+    labels = context.query_labels.to(batch.ids.device)[batch.ids]
+    targets = context.targets.to(batch.ids.device)[batch.ids]
+    filled = torch.where(targets.sum(2, keepdim=True) > 0, targets, labels[:, None])
+    return [Goal(filled[:, number], +1) for number in range(filled.shape[1])]
 
 
 def finish(
     context: EvaluationContext,
     threat: Threat,
     batch: Batch,
-    trials: Sequence[Trial],
+    results: Sequence[Inputs],
     seconds: float,
+    *,
+    passes: tuple[int, int, int] = (0, 0, 0),
+    representative: Tensor | None = None,
     fit_steps: int = 0,
-) -> Attacked:
-    """What the evaluator, not the attack, does with attacked queries: whatever searched for them ends here.
+) -> AttackedBlock:
+    """Project, verify and encode attacked queries. Every search ends here, in the evaluator's hands.
 
-    It projects again, verifies the budget, and encodes in fresh eval-mode passes: as found, in eight bits,
-    and bags of words in whole words.
+    Codes come from fresh eval-mode passes: of the inputs as they are, in 8-bit, and of bags in whole words.
 
     Args:
         batch: the clean block.
-        trials: one for each goal, as ``goals`` orders them.
-        seconds: that the search took.
-        fit_steps: that what the attack learns was fitted with.
+        results: attacked inputs, one set for each goal, as ``goals`` orders them.
+        seconds: duration of the search.
+        passes: forward passes, backward passes and oracle queries of each query, over all goals.
+        representative: (B, T, K) codes that the attack steers to.
+        fit_steps: steps that the learning part of the attack was fitted with.
     """
     modality = context.direction[0]
     origin = batch.inputs[modality]
     signs, codes_8bit, whole_words, pixels = [], [], [], []
     first = origin
-    for number, trial in enumerate(trials):
-        attacked = threat.project(trial.inputs, batch.inputs)
-        threat.verify({**batch.inputs, **attacked}, batch.inputs)
-        signs.append(encode_signs(context.victim, modality, attacked[modality]))
-        if modality == "image" and origin.ndim == 4:
-            codes_8bit.append(encode_signs(context.victim, modality, in_8bit(origin, attacked[modality])))
-        else:  # only pixels are stored in eight bits
+    for number, result in enumerate(results):
+        inputs = threat.project(result, batch.inputs)
+        threat.verify({**batch.inputs, **inputs}, batch.inputs)
+        attacked = inputs[modality]
+        signs.append(encode_signs(context.victim, modality, attacked))
+        if is_picture(modality, origin):
+            codes_8bit.append(encode_signs(context.victim, modality, in_8bit(origin, attacked)))
+        else:
             codes_8bit.append(signs[-1])
-        whole_words.append(_of_whole_words(context.victim, modality, origin, attacked[modality], signs[-1]))
-        pixels.append(_changes(modality, origin.cpu(), attacked[modality].cpu()))
-        first = attacked[modality] if number == 0 else first
-    passes = torch.tensor([[trial.forward, trial.backward, trial.oracle] for trial in trials]).sum(
-        0, keepdim=True
+        whole_words.append(_of_whole_words(context.victim, modality, origin, attacked, signs[-1]))
+        pixels.append(_changes(modality, origin.cpu(), attacked.cpu()))
+        first = attacked if number == 0 else first
+    queries = len(batch)
+    if representative is None:
+        representative = torch.empty(queries, len(results), 0, dtype=torch.int8)
+    return AttackedBlock(
+        signs=torch.stack(signs, 1),
+        codes_8bit=torch.stack(codes_8bit, 1),
+        representative=representative,
+        pixels={name: torch.stack([p[name] for p in pixels], 1) for name in pixels[0]},
+        passes=torch.tensor([passes]).repeat(queries, 1),
+        seconds=torch.full((queries,), seconds / queries),
+        inputs=first.cpu(),
+        whole_words=torch.stack(whole_words, 1),
+        fitted=torch.full((queries,), fit_steps),
     )
-    return Attacked(
-        torch.stack(signs, 1),
-        torch.stack(codes_8bit, 1),
-        torch.stack([trial.representative for trial in trials], 1),
-        {name: torch.stack([p[name] for p in pixels], 1) for name in pixels[0]},
-        passes.repeat(len(batch), 1),
-        torch.full((len(batch),), seconds / len(batch)),
-        first.cpu(),
-        torch.stack(whole_words, 1),
-        torch.full((len(batch),), fit_steps),
-    )
 
 
-def _of_whole_words(victim: Hasher, modality: str, clean: Tensor, attacked: Tensor, signs: Tensor) -> Tensor:
-    """(B, K) codes of attacked bags rounded to 0 and 1; ``signs`` where they are that already; (B, 0) of no
-    bags.
-
-    A text has no part of a word: what rounding undoes is an attack on the representation alone.
-    """
-    if modality != "text" or clean.ndim != 2 or not clean.is_floating_point() or not binary(clean):
-        return signs[:, :0]
-    rounded = attacked.round()
-    return signs if torch.equal(rounded, attacked) else encode_signs(victim, modality, rounded)
+def is_picture(modality: str, inputs: Tensor) -> bool:
+    """Inputs are pixels, which files hold in 8-bit; features are not."""
+    return modality == "image" and inputs.ndim == 4
 
 
 def in_8bit(clean: Tensor, attacked: Tensor) -> Tensor:
@@ -203,39 +218,22 @@ def in_8bit(clean: Tensor, attacked: Tensor) -> Tensor:
     return clean + (change + 1e-3 * change.sign()).trunc() / 255
 
 
+def _of_whole_words(victim: Hasher, modality: str, clean: Tensor, attacked: Tensor, signs: Tensor) -> Tensor:
+    """(B, K) codes of attacked bags rounded to 0 and 1; (B, 0) where queries are no bags of words.
+
+    A text has no part of a word: a change that rounding undoes attacks the representation alone.
+    """
+    if modality != "text" or clean.ndim != 2 or not clean.is_floating_point() or not binary(clean):
+        return signs[:, :0]
+    rounded = attacked.round()
+    return signs if torch.equal(rounded, attacked) else encode_signs(victim, modality, rounded)
+
+
 def _changes(modality: str, clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
-    """(B,) measures of what was changed, by the modality's own yardsticks."""
+    """(B,) measures of the change, by the modality's own yardsticks."""
     if modality != "image":
         return text_measures(clean, attacked)
     if clean.ndim == 2:  # features in place of pixels
         return vector_norms(clean, attacked)
     measures = image_measures if min(clean.shape[-2:]) >= _SSIM_WINDOW else pixel_norms
     return {**measures(clean, attacked), **legacy_matrix_norms(clean, attacked)}
-
-
-def goals(context: EvaluationContext, targeted: bool, batch: Batch) -> list[Goal]:
-    """Away from the own labels, or towards each target.
-
-    A query without a possible target keeps its own labels as a stand-in, so that the batch stays whole; it is
-    left out when scored.
-    """
-    if not targeted:
-        return [Goal(batch.labels, -1)]
-    own = context.query_labels.to(batch.ids.device)[batch.ids]
-    targets = context.targets.to(batch.ids.device)[batch.ids]
-    filled = torch.where(targets.sum(2, keepdim=True) > 0, targets, own[:, None])
-    return [Goal(filled[:, number], +1) for number in range(filled.shape[1])]
-
-
-def _representative(guidance: Guidance, goal_sign: int, queries: int) -> Tensor:
-    """(B, K) int8 code that the attack steers to; (B, 0) where it follows none."""
-    codes = guidance.codes if guidance.weights is None else guidance.weights @ guidance.codes
-    if len(codes) != queries:
-        return torch.empty(queries, 0, dtype=torch.int8)
-    return sign(goal_sign * codes).to("cpu", torch.int8)
-
-
-def encode_signs(victim: Hasher, modality: str, inputs: Tensor) -> Tensor:
-    """(B, K) int8 codes of inputs of one modality, in a fresh eval-mode pass."""
-    with frozen(victim), torch.no_grad():
-        return sign(victim({modality: inputs})[modality].logits).to("cpu", torch.int8)

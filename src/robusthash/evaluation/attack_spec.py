@@ -1,5 +1,4 @@
-"""Lines of a suite: each is one way to attack a bench, with its own knowledge, view of the victim and
-restarts."""
+"""Attack specs: each is one way to attack a context, with its own knowledge, gradients and restarts."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from robusthash.attacks.base import Attack
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.identity import describe, identity
 from robusthash.core.types import Inputs
-from robusthash.evaluation.attack_block import Attacked, attack_block
+from robusthash.evaluation.attack_block import AttackedBlock, attack_block
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.models.hasher import Hasher
 
@@ -20,8 +19,7 @@ Kind = Literal["white-box", "adaptive", "transfer", "black-box", "noise", "refin
 
 
 class AttackSpec(Protocol):
-    """One way to attack. Its results are kept by (line, restart, block), so a line is plain data and draws by
-    keys."""
+    """One way to attack: plain data, keyed draws; its blocks are stored by (spec, restart, block)."""
 
     @property
     def name(self) -> str:
@@ -40,34 +38,36 @@ class AttackSpec(Protocol):
     def targeted(self) -> bool: ...
 
     def settings(self) -> dict[str, Any]:
-        """Everything that its result depends on, beside the bench, as plain data (``core.identity``); what is
-        kept under other settings is not taken."""
+        """Everything that its result depends on beside the context, as plain data (``core.identity``).
+
+        Blocks stored under other settings are not taken.
+        """
 
     def fitted(self, context: EvaluationContext) -> AttackSpec:
-        """The line with what it has to learn learned on this bench; itself where nothing learns."""
+        """The spec with its learning parts trained on this context; itself where nothing learns."""
 
     def at(self, threat: Threat) -> AttackSpec:
-        """The same line under another threat, as for a curve over budgets."""
+        """The same spec under another threat, as for a curve over budgets."""
 
     def run(
         self, context: EvaluationContext, block: int, restart: int, start: Inputs | None = None
-    ) -> Attacked:
+    ) -> AttackedBlock:
         """Attack one block of queries once.
 
         Args:
             restart: 0 for the first; keys the draws.
-            start: feasible inputs to start from; a line that cannot use them leaves them alone.
+            start: feasible inputs to start from; a spec that cannot use them leaves them alone.
         """
 
 
 @dataclass(frozen=True)
 class GradientAttack:
-    """A white-box line: an attack that differentiates the victim, or a view of it with other gradients.
+    """An attack that differentiates the victim, or a view of it with other gradients.
 
     Args:
-        attack: with ``restarts`` of 1; the line's own are kept apart.
+        attack: one of several restarts returns the best of its own; give it 1 where the spec has several.
         view: victim -> what is differentiated; the victim itself by default. Codes are always the victim's.
-        seen: what the view is called, "" for the victim itself.
+        seen: name of the view, "" for the victim itself.
     """
 
     name: str
@@ -79,9 +79,9 @@ class GradientAttack:
 
     def __post_init__(self) -> None:
         if (self.view is None) != (not self.seen):
-            raise ValueError(f"the line {self.name!r} needs a view and its name, or neither")
-        if self.attack.restarts != 1:
-            raise ValueError(f"the line {self.name!r} counts restarts itself; give its attack 1")
+            raise ValueError(f"the attack {self.name!r} needs a view and its name, or neither")
+        if self.attack.restarts != 1 and self.restarts != 1:
+            raise ValueError(f"the attack {self.name!r} counts restarts twice; give its attack 1")
 
     @property
     def threat(self) -> Threat:
@@ -94,7 +94,7 @@ class GradientAttack:
     def settings(self) -> dict[str, Any]:
         if self.view is None:
             return {"attack": self.attack.settings()}
-        # a function shows no parameters: the line's author named it
+        # a function shows no parameters, so the author of the spec named it
         view = self.seen if isroutine(self.view) else describe(self.view)
         return {"attack": self.attack.settings(), "view": view}
 
@@ -102,23 +102,22 @@ class GradientAttack:
         return replace(self, attack=context.fitted(self.attack))
 
     def at(self, threat: Threat) -> GradientAttack:
-        return replace(
-            self, attack=replace(self.attack, threat=replace(threat, knowledge=self.threat.knowledge))
-        )
+        threat = replace(threat, knowledge=self.threat.knowledge)
+        return replace(self, attack=replace(self.attack, threat=threat))
 
     def run(
         self, context: EvaluationContext, block: int, restart: int, start: Inputs | None = None
-    ) -> Attacked:
+    ) -> AttackedBlock:
         gradients = None if self.view is None else self.view(context.victim)
         return attack_block(context, self.attack, block, gradients, restart, start)
 
 
 @dataclass(frozen=True)
 class RefinedAttack(GradientAttack):
-    """A white-box line that starts each query at the worst point that the untargeted lines before it came to.
+    """An attack that starts each query at the worst point that the untargeted attacks before it reached.
 
     Args:
-        after: identity of those lines; what is kept goes by it.
+        after: identity of those attacks; blocks are stored by it.
     """
 
     kind: Kind = "refined"
@@ -128,5 +127,5 @@ class RefinedAttack(GradientAttack):
         return {**super().settings(), "after": self.after}
 
     def following(self, specs: Sequence[AttackSpec]) -> RefinedAttack:
-        """The line after these."""
+        """The attack after these."""
         return replace(self, after=identity([[spec.name, spec.restarts, spec.settings()] for spec in specs]))

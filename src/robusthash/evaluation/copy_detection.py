@@ -1,9 +1,4 @@
-"""Relevance without labels: a search is right where it finds the copy of the very photograph that is asked
-about.
-
-Where the photographs are of known kinds, how well the others of the same kind are found is measured beside
-it.
-"""
+"""Relevance without labels: a search is right where it finds the copy of the very photograph."""
 
 from __future__ import annotations
 
@@ -29,17 +24,17 @@ imitated."""
 
 
 def copies_data(photographs: Tensor, stored: Tensor, note: str) -> RetrievalData:
-    """Photographs that ask, and the stored copies that are searched.
+    """Photographs as queries, and the stored copies that are searched.
 
-    Each photograph that asks is a class of its own, whose only database item is its stored copy; the other
-    stored items have no class. The training split is the database: nothing is trained.
+    Each photograph is a class of its own, whose only database item is its stored copy; the other stored items
+    have no class. The training split is the database: nothing is trained.
 
     Args:
         photographs: (Q, 3, H, W) uint8, of which photograph i has the stored copy i.
         stored: (M, 3, H, W) uint8, M at least Q.
 
     Raises:
-        ValueError: a stored copy with the very pixels of a photograph that asks.
+        ValueError: a stored copy with the very pixels of a photograph.
     """
     asked, held = len(photographs), len(stored)
     pixels = torch.cat([photographs, stored])
@@ -56,18 +51,18 @@ def copies_data(photographs: Tensor, stored: Tensor, note: str) -> RetrievalData
 
 @dataclass(frozen=True, eq=False)
 class KindFound:
-    """How well the other photographs of the same kind are found; NaN for a photograph that has none."""
+    """AP of finding the other photographs of the same category; NaN for a photograph that has none."""
 
     ap: Tensor  # (Q,) float64
     chance: Tensor  # (Q,) float64 the AP of a random order
 
     @staticmethod
     def counted(items: Tensor, relevant: Tensor, cut: int | None = None) -> KindFound:
-        """From (Q, groups) int64 counts of all photographs and of those of the same kind, nearest group
-        first.
+        """From (Q, groups) int64 counts of all photographs and of those of the category, nearest group first.
 
         Args:
-            cut: ranks that count; where more photographs are of the kind, so many are all that can be found.
+            cut: ranks that count; where more photographs are of the category, these are all that can be
+                found.
         """
         some = relevant.sum(1) > 0
         found = ap.average_precision(items, relevant, cut, "mink")
@@ -77,7 +72,7 @@ class KindFound:
 
 @dataclass(frozen=True, eq=False)
 class CopiesFound:
-    """How a search answers, photograph by photograph."""
+    """Answers of a search, photograph by photograph."""
 
     ap: Tensor  # (Q,) float64 1 / rank of the copy, in expectation over ties
     first: Tensor  # (Q,) float64 chance that the copy comes first
@@ -86,7 +81,7 @@ class CopiesFound:
     kind: KindFound | None = None  # where the kinds are known
 
     def within(self, radius: int) -> Tensor:
-        """(Q,) float64: 1 where the copy differs in at most so many bits."""
+        """(Q,) float64: 1 where the copy differs in at most ``radius`` bits."""
         return (self.bits <= radius).to(torch.float64)
 
 
@@ -96,9 +91,9 @@ def copies_found(
     """Search with codes for the copies that ``labels`` name: their own, or those of targets.
 
     Args:
-        signs: (Q, K) in {-1, +1}, of the first Q queries of the bench.
+        signs: (Q, K) in {-1, +1}, of the first Q queries of the context.
         labels: (Q, C) one-hot.
-        kinds: (M, G) one-hot kind of each stored copy, zeros where it has none.
+        kinds: (M, G) one-hot category of each stored copy, zeros where it has none.
     """
     packed = pack(signs)
     profile = prepared_profile(
@@ -111,8 +106,7 @@ def copies_found(
 
 
 def _kind_found(context: EvaluationContext, packed: Tensor, kinds: Tensor) -> KindFound:
-    """The stored copies of the same kind, the own copy left out of the ranking: it says nothing about the
-    kind."""
+    """The stored copies of the same category; a photograph's own copy is left out of the ranking."""
     asked = kinds[: len(packed)]
     query = Codes(packed, context.victim.bits, torch.arange(len(packed)))
     items, relevant = prepared_counts(query, asked, prepare(context.database, kinds))
@@ -124,17 +118,14 @@ def _kind_found(context: EvaluationContext, packed: Tensor, kinds: Tensor) -> Ki
 
 
 def calibrated_radius(context: EvaluationContext, share: float = 0.01) -> int:
-    """The largest radius at which at most ``share`` of the pairs of different photographs count as the same.
-
-    0 where even that is not kept.
-    """
+    """The largest radius at which at most ``share`` of the pairs of different photographs match, or 0."""
     distances = _of_others(context)
     counts = torch.bincount(distances, minlength=context.victim.bits + 1)
     return max(0, int((counts.cumsum(0) <= share * len(distances)).sum()) - 1)
 
 
 def false_matches(context: EvaluationContext, radius: int) -> float:
-    """Share of the pairs of different photographs that differ in at most so many bits."""
+    """Share of the pairs of different photographs that differ in at most ``radius`` bits."""
     return float((_of_others(context) <= radius).double().mean())
 
 

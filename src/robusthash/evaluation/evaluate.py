@@ -1,9 +1,10 @@
-"""Score a victim clean, under an attack, and in the worst case per query over several."""
+"""Scores of a victim: clean, under an attack, and in the worst case per query over several attacks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 from typing import Protocol as Shape
 
 import torch
@@ -13,23 +14,17 @@ from robusthash.attacks.base import Attack
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.hamming import pack
 from robusthash.core.identity import marked_identity
-from robusthash.core.out_of_memory import warn
+from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
-from robusthash.evaluation.attack_block import Attacked, attack_block
-from robusthash.evaluation.context import EvaluationContext, Progress, in_parts, make_context, silent
+from robusthash.evaluation.attack_block import AttackedBlock
+from robusthash.evaluation.attack_spec import GradientAttack
+from robusthash.evaluation.context import EvaluationContext, make_context
+from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore
+from robusthash.metrics import robustness_measures as robustness
 from robusthash.metrics.distance_histogram import prepared_profile
 from robusthash.metrics.protocol import Measured, Protocol, measure
 from robusthash.metrics.results import Cost, EvalResult, Setting
-from robusthash.metrics.robustness_measures import (
-    WorstCase,
-    ap_drop,
-    flips,
-    hrs_of,
-    success_rate,
-    targeted_success_rate,
-    worst_case,
-)
 from robusthash.metrics.statistics import bootstrap_interval, intervals
 from robusthash.models.hasher import Hasher
 
@@ -39,82 +34,64 @@ def evaluate(
     data: RetrievalData,
     protocol: str | Protocol = "house",
     *,
-    direction: tuple[str, str] | None = None,
     attack: Attack | None = None,
     victim_for_gradients: Hasher | None = None,
-    database: Codes | None = None,
-    queries: int | None = None,
-    seed: int = 0,
-    batch_size: int = 250,
     progress: Progress = silent,
+    **options: Any,
 ) -> EvalResult:
     """Evaluate a victim clean, or under one attack.
 
-    Args:
-        queries: so many of the queries, chosen by content as everywhere; all by default.
-        attack: None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted
-            ones hold the same names with ``t-`` for the target labels and the plain names for the original
-            labels.
-        victim_for_gradients: what the attack differentiates, the victim itself by default.
-
     For several attacks on one victim use ``make_context`` once, then ``score_clean``, ``score_attack`` and
     ``worst``.
+
+    Args:
+        attack: None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted
+            ones the same names with ``t-`` for the target labels and the plain names for the original labels.
+        victim_for_gradients: the model that the attack differentiates, the victim itself by default.
+        options: direction, database, queries, seed and batch_size of ``make_context``.
     """
-    context = make_context(
-        victim,
-        data,
-        protocol,
-        direction=direction,
-        database=database,
-        queries=queries,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    context = make_context(victim, data, protocol, progress=progress, **options)
     if attack is None:
         return score_clean(context)
     return score_attack(context, attack, attack_all(context, attack, victim_for_gradients, progress))
 
 
 def attack_all(
-    context: EvaluationContext, attack: Attack, gradients: Hasher | None = None, progress: Progress = silent
-) -> Attacked:
-    """Fit what the attack has to learn, then attack every block of queries.
+    context: EvaluationContext,
+    attack: Attack,
+    gradients: Hasher | None = None,
+    progress: Progress = silent,
+    store: BlockStore = NoStore(),
+    name: str = "",
+) -> AttackedBlock:
+    """Fit the attack's learning parts, then attack every block of queries.
 
-    Blocks that do not fit into memory are attacked in parts, and a warning says so.
+    Args:
+        gradients: the model that the attack differentiates, the victim itself by default.
+        store: blocks in it are taken from there, others are put into it.
+        name: title of the progress, the attack's name by default.
 
     Raises:
         MemoryError: one query at a time does not fit.
     """
-    attack, parts, found = context.fitted(attack), context, list[Attacked]()
+    spec = GradientAttack(name or attack.name, attack)
+    if gradients is not None:
+        spec = replace(spec, view=lambda _: gradients, seen="given")
+    return BlockRunner(context, store).queries(spec, progress=progress)
 
-    def attacked(context: EvaluationContext, block: int, _: slice) -> Attacked:
-        return attack_block(context, attack, block, gradients)
 
-    for block in range(context.blocks):
-        done, parts = in_parts(context, parts, block, attacked, warn)
-        found += done
-        progress(block + 1, context.blocks, attack.name)
-    return Attacked.join(found)
+# -------------------------------------------------------------------------------------- clean and attacked
 
 
 def score_clean(context: EvaluationContext) -> EvalResult:
-    """The clean queries."""
+    """The result of the clean queries."""
     measured = measure_codes(context, context.query, context.query_labels)
-    return EvalResult(
-        setting=setting_of(context),
-        values=measured.values,
-        per_query=measured.per_query,
-        interval=intervals(measured.per_query),
-        reference=measured.reference,
-        empty=measured.empty,
-        curves=measured.curves,
-        notes=(*context.notes, *measured.notes),
-    )
+    result = _result(context, measured, measured.values, measured.per_query)
+    return replace(result, notes=(*context.notes, *measured.notes))
 
 
 class Described(Shape):
-    """What scoring has to know of an attack: what it is called, and what it was allowed."""
+    """The fields of an attack that scoring reads: its name and its budget."""
 
     @property
     def name(self) -> str: ...
@@ -129,155 +106,59 @@ class Described(Shape):
     def targeted(self) -> bool: ...
 
 
-def score_attack(context: EvaluationContext, attack: Described, attacked: Attacked) -> EvalResult:
+def score_attack(context: EvaluationContext, attack: Described, attacked: AttackedBlock) -> EvalResult:
     """Score attacked queries against the frozen database."""
-    cost = Cost(
-        forward=int(attacked.passes[:, 0].sum()),
-        backward=int(attacked.passes[:, 1].sum()),
-        oracle=int(attacked.passes[:, 2:].sum()),
-        seconds=float(attacked.seconds.sum()),
-    )
     result = score_targeted(context, attacked) if attack.targeted else score_untargeted(context, attacked)
     perceptibility = {}
     for name, values in attacked.pixels.items():
-        perceptibility[f"{name}/mean"], perceptibility[f"{name}/max"] = (
-            float(values.mean()),
-            float(values.max()),
-        )
+        perceptibility[f"{name}/mean"] = float(values.mean())
+        perceptibility[f"{name}/max"] = float(values.max())
+    forward, backward, oracle = attacked.passes.sum(0).tolist()
     steps = int(attacked.fitted.max())
-    notes = (*result.notes, *((f"fitted to the victim in {steps} steps",) if steps else ()))
     return replace(
-        result, setting=setting_of(context, attack), perceptibility=perceptibility, cost=cost, notes=notes
+        result,
+        setting=setting_of(context, attack),
+        perceptibility=perceptibility,
+        cost=Cost(forward, backward, oracle, float(attacked.seconds.sum())),
+        notes=(*result.notes, *((f"fitted to the victim in {steps} steps",) if steps else ())),
     )
 
 
-def worst(
-    context: EvaluationContext,
-    clean: EvalResult,
-    results: Mapping[str, EvalResult],
-    by: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> EvalResult:
-    """The worst case of each query over the clean input and every untargeted result, for each AP of the
-    protocol.
-
-    ``wMAP`` is the mean over queries of the lowest AP, not the lowest of the attacks' means. ``HRS`` sums up
-    clean and worst value above chance.
-
-    Args:
-        results: by attack name; targeted results are listed but take no part.
-        by: of a randomised victim, the per-query AP that choose the worst, for "clean" and by attack; see
-            ``robust.worst_case``.
-    """
-    untargeted = {name: r for name, r in results.items() if not any(key.startswith("t-") for key in r.values)}
-    headline = context.protocol.headline
-    values: dict[str, float] = {}
-    per_query: dict[str, Tensor] = {}
-
-    def lowest(name: str, ending: str = "") -> WorstCase:
-        judges = None if by is None else {attack: by[attack][name] for attack in ("clean", *untargeted)}
-        under = {attack: result.per_query[f"{name}{ending}"] for attack, result in untargeted.items()}
-        return worst_case(clean.per_query[name], under, by=judges)
-
-    for name in ap_names(clean.per_query):
-        found = lowest(name)
-        values[f"w{name}"], per_query[f"w{name}"] = found.mean, found.values
-    words = untargeted and all(f"{headline}/rounded" in result.per_query for result in untargeted.values())
-    for ending in ("/8bit", "/rounded") if words else ("/8bit",):
-        stored = lowest(headline, ending)
-        values[f"w{headline}{ending}"], per_query[f"w{headline}{ending}"] = stored.mean, stored.values
-
-    found = lowest(headline)
-    chance = torch.full_like(found.values, clean.reference["chance"])
-    columns = torch.stack([clean.per_query[headline], found.values, chance], 1).nan_to_num(0.0)
-    values["HRS"] = float(hrs_of(*(column.mean().reshape(1) for column in columns.T))[0])
-    spans = intervals(per_query)
-    spans["HRS"] = bootstrap_interval(columns, lambda means: hrs_of(means[:, 0], means[:, 1], means[:, 2]))
-    budgets = [result.setting.digests.get("budget", "") for result in untargeted.values()]
-    digests = {"budget": marked_identity(sorted({*budgets}))} if budgets and all(budgets) else {}
-    return EvalResult(
-        setting=replace(
-            clean.setting,
-            threat="; ".join(sorted({r.setting.threat for r in untargeted.values()})) or "none",
-            attacks=tuple(untargeted),
-            budget="; ".join(sorted({r.setting.budget for r in untargeted.values()})),
-            digests={**clean.setting.digests, **digests},
-        ),
-        values=values,
-        per_query=per_query,
-        interval=spans,
-        reference={**clean.reference, "clean": clean.values[headline]},
-        empty=clean.empty,
-        winner=found.winner,
-        attacks={
-            name: {
-                headline: r.values[headline],
-                "unique wins": float(found.unique_wins.get(name, 0)),
-                **({f"t-{headline}": r.values[f"t-{headline}"]} if f"t-{headline}" in r.values else {}),
-            }
-            for name, r in results.items()
-        },
-        cost=Cost(
-            forward=sum(r.cost.forward for r in results.values()),
-            backward=sum(r.cost.backward for r in results.values()),
-            oracle=sum(r.cost.oracle for r in results.values()),
-            seconds=sum(r.cost.seconds for r in results.values()),
-        ),
-    )
-
-
-def ap_names(names: Iterable[str]) -> list[str]:
-    """Of measure names, those of an AP that has a worst case: not the optimistic and pessimistic ones."""
-    return [n for n in names if n.startswith("MAP") and not n.endswith(("/optimistic", "/pessimistic"))]
-
-
-def ap_alone(context: EvaluationContext) -> EvaluationContext:
-    """The bench under a protocol of these AP alone, for scores that are made many times."""
-    return replace(
-        context, protocol=replace(context.protocol, measures=tuple(ap_names(context.protocol.measures)))
-    )
-
-
-def score_untargeted(context: EvaluationContext, attacked: Attacked) -> EvalResult:
-    """MAP and its kin under attack, what rounding to eight bits or whole words leaves of it, flips, drop and
-    ASR."""
-    headline, lean = context.protocol.headline, ap_alone(context)
-    clean = measure_codes(lean, context.query, context.query_labels)
-    codes = as_codes(attacked.signs[:, 0])
-    measured = measure_codes(context, codes, context.query_labels)
+def score_untargeted(context: EvaluationContext, attacked: AttackedBlock) -> EvalResult:
+    """MAP and its kin under attack, the same after rounding to 8-bit or whole words, flips, drop and ASR."""
+    headline, labels, lean = context.protocol.headline, context.query_labels, ap_alone(context)
+    clean, codes = measure_codes(lean, context.query, labels), as_codes(attacked.signs[:, 0])
+    measured = measure_codes(context, codes, labels)
     stored = {
-        f"{headline}{ending}": measure_codes(lean, as_codes(signs[:, 0]), context.query_labels)
+        f"{headline}{ending}": measure_codes(lean, as_codes(signs[:, 0]), labels)
         for ending, signs in attacked.stored.items()
     }
     before, after = clean.per_query[headline], measured.per_query[headline]
-    drop, _ = ap_drop(before, after)
-    success = success_rate(before, after)
-    per_query = {
-        **measured.per_query,
-        **{name: rounded.per_query[headline] for name, rounded in stored.items()},
-        "flips": flips(context.query, codes).to(torch.float64),
-        "drop": drop,
-    }
+    drop, _ = robustness.ap_drop(before, after)
+    changed_bits = robustness.flips(context.query, codes).to(torch.float64)
     values = {
         **measured.values,
         **{name: rounded.values[headline] for name, rounded in stored.items()},
-        "flips": float(per_query["flips"].mean()),
+        "flips": float(changed_bits.mean()),
         "drop": float(drop.nanmean()),
-        "ASR": success.rate,
+        "ASR": robustness.success_rate(before, after).rate,
     }
-    return EvalResult(
-        setting=setting_of(context),
-        values={name: value for name, value in values.items() if value is not None},
-        per_query=per_query,
-        interval=intervals(per_query),
+    per_query = {
+        **measured.per_query,
+        **{name: rounded.per_query[headline] for name, rounded in stored.items()},
+        "flips": changed_bits,
+        "drop": drop,
+    }
+    known = {name: value for name, value in values.items() if value is not None}
+    return replace(
+        _result(context, measured, known, per_query),
         reference={**measured.reference, "clean": clean.values[headline]},
-        empty=measured.empty,
-        curves=measured.curves,
         notes=measured.notes,
-        representative=_representative(context, attacked.representative[:, 0], context.query_labels),
+        representative=_representative(context, attacked.representative[:, 0], labels),
     )
 
 
-def score_targeted(context: EvaluationContext, attacked: Attacked) -> EvalResult:
+def score_targeted(context: EvaluationContext, attacked: AttackedBlock) -> EvalResult:
     """t-MAP over the targets of each query (mean; the best is ``/max``) and the MAP of the original labels.
 
     Curves are means over all pairs of a query and a target: ``t-PR`` and its kin of the target labels, ``PR``
@@ -289,48 +170,60 @@ def score_targeted(context: EvaluationContext, attacked: Attacked) -> EvalResult
         raise ValueError(
             "no query has a possible target: every label set of the database shares a label with each"
         )
-    asked, missing, each = torch.nonzero(possible).flatten(), int((~possible).sum()), targets.shape[1]
-    wanted = targets[asked].flatten(0, 1)  # a row for each pair of a query and a target
-    own = context.query_labels[asked].repeat_interleave(each, 0)
-    codes = as_codes(attacked.signs[asked].flatten(0, 1))
-    unchanged = Codes(context.query.packed[asked.repeat_interleave(each)], codes.bits, codes.ids)
-    reached, left = measure_codes(context, codes, wanted), measure_codes(context, codes, own)
-    stored = {
-        f"t-{headline}{ending}": measure_codes(lean, as_codes(signs[asked].flatten(0, 1)), wanted).per_query[
-            headline
-        ]
-        for ending, signs in attacked.stored.items()
-    }
+    rows, missing, each = torch.nonzero(possible).flatten(), int((~possible).sum()), targets.shape[1]
+    # from here on, a row for each pair of a query and a target
+    target_labels = targets[rows].flatten(0, 1)
+    query_labels = context.query_labels[rows].repeat_interleave(each, 0)
+    codes = as_codes(attacked.signs[rows].flatten(0, 1))
+    unchanged = Codes(context.query.packed[rows.repeat_interleave(each)], codes.bits, codes.ids)
+    to_target = measure_codes(context, codes, target_labels)
+    to_query = measure_codes(context, codes, query_labels)
+
+    def target_ap(codes: Codes) -> Tensor:
+        return measure_codes(lean, codes, target_labels).per_query[headline]
+
     columns = {
-        **{f"t-{name}": column for name, column in reached.per_query.items()},
-        **left.per_query,
-        **stored,
-        "base": measure_codes(lean, unchanged, wanted).per_query[headline],
+        **{f"t-{name}": column for name, column in to_target.per_query.items()},
+        **to_query.per_query,
+        **{
+            f"t-{headline}{ending}": target_ap(as_codes(signs[rows].flatten(0, 1)))
+            for ending, signs in attacked.stored.items()
+        },
+        "base": target_ap(unchanged),
     }
-    pairs = {name: column.unflatten(0, (len(asked), each)) for name, column in columns.items()}
-    whole = {name: column.mean(1) for name, column in pairs.items()}
-    whole[f"t-{headline}/max"] = pairs[f"t-{headline}"].amax(1)
-    whole["gain"] = whole[f"t-{headline}"] - whole["base"]
+    pairs = {name: column.unflatten(0, (len(rows), each)) for name, column in columns.items()}
+    means = {name: column.mean(1) for name, column in pairs.items()}
+    means[f"t-{headline}/max"] = pairs[f"t-{headline}"].amax(1)
+    base = means.pop("base")
+    means["gain"] = means[f"t-{headline}"] - base
     per_query = {}
-    for name, column in whole.items():
+    for name, column in means.items():
         per_query[name] = torch.full((len(possible),), float("nan"), dtype=torch.float64)
-        per_query[name][asked] = column
-    base = per_query.pop("base")
-    values = {
-        name: float(column[asked].nanmean()) for name, column in per_query.items() if not column.isnan().all()
-    }
-    values["t-ASR"] = targeted_success_rate(base[asked], per_query[f"t-{headline}"][asked])
-    steered = _representative(context, attacked.representative[asked].flatten(0, 1), wanted)
+        per_query[name][rows] = column
+    values = {name: float(column.nanmean()) for name, column in means.items() if not column.isnan().all()}
+    values["t-ASR"] = robustness.targeted_success_rate(base, means[f"t-{headline}"])
+    steered = _representative(context, attacked.representative[rows].flatten(0, 1), target_labels)
+    return replace(
+        _result(context, to_target, values, per_query),
+        reference={"chance": to_target.reference["chance"], "clean": float(base.mean())},
+        empty=missing,
+        curves={**{f"t-{name}": curve for name, curve in to_target.curves.items()}, **to_query.curves},
+        notes=(f"{missing} queries have no possible target and are left out",) if missing else (),
+        representative={f"t-{name}": value for name, value in steered.items()},
+    )
+
+
+def _result(
+    context: EvaluationContext, measured: Measured, values: dict[str, float], per_query: dict[str, Tensor]
+) -> EvalResult:
     return EvalResult(
         setting=setting_of(context),
         values=values,
         per_query=per_query,
         interval=intervals(per_query),
-        reference={"chance": reached.reference["chance"], "clean": float(base[asked].mean())},
-        empty=missing,
-        curves={**{f"t-{name}": curve for name, curve in reached.curves.items()}, **left.curves},
-        notes=(f"{missing} queries have no possible target and are left out",) if missing else (),
-        representative={f"t-{name}": value for name, value in steered.items()},
+        reference=measured.reference,
+        empty=measured.empty,
+        curves=measured.curves,
     )
 
 
@@ -342,16 +235,116 @@ def _representative(context: EvaluationContext, signs: Tensor, labels: Tensor) -
     return {name: value for name, value in measured.values.items() if name.startswith("MAP")}
 
 
+# ---------------------------------------------------------------------------------------------- worst case
+
+
+def worst(
+    context: EvaluationContext,
+    clean: EvalResult,
+    results: Mapping[str, EvalResult],
+    by: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> EvalResult:
+    """The worst case of each query over the clean input and every untargeted result, for each AP.
+
+    ``wMAP`` is the mean over queries of the lowest AP, not the lowest of the attacks' means. ``HRS`` sums up
+    clean and worst value above chance.
+
+    Args:
+        results: by attack name; targeted results are listed but take no part.
+        by: of a randomised victim, the per-query AP that choose the worst, for "clean" and by attack; see
+            ``robustness_measures.worst_case``.
+    """
+    untargeted = {name: r for name, r in results.items() if not any(key.startswith("t-") for key in r.values)}
+    headline = context.protocol.headline
+
+    def lowest(name: str, ending: str = "") -> robustness.WorstCase:
+        scores = None if by is None else {attack: by[attack][name] for attack in ("clean", *untargeted)}
+        under = {attack: result.per_query[f"{name}{ending}"] for attack, result in untargeted.items()}
+        return robustness.worst_case(clean.per_query[name], under, by=scores)
+
+    cases = {name: lowest(name) for name in ap_names(clean.per_query)}
+    words = untargeted and all(f"{headline}/rounded" in result.per_query for result in untargeted.values())
+    for ending in ("/8bit", "/rounded") if words else ("/8bit",):
+        cases[f"{headline}{ending}"] = lowest(headline, ending)
+    values = {f"w{name}": case.mean for name, case in cases.items()}
+    per_query = {f"w{name}": case.values for name, case in cases.items()}
+    found = cases[headline]
+
+    chance = torch.full_like(found.values, clean.reference["chance"])
+    columns = torch.stack([clean.per_query[headline], found.values, chance], 1).nan_to_num(0.0)
+    values["HRS"] = float(robustness.hrs_of(*(column.mean().reshape(1) for column in columns.T))[0])
+    spans = intervals(per_query)
+    spans["HRS"] = bootstrap_interval(
+        columns, lambda means: robustness.hrs_of(means[:, 0], means[:, 1], means[:, 2])
+    )
+    return EvalResult(
+        setting=_setting_of_worst(clean, untargeted),
+        values=values,
+        per_query=per_query,
+        interval=spans,
+        reference={**clean.reference, "clean": clean.values[headline]},
+        empty=clean.empty,
+        winner=found.winner,
+        attacks={
+            name: {
+                headline: result.values[headline],
+                "unique wins": float(found.unique_wins.get(name, 0)),
+                **{key: value for key, value in result.values.items() if key == f"t-{headline}"},
+            }
+            for name, result in results.items()
+        },
+        cost=Cost(
+            forward=sum(result.cost.forward for result in results.values()),
+            backward=sum(result.cost.backward for result in results.values()),
+            oracle=sum(result.cost.oracle for result in results.values()),
+            seconds=sum(result.cost.seconds for result in results.values()),
+        ),
+    )
+
+
+def _setting_of_worst(clean: EvalResult, results: Mapping[str, EvalResult]) -> Setting:
+    """The setting of all these attacks together."""
+    settings = [result.setting for result in results.values()]
+    budgets = sorted({setting.digests.get("budget", "") for setting in settings})
+    digests = {"budget": marked_identity(budgets)} if budgets and all(budgets) else {}
+    return replace(
+        clean.setting,
+        threat="; ".join(sorted({setting.threat for setting in settings})) or "none",
+        attacks=tuple(results),
+        budget="; ".join(sorted({setting.budget for setting in settings})),
+        digests={**clean.setting.digests, **digests},
+    )
+
+
+# ---------------------------------------------------------------------------------------------- parts
+
+
+def ap_names(names: Iterable[str]) -> list[str]:
+    """Of measure names, those of an AP that has a worst case: not the optimistic and pessimistic ones."""
+    return [n for n in names if n.startswith("MAP") and not n.endswith(("/optimistic", "/pessimistic"))]
+
+
+def ap_alone(context: EvaluationContext) -> EvaluationContext:
+    """The context under a protocol of these AP alone, for scores that are computed many times."""
+    measures = tuple(ap_names(context.protocol.measures))
+    return replace(context, protocol=replace(context.protocol, measures=measures))
+
+
 def measure_codes(context: EvaluationContext, query: Codes, labels: Tensor) -> Measured:
-    """Any codes in place of the queries, under the protocol of the bench."""
+    """Measure any codes in place of the queries, under the protocol of the context."""
     profile = prepared_profile(query, labels, context.prepared)
     return measure(
         context.protocol, query, labels, context.database, context.database_labels, profile=profile
     )
 
 
+def as_codes(signs: Tensor) -> Codes:
+    """(Q, K) signs -> packed codes with positions as ids."""
+    return Codes(pack(signs), signs.shape[1], torch.arange(len(signs)))
+
+
 def setting_of(context: EvaluationContext, attack: Described | None = None) -> Setting:
-    """The fields that the bench and the attack know; the run adds the model's."""
+    """The fields that the context and the attack know; the run adds the model's."""
     letters = {"image": "I", "text": "T"}
     note = f" ({context.data.note})" if context.data.note else ""
     digests = {"database": context.data.database.fingerprint(), "queries": context.queries.fingerprint()}
@@ -372,8 +365,3 @@ def setting_of(context: EvaluationContext, attack: Described | None = None) -> S
         defense=context.victim.declared,
         chosen=context.chosen,
     )
-
-
-def as_codes(signs: Tensor) -> Codes:
-    """(Q, K) signs -> packed codes with positions as ids."""
-    return Codes(pack(signs), signs.shape[1], torch.arange(len(signs)))

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robusthash.core.hamming import pack, sign
 from robusthash.core.out_of_memory import halving, warn
@@ -14,6 +14,18 @@ from robusthash.core.runtime import precision
 from robusthash.core.types import Codes
 from robusthash.data.base import Split, batches
 from robusthash.models.hasher import Hasher, frozen
+
+
+def encode_signs(victim: Hasher, modality: str, inputs: Tensor, batch_size: int | None = None) -> Tensor:
+    """(B, ...) inputs of one modality -> (B, K) int8 codes on the CPU, in eval mode, without a graph.
+
+    Args:
+        batch_size: inputs that are moved to the victim's device and encoded at a time; all by default.
+    """
+    with frozen(victim), torch.no_grad():
+        parts = inputs.split(batch_size or max(1, len(inputs)))
+        logits = [victim({modality: part.to(victim.device)})[modality].logits for part in parts]
+        return torch.cat([sign(part).to("cpu", torch.int8) for part in logits])
 
 
 def encode_split(

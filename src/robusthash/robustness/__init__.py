@@ -1,5 +1,4 @@
-"""Suites of attacks on one victim: tiers, worst cases, curves over budgets, database attacks, checks,
-evidence."""
+"""Suites of attacks on one victim: tiers, curves over budgets, database attacks, checks, evidence."""
 
 from robusthash.robustness.assess import assess, run_shard
 from robusthash.robustness.eps_curve import eps_curve

@@ -1,4 +1,4 @@
-"""Assessing a victim: a tier by its name or a suite of one's own, whole or in shards."""
+"""Assessments of a victim: a tier by its name or a suite of one's own, whole or in shards."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from robusthash.attacks.threat_model import Threat
-from robusthash.evaluation.context import EvaluationContext, Progress, silent
-from robusthash.evaluation.runner import BlockStore, run_attacks
+from robusthash.core.runtime import Progress, silent
+from robusthash.evaluation.context import EvaluationContext
+from robusthash.evaluation.runner import BlockStore, NoStore, run_attacks
 from robusthash.metrics.results import EvalResult
 from robusthash.objectives.base import HashObjective
-from robusthash.robustness.specs.oracle_attacks import Surrogate
+from robusthash.robustness.specs.transfer_attacks import Surrogate
 from robusthash.robustness.suite import Suite, assess_prepared, prepare_suite
 from robusthash.robustness.tiers import assess_tier, prepare_tier
 
@@ -25,19 +26,20 @@ def assess(
     queries: int | None = None,
     curve: bool = False,
     checked: bool = True,
-    store: BlockStore | None = None,
+    store: BlockStore = NoStore(),
     progress: Progress = silent,
 ) -> EvalResult:
-    """The worst case of each query over the clean input and every line and restart of a suite.
+    """The worst case of each query over the clean input and every attack and restart of a suite.
 
     A tier by name is all that ``robusthash assess --tier`` runs: its attacks, those that fit the victim
-    (noise, searches by questions, transfer from surrogates, adaptive attacks of its defense), and the checks.
+    (noise, searches by oracle queries, transfer from surrogates, adaptive attacks of its defense), and the
+    checks.
 
     The result holds ``wMAP`` with its interval (and so for every AP of the protocol), ``wMAP/8bit`` and of
-    bags of words ``wMAP/rounded``, ``HRS``, and where lines are targeted ``t-MAP``, ``gain``, ``t-ASR``,
-    ``TR`` and the ``collateral MAP``. ``attacks`` says of each line its MAP, its unique wins, how far towards
-    the searched floor it came, ASR, flips and cost; ``winner`` names the line and restart of each query;
-    ``reference`` has chance, least, floor and clean.
+    bags of words ``wMAP/rounded``, ``HRS``, and where attacks are targeted ``t-MAP``, ``gain``, ``t-ASR``,
+    ``TR`` and the ``collateral MAP``. ``attacks`` has of each attack its MAP, its unique wins, how far
+    towards the searched floor it came, ASR, flips and cost; ``winner`` names the attack and restart of each
+    query; ``reference`` has chance, least, floor and clean.
 
     A victim that declares itself ``randomised`` is scored by the mean AP over fresh draws of its noise, other
     draws than those by which the worst is chosen.
@@ -45,24 +47,23 @@ def assess(
     Args:
         suite: a tier by name (``smoke``, ``fast``, ``standard``, ``full``, ``paper``), or a suite, which is
             run as it is and raises no flags.
-        threat: what the attacker may change, instead of what the suite's lines say; ``img-linf-8`` for a tier
-            by name.
-        objective: of a tier, what the victim was trained with; ``paper`` needs it, and a defense that has
+        threat: of the attacker, instead of the one in the suite; ``img-linf-8`` for a tier by name.
+        objective: of a tier, that the victim was trained with; ``paper`` needs it, and a defense that has
             adaptive attacks is attacked on it too.
         surrogates: of a tier, models for transfer attacks, from ``fast`` up (``make_surrogate``).
         queries: instead of the suite's; chosen by content.
         curve: of a tier, the worst case at seven budgets too.
         checked: of the tiers from ``fast`` up, raise the flags.
-        keep: where attacked blocks are kept; the same call then goes on where it was stopped.
+        store: of attacked blocks; the same call then goes on where it was stopped.
 
     Raises:
-        ValueError: what belongs to a tier, with a suite of one's own; and see ``tiers.prepare_tier``.
+        ValueError: an option of tiers with a suite of one's own; and see ``tiers.prepare_tier``.
 
     Example:
         >>> import robusthash as rh
         >>> data = rh.load_data("synthetic")
-        >>> bench = rh.make_bench(rh.build_hasher(bits=16), data)
-        >>> result = rh.assess(bench, "smoke")
+        >>> context = rh.make_context(rh.build_hasher(bits=16), data)
+        >>> result = rh.assess(context, "smoke")
         >>> result["wMAP"] <= result.reference["clean"]
         True
     """
@@ -73,9 +74,9 @@ def assess(
         return assess_tier(prepared, curve=curve, checked=checked, store=store, progress=progress)
     if curve:
         raise ValueError(
-            f"the curve goes with a tier; of the suite {suite.name!r} take eps_curve(bench, lines, threat)"
+            f"the curve goes with a tier; of the suite {suite.name!r} take eps_curve(context, specs, threat)"
         )
-    own, context, notes = prepare_suite(context, _asked(suite, objective, surrogates, queries), threat)
+    own, context, notes = prepare_suite(context, _on(suite, objective, surrogates, queries), threat)
     return assess_prepared(context, own, notes, store=store, progress=progress)
 
 
@@ -91,25 +92,24 @@ def run_shard(
     store: BlockStore,
     progress: Progress = silent,
 ) -> None:
-    """Only the blocks of shard (i, n) of ``assess``, into the keep; ``assess`` with the same keep joins them
-    all."""
+    """Run only the blocks of shard (i, n) of ``assess``; ``assess`` with the same store joins them all."""
     if isinstance(suite, str):
         prepared = prepare_tier(
             context, suite, threat, objective=objective, surrogates=surrogates, queries=queries
         )
-        run_attacks(prepared.context, prepared.suite.specs, store, progress, shard)
-        return
-    own, context, _ = prepare_suite(context, _asked(suite, objective, surrogates, queries), threat)
-    run_attacks(context, own.specs, store, progress, shard)
+        suite, context = prepared.suite, prepared.context
+    else:
+        suite, context, _ = prepare_suite(context, _on(suite, objective, surrogates, queries), threat)
+    run_attacks(context, suite.specs, store, progress, shard)
 
 
-def _asked(
+def _on(
     suite: Suite, objective: HashObjective | None, surrogates: Sequence[Surrogate], queries: int | None
 ) -> Suite:
-    """The suite on so many queries; what only a tier can use is refused."""
+    """The suite on this number of queries; options that only a tier can use are refused."""
     if objective is not None or surrogates:
         raise ValueError(
-            f"the suite {suite.name!r} holds all its attacks: objective= and surrogates= go with a tier by name; "
-            "add lines by Suite.beside"
+            f"the suite {suite.name!r} holds all its attacks: objective= and surrogates= go with a tier by "
+            "name; add attacks by Suite.beside"
         )
     return suite if queries is None else replace(suite, queries=queries)

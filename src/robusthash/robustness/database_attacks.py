@@ -1,8 +1,7 @@
-"""Attackers of the database: some of its items are changed to be found no more, or new ones put in to be
-found often.
+"""Attacks on the database: items are changed not to be found, or inserted to be found often.
 
 The queries stay clean. Items are encoded as the database is, by ``victim.for_database()``, and that is what
-an attack differentiates. As with attacked queries, the evaluator projects, verifies and encodes anew.
+an attack differentiates. As with attacked queries, the evaluator projects, verifies and encodes again.
 """
 
 from __future__ import annotations
@@ -15,21 +14,22 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Attack, Select
-from robusthash.core.hamming import distance, pack, sign
+from robusthash.core.hamming import distance, pack
 from robusthash.core.identity import marked_identity
-from robusthash.core.runtime import Draws
+from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Codes, Goal, Guidance, Reference
 from robusthash.data.base import Split
-from robusthash.evaluation.attack_block import in_8bit
-from robusthash.evaluation.context import EvaluationContext, Progress, silent
+from robusthash.evaluation.attack_block import in_8bit, is_picture
+from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import as_codes, score_clean, setting_of
 from robusthash.metrics.average_precision import share as ratio
 from robusthash.metrics.distance_histogram import prepared_profile
 from robusthash.metrics.results import Cost, EvalResult, Setting
 from robusthash.metrics.statistics import intervals
-from robusthash.models.hasher import Hasher, frozen
+from robusthash.models.encoding import encode_signs
+from robusthash.models.hasher import Hasher
 
-_ASKED = 2000  # database codes that stand in for queries where inserted items are aimed
+_PROXIES = 2000  # database codes that stand in for queries where inserted items are aimed
 _AIMS = 2000  # database codes that they may be aimed at
 
 
@@ -38,10 +38,10 @@ def perturb_database(
 ) -> EvalResult:
     """The clean queries against a database of which a share was attacked (``db-perturb``).
 
-    Of N items round(share * N), at least one, are drawn by the bench's seed. Each is attacked away from its
-    own labels; where the attack selects, it keeps the point whose code, asked as a query, has the lowest
-    exact AP. In the direction T2I this is what "text queries under image attack" means; an attacker who knows
-    codes there knows those of images and texts, since it is texts that ask.
+    Of N items round(share * N), at least one, are drawn by the context's seed. Each is attacked away from its
+    own labels; where the attack selects, it keeps the point whose code, as a query, has the lowest exact AP.
+    In the direction T2I this is what "text queries under image attack" means; an attacker who knows codes
+    there knows those of images and texts, since texts are the queries.
 
     Args:
         attack: untargeted, on the searched modality alone, such as ``guided-apgd`` or ``dsarh``.
@@ -62,40 +62,40 @@ def perturb_database(
     _check(context, attack)
     started = time.perf_counter()
     across = context.direction[0] != context.direction[1]
-    attack = context.fitted(attack, across)
-    known, draws = context.known(attack, across), Draws(context.seed, ("db-perturb",))
-    count = max(1, round(share * len(context.database)))
-    chosen = torch.randperm(len(context.database), generator=draws.generator())[:count].sort().values
+    attack, draws = context.fitted(attack, across), Draws(context.seed, ("db-perturb",))
+    known, size = context.known(attack, across), len(context.database)
+    count = max(1, round(share * size))
+    rows = torch.randperm(size, generator=draws.generator())[:count].sort().values
 
     def goal(batch: Batch) -> tuple[Goal, Select | None]:
         if batch.labels is None:
             raise ValueError("the database has no labels, so its items have nothing to be moved away from")
         return Goal(batch.labels, -1), context.select(batch.labels, -1) if attack.selects else None
 
-    changed = _attack_items(context, attack, context.data.database, chosen, goal, known, draws, progress)
-    scored = [
-        score_clean(_with_items(context, chosen, signs)) for signs in (changed.signs, changed.codes_8bit)
-    ]
+    items = _attack_items(context, attack, context.data.database, rows, goal, known, draws, progress)
     headline, clean = context.protocol.headline, score_clean(context)
-    drop = clean.per_query[headline] - scored[0].per_query[headline]
-    codes_8bit = scored[1].per_query[headline]
-    per_query = {**scored[0].per_query, f"{headline}/8bit": codes_8bit, "drop": drop}
-    flips = (context.database.signs()[chosen] != changed.signs).sum(1).to(torch.float64)
-    made = {
-        f"{headline}/8bit": scored[1].values[headline],
-        "drop": clean.values[headline] - scored[0].values[headline],
+    result = score_clean(_with_items(context, rows, items.signs))
+    rounded = score_clean(_with_items(context, rows, items.codes_8bit))
+    drop = clean.per_query[headline] - result.per_query[headline]
+    codes_8bit = rounded.per_query[headline]
+    per_query = {**result.per_query, f"{headline}/8bit": codes_8bit, "drop": drop}
+    flips = (context.database.signs()[rows] != items.signs).sum(1).to(torch.float64)
+    values = {
+        **result.values,
+        f"{headline}/8bit": rounded.values[headline],
+        "drop": clean.values[headline] - result.values[headline],
         "items": float(count),
         "item flips": float(flips.mean()),
     }
     return replace(
-        scored[0],
-        setting=_named(scored[0].setting, attack, "db-perturb", f"{count} of {len(context.database)} items"),
-        values={**scored[0].values, **made},
+        result,
+        setting=_named(result.setting, attack, "db-perturb", f"{count} of {size} items"),
+        values=values,
         per_query=per_query,
         interval=intervals(per_query),
-        reference={**scored[0].reference, "clean": clean.values[headline]},
-        perceptibility=changed.seen,
-        cost=_cost(changed, started),
+        reference={**result.reference, "clean": clean.values[headline]},
+        perceptibility=items.perceptibility,
+        cost=items.cost(started),
     )
 
 
@@ -104,22 +104,22 @@ def insert_items(
 ) -> EvalResult:
     """Items put into the database to appear in the top k of as many queries as possible (``db-insert``).
 
-    The carriers are training items, drawn by the bench's seed: the attacker owns them. The attacker knows the
-    database codes, not the queries. So codes of the database stand in for queries: each inserted item is
-    steered to the database code that adds most expected exposure to that of the items before it, and where
-    the attack selects, it keeps the point of highest expected exposure on its own.
+    The carriers are training items, drawn by the context's seed: the attacker owns them. The attacker knows
+    the database codes, not the queries, so codes of the database stand in for them: each item is steered to
+    the database code that adds most expected exposure to that of the items before it, and where the attack
+    selects, it keeps the point of highest expected exposure on its own.
 
     Args:
         attack: on the searched modality alone, of knowledge W2, with a loss that follows a code; its own
             guide is replaced by the code that the item is steered to.
-        count: c, items put in.
+        count: items put in.
         k: ranks that count.
 
     Returns:
         ``exposure@k``: share of queries in whose top k an inserted item appears, in expectation over ties,
-        with ``/8bit``; ``slots@k``: expected share of the top k that inserted items take. ``reference`` has
-        the exposure of the same carriers unchanged (``clean``), of items at random ranks (``chance``), and of
-        codes that reach their aims (``reached aims``).
+            with ``/8bit``; ``slots@k``: expected share of the top k that inserted items take. ``reference``
+            has the exposure of the same carriers unchanged (``clean``), of items at random ranks
+            (``chance``), and of codes that reach their aims (``reached aims``).
 
     Raises:
         ValueError: count or k below 1, more items than carriers, another modality or knowledge.
@@ -137,46 +137,40 @@ def insert_items(
         )
     _check(context, attack)
     started, draws = time.perf_counter(), Draws(context.seed, ("db-insert",))
-    asked, table = _stand_ins(context, k, draws)
-    aims = _aims(context.database, asked, table, count, draws)
-    guide = Steered(context.database.signs()[aims].float().to(context.victim.device))
+    proxies, chances = _proxies(context, k, draws)
+    aims = _aims(context.database, proxies, chances, count, draws)
+    guide = SteeredGuide(context.database.signs()[aims].float().to(context.victim.device))
     steered = context.fitted(replace(attack, guide=guide))
-    chosen = torch.randperm(len(carriers), generator=draws.within("carriers").generator())[:count]
+    rows = torch.randperm(len(carriers), generator=draws.within("carriers").generator())[:count]
 
     def exposed(signs: Tensor) -> Tensor:
-        return table.gather(1, distance(asked, pack(signs)).long()).mean(0).to(signs.device)
+        return chances.gather(1, distance(proxies, pack(signs)).long()).mean(0).to(signs.device)
 
     def goal(batch: Batch) -> tuple[Goal, Select | None]:
         return Goal(None, 1), exposed if attack.selects else None
 
-    changed = _attack_items(context, steered, carriers, chosen, goal, context.known(attack), draws, progress)
-    found = {
-        name: exposure(context, as_codes(signs), k)
-        for name, signs in (
-            ("", changed.signs),
-            ("/8bit", changed.codes_8bit),
-            ("clean", changed.clean),
-            ("aims", context.database.signs()[aims]),
-        )
-    }
+    items = _attack_items(context, steered, carriers, rows, goal, context.known(attack), draws, progress)
+    exposed_queries, slots = exposure(context, as_codes(items.signs), k)
+    exposed_8bit, _ = exposure(context, as_codes(items.codes_8bit), k)
     per_query = {
-        f"exposure@{k}": found[""][0],
-        f"exposure@{k}/8bit": found["/8bit"][0],
-        f"slots@{k}": found[""][1],
+        f"exposure@{k}": exposed_queries,
+        f"exposure@{k}/8bit": exposed_8bit,
+        f"slots@{k}": slots,
     }
     counts = torch.tensor([[len(context.database)]]), torch.tensor([[count]])
+    at_aims = as_codes(context.database.signs()[aims])
     return EvalResult(
         setting=_named(setting_of(context), attack, "db-insert", f"{count} items"),
         values={name: float(values.mean()) for name, values in per_query.items()},
         per_query=per_query,
         interval=intervals(per_query),
         reference={
-            "clean": float(found["clean"][0].mean()),
+            "clean": float(exposure(context, as_codes(items.clean), k)[0].mean()),
             "chance": float(at_least_one(*counts, k)[0]),
-            "reached aims": float(found["aims"][0].mean()),
+            "reached aims": float(exposure(context, at_aims, k)[0].mean()),
         },
-        perceptibility=changed.seen,
-        cost=_cost(changed, started),
+        perceptibility=items.perceptibility,
+        cost=items.cost(started),
     )
 
 
@@ -204,8 +198,7 @@ def at_least_one(items: Tensor, inserted: Tensor, k: int) -> Tensor:
 
 
 def exposure(context: EvaluationContext, inserted: Codes, k: int) -> tuple[Tensor, Tensor]:
-    """(Q,) probability that an inserted item is in the top k of each query, and (Q,) expected share of it
-    they take."""
+    """(Q,) probability that an inserted item is in the top k, and (Q,) their expected share of it."""
     items = prepared_profile(context.query, context.query_labels, context.prepared).items
     near = distance(context.query.packed, inserted.packed).long()
     extra = torch.zeros_like(items).scatter_add_(1, near, torch.ones_like(near))
@@ -215,23 +208,21 @@ def exposure(context: EvaluationContext, inserted: Codes, k: int) -> tuple[Tenso
     return at_least_one(items, extra, k), slots
 
 
-def _stand_ins(context: EvaluationContext, k: int, draws: Draws) -> tuple[Tensor, Tensor]:
-    """Packed database codes that stand in for queries, and (S, K + 1) chance of one item at each distance of
-    each."""
-    rows = torch.randperm(len(context.database), generator=draws.within("asked").generator())[:_ASKED]
-    asked = Codes(context.database.packed[rows], context.database.bits, torch.arange(len(rows)))
-    items = prepared_profile(asked, context.database_labels[rows], context.prepared).items.clone()
+def _proxies(context: EvaluationContext, k: int, draws: Draws) -> tuple[Tensor, Tensor]:
+    """Packed database codes in place of queries, and (S, K + 1) chances of one item at each distance."""
+    rows = torch.randperm(len(context.database), generator=draws.within("asked").generator())[:_PROXIES]
+    codes = Codes(context.database.packed[rows], context.database.bits, torch.arange(len(rows)))
+    items = prepared_profile(codes, context.database_labels[rows], context.prepared).items.clone()
     items[:, 0] -= 1  # a query is no item of the database
     places = (k - (items.cumsum(1) - items)).clamp(min=0)
-    return asked.packed, torch.minimum(places, items + 1) / (items + 1).to(torch.float64)
+    return codes.packed, torch.minimum(places, items + 1) / (items + 1).to(torch.float64)
 
 
-def _aims(database: Codes, asked: Tensor, table: Tensor, count: int, draws: Draws) -> Tensor:
-    """(count,) rows of the database to aim at, greedily: each adds most to the expected exposure of those
-    before it."""
+def _aims(database: Codes, proxies: Tensor, table: Tensor, count: int, draws: Draws) -> Tensor:
+    """(count,) rows of the database to aim at, greedily: each adds most to the expected exposure so far."""
     rows = torch.randperm(len(database), generator=draws.within("aims").generator())[:_AIMS]
-    chances = table.gather(1, distance(asked, database.packed[rows]).long())  # (S, A)
-    missed, chosen = torch.ones(len(asked), 1, dtype=torch.float64), []
+    chances = table.gather(1, distance(proxies, database.packed[rows]).long())  # (S, A)
+    missed, chosen = torch.ones(len(proxies), 1, dtype=torch.float64), []
     for _ in range(count):
         best = int((missed * chances).mean(0).argmax())
         chosen.append(int(rows[best]))
@@ -240,8 +231,8 @@ def _aims(database: Codes, asked: Tensor, table: Tensor, count: int, draws: Draw
 
 
 @dataclass(frozen=True, eq=False)
-class Steered:
-    """A guide of codes given for each item by its id."""
+class SteeredGuide:
+    """A guide with a given code for each item, by its id."""
 
     codes: Tensor  # (items, K)
 
@@ -251,20 +242,23 @@ class Steered:
         return Guidance(self.codes[batch.ids])
 
 
-# ---------------------------------------------------------------------------------------------- attacking
-# items
+# ------------------------------------------------------------------------------------------ attacked items
 
 
 @dataclass(frozen=True)
-class _Changed:
+class _AttackedItems:
     """Attacked items of a split."""
 
-    clean: Tensor  # (n, K) int8 codes before, after, and after with the change in eight bits
+    clean: Tensor  # (n, K) int8 codes before, after, and after with the change in 8-bit
     signs: Tensor
     codes_8bit: Tensor
-    seen: dict[str, float]
+    perceptibility: dict[str, float]
     forward: int
     backward: int
+
+    def cost(self, started: float) -> Cost:
+        seconds = time.perf_counter() - started
+        return Cost(forward=self.forward, backward=self.backward, seconds=seconds)
 
 
 def _attack_items(
@@ -276,34 +270,32 @@ def _attack_items(
     known: Reference | None,
     draws: Draws,
     progress: Progress,
-) -> _Changed:
+) -> _AttackedItems:
     """Attack the items at ``positions`` block by block; ids in a batch count the attacked items from 0."""
     victim, modality = context.victim.for_database(), context.direction[1]
-    codes: list[list[Tensor]] = [[], [], []]
-    sizes: list[Tensor] = []
+    ball, sizes = attack.threat.balls[modality], []
+    clean, signs, codes_8bit = list[Tensor](), list[Tensor](), list[Tensor]()
     forward = backward = 0
     blocks = torch.arange(len(positions)).split(context.batch_size)
     for number, block in enumerate(blocks):
         batch = replace(split.batch(positions[block]), ids=block).only({modality}).to(victim.device)
-        wanted, select = goal(batch)
-        output = attack(victim, batch, wanted, known, draws=draws, select=select)
-        origin = batch.inputs
-        attacked = attack.threat.project(output.batch.inputs, origin)
-        attack.threat.verify(attacked, origin)
-        change = attacked[modality] - origin[modality]
-        whole = modality == "image" and origin[modality].ndim == 4  # only pixels are stored in eight bits
-        rounded = in_8bit(origin[modality], attacked[modality]) if whole else attacked[modality]
-        for kept, inputs in zip(codes, (origin[modality], attacked[modality], rounded), strict=True):
-            with frozen(victim), torch.no_grad():
-                kept.append(sign(victim({modality: inputs})[modality].logits).to("cpu", torch.int8).clone())
-        sizes.append(attack.threat.balls[modality].size(change).cpu())
-        forward, backward = forward + output.forward * len(block), backward + output.backward * len(block)
+        aim, select = goal(batch)
+        output = attack(victim, batch, aim, known, draws=draws, select=select)
+        inputs = attack.threat.project(output.batch.inputs, batch.inputs)
+        attack.threat.verify(inputs, batch.inputs)
+        origin, attacked = batch.inputs[modality], inputs[modality]
+        rounded = in_8bit(origin, attacked) if is_picture(modality, origin) else attacked
+        clean.append(encode_signs(victim, modality, origin))
+        signs.append(encode_signs(victim, modality, attacked))
+        codes_8bit.append(encode_signs(victim, modality, rounded))
+        sizes.append(ball.size(attacked - origin).cpu())
+        forward += output.forward * len(block)
+        backward += output.backward * len(block)
         progress(number + 1, len(blocks), f"attacking items by {attack.name}")
     size = torch.cat(sizes).to(torch.float64)
-    norm = attack.threat.balls[modality].norm
-    seen = {f"{norm}/mean": float(size.mean()), f"{norm}/max": float(size.max())}
-    clean, signs, codes_8bit = (torch.cat(kept) for kept in codes)
-    return _Changed(clean, signs, codes_8bit, seen, forward, backward)
+    perceptibility = {f"{ball.norm}/mean": float(size.mean()), f"{ball.norm}/max": float(size.max())}
+    codes = torch.cat(clean), torch.cat(signs), torch.cat(codes_8bit)
+    return _AttackedItems(*codes, perceptibility, forward, backward)
 
 
 def _check(context: EvaluationContext, attack: Attack) -> None:
@@ -315,7 +307,7 @@ def _check(context: EvaluationContext, attack: Attack) -> None:
 
 
 def _with_items(context: EvaluationContext, rows: Tensor, signs: Tensor) -> EvaluationContext:
-    """The bench with other codes for some items of its database."""
+    """The context with other codes for some items of its database."""
     packed = context.database.packed.clone()
     packed[rows] = pack(signs)
     return replace(context, database=replace(context.database, packed=packed))
@@ -323,12 +315,7 @@ def _with_items(context: EvaluationContext, rows: Tensor, signs: Tensor) -> Eval
 
 def _named(setting: Setting, attack: Attack, kind: str, amount: str) -> Setting:
     """The setting with its threat, attack and budget."""
-    named = attack.threat.name if attack.threat.name.startswith(kind) else f"{kind}-{attack.threat.name}"
+    threat = attack.threat.name if attack.threat.name.startswith(kind) else f"{kind}-{attack.threat.name}"
     digests = {**setting.digests, "budget": marked_identity([amount, attack.budget_settings()])}
-    return replace(
-        setting, threat=named, attacks=(attack.name,), budget=f"{amount}, {attack.budget}", digests=digests
-    )
-
-
-def _cost(changed: _Changed, started: float) -> Cost:
-    return Cost(forward=changed.forward, backward=changed.backward, seconds=time.perf_counter() - started)
+    budget = f"{amount}, {attack.budget}"
+    return replace(setting, threat=threat, attacks=(attack.name,), budget=budget, digests=digests)

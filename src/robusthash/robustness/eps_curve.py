@@ -1,5 +1,4 @@
-"""Worst case against budget: each attack also starts from what the smaller budget came to, so curves only
-fall."""
+"""Worst case against budget: each attack also starts from the smaller budget's result."""
 
 from __future__ import annotations
 
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.threat_model import Threat
+from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Inputs
-from robusthash.evaluation.attack_block import Attacked
+from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import AttackSpec
-from robusthash.evaluation.context import EvaluationContext, Progress, silent
+from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
-from robusthash.evaluation.runner import Attacker, BlockStore, NoStore, randomised
+from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore
 from robusthash.metrics.results import EvalResult
 from robusthash.metrics.robustness_measures import curve_score, worst_case
 from robusthash.metrics.statistics import intervals
@@ -62,23 +62,23 @@ def eps_curve(
     threat: Threat,
     eps: Sequence[float] | None = None,
     *,
-    store: BlockStore | None = None,
+    store: BlockStore = NoStore(),
     progress: Progress = silent,
 ) -> Curve:
-    """The worst case of each query over some lines at rising budgets.
+    """The worst case of each query over some attacks at rising budgets.
 
-    Every line runs twice at each budget: from its own start, and from the worst input found within the budget
-    before, which is feasible. What a smaller budget found counts for a larger one, so no query's value ever
-    rises.
+    Every attack runs twice at each budget: from its own start, and from the worst input found within the
+    budget before, which is feasible. The result of a smaller budget counts for a larger one, so no query's
+    value ever rises.
 
     Args:
-        lines: untargeted.
+        specs: untargeted.
         eps: budgets of the threat's first modality, from 0 on; ``SHARES`` of its own by default.
-        keep: of this curve alone: what is kept at one budget was started from the one before.
+        store: of this curve alone: blocks at one budget were started from those at the one before.
 
     Raises:
-        ValueError: budgets that do not start at 0 and rise, a line that is targeted, or a randomised victim,
-            whose lowest AP over budgets would be that of its luckiest noise.
+        ValueError: budgets that do not start at 0 and rise, a targeted attack, or a randomised victim, whose
+            lowest AP over budgets would be that of its luckiest noise.
     """
     whole = next(iter(threat.balls.values())).eps
     budgets = tuple(whole * share for share in SHARES) if eps is None else tuple(eps)
@@ -87,65 +87,50 @@ def eps_curve(
     if whole <= 0:
         raise ValueError(f"the threat {threat.name} has a budget of 0, which no curve can be scaled from")
     if not specs or any(spec.targeted for spec in specs):
-        raise ValueError(f"a curve needs untargeted lines, got {[spec.name for spec in specs]}")
-    if randomised(context):
+        raise ValueError(f"a curve needs untargeted attacks, got {[spec.name for spec in specs]}")
+    if context.randomised:
         raise ValueError("a curve of a randomised victim is not built: assess it at each budget by itself")
-    headline = context.protocol.headline
+    headline, runner = context.protocol.headline, BlockRunner(context, store)
     rows = [score_clean(context).per_query[headline]]
-    attacker, best = Attacker(context, store or NoStore()), list[Tensor | None]([None] * context.blocks)
+    best: list[Tensor | None] = [None] * context.blocks
+    total = (len(budgets) - 1) * context.blocks
     for place, budget in enumerate(budgets[1:]):
-        aimed = [spec.at(threat.scaled(budget / whole)) for spec in specs]
+        scaled = [spec.at(threat.scaled(budget / whole)) for spec in specs]
         parts = []
         for block in range(context.blocks):
-            found = _block(attacker, aimed, block, best[block])
-            scores = torch.stack([_ap(context, block, attacked) for attacked in found])
-            lowest = worst_case(
-                _rows(context, rows[-1], block), {str(n): row for n, row in enumerate(scores)}
-            )
-            best[block] = _inputs(context, block, found, lowest.winner, best[block])
+            held = best[block]
+            results = _attacked(runner, scaled, block, held)
+            labels = context.query_labels.split(context.batch_size)[block]
+            before = rows[-1].split(context.batch_size)[block]
+            codes = [as_codes(attacked.signs[:, 0]) for attacked in results]
+            scores = [measure_codes(context, each, labels).per_query[headline] for each in codes]
+            lowest = worst_case(before, {str(number): row for number, row in enumerate(scores)})
+            clean = context.batch(block).inputs[context.direction[0]].cpu()
+            best[block] = _worst_inputs(clean if held is None else held, results, lowest.winner)
             parts.append(lowest.values)
-            progress(
-                place * context.blocks + block + 1, (len(budgets) - 1) * context.blocks, "curve over budgets"
-            )
+            progress(place * context.blocks + block + 1, total, "curve over budgets")
         rows.append(torch.cat(parts))
     return Curve(budgets, torch.stack(rows))
 
 
-def _block(
-    attacker: Attacker, specs: Sequence[AttackSpec], block: int, before: Tensor | None
-) -> list[Attacked]:
-    """Each line from its own start and, where there is one, from the solution at the budget before."""
-    found = []
+def _attacked(
+    runner: BlockRunner, specs: Sequence[AttackSpec], block: int, before: Tensor | None
+) -> list[AttackedBlock]:
+    """A block under each attack from its own start and, if any, from the result at the budget before."""
+    results = []
     for spec in specs:
-        found.append(attacker.block(spec, 0, block))
+        results.append(runner.block(spec, 0, block))
         if before is not None:
-            batch = attacker.context.batch(block, spec.threat.balls)
+            batch = runner.context.batch(block, spec.threat.balls)
             start: Inputs = {name: batch.inputs[name] for name in spec.threat.balls}
-            start[attacker.context.direction[0]] = before.to(batch.ids.device)
-            found.append(attacker.block(spec, 1, block, start))
-    return found
+            start[runner.context.direction[0]] = before.to(batch.ids.device)
+            results.append(runner.block(spec, 1, block, start))
+    return results
 
 
-def _rows(context: EvaluationContext, values: Tensor, block: int) -> Tensor:
-    return values.split(context.batch_size)[block]
-
-
-def _ap(context: EvaluationContext, block: int, attacked: Attacked) -> Tensor:
-    """(B,) the headline AP of a block's attacked codes."""
-    labels = _rows(context, context.query_labels, block)
-    return measure_codes(context, as_codes(attacked.signs[:, 0]), labels).per_query[context.protocol.headline]
-
-
-def _inputs(
-    context: EvaluationContext,
-    block: int,
-    found: Sequence[Attacked],
-    winner: Sequence[str],
-    before: Tensor | None,
-) -> Tensor:
-    """(B, ...) the inputs of the lowest AP so far: of this budget, of the one before, or the clean ones."""
-    held = context.batch(block).inputs[context.direction[0]].cpu() if before is None else before
+def _worst_inputs(held: Tensor, results: Sequence[AttackedBlock], winner: Sequence[str]) -> Tensor:
+    """(B, ...) the inputs of the lowest AP so far: ``held`` where no result of this budget is lower."""
     chosen = [
-        held[row] if name == "clean" else found[int(name)].inputs[row] for row, name in enumerate(winner)
+        held[row] if name == "clean" else results[int(name)].inputs[row] for row, name in enumerate(winner)
     ]
     return torch.stack(chosen)

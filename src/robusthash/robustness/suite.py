@@ -1,8 +1,8 @@
-"""Suites: fixed sets of lines in tiers of effort, the queries they are run on, and one number at the end."""
+"""Suites: fixed sets of attacks in tiers of effort, the queries they run on, and one number at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -22,19 +22,20 @@ from robusthash.attacks.token_swaps import GreedySwaps
 from robusthash.attacks.word_edits import ExactFlips, GreedyFlips
 from robusthash.core.identity import marked_identity
 from robusthash.core.registry import nearest
+from robusthash.core.runtime import Progress, silent
 from robusthash.evaluation.aggregate import aggregate
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, RefinedAttack
-from robusthash.evaluation.context import EvaluationContext, Progress, silent
-from robusthash.evaluation.runner import AttackRuns, BlockStore, run_attacks
+from robusthash.evaluation.context import EvaluationContext
+from robusthash.evaluation.runner import AttackRuns, BlockStore, NoStore, run_attacks
 from robusthash.metrics.results import EvalResult, Flag
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Lines, and how many queries they are run on.
+    """Attacks, and the number of queries they are run on.
 
     Args:
-        queries: how many, chosen by ``data.splits.stable_subset``; None takes all.
+        queries: chosen by ``data.splits.stable_subset``; None takes all.
         floor: random starts of each query in the search for its floor AP.
     """
 
@@ -46,7 +47,7 @@ class Suite:
     def __post_init__(self) -> None:
         names = [spec.name for spec in self.specs]
         if len(set(names)) < len(names) or "clean" in names:
-            raise ValueError(f"lines need names of their own, and none may be 'clean'; got {names}")
+            raise ValueError(f"attacks need names of their own, and none may be 'clean'; got {names}")
 
     def at(self, threat: Threat) -> Suite:
         """The same suite under another threat."""
@@ -54,17 +55,17 @@ class Suite:
 
     @property
     def own(self) -> tuple[AttackSpec, ...]:
-        """The lines that every victim is given: all but the adaptive ones, which go with a defense."""
+        """The attacks that every victim is given: all but the adaptive ones, which go with a defense."""
         return tuple(spec for spec in self.specs if spec.kind != "adaptive")
 
     def beside(self, specs: Sequence[AttackSpec]) -> Suite:
-        """The suite with more lines, before those that refine what was found."""
+        """The suite with more attacks, before those that refine what was found."""
         refined = tuple(spec for spec in self.specs if isinstance(spec, RefinedAttack))
         others = tuple(spec for spec in self.specs if not isinstance(spec, RefinedAttack))
         return replace(self, specs=(*others, *specs, *refined))
 
     def digest(self) -> str:
-        """Identity of all that its lines depend on, with the number of the scheme before it."""
+        """Identity of all that its attacks depend on, with the number of the scheme before it."""
         return marked_identity([[spec.name, spec.restarts, spec.settings()] for spec in self.specs])
 
 
@@ -96,11 +97,12 @@ def tier(
     extra_attacks: Sequence[AttackSpec] = (),
     queries: int | None = None,
 ) -> Suite:
-    """A suite by its tier: ``smoke`` (does it run), ``fast`` (development), ``standard`` (claims), ``full``
-    (disputes).
+    """A suite by its tier of effort.
+
+    ``smoke`` shows that it runs, ``fast`` is for development, ``standard`` for claims, ``full`` for disputes.
 
     ========  =======================================================  ========  =====  =======
-    tier      gradient lines                                           restarts  steps  queries
+    tier      gradient attacks                                         restarts  steps  queries
     ========  =======================================================  ========  =====  =======
     smoke     guided                                                   1         10     64
     fast      guided, soft-ap                                          1         20     500
@@ -112,56 +114,46 @@ def tier(
     ========  =======================================================  ========  =====  =======
 
     Args:
-        threat: ``img-linf-8`` by default. Under a budget of words greedy flips take the place of APGD, a line
-            ``exact`` tries every word, and it alone refines; under one of tokens greedy swaps do, and nothing
-            refines. Nor does anything under a joint threat, whose pairs no direction's AP may choose.
-        extra_lines: what is not a gradient line of every victim: transfer, black-box, noise, and the adaptive
-            lines of the defense.
+        threat: ``img-linf-8`` by default. Under a budget of words greedy flips take the place of APGD, an
+            attack ``exact`` tries every word, and it alone refines; under one of tokens greedy swaps do, and
+            nothing refines. Nor does anything under a joint threat, whose pairs no direction's AP may choose.
+        extra_attacks: other than the gradient attacks of every victim: transfer, black-box, noise, and the
+            adaptive ones of the defense.
         queries: instead of the tier's.
 
     Raises:
-        KeyError: no such tier; the attacks as published are ``presets.paper_suite``.
+        KeyError: no such tier; the attacks as published are ``published_suite.paper_suite``.
     """
     if name not in TIERS:
         raise KeyError(f"no tier is called {name!r}{nearest(name, [*TIERS, 'paper'])}")
     effort, threat = TIERS[name], threat or threat_on(knowledge="W2")
     steps, on = effort.steps, attacked_modality(threat)
-    attacks: dict[str, Attack] = {
+    attacks = {
         "guided": guided_apgd(steps=steps, modality=on),
         "wrong": wrong_apgd(steps=steps, modality=on),
         "pursuit": wrong_apgd(steps=steps, modality=on, margin=False),
         "flip": flip_apgd(steps=steps, modality=on),
         "soft-ap": soft_ap_apgd(steps=steps, modality=on),
         "margin-pn": margin_pn_apgd(steps=steps, modality=on),
+        "guided-targeted": guided_targeted_apgd(steps=steps, modality=on),
     }
-    specs: list[AttackSpec] = [_line(spec, attacks[spec], threat, effort.restarts) for spec in effort.names]
+    attacks = {spec: _under(attack, threat) for spec, attack in attacks.items()}
+    specs = [GradientAttack(spec, attacks[spec], effort.restarts) for spec in effort.names]
     if effort.targeted:
-        specs.append(_line("guided-targeted", guided_targeted_apgd(steps=steps, modality=on), threat, 1))
-    if len(threat.balls) == 1 and effort.refined:
-        specs += _refining(attacks, effort, threat)
-    return Suite(name, tuple(specs), effort.queries if queries is None else queries, effort.floor).beside(
-        extra_attacks
-    )
-
-
-def _refining(attacks: Mapping[str, Attack], effort: _Tier, threat: Threat) -> list[AttackSpec]:
-    """The lines that go on from the worst point of each query, and of words the one that they need beside
-    them."""
-    (budget,) = threat.balls.values()
-    if isinstance(budget, Edits):
+        specs.append(GradientAttack("guided-targeted", attacks["guided-targeted"]))
+    budgets = list(threat.balls.values())
+    if effort.refined and len(budgets) == 1 and isinstance(budgets[0], Edits):
         exact = replace(attacks["guided"], search=ExactFlips(), threat=replace(threat, knowledge="W2"))
-        return [GradientAttack("exact", exact), RefinedAttack("refined exact", exact)]
-    if threat.edits:
-        return []
-    near = {name: replace(attacks[name], search=Polish(effort.steps)) for name in effort.refined}
-    return [
-        RefinedAttack(f"refined {name}", _line(name, attack, threat, 1).attack)
-        for name, attack in near.items()
-    ]
+        specs += [GradientAttack("exact", exact), RefinedAttack("refined exact", exact)]
+    elif effort.refined and len(budgets) == 1 and not threat.edits:
+        polish = {spec: replace(attacks[spec], search=Polish(steps)) for spec in effort.refined}
+        specs += [RefinedAttack(f"refined {spec}", attack) for spec, attack in polish.items()]
+    suite = Suite(name, tuple(specs), effort.queries if queries is None else queries, effort.floor)
+    return suite.beside(extra_attacks)
 
 
 def attacked_modality(threat: Threat) -> Modality:
-    """What a threat changes, as attacks name it.
+    """The modality that a threat changes, as attacks name it.
 
     Raises:
         ValueError: a modality that no attack by gradients changes.
@@ -172,79 +164,46 @@ def attacked_modality(threat: Threat) -> Modality:
     return attacked  # type: ignore[return-value]
 
 
-def _line(name: str, attack: Attack, threat: Threat, restarts: int) -> GradientAttack:
-    aimed = replace(threat, knowledge=attack.threat.knowledge)
-    return GradientAttack(name, replace(attack, search=_search_of(attack, threat), threat=aimed), restarts)
+def _under(attack: Attack, threat: Threat) -> Attack:
+    """The attack under the threat with its own knowledge, by a search that the budget allows."""
+    search: Search = attack.search
+    if threat.edits:
+        (budget,) = threat.balls.values()
+        search = GreedyFlips() if isinstance(budget, Edits) else GreedySwaps()
+    return replace(attack, search=search, threat=replace(threat, knowledge=attack.threat.knowledge))
 
 
-def _search_of(attack: Attack, threat: Threat) -> Search:
-    if not threat.edits:
-        return attack.search
-    (budget,) = threat.balls.values()
-    return GreedyFlips() if isinstance(budget, Edits) else GreedySwaps()
-
-
-# ---------------------------------------------------------------------------------------------- the
-# assessment
+# ------------------------------------------------------------------------------------------ the assessment
 
 Checks = Callable[[EvaluationContext, AttackRuns, EvalResult], tuple[Flag, ...]]
-"""What looks at everything that was found and raises flags."""
-
-
-def assess_prepared(
-    context: EvaluationContext,
-    suite: Suite,
-    notes: tuple[str, ...] = (),
-    *,
-    store: BlockStore | None = None,
-    progress: Progress = silent,
-    checks: Checks | None = None,
-) -> EvalResult:
-    """``assess`` of what ``prepare_suite`` returned; ``checks`` raises the flags of the result."""
-    attack_runs = run_attacks(context, suite.specs, store, progress)
-    assert attack_runs is not None  # one shard, the whole
-    result = aggregate(context, attack_runs, suite.floor)
-    digests = {name: value for name, value in result.setting.digests.items() if name != "budget"}
-    setting = replace(
-        result.setting,
-        # adaptive lines go with the defense, which is the model's: without them results of two models stay
-        # comparable
-        attacks=tuple(spec.name for spec in suite.own),
-        budget=f"suite {suite.name}, {len(suite.own)} lines",
-        digests={**digests, "suite": replace(suite, specs=suite.own).digest()},
-    )
-    notes = (*notes, *result.notes)
-    result = replace(result, name=f"{setting.threat} {suite.name}", setting=setting, notes=notes)
-    return result if checks is None else replace(result, flags=checks(context, attack_runs, result))
+"""Raises flags from all that an assessment found."""
 
 
 def prepare_suite(
-    context: EvaluationContext, suite: Suite | str, threat: Threat | None = None
+    context: EvaluationContext, suite: Suite, threat: Threat | None = None
 ) -> tuple[Suite, EvaluationContext, tuple[str, ...]]:
-    """The suite under its threat, the bench of its queries, and what had to be left out.
+    """The suite under its threat, the context of its queries, and notes of what had to be left out.
 
     Raises:
-        ValueError: no line to find a worst case with, or one that does not change what is queried.
+        ValueError: no untargeted attack, or one that does not change what is queried.
     """
-    if isinstance(suite, str):
-        suite = tier(suite, threat)
-    elif threat is not None:
+    if threat is not None:
         suite = suite.at(threat)
     for spec in suite.specs:
         if spec.threat.side != "query":
             raise ValueError(
-                f"{spec.threat.name} changes the database, and a suite attacks queries; robusthash poison RUN measures "
-                "it (perturb_database and insert_items in Python)"
+                f"{spec.threat.name} changes the database, and a suite attacks queries; robusthash "
+                "poison RUN measures it (perturb_database and insert_items in Python)"
             )
         if context.direction[0] not in spec.threat.balls:
             raise ValueError(
-                f"the line {spec.name!r} attacks {sorted(spec.threat.balls)}, and the queries are "
+                f"the attack {spec.name!r} changes {sorted(spec.threat.balls)}, and the queries are "
                 f"{context.direction[0]}s; choose another threat or direction"
             )
     untargeted = tuple(spec for spec in suite.specs if not spec.targeted)
     if not untargeted:
         raise ValueError(
-            f"the suite {suite.name!r} has no untargeted line, so there is no worst case to find"
+            f"the suite {suite.name!r} has no untargeted attack, so there is no worst case to find"
         )
     if suite.queries is not None:
         context = context.some(suite.queries)
@@ -252,3 +211,30 @@ def prepare_suite(
         note = "no targeted attack: every label set of the database shares a label with every query"
         return replace(suite, specs=untargeted), context, (note,)
     return suite, context, ()
+
+
+def assess_prepared(
+    context: EvaluationContext,
+    suite: Suite,
+    notes: tuple[str, ...] = (),
+    *,
+    store: BlockStore = NoStore(),
+    progress: Progress = silent,
+    checks: Checks | None = None,
+) -> EvalResult:
+    """``assess`` what ``prepare_suite`` returned; ``checks`` raises the flags of the result."""
+    runs = run_attacks(context, suite.specs, store, progress)
+    assert runs is not None  # one shard, the whole
+    result = aggregate(context, runs, suite.floor)
+    # adaptive attacks go with the defense, which is the model's: without them results of two models compare
+    own = replace(suite, specs=suite.own)
+    digests = {name: value for name, value in result.setting.digests.items() if name != "budget"}
+    setting = replace(
+        result.setting,
+        attacks=tuple(spec.name for spec in own.specs),
+        budget=f"suite {suite.name}, {len(own.specs)} lines",
+        digests={**digests, "suite": own.digest()},
+    )
+    name = f"{setting.threat} {suite.name}"
+    result = replace(result, name=name, setting=setting, notes=(*notes, *result.notes))
+    return result if checks is None else replace(result, flags=checks(context, runs, result))

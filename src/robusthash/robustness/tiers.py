@@ -1,21 +1,21 @@
-"""Tiers for a given victim: the attacks of the tier and those that fit the victim, the curve and the
-flags."""
+"""Tiers for a given victim: the attacks of the tier and those that fit the victim, the curve, the flags."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robusthash.attacks.threat_model import Budget, Threat, threat_on
+from robusthash.core.runtime import Progress, silent
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
-from robusthash.evaluation.context import EvaluationContext, Progress, silent
+from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import as_codes, measure_codes
-from robusthash.evaluation.runner import Attacker, AttackRuns, BlockStore, NoStore
+from robusthash.evaluation.runner import AttackRuns, BlockRunner, BlockStore, NoStore
 from robusthash.metrics.results import EvalResult, Flag
 from robusthash.objectives.base import HashObjective
 from robusthash.robustness.checks.base import order
@@ -23,17 +23,13 @@ from robusthash.robustness.checks.model_checks import model_checks
 from robusthash.robustness.checks.suite_checks import suite_checks
 from robusthash.robustness.eps_curve import Curve, eps_curve
 from robusthash.robustness.specs.adaptive_attacks import adaptive_attacks
-from robusthash.robustness.specs.oracle_attacks import (
-    Surrogate,
-    noise_attacks,
-    oracle_attacks,
-    transfer_attacks,
-)
+from robusthash.robustness.specs.oracle_attacks import noise_attacks, oracle_attacks
 from robusthash.robustness.specs.published_suite import PAPER, paper_suite, with_legacy
+from robusthash.robustness.specs.transfer_attacks import Surrogate, transfer_attacks
 from robusthash.robustness.suite import TIERS, Suite, assess_prepared, prepare_suite, tier
 from robusthash.robustness.victim_behaviour import Observed, observed
 
-OBSERVED = 16  # queries by whose passes a victim's behaviour is told
+OBSERVED = 16  # queries on which a victim's behaviour is observed
 CHECKED = 128  # queries of the checks that attack on their own
 CHECKED_TIERS = ("fast", "standard", "full")  # smoke is too short to judge, and paper is no evidence
 SURROGATES = 3  # of a claim; they should differ in backbone, loss and length of code
@@ -42,57 +38,15 @@ ORACLE_QUERIES = {"standard": 1000, "full": 5000}
 CLAIMS = ("standard", "full")  # tiers whose numbers may be claimed
 
 
-def observe(context: EvaluationContext, threat: Threat) -> Observed:
-    """How the victim behaves on a few clean queries."""
-    positions = torch.arange(min(OBSERVED, len(context.queries)))
-    batch = context.queries.batch(positions).only(threat.balls).to(context.victim.device)
-    return observed(context.victim, batch.inputs)
-
-
-def extra_attacks(
-    context: EvaluationContext,
-    objective: HashObjective | None,
-    threat: Threat,
-    name: str,
-    surrogates: Sequence[Surrogate] = (),
-    seen: Observed | None = None,
-) -> tuple[AttackSpec, ...]:
-    """Lines on top of the gradient lines that every victim is given.
-
-    Nothing in ``smoke`` and ``paper``. Noise and transfer from ``fast`` up; the adaptive lines of the defense
-    and searches by 1,000 questions in ``standard``, by 5,000 in ``full``. Threats on image and text together,
-    and token swaps, have no searches by questions; token swaps have no noise either.
-    """
-    if name not in TIERS or name == "smoke":
-        return ()
-    steps, specs = TIERS[name].steps, list[AttackSpec]()
-    if name in CLAIMS:
-        specs += adaptive_attacks(
-            context.victim, objective, replace(threat, knowledge="W2"), steps, seen=seen
-        )
-    if surrogates:
-        specs += transfer_attacks(context, surrogates, threat)
-    if len(threat.balls) == 1:
-        specs += noise_attacks(threat)
-        if name in CLAIMS:
-            specs += oracle_attacks(threat, ORACLE_QUERIES[name])
-    return tuple(specs)
-
-
 @dataclass(frozen=True)
 class PreparedTier:
-    """A tier for one victim: all its attacks, the bench of its queries, and what has to be said of it.
-
-    Args:
-        observed: how the victim behaves on a few clean queries.
-        notes: what was left out.
-    """
+    """A tier for one victim: all its attacks, the context of its queries, and notes of what was left out."""
 
     name: str
     suite: Suite
     context: EvaluationContext
     threat: Threat
-    observed: Observed
+    observed: Observed  # behaviour of the victim on a few clean queries
     notes: tuple[str, ...] = ()
 
 
@@ -106,7 +60,7 @@ def prepare_tier(
     queries: int | None = None,
     steps: int | None = None,
 ) -> PreparedTier:
-    """What a tier contains for the victim of a bench. Python and the command line both ask here.
+    """The tier of a victim. Python and the command line both prepare it here.
 
     Args:
         name: ``smoke``, ``fast``, ``standard``, ``full``, or ``paper``: the attacks as published.
@@ -126,19 +80,19 @@ def prepare_tier(
     if name == PAPER:
         context = replace(context, protocol=with_legacy(context.protocol))
     suite, context, notes = prepare_suite(context, _suite(name, threat, objective, queries, steps))
-    seen = observe(context, threat)
-    if seen.cut:
+    behaviour = observe(context, threat)
+    if behaviour.cut:
         suite = without_gradient(suite)
-        notes = (*notes, "no gradient reaches the input: no line that follows it was run")
+        notes = (*notes, "no gradient reaches the input: no attack that follows it was run")
     if name in CLAIMS and 0 < len(surrogates) < SURROGATES:
         notes = (*notes, f"{len(surrogates)} of the {SURROGATES} surrogates that a claim is made with")
-    suite = suite.beside(extra_attacks(context, objective, threat, name, surrogates, seen))
+    suite = suite.beside(extra_attacks(context, objective, threat, name, surrogates, behaviour))
     if all(spec.targeted for spec in suite.specs):
         raise ValueError(
-            f"no gradient reaches the input of this victim, and the tier {name!r} has no other lines under "
-            f"{threat.name}; use 'standard', which asks questions too"
+            f"no gradient reaches the input of this victim, and the tier {name!r} has no other attacks under "
+            f"{threat.name}; use 'standard', which has oracle queries too"
         )
-    return PreparedTier(name, suite, context, threat, seen, notes)
+    return PreparedTier(name, suite, context, threat, behaviour, notes)
 
 
 def _suite(
@@ -154,90 +108,112 @@ def _suite(
     return suite if queries is None else replace(suite, queries=queries)
 
 
+def observe(context: EvaluationContext, threat: Threat) -> Observed:
+    """The victim's behaviour on a few clean queries."""
+    positions = torch.arange(min(OBSERVED, len(context.queries)))
+    batch = context.queries.batch(positions).only(threat.balls).to(context.victim.device)
+    return observed(context.victim, batch.inputs)
+
+
+def without_gradient(suite: Suite) -> Suite:
+    """The suite without the attacks that follow a gradient of the victim itself."""
+
+    def follows(spec: AttackSpec) -> bool:
+        if not isinstance(spec, GradientAttack) or spec.kind not in ("white-box", "refined"):
+            return False
+        return bool(getattr(spec.attack.search, "by_gradient", True))
+
+    return replace(suite, specs=tuple(spec for spec in suite.specs if not follows(spec)))
+
+
+def extra_attacks(
+    context: EvaluationContext,
+    objective: HashObjective | None,
+    threat: Threat,
+    name: str,
+    surrogates: Sequence[Surrogate] = (),
+    behaviour: Observed | None = None,
+) -> tuple[AttackSpec, ...]:
+    """Attacks on top of the gradient attacks that every victim is given.
+
+    None in ``smoke`` and ``paper``. Noise and transfer from ``fast`` up; the adaptive attacks of the defense
+    and searches by 1,000 oracle queries in ``standard``, by 5,000 in ``full``. Threats on image and text
+    together, and token swaps, have no searches by oracle queries; token swaps have no noise either.
+    """
+    if name not in TIERS or name == "smoke":
+        return ()
+    specs: list[AttackSpec] = []
+    if name in CLAIMS:
+        known = replace(threat, knowledge="W2")
+        specs += adaptive_attacks(context.victim, objective, known, TIERS[name].steps, seen=behaviour)
+    if surrogates:
+        specs += transfer_attacks(context, surrogates, threat)
+    if len(threat.balls) == 1:
+        specs += noise_attacks(threat)
+        if name in CLAIMS:
+            specs += oracle_attacks(threat, ORACLE_QUERIES[name])
+    return tuple(specs)
+
+
 def assess_tier(
     prepared: PreparedTier,
     *,
     curve: bool = False,
     checked: bool = True,
-    store: BlockStore | None = None,
+    store: BlockStore = NoStore(),
     progress: Progress = silent,
 ) -> EvalResult:
-    """Run a prepared tier; see ``assess``.
-
-    Raises:
-        ValueError: a curve of a tier that does not have the lines it is made of.
-    """
-    suite, context, by_eps = prepared.suite, prepared.context, None
+    """Run a prepared tier; see ``assess``."""
+    suite, context, by_eps, checks = prepared.suite, prepared.context, None, None
     if curve:
-        chosen = curve_attacks(prepared)
-        aside = None if store is None else store.within("curve")
-        by_eps = eps_curve(context, chosen, prepared.threat, store=aside, progress=progress)
-    checks = None
+        specs = curve_attacks(prepared)
+        by_eps = eps_curve(context, specs, prepared.threat, store=store.within("curve"), progress=progress)
     if checked and prepared.name in CHECKED_TIERS:
-        aside = None if store is None else store.within("checked")
-        checks = TierChecks(suite, prepared.threat, by_eps, prepared.observed.cut, aside, progress)
+        cut, own_store = prepared.observed.cut, store.within("checked")
+        checks = TierChecks(suite, prepared.threat, by_eps, cut, own_store, progress)
     result = assess_prepared(context, suite, prepared.notes, store=store, progress=progress, checks=checks)
     return result if by_eps is None else by_eps.onto(result)
 
 
 def curve_attacks(prepared: PreparedTier) -> tuple[AttackSpec, ...]:
-    """The lines of a tier that its curve over budgets is made of.
-
-    Raises:
-        ValueError: it has none.
-    """
-    found = tuple(spec for spec in prepared.suite.specs if spec.name in CURVE_ATTACKS)
-    if not found:
+    """The attacks of a tier that its curve over budgets runs; a ValueError where it has none."""
+    specs = tuple(spec for spec in prepared.suite.specs if spec.name in CURVE_ATTACKS)
+    if not specs:
         raise ValueError(
-            f"--eps-curve (curve=True) runs the lines {' and '.join(CURVE_ATTACKS)}, which {prepared.name!r} does not "
-            "have for this victim"
+            f"--eps-curve (curve=True) runs the attacks {' and '.join(CURVE_ATTACKS)}, which "
+            f"{prepared.name!r} does not have for this victim"
         )
-    return found
-
-
-def without_gradient(suite: Suite) -> Suite:
-    """The suite without the lines that follow a gradient of the victim itself, where none reaches the
-    input."""
-    return replace(suite, specs=tuple(spec for spec in suite.specs if not _follows(spec)))
-
-
-def _follows(spec: AttackSpec) -> bool:
-    if not isinstance(spec, GradientAttack) or spec.kind not in ("white-box", "refined"):
-        return False
-    return bool(getattr(spec.attack.search, "by_gradient", True))
+    return specs
 
 
 @dataclass(frozen=True)
 class TierChecks:
-    """Raises the flags of an assessment: the checks of the model, and those that compare the lines of the
-    suite.
+    """Raises the flags of an assessment: the checks of the model, and those that compare the attacks.
 
     Args:
         curve: the worst case by budget, where it was run.
-        cut: no gradient reaches the input, so white-box lines were left out.
-        keep: of the attacks that checks run themselves, so that they too go on where they were stopped.
+        cut: no gradient reaches the input, so white-box attacks were left out.
+        store: of the attacks that checks run themselves, so that they too go on where they were stopped.
     """
 
     suite: Suite
     threat: Threat
     curve: Curve | None = None
     cut: bool = False
-    store: BlockStore | None = None
+    store: BlockStore = field(default_factory=NoStore)
     progress: Progress = silent
 
-    def __call__(
-        self, context: EvaluationContext, attack_runs: AttackRuns, result: EvalResult
-    ) -> tuple[Flag, ...]:
+    def __call__(self, context: EvaluationContext, runs: AttackRuns, result: EvalResult) -> tuple[Flag, ...]:
         model = model_checks(context, self.threat, queries=CHECKED)
         headline = context.protocol.headline
-        untargeted = [spec for spec in attack_runs.specs if not spec.targeted]
+        untargeted = [spec for spec in runs.specs if not spec.targeted]
         ap = {spec.name: result.per_query[f"{headline} under {spec.name}"][None] for spec in untargeted}
-        more = self._more(context, untargeted, ap) if self.suite.name in CLAIMS else {}
+        more = self._longer_attacks(context, untargeted, ap) if self.suite.name in CLAIMS else {}
         compared = suite_checks(
             ap,
             {spec.name: spec.kind for spec in untargeted},
             result.per_query["clean"],
-            {spec.name: attack_runs.signs(spec.name)[:, :, 0] for spec in untargeted},
+            {spec.name: runs.signs(spec.name)[:, :, 0] for spec in untargeted},
             result.reference["chance"],
             result.per_query.get("floor"),
             None if self.curve is None else dict(zip(self.curve.eps, self.curve.worst, strict=True)),
@@ -249,47 +225,45 @@ class TierChecks:
         )
         return order([*model, *compared])
 
-    def _more(
+    def _longer_attacks(
         self, context: EvaluationContext, specs: Sequence[AttackSpec], ap: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The strongest white-box line on a part of the queries at eps = 1, and with twice its steps or
-        restarts.
+        """AP of a part under the strongest white-box attack at eps = 1, and with twice its steps or restarts.
 
-        An adaptive one takes its place where there is none: those that average over looks cost thirty times
-            as much.
+        An adaptive one takes its place where there is none: those that average over noise cost thirty times
+        as much.
         """
         gradient = [spec for spec in specs if isinstance(spec, GradientAttack) and spec.kind != "refined"]
         able = [spec for spec in gradient if spec.kind == "white-box"] or gradient
         if not able or self.threat.edits:
             return {}
         best = min(able, key=lambda spec: float(ap[spec.name].mean()))
-        part, few = stable_subset(context.queries, CHECKED), context.some(CHECKED)
         search: Any = best.attack.search
         longer = replace(best, attack=replace(best.attack, search=replace(search, steps=2 * search.steps)))
         once, further = range(best.restarts), range(best.restarts, 2 * best.restarts)
+        part, few = stable_subset(context.queries, CHECKED), context.some(CHECKED)
         first = ap[best.name].amin(0)[part]
         anywhere = self._lowest(few, best.at(_everything(self.threat, few)), once)
         return {
             "part": part,
-            "unbounded": torch.minimum(first, anywhere),  # what lies in the small ball lies in the large one
+            "unbounded": torch.minimum(first, anywhere),  # the small ball lies in the large one
             "doubled steps": self._lowest(few, longer, once),
             "doubled restarts": torch.minimum(first, self._lowest(few, best, further)),
         }
 
     def _lowest(self, context: EvaluationContext, spec: AttackSpec, restarts: range) -> Tensor:
-        """(Q,) lowest AP over some restarts of a line."""
-        attacker, headline, found = Attacker(context, self.store or NoStore()), context.protocol.headline, []
+        """(Q,) lowest AP over some restarts of an attack."""
+        runner, columns = BlockRunner(context, self.store), []
         for done, restart in enumerate(restarts):
-            signs = [attacker.block(spec, restart, block).signs[:, 0] for block in range(context.blocks)]
-            found.append(
-                measure_codes(context, as_codes(torch.cat(signs)), context.query_labels).per_query[headline]
-            )
+            codes = as_codes(runner.queries(spec, restart).signs[:, 0])
+            measured = measure_codes(context, codes, context.query_labels)
+            columns.append(measured.per_query[context.protocol.headline])
             self.progress(done + 1, len(restarts), f"{spec.name} again")
-        return torch.stack(found).amin(0)
+        return torch.stack(columns).amin(0)
 
 
 def _everything(threat: Threat, context: EvaluationContext) -> Threat:
-    """The threat with a budget from which every input of the range can be reached."""
+    """The threat with a budget by which every input of the range can be reached."""
     inputs = context.batch(0, threat.balls).inputs
     balls: dict[str, Budget] = {}
     for name, ball in threat.balls.items():

@@ -12,7 +12,7 @@ from robusthash.apps.audit.photo_collection import Photos
 from robusthash.apps.experiment.demo_run import colour_variety
 from robusthash.core.hamming import topk
 from robusthash.data.image_files import read_image
-from robusthash.evaluation.attack_block import Attacked, in_8bit
+from robusthash.evaluation.attack_block import AttackedBlock, in_8bit
 from robusthash.evaluation.attack_spec import AttackSpec
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import CopiesFound, copies_found
@@ -55,7 +55,7 @@ class Scene:
         found = self.found(signs, self.context.query_labels)
         return make_row(name, words, visible, kind, found, self.radius, (self.images, images))
 
-    def hostile(self, line: AttackSpec, restart: int, attacked: Attacked) -> Hostile:
+    def hostile(self, line: AttackSpec, restart: int, attacked: AttackedBlock) -> Hostile:
         """Attacked photographs as files of eight bits, scored against their own copy, or the target's."""
         images = in_8bit(self.images, attacked.inputs.cpu())
         labels = self.context.targets[:, 0] if line.targeted else self.context.query_labels

@@ -34,10 +34,10 @@ from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.data.transforms import EVERYDAY, noise
-from robusthash.evaluation.attack_block import Attacked
 from robusthash.evaluation.attack_spec import AttackSpec
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import COPIES, calibrated_radius, copies_data, false_matches
+from robusthash.evaluation.runner import BlockRunner
 from robusthash.metrics.results import Flag, software_versions
 from robusthash.models.encoding import encode_split
 from robusthash.models.hasher import Hasher, frozen
@@ -248,19 +248,17 @@ def _attack(target: Target, scene: Scene, tier: Tier, eps: float, progress: Prog
     few = scene.first(min(tier.attacked, len(scene.context.queries)))
     runs: list[tuple[AttackSpec, int]] = []
     for line in hostile_attacks(target, tier, eps):
-        fitted = line.fitted(few.context)
-        runs += [(fitted, restart) for restart in range(fitted.restarts)]
+        runs += [(line, restart) for restart in range(line.restarts)]
     if not runs:
         return _Attacks()
     found: dict[bool, list[Hostile]] = {False: [], True: []}
-    done, blocks = 0, few.context.blocks
-    for line, restart in runs:
-        parts = []
-        for block in range(blocks):
-            parts.append(line.run(few.context, block, restart))
-            done += 1
-            progress(done, len(runs) * blocks, "attacks")
-        found[line.targeted].append(few.hostile(line, restart, Attacked.join(parts)))
+    runner = BlockRunner(few.context)
+    for number, (line, restart) in enumerate(runs):
+
+        def shown(block: int, blocks: int, _: str, before: int = number) -> None:
+            progress(before * blocks + block, len(runs) * blocks, "attacks")
+
+        found[line.targeted].append(few.hostile(line, restart, runner.queries(line, restart, shown)))
     rows: list[Row] = []
     examples: list[Example] = []
     for targeted, hostile in found.items():

@@ -17,13 +17,13 @@ def attack(
     as_json: AsJson = False,
 ) -> None:
     """Attack the queries of a run and write the attacked inputs."""
-    from robusthash.apps.experiment import stages
+    from robusthash.apps.experiment.evaluation_stages import attack_to_file
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.apps.experiment.threat_options import attack_under
 
     with progress_bars() as progress:
         settings = attack_under(name, threat, eps, norm)
-        result = stages.attack_to_file(load_run(run), settings, out, progress)
+        result = attack_to_file(load_run(run), settings, out, progress)
     if as_json:
         print_json({"out": str(out), **plain(result)})
         return

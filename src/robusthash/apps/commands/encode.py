@@ -17,7 +17,7 @@ def encode(
 
     The first bit of a code is the highest of its first hex digit; zeros pad the end.
     """
-    from robusthash.apps.experiment import index_run, stages
+    from robusthash.apps.experiment import index_run, model_stages
     from robusthash.apps.experiment.run_directory import load_run
 
     if out is not None and (not images or out.suffix != ".npz"):
@@ -25,7 +25,7 @@ def encode(
     encoder = load_run(run)
     with progress_bars() as progress:
         if not images:
-            files = {name: str(path) for name, path in stages.encode(encoder, progress).items()}
+            files = {name: str(path) for name, path in model_stages.encode(encoder, progress).items()}
             return reply(as_json, files, files.values())
         pieces = index_run.encode_images(encoder, images, progress)
         rows = [row for codes, paths in pieces for row in zip(paths, codes.packed.tolist(), strict=True)]

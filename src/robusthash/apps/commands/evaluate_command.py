@@ -19,7 +19,7 @@ def evaluate(
 
     The attacks of a recipe hold their budgets; --threat is for those of --attack.
     """
-    from robusthash.apps.experiment import stages
+    from robusthash.apps.experiment import evaluation_stages
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.apps.experiment.threat_options import attack_under
 
@@ -27,7 +27,7 @@ def evaluate(
         raise ValueError(f"the attacks of a recipe hold their budgets; {budget!r} needs --attack")
     attacks = [attack_under(text, threat, eps, norm) for text in attack or ()] or None
     with progress_bars() as progress:
-        stages.evaluate(load_run(run), progress, attacks)
+        evaluation_stages.evaluate(load_run(run), progress, attacks)
     print_evaluation(run, as_json)
 
 

@@ -8,11 +8,11 @@ def train(
     recipe: Recipe, sets: Sets = None, runs: RunsFolder = Path("runs"), as_json: AsJson = False
 ) -> None:
     """Train the model of a recipe, or go on from its last checkpoint."""
-    from robusthash.apps.experiment import stages
+    from robusthash.apps.experiment import training_stages
     from robusthash.apps.experiment.config import load_config
 
     with progress_bars() as progress:
-        run = stages.train(load_config(recipe, sets or ()), runs, progress, recipe.parent)
+        run = training_stages.train(load_config(recipe, sets or ()), runs, progress, recipe.parent)
     card = run.card()
     if as_json:
         print_json({"run": str(run.path), **card})

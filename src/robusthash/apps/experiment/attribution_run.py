@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from robusthash.analysis.band_attribution import BandAttribution, attribute_bands
+from robusthash.apps.experiment.evaluation_stages import context_of
+from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run, reading
 from robusthash.apps.experiment.run_selection import labelled
-from robusthash.apps.experiment.stages import Progress, context_of, load_victim, read_data, silent
 from robusthash.core.atomic_files import write_aside
+from robusthash.core.runtime import Progress, silent
 
 ATTRIBUTION = "attribution.npz"
 
@@ -40,10 +41,9 @@ def attribute_runs(
 def _attribute(
     run: Run, label: str, queries: int, progress: Progress, options: Mapping[str, Any]
 ) -> BandAttribution:
-    if run.config.runtime.threads:
-        torch.set_num_threads(run.config.runtime.threads)
+    set_threads(run.config)
     data = read_data(run.config, progress)
-    context = context_of(run, load_victim(run)[0], data, progress, "I2I", whole=True).some(queries)
+    context = context_of(run, load_hasher(run), data, progress, "I2I", whole=True).some(queries)
     title = f"bands of {label}"
     return attribute_bands(context, **options, progress=lambda done, total: progress(done, total, title))
 

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.config import load_config, save_config
+from robusthash.apps.experiment.evaluation_stages import attacked_queries, context_of, evaluate, named_attacks
+from robusthash.apps.experiment.model_stages import load_hasher, load_victim, read_data
 from robusthash.apps.experiment.run_directory import Run, write_json
-from robusthash.apps.experiment.stages import Progress, silent
+from robusthash.apps.experiment.training_stages import train
 from robusthash.apps.reports.demo_page import Curve, Example, Hit, Search, demo_page
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
 from robusthash.core.registry import build
-from robusthash.core.runtime import digest
+from robusthash.core.runtime import Progress, digest, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
 from robusthash.data.photos import describe_item, thumbnail
@@ -66,12 +67,10 @@ def run_demo(
     runs: dict[str, Run] = {}
     results: dict[str, dict[str, EvalResult]] = {}
     for model, path in recipes.items():
-        runs[model] = stages.train(load_config(path), out / "runs", bars[model], path.parent)
-        results[model] = stages.evaluate(runs[model], bars[model])
-    data = stages.read_data(runs["saat"].config)
-    contexts = {
-        model: stages.context_of(run, stages.load_victim(run)[0], data, silent) for model, run in runs.items()
-    }
+        runs[model] = train(load_config(path), out / "runs", bars[model], path.parent)
+        results[model] = evaluate(runs[model], bars[model])
+    data = read_data(runs["saat"].config)
+    contexts = {model: context_of(run, load_hasher(run), data, silent) for model, run in runs.items()}
     curves = {m: eps_curve(run, contexts[m], results[m], bars[m]) for m, run in runs.items()}
     example = choose_example(runs, contexts, results)
     summary = summarise(runs, data, results, curves, example, _commands(out, seed, recipes, runs))
@@ -190,8 +189,8 @@ def colour_variety(images: Tensor) -> Tensor:
 
 def _attack(run: Run, name: str) -> tuple[dict[str, Any], Attack]:
     """Settings of an attack of the run's recipe, and the attack."""
-    settings = stages.named_attacks(run.config.evaluation.attacks)[name]
-    _, objective = stages.load_victim(run)
+    settings = named_attacks(run.config.evaluation.attacks)[name]
+    _, objective = load_victim(run)
     return settings, build("attack", settings, objective=objective)
 
 
@@ -199,7 +198,7 @@ def _searches(
     model: str, run: Run, context: EvaluationContext, query: int, clean: Tensor, attacked: Tensor
 ) -> list[Search]:
     """The clean and the attacked image of one query, each searched in the model's index."""
-    outcome = stages.attacked_queries(run, context, PICTURED, *_attack(run, PICTURED), silent)
+    outcome = attacked_queries(run, context, PICTURED, *_attack(run, PICTURED), silent)
     images = context.queries.batch(torch.tensor([query])).inputs["image"][0], outcome.inputs[query]
     measures = image_measures(images[0][None], images[1][None])
     distortion = {name: float(value) for name, value in measures.items()}
@@ -274,7 +273,7 @@ def summarise(
         "data": {**data.describe(), "options": config.data},
         "bits": clean.setting.bits,
         "queries": len(clean.per_query[clean.setting.headline]),
-        "attacks": {name: dict(s) for name, s in stages.named_attacks(config.evaluation.attacks).items()},
+        "attacks": {name: dict(s) for name, s in named_attacks(config.evaluation.attacks).items()},
         "seeds": {"training": config.runtime.seed, "evaluation": config.evaluation.seed},
         "models": {model: run.card() for model, run in runs.items()},
         "runs": {model: str(run.path) for model, run in runs.items()},

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from robusthash.apps.experiment.evaluation_stages import context_of, named_attacks
+from robusthash.apps.experiment.model_stages import read_data
 from robusthash.apps.experiment.run_directory import Run, RunError
-from robusthash.apps.experiment.stages import Progress, context_of, named_attacks, read_data, silent
 from robusthash.apps.experiment.tables import headline_of
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
-from robusthash.core.runtime import choose_device, digest
+from robusthash.core.runtime import Progress, choose_device, digest, silent
 from robusthash.data.base import RetrievalData
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean

@@ -12,11 +12,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.model_stages import database_codes, load_hasher, read_data
 from robusthash.apps.experiment.run_directory import Run, load_run, write_json
-from robusthash.apps.experiment.stages import Progress, silent
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack, sign
+from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split
 from robusthash.data.image_files import SUFFIXES, read_image, read_images
@@ -48,8 +48,8 @@ def build_index(
         write_json(directory / _RUN_FILE, {"run": str(run.path.resolve())})
         if images is not None:
             return _add(index, run, images, progress)
-        data = stages.read_data(run.config, progress)
-        index.add(stages.database_codes(run, progress), _payload(data, data.database))
+        data = read_data(run.config, progress)
+        index.add(database_codes(run, progress), _payload(data, data.database))
         return dict(index.info())
 
 
@@ -71,7 +71,7 @@ def search_image(
     with open_index(f"file:{directory}", create=False) as index:
         run = run_of_index(directory, run_path)
         pixels = read_image(image, _side(run))[None]
-        ranking = index.search(_encode(stages.load_victim(run)[0], run, pixels), k, where=allowed)
+        ranking = index.search(_encode(load_hasher(run), run, pixels), k, where=allowed)
         ids = [item for item in ranking.ids[0].tolist() if item >= 0]
         payloads = index.payload(ids)
     rows = zip(ids, ranking.distances[0].tolist(), payloads, strict=False)
@@ -103,7 +103,7 @@ def encode_images(
         ValueError: a folder without images.
     """
     paths = [path for given in images for path in _files(given)]
-    hasher, _ = stages.load_victim(run)
+    hasher = load_hasher(run)
     for start in range(0, len(paths), _AT_ONCE):
         chunk = paths[start : start + _AT_ONCE]
         pixels, readable = read_images(chunk, _side(run), on_error="skip")

@@ -1,5 +1,4 @@
-"""A run -> what questions to its search service buy: MAP by number of questions, for each thing the service
-shows."""
+"""The price of oracle queries: MAP of a run by their number, for each kind of answer."""
 
 from __future__ import annotations
 
@@ -9,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from robusthash.apps.experiment import stages
-from robusthash.apps.experiment.assess_run import FolderStore
+from robusthash.apps.experiment.block_store import FolderStore
+from robusthash.apps.experiment.evaluation_stages import context_of
+from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.threat_options import threat_on_data
-from robusthash.apps.reports.plots import Line, line_plot, save
 from robusthash.core.registry import build
-from robusthash.core.runtime import digest
+from robusthash.core.runtime import Progress, digest, silent
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.metrics.statistics import intervals
 from robusthash.robustness.specs.oracle_attacks import (
@@ -58,8 +56,8 @@ class QuestionTable:
 
     def intervals(self, shows: Shows) -> list[tuple[float, float]]:
         """95 % over queries of the mean at each budget, in their order."""
-        found = intervals({str(place): column for place, column in enumerate(self.curves[shows].ap.T)})
-        return [found[str(place)] for place in range(len(self.budgets))]
+        spans = intervals({str(place): column for place, column in enumerate(self.curves[shows].ap.T)})
+        return [spans[str(place)] for place in range(len(self.budgets))]
 
     def plain(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -83,13 +81,10 @@ class QuestionTable:
         }
 
     def rows(self) -> list[list[Any]]:
-        """A row for the clean queries and for each budget: questions, then wMAP by what is shown."""
+        """A row for the clean queries and for each budget: oracle queries, then wMAP by what is shown."""
         columns = [curve.means.tolist() for curve in self.curves.values()]
         clean = ["clean", *[float(self.clean.mean())] * len(columns)]
-        return [
-            clean,
-            *([str(budget), *values] for budget, *values in zip(self.budgets, *columns, strict=True)),
-        ]
+        return [clean, *([str(budget), *row] for budget, *row in zip(self.budgets, *columns, strict=True))]
 
 
 def question_table(
@@ -100,18 +95,17 @@ def question_table(
     search: str | None = None,
     threat: str = "img-linf-8",
     direction: str | None = None,
-    progress: stages.Progress = stages.silent,
+    progress: Progress = silent,
 ) -> QuestionTable:
-    """Ask a run's victim up to the largest budget, once for each thing that its service may show.
+    """Search by oracle queries to a run's victim up to the largest budget, once for each kind of answer.
 
-    Finished blocks of queries are kept under ``questions/`` in the run directory, so the same call goes on
-    from there.
+    Finished blocks are stored under ``questions/`` in the run directory, so the same call goes on from there.
 
     Args:
-        budgets: rising numbers of questions of each query, the clean one among them.
+        budgets: rising numbers of oracle queries of each query, the clean one among them.
         queries: chosen by content, as in an assessment.
-        search: ``square`` or ``nes``, or another question search of the catalogue; by default ``square``, and
-            ``greedy-words`` where words are edited.
+        search: ``square``, ``nes`` or another registered one; by default ``square``, of words
+            ``greedy-words``.
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
 
     Raises:
@@ -120,42 +114,37 @@ def question_table(
         ValueError: budgets that do not rise, a search that cannot do the threat, a threat on another modality
             than that of the queries, a randomised victim.
     """
-    if run.config.runtime.threads:
-        torch.set_num_threads(run.config.runtime.threads)
-    victim, _ = stages.load_victim(run)
-    data = stages.read_data(run.config, progress)
-    context = stages.context_of(run, victim, data, progress, direction, whole=True)
-    context = context.some(queries)
+    set_threads(run.config)
+    data = read_data(run.config, progress)
+    context = context_of(run, load_hasher(run), data, progress, direction, whole=True).some(queries)
     aim = threat_on_data(threat, data, "B2")
     name = search or ("greedy-words" if aim.edits else "square")
-    asker = build("question-search", name)
-    keep = FolderStore(run.path / "questions" / _identity(run, context, budgets))
+    built = build("question-search", name)
+    store = FolderStore(run.path / "questions" / _identity(run, context, budgets))
     curves = {}
     for kind in shows:
-        line = OracleAttack(f"{name}, {kind}", asker, aim, kind, JUDGES[kind], budgets[-1])
-        curves[kind] = question_curve(context, line, budgets, progress, keep)
+        spec = OracleAttack(f"{name}, {kind}", built, aim, kind, JUDGES[kind], budgets[-1])
+        curves[kind] = question_curve(context, spec, budgets, progress, store)
     return QuestionTable(run.path, aim.name, name, curves, context.chosen)
 
 
 def _identity(run: Run, context: EvaluationContext, budgets: Sequence[int]) -> str:
-    """Of all that kept codes depend on beside the settings of the search."""
-    asked = [context.queries.fingerprint(), context.data.database.fingerprint(), context.direction]
-    return digest([run.card()["digest"], *asked, context.batch_size, context.seed, list(budgets)])
+    """Digest of all that stored codes depend on beside the settings of the search."""
+    splits = context.queries.fingerprint(), context.data.database.fingerprint()
+    fixed = context.direction, context.batch_size, context.seed
+    return digest([run.card()["digest"], *splits, *fixed, list(budgets)])
 
 
 def draw_questions(table: QuestionTable, path: Path) -> list[Path]:
-    """wMAP over questions, on a logarithmic axis, with intervals over queries; as PDF and PNG beside each
-    other.
+    """wMAP over oracle queries, on a logarithmic axis, with intervals over queries, as PDF and PNG."""
+    from robusthash.apps.reports.plots import Line, line_plot, save  # charts are drawn here alone
 
-    Args:
-        path: with one of these endings.
-    """
     places, lines = [math.log2(budget) for budget in table.budgets], list[Line]()
     for shows, curve in table.curves.items():
         low, high = zip(*table.intervals(shows), strict=True)
         lines.append(Line(f"shows {shows}", places, curve.means.tolist(), low, high))
     clean = {"clean": float(table.clean.mean())}
-    asked = f"questions of each query ({table.search})"
-    figure = line_plot(lines, asked, "wMAP", references=clean, unit=True, whiskers=True)
+    axis = f"questions of each query ({table.search})"
+    figure = line_plot(lines, axis, "wMAP", references=clean, unit=True, whiskers=True)
     figure.axes[0].set_xticks(places, [f"{budget:,}" for budget in table.budgets])
     return save(figure, path.with_suffix(""))

@@ -23,12 +23,12 @@ from typing import Any, Literal
 
 import yaml
 
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import training_stages
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.apps.experiment.run_directory import load_run, write_json
 from robusthash.apps.experiment.tables import Cell, cell_of, headline_of
 from robusthash.core.out_of_memory import REMEDY, out_of_memory
-from robusthash.core.runtime import digest
+from robusthash.core.runtime import Progress, digest, silent
 from robusthash.metrics.results import EvalResult
 
 State = Literal["waiting", "done", "failed"]
@@ -162,7 +162,7 @@ class Sweep:
         self.recipe, self.points, self.runs, self.out, self.jobs = recipe, list(points), runs, out, jobs
         self.outcomes = {point.key: Outcome(point.values, point.seed, point.key) for point in self.points}
 
-    def run(self, progress: stages.Progress = stages.silent) -> list[Outcome]:
+    def run(self, progress: Progress = silent) -> list[Outcome]:
         """Run what is not done yet; a failing point is stored with its error and the others go on.
 
         An exception (Ctrl-C) stops all processes first; the same call resumes.
@@ -203,7 +203,7 @@ class Sweep:
         write_json(self.out / "sweep.json", document)
 
     def _work(
-        self, start: Start, points: Mapping[str, Point], stage: str, progress: stages.Progress, title: str
+        self, start: Start, points: Mapping[str, Point], stage: str, progress: Progress, title: str
     ) -> Iterator[tuple[str, str, str]]:
         """Start a stage of each point; yields (key, run directory, error) as each ends."""
         total = len(points) if stage == "prepare" else len(self.points)
@@ -228,7 +228,7 @@ def _execute(stage: str, recipe: Path, sets: Sequence[str], runs: Path, log: Pat
     """A stage of a recipe, in a process of its own; all output goes to ``log``."""
     with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
         try:
-            outcome = getattr(stages, stage)(load_config(recipe, sets), runs, base=recipe.parent)
+            outcome = getattr(training_stages, stage)(load_config(recipe, sets), runs, base=recipe.parent)
             return (str(outcome.path) if stage == "run_all" else ""), ""
         except Exception as error:
             traceback.print_exc()

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment.evaluation_stages import context_of, described
+from robusthash.apps.experiment.model_stages import load_victim, read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.attacks.base import Attack
 from robusthash.attacks.threat_model import Threat
 from robusthash.attacks.threat_registry import named_threat
 from robusthash.core.registry import build
+from robusthash.core.runtime import Progress, silent
 from robusthash.metrics.results import EvalResult, save_results
 from robusthash.objectives.base import HashObjective
 from robusthash.robustness.database_attacks import insert_items, perturb_database
@@ -31,9 +31,9 @@ def poison(
     steps: int | None = None,
     direction: str | None = None,
     out: Path | None = None,
-    progress: stages.Progress = stages.silent,
+    progress: Progress = silent,
 ) -> tuple[EvalResult, Path]:
-    """Attack the database of a run and keep the result beside the run.
+    """Attack the database of a run and write the result into the run.
 
     Args:
         threat: ``db-insert`` or ``db-perturb``, or with another bound ``db-insert-img-linf-4``.
@@ -44,31 +44,29 @@ def poison(
         count, k: items inserted and the ranks that count, of ``db-insert``.
         share: of the database items, of ``db-perturb``.
         direction: ``T2I``, ``I2I``; the hasher's first modality both ways by default.
-        out: where the result is written; by default ``poison-THREAT.json`` in the run, with the attack and
-            the direction in its name where they were given.
+        out: file of the result; by default ``poison-THREAT.json`` in the run, with the attack and the
+            direction in its name where they were given.
 
     Raises:
         ValueError: a threat of queries, an attack that the threat does not take, or numbers outside their
-            range; see ``evaluation.database_side``.
+            range; see ``robustness.database_attacks``.
     """
     named = named_threat(threat)
     if named.side != "database":
         raise ValueError(
             f"{threat!r} changes queries; the threats of the database are db-insert and db-perturb"
         )
-    if run.config.runtime.threads:
-        torch.set_num_threads(run.config.runtime.threads)
-    victim, objective = stages.load_victim(run)
+    set_threads(run.config)
+    victim, objective = load_victim(run)
     chosen = _attack(threat, named, attack, steps, objective)
-    context = stages.context_of(run, victim, stages.read_data(run.config, progress), progress, direction)
+    context = context_of(run, victim, read_data(run.config, progress), progress, direction)
     if named.name.startswith("db-insert"):
         result = insert_items(context, chosen, count, k, progress=progress)
     else:
         result = perturb_database(context, chosen, share, progress=progress)
-    title = " ".join(
-        part for part in (chosen.threat.name, "" if attack is None else chosen.name, direction) if part
-    )
-    result = stages.described(result, f"poison {title}", run)
+    parts = chosen.threat.name, "" if attack is None else chosen.name, direction
+    title = " ".join(part for part in parts if part)
+    result = described(result, f"poison {title}", run)
     path = run.path / f"poison-{title.replace(' ', '-')}.json" if out is None else out
     save_results(path, [result])
     return result, path
@@ -81,20 +79,20 @@ def _attack(
     steps: int | None,
     objective: HashObjective,
 ) -> Attack:
-    """The attack that a threat of the database is carried out by, with that threat."""
+    """The attack that carries out a threat of the database, with that threat."""
     if settings is None:
-        made: Attack = build("attack", {"name": "guided-apgd", "steps": steps or 100}, objective=objective)
-        return replace(made, threat=named)
+        guided: Attack = build("attack", {"name": "guided-apgd", "steps": steps or 100}, objective=objective)
+        return replace(guided, threat=named)
     if not threat.startswith("db-perturb"):
         raise ValueError(f"{threat!r} steers items by guided-apgd; an attack can be chosen for db-perturb")
     if steps is not None:
         raise ValueError(
             f"steps are those of guided-apgd; give them with the attack: '{{name: ..., steps: {steps}}}'"
         )
-    made = build("attack", settings, objective=objective)
+    attack: Attack = build("attack", settings, objective=objective)
     if threat == "db-perturb":
-        own = replace(made.threat, side="database", name=f"db-perturb-{made.threat.name}")
-        return replace(made, threat=own)
+        bound = replace(attack.threat, side="database", name=f"db-perturb-{attack.threat.name}")
+        return replace(attack, threat=bound)
     if not isinstance(settings, str) and "eps" in settings:
         raise ValueError(f"{threat!r} names a bound and the attack an eps; give one of them")
-    return replace(made, threat=replace(named, knowledge=made.threat.knowledge))
+    return replace(attack, threat=replace(named, knowledge=attack.threat.knowledge))

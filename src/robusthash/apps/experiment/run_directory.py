@@ -231,8 +231,8 @@ class Run:
                 for entry, (value, threshold) in zip(entries, numbers, strict=True)
             )
 
-    def load_model(self) -> tuple[Hasher, HashObjective]:
-        """The trained hasher (eval mode, CPU) and its objective.
+    def load_hasher(self) -> Hasher:
+        """The trained hasher alone (eval mode, CPU).
 
         Raises:
             RunError: weights that are truncated or do not fit the model card.
@@ -242,13 +242,18 @@ class Run:
                 f"{self.path} keeps results without weights; train its recipe again for the model: "
                 f"robusthash train {self.path / 'config.yaml'}"
             )
-        card, folder = self.card(), self.path / "checkpoint"
-        encoders = {name: _without_weights(card["hasher"][name]) for name in ("image", "text")}
-        hasher = build_hasher(**{**card["hasher"], **encoders})
-        _load_weights(hasher, folder / "hasher.safetensors")
-        objective = build("objective", card["objective"])
-        _load_weights(objective, folder / "objective.safetensors")
-        return hasher.eval(), objective.eval()
+        spec = self.card()["hasher"]
+        image, text = _without_weights(spec["image"]), _without_weights(spec["text"])
+        hasher = build_hasher(**{**spec, "image": image, "text": text})
+        _load_weights(hasher, self.path / "checkpoint" / "hasher.safetensors")
+        return hasher.eval()
+
+    def load_model(self) -> tuple[Hasher, HashObjective]:
+        """The trained hasher and its objective (eval mode, CPU); errors as of ``load_hasher``."""
+        hasher = self.load_hasher()
+        objective = build("objective", self.card()["objective"])
+        _load_weights(objective, self.path / "checkpoint" / "objective.safetensors")
+        return hasher, objective.eval()
 
 
 def open_run(config: Config, root: Path, ancestor: str = "", progress: Progress | None = None) -> Run:

@@ -1,4 +1,4 @@
-"""Runs -> transfer matrix: what attacks found on each model do to every other."""
+"""The transfer matrix of runs: the effect of attacks found on each model on every other."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
 from robusthash.apps.experiment.run_directory import load_run
-from robusthash.apps.experiment.stages import Progress, load_victim, read_data, silent
 from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.core.registry import build
+from robusthash.core.runtime import Progress, silent
 from robusthash.evaluation.context import make_context
 from robusthash.robustness.specs.transfer_attacks import TransferMatrix, transfer_matrix
 
@@ -43,8 +42,9 @@ class TransferTable:
         }
 
     def markdown(self) -> str:
-        """Rows are surrogates, columns victims; each cell is wMAP under this attack alone, the mean under it
-        behind."""
+        """Rows are surrogates, columns victims; a cell is the wMAP of this attack alone and (the mean under
+        it).
+        """
         m = self.matrix
         lines = [
             f"w{m.measure} ({m.measure} under attack), {m.threat}, {m.queries} queries ({m.chosen}); "
@@ -71,11 +71,10 @@ def transfer_table(
 
     Args:
         paths: at least two run directories of one data set.
-        queries: only so many, chosen by content.
+        queries: number of queries, chosen by content.
         threat: budget of the images, by name.
 
     Raises:
-        RunError: a folder that is no trained run.
         ValueError: fewer than two runs, one given twice, runs without images, or of other data; a threat that
             does not change images alone.
     """
@@ -91,21 +90,19 @@ def transfer_table(
         if "image" not in card["modalities"]:
             raise ValueError(f"{run.path} encodes {card['modalities']}; this table attacks images")
     first = runs[0].config
-    if first.runtime.threads:
-        torch.set_num_threads(first.runtime.threads)
+    set_threads(first)
     data = {str(first.data): read_data(first, progress)}
     budget = threat_on_data(threat, data[str(first.data)])
     if set(budget.balls) != {"image"} or budget.side != "query":
         raise ValueError(f"this table attacks images, and {threat} does not change images alone")
     contexts = {}
     for name, run in zip(names, runs, strict=True):
-        if (
-            str(run.config.data) not in data
-        ):  # the same data may be spelled otherwise; the matrix compares content
-            data[str(run.config.data)] = read_data(run.config, progress)
+        key = str(run.config.data)
+        if key not in data:  # the same data may be spelled otherwise; the matrix compares content
+            data[key] = read_data(run.config, progress)
         contexts[name] = make_context(
-            load_victim(run)[0],
-            data[str(run.config.data)],
+            load_hasher(run),
+            data[key],
             build("protocol", first.evaluation.protocol),
             direction=("image", "image"),
             database=run.learned_database(),

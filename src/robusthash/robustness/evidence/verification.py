@@ -21,8 +21,8 @@ from torch import Tensor
 
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.atomic_files import json_text, write_all_aside
-from robusthash.core.types import Batch
-from robusthash.evaluation.attack_block import Attacked, Trial, finish, in_8bit
+from robusthash.core.types import Batch, Inputs
+from robusthash.evaluation.attack_block import AttackedBlock, finish, in_8bit
 from robusthash.evaluation.context import EvaluationContext, by_content
 from robusthash.evaluation.evaluate import score_attack, setting_of
 from robusthash.metrics.results import EvalResult
@@ -291,19 +291,19 @@ def _score(
     for block in range(context.blocks):
         batch = context.batch(block)
         here = [(slot, row_of[p]) for slot, p in enumerate(batch.ids.tolist()) if p in row_of]
-        trial = _trial(batch, threat, inputs, codes_8bit, here, where)
-        blocks.append(finish(context, threat, batch, [trial], 0.0))
-    return score_attack(context, _SentIn(attack, threat, budget), Attacked.join(blocks))
+        result = _sent_inputs(batch, threat, inputs, codes_8bit, here, where)
+        blocks.append(finish(context, threat, batch, [result], 0.0))
+    return score_attack(context, _SentIn(attack, threat, budget), AttackedBlock.join(blocks))
 
 
-def _trial(
+def _sent_inputs(
     batch: Batch,
     threat: Threat,
     inputs: np.ndarray,
     codes_8bit: np.ndarray | None,
     here: list[tuple[int, int]],
     where: str,
-) -> Trial:
+) -> Inputs:
     (modality,) = threat.balls
     clean = batch.inputs[modality]
     attacked = clean.clone()
@@ -324,7 +324,7 @@ def _trial(
             expected = _eight_bit(clean[slots].cpu(), given)
             if np.abs(codes_8bit[rows].astype(int) - expected).max() > 1:
                 raise ValueError(f"{where}: inputs-8bit.npy is not the 8-bit copy of inputs.npy")
-    return Trial({modality: attacked}, torch.empty(len(batch), 0, dtype=torch.int8))
+    return {modality: attacked}
 
 
 def _positions(bundle: Bundle, context: EvaluationContext) -> Tensor:

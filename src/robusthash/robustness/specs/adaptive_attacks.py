@@ -19,7 +19,7 @@ from robusthash.attacks.threat_model import Threat
 from robusthash.attacks.word_edits import GreedyFlips
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Inputs
-from robusthash.evaluation.attack_block import Attacked, attack_block
+from robusthash.evaluation.attack_block import AttackedBlock, attack_block
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, Kind
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.models.hasher import Hasher
@@ -67,7 +67,7 @@ class Adaptive(GradientAttack):
 
     def run(
         self, context: EvaluationContext, block: int, restart: int, start: Inputs | None = None
-    ) -> Attacked:
+    ) -> AttackedBlock:
         draws = Draws(context.seed, ("view", self.name, str(block), str(restart)))
         with keyed_noise(draws.key(), context.victim.device):
             seen = self.view(context.victim) if self.view is not None else None
@@ -121,7 +121,7 @@ class Staged:
 
     def run(
         self, context: EvaluationContext, block: int, restart: int, start: Inputs | None = None
-    ) -> Attacked:
+    ) -> AttackedBlock:
         begun = self.first.run(context, block, restart, start)
         clean = context.batch(block, self.threat.balls).inputs
         known = {name: clean[name] for name in self.threat.balls}

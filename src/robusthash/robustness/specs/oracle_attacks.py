@@ -1,4 +1,4 @@
-"""Black-box checks: noise, searches that only ask, and transfer from surrogates, as lines of a suite."""
+"""Black-box attacks of a suite: noise, and searches by oracle queries alone."""
 
 from __future__ import annotations
 
@@ -16,38 +16,15 @@ from robusthash.attacks.query_search import NES, GreedyWords, QuestionSearch, Ra
 from robusthash.attacks.threat_model import Edits, Threat
 from robusthash.core.identity import changes
 from robusthash.core.labels import relevant
-from robusthash.core.out_of_memory import warn
+from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Batch, Codes, Inputs
-from robusthash.evaluation.attack_block import Attacked, Trial, finish
+from robusthash.evaluation.attack_block import AttackedBlock, finish
 from robusthash.evaluation.attack_spec import Kind
-from robusthash.evaluation.context import EvaluationContext, Progress, in_parts, silent
-from robusthash.evaluation.runner import BlockStore, NoStore, randomised
+from robusthash.evaluation.context import EvaluationContext
+from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore
 from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.robustness_measures import topk_disruption
-from robusthash.robustness.specs.transfer_attacks import (
-    Surrogate,
-    Transfer,
-    TransferMatrix,
-    keyed,
-    make_surrogate,
-    transfer_attacks,
-    transfer_matrix,
-)
-
-__all__ = [
-    "OracleAttack",
-    "QuestionCurve",
-    "Surrogate",
-    "Transfer",
-    "TransferMatrix",
-    "make_surrogate",
-    "noise",
-    "noise_attacks",
-    "oracle_attacks",
-    "question_curve",
-    "transfer_attacks",
-    "transfer_matrix",
-]
+from robusthash.robustness.specs.transfer_attacks import keyed
 
 Shows = Literal["codes", "distances", "ids"]
 Judge = Literal["ap", "overlap", "rank", "moved"]
@@ -60,9 +37,9 @@ _JUDGES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class OracleAttack:
-    """Search by asking the victim's search service, and nothing else.
+    """Search by queries to the victim's search service, and nothing else.
 
-    What the attacker uses, by ``shows`` and ``judge``:
+    The attacker uses, by ``shows`` and ``judge``:
 
     * ``codes``, ``ap`` (B2): the returned code, and the database's codes and labels: exact expected AP.
     * ``distances``, ``ap`` (B2): the returned distances to every item and the items' labels: the same AP.
@@ -70,16 +47,17 @@ class OracleAttack:
       exact under ties from codes, by (distance, id) from distances.
     * ``codes``, ``moved`` (B2): the share of bits that differ from the clean query's code; neither labels nor
       database. AP stays flat while the right item is still first, and this does not.
-    * ``ids``, ``rank`` or ``overlap`` (B1): the ordered ids alone, compared with those that the clean query
-      returned.
+    * ``ids``, ``rank`` or ``overlap`` (B1): the ordered ids alone, compared with those of the clean query.
 
     The returned input is the best by this score, which at B1 need not be the one of lowest AP. The clean
-    query is the first question of the budget.
+    query is the first of the budget.
 
     Args:
-        threat: of one modality, the query's; its knowledge is set by ``shows``.
-        budget: questions of each query.
-        k: ids that the service returns, and ranks that ``overlap`` looks at.
+        attacked: threat of one modality, the query's; its knowledge is set by ``shows``.
+        budget: oracle queries of each query.
+        k: ids that the service returns, and ranks that ``overlap`` counts.
+        marks: rising numbers of oracle queries; the results are then the clean query and the best inputs
+            after each of them, in the places of targets.
 
     Raises:
         ValueError: a judge that needs more than is shown, or a budget below 1.
@@ -94,6 +72,7 @@ class OracleAttack:
     k: int = 100
     restarts: int = 1
     kind: Kind = "black-box"
+    marks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.judge not in _JUDGES.get(self.shows, ()):
@@ -101,10 +80,10 @@ class OracleAttack:
             raise ValueError(f"{self.judge!r} cannot be judged from {self.shows!r}; there is {known}")
         if self.budget < 1:
             raise ValueError(
-                f"the line {self.name!r} needs a budget of at least 1 question, got {self.budget}"
+                f"the attack {self.name!r} needs a budget of at least 1 oracle query, got {self.budget}"
             )
         if len(self.attacked.balls) != 1:
-            raise ValueError(f"questions search one modality at a time, not {self.attacked.name}")
+            raise ValueError(f"oracle queries search one modality at a time, not {self.attacked.name}")
 
     @cached_property
     def threat(self) -> Threat:
@@ -115,16 +94,14 @@ class OracleAttack:
         return False
 
     def settings(self) -> dict[str, Any]:
-        return {
-            **changes(self, skip=("name", "attacked", "restarts", "kind")),
-            "threat": self.threat.settings(),
-        }
+        own = changes(self, skip=("name", "attacked", "restarts", "kind", "marks"))
+        return {**own, "threat": self.threat.settings()}
 
     def fitted(self, context: EvaluationContext) -> OracleAttack:
-        """Itself; refused where the threat attacks another modality than the bench asks with."""
+        """Itself; refused where the threat attacks another modality than that of the queries."""
         if context.direction[0] not in self.threat.balls:
             raise ValueError(
-                f"{self.threat.name} does not attack the {context.direction[0]} queries of this bench"
+                f"{self.threat.name} does not attack the {context.direction[0]} queries of this context"
             )
         return self
 
@@ -133,69 +110,58 @@ class OracleAttack:
 
     def run(
         self, context: EvaluationContext, block: int, restart: int, start: Inputs | None = None
-    ) -> Attacked:
+    ) -> AttackedBlock:
         began = time.perf_counter()
         batch, answered = self.answered(context, block, restart, start)
-        trial = Trial(answered.inputs, torch.empty(len(batch), 0, dtype=torch.int8), oracle=answered.asked)
-        return finish(context, self.threat, batch, [trial], time.perf_counter() - began)
+        results, asked = [answered.inputs], answered.asked
+        if self.marks:
+            clean = {name: batch.inputs[name] for name in self.threat.balls}
+            results, asked = [clean, *(answered.record[mark] for mark in self.marks)], sum(self.marks)
+        seconds = time.perf_counter() - began
+        return finish(context, self.threat, batch, results, seconds, passes=(0, 0, asked))
 
     def answered(
-        self,
-        context: EvaluationContext,
-        block: int,
-        restart: int = 0,
-        start: Inputs | None = None,
-        marks: tuple[int, ...] = (),
+        self, context: EvaluationContext, block: int, restart: int = 0, start: Inputs | None = None
     ) -> tuple[Batch, Answered]:
-        """The clean block and what its questions led to, with the best inputs after each of ``marks``
-        questions."""
+        """The clean block and the result of its search."""
         batch = context.batch(block)
-        oracle = QueryOracle(
-            context.victim, context.database, self.budget, "B1" if self.shows == "ids" else "B2", self.k
-        )
-        ask = self._ask(context, batch, oracle)
-        draws = keyed(context, "questions", restart)
-        return batch, ask_around(self.search, ask, batch, self.threat, draws, self.budget, start, marks)
+        shown: Literal["B1", "B2"] = "B1" if self.shows == "ids" else "B2"
+        oracle = QueryOracle(context.victim, context.database, self.budget, shown, self.k)
+        ask, draws = self._ask(context, batch, oracle), keyed(context, "questions", restart)
+        return batch, ask_around(self.search, ask, batch, self.threat, draws, self.budget, start, self.marks)
 
     def _ask(self, context: EvaluationContext, batch: Batch, oracle: QueryOracle) -> Ask:
-        """One question for each query, and the score of its answer."""
-        judge = self._codes_judge if self.shows == "codes" else self._lists_judge
-        score = judge(context, batch)
-        answer: Callable[[Batch], Any] = {
-            "codes": oracle.codes,
-            "distances": oracle.distances,
-            "ids": oracle.rank,
-        }[self.shows]
+        """One oracle query for each query, and the score of its answer."""
+        score = (
+            self._code_score(context, batch) if self.shows == "codes" else self._list_score(context, batch)
+        )
+        answers = {"codes": oracle.codes, "distances": oracle.distances, "ids": oracle.rank}
+        answer: Callable[[Batch], Any] = answers[self.shows]
         return lambda inputs: score(answer(batch.with_inputs(inputs))).to(batch.ids.device)
 
-    def _codes_judge(self, context: EvaluationContext, batch: Batch) -> Callable[[Codes], Tensor]:
+    def _code_score(self, context: EvaluationContext, batch: Batch) -> Callable[[Codes], Tensor]:
         if self.judge == "ap":
             select = context.select(_labels(batch), -1)
             return lambda codes: select(codes.signs())
-        first: list[Codes] = []  # the clean query is asked about first
+        first: list[Codes] = []  # of the clean query, which is the first
 
-        def moved(codes: Codes) -> Tensor:
+        def changed(codes: Codes) -> Tensor:
             first.extend([codes][len(first) :])
-            return (first[0].signs() != codes.signs()).float().mean(1)
-
-        if self.judge == "moved":
-            return moved
-
-        def replaced(codes: Codes) -> Tensor:
-            first.extend([codes][len(first) :])
+            if self.judge == "moved":
+                return (first[0].signs() != codes.signs()).float().mean(1)
             return topk_disruption(first[0], codes, context.database, self.k)
 
-        return replaced
+        return changed
 
-    def _lists_judge(self, context: EvaluationContext, batch: Batch) -> Callable[[Tensor], Tensor]:
+    def _list_score(self, context: EvaluationContext, batch: Batch) -> Callable[[Tensor], Tensor]:
         """From distances or ids."""
         if self.judge == "ap":
-            wanted = relevant(_labels(batch).cpu(), context.database_labels)
-            return lambda distances: -_expected_ap(distances, wanted, context.database.bits)
+            relevance = relevant(_labels(batch).cpu(), context.database_labels)
+            return lambda distances: -_expected_ap(distances, relevance, context.database.bits)
         first: list[Tensor] = []
 
-        def lost(found: Tensor) -> Tensor:
-            ids = _nearest(found, self.k) if self.shows == "distances" else found
+        def lost(answer: Tensor) -> Tensor:
+            ids = _nearest(answer, self.k) if self.shows == "distances" else answer
             first.extend([ids][len(first) :])
             return ids_lost(first[0], ids, weighted=self.judge == "rank")
 
@@ -208,14 +174,12 @@ def _labels(batch: Batch) -> Tensor:
     return batch.labels
 
 
-def _expected_ap(distances: Tensor, wanted: Tensor, bits: int) -> Tensor:
+def _expected_ap(distances: Tensor, relevance: Tensor, bits: int) -> Tensor:
     """(B, N) distances and relevance -> (B,) exact expected AP over the whole database."""
     places = distances.to(torch.int64)
-    items = torch.zeros(len(places), bits + 1, dtype=torch.int64)
-    counted = [
-        items.scatter_add(1, places, part) for part in (torch.ones_like(places), wanted.to(torch.int64))
-    ]
-    return average_precision(counted[0], counted[1])
+    empty = torch.zeros(len(places), bits + 1, dtype=torch.int64)
+    items = empty.scatter_add(1, places, torch.ones_like(places))
+    return average_precision(items, empty.scatter_add(1, places, relevance.to(torch.int64)))
 
 
 def _nearest(distances: Tensor, k: int) -> Tensor:
@@ -226,29 +190,28 @@ def _nearest(distances: Tensor, k: int) -> Tensor:
 
 
 def oracle_attacks(threat: Threat, budget: int = 1000, k: int = 100) -> list[OracleAttack]:
-    """The customary searches by questions, from codes (B2, by AP) and from ordered ids (B1).
+    """The customary searches by oracle queries, from codes (B2, by AP) and from ordered ids (B1).
 
     Norm balls: square attack on both, NES on codes; in L1, for which the square attack has no pattern, NES on
-    both.
-    Bags of words: greedy trial of words on both, and random edits of the same number of words. Of token swaps
-    none: nearness is that of the victim's own embeddings, which no asker has.
+    both. Bags of words: greedy trial of words on both, and random edits of the same number of words. Of token
+    swaps none: nearness is that of the victim's own embeddings, which no black-box attacker has.
     """
     if any(ball.norm == "swaps" for ball in threat.balls.values()):
         return []
+
+    def by_codes(name: str, search: QuestionSearch) -> OracleAttack:
+        return OracleAttack(f"{name}, codes", search, threat, "codes", "ap", budget, k)
+
+    def by_ids(name: str, search: QuestionSearch) -> OracleAttack:
+        return OracleAttack(f"{name}, ids", search, threat, "ids", "rank", budget, k)
+
     if threat.edits:
-        return [
-            OracleAttack("greedy words, codes", GreedyWords(), threat, "codes", "ap", budget, k),
-            OracleAttack("greedy words, ids", GreedyWords(), threat, "ids", "rank", budget, k),
-            OracleAttack("random words, codes", RandomPoints(), threat, "codes", "ap", budget, k),
-        ]
-    nes = OracleAttack("nes, codes", NES(), threat, "codes", "ap", budget, k)
+        greedy = GreedyWords()
+        words = [by_codes("greedy words", greedy), by_ids("greedy words", greedy)]
+        return [*words, by_codes("random words", RandomPoints())]
     if any(ball.norm == "l1" for ball in threat.balls.values()):
-        return [nes, OracleAttack("nes, ids", NES(), threat, "ids", "rank", budget, k)]
-    return [
-        OracleAttack("square, codes", Square(), threat, "codes", "ap", budget, k),
-        OracleAttack("square, ids", Square(), threat, "ids", "rank", budget, k),
-        nes,
-    ]
+        return [by_codes("nes", NES()), by_ids("nes", NES())]
+    return [by_codes("square", Square()), by_ids("square", Square()), by_codes("nes", NES())]
 
 
 def noise(
@@ -256,7 +219,7 @@ def noise(
 ) -> OracleAttack:
     """The worst of ``draws`` random points of the budget for each query, by exact AP; no search at all.
 
-    A lower bar than any attack. The clean query takes part, so its cost is ``draws + 1`` questions.
+    A lower bar than any attack. The clean query takes part, so its cost is ``draws + 1`` oracle queries.
 
     Raises:
         ValueError: fewer than one draw.
@@ -267,8 +230,7 @@ def noise(
 
 
 def noise_attacks(threat: Threat, draws: int = 100) -> list[OracleAttack]:
-    """Uniform and corner noise; random edits of exactly m words where words are edited; of token swaps
-    none."""
+    """Uniform and corner noise; of words random edits of exactly m; of token swaps none."""
     if any(ball.norm == "swaps" for ball in threat.balls.values()):
         return []
     if all(isinstance(ball, Edits) for ball in threat.balls.values()):
@@ -278,11 +240,11 @@ def noise_attacks(threat: Threat, draws: int = 100) -> list[OracleAttack]:
 
 @dataclass(frozen=True)
 class QuestionCurve:
-    """What questions buy: the worst AP of each query after so many of them."""
+    """The worst AP of each query by number of oracle queries."""
 
     budgets: tuple[int, ...]
     clean: Tensor  # (Q,) float64 exact expected AP over the whole database
-    ap: Tensor  # (Q, G) float64 the lowest of the clean query and of what was held up to each budget
+    ap: Tensor  # (Q, G) float64 the lowest of the clean query and of the best inputs up to each budget
 
     @property
     def means(self) -> Tensor:
@@ -295,54 +257,32 @@ def question_curve(
     spec: OracleAttack,
     budgets: Sequence[int] = (100, 1000, 5000),
     progress: Progress = silent,
-    store: BlockStore | None = None,
+    store: BlockStore = NoStore(),
 ) -> QuestionCurve:
-    """Run ``spec`` once and look at what it held after each number of questions; the search is one, not
-    several.
+    """Run ``spec`` once and score its best inputs after each number of oracle queries.
 
-    The schedule of a search follows its whole budget, so a search of fewer questions may be better at its end
-    than a longer one is at that point.
+    The schedule of a search follows its whole budget, so a search of fewer oracle queries may be better at
+    its end than a longer one is at that point.
 
     Args:
         budgets: rising, the last at most ``spec.budget``.
-        keep: of these budgets alone: what is kept of a block are the codes after each of them.
+        store: of these budgets alone: its blocks hold the codes after each of them.
 
     Raises:
-        ValueError: budgets that do not rise or exceed that of the line, or a randomised victim, whose lowest
-            AP over budgets would be that of its luckiest noise.
+        ValueError: budgets that do not rise or exceed that of the attack, or a randomised victim, whose
+            lowest AP over budgets would be that of its luckiest noise.
         MemoryError: one query at a time does not fit.
     """
     marks = tuple(budgets)
     if not marks or sorted(set(marks)) != list(marks) or marks[-1] > spec.budget:
-        raise ValueError(f"budgets must rise and end at most at the line's {spec.budget}, got {list(marks)}")
-    if randomised(context):
+        raise ValueError(
+            f"budgets must rise and end at most at the attack's {spec.budget}, got {list(marks)}"
+        )
+    if context.randomised:
         raise ValueError(
             "a curve of a randomised victim is not built: assess it, which averages over its noise"
         )
-    spec, parts, store, found = spec.fitted(context), context, store or NoStore(), list[Tensor]()
-    labels = context.query_labels.split(context.batch_size)
-
-    def held(part: EvaluationContext, block: int, _: slice) -> Attacked:
-        return _held(part, spec, block, marks)
-
-    for block in range(context.blocks):
-        attacked = store.load(spec, 0, block)
-        if attacked is None:
-            done, parts = in_parts(context, parts, block, held, warn)
-            attacked = Attacked.join(done)
-            store.save(spec, 0, block, attacked)
-        ap = context.select(labels[block], 1)
-        found.append(torch.stack([ap(signs) for signs in attacked.signs.unbind(1)], 1))
-        progress(block + 1, context.blocks, spec.name)
-    lowest = torch.cat(found).cummin(1).values
+    attacked = BlockRunner(context, store).queries(replace(spec, marks=marks), progress=progress)
+    ap = context.select(context.query_labels, 1)
+    lowest = torch.stack([ap(signs) for signs in attacked.signs.unbind(1)], 1).cummin(1).values
     return QuestionCurve(marks, lowest[:, 0], lowest[:, 1:])
-
-
-def _held(context: EvaluationContext, spec: OracleAttack, block: int, marks: tuple[int, ...]) -> Attacked:
-    """A block as it is, and what its search held after so many questions, in the places of goals."""
-    began = time.perf_counter()
-    batch, answered = spec.answered(context, block, marks=marks)
-    clean = {name: batch.inputs[name] for name in spec.threat.balls}
-    nowhere = torch.empty(len(batch), 0, dtype=torch.int8)
-    trials = [Trial(clean, nowhere), *(Trial(answered.record[mark], nowhere, oracle=mark) for mark in marks)]
-    return finish(context, spec.threat, batch, trials, time.perf_counter() - began)

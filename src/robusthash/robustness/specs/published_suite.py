@@ -1,4 +1,4 @@
-"""The attacks as published: for numbers to hold beside printed ones, never evidence of robustness."""
+"""The attacks as published: for numbers to compare with printed ones, never evidence of robustness."""
 
 from __future__ import annotations
 
@@ -15,12 +15,8 @@ from robusthash.objectives.base import HashObjective
 from robusthash.robustness.suite import Suite, attacked_modality
 
 PAPER = "paper"
-LEGACY = "MAP@5000/hits/legacy"  # what the published code prints, in a stable order
-SHORT = {
-    "name": "pgd",
-    "steps": 20,
-    "step_size": 2 / 255,
-}  # of image attacks: half of the papers stop at 20 steps
+LEGACY = "MAP@5000/hits/legacy"  # printed by the published code, in a stable order
+SHORT = {"name": "pgd", "steps": 20, "step_size": 2 / 255}  # half of the papers stop at 20 steps on images
 
 
 def paper_suite(
@@ -29,13 +25,12 @@ def paper_suite(
     queries: int | None = 1000,
     steps: int | None = None,
 ) -> Suite:
-    """Every published attack once, with its own steps, step size, slope and knowledge; each returns its last
-    point.
+    """Every published attack once, with its own steps, step size, slope and knowledge.
 
-    An attack that a file registers with ``evidence`` ``paper`` or ``paper+code`` joins by itself, with the
-    options that are registered as ``published``. ``pgd-20`` stands beside the 100 steps of ``pgd``. The
-    threat gives the budget alone; under another norm, which counts in other units, steps keep their share of
-    it.
+    Each returns its last point. An attack that a file registers with ``evidence`` ``paper`` or ``paper+code``
+    joins by itself, with the options that are registered as ``published``; ``pgd-20`` joins the 100 steps of
+    ``pgd``. The threat gives the budget alone; under another norm, which counts in other units, steps keep
+    their share of it.
 
     Args:
         steps: no attack takes more; the suite, and the budget of its results, then say so in their names.
@@ -49,15 +44,15 @@ def paper_suite(
             f"no attack was published under {threat.name}; the tier 'paper' takes a norm, as img-linf-8"
         )
     on = attacked_modality(threat)
-    wanted: dict[str, Any] = {} if on == "image" else {"modality": on}
+    modality: dict[str, Any] = {} if on == "image" else {"modality": on}
     cards = [c for c in catalogue("attack") if c.evidence.startswith("paper") and c.modality in ("any", on)]
     settings = {card.name: {"name": card.name, **card.published} for card in cards}
     if on != "text":
         settings["pgd-20"] = SHORT
     specs = []
     for name, options in settings.items():
-        attack = build("attack", {**options, **wanted}, objective=objective)
-        specs.append(GradientAttack(name, _cut(_rescaled(attack, threat), steps)).at(threat))
+        attack = build("attack", {**options, **modality}, objective=objective)
+        specs.append(GradientAttack(name, _with_steps(attack, threat, steps)).at(threat))
     title = PAPER if steps is None else f"{PAPER} at most {steps} steps"
     return Suite(title, tuple(specs), queries)
 
@@ -67,22 +62,15 @@ def published(name: str) -> bool:
     return name == PAPER or name.startswith(f"{PAPER} at most ")
 
 
-def _rescaled(attack: Attack, threat: Threat) -> Attack:
-    """Under another norm, steps of the same share of the budget."""
-    was, now = (next(iter(t.balls.values())) for t in (attack.threat, threat))
-    if was.norm == now.norm or not isinstance(attack.search, PGD):
-        return attack
-    return replace(
-        attack, search=replace(attack.search, step_size=attack.search.step_size / was.eps * now.eps)
-    )
-
-
-def _cut(attack: Attack, steps: int | None) -> Attack:
-    """The attack with at most so many steps."""
-    if steps is None:
-        return attack
+def _with_steps(attack: Attack, threat: Threat, most: int | None) -> Attack:
+    """The attack with steps of the same share of the budget under another norm, and with at most ``most``."""
     search: Any = attack.search  # every search of a published attack counts steps
-    return replace(attack, search=replace(search, steps=min(search.steps, steps)))
+    before, after = (next(iter(t.balls.values())) for t in (attack.threat, threat))
+    if before.norm != after.norm and isinstance(search, PGD):
+        search = replace(search, step_size=search.step_size / before.eps * after.eps)
+    if most is not None:
+        search = replace(search, steps=min(search.steps, most))
+    return replace(attack, search=search)
 
 
 def with_legacy(protocol: Protocol) -> Protocol:

@@ -1,5 +1,4 @@
-"""Transfer: lines that search on surrogates alone, and the matrix of every model attacked from every
-other."""
+"""Transfer: attacks that search on surrogates alone, and the matrix of all models against all."""
 
 from __future__ import annotations
 
@@ -11,21 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Attack
+from robusthash.attacks.base import Attack, Found
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import ScaleFree
 from robusthash.attacks.threat_model import Threat
 from robusthash.attacks.transfer_search import Surrogate, TransferSteps, customary_smoothing, transfer
 from robusthash.attacks.word_edits import GreedyFlips
-from robusthash.core.runtime import Draws, digest
+from robusthash.core.runtime import Draws, Progress, digest, silent
 from robusthash.core.types import Batch, Codes, Inputs, Reference
 from robusthash.data.base import RetrievalData
-from robusthash.evaluation.attack_block import Attacked, Trial, finish, goals
+from robusthash.evaluation.attack_block import AttackedBlock, finish, goals
 from robusthash.evaluation.attack_spec import Kind
-from robusthash.evaluation.context import EvaluationContext, Progress, encoding_batch, silent
-from robusthash.evaluation.evaluate import as_codes
-from robusthash.metrics.distance_histogram import prepared_profile
-from robusthash.metrics.protocol import measure
+from robusthash.evaluation.context import EvaluationContext, encoding_batch
+from robusthash.evaluation.evaluate import as_codes, measure_codes
 from robusthash.models.encoding import encode_split, weights_digest
 from robusthash.models.hasher import Hasher
 
@@ -33,10 +30,9 @@ ENSEMBLE = "ensemble of the others"
 
 
 def keyed(context: EvaluationContext, name: str, restart: int) -> Draws:
-    """Draws of one line and restart; the first is the same whether or not others follow."""
-    return (
-        Draws(context.seed, (name,)).within("restart", restart) if restart else Draws(context.seed, (name,))
-    )
+    """Draws of one attack and restart; the first is the same whether or not others follow."""
+    draws = Draws(context.seed, (name,))
+    return draws.within("restart", restart) if restart else draws
 
 
 def make_surrogate(
@@ -46,7 +42,7 @@ def make_surrogate(
     direction: tuple[str, str] | None = None,
     batch_size: int = 250,
 ) -> Surrogate:
-    """A model as a stand-in for unknown victims on ``data``, with the codes that it gives the training split.
+    """A model as a stand-in for unknown victims on ``data``, with its codes of the training split.
 
     Args:
         direction: (query modality, searched modality) of the victims; codes are of the searched one where the
@@ -65,24 +61,19 @@ def make_surrogate(
     modality = searched if searched in hasher.modalities else query
     size = encoding_batch(batch_size)
     codes = encode_split(hasher.for_database(), data.train, batch_size=size, modality=modality)[modality]
-    identity = digest(
-        [hasher.spec, weights_digest(hasher), modality, codes.packed.tolist(), data.train.fingerprint()]
-    )
+    weights, train = weights_digest(hasher), data.train.fingerprint()
+    identity = digest([hasher.spec, weights, modality, codes.packed.tolist(), train])
     reference = Reference({modality: codes.signs().float()}, data.train.labels).to(hasher.device)
     return Surrogate(name, hasher, reference, identity)
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Search on surrogates with their own reference codes (T); the victim only encodes what comes back.
+    """Search on surrogates with their own reference codes (T); the victim only encodes the result.
 
     Args:
-        attack: guide, loss and search, with a threat that knows ``T``; the mean score of the surrogates is
-            ascended.
-        surrogates: at least one; their digests stand in ``settings``.
-
-    Raises:
-        ValueError: another knowledge, no surrogate, restarts of the attack itself.
+        attack: guide, loss and search, with a threat that knows ``T``; it ascends the surrogates' mean score.
+        surrogates: at least one; their digests are in ``settings``.
     """
 
     name: str
@@ -94,12 +85,12 @@ class Transfer:
     def __post_init__(self) -> None:
         if self.attack.threat.knowledge != "T":
             raise ValueError(
-                f"the line {self.name!r} knows surrogates alone: give its threat the knowledge 'T'"
+                f"the attack {self.name!r} knows surrogates alone: give its threat the knowledge 'T'"
             )
         if not self.surrogates:
-            raise ValueError(f"the line {self.name!r} needs at least one surrogate")
+            raise ValueError(f"the attack {self.name!r} needs at least one surrogate")
         if self.attack.restarts != 1:
-            raise ValueError(f"the line {self.name!r} counts restarts itself; give its attack 1")
+            raise ValueError(f"the attack {self.name!r} counts restarts itself; give its attack 1")
 
     @property
     def threat(self) -> Threat:
@@ -114,18 +105,18 @@ class Transfer:
         return {"attack": self.attack.settings(), "surrogates": surrogates}
 
     def fitted(self, context: EvaluationContext) -> Transfer:
-        """Itself; a surrogate that cannot be asked about this bench is refused here, before the first
-        block."""
+        """Itself; a surrogate that does not fit the context is refused here, before the first block."""
         for surrogate in self.surrogates:
             if missing := [name for name in self.threat.balls if name not in surrogate.hasher.modalities]:
                 raise ValueError(
                     f"the surrogate {surrogate.name!r} does not encode {missing[0]!r}, which is attacked"
                 )
             known = None if surrogate.reference is None else surrogate.reference.labels
-            if known is not None and known.shape[1] != context.query_labels.shape[1]:
+            labels = context.query_labels.shape[1]
+            if known is not None and known.shape[1] != labels:
                 raise ValueError(
                     f"the surrogate {surrogate.name!r} knows {known.shape[1]} labels and the queries have "
-                    f"{context.query_labels.shape[1]}; train it on {context.data.name}"
+                    f"{labels}; train it on {context.data.name}"
                 )
         return self
 
@@ -134,27 +125,31 @@ class Transfer:
 
     def run(
         self, context: EvaluationContext, block: int, restart: int, start: Inputs | None = None
-    ) -> Attacked:
+    ) -> AttackedBlock:
         batch, began = context.batch(block, self.threat.balls), time.perf_counter()
-        trials = self.searched(context, batch, restart, start)
-        return finish(context, self.threat, batch, trials, time.perf_counter() - began)
+        found = self.searched(context, batch, restart, start)
+        return _finish(context, self.threat, batch, found, began)
 
     def searched(
         self, context: EvaluationContext, batch: Batch, restart: int = 0, start: Inputs | None = None
-    ) -> list[Trial]:
-        """What the surrogates alone lead to; the bench gives goals and seed, its victim is not asked."""
-        trials = []
+    ) -> list[Found]:
+        """The results on the surrogates alone; the context gives goals and seed, its victim is not used."""
+        results = []
         for number, goal in enumerate(goals(context, self.targeted, batch)):
-            draws = keyed(context, f"attack {number}", restart)
-            begin = start
+            draws, begin = keyed(context, f"attack {number}", restart), start
             if restart and start is None:
                 begin = self.threat.random_start(batch.only(self.threat.balls).inputs, batch.ids, draws)
-            found = transfer(self.attack, self.surrogates, batch, goal, draws=draws, start=begin)
-            nowhere = torch.empty(
-                len(batch), 0, dtype=torch.int8
-            )  # surrogates' codes mean nothing to the victim
-            trials.append(Trial(found.inputs, nowhere, found.forward, found.backward))
-        return trials
+            results.append(transfer(self.attack, self.surrogates, batch, goal, draws=draws, start=begin))
+        return results
+
+
+def _finish(
+    context: EvaluationContext, threat: Threat, batch: Batch, found: Sequence[Found], began: float
+) -> AttackedBlock:
+    """Finished without representative codes: those of surrogates mean nothing to the victim."""
+    passes = sum(each.forward for each in found), sum(each.backward for each in found), 0
+    results, seconds = [each.inputs for each in found], time.perf_counter() - began
+    return finish(context, threat, batch, results, seconds, passes=passes)
 
 
 def transfer_attack(threat: Threat, search: TransferSteps | GreedyFlips) -> Attack:
@@ -165,8 +160,7 @@ def transfer_attack(threat: Threat, search: TransferSteps | GreedyFlips) -> Atta
 def transfer_attacks(
     context: EvaluationContext, surrogates: Sequence[Surrogate], threat: Threat, steps: int = 20
 ) -> list[Transfer]:
-    """The customary transfer lines: each surrogate alone, and where there are several their ensemble, three
-    ways.
+    """The customary transfer attacks: each surrogate alone, and of several their ensemble, three ways.
 
     Images: momentum, input diversity 0.5 and gradient smoothing throughout; of the ensemble also with
     Nesterov steps over three scales, and with variance tuning by five neighbours. Other inputs: momentum.
@@ -181,15 +175,14 @@ def transfer_attacks(
     everyone = tuple(surrogates)
     usual = _usual_steps(context, threat, steps)
     specs = [Transfer(f"transfer {one.name}", transfer_attack(threat, usual), (one,)) for one in everyone]
-    if len(everyone) > 1:
-        specs.append(Transfer("transfer ensemble", transfer_attack(threat, usual), everyone))
-        if isinstance(usual, TransferSteps):
-            for name, search in (
-                ("transfer ensemble, scales", replace(usual, nesterov=True, scales=3)),
-                ("transfer ensemble, variance", replace(usual, variance=5)),
-            ):
-                specs.append(Transfer(name, transfer_attack(threat, search), everyone))
-    return specs
+    if len(everyone) == 1:
+        return specs
+    searches: dict[str, TransferSteps | GreedyFlips] = {"transfer ensemble": usual}
+    if isinstance(usual, TransferSteps):
+        searches["transfer ensemble, scales"] = replace(usual, nesterov=True, scales=3)
+        searches["transfer ensemble, variance"] = replace(usual, variance=5)
+    ensembles = [Transfer(name, transfer_attack(threat, each), everyone) for name, each in searches.items()]
+    return [*specs, *ensembles]
 
 
 def _usual_steps(context: EvaluationContext, threat: Threat, steps: int) -> TransferSteps | GreedyFlips:
@@ -204,19 +197,18 @@ def _usual_steps(context: EvaluationContext, threat: Threat, steps: int) -> Tran
 
 @dataclass(frozen=True)
 class TransferMatrix:
-    """What attacks found on each surrogate do to each victim. The diagonal is the white box with the same
-    search."""
+    """Effect of the attacks found on each surrogate on each victim; the diagonal is the white box."""
 
     measure: str  # the protocol's headline, such as "MAP"
     threat: str
     search: str
     surrogates: tuple[
         str, ...
-    ]  # S rows; the last is the ensemble of all but the victim, where there are three models
+    ]  # S rows; of three models or more the last is the ensemble of all but the victim
     victims: tuple[str, ...]  # T columns
     clean: Tensor  # (T,) float64
     attacked: Tensor  # (S, T) float64 mean under the attack
-    worst: Tensor  # (S, T) float64 mean over queries of the lower of clean and attacked: wMAP of this attack alone
+    worst: Tensor  # (S, T) float64 mean of the lower of clean and attacked: wMAP of this attack alone
     per_query: Tensor  # (S, T, Q) float64 under attack; NaN where the protocol leaves a query out
     queries: int
     chosen: str  # how these were chosen
@@ -231,10 +223,10 @@ def transfer_matrix(
     each surrogate, with the surrogate's own training codes; every victim then encodes the same inputs.
 
     Args:
-        benches: by name; of one data set, protocol, query modality, batch size and seed.
+        contexts: by name; of one data set, protocol, query modality, batch size and seed.
 
     Raises:
-        ValueError: fewer than two benches, or benches that differ in more than the victim; it names the
+        ValueError: fewer than two contexts, or contexts that differ in more than the victim; it names the
             field.
     """
     names, first = tuple(contexts), _alike(contexts)
@@ -243,32 +235,27 @@ def transfer_matrix(
         for name, context in contexts.items()
     }
     attack = transfer_attack(threat, _usual_steps(first, threat, steps))
-    specs = {name: Transfer(name, attack, (surrogates[name],)).fitted(first) for name in names}
-    others = {
-        name: Transfer(ENSEMBLE, attack, tuple(s for other, s in surrogates.items() if other != name))
-        for name in (names if len(names) > 2 else ())
-    }
-    found: dict[tuple[str, str], list[Tensor]] = {}
-    total, done = first.blocks * (len(specs) + len(others)), 0
+    jobs = [(name, Transfer(name, attack, (surrogates[name],)).fitted(first), names) for name in names]
+    if len(names) > 2:
+        for victim in names:
+            others = tuple(surrogate for name, surrogate in surrogates.items() if name != victim)
+            jobs.append((ENSEMBLE, Transfer(ENSEMBLE, attack, others), (victim,)))
+    signs: dict[tuple[str, str], list[Tensor]] = {}
     for block in range(first.blocks):
-        jobs = [(name, spec, names) for name, spec in specs.items()]
-        jobs += [(ENSEMBLE, spec, (victim,)) for victim, spec in others.items()]
-        for row, spec, victims in jobs:
+        for done, (row, spec, victims) in enumerate(jobs, block * len(jobs) + 1):
             began, batch = time.perf_counter(), first.batch(block, threat.balls)
-            trials = spec.searched(first, batch)
+            found = spec.searched(first, batch)
             for victim in victims:
-                ended = finish(contexts[victim], attack.threat, batch, trials, time.perf_counter() - began)
-                found.setdefault((row, victim), []).append(ended.signs[:, 0])
-            done += 1
-            progress(done, total, f"attacking from {row}")
-    rows = (*names, ENSEMBLE) if others else names
-    clean = torch.stack([_values(context, context.query) for context in contexts.values()])
-    attacked = torch.stack(
-        [
-            torch.stack([_values(contexts[v], as_codes(torch.cat(found[row, v]))) for v in names])
-            for row in rows
-        ]
-    )
+                attacked = _finish(contexts[victim], attack.threat, batch, found, began)
+                signs.setdefault((row, victim), []).append(attacked.signs[:, 0])
+            progress(done, first.blocks * len(jobs), f"attacking from {row}")
+    rows = tuple(dict.fromkeys(row for row, *_ in jobs))
+    clean = torch.stack([_headline(context, context.query) for context in contexts.values()])
+
+    def under(row: str, victim: str) -> Tensor:
+        return _headline(contexts[victim], as_codes(torch.cat(signs[row, victim])))
+
+    per_query = torch.stack([torch.stack([under(row, victim) for victim in names]) for row in rows])
     return TransferMatrix(
         first.protocol.headline,
         attack.threat.name,
@@ -276,43 +263,43 @@ def transfer_matrix(
         rows,
         names,
         clean.nanmean(1),
-        attacked.nanmean(2),
-        torch.minimum(attacked, clean).nanmean(2),
-        attacked,
+        per_query.nanmean(2),
+        torch.minimum(per_query, clean).nanmean(2),
+        per_query,
         len(first.queries),
         first.chosen,
     )
 
 
 def _alike(contexts: Mapping[str, EvaluationContext]) -> EvaluationContext:
-    """The first bench, once all agree in what a matrix needs."""
+    """The first context, once all agree in what a matrix needs."""
     if len(contexts) < 2:
         raise ValueError(f"a transfer matrix needs at least two models, got {list(contexts)}")
-    first_name, first = next(iter(contexts.items()))
     if ENSEMBLE in contexts:
         raise ValueError(f"no model can be called {ENSEMBLE!r}: that row is the matrix's own")
+
+    def shared(context: EvaluationContext) -> dict[str, Any]:
+        return {
+            "queries": context.queries.fingerprint(),
+            "training split": context.data.train.fingerprint(),
+            "database": context.data.database.fingerprint(),
+            "direction": context.direction,
+            "protocol": context.protocol.settings(),
+            "batch size": context.batch_size,
+            "seed": context.seed,
+        }
+
+    first_name, first = next(iter(contexts.items()))
+    expected = shared(first)
     for name, context in contexts.items():
-        for field, own, other in (
-            ("queries", context.queries.fingerprint(), first.queries.fingerprint()),
-            ("training split", context.data.train.fingerprint(), first.data.train.fingerprint()),
-            ("database", context.data.database.fingerprint(), first.data.database.fingerprint()),
-            ("direction", context.direction, first.direction),
-            ("protocol", context.protocol.settings(), first.protocol.settings()),
-            ("batch size", context.batch_size, first.batch_size),
-            ("seed", context.seed, first.seed),
-        ):
-            if own != other:
+        for key, value in shared(context).items():
+            if value != expected[key]:
                 raise ValueError(
-                    f"{name} and {first_name} differ in {field}: {own} and {other}; use one for all"
+                    f"{name} and {first_name} differ in {key}: {value} and {expected[key]}; use one for all"
                 )
     return first
 
 
-def _values(context: EvaluationContext, query: Codes) -> Tensor:
+def _headline(context: EvaluationContext, query: Codes) -> Tensor:
     """(Q,) headline of the protocol."""
-    profile = prepared_profile(query, context.query_labels, context.prepared)
-    labels = context.database_labels
-    measured = measure(
-        context.protocol, query, context.query_labels, context.database, labels, profile=profile
-    )
-    return measured.per_query[context.protocol.headline]
+    return measure_codes(context, query, context.query_labels).per_query[context.protocol.headline]

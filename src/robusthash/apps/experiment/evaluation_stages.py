@@ -1,0 +1,223 @@
+"""The evaluation stages of an experiment: from a trained run to results and attacked queries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from robusthash.apps.experiment.block_store import AttackFolder
+from robusthash.apps.experiment.config import ConfigError
+from robusthash.apps.experiment.model_stages import load_victim, read_data, set_threads
+from robusthash.apps.experiment.run_directory import Run, write_json
+from robusthash.attacks.base import Attack
+from robusthash.core.atomic_files import write_aside
+from robusthash.core.hamming import pack
+from robusthash.core.identity import identity
+from robusthash.core.registry import build, check
+from robusthash.core.runtime import Progress, silent
+from robusthash.data.base import RetrievalData
+from robusthash.evaluation.attack_block import AttackedBlock
+from robusthash.evaluation.context import EvaluationContext, make_context
+from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean, worst
+from robusthash.metrics.results import EvalResult, save_results
+from robusthash.models.hasher import Hasher, View
+from robusthash.objectives.base import HashObjective
+
+_MODALITY = {"I": "image", "T": "text"}
+
+NamedAttacks = dict[str, tuple[View, dict[str, Any]]]
+"""By the name of the result: the view of the victim that the attack differentiates, and its settings."""
+
+
+def context_of(
+    run: Run,
+    victim: Hasher,
+    data: RetrievalData,
+    progress: Progress,
+    direction: str | None = None,
+    whole: bool = False,
+) -> EvaluationContext:
+    """The context of a run's evaluation section, in a direction such as ``I2T``.
+
+    Args:
+        whole: with all queries, whatever number of them the section takes.
+    """
+    section = run.config.evaluation
+    ends = None if direction is None else (_MODALITY[direction[0]], _MODALITY[direction[-1]])
+    return make_context(
+        victim,
+        data,
+        build("protocol", section.protocol),
+        direction=ends,
+        database=run.learned_database() if ends is None or ends[1] == "image" else None,
+        queries=None if whole else section.queries,
+        seed=section.seed,
+        batch_size=section.batch_size,
+        progress=progress,
+    )
+
+
+def evaluate(
+    run: Run, progress: Progress = silent, attacks: Sequence[Mapping[str, Any] | str] | None = None
+) -> dict[str, EvalResult]:
+    """Evaluate clean, under each attack, and in the worst case per query; goes on from stored blocks.
+
+    Args:
+        attacks: instead of those of the config.
+
+    Returns:
+        By name: ``clean``, each attack, ``worst``, and where the config has several directions or relevances,
+        these before the name (``I2T mainstay``, ``I2T by class worst``). Also written to ``metrics.json`` and
+        ``metrics.npz``.
+    """
+    from robusthash.apps.reports.branch_maps import save_branches  # reports load charts
+
+    section = run.config.evaluation
+    set_threads(run.config)
+    victim, objective = load_victim(run)
+    _check_evaluation(run, victim)
+    data, chosen = read_data(run.config, progress), chosen_attacks(run, attacks)
+    results: dict[str, EvalResult] = {}
+    for relevance in section.relevance:
+        relevant = data if relevance == "own" else data.by(relevance)
+        for direction in section.directions or (None,):
+            context = context_of(run, victim, relevant, progress, direction)
+            prefix = "" if direction is None else f"{direction} "
+            prefix += "" if relevance == "own" else f"by {relevance} "
+            for name, result in _evaluate_context(run, context, objective, chosen, progress).items():
+                results[f"{prefix}{name}"] = described(result, f"{prefix}{name}", run)
+    save_results(run.path / "metrics.json", list(results.values()))
+    save_branches(run.path, victim, data.query)
+    return results
+
+
+def _check_evaluation(run: Run, victim: Hasher) -> None:
+    """Refuse an evaluation section that does not fit the victim, before any query is attacked."""
+    section = run.config.evaluation
+    for direction in section.directions or ():
+        ends = _MODALITY[direction[0]], _MODALITY[direction[-1]]
+        if missing := [modality for modality in ends if modality not in victim.modalities]:
+            raise ConfigError(
+                f"evaluation.directions holds {direction}, and {run.path} does not encode {missing[0]!r}: "
+                f"it has {list(victim.modalities)}"
+            )
+    for name in ("oblivious", "identity"):
+        if getattr(section, name) and not victim.purifiers:
+            raise ConfigError(
+                f"evaluation.{name} overlooks a purifier, and {run.path} has none; use evaluation.attacks"
+            )
+
+
+def _evaluate_context(
+    run: Run, context: EvaluationContext, objective: HashObjective, attacks: NamedAttacks, progress: Progress
+) -> dict[str, EvalResult]:
+    """Clean, each attack that changes the query modality of the context, and the worst case."""
+    clean, results = score_clean(context), {}
+    for name, (view, settings) in attacks.items():
+        attack: Attack = build("attack", settings, objective=objective)
+        if context.direction[0] in attack.threat.balls:
+            attacked = attacked_queries(run, context, name, settings, attack, progress, view)
+            results[name] = score_attack(context, attack, attacked)
+    return {"clean": clean, **results, **({"worst": worst(context, clean, results)} if results else {})}
+
+
+def chosen_attacks(run: Run, attacks: Sequence[Mapping[str, Any] | str] | None) -> NamedAttacks:
+    """The attacks of a run's evaluation section, or those given in their place."""
+    section = run.config.evaluation
+    given = named_attacks(section.attacks if attacks is None else attacks)
+    chosen: NamedAttacks = {name: ("white-box", settings) for name, settings in given.items()}
+    if attacks is None:
+        for name, settings in named_attacks(section.oblivious).items():
+            chosen[f"{name} (oblivious)"] = "oblivious", settings
+        for name, settings in named_attacks(section.identity).items():
+            chosen[f"{name} (identity)"] = "identity", settings
+    return chosen
+
+
+def named_attacks(attacks: Sequence[Mapping[str, Any] | str]) -> dict[str, dict[str, Any]]:
+    """Attack settings under names that tell them apart.
+
+    Such as ``mainstay``, ``mainstay (slope one)``, ``mainstay on text``, ``mainstay #2``.
+    """
+    named: dict[str, dict[str, Any]] = {}
+    for settings in attacks:
+        card, options = check("attack", settings)
+        modality, like = options.get("modality", "image"), options.get("like", "mainstay")
+        name = card.name if modality == "image" else f"{card.name} on {modality}"
+        name += "" if like == "mainstay" else f" like {like if isinstance(like, str) else like.get('name')}"
+        name += " (slope one)" if options.get("slope") == "one" else ""
+        number = 2
+        while name in named:
+            name, number = f"{name.partition(' #')[0]} #{number}", number + 1
+        named[name] = {"name": settings if isinstance(settings, str) else settings["name"], **options}
+    return named
+
+
+def attacked_queries(
+    run: Run,
+    context: EvaluationContext,
+    name: str,
+    settings: Mapping[str, Any],
+    attack: Attack,
+    progress: Progress,
+    view: View = "white-box",
+) -> AttackedBlock:
+    """The attacked queries, block by block; finished blocks are read from the run directory."""
+    searched = [context.queries.fingerprint(), context.data.database.fingerprint()]
+    key = [attack.settings(), *searched, run.config.evaluation.batch_size, context.seed]
+    usual = context.direction == (context.victim.modalities[0],) * 2 and view == "white-box"
+    key += [] if usual else [context.direction, view]
+    key += [context.protocol.settings()["targets"]] if attack.targeted else []
+    folder = run.path / "attacks" / f"{attack.name}-{identity(key)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}
+    write_json(folder / "config.json", described)
+    return attack_all(context, attack, context.victim.seen_by(view), progress, AttackFolder(folder), name)
+
+
+def attack_to_file(
+    run: Run, settings: Mapping[str, Any] | str, out: Path, progress: Progress = silent
+) -> EvalResult:
+    """Attack the queries and write the attacked ``inputs`` (float32), ``codes``, ``bits`` and ``labels``.
+
+    A joint attack writes the image under these names, and the text of each pair as ``inputs_text`` and
+    ``codes_text``.
+    """
+    victim, objective = load_victim(run)
+    ((name, plain),) = named_attacks([settings]).items()
+    attack: Attack = build("attack", plain, objective=objective)
+    data, home = read_data(run.config, progress), victim.modalities[0]
+    arrays: dict[str, Any] = {"bits": victim.bits}
+    results: list[EvalResult] = []
+    for modality in attack.threat.balls:
+        direction = None if modality == home else f"{modality[0].upper()}2{home[0].upper()}"
+        context = context_of(run, victim, data, progress, direction)
+        attacked = attacked_queries(run, context, name, plain, attack, progress)
+        ending = f"_{modality}" if results else ""
+        arrays[f"inputs{ending}"] = attacked.inputs.numpy()
+        arrays[f"codes{ending}"] = pack(attacked.signs[:, 0]).numpy()
+        arrays["labels"] = context.query_labels.to(torch.uint8).numpy()
+        results.append(score_attack(context, attack, attacked))
+    with write_aside(out) as aside:
+        np.savez(aside, allow_pickle=False, **arrays)
+    return described(results[0], name, run)
+
+
+def described(result: EvalResult, name: str, run: Run) -> EvalResult:
+    """The result under its name, with the fields of its setting that describe the model."""
+    training, card = run.config.training, run.card()
+    objective = training.objective if isinstance(training.objective, str) else training.objective["name"]
+    setting = replace(
+        result.setting,
+        model=f"{card['name']}/{card['id']}",
+        objective=objective,
+        training_attack="" if training.attack is None else json.dumps(training.attack, sort_keys=True),
+        digests={**result.setting.digests, "model": card["digest"]},
+    )
+    return replace(result, name=name, setting=setting)
