@@ -32,7 +32,7 @@ PANELS = {
     "Search": ("encode", "index", "search"),
     "Study": ("sweep", "curves", "attribute", "cost", "figures"),
 }
-"""Verbs by what a user wants to do. A verb is the function of its name in the file of its name, a group its ``app``."""
+"""Verbs by what a user wants to do: a function, or a group as ``app``, in the file of the verb's name."""
 
 FILES = {verb: f"{verb}_command" for verb in ("assess", "evaluate", "figures", "leaderboard", "list")}
 """Verbs whose name another file of the package has already."""
@@ -62,7 +62,7 @@ def _root(
 
 
 def main() -> None:
-    """Entry point. An error that a user can act on is one line and exit code 1, a usage error 2, Ctrl-C 130."""
+    """Entry point. An error that a user can act on is one line and exit code 1; usage 2, Ctrl-C 130."""
     previous = signal.signal(signal.SIGINT, _stop)
     try:
         with _smaller_batches_noted():

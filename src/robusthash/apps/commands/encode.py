@@ -13,7 +13,7 @@ def encode(
     out: Annotated[Path | None, Option(help="Write the codes of the images here (.npz).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Codes of images as hex lines (code, path) or .npz; without images, packed codes of every split of the run.
+    """Codes of images as hex lines (code, path) or .npz; without images, of every split of the run as .npz.
 
     The first bit of a code is the highest of its first hex digit; zeros pad the end.
     """

@@ -54,7 +54,7 @@ def verify(
     keep: Annotated[bool, Option(help="Note an accepted bundle in the run, for the leaderboard.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Check a bundle against a run: bounds, queries, weights; hash and score it again. No attack code is run."""
+    """Check a bundle against a run: bounds, queries, weights, and its score. No attack code is run."""
     from robusthash.apps.experiment.evidence_run import verify_evidence
     from robusthash.apps.experiment.run_directory import load_run
 

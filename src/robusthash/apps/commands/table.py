@@ -23,7 +23,7 @@ def table(
     column: Annotated[
         list[str] | None,
         Option(
-            help="'[MEASURE of ]RESULT[ minus RESULT][ as LABEL]': 'nDCG@100 of clean', 'mainstay minus hag as x'."
+            help="'[MEASURE of ]RESULT[ minus RESULT][ as LABEL]': 'nDCG@100 of clean', 'worst minus hag'."
         ),
     ] = None,
     row: Annotated[

@@ -26,8 +26,8 @@ def attribute_runs(
 
     Args:
         queries: number of queries, chosen by content.
-        options: of ``attribute_bands``: ``worth``, ``permutations``, ``top``, ``seed``; the same for every run,
-            so that maps differ by their models alone.
+        options: of ``attribute_bands``: ``worth``, ``permutations``, ``top``, ``seed``; the same for every
+            run, so that maps differ by their models alone.
     """
     runs = labelled(paths)
     out.mkdir(parents=True, exist_ok=True)

@@ -243,9 +243,9 @@ class Config(Section):
         attack = self.training.inner_attack()
         for modality in () if attack is None else attack.threat.balls:
             if getattr(self.hasher, modality, None) is None:
+                remedy = f"set hasher.{modality}, or take another training.attack"
                 raise ValueError(
-                    f"the inner attack {attack.name!r} changes {modality}s, and this hasher encodes none: set "
-                    f"hasher.{modality}, or take another training.attack"
+                    f"the inner attack {attack.name!r} changes {modality}s, and this hasher encodes none: {remedy}"
                 )
         return self
 

@@ -19,6 +19,11 @@ from robusthash.core.types import Inputs
 from robusthash.index.search_engines import FlatEngine, Rows
 from robusthash.models.hasher import Hasher
 
+_COLUMNS = (
+    *("model", "parameters (M)", "MACs (M)", "query ms", "p95 ms", "ratio"),
+    *("training min/epoch", "attack steps"),
+)
+
 
 @dataclass(frozen=True)
 class CostRow:
@@ -85,11 +90,11 @@ def cost_markdown(reference: str, rows: Sequence[CostRow]) -> str:
     """A Markdown table."""
     first = rows[0].latency
     lines = [
-        f"One query: image to ten nearest, median of {first.runs} by wall clock, {first.threads} thread(s); ratio to "
-        f"{reference}, timed in turn. FLOPs are twice the MACs.",
+        f"One query: image to ten nearest, median of {first.runs} by wall clock, {first.threads} thread(s); "
+        f"ratio to {reference}, timed in turn. FLOPs are twice the MACs.",
         "",
-        "| model | parameters (M) | MACs (M) | query ms | p95 ms | ratio | training min/epoch | attack steps |",
-        "|" + " --- |" * 8,
+        f"| {' | '.join(_COLUMNS)} |",
+        "|" + " --- |" * len(_COLUMNS),
     ]
     for row in rows:
         size = f"{row.size.parameters / 1e6:.3f} | {row.size.macs / 1e6:.2f}"

@@ -106,9 +106,9 @@ def eps_curve(
 ) -> Curve:
     """AP of some queries, chosen by content, at each budget of ``EPS``.
 
-    A perturbation within a smaller budget is allowed within a larger one too, so each query keeps the least AP
-    so far, and the curve never rises. Budgets that were evaluated already (none, and the run's own) are taken
-    from there; the others are stored in ``curve.json`` of the run as they are done.
+    A perturbation within a smaller budget is allowed within a larger one too, so each query keeps the least
+    AP so far, and the curve never rises. Budgets that were evaluated already (none, and the run's own) are
+    taken from there; the others are stored in ``curve.json`` of the run as they are done.
     """
     settings, attack = _attack(run, CURVE_ATTACK)
     budget = attack.threat.balls["image"].eps
@@ -161,16 +161,16 @@ def choose_example(
     worst = {model: results[model]["worst"].per_query[f"w{measure}"] for model in MODELS}
     lost = {model: int((worst[model] <= 0.5 * clean[model]).sum()) for model in MODELS}
     among = (
-        f"{int(fit.sum())} of {len(fit)} queries have a clean AP above 0.9 under both models and, under the {PICTURED} "
-        "attack, below 0.1 under the undefended and above 0.9 under the hardened one. This is the one of them "
-        "with the most varied colours"
+        f"{int(fit.sum())} of {len(fit)} queries have a clean AP above 0.9 under both models and, under the "
+        f"{PICTURED} attack, below 0.1 under the undefended and above 0.9 under the hardened one. This is the one "
+        "of them with the most varied colours"
         if fit.any()
         else f"This is, of {len(fit)} queries, the one with the most varied colours"
     )
     rule = (
-        f"{among}: a chosen example, not an average. In the worst case over all attacks, {lost['undefended']} of "
-        f"{len(fit)} queries lose at least half of their AP under the undefended model, and {lost['saat']} under the "
-        "hardened one."
+        f"{among}: a chosen example, not an average. In the worst case over all attacks, {lost['undefended']} "
+        f"of {len(fit)} queries lose at least half of their AP under the undefended model, and {lost['saat']} "
+        "under the hardened one."
     )
     searches = []
     for model in MODELS:

@@ -61,10 +61,8 @@ def read_axis(text: str) -> Axis:
     if path == "runtime.seed":
         raise ValueError("seeds are swept by --seeds 0,1,2, so that the table can average over them")
     if path.partition(".")[0] in ("evaluation", "runtime", "name"):
-        raise ValueError(
-            f"--over {path} makes no other model, and all points would share one run; sweep settings of data, hasher "
-            "or training, and set the rest with --set"
-        )
+        remedy = "sweep settings of data, hasher or training, and set the rest with --set"
+        raise ValueError(f"--over {path} makes no other model, and all points would share one run; {remedy}")
     return Axis(path, values)
 
 
@@ -96,7 +94,7 @@ class Point:
 
     @property
     def parent(self) -> str:
-        """Key of the run that training starts from where that is a recipe: no two points may train it at once."""
+        """Key of the run that training starts from, if a recipe makes it: two points must not do so at once."""
         config, named = self.config, self.config.training.init_from
         if named is None or Path(named).suffix not in (".yaml", ".yml"):
             return ""

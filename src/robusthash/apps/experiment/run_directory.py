@@ -106,7 +106,7 @@ class Run:
             return torch.load(self._resume_file, map_location="cpu", weights_only=True)
 
     def checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the training checkpoint; store the weights of this epoch too, if ``keep_epochs`` says so."""
+        """Replace the training checkpoint; store the epoch's weights too, if ``keep_epochs`` says so."""
         self._resume_file.parent.mkdir(parents=True, exist_ok=True)
         every = self.config.runtime.keep_epochs
         if every is not None and state["epoch"] % every == 0:
@@ -148,7 +148,7 @@ class Run:
     def save_model(
         self, hasher: Hasher, objective: HashObjective, lines: list[dict[str, Any]], size: tuple[int, ...]
     ) -> None:
-        """Write the trained weights and the model card, with the ``size`` of images, and drop the checkpoint."""
+        """Write weights and model card, with the ``size`` of images, and delete the training checkpoint."""
         folder = self.path / "checkpoint"
         folder.mkdir(parents=True, exist_ok=True)
         weights = {"hasher": _save_weights(hasher.state_dict(), folder / "hasher.safetensors")}
