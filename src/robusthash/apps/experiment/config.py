@@ -241,11 +241,13 @@ class Config(Section):
             if name in NAMES and modality in MODALITIES and getattr(self.hasher, modality) is None:
                 raise ValueError(f"training.optim.{name} needs hasher.{modality}, which is not set")
         attack = self.training.inner_attack()
-        for modality in () if attack is None else attack.threat.balls:
+        if attack is None:
+            return self
+        for modality in attack.threat.balls:
             if getattr(self.hasher, modality, None) is None:
-                remedy = f"set hasher.{modality}, or take another training.attack"
                 raise ValueError(
-                    f"the inner attack {attack.name!r} changes {modality}s, and this hasher encodes none: {remedy}"
+                    f"the inner attack {attack.name!r} changes {modality}s, and this hasher encodes none: "
+                    f"set hasher.{modality}, or take another training.attack"
                 )
         return self
 

@@ -94,7 +94,7 @@ class Point:
 
     @property
     def parent(self) -> str:
-        """Key of the run that training starts from, if a recipe makes it: two points must not do so at once."""
+        """Key of the run that training starts from, if a recipe makes it: never by two points at once."""
         config, named = self.config, self.config.training.init_from
         if named is None or Path(named).suffix not in (".yaml", ".yml"):
             return ""
