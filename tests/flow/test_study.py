@@ -234,6 +234,24 @@ def test_a_killed_point_is_named_and_ends_no_other(recipe, tmp_path):
     assert [outcome.state for outcome in again] == ["done", "done"]
 
 
+def test_points_of_one_parent_train_it_once(recipe, tmp_path):
+    """Two points that start from one recipe share its run; where that fails, both fail and name it."""
+    training = {"recipe": "adversarial", "outer": {"name": "pgd-at"}, "epochs": 1, "init_from": recipe.name}
+    training["attack"] = {"name": "pgd", "steps": 1}
+    child = recipe.parent / "child.yaml"
+    child.write_text(yaml.safe_dump({"extends": recipe.name, "training": training}))
+    points = sweep.points_of(child, [sweep.read_axis("training.clip=0,1")], [0])
+    assert points[0].parent == points[1].parent != ""
+    outcomes = sweep.Sweep(child, points, tmp_path / "runs", tmp_path / "swept", jobs=2).run()
+    assert [outcome.state for outcome in outcomes] == ["done", "done"], outcomes
+    assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1
+    recipe.write_text(yaml.safe_dump({**CONFIG, "data": {"name": "folder", "root": "nowhere"}}))
+    points = sweep.points_of(child, [sweep.read_axis("training.clip=0,1")], [1])
+    outcomes = sweep.Sweep(child, points, tmp_path / "runs", tmp_path / "swept", jobs=2).run()
+    assert [outcome.state for outcome in outcomes] == ["failed", "failed"]
+    assert all("its parent tiny.yaml failed:" in outcome.error for outcome in outcomes)
+
+
 @pytest.mark.parametrize(
     ("over", "message"),
     [
