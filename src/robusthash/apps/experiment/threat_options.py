@@ -9,8 +9,8 @@ import torch
 from robusthash.apps.experiment.config import Component, value_of
 from robusthash.apps.experiment.model_stages import image_size
 from robusthash.apps.experiment.run_directory import Run
+from robusthash.attacks import named_threat
 from robusthash.attacks.threat_model import EPS, Edits, Knowledge, Threat
-from robusthash.attacks.threat_registry import named_threat
 from robusthash.data.base import RetrievalData
 
 
