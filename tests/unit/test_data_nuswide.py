@@ -92,9 +92,20 @@ def test_rows_of_all_files_belong_together(nus: Path) -> None:
         assert torch.equal(batch.inputs["text"][row], torch.from_numpy(tags_of(number)).float())
 
 
-def test_tags_without_the_photo_are_the_same(nus: Path) -> None:
+@pytest.mark.parametrize("layout", ["1000 columns", "two parts"])
+def test_tags_of_other_layouts_are_the_same(nus: Path, layout: str) -> None:
     expected = load(nus)
-    write_tags(nus / "NUS-WIDE" / "NUS_WID_Tags" / "AllTags1k.txt", range(ITEMS), with_photo=False)
+    folder = nus / "NUS-WIDE" / "NUS_WID_Tags"
+    (folder / "AllTags1k.txt").unlink()
+    if layout == "1000 columns":
+        write_tags(folder / "AllTags1k.txt", range(ITEMS), with_photo=False)
+    else:  # the parts are in another order than the whole list
+        for part, numbers in (("Train", range(15, ITEMS)), ("Test", range(15))):
+            write(
+                nus / "NUS-WIDE" / "ImageList" / f"{part}Imagelist.txt",
+                [name_of(number) for number in numbers],
+            )
+            write_tags(folder / f"{part}_Tags1k.dat", numbers, with_photo=False)
     data = load(nus)
     assert data.vocabulary == 1000
     rows = torch.arange(4)
@@ -144,7 +155,7 @@ def test_files_that_do_not_belong_together(nus: Path) -> None:
     [
         ("ImageList", r"no Imagelist\.txt in .*; ImageList\.zip unpacks to"),
         ("Groundtruth", r"no AllLabels in .*; Groundtruth\.zip unpacks to"),
-        ("NUS_WID_Tags", r"no AllTags1k\.txt in .*; NUS_WID_Tags\.zip"),
+        ("NUS_WID_Tags", r"no TrainImagelist\.txt in|no Train_Tags1k\.dat in .*; NUS_WID_Tags\.zip"),
     ],
 )
 def test_what_is_missing_belongs_to_which_archive(nus: Path, gone: str, message: str) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from robusthash.data.base import find
 from robusthash.data.image_files import ImageFile, ImageOptions
-from robusthash.data.official import Pool, find, make_data
+from robusthash.data.image_text import Pool, TextOptions, Vocabulary, make_data
 from robusthash.data.splits import Protocol, SplitOptions, find_protocol, protocol_split
-from robusthash.data.texts import TextOptions, Vocabulary
 from tests.unit.test_data_folder import picture
 
 NAMES = ("a", "b", "c")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from robusthash.core.runtime import Draws
-from robusthash.data.texts import Vocabulary, words_of
+from robusthash.data.image_text import Vocabulary, words_of
 from robusthash.data.transforms import augment
 
 TEXTS = ["A red disc, a RED square.", "the blue disc's edge", "a disc"]

@@ -15,7 +15,7 @@ import torch
 
 from robusthash.core.registry import build
 from robusthash.data import RetrievalData, load_data
-from robusthash.data.texts import token_ids
+from robusthash.data.image_text import token_ids
 from robusthash.models import build_hasher, encode_split
 from robusthash.objectives import DPSH
 from robusthash.training import HashingRecipe, fit

@@ -12,7 +12,9 @@ def load_data(name: str, **options: Any) -> RetrievalData:
     """Load a registered data set, e.g. ``load_data("photos", seed=0)``.
 
     Raises:
-        KeyError: an unknown name or option; the nearest is offered.
-        FileNotFoundError: with what belongs where, when files are missing.
+        KeyError: an unknown name, option or split; the nearest is offered.
+        FileNotFoundError: a file is missing; the message says which archive it is in and where it goes.
+        ValueError: broken files or files that do not belong together, an option outside its range, or a split
+            that the items cannot give; the message names the value.
     """
     return build("data", {"name": name, **options})

@@ -1,11 +1,16 @@
-"""Splits, retrieval data sets and their batches: the result of every reader, the input of everything else."""
+"""Splits, data sets and batches, which every reader makes, and the helpers that readers share."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+import inspect
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +19,10 @@ from torch import Tensor
 
 from robusthash.core.runtime import Draws, digest
 from robusthash.core.types import Batch, Inputs
+
+_DEPTH = 3  # folders that an unpacked archive may lie below the root
+
+Reader = Callable[..., "RetrievalData"]
 
 
 class Source(Protocol):
@@ -172,11 +181,7 @@ class RetrievalData:
         return tuple(self.train.also)
 
     def by(self, system: str) -> RetrievalData:
-        """The same items, relevant to each other by another label system.
-
-        Raises:
-            ValueError: the items have no such labels.
-        """
+        """The same items, relevant to each other by another label system; ValueError where there is none."""
         if system not in self.train.also:
             has = list(self.label_systems)
             raise ValueError(f"{self.name} has no labels {system!r} beside its own; it has {has}")
@@ -236,3 +241,78 @@ def batches(
             current, ahead = ahead, reader.submit(read, chunk)
             yield current.result()
         yield ahead.result()
+
+
+def flat_options(*without: str) -> Callable[[Reader], Reader]:
+    """Let a reader that takes option records be called by their fields, as recipes name them.
+
+    A parameter whose default is a dataclass instance is replaced by the fields of that class, with the
+    instance's values as defaults. Fields in ``without`` are no options of this reader.
+    """
+
+    def flatten(reader: Reader) -> Reader:
+        signature = inspect.signature(reader, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        records: dict[str, tuple[Any, set[str]]] = {}
+        for name, parameter in signature.parameters.items():
+            record = parameter.default
+            if not dataclasses.is_dataclass(record):
+                parameters.append(parameter)
+                continue
+            fields = inspect.signature(type(record), eval_str=True).parameters.values()
+            taken = [field for field in fields if field.name not in without]
+            parameters += [field.replace(default=getattr(record, field.name)) for field in taken]
+            records[name] = record, {field.name for field in taken}
+        flat = signature.replace(parameters=parameters)
+
+        @functools.wraps(reader)
+        def read(*args: Any, **kwargs: Any) -> RetrievalData:
+            options = flat.bind(*args, **kwargs).arguments
+            for name, (record, fields) in records.items():
+                given = {field: options.pop(field) for field in fields & options.keys()}
+                options[name] = replace(record, **given)
+            return reader(**options)
+
+        read.__signature__ = flat  # type: ignore[attr-defined]
+        return read
+
+    return flatten
+
+
+def find(root: Path, name: str, belong: str) -> Path:
+    """The file or folder ``name`` at ``root`` or up to three folders below, wherever an archive was unpacked.
+
+    ``belong`` says, for the message, which archive it is in and where it goes. Raises FileNotFoundError where
+    it is nowhere, and ValueError where two are equally near.
+    """
+    for depth in range(_DEPTH + 1):
+        paths = [path for path in sorted(root.glob("*/" * depth + name)) if _is_own(path.relative_to(root))]
+        if len(paths) > 1:
+            raise ValueError(f"{name} is there twice, at {paths[0]} and {paths[1]}; give the root of one")
+        if paths:
+            return paths[0]
+    raise FileNotFoundError(f"no {name} in {root.absolute()}; {belong}")
+
+
+def _is_own(path: Path) -> bool:
+    """Whether no folder on the way is hidden or one that a Mac adds to archives."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def lines_of(path: Path) -> list[str]:
+    """The non-empty lines of a text file, with either line ending; bytes that are no UTF-8 become a mark."""
+    return [line.strip() for line in path.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+
+
+def read_npz(path: Path, keys: Sequence[str], what: str) -> dict[str, np.ndarray]:
+    """The arrays ``keys`` of an ``.npz`` file of the data set ``what``; pickles are refused."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path.absolute()}; it should hold the arrays {', '.join(keys)}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = sorted(set(keys) - set(archive.files))
+            if missing:
+                raise ValueError(f"it lacks the arrays {', '.join(missing)} of {', '.join(keys)}")
+            return {key: archive[key] for key in keys}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a {what} archive: {error}") from error

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from robusthash.core.registry import register
-from robusthash.data.base import ArraySource, RetrievalData
-from robusthash.data.official import read_npz
+from robusthash.data.base import ArraySource, RetrievalData, read_npz
 from robusthash.data.splits import SplitOptions, assemble, class_split, compact, hash_pixels, one_hot
 
 _OFFICIAL = "cifar-10-batches-py"
@@ -63,10 +62,6 @@ def cifar10(
         split: one of the three above.
         query, train, database: cut a split to a number of items, equal over the classes and seeded, for
             instance ``database=10000`` on a small machine. None is the customary size.
-
-    Raises:
-        FileNotFoundError: nothing is there; the message says what belongs where.
-        ValueError: damaged files, a size that a class cannot give.
     """
     images = _read(Path(root), npz, download)
     if split == "official-test":

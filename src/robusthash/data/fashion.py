@@ -46,10 +46,6 @@ def fashion_mnist(
         pool: side to average the images down to, 4 to 28: each new pixel is the mean of the pixels that its
             area touches, which also keeps high frequencies from aliasing. None leaves 28.
         train, query, database: items, equal over the classes and seeded; None takes all there are.
-
-    Raises:
-        FileNotFoundError: nothing is there; the message says what belongs where.
-        ValueError: a damaged file, an option outside its range, a size that a class cannot give.
     """
     if pool is not None and not 4 <= pool <= _SIDE:
         raise ValueError(f"pool must lie in 4..{_SIDE} pixels, got {pool}")
@@ -103,11 +99,7 @@ def _either(path: Path) -> Path:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of unsigned bytes, plain or ``.gz`` -> uint8 array of its own shape.
-
-    Raises:
-        ValueError: a wrong magic number, too few or too many bytes, or broken compression; the file is named.
-    """
+    """An IDX file of unsigned bytes, plain or ``.gz`` -> uint8 array of its own shape."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:

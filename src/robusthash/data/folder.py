@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from robusthash.core.registry import register
-from robusthash.data.base import RetrievalData
+from robusthash.data.base import RetrievalData, flat_options
 from robusthash.data.image_files import SUFFIXES, ImageFile, ImageOptions, decode
-from robusthash.data.official import flat_options
+from robusthash.data.image_text import TextOptions
 from robusthash.data.splits import Indices, SplitOptions, assemble, class_split, random_split
-from robusthash.data.texts import TextOptions
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +90,6 @@ def folder(
             there, else ``random``. Of a drawn split: ``query`` None is a fifth of all items, ``train`` is
             disjoint from the database (None trains on all of it), ``database`` None is all the others.
         columns: for the rule ``manifest``.
-
-    Raises:
-        FileNotFoundError: a folder, archive, manifest or listed file is missing.
-        ValueError: no labels, broken rows, repeated files, empty classes, unreadable files
-            (``UnreadableImage``), a split that cannot be made.
     """
     if (root is None) == (archive is None):
         raise ValueError(f"give either root (a folder) or archive (a tar), got {root!r} and {archive!r}")
@@ -149,7 +143,7 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
     """The split that the column ``split`` of the manifest writes down."""
     values = {entry.split for entry in entries}
     if not any(values):
-        raise ValueError("split='manifest' needs a column 'split'; use 'random' or 'balanced'")
+        raise ValueError("split='manifest' needs a manifest with a column 'split'; or draw one")
     unknown = sorted(values.difference(*vars(columns).values()))
     if unknown:
         raise ValueError(
@@ -180,10 +174,10 @@ def _drawn_split(labels: Tensor, names: Sequence[str], splits: SplitOptions) -> 
     if splits.split != "balanced":
         raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {splits.split!r}")
     number = labels.sum(1)
-    for count, labels_each in ((int((number > 1).sum()), "several"), (int((number == 0).sum()), "none")):
-        if count:
-            wrong = f"{count} items have {labels_each}"
-            raise ValueError(f"split='balanced' needs one label an item and {wrong}; use 'random'")
+    for wrong, labels_each in ((number > 1, "several"), (number == 0, "none")):
+        if count := int(wrong.sum()):
+            text = f"split='balanced' needs one label an item and {count} items have {labels_each}"
+            raise ValueError(f"{text}; use 'random'")
     return class_split(labels.argmax(1), splits, names=names)
 
 
@@ -210,15 +204,13 @@ def _entries_of_folder(root: str | Path | None, captions: bool) -> list[Entry]:
         raise ValueError(f"{root} is empty: it holds neither class folders nor images")
     if {path.name.lower() for path in classes} <= _SPLIT_NAMES:
         raise ValueError(
-            f"the folders of {root} are named like splits ({_some([path.name for path in classes])}), which would "
-            "become labels; give a manifest with the columns file, labels and split"
+            f"the folders of {root} are named like splits ({_some([each.name for each in classes])}), "
+            "not like classes; give a manifest with the columns file, labels and split"
         )
     files = {path.name: sorted(file for file in path.rglob("*") if _is_image(file)) for path in classes}
     empty = [name for name, images in files.items() if not images]
     if empty:
-        raise ValueError(
-            f"{len(empty)} class folders of {root} hold no image: {_some(empty)}; fill or remove"
-        )
+        raise ValueError(f"{len(empty)} class folders of {root} hold no image: {_some(empty)}; fill them")
     return [Entry(ImageFile(file), (name,)) for name, images in files.items() for file in images]
 
 
@@ -227,11 +219,11 @@ def _entries_of_manifest(
     root: str | Path | None,
     archive: str | Path | None,
     label_field: LabelField,
-    captions: bool,
+    with_captions: bool,
 ) -> list[Entry]:
     """The rows of a CSV or JSON-lines manifest, their files found in a folder or in a plain tar."""
     rows, other = _rows(manifest), _OTHER[label_field]
-    for column in ("file", label_field, "captions") if captions else ("file", label_field):
+    for column in ("file", label_field, "captions") if with_captions else ("file", label_field):
         lacking = [line for line, row in rows if column not in row]
         if lacking:
             raise ValueError(
@@ -255,13 +247,11 @@ def _entries_of_manifest(
             continue
         labels = tuple(sorted(set(_texts(row[label_field]))))
         also = tuple(sorted(set(_texts(row.get(other)))))
-        said = tuple(_texts(row.get("captions"), separator=""))
-        entries.append(Entry(file, labels, str(row.get("split") or ""), said, also))
+        captions = tuple(_texts(row.get("captions"), separator=""))
+        entries.append(Entry(file, labels, str(row.get("split") or ""), captions, also))
     if missing:
-        where = archive or root
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(rows)} files of {manifest} are not in {where}: {_some(missing)}"
-        )
+        count = f"{len(missing)} of {len(rows)} files of {manifest}"
+        raise FileNotFoundError(f"{count} are not in {archive or root}: {_some(missing)}")
     return entries
 
 
@@ -315,9 +305,8 @@ def _texts(value: Any, separator: str = ";") -> list[str]:
 def _refuse_repeated(values: Iterable[str], column: str, manifest: Path) -> None:
     twice = [value for value, count in Counter(values).items() if count > 1]
     if twice:
-        raise ValueError(
-            f"{len(twice)} values of column {column!r} occur twice in {manifest}: {_some(twice)}"
-        )
+        count = f"{len(twice)} values of column {column!r}"
+        raise ValueError(f"{count} occur twice in {manifest}: {_some(twice)}")
 
 
 def _members(archive: Path) -> dict[str, ImageFile]:

@@ -27,12 +27,9 @@ logger = logging.getLogger(__name__)
 Fit = Literal["crop", "stretch", "pad"]
 OnError = Literal["skip", "raise"]
 
-MAX_PIXELS = 50_000_000
-"""Default limit of width x height: beyond any camera that a search engine meets, and 150 MB once decoded."""
-
+MAX_PIXELS = 50_000_000  # width x height, 150 MB once decoded
+# formats that are opened at all; the rest of Pillow's list holds some that start other programs (EPS)
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
-"""Formats that are opened at all; the rest of Pillow's list holds some that start other programs (EPS)."""
-
 SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2"]
 )
@@ -249,10 +246,7 @@ class FileSource:
 def decode(files: Sequence[str | Path | ImageFile], options: ImageOptions) -> tuple[FileSource, Tensor]:
     """Decode every file once: the readable ones with hashes of their pixels, and their (K,) positions.
 
-    Raises:
-        UnreadableImage: under ``on_error="raise"``.
-        FileNotFoundError: a file is not there.
-        ValueError: no file can be read.
+    Raises ``UnreadableImage`` under ``on_error="raise"``, and ValueError where no file can be read.
     """
     fits = len(files) * 3 * options.size**2 <= options.memory
     images = torch.empty(len(files) if fits else 0, 3, options.size, options.size, dtype=torch.uint8)
@@ -285,10 +279,7 @@ def read_images(
     on_error: OnError = "skip",
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Tensor, Tensor]:
-    """Image files -> (K, 3, size, size) uint8 pixels, and (K,) int64 positions of the readable files.
-
-    Options as in ``ImageOptions``, errors as of ``decode``.
-    """
+    """Image files -> (K, 3, size, size) uint8, and (K,) positions of the readable ones, as ``decode``."""
     source, rows = decode(files, ImageOptions(size, fit, on_error, max_pixels, memory=sys.maxsize))
     assert source.images is not None  # any number of images fits
     return source.images, rows

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from robusthash.core.registry import register
-from robusthash.data.base import RetrievalData
+from robusthash.data.base import RetrievalData, find, flat_options, lines_of
 from robusthash.data.image_files import ImageFile, ImageOptions
-from robusthash.data.official import Pool, find, flat_options, lines_of, make_data
+from robusthash.data.image_text import Pool, TextOptions, make_data
 from robusthash.data.splits import Protocol, SplitOptions, find_protocol, protocol_split
-from robusthash.data.texts import TextOptions
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +60,6 @@ def mirflickr(
         splits: sizes of ``sfcl`` or ``drfgd`` (2,000 queries, 5,000 training items), ``dsarh`` (1,000 and
             5,000), ``dcmh`` (2,000 and 10,000), ``ucch`` (the last 2,000, trained on all others). All others
             are the database; a cut one is drawn from all that are no queries.
-
-    Raises:
-        FileNotFoundError: a file is missing; the message says which archive it is in and where it goes.
-        KeyError: an unknown split.
-        ValueError: broken files or too few items.
     """
     protocol = find_protocol(SPLITS, splits.split)
     folder = find(Path(root), "mirflickr", _IMAGES)

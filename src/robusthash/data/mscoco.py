@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from robusthash.core.registry import register
-from robusthash.data.base import RetrievalData
+from robusthash.data.base import RetrievalData, find, flat_options
 from robusthash.data.image_files import ImageFile, ImageOptions
-from robusthash.data.official import Pool, find, flat_options, make_data
+from robusthash.data.image_text import Pool, TextOptions, make_data
 from robusthash.data.splits import Indices, Protocol, SplitOptions, find_protocol, protocol_split
-from robusthash.data.texts import TextOptions
 
 SPLITS = {
     "sfcl": Protocol(5000, 10000, "random", "SFCL"),
@@ -55,11 +54,6 @@ def mscoco(
             ``ucch`` (the last 5,000, trained on all others); ``dsarh`` follows the ``karpathy`` file (5,000
             queries, 5,000 for validation, all others trained on and searched); ``official`` has the val
             images as queries. A cut database is drawn from all that are no queries.
-
-    Raises:
-        FileNotFoundError: a file is missing; the message says which archive it is in and where it goes.
-        KeyError: an unknown split.
-        ValueError: broken annotations or too few items.
     """
     written = (_KARPATHY, _OFFICIAL)
     protocol = find_protocol({**SPLITS, **dict.fromkeys(written, SPLITS["sfcl"])}, splits.split)

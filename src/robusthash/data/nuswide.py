@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from robusthash.core.registry import register
-from robusthash.data.base import RetrievalData
+from robusthash.data.base import RetrievalData, find, flat_options, lines_of
 from robusthash.data.image_files import ImageFile, ImageOptions
-from robusthash.data.official import Pool, find, flat_options, lines_of, make_data
+from robusthash.data.image_text import Pool, TextOptions, make_data
 from robusthash.data.splits import Protocol, SplitOptions, find_protocol, protocol_split
-from robusthash.data.texts import TextOptions
 
 SPLITS = {
     "sfcl": Protocol(2100, 10500, "per-class", "SFCL"),
@@ -34,7 +33,7 @@ _LISTS = (
     "ImageList.zip unpacks to ImageList/ with Imagelist.txt (269,648 lines like actor\\0001_2124494179.jpg)"
 )
 _TRUTH = "Groundtruth.zip unpacks to Groundtruth/AllLabels/ with 81 files Labels_airport.txt and so on"
-_TAGS = "NUS_WID_Tags.zip unpacks to NUS_WID_Tags/ with AllTags1k.txt and All_Tags.txt"
+_TAGS = "NUS_WID_Tags.zip unpacks to NUS_WID_Tags/ with All_Tags.txt, and AllTags1k.txt or both parts"
 _IMAGES = "the photographs belong in Flickr/<concept>/<file>, as the image list names them, or in images="
 
 
@@ -66,16 +65,10 @@ def nus_wide(
             each), ``dadh`` (21; 2,100 and 10,000 of all), ``djsrh`` (10; 200 and 500 of each) or ``ucch``
             (10; the last 2,100, trained on all others). All that are no queries are the database; a cut one
             is drawn from them.
-
-    Raises:
-        FileNotFoundError: a file is missing; the message says which archive it is in and where it goes.
-        KeyError: an unknown split.
-        ValueError: files that do not belong together or too few items.
     """
     protocol = find_protocol(SPLITS, splits.split)
     root = Path(root)
-    # the list has Windows separators
-    listed = [line.replace("\\", "/") for line in lines_of(find(root, "Imagelist.txt", _LISTS))]
+    listed = _image_names(find(root, "Imagelist.txt", _LISTS))
     count = _CONCEPTS.get(str(splits.split), 21) if concepts is None else concepts
     labels, names = _most_frequent(find(root, "AllLabels", _TRUTH), len(listed), count)
     folder = find(root, "Flickr", _IMAGES) if images is None else Path(images)
@@ -88,11 +81,16 @@ def nus_wide(
         tags = _raw_tags(find(root, "All_Tags.txt", _TAGS), listed)
         pool = replace(pool, texts=tuple(tags[row] for row in torch.nonzero(labelled).flatten().tolist()))
     elif text.texts:
-        pool = replace(pool, bags=_tag_bags(find(root, "AllTags1k.txt", _TAGS), listed, labelled))
+        pool = replace(pool, bags=_tag_bags(root, listed, labelled))
     pool = pool.on_disk(_IMAGES)
     indices = protocol_split(pool.labels, protocol, splits, names)
     note = f"Split {splits.split}, seed {splits.seed}; images {image}; {count} concepts."
     return make_data("nus-wide", pool, indices, image, text, note)
+
+
+def _image_names(path: Path) -> list[str]:
+    """The lines of an image list, which have Windows separators."""
+    return [line.replace("\\", "/") for line in lines_of(path)]
 
 
 def _most_frequent(folder: Path, images: int, concepts: int) -> tuple[Tensor, tuple[str, ...]]:
@@ -119,13 +117,28 @@ def _marks(path: Path, count: int) -> np.ndarray:
     return marks == 1
 
 
-def _tag_bags(path: Path, listed: list[str], mask: Tensor) -> Tensor:
+def _tag_bags(root: Path, listed: list[str], mask: Tensor) -> Tensor:
     """(N, 1000) bool, the tags that come with the set, of the ``listed`` images where ``mask`` holds."""
-    bags = torch.zeros(len(listed), _TAG_COUNT, dtype=torch.bool)
-    for row, (name, line) in enumerate(_line_by_line(listed, path)):
-        if mask[row]:
-            bags[row] = torch.from_numpy(_tag_row(line, name))
-    return bags[mask]
+    row = {listed[item]: row for row, item in enumerate(torch.nonzero(mask).flatten().tolist())}
+    bags = torch.zeros(len(row), _TAG_COUNT, dtype=torch.bool)
+    lines = 0
+    for name, line in _tag_lines(root, listed):
+        if name in row:
+            bags[row[name]] = torch.from_numpy(_tag_row(line, name))
+            lines += 1
+    if lines != len(row):
+        raise ValueError(f"the tag files have rows for {lines} of {len(row)} images; {_TAGS}")
+    return bags
+
+
+def _tag_lines(root: Path, listed: list[str]) -> Iterator[tuple[str, str]]:
+    """Image names with their lines of tags, from ``AllTags1k.txt`` or else from the files of both parts."""
+    try:
+        yield from _line_by_line(listed, find(root, "AllTags1k.txt", _TAGS))
+    except FileNotFoundError:
+        for part in ("Train", "Test"):
+            names = _image_names(find(root, f"{part}Imagelist.txt", _LISTS))
+            yield from _line_by_line(names, find(root, f"{part}_Tags1k.dat", _TAGS))
 
 
 def _line_by_line(names: list[str], path: Path) -> Iterator[tuple[str, str]]:

@@ -22,8 +22,8 @@ from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.data.base import ArraySource, RetrievalData, Split
 from robusthash.data.image_files import read_image
+from robusthash.data.image_text import Vocabulary
 from robusthash.data.splits import Indices, assemble, check_sizes, hash_pixels
-from robusthash.data.texts import Vocabulary
 from robusthash.data.transforms import through_jpeg
 
 Labels = Literal["photo", "tags", "both"]
@@ -144,10 +144,6 @@ def photos(
             captions.
         train, query, database: items in each split; the three are disjoint.
         max_overlap: in (0, 1].
-
-    Raises:
-        FileNotFoundError: scikit-image or scikit-learn came without its photographs.
-        ValueError: an option outside its range, or no window keeps to ``max_overlap``.
     """
     if not 16 <= size <= 256:
         raise ValueError(f"size must lie in 16..256 pixels, got {size}")
@@ -180,12 +176,7 @@ def photos(
 
 
 def describe_item(split: Split, position: int) -> PhotoItem:
-    """Return how the item at ``position`` of a split of ``photos`` was made.
-
-    Raises:
-        ValueError: the split is of another data set.
-        IndexError: no such position.
-    """
+    """Return how the item at ``position`` was made; ValueError where the split is of another data set."""
     if not isinstance(split.source, PhotoSource):
         raise ValueError(f"the {split.name} split is not made of the embedded photographs")
     return split.source.items[int(split.rows[position])]
@@ -198,11 +189,7 @@ def thumbnail(item: PhotoItem, size: int = 256) -> Tensor:
 
 
 def photograph_path(photograph: Photograph) -> Path:
-    """The file inside the installed package, which itself is not imported.
-
-    Raises:
-        FileNotFoundError: it is not there.
-    """
+    """The file inside the installed package, which itself is not imported."""
     package, _, inside = photograph.file.partition("/")
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / inside if spec is not None and spec.origin else Path(photograph.file)

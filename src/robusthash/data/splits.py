@@ -146,10 +146,7 @@ def class_split(
         labels: (N,) int64 classes.
         query_among: (N,) bool, the official test part: all queries are of it (``query`` None takes them all),
             and nothing else is. None lets every item be a query, and ``query`` None is a fifth.
-        names: of the classes, for messages.
-
-    Raises:
-        ValueError: a class is too small for its share.
+        names: of the classes, for the message where one is too small for its share.
     """
     draws = Draws(sizes.seed).within("class-split")
     candidates, query = query_among, sizes.query
@@ -169,9 +166,6 @@ def random_split(count: int, sizes: SplitOptions, train_in_database: bool = True
     """A split of ``count`` items that ignores labels, for multi-label sets.
 
     ``query`` None is a fifth of the items; ``train`` and ``database`` None as in ``class_split``.
-
-    Raises:
-        ValueError: more items asked for than there are.
     """
     query, train, database = _query_count(sizes, count), sizes.train, sizes.database
     draws = Draws(sizes.seed).within("random-split")
@@ -200,10 +194,7 @@ def protocol_split(labels: Tensor, protocol: Protocol, sizes: SplitOptions, name
     """The split of (N, C) multi-hot ``labels`` by a protocol, or of other sizes under its rule.
 
     ``query`` and ``train`` None are the protocol's own numbers; ``database`` None is every item that is no
-    query, else that many of those, drawn apart from the training items.
-
-    Raises:
-        ValueError: there are too few items, of all or of one class, which ``names`` names.
+    query, else that many of those, drawn apart from the training items. ValueError where there are too few.
     """
     query = protocol.query if sizes.query is None else sizes.query
     train = protocol.train if sizes.train is None else sizes.train
@@ -301,9 +292,6 @@ def assemble(
         labels: (N, C) multi-hot of all rows of the source.
         hashes: (N,) content hashes of all rows.
         also: other label systems of all rows, by name.
-
-    Raises:
-        ValueError: from ``RetrievalData``, e.g. where no query is left.
     """
     elsewhere = [rows for rows in (indices.train, indices.database, indices.validation) if rows is not None]
     twice = np.isin(hashes[indices.query.numpy()], hashes[torch.cat(elsewhere).numpy()])

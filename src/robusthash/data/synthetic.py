@@ -8,8 +8,8 @@ from torch import Tensor
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.data.base import ArraySource, RetrievalData
+from robusthash.data.image_text import Vocabulary
 from robusthash.data.splits import Indices, assemble, check_sizes, hash_pixels, one_hot
-from robusthash.data.texts import Vocabulary
 
 COLOURS = {
     "red": (0.85, 0.15, 0.15),
@@ -43,9 +43,6 @@ def synthetic(
             one or both; otherwise the pair is the single label (16 columns).
         texts: adds the caption as modality ``text``; it names the ground and the place too, which is noise.
         train, query, database: items in each split; the three are disjoint.
-
-    Raises:
-        ValueError: an option outside its range.
     """
     if not 12 <= size <= 64:
         raise ValueError(f"size must lie in 12..64 pixels, got {size}")

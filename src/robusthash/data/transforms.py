@@ -59,11 +59,7 @@ class Change:
     apply: Callable[[Tensor], Tensor]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The changed images, rounded to multiples of 1/255.
-
-        Raises:
-            ValueError: images that are not (B, 3, H, W) float.
-        """
+        """The changed images, rounded to multiples of 1/255; ValueError unless (B, 3, H, W) float."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             shape = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"changes take (B, 3, H, W) float images, got {shape}")

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from robusthash.core.registry import register
-from robusthash.data.base import RetrievalData
+from robusthash.data.base import RetrievalData, flat_options
 from robusthash.data.folder import LabelField, folder
 from robusthash.data.image_files import ImageOptions
-from robusthash.data.official import flat_options
-from robusthash.data.texts import TextOptions
+from robusthash.data.image_text import TextOptions
 
 _TAR, _FOLDER, _MANIFEST = "ucmerced.tar", "ucmerced", "ucmerced.jsonl"
 
@@ -47,16 +46,12 @@ def ucmerced(
         labels: main label system, ``labels`` (17) or ``class`` (21); the other one comes along by its name.
         query_splits: parts of the caption set that are queries; with ``["test"]``, ``val`` is for validation.
         image: the originals have 256 pixels a side.
-
-    Raises:
-        FileNotFoundError: nothing is there; the message says what belongs where.
-        ValueError: as in ``folder``.
     """
     manifest = Path(root) / _MANIFEST if manifest is None else Path(manifest)
     if not manifest.is_file():
         raise FileNotFoundError(
-            f"no UC Merced at {manifest.absolute()}: it should hold one JSON object a line with file, labels, "
-            f"class, captions and split, and {_TAR} the images (or name them by manifest= and archive=)"
+            f"no UC Merced at {manifest.absolute()}: it should hold one JSON object a line with file, "
+            f"labels, class, captions and split, and {_TAR} the images (or give manifest= and archive=)"
         )
     tar, unpacked = Path(root) / _TAR, Path(root) / _FOLDER
     if archive is None and tar.is_file():

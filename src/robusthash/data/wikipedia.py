@@ -14,11 +14,10 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
-from robusthash.data.base import ArraySource, RetrievalData
+from robusthash.data.base import ArraySource, RetrievalData, find, flat_options, lines_of, read_npz
 from robusthash.data.image_files import ImageFile, ImageOptions
-from robusthash.data.official import Pool, find, flat_options, lines_of, make_data, read_npz
+from robusthash.data.image_text import Pool, TextOptions, make_data
 from robusthash.data.splits import Indices, SplitOptions, assemble, compact, draw_rows, one_hot
-from robusthash.data.texts import TextOptions
 
 CATEGORIES = (
     *("art", "biology", "geography", "history", "literature"),
@@ -68,10 +67,6 @@ def wikipedia(
         text: ``True`` or ``"topics"`` is (N, 10) weights of topics; from the archive only and next to pixels
             only, ``"bag"`` is a bag of the words of the article and ``"tokens"`` token ids.
         splits: cuts a part to a number of items, drawn by ``seed``.
-
-    Raises:
-        FileNotFoundError: a file is missing; the message says which archive it is in and where it goes.
-        ValueError: files that do not belong together, an option that the files cannot serve.
     """
     words = text.texts in ("bag", "tokens")
     if images == "features" and words:

@@ -39,9 +39,8 @@ class Within:
 class CodeIndex:
     """Items (id, code, payload) searched by Hamming distance; one writer at a time, any number of readers.
 
-    * With an exact engine ``search`` returns what ``core.hamming.topk`` returns on the items held, ordered by
-      (distance, id), ties at rank k included; -1 fills the ranks that no item has, and ``Ranking.cut`` is
-      False. With an approximate engine ``Ranking.cut`` is True.
+    * An exact engine returns what ``core.hamming.topk`` returns on the items held, by (distance, id), ties at
+      rank k included; -1 fills the ranks that no item has. An approximate one sets ``Ranking.cut``.
     * A write is acknowledged (the call returns) when it survives a kill, and happens whole or not at all.
     * Codes of another origin than those held are refused by ``add``, ``search`` and ``range``. Codes without
       an origin, and an index whose codes came without one, are accepted. An emptied index takes any origin.
@@ -51,20 +50,13 @@ class CodeIndex:
       members. The allowed items are scanned exactly.
     * Wrong input raises ValueError and changes nothing.
 
-    The engine is built from the store at opening, follows this object's writes, and is built again when
-    another process has written. Exact to about ten million codes at interactive speed.
+    The engine follows this object's writes, and is built again from the store when another process has
+    written. Exact to about ten million codes at interactive speed.
 
     Args:
         directory: of the store; it may hold other files as well.
-        bits: code length; needed for a new index, checked against an old one.
-        engine: ``faiss`` (exact), ``numpy`` (exact, the oracle) or ``faiss-ivf`` (approximate; its measured
-            recall is in ``info()["approximation"]``). The store is the same for all three.
-        create: make the index where there is none.
+        bits, engine, create: as in ``open_index``.
         wait: seconds to wait for another process that is writing.
-
-    Raises:
-        FileNotFoundError: there is no index and ``create`` is False.
-        ValueError: wrong arguments, or a store that is damaged or of another format.
     """
 
     def __init__(
@@ -171,11 +163,7 @@ class CodeIndex:
         return int(ids[-1]) + 1 if len(ids) else 0
 
     def payload(self, ids: Ids) -> list[dict[str, Any]]:
-        """The payload of each id, in their order; ``{}`` for an item added without one.
-
-        Raises:
-            KeyError: an id that is not held.
-        """
+        """The payload of each id, in order, ``{}`` where an item has none; KeyError for an id not held."""
         array = _id_array(ids)
         with self._lock:
             by_id = self._opened().payload(array)
@@ -185,11 +173,7 @@ class CodeIndex:
         return [by_id[item] for item in array.tolist()]
 
     def snapshot(self, directory: str | Path) -> None:
-        """Write a consistent copy to a new directory, which appears only when it is complete and on disk.
-
-        Raises:
-            FileExistsError: the directory exists already.
-        """
+        """Write a consistent copy to a new directory, which appears only when complete and on disk."""
         target = Path(directory)
         if target.exists():
             raise FileExistsError(f"{target} exists already; give a snapshot a new directory")
@@ -200,16 +184,14 @@ class CodeIndex:
         """Address, engine, size, origin and format; of an approximate engine its measured recall too."""
         with self._lock:
             engine, meta = self._current(), self._opened().meta()
-        info = {
-            "url": f"file:{self._directory}",
-            "engine": self._name,
-            "created_with": meta["engine"],
+        names = {"url": f"file:{self._directory}", "engine": self._name, "created_with": meta["engine"]}
+        sizes = {
             "exact": engine.exact,
             "bits": self._bits,
             "count": len(engine.rows),
             "origin": meta["origin"],
-            "format": FORMAT,
         }
+        info = {**names, **sizes, "format": FORMAT}
         return info if engine.exact else {**info, "approximation": engine.report}
 
     def close(self) -> None:
@@ -271,11 +253,15 @@ def open_index(url: str, bits: int | None = None, engine: str = "faiss", create:
 
     Args:
         url: ``file:DIR``, a directory of this machine.
-        bits, engine, create: as in ``CodeIndex``.
+        bits: code length; needed for a new index, checked against an old one.
+        engine: ``faiss`` (exact), ``numpy`` (exact, the oracle) or ``faiss-ivf`` (approximate; its measured
+            recall is in ``info()["approximation"]``). The store is the same for all three.
+        create: make the index where there is none.
 
     Raises:
         FileNotFoundError: there is no index and ``create`` is False.
-        ValueError: an unknown scheme or engine, codes of another length, or a damaged store.
+        ValueError: an unknown scheme or engine, codes of another length, or a store that is damaged or of
+            another format.
     """
     scheme, _, rest = url.partition(":")
     if scheme != "file" or not rest:

@@ -238,11 +238,7 @@ def _recall(engine: Engine, k: int) -> float:
 
 @cache
 def check_tie_order(width: int) -> None:
-    """Test the installed faiss on codes of ``width`` bytes that are nearly all tied: the first row must win.
-
-    Raises:
-        RuntimeError: it does not.
-    """
+    """RuntimeError unless the installed faiss lets the first row win, on codes that are nearly all tied."""
     import faiss
 
     generator = Draws(0).within("tie-order", width).generator()

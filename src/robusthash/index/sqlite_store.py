@@ -37,7 +37,7 @@ _IN_LIST = "IN (SELECT value FROM json_each(?))"
 
 @final
 class Store:
-    """One connection to the file. Not safe for several threads at once: the index holds a lock around it.
+    """One connection to the file, for one thread at a time: the index holds a lock around it.
 
     Write-ahead log with ``synchronous=FULL``: a commit is on disk when it returns, and readers in other
     processes go on meanwhile. A second writer waits ``wait`` seconds for the first.
@@ -74,13 +74,11 @@ class Store:
 
     def version(self) -> int:
         """A number that changes when another connection has written."""
-        with self._errors():
-            return int(self._all("PRAGMA data_version")[0][0])
+        return int(self._all("PRAGMA data_version")[0][0])
 
     def meta(self) -> dict[str, Any]:
         """``bits, format, origin`` and the ``engine`` that the index was created with."""
-        with self._errors():
-            return {key: json.loads(value) for key, value in self._all("SELECT key, value FROM meta")}
+        return {key: json.loads(value) for key, value in self._all("SELECT key, value FROM meta")}
 
     def load(self, width: int) -> tuple[np.ndarray, np.ndarray]:
         """All (N,) ids ascending and their (N, width) codes."""
@@ -98,18 +96,16 @@ class Store:
         return ids, np.frombuffer(codes, dtype=np.uint8).reshape(len(ids), width)
 
     def add(self, ids: np.ndarray, codes: np.ndarray, payload: Sequence[str] | None, origin: str) -> str:
-        """Insert rows in one transaction, after checking ids and origin against what is held by then.
-
-        Returns:
-            The origin of all that is held now.
-        """
+        """Insert rows in one transaction, checked against those held; returns the origin held now."""
         order = np.argsort(ids)  # in id order the tree grows at its end, which is many times faster
         ascending, width = ids[order], codes.shape[1]
         with self._transaction():
             highest = self._all("SELECT max(id) FROM items")[0][0]
             held = ""  # of an emptied store, whatever its codes were of
             if highest is not None:
-                self._refuse_held(ids[ids <= highest])
+                known = json.dumps(ids[ids <= highest].tolist())
+                if taken := self._all(f"SELECT id FROM items WHERE id {_IN_LIST} LIMIT 1", known):
+                    raise ValueError(f"id {taken[0][0]} is already in the index; remove it or give a new id")
                 held = str(self.meta()["origin"])
                 check_origin(origin, held)
             held = origin or held
@@ -125,11 +121,6 @@ class Store:
                 self._connection.executemany("INSERT INTO payloads VALUES (?, ?)", rows)
         return held
 
-    def _refuse_held(self, ids: np.ndarray) -> None:
-        held = self._all(f"SELECT id FROM items WHERE id {_IN_LIST} LIMIT 1", json.dumps(ids.tolist()))
-        if held:
-            raise ValueError(f"id {held[0][0]} is already in the index; remove it first or give a new id")
-
     def remove(self, ids: np.ndarray) -> int:
         """Delete rows in one transaction and count them."""
         values = (json.dumps(ids.tolist()),)
@@ -141,8 +132,7 @@ class Store:
         """By id, the payload of those that are held."""
         joined = "items LEFT JOIN payloads USING (id)"
         query = f"SELECT id, coalesce(value, '{{}}') FROM {joined} WHERE id {_IN_LIST}"
-        with self._errors():
-            return {item: json.loads(text) for item, text in self._all(query, json.dumps(ids.tolist()))}
+        return {item: json.loads(text) for item, text in self._all(query, json.dumps(ids.tolist()))}
 
     def matching(self, where: Mapping[str, Any]) -> np.ndarray:
         """Ids of the rows whose payload has these values; a list means any of them."""
@@ -163,8 +153,7 @@ class Store:
             path, text = f'$."{key}"', to_json(options, f"where: {key!r}")
             values += [path, path, text, path, text]
         which = f"payloads WHERE {' AND '.join(clauses)}" if clauses else "items"
-        with self._errors():
-            return np.array(self._all(f"SELECT id FROM {which}", *values), dtype=np.int64).reshape(-1)
+        return np.array(self._all(f"SELECT id FROM {which}", *values), dtype=np.int64).reshape(-1)
 
     def copy_to(self, directory: Path) -> None:
         """Copy consistently to a new directory: written under another name, flushed, then renamed."""
@@ -185,7 +174,8 @@ class Store:
         flush(directory.parent)
 
     def _all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self._connection.execute(query, values).fetchall()
+        with self._errors():
+            return self._connection.execute(query, values).fetchall()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -202,10 +192,7 @@ class Store:
 
 
 def create_store(directory: Path, bits: int, engine: str) -> None:
-    """Make an empty store. It appears under its name only when complete, so a half-made one is never opened.
-
-    Where another process makes the same store meanwhile, the first one stays.
-    """
+    """Make an empty store, which appears only when complete; of two that are made at once the first stays."""
     directory.mkdir(parents=True, exist_ok=True)
     path, draft = directory / FILE, directory / f".{FILE}.{secrets.token_hex(4)}"
     log = path.with_name(f"{FILE}-wal")
@@ -239,8 +226,8 @@ def check_origin(given: str, held: str) -> None:
     """Refuse codes of origin ``given`` next to codes of origin ``held``; "" is unknown and fits any."""
     if given and held and given != held:
         raise ValueError(
-            f"codes of origin {given!r} do not belong to an index of origin {held!r}: their distances mean "
-            f"nothing; encode with the model of origin {held!r} (--run on the command line), or build a new index"
+            f"codes of origin {given!r} do not fit an index of origin {held!r}: distances mean nothing; "
+            f"encode with the model of origin {held!r} (--run on the command line), or build a new index"
         )
 
 

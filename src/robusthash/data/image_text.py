@@ -1,4 +1,4 @@
-"""Captions and tags -> the modality ``text``: bags of words, or token ids for a transformer."""
+"""Image-text sets: texts as bags of words or token ids, and the items of a set with images and texts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from robusthash.data.base import RetrievalData
+from robusthash.data.image_files import ImageFile, ImageOptions, decode
+from robusthash.data.splits import Indices, assemble, compact
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +68,7 @@ class TextOptions:
     ) -> tuple[Tensor, str]:
         """The texts of N items -> (N, V) bool or (N, L) int64, and their note for the data set.
 
-        Args:
-            captions: the texts of each item, in their order.
-            train: row numbers that the vocabulary is made from.
-            others: rows of query and database, in which words outside the vocabulary are counted.
-            stop_words: that a bag never counts.
+        The vocabulary is made of the rows ``train``; words outside it are counted in those of ``others``.
         """
         texts = [" ".join(several[:1] if self.caption == "first" else several) for several in captions]
         empty = note_empty(torch.tensor([not text.strip() for text in texts]))
@@ -97,14 +97,8 @@ def note_empty(empty: Tensor) -> str:
 def token_ids(texts: Sequence[str], folder: Path, max_length: int) -> tuple[Tensor, str]:
     """Texts -> (N, L) int64 ids, padded to the longest text, and a note that counts the texts that were cut.
 
-    Args:
-        folder: with a tokenizer's files (``tokenizer.json`` or ``vocab.txt``); nothing is fetched.
-        max_length: L is at most this; special tokens count.
-
-    Raises:
-        ImportError: the extra ``text`` is not installed.
-        FileNotFoundError: no such folder.
-        ValueError: no tokenizer in it, none that pads, or a ``max_length`` above what its encoder takes.
+    The folder holds a tokenizer's files, and nothing is fetched. L is at most ``max_length``; special tokens
+    count. ValueError where there is no tokenizer, none that pads, or a length above what its encoder takes.
     """
     tokenizer = _load_tokenizer(folder)
     limit = tokenizer.model_max_length
@@ -181,3 +175,101 @@ class Vocabulary:
         known, apart = set(self.words), set(without)
         is_known = [word in known for text in texts for word in words_of(text) if word not in apart]
         return is_known.count(False), len(is_known)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All items of a set before any is chosen."""
+
+    files: tuple[ImageFile, ...]
+    labels: Tensor  # (N, C) float32
+    names: tuple[str, ...]  # of the label columns
+    texts: tuple[tuple[str, ...], ...] | None = None  # of each item
+    bags: Tensor | None = None  # (N, V) bool or float32, where the set comes with text vectors of its own
+    stop_words: frozenset[str] = frozenset()  # that bags of its texts never count
+    note: str = ""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def take(self, rows: Tensor) -> Pool:
+        """The items of these rows, in their order."""
+        numbers = rows.tolist()
+        return replace(
+            self,
+            files=tuple(self.files[row] for row in numbers),
+            labels=self.labels[rows],
+            texts=None if self.texts is None else tuple(self.texts[row] for row in numbers),
+            bags=None if self.bags is None else self.bags[rows],
+        )
+
+    def only(self, mask: Tensor, lacking: str) -> Pool:
+        """The items where ``mask`` (N,) holds, at least one; the note counts those ``lacking`` something."""
+        dropped = int((~mask).sum())
+        if dropped == 0:
+            return self
+        note = f"{dropped} of {len(self)} items dropped: {lacking}."
+        if dropped == len(self):
+            raise ValueError(f"no item is left: {note}")
+        return replace(self.take(torch.nonzero(mask).flatten()), note=f"{self.note} {note}".strip())
+
+    def on_disk(self, belong: str) -> Pool:
+        """The items whose image files are there; a set may be partial, and then one warning says so.
+
+        FileNotFoundError where none is; ``belong`` says which archive they are in and where they go.
+        """
+        there = torch.tensor([file.path.is_file() for file in self.files])
+        if not there.any():
+            raise FileNotFoundError(f"none of the {len(self)} images is there (as {self.files[0]}); {belong}")
+        if not there.all():
+            logger.warning("%d of %d images are not there (%s)", int((~there).sum()), len(self), belong)
+        return self.only(there, "their image file is not there")
+
+    def expect(self, count: int) -> Pool:
+        """Warn where a complete set does not have the published number of items."""
+        if len(self) == count:
+            return self
+        note = f"Published protocols have {count} items here, these files give {len(self)}."
+        logger.warning("%s", note)
+        return replace(self, note=f"{self.note} {note}".strip())
+
+
+def make_data(
+    name: str, pool: Pool, indices: Indices, image: ImageOptions, text: TextOptions, note: str
+) -> RetrievalData:
+    """The data set of chosen items: images decoded, texts encoded, splits checked.
+
+    The images of the splits are decoded once here, and the content hashes are of their pixels. Unreadable
+    files leave every split under ``on_error="skip"``.
+    """
+    needed, indices = compact(indices)
+    pool = pool.take(needed)
+    source, readable = decode(pool.files, image)
+    if len(readable) < len(pool):
+        pool, indices = pool.take(readable), _without_unreadable(indices, readable, len(pool))
+    note = f"{note} {pool.note}".strip()
+    if text.texts:
+        values, text_note = _encode_texts(pool, indices, text)
+        source, note = replace(source, others={"text": values}), f"{note} {text_note}".strip()
+    return assemble(name, source, pool.labels, source.hashes, indices, pool.names, note)
+
+
+def _encode_texts(pool: Pool, indices: Indices, text: TextOptions) -> tuple[Tensor, str]:
+    if pool.bags is not None and text.texts != "tokens":
+        return pool.bags, note_empty(~pool.bags.any(1))
+    if pool.texts is None:
+        raise ValueError(f"these items come without texts, and texts={text.texts!r} was asked for")
+    others = torch.cat([indices.query, indices.database])
+    return text.encode(pool.texts, indices.train, others, pool.stop_words)
+
+
+def _without_unreadable(indices: Indices, readable: Tensor, total: int) -> Indices:
+    """Indices into ``total`` items as indices into those that are readable."""
+    number = torch.full((total,), -1)
+    number[readable] = torch.arange(len(readable))
+
+    def part(rows: Tensor) -> Tensor:
+        return number[rows][number[rows] >= 0]
+
+    validation = None if indices.validation is None else part(indices.validation)
+    return Indices(part(indices.train), part(indices.query), part(indices.database), validation)
