@@ -112,9 +112,7 @@ def attribute_bands(
     images = _images(context, worth)
     coalitions = _Coalitions(context, images, block, worth, top, batch_size)
     bands, defined = block * block, coalitions.measure.defined
-    ends = coalitions(
-        torch.stack([torch.zeros(bands, dtype=torch.bool), torch.ones(bands, dtype=torch.bool)])
-    )
+    ends = coalitions(torch.tensor([[False], [True]]).expand(2, bands))
     draws = Draws(seed, ("bands",))
     credits, errors = shapley(coalitions, bands, permutations, draws, many=True, progress=progress)
     values = credits[:, :-1].T
@@ -143,14 +141,14 @@ def _images(context: EvaluationContext, worth: str) -> Tensor:
     """All queries of the context, on the victim's device."""
     if context.direction[0] != "image":
         raise ValueError(
-            f"frequency bands are those of image queries, and these queries are {context.direction[0]}s"
+            f"frequency bands are those of images, and these queries are {context.direction[0]}s"
         )
     if worth not in ("tau", "ap"):
         raise ValueError(f"worth must be 'tau' or 'ap', got {worth!r}")
     images = context.queries.batch(torch.arange(len(context.queries))).inputs["image"]
     if images.ndim != 4:
         raise ValueError(
-            f"frequency bands need pixels, and these queries are features of shape {tuple(images.shape)}"
+            f"frequency bands need pixels, and queries are features of shape {tuple(images.shape)}"
         )
     return images.to(context.victim.device)
 
@@ -216,9 +214,7 @@ class _Precision:
         relevant = (context.query_labels.float() @ context.database_labels.float().T > 0).any(1)
         if not relevant.all():
             first = int(torch.nonzero(~relevant)[0])
-            raise ValueError(
-                f"query {first} has no relevant item, so that its AP is undefined; use the worth 'tau'"
-            )
+            raise ValueError(f"query {first} has no relevant item, so its AP is undefined; use 'tau'")
         self.defined = relevant
         self.context = context
 
@@ -239,9 +235,7 @@ def tau_b(first: Tensor, second: Tensor) -> Tensor:
         (...) float64.
     """
     if first.shape != second.shape or first.shape[-1] < 2:
-        raise ValueError(
-            f"tau-b compares two rankings of at least 2 items, got {first.shape} and {second.shape}"
-        )
+        raise ValueError(f"tau-b compares rankings of at least 2 items, got {first.shape} and {second.shape}")
     rows, columns = torch.triu_indices(first.shape[-1], first.shape[-1], offset=1)
     left = (first[..., rows] - first[..., columns]).sign()
     right = (second[..., rows] - second[..., columns]).sign()

@@ -45,7 +45,7 @@ def size_of(hasher: Hasher, inputs: Inputs) -> Size:
     """
     if any(len(values) != 1 for values in inputs.values()):
         raise ValueError(
-            f"the size is that of one query, got { ({n: tuple(v.shape) for n, v in inputs.items()}) }"
+            f"the size is that of one query, got { {n: tuple(v.shape) for n, v in inputs.items()} }"
         )
     groups = hasher.encoders, hasher.heads, hasher.purifiers
     parts = [group[name] for group in groups for name in inputs if name in group]

@@ -46,9 +46,7 @@ def shapley(
     if players < 1:
         raise ValueError(f"players must be at least 1, got {players}")
     if permutations < 4 or permutations % 2:
-        raise ValueError(
-            f"permutations must be even and at least 4 (two antithetic pairs), got {permutations}"
-        )
+        raise ValueError(f"permutations must be even and at least 4 (two antithetic pairs): {permutations}")
 
     def worth(masks: Tensor) -> Tensor:
         values = value(masks) if many else torch.stack([torch.as_tensor(value(mask)) for mask in masks])

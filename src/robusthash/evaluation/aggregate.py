@@ -203,9 +203,8 @@ def _success(clean: Tensor, attacked: Tensor, floor: Tensor | None) -> dict[str,
 def _changes(context: EvaluationContext, runs: AttackRuns, winner: Sequence[str]) -> dict[str, Tensor]:
     """Flips and perceptibility of each query's worst input; NaN where that is the clean one."""
     restarts = {f"{name}/{n}": a for name, blocks in runs.blocks.items() for n, a in enumerate(blocks)}
-    flipped = {
-        n: robustness.flips(context.query, as_codes(a.signs[:, 0])).double() for n, a in restarts.items()
-    }
+    codes = {name: as_codes(attacked.signs[:, 0]) for name, attacked in restarts.items()}
+    flipped = {name: robustness.flips(context.query, codes[name]).double() for name in restarts}
     first = next(iter(restarts.values()))
     measures = [name for name in first.pixels if all(name in each.pixels for each in restarts.values())]
     columns = {n: torch.full((len(winner),), torch.nan, dtype=torch.float64) for n in ("flips", *measures)}
@@ -292,10 +291,9 @@ def _targeted_values(targeted: EvalResult, headline: str) -> dict[str, float]:
     names = [f"t-{headline}{ending}" for ending in endings] + ["gain", "t-ASR"]
     values = {name: targeted.values[name] for name in names if name in targeted.values}
     values[f"collateral {headline}"] = targeted.values[headline]
-    if targeted.reference["clean"] < 1:
-        values["TR"] = robustness.targeted_resistance(
-            targeted.values[f"t-{headline}"], targeted.reference["clean"]
-        )
+    clean = targeted.reference["clean"]
+    if clean < 1:
+        values["TR"] = robustness.targeted_resistance(targeted.values[f"t-{headline}"], clean)
     return values
 
 

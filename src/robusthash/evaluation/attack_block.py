@@ -42,9 +42,7 @@ class AttackedBlock:
     codes_8bit: Tensor  # (B, T, K) int8
     representative: Tensor  # (B, T, K) int8 codes that the attack steers to; (B, T, 0) where it has none
     pixels: dict[str, Tensor]  # (B, T) perceptibility by measure: of pixels, or of the entries of a text
-    passes: (
-        Tensor  # (B, 3) int64 forward passes, backward passes and oracle queries of each query, over all T
-    )
+    passes: Tensor  # (B, 3) int64 forward and backward passes and oracle queries of each query, over all T
     seconds: Tensor  # (B,) share of the block's time
     inputs: Tensor  # (B, ...) float32 attacked inputs of the first goal
     whole_words: Tensor  # (B, T, K) int8; (B, T, 0) where queries are no bags of words
@@ -183,7 +181,7 @@ def finish(
         threat.verify({**batch.inputs, **inputs}, batch.inputs)
         attacked = inputs[modality]
         signs.append(encode_signs(context.victim, modality, attacked))
-        if is_picture(modality, origin):
+        if modality == "image" and origin.ndim == 4:  # only pixels are stored in 8-bit
             codes_8bit.append(encode_signs(context.victim, modality, in_8bit(origin, attacked)))
         else:
             codes_8bit.append(signs[-1])
@@ -204,11 +202,6 @@ def finish(
         whole_words=torch.stack(whole_words, 1),
         fitted=torch.full((queries,), fit_steps),
     )
-
-
-def is_picture(modality: str, inputs: Tensor) -> bool:
-    """Inputs are pixels, which files hold in 8-bit; features are not."""
-    return modality == "image" and inputs.ndim == 4
 
 
 def in_8bit(clean: Tensor, attacked: Tensor) -> Tensor:

@@ -162,9 +162,7 @@ def encoding_batch(batch_size: int) -> int:
 
 def _labels(split: Split) -> Tensor:
     if split.labels is None:
-        raise ValueError(
-            f"the {split.name} split has no labels; evaluation needs them to know what is relevant"
-        )
+        raise ValueError(f"the {split.name} split has no labels, and evaluation needs them")
     return split.labels
 
 
@@ -201,7 +199,7 @@ def make_context(
     direction = direction or (victim.modalities[0], victim.modalities[0])
     if direction[0] not in victim.modalities or direction[1] not in victim.modalities:
         raise ValueError(
-            f"direction {direction} needs modalities that this hasher lacks: it has {victim.modalities}"
+            f"direction {direction} needs modalities that this hasher lacks; its: {victim.modalities}"
         )
     split, chosen = data.query, "all"
     if queries is not None:

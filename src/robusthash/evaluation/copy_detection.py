@@ -42,9 +42,7 @@ def copies_data(photographs: Tensor, stored: Tensor, note: str) -> RetrievalData
     database = torch.arange(asked, asked + held)
     hashes = hash_pixels(pixels)
     if same := int(np.isin(hashes[:asked], hashes[asked:]).sum()):
-        raise ValueError(
-            f"{same} photographs have the very pixels of a stored copy; leave them out, they are flat"
-        )
+        raise ValueError(f"{same} photographs have the very pixels of a stored copy; leave them out")
     splits = Indices(database, torch.arange(asked), database)
     return assemble("photographs", ArraySource({"image": pixels}), labels, hashes, splits, (), note)
 
@@ -96,9 +94,8 @@ def copies_found(
         kinds: (M, G) one-hot category of each stored copy, zeros where it has none.
     """
     packed = pack(signs)
-    profile = prepared_profile(
-        Codes(packed, context.victim.bits, torch.arange(len(packed))), labels, context.prepared
-    )
+    query = Codes(packed, context.victim.bits, torch.arange(len(packed)))
+    profile = prepared_profile(query, labels, context.prepared)
     wanted = context.database.packed[labels.argmax(1)]
     bits = (unpack(packed, context.victim.bits) != unpack(wanted, context.victim.bits)).sum(1)
     kind = None if kinds is None else _kind_found(context, packed, kinds)

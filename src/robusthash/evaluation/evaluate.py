@@ -167,9 +167,7 @@ def score_targeted(context: EvaluationContext, attacked: AttackedBlock) -> EvalR
     headline, targets, lean = context.protocol.headline, context.targets, ap_alone(context)
     possible = targets.sum((1, 2)) > 0
     if not possible.any():
-        raise ValueError(
-            "no query has a possible target: every label set of the database shares a label with each"
-        )
+        raise ValueError("no query has a possible target: every item shares a label with each")
     rows, missing, each = torch.nonzero(possible).flatten(), int((~possible).sum()), targets.shape[1]
     # from here on, a row for each pair of a query and a target
     target_labels = targets[rows].flatten(0, 1)
@@ -274,9 +272,7 @@ def worst(
     columns = torch.stack([clean.per_query[headline], found.values, chance], 1).nan_to_num(0.0)
     values["HRS"] = float(robustness.hrs_of(*(column.mean().reshape(1) for column in columns.T))[0])
     spans = intervals(per_query)
-    spans["HRS"] = bootstrap_interval(
-        columns, lambda means: robustness.hrs_of(means[:, 0], means[:, 1], means[:, 2])
-    )
+    spans["HRS"] = bootstrap_interval(columns, lambda means: robustness.hrs_of(*means.T))
     return EvalResult(
         setting=_setting_of_worst(clean, untargeted),
         values=values,
@@ -332,10 +328,8 @@ def ap_alone(context: EvaluationContext) -> EvaluationContext:
 
 def measure_codes(context: EvaluationContext, query: Codes, labels: Tensor) -> Measured:
     """Measure any codes in place of the queries, under the protocol of the context."""
-    profile = prepared_profile(query, labels, context.prepared)
-    return measure(
-        context.protocol, query, labels, context.database, context.database_labels, profile=profile
-    )
+    profile, database = prepared_profile(query, labels, context.prepared), context.database
+    return measure(context.protocol, query, labels, database, context.database_labels, profile=profile)
 
 
 def as_codes(signs: Tensor) -> Codes:

@@ -167,9 +167,7 @@ def run_attacks(
     if not 0 <= number < shards:
         raise ValueError(f"there is no shard {number} of {shards}; they are counted from 0")
     if shards > 1 and isinstance(store, NoStore):
-        raise ValueError(
-            f"shard {number} of {shards} needs a store that all shards share, or its work is lost"
-        )
+        raise ValueError(f"shard {number} of {shards} needs a store that all share, or its work is lost")
     names = [spec.name for spec in specs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two attacks are called {sorted(twice)[0]!r}; blocks are stored by name")

@@ -19,7 +19,7 @@ from robusthash.core.identity import marked_identity
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Codes, Goal, Guidance, Reference
 from robusthash.data.base import Split
-from robusthash.evaluation.attack_block import in_8bit, is_picture
+from robusthash.evaluation.attack_block import AttackedBlock, finish
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import as_codes, score_clean, setting_of
 from robusthash.metrics.average_precision import share as ratio
@@ -72,14 +72,17 @@ def perturb_database(
             raise ValueError("the database has no labels, so its items have nothing to be moved away from")
         return Goal(batch.labels, -1), context.select(batch.labels, -1) if attack.selects else None
 
-    items = _attack_items(context, attack, context.data.database, rows, goal, known, draws, progress)
+    items, _, perceptibility = _attack_items(
+        context, attack, context.data.database, rows, goal, known, draws, progress
+    )
+    signs = items.signs[:, 0]
     headline, clean = context.protocol.headline, score_clean(context)
-    result = score_clean(_with_items(context, rows, items.signs))
-    rounded = score_clean(_with_items(context, rows, items.codes_8bit))
+    result = score_clean(_with_items(context, rows, signs))
+    rounded = score_clean(_with_items(context, rows, items.codes_8bit[:, 0]))
     drop = clean.per_query[headline] - result.per_query[headline]
     codes_8bit = rounded.per_query[headline]
     per_query = {**result.per_query, f"{headline}/8bit": codes_8bit, "drop": drop}
-    flips = (context.database.signs()[rows] != items.signs).sum(1).to(torch.float64)
+    flips = (context.database.signs()[rows] != signs).sum(1).to(torch.float64)
     values = {
         **result.values,
         f"{headline}/8bit": rounded.values[headline],
@@ -94,8 +97,8 @@ def perturb_database(
         per_query=per_query,
         interval=intervals(per_query),
         reference={**result.reference, "clean": clean.values[headline]},
-        perceptibility=items.perceptibility,
-        cost=items.cost(started),
+        perceptibility=perceptibility,
+        cost=_cost(items, started),
     )
 
 
@@ -128,12 +131,10 @@ def insert_items(
     if k < 1 or count < 1:
         raise ValueError(f"count and k must be at least 1, got {count} and {k}")
     if count > len(carriers):
-        raise ValueError(
-            f"{count} items to insert and {len(carriers)} training items to carry them; insert fewer"
-        )
+        raise ValueError(f"{count} items to insert and {len(carriers)} training items to carry them")
     if attack.threat.knowledge != "W2":
         raise ValueError(
-            f"items are aimed by the database codes (W2), and {attack.name!r} is {attack.threat.knowledge}"
+            f"items are aimed by database codes (W2), {attack.name!r} is {attack.threat.knowledge}"
         )
     _check(context, attack)
     started, draws = time.perf_counter(), Draws(context.seed, ("db-insert",))
@@ -149,14 +150,13 @@ def insert_items(
     def goal(batch: Batch) -> tuple[Goal, Select | None]:
         return Goal(None, 1), exposed if attack.selects else None
 
-    items = _attack_items(context, steered, carriers, rows, goal, context.known(attack), draws, progress)
-    exposed_queries, slots = exposure(context, as_codes(items.signs), k)
-    exposed_8bit, _ = exposure(context, as_codes(items.codes_8bit), k)
-    per_query = {
-        f"exposure@{k}": exposed_queries,
-        f"exposure@{k}/8bit": exposed_8bit,
-        f"slots@{k}": slots,
-    }
+    known = context.known(attack)
+    items, clean, perceptibility = _attack_items(
+        context, steered, carriers, rows, goal, known, draws, progress
+    )
+    exposed_queries, slots = exposure(context, as_codes(items.signs[:, 0]), k)
+    exposed_8bit, _ = exposure(context, as_codes(items.codes_8bit[:, 0]), k)
+    per_query = {f"exposure@{k}": exposed_queries, f"exposure@{k}/8bit": exposed_8bit, f"slots@{k}": slots}
     counts = torch.tensor([[len(context.database)]]), torch.tensor([[count]])
     at_aims = as_codes(context.database.signs()[aims])
     return EvalResult(
@@ -165,12 +165,12 @@ def insert_items(
         per_query=per_query,
         interval=intervals(per_query),
         reference={
-            "clean": float(exposure(context, as_codes(items.clean), k)[0].mean()),
+            "clean": float(exposure(context, as_codes(clean), k)[0].mean()),
             "chance": float(at_least_one(*counts, k)[0]),
             "reached aims": float(exposure(context, at_aims, k)[0].mean()),
         },
-        perceptibility=items.perceptibility,
-        cost=items.cost(started),
+        perceptibility=perceptibility,
+        cost=_cost(items, started),
     )
 
 
@@ -245,22 +245,6 @@ class SteeredGuide:
 # ------------------------------------------------------------------------------------------ attacked items
 
 
-@dataclass(frozen=True)
-class _AttackedItems:
-    """Attacked items of a split."""
-
-    clean: Tensor  # (n, K) int8 codes before, after, and after with the change in 8-bit
-    signs: Tensor
-    codes_8bit: Tensor
-    perceptibility: dict[str, float]
-    forward: int
-    backward: int
-
-    def cost(self, started: float) -> Cost:
-        seconds = time.perf_counter() - started
-        return Cost(forward=self.forward, backward=self.backward, seconds=seconds)
-
-
 def _attack_items(
     context: EvaluationContext,
     attack: Attack,
@@ -270,32 +254,35 @@ def _attack_items(
     known: Reference | None,
     draws: Draws,
     progress: Progress,
-) -> _AttackedItems:
-    """Attack the items at ``positions`` block by block; ids in a batch count the attacked items from 0."""
-    victim, modality = context.victim.for_database(), context.direction[1]
-    ball, sizes = attack.threat.balls[modality], []
-    clean, signs, codes_8bit = list[Tensor](), list[Tensor](), list[Tensor]()
-    forward = backward = 0
+) -> tuple[AttackedBlock, Tensor, dict[str, float]]:
+    """Attack the items at ``positions`` block by block; ids in a batch count the attacked items from 0.
+
+    Returns:
+        The attacked items, (n, K) codes of the clean ones, and the perceptibility.
+    """
+    modality = context.direction[1]
+    as_queries = replace(context, victim=context.victim.for_database(), direction=(modality, modality))
+    victim, ball = as_queries.victim, attack.threat.balls[modality]
+    parts, clean, sizes = list[AttackedBlock](), list[Tensor](), list[Tensor]()
     blocks = torch.arange(len(positions)).split(context.batch_size)
     for number, block in enumerate(blocks):
         batch = replace(split.batch(positions[block]), ids=block).only({modality}).to(victim.device)
         aim, select = goal(batch)
         output = attack(victim, batch, aim, known, draws=draws, select=select)
-        inputs = attack.threat.project(output.batch.inputs, batch.inputs)
-        attack.threat.verify(inputs, batch.inputs)
-        origin, attacked = batch.inputs[modality], inputs[modality]
-        rounded = in_8bit(origin, attacked) if is_picture(modality, origin) else attacked
-        clean.append(encode_signs(victim, modality, origin))
-        signs.append(encode_signs(victim, modality, attacked))
-        codes_8bit.append(encode_signs(victim, modality, rounded))
-        sizes.append(ball.size(attacked - origin).cpu())
-        forward += output.forward * len(block)
-        backward += output.backward * len(block)
+        passes, results = (output.forward, output.backward, 0), [output.batch.inputs]
+        attacked = finish(as_queries, attack.threat, batch, results, 0.0, passes=passes)
+        clean.append(encode_signs(victim, modality, batch.inputs[modality]))
+        sizes.append(ball.size(attacked.inputs - batch.inputs[modality].cpu()))
+        parts.append(replace(attacked, inputs=attacked.inputs[:, :0]))  # of all items they fill the memory
         progress(number + 1, len(blocks), f"attacking items by {attack.name}")
     size = torch.cat(sizes).to(torch.float64)
     perceptibility = {f"{ball.norm}/mean": float(size.mean()), f"{ball.norm}/max": float(size.max())}
-    codes = torch.cat(clean), torch.cat(signs), torch.cat(codes_8bit)
-    return _AttackedItems(*codes, perceptibility, forward, backward)
+    return AttackedBlock.join(parts), torch.cat(clean), perceptibility
+
+
+def _cost(items: AttackedBlock, started: float) -> Cost:
+    forward, backward, _ = items.passes.sum(0).tolist()
+    return Cost(forward, backward, seconds=time.perf_counter() - started)
 
 
 def _check(context: EvaluationContext, attack: Attack) -> None:

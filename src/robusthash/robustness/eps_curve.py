@@ -130,7 +130,5 @@ def _attacked(
 
 def _worst_inputs(held: Tensor, results: Sequence[AttackedBlock], winner: Sequence[str]) -> Tensor:
     """(B, ...) the inputs of the lowest AP so far: ``held`` where no result of this budget is lower."""
-    chosen = [
-        held[row] if name == "clean" else results[int(name)].inputs[row] for row, name in enumerate(winner)
-    ]
-    return torch.stack(chosen)
+    inputs = {"clean": held, **{str(number): result.inputs for number, result in enumerate(results)}}
+    return torch.stack([inputs[name][row] for row, name in enumerate(winner)])

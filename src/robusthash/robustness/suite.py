@@ -202,9 +202,7 @@ def prepare_suite(
             )
     untargeted = tuple(spec for spec in suite.specs if not spec.targeted)
     if not untargeted:
-        raise ValueError(
-            f"the suite {suite.name!r} has no untargeted attack, so there is no worst case to find"
-        )
+        raise ValueError(f"the suite {suite.name!r} has no untargeted attack, so no worst case")
     if suite.queries is not None:
         context = context.some(suite.queries)
     if len(untargeted) < len(suite.specs) and not bool(context.targets.any()):

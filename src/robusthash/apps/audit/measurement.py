@@ -31,7 +31,6 @@ from robusthash.apps.audit.warnings import doubts, warning_lights
 from robusthash.apps.experiment.run_directory import write_json
 from robusthash.apps.experiment.stages import Progress, silent
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.data.transforms import EVERYDAY, noise
 from robusthash.evaluation.attack_spec import AttackSpec
@@ -39,8 +38,8 @@ from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import COPIES, calibrated_radius, copies_data, false_matches
 from robusthash.evaluation.runner import BlockRunner
 from robusthash.metrics.results import Flag, software_versions
-from robusthash.models.encoding import encode_split
-from robusthash.models.hasher import Hasher, frozen
+from robusthash.models.encoding import encode_signs, encode_split
+from robusthash.models.hasher import Hasher
 
 _AT_ONCE = 32  # images encoded together: foreign models may be large
 _BLOCK = 10  # photographs attacked together
@@ -225,11 +224,7 @@ def _context(
 
 def _signs(hasher: Hasher, images: Tensor) -> Tensor:
     """(Q, K) codes of images."""
-    with frozen(hasher), torch.no_grad():
-        parts = images.split(_AT_ONCE)
-        return torch.cat(
-            [sign(hasher({"image": part.to(hasher.device)})["image"].logits).cpu() for part in parts]
-        )
+    return encode_signs(hasher, "image", images, _AT_ONCE)
 
 
 # ---------------------------------------------------------------------------------------------- hostile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from robusthash.apps.experiment.block_store import FolderStore
 from robusthash.apps.experiment.evaluation_stages import context_of, described
@@ -37,21 +38,21 @@ def assess(
     direction: str | None = None,
     curve: bool = False,
     shard: tuple[int, int] | None = None,
-    surrogates: Sequence[Run] = (),
     checked: bool = True,
     kept: bool = True,
-    steps: int | None = None,
+    **options: Any,
 ) -> EvalResult | None:
     """Run a tier on a trained run, or go on where it was stopped, and write ``assess.json``.
 
     Args:
-        tier_name, queries, surrogates, steps: as of ``tiers.prepare_tier``; surrogates are runs on the same
-            data.
+        tier_name, threat, queries: as of ``tiers.prepare_tier``.
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
         curve: the worst case at seven budgets too, by the attacks ``guided`` and ``soft-ap``.
         shard: (i, n): only these blocks of queries, for several processes; a call without it joins them.
         checked: raise the flags; the tiers smoke and paper never do.
         kept: go on from stored blocks, and write ``assess.json``; without it everything is attacked again.
+        options: ``surrogates``, runs on the same data that transfer attacks search on (without them F5 says
+            so), and ``steps`` of the tier paper.
 
     Returns:
         The result, named by threat and tier; None of a shard.
@@ -60,15 +61,9 @@ def assess(
     victim, objective = load_victim(run)
     data = read_data(run.config, progress)
     context = context_of(run, victim, data, progress, direction, whole=True)
-    prepared = prepare_tier(
-        context,
-        tier_name,
-        threat_on_data(threat, data, "W2") if isinstance(threat, str) else threat,
-        objective=objective,
-        surrogates=_surrogates(run, surrogates, data, context),
-        queries=queries,
-        steps=steps,
-    )
+    aim = threat_on_data(threat, data, "W2") if isinstance(threat, str) else threat
+    options["surrogates"] = _surrogates(run, options.get("surrogates", ()), data, context)
+    prepared = prepare_tier(context, tier_name, aim, objective=objective, queries=queries, **options)
     if curve:
         curve_attacks(prepared)  # refused before anything is attacked
     store: BlockStore = NoStore()
@@ -95,7 +90,7 @@ def _surrogates(
     for other, digested in zip(others, weights, strict=True):
         if digested == run.card()["digest"]:
             raise ValueError(
-                f"the surrogate {other.path} has the weights of the victim; give models of other training"
+                f"the surrogate {other.path} has the victim's weights; give models of other training"
             )
         if weights.count(digested) > 1:
             raise ValueError(f"the surrogate {other.path} is given twice; give each model once")

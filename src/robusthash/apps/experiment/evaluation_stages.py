@@ -83,9 +83,9 @@ def evaluate(
     victim, objective = load_victim(run)
     _check_evaluation(run, victim)
     data, chosen = read_data(run.config, progress), chosen_attacks(run, attacks)
+    by_relevance = {name: data if name == "own" else data.by(name) for name in section.relevance}
     results: dict[str, EvalResult] = {}
-    for relevance in section.relevance:
-        relevant = data if relevance == "own" else data.by(relevance)
+    for relevance, relevant in by_relevance.items():
         for direction in section.directions or (None,):
             context = context_of(run, victim, relevant, progress, direction)
             prefix = "" if direction is None else f"{direction} "

@@ -15,13 +15,14 @@ from torch import Tensor
 from robusthash.apps.experiment.model_stages import database_codes, load_hasher, read_data
 from robusthash.apps.experiment.run_directory import Run, load_run, write_json
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.hamming import pack, sign
+from robusthash.core.hamming import pack
 from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split
 from robusthash.data.image_files import SUFFIXES, read_image, read_images
 from robusthash.index import CodeIndex, open_index
-from robusthash.models.hasher import Hasher, frozen
+from robusthash.models.encoding import encode_signs
+from robusthash.models.hasher import Hasher
 
 _AT_ONCE = 1024  # images decoded and encoded together
 _RUN_FILE = "run.json"  # in the directory of an index: the run whose hasher made its codes
@@ -142,10 +143,8 @@ def _add(index: CodeIndex, run: Run, images: Path, progress: Progress) -> dict[s
 
 def _encode(hasher: Hasher, run: Run, pixels: Tensor) -> Codes:
     """Codes of (N, 3, H, W) uint8 images."""
-    with frozen(hasher), torch.no_grad():
-        inputs = (part.to(hasher.device).float() / 255 for part in pixels.split(256))
-        logits = [hasher({"image": part})["image"].logits for part in inputs]
-    return Codes(pack(sign(torch.cat(logits))), hasher.bits, torch.arange(len(pixels)), run.card()["digest"])
+    signs = torch.cat([encode_signs(hasher, "image", part.float() / 255) for part in pixels.split(256)])
+    return Codes(pack(signs), hasher.bits, torch.arange(len(pixels)), run.card()["digest"])
 
 
 def _side(run: Run) -> int:

@@ -38,21 +38,10 @@ class QuestionTable:
     run: Path
     threat: str
     search: str
+    budgets: tuple[int, ...]
+    clean: Tensor  # (Q,) AP of the clean queries
     curves: dict[Shows, QuestionCurve]
     chosen: str  # how the queries were chosen
-
-    @property
-    def budgets(self) -> tuple[int, ...]:
-        return self._first.budgets
-
-    @property
-    def clean(self) -> Tensor:
-        """(Q,) AP of the clean queries."""
-        return self._first.clean
-
-    @property
-    def _first(self) -> QuestionCurve:
-        return next(iter(self.curves.values()))
 
     def intervals(self, shows: Shows) -> list[tuple[float, float]]:
         """95 % over queries of the mean at each budget, in their order."""
@@ -125,7 +114,8 @@ def question_table(
     for kind in shows:
         spec = OracleAttack(f"{name}, {kind}", built, aim, kind, JUDGES[kind], budgets[-1])
         curves[kind] = question_curve(context, spec, budgets, progress, store)
-    return QuestionTable(run.path, aim.name, name, curves, context.chosen)
+    clean = next(iter(curves.values())).clean
+    return QuestionTable(run.path, aim.name, name, tuple(budgets), clean, curves, context.chosen)
 
 
 def _identity(run: Run, context: EvaluationContext, budgets: Sequence[int]) -> str:

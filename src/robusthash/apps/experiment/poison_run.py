@@ -53,9 +53,7 @@ def poison(
     """
     named = named_threat(threat)
     if named.side != "database":
-        raise ValueError(
-            f"{threat!r} changes queries; the threats of the database are db-insert and db-perturb"
-        )
+        raise ValueError(f"{threat!r} changes queries; those of the database are db-insert and db-perturb")
     set_threads(run.config)
     victim, objective = load_victim(run)
     chosen = _attack(threat, named, attack, steps, objective)

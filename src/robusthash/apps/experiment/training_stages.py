@@ -93,9 +93,7 @@ def _initial_hasher(config: Config, data: RetrievalData, parent: Run | None) -> 
         raise ConfigError(f"hasher.bits is {section.bits}, but {parent.path} was trained with {hasher.bits}")
     modalities = [name for name in ("image", "text") if getattr(section, name) is not None]
     if sorted(hasher.modalities) != sorted(modalities):
-        raise ConfigError(
-            f"the hasher section has {modalities}, but {parent.path} encodes {list(hasher.modalities)}"
-        )
+        raise ConfigError(f"hasher has {modalities}, but {parent.path} encodes {list(hasher.modalities)}")
     for part in section.model_fields_set & {"image", "text", "head"}:
         settings, trained = getattr(section, part), getattr(parent.config.hasher, part)
         if settings is not None and _options(settings) != _options(trained):

@@ -27,19 +27,10 @@ class TransferTable:
     def plain(self) -> dict[str, Any]:
         """As JSON takes it."""
         m = self.matrix
-        return {
-            "runs": self.runs,
-            "measure": m.measure,
-            "threat": m.threat,
-            "search": m.search,
-            "queries": m.queries,
-            "chosen": m.chosen,
-            "surrogates": list(m.surrogates),
-            "victims": list(m.victims),
-            "clean": m.clean.tolist(),
-            "attacked": m.attacked.tolist(),
-            "worst": m.worst.tolist(),
-        }
+        tables = {name: getattr(m, name).tolist() for name in ("clean", "attacked", "worst")}
+        names = {name: list(getattr(m, name)) for name in ("surrogates", "victims")}
+        plain = {name: getattr(m, name) for name in ("measure", "threat", "search", "queries", "chosen")}
+        return {"runs": self.runs, **plain, **names, **tables}
 
     def markdown(self) -> str:
         """Rows are surrogates, columns victims; a cell is the wMAP of this attack alone and (the mean under

@@ -79,9 +79,7 @@ class OracleAttack:
             known = "; ".join(f"{shows}: {', '.join(judges)}" for shows, judges in _JUDGES.items())
             raise ValueError(f"{self.judge!r} cannot be judged from {self.shows!r}; there is {known}")
         if self.budget < 1:
-            raise ValueError(
-                f"the attack {self.name!r} needs a budget of at least 1 oracle query, got {self.budget}"
-            )
+            raise ValueError(f"the attack {self.name!r} needs at least 1 oracle query, got {self.budget}")
         if len(self.attacked.balls) != 1:
             raise ValueError(f"oracle queries search one modality at a time, not {self.attacked.name}")
 
@@ -100,9 +98,7 @@ class OracleAttack:
     def fitted(self, context: EvaluationContext) -> OracleAttack:
         """Itself; refused where the threat attacks another modality than that of the queries."""
         if context.direction[0] not in self.threat.balls:
-            raise ValueError(
-                f"{self.threat.name} does not attack the {context.direction[0]} queries of this context"
-            )
+            raise ValueError(f"{self.threat.name} does not attack {context.direction[0]} queries")
         return self
 
     def at(self, threat: Threat) -> OracleAttack:
@@ -132,9 +128,8 @@ class OracleAttack:
 
     def _ask(self, context: EvaluationContext, batch: Batch, oracle: QueryOracle) -> Ask:
         """One oracle query for each query, and the score of its answer."""
-        score = (
-            self._code_score(context, batch) if self.shows == "codes" else self._list_score(context, batch)
-        )
+        scorer: Any = self._code_score if self.shows == "codes" else self._list_score
+        score = scorer(context, batch)
         answers = {"codes": oracle.codes, "distances": oracle.distances, "ids": oracle.rank}
         answer: Callable[[Batch], Any] = answers[self.shows]
         return lambda inputs: score(answer(batch.with_inputs(inputs))).to(batch.ids.device)
@@ -275,13 +270,9 @@ def question_curve(
     """
     marks = tuple(budgets)
     if not marks or sorted(set(marks)) != list(marks) or marks[-1] > spec.budget:
-        raise ValueError(
-            f"budgets must rise and end at most at the attack's {spec.budget}, got {list(marks)}"
-        )
+        raise ValueError(f"budgets must rise and end at most at the attack's {spec.budget}: {list(marks)}")
     if context.randomised:
-        raise ValueError(
-            "a curve of a randomised victim is not built: assess it, which averages over its noise"
-        )
+        raise ValueError("there is no curve of a randomised victim: assess it, which averages over its noise")
     attacked = BlockRunner(context, store).queries(replace(spec, marks=marks), progress=progress)
     ap = context.select(context.query_labels, 1)
     lowest = torch.stack([ap(signs) for signs in attacked.signs.unbind(1)], 1).cummin(1).values

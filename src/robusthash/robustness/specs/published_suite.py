@@ -40,9 +40,7 @@ def paper_suite(
     """
     threat = threat or threat_on(knowledge="W2")
     if threat.edits:
-        raise ValueError(
-            f"no attack was published under {threat.name}; the tier 'paper' takes a norm, as img-linf-8"
-        )
+        raise ValueError(f"no attack was published under {threat.name}; the tier 'paper' takes a norm")
     on = attacked_modality(threat)
     modality: dict[str, Any] = {} if on == "image" else {"modality": on}
     cards = [c for c in catalogue("attack") if c.evidence.startswith("paper") and c.modality in ("any", on)]

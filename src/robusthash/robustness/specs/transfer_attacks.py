@@ -54,7 +54,7 @@ def make_surrogate(
     query, searched = direction or (hasher.modalities[0],) * 2
     if query not in hasher.modalities:
         raise ValueError(
-            f"the surrogate {name!r} encodes {list(hasher.modalities)}, and the queries are {query!r}"
+            f"the surrogate {name!r} encodes {list(hasher.modalities)}, the queries are {query!r}"
         )
     if data.train.labels is None:
         raise ValueError(f"{data.name} has no training labels; a surrogate needs them to steer by")
@@ -84,9 +84,7 @@ class Transfer:
 
     def __post_init__(self) -> None:
         if self.attack.threat.knowledge != "T":
-            raise ValueError(
-                f"the attack {self.name!r} knows surrogates alone: give its threat the knowledge 'T'"
-            )
+            raise ValueError(f"the attack {self.name!r} knows surrogates: give its threat the knowledge 'T'")
         if not self.surrogates:
             raise ValueError(f"the attack {self.name!r} needs at least one surrogate")
         if self.attack.restarts != 1:
@@ -294,9 +292,7 @@ def _alike(contexts: Mapping[str, EvaluationContext]) -> EvaluationContext:
     for name, context in contexts.items():
         for key, value in shared(context).items():
             if value != expected[key]:
-                raise ValueError(
-                    f"{name} and {first_name} differ in {key}: {value} and {expected[key]}; use one for all"
-                )
+                raise ValueError(f"{name} and {first_name} differ in {key}: {value} and {expected[key]}")
     return first
 
 
