@@ -12,8 +12,8 @@ import pytest
 from robusthash.apps import cli
 from robusthash.apps.commands import audit, options
 from robusthash.apps.experiment import check_run, stages
-from robusthash.apps.experiment.threat_options import attack_under, threat_name, threat_on_data
 from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.threat_options import attack_under, threat_name, threat_on_data
 from robusthash.attacks.threat_model import threat_on
 from robusthash.attacks.threat_registry import named_threat
 from robusthash.data import load_data
