@@ -210,6 +210,49 @@ def test_index_build_search_add_remove(call, trained, tmp_path):
     assert json.loads(call("index", "info", index, "--json")[1])["bits"] == 12
 
 
+def test_search_is_a_verb_that_knows_who_built_the_index(call, trained, tmp_path):
+    index, image = tmp_path / "index", tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(image)
+    assert call("index", "build", index, "--run", trained)[0] == 0
+    code, out, err = call("search", index, image, "-k", 4, "--json")
+    assert code == 0, err
+    hits = json.loads(out)
+    assert len(hits) == 4
+    for verb in (("search",), ("index", "search")):
+        assert json.loads(call(*verb, index, image, "--run", trained, "--k", 4, "--json")[1]) == hits
+    (index / "run.json").unlink()
+    code, _, err = call("search", index, image)
+    assert code == 1
+    assert "name it with --run" in err
+
+
+def test_encode_gives_the_codes_of_images(call, trained, tmp_path):
+    folder, numbers = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for name in ("a", "b"):
+        pixels = numbers.integers(0, 255, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    code, out, err = call("encode", trained, folder)
+    assert code == 0, err
+    lines = [line.split("  ") for line in out.splitlines()]
+    assert [path for _, path in lines] == [str(folder / "a.png"), str(folder / "b.png")]
+    assert all(len(digits) == 4 for digits, _ in lines)  # 12 bits in two bytes
+    assert call("encode", trained, folder / "b.png")[1].splitlines() == ["  ".join(lines[1])]
+    assert json.loads(call("encode", trained, folder, "--json")[1]) == {path: code for code, path in lines}
+    assert call("encode", trained, folder, "--out", tmp_path / "codes.npz")[0] == 0
+    with np.load(tmp_path / "codes.npz", allow_pickle=False) as arrays:
+        assert [bytes(row).hex() for row in arrays["codes"]] == [digits for digits, _ in lines]
+        assert arrays["bits"] == 12
+        assert arrays["paths"].tolist() == [path for _, path in lines]
+    for words, message in (
+        ((trained, tmp_path / "none"), "neither an image nor a folder"),
+        ((trained, folder, "--out", "codes.txt"), "ends in .npz"),
+    ):
+        code, _, err = call("encode", *words)
+        assert code == 1
+        assert message in err
+
+
 def test_index_refuses_a_checkpoint_of_other_bits(call, trained, tmp_path):
     assert call("index", "build", tmp_path / "index", "--run", trained)[0] == 0
     other = stages.train(make_config(CONFIG, ["hasher.bits=16"]), tmp_path / "runs")

@@ -76,7 +76,7 @@ def verbs(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tuple
 def test_help_and_version_load_no_library() -> None:
     every = list(verbs(typer.main.get_command(cli.app)))
     assert len(every) > 30
-    assert ("list",) in every
+    assert {("list",), ("encode",), ("search",)} < set(every)
     assert ("index", "search") in every
     printed, loaded = run_attacks(("--version",), *((*words, "--help") for words in every))
     assert printed.count("Usage") == len(every)
@@ -86,7 +86,7 @@ def test_help_and_version_load_no_library() -> None:
 def test_completion_loads_no_library() -> None:
     environment = {"_ROBUSTHASH_COMPLETE": "complete_bash", "COMP_WORDS": "robusthash l", "COMP_CWORD": "1"}
     printed, loaded = run_attacks((), **environment)
-    assert printed.split() == ["leaderboard", "list"]
+    assert sorted(printed.split()) == ["leaderboard", "list"]
     assert loaded == []
 
 

@@ -104,7 +104,7 @@ def test_training_without_memory_is_one_line_too(call, tmp_path, hold, error):
     code, _, err = call("train", tmp_path / "recipe.yaml", "--runs", tmp_path)
     assert code == 1
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))
-    assert line.startswith("error: memory does not suffice (")
+    assert line.startswith("error: memory is not enough (")
     assert "take smaller batches (training.batch_size, evaluation.batch_size)" in line
     assert "Traceback" not in err
     assert "frame" not in err

@@ -280,6 +280,8 @@ _PATTERNS: tuple[tuple[str, str, Callable[[float], Budget]], ...] = (
     (rf"img-l1-{_NUMBER}", "image", lambda size: Ball("l1", size)),
     (rf"img-l2-{_NUMBER}", "image", lambda size: Ball("l2", size)),
     (rf"txt-linf-{_NUMBER}", "text", lambda size: Ball("linf", size)),
+    (rf"txt-l1-{_NUMBER}", "text", lambda size: Ball("l1", size)),
+    (rf"txt-l2-{_NUMBER}", "text", lambda size: Ball("l2", size)),
     (r"txt-bow-(\d+)", "text", Edits),
     (r"txt-token-(\d+)", "text", Swaps),
 )

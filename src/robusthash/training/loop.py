@@ -23,6 +23,12 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{option} must be one of {', '.join(known)}, got {value!r}")
 
 
+def _in_range(name: str, value: float, above: float) -> None:
+    if not 0 <= value < above:
+        limit = "finite" if above == math.inf else f"below {above:g}"
+        raise ValueError(f"{name} must be at least 0 and {limit}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """One optimiser group; ``lr`` 0 freezes a part of the hasher."""
@@ -34,6 +40,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _one_of("optimiser", self.name, ("sgd", "adam", "adamw"))
+        for name, above in (("lr", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
+            _in_range(name, getattr(self, name), above)
 
     def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         decay = self.weight_decay
@@ -58,6 +66,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         _one_of("schedule", self.kind, ("constant", "cosine", "steps", "exponential"))
+        _in_range("warmup", self.warmup, 1.0)
 
     def factor(self, progress: float) -> float:
         """The factor after a share ``progress`` of all steps; of it alone, so that resuming is exact."""

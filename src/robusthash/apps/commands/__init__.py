@@ -1,1 +1,1 @@
-"""The commands of ``robusthash``, one file for each group; they parse, show, and call what does the work."""
+"""The verbs of ``robusthash``, one file each; they parse, show, and call the function that does the work."""

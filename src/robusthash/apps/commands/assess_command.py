@@ -1,14 +1,21 @@
-"""The verb ``robusthash assess``."""
-
 from __future__ import annotations
 
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
-from robusthash.apps.commands.terminal import AsJson, RunPath, console, print_json, print_table, progress_bars
+from robusthash.apps.commands.options import AnyQueries, AsJson, Direction, Eps, Norm, RunPath, Threat
+from robusthash.apps.commands.terminal import (
+    console,
+    note,
+    plain,
+    print_json,
+    print_table,
+    print_values,
+    progress_bars,
+)
 
 if TYPE_CHECKING:
     from robusthash.metrics.results import EvalResult
@@ -16,141 +23,94 @@ if TYPE_CHECKING:
 
 def assess(
     run: RunPath,
-    tier: Annotated[
-        str, typer.Option(help="Effort: smoke, fast, standard or full; or paper: attacks as published.")
-    ] = "fast",
-    threat: Annotated[
-        str, typer.Option(help="What may be changed: img-linf-8 (of 255), img-l2-0.5, txt-bow-3.")
-    ] = ("img-linf-8"),
-    queries: Annotated[
-        int | None, typer.Option(help="Queries, chosen by content; those of the tier by default.")
-    ] = None,
-    direction: Annotated[
-        str | None, typer.Option(help="I2I, I2T, T2I or T2T of an image-text hasher.")
-    ] = None,
-    eps_curve: Annotated[
-        bool, typer.Option("--eps-curve", help="The worst case at seven budgets too.")
-    ] = False,
+    tier: Annotated[str, Option(help="Effort: smoke, fast, standard, full; paper: as published.")] = "fast",
+    threat: Threat = None,
+    eps: Eps = None,
+    norm: Norm = None,
+    queries: AnyQueries = None,
+    direction: Direction = None,
+    eps_curve: Annotated[bool, Option("--eps-curve", help="The worst case at seven budgets too.")] = False,
     shard: Annotated[
-        str | None,
-        typer.Option(help="Run only part I of N (0/2, 1/2) of the work; a call without it joins the parts."),
+        str | None, Option(help="Part I/N of the work (0/2); a call without it joins them.")
     ] = None,
-    surrogate: Annotated[
-        list[Path] | None,
-        typer.Option(help="Run to transfer attacks from, on the same data. Repeatable."),
-    ] = None,
-    unchecked: Annotated[
-        bool, typer.Option("--unchecked", help="Raise no flags, which saves time; smoke never does.")
-    ] = False,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Tier paper: no attack takes more; by default each takes its paper's, up to 2,000."
-        ),
-    ] = None,
+    surrogate: Annotated[list[Path] | None, Option(help="Run to transfer attacks from. Repeatable.")] = None,
+    unchecked: Annotated[bool, Option("--unchecked", help="Skip the checks, which raise flags.")] = False,
+    steps: Annotated[int | None, Option(min=1, help="Tier paper: steps of an attack at most.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run by a suite of attacks: the worst case of each query over all of them.
 
     Goes on where it was stopped. The result is added to assess.json in the run directory.
     """
-    from robusthash.apps.experiment import assess_run as assessing
+    from robusthash.apps.experiment import assess_run
     from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.experiment.threat_options import query_modality, threat_name
 
-    part = None if shard is None else _shard(shard)
-    if direction is not None and not re.fullmatch("[IT]2[IT]", direction):
-        raise ValueError(f"direction must be I2I, I2T, T2I or T2T, got {direction!r}")
+    part, victim = None if shard is None else _shard(shard), load_run(run)
+    budget = threat_name(threat, eps, norm, query_modality(victim, direction))
     with progress_bars() as progress:
-        result = assessing.assess(
-            load_run(run),
-            tier,
-            threat,
-            queries,
-            progress,
-            direction=direction,
-            curve=eps_curve,
-            shard=part,
-            surrogates=[load_run(path) for path in surrogate or ()],
-            checked=not unchecked,
-            steps=steps,
+        surrogates = [load_run(path) for path in surrogate or ()]
+        options: dict[str, Any] = {
+            "curve": eps_curve,
+            "shard": part,
+            "checked": not unchecked,
+            "steps": steps,
+        }
+        result = assess_run.assess(
+            victim, tier, budget, queries, progress, direction=direction, surrogates=surrogates, **options
         )
     if result is None:
         console.print(f"shard {shard} is done; when all are, the same command without --shard joins them")
     elif as_json:
         print_json({"run": str(run), **_plain(result)})
     else:
-        _show(result)
+        print_assessment(result)
 
 
 def _shard(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or int(found[1]) >= int(found[2]):
+    parts = re.fullmatch(r"(\d+)/(\d+)", text)
+    if parts is None or int(parts[1]) >= int(parts[2]):
         raise ValueError(f"--shard takes I/N with I from 0 to N - 1, as 0/2 and 1/2; got {text!r}")
-    return int(found[1]), int(found[2])
+    return int(parts[1]), int(parts[2])
 
 
 def _plain(result: EvalResult) -> dict[str, Any]:
     """The result as plain data, without the values of single queries."""
     from dataclasses import asdict
 
-    return {
-        "name": result.name,
-        "setting": asdict(result.setting),
-        "values": result.values,
-        "interval": {name: ends for name, ends in result.interval.items() if name in result.values},
-        "reference": result.reference,
-        "attacks": result.attacks,
-        "curves": {
-            name: {axis: v.tolist() for axis, v in curve.items()} for name, curve in result.curves.items()
-        },
-        "perceptibility": result.perceptibility,
-        "flags": [asdict(flag) for flag in result.flags],
-        "unreliable": result.unreliable,
-        "notes": result.notes,
-        "cost": asdict(result.cost),
+    curves = {
+        name: {axis: values.tolist() for axis, values in curve.items()}
+        for name, curve in result.curves.items()
     }
+    interval = {name: ends for name, ends in result.interval.items() if name in result.values}
+    flags = {"flags": [asdict(flag) for flag in result.flags], "unreliable": result.unreliable}
+    return {"name": result.name, **plain(result), "interval": interval, "curves": curves, **flags}
 
 
-def _show(result: EvalResult) -> None:
-    """Tables on stderr: the numbers, the lines beside each other, the curve, the flags."""
+def print_assessment(result: EvalResult) -> None:
+    """Tables on stderr: the numbers, the attacks next to each other, curves and flags."""
     queries = len(next(iter(result.per_query.values())))
-    rows: list[list[Any]] = []
-    for name, value in result.values.items():
-        ends = result.interval.get(name)
-        rows.append([name, value, "" if ends is None else "{:.4f} .. {:.4f}".format(*ends)])
-    chosen = f" ({result.setting.chosen})" if result.setting.chosen else ""
-    print_table(f"{result.name}, {queries} queries{chosen}", ["measure", "value", "95 % interval"], rows)
-    print_table("reference", ["", "value"], [[name, value] for name, value in result.reference.items()])
-    columns = list(dict.fromkeys(name for line in result.attacks.values() for name in line))
-    columns = [name for name in columns if name not in ("forward", "backward", "oracle")]
-    print_table(
-        "lines",
-        ["line", *columns],
-        [
-            [name, *(_cell(column, line.get(column)) for column in columns)]
-            for name, line in result.attacks.items()
-        ],
-    )
+    subset = f" ({result.setting.chosen})" if result.setting.chosen else ""
+    print_values(f"{result.name}, {queries} queries{subset}", result)
+    names = dict.fromkeys(name for facts in result.attacks.values() for name in facts)
+    columns = [name for name in names if name not in ("forward", "backward", "oracle")]
+    rows = [[name, *(_cell(c, facts.get(c)) for c in columns)] for name, facts in result.attacks.items()]
+    print_table("attacks", ["attack", *columns], rows)
     for name, curve in result.curves.items():
         axes = [axis for axis in curve if axis != "eps"]
-        steps = zip(curve["eps"].tolist(), *(curve[axis].tolist() for axis in axes), strict=True)
-        print_table(name, ["eps", *axes], [[f"{eps:.6g}", *values] for eps, *values in steps])
+        points = zip(curve["eps"].tolist(), *(curve[axis].tolist() for axis in axes), strict=True)
+        print_table(name, ["eps", *axes], [[f"{eps:.6g}", *values] for eps, *values in points])
     if result.flags:
         flagged = [[flag.id, flag.level, flag.value, flag.remedy] for flag in result.flags]
         print_table("checks", ["check", "level", "value", "remedy"], flagged)
     if result.unreliable:
-        console.print("[bold red]unreliable:[/] a red check stands, and the numbers above may be too high")
-    for note in result.notes:
-        console.print(note)
+        console.print("[bold red]unreliable:[/] a check is red, and the numbers above may be too high")
+    for text in result.notes:
+        note(text)
 
 
 def _cell(column: str, value: float | None) -> str | float:
+    digits = {"unique wins": 0, "fit steps": 0, "seconds": 1, "flips": 1}
     if value is None:
         return ""
-    return (
-        f"{value:.0f}"
-        if column in ("unique wins", "fit steps")
-        else f"{value:.1f}"
-        if column in ("seconds", "flips")
-        else value
-    )
+    return f"{value:.{digits[column]}f}" if column in digits else value

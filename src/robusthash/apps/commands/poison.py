@@ -1,72 +1,53 @@
-"""The verb that attacks the database instead of the queries."""
-
-from __future__ import annotations
-
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from typer import Option
 
-from robusthash.apps.commands.terminal import AsJson, RunPath, print_json, print_table, progress_bars
+from robusthash.apps.commands.options import AsJson, Direction, Eps, Norm, RunPath
+from robusthash.apps.commands.terminal import print_json, print_lines, print_values, progress_bars
 
 
 def poison(
     run: RunPath,
-    threat: Annotated[
-        str, typer.Option(help="db-insert or db-perturb; db-insert-img-linf-4 for another bound.")
-    ],
-    attack: Annotated[
-        str | None, typer.Option(help="Attack of db-perturb, as YAML or by name: dsarh.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Items put in, of db-insert.")] = 10,
-    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Ranks that count, of db-insert.")] = 10,
-    share: Annotated[
-        float, typer.Option(help="Share of the database items that is changed, of db-perturb.")
-    ] = 0.1,
-    steps: Annotated[int | None, typer.Option(min=2, help="Steps of guided-apgd, 100.")] = None,
-    direction: Annotated[
-        str | None, typer.Option(help="I2I or T2I; the hasher's first modality by default.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the result here (.json) instead of into the run.")
-    ] = None,
+    threat: Annotated[str, Option(help="db-insert or db-perturb, or with a bound: db-insert-img-linf-4.")],
+    eps: Eps = None,
+    norm: Norm = None,
+    attack: Annotated[str | None, Option(help="Attack of db-perturb, as YAML or by name: dsarh.")] = None,
+    count: Annotated[int, Option(min=1, help="Items put in, of db-insert.")] = 10,
+    k: Annotated[int, Option("-k", "--k", min=1, help="Ranks that count, of db-insert.")] = 10,
+    share: Annotated[float, Option(help="Share of the database items that is changed, of db-perturb.")] = 0.1,
+    steps: Annotated[int | None, Option(min=2, help="Steps of guided-apgd, 100.")] = None,
+    direction: Direction = None,
+    out: Annotated[Path | None, Option(help="Write the result here (.json) instead of into the run.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack the database of a run: insert items to be found often, or change items to be found no more."""
+    from robusthash.apps.experiment import poison_run
     from robusthash.apps.experiment.config import value_of
-    from robusthash.apps.experiment.poison_run import poison as poison_run
     from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.experiment.threat_options import threat_name
 
-    if direction not in (None, "I2I", "T2I"):
+    if direction in ("I2T", "T2T"):
         raise ValueError(
             f"direction must be I2I or T2I, since images of the database are changed, got {direction!r}"
         )
+    budget = threat_name(threat, eps, norm)
+    settings = None if attack is None else value_of(attack)
     with progress_bars() as progress:
-        result, path = poison_run(
-            load_run(run),
-            threat,
-            attack=None if attack is None else value_of(attack),
-            count=count,
-            k=k,
-            share=share,
-            steps=steps,
-            direction=direction,
-            out=out,
-            progress=progress,
+        bounds: dict[str, Any] = {
+            "count": count,
+            "k": k,
+            "share": share,
+            "steps": steps,
+            "direction": direction,
+        }
+        result, path = poison_run.poison(
+            load_run(run), budget, attack=settings, **bounds, out=out, progress=progress
         )
+    setting = result.setting
     if as_json:
         values = {"values": result.values, "reference": result.reference, "interval": result.interval}
-        print_json(
-            {"out": str(path), "threat": result.setting.threat, "budget": result.setting.budget, **values}
-        )
+        print_json({"out": str(path), "threat": setting.threat, "budget": setting.budget, **values})
         return
-    rows = []
-    for name, value in result.values.items():
-        low, high = result.interval.get(name, (float("nan"),) * 2)
-        rows.append([name, value, f"{low:.4f} .. {high:.4f}" if low == low else ""])
-    print_table(
-        f"{result.setting.threat}, {result.setting.budget}", ["measure", "value", "95 % interval"], rows
-    )
-    print_table("reference", ["", "value"], [[name, value] for name, value in result.reference.items()])
-    sys.stdout.write(f"{path}\n")
+    print_values(f"{setting.threat}, {setting.budget}", result)
+    print_lines([path])

@@ -1,24 +1,23 @@
-"""What the verbs show: bars and tables on stderr, JSON on stdout."""
+"""Output of the verbs: bars and tables on stderr, data on stdout."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from robusthash.core.atomic_files import json_text
 
-console = Console(stderr=True)
+if TYPE_CHECKING:
+    from robusthash.metrics.results import EvalResult
 
-RunPath = Annotated[Path, typer.Argument(help="Run directory, as `train` and `run` print it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+console = Console(stderr=True)
 
 
 def escape(text: str) -> str:
@@ -28,7 +27,7 @@ def escape(text: str) -> str:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar per text; drawn on stderr, and only where someone looks."""
+    """A bar per text, drawn on stderr where that is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
@@ -47,11 +46,87 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json_text(value))
 
 
-def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """A table on stderr; floats with four digits."""
-    table = Table(title=title, title_justify="left")
+def print_lines(lines: Iterable[object]) -> None:
+    """Lines on stdout: the files that were written."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def reply(as_json: bool, data: Any, lines: Iterable[object]) -> None:
+    """The answer of a verb on stdout: as JSON, or as lines."""
+    if as_json:
+        print_json(data)
+    else:
+        print_lines(lines)
+
+
+def note(text: object) -> None:
+    """A message on stderr, without markup."""
+    console.print(str(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: bool = True
+) -> None:
+    """A table on stderr; floats with four digits. ``right`` aligns all columns but the first to the right."""
+
+    def cell(value: Any) -> str | Text:
+        return (
+            f"{value:.4f}"
+            if isinstance(value, float)
+            else value
+            if isinstance(value, Text)
+            else escape(str(value))
+        )
+
+    table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(column, justify="right" if right and number else "left")
     for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else escape(str(value)) for value in row))
+        table.add_row(*map(cell, row))
     console.print(table)
+
+
+def interval_text(result: EvalResult, measure: str) -> str:
+    """The 95 % interval of a measure; empty where it has none."""
+    low, high = result.interval.get(measure, (float("nan"),) * 2)
+    return f"{low:.4f} .. {high:.4f}" if low == low else ""
+
+
+def print_values(title: str, result: EvalResult) -> None:
+    """Values of a result with their intervals, and its reference."""
+    rows = [[name, value, interval_text(result, name)] for name, value in result.values.items()]
+    print_table(title, ["measure", "value", "95 % interval"], rows)
+    print_table("reference", ["", "value"], result.reference.items())
+
+
+def print_headlines(results: Mapping[str, EvalResult]) -> None:
+    """The headline of each result, next to clean and chance."""
+    from robusthash.metrics.results import headline_of
+
+    rows: list[list[Any]] = []
+    for name, result in results.items():
+        headline = headline_of(result)
+        value, reference = result.values[headline], result.reference
+        references = [f"{reference[key]:.4f}" if key in reference else "" for key in ("clean", "chance")]
+        rows.append([name, headline, value, interval_text(result, headline), *references])
+    subset = next(iter(results.values())).setting.chosen
+    title = "results" if subset in ("", "all") else f"results, queries: {subset}"
+    print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
+
+
+def plain(result: EvalResult) -> dict[str, Any]:
+    """A result as plain data, without its arrays."""
+    from dataclasses import asdict
+
+    sections = (
+        "values",
+        "reference",
+        "representative",
+        "perceptibility",
+        "interval",
+        "empty",
+        "notes",
+        "attacks",
+    )
+    parts = {name: getattr(result, name) for name in sections}
+    return {"setting": asdict(result.setting), "cost": asdict(result.cost), **parts}

@@ -7,19 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from robusthash.apps.experiment.block_store import FolderStore
 from robusthash.apps.experiment.evaluation_stages import context_of, described
 from robusthash.apps.experiment.model_stages import (
-    image_size,
     load_hasher,
     load_victim,
     read_data,
     set_threads,
 )
 from robusthash.apps.experiment.run_directory import Run, write_json
-from robusthash.attacks.threat_model import Threat, named_threat
+from robusthash.apps.experiment.threat_options import threat_on_data
+from robusthash.attacks.threat_model import Threat
 from robusthash.core.identity import describe
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.data.base import RetrievalData
@@ -64,7 +62,7 @@ def assess(
     victim, objective = load_victim(run)
     data = read_data(run.config, progress)
     context = context_of(run, victim, data, progress, direction, whole=True)
-    aim = _threat(threat, data) if isinstance(threat, str) else threat
+    aim = threat_on_data(threat, data, "W2") if isinstance(threat, str) else threat
     options["surrogates"] = _surrogates(run, options.get("surrogates", ()), data, context)
     prepared = prepare_tier(context, tier_name, aim, objective=objective, queries=queries, **options)
     if curve:
@@ -83,14 +81,6 @@ def assess(
         others = load_results(path) if path.is_file() else []
         save_results(path, [*(other for other in others if other.name != result.name), result])
     return result
-
-
-def _threat(name: str, data: RetrievalData) -> Threat:
-    """A threat by name, with the size of images or the range of text vectors of the data."""
-    texts = None
-    if name == "txt-feat-linf":
-        texts = data.train.batch(torch.arange(len(data.train))).inputs.get("text")
-    return named_threat(name, "W2", pixels=image_size(data), features=texts)
 
 
 def _surrogates(

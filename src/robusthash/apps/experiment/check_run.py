@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from robusthash.apps.experiment.run_directory import CHECKED, Run, write_json
-from robusthash.apps.experiment.stages import Progress, context_of, image_size, load_victim, read_data, silent
-from robusthash.attacks.threat_model import Norm, image_ball, threat_on
+from robusthash.apps.experiment.stages import Progress, context_of, load_victim, read_data, silent
+from robusthash.apps.experiment.threat_options import threat_name, threat_on_data
 from robusthash.metrics.results import Flag
 from robusthash.robustness.checks.base import CHECKS
 from robusthash.robustness.checks.behaviour_checks import require_usable
@@ -20,8 +20,7 @@ def check_run(
     run: Run,
     progress: Progress = silent,
     *,
-    eps: float | None = None,
-    norm: Norm = "linf",
+    threat: str | None = None,
     queries: int = 128,
     steps: int = 100,
     direction: str | None = None,
@@ -29,7 +28,7 @@ def check_run(
     """Run all checks of the victim of a run, and write them to its ``checks.json``.
 
     Args:
-        eps: budget; the customary one of the query modality by default.
+        threat: budget by name; the usual one of the query modality by default.
         queries: N of the run's, chosen by content.
         direction: such as ``T2I``; the first of the run's by default.
     """
@@ -39,11 +38,8 @@ def check_run(
     require_usable(victim, few.to(victim.device))
     direction = direction or (run.config.evaluation.directions or (None,))[0]
     context = context_of(run, victim, data, progress, direction)
-    if context.direction[0] == "text":
-        threat = threat_on("text", eps, norm, "W2")
-    else:
-        threat = image_ball(norm, eps, image_size(data), "W2")
-    flags = model_checks(context, threat, queries=queries, steps=steps)
+    name = threat or threat_name(modality=context.direction[0])
+    flags = model_checks(context, threat_on_data(name, data, "W2"), queries=queries, steps=steps)
     write_json(run.path / CHECKED, plain(flags))
     return flags
 

@@ -1,4 +1,4 @@
-"""What trained runs cost: parameters, products, the time of a query and of an epoch."""
+"""Cost of trained runs: parameters, products, the time of a query and of an epoch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ import numpy as np
 import torch
 
 from robusthash.analysis.model_cost import Latency, Size, Work, asking, size_of, time_in_turn
-from robusthash.apps.experiment.attribution_run import labelled
 from robusthash.apps.experiment.run_directory import Run, load_run
+from robusthash.apps.experiment.run_selection import labelled
 from robusthash.core.hamming import pack, sign
-from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Inputs
 from robusthash.index.search_engines import FlatEngine, Rows
 from robusthash.models.hasher import Hasher
 
+_COLUMNS = (
+    *("model", "parameters (M)", "MACs (M)", "query ms", "p95 ms", "ratio"),
+    *("training min/epoch", "attack steps"),
+)
+
 
 @dataclass(frozen=True)
 class CostRow:
-    """What one run costs, for one image query and one epoch of training."""
+    """Cost of one run, for one image query and one epoch of training."""
 
     name: str
     size: Size
@@ -33,9 +37,9 @@ class CostRow:
 
 
 def cost_rows(
-    paths: Sequence[Path], against: Path | None = None, runs: int = 100
+    paths: Sequence[Path], against: Path | None = None, repeats: int = 100
 ) -> tuple[str, list[CostRow]]:
-    """Cost of runs and the name of the reference: the hasher without purifiers of ``against``, or of the
+    """Cost of runs, and the name of the reference: the hasher without purifiers of ``against``, or of the
     first run.
 
     The reference is timed in turn with all others in this process. A query runs from pixels to the ten
@@ -44,35 +48,24 @@ def cost_rows(
 
     Args:
         against: the undefended run.
-        runs: timed queries of each.
+        repeats: timed queries of each.
     """
-    opened = labelled(paths)
-    base = load_run(against) if against is not None else next(iter(opened.values()))
+    runs = labelled(paths)
+    base = load_run(against) if against is not None else next(iter(runs.values()))
     reference = f"{base.config.name} without purifiers" if base.config.hasher.purifiers else base.config.name
-    hashers = {label: run.load_model()[0] for label, run in opened.items()}
-    works = {label: _query_of(hashers[label], run) for label, run in opened.items()}
-    asked = "undefended reference"
-    works[asked] = _query_of(base.load_model()[0].bare(), base)
-    times = time_in_turn(works, asked, runs=runs)
-    return reference, [
-        CostRow(
-            name=label,
-            size=size_of(hashers[label], _pixels(run)),
-            latency=times[label],
-            minutes_per_epoch=sum(line["seconds"] for line in run.lines()) / len(run.lines()) / 60,
-            attack_steps=_inner_steps(run),
-        )
-        for label, run in opened.items()
-    ]
-
-
-def _inner_steps(run: Run) -> int:
-    """Steps of the training attack: those of the config, else those it has by default."""
-    settings = run.config.training.attack
-    if settings is None:
-        return 0
-    attack = build("attack", settings, objective=build("objective", run.config.training.objective))
-    return attack.search.steps
+    hashers = {label: run.load_model()[0] for label, run in runs.items()}
+    works = {label: _query_of(hashers[label], run) for label, run in runs.items()}
+    undefended = "undefended reference"
+    works[undefended] = _query_of(base.load_model()[0].bare(), base)
+    latencies = time_in_turn(works, undefended, runs=repeats)
+    rows = []
+    for label, run in runs.items():
+        epochs = [line["seconds"] for line in run.lines()]
+        attack = run.config.training.inner_attack()
+        steps = 0 if attack is None else attack.search.steps
+        size, minutes = size_of(hashers[label], _pixels(run)), sum(epochs) / len(epochs) / 60
+        rows.append(CostRow(label, size, latencies[label], minutes, steps))
+    return reference, rows
 
 
 def _pixels(run: Run) -> Inputs:
@@ -89,25 +82,22 @@ def _query_of(hasher: Hasher, run: Run) -> Work:
     """A query against random codes, as many as the database of ``run``."""
     count = int(json.loads((run.path / "data.json").read_text())["sizes"]["database"])
     codes = np.random.default_rng(0).integers(0, 256, (count, (hasher.bits + 7) // 8), dtype=np.uint8)
-    engine = FlatEngine(Rows(np.arange(count), codes))
-    return asking(
-        hasher, _pixels(run), lambda logits: engine.search(pack(sign(logits)).numpy(), min(10, count))
-    )
+    engine, k = FlatEngine(Rows(np.arange(count), codes)), min(10, count)
+    return asking(hasher, _pixels(run), lambda logits: engine.search(pack(sign(logits)).numpy(), k))
 
 
 def cost_markdown(reference: str, rows: Sequence[CostRow]) -> str:
     """A Markdown table."""
     first = rows[0].latency
     lines = [
-        f"One query: image to ten nearest, median of {first.runs} by wall clock, {first.threads} thread(s); ratio to "
-        f"{reference}, timed in turn. FLOPs are twice the MACs.",
+        f"One query: image to ten nearest, median of {first.runs} by wall clock, {first.threads} thread(s); "
+        f"ratio to {reference}, timed in turn. FLOPs are twice the MACs.",
         "",
-        "| model | parameters (M) | MACs (M) | query ms | p95 ms | ratio | training min/epoch | attack steps |",
-        "|" + " --- |" * 8,
+        f"| {' | '.join(_COLUMNS)} |",
+        "|" + " --- |" * len(_COLUMNS),
     ]
-    lines += [
-        f"| {row.name} | {row.size.parameters / 1e6:.3f} | {row.size.macs / 1e6:.2f} | {row.latency.median:.2f} | "
-        f"{row.latency.p95:.2f} | {row.latency.ratio:.2f} | {row.minutes_per_epoch:.2f} | {row.attack_steps} |"
-        for row in rows
-    ]
+    for row in rows:
+        size = f"{row.size.parameters / 1e6:.3f} | {row.size.macs / 1e6:.2f}"
+        time = f"{row.latency.median:.2f} | {row.latency.p95:.2f} | {row.latency.ratio:.2f}"
+        lines.append(f"| {row.name} | {size} | {time} | {row.minutes_per_epoch:.2f} | {row.attack_steps} |")
     return "\n".join(lines)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from robusthash.apps.experiment.block_store import FolderStore
 from robusthash.apps.experiment.evaluation_stages import context_of
-from robusthash.apps.experiment.model_stages import image_size, load_hasher, read_data, set_threads
+from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.attacks.threat_model import named_threat
+from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.evaluation.context import EvaluationContext
@@ -106,7 +106,7 @@ def question_table(
     set_threads(run.config)
     data = read_data(run.config, progress)
     context = context_of(run, load_hasher(run), data, progress, direction, whole=True).some(queries)
-    aim = named_threat(threat, "B2", pixels=image_size(data))
+    aim = threat_on_data(threat, data, "B2")
     name = search or ("greedy-words" if aim.edits else "square")
     built = build("question-search", name)
     store = FolderStore(run.path / "questions" / _identity(run, context, budgets))

@@ -1,36 +1,37 @@
-"""Sweeps: one recipe over values of its settings and over seeds, as ordinary runs on several processes.
+"""Sweeps: one recipe over values of its settings and over seeds, as ordinary runs in a process each.
 
-Each point is a child process that runs ``robusthash run`` with the point's overrides on one thread, so that
-it can be stopped, gone on with and looked at like any run. The sweep itself keeps only ``sweep.json`` and the
-children's output.
+A point is trained and evaluated on one thread in a new process, so that it can be stopped, resumed and read
+like any run. The sweep itself keeps only ``sweep.json`` and the output of the processes.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import Any, Literal
 
 import yaml
 
+from robusthash.apps.experiment import training_stages
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.apps.experiment.run_directory import load_run, write_json
-from robusthash.apps.experiment.stages import Progress, silent
 from robusthash.apps.experiment.tables import Cell, cell_of
-from robusthash.core.runtime import digest
-from robusthash.metrics.results import EvalResult, headline_of, load_results
+from robusthash.core.out_of_memory import REMEDY, out_of_memory
+from robusthash.core.runtime import Progress, digest, silent
+from robusthash.metrics.results import EvalResult, headline_of
 
 State = Literal["waiting", "done", "failed"]
-_LOOK = 0.2  # seconds between looks at the children
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,8 @@ def read_axis(text: str) -> Axis:
     if not equals or not path or not listed:
         raise ValueError(f"--over takes section.key=value,value,..., got {text!r}")
     if listed.startswith("["):
-        found = tuple(
-            yaml.safe_dump(value, default_flow_style=True).strip() for value in yaml.safe_load(listed)
-        )
-        values = tuple(value.removesuffix("...").strip() for value in found)
+        dumped = [yaml.safe_dump(value, default_flow_style=True) for value in yaml.safe_load(listed)]
+        values = tuple(value.strip().removesuffix("...").strip() for value in dumped)
     else:
         values = tuple(value.strip() for value in listed.split(","))
     if len(set(values)) < len(values) or not all(values):
@@ -62,19 +61,13 @@ def read_axis(text: str) -> Axis:
     if path == "runtime.seed":
         raise ValueError("seeds are swept by --seeds 0,1,2, so that the table can average over them")
     if path.partition(".")[0] in ("evaluation", "runtime", "name"):
-        raise ValueError(
-            f"--over {path} makes no other model, and all points would share one run; sweep settings of data, hasher "
-            "or training, and set the rest with --set"
-        )
+        remedy = "sweep settings of data, hasher or training, and set the rest with --set"
+        raise ValueError(f"--over {path} makes no other model, and all points would share one run; {remedy}")
     return Axis(path, values)
 
 
 def whole_numbers(text: str) -> list[int]:
-    """``0,1,2``.
-
-    Raises:
-        ValueError: anything else.
-    """
+    """``0,1,2``. Raises ValueError for anything else."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
         raise ValueError(f"--seeds takes whole numbers with commas, 0,1,2, got {text!r}")
@@ -99,10 +92,19 @@ class Point:
     def key(self) -> str:
         return digest(self.config.model_dump(mode="json"))
 
+    @property
+    def parent(self) -> str:
+        """Key of the run that training starts from, if a recipe makes it: never by two points at once."""
+        config, named = self.config, self.config.training.init_from
+        if named is None or Path(named).suffix not in (".yaml", ".yml"):
+            return ""
+        net = config.hasher.model_dump(mode="json", include={"bits", "image", "text", "head"})
+        return f"parent-{digest([named, config.data, net, config.runtime.model_dump(mode='json')])}"
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a point stands."""
+    """State of a point, its run directory once it is done, its error where it failed."""
 
     values: dict[str, str]
     seed: int
@@ -110,6 +112,10 @@ class Outcome:
     state: State = "waiting"
     run: str = ""
     error: str = ""
+
+    def results(self) -> dict[str, EvalResult]:
+        """Evaluated results of a point that is done."""
+        return load_run(self.run).evaluated()
 
 
 def points_of(
@@ -123,32 +129,29 @@ def points_of(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds takes different whole numbers, got {list(seeds)}")
-    points = []
-    for chosen in itertools.product(*(axis.values for axis in axes)):
-        values = {axis.path: value for axis, value in zip(axes, chosen, strict=True)}
-        for seed in seeds:
-            swept = [f"{path}={value}" for path, value in values.items()]
-            whole = (*sets, *swept, f"runtime.seed={seed}", "runtime.threads=1")
-            points.append(Point(values, seed, whole, load_config(recipe, whole)))
     models: dict[str, Point] = {}
-    for point in points:
-        identity = point.config.model_id(point.config.training.init_from or "")
-        if identity in models:
-            raise ValueError(
-                f"the points {models[identity].name!r} and {point.name!r} are the same model; name one"
-            )
-        models[identity] = point
-    return points
+    for combination in itertools.product(*(axis.values for axis in axes)):
+        values = {axis.path: value for axis, value in zip(axes, combination, strict=True)}
+        swept = [f"{path}={value}" for path, value in values.items()]
+        for seed in seeds:
+            overrides = (*sets, *swept, f"runtime.seed={seed}", "runtime.threads=1")
+            point = Point(values, seed, overrides, load_config(recipe, overrides))
+            identity = point.config.model_id(point.config.training.init_from or "")
+            if identity in models:
+                other = models[identity].name
+                raise ValueError(f"the points {other!r} and {point.name!r} are the same model; name one")
+            models[identity] = point
+    return list(models.values())
 
 
 class Sweep:
-    """A recipe over its points, on several processes.
+    """A recipe over its points, in several processes.
 
     Args:
-        recipe: the file; it is read again by each child.
-        runs: folder of all runs, where points and their parents lie.
-        out: folder of ``sweep.json`` and of what the children print.
-        jobs: children at a time.
+        recipe: the file; it is read again by each process.
+        runs: folder of all runs, of points and of the runs that they start from.
+        out: folder of ``sweep.json`` and of the logs.
+        jobs: processes at a time.
     """
 
     def __init__(self, recipe: Path, points: Sequence[Point], runs: Path, out: Path, jobs: int = 1) -> None:
@@ -158,160 +161,125 @@ class Sweep:
         self.outcomes = {point.key: Outcome(point.values, point.seed, point.key) for point in self.points}
 
     def run(self, progress: Progress = silent) -> list[Outcome]:
-        """Run what is not done yet; a failing point is noted with its error and the others go on.
+        """Run what is not done yet; a failing point is stored with its error and the others go on.
 
-        Left by an exception (Ctrl-C), all children are stopped first; the same call goes on.
+        An exception (Ctrl-C) stops all processes first; the same call resumes.
         """
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         self._recall()
-        open_points = [point for point in self.points if self.outcomes[point.key].state != "done"]
-        with _children() as start:
-            parents = self._parents(open_points)
-            blocked: dict[str, str] = {}
-            jobs = {key: self._command("train", path, sets) for key, (path, sets) in parents.items()}
-            for key, code, log in self._work(
-                start, jobs, lambda done, total: progress(done, total, "parents")
-            ):
-                if code:
-                    blocked[key] = f"its parent {parents[key][0]} failed: {_last_line(log)}"
-            commands = {
-                point.key: self._command("run", self.recipe, point.sets)
-                for point in open_points
-                if self._parent_key(point) not in blocked
-            }
-            for point in open_points:
-                if (key := self._parent_key(point)) in blocked:
-                    self._note(point.key, "failed", error=blocked[key])
-            done_before = len(self.points) - len(commands)
-            total = len(self.points)
-            for key, code, log in self._work(
-                start, commands, lambda done, _: progress(done_before + done, total, "points of the sweep")
-            ):
-                if code:
-                    self._note(key, "failed", error=_last_line(log))
+        remaining = [point for point in self.points if self.outcomes[point.key].state != "done"]
+        parents = {point.parent: point for point in remaining if point.parent}
+        with _processes(self.jobs) as start:
+            trained = self._work(start, parents, "prepare", progress, "parents")  # before any point
+            blocked = {key: error for key, _, error in trained if error}
+            points: dict[str, Point] = {}
+            for point in remaining:
+                if point.parent in blocked:
+                    error = f"its parent {point.config.training.init_from} failed: {blocked[point.parent]}"
+                    self._store(point.key, "failed", error=error)
                 else:
-                    self._note(key, "done", run=log.with_suffix(".out").read_text().strip().splitlines()[-1])
+                    points[point.key] = point
+            for key, run, error in self._work(start, points, "run_all", progress, "points of the sweep"):
+                self._store(key, "failed" if error else "done", run, error)
         return [self.outcomes[point.key] for point in self.points]
 
     def _recall(self) -> None:
-        """Take over points that an earlier call finished, where their results still stand."""
-        path = self.out / "sweep.json"
-        if not path.is_file():
-            return
-        by_key = {point.key: point for point in self.points}
-        for entry in json.loads(path.read_text())["points"]:
-            known = Outcome(**entry)
-            whole = known.state == "done" and all(
-                (Path(known.run) / name).is_file() for name in ("config.yaml", "metrics.json")
-            )
-            # the run may since have been evaluated under another config
-            if whole and known.key in by_key and load_run(known.run).config == by_key[known.key].config:
-                self.outcomes[known.key] = known
+        """Take over points that an earlier call finished, where their results still exist."""
+        path, by_key = self.out / "sweep.json", {point.key: point for point in self.points}
+        for entry in json.loads(path.read_text())["points"] if path.is_file() else ():
+            old = Outcome(**entry)
+            files = [Path(old.run) / name for name in ("config.yaml", "metrics.json")]
+            if old.state != "done" or old.key not in by_key or not all(file.is_file() for file in files):
+                continue
+            if load_run(old.run).config == by_key[old.key].config:  # not evaluated under another one since
+                self.outcomes[old.key] = old
 
-    def _note(self, key: str, state: State, run: str = "", error: str = "") -> None:
-        old = self.outcomes[key]
-        self.outcomes[key] = Outcome(old.values, old.seed, key, state, run, error)
-        document = {
-            "recipe": str(self.recipe),
-            "runs": str(self.runs),
-            "points": [asdict(self.outcomes[point.key]) for point in self.points],
-        }
+    def _store(self, key: str, state: State, run: str = "", error: str = "") -> None:
+        self.outcomes[key] = replace(self.outcomes[key], state=state, run=run, error=error)
+        points = [asdict(self.outcomes[point.key]) for point in self.points]
+        document = {"recipe": str(self.recipe), "runs": str(self.runs), "points": points}
         write_json(self.out / "sweep.json", document)
 
-    def _parent_file(self, point: Point) -> Path | None:
-        """The recipe that the point starts from, if it is one: two points must not train it at the same
-        time."""
-        named = point.config.training.init_from
-        if named is None or Path(named).suffix not in (".yaml", ".yml"):
-            return None
-        beside = self.recipe.parent / named
-        return beside if beside.exists() else Path(named)
-
-    def _parent_key(self, point: Point) -> str:
-        path = self._parent_file(point)
-        shared = [str(path), point.config.data, point.config.runtime.model_dump(mode="json")]
-        return "" if path is None else f"parent-{digest(shared)}"
-
-    def _parents(self, points: Sequence[Point]) -> dict[str, tuple[Path, tuple[str, ...]]]:
-        """Recipe and overrides of each run that points start from, as training a point would train it."""
-        found: dict[str, tuple[Path, tuple[str, ...]]] = {}
-        for point in points:
-            path = self._parent_file(point)
-            if path is not None:
-                data, runtime = (
-                    json.dumps(point.config.data),
-                    json.dumps(point.config.runtime.model_dump(mode="json")),
-                )
-                found[self._parent_key(point)] = (path, (f"data={data}", f"runtime={runtime}"))
-        return found
-
-    def _command(self, verb: str, recipe: Path, sets: Sequence[str]) -> list[str]:
-        options = [part for override in sets for part in ("--set", override)]
-        return [sys.executable, "-m", "robusthash", verb, str(recipe), *options, "--runs", str(self.runs)]
-
     def _work(
-        self,
-        start: Callable[[Sequence[str], Path], subprocess.Popen[bytes]],
-        commands: Mapping[str, Sequence[str]],
-        progress: Callable[[int, int], None],
-    ) -> Iterator[tuple[str, int, Path]]:
-        """Run commands, ``jobs`` at a time; yields (key, exit code, log) as each ends."""
-        waiting, done = list(commands), 0
-        running: dict[str, subprocess.Popen[bytes]] = {}
-        while waiting or running:
-            while waiting and len(running) < self.jobs:
-                key = waiting.pop(0)
-                running[key] = start(commands[key], self.out / "logs" / f"{key}.err")
-            progress(done, len(commands))
-            ended = [key for key, child in running.items() if child.poll() is not None]
-            for key in ended:
-                done += 1
-                yield key, running.pop(key).returncode, self.out / "logs" / f"{key}.err"
-            if not ended:
-                time.sleep(_LOOK)
-        progress(done, len(commands))
+        self, start: Start, points: Mapping[str, Point], stage: str, progress: Progress, title: str
+    ) -> Iterator[tuple[str, str, str]]:
+        """Start a stage of each point; yields (key, run directory, error) as each ends."""
+        total = len(points) if stage == "prepare" else len(self.points)
+        done, futures = total - len(points), {}
+        for key, point in points.items():
+            log = self.out / "logs" / f"{key}.log"
+            futures[start(stage, self.recipe, point.sets, self.runs, log)] = key
+        progress(done, total, title)
+        for future in as_completed(futures):
+            done += 1
+            progress(done, total, title)
+            yield futures[future], *future.result()
+
+
+Ended = tuple[str, str]
+"""Run directory, and the error in one line."""
+
+Start = Callable[[str, Path, tuple[str, ...], Path, Path], Future[Ended]]
+
+
+def _execute(stage: str, recipe: Path, sets: Sequence[str], runs: Path, log: Path) -> Ended:
+    """A stage of a recipe, in a process of its own; all output goes to ``log``."""
+    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            outcome = getattr(training_stages, stage)(load_config(recipe, sets), runs, base=recipe.parent)
+            return (str(outcome.path) if stage == "run_all" else ""), ""
+        except Exception as error:
+            traceback.print_exc()
+            message = error.args[0] if isinstance(error, KeyError) and error.args else error
+            text = " ".join(str(message).split()) or type(error).__name__
+            return "", f"{text}; {REMEDY}" if out_of_memory(error) and REMEDY not in text else text
+
+
+def _in_process(*task: Any) -> Ended:
+    """Outcome of a task in a new process; a pool of one, so that a killed process ends no other task."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=os.setsid) as pool:  # Ctrl-C reaches the sweep alone
+        try:
+            return pool.submit(_execute, *task).result()
+        except BrokenProcessPool:
+            return "", f"its process was killed, perhaps for want of memory; see {task[-1]}"
 
 
 @contextmanager
-def _children() -> Iterator[Callable[[Sequence[str], Path], subprocess.Popen[bytes]]]:
-    """Start children in sessions of their own; those that still run when the block is left are stopped."""
-    started: list[subprocess.Popen[bytes]] = []
-    files: list[IO[bytes]] = []
+def _processes(jobs: int) -> Iterator[Start]:
+    """Start tasks, ``jobs`` at a time and one thread each; an exception in the block stops them all."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # new processes inherit it
+    futures: list[Future[Ended]] = []
+    with ThreadPoolExecutor(jobs) as queue:
 
-    def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-        streams = log.with_suffix(".out").open("wb"), log.open("wb")
-        files.extend(streams)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=streams[0],
-            stderr=streams[1],
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches the sweep alone, which then stops them all, wherever it came from
-        )
-        started.append(child)
-        return child
+        def start(*task: Any) -> Future[Ended]:
+            futures.append(queue.submit(_in_process, *task))
+            return futures[-1]
 
-    try:
-        yield start
-    finally:
-        for child in started:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGINT)  # a run keeps its last checkpoint and says so
-        for child in started:
-            try:
-                child.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-        for file in files:
-            file.close()
+        try:
+            yield start
+        except BaseException:
+            _stop(futures)
+            raise
+        finally:
+            os.environ.pop("OMP_NUM_THREADS")
+            os.environ.update({} if threads is None else {"OMP_NUM_THREADS": threads})
 
 
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("error:").strip() if lines else f"no message; see {log}"
+def _stop(futures: Sequence[Future[Ended]]) -> None:
+    """Interrupt the processes, which keep their last checkpoint; after ten seconds kill them."""
+    for future in futures:
+        future.cancel()
+    interrupted: set[int] = set()
+    patience = time.monotonic() + 10
+    while wait(futures, timeout=0.1).not_done:
+        for process in multiprocessing.active_children():
+            if time.monotonic() > patience:
+                process.kill()
+            elif process.pid is not None and process.pid not in interrupted:
+                interrupted.add(process.pid)
+                os.kill(process.pid, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -326,35 +294,25 @@ class SweepRow:
 
 def sweep_rows(outcomes: Sequence[Outcome]) -> list[SweepRow]:
     """Results by setting, averaged over seeds with the intervals of ``robusthash table``."""
-    groups: dict[str, list[Outcome]] = {}
+    settings: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault(json.dumps(outcome.values), []).append(outcome)
+        settings.setdefault(json.dumps(outcome.values), []).append(outcome)
     rows = []
-    for members in groups.values():
+    for members in settings.values():
         done = [outcome for outcome in members if outcome.state == "done"]
-        found = [{r.name: r for r in load_results(Path(outcome.run) / "metrics.json")} for outcome in done]
-        shared: list[str] = (
-            [name for name in found[0] if all(name in results for results in found)] if found else []
-        )
-        rows.append(
-            SweepRow(
-                values=members[0].values,
-                cells={name: cell_of([results[name] for results in found]) for name in shared},
-                seeds=tuple(outcome.seed for outcome in done),
-                failed=sum(outcome.state == "failed" for outcome in members),
-            )
-        )
+        results = [outcome.results() for outcome in done]
+        shared = [name for name in results[0] if all(name in other for other in results)] if results else []
+        cells = {name: cell_of([named[name] for named in results]) for name in shared}
+        failed = sum(outcome.state == "failed" for outcome in members)
+        rows.append(SweepRow(members[0].values, cells, tuple(outcome.seed for outcome in done), failed))
     return rows
 
 
 def measure_of(outcomes: Sequence[Outcome], result: str = "clean") -> str:
-    """What the values of a sweep are, as its figure names them."""
+    """Name of the measure of a sweep's values, for its figure."""
     for outcome in outcomes:
         if outcome.state == "done":
-            found: EvalResult = next(
-                r for r in load_results(Path(outcome.run) / "metrics.json") if r.name == result
-            )
-            return headline_of(found)
+            return headline_of(outcome.results()[result])
     raise ConfigError("no point of this sweep is done")
 
 
@@ -362,13 +320,10 @@ def sweep_markdown(rows: Sequence[SweepRow]) -> str:
     """A Markdown table: settings, results, seeds."""
     paths = list(rows[0].values)
     columns = list(dict.fromkeys(name for row in rows for name in row.cells))
-    lines = [
-        f"| {' | '.join([*paths, *columns, 'seeds', 'failed'])} |",
-        "|" + " --- |" * (len(paths) + len(columns) + 2),
-    ]
+    head = [*paths, *columns, "seeds", "failed"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in rows:
         cells = [row.cells[name].text() if name in row.cells else "-" for name in columns]
-        lines.append(
-            f"| {' | '.join([*row.values.values(), *cells, str(len(row.seeds)), str(row.failed)])} |"
-        )
+        line = [*row.values.values(), *cells, str(len(row.seeds)), str(row.failed)]
+        lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)

@@ -1,15 +1,14 @@
-"""Run directories: names, digests, checkpoints, and the trained model in files that execute nothing when
-read."""
+"""Run directories: names, digests, checkpoints, and the trained model in files that run no code when read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import pickle
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,22 +28,33 @@ from robusthash.metrics.results import EvalResult, Flag, load_results, software_
 from robusthash.models.hasher import Hasher, build_hasher
 from robusthash.objectives.base import HashObjective
 
-logger = logging.getLogger(__name__)
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, text)."""
 
 
 class RunError(ValueError):
     """A run directory that cannot be used as it stands."""
 
 
-CHECKED = "checks.json"
-"""What ``check`` said of a run."""
+CHECKED = "checks.json"  # the flags of ``check``
+KEPT = "kept.json"  # marks a copy of results without weights, see ``kept_results``
+_TRAIN = "run 'robusthash train' or 'robusthash run' first"
+_DAMAGED: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
+_DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError)
 
-KEPT = "kept.json"
-"""What makes a run directory a copy of results alone; see ``keeping``."""
+
+@contextmanager
+def reading(path: Path, remedy: str, what: str = "") -> Iterator[None]:
+    """Raise an error of a block that reads ``path`` as ``RunError("WHAT PATH is damaged (...); REMEDY")``."""
+    try:
+        yield
+    except _DAMAGED as error:
+        reason = next(iter(str(error).splitlines()), repr(error))
+        raise RunError(f"{f'{what} {path}'.strip()} is damaged ({reason}); {remedy}") from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside and rename, so that a reader never sees half a file."""
+    """Write JSON atomically."""
     with write_aside(path) as temporary:
         temporary.write_text(json_text(value, path.name))
 
@@ -55,9 +65,7 @@ class Run:
 
     path: Path
     config: Config
-    on_progress: Callable[[int, int, str], None] = field(
-        default=lambda done, total, text: None, compare=False
-    )
+    on_progress: Progress = field(default=lambda done, total, text: None, compare=False)
 
     @property
     def id(self) -> str:
@@ -65,7 +73,7 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        """What training seeds of one recipe have in common, and no other recipe; wherever the data lies."""
+        """Identity of the recipe, the same for every training seed and wherever the data lies."""
         plain = self.config.model_dump()
         data = plain["data"] if isinstance(plain["data"], dict) else {"name": plain["data"]}
         plain["data"] = {key: value for key, value in data.items() if key != "root"}
@@ -74,36 +82,31 @@ class Run:
 
     @property
     def kept(self) -> bool:
-        """A copy of results alone, without weights."""
+        """A copy of results without weights."""
         return (self.path / KEPT).is_file()
 
     @property
     def trained(self) -> bool:
-        """The final weights are there; ``model.json`` is written last."""
+        """The final weights exist; ``model.json`` is written last."""
         return (self.path / "model.json").is_file()
 
     @property
     def _resume_file(self) -> Path:
         return self.path / "checkpoint" / "resume.pt"
 
-    def resume(self) -> dict[str, Any] | None:
-        """The last training checkpoint, or None.
+    @property
+    def _database_file(self) -> Path:
+        return self.path / "checkpoint" / "database.npz"
 
-        Raises:
-            RunError: a checkpoint that cannot be read; it names the file and says what to do.
-        """
+    def resume(self) -> dict[str, Any] | None:
+        """The last training checkpoint, or None. Raises RunError for one that cannot be read."""
         if not self._resume_file.is_file():
             return None
-        try:
+        with reading(self._resume_file, "delete it to train again from the start", "checkpoint"):
             return torch.load(self._resume_file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
-            raise RunError(
-                f"checkpoint {self._resume_file} is damaged ({str(error).splitlines()[0]}); "
-                "delete it to train again from the start"
-            ) from None
 
     def checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the training checkpoint; keep the weights of this epoch too, if the config wants them."""
+        """Replace the training checkpoint; store the epoch's weights too, if ``keep_epochs`` says so."""
         self._resume_file.parent.mkdir(parents=True, exist_ok=True)
         every = self.config.runtime.keep_epochs
         if every is not None and state["epoch"] % every == 0:
@@ -114,7 +117,7 @@ class Run:
             torch.save(state, temporary)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one JSON line; lines of epochs that a kill made run again are told by their epoch number."""
+        """Append one JSON line."""
         with (self.path / "log.jsonl").open("a") as lines:
             lines.write(json.dumps(line) + "\n")
 
@@ -122,26 +125,20 @@ class Run:
         return self.path / "epochs" / f"{epoch}.safetensors"
 
     def kept_epochs(self) -> list[int]:
-        """After how many epochs weights were kept, ascending; see ``runtime.keep_epochs``."""
+        """Numbers of the epochs whose weights are stored, ascending; see ``runtime.keep_epochs``."""
         return sorted(int(path.stem) for path in (self.path / "epochs").glob("*.safetensors"))
 
     def load_epoch(self, epoch: int) -> tuple[Hasher, HashObjective]:
-        """The hasher as it was after ``epoch`` epochs, and the objective of the trained run."""
+        """The hasher after ``epoch`` epochs, and the objective of the trained run."""
         hasher, objective = self.load_model()
         _load_weights(hasher, self._epoch_file(epoch))
         return hasher, objective
 
     def lines(self) -> list[dict[str, Any]]:
-        """One line per epoch; of an epoch that a kill made run again, the last.
-
-        Raises:
-            RunError: no epoch has been trained.
-        """
+        """One line per epoch, the last where a kill repeated it. Raises RunError before the first epoch."""
         path = self.path / "log.jsonl"
         if not path.is_file():
-            raise RunError(
-                f"{self.path} has no training log; run 'robusthash train' or 'robusthash run' first"
-            )
+            raise RunError(f"{self.path} has no training log; {_TRAIN}")
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return list({line["epoch"]: line for line in lines}.values())
 
@@ -149,13 +146,9 @@ class Run:
         self.on_progress(done, total, text)
 
     def save_model(
-        self,
-        hasher: Hasher,
-        objective: HashObjective,
-        lines: list[dict[str, Any]],
-        image_size: tuple[int, ...],
+        self, hasher: Hasher, objective: HashObjective, lines: list[dict[str, Any]], size: tuple[int, ...]
     ) -> None:
-        """Write the trained weights and the model card; the training checkpoint is then no longer needed."""
+        """Write weights and model card, with the ``size`` of images, and delete the training checkpoint."""
         folder = self.path / "checkpoint"
         folder.mkdir(parents=True, exist_ok=True)
         weights = {"hasher": _save_weights(hasher.state_dict(), folder / "hasher.safetensors")}
@@ -165,7 +158,7 @@ class Run:
             "id": self.id,
             "bits": hasher.bits,
             "modalities": list(hasher.modalities),
-            "image_size": list(image_size),
+            "image_size": list(size),
             "declared": hasher.declared,
             "hasher": hasher.spec,
             "objective": self.config.training.objective,
@@ -179,34 +172,23 @@ class Run:
         self._resume_file.unlink(missing_ok=True)
 
     def save_database(self, codes: Codes) -> None:
-        """Keep the database codes that the method itself learned."""
-        with write_aside(self.path / "checkpoint" / "database.npz") as temporary:
+        """Store the database codes that the method itself learned."""
+        with write_aside(self._database_file) as temporary:
             np.savez(temporary, allow_pickle=False, codes=codes.packed.cpu().numpy(), bits=codes.bits)
 
     def learned_database(self) -> Codes | None:
         """The database codes that the method learned, in the order of the database split, or None."""
-        path = self.path / "checkpoint" / "database.npz"
+        path = self._database_file
         if not path.is_file():
             return None
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                packed, bits = torch.from_numpy(arrays["codes"]), int(arrays["bits"])
-        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise RunError(
-                f"learned database codes {path} are damaged ({error}); train the run again"
-            ) from None
+        with reading(path, "train the run again", "database of codes"), np.load(path) as arrays:
+            packed, bits = torch.from_numpy(arrays["codes"]), int(arrays["bits"])
         return Codes(packed, bits, torch.arange(len(packed)), self.card()["digest"])
 
     def card(self) -> dict[str, Any]:
-        """The model card.
-
-        Raises:
-            RunError: the run is not trained.
-        """
+        """The model card. Raises RunError before the run is trained."""
         if not self.trained:
-            raise RunError(
-                f"{self.path} holds no trained model; run 'robusthash train' or 'robusthash run' first"
-            )
+            raise RunError(f"{self.path} holds no trained model; {_TRAIN}")
         return json.loads((self.path / "model.json").read_text())
 
     @property
@@ -214,52 +196,40 @@ class Run:
         return (self.path / "metrics.json").is_file()
 
     def evaluated(self) -> dict[str, EvalResult]:
-        """What ``evaluate`` measured, by name: ``clean``, each attack, ``worst``; ``I2T clean`` in several
-        directions.
+        """Results of ``evaluate`` by name: ``clean``, each attack, ``worst``; ``I2T clean`` and the like.
 
         Raises:
             RunError: the run has not been evaluated.
         """
         if not self.was_evaluated:
             raise RunError(f"{self.path} has not been evaluated; run 'robusthash evaluate {self.path}' first")
-        return {result.name: result for result in load_results(self.path / "metrics.json")}
+        return self._results("metrics.json")
 
     def assessed(self) -> dict[str, EvalResult]:
-        """What suites found, by name: ``img-linf-8 standard``, ``I2T img-linf-8 fast``; empty where none was
-        run."""
-        path = self.path / "assess.json"
+        """Results of ``assess`` by name: ``img-linf-8 standard``, ``I2T img-linf-8 fast``; maybe none."""
+        return self._results("assess.json")
+
+    def _results(self, file: str) -> dict[str, EvalResult]:
+        path = self.path / file
         return {result.name: result for result in load_results(path)} if path.is_file() else {}
 
     def results(self) -> dict[str, EvalResult]:
-        """Both by name. Tables of attacks take ``evaluated`` alone, so that no suite is listed among its own
-        parts.
-
-        Raises:
-            RunError: the run has been neither evaluated nor assessed.
-        """
+        """``assessed`` and ``evaluated`` by name. Raises RunError where there is neither."""
         assessed = self.assessed()
         return assessed if assessed and not self.was_evaluated else {**assessed, **self.evaluated()}
 
     def checked(self) -> tuple[Flag, ...]:
-        """What ``check`` last said of the model; empty where it was not asked.
-
-        Raises:
-            RunError: a file that cannot be read; it is named.
-        """
+        """Flags of the last ``check``; empty without one."""
         path = self.path / CHECKED
         if not path.is_file():
             return ()
-        try:  # JSON has no infinite numbers, so they may be text
+        with reading(path, f"write it again: robusthash check {self.path}"):
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            numbers = [(float(entry["value"]), float(entry["threshold"])) for entry in entries]  # maybe "inf"
             return tuple(
-                Flag(
-                    made["id"], float(made["value"]), float(made["threshold"]), made["level"], made["remedy"]
-                )
-                for made in json.loads(path.read_text(encoding="utf-8"))
+                Flag(entry["id"], value, threshold, entry["level"], entry["remedy"])
+                for entry, (value, threshold) in zip(entries, numbers, strict=True)
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{path} is damaged ({error!r}); write it again: robusthash check {self.path}"
-            ) from None
 
     def load_hasher(self) -> Hasher:
         """The trained hasher alone (eval mode, CPU).
@@ -286,48 +256,33 @@ class Run:
         return hasher, objective.eval()
 
 
-def open_run(
-    config: Config,
-    root: Path,
-    ancestor: str = "",
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Run:
-    """The run directory of ``config`` under ``root``, made if it is new.
+def open_run(config: Config, root: Path, ancestor: str = "", progress: Progress | None = None) -> Run:
+    """The run directory of ``config`` under ``root``, created if it is new.
 
     Raises:
-        RunError: the directory belongs to another config.
+        RunError: the directory belongs to another config, or holds results alone.
     """
     path = root / config.name / config.model_id(ancestor)
     existing = path / "config.yaml"
     if (path / KEPT).is_file():
-        raise RunError(
-            f"{path} keeps results without weights, and no run goes on there; use another --runs folder"
-        )
+        raise RunError(f"{path} holds results alone, and no run goes on there; use another --runs folder")
     if existing.is_file():
         held = load_config(existing).model_id(ancestor)
         if held != path.name:
-            raise RunError(
-                f"{path} holds the run of another config ({held}); move it away or use another --runs folder"
-            )
+            remedy = "move it away or use another --runs folder"
+            raise RunError(f"{path} holds the run of another config ({held}); {remedy}")
     path.mkdir(parents=True, exist_ok=True)
     with write_aside(existing) as temporary:
         temporary.write_text(save_config(config))
-    environment = {
-        "versions": software_versions(),
-        "threads": torch.get_num_threads(),
-        "started": time.strftime("%F %T"),
-    }
     if not (path / "environment.json").is_file():
+        threads, started = torch.get_num_threads(), time.strftime("%F %T")
+        environment = {"versions": software_versions(), "threads": threads, "started": started}
         write_json(path / "environment.json", environment)
     return Run(path, config, progress or Run.on_progress)
 
 
 def load_run(path: str | Path) -> Run:
-    """An existing run directory.
-
-    Raises:
-        RunError: not a run directory.
-    """
+    """An existing run directory. Raises RunError where there is none."""
     path = Path(path)
     if not (path / "config.yaml").is_file():
         raise RunError(f"{path} is not a run directory: it has no config.yaml")
@@ -337,42 +292,8 @@ def load_run(path: str | Path) -> Run:
         raise RunError(f"{path}: its config cannot be read: {error}") from None
 
 
-def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run directories: those given, and of any other folder given those right below it, by name.
-
-    Raises:
-        RunError: a folder that neither is a run directory nor holds one.
-    """
-    found: list[Path] = []
-    for path in paths:
-        below = sorted(config.parent for config in path.glob("*/config.yaml"))
-        if not (path / "config.yaml").is_file() and not below:
-            deeper = next(path.glob("*/*/config.yaml"), None)
-            raise RunError(
-                f"{path} is not a run directory and holds none: it has no config.yaml"
-                + ("" if deeper is None else f"; give the folders in it that do, such as {deeper.parents[1]}")
-            )
-        found += [path] if (path / "config.yaml").is_file() else below
-    return found
-
-
-def runs_with(has: Callable[[Run], bool], paths: Sequence[Path]) -> tuple[list[Run], list[Run]]:
-    """The runs that ``find_runs`` finds: those that are given or ``has`` holds of; and the others, of
-    folders.
-
-    So a folder may hold runs that wait for their results, and a run that is given itself is not left out.
-
-    Raises:
-        RunError: a folder that neither is a run directory nor holds one.
-    """
-    runs = [load_run(path) for path in find_runs(paths)]
-    chosen = [run for run in runs if run.path in paths or has(run)]
-    return chosen, [run for run in runs if run not in chosen]
-
-
 def _without_weights(encoder: Any) -> Any:
-    """Encoder settings, nested ones too, without pretrained weights: those were only the start, and may be
-    gone."""
+    """Encoder settings without pretrained weights, whose file may be gone since training started there."""
     if not isinstance(encoder, dict):
         return encoder
     return {key: None if key == "weights" else _without_weights(value) for key, value in encoder.items()}
@@ -387,10 +308,8 @@ def _save_weights(state: dict[str, Tensor], path: Path) -> str:
 
 def _load_weights(module: nn.Module, path: Path) -> None:
     """Load every tensor by name; buffers that ``setup`` makes (centers) take the shape of the file."""
-    try:
+    with reading(path, "train the run again", "the file of weights"):
         tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise RunError(f"weights {path} are missing or damaged ({error}); train the run again") from None
     for name, buffer in module.named_buffers():
         if name in tensors and buffer.shape != tensors[name].shape and buffer.numel() == 0:
             owner, _, leaf = name.rpartition(".")
@@ -398,6 +317,5 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise RunError(
-            f"weights {path} do not fit the model card: {str(error).splitlines()[-1].strip()}"
-        ) from None
+        reason = str(error).splitlines()[-1].strip()
+        raise RunError(f"weights {path} do not fit the model card: {reason}") from None

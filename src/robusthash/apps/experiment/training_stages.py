@@ -13,7 +13,7 @@ from robusthash.core.runtime import Progress, silent
 from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher, build_hasher, purified
 from robusthash.objectives.base import HashObjective
-from robusthash.training.loop import OptimConfig, Schedule, TrainConfig, fit
+from robusthash.training.loop import TrainConfig, fit
 from robusthash.training.recipe import Recipe
 
 
@@ -127,8 +127,8 @@ def train_config(config: Config) -> TrainConfig:
     return TrainConfig(
         epochs=training.epochs,
         batch_size=training.batch_size,
-        optim={name: OptimConfig(**optim.model_dump()) for name, optim in training.optim.items()},
-        schedule=Schedule(**training.schedule.model_dump()),
+        optim=training.optim,
+        schedule=training.schedule,
         augment=training.augment,
         clip=training.clip,
         seed=config.runtime.seed,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robusthash.apps.experiment.model_stages import image_size, load_hasher, read_data, set_threads
+from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
 from robusthash.apps.experiment.run_directory import load_run
-from robusthash.attacks.threat_model import Norm, image_ball
+from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, silent
 from robusthash.evaluation.context import make_context
@@ -57,8 +57,7 @@ def transfer_table(
     paths: Sequence[Path],
     queries: int | None = 200,
     steps: int = 20,
-    eps: float | None = None,
-    norm: Norm = "linf",
+    threat: str = "img-linf-8",
     progress: Progress = silent,
 ) -> TransferTable:
     """Attack the images of every run from every run, under the protocol, seed and batch size of the first.
@@ -66,10 +65,11 @@ def transfer_table(
     Args:
         paths: at least two run directories of one data set.
         queries: number of queries, chosen by content.
-        eps: budget of the images; that customary for the norm by default.
+        threat: budget of the images, by name.
 
     Raises:
-        ValueError: fewer than two runs, one given twice, runs without images, or of other data.
+        ValueError: fewer than two runs, one given twice, runs without images, or of other data; a threat that
+            does not change images alone.
     """
     if len(paths) < 2:
         raise ValueError(f"a transfer matrix needs at least two runs, got {len(paths)}")
@@ -85,7 +85,9 @@ def transfer_table(
     first = runs[0].config
     set_threads(first)
     data = {str(first.data): read_data(first, progress)}
-    threat = image_ball(norm, eps, image_size(data[str(first.data)]))
+    budget = threat_on_data(threat, data[str(first.data)])
+    if set(budget.balls) != {"image"} or budget.side != "query":
+        raise ValueError(f"this table attacks images, and {threat} does not change images alone")
     contexts = {}
     for name, run in zip(names, runs, strict=True):
         key = str(run.config.data)
@@ -102,7 +104,7 @@ def transfer_table(
             batch_size=first.evaluation.batch_size,
             progress=_titled(progress, name),
         )
-    matrix = transfer_matrix(contexts, threat, steps, progress)
+    matrix = transfer_matrix(contexts, budget, steps, progress)
     return TransferTable({name: str(run.path) for name, run in zip(names, runs, strict=True)}, matrix)
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from robusthash.analysis.band_attribution import BandAttribution
-from robusthash.apps.experiment.attribution_run import ATTRIBUTION, labelled, load_attributions
+from robusthash.apps.experiment.attribution_run import ATTRIBUTION, load_attributions
 from robusthash.apps.experiment.epoch_curves import log_curves, values_of
 from robusthash.apps.experiment.parameter_sweep import SweepRow
 from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.run_selection import labelled
 from robusthash.apps.experiment.tables import Cell, TableRow, make_rows, seeds_by_row
 from robusthash.apps.reports.charts import (
     ChartAxis,

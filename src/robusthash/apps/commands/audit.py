@@ -1,0 +1,124 @@
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from robusthash.apps.commands.options import AnyQueries, AsJson, Eps, Norm, Seed, Threat
+from robusthash.apps.commands.terminal import (
+    console,
+    escape,
+    print_json,
+    print_lines,
+    print_table,
+    progress_bars,
+)
+
+
+def audit(
+    target: Annotated[
+        str,
+        Argument(
+            help="A run, module:name, TorchScript .pt, .onnx, http(s) address, phash, dhash, whash or pdq."
+        ),
+    ],
+    photos: Annotated[Path | None, Option(help="Your photographs; twenty come with the package.")] = None,
+    labels: Annotated[bool, Option("--labels", help="Subfolders are categories; measure those too.")] = False,
+    size: Annotated[int | None, Option(min=8, help="Pixels a side; default 224 or the run's.")] = None,
+    bits: Annotated[str, Option(help="Length of the codes, or auto.")] = "auto",
+    tier: Annotated[str, Option(help="smoke (seconds) or fast (minutes).")] = "fast",
+    out: Annotated[Path, Option(help="Folder for report.html and audit.json.")] = Path("audit"),
+    threat: Threat = None,
+    eps: Eps = None,
+    norm: Norm = None,
+    radius: Annotated[int | None, Option(help="Bits by which the same picture may differ.")] = None,
+    queries: AnyQueries = None,
+    attacked: Annotated[int | None, Option(min=1, help="Number of these that are attacked.")] = None,
+    limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000,
+    seed: Seed = 0,
+    budget: Annotated[int, Option(help="Endpoint: requests in all.")] = 5000,
+    rate: Annotated[float, Option(help="Endpoint: requests a second at most.")] = 5.0,
+    timeout: Annotated[float, Option(help="Endpoint: seconds to wait for an answer.")] = 10.0,
+    header: Annotated[
+        list[str] | None, Option(help="Endpoint: 'Name: value', never written. Repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Audit a search: any model, file, endpoint or perceptual hash, on your own photographs.
+
+    No labels are needed; with --labels, photographs sorted into subfolders by category say more.
+
+    A dotted path runs the module that it names, and model files run their own graph: audit only what you
+    would run anyway.
+    """
+    from dataclasses import replace
+
+    from robusthash.apps.audit.measurement import run_audit
+    from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, tier_named
+
+    if not bits.isdigit() and bits != "auto":
+        raise ValueError(f"--bits takes a number or auto, got {bits!r}")
+    effort = tier_named(tier)
+    effort = replace(effort, queries=queries or effort.queries, attacked=attacked or effort.attacked)
+    pixel_eps = _pixel_eps(threat, eps, norm)
+    if os.getcwd() not in sys.path:  # a module:name is looked for where the user stands, as python -m does
+        sys.path.insert(0, os.getcwd())
+    limits = EndpointLimits(budget, rate, timeout, _headers(header or []))
+    length = None if bits == "auto" else int(bits)
+    options = AuditOptions(labels, size, length, effort, pixel_eps, radius, limit, seed, limits)
+    with progress_bars() as progress:
+        summary = run_audit(target, out, photos, options, progress)
+    if as_json:
+        print_json(summary)
+        return
+    print_table(f"audit of {summary['title']}", *_rows(summary))
+    for doubt in summary["doubts"]:
+        console.print(f"[bold red]doubt:[/] {escape(doubt)}", highlight=False)
+    if summary["kinds"] is not None:
+        console.print(escape(summary["kinds"]["said"]), highlight=False)
+    print_lines([out / "report.html"])
+
+
+def _pixel_eps(threat: str | None, eps: str | None, norm: str | None) -> float:
+    """Largest change of a pixel in [0, 1]. A bare number from 1 on is levels of 255, an older spelling."""
+    from robusthash.apps.experiment.threat_options import threat_name
+
+    if eps is not None and eps.replace(".", "", 1).isdigit():
+        if 0 < float(eps) < 1:
+            raise ValueError(
+                f"--eps {eps} meant levels of 255 here once; write {eps}/255, or {float(eps) * 255:g}/255"
+            )
+        eps = f"{eps}/255"
+    name = threat_name(threat, eps, norm)
+    level = re.fullmatch(r"img-linf-([\d.]+)", name)
+    if level is None:
+        raise ValueError(f"an audit changes each pixel by at most eps, as in img-linf-8; it has no {name}")
+    return float(level[1]) / 255
+
+
+def _headers(lines: list[str]) -> dict[str, str]:
+    headers = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip():  # the line may be a secret
+            raise ValueError("--header takes 'Name: value'; the colon is missing")
+        headers[name.strip()] = value.strip()
+    return headers
+
+
+def _rows(summary: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the table of an audit."""
+    columns = ["change", "asked", "came first", "recognised", "bits apart", "MAP"]
+    keys = ("name", "asked", "first", "recognised", "bits", "map")
+    rows = [
+        ["" if row[key] is None and key in ("recognised", "bits") else row[key] for key in keys]
+        for row in summary["rows"]
+    ]
+    if summary["kinds"] is not None:
+        columns.append("same category / chance")
+        for cells, row in zip(rows, summary["rows"], strict=True):
+            same = row["same_kind"]
+            cells.append("" if same is None else f"{same:.2f}/{row['same_kind_chance']:.2f}")
+    return columns, rows

@@ -1,0 +1,42 @@
+from typing import Annotated
+
+from typer import Option
+
+from robusthash.apps.commands.options import AsJson, RunPath
+from robusthash.apps.commands.terminal import console, escape, print_json, print_table
+
+
+def compare(
+    first: RunPath,
+    second: RunPath,
+    result: Annotated[
+        str, Option(help="clean, an attack, worst, or a suite: 'img-linf-8 standard'.")
+    ] = "worst",
+    as_json: AsJson = False,
+) -> None:
+    """Paired differences of two runs (first minus second); refused where more than the model differs."""
+    from dataclasses import asdict
+
+    from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.reports.pages import red_flag_warning
+    from robusthash.core.registry import nearest
+    from robusthash.metrics.comparison import compare as compare_results
+
+    sides = []
+    for run in (first, second):
+        results = load_run(run).results()
+        if result not in results:
+            raise ValueError(f"{run} has no result {result!r}{nearest(result, results)}")
+        sides.append(results[result])
+    differences = compare_results(*sides)
+    if unreliable := [str(run) for run, side in zip((first, second), sides, strict=True) if side.unreliable]:
+        console.print(f"[bold red]UNRELIABLE[/] {escape(red_flag_warning(unreliable))}")
+    if as_json:
+        print_json({name: asdict(difference) for name, difference in differences.items()})
+        return
+    rows = [
+        [name, d.mean, "{:+.4f} .. {:+.4f}".format(*d.interval), d.p_holm, d.queries]
+        for name, d in differences.items()
+    ]
+    columns = ["measure", "difference", "95 % interval", "p (Holm)", "queries"]
+    print_table(f"{result}: {first} minus {second}", columns, rows)

@@ -1,0 +1,43 @@
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from robusthash.apps.commands.options import AsJson, Eps, Norm, RunPath, Threat
+from robusthash.apps.commands.terminal import plain, print_headlines, print_json, print_lines, progress_bars
+
+
+def evaluate(
+    run: RunPath,
+    attack: Annotated[list[str] | None, Option(help="Attack instead of the recipe's. Repeatable.")] = None,
+    threat: Threat = None,
+    eps: Eps = None,
+    norm: Norm = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a trained run clean, under each attack, and in the worst case per query.
+
+    The attacks of a recipe hold their budgets; --threat is for those of --attack.
+    """
+    from robusthash.apps.experiment import evaluation_stages
+    from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.experiment.threat_options import attack_under
+
+    if (budget := threat or eps or norm) and not attack:
+        raise ValueError(f"the attacks of a recipe hold their budgets; {budget!r} needs --attack")
+    attacks = [attack_under(text, threat, eps, norm) for text in attack or ()] or None
+    with progress_bars() as progress:
+        evaluation_stages.evaluate(load_run(run), progress, attacks)
+    print_evaluation(run, as_json)
+
+
+def print_evaluation(run: Path, as_json: bool) -> None:
+    """All results of the evaluation of a run, and its path on stdout."""
+    from robusthash.apps.experiment.run_directory import load_run
+
+    results = load_run(run).evaluated()
+    if as_json:
+        print_json({"run": str(run), "results": {name: plain(result) for name, result in results.items()}})
+        return
+    print_headlines(results)
+    print_lines([run])

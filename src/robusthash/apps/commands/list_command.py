@@ -1,0 +1,32 @@
+from typing import Annotated
+
+from typer import Argument
+
+from robusthash.apps.commands.options import AsJson
+from robusthash.apps.commands.terminal import print_json, print_table
+
+
+def list(
+    kind: Annotated[str | None, Argument(help="Only this kind: attack, objective, data, threat, ...")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Everything that can be named in a recipe, with its paper, its evidence label and its state.
+
+    Evidence: paper+code, paper, reconstruction, own or library.
+    State: measured (on real data, in the documents) or tested.
+    """
+    from robusthash.core.registry import catalogue, nearest
+
+    cards = catalogue()
+    kinds = {card.kind for card in cards}
+    if kind is not None and kind not in kinds:
+        raise ValueError(f"no kind is called {kind!r}{nearest(kind, kinds)}")
+    cards = [card for card in cards if kind in (None, card.kind)]
+    if as_json:
+        fields = ("kind", "name", "paper", "evidence", "state", "modality", "supervised", "targeted")
+        print_json([{field: getattr(card, field) for field in (*fields, "summary")} for card in cards])
+        return
+    rows = [
+        [f"{card.kind} {card.name}", card.evidence, card.state, card.paper, card.summary] for card in cards
+    ]
+    print_table("", ["name", "evidence", "state", "paper", "what it is"], rows, right=False)

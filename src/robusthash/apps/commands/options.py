@@ -1,0 +1,33 @@
+"""Arguments and options that several verbs share, each defined once."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+RunPath = Annotated[Path, Argument(help="Run directory, as `train` and `run` print it.")]
+RunPaths = Annotated[list[Path], Argument(help="Run directories.")]
+Recipe = Annotated[Path, Argument(help="Recipe file (YAML).")]
+Sets = Annotated[list[str] | None, Option("--set", help="Override: training.epochs=2. Repeatable.")]
+RunsFolder = Annotated[Path, Option("--runs", help="Folder of all runs.")]
+AsJson = Annotated[bool, Option("--json", help="Machine-readable output on stdout.")]
+
+Threat = Annotated[str | None, Option(help="Budget by name: img-linf-8 (of 255), img-l2-0.5, txt-bow-3.")]
+Eps = Annotated[str | None, Option(help="Budget in units of the range: 8/255. Short for --threat.")]
+Norm = Annotated[Literal["linf", "l2", "l1"] | None, Option(help="Norm of the budget, linf by default.")]
+
+_queries = Option("--queries", min=1, help="Number of queries, chosen by content.")
+Queries = Annotated[int, _queries]
+AnyQueries = Annotated[int | None, _queries]
+Direction = Annotated[
+    Literal["I2I", "I2T", "T2I", "T2T"] | None, Option(help="Modality of query, then database.")
+]
+AttackName = Annotated[str, Argument(help="Attack, as YAML or by name: mainstay, '{name: hag, steps: 50}'.")]
+Seed = Annotated[int, Option(help="Seed of everything that is drawn at random.")]
+Figure = Annotated[bool, Option("--figure/--no-figure", help="Draw it too (needs the extra `figures`).")]
+FiguresFolder = Annotated[Path, Option("--out", help="Folder of the figures.")]
+
+Index = Annotated[Path, Argument(help="Directory of the index.")]
+IndexRun = Annotated[
+    Path | None, Option("--run", help="Run that encodes; by default the builder of the index.")
+]

@@ -1,0 +1,15 @@
+from pathlib import Path
+
+from robusthash.apps.commands.options import AsJson, Recipe, RunsFolder, Sets
+from robusthash.apps.commands.terminal import progress_bars
+
+
+def run(recipe: Recipe, sets: Sets = None, runs: RunsFolder = Path("runs"), as_json: AsJson = False) -> None:
+    """Train, evaluate and report one recipe; goes on where it was stopped, and skips what is done."""
+    from robusthash.apps.commands.evaluate_command import print_evaluation
+    from robusthash.apps.experiment.config import load_config
+    from robusthash.apps.experiment.training_stages import run_all
+
+    with progress_bars() as progress:
+        finished = run_all(load_config(recipe, sets or ()), runs, progress, recipe.parent)
+    print_evaluation(finished.path, as_json)

@@ -1,0 +1,103 @@
+"""Budgets of the command line: ``--threat``, ``--eps`` and ``--norm`` as one threat by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from robusthash.apps.experiment.config import Component, value_of
+from robusthash.apps.experiment.model_stages import image_size
+from robusthash.apps.experiment.run_directory import Run
+from robusthash.attacks import named_threat
+from robusthash.attacks.threat_model import EPS, Edits, Knowledge, Threat
+from robusthash.data.base import RetrievalData
+
+
+def threat_name(
+    threat: str | None = None, eps: str | None = None, norm: str | None = None, modality: str = "image"
+) -> str:
+    """The threat that the three options name together; the usual one of the modality by default.
+
+    Args:
+        threat: a name; ``db-insert`` and ``db-perturb`` take their bound from the other two, if given.
+        eps: size of the ball in units of the range: ``8/255``.
+        norm: ``linf`` by default. Without ``eps`` its size is the customary one: 8/255 for images, 0.05 for
+            text vectors, and in ``l2`` that of the size of the images.
+
+    Raises:
+        ValueError: an ``eps`` that is no number, a norm without a customary size, or two budgets.
+
+    Example:
+        >>> threat_name(eps="4/255"), threat_name(norm="l2"), threat_name(modality="text")
+        ('img-linf-4', 'img-l2', 'txt-linf-0.05')
+    """
+    if threat is not None and eps is None and norm is None:
+        return threat
+    on_database, norm = threat in ("db-insert", "db-perturb"), norm or "linf"
+    name = f"{ {'image': 'img', 'text': 'txt'}[modality] }-{norm}"
+    if eps is not None or norm == "linf":
+        size = EPS[modality] if eps is None else value_of(eps)
+        if isinstance(size, bool) or not isinstance(size, int | float):
+            raise ValueError(f"--eps takes a number such as 8/255, got {eps!r}")
+        if size > 1 and norm == "linf":
+            raise ValueError(f"--eps {eps} is beyond the range of 0 to 1; write 8/255, not 8")
+        levels = size * 255 if name == "img-linf" else size
+        name += f"-{levels:.10f}".rstrip("0").rstrip(".")
+    elif name != "img-l2" or on_database:
+        raise ValueError(f"--norm {norm} has no customary eps here; give eps, as --norm {norm} --eps 12")
+    if on_database:
+        return f"{threat}-{name}"
+    if threat not in (None, name):
+        raise ValueError(
+            f"--threat {threat} is one budget and --eps, --norm another ({name}); give one of them"
+        )
+    return name
+
+
+def query_modality(run: Run, direction: str | None = None) -> str:
+    """Modality of the queries of a direction, by default of the run's first one."""
+    first = direction or next(iter(run.config.evaluation.directions or ()), "")
+    return {"I": "image", "T": "text"}.get(first[:1]) or run.card()["modalities"][0]
+
+
+def threat_on_data(name: str, data: RetrievalData, knowledge: Knowledge | None = None) -> Threat:
+    """A threat by name, with what it takes from the data: the size of images, the range of text vectors.
+
+    Raises:
+        ValueError: ``img-l2`` on features, which have no customary size.
+    """
+    pixels, texts = image_size(data), None
+    if name == "img-l2" and pixels is None:
+        raise ValueError(
+            "img-l2 grows with the size of images, and the data are features: name img-l2-NUMBER"
+        )
+    if name == "txt-feat-linf":
+        texts = data.train.batch(torch.arange(len(data.train))).inputs.get("text")
+    return named_threat(name, knowledge, pixels=pixels, features=texts)
+
+
+def attack_under(attack: str, threat: str | None, eps: str | None, norm: str | None) -> Component:
+    """Settings of an attack (YAML or a name), under the budget of the options where one is given.
+
+    Raises:
+        ValueError: settings with a budget of their own, or a threat of several modalities.
+    """
+    settings = value_of(attack)
+    if threat is None and eps is None and norm is None:
+        return settings
+    options: dict[str, Any] = {"name": settings} if isinstance(settings, str) else dict(settings)
+    name = threat_name(threat, eps, norm, options.get("modality", "image"))
+    if doubled := [key for key in ("eps", "norm", "edits") if key in options]:
+        raise ValueError(
+            f"the attack {attack!r} has {doubled[0]!r}, and {name} is asked for; give one of them"
+        )
+    ((modality, ball), *others) = named_threat(name).balls.items()
+    if others:
+        raise ValueError(
+            f"{name} is of several modalities; write the budget into the attack: {{name: ..., eps: ...}}"
+        )
+    if isinstance(ball, Edits):
+        return {**options, "edits": ball.count}
+    options |= {} if modality == "image" else {"modality": modality}
+    return {**options, "eps": ball.eps, **({} if ball.norm == "linf" else {"norm": ball.norm})}
