@@ -11,7 +11,7 @@ import pytest
 
 from robusthash.apps.commands import assess_command as suite_verb
 from robusthash.apps.experiment import assess_run as assessing
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import model_stages, run_directory, stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import RunError, load_run
 from robusthash.attacks.threat_model import edit_threat, image_threat
@@ -76,6 +76,12 @@ def test_the_verb_shows_a_table_and_json_and_writes_the_record(call, run):
         "img-linf-8 smoke",
         "img-linf-4 smoke",
     }
+
+
+def test_the_hasher_loads_without_its_objective(run, monkeypatch):
+    trained = load_run(run)
+    monkeypatch.setattr(run_directory, "build", lambda *_: pytest.fail("no objective is needed"))
+    assert model_stages.load_hasher(trained).bits == trained.card()["hasher"]["bits"]
 
 
 def test_after_a_kill_and_in_shards_the_records_are_the_same(call, run, monkeypatch):
