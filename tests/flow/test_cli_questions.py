@@ -104,7 +104,7 @@ def test_words_are_asked_about_too(call, trained):
         (["--budgets", "100,10"], 1, "rising whole numbers from 1 on"),
         (["--budgets", "0,10"], 1, "rising whole numbers from 1 on"),
         (["--budgets", "10,many"], 1, "got '10,many'"),
-        (["--threat", "txt-bow-3"], 1, "does not attack image queries"),
+        (["--threat", "txt-bow-3"], 1, "does not attack the image queries"),
         (["--threat", "img"], 1, "no threat is called 'img'"),
         (["--search", "squar"], 1, "'square'"),
         (["--search", "greedy-words"], 1, "use 'square'"),
