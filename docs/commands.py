@@ -1,4 +1,5 @@
-"""What public commands print, for the pages beside this file: a comment of a page holds ``show("robusthash ...")``.
+"""Output of public commands for the pages of this folder: a comment of a page holds
+``show("robusthash ...")``.
 
 cog runs it (``make tables``) from the top of the repository and puts command and output below the comment.
 """

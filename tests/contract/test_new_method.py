@@ -203,7 +203,7 @@ def test_new_defense_brings_its_own_adaptive_attacks(package: Path, world: World
     assert list(specs) == ["my-soft-levels", "repair-identity", "repair-learnt", "two-stage"]
     spec = specs["my-soft-levels"]
     assert spec.settings()["view"] == {"kind": "gradient-view", "name": "my-soft-levels"}
-    in_tier = extra_attacks(context, world.objective, threat, "standard", seen=seen)
+    in_tier = extra_attacks(context, world.objective, threat, "standard", behaviour=seen)
     assert {*specs, "trained-objective"} <= {attack.name for attack in in_tier}
     result = spec.fitted(context).run(context, 0, 0)
     clean = context.batch(0).inputs

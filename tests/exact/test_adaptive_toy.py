@@ -158,9 +158,7 @@ def test_averaging_over_noise_finds_what_one_draw_misses() -> None:
             "toy", Own(), OverDraws(Agreement()), PGD(1, 0.1, random_start=False), image_threat(0.1)
         )
         seen = NoiseAveraged(looks)(victim).for_block({}, Draws(7))
-        found = (
-            attack(seen, image_batch(x), Goal(None, -1), None, draws=DRAWS).batch.inputs["image"].flatten(1)
-        )
+        found = attack(seen, image_batch(x), Goal(None, -1), None, draws=DRAWS).inputs["image"].flatten(1)
         moved = sign * ((found - x) @ weight[0])
         return float(1 + (moved / (0.1 * weight.abs().sum())).mean())
 

@@ -306,7 +306,7 @@ def test_gradients_reach_the_pixels_through_the_purifier(trained: Hasher) -> Non
         True
     )
     grads = []
-    for victim in (whole, whole.seen_by("identity")):
+    for victim in (whole, whole.as_seen_from("identity")):
         (grad,) = torch.autograd.grad(victim({"image": x})["image"].logits.sum(), x)
         assert bool((grad.flatten(1).abs().sum(1) > 0).all())
         grads.append(grad)

@@ -354,13 +354,13 @@ def test_views_of_a_gated_victim() -> None:
         logits = victim({"image": leaf})["image"].logits
         return logits.detach(), torch.autograd.grad(logits.sum(), leaf)[0]
 
-    bare, at_pure = logits_and_grad(gated.seen_by("oblivious"), 0.4 * x)
-    logits, grad = logits_and_grad(gated.seen_by("white-box"), x)
+    bare, at_pure = logits_and_grad(gated.as_seen_from("oblivious"), 0.4 * x)
+    logits, grad = logits_and_grad(gated.as_seen_from("white-box"), x)
     torch.testing.assert_close(logits, bare, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(grad, 0.4 * at_pure, atol=1e-5, rtol=1e-4)
-    logits, grad = logits_and_grad(gated.seen_by("identity"), x)
+    logits, grad = logits_and_grad(gated.as_seen_from("identity"), x)
     torch.testing.assert_close(logits, bare, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(grad, at_pure, atol=1e-5, rtol=1e-4)
-    oblivious, _ = logits_and_grad(gated.seen_by("oblivious"), x)
+    oblivious, _ = logits_and_grad(gated.as_seen_from("oblivious"), x)
     assert not torch.allclose(oblivious, bare, atol=1e-3)
-    assert "gate" not in gated.seen_by("oblivious")({"image": x})["image"].aux
+    assert "gate" not in gated.as_seen_from("oblivious")({"image": x})["image"].aux

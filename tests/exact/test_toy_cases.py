@@ -184,7 +184,7 @@ def test_t07_worst_case() -> None:
 
 
 def hrs(*values: float) -> float:
-    return float(robust.hrs_of(*(torch.tensor(value, dtype=torch.float64) for value in values)))
+    return float(robust.hrs(*(torch.tensor(value, dtype=torch.float64) for value in values)))
 
 
 def test_t08_summary_scores() -> None:

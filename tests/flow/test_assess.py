@@ -11,10 +11,11 @@ import pytest
 
 from robusthash.apps.commands import assess_command as suite_verb
 from robusthash.apps.experiment import assess_run as assessing
-from robusthash.apps.experiment import model_stages, run_directory, stages
+from robusthash.apps.experiment import model_stages, run_directory, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import RunError, load_run
 from robusthash.attacks.threat_model import edit_threat, image_threat
+from robusthash.core.runtime import silent
 from robusthash.data import load_data
 from robusthash.evaluation.attack_spec import GradientAttack
 from robusthash.evaluation.context import make_context
@@ -36,7 +37,7 @@ CONFIG = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    return stages.train(make_config(CONFIG), tmp_path).path
+    return training_stages.train(make_config(CONFIG), tmp_path).path
 
 
 def blocks(run: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -144,7 +145,10 @@ def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys)
     monkeypatch.setattr(tiers, "CHECKED", 6)
     config = {**CONFIG, "runtime": {**CONFIG["runtime"], "seed": 1}}
     trainings = [{**CONFIG["training"], "epochs": epochs} for epochs in (1, 2)]
-    twins = [stages.train(make_config({**config, "training": each}), run.parent.parent) for each in trainings]
+    twins = [
+        training_stages.train(make_config({**config, "training": each}), run.parent.parent)
+        for each in trainings
+    ]
     result = assessing.assess(load_run(run), "standard", surrogates=twins)
     transfers = {f"transfer tiny-{twin.id}" for twin in twins}
     assert {"guided", "uniform noise", "corner noise", "square, ids", *transfers} <= set(result.attacks)
@@ -187,13 +191,13 @@ def test_python_and_the_command_line_run_the_same_tier(call, tmp_path, monkeypat
     monkeypatch.setitem(suite.TIERS, name, suite._Tier(cut, 1, 4, 12, 2, targeted=name == "standard"))
     monkeypatch.setitem(tiers.ORACLE_QUERIES, "standard", 5)
     monkeypatch.setattr(tiers, "CHECKED", 6)
-    trained = stages.train(make_config({**CONFIG, "hasher": hasher}), tmp_path)
+    trained = training_stages.train(make_config({**CONFIG, "hasher": hasher}), tmp_path)
     code, _, err = call("assess", trained.path, "--tier", name, "--eps-curve")
     assert code == 0, err
     (written,) = load_results(trained.path / "assess.json")
 
-    victim, objective = stages.load_victim(trained)
-    context = make_context(victim, stages.read_data(trained.config, stages.silent), batch_size=8)
+    victim, objective = model_stages.load_victim(trained)
+    context = make_context(victim, model_stages.read_data(trained.config, silent), batch_size=8)
     result = assess(context, name, objective=objective, curve=True)
     assert result.attacks.keys() == written.attacks.keys()
     assert result.setting.attacks == written.setting.attacks
@@ -216,7 +220,7 @@ def test_python_and_the_command_line_run_the_same_tier(call, tmp_path, monkeypat
 
 def test_shards_of_a_tier_in_python_are_joined_by_the_same_call(run, tmp_path, monkeypatch):
     monkeypatch.setitem(suite.TIERS, "fast", suite._Tier(("guided",), 1, 4, 20, 2))
-    victim, objective = stages.load_victim(load_run(run))
+    victim, objective = model_stages.load_victim(load_run(run))
     context = make_context(victim, load_data(**CONFIG["data"]), batch_size=8)
     store = assessing.FolderStore(tmp_path / "blocks")
     expected = assess(context, "fast", objective=objective, checked=False)
@@ -230,7 +234,7 @@ def test_shards_of_a_tier_in_python_are_joined_by_the_same_call(run, tmp_path, m
 
 
 def test_what_a_tier_takes_is_refused_where_it_means_nothing(run):
-    victim, objective = stages.load_victim(load_run(run))
+    victim, objective = model_stages.load_victim(load_run(run))
     context = make_context(victim, load_data(**CONFIG["data"]), queries=4)
     own = suite_tier("smoke")
     for words, options in (

@@ -16,7 +16,7 @@ from PIL import Image
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.photo_collection import read_categories, read_photos
 from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, Tier
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.core.runtime import Draws
 from tests.unit.test_endpoint import served
@@ -230,7 +230,7 @@ def test_a_run_of_this_package(folder, tmp_path):
         "training": {"objective": "csq", "epochs": 1, "batch_size": 32, "optim": {"hasher": {"lr": 0.05}}},
         "runtime": {"device": "cpu"},
     }
-    run = stages.train(make_config(recipe), tmp_path / "runs")
+    run = training_stages.train(make_config(recipe), tmp_path / "runs")
     summary = run_audit(str(run.path), tmp_path / "out", folder, AuditOptions(labels=True, tier=TINY))
     assert {flag["id"]: flag["level"] for flag in summary["flags"]}["F2"] == "pass"
     assert all(row["same_kind"] > 0 for row in summary["rows"])

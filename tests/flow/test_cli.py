@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import ConfigError, load_config, make_config
 from robusthash.apps.experiment.run_directory import RunError, load_run
 
@@ -45,8 +45,8 @@ def recipe(tmp_path: Path) -> Path:
 def trained(tmp_path_factory) -> Path:
     """One evaluated run, shared by the tests that only read it."""
     root = tmp_path_factory.mktemp("runs")
-    run = stages.train(make_config(CONFIG), root)
-    stages.evaluate(run)
+    run = training_stages.train(make_config(CONFIG), root)
+    evaluation_stages.evaluate(run)
     return run.path
 
 
@@ -74,11 +74,11 @@ def test_train_and_evaluate_give_json(call, recipe, tmp_path):
 
 
 def test_run_again_does_no_work_twice(recipe, tmp_path, monkeypatch):
-    first = stages.run_all(load_config(recipe), tmp_path / "runs")
+    first = training_stages.run_all(load_config(recipe), tmp_path / "runs")
     weights = (first.path / "checkpoint" / "hasher.safetensors").stat().st_mtime_ns
     blocks = {path: path.stat().st_mtime_ns for path in (first.path / "attacks").rglob("*.npz")}
     metrics = json.loads((first.path / "metrics.json").read_text())
-    again = stages.run_all(load_config(recipe), tmp_path / "runs")
+    again = training_stages.run_all(load_config(recipe), tmp_path / "runs")
     assert again.path == first.path
     assert (again.path / "checkpoint" / "hasher.safetensors").stat().st_mtime_ns == weights
     assert {path: path.stat().st_mtime_ns for path in (again.path / "attacks").rglob("*.npz")} == blocks
@@ -99,7 +99,7 @@ def test_adversarial_run_trains_its_ancestor_first(recipe, tmp_path):
     }
     path = tmp_path / "tiny-saat.yaml"
     path.write_text(yaml.safe_dump(child))
-    run = stages.train(load_config(path), tmp_path / "runs", base=tmp_path)
+    run = training_stages.train(load_config(path), tmp_path / "runs", base=tmp_path)
     assert run.card()["declared"] == "adversarial"
     assert run.config.training.objective == "csq"  # from the file that it extends
     assert [p.name for p in (tmp_path / "runs").iterdir() if p.name == "tiny"] == ["tiny"]
@@ -120,7 +120,7 @@ def test_the_ancestor_has_the_net_of_the_run_that_asks_for_it(recipe, tmp_path):
     path = tmp_path / "tiny-at.yaml"
     path.write_text(yaml.safe_dump(child))
     wanted = ["hasher.bits=12", "hasher.image={name: small, width: 4}"]
-    run = stages.train(load_config(path, wanted), tmp_path / "runs", base=tmp_path)
+    run = training_stages.train(load_config(path, wanted), tmp_path / "runs", base=tmp_path)
     (ancestor,) = (tmp_path / "runs" / "tiny").iterdir()
     assert load_run(ancestor).card()["bits"] == run.card()["bits"] == 12
     assert load_run(ancestor).card()["hasher"]["image"] == run.card()["hasher"]["image"]
@@ -142,8 +142,8 @@ def test_killed_training_goes_on_to_the_same_result(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list((tmp_path / "killed").rglob("model.json"))
-    resumed = stages.train(load_config(path), tmp_path / "killed")
-    whole = stages.train(load_config(path), tmp_path / "whole")
+    resumed = training_stages.train(load_config(path), tmp_path / "killed")
+    whole = training_stages.train(load_config(path), tmp_path / "whole")
     assert resumed.card()["digest"] == whole.card()["digest"]
     assert resumed.card()["epochs"] == 30
 
@@ -170,8 +170,8 @@ def test_attack_writes_inputs_inside_the_ball(call, trained, tmp_path):
 
 
 def test_compare_two_runs(call, trained, tmp_path):
-    other = stages.train(make_config(CONFIG, ["runtime.seed=1"]), tmp_path)
-    stages.evaluate(other)
+    other = training_stages.train(make_config(CONFIG, ["runtime.seed=1"]), tmp_path)
+    evaluation_stages.evaluate(other)
     code, out, _ = call("compare", trained, other.path, "--result", "clean", "--json")
     assert code == 0
     assert "MAP" in json.loads(out)
@@ -181,8 +181,8 @@ def test_compare_two_runs(call, trained, tmp_path):
 
 
 def test_table_averages_seeds(call, trained, tmp_path):
-    other = stages.train(make_config(CONFIG, ["runtime.seed=1"]), tmp_path)
-    stages.evaluate(other)
+    other = training_stages.train(make_config(CONFIG, ["runtime.seed=1"]), tmp_path)
+    evaluation_stages.evaluate(other)
     code, out, _ = call("table", trained, other.path, "--column", "clean", "--column", "worst")
     assert code == 0
     assert out.splitlines()[2].startswith("| tiny | ")
@@ -255,7 +255,7 @@ def test_encode_gives_the_codes_of_images(call, trained, tmp_path):
 
 def test_index_refuses_a_checkpoint_of_other_bits(call, trained, tmp_path):
     assert call("index", "build", tmp_path / "index", "--run", trained)[0] == 0
-    other = stages.train(make_config(CONFIG, ["hasher.bits=16"]), tmp_path / "runs")
+    other = training_stages.train(make_config(CONFIG, ["hasher.bits=16"]), tmp_path / "runs")
     image = tmp_path / "picture.png"
     Image.new("RGB", (20, 20)).save(image)
     code, _, err = call("index", "search", tmp_path / "index", image, "--run", other.path)
@@ -267,7 +267,7 @@ def test_index_refuses_a_checkpoint_of_other_bits(call, trained, tmp_path):
 def test_index_refuses_the_queries_of_another_run(call, trained, tmp_path):
     index, image = tmp_path / "index", tmp_path / "picture.png"
     assert call("index", "build", index, "--run", trained)[0] == 0
-    other = stages.train(make_config(CONFIG, ["runtime.seed=1"]), tmp_path / "runs")
+    other = training_stages.train(make_config(CONFIG, ["runtime.seed=1"]), tmp_path / "runs")
     Image.new("RGB", (20, 20)).save(image)
     for verb in ("search", "add"):
         code, out, err = call("index", verb, index, image, "--run", other.path)
@@ -337,7 +337,7 @@ def test_an_attack_that_cannot_be_read_is_one_line(trained, call, tmp_path, atta
 
 def test_a_truncated_checkpoint_is_named(recipe, tmp_path, call):
     runs = tmp_path / "runs"
-    run = stages.train(load_config(recipe), runs)
+    run = training_stages.train(load_config(recipe), runs)
     weights = run.path / "checkpoint" / "hasher.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -347,29 +347,29 @@ def test_a_truncated_checkpoint_is_named(recipe, tmp_path, call):
     (run.path / "model.json").unlink()
     (run.path / "checkpoint" / "resume.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(RunError, match="damaged"):
-        stages.train(load_config(recipe), runs)
+        training_stages.train(load_config(recipe), runs)
 
 
 def test_a_run_directory_of_another_config_is_refused(recipe, tmp_path):
-    run = stages.train(load_config(recipe), tmp_path / "runs")
+    run = training_stages.train(load_config(recipe), tmp_path / "runs")
     held = yaml.safe_load((run.path / "config.yaml").read_text())
     held["hasher"]["bits"] = 24
     (run.path / "config.yaml").write_text(yaml.safe_dump(held))
     with pytest.raises(RunError, match="another config"):
-        stages.train(load_config(recipe), tmp_path / "runs")
+        training_stages.train(load_config(recipe), tmp_path / "runs")
 
 
 def test_damaged_attack_block_is_named(tmp_path):
-    run = stages.train(make_config(CONFIG), tmp_path)
-    stages.evaluate(run)
+    run = training_stages.train(make_config(CONFIG), tmp_path)
+    evaluation_stages.evaluate(run)
     block = next((run.path / "attacks").rglob("0.npz"))
     block.write_bytes(block.read_bytes()[:100])
     with pytest.raises(RunError, match="damaged"):
-        stages.evaluate(run)
+        evaluation_stages.evaluate(run)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    run = stages.train(make_config(CONFIG), tmp_path)
+    run = training_stages.train(make_config(CONFIG), tmp_path)
     run.checkpoint({"epoch": 1})
     real_save = torch.save
 

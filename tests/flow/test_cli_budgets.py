@@ -11,7 +11,7 @@ import pytest
 
 from robusthash.apps import cli
 from robusthash.apps.commands import audit, options
-from robusthash.apps.experiment import check_run, stages
+from robusthash.apps.experiment import check_run, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.threat_options import attack_under, threat_name, threat_on_data
 from robusthash.attacks.threat_model import named_threat, threat_on
@@ -31,7 +31,9 @@ BUDGETED = ("evaluate", "assess", "attack", "questions", "transfer", "poison", "
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
-    return [stages.train(make_config(CONFIG, [f"runtime.seed={seed}"]), root).path for seed in (0, 1)]
+    return [
+        training_stages.train(make_config(CONFIG, [f"runtime.seed={seed}"]), root).path for seed in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from robusthash.apps.experiment import check_run as checking
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import model_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 
 CONFIG = {
@@ -23,7 +23,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    return stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs")).path
+    return training_stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs")).path
 
 
 def test_check_gives_json_and_a_file_and_passes_an_honest_run(call, trained):
@@ -36,7 +36,7 @@ def test_check_gives_json_and_a_file_and_passes_an_honest_run(call, trained):
 
 
 def test_a_red_check_is_exit_code_1_and_says_what_to_do(call, trained, monkeypatch):
-    honest = stages.load_victim
+    honest = model_stages.load_victim
 
     def stale(run):
         victim, objective = honest(run)
@@ -52,7 +52,7 @@ def test_a_red_check_is_exit_code_1_and_says_what_to_do(call, trained, monkeypat
 
 
 def test_a_model_that_returns_nan_is_one_line(call, trained, monkeypatch):
-    honest = stages.load_victim
+    honest = model_stages.load_victim
 
     def ill(run):
         victim, objective = honest(run)

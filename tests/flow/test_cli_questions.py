@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import training_stages
 from robusthash.apps.experiment.block_store import FolderStore
 from robusthash.apps.experiment.config import make_config
 from robusthash.attacks.oracle import QueryOracle
@@ -26,7 +26,7 @@ ASKED = ("--queries", 16, "--budgets", "1,5,30", "--threat", "img-linf-24")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    return stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs")).path
+    return training_stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs")).path
 
 
 def test_curves_fall_with_questions_and_rank_what_is_shown(call, trained, tmp_path):

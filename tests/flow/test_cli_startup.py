@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from robusthash.apps import cli
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 
 HEAVY = (
@@ -107,9 +107,9 @@ def test_the_catalogue_loads_torch_alone() -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
-    made = [stages.train(make_config(CONFIG, [f"runtime.seed={seed}"]), root) for seed in (0, 1)]
+    made = [training_stages.train(make_config(CONFIG, [f"runtime.seed={seed}"]), root) for seed in (0, 1)]
     for run in made:
-        stages.evaluate(run)
+        evaluation_stages.evaluate(run)
     return [run.path for run in made]
 
 

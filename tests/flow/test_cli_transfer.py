@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import training_stages
 from robusthash.apps.experiment.config import make_config
 
 CONFIG = {
@@ -26,7 +26,7 @@ def runs(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("runs")
     second = {**CONFIG, "runtime": {"device": "cpu", "seed": 1}}
     other = {**CONFIG, "name": "other", "data": {**CONFIG["data"], "seed": 5}}
-    return [stages.train(make_config(config), root).path for config in (CONFIG, second, other)]
+    return [training_stages.train(make_config(config), root).path for config in (CONFIG, second, other)]
 
 
 def test_a_table_of_two_runs(call, runs):

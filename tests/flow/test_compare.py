@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from robusthash.apps.experiment import assess_run as assessing
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.metrics.results import Flag, save_results
@@ -28,8 +28,8 @@ SMOKE = "img-linf-8 smoke"
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     """Two seeds that were assessed, the first evaluated as well."""
     root = tmp_path_factory.mktemp("runs")
-    made = [stages.train(make_config(CONFIG, [f"runtime.seed={seed}"]), root) for seed in (0, 1)]
-    stages.evaluate(made[0])
+    made = [training_stages.train(make_config(CONFIG, [f"runtime.seed={seed}"]), root) for seed in (0, 1)]
+    evaluation_stages.evaluate(made[0])
     for run in made:
         assessing.assess(run, "smoke")
     return made[0], made[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import training_stages
 from robusthash.apps.experiment.config import load_config
 from robusthash.apps.experiment.demo_run import EPS, run_demo, summary_rows
 from robusthash.apps.experiment.run_directory import load_run
@@ -129,7 +129,7 @@ def test_the_written_recipes_name_the_same_runs(demo: tuple[Path, dict[str, Any]
     out, summary, _ = demo
     for model in ("undefended", "saat"):
         recipe = out / "recipes" / f"demo-{model}.yaml"
-        run, _ = stages.prepare(load_config(recipe), out / "runs", base=recipe.parent)
+        run, _ = training_stages.prepare(load_config(recipe), out / "runs", base=recipe.parent)
         assert run.path == Path(summary["runs"][model])
         assert run.trained
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from robusthash.apps.experiment import assess_run as assessing
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.kept_results import keep
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run, write_json
@@ -33,9 +33,9 @@ SMOKE = "img-linf-8 smoke"
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     """Two seeds, evaluated and assessed."""
     root = tmp_path_factory.mktemp("runs")
-    made = [stages.train(make_config(CONFIG, [f"runtime.seed={seed}"]), root) for seed in (0, 1)]
+    made = [training_stages.train(make_config(CONFIG, [f"runtime.seed={seed}"]), root) for seed in (0, 1)]
     for run in made:
-        stages.evaluate(run)
+        evaluation_stages.evaluate(run)
         assessing.assess(run, "smoke")
     return made
 

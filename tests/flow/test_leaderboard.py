@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from robusthash.apps import cli
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
-from robusthash.apps.experiment.leaderboard import as_markdown, as_plain, make_boards
+from robusthash.apps.experiment.leaderboard import as_markdown, as_plain, make_leaderboards
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.reports.leaderboard_page import leaderboard_page
 from robusthash.metrics.results import Flag, load_results, save_results
@@ -37,8 +37,8 @@ SCRIPT = Path(cli.__file__).parent / "reports" / "leaderboard.js"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs"))
-    stages.evaluate(run)
+    run = training_stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs"))
+    evaluation_stages.evaluate(run)
     return run
 
 
@@ -85,7 +85,7 @@ def test_evidence_from_export_to_a_lower_best_known_value(run, tmp_path, call):
     said = json.loads(out)
     own = {result.name: result for result in load_results(run / "metrics.json")}["worst"]
     assert said["values"]["MAP"] < own["wMAP"]
-    (board,) = make_boards([run])
+    (board,) = make_leaderboards([run])
     (row,) = board.rows
     assert row.worst.value == own["wMAP"]
     assert row.known.value <= said["values"]["MAP"]
@@ -114,7 +114,7 @@ def test_evidence_lowers_suites_too_on_all_queries_and_on_their_choice_of_them(r
         assert code == 0
         (own,) = raised
         (row,) = next(
-            board.rows for board in make_boards([run]) if board.setting.budget.startswith("suite smoke")
+            board.rows for board in make_leaderboards([run]) if board.setting.budget.startswith("suite smoke")
         )
         found = {result.name: result for result in load_results(run / "evidence.json")}
         name = json.loads(out)["bundle"] + (", 10 queries" if queries == 10 else "")
@@ -188,7 +188,7 @@ def test_an_entry_is_written_verified_and_fails_when_it_lies(run, tmp_path, call
 
 def test_three_seeds_make_a_method_and_fewer_do_not_say_the_word(run, tmp_path):
     seeds = [run, sibling(run, tmp_path, seed=1, shift=0.01), sibling(run, tmp_path, seed=2, shift=0.02)]
-    (board,) = make_boards(seeds)
+    (board,) = make_leaderboards(seeds)
     (row,) = board.rows
     own = [{r.name: r for r in load_results(path / "metrics.json")} for path in seeds]
     assert (row.claim, row.name) == ("method", "tiny")
@@ -196,7 +196,7 @@ def test_three_seeds_make_a_method_and_fewer_do_not_say_the_word(run, tmp_path):
     assert row.clean == pytest.approx(sum(results["clean"]["MAP"] for results in own) / 3)
     assert row.known.interval[0] < row.known.value < row.known.interval[1]
     assert "method, 3 seeds" in as_markdown([board])
-    (two,) = make_boards(seeds[:2])
+    (two,) = make_leaderboards(seeds[:2])
     assert [row.claim for row in two.rows] == ["checkpoint"] * 2
     for text in (as_markdown([two]), leaderboard_page([two]), json.dumps(as_plain([two]))):
         assert "method" not in text.lower()
@@ -205,12 +205,12 @@ def test_three_seeds_make_a_method_and_fewer_do_not_say_the_word(run, tmp_path):
 def test_unlike_settings_never_share_a_table(run, tmp_path):
     digests = load_results(run / "metrics.json")[-1].setting.digests
     other = sibling(run, tmp_path, name="other", budget="more steps", digests={**digests, "budget": "2-0"})
-    boards = make_boards([run, other])
+    boards = make_leaderboards([run, other])
     assert [len(board.rows) for board in boards] == [1, 1]
     assert len({board.id for board in boards}) == 2
     assert f"not comparable with: {boards[1].id} in budget" in as_markdown(boards)
     more_bits = sibling(run, tmp_path, name="longer", bits=64)
-    (board,) = make_boards([run, more_bits])
+    (board,) = make_leaderboards([run, more_bits])
     assert {row.setting.bits for row in board.rows} == {12, 64}
 
 
@@ -220,7 +220,9 @@ def test_suites_of_two_schemes_never_share_a_table_and_the_page_says_why(run, tm
     (own,) = load_results(run / "assess.json")
     plain = {**own.setting.digests, "suite": "dabfaa8925b3"}  # as the first scheme wrote it
     save_results(older / "assess.json", [replace(own, setting=replace(own.setting, digests=plain))])
-    boards = [board for board in make_boards([run, older]) if board.setting.budget.startswith("suite smoke")]
+    boards = [
+        board for board in make_leaderboards([run, older]) if board.setting.budget.startswith("suite smoke")
+    ]
     assert [len(board.rows) for board in boards] == [1, 1]
     assert len({board.id for board in boards}) == 2
     text = as_markdown(boards)
@@ -232,7 +234,7 @@ def test_results_from_before_budgets_had_an_identity_share_a_table_by_their_text
         n: v for n, v in load_results(run / "metrics.json")[-1].setting.digests.items() if n != "budget"
     }
     older = sibling(run, tmp_path, name="older", digests=digests)
-    (board,) = make_boards([run, older])
+    (board,) = make_leaderboards([run, older])
     assert len(board.rows) == 2
 
 
@@ -240,7 +242,7 @@ def test_an_unreliable_model_is_last_unranked_and_marked_everywhere(run, tmp_pat
     red = Flag("F4", 0.03, 0.005, "red", "masking: an adaptive attack is needed")
     unknown = Flag("F7", float("inf"), 0.0, "amber", "not run")
     masked = sibling(run, tmp_path, name="masked", shift=-0.1, flags=(red, unknown))
-    (board,) = make_boards([masked, run])
+    (board,) = make_leaderboards([masked, run])
     assert [row.name.partition("/")[0] for row in board.rows] == ["tiny", "masked"]
     assert board.rows[1].known.value > board.rows[0].known.value
     assert board.rows[0].bold("wMAP")
@@ -267,19 +269,19 @@ def test_the_results_of_a_suite_are_listed_beside_those_of_the_recipe(run):
     setting = replace(worst.setting, budget="standard", attacks=("guided/0", "flip/1"))
     assessed = replace(worst, name="img-linf-8 standard", setting=setting, curves=curve)
     save_results(run / "assess.json", [assessed])
-    boards = make_boards([run])
+    boards = make_leaderboards([run])
     assert len(boards) == 2
     tier = next(board for board in boards if board.setting.budget == "standard")
     assert tier.rows[0].clean == results["clean"]["MAP"]
     named = replace(assessed, setting=replace(setting, tier="paper"))
     save_results(run / "assess.json", [named])
-    assert any("img-linf-8, paper tier, 2 attacks" in board.title for board in make_boards([run]))
+    assert any("img-linf-8, paper tier, 2 attacks" in board.title for board in make_leaderboards([run]))
     save_results(run / "assess.json", [assessed])
     assert "wMAP over eps" in leaderboard_page(boards)
 
 
 def test_a_red_check_of_the_model_marks_every_number_of_it(run):
-    assert not make_boards([run])[0].rows[0].checked
+    assert not make_leaderboards([run])[0].rows[0].checked
     red = {
         "id": "F2",
         "value": 1.0,
@@ -289,18 +291,20 @@ def test_a_red_check_of_the_model_marks_every_number_of_it(run):
         "title": "share",
     }
     (run / "checks.json").write_text(json.dumps([red, {**red, "id": "F7", "value": "inf", "level": "amber"}]))
-    (row,) = make_boards([run])[0].rows
+    (row,) = make_leaderboards([run])[0].rows
     assert row.unreliable
     assert [flag.id for flag in row.flags] == ["F2"]
     (run / "checks.json").write_text("[{")
     with pytest.raises(ValueError, match=r"checks\.json is damaged .* robusthash check"):
-        make_boards([run])
+        make_leaderboards([run])
     (run / "checks.json").write_text("[]")
     worst = next(result for result in load_results(run / "metrics.json") if result.name == "worst")
     setting = replace(worst.setting, threat="img-linf-4")
     flags = tuple(Flag(id, 1.0, 0.0, "red", "") for id in ("F4", "F13"))
     save_results(run / "assess.json", [replace(worst, name="img-linf-4 fast", setting=setting, flags=flags)])
-    marks = {board.setting.threat: [flag.id for flag in board.rows[0].flags] for board in make_boards([run])}
+    marks = {
+        board.setting.threat: [flag.id for flag in board.rows[0].flags] for board in make_leaderboards([run])
+    }
     assert marks == {"img-linf-4": ["F13", "F4"], worst.setting.threat: ["F13"]}, (
         "F4 is about one suite alone"
     )
@@ -326,7 +330,7 @@ def test_runs_that_make_no_board(run, tmp_path, what):
     else:
         paths, words = [tmp_path], "no config.yaml"
     with pytest.raises(ValueError, match=words):
-        make_boards(paths)
+        make_leaderboards(paths)
 
 
 # ---------------------------------------------------------------------------------------------- the page
@@ -404,7 +408,7 @@ def test_a_browser_sorts_and_filters_by_the_address(run, tmp_path):
         sibling(run, tmp_path, name="long", shift=0.2, bits=64),
     )
     page = tmp_path / "board.html"
-    page.write_text(leaderboard_page(make_boards([low, run, long])))
+    page.write_text(leaderboard_page(make_leaderboards([low, run, long])))
     assert dom(page, "") == [("tiny", False), ("low", False), ("long", False)]
     assert dom(page, "sort=known.up") == [("long", False), ("low", False), ("tiny", False)]
     assert dom(page, "bits=64&sort=clean.down") == [("tiny", True), ("low", True), ("long", False)]

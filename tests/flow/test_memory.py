@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.metrics.results import load_results
 from robusthash.models.hasher import Hasher
@@ -27,7 +27,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs")).path
+    return training_stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs")).path
 
 
 @pytest.fixture

@@ -16,13 +16,14 @@ from PIL import Image
 import robusthash as rh
 from robusthash.apps.experiment import attribution_run as attribution
 from robusthash.apps.experiment import check_run as checking
+from robusthash.apps.experiment import evaluation_stages, model_stages, training_stages
 from robusthash.apps.experiment import oracle_run as questioning
-from robusthash.apps.experiment import stages
 from robusthash.apps.experiment import transfer_run as transferring
 from robusthash.apps.experiment.attribution_run import load_attributions
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.epoch_curves import robust_curves
 from robusthash.apps.experiment.run_directory import Run, load_run
+from robusthash.core.runtime import silent
 from robusthash.data.splits import stable_subset
 from robusthash.metrics.results import load_results
 
@@ -68,13 +69,13 @@ def config(images: Path, seed: int = 0, manifest: str = "ordered", **evaluation:
 @pytest.fixture(scope="module")
 def runs(images, tmp_path_factory) -> list[Run]:
     root = tmp_path_factory.mktemp("runs")
-    return [stages.train(make_config(config(images, seed, queries=ASKED)), root) for seed in (0, 1)]
+    return [training_stages.train(make_config(config(images, seed, queries=ASKED)), root) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def expected(runs) -> str:
     """The fingerprint of the choice."""
-    queries = stages.read_data(runs[0].config).query
+    queries = model_stages.read_data(runs[0].config).query
     return queries.take(stable_subset(queries, ASKED)).fingerprint()
 
 
@@ -114,8 +115,8 @@ def test_the_choice_covers_the_classes_in_whatever_order_the_queries_are_listed(
 
 
 def test_python_recipe_and_assess_ask_the_same_queries_and_say_so(call, runs, expected):
-    data = stages.read_data(runs[0].config)
-    victim, _ = stages.load_victim(runs[0])
+    data = model_stages.read_data(runs[0].config)
+    victim = model_stages.load_hasher(runs[0])
     results = [
         rh.evaluate(victim, data, queries=ASKED),
         rh.assess(rh.make_context(victim, data, queries=ASKED), "smoke"),
@@ -136,7 +137,7 @@ def test_python_recipe_and_assess_ask_the_same_queries_and_say_so(call, runs, ex
 
 
 def test_results_that_do_not_say_how_queries_were_chosen_compare_with_those_that_do(runs):
-    data, (victim, _) = stages.read_data(runs[0].config), stages.load_victim(runs[0])
+    data, (victim, _) = model_stages.read_data(runs[0].config), model_stages.load_victim(runs[0])
     result = rh.evaluate(victim, data, queries=ASKED)
     plain = {**vars(result.setting)}
     del plain["chosen"]
@@ -194,11 +195,11 @@ def test_curves_by_epoch_ask_them_and_take_nothing_kept_for_another_choice(runs,
 def test_a_part_of_a_class_ordered_bench_is_chosen_for_the_checks(runs):
     """The checks look at some of the queries of a bench: not at its first ones, which would be of a few
     classes."""
-    context = stages.context_of(
+    context = evaluation_stages.context_of(
         load_run(runs[0].path),
-        stages.load_victim(runs[0])[0],
-        stages.read_data(runs[0].config),
-        stages.silent,
+        model_stages.load_hasher(runs[0]),
+        model_stages.read_data(runs[0].config),
+        silent,
         whole=True,
     )
     assert kinds(context.some(KINDS).query_labels) == KINDS

@@ -11,7 +11,7 @@ import pytest
 import torch
 from jinja2 import UndefinedError
 
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run, RunError
 from robusthash.apps.reports.charts import UNIT, Chart, ChartAxis, Dot, IntervalChart, LineChart, Series, draw
@@ -99,8 +99,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "runtime": {"device": "cpu"},
         }
     )
-    made = stages.train(config, tmp_path_factory.mktemp("runs"))
-    stages.evaluate(made)
+    made = training_stages.train(config, tmp_path_factory.mktemp("runs"))
+    evaluation_stages.evaluate(made)
     return made
 
 

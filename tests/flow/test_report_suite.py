@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from robusthash.apps.experiment import assess_run as assessing
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.reports.pages import environment
@@ -31,8 +31,8 @@ PASS = Flag("F1", 0.0, 0.0, "pass", "randomised: attack with EOT lines")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An evaluated run, assessed by a small suite with a curve."""
-    made = stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs"))
-    stages.evaluate(made)
+    made = training_stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs"))
+    evaluation_stages.evaluate(made)
     return made
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from robusthash.apps.experiment import assess_run as assessing
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import load_run
 from robusthash.metrics.results import EvalResult, load_results
@@ -34,7 +34,7 @@ def without_times(result: EvalResult) -> dict[str, dict[str, float]]:
 
 
 def test_two_processes_at_once_make_the_record_of_one(tmp_path):
-    run = stages.train(make_config(CONFIG), tmp_path).path
+    run = training_stages.train(make_config(CONFIG), tmp_path).path
     assessing.assess(load_run(run), "smoke")
     whole = record(run)
     (run / "assess.json").unlink()

@@ -14,8 +14,8 @@ import matplotlib.image
 import pytest
 import yaml
 
+from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment import parameter_sweep as sweep
-from robusthash.apps.experiment import stages
 from robusthash.apps.experiment.attribution_run import load_attributions
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import load_run
@@ -34,8 +34,8 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    run = stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs"))
-    stages.evaluate(run)
+    run = training_stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs"))
+    evaluation_stages.evaluate(run)
     return run.path
 
 
@@ -112,7 +112,7 @@ def test_the_last_kept_epoch_is_the_trained_model(trained):
 
 def test_curves_of_a_run_without_kept_epochs_say_how_to_keep_them(call, trained, tmp_path):
     config = {**CONFIG, "runtime": {"device": "cpu"}}
-    run = stages.train(make_config(config), tmp_path / "runs")
+    run = training_stages.train(make_config(config), tmp_path / "runs")
     assert run.id == trained.name  # keeping epochs makes no other model
     code, _, err = call("curves", run.path, "--robust", "mainstay", "--out", tmp_path)
     assert code == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.tables import Column, captions, make_rows, parse_column, seeds_by_row
@@ -31,8 +31,8 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    made = stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs"))
-    stages.evaluate(made)
+    made = training_stages.train(make_config(CONFIG), tmp_path_factory.mktemp("runs"))
+    evaluation_stages.evaluate(made)
     return made
 
 

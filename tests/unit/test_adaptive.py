@@ -25,12 +25,12 @@ from robusthash.models.sfcl import MaskNoise
 from robusthash.models.surrogate_gradients import NoiseAveraged, RepairIdentity, RepairLearnt
 from robusthash.objectives import DPSH
 from robusthash.robustness.specs.adaptive_attacks import Adaptive, Staged, adaptive_attacks
-from robusthash.robustness.victim_behaviour import Observed, matches, mismatches, observed
+from robusthash.robustness.victim_behaviour import VictimBehaviour, matches, mismatches, observed
 
 SMALL = {"name": "small", "width": 4, "grid": 1}
 DATA = make_data(size=16)
 THREAT = image_threat(16 / 255, knowledge="W2")
-HONEST = Observed(False, False, False, False, False, 1.0)
+HONEST = VictimBehaviour(False, False, False, False, False, 1.0)
 
 
 class Aside(Purifier):

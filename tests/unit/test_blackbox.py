@@ -10,7 +10,14 @@ from helpers import make_data, small_hasher, trained_hasher
 from torch import Tensor
 
 from robusthash.attacks.oracle import QueryOracle, ids_lost
-from robusthash.attacks.query_search import NES, GreedyWords, RandomPoints, Square, ask_around, square_share
+from robusthash.attacks.query_search import (
+    NES,
+    GreedyWords,
+    RandomPoints,
+    Square,
+    search_by_queries,
+    square_share,
+)
 from robusthash.attacks.threat_model import Threat, edit_threat, image_threat, threat_on
 from robusthash.core.hamming import distance
 from robusthash.core.registry import build
@@ -24,7 +31,7 @@ from robusthash.robustness.specs.oracle_attacks import (
     noise,
     noise_attacks,
     oracle_attacks,
-    question_curve,
+    oracle_curve,
 )
 
 EPS = 16 / 255
@@ -142,7 +149,7 @@ def test_image_searches_ask_feasible_points_and_keep_the_best(
         seen.append(norm_of(inputs["image"]))
         return seen[-1]
 
-    answered = ask_around(IMAGE_SEARCHES[name], ask, batch, threat, Draws(0), 40, marks=(1, 10, 40))
+    answered = search_by_queries(IMAGE_SEARCHES[name], ask, batch, threat, Draws(0), 40, marks=(1, 10, 40))
     assert answered.oracle_queries == len(seen) <= 40
     assert answered.oracle_queries >= 39, "the budget is there to be used"
     assert torch.equal(answered.score, torch.stack(seen).amax(0))
@@ -159,7 +166,9 @@ def test_searches_climb_more_than_noise(context: EvaluationContext) -> None:
     batch, threat = context.batch(0), image_threat(EPS)
     reached = {
         name: float(
-            ask_around(search, lambda x: norm_of(x["image"]), batch, threat, Draws(0), 120).score.mean()
+            search_by_queries(
+                search, lambda x: norm_of(x["image"]), batch, threat, Draws(0), 120
+            ).score.mean()
             - norm_of(batch.inputs["image"]).mean()
         )
         for name, search in IMAGE_SEARCHES.items()
@@ -177,7 +186,7 @@ def test_no_query_depends_on_another(name: str, norm: str, context: EvaluationCo
 
     def found(rows: list[int], draws: Draws = Draws(0)) -> Tensor:
         part = Batch({"image": whole.inputs["image"][rows]}, None, whole.ids[rows])
-        return ask_around(
+        return search_by_queries(
             IMAGE_SEARCHES[name], lambda x: norm_of(x["image"]), part, threat, draws, 30
         ).inputs["image"]
 
@@ -193,7 +202,7 @@ def test_a_start_is_kept_where_nothing_is_better(context: EvaluationContext) -> 
     best = image + EPS * torch.where(torch.arange(image[0].numel()) < 40, 1.0, -1.0).view_as(image[0])
     best = threat.project({"image": best}, batch.inputs)["image"]
     for search in IMAGE_SEARCHES.values():
-        answered = ask_around(
+        answered = search_by_queries(
             search, lambda x: norm_of(x["image"]), batch, threat, Draws(0), 6, start={"image": best}
         )
         assert torch.equal(answered.inputs["image"], best)
@@ -209,7 +218,7 @@ def test_vectors_are_searched_without_squares(texts: EvaluationContext) -> None:
                 threat.verify(inputs, batch.inputs)
                 return norm_of(inputs["text"])
 
-            reached.append(float(ask_around(search, ask, batch, threat, Draws(0), 60).score.mean()))
+            reached.append(float(search_by_queries(search, ask, batch, threat, Draws(0), 60).score.mean()))
         assert min(reached[:2]) > reached[2]
 
 
@@ -248,7 +257,7 @@ def test_words_are_edited_within_the_budget(search, texts: EvaluationContext) ->
         threat.verify(inputs, batch.inputs)
         return (inputs["text"] * weights).sum(1)
 
-    answered = ask_around(search, ask, batch, threat, Draws(0), 50)
+    answered = search_by_queries(search, ask, batch, threat, Draws(0), 50)
     assert answered.oracle_queries == asked <= 50
     assert bool((answered.score > (batch.inputs["text"] * weights).sum(1)).all())
 
@@ -260,7 +269,7 @@ def test_greedy_words_find_the_best_pair_when_they_may_try_all(texts: Evaluation
     change = (1 - 2 * bags) * gains
     best = (bags * gains).sum(1) + change.clamp_min(0).topk(2, dim=1).values.sum(1)
     budget = 1 + 2 * bags.shape[1]
-    answered = ask_around(
+    answered = search_by_queries(
         GreedyWords(), lambda x: (x["text"] * gains).sum(1), batch, threat, Draws(0), budget
     )
     assert torch.allclose(answered.score, best)
@@ -272,21 +281,21 @@ def test_searches_and_threats_must_fit(context: EvaluationContext, texts: Evalua
         return torch.zeros(len(next(iter(inputs.values()))))
 
     with pytest.raises(ValueError, match="the square attack searches norm balls, not txt-bow-2"):
-        ask_around(Square(), ask, texts.batch(0), edit_threat(2), Draws(0), 9)
+        search_by_queries(Square(), ask, texts.batch(0), edit_threat(2), Draws(0), 9)
     with pytest.raises(ValueError, match="patterns for linf and l2; take estimated gradients"):
-        ask_around(Square(), ask, context.batch(0), image_threat(2, "l1"), Draws(0), 9)
+        search_by_queries(Square(), ask, context.batch(0), image_threat(2, "l1"), Draws(0), 9)
     assert [line.name for line in oracle_attacks(image_threat(2, "l1"), 9)] == ["nes, codes", "nes, ids"]
     for search in (NES(), RandomPoints("corner")):
-        found = ask_around(search, ask, context.batch(0), image_threat(2, "l1"), Draws(0), 9).inputs
+        found = search_by_queries(search, ask, context.batch(0), image_threat(2, "l1"), Draws(0), 9).inputs
         image_threat(2, "l1").verify(found, context.batch(0).inputs)
     with pytest.raises(ValueError, match="greedy-words edits bags of words, not img-linf-8"):
-        ask_around(GreedyWords(), ask, context.batch(0), image_threat(), Draws(0), 9)
+        search_by_queries(GreedyWords(), ask, context.batch(0), image_threat(), Draws(0), 9)
     with pytest.raises(ValueError, match="one modality at a time"):
-        ask_around(Square(), ask, context.batch(0), threat_on("both"), Draws(0), 9)
+        search_by_queries(Square(), ask, context.batch(0), threat_on("both"), Draws(0), 9)
     with pytest.raises(ValueError, match="budget of at least 1, got 0"):
-        ask_around(Square(), ask, context.batch(0), image_threat(), Draws(0), 0)
+        search_by_queries(Square(), ask, context.batch(0), image_threat(), Draws(0), 0)
     with pytest.raises(ValueError, match=r"marks lie in 1..5"):
-        ask_around(Square(), ask, context.batch(0), image_threat(), Draws(0), 5, marks=(6,))
+        search_by_queries(Square(), ask, context.batch(0), image_threat(), Draws(0), 5, marks=(6,))
 
 
 # ------------------------------------------------------------------------------------------------ lines
@@ -356,7 +365,7 @@ def test_noise_is_the_worst_of_its_draws(context: EvaluationContext) -> None:
 
 def test_the_curve_falls_and_ends_where_the_line_does(context: EvaluationContext) -> None:
     line = OracleAttack("square", Square(), image_threat(EPS), "codes", "ap", 30)
-    curve = question_curve(context, line, (1, 5, 20, 30))
+    curve = oracle_curve(context, line, (1, 5, 20, 30))
     assert curve.ap.shape == (12, 4)
     assert bool((curve.ap.diff(dim=1) <= 0).all())
     assert curve.means[-1] < curve.means[0]
@@ -366,10 +375,10 @@ def test_the_curve_falls_and_ends_where_the_line_does(context: EvaluationContext
     assert torch.allclose(curve.ap[:, -1], whole)
     for wrong in ((), (5, 5), (10, 5), (10, 31)):
         with pytest.raises(ValueError, match="budgets must rise and end at most at the attack's 30"):
-            question_curve(context, line, wrong)
+            oracle_curve(context, line, wrong)
     noisy = small_hasher(declared="randomised")
     with pytest.raises(ValueError, match="randomised victim is not built"):
-        question_curve(replace(context, victim=noisy), line, (5,))
+        oracle_curve(replace(context, victim=noisy), line, (5,))
 
 
 def test_text_lines(texts: EvaluationContext) -> None:

@@ -13,7 +13,7 @@ from robusthash.data import load_data
 from robusthash.data.base import find
 from robusthash.data.image_files import ImageFile, ImageOptions
 from robusthash.data.image_text import Pool, TextOptions, Vocabulary, make_data
-from robusthash.data.splits import Protocol, SplitOptions, find_protocol, protocol_split
+from robusthash.data.splits import SplitOptions, SplitProtocol, find_protocol, protocol_split
 from tests.unit.test_data_folder import picture
 
 NAMES = ("a", "b", "c")
@@ -29,52 +29,52 @@ def overlapping(count: int = 60) -> torch.Tensor:
 
 def test_classes_one_after_the_other_never_take_an_item_twice() -> None:
     labels = overlapping()
-    chosen = protocol_split(labels, Protocol(6, 12, "per-class", ""), SplitOptions(seed=3), NAMES)
+    chosen = protocol_split(labels, SplitProtocol(6, 12, "per-class", ""), SplitOptions(seed=3), NAMES)
     assert len(torch.unique(torch.cat([chosen.query, chosen.train]))) == 18
     for number in range(3):  # each class drew its share among its own members
         assert labels[chosen.query[2 * number : 2 * number + 2], number].all()
         assert labels[chosen.train[4 * number : 4 * number + 4], number].all()
     assert sorted([*chosen.database.tolist(), *chosen.query.tolist()]) == list(range(60))
-    again = protocol_split(labels, Protocol(6, 12, "per-class", ""), SplitOptions(seed=3), NAMES)
+    again = protocol_split(labels, SplitProtocol(6, 12, "per-class", ""), SplitOptions(seed=3), NAMES)
     assert torch.equal(again.train, chosen.train)
-    other = protocol_split(labels, Protocol(6, 12, "per-class", ""), SplitOptions(seed=4), NAMES)
+    other = protocol_split(labels, SplitProtocol(6, 12, "per-class", ""), SplitOptions(seed=4), NAMES)
     assert not torch.equal(other.query, chosen.query)
     fewer = protocol_split(
-        labels, Protocol(6, 12, "per-class", ""), SplitOptions(train=3, database=10, seed=3), NAMES
+        labels, SplitProtocol(6, 12, "per-class", ""), SplitOptions(train=3, database=10, seed=3), NAMES
     )
     assert torch.equal(fewer.query, chosen.query)  # queries do not depend on the other sizes
     assert len(fewer.database) == 10
     with pytest.raises(ValueError, match=r"class 'a' has 30 items left for the queries and 40 are needed"):
-        protocol_split(labels, Protocol(120, 3, "per-class", ""), SplitOptions(), NAMES)
+        protocol_split(labels, SplitProtocol(120, 3, "per-class", ""), SplitOptions(), NAMES)
 
 
 def test_random_and_last() -> None:
     labels = overlapping()
-    chosen = protocol_split(labels, Protocol(10, 20, "random", ""), SplitOptions(), NAMES)
+    chosen = protocol_split(labels, SplitProtocol(10, 20, "random", ""), SplitOptions(), NAMES)
     assert [len(chosen.query), len(chosen.train), len(chosen.database)] == [10, 20, 50]
     assert torch.isin(chosen.train, chosen.database).all()
     assert not torch.isin(chosen.query, chosen.database).any()
-    last = protocol_split(labels, Protocol(10, None, "last", ""), SplitOptions(), NAMES)
+    last = protocol_split(labels, SplitProtocol(10, None, "last", ""), SplitOptions(), NAMES)
     assert last.query.tolist() == list(range(50, 60))
     assert torch.equal(last.train, last.database)
     assert last.train.tolist() == list(range(50))
     assert (
         len(
             protocol_split(
-                labels, Protocol(10, None, "last", ""), SplitOptions(query=5, train=7, database=9), NAMES
+                labels, SplitProtocol(10, None, "last", ""), SplitOptions(query=5, train=7, database=9), NAMES
             ).train
         )
         == 7
     )
     with pytest.raises(ValueError, match="60 queries were asked for and 59 are there"):
-        protocol_split(labels, Protocol(60, None, "last", ""), SplitOptions(), NAMES)
+        protocol_split(labels, SplitProtocol(60, None, "last", ""), SplitOptions(), NAMES)
     with pytest.raises(ValueError, match="train must be at least 1, got 0"):
-        protocol_split(labels, Protocol(6, 12, "per-class", ""), SplitOptions(train=0), NAMES)
+        protocol_split(labels, SplitProtocol(6, 12, "per-class", ""), SplitOptions(train=0), NAMES)
 
 
 def test_unknown_split_is_met_with_the_nearest() -> None:
     with pytest.raises(KeyError, match="no split is called 'sflc'; did you mean 'sfcl'"):
-        find_protocol({"sfcl": Protocol(1, 1, "random", "")}, "sflc")
+        find_protocol({"sfcl": SplitProtocol(1, 1, "random", "")}, "sflc")
 
 
 def test_files_are_found_below_prefix_folders(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def pool_of(tmp_path: Path, count: int = 9) -> Pool:
 
 def test_unreadable_files_leave_every_split(tmp_path: Path) -> None:
     pool = pool_of(tmp_path)
-    chosen = protocol_split(pool.labels, Protocol(2, None, "last", ""), SplitOptions(), NAMES)
+    chosen = protocol_split(pool.labels, SplitProtocol(2, None, "last", ""), SplitOptions(), NAMES)
     pool.files[3].path.write_bytes(b"broken")
     data = make_data("x", pool, chosen, ImageOptions(8, on_error="skip", memory=0), TextOptions(True), "")
     assert [len(split) for split in data.splits.values()] == [6, 2, 6]
@@ -119,7 +119,7 @@ def test_items_that_do_not_fit_together(tmp_path: Path) -> None:
     pool = pool_of(tmp_path)
     labels = pool.labels.clone()
     labels[2, 0] = float("nan")
-    chosen = protocol_split(labels, Protocol(2, None, "last", ""), SplitOptions(), NAMES)
+    chosen = protocol_split(labels, SplitProtocol(2, None, "last", ""), SplitOptions(), NAMES)
     with pytest.raises(ValueError, match="train: labels hold NaN"):
         make_data("x", Pool(pool.files, labels, NAMES), chosen, ImageOptions(8), TextOptions(False), "")
     with pytest.raises(ValueError, match="these items come without texts"):
@@ -130,7 +130,7 @@ def test_items_that_do_not_fit_together(tmp_path: Path) -> None:
 
 def test_bags_in_memory_are_bool_and_reach_the_hasher_as_float(tmp_path: Path) -> None:
     pool = pool_of(tmp_path)
-    chosen = protocol_split(pool.labels, Protocol(2, None, "last", ""), SplitOptions(), NAMES)
+    chosen = protocol_split(pool.labels, SplitProtocol(2, None, "last", ""), SplitOptions(), NAMES)
     for memory in (0, 1 << 20):
         data = make_data("x", pool, chosen, ImageOptions(8, memory=memory), TextOptions(True), "")
         text = data.train.batch(torch.arange(7)).inputs["text"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from robusthash.apps.experiment.config import ConfigError, make_config
-from robusthash.apps.experiment.stages import evaluate, train
+from robusthash.apps.experiment.evaluation_stages import evaluate
+from robusthash.apps.experiment.training_stages import train
 from robusthash.data import RetrievalData
 from robusthash.data.base import ArraySource
 from robusthash.data.splits import Indices, assemble, hash_pixels

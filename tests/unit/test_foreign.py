@@ -15,7 +15,7 @@ from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.data.transforms import jpeg
 from robusthash.models.external.loaders import NAMES, load_onnx, load_python, load_torchscript, perceptual
-from robusthash.models.external.wrapper import Broken, foreign, normalisation_doubt
+from robusthash.models.external.wrapper import Broken, foreign, normalisation_warning
 from robusthash.models.image_encoders import IMAGENET
 
 SIZE, BITS = 24, 16
@@ -153,9 +153,9 @@ class Fragile(nn.Module):
 def test_normalised_twice(images):
     changed = jpeg(images, 95)
     once, twice = (foreign(Fragile(times), images, "toy").hasher for times in (1, 2))
-    assert "normalised twice" in normalisation_doubt(twice, images, changed)
-    assert normalisation_doubt(once, images, changed) == ""
-    assert normalisation_doubt(twice, images[:4], changed[:4]) == ""  # too few to say
+    assert "normalised twice" in normalisation_warning(twice, images, changed)
+    assert normalisation_warning(once, images, changed) == ""
+    assert normalisation_warning(twice, images[:4], changed[:4]) == ""  # too few to say
 
 
 # ---------------------------------------------------------------------------------------------- where they

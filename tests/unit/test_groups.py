@@ -15,7 +15,7 @@ from helpers import Interrupted, MemoryLog, make_data, small_hasher
 from torch import nn
 
 from robusthash.apps.experiment.config import Config, ConfigError, load_config, make_config
-from robusthash.apps.experiment.stages import train_config
+from robusthash.apps.experiment.training_stages import train_config
 from robusthash.data import RetrievalData
 from robusthash.data.synthetic import synthetic
 from robusthash.models import Hasher, build_hasher

@@ -19,7 +19,7 @@ from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.evaluation.evaluate import attack_all
 from robusthash.evaluation.runner import run_attacks
 from robusthash.models import Hasher, encode_split
-from robusthash.robustness.specs.oracle_attacks import OracleAttack, oracle_attacks, question_curve
+from robusthash.robustness.specs.oracle_attacks import OracleAttack, oracle_attacks, oracle_curve
 
 EPS = 16 / 255
 pytestmark = pytest.mark.filterwarnings("ignore::robusthash.core.out_of_memory.SmallerBatch")
@@ -207,7 +207,7 @@ def test_a_suite_notes_the_smaller_batches_of_encoding_too(victim: Hasher, data:
 
 def test_questions_are_asked_in_parts(context: EvaluationContext) -> None:
     spec: OracleAttack = oracle_attacks(guided_apgd(EPS, 2).threat, 6)[0]
-    expected = question_curve(context, spec, (2, 6))
+    expected = oracle_curve(context, spec, (2, 6))
     with pytest.warns(SmallerBatch):
-        found = question_curve(replace(context, victim=Hungry(context.victim, 5)), spec, (2, 6))
+        found = oracle_curve(replace(context, victim=Hungry(context.victim, 5)), spec, (2, 6))
     assert torch.equal(found.ap, expected.ap)

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.evaluation_stages import context_of
+from robusthash.apps.experiment.model_stages import load_hasher, load_victim, read_data
 from robusthash.apps.experiment.poison_run import poison
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.apps.experiment.stages import context_of, load_victim, read_data, silent, train
+from robusthash.apps.experiment.training_stages import train
 from robusthash.core.registry import build
+from robusthash.core.runtime import silent
 from robusthash.evaluation.evaluate import score_clean
 from robusthash.metrics.results import load_results
 
@@ -54,7 +57,7 @@ def test_dsarh_attacks_the_images_that_texts_search(run: Run) -> None:
     assert whole.perceptibility["linf/max"] == pytest.approx(0.3, abs=1e-6)
     assert path.name == "poison-db-perturb-img-linf-76.5-dsarh-T2I.json"
     assert load_results(path)[0].values["MAP"] == part["MAP"], "the later one of this name"
-    victim, _ = load_victim(run)
+    victim = load_hasher(run)
     context = context_of(run, victim, read_data(run.config), silent, "T2I")
     assert score_clean(context)["MAP"] == clean
 

@@ -78,7 +78,7 @@ def test_the_database_side_reaches_the_bench() -> None:
 def test_views(view: str, slope: float) -> None:
     """White box differentiates the purifier; the identity keeps its values and overlooks its slope."""
     hasher, x = linear(), X.clone().requires_grad_(True)
-    seen = hasher.seen_by(view)  # type: ignore[arg-type]
+    seen = hasher.as_seen_from(view)  # type: ignore[arg-type]
     logits = seen({"image": x})["image"].logits
     inside = X if view == "oblivious" else X / 2
     assert torch.allclose(logits, hasher.bare()({"image": inside})["image"].logits)
@@ -88,9 +88,9 @@ def test_views(view: str, slope: float) -> None:
 
 def test_views_need_a_purifier() -> None:
     plain = Hasher({"image": Flat()}, {"image": LinearHead(torch.ones(2, 3))})
-    assert plain.seen_by("white-box") is plain
+    assert plain.as_seen_from("white-box") is plain
     with pytest.raises(ValueError, match="oblivious attack needs a purifier"):
-        plain.seen_by("oblivious")
+        plain.as_seen_from("oblivious")
 
 
 def test_a_purifier_for_nothing_is_refused() -> None:

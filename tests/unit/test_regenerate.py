@@ -21,7 +21,7 @@ from helpers import (
     trained_hasher,
 )
 
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import evaluation_stages, model_stages, training_stages
 from robusthash.apps.experiment.config import ConfigError, make_config
 from robusthash.apps.experiment.run_directory import RunError, load_run
 from robusthash.apps.reports.run_report import load_branches, save_branches, write_report
@@ -245,7 +245,7 @@ def test_resumed_equals_uninterrupted(warm: Hasher, data: RetrievalData) -> None
 
 
 def foreign(warm: Hasher) -> Hasher:
-    return purified(warm, IMAGE, "query").seen_by("identity")
+    return purified(warm, IMAGE, "query").as_seen_from("identity")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "training": {"objective": "dpsh", "epochs": 2, "batch_size": 16},
         "runtime": {"device": "cpu"},
     }
-    parent = stages.train(make_config(base), root)
+    parent = training_stages.train(make_config(base), root)
     group = {"name": "adam", "lr": 2e-3, "momentum": 0.5, "weight_decay": 0.0}
     child = {
         **base,
@@ -311,12 +311,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
             },
         },
     }
-    return stages.run_all(make_config(child), root)
+    return training_stages.run_all(make_config(child), root)
 
 
 def test_three_views_of_the_attacker_are_in_the_results_and_the_report(run: Any) -> None:
     text = (run.path / "report.html").read_text()
-    results = stages.evaluate(run)
+    results = evaluation_stages.evaluate(run)
     for direction, attack in (("I2T", "drfgd"), ("T2I", "drfgd on text")):
         for name in ("clean", attack, f"{attack} (oblivious)", f"{attack} (identity)"):
             assert f"{results[f'{direction} {name}']['MAP']:.3f}" in text
@@ -331,11 +331,11 @@ def test_three_views_of_the_attacker_are_in_the_results_and_the_report(run: Any)
 
 
 def test_the_loaded_hasher_encodes_the_database_without_its_purifier(run: Any) -> None:
-    hasher, _ = stages.load_victim(load_run(run.path))
-    data = stages.read_data(run.config)
+    hasher = model_stages.load_hasher(load_run(run.path))
+    data = model_stages.read_data(run.config)
     bare = encode_split(hasher.bare(), data.database)["image"].packed
-    assert torch.equal(stages.database_codes(run).packed, bare)
-    files = stages.encode(run)
+    assert torch.equal(model_stages.database_codes(run).packed, bare)
+    files = model_stages.encode(run)
     assert np.array_equal(np.load(files["database.image"])["codes"], bare.numpy())
     through = encode_split(hasher, data.query)["image"].packed
     assert np.array_equal(np.load(files["query.image"])["codes"], through.numpy())
@@ -371,4 +371,4 @@ def test_a_parent_of_other_purifiers_is_refused(run: Any, tmp_path: Path) -> Non
     again = run.config.model_copy(update={"name": "again"})
     training = again.training.model_copy(update={"init_from": str(run.path)})
     with pytest.raises(ConfigError, match="has purifiers already"):
-        stages.train(again.model_copy(update={"training": training}), tmp_path)
+        training_stages.train(again.model_copy(update={"training": training}), tmp_path)

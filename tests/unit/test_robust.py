@@ -17,7 +17,7 @@ from robusthash.metrics.distance_histogram import code_profile
 
 
 def hrs(*values: float) -> float:
-    return float(robust.hrs_of(*(torch.tensor(value, dtype=torch.float64) for value in values)))
+    return float(robust.hrs(*(torch.tensor(value, dtype=torch.float64) for value in values)))
 
 
 def codes(count: int, bits: int, seed: int) -> Codes:

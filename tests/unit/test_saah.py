@@ -13,7 +13,8 @@ from helpers import MemoryLog, facts_of, make_data, small_hasher, train_config, 
 from torch import Tensor
 
 from robusthash.apps.experiment.config import make_config
-from robusthash.apps.experiment.stages import load_victim, train
+from robusthash.apps.experiment.model_stages import load_hasher
+from robusthash.apps.experiment.training_stages import train
 from robusthash.apps.reports.run_report import training_chart
 from robusthash.attacks import Attack
 from robusthash.core.registry import build
@@ -284,8 +285,8 @@ def test_a_run_from_config_to_a_loaded_model(tmp_path: Path) -> None:
         "training": {**plain["training"], **recipe},  # type: ignore[dict-item]
     }
     run = train(make_config(config), tmp_path)
-    hasher, _ = load_victim(run)
-    again, _ = load_victim(run)
+    hasher = load_hasher(run)
+    again = load_hasher(run)
     assert hasher.declared == "gate"
     assert hasher.purifiers["image"].kind == "pixel+freq"
     assert set(run.card()["last"]["figures"]) == {"gate/mean", "gate/spread", "gate/images"}

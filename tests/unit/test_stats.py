@@ -13,7 +13,7 @@ import torch
 from robusthash.analysis.shapley_values import shapley
 from robusthash.core.runtime import Draws
 from robusthash.metrics import statistics as stats
-from robusthash.metrics.robustness_measures import hrs_of
+from robusthash.metrics.robustness_measures import hrs
 
 
 def sample(count: int, seed: int = 0) -> torch.Tensor:
@@ -44,9 +44,9 @@ def test_a_function_of_several_means_has_an_interval_too() -> None:
     clean = sample(300) * 0.3 + 0.6
     worst, chance = clean - 0.3, torch.full((300,), 0.1).double()
     low, high = stats.bootstrap_interval(
-        torch.stack([clean, worst, chance], 1), lambda means: hrs_of(means[:, 0], means[:, 1], means[:, 2])
+        torch.stack([clean, worst, chance], 1), lambda means: hrs(means[:, 0], means[:, 1], means[:, 2])
     )
-    point = float(hrs_of(clean.mean(), worst.mean(), chance.mean()))
+    point = float(hrs(clean.mean(), worst.mean(), chance.mean()))
     assert low < point < high
     assert high - low < 0.05
 

@@ -490,7 +490,7 @@ def test_t14_a_rounding_layer_hides_the_gradient_and_not_the_weakness(data, cont
     specs = (
         GradientAttack("guided", guided(6)),
         GradientAttack(
-            "identity", guided(6), kind="adaptive", view=lambda v: v.seen_by("identity"), seen="identity"
+            "identity", guided(6), kind="adaptive", view=lambda v: v.as_seen_from("identity"), seen="identity"
         ),
         Corners(threat),
     )

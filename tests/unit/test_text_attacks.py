@@ -13,7 +13,7 @@ from helpers import linear_hasher, reference_of, train_config
 from torch import Tensor
 
 from robusthash.apps.experiment import assess_run as assessing
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.tables import make_rows, markdown
@@ -331,7 +331,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         },
         "runtime": {"device": "cpu"},
     }
-    return stages.run_all(make_config(recipe), tmp_path_factory.mktemp("runs"))
+    return training_stages.run_all(make_config(recipe), tmp_path_factory.mktemp("runs"))
 
 
 def test_a_run_in_all_directions(run: Run) -> None:
@@ -388,8 +388,10 @@ def test_tables_of_directions(run: Run) -> None:
 
 
 def test_a_joint_attack_written_to_a_file(run: Run, tmp_path: Path) -> None:
-    stages.attack_to_file(run, {"name": "mainstay", "steps": 2, "modality": "both"}, tmp_path / "pair.npz")
-    stages.attack_to_file(run, "text-edits", tmp_path / "text.npz")
+    evaluation_stages.attack_to_file(
+        run, {"name": "mainstay", "steps": 2, "modality": "both"}, tmp_path / "pair.npz"
+    )
+    evaluation_stages.attack_to_file(run, "text-edits", tmp_path / "text.npz")
     with np.load(tmp_path / "pair.npz") as pair, np.load(tmp_path / "text.npz") as text:
         assert pair["inputs"].shape[1:] == (3, 16, 16)
         assert pair["inputs_text"].shape == text["inputs"].shape

@@ -17,7 +17,7 @@ from robusthash.core.hamming import distance, pack, sign, topk
 from robusthash.core.types import Batch, Codes, Inputs
 from robusthash.models.hasher import Hasher, frozen
 
-Ask = Callable[[Inputs], Tensor]
+QueryScore = Callable[[Inputs], Tensor]
 """One oracle query for each item of a block -> (B,) score of the answers, larger = better for the attack."""
 
 
@@ -113,7 +113,7 @@ def ids_lost(clean: Tensor, attacked: Tensor, weighted: bool = True) -> Tensor:
 class QuerySession:
     """Oracle queries of one block, in step: feasible points alone, counted, with the best of each item."""
 
-    ask: Ask
+    ask: QueryScore
     batch: Batch
     threat: Threat
     budget: int

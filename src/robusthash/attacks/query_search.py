@@ -17,22 +17,22 @@ from torch import Tensor
 
 from robusthash.attacks.base import SearchResult, Start
 from robusthash.attacks.budgets import Ball, Edits, per_item
-from robusthash.attacks.oracle import Ask, QuerySession
+from robusthash.attacks.oracle import QueryScore, QuerySession
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch
 
 
-class QuestionSearch(Protocol):
+class QuerySearch(Protocol):
     """Spends the oracle queries of a session."""
 
     def __call__(self, session: QuerySession, draws: Draws) -> None: ...
 
 
-def ask_around(
-    search: QuestionSearch,
-    ask: Ask,
+def search_by_queries(
+    search: QuerySearch,
+    ask: QueryScore,
     batch: Batch,
     threat: Threat,
     draws: Draws,

@@ -295,7 +295,7 @@ def find(root: Path, name: str, belong: str) -> Path:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether no folder on the way is hidden or one that a Mac adds to archives."""
+    """True where no folder on the way is hidden or one that a Mac adds to archives."""
     return not any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 

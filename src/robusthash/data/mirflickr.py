@@ -14,16 +14,16 @@ from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, find, flat_options, lines_of
 from robusthash.data.image_files import ImageFile, ImageOptions
 from robusthash.data.image_text import Pool, TextOptions, make_data
-from robusthash.data.splits import Protocol, SplitOptions, find_protocol, protocol_split
+from robusthash.data.splits import SplitOptions, SplitProtocol, find_protocol, protocol_split
 
 logger = logging.getLogger(__name__)
 
 SPLITS = {
-    "sfcl": Protocol(2000, 5000, "random", "SFCL"),
-    "drfgd": Protocol(2000, 5000, "random", "DRFGD, EQB2A, TA-DCH"),
-    "dsarh": Protocol(1000, 5000, "random", "DSARH"),
-    "dcmh": Protocol(2000, 10000, "random", "DCMH, SSAH, AGAH, DADH (code)"),
-    "ucch": Protocol(2000, None, "last", "UCCH (code)"),
+    "sfcl": SplitProtocol(2000, 5000, "random", "SFCL"),
+    "drfgd": SplitProtocol(2000, 5000, "random", "DRFGD, EQB2A, TA-DCH"),
+    "dsarh": SplitProtocol(1000, 5000, "random", "DSARH"),
+    "dcmh": SplitProtocol(2000, 10000, "random", "DCMH, SSAH, AGAH, DADH (code)"),
+    "ucch": SplitProtocol(2000, None, "last", "UCCH (code)"),
 }
 
 _IMAGES = (

@@ -15,12 +15,12 @@ from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, find, flat_options
 from robusthash.data.image_files import ImageFile, ImageOptions
 from robusthash.data.image_text import Pool, TextOptions, make_data
-from robusthash.data.splits import Indices, Protocol, SplitOptions, find_protocol, protocol_split
+from robusthash.data.splits import Indices, SplitOptions, SplitProtocol, find_protocol, protocol_split
 
 SPLITS = {
-    "sfcl": Protocol(5000, 10000, "random", "SFCL"),
-    "drfgd": Protocol(2000, 10000, "random", "DRFGD, EQB2A, TA-DCH"),
-    "ucch": Protocol(5000, None, "last", "UCCH (code)"),
+    "sfcl": SplitProtocol(5000, 10000, "random", "SFCL"),
+    "drfgd": SplitProtocol(2000, 10000, "random", "DRFGD, EQB2A, TA-DCH"),
+    "ucch": SplitProtocol(5000, None, "last", "UCCH (code)"),
 }
 _KARPATHY, _OFFICIAL = "dsarh", "official"  # splits that are written down, not drawn
 

@@ -15,15 +15,15 @@ from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, find, flat_options, lines_of
 from robusthash.data.image_files import ImageFile, ImageOptions
 from robusthash.data.image_text import Pool, TextOptions, make_data
-from robusthash.data.splits import Protocol, SplitOptions, find_protocol, protocol_split
+from robusthash.data.splits import SplitOptions, SplitProtocol, find_protocol, protocol_split
 
 SPLITS = {
-    "sfcl": Protocol(2100, 10500, "per-class", "SFCL"),
-    "drfgd": Protocol(2100, 10500, "per-class", "DRFGD, EQB2A, TA-DCH"),
-    "dsarh": Protocol(2100, 10500, "per-class", "DSARH"),
-    "dadh": Protocol(2100, 10000, "random", "DADH, AGAH, CPAH (code)"),
-    "djsrh": Protocol(2000, 5000, "per-class", "DJSRH, DSAH, JDSH (code)"),
-    "ucch": Protocol(2100, None, "last", "UCCH (code)"),
+    "sfcl": SplitProtocol(2100, 10500, "per-class", "SFCL"),
+    "drfgd": SplitProtocol(2100, 10500, "per-class", "DRFGD, EQB2A, TA-DCH"),
+    "dsarh": SplitProtocol(2100, 10500, "per-class", "DSARH"),
+    "dadh": SplitProtocol(2100, 10000, "random", "DADH, AGAH, CPAH (code)"),
+    "djsrh": SplitProtocol(2000, 5000, "per-class", "DJSRH, DSAH, JDSH (code)"),
+    "ucch": SplitProtocol(2100, None, "last", "UCCH (code)"),
 }
 _CONCEPTS = {"djsrh": 10, "ucch": 10}  # all others: 21
 _COMPLETE, _FILTERED = 269_648, {21: 195_834, 10: 186_577}

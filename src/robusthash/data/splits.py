@@ -45,7 +45,7 @@ class SplitOptions:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class SplitProtocol:
     """Sizes that papers use. Training items are part of the database, and no query is in either.
 
     Attributes:
@@ -78,7 +78,7 @@ def check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-def find_protocol(protocols: Mapping[str, Protocol], split: str | None) -> Protocol:
+def find_protocol(protocols: Mapping[str, SplitProtocol], split: str | None) -> SplitProtocol:
     """One of the named protocols; KeyError with the nearest name otherwise."""
     if split is None or split not in protocols:
         raise KeyError(f"no split is called {split!r}{nearest(str(split), protocols)}")
@@ -190,7 +190,9 @@ def _query_count(sizes: SplitOptions, count: int) -> int:
     return max(1, count // 5) if sizes.query is None else sizes.query
 
 
-def protocol_split(labels: Tensor, protocol: Protocol, sizes: SplitOptions, names: Sequence[str]) -> Indices:
+def protocol_split(
+    labels: Tensor, protocol: SplitProtocol, sizes: SplitOptions, names: Sequence[str]
+) -> Indices:
     """The split of (N, C) multi-hot ``labels`` by a protocol, or of other sizes under its rule.
 
     ``query`` and ``train`` None are the protocol's own numbers; ``database`` None is every item that is no

@@ -48,14 +48,14 @@ def copies_data(photographs: Tensor, stored: Tensor, note: str) -> RetrievalData
 
 
 @dataclass(frozen=True, eq=False)
-class KindFound:
+class CategoryScores:
     """AP of finding the other photographs of the same category; NaN for a photograph that has none."""
 
     ap: Tensor  # (Q,) float64
     chance: Tensor  # (Q,) float64 the AP of a random order
 
     @staticmethod
-    def counted(items: Tensor, relevant: Tensor, cut: int | None = None) -> KindFound:
+    def counted(items: Tensor, relevant: Tensor, cut: int | None = None) -> CategoryScores:
         """From (Q, groups) int64 counts of all photographs and of those of the category, nearest group first.
 
         Args:
@@ -65,27 +65,27 @@ class KindFound:
         some = relevant.sum(1) > 0
         found = ap.average_precision(items, relevant, cut, "mink")
         chance = ap.average_precision(items.sum(1, keepdim=True), relevant.sum(1, keepdim=True), cut, "mink")
-        return KindFound(torch.where(some, found, torch.nan), torch.where(some, chance, torch.nan))
+        return CategoryScores(torch.where(some, found, torch.nan), torch.where(some, chance, torch.nan))
 
 
 @dataclass(frozen=True, eq=False)
-class CopiesFound:
+class CopyScores:
     """Answers of a search, photograph by photograph."""
 
     ap: Tensor  # (Q,) float64 1 / rank of the copy, in expectation over ties
     first: Tensor  # (Q,) float64 chance that the copy comes first
     bits: Tensor  # (Q,) int64 Hamming distance to the copy
     packed: Tensor  # (Q, bytes) the codes that asked
-    kind: KindFound | None = None  # where the kinds are known
+    kind: CategoryScores | None = None  # where the kinds are known
 
     def within(self, radius: int) -> Tensor:
         """(Q,) float64: 1 where the copy differs in at most ``radius`` bits."""
         return (self.bits <= radius).to(torch.float64)
 
 
-def copies_found(
+def copy_scores(
     context: EvaluationContext, signs: Tensor, labels: Tensor, kinds: Tensor | None = None
-) -> CopiesFound:
+) -> CopyScores:
     """Search with codes for the copies that ``labels`` name: their own, or those of targets.
 
     Args:
@@ -99,10 +99,10 @@ def copies_found(
     wanted = context.database.packed[labels.argmax(1)]
     bits = (unpack(packed, context.victim.bits) != unpack(wanted, context.victim.bits)).sum(1)
     kind = None if kinds is None else _kind_found(context, packed, kinds)
-    return CopiesFound(average_precision(profile), precision_at(profile, 1), bits, packed, kind)
+    return CopyScores(average_precision(profile), precision_at(profile, 1), bits, packed, kind)
 
 
-def _kind_found(context: EvaluationContext, packed: Tensor, kinds: Tensor) -> KindFound:
+def _kind_found(context: EvaluationContext, packed: Tensor, kinds: Tensor) -> CategoryScores:
     """The stored copies of the same category; a photograph's own copy is left out of the ranking."""
     asked = kinds[: len(packed)]
     query = Codes(packed, context.victim.bits, torch.arange(len(packed)))
@@ -111,7 +111,7 @@ def _kind_found(context: EvaluationContext, packed: Tensor, kinds: Tensor) -> Ki
     one = torch.ones_like(own)
     items = items.scatter_add(1, own, -one)
     relevant = relevant.scatter_add(1, own, -one * asked.sum(1, keepdim=True).long())
-    return KindFound.counted(items, relevant)
+    return CategoryScores.counted(items, relevant)
 
 
 def calibrated_radius(context: EvaluationContext, share: float = 0.01) -> int:

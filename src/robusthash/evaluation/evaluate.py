@@ -281,9 +281,9 @@ def worst(
 
     chance = torch.full_like(found.values, clean.reference["chance"])
     columns = torch.stack([clean.per_query[headline], found.values, chance], 1).nan_to_num(0.0)
-    values["HRS"] = float(robustness.hrs_of(*(column.mean().reshape(1) for column in columns.T))[0])
+    values["HRS"] = float(robustness.hrs(*(column.mean().reshape(1) for column in columns.T))[0])
     spans = intervals(per_query)
-    spans["HRS"] = bootstrap_interval(columns, lambda means: robustness.hrs_of(*means.T))
+    spans["HRS"] = bootstrap_interval(columns, lambda means: robustness.hrs(*means.T))
     return EvalResult(
         setting=_setting_of_worst(clean, untargeted),
         values=values,
@@ -332,7 +332,7 @@ def _setting_of_worst(clean: EvalResult, results: Mapping[str, EvalResult]) -> S
 
 
 def ap_names(names: Iterable[str]) -> list[str]:
-    """Of measure names, those of an AP that has a worst case: not the optimistic and pessimistic ones."""
+    """Select the measure names of an AP that has a worst case: not the optimistic and pessimistic ones."""
     keys = [MeasureKey.parse(name) for name in names]
     return [str(k) for k in keys if k.is_ap and not k.role and k.ties not in ("optimistic", "pessimistic")]
 

@@ -210,7 +210,7 @@ def _in_order(specs: Sequence[AttackSpec]) -> Iterator[tuple[AttackSpec, int]]:
 
 
 class _WorstInputs:
-    """Of each query of a block, the inputs of lowest AP so far; at first the clean ones."""
+    """The inputs of lowest AP so far of each query of a block; at first the clean ones."""
 
     def __init__(self, context: EvaluationContext, block: int) -> None:
         batch = context.batch(block)

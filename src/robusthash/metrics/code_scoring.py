@@ -116,7 +116,8 @@ def _packed_codes(path: Path, array: np.ndarray, bits: int | None) -> tuple[Tens
     if bits is None:
         raise ValueError(
             f"{path}: 'codes' is uint8 with values beyond 0 and 1, so it looks packed, but how many bits it "
-            f"holds is unknown; add the key 'bits', e.g. np.savez(path, codes=..., labels=..., bits={8 * width})"
+            f"holds is unknown; add the key 'bits', e.g. "
+            f"np.savez(path, codes=..., labels=..., bits={8 * width})"
         )
     if width != (bits + 7) // 8:
         raise ValueError(

@@ -61,7 +61,7 @@ def compare(first: EvalResult, second: EvalResult) -> dict[str, Difference]:
 
 
 @dataclass(frozen=True)
-class Ranking:
+class ComparedModel:
     """A model in one column, compared with the model of highest mean."""
 
     mean: float
@@ -81,7 +81,7 @@ def claim_of(seeds: int) -> Claim:
 
 def compare_all(
     table: Mapping[str, Mapping[str, Sequence[EvalResult]]], level: float = 0.05
-) -> dict[str, dict[str, Ranking]]:
+) -> dict[str, dict[str, ComparedModel]]:
     """Compare every model of every column with the best of that column, by Holm over the whole table.
 
     Two methods (three training seeds each or more) are compared by the hierarchical bootstrap, seeds then
@@ -115,7 +115,7 @@ def compare_all(
             spans = intervals(plain)
             tests |= {key: (p, spans[key]) for key, p in sign_flip_tests(plain).items()}
     corrected = holm({key: p for key, (p, _) in tests.items()})
-    rankings: dict[str, dict[str, Ranking]] = {column: {} for column in values}
+    rankings: dict[str, dict[str, ComparedModel]] = {column: {} for column in values}
     for column, models in values.items():
         leader = models[best[column]]
         for name, own in models.items():
@@ -123,7 +123,7 @@ def compare_all(
             gap, (p, span) = mean - float(leader.mean()), tests.get(key, (1.0, (0.0, 0.0)))
             p_holm, is_best = corrected.get(key, 1.0), name == best[column]
             bold = is_best or p_holm >= level
-            rankings[column][name] = Ranking(mean, is_best, gap, span, p, p_holm, bold, claim)
+            rankings[column][name] = ComparedModel(mean, is_best, gap, span, p, p_holm, bold, claim)
     return rankings
 
 

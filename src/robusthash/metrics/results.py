@@ -123,14 +123,15 @@ class Setting:
             return found
         names = " and ".join(map(str, schemes))
         return (
-            f"{found} (identities by the schemes {names} of this package, which cannot be compared: the suites "
+            f"{found} (identities by the schemes {names} of this package, which cannot be compared: the "
+            f"suites "
             "may be the same; assess the older one again)"
         )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an evaluation spent."""
+    """Passes, oracle queries and seconds of an evaluation."""
 
     forward: int = 0  # passes of single queries
     backward: int = 0

@@ -241,7 +241,7 @@ def _descend(
     return values, packed
 
 
-def hrs_of(clean: Tensor, worst: Tensor, chance: Tensor) -> Tensor:
+def hrs(clean: Tensor, worst: Tensor, chance: Tensor) -> Tensor:
     """Harmonic robustness score in [0, 1]: the harmonic mean of clean and worst-case MAP, both above chance.
 
     C' = clip((C - c) / (1 - c), 0, 1), W' likewise; 2 C' W' / (C' + W'), 0 where both are 0. A collapsed

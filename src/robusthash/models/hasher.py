@@ -144,7 +144,7 @@ class Hasher(nn.Module):
             return self
         return Hasher(dict(self.encoders), dict(self.heads), self.spec, self.declared)
 
-    def seen_by(self, view: View) -> Hasher:
+    def as_seen_from(self, view: View) -> Hasher:
         """The hasher for an attacker: all of it, bare (oblivious), or with purifiers as the identity."""
         if view == "white-box":
             return self

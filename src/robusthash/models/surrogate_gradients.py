@@ -191,7 +191,7 @@ class NoiseAveraged(SampledView):
     identity: bool = False
 
     def __call__(self, victim: Hasher) -> ViewedHasher:
-        gradients = victim.seen_by("identity") if self.identity else victim
+        gradients = victim.as_seen_from("identity") if self.identity else victim
         return SampledHasher(victim, gradients, self.draws, deterministic=False)
 
 
@@ -212,7 +212,7 @@ class RepairIdentity(GradientView):
     """The purifier's values with the identity's gradient (BPDA; Athalye et al., ICML 2018)."""
 
     def __call__(self, victim: Hasher) -> ViewedHasher:
-        return ViewedHasher(victim, victim.seen_by("identity"))
+        return ViewedHasher(victim, victim.as_seen_from("identity"))
 
 
 class MovedHasher(ViewedHasher):
@@ -258,7 +258,7 @@ class RepairMoved(GradientView):
 
     def __call__(self, victim: Hasher) -> ViewedHasher:
         purifiers_of(victim)
-        return MovedHasher(victim, victim.seen_by("white-box" if self.gradient == "own" else "identity"))
+        return MovedHasher(victim, victim.as_seen_from("white-box" if self.gradient == "own" else "identity"))
 
 
 class ProxyNet(nn.Module):

@@ -27,7 +27,7 @@ from robusthash.robustness.specs.oracle_attacks import noise_attacks, oracle_att
 from robusthash.robustness.specs.published_suite import PAPER, paper_suite, with_legacy
 from robusthash.robustness.specs.transfer_attacks import Surrogate, transfer_attacks
 from robusthash.robustness.suite import TIERS, Suite, assess_prepared, prepare_suite, tier
-from robusthash.robustness.victim_behaviour import Observed, observed
+from robusthash.robustness.victim_behaviour import VictimBehaviour, observed
 
 OBSERVED = 16  # queries on which a victim's behaviour is observed
 CHECKED = 128  # queries of the checks that attack on their own
@@ -46,7 +46,7 @@ class PreparedTier:
     suite: Suite
     context: EvaluationContext
     threat: Threat
-    observed: Observed  # behaviour of the victim on a few clean queries
+    observed: VictimBehaviour  # behaviour of the victim on a few clean queries
     notes: tuple[str, ...] = ()
 
 
@@ -108,7 +108,7 @@ def _suite(
     return suite if queries is None else replace(suite, queries=queries)
 
 
-def observe(context: EvaluationContext, threat: Threat) -> Observed:
+def observe(context: EvaluationContext, threat: Threat) -> VictimBehaviour:
     """The victim's behaviour on a few clean queries."""
     positions = torch.arange(min(OBSERVED, len(context.queries)))
     batch = context.queries.batch(positions).only(threat.balls).to(context.victim.device)
@@ -132,7 +132,7 @@ def extra_attacks(
     threat: Threat,
     name: str,
     surrogates: Sequence[Surrogate] = (),
-    behaviour: Observed | None = None,
+    behaviour: VictimBehaviour | None = None,
 ) -> tuple[AttackSpec, ...]:
     """Attacks on top of the gradient attacks that every victim is given.
 

@@ -22,7 +22,7 @@ SAME = 1e-4
 
 
 @dataclass(frozen=True)
-class Observed:
+class VictimBehaviour:
     """Behaviour of a victim in eval mode."""
 
     randomised: bool  # logits differ between calls on the same inputs
@@ -43,7 +43,7 @@ class Observed:
         return self.reached == 0
 
 
-def observed(victim: Hasher, inputs: Inputs, passes: int = 3) -> Observed:
+def observed(victim: Hasher, inputs: Inputs, passes: int = 3) -> VictimBehaviour:
     """Observe a victim on some clean inputs; 8 to 128 are enough.
 
     Logits are compared over ``passes`` calls, the parts are those of the package by type, and a backward pass
@@ -57,7 +57,7 @@ def observed(victim: Hasher, inputs: Inputs, passes: int = 3) -> Observed:
         with torch.no_grad(), _inner_gradients() as events:
             logits = [_logits(victim(inputs)) for _ in range(passes)]
         reached = _reached(victim, inputs)
-    return Observed(
+    return VictimBehaviour(
         randomised=any(_differ(logits[0], other) for other in logits[1:]),
         purifier=any(part.declares != "gate" for part in purifiers),
         gate=any(part.declares == "gate" for part in purifiers),
@@ -109,7 +109,7 @@ def _reached(victim: Hasher, inputs: Inputs) -> float:
     return min(shares)
 
 
-def matches(declared: str, seen: Observed) -> list[str]:
+def matches(declared: str, seen: VictimBehaviour) -> list[str]:
     """Reasons why a declared class does not fit the observed behaviour; none where it does.
 
     A victim may have more parts than the one that names its class: the attacks on them are run as well, so

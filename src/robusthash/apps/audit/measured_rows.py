@@ -17,7 +17,7 @@ from robusthash.data.image_files import read_image
 from robusthash.evaluation.attack_block import AttackedBlock, in_8bit
 from robusthash.evaluation.attack_spec import AttackSpec
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.copy_detection import CopiesFound, KindFound, copies_found
+from robusthash.evaluation.copy_detection import CategoryScores, CopyScores, copy_scores
 from robusthash.metrics.distortion import pixel_norms
 
 Change = Literal["same", "everyday", "noise", "hide", "hide-worst", "imitate", "imitate-worst"]
@@ -73,7 +73,7 @@ class AuditExample:
     after: tuple[Shot, ...]
 
 
-def category_columns(answers: KindFound | None) -> dict[str, Any]:
+def category_columns(answers: CategoryScores | None) -> dict[str, Any]:
     """The columns of a row on photographs of the same category; nothing without categories."""
     if answers is None:
         return {}
@@ -96,7 +96,7 @@ def difference(before: Tensor, after: Tensor) -> dict[str, Any]:
     return {"largest": largest, "psnr": None if mse == 0 else -10 * math.log10(mse)}
 
 
-def worst_of(answers: Sequence[CopiesFound], imitate: bool = False) -> tuple[CopiesFound, Tensor]:
+def worst_of(answers: Sequence[CopyScores], imitate: bool = False) -> tuple[CopyScores, Tensor]:
     """Each photograph's worst case over several attacks, and which attack it was by rank.
 
     Rank, coming first and distance are each taken at their own worst, which for imitation is their best. The
@@ -109,10 +109,12 @@ def worst_of(answers: Sequence[CopiesFound], imitate: bool = False) -> tuple[Cop
     winner = score.argmax(0)
     packed = torch.stack([each.packed for each in answers])[winner, torch.arange(len(winner))]
     kinds = [each.kind for each in answers if each.kind is not None]
-    kind = KindFound(torch.stack([each.ap for each in kinds]).amin(0), kinds[0].chance) if kinds else None
+    kind = (
+        CategoryScores(torch.stack([each.ap for each in kinds]).amin(0), kinds[0].chance) if kinds else None
+    )
     if imitate:
-        return CopiesFound(ap.amax(0), first.amax(0), bits.amin(0), packed, kind), winner
-    return CopiesFound(ap.amin(0), first.amin(0), bits.amax(0), packed, kind), winner
+        return CopyScores(ap.amax(0), first.amax(0), bits.amin(0), packed, kind), winner
+    return CopyScores(ap.amin(0), first.amin(0), bits.amax(0), packed, kind), winner
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class AttackResult:
 
     spec: AttackSpec
     name: str
-    answers: CopiesFound
+    answers: CopyScores
     images: Tensor  # (Q, 3, S, S) as an 8-bit file
 
 
@@ -142,12 +144,12 @@ class CopySearch:
         """The same with the first photographs alone; they are in random order."""
         return replace(self, context=self.context.at(torch.arange(count)))
 
-    def find(self, signs: Tensor, labels: Tensor | None = None) -> CopiesFound:
+    def find(self, signs: Tensor, labels: Tensor | None = None) -> CopyScores:
         """Search for the copies that ``labels`` name, the own ones by default."""
         labels = self.context.query_labels if labels is None else labels
-        return copies_found(self.context, signs, labels, self.categories)
+        return copy_scores(self.context, signs, labels, self.categories)
 
-    def row(self, columns: Columns, answers: CopiesFound, images: Tensor) -> AuditRow:
+    def row(self, columns: Columns, answers: CopyScores, images: Tensor) -> AuditRow:
         """The row of one change. ``images``: after it."""
         per_query = answers.ap, answers.first, answers.within(self.radius), answers.bits.double()
         ap, first, recognised, bits = (float(values.mean()) for values in per_query)
@@ -170,7 +172,7 @@ class CopySearch:
         return self._example("An everyday change", text, row, images[row], answers.packed[row])
 
     def attacked_example(
-        self, answers: CopiesFound, images: Tensor, targeted: bool, eps: float
+        self, answers: CopyScores, images: Tensor, targeted: bool, eps: float
     ) -> AuditExample:
         """A photograph on which the attack succeeded, where there is one."""
         row, rule = self._pick(answers, hidden=not targeted)
@@ -181,7 +183,7 @@ class CopySearch:
         title = "Taken for another" if targeted else "Hidden on purpose"
         return self._example(title, text, row, images[row], answers.packed[row], target)
 
-    def _pick(self, answers: CopiesFound, hidden: bool) -> tuple[int, str]:
+    def _pick(self, answers: CopyScores, hidden: bool) -> tuple[int, str]:
         """A photograph for the pictures, and the rule it was picked by."""
         within = answers.within(self.radius)
         if hidden:

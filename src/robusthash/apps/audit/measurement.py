@@ -34,12 +34,11 @@ from robusthash.apps.audit.photo_collection import (
 from robusthash.apps.audit.targets import AuditOptions, Target, hostile_attacks, open_target, size_of
 from robusthash.apps.audit.warnings import model_flags, model_warnings
 from robusthash.apps.experiment.run_directory import write_json
-from robusthash.apps.experiment.stages import Progress, silent
 from robusthash.attacks.oracle import ids_lost
-from robusthash.attacks.query_search import Square, ask_around
+from robusthash.attacks.query_search import Square, search_by_queries
 from robusthash.attacks.threat_model import threat_on
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.runtime import Draws
+from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Inputs
 from robusthash.data.transforms import EVERYDAY, noise
 from robusthash.evaluation.context import EvaluationContext
@@ -334,7 +333,7 @@ def _searched(plan: _Plan, endpoint: Endpoint, images: Tensor) -> Tensor:
     batch = Batch({"image": images}, None, torch.arange(len(images)))
     threat = threat_on("image", plan.options.eps, knowledge="B1")
     draws = Draws(plan.options.seed, ("audit", "square"))
-    return ask_around(Square(), ask, batch, threat, draws, questions).inputs["image"]
+    return search_by_queries(Square(), ask, batch, threat, draws, questions).inputs["image"]
 
 
 def _numbered(answers: Lists, numbers: dict[str, int], width: int) -> Tensor:

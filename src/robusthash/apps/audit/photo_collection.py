@@ -16,7 +16,7 @@ from robusthash.data.image_files import SUFFIXES, read_images
 from robusthash.data.photos import PHOTOGRAPHS, photograph_path
 from robusthash.data.splits import hash_pixels
 from robusthash.data.transforms import jpeg
-from robusthash.evaluation.copy_detection import KindFound
+from robusthash.evaluation.copy_detection import CategoryScores
 
 STORED_QUALITY = 95
 """JPEG quality of the copies that are searched: what a site keeps of an upload."""
@@ -167,7 +167,7 @@ class Categories:
                 "be found; let it answer more, or leave --labels out"
             )
 
-    def found_in(self, lists: Sequence[Sequence[str]], names: Sequence[str], width: int) -> KindFound:
+    def found_in(self, lists: Sequence[Sequence[str]], names: Sequence[str], width: int) -> CategoryScores:
         """Score lists of ids, nearest first, by the category of each query; its own id is left out.
 
         Args:
@@ -184,7 +184,7 @@ class Categories:
                 same = [self.files.get(each) == category for each in ids if each != name][:width]
                 relevant[row, : len(same)] = torch.tensor(same, dtype=torch.int64)
                 relevant[row, -1] = sizes[category] - 1 - sum(same)
-        return KindFound.counted(items, relevant, width)
+        return CategoryScores.counted(items, relevant, width)
 
 
 def read_categories(photos: Photos) -> Categories:

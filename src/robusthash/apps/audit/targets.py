@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import model_stages
 from robusthash.apps.experiment.run_directory import load_run
 from robusthash.attacks.base import Attack
 from robusthash.attacks.guides import Anchor, Own
@@ -182,7 +182,7 @@ def _is_run(target: str) -> bool:
 
 
 def _open_run(target: str, bits: int | None) -> Target:
-    hasher, _ = stages.load_victim(load_run(Path(target)))
+    hasher = model_stages.load_hasher(load_run(Path(target)))
     if "image" not in hasher.modalities:
         raise ValueError(f"{target} hashes {', '.join(hasher.modalities)}, and an audit needs images")
     if bits is not None and bits != hasher.bits:

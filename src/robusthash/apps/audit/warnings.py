@@ -13,7 +13,7 @@ from robusthash.data.transforms import EVERYDAY
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.metrics.results import Flag
 from robusthash.models.external.loaders import NAMES
-from robusthash.models.external.wrapper import normalisation_doubt
+from robusthash.models.external.wrapper import normalisation_warning
 from robusthash.models.hasher import frozen
 from robusthash.robustness.checks.base import above, flag, order
 from robusthash.robustness.checks.gradient_checks import gradient
@@ -68,6 +68,6 @@ def model_warnings(target: Target, context: EvaluationContext, photos: Photos) -
     if target.foreign and target.endpoint is None and target.name not in NAMES:
         few = photos.first(_PHOTOS)
         changed = EVERYDAY[2](EVERYDAY[1](few))
-        if warning := normalisation_doubt(context.victim, few, changed):
+        if warning := normalisation_warning(context.victim, few, changed):
             warnings.append(warning)
     return warnings

@@ -18,11 +18,11 @@ def leaderboard(
 
     Without an option, Markdown goes to stdout.
     """
-    from robusthash.apps.experiment.leaderboard import as_markdown, as_plain, make_boards
+    from robusthash.apps.experiment.leaderboard import as_markdown, as_plain, make_leaderboards
     from robusthash.apps.reports.leaderboard_page import leaderboard_page
     from robusthash.core.atomic_files import json_text, write_aside
 
-    boards = make_boards(paths)
+    boards = make_leaderboards(paths)
     if not any((out, markdown, data)):
         sys.stdout.write(as_markdown(boards))
         return

@@ -28,7 +28,7 @@ def questions(
 
     Goes on where it was stopped.
     """
-    from robusthash.apps.experiment.oracle_run import JUDGES, draw_questions, question_table
+    from robusthash.apps.experiment.oracle_run import JUDGES, draw_oracle_table, oracle_table
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.apps.experiment.threat_options import query_modality, threat_name
     from robusthash.apps.reports.charts import require_matplotlib
@@ -42,8 +42,8 @@ def questions(
     answers = list(JUDGES) if shows == "all" else [shows]
     budget = threat_name(threat, eps, norm, query_modality(victim, direction))
     with progress_bars() as progress:
-        table = question_table(victim, numbers, answers, queries, search, budget, direction, progress)
-    drawn = [] if figure is None else draw_questions(table, figure)
+        table = oracle_table(victim, numbers, answers, queries, search, budget, direction, progress)
+    drawn = [] if figure is None else draw_oracle_table(table, figure)
     if as_json:
         print_json({**table.plain(), "figures": [str(path) for path in drawn]})
         return

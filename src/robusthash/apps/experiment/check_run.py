@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from robusthash.apps.experiment.evaluation_stages import context_of
+from robusthash.apps.experiment.model_stages import load_hasher, read_data
 from robusthash.apps.experiment.run_directory import CHECKED, Run, write_json
-from robusthash.apps.experiment.stages import Progress, context_of, load_victim, read_data, silent
 from robusthash.apps.experiment.threat_options import threat_name, threat_on_data
+from robusthash.core.runtime import Progress, silent
 from robusthash.metrics.results import Flag
 from robusthash.robustness.checks.base import CHECKS
 from robusthash.robustness.checks.behaviour_checks import require_usable
@@ -32,7 +34,7 @@ def check_run(
         queries: N of the run's, chosen by content.
         direction: such as ``T2I``; the first of the run's by default.
     """
-    victim, _ = load_victim(run)
+    victim = load_hasher(run)
     data = read_data(run.config, progress)
     few = data.query.batch(torch.arange(min(8, len(data.query)))).only(victim.modalities)
     require_usable(victim, few.to(victim.device))

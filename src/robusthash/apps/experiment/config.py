@@ -120,7 +120,7 @@ def _completed(groups: Any) -> Any:
 
 
 class TrainingSection(Section):
-    """How the model is trained. The signature of the recipe says whether it takes ``attack`` and ``outer``.
+    """Settings of training. The signature of the recipe says whether it takes ``attack`` and ``outer``.
 
     ``optim`` holds the settings of each optimiser group: ``hasher``, where there are any ``critic``,
     ``purifier``, ``guide``, and parts of the hasher (``training.optimiser_groups``), which take from

@@ -163,14 +163,16 @@ def choose_example(
     lost = {model: int((worst[model] <= 0.5 * clean[model]).sum()) for model in MODELS}
     among = (
         f"{int(fit.sum())} of {len(fit)} queries have a clean AP above 0.9 under both models and, under the "
-        f"{PICTURED} attack, below 0.1 under the undefended and above 0.9 under the hardened one. This is the "
+        f"{PICTURED} attack, below 0.1 under the undefended and above 0.9 under the hardened one. This is "
+        f"the "
         "one of them with the most varied colours"
         if fit.any()
         else f"This is, of {len(fit)} queries, the one with the most varied colours"
     )
     rule = (
         f"{among}: a chosen example, not an average. In the worst case over all attacks, "
-        f"{lost['undefended']} of {len(fit)} queries lose at least half of their AP under the undefended model, "
+        f"{lost['undefended']} of {len(fit)} queries lose at least half of their AP under the undefended "
+        f"model, "
         f"and {lost['saat']} under the hardened one."
     )
     searches = []

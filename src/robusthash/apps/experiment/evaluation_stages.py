@@ -180,7 +180,9 @@ def attacked_queries(
     folder.mkdir(parents=True, exist_ok=True)
     described = {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}
     write_json(folder / "config.json", described)
-    return attack_all(context, attack, context.victim.seen_by(view), progress, AttackFolder(folder), name)
+    return attack_all(
+        context, attack, context.victim.as_seen_from(view), progress, AttackFolder(folder), name
+    )
 
 
 def attack_to_file(

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from robusthash.apps.experiment import assess_run as assessing
-from robusthash.apps.experiment import stages
+from robusthash.apps.experiment import evaluation_stages, model_stages
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
+from robusthash.core.runtime import Progress, silent
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean, setting_of, worst
 from robusthash.metrics.results import EvalResult, load_results, save_results
@@ -36,47 +37,49 @@ FILE = "evidence.json"
 
 
 def export_evidence(
-    run: Run, settings: Mapping[str, Any] | str, out: Path, progress: stages.Progress = stages.silent
+    run: Run, settings: Mapping[str, Any] | str, out: Path, progress: Progress = silent
 ) -> EvalResult:
     """Attack the queries of a run, finished blocks taken from it, and write them as an evidence bundle.
 
     Raises:
         ValueError: a targeted attack: a bundle lowers the MAP of the original labels.
     """
-    victim, objective = stages.load_victim(run)
-    ((name, plain),) = stages.named_attacks([settings]).items()
+    victim, objective = model_stages.load_victim(run)
+    ((name, plain),) = evaluation_stages.named_attacks([settings]).items()
     attack: Attack = build("attack", plain, objective=objective)
     if attack.targeted:
         raise ValueError(f"{name} is targeted; bundles hold queries of untargeted attacks")
     (modality, *others) = attack.threat.balls
     home = victim.modalities[0]
     direction = None if others or modality == home else _letters((modality, home))
-    context = stages.context_of(run, victim, stages.read_data(run.config, progress), progress, direction)
-    inputs = stages.attacked_queries(run, context, name, plain, attack, progress).inputs
+    context = evaluation_stages.context_of(
+        run, victim, model_stages.read_data(run.config, progress), progress, direction
+    )
+    inputs = evaluation_stages.attacked_queries(run, context, name, plain, attack, progress).inputs
     model = f"{run.config.name}/{run.id}"
     result = export(context, attack.threat, inputs, out, attack=name, budget=attack.budget, model=model)
-    return stages.described(result, name, run)
+    return evaluation_stages.described(result, name, run)
 
 
-def verify_evidence(
-    run: Run, folder: Path, keep: bool = True, progress: stages.Progress = stages.silent
-) -> EvalResult:
+def verify_evidence(run: Run, folder: Path, keep: bool = True, progress: Progress = silent) -> EvalResult:
     """Check and score a bundle against the queries and the weights of a run.
 
     Args:
         keep: write the result among the accepted bundles of the run, in place of an earlier one of the same
             bundle, and with it those on each choice of queries of a suite of this run, to lower these too.
     """
-    victim, _ = stages.load_victim(run)
+    victim = model_stages.load_hasher(run)
     ends, home = read_bundle(folder).manifest.direction, victim.modalities[0]
     direction = None if ends == (home, home) else _letters(ends)
-    context = stages.context_of(run, victim, stages.read_data(run.config, progress), progress, direction)
+    context = evaluation_stages.context_of(
+        run, victim, model_stages.read_data(run.config, progress), progress, direction
+    )
     whole = verify_bundle(folder, context)
     suites = [r for r in run.assessed().values() if r.setting.direction == setting_of(context).direction]
     counts = sorted({len(suite.per_query["clean"]) for suite in suites})
     subsets = [stable_subset(context.queries, count) for count in counts if count < len(context.queries)]
     results = [whole, *(on_queries(whole, context, positions) for positions in subsets)]
-    described = {result.name: stages.described(result, result.name, run) for result in results}
+    described = {result.name: evaluation_stages.described(result, result.name, run) for result in results}
     if keep:
         save_results(run.path / FILE, list({**accepted(run), **described}.values()))
     return described[whole.name]
@@ -102,7 +105,7 @@ def lowered(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult:
 # ---------------------------------------------------------------------------------------------- registry
 
 
-def verify_entry(entry: RegistryEntry, run: Run, progress: stages.Progress = stages.silent) -> Verified:
+def verify_entry(entry: RegistryEntry, run: Run, progress: Progress = silent) -> Verified:
     """Run the evaluation of a registry entry again on a trained run, with nothing stored taken, and compare.
 
     Raises:
@@ -111,7 +114,8 @@ def verify_entry(entry: RegistryEntry, run: Run, progress: stages.Progress = sta
     recipe, seed = Path(entry.source.recipe).stem, entry.source.seed
     if run.config.name != recipe or run.config.runtime.seed != seed:
         raise ValueError(
-            f"{run.path} is {run.config.name!r} with seed {run.config.runtime.seed}, and the entry {entry.id} is "
+            f"{run.path} is {run.config.name!r} with seed {run.config.runtime.seed}, and the entry "
+            f"{entry.id} is "
             f"of {recipe!r} with seed {seed}; train that one: robusthash train {entry.source.recipe}"
         )
     claimed = entry.claimed
@@ -123,17 +127,22 @@ def verify_entry(entry: RegistryEntry, run: Run, progress: stages.Progress = sta
     return records.verify(entry, {"clean": clean, "worst": result})
 
 
-def _evaluated_again(run: Run, progress: stages.Progress) -> dict[str, EvalResult]:
+def _evaluated_again(run: Run, progress: Progress) -> dict[str, EvalResult]:
     """Clean and the worst case over the attacks of the run's config, with no block taken from the run."""
-    victim, objective = stages.load_victim(run)
-    context = stages.context_of(run, victim, stages.read_data(run.config, progress), progress)
+    victim, objective = model_stages.load_victim(run)
+    context = evaluation_stages.context_of(
+        run, victim, model_stages.read_data(run.config, progress), progress
+    )
     clean, results = score_clean(context), dict[str, EvalResult]()
-    for name, (view, settings) in stages.chosen_attacks(run, None).items():
+    for name, (view, settings) in evaluation_stages.chosen_attacks(run, None).items():
         attack: Attack = build("attack", settings, objective=objective)
         if context.direction[0] in attack.threat.balls:
-            attacked = attack_all(context, attack, context.victim.seen_by(view), progress)
+            attacked = attack_all(context, attack, context.victim.as_seen_from(view), progress)
             results[name] = score_attack(context, attack, attacked)
-    return {"clean": clean, "worst": stages.described(worst(context, clean, results), "worst", run)}
+    return {
+        "clean": clean,
+        "worst": evaluation_stages.described(worst(context, clean, results), "worst", run),
+    }
 
 
 def entry_of(run: Run, recipe: str, overrides: Sequence[str] = (), suite: str | None = None) -> RegistryEntry:
@@ -192,8 +201,8 @@ def entry_of(run: Run, recipe: str, overrides: Sequence[str] = (), suite: str | 
 
 def _restrictions(run: Run) -> Restrictions:
     """The behaviour of the run's victim on a few queries."""
-    victim, _ = stages.load_victim(run)
-    query = stages.read_data(run.config).query
+    victim = model_stages.load_hasher(run)
+    query = model_stages.read_data(run.config).query
     few = query.batch(torch.arange(min(OBSERVED, len(query)))).only(victim.modalities)
     seen = observed(victim, few.to(victim.device).inputs)
     return Restrictions(

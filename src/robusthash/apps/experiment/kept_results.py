@@ -1,6 +1,7 @@
 """Small copies of runs for a repository: results that tables are made of, without weights, blocks or paths.
 
-A kept run is a run directory to every verb that only reads: ``table``, ``compare``, ``leaderboard``, ``report``.
+A kept run is a run directory to every verb that only reads: ``table``, ``compare``, ``leaderboard``,
+``report``.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.tables import Cell, cell_of, require_distinct_seeds
 from robusthash.apps.reports import pages
 from robusthash.core.runtime import digest
-from robusthash.metrics.comparison import METHOD_SEEDS, Claim, Ranking, claim_of, compare_all
+from robusthash.metrics.comparison import METHOD_SEEDS, Claim, ComparedModel, claim_of, compare_all
 from robusthash.metrics.results import EvalResult, Flag, Setting, by_direction
-from robusthash.metrics.robustness_measures import hrs_of
+from robusthash.metrics.robustness_measures import hrs
 from robusthash.metrics.statistics import hierarchical_interval
 from robusthash.robustness.checks.base import OF_A_SUITE
 
@@ -57,7 +57,9 @@ class RankedModel:
     attacks: dict[str, float]  # MAP under each, mean over seeds
     flags: tuple[Flag, ...]  # amber and red
     checked: bool  # any sanity check was run
-    aggregate: dict[str, Ranking] = field(default_factory=dict)  # by column; empty where it is not ranked
+    aggregate: dict[str, ComparedModel] = field(
+        default_factory=dict
+    )  # by column; empty where it is not ranked
 
     @property
     def unreliable(self) -> bool:
@@ -86,7 +88,7 @@ class Leaderboard:
 
     @property
     def id(self) -> str:
-        """Of the setting: the same for leaderboards that ``Setting.differs`` finds alike."""
+        """Identity of the setting: the same for leaderboards that ``Setting.differs`` finds alike."""
         return digest(_shared(self.setting), 6)
 
     @property
@@ -108,7 +110,7 @@ def _shared(setting: Setting) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name != "budget" or name not in setting.digests}
 
 
-def make_boards(paths: Sequence[Path]) -> list[Leaderboard]:
+def make_leaderboards(paths: Sequence[Path]) -> list[Leaderboard]:
     """Leaderboards of all evaluated runs, ordered by data, threat and number of rows.
 
     Raises:
@@ -224,7 +226,7 @@ def _hrs(clean: Tensor, worst: Tensor, chance: float) -> tuple[float, tuple[floa
     columns = columns[:, ~columns.isnan().any(2).any(0)]
 
     def score(means: Tensor) -> Tensor:
-        return hrs_of(means[:, 0], means[:, 1], means[:, 2])
+        return hrs(means[:, 0], means[:, 1], means[:, 2])
 
     return float(score(columns.mean((0, 1))[None])[0]), hierarchical_interval(columns, statistic=score)
 
@@ -325,7 +327,8 @@ def legend(methods: bool) -> str:
 
 
 def setting_pairs(board: Leaderboard, boards: Sequence[Leaderboard] = ()) -> list[tuple[str, str]]:
-    """Everything that the numbers depend on, and the fields that differ from others of this data and threat."""
+    """Everything that the numbers depend on, and the fields that differ from others of this data and
+    threat."""
     setting = board.setting
     alike = [
         b for b in boards if (b.data, b.setting.threat) == (board.data, setting.threat) and b is not board

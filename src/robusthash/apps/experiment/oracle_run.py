@@ -22,9 +22,9 @@ from robusthash.metrics.statistics import intervals
 from robusthash.robustness.specs.oracle_attacks import (
     Judge,
     OracleAttack,
-    QuestionCurve,
+    OracleCurve,
     Shows,
-    question_curve,
+    oracle_curve,
 )
 
 JUDGES: dict[Shows, Judge] = {"codes": "ap", "distances": "ap", "ids": "rank"}
@@ -32,7 +32,7 @@ JUDGES: dict[Shows, Judge] = {"codes": "ap", "distances": "ap", "ids": "rank"}
 
 
 @dataclass(frozen=True)
-class QuestionTable:
+class OracleTable:
     """Curves of one search on the same queries of a run, by what the oracle shows."""
 
     run: Path
@@ -40,7 +40,7 @@ class QuestionTable:
     search: str
     budgets: tuple[int, ...]
     clean: Tensor  # (Q,) AP of the clean queries
-    curves: dict[Shows, QuestionCurve]
+    curves: dict[Shows, OracleCurve]
     chosen: str  # how the queries were chosen
 
     def intervals(self, shows: Shows) -> list[tuple[float, float]]:
@@ -76,7 +76,7 @@ class QuestionTable:
         return [clean, *([str(budget), *row] for budget, *row in zip(self.budgets, *columns, strict=True))]
 
 
-def question_table(
+def oracle_table(
     run: Run,
     budgets: Sequence[int] = (100, 1000, 5000),
     shows: Sequence[Shows] = ("codes", "distances", "ids"),
@@ -85,7 +85,7 @@ def question_table(
     threat: str = "img-linf-8",
     direction: str | None = None,
     progress: Progress = silent,
-) -> QuestionTable:
+) -> OracleTable:
     """Search by oracle queries to a run's victim up to the largest budget, once for each kind of answer.
 
     Finished blocks are stored under ``questions/`` in the run directory, so the same call goes on from there.
@@ -113,9 +113,9 @@ def question_table(
     curves = {}
     for kind in shows:
         spec = OracleAttack(f"{name}, {kind}", built, aim, kind, JUDGES[kind], budgets[-1])
-        curves[kind] = question_curve(context, spec, budgets, progress, store)
+        curves[kind] = oracle_curve(context, spec, budgets, progress, store)
     clean = next(iter(curves.values())).clean
-    return QuestionTable(run.path, aim.name, name, tuple(budgets), clean, curves, context.chosen)
+    return OracleTable(run.path, aim.name, name, tuple(budgets), clean, curves, context.chosen)
 
 
 def _identity(run: Run, context: EvaluationContext, budgets: Sequence[int]) -> str:
@@ -125,7 +125,7 @@ def _identity(run: Run, context: EvaluationContext, budgets: Sequence[int]) -> s
     return digest([run.card()["digest"], *splits, *fixed, list(budgets)])
 
 
-def draw_questions(table: QuestionTable, path: Path) -> list[Path]:
+def draw_oracle_table(table: OracleTable, path: Path) -> list[Path]:
     """wMAP over oracle queries, on a logarithmic axis, with intervals over queries, as PDF and PNG."""
     from robusthash.apps.reports.charts import ChartAxis, LineChart, Series, save
 

@@ -236,7 +236,8 @@ def _stacked(results: Sequence[EvalResult], measure: str) -> Tensor:
 
 
 def seeds_by_row(paths: Sequence[Path]) -> dict[str, list[Run]]:
-    """Runs by row, ordered by seed. A row is named by its recipe, with the settings that namesakes differ in."""
+    """Runs by row, ordered by seed. A row is named by its recipe, with the settings that namesakes differ
+    in."""
     recipes: dict[str, list[Run]] = {}
     for path in paths:
         run = load_run(path)

@@ -1,13 +1,13 @@
-"""Differentiable forms of the perceptual hashes: the library's exact bits, with the gradient of the real numbers
-that they are cut from.
+"""Differentiable forms of the perceptual hashes: the library's exact bits, with the gradient of the real
+numbers that they are cut from.
 
 A perceptual hash is public arithmetic: luminance, resize, DCT or differences, and a threshold. All but the
 threshold is smooth, so an attacker differentiates it. ``smooth_logits`` computes these numbers in torch;
-rounding to 8-bit inside the libraries is left out, so a sign may differ where a number is next to its threshold:
-``exact_logits`` takes the signs from the library.
+rounding to 8-bit inside the libraries is left out, so a sign may differ where a number is next to its
+threshold: ``exact_logits`` takes the signs from the library.
 
-Sources: ``imagehash`` 4.3 (pHash, dHash, wavelet hash with Haar wavelets); PDQ, Facebook 2019, with its Jarosz
-filter of two box passes and its 16 x 16 DCT.
+Sources: ``imagehash`` 4.3 (pHash, dHash, wavelet hash with Haar wavelets); PDQ, Facebook 2019, with its
+Jarosz filter of two box passes and its 16 x 16 DCT.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ _HASHES: dict[str, Callable[[Tensor], Tensor]] = {
     "pdq": _pdq,
 }
 
-# ------------------------------------------------------------------------------------------------ linear parts
+# ------------------------------------------------------------------------------------------------ linear
+# parts
 
 
 def _median(numbers: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Broken(ValueError):
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ExternalModel:
     """An external model as a victim, with what was observed of it."""
 
     hasher: Hasher
@@ -49,7 +49,7 @@ class Foreign:
     said: tuple[str, ...]  # sentences for the reader
 
 
-class ForeignEncoder(Encoder):
+class ExternalEncoder(Encoder):
     """The image encoder of an external victim: its features are its logits.
 
     Args:
@@ -170,7 +170,7 @@ def as_logits(answer: Tensor, form: Form, name: str) -> Tensor:
     return numbers * 2 - 1 if form == "zero-one" else numbers
 
 
-def foreign(call: Call, images: Tensor, name: str, bits: int | None = None) -> Foreign:
+def foreign(call: Call, images: Tensor, name: str, bits: int | None = None) -> ExternalModel:
     """Observe a model on a few real images, and make it a victim.
 
     Args:
@@ -202,7 +202,7 @@ def foreign(call: Call, images: Tensor, name: str, bits: int | None = None) -> F
     _check_same(name, logits, again, 0.0, "asked twice about the same images")
     how = "asked about an image alone and among others (is it in training mode?)"
     _check_same(name, logits[:1], alone, _ROUNDING, how)
-    encoder = ForeignEncoder(call, form, width, name)
+    encoder = ExternalEncoder(call, form, width, name)
     hasher = Hasher({"image": encoder}, {"image": AsIs(width)}, {"foreign": name})
     gradients = _has_gradients(hasher, images[:2])
     kind = "numbers" if form in ("numbers", "probabilities") else "bits"
@@ -212,7 +212,7 @@ def foreign(call: Call, images: Tensor, name: str, bits: int | None = None) -> F
         else "It gives no gradients, so attacks that follow the weights are impossible and only others were "
         "run. That is a limit of this audit, not a protection."
     )
-    return Foreign(hasher, form, gradients, (f"It answers {width} {kind}: {SAID[form]}.", on_gradients))
+    return ExternalModel(hasher, form, gradients, (f"It answers {width} {kind}: {SAID[form]}.", on_gradients))
 
 
 def _check_same(name: str, first: Tensor, second: Tensor, allowed: float, how: str) -> None:
@@ -241,7 +241,7 @@ def _has_gradients(hasher: Hasher, images: Tensor) -> bool:
 _CHANCE, _WELL = 0.3, 0.7
 
 
-def normalisation_doubt(hasher: Hasher, images: Tensor, changed: Tensor) -> str:
+def normalisation_warning(hasher: Hasher, images: Tensor, changed: Tensor) -> str:
     """A sentence where the model seems to be normalised twice, or not at all; "" where it does not.
 
     A model that finds hardly any changed copy, and most of them once a normalisation is undone beforehand,

@@ -113,7 +113,8 @@ def gradient_checks(context: EvaluationContext, threat: Threat, loss: Loss) -> t
 
 
 def _at_start(context: EvaluationContext, threat: Threat, loss: Loss) -> tuple[float, float, bool]:
-    """Shares of queries with a zero gradient, and with a number that is not finite; and if there is a graph."""
+    """Shares of queries with a zero gradient, and with a number that is not finite; and if there is a
+    graph."""
     zero, broken, connected = list[Tensor](), list[Tensor](), list[bool]()
 
     def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> SearchResult:

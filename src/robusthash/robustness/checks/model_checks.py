@@ -1,6 +1,7 @@
 """All checks of a model, run on a few queries before a suite; those of suites are in ``suite_checks``.
 
-Each gives a ``Flag`` with value, threshold, level and remedy. One that could not be run is amber and says why.
+Each gives a ``Flag`` with value, threshold, level and remedy. One that could not be run is amber and says
+why.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from robusthash.evaluation.context import EvaluationContext, by_content
 from robusthash.evaluation.evaluate import score_attack, setting_of
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import EvalResult
-from robusthash.metrics.robustness_measures import hrs_of, worst_case
+from robusthash.metrics.robustness_measures import hrs, worst_case
 from robusthash.metrics.statistics import bootstrap_interval, intervals
 from robusthash.models.encoding import weights_digest
 from robusthash.robustness.evidence.records import BUNDLE_SCHEMA, Manifest, ThreatRecord, read_record
@@ -33,7 +33,8 @@ from robusthash.version import __version__
 
 _FILES = ("inputs.npy", "ids.json")
 _OF_THE_SEARCH = frozenset({"attacks", "budget", "seeds", "digests.suite"})
-"""Fields in which our search and a bundle may differ: it shows a point in the budget, however it was found."""
+"""Fields in which our search and a bundle may differ: it shows a point in the budget, however it was
+found."""
 _CLAIM = 0.005  # MAP by which a claim may differ from our own score before a note says so
 
 
@@ -234,7 +235,11 @@ class _SentAttack:
 
 
 def _score(
-    context: EvaluationContext, attack: _SentAttack, positions: Tensor, inputs: np.ndarray, where: str = "inputs"
+    context: EvaluationContext,
+    attack: _SentAttack,
+    positions: Tensor,
+    inputs: np.ndarray,
+    where: str = "inputs",
 ) -> EvalResult:  # fmt: skip
     """Score inputs in place of our clean queries at ``positions``, block by block, all verified first."""
     (modality,) = attack.threat.balls
@@ -322,8 +327,8 @@ def best_known(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult
     first = next(iter(bundles.values()))
     clean = first.per_query[headline] + first.per_query["drop"]
     columns = torch.stack([clean, best.values, torch.full_like(clean, own.reference["chance"])], 1)
-    values["HRS"] = float(hrs_of(*columns.mean(0)))
-    span = bootstrap_interval(columns, lambda means: hrs_of(means[:, 0], means[:, 1], means[:, 2]))
+    values["HRS"] = float(hrs(*columns.mean(0)))
+    span = bootstrap_interval(columns, lambda means: hrs(means[:, 0], means[:, 1], means[:, 2]))
     before = own.winner or ("own",) * len(best.winner)
     winners = sorted({name for name in best.winner if name != "clean"})
     note = f"lowered by {', '.join(winners)}" if winners else "no bundle lowers our own value"

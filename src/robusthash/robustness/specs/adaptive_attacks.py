@@ -20,7 +20,7 @@ from robusthash.evaluation.context import EvaluationContext
 from robusthash.models.hasher import Hasher
 from robusthash.models.surrogate_gradients import GradientView, NoiseAveraged, ViewedHasher, keyed_noise
 from robusthash.objectives.base import HashObjective
-from robusthash.robustness.victim_behaviour import Observed
+from robusthash.robustness.victim_behaviour import VictimBehaviour
 
 UNDEFENDED = ("plain", "adversarial")
 """Classes that hide nothing: a suite's white-box attacks are their adaptive ones."""
@@ -116,7 +116,7 @@ def adaptive_attacks(
     steps: int = 100,
     restarts: int = 1,
     *,
-    seen: Observed | None = None,
+    seen: VictimBehaviour | None = None,
 ) -> tuple[AttackSpec, ...]:
     """Attacks for the class that a victim declares and for its parts; none for undefended ones.
 

@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.base import SearchResult
-from robusthash.attacks.oracle import Ask, QueryOracle, ids_lost
-from robusthash.attacks.query_search import NES, GreedyWords, QuestionSearch, RandomPoints, Square, ask_around
+from robusthash.attacks.oracle import QueryOracle, QueryScore, ids_lost
+from robusthash.attacks.query_search import (
+    NES,
+    GreedyWords,
+    QuerySearch,
+    RandomPoints,
+    Square,
+    search_by_queries,
+)
 from robusthash.attacks.threat_model import Edits, Threat
 from robusthash.core.identity import changes
 from robusthash.core.labels import relevant
@@ -65,7 +72,7 @@ class OracleAttack:
     """
 
     name: str
-    search: QuestionSearch
+    search: QuerySearch
     attacked: Threat
     shows: Shows = "codes"
     judge: Judge = "ap"
@@ -125,9 +132,11 @@ class OracleAttack:
         shown: Literal["B1", "B2"] = "B1" if self.shows == "ids" else "B2"
         oracle = QueryOracle(context.victim, context.database, self.budget, shown, self.k)
         ask, draws = self._ask(context, batch, oracle), keyed(context, "questions", restart)
-        return batch, ask_around(self.search, ask, batch, self.threat, draws, self.budget, start, self.marks)
+        return batch, search_by_queries(
+            self.search, ask, batch, self.threat, draws, self.budget, start, self.marks
+        )
 
-    def _ask(self, context: EvaluationContext, batch: Batch, oracle: QueryOracle) -> Ask:
+    def _ask(self, context: EvaluationContext, batch: Batch, oracle: QueryOracle) -> QueryScore:
         """One oracle query for each query, and the score of its answer."""
         scorer: Any = self._code_score if self.shows == "codes" else self._list_score
         score = scorer(context, batch)
@@ -195,10 +204,10 @@ def oracle_attacks(threat: Threat, budget: int = 1000, k: int = 100) -> list[Ora
     if any(ball.norm == "swaps" for ball in threat.balls.values()):
         return []
 
-    def by_codes(name: str, search: QuestionSearch) -> OracleAttack:
+    def by_codes(name: str, search: QuerySearch) -> OracleAttack:
         return OracleAttack(f"{name}, codes", search, threat, "codes", "ap", budget, k)
 
-    def by_ids(name: str, search: QuestionSearch) -> OracleAttack:
+    def by_ids(name: str, search: QuerySearch) -> OracleAttack:
         return OracleAttack(f"{name}, ids", search, threat, "ids", "rank", budget, k)
 
     if threat.edits:
@@ -235,7 +244,7 @@ def noise_attacks(threat: Threat, draws: int = 100) -> list[OracleAttack]:
 
 
 @dataclass(frozen=True)
-class QuestionCurve:
+class OracleCurve:
     """The worst AP of each query by number of oracle queries."""
 
     budgets: tuple[int, ...]
@@ -248,13 +257,13 @@ class QuestionCurve:
         return self.ap.mean(0)
 
 
-def question_curve(
+def oracle_curve(
     context: EvaluationContext,
     spec: OracleAttack,
     budgets: Sequence[int] = (100, 1000, 5000),
     progress: Progress = silent,
     store: BlockStore = NoStore(),
-) -> QuestionCurve:
+) -> OracleCurve:
     """Run ``spec`` once and score its best inputs after each number of oracle queries.
 
     The schedule of a search follows its whole budget, so a search of fewer oracle queries may be better at
@@ -277,4 +286,4 @@ def question_curve(
     attacked = BlockRunner(context, store).queries(replace(spec, marks=marks), progress=progress)
     ap = context.select(context.query_labels, 1)
     lowest = torch.stack([ap(signs) for signs in attacked.signs.unbind(1)], 1).cummin(1).values
-    return QuestionCurve(marks, lowest[:, 0], lowest[:, 1:])
+    return OracleCurve(marks, lowest[:, 0], lowest[:, 1:])

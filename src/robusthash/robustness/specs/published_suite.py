@@ -56,7 +56,7 @@ def paper_suite(
 
 
 def published(name: str) -> bool:
-    """Whether a suite of this name is one of attacks as published, however many steps they took."""
+    """True for the name of a suite of attacks as published, however many steps they took."""
     return name == PAPER or name.startswith(f"{PAPER} at most ")
 
 
