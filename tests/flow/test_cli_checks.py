@@ -36,14 +36,14 @@ def test_check_gives_json_and_a_file_and_passes_an_honest_run(call, trained):
 
 
 def test_a_red_check_is_exit_code_1_and_says_what_to_do(call, trained, monkeypatch):
-    honest = model_stages.load_victim
+    honest = model_stages.load_hasher
 
     def stale(run):
-        victim, objective = honest(run)
+        victim = honest(run)
         victim.declared = "randomised"
-        return victim, objective
+        return victim
 
-    monkeypatch.setattr(checking, "load_victim", stale)
+    monkeypatch.setattr(checking, "load_hasher", stale)
     code, out, err = call("check", trained, "--queries", 8, "--steps", 3, "--eps", "2/255")
     assert code == 1
     assert out == ""
@@ -52,15 +52,15 @@ def test_a_red_check_is_exit_code_1_and_says_what_to_do(call, trained, monkeypat
 
 
 def test_a_model_that_returns_nan_is_one_line(call, trained, monkeypatch):
-    honest = model_stages.load_victim
+    honest = model_stages.load_hasher
 
     def ill(run):
-        victim, objective = honest(run)
+        victim = honest(run)
         with torch.no_grad():
             next(victim.heads["image"].parameters()).fill_(float("nan"))
-        return victim, objective
+        return victim
 
-    monkeypatch.setattr(checking, "load_victim", ill)
+    monkeypatch.setattr(checking, "load_hasher", ill)
     code, _, err = call("check", trained)
     assert code == 1
     assert "NaN or infinite" in err

@@ -164,7 +164,7 @@ def test_verbs_that_compare_models_or_look_into_one_ask_them_too(call, runs, exp
     (kept,) = load_attributions(tmp_path / "attribution.npz").values()
     assert kept.chosen == f"{ASKED} of {KINDS * QUERIES} by content"
     contexts += found
-    found = seen(monkeypatch, questioning, "question_curve")
+    found = seen(monkeypatch, questioning, "oracle_curve")
     code, out, err = call(
         "questions", first, "--queries", ASKED, "--budgets", "2", "--shows", "codes", "--json"
     )

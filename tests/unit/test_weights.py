@@ -213,7 +213,7 @@ def test_the_authors_release_of_gfnet_ti(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-class ExternalModel:
+class Foreign:
     """A class that no file of weights may bring to life."""
 
 
@@ -257,12 +257,12 @@ BAD: dict[str, tuple[Callable[[Path, State], Any], str]] = {
     "a plain pickle": (lambda p, s: p.write_bytes(pickle.dumps({"a": 1}, protocol=2)), "no file of weights"),
     "a program": (_scripted, r"TorchScript program; save its tensors: torch.save\(torch.jit.load\('w.pth'\)"),
     "a foreign class": (
-        lambda p, s: torch.save({"state_dict": s, "config": ExternalModel()}, p),
+        lambda p, s: torch.save({"state_dict": s, "config": Foreign()}, p),
         r"hold Python objects \([a-z.]*test_weights.Foreign\).*convert it once.*'w-weights.pth'",
     ),
     "a foreign class, old form": (
         lambda p, s: torch.save(
-            {"state_dict": s, "config": ExternalModel()}, p, _use_new_zipfile_serialization=False
+            {"state_dict": s, "config": Foreign()}, p, _use_new_zipfile_serialization=False
         ),
         "hold Python objects",
     ),
