@@ -93,9 +93,18 @@ def test_the_same_audit_gives_the_same_numbers(folder, model, tmp_path):
     assert first["rows"] == second["rows"]
 
 
-def test_a_hash_without_gradients_says_what_was_not_tried(folder, tmp_path):
-    pytest.importorskip("imagehash", reason="needs the extra 'audit' (pip install robusthash[audit])")
-    summary = run_audit("dhash", tmp_path / "out", folder, AuditOptions(size=48, tier=TINY))
+def brightness(images):
+    """A hash in NumPy, without gradients: 64 blocks of 6 x 6 pixels, each brighter than the median or not."""
+    grey = images.detach().mean(1).numpy().reshape(len(images), 8, 6, 8, 6).mean((2, 4)).reshape(len(images), 64)
+    return grey > np.median(grey, axis=1, keepdims=True)
+
+
+def test_a_hash_without_gradients_says_what_was_not_tried(folder, tmp_path, monkeypatch):
+    made = types.ModuleType("numeric")
+    made.brightness = brightness
+    monkeypatch.setitem(sys.modules, "numeric", made)
+    options = AuditOptions(size=48, tier=TINY, radius=10)
+    summary = run_audit("numeric:brightness", tmp_path / "out", folder, options)
     assert not summary["gradients"]
     assert summary["radius"] == 10
     assert {row["kind"] for row in summary["rows"]} == {"same", "everyday", "noise", "hide", "hide-worst"}
@@ -103,6 +112,16 @@ def test_a_hash_without_gradients_says_what_was_not_tried(folder, tmp_path):
     assert asked["bits"] > next(row for row in summary["rows"] if row["name"] == "noise")["bits"]
     assert {flag["id"] for flag in summary["flags"]} == {"F1", "F15", "F17", "F19", "F20"}
     assert "limit of this audit, not a protection" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_perceptual_hash_is_attacked_through_its_public_arithmetic(folder, tmp_path):
+    pytest.importorskip("imagehash", reason="needs the extra 'audit' (pip install robusthash[audit])")
+    summary = run_audit("dhash", tmp_path / "out", folder, AuditOptions(size=48, tier=TINY))
+    assert summary["gradients"]
+    assert summary["radius"] == 10
+    bits = {row["name"]: row["bits"] for row in summary["rows"] if "bits" in row}
+    assert bits["flip"] > bits["square"] > bits["noise"]
+    assert "imitate-worst" in {row["kind"] for row in summary["rows"]}
 
 
 class Masked(torch.nn.Module):

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from robusthash.core.registry import nearest
 from robusthash.data.transforms import to_pixels
+from robusthash.models.external.smooth_hashes import exact_logits
 from robusthash.models.external.wrapper import Call
 
 _AGREE = 0.99  # share of bits on which a converted model must agree with the runtime of its format
@@ -179,7 +180,11 @@ def _resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Perceptual:
-    """A perceptual hash: (B, 3, H, W) float in [0, 1], rounded to 8-bit -> (B, K) bool, without gradients."""
+    """A perceptual hash: (B, 3, H, W) float in [0, 1] -> (B, K) numbers.
+
+    Their signs are the library's bits of the 8-bit images; their gradients are those of the public arithmetic
+    behind the bits (``smooth_hashes``), as an attacker takes them.
+    """
 
     name: str
     title: str
@@ -187,8 +192,9 @@ class Perceptual:
     radius: int  # bits that may differ between two pictures that count as the same, as its users set it
     compute: Callable[[np.ndarray], np.ndarray]  # (H, W, 3) uint8 -> (K,) bits
 
-    def __call__(self, images: Tensor) -> np.ndarray:
-        return np.stack([self.compute(pixels) for pixels in to_pixels(images)]).astype(bool)
+    def __call__(self, images: Tensor) -> Tensor:
+        bits = np.stack([self.compute(pixels) for pixels in to_pixels(images.detach())]).astype(bool)
+        return exact_logits(self.name, images, torch.from_numpy(bits))
 
 
 TITLES = {"phash": "pHash", "dhash": "dHash", "whash": "wavelet hash", "pdq": "PDQ"}
