@@ -62,7 +62,7 @@ def aggregate(context: EvaluationContext, runs: AttackRuns, floor_random: int = 
         notes = (*notes, *targeted.notes)
     if scores.selection is not None:
         note = f"a randomised victim: AP are means over {NOISE_SAMPLES} fresh draws of its noise"
-        notes = (*notes, f"{note}; those of eight bits, whole words and targets are of one draw each")
+        notes = (*notes, f"{note}; those of 8-bit images, whole words and targets are of one draw each")
     spans = intervals({name: column for name, column in per_query.items() if name not in result.interval})
     threats = "; ".join(sorted({spec.threat.name for spec in runs.specs}))
     return replace(

@@ -72,5 +72,5 @@ def _with_steps(attack: Attack, threat: Threat, most: int | None) -> Attack:
 
 
 def with_legacy(protocol: Protocol) -> Protocol:
-    """The protocol with MAP@5000 in stable-sort order beside its own measures."""
+    """The protocol with MAP@5000 in stable-sort order next to its own measures."""
     return replace(protocol, measures=tuple(dict.fromkeys((*protocol.measures, LEGACY))))
