@@ -240,6 +240,13 @@ def test_attacked_blocks_survive_a_file(context, tmp_path):
     assert set(again.pixels) == set(block.pixels)
 
 
+def test_blocks_that_name_their_8_bit_codes_eight_bit_are_read(context):
+    block = attack_block(context, attacks()["hag"], 0)
+    arrays = block.arrays()
+    arrays["eight_bit"] = arrays.pop("codes_8bit")
+    assert torch.equal(AttackedBlock.from_arrays(arrays).codes_8bit, block.codes_8bit)
+
+
 def test_results_hold_the_matrix_norms_of_the_change(context):
     attack = attacks()["hag"]
     attacked = attack_all(context, attack)
