@@ -13,6 +13,7 @@ import robusthash as rh
 from robusthash.attacks.base import Search, SearchResult
 from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import Agreement
+from robusthash.attacks.pgd import ascend
 from robusthash.attacks.threat_model import image_threat
 from robusthash.core.registry import build
 from robusthash.data import RetrievalData
@@ -222,6 +223,11 @@ def test_the_evaluator_projects_again_whatever_the_attack_returns(context, monke
     cheat = rh.Attack("cheat", Own(), Agreement(), Cheat(), image_threat(4 / 255, knowledge="W0"))
     result = score_attack(context, cheat, attack_all(context, cheat))
     assert result.perceptibility["linf/max"] <= 4 / 255 + 1e-6
+
+
+def test_a_search_by_gradient_refuses_a_score_that_the_input_has_no_gradient_of():
+    with pytest.raises(ValueError, match="the model has no gradient to its image"):
+        ascend(lambda inputs, _: (torch.zeros(2), torch.zeros(2, 4)), {"image": torch.zeros(2, 3, 8, 8)}, 0.0)
 
 
 def test_a_nan_from_the_attack_is_an_error(context):
