@@ -137,6 +137,13 @@ def test_damaged_blocks_and_bad_words_are_refused(call, run):
         assert said in err
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"hasher'])
+def test_a_damaged_model_card_is_named(run, text):
+    (run / "model.json").write_text(text)
+    with pytest.raises(RunError, match="model.json is damaged"):
+        load_run(run).card()
+
+
 def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys):
     """The standard tier, made small: noise and questions beside the gradient lines, and every check that has
     an id."""

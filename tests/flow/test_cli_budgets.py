@@ -68,6 +68,8 @@ def test_three_options_name_one_threat(given: dict[str, str], name: str) -> None
         ({"threat": "db-insert", "norm": "l2"}, "no customary eps"),
         ({"eps": "8"}, "write 8/255, not 8"),
         ({"eps": "small"}, "a number such as 8/255"),
+        ({"eps": "-8/255"}, "below 0"),
+        ({"eps": "8/0"}, "divides by zero"),
     ],
 )
 def test_budgets_that_do_not_agree_are_refused(given: dict[str, str], message: str) -> None:
@@ -110,6 +112,12 @@ def test_attacks_take_a_budget_by_name() -> None:
     assert attack_under("mainstay", "txt-linf-0.1", None, None)["modality"] == "text"
     with pytest.raises(ValueError, match="has 'eps', and img-linf-4 is asked for"):
         attack_under("{name: hag, eps: 2/255}", "img-linf-4", None, None)
+
+
+@pytest.mark.parametrize("threat", ["db-insert", "db-perturb"])
+def test_a_threat_to_the_database_is_refused_for_an_attack_on_queries(threat: str) -> None:
+    with pytest.raises(ValueError, match="robusthash poison"):
+        attack_under("hag", threat, None, None)
 
 
 def test_an_audit_takes_levels_of_255_as_well() -> None:

@@ -9,6 +9,7 @@ import torch
 from helpers import make_data, small_hasher, trained_hasher
 from torch import Tensor
 
+from robusthash.attacks import named_threat
 from robusthash.attacks.oracle import QueryOracle, ids_lost
 from robusthash.attacks.query_search import (
     NES,
@@ -104,6 +105,12 @@ def test_oracles_refuse_what_makes_no_sense(context: EvaluationContext) -> None:
     oracle = QueryOracle(context.victim, context.database, 1)
     with pytest.raises(ValueError, match="one modality"):
         oracle.codes(replace(context.batch(0), inputs={"image": torch.zeros(1), "text": torch.zeros(1)}))
+
+
+def test_oracle_queries_refuse_a_threat_to_the_database(context: EvaluationContext) -> None:
+    spec = oracle_attacks(image_threat(EPS))[0]
+    with pytest.raises(ValueError, match="robusthash poison"):
+        spec.at(named_threat("db-insert")).fitted(context)
 
 
 def test_lost_ids_by_hand() -> None:

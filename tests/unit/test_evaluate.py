@@ -13,6 +13,7 @@ import robusthash as rh
 from robusthash.attacks.base import Search, SearchResult
 from robusthash.attacks.guides import Own
 from robusthash.attacks.losses import Agreement
+from robusthash.attacks.pgd import ascend
 from robusthash.attacks.threat_model import image_threat
 from robusthash.core.registry import build
 from robusthash.data import RetrievalData
@@ -224,6 +225,11 @@ def test_the_evaluator_projects_again_whatever_the_attack_returns(context, monke
     assert result.perceptibility["linf/max"] <= 4 / 255 + 1e-6
 
 
+def test_a_search_by_gradient_refuses_a_score_that_the_input_has_no_gradient_of():
+    with pytest.raises(ValueError, match="the model has no gradient to its image"):
+        ascend(lambda inputs, _: (torch.zeros(2), torch.zeros(2, 4)), {"image": torch.zeros(2, 3, 8, 8)}, 0.0)
+
+
 def test_a_nan_from_the_attack_is_an_error(context):
     lie = rh.Attack("lie", Own(), Agreement(), Lie(), image_threat(4 / 255, knowledge="W0"))
     with pytest.raises(ValueError, match="NaN"):
@@ -238,6 +244,13 @@ def test_attacked_blocks_survive_a_file(context, tmp_path):
     assert torch.equal(again.signs, block.signs)
     assert torch.equal(again.inputs, block.inputs)
     assert set(again.pixels) == set(block.pixels)
+
+
+def test_blocks_that_name_their_8_bit_codes_eight_bit_are_read(context):
+    block = attack_block(context, attacks()["hag"], 0)
+    arrays = block.arrays()
+    arrays["eight_bit"] = arrays.pop("codes_8bit")
+    assert torch.equal(AttackedBlock.from_arrays(arrays).codes_8bit, block.codes_8bit)
 
 
 def test_results_hold_the_matrix_norms_of_the_change(context):

@@ -22,10 +22,16 @@ def ascend(score: Score, inputs: Inputs, progress: float) -> tuple[Tensor, Tenso
     """Score, logits and the gradient of the score to the inputs alone.
 
     Raises:
+        ValueError: the model cuts the graph between input and score.
         FloatingPointError: where score or gradient is not finite, checked before any sign() could hide it.
     """
     leaves = {name: value.detach().requires_grad_(True) for name, value in inputs.items()}
     value, logits = score(leaves, progress)
+    if not value.requires_grad:
+        raise ValueError(
+            f"the model has no gradient to its {' and '.join(leaves)}: a part of it cuts the graph; attack it "
+            "without that part (evaluation.identity, evaluation.oblivious) or by an adaptive attack"
+        )
     grads = torch.autograd.grad(value.sum(), list(leaves.values()))
     if not all(bool(torch.isfinite(part.sum())) for part in (value, *grads)):
         raise FloatingPointError("the attack's score or its gradient is NaN or infinite")

@@ -63,8 +63,13 @@ class AttackedBlock:
 
     @staticmethod
     def from_arrays(arrays: dict[str, np.ndarray]) -> AttackedBlock:
-        """The inverse of ``arrays``; files of earlier versions lack oracle queries, whole words, fitting."""
+        """The inverse of ``arrays``.
+
+        Files of earlier versions call ``codes_8bit`` eight_bit, and lack oracle queries, whole words, fitting.
+        """
         plain = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        if "eight_bit" in plain:
+            plain["codes_8bit"] = plain.pop("eight_bit")
         plain["passes"] = pad(plain["passes"], (0, 3 - plain["passes"].shape[1]))
         plain.setdefault("whole_words", plain["signs"][..., :0])
         plain.setdefault("fitted", torch.zeros(len(plain["signs"]), dtype=torch.int64))

@@ -44,6 +44,8 @@ def numbers(value: Any) -> Any:
         return [numbers(item) for item in value]
     if isinstance(value, str):
         if fraction := _FRACTION.fullmatch(value):
+            if float(fraction[2]) == 0:
+                raise ConfigError(f"{value!r} divides by zero; write a fraction such as 8/255")
             return float(fraction[1]) / float(fraction[2])
         if _EXPONENT.fullmatch(value):
             return float(value)

@@ -186,10 +186,17 @@ class Run:
         return Codes(packed, bits, torch.arange(len(packed)), self.card()["digest"])
 
     def card(self) -> dict[str, Any]:
-        """The model card. Raises RunError before the run is trained."""
+        """The model card. Raises RunError before the run is trained, and where the card is damaged."""
         if not self.trained:
             raise RunError(f"{self.path} holds no trained model; {_TRAIN}")
-        return json.loads((self.path / "model.json").read_text())
+        path = self.path / "model.json"
+        try:
+            card = json.loads(path.read_text())
+        except ValueError as error:
+            raise RunError(f"the model card {path} is damaged ({error}); train the run again") from None
+        if not isinstance(card, dict) or "hasher" not in card:
+            raise RunError(f"the model card {path} is damaged (it names no hasher); train the run again")
+        return card
 
     @property
     def was_evaluated(self) -> bool:

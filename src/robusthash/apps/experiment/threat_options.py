@@ -26,7 +26,7 @@ def threat_name(
             text vectors, and in ``l2`` that of the size of the images.
 
     Raises:
-        ValueError: an ``eps`` that is no number, a norm without a customary size, or two budgets.
+        ValueError: an ``eps`` that is no size, a norm without a customary size, or two budgets.
 
     Example:
         >>> threat_name(eps="4/255"), threat_name(norm="l2"), threat_name(modality="text")
@@ -40,6 +40,8 @@ def threat_name(
         size = EPS[modality] if eps is None else value_of(eps)
         if isinstance(size, bool) or not isinstance(size, int | float):
             raise ValueError(f"--eps takes a number such as 8/255, got {eps!r}")
+        if size < 0:
+            raise ValueError(f"--eps {eps} is below 0; give a size such as 8/255")
         if size > 1 and norm == "linf":
             raise ValueError(f"--eps {eps} is beyond the range of 0 to 1; write 8/255, not 8")
         levels = size * 255 if name == "img-linf" else size
@@ -81,7 +83,7 @@ def attack_under(attack: str, threat: str | None, eps: str | None, norm: str | N
     """Settings of an attack (YAML or a name), under the budget of the options where one is given.
 
     Raises:
-        ValueError: settings with a budget of their own, or a threat of several modalities.
+        ValueError: settings with a budget of their own, or a threat of several modalities or to the database.
     """
     settings = value_of(attack)
     if threat is None and eps is None and norm is None:
@@ -92,7 +94,10 @@ def attack_under(attack: str, threat: str | None, eps: str | None, norm: str | N
         raise ValueError(
             f"the attack {attack!r} has {doubled[0]!r}, and {name} is asked for; give one of them"
         )
-    ((modality, ball), *others) = named_threat(name).balls.items()
+    budget = named_threat(name)
+    if budget.side != "query":
+        raise ValueError(f"{name} changes the database, and {attack!r} queries; robusthash poison measures it")
+    ((modality, ball), *others) = budget.balls.items()
     if others:
         raise ValueError(
             f"{name} is of several modalities; write the budget into the attack: {{name: ..., eps: ...}}"
