@@ -23,9 +23,15 @@ def ascend(score: Score, inputs: Inputs, progress: float) -> tuple[Tensor, Tenso
 
     Raises:
         FloatingPointError: where score or gradient is not finite, checked before any sign() could hide it.
+        ValueError: no gradient reaches the input.
     """
     leaves = {name: value.detach().requires_grad_(True) for name, value in inputs.items()}
     value, logits = score(leaves, progress)
+    if not value.requires_grad:
+        raise ValueError(
+            "no gradient reaches the input of this victim, so an attack that follows it sees nothing: "
+            "measure it by assess, tier standard, whose adaptive attacks replace the gradient of a purifier"
+        )
     grads = torch.autograd.grad(value.sum(), list(leaves.values()))
     if not all(bool(torch.isfinite(part.sum())) for part in (value, *grads)):
         raise FloatingPointError("the attack's score or its gradient is NaN or infinite")
