@@ -16,7 +16,7 @@ from robusthash.apps.cli import app
 
 def show(command: str) -> None:
     """The command, as a reader may type it, and its output as Markdown."""
-    import cog  # made anew by every run of cog
+    import cog  # made again by every run of cog
 
     command = command.strip()
     cog.outl(f"\n```\n{command}\n```\n\n{output(command)}\n")

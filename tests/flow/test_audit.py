@@ -95,7 +95,9 @@ def test_the_same_audit_gives_the_same_numbers(folder, model, tmp_path):
 
 def brightness(images):
     """A hash in NumPy, without gradients: 64 blocks of 6 x 6 pixels, each brighter than the median or not."""
-    grey = images.detach().mean(1).numpy().reshape(len(images), 8, 6, 8, 6).mean((2, 4)).reshape(len(images), 64)
+    grey = (
+        images.detach().mean(1).numpy().reshape(len(images), 8, 6, 8, 6).mean((2, 4)).reshape(len(images), 64)
+    )
     return grey > np.median(grey, axis=1, keepdims=True)
 
 

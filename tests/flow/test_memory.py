@@ -85,7 +85,7 @@ def test_what_never_fits_is_one_line_with_a_remedy(call, run, hold, verb):
     assert code == 1
     assert "Traceback" not in err
     assert err.splitlines()[-1] == (
-        "error: memory does not suffice for items to be encoded one at a time; free some memory, take a smaller model "
+        "error: memory is not enough for items to be encoded one at a time; free some memory, take a smaller model "
         "or input, or compute elsewhere (runtime.device: cpu)"
     )
 

@@ -181,7 +181,7 @@ def test_a_purifier_out_of_the_graph_falls_to_the_adaptive_lines(
     assert not seen.gradient_reaches_input
     assert matches("purifier", seen) == []
     white = Adaptive("white", Attack("white", Mainstay(), ScaleFree(), APGD(4), THREAT, selects=True))
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    with pytest.raises(ValueError, match="no gradient reaches the input"):
         white.run(context, 0, 0)
     specs = adaptive_attacks(context.victim, None, THREAT, 10, seen=seen)
     assert names(specs) == [
@@ -195,6 +195,9 @@ def test_a_purifier_out_of_the_graph_falls_to_the_adaptive_lines(
         signs = spec.fitted(context).run(context, 0, 0).signs[:, 0]
         assert float(metric(signs.float()).mean()) > float(metric(clean.float()).mean()) + 0.05
     assert any(isinstance(spec, Adaptive) and isinstance(spec.view, RepairIdentity) for spec in specs)
+    *_, trained = adaptive_attacks(context.victim, DPSH(), THREAT, 10, seen=seen)
+    assert trained.name == "trained-objective"
+    assert trained.run(context, 0, 0).signs.shape == (8, 1, 8)
 
 
 def test_what_cannot_be_attacked_so_is_refused(base: Hasher) -> None:

@@ -53,7 +53,7 @@ def halving(work: Callable[[int], Result], size: int, items: str, done: str, say
             if isinstance(error, DoesNotFit) or not out_of_memory(error):
                 raise
             if size == 1:
-                message = f"memory does not suffice for {items} to be {done} one at a time; {REMEDY}"
+                message = f"memory is not enough for {items} to be {done} one at a time; {REMEDY}"
                 raise DoesNotFit(message) from error
         # outside of the handler, whose error keeps the memory of the failed run alive
         smaller = max(part for part in range(1, size // 2 + 1) if size % part == 0)

@@ -74,8 +74,8 @@ def audit(
         print_json(summary)
         return
     print_table(f"audit of {summary['title']}", *_rows(summary))
-    for doubt in summary["doubts"]:
-        console.print(f"[bold red]doubt:[/] {escape(doubt)}", highlight=False)
+    for warning in summary["doubts"]:
+        console.print(f"[bold red]warning:[/] {escape(warning)}", highlight=False)
     if summary["kinds"] is not None:
         console.print(escape(summary["kinds"]["said"]), highlight=False)
     print_lines([out / "report.html"])

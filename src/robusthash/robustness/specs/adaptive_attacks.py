@@ -18,7 +18,13 @@ from robusthash.evaluation.attack_block import AttackedBlock, attack_block
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, Kind
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.models.hasher import Hasher
-from robusthash.models.surrogate_gradients import GradientView, NoiseAveraged, ViewedHasher, keyed_noise
+from robusthash.models.surrogate_gradients import (
+    GradientView,
+    NoiseAveraged,
+    RepairIdentity,
+    ViewedHasher,
+    keyed_noise,
+)
 from robusthash.objectives.base import HashObjective
 from robusthash.robustness.victim_behaviour import VictimBehaviour
 
@@ -166,7 +172,9 @@ def adaptive_attacks(
         view = NoiseAveraged(20, identity=cut and bool(victim.purifiers))
         attacks.append(setting.attack("eot-20", view, loss=OverDraws()))
     if attacks and objective is not None and threat.knowledge != "W0":
-        attacks.append(setting.attack("trained-objective", guide=Unguided(), loss=ObjectiveLoss(objective)))
+        through = RepairIdentity() if cut and victim.purifiers else None
+        loss = ObjectiveLoss(objective)
+        attacks.append(setting.attack("trained-objective", through, guide=Unguided(), loss=loss))
     return tuple(_spec(attack, restarts) for attack in attacks)
 
 
