@@ -140,7 +140,7 @@ def test_damaged_blocks_and_bad_words_are_refused(call, run):
 @pytest.mark.parametrize("text", ["[]", "{}", '{"hasher'])
 def test_a_damaged_model_card_is_named(run, text):
     (run / "model.json").write_text(text)
-    with pytest.raises(RunError, match="model.json is damaged"):
+    with pytest.raises(RunError, match=r"model\.json is damaged"):
         load_run(run).card()
 
 

@@ -29,9 +29,9 @@ def ascend(score: Score, inputs: Inputs, progress: float) -> tuple[Tensor, Tenso
     value, logits = score(leaves, progress)
     if not value.requires_grad:
         raise ValueError(
-            f"the model has no gradient to its {' and '.join(leaves)}: a part of it cuts the graph; attack it "
-            "without that part (evaluation.identity, evaluation.oblivious), or by assess, tier standard, whose "
-            "adaptive attacks replace the gradient of a purifier"
+            f"the model has no gradient to its {' and '.join(leaves)}: a part of it cuts the graph; "
+            "attack it without that part (evaluation.identity, evaluation.oblivious), or by assess, tier "
+            "standard, whose adaptive attacks replace the gradient of a purifier"
         )
     grads = torch.autograd.grad(value.sum(), list(leaves.values()))
     if not all(bool(torch.isfinite(part.sum())) for part in (value, *grads)):

@@ -65,7 +65,7 @@ class AttackedBlock:
     def from_arrays(arrays: dict[str, np.ndarray]) -> AttackedBlock:
         """The inverse of ``arrays``.
 
-        Files of earlier versions call ``codes_8bit`` eight_bit, and lack oracle queries, whole words, fitting.
+        Files of earlier versions call ``codes_8bit`` eight_bit, and lack oracle queries, words, fitting.
         """
         plain = {name: torch.from_numpy(value) for name, value in arrays.items()}
         if "eight_bit" in plain:

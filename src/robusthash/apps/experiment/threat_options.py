@@ -96,9 +96,7 @@ def attack_under(attack: str, threat: str | None, eps: str | None, norm: str | N
         )
     budget = named_threat(name)
     if budget.side != "query":
-        raise ValueError(
-            f"{name} changes the database, and {attack!r} queries; robusthash poison measures it"
-        )
+        raise ValueError(f"{name} changes the database, {attack!r} queries; robusthash poison measures it")
     ((modality, ball), *others) = budget.balls.items()
     if others:
         raise ValueError(
