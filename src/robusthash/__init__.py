@@ -16,6 +16,7 @@ from robusthash.version import __version__
 
 if TYPE_CHECKING:
     from robusthash import attacks, objectives
+    from robusthash.apps.experiment.search_model import SearchModel, load
     from robusthash.attacks import Attack, Threat
     from robusthash.core.types import Batch
     from robusthash.data import load_data
@@ -36,6 +37,7 @@ __all__ = [
     "Hasher",
     "HashingRecipe",
     "Protocol",
+    "SearchModel",
     "Suite",
     "Threat",
     "TrainConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "encode_split",
     "evaluate",
     "fit",
+    "load",
     "load_data",
     "make_context",
     "objectives",
@@ -65,6 +68,7 @@ _HOMES = {
     "Hasher": "models",
     "HashingRecipe": "training",
     "Protocol": "metrics",
+    "SearchModel": "apps.experiment.search_model",
     "Suite": "robustness",
     "Threat": "attacks",
     "TrainConfig": "training",
@@ -74,6 +78,7 @@ _HOMES = {
     "encode_split": "models",
     "evaluate": "evaluation",
     "fit": "training",
+    "load": "apps.experiment.search_model",
     "load_data": "data",
     "make_context": "evaluation",
     "open_index": "index",

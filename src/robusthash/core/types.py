@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from robusthash.core.hamming import unpack
+from robusthash.core.hamming import pack, unpack
 
 Inputs = dict[str, Tensor]
 """By modality: ``"image"`` is (B, 3, H, W) in [0, 1]; ``"text"`` is (B, V) counts or (B, L) token ids."""
@@ -86,6 +87,42 @@ class Codes:
     def signs(self) -> Tensor:
         """(N, K) int8 in {-1, +1}."""
         return unpack(self.packed, self.bits)
+
+    def numpy(self) -> np.ndarray:
+        """(N, ceil(K / 8)) uint8, packed."""
+        return self.packed.cpu().numpy()
+
+    def hex(self) -> list[str]:
+        """Codes as hex digits; the first bit is the highest of the first digit, zeros pad the end."""
+        return [row.tobytes().hex() for row in self.numpy()]
+
+    @staticmethod
+    def from_numpy(array: np.ndarray, bits: int | None = None) -> Codes:
+        """Codes of any program, with their rows as ids.
+
+        Args:
+            array: (N, K) of -1 and +1, of 0 and 1, or bool; or (N, ceil(bits / 8)) packed uint8.
+            bits: K; needed for packed codes, whose last byte may be filled up.
+
+        Raises:
+            ValueError: another shape, another type, or values that are none of these.
+        """
+        if array.ndim != 2:
+            raise ValueError(f"codes are (N, K) or packed (N, bytes), got shape {array.shape}")
+        width = array.shape[1]
+        if bits is not None and width != bits:
+            if array.dtype != np.uint8 or width != -(-bits // 8):
+                raise ValueError(
+                    f"codes of {bits} bits are {bits} columns, or {-(-bits // 8)} packed uint8 columns; got "
+                    f"{width} columns of {array.dtype}"
+                )
+            return Codes(torch.from_numpy(array.copy()), bits, torch.arange(len(array)))
+        values = set(np.unique(array).tolist())
+        if not (values <= {0, 1} or values <= {-1, 1}):
+            some = ", ".join(map(str, sorted(values)[:4]))
+            raise ValueError(f"bits are -1 and +1, 0 and 1, or bool; got {some}; packed codes need bits=")
+        signs = torch.from_numpy(np.where(array > 0, 1, -1).astype(np.int8))
+        return Codes(pack(signs), width, torch.arange(len(array)))
 
 
 @dataclass(frozen=True)

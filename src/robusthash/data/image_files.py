@@ -130,6 +130,25 @@ def read_image(
     return _decode_one(source, str(getattr(source, "name", "<stream>")), size, fit, max_pixels)
 
 
+def pixels_of(image: Image.Image | np.ndarray, size: int, fit: Fit = "crop") -> Tensor:
+    """An image in memory -> (3, size, size) uint8 RGB, by the rules of ``read_image``.
+
+    Args:
+        image: a PIL image, or an (H, W) or (H, W, 3) array of uint8.
+
+    Raises:
+        ValueError: an array of another type or shape.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+            raise ValueError(
+                f"an array must be (H, W) or (H, W, 3) uint8 from 0 to 255, got {image.dtype} {image.shape}"
+            )
+        image = Image.fromarray(image)
+    rgb = _resize(_to_rgb(ImageOps.exif_transpose(image)), size, fit)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
 def _check_reading(size: int | None, fit: str, max_pixels: int) -> None:
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
