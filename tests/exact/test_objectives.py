@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy, softplus
 from robusthash.core.runtime import Draws
 from robusthash.core.types import HashOutput
 from robusthash.objectives import CSQ, DPH, DPSH, HashNet
+from robusthash.objectives import centers as centers_module
 from robusthash.objectives.base import quantisation, share_similar
 from robusthash.objectives.centers import hadamard_centers
 
@@ -252,7 +253,11 @@ def test_general_centers(classes: int, bits: int) -> None:
     assert set(centers.unique().tolist()) == {-1.0, 1.0}
     known = 2 * bits if bits & (bits - 1) == 0 else 0
     drawn = centers[min(known, classes) :]
-    assert bool(((drawn == -1).sum(1) == bits // 2).all())  # balanced
+    gaps = (bits - centers @ centers.T) / 2
+    if bits > 20:  # drawn, not words of a greedy code
+        assert bool(((drawn == -1).sum(1) == bits // 2).all())  # balanced
+    else:
+        assert gaps[~torch.eye(classes, dtype=torch.bool)].min() >= 4
     assert len({tuple(row) for row in centers.tolist()}) == classes  # no two classes share a center
     assert torch.equal(centers, hadamard_centers(classes, bits, Draws(3)))
     if len(drawn):
@@ -304,3 +309,33 @@ def test_two_modalities_average_over_ordered_pairs() -> None:
     assert terms["similarity"].item() == pytest.approx(float(sum(pairs)) / 4, rel=1e-6)
     single = [objective.regularisation(outputs[m]).mean() for m in outputs]
     assert terms["regularisation"].item() == pytest.approx(float(sum(single)) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("classes", "bits", "greedy"),
+    [(10, 4, 1), (10, 5, 2), (38, 8, 2), (81, 8, 2), (100, 8, 2), (81, 12, 4), (100, 12, 4), (200, 12, 3),
+     (100, 16, 6), (345, 16, 4), (16, 4, 1), (17, 5, 1)],
+)  # fmt: skip
+def test_odd_sizes_have_centers_as_far_apart_as_a_greedy_code(classes: int, bits: int, greedy: int) -> None:
+    centers = hadamard_centers(classes, bits, Draws(0, ("csq",)))
+    gaps = (bits - centers @ centers.T) / 2
+    gaps.fill_diagonal_(bits)
+    assert centers.shape == (classes, bits)
+    assert set(centers.unique().tolist()) == {-1.0, 1.0}
+    assert gaps.min() >= greedy
+    assert (centers.mean(0).abs() < 1).all()  # no bit is the same for all classes
+    assert torch.equal(centers, hadamard_centers(classes, bits, Draws(0, ("csq",))))
+
+
+def test_more_classes_than_words_are_refused() -> None:
+    with pytest.raises(ValueError, match="17 classes need centers of their own, and 4 bits have 16 words"):
+        hadamard_centers(17, 4, Draws(0))
+
+
+def test_distances_of_centers_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = torch.where(torch.rand(23, 24, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
+    gaps = (24 - drawn @ drawn.T) / 2
+    apart = gaps[~torch.eye(23, dtype=torch.bool)]
+    monkeypatch.setattr(centers_module, "_BLOCK", 5)
+    least, mean = centers_module._distances(drawn)
+    assert (least, mean) == (float(apart.min()), pytest.approx(float(apart.double().mean())))

@@ -12,14 +12,23 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import HashOutput
 from robusthash.objectives.base import CodeMemory, HashObjective, TrainFacts
 
+_ENUMERABLE = 20  # bits up to which all words are listed
+_BLOCK = 4096  # classes whose distances to all are held at a time
+
 
 def hadamard_centers(classes: int, bits: int, draws: Draws) -> Tensor:
-    """(C, K) class centers in {-1, +1}.
+    """(C, K) class centers in {-1, +1}, no two of them the same.
 
     Rows of the Hadamard matrix and of its negative while K is a power of two; the rest are balanced random
     rows (K // 2 minus ones), drawn again up to 20 times until all are more than K / 4 apart and at least K /
-    2 on average; where no draw meets both, the one of largest least distance is taken.
+    2 on average. Where no draw meets both, words of a greedy code (up to 20 bits), or the draw of largest
+    least distance, whichever is farther apart.
+
+    Raises:
+        ValueError: more classes than there are words of K bits.
     """
+    if bits <= _ENUMERABLE and classes > 2**bits:
+        raise ValueError(f"{classes} classes need centers of their own, and {bits} bits have {2**bits} words")
     rows = torch.empty(0, bits)
     if bits & (bits - 1) == 0:
         from scipy.linalg import hadamard  # slow to import, and only these lengths need it
@@ -34,13 +43,46 @@ def hadamard_centers(classes: int, bits: int, draws: Draws) -> Tensor:
     for _ in range(20):
         order = torch.rand(missing, bits, generator=generator).argsort(1)
         drawn = torch.cat([rows, torch.where(order < bits // 2, -1.0, 1.0)])
-        gaps = (bits - drawn @ drawn.T) / 2
-        gaps = gaps[~torch.eye(classes, dtype=torch.bool)] if classes > 1 else torch.tensor([float(bits)])
-        if gaps.min() > bits / 4 and gaps.mean() >= bits / 2:
+        least, mean = _distances(drawn)
+        if least > bits / 4 and mean >= bits / 2:
             return drawn
-        if gaps.min() > best_distance:
-            best, best_distance = drawn, float(gaps.min())
-    return best
+        if least > best_distance:
+            best, best_distance = drawn, least
+    greedy = _greedy_words(classes, bits, best_distance, generator) if bits <= _ENUMERABLE else None
+    return best if greedy is None else greedy
+
+
+def _distances(centers: Tensor) -> tuple[float, float]:
+    """The least and the mean distance of two centers, in blocks of rows."""
+    count, bits = centers.shape
+    least, total = float(bits), 0.0
+    for first in range(0, count, _BLOCK):
+        block = centers[first : first + _BLOCK]
+        gaps = (bits - block @ centers.T) / 2
+        total += float(gaps.sum(dtype=torch.float64))
+        own = torch.arange(len(block))
+        gaps[own, first + own] = bits
+        least = min(least, float(gaps.min()))
+    return least, total / (count * (count - 1)) if count > 1 else float(bits)
+
+
+def _greedy_words(classes: int, bits: int, above: float, generator: torch.Generator) -> Tensor | None:
+    """(C, K) words of the lexicographic code of largest distance that has C; None unless beyond ``above``.
+
+    The code is linear (Conway and Sloane 1986): each step adds the first word that is far from all its sums.
+    """
+    words = torch.arange(2**bits)
+    digits = (words[:, None] >> torch.arange(bits)) & 1
+    for distance in range(bits, int(above), -1):
+        nearest, code = digits.sum(1), torch.zeros(1, dtype=torch.int64)
+        while bool((far := nearest >= distance).any()):
+            first = int(far.to(torch.uint8).argmax())
+            nearest = torch.minimum(nearest, nearest[words ^ first])
+            code = torch.cat([code, code ^ first])
+        if len(code) >= classes:
+            chosen = code[torch.randperm(len(code), generator=generator)[:classes]]
+            return digits[chosen].float() * 2 - 1
+    return None
 
 
 @register("objective", "csq", paper="Yuan et al., CVPR 2020", evidence="paper+code", state="measured")
