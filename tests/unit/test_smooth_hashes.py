@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from robusthash.models.external.loaders import NAMES, perceptual
-from robusthash.models.external.smooth_hashes import exact_logits, smooth_logits
+from robusthash.models.external.smooth_hashes import exact_logits, smooth_numbers
 
 pytest.importorskip("imagehash")
 pytest.importorskip("pdqhash")
@@ -37,7 +37,7 @@ def bits_of(name: str, images: Tensor) -> Tensor:
 def test_signs_are_the_bits_of_the_library(name: str, side: int) -> None:
     """All but numbers at their threshold, which rounding inside the library decides."""
     images = photographs(side)
-    same = (smooth_logits(name, images) > 0) == bits_of(name, images)
+    same = (smooth_numbers(name, images) > 0) == bits_of(name, images)
     assert same.float().mean() > 0.99
 
 
@@ -56,14 +56,14 @@ def test_the_gradient_is_that_of_finite_differences(name: str) -> None:
         perceptual(name).bits, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    value = (smooth_logits(name, images) * weights).sum()
+    value = (smooth_numbers(name, images) * weights).sum()
     (slope,) = torch.autograd.grad(value, images)
     assert torch.isfinite(slope).all()
     assert slope.abs().sum() > 0
     small = 1e-6
 
     def moved(by: float) -> Tensor:
-        numbers = smooth_logits(name, images.detach() + by * direction)
+        numbers = smooth_numbers(name, images.detach() + by * direction)
         return (numbers * weights).sum()
 
     assert torch.isclose((moved(small) - moved(-small)) / (2 * small), (slope * direction).sum(), rtol=1e-3)
@@ -88,4 +88,13 @@ def test_a_hash_is_evaded_within_8_of_255(name: str) -> None:
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(KeyError, match="no perceptual hash is called 'phsh'; did you mean 'phash'"):
-        smooth_logits("phsh", photographs(64))
+        smooth_numbers("phsh", photographs(64))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_agreement_with_the_own_code_has_a_slope_on_every_photograph(name: str) -> None:
+    images = photographs(64).requires_grad_(True)
+    bits = bits_of(name, images.detach())
+    agreement = (exact_logits(name, images, bits) * (bits.float() * 2 - 1)).mean()
+    (slope,) = torch.autograd.grad(agreement, images)
+    assert (slope.flatten(1).abs().sum(1) > 1e-3).all()

@@ -2,7 +2,7 @@
 numbers that they are cut from.
 
 A perceptual hash is public arithmetic: luminance, resize, DCT or differences, and a threshold. All but the
-threshold is smooth, so an attacker differentiates it. ``smooth_logits`` computes these numbers in torch;
+threshold is smooth, so an attacker differentiates it. ``smooth_numbers`` computes these numbers in torch;
 rounding to 8-bit inside the libraries is left out, so a sign may differ where a number is next to its
 threshold: ``exact_logits`` takes the signs from the library.
 
@@ -26,7 +26,7 @@ _LUMA = (0.299, 0.587, 0.114)
 _LANCZOS_TAPS = 3.0
 
 
-def smooth_logits(name: str, images: Tensor) -> Tensor:
+def smooth_numbers(name: str, images: Tensor) -> Tensor:
     """The numbers whose signs are the bits of a perceptual hash.
 
     Args:
@@ -34,7 +34,7 @@ def smooth_logits(name: str, images: Tensor) -> Tensor:
         images: (B, 3, H, W) float in [0, 1].
 
     Returns:
-        (B, K), scaled by image to a mean magnitude of 1; positive is bit 1. Differentiable.
+        (B, K); positive is bit 1. Differentiable.
 
     Raises:
         KeyError: another name.
@@ -42,21 +42,23 @@ def smooth_logits(name: str, images: Tensor) -> Tensor:
     if name not in _HASHES:
         raise KeyError(f"no perceptual hash is called {name!r}{nearest(name, _HASHES)}")
     weights = torch.tensor(_LUMA, dtype=images.dtype, device=images.device)
-    numbers = _HASHES[name](torch.einsum("bchw,c->bhw", images, weights)).flatten(1)
-    return numbers / numbers.abs().mean(1, keepdim=True).clamp_min(1e-12)
+    return _HASHES[name](torch.einsum("bchw,c->bhw", images, weights)).flatten(1)
 
 
 def exact_logits(name: str, images: Tensor, bits: Tensor) -> Tensor:
-    """``smooth_logits`` with the signs of the library's bits; the gradient is theirs.
+    """``smooth_numbers`` of a mean magnitude of 1 by image, with the signs of the library's bits.
+
+    The scale is held constant: with a slope of its own, agreement with the own code would have none.
 
     Args:
         bits: (B, K) bool, by the library.
     """
-    smooth = smooth_logits(name, images)
-    signs = torch.where(bits.to(images.device), 1.0, -1.0).to(smooth.dtype)
+    numbers = smooth_numbers(name, images)
+    scaled = numbers / numbers.detach().abs().mean(1, keepdim=True).clamp_min(1e-12)
+    signs = torch.where(bits.to(images.device), 1.0, -1.0).to(scaled.dtype)
     # a number on the wrong side of its threshold is next to it: it gets the least magnitude that has a sign
-    magnitude = torch.where(smooth * signs > 0, smooth.abs(), torch.full_like(smooth, 1e-6))
-    return (signs * magnitude).detach() + (smooth - smooth.detach())
+    magnitude = torch.where(scaled * signs > 0, scaled.abs(), torch.full_like(scaled, 1e-6))
+    return (signs * magnitude).detach() + (scaled - scaled.detach())
 
 
 # ------------------------------------------------------------------------------------------------ hashes
