@@ -357,6 +357,10 @@ def test_the_page_loads_nothing_and_escapes_what_it_shows(run, tmp_path, call):
     assert shown.startswith("# Leaderboard")
 
 
+def test_a_folder_stands_for_the_runs_in_it(call, run):
+    assert call("leaderboard", run.parent)[1] == call("leaderboard", run)[1]
+
+
 class LeaderboardReader(Reader):
     """Words of scripts are not those of the page."""
 
