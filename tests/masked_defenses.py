@@ -23,7 +23,7 @@ from robusthash.attacks.base import Attack, Loss, Probe, Score, Search, SearchRe
 from robusthash.attacks.guides import Mainstay
 from robusthash.attacks.losses import Agreement, ScaleFree
 from robusthash.attacks.published import mainstay
-from robusthash.attacks.threat_model import Threat, image_ball
+from robusthash.attacks.threat_model import Threat, threat_on
 from robusthash.core.hamming import pack
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, Goal, Guidance, Inputs
@@ -442,7 +442,7 @@ def as_markdown(rows: tuple[Calibrated, ...]) -> str:
 
 
 if __name__ == "__main__":
-    victim, budget = toy_context(), image_ball("linf", None, (12, 12), "W2")
+    victim, budget = toy_context(), threat_on(knowledge="W2")
     sys.stdout.write(f"{as_markdown(calibrate(victim, budget, queries=32, steps=50))}\n\n")
     red = [flag.id for flag in model_checks(victim, budget, queries=32, steps=100) if flag.level == "red"]
     sys.stdout.write(f"the honest model: {', '.join(red) or 'no red check'}\n")

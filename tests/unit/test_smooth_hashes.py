@@ -11,8 +11,9 @@ from torch import Tensor
 from robusthash.models.external.loaders import NAMES, perceptual
 from robusthash.models.external.smooth_hashes import exact_logits, smooth_numbers
 
-pytest.importorskip("imagehash")
-pytest.importorskip("pdqhash")
+EXTRA = "needs the extra 'audit' (pip install robusthash[audit])"
+pytest.importorskip("imagehash", reason=EXTRA)
+pytest.importorskip("pdqhash", reason=EXTRA)
 
 
 def photographs(side: int = 224) -> Tensor:

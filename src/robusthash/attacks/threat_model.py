@@ -215,20 +215,6 @@ def img_l2(knowledge: Knowledge = "W1", pixels: tuple[int, int] = (32, 32)) -> T
     return image_threat(L2_AT_32 * math.sqrt(pixels[0] * pixels[1]) / 32, "l2", knowledge)
 
 
-def image_ball(
-    norm: Norm, eps: float | None, pixels: tuple[int, int] | None, knowledge: Knowledge = "W1"
-) -> Threat:
-    """An image threat by norm and budget, by default the customary one at this size.
-
-    Raises:
-        ValueError: an L2 threat without ``eps`` on features, which have no ``pixels``; an L1 threat without
-            ``eps``.
-    """
-    if norm == "l2" and eps is None and pixels is not None:
-        return img_l2(knowledge, pixels)
-    return threat_on("image", eps, norm, knowledge)
-
-
 @register("threat", "txt-feat-linf", modality="text")
 def txt_feat_linf(features: Tensor, knowledge: Knowledge = "W1", eps: float = EPS["text"]) -> Threat:
     """Entries of a continuous text vector changed by at most 0.05, within the range of the training set."""

@@ -123,6 +123,7 @@ def _read_mat(root: Path) -> tuple[dict[str, Tensor], Tensor]:
     try:
         read = loadmat(path, variable_names=list(_MATRICES.values()))
         parts = {key: read[name] for key, name in _MATRICES.items()}
+    # NotImplementedError: what SciPy raises on a MATLAB 7.3 file, which is HDF5
     except (ValueError, TypeError, OSError, KeyError, NotImplementedError) as error:
         names = ", ".join(_MATRICES.values())
         raise ValueError(f"{path} does not hold the matrices {names}: {error!r}") from error
