@@ -31,17 +31,20 @@ def _in_range(name: str, value: float, above: float) -> None:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """One optimiser group; ``lr`` 0 freezes a part of the hasher."""
+    """One optimiser group; ``lr`` 0 freezes a part of the hasher, ``frozen_epochs`` for its first epochs."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    frozen_epochs: int = 0
 
     def __post_init__(self) -> None:
         _one_of("optimiser", self.name, ("sgd", "adam", "adamw"))
         for name, above in (("lr", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
             _in_range(name, getattr(self, name), above)
+        if self.frozen_epochs < 0:
+            raise ValueError(f"frozen_epochs must be at least 0, got {self.frozen_epochs}")
 
     def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         decay = self.weight_decay
@@ -94,12 +97,14 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "bf16"] = "float32"
+    batchnorm: Literal["train", "frozen"] = "train"  # frozen: the encoders' statistics stay as they came
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _one_of("augment", self.augment, ("none", "flip-crop"))
+        _one_of("batchnorm", self.batchnorm, ("train", "frozen"))
 
 
 class RunLog(Protocol):
@@ -156,12 +161,12 @@ def fit(
     recipe.setup(data, config.seed, config.batch_size)
     rates = {name: optim.lr for name, optim in config.optim.items()}
     groups, still = divided(recipe.hasher, recipe.parameter_groups(), rates)
-    recipe.hasher.freeze(still)
     shares = {name: parameters for group in groups.values() for name, parameters in group.shares.items()}
     by_name = {name: config.optim[name].make(parameters) for name, parameters in shares.items()}
     optimisers = _Optimisers(config, groups, by_name)
     first, lines = _resume(recipe, by_name, run)
     for epoch in range(first, config.epochs):
+        recipe.hasher.freeze([*still, *_held(shares, config, epoch)], config.batchnorm == "frozen")
         lines.append(_epoch(recipe, data, epoch, optimisers, run))
         if run is not None:
             run.log(lines[-1])
@@ -169,6 +174,14 @@ def fit(
     recipe.hasher.freeze([])
     recipe.hasher.eval()
     return lines
+
+
+def _held(
+    shares: Mapping[str, list[torch.nn.Parameter]], config: TrainConfig, epoch: int
+) -> list[torch.nn.Parameter]:
+    """Parameters of the parts that hold still in this epoch."""
+    held = (name for name in shares if config.optim[name].frozen_epochs > epoch)
+    return [parameter for name in held for parameter in shares[name]]
 
 
 def _epoch(

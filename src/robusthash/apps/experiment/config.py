@@ -140,6 +140,7 @@ class TrainingSection(Section):
     augment: Literal["none", "flip-crop"] = "none"
     clip: float = Field(0.0, ge=0)
     precision: Literal["float32", "bf16"] = "float32"
+    batchnorm: Literal["train", "frozen"] = "train"
     init_from: str | None = None  # a run directory, or the recipe file of a run to train first
 
     @model_validator(mode="after")
@@ -257,6 +258,12 @@ class Config(Section):
         """Digest of all that makes the trained model: data, hasher, training, seed, and the run it started
         from."""
         training = self.training.model_dump(mode="json", exclude={"init_from"})
+        # options that came later count where they are not the default: the ids of earlier runs stay
+        if training["batchnorm"] == "train":
+            del training["batchnorm"]
+        for optim in training["optim"].values():
+            if optim["frozen_epochs"] == 0:
+                del optim["frozen_epochs"]
         model = {"data": self.data, "hasher": self.hasher.plain(), "training": training}
         return digest([model, self.runtime.seed, ancestor], 10)
 

@@ -134,4 +134,5 @@ def train_config(config: Config) -> TrainConfig:
         seed=config.runtime.seed,
         device=config.runtime.device,
         precision=training.precision,
+        batchnorm=training.batchnorm,
     )
