@@ -41,7 +41,8 @@ def _torchvision(name: str, weights: str | None, rename: Renaming = dict, **opti
         width, head = 4096, f"classifier.{len(layers) - 1}."
         model.classifier = layers[:-1]
     else:
-        width = int((layers[-1] if isinstance(layers, nn.Sequential) else layers).in_features)
+        linear: Any = layers[-1] if isinstance(layers, nn.Sequential) else layers
+        width = int(linear.in_features)
         setattr(model, last, nn.Identity())
     if weights not in (None, "hub"):
         load_weights(model, weights, name, head, rename=rename)
