@@ -139,7 +139,8 @@ class TrainingSection(Section):
     batch_size: int = Field(64, ge=1)
     augment: Literal["none", "flip-crop"] = "none"
     clip: float = Field(0.0, ge=0)
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    accumulate: int = Field(1, ge=1)
     batchnorm: Literal["train", "frozen"] = "train"
     init_from: str | None = None  # a run directory, or the recipe file of a run to train first
 
@@ -225,6 +226,8 @@ class RuntimeSection(Section):
     device: str = "auto"
     threads: int | None = Field(None, ge=1)
     keep_epochs: int | None = Field(None, ge=1)  # keep the weights every N epochs, for `curves --robust`
+    checkpoint_minutes: float = Field(0.0, ge=0)  # between checkpoints inside an epoch; 0: at its end alone
+    compile: bool = False  # the encoders, by torch.compile
 
 
 class Config(Section):
@@ -259,8 +262,9 @@ class Config(Section):
         from."""
         training = self.training.model_dump(mode="json", exclude={"init_from"})
         # options that came later count where they are not the default: the ids of earlier runs stay
-        if training["batchnorm"] == "train":
-            del training["batchnorm"]
+        for name, default in (("batchnorm", "train"), ("accumulate", 1)):
+            if training[name] == default:
+                del training[name]
         for optim in training["optim"].values():
             if optim["frozen_epochs"] == 0:
                 del optim["frozen_epochs"]

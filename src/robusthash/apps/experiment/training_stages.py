@@ -135,4 +135,7 @@ def train_config(config: Config) -> TrainConfig:
         device=config.runtime.device,
         precision=training.precision,
         batchnorm=training.batchnorm,
+        accumulate=training.accumulate,
+        checkpoint_minutes=config.runtime.checkpoint_minutes,
+        compile=config.runtime.compile,
     )
