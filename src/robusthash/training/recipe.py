@@ -37,6 +37,9 @@ class Recipe(ABC):
     """The optimiser groups that it may have, the first always, by which a recipe file is checked when it is
     read; None leaves that to training."""
 
+    data_parallel: ClassVar[bool] = True
+    """It calls the hasher as a whole, so that several processes may each hash a share of a batch."""
+
     hasher: Hasher
 
     @abstractmethod
