@@ -91,8 +91,14 @@ class Split:
         if self.labels is not None:
             if len(self.labels) != len(self.rows):
                 raise ValueError(f"{self.name}: {len(self.labels)} label rows for {len(self.rows)} items")
-            if not torch.isfinite(self.labels).all():
-                raise ValueError(f"{self.name}: labels hold NaN or infinite values")
+            if self.labels.ndim != 2:
+                raise ValueError(f"{self.name}: labels are (N, C) multi-hot, got {[*self.labels.shape]}")
+            if not ((self.labels == 0) | (self.labels == 1)).all():  # NaN is neither
+                odd = self.labels[(self.labels != 0) & (self.labels != 1)][0]
+                raise ValueError(
+                    f"{self.name}: labels are (N, C) of 0 and 1, and one is {odd:g}; two items are relevant "
+                    "to each other where both have a 1 in one column"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
