@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robusthash.core.labels import has_relevant
 from robusthash.core.runtime import Draws, digest
 from robusthash.core.types import Batch, Inputs
 
@@ -197,6 +198,12 @@ class RetrievalData:
         note = f"{self.note} Relevance by {system}.".strip()
         return RetrievalData(self.name, **splits, label_names=(), note=note)
 
+    def without_relevant(self) -> int:
+        """Number of queries that share no label with any item of the database."""
+        if self.query.labels is None or self.database.labels is None:
+            return len(self.query)
+        return int((~has_relevant(self.query.labels, self.database.labels)).sum())
+
     def fingerprint(self) -> str:
         """Digest of all splits, in order."""
         return digest({name: split.fingerprint() for name, split in self.splits.items()}, 16)
@@ -209,6 +216,7 @@ class RetrievalData:
             "fingerprints": {name: split.fingerprint() for name, split in self.splits.items()},
             "labels": len(self.label_names),
             "unlabelled": {name: split.unlabelled() for name, split in self.splits.items()},
+            "without_relevant": self.without_relevant(),
             "train_in_database": self.train_in_database,
             "note": self.note,
         }

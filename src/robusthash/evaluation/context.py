@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robusthash.attacks.base import Attack, Select
 from robusthash.core.hamming import pack
+from robusthash.core.labels import has_relevant
 from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Codes, Reference
@@ -28,7 +29,8 @@ class EvaluationContext:
     """A victim on a data set under a protocol, in one direction; every attack is scored against it.
 
     The database is clean and encoded once, by ``victim.for_database()``, before any attack, unless learned
-    codes are given. Queries without a label set that any item shares are counted, not dropped.
+    codes are given. Queries that share no label with any item are counted, and under ``empty: skip`` of the
+    protocol not asked.
     """
 
     victim: Hasher
@@ -43,6 +45,7 @@ class EvaluationContext:
     encoded_by: int = 0  # items at a time, the same for all splits; 0 is ``encoding_batch`` of the batch size
     notes: tuple[str, ...] = ()  # of memory that was too small
     chosen: str = "all"  # how the queries were chosen from those of the data set
+    left_out: int = 0  # queries without a relevant item, where the protocol skips them
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -166,6 +169,20 @@ def _labels(split: Split) -> Tensor:
     return split.labels
 
 
+def _asked(queries: Split, database: Split, protocol: Protocol) -> tuple[Split, int]:
+    """The queries that a protocol scores, and the number of those that it skips."""
+    if protocol.empty != "skip":
+        return queries, 0
+    found = has_relevant(_labels(queries), _labels(database))
+    if not found.any():
+        raise ValueError(
+            f"none of the {len(queries)} queries has a relevant item in the database, and the protocol skips "
+            "such queries; look at the labels of both ('robusthash data check')"
+        )
+    left_out = int((~found).sum())
+    return (queries.take(torch.nonzero(found).flatten()) if left_out else queries), left_out
+
+
 def make_context(
     victim: Hasher,
     data: RetrievalData,
@@ -206,6 +223,8 @@ def make_context(
         positions = stable_subset(split, queries)
         if queries < len(split):
             split, chosen = split.take(positions), by_content(queries, data.query)
+    split, left_out = _asked(split, data.database, protocol)
+    chosen += f", {left_out} without a relevant item left out" * bool(left_out)
     notes: list[str] = []
 
     def encoded(hasher: Hasher, split: Split, modality: str, size: int, title: str) -> Codes:
@@ -223,5 +242,5 @@ def make_context(
     (codes, query), size = halving(both, encoding_batch(batch_size), "items", "encoded", notes.append)
     for note in notes:
         warn(note)
-    fixed = (split, query, codes, seed, batch_size, size, tuple(notes), chosen)
+    fixed = (split, query, codes, seed, batch_size, size, tuple(notes), chosen, left_out)
     return EvaluationContext(victim, data, protocol, direction, *fixed)

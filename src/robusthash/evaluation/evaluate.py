@@ -228,7 +228,7 @@ def _result(
         per_query=per_query,
         interval=intervals(per_query),
         reference=measured.reference,
-        empty=measured.empty,
+        empty=measured.empty + context.left_out,
         curves=measured.curves,
     )
 

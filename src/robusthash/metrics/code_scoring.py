@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robusthash.core.hamming import pack
+from robusthash.core.labels import has_relevant
 from robusthash.core.types import Codes
 from robusthash.metrics.protocol import Protocol, load_protocol, measure
 from robusthash.metrics.results import EvalResult, Setting
@@ -225,11 +226,18 @@ def score(query: CodeFile, database: CodeFile, protocol: str | Protocol = "house
             f"{database.codes.bits}; both sides must come from the same model"
         )
     query_labels, labels = _same_labels(query, database)
-    measured = measure(protocol, query.codes, query_labels, database.codes, labels)
+    asked, left_out = query.codes, 0
+    if protocol.empty == "skip":
+        rows = torch.nonzero(has_relevant(query_labels, labels)).flatten()
+        if len(rows) == 0:
+            raise ValueError(f"no query of {query.name} has a relevant item in {database.name}")
+        asked = Codes(asked.packed[rows], asked.bits, asked.ids[rows], asked.origin)
+        left_out, query_labels = len(query_labels) - len(rows), query_labels[rows]
+    measured = measure(protocol, asked, query_labels, database.codes, labels)
     digests = {
         "model": _digest(query.codes.packed),
         "codes": _digest(database.codes.packed),
-        "queries": _digest(query.codes.ids, query_labels),
+        "queries": _digest(asked.ids, query_labels),
         "database": _digest(database.codes.ids, labels),
     }
     setting = Setting(
@@ -241,7 +249,8 @@ def score(query: CodeFile, database: CodeFile, protocol: str | Protocol = "house
         bits=query.codes.bits,
         digests=digests,
     )
-    return EvalResult(setting=setting, interval=intervals(measured.per_query), **vars(measured))
+    result = EvalResult(setting=setting, interval=intervals(measured.per_query), **vars(measured))
+    return replace(result, empty=measured.empty + left_out)
 
 
 def _same_labels(query: CodeFile, database: CodeFile) -> tuple[Tensor, Tensor]:
