@@ -84,6 +84,12 @@ class Banded(Search):
         if self.search.edits:
             raise ValueError(f"{type(self.search).__name__} edits words, which have no bands of frequency")
 
+    def check(self, threat: Threat, origin: Inputs | None = None) -> None:
+        self.search.check(threat, origin)
+
+    def reach(self, threat: Threat) -> float:
+        return self.search.reach(threat)
+
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
     ) -> SearchResult:
