@@ -115,7 +115,7 @@ class Search(ABC):
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
     ) -> SearchResult: ...
 
-    def check(self, threat: Threat, origin: Inputs | None = None) -> None:
+    def check(self, threat: Threat, origin: Inputs | None = None) -> None:  # noqa: B027  # few have steps
         """Refuse steps that are too long for a threat; with ``origin``, for inputs of that shape."""
 
     def reach(self, threat: Threat) -> float:
@@ -213,8 +213,8 @@ class Attack:
             return ""
         return (
             f"the {self.search.steps} steps of {self.name} reach {reach:.4g} of the budget {ball.eps:.4g} "
-            f"({ball.norm}): take at least {math.ceil(ball.eps / reach * self.search.steps - 1e-6)} steps, or "
-            "a longer step_size"
+            f"({ball.norm}): take at least {math.ceil(ball.eps / reach * self.search.steps - 1e-6)} steps, "
+            "or a longer step_size"
         )
 
     def check_inputs(self, inputs: Inputs) -> None:

@@ -13,7 +13,7 @@ from robusthash.attacks.budgets import Ball, Budget
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Batch
+from robusthash.core.types import Batch, Inputs
 from robusthash.models.block_dct import BlockDCT
 
 Band = Literal["low", "mid", "high"]

@@ -20,8 +20,11 @@ from robusthash.data.splits import stable_subset
 from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.distance_histogram import Prepared, prepare, prepared_counts
 from robusthash.metrics.protocol import Protocol, load_protocol
-from robusthash.models.encoding import encode_by, encode_split
+from robusthash.models.encoding import encode_by, encode_signs, encode_split
 from robusthash.models.hasher import Hasher
+from robusthash.models.surrogate_gradients import keyed_noise
+
+NOISE_SAMPLES = 20  # draws of a randomised victim's noise over which an AP is averaged
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,31 @@ class EvaluationContext:
     def randomised(self) -> bool:
         """The victim declares that its codes are random."""
         return self.victim.declared == "randomised"
+
+    def noise_codes(self, name: str, restart: int, block: int, inputs: Tensor) -> Tensor:
+        """(2, S, B, K) int8 codes of inputs of a block under two separate sets of keyed noise draws.
+
+        Of a randomised victim: one set chooses the worst case of each query, the other scores it.
+        """
+        sets = []
+        for purpose in ("choose", "score"):
+            draws, codes = Draws(self.seed, ("looks", purpose, name, str(restart), str(block))), []
+            for sample in range(NOISE_SAMPLES):
+                with keyed_noise(draws.within(sample).key(), self.victim.device):
+                    codes.append(encode_signs(self.victim, self.direction[0], inputs, self.batch_size))
+            sets.append(torch.stack(codes))
+        return torch.stack(sets)
+
+    def noise_of_all(self, name: str, inputs: Tensor, restart: int = 0) -> Tensor:
+        """(2, S, Q, K) ``noise_codes`` of inputs of all queries, in their order."""
+        blocks = enumerate(inputs.split(self.batch_size))
+        return torch.cat([self.noise_codes(name, restart, block, part) for block, part in blocks], 2)
+
+    @cached_property
+    def clean_noise(self) -> Tensor:
+        """(2, S, Q, K) ``noise_codes`` of the clean queries."""
+        batches = ((block, self.batch(block).inputs[self.direction[0]]) for block in range(self.blocks))
+        return torch.cat([self.noise_codes("clean", 0, block, inputs) for block, inputs in batches], 2)
 
 
 def by_content(count: int, split: Split) -> str:

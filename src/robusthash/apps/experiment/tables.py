@@ -218,7 +218,7 @@ def _attack_of(result: EvalResult) -> str:
 def cell_of(
     results: Sequence[EvalResult], measure: str | None = None, minus: Sequence[EvalResult] = ()
 ) -> Cell:
-    """The mean of a per-query measure over training seeds, on the queries that all have a value for.
+    """The mean of a per-query measure over training seeds, on the queries that all have a finite value for.
 
     Args:
         results: one a seed.
@@ -227,7 +227,9 @@ def cell_of(
     """
     measure = measure or headline_of(results[0])
     values = _stacked(results, measure) - (_stacked(minus, measure) if minus else 0.0)
-    values = values[:, ~values.isnan().any(0)]
+    values = values[:, values.isfinite().all(0)]
+    if not values.numel():
+        raise ValueError(f"no query has a finite value of {measure} in every seed")
     interval = results[0].interval.get(measure) if len(values) == 1 and not minus else None
     if interval is None:
         interval = hierarchical_interval(values) if len(values) > 1 else bootstrap_interval(values[0])

@@ -68,7 +68,7 @@ def _with_steps(attack: Attack, threat: Threat, most: int | None) -> Attack:
         search = replace(search, step_size=search.step_size / before.eps * after.eps or search.step_size)
     if most is not None:
         search = replace(search, steps=min(search.steps, most))
-    return replace(attack, search=search)
+    return replace(attack, search=search, threat=replace(threat, knowledge=attack.threat.knowledge))
 
 
 def with_legacy(protocol: Protocol) -> Protocol:
