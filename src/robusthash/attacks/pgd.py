@@ -24,6 +24,15 @@ def _positive(**values: float) -> None:
             raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
 
 
+def no_gradient(*modalities: str) -> ValueError:
+    """The error of an attack by gradients on a model that has none to these inputs."""
+    return ValueError(
+        f"no gradient reaches the {' and '.join(modalities)} of this victim: a part of it cuts the graph "
+        "(no_grad, detach, NumPy); use assess, tier 'standard', which has oracle queries too, or where a "
+        "purifier cuts it name the attack in evaluation.identity or evaluation.oblivious"
+    )
+
+
 def ascend(score: Score, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor, Inputs]:
     """Score, logits and the gradient of the score to the inputs alone.
 
@@ -34,12 +43,11 @@ def ascend(score: Score, inputs: Inputs, progress: float) -> tuple[Tensor, Tenso
     leaves = {name: value.detach().requires_grad_(True) for name, value in inputs.items()}
     value, logits = score(leaves, progress)
     if not value.requires_grad:
-        raise ValueError(
-            f"the model has no gradient to its {' and '.join(leaves)}: a part of it cuts the graph; "
-            "attack it without that part (evaluation.identity, evaluation.oblivious), or by assess, tier "
-            "standard, whose adaptive attacks replace the gradient of a purifier"
-        )
-    grads = torch.autograd.grad(value.sum(), list(leaves.values()))
+        raise no_gradient(*leaves)
+    found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+    if cut := [name for name, part in zip(leaves, found, strict=True) if part is None]:
+        raise no_gradient(*cut)
+    grads = [part for part in found if part is not None]
     if not all(bool(torch.isfinite(part.sum())) for part in (value, *grads)):
         raise FloatingPointError("the attack's score or its gradient is NaN or infinite")
     return value.detach(), logits.detach(), dict(zip(leaves, grads, strict=True))

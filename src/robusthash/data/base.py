@@ -229,6 +229,7 @@ def batches(
     positions: Tensor | None = None,
     modalities: Sequence[str] | None = None,
     start: int = 0,
+    least: int = 1,
 ) -> Iterator[Batch]:
     """Batches of ``split``, decoded one ahead; the last may be smaller.
 
@@ -238,6 +239,7 @@ def batches(
         positions: only these positions of the split (a pool); None for all.
         modalities: only these, where the split has them; None for all.
         start: batches to leave out at the start.
+        least: a last batch of fewer items joins the one before it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -250,7 +252,10 @@ def batches(
         return batch if modalities is None else batch.only(modalities)
 
     # one thread reads ahead, so that decoding the next batch overlaps computing on this one
-    first, *others = order.split(batch_size)[start:]
+    chunks = list(order.split(batch_size))
+    if len(chunks) > 1 and len(chunks[-1]) < least:
+        chunks[-2:] = [torch.cat(chunks[-2:])]
+    first, *others = chunks[start:]
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = reader.submit(read, first)
         for chunk in others:

@@ -15,6 +15,7 @@ from robusthash.core.types import Batch, LossTerms
 from robusthash.data.base import RetrievalData, batches
 from robusthash.data.transforms import augment
 from robusthash.training.optimiser_groups import Group, divided
+from robusthash.training.least_batch import least_batch
 from robusthash.training.recipe import FIGURES, Moment, Recipe
 
 
@@ -131,6 +132,7 @@ class _Optimisers:
     groups: Mapping[str, Group]
     by_name: Mapping[str, torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # of fp16, whose small gradients would be 0; idle otherwise
+    least: int  # items that a step needs
 
     def step(self, group: str, loss: torch.Tensor, factor: float, turn: _Turn) -> float:
         """Take the gradients of a group and, where it is its turn, step its optimisers; its learning rate."""
@@ -210,7 +212,8 @@ def fit(
     Raises:
         FloatingPointError: a loss that is NaN or infinite, with epoch, step and terms.
         KeyError: an optimiser group that the configuration does not know.
-        ValueError: settings of a group that the recipe does not have.
+        ValueError: settings of a group that the recipe does not have; batches of one item, and a layer that
+            normalises over the batch alone.
     """
     device = choose_device(config.device)
     seed_everything(config.seed)
@@ -221,7 +224,8 @@ def fit(
     shares = {name: parameters for group in groups.values() for name, parameters in group.shares.items()}
     by_name = {name: config.optim[name].make(parameters) for name, parameters in shares.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    optimisers = _Optimisers(config, groups, by_name, scaler)
+    recipe.hasher.freeze(still, config.batchnorm == "frozen")
+    optimisers = _Optimisers(config, groups, by_name, scaler, least_batch(recipe, data, config.batch_size))
     if config.compile:
         for encoder in recipe.hasher.encoders.values():
             encoder.compile()
@@ -259,10 +263,11 @@ def _epoch(
     pool = recipe.pool(at.epoch)
     items = len(data.train) if pool is None else len(pool)
     steps = math.ceil(items / config.batch_size)
+    steps -= steps > 1 and items % config.batch_size in range(1, optimisers.least)
     draws = Draws(config.seed, ("train",)).within(at.epoch)
     started, earlier, saved, rate = time.perf_counter(), at.seconds, time.perf_counter(), 0.0
-    order = draws.within("order")
-    loader = batches(data.train, config.batch_size, order, pool, recipe.hasher.modalities, at.step)
+    order, parts = draws.within("order"), recipe.hasher.modalities
+    loader = batches(data.train, config.batch_size, order, pool, parts, at.step, optimisers.least)
     for step, batch in enumerate(loader, at.step):
         updates = math.ceil(steps / config.accumulate)
         progress = (at.epoch + step // config.accumulate / updates) / config.epochs
