@@ -22,7 +22,9 @@ def least_batch(recipe: Recipe, data: RetrievalData, batch_size: int) -> int:
     """
     if recipe.pool(0) is None and batch_size > 1 and len(data.train) % batch_size != 1:
         return 1
-    if not any(isinstance(layer, _BatchNorm) for part in recipe.modules().values() for layer in part.modules()):
+    if not any(
+        isinstance(layer, _BatchNorm) for part in recipe.modules().values() for layer in part.modules()
+    ):
         return 1
     hasher = copy.deepcopy(recipe.hasher).train()  # frozen parts stay in eval mode
     others = [part for name, part in recipe.modules().items() if name != "hasher"]

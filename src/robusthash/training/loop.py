@@ -14,8 +14,8 @@ from robusthash.core.runtime import Draws, choose_device, precision, seed_everyt
 from robusthash.core.types import Batch, LossTerms
 from robusthash.data.base import RetrievalData, batches
 from robusthash.data.transforms import augment
-from robusthash.training.optimiser_groups import Group, divided
 from robusthash.training.least_batch import least_batch
+from robusthash.training.optimiser_groups import Group, divided
 from robusthash.training.recipe import FIGURES, Moment, Recipe
 
 

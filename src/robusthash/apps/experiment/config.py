@@ -246,7 +246,6 @@ class Config(Section):
             modality = name.partition("-")[0]
             if name in NAMES and modality in MODALITIES and getattr(self.hasher, modality) is None:
                 raise ValueError(f"training.optim.{name} needs hasher.{modality}, which is not set")
-        self._check_evaluated()
         attack = self.training.inner_attack()
         if attack is None:
             return self
@@ -257,16 +256,6 @@ class Config(Section):
                     f"set hasher.{modality}, or take another training.attack"
                 )
         return self
-
-    def _check_evaluated(self) -> None:
-        """Make each attack of the evaluation once: they check their numbers, and a training is long."""
-        objective = _build("objective", self.training.objective)
-        for key in ("attacks", "oblivious", "identity"):
-            for number, settings in enumerate(getattr(self.evaluation, key)):
-                try:
-                    build("attack", settings, objective=objective)
-                except (KeyError, ValueError) as error:
-                    raise ValueError(f"evaluation.{key}.{number}: {error.args[0]}") from None
 
     def model_id(self, ancestor: str = "") -> str:
         """Digest of all that makes the trained model: data, hasher, training, seed, and the run it started
