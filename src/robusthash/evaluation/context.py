@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,7 +215,7 @@ def _asked(queries: Split, database: Split, protocol: Protocol) -> tuple[Split, 
 def make_context(
     victim: Hasher,
     data: RetrievalData,
-    protocol: str | Protocol = "house",
+    protocol: str | Mapping[str, Any] | Protocol = "house",
     *,
     direction: tuple[str, str] | None = None,
     database: Codes | None = None,

@@ -41,7 +41,7 @@ from robusthash.models.hasher import Hasher
 def evaluate(
     victim: Hasher,
     data: RetrievalData,
-    protocol: str | Protocol = "house",
+    protocol: str | Mapping[str, Any] | Protocol = "house",
     *,
     attack: Attack | None = None,
     victim_for_gradients: Hasher | None = None,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -210,7 +212,9 @@ def _ids(path: Path, array: np.ndarray | None, count: int) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def score(query: CodeFile, database: CodeFile, protocol: str | Protocol = "house") -> EvalResult:
+def score(
+    query: CodeFile, database: CodeFile, protocol: str | Mapping[str, Any] | Protocol = "house"
+) -> EvalResult:
     """Score codes of any origin under a protocol, with 95 % bootstrap intervals over queries.
 
     That queries and database hold different items cannot be checked here: a query that is also in the

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -321,7 +322,7 @@ def _assert_possible(name: str, values: Tensor, profile: Profile) -> None:
         )
 
 
-def load_protocol(protocol: str | Protocol) -> Protocol:
+def load_protocol(protocol: str | Mapping[str, Any] | Protocol) -> Protocol:
     """A registered protocol by name or settings, ``{name: saat, empty: skip}``, or the one given."""
     return protocol if isinstance(protocol, Protocol) else build("protocol", protocol)
 
