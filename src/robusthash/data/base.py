@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robusthash.core.labels import has_relevant
 from robusthash.core.runtime import Draws, digest
 from robusthash.core.types import Batch, Inputs
 
@@ -91,8 +92,14 @@ class Split:
         if self.labels is not None:
             if len(self.labels) != len(self.rows):
                 raise ValueError(f"{self.name}: {len(self.labels)} label rows for {len(self.rows)} items")
-            if not torch.isfinite(self.labels).all():
-                raise ValueError(f"{self.name}: labels hold NaN or infinite values")
+            if self.labels.ndim != 2:
+                raise ValueError(f"{self.name}: labels are (N, C) multi-hot, got {[*self.labels.shape]}")
+            if not ((self.labels == 0) | (self.labels == 1)).all():  # NaN is neither
+                odd = self.labels[(self.labels != 0) & (self.labels != 1)][0]
+                raise ValueError(
+                    f"{self.name}: labels are (N, C) of 0 and 1, and one is {odd:g}; two items are relevant "
+                    "to each other where both have a 1 in one column"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -191,6 +198,12 @@ class RetrievalData:
         note = f"{self.note} Relevance by {system}.".strip()
         return RetrievalData(self.name, **splits, label_names=(), note=note)
 
+    def without_relevant(self) -> int:
+        """Number of queries that share no label with any item of the database."""
+        if self.query.labels is None or self.database.labels is None:
+            return len(self.query)
+        return int((~has_relevant(self.query.labels, self.database.labels)).sum())
+
     def fingerprint(self) -> str:
         """Digest of all splits, in order."""
         return digest({name: split.fingerprint() for name, split in self.splits.items()}, 16)
@@ -203,6 +216,7 @@ class RetrievalData:
             "fingerprints": {name: split.fingerprint() for name, split in self.splits.items()},
             "labels": len(self.label_names),
             "unlabelled": {name: split.unlabelled() for name, split in self.splits.items()},
+            "without_relevant": self.without_relevant(),
             "train_in_database": self.train_in_database,
             "note": self.note,
         }
@@ -215,6 +229,7 @@ def batches(
     positions: Tensor | None = None,
     modalities: Sequence[str] | None = None,
     start: int = 0,
+    least: int = 1,
 ) -> Iterator[Batch]:
     """Batches of ``split``, decoded one ahead; the last may be smaller.
 
@@ -224,6 +239,7 @@ def batches(
         positions: only these positions of the split (a pool); None for all.
         modalities: only these, where the split has them; None for all.
         start: batches to leave out at the start.
+        least: a last batch of fewer items joins the one before it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -236,7 +252,10 @@ def batches(
         return batch if modalities is None else batch.only(modalities)
 
     # one thread reads ahead, so that decoding the next batch overlaps computing on this one
-    first, *others = order.split(batch_size)[start:]
+    chunks = list(order.split(batch_size))
+    if len(chunks) > 1 and len(chunks[-1]) < least:
+        chunks[-2:] = [torch.cat(chunks[-2:])]
+    first, *others = chunks[start:]
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = reader.submit(read, first)
         for chunk in others:

@@ -20,6 +20,7 @@ from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, flat_options
 from robusthash.data.image_files import SUFFIXES, ImageFile, ImageOptions, decode
 from robusthash.data.image_text import TextOptions
+from robusthash.data.label_cells import caption_texts, label_rows
 from robusthash.data.splits import Indices, SplitOptions, assemble, class_split, random_split
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,10 @@ def folder(
     Args:
         root: the folder of class folders, or the one that the manifest's ``file`` column is relative to.
         archive: a plain, uncompressed tar instead of ``root``; it needs a manifest.
-        manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (a list, or ``;`` between),
-            optionally ``class``, ``captions`` (a list or one text), ``split`` and ``id``. Items without a
-            label are similar to nothing; they are kept, counted in the note and warned of.
+        manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (names with ``;`` between, a
+            list, or vectors of 0 and 1; a cell that may mean something else is refused), optionally
+            ``class``, ``captions`` (a list or one text), ``split`` and ``id``. Items without a label are
+            similar to nothing; they are kept, counted in the note and warned of.
         label_field: take the labels from ``labels`` or from ``class``. Where every row has the other column
             too, it becomes another label system of that name (``RetrievalData.by``).
         image, text: texts are the captions of the manifest.
@@ -94,9 +96,9 @@ def folder(
     if (root is None) == (archive is None):
         raise ValueError(f"give either root (a folder) or archive (a tar), got {root!r} and {archive!r}")
     if manifest is not None:
-        entries = _entries_of_manifest(Path(manifest), root, archive, label_field, bool(text.texts))
+        entries, form = _entries_of_manifest(Path(manifest), root, archive, label_field, bool(text.texts))
     else:
-        entries = _entries_of_folder(root, bool(text.texts))
+        entries, form = _entries_of_folder(root, bool(text.texts)), ""
     source, readable = decode([entry.file for entry in entries], image)
     entries = [entries[row] for row in readable.tolist()]
     labels, names = _multi_hot([entry.labels for entry in entries])
@@ -107,6 +109,7 @@ def folder(
     else:
         indices = _drawn_split(labels, names, replace(splits, split=rule))
     note = f"Images {image}; split {rule}" + ("." if rule == "manifest" else f", seed {splits.seed}.")
+    note += f" {form}" * bool(form)
     if count := int((labels.sum(1) == 0).sum()):
         unlabelled = f"{count} of {len(labels)} items have no label and are similar to nothing."
         logger.warning("folder: %s They are kept.", unlabelled)
@@ -220,8 +223,11 @@ def _entries_of_manifest(
     archive: str | Path | None,
     label_field: LabelField,
     with_captions: bool,
-) -> list[Entry]:
-    """The rows of a CSV or JSON-lines manifest, their files found in a folder or in a plain tar."""
+) -> tuple[list[Entry], str]:
+    """The rows of a CSV or JSON-lines manifest, their files found in a folder or in a plain tar.
+
+    The second value is a note on the form of the labels.
+    """
     rows, other = _rows(manifest), _OTHER[label_field]
     for column in ("file", label_field, "captions") if with_captions else ("file", label_field):
         lacking = [line for line, row in rows if column not in row]
@@ -232,27 +238,29 @@ def _entries_of_manifest(
             )
     _refuse_repeated([str(PurePosixPath(str(row["file"]))) for _, row in rows], "file", manifest)
     _refuse_repeated([str(row["id"]) for _, row in rows if row.get("id") not in (None, "")], "id", manifest)
-    if not any(_texts(row[label_field]) for _, row in rows):
+    labels, form = label_rows(
+        [(n, row[label_field]) for n, row in rows], f"{manifest}, column {label_field!r}"
+    )
+    also, _ = label_rows([(n, row.get(other)) for n, row in rows], f"{manifest}, column {other!r}")
+    if not any(labels):
         raise ValueError(
             f"no row of {manifest} has a label in the column {label_field!r}; fill it, or set label_field to "
             f"{other!r} where the labels stand there"
         )
     members = {} if archive is None else _members(Path(archive))
     entries, missing = [], []
-    for _, row in rows:
+    for (_, row), own, others in zip(rows, labels, also, strict=True):
         name = str(row["file"])
         file = _file_below(Path(root), name) if root is not None else members.get(name.removeprefix("./"))
         if file is None:
             missing.append(name)
             continue
-        labels = tuple(sorted(set(_texts(row[label_field]))))
-        also = tuple(sorted(set(_texts(row.get(other)))))
-        captions = tuple(_texts(row.get("captions"), separator=""))
-        entries.append(Entry(file, labels, str(row.get("split") or ""), captions, also))
+        captions = caption_texts(row.get("captions"))
+        entries.append(Entry(file, own, str(row.get("split") or ""), captions, others))
     if missing:
         count = f"{len(missing)} of {len(rows)} files of {manifest}"
         raise FileNotFoundError(f"{count} are not in {archive or root}: {_some(missing)}")
-    return entries
+    return entries, form
 
 
 def _rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -273,6 +281,8 @@ def _rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
 def _csv_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+            raise ValueError(f"{manifest} has two columns {twice[0]!r}; join them into one, with ';' between")
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"{manifest}, line {reader.line_num} has not as many fields as the header")
@@ -286,20 +296,19 @@ def _json_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
+            row = json.loads(content, object_pairs_hook=_once)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{manifest}, line {line} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{manifest}, line {line} is not a JSON object")
         yield line, row
 
 
-def _texts(value: Any, separator: str = ";") -> list[str]:
-    """A list of texts, or one text with separators -> its non-empty parts."""
-    if isinstance(value, str) and separator:
-        value = value.split(separator)
-    parts = value if isinstance(value, list) else [] if value is None else [value]
-    return [str(part).strip() for part in parts if str(part).strip()]
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are there once."""
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"the key {twice[0]!r} is there twice")
+    return dict(pairs)
 
 
 def _refuse_repeated(values: Iterable[str], column: str, manifest: Path) -> None:

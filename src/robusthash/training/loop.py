@@ -21,6 +21,7 @@ from robusthash.training.data_parallel import (
     reduce_gradients,
     world,
 )
+from robusthash.training.least_batch import least_batch
 from robusthash.training.optimiser_groups import Group, divided
 from robusthash.training.recipe import FIGURES, Moment, Recipe
 
@@ -139,6 +140,7 @@ class _Optimisers:
     groups: Mapping[str, Group]
     by_name: Mapping[str, torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # of fp16, whose small gradients would be 0; idle otherwise
+    least: int  # items that a step needs
 
     def step(self, group: str, loss: torch.Tensor, factor: float, turn: _Turn) -> float:
         """Take the gradients of a group and, where it is its turn, step its optimisers; its learning rate."""
@@ -219,7 +221,8 @@ def fit(
     Raises:
         FloatingPointError: a loss that is NaN or infinite, with epoch, step and terms.
         KeyError: an optimiser group that the configuration does not know.
-        ValueError: settings of a group that the recipe does not have.
+        ValueError: settings of a group that the recipe does not have; batches of one item, and a layer that
+            normalises over the batch alone.
     """
     if world() > 1 and not recipe.data_parallel:
         raise ValueError(
@@ -245,7 +248,9 @@ def _train(
     shares = {name: parameters for group in groups.values() for name, parameters in group.shares.items()}
     by_name = {name: config.optim[name].make(parameters) for name, parameters in shares.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    optimisers = _Optimisers(config, recipe.hasher, groups, by_name, scaler)
+    recipe.hasher.freeze(still, config.batchnorm == "frozen")
+    least = max(world(), least_batch(recipe, data, config.batch_size))
+    optimisers = _Optimisers(config, recipe.hasher, groups, by_name, scaler, least)
     if config.compile:
         for encoder in recipe.hasher.encoders.values():
             encoder.compile()
@@ -281,10 +286,11 @@ def _epoch(
     pool = recipe.pool(at.epoch)
     items = len(data.train) if pool is None else len(pool)
     steps = math.ceil(items / config.batch_size)
+    steps -= steps > 1 and items % config.batch_size in range(1, optimisers.least)
     draws = Draws(config.seed, ("train",)).within(at.epoch)
     started, earlier, saved, rate = time.perf_counter(), at.seconds, time.perf_counter(), 0.0
-    order = draws.within("order")
-    loader = batches(data.train, config.batch_size, order, pool, recipe.hasher.modalities, at.step)
+    order, parts = draws.within("order"), recipe.hasher.modalities
+    loader = batches(data.train, config.batch_size, order, pool, parts, at.step, optimisers.least)
     for step, batch in enumerate(loader, at.step):
         updates = math.ceil(steps / config.accumulate)
         progress = (at.epoch + step // config.accumulate / updates) / config.epochs

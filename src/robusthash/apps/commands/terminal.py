@@ -101,6 +101,7 @@ def print_values(title: str, result: EvalResult) -> None:
 
 def print_headlines(results: Mapping[str, EvalResult]) -> None:
     """The headline of each result, next to clean and chance."""
+    from robusthash.metrics.result_words import empty_notes
     from robusthash.metrics.results import headline_of
 
     rows: list[list[Any]] = []
@@ -112,6 +113,8 @@ def print_headlines(results: Mapping[str, EvalResult]) -> None:
     subset = next(iter(results.values())).setting.chosen
     title = "results" if subset in ("", "all") else f"results, queries: {subset}"
     print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
+    for text in empty_notes(results):
+        note(text)
 
 
 def plain(result: EvalResult) -> dict[str, Any]:
