@@ -135,6 +135,7 @@ class RetrievalData:
     label_names: tuple[str, ...]
     validation: Split | None = None
     note: str = ""  # what a reader of results must know, e.g. that pixels were re-encoded
+    skipped: tuple[str, ...] = ()  # files that a reader passed over, with the reason
     train_in_database: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -189,7 +190,7 @@ class RetrievalData:
             name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
         }
         note = f"{self.note} Relevance by {system}.".strip()
-        return RetrievalData(self.name, **splits, label_names=(), note=note)
+        return replace(self, **splits, label_names=(), note=note)
 
     def fingerprint(self) -> str:
         """Digest of all splits, in order."""
