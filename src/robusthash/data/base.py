@@ -190,7 +190,7 @@ class RetrievalData:
             name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
         }
         note = f"{self.note} Relevance by {system}.".strip()
-        return replace(self, **splits, label_names=(), note=note)
+        return RetrievalData(self.name, **splits, label_names=(), note=note, skipped=self.skipped)
 
     def fingerprint(self) -> str:
         """Digest of all splits, in order."""

@@ -18,7 +18,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from robusthash.core.types import Inputs
@@ -36,6 +36,8 @@ if importlib.util.find_spec("PIL.AvifImagePlugin"):
 
 # what Pillow's decoders raise on broken files
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
+UNREAD = f"its content is none of {', '.join(FORMATS)}"
+_PILLOW_LIMIT = 89_478_485  # warned of, and refused from twice as many
 _CHUNK = 256  # images decoded ahead; bounds the memory of one pass
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -209,10 +211,13 @@ def _check_reading(size: int | None, fit: str, max_pixels: int) -> None:
 
 
 def opened(stream: BinaryIO, max_pixels: int) -> Image.Image:
-    """Open an image of one of ``FORMATS`` without decoding it. Pillow's own limit holds for our default."""
-    if max_pixels <= MAX_PIXELS:
+    """Open an image of one of ``FORMATS`` without decoding it.
+
+    ``max_pixels`` takes the place of Pillow's limit, unless a program has set that and not this one.
+    """
+    if max_pixels <= MAX_PIXELS and Image.MAX_IMAGE_PIXELS not in (None, _PILLOW_LIMIT):
         return Image.open(stream, formats=FORMATS)
-    with DECODING.lock:  # whoever raises max_pixels raises Pillow's limit of 179 megapixels with it
+    with DECODING.lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(stream, formats=FORMATS)
@@ -244,6 +249,7 @@ def _decode_one(stream: BinaryIO, name: str, size: int | None, fit: Fit, max_pix
         raise ImageTooLarge(f"{name} has {reason}", f"it has {reason}") from error
     except BROKEN as error:
         reason = str(error).replace(repr(stream), "the file") or type(error).__name__
+        reason = UNREAD if isinstance(error, UnidentifiedImageError) else reason
         raise UnreadableImage(f"cannot read {name} as an image: {reason}", reason) from error
 
 

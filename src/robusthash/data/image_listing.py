@@ -10,9 +10,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from robusthash.data.image_files import BROKEN, FORMATS, Skipped, irregular, opened, path_text
+from robusthash.data.image_files import BROKEN, FORMATS, UNREAD, Skipped, irregular, opened, path_text
 
-_UNREAD = f"its content is none of {', '.join(FORMATS)}"
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")  # brands of the container
 
 
@@ -99,6 +98,6 @@ def _unopened(path: Path) -> str:
         with path.open("rb") as stream, opened(stream, sys.maxsize):
             return ""
     except UnidentifiedImageError:
-        return _UNREAD
+        return UNREAD
     except BROKEN as error:
         return str(error) or type(error).__name__

@@ -65,7 +65,8 @@ class CodeIndex:
     * Wrong input raises ValueError and changes nothing.
 
     The engine follows this object's writes, and is built again from the store when another process has
-    written. Writers wait for each other. The child of a fork opens the store anew. Exact to about ten million codes at interactive speed.
+    written. Writers wait for each other. The child of a fork opens the store anew. Exact to about ten million
+    codes at interactive speed.
 
     Args:
         directory: of the store; it may hold other files as well.
@@ -130,7 +131,7 @@ class CodeIndex:
                 before, and keeps it as long as it is held.
             on_duplicate: what becomes of a key (without keys: an id) that is held: ``update`` replaces the
                 item, ``skip`` keeps it, ``error`` refuses all N. None is ``update`` by key, ``error`` by id.
-            stamps: N texts, with keys: which state of the item was encoded, see ``stamps``.
+            stamps: N texts, with keys: which state of the item was encoded, see ``held``.
 
         Raises:
             ValueError: codes of another length or origin, an id or key given twice or, under ``error``, held
@@ -159,10 +160,15 @@ class CodeIndex:
             self._pending.append((given[written], rows[written]))  # copies: the caller may write into its own
         return Added(torch.from_numpy(given), torch.from_numpy(held))
 
-    def stamps(self, keys: Sequence[str]) -> dict[str, str]:
-        """By key, those of ``keys`` that are held with the stamp they were added with ("" for none)."""
+    def held(self, keys: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """By key, those of ``keys`` that are held: the id, and the stamp it was added with ("" for none)."""
         with self._lock:
-            return self._opened().stamps(list(keys))
+            return self._opened().held(list(keys))
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """The keys that begin with ``prefix``, sorted."""
+        with self._lock:
+            return self._opened().keys(prefix)
 
     def search(self, codes: Codes, k: int, where: Where | None = None) -> Ranking:
         """The ``k`` nearest items of each of Q query codes, k >= 1: (Q, k), -1 where there are fewer."""

@@ -156,9 +156,7 @@ class Store:
         with self._transaction():
             self._upgrade()
             following = self.next_id()
-            ids, held = (
-                self._by_key(new.keys, following) if new.ids is None else self._by_id(new.ids, following)
-            )
+            ids, held = self._by_key(new, following) if new.ids is None else self._by_id(new.ids, following)
             if on_duplicate == "error" and held.any():
                 raise ValueError(_duplicate(new, ids, int(np.flatnonzero(held)[0])))
             origin = self._set_meta(new.origin, max(following, int(ids.max()) + 1))
@@ -172,14 +170,13 @@ class Store:
         known = self._all(f"SELECT id FROM items WHERE id {IN_LIST}", json.dumps(low))
         return ids, np.isin(ids, np.array(known, dtype=np.int64).reshape(-1))
 
-    def _by_key(self, keys: Sequence[str] | None, following: int) -> tuple[np.ndarray, np.ndarray]:
+    def _by_key(self, new: NewItems, following: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids of keys, new ones counted from ``following``, and (N,) bool: the keys held."""
-        keys = keys or ()
-        known = {key: item for key, item, _ in self._keyed(keys)}
-        held = np.array([key in known for key in keys], dtype=bool)
-        fresh = following + np.cumsum(~held) - 1
-        ids = [known.get(key, item) for key, item in zip(keys, fresh.tolist(), strict=True)]
-        return np.array(ids, dtype=np.int64), held
+        known = {key: item for key, item, _ in self._keyed(new.keys or ())}
+        ids = np.array([known.get(key, -1) for key in new.keys or [""] * len(new.codes)], dtype=np.int64)
+        fresh = ids < 0
+        ids[fresh] = following + np.arange(int(fresh.sum()))
+        return ids, ~fresh
 
     def _set_meta(self, origin: str, following: int) -> str:
         """Check and keep the origin, and the counter of ids; returns the origin held now."""
@@ -225,9 +222,16 @@ class Store:
         meta = [("format", json.dumps(FORMAT)), ("next_id", json.dumps(following))]
         self._connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
 
-    def stamps(self, keys: Sequence[str]) -> dict[str, str]:
-        """The stamp of each key that is held."""
-        return {key: stamp for key, _, stamp in self._keyed(keys)}
+    def held(self, keys: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """Id and stamp of each key that is held."""
+        return {key: (item, stamp) for key, item, stamp in self._keyed(keys)}
+
+    def keys(self, prefix: str) -> list[str]:
+        """Keys that begin with ``prefix``, sorted."""
+        if self.format() != FORMAT:
+            return []
+        query = "SELECT key FROM keys WHERE substr(key, 1, length(?1)) = ?1 ORDER BY key"
+        return [key for (key,) in self._all(query, prefix)]
 
     def _keyed(self, keys: Sequence[str]) -> list[tuple[Any, ...]]:
         """(key, id, stamp) of the keys that are held."""

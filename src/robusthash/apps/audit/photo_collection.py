@@ -69,7 +69,7 @@ class Photos:
 
 
 def read_photos(
-    folder: Path | None, size: int, limit: int = 1000, seed: int = 0, max_pixels: int = MAX_PIXELS
+    folder: Path | None, size: int, limit: int = 1000, seed: int = 0, max_pixels: int | None = None
 ) -> Photos:
     """Read the images below a folder, as ``list_images`` finds them, as central squares of ``size`` pixels.
 
@@ -77,7 +77,7 @@ def read_photos(
 
     Args:
         folder: None takes the twenty photographs of this package.
-        max_pixels: as of ``read_image``.
+        max_pixels: as of ``read_image``, which has a default.
         seed: of the order, and so of which photographs are queries and are attacked.
 
     Raises:
@@ -89,7 +89,7 @@ def read_photos(
     order = torch.randperm(len(files), generator=Draws(seed, ("audit", "order")).generator())[:limit]
     drawn = [files[row] for row in order.tolist()]
     pixels, readable_rows = read_images(
-        [path for path, _ in drawn], size, on_error="skip", max_pixels=max_pixels
+        [path for path, _ in drawn], size, on_error="skip", max_pixels=max_pixels or MAX_PIXELS
     )
     readable = [drawn[row] for row in readable_rows.tolist()]
     names = [name for _, name in readable]
