@@ -142,6 +142,7 @@ class RetrievalData:
     label_names: tuple[str, ...]
     validation: Split | None = None
     note: str = ""  # what a reader of results must know, e.g. that pixels were re-encoded
+    skipped: tuple[str, ...] = ()  # files that a reader passed over, with the reason
     train_in_database: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -196,7 +197,7 @@ class RetrievalData:
             name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
         }
         note = f"{self.note} Relevance by {system}.".strip()
-        return RetrievalData(self.name, **splits, label_names=(), note=note)
+        return RetrievalData(self.name, **splits, label_names=(), note=note, skipped=self.skipped)
 
     def without_relevant(self) -> int:
         """Number of queries that share no label with any item of the database."""

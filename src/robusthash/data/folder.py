@@ -18,7 +18,8 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, flat_options
-from robusthash.data.image_files import SUFFIXES, ImageFile, ImageOptions, decode
+from robusthash.data.image_files import ImageFile, ImageOptions, Skipped, decode, some_of
+from robusthash.data.image_listing import list_images
 from robusthash.data.image_text import TextOptions
 from robusthash.data.label_cells import caption_texts, label_rows
 from robusthash.data.splits import Indices, SplitOptions, assemble, class_split, random_split
@@ -97,9 +98,12 @@ def folder(
         raise ValueError(f"give either root (a folder) or archive (a tar), got {root!r} and {archive!r}")
     if manifest is not None:
         entries, form = _entries_of_manifest(Path(manifest), root, archive, label_field, bool(text.texts))
+        skipped: tuple[Skipped, ...] = ()
     else:
-        entries, form = _entries_of_folder(root, bool(text.texts)), ""
+        entries, skipped = _entries_of_folder(root, bool(text.texts))
+        form = ""
     source, readable = decode([entry.file for entry in entries], image)
+    skipped += source.skipped
     entries = [entries[row] for row in readable.tolist()]
     labels, names = _multi_hot([entry.labels for entry in entries])
     rule = splits.split or ("manifest" if any(entry.split for entry in entries) else "random")
@@ -114,13 +118,16 @@ def folder(
         unlabelled = f"{count} of {len(labels)} items have no label and are similar to nothing."
         logger.warning("folder: %s They are kept.", unlabelled)
         note += f" {unlabelled}"
+    if skipped:
+        note += f" {len(skipped)} files passed over: {some_of(skipped, 3)}."
     also, label_note = _other_labels(entries, _OTHER[label_field])
     note += label_note
     if text.texts:
         others = torch.cat([indices.query, indices.database])
         values, text_note = text.encode([entry.captions for entry in entries], indices.train, others)
         source, note = replace(source, others={"text": values}), f"{note} {text_note}"
-    return assemble("folder", source, labels, source.hashes, indices, names, note, also)
+    data = assemble("folder", source, labels, source.hashes, indices, names, note, also)
+    return replace(data, skipped=tuple(map(str, skipped))) if skipped else data
 
 
 def _multi_hot(rows: Sequence[Sequence[str]]) -> tuple[Tensor, tuple[str, ...]]:
@@ -184,8 +191,8 @@ def _drawn_split(labels: Tensor, names: Sequence[str], splits: SplitOptions) -> 
     return class_split(labels.argmax(1), splits, names=names)
 
 
-def _entries_of_folder(root: str | Path | None, captions: bool) -> list[Entry]:
-    """Every image below the class folders of ``root``, which give the labels. Hidden files are left out."""
+def _entries_of_folder(root: str | Path | None, captions: bool) -> tuple[list[Entry], tuple[Skipped, ...]]:
+    """Every image below the class folders of ``root``, which give the labels, and the files passed over."""
     if root is None:
         raise ValueError("an archive needs a manifest, which says what its files are")
     if captions:
@@ -195,14 +202,13 @@ def _entries_of_folder(root: str | Path | None, captions: bool) -> list[Entry]:
         raise FileNotFoundError(
             f"no folder {root.absolute()}; it should hold a folder of images for each class"
         )
-    visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    loose = [path for path in visible if _is_image(path)]
-    if loose:
+    top = list_images(root, deep=False)
+    if top.images:
         raise ValueError(
-            f"{len(loose)} images lie in {root} itself and have no label (first: {loose[0].name}); "
+            f"{len(top.images)} images lie in {root} itself and have no label (first: {top.images[0].name}); "
             "move each into a folder named like its class, or give a manifest"
         )
-    classes = [path for path in visible if path.is_dir()]
+    classes = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     if not classes:
         raise ValueError(f"{root} is empty: it holds neither class folders nor images")
     if {path.name.lower() for path in classes} <= _SPLIT_NAMES:
@@ -210,11 +216,13 @@ def _entries_of_folder(root: str | Path | None, captions: bool) -> list[Entry]:
             f"the folders of {root} are named like splits ({_some([each.name for each in classes])}), "
             "not like classes; give a manifest with the columns file, labels and split"
         )
-    files = {path.name: sorted(file for file in path.rglob("*") if _is_image(file)) for path in classes}
-    empty = [name for name, images in files.items() if not images]
+    listed = {path.name: list_images(path) for path in classes}
+    empty = [name for name, listing in listed.items() if not listing.images]
     if empty:
         raise ValueError(f"{len(empty)} class folders of {root} hold no image: {_some(empty)}; fill them")
-    return [Entry(ImageFile(file), (name,)) for name, images in files.items() for file in images]
+    skipped = [*top.skipped, *(one for listing in listed.values() for one in listing.skipped)]
+    entries = [Entry(ImageFile(file), (name,)) for name, at in listed.items() for file in at.images]
+    return entries, tuple(skipped)
 
 
 def _entries_of_manifest(
@@ -228,7 +236,7 @@ def _entries_of_manifest(
 
     The second value is a note on the form of the labels.
     """
-    rows, other = _rows(manifest), _OTHER[label_field]
+    rows, other = manifest_rows(manifest), _OTHER[label_field]
     for column in ("file", label_field, "captions") if with_captions else ("file", label_field):
         lacking = [line for line, row in rows if column not in row]
         if lacking:
@@ -263,8 +271,8 @@ def _entries_of_manifest(
     return entries, form
 
 
-def _rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, row) of every row."""
+def manifest_rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, row) of every row of a CSV or JSON-lines file; ValueError names a wrong line."""
     if not manifest.is_file():
         raise FileNotFoundError(f"no manifest {manifest.absolute()}")
     try:
@@ -339,10 +347,6 @@ def _file_below(root: Path, name: str) -> ImageFile | None:
         raise ValueError(f"the manifest names {name!r}; files must lie below {root}")
     path = root / relative
     return ImageFile(path) if path.is_file() else None
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _some(names: Sequence[str]) -> str:

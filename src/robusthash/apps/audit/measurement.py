@@ -84,7 +84,7 @@ def run_audit(
     """
     started = time.perf_counter()
     size = size_of(target, options.size)
-    collection = read_photos(photos, size, options.limit, options.seed)
+    collection = read_photos(photos, size, options.limit, options.seed, options.max_pixels)
     categories = read_categories(collection) if options.labels else None
     opened = open_target(target, collection.first(_TRIED), options.bits, options.limits)
     out.mkdir(parents=True, exist_ok=True)

@@ -87,6 +87,7 @@ class AuditOptions:
             perceptual hash, else the largest at which at most 1 % of the pairs of different photographs do.
         limit: photographs read at most.
         seed: of the choice of photographs, the noise and the attacks.
+        max_pixels: of a photograph that is read (width x height); as of ``read_image`` by default.
     """
 
     labels: bool = False
@@ -98,6 +99,7 @@ class AuditOptions:
     limit: int = 1000
     seed: int = 0
     limits: EndpointLimits = EndpointLimits()
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.eps <= 0.5:

@@ -26,7 +26,7 @@ def check(
     data: RetrievalData = build("data", value_of(name))
     facts = data.describe()
     if as_json:
-        print_json(facts)
+        print_json({**facts, "skipped": list(data.skipped)})
         return
     unlabelled = facts["unlabelled"]
     rows = [[split, len(part), unlabelled[split], part.fingerprint()] for split, part in data.splits.items()]

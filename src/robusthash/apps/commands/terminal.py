@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,11 +26,25 @@ def escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
+_SECONDS = 5.0  # between two lines of progress where no bar can be drawn
+
+
 @contextmanager
 def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar per text, drawn on stderr where that is a terminal."""
+    """A bar per text, drawn on stderr where that is a terminal; elsewhere a line every few seconds."""
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def report(done: int, total: int, text: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _SECONDS:
+                last = time.monotonic()
+                note(f"{text}: {done} of {total}")
+
+        yield report
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(done: int, total: int, text: str) -> None:
@@ -80,7 +95,8 @@ def print_table(
 
     table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if right and number else "left")
+        justify, overflow = ("right", "ellipsis") if right and number else ("left", "fold")
+        table.add_column(column, justify=justify, overflow=overflow)
     for row in rows:
         table.add_row(*map(cell, row))
     console.print(table)
