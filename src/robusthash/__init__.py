@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from robusthash import attacks, objectives
     from robusthash.apps.experiment.search_model import SearchModel, load
     from robusthash.attacks import Attack, Threat
-    from robusthash.core.types import Batch
-    from robusthash.data import load_data
+    from robusthash.core.types import Batch, Codes
+    from robusthash.data import RetrievalData, load_data
     from robusthash.defenses import AdversarialTraining
     from robusthash.evaluation import EvaluationContext, evaluate, make_context
     from robusthash.index import open_index
     from robusthash.metrics import EvalResult, Protocol, compare
     from robusthash.models import Hasher, build_hasher, encode_split
+    from robusthash.models.external.wrap import wrap
     from robusthash.robustness import Suite, assess, tier
     from robusthash.training import HashingRecipe, TrainConfig, fit
 
@@ -32,11 +33,13 @@ __all__ = [
     "AdversarialTraining",
     "Attack",
     "Batch",
+    "Codes",
     "EvalResult",
     "EvaluationContext",
     "Hasher",
     "HashingRecipe",
     "Protocol",
+    "RetrievalData",
     "SearchModel",
     "Suite",
     "Threat",
@@ -55,6 +58,7 @@ __all__ = [
     "objectives",
     "open_index",
     "tier",
+    "wrap",
 ]
 
 _REGISTERING = ("data", "models", "objectives", "training", "attacks", "defenses")
@@ -63,11 +67,13 @@ _HOMES = {
     "AdversarialTraining": "defenses",
     "Attack": "attacks",
     "Batch": "core.types",
+    "Codes": "core.types",
     "EvalResult": "metrics",
     "EvaluationContext": "evaluation",
     "Hasher": "models",
     "HashingRecipe": "training",
     "Protocol": "metrics",
+    "RetrievalData": "data",
     "SearchModel": "apps.experiment.search_model",
     "Suite": "robustness",
     "Threat": "attacks",
@@ -83,6 +89,7 @@ _HOMES = {
     "make_context": "evaluation",
     "open_index": "index",
     "tier": "robustness",
+    "wrap": "models.external.wrap",
 }
 """The room or module that each name is imported from when it is first used: ``import robusthash`` loads
 none."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robusthash.core.registry import nearest
-from robusthash.core.types import Codes, Ranking
+from robusthash.core.types import Codes, CodesLike, Ranking, as_codes
 from robusthash.index.search_engines import ENGINES, Engine, Rows
 from robusthash.index.sqlite_store import FILE, FORMAT, Store, check_key, check_origin, create_store, to_json
 
@@ -96,11 +96,12 @@ class CodeIndex:
         with self._lock:
             return self._origin if len(self._current().rows) else ""
 
-    def add(self, codes: Codes, payload: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def add(self, codes: CodesLike, payload: Sequence[Mapping[str, Any]] | None = None) -> None:
         """Add items; all of them or, on error, none.
 
         Args:
-            codes: N codes of the index's length with N new ids, each 0 or greater.
+            codes: N codes of the index's length with N new ids, each 0 or greater; the ids of an array or
+                tensor go on from the highest that is held.
             payload: N JSON objects, returned by ``payload`` and matched by ``where``; none by default.
 
         Raises:
@@ -108,6 +109,7 @@ class CodeIndex:
                 that JSON cannot write.
             OSError: the disk is full; the index is unchanged and usable.
         """
+        codes = as_codes(codes, self._bits, self.next_id())
         rows, ids = _packed_rows(codes, self._bits), _id_array(codes.ids)
         texts = None if payload is None else _payload_texts(payload, ids)
         if len(ids) and ids.min() < 0:
@@ -121,7 +123,7 @@ class CodeIndex:
                 self._origin = store.add(ids, rows, texts, codes.origin)
                 self._pending.append((ids, rows.copy()))  # the caller may write into its tensor later
 
-    def search(self, codes: Codes, k: int, where: Where | None = None) -> Ranking:
+    def search(self, codes: CodesLike, k: int, where: Where | None = None) -> Ranking:
         """The ``k`` nearest items of each of Q query codes, k >= 1: (Q, k), -1 where there are fewer."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -135,7 +137,7 @@ class CodeIndex:
         cut = torch.full((len(queries),), not engine.exact)
         return Ranking(torch.from_numpy(ids), torch.from_numpy(distances), cut)
 
-    def range(self, codes: Codes, radius: int, where: Where | None = None) -> Within:
+    def range(self, codes: CodesLike, radius: int, where: Where | None = None) -> Within:
         """All items at most ``radius`` bits, 0 or more, from each query code; exact in every engine."""
         if radius < 0:
             raise ValueError(f"radius must be 0 or greater, got {radius}")
@@ -241,8 +243,9 @@ class CodeIndex:
             allowed = self._opened().matching(where) if isinstance(where, Mapping) else _id_array(where)
         return engine.only(allowed)
 
-    def _query_rows(self, codes: Codes) -> np.ndarray:
+    def _query_rows(self, codes: CodesLike) -> np.ndarray:
         """Packed rows of query codes that fit the codes held in length and origin."""
+        codes = as_codes(codes, self._bits)
         rows = _packed_rows(codes, self._bits)
         check_origin(codes.origin, self.origin)
         return rows
