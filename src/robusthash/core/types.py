@@ -116,10 +116,10 @@ class Codes:
         ones = array == 1
         if width == 0 or not ((ones | (array == 0)).all() or (ones | (array == -1)).all()):
             some = ", ".join(map(str, np.unique(array)[:4].tolist())) or "none"
-            raise ValueError(
-                f"bits are -1 and +1, 0 and 1, or bool; got {array.dtype} {some}; packed uint8 codes need "
-                "bits=, and real numbers a sign first: np.where(outputs >= 0, 1, -1)"
-            )
+            remedy = "packed codes need bits= and are uint8"
+            if array.dtype.kind == "f":
+                remedy = "of real numbers take the sign first: np.where(outputs >= 0, 1, -1)"
+            raise ValueError(f"bits are -1 and +1, 0 and 1, or bool; got {array.dtype} {some}; {remedy}")
         signs = torch.from_numpy(np.where(ones, 1, -1).astype(np.int8))
         return Codes(pack(signs), width, ids)
 

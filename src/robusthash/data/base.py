@@ -35,6 +35,18 @@ class Source(Protocol):
         ...
 
 
+class TextForm(Protocol):
+    """How the texts of a data set become inputs, so that those of others can."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> (N, V) bags or (N, L) token ids."""
+        ...
+
+    def plain(self) -> dict[str, Any]:
+        """Plain data that ``image_text.text_form`` reads."""
+        ...
+
+
 def content_hash(data: bytes) -> bytes:
     """The 16 bytes that identify an item's content, as hex of a BLAKE2b."""
     return hashlib.blake2b(data, digest_size=8).hexdigest().encode()
@@ -135,6 +147,7 @@ class RetrievalData:
     label_names: tuple[str, ...]
     validation: Split | None = None
     note: str = ""  # what a reader of results must know, e.g. that pixels were re-encoded
+    text_form: TextForm | None = None  # None where there are no texts, or vectors of unknown origin
     train_in_database: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -148,6 +161,20 @@ class RetrievalData:
                 raise ValueError(f"{count} are also in the {other.name} split ({example}); remove them there")
         shared = np.isin(self.train.hashes, self.database.hashes)
         object.__setattr__(self, "train_in_database", int(shared.sum()))
+
+    @staticmethod
+    def from_arrays(images: Any, labels: Any, **options: Any) -> RetrievalData:
+        """Your own images and labels in memory as a data set; see ``data.own_data.from_arrays``."""
+        from robusthash.data.own_data import from_arrays  # which imports this module
+
+        return from_arrays(images, labels, **options)
+
+    @staticmethod
+    def from_dataset(dataset: Any, **options: Any) -> RetrievalData:
+        """A torch ``Dataset`` or ``DataLoader`` as a data set; see ``data.own_data.from_dataset``."""
+        from robusthash.data.own_data import from_dataset
+
+        return from_dataset(dataset, **options)
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -189,7 +216,7 @@ class RetrievalData:
             name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
         }
         note = f"{self.note} Relevance by {system}.".strip()
-        return RetrievalData(self.name, **splits, label_names=(), note=note)
+        return RetrievalData(self.name, **splits, label_names=(), note=note, text_form=self.text_form)
 
     def fingerprint(self) -> str:
         """Digest of all splits, in order."""

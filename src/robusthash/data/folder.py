@@ -20,7 +20,7 @@ from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, flat_options
 from robusthash.data.image_files import SUFFIXES, ImageFile, ImageOptions, decode
 from robusthash.data.image_text import TextOptions
-from robusthash.data.splits import Indices, SplitOptions, assemble, class_split, random_split
+from robusthash.data.splits import Indices, SplitOptions, assemble, drawn_split
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +101,13 @@ def folder(
     entries = [entries[row] for row in readable.tolist()]
     labels, names = _multi_hot([entry.labels for entry in entries])
     rule = splits.split or ("manifest" if any(entry.split for entry in entries) else "random")
+    if rule not in ("manifest", "random", "balanced"):
+        raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {rule!r}")
     if rule == "manifest":
         splits.refuse_sizes("; set split='random' or 'balanced'")
         indices = _column_split(entries, columns)
     else:
-        indices = _drawn_split(labels, names, replace(splits, split=rule))
+        indices = drawn_split(labels, names, replace(splits, split=rule))
     note = f"Images {image}; split {rule}" + ("." if rule == "manifest" else f", seed {splits.seed}.")
     if count := int((labels.sum(1) == 0).sum()):
         unlabelled = f"{count} of {len(labels)} items have no label and are similar to nothing."
@@ -113,11 +115,12 @@ def folder(
         note += f" {unlabelled}"
     also, label_note = _other_labels(entries, _OTHER[label_field])
     note += label_note
+    form = None
     if text.texts:
         others = torch.cat([indices.query, indices.database])
-        values, text_note = text.encode([entry.captions for entry in entries], indices.train, others)
+        values, text_note, form = text.encode([entry.captions for entry in entries], indices.train, others)
         source, note = replace(source, others={"text": values}), f"{note} {text_note}"
-    return assemble("folder", source, labels, source.hashes, indices, names, note, also)
+    return assemble("folder", source, labels, source.hashes, indices, names, note, also, form)
 
 
 def _multi_hot(rows: Sequence[Sequence[str]]) -> tuple[Tensor, tuple[str, ...]]:
@@ -166,19 +169,6 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
             raise ValueError(f"no row of the manifest is for the {name} split; its split column holds {held}")
     validation = rows(set(columns.validation_splits) - query)
     return Indices(**parts, validation=validation if len(validation) else None)
-
-
-def _drawn_split(labels: Tensor, names: Sequence[str], splits: SplitOptions) -> Indices:
-    if splits.split == "random":
-        return random_split(len(labels), splits, train_in_database=splits.train is None)
-    if splits.split != "balanced":
-        raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {splits.split!r}")
-    number = labels.sum(1)
-    for wrong, labels_each in ((number > 1, "several"), (number == 0, "none")):
-        if count := int(wrong.sum()):
-            text = f"split='balanced' needs one label an item and {count} items have {labels_each}"
-            raise ValueError(f"{text}; use 'random'")
-    return class_split(labels.argmax(1), splits, names=names)
 
 
 def _entries_of_folder(root: str | Path | None, captions: bool) -> list[Entry]:

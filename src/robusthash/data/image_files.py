@@ -130,8 +130,8 @@ def read_image(
     return _decode_one(source, str(getattr(source, "name", "<stream>")), size, fit, max_pixels)
 
 
-def pixels_of(image: Image.Image | np.ndarray, size: int, fit: Fit = "crop") -> Tensor:
-    """An image in memory -> (3, size, size) uint8 RGB, by the rules of ``read_image``.
+def pixels_of(image: Image.Image | np.ndarray, size: int | None, fit: Fit = "crop") -> Tensor:
+    """An image in memory -> (3, H, W) uint8 RGB, by the rules of ``read_image``.
 
     Args:
         image: a PIL image, or an (H, W) or (H, W, 3) array of uint8.
@@ -145,7 +145,8 @@ def pixels_of(image: Image.Image | np.ndarray, size: int, fit: Fit = "crop") -> 
                 f"an array must be (H, W) or (H, W, 3) uint8 from 0 to 255, got {image.dtype} {image.shape}"
             )
         image = Image.fromarray(image)
-    rgb = _resize(_to_rgb(ImageOps.exif_transpose(image)), size, fit)
+    rgb = _to_rgb(ImageOps.exif_transpose(image))
+    rgb = rgb if size is None else _resize(rgb, size, fit)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
