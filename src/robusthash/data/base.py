@@ -36,7 +36,7 @@ class Source(Protocol):
 
 
 class TextForm(Protocol):
-    """How the texts of a data set become inputs, so that those of others can."""
+    """The form of the texts of a data set, by which other texts become inputs too."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """N texts -> (N, V) bags or (N, L) token ids."""

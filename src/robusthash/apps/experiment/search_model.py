@@ -62,7 +62,7 @@ class SearchModel:
 
     @cached_property
     def texts(self) -> TextForm | None:
-        """How its texts become inputs; None where it has none, or they came as vectors."""
+        """The form of its texts; None where it has none, or they came as vectors."""
         return self.read_texts() if "text" in self.hasher.modalities else None
 
     def encode(
