@@ -16,6 +16,7 @@ from robusthash.version import __version__
 
 if TYPE_CHECKING:
     from robusthash import attacks, objectives
+    from robusthash.apps.audit.python_audit import audit
     from robusthash.apps.experiment.search_model import SearchModel, load
     from robusthash.attacks import Attack, Threat
     from robusthash.core.types import Batch, Codes
@@ -47,6 +48,7 @@ __all__ = [
     "__version__",
     "assess",
     "attacks",
+    "audit",
     "build_hasher",
     "compare",
     "encode_split",
@@ -79,6 +81,7 @@ _HOMES = {
     "Threat": "attacks",
     "TrainConfig": "training",
     "assess": "robustness",
+    "audit": "apps.audit.python_audit",
     "build_hasher": "models",
     "compare": "metrics",
     "encode_split": "models",
