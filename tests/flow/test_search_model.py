@@ -99,6 +99,22 @@ def test_what_cannot_be_used_is_named(model, folder, tmp_path):
         model.encode(["a red disc"], modality="text")
 
 
+def test_what_cannot_be_read_is_skipped_and_counted(model, folder, tmp_path, caplog):
+    paths = sorted(folder.iterdir())
+    (tmp_path / "no.png").write_bytes(b"no image")
+    mixed = [paths[0], tmp_path / "no.png", tmp_path / "gone.png", paths[1]]
+    codes = model.encode(mixed, batch_size=2, on_error="skip")
+    assert codes.ids.tolist() == [0, 3]
+    assert codes.hex() == model.encode(paths[:2]).hex()
+    assert "2 of 4 images skipped" in caplog.text
+    assert "no.png" in caplog.text
+    assert "gone.png" in caplog.text
+    with pytest.raises(ValueError, match=r"there is no image to encode: image 0: cannot read .*no\.png"):
+        model.encode(mixed[1:2], on_error="skip")
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        model.encode(mixed[2:])
+
+
 def test_memory_that_runs_out_halves_the_batch(model, folder, monkeypatch):
     paths, whole = sorted(folder.iterdir()), search_model.encode_signs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +26,15 @@ from robusthash.core.hamming import pack
 from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import Progress, choose_device, silent
 from robusthash.core.types import Codes
-from robusthash.data.base import TextForm, as_input
+from robusthash.data.base import RetrievalData, TextForm, as_input
+from robusthash.data.image_files import OnError
 from robusthash.data.image_text import text_form
 from robusthash.data.own_data import OneImage, one_image
 from robusthash.index import CodeIndex
 from robusthash.models.encoding import encode_signs, weights_digest
 from robusthash.models.hasher import Hasher
+
+logger = logging.getLogger(__name__)
 
 Item = OneImage
 """An image or, where the model has texts, a text."""
@@ -56,6 +60,12 @@ class SearchModel:
     def __post_init__(self) -> None:
         object.__setattr__(self, "origin", self.origin or weights_digest(self.hasher))
 
+    @classmethod
+    def of(cls, hasher: Hasher, data: RetrievalData) -> SearchModel:
+        """A hasher with the size and the texts of the data that it was trained on."""
+        side = _side({"image_size": data.image_size if "image" in data.modalities else ()})
+        return cls(hasher, side, read_texts=lambda: data.text_form)
+
     @property
     def bits(self) -> int:
         return self.hasher.bits
@@ -71,6 +81,7 @@ class SearchModel:
         batch_size: int = 256,
         progress: Progress | None = None,
         modality: str = "image",
+        on_error: OnError = "raise",
     ) -> Codes:
         """Codes of images, as files give them: cropped to a square and resized, encoded in batches.
 
@@ -81,9 +92,11 @@ class SearchModel:
             progress: called with (items done, items in all or 0 where unknown, "encoding"); by default a bar
                 in a terminal, where there is more than one batch.
             modality: ``image`` or ``text``.
+            on_error: ``raise`` at the first image that cannot be read or used, or ``skip`` such images, with
+                one warning that counts them.
 
         Returns:
-            (N, ...) codes, ids 0 to N - 1.
+            (N, ...) codes; the ids are the places of the items, 0 to N - 1 unless some were skipped.
 
         Raises:
             FileNotFoundError, ValueError: an item that cannot be read or used; its place is named.
@@ -98,19 +111,31 @@ class SearchModel:
         one = one or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
         several: Any = [images] if one else images
         total = len(several) if hasattr(several, "__len__") else 0
-        signs, done, size = [], 0, batch_size
+        signs: list[Tensor] = []
+        ids: list[int] = []
+        errors: list[Exception] = []
+        done, size = 0, batch_size
         with ExitStack() as stack:
             shown = progress or _progress(stack, silenced=0 < total <= batch_size)
             for batch in _batched(iter(several), batch_size):
-                inputs = self._images(batch, done) if modality == "image" else self._texts(batch, done)
-                encoded = partial(encode_signs, self.hasher, modality, inputs)
-                part, size = halving(encoded, min(size, len(batch)), "items", "encoded", warn)
-                signs.append(part)
+                read = self._images(batch, done) if modality == "image" else self._texts(batch, done)
+                used = [item for item in read if not isinstance(item, Exception)]
+                errors += [item for item in read if isinstance(item, Exception)]
+                if errors and on_error == "raise":
+                    raise errors[0]
+                ids += [done + place for place, item in enumerate(read) if not isinstance(item, Exception)]
                 done += len(batch)
+                if used:
+                    encoded = partial(encode_signs, self.hasher, modality, torch.stack(used))
+                    part, size = halving(encoded, min(size, len(used)), "items", "encoded", warn)
+                    signs.append(part)
                 shown(done, total, "encoding")
+        first = "; ".join(map(str, errors[:3]))
         if not signs:
-            raise ValueError(f"there is no {modality} to encode")
-        return Codes(pack(torch.cat(signs)), self.bits, torch.arange(done), self.origin)
+            raise ValueError(f"there is no {modality} to encode{first and ': '}{first}")
+        if errors:
+            logger.warning("%d of %d images skipped: %s", len(errors), done, first)
+        return Codes(pack(torch.cat(signs)), self.bits, torch.tensor(ids), self.origin)
 
     def search(
         self,
@@ -137,29 +162,30 @@ class SearchModel:
         facts = {"image_size": [self.side] * 2 if self.side else [], "digest": self.origin, "texts": texts}
         save_exported(Path(directory), self.hasher, facts)
 
-    def _images(self, batch: Sequence[Any], before: int) -> Tensor:
-        """(B, 3, side, side) float in [0, 1]; files are decoded in threads."""
+    def _images(self, batch: Sequence[Any], before: int) -> list[Tensor | Exception]:
+        """(3, side, side) float in [0, 1] of each image, or its error; files are decoded in threads."""
         numbers = range(before, before + len(batch))
         if len(batch) > 1 and all(isinstance(image, str | Path) for image in batch):
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                return torch.stack(list(pool.map(self._pixels, batch, numbers)))
-        return torch.stack(list(map(self._pixels, batch, numbers)))
+                return list(pool.map(self._pixels, batch, numbers))
+        return list(map(self._pixels, batch, numbers))
 
-    def _pixels(self, image: OneImage, place: int) -> Tensor:
-        """(3, side, side) float in [0, 1] of one image."""
+    def _pixels(self, image: OneImage, place: int) -> Tensor | Exception:
         try:
             return as_input(one_image(image, self.side))
+        except OSError as error:
+            return error
         except ValueError as error:
-            raise ValueError(f"image {place}: {error}") from error
+            return ValueError(f"image {place}: {error}")
 
-    def _texts(self, batch: Sequence[Any], before: int) -> Tensor:
-        """(B, V) or (B, L) of texts."""
+    def _texts(self, batch: Sequence[Any], before: int) -> list[Tensor | Exception]:
+        """(V,) or (L,) of each text."""
         if self.texts is None:
             raise ValueError("the texts of this model came as vectors, and how they are made is not known")
         for place, text in enumerate(batch, before):
             if not isinstance(text, str):
                 raise ValueError(f"text {place} is a {type(text).__name__}")
-        return as_input(self.texts.encode(batch))
+        return list(as_input(self.texts.encode(batch)))
 
 
 def load(source: str | Path, device: str = "auto") -> SearchModel:
