@@ -255,7 +255,9 @@ def test_codes_from_numpy(bits):
     assert torch.equal(Codes.from_numpy(packed, bits).packed, expected.packed)
     assert np.array_equal(expected.numpy(), packed)
     assert expected.hex() == [row.tobytes().hex() for row in packed]
-    with pytest.raises(ValueError, match=r"got .* columns of int8; signed bytes are"):
+    with pytest.raises(
+        ValueError, match=r"got .* columns of int8; as bytes: array\.view\(np\.uint8\), or where 128 was"
+    ):
         Codes.from_numpy(packed.view(np.int8), bits)
     if bits % 8:
         with pytest.raises(ValueError, match=f"ones after bit {bits}"):
@@ -264,6 +266,18 @@ def test_codes_from_numpy(bits):
         Codes.from_numpy(np.full((2, bits), 7))
     with pytest.raises(ValueError, match="of real numbers take the sign first"):
         Codes.from_numpy(np.linspace(-2, 2, 5 * bits).reshape(5, bits))
+
+
+def test_the_remedies_for_packed_codes_in_other_words_work():
+    packed = np.random.default_rng(1).integers(0, 256, (3, 16), dtype=np.uint8)
+    expected = Codes.from_numpy(packed, 128)
+    words, shifted = packed.view(np.uint64), (packed.astype(int) - 128).astype(np.int8)
+    with pytest.raises(ValueError, match=r"got 2 columns of uint64; as bytes: array\.view\(np\.uint8\)$"):
+        Codes.from_numpy(words, 128)
+    for array in (words.view(np.uint8), (shifted.astype(int) + 128).astype(np.uint8)):
+        assert torch.equal(Codes.from_numpy(array, 128).packed, expected.packed)
+    with pytest.raises(ValueError, match="packed codes need bits= and are uint8"):
+        Codes.from_numpy(shifted)
 
 
 def test_an_index_takes_arrays_and_tensors(tmp_path):

@@ -152,5 +152,20 @@ def test_what_cannot_work_is_refused(data, images):
             rh.wrap(Net(), **{"bits": BITS, **options})
     with pytest.raises(ValueError, match=r"wrap takes an nn\.Module, got function"):
         rh.wrap(lambda x: x, bits=BITS)
+    with pytest.warns(FutureWarning):
+        scripted = torch.jit.script(nn.Flatten())
     with pytest.raises(ValueError, match="robusthash audit FILE"):
-        rh.wrap(torch.jit.trace(Net(), images), bits=BITS)
+        rh.wrap(scripted, bits=BITS)
+
+
+def test_a_net_that_is_not_wrapped_is_told_how(data):
+    recipe = rh.HashingRecipe(Net(), rh.objectives.CSQ())
+    for use in (lambda: rh.evaluate(Net(), data), lambda: rh.fit(recipe, data, rh.TrainConfig(epochs=1))):
+        with pytest.raises(
+            ValueError, match=r"a Net is no hasher; wrap .*: robusthash\.wrap\(net, bits=\.\.\.\)"
+        ):
+            use()
+
+
+def test_a_declared_defense_is_kept(data):
+    assert rh.make_context(rh.wrap(Net(), bits=BITS, declared="randomised"), data).randomised

@@ -129,11 +129,10 @@ def _packed_bytes(array: np.ndarray, bits: int) -> np.ndarray:
     width = -(-bits // 8)
     if bits < 1 or array.dtype != np.uint8 or array.shape[1] != width:
         remedy = ""
-        if array.dtype == np.int8 and array.shape[1] == width:
-            remedy = (
-                "; signed bytes are (array.astype(int) + 128).astype(np.uint8) where 128 was taken off, "
-                "else array.view(np.uint8)"
-            )
+        if array.dtype.kind in "iu" and array.shape[1] * array.itemsize == width:  # packed in other words
+            remedy = "; as bytes: array.view(np.uint8)"
+            if array.dtype == np.int8:
+                remedy += ", or where 128 was taken off (array.astype(int) + 128).astype(np.uint8)"
         raise ValueError(
             f"codes of {bits} bits are {bits} columns, or {width} packed uint8 columns; got "
             f"{array.shape[1]} columns of {array.dtype}{remedy}"

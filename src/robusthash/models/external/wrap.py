@@ -23,6 +23,7 @@ def wrap(
     std: float | Sequence[float] | None = None,
     output: Output = "logits",
     metric: str = "cosine",
+    declared: str = "plain",
 ) -> Hasher:
     """Your own net as a hasher, for ``evaluate``, ``assess`` and ``audit``, and to be trained on by ``fit``.
 
@@ -37,6 +38,7 @@ def wrap(
         output: ``logits``, real numbers whose sign is the bit (0 counts as +1); ``signs``, bits as -1 and +1,
             0 and 1, or bool; ``float``, an embedding that is searched by ``metric``.
         metric: of ``float`` alone, ``cosine`` or ``euclidean``.
+        declared: its defense class, for ``assess``: ``randomised``, ``purifier``, ``gate``, ...
 
     Raises:
         ValueError: bounds, mean or std that scale nothing, or another output.
@@ -61,7 +63,14 @@ def wrap(
     if output not in ("logits", "signs"):
         raise ValueError(f"output must be 'logits', 'signs' or 'float', got {output!r}")
     encoder = OwnEncoder(module, bits, output, *_scaling(bounds, mean, std))
-    return Hasher({"image": encoder}, {"image": AsIs(bits)}, {"foreign": type(module).__name__})
+    return Hasher({"image": encoder}, {"image": AsIs(bits)}, {"foreign": type(module).__name__}, declared)
+
+
+def require_hasher(victim: Any) -> None:
+    """ValueError for a net that is no hasher yet, with the remedy."""
+    if not hasattr(victim, "modalities"):
+        name = type(victim).__name__
+        raise ValueError(f"a {name} is no hasher; wrap a net of your own: robusthash.wrap(net, bits=...)")
 
 
 class OwnEncoder(Encoder):
