@@ -93,6 +93,8 @@ def test_what_cannot_be_used_is_named(model, folder, tmp_path):
         model.encode(torch.zeros(3, 5, 5))
     with pytest.raises(ValueError, match="there is no image to encode"):
         model.encode([])
+    with pytest.raises(ValueError, match="encode takes images, or texts, one or several; got NoneType"):
+        model.encode(None)
     with pytest.raises(RunError, match="is not a run directory"):
         rh.load(tmp_path)
     with pytest.raises(ValueError, match="this model encodes image, not 'text' items"):
