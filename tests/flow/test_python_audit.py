@@ -68,6 +68,8 @@ def test_a_trained_hasher_is_audited(tmp_path):
     hasher = rh.build_hasher(bits=16, image={"name": "small", "width": 4, "grid": 1})
     found = rh.audit(hasher, out=tmp_path, tier="smoke", queries=4, attacked=2, size=32)
     assert (found["bits"], found["gradients"]) == (16, True)
+    again = rh.audit(rh.SearchModel(hasher, 32), out=tmp_path, tier="smoke", queries=4, attacked=2)
+    assert again["rows"] == found["rows"]
     assert (tmp_path / "report.html").is_file()
 
 

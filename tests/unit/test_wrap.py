@@ -165,6 +165,8 @@ def test_a_net_that_is_not_wrapped_is_told_how(data):
             ValueError, match=r"a Net is no hasher; wrap .*: robusthash\.wrap\(net, bits=\.\.\.\)"
         ):
             use()
+    with pytest.raises(ValueError, match=r"a SearchModel is no hasher; give its \.hasher"):
+        rh.evaluate(rh.SearchModel(rh.wrap(Net(), bits=BITS), 16), data)
 
 
 def test_a_declared_defense_is_kept(data):

@@ -10,12 +10,13 @@ from torch import nn
 
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.targets import AuditOptions, tier_named
+from robusthash.apps.experiment.search_model import SearchModel
 from robusthash.core.runtime import Progress, silent
 from robusthash.models.hasher import frozen
 
 
 def audit(
-    target: str | Path | nn.Module,
+    target: str | Path | nn.Module | SearchModel,
     photos: str | Path | None = None,
     *,
     out: str | Path = "audit",
@@ -28,9 +29,9 @@ def audit(
     """Audit a search on photographs, and write ``report.html`` and ``audit.json``.
 
     Args:
-        target: a net, as it is (from images in [0, 1] to (B, K)) or as ``wrap`` made it, or what the command
-            line takes: a run, ``module:name``, a model file, an address, ``phash`` and the like. The same net
-            gives the same numbers every way.
+        target: a net, as it is (from images in [0, 1] to (B, K)) or as ``wrap`` made it; a model that was
+            loaded; or what the command line takes: a run, ``module:name``, a model file, an address,
+            ``phash`` and the like. The same net gives the same numbers every way.
         photos: a folder of photographs; the twenty of this package by default.
         out: folder of the page.
         tier: ``smoke`` (seconds) or ``fast`` (minutes).
@@ -48,6 +49,8 @@ def audit(
     if unknown := sorted(set(options) - set(AuditOptions.__dataclass_fields__)):
         known = ", ".join(AuditOptions.__dataclass_fields__)
         raise ValueError(f"an audit takes no {unknown[0]!r}; its options are {known}")
+    if isinstance(target, SearchModel):
+        target, options = target.hasher, {"size": target.side, **options}
     folder, chosen = None if photos is None else Path(photos), AuditOptions(tier=effort, **options)
     if not isinstance(target, nn.Module):
         return run_audit(str(target), Path(out), folder, chosen, progress)

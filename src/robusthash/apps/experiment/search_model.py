@@ -110,7 +110,7 @@ class SearchModel:
         one = isinstance(images, str | Path | Image.Image)
         one = one or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
         several: Any = [images] if one else images
-        if not isinstance(several, Iterable):
+        if not hasattr(several, "__iter__"):
             raise ValueError(f"encode takes images, or texts, one or several; got {type(several).__name__}")
         total = len(several) if hasattr(several, "__len__") else 0
         signs: list[Tensor] = []

@@ -69,8 +69,9 @@ def wrap(
 def require_hasher(victim: Any) -> None:
     """ValueError for a net that is no hasher yet, with the remedy."""
     if not hasattr(victim, "modalities"):
-        name = type(victim).__name__
-        raise ValueError(f"a {name} is no hasher; wrap a net of your own: robusthash.wrap(net, bits=...)")
+        remedy = "wrap a net of your own: robusthash.wrap(net, bits=...)"
+        remedy = "give its .hasher" if hasattr(victim, "hasher") else remedy
+        raise ValueError(f"a {type(victim).__name__} is no hasher; {remedy}")
 
 
 class OwnEncoder(Encoder):
