@@ -73,6 +73,18 @@ def test_the_range_is_part_of_its_identity():
     assert len(digests) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_net_of_another_precision_gets_its_own(dtype, images):
+    logits = rh.wrap(Net().to(dtype), bits=BITS, mean=0.5)({"image": images})["image"].logits
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, Net(mean=0.5)(images), atol=0.02, rtol=0.05)
+
+
+def test_the_range_lies_where_the_net_does():
+    encoder = rh.wrap(Net().to("meta"), bits=BITS).encoders["image"]
+    assert encoder.scale.device.type == encoder.offset.device.type == "meta"
+
+
 def test_a_net_that_writes_into_its_input_changes_no_image(images):
     class Writer(Net):
         def forward(self, x):

@@ -87,12 +87,15 @@ class OwnEncoder(Encoder):
     def __init__(self, module: nn.Module, bits: int, output: Output, scale: Tensor, offset: Tensor) -> None:
         super().__init__()
         self.module, self.output, self.width = module, output, bits
-        self.register_buffer("scale", scale.view(-1, 1, 1))  # part of its identity
-        self.register_buffer("offset", offset.view(-1, 1, 1))
+        # buffers: part of its identity, of its device and of its precision
+        like = next((each for each in module.parameters() if each.is_floating_point()), scale)
+        self.register_buffer("scale", scale.view(-1, 1, 1).to(like))
+        self.register_buffer("offset", offset.view(-1, 1, 1).to(like))
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, 3, H, W) in [0, 1] -> (B, K) logits, and nothing else."""
-        rows = self.module(images * self.scale + self.offset)  # a copy: the module may write into it
+        own = images * self.scale + self.offset  # a copy: the module may write into it
+        rows = self.module(own.to(self.scale.dtype))
         name, shape = type(self.module).__name__, (len(images), self.width)
         if not isinstance(rows, Tensor) or tuple(rows.shape) != shape:
             got = tuple(rows.shape) if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
