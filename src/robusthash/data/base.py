@@ -36,6 +36,18 @@ class Source(Protocol):
         ...
 
 
+class TextForm(Protocol):
+    """The form of the texts of a data set, by which other texts become inputs too."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> (N, V) bags or (N, L) token ids."""
+        ...
+
+    def plain(self) -> dict[str, Any]:
+        """Plain data that ``image_text.text_form`` reads."""
+        ...
+
+
 def content_hash(data: bytes) -> bytes:
     """The 16 bytes that identify an item's content, as hex of a BLAKE2b."""
     return hashlib.blake2b(data, digest_size=8).hexdigest().encode()
@@ -143,6 +155,7 @@ class RetrievalData:
     validation: Split | None = None
     note: str = ""  # what a reader of results must know, e.g. that pixels were re-encoded
     skipped: tuple[str, ...] = ()  # files that a reader passed over, with the reason
+    text_form: TextForm | None = None  # None where there are no texts, or vectors of unknown origin
     train_in_database: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -156,6 +169,20 @@ class RetrievalData:
                 raise ValueError(f"{count} are also in the {other.name} split ({example}); remove them there")
         shared = np.isin(self.train.hashes, self.database.hashes)
         object.__setattr__(self, "train_in_database", int(shared.sum()))
+
+    @staticmethod
+    def from_arrays(images: Any, labels: Any, **options: Any) -> RetrievalData:
+        """Your own images and labels in memory as a data set; see ``data.own_data.from_arrays``."""
+        from robusthash.data.own_data import from_arrays  # which imports this module
+
+        return from_arrays(images, labels, **options)
+
+    @staticmethod
+    def from_dataset(dataset: Any, **options: Any) -> RetrievalData:
+        """A torch ``Dataset`` or ``DataLoader`` as a data set; see ``data.own_data.from_dataset``."""
+        from robusthash.data.own_data import from_dataset
+
+        return from_dataset(dataset, **options)
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -197,7 +224,8 @@ class RetrievalData:
             name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
         }
         note = f"{self.note} Relevance by {system}.".strip()
-        return RetrievalData(self.name, **splits, label_names=(), note=note, skipped=self.skipped)
+        kept = {"note": note, "skipped": self.skipped, "text_form": self.text_form}
+        return RetrievalData(self.name, **splits, label_names=(), **kept)  # type: ignore[arg-type]
 
     def without_relevant(self) -> int:
         """Number of queries that share no label with any item of the database."""

@@ -22,7 +22,7 @@ from robusthash.data.image_files import ImageFile, ImageOptions, Skipped, decode
 from robusthash.data.image_listing import list_images
 from robusthash.data.image_text import TextOptions
 from robusthash.data.label_cells import caption_texts, label_rows
-from robusthash.data.splits import Indices, SplitOptions, assemble, class_split, random_split
+from robusthash.data.splits import Indices, SplitOptions, assemble, drawn_split
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +107,13 @@ def folder(
     entries = [entries[row] for row in readable.tolist()]
     labels, names = _multi_hot([entry.labels for entry in entries])
     rule = splits.split or ("manifest" if any(entry.split for entry in entries) else "random")
+    if rule not in ("manifest", "random", "balanced"):
+        raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {rule!r}")
     if rule == "manifest":
         splits.refuse_sizes("; set split='random' or 'balanced'")
         indices = _column_split(entries, columns)
     else:
-        indices = _drawn_split(labels, names, replace(splits, split=rule))
+        indices = drawn_split(labels, names, replace(splits, split=rule))
     note = f"Images {image}; split {rule}" + ("." if rule == "manifest" else f", seed {splits.seed}.")
     note += f" {form}" * bool(form)
     if count := int((labels.sum(1) == 0).sum()):
@@ -122,11 +124,13 @@ def folder(
         note += f" {len(skipped)} files passed over: {some_of(skipped, 3)}."
     also, label_note = _other_labels(entries, _OTHER[label_field])
     note += label_note
+    text_form = None
     if text.texts:
         others = torch.cat([indices.query, indices.database])
-        values, text_note = text.encode([entry.captions for entry in entries], indices.train, others)
+        captions = [entry.captions for entry in entries]
+        values, text_note, text_form = text.encode(captions, indices.train, others)
         source, note = replace(source, others={"text": values}), f"{note} {text_note}"
-    data = assemble("folder", source, labels, source.hashes, indices, names, note, also)
+    data = assemble("folder", source, labels, source.hashes, indices, names, note, also, text_form)
     return replace(data, skipped=tuple(map(str, skipped))) if skipped else data
 
 
@@ -176,19 +180,6 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
             raise ValueError(f"no row of the manifest is for the {name} split; its split column holds {held}")
     validation = rows(set(columns.validation_splits) - query)
     return Indices(**parts, validation=validation if len(validation) else None)
-
-
-def _drawn_split(labels: Tensor, names: Sequence[str], splits: SplitOptions) -> Indices:
-    if splits.split == "random":
-        return random_split(len(labels), splits, train_in_database=splits.train is None)
-    if splits.split != "balanced":
-        raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {splits.split!r}")
-    number = labels.sum(1)
-    for wrong, labels_each in ((number > 1, "several"), (number == 0, "none")):
-        if count := int(wrong.sum()):
-            text = f"split='balanced' needs one label an item and {count} items have {labels_each}"
-            raise ValueError(f"{text}; use 'random'")
-    return class_split(labels.argmax(1), splits, names=names)
 
 
 def _entries_of_folder(root: str | Path | None, captions: bool) -> tuple[list[Entry], tuple[Skipped, ...]]:

@@ -182,8 +182,8 @@ def as_file(source: str | Path | ImageFile | BinaryIO) -> ImageFile | BinaryIO:
     return ImageFile(Path(source)) if isinstance(source, (str, Path)) else source
 
 
-def pixels_of(image: Image.Image | np.ndarray, size: int, fit: Fit = "crop") -> Tensor:
-    """An image in memory -> (3, size, size) uint8 RGB, by the rules of ``read_image``.
+def pixels_of(image: Image.Image | np.ndarray, size: int | None, fit: Fit = "crop") -> Tensor:
+    """An image in memory -> (3, H, W) uint8 RGB, by the rules of ``read_image``.
 
     Args:
         image: a PIL image, or an (H, W) or (H, W, 3) array of uint8.
@@ -197,7 +197,8 @@ def pixels_of(image: Image.Image | np.ndarray, size: int, fit: Fit = "crop") -> 
                 f"an array must be (H, W) or (H, W, 3) uint8 from 0 to 255, got {image.dtype} {image.shape}"
             )
         image = Image.fromarray(image)
-    rgb = resized(to_rgb(upright(image)), size, fit)
+    rgb = to_rgb(upright(image))
+    rgb = rgb if size is None else resized(rgb, size, fit)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 

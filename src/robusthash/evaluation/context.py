@@ -22,6 +22,7 @@ from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.distance_histogram import Prepared, prepare, prepared_counts
 from robusthash.metrics.protocol import Protocol, load_protocol
 from robusthash.models.encoding import encode_by, encode_signs, encode_split
+from robusthash.models.external.wrap import require_hasher
 from robusthash.models.hasher import Hasher
 from robusthash.models.surrogate_gradients import keyed_noise
 
@@ -241,6 +242,7 @@ def make_context(
         ValueError: a direction of a modality that the victim lacks, queries below 1.
         MemoryError: single items do not fit.
     """
+    require_hasher(victim)
     protocol = load_protocol(protocol)
     direction = direction or (victim.modalities[0], victim.modalities[0])
     if direction[0] not in victim.modalities or direction[1] not in victim.modalities:

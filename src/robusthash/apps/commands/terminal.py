@@ -50,8 +50,8 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
         def progress(done: int, total: int, text: str) -> None:
             key = text.partition(" ")[0] if text.startswith("epoch") else text
             if key not in tasks:
-                tasks[key] = bars.add_task(text, total=total)
-            bars.update(tasks[key], completed=done, total=total, description=text)
+                tasks[key] = bars.add_task(text, total=total or None)  # 0 where nobody knows
+            bars.update(tasks[key], completed=done, total=total or None, description=text)
 
         yield progress
 

@@ -9,7 +9,7 @@ import torch
 
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.apps.experiment.model_stages import read_data, set_threads
-from robusthash.apps.experiment.run_directory import Run, load_run, open_run, write_json
+from robusthash.apps.experiment.run_directory import TEXTS, Run, load_run, open_run, write_json
 from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, silent
@@ -67,6 +67,8 @@ def train(config: Config, root: Path, progress: Progress = silent, base: Path = 
         return run
     data = read_data(config, progress)
     write_json(run.path / "data.json", data.describe())
+    if data.text_form is not None:
+        write_json(run.path / TEXTS, data.text_form.plain())
     objective: HashObjective = build("objective", config.training.objective)
     _check_evaluation(config, data, objective)
     recipe = make_recipe(config, _initial_hasher(config, data, parent), objective)
