@@ -325,4 +325,6 @@ def assemble(
     train, query = split("train", indices.train), split("query", indices.query[torch.from_numpy(~twice)])
     validation = None if indices.validation is None else split("validation", indices.validation)
     database = split("database", indices.database)
-    return RetrievalData(name, train, query, database, tuple(label_names), validation, note, text_form)
+    return RetrievalData(
+        name, train, query, database, tuple(label_names), validation, note, text_form=text_form
+    )

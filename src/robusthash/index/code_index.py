@@ -218,6 +218,11 @@ class CodeIndex:
         """Number of items held."""
         return len(self._current().rows)
 
+    def next_id(self) -> int:
+        """The id that the next new key gets: one more than the highest ever held, 0 at first."""
+        with self._lock:
+            return self._opened().next_id()
+
     def values(self, key: str, most: int = 10) -> list[Any]:
         """Up to ``most`` different values of a payload key; none where no item has it."""
         with self._lock:

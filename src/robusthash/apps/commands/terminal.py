@@ -95,8 +95,10 @@ def print_table(
 
     table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
-        justify, overflow = ("right", "ellipsis") if right and number else ("left", "fold")
-        table.add_column(column, justify=justify, overflow=overflow)
+        if right and number:
+            table.add_column(column, justify="right", overflow="ellipsis")
+        else:
+            table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(cell, row))
     console.print(table)
