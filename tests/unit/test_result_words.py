@@ -75,6 +75,9 @@ def test_queries_without_a_relevant_item_are_said_by_score(tmp_path: Path) -> No
         assert skip[name] * 15 == pytest.approx(zero[name] * 20), name  # one rule for all
     assert (zero.empty, skip.empty) == (5, 5)
     assert empty_note(score(*map(read_codes, files(tmp_path, 20)))) == ""
+    nothing = empty_note(score(*map(read_codes, files(tmp_path, 0))))
+    assert nothing.startswith("20 of 20 queries have no relevant item")
+    assert nothing.endswith("look whether both sides name their labels alike")
     with pytest.raises(ValueError, match=r"no query of q\.npz has a relevant item"):
         score(*map(read_codes, files(tmp_path, 0)), {"name": "house", "empty": "skip"})
 

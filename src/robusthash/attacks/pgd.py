@@ -143,7 +143,7 @@ class PGD(Search):
                 f"step_size {self.step_size:g} is outside (0, {width:g}]; steps are fractions of the range: "
                 "write 2/255, not 2"
             )
-        if origin is not None:
+        if origin is not None and name in origin:
             ball.check_length(self.step_size, "step_size", origin[name])
 
     def reach(self, threat: Threat) -> float:

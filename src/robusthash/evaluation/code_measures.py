@@ -16,6 +16,7 @@ from robusthash.evaluation.context import NOISE_SAMPLES, EvaluationContext
 from robusthash.metrics.distance_histogram import prepared_profile
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.protocol import Measured, measure
+from robusthash.metrics.results import EvalResult
 
 
 def ap_names(names: Iterable[str]) -> list[str]:
@@ -63,8 +64,22 @@ def with_ap(measured: Measured, ap: Mapping[str, Tensor]) -> Measured:
     return replace(measured, values=values, per_query={**measured.per_query, **ap})
 
 
+def choosing_ap(results: Mapping[str, EvalResult]) -> dict[str, dict[str, Tensor]]:
+    """The AP that choose the worst case of a randomised victim, by result and measure.
+
+    Raises:
+        ValueError: a result that was scored on a single draw of the noise.
+    """
+    if lacking := [name for name, result in results.items() if not result.selection]:
+        raise ValueError(
+            f"the victim is randomised, and {lacking[0]!r} was scored on one draw of its noise: the least of "
+            "noisy looks is no worst case; score it by score_clean or score_attack"
+        )
+    return {name: result.selection for name, result in results.items()}
+
+
 def noise_notes(context: EvaluationContext) -> tuple[str, ...]:
-    """How the AP of a randomised victim are averaged."""
+    """The note on how the AP of a randomised victim are averaged."""
     note = f"a randomised victim: AP are means over {NOISE_SAMPLES} fresh draws of its noise"
     also = "those of 8-bit images, whole words and targets are of one draw each"
     return (f"{note}; {also}",) if context.randomised else ()

@@ -23,6 +23,7 @@ from robusthash.evaluation.code_measures import (
     ap_names,
     ap_under_noise,
     as_codes,
+    choosing_ap,
     measure_codes,
     noise_notes,
     unmoved_note,
@@ -294,9 +295,8 @@ def worst(
     """
     headline, key = context.protocol.headline, MeasureKey(context.protocol.headline)
     untargeted = {name: result for name, result in results.items() if not _is_targeted(result)}
-
     if context.randomised and by is None:
-        by = _averaged(clean, untargeted)
+        by = choosing_ap({"clean": clean, **untargeted})
 
     def lowest(name: str, storage: Storage = "") -> robustness.WorstCase:
         stored = MeasureKey.parse(name).name(storage=storage)
@@ -344,17 +344,6 @@ def worst(
         attack="worst",
         notes=noise_notes(context),
     )
-
-
-def _averaged(clean: EvalResult, results: Mapping[str, EvalResult]) -> dict[str, Mapping[str, Tensor]]:
-    """The per-query AP of a randomised victim, averaged over its noise, that choose the worst of its results."""
-    by = {"clean": clean.selection, **{name: result.selection for name, result in results.items()}}
-    if lacking := [name for name, values in by.items() if not values]:
-        raise ValueError(
-            f"the victim is randomised, and {lacking[0]!r} was scored on one draw of its noise: the "
-            "least of noisy looks is no worst case; score it by score_clean or score_attack"
-        )
-    return by
 
 
 def _is_targeted(result: EvalResult) -> bool:

@@ -81,15 +81,18 @@ def _others(match: re.Match[str]) -> str:
 
 
 def empty_note(result: EvalResult) -> str:
-    """How many queries have no relevant item in the database, and how they count; "" where each has one."""
+    """The number of queries without a relevant item in the database, and how they count; "" for none."""
     if not result.empty or any(name.startswith("t-") for name in result.values):  # of targets: in its notes
         return ""
     if result.setting.protocol.get("empty") == "skip":
         return f"{result.empty} queries have no relevant item in the database and are left out"
     asked = len(next(iter(result.per_query.values()), ()))
+    remedy = "the protocol's option 'empty: skip' leaves them out"
+    if result.empty == asked:
+        remedy = "look whether both sides name their labels alike"
     return (
         f"{result.empty} of {asked} queries have no relevant item in the database and count 0 in every "
-        "measure; the protocol's option 'empty: skip' leaves them out"
+        f"measure; {remedy}"
     )
 
 

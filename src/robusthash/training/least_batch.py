@@ -41,7 +41,7 @@ def least_batch(recipe: Recipe, data: RetrievalData, batch_size: int) -> int:
 
 
 def _trains_on_one(hasher: Hasher, data: RetrievalData) -> bool:
-    """Whether the hasher, in training mode, takes a batch of one item; no random state is used up."""
+    """Tell whether the hasher, in training mode, takes a batch of one item; no random state is used up."""
     one = data.train.batch(torch.zeros(1, dtype=torch.int64)).only(hasher.modalities).to(hasher.device)
     devices = [hasher.device] if hasher.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():

@@ -118,7 +118,7 @@ def print_values(title: str, result: EvalResult) -> None:
 
 
 def print_headlines(results: Mapping[str, EvalResult]) -> None:
-    """The headline of each result, next to clean and chance."""
+    """The headline of each result, next to clean and chance, and each note once."""
     from robusthash.metrics.result_words import empty_notes
     from robusthash.metrics.results import headline_of
 
@@ -131,7 +131,8 @@ def print_headlines(results: Mapping[str, EvalResult]) -> None:
     subset = next(iter(results.values())).setting.chosen
     title = "results" if subset in ("", "all") else f"results, queries: {subset}"
     print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
-    for text in empty_notes(results):
+    notes = [text for result in results.values() for text in result.notes]
+    for text in dict.fromkeys([*empty_notes(results), *notes]):
         note(text)
 
 
