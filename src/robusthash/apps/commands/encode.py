@@ -3,7 +3,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, RunPath
+from robusthash.apps.commands.options import AsJson, Device, RunPath
 from robusthash.apps.commands.terminal import progress_bars, reply
 
 
@@ -11,6 +11,7 @@ def encode(
     run: RunPath,
     images: Annotated[list[Path] | None, Argument(help="Image files and folders of them.")] = None,
     out: Annotated[Path | None, Option(help="Write the codes of the images here (.npz).")] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Codes of images as hex lines (code, path) or .npz; without images, of every split of the run as .npz.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from robusthash.apps.commands.options import AsJson, Index, IndexRun
+from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun
 from robusthash.apps.commands.search import search
 from robusthash.apps.commands.terminal import console, print_json, print_table, progress_bars
 
@@ -19,6 +19,7 @@ def build(
     run: Annotated[Path, Option(help="Run whose database is indexed, or that encodes --images.")],
     images: Annotated[Path | None, Option(help="Folder of images to index instead.")] = None,
     engine: Annotated[str, Option(help="faiss, numpy (slow), faiss-ivf (approximate).")] = "faiss",
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Make an index of a run's database split, or of a folder of images encoded by the run's hasher."""
@@ -34,6 +35,7 @@ def add(
     directory: Index,
     images: Annotated[Path, Argument(help="Image file or folder of images.")],
     run: IndexRun = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Add images to an index; acknowledged only once they are safe on disk."""

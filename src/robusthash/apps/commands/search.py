@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, Index, IndexRun
+from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun
 from robusthash.apps.commands.terminal import print_json, print_table
 
 
@@ -16,6 +16,7 @@ def search(
     k: Annotated[int, Option("-k", "--k", min=1, max=10_000, help="Number of results.")] = 10,
     run: IndexRun = None,
     where: Annotated[str | None, Option(help="Filter by payload, as YAML: '{label: cat}'.")] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Search an index by image file: the nearest items with their distances."""
