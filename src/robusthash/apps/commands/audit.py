@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AnyQueries, AsJson, Eps, MaxPixels, Norm, Seed, Threat
+from robusthash.apps.commands.options import (
+    AnyQueries,
+    AsJson,
+    Device,
+    Eps,
+    MaxPixels,
+    Norm,
+    Seed,
+    Threat,
+)
 from robusthash.apps.commands.terminal import (
     console,
     escape,
@@ -45,6 +54,7 @@ def audit(
     header: Annotated[
         list[str] | None, Option(help="Endpoint: 'Name: value', never written. Repeatable.")
     ] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Audit a search: any model, file, endpoint or perceptual hash, on your own photographs.

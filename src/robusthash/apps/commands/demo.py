@@ -3,13 +3,14 @@ from typing import Annotated
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, Seed
+from robusthash.apps.commands.options import AsJson, Device, Seed
 from robusthash.apps.commands.terminal import console, print_json, print_table, progress_bars
 
 
 def demo(
     out: Annotated[Path, Option(help="Folder of the report and all else.")] = Path("demo"),
     seed: Seed = 0,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """The whole story on real photographs: a search that works, broken, hardened, measured. A few minutes."""

@@ -43,7 +43,12 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
 
         yield report
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
@@ -96,9 +101,9 @@ def print_table(
     table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
         if right and number:
-            table.add_column(column, justify="right", overflow="ellipsis")
+            table.add_column(escape(column), justify="right", overflow="ellipsis")
         else:
-            table.add_column(column, overflow="fold")
+            table.add_column(escape(column), overflow="fold")
     for row in rows:
         table.add_row(*map(cell, row))
     console.print(table)
