@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_LOOK_AGAIN = 20.0  # seconds between two looks at the load
 
 Progress = Callable[[int, int, str], None]
 """(steps done, steps in all, title of the work)."""
@@ -22,6 +25,35 @@ Progress = Callable[[int, int, str], None]
 
 def silent(done: int, total: int, text: str) -> None:
     """Show no progress."""
+
+
+def yield_when_busy(progress: Progress) -> Progress:
+    """Take no more threads than there are free cores, now and at each call of the progress that is returned.
+
+    Threads that share a core with other programs wait for each other at every operation, so that two of them
+    on a busy core are many times slower than one. The number only falls, and is at least one.
+    """
+    looked = time.monotonic()
+    _take_free_cores(0)
+
+    def watched(done: int, total: int, text: str) -> None:
+        nonlocal looked
+        if time.monotonic() - looked > _LOOK_AGAIN:
+            looked = time.monotonic()
+            _take_free_cores(torch.get_num_threads())
+        progress(done, total, text)
+
+    return watched
+
+
+def _take_free_cores(own: int) -> None:
+    """Lower the threads to the cores that others leave free; ``own`` of the load are this process's."""
+    if not hasattr(os, "getloadavg"):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = max(1, cores - max(0, round(os.getloadavg()[0] - own)))
+    if free < torch.get_num_threads():
+        torch.set_num_threads(free)
 
 
 def digest(value: Any, length: int = 12) -> str:

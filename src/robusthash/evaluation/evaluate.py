@@ -25,6 +25,7 @@ from robusthash.metrics import robustness_measures as robustness
 from robusthash.metrics.distance_histogram import prepared_profile
 from robusthash.metrics.measure_key import MeasureKey, Storage
 from robusthash.metrics.protocol import Measured, Protocol, measure
+from robusthash.metrics.query_groups import group_scores
 from robusthash.metrics.results import Cost, DataSet, EvalResult, Setting
 from robusthash.metrics.statistics import bootstrap_interval, intervals
 from robusthash.models.hasher import Hasher
@@ -230,6 +231,7 @@ def _result(
         reference=measured.reference,
         empty=measured.empty,
         curves=measured.curves,
+        groups=group_scores(per_query, context.queries.groups),
     )
 
 
@@ -292,6 +294,7 @@ def worst(
         reference={**clean.reference, "clean": clean.values[headline]},
         empty=clean.empty,
         winner=found.winner,
+        groups=group_scores(per_query, context.queries.groups),
         attacks={
             name: {
                 headline: result.values[headline],

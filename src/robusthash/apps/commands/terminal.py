@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,12 @@ def escape(text: str) -> str:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar per text, drawn on stderr where that is a terminal."""
+    """A bar per text on stderr where that is a terminal, else a line every few seconds."""
+    if not console.is_terminal:
+        yield _progress_lines()
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(done: int, total: int, text: str) -> None:
@@ -39,6 +43,19 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
             bars.update(tasks[key], completed=done, total=total, description=text)
 
         yield progress
+
+
+def _progress_lines() -> Callable[[int, int, str], None]:
+    """Progress as lines: nothing in the first two seconds, then a line at most every five."""
+    due = time.monotonic() + 2
+
+    def progress(done: int, total: int, text: str) -> None:
+        nonlocal due
+        if (now := time.monotonic()) >= due:
+            due = now + 5
+            note(f"{time.strftime('%H:%M:%S')} {text}: {done} of {total}")
+
+    return progress
 
 
 def print_json(value: Any) -> None:
@@ -129,4 +146,6 @@ def plain(result: EvalResult) -> dict[str, Any]:
         "attacks",
     )
     parts = {name: getattr(result, name) for name in sections}
+    if result.groups:
+        parts["groups"] = {name: asdict(scores) for name, scores in result.groups.items()}
     return {"setting": asdict(result.setting), "cost": asdict(result.cost), **parts}
