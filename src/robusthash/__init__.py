@@ -16,6 +16,7 @@ from robusthash.version import __version__
 
 if TYPE_CHECKING:
     from robusthash import attacks, objectives
+    from robusthash.apps.experiment.quickstart_run import quickstart
     from robusthash.apps.experiment.search_model import SearchModel, load
     from robusthash.attacks import Attack, Threat
     from robusthash.core.types import Batch
@@ -54,6 +55,7 @@ __all__ = [
     "make_context",
     "objectives",
     "open_index",
+    "quickstart",
     "tier",
 ]
 
@@ -82,6 +84,7 @@ _HOMES = {
     "load_data": "data",
     "make_context": "evaluation",
     "open_index": "index",
+    "quickstart": "apps.experiment.quickstart_run",
     "tier": "robustness",
 }
 """The room or module that each name is imported from when it is first used: ``import robusthash`` loads

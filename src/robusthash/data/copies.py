@@ -36,7 +36,8 @@ CHANGES = (
 )
 """The changes that queries are made by, one query of each to an image."""
 
-TRAINED, HELD_OUT = "of images trained on", "of images never trained on"
+TRAINED, HELD_OUT = "trained on", "never trained on"
+"""Groups of queries, by whether the image that they are copies of was trained on in any form."""
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ def quickstart(
     its copies (cropped, smaller, brighter, compressed) are what the search finds.
     """
     note(f"Makes a search over the images of {folder}: trains, measures, indexes, in {out}. Some minutes.")
-    from robusthash.apps.experiment.quickstart_run import plan, run_quickstart
+    from robusthash.apps.experiment import quickstart_run
 
-    chosen = plan(folder, labels, manifest)
+    chosen = quickstart_run.plan(folder, labels, manifest)
     note(f"{chosen.images} images: {chosen.words}")
     with progress_bars() as progress:
-        summary = run_quickstart(
+        summary = quickstart_run.quickstart(
             folder, out, labels=labels, manifest=manifest, seed=seed, sets=sets or (), progress=progress
         )
     if as_json:

@@ -33,17 +33,17 @@ def copy_table(results: Mapping[str, EvalResult]) -> tuple[list[str], list[list[
     }
     if not clean.groups or "P@1" not in clean.values:
         return [], []
-    columns = ["copies", "queries", "found first", "95 % interval", "in the first 10"]
-    columns += [f"found first under {name}" for name in attacked]
+    columns = ["copies", "queries", "found first", "95 % interval", "in first 10"]
+    columns += [f"first under {name}" for name in attacked]
     worst = results.get("worst")
-    columns += ["worst case, 1 / rank"] if worst else []
+    columns += ["worst 1/rank"] if worst else []
     rows: list[list[Any]] = []
     for name in (*(name for name in _ORDER if name in clean.groups), None):
         scores = [_scores(result, name) for result in (clean, *attacked.values())]
         values, interval = scores[0]
         low, high = interval["P@1"]
         queries = clean.groups[name].queries if name else len(clean.per_query[clean.setting.headline])
-        row: list[Any] = [name or "all", queries, values["P@1"], f"{low:.3f} .. {high:.3f}"]
+        row: list[Any] = [name or "all", queries, values["P@1"], f"{low:.2f}..{high:.2f}"]
         row += [values["R@10"], *(other["P@1"] for other, _ in scores[1:])]
         if worst:
             row.append(_scores(worst, name)[0][MeasureKey(worst.setting.headline).name("worst")])

@@ -47,7 +47,7 @@ class Plan:
     images: int
 
 
-def run_quickstart(
+def quickstart(
     folder: str | Path,
     out: str | Path = "quickstart",
     *,
