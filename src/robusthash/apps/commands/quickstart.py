@@ -42,7 +42,7 @@ def quickstart(
 
 
 def _print(summary: dict[str, Any]) -> None:
-    """What was made on stderr, and its paths on stdout."""
+    """Print the summary on stderr, and the paths of what was made on stdout."""
     if summary["copies"]:
         rows = summary["copies"]
         print_table("copies that find their image", list(rows[0]), [list(row.values()) for row in rows])

@@ -39,7 +39,7 @@ _SIDE = 512  # pixels of the example that is searched with
 
 @dataclass(frozen=True)
 class Plan:
-    """What a folder is taken for: the recipe, its data, and the reason in words."""
+    """The reading of a folder: its recipe and data, and the reason in words."""
 
     recipe: Literal["copies", "labels"]
     data: Mapping[str, str]
