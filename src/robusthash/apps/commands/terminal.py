@@ -26,11 +26,22 @@ def escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
+_SECONDS = 5.0  # between two lines of progress where no bar can be drawn
+
+
 @contextmanager
 def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar per text on stderr where that is a terminal, else a line every few seconds."""
+    """A bar per text, drawn on stderr where that is a terminal; elsewhere a line every few seconds."""
     if not console.is_terminal:
-        yield _progress_lines()
+        last = time.monotonic()
+
+        def report(done: int, total: int, text: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _SECONDS:
+                last = time.monotonic()
+                note(f"{text}: {done} of {total}")
+
+        yield report
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
@@ -43,19 +54,6 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
             bars.update(tasks[key], completed=done, total=total, description=text)
 
         yield progress
-
-
-def _progress_lines() -> Callable[[int, int, str], None]:
-    """Progress as lines: nothing in the first two seconds, then a line at most every five."""
-    due = time.monotonic() + 2
-
-    def progress(done: int, total: int, text: str) -> None:
-        nonlocal due
-        if (now := time.monotonic()) >= due:
-            due = now + 5
-            note(f"{time.strftime('%H:%M:%S')} {text}: {done} of {total}")
-
-    return progress
 
 
 def print_json(value: Any) -> None:
