@@ -28,32 +28,30 @@ def silent(done: int, total: int, text: str) -> None:
 
 
 def yield_when_busy(progress: Progress) -> Progress:
-    """Take no more threads than there are free cores, now and at each call of the progress that is returned.
+    """Take one thread where others keep all cores busy, now and at each call of the progress returned.
 
     Threads that share a core with other programs wait for each other at every operation, so that two of them
-    on a busy core are many times slower than one. The number only falls, and is at least one.
+    are many times slower than one. Numbers may differ in their last digits from those of more threads.
     """
     looked = time.monotonic()
-    _take_free_cores(0)
+    _take_one_if_busy(0)
 
     def watched(done: int, total: int, text: str) -> None:
         nonlocal looked
         if time.monotonic() - looked > _LOOK_AGAIN:
             looked = time.monotonic()
-            _take_free_cores(torch.get_num_threads())
+            _take_one_if_busy(torch.get_num_threads())
         progress(done, total, text)
 
     return watched
 
 
-def _take_free_cores(own: int) -> None:
-    """Lower the threads to the cores that others leave free; ``own`` of the load are this process's."""
-    if not hasattr(os, "getloadavg"):
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    free = max(1, cores - max(0, round(os.getloadavg()[0] - own)))
-    if free < torch.get_num_threads():
-        torch.set_num_threads(free)
+def _take_one_if_busy(own: int) -> None:
+    """Take one thread where the load without the ``own`` threads is that of all cores."""
+    if hasattr(os, "getloadavg"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if os.getloadavg()[0] - own >= cores:
+            torch.set_num_threads(1)
 
 
 def digest(value: Any, length: int = 12) -> str:
