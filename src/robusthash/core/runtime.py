@@ -31,7 +31,7 @@ def yield_when_busy(progress: Progress) -> Progress:
     """Take one thread where others keep all cores busy, now and at each call of the progress returned.
 
     Threads that share a core with other programs wait for each other at every operation, so that two of them
-    are many times slower than one. Numbers may differ in their last digits from those of more threads.
+    are many times slower than one. Training rounds otherwise with another number, so numbers differ a little.
     """
     looked = time.monotonic()
     _take_one_if_busy(0)
