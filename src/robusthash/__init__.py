@@ -17,6 +17,7 @@ from robusthash.version import __version__
 if TYPE_CHECKING:
     from robusthash import attacks, objectives
     from robusthash.apps.audit.python_audit import audit
+    from robusthash.apps.experiment.quickstart_run import quickstart
     from robusthash.apps.experiment.search_model import SearchModel, load
     from robusthash.attacks import Attack, Threat
     from robusthash.core.types import Batch, Codes
@@ -59,6 +60,7 @@ __all__ = [
     "make_context",
     "objectives",
     "open_index",
+    "quickstart",
     "tier",
     "wrap",
 ]
@@ -91,6 +93,7 @@ _HOMES = {
     "load_data": "data",
     "make_context": "evaluation",
     "open_index": "index",
+    "quickstart": "apps.experiment.quickstart_run",
     "tier": "robustness",
     "wrap": "models.external.wrap",
 }

@@ -128,6 +128,11 @@ class Split:
         rows, hashes = self.rows[positions], self.hashes[positions.numpy()]
         return Split(name or self.name, self.source, rows, labels, hashes, also)
 
+    @property
+    def groups(self) -> dict[str, Tensor]:
+        """(N,) bool by name: items that are scored apart, where the source tells its items apart."""
+        return {name: rows[self.rows] for name, rows in getattr(self.source, "groups", {}).items()}
+
     def fingerprint(self) -> str:
         """Digest of the ordered content and the labels: equal only for the same items in the same order."""
         labels = b"" if self.labels is None else self.labels.numpy().tobytes()

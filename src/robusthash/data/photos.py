@@ -232,7 +232,7 @@ def _windows(
     for number, table in enumerate(tables):
         height, width = table.shape[1] - 1, table.shape[2] - 1
         taken = np.empty((0, 4)) if avoid is None else avoid[number :: len(tables)]
-        waiting = torch.arange(number, count, len(tables))
+        waiting = torch.tensor(range(number, count, len(tables))).long()  # of few items maybe none
         for number_of_round in range(_ROUNDS):
             numbers = draws.within("window", number_of_round).uniform(waiting, (_TRIES, 4))
             candidates = _candidates(width, height, numbers.double().numpy())

@@ -34,6 +34,7 @@ from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore
 from robusthash.metrics import robustness_measures as robustness
 from robusthash.metrics.measure_key import MeasureKey, Storage
 from robusthash.metrics.protocol import Measured, Protocol
+from robusthash.metrics.query_groups import group_scores
 from robusthash.metrics.results import Cost, DataSet, EvalResult, Setting
 from robusthash.metrics.statistics import bootstrap_interval, intervals
 from robusthash.models.hasher import Hasher
@@ -260,6 +261,7 @@ def _result(
         reference=measured.reference,
         empty=measured.empty + context.left_out,
         curves=measured.curves,
+        groups=group_scores(per_query, context.queries.groups),
     )
 
 
@@ -327,6 +329,7 @@ def worst(
         reference={**clean.reference, "clean": clean.values[headline]},
         empty=clean.empty,
         winner=found.winner,
+        groups=group_scores(per_query, context.queries.groups),
         attacks={
             name: {
                 headline: result.values[headline],

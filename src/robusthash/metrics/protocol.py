@@ -339,6 +339,15 @@ def house(targets: int = TARGETS, empty: Empty = "zero") -> Protocol:
     return Protocol("house", (*average_precisions, *others), targets=TargetRule(targets), empty=empty)
 
 
+@register("protocol", "copies")
+def copies(targets: int = 1) -> Protocol:
+    """Copy detection: MAP, the share of queries whose image is found first (P@1), or among ten (R@10).
+
+    With one relevant item a query, MAP is the mean of 1 / rank.
+    """
+    return Protocol("copies", ("MAP", "P@1", "R@10"), targets=TargetRule(targets))
+
+
 @register("protocol", "saat", paper="SAAT 2023")
 def saat(targets: int = TARGETS, empty: Empty = "zero") -> Protocol:
     """MAP@5000 with `hits`, in stable-sort order: SAAT, CgAT, ATRDH, ProS-GAN's code, and SAAH.

@@ -21,6 +21,7 @@ from robusthash.core.atomic_files import json_text
 from robusthash.core.identity import scheme_of
 from robusthash.core.registry import nearest
 from robusthash.metrics.measure_key import MeasureKey
+from robusthash.metrics.query_groups import GroupScores
 from robusthash.metrics.result_arrays import (
     pack_values,
     read_with_arrays,
@@ -174,6 +175,7 @@ class EvalResult:
     attacks: dict[str, dict[str, float]] = field(default_factory=dict)  # of a suite: MAP, wins, completeness
     representative: dict[str, float] = field(default_factory=dict)  # of representative codes; no bound
     perceptibility: dict[str, float] = field(default_factory=dict)
+    groups: dict[str, GroupScores] = field(default_factory=dict)  # of queries, as of one kind of change
     flags: tuple[Flag, ...] = ()
     cost: Cost = field(default_factory=Cost)
     name: str = ""  # unique in its run: "clean", "I2T worst", "img-linf-8 standard"

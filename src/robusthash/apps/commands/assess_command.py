@@ -104,7 +104,10 @@ def print_assessment(result: EvalResult) -> None:
         points = zip(curve["eps"].tolist(), *(curve[axis].tolist() for axis in axes), strict=True)
         print_table(name, ["eps", *axes], [[f"{eps:.6g}", *values] for eps, *values in points])
     if result.flags:
-        flagged = [[flag.id, flag.level, flag.value, flag.remedy] for flag in result.flags]
+        flagged = [
+            [flag.id, flag.level, flag.value, "" if flag.level == "pass" else flag.remedy]
+            for flag in result.flags
+        ]
         print_table("checks", ["check", "level", "value", "remedy"], flagged)
     if result.unreliable:
         console.print("[bold red]unreliable:[/] a check is red, and the numbers above may be too high")

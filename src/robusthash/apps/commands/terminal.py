@@ -156,4 +156,6 @@ def plain(result: EvalResult) -> dict[str, Any]:
         "attacks",
     )
     parts = {name: getattr(result, name) for name in sections}
+    if result.groups:
+        parts["groups"] = {name: asdict(scores) for name, scores in result.groups.items()}
     return {"setting": asdict(result.setting), "cost": asdict(result.cost), **parts}
