@@ -17,7 +17,8 @@ from torch import Tensor
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.data.base import ArraySource, RetrievalData, flat_options
-from robusthash.data.image_files import SUFFIXES, ImageOptions, decode, pixels_of, read_image
+from robusthash.data.image_files import ImageOptions, decode, pixels_of, read_image, some_of
+from robusthash.data.image_listing import Listing, list_images
 from robusthash.data.splits import Indices, assemble, hash_pixels
 from robusthash.data.transforms import EVERYDAY, Change, crop, jpeg, through_jpeg, to_pixels
 
@@ -123,15 +124,15 @@ def copies(
     return assemble("copies", source, labels, hash_pixels(pixels), Indices(*parts), names, note.strip())
 
 
-def image_paths(root: Path) -> list[Path]:
-    """Paths of the images of a folder and its subfolders, by name; hidden ones are left out."""
+def images_below(root: Path) -> Listing:
+    """The images of a folder and its subfolders, of which there must be some."""
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root.absolute()}; it should hold images")
-    named = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    paths = [path for path in named if not any(p.startswith(".") for p in path.relative_to(root).parts)]
-    if not paths:
-        raise ValueError(f"{root} holds no image ({', '.join(sorted(SUFFIXES))})")
-    return paths
+    listing = list_images(root)
+    if not listing.images:
+        passed = f"; passed over: {some_of(listing.skipped, 3)}" if listing.skipped else ""
+        raise ValueError(f"{root} holds no image{passed}")
+    return listing
 
 
 def _different(root: Path, image: ImageOptions, limit: int, draws: Draws) -> tuple[list[Path], Tensor, str]:
@@ -139,7 +140,8 @@ def _different(root: Path, image: ImageOptions, limit: int, draws: Draws) -> tup
 
     The pixels are (N, 3, size, size) uint8, as an index of the same folder encodes them.
     """
-    paths = image_paths(root)
+    listing = images_below(root)
+    paths = listing.images
     order = torch.randperm(len(paths), generator=draws.within("images").generator())[:limit]
     drawn = [paths[row] for row in sorted(order.tolist())]
     source, readable = decode(drawn, replace(image, memory=sys.maxsize))
@@ -155,6 +157,9 @@ def _different(root: Path, image: ImageOptions, limit: int, draws: Draws) -> tup
     note = f"Images {image}, each a class of its own."
     note += f" {len(files)} of {len(paths)} images take part." * (len(files) < len(paths))
     note += f" {unreadable} cannot be read." * (unreadable > 0)
+    note += f" {len(listing.skipped)} files passed over: {some_of(listing.skipped, 3)}." * bool(
+        listing.skipped
+    )
     return files, source.images[first], note + f" {twice} have the pixels of another." * (twice > 0)
 
 

@@ -24,7 +24,7 @@ from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.apps.experiment.training_stages import run_all
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.runtime import Progress, digest, silent, yield_when_busy
-from robusthash.data.copies import CHANGES, image_paths
+from robusthash.data.copies import CHANGES, images_below
 from robusthash.data.image_files import UnreadableImage, read_image
 from robusthash.data.transforms import to_pixels
 from robusthash.index import open_index
@@ -99,7 +99,7 @@ def plan(folder: str | Path, labels: Labels = "auto", manifest: str | Path | Non
         ValueError: no images, labels of one class, or several manifests.
     """
     folder = Path(folder)
-    paths = image_paths(folder)
+    paths = images_below(folder).images
     root = {"root": str(folder.resolve())}
     found = (
         _manifest(folder, manifest, named=labels == "manifest") if labels in ("auto", "manifest") else None
@@ -181,7 +181,9 @@ def _indexed(run: Run, folder: Path, progress: Progress) -> Path:
     """The index of all images of the folder, in the run: made again where files came, went or changed."""
     directory = run.path / "index"
     marker = directory / "folder.json"  # written last, so an index without it is not whole
-    listed = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in image_paths(folder)]
+    listed = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images_below(folder).images
+    ]
     state = {"folder": digest(listed, 16), "model": run.card()["digest"]}
     if marker.is_file() and json.loads(marker.read_text()) == state:
         return directory
@@ -194,7 +196,7 @@ def _indexed(run: Run, folder: Path, progress: Progress) -> Path:
 def _example(out: Path, index: Path, folder: Path, run: Run) -> dict[str, Any]:
     """Search with a changed copy of the first readable image of the folder, which is written to ``out``."""
     change = CHANGES[-1]
-    for path in image_paths(folder):
+    for path in images_below(folder).images:
         try:
             pixels = read_image(path, _SIDE)
             break
