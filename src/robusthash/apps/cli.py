@@ -106,7 +106,9 @@ def _smaller_batches_noted() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    note("stopped; run, train, evaluate, assess, questions, sweep and demo go on from what was finished")
+    note(
+        "stopped; run, train, evaluate, assess, questions, sweep, demo, index build and add go on from what was finished"
+    )
     sys.exit(130)
 
 

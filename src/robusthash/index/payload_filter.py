@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -77,4 +78,4 @@ def _forms(key: str, option: Any) -> list[Any]:
         number = json.loads(option)
     except (ValueError, RecursionError):
         return [option]
-    return [option, number] if isinstance(number, (int, float)) and number == number else [option]
+    return [option, number] if type(number) in (int, float) and math.isfinite(number) else [option]

@@ -228,11 +228,16 @@ def run_of_index(directory: Path, run_path: Path | None = None) -> Run:
 
 
 def encode_images(
-    run: Run, images: Sequence[Path], skipped: list[Skipped], progress: Progress = silent, *, reading: Reading
+    run: Run,
+    images: Sequence[Path],
+    progress: Progress = silent,
+    reading: Reading = Reading(),
+    skipped: list[Skipped] | None = None,
 ) -> Iterator[tuple[Codes, list[Path]]]:
     """Codes of image files and of folders of them, in pieces, with the paths of the files.
 
-    Files that are no image or cannot be read are left out, and go into ``skipped``.
+    Args:
+        skipped: takes the files that are no image or cannot be read, which are left out.
 
     Raises:
         FileNotFoundError: neither an image nor a folder.
@@ -240,6 +245,7 @@ def encode_images(
     """
     listings = [_listing(given) for given in images]
     paths = [path for listing in listings for path in listing.images]
+    skipped = [] if skipped is None else skipped
     skipped += [one for listing in listings for one in listing.skipped]
     hasher, unread, before = load_hasher(run), 0, len(skipped)
     for start in range(0, len(paths), _AT_ONCE):
