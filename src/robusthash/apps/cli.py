@@ -106,9 +106,8 @@ def _smaller_batches_noted() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    note(
-        "stopped; run, train, evaluate, assess, questions, sweep, demo, index build and add go on from what was finished"
-    )
+    going_on = "run, train, evaluate, assess, questions, sweep, demo, index build and index add"
+    note(f"stopped; {going_on} go on from what was finished")
     sys.exit(130)
 
 
