@@ -17,7 +17,7 @@ _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")  # brand
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies below a folder."""
+    """The files below a folder."""
 
     images: tuple[Path, ...]  # sorted
     skipped: tuple[Skipped, ...]  # sorted

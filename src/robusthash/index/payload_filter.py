@@ -65,7 +65,7 @@ def unknown_key(key: str, known: list[str]) -> ValueError:
 
 
 def _forms(key: str, option: Any) -> list[Any]:
-    """What an option equals: 2 is '2' too and '2' is 2, as files of labels say either; '007' is no 7."""
+    """The values that an option equals: 2 is '2' too, as files of labels say either; '007' is no 7."""
     if isinstance(option, bool):
         return [str(option).lower()]
     if isinstance(option, int):

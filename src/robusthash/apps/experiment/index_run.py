@@ -49,7 +49,7 @@ _RUN_FILE = "run.json"  # in the directory of an index: the run whose hasher mad
 
 @dataclass(frozen=True)
 class Reading:
-    """How image files are read.
+    """Options of reading image files.
 
     Attributes:
         workers: threads that decode; by default one a core, at most eight.
@@ -67,7 +67,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Adding:
-    """How images are added to an index.
+    """Options of adding images to an index.
 
     Attributes:
         on_duplicate: what becomes of a path that is held: ``update`` encodes it again where the file or its
@@ -159,7 +159,7 @@ def search_image(
 
 
 def values_of(directory: Path, where: str) -> str:
-    """What the items have under the keys of a filter that allowed none, as a line."""
+    """A line on a filter that allowed no item: the values that items have under its keys."""
     with open_index(f"file:{directory}", create=False) as index:
         values = {key: index.values(key, 11) for key in read_filter(where)}
     has = [
