@@ -33,7 +33,7 @@ def encode(
             files = {name: str(path) for name, path in model_stages.encode(encoder, progress).items()}
             return reply(as_json, files, files.values())
         reading = index_run.Reading.of(workers, max_pixels)
-        pieces = index_run.encode_images(encoder, images, skipped, progress, reading=reading)
+        pieces = index_run.encode_images(encoder, images, progress, reading, skipped)
         rows = [row for codes, paths in pieces for row in zip(paths, codes.packed.tolist(), strict=True)]
     for one in skipped:
         note(f"passed over: {one}")
