@@ -315,7 +315,6 @@ def worst(
     values = {names[name]: case.mean for name, case in cases.items()}
     per_query = {names[name]: case.values for name, case in cases.items()}
     found = cases[headline]
-
     chance = torch.full_like(found.values, clean.reference["chance"])
     columns = torch.stack([clean.per_query[headline], found.values, chance], 1).nan_to_num(0.0)
     values["HRS"] = float(robustness.hrs(*(column.mean().reshape(1) for column in columns.T))[0])
