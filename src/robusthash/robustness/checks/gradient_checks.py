@@ -212,7 +212,7 @@ def f22_no_budget(context: EvaluationContext, threat: Threat) -> Flag:
     attack = Attack("checks", Mainstay(), ScaleFree(), _Search(random_point, threat.edits), nothing)
     signs = torch.cat([attack_block(context, attack, block).signs[:, 0] for block in range(context.blocks)])
     metric = context.select(context.query_labels, +1)
-    differ = ((metric(signs) - metric(context.query.signs())).abs() > 1e-6).double().mean().item()
+    differ = ((metric(signs) - metric(context.query.rows())).abs() > 1e-6).double().mean().item()
     result = above("F22", differ)
     if result.level == "pass" and differ > 0:
         return flag(

@@ -116,10 +116,10 @@ def _clean_and_chance(context: EvaluationContext) -> tuple[float, float]:
 
 def f17_collapse(context: EvaluationContext) -> Flag:
     """Few distinct codes: the gap between the best and the worst order of ties, or nearly constant bits."""
-    gap = float(tie_gap(prepared_profile(context.query, context.query_labels, context.prepared)).mean())
-    entropy = float(bit_entropy(context.database.signs()).mean())
+    gap = float(tie_gap(prepared_profile(context.query_codes, context.query_labels, context.prepared)).mean())
+    entropy = float(bit_entropy(context.codes.signs()).mean())
     if gap <= CHECKS["F17"].threshold and entropy < 0.3:
-        distinct = len(torch.unique(context.database.packed, dim=0))
+        distinct = len(torch.unique(context.codes.packed, dim=0))
         remedy = f"bits carry {entropy:.2f} bit each; {distinct} distinct codes in the database: "
         return flag("F17", entropy, "red", threshold=0.3, remedy=remedy + CHECKS["F17"].remedy)
     return above("F17", gap)

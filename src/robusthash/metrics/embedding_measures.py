@@ -1,0 +1,122 @@
+"""Ranking measures of float vectors: an exact sort of every query's distances, in bounded blocks.
+
+The measures are those of codes. A block of sorted distances becomes a ``Profile`` with one group for each
+distinct distance, so that ties count in expectation here as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from robusthash.core.embeddings import Embeddings, ordered
+from robusthash.core.labels import overlap
+from robusthash.core.types import Profile
+from robusthash.metrics import ranking_measures as measures
+from robusthash.metrics.average_precision import average_precision
+from robusthash.metrics.protocol import CURVES, Measured, Protocol, measure_profile
+
+
+def embedding_profiles(
+    query: Embeddings, query_labels: Tensor, database: Embeddings, labels: Tensor
+) -> Iterator[tuple[slice, Profile, Tensor]]:
+    """Profiles of float vectors by blocks of queries, one group for each distance; empty groups fill up.
+
+    Args:
+        query_labels, labels: (Q, C) and (N, C) multi-hot.
+
+    Yields:
+        The rows of the block, their profile, and (b, N) bool: relevant by (distance, row).
+    """
+    if len(query_labels) != len(query) or len(labels) != len(database):
+        raise ValueError(
+            f"{len(query_labels)} and {len(labels)} label rows for {len(query)} and {len(database)}"
+        )
+    if len(database) == 0:
+        raise ValueError("there are no vectors to search: the split is empty")
+    labels = labels.cpu()
+    for rows, order, _, group in ordered(query, database):
+        shared = overlap(query_labels[rows].cpu(), labels).round().long().gather(1, order)
+        empty = torch.zeros(len(order), int(group.max()) + 1, dtype=torch.int64)
+        counts = [
+            empty.scatter_add(1, group, part)
+            for part in (torch.ones_like(order), (shared > 0).long(), shared)
+        ]
+        exponential = empty.double().scatter_add(1, group, 2.0 ** shared.double() - 1)
+        levels = torch.zeros(len(order), int(shared.max()) + 1, dtype=torch.int64)
+        ideal = levels.scatter_add(1, shared, torch.ones_like(shared))
+        yield rows, Profile(*counts, exponential, ideal), shared > 0
+
+
+def embedding_counts(
+    query: Embeddings, query_labels: Tensor, database: Embeddings, labels: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(b, groups) items and relevant ones by distance, block by block: all that an AP needs."""
+    for _, profile, _ in embedding_profiles(query, query_labels, database, labels):
+        yield profile.items, profile.relevant
+
+
+def embedding_ap(query: Embeddings, query_labels: Tensor, database: Embeddings, labels: Tensor) -> Tensor:
+    """(Q,) exact expected AP over the whole database."""
+    blocks = embedding_counts(query, query_labels, database, labels)
+    return torch.cat([average_precision(*counts) for counts in blocks])
+
+
+def measure_embeddings(
+    protocol: Protocol, query: Embeddings, query_labels: Tensor, database: Embeddings, labels: Tensor
+) -> Measured:
+    """Score float vectors under a protocol; measures within a radius of bits are left out and named."""
+    by_radius = [n for n in protocol.measures if n == "PR/radius" or protocol.parse(n).radius is not None]
+    protocol = replace(protocol, measures=tuple(n for n in protocol.measures if n not in by_radius))
+    parsed = {name: protocol.parse(name) for name in protocol.measures}
+    legacy = {name: one for name, one in parsed.items() if one.base == "MAP" and one.ties == "legacy"}
+    blocks: list[tuple[Measured, int]] = []
+    collapsed, orders = list[Profile](), {name: list[Tensor]() for name in legacy}
+    lenient = replace(protocol, empty="zero" if protocol.empty == "error" else protocol.empty)
+    for _, profile, hit in embedding_profiles(query, query_labels, database, labels):
+        own = {n: measures.ap_in_order(hit, one.k, one.denominator) for n, one in legacy.items()}
+        for name, values in own.items():
+            orders[name].append(values)
+        some = int((profile.relevant.sum(1) > 0).sum())
+        blocks.append((measure_profile(lenient, profile, own), some))
+        collapsed.append(measures.collapsed(profile))
+    joined = {name: torch.cat(values) for name, values in orders.items()}
+    # chance, the empty policy and the notes are functions of how many items are relevant, not of their order
+    whole = measure_profile(protocol, _joined(collapsed), joined)
+    per_query = {
+        name: torch.cat([block.per_query[name] for block, _ in blocks]) for name in blocks[0][0].per_query
+    }
+    note = f"{', '.join(by_radius)}: a radius in bits means nothing to the {query.metric} distance"
+    return replace(
+        whole,
+        values={name: float(per_query[name].nanmean()) for name in whole.values},
+        per_query=per_query,
+        curves={name: _mean_curve(protocol, name, blocks) for name in whole.curves},
+        notes=(*whole.notes, *((note,) if by_radius else ())),
+    )
+
+
+def _joined(profiles: list[Profile]) -> Profile:
+    """Profiles of one group each, query after query."""
+    width = max(profile.ideal.shape[1] for profile in profiles)
+    ideal = [torch.nn.functional.pad(p.ideal, (0, width - p.ideal.shape[1])) for p in profiles]
+    names = ("items", "relevant", "gain", "gain_exp")
+    return Profile(*(torch.cat([getattr(p, name) for p in profiles]) for name in names), torch.cat(ideal))
+
+
+def _mean_curve(protocol: Protocol, name: str, blocks: list[tuple[Measured, int]]) -> dict[str, Tensor]:
+    """The mean over all queries from the means of the blocks, by the queries that each is of."""
+    assert name in CURVES
+    of_all = name == "P@N" and protocol.empty != "skip"
+    weights, parts = [], []
+    for block, some in blocks:
+        if name in block.curves:
+            weights.append(len(next(iter(block.per_query.values()))) if of_all else some)
+            parts.append(block.curves[name])
+    share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    axis = "n" if name == "P@N" else "recall"
+    mean = (torch.stack([part["precision"] for part in parts]) * share[:, None]).sum(0)
+    return {axis: parts[0][axis], "precision": mean}
