@@ -90,7 +90,7 @@ def paired_distances(left: Searched, right: Searched) -> Tensor:
         return (left.signs() != right.signs()).sum(1)
     one, two = _same_space(left, right)
     if one.metric == "cosine":
-        return 1 - (one.points * two.points).sum(1)
+        return (1 - (one.points * two.points).sum(1)).clamp_min(0)
     return (one.vectors.double() - two.vectors.double()).norm(dim=1)
 
 
@@ -151,7 +151,7 @@ def _blocks(query: Embeddings, database: Embeddings) -> Iterator[tuple[slice, Te
     for start in range(0, len(query), step):
         rows = slice(start, start + step)
         if query.metric == "cosine":
-            yield rows, 1 - _unit(query.vectors[rows].double()) @ items.T, _ROUNDING
+            yield rows, (1 - _unit(query.vectors[rows].double()) @ items.T).clamp_min(0), _ROUNDING
         else:
             asked = query.vectors[rows].double() - centre
             own = asked.square().sum(1, keepdim=True)

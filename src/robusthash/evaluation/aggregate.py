@@ -205,7 +205,7 @@ def _success(clean: Tensor, attacked: Tensor, floor: Tensor | None) -> dict[str,
 
 
 def _changes(context: EvaluationContext, runs: AttackRuns, winner: Sequence[str]) -> dict[str, Tensor]:
-    """Flips (or distance moved) and perceptibility of each query's worst input; NaN where that is the clean one."""
+    """Flips (or distance) and perceptibility of each query's worst input; NaN where that is the clean one."""
     restarts = {f"{name}/{n}": a for name, blocks in runs.blocks.items() for n, a in enumerate(blocks)}
     moved = {name: _moved(context, attacked) for name, attacked in restarts.items()}
     first, (change, _) = next(iter(restarts.values())), next(iter(moved.values()))

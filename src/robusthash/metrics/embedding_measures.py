@@ -41,14 +41,14 @@ def embedding_profiles(
     for rows, order, _, group in ordered(query, database):
         shared = overlap(query_labels[rows].cpu(), labels).round().long().gather(1, order)
         empty = torch.zeros(len(order), int(group.max()) + 1, dtype=torch.int64)
-        counts = [
+        items, hits, gain = (
             empty.scatter_add(1, group, part)
             for part in (torch.ones_like(order), (shared > 0).long(), shared)
-        ]
+        )
         exponential = empty.double().scatter_add(1, group, 2.0 ** shared.double() - 1)
         levels = torch.zeros(len(order), int(shared.max()) + 1, dtype=torch.int64)
         ideal = levels.scatter_add(1, shared, torch.ones_like(shared))
-        yield rows, Profile(*counts, exponential, ideal), shared > 0
+        yield rows, Profile(items, hits, gain, exponential, ideal), shared > 0
 
 
 def embedding_counts(
@@ -103,8 +103,10 @@ def _joined(profiles: list[Profile]) -> Profile:
     """Profiles of one group each, query after query."""
     width = max(profile.ideal.shape[1] for profile in profiles)
     ideal = [torch.nn.functional.pad(p.ideal, (0, width - p.ideal.shape[1])) for p in profiles]
-    names = ("items", "relevant", "gain", "gain_exp")
-    return Profile(*(torch.cat([getattr(p, name) for p in profiles]) for name in names), torch.cat(ideal))
+    counts = {
+        n: torch.cat([getattr(p, n) for p in profiles]) for n in ("items", "relevant", "gain", "gain_exp")
+    }
+    return Profile(**counts, ideal=torch.cat(ideal))
 
 
 def _mean_curve(protocol: Protocol, name: str, blocks: list[tuple[Measured, int]]) -> dict[str, Tensor]:

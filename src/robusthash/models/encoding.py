@@ -108,15 +108,24 @@ def encode_by(
                 raise ValueError(f"nothing to encode: {list(names)} wanted, the {split.name} split has {has}")
             for name, output in victim(inputs).items():
                 rows = victim.compared(output.logits)
-                encoded[name].append(pack(rows) if by_bits else rows.cpu())
+                encoded[name].append(pack(rows) if by_bits else rows.to("cpu", torch.float32))
             done += len(batch)
             if progress is not None:
                 progress(done, len(split))
-    ids = torch.arange(len(split))
     joined = {name: torch.cat(rows) for name, rows in encoded.items() if rows}
+    return {name: _searched(rows, victim, origin) for name, rows in joined.items()}
+
+
+def as_searched(rows: Tensor, victim: Hasher) -> Searched:
+    """(N, K) signs, or the vectors of a victim that is searched by those, with positions as ids."""
+    return _searched(pack(rows) if victim.distance == "hamming" else rows, victim)
+
+
+def _searched(rows: Tensor, victim: Hasher, origin: str = "") -> Searched:
+    ids = torch.arange(len(rows))
     if victim.distance == "hamming":
-        return {name: Codes(packed, victim.bits, ids, origin) for name, packed in joined.items()}
-    return {name: Embeddings(rows, victim.distance, ids, origin) for name, rows in joined.items()}
+        return Codes(rows, victim.bits, ids, origin)
+    return Embeddings(rows, victim.distance, ids, origin)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -17,12 +17,14 @@ from robusthash.attacks.losses import ScaleFree
 from robusthash.attacks.pgd import APGD
 from robusthash.attacks.published import guided_apgd, mainstay
 from robusthash.attacks.query_search import Square
+from robusthash.attacks.ranking_losses import MarginPN, Tallied
 from robusthash.attacks.threat_model import threat_on
 from robusthash.core.registry import nearest
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
 from robusthash.models.external.http_endpoint import Endpoint
 from robusthash.models.external.loaders import NAMES, load_onnx, load_python, load_torchscript, perceptual
-from robusthash.models.external.wrapper import Call, foreign
+from robusthash.models.external.model_answers import AS_IT_IS, Call, Reading
+from robusthash.models.external.wrapper import foreign
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.robustness.specs.oracle_attacks import OracleAttack
 
@@ -83,10 +85,12 @@ class AuditOptions:
         size: pixels a side of the target's inputs; see ``size_of``.
         bits: K where known; found out by default.
         eps: budget of noise and attacks in (0, 0.5], L-infinity in pixels of [0, 1].
-        radius: bits that may differ between two pictures that count as the same; by default the custom of a
-            perceptual hash, else the largest at which at most 1 % of the pairs of different photographs do.
+        radius: bits (of vectors the distance) that may differ between two pictures that count as the same; by
+            default the custom of a perceptual hash, else the largest at which at most 1 % of the pairs of
+            different photographs do.
         limit: photographs read at most.
         seed: of the choice of photographs, the noise and the attacks.
+        reading: of the answers of a model that is no run: bits or an embedding, and which of several outputs.
     """
 
     labels: bool = False
@@ -94,10 +98,11 @@ class AuditOptions:
     bits: int | None = None
     tier: Tier = TIERS["fast"]
     eps: float = 8 / 255
-    radius: int | None = None
+    radius: float | None = None
     limit: int = 1000
     seed: int = 0
     limits: EndpointLimits = EndpointLimits()
+    reading: Reading = AS_IT_IS
 
     def __post_init__(self) -> None:
         if not 0 < self.eps <= 0.5:
@@ -142,7 +147,11 @@ def size_of(target: str, size: int | None) -> int:
 
 
 def open_target(
-    target: str, images: Tensor, bits: int | None = None, limits: EndpointLimits = EndpointLimits()
+    target: str,
+    images: Tensor,
+    bits: int | None = None,
+    limits: EndpointLimits = EndpointLimits(),
+    reading: Reading = AS_IT_IS,
 ) -> Target:
     """Open what the user named and try it on a few of the photographs.
 
@@ -151,6 +160,7 @@ def open_target(
             address; or ``phash``, ``dhash``, ``whash``, ``pdq``.
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
+        reading: of the answers; a run and a perceptual hash need none.
 
     Raises:
         ValueError: none of these, or a model that is broken (``Broken``).
@@ -158,19 +168,21 @@ def open_target(
     """
     path = Path(target)
     if target.startswith(("http://", "https://")):
-        return _open_endpoint(target, images, bits, limits)
+        return _open_endpoint(target, images, bits, limits, reading)
+    if (target in NAMES or _is_run(target)) and reading != AS_IT_IS:
+        raise ValueError(f"{target} makes bits; leave --output, --metric and --output-name out")
     if target in NAMES:
         known = perceptual(target)
-        return _wrapped(target, known.title, known, images, bits, radius=known.radius)
+        return _wrapped(target, known.title, known, images, bits, Reading("logits"), radius=known.radius)
     if _is_run(target):
         return _open_run(target, bits)
     if path.suffix == ".onnx":
         model, *remarks = load_onnx(path, images)
-        return _wrapped(target, path.name, model, images, bits, tuple(remarks))
+        return _wrapped(target, path.name, model, images, bits, reading, tuple(remarks))
     if path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
-        return _wrapped(target, path.name, load_torchscript(path), images, bits)
+        return _wrapped(target, path.name, load_torchscript(path), images, bits, reading)
     if ":" in target:
-        return _wrapped(target, path.name, load_python(target), images, bits)
+        return _wrapped(target, path.name, load_python(target), images, bits, reading)
     raise ValueError(
         f"{target!r} is no run directory, module:name, .pt or .onnx file, http address, nor one of "
         f"{', '.join(NAMES)}{nearest(target, NAMES).partition(' Known')[0]}"
@@ -186,7 +198,7 @@ def _open_run(target: str, bits: int | None) -> Target:
     if "image" not in hasher.modalities:
         raise ValueError(f"{target} hashes {', '.join(hasher.modalities)}, and an audit needs images")
     if bits is not None and bits != hasher.bits:
-        raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave it at auto")
+        raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave --bits out")
     remark = (
         f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
     )
@@ -200,10 +212,11 @@ def _wrapped(
     model: Call,
     images: Tensor,
     bits: int | None,
+    reading: Reading,
     remarks: tuple[str, ...] = (),
     radius: int | None = None,
 ) -> Target:
-    wrapped = foreign(model, images, name, bits)
+    wrapped = foreign(model, images, name, bits, reading)
     by_torch = isinstance(model, nn.Module) or _has_graph(wrapped.hasher, images[:1])
     remarks = (*wrapped.said, *remarks)
     return Target(name, title, wrapped.hasher, wrapped.gradients, None, radius, remarks, by_torch=by_torch)
@@ -215,21 +228,24 @@ def _has_graph(hasher: Hasher, images: Tensor) -> bool:
         return hasher({"image": images.clone().requires_grad_(True)})["image"].logits.requires_grad
 
 
-def _open_endpoint(url: str, images: Tensor, bits: int | None, limits: EndpointLimits) -> Target:
+def _open_endpoint(
+    url: str, images: Tensor, bits: int | None, limits: EndpointLimits, reading: Reading
+) -> Target:
     endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers)
     answer = endpoint.check_consistency(images[:1])
     if answer.code is None:
         order = "with distances, in their order" if answer.distances else "without distances"
         remark = f"It answers {len(answer.ids)} ids, nearest first, {order}."
         return Target(url, url, None, False, endpoint, remarks=(remark,))
-    wrapped = foreign(endpoint, images, url, bits)
+    wrapped = foreign(endpoint, images, url, bits, reading)
     return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.said)
 
 
 def hostile_attacks(target: Target, tier: Tier, eps: float) -> list[AttackSpec]:
     """The attacks of an audit: untargeted ones hide a photograph, targeted ones make it look like another.
 
-    Attacks that follow gradients know weights and stored codes. A target without gradients, such as a
+    Attacks that follow gradients know weights and stored codes. Vectors have no mainstay code; an attack on
+    the margin to the nearest other photographs takes its place. A target without gradients, such as a
     perceptual hash or an endpoint, gets black-box attacks alone.
 
     Args:
@@ -241,10 +257,12 @@ def hostile_attacks(target: Target, tier: Tier, eps: float) -> list[AttackSpec]:
         known = threat_on("image", eps, knowledge="W2")
         imitate = Attack("imitate", Anchor(1), ScaleFree(), APGD(tier.steps), known, targeted=True)
         follow = mainstay(eps, tier.steps, step_size=2.5 * eps / tier.steps, slope="one")
+        on_codes = target.hasher is None or target.hasher.distance == "hamming"
+        last = Attack("margin-pn", Tallied(), MarginPN(10), APGD(tier.steps), known)
         specs = [
             GradientAttack("guided-apgd", guided_apgd(eps, tier.steps)),
             GradientAttack("flip", flip),
-            GradientAttack("mainstay", follow),
+            GradientAttack("mainstay", follow) if on_codes else GradientAttack("margin-pn", last),
             GradientAttack("imitate", imitate),
         ]
     # judged by bits, since AP is flat while the photograph is still found first

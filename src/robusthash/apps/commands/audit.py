@@ -28,12 +28,21 @@ def audit(
     labels: Annotated[bool, Option("--labels", help="Subfolders are categories; measure those too.")] = False,
     size: Annotated[int | None, Option(min=8, help="Pixels a side; default 224 or the run's.")] = None,
     bits: Annotated[str, Option(help="Length of the codes, or auto.")] = "auto",
+    output: Annotated[
+        str, Option(help="Answers of the model: logits, signs, float (an embedding), or auto.")
+    ] = "auto",
+    metric: Annotated[str | None, Option(help="Of an embedding: cosine (the default) or euclidean.")] = None,
+    output_name: Annotated[
+        str | None, Option(help="Which of several outputs: a name, or the number of its place.")
+    ] = None,
     tier: Annotated[str, Option(help="smoke (seconds) or fast (minutes).")] = "fast",
     out: Annotated[Path, Option(help="Folder for report.html and audit.json.")] = Path("audit"),
     threat: Threat = None,
     eps: Eps = None,
     norm: Norm = None,
-    radius: Annotated[int | None, Option(help="Bits by which the same picture may differ.")] = None,
+    radius: Annotated[
+        float | None, Option(help="Bits (or distance) by which the same picture may differ.")
+    ] = None,
     queries: AnyQueries = None,
     attacked: Annotated[int | None, Option(min=1, help="Number of these that are attacked.")] = None,
     limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000,
@@ -57,6 +66,7 @@ def audit(
 
     from robusthash.apps.audit.measurement import run_audit
     from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, tier_named
+    from robusthash.models.external.model_answers import Reading
 
     if not bits.isdigit() and bits != "auto":
         raise ValueError(f"--bits takes a number or auto, got {bits!r}")
@@ -67,13 +77,16 @@ def audit(
         sys.path.insert(0, os.getcwd())
     limits = EndpointLimits(budget, rate, timeout, _headers(header or []))
     length = None if bits == "auto" else int(bits)
-    options = AuditOptions(labels, size, length, effort, pixel_eps, radius, limit, seed, limits)
+    reading = Reading(output, metric, output_name)  # type: ignore[arg-type]
+    options = AuditOptions(labels, size, length, effort, pixel_eps, radius, limit, seed, limits, reading)
     with progress_bars() as progress:
         summary = run_audit(target, out, photos, options, progress)
     if as_json:
         print_json(summary)
         return
     print_table(f"audit of {summary['title']}", *_rows(summary))
+    if summary["said"]:
+        console.print(escape(summary["said"][0]), highlight=False)
     for warning in summary["doubts"]:
         console.print(f"[bold red]warning:[/] {escape(warning)}", highlight=False)
     if summary["kinds"] is not None:
@@ -110,7 +123,8 @@ def _headers(lines: list[str]) -> dict[str, str]:
 
 def _rows(summary: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the table of an audit."""
-    columns = ["change", "asked", "came first", "recognised", "bits apart", "MAP"]
+    apart = "bits apart" if summary["distance"] in ("hamming", None) else f"{summary['distance']} distance"
+    columns = ["change", "asked", "came first", "recognised", apart, "MAP"]
     keys = ("name", "asked", "first", "recognised", "bits", "map")
     rows = [
         ["" if row[key] is None and key in ("recognised", "bits") else row[key] for key in keys]
