@@ -19,7 +19,7 @@ from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher, frozen
 
 Select = Callable[[Tensor], Tensor]
-"""(B, K) signs or vectors -> (B,) reported metric from the adversary's side, larger = better for the attack."""
+"""(B, K) signs or vectors -> (B,) reported metric of the adversary, larger = better for the attack."""
 
 Score = Callable[[Inputs, float], tuple[Tensor, Tensor]]
 """(attacked inputs, progress in [0, 1]) -> ((B,) score to ascend, (B, K) logits)."""

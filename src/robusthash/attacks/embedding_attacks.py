@@ -96,15 +96,16 @@ class MeanAnchor(Guide):
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
         vectors, labels, goal_labels = known(reference, goal)
-        vectors, unit = Places.among(vectors, victim.distance)
-        positive = relevant(goal_labels, labels).float()
+        clean = _clean(victim, batch)
+        vectors, unit = Places.among(vectors.to(clean), victim.distance)
+        positive = relevant(goal_labels, labels).to(clean)
         count = positive.sum(1, keepdim=True)
-        towards = torch.where(count > 0, positive @ vectors / count.clamp_min(1), _clean(victim, batch))
+        towards = torch.where(count > 0, positive @ vectors / count.clamp_min(1), clean)
         others = (len(vectors) - count).clamp_min(1)
         away = (vectors.sum(0) - positive @ vectors) / others
         places, _ = Places.among(torch.cat([towards, away]), victim.distance)
-        one = torch.eye(len(count), device=vectors.device)
-        pull = float(self.margin) * (count < len(vectors)).float()
+        one = torch.eye(len(count)).to(clean)
+        pull = float(self.margin) * (count < len(vectors)).to(clean)
         return Places(places, torch.cat([one, -one * pull], 1), victim.distance, unit)
 
 
@@ -122,19 +123,20 @@ class WrongAnchor(Guide):
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
         vectors, labels, goal_labels = known(reference, goal)
-        vectors, unit = Places.among(vectors, victim.distance)
+        clean = _clean(victim, batch)
+        vectors, unit = Places.among(vectors.to(clean), victim.distance)
         present = torch.nonzero(labels.sum(0) > 0).flatten()
-        members = labels[:, present].float().T
+        members = labels[:, present].to(clean).T
         means, _ = Places.among(members @ vectors / members.sum(1, keepdim=True), victim.distance)
         lacked = goal_labels[:, present] == 0
-        apart = Places(means, None, victim.distance, unit).apart(_clean(victim, batch))
+        apart = Places(means, None, victim.distance, unit).apart(clean)
         nearest = apart.masked_fill(~lacked, torch.inf).argmin(1)
         wrong = torch.nn.functional.one_hot(nearest, len(means)) * lacked.any(1, keepdim=True)
         own = MeanAnchor(margin=False)(victim, batch, goal, reference, draws)
-        one = torch.eye(len(batch), device=vectors.device)
+        one = torch.eye(len(batch)).to(clean)
         # a query that has every label has no wrong one and only leaves its own
-        stay = one if self.margin else one * (~lacked.any(1)).float()
-        weights = torch.cat([stay, torch.zeros_like(one), -wrong.float()], 1)
+        stay = one if self.margin else one * (~lacked.any(1)).to(clean)
+        weights = torch.cat([stay, torch.zeros_like(one), -wrong.to(clean)], 1)
         return Places(torch.cat([own.codes, means]), weights, victim.distance, unit)
 
 
@@ -146,9 +148,10 @@ class AllItems(Guide):
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
         vectors, labels, goal_labels = known(reference, goal)
-        vectors, unit = Places.among(vectors, victim.distance)
-        places = Places(vectors, 2 * relevant(goal_labels, labels).float() - 1, victim.distance, unit)
-        apart = places.apart(_clean(victim, batch))
+        clean = _clean(victim, batch)
+        vectors, unit = Places.among(vectors.to(clean), victim.distance)
+        places = Places(vectors, 2 * relevant(goal_labels, labels).to(clean) - 1, victim.distance, unit)
+        apart = places.apart(clean)
         low, high = apart.amin(1, keepdim=True), apart.amax(1, keepdim=True)
         slack = ((high - low) / 4).clamp_min(1e-6)
         return replace(places, low=low - slack, high=high + slack)

@@ -57,7 +57,7 @@ class QueryOracle:
         return torch.tensor([self._used[item] for item in ids.tolist()], dtype=torch.int64)
 
     def codes(self, batch: Batch) -> Searched:
-        """B2: the code (or vector) of each row; refused (and not counted) by a B1 oracle or at a spent budget."""
+        """B2: the code (or vector) of each row; refused (and not counted) at B1 or once a budget is spent."""
         self._only_b2("codes")
         return self._answer(batch)
 

@@ -153,11 +153,16 @@ def targeted_success_rate(clean: Tensor, attacked: Tensor, least: float = 0.5) -
     return float(((attacked >= least) & (attacked > clean)).to(torch.float64).mean())
 
 
-def hubness(codes: Codes) -> float:
-    """Share of the codes that equal the most frequent one; 1 where all queries fall on one code."""
+def hubness(codes: Codes | Tensor) -> float:
+    """Share of the codes that equal the most frequent one; 1 where all queries fall on one code.
+
+    Args:
+        codes: packed, or (Q, K) signs or vectors.
+    """
     if len(codes) == 0:
         raise ValueError("there are no codes")
-    counts = torch.unique(codes.packed.cpu(), dim=0, return_counts=True)[1]
+    rows = codes.packed if isinstance(codes, Codes) else codes
+    counts = torch.unique(rows.cpu(), dim=0, return_counts=True)[1]
     return int(counts.max()) / len(codes)
 
 

@@ -204,8 +204,8 @@ def _radius(plan: _Plan, context: EvaluationContext) -> tuple[float, tuple[str, 
         if distance != "hamming":
             how, largest = f"large the {distance} distance may be of", "distance"
         remarks = (
-            f"Nobody has said how {how} two pictures that count as the same, so the largest {largest} was taken "
-            f"at which at most 1 % of the pairs of different photographs do: {radius:g}.",
+            f"Nobody has said how {how} two pictures that count as the same, so the largest {largest} was "
+            f"taken at which at most 1 % of the pairs of different photographs do: {radius:g}.",
         )
     if distance != "hamming":
         if radius < 0:

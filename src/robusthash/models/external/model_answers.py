@@ -39,7 +39,7 @@ class Reading:
     Args:
         output: ``logits``, real numbers whose sign is the bit; ``signs``, bits in any notation; ``float``, an
             embedding that is searched by ``metric``; ``auto`` finds it out and says what it took.
-        metric: of an embedding, ``cosine`` (the default) or ``euclidean``; ``auto`` with a metric is ``float``.
+        metric: of an embedding, ``cosine`` (the default) or ``euclidean``; one that is named makes it one.
         name: which of several outputs, a key of a dict or the number of a place in a tuple.
 
     Raises:
@@ -64,6 +64,11 @@ class Reading:
     def said(self) -> Output:
         """The output that the user named; a metric names an embedding."""
         return "float" if self.metric else self.output
+
+    @property
+    def distance(self) -> Metric:
+        """Of an embedding."""
+        return self.metric or "cosine"
 
 
 AS_IT_IS = Reading()  # found out by itself
@@ -244,27 +249,23 @@ def form_as_said(answer: Tensor, name: str, output: Output) -> Form:
     return form
 
 
-def other_width(name: str, width: int, bits: int) -> str:
+def other_width(name: str, form: Form, width: int, bits: int) -> str:
     """What is wrong where the user knows another length than that of the answers."""
     return (
-        f"{name} answers rows of {width}, and --bits says {bits}: this is another output (--output-name) or "
-        f"another model than the one of {bits}"
+        f"{name} answers {width} {'numbers' if form == 'embedding' else 'bits'}, and --bits says {bits}: this "
+        f"is another model than the one of {bits}, or another of its outputs (--output-name)"
     )
 
 
 def said_of(answer: Tensor, form: Form, width: int, reading: Reading) -> str:
     """How answers are read, and how to change it where nobody said so."""
+    guessed = reading.said == "auto"
     if form == "embedding":
-        said = f"It answers {width} numbers, read as an embedding: search is by {reading.metric or 'cosine'} distance."
-        if reading.said == "float":
-            return said
-        why, remedy = (
-            no_logits(answer),
-            "--output logits cuts them at zero, --metric euclidean compares lengths",
-        )
-        return f"{said} Nobody said so: {why}, so that they are no logits; {remedy}."
+        said = f"It answers {width} numbers, an embedding that is searched by {reading.distance} distance."
+        remedy = "--output logits cuts them into bits, --metric euclidean takes another distance"
+        why = f"Nobody said so: {no_logits(answer)}, so they are no logits ({remedy})."
+        return f"{said} {why}" if guessed else said
     kind = "numbers" if form in ("numbers", "probabilities") else "bits"
     said = f"It answers {width} {kind}: {SAID[form]}."
-    if reading.said == "auto" and kind == "numbers":
-        return f"{said} Nobody said so: if the numbers themselves are compared, add --output float --metric cosine."
-    return said
+    remedy = "where the numbers themselves are compared, say --output float --metric cosine"
+    return f"{said} Nobody said so ({remedy})." if guessed and kind == "numbers" else said

@@ -64,7 +64,8 @@ class ExternalEncoder(Encoder):
         """(B, 3, H, W) -> (B, K) logits, and nothing else."""
         logits = as_logits(answered(self.call, images, self.name, self.output), self.form, self.name)
         if logits.shape[1] != self.bits:
-            change = f"rows of {logits.shape[1]}, and of {self.bits} before"
+            what = "numbers" if self.form == "embedding" else "bits"
+            change = f"{logits.shape[1]} {what}, and {self.bits} before"
             raise Broken(f"{self.name} answered {change}: its width must not vary")
         return logits.to(images.device), {}
 
@@ -118,9 +119,9 @@ def foreign(
         logits = as_logits(first, form, name)
         width = logits.shape[1]
         if bits is not None and bits != width:
-            raise Broken(other_width(name, width, bits))
+            raise Broken(other_width(name, form, width, bits))
         again, alone = as_logits(ask(images), form, name), as_logits(ask(images[:1]), form, name)
-    distance: Distance = (reading.metric or "cosine") if form == "embedding" else "hamming"
+    distance: Distance = reading.distance if form == "embedding" else "hamming"
     check = _check_same_vectors if form == "embedding" else _check_same
     check(name, logits, again, 0.0, "asked twice about the same images")
     how = "asked about an image alone and among others (is it in training mode?)"
