@@ -121,6 +121,11 @@ def attack_block(
         if attack.selects and goal.labels is not None and len(attack.threat.balls) == 1:
             select = context.select(goal.labels, goal.sign)
         by = gradients or context.victim
+        if by.distance != context.victim.distance:
+            raise ValueError(
+                f"the gradients are of a model that is searched by {by.distance} distance, and the victim is "
+                f"searched by {context.victim.distance} distance"
+            )
         outputs.append(attack(by, batch, goal, known, draws=draws, select=select, start=begin))
         representative.append(_representative(context, outputs[-1], goal.sign, len(batch)))
     seconds = time.perf_counter() - started

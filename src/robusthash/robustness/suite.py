@@ -224,7 +224,7 @@ def for_distance(suite: Suite, distance: Distance) -> tuple[Suite, tuple[str, ..
         return suite, ()
     kept: list[AttackSpec] = []
     for spec in suite.specs:
-        if isinstance(spec, GradientAttack):
+        if isinstance(spec, GradientAttack) and spec.view is None:
             with contextlib.suppress(ValueError):
                 kept.append(replace(spec, attack=on_embeddings(spec.attack)))
         elif spec.kind in ("black-box", "noise"):

@@ -252,8 +252,8 @@ def form_as_said(answer: Tensor, name: str, output: Output) -> Form:
 def other_width(name: str, form: Form, width: int, bits: int) -> str:
     """What is wrong where the user knows another length than that of the answers."""
     return (
-        f"{name} answers {width} {'numbers' if form == 'embedding' else 'bits'}, and --bits says {bits}: this "
-        f"is another model than the one of {bits}, or another of its outputs (--output-name)"
+        f"{name} answers {width} {'numbers' if form == 'embedding' else 'bits'}, and --bits says {bits}: "
+        f"this is another model than the one of {bits}, or another of its outputs (--output-name)"
     )
 
 
