@@ -127,15 +127,14 @@ def _without_own(items: Tensor, relevant: Tensor, own: Tensor, asked: Tensor) ->
 def calibrated_radius(context: EvaluationContext, share: float = 0.01) -> float:
     """The largest radius at which at most ``share`` of the pairs of different photographs match, or 0.
 
-    A whole number of bits; of vectors the distance of one of these pairs.
+    A whole number of bits; of vectors the last number below the distance of the first pair too many.
     """
     apart = _of_others(context)
     if context.victim.distance == "hamming":
         counts = torch.bincount(apart, minlength=context.victim.bits + 1)
         return max(0, int((counts.cumsum(0) <= share * len(apart)).sum()) - 1)
-    found, allowed = apart.sort().values, int(share * len(apart))
-    nearer = found[:allowed][found[:allowed] < found[min(allowed, len(found) - 1)]]
-    return float(nearer[-1]) if len(nearer) else 0.0
+    first_too_many = apart.sort().values[int(share * len(apart))]
+    return float(torch.nextafter(first_too_many, torch.zeros_like(first_too_many)))
 
 
 def false_matches(context: EvaluationContext, radius: float) -> float:

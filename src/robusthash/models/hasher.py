@@ -94,7 +94,7 @@ class Hasher(nn.Module):
 
     @property
     def distance(self) -> Distance:
-        """What its search compares: bits (``hamming``), or the numbers themselves; the heads say it."""
+        """The distance of its search: of bits (``hamming``), or of the numbers; the heads say it."""
         distance: Distance = getattr(next(iter(self.heads.values())), "distance", "hamming")
         return distance
 

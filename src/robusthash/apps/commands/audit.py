@@ -16,6 +16,10 @@ from robusthash.apps.commands.terminal import (
     progress_bars,
 )
 
+Output = Annotated[str, Option(help="Answers of the model: logits, signs, float (an embedding), or auto.")]
+Metric = Annotated[str | None, Option(help="Of an embedding: cosine (the default) or euclidean.")]
+OutputName = Annotated[str | None, Option(help="Of several outputs: a name, or the number of its place.")]
+
 
 def audit(
     target: Annotated[
@@ -28,21 +32,15 @@ def audit(
     labels: Annotated[bool, Option("--labels", help="Subfolders are categories; measure those too.")] = False,
     size: Annotated[int | None, Option(min=8, help="Pixels a side; default 224 or the run's.")] = None,
     bits: Annotated[str, Option(help="Length of the codes, or auto.")] = "auto",
-    output: Annotated[
-        str, Option(help="Answers of the model: logits, signs, float (an embedding), or auto.")
-    ] = "auto",
-    metric: Annotated[str | None, Option(help="Of an embedding: cosine (the default) or euclidean.")] = None,
-    output_name: Annotated[
-        str | None, Option(help="Which of several outputs: a name, or the number of its place.")
-    ] = None,
+    output: Output = "auto",
+    metric: Metric = None,
+    output_name: OutputName = None,
     tier: Annotated[str, Option(help="smoke (seconds) or fast (minutes).")] = "fast",
     out: Annotated[Path, Option(help="Folder for report.html and audit.json.")] = Path("audit"),
     threat: Threat = None,
     eps: Eps = None,
     norm: Norm = None,
-    radius: Annotated[
-        float | None, Option(help="Bits (or distance) by which the same picture may differ.")
-    ] = None,
+    radius: Annotated[float | None, Option(help="Bits, or distance, within which it is the same.")] = None,
     queries: AnyQueries = None,
     attacked: Annotated[int | None, Option(min=1, help="Number of these that are attacked.")] = None,
     limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000,

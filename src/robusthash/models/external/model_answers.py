@@ -34,7 +34,7 @@ _CONSTANT = 0.9  # share of bits that no image changes, from which a cut says no
 
 @dataclass(frozen=True)
 class Reading:
-    """How the answers of a model are read.
+    """The reading of a model's answers.
 
     Args:
         output: ``logits``, real numbers whose sign is the bit; ``signs``, bits in any notation; ``float``, an
@@ -67,7 +67,7 @@ class Reading:
 
     @property
     def distance(self) -> Metric:
-        """Of an embedding."""
+        """The distance of an embedding."""
         return self.metric or "cosine"
 
 
@@ -177,7 +177,7 @@ def form_of(answer: Tensor, name: str) -> Form:
 
 
 def no_logits(answer: Tensor) -> str:
-    """Why numbers are no logits, in words; "" where they may be.
+    """Say why numbers are no logits; "" where they may be.
 
     Args:
         answer: (B, K) float.
@@ -250,7 +250,7 @@ def form_as_said(answer: Tensor, name: str, output: Output) -> Form:
 
 
 def other_width(name: str, form: Form, width: int, bits: int) -> str:
-    """What is wrong where the user knows another length than that of the answers."""
+    """Say what is wrong where the user knows another length than that of the answers."""
     return (
         f"{name} answers {width} {'numbers' if form == 'embedding' else 'bits'}, and --bits says {bits}: "
         f"this is another model than the one of {bits}, or another of its outputs (--output-name)"
@@ -258,7 +258,7 @@ def other_width(name: str, form: Form, width: int, bits: int) -> str:
 
 
 def said_of(answer: Tensor, form: Form, width: int, reading: Reading) -> str:
-    """How answers are read, and how to change it where nobody said so."""
+    """Say how answers are read, and how to change it where nobody said so."""
     guessed = reading.said == "auto"
     if form == "embedding":
         said = f"It answers {width} numbers, an embedding that is searched by {reading.distance} distance."
