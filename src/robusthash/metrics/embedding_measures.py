@@ -1,7 +1,7 @@
 """Ranking measures of float vectors: an exact sort of every query's distances, in bounded blocks.
 
-The measures are those of codes. A block of sorted distances becomes a ``Profile`` with one group for each
-distinct distance, so that ties count in expectation here as there.
+The measures are those of codes: a block of sorted distances becomes a ``Profile``, so that ties count in
+expectation here as there.
 """
 
 from __future__ import annotations
@@ -22,47 +22,69 @@ from robusthash.metrics.protocol import CURVES, Measured, Protocol, measure_prof
 
 def embedding_profiles(
     query: Embeddings, query_labels: Tensor, database: Embeddings, labels: Tensor
-) -> Iterator[tuple[slice, Profile, Tensor]]:
-    """Profiles of float vectors by blocks of queries, one group for each distance; empty groups fill up.
+) -> Iterator[tuple[Profile, Tensor]]:
+    """Profiles of float vectors by blocks of queries; empty groups fill up.
+
+    A group is one distance. Neighbours whose items all share the same number of labels are one group, since
+    their order decides nothing: fewer groups, and the same value of every measure by rank.
 
     Args:
         query_labels, labels: (Q, C) and (N, C) multi-hot.
 
     Yields:
-        The rows of the block, their profile, and (b, N) bool: relevant by (distance, row).
+        The profile of a block, and (b, N) bool: relevant by (distance, row).
     """
-    if len(query_labels) != len(query) or len(labels) != len(database):
-        raise ValueError(
-            f"{len(query_labels)} and {len(labels)} label rows for {len(query)} and {len(database)}"
-        )
-    if len(database) == 0:
-        raise ValueError("there are no vectors to search: the split is empty")
-    labels = labels.cpu()
-    for rows, order, _, group in ordered(query, database):
-        shared = overlap(query_labels[rows].cpu(), labels).round().long().gather(1, order)
-        empty = torch.zeros(len(order), int(group.max()) + 1, dtype=torch.int64)
+    for shared, group in _shared_in_order(query, query_labels, database, labels):
+        run = _runs(shared, group)
+        empty = torch.zeros(len(run), int(run.max()) + 1, dtype=torch.int64)
         items, hits, gain = (
-            empty.scatter_add(1, group, part)
-            for part in (torch.ones_like(order), (shared > 0).long(), shared)
+            empty.scatter_add(1, run, part) for part in (torch.ones_like(run), (shared > 0).long(), shared)
         )
-        exponential = empty.double().scatter_add(1, group, 2.0 ** shared.double() - 1)
-        levels = torch.zeros(len(order), int(shared.max()) + 1, dtype=torch.int64)
+        exponential = empty.double().scatter_add(1, run, 2.0 ** shared.double() - 1)
+        levels = torch.zeros(len(run), int(shared.max()) + 1, dtype=torch.int64)
         ideal = levels.scatter_add(1, shared, torch.ones_like(shared))
-        yield rows, Profile(items, hits, gain, exponential, ideal), shared > 0
-
-
-def embedding_counts(
-    query: Embeddings, query_labels: Tensor, database: Embeddings, labels: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(b, groups) items and relevant ones by distance, block by block: all that an AP needs."""
-    for _, profile, _ in embedding_profiles(query, query_labels, database, labels):
-        yield profile.items, profile.relevant
+        yield Profile(items, hits, gain, exponential, ideal), shared > 0
 
 
 def embedding_ap(query: Embeddings, query_labels: Tensor, database: Embeddings, labels: Tensor) -> Tensor:
     """(Q,) exact expected AP over the whole database."""
-    blocks = embedding_counts(query, query_labels, database, labels)
-    return torch.cat([average_precision(*counts) for counts in blocks])
+    values = []
+    for shared, group in _shared_in_order(query, query_labels, database, labels):
+        hit = shared > 0
+        value = measures.ap_in_order(hit, None, "hits")
+        # only where items of one distance differ in relevance does their order count
+        mixed = ((group.diff(dim=1) == 0) & (hit[:, 1:] != hit[:, :-1])).any(1)
+        if mixed.any():
+            tied, among = hit[mixed], group[mixed]
+            empty = torch.zeros(len(tied), int(among.max()) + 1, dtype=torch.int64)
+            items = empty.scatter_add(1, among, torch.ones_like(among))
+            value[mixed] = average_precision(items, empty.scatter_add(1, among, tied.long()))
+        values.append(value)
+    return torch.cat(values)
+
+
+def _shared_in_order(
+    query: Embeddings, query_labels: Tensor, database: Embeddings, labels: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(b, N) labels that each item shares, by (distance, row), and its group of equal distance."""
+    if len(query_labels) != len(query) or len(labels) != len(database):
+        counts = f"{len(query)} queries and {len(database)} items"
+        raise ValueError(f"{len(query_labels)} and {len(labels)} label rows for {counts}")
+    if len(database) == 0:
+        raise ValueError("there are no vectors to search: the split is empty")
+    labels = labels.cpu()
+    for rows, order, _, group in ordered(query, database):
+        yield overlap(query_labels[rows].cpu(), labels).round().long().gather(1, order), group
+
+
+def _runs(shared: Tensor, group: Tensor) -> Tensor:
+    """(b, N) number of the run of each item: a group, or neighbouring groups of one number of labels."""
+    step, differ = group.diff(dim=1) > 0, shared.diff(dim=1) != 0
+    if (differ & ~step).any():  # a group of several numbers stands alone
+        several = torch.zeros_like(group).scatter_add(1, group[:, 1:], (differ & ~step).long()) > 0
+        inside = several.gather(1, group)
+        differ = differ | inside[:, 1:] | inside[:, :-1]
+    return torch.nn.functional.pad((step & differ).cumsum(1), (1, 0))
 
 
 def measure_embeddings(
@@ -76,7 +98,7 @@ def measure_embeddings(
     blocks: list[tuple[Measured, int]] = []
     collapsed, orders = list[Profile](), {name: list[Tensor]() for name in legacy}
     lenient = replace(protocol, empty="zero" if protocol.empty == "error" else protocol.empty)
-    for _, profile, hit in embedding_profiles(query, query_labels, database, labels):
+    for profile, hit in embedding_profiles(query, query_labels, database, labels):
         own = {n: measures.ap_in_order(hit, one.k, one.denominator) for n, one in legacy.items()}
         for name, values in own.items():
             orders[name].append(values)

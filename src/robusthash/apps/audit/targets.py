@@ -160,17 +160,17 @@ def open_target(
             address; or ``phash``, ``dhash``, ``whash``, ``pdq``.
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
-        reading: of the answers; a run and a perceptual hash need none.
+        reading: of the answers of a model that is no run; runs, hashes and endpoints have one of their own.
 
     Raises:
         ValueError: none of these, or a model that is broken (``Broken``).
         FileNotFoundError, ImportError: a file or a module is missing.
     """
-    path = Path(target)
-    if target.startswith(("http://", "https://")):
-        return _open_endpoint(target, images, bits, limits, reading)
-    if (target in NAMES or _is_run(target)) and reading != AS_IT_IS:
-        raise ValueError(f"{target} makes bits; leave --output, --metric and --output-name out")
+    path, by_url = Path(target), target.startswith(("http://", "https://"))
+    if reading != AS_IT_IS and (by_url or target in NAMES or _is_run(target)):
+        raise ValueError(f"{target} answers bits or ids; leave --output, --metric and --output-name out")
+    if by_url:
+        return _open_endpoint(target, images, bits, limits)
     if target in NAMES:
         known = perceptual(target)
         return _wrapped(target, known.title, known, images, bits, Reading("logits"), radius=known.radius)
@@ -228,16 +228,14 @@ def _has_graph(hasher: Hasher, images: Tensor) -> bool:
         return hasher({"image": images.clone().requires_grad_(True)})["image"].logits.requires_grad
 
 
-def _open_endpoint(
-    url: str, images: Tensor, bits: int | None, limits: EndpointLimits, reading: Reading
-) -> Target:
+def _open_endpoint(url: str, images: Tensor, bits: int | None, limits: EndpointLimits) -> Target:
     endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers)
     answer = endpoint.check_consistency(images[:1])
     if answer.code is None:
         order = "with distances, in their order" if answer.distances else "without distances"
         remark = f"It answers {len(answer.ids)} ids, nearest first, {order}."
         return Target(url, url, None, False, endpoint, remarks=(remark,))
-    wrapped = foreign(endpoint, images, url, bits, reading)
+    wrapped = foreign(endpoint, images, url, bits)
     return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.said)
 
 

@@ -229,6 +229,8 @@ def form_as_said(answer: Tensor, name: str, output: Output) -> Form:
     if output == "auto":
         return form_of(answer, name)
     if output == "float":
+        if answer.dtype == torch.bool:
+            raise Broken(f"{name} answered bits, and an embedding is numbers; say --output signs")
         return "embedding"
     least, largest = float(answer.min()), float(answer.max())
     if output == "logits":
