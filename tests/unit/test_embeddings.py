@@ -136,6 +136,7 @@ def test_equal_distances_are_ties_in_expectation(metric):
         assert float(found[row]) == pytest.approx(np.mean(values), abs=0.01)
     tied = measure_embeddings(Protocol("ties", ("MAP", "tie_gap")), query, labels, database, stored)
     assert tied.values["tie_gap"] > 0.05
+    assert torch.allclose(tied.per_query["MAP"], found, atol=1e-12)
 
 
 def test_the_ranking_is_exact_and_by_position_within_ties():
