@@ -130,14 +130,14 @@ def soft_average_precision(items: Tensor, relevant: Tensor) -> Tensor:
 class _SoftAP(torch.autograd.Function):
     """Soft AP of (B, K) soft bits and its gradient by blocks of codes: autograd would store every block.
 
-    ``length`` is the distance beyond which all count as equal: K of bits.
+    ``length`` is the distance beyond which all count as equal, K by default.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, bits: Tensor, codes: Tensor, items: Tensor, relevant: Tensor, length: int
+        ctx: Any, bits: Tensor, codes: Tensor, items: Tensor, relevant: Tensor, length: int = 0
     ) -> Tensor:
-        size = len(bits)
+        size, length = len(bits), length or bits.shape[1]
         blocks = torch.arange(len(codes), device=codes.device).split(max(1, _CELLS // size))
         # of items and of relevant ones, by distance
         profiles = torch.zeros(2, size, length + 2, dtype=torch.float64, device=bits.device)
@@ -197,7 +197,7 @@ class SoftAP(Loss):
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         tally, bits = _tally(guidance), soft_bits(probe)
         counts = (part.to(bits.dtype) for part in (tally.codes, tally.items, tally.relevant))
-        value: Tensor = _SoftAP.apply(bits, *counts, bits.shape[1])
+        value: Tensor = _SoftAP.apply(bits, *counts)
         return value
 
 
