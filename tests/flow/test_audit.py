@@ -20,7 +20,7 @@ from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, Tier, op
 from robusthash.core.hamming import distance
 from robusthash.core.runtime import Draws
 from robusthash.metrics.results import Flag
-from robusthash.models.external.model_answers import Broken, Reading
+from robusthash.models.external.model_answers import AnswerReading, Broken
 from tests.unit.test_endpoint import served
 
 LINES = ("guided-apgd", "flip", "mainstay", "square")
@@ -94,7 +94,7 @@ def test_the_same_audit_gives_the_same_numbers(folder, model, tmp_path):
     assert first["rows"] == second["rows"]
 
 
-@pytest.mark.parametrize("reading", [Reading(), Reading("float", "euclidean")])
+@pytest.mark.parametrize("reading", [AnswerReading(), AnswerReading("float", "euclidean")])
 def test_an_embedding_is_audited_by_its_own_distance(reading, folder, tmp_path, monkeypatch):
     """Features that are never negative: cut at 0 or 0.5 they would make one code of all photographs."""
     net = torch.nn.Linear(3 * 32 * 32, 24, bias=False)
@@ -116,7 +116,7 @@ def test_an_embedding_is_audited_by_its_own_distance(reading, folder, tmp_path, 
     assert 0 < summary["radius"] == float(summary["radius"])
     assert summary["false matches"] <= 0.01
     assert rows["unchanged"]["same_kind"] is not None
-    assert ("Nobody said so" in summary["said"][0]) == (reading == Reading())
+    assert ("Nobody said so" in summary["said"][0]) == (reading == AnswerReading())
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"compares embeddings by {reading.distance} distance" in page
     assert "bits apart" not in page

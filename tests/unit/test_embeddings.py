@@ -199,6 +199,16 @@ def trained(metric: str, positive: bool = False) -> Hasher:
     return Hasher({"image": encoder}, {"image": AsIs(D, metric)}, {"foreign": "small"}).eval()
 
 
+def test_wrap_makes_an_embedding_of_a_net():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, D), nn.Softplus())
+    for metric in METRICS:
+        victim = rh.wrap(net, bits=D, output="float", metric=metric)
+        assert victim.distance == metric
+        assert evaluate(victim, data())["MAP"] > evaluate(rh.wrap(net, bits=D), data())["MAP"]
+    with pytest.raises(ValueError, match="metric must be one of cosine, euclidean, got 'l2'"):
+        rh.wrap(net, bits=D, output="float", metric="l2")
+
+
 ATTACKS = {
     "guided": guided_apgd,
     "wrong": wrong_apgd,

@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 from robusthash.attacks.oracle import QueryOracle
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes
-from robusthash.models.external.model_answers import Broken, Reading, no_logits
+from robusthash.models.external.model_answers import AnswerReading, Broken, no_logits
 from robusthash.models.external.wrapper import foreign, normalisation_warning
 from robusthash.models.hasher import Hasher, build_hasher
 from robusthash.models.purifier import Purifier
@@ -77,24 +77,24 @@ def test_numbers_that_are_no_logits_are_not_cut(answer, why, images):
 
 
 def test_what_the_user_says_is_followed(images):
-    made = foreign(NET.logits, images, "toy", reading=Reading("float", "euclidean"))
+    made = foreign(NET.logits, images, "toy", reading=AnswerReading("float", "euclidean"))
     assert (made.hasher.distance, made.form) == ("euclidean", "embedding")
     assert "euclidean distance" in made.said[0]
     assert "Nobody" not in made.said[0]
-    assert foreign(NET.logits, images, "toy", reading=Reading(metric="euclidean")).form == "embedding"
-    told = foreign(NET.logits, images, "toy", reading=Reading("logits"))
+    assert foreign(NET.logits, images, "toy", reading=AnswerReading(metric="euclidean")).form == "embedding"
+    told = foreign(NET.logits, images, "toy", reading=AnswerReading("logits"))
     assert told.hasher.distance == "hamming"
     assert "Nobody" not in told.said[0]
-    signs = foreign(lambda x: NET.logits(x) >= 0, images, "toy", reading=Reading("signs"))
+    signs = foreign(lambda x: NET.logits(x) >= 0, images, "toy", reading=AnswerReading("signs"))
     assert signs.form == "zero-one"
     with pytest.raises(Broken, match=r"real numbers from .*--output logits"):
-        foreign(NET.logits, images, "toy", reading=Reading("signs"))
+        foreign(NET.logits, images, "toy", reading=AnswerReading("signs"))
     with pytest.raises(Broken, match="every bit would be 1; say --output float"):
-        foreign(lambda x: 3 * NET(x) + 1, images, "toy", reading=Reading("logits"))
+        foreign(lambda x: 3 * NET(x) + 1, images, "toy", reading=AnswerReading("logits"))
     with pytest.raises(Broken, match="logits are real numbers; say --output signs"):
-        foreign(lambda x: NET.logits(x) >= 0, images, "toy", reading=Reading("logits"))
+        foreign(lambda x: NET.logits(x) >= 0, images, "toy", reading=AnswerReading("logits"))
     with pytest.raises(Broken, match="answers 16 numbers, and --bits says 512: this is another model"):
-        foreign(NET, images, "toy", 512, Reading("float"))
+        foreign(NET, images, "toy", 512, AnswerReading("float"))
 
 
 def test_readings_that_contradict_themselves():
@@ -104,7 +104,7 @@ def test_readings_that_contradict_themselves():
         ({"output": "signs", "metric": "cosine"}, "bits have no cosine distance"),
     ]:
         with pytest.raises(ValueError, match=said):
-            Reading(**options)
+            AnswerReading(**options)
 
 
 def test_signed_bytes_get_a_remedy_that_works(images):
@@ -124,9 +124,11 @@ def test_signed_bytes_get_a_remedy_that_works(images):
 def test_vectors_that_change_are_refused(images):
     numbers = iter(range(100))
     with pytest.raises(Broken, match=r"changes its answers: by .* asked twice"):
-        foreign(lambda x: NET(x) + 0.01 * next(numbers), images, "toy", reading=Reading("float"))
+        foreign(lambda x: NET(x) + 0.01 * next(numbers), images, "toy", reading=AnswerReading("float"))
     with pytest.raises(Broken, match=r"changes its answers: by .* alone and among others"):
-        foreign(lambda x: NET(x) - NET(x).mean(0) * (len(x) > 1), images, "toy", reading=Reading("float"))
+        foreign(
+            lambda x: NET(x) - NET(x).mean(0) * (len(x) > 1), images, "toy", reading=AnswerReading("float")
+        )
 
 
 def test_normalisation_is_judged_by_the_models_own_distance(images):
@@ -153,12 +155,12 @@ def test_several_outputs_are_listed_and_one_is_named(images):
         with pytest.raises(Broken, match=listed):
             foreign(call, images, "toy")
         with pytest.raises(Broken, match=f"no output 'x'; it answers {names[0]}"):
-            foreign(call, images, "toy", reading=Reading(name="x"))
-        made = foreign(call, images, "toy", reading=Reading(name=names[1]))
+            foreign(call, images, "toy", reading=AnswerReading(name="x"))
+        made = foreign(call, images, "toy", reading=AnswerReading(name=names[1]))
         assert torch.equal(made.hasher({"image": images})["image"].logits, plain), kind
     assert foreign(lambda x: (NET.logits(x),), images, "toy").hasher.bits == K  # one is no choice
     with pytest.raises(Broken, match="answers one Tensor, no output 'code'; leave --output-name out"):
-        foreign(NET.logits, images, "toy", reading=Reading(name="code"))
+        foreign(NET.logits, images, "toy", reading=AnswerReading(name="code"))
 
 
 def test_a_scripted_model_of_two_outputs(images):
@@ -170,7 +172,7 @@ def test_a_scripted_model_of_two_outputs(images):
     scripted = torch.jit.script(Two().eval())
     with pytest.raises(Broken, match="2 outputs"):
         foreign(scripted, images, "toy")
-    assert foreign(scripted, images, "toy", reading=Reading(name="1")).hasher.bits == K
+    assert foreign(scripted, images, "toy", reading=AnswerReading(name="1")).hasher.bits == K
 
 
 # -------------------------------------------------------------------------------------------- memory

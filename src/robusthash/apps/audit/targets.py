@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from robusthash.core.registry import nearest
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
 from robusthash.models.external.http_endpoint import Endpoint
 from robusthash.models.external.loaders import NAMES, load_onnx, load_python, load_torchscript, perceptual
-from robusthash.models.external.model_answers import AS_IT_IS, Call, Reading
+from robusthash.models.external.model_answers import AS_IT_IS, AnswerReading, Call
 from robusthash.models.external.wrapper import foreign
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.robustness.specs.oracle_attacks import OracleAttack
@@ -91,6 +92,7 @@ class AuditOptions:
         limit: photographs read at most.
         seed: of the choice of photographs, the noise and the attacks.
         reading: of the answers of a model that is no run: bits or an embedding, and which of several outputs.
+        max_pixels: of a photograph that is read (width x height); as of ``read_image`` by default.
     """
 
     labels: bool = False
@@ -102,7 +104,8 @@ class AuditOptions:
     limit: int = 1000
     seed: int = 0
     limits: EndpointLimits = EndpointLimits()
-    reading: Reading = AS_IT_IS
+    max_pixels: int | None = None
+    reading: AnswerReading = AS_IT_IS
 
     def __post_init__(self) -> None:
         if not 0 < self.eps <= 0.5:
@@ -126,13 +129,13 @@ class Target:
     by_torch: bool = False  # torch computes it, so that there should be gradients, whether or not there are
 
 
-def size_of(target: str, size: int | None) -> int:
+def size_of(target: str | nn.Module, size: int | None) -> int:
     """Pixels a side of the target's inputs: a run's own, else ``size``, else 224.
 
     Raises:
         ValueError: a size that a run was not trained on, or a run on vectors of features.
     """
-    if not _is_run(target):
+    if isinstance(target, nn.Module) or not _is_run(target):
         return _SIZE if size is None else size
     trained = load_run(Path(target)).card()["image_size"]
     if len(trained) != 2:
@@ -147,17 +150,17 @@ def size_of(target: str, size: int | None) -> int:
 
 
 def open_target(
-    target: str,
+    target: str | nn.Module,
     images: Tensor,
     bits: int | None = None,
     limits: EndpointLimits = EndpointLimits(),
-    reading: Reading = AS_IT_IS,
+    reading: AnswerReading = AS_IT_IS,
 ) -> Target:
     """Open what the user named and try it on a few of the photographs.
 
     Args:
         target: a run directory; ``module:name``; a ``.pt`` (TorchScript) or ``.onnx`` file; an ``http(s)``
-            address; or ``phash``, ``dhash``, ``whash``, ``pdq``.
+            address; ``phash``, ``dhash``, ``whash``, ``pdq``; or a net in memory, ours or another.
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
         reading: of the answers of a model that is no run; runs, hashes and endpoints have one of their own.
@@ -166,6 +169,8 @@ def open_target(
         ValueError: none of these, or a model that is broken (``Broken``).
         FileNotFoundError, ImportError: a file or a module is missing.
     """
+    if isinstance(target, nn.Module):
+        return _open_net(target, images, bits, reading)
     path, by_url = Path(target), target.startswith(("http://", "https://"))
     if reading != AS_IT_IS and (by_url or target in NAMES or _is_run(target)):
         raise ValueError(f"{target} answers bits or ids; leave --output, --metric and --output-name out")
@@ -173,7 +178,9 @@ def open_target(
         return _open_endpoint(target, images, bits, limits)
     if target in NAMES:
         known = perceptual(target)
-        return _wrapped(target, known.title, known, images, bits, Reading("logits"), radius=known.radius)
+        return _wrapped(
+            target, known.title, known, images, bits, AnswerReading("logits"), radius=known.radius
+        )
     if _is_run(target):
         return _open_run(target, bits)
     if path.suffix == ".onnx":
@@ -206,13 +213,35 @@ def _open_run(target: str, bits: int | None) -> Target:
     return Target(target, title, hasher, True, remarks=(remark,), foreign=False, by_torch=True)
 
 
+class _Logits(nn.Module):
+    """A hasher as a net that answers its logits."""
+
+    def __init__(self, hasher: Hasher) -> None:
+        super().__init__()
+        self.hasher = hasher
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.hasher({"image": images})["image"].logits
+
+
+def _open_net(net: nn.Module, images: Tensor, bits: int | None, reading: AnswerReading) -> Target:
+    name = str(net.spec.get("foreign", "a hasher")) if isinstance(net, Hasher) else type(net).__name__
+    tensor = next(chain(net.parameters(), net.buffers()), images)
+    model = _Logits(net) if isinstance(net, Hasher) else net
+    if isinstance(net, Hasher):  # it says itself how it is searched
+        reading = (
+            AnswerReading("logits") if net.distance == "hamming" else AnswerReading("float", net.distance)
+        )
+    return _wrapped(name, name, model, images.to(tensor.device), bits, reading)
+
+
 def _wrapped(
     name: str,
     title: str,
     model: Call,
     images: Tensor,
     bits: int | None,
-    reading: Reading,
+    reading: AnswerReading,
     remarks: tuple[str, ...] = (),
     radius: int | None = None,
 ) -> Target:

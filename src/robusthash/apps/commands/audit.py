@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AnyQueries, AsJson, Eps, Norm, Seed, Threat
+from robusthash.apps.commands.options import AnyQueries, AsJson, Eps, MaxPixels, Norm, Seed, Threat
 from robusthash.apps.commands.terminal import (
     console,
     escape,
@@ -43,6 +43,7 @@ def audit(
     radius: Annotated[float | None, Option(help="Bits, or distance, within which it is the same.")] = None,
     queries: AnyQueries = None,
     attacked: Annotated[int | None, Option(min=1, help="Number of these that are attacked.")] = None,
+    max_pixels: MaxPixels = None,
     limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000,
     seed: Seed = 0,
     budget: Annotated[int, Option(help="Endpoint: requests in all.")] = 5000,
@@ -64,7 +65,7 @@ def audit(
 
     from robusthash.apps.audit.measurement import run_audit
     from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, tier_named
-    from robusthash.models.external.model_answers import Reading
+    from robusthash.models.external.model_answers import AnswerReading
 
     if not bits.isdigit() and bits != "auto":
         raise ValueError(f"--bits takes a number or auto, got {bits!r}")
@@ -73,12 +74,12 @@ def audit(
     pixel_eps = _pixel_eps(threat, eps, norm)
     if os.getcwd() not in sys.path:  # a module:name is looked for where the user stands, as python -m does
         sys.path.insert(0, os.getcwd())
-    limits = EndpointLimits(budget, rate, timeout, _headers(header or []))
     length = None if bits == "auto" else int(bits)
-    reading = Reading(output, metric, output_name)  # type: ignore[arg-type]
-    options = AuditOptions(labels, size, length, effort, pixel_eps, radius, limit, seed, limits, reading)
+    limits = EndpointLimits(budget, rate, timeout, _headers(header))
+    reading = AnswerReading(output, metric, output_name)  # type: ignore[arg-type]
+    known = (labels, size, length, effort, pixel_eps, radius, limit, seed, limits, max_pixels, reading)
     with progress_bars() as progress:
-        summary = run_audit(target, out, photos, options, progress)
+        summary = run_audit(target, out, photos, AuditOptions(*known), progress)
     if as_json:
         print_json(summary)
         return
@@ -109,9 +110,9 @@ def _pixel_eps(threat: str | None, eps: str | None, norm: str | None) -> float:
     return float(level[1]) / 255
 
 
-def _headers(lines: list[str]) -> dict[str, str]:
+def _headers(lines: list[str] | None) -> dict[str, str]:
     headers = {}
-    for line in lines:
+    for line in lines or []:
         name, colon, value = line.partition(":")
         if not colon or not name.strip():  # the line may be a secret
             raise ValueError("--header takes 'Name: value'; the colon is missing")

@@ -33,7 +33,7 @@ _CONSTANT = 0.9  # share of bits that no image changes, from which a cut says no
 
 
 @dataclass(frozen=True)
-class Reading:
+class AnswerReading:
     """The reading of a model's answers.
 
     Args:
@@ -71,7 +71,7 @@ class Reading:
         return self.metric or "cosine"
 
 
-AS_IT_IS = Reading()  # found out by itself
+AS_IT_IS = AnswerReading()  # found out by itself
 
 
 class Broken(ValueError):
@@ -82,7 +82,7 @@ def answered(call: Call, images: Tensor, name: str, output: str | None = None) -
     """The answer of a model to a copy of the images, as a (B, K) tensor of its own.
 
     Args:
-        output: which of several outputs; see ``Reading``.
+        output: which of several outputs; see ``AnswerReading``.
 
     Raises:
         Broken: it failed, or answered something that is not one row of numbers for each image.
@@ -259,7 +259,7 @@ def other_width(name: str, form: Form, width: int, bits: int) -> str:
     )
 
 
-def said_of(answer: Tensor, form: Form, width: int, reading: Reading) -> str:
+def said_of(answer: Tensor, form: Form, width: int, reading: AnswerReading) -> str:
     """Say how answers are read, and how to change it where nobody said so."""
     guessed = reading.said == "auto"
     if form == "embedding":

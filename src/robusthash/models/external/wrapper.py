@@ -18,10 +18,10 @@ from robusthash.core.hamming import sign
 from robusthash.models.encoding import as_searched, encode_signs
 from robusthash.models.external.model_answers import (
     AS_IT_IS,
+    AnswerReading,
     Broken,
     Call,
     Form,
-    Reading,
     answered,
     as_logits,
     form_as_said,
@@ -87,7 +87,7 @@ class AsIs(nn.Module):
 
 
 def foreign(
-    call: Call, images: Tensor, name: str, bits: int | None = None, reading: Reading = AS_IT_IS
+    call: Call, images: Tensor, name: str, bits: int | None = None, reading: AnswerReading = AS_IT_IS
 ) -> ExternalModel:
     """Observe a model on a few real images, and make it a victim.
 
