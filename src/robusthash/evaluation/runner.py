@@ -216,7 +216,7 @@ class _WorstInputs:
         self._modality = context.direction[0]
         self._inputs = batch.inputs[self._modality].clone()
         self._metric = context.select(context.query_labels[rows], -1)
-        self._value = self._metric(context.query.signs()[rows])
+        self._value = self._metric(context.query.rows()[rows])
 
     @property
     def inputs(self) -> Inputs:

@@ -33,7 +33,7 @@ from robusthash.version import __version__
 SCHEMA = "robusthash.results/2"
 _SCHEMA_1 = "robusthash.results/1"  # read, never written
 
-_OF_THE_MODEL = ("model", "bits", "objective", "defense", "training_attack", "software")
+_OF_THE_MODEL = ("model", "bits", "distance", "objective", "defense", "training_attack", "software")
 _OF_DIGESTS = ("data", "tier", "relevance", "chosen")  # their contents are compared as digests
 
 
@@ -86,6 +86,7 @@ class Setting:
     chosen: str = ""  # "all", "200 of 1000 by content" or "given"; "" of results that do not say it
     data: DataSet = field(default_factory=DataSet)
     tier: str = ""  # or the name of a suite of one's own; "" of single attacks and of those of a recipe
+    distance: str = "hamming"  # of the search: of codes, or "cosine" or "euclidean" of float vectors
     relevance: str = "own"  # label system that says what is relevant; "own" is that of the data set
 
     @property

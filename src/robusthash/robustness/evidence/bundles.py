@@ -159,7 +159,7 @@ def _identity(context: EvaluationContext) -> dict[str, Any]:
         "database": context.data.database.fingerprint(),
         "direction": context.direction,
         "bits": context.victim.bits,
-        "codes": hashlib.sha256(context.database.packed.cpu().numpy().tobytes()).hexdigest()[:16],
+        "codes": hashlib.sha256(context.codes.packed.cpu().numpy().tobytes()).hexdigest()[:16],
     }
 
 
