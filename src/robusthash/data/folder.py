@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import tarfile
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from robusthash.core.limited_files import parse_json
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, flat_options
 from robusthash.data.image_files import SUFFIXES, ImageFile, ImageOptions, decode
@@ -285,10 +285,7 @@ def _json_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]
     for line, content in enumerate(text.split("\n"), start=1):  # not splitlines, which also cuts inside texts
         if not content.strip():
             continue
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{manifest}, line {line} is not JSON: {error}") from error
+        row = parse_json(content, f"{manifest}, line {line}")
         if not isinstance(row, dict):
             raise ValueError(f"{manifest}, line {line} is not a JSON object")
         yield line, row

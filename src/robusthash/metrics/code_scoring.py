@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robusthash.core.hamming import pack
+from robusthash.core.limited_files import read_npz
 from robusthash.core.types import Codes
 from robusthash.metrics.protocol import Protocol, load_protocol, measure
 from robusthash.metrics.results import EvalResult, Setting
@@ -65,12 +65,8 @@ def read_codes(path: str | Path) -> CodeFile:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise ValueError("it holds one bare array, without labels")
-        with loaded:
-            return {key: loaded[key] for key in loaded.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+        return read_npz(path)
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"{path}: cannot be read as .npz of plain arrays ({error}); {_SAVE}, "
             "numbers only, no object arrays"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from robusthash.core.atomic_files import json_text, write_all_aside
 from robusthash.core.identity import scheme_of
+from robusthash.core.limited_files import read_json, read_npz
 from robusthash.core.registry import nearest
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.version import __version__
@@ -279,10 +279,7 @@ def load_results(path: str | Path) -> list[EvalResult]:
         ValueError: not a results file, another schema, a damaged field, or a sidecar of another run.
     """
     path = Path(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also UnicodeDecodeError
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    document = read_json(path)
     if not isinstance(document, dict) or "schema" not in document:
         raise ValueError(f"{path} is not a results file: it names no schema")
     if document["schema"] not in (SCHEMA, _SCHEMA_1):
@@ -296,8 +293,7 @@ def load_results(path: str | Path) -> list[EvalResult]:
             raise ValueError(
                 f"{sidecar} does not belong to {path.name}: one of the two is of another run; evaluate again"
             )
-        with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
-            held = {key: loaded[key] for key in loaded.files}
+        held = read_npz(io.BytesIO(content))
         if "steps" in held:
             held |= unpack_values({key: held.pop(key) for key in ("names", "lengths", "tops", "steps")})
         arrays = {key: torch.from_numpy(values) for key, values in held.items()}

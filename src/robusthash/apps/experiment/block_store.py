@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from robusthash.apps.experiment.run_directory import RunError
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.identity import identity
+from robusthash.core.limited_files import read_npz
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import AttackSpec
 
@@ -69,9 +69,8 @@ def read_block(path: Path) -> AttackedBlock:
         RunError: a file that cannot be read; it is named.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return AttackedBlock.from_arrays({name: arrays[name] for name in arrays.files})
-    except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        return AttackedBlock.from_arrays(read_npz(path))
+    except (ValueError, OSError, KeyError, TypeError, IndexError, RuntimeError) as error:
         raise RunError(
             f"attacked queries {path} are damaged ({error}); delete the file to attack them again"
         ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from robusthash.analysis.model_cost import Latency, Size, Work, asking, size_of,
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.run_selection import labelled
 from robusthash.core.hamming import pack, sign
+from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Inputs
 from robusthash.index.search_engines import FlatEngine, Rows
@@ -80,7 +80,7 @@ def _pixels(run: Run) -> Inputs:
 
 def _query_of(hasher: Hasher, run: Run) -> Work:
     """A query against random codes, as many as the database of ``run``."""
-    count = int(json.loads((run.path / "data.json").read_text())["sizes"]["database"])
+    count = int(read_json(run.path / "data.json")["sizes"]["database"])
     codes = np.random.default_rng(0).integers(0, 256, (count, (hasher.bits + 7) // 8), dtype=np.uint8)
     engine, k = FlatEngine(Rows(np.arange(count), codes)), min(10, count)
     return asking(hasher, _pixels(run), lambda logits: engine.search(pack(sign(logits)).numpy(), k))

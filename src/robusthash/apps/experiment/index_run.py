@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from robusthash.apps.experiment.model_stages import database_codes, load_hasher, read_data
 from robusthash.apps.experiment.run_directory import Run, load_run, write_json
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
+from robusthash.core.limited_files import parse_yaml, read_json
 from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split
@@ -66,7 +65,7 @@ def search_image(
     directory: Path, image: Path, run_path: Path | None = None, k: int = 10, where: str | None = None
 ) -> list[dict[str, Any]]:
     """The k nearest items of an image file: id, distance, payload."""
-    allowed = yaml.safe_load(where) if where else None
+    allowed = parse_yaml(where, f"--where {where!r}") if where else None
     if allowed is not None and not isinstance(allowed, dict):
         raise ValueError(f"--where takes a mapping such as '{{label: cat}}', got {where!r}")
     with open_index(f"file:{directory}", create=False) as index:
@@ -84,7 +83,7 @@ def run_of_index(directory: Path, run_path: Path | None = None) -> Run:
     if run_path is not None:
         return load_run(run_path)
     file = directory / _RUN_FILE
-    builder = Path(json.loads(file.read_text())["run"]) if file.is_file() else directory.resolve().parent
+    builder = Path(read_json(file)["run"]) if file.is_file() else directory.resolve().parent
     if not (builder / "config.yaml").is_file():
         raise ValueError(
             f"{directory} does not say which run made its codes, or it has moved; name it with --run"

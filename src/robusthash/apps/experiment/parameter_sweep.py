@@ -24,9 +24,10 @@ from typing import Any, Literal
 import yaml
 
 from robusthash.apps.experiment import training_stages
-from robusthash.apps.experiment.config import Config, ConfigError, load_config
+from robusthash.apps.experiment.config import Config, ConfigError, load_config, value_of
 from robusthash.apps.experiment.run_directory import load_run, write_json
 from robusthash.apps.experiment.tables import Cell, cell_of
+from robusthash.core.limited_files import read_json
 from robusthash.core.out_of_memory import REMEDY, out_of_memory
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.metrics.results import EvalResult, headline_of
@@ -52,7 +53,7 @@ def read_axis(text: str) -> Axis:
     if not equals or not path or not listed:
         raise ValueError(f"--over takes section.key=value,value,..., got {text!r}")
     if listed.startswith("["):
-        dumped = [yaml.safe_dump(value, default_flow_style=True) for value in yaml.safe_load(listed)]
+        dumped = [yaml.safe_dump(value, default_flow_style=True) for value in _listed(text, listed)]
         values = tuple(value.strip().removesuffix("...").strip() for value in dumped)
     else:
         values = tuple(value.strip() for value in listed.split(","))
@@ -64,6 +65,22 @@ def read_axis(text: str) -> Axis:
         remedy = "sweep settings of data, hasher or training, and set the rest with --set"
         raise ValueError(f"--over {path} makes no other model, and all points would share one run; {remedy}")
     return Axis(path, values)
+
+
+def _listed(text: str, listed: str) -> list[Any]:
+    values = value_of(listed)
+    if not isinstance(values, list):
+        raise ValueError(f"--over {text}: {listed!r} is no list")
+    return values
+
+
+def _stored(path: Path) -> list[Outcome]:
+    """The points that an earlier call wrote. Raises ValueError for another content."""
+    content = read_json(path)
+    try:
+        return [Outcome(**entry) for entry in content["points"]]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); move it away to start the sweep again") from None
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -186,8 +203,7 @@ class Sweep:
     def _recall(self) -> None:
         """Take over points that an earlier call finished, where their results still exist."""
         path, by_key = self.out / "sweep.json", {point.key: point for point in self.points}
-        for entry in json.loads(path.read_text())["points"] if path.is_file() else ():
-            old = Outcome(**entry)
+        for old in _stored(path) if path.is_file() else ():
             files = [Path(old.run) / name for name in ("config.yaml", "metrics.json")]
             if old.state != "done" or old.key not in by_key or not all(file.is_file() for file in files):
                 continue

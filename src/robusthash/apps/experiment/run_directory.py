@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from robusthash.apps.experiment.config import Config, ConfigError, load_config, save_config
 from robusthash.core.atomic_files import json_text, write_aside
-from robusthash.core.registry import build
+from robusthash.core.limited_files import check_archive, parse_json, read_json, read_npz, read_text
+from robusthash.core.registry import build, without_new_code
 from robusthash.core.runtime import digest
 from robusthash.core.types import Codes
 from robusthash.metrics.results import EvalResult, Flag, load_results, software_versions
@@ -103,6 +104,7 @@ class Run:
         if not self._resume_file.is_file():
             return None
         with reading(self._resume_file, "delete it to train again from the start", "checkpoint"):
+            check_archive(self._resume_file)
             return torch.load(self._resume_file, map_location="cpu", weights_only=True)
 
     def checkpoint(self, state: dict[str, Any]) -> None:
@@ -139,8 +141,9 @@ class Run:
         path = self.path / "log.jsonl"
         if not path.is_file():
             raise RunError(f"{self.path} has no training log; {_TRAIN}")
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return list({line["epoch"]: line for line in lines}.values())
+        with reading(path, "train the run again", "the training log"):
+            lines = [parse_json(line, "a line") for line in read_text(path).splitlines()]
+            return list({line["epoch"]: line for line in lines}.values())
 
     def progress(self, done: int, total: int, text: str) -> None:
         self.on_progress(done, total, text)
@@ -181,7 +184,8 @@ class Run:
         path = self._database_file
         if not path.is_file():
             return None
-        with reading(path, "train the run again", "database of codes"), np.load(path) as arrays:
+        with reading(path, "train the run again", "database of codes"):
+            arrays = read_npz(path, ("codes", "bits"))
             packed, bits = torch.from_numpy(arrays["codes"]), int(arrays["bits"])
         return Codes(packed, bits, torch.arange(len(packed)), self.card()["digest"])
 
@@ -191,7 +195,7 @@ class Run:
             raise RunError(f"{self.path} holds no trained model; {_TRAIN}")
         path = self.path / "model.json"
         try:
-            card = json.loads(path.read_text())
+            card = read_json(path)
         except ValueError as error:
             raise RunError(f"the model card {path} is damaged ({error}); train the run again") from None
         if not isinstance(card, dict) or "hasher" not in card:
@@ -231,7 +235,7 @@ class Run:
         if not path.is_file():
             return ()
         with reading(path, f"write it again: robusthash check {self.path}"):
-            entries = json.loads(path.read_text(encoding="utf-8"))
+            entries = read_json(path)
             numbers = [(float(entry["value"]), float(entry["threshold"])) for entry in entries]  # maybe "inf"
             return tuple(
                 Flag(entry["id"], value, threshold, entry["level"], entry["remedy"])
@@ -249,16 +253,19 @@ class Run:
                 f"{self.path} keeps results without weights; train its recipe again for the model: "
                 f"robusthash train {self.path / 'config.yaml'}"
             )
-        spec = self.card()["hasher"]
-        image, text = _without_weights(spec["image"]), _without_weights(spec["text"])
-        hasher = build_hasher(**{**spec, "image": image, "text": text})
+        spec, card = self.card()["hasher"], self.path / "model.json"
+        with without_new_code(card), reading(card, "train the run again", "the model card"):
+            image, text = _without_weights(spec["image"]), _without_weights(spec["text"])
+            hasher = build_hasher(**{**spec, "image": image, "text": text})
         _load_weights(hasher, self.path / "checkpoint" / "hasher.safetensors")
         return hasher.eval()
 
     def load_model(self) -> tuple[Hasher, HashObjective]:
         """The trained hasher and its objective (eval mode, CPU); errors as of ``load_hasher``."""
         hasher = self.load_hasher()
-        objective = build("objective", self.card()["objective"])
+        card = self.path / "model.json"
+        with without_new_code(card), reading(card, "train the run again", "the model card"):
+            objective = build("objective", self.card()["objective"])
         _load_weights(objective, self.path / "checkpoint" / "objective.safetensors")
         return hasher, objective.eval()
 
@@ -294,7 +301,8 @@ def load_run(path: str | Path) -> Run:
     if not (path / "config.yaml").is_file():
         raise RunError(f"{path} is not a run directory: it has no config.yaml")
     try:
-        return Run(path, load_config(path / "config.yaml"))
+        with without_new_code(path / "config.yaml"):
+            return Run(path, load_config(path / "config.yaml"))
     except ConfigError as error:
         raise RunError(f"{path}: its config cannot be read: {error}") from None
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
+from robusthash.apps.experiment.config_parts import check_parts
 from robusthash.apps.experiment.model_stages import read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run, load_run, open_run, write_json
 from robusthash.core.registry import build
@@ -59,6 +60,7 @@ def _parent(config: Config, root: Path, progress: Progress, base: Path) -> Run |
 def train(config: Config, root: Path, progress: Progress = silent, base: Path = Path(".")) -> Run:
     """Train the model of ``config``, or go on from its last checkpoint; done already, it returns at once."""
     set_threads(config)
+    check_parts(config)
     run, parent = prepare(config, root, progress, base)
     if run.trained:
         return run

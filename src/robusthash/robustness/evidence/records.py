@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from robusthash.attacks.threat_model import Ball, Budget, Edits, Knowledge, Threat
+from robusthash.core.limited_files import read_yaml
 from robusthash.core.registry import nearest
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import EvalResult
@@ -180,11 +181,7 @@ def load_entry(path: str | Path) -> RegistryEntry:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"registry entry {str(path)!r} does not exist")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    entry = read_record(RegistryEntry, raw, ENTRY_SCHEMA, str(path))
+    entry = read_record(RegistryEntry, read_yaml(path), ENTRY_SCHEMA, str(path))
     if entry.id != path.stem:
         raise ValueError(f"{path}: id is {entry.id!r}; name the file {entry.id}.yaml")
     return entry
