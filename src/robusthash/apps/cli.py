@@ -4,7 +4,7 @@ Tables and progress go to stderr, ``--json`` data to stdout; an error is one lin
 what it needs when it is called: help, version and completion load typer and rich, and no more.
 
 Exit codes: 0 done, 1 refused or failed for a reason that the line says, 2 usage, 3 a fault of this program,
-130 Ctrl-C, 141 nobody reads the output. ``TRACE`` in the environment shows where an error came from.
+130 Ctrl-C. ``TRACE`` in the environment shows where an error came from.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -81,9 +82,6 @@ def main() -> None:
     try:
         with _smaller_batches_noted():
             app()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the end fails too
-        sys.exit(141)
     except Exception as error:
         _refuse(error)
     finally:
@@ -114,7 +112,7 @@ def _unforeseen(error: Exception) -> str:
     """An error that nobody wrote for users, in a line: what, where, and how to see more."""
     reason = next(iter(str(error).strip().splitlines()), "")[:300]
     place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{place.filename.rpartition('robusthash/')[2]}, line {place.lineno}"
+    where = f"{Path(place.filename).name}, line {place.lineno}"
     what = f"{type(error).__name__}{f': {reason}' if reason else ''}"
     return f"unexpected {what} ({where}); {TRACE}=1 shows the trace, which a report of this fault should hold"
 

@@ -143,8 +143,11 @@ def check_archive(path: str | Path | IO[bytes], name: str = "") -> None:
         ValueError: with what it would take, and how to save it instead.
     """
     size = Path(path).stat().st_size if isinstance(path, str | Path) else _length(path)
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{name or path} is a damaged archive ({error})") from None
     if unpacked > max(_UNPACKED, _RATIO * size):
         raise ValueError(
             f"{name or path} has {_size(size)} and unpacks to {_size(unpacked)}; "

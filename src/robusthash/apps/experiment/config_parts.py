@@ -44,7 +44,12 @@ def _check_hasher(config: Config) -> None:
         return
     parts: dict[str, Any] = {**section.model_dump(include={"bits", "head", "purifiers", "sides"}), **encoders}
     with torch.device("meta"):
-        _guarded("hasher", lambda: build_hasher(**parts, vocabulary=1))
+        hasher = _guarded("hasher", lambda: build_hasher(**parts, vocabulary=1))
+    for name, values in hasher.named_parameters():
+        if values.numel() == 0:
+            modality = "text" if name.startswith("encoders.text") else "image"
+            given = getattr(section, modality)
+            raise ConfigError(f"hasher.{modality}: no width may be 0, got {given!r} ({name} is empty)")
 
 
 def _without_weights(component: Component | None) -> Component | None:

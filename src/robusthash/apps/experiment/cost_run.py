@@ -12,6 +12,7 @@ import torch
 from robusthash.analysis.model_cost import Latency, Size, Work, asking, size_of, time_in_turn
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.run_selection import labelled
+from robusthash.apps.reports.cell_text import markdown_cell
 from robusthash.core.hamming import pack, sign
 from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Draws
@@ -99,5 +100,6 @@ def cost_markdown(reference: str, rows: Sequence[CostRow]) -> str:
     for row in rows:
         size = f"{row.size.parameters / 1e6:.3f} | {row.size.macs / 1e6:.2f}"
         time = f"{row.latency.median:.2f} | {row.latency.p95:.2f} | {row.latency.ratio:.2f}"
-        lines.append(f"| {row.name} | {size} | {time} | {row.minutes_per_epoch:.2f} | {row.attack_steps} |")
+        name, effort = markdown_cell(row.name), f"{row.minutes_per_epoch:.2f} | {row.attack_steps}"
+        lines.append(f"| {name} | {size} | {time} | {effort} |")
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from robusthash.apps.experiment import training_stages
 from robusthash.apps.experiment.config import Config, ConfigError, load_config, value_of
 from robusthash.apps.experiment.run_directory import load_run, write_json
 from robusthash.apps.experiment.tables import Cell, cell_of
+from robusthash.apps.reports.cell_text import markdown_cell
 from robusthash.core.limited_files import read_json
 from robusthash.core.out_of_memory import REMEDY, out_of_memory
 from robusthash.core.runtime import Progress, digest, silent
@@ -340,6 +341,6 @@ def sweep_markdown(rows: Sequence[SweepRow]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in rows:
         cells = [row.cells[name].text() if name in row.cells else "-" for name in columns]
-        line = [*row.values.values(), *cells, str(len(row.seeds)), str(row.failed)]
+        line = [*map(markdown_cell, row.values.values()), *cells, str(len(row.seeds)), str(row.failed)]
         lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)

@@ -145,7 +145,7 @@ class BestKnown(SentRecord):
 class RegistryEntry(SentRecord):
     """One model of the registry."""
 
-    id: str = Field(pattern=r"^[\w.-]+$")
+    id: str = Field(pattern=r"^\w[\w.-]{0,119}$")
     title: str = ""
     source: ModelSource
     data: str
