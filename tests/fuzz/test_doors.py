@@ -45,6 +45,7 @@ RECIPE: dict[str, Any] = {
 }
 CODES = {"codes": np.sign(np.arange(24).reshape(6, 4) % 3 - 0.5), "labels": np.arange(6) % 2}
 SECONDS, MEMORY = 30, 2 << 30
+_SPLITS = ("train", "query", "database")
 Case = tuple[list[Any], list[str]]
 """Words of a command line, and texts of which an error must hold one."""
 
@@ -152,7 +153,7 @@ def entry(world: Path, here: Path, draw: random.Random) -> Case:
     path = here / f"{(world / 'entry').read_text()}.yaml"
     shutil.copy(world / path.name, path)
     malformed.odd_document(path, draw)
-    return ["verify", path, "--run", world / "run"], [path.stem, "claimed", "entry"]
+    return ["verify", path, "--run", world / "run"], [path.stem, "claimed", "entry", "tier"]
 
 
 def image(world: Path, here: Path, draw: random.Random) -> Case:
@@ -170,11 +171,14 @@ def image(world: Path, here: Path, draw: random.Random) -> Case:
 def where(world: Path, here: Path, draw: random.Random) -> Case:
     text = draw.choice([*malformed.TEXTS, *map(str, malformed.ODD), "{labels: {a: 1}}", "{labels: [[]]}"])
     words = ["search", world / "index", world / "images" / "0.png", "--run", world / "run", "--where", text]
-    return words, ["where", "label"]
+    return words, ["where", "label", "payload"]
 
 
 def manifest(world: Path, here: Path, draw: random.Random) -> Case:
-    rows = [{"file": f"{number}.png", "split": split, "labels": ["a"]} for number, split in enumerate("abc")]
+    rows = [
+        {"file": f"{number}.png", "split": split, "labels": ["a"]}
+        for number, split in zip("012", _SPLITS, strict=True)
+    ]
     odd, _ = malformed.with_odd_value(rows, draw)
     path = here / draw.choice(["odd.csv", "odd.jsonl"])
     lines = odd if isinstance(odd, list) else [odd]

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -87,8 +88,10 @@ def card(kind: str, name: str) -> Card:
         ValueError: a module that the settings of a stranger name, see ``without_new_code``.
     """
     if ":" in name:
-        module, _, name = name.partition(":")
-        _import_plugin(module, f"{module}:{name}")
+        named, (module, _, name) = name, name.partition(":")
+        if not re.fullmatch(r"\w+(\.\w+)*", module):
+            raise KeyError(f"{kind} {named!r} names no module before the colon; write module:name")
+        _import_plugin(module, named)
     if (kind, name) not in _CARDS:
         _import_unread()
     if (kind, name) not in _CARDS:
@@ -119,8 +122,8 @@ def _import_plugin(module: str, named: str) -> None:
         )
     try:
         importlib.import_module(module)
-    except (ModuleNotFoundError, ValueError) as error:  # ValueError: an empty or a relative name
-        if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or "?"):
+    except ModuleNotFoundError as error:
+        if not module.startswith(error.name or "?"):
             raise  # the module is there, and something that it imports is not
         remedy = "put its folder on PYTHONPATH, or install it"
         raise ImportError(f"no Python module {module!r} (wanted by {named!r}); {remedy}") from error
@@ -153,8 +156,9 @@ def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str,
         wanted = annotated(entry.make).get(key, Any)
         if not fits(value, wanted):
             raise ValueError(f"{key} of {kind} {entry.name!r} must be {words(wanted)}, got {value!r}")
-        if type(value) is int and value < 0 and _is_own(entry.make):  # counts, sizes and seeds alone
-            raise ValueError(f"{key} of {kind} {entry.name!r} must not be below 0, got {value}")
+        if type(value) is int and not 0 <= value < 2**63 and _is_own(entry.make):  # counts, sizes, seeds
+            fault = "must not be below 0" if value < 0 else "is too large"
+            raise ValueError(f"{key} of {kind} {entry.name!r} {fault}, got {value:.6g}")
     return entry, options
 
 

@@ -111,7 +111,7 @@ def _unpickled(path: Path, start: bytes) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         message = str(error)
-    except (RuntimeError, EOFError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
         if out_of_memory(error):
             raise
         if "TorchScript" in str(error):

@@ -71,6 +71,11 @@ def value_of(text: str) -> Any:
         raise ConfigError(str(error)) from None
 
 
+def is_folder_name(name: str) -> bool:
+    """True for one component of a path that leads nowhere else."""
+    return re.fullmatch(r"\w[\w.-]{0,99}", name) is not None
+
+
 def shortened(text: str, most: int = 200) -> str:
     """A text for a message, its middle left out where it is long."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
@@ -146,7 +151,7 @@ class TrainingSection(Section):
     attack: Annotated[Component, _of_kind("attack")] | None = None
     optim: Annotated[dict[str, OptimConfig], BeforeValidator(_completed)] = {"hasher": OptimConfig()}
     schedule: Annotated[Schedule, BeforeValidator(numbers)] = Schedule()
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(20, ge=1, le=1_000_000)
     batch_size: int = Field(64, ge=1)
     augment: Literal["none", "flip-crop"] = "none"
     clip: float = Field(0.0, ge=0)
@@ -255,7 +260,7 @@ class Config(Section):
     @classmethod
     def _one_folder(cls, name: str) -> str:
         """The name is a folder below ``runs/``, and no other place."""
-        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        if not is_folder_name(name):
             raise ValueError(
                 "a name has up to 100 letters, digits, '.', '_' and '-', and begins with none of '.' and '-'"
             )
@@ -311,11 +316,12 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in children:
         raise ConfigError(f"{path} extends itself, by way of {' and '.join(p.name for p in children)}")
     try:
-        raw = read_yaml(path) or {}
+        raw = read_yaml(path)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected sections, got {type(raw).__name__}")
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        got = "nothing" if raw is None else shortened(repr(raw))
+        raise ConfigError(f"{path}: expected sections such as data and training, got {got}")
     base = raw.pop("extends", None)
     if base is None:
         return raw

@@ -67,7 +67,7 @@ def _guarded(place: str, make: Any) -> Any:
     """What ``make`` makes, its errors under the place of the settings."""
     try:
         return make()
-    except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:
         if out_of_memory(error):
             raise
         reason = str(error.args[0] if error.args else error).partition("\n")[0]

@@ -19,7 +19,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from robusthash.apps.experiment.config import Config, ConfigError, load_config, save_config
+from robusthash.apps.experiment.config import (
+    Config,
+    ConfigError,
+    is_folder_name,
+    load_config,
+    save_config,
+    shortened,
+)
 from robusthash.core.atomic_files import json_text, write_aside
 from robusthash.core.limited_files import check_archive, parse_json, read_json, read_npz, read_text
 from robusthash.core.registry import build, without_new_code
@@ -39,6 +46,8 @@ class RunError(ValueError):
 
 CHECKED = "checks.json"  # the flags of ``check``
 KEPT = "kept.json"  # marks a copy of results without weights, see ``kept_results``
+_CARD = {"name": str, "id": str, "bits": int, "modalities": list, "image_size": list, "declared": str}
+_CARD |= {"hasher": dict, "digest": str, "epochs": int, "last": dict}
 _TRAIN = "run 'robusthash train' or 'robusthash run' first"
 _DAMAGED: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
 _DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError)
@@ -198,8 +207,8 @@ class Run:
             card = read_json(path)
         except ValueError as error:
             raise RunError(f"the model card {path} is damaged ({error}); train the run again") from None
-        if not isinstance(card, dict) or "hasher" not in card:
-            raise RunError(f"the model card {path} is damaged (it names no hasher); train the run again")
+        if fault := _fault_of(card):
+            raise RunError(f"the model card {path} is damaged ({fault}); train the run again")
         return card
 
     @property
@@ -305,6 +314,16 @@ def load_run(path: str | Path) -> Run:
             return Run(path, load_config(path / "config.yaml"))
     except ConfigError as error:
         raise RunError(f"{path}: its config cannot be read: {error}") from None
+
+
+def _fault_of(card: Any) -> str:
+    """What is wrong with a model card; its name and id are folders of copies."""
+    if not isinstance(card, dict) or "hasher" not in card:
+        return "it names no hasher"
+    for key, kind in _CARD.items():
+        if not isinstance(card.get(key), kind) or (key in ("name", "id") and not is_folder_name(card[key])):
+            return f"{key} is {shortened(repr(card.get(key)))}"
+    return ""
 
 
 def _without_weights(encoder: Any) -> Any:

@@ -95,7 +95,7 @@ class Manifest(SentRecord):
     weights: str  # ``weights_digest`` of the victim
     codes: str  # digest of the database codes that it was made against
     database: str  # fingerprint of the database split
-    direction: tuple[str, str]
+    direction: tuple[Literal["image", "text"], Literal["image", "text"]]
     bits: int
     queries: int
     attack: str = "unnamed"
