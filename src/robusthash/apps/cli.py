@@ -70,6 +70,7 @@ def _root(
 TRACE = "ROBUSTHASH_TRACE"
 """Environment variable: if set, the trace of an error is printed above its line."""
 
+_LONGEST = 4000  # characters of an error, which may hold a value of any length
 _SAID = (ValueError, KeyError, OSError, ImportError, FloatingPointError)
 """Errors whose text is written for users; others, which nothing expected, are faults of this program."""
 
@@ -104,7 +105,7 @@ def _refuse(error: Exception) -> None:
         text = str(error).strip()
         if not expected or not text or isinstance(error, KeyError):
             expected, text = False, _unforeseen(error)
-    warn("error", text)
+    warn("error", text if len(text) < _LONGEST else f"{text[:_LONGEST]} ...")
     sys.exit(1 if expected else 3)
 
 

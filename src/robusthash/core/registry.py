@@ -126,7 +126,7 @@ def _import_plugin(module: str, named: str) -> None:
         if not module.startswith(error.name or "?"):
             raise  # the module is there, and something that it imports is not
         remedy = "put its folder on PYTHONPATH, or install it"
-        raise ImportError(f"no Python module {module!r} (wanted by {named!r}); {remedy}") from error
+        raise ModuleNotFoundError(f"no Python module {module!r} (wanted by {named!r}); {remedy}") from error
 
 
 def card_of(make: Callable[..., Any]) -> Card | None:

@@ -103,7 +103,7 @@ def folder(
     rule = splits.split or ("manifest" if any(entry.split for entry in entries) else "random")
     if rule == "manifest":
         splits.refuse_sizes("; set split='random' or 'balanced'")
-        indices = _column_split(entries, columns)
+        indices = _column_split(entries, columns, manifest)
     else:
         indices = _drawn_split(labels, names, replace(splits, split=rule))
     note = f"Images {image}; split {rule}" + ("." if rule == "manifest" else f", seed {splits.seed}.")
@@ -139,7 +139,7 @@ def _other_labels(entries: Sequence[Entry], field: LabelField) -> tuple[dict[str
     return {}, note if lacking < len(entries) else ""
 
 
-def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
+def _column_split(entries: Sequence[Entry], columns: ColumnSplits, manifest: str | Path | None) -> Indices:
     """The split that the column ``split`` of the manifest writes down."""
     values = {entry.split for entry in entries}
     if not any(values):
@@ -147,7 +147,7 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
     unknown = sorted(values.difference(*vars(columns).values()))
     if unknown:
         raise ValueError(
-            f"the manifest's split column holds {', '.join(map(repr, unknown))}, which no split takes; "
+            f"{manifest}: the manifest's split column holds {', '.join(map(repr, unknown))}, which no split takes; "
             "name them in query_splits, train_splits, database_splits or validation_splits"
         )
     query = set(columns.query_splits)
@@ -163,7 +163,8 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
     for name, part in parts.items():
         if len(part) == 0:
             held = ", ".join(sorted(map(repr, values)))
-            raise ValueError(f"no row of the manifest is for the {name} split; its split column holds {held}")
+            missing = f"no row of the manifest is for the {name} split"
+            raise ValueError(f"{manifest}: {missing}; its split column holds {held}")
     validation = rows(set(columns.validation_splits) - query)
     return Indices(**parts, validation=validation if len(validation) else None)
 
