@@ -147,8 +147,8 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits, manifest: str
     unknown = sorted(values.difference(*vars(columns).values()))
     if unknown:
         raise ValueError(
-            f"{manifest}: the manifest's split column holds {', '.join(map(repr, unknown))}, which no split takes; "
-            "name them in query_splits, train_splits, database_splits or validation_splits"
+            f"{manifest}: the manifest's split column holds {', '.join(map(repr, unknown))}, which no split "
+            "takes; name them in query_splits, train_splits, database_splits or validation_splits"
         )
     query = set(columns.query_splits)
 

@@ -64,7 +64,7 @@ def _made(place: str, kind: str, settings: Component, **context: Any) -> Any:
 
 
 def _guarded(place: str, make: Any) -> Any:
-    """What ``make`` makes, its errors under the place of the settings."""
+    """The result of ``make``; its errors stand under the place of the settings."""
     try:
         return make()
     except (ValueError, KeyError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:

@@ -317,7 +317,7 @@ def load_run(path: str | Path) -> Run:
 
 
 def _fault_of(card: Any) -> str:
-    """What is wrong with a model card; its name and id are folders of copies."""
+    """The fault of a model card, if it has one; its name and id are folders of copies."""
     if not isinstance(card, dict) or "hasher" not in card:
         return "it names no hasher"
     for key, kind in _CARD.items():

@@ -108,9 +108,9 @@ def attack_under(attack: str, threat: str | None, eps: str | None, norm: str | N
     if isinstance(ball, Edits):
         return {**options, "edits": ball.count}
     if ball.norm != "linf" and "norm" not in signature(card.make).parameters:
-        others = [c.name for c in catalogue("attack") if "norm" in signature(c.make).parameters]
+        normed = [c.name for c in catalogue("attack") if "norm" in signature(c.make).parameters]
         raise ValueError(
-            f"{name}: the attack {card.name!r} searches in linf alone; with a norm: {', '.join(others)}"
+            f"{name}: the attack {card.name!r} searches in linf alone; with a norm: {', '.join(normed)}"
         )
     options |= {} if modality == "image" else {"modality": modality}
     return {**options, "eps": ball.eps, **({} if ball.norm == "linf" else {"norm": ball.norm})}
