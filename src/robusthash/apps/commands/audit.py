@@ -17,12 +17,12 @@ from robusthash.apps.commands.options import (
     Threat,
 )
 from robusthash.apps.commands.terminal import (
-    console,
-    escape,
+    note,
     print_json,
     print_lines,
     print_table,
     progress_bars,
+    warn,
 )
 
 Output = Annotated[str, Option(help="Answers of the model: logits, signs, float (an embedding), or auto.")]
@@ -82,7 +82,8 @@ def audit(
     effort = tier_named(tier)
     effort = replace(effort, queries=queries or effort.queries, attacked=attacked or effort.attacked)
     pixel_eps = _pixel_eps(threat, eps, norm)
-    if os.getcwd() not in sys.path:  # a module:name is looked for where the user stands, as python -m does
+    named = ":" in target and not Path(target).exists()
+    if named and os.getcwd() not in sys.path:  # a module:name is looked for where the user stands
         sys.path.insert(0, os.getcwd())
     length = None if bits == "auto" else int(bits)
     limits = EndpointLimits(budget, rate, timeout, _headers(header))
@@ -95,11 +96,11 @@ def audit(
         return
     print_table(f"audit of {summary['title']}", *_rows(summary))
     if summary["said"]:
-        console.print(escape(summary["said"][0]), highlight=False)
+        note(summary["said"][0])
     for warning in summary["doubts"]:
-        console.print(f"[bold red]warning:[/] {escape(warning)}", highlight=False)
+        warn("warning", warning)
     if summary["kinds"] is not None:
-        console.print(escape(summary["kinds"]["said"]), highlight=False)
+        note(summary["kinds"]["said"])
     print_lines([out / "report.html"])
 
 

@@ -5,7 +5,6 @@ It runs the same stages as recipes do, in ``OUT/runs``, so a stopped quickstart 
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import time
@@ -23,6 +22,7 @@ from robusthash.apps.experiment.index_run import build_index, search_image
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.apps.experiment.training_stages import run_all
 from robusthash.core.atomic_files import write_aside
+from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Progress, digest, silent, yield_when_busy
 from robusthash.data.copies import CHANGES, images_below
 from robusthash.data.image_files import UnreadableImage, read_image
@@ -185,7 +185,7 @@ def _indexed(run: Run, folder: Path, progress: Progress) -> Path:
         (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images_below(folder).images
     ]
     state = {"folder": digest(listed, 16), "model": run.card()["digest"]}
-    if marker.is_file() and json.loads(marker.read_text()) == state:
+    if marker.is_file() and read_json(marker) == state:
         return directory
     shutil.rmtree(directory, ignore_errors=True)
     build_index(directory, run.path, folder, progress=progress)

@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robusthash.core.limited_files import check_archive
+from robusthash.core.out_of_memory import out_of_memory
 from robusthash.core.registry import nearest
 from robusthash.data.transforms import to_pixels
 from robusthash.models.external.model_answers import Call
@@ -89,7 +91,14 @@ def load_torchscript(path: Path) -> Call:
             f"{path} is no TorchScript file; weights or a pickled module are not opened. Save the whole "
             "model with torch.jit.trace(model.eval(), images).save(...), or name its Python path, module:name"
         )
-    module: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu").eval()
+    check_archive(path)
+    try:
+        module: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu").eval()
+    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+        if out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(f"{path} is a damaged TorchScript file ({reason}); save it again") from None
     return module
 
 
