@@ -268,7 +268,7 @@ def test_devices_and_precisions_that_are_not_there() -> None:
     assert choose_device("auto").type in ("cpu", "cuda")
     with pytest.raises(ValueError, match=r"'abacus' is not usable here.*--device cpu"):
         choose_device("abacus")
-    with pytest.raises(ValueError, match="'float32' or 'bf16', got 'half'"), precision("half", "cpu"):
+    with pytest.raises(ValueError, match="'float32', 'bf16' or 'fp16', got 'half'"), precision("half", "cpu"):
         pass
     with precision("bf16", "cpu"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
