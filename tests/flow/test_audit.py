@@ -224,6 +224,52 @@ def test_an_endpoint_of_ids(folder, tmp_path):
             )
 
 
+def with_threshold(answer, most, empty):
+    """The same search, which returns what is at most ``most`` bits away, and ``empty`` where nothing is."""
+
+    def near(body, number):
+        _, _, found = answer(body, number)
+        count = sum(distance <= most for distance in found["distances"])
+        kept = {name: values[:count] for name, values in found.items()}
+        return (200, {}, kept) if count else empty
+
+    return near
+
+
+@pytest.mark.parametrize("empty", [(200, {}, {"ids": []}), (404, {}, b""), (204, {}, b"")])
+def test_an_endpoint_with_a_threshold_may_find_nothing(folder, tmp_path, empty):
+    pytest.importorskip("httpx", reason="needs the extra 'audit' (pip install robusthash[audit])")
+    strict = with_threshold(answer_with(folder, 32), 40, empty)
+    tier, limits = Tier("tiny", 8, 2, 2, 10), EndpointLimits(rate=1e6)
+    with served(strict) as (url, _):
+        summary = run_audit(url, tmp_path / "out", folder, AuditOptions(size=32, tier=tier, limits=limits))
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert rows["unchanged"]["map"] == 1.0
+    assert rows["crop-10"]["map"] == rows["crop-10"]["first"] == 0.0  # nothing is near a cropped one
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_an_audit_that_broke_off_goes_on(folder, tmp_path):
+    pytest.importorskip("httpx", reason="needs the extra 'audit' (pip install robusthash[audit])")
+    honest, broken = answer_with(folder, 32), [60]
+
+    def answer(body, number):
+        return honest(body, number) if number <= broken[0] else (403, {}, b"no more")
+
+    tier, limits = Tier("tiny", 8, 2, 2, 10), EndpointLimits(rate=1e6)
+    options = AuditOptions(size=32, tier=tier, limits=limits)
+    with served(answer) as (url, asked):
+        with pytest.raises(Broken, match="no more"):
+            run_audit(url, tmp_path / "out", folder, options)
+        assert len(asked) == 61
+        broken[0] = 10_000
+        resumed = run_audit(url, tmp_path / "out", folder, options)
+        sent = len(asked) - 61
+        whole = run_audit(url, tmp_path / "out", folder, options)  # a finished one keeps nothing
+        assert resumed["rows"] == whole["rows"]
+        assert sent == resumed["questions"] == whole["questions"] - 59  # the check asks one again
+
+
 def answer_by_brightness(folder, size):
     """A search that noise around 0 cannot move, and a patch of one sign can."""
     photos = read_photos(folder, size)

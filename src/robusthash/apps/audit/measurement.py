@@ -86,7 +86,8 @@ def run_audit(
     size = size_of(target, options.size)
     collection = read_photos(photos, size, options.limit, options.seed)
     categories = read_categories(collection) if options.labels else None
-    opened = open_target(target, collection.first(_TRIED), options.bits, options.limits)
+    kept = out / "answers.jsonl"
+    opened = open_target(target, collection.first(_TRIED), options.bits, options.limits, kept)
     out.mkdir(parents=True, exist_ok=True)
     plan = _Plan(opened, collection, categories, options, progress)
     measured = _Measured(_audit_ids(plan)) if opened.hasher is None else _audit_codes(plan, opened.hasher)
@@ -116,6 +117,8 @@ def run_audit(
     with write_aside(out / "report.html") as aside:
         aside.write_text(page, encoding="utf-8")
     write_json(out / "audit.json", summary)
+    if opened.endpoint is not None:
+        opened.endpoint.forget()  # another audit asks again: the search may have changed
     return summary
 
 
@@ -274,9 +277,9 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[Audit
 def _audit_ids(plan: _Plan) -> tuple[AuditRow, ...]:
     """Measure an endpoint that answers ids alone, unchanged, under everyday changes and noise, and attacked.
 
-    Right is the id that came first for the unchanged photograph. 1 / rank is 0 where that id is not in the
-    answer, so longer answers can only raise it. The attack sees lists alone and tries to empty them of what
-    they first held.
+    Right is the id that came first for the unchanged photograph; where nothing was found for it, nothing is
+    right. 1 / rank is 0 where the right id is not in the answer, so longer answers can only raise it. The
+    attack sees lists alone and tries to empty them of what they first held.
 
     Raises:
         ValueError: the budget is too small, or the ids tell no categories; nothing has been asked then but
@@ -290,15 +293,16 @@ def _audit_ids(plan: _Plan) -> tuple[AuditRow, ...]:
     endpoint.check_budget(len(images) * (len(EVERYDAY) + 2) + len(few) * (tier.questions + 1))
     if categories is not None:
         for part in (images[:1], images):  # refused by the first answer already, where that will do
-            categories.require_known(_ask(endpoint, part), endpoint.url)
+            if any(lists := _ask(endpoint, part)):
+                categories.require_known(lists, endpoint.url)
     unchanged = _ask(endpoint, images)
     width = max(map(len, unchanged)) - 1  # ids that count for categories, the own one left out
 
     def row(columns: Columns, before: Tensor, after: Tensor) -> AuditRow:
         answers = _ask(endpoint, after)
-        pairs = [(ids, right[0]) for ids, right in zip(answers, unchanged, strict=False)]
-        ap = [1 / (1 + ids.index(right)) if right in ids else 0.0 for ids, right in pairs]
-        first = sum(ids[0] == right for ids, right in pairs) / len(pairs)
+        pairs = [(ids, right[:1]) for ids, right in zip(answers, unchanged, strict=False)]
+        ap = [1 / (1 + ids.index(right[0])) if right and right[0] in ids else 0.0 for ids, right in pairs]
+        first = ap.count(1.0) / len(ap)
         names = plan.photos.names[: len(answers)]
         by_category = None if categories is None else categories.found_in(answers, names, width)
         measured = {"per_photo": tuple(ap), **difference(before, after), **category_columns(by_category)}
@@ -324,7 +328,7 @@ def _searched(plan: _Plan, endpoint: Endpoint, images: Tensor) -> Tensor:
 
     def ask(inputs: Inputs) -> Tensor:
         answers = _ask(endpoint, inputs["image"])
-        width = first[0].shape[1] if first else max(len(ids) for ids in answers)
+        width = first[0].shape[1] if first else max(1, *(len(ids) for ids in answers))
         ids = _numbered(answers, numbers, width)
         first.extend([ids][len(first) :])
         plan.progress(next(asked), questions, "searching by questions")
@@ -343,7 +347,8 @@ def _numbered(answers: Lists, numbers: dict[str, int], width: int) -> Tensor:
 
 
 def _ask(endpoint: Endpoint, images: Tensor) -> Lists:
-    answers = [answer.ids for answer in endpoint.answers(images)]
-    if not all(answers):
+    """Ids by image, none where the search found nothing."""
+    answers = endpoint.answers(images)
+    if any(answer.code is not None for answer in answers):
         raise ValueError(f"{endpoint.url} answered a code, and ids before")
-    return answers
+    return [answer.ids for answer in answers]

@@ -142,7 +142,11 @@ def size_of(target: str, size: int | None) -> int:
 
 
 def open_target(
-    target: str, images: Tensor, bits: int | None = None, limits: EndpointLimits = EndpointLimits()
+    target: str,
+    images: Tensor,
+    bits: int | None = None,
+    limits: EndpointLimits = EndpointLimits(),
+    kept: Path | None = None,
 ) -> Target:
     """Open what the user named and try it on a few of the photographs.
 
@@ -151,6 +155,7 @@ def open_target(
             address; or ``phash``, ``dhash``, ``whash``, ``pdq``.
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
+        kept: a file of an endpoint's answers, so that an interrupted audit goes on.
 
     Raises:
         ValueError: none of these, or a model that is broken (``Broken``).
@@ -158,7 +163,7 @@ def open_target(
     """
     path = Path(target)
     if target.startswith(("http://", "https://")):
-        return _open_endpoint(target, images, bits, limits)
+        return _open_endpoint(target, images, bits, limits, kept)
     if target in NAMES:
         known = perceptual(target)
         return _wrapped(target, known.title, known, images, bits, radius=known.radius)
@@ -215,9 +220,11 @@ def _has_graph(hasher: Hasher, images: Tensor) -> bool:
         return hasher({"image": images.clone().requires_grad_(True)})["image"].logits.requires_grad
 
 
-def _open_endpoint(url: str, images: Tensor, bits: int | None, limits: EndpointLimits) -> Target:
-    endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers)
-    answer = endpoint.check_consistency(images[:1])
+def _open_endpoint(
+    url: str, images: Tensor, bits: int | None, limits: EndpointLimits, kept: Path | None
+) -> Target:
+    endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers, kept=kept)
+    answer = endpoint.check_consistency(images)
     if answer.code is None:
         order = "with distances, in their order" if answer.distances else "without distances"
         remark = f"It answers {len(answer.ids)} ids, nearest first, {order}."
