@@ -87,7 +87,8 @@ def run_audit(
     collection = read_photos(photos, size, options.limit, options.seed)
     categories = read_categories(collection) if options.labels else None
     kept = out / "answers.jsonl"
-    opened = open_target(target, collection.first(_TRIED), options.bits, options.limits, kept)
+    few = collection.first(_TRIED)
+    opened = open_target(target, few, options.bits, options.limits, kept, options.output)
     out.mkdir(parents=True, exist_ok=True)
     plan = _Plan(opened, collection, categories, options, progress)
     measured = _Measured(_audit_ids(plan)) if opened.hasher is None else _audit_codes(plan, opened.hasher)
@@ -191,7 +192,7 @@ def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
         tuple(model_warnings(target, context, photos)),
         radius,
         false_matches(context, radius),
-        model_flags(target, context, plan.options.eps),
+        model_flags(target, context, plan.options.eps, tier.checked, plan.progress),
     )
 
 

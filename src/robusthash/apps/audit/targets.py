@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,11 @@ from robusthash.attacks.threat_model import threat_on
 from robusthash.core.registry import nearest
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
 from robusthash.models.external.http_endpoint import Endpoint
-from robusthash.models.external.loaders import NAMES, load_onnx, load_python, load_torchscript, perceptual
+from robusthash.models.external.loaders import NAMES, load_python, load_torchscript, perceptual
+from robusthash.models.external.onnx_file import load_onnx
 from robusthash.models.external.wrapper import Call, foreign
 from robusthash.models.hasher import Hasher, frozen
+from robusthash.robustness.checks.model_checks import Purpose
 from robusthash.robustness.specs.oracle_attacks import OracleAttack
 
 _SIZE = 224  # pixels a side, where neither the user nor a run says
@@ -38,6 +41,7 @@ class Tier:
         attacked: of these, how many are attacked.
         steps: of each attack that follows gradients.
         questions: oracle queries that a black-box attack may make for one photograph.
+        checked: photographs on which the checks look at the model.
     """
 
     name: str
@@ -45,15 +49,16 @@ class Tier:
     attacked: int
     steps: int
     questions: int = 300
+    checked: int = 16
 
     def __post_init__(self) -> None:
-        if min(self.queries, self.attacked, self.questions) < 1 or self.steps < 2:
+        if min(self.queries, self.attacked, self.questions, self.checked) < 1 or self.steps < 2:
             raise ValueError(
                 f"an audit needs queries, attacked ones, questions and 2 steps at least, got {self}"
             )
 
 
-TIERS = {"smoke": Tier("smoke", 20, 4, 5, 30), "fast": Tier("fast", 200, 12, 20)}
+TIERS = {"smoke": Tier("smoke", 20, 4, 5, 30, 4), "fast": Tier("fast", 200, 12, 20)}
 
 
 def tier_named(name: str) -> Tier:
@@ -87,6 +92,7 @@ class AuditOptions:
             perceptual hash, else the largest at which at most 1 % of the pairs of different photographs do.
         limit: photographs read at most.
         seed: of the choice of photographs, the noise and the attacks.
+        output: see ``open_target``.
     """
 
     labels: bool = False
@@ -98,6 +104,7 @@ class AuditOptions:
     limit: int = 1000
     seed: int = 0
     limits: EndpointLimits = EndpointLimits()
+    output: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.eps <= 0.5:
@@ -119,6 +126,7 @@ class Target:
     remarks: tuple[str, ...] = ()
     foreign: bool = True
     by_torch: bool = False  # torch computes it, so that there should be gradients, whether or not there are
+    purpose: Purpose = "unknown"  # whether its codes were made to find copies
 
 
 def size_of(target: str, size: int | None) -> int:
@@ -147,6 +155,7 @@ def open_target(
     bits: int | None = None,
     limits: EndpointLimits = EndpointLimits(),
     kept: Path | None = None,
+    output: str | None = None,
 ) -> Target:
     """Open what the user named and try it on a few of the photographs.
 
@@ -156,6 +165,7 @@ def open_target(
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
         kept: a file of an endpoint's answers, so that an interrupted audit goes on.
+        output: name of the output of an ONNX file that is the code, where there are several.
 
     Raises:
         ValueError: none of these, or a model that is broken (``Broken``).
@@ -166,11 +176,11 @@ def open_target(
         return _open_endpoint(target, images, bits, limits, kept)
     if target in NAMES:
         known = perceptual(target)
-        return _wrapped(target, known.title, known, images, bits, radius=known.radius)
+        return _wrapped(target, known.title, known, images, bits, radius=known.radius, purpose="this")
     if _is_run(target):
         return _open_run(target, bits)
     if path.suffix == ".onnx":
-        model, *remarks = load_onnx(path, images)
+        model, *remarks = load_onnx(path, images, output)
         return _wrapped(target, path.name, model, images, bits, tuple(remarks))
     if path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
         return _wrapped(target, path.name, load_torchscript(path), images, bits)
@@ -195,8 +205,18 @@ def _open_run(target: str, bits: int | None) -> Target:
     remark = (
         f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
     )
+    purpose: Purpose = "this" if _finds_copies(load_run(Path(target)).config.data) else "other"
     title = "/".join(Path(target).parts[-2:])
-    return Target(target, title, hasher, True, remarks=(remark,), foreign=False, by_torch=True)
+    return Target(
+        target, title, hasher, True, remarks=(remark,), foreign=False, by_torch=True, purpose=purpose
+    )
+
+
+def _finds_copies(data: Mapping[str, Any]) -> bool:
+    """Whether training data hold changed copies of each item, so that the codes are made to find them."""
+    if data["name"] == "photos":
+        return data.get("labels", "photo") == "photo"
+    return data.get("relevance") == "copies"
 
 
 def _wrapped(
@@ -207,11 +227,21 @@ def _wrapped(
     bits: int | None,
     remarks: tuple[str, ...] = (),
     radius: int | None = None,
+    purpose: Purpose = "unknown",
 ) -> Target:
     wrapped = foreign(model, images, name, bits)
     by_torch = isinstance(model, nn.Module) or _has_graph(wrapped.hasher, images[:1])
     remarks = (*wrapped.said, *remarks)
-    return Target(name, title, wrapped.hasher, wrapped.gradients, None, radius, remarks, by_torch=by_torch)
+    return Target(
+        name,
+        title,
+        wrapped.hasher,
+        wrapped.gradients,
+        radius=radius,
+        remarks=remarks,
+        by_torch=by_torch,
+        purpose=purpose,
+    )
 
 
 def _has_graph(hasher: Hasher, images: Tensor) -> bool:

@@ -28,6 +28,7 @@ def audit(
     labels: Annotated[bool, Option("--labels", help="Subfolders are categories; measure those too.")] = False,
     size: Annotated[int | None, Option(min=8, help="Pixels a side; default 224 or the run's.")] = None,
     bits: Annotated[str, Option(help="Length of the codes, or auto.")] = "auto",
+    output: Annotated[str | None, Option(help="ONNX: the output that is the code, of several.")] = None,
     tier: Annotated[str, Option(help="smoke (seconds) or fast (minutes).")] = "fast",
     out: Annotated[Path, Option(help="Folder for report.html and audit.json.")] = Path("audit"),
     threat: Threat = None,
@@ -67,7 +68,7 @@ def audit(
         sys.path.insert(0, os.getcwd())
     limits = EndpointLimits(budget, rate, timeout, _headers(header or []))
     length = None if bits == "auto" else int(bits)
-    options = AuditOptions(labels, size, length, effort, pixel_eps, radius, limit, seed, limits)
+    options = AuditOptions(labels, size, length, effort, pixel_eps, radius, limit, seed, limits, output)
     with progress_bars() as progress:
         summary = run_audit(target, out, photos, options, progress)
     if as_json:
