@@ -234,7 +234,7 @@ def test_onnx_is_computed_by_torch_or_said_to_be_a_black_box(tmp_path, images, b
     model, said = load_onnx(tmp_path / "model.onnx", images)
     made = foreign(model, images, "model.onnx")
     assert made.gradients
-    assert "attacks follow it" in said
+    assert said == ""
     assert torch.equal(codes(made, images), sign(Linear()(images)))
 
     larger = torch.nn.functional.interpolate(images, 2 * SIZE)
@@ -243,13 +243,13 @@ def test_onnx_is_computed_by_torch_or_said_to_be_a_black_box(tmp_path, images, b
     monkeypatch.delitem(OPERATORS, "MatMul")
     model, said = load_onnx(tmp_path / "model.onnx", images)
     made = foreign(model, images, "model.onnx")
-    assert "black box: torch has no form here of its operators MatMul" in said
+    assert "torch has no form here of its operators MatMul" in said
     assert not made.gradients
     assert torch.equal(codes(made, images), sign(Linear()(images)))
 
     monkeypatch.setitem(OPERATORS, "MatMul", lambda x, a: -(x[0] @ x[1]))  # an operator read wrongly
     model, said = load_onnx(tmp_path / "model.onnx", images)
-    assert "black box: in torch it agrees on 0.0% of the bits" in said
+    assert "in torch it agrees on 0.0% of the bits" in said
     assert not foreign(model, images, "model.onnx").gradients
 
 

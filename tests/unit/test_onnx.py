@@ -186,7 +186,7 @@ def test_gradients_of_an_export_are_those_of_the_net(tmp_path, way):
         pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
         torch.onnx.export(net, (images[:1],), str(path), dynamo=True, verbose=False)
     model, said = load_onnx(path, images)
-    assert "attacks follow it" in said
+    assert said == ""
     slopes = []
     for each in (model, net):
         leaf = images.clone().requires_grad_(True)
@@ -207,4 +207,4 @@ def test_quantised_and_looping_graphs_are_named(tmp_path):
     model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.UINT8, None))
     onnx.save(model, str(tmp_path / "quantised.onnx"))
     _, said = load_onnx(tmp_path / "quantised.onnx", images)
-    assert said.endswith("as a black box: torch has no form here of its operators QuantizeLinear.")
+    assert said == "torch has no form here of its operators QuantizeLinear"

@@ -32,6 +32,7 @@ from robusthash.apps.audit.photo_collection import (
     read_photos,
 )
 from robusthash.apps.audit.targets import AuditOptions, Target, hostile_attacks, open_target, size_of
+from robusthash.apps.audit.verdict import verdict
 from robusthash.apps.audit.warnings import model_flags, model_warnings
 from robusthash.apps.experiment.run_directory import write_json
 from robusthash.attacks.oracle import ids_lost
@@ -40,7 +41,7 @@ from robusthash.attacks.threat_model import threat_on
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Inputs
-from robusthash.data.transforms import EVERYDAY, noise
+from robusthash.data.transforms import EVERYDAY, jpeg, noise
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import COPIES, calibrated_radius, copies_data, false_matches
 from robusthash.evaluation.runner import BlockRunner
@@ -56,6 +57,11 @@ _TRIED = 8  # photographs on which a model is tried first
 _MISSED = "made to be missed, the worst of these for each photograph"
 _HIDDEN: Columns = ("hide, worst case", _MISSED, "hardly", "hide-worst")
 _TAKEN: Columns = ("imitate, best case", "made to look like another photograph", "hardly", "imitate-worst")
+
+_SAVED = 95  # JPEG quality of what an attacker uploads
+_AGAIN = f"the same files, saved again as JPEG {_SAVED}"
+_HIDDEN_SAVED: Columns = (f"hide, then JPEG {_SAVED}", _AGAIN, "hardly", "hide-saved")
+_TAKEN_SAVED: Columns = (f"imitate, then JPEG {_SAVED}", _AGAIN, "hardly", "imitate-saved")
 
 Lists = list[tuple[str, ...]]
 """Ids that an endpoint answers, nearest first, by photograph."""
@@ -98,9 +104,10 @@ def run_audit(
         "said": [*opened.remarks, *measured.remarks],
         "doubts": list(measured.warnings),
         "gradients": opened.gradients,
+        "black box": opened.black_box,
         "bits": None if opened.hasher is None else opened.hasher.bits,
         "radius": measured.radius,
-        "matches by": "rank" if opened.radius is None and options.radius is None else "radius",
+        "matches by": "radius" if plan.by_radius else "rank",
         "false matches": measured.false_matches,
         "size": size,
         "eps": options.eps,
@@ -114,6 +121,7 @@ def run_audit(
         "software": software_versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
+    summary["verdict"] = asdict(verdict(summary, measured.rows, measured.flags))
     page = audit_page(summary, measured.rows, measured.examples, measured.flags)
     with write_aside(out / "report.html") as aside:
         aside.write_text(page, encoding="utf-8")
@@ -137,6 +145,11 @@ class _Plan:
     def images(self) -> Tensor:
         """(Q, 3, S, S) float: the photographs that are searched for."""
         return self.photos.first(self.options.tier.queries)
+
+    @property
+    def by_radius(self) -> bool:
+        """Pictures within a radius that somebody has set count as the same."""
+        return self.target.radius is not None or self.options.radius is not None
 
     def changes(self) -> list[tuple[Columns, Callable[[Tensor], Tensor]]]:
         """Everyday changes and noise: the first columns of the row of each, and the change."""
@@ -169,7 +182,7 @@ def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
     target, photos, tier = plan.target, plan.photos, plan.options.tier
     images = plan.images
     if target.endpoint is not None:
-        attacked = min(tier.attacked, len(images)) * (tier.questions + 2)
+        attacked = min(tier.attacked, len(images)) * (tier.questions + 3)
         target.endpoint.check_budget(len(photos) + len(images) * (len(EVERYDAY) + 2) + attacked)
     context = _context(plan, hasher)
     radius, remarks = _radius(plan, context)
@@ -240,7 +253,9 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[Audit
     """Run every attack on the first photographs: a row for each, and for the worst of those of one aim."""
     tier, eps = plan.options.tier, plan.options.eps
     few = search.first(min(tier.attacked, len(search.context.queries)))
-    specs = hostile_attacks(plan.target, tier, eps)
+    by_radius = plan.by_radius
+    counted = (search.context.victim.bits, search.radius) if by_radius else None
+    specs = hostile_attacks(plan.target, tier, eps, counted)
     runs = [(spec, restart) for spec in specs for restart in range(spec.restarts)]
     results: dict[bool, list[AttackResult]] = {False: [], True: []}
     runner = BlockRunner(few.context)
@@ -265,9 +280,13 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[Audit
         for each in of_aim:
             words = f"made to {aim} by someone who {who[each.spec.kind]}"
             rows.append(few.row((each.name, words, "hardly", kind), each.answers, each.images))
-        worst, winner = worst_of([each.answers for each in of_aim], targeted)
+        worst, winner = worst_of([each.answers for each in of_aim], targeted, by_radius)
         images = torch.stack([each.images for each in of_aim])[winner, torch.arange(len(winner))]
         rows.append(few.row(_TAKEN if targeted else _HIDDEN, worst, images))
+        saved = jpeg(images, _SAVED)
+        labels = few.context.targets[:, 0] if targeted else None
+        answers = few.find(_signs(few.context.victim, saved), labels)
+        rows.append(few.row(_TAKEN_SAVED if targeted else _HIDDEN_SAVED, answers, saved))
         examples.append(few.attacked_example(worst, images, targeted, eps))
     return rows, examples
 

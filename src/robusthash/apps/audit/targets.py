@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robusthash.apps.audit.radius_attacks import radius_attacks
 from robusthash.apps.experiment import model_stages
 from robusthash.apps.experiment.run_directory import load_run
 from robusthash.attacks.base import Attack
@@ -29,6 +30,8 @@ from robusthash.models.hasher import Hasher, frozen
 from robusthash.robustness.checks.model_checks import Purpose
 from robusthash.robustness.specs.oracle_attacks import OracleAttack
 
+_BEHIND_HTTP = "an endpoint shows its answers alone"
+_LONGER = 3  # attacks on a radius take this many times the steps: their models are small
 _SIZE = 224  # pixels a side, where neither the user nor a run says
 
 
@@ -127,6 +130,7 @@ class Target:
     foreign: bool = True
     by_torch: bool = False  # torch computes it, so that there should be gradients, whether or not there are
     purpose: Purpose = "unknown"  # whether its codes were made to find copies
+    black_box: str = ""  # why there are no gradients, where there are none
 
 
 def size_of(target: str, size: int | None) -> int:
@@ -161,7 +165,7 @@ def open_target(
 
     Args:
         target: a run directory; ``module:name``; a ``.pt`` (TorchScript) or ``.onnx`` file; an ``http(s)``
-            address; or ``phash``, ``dhash``, ``whash``, ``pdq``.
+            address; or ``phash``, ``ahash``, ``dhash``, ``whash``, ``pdq``.
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
         kept: a file of an endpoint's answers, so that an interrupted audit goes on.
@@ -180,8 +184,10 @@ def open_target(
     if _is_run(target):
         return _open_run(target, bits)
     if path.suffix == ".onnx":
-        model, *remarks = load_onnx(path, images, output)
-        return _wrapped(target, path.name, model, images, bits, tuple(remarks))
+        model, reason = load_onnx(path, images, output)
+        way = f"by onnxruntime as a black box: {reason}" if reason else "by torch, so that attacks follow it"
+        remark = f"The ONNX file is computed {way}."
+        return _wrapped(target, path.name, model, images, bits, (remark,), reason=reason)
     if path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
         return _wrapped(target, path.name, load_torchscript(path), images, bits)
     if ":" in target:
@@ -205,10 +211,10 @@ def _open_run(target: str, bits: int | None) -> Target:
     remark = (
         f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
     )
-    purpose: Purpose = "this" if _finds_copies(load_run(Path(target)).config.data) else "other"
-    title = "/".join(Path(target).parts[-2:])
+    run = load_run(Path(target))
+    purpose: Purpose = "this" if _finds_copies(run.config.data) else "other"
     return Target(
-        target, title, hasher, True, remarks=(remark,), foreign=False, by_torch=True, purpose=purpose
+        target, run.card()["name"], hasher, True, remarks=(remark,), foreign=False, by_torch=True, purpose=purpose
     )
 
 
@@ -228,9 +234,11 @@ def _wrapped(
     remarks: tuple[str, ...] = (),
     radius: int | None = None,
     purpose: Purpose = "unknown",
+    reason: str = "",
 ) -> Target:
     wrapped = foreign(model, images, name, bits)
     by_torch = isinstance(model, nn.Module) or _has_graph(wrapped.hasher, images[:1])
+    black_box = "" if wrapped.gradients else reason or "its answers cannot be differentiated"
     remarks = (*wrapped.said, *remarks)
     return Target(
         name,
@@ -241,6 +249,7 @@ def _wrapped(
         remarks=remarks,
         by_torch=by_torch,
         purpose=purpose,
+        black_box=black_box,
     )
 
 
@@ -258,19 +267,22 @@ def _open_endpoint(
     if answer.code is None:
         order = "with distances, in their order" if answer.distances else "without distances"
         remark = f"It answers {len(answer.ids)} ids, nearest first, {order}."
-        return Target(url, url, None, False, endpoint, remarks=(remark,))
+        return Target(url, url, None, False, endpoint, remarks=(remark,), black_box=_BEHIND_HTTP)
     wrapped = foreign(endpoint, images, url, bits)
-    return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.said)
+    return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.said, black_box=_BEHIND_HTTP)
 
 
-def hostile_attacks(target: Target, tier: Tier, eps: float) -> list[AttackSpec]:
+def hostile_attacks(
+    target: Target, tier: Tier, eps: float, radius: tuple[int, int] | None = None
+) -> list[AttackSpec]:
     """The attacks of an audit: untargeted ones hide a photograph, targeted ones make it look like another.
 
-    Attacks that follow gradients know weights and stored codes. A target without gradients, such as a
-    perceptual hash or an endpoint, gets black-box attacks alone.
+    Attacks that follow gradients know weights and stored codes. A target without gradients, such as an
+    endpoint, gets black-box attacks alone.
 
     Args:
         eps: budget in pixels, L-infinity.
+        radius: (bits K, bits that may differ) of a search that counts bits; those attacks are then run too.
     """
     specs: list[AttackSpec] = []
     if target.gradients:
@@ -283,6 +295,7 @@ def hostile_attacks(target: Target, tier: Tier, eps: float) -> list[AttackSpec]:
             GradientAttack("flip", flip),
             GradientAttack("mainstay", follow),
             GradientAttack("imitate", imitate),
+            *(radius_attacks(*radius, _LONGER * tier.steps, eps) if radius else ()),
         ]
     # judged by bits, since AP is flat while the photograph is still found first
     asked = threat_on("image", eps, knowledge="B2")

@@ -21,7 +21,7 @@ def audit(
     target: Annotated[
         str,
         Argument(
-            help="A run, module:name, TorchScript .pt, .onnx, http(s) address, phash, dhash, whash or pdq."
+            help="A run, module:name, TorchScript .pt, .onnx, http(s) address, phash, ahash, dhash, whash or pdq."
         ),
     ],
     photos: Annotated[Path | None, Option(help="Your photographs; twenty come with the package.")] = None,
@@ -74,6 +74,11 @@ def audit(
     if as_json:
         print_json(summary)
         return
+    first = summary["verdict"]
+    if first["alarm"]:
+        console.print(f"[bold red]✗ {escape(first['alarm'])}[/]", highlight=False)
+    for name in ("first", "tried", "untried"):
+        console.print(escape(first[name]), highlight=False)
     print_table(f"audit of {summary['title']}", *_rows(summary))
     for warning in summary["doubts"]:
         console.print(f"[bold red]warning:[/] {escape(warning)}", highlight=False)

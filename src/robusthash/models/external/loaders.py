@@ -130,12 +130,19 @@ class Perceptual:
         return exact_logits(self.name, images, torch.from_numpy(bits))
 
 
-TITLES = {"phash": "pHash", "dhash": "dHash", "whash": "wavelet hash", "pdq": "PDQ"}
+TITLES = {
+    "phash": "pHash",
+    "ahash": "average hash",
+    "dhash": "dHash",
+    "whash": "wavelet hash",
+    "pdq": "PDQ",
+}
+_IN_IMAGEHASH = {"ahash": "average_hash"}
 NAMES = tuple(TITLES)
 
 
 def perceptual(name: str) -> Perceptual:
-    """``phash``, ``dhash``, ``whash`` of ``imagehash`` (64 bits each) or ``pdq`` of ``pdqhash`` (256 bits).
+    """``phash``, ``ahash``, ``dhash``, ``whash`` of ``imagehash`` (64 bits each) or ``pdq`` of ``pdqhash`` (256 bits).
 
     The radii are customs, not laws: 10 of 64 bits, and for PDQ 31 of 256, which its authors recommend.
 
@@ -155,5 +162,5 @@ def perceptual(name: str) -> Perceptual:
         raise ImportError(
             f"perceptual hashes need an extra: pip install 'robusthash[audit]' ({error})"
         ) from error
-    compute: Callable[[Image.Image], Any] = getattr(imagehash, name)
+    compute: Callable[[Image.Image], Any] = getattr(imagehash, _IN_IMAGEHASH.get(name, name))
     return Perceptual(name, TITLES[name], 64, 10, lambda x: compute(Image.fromarray(x)).hash.flatten())

@@ -106,8 +106,8 @@ _KINDS = {"value_float": np.float32, "value_int": np.int64}
 
 
 def load_onnx(path: Path, images: Tensor, output: str | None = None) -> tuple[Call, str]:
-    """An ONNX file as a differentiable module where torch can compute its graph, else as a black box, and a
-    sentence on which it is.
+    """An ONNX file as a differentiable module where torch can compute its graph, and ""; else as a black box,
+    and the reason.
 
     Images are resized to the input size that the file fixes. The graph in torch counts only if it agrees with
     ``onnxruntime`` on ``images``, (n, 3, H, W) in [0, 1].
@@ -142,9 +142,7 @@ def load_onnx(path: Path, images: Tensor, output: str | None = None) -> tuple[Ca
         reason = str(error)
     except Exception as error:  # a graph that the table reads wrongly fails in torch's words
         reason = f"its graph fails in torch ({type(error).__name__}: {str(error)[:160]})"
-    if reason:
-        return runtime, f"The ONNX file is used through onnxruntime as a black box: {reason}."
-    return converted, "The ONNX file is computed by torch, in agreement with onnxruntime, so attacks follow it."
+    return (runtime, reason) if reason else (converted, "")
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> str:
