@@ -23,6 +23,7 @@ TIER = Tier("table", 20, 10, 20, 1000)
 SIZE = 128  # pixels a side for the perceptual hashes
 SHARE = 10 / 64  # of the bits of a run: the custom of the image hashes
 
+
 def row(target: str, level: int) -> list[str]:
     """The cells of one target at one level of 255."""
     own = target not in NAMES

@@ -240,7 +240,7 @@ def test_nothing_found_is_an_answer(reply):
 def test_a_search_that_finds_nothing_at_all_is_the_wrong_address(reply):
     with (
         served(lambda body, n: reply) as (url, _),
-        pytest.raises(Broken, match="nothing for 3 unchanged photographs .* check the address"),
+        pytest.raises(Broken, match=r"nothing for 3 unchanged photographs .* check the address"),
     ):
         quick(url)[0].check_consistency(IMAGES)
 
@@ -250,7 +250,7 @@ def test_a_search_that_finds_nothing_at_all_is_the_wrong_address(reply):
 
 def coded(write):
     """A search of 32 bits, its codes written by ``write`` as a text."""
-    return lambda body, n: (200, {}, {"code": write((mean_bits(body) + mean_bits(body)[::-1]))})
+    return lambda body, n: (200, {}, {"code": write(mean_bits(body) + mean_bits(body)[::-1])})
 
 
 VARIED = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -323,7 +323,7 @@ def says(head, body=b"", times=1):
     return reply
 
 
-GOOD = says('HTTP/1.1 200 OK\ncontent-length: 15\nconnection: close\n', b'{"code": [0,1]}')
+GOOD = says("HTTP/1.1 200 OK\ncontent-length: 15\nconnection: close\n", b'{"code": [0,1]}')
 
 
 def reset(connection):
@@ -373,7 +373,7 @@ def test_a_server_that_goes_away_is_waited_for_and_one_that_never_was_is_not():
     with raw(GOOD) as (url, _):
         endpoint, waits = quick(url, retries=1)
         endpoint(IMAGES[:1])
-    with pytest.raises(Broken, match="cannot be asked: .*, 2 times"):
+    with pytest.raises(Broken, match=r"cannot be asked: .*, 2 times"):
         endpoint(IMAGES[1:])
     assert waits == [0.5]
 
@@ -469,7 +469,7 @@ def test_an_interrupted_audit_goes_on_from_the_kept_answers(tmp_path):
 def test_kept_answers_of_a_search_that_has_changed_are_asked_again(tmp_path):
     kept = tmp_path / "answers.jsonl"
     now = ["a"]
-    with served(lambda body, n: (200, {}, {"ids": now[:]})) as (url, asked):
+    with served(lambda body, n: (200, {}, {"ids": now[:]})) as (url, _):
         quick(url, kept=kept)[0].answers(IMAGES)
         now[0] = "b"
         endpoint, _ = quick(url, kept=kept)

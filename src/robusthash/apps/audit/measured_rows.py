@@ -21,7 +21,15 @@ from robusthash.evaluation.copy_detection import CategoryScores, CopyScores, cop
 from robusthash.metrics.distortion import pixel_norms
 
 Change = Literal[
-    "same", "everyday", "noise", "hide", "hide-worst", "hide-saved", "imitate", "imitate-worst", "imitate-saved"
+    "same",
+    "everyday",
+    "noise",
+    "hide",
+    "hide-worst",
+    "hide-saved",
+    "imitate",
+    "imitate-worst",
+    "imitate-saved",
 ]
 Columns = tuple[str, str, str, Change]
 """First columns of a row: name, words for readers, how visible it is, what it is."""
@@ -110,7 +118,9 @@ def worst_of(
     ap, bits = torch.stack([each.ap for each in answers]), torch.stack([each.bits for each in answers])
     first = torch.stack([each.first for each in answers])
     # of equal ranks, the attack that moved more bits
-    score = (ap if imitate else -ap) + (bits if not imitate else -bits).double() * (1e9 if by_radius else 1e-9)
+    score = (ap if imitate else -ap) + (bits if not imitate else -bits).double() * (
+        1e9 if by_radius else 1e-9
+    )
     winner = score.argmax(0)
     packed = torch.stack([each.packed for each in answers])[winner, torch.arange(len(winner))]
     kinds = [each.kind for each in answers if each.kind is not None]

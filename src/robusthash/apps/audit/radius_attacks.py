@@ -1,7 +1,7 @@
 """Attacks on a search that counts bits: leave the radius of the own code, or enter that of another.
 
-A perceptual hash is used with a radius, so its enemy needs no bit more than that. Of the bits, those count that
-are easiest to turn: the rest of the budget would be wasted on them.
+A perceptual hash is used with a radius, so its enemy needs no bit more than that. Of the bits, those count
+that are easiest to turn: on the others the budget would be wasted.
 """
 
 from __future__ import annotations

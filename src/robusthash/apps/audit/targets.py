@@ -214,7 +214,14 @@ def _open_run(target: str, bits: int | None) -> Target:
     run = load_run(Path(target))
     purpose: Purpose = "this" if _finds_copies(run.config.data) else "other"
     return Target(
-        target, run.card()["name"], hasher, True, remarks=(remark,), foreign=False, by_torch=True, purpose=purpose
+        target,
+        run.card()["name"],
+        hasher,
+        True,
+        remarks=(remark,),
+        foreign=False,
+        by_torch=True,
+        purpose=purpose,
     )
 
 

@@ -1,4 +1,4 @@
-"""What an audit says first, on the page and in the terminal: by the strongest attack that ran, and by whom."""
+"""First sentences of an audit, on the page and in the terminal: the strongest attack, and who was tried."""
 
 from __future__ import annotations
 
@@ -42,20 +42,26 @@ def verdict(summary: Mapping[str, Any], rows: Sequence[AuditRow], flags: Sequenc
     share, tier = share_found(hide, summary["matches by"] == "radius"), summary["tier"]
     gone = hide.asked - round(share * hide.asked)
     change = f"no pixel by more than {summary['eps'] * 255:g} of 255 brightness levels"
-    count, asked = f"{gone} of {hide.asked} photographs", f"{tier['questions']} questions about each photograph"
+    count, asked = (
+        f"{gone} of {hide.asked} photographs",
+        f"{tier['questions']} questions about each photograph",
+    )
     some = "everyday changes, random noise, "
     tried = f"{some}and somebody who may only ask the search, {asked}"
     if summary["gradients"]:
-        tried = f"{some}somebody who has the model and follows its gradient, and somebody who may only ask it, "
-        tried += asked
+        tried = f"{some}somebody who has the model and follows its gradient, "
+        tried += f"and somebody who may only ask it, {asked}"
         untried = "longer attacks, and changes of other kinds, such as turning a picture or covering a part"
         first = f"Somebody who has this search and changes {change} hides {count} from it."
         if share >= _HELD:
-            first = f"Attackers who have this search and change {change} hid {count}; longer attacks may hide more."
+            first = f"Attackers who have this search and change {change} hid {count}; longer attacks may "
+            first += "hide more."
         level: Literal["fooled", "unknown", "held"] = "held" if share >= _HELD else "fooled"
     else:
         untried = f"somebody who has the model, since {summary['black box']}; expect far more harm from one"
-        first = f"Black box only: {asked} hid {count}, changing {change}, and nobody who has the model was tried."
+        first = (
+            f"Black box only: {asked} hid {count}, changing {change}, and nobody who has the model was tried."
+        )
         level = "unknown" if share >= _HELD else "fooled"
     return Verdict(level, _alarm(flags), first, f"Tried: {tried}.", f"Not tried: {untried}.")
 

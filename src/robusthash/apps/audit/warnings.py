@@ -31,7 +31,11 @@ _CUT = (
 
 
 def model_flags(
-    target: Target, context: EvaluationContext, eps: float, queries: int = _PHOTOS, progress: Progress = silent
+    target: Target,
+    context: EvaluationContext,
+    eps: float,
+    queries: int = _PHOTOS,
+    progress: Progress = silent,
 ) -> tuple[Flag, ...]:
     """The checks of the model: all of them where torch computes it, as ``robusthash check`` runs them.
 

@@ -294,7 +294,9 @@ def _in_bits(texts: Sequence[str], url: str) -> bool:
     if digits <= set("01"):
         return True
     if digits <= set("0123456789"):
-        raise Broken(f"{url} answered the code {texts[0][:40]!r}, a decimal number; give hex digits, or a list")
+        raise Broken(
+            f"{url} answered the code {texts[0][:40]!r}, a decimal number; give hex digits, or a list"
+        )
     return False
 
 

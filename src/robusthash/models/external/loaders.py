@@ -142,7 +142,7 @@ NAMES = tuple(TITLES)
 
 
 def perceptual(name: str) -> Perceptual:
-    """``phash``, ``ahash``, ``dhash``, ``whash`` of ``imagehash`` (64 bits each) or ``pdq`` of ``pdqhash`` (256 bits).
+    """``phash``, ``ahash``, ``dhash``, ``whash`` of ``imagehash`` (64 bits), or ``pdq`` of ``pdqhash`` (256).
 
     The radii are customs, not laws: 10 of 64 bits, and for PDQ 31 of 256, which its authors recommend.
 

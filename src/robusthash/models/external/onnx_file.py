@@ -1,4 +1,4 @@
-"""An ONNX file as a victim: its graph in torch, so that attacks can follow it, or a black box by onnxruntime."""
+"""An ONNX file as a victim: its graph in torch, which attacks can follow, or a black box by onnxruntime."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robusthash.models.external.onnx_operators import OPERATORS, Unsupported
+from robusthash.models.external.onnx_operators import OPERATORS
+from robusthash.models.external.onnx_shapes import Unsupported
 from robusthash.models.external.wrapper import Call
 
 _CLOSE = 1e-3  # of the largest number: by how much torch may differ from the runtime of the format

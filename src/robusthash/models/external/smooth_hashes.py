@@ -6,7 +6,7 @@ threshold is smooth, so an attacker differentiates it. ``smooth_numbers`` comput
 rounding to 8-bit inside the libraries is left out, so a sign may differ where a number is next to its
 threshold: ``exact_logits`` takes the signs from the library.
 
-Sources: ``imagehash`` 4.3 (pHash, average hash, dHash, wavelet hash with Haar wavelets); PDQ, Facebook 2019, with its
+Sources: ``imagehash`` 4.3 (pHash, average hash, dHash, wavelet hash by Haar); PDQ, Facebook 2019, with its
 Jarosz filter of two box passes and its 16 x 16 DCT.
 """
 
