@@ -225,8 +225,10 @@ def _open_run(target: str, bits: int | None) -> Target:
     )
 
 
-def _finds_copies(data: Mapping[str, Any]) -> bool:
+def _finds_copies(data: Mapping[str, Any] | str) -> bool:
     """Whether training data hold changed copies of each item, so that the codes are made to find them."""
+    if isinstance(data, str):
+        return data == "photos"
     if data["name"] == "photos":
         return data.get("labels", "photo") == "photo"
     return data.get("relevance") == "copies"

@@ -266,7 +266,7 @@ OPERATORS: dict[str, Operator] = {
     "LpNormalization": _lp_norm,
     "Max": _folded(torch.maximum),
     "MaxPool": lambda x, a: _pool(x, a, largest=True),
-    "Mean": lambda x, a: _folded(torch.add)(x, a) / len(x),  # type: ignore[operator]
+    "Mean": lambda x, a: torch.stack(torch.broadcast_tensors(*x)).mean(0),
     "Min": _folded(torch.minimum),
     "Mod": lambda x, a: torch.fmod(x[0], x[1]) if a.get("fmod", 0) else torch.remainder(x[0], x[1]),
     "Range": lambda x, a: torch.arange(x[0].item(), x[1].item(), x[2].item(), dtype=x[0].dtype),

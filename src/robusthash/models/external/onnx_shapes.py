@@ -118,7 +118,7 @@ def _pad(x: Inputs, a: Attributes) -> Tensor:
     flat = [size for pair in zip(reversed(before), reversed(after), strict=True) for size in pair]
     while len(flat) > 2 and flat[-2:] == [0, 0]:
         flat = flat[:-2]
-    return F.pad(x[0], flat, mode={"edge": "replicate"}.get(mode, mode))
+    return F.pad(x[0], flat, mode="replicate" if mode == "edge" else str(mode))
 
 
 def _resize(x: Inputs, a: Attributes) -> Tensor:
