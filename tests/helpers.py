@@ -203,9 +203,9 @@ class Interrupted(Exception):
 
 @dataclass
 class MemoryLog:
-    """A RunLog in memory that keeps checkpoints as bytes, and can stop a run after an epoch."""
+    """A RunLog in memory that keeps checkpoints as bytes, and can stop a run after an epoch, or in one."""
 
-    stop_after: int | None = None
+    stop_after: int | tuple[int, int] | None = None
     saved: bytes | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
     shares: list[tuple[int, int]] = field(default_factory=list)
@@ -221,7 +221,7 @@ class MemoryLog:
         stream = io.BytesIO()
         torch.save(copy.deepcopy(state), stream)
         self.saved = stream.getvalue()
-        if state["epoch"] == self.stop_after:
+        if self.stop_after in (state["epoch"], (state["epoch"], state["step"])):
             raise Interrupted
 
     def log(self, line: dict[str, Any]) -> None:

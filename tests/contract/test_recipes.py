@@ -96,11 +96,14 @@ def test_own_loss_falls(kind: str, data: RetrievalData) -> None:
     assert all(line["seconds"] >= 0 and line["lr"] == 0.03 for line in lines)
 
 
+@pytest.mark.parametrize("stop_after", [1, (1, 2)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_equals_uninterrupted(kind: str, data: RetrievalData) -> None:
-    """Stopped after the first of three epochs and taken up by fresh objects: the same bits, memory
-    included."""
-    config = train_config(3, augment="flip-crop")
+def test_resumed_equals_uninterrupted(
+    kind: str, stop_after: int | tuple[int, int], data: RetrievalData
+) -> None:
+    """Stopped after the first of three epochs, or after two batches of the second, and taken up by fresh
+    objects: the same bits, memory included."""
+    config = replace(train_config(3, augment="flip-crop"), checkpoint_minutes=1e-9)
 
     def fresh() -> Recipe:
         image, gates = IMAGES.get(kind, SMALL), PURIFIERS.get(kind)
@@ -111,7 +114,7 @@ def test_resumed_equals_uninterrupted(kind: str, data: RetrievalData) -> None:
 
     straight, log = fresh(), MemoryLog()
     lines = fit(straight, data, config, log)
-    broken, stopped = fresh(), MemoryLog(stop_after=1)
+    broken, stopped = fresh(), MemoryLog(stop_after)
     with pytest.raises(Interrupted):
         fit(broken, data, config, stopped)
     stopped.stop_after = None

@@ -308,3 +308,35 @@ def test_nets_of_the_paper() -> None:
         )
     widths = [m.out_features for m in hasher.modules() if isinstance(m, nn.Linear)]
     assert widths == [4096, 4096, 4096, 512, 16, 512, 16]
+
+
+def test_a_part_holds_still_for_its_first_epochs() -> None:
+    """The backbone is as it came after two epochs and moves in the third; BatchNorm statistics hold with it."""
+    data = make_data()
+    optim = {"hasher": OptimConfig(lr=0.1), "backbone": OptimConfig(lr=0.1, frozen_epochs=2)}
+    states = []
+    for epochs in (2, 3):
+        hasher = build_hasher(bits=8, image={"name": "small", "width": 4})
+        before = {name: value.clone() for name, value in hasher.state_dict().items()}
+        fit(HashingRecipe(hasher, CSQ()), data, TrainConfig(epochs, 16, optim, device="cpu"))
+        after = hasher.state_dict()
+        states.append({name: torch.equal(before[name], value) for name, value in after.items()})
+    still, moved = states
+    assert all(same for name, same in still.items() if name.startswith("encoders."))
+    assert not any(same for name, same in still.items() if name.startswith("heads."))
+    weights = [name for name in moved if name.startswith("encoders.") and "normalise" not in name]
+    assert not any(moved[name] for name in weights)
+
+
+def test_frozen_batchnorm_keeps_statistics_while_weights_learn() -> None:
+    data = make_data()
+    hasher = build_hasher(bits=8, image={"name": "small", "width": 4})
+    before = {name: value.clone() for name, value in hasher.state_dict().items()}
+    fit(HashingRecipe(hasher, CSQ()), data, TrainConfig(1, 16, batchnorm="frozen", device="cpu"))
+    for name, value in hasher.state_dict().items():
+        learned = name.endswith((".weight", ".bias"))
+        assert torch.equal(before[name], value) != learned, name
+    with pytest.raises(ValueError, match="batchnorm must be one of train, frozen, got 'off'"):
+        TrainConfig(batchnorm="off")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="frozen_epochs must be at least 0, got -1"):
+        OptimConfig(frozen_epochs=-1)

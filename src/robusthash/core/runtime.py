@@ -96,12 +96,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @contextlib.contextmanager
 def precision(name: str, device: torch.device | str) -> Iterator[None]:
-    """Run in ``float32`` (the reference) or in ``bf16`` autocast on ``device``; another name is refused."""
-    if name not in ("float32", "bf16"):
-        raise ValueError(f"precision must be 'float32' or 'bf16', got {name!r}")
-    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=name == "bf16"):
+    """Run in ``float32`` (the reference) or in autocast of ``bf16`` or ``fp16``; another name is refused."""
+    if name not in ("float32", *_HALVES):
+        raise ValueError(f"precision must be 'float32', 'bf16' or 'fp16', got {name!r}")
+    half = _HALVES.get(name)
+    with torch.autocast(torch.device(device).type, dtype=half, enabled=half is not None):
         yield
 
 

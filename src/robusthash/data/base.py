@@ -214,6 +214,7 @@ def batches(
     shuffle: Draws | None = None,
     positions: Tensor | None = None,
     modalities: Sequence[str] | None = None,
+    start: int = 0,
 ) -> Iterator[Batch]:
     """Batches of ``split``, decoded one ahead; the last may be smaller.
 
@@ -222,6 +223,7 @@ def batches(
         shuffle: the order is drawn from this scope; None keeps the split's order.
         positions: only these positions of the split (a pool); None for all.
         modalities: only these, where the split has them; None for all.
+        start: batches to leave out at the start.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -234,7 +236,7 @@ def batches(
         return batch if modalities is None else batch.only(modalities)
 
     # one thread reads ahead, so that decoding the next batch overlaps computing on this one
-    first, *others = order.split(batch_size)
+    first, *others = order.split(batch_size)[start:]
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = reader.submit(read, first)
         for chunk in others:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from robusthash.core.packaged_weights import packaged
 from robusthash.data.base import RetrievalData
 from robusthash.data.image_files import ImageFile, ImageOptions, decode
 from robusthash.data.splits import Indices, assemble, compact
@@ -34,7 +35,7 @@ class TextOptions:
         texts: ``False`` none, ``True`` or ``"bag"`` a bag of words, ``"tokens"`` token ids for a transformer.
         caption: ``first`` of an item's texts, or ``all`` joined by spaces.
         vocabulary: most frequent words of the training texts that a bag counts.
-        tokenizer: for tokens, the folder with the tokenizer's files.
+        tokenizer: for tokens, the folder with the tokenizer's files, or ``minilm`` (extra ``weights``).
         max_length: for tokens, the most ids a text may have; longer ones are cut, counted and warned of.
     """
 
@@ -73,7 +74,7 @@ class TextOptions:
         texts = [" ".join(several[:1] if self.caption == "first" else several) for several in captions]
         empty = note_empty(torch.tensor([not text.strip() for text in texts]))
         if self.texts == "tokens":
-            values, note = token_ids(texts, Path(str(self.tokenizer)), self.max_length)
+            values, note = token_ids(texts, str(self.tokenizer), self.max_length)
         else:
             words = Vocabulary.fit((texts[row] for row in train.tolist()), self.vocabulary, stop_words)
             starts = range(0, len(texts), _CHUNK)
@@ -94,12 +95,14 @@ def note_empty(empty: Tensor) -> str:
     return note
 
 
-def token_ids(texts: Sequence[str], folder: Path, max_length: int) -> tuple[Tensor, str]:
+def token_ids(texts: Sequence[str], name: str | Path, max_length: int) -> tuple[Tensor, str]:
     """Texts -> (N, L) int64 ids, padded to the longest text, and a note that counts the texts that were cut.
 
-    The folder holds a tokenizer's files, and nothing is fetched. L is at most ``max_length``; special tokens
-    count. ValueError where there is no tokenizer, none that pads, or a length above what its encoder takes.
+    ``name`` is a folder with a tokenizer's files, or packaged weights; nothing is fetched. L is at most
+    ``max_length``; special tokens count. ValueError where there is no tokenizer, none that pads, or a length
+    above what its encoder takes.
     """
+    folder = packaged(name)
     tokenizer = _load_tokenizer(folder)
     limit = tokenizer.model_max_length
     if not 2 < max_length <= limit:
@@ -110,7 +113,7 @@ def token_ids(texts: Sequence[str], folder: Path, max_length: int) -> tuple[Tens
         raise ValueError(f"the tokenizer of {folder} has no padding token; use one of a BERT kind")
     lengths = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
     padded = tokenizer(list(texts), truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-    note = f"Texts are token ids of {folder.name}."
+    note = f"Texts are token ids of {Path(name).name}."
     if (longest := max(lengths)) > max_length:
         count = sum(length > max_length for length in lengths)
         cut = f"{count} of {len(texts)} texts cut to {max_length} tokens (the longest has {longest})."

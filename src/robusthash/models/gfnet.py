@@ -147,3 +147,27 @@ def gfnet(
     if weights is not None:
         load_weights(trunk, weights, "gfnet", fits="size, patch, dim, depth and ratio must fit")
     return ImageEncoder(trunk, dim, smallest=1)
+
+
+@register(
+    "image-encoder", "gfnet-xs", paper="Rao et al., NeurIPS 2021", evidence="paper+code", modality="image"
+)
+def gfnet_xs(size: int = 224, weights: str | None = None) -> ImageEncoder:
+    """GFNet-XS, D = 384, 12 blocks of patches of 16 px. ``weights``: a file or None."""
+    return gfnet(size, dim=384, depth=12, weights=weights)
+
+
+@register(
+    "image-encoder", "gfnet-s", paper="Rao et al., NeurIPS 2021", evidence="paper+code", modality="image"
+)
+def gfnet_s(size: int = 224, weights: str | None = None) -> ImageEncoder:
+    """GFNet-S, D = 384, 19 blocks of patches of 16 px. ``weights``: a file or None."""
+    return gfnet(size, dim=384, depth=19, weights=weights)
+
+
+@register(
+    "image-encoder", "gfnet-b", paper="Rao et al., NeurIPS 2021", evidence="paper+code", modality="image"
+)
+def gfnet_b(size: int = 224, weights: str | None = None) -> ImageEncoder:
+    """GFNet-B, D = 512, 19 blocks of patches of 16 px. ``weights``: a file or None."""
+    return gfnet(size, dim=512, depth=19, weights=weights)

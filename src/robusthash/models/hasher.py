@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from robusthash.core.registry import build
 from robusthash.core.runtime import seed_everything
@@ -100,11 +101,11 @@ class Hasher(nn.Module):
         tensor = next(chain(self.parameters(), self.buffers()), None)
         return torch.device("cpu") if tensor is None else tensor.device
 
-    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+    def freeze(self, parameters: Iterable[nn.Parameter], batchnorm: bool = False) -> None:
         """Hold these parameters, and no others, in training, without a gradient.
 
         Modules that hold no others stay in eval mode, so that BatchNorm keeps its statistics and dropout is
-        off.
+        off. With ``batchnorm`` all BatchNorm layers of the encoders keep their statistics.
         """
         for parameter in self._frozen:
             parameter.requires_grad_(True)
@@ -120,6 +121,9 @@ class Hasher(nn.Module):
             owned = [id(parameter) for parameter in module.parameters()]
             if owned and module is not self and ids.issuperset(owned):
                 self._eval_only.append(module.eval())
+        if batchnorm:
+            layers = (module for module in self.encoders.modules() if isinstance(module, _BatchNorm))
+            self._eval_only += [layer.eval() for layer in layers]
 
     def train(self, mode: bool = True) -> Hasher:
         """Set the mode of every module, but what is frozen stays in eval mode."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robusthash.core.registry import register
 from robusthash.models.hasher import Encoder
-from robusthash.models.pretrained_weights import load_weights
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -31,19 +29,28 @@ class Normalise(nn.Module):
 
 
 class ImageEncoder(Encoder):
-    """Normalisation, then ``trunk``. ``width`` is D; inputs under ``smallest`` pixels a side are refused."""
+    """Normalisation, then ``trunk``. ``width`` is D.
 
-    def __init__(self, trunk: nn.Module, width: int, smallest: int, statistics=IMAGENET) -> None:
+    Inputs under ``smallest`` pixels a side are refused, and all sizes but ``exact`` where the net takes one.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, width: int, smallest: int, statistics=IMAGENET, exact: int | None = None
+    ) -> None:
         super().__init__()
         self.normalise = Normalise(*statistics)
         self.trunk = trunk
         self.width = width
         self.smallest = smallest
+        self.exact = exact
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         size = tuple(x.shape[-2:])
         if min(size) < self.smallest:
             raise ValueError(f"this encoder needs images of at least {self.smallest} px, got {size}")
+        if self.exact not in (None, *size):
+            sides = f"{self.exact} x {self.exact} px, got {size}"
+            raise ValueError(f"this encoder takes images of {sides}; set the encoder's size, or the data's")
         return self.trunk(self.normalise(x)), {}
 
 
@@ -71,64 +78,6 @@ def small(width: int = 32, grid: int = 2) -> ImageEncoder:
         nn.Flatten(),
     )
     return ImageEncoder(trunk, 4 * width * grid**2, smallest=8, statistics=((0.5,) * 3, (0.25,) * 3))
-
-
-def _torchvision(name: str, weights: str | None, smallest: int) -> ImageEncoder:
-    """A torchvision net up to its pooled features or its second 4096-wide layer."""
-    import torchvision  # half a second to import, and only these encoders need it
-
-    model: Any = getattr(torchvision.models, name)(weights="DEFAULT" if weights == "hub" else None)
-    if hasattr(model, "fc"):
-        width, head = model.fc.in_features, ""
-        model.fc = nn.Identity()
-    else:
-        width, head = 4096, f"classifier.{len(model.classifier) - 1}."
-        model.classifier = model.classifier[:-1]
-    if weights not in (None, "hub"):
-        load_weights(model, weights, name, head)
-    return ImageEncoder(model, width, smallest)
-
-
-@register("image-encoder", "alexnet", paper="Krizhevsky 2012", evidence="library", modality="image")
-def alexnet(weights: str | None = None) -> ImageEncoder:
-    """AlexNet (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _torchvision("alexnet", weights, 63)
-
-
-@register("image-encoder", "vgg11", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
-def vgg11(weights: str | None = None) -> ImageEncoder:
-    """VGG11 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _torchvision("vgg11", weights, 32)
-
-
-@register("image-encoder", "vgg16", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
-def vgg16(weights: str | None = None) -> ImageEncoder:
-    """VGG16 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _torchvision("vgg16", weights, 32)
-
-
-@register("image-encoder", "vgg19", paper="Simonyan & Zisserman 2015", evidence="library", modality="image")
-def vgg19(weights: str | None = None) -> ImageEncoder:
-    """VGG19 (torchvision), D = 4096. ``weights``: a file, ``"hub"`` or None."""
-    return _torchvision("vgg19", weights, 32)
-
-
-@register("image-encoder", "resnet18", paper="He 2016", evidence="library", modality="image")
-def resnet18(weights: str | None = None) -> ImageEncoder:
-    """ResNet18 (torchvision), D = 512. ``weights``: a file, ``"hub"`` or None."""
-    return _torchvision("resnet18", weights, 32)
-
-
-@register("image-encoder", "resnet34", paper="He 2016", evidence="library", modality="image")
-def resnet34(weights: str | None = None) -> ImageEncoder:
-    """ResNet34 (torchvision), D = 512. ``weights``: a file, ``"hub"`` or None."""
-    return _torchvision("resnet34", weights, 32)
-
-
-@register("image-encoder", "resnet50", paper="He 2016", evidence="library", modality="image")
-def resnet50(weights: str | None = None) -> ImageEncoder:
-    """ResNet50 (torchvision), D = 2048. ``weights``: a file, ``"hub"`` or None."""
-    return _torchvision("resnet50", weights, 32)
 
 
 @register("image-encoder", "vector", modality="image")

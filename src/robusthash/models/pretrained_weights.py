@@ -8,7 +8,7 @@ import pickle
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,17 @@ logger = logging.getLogger(__name__)
 HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
 """Keys under which training scripts put the state dict; the first that holds one is taken."""
 
+Renaming = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+"""A function that gives the tensors of a file the names of a net here."""
+
 _WRAPPERS = ("module", "_orig_mod")  # put into names by DataParallel and torch.compile, at any place
 _OPTIONAL = "num_batches_tracked"  # of BatchNorm; files of old versions lack it and nothing here reads it
 _LISTED = 3
 
 
-def load_weights(module: nn.Module, path: str, name: str, head: str = "", fits: str = "") -> tuple[str, ...]:
+def load_weights(
+    module: nn.Module, path: str, name: str, head: str = "", fits: str = "", rename: Renaming = dict
+) -> tuple[str, ...]:
     """Fill ``module`` with the tensors of a file, matched by name under any common prefix.
 
     The file is safetensors or written by ``torch.save``: a state dict, bare or under one of ``HOLDERS``, next
@@ -41,13 +46,14 @@ def load_weights(module: nn.Module, path: str, name: str, head: str = "", fits: 
         name: of the net, for messages.
         head: prefix of a classifier that sits among the module's own names, ``classifier.6.`` of AlexNet.
         fits: remedy where shapes differ, such as which options must fit.
+        rename: for files that name their tensors in another way.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is empty, damaged, of another kind or would run code; tensors of another net
             or of two.
     """
-    tensors = read_tensors(Path(path).expanduser())
+    tensors = rename(read_tensors(Path(path).expanduser()))
     expected = module.state_dict()
     originals = {_unwrapped(key): key for key in tensors}
     prefix = _prefix({key: tensors[old] for key, old in originals.items()}, expected, path, name)

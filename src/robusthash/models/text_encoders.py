@@ -10,6 +10,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from robusthash.core.packaged_weights import packaged
 from robusthash.core.registry import register
 from robusthash.models.hasher import Encoder
 
@@ -64,7 +65,8 @@ class TextTransformer(Encoder):
 
     Args:
         weights: folder with ``config.json`` and ``model.safetensors``. Local files only, no pickle, no
-            foreign code. None is a new model of ``config``, as when a trained run is opened again.
+            foreign code. ``"minilm"`` is MiniLM-L6 (D = 384) of the extra ``weights``. None is a new model of
+            ``config``, as when a trained run is opened again.
         trainable: train its weights too.
         pooling: ``cls``, the last state of the first token, or ``mean``, of all tokens that are no padding.
         config: the content of ``config.json``; of use without ``weights`` only.
@@ -81,7 +83,7 @@ class TextTransformer(Encoder):
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling must be 'cls' or 'mean', got {pooling!r}")
         if weights is not None:
-            self.model = _pretrained(Path(weights))
+            self.model = _pretrained(packaged(weights))
         elif config is not None:
             self.model = _untrained(config)
         else:

@@ -31,17 +31,20 @@ def _in_range(name: str, value: float, above: float) -> None:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """One optimiser group; ``lr`` 0 freezes a part of the hasher."""
+    """One optimiser group; ``lr`` 0 freezes a part of the hasher, ``frozen_epochs`` for its first epochs."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    frozen_epochs: int = 0
 
     def __post_init__(self) -> None:
         _one_of("optimiser", self.name, ("sgd", "adam", "adamw"))
         for name, above in (("lr", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
             _in_range(name, getattr(self, name), above)
+        if self.frozen_epochs < 0:
+            raise ValueError(f"frozen_epochs must be at least 0, got {self.frozen_epochs}")
 
     def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         decay = self.weight_decay
@@ -93,13 +96,19 @@ class TrainConfig:
     clip: float = 0.0  # largest gradient norm of a group; 0 does not clip
     seed: int = 0
     device: str = "auto"
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    batchnorm: Literal["train", "frozen"] = "train"  # frozen: the encoders' statistics stay as they came
+    accumulate: int = 1  # batches whose gradients make one step; each loss sees its own batch alone
+    checkpoint_minutes: float = 0.0  # between checkpoints inside an epoch; 0 has them at its end alone
+    compile: bool = False  # by torch.compile, the encoders
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _one_of("augment", self.augment, ("none", "flip-crop"))
+        _in_range("checkpoint_minutes", self.checkpoint_minutes, math.inf)
+        _one_of("batchnorm", self.batchnorm, ("train", "frozen"))
 
 
 class RunLog(Protocol):
@@ -121,20 +130,73 @@ class _Optimisers:
     config: TrainConfig
     groups: Mapping[str, Group]
     by_name: Mapping[str, torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler  # of fp16, whose small gradients would be 0; idle otherwise
 
-    def step(self, group: str, loss: torch.Tensor, factor: float) -> float:
-        """Step the optimisers of a group; returns its learning rate."""
+    def step(self, group: str, loss: torch.Tensor, factor: float, turn: _Turn) -> float:
+        """Take the gradients of a group and, where it is its turn, step its optimisers; its learning rate."""
         stepped = {name: self.by_name[name] for name in self.groups[group].shares}
-        for optimiser in stepped.values():
-            optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.config.clip:
-            torch.nn.utils.clip_grad_norm_(self.groups[group].parameters, self.config.clip)
-        for name, optimiser in stepped.items():
-            for parameters in optimiser.param_groups:
-                parameters["lr"] = self.config.optim[name].lr * factor
-            optimiser.step()
+        parameters = self.groups[group].parameters
+        if turn.first:
+            for optimiser in stepped.values():
+                optimiser.zero_grad(set_to_none=True)
+        self._add_gradients(self.scaler.scale(loss / turn.of), parameters, turn)
+        if turn.last:
+            if self.config.clip:
+                for optimiser in stepped.values():
+                    self.scaler.unscale_(optimiser)
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
+            for name, optimiser in stepped.items():
+                for settings in optimiser.param_groups:
+                    settings["lr"] = self.config.optim[name].lr * factor
+                self.scaler.step(optimiser)
+            self.scaler.update()
         return self.config.optim[group].lr * factor
+
+    @staticmethod
+    def _add_gradients(loss: torch.Tensor, parameters: list[torch.nn.Parameter], turn: _Turn) -> None:
+        if turn.of == 1:
+            loss.backward()
+            return
+        # backward would leave gradients in the parameters of other groups, which are in the middle of a sum
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter, grad in zip(
+            learning, torch.autograd.grad(loss, learning, allow_unused=True), strict=True
+        ):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The place of a batch among those whose gradients make one step."""
+
+    place: int
+    of: int
+
+    @classmethod
+    def at(cls, step: int, steps: int, accumulate: int) -> _Turn:
+        """The turn of batch ``step`` of an epoch; the epoch's last step may be made of fewer."""
+        start = step - step % accumulate
+        return cls(step - start, min(accumulate, steps - start))
+
+    @property
+    def first(self) -> bool:
+        return self.place == 0
+
+    @property
+    def last(self) -> bool:
+        return self.place == self.of - 1
+
+
+@dataclass
+class _Position:
+    """The point that training has reached, and the sums of the epoch so far."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def fit(
@@ -142,8 +204,8 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train ``recipe`` on ``data.train``; returns terms, learning rate, seconds and ``figures`` by epoch.
 
-    With ``run``, a checkpoint is written after each epoch, and training goes on from the last one to the same
-    result as an uninterrupted run on the same machine.
+    With ``run``, a checkpoint is written after each epoch, and inside it every ``checkpoint_minutes``;
+    training goes on from the last one to the same result as an uninterrupted run on the same machine.
 
     Raises:
         FloatingPointError: a loss that is NaN or infinite, with epoch, step and terms.
@@ -156,52 +218,77 @@ def fit(
     recipe.setup(data, config.seed, config.batch_size)
     rates = {name: optim.lr for name, optim in config.optim.items()}
     groups, still = divided(recipe.hasher, recipe.parameter_groups(), rates)
-    recipe.hasher.freeze(still)
     shares = {name: parameters for group in groups.values() for name, parameters in group.shares.items()}
     by_name = {name: config.optim[name].make(parameters) for name, parameters in shares.items()}
-    optimisers = _Optimisers(config, groups, by_name)
-    first, lines = _resume(recipe, by_name, run)
-    for epoch in range(first, config.epochs):
-        lines.append(_epoch(recipe, data, epoch, optimisers, run))
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    optimisers = _Optimisers(config, groups, by_name, scaler)
+    if config.compile:
+        for encoder in recipe.hasher.encoders.values():
+            encoder.compile()
+    position, lines = _resume(recipe, optimisers, run)
+    while position.epoch < config.epochs:
+        recipe.hasher.freeze([*still, *_held(shares, config, position.epoch)], config.batchnorm == "frozen")
+        lines.append(_epoch(recipe, data, position, optimisers, run, lines))
+        position = _Position(position.epoch + 1)
         if run is not None:
             run.log(lines[-1])
-            run.checkpoint(_state(recipe, by_name, epoch + 1, lines))
+            run.checkpoint(_state(recipe, optimisers, position, lines))
     recipe.hasher.freeze([])
     recipe.hasher.eval()
     return lines
 
 
+def _held(
+    shares: Mapping[str, list[torch.nn.Parameter]], config: TrainConfig, epoch: int
+) -> list[torch.nn.Parameter]:
+    """Parameters of the parts that hold still in this epoch."""
+    held = (name for name in shares if config.optim[name].frozen_epochs > epoch)
+    return [parameter for name in held for parameter in shares[name]]
+
+
 def _epoch(
-    recipe: Recipe, data: RetrievalData, epoch: int, optimisers: _Optimisers, run: RunLog | None
+    recipe: Recipe,
+    data: RetrievalData,
+    at: _Position,
+    optimisers: _Optimisers,
+    run: RunLog | None,
+    lines: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Train one epoch; returns its entry of the log."""
+    """Train one epoch from ``at`` to its end; returns its entry of the log."""
     config, device = optimisers.config, recipe.hasher.device
-    pool = recipe.pool(epoch)
+    pool = recipe.pool(at.epoch)
     items = len(data.train) if pool is None else len(pool)
     steps = math.ceil(items / config.batch_size)
-    draws = Draws(config.seed, ("train",)).within(epoch)
-    started, rate = time.perf_counter(), 0.0
-    sums: dict[str, float] = {}
-    figures: dict[str, float] = {}
-    loader = batches(data.train, config.batch_size, draws.within("order"), pool, recipe.hasher.modalities)
-    for step, batch in enumerate(loader):
-        progress = (epoch + step / steps) / config.epochs
+    draws = Draws(config.seed, ("train",)).within(at.epoch)
+    started, earlier, saved, rate = time.perf_counter(), at.seconds, time.perf_counter(), 0.0
+    order = draws.within("order")
+    loader = batches(data.train, config.batch_size, order, pool, recipe.hasher.modalities, at.step)
+    for step, batch in enumerate(loader, at.step):
+        updates = math.ceil(steps / config.accumulate)
+        progress = (at.epoch + step // config.accumulate / updates) / config.epochs
         factor = config.schedule.factor(progress)
+        turn = _Turn.at(step, steps, config.accumulate)
         batch = _augmented(batch.to(device), config, draws)
         with precision(config.precision, device):
-            for group, terms in recipe.step(batch, Moment(epoch, progress, draws)):
-                means = figures if group == FIGURES else sums
+            for group, terms in recipe.step(batch, Moment(at.epoch, progress, draws)):
+                means = at.figures if group == FIGURES else at.sums
                 for name, term in terms.items():
                     means[name] = means.get(name, 0.0) + float(term.detach()) * len(batch) / items
                 if group != FIGURES:
-                    loss = _loss(terms, f"loss of {group!r} is not finite at epoch {epoch}, step {step}")
-                    rate = optimisers.step(group, loss, factor)
+                    place = f"at epoch {at.epoch}, step {step}"
+                    loss = _loss(terms, f"loss of {group!r} is not finite {place}")
+                    rate = optimisers.step(group, loss, factor, turn)
+        at.step, at.seconds = step + 1, earlier + time.perf_counter() - started
         if run is not None:
-            done, total = epoch * steps + step + 1, config.epochs * steps
-            run.progress(done, total, f"epoch {epoch + 1}/{config.epochs}")
-    recipe.end_epoch(epoch)
-    line = {"epoch": epoch, "lr": rate, "seconds": round(time.perf_counter() - started, 3), **sums}
-    return {**line, FIGURES: figures} if figures else line
+            done, total = at.epoch * steps + step + 1, config.epochs * steps
+            run.progress(done, total, f"epoch {at.epoch + 1}/{config.epochs}")
+            due = 0 < config.checkpoint_minutes * 60 <= time.perf_counter() - saved
+            if due and turn.last and at.step < steps:  # between the batches of one step there are gradients
+                run.checkpoint(_state(recipe, optimisers, at, lines))
+                saved = time.perf_counter()
+    recipe.end_epoch(at.epoch)
+    line = {"epoch": at.epoch, "lr": rate, "seconds": round(at.seconds, 3), **at.sums}
+    return {**line, FIGURES: at.figures} if at.figures else line
 
 
 def _augmented(batch: Batch, config: TrainConfig, draws: Draws) -> Batch:
@@ -220,32 +307,35 @@ def _loss(terms: LossTerms, message: str) -> torch.Tensor:
     return loss
 
 
-def _state(
-    recipe: Recipe, optimisers: Mapping[str, torch.optim.Optimizer], epoch: int, lines: list
-) -> dict[str, Any]:
+def _state(recipe: Recipe, optimisers: _Optimisers, at: _Position, lines: list) -> dict[str, Any]:
     """All that the rest of training depends on; readable in weights-only mode."""
     return {
-        "epoch": epoch,
+        **vars(at),
         "lines": lines,
         "modules": {name: module.state_dict() for name, module in recipe.modules().items()},
-        "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers.items()},
+        "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers.by_name.items()},
+        "scaler": optimisers.scaler.state_dict(),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
 def _resume(
-    recipe: Recipe, optimisers: Mapping[str, torch.optim.Optimizer], run: RunLog | None
-) -> tuple[int, list[dict[str, Any]]]:
-    """Load the last checkpoint, if there is one; returns the first epoch to train and the entries so far."""
+    recipe: Recipe, optimisers: _Optimisers, run: RunLog | None
+) -> tuple[_Position, list[dict[str, Any]]]:
+    """Load the last checkpoint, if there is one; returns where to go on and the entries so far."""
     state = run.resume() if run is not None else None
     if state is None:
-        return 0, []
+        return _Position(), []
     for name, module in recipe.modules().items():
         module.load_state_dict(state["modules"][name])
-    for name, optimiser in optimisers.items():
+    for name, optimiser in optimisers.by_name.items():
         optimiser.load_state_dict(state["optimisers"][name])
+    if state.get("scaler"):
+        optimisers.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["random"])
     if state["random_cuda"]:
         torch.cuda.set_rng_state_all(state["random_cuda"])
-    return state["epoch"], state["lines"]
+    # checkpoints of earlier versions were written at the end of an epoch alone
+    fields = (name for name in _Position.__dataclass_fields__ if name in state)
+    return _Position(**{name: state[name] for name in fields}), state["lines"]

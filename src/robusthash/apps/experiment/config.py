@@ -139,7 +139,9 @@ class TrainingSection(Section):
     batch_size: int = Field(64, ge=1)
     augment: Literal["none", "flip-crop"] = "none"
     clip: float = Field(0.0, ge=0)
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    accumulate: int = Field(1, ge=1)
+    batchnorm: Literal["train", "frozen"] = "train"
     init_from: str | None = None  # a run directory, or the recipe file of a run to train first
 
     @model_validator(mode="after")
@@ -224,6 +226,8 @@ class RuntimeSection(Section):
     device: str = "auto"
     threads: int | None = Field(None, ge=1)
     keep_epochs: int | None = Field(None, ge=1)  # keep the weights every N epochs, for `curves --robust`
+    checkpoint_minutes: float = Field(0.0, ge=0)  # between checkpoints inside an epoch; 0: at its end alone
+    compile: bool = False  # the encoders, by torch.compile
 
 
 class Config(Section):
@@ -257,6 +261,13 @@ class Config(Section):
         """Digest of all that makes the trained model: data, hasher, training, seed, and the run it started
         from."""
         training = self.training.model_dump(mode="json", exclude={"init_from"})
+        # options that came later count where they are not the default: the ids of earlier runs stay
+        for name, default in (("batchnorm", "train"), ("accumulate", 1)):
+            if training[name] == default:
+                del training[name]
+        for optim in training["optim"].values():
+            if optim["frozen_epochs"] == 0:
+                del optim["frozen_epochs"]
         model = {"data": self.data, "hasher": self.hasher.plain(), "training": training}
         return digest([model, self.runtime.seed, ancestor], 10)
 

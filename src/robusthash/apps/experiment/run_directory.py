@@ -109,7 +109,7 @@ class Run:
         """Replace the training checkpoint; store the epoch's weights too, if ``keep_epochs`` says so."""
         self._resume_file.parent.mkdir(parents=True, exist_ok=True)
         every = self.config.runtime.keep_epochs
-        if every is not None and state["epoch"] % every == 0:
+        if every is not None and not state.get("step") and state["epoch"] % every == 0:
             path = self._epoch_file(state["epoch"])
             path.parent.mkdir(exist_ok=True)
             _save_weights(state["modules"]["hasher"], path)

@@ -134,4 +134,8 @@ def train_config(config: Config) -> TrainConfig:
         seed=config.runtime.seed,
         device=config.runtime.device,
         precision=training.precision,
+        batchnorm=training.batchnorm,
+        accumulate=training.accumulate,
+        checkpoint_minutes=config.runtime.checkpoint_minutes,
+        compile=config.runtime.compile,
     )

@@ -1,0 +1,101 @@
+"""Sums of gradients over batches, half precision, compiled encoders, and checkpoints inside an epoch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import Interrupted, MemoryLog, make_data, small_hasher, train_config
+
+from robusthash.objectives import CSQ
+from robusthash.training import HashingRecipe, OptimConfig, TrainConfig, fit
+
+
+def trained(**options: object) -> dict[str, torch.Tensor]:
+    hasher = small_hasher()
+    optim = {"hasher": OptimConfig("sgd", 0.05, momentum=0.9, weight_decay=0.0)}
+    config = TrainConfig(epochs=2, optim=optim, batchnorm="frozen", device="cpu")
+    fit(HashingRecipe(hasher, CSQ()), make_data(train=40), replace(config, **options))
+    return hasher.state_dict()
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_gradients_of_two_batches_make_the_step_of_one_twice_as_large(clip: float) -> None:
+    """40 items are two and a half batches of 16: the last step is made of one batch of 8, alone."""
+    whole = trained(batch_size=16, clip=clip)
+    halves = trained(batch_size=8, accumulate=2, clip=clip)
+    for name, value in whole.items():
+        torch.testing.assert_close(halves[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    apart = trained(batch_size=8, clip=clip)
+    assert any(not torch.allclose(apart[name], value, atol=1e-4) for name, value in whole.items())
+
+
+def test_half_precision_learns_close_to_full() -> None:
+    """fp16 with its scaler, which would lose small gradients without: near float32, not equal."""
+    full, half = trained(batch_size=16), trained(batch_size=16, precision="fp16")
+    for name, value in full.items():
+        assert torch.isfinite(half[name]).all()
+        torch.testing.assert_close(half[name], value, rtol=0.05, atol=0.01, msg=name)
+    assert any(not torch.equal(half[name], value) for name, value in full.items())
+
+
+def test_compiled_encoders_train_to_the_same_weights_under_the_same_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    compiled = torch.nn.Module.compile
+
+    def counted(module: torch.nn.Module) -> None:
+        calls.append(module)
+        compiled(module, backend="eager")  # traced by torch.compile, without the minutes of a C++ compiler
+
+    monkeypatch.setattr(torch.nn.Module, "compile", counted)
+    plain, traced = trained(batch_size=16), trained(batch_size=16, compile=True)
+    assert len(calls) == 1
+    assert plain.keys() == traced.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(traced[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpoints_inside_an_epoch_wait_until_gradients_are_used() -> None:
+    class Log(MemoryLog):
+        def checkpoint(self, state: dict) -> None:
+            places.append((state["epoch"], state["step"]))
+            super().checkpoint(state)
+
+    places: list[tuple[int, int]] = []
+    config = replace(train_config(2), batch_size=8, accumulate=2, checkpoint_minutes=1e-9)
+    fit(HashingRecipe(small_hasher(), CSQ()), make_data(train=40), config, Log())
+    assert places == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_from_its_epoch() -> None:
+    def recipe() -> HashingRecipe:
+        return HashingRecipe(small_hasher(), CSQ())
+
+    whole = MemoryLog()
+    fit(recipe(), make_data(), train_config(2), whole)
+
+    class Earlier(MemoryLog):
+        def resume(self) -> dict | None:
+            state = super().resume()
+            new = ("step", "seconds", "sums", "figures", "scaler")
+            return state and {key: value for key, value in state.items() if key not in new}
+
+    stopped = Earlier(stop_after=1)
+    with pytest.raises(Interrupted):
+        fit(recipe(), make_data(), train_config(2), stopped)
+    stopped.stop_after = None
+    fit(recipe(), make_data(), train_config(2), stopped)
+    last = [
+        {key: value for key, value in log.lines[-1].items() if key != "seconds"} for log in (whole, stopped)
+    ]
+    assert last[0] == last[1]
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        TrainConfig(accumulate=0)
+    with pytest.raises(ValueError, match="checkpoint_minutes must be at least 0 and finite, got -1"):
+        TrainConfig(checkpoint_minutes=-1)
