@@ -11,6 +11,7 @@ from robusthash.apps.audit.verdict import share_found, verdict
 from robusthash.apps.reports.charts import UNIT, Chart, ChartAxis, Dot, IntervalChart, Tone
 from robusthash.apps.reports.pages import render
 from robusthash.metrics.results import Flag
+from robusthash.models.external.loaders import NAMES
 from robusthash.robustness.checks.base import CHECKS
 
 _TONES: dict[str, Tone] = {"everyday": "b", "random noise": "f", "on purpose": "a", "unchanged": "e"}
@@ -70,6 +71,7 @@ def audit_page(
         summary=summary,
         verdict=verdict(summary, rows, flags),
         word="recognised" if by_radius else "found first",  # what a share counts, as a reader says it
+        formula=summary["target"] in NAMES,  # nothing in it is learned
         shares=shares,
         few=_FEW,
         same=first["same"],

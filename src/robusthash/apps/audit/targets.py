@@ -226,7 +226,7 @@ def _open_run(target: str, bits: int | None) -> Target:
 
 
 def _finds_copies(data: Mapping[str, Any] | str) -> bool:
-    """Whether training data hold changed copies of each item, so that the codes are made to find them."""
+    """True where training data hold changed copies of each item, so that codes are made to find them."""
     if isinstance(data, str):
         return data == "photos"
     if data["name"] == "photos":

@@ -283,7 +283,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _in_bits(texts: Sequence[str], url: str) -> bool:
-    """Whether codes are written as 0s and 1s rather than as hex digits, which a few digits do not tell.
+    """True where codes are written as 0s and 1s, not as hex digits; a few digits alone do not tell.
 
     Raises:
         Broken: decimal digits alone, which so many hex digits are not by chance.

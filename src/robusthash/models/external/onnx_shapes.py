@@ -25,7 +25,7 @@ def numbers(values: Any) -> list[int]:
 
 
 def option(x: Inputs, at: int, attributes: Attributes, name: str, default: Any = None) -> Any:
-    """What older opsets give as an attribute and newer ones as an input."""
+    """A setting that is an attribute in older opsets and an input in newer ones."""
     if len(x) > at and x[at] is not None:
         return x[at]
     return attributes.get(name, default)
