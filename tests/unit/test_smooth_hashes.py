@@ -76,11 +76,14 @@ def test_a_hash_is_evaded_within_8_of_255(name: str) -> None:
     images, eps = photographs(), 8 / 255
     own = bits_of(name, images)
     signs, change = own.float() * 2 - 1, torch.zeros_like(images)
+    count = perceptual(name).radius * 3 // 2 + 1  # the bits that are easiest to turn
     for _ in range(30):
         change.requires_grad_(True)
         attacked = (images + change).clamp(0, 1)
-        agreement = torch.tanh(2 * exact_logits(name, attacked, bits_of(name, attacked)) * signs).sum()
-        (slope,) = torch.autograd.grad(agreement, change)
+        agreement = exact_logits(name, attacked, bits_of(name, attacked)) * signs
+        size = agreement.detach().abs().median(1, keepdim=True).values
+        easiest = (agreement / size).topk(count, largest=False).values.clamp(min=-0.3)
+        (slope,) = torch.autograd.grad(easiest.sum(), change)
         change = (change.detach() - eps / 6 * slope.sign()).clamp(-eps, eps)
     left = ((images + change).clamp(0, 1) * 255).round() / 255
     assert ((left - images).abs() * 255).max() < 8.51
