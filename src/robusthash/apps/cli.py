@@ -22,7 +22,7 @@ from robusthash.core.out_of_memory import REMEDY, DoesNotFit, SmallerBatch, out_
 from robusthash.version import __version__
 
 PANELS = {
-    "Try": ("demo", "list", "data"),
+    "Try": ("demo", "quickstart", "list", "data"),
     "Train": ("run", "train"),
     "Measure": (
         *("evaluate", "assess", "attack", "questions", "transfer", "poison"),
@@ -106,7 +106,8 @@ def _smaller_batches_noted() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    note("stopped; run, train, evaluate, assess, questions, sweep and demo go on from what was finished")
+    going_on = "run, train, evaluate, assess, questions, sweep, demo, quickstart, index build and index add"
+    note(f"stopped; {going_on} go on from what was finished")
     sys.exit(130)
 
 

@@ -15,12 +15,11 @@ from robusthash.data.splits import Indices, assemble, hash_pixels
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.metrics import average_precision as ap
 from robusthash.metrics.distance_histogram import prepare, prepared_counts, prepared_profile
-from robusthash.metrics.protocol import Protocol, TargetRule
+from robusthash.metrics.protocol import copies
 from robusthash.metrics.ranking_measures import average_precision, precision_at
 
-COPIES = Protocol("copies", ("MAP", "P@1"), targets=TargetRule(count=1))
-"""One relevant item a query, so that MAP is the mean of 1 / rank; one target a query where another is
-imitated."""
+COPIES = copies()
+"""One relevant item and one target a query."""
 
 
 def copies_data(photographs: Tensor, stored: Tensor, note: str) -> RetrievalData:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ class AuditOptions:
         limit: photographs read at most.
         seed: of the choice of photographs, the noise and the attacks.
         output: see ``open_target``.
+        max_pixels: of a photograph that is read (width x height); as of ``read_image`` by default.
     """
 
     labels: bool = False
@@ -107,6 +109,7 @@ class AuditOptions:
     limit: int = 1000
     seed: int = 0
     limits: EndpointLimits = EndpointLimits()
+    max_pixels: int | None = None
     output: str | None = None
 
     def __post_init__(self) -> None:
@@ -133,13 +136,13 @@ class Target:
     black_box: str = ""  # why there are no gradients, where there are none
 
 
-def size_of(target: str, size: int | None) -> int:
+def size_of(target: str | nn.Module, size: int | None) -> int:
     """Pixels a side of the target's inputs: a run's own, else ``size``, else 224.
 
     Raises:
         ValueError: a size that a run was not trained on, or a run on vectors of features.
     """
-    if not _is_run(target):
+    if isinstance(target, nn.Module) or not _is_run(target):
         return _SIZE if size is None else size
     trained = load_run(Path(target)).card()["image_size"]
     if len(trained) != 2:
@@ -154,7 +157,7 @@ def size_of(target: str, size: int | None) -> int:
 
 
 def open_target(
-    target: str,
+    target: str | nn.Module,
     images: Tensor,
     bits: int | None = None,
     limits: EndpointLimits = EndpointLimits(),
@@ -165,7 +168,7 @@ def open_target(
 
     Args:
         target: a run directory; ``module:name``; a ``.pt`` (TorchScript) or ``.onnx`` file; an ``http(s)``
-            address; or ``phash``, ``ahash``, ``dhash``, ``whash``, ``pdq``.
+            address; ``phash``, ``ahash``, ``dhash``, ``whash``, ``pdq``; or a net in memory, ours or another.
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
         kept: a file of an endpoint's answers, so that an interrupted audit goes on.
@@ -175,6 +178,8 @@ def open_target(
         ValueError: none of these, or a model that is broken (``Broken``).
         FileNotFoundError, ImportError: a file or a module is missing.
     """
+    if isinstance(target, nn.Module):
+        return _open_net(target, images, bits)
     path = Path(target)
     if target.startswith(("http://", "https://")):
         return _open_endpoint(target, images, bits, limits, kept)
@@ -232,6 +237,24 @@ def _finds_copies(data: Mapping[str, Any] | str) -> bool:
     if data["name"] == "photos":
         return data.get("labels", "photo") == "photo"
     return data.get("relevance") == "copies"
+
+
+class _Logits(nn.Module):
+    """A hasher as a net that answers its logits."""
+
+    def __init__(self, hasher: Hasher) -> None:
+        super().__init__()
+        self.hasher = hasher
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.hasher({"image": images})["image"].logits
+
+
+def _open_net(net: nn.Module, images: Tensor, bits: int | None) -> Target:
+    name = str(net.spec.get("foreign", "a hasher")) if isinstance(net, Hasher) else type(net).__name__
+    tensor = next(chain(net.parameters(), net.buffers()), images)
+    model = _Logits(net) if isinstance(net, Hasher) else net
+    return _wrapped(name, name, model, images.to(tensor.device), bits)
 
 
 def _wrapped(

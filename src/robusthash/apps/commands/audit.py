@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AnyQueries, AsJson, Eps, Norm, Seed, Threat
+from robusthash.apps.commands.options import (
+    AnyQueries,
+    AsJson,
+    Device,
+    Eps,
+    MaxPixels,
+    Norm,
+    Seed,
+    Threat,
+)
 from robusthash.apps.commands.terminal import (
     console,
     escape,
@@ -37,6 +46,7 @@ def audit(
     radius: Annotated[int | None, Option(help="Bits by which the same picture may differ.")] = None,
     queries: AnyQueries = None,
     attacked: Annotated[int | None, Option(min=1, help="Number of these that are attacked.")] = None,
+    max_pixels: MaxPixels = None,
     limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000,
     seed: Seed = 0,
     budget: Annotated[int, Option(help="Endpoint: requests in all.")] = 5000,
@@ -45,6 +55,7 @@ def audit(
     header: Annotated[
         list[str] | None, Option(help="Endpoint: 'Name: value', never written. Repeatable.")
     ] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Audit a search: any model, file, endpoint or perceptual hash, on your own photographs.
@@ -68,23 +79,29 @@ def audit(
         sys.path.insert(0, os.getcwd())
     limits = EndpointLimits(budget, rate, timeout, _headers(header or []))
     length = None if bits == "auto" else int(bits)
-    options = AuditOptions(labels, size, length, effort, pixel_eps, radius, limit, seed, limits, output)
+    options = AuditOptions(
+        labels, size, length, effort, pixel_eps, radius, limit, seed, limits, max_pixels, output
+    )
     with progress_bars() as progress:
         summary = run_audit(target, out, photos, options, progress)
     if as_json:
         print_json(summary)
         return
-    first = summary["verdict"]
-    if first["alarm"]:
-        console.print(f"[bold red]✗ {escape(first['alarm'])}[/]", highlight=False)
-    for name in ("first", "tried", "untried"):
-        console.print(escape(first[name]), highlight=False)
+    _print_verdict(summary["verdict"])
     print_table(f"audit of {summary['title']}", *_rows(summary))
     for warning in summary["doubts"]:
         console.print(f"[bold red]warning:[/] {escape(warning)}", highlight=False)
     if summary["kinds"] is not None:
         console.print(escape(summary["kinds"]["said"]), highlight=False)
     print_lines([out / "report.html"])
+
+
+def _print_verdict(verdict: dict[str, str]) -> None:
+    """The first sentences of the page; a red check comes before them."""
+    if verdict["alarm"]:
+        console.print(f"[bold red]✗ {escape(verdict['alarm'])}[/]", highlight=False)
+    for name in ("first", "tried", "untried"):
+        console.print(escape(verdict[name]), highlight=False)
 
 
 def _pixel_eps(threat: str | None, eps: str | None, norm: str | None) -> float:

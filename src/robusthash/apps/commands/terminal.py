@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,18 +26,37 @@ def escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
+_SECONDS = 5.0  # between two lines of progress where no bar can be drawn
+
+
 @contextmanager
 def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar per text, drawn on stderr where that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    """A bar per text, drawn on stderr where that is a terminal; elsewhere a line every few seconds."""
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def report(done: int, total: int, text: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _SECONDS:
+                last = time.monotonic()
+                note(f"{text}: {done} of {total}")
+
+        yield report
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(done: int, total: int, text: str) -> None:
             key = text.partition(" ")[0] if text.startswith("epoch") else text
             if key not in tasks:
-                tasks[key] = bars.add_task(text, total=total)
-            bars.update(tasks[key], completed=done, total=total, description=text)
+                tasks[key] = bars.add_task(text, total=total or None)  # 0 where nobody knows
+            bars.update(tasks[key], completed=done, total=total or None, description=text)
 
         yield progress
 
@@ -80,7 +100,8 @@ def print_table(
 
     table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if right and number else "left")
+        justify: Literal["right", "left"] = "right" if right and number else "left"
+        table.add_column(escape(column), justify=justify, overflow="ellipsis" if number else "fold")
     for row in rows:
         table.add_row(*map(cell, row))
     console.print(table)
@@ -100,7 +121,8 @@ def print_values(title: str, result: EvalResult) -> None:
 
 
 def print_headlines(results: Mapping[str, EvalResult]) -> None:
-    """The headline of each result, next to clean and chance."""
+    """The headline of each result, next to clean and chance, and each note once."""
+    from robusthash.metrics.result_words import empty_notes
     from robusthash.metrics.results import headline_of
 
     rows: list[list[Any]] = []
@@ -112,6 +134,9 @@ def print_headlines(results: Mapping[str, EvalResult]) -> None:
     subset = next(iter(results.values())).setting.chosen
     title = "results" if subset in ("", "all") else f"results, queries: {subset}"
     print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
+    notes = [text for result in results.values() for text in result.notes]
+    for text in dict.fromkeys([*empty_notes(results), *notes]):
+        note(text)
 
 
 def plain(result: EvalResult) -> dict[str, Any]:
@@ -129,4 +154,6 @@ def plain(result: EvalResult) -> dict[str, Any]:
         "attacks",
     )
     parts = {name: getattr(result, name) for name in sections}
+    if result.groups:
+        parts["groups"] = {name: asdict(scores) for name, scores in result.groups.items()}
     return {"setting": asdict(result.setting), "cost": asdict(result.cost), **parts}

@@ -27,7 +27,7 @@ from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
 from robusthash.core.registry import build
-from robusthash.core.runtime import Progress, digest, silent
+from robusthash.core.runtime import Progress, digest, silent, yield_when_busy
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
 from robusthash.data.photos import describe_item, thumbnail
@@ -62,7 +62,7 @@ def run_demo(
     Returns:
         The content of ``summary.json``; see ``summarise``.
     """
-    started, out = time.perf_counter(), Path(out)
+    started, out, progress = time.perf_counter(), Path(out), yield_when_busy(progress)
     recipes = _write_recipes(out, seed, sets)
     bars = {model: _titled(progress, model) for model in MODELS}
     runs: dict[str, Run] = {}

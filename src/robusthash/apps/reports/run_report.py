@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from robusthash.apps.experiment.copy_table import WORDS, copy_table
 from robusthash.apps.experiment.run_directory import Run, RunError
 from robusthash.apps.reports.charts import (
     TONES,
@@ -115,6 +116,8 @@ def group_data(results: Results) -> dict[str, Any]:
         "targeted": bool(targeted),
         "charts": charts,
         "curves": any("PR" in result.curves for result in untargeted.values()),
+        "copies": copy_table(results),
+        "changes": WORDS,
         "notes": notes(results.values()),
     }
 
