@@ -34,7 +34,7 @@ def audit(
     target: Annotated[
         str,
         Argument(
-            help="A run, module:name, TorchScript .pt, .onnx, http(s) address, phash, dhash, whash or pdq."
+            help="A run, module:name, TorchScript .pt, .onnx, http(s), phash, ahash, dhash, whash or pdq."
         ),
     ],
     photos: Annotated[Path | None, Option(help="Your photographs; twenty come with the package.")] = None,
@@ -93,7 +93,17 @@ def audit(
         summary = run_audit(target, out, photos, AuditOptions(*known), progress)
     if as_json:
         print_json(summary)
-        return
+    else:
+        _print(summary, out)
+
+
+def _print(summary: dict[str, Any], out: Path) -> None:
+    """The first sentences of the page, a red check before them; the table, and what was noted."""
+    verdict = summary["verdict"]
+    if verdict["alarm"]:
+        warn("warning", verdict["alarm"])
+    for name in ("first", "tried", "untried"):
+        note(verdict[name])
     print_table(f"audit of {summary['title']}", *_rows(summary))
     if summary["said"]:
         note(summary["said"][0])
