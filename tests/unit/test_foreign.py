@@ -259,7 +259,7 @@ def test_onnx_files_that_cannot_be_used(tmp_path, images):
     with pytest.raises(ValueError, match="cannot be opened as an ONNX model"):
         load_onnx(tmp_path / "model.onnx", images)
     _export(tmp_path / "two.onnx", "batch", second=True)
-    with pytest.raises(ValueError, match=r"outputs y .* flat .* which is the code, with --output flat"):
+    with pytest.raises(ValueError, match=r"outputs y .* flat .* which is the code, with --output-name flat"):
         load_onnx(tmp_path / "two.onnx", images)
     with pytest.raises(ValueError, match="no output 'z'; it has y"):
         load_onnx(tmp_path / "two.onnx", images, "z")
