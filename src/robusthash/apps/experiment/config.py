@@ -23,6 +23,7 @@ from torch import nn
 
 from robusthash.attacks.base import Attack
 from robusthash.core.limited_files import parse_yaml, read_yaml
+from robusthash.core.plugins import beside
 from robusthash.core.registry import build, check, nearest
 from robusthash.core.runtime import digest
 from robusthash.defenses.base import check_needs
@@ -92,7 +93,7 @@ def _of_kind(kind: str) -> BeforeValidator:
         value = numbers(value)
         try:
             check(kind, value)
-        except KeyError as error:  # pydantic reports ValueError alone
+        except (KeyError, ImportError) as error:  # pydantic reports ValueError alone
             raise ValueError(error.args[0]) from None
         return value
 
@@ -304,13 +305,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a missing file, no YAML, an unknown key (the nearest is offered), a bad value.
     """
-    raw = _read(Path(path))
+    folders: list[Path] = []
+    raw = _read(Path(path), folders)
     raw.setdefault("name", Path(path).stem)
-    return make_config(raw, overrides, where=str(path))
+    with beside(folders):
+        return make_config(raw, overrides, where=str(path))
 
 
-def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Plain content of a recipe file, laid over the one that its ``extends`` names."""
+def _read(path: Path, folders: list[Path], children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Plain content of a recipe file, laid over the one that its ``extends`` names.
+
+    The folders of both are added to ``folders``.
+    """
     if not path.is_file():
         raise ConfigError(f"recipe file {str(path)!r} does not exist")
     if path.resolve() in children:
@@ -322,12 +328,13 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         got = "nothing" if raw is None else shortened(repr(raw))
         raise ConfigError(f"{path}: expected sections such as data and training, got {got}")
+    folders.append(path.parent)
     base = raw.pop("extends", None)
     if base is None:
         return raw
     if len(children) > _FILES:
         raise ConfigError(f"{path} extends a file that extends another, more than {_FILES} times")
-    below = _read(path.parent / str(base), (*children, path.resolve()))
+    below = _read(path.parent / str(base), folders, (*children, path.resolve()))
     below.pop("name", None)  # a name is the file's own
     return _over(below, raw)
 

@@ -17,17 +17,20 @@ import torch
 from robusthash.apps.experiment.config import Config, is_folder_name, save_config, shortened
 from robusthash.apps.experiment.run_files import (
     RunError,
+    check_plugins,
     config_of,
     file_digest,
     load_weights,
+    opening,
     reading,
+    record_plugins,
     save_weights,
     without_weights,
     write_json,
 )  # fmt: skip
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.limited_files import check_archive, parse_json, read_json, read_npz
-from robusthash.core.registry import build, without_new_code
+from robusthash.core.registry import build
 from robusthash.core.runtime import digest
 from robusthash.core.types import Codes
 from robusthash.metrics.results import EvalResult, Flag, load_results, software_versions
@@ -306,7 +309,7 @@ class Run:
             )
         self.check_weights()
         spec, card = self.card()["hasher"], self.path / "model.json"
-        with without_new_code(card), reading(card, self._again, "the model card"):
+        with opening(self.path), reading(card, self._again, "the model card"):
             image, text = without_weights(spec["image"]), without_weights(spec["text"])
             hasher = build_hasher(**{**spec, "image": image, "text": text})
         load_weights(hasher, self.path / "checkpoint" / "hasher.safetensors", self._again)
@@ -316,7 +319,7 @@ class Run:
         """The trained hasher and its objective (eval mode, CPU); errors as of ``load_hasher``."""
         hasher = self.load_hasher()
         card = self.path / "model.json"
-        with without_new_code(card), reading(card, self._again, "the model card"):
+        with opening(self.path), reading(card, self._again, "the model card"):
             objective = build("objective", self.card()["objective"])
         load_weights(objective, self.path / "checkpoint" / "objective.safetensors", self._again)
         return hasher, objective.eval()
@@ -326,11 +329,12 @@ def run_folder(config: Config, root: Path, ancestor: str = "") -> Path:
     """The run directory of ``config`` under ``root``: its name, and the digest of what makes the model.
 
     Raises:
-        RunError: it holds results alone.
+        RunError: it holds results alone, or its plug-ins have changed since it was trained.
     """
     path = root / config.name / config.model_id(ancestor)
     if (path / KEPT).is_file():
         raise RunError(f"{path} holds results alone, and no run goes on there; use another --runs folder")
+    check_plugins(path, config)
     return path
 
 
@@ -374,6 +378,7 @@ def accept(run: Run) -> None:
     """Write the config of a run, now that its results are those of this config."""
     with write_aside(run.path / "config.yaml") as temporary:
         temporary.write_text(save_config(run.config), encoding="utf-8")
+    record_plugins(run.path, run.config)
 
 
 def load_run(path: str | Path) -> Run:
