@@ -65,8 +65,8 @@ def without_new_code(source: object, recorded: Sources | None = None) -> Iterato
     """Refuse ``module:name`` in a block that reads ``source``, which may be a stranger's, as a run.
 
     Imported are modules of ``recorded`` whose source file is where it was, has not changed, and was
-    imported by an own command before. Modules that are imported already may be named, unless they were recorded with
-    another source, and those of the environment variable ``PLUGINS``.
+    imported by an own command before. Modules that are imported already may be named, unless they were
+    recorded with another source, and those of the environment variable ``PLUGINS``.
     """
     token = _OPENED.set(_Opened(str(source), recorded or {}))
     try:
