@@ -245,6 +245,7 @@ class RuntimeSection(Section):
     keep_epochs: int | None = Field(None, ge=1)  # keep the weights every N epochs, for `curves --robust`
     checkpoint_minutes: float = Field(0.0, ge=0)  # between checkpoints inside an epoch; 0: at its end alone
     compile: bool = False  # the encoders, by torch.compile
+    loggers: list[Literal["tensorboard", "wandb"]] = []  # that get the numbers of each epoch too
 
 
 class Config(Section):

@@ -26,6 +26,7 @@ from robusthash.apps.experiment.run_directory import (
     run_folder,
     write_json,
 )  # fmt: skip
+from robusthash.apps.experiment.training_trackers import check_trackers, tracked
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.directory_lock import owned
@@ -82,6 +83,7 @@ def _opened(
     choose_device(config.runtime.device)
     set_threads(config)
     check_parts(config)
+    check_trackers(config.runtime.loggers)
     parent = _parent(config, root, progress, base)
     ancestor = parent.card()["digest"] if parent else ""
     shorter = None if resume_from is None else load_run(resume_from)
@@ -157,7 +159,8 @@ def _train(run: Run, parent: Run | None, progress: Progress) -> None:
     _check_evaluation(config, data, objective)
     recipe = make_recipe(config, _initial_hasher(config, data, parent), objective)
     try:
-        log = fit(recipe, data, train_config(config), run)
+        with tracked(run) as lines:
+            log = fit(recipe, data, train_config(config), lines)
     except CheckpointError as error:
         raise RunError(f"checkpoint {run.checkpoint_file} {error}; {RESTART}") from None
     learned = recipe.database_codes()
