@@ -118,6 +118,11 @@ def sources(*settings: Any) -> dict[str, dict[str, str]]:
     }
 
 
+def source_digests(*settings: Any) -> list[str]:
+    """SHA-256 of the sources of settings, for keys of what is stored; empty where they name no plug-in."""
+    return [facts["sha256"] for facts in sources(*settings).values()]
+
+
 def as_sources(value: Any) -> Sources:
     """``sources`` as read from a file; KeyError, TypeError or AttributeError of anything else."""
     return {module: {key: str(facts[key]) for key in ("file", "sha256")} for module, facts in value.items()}

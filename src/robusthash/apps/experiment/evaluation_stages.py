@@ -20,6 +20,7 @@ from robusthash.core.atomic_files import write_aside
 from robusthash.core.directory_lock import owned
 from robusthash.core.hamming import pack
 from robusthash.core.identity import identity
+from robusthash.core.plugins import source_digests, sources
 from robusthash.core.registry import build, check
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.base import RetrievalData
@@ -232,6 +233,7 @@ def attacked_queries(
     usual = context.direction == (context.victim.modalities[0],) * 2 and view == "white-box"
     key += [] if usual else [context.direction, view]
     key += [context.protocol.settings()["targets"]] if attack.targeted else []
+    key += source_digests(settings)
     weights = run.card()["digest"]
     folder = run.path / "attacks" / f"{attack.name}-{identity([*key, weights])}"
     earlier = run.path / "attacks" / f"{attack.name}-{identity(key)}"  # versions that left the weights out
@@ -239,6 +241,7 @@ def attacked_queries(
         earlier.rename(folder)
     folder.mkdir(parents=True, exist_ok=True)
     described = {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}
+    described |= {"plugins": used} if (used := sources(settings)) else {}
     write_json(folder / "config.json", described)
     return attack_all(
         context, attack, context.victim.as_seen_from(view), progress, AttackFolder(folder), name
