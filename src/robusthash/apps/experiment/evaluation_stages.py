@@ -141,23 +141,29 @@ def _evaluate_context(
     relevance: str,
     held: Mapping[str, EvalResult],
 ) -> dict[str, EvalResult]:
-    """Clean, each attack that changes the query modality of the context, and the worst case.
+    """Clean, each attack that changes the query modality of the context, and the worst case; with pictures.
 
     Args:
         held: earlier results of this context, to which these are added.
     """
+    from robusthash.apps.reports.example_searches import attacked_rows, save_examples
+
     clean = described(score_clean(context), "clean", run, relevance)
     if held and (other := _differences(held["clean"], clean)):
         raise ConfigError(_not_added(run, f"they differ in {other}"))
     results = {name: result for name, result in held.items() if name not in ("clean", "worst")}
+    pictured = {}
     for name, (view, settings) in attacks.items():
         attack: Attack = build("attack", settings, objective=objective)
         if context.direction[0] in attack.threat.balls:
             attacked = attacked_queries(run, context, name, settings, attack, progress, view)
             result = described(score_attack(context, attack, attacked), name, run, relevance)
-            results[_free_name(name, result, results)] = result
+            free = _free_name(name, result, results)
+            results[free], pictured[free] = result, attacked_rows(context, attacked)
     if not results:
         return {"clean": clean}
+    if relevance == "own":
+        save_examples(run.path, context, {"clean": clean, **results}, pictured)
     return {
         "clean": clean,
         **results,

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from robusthash.apps.experiment.config import Config, is_folder_name, save_config, shortened
+from robusthash.apps.experiment.config import Config, save_config
 from robusthash.apps.experiment.run_files import (
     RunError,
+    card_fault,
     check_plugins,
+    command_line,
     config_of,
     file_digest,
     load_weights,
@@ -45,8 +47,6 @@ RESTART = "delete it to train again from the start"
 CHECKED = "checks.json"  # the flags of ``check``
 TEXTS = "texts.json"  # how texts become inputs, so that those of others can
 KEPT = "kept.json"  # marks a copy of results without weights, see ``kept_results``
-_CARD = {"name": str, "id": str, "bits": int, "modalities": list, "image_size": list, "declared": str}
-_CARD |= {"hasher": dict, "digest": str, "epochs": int, "last": dict}
 _TRAIN = "run 'robusthash train' or 'robusthash run' first"
 _REMADE = {
     "metrics.json": "delete it, then: robusthash evaluate {run}",
@@ -84,10 +84,10 @@ class Run:
 
     @property
     def origin(self) -> dict[str, str]:
-        """The runs that it comes from by ``parent`` and ``resumed_from``, as far as it has and knows them."""
+        """Paths of its ``parent`` and of ``resumed_from``, and the ``command`` that made it, where known."""
         path = self.path / "environment.json"
         facts = read_json(path) if path.is_file() else {}
-        return {name: facts[name] for name in ("parent", "resumed_from") if name in facts}
+        return {name: str(facts[name]) for name in ("parent", "resumed_from", "command") if name in facts}
 
     @property
     def trained(self) -> bool:
@@ -243,7 +243,7 @@ class Run:
         path = self.path / "model.json"
         with reading(path, self._again, "the model card"):
             card = read_json(path)
-            if fault := _fault_of(card):
+            if fault := card_fault(card):
                 raise ValueError(fault)
         return card
 
@@ -369,6 +369,7 @@ def open_run(
     if not (path / "environment.json").is_file():
         threads, started = torch.get_num_threads(), time.strftime("%F %T")
         environment = {"versions": software_versions(), "threads": threads, "started": started}
+        environment |= {"command": made} if (made := command_line()) else {}
         named = {name: str(other.resolve()) for name, other in (origin or {}).items()}
         write_json(path / "environment.json", {**environment, **named})
     return run
@@ -393,13 +394,3 @@ def load_run(path: str | Path) -> Run:
                 if not isinstance(read_json(path / name), dict):
                     raise ValueError("it holds no names")
     return run
-
-
-def _fault_of(card: Any) -> str:
-    """The fault of a model card, if it has one; its name and id are folders of copies."""
-    if not isinstance(card, dict) or "hasher" not in card:
-        return "it names no hasher"
-    for key, kind in _CARD.items():
-        if not isinstance(card.get(key), kind) or (key in ("name", "id") and not is_folder_name(card[key])):
-            return f"{key} is {shortened(repr(card.get(key)))}"
-    return ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shlex
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from robusthash.apps.experiment.config import Config, ConfigError, load_config
+from robusthash.apps.experiment.config import Config, ConfigError, is_folder_name, load_config, shortened
 from robusthash.core.atomic_files import json_text, write_aside
 from robusthash.core.limited_files import read_json
 from robusthash.core.plugins import PluginError, Sources, as_sources, changed, sources, without_new_code
@@ -26,6 +28,9 @@ class RunError(ValueError):
 
 
 PLUGINS = "plugins.json"  # source files of the code that a config names as module:name
+
+_CARD = {"name": str, "id": str, "bits": int, "modalities": list, "image_size": list, "declared": str}
+_CARD |= {"hasher": dict, "digest": str, "epochs": int, "last": dict}
 
 _DAMAGED: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
 _DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError, RecursionError)
@@ -98,6 +103,23 @@ def check_plugins(path: Path, config: Config) -> None:
             f"{path} was begun with another {files[0]}, which has changed since; give the recipe another "
             "name, or --runs another folder"
         )
+
+
+def card_fault(card: Any) -> str:
+    """The fault of a model card, if it has one; its name and id are folders of copies."""
+    if not isinstance(card, dict) or "hasher" not in card:
+        return "it names no hasher"
+    for key, kind in _CARD.items():
+        if not isinstance(card.get(key), kind) or (key in ("name", "id") and not is_folder_name(card[key])):
+            return f"{key} is {shortened(repr(card.get(key)))}"
+    return ""
+
+
+def command_line() -> str:
+    """The command of this process as a shell takes it; "" where it is not one of this package."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "robusthash" or program.parts[-2:] == ("robusthash", "__main__.py")
+    return shlex.join(["robusthash", *sys.argv[1:]]) if ours else ""
 
 
 def without_weights(encoder: Any) -> Any:

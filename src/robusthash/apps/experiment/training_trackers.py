@@ -31,7 +31,8 @@ class TensorBoard:
     """Event files in ``RUN/tensorboard``; an epoch trained again after a kill replaces the earlier one."""
 
     def __init__(self, run: Run) -> None:
-        self.folder, self.writer = run.path / "tensorboard", None
+        self.folder = run.path / "tensorboard"
+        self.writer: Any = None
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
         from torch.utils.tensorboard import SummaryWriter
