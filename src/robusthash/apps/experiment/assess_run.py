@@ -49,7 +49,6 @@ def assess(
     shard: tuple[int, int] | None = None,
     checked: bool = True,
     kept: bool = True,
-    attacks: Sequence[Component] = (),
     **options: Any,
 ) -> EvalResult | None:
     """Run a tier on a trained run, or go on where it was stopped, and write ``assess.json``.
@@ -62,10 +61,9 @@ def assess(
         checked: raise the flags; the tiers smoke and paper never do.
         kept: own the run, go on from stored blocks, and write ``assess.json``; without it everything is
             attacked again.
-        attacks: settings of attacks of one's own beside those of the tier, without a budget: they get that
-            of ``threat``. The result is then named after them too, and compares with none without them.
         options: ``surrogates``, runs on the same data that transfer attacks search on (without them F5 says
-            so), and ``steps`` of the tier paper.
+            so); ``steps`` of the tier paper; ``attacks``, settings of one's own attacks beside those of the
+            tier, without a budget: they get that of ``threat``, and the result is named after them too.
 
     Returns:
         The result, named by threat and tier; None of a shard.
@@ -74,7 +72,7 @@ def assess(
         InUse: another process works on the run, or on the same shard.
         RunError: an earlier ``assess.json`` that cannot be read.
     """
-    attacks = [attack_under(attack, None, None, None) for attack in attacks]  # refused before any work
+    attacks = [attack_under(attack, None, None, None) for attack in options.get("attacks", ())]  # or refused
     with ExitStack() as owning:
         if kept and shard is None:
             owning.enter_context(owned(run.path, "assessment"))

@@ -32,8 +32,6 @@ from robusthash.training.optimiser_groups import BASE, MODALITIES, NAMES, unknow
 
 _FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+)\s*")
 _EXPONENT = re.compile(r"[+-]?\d+(?:\.\d*)?[eE][+-]?\d+")
-
-
 _FILES = 20  # that extend each other
 
 
@@ -306,22 +304,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a missing file, no YAML, an unknown key (the nearest is offered), a bad value.
     """
-    folders: list[Path] = []
-    raw = _read(Path(path), folders)
+    files: list[Path] = []
+    raw = _read(Path(path), files)
     raw.setdefault("name", Path(path).stem)
-    with beside(folders):
+    with beside([file.parent for file in files]):
         return make_config(raw, overrides, where=str(path))
 
 
-def _read(path: Path, folders: list[Path], children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Plain content of a recipe file, laid over the one that its ``extends`` names.
-
-    The folders of both are added to ``folders``.
-    """
+def _read(path: Path, children: list[Path]) -> dict[str, Any]:
+    """Plain content of a recipe file, which joins ``children``, laid over the one that it ``extends``."""
     if not path.is_file():
         raise ConfigError(f"recipe file {str(path)!r} does not exist")
-    if path.resolve() in children:
+    if path.resolve() in [child.resolve() for child in children]:
         raise ConfigError(f"{path} extends itself, by way of {' and '.join(p.name for p in children)}")
+    children.append(path)
     try:
         raw = read_yaml(path)
     except ValueError as error:
@@ -329,13 +325,12 @@ def _read(path: Path, folders: list[Path], children: tuple[Path, ...] = ()) -> d
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         got = "nothing" if raw is None else shortened(repr(raw))
         raise ConfigError(f"{path}: expected sections such as data and training, got {got}")
-    folders.append(path.parent)
     base = raw.pop("extends", None)
     if base is None:
         return raw
-    if len(children) > _FILES:
+    if len(children) - 1 > _FILES:
         raise ConfigError(f"{path} extends a file that extends another, more than {_FILES} times")
-    below = _read(path.parent / str(base), folders, (*children, path.resolve()))
+    below = _read(path.parent / str(base), children)
     below.pop("name", None)  # a name is the file's own
     return _over(below, raw)
 

@@ -162,7 +162,7 @@ def load_examples(folder: Path) -> dict[str, Any] | None:
 
 
 def _hits(arrays: Mapping[str, np.ndarray], when: str, row: int) -> list[dict[str, Any]]:
-    """What one search found, nearest first."""
+    """The items that one search found, nearest first."""
     pictures = torch.from_numpy(arrays[f"{when}_hits"][row])
     facts = zip(*(arrays[f"{when}_{what}"][row] for what in ("names", "far", "right")), strict=True)
     return [
