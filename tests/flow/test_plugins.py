@@ -188,6 +188,10 @@ def test_a_strangers_record_of_its_own_code_is_no_word_to_go_by(own: Path, tmp_p
     (path / "plugins.json").write_text(json.dumps({**held, "plug_evil": facts}))
     with pytest.raises(RunError, match=rf"that no command of yours has used yet; .* {PLUGINS}=plug_evil"):
         load_run(path)
+    mine = held["plug_loss"]  # a source that this user trusts, under the name of another
+    (path / "plugins.json").write_text(json.dumps({**held, "plug_evil": mine}))
+    with pytest.raises(RunError, match="names 'plug_evil:PairwiseCosine', and its source file"):
+        load_run(path)
     (path / "plugins.json").write_text('{"plug_evil": 3}')
     with pytest.raises(RunError, match=r"plugins\.json is damaged"):
         load_run(path)

@@ -151,7 +151,7 @@ def _checked(opened: _Opened, module: str, named: str) -> list[Path]:
     """The folder of a recorded module that may be imported; a PluginError says why it may not."""
     recorded, loaded = opened.recorded.get(module), file_of(sys.modules.get(module))
     file = None if recorded is None else Path(recorded["file"])
-    here = [] if file is None or not file.is_file() else [_root(file, module)]
+    here = [] if file is None or not file.is_file() else _root(file, module)
     if module in (name.strip() for name in os.environ.get(PLUGINS, "").split(",")):
         return [*here, Path.cwd()] if loaded is None else []
     if recorded is None or file is None:
@@ -220,9 +220,12 @@ def _file_in(folders: Sequence[Path], module: str) -> Path | None:
     return None
 
 
-def _root(file: Path, module: str) -> Path:
-    """The folder on the path from which ``module`` is ``file``."""
-    return file.parents[module.count(".") + (file.name == "__init__.py")]
+def _root(file: Path, module: str) -> list[Path]:
+    """The folder in which ``module`` is ``file``; none where it is the source of another module."""
+    for folder in list(file.parents)[module.count(".") :][:2]:
+        if _file_in([folder], module) == file:
+            return [folder]
+    return []
 
 
 def _sha256(file: Path) -> str:

@@ -84,10 +84,10 @@ class Run:
 
     @property
     def origin(self) -> dict[str, str]:
-        """Paths of its ``parent`` and of ``resumed_from``, and the ``command`` that made it, where known."""
+        """The runs that it comes from by ``parent`` and ``resumed_from``, as far as it has and knows them."""
         path = self.path / "environment.json"
         facts = read_json(path) if path.is_file() else {}
-        return {name: str(facts[name]) for name in ("parent", "resumed_from", "command") if name in facts}
+        return {name: str(facts[name]) for name in ("parent", "resumed_from") if name in facts}
 
     @property
     def trained(self) -> bool:

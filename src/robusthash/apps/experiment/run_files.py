@@ -122,6 +122,13 @@ def command_line() -> str:
     return shlex.join(["robusthash", *sys.argv[1:]]) if ours else ""
 
 
+def command_of(path: Path) -> str:
+    """The command that made the run at ``path``, or one that makes it again."""
+    file, again = path / "environment.json", shlex.quote(str(path / "config.yaml"))
+    made = read_json(file).get("command") if file.is_file() else None
+    return made or f"robusthash train {again} --runs {shlex.quote(str(path.parent.parent))}"
+
+
 def without_weights(encoder: Any) -> Any:
     """Encoder settings without pretrained weights, whose file may be gone since training started there."""
     if not isinstance(encoder, dict):

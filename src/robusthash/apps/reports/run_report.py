@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 
 from robusthash.apps.experiment.copy_table import WORDS, copy_table
 from robusthash.apps.experiment.run_directory import Run, RunError
+from robusthash.apps.experiment.run_files import command_of
 from robusthash.apps.reports.charts import (
     TONES,
     UNIT,
@@ -55,20 +56,18 @@ def write_report(run: Run) -> Path:
     Raises:
         RunError: the run has not been trained or evaluated.
     """
-    card, results, lines, origin = run.card(), run.evaluated(), run.lines(), run.origin
-    quoted, again = (shlex.quote(str(path)) for path in (run.path, run.path / "config.yaml"))
-    made = f"robusthash train {again} --runs {shlex.quote(str(run.path.parent.parent))}"
-    commands = [f"robusthash evaluate {quoted}", f"robusthash report {quoted}"]
+    quoted = shlex.quote(str(run.path))
+    commands = [command_of(run.path), f"robusthash evaluate {quoted}", f"robusthash report {quoted}"]
     text = run_page(
-        card,
-        results,
-        lines,
-        [origin.pop("command", made), *commands],
+        run.card(),
+        run.evaluated(),
+        run.lines(),
+        commands,
         load_branches(run.path),
         list(run.assessed().values()),
         run.checked(),
         load_examples(run.path),
-        origin,
+        run.origin,
     )
     with write_aside(run.path / "report.html") as aside:
         aside.write_text(text, encoding="utf-8")
