@@ -173,6 +173,11 @@ def test_a_changed_source_is_refused_unless_it_is_allowed(own: Path, monkeypatch
     forget()
     monkeypatch.setenv(PLUGINS, "plug_loss")
     assert load_run(path).config.training.objective == "plug_loss:PairwiseCosine"
+    forget()
+    monkeypatch.setenv("XDG_STATE_HOME", str(own / "another user"))
+    monkeypatch.delenv(PLUGINS)
+    with pytest.raises(RunError, match=rf"{PLUGINS}=plug_loss,plug_attack$"):  # all at once
+        load_run(path)
 
 
 def test_a_strangers_record_of_its_own_code_is_no_word_to_go_by(own: Path, tmp_path: Path) -> None:
@@ -186,7 +191,7 @@ def test_a_strangers_record_of_its_own_code_is_no_word_to_go_by(own: Path, tmp_p
     facts = {"file": str(evil), "sha256": plugins._sha256(evil)}
     held = json.loads((path / "plugins.json").read_text())
     (path / "plugins.json").write_text(json.dumps({**held, "plug_evil": facts}))
-    with pytest.raises(RunError, match=rf"that no command of yours has used yet; .* {PLUGINS}=plug_evil"):
+    with pytest.raises(RunError, match=rf"that no command of yours has used yet; .* {PLUGINS}=plug_evil$"):
         load_run(path)
     mine = held["plug_loss"]  # a source that this user trusts, under the name of another
     (path / "plugins.json").write_text(json.dumps({**held, "plug_evil": mine}))
@@ -196,6 +201,55 @@ def test_a_strangers_record_of_its_own_code_is_no_word_to_go_by(own: Path, tmp_p
     with pytest.raises(RunError, match=r"plugins\.json is damaged"):
         load_run(path)
     assert not (tmp_path / "ran").exists()
+
+
+SECOND = '''
+from dataclasses import dataclass
+
+from robusthash.attacks import Attack, image_threat
+from robusthash.attacks.base import Loss
+from robusthash.attacks.guides import Mainstay
+from robusthash.attacks.pgd import PGD
+from robusthash.core.registry import register
+
+
+@register("attack-loss", "own-agreement")
+@dataclass(frozen=True)
+class OwnAgreement(Loss):
+    """Agreement."""
+
+    def __call__(self, probe, guidance):
+        return (probe.relaxed() * guidance.codes).mean(1)
+
+
+@register("attack", "second")
+def second(eps: float = 32 / 255) -> Attack:
+    """Two steps of PGD on the own agreement."""
+    return Attack("second", Mainstay(), OwnAgreement(), PGD(2, eps), image_threat(eps))
+'''
+
+
+def test_attacked_queries_of_another_version_are_not_taken(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parameters of the attack are the same, and its code is another."""
+    from robusthash.apps.experiment import assess_run, evaluation_stages
+
+    run = load_run(trained(own))
+    monkeypatch.chdir(own)
+    found = []
+    for version in (SECOND, SECOND.replace("return (probe", "return -(probe")):
+        (own / "plug_second.py").write_text(version)
+        sys.modules.pop("plug_second", None)
+        for key in [key for key, card in registry._CARDS.items() if card.make.__module__ == "plug_second"]:
+            del registry._CARDS[key]
+        evaluated = evaluation_stages.evaluate(run, attacks=["plug_second:second"])["second"]
+        assessed = assess_run.assess(run, "smoke", "img-linf-32", attacks=["plug_second:second"])
+        assert assessed is not None
+        found.append(evaluated.perceptibility["l2/mean"])
+    assert found[0] != found[1]
+    assert len(list(run.path.glob("assess/*/second-*"))) == 2
+    assert "img-linf-32 smoke with second" in run.assessed()
 
 
 def test_an_exported_model_holds_its_sources(

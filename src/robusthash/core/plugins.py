@@ -34,7 +34,7 @@ _PACKAGE = __name__.partition(".")[0]
 _NAMED = re.compile(r"(\w+(?:\.\w+)*):[\w.-]+")
 
 
-class PluginError(ValueError):
+class PluginError(ImportError):
     """Code that a file names and that is not imported at its word; the message says how to allow it."""
 
 
@@ -149,27 +149,46 @@ def _own_folders() -> list[Path]:
 
 def _checked(opened: _Opened, module: str, named: str) -> list[Path]:
     """The folder of a recorded module that may be imported; a PluginError says why it may not."""
-    recorded, loaded = opened.recorded.get(module), file_of(sys.modules.get(module))
-    file = None if recorded is None else Path(recorded["file"])
-    here = [] if file is None or not file.is_file() else _root(file, module)
-    if module in (name.strip() for name in os.environ.get(PLUGINS, "").split(",")):
-        return [*here, Path.cwd()] if loaded is None else []
-    if recorded is None or file is None:
-        if module in sys.modules:
-            return []
-        fault, remedy = "code of a module outside of this package", "if you trust it, let it be imported"
-    elif loaded is None and not here:
-        fault = f"and its source file {file} is gone"
-        remedy = "put it back, or let one in the current folder or an installed one take its place"
-    elif _sha256(loaded or file) != recorded["sha256"]:
-        fault = f"and {loaded or file} has changed since this was made"
-        remedy = "put it back, or let it be imported as it is now"
-    elif loaded is None and not _marker(file).is_file():
-        fault = f"code in {file} that no command of yours has used yet"
-        remedy = "if you trust it, let it be imported"
-    else:
-        return here
-    raise PluginError(f"{opened.source} names {named!r}, {fault}; {remedy}: {PLUGINS}={module}")
+    loaded, here = module in sys.modules, _recorded_folder(opened, module)
+    if module in _allowed():
+        return [] if loaded else [*here, Path.cwd()]
+    if fault := _fault(opened, module):
+        refused = [m for m in dict.fromkeys([module, *opened.recorded]) if _fault(opened, m)]
+        allow = f"{PLUGINS}={','.join(m for m in refused if m not in _allowed())}"
+        raise PluginError(f"{opened.source} names {named!r}, {fault}: {allow}")
+    return [] if loaded else here
+
+
+def _allowed() -> list[str]:
+    return [name.strip() for name in os.environ.get(PLUGINS, "").split(",")]
+
+
+def _fault(opened: _Opened, module: str) -> str:
+    """The reason why a module is not imported, and the remedy; "" where it may be."""
+    recorded, loaded = opened.recorded.get(module), sys.modules.get(module)
+    if recorded is None:
+        said = "code of a module outside of this package; if you trust it, let it be imported"
+        return "" if loaded is not None else said
+    file = file_of(loaded) or Path(recorded["file"])
+    if loaded is None and not _recorded_folder(opened, module):
+        return (
+            f"and its source file {file} is gone; put it back, or let one in the current folder or an "
+            "installed one take its place"
+        )
+    if _sha256(file) != recorded["sha256"]:
+        return f"and {file} has changed since this was made; put it back, or let it be imported as it is now"
+    if loaded is None and not _marker(file).is_file():
+        return f"code in {file} that no command of yours has used yet; if you trust it, let it be imported"
+    return ""
+
+
+def _recorded_folder(opened: _Opened, module: str) -> list[Path]:
+    """The folder in which a module is its recorded file; none where that is gone, or of another module."""
+    file = Path(opened.recorded.get(module, {}).get("file", ""))
+    for folder in list(file.parents)[module.count(".") :][:2]:
+        if file.is_file() and _file_in([folder], module) == file:
+            return [folder]
+    return []
 
 
 def _imported(module: str, named: str, folders: Sequence[Path]) -> ModuleType:
@@ -218,14 +237,6 @@ def _file_in(folders: Sequence[Path], module: str) -> Path | None:
             if file.is_file():
                 return file
     return None
-
-
-def _root(file: Path, module: str) -> list[Path]:
-    """The folder in which ``module`` is ``file``; none where it is the source of another module."""
-    for folder in list(file.parents)[module.count(".") :][:2]:
-        if _file_in([folder], module) == file:
-            return [folder]
-    return []
 
 
 def _sha256(file: Path) -> str:

@@ -23,7 +23,7 @@ from torch import nn
 
 from robusthash.attacks.base import Attack
 from robusthash.core.limited_files import parse_yaml, read_yaml
-from robusthash.core.plugins import beside
+from robusthash.core.plugins import PluginError, beside
 from robusthash.core.registry import build, check, nearest
 from robusthash.core.runtime import digest
 from robusthash.defenses.base import check_needs
@@ -91,6 +91,8 @@ def _of_kind(kind: str) -> BeforeValidator:
         value = numbers(value)
         try:
             check(kind, value)
+        except PluginError:  # no fault of the config
+            raise
         except (KeyError, ImportError) as error:  # pydantic reports ValueError alone
             raise ValueError(error.args[0]) from None
         return value
@@ -325,8 +327,7 @@ def _read(path: Path, children: list[Path]) -> dict[str, Any]:
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         got = "nothing" if raw is None else shortened(repr(raw))
         raise ConfigError(f"{path}: expected sections such as data and training, got {got}")
-    base = raw.pop("extends", None)
-    if base is None:
+    if (base := raw.pop("extends", None)) is None:
         return raw
     if len(children) - 1 > _FILES:
         raise ConfigError(f"{path} extends a file that extends another, more than {_FILES} times")

@@ -62,6 +62,8 @@ def config_of(path: Path) -> Config:
     try:
         with opening(path):
             config = load_config(path / "config.yaml")
+    except PluginError as error:
+        raise RunError(str(error)) from None
     except (ConfigError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0]
         raise RunError(f"{path}: its config cannot be read: {first}; {again}") from None
