@@ -172,9 +172,16 @@ def labelled(index: CodeIndex) -> Codes:
         ({"label": "dog", "year": [2001, 2002]}, lambda at: at % 3 == 1 and at % 5 in (1, 2)),
         ({"tags": "even"}, lambda at: at % 2 == 0),
         ({"tags": ["even", "never"], "é": True}, lambda at: at % 2 == 0),
-        ({"year": "2001"}, lambda at: False),
+        (
+            {"year": "2001"},
+            lambda at: at % 5 == 1,
+        ),  # a file of labels says either, and so does a command line
+        ({"year": 2001.0}, lambda at: at % 5 == 1),
+        ({"year": "02001"}, lambda at: False),
+        ({"é": "true"}, lambda at: True),
+        ({"é": 1}, lambda at: False),
         ({"label": []}, lambda at: False),
-        ({"nothing": 1}, lambda at: False),
+        ({"label": "cow"}, lambda at: False),
     ],
 )
 def test_filter_by_payload(url: str, engine: str, where: dict, keep: object) -> None:

@@ -20,8 +20,9 @@ from robusthash.data import RetrievalData
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation import make_context, score_attack, score_clean, worst
 from robusthash.evaluation.attack_block import AttackedBlock, attack_block
+from robusthash.evaluation.code_measures import as_codes, measure_codes
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.evaluate import as_codes, attack_all, measure_codes
+from robusthash.evaluation.evaluate import attack_all
 from robusthash.metrics.results import EvalResult
 
 

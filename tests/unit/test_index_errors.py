@@ -339,7 +339,7 @@ def test_another_format_is_named(index: CodeIndex, home: Path) -> None:
     with sqlite3.connect(home / "index.sqlite") as connection:
         connection.execute("UPDATE meta SET value = '99' WHERE key = 'format'")
     connection.close()
-    with pytest.raises(ValueError, match="has format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="has format 99, this version reads 1 and 2"):
         open_index(f"file:{home}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -114,6 +115,13 @@ class Search(ABC):
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
     ) -> SearchResult: ...
 
+    def check(self, threat: Threat, origin: Inputs | None = None) -> None:  # noqa: B027  # few have steps
+        """Refuse steps that are too long for a threat; with ``origin``, for inputs of that shape."""
+
+    def reach(self, threat: Threat) -> float:
+        """Length of the longest path of its steps, in units of the first modality; inf where it has none."""
+        return math.inf
+
     def bound(self, threat: Threat, victim: Hasher, data: RetrievalData) -> Threat:
         """The threat with a budget made for this victim; itself where none is."""
         return threat
@@ -173,6 +181,7 @@ class Attack:
                 "words take the search 'greedy-flips', budgets of token swaps 'greedy-swaps', norm balls any "
                 "other, and they cannot be mixed"
             )
+        self.search.check(self.threat)
 
     def fit(
         self, victim: Hasher, data: RetrievalData, reference: Reference | None, *, draws: Draws
@@ -197,6 +206,25 @@ class Attack:
         return self.guide.fit_steps
 
     @property
+    def falls_short(self) -> str:
+        """A line where all steps together do not reach the edge of the budget; "" where they do."""
+        reach, ball = self.search.reach(self.threat), next(iter(self.threat.balls.values()))
+        if reach >= ball.eps * (1 - 1e-6):
+            return ""
+        return (
+            f"the {self.search.steps} steps of {self.name} reach {reach:.4g} of the budget {ball.eps:.4g} "
+            f"({ball.norm}): take at least {math.ceil(ball.eps / reach * self.search.steps - 1e-6)} steps, "
+            "or a longer step_size"
+        )
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        """Refuse budgets and steps longer than any change of inputs of these shapes."""
+        for name, ball in self.threat.balls.items():
+            if name in inputs:
+                ball.check_length(ball.eps, "eps", inputs[name])
+        self.search.check(self.threat, inputs)
+
+    @property
     def budget(self) -> str:
         """Search, steps, slope, restarts and knowledge, as results carry them."""
         return f"{self.search}, slope {self.slope}, starts {self.restarts}, {self.threat.knowledge}"
@@ -218,6 +246,7 @@ class Attack:
         if missing:
             raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")
         attacked = batch.only(self.threat.balls)
+        self.check_inputs(attacked.inputs)
         guidance = self.guide(victim, attacked, goal, reference, draws.within(self.name, "guide"))
 
         def score(inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:

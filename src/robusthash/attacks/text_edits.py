@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robusthash.attacks.base import Attack, Score, Search, SearchResult, Select, Start
 from robusthash.attacks.budgets import Candidates, Edits, Swaps
-from robusthash.attacks.pgd import Selection, ascend, starting_point
+from robusthash.attacks.pgd import Selection, ascend, no_gradient, starting_point
 from robusthash.attacks.threat_model import Threat, edit_threat
 from robusthash.core.hamming import sign
 from robusthash.core.registry import build, register
@@ -342,6 +342,8 @@ def _ascend_tokens(
         handle.remove()
     if not leaves:
         raise ValueError("the score looks no token up, so nothing can be differentiated")
+    if not value.requires_grad:
+        raise no_gradient("text")
     # a score of several passes looks up several times, and its slope is the sum
     grad = torch.stack(torch.autograd.grad(value.sum(), leaves)).sum(0)
     if not (torch.isfinite(value).all() and torch.isfinite(grad).all()):

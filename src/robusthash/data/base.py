@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robusthash.core.labels import has_relevant
 from robusthash.core.runtime import Draws, digest
 from robusthash.core.types import Batch, Inputs
 
@@ -32,6 +33,18 @@ class Source(Protocol):
 
     def inputs(self, rows: Tensor) -> Inputs:
         """The inputs of these rows, by modality: images float32 in [0, 1]."""
+        ...
+
+
+class TextForm(Protocol):
+    """The form of the texts of a data set, by which other texts become inputs too."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> (N, V) bags or (N, L) token ids."""
+        ...
+
+    def plain(self) -> dict[str, Any]:
+        """Plain data that ``image_text.text_form`` reads."""
         ...
 
 
@@ -91,8 +104,14 @@ class Split:
         if self.labels is not None:
             if len(self.labels) != len(self.rows):
                 raise ValueError(f"{self.name}: {len(self.labels)} label rows for {len(self.rows)} items")
-            if not torch.isfinite(self.labels).all():
-                raise ValueError(f"{self.name}: labels hold NaN or infinite values")
+            if self.labels.ndim != 2:
+                raise ValueError(f"{self.name}: labels are (N, C) multi-hot, got {[*self.labels.shape]}")
+            if not ((self.labels == 0) | (self.labels == 1)).all():  # NaN is neither
+                odd = self.labels[(self.labels != 0) & (self.labels != 1)][0]
+                raise ValueError(
+                    f"{self.name}: labels are (N, C) of 0 and 1, and one is {odd:g}; two items are relevant "
+                    "to each other where both have a 1 in one column"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -140,6 +159,8 @@ class RetrievalData:
     label_names: tuple[str, ...]
     validation: Split | None = None
     note: str = ""  # what a reader of results must know, e.g. that pixels were re-encoded
+    skipped: tuple[str, ...] = ()  # files that a reader passed over, with the reason
+    text_form: TextForm | None = None  # None where there are no texts, or vectors of unknown origin
     train_in_database: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -153,6 +174,20 @@ class RetrievalData:
                 raise ValueError(f"{count} are also in the {other.name} split ({example}); remove them there")
         shared = np.isin(self.train.hashes, self.database.hashes)
         object.__setattr__(self, "train_in_database", int(shared.sum()))
+
+    @staticmethod
+    def from_arrays(images: Any, labels: Any, **options: Any) -> RetrievalData:
+        """Your own images and labels in memory as a data set; see ``data.own_data.from_arrays``."""
+        from robusthash.data.own_data import from_arrays  # which imports this module
+
+        return from_arrays(images, labels, **options)
+
+    @staticmethod
+    def from_dataset(dataset: Any, **options: Any) -> RetrievalData:
+        """A torch ``Dataset`` or ``DataLoader`` as a data set; see ``data.own_data.from_dataset``."""
+        from robusthash.data.own_data import from_dataset
+
+        return from_dataset(dataset, **options)
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -194,7 +229,14 @@ class RetrievalData:
             name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
         }
         note = f"{self.note} Relevance by {system}.".strip()
-        return RetrievalData(self.name, **splits, label_names=(), note=note)
+        kept = {"note": note, "skipped": self.skipped, "text_form": self.text_form}
+        return RetrievalData(self.name, **splits, label_names=(), **kept)  # type: ignore[arg-type]
+
+    def without_relevant(self) -> int:
+        """Number of queries that share no label with any item of the database."""
+        if self.query.labels is None or self.database.labels is None:
+            return len(self.query)
+        return int((~has_relevant(self.query.labels, self.database.labels)).sum())
 
     def fingerprint(self) -> str:
         """Digest of all splits, in order."""
@@ -208,6 +250,7 @@ class RetrievalData:
             "fingerprints": {name: split.fingerprint() for name, split in self.splits.items()},
             "labels": len(self.label_names),
             "unlabelled": {name: split.unlabelled() for name, split in self.splits.items()},
+            "without_relevant": self.without_relevant(),
             "train_in_database": self.train_in_database,
             "note": self.note,
         }
@@ -220,6 +263,7 @@ def batches(
     positions: Tensor | None = None,
     modalities: Sequence[str] | None = None,
     start: int = 0,
+    least: int = 1,
 ) -> Iterator[Batch]:
     """Batches of ``split``, decoded one ahead; the last may be smaller.
 
@@ -229,6 +273,7 @@ def batches(
         positions: only these positions of the split (a pool); None for all.
         modalities: only these, where the split has them; None for all.
         start: batches to leave out at the start.
+        least: a last batch of fewer items joins the one before it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -241,7 +286,10 @@ def batches(
         return batch if modalities is None else batch.only(modalities)
 
     # one thread reads ahead, so that decoding the next batch overlaps computing on this one
-    first, *others = order.split(batch_size)[start:]
+    chunks = list(order.split(batch_size))
+    if len(chunks) > 1 and len(chunks[-1]) < least:
+        chunks[-2:] = [torch.cat(chunks[-2:])]
+    first, *others = chunks[start:]
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = reader.submit(read, first)
         for chunk in others:

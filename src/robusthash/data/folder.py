@@ -18,9 +18,11 @@ from torch import Tensor
 
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, flat_options
-from robusthash.data.image_files import SUFFIXES, ImageFile, ImageOptions, decode
+from robusthash.data.image_files import ImageFile, ImageOptions, Skipped, decode, some_of
+from robusthash.data.image_listing import list_images
 from robusthash.data.image_text import TextOptions
-from robusthash.data.splits import Indices, SplitOptions, assemble, class_split, random_split
+from robusthash.data.label_cells import caption_texts, label_rows
+from robusthash.data.splits import Indices, SplitOptions, assemble, drawn_split
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +81,10 @@ def folder(
     Args:
         root: the folder of class folders, or the one that the manifest's ``file`` column is relative to.
         archive: a plain, uncompressed tar instead of ``root``; it needs a manifest.
-        manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (a list, or ``;`` between),
-            optionally ``class``, ``captions`` (a list or one text), ``split`` and ``id``. Items without a
-            label are similar to nothing; they are kept, counted in the note and warned of.
+        manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (names with ``;`` between, a
+            list, or vectors of 0 and 1; a cell that may mean something else is refused), optionally
+            ``class``, ``captions`` (a list or one text), ``split`` and ``id``. Items without a label are
+            similar to nothing; they are kept, counted in the note and warned of.
         label_field: take the labels from ``labels`` or from ``class``. Where every row has the other column
             too, it becomes another label system of that name (``RetrievalData.by``).
         image, text: texts are the captions of the manifest.
@@ -94,30 +97,41 @@ def folder(
     if (root is None) == (archive is None):
         raise ValueError(f"give either root (a folder) or archive (a tar), got {root!r} and {archive!r}")
     if manifest is not None:
-        entries = _entries_of_manifest(Path(manifest), root, archive, label_field, bool(text.texts))
+        entries, form = _entries_of_manifest(Path(manifest), root, archive, label_field, bool(text.texts))
+        skipped: tuple[Skipped, ...] = ()
     else:
-        entries = _entries_of_folder(root, bool(text.texts))
+        entries, skipped = _entries_of_folder(root, bool(text.texts))
+        form = ""
     source, readable = decode([entry.file for entry in entries], image)
+    skipped += source.skipped
     entries = [entries[row] for row in readable.tolist()]
     labels, names = _multi_hot([entry.labels for entry in entries])
     rule = splits.split or ("manifest" if any(entry.split for entry in entries) else "random")
+    if rule not in ("manifest", "random", "balanced"):
+        raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {rule!r}")
     if rule == "manifest":
         splits.refuse_sizes("; set split='random' or 'balanced'")
         indices = _column_split(entries, columns)
     else:
-        indices = _drawn_split(labels, names, replace(splits, split=rule))
+        indices = drawn_split(labels, names, replace(splits, split=rule))
     note = f"Images {image}; split {rule}" + ("." if rule == "manifest" else f", seed {splits.seed}.")
+    note += f" {form}" * bool(form)
     if count := int((labels.sum(1) == 0).sum()):
         unlabelled = f"{count} of {len(labels)} items have no label and are similar to nothing."
         logger.warning("folder: %s They are kept.", unlabelled)
         note += f" {unlabelled}"
+    if skipped:
+        note += f" {len(skipped)} files passed over: {some_of(skipped, 3)}."
     also, label_note = _other_labels(entries, _OTHER[label_field])
     note += label_note
+    text_form = None
     if text.texts:
         others = torch.cat([indices.query, indices.database])
-        values, text_note = text.encode([entry.captions for entry in entries], indices.train, others)
+        captions = [entry.captions for entry in entries]
+        values, text_note, text_form = text.encode(captions, indices.train, others)
         source, note = replace(source, others={"text": values}), f"{note} {text_note}"
-    return assemble("folder", source, labels, source.hashes, indices, names, note, also)
+    data = assemble("folder", source, labels, source.hashes, indices, names, note, also, text_form)
+    return replace(data, skipped=tuple(map(str, skipped))) if skipped else data
 
 
 def _multi_hot(rows: Sequence[Sequence[str]]) -> tuple[Tensor, tuple[str, ...]]:
@@ -168,21 +182,8 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
     return Indices(**parts, validation=validation if len(validation) else None)
 
 
-def _drawn_split(labels: Tensor, names: Sequence[str], splits: SplitOptions) -> Indices:
-    if splits.split == "random":
-        return random_split(len(labels), splits, train_in_database=splits.train is None)
-    if splits.split != "balanced":
-        raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {splits.split!r}")
-    number = labels.sum(1)
-    for wrong, labels_each in ((number > 1, "several"), (number == 0, "none")):
-        if count := int(wrong.sum()):
-            text = f"split='balanced' needs one label an item and {count} items have {labels_each}"
-            raise ValueError(f"{text}; use 'random'")
-    return class_split(labels.argmax(1), splits, names=names)
-
-
-def _entries_of_folder(root: str | Path | None, captions: bool) -> list[Entry]:
-    """Every image below the class folders of ``root``, which give the labels. Hidden files are left out."""
+def _entries_of_folder(root: str | Path | None, captions: bool) -> tuple[list[Entry], tuple[Skipped, ...]]:
+    """Every image below the class folders of ``root``, which give the labels, and the files passed over."""
     if root is None:
         raise ValueError("an archive needs a manifest, which says what its files are")
     if captions:
@@ -192,14 +193,13 @@ def _entries_of_folder(root: str | Path | None, captions: bool) -> list[Entry]:
         raise FileNotFoundError(
             f"no folder {root.absolute()}; it should hold a folder of images for each class"
         )
-    visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    loose = [path for path in visible if _is_image(path)]
-    if loose:
+    top = list_images(root, deep=False)
+    if top.images:
         raise ValueError(
-            f"{len(loose)} images lie in {root} itself and have no label (first: {loose[0].name}); "
+            f"{len(top.images)} images lie in {root} itself and have no label (first: {top.images[0].name}); "
             "move each into a folder named like its class, or give a manifest"
         )
-    classes = [path for path in visible if path.is_dir()]
+    classes = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     if not classes:
         raise ValueError(f"{root} is empty: it holds neither class folders nor images")
     if {path.name.lower() for path in classes} <= _SPLIT_NAMES:
@@ -207,11 +207,13 @@ def _entries_of_folder(root: str | Path | None, captions: bool) -> list[Entry]:
             f"the folders of {root} are named like splits ({_some([each.name for each in classes])}), "
             "not like classes; give a manifest with the columns file, labels and split"
         )
-    files = {path.name: sorted(file for file in path.rglob("*") if _is_image(file)) for path in classes}
-    empty = [name for name, images in files.items() if not images]
+    listed = {path.name: list_images(path) for path in classes}
+    empty = [name for name, listing in listed.items() if not listing.images]
     if empty:
         raise ValueError(f"{len(empty)} class folders of {root} hold no image: {_some(empty)}; fill them")
-    return [Entry(ImageFile(file), (name,)) for name, images in files.items() for file in images]
+    skipped = [*top.skipped, *(one for listing in listed.values() for one in listing.skipped)]
+    entries = [Entry(ImageFile(file), (name,)) for name, at in listed.items() for file in at.images]
+    return entries, tuple(skipped)
 
 
 def _entries_of_manifest(
@@ -220,9 +222,12 @@ def _entries_of_manifest(
     archive: str | Path | None,
     label_field: LabelField,
     with_captions: bool,
-) -> list[Entry]:
-    """The rows of a CSV or JSON-lines manifest, their files found in a folder or in a plain tar."""
-    rows, other = _rows(manifest), _OTHER[label_field]
+) -> tuple[list[Entry], str]:
+    """The rows of a CSV or JSON-lines manifest, their files found in a folder or in a plain tar.
+
+    The second value is a note on the form of the labels.
+    """
+    rows, other = manifest_rows(manifest), _OTHER[label_field]
     for column in ("file", label_field, "captions") if with_captions else ("file", label_field):
         lacking = [line for line, row in rows if column not in row]
         if lacking:
@@ -232,31 +237,33 @@ def _entries_of_manifest(
             )
     _refuse_repeated([str(PurePosixPath(str(row["file"]))) for _, row in rows], "file", manifest)
     _refuse_repeated([str(row["id"]) for _, row in rows if row.get("id") not in (None, "")], "id", manifest)
-    if not any(_texts(row[label_field]) for _, row in rows):
+    labels, form = label_rows(
+        [(n, row[label_field]) for n, row in rows], f"{manifest}, column {label_field!r}"
+    )
+    also, _ = label_rows([(n, row.get(other)) for n, row in rows], f"{manifest}, column {other!r}")
+    if not any(labels):
         raise ValueError(
             f"no row of {manifest} has a label in the column {label_field!r}; fill it, or set label_field to "
             f"{other!r} where the labels stand there"
         )
     members = {} if archive is None else _members(Path(archive))
     entries, missing = [], []
-    for _, row in rows:
+    for (_, row), own, others in zip(rows, labels, also, strict=True):
         name = str(row["file"])
         file = _file_below(Path(root), name) if root is not None else members.get(name.removeprefix("./"))
         if file is None:
             missing.append(name)
             continue
-        labels = tuple(sorted(set(_texts(row[label_field]))))
-        also = tuple(sorted(set(_texts(row.get(other)))))
-        captions = tuple(_texts(row.get("captions"), separator=""))
-        entries.append(Entry(file, labels, str(row.get("split") or ""), captions, also))
+        captions = caption_texts(row.get("captions"))
+        entries.append(Entry(file, own, str(row.get("split") or ""), captions, others))
     if missing:
         count = f"{len(missing)} of {len(rows)} files of {manifest}"
         raise FileNotFoundError(f"{count} are not in {archive or root}: {_some(missing)}")
-    return entries
+    return entries, form
 
 
-def _rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, row) of every row."""
+def manifest_rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, row) of every row of a CSV or JSON-lines file; ValueError names a wrong line."""
     if not manifest.is_file():
         raise FileNotFoundError(f"no manifest {manifest.absolute()}")
     try:
@@ -273,6 +280,8 @@ def _rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
 def _csv_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+            raise ValueError(f"{manifest} has two columns {twice[0]!r}; join them into one, with ';' between")
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"{manifest}, line {reader.line_num} has not as many fields as the header")
@@ -286,20 +295,19 @@ def _json_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
+            row = json.loads(content, object_pairs_hook=_once)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{manifest}, line {line} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{manifest}, line {line} is not a JSON object")
         yield line, row
 
 
-def _texts(value: Any, separator: str = ";") -> list[str]:
-    """A list of texts, or one text with separators -> its non-empty parts."""
-    if isinstance(value, str) and separator:
-        value = value.split(separator)
-    parts = value if isinstance(value, list) else [] if value is None else [value]
-    return [str(part).strip() for part in parts if str(part).strip()]
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are there once."""
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"the key {twice[0]!r} is there twice")
+    return dict(pairs)
 
 
 def _refuse_repeated(values: Iterable[str], column: str, manifest: Path) -> None:
@@ -330,10 +338,6 @@ def _file_below(root: Path, name: str) -> ImageFile | None:
         raise ValueError(f"the manifest names {name!r}; files must lie below {root}")
     path = root / relative
     return ImageFile(path) if path.is_file() else None
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _some(names: Sequence[str]) -> str:

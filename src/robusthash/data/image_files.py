@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import os
+import stat
 import struct
 import sys
 import zlib
@@ -16,35 +18,67 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from robusthash.core.types import Inputs
 from robusthash.data.base import as_input, content_hash
+from robusthash.data.pixel_conversion import DECODING, MAX_PIXELS, Fit, resized, to_rgb, upright
 
 logger = logging.getLogger(__name__)
 
-Fit = Literal["crop", "stretch", "pad"]
 OnError = Literal["skip", "raise"]
 
-MAX_PIXELS = 50_000_000  # width x height, 150 MB once decoded
 # formats that are opened at all; the rest of Pillow's list holds some that start other programs (EPS)
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
-SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".jp2"]
-)
+FORMATS: tuple[str, ...] = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")
+if importlib.util.find_spec("PIL.AvifImagePlugin"):
+    FORMATS += ("AVIF",)
 
 # what Pillow's decoders raise on broken files
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
+UNREAD = f"its content is none of {', '.join(FORMATS)}"
+_PILLOW_LIMIT = 89_478_485  # warned of, and refused from twice as many
 _CHUNK = 256  # images decoded ahead; bounds the memory of one pass
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe (fifo)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class UnreadableImage(ValueError):
-    """An image file that cannot be decoded; the message names the file and the reason."""
+    """An image file that cannot be decoded; the message names the file, ``reason`` does not."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class ImageTooLarge(UnreadableImage):
     """An image of more pixels than allowed, refused before its pixels are decoded."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that was passed over."""
+
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file} ({self.reason})"
+
+
+def path_text(path: str | Path) -> str:
+    """A path as text that can be written anywhere: bytes that are no UTF-8 appear as ``\\xe9``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def irregular(mode: int) -> str:
+    """What a file of this mode (``st_mode``) is where it is no regular file; "" for a regular one."""
+    return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
 
 
 @dataclass(frozen=True)
@@ -89,13 +123,27 @@ class ImageFile:
     length: int | None = None  # bytes from ``offset``; None is the whole file
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.member}" if self.member else str(self.path)
+        return path_text(self.path) + (f":{self.member}" if self.member else "")
 
     def open(self) -> BinaryIO:
-        """A stream at the start of the image."""
+        """A stream at the start of the image.
+
+        Raises:
+            FileNotFoundError: no such file.
+            UnreadableImage: a folder, a pipe, a device or a loop of links, or the system lets nobody read it.
+        """
+        try:
+            if kind := irregular(self.path.stat().st_mode):
+                raise UnreadableImage(f"{self} is {kind}, not an image file", f"it is {kind}")
+            archive = self.path.open("rb")
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            reason = str(error.strerror or error)
+            raise UnreadableImage(f"cannot read {self}: {reason}", reason) from error
         if self.length is None:
-            return self.path.open("rb")
-        with self.path.open("rb") as archive:
+            return archive
+        with archive:
             archive.seek(self.offset)
             return io.BytesIO(archive.read(self.length))
 
@@ -119,19 +167,23 @@ def read_image(
     Raises:
         FileNotFoundError: no such file.
         ImageTooLarge: more than ``max_pixels`` pixels.
-        UnreadableImage: not an image, truncated or corrupt. Both are ValueErrors.
+        UnreadableImage: not an image, truncated or corrupt, or no regular file. Both are ValueErrors.
     """
     _check_reading(size, fit, max_pixels)
-    if isinstance(source, (str, Path)):
-        source = ImageFile(Path(source))
+    source = as_file(source)
     if isinstance(source, ImageFile):
         with source.open() as stream:
             return _decode_one(stream, str(source), size, fit, max_pixels)
     return _decode_one(source, str(getattr(source, "name", "<stream>")), size, fit, max_pixels)
 
 
-def pixels_of(image: Image.Image | np.ndarray, size: int, fit: Fit = "crop") -> Tensor:
-    """An image in memory -> (3, size, size) uint8 RGB, by the rules of ``read_image``.
+def as_file(source: str | Path | ImageFile | BinaryIO) -> ImageFile | BinaryIO:
+    """A path as an ``ImageFile``; anything else as it is."""
+    return ImageFile(Path(source)) if isinstance(source, (str, Path)) else source
+
+
+def pixels_of(image: Image.Image | np.ndarray, size: int | None, fit: Fit = "crop") -> Tensor:
+    """An image in memory -> (3, H, W) uint8 RGB, by the rules of ``read_image``.
 
     Args:
         image: a PIL image, or an (H, W) or (H, W, 3) array of uint8.
@@ -145,7 +197,8 @@ def pixels_of(image: Image.Image | np.ndarray, size: int, fit: Fit = "crop") -> 
                 f"an array must be (H, W) or (H, W, 3) uint8 from 0 to 255, got {image.dtype} {image.shape}"
             )
         image = Image.fromarray(image)
-    rgb = _resize(_to_rgb(ImageOps.exif_transpose(image)), size, fit)
+    rgb = to_rgb(upright(image))
+    rgb = rgb if size is None else resized(rgb, size, fit)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
@@ -158,82 +211,70 @@ def _check_reading(size: int | None, fit: str, max_pixels: int) -> None:
         raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
 
 
+def opened(stream: BinaryIO, max_pixels: int) -> Image.Image:
+    """Open an image of one of ``FORMATS`` without decoding it.
+
+    ``max_pixels`` takes the place of Pillow's limit, unless a program has set that and not this one.
+    """
+    if max_pixels <= MAX_PIXELS and Image.MAX_IMAGE_PIXELS not in (None, _PILLOW_LIMIT):
+        return Image.open(stream, formats=FORMATS)
+    with DECODING.lock:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(stream, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
 def _decode_one(stream: BinaryIO, name: str, size: int | None, fit: Fit, max_pixels: int) -> Tensor:
     try:
-        with Image.open(stream, formats=FORMATS) as image:
+        with opened(stream, max_pixels) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:
-                limit = (
-                    f"{pixels} pixels, more than the limit of {max_pixels}; raise max_pixels if you trust it"
-                )
-                raise ImageTooLarge(f"{name} has {image.width} x {image.height} = {limit}")
+                raised = f"raise max_pixels (--max-pixels on the command line) to {pixels} if you trust it"
+                limit = f"{pixels} pixels, more than the limit of {max_pixels}; {raised}"
+                limit = f"{image.width} x {image.height} = {limit}"
+                raise ImageTooLarge(f"{name} has {limit}", f"it has {limit}")
             if size is not None:
                 image.draft(image.mode, (2 * size, 2 * size))
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
-            if size is not None:
-                rgb = _resize(rgb, size, fit)
+            progressive = "progressive" in image.info  # such a JPEG is held whole, at whatever size it comes
+            with DECODING.of(pixels if progressive else image.width * image.height):
+                rgb = to_rgb(upright(image))
+                if size is not None:
+                    rgb = resized(rgb, size, fit)
+                return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
     except UnreadableImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLarge(f"{name} has more pixels than Pillow's own limit allows: {error}") from error
-    except _BROKEN as error:
+        reason = f"more pixels than Pillow's own limit allows: {error}"
+        raise ImageTooLarge(f"{name} has {reason}", f"it has {reason}") from error
+    except BROKEN as error:
         reason = str(error).replace(repr(stream), "the file") or type(error).__name__
-        raise UnreadableImage(f"cannot read {name} as an image: {reason}") from error
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Wide integers or floats -> uint8, by the rule that ``read_image`` states."""
-    if not np.isfinite(values).all():
-        raise ValueError("it holds NaN or infinite values")
-    low, high = 0.0, 1.0 if values.dtype.kind == "f" else 65535.0
-    least, largest = float(values.min()), float(values.max())
-    if least < low or largest > high:
-        low, high = least, largest
-    scale = 255.0 / (high - low) if high > low else 0.0
-    return np.rint((values.astype(np.float64) - low) * scale).astype(np.uint8)
-
-
-def _resize(image: Image.Image, size: int, fit: Fit) -> Image.Image:
-    width, height = image.size
-    bicubic = Image.Resampling.BICUBIC
-    if fit == "stretch":
-        return image.resize((size, size), bicubic)
-    if fit == "crop":
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return image.resize((size, size), bicubic, box=(left, top, left + side, top + side))
-    scale = size / max(width, height)
-    inner = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), bicubic)
-    square = Image.new("RGB", (size, size))
-    square.paste(inner, ((size - inner.width) // 2, (size - inner.height) // 2))
-    return square
+        reason = UNREAD if isinstance(error, UnidentifiedImageError) else reason
+        raise UnreadableImage(f"cannot read {name} as an image: {reason}", reason) from error
 
 
 def iter_images(
-    files: Sequence[str | Path | ImageFile], options: ImageOptions
-) -> Iterator[Tensor | UnreadableImage]:
-    """Decode in up to eight threads, in order: (3, size, size) uint8, or the error of an unreadable file.
+    files: Sequence[str | Path | ImageFile], options: ImageOptions, workers: int | None = None
+) -> Iterator[Tensor | UnreadableImage | FileNotFoundError]:
+    """Decode in threads, in order: (3, size, size) uint8, or the error of a file that is no image or gone.
 
-    A few hundred images are held at a time, whatever the number of files.
+    A few hundred small images are held at a time, whatever the number of files, and large ones wait for
+    each other: no more than ``MAX_PIXELS`` are decoded at once.
+
+    Args:
+        workers: threads; by default one a core, at most eight.
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
 
-    def read(file: str | Path | ImageFile) -> Tensor | UnreadableImage:
+    def read(file: str | Path | ImageFile) -> Tensor | UnreadableImage | FileNotFoundError:
         try:
             return read_image(file, options.size, options.fit, options.max_pixels)
-        except UnreadableImage as error:
+        except (UnreadableImage, FileNotFoundError) as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=workers or min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(files), _CHUNK):
             yield from pool.map(read, files[start : start + _CHUNK])
 
@@ -247,6 +288,7 @@ class FileSource:
     hashes: np.ndarray  # (N,) "S16" of the pixels
     images: Tensor | None  # (N, 3, size, size) uint8
     others: dict[str, Tensor] = field(default_factory=dict)  # e.g. "text": (N, V) float32 or bool
+    skipped: tuple[Skipped, ...] = ()  # files that could not be read
 
     def __len__(self) -> int:
         return len(self.files)
@@ -271,24 +313,33 @@ def decode(files: Sequence[str | Path | ImageFile], options: ImageOptions) -> tu
     images = torch.empty(len(files) if fits else 0, 3, options.size, options.size, dtype=torch.uint8)
     rows: list[int] = []
     hashes: list[bytes] = []
-    errors: list[UnreadableImage] = []
+    skipped: list[Skipped] = []
     for row, image in enumerate(iter_images(files, options)):
+        if isinstance(image, FileNotFoundError):
+            raise image
         if isinstance(image, UnreadableImage):
             if options.on_error == "raise":
                 raise type(image)(f'{image}; on_error="skip" leaves such files out') from image
-            errors.append(image)
+            skipped.append(Skipped(str(as_file(files[row])), image.reason))
             continue
         if fits:
             images[len(rows)] = image
         rows.append(row)
         hashes.append(content_hash(image.numpy().tobytes()))
-    if errors:
-        first = "; ".join(str(error) for error in errors[:3])
+    if skipped:
         if not rows:
-            raise ValueError(f"none of the {len(files)} images could be read: {first}")
-        logger.warning("%d of %d images skipped as unreadable: %s", len(errors), len(files), first)
+            raise ValueError(f"none of the {len(files)} images could be read: {some_of(skipped)}")
+        count = f"{len(skipped)} of {len(files)}"
+        logger.warning("%s images skipped as unreadable: %s", count, some_of(skipped))
     readable, in_memory = tuple(files[row] for row in rows), images[: len(rows)] if fits else None
-    return FileSource(readable, options, np.array(hashes, "S16"), in_memory), torch.tensor(rows).long()
+    source = FileSource(readable, options, np.array(hashes, "S16"), in_memory, skipped=tuple(skipped))
+    return source, torch.tensor(rows).long()
+
+
+def some_of(items: Sequence[object], most: int = 20) -> str:
+    """The first ``most`` of some items as text, and how many more there are."""
+    more = f"; and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(map(str, items[:most])) + more
 
 
 def read_images(

@@ -10,19 +10,11 @@ from torch import Tensor
 
 from robusthash.core.runtime import Draws
 from robusthash.evaluation.attack_block import AttackedBlock
-from robusthash.evaluation.attack_spec import AttackSpec
+from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
+from robusthash.evaluation.code_measures import ap_alone, ap_names, as_codes, mean_ap, measure_codes
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.evaluate import (
-    ap_alone,
-    ap_names,
-    as_codes,
-    measure_codes,
-    score_clean,
-    score_targeted,
-    setting_of,
-    worst,
-)
-from robusthash.evaluation.runner import NOISE_SAMPLES, AttackRuns
+from robusthash.evaluation.evaluate import score_clean, score_targeted, setting_of, worst
+from robusthash.evaluation.runner import AttackRuns
 from robusthash.metrics import robustness_measures as robustness
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import Cost, EvalResult
@@ -51,7 +43,7 @@ def aggregate(context: EvaluationContext, runs: AttackRuns, floor_random: int = 
     }
     values = {**result.values, "clean": float(clean.nan_to_num(0.0).mean())}
     reference = {**result.reference, **({} if floor is None else {"floor": float(floor.mean())})}
-    notes = (*result.notes, *runs.notes, *floor_notes)
+    notes = (*result.notes, *runs.notes, *floor_notes, *_notes(runs.specs, changes))
     if targeted is not None:
         columns = targeted.per_query.items()
         of_targets = [name for name, _ in columns if MeasureKey.parse(name).role == "targeted"]
@@ -60,9 +52,6 @@ def aggregate(context: EvaluationContext, runs: AttackRuns, floor_random: int = 
         reference["t-clean"] = targeted.reference["clean"]
         attacks |= _by_targeted_attack(context, runs)
         notes = (*notes, *targeted.notes)
-    if scores.selection is not None:
-        note = f"a randomised victim: AP are means over {NOISE_SAMPLES} fresh draws of its noise"
-        notes = (*notes, f"{note}; those of 8-bit images, whole words and targets are of one draw each")
     spans = intervals({name: column for name, column in per_query.items() if name not in result.interval})
     threats = "; ".join(sorted({spec.threat.name for spec in runs.specs}))
     return replace(
@@ -102,10 +91,8 @@ class _Scores:
 
 
 def _score(context: EvaluationContext, runs: AttackRuns, specs: Sequence[AttackSpec]) -> _Scores:
-    clean, selection = score_clean(context), None
-    if runs.noise:
-        choose, score = (mean_ap(context, codes) for codes in runs.noise["clean"])
-        clean, selection = _with_ap(clean, score), {"clean": choose}
+    clean = score_clean(context)
+    selection = {"clean": clean.selection} if context.randomised else None
     scores, lean = _Scores(clean, {}, selection), ap_alone(context)
     for spec in specs:
         for restart, attacked in enumerate(runs.blocks[spec.name]):
@@ -115,14 +102,6 @@ def _score(context: EvaluationContext, runs: AttackRuns, specs: Sequence[AttackS
                 choose, score = (mean_ap(context, codes) for codes in runs.noise[name])
                 scores.restarts[name], selection[name] = _with_ap(scores.restarts[name], score), choose
     return scores
-
-
-def mean_ap(context: EvaluationContext, samples: Tensor) -> dict[str, Tensor]:
-    """(Q,) each AP of the protocol, averaged over (S, Q, K) codes under noise. Never the lowest of them."""
-    lean = ap_alone(context)
-    measured = [measure_codes(lean, as_codes(codes), lean.query_labels).per_query for codes in samples]
-    names = ap_names(measured[0])
-    return {name: torch.stack([values[name] for values in measured]).mean(0) for name in names}
 
 
 def _with_ap(result: EvalResult, ap: dict[str, Tensor]) -> EvalResult:
@@ -216,6 +195,17 @@ def _changes(context: EvaluationContext, runs: AttackRuns, winner: Sequence[str]
             for measure in measures:
                 columns[measure][row] = restarts[name].pixels[measure][row, 0]
     return columns
+
+
+def _notes(specs: Sequence[AttackSpec], changes: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Attacks whose steps fall short, and worst inputs that are as the clean ones."""
+    attacks = [spec.attack for spec in specs if isinstance(spec, GradientAttack)]
+    short = dict.fromkeys(attack.falls_short for attack in attacks if attack.falls_short)
+    unchanged = sum(int(changes[name].isinf().sum()) for name in ("psnr",) if name in changes)
+    count = (
+        f"{unchanged} worst inputs are as the clean ones: their PSNR is infinite, its interval of the others"
+    )
+    return (*short, *[count] * bool(unchanged))
 
 
 def _perceptibility(changes: Mapping[str, Tensor]) -> dict[str, float]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Attack, Select
 from robusthash.core.hamming import pack
+from robusthash.core.labels import has_relevant
 from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Codes, Reference
@@ -19,8 +21,12 @@ from robusthash.data.splits import stable_subset
 from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.distance_histogram import Prepared, prepare, prepared_counts
 from robusthash.metrics.protocol import Protocol, load_protocol
-from robusthash.models.encoding import encode_by, encode_split
+from robusthash.models.encoding import encode_by, encode_signs, encode_split
+from robusthash.models.external.wrap import require_hasher
 from robusthash.models.hasher import Hasher
+from robusthash.models.surrogate_gradients import keyed_noise
+
+NOISE_SAMPLES = 20  # draws of a randomised victim's noise over which an AP is averaged
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,8 @@ class EvaluationContext:
     """A victim on a data set under a protocol, in one direction; every attack is scored against it.
 
     The database is clean and encoded once, by ``victim.for_database()``, before any attack, unless learned
-    codes are given. Queries without a label set that any item shares are counted, not dropped.
+    codes are given. Queries that share no label with any item are counted, and under ``empty: skip`` of the
+    protocol not asked.
     """
 
     victim: Hasher
@@ -43,6 +50,7 @@ class EvaluationContext:
     encoded_by: int = 0  # items at a time, the same for all splits; 0 is ``encoding_batch`` of the batch size
     notes: tuple[str, ...] = ()  # of memory that was too small
     chosen: str = "all"  # how the queries were chosen from those of the data set
+    left_out: int = 0  # queries without a relevant item, where the protocol skips them
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -149,6 +157,31 @@ class EvaluationContext:
         """The victim declares that its codes are random."""
         return self.victim.declared == "randomised"
 
+    def noise_codes(self, name: str, restart: int, block: int, inputs: Tensor) -> Tensor:
+        """(2, S, B, K) int8 codes of inputs of a block under two separate sets of keyed noise draws.
+
+        Of a randomised victim: one set chooses the worst case of each query, the other scores it.
+        """
+        sets = []
+        for purpose in ("choose", "score"):
+            draws, codes = Draws(self.seed, ("looks", purpose, name, str(restart), str(block))), []
+            for sample in range(NOISE_SAMPLES):
+                with keyed_noise(draws.within(sample).key(), self.victim.device):
+                    codes.append(encode_signs(self.victim, self.direction[0], inputs, self.batch_size))
+            sets.append(torch.stack(codes))
+        return torch.stack(sets)
+
+    def noise_of_all(self, name: str, inputs: Tensor, restart: int = 0) -> Tensor:
+        """(2, S, Q, K) ``noise_codes`` of inputs of all queries, in their order."""
+        blocks = enumerate(inputs.split(self.batch_size))
+        return torch.cat([self.noise_codes(name, restart, block, part) for block, part in blocks], 2)
+
+    @cached_property
+    def clean_noise(self) -> Tensor:
+        """(2, S, Q, K) ``noise_codes`` of the clean queries."""
+        batches = ((block, self.batch(block).inputs[self.direction[0]]) for block in range(self.blocks))
+        return torch.cat([self.noise_codes("clean", 0, block, inputs) for block, inputs in batches], 2)
+
 
 def by_content(count: int, split: Split) -> str:
     """The words by which results report that ``stable_subset`` chose ``count`` queries of a split."""
@@ -166,10 +199,24 @@ def _labels(split: Split) -> Tensor:
     return split.labels
 
 
+def _asked(queries: Split, database: Split, protocol: Protocol) -> tuple[Split, int]:
+    """The queries that a protocol scores, and the number of those that it skips."""
+    if protocol.empty != "skip":
+        return queries, 0
+    found = has_relevant(_labels(queries), _labels(database))
+    if not found.any():
+        raise ValueError(
+            f"none of the {len(queries)} queries has a relevant item in the database, and the protocol skips "
+            "such queries; look at the labels of both ('robusthash data check')"
+        )
+    left_out = int((~found).sum())
+    return (queries.take(torch.nonzero(found).flatten()) if left_out else queries), left_out
+
+
 def make_context(
     victim: Hasher,
     data: RetrievalData,
-    protocol: str | Protocol = "house",
+    protocol: str | Mapping[str, Any] | Protocol = "house",
     *,
     direction: tuple[str, str] | None = None,
     database: Codes | None = None,
@@ -195,6 +242,7 @@ def make_context(
         ValueError: a direction of a modality that the victim lacks, queries below 1.
         MemoryError: single items do not fit.
     """
+    require_hasher(victim)
     protocol = load_protocol(protocol)
     direction = direction or (victim.modalities[0], victim.modalities[0])
     if direction[0] not in victim.modalities or direction[1] not in victim.modalities:
@@ -206,6 +254,8 @@ def make_context(
         positions = stable_subset(split, queries)
         if queries < len(split):
             split, chosen = split.take(positions), by_content(queries, data.query)
+    split, left_out = _asked(split, data.database, protocol)
+    chosen += f", {left_out} without a relevant item left out" * bool(left_out)
     notes: list[str] = []
 
     def encoded(hasher: Hasher, split: Split, modality: str, size: int, title: str) -> Codes:
@@ -223,5 +273,5 @@ def make_context(
     (codes, query), size = halving(both, encoding_batch(batch_size), "items", "encoded", notes.append)
     for note in notes:
         warn(note)
-    fixed = (split, query, codes, seed, batch_size, size, tuple(notes), chosen)
+    fixed = (split, query, codes, seed, batch_size, size, tuple(notes), chosen, left_out)
     return EvaluationContext(victim, data, protocol, direction, *fixed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 from typing import Protocol as Shape
@@ -12,19 +12,28 @@ from torch import Tensor
 
 from robusthash.attacks.base import Attack
 from robusthash.attacks.threat_model import Threat
-from robusthash.core.hamming import pack
 from robusthash.core.identity import marked_identity
 from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import GradientAttack
+from robusthash.evaluation.code_measures import (
+    ap_alone,
+    ap_names,
+    ap_under_noise,
+    as_codes,
+    choosing_ap,
+    measure_codes,
+    noise_notes,
+    unmoved_note,
+    with_ap,
+)
 from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore
 from robusthash.metrics import robustness_measures as robustness
-from robusthash.metrics.distance_histogram import prepared_profile
 from robusthash.metrics.measure_key import MeasureKey, Storage
-from robusthash.metrics.protocol import Measured, Protocol, measure
+from robusthash.metrics.protocol import Measured, Protocol
 from robusthash.metrics.query_groups import group_scores
 from robusthash.metrics.results import Cost, DataSet, EvalResult, Setting
 from robusthash.metrics.statistics import bootstrap_interval, intervals
@@ -34,7 +43,7 @@ from robusthash.models.hasher import Hasher
 def evaluate(
     victim: Hasher,
     data: RetrievalData,
-    protocol: str | Protocol = "house",
+    protocol: str | Mapping[str, Any] | Protocol = "house",
     *,
     attack: Attack | None = None,
     victim_for_gradients: Hasher | None = None,
@@ -88,8 +97,11 @@ def attack_all(
 def score_clean(context: EvaluationContext) -> EvalResult:
     """The result of the clean queries."""
     measured = measure_codes(context, context.query, context.query_labels)
+    choose, ap = ap_under_noise(context, context.clean_noise) if context.randomised else ({}, {})
+    measured = with_ap(measured, ap)
     result = _result(context, measured, measured.values, measured.per_query)
-    return replace(result, attack="clean", notes=(*context.notes, *measured.notes))
+    notes = (*context.notes, *measured.notes, *noise_notes(context))
+    return replace(result, attack="clean", notes=notes, selection=choose)
 
 
 class Described(Shape):
@@ -110,7 +122,10 @@ class Described(Shape):
 
 def score_attack(context: EvaluationContext, attack: Described, attacked: AttackedBlock) -> EvalResult:
     """Score attacked queries against the frozen database."""
-    result = score_targeted(context, attacked) if attack.targeted else score_untargeted(context, attacked)
+    if attack.targeted:
+        result = score_targeted(context, attacked)
+    else:
+        result = score_untargeted(context, attacked, attack.name)
     perceptibility = {}
     for name, values in attacked.pixels.items():
         perceptibility[f"{name}/mean"] = float(values.mean())
@@ -123,12 +138,21 @@ def score_attack(context: EvaluationContext, attack: Described, attacked: Attack
         attack=attack.name,
         perceptibility=perceptibility,
         cost=Cost(forward, backward, oracle, float(attacked.seconds.sum())),
-        notes=(*result.notes, *((f"fitted to the victim in {steps} steps",) if steps else ())),
+        notes=(
+            *result.notes,
+            *((f"fitted to the victim in {steps} steps",) if steps else ()),
+            *((attack.falls_short,) if isinstance(attack, Attack) and attack.falls_short else ()),
+            *unmoved_note(attack.threat, attacked),
+        ),
     )
 
 
-def score_untargeted(context: EvaluationContext, attacked: AttackedBlock) -> EvalResult:
-    """MAP and its kin under attack, the same after rounding to 8-bit or whole words, flips, drop and ASR."""
+def score_untargeted(context: EvaluationContext, attacked: AttackedBlock, name: str = "") -> EvalResult:
+    """MAP and its kin under attack, the same after rounding to 8-bit or whole words, flips, drop and ASR.
+
+    Args:
+        name: of the attack, by which the noise of a randomised victim is drawn.
+    """
     headline, labels, lean = context.protocol.headline, context.query_labels, ap_alone(context)
     clean, codes = measure_codes(lean, context.query, labels), as_codes(attacked.signs[:, 0])
     measured = measure_codes(context, codes, labels)
@@ -136,6 +160,11 @@ def score_untargeted(context: EvaluationContext, attacked: AttackedBlock) -> Eva
         MeasureKey(headline).name(storage=storage): measure_codes(lean, as_codes(signs[:, 0]), labels)
         for storage, signs in attacked.stored.items()
     }
+    choose: dict[str, Tensor] = {}
+    if context.randomised:
+        clean = with_ap(clean, ap_under_noise(context, context.clean_noise)[1])
+        choose, ap = ap_under_noise(context, context.noise_of_all(name, attacked.inputs))
+        measured = with_ap(measured, ap)
     before, after = clean.per_query[headline], measured.per_query[headline]
     drop, _ = robustness.ap_drop(before, after)
     changed_bits = robustness.flips(context.query, codes).to(torch.float64)
@@ -156,8 +185,9 @@ def score_untargeted(context: EvaluationContext, attacked: AttackedBlock) -> Eva
     return replace(
         _result(context, measured, known, per_query),
         reference={**measured.reference, "clean": clean.values[headline]},
-        notes=measured.notes,
+        notes=(*measured.notes, *noise_notes(context)),
         representative=_representative(context, attacked.representative[:, 0], labels),
+        selection=choose,
     )
 
 
@@ -229,7 +259,7 @@ def _result(
         per_query=per_query,
         interval=intervals(per_query),
         reference=measured.reference,
-        empty=measured.empty,
+        empty=measured.empty + context.left_out,
         curves=measured.curves,
         groups=group_scores(per_query, context.queries.groups),
     )
@@ -260,10 +290,15 @@ def worst(
     Args:
         results: by attack name; targeted results are listed but take no part.
         by: of a randomised victim, the per-query AP that choose the worst, for "clean" and by attack; see
-            ``robustness_measures.worst_case``.
+            ``robustness_measures.worst_case``. By default those that the results carry.
+
+    Raises:
+        ValueError: a randomised victim, and a result that does not carry them.
     """
     headline, key = context.protocol.headline, MeasureKey(context.protocol.headline)
     untargeted = {name: result for name, result in results.items() if not _is_targeted(result)}
+    if context.randomised and by is None:
+        by = choosing_ap({"clean": clean, **untargeted})
 
     def lowest(name: str, storage: Storage = "") -> robustness.WorstCase:
         stored = MeasureKey.parse(name).name(storage=storage)
@@ -310,6 +345,7 @@ def worst(
             seconds=sum(result.cost.seconds for result in results.values()),
         ),
         attack="worst",
+        notes=noise_notes(context),
     )
 
 
@@ -332,29 +368,6 @@ def _setting_of_worst(clean: EvalResult, results: Mapping[str, EvalResult]) -> S
 
 
 # ---------------------------------------------------------------------------------------------- parts
-
-
-def ap_names(names: Iterable[str]) -> list[str]:
-    """Select the measure names of an AP that has a worst case: not the optimistic and pessimistic ones."""
-    keys = [MeasureKey.parse(name) for name in names]
-    return [str(k) for k in keys if k.is_ap and not k.role and k.ties not in ("optimistic", "pessimistic")]
-
-
-def ap_alone(context: EvaluationContext) -> EvaluationContext:
-    """The context under a protocol of these AP alone, for scores that are computed many times."""
-    measures = tuple(ap_names(context.protocol.measures))
-    return replace(context, protocol=replace(context.protocol, measures=measures))
-
-
-def measure_codes(context: EvaluationContext, query: Codes, labels: Tensor) -> Measured:
-    """Measure any codes in place of the queries, under the protocol of the context."""
-    profile, database = prepared_profile(query, labels, context.prepared), context.database
-    return measure(context.protocol, query, labels, database, context.database_labels, profile=profile)
-
-
-def as_codes(signs: Tensor) -> Codes:
-    """(Q, K) signs -> packed codes with positions as ids."""
-    return Codes(pack(signs), signs.shape[1], torch.arange(len(signs)))
 
 
 def setting_of(context: EvaluationContext, attack: Described | None = None) -> Setting:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -13,12 +16,10 @@ import torch
 from torch import Tensor
 
 from robusthash.core.registry import nearest
-from robusthash.core.types import Codes, Ranking
+from robusthash.core.types import Codes, CodesLike, Ranking, as_codes
+from robusthash.index.checked_input import Ids, id_array, key_texts, packed_rows, payload_texts
 from robusthash.index.search_engines import ENGINES, Engine, Rows
-from robusthash.index.sqlite_store import FILE, FORMAT, Store, check_key, check_origin, create_store, to_json
-
-Ids = Tensor | np.ndarray | Iterable[int]
-"""Item ids: whole numbers, 0 or greater, in one dimension."""
+from robusthash.index.sqlite_store import FILE, NewItems, Store, Which, check_origin, create_store
 
 Where = Ids | Mapping[str, Any]
 """The items that a search may return: their ids, or the payload values they must have."""
@@ -35,9 +36,20 @@ class Within:
         return len(self.ids)
 
 
+@dataclass(frozen=True)
+class Added:
+    """What became of N items that were added."""
+
+    ids: Tensor  # (N,) int64
+    held: Tensor  # (N,) bool: were held before; replaced under "update", left as they were under "skip"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 @final
 class CodeIndex:
-    """Items (id, code, payload) searched by Hamming distance; one writer at a time, any number of readers.
+    """Items (id, code, payload) searched by Hamming distance; any number of readers and writers at once.
 
     * An exact engine returns what ``core.hamming.topk`` returns on the items held, by (distance, id), ties at
       rank k included; -1 fills the ranks that no item has. An approximate one sets ``Ranking.cut``.
@@ -47,11 +59,14 @@ class CodeIndex:
     * ``where`` narrows the items before they are ranked: a collection of allowed ids (unknown ones are
       ignored) or a mapping of payload values. ``{"label": "cat", "year": [2024, 2025]}`` keeps the items
       whose label is cat and whose year is either; a payload value that is a list matches by any of its
-      members. The allowed items are scanned exactly.
+      members. 2 and "2" are the same value, "007" is not 7; a key that no item has is refused. The allowed
+      items are scanned exactly.
+    * A store that cannot be written, on a read-only disk say, is searched all the same.
     * Wrong input raises ValueError and changes nothing.
 
     The engine follows this object's writes, and is built again from the store when another process has
-    written. Exact to about ten million codes at interactive speed.
+    written. Writers wait for each other. The child of a fork opens the store anew. Exact to about ten million
+    codes at interactive speed.
 
     Args:
         directory: of the store; it may hold other files as well.
@@ -65,15 +80,16 @@ class CodeIndex:
         bits: int | None = None,
         engine: str = "faiss",
         create: bool = True,
-        wait: float = 5.0,
+        wait: float = 60.0,
     ) -> None:
         if engine not in ENGINES:
             raise ValueError(f"no index engine is called {engine!r}{nearest(engine, ENGINES)}")
         if bits is not None and bits < 1:
             raise ValueError(f"bits must be positive, got {bits}")
-        self._directory, self._name = directory, engine
+        self._directory, self._name, self._wait = directory, engine, wait
         self._lock = threading.RLock()
         self._store: Store | None = None
+        self._process = os.getpid()
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []  # own writes that the engine lacks yet
         try:
             self._store = _open_store(directory, bits, engine, create, wait)
@@ -84,6 +100,7 @@ class CodeIndex:
         except BaseException:
             self.close()
             raise
+        _OPEN.add(self)
 
     @property
     def bits(self) -> int:
@@ -96,32 +113,67 @@ class CodeIndex:
         with self._lock:
             return self._origin if len(self._current().rows) else ""
 
-    def add(self, codes: Codes, payload: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def add(
+        self,
+        codes: CodesLike,
+        payload: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        keys: Sequence[str] | None = None,
+        on_duplicate: str | None = None,
+        stamps: Sequence[str] | None = None,
+    ) -> Added:
         """Add items; all of them or, on error, none.
 
         Args:
-            codes: N codes of the index's length with N new ids, each 0 or greater.
+            codes: N codes of the index's length, with N ids, each 0 or greater, that ``keys`` make needless.
+                An array or tensor gets ids that were never given before.
             payload: N JSON objects, returned by ``payload`` and matched by ``where``; none by default.
+            keys: N texts that name the items, such as paths. A new key gets an id that was never given
+                before, and keeps it as long as it is held.
+            on_duplicate: what becomes of a key (without keys: an id) that is held: ``update`` replaces the
+                item, ``skip`` keeps it, ``error`` refuses all N. None is ``update`` by key, ``error`` by id.
+            stamps: N texts, with keys: which state of the item was encoded, see ``held``.
 
         Raises:
-            ValueError: codes of another length or origin, an id given twice or held already, or a payload
-                that JSON cannot write.
-            OSError: the disk is full; the index is unchanged and usable.
+            ValueError: codes of another length or origin, an id or key given twice or, under ``error``, held
+                already, or a payload that JSON cannot write.
+            OSError: the disk is full or cannot be written; the index is unchanged and usable.
+            TimeoutError: another process has been writing for ``wait`` seconds.
         """
-        rows, ids = _packed_rows(codes, self._bits), _id_array(codes.ids)
-        texts = None if payload is None else _payload_texts(payload, ids)
-        if len(ids) and ids.min() < 0:
+        counted = keys is not None or not isinstance(codes, Codes)  # ids from the counter, inside the write
+        codes = as_codes(codes, self._bits)
+        rows, ids = packed_rows(codes, self._bits), id_array(codes.ids)
+        names = list(map(str, ids.tolist())) if keys is None else key_texts(keys, len(rows))
+        texts = None if payload is None else payload_texts(payload, ids.tolist() if keys is None else names)
+        if stamps is not None and (keys is None or len(stamps) != len(rows)):
+            raise ValueError(f"{len(rows)} codes with {len(stamps)} stamps; give one each, next to keys")
+        if keys is None and len(ids) and ids.min() < 0:
             raise ValueError(f"ids must be 0 or greater, got {ids.min()}")
-        values, counts = np.unique(ids, return_counts=True)
-        if (counts > 1).any():
-            raise ValueError(f"id {values[counts > 1][0]} is given more than once")
+        if len(set(names)) < len(names):
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            raise ValueError(f"{f'id {twice}' if keys is None else f'key {twice!r}'} is given more than once")
+        new = NewItems(rows, None if counted else ids, keys, stamps, texts, codes.origin)
+        choice = on_duplicate or ("error" if keys is None else "update")
         with self._lock:
             store = self._opened()
-            if len(ids):
-                self._origin = store.add(ids, rows, texts, codes.origin)
-                self._pending.append((ids, rows.copy()))  # the caller may write into its tensor later
+            if not len(rows):
+                return Added(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+            given, held, self._origin = store.add(new, choice)
+            written = ~held if choice == "skip" else np.ones(len(rows), dtype=bool)
+            self._pending.append((given[written], rows[written]))  # copies: the caller may write into its own
+        return Added(torch.from_numpy(given), torch.from_numpy(held))
 
-    def search(self, codes: Codes, k: int, where: Where | None = None) -> Ranking:
+    def held(self, keys: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """By key, those of ``keys`` that are held: the id, and the stamp it was added with ("" for none)."""
+        with self._lock:
+            return self._opened().held(list(keys))
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """The keys that begin with ``prefix``, sorted."""
+        with self._lock:
+            return self._opened().keys(prefix)
+
+    def search(self, codes: CodesLike, k: int, where: Where | None = None) -> Ranking:
         """The ``k`` nearest items of each of Q query codes, k >= 1: (Q, k), -1 where there are fewer."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -135,7 +187,7 @@ class CodeIndex:
         cut = torch.full((len(queries),), not engine.exact)
         return Ranking(torch.from_numpy(ids), torch.from_numpy(distances), cut)
 
-    def range(self, codes: Codes, radius: int, where: Where | None = None) -> Within:
+    def range(self, codes: CodesLike, radius: int, where: Where | None = None) -> Within:
         """All items at most ``radius`` bits, 0 or more, from each query code; exact in every engine."""
         if radius < 0:
             raise ValueError(f"radius must be 0 or greater, got {radius}")
@@ -144,27 +196,41 @@ class CodeIndex:
         ids, distances = zip(*neighbours, strict=True) if neighbours else ((), ())
         return Within(tuple(map(torch.from_numpy, ids)), tuple(map(torch.from_numpy, distances)))
 
-    def remove(self, ids: Ids) -> int:
-        """Remove items and return how many there were; ids that are not held are ignored."""
-        array = _id_array(ids)
+    def remove(self, ids: Where | None = None, *, keys: Sequence[str] | None = None) -> int:
+        """Remove items and return how many there were; ids and keys that are not held are ignored.
+
+        Args:
+            ids: ids, or as in ``search`` the payload values of the items; {} would mean all and is refused.
+            keys: instead of ids, the keys of items.
+        """
+        if (ids is None) == (keys is None) or (isinstance(ids, Mapping) and not ids):
+            raise ValueError("remove takes ids, payload values or keys: one of them")
+        which: Which = list(keys or ())
+        if ids is not None:
+            which = ids if isinstance(ids, Mapping) else id_array(ids)
         with self._lock:
-            removed = self._opened().remove(array)
-            if removed:
-                self._engine = self._current().minus(array)
-        return removed
+            removed = self._opened().remove(which)
+            if len(removed):
+                self._engine = self._current().minus(removed)
+        return len(removed)
 
     def count(self) -> int:
         """Number of items held."""
         return len(self._current().rows)
 
     def next_id(self) -> int:
-        """One more than the highest id held, 0 for an empty index."""
-        ids = self._current().rows.ids
-        return int(ids[-1]) + 1 if len(ids) else 0
+        """The id that the next new key gets: one more than the highest ever held, 0 at first."""
+        with self._lock:
+            return self._opened().next_id()
+
+    def values(self, key: str, most: int = 10) -> list[Any]:
+        """Up to ``most`` different values of a payload key; none where no item has it."""
+        with self._lock:
+            return self._opened().values(key, most)
 
     def payload(self, ids: Ids) -> list[dict[str, Any]]:
         """The payload of each id, in order, ``{}`` where an item has none; KeyError for an id not held."""
-        array = _id_array(ids)
+        array = id_array(ids)
         with self._lock:
             by_id = self._opened().payload(array)
         missing = [item for item in array.tolist() if item not in by_id]
@@ -191,7 +257,7 @@ class CodeIndex:
             "count": len(engine.rows),
             "origin": meta["origin"],
         }
-        info = {**names, **sizes, "format": FORMAT}
+        info = {**names, **sizes, "format": meta["format"]}
         return info if engine.exact else {**info, "approximation": engine.report}
 
     def close(self) -> None:
@@ -208,6 +274,10 @@ class CodeIndex:
         self.close()
 
     def _opened(self) -> Store:
+        if self._store is not None and self._process != os.getpid():  # SQLite: no connection crosses a fork
+            _LEFT_BEHIND.append(self._store)  # nor may it be closed here, which would free the parent's locks
+            self._store, self._process = Store(self._directory, self._wait), os.getpid()
+            self._load()
         if self._store is None:
             raise ValueError(f"the index {self._directory} is closed; open it again")
         return self._store
@@ -227,9 +297,12 @@ class CodeIndex:
             if self._opened().version() != self._version:
                 return self._load()
             if self._pending:
-                ids, rows = zip(*self._pending, strict=True)
+                ids, rows = map(np.concatenate, zip(*self._pending, strict=True))
                 self._pending = []
-                self._engine = self._engine.plus(np.concatenate(ids), np.concatenate(rows))
+                last = len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]  # the last write of each id
+                replaced = np.intersect1d(ids, self._engine.rows.ids)
+                engine = self._engine.minus(replaced) if len(replaced) else self._engine
+                self._engine = engine.plus(ids[last], rows[last])
             return self._engine
 
     def _engine_for(self, where: Where | None) -> Engine:
@@ -238,14 +311,28 @@ class CodeIndex:
             engine = self._current()
             if where is None:
                 return engine
-            allowed = self._opened().matching(where) if isinstance(where, Mapping) else _id_array(where)
+            allowed = self._opened().matching(where) if isinstance(where, Mapping) else id_array(where)
         return engine.only(allowed)
 
-    def _query_rows(self, codes: Codes) -> np.ndarray:
+    def _query_rows(self, codes: CodesLike) -> np.ndarray:
         """Packed rows of query codes that fit the codes held in length and origin."""
-        rows = _packed_rows(codes, self._bits)
+        codes = as_codes(codes, self._bits)
+        rows = packed_rows(codes, self._bits)
         check_origin(codes.origin, self.origin)
         return rows
+
+
+_OPEN: weakref.WeakSet[CodeIndex] = weakref.WeakSet()
+_LEFT_BEHIND: list[Store] = []  # connections of the parent, in the child of a fork
+
+
+def _after_fork() -> None:
+    """In the child no other thread lives that could give a lock back."""
+    for index in _OPEN:
+        index._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def open_index(url: str, bits: int | None = None, engine: str = "faiss", create: bool = True) -> CodeIndex:
@@ -283,47 +370,3 @@ def _open_store(directory: Path, bits: int | None, engine: str, create: bool, wa
             raise ValueError(f"there is no index in {directory}; a new one needs the number of bits")
         create_store(directory, bits, engine)
     return Store(directory, wait)
-
-
-def _id_array(ids: Ids) -> np.ndarray:
-    """Any collection of ids as (N,) int64, in its order."""
-    values = ids.cpu().numpy() if isinstance(ids, Tensor) else ids
-    array = values if isinstance(values, np.ndarray) else np.array(list(values))
-    if array.ndim != 1:
-        raise ValueError(f"ids must have one dimension, got shape {array.shape}")
-    if len(array) == 0:
-        return np.zeros(0, dtype=np.int64)
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"ids must be whole numbers, got {array.dtype}: {array[0]!r}")
-    return array.astype(np.int64)
-
-
-def _packed_rows(codes: Codes, bits: int) -> np.ndarray:
-    """The rows of ``codes`` as a contiguous (N, ceil(K / 8)) uint8 array, checked against ``bits``."""
-    if codes.bits != bits:
-        raise ValueError(f"codes of {codes.bits} bits do not fit an index of {bits} bits; use the same model")
-    width, packed = (bits + 7) // 8, codes.packed
-    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != width:
-        got = f"got {tuple(packed.shape)} {packed.dtype}; use hamming.pack"
-        raise ValueError(f"codes of {bits} bits are (N, {width}) torch.uint8 rows, {got}")
-    if len(codes.ids) != len(packed):
-        raise ValueError(f"{len(packed)} codes with {len(codes.ids)} ids")
-    rows = np.ascontiguousarray(packed.cpu().numpy())
-    padding = width * 8 - bits
-    if padding and (rows[:, -1] & ((1 << padding) - 1)).any():  # it would count as distance
-        raise ValueError(f"codes have ones after bit {bits}; the padding must be zero, use hamming.pack")
-    return rows
-
-
-def _payload_texts(payload: Sequence[Mapping[str, Any]], ids: np.ndarray) -> list[str]:
-    """The payload as JSON texts, checked."""
-    if len(payload) != len(ids):
-        raise ValueError(f"{len(ids)} codes with {len(payload)} payloads; give one each, or none at all")
-    texts = []
-    for item, value in zip(ids.tolist(), payload, strict=True):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"the payload of id {item} must be a mapping, got {type(value).__name__}")
-        for key in value:
-            check_key(key)
-        texts.append(to_json(dict(value), f"the payload of id {item}"))
-    return texts

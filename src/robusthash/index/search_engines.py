@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,16 @@ from robusthash.core import hamming
 from robusthash.core.runtime import Draws
 
 Neighbours = tuple[np.ndarray, np.ndarray]  # ids (int64) and distances (int32)
+
+
+def _one_thread() -> None:
+    """In the child of a fork the threads of OpenMP are gone, and whoever waits for them waits for ever."""
+    torch.set_num_threads(1)
+    if "faiss" in sys.modules:
+        sys.modules["faiss"].omp_set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_one_thread)
 
 
 @final

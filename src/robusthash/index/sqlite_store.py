@@ -6,11 +6,11 @@ import contextlib
 import errno
 import json
 import os
-import re
 import secrets
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -18,21 +18,38 @@ from typing import Any, final
 import numpy as np
 
 from robusthash.core.atomic_files import flush
+from robusthash.index.payload_filter import IN_LIST, condition, json_path, unknown_key
 
-FORMAT = 1
+FORMAT = 2
 FILE = "index.sqlite"
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE items (id INTEGER PRIMARY KEY, code BLOB NOT NULL);
 CREATE TABLE payloads (id INTEGER PRIMARY KEY, value TEXT NOT NULL);
 """
+_KEYS = """
+CREATE TABLE keys (key TEXT PRIMARY KEY, id INTEGER NOT NULL UNIQUE, stamp TEXT NOT NULL) WITHOUT ROWID
+"""  # new in format 2, with the counter ``next_id`` in meta
 _RESTORE = "restore it from a snapshot or build the index again"
 _UNUSABLE = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
 _PAGE = 4096  # bytes; the file is a whole number of pages
 _CHUNK = 65536  # rows that go into SQLite in one statement
-_KEY = re.compile(r'[^"\\\x00-\x1f]+')
-_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_IN_LIST = "IN (SELECT value FROM json_each(?))"
+_DUPLICATES = ("error", "skip", "update")
+
+Which = np.ndarray | Mapping[str, Any] | Sequence[str]
+"""Items: (N,) ids, the payload values that they have, or their keys."""
+
+
+@dataclass(frozen=True)
+class NewItems:
+    """N items to be written, with ids or with keys."""
+
+    codes: np.ndarray  # (N, bytes) uint8
+    ids: np.ndarray | None  # (N,) int64; None takes new ones, for new keys where there are keys
+    keys: Sequence[str] | None
+    stamps: Sequence[str] | None  # which state of the keyed things the codes are of
+    payload: Sequence[str] | None  # JSON texts
+    origin: str
 
 
 @final
@@ -45,12 +62,22 @@ class Store:
 
     def __init__(self, directory: Path, wait: float) -> None:
         self.path = directory / FILE
+        self._log = directory / f"{FILE}-wal"
         self._errors = partial(_sqlite_errors, self.path, wait)
+        self._wait, self._opened = wait, 0
+        self.writable = os.access(self.path, os.W_OK) and os.access(directory, os.W_OK)
+        self._connect()
+
+    def _connect(self) -> None:
         _refuse_part_page(self.path)
+        self._state, self._opened = self._file_state(), self._opened + 1
+        # a log beside a file that cannot be written is another's work in progress; without one, no lock is
+        # needed, and none could be written
+        mode = "mode=rw" if self.writable else "mode=ro" if self._state[2] else "mode=ro&immutable=1"
         with self._errors():
-            address = f"{self.path.resolve().as_uri()}?mode=rw"
+            address = f"{self.path.resolve().as_uri()}?{mode}"
             self._connection = sqlite3.connect(
-                address, timeout=wait, isolation_level=None, check_same_thread=False, uri=True
+                address, timeout=self._wait, isolation_level=None, check_same_thread=False, uri=True
             )
             try:
                 self._prepare()
@@ -62,23 +89,42 @@ class Store:
         tables = self._all("SELECT name FROM sqlite_master WHERE name IN ('meta', 'items', 'payloads')")
         if len(tables) != 3:
             raise ValueError(f"{self.path} is damaged or no index; restore it from a snapshot or remove it")
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
-        stored = self.meta().get("format")
-        if stored != FORMAT:
-            raise ValueError(f"{self.path} has format {stored}, this version reads {FORMAT}; build it again")
+        if self.writable:
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")
+        if (stored := self.format()) not in (1, FORMAT):
+            known = f"this version reads 1 and {FORMAT}"
+            raise ValueError(f"{self.path} has format {stored}, {known}; build it again or update robusthash")
 
     def close(self) -> None:
         """Close the connection; the last one to do so folds the log into the file."""
         self._connection.close()
 
-    def version(self) -> int:
-        """A number that changes when another connection has written."""
-        return int(self._all("PRAGMA data_version")[0][0])
+    def version(self) -> tuple[int, int]:
+        """Numbers that change when another connection has written."""
+        if not self.writable and self._file_state() != self._state:
+            self._connection.close()
+            self._connect()
+        return self._opened, int(self._all("PRAGMA data_version")[0][0])
+
+    def _file_state(self) -> tuple[int, int, bool]:
+        state = self.path.stat()
+        return state.st_mtime_ns, state.st_size, self._log.exists() and self._log.stat().st_size > 0
 
     def meta(self) -> dict[str, Any]:
-        """``bits, format, origin`` and the ``engine`` that the index was created with."""
+        """``bits, format, origin, next_id`` and the ``engine`` that the index was created with."""
         return {key: json.loads(value) for key, value in self._all("SELECT key, value FROM meta")}
+
+    def format(self) -> int | None:
+        """Format of the file: an old one is read as it is, and brought to ``FORMAT`` by the first write."""
+        return self.meta().get("format")
+
+    def next_id(self) -> int:
+        """The id that the next new key gets: one more than any id ever held."""
+        meta = self.meta()
+        if "next_id" in meta:
+            return int(meta["next_id"])
+        return int(self._all("SELECT coalesce(max(id) + 1, 0) FROM items")[0][0])
 
     def load(self, width: int) -> tuple[np.ndarray, np.ndarray]:
         """All (N,) ids ascending and their (N, width) codes."""
@@ -95,65 +141,144 @@ class Store:
             raise ValueError(f"{self.path} is damaged: codes are not {width} bytes each; restore a snapshot")
         return ids, np.frombuffer(codes, dtype=np.uint8).reshape(len(ids), width)
 
-    def add(self, ids: np.ndarray, codes: np.ndarray, payload: Sequence[str] | None, origin: str) -> str:
-        """Insert rows in one transaction, checked against those held; returns the origin held now."""
-        order = np.argsort(ids)  # in id order the tree grows at its end, which is many times faster
-        ascending, width = ids[order], codes.shape[1]
-        with self._transaction():
-            highest = self._all("SELECT max(id) FROM items")[0][0]
-            held = ""  # of an emptied store, whatever its codes were of
-            if highest is not None:
-                known = json.dumps(ids[ids <= highest].tolist())
-                if taken := self._all(f"SELECT id FROM items WHERE id {_IN_LIST} LIMIT 1", known):
-                    raise ValueError(f"id {taken[0][0]} is already in the index; remove it or give a new id")
-                held = str(self.meta()["origin"])
-                check_origin(origin, held)
-            held = origin or held
-            self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('origin', ?)", (json.dumps(held),))
-            for start in range(0, len(ids), _CHUNK):
-                part = slice(start, start + _CHUNK)
-                self._connection.execute(  # unpacked by SQLite: four times faster than a call for each row
-                    "INSERT INTO items SELECT value, substr(?2, 1 + key * ?3, ?3) FROM json_each(?1)",
-                    (json.dumps(ascending[part].tolist()), codes[order[part]].tobytes(), width),
-                )
-            if payload is not None:
-                rows = zip(ascending.tolist(), (payload[at] for at in order.tolist()), strict=True)
-                self._connection.executemany("INSERT INTO payloads VALUES (?, ?)", rows)
-        return held
+    def add(self, new: NewItems, on_duplicate: str) -> tuple[np.ndarray, np.ndarray, str]:
+        """Write rows in one transaction, checked against those held.
 
-    def remove(self, ids: np.ndarray) -> int:
-        """Delete rows in one transaction and count them."""
-        values = (json.dumps(ids.tolist()),)
+        Args:
+            on_duplicate: what becomes of an id or a key that is held: ``error`` writes nothing at all,
+                ``skip`` keeps the item, ``update`` replaces it under its id.
+
+        Returns:
+            (N,) ids of the items, (N,) bool: those that were held before, and the origin held now.
+        """
+        if on_duplicate not in _DUPLICATES:
+            raise ValueError(f"on_duplicate is one of {', '.join(_DUPLICATES)}, got {on_duplicate!r}")
         with self._transaction():
-            self._connection.execute(f"DELETE FROM payloads WHERE id {_IN_LIST}", values)
-            return self._connection.execute(f"DELETE FROM items WHERE id {_IN_LIST}", values).rowcount
+            self._upgrade()
+            following = self.next_id()
+            ids, held = self._by_key(new, following) if new.ids is None else self._by_id(new.ids, following)
+            if on_duplicate == "error" and held.any():
+                raise ValueError(_duplicate(new, ids, int(np.flatnonzero(held)[0])))
+            origin = self._set_meta(new.origin, max(following, int(ids.max()) + 1))
+            rows = np.flatnonzero(~held) if on_duplicate == "skip" else np.arange(len(ids))
+            self._write(new, ids, rows[np.argsort(ids[rows])])
+        return ids, held, origin
+
+    def _by_id(self, ids: np.ndarray, following: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids as given, and (N,) bool: those held. None from ``following`` on was ever held."""
+        low = ids[ids < following].tolist()
+        known = self._all(f"SELECT id FROM items WHERE id {IN_LIST}", json.dumps(low))
+        return ids, np.isin(ids, np.array(known, dtype=np.int64).reshape(-1))
+
+    def _by_key(self, new: NewItems, following: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of keys, new ones counted from ``following``, and (N,) bool: the keys held."""
+        known = {key: item for key, item, _ in self._keyed(new.keys or ())}
+        ids = np.array([known.get(key, -1) for key in new.keys or [""] * len(new.codes)], dtype=np.int64)
+        fresh = ids < 0
+        ids[fresh] = following + np.arange(int(fresh.sum()))
+        return ids, ~fresh
+
+    def _set_meta(self, origin: str, following: int) -> str:
+        """Check and keep the origin, and the counter of ids; returns the origin held now."""
+        empty = not self._all("SELECT 1 FROM items LIMIT 1")
+        held = "" if empty else str(self.meta()["origin"])  # an emptied store takes codes of any model
+        check_origin(origin, held)
+        meta = {"origin": origin or held, "next_id": following}
+        rows = [(key, json.dumps(value)) for key, value in meta.items()]
+        self._connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
+        return origin or held
+
+    def _write(self, new: NewItems, ids: np.ndarray, order: np.ndarray) -> None:
+        """Insert or replace the rows ``order``, in id order: the tree grows at its end, many times faster."""
+        width, run = new.codes.shape[1], self._connection.execute
+        for start in range(0, len(order), _CHUNK):
+            part = order[start : start + _CHUNK]
+            run(  # unpacked by SQLite: four times faster than a call for each row
+                "INSERT OR REPLACE INTO items SELECT value, substr(?2, 1 + key * ?3, ?3) FROM json_each(?1)",
+                (json.dumps(ids[part].tolist()), new.codes[part].tobytes(), width),
+            )
+            run(f"DELETE FROM payloads WHERE id {IN_LIST}", (json.dumps(ids[part].tolist()),))
+        of = list(zip(order.tolist(), ids[order].tolist(), strict=True))
+        if new.payload is not None:
+            rows = ((item, new.payload[at]) for at, item in of)
+            self._connection.executemany("INSERT INTO payloads VALUES (?, ?)", rows)
+        if new.keys is not None:
+            stamps = new.stamps or [""] * len(new.keys)
+            keyed = ((new.keys[at], item, stamps[at]) for at, item in of)
+            self._connection.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?, ?)", keyed)
+
+    def _upgrade(self) -> None:
+        """Bring a file of format 1 to format 2, inside a transaction; the last item of a path is it."""
+        if self.format() == FORMAT:
+            return
+        following, keys = self.next_id(), {}
+        for item, text in self._all("SELECT id, value FROM payloads ORDER BY id"):
+            path = json.loads(text).get("path")
+            if isinstance(path, str):
+                keys[os.path.abspath(path) if os.path.lexists(path) else path] = item
+        self._connection.execute(_KEYS)
+        rows = ((key, item, "") for key, item in keys.items())
+        self._connection.executemany("INSERT INTO keys VALUES (?, ?, ?)", rows)
+        meta = [("format", json.dumps(FORMAT)), ("next_id", json.dumps(following))]
+        self._connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
+
+    def held(self, keys: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """Id and stamp of each key that is held."""
+        return {key: (item, stamp) for key, item, stamp in self._keyed(keys)}
+
+    def keys(self, prefix: str) -> list[str]:
+        """Keys that begin with ``prefix``, sorted."""
+        if self.format() != FORMAT:
+            return []
+        query = "SELECT key FROM keys WHERE substr(key, 1, length(?1)) = ?1 ORDER BY key"
+        return [key for (key,) in self._all(query, prefix)]
+
+    def _keyed(self, keys: Sequence[str]) -> list[tuple[Any, ...]]:
+        """(key, id, stamp) of the keys that are held."""
+        if self.format() != FORMAT:
+            return []
+        query, found = f"SELECT key, id, stamp FROM keys WHERE key {IN_LIST}", []
+        for start in range(0, len(keys), _CHUNK):
+            found += self._all(query, json.dumps(list(keys[start : start + _CHUNK])))
+        return found
+
+    def remove(self, which: Which) -> np.ndarray:
+        """Delete items in one transaction; returns the ids of those that were held."""
+        with self._transaction():
+            self._upgrade()
+            if isinstance(which, Mapping):
+                ids = self.matching(which)
+            elif isinstance(which, np.ndarray):
+                ids = which[self._by_id(which, self.next_id())[1]]
+            else:
+                ids = np.array([item for _, item, _ in self._keyed(which)], dtype=np.int64)
+            values = (json.dumps(ids.tolist()),)
+            for table in ("keys", "payloads", "items"):
+                self._connection.execute(f"DELETE FROM {table} WHERE id {IN_LIST}", values)
+        return np.unique(ids)
 
     def payload(self, ids: np.ndarray) -> dict[int, dict[str, Any]]:
         """By id, the payload of those that are held."""
         joined = "items LEFT JOIN payloads USING (id)"
-        query = f"SELECT id, coalesce(value, '{{}}') FROM {joined} WHERE id {_IN_LIST}"
+        query = f"SELECT id, coalesce(value, '{{}}') FROM {joined} WHERE id {IN_LIST}"
         return {item: json.loads(text) for item, text in self._all(query, json.dumps(ids.tolist()))}
 
     def matching(self, where: Mapping[str, Any]) -> np.ndarray:
-        """Ids of the rows whose payload has these values; a list means any of them."""
-        clauses, values = [], []
-        for key, value in where.items():
-            check_key(key)
-            options = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
-            for option in options:
-                if not isinstance(option, (str, int, float)):
-                    raise ValueError(
-                        f"where: {key!r} can equal text, a number or a truth value, not {option!r}"
-                    )
-            clauses.append(
-                f"CASE json_type(payloads.value, ?) WHEN 'array' "
-                f"THEN EXISTS (SELECT 1 FROM json_each(payloads.value, ?) AS one WHERE one.value {_IN_LIST}) "
-                f"ELSE json_extract(payloads.value, ?) {_IN_LIST} END"
-            )
-            path, text = f'$."{key}"', to_json(options, f"where: {key!r}")
-            values += [path, path, text, path, text]
-        which = f"payloads WHERE {' AND '.join(clauses)}" if clauses else "items"
-        return np.array(self._all(f"SELECT id FROM {which}", *values), dtype=np.int64).reshape(-1)
+        """Ids of the rows whose payload has these values; ValueError for a key that no row has."""
+        clause, values = condition(where)
+        which = f"payloads WHERE {clause}" if clause else "items"
+        ids = np.array(self._all(f"SELECT id FROM {which}", *values), dtype=np.int64).reshape(-1)
+        if len(ids) == 0 and self._all("SELECT 1 FROM items LIMIT 1"):
+            for key in where:
+                if not self.values(key, 1):
+                    query = "SELECT DISTINCT one.key FROM payloads, json_each(payloads.value) AS one"
+                    raise unknown_key(key, sorted(name for (name,) in self._all(query)))
+        return ids
+
+    def values(self, key: str, most: int) -> list[Any]:
+        """Up to ``most`` different values of a payload key."""
+        query = "SELECT DISTINCT one.value FROM payloads, json_each(payloads.value, ?) AS one LIMIT ?"
+        return [value for (value,) in self._all(query, json_path(key), most)]
 
     def copy_to(self, directory: Path) -> None:
         """Copy consistently to a new directory: written under another name, flushed, then renamed."""
@@ -177,6 +302,9 @@ class Store:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         """One transaction, whole or not at all, on disk when the block ends."""
+        if not self.writable:
+            text = "the index is read-only here, it can be searched but not changed; give write rights on it"
+            raise PermissionError(errno.EACCES, text, str(self.path))
         with self._errors():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -193,15 +321,15 @@ def create_store(directory: Path, bits: int, engine: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     path, draft = directory / FILE, directory / f".{FILE}.{secrets.token_hex(4)}"
     log = path.with_name(f"{FILE}-wal")
-    if log.exists():
+    if log.exists() and not path.exists():  # made meanwhile by another, it is no leftover
         raise ValueError(f"{log} is the log of a store that is gone; put {FILE} back or remove the log")
-    meta = {"format": FORMAT, "bits": bits, "engine": engine, "origin": ""}
+    meta = {"format": FORMAT, "bits": bits, "engine": engine, "origin": "", "next_id": 0}
     rows = [(key, json.dumps(value)) for key, value in meta.items()]
     try:
         with _sqlite_errors(path, 0), contextlib.closing(sqlite3.connect(draft)) as connection:
             connection.execute(f"PRAGMA page_size = {_PAGE}")
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(_SCHEMA)
+            connection.executescript(f"{_SCHEMA}{_KEYS}")
             with connection:
                 connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
         flush(draft)
@@ -213,10 +341,11 @@ def create_store(directory: Path, bits: int, engine: str) -> None:
     flush(directory)
 
 
-def check_key(key: Any) -> None:
-    """Refuse payload keys that a JSON path, which knows no escapes inside a quoted key, could not find."""
-    if not (isinstance(key, str) and _KEY.fullmatch(key)):
-        raise ValueError(f"payload keys are text without quotes, backslashes and control marks, got {key!r}")
+def _duplicate(new: NewItems, ids: np.ndarray, at: int) -> str:
+    """The message for an item that is held already."""
+    what = f"id {ids[at]}" if new.keys is None else f"{new.keys[at]!r} (id {ids[at]})"
+    choices = "'update' replaces it, 'skip' keeps it"
+    return f"{what} is already in the index; on_duplicate (--on-duplicate): {choices}"
 
 
 def check_origin(given: str, held: str) -> None:
@@ -226,16 +355,6 @@ def check_origin(given: str, held: str) -> None:
             f"codes of origin {given!r} do not fit an index of origin {held!r}: distances mean nothing; "
             f"encode with the model of origin {held!r} (--run on the command line), or build a new index"
         )
-
-
-def to_json(value: Any, what: str) -> str:
-    """JSON text of ``value``; keys stay as written, so that a JSON path finds them."""
-    try:
-        text = _JSON.encode(value)
-        text.encode()  # half a surrogate pair is text to Python and to nobody else
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} cannot be written as JSON: {error}") from None
-    return text
 
 
 def _refuse_part_page(path: Path) -> None:
@@ -263,6 +382,11 @@ def _sqlite_errors(path: Path, wait: float) -> Iterator[None]:
         if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             text = f"another process has been writing to {path} for {wait:g} s; try again later"
             raise TimeoutError(text) from None
+        if primary in _UNUSABLE and not os.access(path, os.W_OK):
+            text = (
+                f"it cannot be read ({error}): its log holds another's writes; open it once with write rights"
+            )
+            raise OSError(errno.EACCES, text, str(path)) from None
         if primary in _UNUSABLE:
             text = f"the file cannot be read and written ({error}); check its rights and the room on the disk"
             raise OSError(errno.EIO, text, str(path)) from None

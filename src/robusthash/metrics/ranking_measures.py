@@ -54,8 +54,8 @@ def mean_over_queries(values: Tensor, empty: Tensor, policy: Empty = "zero") -> 
     Args:
         values: (Q,) per-query values, NaN where undefined.
         empty: (Q,) bool, queries with nothing relevant in the database.
-        policy: ``zero`` counts their value (0 for all precision measures), as published codes do; ``skip``
-            leaves them out; ``error`` refuses.
+        policy: ``zero`` counts 0 for them in every measure, recall included, as published codes do of AP;
+            ``skip`` leaves them out; ``error`` refuses.
 
     Returns:
         The mean, None where no query is left, and the (Q,) values with NaN for every query left out.
@@ -70,8 +70,7 @@ def mean_over_queries(values: Tensor, empty: Tensor, policy: Empty = "zero") -> 
             f"{int(empty.sum())} of {len(empty)} queries have no relevant item in the database (first: "
             f"query {first}); remove them, or choose empty='zero' or 'skip'"
         )
-    if policy == "skip":
-        values = torch.where(empty, torch.nan, values)
+    values = torch.where(empty, 0.0 if policy == "zero" else torch.nan, values)
     defined = values[~values.isnan()]
     return (float(defined.mean()) if len(defined) else None), values
 

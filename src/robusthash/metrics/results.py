@@ -173,6 +173,8 @@ class EvalResult:
     flags: tuple[Flag, ...] = ()
     cost: Cost = field(default_factory=Cost)
     name: str = ""  # unique in its run: "clean", "I2T worst", "img-linf-8 standard"
+    selection: dict[str, Tensor] = field(default_factory=dict)
+    """(Q,) AP of a randomised victim under other draws, which choose its worst case; not saved."""
     attack: str = ""  # "clean", "worst", or the attack by its name in the run
     scored_on: str = ""  # direction and relevance before the name: "I2T", "T2I by class"; "" of a run of one
 
@@ -238,7 +240,7 @@ def save_results(path: str | Path, results: Sequence[EvalResult], packed: bool =
     queries: dict[str, np.ndarray] = {} if packed else arrays
     entries = []
     for result in results:
-        entry = asdict(replace(result, per_query={}, curves={}))
+        entry = asdict(replace(result, per_query={}, curves={}, selection={}))
         prefix = "query" if packed else "array"
         entry["per_query"] = {
             name: _add(queries, values, prefix) for name, values in result.per_query.items()

@@ -20,8 +20,9 @@ from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Codes, Goal, Guidance, Reference
 from robusthash.data.base import Split
 from robusthash.evaluation.attack_block import AttackedBlock, finish
+from robusthash.evaluation.code_measures import as_codes
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.evaluate import as_codes, score_clean, setting_of
+from robusthash.evaluation.evaluate import score_clean, setting_of
 from robusthash.metrics.average_precision import share as ratio
 from robusthash.metrics.distance_histogram import prepared_profile
 from robusthash.metrics.measure_key import MeasureKey

@@ -14,8 +14,9 @@ from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Inputs
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import AttackSpec
+from robusthash.evaluation.code_measures import as_codes, measure_codes
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
+from robusthash.evaluation.evaluate import score_clean
 from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore
 from robusthash.metrics.results import EvalResult
 from robusthash.metrics.robustness_measures import curve_score, worst_case

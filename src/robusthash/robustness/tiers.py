@@ -13,8 +13,8 @@ from robusthash.attacks.threat_model import Budget, Threat, threat_on
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
+from robusthash.evaluation.code_measures import as_codes, measure_codes
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.evaluate import as_codes, measure_codes
 from robusthash.evaluation.runner import AttackRuns, BlockRunner, BlockStore, NoStore
 from robusthash.metrics.results import EvalResult, Flag
 from robusthash.objectives.base import HashObjective

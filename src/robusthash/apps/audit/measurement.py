@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robusthash.apps.audit.audit_page import audit_page, category_sentence
 from robusthash.apps.audit.measured_rows import (
@@ -62,7 +62,7 @@ Lists = list[tuple[str, ...]]
 
 
 def run_audit(
-    target: str,
+    target: str | nn.Module,
     out: Path,
     photos: Path | None = None,
     options: AuditOptions = AuditOptions(),
@@ -84,14 +84,14 @@ def run_audit(
     """
     started = time.perf_counter()
     size = size_of(target, options.size)
-    collection = read_photos(photos, size, options.limit, options.seed)
+    collection = read_photos(photos, size, options.limit, options.seed, options.max_pixels)
     categories = read_categories(collection) if options.labels else None
     opened = open_target(target, collection.first(_TRIED), options.bits, options.limits)
     out.mkdir(parents=True, exist_ok=True)
     plan = _Plan(opened, collection, categories, options, progress)
     measured = _Measured(_audit_ids(plan)) if opened.hasher is None else _audit_codes(plan, opened.hasher)
     summary = {
-        "target": target,
+        "target": opened.name,
         "title": opened.title,
         "said": [*opened.remarks, *measured.remarks],
         "doubts": list(measured.warnings),

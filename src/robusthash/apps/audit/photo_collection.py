@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from robusthash.core.runtime import Draws
-from robusthash.data.image_files import SUFFIXES, read_images
+from robusthash.data.image_files import MAX_PIXELS, path_text, read_images, some_of
+from robusthash.data.image_listing import list_images
 from robusthash.data.photos import PHOTOGRAPHS, photograph_path
 from robusthash.data.splits import hash_pixels
 from robusthash.data.transforms import jpeg
@@ -44,7 +45,8 @@ class Photos:
     twice: tuple[str, ...]
     flat: tuple[str, ...]
     beyond: int  # left out: more than the limit
-    files: tuple[str, ...]  # names of all that lie in the folder, left out or not
+    files: tuple[str, ...]  # names of all images that lie in the folder, left out or not
+    passed_over: tuple[str, ...] = ()  # other files there, with the reason
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,16 +64,20 @@ class Photos:
             "the same as another": list(self.twice),
             "unchanged by saving again": list(self.flat),
             "beyond the limit": self.beyond,
+            "passed over": list(self.passed_over),
         }
 
 
-def read_photos(folder: Path | None, size: int, limit: int = 1000, seed: int = 0) -> Photos:
-    """Read the images below a folder, hidden files apart, as central squares of ``size`` pixels.
+def read_photos(
+    folder: Path | None, size: int, limit: int = 1000, seed: int = 0, max_pixels: int | None = None
+) -> Photos:
+    """Read the images below a folder, as ``list_images`` finds them, as central squares of ``size`` pixels.
 
     Unreadable files are counted and named, not fatal. Of more than ``limit``, that number is drawn.
 
     Args:
         folder: None takes the twenty photographs of this package.
+        max_pixels: as of ``read_image``, which has a default.
         seed: of the order, and so of which photographs are queries and are attacked.
 
     Raises:
@@ -79,10 +85,12 @@ def read_photos(folder: Path | None, size: int, limit: int = 1000, seed: int = 0
         ValueError: no images in it, none that can be read, or fewer than two different ones.
     """
     packaged = [(photograph_path(photograph), photograph.name) for photograph in PHOTOGRAPHS]
-    files = packaged if folder is None else _images_below(folder)
+    files, passed_over = (packaged, ()) if folder is None else _images_below(folder)
     order = torch.randperm(len(files), generator=Draws(seed, ("audit", "order")).generator())[:limit]
     drawn = [files[row] for row in order.tolist()]
-    pixels, readable_rows = read_images([path for path, _ in drawn], size, on_error="skip")
+    pixels, readable_rows = read_images(
+        [path for path, _ in drawn], size, on_error="skip", max_pixels=max_pixels or MAX_PIXELS
+    )
     readable = [drawn[row] for row in readable_rows.tolist()]
     names = [name for _, name in readable]
     saved = [jpeg(part.float() / 255, STORED_QUALITY) for part in pixels.split(_BATCH)]
@@ -110,6 +118,7 @@ def read_photos(folder: Path | None, size: int, limit: int = 1000, seed: int = 0
         flat=tuple(names[row] for row in np.flatnonzero(flat)),
         beyond=len(files) - len(drawn),
         files=tuple(name for _, name in files),
+        passed_over=passed_over,
     )
 
 
@@ -120,15 +129,14 @@ def _first_of_content(hashes: np.ndarray) -> np.ndarray:
     return mask
 
 
-def _images_below(folder: Path) -> list[tuple[Path, str]]:
+def _images_below(folder: Path) -> tuple[list[tuple[Path, str]], tuple[str, ...]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder.absolute()}; --photos takes a folder of images")
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    named = [(path, path.relative_to(folder)) for path in images]
-    visible = [(path, str(name)) for path, name in named if not any(p.startswith(".") for p in name.parts)]
-    if not visible:
-        raise ValueError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))})")
-    return visible
+    listing = list_images(folder)
+    if not listing.images:
+        raise ValueError(f"{folder} holds no image; passed over: {some_of(listing.skipped) or 'nothing'}")
+    named = [(path, path_text(path.relative_to(folder))) for path in listing.images]
+    return named, tuple(map(str, listing.skipped))
 
 
 @dataclass(frozen=True, eq=False)

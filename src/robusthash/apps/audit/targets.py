@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -87,6 +88,7 @@ class AuditOptions:
             perceptual hash, else the largest at which at most 1 % of the pairs of different photographs do.
         limit: photographs read at most.
         seed: of the choice of photographs, the noise and the attacks.
+        max_pixels: of a photograph that is read (width x height); as of ``read_image`` by default.
     """
 
     labels: bool = False
@@ -98,6 +100,7 @@ class AuditOptions:
     limit: int = 1000
     seed: int = 0
     limits: EndpointLimits = EndpointLimits()
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.eps <= 0.5:
@@ -121,13 +124,13 @@ class Target:
     by_torch: bool = False  # torch computes it, so that there should be gradients, whether or not there are
 
 
-def size_of(target: str, size: int | None) -> int:
+def size_of(target: str | nn.Module, size: int | None) -> int:
     """Pixels a side of the target's inputs: a run's own, else ``size``, else 224.
 
     Raises:
         ValueError: a size that a run was not trained on, or a run on vectors of features.
     """
-    if not _is_run(target):
+    if isinstance(target, nn.Module) or not _is_run(target):
         return _SIZE if size is None else size
     trained = load_run(Path(target)).card()["image_size"]
     if len(trained) != 2:
@@ -142,13 +145,16 @@ def size_of(target: str, size: int | None) -> int:
 
 
 def open_target(
-    target: str, images: Tensor, bits: int | None = None, limits: EndpointLimits = EndpointLimits()
+    target: str | nn.Module,
+    images: Tensor,
+    bits: int | None = None,
+    limits: EndpointLimits = EndpointLimits(),
 ) -> Target:
     """Open what the user named and try it on a few of the photographs.
 
     Args:
         target: a run directory; ``module:name``; a ``.pt`` (TorchScript) or ``.onnx`` file; an ``http(s)``
-            address; or ``phash``, ``dhash``, ``whash``, ``pdq``.
+            address; ``phash``, ``dhash``, ``whash``, ``pdq``; or a net in memory, ours or another.
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
 
@@ -156,6 +162,8 @@ def open_target(
         ValueError: none of these, or a model that is broken (``Broken``).
         FileNotFoundError, ImportError: a file or a module is missing.
     """
+    if isinstance(target, nn.Module):
+        return _open_net(target, images, bits)
     path = Path(target)
     if target.startswith(("http://", "https://")):
         return _open_endpoint(target, images, bits, limits)
@@ -192,6 +200,24 @@ def _open_run(target: str, bits: int | None) -> Target:
     )
     title = "/".join(Path(target).parts[-2:])
     return Target(target, title, hasher, True, remarks=(remark,), foreign=False, by_torch=True)
+
+
+class _Logits(nn.Module):
+    """A hasher as a net that answers its logits."""
+
+    def __init__(self, hasher: Hasher) -> None:
+        super().__init__()
+        self.hasher = hasher
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.hasher({"image": images})["image"].logits
+
+
+def _open_net(net: nn.Module, images: Tensor, bits: int | None) -> Target:
+    name = str(net.spec.get("foreign", "a hasher")) if isinstance(net, Hasher) else type(net).__name__
+    tensor = next(chain(net.parameters(), net.buffers()), images)
+    model = _Logits(net) if isinstance(net, Hasher) else net
+    return _wrapped(name, name, model, images.to(tensor.device), bits)
 
 
 def _wrapped(

@@ -89,6 +89,8 @@ def _plain(result: EvalResult) -> dict[str, Any]:
 
 def print_assessment(result: EvalResult) -> None:
     """Tables on stderr: the numbers, the attacks next to each other, curves and flags."""
+    from robusthash.metrics.result_words import empty_note
+
     queries = len(next(iter(result.per_query.values())))
     subset = f" ({result.setting.chosen})" if result.setting.chosen else ""
     print_values(f"{result.name}, {queries} queries{subset}", result)
@@ -108,7 +110,7 @@ def print_assessment(result: EvalResult) -> None:
         print_table("checks", ["check", "level", "value", "remedy"], flagged)
     if result.unreliable:
         console.print("[bold red]unreliable:[/] a check is red, and the numbers above may be too high")
-    for text in result.notes:
+    for text in filter(None, (empty_note(result), *result.notes)):
         note(text)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AnyQueries, AsJson, Eps, Norm, Seed, Threat
+from robusthash.apps.commands.options import AnyQueries, AsJson, Eps, MaxPixels, Norm, Seed, Threat
 from robusthash.apps.commands.terminal import (
     console,
     escape,
@@ -36,6 +36,7 @@ def audit(
     radius: Annotated[int | None, Option(help="Bits by which the same picture may differ.")] = None,
     queries: AnyQueries = None,
     attacked: Annotated[int | None, Option(min=1, help="Number of these that are attacked.")] = None,
+    max_pixels: MaxPixels = None,
     limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000,
     seed: Seed = 0,
     budget: Annotated[int, Option(help="Endpoint: requests in all.")] = 5000,
@@ -67,7 +68,7 @@ def audit(
         sys.path.insert(0, os.getcwd())
     limits = EndpointLimits(budget, rate, timeout, _headers(header or []))
     length = None if bits == "auto" else int(bits)
-    options = AuditOptions(labels, size, length, effort, pixel_eps, radius, limit, seed, limits)
+    options = AuditOptions(labels, size, length, effort, pixel_eps, radius, limit, seed, limits, max_pixels)
     with progress_bars() as progress:
         summary = run_audit(target, out, photos, options, progress)
     if as_json:

@@ -26,12 +26,18 @@ def check(
     data: RetrievalData = build("data", value_of(name))
     facts = data.describe()
     if as_json:
-        print_json(facts)
+        print_json({**facts, "skipped": list(data.skipped)})
         return
     unlabelled = facts["unlabelled"]
     rows = [[split, len(part), unlabelled[split], part.fingerprint()] for split, part in data.splits.items()]
     title = f"{data.name}: {len(data.label_names)} labels, modalities {', '.join(data.modalities)}"
     print_table(title, ["split", "items", "without a label", "fingerprint"], rows)
     console.print(f"training items in the database: {data.train_in_database}")
+    for system, relevant in {
+        "": data,
+        **{f" by {name}": data.by(name) for name in data.label_systems},
+    }.items():
+        if count := relevant.without_relevant():
+            note(f"{count} of {len(data.query)} queries have no relevant item in the database{system}")
     if data.note:
         note(data.note)

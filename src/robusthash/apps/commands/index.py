@@ -6,11 +6,18 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from robusthash.apps.commands.options import AsJson, Index, IndexRun
+from robusthash.apps.commands.options import AsJson, Index, IndexRun, MaxPixels, Where, Workers
 from robusthash.apps.commands.search import search
-from robusthash.apps.commands.terminal import console, print_json, print_table, progress_bars
+from robusthash.apps.commands.terminal import console, note, print_json, print_table, progress_bars
 
 app = Typer(help="Build and search an index of binary codes.", no_args_is_help=True)
+
+Payload = Annotated[
+    Path | None, Option(help="CSV or JSON lines with a column 'file'; the other columns are kept as payload.")
+]
+OnDuplicate = Annotated[
+    str, Option(help="A path that is held: update (if the file changed), skip, or error.")
+]
 
 
 @app.command("build")
@@ -19,13 +26,21 @@ def build(
     run: Annotated[Path, Option(help="Run whose database is indexed, or that encodes --images.")],
     images: Annotated[Path | None, Option(help="Folder of images to index instead.")] = None,
     engine: Annotated[str, Option(help="faiss, numpy (slow), faiss-ivf (approximate).")] = "faiss",
+    payload: Payload = None,
+    on_duplicate: OnDuplicate = "update",
+    workers: Workers = None,
+    max_pixels: MaxPixels = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make an index of a run's database split, or of a folder of images encoded by the run's hasher."""
-    from robusthash.apps.experiment.index_run import build_index
+    """Make an index of a run's database split, or of a folder of images encoded by the run's hasher.
 
+    An interrupted build goes on when it is repeated.
+    """
+    from robusthash.apps.experiment.index_run import Adding, Reading, build_index
+
+    adding = Adding(on_duplicate, payload, Reading.of(workers, max_pixels))
     with progress_bars() as progress:
-        info = build_index(directory, run, images, engine, progress)
+        info = build_index(directory, run, images, engine, progress, adding)
     _print_info(info, as_json)
 
 
@@ -34,13 +49,21 @@ def add(
     directory: Index,
     images: Annotated[Path, Argument(help="Image file or folder of images.")],
     run: IndexRun = None,
+    payload: Payload = None,
+    on_duplicate: OnDuplicate = "update",
+    workers: Workers = None,
+    max_pixels: MaxPixels = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add images to an index; acknowledged only once they are safe on disk."""
-    from robusthash.apps.experiment.index_run import add_images
+    """Add images to an index, each once by its path; acknowledged only once they are safe on disk.
 
+    Repeat it after an interruption, or to take up files that are new or have changed.
+    """
+    from robusthash.apps.experiment.index_run import Adding, Reading, add_images
+
+    adding = Adding(on_duplicate, payload, Reading.of(workers, max_pixels))
     with progress_bars() as progress:
-        info = add_images(directory, images, run, progress)
+        info = add_images(directory, images, run, progress, adding)
     _print_info(info, as_json)
 
 
@@ -49,17 +72,22 @@ app.command("search")(search)
 
 @app.command("remove")
 def remove(
-    directory: Index, ids: Annotated[list[int], Argument(help="Ids to remove.")], as_json: AsJson = False
+    directory: Index,
+    ids: Annotated[list[int] | None, Argument(help="Ids to remove.")] = None,
+    path: Annotated[
+        list[Path] | None, Option(help="Remove this file, or all below this folder. Repeatable.")
+    ] = None,
+    where: Where = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Remove items by id."""
-    from robusthash.index import open_index
+    """Remove items by id, by path or by filter."""
+    from robusthash.apps.experiment.index_run import remove_items
 
-    with open_index(f"file:{directory}", create=False) as index:
-        removed, left = index.remove(ids), index.count()
+    removed, left = remove_items(directory, ids or [], path or [], where)
     if as_json:
         print_json({"removed": removed, "items": left})
     else:
-        console.print(f"removed {removed} of {len(ids)}, {left} left")
+        console.print(f"removed {removed}{f' of {len(ids)}' if ids else ''}, {left} left")
 
 
 @app.command("info")
@@ -74,5 +102,21 @@ def info(directory: Index, as_json: AsJson = False) -> None:
 def _print_info(info: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(info)
-    else:
-        print_table("index", ["", "value"], [[name, str(value)] for name, value in info.items()])
+        return
+    lists = {name: value for name, value in info.items() if isinstance(value, list)}
+    rows = [[name, str(len(value) if name in lists else value)] for name, value in info.items()]
+    print_table("index", ["", "value"], rows)
+    for name, value in lists.items():
+        _note_some(name.replace("_", " "), value)
+
+
+def _note_some(title: str, values: list[Any]) -> None:
+    """The first ten of what was passed over."""
+    for value in values[:10]:
+        note(
+            f"{title}: {value['file']} ({value['reason']})"
+            if isinstance(value, dict)
+            else f"{title}: {value}"
+        )
+    if len(values) > 10:
+        note(f"{title}: and {len(values) - 10} more; --json names all")

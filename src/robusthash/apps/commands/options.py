@@ -27,6 +27,13 @@ Seed = Annotated[int, Option(help="Seed of everything that is drawn at random.")
 Figure = Annotated[bool, Option("--figure/--no-figure", help="Draw it too (needs the extra `figures`).")]
 FiguresFolder = Annotated[Path, Option("--out", help="Folder of the figures.")]
 
+Workers = Annotated[int | None, Option(min=1, help="Threads that decode images; a core each, at most 8.")]
+MaxPixels = Annotated[
+    int | None, Option(min=1, help="Largest image that is read, as width x height; 50000000 by default.")
+]
+Where = Annotated[
+    str | None, Option(help="Filter by payload, as YAML: '{labels: cat}', '{labels: [cat, dog]}'.")
+]
 Index = Annotated[Path, Argument(help="Directory of the index.")]
 IndexRun = Annotated[
     Path | None, Option("--run", help="Run that encodes; by default the builder of the index.")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, Index, IndexRun
-from robusthash.apps.commands.terminal import print_json, print_table
+from robusthash.apps.commands.options import AsJson, Index, IndexRun, MaxPixels, Where
+from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table
 
 
 def search(
@@ -15,15 +15,30 @@ def search(
     image: Annotated[Path, Argument(help="Image file to search with.")],
     k: Annotated[int, Option("-k", "--k", min=1, max=10_000, help="Number of results.")] = 10,
     run: IndexRun = None,
-    where: Annotated[str | None, Option(help="Filter by payload, as YAML: '{label: cat}'.")] = None,
+    where: Where = None,
+    html: Annotated[Path | None, Option(help="Write the results with their pictures to this page.")] = None,
+    max_pixels: MaxPixels = None,
     as_json: AsJson = False,
 ) -> None:
     """Search an index by image file: the nearest items with their distances."""
-    from robusthash.apps.experiment.index_run import search_image
+    from robusthash.apps.experiment.index_run import Reading, search_image, values_of
 
-    hits = search_image(directory, image, run, k, where)
+    limit = Reading.of(None, max_pixels).max_pixels
+    hits = search_image(directory, image, run, k, where, limit)
+    if where and not hits:
+        note(values_of(directory, where))
+    if html is not None:
+        from robusthash.apps.reports.search_page import write_search_page
+
+        write_search_page(html, image, hits, directory, where, limit)
     if as_json:
         print_json(hits)
         return
-    rows = [[hit["id"], hit["distance"], json.dumps(hit["payload"])] for hit in hits]
-    print_table(f"nearest to {image}", ["id", "distance", "payload"], rows)
+    rows = []
+    for hit in hits:
+        rest = {key: value for key, value in hit["payload"].items() if not key.startswith("path")}
+        about = json.dumps(rest, ensure_ascii=False) if rest else ""
+        rows.append([hit["payload"].get("path", ""), hit["distance"], hit["id"], about])
+    print_table(f"nearest to {image}", ["path", "distance", "id", "payload"], rows)
+    if html is not None:
+        print_lines([html])

@@ -50,8 +50,8 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
         def progress(done: int, total: int, text: str) -> None:
             key = text.partition(" ")[0] if text.startswith("epoch") else text
             if key not in tasks:
-                tasks[key] = bars.add_task(text, total=total)
-            bars.update(tasks[key], completed=done, total=total, description=text)
+                tasks[key] = bars.add_task(text, total=total or None)  # 0 where nobody knows
+            bars.update(tasks[key], completed=done, total=total or None, description=text)
 
         yield progress
 
@@ -95,7 +95,10 @@ def print_table(
 
     table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if right and number else "left")
+        if right and number:
+            table.add_column(column, justify="right", overflow="ellipsis")
+        else:
+            table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(cell, row))
     console.print(table)
@@ -115,7 +118,8 @@ def print_values(title: str, result: EvalResult) -> None:
 
 
 def print_headlines(results: Mapping[str, EvalResult]) -> None:
-    """The headline of each result, next to clean and chance."""
+    """The headline of each result, next to clean and chance, and each note once."""
+    from robusthash.metrics.result_words import empty_notes
     from robusthash.metrics.results import headline_of
 
     rows: list[list[Any]] = []
@@ -127,6 +131,9 @@ def print_headlines(results: Mapping[str, EvalResult]) -> None:
     subset = next(iter(results.values())).setting.chosen
     title = "results" if subset in ("", "all") else f"results, queries: {subset}"
     print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
+    notes = [text for result in results.values() for text in result.notes]
+    for text in dict.fromkeys([*empty_notes(results), *notes]):
+        note(text)
 
 
 def plain(result: EvalResult) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from robusthash.apps.experiment.library_items import (
+    LibraryItem,
+    PayloadTable,
+    items_of,
+    key_of,
+    path_payload,
+)
 from robusthash.apps.experiment.model_stages import database_codes, load_hasher, read_data
 from robusthash.apps.experiment.run_directory import Run, load_run, write_json
 from robusthash.core.atomic_files import write_aside
@@ -19,13 +27,57 @@ from robusthash.core.hamming import pack
 from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split
-from robusthash.data.image_files import SUFFIXES, read_image, read_images
+from robusthash.data.image_files import (
+    MAX_PIXELS,
+    FileSource,
+    ImageOptions,
+    Skipped,
+    irregular,
+    iter_images,
+    path_text,
+    read_image,
+    some_of,
+)
+from robusthash.data.image_listing import Listing, list_images
 from robusthash.index import CodeIndex, open_index
 from robusthash.models.encoding import encode_signs
 from robusthash.models.hasher import Hasher
 
-_AT_ONCE = 1024  # images decoded and encoded together
-_RUN_FILE = "run.json"  # in the directory of an index: the run whose hasher made its codes
+_AT_ONCE = 256  # images decoded and encoded together, and safe on disk before the next
+_RUN_FILE = "run.json"  # in the directory of an index: the run whose hasher made its codes, and of what
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How image files are read.
+
+    Attributes:
+        workers: threads that decode; by default one a core, at most eight.
+        max_pixels: refuse images of more pixels (width x height).
+    """
+
+    workers: int | None = None
+    max_pixels: int = MAX_PIXELS
+
+    @classmethod
+    def of(cls, workers: int | None, max_pixels: int | None) -> Reading:
+        """From options that may be left out."""
+        return cls(workers, MAX_PIXELS if max_pixels is None else max_pixels)
+
+
+@dataclass(frozen=True)
+class Adding:
+    """How images are added to an index.
+
+    Attributes:
+        on_duplicate: what becomes of a path that is held: ``update`` encodes it again where the file or its
+            payload has changed, ``skip`` keeps it, ``error`` stops before anything is written.
+        payload: a CSV or JSON-lines file with a column ``file``; its other columns become payload.
+    """
+
+    on_duplicate: str = "update"
+    payload: Path | None = None
+    reading: Reading = Reading()
 
 
 def build_index(
@@ -34,49 +86,132 @@ def build_index(
     images: Path | None = None,
     engine: str = "faiss",
     progress: Progress = silent,
+    adding: Adding = Adding(),
 ) -> dict[str, Any]:
-    """Index the run's database split, or a folder of images; returns the index's info.
+    """Index the run's database split, or a folder of images; an interrupted build goes on.
+
+    Returns:
+        The index's info, and of a folder what became of its files, as ``add_images``.
 
     Raises:
-        ValueError: the directory holds an index already.
+        ValueError: the directory holds an index of something else.
     """
     run = load_run(run_path)
+    told = {"run": str(run.path.resolve()), "images": images and path_text(images.resolve())}
     with open_index(f"file:{directory}", bits=run.card()["bits"], engine=engine) as index:
-        if count := index.count():
+        count, file = index.count(), directory / _RUN_FILE
+        if count and (not file.is_file() or json.loads(file.read_text()) != told):
             raise ValueError(
-                f"{directory} already holds {count} items; use 'index add', or another directory"
+                f"{directory} already holds {count} items of another build; add images to it with "
+                "'index add', or build in another directory"
             )
-        write_json(directory / _RUN_FILE, {"run": str(run.path.resolve())})
+        write_json(file, told)
         if images is not None:
-            return _add(index, run, images, progress)
+            return _add(index, run, images, progress, adding)
+        if adding.payload is not None:
+            raise ValueError(f"--payload {adding.payload} describes the files of --images FOLDER; name both")
         data = read_data(run.config, progress)
-        index.add(database_codes(run, progress), _payload(data, data.database))
+        payload, keys = _described(data, data.database)
+        index.add(database_codes(run, progress), payload, keys=keys, on_duplicate="update")
         return dict(index.info())
 
 
 def add_images(
-    directory: Path, images: Path, run_path: Path | None = None, progress: Progress = silent
+    directory: Path,
+    images: Path,
+    run_path: Path | None = None,
+    progress: Progress = silent,
+    adding: Adding = Adding(),
 ) -> dict[str, Any]:
-    """Add an image file or a folder of images; returns the index's info."""
+    """Add an image file or a folder of images, each by its path; an interrupted call goes on when repeated.
+
+    Returns:
+        The index's info, and the files ``added``, ``updated``, ``unchanged`` and ``skipped`` (with reasons);
+        with a payload file, ``without_payload`` counts the files that it has no row for, and
+        ``rows_without_file`` names its rows of no such file.
+    """
     with open_index(f"file:{directory}", create=False) as index:
-        return _add(index, run_of_index(directory, run_path), images, progress)
+        return _add(index, run_of_index(directory, run_path), images, progress, adding)
 
 
 def search_image(
-    directory: Path, image: Path, run_path: Path | None = None, k: int = 10, where: str | None = None
+    directory: Path,
+    image: Path,
+    run_path: Path | None = None,
+    k: int = 10,
+    where: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[dict[str, Any]]:
-    """The k nearest items of an image file: id, distance, payload."""
-    allowed = yaml.safe_load(where) if where else None
-    if allowed is not None and not isinstance(allowed, dict):
-        raise ValueError(f"--where takes a mapping such as '{{label: cat}}', got {where!r}")
+    """The k nearest items of an image file: id, distance, payload. ``where`` is a filter as YAML.
+
+    Raises:
+        ValueError: a filter that is no mapping, or names a payload key that no item has.
+    """
+    allowed = read_filter(where) if where else None
     with open_index(f"file:{directory}", create=False) as index:
         run = run_of_index(directory, run_path)
-        pixels = read_image(image, _side(run))[None]
+        pixels = read_image(image, _side(run), max_pixels=max_pixels)[None]
         ranking = index.search(_encode(load_hasher(run), run, pixels), k, where=allowed)
         ids = [item for item in ranking.ids[0].tolist() if item >= 0]
         payloads = index.payload(ids)
     rows = zip(ids, ranking.distances[0].tolist(), payloads, strict=False)
     return [{"id": item, "distance": distance, "payload": payload} for item, distance, payload in rows]
+
+
+def values_of(directory: Path, where: str) -> str:
+    """What the items have under the keys of a filter that allowed none, as a line."""
+    with open_index(f"file:{directory}", create=False) as index:
+        values = {key: index.values(key, 11) for key in read_filter(where)}
+    has = [
+        f"{key} {', '.join(map(str, some[:10]))}{', ...' * (len(some) > 10)}" for key, some in values.items()
+    ]
+    return f"no item passes the filter {where}; items have {'; '.join(has)}"
+
+
+def remove_items(
+    directory: Path, ids: Sequence[int] = (), paths: Sequence[Path] = (), where: str | None = None
+) -> tuple[int, int]:
+    """Remove items by id, by path (a folder's path removes all below it) or by filter: one of them.
+
+    Returns:
+        The number removed, and the number left.
+    """
+    if (len(ids) > 0) + (len(paths) > 0) + (where is not None) != 1:
+        raise ValueError("name ids, --path or --where '{label: cat}': one of them")
+    with open_index(f"file:{directory}", create=False) as index:
+        if where is not None:
+            removed = index.remove(read_filter(where))
+        elif paths:
+            below = [key for path in paths for key in [key_of(path), *index.keys(f"{key_of(path)}/")]]
+            removed = index.remove(keys=below)
+        else:
+            removed = index.remove(list(ids))
+        return removed, index.count()
+
+
+def read_filter(text: str) -> dict[str, Any]:
+    """A filter as YAML, every value as it is written: 2 and 007 are texts, no is the text or false.
+
+    Raises:
+        ValueError: no YAML, or no mapping.
+    """
+    try:
+        where = yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--where takes a mapping such as '{{label: cat}}', got {text!r}: {reason}"
+        ) from None
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"--where takes a mapping such as '{{label: cat}}', got {text!r}")
+    words = yaml.SafeLoader.bool_values
+
+    def options(value: Any) -> list[Any]:
+        several = value if isinstance(value, list) else [value]
+        truths = [words[one.lower()] for one in several if isinstance(one, str) and one.lower() in words]
+        return [*several, *truths]
+
+    return {key: options(value) for key, value in where.items()}
 
 
 def run_of_index(directory: Path, run_path: Path | None = None) -> Run:
@@ -93,57 +228,113 @@ def run_of_index(directory: Path, run_path: Path | None = None) -> Run:
 
 
 def encode_images(
-    run: Run, images: Sequence[Path], progress: Progress = silent
+    run: Run, images: Sequence[Path], skipped: list[Skipped], progress: Progress = silent, *, reading: Reading
 ) -> Iterator[tuple[Codes, list[Path]]]:
     """Codes of image files and of folders of them, in pieces, with the paths of the files.
 
-    Files that cannot be read are left out, with a warning that names them.
+    Files that are no image or cannot be read are left out, and go into ``skipped``.
 
     Raises:
         FileNotFoundError: neither an image nor a folder.
-        ValueError: a folder without images.
+        ValueError: a folder without images, or no file that can be read.
     """
-    paths = [path for given in images for path in _files(given)]
-    hasher = load_hasher(run)
+    listings = [_listing(given) for given in images]
+    paths = [path for listing in listings for path in listing.images]
+    skipped += [one for listing in listings for one in listing.skipped]
+    hasher, unread, before = load_hasher(run), 0, len(skipped)
     for start in range(0, len(paths), _AT_ONCE):
         chunk = paths[start : start + _AT_ONCE]
-        pixels, readable = read_images(chunk, _side(run), on_error="skip")
-        if len(readable):
-            yield _encode(hasher, run, pixels), [chunk[position] for position in readable]
+        pixels, rows = _read(chunk, _side(run), reading, skipped)
+        if rows:
+            yield _encode(hasher, run, pixels), [chunk[row] for row in rows]
+        unread += len(chunk) - len(rows)
         progress(start + len(chunk), len(paths), "encoding images")
+    if unread == len(paths):
+        raise ValueError(f"none of the {unread} images could be read: {some_of(skipped[before:])}")
 
 
-def save_codes(out: Path, bits: int, codes: Mapping[Path, bytes]) -> None:
+def save_codes(out: Path, bits: int, codes: Mapping[str, bytes]) -> None:
     """Write packed codes of images to an ``.npz``: ``codes``, ``bits``, ``ids``, ``paths``."""
     packed = np.array([list(code) for code in codes.values()], dtype=np.uint8)
     arrays = {"codes": packed, "bits": np.array(bits), "ids": np.arange(len(codes))}
     with write_aside(out) as aside:
-        np.savez(aside, allow_pickle=False, **arrays, paths=np.array([str(path) for path in codes]))
+        np.savez(aside, allow_pickle=False, **arrays, paths=np.array(list(codes)))
 
 
-def _files(images: Path) -> list[Path]:
+def _listing(images: Path) -> Listing:
     """An image file, or the images of a folder and its subfolders by name."""
-    if images.is_file():
-        return [images]
+    if not images.exists():
+        raise FileNotFoundError(f"{path_text(images)} is neither an image nor a folder")
     if not images.is_dir():
-        raise FileNotFoundError(f"{images} is neither an image nor a folder")
-    paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise ValueError(f"{images} holds no image ({', '.join(sorted(SUFFIXES))})")
-    return paths
+        if kind := irregular(images.stat().st_mode):
+            raise ValueError(f"{path_text(images)} is {kind}, neither an image nor a folder")
+        return Listing((images,), ())
+    listing = list_images(images)
+    if not listing.images:
+        passed = some_of(listing.skipped) or "nothing, it is empty"
+        raise ValueError(f"{path_text(images)} holds no image; passed over: {passed}")
+    return listing
 
 
-def _add(index: CodeIndex, run: Run, images: Path, progress: Progress) -> dict[str, Any]:
-    """Encode and add in pieces, each safe on disk before the next; ids go on from the highest one."""
-    for codes, paths in encode_images(run, [images], progress):
-        ids = codes.ids + index.next_id()
-        index.add(Codes(codes.packed, codes.bits, ids, codes.origin), [{"path": str(path)} for path in paths])
-    return dict(index.info())
+def _add(index: CodeIndex, run: Run, images: Path, progress: Progress, adding: Adding) -> dict[str, Any]:
+    """Encode and add in pieces, each safe on disk before the next; what is held unchanged is not read."""
+    listing = _listing(images)
+    table = PayloadTable.read(adding.payload, images if images.is_dir() else images.parent)
+    items, skipped = items_of(listing.images, table), list(listing.skipped)
+    if adding.on_duplicate == "error" and (held := index.held([item.key for item in items])):
+        first = next(item for item in items if item.key in held)
+        raise ValueError(
+            f"{len(held)} of {len(items)} images are in the index already (first: {first.payload['path']}); "
+            "--on-duplicate update encodes those that have changed, skip keeps them"
+        )
+    hasher, counts = load_hasher(run).for_database(), {"added": 0, "updated": 0, "unchanged": 0}
+    for start in range(0, len(items), _AT_ONCE):
+        piece = items[start : start + _AT_ONCE]
+        held = index.held([item.key for item in piece])
+        todo = [item for item in piece if not item.is_done(held, adding.on_duplicate)]
+        counts["unchanged"] += len(piece) - len(todo)
+        pixels, rows = _read([item.path for item in todo], _side(run), adding.reading, skipped)
+        if rows:
+            _add_piece(index, _encode(hasher, run, pixels), [todo[row] for row in rows], adding, counts)
+        progress(start + len(piece), len(items), "encoding images")
+    if not any(counts.values()):
+        raise ValueError(f"none of the {len(items)} images could be read: {some_of(skipped)}")
+    passed = [vars(one) for one in skipped]
+    return {**index.info(), **counts, "skipped": passed, **table.report()}
+
+
+def _add_piece(
+    index: CodeIndex, codes: Codes, items: Sequence[LibraryItem], adding: Adding, counts: dict[str, int]
+) -> None:
+    """Add some items in one write and count them; what they carried keeps what the new payload lacks."""
+    held = index.held([item.key for item in items])
+    before = dict(zip(held, index.payload([item for item, _ in held.values()]), strict=True))
+    payload = [{**before.get(item.key, {}), **item.payload} for item in items]
+    keys, stamps = [item.key for item in items], [item.stamp for item in items]
+    added = index.add(codes, payload, keys=keys, stamps=stamps, on_duplicate=adding.on_duplicate)
+    again = int(added.held.sum())
+    counts["added"] += len(added) - again
+    counts["unchanged" if adding.on_duplicate == "skip" else "updated"] += again
+
+
+def _read(
+    paths: Sequence[Path], side: int, reading: Reading, skipped: list[Skipped]
+) -> tuple[Tensor, list[int]]:
+    """(K, 3, S, S) uint8 of the readable files, and their positions; the others go into ``skipped``."""
+    options, images, rows = ImageOptions(side, max_pixels=reading.max_pixels), [], []
+    for row, image in enumerate(iter_images(paths, options, reading.workers)):
+        if isinstance(image, Tensor):
+            images.append(image)
+            rows.append(row)
+        else:
+            reason = "gone since it was listed" if isinstance(image, FileNotFoundError) else image.reason
+            skipped.append(Skipped(path_text(paths[row]), reason))
+    return torch.stack(images) if images else torch.empty(0), rows
 
 
 def _encode(hasher: Hasher, run: Run, pixels: Tensor) -> Codes:
     """Codes of (N, 3, H, W) uint8 images."""
-    signs = torch.cat([encode_signs(hasher, "image", part.float() / 255) for part in pixels.split(256)])
+    signs = torch.cat([encode_signs(hasher, "image", part.float() / 255) for part in pixels.split(_AT_ONCE)])
     return Codes(pack(signs), hasher.bits, torch.arange(len(pixels)), run.card()["digest"])
 
 
@@ -152,8 +343,15 @@ def _side(run: Run) -> int:
     return run.card()["image_size"][0]
 
 
-def _payload(data: RetrievalData, split: Split) -> list[dict[str, Any]] | None:
-    if split.labels is None:
-        return None
-    names = data.label_names
-    return [{"labels": [names[i] for i in torch.nonzero(row).flatten().tolist()]} for row in split.labels]
+def _described(data: RetrievalData, split: Split) -> tuple[list[dict[str, Any]] | None, list[str] | None]:
+    """Payload (path and labels, where there are any) and keys (paths) of the items of a split."""
+    payload: list[dict[str, Any]] = [{} for _ in range(len(split))]
+    keys = None
+    if isinstance(split.source, FileSource):
+        files = [split.source.files[row] for row in split.rows.tolist()]
+        keys = [key_of(file) for file in files]
+        payload = [path_payload(file) for file in files]
+    if split.labels is not None and data.label_names:
+        for one, row in zip(payload, split.labels, strict=True):
+            one["labels"] = [data.label_names[i] for i in torch.nonzero(row).flatten().tolist()]
+    return payload if any(payload) else None, keys

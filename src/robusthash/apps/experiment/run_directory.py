@@ -37,6 +37,7 @@ class RunError(ValueError):
 
 
 CHECKED = "checks.json"  # the flags of ``check``
+TEXTS = "texts.json"  # how texts become inputs, so that those of others can
 KEPT = "kept.json"  # marks a copy of results without weights, see ``kept_results``
 _TRAIN = "run 'robusthash train' or 'robusthash run' first"
 _DAMAGED: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
@@ -250,7 +251,7 @@ class Run:
                 f"robusthash train {self.path / 'config.yaml'}"
             )
         spec = self.card()["hasher"]
-        image, text = _without_weights(spec["image"]), _without_weights(spec["text"])
+        image, text = without_weights(spec["image"]), without_weights(spec["text"])
         hasher = build_hasher(**{**spec, "image": image, "text": text})
         _load_weights(hasher, self.path / "checkpoint" / "hasher.safetensors")
         return hasher.eval()
@@ -299,11 +300,11 @@ def load_run(path: str | Path) -> Run:
         raise RunError(f"{path}: its config cannot be read: {error}") from None
 
 
-def _without_weights(encoder: Any) -> Any:
+def without_weights(encoder: Any) -> Any:
     """Encoder settings without pretrained weights, whose file may be gone since training started there."""
     if not isinstance(encoder, dict):
         return encoder
-    return {key: None if key == "weights" else _without_weights(value) for key, value in encoder.items()}
+    return {key: None if key == "weights" else without_weights(value) for key, value in encoder.items()}
 
 
 def _save_weights(state: dict[str, Tensor], path: Path) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.apps.experiment.model_stages import read_data, set_threads
-from robusthash.apps.experiment.run_directory import Run, load_run, open_run, write_json
+from robusthash.apps.experiment.run_directory import TEXTS, Run, load_run, open_run, write_json
+from robusthash.attacks.base import Attack
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.base import RetrievalData
@@ -64,7 +67,10 @@ def train(config: Config, root: Path, progress: Progress = silent, base: Path = 
         return run
     data = read_data(config, progress)
     write_json(run.path / "data.json", data.describe())
+    if data.text_form is not None:
+        write_json(run.path / TEXTS, data.text_form.plain())
     objective: HashObjective = build("objective", config.training.objective)
+    _check_evaluation(config, data, objective)
     recipe = make_recipe(config, _initial_hasher(config, data, parent), objective)
     log = fit(recipe, data, train_config(config), run)
     learned = recipe.database_codes()
@@ -72,6 +78,19 @@ def train(config: Config, root: Path, progress: Progress = silent, base: Path = 
         run.save_database(learned)
     run.save_model(recipe.hasher, objective, log, data.image_size)
     return run
+
+
+def _check_evaluation(config: Config, data: RetrievalData, objective: HashObjective) -> None:
+    """Refuse, before the training, relevances and budgets that the evaluation after it would refuse."""
+    section = config.evaluation
+    for name in section.relevance:
+        if name not in ("own", *data.label_systems):
+            has = ["own", *data.label_systems]
+            raise ConfigError(f"evaluation.relevance holds {name!r}, and {data.name} has {has}")
+    one = data.train.batch(torch.zeros(1, dtype=torch.int64))
+    for settings in (*section.attacks, *section.oblivious, *section.identity):
+        attack: Attack = build("attack", settings, objective=objective)
+        attack.check_inputs(one.inputs)
 
 
 def _initial_hasher(config: Config, data: RetrievalData, parent: Run | None) -> Hasher:

@@ -21,8 +21,8 @@ from robusthash.core.types import Batch, Codes, Inputs, Reference
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attack_block import AttackedBlock, finish, goals
 from robusthash.evaluation.attack_spec import Kind
+from robusthash.evaluation.code_measures import as_codes, measure_codes
 from robusthash.evaluation.context import EvaluationContext, encoding_batch
-from robusthash.evaluation.evaluate import as_codes, measure_codes
 from robusthash.models.encoding import encode_split, weights_digest
 from robusthash.models.hasher import Hasher
 

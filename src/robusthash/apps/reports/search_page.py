@@ -1,0 +1,57 @@
+"""The page of a search: the query and what was found, with their pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from robusthash.apps.reports.pages import Png, one_line, png, render
+from robusthash.core.atomic_files import write_aside
+from robusthash.data.image_files import MAX_PIXELS, path_text, read_image
+
+_SIDE = 160  # pixels of a picture on the page
+
+
+def write_search_page(
+    file: Path,
+    image: Path,
+    hits: Sequence[Mapping[str, Any]],
+    index: Path,
+    where: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> None:
+    """Write an HTML page of one search that opens from disk; a picture that is gone is named as such."""
+    results = [
+        {
+            "path": hit["payload"].get("path", f"item {hit['id']}"),
+            "distance": hit["distance"],
+            "id": hit["id"],
+            "picture": _picture(_file_of(hit["payload"]), max_pixels),
+            "about": [(key, one_line(value)) for key, value in hit["payload"].items() if key[:4] != "path"],
+        }
+        for hit in hits
+    ]
+    query = {"path": path_text(image), "picture": _picture(image, max_pixels)}
+    title = f"Pictures like {path_text(image.name)}"
+    text = render(
+        "search.html.j2", title=title, query=query, hits=results, index=path_text(index), where=where
+    )
+    with write_aside(file) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def _file_of(payload: Mapping[str, Any]) -> Path | None:
+    """The file of an item, if its payload names one."""
+    if isinstance(written := payload.get("path_hex"), str):
+        return Path(bytes.fromhex(written).decode("utf-8", "surrogateescape"))
+    path = payload.get("path")
+    return Path(path) if isinstance(path, str) else None
+
+
+def _picture(file: Path | None, max_pixels: int) -> Png | None:
+    """The picture of a file, padded to a square; None where there is none that can be read."""
+    try:
+        return None if file is None else png(read_image(file, _SIDE, "pad", max_pixels))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,74 @@
+"""What a caller gives to an index, checked: ids, keys, packed rows and payload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robusthash.core.types import Codes
+from robusthash.index.payload_filter import check_key, to_json
+
+Ids = Tensor | np.ndarray | Iterable[int]
+"""Item ids: whole numbers, 0 or greater, in one dimension."""
+
+
+def id_array(ids: Ids) -> np.ndarray:
+    """Any collection of ids as (N,) int64, in its order."""
+    values = ids.cpu().numpy() if isinstance(ids, Tensor) else ids
+    array = values if isinstance(values, np.ndarray) else np.array(list(values))
+    if array.ndim != 1:
+        raise ValueError(f"ids must have one dimension, got shape {array.shape}")
+    if len(array) == 0:
+        return np.zeros(0, dtype=np.int64)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"ids must be whole numbers, got {array.dtype}: {array[0]!r}")
+    if array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"ids must be below 2**63, got {array.max()}")
+    return array.astype(np.int64)
+
+
+def key_texts(keys: Sequence[str], count: int) -> list[str]:
+    """Keys, checked."""
+    if isinstance(keys, str) or len(keys) != count:
+        raise ValueError(f"{count} codes with the keys {keys!r:.80}; give a list of one each")
+    for key in keys:
+        if not isinstance(key, str):
+            raise ValueError(f"keys are text, got {key!r}")
+        to_json(key, f"the key {key!r}")
+    return list(keys)
+
+
+def packed_rows(codes: Codes, bits: int) -> np.ndarray:
+    """The rows of ``codes`` as a contiguous (N, ceil(K / 8)) uint8 array, checked against ``bits``."""
+    if codes.bits != bits:
+        raise ValueError(f"codes of {codes.bits} bits do not fit an index of {bits} bits; use the same model")
+    width, packed = (bits + 7) // 8, codes.packed
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != width:
+        got = f"got {tuple(packed.shape)} {packed.dtype}; use hamming.pack"
+        raise ValueError(f"codes of {bits} bits are (N, {width}) torch.uint8 rows, {got}")
+    if len(codes.ids) != len(packed):
+        raise ValueError(f"{len(packed)} codes with {len(codes.ids)} ids")
+    rows = np.ascontiguousarray(packed.cpu().numpy())
+    padding = width * 8 - bits
+    if padding and (rows[:, -1] & ((1 << padding) - 1)).any():  # it would count as distance
+        raise ValueError(f"codes have ones after bit {bits}; the padding must be zero, use hamming.pack")
+    return rows
+
+
+def payload_texts(payload: Sequence[Mapping[str, Any]], names: Sequence[object]) -> list[str]:
+    """The payload as JSON texts, checked; ``names`` are ids or keys."""
+    if len(payload) != len(names):
+        raise ValueError(f"{len(names)} codes with {len(payload)} payloads; give one each, or none at all")
+    texts = []
+    for item, value in zip(names, payload, strict=True):
+        what = f"the payload of {f'id {item}' if not isinstance(item, str) else repr(item)}"
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{what} must be a mapping, got {type(value).__name__}")
+        for key in value:
+            check_key(key)
+        texts.append(to_json(dict(value), what))
+    return texts
