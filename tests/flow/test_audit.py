@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, Tier, op
 from robusthash.core.hamming import distance
 from robusthash.core.runtime import Draws
 from robusthash.metrics.results import Flag
-from robusthash.models.external.wrapper import Broken
+from robusthash.models.external.model_answers import AnswerReading, Broken
 from tests.unit.test_endpoint import served
 
 LINES = ("guided-apgd", "flip", "mainstay", "square")
@@ -91,6 +92,37 @@ def test_the_same_audit_gives_the_same_numbers(folder, model, tmp_path):
         run_audit("toy:model", tmp_path / n, folder, AuditOptions(size=32, tier=TINY)) for n in ("a", "b")
     )
     assert first["rows"] == second["rows"]
+
+
+@pytest.mark.parametrize("reading", [AnswerReading(), AnswerReading("float", "euclidean")])
+def test_an_embedding_is_audited_by_its_own_distance(reading, folder, tmp_path, monkeypatch):
+    """Features that are never negative: cut at 0 or 0.5 they would make one code of all photographs."""
+    net = torch.nn.Linear(3 * 32 * 32, 24, bias=False)
+    torch.nn.init.normal_(net.weight, std=0.05, generator=torch.Generator().manual_seed(0))
+    made = types.ModuleType("positive")
+    made.model = torch.nn.Sequential(torch.nn.Flatten(), net, torch.nn.Softplus(beta=5))
+    monkeypatch.setitem(sys.modules, "positive", made)
+    (folder / "flat").mkdir()
+    for path in folder.glob("*.png"):
+        path.rename(folder / "flat" / path.name)
+    options = AuditOptions(labels=True, size=32, tier=TINY, reading=reading)
+    summary = run_audit("positive:model", tmp_path / "out", folder, options)
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert summary["distance"] == reading.distance
+    assert rows["unchanged"]["first"] == rows["jpeg-90"]["first"] == 1.0
+    assert rows["hide, worst case"]["map"] < 0.6 < rows["noise"]["map"]
+    assert {"guided-apgd", "flip", "margin-pn", "square", "imitate"} <= set(rows)
+    assert rows["imitate"]["bits"] < rows["before the attack"]["bits"]
+    assert 0 < summary["radius"] == float(summary["radius"])
+    assert summary["false matches"] <= 0.01
+    assert rows["unchanged"]["same_kind"] is not None
+    assert ("Nobody said so" in summary["said"][0]) == (reading == AnswerReading())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"compares embeddings by {reading.distance} distance" in page
+    assert "bits apart" not in page
+    assert not re.search(r"nan|None", re.sub(r"<[^>]*>", "", page))
+    with pytest.raises(ValueError, match=r"radius is a (cosine|euclidean) distance"):
+        run_audit("positive:model", tmp_path / "out", folder, replace(options, radius=-1))
 
 
 def brightness(images):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import random
+import struct
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,20 @@ import pytest
 import torch
 from PIL import Image
 
+from robusthash.data import image_files, pixel_conversion
 from robusthash.data.image_files import (
+    UNREAD,
     ImageFile,
     ImageOptions,
     ImageTooLarge,
     UnreadableImage,
     iter_images,
+    path_text,
+    pixels_of,
     read_image,
     read_images,
 )
+from robusthash.data.image_listing import list_images
 
 
 def save(path: Path, image: Image.Image, **options: Any) -> Path:
@@ -324,3 +332,203 @@ def test_many_files_come_in_order_from_several_threads(tmp_path: Path) -> None:
     ]
     assert values == [n % 256 for n in range(300)]
     assert threading.active_count() == before
+
+
+# Metadata of strangers
+
+
+def exif_directory(entries: list[tuple[int, int, int, bytes]]) -> bytes:
+    """An EXIF block of (tag, type, count, value) entries, as cameras and editors write them."""
+    head, data = struct.pack("<2sHIH", b"II", 42, 8, len(entries)), b""
+    for tag, kind, count, value in entries:
+        place = (
+            struct.pack("<I", 14 + 12 * len(entries) + len(data)) if len(value) > 4 else value.ljust(4, b"\0")
+        )
+        head += struct.pack("<HHI", tag, kind, count) + place
+        data += value if len(value) > 4 else b""
+    return b"Exif\0\0" + head + bytes(4) + data
+
+
+def odd_entries(chance: random.Random) -> list[tuple[int, int, int, bytes]]:
+    """Up to six tags of any type and count, with values that need not fit them."""
+    tags = [
+        0x11A,
+        0x11B,
+        0x128,
+        0x10F,
+        0x110,
+        0x8769,
+        0x8825,
+        0xA005,
+        0x100,
+        0x111,
+        0x927C,
+        0x201,
+        0x14A,
+        0x2BC,
+    ]
+    entries = []
+    for _ in range(chance.randint(1, 6)):
+        size = chance.choice([1, 2, 4, 8, 24])
+        value = chance.choice([bytes(size), chance.randbytes(size), b"\xff" * size])
+        entries.append(
+            (chance.choice(tags), chance.randrange(15), chance.choice([0, 1, 2, 1000, 2**31]), value)
+        )
+    return entries
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged metadata
+def test_orientation_is_all_that_is_taken_of_odd_exif() -> None:
+    chance, noise = random.Random(0), np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    turned = {1: torch.from_numpy(noise).permute(2, 0, 1)}
+    for value, turn in {6: Image.Transpose.ROTATE_270, 3: Image.Transpose.ROTATE_180}.items():
+        turned[value] = torch.from_numpy(np.array(image.transpose(turn))).permute(2, 0, 1)
+    for number in range(3000):
+        value = (1, 3, 6)[number % 3]
+        entries = [(0x112, 3, 1, struct.pack("<H", value)), *odd_entries(chance)]
+        stream = io.BytesIO()
+        image.save(stream, "PNG", exif=exif_directory(entries))
+        assert torch.equal(read_image(stream), turned[value]), entries
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_orientation_of_another_type_turns_nothing_and_ends_nothing(tmp_path: Path) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    for value in (
+        (0x112, 2, 3, b"six\0"),
+        (0x112, 5, 1, bytes(8)),
+        (0x112, 12, 1, b"\xff" * 8),
+        (0x112, 3, 1, b"\x63\0"),
+    ):
+        path = save(tmp_path / "a.png", image, exif=exif_directory([value, (0x11A, 2, 4, b"high")]))
+        assert read_image(path).shape == (3, 16, 24)
+        with Image.open(path) as opened:
+            assert torch.equal(pixels_of(opened, 8), read_image(path, 8))
+
+
+# Files that are no files
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    for name, kind in (
+        ("pipe", "a pipe"),
+        ("folder", "a folder"),
+        ("loop", "symbolic links"),
+        ("zero", "a device"),
+    ):
+        with pytest.raises(UnreadableImage, match=rf"{name}\.jpg.*{kind}"):
+            read_image(tmp_path / f"{name}.jpg")
+
+
+def test_a_folder_is_listed_by_content_and_the_rest_is_named(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    read = ["a.jpg", "b.jfif", "c", "d.dat", "deep/e.PNG", "album.jpg/f.webp"]
+    for name in read:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path, {".jpg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG"))
+    (tmp_path / "broken.png").write_bytes(b"")  # reported when it is read
+    (tmp_path / "notes.txt").write_text("P5 is how some pictures begin")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (tmp_path / ".hidden.jpg").write_bytes(b"")
+    (tmp_path / ".cache").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "again").symlink_to(".")
+    listing = list_images(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in listing.images] == sorted(
+        [*read, "broken.png"], key=lambda name: Path(name).parts
+    )
+    reasons = {os.path.relpath(one.file, tmp_path): one.reason for one in listing.skipped}
+    assert reasons == {
+        ".cache": "a hidden folder",
+        ".hidden.jpg": "a hidden file",
+        "again": "a link to a folder",
+        "album.jpg": "a folder, not an image file",
+        "gone.jpg": "a link to nothing",
+        "loop.jpg": "Too many levels of symbolic links",
+        "notes.txt": UNREAD,
+        "phone.heic": "a HEIC picture, which is not read; save it as JPEG or PNG",
+        "pipe.jpg": "a pipe (fifo)",
+    }
+    assert {path.name for path in list_images(tmp_path, deep=False).images} == {
+        "a.jpg",
+        "b.jfif",
+        "broken.png",
+        "c",
+        "d.dat",
+    }
+
+
+def test_names_that_are_no_utf8_are_written_readably(tmp_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    Image.new("RGB", (4, 4)).save(name)
+    (listed,) = list_images(tmp_path).images
+    assert os.fsencode(listed) == os.fsencode(name)
+    assert read_image(listed).shape == (3, 4, 4)
+    assert path_text(listed).endswith("/caf\\xe9.png")
+    path_text(listed).encode()
+
+
+# Memory
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_bands_of_a_large_transparent_image_are_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = np.random.default_rng(0)
+    image = Image.fromarray(chance.integers(0, 256, (50, 37, 4), dtype=np.uint8), "RGBA")
+    if mode != "RGBA":
+        image = image.convert(mode) if mode == "LA" else image.convert("RGB").convert("P")
+    if mode == "P":
+        image.info["transparency"] = bytes(chance.integers(0, 256, 256, dtype=np.uint8))
+    whole = image.convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), whole).convert("RGB")
+    monkeypatch.setattr(pixel_conversion, "_BAND", 100)
+    assert np.array_equal(np.array(pixel_conversion.to_rgb(image)), np.array(expected))
+
+
+def test_no_more_pixels_are_decoded_at_once_than_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = [save(tmp_path / f"{number}.png", Image.new("RGB", (40, 25), "red")) for number in range(12)]
+    small = [save(tmp_path / f"s{number}.png", Image.new("RGB", (10, 10), "red")) for number in range(12)]
+    alone = save(tmp_path / "alone.png", Image.new("RGB", (100, 100), "red"))
+    room, held, most = pixel_conversion.Decoding(2500), [], threading.Lock()
+    monkeypatch.setattr(image_files, "DECODING", room)
+    convert = pixel_conversion.to_rgb
+
+    def watched(image: Image.Image) -> Image.Image:
+        with most:
+            held.append(room._held)
+        time.sleep(0.002)  # so that the threads meet
+        return convert(image)
+
+    monkeypatch.setattr(image_files, "to_rgb", watched)
+    images = list(iter_images([*large, alone, *small], ImageOptions(4), workers=8))
+    assert all(isinstance(image, torch.Tensor) for image in images)
+    assert max(count for count in held if count != 10_000) <= 2500
+    assert 10_000 in held  # larger than the room, so alone
+    assert max(held) == 10_000
+    assert room._held == 0
+
+
+def test_max_pixels_takes_the_place_of_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(
+        tmp_path / "huge.png", Image.new("L", (19_000, 9_500), 7)
+    )  # 180 megapixels, refused by Pillow
+    with pytest.raises(ImageTooLarge, match=r"--max-pixels.* to 180500000 if you trust it"):
+        read_image(path, 8)
+    assert read_image(path, 8, max_pixels=180_500_000).unique().tolist() == [7]
+    assert Image.MAX_IMAGE_PIXELS == 89_478_485
+
+
+@pytest.mark.parametrize("workers", [0, -2])
+def test_workers_must_be_positive(workers: int) -> None:
+    with pytest.raises(ValueError, match=f"workers must be at least 1, got {workers}"):
+        list(iter_images([], ImageOptions(4), workers))

@@ -227,7 +227,7 @@ def test_the_evaluator_projects_again_whatever_the_attack_returns(context, monke
 
 
 def test_a_search_by_gradient_refuses_a_score_that_the_input_has_no_gradient_of():
-    with pytest.raises(ValueError, match="the model has no gradient to its image"):
+    with pytest.raises(ValueError, match="no gradient reaches the image of this victim"):
         ascend(lambda inputs, _: (torch.zeros(2), torch.zeros(2, 4)), {"image": torch.zeros(2, 3, 8, 8)}, 0.0)
 
 

@@ -109,11 +109,11 @@ def broken_batch_norm():
         (broken_codes(), "changes its codes"),
         (broken_alone, "batch of one; is it squeezed"),
         (broken_batch_norm(), "fails on 1 x 3 x 24 x 24 .* BatchNorm"),
-        (lambda x: Linear()(x).abs() * 100, "features, not codes"),
         (lambda x: (Linear()(x) * 10).long(), "whole numbers"),
         (lambda x: Linear()(x)[None], r"\(1, 12, 16\) to 12 images"),
         (lambda x: Linear()(x)[:-1], r"\(11, 16\) to 12 images"),
-        (lambda x: {"codes": Linear()(x)}, "answered a dict"),
+        (lambda x: {"codes": Linear()(x), "n": 1}, r"2 outputs: codes \(12, 16\), n \(\); .*--output-name"),
+        (lambda x: "codes", "answered a str"),
         (lambda x: x.no_such_thing(), "AttributeError"),
     ],
 )

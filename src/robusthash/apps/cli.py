@@ -106,8 +106,8 @@ def _smaller_batches_noted() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    goes_on = "run, train, evaluate, assess, questions, sweep, demo and quickstart"
-    note(f"stopped; {goes_on} go on from what was finished")
+    going_on = "run, train, evaluate, assess, questions, sweep, demo, quickstart, index build and index add"
+    note(f"stopped; {going_on} go on from what was finished")
     sys.exit(130)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from robusthash.attacks.budgets import per_item
 from robusthash.attacks.threat_model import Threat
-from robusthash.core.hamming import sign
 from robusthash.core.identity import changes, describe
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Inputs, Outputs, Reference
@@ -21,7 +20,7 @@ from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher, frozen
 
 Select = Callable[[Tensor], Tensor]
-"""(B, K) signs -> (B,) reported metric from the adversary's side, larger = better for the attack."""
+"""(B, K) signs or vectors -> (B,) reported metric of the adversary, larger = better for the attack."""
 
 Score = Callable[[Inputs, float], tuple[Tensor, Tensor]]
 """(attacked inputs, progress in [0, 1]) -> ((B,) score to ascend, (B, K) logits)."""
@@ -66,7 +65,9 @@ class SearchResult:
     guidance: Guidance = field(
         default_factory=lambda: Guidance(torch.empty(0, 0))
     )  # empty where there is none
-    signs: Tensor | None = None  # (B, K) code of the inputs, where ``Attack.__call__`` encoded them
+    signs: Tensor | None = (
+        None  # (B, K) code (or vector) of the inputs, where ``Attack.__call__`` encoded them
+    )
 
 
 class Guide(ABC):
@@ -278,6 +279,8 @@ class Attack:
             select: the reported metric, where the attacker may compute it.
             start: feasible inputs to start from, e.g. the solution at a smaller eps.
         """
+        if select is not None:
+            select = _on_logits(select, victim)
         with frozen(victim), torch.enable_grad():
             score, guidance = self.aim(victim, batch, goal, reference, draws)
             search = self.search.looking(victim)
@@ -303,8 +306,13 @@ class Attack:
         """``perturb`` and encode the result again (published loops report the code of one step earlier)."""
         result = self.perturb(victim, batch, goal, reference, draws=draws, select=select, start=start)
         with frozen(victim), torch.no_grad():
-            signs = sign(next(iter(victim(result.inputs).values())).logits)
+            signs = victim.compared(next(iter(victim(result.inputs).values())).logits)
         return replace(result, signs=signs)
+
+
+def _on_logits(select: Select, victim: Hasher) -> Select:
+    """``select`` for the logits of a victim, of which its search compares the signs or the numbers."""
+    return lambda logits: select(victim.compared(logits))
 
 
 def _better(score: Score, select: Select | None, first: SearchResult, second: SearchResult) -> SearchResult:
@@ -313,7 +321,7 @@ def _better(score: Score, select: Select | None, first: SearchResult, second: Se
         values = []
         for result in (first, second):
             value, logits = score(result.inputs, 1.0)
-            values.append(value if select is None else select(sign(logits)))
+            values.append(value if select is None else select(logits))
     win = values[1] > values[0]
     inputs = {n: torch.where(per_item(win, v), second.inputs[n], v) for n, v in first.inputs.items()}
     return SearchResult(

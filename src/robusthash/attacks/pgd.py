@@ -12,7 +12,6 @@ from torch import Tensor
 from robusthash.attacks.base import Score, Search, SearchResult, Select, Start
 from robusthash.attacks.budgets import per_item
 from robusthash.attacks.threat_model import Threat
-from robusthash.core.hamming import sign
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Inputs
@@ -92,7 +91,7 @@ class Selection:
         """Rate a point by the metric of its logits."""
         if self.select is None:
             return
-        value = self.select(sign(logits))
+        value = self.select(logits)
         if self.best is None:
             self.best = Best(value, dict(inputs))
         else:

@@ -101,12 +101,31 @@ class Draws:
         return ((mixed >> 8).to(torch.float32) * 2.0**-24).reshape(len(ids), *shape)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is CUDA where there is one, else the CPU.
+_instead: list[str] = []  # the devices of ``computing_on``, the innermost last
+
+
+@contextlib.contextmanager
+def computing_on(name: str) -> Iterator[None]:
+    """Compute on this device inside of the block, whatever a run or a call says: ``--device``.
 
     Raises:
         ValueError: a device that is not there.
     """
+    _instead.append(name)
+    try:
+        choose_device(name)
+        yield
+    finally:
+        _instead.pop()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name, or of ``computing_on``; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    name = _instead[-1] if _instead else name
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

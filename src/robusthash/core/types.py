@@ -88,6 +88,18 @@ class Codes:
         """(N, K) int8 in {-1, +1}."""
         return unpack(self.packed, self.bits)
 
+    def rows(self) -> Tensor:
+        """(N, K) what the search compares: the signs."""
+        return self.signs()
+
+    def take(self, positions: Tensor) -> Codes:
+        """These items, numbered anew."""
+        return replace(self, packed=self.packed[positions], ids=torch.arange(len(positions)))
+
+    def of(self, rows: Tensor) -> Codes:
+        """The codes of (N, K) other signs of the same length, numbered from 0."""
+        return Codes(pack(rows), self.bits, torch.arange(len(rows)))
+
     def numpy(self) -> np.ndarray:
         """(N, ceil(K / 8)) uint8, packed."""
         return self.packed.cpu().numpy()

@@ -125,7 +125,7 @@ def copies(
     return replace(data, skipped=tuple(map(str, skipped))) if skipped else data
 
 
-def listed_images(root: Path) -> Listing:
+def images_below(root: Path) -> Listing:
     """The images of a folder and its subfolders, by name, and the files passed over; an error without one."""
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root.absolute()}; it should hold images")
@@ -143,7 +143,7 @@ def _different(
 
     The pixels are (N, 3, size, size) uint8, as an index of the same folder encodes them.
     """
-    listing = listed_images(root)
+    listing = images_below(root)
     paths = listing.images
     order = torch.randperm(len(paths), generator=draws.within("images").generator())[:limit]
     drawn = [paths[row] for row in sorted(order.tolist())]

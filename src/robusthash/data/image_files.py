@@ -77,7 +77,7 @@ def path_text(path: str | Path) -> str:
 
 
 def irregular(mode: int) -> str:
-    """What a file of this mode (``st_mode``) is where it is no regular file; "" for a regular one."""
+    """The kind of a file of this mode (``st_mode``) that is no regular file; "" for a regular one."""
     return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
 
 

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from robusthash.data.image_files import BROKEN, FORMATS, UNREAD, Skipped, irregular, opened, path_text
 
@@ -17,7 +17,7 @@ _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")  # brand
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies below a folder."""
+    """The files below a folder."""
 
     images: tuple[Path, ...]  # sorted
     skipped: tuple[Skipped, ...]  # sorted
@@ -97,7 +97,5 @@ def _unopened(path: Path) -> str:
     try:
         with path.open("rb") as stream, opened(stream, sys.maxsize):
             return ""
-    except UnidentifiedImageError:
+    except BROKEN:
         return UNREAD
-    except BROKEN as error:
-        return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Measures of any codes in place of the queries of a context."""
+"""Measures of any codes, or float vectors, in place of the queries of a context."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.threat_model import Threat
+from robusthash.core.embeddings import Embeddings, Searched
 from robusthash.core.hamming import pack
 from robusthash.core.types import Codes
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.context import NOISE_SAMPLES, EvaluationContext
 from robusthash.metrics.distance_histogram import prepared_profile
+from robusthash.metrics.embedding_measures import measure_embeddings
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.protocol import Measured, measure
 from robusthash.metrics.results import EvalResult
@@ -31,10 +33,15 @@ def ap_alone(context: EvaluationContext) -> EvaluationContext:
     return replace(context, protocol=replace(context.protocol, measures=measures))
 
 
-def measure_codes(context: EvaluationContext, query: Codes, labels: Tensor) -> Measured:
-    """Measure any codes in place of the queries, under the protocol of the context."""
-    profile, database = prepared_profile(query, labels, context.prepared), context.database
-    return measure(context.protocol, query, labels, database, context.database_labels, profile=profile)
+def measure_codes(context: EvaluationContext, query: Searched, labels: Tensor) -> Measured:
+    """Measure any codes, or float vectors, in place of the queries, under the protocol of the context."""
+    protocol, database, database_labels = context.protocol, context.database, context.database_labels
+    if isinstance(query, Embeddings) and isinstance(database, Embeddings):
+        return measure_embeddings(protocol, query, labels, database, database_labels)
+    if isinstance(query, Embeddings):
+        raise ValueError("float vectors cannot search a database of codes")
+    profile = prepared_profile(query, labels, context.prepared)
+    return measure(protocol, query, labels, context.codes, database_labels, profile=profile)
 
 
 def as_codes(signs: Tensor) -> Codes:
@@ -45,7 +52,9 @@ def as_codes(signs: Tensor) -> Codes:
 def mean_ap(context: EvaluationContext, samples: Tensor) -> dict[str, Tensor]:
     """(Q,) each AP of the protocol, averaged over (S, Q, K) codes under noise. Never the lowest of them."""
     lean = ap_alone(context)
-    measured = [measure_codes(lean, as_codes(codes), lean.query_labels).per_query for codes in samples]
+    measured = [
+        measure_codes(lean, context.query.of(codes), lean.query_labels).per_query for codes in samples
+    ]
     names = ap_names(measured[0])
     return {name: torch.stack([values[name] for values in measured]).mean(0) for name in names}
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Attack, Select
-from robusthash.core.hamming import pack
+from robusthash.attacks.embedding_attacks import on_embeddings
+from robusthash.core.embeddings import Embeddings, Searched
 from robusthash.core.labels import has_relevant
 from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import Draws, Progress, silent
@@ -20,8 +21,9 @@ from robusthash.data.base import RetrievalData, Split
 from robusthash.data.splits import stable_subset
 from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.distance_histogram import Prepared, prepare, prepared_counts
+from robusthash.metrics.embedding_measures import embedding_ap
 from robusthash.metrics.protocol import Protocol, load_protocol
-from robusthash.models.encoding import encode_by, encode_signs, encode_split
+from robusthash.models.encoding import encode_by, encode_searched, encode_signs
 from robusthash.models.external.wrap import require_hasher
 from robusthash.models.hasher import Hasher
 from robusthash.models.surrogate_gradients import keyed_noise
@@ -43,8 +45,8 @@ class EvaluationContext:
     protocol: Protocol
     direction: tuple[str, str]  # modality of the queries, modality of the database
     queries: Split
-    query: Codes  # clean
-    database: Codes
+    query: Searched  # clean
+    database: Searched
     seed: int
     batch_size: int
     encoded_by: int = 0  # items at a time, the same for all splits; 0 is ``encoding_batch`` of the batch size
@@ -54,7 +56,28 @@ class EvaluationContext:
 
     @cached_property
     def prepared(self) -> Prepared:
-        return prepare(self.database, self.database_labels)
+        return prepare(self.codes, self.database_labels)
+
+    @property
+    def codes(self) -> Codes:
+        """The database as binary codes, and ``query_codes`` the queries.
+
+        Raises:
+            ValueError: they are searched by the distance of float vectors, which have none.
+        """
+        return self._binary(self.database)
+
+    @property
+    def query_codes(self) -> Codes:
+        return self._binary(self.query)
+
+    def _binary(self, searched: Searched) -> Codes:
+        if isinstance(searched, Codes):
+            return searched
+        raise ValueError(
+            f"this works on bits, and the victim is searched by the {self.victim.distance} distance of its "
+            "numbers; wrap it with output='signs' where its users take their signs"
+        )
 
     @property
     def query_labels(self) -> Tensor:
@@ -72,9 +95,8 @@ class EvaluationContext:
 
     def at(self, positions: Tensor, chosen: str = "given") -> EvaluationContext:
         """The context with only these queries, in this order."""
-        ids, packed = torch.arange(len(positions)), self.query.packed[positions]
-        query = replace(self.query, packed=packed, ids=ids)
-        return replace(self, queries=self.queries.take(positions), query=query, chosen=chosen)
+        queries, query = self.queries.take(positions), self.query.take(positions)
+        return replace(self, queries=queries, query=query, chosen=chosen)
 
     def some(self, count: int) -> EvaluationContext:
         """``count`` of the queries, chosen by ``stable_subset``; itself where it has no more."""
@@ -91,8 +113,8 @@ class EvaluationContext:
 
     @cached_property
     def _searched(self) -> Reference:
-        signs = self.database.signs().float()
-        return Reference({self.direction[1]: signs}, self.database_labels).to(self.victim.device)
+        rows = self.database.rows().float()
+        return Reference({self.direction[1]: rows}, self.database_labels).to(self.victim.device)
 
     @cached_property
     def _searched_pairs(self) -> Reference:
@@ -104,9 +126,9 @@ class EvaluationContext:
     def _encoded(self, split: Split, modalities: Collection[str]) -> Reference:
         """Encoded as the database is, so that the pair of a joint attack is the same in every direction."""
         hasher, size = self.victim.for_database(), self.encoded_by or encoding_batch(self.batch_size)
-        codes = {m: encode_split(hasher, split, batch_size=size, modality=m)[m] for m in modalities}
-        signs = {m: c.signs().float() for m, c in codes.items()}
-        return Reference(signs, split.labels).to(self.victim.device)
+        codes = {m: encode_searched(hasher, split, batch_size=size, modality=m)[m] for m in modalities}
+        rows = {m: c.rows().float() for m, c in codes.items()}
+        return Reference(rows, split.labels).to(self.victim.device)
 
     def known(self, attack: Attack, pairs: bool = False) -> Reference | None:
         """Codes that the attacker knows: of the database (W2), of training items (W1) or none (W0).
@@ -125,19 +147,31 @@ class EvaluationContext:
         raise ValueError(f"a {knowledge} attacker holds no weights; {attack.name!r} needs W0, W1 or W2")
 
     def fitted(self, attack: Attack, pairs: bool = False) -> Attack:
-        """The attack with its learning parts trained on this victim: once, before the first block."""
+        """The attack with its learning parts trained on this victim: once, before the first block.
+
+        On a victim that is searched by float vectors it is the form of the attack that moves those.
+
+        Raises:
+            ValueError: an attack on bits that has no such form.
+        """
+        if self.victim.distance != "hamming":
+            attack = on_embeddings(attack)
         return attack.fit(self.victim, self.data, self.known(attack, pairs), draws=Draws(self.seed, ("fit",)))
 
     def select(self, labels: Tensor, sign: int) -> Select:
         """Exact expected AP over the database from the adversary's side, for points of one batch."""
         labels = labels.cpu()
 
-        def metric(signs: Tensor) -> Tensor:
-            packed = pack(signs)
-            codes = Codes(packed, self.victim.bits, torch.arange(len(packed)))
-            return sign * average_precision(*prepared_counts(codes, labels, self.prepared)).to(signs.device)
+        def metric(rows: Tensor) -> Tensor:
+            return sign * self.expected_ap(rows, labels).to(rows.device)
 
         return metric
+
+    def expected_ap(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """(B,) exact expected AP of (B, K) signs, or float vectors, for (B, C) labels."""
+        if isinstance(self.database, Embeddings):
+            return embedding_ap(self.database.of(rows), labels, self.database, self.database_labels)
+        return average_precision(*prepared_counts(self.database.of(rows), labels, self.prepared))
 
     def batch(self, block: int, modalities: Collection[str] = ()) -> Batch:
         """Block number ``block`` of the queries, on the victim's device; ids are query positions.
@@ -219,7 +253,7 @@ def make_context(
     protocol: str | Mapping[str, Any] | Protocol = "house",
     *,
     direction: tuple[str, str] | None = None,
-    database: Codes | None = None,
+    database: Searched | None = None,
     queries: int | None = None,
     seed: int = 0,
     batch_size: int = 250,
@@ -258,13 +292,13 @@ def make_context(
     chosen += f", {left_out} without a relevant item left out" * bool(left_out)
     notes: list[str] = []
 
-    def encoded(hasher: Hasher, split: Split, modality: str, size: int, title: str) -> Codes:
+    def encoded(hasher: Hasher, split: Split, modality: str, size: int, title: str) -> Searched:
         def titled(done: int, total: int) -> None:
             progress(done, total, title)
 
         return encode_by(hasher, split, batch_size=size, modality=modality, progress=titled)[modality]
 
-    def both(size: int) -> tuple[Codes, Codes]:
+    def both(size: int) -> tuple[Searched, Searched]:
         codes, by = database, victim.for_database()
         if codes is None:
             codes = encoded(by, data.database, direction[1], size, "encoding the database")

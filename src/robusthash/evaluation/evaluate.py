@@ -12,9 +12,9 @@ from torch import Tensor
 
 from robusthash.attacks.base import Attack
 from robusthash.attacks.threat_model import Threat
+from robusthash.core.embeddings import Searched
 from robusthash.core.identity import marked_identity
 from robusthash.core.runtime import Progress, silent
-from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import GradientAttack
@@ -22,7 +22,6 @@ from robusthash.evaluation.code_measures import (
     ap_alone,
     ap_names,
     ap_under_noise,
-    as_codes,
     choosing_ap,
     measure_codes,
     noise_notes,
@@ -154,10 +153,10 @@ def score_untargeted(context: EvaluationContext, attacked: AttackedBlock, name: 
         name: of the attack, by which the noise of a randomised victim is drawn.
     """
     headline, labels, lean = context.protocol.headline, context.query_labels, ap_alone(context)
-    clean, codes = measure_codes(lean, context.query, labels), as_codes(attacked.signs[:, 0])
+    clean, codes = measure_codes(lean, context.query, labels), context.query.of(attacked.signs[:, 0])
     measured = measure_codes(context, codes, labels)
     stored = {
-        MeasureKey(headline).name(storage=storage): measure_codes(lean, as_codes(signs[:, 0]), labels)
+        MeasureKey(headline).name(storage=storage): measure_codes(lean, context.query.of(signs[:, 0]), labels)
         for storage, signs in attacked.stored.items()
     }
     choose: dict[str, Tensor] = {}
@@ -167,18 +166,18 @@ def score_untargeted(context: EvaluationContext, attacked: AttackedBlock, name: 
         measured = with_ap(measured, ap)
     before, after = clean.per_query[headline], measured.per_query[headline]
     drop, _ = robustness.ap_drop(before, after)
-    changed_bits = robustness.flips(context.query, codes).to(torch.float64)
+    change, moved = robustness.moved(context.query, codes)
     values = {
         **measured.values,
         **{name: rounded.values[headline] for name, rounded in stored.items()},
-        "flips": float(changed_bits.mean()),
+        change: float(moved.mean()),
         "drop": float(drop.nanmean()),
         "ASR": robustness.success_rate(before, after).rate,
     }
     per_query = {
         **measured.per_query,
         **{name: rounded.per_query[headline] for name, rounded in stored.items()},
-        "flips": changed_bits,
+        change: moved,
         "drop": drop,
     }
     known = {name: value for name, value in values.items() if value is not None}
@@ -206,19 +205,21 @@ def score_targeted(context: EvaluationContext, attacked: AttackedBlock) -> EvalR
     # from here on, a row for each pair of a query and a target
     target_labels = targets[rows].flatten(0, 1)
     query_labels = context.query_labels[rows].repeat_interleave(each, 0)
-    codes = as_codes(attacked.signs[rows].flatten(0, 1))
-    unchanged = Codes(context.query.packed[rows.repeat_interleave(each)], codes.bits, codes.ids)
-    to_target = measure_codes(context, codes, target_labels)
-    to_query = measure_codes(context, codes, query_labels)
+    codes = context.query.of(attacked.signs[rows].flatten(0, 1))
+    unchanged = context.query.take(rows.repeat_interleave(each))
+    to_target, to_query = (
+        measure_codes(context, codes, target_labels),
+        measure_codes(context, codes, query_labels),
+    )
 
-    def target_ap(codes: Codes) -> Tensor:
+    def target_ap(codes: Searched) -> Tensor:
         return measure_codes(lean, codes, target_labels).per_query[headline]
 
     columns = {
         **{_targeted(name): column for name, column in to_target.per_query.items()},
         **to_query.per_query,
         **{
-            key.name("targeted", storage=storage): target_ap(as_codes(signs[rows].flatten(0, 1)))
+            key.name("targeted", storage=storage): target_ap(context.query.of(signs[rows].flatten(0, 1)))
             for storage, signs in attacked.stored.items()
         },
         "base": target_ap(unchanged),
@@ -269,7 +270,7 @@ def _representative(context: EvaluationContext, signs: Tensor, labels: Tensor) -
     """The protocol's AP values with the representative codes as queries; not a bound."""
     if signs.shape[1] == 0:
         return {}
-    measured = measure_codes(context, as_codes(signs), labels)
+    measured = measure_codes(context, context.query.of(signs), labels)
     return {name: value for name, value in measured.values.items() if name.startswith("MAP")}
 
 
@@ -315,7 +316,6 @@ def worst(
     values = {names[name]: case.mean for name, case in cases.items()}
     per_query = {names[name]: case.values for name, case in cases.items()}
     found = cases[headline]
-
     chance = torch.full_like(found.values, clean.reference["chance"])
     columns = torch.stack([clean.per_query[headline], found.values, chance], 1).nan_to_num(0.0)
     values["HRS"] = float(robustness.hrs(*(column.mean().reshape(1) for column in columns.T))[0])
@@ -385,6 +385,7 @@ def setting_of(context: EvaluationContext, attack: Described | None = None) -> S
         protocol=context.protocol.settings(),
         direction="2".join(letters[modality] for modality in context.direction),
         bits=context.victim.bits,
+        distance=context.victim.distance,
         threat=attack.threat.name if attack else "none",
         attacks=(attack.name,) if attack else (),
         budget=attack.budget if attack else "",

@@ -28,6 +28,9 @@ class BlockStore(Protocol):
     def save(self, spec: AttackSpec, restart: int, block: int, attacked: AttackedBlock) -> None:
         """Store a block; it is complete or not there, whatever happens."""
 
+    def name(self, spec: AttackSpec, restart: int, block: int) -> str:
+        """The place of a block, for messages."""
+
     def within(self, name: str) -> BlockStore:
         """A store of its own inside this one, for blocks of other queries or other starts."""
 
@@ -41,6 +44,9 @@ class NoStore:
 
     def save(self, spec: AttackSpec, restart: int, block: int, attacked: AttackedBlock) -> None:
         return None
+
+    def name(self, spec: AttackSpec, restart: int, block: int) -> str:
+        return f"{spec.name}/{restart}/{block}"
 
     def within(self, name: str) -> NoStore:
         return self
@@ -95,9 +101,19 @@ class BlockRunner:
         Args:
             start: inputs to start from. By default restart 0 starts where the attack does, 1 and other odd
                 ones anywhere in the ball, 2 and other even ones in a corner.
+
+        Raises:
+            ValueError: a stored block of other queries or codes; it is named.
         """
         attacked = self.store.load(spec, restart, block)
         if attacked is not None:
+            size = self.context.batch_size
+            rows = min(size, len(self.context.queries) - block * size)
+            found, wanted = tuple(attacked.signs[:, 0].shape), (rows, self.context.victim.bits)
+            if found != wanted:
+                place, codes = self.store.name(spec, restart, block), "{} codes of {} bits".format
+                remedy = "delete it to attack them again"
+                raise ValueError(f"{place} holds {codes(*found)} in place of {codes(*wanted)}; {remedy}")
             return attacked
         key = (spec.name, spec.threat.name)
         if key not in self.fitted:
@@ -200,7 +216,7 @@ class _WorstInputs:
         self._modality = context.direction[0]
         self._inputs = batch.inputs[self._modality].clone()
         self._metric = context.select(context.query_labels[rows], -1)
-        self._value = self._metric(context.query.signs()[rows])
+        self._value = self._metric(context.query.rows()[rows])
 
     @property
     def inputs(self) -> Inputs:

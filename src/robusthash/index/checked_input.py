@@ -1,4 +1,4 @@
-"""What a caller gives to an index, checked: ids, keys, packed rows and payload."""
+"""Checks of what a caller gives to an index: ids, keys, packed rows and payload."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Within:
 
 @dataclass(frozen=True)
 class Added:
-    """What became of N items that were added."""
+    """The outcome of adding N items."""
 
     ids: Tensor  # (N,) int64
     held: Tensor  # (N,) bool: were held before; replaced under "update", left as they were under "skip"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -64,7 +65,7 @@ def unknown_key(key: str, known: list[str]) -> ValueError:
 
 
 def _forms(key: str, option: Any) -> list[Any]:
-    """What an option equals: 2 is '2' too and '2' is 2, as files of labels say either; '007' is no 7."""
+    """The values that an option equals: 2 is '2' too, as files of labels say either; '007' is no 7."""
     if isinstance(option, bool):
         return [str(option).lower()]
     if isinstance(option, int):
@@ -77,4 +78,4 @@ def _forms(key: str, option: Any) -> list[Any]:
         number = json.loads(option)
     except (ValueError, RecursionError):
         return [option]
-    return [option, number] if isinstance(number, (int, float)) and number == number else [option]
+    return [option, number] if type(number) in (int, float) and math.isfinite(number) else [option]

@@ -119,6 +119,10 @@ class TrainConfig:
         _one_of("batchnorm", self.batchnorm, ("train", "frozen"))
 
 
+class CheckpointError(ValueError):
+    """A checkpoint of another training than the one that goes on from it."""
+
+
 class RunLog(Protocol):
     """Store of a run's checkpoints and log lines; the loop itself touches no file."""
 
@@ -219,6 +223,7 @@ def fit(
     training goes on from the last one to the same result as an uninterrupted run on the same machine.
 
     Raises:
+        CheckpointError: the last checkpoint is of other settings.
         FloatingPointError: a loss that is NaN or infinite, with epoch, step and terms.
         KeyError: an optimiser group that the configuration does not know.
         ValueError: settings of a group that the recipe does not have; batches of one item, and a layer that
@@ -358,19 +363,31 @@ def _resume(
     if state is None:
         return _Position(), []
     if (processes := state.get("processes", 1)) != world():
-        raise ValueError(
-            f"training was begun by {processes} processes, and there are {world()} now; start as many, or "
-            "delete its checkpoint (checkpoint/resume.pt) to train from the start"
+        raise CheckpointError(
+            f"was begun by {processes} processes, and there are {world()} now; start as many"
         )
-    for name, module in recipe.modules().items():
-        module.load_state_dict(state["modules"][name])
-    for name, optimiser in optimisers.by_name.items():
-        optimiser.load_state_dict(state["optimisers"][name])
-    if state.get("scaler"):
-        optimisers.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"])
-    if state["random_cuda"]:
-        torch.cuda.set_rng_state_all(state["random_cuda"])
-    # checkpoints of earlier versions were written at the end of an epoch alone
-    fields = (name for name in _Position.__dataclass_fields__ if name in state)
-    return _Position(**{name: state[name] for name in fields}), state["lines"]
+    try:
+        for name, module in recipe.modules().items():
+            module.load_state_dict(state["modules"][name])
+        for name, optimiser in optimisers.by_name.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+            _check_shapes(optimiser)
+        if state.get("scaler"):
+            optimisers.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        # checkpoints of earlier versions were written at the end of an epoch alone
+        fields = (name for name in _Position.__dataclass_fields__ if name in state)
+        return _Position(**{name: state[name] for name in fields}), list(state["lines"])
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"does not fit this training ({reason})") from None
+
+
+def _check_shapes(optimiser: torch.optim.Optimizer) -> None:
+    """Refuse a state of other shapes than the parameters, which torch finds out in the first step."""
+    for parameter, state in optimiser.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")

@@ -45,7 +45,7 @@ from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import COPIES, calibrated_radius, copies_data, false_matches
 from robusthash.evaluation.runner import BlockRunner
 from robusthash.metrics.results import Flag, software_versions
-from robusthash.models.encoding import encode_signs, encode_split
+from robusthash.models.encoding import encode_searched, encode_signs
 from robusthash.models.external.http_endpoint import Endpoint
 from robusthash.models.hasher import Hasher
 
@@ -86,7 +86,7 @@ def run_audit(
     size = size_of(target, options.size)
     collection = read_photos(photos, size, options.limit, options.seed, options.max_pixels)
     categories = read_categories(collection) if options.labels else None
-    opened = open_target(target, collection.first(_TRIED), options.bits, options.limits)
+    opened = open_target(target, collection.first(_TRIED), options.bits, options.limits, options.reading)
     out.mkdir(parents=True, exist_ok=True)
     plan = _Plan(opened, collection, categories, options, progress)
     measured = _Measured(_audit_ids(plan)) if opened.hasher is None else _audit_codes(plan, opened.hasher)
@@ -97,6 +97,7 @@ def run_audit(
         "doubts": list(measured.warnings),
         "gradients": opened.gradients,
         "bits": None if opened.hasher is None else opened.hasher.bits,
+        "distance": None if opened.hasher is None else opened.hasher.distance,
         "radius": measured.radius,
         "matches by": "rank" if opened.radius is None and options.radius is None else "radius",
         "false matches": measured.false_matches,
@@ -153,7 +154,7 @@ class _Measured:
     examples: tuple[AuditExample, ...] = ()
     remarks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    radius: int | None = None
+    radius: float | None = None
     false_matches: float | None = None
     flags: tuple[Flag, ...] = ()
 
@@ -170,7 +171,7 @@ def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
     context = _context(plan, hasher)
     radius, remarks = _radius(plan, context)
     search = CopySearch(context, photos, radius, None if plan.categories is None else plan.categories.stored)
-    unchanged = search.find(context.query.signs().float())
+    unchanged = search.find(context.query.rows().float())
     rows = [search.row(("unchanged", "nothing", "no", "same"), unchanged, images)]
     changed: dict[str, tuple[Tensor, Tensor]] = {}  # (signs, images) of each change
     for number, (columns, change) in enumerate(plan.changes()):
@@ -192,21 +193,27 @@ def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
     )
 
 
-def _radius(plan: _Plan, context: EvaluationContext) -> tuple[int, tuple[str, ...]]:
-    """The bits that may differ, and a sentence where nobody says how many."""
-    bits = context.victim.bits
+def _radius(plan: _Plan, context: EvaluationContext) -> tuple[float, tuple[str, ...]]:
+    """The bits that may differ (the distance of vectors), and a sentence where nobody says how many."""
+    bits, distance = context.victim.bits, context.victim.distance
     remarks: tuple[str, ...] = ()
     radius = plan.target.radius if plan.options.radius is None else plan.options.radius
     if radius is None:
         radius = calibrated_radius(context)
+        how, largest = "many bits may differ between", "number"
+        if distance != "hamming":
+            how, largest = f"large the {distance} distance may be of", "distance"
         remarks = (
-            "Nobody has said how many bits may differ between two pictures that count as the same, so the "
-            "largest number was taken at which at most 1 % of the pairs of different photographs do: "
-            f"{radius}.",
+            f"Nobody has said how {how} two pictures that count as the same, so the largest {largest} was "
+            f"taken at which at most 1 % of the pairs of different photographs do: {radius:g}.",
         )
-    if not 0 <= radius < bits:
-        raise ValueError(f"the radius must lie in 0..{bits - 1} for {bits} bits, got {radius}")
-    return radius, remarks
+    if distance != "hamming":
+        if radius < 0:
+            raise ValueError(f"the radius is a {distance} distance of at least 0, got {radius:g}")
+        return radius, remarks
+    if not 0 <= radius < bits or radius != int(radius):
+        raise ValueError(f"the radius must lie in 0..{bits - 1} for {bits} bits, got {radius:g}")
+    return int(radius), remarks
 
 
 def _context(plan: _Plan, hasher: Hasher) -> EvaluationContext:
@@ -215,14 +222,14 @@ def _context(plan: _Plan, hasher: Hasher) -> EvaluationContext:
     note = f"stored copies are JPEG files of quality {STORED_QUALITY}"
     data = copies_data(photos.pixels[: plan.options.tier.queries], photos.stored, note)
     both = ("image", "image")
-    database = encode_split(
+    database = encode_searched(
         hasher.for_database(),
         data.database,
         batch_size=_BATCH,
         modality="image",
         progress=lambda done, total: plan.progress(done, total, "encoding the stored copies"),
     )["image"]
-    query = encode_split(hasher, data.query, batch_size=_BATCH, modality="image")["image"]
+    query = encode_searched(hasher, data.query, batch_size=_BATCH, modality="image")["image"]
     seed = plan.options.seed
     return EvaluationContext(hasher, data, COPIES, both, data.query, query, database, seed, _BLOCK)
 
@@ -256,7 +263,7 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[Audit
         kind: Change = "imitate" if targeted else "hide"
         aim = "pass for another" if targeted else "be missed"
         if targeted:
-            before = few.find(few.context.query.signs().float(), few.context.targets[:, 0])
+            before = few.find(few.context.query.rows().float(), few.context.targets[:, 0])
             rows.append(few.row(("before the attack", "nothing", "no", kind), before, few.images))
         for each in of_aim:
             words = f"made to {aim} by someone who {who[each.spec.kind]}"

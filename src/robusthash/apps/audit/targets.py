@@ -18,12 +18,14 @@ from robusthash.attacks.losses import ScaleFree
 from robusthash.attacks.pgd import APGD
 from robusthash.attacks.published import guided_apgd, mainstay
 from robusthash.attacks.query_search import Square
+from robusthash.attacks.ranking_losses import MarginPN, Tallied
 from robusthash.attacks.threat_model import threat_on
 from robusthash.core.registry import nearest
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
 from robusthash.models.external.http_endpoint import Endpoint
 from robusthash.models.external.loaders import NAMES, load_onnx, load_python, load_torchscript, perceptual
-from robusthash.models.external.wrapper import Call, foreign
+from robusthash.models.external.model_answers import AS_IT_IS, AnswerReading, Call
+from robusthash.models.external.wrapper import foreign
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.robustness.specs.oracle_attacks import OracleAttack
 
@@ -84,10 +86,12 @@ class AuditOptions:
         size: pixels a side of the target's inputs; see ``size_of``.
         bits: K where known; found out by default.
         eps: budget of noise and attacks in (0, 0.5], L-infinity in pixels of [0, 1].
-        radius: bits that may differ between two pictures that count as the same; by default the custom of a
-            perceptual hash, else the largest at which at most 1 % of the pairs of different photographs do.
+        radius: bits (of vectors the distance) that may differ between two pictures that count as the same; by
+            default the custom of a perceptual hash, else the largest at which at most 1 % of the pairs of
+            different photographs do.
         limit: photographs read at most.
         seed: of the choice of photographs, the noise and the attacks.
+        reading: of the answers of a model that is no run: bits or an embedding, and which of several outputs.
         max_pixels: of a photograph that is read (width x height); as of ``read_image`` by default.
     """
 
@@ -96,11 +100,12 @@ class AuditOptions:
     bits: int | None = None
     tier: Tier = TIERS["fast"]
     eps: float = 8 / 255
-    radius: int | None = None
+    radius: float | None = None
     limit: int = 1000
     seed: int = 0
     limits: EndpointLimits = EndpointLimits()
     max_pixels: int | None = None
+    reading: AnswerReading = AS_IT_IS
 
     def __post_init__(self) -> None:
         if not 0 < self.eps <= 0.5:
@@ -149,6 +154,7 @@ def open_target(
     images: Tensor,
     bits: int | None = None,
     limits: EndpointLimits = EndpointLimits(),
+    reading: AnswerReading = AS_IT_IS,
 ) -> Target:
     """Open what the user named and try it on a few of the photographs.
 
@@ -157,28 +163,33 @@ def open_target(
             address; ``phash``, ``dhash``, ``whash``, ``pdq``; or a net in memory, ours or another.
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
+        reading: of the answers of a model that is no run; runs, hashes and endpoints have one of their own.
 
     Raises:
         ValueError: none of these, or a model that is broken (``Broken``).
         FileNotFoundError, ImportError: a file or a module is missing.
     """
     if isinstance(target, nn.Module):
-        return _open_net(target, images, bits)
-    path = Path(target)
-    if target.startswith(("http://", "https://")):
+        return _open_net(target, images, bits, reading)
+    path, by_url = Path(target), target.startswith(("http://", "https://"))
+    if reading != AS_IT_IS and (by_url or target in NAMES or _is_run(target)):
+        raise ValueError(f"{target} answers bits or ids; leave --output, --metric and --output-name out")
+    if by_url:
         return _open_endpoint(target, images, bits, limits)
     if target in NAMES:
         known = perceptual(target)
-        return _wrapped(target, known.title, known, images, bits, radius=known.radius)
+        return _wrapped(
+            target, known.title, known, images, bits, AnswerReading("logits"), radius=known.radius
+        )
     if _is_run(target):
         return _open_run(target, bits)
     if path.suffix == ".onnx":
         model, *remarks = load_onnx(path, images)
-        return _wrapped(target, path.name, model, images, bits, tuple(remarks))
+        return _wrapped(target, path.name, model, images, bits, reading, tuple(remarks))
     if path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
-        return _wrapped(target, path.name, load_torchscript(path), images, bits)
+        return _wrapped(target, path.name, load_torchscript(path), images, bits, reading)
     if ":" in target:
-        return _wrapped(target, path.name, load_python(target), images, bits)
+        return _wrapped(target, path.name, load_python(target), images, bits, reading)
     raise ValueError(
         f"{target!r} is no run directory, module:name, .pt or .onnx file, http address, nor one of "
         f"{', '.join(NAMES)}{nearest(target, NAMES).partition(' Known')[0]}"
@@ -194,7 +205,7 @@ def _open_run(target: str, bits: int | None) -> Target:
     if "image" not in hasher.modalities:
         raise ValueError(f"{target} hashes {', '.join(hasher.modalities)}, and an audit needs images")
     if bits is not None and bits != hasher.bits:
-        raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave it at auto")
+        raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave --bits out")
     remark = (
         f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
     )
@@ -213,11 +224,15 @@ class _Logits(nn.Module):
         return self.hasher({"image": images})["image"].logits
 
 
-def _open_net(net: nn.Module, images: Tensor, bits: int | None) -> Target:
+def _open_net(net: nn.Module, images: Tensor, bits: int | None, reading: AnswerReading) -> Target:
     name = str(net.spec.get("foreign", "a hasher")) if isinstance(net, Hasher) else type(net).__name__
     tensor = next(chain(net.parameters(), net.buffers()), images)
     model = _Logits(net) if isinstance(net, Hasher) else net
-    return _wrapped(name, name, model, images.to(tensor.device), bits)
+    if isinstance(net, Hasher):  # it says itself how it is searched
+        reading = (
+            AnswerReading("logits") if net.distance == "hamming" else AnswerReading("float", net.distance)
+        )
+    return _wrapped(name, name, model, images.to(tensor.device), bits, reading)
 
 
 def _wrapped(
@@ -226,10 +241,11 @@ def _wrapped(
     model: Call,
     images: Tensor,
     bits: int | None,
+    reading: AnswerReading,
     remarks: tuple[str, ...] = (),
     radius: int | None = None,
 ) -> Target:
-    wrapped = foreign(model, images, name, bits)
+    wrapped = foreign(model, images, name, bits, reading)
     by_torch = isinstance(model, nn.Module) or _has_graph(wrapped.hasher, images[:1])
     remarks = (*wrapped.said, *remarks)
     return Target(name, title, wrapped.hasher, wrapped.gradients, None, radius, remarks, by_torch=by_torch)
@@ -255,7 +271,8 @@ def _open_endpoint(url: str, images: Tensor, bits: int | None, limits: EndpointL
 def hostile_attacks(target: Target, tier: Tier, eps: float) -> list[AttackSpec]:
     """The attacks of an audit: untargeted ones hide a photograph, targeted ones make it look like another.
 
-    Attacks that follow gradients know weights and stored codes. A target without gradients, such as a
+    Attacks that follow gradients know weights and stored codes. Vectors have no mainstay code; an attack on
+    the margin to the nearest other photographs takes its place. A target without gradients, such as a
     perceptual hash or an endpoint, gets black-box attacks alone.
 
     Args:
@@ -267,10 +284,12 @@ def hostile_attacks(target: Target, tier: Tier, eps: float) -> list[AttackSpec]:
         known = threat_on("image", eps, knowledge="W2")
         imitate = Attack("imitate", Anchor(1), ScaleFree(), APGD(tier.steps), known, targeted=True)
         follow = mainstay(eps, tier.steps, step_size=2.5 * eps / tier.steps, slope="one")
+        on_codes = target.hasher is None or target.hasher.distance == "hamming"
+        last = Attack("margin-pn", Tallied(), MarginPN(10), APGD(tier.steps), known)
         specs = [
             GradientAttack("guided-apgd", guided_apgd(eps, tier.steps)),
             GradientAttack("flip", flip),
-            GradientAttack("mainstay", follow),
+            GradientAttack("mainstay", follow) if on_codes else GradientAttack("margin-pn", last),
             GradientAttack("imitate", imitate),
         ]
     # judged by bits, since AP is flat while the photograph is still found first

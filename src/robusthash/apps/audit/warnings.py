@@ -58,12 +58,12 @@ def _gradient_flags(context: EvaluationContext) -> list[Flag]:
 def model_warnings(target: Target, context: EvaluationContext, photos: Photos) -> list[str]:
     """Sentences on constant bits and on normalisation."""
     warnings = []
-    signs = context.database.signs()
-    same = int((signs == signs[:1]).all(0).sum())
-    if same > context.victim.bits / 4:
-        bits = context.victim.bits
+    rows, bits = context.database.rows(), context.victim.bits
+    same = int((rows == rows[:1]).all(0).sum())
+    if same > bits / 4:
+        what = "bits" if context.victim.distance == "hamming" else "numbers"
         warnings.append(
-            f"{same} of {bits} bits are the same for every photograph, so they tell nothing apart."
+            f"{same} of {bits} {what} are the same for every photograph, so they tell nothing apart."
         )
     if target.foreign and target.endpoint is None and target.name not in NAMES:
         few = photos.first(_PHOTOS)

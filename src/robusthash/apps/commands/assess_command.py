@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from robusthash.apps.commands.options import AnyQueries, AsJson, Direction, Eps, Norm, RunPath, Threat
+from robusthash.apps.commands.options import AnyQueries, AsJson, Device, Direction, Eps, Norm, RunPath, Threat
 from robusthash.apps.commands.terminal import (
     console,
     note,
@@ -36,6 +36,7 @@ def assess(
     surrogate: Annotated[list[Path] | None, Option(help="Run to transfer attacks from. Repeatable.")] = None,
     unchecked: Annotated[bool, Option("--unchecked", help="Skip the checks, which raise flags.")] = False,
     steps: Annotated[int | None, Option(min=1, help="Tier paper: steps of an attack at most.")] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run by a suite of attacks: the worst case of each query over all of them.

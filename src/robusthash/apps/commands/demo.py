@@ -3,7 +3,7 @@ from typing import Annotated
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, Seed
+from robusthash.apps.commands.options import AsJson, Device, Seed
 from robusthash.apps.commands.terminal import console, note, print_json, print_table, progress_bars
 
 PLAN = """\
@@ -15,6 +15,7 @@ called again, it goes on where it was."""
 def demo(
     out: Annotated[Path, Option(help="Folder of the report and all else.")] = Path("demo"),
     seed: Seed = 0,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """The whole story on real photographs: a search that works, broken, hardened, measured. A few minutes."""

@@ -3,7 +3,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, MaxPixels, RunPath, Workers
+from robusthash.apps.commands.options import AsJson, Device, MaxPixels, RunPath, Workers
 from robusthash.apps.commands.terminal import note, progress_bars, reply
 
 
@@ -13,6 +13,7 @@ def encode(
     out: Annotated[Path | None, Option(help="Write the codes of the images here (.npz).")] = None,
     workers: Workers = None,
     max_pixels: MaxPixels = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Codes of images as hex lines (code, path) or .npz; without images, of every split of the run as .npz.
@@ -32,7 +33,7 @@ def encode(
             files = {name: str(path) for name, path in model_stages.encode(encoder, progress).items()}
             return reply(as_json, files, files.values())
         reading = index_run.Reading.of(workers, max_pixels)
-        pieces = index_run.encode_images(encoder, images, skipped, progress, reading=reading)
+        pieces = index_run.encode_images(encoder, images, progress, reading, skipped)
         rows = [row for codes, paths in pieces for row in zip(paths, codes.packed.tolist(), strict=True)]
     for one in skipped:
         note(f"passed over: {one}")

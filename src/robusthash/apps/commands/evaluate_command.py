@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, Eps, Norm, RunPath, Threat
+from robusthash.apps.commands.options import AsJson, Device, Eps, Norm, RunPath, Threat
 from robusthash.apps.commands.terminal import (
     plain,
     print_headlines,
@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: RunPath,
-    attack: Annotated[list[str] | None, Option(help="Attack instead of the recipe's. Repeatable.")] = None,
+    attack: Annotated[list[str] | None, Option(help="Attack to add to the results. Repeatable.")] = None,
     threat: Threat = None,
     eps: Eps = None,
     norm: Norm = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a trained run clean, under each attack, and in the worst case per query.
 
-    The attacks of a recipe hold their budgets; --threat is for those of --attack.
+    The attacks are those of the recipe, or with --attack these, added to the results that are there; without
+    --attack, results added before are left out again. The attacks of a recipe hold their budgets; --threat is
+    for those of --attack.
     """
     from robusthash.apps.experiment import evaluation_stages
     from robusthash.apps.experiment.run_directory import load_run

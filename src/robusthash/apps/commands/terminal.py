@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -43,7 +43,12 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
 
         yield report
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
@@ -95,10 +100,8 @@ def print_table(
 
     table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
-        if right and number:
-            table.add_column(column, justify="right", overflow="ellipsis")
-        else:
-            table.add_column(column, overflow="fold")
+        justify: Literal["right", "left"] = "right" if right and number else "left"
+        table.add_column(escape(column), justify=justify, overflow="ellipsis" if number else "fold")
     for row in rows:
         table.add_row(*map(cell, row))
     console.print(table)

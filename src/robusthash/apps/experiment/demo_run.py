@@ -206,13 +206,13 @@ def _searches(
     measures = image_measures(images[0][None], images[1][None])
     distortion = {name: float(value) for name, value in measures.items()}
     weights = run.card()["digest"]
-    packed = torch.stack([context.query.packed[query], pack(outcome.signs[query])[0]])
-    codes = Codes(packed, context.query.bits, torch.arange(2), weights)
+    packed = torch.stack([context.query_codes.packed[query], pack(outcome.signs[query])[0]])
+    codes = Codes(packed, context.query_codes.bits, torch.arange(2), weights)
     with open_index(f"file:{run.path / 'index'}", bits=codes.bits) as index:
         if index.count() == 0:
             database = context.data.database
             payload = [{"photograph": describe_item(database, i).photograph} for i in range(len(database))]
-            index.add(replace(context.database, origin=weights), payload)
+            index.add(replace(context.codes, origin=weights), payload)
         ranking = index.search(codes, _RESULTS)
     searches = []
     for row, (ap, facts) in enumerate([(clean, {}), (attacked, distortion)]):

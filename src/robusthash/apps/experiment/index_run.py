@@ -49,7 +49,7 @@ _RUN_FILE = "run.json"  # in the directory of an index: the run whose hasher mad
 
 @dataclass(frozen=True)
 class Reading:
-    """How image files are read.
+    """Options of reading image files.
 
     Attributes:
         workers: threads that decode; by default one a core, at most eight.
@@ -67,7 +67,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Adding:
-    """How images are added to an index.
+    """Options of adding images to an index.
 
     Attributes:
         on_duplicate: what becomes of a path that is held: ``update`` encodes it again where the file or its
@@ -159,7 +159,7 @@ def search_image(
 
 
 def values_of(directory: Path, where: str) -> str:
-    """What the items have under the keys of a filter that allowed none, as a line."""
+    """A line on a filter that allowed no item: the values that items have under its keys."""
     with open_index(f"file:{directory}", create=False) as index:
         values = {key: index.values(key, 11) for key in read_filter(where)}
     has = [
@@ -228,11 +228,16 @@ def run_of_index(directory: Path, run_path: Path | None = None) -> Run:
 
 
 def encode_images(
-    run: Run, images: Sequence[Path], skipped: list[Skipped], progress: Progress = silent, *, reading: Reading
+    run: Run,
+    images: Sequence[Path],
+    progress: Progress = silent,
+    reading: Reading = Reading(),
+    skipped: list[Skipped] | None = None,
 ) -> Iterator[tuple[Codes, list[Path]]]:
     """Codes of image files and of folders of them, in pieces, with the paths of the files.
 
-    Files that are no image or cannot be read are left out, and go into ``skipped``.
+    Args:
+        skipped: takes the files that are no image or cannot be read, which are left out.
 
     Raises:
         FileNotFoundError: neither an image nor a folder.
@@ -240,6 +245,7 @@ def encode_images(
     """
     listings = [_listing(given) for given in images]
     paths = [path for listing in listings for path in listing.images]
+    skipped = [] if skipped is None else skipped
     skipped += [one for listing in listings for one in listing.skipped]
     hasher, unread, before = load_hasher(run), 0, len(skipped)
     for start in range(0, len(paths), _AT_ONCE):

@@ -25,7 +25,7 @@ class LibraryItem:
     stamp: str  # of the file's size, time and payload
 
     def is_done(self, held: Mapping[str, tuple[int, str]], on_duplicate: str) -> bool:
-        """Whether the index needs nothing of this file."""
+        """True where the index needs nothing of this file."""
         return self.key in held and (on_duplicate == "skip" or held[self.key][1] == self.stamp)
 
 

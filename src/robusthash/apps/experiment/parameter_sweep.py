@@ -6,11 +6,14 @@ like any run. The sweep itself keeps only ``sweep.json`` and the output of the p
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +29,9 @@ import yaml
 from robusthash.apps.experiment import training_stages
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.apps.experiment.run_directory import load_run, write_json
+from robusthash.apps.experiment.run_files import reading
 from robusthash.apps.experiment.tables import Cell, cell_of
+from robusthash.core.directory_lock import owned
 from robusthash.core.out_of_memory import REMEDY, out_of_memory
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.metrics.results import EvalResult, headline_of
@@ -163,9 +168,16 @@ class Sweep:
     def run(self, progress: Progress = silent) -> list[Outcome]:
         """Run what is not done yet; a failing point is stored with its error and the others go on.
 
-        An exception (Ctrl-C) stops all processes first; the same call resumes.
+        An exception (Ctrl-C) stops all processes first, and a kill ends them; the same call resumes.
+
+        Raises:
+            InUse: another process runs a sweep in the same folder.
         """
-        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        with owned(self.out, "sweep"):
+            return self._run(progress)
+
+    def _run(self, progress: Progress) -> list[Outcome]:
+        (self.out / "logs").mkdir(exist_ok=True)
         self._recall()
         remaining = [point for point in self.points if self.outcomes[point.key].state != "done"]
         parents = {point.parent: point for point in remaining if point.parent}
@@ -186,8 +198,11 @@ class Sweep:
     def _recall(self) -> None:
         """Take over points that an earlier call finished, where their results still exist."""
         path, by_key = self.out / "sweep.json", {point.key: point for point in self.points}
-        for entry in json.loads(path.read_text())["points"] if path.is_file() else ():
-            old = Outcome(**entry)
+        olds: list[Outcome] = []
+        if path.is_file():
+            with reading(path, "delete it; what its runs hold is taken from them"):
+                olds = [Outcome(**entry) for entry in json.loads(path.read_text())["points"]]
+        for old in olds:
             files = [Path(old.run) / name for name in ("config.yaml", "metrics.json")]
             if old.state != "done" or old.key not in by_key or not all(file.is_file() for file in files):
                 continue
@@ -216,6 +231,8 @@ class Sweep:
             yield futures[future], *future.result()
 
 
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
 Ended = tuple[str, str]
 """Run directory, and the error in one line."""
 
@@ -238,11 +255,25 @@ def _execute(stage: str, recipe: Path, sets: Sequence[str], runs: Path, log: Pat
 def _in_process(*task: Any) -> Ended:
     """Outcome of a task in a new process; a pool of one, so that a killed process ends no other task."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=os.setsid) as pool:  # Ctrl-C reaches the sweep alone
+    with ProcessPoolExecutor(1, spawn, initializer=_belong, initargs=(os.getpid(),)) as pool:
         try:
             return pool.submit(_execute, *task).result()
         except BrokenProcessPool:
             return "", f"its process was killed, perhaps for want of memory; see {task[-1]}"
+
+
+def _belong(parent: int) -> None:
+    """Let this process end with the sweep, however that ends, and leave Ctrl-C to it."""
+    os.setsid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if sys.platform == "linux":  # at once, also while the interpreter is busy
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

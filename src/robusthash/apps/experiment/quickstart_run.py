@@ -22,7 +22,7 @@ from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.apps.experiment.training_stages import run_all
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.runtime import Progress, silent, yield_when_busy
-from robusthash.data.copies import CHANGES, listed_images
+from robusthash.data.copies import CHANGES, images_below
 from robusthash.data.image_files import UnreadableImage, read_image
 from robusthash.data.transforms import to_pixels
 from robusthash.metrics.results import EvalResult, headline_of
@@ -99,7 +99,7 @@ def plan(folder: str | Path, labels: Labels = "auto", manifest: str | Path | Non
         ValueError: no images, labels of one class, or several manifests.
     """
     folder = Path(folder)
-    paths = listed_images(folder).images
+    paths = images_below(folder).images
     root = {"root": str(folder.resolve())}
     found = (
         _manifest(folder, manifest, named=labels == "manifest") if labels in ("auto", "manifest") else None

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from robusthash.data.transforms import to_pixels
-from robusthash.models.external.wrapper import Broken
+from robusthash.models.external.model_answers import Broken
 
 _LARGEST = 1 << 20  # bytes of an answer
 _LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is reported instead of waited for

@@ -22,8 +22,8 @@ from torch.nn import functional
 
 from robusthash.core.registry import nearest
 from robusthash.data.transforms import to_pixels
+from robusthash.models.external.model_answers import Call
 from robusthash.models.external.smooth_hashes import exact_logits
-from robusthash.models.external.wrapper import Call
 
 _AGREE = 0.99  # share of bits on which a converted model must agree with the runtime of its format
 _BLACK_BOX = "The ONNX file is used as a black box through onnxruntime: {}."

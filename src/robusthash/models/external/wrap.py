@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from robusthash.core.embeddings import METRICS, Metric
 from robusthash.models.external.wrapper import AsIs
 from robusthash.models.hasher import Encoder, Hasher
 
@@ -22,7 +23,7 @@ def wrap(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     output: Output = "logits",
-    metric: str = "cosine",
+    metric: Metric = "cosine",
     declared: str = "plain",
 ) -> Hasher:
     """Your own net as a hasher, for ``evaluate``, ``assess`` and ``audit``, and to be trained on by ``fit``.
@@ -56,14 +57,13 @@ def wrap(
         raise ValueError("a TorchScript module cannot be trained on; audit its file: robusthash audit FILE")
     if not isinstance(bits, int) or isinstance(bits, bool) or bits < 1:
         raise ValueError(f"bits must be a positive whole number, got {bits!r}")
-    if output == "float":
-        raise ValueError(
-            f"output='float' (search by {metric}) is not there yet; give signs of a projection as 'logits'"
-        )
-    if output not in ("logits", "signs"):
+    if output not in ("logits", "signs", "float"):
         raise ValueError(f"output must be 'logits', 'signs' or 'float', got {output!r}")
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     encoder = OwnEncoder(module, bits, output, *_scaling(bounds, mean, std))
-    return Hasher({"image": encoder}, {"image": AsIs(bits)}, {"foreign": type(module).__name__}, declared)
+    head = AsIs(bits, metric if output == "float" else "hamming")
+    return Hasher({"image": encoder}, {"image": head}, {"foreign": type(module).__name__}, declared)
 
 
 def require_hasher(victim: Any) -> None:
@@ -107,7 +107,7 @@ class OwnEncoder(Encoder):
                 f"no gradient reaches the weights of {name}, so that it cannot be trained: wrap what comes "
                 "before its sign as output='logits', and set requires_grad of its parameters"
             )
-        return (rows if self.output == "logits" else _plus_minus(rows, name)), {}
+        return (rows if self.output != "signs" else _plus_minus(rows, name)), {}
 
 
 def _plus_minus(rows: Tensor, name: str) -> Tensor:

@@ -66,7 +66,7 @@ def f1_repeated(victim: Hasher, inputs: Inputs) -> Flag:
     Differs: five passes where two are specified, since two draws of few sizes or masks may well agree.
     """
     first, *others = [logits_of(victim, inputs) for _ in range(5)]
-    changed = torch.stack([(sign(first) != sign(other)).any(1) for other in others]).any(0)
+    changed = torch.stack([_other_answer(victim, first, other) for other in others]).any(0)
     differ = float(changed.double().mean())
     if differ > 0:
         return flag("F1", differ, "amber" if victim.declared == "randomised" else "red")
@@ -79,11 +79,20 @@ def f1_repeated(victim: Hasher, inputs: Inputs) -> Flag:
     return flag("F1", 0.0, "pass")
 
 
+def _other_answer(victim: Hasher, first: Tensor, other: Tensor) -> Tensor:
+    """(B,) bool: another code; of vectors one that is off by more than rounding."""
+    if victim.distance == "hamming":
+        return (sign(first) != sign(other)).any(1)
+    return (first - other).norm(dim=1) > 1e-4 * first.norm(dim=1)
+
+
 def f16_precision(victim: Hasher, inputs: Inputs) -> Flag:
     """Codes in float32 against float64, and bits that are nearly 0: |u| under 1e-4 of the median |u|.
 
     Differs: the specified margin of 1e-4 is relative to the size of the logits, whatever their scale.
     """
+    if victim.distance != "hamming":
+        return not_run("F16", f"a search by {victim.distance} distance has no bits near 0")
     single = logits_of(victim, inputs)
     try:
         with default_dtype(torch.float64):

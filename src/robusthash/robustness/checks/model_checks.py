@@ -6,6 +6,8 @@ why.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,11 +15,13 @@ from torch import Tensor
 from robusthash.attacks.base import Loss
 from robusthash.attacks.losses import ObjectiveLoss, ScaleFree
 from robusthash.attacks.threat_model import Threat
+from robusthash.core.embeddings import Embeddings
 from robusthash.core.types import Batch
 from robusthash.data.base import RetrievalData, Split, batches, content_hash
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import score_clean
 from robusthash.metrics.distance_histogram import prepared_profile
+from robusthash.metrics.protocol import Protocol
 from robusthash.metrics.ranking_measures import tie_gap
 from robusthash.metrics.results import Flag
 from robusthash.objectives.base import HashObjective
@@ -116,10 +120,13 @@ def _clean_and_chance(context: EvaluationContext) -> tuple[float, float]:
 
 def f17_collapse(context: EvaluationContext) -> Flag:
     """Few distinct codes: the gap between the best and the worst order of ties, or nearly constant bits."""
-    gap = float(tie_gap(prepared_profile(context.query, context.query_labels, context.prepared)).mean())
-    entropy = float(bit_entropy(context.database.signs()).mean())
+    if isinstance(context.query, Embeddings):
+        lean = replace(context, protocol=Protocol("ties", ("MAP", "tie_gap")))
+        return above("F17", score_clean(lean)["tie_gap"])
+    gap = float(tie_gap(prepared_profile(context.query_codes, context.query_labels, context.prepared)).mean())
+    entropy = float(bit_entropy(context.codes.signs()).mean())
     if gap <= CHECKS["F17"].threshold and entropy < 0.3:
-        distinct = len(torch.unique(context.database.packed, dim=0))
+        distinct = len(torch.unique(context.codes.packed, dim=0))
         remedy = f"bits carry {entropy:.2f} bit each; {distinct} distinct codes in the database: "
         return flag("F17", entropy, "red", threshold=0.3, remedy=remedy + CHECKS["F17"].remedy)
     return above("F17", gap)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.threat_model import Threat
-from robusthash.core.atomic_files import json_text, write_all_aside
+from robusthash.core.atomic_files import json_text, refuse_full, write_folder_aside
 from robusthash.evaluation.attack_block import AttackedBlock, finish
 from robusthash.evaluation.context import EvaluationContext, by_content
 from robusthash.evaluation.evaluate import score_attack, setting_of
@@ -121,11 +121,10 @@ def export(
 
     Raises:
         ValueError: inputs that leave the budget, or a threat on more than the query modality.
-        FileExistsError: the folder holds something.
+        FileExistsError: the folder holds something. It is there whole, or not at all.
     """
     folder, modality = Path(folder), context.direction[0]
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; give the bundle a folder of its own")
+    refuse_full(folder)
     if list(threat.balls) != [modality]:
         changed = f"{threat.name} changes {list(threat.balls)}"
         raise ValueError(f"a bundle holds queries of {modality!r} alone, and {changed}")
@@ -134,10 +133,9 @@ def export(
         raise ValueError(f"{len(inputs)} inputs for {len(rows)} positions, which must differ from each other")
     result = _score(context, _SentAttack(attack, threat, budget), rows, inputs.numpy())
     key, ids = result.setting.key, [content.decode() for content in context.queries.hashes[rows.numpy()]]
-    folder.mkdir(parents=True, exist_ok=True)
-    with write_all_aside([folder / name for name in (*_FILES, "manifest.json")]) as asides:
-        np.save(asides[0], inputs.numpy(), allow_pickle=False)
-        asides[1].write_text(json.dumps(ids) + "\n")
+    with write_folder_aside(folder) as aside:
+        np.save(aside / _FILES[0], inputs.numpy(), allow_pickle=False)
+        (aside / _FILES[1]).write_text(json.dumps(ids) + "\n")
         manifest = Manifest(
             threat=ThreatRecord.of(threat),
             **_identity(context),
@@ -147,10 +145,10 @@ def export(
             budget=budget,
             claimed={n: v for n, v in result.values.items() if MeasureKey.parse(n).name() == str(key)},
             tool=f"robusthash {__version__}",
-            files={name: _sha256(aside) for name, aside in zip(_FILES, asides, strict=False)},
+            files={name: _sha256(aside / name) for name in _FILES},
         )
         document = {"schema": BUNDLE_SCHEMA, **manifest.model_dump(mode="json")}
-        asides[2].write_text(json_text(document), encoding="utf-8")
+        (aside / "manifest.json").write_text(json_text(document), encoding="utf-8")
     return result
 
 
@@ -161,7 +159,7 @@ def _identity(context: EvaluationContext) -> dict[str, Any]:
         "database": context.data.database.fingerprint(),
         "direction": context.direction,
         "bits": context.victim.bits,
-        "codes": hashlib.sha256(context.database.packed.cpu().numpy().tobytes()).hexdigest()[:16],
+        "codes": hashlib.sha256(context.codes.packed.cpu().numpy().tobytes()).hexdigest()[:16],
     }
 
 

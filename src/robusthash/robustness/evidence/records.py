@@ -19,6 +19,12 @@ from robusthash.models.hasher import Defense
 BUNDLE_SCHEMA = "robusthash.evidence/1"
 ENTRY_SCHEMA = "robusthash.entry/1"
 
+SAME_WEIGHTS_TOLERANCE = 0.02
+"""Largest tolerance of an entry about weights that it names; other hardware rounds, and no more."""
+
+MOST_TOLERANCE = 0.05
+"""Largest tolerance of an entry that is trained again: more would pass another model."""
+
 
 class SentRecord(BaseModel):
     """Plain data that others send in: cannot be changed, and refuses fields it does not know."""
@@ -131,7 +137,7 @@ class Claimed(SentRecord):
     measure: str = "MAP"
     clean: float = Field(ge=0, le=1)
     worst: float = Field(ge=0, le=1)
-    tolerance: float = Field(0.01, gt=0, lt=1)
+    tolerance: float = Field(0.01, gt=0, le=MOST_TOLERANCE)
 
 
 class BestKnown(SentRecord):
@@ -161,6 +167,11 @@ class RegistryEntry(SentRecord):
     @model_validator(mode="after")
     def _sound(self) -> RegistryEntry:
         claimed = self.claimed
+        if self.source.digest and claimed.tolerance > SAME_WEIGHTS_TOLERANCE:
+            raise ValueError(
+                f"claimed.tolerance {claimed.tolerance} is too large where source.digest names the weights: "
+                f"an evaluation of the same weights repeats within {SAME_WEIGHTS_TOLERANCE}"
+            )
         if claimed.worst > claimed.clean:
             raise ValueError(f"claimed.worst {claimed.worst} is above claimed.clean {claimed.clean}")
         if self.best_known.value > claimed.worst + claimed.tolerance:

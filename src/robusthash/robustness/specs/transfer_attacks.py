@@ -248,7 +248,7 @@ def transfer_matrix(
                 signs.setdefault((row, victim), []).append(attacked.signs[:, 0])
             progress(done, first.blocks * len(jobs), f"attacking from {row}")
     rows = tuple(dict.fromkeys(row for row, *_ in jobs))
-    clean = torch.stack([_headline(context, context.query) for context in contexts.values()])
+    clean = torch.stack([_headline(context, context.query_codes) for context in contexts.values()])
 
     def under(row: str, victim: str) -> Tensor:
         return _headline(contexts[victim], as_codes(torch.cat(signs[row, victim])))
