@@ -100,7 +100,7 @@ def test_files_that_are_no_entries(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_entry(tmp_path / "none.yaml")
     (tmp_path / "x.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="is not YAML"):
+    with pytest.raises(ValueError, match="not valid YAML"):
         load_entry(tmp_path / "x.yaml")
     (tmp_path / "x.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="names no schema"):

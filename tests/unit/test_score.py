@@ -221,7 +221,7 @@ def test_files_that_are_no_archives(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"cannot be read as \.npz"):
             read_codes(path)
     np.save(tmp_path / "bare.npy", np.zeros((2, 3)))
-    with pytest.raises(ValueError, match="one bare array, without labels"):
+    with pytest.raises(ValueError, match="one bare array"):
         read_codes(tmp_path / "bare.npy")
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+_DISK_FULL = re.compile(r"inline_container\.cc|No space left|os error 28")
 
 
 @contextlib.contextmanager
@@ -61,6 +65,12 @@ def write_all_aside(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
         names = ", ".join(str(target) for target in targets)
         reason = f"cannot write {names}: {os.strerror(cause.errno)}; what was there before is unchanged"
         raise OSError(cause.errno, reason) from error
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        if not _DISK_FULL.search(str(error)):
+            raise
+        names = ", ".join(str(target) for target in targets)
+        reason = f"cannot write {names}: is the disk full? What was there before is unchanged"
+        raise OSError(errno.ENOSPC, reason) from error
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)

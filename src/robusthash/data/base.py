@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robusthash.core import limited_files
 from robusthash.core.labels import has_relevant
 from robusthash.core.runtime import Draws, digest
 from robusthash.core.types import Batch, Inputs
@@ -364,10 +364,6 @@ def read_npz(path: Path, keys: Sequence[str], what: str) -> dict[str, np.ndarray
     if not path.is_file():
         raise FileNotFoundError(f"no file {path.absolute()}; it should hold the arrays {', '.join(keys)}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = sorted(set(keys) - set(archive.files))
-            if missing:
-                raise ValueError(f"it lacks the arrays {', '.join(missing)} of {', '.join(keys)}")
-            return {key: archive[key] for key in keys}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        return limited_files.read_npz(path, keys)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a {what} archive: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import tarfile
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from robusthash.core.limited_files import parse_json
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, flat_options
 from robusthash.data.image_files import ImageFile, ImageOptions, Skipped, decode, some_of
@@ -111,7 +111,7 @@ def folder(
         raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {rule!r}")
     if rule == "manifest":
         splits.refuse_sizes("; set split='random' or 'balanced'")
-        indices = _column_split(entries, columns)
+        indices = _column_split(entries, columns, manifest)
     else:
         indices = drawn_split(labels, names, replace(splits, split=rule))
     note = f"Images {image}; split {rule}" + ("." if rule == "manifest" else f", seed {splits.seed}.")
@@ -153,7 +153,7 @@ def _other_labels(entries: Sequence[Entry], field: LabelField) -> tuple[dict[str
     return {}, note if lacking < len(entries) else ""
 
 
-def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
+def _column_split(entries: Sequence[Entry], columns: ColumnSplits, manifest: str | Path | None) -> Indices:
     """The split that the column ``split`` of the manifest writes down."""
     values = {entry.split for entry in entries}
     if not any(values):
@@ -161,8 +161,8 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
     unknown = sorted(values.difference(*vars(columns).values()))
     if unknown:
         raise ValueError(
-            f"the manifest's split column holds {', '.join(map(repr, unknown))}, which no split takes; "
-            "name them in query_splits, train_splits, database_splits or validation_splits"
+            f"{manifest}: the manifest's split column holds {', '.join(map(repr, unknown))}, which no split "
+            "takes; name them in query_splits, train_splits, database_splits or validation_splits"
         )
     query = set(columns.query_splits)
 
@@ -177,7 +177,8 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
     for name, part in parts.items():
         if len(part) == 0:
             held = ", ".join(sorted(map(repr, values)))
-            raise ValueError(f"no row of the manifest is for the {name} split; its split column holds {held}")
+            missing = f"no row of the manifest is for the {name} split"
+            raise ValueError(f"{manifest}: {missing}; its split column holds {held}")
     validation = rows(set(columns.validation_splits) - query)
     return Indices(**parts, validation=validation if len(validation) else None)
 
@@ -294,20 +295,10 @@ def _json_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]
     for line, content in enumerate(text.split("\n"), start=1):  # not splitlines, which also cuts inside texts
         if not content.strip():
             continue
-        try:
-            row = json.loads(content, object_pairs_hook=_once)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{manifest}, line {line} is not JSON: {error}") from error
+        row = parse_json(content, f"{manifest}, line {line}", once=True)
         if not isinstance(row, dict):
             raise ValueError(f"{manifest}, line {line} is not a JSON object")
         yield line, row
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are there once."""
-    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-        raise ValueError(f"the key {twice[0]!r} is there twice")
-    return dict(pairs)
 
 
 def _refuse_repeated(values: Iterable[str], column: str, manifest: Path) -> None:

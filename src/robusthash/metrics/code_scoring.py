@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from robusthash.core.hamming import pack
 from robusthash.core.labels import has_relevant
+from robusthash.core.limited_files import read_npz
 from robusthash.core.types import Codes
 from robusthash.metrics.protocol import Protocol, load_protocol, measure
 from robusthash.metrics.results import EvalResult, Setting
@@ -69,12 +69,8 @@ def read_codes(path: str | Path) -> CodeFile:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise ValueError("it holds one bare array, without labels")
-        with loaded:
-            return {key: loaded[key] for key in loaded.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+        return read_npz(path)
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"{path}: cannot be read as .npz of plain arrays ({error}); {_SAVE}, "
             "numbers only, no object arrays"

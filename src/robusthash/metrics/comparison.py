@@ -42,7 +42,8 @@ def compare(first: EvalResult, second: EvalResult) -> dict[str, Difference]:
             "only the model may differ, so evaluate both under the same setting"
         )
     paired: dict[str, Tensor] = {}
-    for name in [name for name in first.per_query if name in second.per_query]:
+    shared = [name for name in first.per_query if name in second.per_query]
+    for name in [name for name in shared if not name.startswith("legacy_")]:  # diagnostics, no measures
         left, right = first.per_query[name].to(torch.float64), second.per_query[name].to(torch.float64)
         if left.shape != right.shape:
             raise ValueError(f"{name} has {len(left)} values in one result and {len(right)} in the other")

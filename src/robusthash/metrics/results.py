@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from robusthash.core.atomic_files import json_text
 from robusthash.core.identity import scheme_of
+from robusthash.core.limited_files import read_json, read_npz
 from robusthash.core.registry import nearest
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.query_groups import GroupScores
@@ -290,8 +290,7 @@ def load_results(path: str | Path) -> list[EvalResult]:
     path = Path(path)
     document, content = read_with_arrays(path, _document)
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
-            held = {key: loaded[key] for key in loaded.files}
+        held = read_npz(io.BytesIO(content))
         if "steps" in held:
             held |= unpack_values({key: held.pop(key) for key in ("names", "lengths", "tops", "steps")})
         arrays = {key: torch.from_numpy(values) for key, values in held.items()}
@@ -308,10 +307,7 @@ def load_results(path: str | Path) -> list[EvalResult]:
 
 def _document(path: Path) -> dict[str, Any]:
     """The JSON of a results file."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also UnicodeDecodeError
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    document = read_json(path)
     if not isinstance(document, dict) or "schema" not in document:
         raise ValueError(f"{path} is not a results file: it names no schema")
     if document["schema"] not in (SCHEMA, _SCHEMA_1):

@@ -20,7 +20,17 @@ from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import CategoryScores, CopyScores, copy_scores
 from robusthash.metrics.distortion import pixel_norms
 
-Change = Literal["same", "everyday", "noise", "hide", "hide-worst", "imitate", "imitate-worst"]
+Change = Literal[
+    "same",
+    "everyday",
+    "noise",
+    "hide",
+    "hide-worst",
+    "hide-saved",
+    "imitate",
+    "imitate-worst",
+    "imitate-saved",
+]
 Columns = tuple[str, str, str, Change]
 """First columns of a row: name, words for readers, how visible it is, what it is."""
 
@@ -96,8 +106,11 @@ def difference(before: Tensor, after: Tensor) -> dict[str, Any]:
     return {"largest": largest, "psnr": None if mse == 0 else -10 * math.log10(mse)}
 
 
-def worst_of(answers: Sequence[CopyScores], imitate: bool = False) -> tuple[CopyScores, Tensor]:
-    """Each photograph's worst case over several attacks, and which attack it was by rank.
+def worst_of(
+    answers: Sequence[CopyScores], imitate: bool = False, by_radius: bool = False
+) -> tuple[CopyScores, Tensor]:
+    """Each photograph's worst case over several attacks, and which attack it was: by rank, or by bits where
+    matches are those within a radius.
 
     Rank, coming first and distance are each taken at their own worst, which for imitation is their best. The
     category is taken at its worst in both.
@@ -105,7 +118,9 @@ def worst_of(answers: Sequence[CopyScores], imitate: bool = False) -> tuple[Copy
     ap, bits = torch.stack([each.ap for each in answers]), torch.stack([each.bits for each in answers])
     first = torch.stack([each.first for each in answers])
     # of equal ranks, the attack that moved more bits
-    score = (ap if imitate else -ap) + (bits if not imitate else -bits).double() * 1e-9
+    score = (ap if imitate else -ap) + (bits if not imitate else -bits).double() * (
+        1e9 if by_radius else 1e-9
+    )
     winner = score.argmax(0)
     rows = torch.stack([each.rows for each in answers])[winner, torch.arange(len(winner))]
     kinds = [each.kind for each in answers if each.kind is not None]

@@ -32,6 +32,7 @@ from robusthash.apps.audit.photo_collection import (
     read_photos,
 )
 from robusthash.apps.audit.targets import AuditOptions, Target, hostile_attacks, open_target, size_of
+from robusthash.apps.audit.verdict import verdict
 from robusthash.apps.audit.warnings import model_flags, model_warnings
 from robusthash.apps.experiment.run_directory import write_json
 from robusthash.attacks.oracle import ids_lost
@@ -40,7 +41,7 @@ from robusthash.attacks.threat_model import threat_on
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Inputs
-from robusthash.data.transforms import EVERYDAY, noise
+from robusthash.data.transforms import EVERYDAY, jpeg, noise
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import COPIES, calibrated_radius, copies_data, false_matches
 from robusthash.evaluation.runner import BlockRunner
@@ -56,6 +57,11 @@ _TRIED = 8  # photographs on which a model is tried first
 _MISSED = "made to be missed, the worst of these for each photograph"
 _HIDDEN: Columns = ("hide, worst case", _MISSED, "hardly", "hide-worst")
 _TAKEN: Columns = ("imitate, best case", "made to look like another photograph", "hardly", "imitate-worst")
+
+_SAVED = 95  # JPEG quality of what an attacker uploads
+_AGAIN = f"the same files, saved again as JPEG {_SAVED}"
+_HIDDEN_SAVED: Columns = (f"hide, then JPEG {_SAVED}", _AGAIN, "hardly", "hide-saved")
+_TAKEN_SAVED: Columns = (f"imitate, then JPEG {_SAVED}", _AGAIN, "hardly", "imitate-saved")
 
 Lists = list[tuple[str, ...]]
 """Ids that an endpoint answers, nearest first, by photograph."""
@@ -86,7 +92,9 @@ def run_audit(
     size = size_of(target, options.size)
     collection = read_photos(photos, size, options.limit, options.seed, options.max_pixels)
     categories = read_categories(collection) if options.labels else None
-    opened = open_target(target, collection.first(_TRIED), options.bits, options.limits, options.reading)
+    kept = out / "answers.jsonl"
+    few = collection.first(_TRIED)
+    opened = open_target(target, few, options.bits, options.limits, options.reading, kept)
     out.mkdir(parents=True, exist_ok=True)
     plan = _Plan(opened, collection, categories, options, progress)
     measured = _Measured(_audit_ids(plan)) if opened.hasher is None else _audit_codes(plan, opened.hasher)
@@ -96,10 +104,11 @@ def run_audit(
         "said": [*opened.remarks, *measured.remarks],
         "doubts": list(measured.warnings),
         "gradients": opened.gradients,
+        "black box": opened.black_box,
         "bits": None if opened.hasher is None else opened.hasher.bits,
         "distance": None if opened.hasher is None else opened.hasher.distance,
         "radius": measured.radius,
-        "matches by": "rank" if opened.radius is None and options.radius is None else "radius",
+        "matches by": "radius" if plan.by_radius else "rank",
         "false matches": measured.false_matches,
         "size": size,
         "eps": options.eps,
@@ -113,10 +122,13 @@ def run_audit(
         "software": software_versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
+    summary["verdict"] = asdict(verdict(summary, measured.rows, measured.flags))
     page = audit_page(summary, measured.rows, measured.examples, measured.flags)
     with write_aside(out / "report.html") as aside:
         aside.write_text(page, encoding="utf-8")
     write_json(out / "audit.json", summary)
+    if opened.endpoint is not None:
+        opened.endpoint.forget()  # another audit asks again: the search may have changed
     return summary
 
 
@@ -134,6 +146,11 @@ class _Plan:
     def images(self) -> Tensor:
         """(Q, 3, S, S) float: the photographs that are searched for."""
         return self.photos.first(self.options.tier.queries)
+
+    @property
+    def by_radius(self) -> bool:
+        """Pictures within a radius that somebody has set count as the same."""
+        return self.target.radius is not None or self.options.radius is not None
 
     def changes(self) -> list[tuple[Columns, Callable[[Tensor], Tensor]]]:
         """Everyday changes and noise: the first columns of the row of each, and the change."""
@@ -166,7 +183,7 @@ def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
     target, photos, tier = plan.target, plan.photos, plan.options.tier
     images = plan.images
     if target.endpoint is not None:
-        attacked = min(tier.attacked, len(images)) * (tier.questions + 2)
+        attacked = min(tier.attacked, len(images)) * (tier.questions + 3)
         target.endpoint.check_budget(len(photos) + len(images) * (len(EVERYDAY) + 2) + attacked)
     context = _context(plan, hasher)
     radius, remarks = _radius(plan, context)
@@ -189,7 +206,7 @@ def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
         tuple(model_warnings(target, context, photos)),
         radius,
         false_matches(context, radius),
-        model_flags(target, context, plan.options.eps),
+        model_flags(target, context, plan.options.eps, tier.checked, plan.progress),
     )
 
 
@@ -243,7 +260,10 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[Audit
     """Run every attack on the first photographs: a row for each, and for the worst of those of one aim."""
     tier, eps = plan.options.tier, plan.options.eps
     few = search.first(min(tier.attacked, len(search.context.queries)))
-    specs = hostile_attacks(plan.target, tier, eps)
+    by_radius = plan.by_radius
+    victim = search.context.victim
+    counted = (victim.bits, int(search.radius)) if by_radius and victim.distance == "hamming" else None
+    specs = hostile_attacks(plan.target, tier, eps, counted)
     runs = [(spec, restart) for spec in specs for restart in range(spec.restarts)]
     results: dict[bool, list[AttackResult]] = {False: [], True: []}
     runner = BlockRunner(few.context)
@@ -268,9 +288,13 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[Audit
         for each in of_aim:
             words = f"made to {aim} by someone who {who[each.spec.kind]}"
             rows.append(few.row((each.name, words, "hardly", kind), each.answers, each.images))
-        worst, winner = worst_of([each.answers for each in of_aim], targeted)
+        worst, winner = worst_of([each.answers for each in of_aim], targeted, by_radius)
         images = torch.stack([each.images for each in of_aim])[winner, torch.arange(len(winner))]
         rows.append(few.row(_TAKEN if targeted else _HIDDEN, worst, images))
+        saved = jpeg(images, _SAVED)
+        labels = few.context.targets[:, 0] if targeted else None
+        answers = few.find(_signs(few.context.victim, saved), labels)
+        rows.append(few.row(_TAKEN_SAVED if targeted else _HIDDEN_SAVED, answers, saved))
         examples.append(few.attacked_example(worst, images, targeted, eps))
     return rows, examples
 
@@ -281,9 +305,9 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[Audit
 def _audit_ids(plan: _Plan) -> tuple[AuditRow, ...]:
     """Measure an endpoint that answers ids alone, unchanged, under everyday changes and noise, and attacked.
 
-    Right is the id that came first for the unchanged photograph. 1 / rank is 0 where that id is not in the
-    answer, so longer answers can only raise it. The attack sees lists alone and tries to empty them of what
-    they first held.
+    Right is the id that came first for the unchanged photograph; where nothing was found for it, nothing is
+    right. 1 / rank is 0 where the right id is not in the answer, so longer answers can only raise it. The
+    attack sees lists alone and tries to empty them of what they first held.
 
     Raises:
         ValueError: the budget is too small, or the ids tell no categories; nothing has been asked then but
@@ -297,15 +321,16 @@ def _audit_ids(plan: _Plan) -> tuple[AuditRow, ...]:
     endpoint.check_budget(len(images) * (len(EVERYDAY) + 2) + len(few) * (tier.questions + 1))
     if categories is not None:
         for part in (images[:1], images):  # refused by the first answer already, where that will do
-            categories.require_known(_ask(endpoint, part), endpoint.url)
+            if any(lists := _ask(endpoint, part)):
+                categories.require_known(lists, endpoint.url)
     unchanged = _ask(endpoint, images)
     width = max(map(len, unchanged)) - 1  # ids that count for categories, the own one left out
 
     def row(columns: Columns, before: Tensor, after: Tensor) -> AuditRow:
         answers = _ask(endpoint, after)
-        pairs = [(ids, right[0]) for ids, right in zip(answers, unchanged, strict=False)]
-        ap = [1 / (1 + ids.index(right)) if right in ids else 0.0 for ids, right in pairs]
-        first = sum(ids[0] == right for ids, right in pairs) / len(pairs)
+        pairs = [(ids, right[:1]) for ids, right in zip(answers, unchanged, strict=False)]
+        ap = [1 / (1 + ids.index(right[0])) if right and right[0] in ids else 0.0 for ids, right in pairs]
+        first = ap.count(1.0) / len(ap)
         names = plan.photos.names[: len(answers)]
         by_category = None if categories is None else categories.found_in(answers, names, width)
         measured = {"per_photo": tuple(ap), **difference(before, after), **category_columns(by_category)}
@@ -331,7 +356,7 @@ def _searched(plan: _Plan, endpoint: Endpoint, images: Tensor) -> Tensor:
 
     def ask(inputs: Inputs) -> Tensor:
         answers = _ask(endpoint, inputs["image"])
-        width = first[0].shape[1] if first else max(len(ids) for ids in answers)
+        width = first[0].shape[1] if first else max(1, *(len(ids) for ids in answers))
         ids = _numbered(answers, numbers, width)
         first.extend([ids][len(first) :])
         plan.progress(next(asked), questions, "searching by questions")
@@ -350,7 +375,8 @@ def _numbered(answers: Lists, numbers: dict[str, int], width: int) -> Tensor:
 
 
 def _ask(endpoint: Endpoint, images: Tensor) -> Lists:
-    answers = [answer.ids for answer in endpoint.answers(images)]
-    if not all(answers):
+    """Ids by image, none where the search found nothing."""
+    answers = endpoint.answers(images)
+    if any(answer.code is not None for answer in answers):
         raise ValueError(f"{endpoint.url} answered a code, and ids before")
-    return answers
+    return [answer.ids for answer in answers]

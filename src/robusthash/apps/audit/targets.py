@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robusthash.apps.audit.radius_attacks import radius_attacks
 from robusthash.apps.experiment import model_stages
 from robusthash.apps.experiment.run_directory import load_run
 from robusthash.attacks.base import Attack
@@ -23,12 +25,16 @@ from robusthash.attacks.threat_model import threat_on
 from robusthash.core.registry import nearest
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
 from robusthash.models.external.http_endpoint import Endpoint
-from robusthash.models.external.loaders import NAMES, load_onnx, load_python, load_torchscript, perceptual
+from robusthash.models.external.loaders import NAMES, load_python, load_torchscript, perceptual
 from robusthash.models.external.model_answers import AS_IT_IS, AnswerReading, Call
+from robusthash.models.external.onnx_file import load_onnx
 from robusthash.models.external.wrapper import foreign
 from robusthash.models.hasher import Hasher, frozen
+from robusthash.robustness.checks.model_checks import Purpose
 from robusthash.robustness.specs.oracle_attacks import OracleAttack
 
+_BEHIND_HTTP = "an endpoint shows its answers alone"
+_LONGER = 3  # attacks on a radius take this many times the steps: their models are small
 _SIZE = 224  # pixels a side, where neither the user nor a run says
 
 
@@ -41,6 +47,7 @@ class Tier:
         attacked: of these, how many are attacked.
         steps: of each attack that follows gradients.
         questions: oracle queries that a black-box attack may make for one photograph.
+        checked: photographs on which the checks look at the model.
     """
 
     name: str
@@ -48,15 +55,16 @@ class Tier:
     attacked: int
     steps: int
     questions: int = 300
+    checked: int = 16
 
     def __post_init__(self) -> None:
-        if min(self.queries, self.attacked, self.questions) < 1 or self.steps < 2:
+        if min(self.queries, self.attacked, self.questions, self.checked) < 1 or self.steps < 2:
             raise ValueError(
                 f"an audit needs queries, attacked ones, questions and 2 steps at least, got {self}"
             )
 
 
-TIERS = {"smoke": Tier("smoke", 20, 4, 5, 30), "fast": Tier("fast", 200, 12, 20)}
+TIERS = {"smoke": Tier("smoke", 20, 4, 5, 30, 4), "fast": Tier("fast", 200, 12, 20)}
 
 
 def tier_named(name: str) -> Tier:
@@ -127,6 +135,8 @@ class Target:
     remarks: tuple[str, ...] = ()
     foreign: bool = True
     by_torch: bool = False  # torch computes it, so that there should be gradients, whether or not there are
+    purpose: Purpose = "unknown"  # whether its codes were made to find copies
+    black_box: str = ""  # why there are no gradients, where there are none
 
 
 def size_of(target: str | nn.Module, size: int | None) -> int:
@@ -155,15 +165,17 @@ def open_target(
     bits: int | None = None,
     limits: EndpointLimits = EndpointLimits(),
     reading: AnswerReading = AS_IT_IS,
+    kept: Path | None = None,
 ) -> Target:
     """Open what the user named and try it on a few of the photographs.
 
     Args:
         target: a run directory; ``module:name``; a ``.pt`` (TorchScript) or ``.onnx`` file; an ``http(s)``
-            address; ``phash``, ``dhash``, ``whash``, ``pdq``; or a net in memory, ours or another.
+            address; ``phash``, ``ahash``, ``dhash``, ``whash``, ``pdq``; or a net in memory, ours or another.
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
         reading: of the answers of a model that is no run; runs, hashes and endpoints have one of their own.
+        kept: a file of an endpoint's answers, so that an interrupted audit goes on.
 
     Raises:
         ValueError: none of these, or a model that is broken (``Broken``).
@@ -175,17 +187,17 @@ def open_target(
     if reading != AS_IT_IS and (by_url or target in NAMES or _is_run(target)):
         raise ValueError(f"{target} answers bits or ids; leave --output, --metric and --output-name out")
     if by_url:
-        return _open_endpoint(target, images, bits, limits)
+        return _open_endpoint(target, images, bits, limits, kept)
     if target in NAMES:
-        known = perceptual(target)
-        return _wrapped(
-            target, known.title, known, images, bits, AnswerReading("logits"), radius=known.radius
-        )
+        known, bit = perceptual(target), AnswerReading("logits")
+        return _wrapped(target, known.title, known, images, bits, bit, radius=known.radius, purpose="this")
     if _is_run(target):
         return _open_run(target, bits)
     if path.suffix == ".onnx":
-        model, *remarks = load_onnx(path, images)
-        return _wrapped(target, path.name, model, images, bits, reading, tuple(remarks))
+        model, reason = load_onnx(path, images, reading.name)
+        way = f"by onnxruntime as a black box: {reason}" if reason else "by torch, so that attacks follow it"
+        remark, one = f"The ONNX file is computed {way}.", replace(reading, name=None)
+        return _wrapped(target, path.name, model, images, bits, one, (remark,), reason=reason)
     if path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
         return _wrapped(target, path.name, load_torchscript(path), images, bits, reading)
     if ":" in target:
@@ -209,8 +221,29 @@ def _open_run(target: str, bits: int | None) -> Target:
     remark = (
         f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
     )
-    title = "/".join(Path(target).parts[-2:])
-    return Target(target, title, hasher, True, remarks=(remark,), foreign=False, by_torch=True)
+    run = load_run(Path(target))
+    purpose: Purpose = "this" if _finds_copies(run.config.data) else "other"
+    return Target(
+        target,
+        run.card()["name"],
+        hasher,
+        True,
+        remarks=(remark,),
+        foreign=False,
+        by_torch=True,
+        purpose=purpose,
+    )
+
+
+def _finds_copies(data: Mapping[str, Any] | str) -> bool:
+    """True where training data hold changed copies of each item, so that codes are made to find them."""
+    if isinstance(data, str):
+        return data == "photos"
+    if data["name"] == "copies":
+        return True
+    if data["name"] == "photos":
+        return data.get("labels", "photo") == "photo"
+    return data.get("relevance") == "copies"
 
 
 class _Logits(nn.Module):
@@ -244,11 +277,24 @@ def _wrapped(
     reading: AnswerReading,
     remarks: tuple[str, ...] = (),
     radius: int | None = None,
+    purpose: Purpose = "unknown",
+    reason: str = "",
 ) -> Target:
     wrapped = foreign(model, images, name, bits, reading)
     by_torch = isinstance(model, nn.Module) or _has_graph(wrapped.hasher, images[:1])
+    black_box = "" if wrapped.gradients else reason or "its answers cannot be differentiated"
     remarks = (*wrapped.said, *remarks)
-    return Target(name, title, wrapped.hasher, wrapped.gradients, None, radius, remarks, by_torch=by_torch)
+    return Target(
+        name,
+        title,
+        wrapped.hasher,
+        wrapped.gradients,
+        radius=radius,
+        remarks=remarks,
+        by_torch=by_torch,
+        purpose=purpose,
+        black_box=black_box,
+    )
 
 
 def _has_graph(hasher: Hasher, images: Tensor) -> bool:
@@ -257,26 +303,31 @@ def _has_graph(hasher: Hasher, images: Tensor) -> bool:
         return hasher({"image": images.clone().requires_grad_(True)})["image"].logits.requires_grad
 
 
-def _open_endpoint(url: str, images: Tensor, bits: int | None, limits: EndpointLimits) -> Target:
-    endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers)
-    answer = endpoint.check_consistency(images[:1])
+def _open_endpoint(
+    url: str, images: Tensor, bits: int | None, limits: EndpointLimits, kept: Path | None
+) -> Target:
+    endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers, kept=kept)
+    answer = endpoint.check_consistency(images)
     if answer.code is None:
         order = "with distances, in their order" if answer.distances else "without distances"
         remark = f"It answers {len(answer.ids)} ids, nearest first, {order}."
-        return Target(url, url, None, False, endpoint, remarks=(remark,))
+        return Target(url, url, None, False, endpoint, remarks=(remark,), black_box=_BEHIND_HTTP)
     wrapped = foreign(endpoint, images, url, bits)
-    return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.said)
+    return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.said, black_box=_BEHIND_HTTP)
 
 
-def hostile_attacks(target: Target, tier: Tier, eps: float) -> list[AttackSpec]:
+def hostile_attacks(
+    target: Target, tier: Tier, eps: float, radius: tuple[int, int] | None = None
+) -> list[AttackSpec]:
     """The attacks of an audit: untargeted ones hide a photograph, targeted ones make it look like another.
 
     Attacks that follow gradients know weights and stored codes. Vectors have no mainstay code; an attack on
-    the margin to the nearest other photographs takes its place. A target without gradients, such as a
-    perceptual hash or an endpoint, gets black-box attacks alone.
+    the margin to the nearest other photographs takes its place. A target without gradients, such as an
+    endpoint, gets black-box attacks alone.
 
     Args:
         eps: budget in pixels, L-infinity.
+        radius: (bits K, bits that may differ) of a search that counts bits; those attacks are then run too.
     """
     specs: list[AttackSpec] = []
     if target.gradients:
@@ -291,6 +342,7 @@ def hostile_attacks(target: Target, tier: Tier, eps: float) -> list[AttackSpec]:
             GradientAttack("flip", flip),
             GradientAttack("mainstay", follow) if on_codes else GradientAttack("margin-pn", last),
             GradientAttack("imitate", imitate),
+            *(radius_attacks(*radius, _LONGER * tier.steps, eps) if radius else ()),
         ]
     # judged by bits, since AP is flat while the photograph is still found first
     asked = threat_on("image", eps, knowledge="B2")

@@ -17,12 +17,12 @@ from robusthash.apps.commands.options import (
     Threat,
 )
 from robusthash.apps.commands.terminal import (
-    console,
-    escape,
+    note,
     print_json,
     print_lines,
     print_table,
     progress_bars,
+    warn,
 )
 
 Output = Annotated[str, Option(help="Answers of the model: logits, signs, float (an embedding), or auto.")]
@@ -34,7 +34,7 @@ def audit(
     target: Annotated[
         str,
         Argument(
-            help="A run, module:name, TorchScript .pt, .onnx, http(s) address, phash, dhash, whash or pdq."
+            help="A run, module:name, TorchScript .pt, .onnx, http(s), phash, ahash, dhash, whash or pdq."
         ),
     ],
     photos: Annotated[Path | None, Option(help="Your photographs; twenty come with the package.")] = None,
@@ -82,7 +82,8 @@ def audit(
     effort = tier_named(tier)
     effort = replace(effort, queries=queries or effort.queries, attacked=attacked or effort.attacked)
     pixel_eps = _pixel_eps(threat, eps, norm)
-    if os.getcwd() not in sys.path:  # a module:name is looked for where the user stands, as python -m does
+    named = ":" in target and not Path(target).exists()
+    if named and os.getcwd() not in sys.path:  # a module:name is looked for where the user stands
         sys.path.insert(0, os.getcwd())
     length = None if bits == "auto" else int(bits)
     limits = EndpointLimits(budget, rate, timeout, _headers(header))
@@ -92,14 +93,24 @@ def audit(
         summary = run_audit(target, out, photos, AuditOptions(*known), progress)
     if as_json:
         print_json(summary)
-        return
+    else:
+        _print(summary, out)
+
+
+def _print(summary: dict[str, Any], out: Path) -> None:
+    """The first sentences of the page, a red check before them; the table, and what was noted."""
+    verdict = summary["verdict"]
+    if verdict["alarm"]:
+        warn("warning", verdict["alarm"])
+    for name in ("first", "tried", "untried"):
+        note(verdict[name])
     print_table(f"audit of {summary['title']}", *_rows(summary))
     if summary["said"]:
-        console.print(escape(summary["said"][0]), highlight=False)
+        note(summary["said"][0])
     for warning in summary["doubts"]:
-        console.print(f"[bold red]warning:[/] {escape(warning)}", highlight=False)
+        warn("warning", warning)
     if summary["kinds"] is not None:
-        console.print(escape(summary["kinds"]["said"]), highlight=False)
+        note(summary["kinds"]["said"])
     print_lines([out / "report.html"])
 
 

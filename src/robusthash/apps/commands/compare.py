@@ -3,7 +3,7 @@ from typing import Annotated
 from typer import Option
 
 from robusthash.apps.commands.options import AsJson, RunPath
-from robusthash.apps.commands.terminal import console, escape, note, print_json, print_table
+from robusthash.apps.commands.terminal import note, print_json, print_table, warn
 
 
 def compare(
@@ -31,7 +31,7 @@ def compare(
         sides.append(results[result])
     differences = compare_results(*sides)
     if unreliable := [str(run) for run, side in zip((first, second), sides, strict=True) if side.unreliable]:
-        console.print(f"[bold red]UNRELIABLE[/] {escape(red_flag_warning(unreliable))}")
+        warn("UNRELIABLE", red_flag_warning(unreliable))
     if as_json:
         print_json({name: asdict(difference) for name, difference in differences.items()})
         return

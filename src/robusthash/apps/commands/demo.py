@@ -4,7 +4,7 @@ from typing import Annotated
 from typer import Option
 
 from robusthash.apps.commands.options import AsJson, Device, Seed
-from robusthash.apps.commands.terminal import console, note, print_json, print_table, progress_bars
+from robusthash.apps.commands.terminal import note, print_json, print_table, progress_bars
 
 PLAN = """\
 The demo trains a photo search on twenty embedded photographs (no download), attacks it, hardens it by
@@ -28,4 +28,4 @@ def demo(
         print_json(summary)
         return
     print_table("MAP on photos, attacks at 8/255", *summary_rows(summary))
-    console.print(f"report: {out / 'report.html'}")
+    note(f"report: {out / 'report.html'}")

@@ -85,6 +85,7 @@ def entry(
 
     card = entry_of(load_run(run), recipe, sets or (), result)
     path = out / f"{card.id}.yaml"
+    out.mkdir(parents=True, exist_ok=True)
     with write_aside(path) as aside:
         aside.write_text(entry_text(card), encoding="utf-8")
     reply(as_json, {"entry": str(path), **card.model_dump(mode="json")}, [path])

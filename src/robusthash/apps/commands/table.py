@@ -45,6 +45,7 @@ def table(
     from robusthash.apps.experiment import table_text, tables
     from robusthash.apps.experiment.run_directory import RunError
     from robusthash.apps.experiment.run_selection import runs_with
+    from robusthash.apps.reports.cell_text import markdown_cell
 
     runs, waiting = runs_with(lambda run: run.was_evaluated, paths)
     for run in waiting:
@@ -67,4 +68,4 @@ def table(
     sys.stdout.write(f"{write(rows, titles)}\n")
     comment = "% " * (format is Format.latex)
     for line in table_text.captions(rows, titles) if caption else ():
-        sys.stdout.write(f"\n{comment}{line}\n")
+        sys.stdout.write(f"\n{comment}{' '.join(line.split()) if comment else markdown_cell(line)}\n")

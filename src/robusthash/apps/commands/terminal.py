@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import rich.markup
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,12 +20,32 @@ from robusthash.core.atomic_files import json_text
 if TYPE_CHECKING:
     from robusthash.metrics.results import EvalResult
 
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)
+
+_STEERING = {
+    "Cc": "\n\t",
+    "Cs": "",
+    "Cf": "\u200c\u200d",
+}  # control, lone halves, order of writing; allowed ones
 
 
-def escape(text: str) -> str:
-    """Text whose brackets are no markup."""
-    return text.replace("[", r"\[")
+def shown(value: object) -> str:
+    """A value, which may come from a stranger's file, as text that cannot steer a terminal.
+
+    Control characters, those that turn the order of writing, and bytes of names that are no UTF-8 are written
+    out: ``\\x1b``.
+    """
+    return "".join(
+        character.encode("unicode-escape").decode()
+        if character not in _STEERING.get(unicodedata.category(character), character)
+        else character
+        for character in str(value)
+    )
+
+
+def escape(value: object) -> str:
+    """``shown``, for a text with markup: brackets of the value are none."""
+    return rich.markup.escape(shown(value))
 
 
 _SECONDS = 5.0  # between two lines of progress where no bar can be drawn
@@ -53,6 +75,7 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
         tasks: dict[str, Any] = {}
 
         def progress(done: int, total: int, text: str) -> None:
+            text = shown(text)
             key = text.partition(" ")[0] if text.startswith("epoch") else text
             if key not in tasks:
                 tasks[key] = bars.add_task(text, total=total or None)  # 0 where nobody knows
@@ -67,8 +90,9 @@ def print_json(value: Any) -> None:
 
 
 def print_lines(lines: Iterable[object]) -> None:
-    """Lines on stdout: the files that were written."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    """Lines on stdout: the files that were written; as they are for a program, ``shown`` on a terminal."""
+    text = shown if sys.stdout.isatty() else str
+    sys.stdout.write("".join(f"{text(line)}\n" for line in lines))
 
 
 def reply(as_json: bool, data: Any, lines: Iterable[object]) -> None:
@@ -81,7 +105,12 @@ def reply(as_json: bool, data: Any, lines: Iterable[object]) -> None:
 
 def note(text: object) -> None:
     """A message on stderr, without markup."""
-    console.print(str(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(head: str, text: object) -> None:
+    """A message on stderr below a head in red."""
+    console.print(f"[bold red]{head}:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def print_table(
@@ -89,14 +118,10 @@ def print_table(
 ) -> None:
     """A table on stderr; floats with four digits. ``right`` aligns all columns but the first to the right."""
 
-    def cell(value: Any) -> str | Text:
-        return (
-            f"{value:.4f}"
-            if isinstance(value, float)
-            else value
-            if isinstance(value, Text)
-            else escape(str(value))
-        )
+    def cell(value: Any) -> Text:
+        if isinstance(value, Text):
+            return value
+        return Text(f"{value:.4f}" if isinstance(value, float) else shown(value))
 
     table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):

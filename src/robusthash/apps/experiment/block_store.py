@@ -12,6 +12,7 @@ import torch
 from robusthash.apps.experiment.run_files import reading
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.identity import identity
+from robusthash.core.limited_files import read_npz
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import AttackSpec
 
@@ -73,8 +74,7 @@ def read_block(path: Path) -> AttackedBlock:
         RunError: a file that cannot be read; it is named.
     """
     with reading(path, "delete the file to attack them again", "the file of attacked queries"):
-        with np.load(path, allow_pickle=False) as arrays:
-            block = AttackedBlock.from_arrays({name: arrays[name] for name in arrays.files})
+        block = AttackedBlock.from_arrays(read_npz(path))
         if counts := {len(part) for part in vars(block).values() if torch.is_tensor(part)} - {
             len(block.signs)
         }:

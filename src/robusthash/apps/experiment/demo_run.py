@@ -5,7 +5,6 @@ It runs the same stages as recipes do, in ``OUT/runs``, so a stopped demo goes o
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from robusthash.apps.reports.demo_page import BudgetCurve, DemoExample, DemoSear
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
+from robusthash.core.limited_files import read_json
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, digest, silent, yield_when_busy
 from robusthash.core.types import Codes
@@ -117,7 +117,7 @@ def eps_curve(
     facts = [context.queries.fingerprint(), context.batch_size, context.seed, run.card()["digest"]]
     identity = digest([settings, *facts])
     path = run.path / "curve.json"
-    stored = json.loads(path.read_text()) if path.is_file() else {}
+    stored = read_json(path) if path.is_file() else {}
     if stored.get("identity") != identity:
         stored = {"identity": identity, "seconds": 0.0, "ap": {}}
     measure = results["clean"].setting.headline

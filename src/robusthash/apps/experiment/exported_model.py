@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import safetensors.torch
 
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run, reading, without_weights
 from robusthash.core.atomic_files import json_text, write_all_aside
+from robusthash.core.limited_files import read_json
 from robusthash.core.registry import nearest
 from robusthash.metrics.results import software_versions
 from robusthash.models.hasher import Hasher, build_hasher
@@ -68,7 +68,7 @@ def load_exported(folder: Path) -> tuple[Hasher, dict[str, Any]]:
     """
     again = "save the model again"
     with reading(folder / CARD, again, "the card"):
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        card = read_json(folder / CARD)
         if card["schema"] != SCHEMA:
             raise ValueError(f"schema {card['schema']!r}, and this version reads {SCHEMA!r}")
         names = list(_module_names(card["hasher"]))

@@ -6,7 +6,6 @@ A kept run is a run directory to every verb that only reads: ``table``, ``compar
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 
 from robusthash.apps.experiment.run_directory import KEPT, Run, RunError, load_run, write_json
 from robusthash.core.atomic_files import write_all_aside
+from robusthash.core.limited_files import read_json
 from robusthash.metrics.protocol import CURVES
 from robusthash.metrics.results import EvalResult, save_results
 
@@ -73,7 +73,7 @@ def _write(run: Run, run_id: str, folder: Path) -> None:
         elif path.name == _EVIDENCE:
             save_results(folder / path.name, list(run.stored(path.name).values()))
         else:
-            write_json(folder / path.name, _without_paths(json.loads(path.read_text(encoding="utf-8"))))
+            write_json(folder / path.name, _without_paths(read_json(path)))
     config = run.config.model_dump(mode="json")
     if isinstance(config["data"], dict):
         config["data"].pop("root", None)

@@ -27,11 +27,13 @@ from typing import Any, Literal
 import yaml
 
 from robusthash.apps.experiment import training_stages
-from robusthash.apps.experiment.config import Config, ConfigError, load_config
+from robusthash.apps.experiment.config import Config, ConfigError, load_config, value_of
 from robusthash.apps.experiment.run_directory import load_run, write_json
 from robusthash.apps.experiment.run_files import reading
 from robusthash.apps.experiment.tables import Cell, cell_of
+from robusthash.apps.reports.cell_text import markdown_cell
 from robusthash.core.directory_lock import owned
+from robusthash.core.limited_files import read_json
 from robusthash.core.out_of_memory import REMEDY, out_of_memory
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.metrics.results import EvalResult, headline_of
@@ -57,7 +59,7 @@ def read_axis(text: str) -> Axis:
     if not equals or not path or not listed:
         raise ValueError(f"--over takes section.key=value,value,..., got {text!r}")
     if listed.startswith("["):
-        dumped = [yaml.safe_dump(value, default_flow_style=True) for value in yaml.safe_load(listed)]
+        dumped = [yaml.safe_dump(value, default_flow_style=True) for value in _listed(text, listed)]
         values = tuple(value.strip().removesuffix("...").strip() for value in dumped)
     else:
         values = tuple(value.strip() for value in listed.split(","))
@@ -69,6 +71,13 @@ def read_axis(text: str) -> Axis:
         remedy = "sweep settings of data, hasher or training, and set the rest with --set"
         raise ValueError(f"--over {path} makes no other model, and all points would share one run; {remedy}")
     return Axis(path, values)
+
+
+def _listed(text: str, listed: str) -> list[Any]:
+    values = value_of(listed)
+    if not isinstance(values, list):
+        raise ValueError(f"--over {text}: {listed!r} is no list")
+    return values
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -201,7 +210,7 @@ class Sweep:
         olds: list[Outcome] = []
         if path.is_file():
             with reading(path, "delete it; what its runs hold is taken from them"):
-                olds = [Outcome(**entry) for entry in json.loads(path.read_text())["points"]]
+                olds = [Outcome(**entry) for entry in read_json(path)["points"]]
         for old in olds:
             files = [Path(old.run) / name for name in ("config.yaml", "metrics.json")]
             if old.state != "done" or old.key not in by_key or not all(file.is_file() for file in files):
@@ -355,6 +364,6 @@ def sweep_markdown(rows: Sequence[SweepRow]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in rows:
         cells = [row.cells[name].text() if name in row.cells else "-" for name in columns]
-        line = [*row.values.values(), *cells, str(len(row.seeds)), str(row.failed)]
+        line = [*map(markdown_cell, row.values.values()), *cells, str(len(row.seeds)), str(row.failed)]
         lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)

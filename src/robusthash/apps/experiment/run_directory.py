@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from robusthash.apps.experiment.config import Config, save_config
+from robusthash.apps.experiment.config import Config, is_folder_name, save_config, shortened
 from robusthash.apps.experiment.run_files import (
     RunError,
     config_of,
@@ -26,7 +26,8 @@ from robusthash.apps.experiment.run_files import (
     write_json,
 )  # fmt: skip
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.registry import build
+from robusthash.core.limited_files import check_archive, parse_json, read_json, read_npz
+from robusthash.core.registry import build, without_new_code
 from robusthash.core.runtime import digest
 from robusthash.core.types import Codes
 from robusthash.metrics.results import EvalResult, Flag, load_results, software_versions
@@ -41,6 +42,8 @@ RESTART = "delete it to train again from the start"
 CHECKED = "checks.json"  # the flags of ``check``
 TEXTS = "texts.json"  # how texts become inputs, so that those of others can
 KEPT = "kept.json"  # marks a copy of results without weights, see ``kept_results``
+_CARD = {"name": str, "id": str, "bits": int, "modalities": list, "image_size": list, "declared": str}
+_CARD |= {"hasher": dict, "digest": str, "epochs": int, "last": dict}
 _TRAIN = "run 'robusthash train' or 'robusthash run' first"
 _REMADE = {
     "metrics.json": "delete it, then: robusthash evaluate {run}",
@@ -80,7 +83,7 @@ class Run:
     def origin(self) -> dict[str, str]:
         """The runs that it comes from by ``parent`` and ``resumed_from``, as far as it has and knows them."""
         path = self.path / "environment.json"
-        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        facts = read_json(path) if path.is_file() else {}
         return {name: facts[name] for name in ("parent", "resumed_from") if name in facts}
 
     @property
@@ -115,6 +118,7 @@ class Run:
         if not self.checkpoint_file.is_file():
             return None
         with reading(self.checkpoint_file, RESTART, "checkpoint"):
+            check_archive(self.checkpoint_file)
             return torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
 
     def checkpoint(self, state: dict[str, Any]) -> None:
@@ -161,7 +165,7 @@ class Run:
             raise RunError(f"{self.path} has no training log; {_TRAIN}")
         for number, text in enumerate(path.read_bytes().splitlines(), 1):
             with reading(path, f"delete its line {number}"):
-                line = json.loads(text)
+                line = parse_json(text, "it")
                 lines[int(line["epoch"])] = line
         return list(lines.values())
 
@@ -224,7 +228,8 @@ class Run:
         path = self._database_file
         if not path.is_file():
             return None
-        with reading(path, self._again, "database of codes"), np.load(path) as arrays:
+        with reading(path, self._again, "database of codes"):
+            arrays = read_npz(path, ("codes", "bits"))
             packed, bits = torch.from_numpy(arrays["codes"]), int(arrays["bits"])
         return Codes(packed, bits, torch.arange(len(packed)), self.card()["digest"])
 
@@ -234,10 +239,9 @@ class Run:
             raise RunError(f"{self.path} holds no trained model; {_TRAIN}")
         path = self.path / "model.json"
         with reading(path, self._again, "the model card"):
-            card = json.loads(path.read_text(encoding="utf-8"))
-            for name in ("hasher", "objective", "digest"):
-                if not isinstance(card, dict) or name not in card:
-                    raise ValueError(f"it names no {name}")
+            card = read_json(path)
+            if fault := _fault_of(card):
+                raise ValueError(fault)
         return card
 
     @property
@@ -282,7 +286,7 @@ class Run:
         if not path.is_file():
             return ()
         with reading(path, f"write it again: robusthash check {self.path}"):
-            entries = json.loads(path.read_text(encoding="utf-8"))
+            entries = read_json(path)
             numbers = [(float(entry["value"]), float(entry["threshold"])) for entry in entries]  # maybe "inf"
             return tuple(
                 Flag(entry["id"], value, threshold, entry["level"], entry["remedy"])
@@ -301,16 +305,19 @@ class Run:
                 f"robusthash train {self.path / 'config.yaml'}"
             )
         self.check_weights()
-        spec = self.card()["hasher"]
-        image, text = without_weights(spec["image"]), without_weights(spec["text"])
-        hasher = build_hasher(**{**spec, "image": image, "text": text})
+        spec, card = self.card()["hasher"], self.path / "model.json"
+        with without_new_code(card), reading(card, self._again, "the model card"):
+            image, text = without_weights(spec["image"]), without_weights(spec["text"])
+            hasher = build_hasher(**{**spec, "image": image, "text": text})
         load_weights(hasher, self.path / "checkpoint" / "hasher.safetensors", self._again)
         return hasher.eval()
 
     def load_model(self) -> tuple[Hasher, HashObjective]:
         """The trained hasher and its objective (eval mode, CPU); errors as of ``load_hasher``."""
         hasher = self.load_hasher()
-        objective = build("objective", self.card()["objective"])
+        card = self.path / "model.json"
+        with without_new_code(card), reading(card, self._again, "the model card"):
+            objective = build("objective", self.card()["objective"])
         load_weights(objective, self.path / "checkpoint" / "objective.safetensors", self._again)
         return hasher, objective.eval()
 
@@ -378,6 +385,16 @@ def load_run(path: str | Path) -> Run:
     for name in ("data.json", "environment.json"):
         if (path / name).is_file():
             with reading(path / name, run._remedy(name)):
-                if not isinstance(json.loads((path / name).read_text(encoding="utf-8")), dict):
+                if not isinstance(read_json(path / name), dict):
                     raise ValueError("it holds no names")
     return run
+
+
+def _fault_of(card: Any) -> str:
+    """The fault of a model card, if it has one; its name and id are folders of copies."""
+    if not isinstance(card, dict) or "hasher" not in card:
+        return "it names no hasher"
+    for key, kind in _CARD.items():
+        if not isinstance(card.get(key), kind) or (key in ("name", "id") and not is_folder_name(card[key])):
+            return f"{key} is {shortened(repr(card.get(key)))}"
+    return ""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.core.atomic_files import json_text, write_aside
+from robusthash.core.registry import without_new_code
 
 
 class RunError(ValueError):
@@ -49,7 +50,8 @@ def config_of(path: Path) -> Config:
     """The config of a run directory, with every section: an emptied file is not one of defaults."""
     again = f"write it again with the recipe of the run: robusthash train RECIPE --runs {path.parent.parent}"
     try:
-        config = load_config(path / "config.yaml")
+        with without_new_code(path / "config.yaml"):
+            config = load_config(path / "config.yaml")
     except (ConfigError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0]
         raise RunError(f"{path}: its config cannot be read: {first}; {again}") from None

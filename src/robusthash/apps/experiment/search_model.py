@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from robusthash.apps.experiment.exported_model import CARD, load_exported, run_o
 from robusthash.apps.experiment.model_stages import read_data
 from robusthash.apps.experiment.run_directory import TEXTS, Run, RunError, load_run, reading
 from robusthash.core.hamming import pack
+from robusthash.core.limited_files import read_json
 from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import Progress, choose_device, silent
 from robusthash.core.types import Codes
@@ -235,7 +235,7 @@ def _texts_of(run: Run) -> TextForm | None:
     if not path.is_file():
         return read_data(run.config).text_form
     with reading(path, "delete it to have it made of the data again"):
-        return text_form(json.loads(path.read_text(encoding="utf-8")))
+        return text_form(read_json(path))
 
 
 def _progress(stack: ExitStack, silenced: bool) -> Progress:

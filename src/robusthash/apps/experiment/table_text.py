@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from robusthash.apps.experiment.tables import TableRow
-
-_TEX = str.maketrans({mark: f"\\{mark}" for mark in "&%$#_{}"})
+from robusthash.apps.reports.cell_text import csv_cell, latex_cell, markdown_cell
 
 
 def markdown(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
     """A Markdown table; ``results`` chooses and orders the columns, by default all that the first row has."""
-    table = text_table(rows, results)
+    table = [list(map(markdown_cell, cells)) for cells in text_table(rows, results)]
     head, *lines = [f"| {' | '.join(cells)} |" for cells in table]
     return "\n".join([head, "|" + " --- |" * len(table[0]), *lines])
 
 
 def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
     """A LaTeX ``tabular`` with the rules of the package ``booktabs``."""
-    table = [[cell.translate(_TEX) for cell in cells] for cells in text_table(rows, results)]
+    table = [list(map(latex_cell, cells)) for cells in text_table(rows, results)]
     head, *lines = [f"{' & '.join(cells)} \\\\" for cells in table]
     start = f"\\begin{{tabular}}{{{'l' * len(table[0])}}}"
     return "\n".join([start, "\\toprule", head, "\\midrule", *lines, "\\bottomrule", "\\end{tabular}"])
@@ -32,7 +31,7 @@ def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[s
     for row in rows:
         numbers = [row.cells[c].numbers() if c in row.cells else [""] * 4 for c in columns]
         table.append([row.name, *(number for group in numbers for number in group)])
-    return table
+    return [list(map(csv_cell, cells)) for cells in table]
 
 
 def text_table(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[list[str]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
+from robusthash.apps.experiment.config_parts import check_parts
 from robusthash.apps.experiment.evaluation_stages import check_evaluation, evaluate
 from robusthash.apps.experiment.model_stages import read_data, set_threads
 from robusthash.apps.experiment.run_directory import (
@@ -80,6 +81,7 @@ def _opened(
     """
     choose_device(config.runtime.device)
     set_threads(config)
+    check_parts(config)
     parent = _parent(config, root, progress, base)
     ancestor = parent.card()["digest"] if parent else ""
     shorter = None if resume_from is None else load_run(resume_from)

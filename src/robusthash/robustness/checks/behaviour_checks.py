@@ -14,6 +14,7 @@ from robusthash.core.hamming import sign
 from robusthash.core.runtime import default_dtype
 from robusthash.core.types import Batch, Inputs
 from robusthash.metrics.results import Flag
+from robusthash.models.external.wrapper import Broken
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.robustness.checks.base import CHECKS, above, flag, not_run
 from robusthash.robustness.victim_behaviour import mismatches
@@ -97,7 +98,7 @@ def f16_precision(victim: Hasher, inputs: Inputs) -> Flag:
     try:
         with default_dtype(torch.float64):
             double = logits_of(in_double(victim), as_double(inputs))
-    except RuntimeError as error:
+    except (RuntimeError, Broken) as error:
         return not_run("F16", f"the model does not run in float64 ({str(error).splitlines()[0]})")
     differ = float((sign(single) != sign(double)).double().mean())
     thin = float((single.abs() < 1e-4 * single.abs().median()).double().mean())
@@ -108,8 +109,15 @@ def f16_precision(victim: Hasher, inputs: Inputs) -> Flag:
 
 
 def in_double(victim: Hasher) -> Hasher:
-    """A copy in float64."""
-    return copy.deepcopy(victim).double()
+    """A copy in float64.
+
+    Raises:
+        RuntimeError: it cannot be copied, as a scripted model.
+    """
+    try:
+        return copy.deepcopy(victim).double()
+    except (TypeError, AttributeError) as error:
+        raise RuntimeError(f"it cannot be copied: {error}") from error
 
 
 def as_double(inputs: Inputs) -> Inputs:

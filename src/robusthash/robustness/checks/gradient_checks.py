@@ -22,6 +22,7 @@ from robusthash.evaluation.attack_block import attack_block
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.metrics.results import Flag
 from robusthash.metrics.statistics import bootstrap_interval
+from robusthash.models.external.wrapper import Broken
 from robusthash.models.hasher import Hasher
 from robusthash.robustness.checks.base import CHECKS, above, flag, not_run
 from robusthash.robustness.checks.behaviour_checks import as_double, in_double
@@ -192,7 +193,7 @@ def f14_differences(context: EvaluationContext, threat: Threat) -> Flag:
     try:
         with default_dtype(torch.float64):
             _run(context, threat, _MeanLogit(), look, in_double(context.victim))
-    except RuntimeError as error:
+    except (RuntimeError, Broken) as error:
         return not_run("F14", f"the model does not run in float64 ({str(error).splitlines()[0]})")
     return above("F14", _share([(part > 0.05) | part.isnan() for part in errors]))
 

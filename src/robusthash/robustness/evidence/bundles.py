@@ -20,6 +20,7 @@ from torch import Tensor
 
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.atomic_files import json_text, refuse_full, write_folder_aside
+from robusthash.core.limited_files import read_json
 from robusthash.evaluation.attack_block import AttackedBlock, finish
 from robusthash.evaluation.context import EvaluationContext, by_content
 from robusthash.evaluation.evaluate import score_attack, setting_of
@@ -60,7 +61,7 @@ def read_bundle(folder: str | Path) -> Bundle:
     path, inputs_path, ids_path = (folder / name for name in ("manifest.json", *_FILES))
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no evidence bundle: it has no manifest.json")
-    manifest = read_record(Manifest, _json(path), BUNDLE_SCHEMA, str(path))
+    manifest = read_record(Manifest, read_json(path), BUNDLE_SCHEMA, str(path))
     for name in _FILES:
         if name not in manifest.files:
             raise ValueError(f"{path}: files lists no {name!r}")
@@ -68,7 +69,7 @@ def read_bundle(folder: str | Path) -> Bundle:
             raise FileNotFoundError(f"{folder} is truncated: {name} is missing")
         if _sha256(folder / name) != manifest.files[name]:
             raise ValueError(f"{folder / name} is truncated or changed: its sha256 is not files[{name!r}]")
-    ids = _json(ids_path)
+    ids = read_json(ids_path)
     if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
         raise ValueError(f"{ids_path} must be a list of content hashes")
     if len(ids) != manifest.queries:
@@ -82,13 +83,6 @@ def read_bundle(folder: str | Path) -> Bundle:
     if inputs.ndim == 0 or len(inputs) != len(ids) or math.prod(inputs.shape) == 0:
         raise ValueError(f"{inputs_path}: shape {inputs.shape} for {len(ids)} ids; it is truncated or empty")
     return Bundle(folder, manifest, tuple(ids), inputs, _sha256(path)[:12])
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def _sha256(path: Path) -> str:

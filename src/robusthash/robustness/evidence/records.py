@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from robusthash.attacks.threat_model import Ball, Budget, Edits, Knowledge, Threat
+from robusthash.core.limited_files import read_yaml
 from robusthash.core.registry import nearest
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import EvalResult
@@ -100,7 +101,7 @@ class Manifest(SentRecord):
     weights: str  # ``weights_digest`` of the victim
     codes: str  # digest of the database codes that it was made against
     database: str  # fingerprint of the database split
-    direction: tuple[str, str]
+    direction: tuple[Literal["image", "text"], Literal["image", "text"]]
     bits: int
     queries: int
     attack: str = "unnamed"
@@ -150,7 +151,7 @@ class BestKnown(SentRecord):
 class RegistryEntry(SentRecord):
     """One model of the registry."""
 
-    id: str = Field(pattern=r"^[\w.-]+$")
+    id: str = Field(pattern=r"^\w[\w.-]{0,119}$")
     title: str = ""
     source: ModelSource
     data: str
@@ -191,11 +192,7 @@ def load_entry(path: str | Path) -> RegistryEntry:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"registry entry {str(path)!r} does not exist")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    entry = read_record(RegistryEntry, raw, ENTRY_SCHEMA, str(path))
+    entry = read_record(RegistryEntry, read_yaml(path), ENTRY_SCHEMA, str(path))
     if entry.id != path.stem:
         raise ValueError(f"{path}: id is {entry.id!r}; name the file {entry.id}.yaml")
     return entry
