@@ -11,7 +11,9 @@ setup: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: setup
+demo:
+	@test -f .venv/.ready || echo "Setting up .venv first: some minutes, once. The demo follows."
+	@$(MAKE) --no-print-directory setup
 	$(BIN)/robusthash demo --out demo
 
 test: setup

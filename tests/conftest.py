@@ -17,6 +17,10 @@ os.environ["OMP_NUM_THREADS"] = (
 torch.set_num_threads(1)  # the tests run side by side, and small tensors do not gain from more threads
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=140, help="malformed inputs of tests/fuzz (all: 1000)")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data that the project keeps beside the checkout."""

@@ -8,13 +8,17 @@ import copy
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from robusthash.core.types import Batch, HashOutput, Outputs, Reference
 from robusthash.data import ArraySource, RetrievalData, Split
+from robusthash.data.photos import photos
+from robusthash.data.transforms import to_pixels
 from robusthash.models import Hasher, build_hasher, encode_split
 from robusthash.objectives import DPSH, CodeMemory, HashObjective, TrainFacts
 from robusthash.objectives.base import share_similar
@@ -229,3 +233,12 @@ class MemoryLog:
 
     def progress(self, done: int, total: int, text: str) -> None:
         self.shares.append((done, total))
+
+
+def write_photographs(folder: Path, count: int, side: int = 96) -> Path:
+    """Windows of the embedded photographs as ``0.jpg``, ``1.jpg``, ... in ``folder``."""
+    data = photos(size=side, train=1, query=count, database=1)
+    pixels = data.query.batch(torch.arange(count)).inputs["image"]
+    for number, image in enumerate(to_pixels(pixels)):
+        Image.fromarray(image).save(folder / f"{number}.jpg", quality=95)
+    return folder

@@ -75,14 +75,29 @@ def test_a_name_of_the_package_is_refused_to_code_from_outside(tmp_path):
     assert "objective 'csq' is already registered by robusthash.objectives.centers" in done.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
-def test_the_example_of_the_page_runs(page, tmp_path, monkeypatch, capsys):
+def python_of(page):
+    """The Python programs of a page, as they stand there."""
+    return re.findall(r"^```python\n(.*?)^```", (REPO / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_example_of_the_readme_learns_and_runs_twice(tmp_path, monkeypatch, capsys):
+    (code,) = python_of("README.md")
+    assert python_of("docs/quickstart.md") == [code]
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", (REPO / page).read_text(), re.DOTALL)
-    assert code is not None
-    exec(compile(code[1], page, "exec"), {})
-    printed = capsys.readouterr().out
-    assert "tensor" in printed or re.search(r"0\.\d+", printed)
+    for _ in range(2):
+        exec(compile(code, "README.md", "exec"), {})
+        clean, robust, chance = map(float, capsys.readouterr().out.partition("\n")[0].split())
+        assert clean > chance + 0.6
+        assert robust < clean - 0.3
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_the_examples_of_own_models_run(number, tmp_path, monkeypatch, capsys):
+    programs = python_of("docs/own-model.md")
+    assert len(programs) == 6
+    monkeypatch.chdir(tmp_path)
+    exec(compile(programs[number], "own-model.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
 
 
 def anchors_of(page):

@@ -16,15 +16,18 @@ from robusthash.version import __version__
 
 if TYPE_CHECKING:
     from robusthash import attacks, objectives
+    from robusthash.apps.audit.python_audit import audit
+    from robusthash.apps.experiment.quickstart_run import quickstart
     from robusthash.apps.experiment.search_model import SearchModel, load
     from robusthash.attacks import Attack, Threat
-    from robusthash.core.types import Batch
-    from robusthash.data import load_data
+    from robusthash.core.types import Batch, Codes
+    from robusthash.data import RetrievalData, load_data
     from robusthash.defenses import AdversarialTraining
     from robusthash.evaluation import EvaluationContext, evaluate, make_context
     from robusthash.index import open_index
     from robusthash.metrics import EvalResult, Protocol, compare
     from robusthash.models import Hasher, build_hasher, encode_split
+    from robusthash.models.external.wrap import wrap
     from robusthash.robustness import Suite, assess, tier
     from robusthash.training import HashingRecipe, TrainConfig, fit
 
@@ -32,11 +35,13 @@ __all__ = [
     "AdversarialTraining",
     "Attack",
     "Batch",
+    "Codes",
     "EvalResult",
     "EvaluationContext",
     "Hasher",
     "HashingRecipe",
     "Protocol",
+    "RetrievalData",
     "SearchModel",
     "Suite",
     "Threat",
@@ -44,6 +49,7 @@ __all__ = [
     "__version__",
     "assess",
     "attacks",
+    "audit",
     "build_hasher",
     "compare",
     "encode_split",
@@ -54,7 +60,9 @@ __all__ = [
     "make_context",
     "objectives",
     "open_index",
+    "quickstart",
     "tier",
+    "wrap",
 ]
 
 _REGISTERING = ("data", "models", "objectives", "training", "attacks", "defenses")
@@ -63,16 +71,19 @@ _HOMES = {
     "AdversarialTraining": "defenses",
     "Attack": "attacks",
     "Batch": "core.types",
+    "Codes": "core.types",
     "EvalResult": "metrics",
     "EvaluationContext": "evaluation",
     "Hasher": "models",
     "HashingRecipe": "training",
     "Protocol": "metrics",
+    "RetrievalData": "data",
     "SearchModel": "apps.experiment.search_model",
     "Suite": "robustness",
     "Threat": "attacks",
     "TrainConfig": "training",
     "assess": "robustness",
+    "audit": "apps.audit.python_audit",
     "build_hasher": "models",
     "compare": "metrics",
     "encode_split": "models",
@@ -82,7 +93,9 @@ _HOMES = {
     "load_data": "data",
     "make_context": "evaluation",
     "open_index": "index",
+    "quickstart": "apps.experiment.quickstart_run",
     "tier": "robustness",
+    "wrap": "models.external.wrap",
 }
 """The room or module that each name is imported from when it is first used: ``import robusthash`` loads
 none."""

@@ -87,7 +87,7 @@ def test_identity_beats_a_purifier_under_no_grad() -> None:
     budget = float(((x @ weight.T).abs() / weight.abs().sum(1)).max())
     for item in range(len(x)):
         assert flipped(victim, RepairIdentity()(victim), x[item : item + 1], budget * 1.001)
-    with pytest.raises(ValueError, match="the model has no gradient to its image"):
+    with pytest.raises(ValueError, match="no gradient reaches the image of this victim"):
         flipped(victim, victim, x[:1], budget * 1.001)
 
 

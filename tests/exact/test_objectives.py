@@ -9,6 +9,7 @@ import torch
 from helpers import facts_of, image_batch, memory_of, output_of
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, softplus
+from torch.profiler import ProfilerActivity, profile
 
 from robusthash.core.runtime import Draws
 from robusthash.core.types import HashOutput
@@ -336,6 +337,15 @@ def test_distances_of_centers_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     drawn = torch.where(torch.rand(23, 24, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
     gaps = (24 - drawn @ drawn.T) / 2
     apart = gaps[~torch.eye(23, dtype=torch.bool)]
-    monkeypatch.setattr(centers_module, "_BLOCK", 5)
+    monkeypatch.setattr(centers_module, "_PAIRS", 5 * 23)
     least, mean = centers_module._distances(drawn)
     assert (least, mean) == (float(apart.min()), pytest.approx(float(apart.double().mean())))
+
+
+def test_distances_of_many_centers_take_bounded_memory() -> None:
+    """Blocks of rows of one size would hold 4096 x 6000 distances, 98 MB."""
+    drawn = torch.where(torch.rand(6000, 16, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        centers_module._distances(drawn)
+    largest = max(event.cpu_memory_usage for event in profiled.events())
+    assert largest <= 8 * centers_module._PAIRS

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from robusthash.apps import cli
+from robusthash.apps.commands import terminal
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -18,7 +19,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "width", 200)
+        monkeypatch.setattr(terminal.console, "width", 200)
         code = 0
         try:
             cli.main()

@@ -320,7 +320,7 @@ def test_budgets_are_fractions(trained, call):
         ("{name: hag, steps: ", "not valid YAML"),
         ("[hag]", "attack is a name, or a mapping with 'name'"),
         ("{steps: 3}", "attack needs a 'name'"),
-        ("{name: hag, steps: many}", "attack 'hag' cannot be made with {'steps': 'many'}"),
+        ("{name: hag, steps: many}", "steps of attack 'hag' must be a whole number, got 'many'"),
         ("{name: hag, slope: none}", "slope of attack 'hag' must be 'published' or 'one', got 'none'"),
     ],
 )

@@ -68,7 +68,8 @@ def test_three_options_name_one_threat(given: dict[str, str], name: str) -> None
         ({"threat": "db-insert", "norm": "l2"}, "no customary eps"),
         ({"eps": "8"}, "write 8/255, not 8"),
         ({"eps": "small"}, "a number such as 8/255"),
-        ({"eps": "-8/255"}, "below 0"),
+        ({"eps": "-8/255"}, "leaves nothing to attack"),
+        ({"eps": "0"}, "leaves nothing to attack"),
         ({"eps": "8/0"}, "divides by zero"),
     ],
 )

@@ -167,7 +167,8 @@ def test_a_sweep_runs_every_point_names_the_failing_one_and_goes_on(call, recipe
     assert json.loads(out)["points"] == [good]
 
 
-def test_stopping_a_sweep_stops_its_children(recipe, tmp_path):
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_sweep_that_ends_ends_its_children_and_a_second_one_waits(recipe, tmp_path, call, how, code):
     command = [
         sys.executable,
         "-m",
@@ -195,8 +196,10 @@ def test_stopping_a_sweep_stops_its_children(recipe, tmp_path):
         time.sleep(0.2)  # until both train
     children = _children_of(parent.pid)
     assert len(children) >= 2
-    parent.send_signal(signal.SIGINT)  # to the sweep alone
-    assert parent.wait(timeout=30) == 130
+    _, _, said = call(*command[3:])
+    assert f"swept is in use by process {parent.pid}" in said
+    parent.send_signal(how)  # to the sweep alone
+    assert parent.wait(timeout=30) == code
     until = time.monotonic() + 10
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < until, "a process of the sweep goes on"

@@ -15,7 +15,8 @@ import yaml
 from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run, load_run
-from robusthash.apps.experiment.tables import Column, captions, make_rows, parse_column, seeds_by_row
+from robusthash.apps.experiment.table_text import captions
+from robusthash.apps.experiment.tables import Column, make_rows, parse_column, seeds_by_row
 from robusthash.metrics.results import load_results, save_results
 from robusthash.metrics.statistics import bootstrap_interval, hierarchical_interval
 
@@ -75,7 +76,11 @@ def test_a_seed_that_is_given_twice_is_refused(call, run, tmp_path):
 
 
 def test_the_caption_names_attacks_and_budget(call, run, tmp_path):
-    budget = run.evaluated()["worst"].setting.budget
+    budget = (
+        "PGD, 2 steps, step size 1/255, random start, slope by the published schedule, knows weights and "
+        "training labels; raw gradient, 2 steps, optimiser sgd, lr 0.78125, momentum 0.9, slope by the "
+        "published schedule, knows the weights alone"
+    )
     said = f"worst: img-linf-8, the lowest AP of each query under hag, mainstay; budget: {budget}."
     other = sibling(run, tmp_path, "other", {"hasher.bits": 16})
     out = call("table", run.path, other, "--column", "clean", "--column", "worst")[1]

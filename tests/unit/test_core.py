@@ -268,7 +268,7 @@ def test_devices_and_precisions_that_are_not_there() -> None:
     assert choose_device("auto").type in ("cpu", "cuda")
     with pytest.raises(ValueError, match=r"'abacus' is not usable here.*--device cpu"):
         choose_device("abacus")
-    with pytest.raises(ValueError, match="'float32' or 'bf16', got 'half'"), precision("half", "cpu"):
+    with pytest.raises(ValueError, match="'float32', 'bf16' or 'fp16', got 'half'"), precision("half", "cpu"):
         pass
     with precision("bf16", "cpu"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
@@ -371,9 +371,7 @@ def test_an_option_of_a_wrong_type_is_named() -> None:
     def melon(weight: float = 1.0, broken: int = 0) -> float:
         return weight / 2 + len(broken) if broken else weight / 2  # type: ignore[arg-type]
 
-    with pytest.raises(
-        ValueError, match=r"fruit 'melon' cannot be made with \{'weight': 'heavy'\}: unsupported"
-    ):
+    with pytest.raises(ValueError, match="weight of fruit 'melon' must be a number, got 'heavy'"):
         registry.build("fruit", {"name": "melon", "weight": "heavy"})
     with pytest.raises(TypeError):
         registry.build("fruit", "melon", broken=3)

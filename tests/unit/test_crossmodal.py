@@ -13,7 +13,7 @@ import torch
 from helpers import Interrupted, MemoryLog, facts_of, reference_of
 from torch import Tensor
 
-from robusthash.apps.experiment.run_directory import _load_weights, _save_weights
+from robusthash.apps.experiment.run_files import load_weights, save_weights
 from robusthash.attacks import mainstay, pgd
 from robusthash.attacks.drfgd import drfgd
 from robusthash.core.labels import relevant
@@ -165,9 +165,9 @@ def test_what_is_saved_serves_an_attack(name: str, data: RetrievalData, tmp_path
     fit(HashingRecipe(hasher, objective), data, config(name, 3))
     kept = objective.kept()
     assert not any(key.startswith(("critics.", "classifiers.", "proxies.")) for key in kept)
-    _save_weights(kept, tmp_path / "objective.safetensors")
+    save_weights(kept, tmp_path / "objective.safetensors")
     again = make_objective(name)
-    _load_weights(again, tmp_path / "objective.safetensors")
+    load_weights(again, tmp_path / "objective.safetensors", "")
     batch, reference = data.query.batch(torch.arange(8)), reference_of(hasher, data.database)
     with torch.no_grad():
         outputs = hasher({"image": batch.inputs["image"]})["image"]

@@ -68,10 +68,15 @@ def test_bad_splits_are_refused():
         Split("train", held, torch.empty(0, dtype=torch.int64), None, np.array([], dtype="S16"))
     with pytest.raises(ValueError, match="2 label rows for 3 items"):
         Split("train", held, torch.arange(3), torch.zeros(2, 3), held.hashes()[:3])
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match=r"labels are .* of 0 and 1, and one is nan"):
         Split("train", held, torch.arange(2), torch.full((2, 3), float("nan")), held.hashes()[:2])
     with pytest.raises(ValueError, match=r"different length.*'image': 4.*'text': 5"):
         ArraySource({"image": torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "text": torch.zeros(5, 2)})
+    for value in (-1.0, 2.0, 0.5):
+        with pytest.raises(ValueError, match=f"of 0 and 1, and one is {value:g}"):
+            Split("train", held, torch.arange(3), torch.full((3, 2), value), held.hashes()[:3])
+    with pytest.raises(ValueError, match=r"multi-hot, got \[3\]"):
+        Split("train", held, torch.arange(3), torch.zeros(3), held.hashes()[:3])
 
 
 def test_batches_cover_every_item_once_and_shuffle_by_key():

@@ -388,7 +388,9 @@ def test_values_of_the_split_column_must_go_somewhere(listed: Path) -> None:
         ValueError, match="no row of the manifest is for the query split; its split column holds"
     ):
         load(listed, rows_of(), query_splits=["query"], validation_splits=["test", "val"])
-    with pytest.raises(ValueError, match=r"the splits are lists .* got the text 'test'"):
+    with pytest.raises(
+        ValueError, match="query_splits of data 'folder' must be a list, each item a text, got 'test'"
+    ):
         load(listed, rows_of(), query_splits="test")
     with pytest.raises(ValueError, match="sizes of a drawn split"):
         load(listed, rows_of(), query=2)

@@ -15,7 +15,7 @@ import torch
 
 from robusthash.core.registry import build
 from robusthash.data import RetrievalData, load_data
-from robusthash.data.image_text import token_ids
+from robusthash.data.image_text import text_form, token_ids
 from robusthash.models import build_hasher, encode_split
 from robusthash.objectives import DPSH
 from robusthash.training import HashingRecipe, fit
@@ -210,3 +210,13 @@ def test_a_real_sentence_encoder_knows_meanings() -> None:
     alike = near @ near.T
     assert alike[0, 1] > 0.4
     assert alike[0, 1] > 2 * alike[0, 2]
+
+
+def test_other_texts_become_ids_by_the_form_of_the_data(listed: Path, bert: Path) -> None:
+    form = load(listed, bert).text_form
+    assert form is not None
+    again = text_form(json.loads(json.dumps(form.plain())))
+    for each in (form, again):
+        assert torch.equal(each.encode(["a red disc"]), token_ids(["a red disc"], bert, 6)[0])
+    with pytest.raises(ValueError, match="holds words, or tokenizer and max_length, got vocabulary"):
+        text_form({"vocabulary": 5})

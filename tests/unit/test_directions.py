@@ -114,7 +114,6 @@ def test_another_net_than_the_one_that_training_goes_on_from_is_refused(tmp_path
     [
         ({"directions": ["I2I", "I2T"]}, r"directions holds I2T, and .* does not encode 'text'"),
         ({"oblivious": ["mainstay"]}, r"evaluation.oblivious overlooks a purifier, and .* has none"),
-        ({"relevance": ["own", "class"]}, r"no labels 'class' beside its own"),
     ],
 )
 def test_an_impossible_evaluation_is_refused_before_any_attack(
@@ -127,3 +126,11 @@ def test_an_impossible_evaluation_is_refused_before_any_attack(
     with pytest.raises(ValueError, match=said):
         evaluate(run)
     assert not (run.path / "attacks").exists()
+
+
+def test_a_relevance_that_the_data_lack_is_refused_before_the_training(tmp_path: Path) -> None:
+    hasher = {"bits": 8, "image": RAW["hasher"]["image"]}
+    asked = {**RAW, "hasher": hasher, "evaluation": {"relevance": ["own", "class"]}}
+    with pytest.raises(ConfigError, match=r"evaluation.relevance holds 'class', and synthetic has \['own'\]"):
+        train(make_config(asked), tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -100,7 +100,7 @@ def test_files_that_are_no_entries(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_entry(tmp_path / "none.yaml")
     (tmp_path / "x.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="is not YAML"):
+    with pytest.raises(ValueError, match="not valid YAML"):
         load_entry(tmp_path / "x.yaml")
     (tmp_path / "x.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="names no schema"):
@@ -143,3 +143,20 @@ def test_queries_weights_and_red_flags_are_held_against_the_entry():
     with pytest.raises(ValueError, match="red flags F4 were raised"):
         verify(entry(), flagged).check()
     assert verify(entry(unreliable="F4"), flagged).faults == ()
+
+
+@pytest.mark.parametrize(("digest", "tolerance"), [("", 0.05), ("aa", 0.02), ("aa", 0.001)])
+def test_a_tolerance_is_one_of_repetition(tmp_path, digest, tolerance):
+    source = {**PLAIN["source"], "digest": digest}
+    entry(source=source, claimed={**PLAIN["claimed"], "tolerance": tolerance})
+
+
+@pytest.mark.parametrize(
+    ("digest", "tolerance", "words"),
+    [("", 0.99, "claimed.tolerance"), ("", 0.06, "claimed.tolerance"), ("aa", 0.05, "too large where"), ("", 0.0, "claimed.tolerance")],
+)  # fmt: skip
+def test_a_tolerance_that_passes_another_model_is_refused(tmp_path, digest, tolerance, words):
+    source = {**PLAIN["source"], "digest": digest}
+    path = write(tmp_path, source=source, claimed={**PLAIN["claimed"], "tolerance": tolerance})
+    with pytest.raises(ValueError, match=words):
+        load_entry(path)

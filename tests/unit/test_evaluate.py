@@ -20,8 +20,9 @@ from robusthash.data import RetrievalData
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation import make_context, score_attack, score_clean, worst
 from robusthash.evaluation.attack_block import AttackedBlock, attack_block
+from robusthash.evaluation.code_measures import as_codes, measure_codes
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.evaluate import as_codes, attack_all, measure_codes
+from robusthash.evaluation.evaluate import attack_all
 from robusthash.metrics.results import EvalResult
 
 
@@ -226,7 +227,7 @@ def test_the_evaluator_projects_again_whatever_the_attack_returns(context, monke
 
 
 def test_a_search_by_gradient_refuses_a_score_that_the_input_has_no_gradient_of():
-    with pytest.raises(ValueError, match="the model has no gradient to its image"):
+    with pytest.raises(ValueError, match="no gradient reaches the image of this victim"):
         ascend(lambda inputs, _: (torch.zeros(2), torch.zeros(2, 4)), {"image": torch.zeros(2, 3, 8, 8)}, 0.0)
 
 

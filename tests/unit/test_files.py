@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from robusthash.core.atomic_files import json_text, write_all_aside, write_aside
+from robusthash.core.atomic_files import (
+    json_text,
+    remove_leftovers,
+    write_all_aside,
+    write_aside,
+    write_folder_aside,
+)  # fmt: skip
 
 
 def run(code: str, folder: Path) -> subprocess.Popen[str]:
@@ -123,3 +129,33 @@ def test_strict_json_has_words_for_what_it_lacks(tmp_path: Path) -> None:
         json_text({"losses": [0.0, float("nan")]}, "run")
     with pytest.raises(ValueError, match=r"value\.x is a set, which JSON does not hold"):
         json_text({"x": {1}})
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "bundle"
+    with pytest.raises(FileNotFoundError), write_folder_aside(folder) as aside:
+        (aside / "half").write_bytes((tmp_path / "none").read_bytes())
+    assert not list((tmp_path / "deep").iterdir())
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for process in (ended.pid, os.getppid()):
+        left = tmp_path / "deep" / f".bundle.{process}-00.part"
+        left.mkdir()
+        (left / "half").write_text("half")
+    folder.mkdir()  # an empty one may be there
+    with write_folder_aside(folder) as aside:
+        (aside / "whole").write_text("whole")
+        assert not list(folder.iterdir())
+    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert {path.name for path in folder.parent.iterdir()} == {"bundle", f".bundle.{os.getppid()}-00.part"}
+    with pytest.raises(FileExistsError, match="is not empty"), write_folder_aside(folder):
+        pass
+
+
+def test_leftovers_are_those_of_one_process(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    names = (".a.17-ff.part.json", "deep/.b.c.17-ff.part", ".a.171-ff.part.json", "a.17-ff.part.json")
+    for name in names:
+        (tmp_path / name).write_text("half")
+    remove_leftovers(tmp_path, 17)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == set(names[2:])

@@ -14,7 +14,9 @@ from torch import nn
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.data.transforms import jpeg
-from robusthash.models.external.loaders import NAMES, load_onnx, load_python, load_torchscript, perceptual
+from robusthash.models.external.loaders import NAMES, load_python, load_torchscript, perceptual
+from robusthash.models.external.onnx_file import load_onnx
+from robusthash.models.external.onnx_operators import OPERATORS
 from robusthash.models.external.wrapper import Broken, foreign, normalisation_warning
 from robusthash.models.image_encoders import IMAGENET
 
@@ -109,11 +111,11 @@ def broken_batch_norm():
         (broken_codes(), "changes its codes"),
         (broken_alone, "batch of one; is it squeezed"),
         (broken_batch_norm(), "fails on 1 x 3 x 24 x 24 .* BatchNorm"),
-        (lambda x: Linear()(x).abs() * 100, "features, not codes"),
         (lambda x: (Linear()(x) * 10).long(), "whole numbers"),
         (lambda x: Linear()(x)[None], r"\(1, 12, 16\) to 12 images"),
         (lambda x: Linear()(x)[:-1], r"\(11, 16\) to 12 images"),
-        (lambda x: {"codes": Linear()(x)}, "answered a dict"),
+        (lambda x: {"codes": Linear()(x), "n": 1}, r"2 outputs: codes \(12, 16\), n \(\); .*--output-name"),
+        (lambda x: "codes", "answered a str"),
         (lambda x: x.no_such_thing(), "AttributeError"),
     ],
 )
@@ -201,8 +203,8 @@ def test_torchscript_is_differentiable_and_pickles_are_not_opened(tmp_path, imag
         load_torchscript(tmp_path / "gone.pt")
 
 
-def _export(path, batch, operator="MatMul"):
-    """y = flatten(x - 0.5) @ W as an ONNX file; ``operator`` Round makes bits without gradients."""
+def _export(path, batch, second=False):
+    """y = flatten(x - 0.5) @ W as an ONNX file; ``second``: flatten(x - 0.5) is an output too."""
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto, helper, numpy_helper
 
@@ -212,11 +214,13 @@ def _export(path, batch, operator="MatMul"):
         helper.make_node("Flatten", ["centred"], ["flat"], axis=1),
         helper.make_node("MatMul", ["flat", "w"], ["y"]),
     ]
+    widths = {"y": BITS, "flat": 3 * SIZE * SIZE}
+    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [batch, w]) for n, w in widths.items()]
     graph = helper.make_graph(
         nodes,
         "toy",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, SIZE, SIZE])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, BITS])],
+        outputs if second else outputs[:1],
         [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.array(0.5, np.float32), "half")],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
@@ -224,30 +228,29 @@ def _export(path, batch, operator="MatMul"):
 
 
 @pytest.mark.parametrize("batch", ["batch", 1])
-def test_onnx_is_converted_or_said_to_be_a_black_box(tmp_path, images, batch, monkeypatch):
-    pytest.importorskip("onnx2torch")
+def test_onnx_is_computed_by_torch_or_said_to_be_a_black_box(tmp_path, images, batch, monkeypatch):
     pytest.importorskip("onnxruntime")
     _export(tmp_path / "model.onnx", batch)
     model, said = load_onnx(tmp_path / "model.onnx", images)
     made = foreign(model, images, "model.onnx")
     assert made.gradients
-    assert "can be differentiated" in said
+    assert said == ""
     assert torch.equal(codes(made, images), sign(Linear()(images)))
 
     larger = torch.nn.functional.interpolate(images, 2 * SIZE)
     assert made.hasher({"image": larger})["image"].logits.shape == (12, BITS)  # resized inside
 
-    import onnx2torch
-
-    def refuse(model):
-        raise NotImplementedError("Converter is not implemented")
-
-    monkeypatch.setattr(onnx2torch, "convert", refuse)
+    monkeypatch.delitem(OPERATORS, "MatMul")
     model, said = load_onnx(tmp_path / "model.onnx", images)
     made = foreign(model, images, "model.onnx")
-    assert "black box" in said
+    assert "torch has no form here of its operators MatMul" in said
     assert not made.gradients
     assert torch.equal(codes(made, images), sign(Linear()(images)))
+
+    monkeypatch.setitem(OPERATORS, "MatMul", lambda x, a: -(x[0] @ x[1]))  # an operator read wrongly
+    model, said = load_onnx(tmp_path / "model.onnx", images)
+    assert "in torch it agrees on 0.0% of the bits" in said
+    assert not foreign(model, images, "model.onnx").gradients
 
 
 def test_onnx_files_that_cannot_be_used(tmp_path, images):
@@ -255,6 +258,14 @@ def test_onnx_files_that_cannot_be_used(tmp_path, images):
     (tmp_path / "model.onnx").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="cannot be opened as an ONNX model"):
         load_onnx(tmp_path / "model.onnx", images)
+    _export(tmp_path / "two.onnx", "batch", second=True)
+    with pytest.raises(ValueError, match=r"outputs y .* flat .* which is the code, with --output-name flat"):
+        load_onnx(tmp_path / "two.onnx", images)
+    with pytest.raises(ValueError, match="no output 'z'; it has y"):
+        load_onnx(tmp_path / "two.onnx", images, "z")
+    for name, width in (("y", BITS), ("flat", 3 * SIZE * SIZE)):
+        model, _ = load_onnx(tmp_path / "two.onnx", images, name)
+        assert model(images).shape == (12, width)
     _export(tmp_path / "four.onnx", 4)
     with pytest.raises(ValueError, match="fixed batch of 4"):
         load_onnx(tmp_path / "four.onnx", images)

@@ -231,7 +231,9 @@ def test_house_protocol_names_every_number() -> None:
     assert any("MAP@5000: k clipped to the 300 items" in note for note in made.notes)
     assert made.reference["least"] < made.reference["chance"] < 1
     assert set(made.reference) == {"chance", "chance/MAP@5000", "chance/MAP@5000/mink", "least"}
-    assert made.per_query["R@100"].isnan().sum() == 1  # undefined for the query without a relevant item
+    nothing = made.per_query["P@100"] == 0
+    assert nothing.sum() == 1  # the query without a relevant item, which recall counts by the same rule
+    assert torch.equal(made.per_query["R@100"] == 0, nothing)
     assert set(made.curves) == {"PR", "PR/radius", "P@N"}
     assert made.curves["PR"]["precision"].shape == (100,)
 
@@ -256,8 +258,11 @@ def test_all_queries_empty_gives_zero_or_nothing() -> None:
     made = measure(load_protocol("house"), query, torch.zeros_like(query_labels), database, labels)
     assert made.values["MAP"] == 0
     assert made.empty == 4
-    assert "R@100" not in made.values
-    assert any(note.startswith("R@100 is undefined") for note in made.notes)
+    assert made.values["R@100"] == made.values["P@100"] == 0
+    skip = load_protocol({"name": "house", "empty": "skip"})
+    left = measure(skip, query, torch.zeros_like(query_labels), database, labels)
+    assert left.values == {}
+    assert any(note.startswith("R@100 is undefined") for note in left.notes)
     assert "PR" not in made.curves
 
 

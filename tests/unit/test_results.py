@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -87,13 +89,18 @@ def test_saved_and_loaded_results_are_the_same(tmp_path: Path) -> None:
             assert torch.equal(values.nan_to_num(-1), after.per_query[name].nan_to_num(-1))
             assert values.dtype == after.per_query[name].dtype
         assert torch.equal(before.curves["PR"]["precision"], after.curves["PR"]["precision"])
-    assert {item.name for item in tmp_path.iterdir()} == {"metrics.json", "metrics.npz"}
+    assert {item.name for item in tmp_path.iterdir()} == {"metrics.json", sidecar_of(path).name}
     text = path.read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
     document = json.loads(text)
     assert document["schema"] == "robusthash.results/2"
     assert document["measures"]["MAP@5000"] == {"base": "MAP@5000"}
+
+
+def sidecar_of(path: Path) -> Path:
+    """The file of the arrays of a results file."""
+    return path.with_name(f"{path.stem}-{json.loads(path.read_text())['sidecar'][:16]}.npz")
 
 
 def as_schema_1(path: Path) -> None:
@@ -184,10 +191,9 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         save_results(tmp_path / name / "metrics.json", [result()])
-    for suffix in ("json", "npz"):
-        assert (tmp_path / "a" / f"metrics.{suffix}").read_bytes() == (
-            tmp_path / "b" / f"metrics.{suffix}"
-        ).read_bytes()
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("a", "b"))
+    assert one == two
+    assert len(one) == 2
 
 
 def test_nan_is_refused_by_name_and_the_old_file_stays(tmp_path: Path) -> None:
@@ -226,13 +232,77 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_a_pair_that_does_not_belong_together_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     save_results(path, [result(0)])
-    older = path.with_suffix(".npz").read_bytes()
+    older = sidecar_of(path).read_bytes()
     save_results(path, [result(1)])
-    path.with_suffix(".npz").write_bytes(older)
+    sidecar_of(path).write_bytes(older)
     with pytest.raises(ValueError, match="does not belong"):
         load_results(path)
-    path.with_suffix(".npz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"metrics\.npz, which is missing"):
+    sidecar_of(path).unlink()
+    with pytest.raises(FileNotFoundError, match=r"metrics-\w+\.npz, which is missing"):
+        load_results(path)
+
+
+def as_earlier_versions(path: Path) -> None:
+    """Rename the arrays as versions did that wrote them over those before."""
+    sidecar_of(path).rename(path.with_suffix(".npz"))
+
+
+def test_results_of_earlier_versions_are_read_and_their_arrays_go_with_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    save_results(path, [result(0)])
+    as_earlier_versions(path)
+    (read,) = load_results(path)
+    assert torch.equal(read.per_query["MAP@5000"], result(0).per_query["MAP@5000"])
+    beside = [
+        tmp_path / name for name in ("other.npz", "metrics-by-hand.npz", "metrics2-0123456789abcdef.npz")
+    ]
+    for other in beside:
+        other.write_bytes(b"not ours")
+    save_results(path, [result(1)])
+    assert {item.name for item in tmp_path.iterdir()} == {
+        path.name, sidecar_of(path).name, *(other.name for other in beside)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["by content", "of earlier versions"])
+def test_whenever_a_writer_ends_the_results_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    """The writer is stopped before each change that it makes to the folder, in turn."""
+    path, left = tmp_path / "metrics.json", 0
+    replaced, removed = os.replace, Path.unlink
+    seen = set()
+    for stop in range(6):
+        save_results(path, [result(0)])
+        if earlier:
+            as_earlier_versions(path)
+        left = stop
+
+        def count(change: object) -> object:
+            def counted(*arguments: object, **options: object) -> object:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+                return change(*arguments, **options)  # type: ignore[operator]
+
+            return counted
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", count(replaced))
+            patch.setattr(Path, "unlink", count(removed))
+            save_results(path, [result(1)])
+        (read,) = load_results(path)
+        seen.add(float(read.per_query["MAP@5000"][0]))
+    assert seen == {float(result(seed).per_query["MAP@5000"][0]) for seed in (0, 1)}
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", 7, None, "ab" * 31])
+def test_a_sidecar_is_named_by_a_digest_alone(tmp_path: Path, name: object) -> None:
+    path = tmp_path / "metrics.json"
+    save_results(path, [result(0)])
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sidecar": name}))
+    with pytest.raises(ValueError, match="damaged: it names no sidecar"):
         load_results(path)
 
 

@@ -26,8 +26,9 @@ from robusthash.core.types import Goal, Inputs
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation.attack_block import AttackedBlock, finish
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, RefinedAttack
+from robusthash.evaluation.code_measures import as_codes, measure_codes
 from robusthash.evaluation.context import EvaluationContext, make_context
-from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
+from robusthash.evaluation.evaluate import score_clean
 from robusthash.evaluation.runner import BlockRunner, corner_start, run_attacks
 from robusthash.metrics.results import load_results, save_results
 from robusthash.models import Hasher
@@ -537,8 +538,8 @@ def test_t19_a_victim_of_random_codes_keeps_its_clean_map():
     ]
     assert float(torch.stack(looks).amin(0).mean()) < low
     assert any("20 fresh draws" in note for note in result.notes)
-    attacker, inputs = BlockRunner(context), context.batch(0).inputs["image"]
-    once, again = (attacker.noise_codes("guided", 0, 0, inputs) for _ in range(2))
+    inputs = context.batch(0).inputs["image"]
+    once, again = (context.noise_codes("guided", 0, 0, inputs) for _ in range(2))
     assert torch.equal(once, again), "the noise is keyed"
     assert not torch.equal(once[0], once[1]), "what chooses is not what scores"
     with pytest.raises(ValueError, match="randomised"):

@@ -16,7 +16,8 @@ from robusthash.apps.experiment import assess_run as assessing
 from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.apps.experiment.tables import make_rows, markdown
+from robusthash.apps.experiment.table_text import markdown
+from robusthash.apps.experiment.tables import make_rows
 from robusthash.apps.reports.run_report import write_report
 from robusthash.attacks import Attack
 from robusthash.attacks.base import Probe, Search

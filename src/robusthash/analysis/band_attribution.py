@@ -192,14 +192,16 @@ class _Agreement:
     """(S, N, K) signs -> (S, N) tau-b with the clean ranking of the clean top."""
 
     def __init__(self, context: EvaluationContext, top: int) -> None:
-        ids, distances = topk(context.query.packed, context.database.packed, min(top, len(context.database)))
+        ids, distances = topk(
+            context.query_codes.packed, context.codes.packed, min(top, len(context.database))
+        )
         self.defined = distances[:, 0] < distances[:, -1]
         if not self.defined.any():
             raise ValueError(
                 f"the clean top {top} of every query lies at one distance, so that no ranking is left to "
                 "agree with; use the worth 'ap' or a larger top"
             )
-        self.nearest = context.database.signs()[ids].float()  # (N, top, K)
+        self.nearest = context.codes.signs()[ids].float()  # (N, top, K)
         self.clean = distances.float()
 
     def __call__(self, signs: Tensor) -> Tensor:

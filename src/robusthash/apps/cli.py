@@ -2,27 +2,33 @@
 
 Tables and progress go to stderr, ``--json`` data to stdout; an error is one line, no trace. A verb imports
 what it needs when it is called: help, version and completion load typer and rich, and no more.
+
+Exit codes: 0 done, 1 refused or failed for a reason that the line says, 2 usage, 3 a fault of this program,
+130 Ctrl-C. ``TRACE`` in the environment shows where an error came from.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
-from robusthash.apps.commands.terminal import console, escape, note
+from robusthash.apps.commands.terminal import note, warn
 from robusthash.core.out_of_memory import REMEDY, DoesNotFit, SmallerBatch, out_of_memory
 from robusthash.version import __version__
 
 PANELS = {
-    "Try": ("demo", "list", "data"),
+    "Try": ("demo", "quickstart", "list", "data"),
     "Train": ("run", "train"),
     "Measure": (
         *("evaluate", "assess", "attack", "questions", "transfer", "poison"),
@@ -61,25 +67,55 @@ def _root(
         raise typer.Exit
 
 
+TRACE = "ROBUSTHASH_TRACE"
+"""Environment variable: if set, the trace of an error is printed above its line."""
+
+_LONGEST = 4000  # characters of an error, which may hold a value of any length
+_SAID = (ValueError, KeyError, OSError, ImportError, FloatingPointError)
+"""Errors whose text is written for users; others, which nothing expected, are faults of this program."""
+
+
 def main() -> None:
-    """Entry point. An error that a user can act on is one line and exit code 1; usage 2, Ctrl-C 130."""
+    """Entry point. Every error is one line; see the exit codes above."""
+    for stream in (sys.stdout, sys.stderr):  # names that are no UTF-8
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     previous = signal.signal(signal.SIGINT, _stop)
     try:
         with _smaller_batches_noted():
             app()
-    except (ValueError, KeyError, OSError, ImportError, FloatingPointError) as error:
-        _refuse(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        _refuse(error if isinstance(error, DoesNotFit) else _memory_error(error))
+    except Exception as error:
+        _refuse(error)
     finally:
         signal.signal(signal.SIGINT, previous)
 
 
-def _refuse(text: object) -> None:
-    console.print(f"[bold red]error:[/] {escape(str(text))}", highlight=False, soft_wrap=True)
-    sys.exit(1)
+def _refuse(error: Exception) -> None:
+    if os.environ.get(TRACE):
+        traceback.print_exc()
+    expected = isinstance(error, _SAID)
+    if isinstance(error, DoesNotFit):
+        expected, text = True, str(error)
+    elif isinstance(error, MemoryError | RuntimeError) and out_of_memory(error):
+        expected, text = True, _memory_error(error)
+    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, KeyError) and error.args and " " in str(error.args[0]):
+        text = str(error.args[0])
+    else:
+        text = str(error).strip()
+        if not expected or not text or isinstance(error, KeyError):
+            expected, text = False, _unforeseen(error)
+    warn("error", text if len(text) < _LONGEST else f"{text[:_LONGEST]} ...")
+    sys.exit(1 if expected else 3)
+
+
+def _unforeseen(error: Exception) -> str:
+    """An error that nobody wrote for users, in a line: what, where, and how to see more."""
+    reason = next(iter(str(error).strip().splitlines()), "")[:300]
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}, line {place.lineno}"
+    what = f"{type(error).__name__}{f': {reason}' if reason else ''}"
+    return f"unexpected {what} ({where}); {TRACE}=1 shows the trace, which a report of this fault should hold"
 
 
 def _memory_error(error: Exception) -> str:
@@ -106,7 +142,7 @@ def _smaller_batches_noted() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    going_on = "run, train, evaluate, assess, questions, sweep, demo, index build and index add"
+    going_on = "run, train, evaluate, assess, questions, sweep, demo, quickstart, index build and index add"
     note(f"stopped; {going_on} go on from what was finished")
     sys.exit(130)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from robusthash.attacks.budgets import per_item
 from robusthash.attacks.threat_model import Threat
-from robusthash.core.hamming import sign
 from robusthash.core.identity import changes, describe
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Inputs, Outputs, Reference
@@ -20,7 +20,7 @@ from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher, frozen
 
 Select = Callable[[Tensor], Tensor]
-"""(B, K) signs -> (B,) reported metric from the adversary's side, larger = better for the attack."""
+"""(B, K) signs or vectors -> (B,) reported metric of the adversary, larger = better for the attack."""
 
 Score = Callable[[Inputs, float], tuple[Tensor, Tensor]]
 """(attacked inputs, progress in [0, 1]) -> ((B,) score to ascend, (B, K) logits)."""
@@ -65,7 +65,9 @@ class SearchResult:
     guidance: Guidance = field(
         default_factory=lambda: Guidance(torch.empty(0, 0))
     )  # empty where there is none
-    signs: Tensor | None = None  # (B, K) code of the inputs, where ``Attack.__call__`` encoded them
+    signs: Tensor | None = (
+        None  # (B, K) code (or vector) of the inputs, where ``Attack.__call__`` encoded them
+    )
 
 
 class Guide(ABC):
@@ -113,6 +115,13 @@ class Search(ABC):
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
     ) -> SearchResult: ...
+
+    def check(self, threat: Threat, origin: Inputs | None = None) -> None:  # noqa: B027  # few have steps
+        """Refuse steps that are too long for a threat; with ``origin``, for inputs of that shape."""
+
+    def reach(self, threat: Threat) -> float:
+        """Length of the longest path of its steps, in units of the first modality; inf where it has none."""
+        return math.inf
 
     def bound(self, threat: Threat, victim: Hasher, data: RetrievalData) -> Threat:
         """The threat with a budget made for this victim; itself where none is."""
@@ -173,6 +182,7 @@ class Attack:
                 "words take the search 'greedy-flips', budgets of token swaps 'greedy-swaps', norm balls any "
                 "other, and they cannot be mixed"
             )
+        self.search.check(self.threat)
 
     def fit(
         self, victim: Hasher, data: RetrievalData, reference: Reference | None, *, draws: Draws
@@ -197,6 +207,25 @@ class Attack:
         return self.guide.fit_steps
 
     @property
+    def falls_short(self) -> str:
+        """A line where all steps together do not reach the edge of the budget; "" where they do."""
+        reach, ball = self.search.reach(self.threat), next(iter(self.threat.balls.values()))
+        if reach >= ball.eps * (1 - 1e-6):
+            return ""
+        return (
+            f"the {self.search.steps} steps of {self.name} reach {reach:.4g} of the budget {ball.eps:.4g} "
+            f"({ball.norm}): take at least {math.ceil(ball.eps / reach * self.search.steps - 1e-6)} steps, "
+            "or a longer step_size"
+        )
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        """Refuse budgets and steps longer than any change of inputs of these shapes."""
+        for name, ball in self.threat.balls.items():
+            if name in inputs:
+                ball.check_length(ball.eps, "eps", inputs[name])
+        self.search.check(self.threat, inputs)
+
+    @property
     def budget(self) -> str:
         """Search, steps, slope, restarts and knowledge, as results carry them."""
         return f"{self.search}, slope {self.slope}, starts {self.restarts}, {self.threat.knowledge}"
@@ -218,6 +247,7 @@ class Attack:
         if missing:
             raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")
         attacked = batch.only(self.threat.balls)
+        self.check_inputs(attacked.inputs)
         guidance = self.guide(victim, attacked, goal, reference, draws.within(self.name, "guide"))
 
         def score(inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
@@ -249,6 +279,8 @@ class Attack:
             select: the reported metric, where the attacker may compute it.
             start: feasible inputs to start from, e.g. the solution at a smaller eps.
         """
+        if select is not None:
+            select = _on_logits(select, victim)
         with frozen(victim), torch.enable_grad():
             score, guidance = self.aim(victim, batch, goal, reference, draws)
             search = self.search.looking(victim)
@@ -274,8 +306,13 @@ class Attack:
         """``perturb`` and encode the result again (published loops report the code of one step earlier)."""
         result = self.perturb(victim, batch, goal, reference, draws=draws, select=select, start=start)
         with frozen(victim), torch.no_grad():
-            signs = sign(next(iter(victim(result.inputs).values())).logits)
+            signs = victim.compared(next(iter(victim(result.inputs).values())).logits)
         return replace(result, signs=signs)
+
+
+def _on_logits(select: Select, victim: Hasher) -> Select:
+    """``select`` for the logits of a victim, of which its search compares the signs or the numbers."""
+    return lambda logits: select(victim.compared(logits))
 
 
 def _better(score: Score, select: Select | None, first: SearchResult, second: SearchResult) -> SearchResult:
@@ -284,7 +321,7 @@ def _better(score: Score, select: Select | None, first: SearchResult, second: Se
         values = []
         for result in (first, second):
             value, logits = score(result.inputs, 1.0)
-            values.append(value if select is None else select(sign(logits)))
+            values.append(value if select is None else select(logits))
     win = values[1] > values[0]
     inputs = {n: torch.where(per_item(win, v), second.inputs[n], v) for n, v in first.inputs.items()}
     return SearchResult(

@@ -66,6 +66,9 @@ class Budget(ABC):
     def check(self, x: Tensor, origin: Tensor) -> None:  # noqa: B027  # of norm balls any input is a point
         """Refuse inputs that no budget of this form allows, whatever its size."""
 
+    def check_length(self, length: float, what: str, origin: Tensor) -> None:  # noqa: B027
+        """Refuse a length that no change of inputs like ``origin`` reaches: it is in other units."""
+
     def with_eps(self, eps: float) -> Self:
         """The same budget of another size."""
         return replace(self, eps=eps)  # type: ignore[type-var]  # every budget is a dataclass
@@ -92,9 +95,10 @@ class Ball(Budget):
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
         width = self.bounds[1] - self.bounds[0]
-        if not self.eps >= 0.0 or (self.norm == "linf" and self.eps > width):
+        if not 0.0 <= self.eps < math.inf or (self.norm == "linf" and self.eps > width):
+            most = f"{width:g}]" if self.norm == "linf" else "inf)"
             raise ValueError(
-                f"eps {self.eps:g} is outside [0, {width:g}]; budgets are fractions of the range: write "
+                f"eps {self.eps:g} is outside [0, {most}; budgets are fractions of the range: write "
                 "8/255, not 8"
             )
 
@@ -126,6 +130,16 @@ class Ball(Budget):
             length = draws.within("length").uniform(ids, (1,)).flatten().to(origin.dtype)
             noise = noise * per_item(length / self.size(noise).clamp_min(1e-12), noise)
         return self.project(origin + self.eps * noise, origin)
+
+    def check_length(self, length: float, what: str, origin: Tensor) -> None:
+        entries, width = origin[0].numel(), self.bounds[1] - self.bounds[0]
+        longest = width * {"linf": 1.0, "l2": math.sqrt(entries), "l1": float(entries)}[self.norm]
+        if length > longest * (1 + 1e-6):
+            raise ValueError(
+                f"{what} {length:g} is beyond the longest change of {' x '.join(map(str, origin.shape[1:]))} "
+                f"inputs in {self.norm}, {longest:.4g}; lengths are in units of the range of width "
+                f"{width:g}: of 255 levels, divide by 255"
+            )
 
     def steepest(self, grad: Tensor, at: Tensor | None = None) -> Tensor:
         """The unit step along ``grad``: its sign, the normalised gradient, or a sparse step (``l1``).
@@ -203,7 +217,7 @@ class Edits(Budget):
     edits = True
 
     def __post_init__(self) -> None:
-        if not self.eps >= 0:
+        if not 0 <= self.eps < math.inf:
             raise ValueError(f"an edit budget is a number of words, at least 0, got {self.eps!r}")
 
     @property
@@ -290,7 +304,7 @@ class Swaps(Budget):
     edits = True
 
     def __post_init__(self) -> None:
-        if not self.eps >= 0:
+        if not 0 <= self.eps < math.inf:
             raise ValueError(f"a budget of swaps is a number of tokens, at least 0, got {self.eps!r}")
         if self.k < 1:
             raise ValueError(f"each token needs at least 1 candidate, got {self.k}")

@@ -13,7 +13,7 @@ from robusthash.attacks.budgets import Ball, Budget
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
-from robusthash.core.types import Batch
+from robusthash.core.types import Batch, Inputs
 from robusthash.models.block_dct import BlockDCT
 
 Band = Literal["low", "mid", "high"]
@@ -83,6 +83,12 @@ class Banded(Search):
         band_mask(self.band, self.block)
         if self.search.edits:
             raise ValueError(f"{type(self.search).__name__} edits words, which have no bands of frequency")
+
+    def check(self, threat: Threat, origin: Inputs | None = None) -> None:
+        self.search.check(threat, origin)
+
+    def reach(self, threat: Threat) -> float:
+        return self.search.reach(threat)
 
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start

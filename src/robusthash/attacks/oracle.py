@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from robusthash.attacks.base import SearchResult
 from robusthash.attacks.pgd import Best
 from robusthash.attacks.threat_model import Threat
-from robusthash.core.hamming import distance, pack, sign, topk
+from robusthash.core.embeddings import Searched, distances, nearest
+from robusthash.core.hamming import topk
 from robusthash.core.types import Batch, Codes, Inputs
 from robusthash.models.hasher import Hasher, frozen
 
@@ -26,7 +28,7 @@ class QueryOracle:
 
     Args:
         victim: encodes the rows, of one modality.
-        database: N codes that are searched.
+        database: N codes, or float vectors, that are searched.
         budget: oracle queries of each item, at least 1.
         knowledge: ``B2`` answers with codes or distances; ``B1`` with the ordered ids of the top k alone.
         k: ids that ``rank`` returns.
@@ -35,7 +37,7 @@ class QueryOracle:
     def __init__(
         self,
         victim: Hasher,
-        database: Codes,
+        database: Searched,
         budget: int,
         knowledge: Literal["B2", "B1"] = "B2",
         k: int = 100,
@@ -54,19 +56,23 @@ class QueryOracle:
         """(B,) int64: oracle queries of each of these items so far."""
         return torch.tensor([self._used[item] for item in ids.tolist()], dtype=torch.int64)
 
-    def codes(self, batch: Batch) -> Codes:
-        """B2: the code of each row; refused (and not counted) by a B1 oracle or where a budget is spent."""
+    def codes(self, batch: Batch) -> Searched:
+        """B2: the code (or vector) of each row; refused (and not counted) at B1 or once a budget is spent."""
         self._only_b2("codes")
         return self._answer(batch)
 
     def distances(self, batch: Batch) -> Tensor:
-        """B2: (B, N) int32 Hamming distances of each row to every item; errors as of ``codes``."""
+        """B2: (B, N) distances of each row to every item, int32 bits or float64; errors as of ``codes``."""
         self._only_b2("distances")
-        return distance(self._answer(batch).packed, self._database.packed)
+        return distances(self._answer(batch), self._database)
 
     def rank(self, batch: Batch) -> Tensor:
         """(B, k) int64 ids of the nearest items by (distance, id), all that B1 shows; -1 fills up."""
-        return topk(self._answer(batch).packed, self._database.packed, self._k, self._database.ids)[0]
+        answer = self._answer(batch)
+        if isinstance(answer, Codes) and isinstance(self._database, Codes):
+            return topk(answer.packed, self._database.packed, self._k, self._database.ids)[0]
+        ids = self._database.ids[nearest(answer, self._database, self._k)[0]]
+        return pad(ids, (0, self._k - ids.shape[1]), value=-1)
 
     def _only_b2(self, answer: str) -> None:
         if self.knowledge != "B2":
@@ -74,7 +80,7 @@ class QueryOracle:
                 f"a {self.knowledge} oracle shows the ordered ids alone, no {answer}; use 'rank'"
             )
 
-    def _answer(self, batch: Batch) -> Codes:
+    def _answer(self, batch: Batch) -> Searched:
         if len(batch.inputs) != 1:
             raise ValueError(f"an oracle query has one modality, not {sorted(batch.inputs)}; use Batch.only")
         after = self._used + Counter(batch.ids.tolist())
@@ -87,7 +93,8 @@ class QueryOracle:
         self._used = after
         with frozen(self._victim), torch.no_grad():
             (output,) = self._victim(batch.inputs).values()
-        return Codes(pack(sign(output.logits)), self._victim.bits, batch.ids.cpu())
+        answer = self._database.of(self._victim.compared(output.logits))
+        return replace(answer, ids=batch.ids.cpu())
 
 
 def ids_lost(clean: Tensor, attacked: Tensor, weighted: bool = True) -> Tensor:

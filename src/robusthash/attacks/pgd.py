@@ -12,10 +12,24 @@ from torch import Tensor
 from robusthash.attacks.base import Score, Search, SearchResult, Select, Start
 from robusthash.attacks.budgets import per_item
 from robusthash.attacks.threat_model import Threat
-from robusthash.core.hamming import sign
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Inputs
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
+
+
+def no_gradient(*modalities: str) -> ValueError:
+    """The error of an attack by gradients on a model that has none to these inputs."""
+    return ValueError(
+        f"no gradient reaches the {' and '.join(modalities)} of this victim: a part of it cuts the graph "
+        "(no_grad, detach, NumPy); use assess, tier 'standard', which has oracle queries too, or where a "
+        "purifier cuts it name the attack in evaluation.identity or evaluation.oblivious"
+    )
 
 
 def ascend(score: Score, inputs: Inputs, progress: float) -> tuple[Tensor, Tensor, Inputs]:
@@ -28,12 +42,11 @@ def ascend(score: Score, inputs: Inputs, progress: float) -> tuple[Tensor, Tenso
     leaves = {name: value.detach().requires_grad_(True) for name, value in inputs.items()}
     value, logits = score(leaves, progress)
     if not value.requires_grad:
-        raise ValueError(
-            f"the model has no gradient to its {' and '.join(leaves)}: a part of it cuts the graph; "
-            "attack it without that part (evaluation.identity, evaluation.oblivious), or by assess, tier "
-            "standard, whose adaptive attacks replace the gradient of a purifier"
-        )
-    grads = torch.autograd.grad(value.sum(), list(leaves.values()))
+        raise no_gradient(*leaves)
+    found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+    if cut := [name for name, part in zip(leaves, found, strict=True) if part is None]:
+        raise no_gradient(*cut)
+    grads = [part for part in found if part is not None]
     if not all(bool(torch.isfinite(part.sum())) for part in (value, *grads)):
         raise FloatingPointError("the attack's score or its gradient is NaN or infinite")
     return value.detach(), logits.detach(), dict(zip(leaves, grads, strict=True))
@@ -78,7 +91,7 @@ class Selection:
         """Rate a point by the metric of its logits."""
         if self.select is None:
             return
-        value = self.select(sign(logits))
+        value = self.select(logits)
         if self.best is None:
             self.best = Best(value, dict(inputs))
         else:
@@ -117,6 +130,23 @@ class PGD(Search):
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        _positive(step_size=self.step_size, select_every=self.select_every)
+        if not 0 <= self.momentum < math.inf:
+            raise ValueError(f"momentum must be at least 0 and finite, got {self.momentum!r}")
+
+    def check(self, threat: Threat, origin: Inputs | None = None) -> None:
+        name, ball = next(iter(threat.balls.items()))
+        width = ball.bounds[1] - ball.bounds[0]
+        if ball.norm == "linf" and self.step_size > width:
+            raise ValueError(
+                f"step_size {self.step_size:g} is outside (0, {width:g}]; steps are fractions of the range: "
+                "write 2/255, not 2"
+            )
+        if origin is not None and name in origin:
+            ball.check_length(self.step_size, "step_size", origin[name])
+
+    def reach(self, threat: Threat) -> float:
+        return self.steps * self.step_size
 
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
@@ -171,6 +201,9 @@ class APGD(Search):
     def __post_init__(self) -> None:
         if self.steps < 2:
             raise ValueError(f"APGD needs at least 2 steps, got {self.steps}")
+        _positive(select_every=self.select_every)
+        if not 0 <= self.rho <= 1:
+            raise ValueError(f"rho is a share in [0, 1], got {self.rho!r}")
 
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
@@ -241,6 +274,9 @@ class RawGradient(Search):
             raise ValueError(f"optimiser must be 'sgd' or 'adam', got {self.optimiser!r}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        _positive(lr=self.lr)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum!r}")
 
     def __call__(
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start

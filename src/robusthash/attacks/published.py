@@ -46,7 +46,7 @@ def steps_on(
     """
     customary = 3 / 500 if modality == "text" else 1 / 255
     if threat is not None and (ball := next(iter(threat.balls.values()))).norm in ("l2", "l1"):
-        customary = ball.eps / 8
+        customary = ball.eps / 8 or customary  # no budget is a budget too
     return PGD(steps, customary if step_size is None else step_size, random_start=random_start)
 
 

@@ -128,16 +128,21 @@ def soft_average_precision(items: Tensor, relevant: Tensor) -> Tensor:
 
 
 class _SoftAP(torch.autograd.Function):
-    """Soft AP of (B, K) soft bits and its gradient by blocks of codes: autograd would store every block."""
+    """Soft AP of (B, K) soft bits and its gradient by blocks of codes: autograd would store every block.
+
+    ``length`` is the distance beyond which all count as equal, K by default.
+    """
 
     @staticmethod
-    def forward(ctx: Any, bits: Tensor, codes: Tensor, items: Tensor, relevant: Tensor) -> Tensor:
-        size, length = bits.shape
+    def forward(
+        ctx: Any, bits: Tensor, codes: Tensor, items: Tensor, relevant: Tensor, length: int = 0
+    ) -> Tensor:
+        size, length = len(bits), length or bits.shape[1]
         blocks = torch.arange(len(codes), device=codes.device).split(max(1, _CELLS // size))
         # of items and of relevant ones, by distance
         profiles = torch.zeros(2, size, length + 2, dtype=torch.float64, device=bits.device)
         for block in blocks:
-            low, beyond = _bins(bits, codes[block])
+            low, beyond = _bins(bits, codes[block], length)
             groups = (items[block].expand(size, -1), relevant[:, block])
             for counts, profile in zip(groups, profiles, strict=True):
                 profile.scatter_add_(1, low, (counts * (1 - beyond)).double())
@@ -149,7 +154,7 @@ class _SoftAP(torch.autograd.Function):
         rise = slope.diff(dim=2).to(bits.dtype)  # of AP, as an item moves from one distance to the next
         grad = torch.zeros_like(bits)
         for block in blocks:
-            low, _ = _bins(bits, codes[block])
+            low, _ = _bins(bits, codes[block], length)
             by_distance = items[block] * rise[0].gather(1, low) + relevant[:, block] * rise[1].gather(1, low)
             grad -= by_distance @ codes[block] / 2
         ctx.save_for_backward(grad)
@@ -157,16 +162,27 @@ class _SoftAP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return grads[0][:, None] * ctx.saved_tensors[0], None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return grads[0][:, None] * ctx.saved_tensors[0], None, None, None, None
 
 
-def _bins(bits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, m) the whole part of the soft distance (K - z b) / 2 to each code, and what is beyond it."""
-    length = bits.shape[1]
+def _bins(bits: Tensor, codes: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """(B, m) the whole part of the soft distance (length - z b) / 2 to each code, and what is beyond it."""
     distance = ((length - bits @ codes.T) / 2).clamp(0, length)
     low = distance.floor().long().clamp(0, length)  # NaN has some bin; the search refuses it by its value
     return low, distance - low
+
+
+def soft_ap_of_distances(rows: Tensor, items: Tensor, relevant: Tensor, bins: int) -> Tensor:
+    """(B,) soft AP where (bins - rows @ items.T) / 2 is the distance of each item, counted in [0, bins].
+
+    Args:
+        rows, items: (B, D) and (M, D).
+        relevant: (B, M) 1 where an item is relevant.
+    """
+    ones = torch.ones(len(items), dtype=rows.dtype, device=rows.device)
+    value: Tensor = _SoftAP.apply(rows, items.to(rows.dtype), ones, relevant.to(rows.dtype), bins)
+    return value
 
 
 @register("attack-loss", "soft-ap")
@@ -218,14 +234,14 @@ def _nearest(bits: Tensor, codes: Tensor, groups: Sequence[Tensor], nearest: int
     hard = sign(bits)
     profiles = torch.zeros(len(groups), size, length + 2, dtype=torch.float64, device=bits.device)
     for block in blocks:
-        low, _ = _bins(hard, codes[block])
+        low, _ = _bins(hard, codes[block], length)
         for counts, profile in zip(groups, profiles, strict=True):
             profile.scatter_add_(1, low, counts[:, block].double())
     taken = torch.minimum((nearest - (profiles.cumsum(2) - profiles)).clamp_min(0), profiles)
     parts = share(taken, profiles).to(bits.dtype)
     totals = [torch.zeros_like(bits) for _ in groups]
     for block in blocks:
-        low, _ = _bins(hard, codes[block])
+        low, _ = _bins(hard, codes[block], length)
         for counts, part, total in zip(groups, parts, totals, strict=True):
             total += (counts[:, block] * part.gather(1, low)) @ codes[block]
     counted = taken.sum(2).clamp_min(1).to(bits.dtype)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from robusthash.attacks.base import Attack, Score, Search, SearchResult, Select, Start
 from robusthash.attacks.budgets import Candidates, Edits, Swaps
-from robusthash.attacks.pgd import Selection, ascend, starting_point
+from robusthash.attacks.pgd import Selection, ascend, no_gradient, starting_point
 from robusthash.attacks.threat_model import Threat, edit_threat
-from robusthash.core.hamming import sign
 from robusthash.core.registry import build, register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch
@@ -138,7 +137,7 @@ class ExactFlips(Search):
             forward += 1
             with torch.no_grad():
                 value, logits = score({"text": x}, 1.0)
-            return torch.stack([select(sign(logits)).double(), value.double()], 1)
+            return torch.stack([select(logits).double(), value.double()], 1)
 
         highest = rated(x)
         for number in range(budget + self.exchanges):
@@ -342,6 +341,8 @@ def _ascend_tokens(
         handle.remove()
     if not leaves:
         raise ValueError("the score looks no token up, so nothing can be differentiated")
+    if not value.requires_grad:
+        raise no_gradient("text")
     # a score of several passes looks up several times, and its slope is the sum
     grad = torch.stack(torch.autograd.grad(value.sum(), leaves)).sum(0)
     if not (torch.isfinite(value).all() and torch.isfinite(grad).all()):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+_DISK_FULL = re.compile(r"inline_container\.cc|No space left|os error 28")
 
 
 @contextlib.contextmanager
@@ -41,8 +46,7 @@ def write_all_aside(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
     for target in targets:
         if not target.parent.is_dir():
             raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist")
-    token = secrets.token_hex(6)
-    temporaries = [target.with_name(f".{target.stem}.{token}.part{target.suffix}") for target in targets]
+    temporaries = [_aside(target) for target in targets]
     try:
         yield temporaries
         for target, temporary in zip(targets, temporaries, strict=True):
@@ -53,16 +57,84 @@ def write_all_aside(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
             os.replace(temporary, target)
         for folder in {target.parent for target in targets}:
             flush(folder)
-    except OSError as error:
-        elsewhere = error.filename is not None and Path(error.filename) not in temporaries
-        if error.errno is None or elsewhere:  # our own message, or another file that the block touched
+    except (OSError, RuntimeError) as error:
+        cause = _disk_error(error)
+        elsewhere = cause and cause.filename is not None and Path(cause.filename) not in temporaries
+        if cause is None or cause.errno is None or elsewhere:  # our own message, or another file of the block
             raise
         names = ", ".join(str(target) for target in targets)
-        reason = f"cannot write {names}: {os.strerror(error.errno)}; what was there before is unchanged"
-        raise OSError(error.errno, reason) from error
+        reason = f"cannot write {names}: {os.strerror(cause.errno)}; what was there before is unchanged"
+        raise OSError(cause.errno, reason) from error
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        if not _DISK_FULL.search(str(error)):
+            raise
+        names = ", ".join(str(target) for target in targets)
+        reason = f"cannot write {names}: is the disk full? What was there before is unchanged"
+        raise OSError(errno.ENOSPC, reason) from error
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+
+
+def _aside(target: Path) -> Path:
+    """The name of a temporary file, with the process that writes it; see ``remove_leftovers``."""
+    return target.with_name(f".{target.stem}.{os.getpid()}-{secrets.token_hex(6)}.part{target.suffix}")
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The error of the disk behind an error: ``torch.save`` says of a full disk "unexpected pos 768"."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def remove_leftovers(folder: Path, process: int) -> None:
+    """Remove the temporary files that a killed process left below ``folder``."""
+    for path in folder.rglob(f".*.{process}-*.part*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def refuse_full(folder: Path) -> None:
+    """Raise FileExistsError where ``folder`` is a file, or holds something."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty; give a folder of its own, which is new")
+
+
+@contextlib.contextmanager
+def write_folder_aside(folder: str | Path) -> Iterator[Path]:
+    """Yield a new folder next to ``folder``; it is flushed to disk and becomes ``folder`` at once, or not.
+
+    Raises:
+        FileExistsError: ``folder`` is there and holds something, before the block or after it.
+    """
+    folder = Path(folder)
+    refuse_full(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{folder.name}.*.part"):
+        process = leftover.name.removeprefix(f".{folder.name}.").partition("-")[0]
+        if process.isdigit() and not is_alive(int(process)):
+            shutil.rmtree(leftover)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(6)}.part")
+    aside.mkdir()
+    try:
+        yield aside
+        for path in aside.rglob("*"):
+            flush(path)
+        os.replace(aside, folder)  # an empty folder gives way, a full one is refused
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    """True where a process of this host runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 def flush(path: Path) -> None:

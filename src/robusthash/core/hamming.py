@@ -13,13 +13,18 @@ def sign(logits: Tensor) -> Tensor:
     Raises:
         ValueError: where a value is NaN or infinite; such a number is an error, not a bit.
     """
-    finite = torch.isfinite(logits)
-    if not finite.all():
+    return torch.where(finite(logits) >= 0, 1.0, -1.0).to(logits.dtype)
+
+
+def finite(values: Tensor) -> Tensor:
+    """The values themselves; a ``ValueError`` where one is NaN or infinite."""
+    good = torch.isfinite(values)
+    if not good.all():
         raise ValueError(
-            f"{int((~finite).sum())} of {logits.numel()} code values are NaN or infinite; "
+            f"{int((~good).sum())} of {values.numel()} code values are NaN or infinite; "
             "the model or the attack diverged"
         )
-    return torch.where(logits >= 0, 1.0, -1.0).to(logits.dtype)
+    return values
 
 
 def pack(signs: Tensor) -> Tensor:

@@ -18,6 +18,11 @@ def relevant(left: Tensor, right: Tensor) -> Tensor:
     return overlap(left, right) > 0
 
 
+def has_relevant(queries: Tensor, database: Tensor) -> Tensor:
+    """(Q, C), (N, C) multi-hot -> (Q,) bool: some item of the database shares a label with the query."""
+    return ((queries > 0) & (database > 0).any(0)).any(1)
+
+
 def cosine(left: Tensor, right: Tensor) -> Tensor:
     """(A, C), (B, C) multi-hot -> (A, B) cosine of the label vectors; 0 where one is empty."""
     norms = left.float().norm(dim=1)[:, None] * right.float().norm(dim=1)[None]

@@ -5,11 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
 import pkgutil
-from collections.abc import Callable, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar
+
+from robusthash.core.option_types import annotated, fits, words
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 Evidence = Literal["paper+code", "paper", "reconstruction", "own", "library"]
@@ -39,12 +45,17 @@ _PACKAGE = __name__.partition(".")[0]
 _CARDS: dict[tuple[str, str], Card] = {}
 _UNREAD: list[str] = []  # packages whose modules register names and are not imported yet
 
+PLUGINS = "ROBUSTHASH_PLUGINS"
+"""Environment variable: modules, with commas, that runs may import."""
+
+_STRANGER: ContextVar[str] = ContextVar("_STRANGER", default="")  # whose settings are being read
+
 
 def register(kind: str, name: str, **facts: Any) -> Callable[[Factory], Factory]:
     """Register a class or function as ``name`` of ``kind``; ``facts`` are other fields of its ``Card``."""
 
     def record(make: Factory) -> Factory:
-        if not make.__module__.startswith(f"{_PACKAGE}."):  # of others: the package's own names come first
+        if not _is_own(make):  # the package's own names come first
             _import_unread()
         if (kind, name) in _CARDS:
             raise ValueError(f"{kind} {name!r} is already registered by {_CARDS[kind, name].make.__module__}")
@@ -53,6 +64,10 @@ def register(kind: str, name: str, **facts: Any) -> Callable[[Factory], Factory]
         return make
 
     return record
+
+
+def _is_own(make: Callable[..., Any]) -> bool:
+    return make.__module__.startswith(f"{_PACKAGE}.")
 
 
 def nearest(word: str, known: Any) -> str:
@@ -69,16 +84,49 @@ def card(kind: str, name: str) -> Card:
 
     Raises:
         KeyError: with the nearest known name.
+        ImportError: no such module.
+        ValueError: a module that the settings of a stranger name, see ``without_new_code``.
     """
     if ":" in name:
-        module, _, name = name.partition(":")
-        importlib.import_module(module)
+        named, (module, _, name) = name, name.partition(":")
+        if not re.fullmatch(r"\w+(\.\w+)*", module):
+            raise KeyError(f"{kind} {named!r} names no module before the colon; write module:name")
+        _import_plugin(module, named)
     if (kind, name) not in _CARDS:
         _import_unread()
     if (kind, name) not in _CARDS:
         names = [known for other, known in _CARDS if other == kind]
         raise KeyError(f"no {kind} is called {name!r}{nearest(name, names)}")
     return _CARDS[kind, name]
+
+
+@contextmanager
+def without_new_code(source: object) -> Iterator[None]:
+    """Refuse ``module:name`` in a block that reads ``source``, a file that may be a stranger's, as a run.
+
+    Modules that are imported already may be named, and those of the environment variable ``PLUGINS``.
+    """
+    token = _STRANGER.set(str(source))
+    try:
+        yield
+    finally:
+        _STRANGER.reset(token)
+
+
+def _import_plugin(module: str, named: str) -> None:
+    source, allowed = _STRANGER.get(), os.environ.get(PLUGINS, "").split(",")
+    if source and module not in sys.modules and module not in map(str.strip, allowed):
+        raise ValueError(
+            f"{source} names {named!r}, code of a module outside of this package; if you trust it, let it "
+            f"be imported: {PLUGINS}={module}"
+        )
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not module.startswith(error.name or "?"):
+            raise  # the module is there, and something that it imports is not
+        remedy = "put its folder on PYTHONPATH, or install it"
+        raise ModuleNotFoundError(f"no Python module {module!r} (wanted by {named!r}); {remedy}") from error
 
 
 def card_of(make: Callable[..., Any]) -> Card | None:
@@ -91,11 +139,13 @@ def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str,
 
     Raises:
         KeyError: no name, an unknown name, or an unknown option; the nearest is offered.
-        ValueError: neither a name nor a mapping; a ``Literal`` option with another word.
+        ValueError: neither a name nor a mapping; an option of another type or word.
     """
     if not isinstance(settings, str | Mapping):
         raise ValueError(f"{kind} is a name, or a mapping with 'name' and options, got {settings!r}")
     options = {"name": settings} if isinstance(settings, str) else dict(settings)
+    if not isinstance(options.get("name", ""), str):
+        raise ValueError(f"the name of a {kind} is a text, got {options['name']!r}")
     if "name" not in options:
         raise KeyError(f"{kind} needs a 'name', got {dict(options)}")
     entry = card(kind, options.pop("name"))
@@ -103,26 +153,13 @@ def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str,
     for key, value in options.items():
         if key not in accepted:
             raise KeyError(f"{kind} {entry.name!r} takes no {key!r}{nearest(key, accepted)}")
-        words = _words(entry.make).get(key)
-        if words is not None and value not in words:
-            *most, last = map(repr, words)
-            choice = " or ".join(text for text in (", ".join(most), last) if text)
-            raise ValueError(f"{key} of {kind} {entry.name!r} must be {choice}, got {value!r}")
+        wanted = annotated(entry.make).get(key, Any)
+        if not fits(value, wanted):
+            raise ValueError(f"{key} of {kind} {entry.name!r} must be {words(wanted)}, got {value!r}")
+        if type(value) is int and not 0 <= value < 2**63 and _is_own(entry.make):  # counts, sizes, seeds
+            fault = "must not be below 0" if value < 0 else "is too large"
+            raise ValueError(f"{key} of {kind} {entry.name!r} {fault}, got {value:.6g}")
     return entry, options
-
-
-@cache
-def _words(make: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
-    """The words of each option that is annotated as a ``Literal``."""
-    try:
-        parameters = inspect.signature(make, eval_str=True).parameters
-    except NameError:  # a name imported for type checkers alone
-        return {}
-    return {
-        name: get_args(parameter.annotation)
-        for name, parameter in parameters.items()
-        if get_origin(parameter.annotation) is Literal
-    }
 
 
 def build(kind: str, settings: str | Mapping[str, Any], **context: Any) -> Any:
@@ -140,7 +177,7 @@ def build(kind: str, settings: str | Mapping[str, Any], **context: Any) -> Any:
             raise KeyError(f"{kind} {entry.name!r} needs {key!r}")
     try:
         return entry.make(**arguments)
-    except TypeError as error:
+    except (TypeError, ZeroDivisionError, IndexError, OverflowError) as error:
         if not options:
             raise
         raise ValueError(f"{kind} {entry.name!r} cannot be made with {options}: {error}") from error

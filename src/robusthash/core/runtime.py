@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_LOOK_AGAIN = 20.0  # seconds between two looks at the load
 
 Progress = Callable[[int, int, str], None]
 """(steps done, steps in all, title of the work)."""
@@ -22,6 +25,33 @@ Progress = Callable[[int, int, str], None]
 
 def silent(done: int, total: int, text: str) -> None:
     """Show no progress."""
+
+
+def yield_when_busy(progress: Progress) -> Progress:
+    """Take one thread where others keep all cores busy, now and at each call of the progress returned.
+
+    Threads that share a core with other programs wait for each other at every operation, so that two of them
+    are many times slower than one. Training rounds otherwise with another number, so numbers differ a little.
+    """
+    looked = time.monotonic()
+    _take_one_if_busy(0)
+
+    def watched(done: int, total: int, text: str) -> None:
+        nonlocal looked
+        if time.monotonic() - looked > _LOOK_AGAIN:
+            looked = time.monotonic()
+            _take_one_if_busy(torch.get_num_threads())
+        progress(done, total, text)
+
+    return watched
+
+
+def _take_one_if_busy(own: int) -> None:
+    """Take one thread where the load without the ``own`` threads is that of all cores."""
+    if hasattr(os, "getloadavg"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if os.getloadavg()[0] - own >= cores:
+            torch.set_num_threads(1)
 
 
 def digest(value: Any, length: int = 12) -> str:
@@ -71,12 +101,31 @@ class Draws:
         return ((mixed >> 8).to(torch.float32) * 2.0**-24).reshape(len(ids), *shape)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is CUDA where there is one, else the CPU.
+_instead: list[str] = []  # the devices of ``computing_on``, the innermost last
+
+
+@contextlib.contextmanager
+def computing_on(name: str) -> Iterator[None]:
+    """Compute on this device inside of the block, whatever a run or a call says: ``--device``.
 
     Raises:
         ValueError: a device that is not there.
     """
+    _instead.append(name)
+    try:
+        choose_device(name)
+        yield
+    finally:
+        _instead.pop()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name, or of ``computing_on``; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    name = _instead[-1] if _instead else name
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

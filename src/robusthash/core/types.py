@@ -88,6 +88,18 @@ class Codes:
         """(N, K) int8 in {-1, +1}."""
         return unpack(self.packed, self.bits)
 
+    def rows(self) -> Tensor:
+        """(N, K) what the search compares: the signs."""
+        return self.signs()
+
+    def take(self, positions: Tensor) -> Codes:
+        """These items, numbered anew."""
+        return replace(self, packed=self.packed[positions], ids=torch.arange(len(positions)))
+
+    def of(self, rows: Tensor) -> Codes:
+        """The codes of (N, K) other signs of the same length, numbered from 0."""
+        return Codes(pack(rows), self.bits, torch.arange(len(rows)))
+
     def numpy(self) -> np.ndarray:
         """(N, ceil(K / 8)) uint8, packed."""
         return self.packed.cpu().numpy()
@@ -97,32 +109,65 @@ class Codes:
         return [row.tobytes().hex() for row in self.numpy()]
 
     @staticmethod
-    def from_numpy(array: np.ndarray, bits: int | None = None) -> Codes:
+    def from_numpy(array: np.ndarray, bits: int | None = None, first_id: int = 0) -> Codes:
         """Codes of any program, with their rows as ids.
 
         Args:
             array: (N, K) of -1 and +1, of 0 and 1, or bool; or (N, ceil(bits / 8)) packed uint8.
-            bits: K; needed for packed codes, whose last byte may be filled up.
+            bits: K; needed for packed codes, whose last byte is filled up with zeros.
+            first_id: of the first row; the others follow.
 
         Raises:
             ValueError: another shape, another type, or values that are none of these.
         """
         if array.ndim != 2:
             raise ValueError(f"codes are (N, K) or packed (N, bytes), got shape {array.shape}")
-        width = array.shape[1]
+        width, ids = array.shape[1], torch.arange(len(array)) + first_id
         if bits is not None and width != bits:
-            if array.dtype != np.uint8 or width != -(-bits // 8):
-                raise ValueError(
-                    f"codes of {bits} bits are {bits} columns, or {-(-bits // 8)} packed uint8 columns; got "
-                    f"{width} columns of {array.dtype}"
-                )
-            return Codes(torch.from_numpy(array.copy()), bits, torch.arange(len(array)))
-        values = set(np.unique(array).tolist())
-        if not (values <= {0, 1} or values <= {-1, 1}):
-            some = ", ".join(map(str, sorted(values)[:4]))
-            raise ValueError(f"bits are -1 and +1, 0 and 1, or bool; got {some}; packed codes need bits=")
-        signs = torch.from_numpy(np.where(array > 0, 1, -1).astype(np.int8))
-        return Codes(pack(signs), width, torch.arange(len(array)))
+            return Codes(torch.from_numpy(_packed_bytes(array, bits)), bits, ids)
+        ones = array == 1
+        if width == 0 or not ((ones | (array == 0)).all() or (ones | (array == -1)).all()):
+            some = ", ".join(map(str, np.unique(array)[:4].tolist())) or "none"
+            remedy = "packed codes need bits= and are uint8"
+            if array.dtype.kind == "f":
+                remedy = "of real numbers take the sign first: np.where(outputs >= 0, 1, -1)"
+            raise ValueError(f"bits are -1 and +1, 0 and 1, or bool; got {array.dtype} {some}; {remedy}")
+        signs = torch.from_numpy(np.where(ones, 1, -1).astype(np.int8))
+        return Codes(pack(signs), width, ids)
+
+
+def _packed_bytes(array: np.ndarray, bits: int) -> np.ndarray:
+    """A copy of (N, ceil(bits / 8)) uint8 bytes, checked."""
+    width = -(-bits // 8)
+    if bits < 1 or array.dtype != np.uint8 or array.shape[1] != width:
+        remedy = ""
+        if array.dtype.kind in "iu" and array.shape[1] * array.itemsize == width:  # packed in other words
+            remedy = "; as bytes: array.view(np.uint8)"
+            if array.dtype == np.int8:
+                remedy += ", or where 128 was taken off (array.astype(int) + 128).astype(np.uint8)"
+        raise ValueError(
+            f"codes of {bits} bits are {bits} columns, or {width} packed uint8 columns; got "
+            f"{array.shape[1]} columns of {array.dtype}{remedy}"
+        )
+    padding = 8 * width - bits
+    if padding and (array[:, -1] & ((1 << padding) - 1)).any():  # it would count as distance
+        raise ValueError(f"packed codes have ones after bit {bits}; the padding must be zero")
+    return array.copy()
+
+
+CodesLike = Codes | np.ndarray | Tensor
+"""Codes, or an array or tensor of one of the forms that ``Codes.from_numpy`` reads."""
+
+
+def as_codes(values: CodesLike, bits: int, first_id: int = 0) -> Codes:
+    """Codes as they are, and arrays and tensors by ``Codes.from_numpy``; ValueError where they do not fit."""
+    if isinstance(values, Codes):
+        return values
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    if not isinstance(values, np.ndarray):
+        raise ValueError(f"codes are Codes, an array or a tensor, got a {type(values).__name__}")
+    return Codes.from_numpy(values, bits, first_id)
 
 
 @dataclass(frozen=True)

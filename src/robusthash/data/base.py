@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robusthash.core import limited_files
+from robusthash.core.labels import has_relevant
 from robusthash.core.runtime import Draws, digest
 from robusthash.core.types import Batch, Inputs
 
@@ -32,6 +33,18 @@ class Source(Protocol):
 
     def inputs(self, rows: Tensor) -> Inputs:
         """The inputs of these rows, by modality: images float32 in [0, 1]."""
+        ...
+
+
+class TextForm(Protocol):
+    """The form of the texts of a data set, by which other texts become inputs too."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> (N, V) bags or (N, L) token ids."""
+        ...
+
+    def plain(self) -> dict[str, Any]:
+        """Plain data that ``image_text.text_form`` reads."""
         ...
 
 
@@ -91,8 +104,14 @@ class Split:
         if self.labels is not None:
             if len(self.labels) != len(self.rows):
                 raise ValueError(f"{self.name}: {len(self.labels)} label rows for {len(self.rows)} items")
-            if not torch.isfinite(self.labels).all():
-                raise ValueError(f"{self.name}: labels hold NaN or infinite values")
+            if self.labels.ndim != 2:
+                raise ValueError(f"{self.name}: labels are (N, C) multi-hot, got {[*self.labels.shape]}")
+            if not ((self.labels == 0) | (self.labels == 1)).all():  # NaN is neither
+                odd = self.labels[(self.labels != 0) & (self.labels != 1)][0]
+                raise ValueError(
+                    f"{self.name}: labels are (N, C) of 0 and 1, and one is {odd:g}; two items are relevant "
+                    "to each other where both have a 1 in one column"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,6 +127,11 @@ class Split:
         also = {system: values[positions] for system, values in self.also.items()}
         rows, hashes = self.rows[positions], self.hashes[positions.numpy()]
         return Split(name or self.name, self.source, rows, labels, hashes, also)
+
+    @property
+    def groups(self) -> dict[str, Tensor]:
+        """(N,) bool by name: items that are scored apart, where the source tells its items apart."""
+        return {name: rows[self.rows] for name, rows in getattr(self.source, "groups", {}).items()}
 
     def fingerprint(self) -> str:
         """Digest of the ordered content and the labels: equal only for the same items in the same order."""
@@ -136,6 +160,7 @@ class RetrievalData:
     validation: Split | None = None
     note: str = ""  # what a reader of results must know, e.g. that pixels were re-encoded
     skipped: tuple[str, ...] = ()  # files that a reader passed over, with the reason
+    text_form: TextForm | None = None  # None where there are no texts, or vectors of unknown origin
     train_in_database: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -149,6 +174,20 @@ class RetrievalData:
                 raise ValueError(f"{count} are also in the {other.name} split ({example}); remove them there")
         shared = np.isin(self.train.hashes, self.database.hashes)
         object.__setattr__(self, "train_in_database", int(shared.sum()))
+
+    @staticmethod
+    def from_arrays(images: Any, labels: Any, **options: Any) -> RetrievalData:
+        """Your own images and labels in memory as a data set; see ``data.own_data.from_arrays``."""
+        from robusthash.data.own_data import from_arrays  # which imports this module
+
+        return from_arrays(images, labels, **options)
+
+    @staticmethod
+    def from_dataset(dataset: Any, **options: Any) -> RetrievalData:
+        """A torch ``Dataset`` or ``DataLoader`` as a data set; see ``data.own_data.from_dataset``."""
+        from robusthash.data.own_data import from_dataset
+
+        return from_dataset(dataset, **options)
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -190,7 +229,14 @@ class RetrievalData:
             name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
         }
         note = f"{self.note} Relevance by {system}.".strip()
-        return RetrievalData(self.name, **splits, label_names=(), note=note, skipped=self.skipped)
+        kept = {"note": note, "skipped": self.skipped, "text_form": self.text_form}
+        return RetrievalData(self.name, **splits, label_names=(), **kept)  # type: ignore[arg-type]
+
+    def without_relevant(self) -> int:
+        """Number of queries that share no label with any item of the database."""
+        if self.query.labels is None or self.database.labels is None:
+            return len(self.query)
+        return int((~has_relevant(self.query.labels, self.database.labels)).sum())
 
     def fingerprint(self) -> str:
         """Digest of all splits, in order."""
@@ -204,6 +250,7 @@ class RetrievalData:
             "fingerprints": {name: split.fingerprint() for name, split in self.splits.items()},
             "labels": len(self.label_names),
             "unlabelled": {name: split.unlabelled() for name, split in self.splits.items()},
+            "without_relevant": self.without_relevant(),
             "train_in_database": self.train_in_database,
             "note": self.note,
         }
@@ -216,6 +263,7 @@ def batches(
     positions: Tensor | None = None,
     modalities: Sequence[str] | None = None,
     start: int = 0,
+    least: int = 1,
 ) -> Iterator[Batch]:
     """Batches of ``split``, decoded one ahead; the last may be smaller.
 
@@ -225,6 +273,7 @@ def batches(
         positions: only these positions of the split (a pool); None for all.
         modalities: only these, where the split has them; None for all.
         start: batches to leave out at the start.
+        least: a last batch of fewer items joins the one before it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -237,7 +286,10 @@ def batches(
         return batch if modalities is None else batch.only(modalities)
 
     # one thread reads ahead, so that decoding the next batch overlaps computing on this one
-    first, *others = order.split(batch_size)[start:]
+    chunks = list(order.split(batch_size))
+    if len(chunks) > 1 and len(chunks[-1]) < least:
+        chunks[-2:] = [torch.cat(chunks[-2:])]
+    first, *others = chunks[start:]
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = reader.submit(read, first)
         for chunk in others:
@@ -312,10 +364,6 @@ def read_npz(path: Path, keys: Sequence[str], what: str) -> dict[str, np.ndarray
     if not path.is_file():
         raise FileNotFoundError(f"no file {path.absolute()}; it should hold the arrays {', '.join(keys)}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = sorted(set(keys) - set(archive.files))
-            if missing:
-                raise ValueError(f"it lacks the arrays {', '.join(missing)} of {', '.join(keys)}")
-            return {key: archive[key] for key in keys}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        return limited_files.read_npz(path, keys)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not a {what} archive: {error}") from error

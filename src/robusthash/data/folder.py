@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import tarfile
 from collections import Counter
@@ -16,12 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from robusthash.core.limited_files import parse_json
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, flat_options
 from robusthash.data.image_files import ImageFile, ImageOptions, Skipped, decode, some_of
 from robusthash.data.image_listing import list_images
 from robusthash.data.image_text import TextOptions
-from robusthash.data.splits import Indices, SplitOptions, assemble, class_split, random_split
+from robusthash.data.label_cells import caption_texts, label_rows
+from robusthash.data.splits import Indices, SplitOptions, assemble, drawn_split
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,10 @@ def folder(
     Args:
         root: the folder of class folders, or the one that the manifest's ``file`` column is relative to.
         archive: a plain, uncompressed tar instead of ``root``; it needs a manifest.
-        manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (a list, or ``;`` between),
-            optionally ``class``, ``captions`` (a list or one text), ``split`` and ``id``. Items without a
-            label are similar to nothing; they are kept, counted in the note and warned of.
+        manifest: ``.csv`` or JSON lines with the columns ``file``, ``labels`` (names with ``;`` between, a
+            list, or vectors of 0 and 1; a cell that may mean something else is refused), optionally
+            ``class``, ``captions`` (a list or one text), ``split`` and ``id``. Items without a label are
+            similar to nothing; they are kept, counted in the note and warned of.
         label_field: take the labels from ``labels`` or from ``class``. Where every row has the other column
             too, it becomes another label system of that name (``RetrievalData.by``).
         image, text: texts are the captions of the manifest.
@@ -95,21 +97,25 @@ def folder(
     if (root is None) == (archive is None):
         raise ValueError(f"give either root (a folder) or archive (a tar), got {root!r} and {archive!r}")
     if manifest is not None:
-        entries = _entries_of_manifest(Path(manifest), root, archive, label_field, bool(text.texts))
+        entries, form = _entries_of_manifest(Path(manifest), root, archive, label_field, bool(text.texts))
         skipped: tuple[Skipped, ...] = ()
     else:
         entries, skipped = _entries_of_folder(root, bool(text.texts))
+        form = ""
     source, readable = decode([entry.file for entry in entries], image)
     skipped += source.skipped
     entries = [entries[row] for row in readable.tolist()]
     labels, names = _multi_hot([entry.labels for entry in entries])
     rule = splits.split or ("manifest" if any(entry.split for entry in entries) else "random")
+    if rule not in ("manifest", "random", "balanced"):
+        raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {rule!r}")
     if rule == "manifest":
         splits.refuse_sizes("; set split='random' or 'balanced'")
-        indices = _column_split(entries, columns)
+        indices = _column_split(entries, columns, manifest)
     else:
-        indices = _drawn_split(labels, names, replace(splits, split=rule))
+        indices = drawn_split(labels, names, replace(splits, split=rule))
     note = f"Images {image}; split {rule}" + ("." if rule == "manifest" else f", seed {splits.seed}.")
+    note += f" {form}" * bool(form)
     if count := int((labels.sum(1) == 0).sum()):
         unlabelled = f"{count} of {len(labels)} items have no label and are similar to nothing."
         logger.warning("folder: %s They are kept.", unlabelled)
@@ -118,11 +124,13 @@ def folder(
         note += f" {len(skipped)} files passed over: {some_of(skipped, 3)}."
     also, label_note = _other_labels(entries, _OTHER[label_field])
     note += label_note
+    text_form = None
     if text.texts:
         others = torch.cat([indices.query, indices.database])
-        values, text_note = text.encode([entry.captions for entry in entries], indices.train, others)
+        captions = [entry.captions for entry in entries]
+        values, text_note, text_form = text.encode(captions, indices.train, others)
         source, note = replace(source, others={"text": values}), f"{note} {text_note}"
-    data = assemble("folder", source, labels, source.hashes, indices, names, note, also)
+    data = assemble("folder", source, labels, source.hashes, indices, names, note, also, text_form)
     return replace(data, skipped=tuple(map(str, skipped))) if skipped else data
 
 
@@ -145,7 +153,7 @@ def _other_labels(entries: Sequence[Entry], field: LabelField) -> tuple[dict[str
     return {}, note if lacking < len(entries) else ""
 
 
-def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
+def _column_split(entries: Sequence[Entry], columns: ColumnSplits, manifest: str | Path | None) -> Indices:
     """The split that the column ``split`` of the manifest writes down."""
     values = {entry.split for entry in entries}
     if not any(values):
@@ -153,8 +161,8 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
     unknown = sorted(values.difference(*vars(columns).values()))
     if unknown:
         raise ValueError(
-            f"the manifest's split column holds {', '.join(map(repr, unknown))}, which no split takes; "
-            "name them in query_splits, train_splits, database_splits or validation_splits"
+            f"{manifest}: the manifest's split column holds {', '.join(map(repr, unknown))}, which no split "
+            "takes; name them in query_splits, train_splits, database_splits or validation_splits"
         )
     query = set(columns.query_splits)
 
@@ -169,22 +177,10 @@ def _column_split(entries: Sequence[Entry], columns: ColumnSplits) -> Indices:
     for name, part in parts.items():
         if len(part) == 0:
             held = ", ".join(sorted(map(repr, values)))
-            raise ValueError(f"no row of the manifest is for the {name} split; its split column holds {held}")
+            missing = f"no row of the manifest is for the {name} split"
+            raise ValueError(f"{manifest}: {missing}; its split column holds {held}")
     validation = rows(set(columns.validation_splits) - query)
     return Indices(**parts, validation=validation if len(validation) else None)
-
-
-def _drawn_split(labels: Tensor, names: Sequence[str], splits: SplitOptions) -> Indices:
-    if splits.split == "random":
-        return random_split(len(labels), splits, train_in_database=splits.train is None)
-    if splits.split != "balanced":
-        raise ValueError(f"split must be 'manifest', 'random' or 'balanced', got {splits.split!r}")
-    number = labels.sum(1)
-    for wrong, labels_each in ((number > 1, "several"), (number == 0, "none")):
-        if count := int(wrong.sum()):
-            text = f"split='balanced' needs one label an item and {count} items have {labels_each}"
-            raise ValueError(f"{text}; use 'random'")
-    return class_split(labels.argmax(1), splits, names=names)
 
 
 def _entries_of_folder(root: str | Path | None, captions: bool) -> tuple[list[Entry], tuple[Skipped, ...]]:
@@ -227,8 +223,11 @@ def _entries_of_manifest(
     archive: str | Path | None,
     label_field: LabelField,
     with_captions: bool,
-) -> list[Entry]:
-    """The rows of a CSV or JSON-lines manifest, their files found in a folder or in a plain tar."""
+) -> tuple[list[Entry], str]:
+    """The rows of a CSV or JSON-lines manifest, their files found in a folder or in a plain tar.
+
+    The second value is a note on the form of the labels.
+    """
     rows, other = manifest_rows(manifest), _OTHER[label_field]
     for column in ("file", label_field, "captions") if with_captions else ("file", label_field):
         lacking = [line for line, row in rows if column not in row]
@@ -239,27 +238,29 @@ def _entries_of_manifest(
             )
     _refuse_repeated([str(PurePosixPath(str(row["file"]))) for _, row in rows], "file", manifest)
     _refuse_repeated([str(row["id"]) for _, row in rows if row.get("id") not in (None, "")], "id", manifest)
-    if not any(_texts(row[label_field]) for _, row in rows):
+    labels, form = label_rows(
+        [(n, row[label_field]) for n, row in rows], f"{manifest}, column {label_field!r}"
+    )
+    also, _ = label_rows([(n, row.get(other)) for n, row in rows], f"{manifest}, column {other!r}")
+    if not any(labels):
         raise ValueError(
             f"no row of {manifest} has a label in the column {label_field!r}; fill it, or set label_field to "
             f"{other!r} where the labels stand there"
         )
     members = {} if archive is None else _members(Path(archive))
     entries, missing = [], []
-    for _, row in rows:
+    for (_, row), own, others in zip(rows, labels, also, strict=True):
         name = str(row["file"])
         file = _file_below(Path(root), name) if root is not None else members.get(name.removeprefix("./"))
         if file is None:
             missing.append(name)
             continue
-        labels = tuple(sorted(set(_texts(row[label_field]))))
-        also = tuple(sorted(set(_texts(row.get(other)))))
-        captions = tuple(_texts(row.get("captions"), separator=""))
-        entries.append(Entry(file, labels, str(row.get("split") or ""), captions, also))
+        captions = caption_texts(row.get("captions"))
+        entries.append(Entry(file, own, str(row.get("split") or ""), captions, others))
     if missing:
         count = f"{len(missing)} of {len(rows)} files of {manifest}"
         raise FileNotFoundError(f"{count} are not in {archive or root}: {_some(missing)}")
-    return entries
+    return entries, form
 
 
 def manifest_rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -280,6 +281,8 @@ def manifest_rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
 def _csv_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+            raise ValueError(f"{manifest} has two columns {twice[0]!r}; join them into one, with ';' between")
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"{manifest}, line {reader.line_num} has not as many fields as the header")
@@ -292,21 +295,10 @@ def _json_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]
     for line, content in enumerate(text.split("\n"), start=1):  # not splitlines, which also cuts inside texts
         if not content.strip():
             continue
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{manifest}, line {line} is not JSON: {error}") from error
+        row = parse_json(content, f"{manifest}, line {line}", once=True)
         if not isinstance(row, dict):
             raise ValueError(f"{manifest}, line {line} is not a JSON object")
         yield line, row
-
-
-def _texts(value: Any, separator: str = ";") -> list[str]:
-    """A list of texts, or one text with separators -> its non-empty parts."""
-    if isinstance(value, str) and separator:
-        value = value.split(separator)
-    parts = value if isinstance(value, list) else [] if value is None else [value]
-    return [str(part).strip() for part in parts if str(part).strip()]
 
 
 def _refuse_repeated(values: Iterable[str], column: str, manifest: Path) -> None:

@@ -189,8 +189,8 @@ def as_file(source: str | Path | ImageFile | BinaryIO) -> ImageFile | BinaryIO:
     return ImageFile(Path(source)) if isinstance(source, (str, Path)) else source
 
 
-def pixels_of(image: Image.Image | np.ndarray, size: int, fit: Fit = "crop") -> Tensor:
-    """An image in memory -> (3, size, size) uint8 RGB, by the rules of ``read_image``.
+def pixels_of(image: Image.Image | np.ndarray, size: int | None, fit: Fit = "crop") -> Tensor:
+    """An image in memory -> (3, H, W) uint8 RGB, by the rules of ``read_image``.
 
     Args:
         image: a PIL image, or an (H, W) or (H, W, 3) array of uint8.

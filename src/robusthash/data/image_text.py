@@ -6,7 +6,7 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from robusthash.core.packaged_weights import packaged
-from robusthash.data.base import RetrievalData
+from robusthash.data.base import RetrievalData, TextForm
 from robusthash.data.image_files import ImageFile, ImageOptions, decode
 from robusthash.data.splits import Indices, assemble, compact
 
@@ -66,23 +66,26 @@ class TextOptions:
         train: Tensor,
         others: Tensor,
         stop_words: Collection[str] = (),
-    ) -> tuple[Tensor, str]:
-        """The texts of N items -> (N, V) bool or (N, L) int64, and their note for the data set.
+    ) -> tuple[Tensor, str, TextForm]:
+        """The texts of N items -> (N, V) bool or (N, L) int64, their note for the data set, and their form.
 
         The vocabulary is made of the rows ``train``; words outside it are counted in those of ``others``.
         """
         texts = [" ".join(several[:1] if self.caption == "first" else several) for several in captions]
         empty = note_empty(torch.tensor([not text.strip() for text in texts]))
+        form: TextForm
         if self.texts == "tokens":
             values, note = token_ids(texts, str(self.tokenizer), self.max_length)
+            where = Path(str(self.tokenizer))
+            form = TokenForm(str(where.absolute() if where.is_dir() else where), self.max_length)
         else:
-            words = Vocabulary.fit((texts[row] for row in train.tolist()), self.vocabulary, stop_words)
+            form = words = Vocabulary.fit((texts[row] for row in train.tolist()), self.vocabulary, stop_words)
             starts = range(0, len(texts), _CHUNK)
             values = torch.cat([words.encode(texts[start : start + _CHUNK]).bool() for start in starts])
             unseen, total = words.unseen((texts[row] for row in others.tolist()), stop_words)
             counted = f"{unseen} of {total} caption words of query and database"
             note = f"{counted} are outside the vocabulary of {len(words)}."
-        return values, f"{empty} {note}".strip()
+        return values, f"{empty} {note}".strip(), form
 
 
 def note_empty(empty: Tensor) -> str:
@@ -173,11 +176,40 @@ class Vocabulary:
             bags[row, [column[word] for word in words_of(text) if word in column]] = 1
         return bags
 
+    def plain(self) -> dict[str, Any]:
+        """Plain data that ``text_form`` reads."""
+        return {"words": list(self.words)}
+
     def unseen(self, texts: Iterable[str], without: Collection[str] = ()) -> tuple[int, int]:
         """(words that ``encode`` ignores, all words), ``without`` apart, repetitions counted."""
         known, apart = set(self.words), set(without)
         is_known = [word in known for text in texts for word in words_of(text) if word not in apart]
         return is_known.count(False), len(is_known)
+
+
+@dataclass(frozen=True)
+class TokenForm:
+    """Texts as token ids."""
+
+    tokenizer: str  # a folder, or packaged weights
+    max_length: int
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """N texts -> (N, L) int64; see ``token_ids``."""
+        return token_ids(texts, self.tokenizer, self.max_length)[0]
+
+    def plain(self) -> dict[str, Any]:
+        """Plain data that ``text_form`` reads."""
+        return {"tokenizer": self.tokenizer, "max_length": self.max_length}
+
+
+def text_form(plain: Mapping[str, Any]) -> TextForm:
+    """The form of texts that ``plain`` wrote; ValueError for other data."""
+    if isinstance(words := plain.get("words"), list) and all(isinstance(word, str) for word in words):
+        return Vocabulary(tuple(words))
+    if isinstance(plain.get("tokenizer"), str) and isinstance(plain.get("max_length"), int):
+        return TokenForm(plain["tokenizer"], plain["max_length"])
+    raise ValueError(f"a form of texts holds words, or tokenizer and max_length, got {', '.join(plain)}")
 
 
 @dataclass(frozen=True)
@@ -247,15 +279,16 @@ def make_data(
     if len(readable) < len(pool):
         pool, indices = pool.take(readable), _without_unreadable(indices, readable, len(pool))
     note = f"{note} {pool.note}".strip()
+    form = None
     if text.texts:
-        values, text_note = _encode_texts(pool, indices, text)
+        values, text_note, form = _encode_texts(pool, indices, text)
         source, note = replace(source, others={"text": values}), f"{note} {text_note}".strip()
-    return assemble(name, source, pool.labels, source.hashes, indices, pool.names, note)
+    return assemble(name, source, pool.labels, source.hashes, indices, pool.names, note, text_form=form)
 
 
-def _encode_texts(pool: Pool, indices: Indices, text: TextOptions) -> tuple[Tensor, str]:
+def _encode_texts(pool: Pool, indices: Indices, text: TextOptions) -> tuple[Tensor, str, TextForm | None]:
     if pool.bags is not None and text.texts != "tokens":
-        return pool.bags, note_empty(~pool.bags.any(1))
+        return pool.bags, note_empty(~pool.bags.any(1)), None
     if pool.texts is None:
         raise ValueError(f"these items come without texts, and texts={text.texts!r} was asked for")
     others = torch.cat([indices.query, indices.database])

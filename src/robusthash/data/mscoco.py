@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from robusthash.core.limited_files import read_json
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, find, flat_options
 from robusthash.data.image_files import ImageFile, ImageOptions
@@ -22,6 +22,7 @@ SPLITS = {
     "drfgd": SplitProtocol(2000, 10000, "random", "DRFGD, EQB2A, TA-DCH"),
     "ucch": SplitProtocol(5000, None, "last", "UCCH (code)"),
 }
+_ANNOTATIONS = 4 << 30  # bytes of a file of annotations; instances_train2017.json has 450 million
 _KARPATHY, _OFFICIAL = "dsarh", "official"  # splits that are written down, not drawn
 
 
@@ -125,10 +126,7 @@ def _annotations(root: Path, name: str, *keys: str) -> dict[str, Any]:
     year = Path(name).stem[-4:]
     belong = f"annotations_trainval{year}.zip unpacks to annotations/ with {name}"
     path = find(root, f"annotations/{name}", belong)
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    content = read_json(path, _ANNOTATIONS, depth=None)
     if not isinstance(content, dict) or set(keys) - set(content):
         raise ValueError(f"{path} should hold {', '.join(keys)}; is it the file of another task?")
     return content
@@ -149,7 +147,8 @@ def _karpathy_split(file: str | Path | None, numbers: Tensor) -> Indices:
             f"split='dsarh' needs karpathy=, the file dataset_coco.json of Karpathy: {file}"
         )
     try:
-        part = {image["cocoid"]: image["split"] for image in json.loads(Path(file).read_bytes())["images"]}
+        images = read_json(file, _ANNOTATIONS, depth=None)["images"]
+        part = {image["cocoid"]: image["split"] for image in images}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} should hold images with cocoid and split: {error!r}") from error
     if unknown := [number for number in numbers.tolist() if number not in part]:

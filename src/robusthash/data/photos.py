@@ -162,6 +162,7 @@ def photos(
     by_name = {photograph.name: image for photograph, image in zip(PHOTOGRAPHS, reduced, strict=True)}
     arrays = {"image": torch.stack([_render(item, by_name[item.photograph], size) for item in items])}
     note = f"Windows of 20 photographs; IoU of a query window with another is {max_overlap} at most."
+    vocabulary = None
     if texts:
         vocabulary = Vocabulary.fit(item.caption for item in items[:train])
         arrays["text"] = vocabulary.encode([item.caption for item in items])
@@ -172,7 +173,8 @@ def photos(
     names, columns = _label_columns(items, labels)
     # a caption does not make another image: the hashes are of the pixels alone
     hashes = hash_pixels(arrays["image"])
-    return assemble("photos", PhotoSource(arrays, tuple(items)), columns, hashes, indices, names, note)
+    source = PhotoSource(arrays, tuple(items))
+    return assemble("photos", source, columns, hashes, indices, names, note, text_form=vocabulary)
 
 
 def describe_item(split: Split, position: int) -> PhotoItem:
@@ -230,7 +232,7 @@ def _windows(
     for number, table in enumerate(tables):
         height, width = table.shape[1] - 1, table.shape[2] - 1
         taken = np.empty((0, 4)) if avoid is None else avoid[number :: len(tables)]
-        waiting = torch.arange(number, count, len(tables))
+        waiting = torch.tensor(range(number, count, len(tables))).long()  # of few items maybe none
         for number_of_round in range(_ROUNDS):
             numbers = draws.within("window", number_of_round).uniform(waiting, (_TRIES, 4))
             candidates = _candidates(width, height, numbers.double().numpy())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robusthash.core.registry import nearest
 from robusthash.core.runtime import Draws
-from robusthash.data.base import RetrievalData, Source, Split, content_hash
+from robusthash.data.base import RetrievalData, Source, Split, TextForm, content_hash
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,20 @@ def random_split(count: int, sizes: SplitOptions, train_in_database: bool = True
     return Indices(training, queries, pool[:database])
 
 
+def drawn_split(labels: Tensor, names: Sequence[str], splits: SplitOptions) -> Indices:
+    """A split of (N, C) multi-hot ``labels``: ``random`` (the default), or ``balanced`` over the classes."""
+    if splits.split in (None, "random"):
+        return random_split(len(labels), splits, train_in_database=splits.train is None)
+    if splits.split != "balanced":
+        raise ValueError(f"a split that is drawn is 'random' or 'balanced', got {splits.split!r}")
+    number = labels.sum(1)
+    for wrong, labels_each in ((number > 1, "several"), (number == 0, "none")):
+        if count := int(wrong.sum()):
+            text = f"split='balanced' needs one label an item and {count} items have {labels_each}"
+            raise ValueError(f"{text}; use 'random'")
+    return class_split(labels.argmax(1), splits, names=names)
+
+
 def _query_count(sizes: SplitOptions, count: int) -> int:
     return max(1, count // 5) if sizes.query is None else sizes.query
 
@@ -287,6 +301,7 @@ def assemble(
     label_names: Sequence[str],
     note: str = "",
     also: Mapping[str, Tensor] | None = None,
+    text_form: TextForm | None = None,
 ) -> RetrievalData:
     """A checked data set from one source; queries whose content is in another split leave, with a warning.
 
@@ -310,4 +325,6 @@ def assemble(
     train, query = split("train", indices.train), split("query", indices.query[torch.from_numpy(~twice)])
     validation = None if indices.validation is None else split("validation", indices.validation)
     database = split("database", indices.database)
-    return RetrievalData(name, train, query, database, tuple(label_names), validation, note)
+    return RetrievalData(
+        name, train, query, database, tuple(label_names), validation, note, text_form=text_form
+    )

@@ -52,10 +52,11 @@ def synthetic(
     worlds = [_world(count, size, draws.within(part)) for part, count in counts.items()]
     pixels = torch.cat([images for images, _, _ in worlds])
     pair = torch.cat([pairs for _, pairs, _ in worlds])
-    arrays = {"image": pixels}
+    arrays, vocabulary = {"image": pixels}, None
     if texts:
         captions = [caption for _, _, captions in worlds for caption in captions]
-        arrays["text"] = Vocabulary.fit(captions[:train]).encode(captions)
+        vocabulary = Vocabulary.fit(captions[:train])
+        arrays["text"] = vocabulary.encode(captions)
     if multilabel:
         names = (*COLOURS, *SHAPES)
         labels = torch.cat([one_hot(pair % 4, 4), one_hot(pair // 4, 4)], dim=1)
@@ -64,7 +65,8 @@ def synthetic(
         labels = one_hot(pair, 16)
     indices = Indices(*torch.arange(len(pixels)).split(list(counts.values())))
     source, hashes = ArraySource(arrays), hash_pixels(pixels)
-    return assemble("synthetic", source, labels, hashes, indices, names, "Generated shapes.")
+    note = "Generated shapes."
+    return assemble("synthetic", source, labels, hashes, indices, names, note, text_form=vocabulary)
 
 
 def _world(count: int, size: int, draws: Draws) -> tuple[Tensor, Tensor, list[str]]:

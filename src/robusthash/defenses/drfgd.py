@@ -92,6 +92,7 @@ class Regenerate(Recipe):
     """
 
     groups = ("purifier", "critic")
+    data_parallel = False  # purifiers are called apart from the hasher
 
     def __init__(
         self,

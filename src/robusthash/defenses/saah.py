@@ -37,7 +37,7 @@ def spectral_stability(change: Tensor, gate: Tensor, reduction: Reduction = "blo
             coefficients, which leaves the term without effect. The paper does not say.
     """
     with torch.no_grad():
-        energy = BlockDCT(gate.shape[-1]).to(change.device)(change).square().sum(2)
+        energy = BlockDCT(gate.shape[-1]).to(change)(change).square().sum(2)
     by_block = (energy * gate.square().square()).sum((2, 3))
     if reduction == "sum":
         return by_block.sum(1).mean()

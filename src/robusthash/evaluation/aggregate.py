@@ -8,21 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from robusthash.core.embeddings import Embeddings
 from robusthash.core.runtime import Draws
 from robusthash.evaluation.attack_block import AttackedBlock
-from robusthash.evaluation.attack_spec import AttackSpec
+from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
+from robusthash.evaluation.code_measures import ap_alone, ap_names, mean_ap, measure_codes
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.evaluate import (
-    ap_alone,
-    ap_names,
-    as_codes,
-    measure_codes,
-    score_clean,
-    score_targeted,
-    setting_of,
-    worst,
-)
-from robusthash.evaluation.runner import NOISE_SAMPLES, AttackRuns
+from robusthash.evaluation.evaluate import score_clean, score_targeted, setting_of, worst
+from robusthash.evaluation.runner import AttackRuns
 from robusthash.metrics import robustness_measures as robustness
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import Cost, EvalResult
@@ -51,7 +44,7 @@ def aggregate(context: EvaluationContext, runs: AttackRuns, floor_random: int = 
     }
     values = {**result.values, "clean": float(clean.nan_to_num(0.0).mean())}
     reference = {**result.reference, **({} if floor is None else {"floor": float(floor.mean())})}
-    notes = (*result.notes, *runs.notes, *floor_notes)
+    notes = (*result.notes, *runs.notes, *floor_notes, *_notes(runs.specs, changes))
     if targeted is not None:
         columns = targeted.per_query.items()
         of_targets = [name for name, _ in columns if MeasureKey.parse(name).role == "targeted"]
@@ -60,9 +53,6 @@ def aggregate(context: EvaluationContext, runs: AttackRuns, floor_random: int = 
         reference["t-clean"] = targeted.reference["clean"]
         attacks |= _by_targeted_attack(context, runs)
         notes = (*notes, *targeted.notes)
-    if scores.selection is not None:
-        note = f"a randomised victim: AP are means over {NOISE_SAMPLES} fresh draws of its noise"
-        notes = (*notes, f"{note}; those of 8-bit images, whole words and targets are of one draw each")
     spans = intervals({name: column for name, column in per_query.items() if name not in result.interval})
     threats = "; ".join(sorted({spec.threat.name for spec in runs.specs}))
     return replace(
@@ -102,10 +92,8 @@ class _Scores:
 
 
 def _score(context: EvaluationContext, runs: AttackRuns, specs: Sequence[AttackSpec]) -> _Scores:
-    clean, selection = score_clean(context), None
-    if runs.noise:
-        choose, score = (mean_ap(context, codes) for codes in runs.noise["clean"])
-        clean, selection = _with_ap(clean, score), {"clean": choose}
+    clean = score_clean(context)
+    selection = {"clean": clean.selection} if context.randomised else None
     scores, lean = _Scores(clean, {}, selection), ap_alone(context)
     for spec in specs:
         for restart, attacked in enumerate(runs.blocks[spec.name]):
@@ -117,14 +105,6 @@ def _score(context: EvaluationContext, runs: AttackRuns, specs: Sequence[AttackS
     return scores
 
 
-def mean_ap(context: EvaluationContext, samples: Tensor) -> dict[str, Tensor]:
-    """(Q,) each AP of the protocol, averaged over (S, Q, K) codes under noise. Never the lowest of them."""
-    lean = ap_alone(context)
-    measured = [measure_codes(lean, as_codes(codes), lean.query_labels).per_query for codes in samples]
-    names = ap_names(measured[0])
-    return {name: torch.stack([values[name] for values in measured]).mean(0) for name in names}
-
-
 def _with_ap(result: EvalResult, ap: dict[str, Tensor]) -> EvalResult:
     values = {**result.values, **{name: float(column.mean()) for name, column in ap.items()}}
     return replace(result, values=values, per_query={**result.per_query, **ap})
@@ -133,10 +113,10 @@ def _with_ap(result: EvalResult, ap: dict[str, Tensor]) -> EvalResult:
 def _restart_score(context: EvaluationContext, spec: AttackSpec, attacked: AttackedBlock) -> EvalResult:
     """The AP of one restart, also of its inputs as files hold them."""
     headline, labels = context.protocol.headline, context.query_labels
-    measured = measure_codes(context, as_codes(attacked.signs[:, 0]), labels)
+    measured = measure_codes(context, context.query.of(attacked.signs[:, 0]), labels)
     per_query = {name: measured.per_query[name] for name in ap_names(measured.per_query)}
     for storage, signs in attacked.stored.items():
-        rounded = measure_codes(context, as_codes(signs[:, 0]), labels)
+        rounded = measure_codes(context, context.query.of(signs[:, 0]), labels)
         per_query[MeasureKey(headline).name(storage=storage)] = rounded.per_query[headline]
     return EvalResult(
         setting=replace(setting_of(context), threat=spec.threat.name, attacks=(spec.name,)),
@@ -161,13 +141,13 @@ def _by_attack(
     wins, rows = _unique_wins(specs, scores, headline), {}
     for spec in specs:
         lowest, blocks = scores.lowest(spec, headline), runs.blocks[spec.name]
-        changed = [robustness.flips(context.query, as_codes(attacked.signs[:, 0])) for attacked in blocks]
+        moved = [_moved(context, attacked) for attacked in blocks]
         rows[spec.name] = {
             headline: float(lowest.mean()),
             **{name: float(scores.lowest(spec, name).mean()) for name in in_row_order},
             "unique wins": float(wins[spec.name]),
             **_success(clean[headline], lowest, floor),
-            "flips": float(torch.stack(changed).double().mean()),
+            moved[0][0]: float(torch.stack([apart for _, apart in moved]).mean()),
             **_spent(blocks),
         }
     return rows
@@ -203,26 +183,41 @@ def _success(clean: Tensor, attacked: Tensor, floor: Tensor | None) -> dict[str,
 
 
 def _changes(context: EvaluationContext, runs: AttackRuns, winner: Sequence[str]) -> dict[str, Tensor]:
-    """Flips and perceptibility of each query's worst input; NaN where that is the clean one."""
+    """Flips (or distance) and perceptibility of each query's worst input; NaN where that is the clean one."""
     restarts = {f"{name}/{n}": a for name, blocks in runs.blocks.items() for n, a in enumerate(blocks)}
-    codes = {name: as_codes(attacked.signs[:, 0]) for name, attacked in restarts.items()}
-    flipped = {name: robustness.flips(context.query, codes[name]).double() for name in restarts}
-    first = next(iter(restarts.values()))
+    moved = {name: _moved(context, attacked) for name, attacked in restarts.items()}
+    first, (change, _) = next(iter(restarts.values())), next(iter(moved.values()))
     measures = [name for name in first.pixels if all(name in each.pixels for each in restarts.values())]
-    columns = {n: torch.full((len(winner),), torch.nan, dtype=torch.float64) for n in ("flips", *measures)}
+    columns = {n: torch.full((len(winner),), torch.nan, dtype=torch.float64) for n in (change, *measures)}
     for row, name in enumerate(winner):
         if name != "clean":
-            columns["flips"][row] = flipped[name][row]
+            columns[change][row] = moved[name][1][row]
             for measure in measures:
                 columns[measure][row] = restarts[name].pixels[measure][row, 0]
     return columns
+
+
+def _moved(context: EvaluationContext, attacked: AttackedBlock) -> tuple[str, Tensor]:
+    """The name of the measure by which queries moved, and its (Q,) values for the first goal."""
+    return robustness.moved(context.query, context.query.of(attacked.signs[:, 0]))
+
+
+def _notes(specs: Sequence[AttackSpec], changes: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Attacks whose steps fall short, and worst inputs that are as the clean ones."""
+    attacks = [spec.attack for spec in specs if isinstance(spec, GradientAttack)]
+    short = dict.fromkeys(attack.falls_short for attack in attacks if attack.falls_short)
+    unchanged = sum(int(changes[name].isinf().sum()) for name in ("psnr",) if name in changes)
+    count = (
+        f"{unchanged} worst inputs are as the clean ones: their PSNR is infinite, its interval of the others"
+    )
+    return (*short, *[count] * bool(unchanged))
 
 
 def _perceptibility(changes: Mapping[str, Tensor]) -> dict[str, float]:
     values = {}
     for name, column in changes.items():
         known = column[~column.isnan()]
-        if name != "flips" and len(known):
+        if name not in ("flips", "distance") and len(known):
             values[f"{name}/mean"] = float(known.mean())
             values[f"{name}/max"] = float(known.max())
     return values
@@ -241,7 +236,7 @@ def _targeted(context: EvaluationContext, runs: AttackRuns) -> EvalResult | None
         return None
     if runs.noise:
         return score_targeted(context, _nearest_to_target(context, candidates[:1])[1])
-    signs = context.query.signs()[:, None].expand(-1, context.targets.shape[1], -1)
+    signs = context.query.rows()[:, None].expand(-1, context.targets.shape[1], -1)
     clean = replace(candidates[0], signs=signs, codes_8bit=signs, whole_words=signs)
     return score_targeted(context, _nearest_to_target(context, [*candidates, clean])[1])
 
@@ -254,7 +249,7 @@ def _nearest_to_target(
     rows = torch.nonzero(targets.sum((1, 2)) > 0).flatten()
 
     def target_ap(attacked: AttackedBlock, target: int) -> Tensor:
-        codes = as_codes(attacked.signs[rows, target])
+        codes = context.query.of(attacked.signs[rows, target])
         return measure_codes(context, codes, targets[rows, target]).per_query[headline]
 
     by_target = [[target_ap(a, target) for target in range(targets.shape[1])] for a in candidates]
@@ -310,6 +305,8 @@ def _floor(
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """(Q,) the lowest AP that a search over codes finds."""
     protocol = context.protocol
+    if isinstance(context.query, Embeddings) or isinstance(context.database, Embeddings):
+        return None, ("no floor AP and no completeness: the search for it flips bits, and vectors have none",)
     if protocol.ap == "first-k-relevant":
         note = f"no floor AP and no completeness: {protocol.name} counts only the first relevant items"
         return None, (note,)

@@ -36,12 +36,14 @@ _SSIM_WINDOW = 11
 class AttackedBlock:
     """Attacked queries: their codes, their changes and the cost. T goals a query: 1, or its targets.
 
+    Codes are signs, or float32 vectors of a victim that is searched by those.
+
     ``codes_8bit`` are the codes of the inputs with the change rounded towards zero to multiples of 1/255;
     ``whole_words`` those of attacked bags of words rounded to 0 and 1, as a text has them.
     """
 
-    signs: Tensor  # (B, T, K) int8
-    codes_8bit: Tensor  # (B, T, K) int8
+    signs: Tensor  # (B, T, K)
+    codes_8bit: Tensor  # (B, T, K)
     representative: Tensor  # (B, T, K) int8 codes that the attack steers to; (B, T, 0) where it has none
     pixels: dict[str, Tensor]  # (B, T) perceptibility by measure: of pixels, or of the entries of a text
     passes: Tensor  # (B, 3) int64 forward and backward passes and oracle queries of each query, over all T
@@ -119,8 +121,13 @@ def attack_block(
         if attack.selects and goal.labels is not None and len(attack.threat.balls) == 1:
             select = context.select(goal.labels, goal.sign)
         by = gradients or context.victim
+        if by.distance != context.victim.distance:
+            raise ValueError(
+                f"the gradients are of a model that is searched by {by.distance} distance, and the victim is "
+                f"searched by {context.victim.distance} distance"
+            )
         outputs.append(attack(by, batch, goal, known, draws=draws, select=select, start=begin))
-        representative.append(_representative(outputs[-1], goal.sign, len(batch)))
+        representative.append(_representative(context, outputs[-1], goal.sign, len(batch)))
     seconds = time.perf_counter() - started
     return finish(
         context,
@@ -134,8 +141,10 @@ def attack_block(
     )
 
 
-def _representative(output: SearchResult, goal_sign: int, queries: int) -> Tensor:
-    """(B, K) int8 code that the attack steers to; (B, 0) where it follows none."""
+def _representative(context: EvaluationContext, output: SearchResult, goal_sign: int, queries: int) -> Tensor:
+    """(B, K) int8 code that the attack steers to; (B, 0) where it follows none, or no code."""
+    if context.victim.distance != "hamming":
+        return torch.empty(queries, 0, dtype=torch.int8)
     guidance = output.guidance
     codes = guidance.codes if guidance.weights is None else guidance.weights @ guidance.codes
     if len(codes) != queries:

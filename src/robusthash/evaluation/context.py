@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from robusthash.attacks.base import Attack, Select
-from robusthash.core.hamming import pack
+from robusthash.attacks.embedding_attacks import on_embeddings
+from robusthash.core.embeddings import Embeddings, Searched
+from robusthash.core.labels import has_relevant
 from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Codes, Reference
@@ -18,9 +21,14 @@ from robusthash.data.base import RetrievalData, Split
 from robusthash.data.splits import stable_subset
 from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.distance_histogram import Prepared, prepare, prepared_counts
+from robusthash.metrics.embedding_measures import embedding_ap
 from robusthash.metrics.protocol import Protocol, load_protocol
-from robusthash.models.encoding import encode_by, encode_split
+from robusthash.models.encoding import encode_by, encode_searched, encode_signs
+from robusthash.models.external.wrap import require_hasher
 from robusthash.models.hasher import Hasher
+from robusthash.models.surrogate_gradients import keyed_noise
+
+NOISE_SAMPLES = 20  # draws of a randomised victim's noise over which an AP is averaged
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,8 @@ class EvaluationContext:
     """A victim on a data set under a protocol, in one direction; every attack is scored against it.
 
     The database is clean and encoded once, by ``victim.for_database()``, before any attack, unless learned
-    codes are given. Queries without a label set that any item shares are counted, not dropped.
+    codes are given. Queries that share no label with any item are counted, and under ``empty: skip`` of the
+    protocol not asked.
     """
 
     victim: Hasher
@@ -36,17 +45,39 @@ class EvaluationContext:
     protocol: Protocol
     direction: tuple[str, str]  # modality of the queries, modality of the database
     queries: Split
-    query: Codes  # clean
-    database: Codes
+    query: Searched  # clean
+    database: Searched
     seed: int
     batch_size: int
     encoded_by: int = 0  # items at a time, the same for all splits; 0 is ``encoding_batch`` of the batch size
     notes: tuple[str, ...] = ()  # of memory that was too small
     chosen: str = "all"  # how the queries were chosen from those of the data set
+    left_out: int = 0  # queries without a relevant item, where the protocol skips them
 
     @cached_property
     def prepared(self) -> Prepared:
-        return prepare(self.database, self.database_labels)
+        return prepare(self.codes, self.database_labels)
+
+    @property
+    def codes(self) -> Codes:
+        """The database as binary codes, and ``query_codes`` the queries.
+
+        Raises:
+            ValueError: they are searched by the distance of float vectors, which have none.
+        """
+        return self._binary(self.database)
+
+    @property
+    def query_codes(self) -> Codes:
+        return self._binary(self.query)
+
+    def _binary(self, searched: Searched) -> Codes:
+        if isinstance(searched, Codes):
+            return searched
+        raise ValueError(
+            f"this works on bits, and the victim is searched by the {self.victim.distance} distance of its "
+            "numbers; wrap it with output='signs' where its users take their signs"
+        )
 
     @property
     def query_labels(self) -> Tensor:
@@ -64,9 +95,8 @@ class EvaluationContext:
 
     def at(self, positions: Tensor, chosen: str = "given") -> EvaluationContext:
         """The context with only these queries, in this order."""
-        ids, packed = torch.arange(len(positions)), self.query.packed[positions]
-        query = replace(self.query, packed=packed, ids=ids)
-        return replace(self, queries=self.queries.take(positions), query=query, chosen=chosen)
+        queries, query = self.queries.take(positions), self.query.take(positions)
+        return replace(self, queries=queries, query=query, chosen=chosen)
 
     def some(self, count: int) -> EvaluationContext:
         """``count`` of the queries, chosen by ``stable_subset``; itself where it has no more."""
@@ -83,8 +113,8 @@ class EvaluationContext:
 
     @cached_property
     def _searched(self) -> Reference:
-        signs = self.database.signs().float()
-        return Reference({self.direction[1]: signs}, self.database_labels).to(self.victim.device)
+        rows = self.database.rows().float()
+        return Reference({self.direction[1]: rows}, self.database_labels).to(self.victim.device)
 
     @cached_property
     def _searched_pairs(self) -> Reference:
@@ -96,9 +126,9 @@ class EvaluationContext:
     def _encoded(self, split: Split, modalities: Collection[str]) -> Reference:
         """Encoded as the database is, so that the pair of a joint attack is the same in every direction."""
         hasher, size = self.victim.for_database(), self.encoded_by or encoding_batch(self.batch_size)
-        codes = {m: encode_split(hasher, split, batch_size=size, modality=m)[m] for m in modalities}
-        signs = {m: c.signs().float() for m, c in codes.items()}
-        return Reference(signs, split.labels).to(self.victim.device)
+        codes = {m: encode_searched(hasher, split, batch_size=size, modality=m)[m] for m in modalities}
+        rows = {m: c.rows().float() for m, c in codes.items()}
+        return Reference(rows, split.labels).to(self.victim.device)
 
     def known(self, attack: Attack, pairs: bool = False) -> Reference | None:
         """Codes that the attacker knows: of the database (W2), of training items (W1) or none (W0).
@@ -117,19 +147,31 @@ class EvaluationContext:
         raise ValueError(f"a {knowledge} attacker holds no weights; {attack.name!r} needs W0, W1 or W2")
 
     def fitted(self, attack: Attack, pairs: bool = False) -> Attack:
-        """The attack with its learning parts trained on this victim: once, before the first block."""
+        """The attack with its learning parts trained on this victim: once, before the first block.
+
+        On a victim that is searched by float vectors it is the form of the attack that moves those.
+
+        Raises:
+            ValueError: an attack on bits that has no such form.
+        """
+        if self.victim.distance != "hamming":
+            attack = on_embeddings(attack)
         return attack.fit(self.victim, self.data, self.known(attack, pairs), draws=Draws(self.seed, ("fit",)))
 
     def select(self, labels: Tensor, sign: int) -> Select:
         """Exact expected AP over the database from the adversary's side, for points of one batch."""
         labels = labels.cpu()
 
-        def metric(signs: Tensor) -> Tensor:
-            packed = pack(signs)
-            codes = Codes(packed, self.victim.bits, torch.arange(len(packed)))
-            return sign * average_precision(*prepared_counts(codes, labels, self.prepared)).to(signs.device)
+        def metric(rows: Tensor) -> Tensor:
+            return sign * self.expected_ap(rows, labels).to(rows.device)
 
         return metric
+
+    def expected_ap(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """(B,) exact expected AP of (B, K) signs, or float vectors, for (B, C) labels."""
+        if isinstance(self.database, Embeddings):
+            return embedding_ap(self.database.of(rows), labels, self.database, self.database_labels)
+        return average_precision(*prepared_counts(self.database.of(rows), labels, self.prepared))
 
     def batch(self, block: int, modalities: Collection[str] = ()) -> Batch:
         """Block number ``block`` of the queries, on the victim's device; ids are query positions.
@@ -149,6 +191,31 @@ class EvaluationContext:
         """The victim declares that its codes are random."""
         return self.victim.declared == "randomised"
 
+    def noise_codes(self, name: str, restart: int, block: int, inputs: Tensor) -> Tensor:
+        """(2, S, B, K) int8 codes of inputs of a block under two separate sets of keyed noise draws.
+
+        Of a randomised victim: one set chooses the worst case of each query, the other scores it.
+        """
+        sets = []
+        for purpose in ("choose", "score"):
+            draws, codes = Draws(self.seed, ("looks", purpose, name, str(restart), str(block))), []
+            for sample in range(NOISE_SAMPLES):
+                with keyed_noise(draws.within(sample).key(), self.victim.device):
+                    codes.append(encode_signs(self.victim, self.direction[0], inputs, self.batch_size))
+            sets.append(torch.stack(codes))
+        return torch.stack(sets)
+
+    def noise_of_all(self, name: str, inputs: Tensor, restart: int = 0) -> Tensor:
+        """(2, S, Q, K) ``noise_codes`` of inputs of all queries, in their order."""
+        blocks = enumerate(inputs.split(self.batch_size))
+        return torch.cat([self.noise_codes(name, restart, block, part) for block, part in blocks], 2)
+
+    @cached_property
+    def clean_noise(self) -> Tensor:
+        """(2, S, Q, K) ``noise_codes`` of the clean queries."""
+        batches = ((block, self.batch(block).inputs[self.direction[0]]) for block in range(self.blocks))
+        return torch.cat([self.noise_codes("clean", 0, block, inputs) for block, inputs in batches], 2)
+
 
 def by_content(count: int, split: Split) -> str:
     """The words by which results report that ``stable_subset`` chose ``count`` queries of a split."""
@@ -166,13 +233,27 @@ def _labels(split: Split) -> Tensor:
     return split.labels
 
 
+def _asked(queries: Split, database: Split, protocol: Protocol) -> tuple[Split, int]:
+    """The queries that a protocol scores, and the number of those that it skips."""
+    if protocol.empty != "skip":
+        return queries, 0
+    found = has_relevant(_labels(queries), _labels(database))
+    if not found.any():
+        raise ValueError(
+            f"none of the {len(queries)} queries has a relevant item in the database, and the protocol skips "
+            "such queries; look at the labels of both ('robusthash data check')"
+        )
+    left_out = int((~found).sum())
+    return (queries.take(torch.nonzero(found).flatten()) if left_out else queries), left_out
+
+
 def make_context(
     victim: Hasher,
     data: RetrievalData,
-    protocol: str | Protocol = "house",
+    protocol: str | Mapping[str, Any] | Protocol = "house",
     *,
     direction: tuple[str, str] | None = None,
-    database: Codes | None = None,
+    database: Searched | None = None,
     queries: int | None = None,
     seed: int = 0,
     batch_size: int = 250,
@@ -195,6 +276,7 @@ def make_context(
         ValueError: a direction of a modality that the victim lacks, queries below 1.
         MemoryError: single items do not fit.
     """
+    require_hasher(victim)
     protocol = load_protocol(protocol)
     direction = direction or (victim.modalities[0], victim.modalities[0])
     if direction[0] not in victim.modalities or direction[1] not in victim.modalities:
@@ -206,15 +288,17 @@ def make_context(
         positions = stable_subset(split, queries)
         if queries < len(split):
             split, chosen = split.take(positions), by_content(queries, data.query)
+    split, left_out = _asked(split, data.database, protocol)
+    chosen += f", {left_out} without a relevant item left out" * bool(left_out)
     notes: list[str] = []
 
-    def encoded(hasher: Hasher, split: Split, modality: str, size: int, title: str) -> Codes:
+    def encoded(hasher: Hasher, split: Split, modality: str, size: int, title: str) -> Searched:
         def titled(done: int, total: int) -> None:
             progress(done, total, title)
 
         return encode_by(hasher, split, batch_size=size, modality=modality, progress=titled)[modality]
 
-    def both(size: int) -> tuple[Codes, Codes]:
+    def both(size: int) -> tuple[Searched, Searched]:
         codes, by = database, victim.for_database()
         if codes is None:
             codes = encoded(by, data.database, direction[1], size, "encoding the database")
@@ -223,5 +307,5 @@ def make_context(
     (codes, query), size = halving(both, encoding_batch(batch_size), "items", "encoded", notes.append)
     for note in notes:
         warn(note)
-    fixed = (split, query, codes, seed, batch_size, size, tuple(notes), chosen)
+    fixed = (split, query, codes, seed, batch_size, size, tuple(notes), chosen, left_out)
     return EvaluationContext(victim, data, protocol, direction, *fixed)

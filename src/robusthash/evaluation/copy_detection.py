@@ -8,19 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robusthash.core.hamming import distance, pack, unpack
+from robusthash.core.embeddings import Searched, distances, ordered, paired_distances
 from robusthash.core.types import Codes
 from robusthash.data.base import ArraySource, RetrievalData
 from robusthash.data.splits import Indices, assemble, hash_pixels
 from robusthash.evaluation.context import EvaluationContext
+from robusthash.evaluation.evaluate import measure_codes
 from robusthash.metrics import average_precision as ap
-from robusthash.metrics.distance_histogram import prepare, prepared_counts, prepared_profile
-from robusthash.metrics.protocol import Protocol, TargetRule
-from robusthash.metrics.ranking_measures import average_precision, precision_at
+from robusthash.metrics.distance_histogram import prepare, prepared_counts
+from robusthash.metrics.protocol import copies
 
-COPIES = Protocol("copies", ("MAP", "P@1"), targets=TargetRule(count=1))
-"""One relevant item a query, so that MAP is the mean of 1 / rank; one target a query where another is
-imitated."""
+COPIES = copies()
+"""One relevant item and one target a query."""
 
 
 def copies_data(photographs: Tensor, stored: Tensor, note: str) -> RetrievalData:
@@ -74,59 +73,76 @@ class CopyScores:
 
     ap: Tensor  # (Q,) float64 1 / rank of the copy, in expectation over ties
     first: Tensor  # (Q,) float64 chance that the copy comes first
-    bits: Tensor  # (Q,) int64 Hamming distance to the copy
-    packed: Tensor  # (Q, bytes) the codes that asked
+    bits: Tensor  # (Q,) distance to the copy: int64 bits, or float64 of vectors
+    rows: Tensor  # (Q, K) the signs, or vectors, that asked
     kind: CategoryScores | None = None  # where the kinds are known
 
-    def within(self, radius: int) -> Tensor:
-        """(Q,) float64: 1 where the copy differs in at most ``radius`` bits."""
+    def within(self, radius: float) -> Tensor:
+        """(Q,) float64: 1 where the copy is at most ``radius`` apart."""
         return (self.bits <= radius).to(torch.float64)
 
 
 def copy_scores(
     context: EvaluationContext, signs: Tensor, labels: Tensor, kinds: Tensor | None = None
 ) -> CopyScores:
-    """Search with codes for the copies that ``labels`` name: their own, or those of targets.
+    """Search with codes, or vectors, for the copies that ``labels`` name: their own, or those of targets.
 
     Args:
-        signs: (Q, K) in {-1, +1}, of the first Q queries of the context.
+        signs: (Q, K) in {-1, +1}, or float vectors, of the first Q queries of the context.
         labels: (Q, C) one-hot.
         kinds: (M, G) one-hot category of each stored copy, zeros where it has none.
     """
-    packed = pack(signs)
-    query = Codes(packed, context.victim.bits, torch.arange(len(packed)))
-    profile = prepared_profile(query, labels, context.prepared)
-    wanted = context.database.packed[labels.argmax(1)]
-    bits = (unpack(packed, context.victim.bits) != unpack(wanted, context.victim.bits)).sum(1)
-    kind = None if kinds is None else _kind_found(context, packed, kinds)
-    return CopyScores(average_precision(profile), precision_at(profile, 1), bits, packed, kind)
+    query = context.query.of(signs)
+    measured = measure_codes(context, query, labels).per_query
+    bits = paired_distances(query, context.database.take(labels.argmax(1)))
+    kind = None if kinds is None else _kind_found(context, query, kinds)
+    return CopyScores(measured["MAP"], measured["P@1"], bits, query.rows(), kind)
 
 
-def _kind_found(context: EvaluationContext, packed: Tensor, kinds: Tensor) -> CategoryScores:
+def _kind_found(context: EvaluationContext, query: Searched, kinds: Tensor) -> CategoryScores:
     """The stored copies of the same category; a photograph's own copy is left out of the ranking."""
-    asked = kinds[: len(packed)]
-    query = Codes(packed, context.victim.bits, torch.arange(len(packed)))
-    items, relevant = prepared_counts(query, asked, prepare(context.database, kinds))
-    own = distance(packed, context.database.packed[: len(packed)]).diagonal().long()[:, None]
+    asked, database = kinds[: len(query)], context.database
+    if isinstance(query, Codes):
+        items, relevant = prepared_counts(query, asked, prepare(context.codes, kinds))
+        own = distances(query, database)[:, : len(query)].diagonal().long()[:, None]
+        return CategoryScores.counted(*_without_own(items, relevant, own, asked))
+    parts = []
+    for rows, order, _, group in ordered(query, database):
+        own = group[order == torch.arange(rows.start, rows.start + len(order))[:, None]][:, None]
+        same = (asked[rows] @ kinds.T).long().gather(1, order)
+        empty = torch.zeros(len(order), int(group.max()) + 1, dtype=torch.int64)
+        items, relevant = (empty.scatter_add(1, group, part) for part in (torch.ones_like(order), same))
+        parts.append(CategoryScores.counted(*_without_own(items, relevant, own, asked[rows])))
+    return CategoryScores(*(torch.cat([getattr(p, name) for p in parts]) for name in ("ap", "chance")))
+
+
+def _without_own(items: Tensor, relevant: Tensor, own: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts without one item of each query, which is of its category, in the group ``own``, (Q, 1)."""
     one = torch.ones_like(own)
-    items = items.scatter_add(1, own, -one)
-    relevant = relevant.scatter_add(1, own, -one * asked.sum(1, keepdim=True).long())
-    return CategoryScores.counted(items, relevant)
+    with_category = asked.sum(1, keepdim=True).long()
+    return items.scatter_add(1, own, -one), relevant.scatter_add(1, own, -one * with_category)
 
 
-def calibrated_radius(context: EvaluationContext, share: float = 0.01) -> int:
-    """The largest radius at which at most ``share`` of the pairs of different photographs match, or 0."""
-    distances = _of_others(context)
-    counts = torch.bincount(distances, minlength=context.victim.bits + 1)
-    return max(0, int((counts.cumsum(0) <= share * len(distances)).sum()) - 1)
+def calibrated_radius(context: EvaluationContext, share: float = 0.01) -> float:
+    """The largest radius at which at most ``share`` of the pairs of different photographs match, or 0.
+
+    A whole number of bits; of vectors the last number below the distance of the first pair too many.
+    """
+    apart = _of_others(context)
+    if context.victim.distance == "hamming":
+        counts = torch.bincount(apart, minlength=context.victim.bits + 1)
+        return max(0, int((counts.cumsum(0) <= share * len(apart)).sum()) - 1)
+    first_too_many = apart.sort().values[int(share * len(apart))]
+    return float(torch.nextafter(first_too_many, torch.zeros_like(first_too_many)))
 
 
-def false_matches(context: EvaluationContext, radius: int) -> float:
-    """Share of the pairs of different photographs that differ in at most ``radius`` bits."""
+def false_matches(context: EvaluationContext, radius: float) -> float:
+    """Share of the pairs of different photographs that are at most ``radius`` apart."""
     return float((_of_others(context) <= radius).double().mean())
 
 
 def _of_others(context: EvaluationContext) -> Tensor:
-    """(P,) int64 Hamming distances from each query to every stored copy but its own."""
-    distances = distance(context.query.packed, context.database.packed).long()
-    return distances[context.query_labels @ context.database_labels.T == 0]
+    """(P,) distances from each query to every stored copy but its own: int64 bits, or float64."""
+    apart = distances(context.query, context.database)
+    apart = apart.long() if context.victim.distance == "hamming" else apart
+    return apart[context.query_labels @ context.database_labels.T == 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 from typing import Protocol as Shape
@@ -12,19 +12,28 @@ from torch import Tensor
 
 from robusthash.attacks.base import Attack
 from robusthash.attacks.threat_model import Threat
-from robusthash.core.hamming import pack
+from robusthash.core.embeddings import Searched
 from robusthash.core.identity import marked_identity
 from robusthash.core.runtime import Progress, silent
-from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import GradientAttack
+from robusthash.evaluation.code_measures import (
+    ap_alone,
+    ap_names,
+    ap_under_noise,
+    choosing_ap,
+    measure_codes,
+    noise_notes,
+    unmoved_note,
+    with_ap,
+)
 from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore
 from robusthash.metrics import robustness_measures as robustness
-from robusthash.metrics.distance_histogram import prepared_profile
 from robusthash.metrics.measure_key import MeasureKey, Storage
-from robusthash.metrics.protocol import Measured, Protocol, measure
+from robusthash.metrics.protocol import Measured, Protocol
+from robusthash.metrics.query_groups import group_scores
 from robusthash.metrics.results import Cost, DataSet, EvalResult, Setting
 from robusthash.metrics.statistics import bootstrap_interval, intervals
 from robusthash.models.hasher import Hasher
@@ -33,7 +42,7 @@ from robusthash.models.hasher import Hasher
 def evaluate(
     victim: Hasher,
     data: RetrievalData,
-    protocol: str | Protocol = "house",
+    protocol: str | Mapping[str, Any] | Protocol = "house",
     *,
     attack: Attack | None = None,
     victim_for_gradients: Hasher | None = None,
@@ -87,8 +96,11 @@ def attack_all(
 def score_clean(context: EvaluationContext) -> EvalResult:
     """The result of the clean queries."""
     measured = measure_codes(context, context.query, context.query_labels)
+    choose, ap = ap_under_noise(context, context.clean_noise) if context.randomised else ({}, {})
+    measured = with_ap(measured, ap)
     result = _result(context, measured, measured.values, measured.per_query)
-    return replace(result, attack="clean", notes=(*context.notes, *measured.notes))
+    notes = (*context.notes, *measured.notes, *noise_notes(context))
+    return replace(result, attack="clean", notes=notes, selection=choose)
 
 
 class Described(Shape):
@@ -109,7 +121,10 @@ class Described(Shape):
 
 def score_attack(context: EvaluationContext, attack: Described, attacked: AttackedBlock) -> EvalResult:
     """Score attacked queries against the frozen database."""
-    result = score_targeted(context, attacked) if attack.targeted else score_untargeted(context, attacked)
+    if attack.targeted:
+        result = score_targeted(context, attacked)
+    else:
+        result = score_untargeted(context, attacked, attack.name)
     perceptibility = {}
     for name, values in attacked.pixels.items():
         perceptibility[f"{name}/mean"] = float(values.mean())
@@ -122,41 +137,56 @@ def score_attack(context: EvaluationContext, attack: Described, attacked: Attack
         attack=attack.name,
         perceptibility=perceptibility,
         cost=Cost(forward, backward, oracle, float(attacked.seconds.sum())),
-        notes=(*result.notes, *((f"fitted to the victim in {steps} steps",) if steps else ())),
+        notes=(
+            *result.notes,
+            *((f"fitted to the victim in {steps} steps",) if steps else ()),
+            *((attack.falls_short,) if isinstance(attack, Attack) and attack.falls_short else ()),
+            *unmoved_note(attack.threat, attacked),
+        ),
     )
 
 
-def score_untargeted(context: EvaluationContext, attacked: AttackedBlock) -> EvalResult:
-    """MAP and its kin under attack, the same after rounding to 8-bit or whole words, flips, drop and ASR."""
+def score_untargeted(context: EvaluationContext, attacked: AttackedBlock, name: str = "") -> EvalResult:
+    """MAP and its kin under attack, the same after rounding to 8-bit or whole words, flips, drop and ASR.
+
+    Args:
+        name: of the attack, by which the noise of a randomised victim is drawn.
+    """
     headline, labels, lean = context.protocol.headline, context.query_labels, ap_alone(context)
-    clean, codes = measure_codes(lean, context.query, labels), as_codes(attacked.signs[:, 0])
+    clean, codes = measure_codes(lean, context.query, labels), context.query.of(attacked.signs[:, 0])
     measured = measure_codes(context, codes, labels)
     stored = {
-        MeasureKey(headline).name(storage=storage): measure_codes(lean, as_codes(signs[:, 0]), labels)
+        MeasureKey(headline).name(storage=storage): measure_codes(lean, context.query.of(signs[:, 0]), labels)
         for storage, signs in attacked.stored.items()
     }
+    choose: dict[str, Tensor] = {}
+    if context.randomised:
+        clean = with_ap(clean, ap_under_noise(context, context.clean_noise)[1])
+        choose, ap = ap_under_noise(context, context.noise_of_all(name, attacked.inputs))
+        measured = with_ap(measured, ap)
     before, after = clean.per_query[headline], measured.per_query[headline]
     drop, _ = robustness.ap_drop(before, after)
-    changed_bits = robustness.flips(context.query, codes).to(torch.float64)
+    change, moved = robustness.moved(context.query, codes)
     values = {
         **measured.values,
         **{name: rounded.values[headline] for name, rounded in stored.items()},
-        "flips": float(changed_bits.mean()),
+        change: float(moved.mean()),
         "drop": float(drop.nanmean()),
         "ASR": robustness.success_rate(before, after).rate,
     }
     per_query = {
         **measured.per_query,
         **{name: rounded.per_query[headline] for name, rounded in stored.items()},
-        "flips": changed_bits,
+        change: moved,
         "drop": drop,
     }
     known = {name: value for name, value in values.items() if value is not None}
     return replace(
         _result(context, measured, known, per_query),
         reference={**measured.reference, "clean": clean.values[headline]},
-        notes=measured.notes,
+        notes=(*measured.notes, *noise_notes(context)),
         representative=_representative(context, attacked.representative[:, 0], labels),
+        selection=choose,
     )
 
 
@@ -175,19 +205,21 @@ def score_targeted(context: EvaluationContext, attacked: AttackedBlock) -> EvalR
     # from here on, a row for each pair of a query and a target
     target_labels = targets[rows].flatten(0, 1)
     query_labels = context.query_labels[rows].repeat_interleave(each, 0)
-    codes = as_codes(attacked.signs[rows].flatten(0, 1))
-    unchanged = Codes(context.query.packed[rows.repeat_interleave(each)], codes.bits, codes.ids)
-    to_target = measure_codes(context, codes, target_labels)
-    to_query = measure_codes(context, codes, query_labels)
+    codes = context.query.of(attacked.signs[rows].flatten(0, 1))
+    unchanged = context.query.take(rows.repeat_interleave(each))
+    to_target, to_query = (
+        measure_codes(context, codes, target_labels),
+        measure_codes(context, codes, query_labels),
+    )
 
-    def target_ap(codes: Codes) -> Tensor:
+    def target_ap(codes: Searched) -> Tensor:
         return measure_codes(lean, codes, target_labels).per_query[headline]
 
     columns = {
         **{_targeted(name): column for name, column in to_target.per_query.items()},
         **to_query.per_query,
         **{
-            key.name("targeted", storage=storage): target_ap(as_codes(signs[rows].flatten(0, 1)))
+            key.name("targeted", storage=storage): target_ap(context.query.of(signs[rows].flatten(0, 1)))
             for storage, signs in attacked.stored.items()
         },
         "base": target_ap(unchanged),
@@ -228,8 +260,9 @@ def _result(
         per_query=per_query,
         interval=intervals(per_query),
         reference=measured.reference,
-        empty=measured.empty,
+        empty=measured.empty + context.left_out,
         curves=measured.curves,
+        groups=group_scores(per_query, context.queries.groups),
     )
 
 
@@ -237,7 +270,7 @@ def _representative(context: EvaluationContext, signs: Tensor, labels: Tensor) -
     """The protocol's AP values with the representative codes as queries; not a bound."""
     if signs.shape[1] == 0:
         return {}
-    measured = measure_codes(context, as_codes(signs), labels)
+    measured = measure_codes(context, context.query.of(signs), labels)
     return {name: value for name, value in measured.values.items() if name.startswith("MAP")}
 
 
@@ -258,10 +291,15 @@ def worst(
     Args:
         results: by attack name; targeted results are listed but take no part.
         by: of a randomised victim, the per-query AP that choose the worst, for "clean" and by attack; see
-            ``robustness_measures.worst_case``.
+            ``robustness_measures.worst_case``. By default those that the results carry.
+
+    Raises:
+        ValueError: a randomised victim, and a result that does not carry them.
     """
     headline, key = context.protocol.headline, MeasureKey(context.protocol.headline)
     untargeted = {name: result for name, result in results.items() if not _is_targeted(result)}
+    if context.randomised and by is None:
+        by = choosing_ap({"clean": clean, **untargeted})
 
     def lowest(name: str, storage: Storage = "") -> robustness.WorstCase:
         stored = MeasureKey.parse(name).name(storage=storage)
@@ -278,7 +316,6 @@ def worst(
     values = {names[name]: case.mean for name, case in cases.items()}
     per_query = {names[name]: case.values for name, case in cases.items()}
     found = cases[headline]
-
     chance = torch.full_like(found.values, clean.reference["chance"])
     columns = torch.stack([clean.per_query[headline], found.values, chance], 1).nan_to_num(0.0)
     values["HRS"] = float(robustness.hrs(*(column.mean().reshape(1) for column in columns.T))[0])
@@ -292,6 +329,7 @@ def worst(
         reference={**clean.reference, "clean": clean.values[headline]},
         empty=clean.empty,
         winner=found.winner,
+        groups=group_scores(per_query, context.queries.groups),
         attacks={
             name: {
                 headline: result.values[headline],
@@ -307,6 +345,7 @@ def worst(
             seconds=sum(result.cost.seconds for result in results.values()),
         ),
         attack="worst",
+        notes=noise_notes(context),
     )
 
 
@@ -331,29 +370,6 @@ def _setting_of_worst(clean: EvalResult, results: Mapping[str, EvalResult]) -> S
 # ---------------------------------------------------------------------------------------------- parts
 
 
-def ap_names(names: Iterable[str]) -> list[str]:
-    """Select the measure names of an AP that has a worst case: not the optimistic and pessimistic ones."""
-    keys = [MeasureKey.parse(name) for name in names]
-    return [str(k) for k in keys if k.is_ap and not k.role and k.ties not in ("optimistic", "pessimistic")]
-
-
-def ap_alone(context: EvaluationContext) -> EvaluationContext:
-    """The context under a protocol of these AP alone, for scores that are computed many times."""
-    measures = tuple(ap_names(context.protocol.measures))
-    return replace(context, protocol=replace(context.protocol, measures=measures))
-
-
-def measure_codes(context: EvaluationContext, query: Codes, labels: Tensor) -> Measured:
-    """Measure any codes in place of the queries, under the protocol of the context."""
-    profile, database = prepared_profile(query, labels, context.prepared), context.database
-    return measure(context.protocol, query, labels, database, context.database_labels, profile=profile)
-
-
-def as_codes(signs: Tensor) -> Codes:
-    """(Q, K) signs -> packed codes with positions as ids."""
-    return Codes(pack(signs), signs.shape[1], torch.arange(len(signs)))
-
-
 def setting_of(context: EvaluationContext, attack: Described | None = None) -> Setting:
     """The fields that the context and the attack know; the run adds the model's."""
     letters = {"image": "I", "text": "T"}
@@ -369,6 +385,7 @@ def setting_of(context: EvaluationContext, attack: Described | None = None) -> S
         protocol=context.protocol.settings(),
         direction="2".join(letters[modality] for modality in context.direction),
         bits=context.victim.bits,
+        distance=context.victim.distance,
         threat=attack.threat.name if attack else "none",
         attacks=(attack.name,) if attack else (),
         budget=attack.budget if attack else "",

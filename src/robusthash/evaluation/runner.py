@@ -16,10 +16,7 @@ from robusthash.core.types import Inputs
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import AttackSpec, RefinedAttack
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.models.encoding import encode_signs
 from robusthash.models.surrogate_gradients import keyed_noise
-
-NOISE_SAMPLES = 20  # draws of a randomised victim's noise under which a candidate is scored
 
 
 class BlockStore(Protocol):
@@ -30,6 +27,9 @@ class BlockStore(Protocol):
 
     def save(self, spec: AttackSpec, restart: int, block: int, attacked: AttackedBlock) -> None:
         """Store a block; it is complete or not there, whatever happens."""
+
+    def name(self, spec: AttackSpec, restart: int, block: int) -> str:
+        """The place of a block, for messages."""
 
     def within(self, name: str) -> BlockStore:
         """A store of its own inside this one, for blocks of other queries or other starts."""
@@ -45,6 +45,9 @@ class NoStore:
     def save(self, spec: AttackSpec, restart: int, block: int, attacked: AttackedBlock) -> None:
         return None
 
+    def name(self, spec: AttackSpec, restart: int, block: int) -> str:
+        return f"{spec.name}/{restart}/{block}"
+
     def within(self, name: str) -> NoStore:
         return self
 
@@ -54,7 +57,7 @@ class AttackRuns:
     """All results of the attacks of a suite. Attacked inputs are left out: the store has them.
 
     ``noise`` holds (2, S, Q, K) int8 codes of a randomised victim under S draws of its noise: one set to
-    choose the worst case by, one to score it by; of each "attack/restart" and of the ``clean`` queries.
+    choose the worst case by, one to score it by; of each "attack/restart".
     """
 
     specs: tuple[AttackSpec, ...]
@@ -98,9 +101,19 @@ class BlockRunner:
         Args:
             start: inputs to start from. By default restart 0 starts where the attack does, 1 and other odd
                 ones anywhere in the ball, 2 and other even ones in a corner.
+
+        Raises:
+            ValueError: a stored block of other queries or codes; it is named.
         """
         attacked = self.store.load(spec, restart, block)
         if attacked is not None:
+            size = self.context.batch_size
+            rows = min(size, len(self.context.queries) - block * size)
+            found, wanted = tuple(attacked.signs[:, 0].shape), (rows, self.context.victim.bits)
+            if found != wanted:
+                place, codes = self.store.name(spec, restart, block), "{} codes of {} bits".format
+                remedy = "delete it to attack them again"
+                raise ValueError(f"{place} holds {codes(*found)} in place of {codes(*wanted)}; {remedy}")
             return attacked
         key = (spec.name, spec.threat.name)
         if key not in self.fitted:
@@ -131,18 +144,6 @@ class BlockRunner:
 
         (result, self.narrow), _ = halving(attacked, self.narrow.batch_size, "queries", "attacked", self.warn)
         return result
-
-    def noise_codes(self, name: str, restart: int, block: int, inputs: Tensor) -> Tensor:
-        """(2, S, B, K) int8 codes of inputs of a block under two separate sets of keyed noise draws."""
-        victim, modality = self.context.victim, self.context.direction[0]
-        sets = []
-        for purpose in ("choose", "score"):
-            draws, codes = Draws(self.context.seed, ("looks", purpose, name, str(restart), str(block))), []
-            for sample in range(NOISE_SAMPLES):
-                with keyed_noise(draws.within(sample).key(), victim.device):
-                    codes.append(encode_signs(victim, modality, inputs, self.narrow.batch_size))
-            sets.append(torch.stack(codes))
-        return torch.stack(sets)
 
 
 def run_attacks(
@@ -184,14 +185,11 @@ def run_attacks(
             if worst is not None and not spec.targeted:
                 worst.update(attacked)
             if context.randomised and not spec.targeted and shards == 1:
-                codes = runner.noise_codes(spec.name, restart, block, attacked.inputs)
+                codes = runner.narrow.noise_codes(spec.name, restart, block, attacked.inputs)
                 noise.setdefault(f"{spec.name}/{restart}", []).append(codes)
             # inputs of all attacks at once would fill the memory
             results[spec.name][restart].append(replace(attacked, inputs=attacked.inputs[:, :0]))
             progress(place * spec.restarts + restart + 1, spec.restarts * len(blocks), spec.name)
-        if context.randomised and shards == 1:
-            clean = context.batch(block).inputs[context.direction[0]]
-            noise.setdefault("clean", []).append(runner.noise_codes("clean", 0, block, clean))
     if shards > 1:
         return None
     joined = {name: tuple(AttackedBlock.join(parts) for parts in runs) for name, runs in results.items()}
@@ -218,7 +216,7 @@ class _WorstInputs:
         self._modality = context.direction[0]
         self._inputs = batch.inputs[self._modality].clone()
         self._metric = context.select(context.query_labels[rows], -1)
-        self._value = self._metric(context.query.signs()[rows])
+        self._value = self._metric(context.query.rows()[rows])
 
     @property
     def inputs(self) -> Inputs:

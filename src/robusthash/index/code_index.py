@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from robusthash.core.registry import nearest
-from robusthash.core.types import Codes, Ranking
+from robusthash.core.types import Codes, CodesLike, Ranking, as_codes
 from robusthash.index.checked_input import Ids, id_array, key_texts, packed_rows, payload_texts
 from robusthash.index.search_engines import ENGINES, Engine, Rows
 from robusthash.index.sqlite_store import FILE, NewItems, Store, Which, check_origin, create_store
@@ -115,7 +115,7 @@ class CodeIndex:
 
     def add(
         self,
-        codes: Codes,
+        codes: CodesLike,
         payload: Sequence[Mapping[str, Any]] | None = None,
         *,
         keys: Sequence[str] | None = None,
@@ -126,6 +126,7 @@ class CodeIndex:
 
         Args:
             codes: N codes of the index's length, with N ids, each 0 or greater, that ``keys`` make needless.
+                An array or tensor gets ids that were never given before.
             payload: N JSON objects, returned by ``payload`` and matched by ``where``; none by default.
             keys: N texts that name the items, such as paths. A new key gets an id that was never given
                 before, and keeps it as long as it is held.
@@ -139,6 +140,8 @@ class CodeIndex:
             OSError: the disk is full or cannot be written; the index is unchanged and usable.
             TimeoutError: another process has been writing for ``wait`` seconds.
         """
+        counted = keys is not None or not isinstance(codes, Codes)  # ids from the counter, inside the write
+        codes = as_codes(codes, self._bits)
         rows, ids = packed_rows(codes, self._bits), id_array(codes.ids)
         names = list(map(str, ids.tolist())) if keys is None else key_texts(keys, len(rows))
         texts = None if payload is None else payload_texts(payload, ids.tolist() if keys is None else names)
@@ -149,7 +152,7 @@ class CodeIndex:
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise ValueError(f"{f'id {twice}' if keys is None else f'key {twice!r}'} is given more than once")
-        new = NewItems(rows, ids if keys is None else None, keys, stamps, texts, codes.origin)
+        new = NewItems(rows, None if counted else ids, keys, stamps, texts, codes.origin)
         choice = on_duplicate or ("error" if keys is None else "update")
         with self._lock:
             store = self._opened()
@@ -170,7 +173,7 @@ class CodeIndex:
         with self._lock:
             return self._opened().keys(prefix)
 
-    def search(self, codes: Codes, k: int, where: Where | None = None) -> Ranking:
+    def search(self, codes: CodesLike, k: int, where: Where | None = None) -> Ranking:
         """The ``k`` nearest items of each of Q query codes, k >= 1: (Q, k), -1 where there are fewer."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -184,7 +187,7 @@ class CodeIndex:
         cut = torch.full((len(queries),), not engine.exact)
         return Ranking(torch.from_numpy(ids), torch.from_numpy(distances), cut)
 
-    def range(self, codes: Codes, radius: int, where: Where | None = None) -> Within:
+    def range(self, codes: CodesLike, radius: int, where: Where | None = None) -> Within:
         """All items at most ``radius`` bits, 0 or more, from each query code; exact in every engine."""
         if radius < 0:
             raise ValueError(f"radius must be 0 or greater, got {radius}")
@@ -311,8 +314,9 @@ class CodeIndex:
             allowed = self._opened().matching(where) if isinstance(where, Mapping) else id_array(where)
         return engine.only(allowed)
 
-    def _query_rows(self, codes: Codes) -> np.ndarray:
+    def _query_rows(self, codes: CodesLike) -> np.ndarray:
         """Packed rows of query codes that fit the codes held in length and origin."""
+        codes = as_codes(codes, self._bits)
         rows = packed_rows(codes, self._bits)
         check_origin(codes.origin, self.origin)
         return rows

@@ -45,7 +45,7 @@ class NewItems:
     """N items to be written, with ids or with keys."""
 
     codes: np.ndarray  # (N, bytes) uint8
-    ids: np.ndarray | None  # (N,) int64; None takes new ones for new keys
+    ids: np.ndarray | None  # (N,) int64; None takes new ones, for new keys where there are keys
     keys: Sequence[str] | None
     stamps: Sequence[str] | None  # which state of the keyed things the codes are of
     payload: Sequence[str] | None  # JSON texts

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from robusthash.core.hamming import pack
+from robusthash.core.labels import has_relevant
+from robusthash.core.limited_files import read_npz
 from robusthash.core.types import Codes
 from robusthash.metrics.protocol import Protocol, load_protocol, measure
 from robusthash.metrics.results import EvalResult, Setting
@@ -19,6 +22,7 @@ from robusthash.metrics.statistics import intervals
 
 _SAVE = "save with np.savez(path, codes=..., labels=...)"
 _BINARISE = "binarise before saving, e.g. codes = np.where(outputs >= 0, 1, -1)"
+_BYTES = "np.ascontiguousarray(codes.reshape(len(codes), -1)).view(np.uint8)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +69,8 @@ def read_codes(path: str | Path) -> CodeFile:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise ValueError("it holds one bare array, without labels")
-        with loaded:
-            return {key: loaded[key] for key in loaded.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+        return read_npz(path)
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"{path}: cannot be read as .npz of plain arrays ({error}); {_SAVE}, "
             "numbers only, no object arrays"
@@ -80,8 +80,12 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 def _numbers(path: Path, key: str, array: np.ndarray) -> np.ndarray:
     """``array``, checked to be finite numbers."""
     if array.dtype.kind not in "biuf":
+        number = (
+            "; number the classes by one list for both files: np.searchsorted(names, labels), names sorted"
+        )
         raise ValueError(
             f"{path}: {key!r} has the type {array.dtype}; it must hold integers, floats or bools"
+            + number * (key == "labels" and array.dtype.kind == "U")
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
@@ -94,9 +98,10 @@ def _numbers(path: Path, key: str, array: np.ndarray) -> np.ndarray:
 def _codes(path: Path, array: np.ndarray, bits_array: np.ndarray | None) -> tuple[Tensor, int]:
     """Packed codes and their length."""
     array = _numbers(path, "codes", array)
+    bits = None if bits_array is None else _bits(path, bits_array)
+    _refuse_words(path, array, bits)
     if array.ndim != 2 or array.shape[0] == 0 or array.shape[1] == 0:
         raise ValueError(f"{path}: 'codes' must be (N, K) with N and K above 0, got shape {array.shape}")
-    bits = None if bits_array is None else _bits(path, bits_array)
     values, width = set(np.unique(array).tolist()), array.shape[1]
     if array.dtype == np.uint8 and (values - {0, 1} or (bits is not None and bits != width)):
         return _packed_codes(path, array, bits)
@@ -109,6 +114,33 @@ def _codes(path: Path, array: np.ndarray, bits_array: np.ndarray | None) -> tupl
     if bits is not None and bits != width:
         raise ValueError(f"{path}: 'bits' is {bits} but 'codes' has {width} columns; correct or drop 'bits'")
     return pack(torch.from_numpy((array > 0).astype(np.int8))), width
+
+
+def _refuse_words(path: Path, array: np.ndarray, bits: int | None) -> None:
+    """Refuse codes packed into words or into bytes of another type, with the line that makes bytes of them.
+
+    Where bits lie in a word, and a top bit that is flipped in all codes, change no distance as long as both
+    files are made alike.
+    """
+    if array.dtype.kind not in "iu" or array.dtype == np.uint8 or array.size == 0 or array.ndim not in (1, 2):
+        return
+    columns, each = array.size // len(array), 8 * array.itemsize
+    if array.ndim == 2 and bits in (None, columns) and np.isin(array, (-1, 0, 1)).all():
+        return
+    outputs = f"; if they are rounded outputs, {_BINARISE}" if bits in (None, columns) else ""
+    if array.dtype == np.int8:
+        held = f"signed bytes, {columns} a row"
+        save = f"codes.view(np.uint8) ^ 128 with bits={8 * columns if outputs else bits}, in both files"
+    elif bits not in (None, columns) and columns == -(-bits // 8) and 0 <= array.min() <= array.max() < 256:
+        held, save = f"bytes as {array.dtype}", "codes.astype(np.uint8)"
+    elif array.ndim == 1 or bits == columns * each or array.max() >= 256 or array.min() < -256:
+        held, save = (
+            f"words of {each} bits, {columns} a row",
+            f"{_BYTES} with bits={columns * each}, in both files",
+        )
+    else:
+        return
+    raise ValueError(f"{path}: 'codes' holds {held}; if they are packed codes, save {save}{outputs}")
 
 
 def _packed_codes(path: Path, array: np.ndarray, bits: int | None) -> tuple[Tensor, int]:
@@ -153,10 +185,15 @@ def _labels(path: Path, array: np.ndarray) -> Tensor:
         raise ValueError(
             f"{path}: 'labels' must be (N,) classes or (N, C) multi-hot, got shape {array.shape}"
         )
-    if not ((array == 0) | (array == 1)).all():
+    if array.shape[1] == 1:
         raise ValueError(
-            f"{path}: 'labels' of shape (N, C) must be 0 or 1 (multi-hot); for classes save shape (N,)"
+            f"{path}: 'labels' of shape {array.shape} are classes in a column, or a single label that items "
+            "have or lack; save classes as labels.ravel(), a single label as np.pad(labels, ((0, 0), (0, 1)))"
         )
+    if not ((array == 0) | (array == 1)).all():
+        signs = ((array == -1) | (array == 1)).all()
+        remedy = "save (labels > 0)" if signs else "for classes save shape (N,)"
+        raise ValueError(f"{path}: 'labels' of shape (N, C) must be 0 or 1 (multi-hot); {remedy}")
     return torch.from_numpy(array.astype(np.uint8))
 
 
@@ -171,7 +208,9 @@ def _ids(path: Path, array: np.ndarray | None, count: int) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def score(query: CodeFile, database: CodeFile, protocol: str | Protocol = "house") -> EvalResult:
+def score(
+    query: CodeFile, database: CodeFile, protocol: str | Mapping[str, Any] | Protocol = "house"
+) -> EvalResult:
     """Score codes of any origin under a protocol, with 95 % bootstrap intervals over queries.
 
     That queries and database hold different items cannot be checked here: a query that is also in the
@@ -187,11 +226,18 @@ def score(query: CodeFile, database: CodeFile, protocol: str | Protocol = "house
             f"{database.codes.bits}; both sides must come from the same model"
         )
     query_labels, labels = _same_labels(query, database)
-    measured = measure(protocol, query.codes, query_labels, database.codes, labels)
+    asked, left_out = query.codes, 0
+    if protocol.empty == "skip":
+        rows = torch.nonzero(has_relevant(query_labels, labels)).flatten()
+        if len(rows) == 0:
+            raise ValueError(f"no query of {query.name} has a relevant item in {database.name}")
+        asked = Codes(asked.packed[rows], asked.bits, asked.ids[rows], asked.origin)
+        left_out, query_labels = len(query_labels) - len(rows), query_labels[rows]
+    measured = measure(protocol, asked, query_labels, database.codes, labels)
     digests = {
         "model": _digest(query.codes.packed),
         "codes": _digest(database.codes.packed),
-        "queries": _digest(query.codes.ids, query_labels),
+        "queries": _digest(asked.ids, query_labels),
         "database": _digest(database.codes.ids, labels),
     }
     setting = Setting(
@@ -203,7 +249,8 @@ def score(query: CodeFile, database: CodeFile, protocol: str | Protocol = "house
         bits=query.codes.bits,
         digests=digests,
     )
-    return EvalResult(setting=setting, interval=intervals(measured.per_query), **vars(measured))
+    result = EvalResult(setting=setting, interval=intervals(measured.per_query), **vars(measured))
+    return replace(result, empty=measured.empty + left_out)
 
 
 def _same_labels(query: CodeFile, database: CodeFile) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ class Difference:
     interval: tuple[float, float]  # 95 % bootstrap over queries
     p: float  # two-sided sign-flip test
     p_holm: float  # corrected over all measures of the comparison
-    queries: int  # queries that both have a value for
+    queries: int  # queries that both have a finite value for
 
 
 def compare(first: EvalResult, second: EvalResult) -> dict[str, Difference]:
@@ -42,12 +42,14 @@ def compare(first: EvalResult, second: EvalResult) -> dict[str, Difference]:
             "only the model may differ, so evaluate both under the same setting"
         )
     paired: dict[str, Tensor] = {}
-    for name in [name for name in first.per_query if name in second.per_query]:
+    shared = [name for name in first.per_query if name in second.per_query]
+    for name in [name for name in shared if not name.startswith("legacy_")]:  # diagnostics, no measures
         left, right = first.per_query[name].to(torch.float64), second.per_query[name].to(torch.float64)
         if left.shape != right.shape:
             raise ValueError(f"{name} has {len(left)} values in one result and {len(right)} in the other")
-        if not (left - right).isnan().all():
-            paired[name] = left - right
+        gaps = left - right
+        if gaps.isfinite().any():  # infinite is the PSNR of an unchanged image
+            paired[name] = torch.where(gaps.isfinite(), gaps, torch.nan)
     if not paired:
         raise ValueError("the two results share no per-query measure")
     ends, p_values = intervals(paired), sign_flip_tests(paired)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -321,60 +322,79 @@ def _assert_possible(name: str, values: Tensor, profile: Profile) -> None:
         )
 
 
-def load_protocol(protocol: str | Protocol) -> Protocol:
-    """A registered protocol by name or settings, ``{name: saat, targets: 1}``, or the one given."""
+def load_protocol(protocol: str | Mapping[str, Any] | Protocol) -> Protocol:
+    """A registered protocol by name or settings, ``{name: saat, empty: skip}``, or the one given."""
     return protocol if isinstance(protocol, Protocol) else build("protocol", protocol)
 
 
 @register("protocol", "house")
-def house(targets: int = TARGETS) -> Protocol:
+def house(targets: int = TARGETS, empty: Empty = "zero") -> Protocol:
     """MAP over the whole database and MAP@5000 (hits and mink), tie-expected, with graded measures and PR.
 
-    The default. Empty queries count as 0; ``tie_gap`` is the luck of the order within ties.
+    The default. ``tie_gap`` is the luck of the order within ties. In every protocol queries without a
+    relevant item count 0; with ``empty: skip`` they are left out, with ``error`` refused.
     """
     average_precisions = ("MAP", "MAP/optimistic", "MAP/pessimistic", "tie_gap", "MAP@5000", "MAP@5000/mink")
     others = ("P@100", "R@100", "P@r<=2", "nDCG@100", "ACG@100", "WAP", *CURVES)
-    return Protocol("house", (*average_precisions, *others), targets=TargetRule(targets))
+    return Protocol("house", (*average_precisions, *others), targets=TargetRule(targets), empty=empty)
+
+
+@register("protocol", "copies")
+def copies(targets: int = 1) -> Protocol:
+    """Copy detection: MAP, the share of queries whose image is found first (P@1), or among ten (R@10).
+
+    With one relevant item a query, MAP is the mean of 1 / rank.
+    """
+    return Protocol("copies", ("MAP", "P@1", "R@10"), targets=TargetRule(targets))
 
 
 @register("protocol", "saat", paper="SAAT 2023")
-def saat(targets: int = TARGETS) -> Protocol:
+def saat(targets: int = TARGETS, empty: Empty = "zero") -> Protocol:
     """MAP@5000 with `hits`, in stable-sort order: SAAT, CgAT, ATRDH, ProS-GAN's code, and SAAH.
 
     A query without a relevant item counts as 0. Published code sorts unstably; the stable order by (distance,
     row) is its reproducible stand-in, and the tie-expected value is listed next to it.
     """
     names = ("MAP@5000", "MAP@5000/expected", "MAP@5000/mink/expected")
-    return Protocol("saat", names, (I2I,), k=5000, ties="legacy", targets=TargetRule(targets))
+    return Protocol("saat", names, (I2I,), k=5000, ties="legacy", targets=TargetRule(targets), empty=empty)
 
 
 @register("protocol", "sfcl", paper="SFCL", modality="cross-modal")
-def sfcl(targets: int = TARGETS) -> Protocol:
+def sfcl(targets: int = TARGETS, empty: Empty = "zero") -> Protocol:
     """MAP over the whole database, as SFCL states, and MAP@5000.
 
     The paper's attacked DCMH values lie below the least MAP@ALL that exists, so its tables cannot be what the
     text says; MAP@5000 (`hits`) is the likely reading.
     """
     names = ("MAP", "MAP/expected", "MAP@5000", "MAP@5000/expected")
-    return Protocol("sfcl", names, (I2T, I2I), ties="legacy", targets=TargetRule(targets))
+    return Protocol("sfcl", names, (I2T, I2I), ties="legacy", targets=TargetRule(targets), empty=empty)
 
 
 @register("protocol", "dsarh", paper="DSARH", modality="cross-modal")
-def dsarh(targets: int = TARGETS) -> Protocol:
+def dsarh(targets: int = TARGETS, empty: Empty = "zero") -> Protocol:
     """MAP over the whole database, nDCG@100 and ACG@100: DSARH.
 
     The paper's M is read as the number of relevant items; nDCG has the gain 2^shared - 1.
     """
     names = ("MAP", "MAP/expected", "nDCG@100", "ACG@100")
-    return Protocol("dsarh", names, (I2T, T2I, I2I), ties="legacy", targets=TargetRule(targets))
+    rules = TargetRule(targets)
+    return Protocol("dsarh", names, (I2T, T2I, I2I), ties="legacy", targets=rules, empty=empty)
 
 
 @register("protocol", "crossmodal", paper="EQB2A, TA-DCH", modality="cross-modal")
-def crossmodal(k: int = 50, targets: int = TARGETS) -> Protocol:
+def crossmodal(k: int = 50, targets: int = TARGETS, empty: Empty = "zero") -> Protocol:
     """MAP@50 over the first 50 relevant items of the whole ranking: EQB2A, TA-DCH and the DCMH port's k.
 
     It is no top-k measure: it looks as far down the list as the relevant items lie. Legacy order only.
     """
     names = (f"MAP@{k}", "MAP/hits/expected")
-    rules = TargetRule(targets)
-    return Protocol("crossmodal", names, (I2T, T2I), "first-k-relevant", k, ties="legacy", targets=rules)
+    return Protocol(
+        "crossmodal",
+        names,
+        (I2T, T2I),
+        "first-k-relevant",
+        k,
+        "legacy",
+        targets=TargetRule(targets),
+        empty=empty,
+    )

@@ -54,8 +54,8 @@ def mean_over_queries(values: Tensor, empty: Tensor, policy: Empty = "zero") -> 
     Args:
         values: (Q,) per-query values, NaN where undefined.
         empty: (Q,) bool, queries with nothing relevant in the database.
-        policy: ``zero`` counts their value (0 for all precision measures), as published codes do; ``skip``
-            leaves them out; ``error`` refuses.
+        policy: ``zero`` counts 0 for them in every measure, recall included, as published codes do of AP;
+            ``skip`` leaves them out; ``error`` refuses.
 
     Returns:
         The mean, None where no query is left, and the (Q,) values with NaN for every query left out.
@@ -70,8 +70,7 @@ def mean_over_queries(values: Tensor, empty: Tensor, policy: Empty = "zero") -> 
             f"{int(empty.sum())} of {len(empty)} queries have no relevant item in the database (first: "
             f"query {first}); remove them, or choose empty='zero' or 'skip'"
         )
-    if policy == "skip":
-        values = torch.where(empty, torch.nan, values)
+    values = torch.where(empty, 0.0 if policy == "zero" else torch.nan, values)
     defined = values[~values.isnan()]
     return (float(defined.mean()) if len(defined) else None), values
 
@@ -133,23 +132,28 @@ def legacy_average_precision(
         raise ValueError(f"k must be at least 1, got {k}; the whole database is k=None")
     if len(query) == 0 or len(database) == 0:
         raise ValueError(f"there are {len(query)} queries and {len(database)} database items")
-    size = len(database)
-    cut = size if k is None else min(k, size)
-    ranks = torch.arange(1, size + 1, dtype=torch.float64)
     values = []
     for start in range(0, len(query), block):
         rows = slice(start, start + block)
         order = torch.argsort(distance(query.packed[rows], database.packed), dim=1, stable=True)
         hit = share_label(query_labels[rows].cpu(), labels.cpu()).gather(1, order)
-        seen = hit.cumsum(1)
-        total = seen[:, -1]
-        if denominator == "first-k-relevant":
-            counted, divisor = hit & (seen <= cut), total.clamp(max=cut)
-        else:
-            counted = hit & (ranks <= cut)
-            divisor = {"hits": counted.sum(1), "mink": total.clamp(max=cut), "rel": total}[denominator]
-        values.append(share(torch.where(counted, seen / ranks, 0.0).sum(1), divisor))
+        values.append(ap_in_order(hit, k, denominator))
     return torch.cat(values)
+
+
+def ap_in_order(hit: Tensor, k: int | None, denominator: LegacyDenominator) -> Tensor:
+    """(Q,) AP@k of rankings without ties, from (Q, N) bool: the item at each rank is relevant."""
+    size = hit.shape[1]
+    cut = size if k is None else min(k, size)
+    ranks = torch.arange(1, size + 1, dtype=torch.float64)
+    seen = hit.cumsum(1)
+    total = seen[:, -1]
+    if denominator == "first-k-relevant":
+        counted, divisor = hit & (seen <= cut), total.clamp(max=cut)
+    else:
+        counted = hit & (ranks <= cut)
+        divisor = {"hits": counted.sum(1), "mink": total.clamp(max=cut), "rel": total}[denominator]
+    return share(torch.where(counted, seen / ranks, 0.0).sum(1), divisor)
 
 
 def precision_at(profile: Profile, k: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -17,16 +16,24 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from robusthash.core.atomic_files import json_text, write_all_aside
+from robusthash.core.atomic_files import json_text
 from robusthash.core.identity import scheme_of
+from robusthash.core.limited_files import read_json, read_npz
 from robusthash.core.registry import nearest
 from robusthash.metrics.measure_key import MeasureKey
+from robusthash.metrics.query_groups import GroupScores
+from robusthash.metrics.result_arrays import (
+    pack_values,
+    read_with_arrays,
+    unpack_values,
+    write_with_arrays,
+)  # fmt: skip
 from robusthash.version import __version__
 
 SCHEMA = "robusthash.results/2"
 _SCHEMA_1 = "robusthash.results/1"  # read, never written
 
-_OF_THE_MODEL = ("model", "bits", "objective", "defense", "training_attack", "software")
+_OF_THE_MODEL = ("model", "bits", "distance", "objective", "defense", "training_attack", "software")
 _OF_DIGESTS = ("data", "tier", "relevance", "chosen")  # their contents are compared as digests
 
 
@@ -79,6 +86,7 @@ class Setting:
     chosen: str = ""  # "all", "200 of 1000 by content" or "given"; "" of results that do not say it
     data: DataSet = field(default_factory=DataSet)
     tier: str = ""  # or the name of a suite of one's own; "" of single attacks and of those of a recipe
+    distance: str = "hamming"  # of the search: of codes, or "cosine" or "euclidean" of float vectors
     relevance: str = "own"  # label system that says what is relevant; "own" is that of the data set
 
     @property
@@ -168,9 +176,12 @@ class EvalResult:
     attacks: dict[str, dict[str, float]] = field(default_factory=dict)  # of a suite: MAP, wins, completeness
     representative: dict[str, float] = field(default_factory=dict)  # of representative codes; no bound
     perceptibility: dict[str, float] = field(default_factory=dict)
+    groups: dict[str, GroupScores] = field(default_factory=dict)  # of queries, as of one kind of change
     flags: tuple[Flag, ...] = ()
     cost: Cost = field(default_factory=Cost)
     name: str = ""  # unique in its run: "clean", "I2T worst", "img-linf-8 standard"
+    selection: dict[str, Tensor] = field(default_factory=dict)
+    """(Q,) AP of a randomised victim under other draws, which choose its worst case; not saved."""
     attack: str = ""  # "clean", "worst", or the attack by its name in the run
     scored_on: str = ""  # direction and relevance before the name: "I2T", "T2I by class"; "" of a run of one
 
@@ -217,10 +228,10 @@ def by_direction(results: Mapping[str, EvalResult]) -> dict[str, dict[str, EvalR
 
 
 def save_results(path: str | Path, results: Sequence[EvalResult], packed: bool = False) -> None:
-    """Write results to ``path`` (JSON) and their arrays to the ``.npz`` of the same name.
+    """Write results to ``path`` (JSON) and their arrays to a sidecar ``NAME-DIGEST.npz`` next to it.
 
-    Both are complete on disk before either replaces an older one, and the JSON holds the digest of its
-    sidecar. An infinite value (the PSNR of an unchanged image) is written "inf".
+    The sidecar is named by its content, which the JSON names, and written first: whenever the writing ends,
+    the JSON is whole and finds its own. An infinite value (the PSNR of an unchanged image) is written "inf".
 
     Args:
         packed: per-query values in 16 bits each, and the sidecar compressed; see ``pack_values``.
@@ -236,7 +247,7 @@ def save_results(path: str | Path, results: Sequence[EvalResult], packed: bool =
     queries: dict[str, np.ndarray] = {} if packed else arrays
     entries = []
     for result in results:
-        entry = asdict(replace(result, per_query={}, curves={}))
+        entry = asdict(replace(result, per_query={}, curves={}, selection={}))
         prefix = "query" if packed else "array"
         entry["per_query"] = {
             name: _add(queries, values, prefix) for name, values in result.per_query.items()
@@ -252,16 +263,14 @@ def save_results(path: str | Path, results: Sequence[EvalResult], packed: bool =
     else:
         np.savez(buffer, allow_pickle=False, **arrays)
     names = dict.fromkeys(name for result in results for name in (*result.values, *result.per_query))
-    document = {
+    document: dict[str, Any] = {
         "schema": SCHEMA,
         "sidecar": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "measures": {name: MeasureKey.parse(name).plain() for name in names},  # for programs of others
         "results": entries,
     }
     text = json_text(document, path.name)
-    with write_all_aside([path.with_suffix(".npz"), path]) as (array_file, json_file):
-        array_file.write_bytes(buffer.getvalue())
-        json_file.write_text(text, encoding="utf-8")
+    write_with_arrays(path, text, buffer.getvalue(), document["sidecar"])
 
 
 def _add(arrays: dict[str, np.ndarray], values: Tensor, prefix: str = "array") -> str:
@@ -276,28 +285,12 @@ def load_results(path: str | Path) -> list[EvalResult]:
 
     Raises:
         FileNotFoundError: the JSON or its sidecar is missing.
-        ValueError: not a results file, another schema, a damaged field, or a sidecar of another run.
+        ValueError: not a results file, another schema, a damaged field, or a sidecar of other results.
     """
     path = Path(path)
+    document, content = read_with_arrays(path, _document)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also UnicodeDecodeError
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(document, dict) or "schema" not in document:
-        raise ValueError(f"{path} is not a results file: it names no schema")
-    if document["schema"] not in (SCHEMA, _SCHEMA_1):
-        raise ValueError(f"{path} has the schema {document['schema']!r}, this version reads {SCHEMA!r}")
-    sidecar = path.with_suffix(".npz")
-    if not sidecar.exists():
-        raise FileNotFoundError(f"{path} needs its per-query values in {sidecar.name}, which is missing")
-    content = sidecar.read_bytes()
-    try:
-        if hashlib.sha256(content).hexdigest() != document["sidecar"]:
-            raise ValueError(
-                f"{sidecar} does not belong to {path.name}: one of the two is of another run; evaluate again"
-            )
-        with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
-            held = {key: loaded[key] for key in loaded.files}
+        held = read_npz(io.BytesIO(content))
         if "steps" in held:
             held |= unpack_values({key: held.pop(key) for key in ("names", "lengths", "tops", "steps")})
         arrays = {key: torch.from_numpy(values) for key, values in held.items()}
@@ -310,6 +303,16 @@ def load_results(path: str | Path) -> list[EvalResult]:
         raise ValueError(f"{path} is damaged: {faults}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """The JSON of a results file."""
+    document = read_json(path)
+    if not isinstance(document, dict) or "schema" not in document:
+        raise ValueError(f"{path} is not a results file: it names no schema")
+    if document["schema"] not in (SCHEMA, _SCHEMA_1):
+        raise ValueError(f"{path} has the schema {document['schema']!r}, this version reads {SCHEMA!r}")
+    return document
 
 
 _RESULT = TypeAdapter(EvalResult)
@@ -353,40 +356,3 @@ def _with_fields(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             {**entry, "setting": {**setting, **fields}, "attack": attack, "scored_on": prefix.strip()}
         )
     return filled
-
-
-# ---------------------------------------------------------------------------------------------- 16-bit values
-
-_STEPS = 65_534  # of the largest value; the last of the 16 bits' numbers stands for NaN
-_NAN = _STEPS + 1
-
-
-def pack_values(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Named (Q,) arrays as one flat array of whole steps; ``unpack_values`` gives them back.
-
-    A step is 1/65534 of the largest value that an array can hold: 1, or the next whole number above its own
-    largest. Equal values stay equal, and 0 and 1 exact; any other moves by half a step at most.
-
-    Raises:
-        ValueError: a negative or infinite value.
-    """
-    flat, tops = [], []
-    for name, values in arrays.items():
-        finite = values[~np.isnan(values)]
-        if np.isinf(finite).any() or (finite < 0).any():
-            raise ValueError(f"{name} holds a negative or infinite value, which is not packed")
-        tops.append(max(1.0, float(np.ceil(finite.max(initial=0.0)))))
-        flat.append(np.where(np.isnan(values), _NAN, np.rint(np.nan_to_num(values) / tops[-1] * _STEPS)))
-    return {
-        "names": np.array(list(arrays), dtype=np.str_),
-        "lengths": np.array([len(values) for values in flat], dtype=np.int64),
-        "tops": np.array(tops),
-        "steps": np.concatenate([*flat, np.zeros(0)]).astype("<u2"),
-    }
-
-
-def unpack_values(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of ``pack_values`` as float64."""
-    parts = np.split(packed["steps"], np.cumsum(packed["lengths"]))[:-1]
-    columns = zip(packed["names"], parts, packed["tops"], strict=True)
-    return {str(name): np.where(part == _NAN, np.nan, part / _STEPS * top) for name, part, top in columns}

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from robusthash.core.embeddings import Searched, paired_distances
 from robusthash.core.hamming import distance, pack, unpack
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Codes
@@ -74,6 +75,16 @@ def flips(clean: Codes, attacked: Codes) -> Tensor:
     """(Q,) int64 bits that differ between the clean and the attacked code of each query."""
     _same_queries(clean, attacked)
     return (clean.signs() != attacked.signs()).sum(1)
+
+
+def moved(clean: Searched, attacked: Searched) -> tuple[str, Tensor]:
+    """The name of the measure by which queries moved, and its (Q,) float64 values.
+
+    ``flips`` counts bits of codes; float vectors have the ``distance`` between before and after.
+    """
+    if isinstance(clean, Codes) and isinstance(attacked, Codes):
+        return "flips", flips(clean, attacked).double()
+    return "distance", paired_distances(clean, attacked)
 
 
 def _same_queries(clean: Codes, attacked: Codes) -> None:
@@ -142,11 +153,16 @@ def targeted_success_rate(clean: Tensor, attacked: Tensor, least: float = 0.5) -
     return float(((attacked >= least) & (attacked > clean)).to(torch.float64).mean())
 
 
-def hubness(codes: Codes) -> float:
-    """Share of the codes that equal the most frequent one; 1 where all queries fall on one code."""
+def hubness(codes: Codes | Tensor) -> float:
+    """Share of the codes that equal the most frequent one; 1 where all queries fall on one code.
+
+    Args:
+        codes: packed, or (Q, K) signs or vectors.
+    """
     if len(codes) == 0:
         raise ValueError("there are no codes")
-    counts = torch.unique(codes.packed.cpu(), dim=0, return_counts=True)[1]
+    rows = codes.packed if isinstance(codes, Codes) else codes
+    counts = torch.unique(rows.cpu(), dim=0, return_counts=True)[1]
     return int(counts.max()) / len(codes)
 
 

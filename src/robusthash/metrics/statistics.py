@@ -21,7 +21,8 @@ def resampled_means(values: Tensor, resamples: int = 10_000, draws: Draws = Draw
     """Means of bootstrap resamples of the queries, the same resamples for every column.
 
     Args:
-        values: (Q, m) per-query values; NaN leaves a query out of that column.
+        values: (Q, m) per-query values; NaN or an infinite value (the PSNR of an unchanged image) leaves a
+            query out of that column.
 
     Returns:
         (resamples, m) float64; NaN where a resample holds no defined value of a column.
@@ -32,7 +33,7 @@ def resampled_means(values: Tensor, resamples: int = 10_000, draws: Draws = Draw
         raise ValueError(f"resamples must be positive, got {resamples}")
     count = len(values)
     values = values.to("cpu", torch.float64)
-    defined = ~values.isnan()
+    defined = values.isfinite()
     filled = torch.where(defined, values, 0.0)
     generator = draws.within("bootstrap").generator()
     means = []
@@ -70,8 +71,11 @@ def bootstrap_interval(
 def intervals(
     per_query: Mapping[str, Tensor], level: float = 0.95, resamples: int = 10_000, draws: Draws = Draws(0)
 ) -> dict[str, tuple[float, float]]:
-    """The interval of the mean of each (Q,) array, from the same resamples; all-NaN arrays are left out."""
-    names = [name for name, values in per_query.items() if not values.isnan().all()]
+    """The interval of the mean of each (Q,) array over its finite values, from the same resamples.
+
+    Arrays without a finite value are left out.
+    """
+    names = [name for name, values in per_query.items() if values.isfinite().any()]
     if not names:
         return {}
     columns = torch.stack([per_query[name].to(torch.float64) for name in names], 1)

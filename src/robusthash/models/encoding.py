@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robusthash.core.hamming import pack, sign
+from robusthash.core.embeddings import Embeddings, Searched
+from robusthash.core.hamming import pack
 from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import precision
 from robusthash.core.types import Codes
@@ -17,7 +19,9 @@ from robusthash.models.hasher import Hasher, frozen
 
 
 def encode_signs(victim: Hasher, modality: str, inputs: Tensor, batch_size: int | None = None) -> Tensor:
-    """(B, ...) inputs of one modality -> (B, K) int8 codes on the CPU, in eval mode, without a graph.
+    """(B, ...) inputs of one modality -> (B, K) codes on the CPU, in eval mode, without a graph.
+
+    Codes are int8 signs; of a victim that is searched by its numbers they are those, float32.
 
     Args:
         batch_size: inputs that are moved to the victim's device and encoded at a time; all by default.
@@ -25,10 +29,27 @@ def encode_signs(victim: Hasher, modality: str, inputs: Tensor, batch_size: int 
     with frozen(victim), torch.no_grad():
         parts = inputs.split(batch_size or max(1, len(inputs)))
         logits = [victim({modality: part.to(victim.device)})[modality].logits for part in parts]
-        return torch.cat([sign(part).to("cpu", torch.int8) for part in logits])
+        kind = torch.int8 if victim.distance == "hamming" else torch.float32
+        return torch.cat([victim.compared(part).to("cpu", kind) for part in logits])
 
 
-def encode_split(
+def encode_split(victim: Hasher, split: Split, **options: Any) -> dict[str, Codes]:
+    """``encode_searched`` of a model that is searched by bits.
+
+    Raises:
+        ValueError: as ``encode_searched``; a model that is searched by its numbers, which have no codes.
+    """
+    encoded = encode_searched(victim, split, **options)
+    codes = {name: rows for name, rows in encoded.items() if isinstance(rows, Codes)}
+    if len(codes) < len(encoded):
+        raise ValueError(
+            f"this model is searched by the {victim.distance} distance of its numbers, and has no binary "
+            "codes; encode it by encode_searched, or wrap it with output='signs'"
+        )
+    return codes
+
+
+def encode_searched(
     victim: Hasher,
     split: Split,
     *,
@@ -37,8 +58,10 @@ def encode_split(
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
     origin: str = "",
-) -> dict[str, Codes]:
-    """Codes of every item, by modality, in eval mode, without a graph; the batch size does not change them.
+) -> dict[str, Searched]:
+    """Codes of every item, or float vectors where a model is searched by those, by modality.
+
+    In eval mode, without a graph; the batch size does not change them.
 
     Where a batch does not fit into memory, the split is encoded again by half of it, with a warning.
 
@@ -54,7 +77,7 @@ def encode_split(
         MemoryError: single items do not fit.
     """
 
-    def encoded(size: int) -> dict[str, Codes]:
+    def encoded(size: int) -> dict[str, Searched]:
         return encode_by(
             victim, split, batch_size=size, modality=modality, dtype=dtype, progress=progress, origin=origin
         )
@@ -71,10 +94,11 @@ def encode_by(
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
     origin: str = "",
-) -> dict[str, Codes]:
-    """``encode_split`` at this batch size or not at all, for splits that must share one."""
+) -> dict[str, Searched]:
+    """``encode_searched`` at this batch size or not at all, for splits that must share one."""
     names = victim.modalities if modality is None else (modality,)
-    packed: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    encoded: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    by_bits = victim.distance == "hamming"
     done = 0
     with frozen(victim), torch.no_grad(), precision(dtype, victim.device):
         for batch in batches(split, batch_size):
@@ -83,12 +107,25 @@ def encode_by(
                 has = list(batch.inputs)
                 raise ValueError(f"nothing to encode: {list(names)} wanted, the {split.name} split has {has}")
             for name, output in victim(inputs).items():
-                packed[name].append(pack(sign(output.logits)))
+                rows = victim.compared(output.logits)
+                encoded[name].append(pack(rows) if by_bits else rows.to("cpu", torch.float32))
             done += len(batch)
             if progress is not None:
                 progress(done, len(split))
-    ids = torch.arange(len(split))
-    return {name: Codes(torch.cat(rows), victim.bits, ids, origin) for name, rows in packed.items() if rows}
+    joined = {name: torch.cat(rows) for name, rows in encoded.items() if rows}
+    return {name: _searched(rows, victim, origin) for name, rows in joined.items()}
+
+
+def as_searched(rows: Tensor, victim: Hasher) -> Searched:
+    """(N, K) signs, or the vectors of a victim that is searched by those, with positions as ids."""
+    return _searched(pack(rows) if victim.distance == "hamming" else rows, victim)
+
+
+def _searched(rows: Tensor, victim: Hasher, origin: str = "") -> Searched:
+    ids = torch.arange(len(rows))
+    if victim.distance == "hamming":
+        return Codes(rows, victim.bits, ids, origin)
+    return Embeddings(rows, victim.distance, ids, origin)
 
 
 def weights_digest(model: nn.Module) -> str:

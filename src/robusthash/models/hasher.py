@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from robusthash.core.embeddings import Distance
+from robusthash.core.hamming import finite, sign
 from robusthash.core.registry import build
 from robusthash.core.runtime import seed_everything
 from robusthash.core.types import HashOutput, Inputs, Outputs
@@ -92,6 +94,20 @@ class Hasher(nn.Module):
         self._eval_only: list[nn.Module] = []
 
     @property
+    def distance(self) -> Distance:
+        """The distance of its search: of bits (``hamming``), or of the numbers; the heads say it."""
+        distance: Distance = getattr(next(iter(self.heads.values())), "distance", "hamming")
+        return distance
+
+    def compared(self, logits: Tensor) -> Tensor:
+        """(B, K) what the search compares of logits: their signs, or they themselves.
+
+        Raises:
+            ValueError: values that are NaN or infinite.
+        """
+        return sign(logits) if self.distance == "hamming" else finite(logits)
+
+    @property
     def modalities(self) -> tuple[str, ...]:
         return tuple(self.encoders)
 
@@ -163,13 +179,16 @@ class Hasher(nn.Module):
         return self.bare() if self.sides == "query" else self
 
     def forward(self, inputs: Inputs) -> Outputs:
-        """Hash any subset of the modalities; ``aux`` has the input behind a purifier as ``pure``."""
+        """Hash any subset of the modalities; ``aux`` has the input behind a purifier as ``pure``.
+
+        Encoders and purifiers get copies: what one of them writes into its input would change the caller's.
+        """
         outputs = {}
         for modality, values in inputs.items():
             if modality not in self.encoders:
                 raise ValueError(f"this hasher knows {list(self.modalities)}, not {modality!r}")
             if modality in self.purifiers:
-                pure, aux = self.purifiers[modality](values, partial(self._hash, modality))
+                pure, aux = self.purifiers[modality](values.clone(), partial(self._hash, modality))
                 output = self._hash(modality, pure)
                 outputs[modality] = replace(output, aux={**output.aux, **aux, "pure": pure})
             else:
@@ -177,7 +196,7 @@ class Hasher(nn.Module):
         return outputs
 
     def _hash(self, modality: str, values: Tensor) -> HashOutput:
-        features, aux = self.encoders[modality](values)
+        features, aux = self.encoders[modality](values.clone())
         logits, code, scale = self.heads[modality](features)
         # under autocast these are bf16; codes are decided, and compared with references, in torch's default
         # dtype: float32, unless somebody wants the digits that finite differences need

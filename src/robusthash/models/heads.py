@@ -40,7 +40,7 @@ class LinearHead(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
         logits = self.linear(features)
         if self.training:
-            self.size.lerp_(logits.detach().abs().mean().float(), 0.1)
+            self.size.lerp_(logits.detach().abs().mean().to(self.size.dtype), 0.1)
         return logits, logits, float(self.size)
 
 

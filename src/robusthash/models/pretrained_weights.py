@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from robusthash.core.limited_files import check_archive
 from robusthash.core.out_of_memory import out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -101,13 +103,15 @@ def _hint(start: bytes) -> str:
 
 def _unpickled(path: Path, start: bytes) -> Any:
     """The content of a ``torch.save`` file of plain values, tensors and ``argparse.Namespace`` alone."""
+    if zipfile.is_zipfile(path):
+        check_archive(path, f"weights '{path}'")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # torch's advice on ways to open a file that would run code
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         message = str(error)
-    except (RuntimeError, EOFError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
         if out_of_memory(error):
             raise
         if "TorchScript" in str(error):

@@ -62,5 +62,5 @@ class ProxyBackward(Purifier):
 
     def forward(self, x: Tensor, encode: Encode) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            pure, aux = self.inner(x, encode)
+            pure, aux = self.inner(x.clone(), encode)
         return with_gradient_of(pure, self.proxy(x)), aux

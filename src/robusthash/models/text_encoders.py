@@ -10,6 +10,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from robusthash.core.limited_files import read_json
 from robusthash.core.packaged_weights import packaged
 from robusthash.core.registry import register
 from robusthash.models.hasher import Encoder
@@ -160,6 +161,7 @@ def _pretrained(folder: Path) -> Any:
         if not (folder / name).is_file():
             path = (folder / name).absolute()
             raise FileNotFoundError(f"no file {path}; a transformer needs it, as BERT folders have it")
+    read_json(folder / "config.json")  # within limits, which transformers has not
     auto = _transformers()
     logging = auto.utils.logging
     progress_bar = logging.is_progress_bar_enabled()

@@ -13,7 +13,7 @@ from robusthash.core.types import HashOutput
 from robusthash.objectives.base import CodeMemory, HashObjective, TrainFacts
 
 _ENUMERABLE = 20  # bits up to which all words are listed
-_BLOCK = 4096  # classes whose distances to all are held at a time
+_PAIRS = 1 << 22  # distances held at a time, 16 MB
 
 
 def hadamard_centers(classes: int, bits: int, draws: Draws) -> Tensor:
@@ -56,8 +56,9 @@ def _distances(centers: Tensor) -> tuple[float, float]:
     """The least and the mean distance of two centers, in blocks of rows."""
     count, bits = centers.shape
     least, total = float(bits), 0.0
-    for first in range(0, count, _BLOCK):
-        block = centers[first : first + _BLOCK]
+    step = max(1, _PAIRS // count)
+    for first in range(0, count, step):
+        block = centers[first : first + step]
         gaps = (bits - block @ centers.T) / 2
         total += float(gaps.sum(dtype=torch.float64))
         own = torch.arange(len(block))

@@ -20,8 +20,9 @@ from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Codes, Goal, Guidance, Reference
 from robusthash.data.base import Split
 from robusthash.evaluation.attack_block import AttackedBlock, finish
+from robusthash.evaluation.code_measures import as_codes
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.evaluate import as_codes, score_clean, setting_of
+from robusthash.evaluation.evaluate import score_clean, setting_of
 from robusthash.metrics.average_precision import share as ratio
 from robusthash.metrics.distance_histogram import prepared_profile
 from robusthash.metrics.measure_key import MeasureKey
@@ -83,7 +84,7 @@ def perturb_database(
     drop = clean.per_query[headline] - result.per_query[headline]
     codes_8bit, stored = rounded.per_query[headline], MeasureKey(headline).name(storage="8bit")
     per_query = {**result.per_query, stored: codes_8bit, "drop": drop}
-    flips = (context.database.signs()[rows] != signs).sum(1).to(torch.float64)
+    flips = (context.codes.signs()[rows] != signs).sum(1).to(torch.float64)
     values = {
         **result.values,
         stored: rounded.values[headline],
@@ -138,8 +139,8 @@ def insert_items(
     _check(context, attack)
     started, draws = time.perf_counter(), Draws(context.seed, ("db-insert",))
     proxies, chances = _proxies(context, k, draws)
-    aims = _aims(context.database, proxies, chances, count, draws)
-    guide = SteeredGuide(context.database.signs()[aims].float().to(context.victim.device))
+    aims = _aims(context.codes, proxies, chances, count, draws)
+    guide = SteeredGuide(context.codes.signs()[aims].float().to(context.victim.device))
     steered = context.fitted(replace(attack, guide=guide))
     rows = torch.randperm(len(carriers), generator=draws.within("carriers").generator())[:count]
 
@@ -158,7 +159,7 @@ def insert_items(
     stored = MeasureKey(f"exposure@{k}").name(storage="8bit")
     per_query = {f"exposure@{k}": exposed_queries, stored: exposed_8bit, f"slots@{k}": slots}
     counts = torch.tensor([[len(context.database)]]), torch.tensor([[count]])
-    at_aims = as_codes(context.database.signs()[aims])
+    at_aims = as_codes(context.codes.signs()[aims])
     return EvalResult(
         setting=_named(setting_of(context), attack, "db-insert", f"{count} items"),
         values={name: float(values.mean()) for name, values in per_query.items()},
@@ -199,8 +200,8 @@ def at_least_one(items: Tensor, inserted: Tensor, k: int) -> Tensor:
 
 def exposure(context: EvaluationContext, inserted: Codes, k: int) -> tuple[Tensor, Tensor]:
     """(Q,) probability that an inserted item is in the top k, and (Q,) their expected share of it."""
-    items = prepared_profile(context.query, context.query_labels, context.prepared).items
-    near = distance(context.query.packed, inserted.packed).long()
+    items = prepared_profile(context.query_codes, context.query_labels, context.prepared).items
+    near = distance(context.query_codes.packed, inserted.packed).long()
     extra = torch.zeros_like(items).scatter_add_(1, near, torch.ones_like(near))
     both = items + extra
     places = (k - (both.cumsum(1) - both)).clamp(min=0).minimum(both)
@@ -211,7 +212,7 @@ def exposure(context: EvaluationContext, inserted: Codes, k: int) -> tuple[Tenso
 def _proxies(context: EvaluationContext, k: int, draws: Draws) -> tuple[Tensor, Tensor]:
     """Packed database codes in place of queries, and (S, K + 1) chances of one item at each distance."""
     rows = torch.randperm(len(context.database), generator=draws.within("asked").generator())[:_PROXIES]
-    codes = Codes(context.database.packed[rows], context.database.bits, torch.arange(len(rows)))
+    codes = Codes(context.codes.packed[rows], context.codes.bits, torch.arange(len(rows)))
     items = prepared_profile(codes, context.database_labels[rows], context.prepared).items.clone()
     items[:, 0] -= 1  # a query is no item of the database
     places = (k - (items.cumsum(1) - items)).clamp(min=0)
@@ -295,9 +296,9 @@ def _check(context: EvaluationContext, attack: Attack) -> None:
 
 def _with_items(context: EvaluationContext, rows: Tensor, signs: Tensor) -> EvaluationContext:
     """The context with other codes for some items of its database."""
-    packed = context.database.packed.clone()
+    packed = context.codes.packed.clone()
     packed[rows] = pack(signs)
-    return replace(context, database=replace(context.database, packed=packed))
+    return replace(context, database=replace(context.codes, packed=packed))
 
 
 def _named(setting: Setting, attack: Attack, kind: str, amount: str) -> Setting:

@@ -14,8 +14,9 @@ from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Inputs
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import AttackSpec
+from robusthash.evaluation.code_measures import measure_codes
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.evaluate import as_codes, measure_codes, score_clean
+from robusthash.evaluation.evaluate import score_clean
 from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore
 from robusthash.metrics.results import EvalResult
 from robusthash.metrics.robustness_measures import curve_score, worst_case
@@ -103,7 +104,7 @@ def eps_curve(
             results = _attacked(runner, scaled, block, held)
             labels = context.query_labels.split(context.batch_size)[block]
             before = rows[-1].split(context.batch_size)[block]
-            codes = [as_codes(attacked.signs[:, 0]) for attacked in results]
+            codes = [context.query.of(attacked.signs[:, 0]) for attacked in results]
             scores = [measure_codes(context, each, labels).per_query[headline] for each in codes]
             lowest = worst_case(before, {str(number): row for number, row in enumerate(scores)})
             clean = context.batch(block).inputs[context.direction[0]].cpu()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 from robusthash.attacks.base import Attack, Search
+from robusthash.attacks.embedding_attacks import on_embeddings
 from robusthash.attacks.pgd import Polish
 from robusthash.attacks.published import guided_apgd
 from robusthash.attacks.ranking_losses import (
@@ -19,6 +21,7 @@ from robusthash.attacks.ranking_losses import (
 from robusthash.attacks.text_edits import ExactFlips, GreedyFlips, GreedySwaps
 from robusthash.attacks.threat_model import Attacked as Modality
 from robusthash.attacks.threat_model import Edits, Threat, threat_on
+from robusthash.core.embeddings import Distance
 from robusthash.core.identity import marked_identity
 from robusthash.core.registry import nearest
 from robusthash.core.runtime import Progress, silent
@@ -188,6 +191,7 @@ def prepare_suite(
     """
     if threat is not None:
         suite = suite.at(threat)
+    suite, notes = for_distance(suite, context.victim.distance)
     for spec in suite.specs:
         if spec.threat.side != "query":
             raise ValueError(
@@ -206,8 +210,29 @@ def prepare_suite(
         context = context.some(suite.queries)
     if len(untargeted) < len(suite.specs) and not bool(context.targets.any()):
         note = "no targeted attack: every label set of the database shares a label with every query"
-        return replace(suite, specs=untargeted), context, (note,)
-    return suite, context, ()
+        return replace(suite, specs=untargeted), context, (*notes, note)
+    return suite, context, notes
+
+
+def for_distance(suite: Suite, distance: Distance) -> tuple[Suite, tuple[str, ...]]:
+    """The suite for a search by this distance, and a note that names the attacks which it leaves out.
+
+    Float vectors have no bits: our attacks on codes become those on vectors, searches by oracle queries stay
+    as they are, and all others are left out.
+    """
+    if distance == "hamming":
+        return suite, ()
+    kept: list[AttackSpec] = []
+    for spec in suite.specs:
+        if isinstance(spec, GradientAttack) and spec.view is None:
+            with contextlib.suppress(ValueError):
+                kept.append(replace(spec, attack=on_embeddings(spec.attack)))
+        elif spec.kind in ("black-box", "noise"):
+            kept.append(spec)
+    names = {spec.name for spec in kept}
+    left = [spec.name for spec in suite.specs if spec.name not in names]
+    note = f"left out, since they work on bits and the search is by {distance} distance: {', '.join(left)}"
+    return replace(suite, specs=tuple(kept)), (note,) if left else ()
 
 
 def assess_prepared(

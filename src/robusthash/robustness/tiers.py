@@ -13,8 +13,8 @@ from robusthash.attacks.threat_model import Budget, Threat, threat_on
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
+from robusthash.evaluation.code_measures import measure_codes
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.evaluate import as_codes, measure_codes
 from robusthash.evaluation.runner import AttackRuns, BlockRunner, BlockStore, NoStore
 from robusthash.metrics.results import EvalResult, Flag
 from robusthash.objectives.base import HashObjective
@@ -26,7 +26,7 @@ from robusthash.robustness.specs.adaptive_attacks import adaptive_attacks
 from robusthash.robustness.specs.oracle_attacks import noise_attacks, oracle_attacks
 from robusthash.robustness.specs.published_suite import PAPER, paper_suite, with_legacy
 from robusthash.robustness.specs.transfer_attacks import Surrogate, transfer_attacks
-from robusthash.robustness.suite import TIERS, Suite, assess_prepared, prepare_suite, tier
+from robusthash.robustness.suite import TIERS, Suite, assess_prepared, for_distance, prepare_suite, tier
 from robusthash.robustness.victim_behaviour import VictimBehaviour, observed
 
 OBSERVED = 16  # queries on which a victim's behaviour is observed
@@ -86,7 +86,9 @@ def prepare_tier(
         notes = (*notes, "no gradient reaches the input: no attack that follows it was run")
     if name in CLAIMS and 0 < len(surrogates) < SURROGATES:
         notes = (*notes, f"{len(surrogates)} of the {SURROGATES} surrogates that a claim is made with")
-    suite = suite.beside(extra_attacks(context, objective, threat, name, surrogates, behaviour))
+    beside = extra_attacks(context, objective, threat, name, surrogates, behaviour)
+    suite, left = for_distance(suite.beside(beside), context.victim.distance)
+    notes = (*notes, *left)
     if all(spec.targeted for spec in suite.specs):
         raise ValueError(
             f"no gradient reaches the input of this victim, and the tier {name!r} has no other attacks under "
@@ -252,7 +254,7 @@ class TierChecks:
         """(Q,) lowest AP over some restarts of an attack."""
         runner, columns = BlockRunner(context, self.store), []
         for done, restart in enumerate(restarts):
-            codes = as_codes(runner.queries(spec, restart).signs[:, 0])
+            codes = context.query.of(runner.queries(spec, restart).signs[:, 0])
             measured = measure_codes(context, codes, context.query_labels)
             columns.append(measured.per_query[context.protocol.headline])
             self.progress(done + 1, len(restarts), f"{spec.name} again")

@@ -14,6 +14,14 @@ from robusthash.core.runtime import Draws, choose_device, precision, seed_everyt
 from robusthash.core.types import Batch, LossTerms
 from robusthash.data.base import RetrievalData, batches
 from robusthash.data.transforms import augment
+from robusthash.models.hasher import Hasher
+from robusthash.training.data_parallel import (
+    average_buffers,
+    divided_among_processes,
+    reduce_gradients,
+    world,
+)
+from robusthash.training.least_batch import least_batch
 from robusthash.training.optimiser_groups import Group, divided
 from robusthash.training.recipe import FIGURES, Moment, Recipe
 
@@ -111,6 +119,10 @@ class TrainConfig:
         _one_of("batchnorm", self.batchnorm, ("train", "frozen"))
 
 
+class CheckpointError(ValueError):
+    """A checkpoint of another training than the one that goes on from it."""
+
+
 class RunLog(Protocol):
     """Store of a run's checkpoints and log lines; the loop itself touches no file."""
 
@@ -128,9 +140,11 @@ class _Optimisers:
     """The optimisers by the name of their settings, and how a step of each group updates them."""
 
     config: TrainConfig
+    hasher: Hasher
     groups: Mapping[str, Group]
     by_name: Mapping[str, torch.optim.Optimizer]
     scaler: torch.amp.GradScaler  # of fp16, whose small gradients would be 0; idle otherwise
+    least: int  # items that a step needs
 
     def step(self, group: str, loss: torch.Tensor, factor: float, turn: _Turn) -> float:
         """Take the gradients of a group and, where it is its turn, step its optimisers; its learning rate."""
@@ -141,6 +155,7 @@ class _Optimisers:
                 optimiser.zero_grad(set_to_none=True)
         self._add_gradients(self.scaler.scale(loss / turn.of), parameters, turn)
         if turn.last:
+            reduce_gradients(self.hasher, parameters)
             if self.config.clip:
                 for optimiser in stepped.values():
                     self.scaler.unscale_(optimiser)
@@ -208,20 +223,39 @@ def fit(
     training goes on from the last one to the same result as an uninterrupted run on the same machine.
 
     Raises:
+        CheckpointError: the last checkpoint is of other settings.
         FloatingPointError: a loss that is NaN or infinite, with epoch, step and terms.
         KeyError: an optimiser group that the configuration does not know.
-        ValueError: settings of a group that the recipe does not have.
+        ValueError: settings of a group that the recipe does not have; batches of one item, and a layer that
+            normalises over the batch alone.
     """
+    if world() > 1 and not recipe.data_parallel:
+        raise ValueError(
+            f"recipe {type(recipe).__name__} trains in one process alone; start it without torchrun"
+        )
     device = choose_device(config.device)
     seed_everything(config.seed)
     recipe.hasher.to(device)
-    recipe.setup(data, config.seed, config.batch_size)
+    with divided_among_processes(recipe.hasher):
+        recipe.setup(data, config.seed, config.batch_size)
+        lines = _train(recipe, data, config, device, run)
+    recipe.hasher.freeze([])
+    recipe.hasher.eval()
+    return lines
+
+
+def _train(
+    recipe: Recipe, data: RetrievalData, config: TrainConfig, device: torch.device, run: RunLog | None
+) -> list[dict[str, Any]]:
+    """Train a recipe that is set up; returns the entries of the log."""
     rates = {name: optim.lr for name, optim in config.optim.items()}
     groups, still = divided(recipe.hasher, recipe.parameter_groups(), rates)
     shares = {name: parameters for group in groups.values() for name, parameters in group.shares.items()}
     by_name = {name: config.optim[name].make(parameters) for name, parameters in shares.items()}
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    optimisers = _Optimisers(config, groups, by_name, scaler)
+    recipe.hasher.freeze(still, config.batchnorm == "frozen")
+    least = max(world(), least_batch(recipe, data, config.batch_size))
+    optimisers = _Optimisers(config, recipe.hasher, groups, by_name, scaler, least)
     if config.compile:
         for encoder in recipe.hasher.encoders.values():
             encoder.compile()
@@ -233,8 +267,6 @@ def fit(
         if run is not None:
             run.log(lines[-1])
             run.checkpoint(_state(recipe, optimisers, position, lines))
-    recipe.hasher.freeze([])
-    recipe.hasher.eval()
     return lines
 
 
@@ -259,10 +291,11 @@ def _epoch(
     pool = recipe.pool(at.epoch)
     items = len(data.train) if pool is None else len(pool)
     steps = math.ceil(items / config.batch_size)
+    steps -= steps > 1 and items % config.batch_size in range(1, optimisers.least)
     draws = Draws(config.seed, ("train",)).within(at.epoch)
     started, earlier, saved, rate = time.perf_counter(), at.seconds, time.perf_counter(), 0.0
-    order = draws.within("order")
-    loader = batches(data.train, config.batch_size, order, pool, recipe.hasher.modalities, at.step)
+    order, parts = draws.within("order"), recipe.hasher.modalities
+    loader = batches(data.train, config.batch_size, order, pool, parts, at.step, optimisers.least)
     for step, batch in enumerate(loader, at.step):
         updates = math.ceil(steps / config.accumulate)
         progress = (at.epoch + step // config.accumulate / updates) / config.epochs
@@ -278,6 +311,7 @@ def _epoch(
                     place = f"at epoch {at.epoch}, step {step}"
                     loss = _loss(terms, f"loss of {group!r} is not finite {place}")
                     rate = optimisers.step(group, loss, factor, turn)
+        average_buffers(recipe.hasher)
         at.step, at.seconds = step + 1, earlier + time.perf_counter() - started
         if run is not None:
             done, total = at.epoch * steps + step + 1, config.epochs * steps
@@ -311,6 +345,7 @@ def _state(recipe: Recipe, optimisers: _Optimisers, at: _Position, lines: list) 
     """All that the rest of training depends on; readable in weights-only mode."""
     return {
         **vars(at),
+        "processes": world(),
         "lines": lines,
         "modules": {name: module.state_dict() for name, module in recipe.modules().items()},
         "optimisers": {name: optimiser.state_dict() for name, optimiser in optimisers.by_name.items()},
@@ -327,15 +362,32 @@ def _resume(
     state = run.resume() if run is not None else None
     if state is None:
         return _Position(), []
-    for name, module in recipe.modules().items():
-        module.load_state_dict(state["modules"][name])
-    for name, optimiser in optimisers.by_name.items():
-        optimiser.load_state_dict(state["optimisers"][name])
-    if state.get("scaler"):
-        optimisers.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"])
-    if state["random_cuda"]:
-        torch.cuda.set_rng_state_all(state["random_cuda"])
-    # checkpoints of earlier versions were written at the end of an epoch alone
-    fields = (name for name in _Position.__dataclass_fields__ if name in state)
-    return _Position(**{name: state[name] for name in fields}), state["lines"]
+    if (processes := state.get("processes", 1)) != world():
+        raise CheckpointError(
+            f"was begun by {processes} processes, and there are {world()} now; start as many"
+        )
+    try:
+        for name, module in recipe.modules().items():
+            module.load_state_dict(state["modules"][name])
+        for name, optimiser in optimisers.by_name.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+            _check_shapes(optimiser)
+        if state.get("scaler"):
+            optimisers.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        # checkpoints of earlier versions were written at the end of an epoch alone
+        fields = (name for name in _Position.__dataclass_fields__ if name in state)
+        return _Position(**{name: state[name] for name in fields}), list(state["lines"])
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"does not fit this training ({reason})") from None
+
+
+def _check_shapes(optimiser: torch.optim.Optimizer) -> None:
+    """Refuse a state of other shapes than the parameters, which torch finds out in the first step."""
+    for parameter, state in optimiser.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")

@@ -14,6 +14,7 @@ from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Codes, LossTerms, Outputs
 from robusthash.data.base import RetrievalData, Split, batches
+from robusthash.models.external.wrap import require_hasher
 from robusthash.models.hasher import Encoder, Hasher, frozen
 from robusthash.objectives.base import CodeMemory, HashObjective, TrainFacts, share_similar
 
@@ -36,6 +37,9 @@ class Recipe(ABC):
     groups: ClassVar[tuple[str, ...] | None] = None
     """The optimiser groups that it may have, the first always, by which a recipe file is checked when it is
     read; None leaves that to training."""
+
+    data_parallel: ClassVar[bool] = True
+    """It calls the hasher as a whole, so that several processes may each hash a share of a batch."""
 
     hasher: Hasher
 
@@ -79,7 +83,8 @@ def train_facts(split: Split, hasher: Hasher, seed: int) -> TrainFacts:
 
 
 def check_modalities(hasher: Hasher, data: RetrievalData) -> None:
-    """Refuse data that lack a modality of the hasher."""
+    """Refuse a net that is no hasher, and data that lack a modality of the hasher."""
+    require_hasher(hasher)
     for name in hasher.modalities:
         if name not in data.modalities:
             raise ValueError(f"this hasher encodes {name!r}, {data.name} has {list(data.modalities)}")

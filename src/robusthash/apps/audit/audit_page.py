@@ -7,9 +7,11 @@ from typing import Any
 
 from robusthash.apps.audit.measured_rows import AuditExample, AuditRow
 from robusthash.apps.audit.photo_collection import STORED_QUALITY
+from robusthash.apps.audit.verdict import share_found, verdict
 from robusthash.apps.reports.charts import UNIT, Chart, ChartAxis, Dot, IntervalChart, Tone
 from robusthash.apps.reports.pages import render
 from robusthash.metrics.results import Flag
+from robusthash.models.external.loaders import NAMES
 from robusthash.robustness.checks.base import CHECKS
 
 _TONES: dict[str, Tone] = {"everyday": "b", "random noise": "f", "on purpose": "a", "unchanged": "e"}
@@ -19,15 +21,25 @@ _SERIES = {
     "noise": "random noise",
     "hide": "on purpose",
     "hide-worst": "on purpose",
+    "hide-saved": "on purpose",
 }
 _PLAIN_TITLES = {
     "F1": "Asked again, it gives another code: share of the photographs.",
     "F2": "The weights show an attack no way, because the gradient is exactly 0: share of the photographs.",
     "F3": "Answers or gradients that are no numbers: share of the photographs.",
+    "F10": "What an attack follows goes with what it is scored by: 1 is always, 0 is never.",
+    "F11": "The attack gave back a worse picture than it had found: share of the photographs.",
+    "F12": "The attack was still getting stronger when it ended: share of the photographs.",
+    "F13": "Steps at random beat the step along the gradient: share of the photographs.",
+    "F14": "The gradient is not that of the model, measured by small changes: share of the photographs.",
     "F15": "It adapts itself to each picture while it looks at it (1 is yes).",
+    "F16": "Bits that depend on rounding inside the computer: share of them.",
     "F17": "Many pictures share a code, so that luck decides which comes first.",
     "F19": "Parts that still run as in training, where answers depend on luck or company.",
     "F20": "The largest number that reaches its first layer; too large where pictures are normalised twice.",
+    "F21": "Photographs that are asked for and stored pixel by pixel the same.",
+    "F22": "An attack that may change nothing changes the answer: share of the photographs.",
+    "F23": "Ways in which it does not behave as it says.",
 }
 _REMEDIES = {
     "crop-5": "Store a few crops of each picture, or hash parts of it, so that a trimmed copy is still known",
@@ -48,32 +60,33 @@ def audit_page(
     """The whole page. ``summary`` is that of ``run_audit``."""
     by_radius = summary["matches by"] == "radius"
     first = {row.kind: row for row in reversed(rows)}
-    shares = {row: row.recognised if by_radius and row.recognised is not None else row.first for row in rows}
+    shares = {row: share_found(row, by_radius) for row in rows}
     everyday = [row for row in rows if row.kind == "everyday"]
     weak: dict[str, list[AuditRow]] = {}
     for row in (row for row in everyday if shares[row] < _FEW):
         weak.setdefault(_REMEDIES.get(row.name, _REMEDY), []).append(row)
-    levels = ("red", "amber", "pass")
     return render(
         "audit.html.j2",
         title=f"How easily is {summary['title']} fooled?",
         summary=summary,
+        verdict=verdict(summary, rows, flags),
         word="recognised" if by_radius else "found first",  # what a share counts, as a reader says it
+        formula=summary["target"] in NAMES,  # nothing in it is learned
         shares=shares,
         few=_FEW,
         same=first["same"],
         everyday=min(everyday, key=lambda row: (shares[row], row.map)),
         weakest=min(everyday, key=lambda row: shares[row]),
         noise=first.get("noise"),
-        hide=first.get("hide-worst"),
+        hide=first["hide-worst"],
         imitate=first.get("imitate-worst"),
         weak=weak,
         changes=[row for row in rows if row.kind in _SERIES],
         imitation=[row for row in rows if row.kind not in _SERIES],
         chart=_chart(rows, shares, by_radius),
         examples=examples,
-        flags=[flag for level in levels for flag in flags if flag.level == level],
-        reds=sum(flag.level == "red" for flag in flags),
+        raised=[flag for level in ("red", "amber") for flag in flags if flag.level == level],
+        passed=[flag for flag in flags if flag.level == "pass"],
         titles={flag.id: _PLAIN_TITLES.get(flag.id, CHECKS[flag.id].title) for flag in flags},
         stored_quality=STORED_QUALITY,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robusthash.apps.audit.photo_collection import Photos
 from robusthash.apps.experiment.demo_run import colour_variety
-from robusthash.core.hamming import topk
+from robusthash.core.embeddings import nearest
 from robusthash.data.image_files import read_image
 from robusthash.evaluation.attack_block import AttackedBlock, in_8bit
 from robusthash.evaluation.attack_spec import AttackSpec
@@ -20,7 +20,17 @@ from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import CategoryScores, CopyScores, copy_scores
 from robusthash.metrics.distortion import pixel_norms
 
-Change = Literal["same", "everyday", "noise", "hide", "hide-worst", "imitate", "imitate-worst"]
+Change = Literal[
+    "same",
+    "everyday",
+    "noise",
+    "hide",
+    "hide-worst",
+    "hide-saved",
+    "imitate",
+    "imitate-worst",
+    "imitate-saved",
+]
 Columns = tuple[str, str, str, Change]
 """First columns of a row: name, words for readers, how visible it is, what it is."""
 
@@ -41,7 +51,7 @@ class AuditRow:
     map: float  # mean of 1 / rank: of the own copy, or under ``imitate`` of the other photograph's
     first: float  # share whose copy (or target) came first
     recognised: float | None = None  # share within the radius; None where there are no codes
-    bits: float | None = None  # mean bits that differ from the copy (or target)
+    bits: float | None = None  # mean distance to the copy (or target): bits, or that of vectors
     largest: float = 0.0  # largest change of a pixel, of 255
     psnr: float | None = None  # dB, of the mean squared change over all photographs; None without a change
     per_photo: tuple[float, ...] = ()  # 1 / rank of each
@@ -56,7 +66,7 @@ class Shot:
 
     picture: Tensor  # (3, h, w) uint8
     name: str
-    distance: int
+    distance: float
     role: Role
 
 
@@ -96,8 +106,11 @@ def difference(before: Tensor, after: Tensor) -> dict[str, Any]:
     return {"largest": largest, "psnr": None if mse == 0 else -10 * math.log10(mse)}
 
 
-def worst_of(answers: Sequence[CopyScores], imitate: bool = False) -> tuple[CopyScores, Tensor]:
-    """Each photograph's worst case over several attacks, and which attack it was by rank.
+def worst_of(
+    answers: Sequence[CopyScores], imitate: bool = False, by_radius: bool = False
+) -> tuple[CopyScores, Tensor]:
+    """Each photograph's worst case over several attacks, and which attack it was: by rank, or by bits where
+    matches are those within a radius.
 
     Rank, coming first and distance are each taken at their own worst, which for imitation is their best. The
     category is taken at its worst in both.
@@ -105,16 +118,18 @@ def worst_of(answers: Sequence[CopyScores], imitate: bool = False) -> tuple[Copy
     ap, bits = torch.stack([each.ap for each in answers]), torch.stack([each.bits for each in answers])
     first = torch.stack([each.first for each in answers])
     # of equal ranks, the attack that moved more bits
-    score = (ap if imitate else -ap) + (bits if not imitate else -bits).double() * 1e-9
+    score = (ap if imitate else -ap) + (bits if not imitate else -bits).double() * (
+        1e9 if by_radius else 1e-9
+    )
     winner = score.argmax(0)
-    packed = torch.stack([each.packed for each in answers])[winner, torch.arange(len(winner))]
+    rows = torch.stack([each.rows for each in answers])[winner, torch.arange(len(winner))]
     kinds = [each.kind for each in answers if each.kind is not None]
     kind = (
         CategoryScores(torch.stack([each.ap for each in kinds]).amin(0), kinds[0].chance) if kinds else None
     )
     if imitate:
-        return CopyScores(ap.amax(0), first.amax(0), bits.amin(0), packed, kind), winner
-    return CopyScores(ap.amin(0), first.amin(0), bits.amax(0), packed, kind), winner
+        return CopyScores(ap.amax(0), first.amax(0), bits.amin(0), rows, kind), winner
+    return CopyScores(ap.amin(0), first.amin(0), bits.amax(0), rows, kind), winner
 
 
 @dataclass(frozen=True)
@@ -133,7 +148,7 @@ class CopySearch:
 
     context: EvaluationContext
     photos: Photos
-    radius: int
+    radius: float
     categories: Tensor | None = None  # (M, G) one-hot category of each stored copy, where they are known
 
     @property
@@ -169,7 +184,7 @@ class CopySearch:
         answers = self.find(signs)
         row, rule = self._pick(answers, hidden=True)
         text = f"The everyday change that costs this search most: {words}. Shown is {rule}."
-        return self._example("An everyday change", text, row, images[row], answers.packed[row])
+        return self._example("An everyday change", text, row, images[row], answers.rows[row])
 
     def attacked_example(
         self, answers: CopyScores, images: Tensor, targeted: bool, eps: float
@@ -181,7 +196,7 @@ class CopySearch:
         level = f"no pixel by more than {eps * 255:g} of 255 brightness levels"
         text = f"Changed on purpose so that the search {aim}, {level}. Shown is {rule}."
         title = "Taken for another" if targeted else "Hidden on purpose"
-        return self._example(title, text, row, images[row], answers.packed[row], target)
+        return self._example(title, text, row, images[row], answers.rows[row], target)
 
     def _pick(self, answers: CopyScores, hidden: bool) -> tuple[int, str]:
         """A photograph for the pictures, and the rule it was picked by."""
@@ -202,17 +217,17 @@ class CopySearch:
         return furthest, "the one on which this went furthest; nothing was gained by it on any"
 
     def _example(
-        self, title: str, text: str, row: int, changed: Tensor, packed: Tensor, target: int | None = None
+        self, title: str, text: str, row: int, changed: Tensor, asked: Tensor, target: int | None = None
     ) -> AuditExample:
         original = self.images[row]
         largest = float((changed - original).abs().max())
         gain = min(32.0, 0.5 / largest) if largest else 1.0
-        before = self._shots(self.context.query.packed[row], row, target)
-        return AuditExample(title, text, original, changed, gain, before, self._shots(packed, row, target))
+        before = self._shots(self.context.query.rows()[row], row, target)
+        return AuditExample(title, text, original, changed, gain, before, self._shots(asked, row, target))
 
-    def _shots(self, packed: Tensor, own: int, target: int | None) -> tuple[Shot, ...]:
+    def _shots(self, asked: Tensor, own: int, target: int | None) -> tuple[Shot, ...]:
         database = self.context.database
-        ids, distances = topk(packed[None], database.packed, min(_HITS, len(database)))
+        ids, distances = nearest(self.context.query.of(asked[None]), database, min(_HITS, len(database)))
         roles: dict[int | None, Role] = {target: "target", own: "own"}
         shots = []
         for item, distance in zip(ids[0].tolist(), distances[0].tolist(), strict=True):

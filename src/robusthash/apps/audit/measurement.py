@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robusthash.apps.audit.audit_page import audit_page, category_sentence
 from robusthash.apps.audit.measured_rows import (
@@ -32,6 +32,7 @@ from robusthash.apps.audit.photo_collection import (
     read_photos,
 )
 from robusthash.apps.audit.targets import AuditOptions, Target, hostile_attacks, open_target, size_of
+from robusthash.apps.audit.verdict import verdict
 from robusthash.apps.audit.warnings import model_flags, model_warnings
 from robusthash.apps.experiment.run_directory import write_json
 from robusthash.attacks.oracle import ids_lost
@@ -40,12 +41,12 @@ from robusthash.attacks.threat_model import threat_on
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Inputs
-from robusthash.data.transforms import EVERYDAY, noise
+from robusthash.data.transforms import EVERYDAY, jpeg, noise
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.copy_detection import COPIES, calibrated_radius, copies_data, false_matches
 from robusthash.evaluation.runner import BlockRunner
 from robusthash.metrics.results import Flag, software_versions
-from robusthash.models.encoding import encode_signs, encode_split
+from robusthash.models.encoding import encode_searched, encode_signs
 from robusthash.models.external.http_endpoint import Endpoint
 from robusthash.models.hasher import Hasher
 
@@ -57,12 +58,17 @@ _MISSED = "made to be missed, the worst of these for each photograph"
 _HIDDEN: Columns = ("hide, worst case", _MISSED, "hardly", "hide-worst")
 _TAKEN: Columns = ("imitate, best case", "made to look like another photograph", "hardly", "imitate-worst")
 
+_SAVED = 95  # JPEG quality of what an attacker uploads
+_AGAIN = f"the same files, saved again as JPEG {_SAVED}"
+_HIDDEN_SAVED: Columns = (f"hide, then JPEG {_SAVED}", _AGAIN, "hardly", "hide-saved")
+_TAKEN_SAVED: Columns = (f"imitate, then JPEG {_SAVED}", _AGAIN, "hardly", "imitate-saved")
+
 Lists = list[tuple[str, ...]]
 """Ids that an endpoint answers, nearest first, by photograph."""
 
 
 def run_audit(
-    target: str,
+    target: str | nn.Module,
     out: Path,
     photos: Path | None = None,
     options: AuditOptions = AuditOptions(),
@@ -86,19 +92,23 @@ def run_audit(
     size = size_of(target, options.size)
     collection = read_photos(photos, size, options.limit, options.seed, options.max_pixels)
     categories = read_categories(collection) if options.labels else None
-    opened = open_target(target, collection.first(_TRIED), options.bits, options.limits)
+    kept = out / "answers.jsonl"
+    few = collection.first(_TRIED)
+    opened = open_target(target, few, options.bits, options.limits, options.reading, kept)
     out.mkdir(parents=True, exist_ok=True)
     plan = _Plan(opened, collection, categories, options, progress)
     measured = _Measured(_audit_ids(plan)) if opened.hasher is None else _audit_codes(plan, opened.hasher)
     summary = {
-        "target": target,
+        "target": opened.name,
         "title": opened.title,
         "said": [*opened.remarks, *measured.remarks],
         "doubts": list(measured.warnings),
         "gradients": opened.gradients,
+        "black box": opened.black_box,
         "bits": None if opened.hasher is None else opened.hasher.bits,
+        "distance": None if opened.hasher is None else opened.hasher.distance,
         "radius": measured.radius,
-        "matches by": "rank" if opened.radius is None and options.radius is None else "radius",
+        "matches by": "radius" if plan.by_radius else "rank",
         "false matches": measured.false_matches,
         "size": size,
         "eps": options.eps,
@@ -112,10 +122,13 @@ def run_audit(
         "software": software_versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
+    summary["verdict"] = asdict(verdict(summary, measured.rows, measured.flags))
     page = audit_page(summary, measured.rows, measured.examples, measured.flags)
     with write_aside(out / "report.html") as aside:
         aside.write_text(page, encoding="utf-8")
     write_json(out / "audit.json", summary)
+    if opened.endpoint is not None:
+        opened.endpoint.forget()  # another audit asks again: the search may have changed
     return summary
 
 
@@ -133,6 +146,11 @@ class _Plan:
     def images(self) -> Tensor:
         """(Q, 3, S, S) float: the photographs that are searched for."""
         return self.photos.first(self.options.tier.queries)
+
+    @property
+    def by_radius(self) -> bool:
+        """Pictures within a radius that somebody has set count as the same."""
+        return self.target.radius is not None or self.options.radius is not None
 
     def changes(self) -> list[tuple[Columns, Callable[[Tensor], Tensor]]]:
         """Everyday changes and noise: the first columns of the row of each, and the change."""
@@ -153,7 +171,7 @@ class _Measured:
     examples: tuple[AuditExample, ...] = ()
     remarks: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    radius: int | None = None
+    radius: float | None = None
     false_matches: float | None = None
     flags: tuple[Flag, ...] = ()
 
@@ -165,12 +183,12 @@ def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
     target, photos, tier = plan.target, plan.photos, plan.options.tier
     images = plan.images
     if target.endpoint is not None:
-        attacked = min(tier.attacked, len(images)) * (tier.questions + 2)
+        attacked = min(tier.attacked, len(images)) * (tier.questions + 3)
         target.endpoint.check_budget(len(photos) + len(images) * (len(EVERYDAY) + 2) + attacked)
     context = _context(plan, hasher)
     radius, remarks = _radius(plan, context)
     search = CopySearch(context, photos, radius, None if plan.categories is None else plan.categories.stored)
-    unchanged = search.find(context.query.signs().float())
+    unchanged = search.find(context.query.rows().float())
     rows = [search.row(("unchanged", "nothing", "no", "same"), unchanged, images)]
     changed: dict[str, tuple[Tensor, Tensor]] = {}  # (signs, images) of each change
     for number, (columns, change) in enumerate(plan.changes()):
@@ -188,25 +206,31 @@ def _audit_codes(plan: _Plan, hasher: Hasher) -> _Measured:
         tuple(model_warnings(target, context, photos)),
         radius,
         false_matches(context, radius),
-        model_flags(target, context, plan.options.eps),
+        model_flags(target, context, plan.options.eps, tier.checked, plan.progress),
     )
 
 
-def _radius(plan: _Plan, context: EvaluationContext) -> tuple[int, tuple[str, ...]]:
-    """The bits that may differ, and a sentence where nobody says how many."""
-    bits = context.victim.bits
+def _radius(plan: _Plan, context: EvaluationContext) -> tuple[float, tuple[str, ...]]:
+    """The bits that may differ (the distance of vectors), and a sentence where nobody says how many."""
+    bits, distance = context.victim.bits, context.victim.distance
     remarks: tuple[str, ...] = ()
     radius = plan.target.radius if plan.options.radius is None else plan.options.radius
     if radius is None:
         radius = calibrated_radius(context)
+        how, largest = "many bits may differ between", "number"
+        if distance != "hamming":
+            how, largest = f"large the {distance} distance may be of", "distance"
         remarks = (
-            "Nobody has said how many bits may differ between two pictures that count as the same, so the "
-            "largest number was taken at which at most 1 % of the pairs of different photographs do: "
-            f"{radius}.",
+            f"Nobody has said how {how} two pictures that count as the same, so the largest {largest} was "
+            f"taken at which at most 1 % of the pairs of different photographs do: {radius:g}.",
         )
-    if not 0 <= radius < bits:
-        raise ValueError(f"the radius must lie in 0..{bits - 1} for {bits} bits, got {radius}")
-    return radius, remarks
+    if distance != "hamming":
+        if radius < 0:
+            raise ValueError(f"the radius is a {distance} distance of at least 0, got {radius:g}")
+        return radius, remarks
+    if not 0 <= radius < bits or radius != int(radius):
+        raise ValueError(f"the radius must lie in 0..{bits - 1} for {bits} bits, got {radius:g}")
+    return int(radius), remarks
 
 
 def _context(plan: _Plan, hasher: Hasher) -> EvaluationContext:
@@ -215,14 +239,14 @@ def _context(plan: _Plan, hasher: Hasher) -> EvaluationContext:
     note = f"stored copies are JPEG files of quality {STORED_QUALITY}"
     data = copies_data(photos.pixels[: plan.options.tier.queries], photos.stored, note)
     both = ("image", "image")
-    database = encode_split(
+    database = encode_searched(
         hasher.for_database(),
         data.database,
         batch_size=_BATCH,
         modality="image",
         progress=lambda done, total: plan.progress(done, total, "encoding the stored copies"),
     )["image"]
-    query = encode_split(hasher, data.query, batch_size=_BATCH, modality="image")["image"]
+    query = encode_searched(hasher, data.query, batch_size=_BATCH, modality="image")["image"]
     seed = plan.options.seed
     return EvaluationContext(hasher, data, COPIES, both, data.query, query, database, seed, _BLOCK)
 
@@ -236,7 +260,10 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[Audit
     """Run every attack on the first photographs: a row for each, and for the worst of those of one aim."""
     tier, eps = plan.options.tier, plan.options.eps
     few = search.first(min(tier.attacked, len(search.context.queries)))
-    specs = hostile_attacks(plan.target, tier, eps)
+    by_radius = plan.by_radius
+    victim = search.context.victim
+    counted = (victim.bits, int(search.radius)) if by_radius and victim.distance == "hamming" else None
+    specs = hostile_attacks(plan.target, tier, eps, counted)
     runs = [(spec, restart) for spec in specs for restart in range(spec.restarts)]
     results: dict[bool, list[AttackResult]] = {False: [], True: []}
     runner = BlockRunner(few.context)
@@ -256,14 +283,18 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[Audit
         kind: Change = "imitate" if targeted else "hide"
         aim = "pass for another" if targeted else "be missed"
         if targeted:
-            before = few.find(few.context.query.signs().float(), few.context.targets[:, 0])
+            before = few.find(few.context.query.rows().float(), few.context.targets[:, 0])
             rows.append(few.row(("before the attack", "nothing", "no", kind), before, few.images))
         for each in of_aim:
             words = f"made to {aim} by someone who {who[each.spec.kind]}"
             rows.append(few.row((each.name, words, "hardly", kind), each.answers, each.images))
-        worst, winner = worst_of([each.answers for each in of_aim], targeted)
+        worst, winner = worst_of([each.answers for each in of_aim], targeted, by_radius)
         images = torch.stack([each.images for each in of_aim])[winner, torch.arange(len(winner))]
         rows.append(few.row(_TAKEN if targeted else _HIDDEN, worst, images))
+        saved = jpeg(images, _SAVED)
+        labels = few.context.targets[:, 0] if targeted else None
+        answers = few.find(_signs(few.context.victim, saved), labels)
+        rows.append(few.row(_TAKEN_SAVED if targeted else _HIDDEN_SAVED, answers, saved))
         examples.append(few.attacked_example(worst, images, targeted, eps))
     return rows, examples
 
@@ -274,9 +305,9 @@ def _attack(plan: _Plan, search: CopySearch) -> tuple[list[AuditRow], list[Audit
 def _audit_ids(plan: _Plan) -> tuple[AuditRow, ...]:
     """Measure an endpoint that answers ids alone, unchanged, under everyday changes and noise, and attacked.
 
-    Right is the id that came first for the unchanged photograph. 1 / rank is 0 where that id is not in the
-    answer, so longer answers can only raise it. The attack sees lists alone and tries to empty them of what
-    they first held.
+    Right is the id that came first for the unchanged photograph; where nothing was found for it, nothing is
+    right. 1 / rank is 0 where the right id is not in the answer, so longer answers can only raise it. The
+    attack sees lists alone and tries to empty them of what they first held.
 
     Raises:
         ValueError: the budget is too small, or the ids tell no categories; nothing has been asked then but
@@ -290,15 +321,16 @@ def _audit_ids(plan: _Plan) -> tuple[AuditRow, ...]:
     endpoint.check_budget(len(images) * (len(EVERYDAY) + 2) + len(few) * (tier.questions + 1))
     if categories is not None:
         for part in (images[:1], images):  # refused by the first answer already, where that will do
-            categories.require_known(_ask(endpoint, part), endpoint.url)
+            if any(lists := _ask(endpoint, part)):
+                categories.require_known(lists, endpoint.url)
     unchanged = _ask(endpoint, images)
     width = max(map(len, unchanged)) - 1  # ids that count for categories, the own one left out
 
     def row(columns: Columns, before: Tensor, after: Tensor) -> AuditRow:
         answers = _ask(endpoint, after)
-        pairs = [(ids, right[0]) for ids, right in zip(answers, unchanged, strict=False)]
-        ap = [1 / (1 + ids.index(right)) if right in ids else 0.0 for ids, right in pairs]
-        first = sum(ids[0] == right for ids, right in pairs) / len(pairs)
+        pairs = [(ids, right[:1]) for ids, right in zip(answers, unchanged, strict=False)]
+        ap = [1 / (1 + ids.index(right[0])) if right and right[0] in ids else 0.0 for ids, right in pairs]
+        first = ap.count(1.0) / len(ap)
         names = plan.photos.names[: len(answers)]
         by_category = None if categories is None else categories.found_in(answers, names, width)
         measured = {"per_photo": tuple(ap), **difference(before, after), **category_columns(by_category)}
@@ -324,7 +356,7 @@ def _searched(plan: _Plan, endpoint: Endpoint, images: Tensor) -> Tensor:
 
     def ask(inputs: Inputs) -> Tensor:
         answers = _ask(endpoint, inputs["image"])
-        width = first[0].shape[1] if first else max(len(ids) for ids in answers)
+        width = first[0].shape[1] if first else max(1, *(len(ids) for ids in answers))
         ids = _numbered(answers, numbers, width)
         first.extend([ids][len(first) :])
         plan.progress(next(asked), questions, "searching by questions")
@@ -343,7 +375,8 @@ def _numbered(answers: Lists, numbers: dict[str, int], width: int) -> Tensor:
 
 
 def _ask(endpoint: Endpoint, images: Tensor) -> Lists:
-    answers = [answer.ids for answer in endpoint.answers(images)]
-    if not all(answers):
+    """Ids by image, none where the search found nothing."""
+    answers = endpoint.answers(images)
+    if any(answer.code is not None for answer in answers):
         raise ValueError(f"{endpoint.url} answered a code, and ids before")
-    return answers
+    return [answer.ids for answer in answers]

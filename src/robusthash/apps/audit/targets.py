@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robusthash.apps.audit.radius_attacks import radius_attacks
 from robusthash.apps.experiment import model_stages
 from robusthash.apps.experiment.run_directory import load_run
 from robusthash.attacks.base import Attack
@@ -17,15 +20,21 @@ from robusthash.attacks.losses import ScaleFree
 from robusthash.attacks.pgd import APGD
 from robusthash.attacks.published import guided_apgd, mainstay
 from robusthash.attacks.query_search import Square
+from robusthash.attacks.ranking_losses import MarginPN, Tallied
 from robusthash.attacks.threat_model import threat_on
 from robusthash.core.registry import nearest
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
 from robusthash.models.external.http_endpoint import Endpoint
-from robusthash.models.external.loaders import NAMES, load_onnx, load_python, load_torchscript, perceptual
-from robusthash.models.external.wrapper import Call, foreign
+from robusthash.models.external.loaders import NAMES, load_python, load_torchscript, perceptual
+from robusthash.models.external.model_answers import AS_IT_IS, AnswerReading, Call
+from robusthash.models.external.onnx_file import load_onnx
+from robusthash.models.external.wrapper import foreign
 from robusthash.models.hasher import Hasher, frozen
+from robusthash.robustness.checks.model_checks import Purpose
 from robusthash.robustness.specs.oracle_attacks import OracleAttack
 
+_BEHIND_HTTP = "an endpoint shows its answers alone"
+_LONGER = 3  # attacks on a radius take this many times the steps: their models are small
 _SIZE = 224  # pixels a side, where neither the user nor a run says
 
 
@@ -38,6 +47,7 @@ class Tier:
         attacked: of these, how many are attacked.
         steps: of each attack that follows gradients.
         questions: oracle queries that a black-box attack may make for one photograph.
+        checked: photographs on which the checks look at the model.
     """
 
     name: str
@@ -45,15 +55,16 @@ class Tier:
     attacked: int
     steps: int
     questions: int = 300
+    checked: int = 16
 
     def __post_init__(self) -> None:
-        if min(self.queries, self.attacked, self.questions) < 1 or self.steps < 2:
+        if min(self.queries, self.attacked, self.questions, self.checked) < 1 or self.steps < 2:
             raise ValueError(
                 f"an audit needs queries, attacked ones, questions and 2 steps at least, got {self}"
             )
 
 
-TIERS = {"smoke": Tier("smoke", 20, 4, 5, 30), "fast": Tier("fast", 200, 12, 20)}
+TIERS = {"smoke": Tier("smoke", 20, 4, 5, 30, 4), "fast": Tier("fast", 200, 12, 20)}
 
 
 def tier_named(name: str) -> Tier:
@@ -83,10 +94,12 @@ class AuditOptions:
         size: pixels a side of the target's inputs; see ``size_of``.
         bits: K where known; found out by default.
         eps: budget of noise and attacks in (0, 0.5], L-infinity in pixels of [0, 1].
-        radius: bits that may differ between two pictures that count as the same; by default the custom of a
-            perceptual hash, else the largest at which at most 1 % of the pairs of different photographs do.
+        radius: bits (of vectors the distance) that may differ between two pictures that count as the same; by
+            default the custom of a perceptual hash, else the largest at which at most 1 % of the pairs of
+            different photographs do.
         limit: photographs read at most.
         seed: of the choice of photographs, the noise and the attacks.
+        reading: of the answers of a model that is no run: bits or an embedding, and which of several outputs.
         max_pixels: of a photograph that is read (width x height); as of ``read_image`` by default.
     """
 
@@ -95,11 +108,12 @@ class AuditOptions:
     bits: int | None = None
     tier: Tier = TIERS["fast"]
     eps: float = 8 / 255
-    radius: int | None = None
+    radius: float | None = None
     limit: int = 1000
     seed: int = 0
     limits: EndpointLimits = EndpointLimits()
     max_pixels: int | None = None
+    reading: AnswerReading = AS_IT_IS
 
     def __post_init__(self) -> None:
         if not 0 < self.eps <= 0.5:
@@ -121,15 +135,17 @@ class Target:
     remarks: tuple[str, ...] = ()
     foreign: bool = True
     by_torch: bool = False  # torch computes it, so that there should be gradients, whether or not there are
+    purpose: Purpose = "unknown"  # whether its codes were made to find copies
+    black_box: str = ""  # why there are no gradients, where there are none
 
 
-def size_of(target: str, size: int | None) -> int:
+def size_of(target: str | nn.Module, size: int | None) -> int:
     """Pixels a side of the target's inputs: a run's own, else ``size``, else 224.
 
     Raises:
         ValueError: a size that a run was not trained on, or a run on vectors of features.
     """
-    if not _is_run(target):
+    if isinstance(target, nn.Module) or not _is_run(target):
         return _SIZE if size is None else size
     trained = load_run(Path(target)).card()["image_size"]
     if len(trained) != 2:
@@ -144,35 +160,48 @@ def size_of(target: str, size: int | None) -> int:
 
 
 def open_target(
-    target: str, images: Tensor, bits: int | None = None, limits: EndpointLimits = EndpointLimits()
+    target: str | nn.Module,
+    images: Tensor,
+    bits: int | None = None,
+    limits: EndpointLimits = EndpointLimits(),
+    reading: AnswerReading = AS_IT_IS,
+    kept: Path | None = None,
 ) -> Target:
     """Open what the user named and try it on a few of the photographs.
 
     Args:
         target: a run directory; ``module:name``; a ``.pt`` (TorchScript) or ``.onnx`` file; an ``http(s)``
-            address; or ``phash``, ``dhash``, ``whash``, ``pdq``.
+            address; ``phash``, ``ahash``, ``dhash``, ``whash``, ``pdq``; or a net in memory, ours or another.
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
+        reading: of the answers of a model that is no run; runs, hashes and endpoints have one of their own.
+        kept: a file of an endpoint's answers, so that an interrupted audit goes on.
 
     Raises:
         ValueError: none of these, or a model that is broken (``Broken``).
         FileNotFoundError, ImportError: a file or a module is missing.
     """
-    path = Path(target)
-    if target.startswith(("http://", "https://")):
-        return _open_endpoint(target, images, bits, limits)
+    if isinstance(target, nn.Module):
+        return _open_net(target, images, bits, reading)
+    path, by_url = Path(target), target.startswith(("http://", "https://"))
+    if reading != AS_IT_IS and (by_url or target in NAMES or _is_run(target)):
+        raise ValueError(f"{target} answers bits or ids; leave --output, --metric and --output-name out")
+    if by_url:
+        return _open_endpoint(target, images, bits, limits, kept)
     if target in NAMES:
-        known = perceptual(target)
-        return _wrapped(target, known.title, known, images, bits, radius=known.radius)
+        known, bit = perceptual(target), AnswerReading("logits")
+        return _wrapped(target, known.title, known, images, bits, bit, radius=known.radius, purpose="this")
     if _is_run(target):
         return _open_run(target, bits)
     if path.suffix == ".onnx":
-        model, *remarks = load_onnx(path, images)
-        return _wrapped(target, path.name, model, images, bits, tuple(remarks))
+        model, reason = load_onnx(path, images, reading.name)
+        way = f"by onnxruntime as a black box: {reason}" if reason else "by torch, so that attacks follow it"
+        remark, one = f"The ONNX file is computed {way}.", replace(reading, name=None)
+        return _wrapped(target, path.name, model, images, bits, one, (remark,), reason=reason)
     if path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
-        return _wrapped(target, path.name, load_torchscript(path), images, bits)
+        return _wrapped(target, path.name, load_torchscript(path), images, bits, reading)
     if ":" in target:
-        return _wrapped(target, path.name, load_python(target), images, bits)
+        return _wrapped(target, path.name, load_python(target), images, bits, reading)
     raise ValueError(
         f"{target!r} is no run directory, module:name, .pt or .onnx file, http address, nor one of "
         f"{', '.join(NAMES)}{nearest(target, NAMES).partition(' Known')[0]}"
@@ -188,12 +217,55 @@ def _open_run(target: str, bits: int | None) -> Target:
     if "image" not in hasher.modalities:
         raise ValueError(f"{target} hashes {', '.join(hasher.modalities)}, and an audit needs images")
     if bits is not None and bits != hasher.bits:
-        raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave it at auto")
+        raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave --bits out")
     remark = (
         f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
     )
-    title = "/".join(Path(target).parts[-2:])
-    return Target(target, title, hasher, True, remarks=(remark,), foreign=False, by_torch=True)
+    run = load_run(Path(target))
+    purpose: Purpose = "this" if _finds_copies(run.config.data) else "other"
+    return Target(
+        target,
+        run.card()["name"],
+        hasher,
+        True,
+        remarks=(remark,),
+        foreign=False,
+        by_torch=True,
+        purpose=purpose,
+    )
+
+
+def _finds_copies(data: Mapping[str, Any] | str) -> bool:
+    """True where training data hold changed copies of each item, so that codes are made to find them."""
+    if isinstance(data, str):
+        return data == "photos"
+    if data["name"] == "copies":
+        return True
+    if data["name"] == "photos":
+        return data.get("labels", "photo") == "photo"
+    return data.get("relevance") == "copies"
+
+
+class _Logits(nn.Module):
+    """A hasher as a net that answers its logits."""
+
+    def __init__(self, hasher: Hasher) -> None:
+        super().__init__()
+        self.hasher = hasher
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.hasher({"image": images})["image"].logits
+
+
+def _open_net(net: nn.Module, images: Tensor, bits: int | None, reading: AnswerReading) -> Target:
+    name = str(net.spec.get("foreign", "a hasher")) if isinstance(net, Hasher) else type(net).__name__
+    tensor = next(chain(net.parameters(), net.buffers()), images)
+    model = _Logits(net) if isinstance(net, Hasher) else net
+    if isinstance(net, Hasher):  # it says itself how it is searched
+        reading = (
+            AnswerReading("logits") if net.distance == "hamming" else AnswerReading("float", net.distance)
+        )
+    return _wrapped(name, name, model, images.to(tensor.device), bits, reading)
 
 
 def _wrapped(
@@ -202,13 +274,27 @@ def _wrapped(
     model: Call,
     images: Tensor,
     bits: int | None,
+    reading: AnswerReading,
     remarks: tuple[str, ...] = (),
     radius: int | None = None,
+    purpose: Purpose = "unknown",
+    reason: str = "",
 ) -> Target:
-    wrapped = foreign(model, images, name, bits)
+    wrapped = foreign(model, images, name, bits, reading)
     by_torch = isinstance(model, nn.Module) or _has_graph(wrapped.hasher, images[:1])
+    black_box = "" if wrapped.gradients else reason or "its answers cannot be differentiated"
     remarks = (*wrapped.said, *remarks)
-    return Target(name, title, wrapped.hasher, wrapped.gradients, None, radius, remarks, by_torch=by_torch)
+    return Target(
+        name,
+        title,
+        wrapped.hasher,
+        wrapped.gradients,
+        radius=radius,
+        remarks=remarks,
+        by_torch=by_torch,
+        purpose=purpose,
+        black_box=black_box,
+    )
 
 
 def _has_graph(hasher: Hasher, images: Tensor) -> bool:
@@ -217,25 +303,31 @@ def _has_graph(hasher: Hasher, images: Tensor) -> bool:
         return hasher({"image": images.clone().requires_grad_(True)})["image"].logits.requires_grad
 
 
-def _open_endpoint(url: str, images: Tensor, bits: int | None, limits: EndpointLimits) -> Target:
-    endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers)
-    answer = endpoint.check_consistency(images[:1])
+def _open_endpoint(
+    url: str, images: Tensor, bits: int | None, limits: EndpointLimits, kept: Path | None
+) -> Target:
+    endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers, kept=kept)
+    answer = endpoint.check_consistency(images)
     if answer.code is None:
         order = "with distances, in their order" if answer.distances else "without distances"
         remark = f"It answers {len(answer.ids)} ids, nearest first, {order}."
-        return Target(url, url, None, False, endpoint, remarks=(remark,))
+        return Target(url, url, None, False, endpoint, remarks=(remark,), black_box=_BEHIND_HTTP)
     wrapped = foreign(endpoint, images, url, bits)
-    return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.said)
+    return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.said, black_box=_BEHIND_HTTP)
 
 
-def hostile_attacks(target: Target, tier: Tier, eps: float) -> list[AttackSpec]:
+def hostile_attacks(
+    target: Target, tier: Tier, eps: float, radius: tuple[int, int] | None = None
+) -> list[AttackSpec]:
     """The attacks of an audit: untargeted ones hide a photograph, targeted ones make it look like another.
 
-    Attacks that follow gradients know weights and stored codes. A target without gradients, such as a
-    perceptual hash or an endpoint, gets black-box attacks alone.
+    Attacks that follow gradients know weights and stored codes. Vectors have no mainstay code; an attack on
+    the margin to the nearest other photographs takes its place. A target without gradients, such as an
+    endpoint, gets black-box attacks alone.
 
     Args:
         eps: budget in pixels, L-infinity.
+        radius: (bits K, bits that may differ) of a search that counts bits; those attacks are then run too.
     """
     specs: list[AttackSpec] = []
     if target.gradients:
@@ -243,11 +335,14 @@ def hostile_attacks(target: Target, tier: Tier, eps: float) -> list[AttackSpec]:
         known = threat_on("image", eps, knowledge="W2")
         imitate = Attack("imitate", Anchor(1), ScaleFree(), APGD(tier.steps), known, targeted=True)
         follow = mainstay(eps, tier.steps, step_size=2.5 * eps / tier.steps, slope="one")
+        on_codes = target.hasher is None or target.hasher.distance == "hamming"
+        last = Attack("margin-pn", Tallied(), MarginPN(10), APGD(tier.steps), known)
         specs = [
             GradientAttack("guided-apgd", guided_apgd(eps, tier.steps)),
             GradientAttack("flip", flip),
-            GradientAttack("mainstay", follow),
+            GradientAttack("mainstay", follow) if on_codes else GradientAttack("margin-pn", last),
             GradientAttack("imitate", imitate),
+            *(radius_attacks(*radius, _LONGER * tier.steps, eps) if radius else ()),
         ]
     # judged by bits, since AP is flat while the photograph is still found first
     asked = threat_on("image", eps, knowledge="B2")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from robusthash.apps.audit.photo_collection import Photos
 from robusthash.apps.audit.targets import Target
 from robusthash.attacks.threat_model import threat_on
+from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Inputs
 from robusthash.data.transforms import EVERYDAY
 from robusthash.evaluation.context import EvaluationContext
@@ -15,9 +18,9 @@ from robusthash.metrics.results import Flag
 from robusthash.models.external.loaders import NAMES
 from robusthash.models.external.wrapper import normalisation_warning
 from robusthash.models.hasher import frozen
-from robusthash.robustness.checks.base import above, flag, order
+from robusthash.robustness.checks.base import above, order
 from robusthash.robustness.checks.gradient_checks import gradient
-from robusthash.robustness.checks.model_checks import passive_checks
+from robusthash.robustness.checks.model_checks import model_checks, passive_checks
 
 _PHOTOS = 16  # on which gradients and normalisation are checked
 
@@ -27,12 +30,35 @@ _CUT = (
 )
 
 
-def model_flags(target: Target, context: EvaluationContext, eps: float) -> tuple[Flag, ...]:
-    """F1, F15, F17, F19 and F20, and where torch computes the model F2 and F3 too; none of an endpoint."""
+def model_flags(
+    target: Target,
+    context: EvaluationContext,
+    eps: float,
+    queries: int = _PHOTOS,
+    progress: Progress = silent,
+) -> tuple[Flag, ...]:
+    """The checks of the model: all of them where torch computes it, as ``robusthash check`` runs them.
+
+    A function outside torch gets those that need no gradient: F1, F15, F17, F19 and F20. A perceptual hash
+    gets F2 and F3 besides; its gradient is that of its smooth form, so that finite differences of its bits
+    (F14) and what follows from them say nothing. An endpoint gets none.
+
+    Args:
+        queries: photographs that are looked at; F17 and F21 look at all.
+    """
     if target.endpoint is not None:
         return ()
-    flags = list(passive_checks(context, threat_on("image", eps)))
-    return order(flags + _gradient_flags(context.some(_PHOTOS)) if target.by_torch else flags)
+    threat = threat_on("image", eps)
+    if target.by_torch and target.name not in NAMES:
+        flags = model_checks(context, threat, queries=queries, purpose=target.purpose, progress=progress)
+        return tuple(map(_in_an_audit, flags))
+    flags = passive_checks(context, threat, purpose=target.purpose)
+    return order([*flags, *(_gradient_flags(context.some(queries)) if target.by_torch else ())])
+
+
+def _in_an_audit(result: Flag) -> Flag:
+    """A red F2 with the remedy of those who handed a model over."""
+    return replace(result, remedy=_CUT) if (result.id, result.level) == ("F2", "red") else result
 
 
 def _gradient_flags(context: EvaluationContext) -> list[Flag]:
@@ -51,19 +77,18 @@ def _gradient_flags(context: EvaluationContext) -> list[Flag]:
             zero.append((rows == 0).all(1))
             broken.append(~torch.stack(finite).all(0))
     flat = above("F2", torch.cat(zero).double().mean().item())
-    flat = flag("F2", flat.value, flat.level, remedy=_CUT)
-    return [flat, above("F3", torch.cat(broken).double().mean().item())]
+    return [_in_an_audit(flat), above("F3", torch.cat(broken).double().mean().item())]
 
 
 def model_warnings(target: Target, context: EvaluationContext, photos: Photos) -> list[str]:
     """Sentences on constant bits and on normalisation."""
     warnings = []
-    signs = context.database.signs()
-    same = int((signs == signs[:1]).all(0).sum())
-    if same > context.victim.bits / 4:
-        bits = context.victim.bits
+    rows, bits = context.database.rows(), context.victim.bits
+    same = int((rows == rows[:1]).all(0).sum())
+    if same > bits / 4:
+        what = "bits" if context.victim.distance == "hamming" else "numbers"
         warnings.append(
-            f"{same} of {bits} bits are the same for every photograph, so they tell nothing apart."
+            f"{same} of {bits} {what} are the same for every photograph, so they tell nothing apart."
         )
     if target.foreign and target.endpoint is None and target.name not in NAMES:
         few = photos.first(_PHOTOS)

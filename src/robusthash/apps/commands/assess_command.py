@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from robusthash.apps.commands.options import AnyQueries, AsJson, Direction, Eps, Norm, RunPath, Threat
+from robusthash.apps.commands.options import AnyQueries, AsJson, Device, Direction, Eps, Norm, RunPath, Threat
 from robusthash.apps.commands.terminal import (
     console,
     note,
@@ -36,6 +36,7 @@ def assess(
     surrogate: Annotated[list[Path] | None, Option(help="Run to transfer attacks from. Repeatable.")] = None,
     unchecked: Annotated[bool, Option("--unchecked", help="Skip the checks, which raise flags.")] = False,
     steps: Annotated[int | None, Option(min=1, help="Tier paper: steps of an attack at most.")] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run by a suite of attacks: the worst case of each query over all of them.
@@ -89,6 +90,8 @@ def _plain(result: EvalResult) -> dict[str, Any]:
 
 def print_assessment(result: EvalResult) -> None:
     """Tables on stderr: the numbers, the attacks next to each other, curves and flags."""
+    from robusthash.metrics.result_words import empty_note
+
     queries = len(next(iter(result.per_query.values())))
     subset = f" ({result.setting.chosen})" if result.setting.chosen else ""
     print_values(f"{result.name}, {queries} queries{subset}", result)
@@ -101,11 +104,14 @@ def print_assessment(result: EvalResult) -> None:
         points = zip(curve["eps"].tolist(), *(curve[axis].tolist() for axis in axes), strict=True)
         print_table(name, ["eps", *axes], [[f"{eps:.6g}", *values] for eps, *values in points])
     if result.flags:
-        flagged = [[flag.id, flag.level, flag.value, flag.remedy] for flag in result.flags]
+        flagged = [
+            [flag.id, flag.level, flag.value, "" if flag.level == "pass" else flag.remedy]
+            for flag in result.flags
+        ]
         print_table("checks", ["check", "level", "value", "remedy"], flagged)
     if result.unreliable:
         console.print("[bold red]unreliable:[/] a check is red, and the numbers above may be too high")
-    for text in result.notes:
+    for text in filter(None, (empty_note(result), *result.notes)):
         note(text)
 
 

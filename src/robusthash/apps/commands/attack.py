@@ -3,7 +3,7 @@ from typing import Annotated
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, AttackName, Eps, Norm, RunPath, Threat
+from robusthash.apps.commands.options import AsJson, AttackName, Device, Eps, Norm, RunPath, Threat
 from robusthash.apps.commands.terminal import plain, print_headlines, print_json, print_lines, progress_bars
 
 
@@ -14,6 +14,7 @@ def attack(
     threat: Threat = None,
     eps: Eps = None,
     norm: Norm = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack the queries of a run and write the attacked inputs."""

@@ -3,7 +3,7 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, Figure, RunPaths, Seed
+from robusthash.apps.commands.options import AsJson, Device, Figure, RunPaths, Seed
 from robusthash.apps.commands.terminal import print_json, print_lines, print_table, progress_bars
 
 
@@ -18,6 +18,7 @@ def attribute(
     seed: Seed = 0,
     out: Annotated[Path | None, Option(help="Folder of the files; by default the run, if it is one.")] = None,
     figure: Figure = True,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Frequencies that a model searches by: Shapley values of the 64 bands of the 8x8 DCT, with standard

@@ -6,34 +6,50 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AnyQueries, AsJson, Eps, MaxPixels, Norm, Seed, Threat
+from robusthash.apps.commands.options import (
+    AnyQueries,
+    AsJson,
+    Device,
+    Eps,
+    MaxPixels,
+    Norm,
+    Seed,
+    Threat,
+)
 from robusthash.apps.commands.terminal import (
-    console,
-    escape,
+    note,
     print_json,
     print_lines,
     print_table,
     progress_bars,
+    warn,
 )
+
+Output = Annotated[str, Option(help="Answers of the model: logits, signs, float (an embedding), or auto.")]
+Metric = Annotated[str | None, Option(help="Of an embedding: cosine (the default) or euclidean.")]
+OutputName = Annotated[str | None, Option(help="Of several outputs: a name, or the number of its place.")]
 
 
 def audit(
     target: Annotated[
         str,
         Argument(
-            help="A run, module:name, TorchScript .pt, .onnx, http(s) address, phash, dhash, whash or pdq."
+            help="A run, module:name, TorchScript .pt, .onnx, http(s), phash, ahash, dhash, whash or pdq."
         ),
     ],
     photos: Annotated[Path | None, Option(help="Your photographs; twenty come with the package.")] = None,
     labels: Annotated[bool, Option("--labels", help="Subfolders are categories; measure those too.")] = False,
     size: Annotated[int | None, Option(min=8, help="Pixels a side; default 224 or the run's.")] = None,
     bits: Annotated[str, Option(help="Length of the codes, or auto.")] = "auto",
+    output: Output = "auto",
+    metric: Metric = None,
+    output_name: OutputName = None,
     tier: Annotated[str, Option(help="smoke (seconds) or fast (minutes).")] = "fast",
     out: Annotated[Path, Option(help="Folder for report.html and audit.json.")] = Path("audit"),
     threat: Threat = None,
     eps: Eps = None,
     norm: Norm = None,
-    radius: Annotated[int | None, Option(help="Bits by which the same picture may differ.")] = None,
+    radius: Annotated[float | None, Option(help="Bits, or distance, within which it is the same.")] = None,
     queries: AnyQueries = None,
     attacked: Annotated[int | None, Option(min=1, help="Number of these that are attacked.")] = None,
     max_pixels: MaxPixels = None,
@@ -45,6 +61,7 @@ def audit(
     header: Annotated[
         list[str] | None, Option(help="Endpoint: 'Name: value', never written. Repeatable.")
     ] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Audit a search: any model, file, endpoint or perceptual hash, on your own photographs.
@@ -58,27 +75,42 @@ def audit(
 
     from robusthash.apps.audit.measurement import run_audit
     from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, tier_named
+    from robusthash.models.external.model_answers import AnswerReading
 
     if not bits.isdigit() and bits != "auto":
         raise ValueError(f"--bits takes a number or auto, got {bits!r}")
     effort = tier_named(tier)
     effort = replace(effort, queries=queries or effort.queries, attacked=attacked or effort.attacked)
     pixel_eps = _pixel_eps(threat, eps, norm)
-    if os.getcwd() not in sys.path:  # a module:name is looked for where the user stands, as python -m does
+    named = ":" in target and not Path(target).exists()
+    if named and os.getcwd() not in sys.path:  # a module:name is looked for where the user stands
         sys.path.insert(0, os.getcwd())
-    limits = EndpointLimits(budget, rate, timeout, _headers(header or []))
     length = None if bits == "auto" else int(bits)
-    options = AuditOptions(labels, size, length, effort, pixel_eps, radius, limit, seed, limits, max_pixels)
+    limits = EndpointLimits(budget, rate, timeout, _headers(header))
+    reading = AnswerReading(output, metric, output_name)  # type: ignore[arg-type]
+    known = (labels, size, length, effort, pixel_eps, radius, limit, seed, limits, max_pixels, reading)
     with progress_bars() as progress:
-        summary = run_audit(target, out, photos, options, progress)
+        summary = run_audit(target, out, photos, AuditOptions(*known), progress)
     if as_json:
         print_json(summary)
-        return
+    else:
+        _print(summary, out)
+
+
+def _print(summary: dict[str, Any], out: Path) -> None:
+    """The first sentences of the page, a red check before them; the table, and what was noted."""
+    verdict = summary["verdict"]
+    if verdict["alarm"]:
+        warn("warning", verdict["alarm"])
+    for name in ("first", "tried", "untried"):
+        note(verdict[name])
     print_table(f"audit of {summary['title']}", *_rows(summary))
+    if summary["said"]:
+        note(summary["said"][0])
     for warning in summary["doubts"]:
-        console.print(f"[bold red]warning:[/] {escape(warning)}", highlight=False)
+        warn("warning", warning)
     if summary["kinds"] is not None:
-        console.print(escape(summary["kinds"]["said"]), highlight=False)
+        note(summary["kinds"]["said"])
     print_lines([out / "report.html"])
 
 
@@ -99,9 +131,9 @@ def _pixel_eps(threat: str | None, eps: str | None, norm: str | None) -> float:
     return float(level[1]) / 255
 
 
-def _headers(lines: list[str]) -> dict[str, str]:
+def _headers(lines: list[str] | None) -> dict[str, str]:
     headers = {}
-    for line in lines:
+    for line in lines or []:
         name, colon, value = line.partition(":")
         if not colon or not name.strip():  # the line may be a secret
             raise ValueError("--header takes 'Name: value'; the colon is missing")
@@ -111,7 +143,8 @@ def _headers(lines: list[str]) -> dict[str, str]:
 
 def _rows(summary: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the table of an audit."""
-    columns = ["change", "asked", "came first", "recognised", "bits apart", "MAP"]
+    apart = "bits apart" if summary["distance"] in ("hamming", None) else f"{summary['distance']} distance"
+    columns = ["change", "asked", "came first", "recognised", apart, "MAP"]
     keys = ("name", "asked", "first", "recognised", "bits", "map")
     rows = [
         ["" if row[key] is None and key in ("recognised", "bits") else row[key] for key in keys]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.text import Text
 from typer import Exit, Option
 
-from robusthash.apps.commands.options import AsJson, Direction, Eps, Norm, Queries, RunPath, Threat
+from robusthash.apps.commands.options import AsJson, Device, Direction, Eps, Norm, Queries, RunPath, Threat
 from robusthash.apps.commands.terminal import print_json, print_table, progress_bars
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def check(
     eps: Eps = None,
     norm: Norm = None,
     direction: Direction = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Look for signs that a robustness number may not be trusted; exit code 1 where one is red."""

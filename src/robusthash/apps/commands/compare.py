@@ -3,7 +3,7 @@ from typing import Annotated
 from typer import Option
 
 from robusthash.apps.commands.options import AsJson, RunPath
-from robusthash.apps.commands.terminal import console, escape, print_json, print_table
+from robusthash.apps.commands.terminal import note, print_json, print_table, warn
 
 
 def compare(
@@ -21,6 +21,7 @@ def compare(
     from robusthash.apps.reports.pages import red_flag_warning
     from robusthash.core.registry import nearest
     from robusthash.metrics.comparison import compare as compare_results
+    from robusthash.metrics.result_words import budget_words, empty_note, p_text
 
     sides = []
     for run in (first, second):
@@ -30,13 +31,20 @@ def compare(
         sides.append(results[result])
     differences = compare_results(*sides)
     if unreliable := [str(run) for run, side in zip((first, second), sides, strict=True) if side.unreliable]:
-        console.print(f"[bold red]UNRELIABLE[/] {escape(red_flag_warning(unreliable))}")
+        warn("UNRELIABLE", red_flag_warning(unreliable))
     if as_json:
         print_json({name: asdict(difference) for name, difference in differences.items()})
         return
     rows = [
-        [name, d.mean, "{:+.4f} .. {:+.4f}".format(*d.interval), d.p_holm, d.queries]
+        [name, d.mean, "{:+.4f} .. {:+.4f}".format(*d.interval), p_text(d.p_holm), d.queries]
         for name, d in differences.items()
     ]
     columns = ["measure", "difference", "95 % interval", "p (Holm)", "queries"]
     print_table(f"{result}: {first} minus {second}", columns, rows)
+    if (setting := sides[0].setting).attacks:
+        note(
+            f"threat: {setting.threat}; attacks: {', '.join(setting.attacks)}; {budget_words(setting.budget)}"
+        )
+    for run, side in zip((first, second), sides, strict=True):
+        if text := empty_note(side):
+            note(f"{run}: {text}")

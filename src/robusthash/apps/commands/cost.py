@@ -3,7 +3,7 @@ from typing import Annotated
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, RunPaths
+from robusthash.apps.commands.options import AsJson, Device, RunPaths
 from robusthash.apps.commands.terminal import reply
 
 
@@ -12,6 +12,7 @@ def cost(
     against: Annotated[Path | None, Option(help="Undefended run; the first one by default.")] = None,
     repeats: Annotated[int, Option(min=1, help="Timed queries of each, after 10 to warm up.")] = 100,
     threads: Annotated[int, Option(min=1, help="Threads of every query.")] = 1,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Parameters, multiply-adds, time of one query as a ratio to the undefended net, minutes of an epoch."""

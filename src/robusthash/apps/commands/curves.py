@@ -3,7 +3,16 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from robusthash.apps.commands.options import AnyQueries, AsJson, Eps, FiguresFolder, Norm, RunPaths, Threat
+from robusthash.apps.commands.options import (
+    AnyQueries,
+    AsJson,
+    Device,
+    Eps,
+    FiguresFolder,
+    Norm,
+    RunPaths,
+    Threat,
+)
 from robusthash.apps.commands.terminal import progress_bars, reply
 
 
@@ -15,6 +24,7 @@ def curves(
     eps: Eps = None,
     norm: Norm = None,
     out: FiguresFolder = Path("figures"),
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Convergence of training: loss terms and seconds by epoch, and clean and attacked MAP by stored epoch.

@@ -33,5 +33,11 @@ def check(
     title = f"{data.name}: {len(data.label_names)} labels, modalities {', '.join(data.modalities)}"
     print_table(title, ["split", "items", "without a label", "fingerprint"], rows)
     console.print(f"training items in the database: {data.train_in_database}")
+    for system, relevant in {
+        "": data,
+        **{f" by {name}": data.by(name) for name in data.label_systems},
+    }.items():
+        if count := relevant.without_relevant():
+            note(f"{count} of {len(data.query)} queries have no relevant item in the database{system}")
     if data.note:
         note(data.note)

@@ -3,7 +3,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, MaxPixels, RunPath, Workers
+from robusthash.apps.commands.options import AsJson, Device, MaxPixels, RunPath, Workers
 from robusthash.apps.commands.terminal import note, progress_bars, reply
 
 
@@ -13,6 +13,7 @@ def encode(
     out: Annotated[Path | None, Option(help="Write the codes of the images here (.npz).")] = None,
     workers: Workers = None,
     max_pixels: MaxPixels = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Codes of images as hex lines (code, path) or .npz; without images, of every split of the run as .npz.

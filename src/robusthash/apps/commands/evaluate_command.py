@@ -1,23 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, Eps, Norm, RunPath, Threat
-from robusthash.apps.commands.terminal import plain, print_headlines, print_json, print_lines, progress_bars
+from robusthash.apps.commands.options import AsJson, Device, Eps, Norm, RunPath, Threat
+from robusthash.apps.commands.terminal import (
+    plain,
+    print_headlines,
+    print_json,
+    print_lines,
+    print_table,
+    progress_bars,
+)
+
+if TYPE_CHECKING:
+    from robusthash.metrics.results import EvalResult
 
 
 def evaluate(
     run: RunPath,
-    attack: Annotated[list[str] | None, Option(help="Attack instead of the recipe's. Repeatable.")] = None,
+    attack: Annotated[list[str] | None, Option(help="Attack to add to the results. Repeatable.")] = None,
     threat: Threat = None,
     eps: Eps = None,
     norm: Norm = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a trained run clean, under each attack, and in the worst case per query.
 
-    The attacks of a recipe hold their budgets; --threat is for those of --attack.
+    The attacks are those of the recipe, or with --attack these, added to the results that are there; without
+    --attack, results added before are left out again. The attacks of a recipe hold their budgets; --threat is
+    for those of --attack.
     """
     from robusthash.apps.experiment import evaluation_stages
     from robusthash.apps.experiment.run_directory import load_run
@@ -40,4 +56,16 @@ def print_evaluation(run: Path, as_json: bool) -> None:
         print_json({"run": str(run), "results": {name: plain(result) for name, result in results.items()}})
         return
     print_headlines(results)
+    print_copies(results)
     print_lines([run])
+
+
+def print_copies(results: Mapping[str, EvalResult]) -> None:
+    """The table of copy detection, where the queries are changed copies."""
+    from robusthash.apps.experiment.copy_table import copy_table
+    from robusthash.metrics.results import by_direction
+
+    for context, group in by_direction(results).items():
+        columns, rows = copy_table(group)
+        if rows:
+            print_table(f"{context} copies that find their image".strip(), columns, rows)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, Typer
 
-from robusthash.apps.commands.options import AsJson, Eps, Norm, RunPath, Sets, Threat
+from robusthash.apps.commands.options import AsJson, Device, Eps, Norm, RunPath, Sets, Threat
 from robusthash.apps.commands.terminal import (
     interval_text,
     note,
@@ -32,6 +32,7 @@ def export(
     threat: Threat = None,
     eps: Eps = None,
     norm: Norm = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack the queries of a run and write them as an evidence bundle."""
@@ -52,6 +53,7 @@ def verify(
     bundle: Annotated[Path, Argument(help="Folder of the bundle.")],
     run: Annotated[Path, Option(help="The run that it was made for.")],
     keep: Annotated[bool, Option(help="Note an accepted bundle in the run, for the leaderboard.")] = True,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a bundle against a run: bounds, queries, weights, and its score. No attack code is run."""
@@ -72,6 +74,7 @@ def entry(
     result: Annotated[
         str | None, Option(help="Claim a suite ('img-linf-8 standard'), not the recipe's attacks.")
     ] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a registry entry of an evaluated run: its card and its numbers as a claim."""
@@ -82,6 +85,7 @@ def entry(
 
     card = entry_of(load_run(run), recipe, sets or (), result)
     path = out / f"{card.id}.yaml"
+    out.mkdir(parents=True, exist_ok=True)
     with write_aside(path) as aside:
         aside.write_text(entry_text(card), encoding="utf-8")
     reply(as_json, {"entry": str(path), **card.model_dump(mode="json")}, [path])

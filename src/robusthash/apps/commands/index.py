@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from robusthash.apps.commands.options import AsJson, Index, IndexRun, MaxPixels, Where, Workers
+from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun, MaxPixels, Where, Workers
 from robusthash.apps.commands.search import search
 from robusthash.apps.commands.terminal import console, note, print_json, print_table, progress_bars
 
@@ -30,6 +30,7 @@ def build(
     on_duplicate: OnDuplicate = "update",
     workers: Workers = None,
     max_pixels: MaxPixels = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Make an index of a run's database split, or of a folder of images encoded by the run's hasher.
@@ -53,6 +54,7 @@ def add(
     on_duplicate: OnDuplicate = "update",
     workers: Workers = None,
     max_pixels: MaxPixels = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Add images to an index, each once by its path; acknowledged only once they are safe on disk.

@@ -3,14 +3,31 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 RunPath = Annotated[Path, Argument(help="Run directory, as `train` and `run` print it.")]
 RunPaths = Annotated[list[Path], Argument(help="Run directories.")]
 Recipe = Annotated[Path, Argument(help="Recipe file (YAML).")]
 Sets = Annotated[list[str] | None, Option("--set", help="Override: training.epochs=2. Repeatable.")]
+ResumeFrom = Annotated[
+    Path | None, Option(help="Go on from this run of the same recipe, which has fewer epochs.")
+]
 RunsFolder = Annotated[Path, Option("--runs", help="Folder of all runs.")]
 AsJson = Annotated[bool, Option("--json", help="Machine-readable output on stdout.")]
+
+
+def _computes_on(context: Context, name: str | None) -> str | None:
+    if name is not None:
+        from robusthash.core.runtime import computing_on
+
+        context.with_resource(computing_on(name))  # until the verb ends
+    return name
+
+
+Device = Annotated[
+    str | None, Option(callback=_computes_on, help="cpu, cuda, cuda:1, ...; by default as the run says.")
+]
+"""Of every verb that computes; the option alone is enough, the verb need not pass it on."""
 
 Threat = Annotated[str | None, Option(help="Budget by name: img-linf-8 (of 255), img-l2-0.5, txt-bow-3.")]
 Eps = Annotated[str | None, Option(help="Budget in units of the range: 8/255. Short for --threat.")]

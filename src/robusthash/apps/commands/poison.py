@@ -3,7 +3,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, Direction, Eps, Norm, RunPath
+from robusthash.apps.commands.options import AsJson, Device, Direction, Eps, Norm, RunPath
 from robusthash.apps.commands.terminal import print_json, print_lines, print_values, progress_bars
 
 
@@ -19,6 +19,7 @@ def poison(
     steps: Annotated[int | None, Option(min=2, help="Steps of guided-apgd, 100.")] = None,
     direction: Direction = None,
     out: Annotated[Path | None, Option(help="Write the result here (.json) instead of into the run.")] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack the database of a run: insert items to be found often, or change items to be found no more."""

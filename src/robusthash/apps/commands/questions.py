@@ -3,7 +3,7 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, Direction, Eps, Norm, Queries, RunPath, Threat
+from robusthash.apps.commands.options import AsJson, Device, Direction, Eps, Norm, Queries, RunPath, Threat
 from robusthash.apps.commands.terminal import print_json, print_lines, print_table, progress_bars
 
 
@@ -22,6 +22,7 @@ def questions(
     norm: Norm = None,
     direction: Direction = None,
     figure: Annotated[Path | None, Option(help="Draw it as .pdf and .png (extra `figures`).")] = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """MAP by number of oracle queries to a run's search service, for what the service shows.

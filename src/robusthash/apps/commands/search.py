@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, Index, IndexRun, MaxPixels, Where
+from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun, MaxPixels, Where
 from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table
 
 
@@ -18,6 +18,7 @@ def search(
     where: Where = None,
     html: Annotated[Path | None, Option(help="Write the results with their pictures to this page.")] = None,
     max_pixels: MaxPixels = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Search an index by image file: the nearest items with their distances."""

@@ -3,7 +3,7 @@ from typing import Annotated
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, Figure, Recipe, RunsFolder, Sets
+from robusthash.apps.commands.options import AsJson, Device, Figure, Recipe, RunsFolder, Sets
 from robusthash.apps.commands.terminal import note, print_json, print_lines, progress_bars
 
 
@@ -16,6 +16,7 @@ def sweep(
     runs: RunsFolder = Path("runs"),
     out: Annotated[Path | None, Option(help="Folder of table, figure and logs.")] = None,
     figure: Figure = True,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe over values of its settings and over seeds; goes on where it was stopped."""
@@ -29,8 +30,9 @@ def sweep(
 
     if figure:
         require_matplotlib()
+    sets = [*(sets or ()), *([] if device is None else [f"runtime.device={device}"])]  # of each process
     axes = [sweeping.read_axis(text) for text in over]
-    points = sweeping.points_of(recipe, axes, sweeping.whole_numbers(seeds), sets or ())
+    points = sweeping.points_of(recipe, axes, sweeping.whole_numbers(seeds), sets)
     folder = out or runs / "sweeps" / f"{recipe.stem}-{digest([asdict(axis) for axis in axes])}"
     with progress_bars() as progress:
         outcomes = sweeping.Sweep(recipe, points, runs, folder, jobs).run(progress)

@@ -42,9 +42,10 @@ def table(
     """
     from dataclasses import asdict
 
-    from robusthash.apps.experiment import tables
+    from robusthash.apps.experiment import table_text, tables
     from robusthash.apps.experiment.run_directory import RunError
     from robusthash.apps.experiment.run_selection import runs_with
+    from robusthash.apps.reports.cell_text import markdown_cell
 
     runs, waiting = runs_with(lambda run: run.was_evaluated, paths)
     for run in waiting:
@@ -61,10 +62,10 @@ def table(
         return
     titles = list(rows[0].cells) if columns is None else [column.title for column in columns]
     if format is Format.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows(tables.plain_table(rows, titles))
+        csv.writer(sys.stdout, lineterminator="\n").writerows(table_text.plain_table(rows, titles))
         return
-    write = tables.latex if format is Format.latex else tables.markdown
+    write = table_text.latex if format is Format.latex else table_text.markdown
     sys.stdout.write(f"{write(rows, titles)}\n")
     comment = "% " * (format is Format.latex)
-    for line in tables.captions(rows, titles) if caption else ():
-        sys.stdout.write(f"\n{comment}{line}\n")
+    for line in table_text.captions(rows, titles) if caption else ():
+        sys.stdout.write(f"\n{comment}{' '.join(line.split()) if comment else markdown_cell(line)}\n")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import rich.markup
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,12 +20,32 @@ from robusthash.core.atomic_files import json_text
 if TYPE_CHECKING:
     from robusthash.metrics.results import EvalResult
 
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)
+
+_STEERING = {
+    "Cc": "\n\t",
+    "Cs": "",
+    "Cf": "\u200c\u200d",
+}  # control, lone halves, order of writing; allowed ones
 
 
-def escape(text: str) -> str:
-    """Text whose brackets are no markup."""
-    return text.replace("[", r"\[")
+def shown(value: object) -> str:
+    """A value, which may come from a stranger's file, as text that cannot steer a terminal.
+
+    Control characters, those that turn the order of writing, and bytes of names that are no UTF-8 are written
+    out: ``\\x1b``.
+    """
+    return "".join(
+        character.encode("unicode-escape").decode()
+        if character not in _STEERING.get(unicodedata.category(character), character)
+        else character
+        for character in str(value)
+    )
+
+
+def escape(value: object) -> str:
+    """``shown``, for a text with markup: brackets of the value are none."""
+    return rich.markup.escape(shown(value))
 
 
 _SECONDS = 5.0  # between two lines of progress where no bar can be drawn
@@ -43,15 +65,21 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
 
         yield report
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(done: int, total: int, text: str) -> None:
+            text = shown(text)
             key = text.partition(" ")[0] if text.startswith("epoch") else text
             if key not in tasks:
-                tasks[key] = bars.add_task(text, total=total)
-            bars.update(tasks[key], completed=done, total=total, description=text)
+                tasks[key] = bars.add_task(text, total=total or None)  # 0 where nobody knows
+            bars.update(tasks[key], completed=done, total=total or None, description=text)
 
         yield progress
 
@@ -62,8 +90,9 @@ def print_json(value: Any) -> None:
 
 
 def print_lines(lines: Iterable[object]) -> None:
-    """Lines on stdout: the files that were written."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    """Lines on stdout: the files that were written; as they are for a program, ``shown`` on a terminal."""
+    text = shown if sys.stdout.isatty() else str
+    sys.stdout.write("".join(f"{text(line)}\n" for line in lines))
 
 
 def reply(as_json: bool, data: Any, lines: Iterable[object]) -> None:
@@ -76,7 +105,12 @@ def reply(as_json: bool, data: Any, lines: Iterable[object]) -> None:
 
 def note(text: object) -> None:
     """A message on stderr, without markup."""
-    console.print(str(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(head: str, text: object) -> None:
+    """A message on stderr below a head in red."""
+    console.print(f"[bold red]{head}:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def print_table(
@@ -84,19 +118,15 @@ def print_table(
 ) -> None:
     """A table on stderr; floats with four digits. ``right`` aligns all columns but the first to the right."""
 
-    def cell(value: Any) -> str | Text:
-        return (
-            f"{value:.4f}"
-            if isinstance(value, float)
-            else value
-            if isinstance(value, Text)
-            else escape(str(value))
-        )
+    def cell(value: Any) -> Text:
+        if isinstance(value, Text):
+            return value
+        return Text(f"{value:.4f}" if isinstance(value, float) else shown(value))
 
     table = Table(title=escape(title), title_justify="left")
     for number, column in enumerate(columns):
         justify: Literal["right", "left"] = "right" if right and number else "left"
-        table.add_column(column, justify=justify, overflow="ellipsis" if number else "fold")
+        table.add_column(escape(column), justify=justify, overflow="ellipsis" if number else "fold")
     for row in rows:
         table.add_row(*map(cell, row))
     console.print(table)
@@ -116,7 +146,8 @@ def print_values(title: str, result: EvalResult) -> None:
 
 
 def print_headlines(results: Mapping[str, EvalResult]) -> None:
-    """The headline of each result, next to clean and chance."""
+    """The headline of each result, next to clean and chance, and each note once."""
+    from robusthash.metrics.result_words import empty_notes
     from robusthash.metrics.results import headline_of
 
     rows: list[list[Any]] = []
@@ -128,6 +159,9 @@ def print_headlines(results: Mapping[str, EvalResult]) -> None:
     subset = next(iter(results.values())).setting.chosen
     title = "results" if subset in ("", "all") else f"results, queries: {subset}"
     print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
+    notes = [text for result in results.values() for text in result.notes]
+    for text in dict.fromkeys([*empty_notes(results), *notes]):
+        note(text)
 
 
 def plain(result: EvalResult) -> dict[str, Any]:
@@ -145,4 +179,6 @@ def plain(result: EvalResult) -> dict[str, Any]:
         "attacks",
     )
     parts = {name: getattr(result, name) for name in sections}
+    if result.groups:
+        parts["groups"] = {name: asdict(scores) for name, scores in result.groups.items()}
     return {"setting": asdict(result.setting), "cost": asdict(result.cost), **parts}

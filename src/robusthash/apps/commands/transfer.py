@@ -4,7 +4,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, Eps, Norm, Queries, Threat
+from robusthash.apps.commands.options import AsJson, Device, Eps, Norm, Queries, Threat
 from robusthash.apps.commands.terminal import print_json, progress_bars
 
 
@@ -15,6 +15,7 @@ def transfer(
     threat: Threat = None,
     eps: Eps = None,
     norm: Norm = None,
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Transfer of attacks between models: a table of surrogates (rows) and victims (columns)."""

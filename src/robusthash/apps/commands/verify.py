@@ -3,13 +3,14 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson
+from robusthash.apps.commands.options import AsJson, Device
 from robusthash.apps.commands.terminal import print_json, print_table, progress_bars
 
 
 def verify(
     entry: Annotated[Path, Argument(help="Registry entry (YAML).")],
     run: Annotated[Path, Option(help="A run of the entry's recipe and seed.")],
+    device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a registry entry again, from scratch; fails outside of its tolerance."""

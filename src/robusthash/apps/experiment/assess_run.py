@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from robusthash.apps.experiment.model_stages import (
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.attacks.threat_model import Threat
+from robusthash.core.directory_lock import owned
 from robusthash.core.identity import describe
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.runner import BlockStore, NoStore, run_attacks
-from robusthash.metrics.results import EvalResult, load_results, save_results
+from robusthash.metrics.results import EvalResult, save_results
 from robusthash.robustness.specs.transfer_attacks import Surrogate, make_surrogate
 from robusthash.robustness.suite import Suite
 from robusthash.robustness.tiers import assess_tier, curve_attacks, prepare_tier
@@ -51,35 +53,46 @@ def assess(
         curve: the worst case at seven budgets too, by the attacks ``guided`` and ``soft-ap``.
         shard: (i, n): only these blocks of queries, for several processes; a call without it joins them.
         checked: raise the flags; the tiers smoke and paper never do.
-        kept: go on from stored blocks, and write ``assess.json``; without it everything is attacked again.
+        kept: own the run, go on from stored blocks, and write ``assess.json``; without it everything is
+            attacked again.
         options: ``surrogates``, runs on the same data that transfer attacks search on (without them F5 says
             so), and ``steps`` of the tier paper.
 
     Returns:
         The result, named by threat and tier; None of a shard.
+
+    Raises:
+        InUse: another process works on the run, or on the same shard.
+        RunError: an earlier ``assess.json`` that cannot be read.
     """
-    set_threads(run.config)
-    victim, objective = load_victim(run)
-    data = read_data(run.config, progress)
-    context = context_of(run, victim, data, progress, direction, whole=True)
-    aim = threat_on_data(threat, data, "W2") if isinstance(threat, str) else threat
-    options["surrogates"] = _surrogates(run, options.get("surrogates", ()), data, context)
-    prepared = prepare_tier(context, tier_name, aim, objective=objective, queries=queries, **options)
-    if curve:
-        curve_attacks(prepared)  # refused before anything is attacked
-    store: BlockStore = NoStore()
-    if kept:
-        store = FolderStore(_folder(run, prepared.suite, prepared.context))
-    if shard is not None:
-        run_attacks(prepared.context, prepared.suite.specs, store, progress, shard)
-        return None
-    result = assess_tier(prepared, curve=curve, checked=checked, store=store, progress=progress)
-    result = replace(result, scored_on=direction or "")
-    result = described(result, f"{result.scored_on} {result.name}".strip(), run)
-    if kept:
-        path = run.path / "assess.json"
-        others = load_results(path) if path.is_file() else []
-        save_results(path, [*(other for other in others if other.name != result.name), result])
+    with ExitStack() as owning:
+        if kept and shard is None:
+            owning.enter_context(owned(run.path, "assessment"))
+        others = run.assessed() if kept else {}  # refused now where the file is damaged
+        set_threads(run.config)
+        victim, objective = load_victim(run)
+        data = read_data(run.config, progress)
+        context = context_of(run, victim, data, progress, direction, whole=True)
+        aim = threat_on_data(threat, data, "W2") if isinstance(threat, str) else threat
+        options["surrogates"] = _surrogates(run, options.get("surrogates", ()), data, context)
+        prepared = prepare_tier(context, tier_name, aim, objective=objective, queries=queries, **options)
+        if curve:
+            curve_attacks(prepared)  # refused before anything is attacked
+        store: BlockStore = NoStore()
+        if kept:
+            store = FolderStore(_folder(run, prepared.suite, prepared.context))
+        if shard is not None:
+            if isinstance(store, FolderStore):
+                work, lock = "shard {} of {}".format(*shard), "owner-{}-{}.lock".format(*shard)
+                owning.enter_context(owned(store.root, work, lock))
+            run_attacks(prepared.context, prepared.suite.specs, store, progress, shard)
+            return None
+        result = assess_tier(prepared, curve=curve, checked=checked, store=store, progress=progress)
+        result = replace(result, scored_on=direction or "")
+        result = described(result, f"{result.scored_on} {result.name}".strip(), run)
+        if kept:
+            others.pop(result.name, None)
+            save_results(run.path / "assess.json", [*others.values(), result])
     return result
 
 

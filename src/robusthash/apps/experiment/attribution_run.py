@@ -14,6 +14,7 @@ from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_
 from robusthash.apps.experiment.run_directory import Run, reading
 from robusthash.apps.experiment.run_selection import labelled
 from robusthash.core.atomic_files import write_aside
+from robusthash.core.limited_files import read_npz
 from robusthash.core.runtime import Progress, silent
 
 ATTRIBUTION = "attribution.npz"
@@ -66,8 +67,8 @@ def load_attributions(path: Path) -> dict[str, BandAttribution]:
         RunError: a file that cannot be read.
     """
     grouped: dict[str, dict[str, np.ndarray]] = {}
-    with reading(path, "run 'robusthash attribute' again"), np.load(path) as arrays:
-        for key in arrays.files:
+    with reading(path, "run 'robusthash attribute' again"):
+        for key, values in read_npz(path).items():
             label, _, name = key.rpartition("|")
-            grouped.setdefault(label, {})[name] = arrays[key]
+            grouped.setdefault(label, {})[name] = values
         return {label: BandAttribution.from_arrays(named) for label, named in grouped.items()}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from robusthash.apps.experiment.run_directory import RunError
+from robusthash.apps.experiment.run_files import reading
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.identity import identity
+from robusthash.core.limited_files import read_npz
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import AttackSpec
 
@@ -37,6 +38,10 @@ class FolderStore:
     def path(self, spec: AttackSpec, restart: int, block: int) -> Path:
         """The file of a block."""
         return self.folder(spec) / str(restart) / f"{block}.npz"
+
+    def name(self, spec: AttackSpec, restart: int, block: int) -> str:
+        """The file of a block, for messages."""
+        return str(self.path(spec, restart, block))
 
     def load(self, spec: AttackSpec, restart: int, block: int) -> AttackedBlock | None:
         """The stored block, or None.
@@ -68,10 +73,10 @@ def read_block(path: Path) -> AttackedBlock:
     Raises:
         RunError: a file that cannot be read; it is named.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return AttackedBlock.from_arrays({name: arrays[name] for name in arrays.files})
-    except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise RunError(
-            f"attacked queries {path} are damaged ({error}); delete the file to attack them again"
-        ) from None
+    with reading(path, "delete the file to attack them again", "the file of attacked queries"):
+        block = AttackedBlock.from_arrays(read_npz(path))
+        if counts := {len(part) for part in vars(block).values() if torch.is_tensor(part)} - {
+            len(block.signs)
+        }:
+            raise ValueError(f"arrays of {len(block.signs)} and {min(counts)} queries")
+    return block

@@ -22,6 +22,7 @@ from pydantic import (
 from torch import nn
 
 from robusthash.attacks.base import Attack
+from robusthash.core.limited_files import parse_yaml, read_yaml
 from robusthash.core.registry import build, check, nearest
 from robusthash.core.runtime import digest
 from robusthash.defenses.base import check_needs
@@ -30,6 +31,9 @@ from robusthash.training.optimiser_groups import BASE, MODALITIES, NAMES, unknow
 
 _FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+)\s*")
 _EXPONENT = re.compile(r"[+-]?\d+(?:\.\d*)?[eE][+-]?\d+")
+
+
+_FILES = 20  # that extend each other
 
 
 class ConfigError(ValueError):
@@ -44,9 +48,12 @@ def numbers(value: Any) -> Any:
         return [numbers(item) for item in value]
     if isinstance(value, str):
         if fraction := _FRACTION.fullmatch(value):
-            if float(fraction[2]) == 0:
-                raise ConfigError(f"{value!r} divides by zero; write a fraction such as 8/255")
-            return float(fraction[1]) / float(fraction[2])
+            try:
+                return float(fraction[1]) / float(fraction[2])
+            except ZeroDivisionError:
+                raise ConfigError(f"{value!r} divides by zero; write a fraction such as 8/255") from None
+            except ValueError:  # dots of a version or a date: 1.2.3/4
+                return value
         if _EXPONENT.fullmatch(value):
             return float(value)
     return value
@@ -59,10 +66,19 @@ def value_of(text: str) -> Any:
         ConfigError: not YAML; one line.
     """
     try:
-        return numbers(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or "it cannot be read"
-        raise ConfigError(f"not valid YAML: {text!r} ({problem})") from None
+        return numbers(parse_yaml(text, repr(shortened(text))))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def is_folder_name(name: str) -> bool:
+    """True for one component of a path that leads nowhere else."""
+    return re.fullmatch(r"\w[\w.-]{0,99}", name) is not None
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """A text for a message, its middle left out where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
 
 
 Component = dict[str, Any] | str
@@ -135,7 +151,7 @@ class TrainingSection(Section):
     attack: Annotated[Component, _of_kind("attack")] | None = None
     optim: Annotated[dict[str, OptimConfig], BeforeValidator(_completed)] = {"hasher": OptimConfig()}
     schedule: Annotated[Schedule, BeforeValidator(numbers)] = Schedule()
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(20, ge=1, le=1_000_000)
     batch_size: int = Field(64, ge=1)
     augment: Literal["none", "flip-crop"] = "none"
     clip: float = Field(0.0, ge=0)
@@ -233,12 +249,22 @@ class RuntimeSection(Section):
 class Config(Section):
     """One experiment, from data to index."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str
     data: Annotated[Component, _of_kind("data")] = "photos"
     hasher: HasherSection = HasherSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     runtime: RuntimeSection = RuntimeSection()
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        """The name is a folder below ``runs/``, and no other place."""
+        if not is_folder_name(name):
+            raise ValueError(
+                "a name has up to 100 letters, digits, '.', '_' and '-', and begins with none of '.' and '-'"
+            )
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -290,14 +316,17 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in children:
         raise ConfigError(f"{path} extends itself, by way of {' and '.join(p.name for p in children)}")
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected sections, got {type(raw).__name__}")
+        raw = read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        got = "nothing" if raw is None else shortened(repr(raw))
+        raise ConfigError(f"{path}: expected sections such as data and training, got {got}")
     base = raw.pop("extends", None)
     if base is None:
         return raw
+    if len(children) > _FILES:
+        raise ConfigError(f"{path} extends a file that extends another, more than {_FILES} times")
     below = _read(path.parent / str(base), (*children, path.resolve()))
     below.pop("name", None)  # a name is the file's own
     return _over(below, raw)
@@ -362,5 +391,6 @@ def _explain(problem: Mapping[str, Any], where: str) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
     is_component = place and isinstance(given, Mapping) and "name" in given
-    value = f" (got {given!r})" if is_component or not isinstance(given, Mapping) else ""  # sections are long
+    said = ", got " in message or (isinstance(given, Mapping) and not is_component)  # sections are long
+    value = "" if said else f" (got {shortened(repr(given))})"
     return f"{where}: {'.'.join(place) or 'config'}: {message}{value}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ import torch
 from robusthash.analysis.model_cost import Latency, Size, Work, asking, size_of, time_in_turn
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.run_selection import labelled
+from robusthash.apps.reports.cell_text import markdown_cell
 from robusthash.core.hamming import pack, sign
+from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Inputs
 from robusthash.index.search_engines import FlatEngine, Rows
@@ -80,7 +81,7 @@ def _pixels(run: Run) -> Inputs:
 
 def _query_of(hasher: Hasher, run: Run) -> Work:
     """A query against random codes, as many as the database of ``run``."""
-    count = int(json.loads((run.path / "data.json").read_text())["sizes"]["database"])
+    count = int(read_json(run.path / "data.json")["sizes"]["database"])
     codes = np.random.default_rng(0).integers(0, 256, (count, (hasher.bits + 7) // 8), dtype=np.uint8)
     engine, k = FlatEngine(Rows(np.arange(count), codes)), min(10, count)
     return asking(hasher, _pixels(run), lambda logits: engine.search(pack(sign(logits)).numpy(), k))
@@ -99,5 +100,6 @@ def cost_markdown(reference: str, rows: Sequence[CostRow]) -> str:
     for row in rows:
         size = f"{row.size.parameters / 1e6:.3f} | {row.size.macs / 1e6:.2f}"
         time = f"{row.latency.median:.2f} | {row.latency.p95:.2f} | {row.latency.ratio:.2f}"
-        lines.append(f"| {row.name} | {size} | {time} | {row.minutes_per_epoch:.2f} | {row.attack_steps} |")
+        name, effort = markdown_cell(row.name), f"{row.minutes_per_epoch:.2f} | {row.attack_steps}"
+        lines.append(f"| {name} | {size} | {time} | {effort} |")
     return "\n".join(lines)

@@ -5,7 +5,6 @@ It runs the same stages as recipes do, in ``OUT/runs``, so a stopped demo goes o
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -26,8 +25,9 @@ from robusthash.apps.reports.demo_page import BudgetCurve, DemoExample, DemoSear
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
+from robusthash.core.limited_files import read_json
 from robusthash.core.registry import build
-from robusthash.core.runtime import Progress, digest, silent
+from robusthash.core.runtime import Progress, digest, silent, yield_when_busy
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
 from robusthash.data.photos import describe_item, thumbnail
@@ -62,7 +62,7 @@ def run_demo(
     Returns:
         The content of ``summary.json``; see ``summarise``.
     """
-    started, out = time.perf_counter(), Path(out)
+    started, out, progress = time.perf_counter(), Path(out), yield_when_busy(progress)
     recipes = _write_recipes(out, seed, sets)
     bars = {model: _titled(progress, model) for model in MODELS}
     runs: dict[str, Run] = {}
@@ -117,7 +117,7 @@ def eps_curve(
     facts = [context.queries.fingerprint(), context.batch_size, context.seed, run.card()["digest"]]
     identity = digest([settings, *facts])
     path = run.path / "curve.json"
-    stored = json.loads(path.read_text()) if path.is_file() else {}
+    stored = read_json(path) if path.is_file() else {}
     if stored.get("identity") != identity:
         stored = {"identity": identity, "seconds": 0.0, "ap": {}}
     measure = results["clean"].setting.headline
@@ -206,13 +206,13 @@ def _searches(
     measures = image_measures(images[0][None], images[1][None])
     distortion = {name: float(value) for name, value in measures.items()}
     weights = run.card()["digest"]
-    packed = torch.stack([context.query.packed[query], pack(outcome.signs[query])[0]])
-    codes = Codes(packed, context.query.bits, torch.arange(2), weights)
+    packed = torch.stack([context.query_codes.packed[query], pack(outcome.signs[query])[0]])
+    codes = Codes(packed, context.query_codes.bits, torch.arange(2), weights)
     with open_index(f"file:{run.path / 'index'}", bits=codes.bits) as index:
         if index.count() == 0:
             database = context.data.database
             payload = [{"photograph": describe_item(database, i).photograph} for i in range(len(database))]
-            index.add(replace(context.database, origin=weights), payload)
+            index.add(replace(context.codes, origin=weights), payload)
         ranking = index.search(codes, _RESULTS)
     searches = []
     for row, (ap, facts) in enumerate([(clean, {}), (attacked, distortion)]):

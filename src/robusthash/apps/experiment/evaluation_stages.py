@@ -17,6 +17,7 @@ from robusthash.apps.experiment.model_stages import load_victim, read_data, set_
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
+from robusthash.core.directory_lock import owned
 from robusthash.core.hamming import pack
 from robusthash.core.identity import identity
 from robusthash.core.registry import build, check
@@ -25,7 +26,7 @@ from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean, worst
-from robusthash.metrics.results import EvalResult, save_results
+from robusthash.metrics.results import EvalResult, by_direction, save_results
 from robusthash.models.hasher import Hasher, View
 from robusthash.objectives.base import HashObjective
 
@@ -69,64 +70,119 @@ def evaluate(
     """Evaluate clean, under each attack, and in the worst case per query; goes on from stored blocks.
 
     Args:
-        attacks: instead of those of the config.
+        attacks: added to the results that the run has, where those of the config replace them. One of a name
+            that is there replaces it if it is the same attack, and else is called ``pgd #2``.
 
     Returns:
         By name: ``clean``, each attack, ``worst``, and where the config has several directions or relevances,
-        these before the name (``I2T mainstay``, ``I2T by class worst``). Also written to ``metrics.json`` and
-        ``metrics.npz``.
+        these before the name (``I2T mainstay``, ``I2T by class worst``). Also written to ``metrics.json``.
+
+    Raises:
+        InUse: another process works on the run.
+        ConfigError: an evaluation section that the model does not fit, or attacks to be added to results of
+            other settings.
     """
     from robusthash.apps.reports.run_report import save_branches  # reports load charts
 
     section = run.config.evaluation
     set_threads(run.config)
-    victim, objective = load_victim(run)
-    _check_evaluation(run, victim)
-    data, chosen = read_data(run.config, progress), chosen_attacks(run, attacks)
-    by_relevance = {name: data if name == "own" else data.by(name) for name in section.relevance}
-    results: dict[str, EvalResult] = {}
-    for relevance, relevant in by_relevance.items():
-        for direction in section.directions or (None,):
-            context = context_of(run, victim, relevant, progress, direction)
-            parts = [direction or "", "" if relevance == "own" else f"by {relevance}"]
-            scored_on = " ".join(filter(None, parts))
-            for attack, result in _evaluate_context(run, context, objective, chosen, progress).items():
-                name = f"{scored_on} {attack}".strip()
-                result = replace(result, attack=attack, scored_on=scored_on)
-                results[name] = described(result, name, run, relevance)
-    save_results(run.path / "metrics.json", list(results.values()))
-    save_branches(run.path, victim, data.query)
+    check_evaluation(run)
+    with owned(run.path, "evaluation"):
+        victim, objective = load_victim(run)
+        data, chosen = read_data(run.config, progress), chosen_attacks(run, attacks)
+        by_relevance = {name: data if name == "own" else data.by(name) for name in section.relevance}
+        before = by_direction(run.evaluated()) if attacks is not None and run.was_evaluated else {}
+        results: dict[str, EvalResult] = {}
+        for relevance, relevant in by_relevance.items():
+            for direction in section.directions or (None,):
+                context = context_of(run, victim, relevant, progress, direction)
+                parts = [direction or "", "" if relevance == "own" else f"by {relevance}"]
+                scored_on = " ".join(filter(None, parts))
+                held = before.pop(scored_on, {})
+                found = _evaluate_context(run, context, objective, chosen, progress, relevance, held)
+                for attack, result in found.items():
+                    name = f"{scored_on} {attack}".strip()
+                    results[name] = replace(result, name=name, attack=attack, scored_on=scored_on)
+        if before:
+            raise ConfigError(_not_added(run, f"they hold {', '.join(before)}"))
+        save_results(run.path / "metrics.json", list(results.values()))
+        save_branches(run.path, victim, data.query)
     return results
 
 
-def _check_evaluation(run: Run, victim: Hasher) -> None:
-    """Refuse an evaluation section that does not fit the victim, before any query is attacked."""
-    section = run.config.evaluation
+def check_evaluation(run: Run) -> None:
+    """Refuse an evaluation section that does not fit the trained model, before anything is computed.
+
+    Raises:
+        ConfigError: a direction that it does not encode, or attacks that overlook a purifier it has not.
+    """
+    section, card = run.config.evaluation, run.card()
     for direction in section.directions or ():
         ends = _MODALITY[direction[0]], _MODALITY[direction[-1]]
-        if missing := [modality for modality in ends if modality not in victim.modalities]:
+        if missing := [modality for modality in ends if modality not in card["modalities"]]:
             raise ConfigError(
                 f"evaluation.directions holds {direction}, and {run.path} does not encode {missing[0]!r}: "
-                f"it has {list(victim.modalities)}"
+                f"it has {card['modalities']}"
             )
     for name in ("oblivious", "identity"):
-        if getattr(section, name) and not victim.purifiers:
+        if getattr(section, name) and not card["hasher"].get("purifiers"):
             raise ConfigError(
                 f"evaluation.{name} overlooks a purifier, and {run.path} has none; use evaluation.attacks"
             )
 
 
 def _evaluate_context(
-    run: Run, context: EvaluationContext, objective: HashObjective, attacks: NamedAttacks, progress: Progress
+    run: Run,
+    context: EvaluationContext,
+    objective: HashObjective,
+    attacks: NamedAttacks,
+    progress: Progress,
+    relevance: str,
+    held: Mapping[str, EvalResult],
 ) -> dict[str, EvalResult]:
-    """Clean, each attack that changes the query modality of the context, and the worst case."""
-    clean, results = score_clean(context), {}
+    """Clean, each attack that changes the query modality of the context, and the worst case.
+
+    Args:
+        held: earlier results of this context, to which these are added.
+    """
+    clean = described(score_clean(context), "clean", run, relevance)
+    if held and (other := _differences(held["clean"], clean)):
+        raise ConfigError(_not_added(run, f"they differ in {other}"))
+    results = {name: result for name, result in held.items() if name not in ("clean", "worst")}
     for name, (view, settings) in attacks.items():
         attack: Attack = build("attack", settings, objective=objective)
         if context.direction[0] in attack.threat.balls:
             attacked = attacked_queries(run, context, name, settings, attack, progress, view)
-            results[name] = score_attack(context, attack, attacked)
-    return {"clean": clean, **results, **({"worst": worst(context, clean, results)} if results else {})}
+            result = described(score_attack(context, attack, attacked), name, run, relevance)
+            results[_free_name(name, result, results)] = result
+    if not results:
+        return {"clean": clean}
+    return {
+        "clean": clean,
+        **results,
+        "worst": described(worst(context, clean, results), "worst", run, relevance),
+    }
+
+
+def _differences(before: EvalResult, now: EvalResult) -> str:
+    """The settings and digests in which two clean results of a run differ, in words."""
+    own = [n for n in ("model", "codes") if before.setting.digests.get(n) != now.setting.digests.get(n)]
+    return ", ".join([*before.setting.differs(now.setting), *(f"digests.{name}" for name in own)])
+
+
+def _free_name(name: str, result: EvalResult, others: Mapping[str, EvalResult]) -> str:
+    """The name of an added result: that of the same attack before, or one that is free."""
+    free, number = name, 2
+    while free in others and others[free].setting.differs(result.setting):
+        free, number = f"{name.partition(' #')[0]} #{number}", number + 1
+    return free
+
+
+def _not_added(run: Run, reason: str) -> str:
+    return (
+        f"the results of {run.path} are of another evaluation ({reason}), and nothing is added to them; "
+        f"make them again first: robusthash evaluate {run.path}"
+    )
 
 
 def chosen_attacks(run: Run, attacks: Sequence[Mapping[str, Any] | str] | None) -> NamedAttacks:
@@ -176,13 +232,23 @@ def attacked_queries(
     usual = context.direction == (context.victim.modalities[0],) * 2 and view == "white-box"
     key += [] if usual else [context.direction, view]
     key += [context.protocol.settings()["targets"]] if attack.targeted else []
-    folder = run.path / "attacks" / f"{attack.name}-{identity(key)}"
+    weights = run.card()["digest"]
+    folder = run.path / "attacks" / f"{attack.name}-{identity([*key, weights])}"
+    earlier = run.path / "attacks" / f"{attack.name}-{identity(key)}"  # versions that left the weights out
+    if earlier.is_dir() and not folder.exists() and _evaluated_of(run) == weights:
+        earlier.rename(folder)
     folder.mkdir(parents=True, exist_ok=True)
     described = {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}
     write_json(folder / "config.json", described)
     return attack_all(
         context, attack, context.victim.as_seen_from(view), progress, AttackFolder(folder), name
     )
+
+
+def _evaluated_of(run: Run) -> str:
+    """The digest of the weights that the results of a run are of; "" without results."""
+    results = run.evaluated() if run.was_evaluated else {}
+    return next((result.setting.digests.get("model", "") for result in results.values()), "")
 
 
 def attack_to_file(
@@ -202,7 +268,8 @@ def attack_to_file(
     for modality in attack.threat.balls:
         direction = None if modality == home else f"{modality[0].upper()}2{home[0].upper()}"
         context = context_of(run, victim, data, progress, direction)
-        attacked = attacked_queries(run, context, name, plain, attack, progress)
+        with owned(run.path, "attack"):
+            attacked = attacked_queries(run, context, name, plain, attack, progress)
         ending = f"_{modality}" if results else ""
         arrays[f"inputs{ending}"] = attacked.inputs.numpy()
         arrays[f"codes{ending}"] = pack(attacked.signs[:, 0]).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from robusthash.apps.experiment import assess_run as assessing
 from robusthash.apps.experiment import evaluation_stages, model_stages
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.attacks.base import Attack
+from robusthash.core.atomic_files import refuse_full
+from robusthash.core.directory_lock import owned
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.splits import stable_subset
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean, setting_of, worst
-from robusthash.metrics.results import EvalResult, load_results, save_results
+from robusthash.metrics.results import EvalResult, save_results
 from robusthash.robustness.evidence import records
 from robusthash.robustness.evidence.bundles import (
     best_known,
@@ -42,8 +45,11 @@ def export_evidence(
     """Attack the queries of a run, finished blocks taken from it, and write them as an evidence bundle.
 
     Raises:
+        FileExistsError: ``out`` holds something; found before anything is attacked.
+        InUse: another process works on the run.
         ValueError: a targeted attack: a bundle lowers the MAP of the original labels.
     """
+    refuse_full(out)
     victim, objective = model_stages.load_victim(run)
     ((name, plain),) = evaluation_stages.named_attacks([settings]).items()
     attack: Attack = build("attack", plain, objective=objective)
@@ -55,7 +61,8 @@ def export_evidence(
     context = evaluation_stages.context_of(
         run, victim, model_stages.read_data(run.config, progress), progress, direction
     )
-    inputs = evaluation_stages.attacked_queries(run, context, name, plain, attack, progress).inputs
+    with owned(run.path, "attack"):
+        inputs = evaluation_stages.attacked_queries(run, context, name, plain, attack, progress).inputs
     model = f"{run.config.name}/{run.id}"
     result = export(context, attack.threat, inputs, out, attack=name, budget=attack.budget, model=model)
     return evaluation_stages.described(result, name, run)
@@ -68,7 +75,12 @@ def verify_evidence(run: Run, folder: Path, keep: bool = True, progress: Progres
         keep: write the result among the accepted bundles of the run, in place of an earlier one of the same
             bundle, and with it those on each choice of queries of a suite of this run, to lower these too.
     """
-    victim = model_stages.load_hasher(run)
+    with owned(run.path, "verification of evidence") if keep else nullcontext():
+        return _verify_evidence(run, folder, keep, progress)
+
+
+def _verify_evidence(run: Run, folder: Path, keep: bool, progress: Progress) -> EvalResult:
+    victim, before = model_stages.load_hasher(run), accepted(run)
     ends, home = read_bundle(folder).manifest.direction, victim.modalities[0]
     direction = None if ends == (home, home) else _letters(ends)
     context = evaluation_stages.context_of(
@@ -81,7 +93,7 @@ def verify_evidence(run: Run, folder: Path, keep: bool = True, progress: Progres
     results = [whole, *(on_queries(whole, context, positions) for positions in subsets)]
     described = {result.name: evaluation_stages.described(result, result.name, run) for result in results}
     if keep:
-        save_results(run.path / FILE, list({**accepted(run), **described}.values()))
+        save_results(run.path / FILE, list({**before, **described}.values()))
     return described[whole.name]
 
 
@@ -92,8 +104,7 @@ def _letters(ends: tuple[str, str]) -> str:
 
 def accepted(run: Run) -> dict[str, EvalResult]:
     """The accepted bundles of a run, by name; none where none was sent in."""
-    path = run.path / FILE
-    return {result.name: result for result in load_results(path)} if path.is_file() else {}
+    return run.stored(FILE)
 
 
 def lowered(own: EvalResult, bundles: Mapping[str, EvalResult]) -> EvalResult:

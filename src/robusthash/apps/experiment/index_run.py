@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from robusthash.apps.experiment.model_stages import database_codes, load_hasher,
 from robusthash.apps.experiment.run_directory import Run, load_run, write_json
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
+from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split
@@ -100,7 +100,7 @@ def build_index(
     told = {"run": str(run.path.resolve()), "images": images and path_text(images.resolve())}
     with open_index(f"file:{directory}", bits=run.card()["bits"], engine=engine) as index:
         count, file = index.count(), directory / _RUN_FILE
-        if count and (not file.is_file() or json.loads(file.read_text()) != told):
+        if count and (not file.is_file() or read_json(file) != told):
             raise ValueError(
                 f"{directory} already holds {count} items of another build; add images to it with "
                 "'index add', or build in another directory"
@@ -219,7 +219,7 @@ def run_of_index(directory: Path, run_path: Path | None = None) -> Run:
     if run_path is not None:
         return load_run(run_path)
     file = directory / _RUN_FILE
-    builder = Path(json.loads(file.read_text())["run"]) if file.is_file() else directory.resolve().parent
+    builder = Path(read_json(file)["run"]) if file.is_file() else directory.resolve().parent
     if not (builder / "config.yaml").is_file():
         raise ValueError(
             f"{directory} does not say which run made its codes, or it has moved; name it with --run"

@@ -6,7 +6,6 @@ A kept run is a run directory to every verb that only reads: ``table``, ``compar
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,9 @@ import yaml
 
 from robusthash.apps.experiment.run_directory import KEPT, Run, RunError, load_run, write_json
 from robusthash.core.atomic_files import write_all_aside
+from robusthash.core.limited_files import read_json
 from robusthash.metrics.protocol import CURVES
-from robusthash.metrics.results import EvalResult, load_results, save_results
+from robusthash.metrics.results import EvalResult, save_results
 
 SCHEMA = "robusthash.kept/1"
 _RESULTS = ("metrics.json", "assess.json")
@@ -69,11 +69,11 @@ def _write(run: Run, run_id: str, folder: Path) -> None:
     """The files of the copy; ``kept.json`` names what was left out."""
     for path in sorted(run.path.glob("*.json")):
         if path.name in _RESULTS:
-            save_results(folder / path.name, [_slim(result) for result in load_results(path)], packed=True)
+            save_results(folder / path.name, [_slim(r) for r in run.stored(path.name).values()], packed=True)
         elif path.name == _EVIDENCE:
-            save_results(folder / path.name, load_results(path))
+            save_results(folder / path.name, list(run.stored(path.name).values()))
         else:
-            write_json(folder / path.name, _without_paths(json.loads(path.read_text(encoding="utf-8"))))
+            write_json(folder / path.name, _without_paths(read_json(path)))
     config = run.config.model_dump(mode="json")
     if isinstance(config["data"], dict):
         config["data"].pop("root", None)

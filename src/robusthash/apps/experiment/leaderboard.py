@@ -18,6 +18,7 @@ from robusthash.apps.experiment.evidence_run import accepted, lowered
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.tables import Cell, cell_of, require_distinct_seeds
 from robusthash.apps.reports import pages
+from robusthash.apps.reports.cell_text import markdown_cell
 from robusthash.core.runtime import digest
 from robusthash.metrics.comparison import METHOD_SEEDS, Claim, ComparedModel, claim_of, compare_all
 from robusthash.metrics.results import EvalResult, Flag, Setting, by_direction
@@ -271,14 +272,14 @@ def as_markdown(boards: Sequence[Leaderboard]) -> str:
     for board in boards:
         columns = _columns(board)
         lines = [
-            f"## {board.title}",
+            f"## {markdown_cell(board.title)}",
             "",
             f"|  | {' | '.join(columns)} |",
             "|" + " --- |" * (len(columns) + 1),
         ]
         for rank, row in enumerate(board.rows, 1):
             lines.append(f"| {rank} | {' | '.join(cell(row) for cell in columns.values())} |")
-        facts = "\n".join(f"* {name}: {text}" for name, text in setting_pairs(board, boards))
+        facts = "\n".join(f"* {name}: {markdown_cell(text)}" for name, text in setting_pairs(board, boards))
         parts.append("\n".join(lines) + f"\n\n{facts}\n")
     parts.append(legend(any(board.methods for board in boards)) + "\n")
     return "\n".join(parts)
@@ -289,21 +290,21 @@ def _columns(board: Leaderboard) -> dict[str, Callable[[RankedModel], str]]:
     key, measure = board.setting.key, board.measure
     low = key.name("worst")
     columns: dict[str, Callable[[RankedModel], str]] = {
-        "model": lambda row: f"{'**UNRELIABLE** ' * row.unreliable}{row.name}",
+        "model": lambda row: f"{'**UNRELIABLE** ' * row.unreliable}{markdown_cell(row.name)}",
         "claim": claim_text,
         "bits": lambda row: str(row.setting.bits),
-        "defense": lambda row: row.setting.defense,
+        "defense": lambda row: markdown_cell(row.setting.defense),
         f"clean {measure}": lambda row: _bold(_number(row.clean, row.clean_interval), row.bold(measure)),
         low: lambda row: row.worst.text(),
         f"best-known {low}": lambda row: _bold(row.known.text(), row.bold(low)),
-        "by": source_text,
+        "by": lambda row: markdown_cell(source_text(row)),
         "HRS": lambda row: _number(row.hrs, row.hrs_interval),
     }
     if any(row.targeted is not None for row in board.rows):
         columns[f"highest {key.name('targeted')}"] = lambda row: (
             "-" if row.targeted is None else f"{row.targeted:.3f}"
         )
-    return {**columns, "checks": remark}
+    return {**columns, "checks": lambda row: markdown_cell(remark(row))}
 
 
 def _number(value: float, interval: tuple[float, float] | None) -> str:

@@ -6,11 +6,14 @@ like any run. The sweep itself keeps only ``sweep.json`` and the output of the p
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +27,13 @@ from typing import Any, Literal
 import yaml
 
 from robusthash.apps.experiment import training_stages
-from robusthash.apps.experiment.config import Config, ConfigError, load_config
+from robusthash.apps.experiment.config import Config, ConfigError, load_config, value_of
 from robusthash.apps.experiment.run_directory import load_run, write_json
+from robusthash.apps.experiment.run_files import reading
 from robusthash.apps.experiment.tables import Cell, cell_of
+from robusthash.apps.reports.cell_text import markdown_cell
+from robusthash.core.directory_lock import owned
+from robusthash.core.limited_files import read_json
 from robusthash.core.out_of_memory import REMEDY, out_of_memory
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.metrics.results import EvalResult, headline_of
@@ -52,7 +59,7 @@ def read_axis(text: str) -> Axis:
     if not equals or not path or not listed:
         raise ValueError(f"--over takes section.key=value,value,..., got {text!r}")
     if listed.startswith("["):
-        dumped = [yaml.safe_dump(value, default_flow_style=True) for value in yaml.safe_load(listed)]
+        dumped = [yaml.safe_dump(value, default_flow_style=True) for value in _listed(text, listed)]
         values = tuple(value.strip().removesuffix("...").strip() for value in dumped)
     else:
         values = tuple(value.strip() for value in listed.split(","))
@@ -64,6 +71,13 @@ def read_axis(text: str) -> Axis:
         remedy = "sweep settings of data, hasher or training, and set the rest with --set"
         raise ValueError(f"--over {path} makes no other model, and all points would share one run; {remedy}")
     return Axis(path, values)
+
+
+def _listed(text: str, listed: str) -> list[Any]:
+    values = value_of(listed)
+    if not isinstance(values, list):
+        raise ValueError(f"--over {text}: {listed!r} is no list")
+    return values
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -163,9 +177,16 @@ class Sweep:
     def run(self, progress: Progress = silent) -> list[Outcome]:
         """Run what is not done yet; a failing point is stored with its error and the others go on.
 
-        An exception (Ctrl-C) stops all processes first; the same call resumes.
+        An exception (Ctrl-C) stops all processes first, and a kill ends them; the same call resumes.
+
+        Raises:
+            InUse: another process runs a sweep in the same folder.
         """
-        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        with owned(self.out, "sweep"):
+            return self._run(progress)
+
+    def _run(self, progress: Progress) -> list[Outcome]:
+        (self.out / "logs").mkdir(exist_ok=True)
         self._recall()
         remaining = [point for point in self.points if self.outcomes[point.key].state != "done"]
         parents = {point.parent: point for point in remaining if point.parent}
@@ -186,8 +207,11 @@ class Sweep:
     def _recall(self) -> None:
         """Take over points that an earlier call finished, where their results still exist."""
         path, by_key = self.out / "sweep.json", {point.key: point for point in self.points}
-        for entry in json.loads(path.read_text())["points"] if path.is_file() else ():
-            old = Outcome(**entry)
+        olds: list[Outcome] = []
+        if path.is_file():
+            with reading(path, "delete it; what its runs hold is taken from them"):
+                olds = [Outcome(**entry) for entry in read_json(path)["points"]]
+        for old in olds:
             files = [Path(old.run) / name for name in ("config.yaml", "metrics.json")]
             if old.state != "done" or old.key not in by_key or not all(file.is_file() for file in files):
                 continue
@@ -216,6 +240,8 @@ class Sweep:
             yield futures[future], *future.result()
 
 
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
 Ended = tuple[str, str]
 """Run directory, and the error in one line."""
 
@@ -238,11 +264,25 @@ def _execute(stage: str, recipe: Path, sets: Sequence[str], runs: Path, log: Pat
 def _in_process(*task: Any) -> Ended:
     """Outcome of a task in a new process; a pool of one, so that a killed process ends no other task."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=os.setsid) as pool:  # Ctrl-C reaches the sweep alone
+    with ProcessPoolExecutor(1, spawn, initializer=_belong, initargs=(os.getpid(),)) as pool:
         try:
             return pool.submit(_execute, *task).result()
         except BrokenProcessPool:
             return "", f"its process was killed, perhaps for want of memory; see {task[-1]}"
+
+
+def _belong(parent: int) -> None:
+    """Let this process end with the sweep, however that ends, and leave Ctrl-C to it."""
+    os.setsid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if sys.platform == "linux":  # at once, also while the interpreter is busy
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -324,6 +364,6 @@ def sweep_markdown(rows: Sequence[SweepRow]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in rows:
         cells = [row.cells[name].text() if name in row.cells else "-" for name in columns]
-        line = [*row.values.values(), *cells, str(len(row.seeds)), str(row.failed)]
+        line = [*map(markdown_cell, row.values.values()), *cells, str(len(row.seeds)), str(row.failed)]
         lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)

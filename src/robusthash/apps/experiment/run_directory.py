@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import pickle
+import shlex
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
 
-from robusthash.apps.experiment.config import Config, ConfigError, load_config, save_config
-from robusthash.core.atomic_files import json_text, write_aside
-from robusthash.core.registry import build
+from robusthash.apps.experiment.config import Config, is_folder_name, save_config, shortened
+from robusthash.apps.experiment.run_files import (
+    RunError,
+    config_of,
+    file_digest,
+    load_weights,
+    reading,
+    save_weights,
+    without_weights,
+    write_json,
+)  # fmt: skip
+from robusthash.core.atomic_files import write_aside
+from robusthash.core.limited_files import check_archive, parse_json, read_json, read_npz
+from robusthash.core.registry import build, without_new_code
 from robusthash.core.runtime import digest
 from robusthash.core.types import Codes
 from robusthash.metrics.results import EvalResult, Flag, load_results, software_versions
@@ -32,31 +38,19 @@ Progress = Callable[[int, int, str], None]
 """Called with (done, total, text)."""
 
 
-class RunError(ValueError):
-    """A run directory that cannot be used as it stands."""
-
-
+RESTART = "delete it to train again from the start"
 CHECKED = "checks.json"  # the flags of ``check``
+TEXTS = "texts.json"  # how texts become inputs, so that those of others can
 KEPT = "kept.json"  # marks a copy of results without weights, see ``kept_results``
+_CARD = {"name": str, "id": str, "bits": int, "modalities": list, "image_size": list, "declared": str}
+_CARD |= {"hasher": dict, "digest": str, "epochs": int, "last": dict}
 _TRAIN = "run 'robusthash train' or 'robusthash run' first"
-_DAMAGED: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
-_DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError)
-
-
-@contextmanager
-def reading(path: Path, remedy: str, what: str = "") -> Iterator[None]:
-    """Raise an error of a block that reads ``path`` as ``RunError("WHAT PATH is damaged (...); REMEDY")``."""
-    try:
-        yield
-    except _DAMAGED as error:
-        reason = next(iter(str(error).splitlines()), repr(error))
-        raise RunError(f"{f'{what} {path}'.strip()} is damaged ({reason}); {remedy}") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    with write_aside(path) as temporary:
-        temporary.write_text(json_text(value, path.name))
+_REMADE = {
+    "metrics.json": "delete it, then: robusthash evaluate {run}",
+    "assess.json": "delete it and assess again (finished blocks are taken): robusthash assess {run}",
+    "evidence.json": "delete it and verify the bundles again: robusthash evidence verify BUNDLE --run {run}",
+}
+"""The ways to make files of results again."""
 
 
 @dataclass(frozen=True)
@@ -86,40 +80,65 @@ class Run:
         return (self.path / KEPT).is_file()
 
     @property
+    def origin(self) -> dict[str, str]:
+        """The runs that it comes from by ``parent`` and ``resumed_from``, as far as it has and knows them."""
+        path = self.path / "environment.json"
+        facts = read_json(path) if path.is_file() else {}
+        return {name: facts[name] for name in ("parent", "resumed_from") if name in facts}
+
+    @property
     def trained(self) -> bool:
         """The final weights exist; ``model.json`` is written last."""
         return (self.path / "model.json").is_file()
 
     @property
-    def _resume_file(self) -> Path:
+    def checkpoint_file(self) -> Path:
+        """The last checkpoint of training, which stays: a longer training can go on from it."""
         return self.path / "checkpoint" / "resume.pt"
 
     @property
     def _database_file(self) -> Path:
         return self.path / "checkpoint" / "database.npz"
 
+    def _remedy(self, file: str) -> str:
+        """The way to make a damaged file of this run again; what is whole is not made twice."""
+        if self.kept:
+            return "it is a copy: make it again with 'robusthash keep', or take it from the repository"
+        recipe, runs = (shlex.quote(str(p)) for p in (self.path / "config.yaml", self.path.parent.parent))
+        if self.path.parent.name != self.config.name:  # a copy elsewhere
+            return f"train its recipe again, and use that run: robusthash train {recipe}"
+        return f"delete {self.path / file}, then: robusthash train {recipe} --runs {runs}"
+
+    @property
+    def _again(self) -> str:
+        return self._remedy("model.json")
+
     def resume(self) -> dict[str, Any] | None:
         """The last training checkpoint, or None. Raises RunError for one that cannot be read."""
-        if not self._resume_file.is_file():
+        if not self.checkpoint_file.is_file():
             return None
-        with reading(self._resume_file, "delete it to train again from the start", "checkpoint"):
-            return torch.load(self._resume_file, map_location="cpu", weights_only=True)
+        with reading(self.checkpoint_file, RESTART, "checkpoint"):
+            check_archive(self.checkpoint_file)
+            return torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the training checkpoint; store the epoch's weights too, if ``keep_epochs`` says so."""
-        self._resume_file.parent.mkdir(parents=True, exist_ok=True)
+        self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
         every = self.config.runtime.keep_epochs
         if every is not None and not state.get("step") and state["epoch"] % every == 0:
             path = self._epoch_file(state["epoch"])
             path.parent.mkdir(exist_ok=True)
-            _save_weights(state["modules"]["hasher"], path)
-        with write_aside(self._resume_file) as temporary:
-            torch.save(state, temporary)
+            save_weights(state["modules"]["hasher"], path)
+        with write_aside(self.checkpoint_file) as temporary, temporary.open("wb") as stream:
+            torch.save(state, stream)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one JSON line."""
-        with (self.path / "log.jsonl").open("a") as lines:
-            lines.write(json.dumps(line) + "\n")
+        with (self.path / "log.jsonl").open("a+b") as lines:
+            end = lines.tell()
+            lines.seek(max(0, end - 1))
+            torn = end and lines.read() != b"\n"  # by a full disk
+            lines.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
     def _epoch_file(self, epoch: int) -> Path:
         return self.path / "epochs" / f"{epoch}.safetensors"
@@ -131,16 +150,24 @@ class Run:
     def load_epoch(self, epoch: int) -> tuple[Hasher, HashObjective]:
         """The hasher after ``epoch`` epochs, and the objective of the trained run."""
         hasher, objective = self.load_model()
-        _load_weights(hasher, self._epoch_file(epoch))
+        file = self._epoch_file(epoch)
+        load_weights(hasher, file, f"delete {file} to leave this epoch out")
         return hasher, objective
 
     def lines(self) -> list[dict[str, Any]]:
-        """One line per epoch, the last where a kill repeated it. Raises RunError before the first epoch."""
-        path = self.path / "log.jsonl"
+        """One line per epoch, the last where a kill repeated it.
+
+        Raises:
+            RunError: no epoch is over, or a line that cannot be read.
+        """
+        path, lines = self.path / "log.jsonl", dict[int, dict[str, Any]]()
         if not path.is_file():
             raise RunError(f"{self.path} has no training log; {_TRAIN}")
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return list({line["epoch"]: line for line in lines}.values())
+        for number, text in enumerate(path.read_bytes().splitlines(), 1):
+            with reading(path, f"delete its line {number}"):
+                line = parse_json(text, "it")
+                lines[int(line["epoch"])] = line
+        return list(lines.values())
 
     def progress(self, done: int, total: int, text: str) -> None:
         self.on_progress(done, total, text)
@@ -148,11 +175,11 @@ class Run:
     def save_model(
         self, hasher: Hasher, objective: HashObjective, lines: list[dict[str, Any]], size: tuple[int, ...]
     ) -> None:
-        """Write weights and model card, with the ``size`` of images, and delete the training checkpoint."""
+        """Write weights and model card, with the ``size`` of images."""
         folder = self.path / "checkpoint"
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {"hasher": _save_weights(hasher.state_dict(), folder / "hasher.safetensors")}
-        weights["objective"] = _save_weights(objective.kept(), folder / "objective.safetensors")
+        weights = {"hasher": save_weights(hasher.state_dict(), folder / "hasher.safetensors")}
+        weights["objective"] = save_weights(objective.kept(), folder / "objective.safetensors")
         card = {
             "name": self.config.name,
             "id": self.id,
@@ -163,13 +190,33 @@ class Run:
             "hasher": hasher.spec,
             "objective": self.config.training.objective,
             "digest": digest(weights, 16),
+            "weights": weights,
             "epochs": len(lines),
             "seconds": round(sum(line["seconds"] for line in lines), 1),
             "last": lines[-1],
             "versions": software_versions(),
         }
         write_json(self.path / "model.json", card)
-        self._resume_file.unlink(missing_ok=True)
+
+    def check_weights(self) -> None:
+        """Compute the digest of the weights, and compare it with the one in the model card.
+
+        Raises:
+            RunError: a file is missing, or holds other weights than those that were trained.
+        """
+        card = self.card()
+        files = {name: self.path / "checkpoint" / f"{name}.safetensors" for name in ("hasher", "objective")}
+        for path in files.values():
+            if not path.is_file():
+                raise RunError(f"the weights {path} are missing; {self._again}")
+        found = {name: file_digest(path) for name, path in files.items()}
+        if digest(found, 16) != card["digest"]:
+            written = card.get("weights", {})  # older cards have the digest of both alone
+            wrong = [str(path) for name, path in files.items() if found[name] != written.get(name)]
+            raise RunError(
+                f"the weights {' or '.join(wrong)} are not those that were trained: their digest is "
+                f"{digest(found, 16)}, and the model card says {card['digest']}; {self._again}"
+            )
 
     def save_database(self, codes: Codes) -> None:
         """Store the database codes that the method itself learned."""
@@ -181,7 +228,8 @@ class Run:
         path = self._database_file
         if not path.is_file():
             return None
-        with reading(path, "train the run again", "database of codes"), np.load(path) as arrays:
+        with reading(path, self._again, "database of codes"):
+            arrays = read_npz(path, ("codes", "bits"))
             packed, bits = torch.from_numpy(arrays["codes"]), int(arrays["bits"])
         return Codes(packed, bits, torch.arange(len(packed)), self.card()["digest"])
 
@@ -190,12 +238,10 @@ class Run:
         if not self.trained:
             raise RunError(f"{self.path} holds no trained model; {_TRAIN}")
         path = self.path / "model.json"
-        try:
-            card = json.loads(path.read_text())
-        except ValueError as error:
-            raise RunError(f"the model card {path} is damaged ({error}); train the run again") from None
-        if not isinstance(card, dict) or "hasher" not in card:
-            raise RunError(f"the model card {path} is damaged (it names no hasher); train the run again")
+        with reading(path, self._again, "the model card"):
+            card = read_json(path)
+            if fault := _fault_of(card):
+                raise ValueError(fault)
         return card
 
     @property
@@ -210,15 +256,24 @@ class Run:
         """
         if not self.was_evaluated:
             raise RunError(f"{self.path} has not been evaluated; run 'robusthash evaluate {self.path}' first")
-        return self._results("metrics.json")
+        return self.stored("metrics.json")
 
     def assessed(self) -> dict[str, EvalResult]:
         """Results of ``assess`` by name: ``img-linf-8 standard``, ``I2T img-linf-8 fast``; maybe none."""
-        return self._results("assess.json")
+        return self.stored("assess.json")
 
-    def _results(self, file: str) -> dict[str, EvalResult]:
+    def stored(self, file: str) -> dict[str, EvalResult]:
+        """Results of a file of the run by name; none where there is no file.
+
+        Raises:
+            RunError: it cannot be read.
+        """
         path = self.path / file
-        return {result.name: result for result in load_results(path)} if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        remedy = self._again if self.kept else _REMADE[file].format(run=shlex.quote(str(self.path)))
+        with reading(path, remedy):
+            return {result.name: result for result in load_results(path)}
 
     def results(self) -> dict[str, EvalResult]:
         """``assessed`` and ``evaluated`` by name. Raises RunError where there is neither."""
@@ -231,7 +286,7 @@ class Run:
         if not path.is_file():
             return ()
         with reading(path, f"write it again: robusthash check {self.path}"):
-            entries = json.loads(path.read_text(encoding="utf-8"))
+            entries = read_json(path)
             numbers = [(float(entry["value"]), float(entry["threshold"])) for entry in entries]  # maybe "inf"
             return tuple(
                 Flag(entry["id"], value, threshold, entry["level"], entry["remedy"])
@@ -242,87 +297,104 @@ class Run:
         """The trained hasher alone (eval mode, CPU).
 
         Raises:
-            RunError: weights that are truncated or do not fit the model card.
+            RunError: weights that are not those of the model card.
         """
         if self.kept:
             raise RunError(
                 f"{self.path} keeps results without weights; train its recipe again for the model: "
                 f"robusthash train {self.path / 'config.yaml'}"
             )
-        spec = self.card()["hasher"]
-        image, text = _without_weights(spec["image"]), _without_weights(spec["text"])
-        hasher = build_hasher(**{**spec, "image": image, "text": text})
-        _load_weights(hasher, self.path / "checkpoint" / "hasher.safetensors")
+        self.check_weights()
+        spec, card = self.card()["hasher"], self.path / "model.json"
+        with without_new_code(card), reading(card, self._again, "the model card"):
+            image, text = without_weights(spec["image"]), without_weights(spec["text"])
+            hasher = build_hasher(**{**spec, "image": image, "text": text})
+        load_weights(hasher, self.path / "checkpoint" / "hasher.safetensors", self._again)
         return hasher.eval()
 
     def load_model(self) -> tuple[Hasher, HashObjective]:
         """The trained hasher and its objective (eval mode, CPU); errors as of ``load_hasher``."""
         hasher = self.load_hasher()
-        objective = build("objective", self.card()["objective"])
-        _load_weights(objective, self.path / "checkpoint" / "objective.safetensors")
+        card = self.path / "model.json"
+        with without_new_code(card), reading(card, self._again, "the model card"):
+            objective = build("objective", self.card()["objective"])
+        load_weights(objective, self.path / "checkpoint" / "objective.safetensors", self._again)
         return hasher, objective.eval()
 
 
-def open_run(config: Config, root: Path, ancestor: str = "", progress: Progress | None = None) -> Run:
+def run_folder(config: Config, root: Path, ancestor: str = "") -> Path:
+    """The run directory of ``config`` under ``root``: its name, and the digest of what makes the model.
+
+    Raises:
+        RunError: it holds results alone.
+    """
+    path = root / config.name / config.model_id(ancestor)
+    if (path / KEPT).is_file():
+        raise RunError(f"{path} holds results alone, and no run goes on there; use another --runs folder")
+    return path
+
+
+def open_run(
+    config: Config,
+    root: Path,
+    ancestor: str = "",
+    progress: Progress | None = None,
+    origin: Mapping[str, Path] | None = None,
+) -> Run:
     """The run directory of ``config`` under ``root``, created if it is new.
+
+    Args:
+        origin: the runs that it comes from, ``parent`` and ``resumed_from``, for its ``environment.json``.
+
+    A run that is trained keeps its ``config.yaml``, that of its results, until ``accept``.
 
     Raises:
         RunError: the directory belongs to another config, or holds results alone.
     """
-    path = root / config.name / config.model_id(ancestor)
-    existing = path / "config.yaml"
-    if (path / KEPT).is_file():
-        raise RunError(f"{path} holds results alone, and no run goes on there; use another --runs folder")
-    if existing.is_file():
-        held = load_config(existing).model_id(ancestor)
-        if held != path.name:
+    path = run_folder(config, root, ancestor)
+    run, held = Run(path, config, progress or Run.on_progress), None
+    if (path / "config.yaml").is_file():
+        with suppress(RunError):  # damaged; the name of the directory says that this is its config
+            held = config_of(path).model_id(ancestor)
+        if held not in (None, path.name):
             remedy = "move it away or use another --runs folder"
             raise RunError(f"{path} holds the run of another config ({held}); {remedy}")
     path.mkdir(parents=True, exist_ok=True)
-    with write_aside(existing) as temporary:
-        temporary.write_text(save_config(config))
+    if held is None or not run.trained:
+        accept(run)
     if not (path / "environment.json").is_file():
         threads, started = torch.get_num_threads(), time.strftime("%F %T")
         environment = {"versions": software_versions(), "threads": threads, "started": started}
-        write_json(path / "environment.json", environment)
-    return Run(path, config, progress or Run.on_progress)
+        named = {name: str(other.resolve()) for name, other in (origin or {}).items()}
+        write_json(path / "environment.json", {**environment, **named})
+    return run
+
+
+def accept(run: Run) -> None:
+    """Write the config of a run, now that its results are those of this config."""
+    with write_aside(run.path / "config.yaml") as temporary:
+        temporary.write_text(save_config(run.config), encoding="utf-8")
 
 
 def load_run(path: str | Path) -> Run:
-    """An existing run directory. Raises RunError where there is none."""
+    """An existing run directory. Raises RunError where there is none, or a file of it cannot be read."""
     path = Path(path)
     if not (path / "config.yaml").is_file():
         raise RunError(f"{path} is not a run directory: it has no config.yaml")
-    try:
-        return Run(path, load_config(path / "config.yaml"))
-    except ConfigError as error:
-        raise RunError(f"{path}: its config cannot be read: {error}") from None
+    run = Run(path, config_of(path))
+    for name in ("data.json", "environment.json"):
+        if (path / name).is_file():
+            with reading(path / name, run._remedy(name)):
+                if not isinstance(read_json(path / name), dict):
+                    raise ValueError("it holds no names")
+    return run
 
 
-def _without_weights(encoder: Any) -> Any:
-    """Encoder settings without pretrained weights, whose file may be gone since training started there."""
-    if not isinstance(encoder, dict):
-        return encoder
-    return {key: None if key == "weights" else _without_weights(value) for key, value in encoder.items()}
-
-
-def _save_weights(state: dict[str, Tensor], path: Path) -> str:
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with write_aside(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _load_weights(module: nn.Module, path: Path) -> None:
-    """Load every tensor by name; buffers that ``setup`` makes (centers) take the shape of the file."""
-    with reading(path, "train the run again", "the file of weights"):
-        tensors = safetensors.torch.load_file(path)
-    for name, buffer in module.named_buffers():
-        if name in tensors and buffer.shape != tensors[name].shape and buffer.numel() == 0:
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, torch.empty_like(tensors[name]))
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise RunError(f"weights {path} do not fit the model card: {reason}") from None
+def _fault_of(card: Any) -> str:
+    """The fault of a model card, if it has one; its name and id are folders of copies."""
+    if not isinstance(card, dict) or "hasher" not in card:
+        return "it names no hasher"
+    for key, kind in _CARD.items():
+        if not isinstance(card.get(key), kind) or (key in ("name", "id") and not is_folder_name(card[key])):
+            return f"{key} is {shortened(repr(card.get(key)))}"
+    return ""

@@ -1,9 +1,14 @@
-"""A trained model in three lines of Python: load a run, encode images, search an index."""
+"""A trained model in three lines of Python: load it, encode images and texts, search an index."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,118 +18,234 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robusthash.apps.experiment.run_directory import load_run
+from robusthash.apps.experiment.exported_model import CARD, load_exported, run_of_entry, save_exported
+from robusthash.apps.experiment.model_stages import read_data
+from robusthash.apps.experiment.run_directory import TEXTS, Run, RunError, load_run, reading
 from robusthash.core.hamming import pack
+from robusthash.core.limited_files import read_json
+from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import Progress, choose_device, silent
 from robusthash.core.types import Codes
-from robusthash.data.image_files import pixels_of, read_image
+from robusthash.data.base import RetrievalData, TextForm, as_input
+from robusthash.data.image_files import OnError
+from robusthash.data.image_text import text_form
+from robusthash.data.own_data import OneImage, one_image
 from robusthash.index import CodeIndex
-from robusthash.models.encoding import encode_signs
+from robusthash.models.encoding import encode_signs, weights_digest
 from robusthash.models.hasher import Hasher
 
-OneImage = str | Path | Image.Image | np.ndarray | Tensor
+logger = logging.getLogger(__name__)
+
+Item = OneImage
+"""An image or, where the model has texts, a text."""
 
 
 @dataclass(frozen=True)
 class SearchModel:
-    """The image hasher of a run, ready to encode and search."""
+    """A hasher ready to encode and search: of a run, of an exported folder, or one that was just trained.
+
+    Args:
+        hasher: of images of pixels, or of texts.
+        side: pixels a side of the images that it was trained on; 0 where it has none.
+        origin: digest of its weights, by default computed: codes carry it, and an index refuses those of
+            another model.
+        read_texts: gives the form of its texts, when the first text is encoded.
+    """
 
     hasher: Hasher
-    side: int  # pixels a side of the images that it was trained on
-    origin: str  # digest of its weights: codes carry it, an index refuses those of another model
+    side: int
+    origin: str = ""
+    read_texts: Callable[[], TextForm | None] = lambda: None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "origin", self.origin or weights_digest(self.hasher))
+
+    @classmethod
+    def of(cls, hasher: Hasher, data: RetrievalData) -> SearchModel:
+        """A hasher with the size and the texts of the data that it was trained on."""
+        side = _side({"image_size": data.image_size if "image" in data.modalities else ()})
+        return cls(hasher, side, read_texts=lambda: data.text_form)
 
     @property
     def bits(self) -> int:
         return self.hasher.bits
 
+    @cached_property
+    def texts(self) -> TextForm | None:
+        """The form of its texts; None where it has none, or they came as vectors."""
+        return self.read_texts() if "text" in self.hasher.modalities else None
+
     def encode(
-        self, images: OneImage | Iterable[OneImage], batch_size: int = 256, progress: Progress = silent
+        self,
+        images: Item | Iterable[Item],
+        batch_size: int = 256,
+        progress: Progress | None = None,
+        modality: str = "image",
+        on_error: OnError = "raise",
     ) -> Codes:
         """Codes of images, as files give them: cropped to a square and resized, encoded in batches.
 
         Args:
-            images: one or several of a path, a PIL image, an (H, W) or (H, W, 3) uint8 array, a (3, H, W)
-                tensor: uint8, or floats in [0, 1] of the model's own size. Lists, iterators, and arrays and
-                tensors of four axes are several; all others are one.
-            progress: called with (images done, images in all or 0 where unknown, "encoding").
+            images: one or several of a path, a PIL image, an (H, W) or (H, W, 3) array, a (3, H, W) tensor:
+                uint8, or floats in [0, 1] of the model's own size. Lists, iterators, and arrays and tensors
+                of four axes are several; all others are one. Texts where ``modality`` is ``text``.
+            progress: called with (items done, items in all or 0 where unknown, "encoding"); by default a bar
+                in a terminal, where there is more than one batch.
+            modality: ``image`` or ``text``.
+            on_error: ``raise`` at the first image that cannot be read or used, or ``skip`` such images, with
+                one warning that counts them.
 
         Returns:
-            (N, ...) codes, ids 0 to N - 1.
+            (N, ...) codes; the ids are the places of the items, 0 to N - 1 unless some were skipped.
 
         Raises:
-            FileNotFoundError, ValueError: an image that cannot be read or used; its place is named.
+            FileNotFoundError, ValueError: an item that cannot be read or used; its place is named.
         """
-        one = isinstance(images, (str, Path, Image.Image))
-        one = one or (isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4)
+        if modality not in self.hasher.modalities or (modality == "image" and not self.side):
+            raise ValueError(
+                f"this model encodes {', '.join(self.hasher.modalities)}, not {modality!r} items"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        one = isinstance(images, str | Path | Image.Image)
+        one = one or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
         several: Any = [images] if one else images
+        if not hasattr(several, "__iter__"):
+            raise ValueError(f"encode takes images, or texts, one or several; got {type(several).__name__}")
         total = len(several) if hasattr(several, "__len__") else 0
-        signs, done = [], 0
-        for batch in _batched(iter(several), batch_size):
-            pixels = [self._pixels(image, done + place) for place, image in enumerate(batch)]
-            signs.append(encode_signs(self.hasher, "image", torch.stack(pixels)))
-            done += len(batch)
-            progress(done, total, "encoding")
+        signs: list[Tensor] = []
+        ids: list[int] = []
+        errors: list[Exception] = []
+        done, size = 0, batch_size
+        with ExitStack() as stack:
+            shown = progress or _progress(stack, silenced=0 < total <= batch_size)
+            for batch in _batched(iter(several), batch_size):
+                read = self._images(batch, done) if modality == "image" else self._texts(batch, done)
+                used = [item for item in read if not isinstance(item, Exception)]
+                errors += [item for item in read if isinstance(item, Exception)]
+                if errors and on_error == "raise":
+                    raise errors[0]
+                ids += [done + place for place, item in enumerate(read) if not isinstance(item, Exception)]
+                done += len(batch)
+                if used:
+                    encoded = partial(encode_signs, self.hasher, modality, torch.stack(used))
+                    part, size = halving(encoded, min(size, len(used)), "items", "encoded", warn)
+                    signs.append(part)
+                shown(done, total, "encoding")
+        first = "; ".join(map(str, errors[:3]))
         if not signs:
-            raise ValueError("there is no image to encode")
-        return Codes(pack(torch.cat(signs)), self.bits, torch.arange(done), self.origin)
+            raise ValueError(f"there is no {modality} to encode{first and ': '}{first}")
+        if errors:
+            logger.warning("%d of %d images skipped: %s", len(errors), done, first)
+        return Codes(pack(torch.cat(signs)), self.bits, torch.tensor(ids), self.origin)
 
     def search(
-        self, index: CodeIndex, image: OneImage, k: int = 10, where: Mapping[str, Any] | None = None
+        self,
+        index: CodeIndex,
+        image: Item,
+        k: int = 10,
+        where: Mapping[str, Any] | None = None,
+        modality: str = "image",
     ) -> list[dict[str, Any]]:
-        """The k nearest items of one image: ``id``, ``distance`` in bits, ``payload``."""
-        ranking = index.search(self.encode(image), k, where=where)
+        """The k nearest items of one image or text: ``id``, ``distance`` in bits, ``payload``."""
+        ranking = index.search(self.encode(image, modality=modality), k, where=where)
         ids = [item for item in ranking.ids[0].tolist() if item >= 0]
         rows = zip(ids, ranking.distances[0].tolist(), index.payload(ids), strict=False)
         return [{"id": item, "distance": distance, "payload": payload} for item, distance, payload in rows]
 
-    def _pixels(self, image: OneImage, place: int) -> Tensor:
-        """(3, side, side) float in [0, 1] of one image."""
+    def save(self, directory: str | Path) -> None:
+        """Write weights (safetensors) and a card (JSON) to a folder, which ``load`` reads; no pickle.
+
+        Raises:
+            FileExistsError: the folder holds something else.
+            ValueError: a wrapped net.
+        """
+        texts = None if self.texts is None else self.texts.plain()
+        facts = {"image_size": [self.side] * 2 if self.side else [], "digest": self.origin, "texts": texts}
+        save_exported(Path(directory), self.hasher, facts)
+
+    def _images(self, batch: Sequence[Any], before: int) -> list[Tensor | Exception]:
+        """(3, side, side) float in [0, 1] of each image, or its error; files are decoded in threads."""
+        numbers = range(before, before + len(batch))
+        if len(batch) > 1 and all(isinstance(image, str | Path) for image in batch):
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                return list(pool.map(self._pixels, batch, numbers))
+        return list(map(self._pixels, batch, numbers))
+
+    def _pixels(self, image: OneImage, place: int) -> Tensor | Exception:
         try:
-            if isinstance(image, (str, Path)):
-                return read_image(image, self.side).float() / 255
-            if isinstance(image, Tensor) and image.is_floating_point():
-                return self._ready(image)
-            if isinstance(image, Tensor):
-                image = image.permute(1, 2, 0).cpu().numpy()
-            return pixels_of(image, self.side).float() / 255
+            return as_input(one_image(image, self.side))
+        except OSError as error:
+            return error
         except ValueError as error:
-            raise ValueError(f"image {place}: {error}") from error
+            return ValueError(f"image {place}: {error}")
 
-    def _ready(self, image: Tensor) -> Tensor:
-        size = (3, self.side, self.side)
-        if tuple(image.shape) != size:
-            raise ValueError(
-                f"a float tensor must be {size} already, got {tuple(image.shape)}; give a PIL image or a "
-                "uint8 array to have it resized"
-            )
-        least, largest = float(image.min()), float(image.max())
-        if not (least >= 0 and largest <= 1):
-            raise ValueError(f"floats must lie in [0, 1], got {least:g} to {largest:g}")
-        return image.float()
+    def _texts(self, batch: Sequence[Any], before: int) -> list[Tensor | Exception]:
+        """(V,) or (L,) of each text."""
+        if self.texts is None:
+            raise ValueError("the texts of this model came as vectors, and how they are made is not known")
+        for place, text in enumerate(batch, before):
+            if not isinstance(text, str):
+                raise ValueError(f"text {place} is a {type(text).__name__}")
+        return list(as_input(self.texts.encode(batch)))
 
 
-def load(path: str | Path, device: str = "auto") -> SearchModel:
-    """Load the image hasher of a trained run.
+def load(source: str | Path, device: str = "auto") -> SearchModel:
+    """Load a trained model to encode and search with.
 
     Args:
-        path: the run's directory.
+        source: the directory of a run; a folder that ``SearchModel.save`` wrote; or the id of an entry of
+            ``registry/``, whose weights are looked for among ``runs/``.
         device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda``, ...
 
     Raises:
-        RunError: no trained run, or damaged weights.
-        ValueError: a run that does not hash images of pixels.
+        RunError: none of these, damaged weights, or an entry whose weights are not there.
+        ValueError: a model that hashes neither images of pixels nor texts.
     """
-    run = load_run(path)
-    card, hasher = run.card(), run.load_hasher()
-    if "image" not in hasher.modalities or len(card["image_size"]) != 2:
-        raise ValueError(
-            f"{path} hashes {', '.join(hasher.modalities)} of size {card['image_size']}, not pixels"
+    folder, chosen = Path(source), choose_device(device)
+    if not folder.is_dir():
+        return _of_run(run_of_entry(str(source)), chosen)
+    if (folder / "config.yaml").is_file():
+        return _of_run(load_run(folder), chosen)
+    if not (folder / CARD).is_file():
+        raise RunError(
+            f"{folder} is not a run directory (it has no config.yaml), nor an exported model (no {CARD})"
         )
-    return SearchModel(hasher.to(choose_device(device)), int(card["image_size"][0]), card["digest"])
+    hasher, card = load_exported(folder)
+    texts = card["texts"] and text_form(card["texts"])
+    return SearchModel(hasher.to(chosen), _side(card), card["digest"], lambda: texts)
 
 
-def _batched(items: Iterator[OneImage], size: int) -> Iterator[list[OneImage]]:
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {size}")
+def _of_run(run: Run, device: torch.device) -> SearchModel:
+    card, hasher = run.card(), run.load_hasher()
+    if not _side(card) and "text" not in hasher.modalities:
+        modalities = ", ".join(hasher.modalities)
+        raise ValueError(f"{run.path} hashes {modalities} of size {card['image_size']}, not pixels")
+    return SearchModel(hasher.to(device), _side(card), card["digest"], partial(_texts_of, run))
+
+
+def _side(card: Mapping[str, Any]) -> int:
+    """Pixels a side; 0 of vectors of features."""
+    return int(card["image_size"][0]) if len(card["image_size"]) == 2 else 0
+
+
+def _texts_of(run: Run) -> TextForm | None:
+    """The form of a run's texts: its own file, or that of its data where it was trained without one."""
+    path = run.path / TEXTS
+    if not path.is_file():
+        return read_data(run.config).text_form
+    with reading(path, "delete it to have it made of the data again"):
+        return text_form(read_json(path))
+
+
+def _progress(stack: ExitStack, silenced: bool) -> Progress:
+    if silenced:
+        return silent
+    from robusthash.apps.commands.terminal import progress_bars  # rich, which one batch has no use for
+
+    return stack.enter_context(progress_bars())
+
+
+def _batched(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
     while batch := list(islice(items, size)):
         yield batch

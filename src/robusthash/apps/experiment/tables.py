@@ -1,4 +1,4 @@
-"""Runs -> one table: recipes as rows, seeds averaged, intervals over seeds and queries; and as text."""
+"""Runs -> one table: recipes as rows, seeds averaged, intervals over seeds and queries."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from robusthash.apps.experiment.config import Config
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.core.registry import nearest
+from robusthash.metrics.result_words import budget_words, empty_note
 from robusthash.metrics.results import EvalResult, by_direction, headline_of
 from robusthash.metrics.statistics import bootstrap_interval, hierarchical_interval
 
@@ -61,7 +62,8 @@ class TableRow:
     """One recipe: its cells by the title of their column, and training minutes.
 
     ``chance`` is by direction and relevance ("" where a run has one alone), ``scored`` gives them by cell.
-    ``attacked`` has threat, attacks and budget of every cell; "" of clean queries.
+    ``attacked`` has threat, attacks and budget of every cell; "" of clean queries. ``empty`` says, by
+    direction and relevance, how many queries have no relevant item, where there are any.
     """
 
     name: str
@@ -70,6 +72,7 @@ class TableRow:
     chance: dict[str, float]
     scored: dict[str, str]
     attacked: dict[str, str]
+    empty: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,6 @@ class Seed:
 
 
 Seeds = Mapping[str, Sequence[Seed]]  # by the name of the row
-_TEX = str.maketrans({mark: f"\\{mark}" for mark in "&%$#_{}"})
 
 
 def make_rows(paths: Sequence[Path]) -> list[TableRow]:
@@ -193,6 +195,7 @@ def _row(name: str, seeds: Sequence[Seed], cells: Mapping[Column, tuple[Cell, Ev
         {scored_on: clean.reference["chance"] for scored_on, clean in seeds[0].clean.items()},
         {column.title: result.scored_on for column, (_, result) in cells.items()},
         {column.title: _attack_of(result) for column, (_, result) in cells.items()},
+        {on: text for on, clean in seeds[0].clean.items() if (text := empty_note(clean))},
     )
 
 
@@ -209,13 +212,13 @@ def _attack_of(result: EvalResult) -> str:
     setting, lowest = result.setting, ""
     if headline_of(result) == setting.key.name("worst"):
         lowest = f", the lowest AP of each query under {', '.join(setting.attacks)}"
-    return f"{setting.threat}{lowest}; budget: {setting.budget}" if setting.attacks else ""
+    return f"{setting.threat}{lowest}; budget: {budget_words(setting.budget)}" if setting.attacks else ""
 
 
 def cell_of(
     results: Sequence[EvalResult], measure: str | None = None, minus: Sequence[EvalResult] = ()
 ) -> Cell:
-    """The mean of a per-query measure over training seeds, on the queries that all have a value for.
+    """The mean of a per-query measure over training seeds, on the queries that all have a finite value for.
 
     Args:
         results: one a seed.
@@ -224,7 +227,9 @@ def cell_of(
     """
     measure = measure or headline_of(results[0])
     values = _stacked(results, measure) - (_stacked(minus, measure) if minus else 0.0)
-    values = values[:, ~values.isnan().any(0)]
+    values = values[:, values.isfinite().all(0)]
+    if not values.numel():
+        raise ValueError(f"no query has a finite value of {measure} in every seed")
     interval = results[0].interval.get(measure) if len(values) == 1 and not minus else None
     if interval is None:
         interval = hierarchical_interval(values) if len(values) > 1 else bootstrap_interval(values[0])
@@ -331,68 +336,3 @@ def chosen_rows(rows: Sequence[TableRow], texts: Sequence[str]) -> list[TableRow
             raise ValueError(f"no row is named {name!r}{nearest(name, by_name)}")
         chosen.append(replace(by_name[name], name=label or name))
     return chosen
-
-
-def markdown(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
-    """A Markdown table; ``results`` chooses and orders the columns, by default all that the first row has."""
-    table = text_table(rows, results)
-    head, *lines = [f"| {' | '.join(cells)} |" for cells in table]
-    return "\n".join([head, "|" + " --- |" * len(table[0]), *lines])
-
-
-def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
-    """A LaTeX ``tabular`` with the rules of the package ``booktabs``."""
-    table = [[cell.translate(_TEX) for cell in cells] for cells in text_table(rows, results)]
-    head, *lines = [f"{' & '.join(cells)} \\\\" for cells in table]
-    start = f"\\begin{{tabular}}{{{'l' * len(table[0])}}}"
-    return "\n".join([start, "\\toprule", head, "\\midrule", *lines, "\\bottomrule", "\\end{tabular}"])
-
-
-def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[str]]:
-    """Header and lines with value, ends of the interval and seeds of each column apart; "" for none."""
-    table = [
-        ["recipe", *(f"{column}{part}" for column in columns for part in ("", " low", " high", " seeds"))]
-    ]
-    for row in rows:
-        numbers = [row.cells[c].numbers() if c in row.cells else [""] * 4 for c in columns]
-        table.append([row.name, *(number for group in numbers for number in group)])
-    return table
-
-
-def text_table(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[list[str]]:
-    """Header and lines of a table for reading; one of differences has neither chance nor training minutes."""
-    columns = list(rows[0].cells) if results is None else list(results)
-    signed = any(cell.signed for row in rows for cell in row.cells.values())
-    scored = {row.scored[column] for row in rows for column in columns if column in row.scored}
-    chances = [scored_on for scored_on in rows[0].chance if scored_on in scored and not signed]
-    minutes = [] if signed else ["training minutes"]
-    table = [["recipe", *columns, *(f"chance {name}".strip() for name in chances), *minutes, "seeds"]]
-    for row in rows:
-        cells = [row.cells[column].text() if column in row.cells else "-" for column in columns]
-        cells += [f"{row.chance[name]:.3f}" for name in chances]
-        cells += [f"{row.minutes:.1f}"] * len(minutes)
-        table.append([row.name, *cells, str(max((cell.seeds for cell in row.cells.values()), default=0))])
-    return table
-
-
-def captions(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[str]:
-    """Lines below the table: threat, attacks and budget of the attacked columns; equal ones share a line.
-
-    A column whose rows were attacked differently has a line for each, and one that says they do not compare.
-    """
-    columns = list(rows[0].cells) if results is None else list(results)
-    subjects: dict[str, list[str]] = {}  # columns by words
-    mixed = []
-    for column in columns:
-        words = dict.fromkeys(row.attacked[column] for row in rows if row.attacked.get(column))
-        for text in words:
-            names = " and ".join(row.name for row in rows if row.attacked.get(column) == text)
-            subjects.setdefault(text, []).append(column if len(words) == 1 else f"{column} of {names}")
-        mixed += [column] * (len(words) > 1)
-    lines = [f"{', '.join(subject)}: {text}." for text, subject in subjects.items()]
-    if mixed:
-        start = "Columns whose rows do not compare, since they were attacked differently"
-        lines.append(f"{start}: {', '.join(mixed)}.")
-    if any(column not in row.cells for row in rows for column in columns):
-        lines.append("-: not evaluated in every seed, or the seeds of the recipe were attacked differently.")
-    return lines

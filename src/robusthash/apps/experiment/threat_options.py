@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from robusthash.apps.experiment.model_stages import image_size
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.attacks import named_threat
 from robusthash.attacks.threat_model import EPS, Edits, Knowledge, Threat
+from robusthash.core.registry import catalogue, check
 from robusthash.data.base import RetrievalData
 
 
@@ -40,8 +42,8 @@ def threat_name(
         size = EPS[modality] if eps is None else value_of(eps)
         if isinstance(size, bool) or not isinstance(size, int | float):
             raise ValueError(f"--eps takes a number such as 8/255, got {eps!r}")
-        if size < 0:
-            raise ValueError(f"--eps {eps} is below 0; give a size such as 8/255")
+        if not size > 0:
+            raise ValueError(f"--eps {eps} leaves nothing to attack; give a size above 0, such as 8/255")
         if size > 1 and norm == "linf":
             raise ValueError(f"--eps {eps} is beyond the range of 0 to 1; write 8/255, not 8")
         levels = size * 255 if name == "img-linf" else size
@@ -86,9 +88,10 @@ def attack_under(attack: str, threat: str | None, eps: str | None, norm: str | N
         ValueError: settings with a budget of their own, or a threat of several modalities or to the database.
     """
     settings = value_of(attack)
+    card, given = check("attack", settings)
     if threat is None and eps is None and norm is None:
         return settings
-    options: dict[str, Any] = {"name": settings} if isinstance(settings, str) else dict(settings)
+    options: dict[str, Any] = {"name": settings if isinstance(settings, str) else settings["name"], **given}
     name = threat_name(threat, eps, norm, options.get("modality", "image"))
     if doubled := [key for key in ("eps", "norm", "edits") if key in options]:
         raise ValueError(
@@ -104,5 +107,10 @@ def attack_under(attack: str, threat: str | None, eps: str | None, norm: str | N
         )
     if isinstance(ball, Edits):
         return {**options, "edits": ball.count}
+    if ball.norm != "linf" and "norm" not in signature(card.make).parameters:
+        normed = [c.name for c in catalogue("attack") if "norm" in signature(c.make).parameters]
+        raise ValueError(
+            f"{name}: the attack {card.name!r} searches in linf alone; with a norm: {', '.join(normed)}"
+        )
     options |= {} if modality == "image" else {"modality": modality}
     return {**options, "eps": ball.eps, **({} if ball.norm == "linf" else {"norm": ball.norm})}

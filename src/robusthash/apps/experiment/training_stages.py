@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+import inspect
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
+from robusthash.apps.experiment.config_parts import check_parts
+from robusthash.apps.experiment.evaluation_stages import check_evaluation, evaluate
 from robusthash.apps.experiment.model_stages import read_data, set_threads
-from robusthash.apps.experiment.run_directory import Run, load_run, open_run, write_json
-from robusthash.core.registry import build
-from robusthash.core.runtime import Progress, silent
+from robusthash.apps.experiment.run_directory import (
+    RESTART,
+    TEXTS,
+    Run,
+    RunError,
+    accept,
+    load_run,
+    open_run,
+    run_folder,
+    write_json,
+)  # fmt: skip
+from robusthash.attacks.base import Attack
+from robusthash.core.atomic_files import write_aside
+from robusthash.core.directory_lock import owned
+from robusthash.core.registry import build, check
+from robusthash.core.runtime import Progress, choose_device, silent
 from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher, build_hasher, purified
 from robusthash.objectives.base import HashObjective
-from robusthash.training.loop import TrainConfig, fit
+from robusthash.training.loop import CheckpointError, TrainConfig, fit
 from robusthash.training.recipe import Recipe
 
 
-def run_all(config: Config, root: Path, progress: Progress = silent, base: Path = Path(".")) -> Run:
-    """Train, evaluate and report; what is done already is skipped, so the same call goes on after a kill."""
-    from robusthash.apps.experiment.evaluation_stages import evaluate
+def run_all(
+    config: Config,
+    root: Path,
+    progress: Progress = silent,
+    base: Path = Path("."),
+    resume_from: Path | None = None,
+) -> Run:
+    """Train, evaluate and report; what is done already is skipped, so the same call goes on after a kill.
+
+    Args and errors as of ``train``. The config of a run that is trained is replaced once its results are.
+    """
     from robusthash.apps.reports.run_report import write_report
 
-    run = train(config, root, progress, base)
-    evaluate(run, progress)
-    write_report(run)
+    with _opened(config, root, progress, base, resume_from) as (run, parent):
+        _train(run, parent, progress)
+        evaluate(run, progress)
+        accept(run)
+        write_report(run)
     return run
 
 
@@ -37,8 +68,33 @@ def prepare(
         root: the folder of all runs.
         base: where a relative ``init_from`` is looked for first (the folder of the recipe file).
     """
+    with _opened(config, root, progress, base) as (run, parent):
+        return run, parent
+
+
+@contextmanager
+def _opened(
+    config: Config, root: Path, progress: Progress, base: Path, resume_from: Path | None = None
+) -> Iterator[tuple[Run, Run | None]]:
+    """The run of a config, owned inside of the block, and its parent; settings are checked before it is
+    made.
+    """
+    choose_device(config.runtime.device)
+    set_threads(config)
+    check_parts(config)
     parent = _parent(config, root, progress, base)
-    return open_run(config, root, parent.card()["digest"] if parent else "", progress), parent
+    ancestor = parent.card()["digest"] if parent else ""
+    shorter = None if resume_from is None else load_run(resume_from)
+    if shorter is not None:
+        check_shorter(config, shorter)
+        if depends_on_total(config) or shorter.id != _of_epochs(config, shorter).model_id(ancestor):
+            ancestor = f"{ancestor} {shorter.card()['digest']}"
+    with owned(run_folder(config, root, ancestor), "training"):
+        origin = {"parent": parent, "resumed_from": shorter}
+        run = open_run(config, root, ancestor, progress, {k: r.path for k, r in origin.items() if r})
+        if shorter is not None and not run.trained and not run.checkpoint_file.is_file():
+            _take_over(run, shorter)
+        yield run, parent
 
 
 def _parent(config: Config, root: Path, progress: Progress, base: Path) -> Run | None:
@@ -46,6 +102,8 @@ def _parent(config: Config, root: Path, progress: Progress, base: Path) -> Run |
     if named is None:
         return None
     path = base / named if (base / named).exists() else Path(named)
+    if not path.exists() and (base / "environment.json").is_file():  # the config of a run, trained again
+        path = Path(load_run(base).origin.get("parent", path))
     if path.suffix not in (".yaml", ".yml"):
         return load_run(path)
     # the run to start from has the same data, seed, device and net as the one that starts there
@@ -56,22 +114,129 @@ def _parent(config: Config, root: Path, progress: Progress, base: Path) -> Run |
     return train(recipe.model_copy(update=shared), root, progress, path.parent)
 
 
-def train(config: Config, root: Path, progress: Progress = silent, base: Path = Path(".")) -> Run:
-    """Train the model of ``config``, or go on from its last checkpoint; done already, it returns at once."""
-    set_threads(config)
-    run, parent = prepare(config, root, progress, base)
+def train(
+    config: Config,
+    root: Path,
+    progress: Progress = silent,
+    base: Path = Path("."),
+    resume_from: Path | None = None,
+) -> Run:
+    """Train the model of ``config``, or go on from its last checkpoint; done already, it returns at once.
+
+    Args:
+        resume_from: a run of the same config with fewer epochs, from whose end training goes on. The model is
+            that of a training from the start, bit for bit, unless something ``depends_on_total``: then it is
+            a run of its own, with another id.
+
+    Raises:
+        InUse: another process works on the run.
+        RunError: the run holds other weights than it trained, or ``resume_from`` is no such run.
+        ValueError: a device that is not there; nothing is written then.
+    """
+    with _opened(config, root, progress, base, resume_from) as (run, parent):
+        done = run.trained
+        _train(run, parent, progress)
+        if done:
+            check_evaluation(run)
+            accept(run)
+    return run
+
+
+def _train(run: Run, parent: Run | None, progress: Progress) -> None:
+    config, described = run.config, run.path / "data.json"
     if run.trained:
-        return run
+        run.check_weights()
+        if not described.is_file():
+            write_json(described, read_data(config, progress).describe())
+        return
     data = read_data(config, progress)
-    write_json(run.path / "data.json", data.describe())
+    write_json(described, data.describe())
+    if data.text_form is not None:
+        write_json(run.path / TEXTS, data.text_form.plain())
     objective: HashObjective = build("objective", config.training.objective)
+    _check_evaluation(config, data, objective)
     recipe = make_recipe(config, _initial_hasher(config, data, parent), objective)
-    log = fit(recipe, data, train_config(config), run)
+    try:
+        log = fit(recipe, data, train_config(config), run)
+    except CheckpointError as error:
+        raise RunError(f"checkpoint {run.checkpoint_file} {error}; {RESTART}") from None
     learned = recipe.database_codes()
     if learned is not None:
         run.save_database(learned)
     run.save_model(recipe.hasher, objective, log, data.image_size)
-    return run
+
+
+def _of_epochs(config: Config, shorter: Run) -> Config:
+    """The config with as many epochs as a shorter run."""
+    training = config.training.model_copy(update={"epochs": shorter.config.training.epochs})
+    return config.model_copy(update={"training": training})
+
+
+def check_shorter(config: Config, shorter: Run) -> None:
+    """Refuse a run that a longer training of ``config`` cannot go on from.
+
+    Raises:
+        RunError: it is not trained, differs in more than its epochs, has no fewer, or kept no checkpoint.
+    """
+    shorter.check_weights()
+    epochs, trained = config.training.epochs, shorter.config.training.epochs
+    if epochs <= trained:
+        raise RunError(
+            f"{shorter.path} has {trained} epochs and the new run {epochs}: nothing is left to train; set "
+            f"training.epochs above {trained}"
+        )
+    if _of_epochs(config, shorter).model_id() != shorter.config.model_id():
+        raise RunError(
+            f"{shorter.path} is of another data, hasher, training or seed than {config.name}; training goes "
+            f"on with the same recipe and more epochs: robusthash train {shorter.path / 'config.yaml'} --set "
+            f"training.epochs={epochs} --resume-from {shorter.path}"
+        )
+    if not shorter.checkpoint_file.is_file():
+        raise RunError(
+            f"{shorter.path} kept no checkpoint, as those of earlier versions; train from the start, without "
+            "--resume-from"
+        )
+
+
+def depends_on_total(config: Config) -> list[str]:
+    """Settings by which an epoch of training depends on their number in all, in words; empty where none does.
+
+    Without them, a training that goes on from a shorter one gives what one from the start would.
+    """
+    training, found = config.training, list[str]()
+    if training.schedule.kind != "constant" or training.schedule.warmup:
+        found.append(f"the schedule of the learning rate ({training.schedule.kind})")
+    for kind in ("recipe", "outer"):
+        settings = getattr(training, kind)
+        if settings is not None:
+            card, options = check(kind, settings)
+            parameters = inspect.signature(card.make).parameters
+            default = parameters["warmup"].default if "warmup" in parameters else 0
+            if options.get("warmup", default) or not card.make.__module__.startswith("robusthash."):
+                found.append(f"training.{kind} {card.name!r}, which may change with the share that is done")
+    return found
+
+
+def _take_over(run: Run, shorter: Run) -> None:
+    """Begin a run with the checkpoint and the log of a shorter one."""
+    run.checkpoint_file.parent.mkdir(exist_ok=True)
+    for line in shorter.lines():
+        run.log(line)
+    with write_aside(run.checkpoint_file) as aside:
+        shutil.copyfile(shorter.checkpoint_file, aside)
+
+
+def _check_evaluation(config: Config, data: RetrievalData, objective: HashObjective) -> None:
+    """Refuse, before the training, relevances and budgets that the evaluation after it would refuse."""
+    section = config.evaluation
+    for name in section.relevance:
+        if name not in ("own", *data.label_systems):
+            has = ["own", *data.label_systems]
+            raise ConfigError(f"evaluation.relevance holds {name!r}, and {data.name} has {has}")
+    one = data.train.batch(torch.zeros(1, dtype=torch.int64))
+    for settings in (*section.attacks, *section.oblivious, *section.identity):
+        attack: Attack = build("attack", settings, objective=objective)
+        attack.check_inputs(one.inputs)
 
 
 def _initial_hasher(config: Config, data: RetrievalData, parent: Run | None) -> Hasher:

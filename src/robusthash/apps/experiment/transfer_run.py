@@ -11,6 +11,7 @@ from typing import Any
 from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
 from robusthash.apps.experiment.run_directory import load_run
 from robusthash.apps.experiment.threat_options import threat_on_data
+from robusthash.apps.reports.cell_text import markdown_cell
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, silent
 from robusthash.evaluation.context import make_context
@@ -43,13 +44,13 @@ class TransferTable:
             f"{m.queries} queries ({m.chosen}); "
             "rows: found on, columns: tried on",
             "",
-            "| found on | " + " | ".join(m.victims) + " |",
+            "| found on | " + " | ".join(map(markdown_cell, m.victims)) + " |",
             "| --- |" + " ---: |" * len(m.victims),
             "| (clean) | " + " | ".join(f"{value:.4f}" for value in m.clean.tolist()) + " |",
         ]
         for name, worst, attacked in zip(m.surrogates, m.worst.tolist(), m.attacked.tolist(), strict=True):
             cells = (f"{low:.4f} ({mean:.4f})" for low, mean in zip(worst, attacked, strict=True))
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {markdown_cell(name)} | " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
 

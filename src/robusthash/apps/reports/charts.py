@@ -210,7 +210,7 @@ _STYLE: Any = {  # matplotlib types its settings by their names
     **{"font.size": 9, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False},
     **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6},
     **{"lines.linewidth": 1.6, "lines.markersize": 5, "hatch.linewidth": 0.6, "savefig.dpi": 200},
-    **{"legend.frameon": False, "figure.constrained_layout.use": True},
+    **{"text.parse_math": False, "legend.frameon": False, "figure.constrained_layout.use": True},
     "pdf.fonttype": 42,  # embedded as TrueType, so that publishers and editors can read the text
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from robusthash.apps.reports.charts import (
     require_matplotlib,
     save,
 )
+from robusthash.core.limited_files import read_json
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import EvalResult, by_direction, headline_of
 
@@ -317,10 +317,7 @@ def draw_transfer_file(path: Path, out: Path) -> Drawn:
     Raises:
         ValueError: another content.
     """
-    try:
-        matrix = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    matrix = read_json(path)
     keys = ("surrogates", "victims", "attacked", "measure")
     if not isinstance(matrix, dict) or not all(key in matrix for key in keys):
         raise ValueError(f"{path} is no transfer matrix: it needs {', '.join(keys)}")

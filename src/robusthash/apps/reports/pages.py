@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from robusthash.metrics.measure_key import MeasureKey
+from robusthash.metrics.result_words import budget_words, empty_note, p_text
 from robusthash.metrics.results import EvalResult, Flag
 
 if TYPE_CHECKING:
@@ -101,8 +102,10 @@ def stored_as(results: Iterable[EvalResult]) -> tuple[str, str]:
 
 
 def notes(results: Iterable[EvalResult]) -> list[str]:
-    """Notes on what was clipped or left out, each once."""
-    return list(dict.fromkeys(note for result in results for note in result.notes))
+    """Notes on what was clipped or left out, each once; queries without a relevant item first."""
+    results = list(results)
+    texts = [*map(empty_note, results), *(note for result in results for note in result.notes)]
+    return list(dict.fromkeys(filter(None, texts)))
 
 
 def _asset(name: str) -> Markup:
@@ -116,7 +119,7 @@ def environment() -> Environment:
     loader = PackageLoader("robusthash.apps.reports")
     options: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
     templates = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **options)
-    for function in (number, decibels, span, ends, one_line, red_flag_warning, png):
+    for function in (number, decibels, span, ends, one_line, red_flag_warning, png, p_text, budget_words):
         templates.filters[function.__name__] = function
     templates.globals["asset"] = _asset
     return templates

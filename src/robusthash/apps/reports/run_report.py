@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from robusthash.apps.experiment.copy_table import WORDS, copy_table
 from robusthash.apps.experiment.run_directory import Run, RunError
 from robusthash.apps.reports.charts import (
     TONES,
@@ -29,6 +29,7 @@ from robusthash.apps.reports.charts import (
 )
 from robusthash.apps.reports.pages import WORST_CASE, notes, number, remark, render, stored_as
 from robusthash.core.atomic_files import write_aside
+from robusthash.core.limited_files import read_npz
 from robusthash.data.base import Split
 from robusthash.data.splits import stable_subset
 from robusthash.metrics.measure_key import MeasureKey
@@ -115,6 +116,8 @@ def group_data(results: Results) -> dict[str, Any]:
         "targeted": bool(targeted),
         "charts": charts,
         "curves": any("PR" in result.curves for result in untargeted.values()),
+        "copies": copy_table(results),
+        "changes": WORDS,
         "notes": notes(results.values()),
     }
 
@@ -356,9 +359,9 @@ def load_branches(folder: Path) -> dict[str, Tensor] | None:
         return None
     names = ("images", "samples", "robust", "fragile")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, samples, robust, fragile = (torch.from_numpy(arrays[name]) for name in names)
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        arrays = read_npz(path, names)
+        images, samples, robust, fragile = (torch.from_numpy(arrays[name]) for name in names)
+    except (ValueError, OSError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error}); evaluate the run again") from None
     heat = {"robust branch": _overlaid(images, robust), "fragile branch": _overlaid(images, fragile)}
     return {"query": images, "regenerated": samples, **heat}

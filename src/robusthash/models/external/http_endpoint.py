@@ -4,16 +4,21 @@ Each request is ``POST url`` with a PNG file as the body. The answer is JSON of 
 
     {"code": "8f3c..."}  or  {"code": [0, 1, 1, ...]}      the code, in hex or as bits
     {"ids": ["a", "b", ...], "distances": [0, 3, ...]}      results, nearest first; distances may be left out
+
+A search with a threshold may find nothing: an empty list of ids, status 204 or 404.
 """
 
 from __future__ import annotations
 
 import email.utils
+import hashlib
 import io
 import json
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,19 +26,30 @@ from PIL import Image
 from torch import Tensor
 
 from robusthash.data.transforms import to_pixels
-from robusthash.models.external.wrapper import Broken
+from robusthash.models.external.http_exchange import Exchanger, Reply, Unanswered
+from robusthash.models.external.kept_answers import KeptAnswers
+from robusthash.models.external.model_answers import Broken
 
 _LARGEST = 1 << 20  # bytes of an answer
+_TELLING = 100  # digits of codes that tell their notation: hex ones are never so long without a to f
 _LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is reported instead of waited for
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that another try may change
+_NOTHING = frozenset({204, 404})  # statuses of a search that found nothing
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An endpoint's answer on one image: a code, or search results."""
+    """An endpoint's answer on one image: a code as it was written, or search results, none where nothing was
+    near enough."""
 
-    code: np.ndarray | None = None  # (K,) bool
+    code: str | tuple[float, ...] | None = None
     ids: tuple[str, ...] = ()
     distances: tuple[float, ...] | None = None
+
+    @property
+    def nothing(self) -> bool:
+        """The search found nothing."""
+        return self.code is None and not self.ids
 
 
 @dataclass
@@ -43,10 +59,13 @@ class Endpoint:
     Args:
         budget: requests in all, repeated ones included.
         rate: requests a second at most.
-        timeout: seconds to wait for one answer.
-        retries: repetitions after a timeout, 429 or 5xx, each after a longer pause or after ``Retry-After``.
+        timeout: seconds that one whole exchange may take.
+        retries: repetitions after no whole answer (a timeout, a dropped connection, half a body) and after
+            408, 425, 429 or 5xx, each after a longer pause or after ``Retry-After``. A server that cannot be
+            reached before it ever answered is not asked again.
         headers: sent with each request, such as ``Authorization``; never written anywhere.
         pause: seconds before the first repetition; doubled each time.
+        kept: a file of the answers, so that an interrupted audit goes on; see ``KeptAnswers``.
     """
 
     url: str
@@ -57,9 +76,11 @@ class Endpoint:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     pause: float = 0.5
     sleep: Callable[[float], None] = time.sleep
+    kept: Path | None = None
     asked: int = 0
-    _known: dict[bytes, Answer] = field(default_factory=dict, repr=False)
+    _known: dict[str, Answer] = field(default_factory=dict, repr=False)
     _next: float = 0.0
+    _in_bits: bool | None = None  # codes that are texts are 0s and 1s, rather than hex digits
 
     def __post_init__(self) -> None:
         for name in ("budget", "rate", "timeout"):
@@ -68,63 +89,91 @@ class Endpoint:
         if self.retries < 0:
             raise ValueError(f"retries must be at least 0, got {self.retries}")
         try:
-            import httpx
+            import httpx  # noqa: F401 - a missing extra is told before the first question
         except ImportError as error:
             raise ImportError(
                 f"endpoints need an extra: pip install 'robusthash[audit]' ({error})"
             ) from error
-        self._client = httpx.Client(timeout=self.timeout, headers=dict(self.headers))
+        self._exchanger = Exchanger(self.url, self.headers, self.timeout, _LARGEST)
+        self._kept = None if self.kept is None else KeptAnswers(self.kept, self.url)
+        if self._kept is not None:
+            self._known = {key: _read(body, self.url) for key, body in self._kept.read().items()}
 
     def __call__(self, images: Tensor) -> np.ndarray:
         """(B, 3, H, W) float in [0, 1] -> (B, K) bool."""
-        codes = []
-        for answer in self.answers(images):
-            if answer.code is None:
-                raise Broken(f"{self.url} answered ids, and codes before")
-            codes.append(answer.code)
-        if len(lengths := {len(code) for code in codes}) != 1:
+        answers = self.answers(images)
+        codes = [answer.code for answer in answers if answer.code is not None]
+        if len(codes) < len(answers):
+            raise Broken(f"{self.url} answered ids, and codes before")
+        if self._in_bits is None and (texts := [code for code in codes if isinstance(code, str)]):
+            self._in_bits = _in_bits(texts, self.url)
+        bits = [_bits(code, bool(self._in_bits), self.url) for code in codes]
+        if len(lengths := {len(code) for code in bits}) != 1:
             raise Broken(f"{self.url} answered codes of different length: {sorted(lengths)}")
-        return np.stack(codes)
+        return np.stack(bits)
 
     def answers(self, images: Tensor, again: bool = False) -> list[Answer]:
         """One answer for each image. The same pixels are sent once, unless ``again``."""
         answers = []
         for pixels in to_pixels(images):
-            key = pixels.tobytes()
+            key = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
             if again or key not in self._known:
-                self._known[key] = self._ask(pixels)
+                body = self._ask(pixels)
+                self._known[key] = _read(body, self.url)
+                if self._kept is not None:
+                    self._kept.add(key, body)
             answers.append(self._known[key])
         return answers
 
-    def check_consistency(self, image: Tensor) -> Answer:
-        """Send one (1, 3, H, W) image twice.
+    def check_consistency(self, images: Tensor) -> Answer:
+        """Send one image twice, and of the (n, 3, H, W) others as many as it takes to find something.
+
+        Kept answers of a search that has changed since are forgotten.
 
         Raises:
-            Broken: the two answers differ.
+            Broken: the two answers differ, or it finds nothing for any of the images.
         """
-        first, second = self.answers(image)[0], self.answers(image, again=True)[0]
-        one, two = (np.empty(0, bool) if answer.code is None else answer.code for answer in (first, second))
-        if first.ids != second.ids or first.distances != second.distances or not np.array_equal(one, two):
+        before = len(self._known)
+        first, second = self.answers(images[:1])[0], self.answers(images[:1], again=True)[0]
+        if first != second and before:
+            self.forget()
+            first, second = self.answers(images[:1])[0], self.answers(images[:1], again=True)[0]
+        if first != second:
             reason = "an audit needs a search that repeats itself"
             raise Broken(f"{self.url} gave two answers to the same image; {reason}")
+        for row in range(1, len(images)):
+            if not first.nothing:
+                break
+            first = self.answers(images[row : row + 1])[0]
+        if first.nothing:
+            raise Broken(
+                f"{self.url} finds nothing for {len(images)} unchanged photographs (an empty list, 204 or "
+                "404); check the address, and that the search holds these photographs"
+            )
         return first
 
     def check_budget(self, questions: int) -> None:
-        """Refuse an audit before its first request.
+        """Refuse an audit before its first request. Answers that are known already cost nothing.
 
         Raises:
             ValueError: the budget has too little left.
         """
         left = self.budget - self.asked
-        if questions > left:
+        if questions - len(self._known) > left:
             raise ValueError(
                 f"this audit asks {self.url} about {questions} questions and {left} of the budget are left; "
                 "raise --budget, or lower --queries"
             )
 
-    def _ask(self, pixels: np.ndarray) -> Answer:
-        import httpx
+    def forget(self) -> None:
+        """Forget all answers, and delete the file of the kept ones."""
+        self._known.clear()
+        if self._kept is not None:
+            self._kept.delete()
 
+    def _ask(self, pixels: np.ndarray) -> Any:
+        """The JSON that the endpoint answers; an empty list of ids where it says by its status that there is
+        nothing."""
         png = io.BytesIO()
         Image.fromarray(pixels).save(png, "PNG")
         problem = ""
@@ -135,29 +184,47 @@ class Endpoint:
             self.asked += 1
             wait = self.pause * 2**attempt
             try:
-                headers = {"content-type": "image/png"}
-                reply = self._client.post(self.url, content=png.getvalue(), headers=headers)
-            except httpx.TimeoutException:
-                problem = f"did not answer within {self.timeout:g} s"
-            except httpx.HTTPError as error:
-                raise Broken(f"{self.url} cannot be asked: {error or type(error).__name__}") from error
+                reply = self._exchanger.post(png.getvalue(), "image/png")
+            except Unanswered as error:
+                if not error.connected and not self._known:
+                    raise Broken(f"{self.url} {error}") from error
+                problem = str(error)
             else:
-                if reply.status_code == 200:
-                    return _read(reply.content, self.url)
-                if reply.status_code != 429 and reply.status_code < 500:
-                    text = f"{reply.status_code}: {reply.text.strip()[:120]}".rstrip(": ")
-                    raise Broken(f"{self.url} answered status {text}")
-                problem = f"answered status {reply.status_code}"
+                if reply.status not in _PASSING:
+                    return _content(reply, self.url)
+                problem = f"answered status {reply.status}"
                 wait = max(wait, _retry_after(reply.headers.get("retry-after", ""), self.url))
             if attempt < self.retries:
                 self.sleep(wait)
-        raise Broken(f"{self.url} {problem}, {self.retries + 1} times; lower --rate, or raise --timeout")
+        again = " (the answers so far are kept: the same command goes on)" if self._kept else ""
+        raise Broken(
+            f"{self.url} {problem}, {self.retries + 1} times; lower --rate, or raise --timeout{again}"
+        )
 
     def _keep_rate(self) -> None:
         now = time.monotonic()
         if now < self._next:
             self.sleep(self._next - now)
         self._next = max(now, self._next) + 1.0 / self.rate
+
+
+def _content(reply: Reply, url: str) -> Any:
+    """The JSON of a reply that is final.
+
+    Raises:
+        Broken: a refusal, a redirect, or no JSON.
+    """
+    if reply.status in _NOTHING:
+        return {"ids": []}
+    if reply.status != 200:
+        shown = reply.headers.get("location", "") or reply.body[:400].decode("utf-8", "replace")
+        shown = "".join(each if each.isprintable() else " " for each in shown).strip()[:120]
+        remedy = "; audit that address" if 300 <= reply.status < 400 and shown else ""
+        raise Broken(f"{url} answered status " + f"{reply.status}: {shown}".rstrip(": ") + remedy)
+    try:
+        return json.loads(reply.body)
+    except (ValueError, RecursionError) as error:
+        raise Broken(f"{url} answered no JSON: {reply.body[:80]!r}") from error
 
 
 def _retry_after(text: str, url: str) -> float:
@@ -175,25 +242,25 @@ def _retry_after(text: str, url: str) -> float:
     return seconds
 
 
-def _read(content: bytes, url: str) -> Answer:
-    """The answer in the body.
+def _read(body: Any, url: str) -> Answer:
+    """The answer in a JSON value.
 
     Raises:
-        Broken: no JSON of the two forms, or an order that its own distances contradict.
+        Broken: none of the two forms, or an order that its own distances contradict.
     """
-    if len(content) > _LARGEST:
-        reason = f"more than {_LARGEST}; return the nearest few ids only"
-        raise Broken(f"{url} answered {len(content)} bytes, {reason}")
-    try:
-        body: Any = json.loads(content)
-    except ValueError as error:
-        raise Broken(f"{url} answered no JSON: {content[:80]!r}") from error
     if not isinstance(body, dict) or ("code" in body) == ("ids" in body):
         raise Broken(f'{url} must answer {{"code": ...}} or {{"ids": [...]}}, it answered {str(body)[:120]}')
     if "code" in body:
-        return Answer(code=_bits(body["code"], url))
+        code = body["code"]
+        if isinstance(code, str) and re.fullmatch("[0-9a-fA-F]+", code):
+            return Answer(code=code)
+        numbers = isinstance(code, list) and bool(code) and all(map(_is_number, code))
+        if numbers and (set(code) <= {0, 1} or set(code) <= {-1, 1}):
+            return Answer(code=tuple(code))
+        shown = f"{str(code)[:60]!r}"
+        raise Broken(f"{url} answered the code {shown}; give hex digits, or a list of 0/1 or -1/+1")
     ids, distances = body["ids"], body.get("distances")
-    if not isinstance(ids, list) or not ids or len(set(map(str, ids))) != len(ids):
+    if not isinstance(ids, list) or len(set(map(str, ids))) != len(ids):
         shown = str(ids)[:120]
         raise Broken(f"{url} must answer a list of different ids, nearest first, it answered {shown}")
     names = tuple(map(str, ids))
@@ -215,15 +282,32 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
 
 
-def _bits(code: Any, url: str) -> np.ndarray:
-    """Hex digits, or a list of 0/1 or -1/+1, as (K,) bool."""
-    if isinstance(code, str) and code:
-        try:
-            return np.unpackbits(np.frombuffer(bytes.fromhex(code), np.uint8)).astype(bool)
-        except ValueError:
-            reason = "which is not whole bytes in hex digits"
-            raise Broken(f"{url} answered the code {code[:40]!r}, {reason}") from None
-    numbers = isinstance(code, list) and bool(code) and all(map(_is_number, code))
-    if numbers and (set(code) <= {0, 1} or set(code) <= {-1, 1}):
-        return np.array(code) > 0
-    raise Broken(f"{url} answered the code {str(code)[:60]!r}; give hex digits, or a list of 0/1 or -1/+1")
+def _in_bits(texts: Sequence[str], url: str) -> bool:
+    """True where codes are written as 0s and 1s, not as hex digits; a few digits alone do not tell.
+
+    Raises:
+        Broken: decimal digits alone, which so many hex digits are not by chance.
+    """
+    digits = set("".join(texts))
+    if len("".join(texts)) < _TELLING:
+        return False
+    if digits <= set("01"):
+        return True
+    if digits <= set("0123456789"):
+        raise Broken(
+            f"{url} answered the code {texts[0][:40]!r}, a decimal number; give hex digits, or a list"
+        )
+    return False
+
+
+def _bits(code: str | tuple[float, ...], in_bits: bool, url: str) -> np.ndarray:
+    """Hex digits, 0s and 1s, or a tuple of 0/1 or -1/+1, as (K,) bool."""
+    if isinstance(code, tuple):
+        return np.array(code, dtype=float) > 0
+    if in_bits:
+        if set(code) <= set("01"):
+            return np.array([each == "1" for each in code])
+        raise Broken(f"{url} answered the code {code[:40]!r}, and codes of 0s and 1s before")
+    if len(code) % 2:
+        raise Broken(f"{url} answered the code {code[:40]!r}, which is not whole bytes in hex digits")
+    return np.unpackbits(np.frombuffer(bytes.fromhex(code), np.uint8)).astype(bool)

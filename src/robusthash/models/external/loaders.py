@@ -1,4 +1,4 @@
-"""External models from a dotted Python path, a TorchScript or ONNX file, and well-known perceptual hashes.
+"""External models from a dotted Python path or a TorchScript file, and well-known perceptual hashes.
 
 All but the last are programs: a Python path runs the module it names, and model files run their own graph.
 Audit only what you would run anyway. Pickled modules are never opened.
@@ -18,15 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional
 
+from robusthash.core.limited_files import check_archive
+from robusthash.core.out_of_memory import out_of_memory
 from robusthash.core.registry import nearest
 from robusthash.data.transforms import to_pixels
+from robusthash.models.external.model_answers import Call
 from robusthash.models.external.smooth_hashes import exact_logits
-from robusthash.models.external.wrapper import Call
-
-_AGREE = 0.99  # share of bits on which a converted model must agree with the runtime of its format
-_BLACK_BOX = "The ONNX file is used as a black box through onnxruntime: {}."
 
 
 def load_python(path: str) -> Call:
@@ -89,90 +87,34 @@ def load_torchscript(path: Path) -> Call:
             f"{path} is no TorchScript file; weights or a pickled module are not opened. Save the whole "
             "model with torch.jit.trace(model.eval(), images).save(...), or name its Python path, module:name"
         )
-    module: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu").eval()
-    return module
+    check_archive(path)
+    try:
+        return _Scripted(torch.jit.load(path, map_location="cpu").eval())
+    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+        if out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(f"{path} is a damaged TorchScript file ({reason}); save it again") from None
 
 
-def load_onnx(path: Path, images: Tensor) -> tuple[Call, str]:
-    """An ONNX file as a differentiable module if it can be converted, else as a black box, and a sentence.
+class _Scripted(nn.Module):
+    """A TorchScript module as an ordinary one, which can be copied, and moved to float64 for checks.
 
-    Images are resized to the input size that the file fixes. The conversion by ``onnx2torch`` counts only if
-    its bits agree with ``onnxruntime`` on ``images``, (n, 3, H, W) in [0, 1].
-
-    Raises:
-        FileNotFoundError: no such file.
-        ImportError: the extra ``onnx`` is not installed.
-        ValueError: no ONNX file, or one that does not take one batch of colour images.
+    It is held in a list, so that it is no child: scripted modules refuse what is done to ordinary ones.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no model file {path}")
-    try:
-        import onnx
-        import onnx2torch
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(f"ONNX files need an extra: pip install 'robusthash[onnx]' ({error})") from error
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a family of errors of its own
-        raise ValueError(f"{path} cannot be opened as an ONNX model: {error}") from error
-    black_box = _Session(session, path)
-    try:
-        graph = onnx2torch.convert(onnx.load(str(path))).eval()
-        converted = _Resized(graph, black_box.size, black_box.batch)
-        with torch.no_grad():
-            ours, theirs = converted(images), torch.from_numpy(np.array(black_box(images)))
-    except Exception as error:
-        reason = f"it could not be converted ({type(error).__name__}: {str(error)[:160]})"
-        return black_box, _BLACK_BOX.format(reason)
-    agree = float(((ours >= 0) == (theirs >= 0)).float().mean()) if ours.shape == theirs.shape else 0.0
-    if agree < _AGREE:
-        return black_box, _BLACK_BOX.format(f"its conversion agrees on {agree:.1%} of the bits only")
-    sentence = f"The ONNX file was converted so that it can be differentiated; {agree:.1%} of the bits agree."
-    return converted, sentence
 
-
-class _Session:
-    """An onnxruntime session as a callable; a fixed batch of one is run image by image."""
-
-    def __init__(self, session: Any, path: Path) -> None:
-        inputs = session.get_inputs()
-        shapes = [list(each.shape) for each in inputs]
-        if len(shapes) != 1 or len(shapes[0]) != 4 or (isinstance(shapes[0][1], int) and shapes[0][1] != 3):
-            raise ValueError(f"{path} must take one input (B, 3, H, W), it takes {shapes}")
-        batch, _, height, width = shapes[0]
-        if isinstance(batch, int) and batch != 1:
-            raise ValueError(f"{path} has a fixed batch of {batch}; export it with a free one, or 1")
-        self.session, self.name = session, inputs[0].name
-        self.batch: int | None = 1 if batch == 1 else None
-        fixed = isinstance(height, int) and isinstance(width, int)
-        self.size: tuple[int, int] | None = (height, width) if fixed else None
-
-    def __call__(self, images: Tensor) -> np.ndarray:
-        values = _resized(images, self.size).detach().cpu().numpy()
-        parts = [values] if self.batch is None else np.split(values, len(values))
-        return np.concatenate([self.session.run(None, {self.name: part})[0] for part in parts])
-
-
-class _Resized(nn.Module):
-    """A converted model behind the same resizing and batching."""
-
-    def __init__(self, inner: nn.Module, size: tuple[int, int] | None, batch: int | None) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__()
-        self.inner, self.size, self.batch = inner, size, batch
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        self.held = [module]
 
-    def forward(self, images: Tensor) -> Tensor:
-        values = _resized(images, self.size)
-        parts = [values] if self.batch is None else list(values.split(self.batch))
-        answers = [self.inner(part) for part in parts]
-        return torch.cat([answer[0] if isinstance(answer, tuple | list) else answer for answer in answers])
+    def forward(self, images: Tensor) -> Any:
+        return self.held[0](images)
 
-
-def _resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
-    if size is None or tuple(images.shape[-2:]) == size:
-        return images
-    options: dict[str, Any] = {"mode": "bilinear", "antialias": True, "align_corners": False}
-    return functional.interpolate(images, size, **options).clamp(0, 1)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Scripted:
+        self.held[0]._apply(fn)
+        return self
 
 
 # -------------------------------------------------------------------------------- perceptual hashes
@@ -197,12 +139,19 @@ class Perceptual:
         return exact_logits(self.name, images, torch.from_numpy(bits))
 
 
-TITLES = {"phash": "pHash", "dhash": "dHash", "whash": "wavelet hash", "pdq": "PDQ"}
+TITLES = {
+    "phash": "pHash",
+    "ahash": "average hash",
+    "dhash": "dHash",
+    "whash": "wavelet hash",
+    "pdq": "PDQ",
+}
+_IN_IMAGEHASH = {"ahash": "average_hash"}
 NAMES = tuple(TITLES)
 
 
 def perceptual(name: str) -> Perceptual:
-    """``phash``, ``dhash``, ``whash`` of ``imagehash`` (64 bits each) or ``pdq`` of ``pdqhash`` (256 bits).
+    """``phash``, ``ahash``, ``dhash``, ``whash`` of ``imagehash`` (64 bits), or ``pdq`` of ``pdqhash`` (256).
 
     The radii are customs, not laws: 10 of 64 bits, and for PDQ 31 of 256, which its authors recommend.
 
@@ -222,5 +171,5 @@ def perceptual(name: str) -> Perceptual:
         raise ImportError(
             f"perceptual hashes need an extra: pip install 'robusthash[audit]' ({error})"
         ) from error
-    compute: Callable[[Image.Image], Any] = getattr(imagehash, name)
+    compute: Callable[[Image.Image], Any] = getattr(imagehash, _IN_IMAGEHASH.get(name, name))
     return Perceptual(name, TITLES[name], 64, 10, lambda x: compute(Image.fromarray(x)).hash.flatten())

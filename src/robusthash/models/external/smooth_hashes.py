@@ -6,7 +6,7 @@ threshold is smooth, so an attacker differentiates it. ``smooth_numbers`` comput
 rounding to 8-bit inside the libraries is left out, so a sign may differ where a number is next to its
 threshold: ``exact_logits`` takes the signs from the library.
 
-Sources: ``imagehash`` 4.3 (pHash, dHash, wavelet hash with Haar wavelets); PDQ, Facebook 2019, with its
+Sources: ``imagehash`` 4.3 (pHash, average hash, dHash, wavelet hash by Haar); PDQ, Facebook 2019, with its
 Jarosz filter of two box passes and its 16 x 16 DCT.
 """
 
@@ -30,7 +30,7 @@ def smooth_numbers(name: str, images: Tensor) -> Tensor:
     """The numbers whose signs are the bits of a perceptual hash.
 
     Args:
-        name: ``phash``, ``dhash``, ``whash`` (64 bits) or ``pdq`` (256 bits).
+        name: ``phash``, ``ahash``, ``dhash``, ``whash`` (64 bits) or ``pdq`` (256 bits).
         images: (B, 3, H, W) float in [0, 1].
 
     Returns:
@@ -70,6 +70,12 @@ def _phash(luma: Tensor) -> Tensor:
     return low - _median(low)
 
 
+def _ahash(luma: Tensor) -> Tensor:
+    """8 x 8 pixels, over their mean."""
+    small = _resized(luma, 8, 8)
+    return small - small.mean((1, 2), keepdim=True)
+
+
 def _dhash(luma: Tensor) -> Tensor:
     """Differences of neighbours in a row of 8 x 9 pixels."""
     small = _resized(luma, 8, 9)
@@ -98,6 +104,7 @@ def _pdq(luma: Tensor) -> Tensor:
 
 _HASHES: dict[str, Callable[[Tensor], Tensor]] = {
     "phash": _phash,
+    "ahash": _ahash,
     "dhash": _dhash,
     "whash": _whash,
     "pdq": _pdq,

@@ -1,42 +1,37 @@
 """Models from elsewhere as victims: functions from images to codes or numbers, checked before use.
 
 An external model gets (B, 3, H, W) float images in [0, 1] and answers with (B, K): real numbers whose sign is
-the bit, numbers in [0, 1] that are cut at 0.5, or bits as bool, 0/1, -1/+1 or packed bytes. The form is found
-once, on real images, and held to afterwards. Normalisation belongs inside the model.
+the bit, numbers in [0, 1] that are cut at 0.5, bits as bool, 0/1, -1/+1 or packed bytes, or an embedding that
+is searched by the distance of its numbers. The form is found once, on real images, and held to afterwards.
+Normalisation belongs inside the model. It gets copies: what it writes into its input stays with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robusthash.core.hamming import distance, pack, sign, unpack
+from robusthash.core.embeddings import Distance, distances
+from robusthash.core.hamming import sign
+from robusthash.models.encoding import as_searched, encode_signs
+from robusthash.models.external.model_answers import (
+    AS_IT_IS,
+    AnswerReading,
+    Broken,
+    Call,
+    Form,
+    answered,
+    as_logits,
+    form_as_said,
+    other_width,
+    said_of,
+)
 from robusthash.models.hasher import Encoder, Hasher
 from robusthash.models.image_encoders import IMAGENET
 
-Call = Callable[[Tensor], Any]
-"""(B, 3, H, W) float in [0, 1] -> (B, K), a tensor or an array."""
-
-Form = Literal["numbers", "probabilities", "zero-one", "plus-minus", "bytes"]
-
-SAID: dict[Form, str] = {
-    "numbers": "real numbers; a bit is 1 where the number is at least 0",
-    "probabilities": "numbers between 0 and 1; a bit is 1 where the number is at least 0.5",
-    "zero-one": "bits as 0 and 1",
-    "plus-minus": "bits as -1 and +1",
-    "bytes": "packed bytes of eight bits each",
-}
-
 _ROUNDING = 0.01  # share of bits that may depend on the rest of the batch, as float rounding makes them
-
-
-class Broken(ValueError):
-    """An external model that cannot be audited; the message has the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -57,130 +52,54 @@ class ExternalEncoder(Encoder):
         form: of its answers.
         bits: K; every answer must have it.
         name: for messages.
+        output: which of several outputs.
     """
 
-    def __init__(self, call: Call, form: Form, bits: int, name: str) -> None:
+    def __init__(self, call: Call, form: Form, bits: int, name: str, output: str | None = None) -> None:
         super().__init__()
         self.call = call  # a module becomes a child, so that device, eval mode and frozen weights reach it
-        self.form, self.bits, self.name = form, bits, name
+        self.form, self.bits, self.name, self.output = form, bits, name, output
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, 3, H, W) -> (B, K) logits, and nothing else."""
-        logits = as_logits(answered(self.call, images, self.name), self.form, self.name)
+        logits = as_logits(answered(self.call, images, self.name, self.output), self.form, self.name)
         if logits.shape[1] != self.bits:
-            change = f"{logits.shape[1]} bits, and {self.bits} before"
+            what = "numbers" if self.form == "embedding" else "bits"
+            change = f"{logits.shape[1]} {what}, and {self.bits} before"
             raise Broken(f"{self.name} answered {change}: its width must not vary")
         return logits.to(images.device), {}
 
 
 class AsIs(nn.Module):
-    """The head of an external victim: the model has made its bits already."""
+    """The head of an external victim: the model has made its bits, or its embedding, already.
 
-    def __init__(self, bits: int) -> None:
+    Args:
+        bits: K, the width of the answers.
+        distance: by which its users search.
+    """
+
+    def __init__(self, bits: int, distance: Distance = "hamming") -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.distance = bits, distance
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
         return features, torch.tanh(features), 1.0
 
 
-def answered(call: Call, images: Tensor, name: str) -> Tensor:
-    """The answer of a model as a (B, K) tensor.
-
-    Raises:
-        Broken: it failed, or answered something that is not one row of numbers for each image.
-    """
-    try:
-        answer = call(images)
-    except (Broken, OSError):
-        raise
-    except Exception as error:  # whatever external code raises is reported as one sentence
-        shape, reason = " x ".join(map(str, images.shape)), f"{type(error).__name__}: {error}"
-        if len(images) == 1:
-            reason += "; it must take a batch of one as well (a BatchNorm in training mode cannot)"
-        raise Broken(
-            f"{name} fails on {shape} float images in [0, 1]: {reason}; "
-            "--size changes the size, normalisation and resizing belong inside the model"
-        ) from error
-    if not isinstance(answer, Tensor | np.ndarray):
-        raise Broken(f"{name} answered a {type(answer).__name__}; it must return one (B, K) tensor or array")
-    rows = torch.as_tensor(answer)
-    if rows.ndim != 2 or len(rows) != len(images) or rows.shape[1] == 0:
-        hint = "; is it squeezed?" if len(images) == 1 and rows.ndim == 1 else ""
-        raise Broken(
-            f"{name} answered shape {tuple(rows.shape)} to {len(images)} images; it must be (B, K) with one "
-            f"row for each image, also for a batch of one{hint}"
-        )
-    if rows.is_floating_point() and not torch.isfinite(rows).all():
-        bad = f"{int((~torch.isfinite(rows)).sum())} of {rows.numel()} values"
-        raise Broken(
-            f"{name} answered {bad} that are NaN or infinite, which are no bits; look for a division by "
-            "zero, a logarithm or half precision inside it"
-        )
-    return rows
-
-
-def form_of(answer: Tensor, name: str) -> Form:
-    """The form of an answer.
-
-    Raises:
-        Broken: whole numbers that are neither bits nor bytes, or numbers that are never negative.
-    """
-    if answer.dtype == torch.bool:
-        return "zero-one"
-    least, largest = float(answer.min()), float(answer.max())
-    values = set(torch.unique(answer).tolist()) if answer.numel() < 1 << 22 else set()
-    if values and values <= {0, 1}:
-        return "zero-one"
-    if values and values <= {-1, 1}:
-        return "plus-minus"
-    bounds = f"from {least:g} to {largest:g}"
-    if not answer.is_floating_point():
-        if answer.dtype == torch.uint8:
-            return "bytes"
-        raise Broken(f"{name} answered whole numbers {bounds}; codes are bool, 0/1, -1/+1 or uint8 bytes")
-    if least >= 0 and largest <= 1:
-        return "probabilities"
-    if least >= 0:
-        raise Broken(
-            f"{name} answered numbers {bounds}, never below 0, so that every bit would be 1: these are "
-            "features, not codes; subtract a threshold (their median, say) inside the model"
-        )
-    return "numbers"
-
-
-def as_logits(answer: Tensor, form: Form, name: str) -> Tensor:
-    """(B, K) in torch's default dtype, whose signs are the bits. Gradients pass where the answer has them.
-
-    Raises:
-        Broken: the answer is not of this form.
-    """
-    if form == "numbers":
-        return answer.to(torch.get_default_dtype())
-    if form == "probabilities":
-        return answer.to(torch.get_default_dtype()) - 0.5
-    if form == "bytes":
-        if answer.dtype != torch.uint8:
-            raise Broken(f"{name} answered {answer.dtype}, and packed bytes before")
-        return unpack(answer, 8 * answer.shape[1]).float()
-    numbers = answer.float()
-    allowed = (numbers == 1) | (numbers == (0 if form == "zero-one" else -1))
-    if not allowed.all():
-        raise Broken(f"{name} answered {SAID[form]} before, and now {float(numbers[~allowed][0]):g}")
-    return numbers * 2 - 1 if form == "zero-one" else numbers
-
-
-def foreign(call: Call, images: Tensor, name: str, bits: int | None = None) -> ExternalModel:
+def foreign(
+    call: Call, images: Tensor, name: str, bits: int | None = None, reading: AnswerReading = AS_IT_IS
+) -> ExternalModel:
     """Observe a model on a few real images, and make it a victim.
 
     Args:
         call: the model.
         images: (n, 3, H, W) float in [0, 1], n at least 2; eight are plenty.
         bits: K, where it is known; that of the answers by default.
+        reading: of its answers; found out by default.
 
     Raises:
         Broken: it fails, also on one image alone; answers NaN, another width or shape; gives other codes to
-            the same images, or to an image among others.
+            the same images, or to an image among others; does not answer what ``reading`` says.
     """
     if len(images) < 2:
         raise ValueError(f"a model is looked at on at least 2 images, got {len(images)}")
@@ -190,29 +109,46 @@ def foreign(call: Call, images: Tensor, name: str, bits: int | None = None) -> E
         for parameter in call.parameters():
             parameter.requires_grad_(False)
         call = call.forward  # no child: scripted modules refuse what is done to ordinary ones
+
+    def ask(images: Tensor) -> Tensor:
+        return answered(call, images, name, reading.name)
+
     with torch.no_grad():
-        first = answered(call, images, name)
-        form = form_of(first, name)
+        first = ask(images)
+        form = form_as_said(first, name, reading.said)
         logits = as_logits(first, form, name)
         width = logits.shape[1]
         if bits is not None and bits != width:
-            raise Broken(f"{name} answers {width} bits, and --bits says {bits}; leave it at auto")
-        again = as_logits(answered(call, images, name), form, name)
-        alone = as_logits(answered(call, images[:1], name), form, name)
-    _check_same(name, logits, again, 0.0, "asked twice about the same images")
+            raise Broken(other_width(name, form, width, bits))
+        again, alone = as_logits(ask(images), form, name), as_logits(ask(images[:1]), form, name)
+    distance: Distance = reading.distance if form == "embedding" else "hamming"
+    check = _check_same_vectors if form == "embedding" else _check_same
+    check(name, logits, again, 0.0, "asked twice about the same images")
     how = "asked about an image alone and among others (is it in training mode?)"
-    _check_same(name, logits[:1], alone, _ROUNDING, how)
-    encoder = ExternalEncoder(call, form, width, name)
-    hasher = Hasher({"image": encoder}, {"image": AsIs(width)}, {"foreign": name})
+    check(name, logits[:1], alone, _ROUNDING, how)
+    encoder = ExternalEncoder(call, form, width, name, reading.name)
+    hasher = Hasher({"image": encoder}, {"image": AsIs(width, distance)}, {"foreign": name})
     gradients = _has_gradients(hasher, images[:2])
-    kind = "numbers" if form in ("numbers", "probabilities") else "bits"
     on_gradients = (
         "It can be differentiated, so attacks that know its weights were run."
         if gradients
         else "It gives no gradients, so attacks that follow the weights are impossible and only others were "
         "run. That is a limit of this audit, not a protection."
     )
-    return ExternalModel(hasher, form, gradients, (f"It answers {width} {kind}: {SAID[form]}.", on_gradients))
+    return ExternalModel(hasher, form, gradients, (said_of(first, form, width, reading), on_gradients))
+
+
+def _check_same_vectors(name: str, first: Tensor, second: Tensor, allowed: float, how: str) -> None:
+    """Refuse vectors that differ by more than a share ``allowed`` of their length, or than rounding."""
+    if first.shape != second.shape:
+        raise Broken(f"{name} answered {first.shape[1]} and then {second.shape[1]} numbers when {how}")
+    moved = float((first - second).norm(dim=1).max())
+    length = float(first.norm(dim=1).max())
+    if moved > (allowed or 1e-5) * max(length, 1e-12):
+        raise Broken(
+            f"{name} changes its answers: by {moved / max(length, 1e-12):.1%} of their length when {how}; a "
+            "search cannot work on that. Call .eval() in your factory, and fix the seed of anything random"
+        )
 
 
 def _check_same(name: str, first: Tensor, second: Tensor, allowed: float, how: str) -> None:
@@ -275,10 +211,8 @@ def normalisation_warning(hasher: Hasher, images: Tensor, changed: Tensor) -> st
 
 def _share_found(hasher: Hasher, images: Tensor, changed: Tensor) -> float:
     """Share of images whose changed copy has its own original as the one nearest."""
-    hasher.eval()
-    with torch.no_grad():
-        codes = [pack(sign(hasher({"image": part})["image"].logits)) for part in (changed, images)]
-    distances = distance(*codes)
-    own = distances.diagonal()
-    others = distances.masked_fill(torch.eye(len(own), dtype=torch.bool), torch.iinfo(distances.dtype).max)
-    return float((own < others.amin(1)).float().mean())
+    apart = distances(
+        *(as_searched(encode_signs(hasher, "image", part), hasher) for part in (changed, images))
+    )
+    own, itself = apart.diagonal(), torch.eye(len(apart), dtype=torch.bool)
+    return float((own < apart.double().masked_fill(itself, torch.inf).amin(1)).float().mean())

@@ -14,6 +14,7 @@ from robusthash.core.hamming import sign
 from robusthash.core.runtime import default_dtype
 from robusthash.core.types import Batch, Inputs
 from robusthash.metrics.results import Flag
+from robusthash.models.external.wrapper import Broken
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.robustness.checks.base import CHECKS, above, flag, not_run
 from robusthash.robustness.victim_behaviour import mismatches
@@ -66,7 +67,7 @@ def f1_repeated(victim: Hasher, inputs: Inputs) -> Flag:
     Differs: five passes where two are specified, since two draws of few sizes or masks may well agree.
     """
     first, *others = [logits_of(victim, inputs) for _ in range(5)]
-    changed = torch.stack([(sign(first) != sign(other)).any(1) for other in others]).any(0)
+    changed = torch.stack([_other_answer(victim, first, other) for other in others]).any(0)
     differ = float(changed.double().mean())
     if differ > 0:
         return flag("F1", differ, "amber" if victim.declared == "randomised" else "red")
@@ -79,16 +80,25 @@ def f1_repeated(victim: Hasher, inputs: Inputs) -> Flag:
     return flag("F1", 0.0, "pass")
 
 
+def _other_answer(victim: Hasher, first: Tensor, other: Tensor) -> Tensor:
+    """(B,) bool: another code; of vectors one that is off by more than rounding."""
+    if victim.distance == "hamming":
+        return (sign(first) != sign(other)).any(1)
+    return (first - other).norm(dim=1) > 1e-4 * first.norm(dim=1)
+
+
 def f16_precision(victim: Hasher, inputs: Inputs) -> Flag:
     """Codes in float32 against float64, and bits that are nearly 0: |u| under 1e-4 of the median |u|.
 
     Differs: the specified margin of 1e-4 is relative to the size of the logits, whatever their scale.
     """
+    if victim.distance != "hamming":
+        return not_run("F16", f"a search by {victim.distance} distance has no bits near 0")
     single = logits_of(victim, inputs)
     try:
         with default_dtype(torch.float64):
             double = logits_of(in_double(victim), as_double(inputs))
-    except RuntimeError as error:
+    except (RuntimeError, Broken) as error:
         return not_run("F16", f"the model does not run in float64 ({str(error).splitlines()[0]})")
     differ = float((sign(single) != sign(double)).double().mean())
     thin = float((single.abs() < 1e-4 * single.abs().median()).double().mean())
@@ -99,8 +109,15 @@ def f16_precision(victim: Hasher, inputs: Inputs) -> Flag:
 
 
 def in_double(victim: Hasher) -> Hasher:
-    """A copy in float64."""
-    return copy.deepcopy(victim).double()
+    """A copy in float64.
+
+    Raises:
+        RuntimeError: it cannot be copied, as a scripted model.
+    """
+    try:
+        return copy.deepcopy(victim).double()
+    except (TypeError, AttributeError) as error:
+        raise RuntimeError(f"it cannot be copied: {error}") from error
 
 
 def as_double(inputs: Inputs) -> Inputs:

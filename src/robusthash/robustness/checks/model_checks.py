@@ -6,6 +6,10 @@ why.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,15 +17,18 @@ from torch import Tensor
 from robusthash.attacks.base import Loss
 from robusthash.attacks.losses import ObjectiveLoss, ScaleFree
 from robusthash.attacks.threat_model import Threat
+from robusthash.core.embeddings import Embeddings
+from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Batch
 from robusthash.data.base import RetrievalData, Split, batches, content_hash
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import score_clean
 from robusthash.metrics.distance_histogram import prepared_profile
+from robusthash.metrics.protocol import Protocol
 from robusthash.metrics.ranking_measures import tie_gap
 from robusthash.metrics.results import Flag
 from robusthash.objectives.base import HashObjective
-from robusthash.robustness.checks.base import CHECKS, above, flag, order
+from robusthash.robustness.checks.base import CHECKS, Level, above, flag, order
 from robusthash.robustness.checks.behaviour_checks import (
     f1_repeated,
     f15_f19_inside,
@@ -37,6 +44,11 @@ from robusthash.robustness.checks.gradient_checks import (
     path_checks,
 )
 
+Purpose = Literal["this", "other", "unknown"]
+"""What the codes were made for: the question that a context asks, another one, or nobody knows."""
+
+_LITTLE = 0.3  # bits of information in a bit of the code
+
 
 def model_checks(
     context: EvaluationContext,
@@ -45,6 +57,8 @@ def model_checks(
     *,
     queries: int = 128,
     steps: int = 100,
+    purpose: Purpose = "this",
+    progress: Progress = silent,
 ) -> tuple[Flag, ...]:
     """F1-F3, F10-F17 and F19-F23: everything that needs only the victim.
 
@@ -53,6 +67,7 @@ def model_checks(
         objective: of the attack: a loss, a training objective, or by default the scale-free loss.
         queries: N of the context, chosen by content; F17 and F21 look at all.
         steps: of the search whose path F10-F12 look at.
+        purpose: see ``f17_collapse``.
 
     Raises:
         ValueError: a threat that leaves the query modality alone; a model that cannot be used at all, see
@@ -70,37 +85,46 @@ def model_checks(
     victim, some = context.victim, context.some(queries)
     batch = _batch(some)
     require_usable(victim, batch)
-    repeated, inside = f1_repeated(victim, batch.inputs), f15_f19_inside(victim, batch.inputs)
-    gradients, runnable = gradient_checks(some, threat, loss)
-    path = path_checks(some, threat, loss, steps, runnable)
+    parts: list[Callable[[], list[Flag]]] = [
+        lambda: [f1_repeated(victim, batch.inputs), *f15_f19_inside(victim, batch.inputs)],
+        lambda: _with_path(some, threat, loss, steps),
+        lambda: [f14_differences(some, threat)],
+        lambda: [f16_precision(victim, batch.inputs), f17_collapse(context, purpose)],
+        lambda: [f20_range(victim, batch.inputs, threat, *_clean_and_chance(some))],
+        lambda: [f21_leakage(context.data), f22_no_budget(some, threat), f23_class(victim, batch.inputs)],
+    ]
+    flags: list[Flag] = []
+    for number, part in enumerate(parts):
+        progress(number, len(parts), "checking the model")
+        flags += part()
+    progress(len(parts), len(parts), "checking the model")
+    return order(flags)
+
+
+def _with_path(context: EvaluationContext, threat: Threat, loss: Loss, steps: int) -> list[Flag]:
+    """F2, F3, F10-F13; F3 of the path where it broke off."""
+    gradients, runnable = gradient_checks(context, threat, loss)
+    path = path_checks(context, threat, loss, steps, runnable)
     if any(result.id == "F3" for result in path):
         gradients = [result for result in gradients if result.id != "F3"]
-    return order(
-        [
-            *(repeated, *inside, *gradients, *path),
-            f14_differences(some, threat),
-            f16_precision(victim, batch.inputs),
-            f17_collapse(context),
-            f20_range(victim, batch.inputs, threat, *_clean_and_chance(some)),
-            f21_leakage(context.data),
-            f22_no_budget(some, threat),
-            f23_class(victim, batch.inputs),
-        ]
-    )
+    return [*gradients, *path]
 
 
-def passive_checks(context: EvaluationContext, threat: Threat, queries: int = 16) -> tuple[Flag, ...]:
+def passive_checks(
+    context: EvaluationContext, threat: Threat, queries: int = 16, purpose: Purpose = "this"
+) -> tuple[Flag, ...]:
     """F1, F15, F17, F19 and F20, which need no attack: for models without gradients too.
 
     Args:
         queries: N of the context, chosen by content; F17 looks at all.
+        purpose: see ``f17_collapse``.
     """
     victim, some = context.victim, context.some(queries)
     inputs = _batch(some).inputs
     inside = f15_f19_inside(victim, inputs)
     repeated = f1_repeated(victim, inputs)
     ranged = f20_range(victim, inputs, threat, *_clean_and_chance(some))
-    return order([repeated, *inside, f17_collapse(context), ranged])
+    return order([repeated, *inside, f17_collapse(context, purpose), ranged])
 
 
 def _batch(context: EvaluationContext) -> Batch:
@@ -114,15 +138,31 @@ def _clean_and_chance(context: EvaluationContext) -> tuple[float, float]:
     return clean[clean.setting.key], clean.reference["chance"]
 
 
-def f17_collapse(context: EvaluationContext) -> Flag:
-    """Few distinct codes: the gap between the best and the worst order of ties, or nearly constant bits."""
-    gap = float(tie_gap(prepared_profile(context.query, context.query_labels, context.prepared)).mean())
-    entropy = float(bit_entropy(context.database.signs()).mean())
-    if gap <= CHECKS["F17"].threshold and entropy < 0.3:
-        distinct = len(torch.unique(context.database.packed, dim=0))
+def f17_collapse(context: EvaluationContext, purpose: Purpose = "this") -> Flag:
+    """Few distinct codes: the gap between the best and the worst order of ties, or nearly constant bits.
+
+    Args:
+        purpose: what the codes are for: the question that the context asks, another one, or nobody knows. One
+            code for each class is what a search by class is trained for, so where copies are asked for, its
+            ties are amber; and so are its constant bits, where the photographs are of few of its classes.
+    """
+    if isinstance(context.query, Embeddings):
+        lean = replace(context, protocol=Protocol("ties", ("MAP", "tie_gap")))
+        return above("F17", score_clean(lean)["tie_gap"])
+    gap = float(tie_gap(prepared_profile(context.query_codes, context.query_labels, context.prepared)).mean())
+    entropy = float(bit_entropy(context.codes.signs()).mean())
+    distinct, held = len(torch.unique(context.codes.packed, dim=0)), len(context.codes)
+    shared = f"{distinct} distinct codes for {held} items; a search by class is meant to share them, "
+    shared += "and is measured by class (audit --labels); for finding copies, train on copies"
+    level: Level = "red" if purpose == "this" else "amber"
+    if gap <= CHECKS["F17"].threshold and entropy < _LITTLE:
         remedy = f"bits carry {entropy:.2f} bit each; {distinct} distinct codes in the database: "
-        return flag("F17", entropy, "red", threshold=0.3, remedy=remedy + CHECKS["F17"].remedy)
-    return above("F17", gap)
+        level = "amber" if purpose == "other" else "red"
+        return flag("F17", entropy, level, threshold=_LITTLE, remedy=remedy + CHECKS["F17"].remedy)
+    if level == "amber" and entropy < _LITTLE and purpose == "unknown":
+        level = "red"
+    result = above("F17", gap, level)
+    return flag("F17", gap, "amber", remedy=shared) if result.level == "amber" else result
 
 
 def bit_entropy(signs: Tensor) -> Tensor:

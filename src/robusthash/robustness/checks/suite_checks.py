@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robusthash.core.hamming import pack
-from robusthash.core.types import Codes
 from robusthash.evaluation.attack_spec import Kind
 from robusthash.metrics.results import Flag
 from robusthash.metrics.robustness_measures import hubness
@@ -117,7 +115,7 @@ def _universal(signs: Mapping[str, Tensor]) -> Flag:
     if not signs:
         return not_run("F18", "no attacked codes were given")
     codes = [restart for restarts in signs.values() for restart in restarts]
-    shares = [hubness(Codes(pack(code), code.shape[1], torch.arange(len(code)))) for code in codes]
+    shares = [hubness(code) for code in codes]
     return above("F18", max(shares), "amber")
 
 

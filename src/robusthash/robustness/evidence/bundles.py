@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from robusthash.attacks.threat_model import Threat
-from robusthash.core.atomic_files import json_text, write_all_aside
+from robusthash.core.atomic_files import json_text, refuse_full, write_folder_aside
+from robusthash.core.limited_files import read_json
 from robusthash.evaluation.attack_block import AttackedBlock, finish
 from robusthash.evaluation.context import EvaluationContext, by_content
 from robusthash.evaluation.evaluate import score_attack, setting_of
@@ -60,7 +61,7 @@ def read_bundle(folder: str | Path) -> Bundle:
     path, inputs_path, ids_path = (folder / name for name in ("manifest.json", *_FILES))
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no evidence bundle: it has no manifest.json")
-    manifest = read_record(Manifest, _json(path), BUNDLE_SCHEMA, str(path))
+    manifest = read_record(Manifest, read_json(path), BUNDLE_SCHEMA, str(path))
     for name in _FILES:
         if name not in manifest.files:
             raise ValueError(f"{path}: files lists no {name!r}")
@@ -68,7 +69,7 @@ def read_bundle(folder: str | Path) -> Bundle:
             raise FileNotFoundError(f"{folder} is truncated: {name} is missing")
         if _sha256(folder / name) != manifest.files[name]:
             raise ValueError(f"{folder / name} is truncated or changed: its sha256 is not files[{name!r}]")
-    ids = _json(ids_path)
+    ids = read_json(ids_path)
     if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
         raise ValueError(f"{ids_path} must be a list of content hashes")
     if len(ids) != manifest.queries:
@@ -82,13 +83,6 @@ def read_bundle(folder: str | Path) -> Bundle:
     if inputs.ndim == 0 or len(inputs) != len(ids) or math.prod(inputs.shape) == 0:
         raise ValueError(f"{inputs_path}: shape {inputs.shape} for {len(ids)} ids; it is truncated or empty")
     return Bundle(folder, manifest, tuple(ids), inputs, _sha256(path)[:12])
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def _sha256(path: Path) -> str:
@@ -121,11 +115,10 @@ def export(
 
     Raises:
         ValueError: inputs that leave the budget, or a threat on more than the query modality.
-        FileExistsError: the folder holds something.
+        FileExistsError: the folder holds something. It is there whole, or not at all.
     """
     folder, modality = Path(folder), context.direction[0]
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; give the bundle a folder of its own")
+    refuse_full(folder)
     if list(threat.balls) != [modality]:
         changed = f"{threat.name} changes {list(threat.balls)}"
         raise ValueError(f"a bundle holds queries of {modality!r} alone, and {changed}")
@@ -134,10 +127,9 @@ def export(
         raise ValueError(f"{len(inputs)} inputs for {len(rows)} positions, which must differ from each other")
     result = _score(context, _SentAttack(attack, threat, budget), rows, inputs.numpy())
     key, ids = result.setting.key, [content.decode() for content in context.queries.hashes[rows.numpy()]]
-    folder.mkdir(parents=True, exist_ok=True)
-    with write_all_aside([folder / name for name in (*_FILES, "manifest.json")]) as asides:
-        np.save(asides[0], inputs.numpy(), allow_pickle=False)
-        asides[1].write_text(json.dumps(ids) + "\n")
+    with write_folder_aside(folder) as aside:
+        np.save(aside / _FILES[0], inputs.numpy(), allow_pickle=False)
+        (aside / _FILES[1]).write_text(json.dumps(ids) + "\n")
         manifest = Manifest(
             threat=ThreatRecord.of(threat),
             **_identity(context),
@@ -147,10 +139,10 @@ def export(
             budget=budget,
             claimed={n: v for n, v in result.values.items() if MeasureKey.parse(n).name() == str(key)},
             tool=f"robusthash {__version__}",
-            files={name: _sha256(aside) for name, aside in zip(_FILES, asides, strict=False)},
+            files={name: _sha256(aside / name) for name in _FILES},
         )
         document = {"schema": BUNDLE_SCHEMA, **manifest.model_dump(mode="json")}
-        asides[2].write_text(json_text(document), encoding="utf-8")
+        (aside / "manifest.json").write_text(json_text(document), encoding="utf-8")
     return result
 
 
@@ -161,7 +153,7 @@ def _identity(context: EvaluationContext) -> dict[str, Any]:
         "database": context.data.database.fingerprint(),
         "direction": context.direction,
         "bits": context.victim.bits,
-        "codes": hashlib.sha256(context.database.packed.cpu().numpy().tobytes()).hexdigest()[:16],
+        "codes": hashlib.sha256(context.codes.packed.cpu().numpy().tobytes()).hexdigest()[:16],
     }
 
 

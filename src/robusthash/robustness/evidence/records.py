@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from robusthash.attacks.threat_model import Ball, Budget, Edits, Knowledge, Threat
+from robusthash.core.limited_files import read_yaml
 from robusthash.core.registry import nearest
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.results import EvalResult
@@ -18,6 +19,12 @@ from robusthash.models.hasher import Defense
 
 BUNDLE_SCHEMA = "robusthash.evidence/1"
 ENTRY_SCHEMA = "robusthash.entry/1"
+
+SAME_WEIGHTS_TOLERANCE = 0.02
+"""Largest tolerance of an entry about weights that it names; other hardware rounds, and no more."""
+
+MOST_TOLERANCE = 0.05
+"""Largest tolerance of an entry that is trained again: more would pass another model."""
 
 
 class SentRecord(BaseModel):
@@ -94,7 +101,7 @@ class Manifest(SentRecord):
     weights: str  # ``weights_digest`` of the victim
     codes: str  # digest of the database codes that it was made against
     database: str  # fingerprint of the database split
-    direction: tuple[str, str]
+    direction: tuple[Literal["image", "text"], Literal["image", "text"]]
     bits: int
     queries: int
     attack: str = "unnamed"
@@ -131,7 +138,7 @@ class Claimed(SentRecord):
     measure: str = "MAP"
     clean: float = Field(ge=0, le=1)
     worst: float = Field(ge=0, le=1)
-    tolerance: float = Field(0.01, gt=0, lt=1)
+    tolerance: float = Field(0.01, gt=0, le=MOST_TOLERANCE)
 
 
 class BestKnown(SentRecord):
@@ -144,7 +151,7 @@ class BestKnown(SentRecord):
 class RegistryEntry(SentRecord):
     """One model of the registry."""
 
-    id: str = Field(pattern=r"^[\w.-]+$")
+    id: str = Field(pattern=r"^\w[\w.-]{0,119}$")
     title: str = ""
     source: ModelSource
     data: str
@@ -161,6 +168,11 @@ class RegistryEntry(SentRecord):
     @model_validator(mode="after")
     def _sound(self) -> RegistryEntry:
         claimed = self.claimed
+        if self.source.digest and claimed.tolerance > SAME_WEIGHTS_TOLERANCE:
+            raise ValueError(
+                f"claimed.tolerance {claimed.tolerance} is too large where source.digest names the weights: "
+                f"an evaluation of the same weights repeats within {SAME_WEIGHTS_TOLERANCE}"
+            )
         if claimed.worst > claimed.clean:
             raise ValueError(f"claimed.worst {claimed.worst} is above claimed.clean {claimed.clean}")
         if self.best_known.value > claimed.worst + claimed.tolerance:
@@ -180,11 +192,7 @@ def load_entry(path: str | Path) -> RegistryEntry:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"registry entry {str(path)!r} does not exist")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    entry = read_record(RegistryEntry, raw, ENTRY_SCHEMA, str(path))
+    entry = read_record(RegistryEntry, read_yaml(path), ENTRY_SCHEMA, str(path))
     if entry.id != path.stem:
         raise ValueError(f"{path}: id is {entry.id!r}; name the file {entry.id}.yaml")
     return entry

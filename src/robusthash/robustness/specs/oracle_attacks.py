@@ -22,6 +22,7 @@ from robusthash.attacks.query_search import (
     search_by_queries,
 )
 from robusthash.attacks.threat_model import Edits, Threat
+from robusthash.core.embeddings import Embeddings, Searched, nearest, paired_distances
 from robusthash.core.identity import changes
 from robusthash.core.labels import relevant
 from robusthash.core.runtime import Progress, silent
@@ -53,8 +54,9 @@ class OracleAttack:
     * ``distances``, ``ap`` (B2): the returned distances to every item and the items' labels: the same AP.
     * ``codes`` or ``distances``, ``overlap`` (B2): no labels; the share of the clean top k that was replaced,
       exact under ties from codes, by (distance, id) from distances.
-    * ``codes``, ``moved`` (B2): the share of bits that differ from the clean query's code; neither labels nor
-      database. AP stays flat while the right item is still first, and this does not.
+    * ``codes``, ``moved`` (B2): the share of bits that differ from the clean query's code, of vectors the
+      distance; neither labels nor database. AP stays flat while the right item is still first, and this does
+      not.
     * ``ids``, ``rank`` or ``overlap`` (B1): the ordered ids alone, compared with those of the clean query.
 
     The returned input is the best by this score, which at B1 need not be the one of lowest AP. The clean
@@ -149,23 +151,29 @@ class OracleAttack:
         answer: Callable[[Batch], Any] = answers[self.shows]
         return lambda inputs: score(answer(batch.with_inputs(inputs))).to(batch.ids.device)
 
-    def _code_score(self, context: EvaluationContext, batch: Batch) -> Callable[[Codes], Tensor]:
+    def _code_score(self, context: EvaluationContext, batch: Batch) -> Callable[[Searched], Tensor]:
         if self.judge == "ap":
             select = context.select(_labels(batch), -1)
-            return lambda codes: select(codes.signs())
-        first: list[Codes] = []  # of the clean query, which is the first
+            return lambda codes: select(codes.rows())
+        first: list[Searched] = []  # of the clean query, which is the first
 
-        def changed(codes: Codes) -> Tensor:
+        def changed(codes: Searched) -> Tensor:
             first.extend([codes][len(first) :])
             if self.judge == "moved":
-                return (first[0].signs() != codes.signs()).float().mean(1)
-            return topk_disruption(first[0], codes, context.database, self.k)
+                bits = codes.bits if isinstance(codes, Codes) else 1
+                return (paired_distances(first[0], codes) / bits).float()
+            if isinstance(codes, Codes) and isinstance(first[0], Codes):
+                return topk_disruption(first[0], codes, context.codes, self.k)
+            lists = [nearest(each, context.database, self.k)[0] for each in (first[0], codes)]
+            return ids_lost(lists[0], lists[1], weighted=False)
 
         return changed
 
     def _list_score(self, context: EvaluationContext, batch: Batch) -> Callable[[Tensor], Tensor]:
         """From distances or ids."""
         if self.judge == "ap":
+            if isinstance(context.database, Embeddings):
+                raise ValueError("AP from float distances alone is not measured; use shows='codes'")
             relevance = relevant(_labels(batch).cpu(), context.database_labels)
             return lambda distances: -_expected_ap(distances, relevance, context.database.bits)
         first: list[Tensor] = []

@@ -65,10 +65,10 @@ def _with_steps(attack: Attack, threat: Threat, most: int | None) -> Attack:
     search: Any = attack.search  # every search of a published attack counts steps
     before, after = (next(iter(t.balls.values())) for t in (attack.threat, threat))
     if before.norm != after.norm and isinstance(search, PGD):
-        search = replace(search, step_size=search.step_size / before.eps * after.eps)
+        search = replace(search, step_size=search.step_size / before.eps * after.eps or search.step_size)
     if most is not None:
         search = replace(search, steps=min(search.steps, most))
-    return replace(attack, search=search)
+    return replace(attack, search=search, threat=replace(threat, knowledge=attack.threat.knowledge))
 
 
 def with_legacy(protocol: Protocol) -> Protocol:

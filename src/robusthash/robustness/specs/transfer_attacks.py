@@ -21,8 +21,8 @@ from robusthash.core.types import Batch, Codes, Inputs, Reference
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attack_block import AttackedBlock, finish, goals
 from robusthash.evaluation.attack_spec import Kind
+from robusthash.evaluation.code_measures import as_codes, measure_codes
 from robusthash.evaluation.context import EvaluationContext, encoding_batch
-from robusthash.evaluation.evaluate import as_codes, measure_codes
 from robusthash.models.encoding import encode_split, weights_digest
 from robusthash.models.hasher import Hasher
 
@@ -248,7 +248,7 @@ def transfer_matrix(
                 signs.setdefault((row, victim), []).append(attacked.signs[:, 0])
             progress(done, first.blocks * len(jobs), f"attacking from {row}")
     rows = tuple(dict.fromkeys(row for row, *_ in jobs))
-    clean = torch.stack([_headline(context, context.query) for context in contexts.values()])
+    clean = torch.stack([_headline(context, context.query_codes) for context in contexts.values()])
 
     def under(row: str, victim: str) -> Tensor:
         return _headline(contexts[victim], as_codes(torch.cat(signs[row, victim])))

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typer import Argument, Option
+
+from robusthash.apps.commands.options import AsJson, Seed, Sets
+from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars
+
+
+def quickstart(
+    folder: Annotated[Path, Argument(help="Folder of images, in subfolders or not.")],
+    out: Annotated[Path, Option(help="Folder of the runs and all else.")] = Path("quickstart"),
+    labels: Annotated[
+        Literal["auto", "none", "folders", "manifest"],
+        Option(help="Where labels come from; auto looks at the folder, none trains without."),
+    ] = "auto",
+    manifest: Annotated[Path | None, Option(help="CSV or JSON-lines manifest with labels.")] = None,
+    seed: Seed = 0,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """From a folder of images, labelled or not, to a searched index: train, measure, index, search. Minutes.
+
+    Stopped and called again, it goes on where it was. Without labels each image is a class of its own, and
+    its copies (cropped, smaller, brighter, compressed) are what the search finds.
+    """
+    note(f"Makes a search over the images of {folder}: trains, measures, indexes, in {out}. Some minutes.")
+    from robusthash.apps.experiment import quickstart_run
+
+    chosen = quickstart_run.plan(folder, labels, manifest)
+    note(f"{chosen.images} images: {chosen.words}")
+    with progress_bars() as progress:
+        summary = quickstart_run.quickstart(
+            folder, out, labels=labels, manifest=manifest, seed=seed, sets=sets or (), progress=progress
+        )
+    if as_json:
+        print_json(summary)
+    else:
+        _print(summary)
+
+
+def _print(summary: dict[str, Any]) -> None:
+    """Print the summary on stderr, and the paths of what was made on stdout."""
+    if summary["copies"]:
+        rows = summary["copies"]
+        print_table("copies that find their image", list(rows[0]), [list(row.values()) for row in rows])
+    else:
+        rows = [[name, *next(iter(one.items())), one["chance"]] for name, one in summary["headline"].items()]
+        print_table("results", ["queries", "measure", "value", "chance"], rows)
+    example = summary["example"]
+    hits = [[hit["distance"], hit["payload"].get("path", hit["id"])] for hit in example["hits"]]
+    note(f"Searched with a copy of {example['copy of']}: {example['change']}.")
+    print_table("nearest", ["distance", "image"], hits, False)
+    note("\nnext:")
+    for verb, command in summary["next"].items():
+        note(f"  {verb:8}{command}")
+    print_lines([f"{name}: {summary[name]}" for name in ("run", "index", "report")])

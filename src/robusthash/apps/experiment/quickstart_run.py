@@ -1,0 +1,255 @@
+"""From a folder of images to a searched index: a recipe is chosen, trained, measured, indexed, and asked.
+
+It runs the same stages as recipes do, in ``OUT/runs``, so a stopped quickstart goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from robusthash.apps.experiment.config import load_config, save_config
+from robusthash.apps.experiment.copy_table import copy_table
+from robusthash.apps.experiment.index_run import build_index, search_image
+from robusthash.apps.experiment.run_directory import Run, write_json
+from robusthash.apps.experiment.training_stages import run_all
+from robusthash.core.atomic_files import write_aside
+from robusthash.core.limited_files import read_json
+from robusthash.core.runtime import Progress, digest, silent, yield_when_busy
+from robusthash.data.copies import CHANGES, images_below
+from robusthash.data.image_files import UnreadableImage, read_image
+from robusthash.data.transforms import to_pixels
+from robusthash.index import open_index
+from robusthash.metrics.results import EvalResult, headline_of
+
+Labels = Literal["auto", "none", "folders", "manifest"]
+
+_SAMPLES = 40_000  # images shown in training by labels, whatever the size of the folder
+_MANIFESTS = (".csv", ".jsonl")
+_SIDE = 512  # pixels of the example that is searched with
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The reading of a folder: its recipe and data, and the reason in words."""
+
+    recipe: Literal["copies", "labels"]
+    data: Mapping[str, str]
+    words: str
+    images: int
+
+
+def quickstart(
+    folder: str | Path,
+    out: str | Path = "quickstart",
+    *,
+    labels: Labels = "auto",
+    manifest: str | Path | None = None,
+    seed: int = 0,
+    sets: Sequence[str] = (),
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train on a folder of images, measure, index all of them, and search with a changed copy of one.
+
+    Writes ``quickstart.json`` to ``out``, with runs and recipes next to it; the index and ``report.html`` lie
+    in the run. Stopped at any point and called again, it goes on from the last epoch or attacked block.
+
+    Args:
+        folder: images, in subfolders or not; see ``plan``.
+        labels, manifest: as of ``plan``.
+        seed: of training and of the attacks.
+        sets: overrides of the recipe, as ``--set`` takes them.
+
+    Returns:
+        The content of ``quickstart.json``.
+    """
+    started, out = time.perf_counter(), Path(out)
+    progress = yield_when_busy(progress)
+    chosen = plan(folder, labels, manifest)
+    recipes = _write_recipes(out, chosen, seed, sets)
+    run = run_all(load_config(recipes[0]), out / "runs", progress, recipes[0].parent)
+    index = _indexed(run, Path(folder), progress)
+    example = _example(out, index, Path(folder), run)
+    summary = _summary(chosen, run, index, example)
+    summary["next"] = next_commands(run, index, Path(example["image"]), recipes[1], Path(folder))
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(out / "quickstart.json", summary)
+    return summary
+
+
+def plan(folder: str | Path, labels: Labels = "auto", manifest: str | Path | None = None) -> Plan:
+    """Decide from the files of a folder how to train on it.
+
+    Args:
+        labels: ``folders`` takes the subfolders for classes, ``manifest`` the file that ``manifest`` names or
+            the one CSV or JSON-lines file in the folder, ``none`` takes each image for a class of its own.
+            ``auto`` is the manifest where one is named or lies there, else the subfolders where there are
+            several and no image lies beside them, else none.
+
+    Raises:
+        FileNotFoundError: no such folder or manifest.
+        ValueError: no images, labels of one class, or several manifests.
+    """
+    folder = Path(folder)
+    paths = images_below(folder).images
+    root = {"root": str(folder.resolve())}
+    found = (
+        _manifest(folder, manifest, named=labels == "manifest") if labels in ("auto", "manifest") else None
+    )
+    if found:
+        words = f"labels of {found.name}; --labels none trains without"
+        return Plan("labels", {**root, "manifest": str(found.resolve())}, words, len(paths))
+    tops = [path.relative_to(folder).parts for path in paths]
+    classes = sorted({parts[0] for parts in tops if len(parts) > 1})
+    loose = sum(len(parts) == 1 for parts in tops)
+    if labels == "folders" and len(classes) < 2:
+        raise ValueError(
+            f"{folder} holds {len(classes)} class folder{'s' * (len(classes) != 1)}, and labels need two at "
+            "least: with one class everything is alike; --labels none trains without labels"
+        )
+    if labels == "folders" or (labels == "auto" and len(classes) > 1 and not loose):
+        words = (
+            f"{len(classes)} subfolders as classes ({_some(classes)}); --labels none trains without labels"
+        )
+        return Plan("labels", root, words, len(paths))
+    reason = "" if labels == "none" else _why_unlabelled(classes, loose)
+    return Plan(
+        "copies", root, f"each image is a class of its own, with its changed copies{reason}", len(paths)
+    )
+
+
+def _why_unlabelled(classes: Sequence[str], loose: int) -> str:
+    if classes and loose:
+        return f" ({loose} images lie beside the subfolders, so these are no classes)"
+    if classes:
+        return f" (one subfolder, {classes[0]!r}: with one class everything would be alike)"
+    return ""
+
+
+def _manifest(folder: Path, given: str | Path | None, named: bool) -> Path | None:
+    """The manifest that was given, else the one that lies in the folder."""
+    if given is not None:
+        if not Path(given).is_file():
+            raise FileNotFoundError(f"no manifest {Path(given).absolute()}")
+        return Path(given)
+    there = sorted(path for path in folder.iterdir() if path.suffix.lower() in _MANIFESTS and path.is_file())
+    if len(there) > 1:
+        names = ", ".join(path.name for path in there)
+        raise ValueError(
+            f"{folder} holds several manifests ({names}); name one by --manifest, or --labels none"
+        )
+    if named and not there:
+        raise ValueError(f"{folder} holds no CSV or JSON-lines file; name the manifest by --manifest")
+    return there[0] if there else None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _write_recipes(out: Path, chosen: Plan, seed: int, sets: Sequence[str]) -> list[Path]:
+    """The recipe and the one that hardens it, with their settings resolved, to be run by hand too."""
+    folder = out / "recipes"
+    folder.mkdir(parents=True, exist_ok=True)
+    overrides = [f"runtime.seed={seed}", f"evaluation.seed={seed}"]
+    overrides += [f"data.{name}={_quoted(value)}" for name, value in chosen.data.items()]
+    paths = [folder / f"{chosen.recipe}{ending}.yaml" for ending in ("", "-saat")]
+    for path, share in zip(paths, (1, 0.5), strict=True):
+        packaged = Path(str(files("robusthash.apps").joinpath("recipes", path.name)))
+        epochs = max(10, round(share * min(200, _SAMPLES // chosen.images)))
+        by_size = [f"training.epochs={epochs}"] if chosen.recipe == "labels" else []
+        with write_aside(path) as aside:
+            config = load_config(packaged, [*overrides, *by_size, *sets])
+            aside.write_text(save_config(config), encoding="utf-8")
+    return paths
+
+
+def _quoted(text: str) -> str:
+    """A text as a YAML scalar."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _indexed(run: Run, folder: Path, progress: Progress) -> Path:
+    """The index of all images of the folder, in the run: made again where files came, went or changed."""
+    directory = run.path / "index"
+    marker = directory / "folder.json"  # written last, so an index without it is not whole
+    listed = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images_below(folder).images
+    ]
+    state = {"folder": digest(listed, 16), "model": run.card()["digest"]}
+    if marker.is_file() and read_json(marker) == state:
+        return directory
+    shutil.rmtree(directory, ignore_errors=True)
+    build_index(directory, run.path, folder, progress=progress)
+    write_json(marker, state)
+    return directory
+
+
+def _example(out: Path, index: Path, folder: Path, run: Run) -> dict[str, Any]:
+    """Search with a changed copy of the first readable image of the folder, which is written to ``out``."""
+    change = CHANGES[-1]
+    for path in images_below(folder).images:
+        try:
+            pixels = read_image(path, _SIDE)
+            break
+        except UnreadableImage:
+            continue
+    changed = Image.fromarray(to_pixels(change(pixels[None].float() / 255))[0])
+    copy = out / "example.png"
+    with write_aside(copy) as aside:
+        changed.save(aside, "PNG")
+    began = time.perf_counter()
+    hits = search_image(index, copy, run.path, k=5)
+    seconds = round(time.perf_counter() - began, 3)
+    return {
+        "image": str(copy),
+        "copy of": str(path),
+        "change": change.words,
+        "hits": hits,
+        "seconds": seconds,
+    }
+
+
+def _summary(chosen: Plan, run: Run, index: Path, example: Mapping[str, Any]) -> dict[str, Any]:
+    results = run.evaluated()
+    columns, rows = copy_table(results)
+    with open_index(f"file:{index}", create=False) as opened:
+        items = opened.count()
+    return {
+        "images": chosen.images,
+        "taken for": chosen.words,
+        "run": str(run.path),
+        "index": str(index),
+        "indexed": items,
+        "report": str(run.path / "report.html"),
+        "bits": run.card()["bits"],
+        "training seconds": run.card()["seconds"],
+        "headline": {name: _headline(result) for name, result in results.items()},
+        "copies": [dict(zip(columns, row, strict=True)) for row in rows],
+        "example": dict(example),
+    }
+
+
+def _headline(result: EvalResult) -> dict[str, float]:
+    name = headline_of(result)
+    return {name: result.values[name], "chance": result.reference["chance"]}
+
+
+def next_commands(run: Run, index: Path, image: Path, hardening: Path, folder: Path) -> dict[str, str]:
+    """Command lines to go on with, by what they do."""
+    quoted = {name: shlex.quote(str(path)) for name, path in (("run", run.path), ("folder", folder))}
+    runs = shlex.quote(str(run.path.parent.parent))
+    return {
+        "search": f"robusthash search {shlex.quote(str(index))} {shlex.quote(str(image))}",
+        "assess": f"robusthash assess {quoted['run']}",
+        "audit": f"robusthash audit {quoted['run']} --photos {quoted['folder']}",
+        "harden": f"robusthash run {shlex.quote(str(hardening))} --runs {runs}",
+    }

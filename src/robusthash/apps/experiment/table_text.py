@@ -1,0 +1,78 @@
+"""Tables of runs as text: Markdown, LaTeX, plain numbers, and the lines below a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from robusthash.apps.experiment.tables import TableRow
+from robusthash.apps.reports.cell_text import csv_cell, latex_cell, markdown_cell
+
+
+def markdown(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
+    """A Markdown table; ``results`` chooses and orders the columns, by default all that the first row has."""
+    table = [list(map(markdown_cell, cells)) for cells in text_table(rows, results)]
+    head, *lines = [f"| {' | '.join(cells)} |" for cells in table]
+    return "\n".join([head, "|" + " --- |" * len(table[0]), *lines])
+
+
+def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
+    """A LaTeX ``tabular`` with the rules of the package ``booktabs``."""
+    table = [list(map(latex_cell, cells)) for cells in text_table(rows, results)]
+    head, *lines = [f"{' & '.join(cells)} \\\\" for cells in table]
+    start = f"\\begin{{tabular}}{{{'l' * len(table[0])}}}"
+    return "\n".join([start, "\\toprule", head, "\\midrule", *lines, "\\bottomrule", "\\end{tabular}"])
+
+
+def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[str]]:
+    """Header and lines with value, ends of the interval and seeds of each column apart; "" for none."""
+    table = [
+        ["recipe", *(f"{column}{part}" for column in columns for part in ("", " low", " high", " seeds"))]
+    ]
+    for row in rows:
+        numbers = [row.cells[c].numbers() if c in row.cells else [""] * 4 for c in columns]
+        table.append([row.name, *(number for group in numbers for number in group)])
+    return [list(map(csv_cell, cells)) for cells in table]
+
+
+def text_table(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[list[str]]:
+    """Header and lines of a table for reading; one of differences has neither chance nor training minutes."""
+    columns = list(rows[0].cells) if results is None else list(results)
+    signed = any(cell.signed for row in rows for cell in row.cells.values())
+    scored = {row.scored[column] for row in rows for column in columns if column in row.scored}
+    chances = [scored_on for scored_on in rows[0].chance if scored_on in scored and not signed]
+    minutes = [] if signed else ["training minutes"]
+    table = [["recipe", *columns, *(f"chance {name}".strip() for name in chances), *minutes, "seeds"]]
+    for row in rows:
+        cells = [row.cells[column].text() if column in row.cells else "-" for column in columns]
+        cells += [f"{row.chance[name]:.3f}" for name in chances]
+        cells += [f"{row.minutes:.1f}"] * len(minutes)
+        table.append([row.name, *cells, str(max((cell.seeds for cell in row.cells.values()), default=0))])
+    return table
+
+
+def captions(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[str]:
+    """Lines below the table: threat, attacks and budget of the attacked columns; equal ones share a line.
+
+    A column whose rows were attacked differently has a line for each, and one that says they do not compare.
+    """
+    columns = list(rows[0].cells) if results is None else list(results)
+    subjects: dict[str, list[str]] = {}  # columns by words
+    mixed = []
+    for column in columns:
+        words = dict.fromkeys(row.attacked[column] for row in rows if row.attacked.get(column))
+        for text in words:
+            names = " and ".join(row.name for row in rows if row.attacked.get(column) == text)
+            subjects.setdefault(text, []).append(column if len(words) == 1 else f"{column} of {names}")
+        mixed += [column] * (len(words) > 1)
+    lines = [f"{', '.join(subject)}: {text}." for text, subject in subjects.items()]
+    if mixed:
+        start = "Columns whose rows do not compare, since they were attacked differently"
+        lines.append(f"{start}: {', '.join(mixed)}.")
+    lines += [f"{note}." for note in dict.fromkeys(_empty_lines(rows))]
+    if any(column not in row.cells for row in rows for column in columns):
+        lines.append("-: not evaluated in every seed, or the seeds of the recipe were attacked differently.")
+    return lines
+
+
+def _empty_lines(rows: Sequence[TableRow]) -> list[str]:
+    return [f"{on}: {text}".removeprefix(": ") for row in rows for on, text in row.empty.items()]

@@ -1,0 +1,75 @@
+"""Types of options as recipes write them, against the annotations of what takes them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+
+
+@cache
+def annotated(make: Callable[..., Any]) -> dict[str, Any]:
+    """The annotation of each parameter; none where a name in them is imported for type checkers alone."""
+    try:
+        parameters = inspect.signature(make, eval_str=True).parameters
+    except NameError:
+        return {}
+    return {name: parameter.annotation for name, parameter in parameters.items()}
+
+
+def fits(value: Any, wanted: Any) -> bool:
+    """Tell whether a value of YAML is of an annotated type; of types that YAML has not, every value is.
+
+    A whole number is a ``float``, a number with a point no ``int``, ``true`` neither; a list is any sequence.
+    """
+    origin, inner = get_origin(wanted), get_args(wanted)
+    if origin is Annotated:
+        return fits(value, inner[0])
+    if origin in (Union, types.UnionType):
+        return any(fits(value, each) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in inner)
+    if wanted in (int, float):
+        return isinstance(value, (int, wanted)) and not isinstance(value, bool) and math.isfinite(value)
+    if wanted in _WORDS or wanted is None:
+        return isinstance(value, wanted or type(None))
+    if wanted is Path:
+        return isinstance(value, str | Path)
+    kind = origin if isinstance(origin, type) else wanted
+    if kind is tuple and inner and inner[-1] is not Ellipsis:
+        known = isinstance(value, list | tuple) and len(value) == len(inner)
+        return known and all(fits(item, each) for item, each in zip(value, inner, strict=True))
+    if kind in (list, tuple, Sequence):
+        return isinstance(value, list | tuple) and all(fits(item, (*inner, Any)[0]) for item in value)
+    if kind in (dict, Mapping):
+        held = value.values() if isinstance(value, Mapping) else ()
+        return isinstance(value, Mapping) and all(fits(item, (*inner, Any, Any)[1]) for item in held)
+    return True
+
+
+def words(wanted: Any) -> str:
+    """An annotated type in words: ``a whole number or null``."""
+    origin, inner = get_origin(wanted), get_args(wanted)
+    if origin is Annotated:
+        return words(inner[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(words(each) for each in inner))
+    if origin is Literal:
+        *most, last = map(repr, inner)
+        return " or ".join(filter(None, (", ".join(most), last)))
+    kind = origin if isinstance(origin, type) else wanted
+    if kind is tuple and inner and inner[-1] is not Ellipsis:
+        return f"a list of {', '.join(words(each) for each in inner)}"
+    if kind in (list, tuple, Sequence):
+        return f"a list, each item {words(inner[0])}" if inner else "a list"
+    if kind in (dict, Mapping):
+        return "a mapping"
+    if wanted is Path:
+        return "a path"
+    return _WORDS.get(wanted, getattr(wanted, "__name__", str(wanted)))

@@ -1,0 +1,96 @@
+"""Progress without a terminal, threads on a busy machine, and remedies that stand next to faults alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import make_data, small_hasher
+
+from robusthash.apps.commands import terminal
+from robusthash.apps.commands.assess_command import print_assessment
+from robusthash.core.runtime import silent, yield_when_busy
+from robusthash.evaluation.evaluate import evaluate
+from robusthash.metrics.results import Flag
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that ``time.monotonic`` gives, as the one item of a list."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_progress_is_a_line_every_few_seconds_where_there_is_no_terminal(clock, capsys):
+    told = []
+    with terminal.progress_bars() as progress:
+        for second in (0.0, 2.0, 4.9, 5.1, 9.0, 10.2, 16.5):
+            clock[0] = 100 + second
+            progress(int(second), 12, "epoch 1/3")
+            told.append(capsys.readouterr().err)
+    assert [bool(text) for text in told] == [False, False, False, True, False, True, True]
+    assert told[3].strip() == "epoch 1/3: 5 of 12"
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("load", "left"), [(0.2, 4), (3.5, 4), (4.0, 1), (10.0, 1)])
+def test_one_thread_is_taken_on_a_busy_machine(threads, monkeypatch, load, left):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    torch.set_num_threads(4)
+    yield_when_busy(silent)
+    assert torch.get_num_threads() == left
+
+
+def test_threads_fall_while_work_goes_on_and_its_own_load_does_not_count(threads, clock, monkeypatch):
+    loads = [0.0]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (loads[0], 0.0, 0.0))
+    torch.set_num_threads(4)
+    calls = []
+    progress = yield_when_busy(lambda done, total, text: calls.append(text))
+    for load, left in ((4.0, 4), (9.0, 1), (0.0, 1)):  # its own four, five more than those, none
+        clock[0] += 60
+        loads[0] = load
+        progress(1, 2, "work")
+        assert torch.get_num_threads() == left
+    assert calls == ["work"] * 3
+
+
+def test_the_demo_says_what_it_does_before_it_loads_anything():
+    program = (
+        "import sys; from robusthash.apps import cli; "
+        "sys.modules['robusthash.apps.experiment.demo_run'] = None; sys.argv = ['robusthash', 'demo']; "
+        "assert 'torch' not in sys.modules; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "twenty embedded photographs" in done.stderr.splitlines()[0]
+    assert "demo/report.html" in done.stderr
+
+
+def test_a_passed_check_has_no_remedy_next_to_it(capsys, monkeypatch):
+    monkeypatch.setattr(terminal.console, "width", 200)
+
+    flags = (
+        Flag("F1", 0.1, 0.5, "pass", "take more steps"),
+        Flag("F2", 0.9, 0.5, "red", "take the gate away"),
+    )
+    print_assessment(replace(evaluate(small_hasher(), make_data()), curves={}, flags=flags))
+    told = capsys.readouterr().err
+    assert "take the gate away" in told
+    assert "F1" in told
+    assert "take more steps" not in told
