@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -124,23 +123,3 @@ def test_anchors_are_those_of_headings():
     assert "in-python" in anchors_of(REPO / "docs" / "robustness.md")
     assert "as-implemented" in anchors_of(REPO / "docs" / "methods" / "drfgd.md")
     assert "mine-yaml" not in anchors_of(REPO / "docs" / "quickstart.md")  # a comment of an example
-
-
-def test_documented_methods_of_add_a_method_work(monkeypatch):
-    """The complete examples of docs/add-a-method.md register and make what they say."""
-    from robusthash.attacks import image_threat
-    from robusthash.core.registry import build, card
-    from robusthash.models import build_hasher
-    from robusthash.robustness.specs.adaptive_attacks import adaptive_attacks
-
-    text = (REPO / "docs" / "add-a-method.md").read_text()
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
-        module = types.ModuleType(f"documented_example_{number}")
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        exec(compile(code, module.__name__, "exec"), module.__dict__)
-    assert build("attack", "mainstay-scale-free").name == "mainstay-scale-free"
-    assert build("objective", "cosine-pairs") is not None
-    assert card("outer", "consistency").evidence == "own"
-    victim = build_hasher(bits=8, purifiers={"image": "levels"})
-    names = [spec.name for spec in adaptive_attacks(victim, None, image_threat(knowledge="W2"))]
-    assert names[0] == "smooth-levels"

@@ -217,7 +217,7 @@ def test_new_defense_brings_its_own_adaptive_attacks(package: Path, world: World
 def test_options_of_a_new_method_are_checked_too(package: Path) -> None:
     with pytest.raises(KeyError, match="did you mean 'weight'"):
         registry.build("objective", {"name": "their_methods.newobjective:my-objective", "wieght": 0.2})
-    with pytest.raises(KeyError, match="no objective is called 'my-objectiv'; did you mean 'my-objective'"):
+    with pytest.raises(KeyError, match="has no objective 'my-objectiv'; did you mean 'my-objective'"):
         registry.build("objective", "their_methods.newobjective:my-objectiv")
     with pytest.raises(ModuleNotFoundError, match="their_method"):
         registry.build("objective", "their_method.newobjective:my-objective")

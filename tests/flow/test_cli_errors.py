@@ -16,6 +16,7 @@ from robusthash.apps.audit import measurement
 from robusthash.apps.commands.options import AsJson  # noqa: F401 - the verbs are imported as a user's are
 from robusthash.core import registry
 from robusthash.core.atomic_files import write_aside
+from robusthash.models.external.loaders import load_python
 
 
 def fail(error: Exception):
@@ -95,5 +96,7 @@ def test_the_current_folder_is_no_place_for_code_of_a_run(call, tmp_path, monkey
     for target in ("a:b", "none.pt", "phash"):
         assert call("audit", target)[0] == 1
         assert str(tmp_path) not in sys.path
-    assert call("audit", "my_model:net")[0] == 1
-    assert str(tmp_path) in sys.path
+    (tmp_path / "my_own_model.py").write_text("net = abs\n")
+    assert load_python("my_own_model:net") is abs
+    assert sys.path[-1] == str(tmp_path)  # last: it hides no other module
+    monkeypatch.delitem(sys.modules, "my_own_model")

@@ -169,7 +169,11 @@ def test_a_damaged_model_is_refused(model, tmp_path):
         ("model.json", lambda _: b"null", "is damaged"),
         ("model.json", with_card(schema="robusthash.model/9"), "schema 'robusthash.model/9'"),
         ("model.json", with_card(hasher={"bits": 8}), "is damaged"),
-        ("model.json", with_card(hasher={"image": {"name": "not_there:net"}}), "import not_there first"),
+        (
+            "model.json",
+            with_card(hasher={"bits": 8, "image": {"name": "not_there:net"}}),
+            "PLUGINS=not_there",
+        ),
     ):
         with pytest.raises(RunError, match=said):
             broken(name, change)

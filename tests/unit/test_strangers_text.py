@@ -13,7 +13,7 @@ from robusthash.apps.experiment.config import ConfigError, make_config, save_con
 from robusthash.apps.experiment.config_parts import check_parts
 from robusthash.apps.experiment.run_directory import RunError, load_run
 from robusthash.apps.reports.cell_text import csv_cell, latex_cell, markdown_cell
-from robusthash.core.registry import PLUGINS
+from robusthash.core.plugins import PLUGINS
 
 TRICKS = (
     "[/red]",
@@ -70,15 +70,16 @@ def test_a_name_is_one_folder_and_no_other_place(name: str) -> None:
 
 
 def test_a_run_imports_no_module_that_nobody_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "strangers_code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    imported = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    (tmp_path / "strangers_code.py").write_text(f"{imported}from robusthash.objectives.centers import *\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    text = save_config(make_config({"name": "x"})).replace("objective: csq", "objective: strangers_code:csq")
+    text = save_config(make_config({"name": "x"})).replace("objective: csq", "objective: strangers_code:CSQ")
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(RunError, match=f"names 'strangers_code:csq', code .* {PLUGINS}=strangers_code"):
+    with pytest.raises(RunError, match=f"names 'strangers_code:CSQ', code .* {PLUGINS}=strangers_code"):
         load_run(tmp_path)
     assert not (tmp_path / "ran").exists()
     monkeypatch.setenv(PLUGINS, "other, strangers_code")
-    assert load_run(tmp_path).config.training.objective == "strangers_code:csq"
+    assert load_run(tmp_path).config.training.objective == "strangers_code:CSQ"
     assert (tmp_path / "ran").exists()
 
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import os
 import pkgutil
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from robusthash.core.option_types import annotated, fits, words
+from robusthash.core.plugins import GROUP, import_plugin
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 Evidence = Literal["paper+code", "paper", "reconstruction", "own", "library"]
@@ -44,11 +41,9 @@ class Card:
 _PACKAGE = __name__.partition(".")[0]
 _CARDS: dict[tuple[str, str], Card] = {}
 _UNREAD: list[str] = []  # packages whose modules register names and are not imported yet
+_POINTS = [GROUP]  # groups of entry points that are not imported yet
 
-PLUGINS = "ROBUSTHASH_PLUGINS"
-"""Environment variable: modules, with commas, that runs may import."""
-
-_STRANGER: ContextVar[str] = ContextVar("_STRANGER", default="")  # whose settings are being read
+_HOW = "docs/add-a-method.md"
 
 
 def register(kind: str, name: str, **facts: Any) -> Callable[[Factory], Factory]:
@@ -80,18 +75,14 @@ def nearest(word: str, known: Any) -> str:
 
 
 def card(kind: str, name: str) -> Card:
-    """The card of a registered name; ``module:name`` imports code from outside the package first.
+    """The card of a registered name, or of ``module:name`` outside the package (``core.plugins``).
 
     Raises:
-        KeyError: with the nearest known name.
-        ImportError: no such module.
-        ValueError: a module that the settings of a stranger name, see ``without_new_code``.
+        KeyError: no such name, or of another kind; the nearest known one is offered.
+        ImportError, ValueError: as of ``import_plugin``.
     """
     if ":" in name:
-        named, (module, _, name) = name, name.partition(":")
-        if not re.fullmatch(r"\w+(\.\w+)*", module):
-            raise KeyError(f"{kind} {named!r} names no module before the colon; write module:name")
-        _import_plugin(module, named)
+        return _plugin_card(kind, name)
     if (kind, name) not in _CARDS:
         _import_unread()
     if (kind, name) not in _CARDS:
@@ -100,33 +91,24 @@ def card(kind: str, name: str) -> Card:
     return _CARDS[kind, name]
 
 
-@contextmanager
-def without_new_code(source: object) -> Iterator[None]:
-    """Refuse ``module:name`` in a block that reads ``source``, a file that may be a stranger's, as a run.
-
-    Modules that are imported already may be named, and those of the environment variable ``PLUGINS``.
-    """
-    token = _STRANGER.set(str(source))
-    try:
-        yield
-    finally:
-        _STRANGER.reset(token)
-
-
-def _import_plugin(module: str, named: str) -> None:
-    source, allowed = _STRANGER.get(), os.environ.get(PLUGINS, "").split(",")
-    if source and module not in sys.modules and module not in map(str.strip, allowed):
-        raise ValueError(
-            f"{source} names {named!r}, code of a module outside of this package; if you trust it, let it "
-            f"be imported: {PLUGINS}={module}"
-        )
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not module.startswith(error.name or "?"):
-            raise  # the module is there, and something that it imports is not
-        remedy = "put its folder on PYTHONPATH, or install it"
-        raise ModuleNotFoundError(f"no Python module {module!r} (wanted by {named!r}); {remedy}") from error
+def _plugin_card(kind: str, named: str) -> Card:
+    """The card of ``module:name``, the Python name, or the one that the module registers."""
+    module, name = import_plugin(named)
+    made = getattr(module, name, None)
+    entry = next((entry for entry in _CARDS.values() if entry.kind == kind and entry.make is made), None)
+    entry = entry or _CARDS.get((kind, name))
+    if entry is not None and (entry.make is made or not _is_own(entry.make)):
+        return entry
+    if (other := None if made is None else card_of(made)) is not None:
+        raise KeyError(f"{named!r} is registered as {other.kind} {other.name!r}; here goes: {kind}")
+    if callable(made):
+        raise KeyError(f"{named!r} is not registered: write @register({kind!r}, {name!r}) above it ({_HOW})")
+    theirs = [c for c in _CARDS.values() if c.kind == kind and c.make.__module__ == module.__name__]
+    known = {getattr(entry.make, "__name__", entry.name) for entry in theirs}
+    close = difflib.get_close_matches(name, [*known, *(entry.name for entry in theirs)], n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    has = f" It has: {', '.join(sorted(known))}." if known else f" It registers no {kind}; see {_HOW}."
+    raise KeyError(f"{module.__name__} has no {kind} {name!r}{hint}{has}")
 
 
 def card_of(make: Callable[..., Any]) -> Card | None:
@@ -201,3 +183,17 @@ def _import_unread() -> None:
             importlib.import_module(module.name)
         if package in _UNREAD:  # a module that looks names up while it is imported comes through here as well
             _UNREAD.remove(package)
+    while _POINTS:
+        _import_installed(_POINTS.pop())
+
+
+def _import_installed(group: str) -> None:
+    """Import the plug-ins of installed packages; a broken one is named, and the others go on."""
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=group):
+        try:
+            point.load()
+        except Exception as error:  # whatever the code of others raises
+            fault = f"{type(error).__name__}: {error}"
+            warnings.warn(f"plug-in {point.name!r} ({point.value}) is left out: {fault}", stacklevel=2)

@@ -113,6 +113,20 @@ class GradientAttack:
 
 
 @dataclass(frozen=True)
+class OwnAttack(GradientAttack):
+    """An attack that a user set beside those of a tier.
+
+    Args:
+        source: digests of its code where that is a plug-in; blocks of another version are not taken.
+    """
+
+    source: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), **({"source": list(self.source)} if self.source else {})}
+
+
+@dataclass(frozen=True)
 class RefinedAttack(GradientAttack):
     """An attack that starts each query at the worst point that the untargeted attacks before it reached.
 

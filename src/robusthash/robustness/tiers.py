@@ -59,6 +59,7 @@ def prepare_tier(
     surrogates: Sequence[Surrogate] = (),
     queries: int | None = None,
     steps: int | None = None,
+    attacks: Sequence[AttackSpec] = (),
 ) -> PreparedTier:
     """The tier of a victim. Python and the command line both prepare it here.
 
@@ -70,6 +71,7 @@ def prepare_tier(
         surrogates: for transfer attacks, from ``fast`` up.
         queries: instead of the tier's, chosen by content.
         steps: of the tier ``paper``, the most that an attack takes; the papers' own counts by default.
+        attacks: of one's own, beside those of the tier.
 
     Raises:
         KeyError: no such tier.
@@ -79,7 +81,8 @@ def prepare_tier(
     threat = threat or threat_on(knowledge="W2")
     if name == PAPER:
         context = replace(context, protocol=with_legacy(context.protocol))
-    suite, context, notes = prepare_suite(context, _suite(name, threat, objective, queries, steps))
+    whole = _suite(name, threat, objective, queries, steps).beside(attacks)
+    suite, context, notes = prepare_suite(context, whole)
     behaviour = observe(context, threat)
     if behaviour.cut:
         suite = without_gradient(suite)

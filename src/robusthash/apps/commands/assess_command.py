@@ -36,6 +36,9 @@ def assess(
     surrogate: Annotated[list[Path] | None, Option(help="Run to transfer attacks from. Repeatable.")] = None,
     unchecked: Annotated[bool, Option("--unchecked", help="Skip the checks, which raise flags.")] = False,
     steps: Annotated[int | None, Option(min=1, help="Tier paper: steps of an attack at most.")] = None,
+    attack: Annotated[
+        list[str] | None, Option(help="Attack of your own besides, under the same budget. Repeatable.")
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -56,6 +59,7 @@ def assess(
             "shard": part,
             "checked": not unchecked,
             "steps": steps,
+            "attacks": attack or (),
         }
         result = assess_run.assess(
             victim, tier, budget, queries, progress, direction=direction, surrogates=surrogates, **options

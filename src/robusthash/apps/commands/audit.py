@@ -1,6 +1,4 @@
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,9 +80,6 @@ def audit(
     effort = tier_named(tier)
     effort = replace(effort, queries=queries or effort.queries, attacked=attacked or effort.attacked)
     pixel_eps = _pixel_eps(threat, eps, norm)
-    named = ":" in target and not Path(target).exists()
-    if named and os.getcwd() not in sys.path:  # a module:name is looked for where the user stands
-        sys.path.insert(0, os.getcwd())
     length = None if bits == "auto" else int(bits)
     limits = EndpointLimits(budget, rate, timeout, _headers(header))
     reading = AnswerReading(output, metric, output_name)  # type: ignore[arg-type]

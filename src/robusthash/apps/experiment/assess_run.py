@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from robusthash.apps.experiment.block_store import FolderStore
-from robusthash.apps.experiment.evaluation_stages import context_of, described
+from robusthash.apps.experiment.config import Component
+from robusthash.apps.experiment.evaluation_stages import context_of, described, named_attacks
 from robusthash.apps.experiment.model_stages import (
     load_hasher,
     load_victim,
@@ -17,15 +18,20 @@ from robusthash.apps.experiment.model_stages import (
     set_threads,
 )
 from robusthash.apps.experiment.run_directory import Run, write_json
-from robusthash.apps.experiment.threat_options import threat_on_data
+from robusthash.apps.experiment.threat_options import attack_under, threat_on_data
+from robusthash.attacks.base import Attack
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.directory_lock import owned
 from robusthash.core.identity import describe
+from robusthash.core.plugins import source_digests
+from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.data.base import RetrievalData
+from robusthash.evaluation.attack_spec import OwnAttack
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.runner import BlockStore, NoStore, run_attacks
 from robusthash.metrics.results import EvalResult, save_results
+from robusthash.objectives.base import HashObjective
 from robusthash.robustness.specs.transfer_attacks import Surrogate, make_surrogate
 from robusthash.robustness.suite import Suite
 from robusthash.robustness.tiers import assess_tier, curve_attacks, prepare_tier
@@ -56,7 +62,8 @@ def assess(
         kept: own the run, go on from stored blocks, and write ``assess.json``; without it everything is
             attacked again.
         options: ``surrogates``, runs on the same data that transfer attacks search on (without them F5 says
-            so), and ``steps`` of the tier paper.
+            so); ``steps`` of the tier paper; ``attacks``, settings of one's own attacks beside those of the
+            tier, without a budget: they get that of ``threat``, and the result is named after them too.
 
     Returns:
         The result, named by threat and tier; None of a shard.
@@ -65,6 +72,7 @@ def assess(
         InUse: another process works on the run, or on the same shard.
         RunError: an earlier ``assess.json`` that cannot be read.
     """
+    attacks = [attack_under(attack, None, None, None) for attack in options.get("attacks", ())]  # or refused
     with ExitStack() as owning:
         if kept and shard is None:
             owning.enter_context(owned(run.path, "assessment"))
@@ -75,6 +83,7 @@ def assess(
         context = context_of(run, victim, data, progress, direction, whole=True)
         aim = threat_on_data(threat, data, "W2") if isinstance(threat, str) else threat
         options["surrogates"] = _surrogates(run, options.get("surrogates", ()), data, context)
+        options["attacks"] = own = _own_attacks(attacks, aim, objective)
         prepared = prepare_tier(context, tier_name, aim, objective=objective, queries=queries, **options)
         if curve:
             curve_attacks(prepared)  # refused before anything is attacked
@@ -89,11 +98,22 @@ def assess(
             return None
         result = assess_tier(prepared, curve=curve, checked=checked, store=store, progress=progress)
         result = replace(result, scored_on=direction or "")
-        result = described(result, f"{result.scored_on} {result.name}".strip(), run)
+        beside = f" with {', '.join(spec.name for spec in own)}" if own else ""
+        result = described(result, f"{result.scored_on} {result.name}{beside}".strip(), run)
         if kept:
             others.pop(result.name, None)
             save_results(run.path / "assess.json", [*others.values(), result])
     return result
+
+
+def _own_attacks(attacks: Sequence[Component], aim: Threat, objective: HashObjective) -> list[OwnAttack]:
+    """The attacks of the user under the budget of the assessment."""
+    under = [attack_under(attack, aim.name, None, None) for attack in attacks]
+    specs = []
+    for name, settings in named_attacks(under).items():
+        attack: Attack = build("attack", settings, objective=objective)
+        specs.append(OwnAttack(name, attack, source=tuple(source_digests(settings))))
+    return specs
 
 
 def _surrogates(

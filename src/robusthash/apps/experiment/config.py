@@ -23,6 +23,7 @@ from torch import nn
 
 from robusthash.attacks.base import Attack
 from robusthash.core.limited_files import parse_yaml, read_yaml
+from robusthash.core.plugins import beside
 from robusthash.core.registry import build, check, nearest
 from robusthash.core.runtime import digest
 from robusthash.defenses.base import check_needs
@@ -31,8 +32,6 @@ from robusthash.training.optimiser_groups import BASE, MODALITIES, NAMES, unknow
 
 _FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+)\s*")
 _EXPONENT = re.compile(r"[+-]?\d+(?:\.\d*)?[eE][+-]?\d+")
-
-
 _FILES = 20  # that extend each other
 
 
@@ -92,7 +91,7 @@ def _of_kind(kind: str) -> BeforeValidator:
         value = numbers(value)
         try:
             check(kind, value)
-        except KeyError as error:  # pydantic reports ValueError alone
+        except (KeyError, ImportError) as error:  # pydantic reports ValueError alone
             raise ValueError(error.args[0]) from None
         return value
 
@@ -244,6 +243,7 @@ class RuntimeSection(Section):
     keep_epochs: int | None = Field(None, ge=1)  # keep the weights every N epochs, for `curves --robust`
     checkpoint_minutes: float = Field(0.0, ge=0)  # between checkpoints inside an epoch; 0: at its end alone
     compile: bool = False  # the encoders, by torch.compile
+    loggers: list[Literal["tensorboard", "wandb"]] = []  # that get the numbers of each epoch too
 
 
 class Config(Section):
@@ -304,17 +304,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a missing file, no YAML, an unknown key (the nearest is offered), a bad value.
     """
-    raw = _read(Path(path))
+    files: list[Path] = []
+    raw = _read(Path(path), files)
     raw.setdefault("name", Path(path).stem)
-    return make_config(raw, overrides, where=str(path))
+    with beside([file.parent for file in files]):
+        return make_config(raw, overrides, where=str(path))
 
 
-def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Plain content of a recipe file, laid over the one that its ``extends`` names."""
+def _read(path: Path, children: list[Path]) -> dict[str, Any]:
+    """Plain content of a recipe file, which joins ``children``, laid over the one that it ``extends``."""
     if not path.is_file():
         raise ConfigError(f"recipe file {str(path)!r} does not exist")
-    if path.resolve() in children:
+    if path.resolve() in [child.resolve() for child in children]:
         raise ConfigError(f"{path} extends itself, by way of {' and '.join(p.name for p in children)}")
+    children.append(path)
     try:
         raw = read_yaml(path)
     except ValueError as error:
@@ -325,9 +328,9 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = raw.pop("extends", None)
     if base is None:
         return raw
-    if len(children) > _FILES:
+    if len(children) - 1 > _FILES:
         raise ConfigError(f"{path} extends a file that extends another, more than {_FILES} times")
-    below = _read(path.parent / str(base), (*children, path.resolve()))
+    below = _read(path.parent / str(base), children)
     below.pop("name", None)  # a name is the file's own
     return _over(below, raw)
 

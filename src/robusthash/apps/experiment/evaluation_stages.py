@@ -20,6 +20,7 @@ from robusthash.core.atomic_files import write_aside
 from robusthash.core.directory_lock import owned
 from robusthash.core.hamming import pack
 from robusthash.core.identity import identity
+from robusthash.core.plugins import source_digests, sources
 from robusthash.core.registry import build, check
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.base import RetrievalData
@@ -140,23 +141,29 @@ def _evaluate_context(
     relevance: str,
     held: Mapping[str, EvalResult],
 ) -> dict[str, EvalResult]:
-    """Clean, each attack that changes the query modality of the context, and the worst case.
+    """Clean, each attack that changes the query modality of the context, and the worst case; with pictures.
 
     Args:
         held: earlier results of this context, to which these are added.
     """
+    from robusthash.apps.reports.example_searches import attacked_rows, save_examples
+
     clean = described(score_clean(context), "clean", run, relevance)
     if held and (other := _differences(held["clean"], clean)):
         raise ConfigError(_not_added(run, f"they differ in {other}"))
     results = {name: result for name, result in held.items() if name not in ("clean", "worst")}
+    pictured = {}
     for name, (view, settings) in attacks.items():
         attack: Attack = build("attack", settings, objective=objective)
         if context.direction[0] in attack.threat.balls:
             attacked = attacked_queries(run, context, name, settings, attack, progress, view)
             result = described(score_attack(context, attack, attacked), name, run, relevance)
-            results[_free_name(name, result, results)] = result
+            free = _free_name(name, result, results)
+            results[free], pictured[free] = result, attacked_rows(context, attacked)
     if not results:
         return {"clean": clean}
+    if relevance == "own":
+        save_examples(run.path, context, {"clean": clean, **results}, pictured)
     return {
         "clean": clean,
         **results,
@@ -232,6 +239,7 @@ def attacked_queries(
     usual = context.direction == (context.victim.modalities[0],) * 2 and view == "white-box"
     key += [] if usual else [context.direction, view]
     key += [context.protocol.settings()["targets"]] if attack.targeted else []
+    key += source_digests(settings)
     weights = run.card()["digest"]
     folder = run.path / "attacks" / f"{attack.name}-{identity([*key, weights])}"
     earlier = run.path / "attacks" / f"{attack.name}-{identity(key)}"  # versions that left the weights out
@@ -239,6 +247,7 @@ def attacked_queries(
         earlier.rename(folder)
     folder.mkdir(parents=True, exist_ok=True)
     described = {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}
+    described |= {"plugins": used} if (used := sources(settings)) else {}
     write_json(folder / "config.json", described)
     return attack_all(
         context, attack, context.victim.as_seen_from(view), progress, AttackFolder(folder), name

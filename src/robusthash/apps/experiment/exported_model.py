@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import safetensors.torch
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run, reading, without_weights
 from robusthash.core.atomic_files import json_text, write_all_aside
 from robusthash.core.limited_files import read_json
+from robusthash.core.plugins import as_sources, sources, without_new_code
 from robusthash.core.registry import nearest
 from robusthash.metrics.results import software_versions
 from robusthash.models.hasher import Hasher, build_hasher
@@ -52,6 +51,8 @@ def save_exported(folder: Path, hasher: Hasher, facts: dict[str, Any]) -> None:
         "modalities": list(hasher.modalities),
         "hasher": spec,
     }
+    if used := sources(spec):
+        card["plugins"] = used
     card |= {"weights": hashlib.sha256(weights).hexdigest(), "versions": software_versions()}
     text = json_text(card, CARD)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,37 +62,27 @@ def save_exported(folder: Path, hasher: Hasher, facts: dict[str, Any]) -> None:
 
 
 def load_exported(folder: Path) -> tuple[Hasher, dict[str, Any]]:
-    """Hasher (eval mode, CPU) and card of an exported model. No pickle is opened, and no code imported.
+    """Hasher (eval mode, CPU) and card of an exported model. No pickle is opened.
 
     Raises:
-        RunError: damaged files, another schema, or parts of a module that is not imported yet.
+        RunError: damaged files, another schema, or parts of a module that ``core.plugins`` refuses.
     """
     again = "save the model again"
     with reading(folder / CARD, again, "the card"):
         card = read_json(folder / CARD)
         if card["schema"] != SCHEMA:
             raise ValueError(f"schema {card['schema']!r}, and this version reads {SCHEMA!r}")
-        names = list(_module_names(card["hasher"]))
         spec, size, digest = card["hasher"], card["image_size"], card["weights"]
-    if missing := [name for name in names if name.partition(":")[0] not in sys.modules]:
-        module = missing[0].partition(":")[0]
-        raise RunError(f"{folder} needs {missing[0]!r}: import {module} first, if you trust its code")
+        recorded = as_sources(card.get("plugins", {}))
     with reading(folder / WEIGHTS, again, "the file of weights"):
         weights = (folder / WEIGHTS).read_bytes()
         if hashlib.sha256(weights).hexdigest() != digest:
             raise ValueError("its sha256 is not that of the card")
-        hasher = build_hasher(**spec)
+        with without_new_code(folder, recorded):
+            hasher = build_hasher(**spec)
         hasher.load_state_dict(safetensors.torch.load(weights))
         [int(side) for side in size]
     return hasher.eval(), card
-
-
-def _module_names(value: Any) -> Iterator[str]:
-    """Every ``module:name`` in settings."""
-    if isinstance(value, str) and ":" in value:
-        yield value
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _module_names(part)
 
 
 def run_of_entry(name: str) -> Run:

@@ -73,7 +73,10 @@ def _write(run: Run, run_id: str, folder: Path) -> None:
         elif path.name == _EVIDENCE:
             save_results(folder / path.name, list(run.stored(path.name).values()))
         else:
-            write_json(folder / path.name, _without_paths(read_json(path)))
+            held = read_json(path)
+            if isinstance(held, dict):
+                held.pop("command", None)  # it may hold paths
+            write_json(folder / path.name, _without_paths(held))
     config = run.config.model_dump(mode="json")
     if isinstance(config["data"], dict):
         config["data"].pop("root", None)

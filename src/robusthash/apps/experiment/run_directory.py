@@ -14,20 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from robusthash.apps.experiment.config import Config, is_folder_name, save_config, shortened
+from robusthash.apps.experiment.config import Config, save_config
 from robusthash.apps.experiment.run_files import (
     RunError,
+    card_fault,
+    check_plugins,
+    command_line,
     config_of,
     file_digest,
     load_weights,
+    opening,
     reading,
+    record_plugins,
     save_weights,
     without_weights,
     write_json,
 )  # fmt: skip
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.limited_files import check_archive, parse_json, read_json, read_npz
-from robusthash.core.registry import build, without_new_code
+from robusthash.core.registry import build
 from robusthash.core.runtime import digest
 from robusthash.core.types import Codes
 from robusthash.metrics.results import EvalResult, Flag, load_results, software_versions
@@ -42,8 +47,6 @@ RESTART = "delete it to train again from the start"
 CHECKED = "checks.json"  # the flags of ``check``
 TEXTS = "texts.json"  # how texts become inputs, so that those of others can
 KEPT = "kept.json"  # marks a copy of results without weights, see ``kept_results``
-_CARD = {"name": str, "id": str, "bits": int, "modalities": list, "image_size": list, "declared": str}
-_CARD |= {"hasher": dict, "digest": str, "epochs": int, "last": dict}
 _TRAIN = "run 'robusthash train' or 'robusthash run' first"
 _REMADE = {
     "metrics.json": "delete it, then: robusthash evaluate {run}",
@@ -81,10 +84,10 @@ class Run:
 
     @property
     def origin(self) -> dict[str, str]:
-        """The runs that it comes from by ``parent`` and ``resumed_from``, as far as it has and knows them."""
+        """Paths of its ``parent`` and of ``resumed_from``, and the ``command`` that made it, where known."""
         path = self.path / "environment.json"
         facts = read_json(path) if path.is_file() else {}
-        return {name: facts[name] for name in ("parent", "resumed_from") if name in facts}
+        return {name: str(facts[name]) for name in ("parent", "resumed_from", "command") if name in facts}
 
     @property
     def trained(self) -> bool:
@@ -240,7 +243,7 @@ class Run:
         path = self.path / "model.json"
         with reading(path, self._again, "the model card"):
             card = read_json(path)
-            if fault := _fault_of(card):
+            if fault := card_fault(card):
                 raise ValueError(fault)
         return card
 
@@ -306,7 +309,7 @@ class Run:
             )
         self.check_weights()
         spec, card = self.card()["hasher"], self.path / "model.json"
-        with without_new_code(card), reading(card, self._again, "the model card"):
+        with opening(self.path), reading(card, self._again, "the model card"):
             image, text = without_weights(spec["image"]), without_weights(spec["text"])
             hasher = build_hasher(**{**spec, "image": image, "text": text})
         load_weights(hasher, self.path / "checkpoint" / "hasher.safetensors", self._again)
@@ -316,7 +319,7 @@ class Run:
         """The trained hasher and its objective (eval mode, CPU); errors as of ``load_hasher``."""
         hasher = self.load_hasher()
         card = self.path / "model.json"
-        with without_new_code(card), reading(card, self._again, "the model card"):
+        with opening(self.path), reading(card, self._again, "the model card"):
             objective = build("objective", self.card()["objective"])
         load_weights(objective, self.path / "checkpoint" / "objective.safetensors", self._again)
         return hasher, objective.eval()
@@ -326,11 +329,12 @@ def run_folder(config: Config, root: Path, ancestor: str = "") -> Path:
     """The run directory of ``config`` under ``root``: its name, and the digest of what makes the model.
 
     Raises:
-        RunError: it holds results alone.
+        RunError: it holds results alone, or its plug-ins have changed since it was trained.
     """
     path = root / config.name / config.model_id(ancestor)
     if (path / KEPT).is_file():
         raise RunError(f"{path} holds results alone, and no run goes on there; use another --runs folder")
+    check_plugins(path, config)
     return path
 
 
@@ -365,6 +369,7 @@ def open_run(
     if not (path / "environment.json").is_file():
         threads, started = torch.get_num_threads(), time.strftime("%F %T")
         environment = {"versions": software_versions(), "threads": threads, "started": started}
+        environment |= {"command": made} if (made := command_line()) else {}
         named = {name: str(other.resolve()) for name, other in (origin or {}).items()}
         write_json(path / "environment.json", {**environment, **named})
     return run
@@ -374,6 +379,7 @@ def accept(run: Run) -> None:
     """Write the config of a run, now that its results are those of this config."""
     with write_aside(run.path / "config.yaml") as temporary:
         temporary.write_text(save_config(run.config), encoding="utf-8")
+    record_plugins(run.path, run.config)
 
 
 def load_run(path: str | Path) -> Run:
@@ -388,13 +394,3 @@ def load_run(path: str | Path) -> Run:
                 if not isinstance(read_json(path / name), dict):
                     raise ValueError("it holds no names")
     return run
-
-
-def _fault_of(card: Any) -> str:
-    """The fault of a model card, if it has one; its name and id are folders of copies."""
-    if not isinstance(card, dict) or "hasher" not in card:
-        return "it names no hasher"
-    for key, kind in _CARD.items():
-        if not isinstance(card.get(key), kind) or (key in ("name", "id") and not is_folder_name(card[key])):
-            return f"{key} is {shortened(repr(card.get(key)))}"
-    return ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shlex
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,14 +17,20 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from robusthash.apps.experiment.config import Config, ConfigError, load_config
+from robusthash.apps.experiment.config import Config, ConfigError, is_folder_name, load_config, shortened
 from robusthash.core.atomic_files import json_text, write_aside
-from robusthash.core.registry import without_new_code
+from robusthash.core.limited_files import read_json
+from robusthash.core.plugins import PluginError, Sources, as_sources, changed, sources, without_new_code
 
 
 class RunError(ValueError):
     """A run directory that cannot be used as it stands."""
 
+
+PLUGINS = "plugins.json"  # source files of the code that a config names as module:name
+
+_CARD = {"name": str, "id": str, "bits": int, "modalities": list, "image_size": list, "declared": str}
+_CARD |= {"hasher": dict, "digest": str, "epochs": int, "last": dict}
 
 _DAMAGED: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
 _DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError, RecursionError)
@@ -35,6 +43,8 @@ def reading(path: Path, remedy: str, what: str = "") -> Iterator[None]:
         yield
     except RunError:  # named already
         raise
+    except PluginError as error:
+        raise RunError(str(error)) from None
     except _DAMAGED as error:
         reason = next(iter(str(error).splitlines()), repr(error)).removeprefix(f"{path} is ")
         raise RunError(f"{f'{what} {path}'.strip()} is damaged ({reason}); {remedy}") from None
@@ -50,7 +60,7 @@ def config_of(path: Path) -> Config:
     """The config of a run directory, with every section: an emptied file is not one of defaults."""
     again = f"write it again with the recipe of the run: robusthash train RECIPE --runs {path.parent.parent}"
     try:
-        with without_new_code(path / "config.yaml"):
+        with opening(path):
             config = load_config(path / "config.yaml")
     except (ConfigError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0]
@@ -59,6 +69,57 @@ def config_of(path: Path) -> Config:
         lacks = f"it has no {', '.join(missing)}"
         raise RunError(f"{path / 'config.yaml'} is damaged ({lacks}); {again}")
     return config
+
+
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """A block that reads the run at ``path``, which may import the plug-ins that it was made with."""
+    with without_new_code(path, _recorded(path)):
+        yield
+
+
+def _recorded(path: Path) -> Sources:
+    file = path / PLUGINS
+    if not file.is_file():
+        return {}
+    with reading(file, "train the run again, or delete it and allow its modules by ROBUSTHASH_PLUGINS"):
+        try:
+            return as_sources(read_json(file))
+        except AttributeError:
+            raise ValueError("it is no mapping of modules") from None
+
+
+def record_plugins(path: Path, config: Config) -> None:
+    """Write the source files of the modules that a config names, if it names any."""
+    if used := sources(config.model_dump()):
+        write_json(path / PLUGINS, used)
+
+
+def check_plugins(path: Path, config: Config) -> None:
+    """Refuse a run whose model was trained by other sources than those that its config names now."""
+    model = sources(config.data, config.hasher.model_dump(), config.training.model_dump())
+    if files := changed(_recorded(path), model):
+        raise RunError(
+            f"{path} was begun with another {files[0]}, which has changed since; give the recipe another "
+            "name, or --runs another folder"
+        )
+
+
+def card_fault(card: Any) -> str:
+    """The fault of a model card, if it has one; its name and id are folders of copies."""
+    if not isinstance(card, dict) or "hasher" not in card:
+        return "it names no hasher"
+    for key, kind in _CARD.items():
+        if not isinstance(card.get(key), kind) or (key in ("name", "id") and not is_folder_name(card[key])):
+            return f"{key} is {shortened(repr(card.get(key)))}"
+    return ""
+
+
+def command_line() -> str:
+    """The command of this process as a shell takes it; "" where it is not one of this package."""
+    program = Path(sys.argv[0])
+    ours = program.stem == "robusthash" or program.parts[-2:] == ("robusthash", "__main__.py")
+    return shlex.join(["robusthash", *sys.argv[1:]]) if ours else ""
 
 
 def without_weights(encoder: Any) -> Any:

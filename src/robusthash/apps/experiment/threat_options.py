@@ -81,13 +81,13 @@ def threat_on_data(name: str, data: RetrievalData, knowledge: Knowledge | None =
     return named_threat(name, knowledge, pixels=pixels, features=texts)
 
 
-def attack_under(attack: str, threat: str | None, eps: str | None, norm: str | None) -> Component:
-    """Settings of an attack (YAML or a name), under the budget of the options where one is given.
+def attack_under(attack: Component, threat: str | None, eps: str | None, norm: str | None) -> Component:
+    """Settings of an attack (a mapping, YAML or a name), under the budget of the options where one is given.
 
     Raises:
         ValueError: settings with a budget of their own, or a threat of several modalities or to the database.
     """
-    settings = value_of(attack)
+    settings = value_of(attack) if isinstance(attack, str) else attack
     card, given = check("attack", settings)
     if threat is None and eps is None and norm is None:
         return settings
@@ -107,6 +107,8 @@ def attack_under(attack: str, threat: str | None, eps: str | None, norm: str | N
         )
     if isinstance(ball, Edits):
         return {**options, "edits": ball.count}
+    if "eps" not in signature(card.make).parameters:
+        raise ValueError(f"the attack {card.name!r} takes no eps, so it cannot be run under {name}")
     if ball.norm != "linf" and "norm" not in signature(card.make).parameters:
         normed = [c.name for c in catalogue("attack") if "norm" in signature(c.make).parameters]
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from robusthash.apps.experiment.run_directory import (
     run_folder,
     write_json,
 )  # fmt: skip
+from robusthash.apps.experiment.training_trackers import check_trackers, tracked
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.directory_lock import owned
@@ -85,6 +86,7 @@ def _opened(
     choose_device(config.runtime.device)
     set_threads(config)
     check_parts(config)
+    check_trackers(config.runtime.loggers)
     parent = _parent(config, root, progress, base)
     ancestor = parent.card()["digest"] if parent else ""
     shorter = None if resume_from is None else load_run(resume_from)
@@ -167,7 +169,8 @@ def _train(run: Run, parent: Run | None, progress: Progress) -> None:
     _check_evaluation(config, data, objective)
     recipe = make_recipe(config, _initial_hasher(config, data, parent), objective)
     try:
-        log = fit(recipe, data, train_config(config), run if first else _Follower(run))
+        with tracked(run) if first else nullcontext(_Follower(run)) as lines:
+            log = fit(recipe, data, train_config(config), lines)
     except CheckpointError as error:
         raise RunError(f"checkpoint {run.checkpoint_file} {error}; {RESTART}") from None
     learned = recipe.database_codes()

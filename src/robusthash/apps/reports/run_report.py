@@ -27,6 +27,7 @@ from robusthash.apps.reports.charts import (
     Series,
     Tone,
 )
+from robusthash.apps.reports.example_searches import load_examples
 from robusthash.apps.reports.pages import WORST_CASE, notes, number, remark, render, stored_as
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.limited_files import read_npz
@@ -44,6 +45,7 @@ Results = Mapping[str, EvalResult]
 
 BRANCHES = "branches.npz"
 
+_ORIGIN = {"parent": "started from the run", "resumed_from": "goes on from the run"}
 _GROUPS = ("white-box", "adaptive", "refined", "transfer", "black-box", "noise")
 
 
@@ -53,10 +55,21 @@ def write_report(run: Run) -> Path:
     Raises:
         RunError: the run has not been trained or evaluated.
     """
-    quoted = shlex.quote(str(run.path))
+    card, results, lines, origin = run.card(), run.evaluated(), run.lines(), run.origin
+    quoted, again = (shlex.quote(str(path)) for path in (run.path, run.path / "config.yaml"))
+    made = f"robusthash train {again} --runs {shlex.quote(str(run.path.parent.parent))}"
     commands = [f"robusthash evaluate {quoted}", f"robusthash report {quoted}"]
-    branches, suites = load_branches(run.path), list(run.assessed().values())
-    text = run_page(run.card(), run.evaluated(), run.lines(), commands, branches, suites, run.checked())
+    text = run_page(
+        card,
+        results,
+        lines,
+        [origin.pop("command", made), *commands],
+        load_branches(run.path),
+        list(run.assessed().values()),
+        run.checked(),
+        load_examples(run.path),
+        origin,
+    )
     with write_aside(run.path / "report.html") as aside:
         aside.write_text(text, encoding="utf-8")
     return run.path / "report.html"
@@ -70,6 +83,8 @@ def run_page(
     branches: Mapping[str, Tensor] | None = None,
     suites: Sequence[EvalResult] = (),
     checked: Sequence[Flag] = (),
+    examples: Mapping[str, Any] | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> str:
     """The page of one run.
 
@@ -79,6 +94,8 @@ def run_page(
         branches: rows of images, see ``load_branches``.
         suites: results of suites of attacks.
         checked: flags that ``check`` raised on the model.
+        examples: queries before and after an attack, see ``load_examples``.
+        origin: paths of the runs that it started from, ``parent`` and ``resumed_from``.
     """
     groups = by_direction(results)
     clean = next(iter(groups.values()))["clean"]
@@ -90,6 +107,8 @@ def run_page(
         unreliable=unreliable_names(suites, checked),
         suites=sorted(map(suite_data, suites), key=lambda suite: suite["published"]),
         branches=branches,
+        examples=examples,
+        origin={_ORIGIN.get(name, name): path for name, path in (origin or {}).items()},
         card=card,
         training=training_chart(log),
         commands=commands,

@@ -6,7 +6,6 @@ Audit only what you would run anyway. Pickled modules are never opened.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import zipfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from robusthash.core.limited_files import check_archive
 from robusthash.core.out_of_memory import out_of_memory
+from robusthash.core.plugins import import_plugin
 from robusthash.core.registry import nearest
 from robusthash.data.transforms import to_pixels
 from robusthash.models.external.model_answers import Call
@@ -34,22 +34,15 @@ def load_python(path: str) -> Call:
     function that needs no argument, is a factory, called once without arguments.
 
     Raises:
-        ImportError: no such module.
+        ImportError: no such module, or a broken one.
         ValueError: no such name in it, or nothing callable.
     """
-    module_name, _, name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise  # the module is there, and something that it imports is not
-        remedy = "run from the folder that holds it, or install it"
-        raise ImportError(f"no Python module {module_name!r} (wanted by {path!r}); {remedy}") from error
+    module, name = import_plugin(path)
     model: Any = module
     for part in name.split("."):
         if not hasattr(model, part):
             known = [known for known in vars(module) if known[0] != "_"]
-            raise ValueError(f"{module_name} has no {part!r}{nearest(part, known)}")
+            raise ValueError(f"{module.__name__} has no {part!r}{nearest(part, known)}")
         model = getattr(model, part)
     if _is_factory(model):
         model = model()
