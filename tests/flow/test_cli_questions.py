@@ -65,8 +65,9 @@ def test_the_table_is_of_the_same_numbers_and_asks_nothing_twice(call, trained, 
     code, _, err = call("questions", trained, *ASKED, "--shows", "ids")
     assert code == 0
     assert "codes" not in err
-    with pytest.raises(AssertionError, match="asked again"):
-        call("questions", trained, *ASKED[:-2])
+    code, _, err = call("questions", trained, *ASKED[:-2])
+    assert code == 3
+    assert "asked again" in err
 
 
 def test_a_stopped_search_goes_on_and_ends_the_same(call, trained, monkeypatch):
@@ -80,8 +81,9 @@ def test_a_stopped_search_goes_on_and_ends_the_same(call, trained, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(FolderStore, "save", stops)
-        with pytest.raises(RuntimeError, match="killed"):
-            call("questions", trained, *options)
+        code, _, err = call("questions", trained, *options)
+        assert code == 3
+        assert "killed" in err
     assert len(list((trained / "questions").rglob("nes*/0/*.npz"))) == 1
     code, went_on, _ = call("questions", trained, *options)
     assert code == 0

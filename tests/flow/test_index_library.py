@@ -114,14 +114,13 @@ def test_an_interrupted_build_goes_on(call, trained, tmp_path, monkeypatch):
     def stopped(*arguments):
         nonlocal pieces
         if pieces == 1:
-            raise RuntimeError("stopped")
+            raise OSError("stopped")
         pieces += 1
         write(*arguments)
 
     monkeypatch.setattr(index_run, "_add_piece", stopped)
     words = ("index", "build", index, "--run", trained, "--images", library, "--json")
-    with pytest.raises(RuntimeError, match="stopped"):
-        call(*words)
+    assert call(*words)[0] == 1
     monkeypatch.undo()
     code, out, err = call(*words)
     assert code == 0, err

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import robusthash as rh
 from robusthash.apps.cli import app
+from robusthash.core.atomic_files import json_text
 
 NET = '''
 import torch
@@ -56,7 +57,12 @@ def test_every_way_gives_the_same_numbers(theirs):
     ):
         out = f"out{number}"
         found = rh.audit(target, out=out, tier="smoke", queries=4, attacked=2, size=32)
-        found = json.loads(json.dumps(found))
+        found = json.loads(json_text(found, "audit.json"))
+        # a wrapped net was told how its answers are read
+        found["said"][0], asked = (
+            text.partition(" Nobody said so")[0] for text in (found["said"][0], expected["said"][0])
+        )
+        expected["said"][0] = asked
         for part in ("rows", "said", "doubts", "flags", "bits", "gradients", "radius"):
             assert found[part] == expected[part], part
         assert found["target"] == ("Net" if number else "net_of_theirs:Net")

@@ -118,6 +118,8 @@ def test_an_image_that_came_is_indexed_and_the_model_stays(folder: Path, tmp_pat
     (tmp_path / "images" / "broken.jpg").write_bytes(b"no picture")
     second = rh.quickstart(tmp_path / "images", tmp_path / "out", sets=sets)
     assert (second["run"], second["indexed"]) == (first["run"], COUNT + 1)
+    assert (second["added"], second["unchanged"]) == (1, COUNT)
+    assert [Path(one["file"]).name for one in second["skipped"]] == ["broken.jpg"]
 
 
 def test_hardening_goes_on_from_the_run(call, made):

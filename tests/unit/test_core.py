@@ -371,7 +371,7 @@ def test_an_option_of_a_wrong_type_is_named() -> None:
     def melon(weight: float = 1.0, broken: int = 0) -> float:
         return weight / 2 + len(broken) if broken else weight / 2  # type: ignore[arg-type]
 
-    with pytest.raises(ValueError, match="weight of fruit 'melon' must be a number, got 'heavy'"):
+    with pytest.raises(ValueError, match="weight of fruit 'melon' must be a finite number, got 'heavy'"):
         registry.build("fruit", {"name": "melon", "weight": "heavy"})
     with pytest.raises(TypeError):
         registry.build("fruit", "melon", broken=3)

@@ -79,7 +79,8 @@ def test_twins_damage_and_plain_areas_are_counted(
     Image.new("RGB", (64, 64), (120, 120, 120)).save(tmp_path / "all" / "plain.png")
     data = load_data("copies", root=tmp_path / "all", size=16, copies=3, asked=21)
     assert len(data.database) == 21
-    assert "1 cannot be read" in data.note
+    assert "1 files passed over" in data.note
+    assert [Path(one.partition(" (")[0]).name for one in data.skipped] == ["broken.jpg"]
     assert "1 have the pixels of another" in data.note
     assert "dropped" in data.note  # copies of the plain area that have its own pixels
     assert len(data.query) < 21 * len(CHANGES)

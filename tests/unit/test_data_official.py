@@ -120,7 +120,7 @@ def test_items_that_do_not_fit_together(tmp_path: Path) -> None:
     labels = pool.labels.clone()
     labels[2, 0] = float("nan")
     chosen = protocol_split(labels, SplitProtocol(2, None, "last", ""), SplitOptions(), NAMES)
-    with pytest.raises(ValueError, match="train: labels hold NaN"):
+    with pytest.raises(ValueError, match=r"train: labels are \(N, C\) of 0 and 1, and one is nan"):
         make_data("x", Pool(pool.files, labels, NAMES), chosen, ImageOptions(8), TextOptions(False), "")
     with pytest.raises(ValueError, match="these items come without texts"):
         make_data("x", Pool(pool.files, pool.labels, NAMES), chosen, ImageOptions(8), TextOptions(True), "")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ import torch
 import torch.multiprocessing as multiprocessing
 from helpers import MemoryLog, make_data, train_config
 
+from robusthash.apps.experiment.config import load_config
+from robusthash.apps.experiment.run_directory import load_run
+from robusthash.apps.experiment.training_stages import train
 from robusthash.core.registry import build
 from robusthash.models import build_hasher
 from robusthash.training import Recipe, fit
@@ -121,7 +127,63 @@ def test_a_checkpoint_of_two_processes_is_not_taken_up_by_one() -> None:
 
     log = Earlier()
     fit(make("hashing", "tanh"), make_data(), train_config(1), log)
-    with pytest.raises(
-        ValueError, match="begun by 2 processes, and there are 1 now; start as many, or delete"
-    ):
+    with pytest.raises(ValueError, match="begun by 2 processes, and there are 1 now; start as many"):
         fit(make("hashing", "tanh"), make_data(), train_config(2), log)
+
+
+RECIPE = """
+name: together
+data: {name: synthetic, size: 16, train: 64, query: 12, database: 36}
+hasher: {bits: 8, image: {name: small, width: 4}}
+training: {epochs: 2, batch_size: 16, optim: {hasher: {lr: 0.05}}}
+evaluation: {attacks: [{name: pgd, steps: 2}]}
+"""
+
+
+def start(folder: Path, number: int, port: int, recipe: Path) -> subprocess.Popen[str]:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    together = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "robusthash", "run", str(recipe), "--runs", str(folder / "runs")],
+        env={**os.environ, **address, **together},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_command_line_trains_in_two_processes_and_one_evaluates(tmp_path: Path) -> None:
+    """As ``torchrun`` starts them; weights are those of one process, and a second call finds all done."""
+    recipe = tmp_path / "together.yaml"
+    recipe.write_text(RECIPE)
+    alone = train(load_config(recipe), tmp_path / "alone")
+    for _ in range(2):
+        port = free_port()
+        both = [start(tmp_path, number, port, recipe) for number in (0, 1)]
+        said = [process.communicate(timeout=240) for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
+    (run,) = [load_run(path) for path in (tmp_path / "runs" / "together").iterdir()]
+    assert run.id == alone.id
+    assert len(run.results()) == 3
+    assert len(run.lines()) == 2
+    one, two = alone.load_hasher().state_dict(), run.load_hasher().state_dict()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
+    recipe = tmp_path / "together.yaml"
+    recipe.write_text(RECIPE.replace("epochs: 2", "epochs: 500"))
+    port = free_port()
+    first, second = (start(tmp_path, number, port, recipe) for number in (0, 1))
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("resume.pt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    second.kill()
+    killed = time.monotonic()
+    _, said = first.communicate(timeout=90)
+    second.communicate()
+    assert first.returncode == 1
+    assert time.monotonic() - killed < 75
+    assert "another process of this training is gone" in said
+    assert "Traceback" not in said

@@ -283,12 +283,10 @@ def test_paper_protocols_use_the_row_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", [card.name for card in catalogue("protocol")])
 def test_every_protocol_takes_the_number_of_targets_in_one_way(name: str) -> None:
-    assert load_protocol(name).targets == TargetRule(3)
+    assert load_protocol(name).targets == TargetRule(1 if name == "copies" else 3)
     assert build("protocol", {"name": name, "targets": 1}).targets == TargetRule(1)
     for wrong in (0, -1, 1.5, "two"):
-        with pytest.raises(
-            ValueError, match=f"targets per query must be a whole number of at least 1, got {wrong!r}"
-        ):
+        with pytest.raises(ValueError, match=f"targets .*(whole number|not be below 0).*, got {wrong!r}"):
             build("protocol", {"name": name, "targets": wrong})
 
 
@@ -296,7 +294,7 @@ def test_the_recipe_reader_refuses_a_protocol_that_cannot_be_made() -> None:
     for protocol, said in (
         ({"name": "saat", "targets": 0}, "targets per query must be a whole number of at least 1, got 0"),
         ({"name": "crossmodal", "k": 0}, "k must be at least 1"),
-        ({"name": "crossmodal", "k": "all"}, "'<' not supported"),
+        ({"name": "crossmodal", "k": "all"}, "k of protocol 'crossmodal' must be a whole number, got 'all'"),
     ):
         with pytest.raises(ConfigError, match=f"evaluation.protocol: .*{said}"):
             make_config({"name": "x", "evaluation": {"protocol": protocol}})

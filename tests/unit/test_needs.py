@@ -213,5 +213,5 @@ def test_sfcl_needs_a_target_only_where_it_looks_at_one() -> None:
 @pytest.mark.parametrize("weight", [-1.0, "C"])
 def test_sfcl_takes_no_weight_that_is_none(name: str, weight: object) -> None:
     """A negative one would train away from what the term asks for."""
-    with pytest.raises(ConfigError, match=f"{name} is a weight of at least 0, got {weight!r}"):
+    with pytest.raises(ConfigError, match=f"{name} .*(at least 0|a finite number), got {weight!r}"):
         make_config(recipe({"name": "sfcl", name: weight}, "mainstay"))

@@ -57,20 +57,16 @@ def write_all_aside(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
             os.replace(temporary, target)
         for folder in {target.parent for target in targets}:
             flush(folder)
-    except (OSError, RuntimeError) as error:
-        cause = _disk_error(error)
+    except Exception as error:
+        cause, names = _disk_error(error), ", ".join(str(target) for target in targets)
+        if cause is None and _DISK_FULL.search(str(error)):  # errors that torch and safetensors have for it
+            reason = f"cannot write {names}: is the disk full? What was there before is unchanged"
+            raise OSError(errno.ENOSPC, reason) from error
         elsewhere = cause and cause.filename is not None and Path(cause.filename) not in temporaries
         if cause is None or cause.errno is None or elsewhere:  # our own message, or another file of the block
             raise
-        names = ", ".join(str(target) for target in targets)
         reason = f"cannot write {names}: {os.strerror(cause.errno)}; what was there before is unchanged"
         raise OSError(cause.errno, reason) from error
-    except Exception as error:  # torch and safetensors have errors of their own for a full disk
-        if not _DISK_FULL.search(str(error)):
-            raise
-        names = ", ".join(str(target) for target in targets)
-        reason = f"cannot write {names}: is the disk full? What was there before is unchanged"
-        raise OSError(errno.ENOSPC, reason) from error
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
 from robusthash.data.base import ArraySource, RetrievalData, flat_options
-from robusthash.data.image_files import ImageOptions, decode, pixels_of, read_image, some_of
+from robusthash.data.image_files import ImageOptions, Skipped, decode, pixels_of, read_image, some_of
 from robusthash.data.image_listing import Listing, list_images
 from robusthash.data.splits import Indices, assemble, hash_pixels
 from robusthash.data.transforms import EVERYDAY, Change, crop, jpeg, through_jpeg, to_pixels
@@ -96,7 +96,7 @@ def copies(
     """
     root = Path(root)
     draws = Draws(numbers.seed).within("copies")
-    files, stored, note = _different(root, image, numbers.limit, draws)
+    files, stored, skipped, note = _different(root, image, numbers.limit, draws)
     trained, asked = _chosen(len(files), numbers, draws)
     each = numbers.copies or min(40, max(8, 8000 // len(trained)))
 
@@ -121,22 +121,25 @@ def copies(
         f"{len(files) - len(trained)} images are not."
     )
     source = CopySource({"image": pixels}, _groups(parts[1], owner, trained))
-    return assemble("copies", source, labels, hash_pixels(pixels), Indices(*parts), names, note.strip())
+    data = assemble("copies", source, labels, hash_pixels(pixels), Indices(*parts), names, note.strip())
+    return replace(data, skipped=tuple(map(str, skipped))) if skipped else data
 
 
 def images_below(root: Path) -> Listing:
-    """The images of a folder and its subfolders, of which there must be some."""
+    """The images of a folder and its subfolders, by name, and the files passed over; an error without one."""
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root.absolute()}; it should hold images")
     listing = list_images(root)
     if not listing.images:
-        passed = f"; passed over: {some_of(listing.skipped, 3)}" if listing.skipped else ""
-        raise ValueError(f"{root} holds no image{passed}")
+        passed = some_of(listing.skipped) or "nothing, it is empty"
+        raise ValueError(f"{root} holds no image; passed over: {passed}")
     return listing
 
 
-def _different(root: Path, image: ImageOptions, limit: int, draws: Draws) -> tuple[list[Path], Tensor, str]:
-    """Readable images that differ in their pixels, at most ``limit``: paths, pixels, and the note of the set.
+def _different(
+    root: Path, image: ImageOptions, limit: int, draws: Draws
+) -> tuple[list[Path], Tensor, tuple[Skipped, ...], str]:
+    """Readable images that differ in their pixels, at most ``limit``: paths, pixels, skipped, note.
 
     The pixels are (N, 3, size, size) uint8, as an index of the same folder encodes them.
     """
@@ -153,14 +156,12 @@ def _different(root: Path, image: ImageOptions, limit: int, draws: Draws) -> tup
             f"{root} holds {len(files)} different readable images (of {len(paths)} files), and training "
             f"without labels needs at least {LEAST}, better 100 or more; add images"
         )
-    unreadable, twice = len(drawn) - len(readable), len(readable) - len(files)
+    skipped, twice = listing.skipped + source.skipped, len(readable) - len(files)
     note = f"Images {image}, each a class of its own."
     note += f" {len(files)} of {len(paths)} images take part." * (len(files) < len(paths))
-    note += f" {unreadable} cannot be read." * (unreadable > 0)
-    note += f" {len(listing.skipped)} files passed over: {some_of(listing.skipped, 3)}." * bool(
-        listing.skipped
-    )
-    return files, source.images[first], note + f" {twice} have the pixels of another." * (twice > 0)
+    note += f" {twice} have the pixels of another." * (twice > 0)
+    note += f" {len(skipped)} files passed over: {some_of(skipped, 3)}." if skipped else ""
+    return files, source.images[first], skipped, note
 
 
 def _chosen(count: int, numbers: CopyOptions, draws: Draws) -> tuple[set[int], set[int]]:

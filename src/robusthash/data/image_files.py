@@ -177,6 +177,13 @@ def read_image(
     return _decode_one(source, str(getattr(source, "name", "<stream>")), size, fit, max_pixels)
 
 
+def _pixels(image: Image.Image, size: int | None, fit: Fit) -> Tensor:
+    """(3, H, W) uint8 of an image, decoded where it is not yet."""
+    rgb = to_rgb(upright(image))
+    rgb = rgb if size is None else resized(rgb, size, fit)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
 def as_file(source: str | Path | ImageFile | BinaryIO) -> ImageFile | BinaryIO:
     """A path as an ``ImageFile``; anything else as it is."""
     return ImageFile(Path(source)) if isinstance(source, (str, Path)) else source
@@ -197,9 +204,7 @@ def pixels_of(image: Image.Image | np.ndarray, size: int | None, fit: Fit = "cro
                 f"an array must be (H, W) or (H, W, 3) uint8 from 0 to 255, got {image.dtype} {image.shape}"
             )
         image = Image.fromarray(image)
-    rgb = to_rgb(upright(image))
-    rgb = rgb if size is None else resized(rgb, size, fit)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    return _pixels(image, size, fit)
 
 
 def _check_reading(size: int | None, fit: str, max_pixels: int) -> None:
@@ -238,11 +243,8 @@ def _decode_one(stream: BinaryIO, name: str, size: int | None, fit: Fit, max_pix
             if size is not None:
                 image.draft(image.mode, (2 * size, 2 * size))
             progressive = "progressive" in image.info  # such a JPEG is held whole, at whatever size it comes
-            with DECODING.of(pixels if progressive else image.width * image.height):
-                rgb = to_rgb(upright(image))
-                if size is not None:
-                    rgb = resized(rgb, size, fit)
-                return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+            held = pixels if progressive else image.width * image.height
+            return DECODING.run(held, lambda: _pixels(image, size, fit))
     except UnreadableImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

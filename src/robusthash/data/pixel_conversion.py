@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 Fit = Literal["crop", "stretch", "pad"]
 
@@ -28,7 +30,10 @@ _TURNS = {  # by its value
 
 
 class Decoding:
-    """Pixels that may be decoded at once in this process. An image of more is decoded alone."""
+    """Pixels that may be decoded at once in this process. An image of more is decoded alone.
+
+    Large images are decoded in one thread: what they leave in the allocator is left once, not once a thread.
+    """
 
     def __init__(self, room: int) -> None:
         self._room = room
@@ -37,9 +42,15 @@ class Decoding:
     def reset(self) -> None:
         """Forget what is held: in the child of a fork nothing is, and a lock may be held by nobody."""
         self._held, self._freed, self.lock = 0, threading.Condition(), threading.Lock()
+        self._large = ThreadPoolExecutor(1, "large images")  # has no thread before it is needed
+
+    def run(self, pixels: int, work: Callable[[], Tensor]) -> Tensor:
+        """The result of ``work``, which decodes this many pixels, as soon as there is room."""
+        with self._of(pixels):
+            return work() if 4 * pixels <= self._room else self._large.submit(work).result()
 
     @contextmanager
-    def of(self, pixels: int) -> Iterator[None]:
+    def _of(self, pixels: int) -> Iterator[None]:
         """Wait for room, and hold it inside."""
         with self._freed:
             self._freed.wait_for(lambda: not self._held or self._held + pixels <= self._room)

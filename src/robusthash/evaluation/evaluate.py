@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, replace
 from typing import Any
 from typing import Protocol as Shape
 
@@ -338,15 +338,15 @@ def worst(
             }
             for name, result in results.items()
         },
-        cost=Cost(
-            forward=sum(result.cost.forward for result in results.values()),
-            backward=sum(result.cost.backward for result in results.values()),
-            oracle=sum(result.cost.oracle for result in results.values()),
-            seconds=sum(result.cost.seconds for result in results.values()),
-        ),
+        cost=_sum_of_costs(results.values()),
         attack="worst",
         notes=noise_notes(context),
     )
+
+
+def _sum_of_costs(results: Iterable[EvalResult]) -> Cost:
+    columns = zip(*(astuple(result.cost) for result in results), strict=True)
+    return Cost(*map(sum, columns))
 
 
 def _is_targeted(result: EvalResult) -> bool:

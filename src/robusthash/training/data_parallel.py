@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from types import MethodType
@@ -24,6 +25,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robusthash.core.types import Inputs, Outputs
 from robusthash.models.hasher import Hasher
+
+_LOST = re.compile(r"gloo|NCCL|connection|timed out", re.IGNORECASE)
+"""Errors of the exchange between processes."""
 
 TIMEOUT = datetime.timedelta(seconds=60)
 """Longest wait for another process, after which it is taken for dead."""
@@ -39,10 +43,47 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def follows() -> bool:
+    """True in all processes of ``torchrun`` but the first, which speaks for them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
 def join_processes() -> None:
     """Join the processes that ``torchrun`` started; nothing where it did not."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+
+
+def wait_for_others() -> None:
+    """Wait until all processes have come here."""
+    if world() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def joined_processes() -> Iterator[None]:
+    """The processes of ``torchrun`` train together inside the block; nothing without it.
+
+    Raises:
+        ConnectionError: another of them is gone, or does not answer any more.
+    """
+    outermost = not dist.is_initialized()
+    try:
+        join_processes()
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not _LOST.search(str(error)):
+            raise
+        reason = next(iter(str(error).splitlines()), "")[-200:]
+        raise ConnectionError(
+            f"another process of this training is gone ({reason}); its own message says why. Started again, "
+            "training goes on from the last checkpoint"
+        ) from error
+    finally:
+        if outermost and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class _OwnRows(torch.autograd.Function):
@@ -133,7 +174,7 @@ def _gathered(output: Any, sizes: list[int]) -> Any:
     fields = {"logits": output.logits, "code": output.code, "features": output.features}
     named = {**fields, **{f"aux.{name}": value for name, value in output.aux.items()}}
     rows: dict[str, Tensor] = {}
-    for dtype in {value.dtype for value in named.values()}:
+    for dtype in dict.fromkeys(value.dtype for value in named.values()):  # in one order in all processes
         same = {name: value for name, value in named.items() if value.dtype == dtype}
         flat = torch.cat([value.reshape(len(value), -1) for value in same.values()], 1)
         parts = _AllRows.apply(flat, sizes).split([value[0].numel() for value in same.values()], 1)

@@ -362,6 +362,8 @@ def _resume(
     state = run.resume() if run is not None else None
     if state is None:
         return _Position(), []
+    if not isinstance(state, dict):
+        raise CheckpointError(f"holds a {type(state).__name__} and no state of training")
     if (processes := state.get("processes", 1)) != world():
         raise CheckpointError(
             f"was begun by {processes} processes, and there are {world()} now; start as many"

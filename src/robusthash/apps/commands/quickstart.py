@@ -30,7 +30,7 @@ def quickstart(
     from robusthash.apps.experiment import quickstart_run
 
     chosen = quickstart_run.plan(folder, labels, manifest)
-    note(f"{chosen.images} images: {chosen.words}")
+    note(f"{len(chosen.images)} images: {chosen.words}")
     with progress_bars() as progress:
         summary = quickstart_run.quickstart(
             folder, out, labels=labels, manifest=manifest, seed=seed, sets=sets or (), progress=progress

@@ -17,9 +17,11 @@ def run(
     from robusthash.apps.commands.train import note_continuation
     from robusthash.apps.experiment.config import load_config
     from robusthash.apps.experiment.training_stages import run_all
+    from robusthash.training.data_parallel import follows
 
     config = load_config(recipe, sets or ())
     note_continuation(config, resume_from)
     with progress_bars() as progress:
         finished = run_all(config, runs, progress, recipe.parent, resume_from)
-    print_evaluation(finished.path, as_json)
+    if not follows():
+        print_evaluation(finished.path, as_json)

@@ -21,11 +21,14 @@ def train(
     """Train the model of a recipe, or go on from its last checkpoint."""
     from robusthash.apps.experiment import training_stages
     from robusthash.apps.experiment.config import load_config
+    from robusthash.training.data_parallel import follows
 
     config = load_config(recipe, sets or ())
     note_continuation(config, resume_from)
     with progress_bars() as progress:
         run = training_stages.train(config, runs, progress, recipe.parent, resume_from)
+    if follows():
+        return
     card = run.card()
     if as_json:
         print_json({"run": str(run.path), **card})

@@ -6,7 +6,6 @@ It runs the same stages as recipes do, in ``OUT/runs``, so a stopped quickstart 
 from __future__ import annotations
 
 import shlex
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,10 @@ from robusthash.apps.experiment.index_run import build_index, search_image
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.apps.experiment.training_stages import run_all
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.limited_files import read_json
-from robusthash.core.runtime import Progress, digest, silent, yield_when_busy
+from robusthash.core.runtime import Progress, silent, yield_when_busy
 from robusthash.data.copies import CHANGES, images_below
 from robusthash.data.image_files import UnreadableImage, read_image
 from robusthash.data.transforms import to_pixels
-from robusthash.index import open_index
 from robusthash.metrics.results import EvalResult, headline_of
 
 Labels = Literal["auto", "none", "folders", "manifest"]
@@ -44,7 +41,7 @@ class Plan:
     recipe: Literal["copies", "labels"]
     data: Mapping[str, str]
     words: str
-    images: int
+    images: tuple[Path, ...]
 
 
 def quickstart(
@@ -76,9 +73,12 @@ def quickstart(
     chosen = plan(folder, labels, manifest)
     recipes = _write_recipes(out, chosen, seed, sets)
     run = run_all(load_config(recipes[0]), out / "runs", progress, recipes[0].parent)
-    index = _indexed(run, Path(folder), progress)
-    example = _example(out, index, Path(folder), run)
+    index = run.path / "index"
+    indexed = build_index(index, run.path, Path(folder), progress=progress)
+    example = _example(out, index, chosen, run)
     summary = _summary(chosen, run, index, example)
+    summary["indexed"] = indexed["count"]
+    summary |= {name: indexed[name] for name in ("added", "updated", "unchanged", "skipped")}
     summary["next"] = next_commands(run, index, Path(example["image"]), recipes[1], Path(folder))
     summary["seconds"] = round(time.perf_counter() - started, 1)
     write_json(out / "quickstart.json", summary)
@@ -106,7 +106,7 @@ def plan(folder: str | Path, labels: Labels = "auto", manifest: str | Path | Non
     )
     if found:
         words = f"labels of {found.name}; --labels none trains without"
-        return Plan("labels", {**root, "manifest": str(found.resolve())}, words, len(paths))
+        return Plan("labels", {**root, "manifest": str(found.resolve())}, words, paths)
     tops = [path.relative_to(folder).parts for path in paths]
     classes = sorted({parts[0] for parts in tops if len(parts) > 1})
     loose = sum(len(parts) == 1 for parts in tops)
@@ -119,11 +119,10 @@ def plan(folder: str | Path, labels: Labels = "auto", manifest: str | Path | Non
         words = (
             f"{len(classes)} subfolders as classes ({_some(classes)}); --labels none trains without labels"
         )
-        return Plan("labels", root, words, len(paths))
+        return Plan("labels", root, words, paths)
     reason = "" if labels == "none" else _why_unlabelled(classes, loose)
-    return Plan(
-        "copies", root, f"each image is a class of its own, with its changed copies{reason}", len(paths)
-    )
+    words = f"each image is a class of its own, with its changed copies{reason}"
+    return Plan("copies", root, words, paths)
 
 
 def _why_unlabelled(classes: Sequence[str], loose: int) -> str:
@@ -164,7 +163,7 @@ def _write_recipes(out: Path, chosen: Plan, seed: int, sets: Sequence[str]) -> l
     paths = [folder / f"{chosen.recipe}{ending}.yaml" for ending in ("", "-saat")]
     for path, share in zip(paths, (1, 0.5), strict=True):
         packaged = Path(str(files("robusthash.apps").joinpath("recipes", path.name)))
-        epochs = max(10, round(share * min(200, _SAMPLES // chosen.images)))
+        epochs = max(10, round(share * min(200, _SAMPLES // len(chosen.images))))
         by_size = [f"training.epochs={epochs}"] if chosen.recipe == "labels" else []
         with write_aside(path) as aside:
             config = load_config(packaged, [*overrides, *by_size, *sets])
@@ -177,26 +176,10 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _indexed(run: Run, folder: Path, progress: Progress) -> Path:
-    """The index of all images of the folder, in the run: made again where files came, went or changed."""
-    directory = run.path / "index"
-    marker = directory / "folder.json"  # written last, so an index without it is not whole
-    listed = [
-        (str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images_below(folder).images
-    ]
-    state = {"folder": digest(listed, 16), "model": run.card()["digest"]}
-    if marker.is_file() and read_json(marker) == state:
-        return directory
-    shutil.rmtree(directory, ignore_errors=True)
-    build_index(directory, run.path, folder, progress=progress)
-    write_json(marker, state)
-    return directory
-
-
-def _example(out: Path, index: Path, folder: Path, run: Run) -> dict[str, Any]:
+def _example(out: Path, index: Path, chosen: Plan, run: Run) -> dict[str, Any]:
     """Search with a changed copy of the first readable image of the folder, which is written to ``out``."""
     change = CHANGES[-1]
-    for path in images_below(folder).images:
+    for path in chosen.images:
         try:
             pixels = read_image(path, _SIDE)
             break
@@ -221,14 +204,11 @@ def _example(out: Path, index: Path, folder: Path, run: Run) -> dict[str, Any]:
 def _summary(chosen: Plan, run: Run, index: Path, example: Mapping[str, Any]) -> dict[str, Any]:
     results = run.evaluated()
     columns, rows = copy_table(results)
-    with open_index(f"file:{index}", create=False) as opened:
-        items = opened.count()
     return {
-        "images": chosen.images,
+        "images": len(chosen.images),
         "taken for": chosen.words,
         "run": str(run.path),
         "index": str(index),
-        "indexed": items,
         "report": str(run.path / "report.html"),
         "bits": run.card()["bits"],
         "training seconds": run.card()["seconds"],

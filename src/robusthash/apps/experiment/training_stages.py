@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from robusthash.core.runtime import Progress, choose_device, silent
 from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher, build_hasher, purified
 from robusthash.objectives.base import HashObjective
+from robusthash.training.data_parallel import joined_processes, rank, wait_for_others
 from robusthash.training.loop import CheckpointError, TrainConfig, fit
 from robusthash.training.recipe import Recipe
 
@@ -52,11 +54,12 @@ def run_all(
     """
     from robusthash.apps.reports.run_report import write_report
 
-    with _opened(config, root, progress, base, resume_from) as (run, parent):
+    with joined_processes(), _opened(config, root, progress, base, resume_from) as (run, parent):
         _train(run, parent, progress)
-        evaluate(run, progress)
-        accept(run)
-        write_report(run)
+        if rank() == 0:  # of processes that train together, one evaluates
+            evaluate(run, progress)
+            accept(run)
+            write_report(run)
     return run
 
 
@@ -91,11 +94,16 @@ def _opened(
         check_shorter(config, shorter)
         if depends_on_total(config) or shorter.id != _of_epochs(config, shorter).model_id(ancestor):
             ancestor = f"{ancestor} {shorter.card()['digest']}"
+    if rank() > 0:
+        wait_for_others()  # until the first has made the run
+        yield Run(run_folder(config, root, ancestor), config), parent
+        return
     with owned(run_folder(config, root, ancestor), "training"):
         origin = {"parent": parent, "resumed_from": shorter}
         run = open_run(config, root, ancestor, progress, {k: r.path for k, r in origin.items() if r})
         if shorter is not None and not run.trained and not run.checkpoint_file.is_file():
             _take_over(run, shorter)
+        wait_for_others()
         yield run, parent
 
 
@@ -135,38 +143,61 @@ def train(
         RunError: the run holds other weights than it trained, or ``resume_from`` is no such run.
         ValueError: a device that is not there; nothing is written then.
     """
-    with _opened(config, root, progress, base, resume_from) as (run, parent):
+    with joined_processes(), _opened(config, root, progress, base, resume_from) as (run, parent):
         done = run.trained
         _train(run, parent, progress)
-        if done:
+        if done and rank() == 0:
             check_evaluation(run)
             accept(run)
     return run
 
 
 def _train(run: Run, parent: Run | None, progress: Progress) -> None:
-    config, described = run.config, run.path / "data.json"
+    """Train a run that is open; of several processes, which train together, the first writes its files."""
+    config, described, first = run.config, run.path / "data.json", rank() == 0
     if run.trained:
         run.check_weights()
-        if not described.is_file():
+        if first and not described.is_file():
             write_json(described, read_data(config, progress).describe())
         return
     data = read_data(config, progress)
-    write_json(described, data.describe())
-    if data.text_form is not None:
+    if first:
+        write_json(described, data.describe())
+    if first and data.text_form is not None:
         write_json(run.path / TEXTS, data.text_form.plain())
     objective: HashObjective = build("objective", config.training.objective)
     _check_evaluation(config, data, objective)
     recipe = make_recipe(config, _initial_hasher(config, data, parent), objective)
     try:
-        with tracked(run) as lines:
+        with tracked(run) if first else nullcontext(_Follower(run)) as lines:
             log = fit(recipe, data, train_config(config), lines)
     except CheckpointError as error:
         raise RunError(f"checkpoint {run.checkpoint_file} {error}; {RESTART}") from None
     learned = recipe.database_codes()
-    if learned is not None:
+    if first and learned is not None:
         run.save_database(learned)
-    run.save_model(recipe.hasher, objective, log, data.image_size)
+    if first:
+        run.save_model(recipe.hasher, objective, log, data.image_size)
+    wait_for_others()
+
+
+@dataclass(frozen=True)
+class _Follower:
+    """The log of a process that trains along and writes nothing."""
+
+    run: Run
+
+    def resume(self) -> dict[str, Any] | None:
+        return self.run.resume()
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """Left to the first process."""
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Left to the first process."""
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        """Left to the first process."""
 
 
 def _of_epochs(config: Config, shorter: Run) -> Config:
