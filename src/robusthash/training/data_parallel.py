@@ -114,22 +114,6 @@ class _AllRows(torch.autograd.Function):
         return grad[start : start + ctx.sizes[rank()]], None
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the processes, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
-
-
 def _gather(rows: Tensor, sizes: list[int]) -> Tensor:
     """(own, ...) -> (B, ...); shares of unequal size are padded on the way."""
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
@@ -155,7 +139,7 @@ def divided_among_processes(hasher: Hasher) -> Iterator[None]:
                 f"a batch of {count} items cannot be divided among {world()} processes; choose a batch_size "
                 "that leaves at least as many in the last batch"
             )
-        sizes = [len(part) for part in torch.arange(count).tensor_split(world())]
+        sizes = shares(count)
         outputs = whole({name: _OwnRows.apply(values, sizes) for name, values in inputs.items()})
         return {name: _gathered(output, sizes) for name, output in outputs.items()}
 
@@ -167,6 +151,11 @@ def divided_among_processes(hasher: Hasher) -> Iterator[None]:
     finally:
         for module in (hasher, *layers):
             del module.__dict__["forward"]
+
+
+def shares(count: int) -> list[int]:
+    """The numbers of rows that the processes take of ``count``; they differ by one at most."""
+    return [len(part) for part in torch.arange(count).tensor_split(world())]
 
 
 def _gathered(output: Any, sizes: list[int]) -> Any:
@@ -183,30 +172,65 @@ def _gathered(output: Any, sizes: list[int]) -> Any:
     aux = {name: rows[f"aux.{name}"] for name in output.aux}
     scale = output.scale
     if scale != 1.0:  # a running mean, of which each process saw a share
-        total = torch.tensor(scale, dtype=torch.float64, device=output.logits.device)
+        share = sizes[rank()] / sum(sizes)
+        total = torch.tensor(scale * share, dtype=torch.float64, device=output.logits.device)
         dist.all_reduce(total)
-        scale = float(total) / world()
+        scale = float(total)
     return replace(output, **{name: rows[name] for name in fields}, aux=aux, scale=scale)
 
 
+class _SharedBatchNorm(torch.autograd.Function):
+    """Batch normalisation by the statistics of all rows; torch's own does that on GPUs alone.
+
+    Returns the values, and (without gradients) mean and unbiased variance of all rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+        own = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)  # fused, unlike var_mean
+        mean, variance = own[1], own[2].pow(-2) - eps
+        count = torch.full_like(mean[:1], x.numel() // x.shape[1])
+        sums = torch.cat([count * mean, count * (variance + mean.square()), count])
+        dist.all_reduce(sums)
+        total = sums[-1]
+        mean, square = (part / total for part in sums[:-1].chunk(2))
+        variance = (square - mean.square()).clamp_min(0)
+        unbiased = variance * total / (total - 1)
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps), total)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, unbiased)
+        return nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, unbiased
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, mean, spread, total = ctx.saved_tensors
+        moved, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, spread, True, ctx.eps, [True, True, True]
+        )
+        own = torch.cat([to_weight, to_bias])
+        shared = own.clone()
+        dist.all_reduce(shared)
+        # it took the means of the own rows off; those of all rows take their place
+        off_slope, off_start = (own / (x.numel() // x.shape[1]) - shared / total).chunk(2)
+        slope = weight * spread.square() * off_slope
+        start = weight * spread * off_start - slope * mean
+        shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+        return moved.add_(torch.addcmul(start.view(shape), x, slope.view(shape))), to_weight, to_bias, None
+
+
 def _batchnorm(layer: _BatchNorm, x: Tensor) -> Tensor:
-    """Batch normalisation by the statistics of all rows; torch's own does that on GPUs alone."""
+    """The forward pass of a layer whose batch is divided."""
     if not layer.training:
         return type(layer).forward(layer, x)
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
-    count = x.new_tensor(float(x.numel() // x.shape[1]))
-    total = _Sum.apply(torch.cat([x.sum(axes), count[None]]))
-    count, mean = total[-1].detach(), total[:-1] / total[-1].detach()
-    centred = x - mean.view(shape)
-    variance = _Sum.apply(centred.square().sum(axes)) / count
+    weight = torch.ones_like(x[0, :1].flatten()).expand(x.shape[1]) if layer.weight is None else layer.weight
+    bias = torch.zeros_like(weight) if layer.bias is None else layer.bias
+    result, mean, unbiased = _SharedBatchNorm.apply(x, weight, bias, layer.eps)
     if layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None:
         layer.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         share = 1 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum  # type: ignore[arg-type]
-        layer.running_mean.lerp_(mean.detach(), share)
-        layer.running_var.lerp_(variance.detach() * count / (count - 1), share)
-    result = centred * torch.rsqrt(variance + layer.eps).view(shape)
-    return result if layer.weight is None else result * layer.weight.view(shape) + layer.bias.view(shape)
+        layer.running_mean.lerp_(mean, share)
+        layer.running_var.lerp_(unbiased, share)
+    return result
 
 
 def reduce_gradients(hasher: Hasher, parameters: list[nn.Parameter]) -> None:
@@ -224,12 +248,12 @@ def reduce_gradients(hasher: Hasher, parameters: list[nn.Parameter]) -> None:
         parameter.grad = part.view_as(parameter)
 
 
-def average_buffers(hasher: Hasher) -> None:
-    """Average what the parts of the hasher track of their batches, which each process saw a share of."""
+def average_buffers(hasher: Hasher, count: int) -> None:
+    """Average what the parts of the hasher track of a batch of ``count`` rows, of which each saw a share."""
     buffers = [buffer for buffer in hasher.buffers() if buffer.is_floating_point()]
     if world() == 1 or not buffers:
         return
-    flat = torch.cat([buffer.flatten() for buffer in buffers]) / world()
+    flat = torch.cat([buffer.flatten() for buffer in buffers]) * (shares(count)[rank()] / count)
     dist.all_reduce(flat)
     for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))

@@ -311,7 +311,7 @@ def _epoch(
                     place = f"at epoch {at.epoch}, step {step}"
                     loss = _loss(terms, f"loss of {group!r} is not finite {place}")
                     rate = optimisers.step(group, loss, factor, turn)
-        average_buffers(recipe.hasher)
+        average_buffers(recipe.hasher, len(batch))
         at.step, at.seconds = step + 1, earlier + time.perf_counter() - started
         if run is not None:
             done, total = at.epoch * steps + step + 1, config.epochs * steps
