@@ -328,7 +328,7 @@ def _read(entry: dict[str, Any], arrays: Mapping[str, Tensor], where: Path) -> E
     names = [result.setting.key.name(role) for role in ("worst", "targeted", "")]
     columns = {name: per_query[name].numpy() for name in names if name in per_query}
     if fault := headline_fault(result.values, columns, names):
-        raise ValueError(f"{where} is damaged: of {result.name!r}, {fault}")
+        raise ValueError(f"{where} is not consistent: of {result.name!r}, {fault}")
     return result
 
 
