@@ -19,6 +19,7 @@ import yaml
 
 from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.model_card import sealed
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.core.directory_lock import LOCK, InUse, owned
 from robusthash.core.runtime import choose_device, computing_on
@@ -119,7 +120,7 @@ def test_weights_are_those_that_were_trained_or_refused(call, run, change, file)
 
 def test_a_card_that_knows_only_both_digests_together_is_enough(call, run):
     card = json.loads((run / "model.json").read_text())
-    del card["weights"]
+    del card["weights"], card["card"]
     (run / "model.json").write_text(json.dumps(card))
     load_run(run).load_hasher()
     flip_a_bit(run / "checkpoint" / "objective.safetensors")
@@ -223,7 +224,7 @@ def test_blocks_of_other_weights_are_not_taken(run):
             shutil.copyfile(other.path / file, run / file)
         card = json.loads((run / "model.json").read_text())
         card["digest"] = other.card()["digest"]
-        (run / "model.json").write_text(json.dumps(card))
+        (run / "model.json").write_text(json.dumps(sealed(card)))
         if earlier:  # the name that blocks had before it held the weights
             folders = sorted((run / "attacks").iterdir(), key=lambda path: path.stat().st_mtime)
             folders[0].rename(run / "attacks" / earlier_name(run))

@@ -18,6 +18,7 @@ import robusthash as rh
 from robusthash.apps.experiment import search_model
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.index_run import encode_images
+from robusthash.apps.experiment.model_card import sealed
 from robusthash.apps.experiment.run_directory import RunError, load_run
 from robusthash.apps.experiment.training_stages import train
 from robusthash.core.out_of_memory import SmallerBatch
@@ -159,7 +160,7 @@ def test_a_damaged_model_is_refused(model, tmp_path):
         rh.load(folder)
 
     def with_card(**changes):
-        return lambda old: json.dumps({**json.loads(old), **changes}).encode()
+        return lambda old: json.dumps(sealed({**json.loads(old), **changes})).encode()
 
     flip = lambda old: old[:-1] + bytes([old[-1] ^ 1])  # noqa: E731
     for name, change, said in (
@@ -171,7 +172,7 @@ def test_a_damaged_model_is_refused(model, tmp_path):
         ("model.json", with_card(hasher={"bits": 8}), "is damaged"),
         (
             "model.json",
-            with_card(hasher={"bits": 8, "image": {"name": "not_there:net"}}),
+            with_card(hasher={"bits": 16, "image": {"name": "not_there:net"}}),
             "PLUGINS=not_there",
         ),
     ):
@@ -234,7 +235,7 @@ def test_a_registry_entry_names_the_run_with_its_weights(trained, tmp_path, monk
     shutil.copytree(trained.parent, tmp_path / "runs" / "tiny")
     assert rh.load("tiny-seed0").origin == rh.load("registry/tiny-seed0.yaml").origin == digest
     card = next((tmp_path / "runs").glob("*/*/model.json"))
-    card.write_text(card.read_text().replace(digest, "0" * 16))
+    card.write_text(json.dumps(sealed({**json.loads(card.read_text()), "digest": "0" * 16})))
     with pytest.raises(RunError, match="is of this recipe and seed with other weights, 0000000000000000"):
         rh.load("tiny-seed0")
 

@@ -122,8 +122,10 @@ def moved(folder: Path, run: Run, seed: int, by: float, **settings: object) -> P
     found = load_results(made / "metrics.json")
     shift = by * torch.linspace(0, 2, 24, dtype=torch.float64)
     lower = {"MAP": found[0].per_query["MAP"] - shift}
+    means = {**found[0].values, "MAP": float(lower["MAP"].mean())}
     save_results(
-        made / "metrics.json", [replace(found[0], per_query={**found[0].per_query, **lower}), *found[1:]]
+        made / "metrics.json",
+        [replace(found[0], per_query={**found[0].per_query, **lower}, values=means), *found[1:]],
     )
     return made
 

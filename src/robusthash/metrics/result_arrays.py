@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from robusthash.core.atomic_files import write_aside
+from robusthash.core.limited_files import regular
 
 
 def _sidecar(path: Path, digest: str) -> Path:
@@ -51,7 +52,7 @@ def read_with_arrays(
             raise ValueError(f"{path} is damaged: it names no sidecar")
         for sidecar in (_sidecar(path, digest), path.with_suffix(".npz")):
             with contextlib.suppress(FileNotFoundError):
-                content = sidecar.read_bytes()
+                content = regular(sidecar).read_bytes()
                 if hashlib.sha256(content).hexdigest() == digest:
                     return document, content
                 raise ValueError(f"{sidecar} does not belong to {path.name}: its content is another")
@@ -61,6 +62,23 @@ def read_with_arrays(
 
 _STEPS = 65_534  # of the largest value; the last of the 16 bits' numbers stands for NaN
 _NAN = _STEPS + 1
+
+
+def headline_fault(values: Mapping[str, float], per_query: Mapping[str, np.ndarray], names: list[str]) -> str:
+    """The first of ``names`` whose value is not the mean over its queries, in words; "" of none.
+
+    Packed values move a mean by half a step at most; a query without a value counts as 0, or not at all.
+    """
+    for name in names:
+        if name not in values or not np.size(per_query.get(name, ())):
+            continue
+        column = np.asarray(per_query[name], dtype=np.float64)
+        whole = float(np.nan_to_num(column).mean())
+        means = [whole, whole * column.size / max(1, int((~np.isnan(column)).sum()))]
+        step = max(1.0, float(np.nan_to_num(column).max())) / _STEPS
+        if not any(abs(mean - values[name]) <= step for mean in means):
+            return f"{name} is {values[name]:.6g}, and its queries have the mean {whole:.6g}"
+    return ""
 
 
 def pack_values(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from robusthash.core.registry import nearest
 from robusthash.metrics.measure_key import MeasureKey
 from robusthash.metrics.query_groups import GroupScores
 from robusthash.metrics.result_arrays import (
+    headline_fault,
     pack_values,
     read_with_arrays,
     unpack_values,
@@ -297,7 +298,7 @@ def load_results(path: str | Path) -> list[EvalResult]:
         entries = document["results"]
         if document["schema"] == _SCHEMA_1:
             entries = _with_fields(entries)
-        return [_read(entry, arrays) for entry in entries]
+        return [_read(entry, arrays, path) for entry in entries]
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ValueError(f"{path} is damaged: {faults}") from None
@@ -318,12 +319,17 @@ def _document(path: Path) -> dict[str, Any]:
 _RESULT = TypeAdapter(EvalResult)
 
 
-def _read(entry: dict[str, Any], arrays: Mapping[str, Tensor]) -> EvalResult:
+def _read(entry: dict[str, Any], arrays: Mapping[str, Tensor], where: Path) -> EvalResult:
     per_query = {name: arrays[key] for name, key in entry["per_query"].items()}
     curves = {
         name: {axis: arrays[key] for axis, key in axes.items()} for name, axes in entry["curves"].items()
     }
-    return _RESULT.validate_python({**entry, "per_query": per_query, "curves": curves})
+    result = _RESULT.validate_python({**entry, "per_query": per_query, "curves": curves})
+    names = [result.setting.key.name(role) for role in ("worst", "targeted", "")]
+    columns = {name: per_query[name].numpy() for name in names if name in per_query}
+    if fault := headline_fault(result.values, columns, names):
+        raise ValueError(f"{where} is not consistent: of {result.name!r}, {fault}")
+    return result
 
 
 def _with_fields(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -256,7 +256,7 @@ def attacked_queries(
 
 def _evaluated_of(run: Run) -> str:
     """The digest of the weights that the results of a run are of; "" without results."""
-    results = run.evaluated() if run.was_evaluated else {}
+    results = run.stored("metrics.json")  # of other weights, maybe
     return next((result.setting.digests.get("model", "") for result in results.values()), "")
 
 

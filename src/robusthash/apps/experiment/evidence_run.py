@@ -13,6 +13,8 @@ import torch
 
 from robusthash.apps.experiment import assess_run as assessing
 from robusthash.apps.experiment import evaluation_stages, model_stages
+from robusthash.apps.experiment.config import load_config
+from robusthash.apps.experiment.exported_model import name_of_recipe, training_command
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import refuse_full
@@ -122,12 +124,12 @@ def verify_entry(entry: RegistryEntry, run: Run, progress: Progress = silent) ->
     Raises:
         ValueError: the run is not one of the entry's recipe and seed.
     """
-    recipe, seed = Path(entry.source.recipe).stem, entry.source.seed
+    recipe, seed = name_of_recipe(entry.source), entry.source.seed
     if run.config.name != recipe or run.config.runtime.seed != seed:
         raise ValueError(
             f"{run.path} is {run.config.name!r} with seed {run.config.runtime.seed}, and the entry "
             f"{entry.id} is "
-            f"of {recipe!r} with seed {seed}; train that one: robusthash train {entry.source.recipe}"
+            f"of {recipe!r} with seed {seed}; train that one: {training_command(entry.source)}"
         )
     claimed = entry.claimed
     if claimed.tier == "recipe":
@@ -165,8 +167,10 @@ def entry_of(run: Run, recipe: str, overrides: Sequence[str] = (), suite: str | 
             case over the attacks of the recipe.
 
     Raises:
-        ValueError: a run that has no such result, or one that ``verify`` could not make again.
+        ValueError: a run that has no such result, one that ``verify`` could not make again; or a recipe of
+            another model.
     """
+    source = _source(run, recipe, overrides)
     results = run.evaluated() if suite is None else run.assessed()
     if missing := [n for n in (("clean", "worst") if suite is None else (suite,)) if n not in results]:
         listed = ", ".join(results) or "none"
@@ -185,9 +189,7 @@ def entry_of(run: Run, recipe: str, overrides: Sequence[str] = (), suite: str | 
     return RegistryEntry(
         id=f"{config.name}-seed{config.runtime.seed}",
         title=f"{card['bits']} bits, {_name(training.objective)}, {_name(training.outer or 'no defense')}",
-        source=records.ModelSource(
-            recipe=recipe, set=tuple(overrides), seed=config.runtime.seed, digest=card["digest"]
-        ),
+        source=source,
         data=setting.data.name,
         input_size=tuple(card["image_size"]),
         bits=card["bits"],
@@ -208,6 +210,23 @@ def entry_of(run: Run, recipe: str, overrides: Sequence[str] = (), suite: str | 
         ),
         unreliable=", ".join(sorted(red)),
     )
+
+
+def _source(run: Run, recipe: str, overrides: Sequence[str]) -> records.ModelSource:
+    """The recipe as the source of a run. Raises ValueError for one that makes another model."""
+    seed = run.config.runtime.seed
+    source = records.ModelSource(recipe=recipe, set=tuple(overrides), seed=seed, digest=run.card()["digest"])
+    if not Path(recipe).is_file():
+        if Path(recipe).stem != run.config.name:
+            raise ValueError(f"the recipe {recipe} is not here, and {run.path} is of {run.config.name!r}")
+    elif (
+        made := replace(run, config=load_config(recipe, (f"runtime.seed={seed}", *overrides)))
+    ).recipe != run.recipe:
+        raise ValueError(
+            f"the recipe {recipe} makes another model than {run.path}: {made.recipe}, not {run.recipe}; give "
+            f"the recipe that it was trained by with the same --set, such as {run.path / 'config.yaml'}"
+        )
+    return source
 
 
 def _restrictions(run: Run) -> Restrictions:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from robusthash.apps.experiment.model_card import SEAL, sealed
 from robusthash.apps.experiment.run_directory import KEPT, Run, RunError, load_run, write_json
 from robusthash.core.atomic_files import write_all_aside
 from robusthash.core.limited_files import read_json
@@ -76,7 +77,10 @@ def _write(run: Run, run_id: str, folder: Path) -> None:
             held = read_json(path)
             if isinstance(held, dict):
                 held.pop("command", None)  # it may hold paths
-            write_json(folder / path.name, _without_paths(held))
+            held = _without_paths(held)
+            write_json(
+                folder / path.name, sealed(held) if path.name == "model.json" and SEAL in held else held
+            )
     config = run.config.model_dump(mode="json")
     if isinstance(config["data"], dict):
         config["data"].pop("root", None)

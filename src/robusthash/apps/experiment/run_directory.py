@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from robusthash.apps.experiment.config import Config, save_config
+from robusthash.apps.experiment.model_card import in_place, other_weights, run_fault, sealed
 from robusthash.apps.experiment.run_files import (
     RunError,
-    card_fault,
     check_plugins,
     command_line,
     config_of,
@@ -26,6 +26,7 @@ from robusthash.apps.experiment.run_files import (
     opening,
     reading,
     record_plugins,
+    remade,
     save_weights,
     without_weights,
     write_json,
@@ -48,12 +49,6 @@ CHECKED = "checks.json"  # the flags of ``check``
 TEXTS = "texts.json"  # how texts become inputs, so that those of others can
 KEPT = "kept.json"  # marks a copy of results without weights, see ``kept_results``
 _TRAIN = "run 'robusthash train' or 'robusthash run' first"
-_REMADE = {
-    "metrics.json": "delete it, then: robusthash evaluate {run}",
-    "assess.json": "delete it and assess again (finished blocks are taken): robusthash assess {run}",
-    "evidence.json": "delete it and verify the bundles again: robusthash evidence verify BUNDLE --run {run}",
-}
-"""The ways to make files of results again."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ class Run:
         if self.kept:
             return "it is a copy: make it again with 'robusthash keep', or take it from the repository"
         recipe, runs = (shlex.quote(str(p)) for p in (self.path / "config.yaml", self.path.parent.parent))
-        if self.path.parent.name != self.config.name:  # a copy elsewhere
+        if not in_place(self.path, self.config):
             return f"train its recipe again, and use that run: robusthash train {recipe}"
         return f"delete {self.path / file}, then: robusthash train {recipe} --runs {runs}"
 
@@ -199,10 +194,10 @@ class Run:
             "last": lines[-1],
             "versions": software_versions(),
         }
-        write_json(self.path / "model.json", card)
+        write_json(self.path / "model.json", sealed(card))
 
-    def check_weights(self) -> None:
-        """Compute the digest of the weights, and compare it with the one in the model card.
+    def check_weights(self) -> dict[str, str]:
+        """Compute the digests of both files of weights, and compare them with the one in the model card.
 
         Raises:
             RunError: a file is missing, or holds other weights than those that were trained.
@@ -220,6 +215,7 @@ class Run:
                 f"the weights {' or '.join(wrong)} are not those that were trained: their digest is "
                 f"{digest(found, 16)}, and the model card says {card['digest']}; {self._again}"
             )
+        return found
 
     def save_database(self, codes: Codes) -> None:
         """Store the database codes that the method itself learned."""
@@ -243,7 +239,7 @@ class Run:
         path = self.path / "model.json"
         with reading(path, self._again, "the model card"):
             card = read_json(path)
-            if fault := card_fault(card):
+            if fault := run_fault(card, self.path, self.config, self.kept):
                 raise ValueError(fault)
         return card
 
@@ -259,11 +255,11 @@ class Run:
         """
         if not self.was_evaluated:
             raise RunError(f"{self.path} has not been evaluated; run 'robusthash evaluate {self.path}' first")
-        return self.stored("metrics.json")
+        return self._of_these_weights("metrics.json")
 
     def assessed(self) -> dict[str, EvalResult]:
         """Results of ``assess`` by name: ``img-linf-8 standard``, ``I2T img-linf-8 fast``; maybe none."""
-        return self.stored("assess.json")
+        return self._of_these_weights("assess.json")
 
     def stored(self, file: str) -> dict[str, EvalResult]:
         """Results of a file of the run by name; none where there is no file.
@@ -274,9 +270,15 @@ class Run:
         path = self.path / file
         if not path.is_file():
             return {}
-        remedy = self._again if self.kept else _REMADE[file].format(run=shlex.quote(str(self.path)))
-        with reading(path, remedy):
+        with reading(path, self._again if self.kept else remade(path)):
             return {result.name: result for result in load_results(path)}
+
+    def _of_these_weights(self, file: str) -> dict[str, EvalResult]:
+        """Results as of ``stored``. Raises RunError where they are of other weights than the model card."""
+        results, path = self.stored(file), self.path / file
+        if results and self.trained and (fault := other_weights(results, self.card())):
+            raise RunError(f"{path}: {fault}; {self._again if self.kept else remade(path)}")
+        return results
 
     def results(self) -> dict[str, EvalResult]:
         """``assessed`` and ``evaluated`` by name. Raises RunError where there is neither."""

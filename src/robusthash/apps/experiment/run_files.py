@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from robusthash.apps.experiment.config import Config, ConfigError, is_folder_name, load_config, shortened
+from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.core.atomic_files import json_text, write_aside
-from robusthash.core.limited_files import read_json
+from robusthash.core.limited_files import read_json, regular
 from robusthash.core.plugins import PluginError, Sources, as_sources, changed, sources, without_new_code
 
 
@@ -28,9 +28,6 @@ class RunError(ValueError):
 
 
 PLUGINS = "plugins.json"  # source files of the code that a config names as module:name
-
-_CARD = {"name": str, "id": str, "bits": int, "modalities": list, "image_size": list, "declared": str}
-_CARD |= {"hasher": dict, "digest": str, "epochs": int, "last": dict}
 
 _DAMAGED: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
 _DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError, RecursionError)
@@ -48,6 +45,18 @@ def reading(path: Path, remedy: str, what: str = "") -> Iterator[None]:
     except _DAMAGED as error:
         reason = next(iter(str(error).splitlines()), repr(error)).removeprefix(f"{path} is ")
         raise RunError(f"{f'{what} {path}'.strip()} is damaged ({reason}); {remedy}") from None
+
+
+_REMADE = {
+    "metrics.json": "delete it, then: robusthash evaluate {run}",
+    "assess.json": "delete it and assess again (finished blocks are taken): robusthash assess {run}",
+    "evidence.json": "delete it and verify the bundles again: robusthash evidence verify BUNDLE --run {run}",
+}
+
+
+def remade(path: Path) -> str:
+    """The way to make a file of results of a run again."""
+    return _REMADE[path.name].format(run=shlex.quote(str(path.parent)))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -107,16 +116,6 @@ def check_plugins(path: Path, config: Config) -> None:
         )
 
 
-def card_fault(card: Any) -> str:
-    """The fault of a model card, if it has one; its name and id are folders of copies."""
-    if not isinstance(card, dict) or "hasher" not in card:
-        return "it names no hasher"
-    for key, kind in _CARD.items():
-        if not isinstance(card.get(key), kind) or (key in ("name", "id") and not is_folder_name(card[key])):
-            return f"{key} is {shortened(repr(card.get(key)))}"
-    return ""
-
-
 def command_line() -> str:
     """The command of this process as a shell takes it; "" where it is not one of this package."""
     program = Path(sys.argv[0])
@@ -140,7 +139,7 @@ def without_weights(encoder: Any) -> Any:
 
 def file_digest(path: Path) -> str:
     """16 hex digits of the content of a file."""
-    with path.open("rb") as stream:
+    with regular(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
@@ -160,7 +159,7 @@ def load_weights(module: nn.Module, path: Path, remedy: str) -> None:
         RunError: a file that cannot be read or does not fit, with the ``remedy``.
     """
     with reading(path, remedy, "the file of weights"):
-        tensors = safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load_file(regular(path))
     for name, buffer in module.named_buffers():
         if name in tensors and buffer.shape != tensors[name].shape and buffer.numel() == 0:
             owner, _, leaf = name.rpartition(".")

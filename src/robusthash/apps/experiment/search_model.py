@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -50,12 +50,15 @@ class SearchModel:
         origin: digest of its weights, by default computed: codes carry it, and an index refuses those of
             another model.
         read_texts: gives the form of its texts, when the first text is encoded.
+        files: digests of the files of a run, by name, of which ``origin`` is made; none where it is that of
+            the tensors.
     """
 
     hasher: Hasher
     side: int
     origin: str = ""
     read_texts: Callable[[], TextForm | None] = lambda: None
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "origin", self.origin or weights_digest(self.hasher))
@@ -101,7 +104,9 @@ class SearchModel:
         Raises:
             FileNotFoundError, ValueError: an item that cannot be read or used; its place is named.
         """
-        if modality not in self.hasher.modalities or (modality == "image" and not self.side):
+        if modality == "image" and modality in self.hasher.modalities and not self.side:
+            raise ValueError("this model encodes images of no known size, as of features; it takes none here")
+        if modality not in self.hasher.modalities:
             raise ValueError(
                 f"this model encodes {', '.join(self.hasher.modalities)}, not {modality!r} items"
             )
@@ -153,16 +158,20 @@ class SearchModel:
         rows = zip(ids, ranking.distances[0].tolist(), index.payload(ids), strict=False)
         return [{"id": item, "distance": distance, "payload": payload} for item, distance, payload in rows]
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, overwrite: bool = False) -> None:
         """Write weights (safetensors) and a card (JSON) to a folder, which ``load`` reads; no pickle.
 
+        Args:
+            overwrite: replace another model that was saved there.
+
         Raises:
-            FileExistsError: the folder holds something else.
-            ValueError: a wrapped net.
+            FileExistsError: the folder holds something else, or another model.
+            ValueError: a wrapped net, or weights that changed since they were loaded.
         """
         texts = None if self.texts is None else self.texts.plain()
         facts = {"image_size": [self.side] * 2 if self.side else [], "digest": self.origin, "texts": texts}
-        save_exported(Path(directory), self.hasher, facts)
+        facts |= {"files": dict(self.files)} if self.files else {}
+        save_exported(Path(directory), self.hasher, facts, overwrite)
 
     def _images(self, batch: Sequence[Any], before: int) -> list[Tensor | Exception]:
         """(3, side, side) float in [0, 1] of each image, or its error; files are decoded in threads."""
@@ -213,7 +222,7 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
         )
     hasher, card = load_exported(folder)
     texts = card["texts"] and text_form(card["texts"])
-    return SearchModel(hasher.to(chosen), _side(card), card["digest"], lambda: texts)
+    return SearchModel(hasher.to(chosen), _side(card), card["digest"], lambda: texts, card.get("files", {}))
 
 
 def _of_run(run: Run, device: torch.device) -> SearchModel:
@@ -221,7 +230,11 @@ def _of_run(run: Run, device: torch.device) -> SearchModel:
     if not _side(card) and "text" not in hasher.modalities:
         modalities = ", ".join(hasher.modalities)
         raise ValueError(f"{run.path} hashes {modalities} of size {card['image_size']}, not pixels")
-    return SearchModel(hasher.to(device), _side(card), card["digest"], partial(_texts_of, run))
+    size = card["image_size"]
+    if len(size) == 2 and size[0] != size[1]:
+        raise ValueError(f"{run.path} was trained on images of {size[0]} x {size[1]} pixels, not on squares")
+    files = run.check_weights()
+    return SearchModel(hasher.to(device), _side(card), card["digest"], partial(_texts_of, run), files)
 
 
 def _side(card: Mapping[str, Any]) -> int:
