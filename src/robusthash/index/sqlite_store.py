@@ -128,7 +128,8 @@ class Store:
         }
         for name, kind in _SETTINGS.items() if meta.get("format") in (1, FORMAT) else ():
             value: Any = meta.get(name, 0 if name == "next_id" else None)
-            if type(value) is not kind or (name == "bits" and value < 1):
+            wrong = type(value) is not kind
+            if wrong or (name == "bits" and value < 1):
                 raise damaged(self.path, f"its setting {name} is {value!r:.40}")
         return meta
 
