@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from robusthash.apps.commands import terminal
 from robusthash.apps.experiment import index_run
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.training_stages import train
+from robusthash.apps.reports import search_page
 from tests.index_kills import Writers, make_library, one_thread
 
 CONFIG = {
@@ -215,7 +217,10 @@ def test_payload_of_a_file_is_kept_and_filters(call, add, tmp_path, library, kin
     code, _, err = call("search", index, image, "--where", "{label: cat}")
     assert code == 1
     assert "no item of this index has the payload key 'label'; did you mean 'labels'" in err
-    assert add(library)["updated"] == 2  # without the file: the payload stays, the files are read again
+    assert add(library)["unchanged"] == 5  # without the file: the payload stays
+    os.utime(image, (1, 1))
+    assert add(library)["updated"] == 1
+    assert add(library)["unchanged"] == add(library, "--payload", file)["unchanged"] == 5
     assert found(call, index, image, "-k", 1)[0]["payload"]["labels"] == labels
     assert json.loads(call("index", "remove", index, "--where", "{labels: cat}", "--json")[1])["removed"] == 1
 
@@ -228,6 +233,133 @@ def test_a_filter_that_is_none_is_one_line(call, add, tmp_path, library, where):
         assert len(err.strip().splitlines()) == 1
         assert "error:" in err
     assert found(call, tmp_path / "ix", library / "cats/a.jpg", "-k", 9).__len__() == 5
+
+
+def test_numbers_and_null_of_a_payload_are_found_and_shown_as_written(call, add, tmp_path, library):
+    rows = [
+        {"file": "cats/a.jpg", "n": "2.0", "b": True, "z": None},
+        {"file": "cats/b.png", "n": 2, "b": 1, "z": "a, b"},
+        {"file": "dogs/c.jpg", "n": 2**63 + 1},
+        {"file": "dogs/d.png", "n": 2**63},
+    ]
+    (tmp_path / "about.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    add(library, "--payload", tmp_path / "about.jsonl")
+    index, image = tmp_path / "ix", library / "cats/a.jpg"
+    for where, ids in (
+        ("n: 2", [0, 1]), ("n: 2.00", [0, 1]), ("n: 2e0", [0, 1]), (f"n: {2**63 + 1}", [2]),
+        ("b: true", [0]), ("b: 1", [1]), ("z: null", [0]), ('z: "a, b"', [1]),
+    ):  # fmt: skip
+        hits = found(call, index, image, "--where", f"{{{where}}}")
+        assert sorted(hit["id"] for hit in hits) == ids, where
+    for where, has in (("b: 7", "b true, 1"), ("z: 7", 'z null, "a, b"')):
+        err = call("search", index, image, "--where", f"{{{where}}}")[2]
+        assert f"no item passes the filter {{{where}}}; items have {has}" in err
+
+
+def test_a_payload_file_names_no_picture_of_its_own(call, add, tmp_path, library):
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (9, 9), "red").save(secret)
+    for name, value in (("path_hex", os.fsencode(secret).hex()), ("path", str(secret))):
+        (tmp_path / "about.csv").write_text(f"file,{name}\ncats/a.jpg,{value}\n")
+        code, _, err = call("index", "add", tmp_path / "ix", library, "--payload", tmp_path / "about.csv")
+        assert code == 1
+        assert f"about.csv, line 2: the index fills in '{name}' itself; rename the column" in err
+    hit = {"id": 0, "distance": 0}
+    for text, hexed, file in (
+        ("a.jpg", os.fsencode(secret).hex(), "a.jpg"),
+        ("a.jpg", "no hex", "a.jpg"),
+        ("caf\\xe9.jpg", b"caf\xe9.jpg".hex(), os.fsdecode(b"caf\xe9.jpg")),
+    ):
+        payload = {"path": text, "path_hex": hexed, "path_note": "\x1b[31m red"}
+        assert search_page._file_of(payload) == Path(file)
+        search_page.write_search_page(tmp_path / "p.html", secret, [{**hit, "payload": payload}], tmp_path)
+        page = (tmp_path / "p.html").read_text()
+        assert "\x1b" not in page
+        assert "path_note: \\x1b[31m red" in page
+
+
+@pytest.mark.parametrize("told", ["null", "{}", "[]", '{"run": 5}', '{"run": null}', "{", '{"run": "gone"}'])
+def test_an_index_that_tells_no_run_asks_for_one(call, add, trained, tmp_path, library, told):
+    (tmp_path / "ix/run.json").write_text(told)
+    for words in (
+        ("search", tmp_path / "ix", library / "cats/a.jpg"),
+        ("index", "add", tmp_path / "ix", library),
+    ):
+        code, _, err = call(*words)
+        assert code == 1
+        assert len(err.strip().splitlines()) == 1
+        assert "name it with --run" in err
+        assert call(*words, "--run", trained)[0] == 0
+
+
+def test_choice_and_run_are_checked_when_nothing_is_new(call, add, tmp_path, library):
+    other = train(
+        make_config({**CONFIG, "hasher": {"bits": 32, "image": {"name": "small", "width": 5}}}),
+        tmp_path / "runs",
+    ).path
+    for words, text in (
+        (("--on-duplicate", "foo"), "is one of error, skip, update, got 'foo'"),
+        (("--run", other), "do not fit an index of origin"),
+    ):
+        code, _, err = call("index", "add", tmp_path / "ix", library, *words)
+        assert code == 1, words
+        assert text in err
+
+
+def test_removals_that_meet_nothing_say_so(call, add, tmp_path, library):
+    names = [b"caf\xe9.jpg", b"d\xe9r/x.jpg", b"d\xe9r/y.jpg"]
+    for number, name in enumerate(names):
+        path = os.path.join(os.fsencode(library), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Image.new("RGB", (9, 9), (number * 50, 9, 9)).save(os.fsdecode(path), "JPEG")
+    assert add(library)["count"] == 8
+
+    def remove(*words):
+        code, out, err = call("index", "remove", tmp_path / "ix", *words, "--json")
+        return json.loads(out) if code == 0 else (code, err)
+
+    assert remove("--path", library / "caf\\xe9.jpg") == {"removed": 1, "items": 7}
+    assert remove("--path", os.fsdecode(os.fsencode(library) + b"/d\xe9r/x.jpg")) == {
+        "removed": 1,
+        "items": 6,
+    }
+    assert remove("--path", os.fsdecode(os.fsencode(library) + b"/d\xe9r")) == {"removed": 1, "items": 5}
+    for words, text in (
+        (("--path", library / "cats/a.jpeg"), "no item is at or below .*a.jpeg; did you mean 'a.jpg'"),
+        (("--path", "nix"), "no item is at or below nix; the index holds paths such as /"),
+        ((999,), "no item has the id 999; nothing was removed of 5 items"),
+    ):
+        code, err = remove(*words)
+        assert code == 1
+        assert re.search(text, err), err
+    (tmp_path / "about.csv").write_text("file,labels\ncats/a.jpg,cat\n")
+    add(library, "--payload", tmp_path / "about.csv")
+    code, err = remove("--where", "{labels: zebra}")
+    assert code == 1
+    assert "no item passes the filter {labels: zebra}; items have labels cat" in err
+    assert remove(0, 999) == {"removed": 1, "items": 7, "missing": [999]}
+    assert "not in the index: 999" in call("index", "remove", tmp_path / "ix", 1, 999)[2]
+
+
+def test_pages_and_payload_files_are_regular_files(call, add, tmp_path, library, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for html in (".", "", tmp_path):
+        code, _, err = call("search", "ix", library / "cats/a.jpg", "--html", html)
+        assert code == 1
+        assert "--html takes the name of a file such as found.html" in err
+    os.mkfifo("about.csv")
+    code, _, err = call("index", "add", "ix", library, "--payload", "about.csv")
+    assert code == 1
+    assert "about.csv is no regular file" in err
+
+
+def test_a_narrow_terminal_breaks_no_path(call, add, tmp_path, library, monkeypatch):
+    for width in (80, 400):
+        monkeypatch.setattr(
+            type(terminal.console), "width", property(lambda _, width=width: width, lambda *_: None)
+        )
+        err = call("search", tmp_path / "ix", library / "cats/a.jpg")[2]
+        assert all(f"{library / name}" in err for name in ("cats/a.jpg", "dogs/e.jfif"))
 
 
 def test_removal_by_path_and_ids_that_are_never_given_again(call, add, tmp_path, library):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -238,7 +240,7 @@ def test_payload_that_cannot_be_kept(index: CodeIndex, home: Path, payload: list
 @pytest.mark.parametrize(
     ("where", "match"),
     [
-        ({"label": None}, "'label' can equal text, a number or a truth value, not None"),
+        ({"label": float("nan")}, "'label' can equal text, a number, a truth value or None, not nan"),
         ({"label": [{"a": 1}]}, "not {'a': 1}"),
         ({'a"b': 1}, "payload keys"),
         ([1.5], "whole numbers"),
@@ -269,6 +271,32 @@ def test_a_closed_index_says_so(index: CodeIndex) -> None:
     ]:
         with pytest.raises(ValueError, match="is closed"):
             call()
+
+
+@pytest.mark.parametrize("k", [2.5, True, "3", None, np.float64(2), np.True_])
+def test_k_and_radius_are_whole_numbers(index: CodeIndex, k: object) -> None:
+    for name, call in (("k", index.search), ("radius", index.range)):
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be a whole number, got {k!r}")):
+            call(codes([1]), k)
+
+
+def test_numbers_of_numpy_are_k_and_radius(index: CodeIndex) -> None:
+    assert index.search(codes([1]), np.int64(2)).ids.shape == (1, 2)
+    assert len(index.range(codes([1]), np.int32(32)).ids[0]) == 3
+
+
+def test_a_huge_k_takes_no_memory(index: CodeIndex) -> None:
+    found = index.search(codes([1]), 10**12)
+    assert sorted(found.ids[0].tolist())[-4:] == [-1, 1, 2, 3]
+    assert found.ids.shape == found.distances.shape == (1, 10_000)
+
+
+def test_choice_and_origin_are_checked_when_nothing_is_new(index: CodeIndex, home: Path) -> None:
+    with pytest.raises(ValueError, match=r"on_duplicate \(--on-duplicate\) is one of .*, got 'foo'"):
+        index.add(codes([]), keys=[], on_duplicate="foo")
+    with pytest.raises(ValueError, match="codes of origin 'model-b'"):
+        index.add(codes([], origin="model-b"), keys=[])
+    unchanged(index, home)
 
 
 # Files
@@ -332,6 +360,36 @@ def test_codes_of_a_wrong_width_in_the_store(index: CodeIndex, home: Path) -> No
     connection.close()
     with pytest.raises(ValueError, match=r"index\.sqlite is damaged: codes are not 4 bytes each"):
         open_index(f"file:{home}")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ("UPDATE meta SET value = 'null' WHERE key = 'bits'", "its setting bits is None"),
+        ("UPDATE meta SET value = '\"x\"' WHERE key = 'bits'", "its setting bits is 'x'"),
+        ("UPDATE meta SET value = '0' WHERE key = 'bits'", "its setting bits is 0"),
+        ("DELETE FROM meta WHERE key = 'bits'", "its setting bits is None"),
+        ("UPDATE meta SET value = '{' WHERE key = 'origin'", "its setting origin is no JSON"),
+        ("UPDATE meta SET value = x'ff' WHERE key = 'origin'", "its setting origin is no JSON"),
+        ("UPDATE meta SET value = '5' WHERE key = 'engine'", "its setting engine is 5"),
+        ("UPDATE meta SET value = '[]' WHERE key = 'next_id'", r"its setting next_id is \[\]"),
+        ("UPDATE items SET code = 'text' WHERE id = 1", "a code of it is no blob"),
+        ("UPDATE payloads SET value = '{' WHERE id = 3", "malformed JSON|a payload is no JSON"),
+        ("UPDATE payloads SET value = '[1]' WHERE id = 3", r"a payload is \[1\]"),
+        ("UPDATE payloads SET value = cast(x'ff' AS TEXT) WHERE id = 3", "decode to UTF-8|JSON"),
+        ("DROP TABLE keys", "its table keys is gone"),
+    ],
+)
+def test_stored_values_of_no_sense_are_named(index: CodeIndex, home: Path, change: str, match: str) -> None:
+    index.close()
+    with sqlite3.connect(home / "index.sqlite") as connection:
+        connection.execute(change)
+    connection.close()
+    whole = rf"index\.sqlite is damaged: .*({match}).*; restore it from a snapshot or build the index again"
+    with pytest.raises(ValueError, match=whole), open_index(f"file:{home}") as opened:
+        opened.payload([3])
+    with pytest.raises(ValueError, match=r"is damaged|payload key"), open_index(f"file:{home}") as opened:
+        opened.search(codes([1]), 1, where={"lable": 1})
 
 
 def test_another_format_is_named(index: CodeIndex, home: Path) -> None:

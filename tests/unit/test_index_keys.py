@@ -63,7 +63,9 @@ def test_skip_keeps_and_error_writes_nothing(index: CodeIndex) -> None:
     ):
         index.add(second, keys=["d", "c"], on_duplicate="error")
     assert index.keys() == ["a", "b", "c"]
-    with pytest.raises(ValueError, match="on_duplicate is one of error, skip, update, got 'overwrite'"):
+    with pytest.raises(
+        ValueError, match=r"on_duplicate \(--on-duplicate\) is one of error, skip, update, got 'overwrite'"
+    ):
         index.add(second, keys=["d", "c"], on_duplicate="overwrite")
 
 
@@ -157,6 +159,36 @@ def test_a_number_and_its_text_are_the_same_value(index: CodeIndex, value: objec
         2,
         3,
     ]
+
+
+@pytest.mark.parametrize("value", ["2.0", "2.00", "2e0", "20e-1", "0.2E+1", 2.0, np.int64(2), np.float32(2)])
+def test_a_number_is_found_however_it_is_written(index: CodeIndex, value: object) -> None:
+    stored = [2, "2", 2.0, "2.0", ["x", "2.00"], "2e0", 20, "02", "+2", "2.", 2.5]
+    index.add(codes(11), [{"n": each} for each in stored])
+    ids = index.search(codes(1), 11, where={"n": value}).ids[0].tolist()
+    assert sorted(item for item in ids if item >= 0) == [0, 1, 2, 3, 4, 5]
+
+
+def test_large_and_small_numbers_are_compared_exactly(index: CodeIndex) -> None:
+    large = 2**63 + 1
+    stored = [large, large - 1, str(large), [1, large], -large, 0.1, "0.10", 1e300, -0.0, 10**400, [0.25]]
+    index.add(codes(11), [{"n": each} for each in stored])
+    cases = (
+        (large, [0, 2, 3]), (str(large - 1), [1]), (-large, [4]), ("1e-1", [5, 6]),
+        (10**400, [9]), ("1e400", [9]), (1e300, [7]), ("1e300", [7]), ("-0", [8]), (0, [8]), (0.25, [10]),
+    )  # fmt: skip
+    for value, found in cases:
+        ids = index.search(codes(1), 11, where={"n": value}).ids[0].tolist()
+        assert sorted(item for item in ids if item >= 0) == found, value
+
+
+def test_null_is_found_and_values_are_those_stored(index: CodeIndex) -> None:
+    stored = [None, True, [None, 2**63 + 1], "no", {"a": 1}, [], [[1]]]
+    index.add(codes(7), [{"z z": each} for each in stored])
+    for value, found in ((None, [0, 2]), ("null", [0, 2]), (1, []), ("[1]", []), ("no", [3]), (False, [])):
+        ids = index.search(codes(1), 7, where={"z z": value}).ids[0].tolist()
+        assert sorted(item for item in ids if item >= 0) == found, value
+    assert index.values("z z") == [None, True, 2**63 + 1, "no"]
 
 
 def test_texts_that_only_look_like_numbers_stay_texts(index: CodeIndex) -> None:

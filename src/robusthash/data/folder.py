@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robusthash.core.limited_files import parse_json
+from robusthash.core.limited_files import parse_json, regular
 from robusthash.core.registry import register
 from robusthash.data.base import RetrievalData, flat_options
 from robusthash.data.image_files import ImageFile, ImageOptions, Skipped, decode, some_of
@@ -265,7 +265,7 @@ def _entries_of_manifest(
 
 def manifest_rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number, row) of every row of a CSV or JSON-lines file; ValueError names a wrong line."""
-    if not manifest.is_file():
+    if not regular(manifest).exists():
         raise FileNotFoundError(f"no manifest {manifest.absolute()}")
     try:
         text = manifest.read_bytes().decode("utf-8-sig")

@@ -31,6 +31,15 @@ def id_array(ids: Ids) -> np.ndarray:
     return array.astype(np.int64)
 
 
+def whole_number(value: Any, what: str, least: int) -> int:
+    """A whole number of Python's or numpy's, checked."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{what} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{what} must be {f'at least {least}' if least else '0 or greater'}, got {value}")
+    return int(value)
+
+
 def key_texts(keys: Sequence[str], count: int) -> list[str]:
     """Keys, checked."""
     if isinstance(keys, str) or len(keys) != count:

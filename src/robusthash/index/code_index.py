@@ -17,10 +17,26 @@ from torch import Tensor
 
 from robusthash.core.registry import nearest
 from robusthash.core.types import Codes, CodesLike, Ranking, as_codes
-from robusthash.index.checked_input import Ids, id_array, key_texts, packed_rows, payload_texts
+from robusthash.index.checked_input import (
+    Ids,
+    id_array,
+    key_texts,
+    packed_rows,
+    payload_texts,
+    whole_number,
+)
 from robusthash.index.search_engines import ENGINES, Engine, Rows
-from robusthash.index.sqlite_store import FILE, NewItems, Store, Which, check_origin, create_store
+from robusthash.index.sqlite_store import (
+    FILE,
+    NewItems,
+    Store,
+    Which,
+    check_choice,
+    check_origin,
+    create_store,
+)
 
+_MOST_EMPTY = 10_000  # ranks of an answer that no item has
 Where = Ids | Mapping[str, Any]
 """The items that a search may return: their ids, or the payload values they must have."""
 
@@ -59,8 +75,8 @@ class CodeIndex:
     * ``where`` narrows the items before they are ranked: a collection of allowed ids (unknown ones are
       ignored) or a mapping of payload values. ``{"label": "cat", "year": [2024, 2025]}`` keeps the items
       whose label is cat and whose year is either; a payload value that is a list matches by any of its
-      members. 2 and "2" are the same value, "007" is not 7; a key that no item has is refused. The allowed
-      items are scanned exactly.
+      members. 2, "2" and "2.0" are the same value, "007" is not 7, None is null; a key that no item has is
+      refused. The allowed items are scanned exactly.
     * A store that cannot be written, on a read-only disk say, is searched all the same.
     * Wrong input raises ValueError and changes nothing.
 
@@ -153,10 +169,12 @@ class CodeIndex:
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise ValueError(f"{f'id {twice}' if keys is None else f'key {twice!r}'} is given more than once")
         new = NewItems(rows, None if counted else ids, keys, stamps, texts, codes.origin)
-        choice = on_duplicate or ("error" if keys is None else "update")
+        choice = ("error" if keys is None else "update") if on_duplicate is None else on_duplicate
+        check_choice(choice)
         with self._lock:
             store = self._opened()
             if not len(rows):
+                check_origin(codes.origin, self.origin)
                 return Added(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
             given, held, self._origin = store.add(new, choice)
             written = ~held if choice == "skip" else np.ones(len(rows), dtype=bool)
@@ -174,11 +192,14 @@ class CodeIndex:
             return self._opened().keys(prefix)
 
     def search(self, codes: CodesLike, k: int, where: Where | None = None) -> Ranking:
-        """The ``k`` nearest items of each of Q query codes, k >= 1: (Q, k), -1 where there are fewer."""
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+        """The ``k`` nearest items of each of Q query codes, k >= 1: (Q, k), -1 where there are fewer.
+
+        A k above 10,000 is cut at the number of items, or at 10,000 where there are fewer.
+        """
+        k = whole_number(k, "k", 1)
         queries = self._query_rows(codes)
         engine = self._engine_for(where)
+        k = min(k, max(len(engine.rows), _MOST_EMPTY))
         count = min(k, len(engine.rows))
         ids = np.full((len(queries), k), -1, dtype=np.int64)
         distances = np.full((len(queries), k), -1, dtype=np.int32)
@@ -189,8 +210,7 @@ class CodeIndex:
 
     def range(self, codes: CodesLike, radius: int, where: Where | None = None) -> Within:
         """All items at most ``radius`` bits, 0 or more, from each query code; exact in every engine."""
-        if radius < 0:
-            raise ValueError(f"radius must be 0 or greater, got {radius}")
+        radius = whole_number(radius, "radius", 0)
         queries = self._query_rows(codes)
         neighbours = self._engine_for(where).range(queries, min(radius, self._bits))
         ids, distances = zip(*neighbours, strict=True) if neighbours else ((), ())

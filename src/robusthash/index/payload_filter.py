@@ -8,16 +8,48 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from robusthash.core.registry import nearest
 
 IN_LIST = "IN (SELECT value FROM json_each(?))"
 
 _KEY = re.compile(r'[^"\\\x00-\x1f]+')
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-# json_each gives the one value of a scalar, every member of a list; a truth value is compared as a word
-_MATCH = f"""(json_type(payloads.value, ?) <> 'object' AND EXISTS (
-  SELECT 1 FROM json_each(payloads.value, ?) AS one
-  WHERE CASE WHEN one.type IN ('true', 'false') THEN one.type ELSE one.value END {IN_LIST}))"""
+_NUMBER = re.compile(r"(-?)(0|[1-9][0-9]*)(?:\.([0-9]+))?(?:[eE]([-+]?[0-9]{1,18}))?")  # as JSON writes one
+_PLAIN = 400  # digits of a whole number that is written out; a float has at most 309
+# of a value, or a member of a list: SQLite makes a real of a large integer, so its JSON text is asked for,
+# in a list of two, because a single path would give that real
+_AT = "{path} || CASE json_type(payloads.value, {path}) WHEN 'array' THEN '[' || one.key || ']' ELSE '' END"
+_RAW = f"json_extract(payloads.value, {_AT}, {_AT})"
+# json_each gives the one value of a scalar, every member of a list
+_EACH = """payloads.value, {path}) AS one
+  WHERE one.type NOT IN ('array', 'object') AND json_type(payloads.value, {path}) <> 'object'"""
+_MATCH = f"""EXISTS (SELECT 1 FROM json_each({_EACH} AND CASE
+  WHEN one.type IN ('true', 'false', 'null') THEN one.type
+  WHEN typeof(one.value) = 'integer' THEN CAST(one.value AS TEXT)
+  WHEN one.type <> 'text' THEN normal_form({_RAW})
+  WHEN one.value GLOB '[-0-9]*' THEN normal_form(one.value)
+  ELSE one.value END IN (SELECT value FROM json_each({{forms}})))"""
+
+
+def normal_form(text: str) -> str:
+    """One text for all ways to write a number: 2 for ``2.0``, ``2.00`` and ``2e0``; other texts as they are.
+
+    Exact, of any length. ``[2,2]``, a number twice, is taken as once.
+    """
+    match = _NUMBER.fullmatch(text[1 : len(text) // 2] if text.startswith("[") else text)
+    if match is None:
+        return text
+    sign, whole, fraction, power = match.groups(default="")
+    digits = (whole + fraction).lstrip("0")
+    kept = digits.rstrip("0")
+    exponent = int(power or 0) - len(fraction) + len(digits) - len(kept)
+    if not kept:
+        return "0"
+    if 0 <= exponent <= _PLAIN:
+        return f"{sign}{kept}{'0' * exponent}"
+    return f"{sign}{kept}e{exponent}"
 
 
 def check_key(key: Any) -> None:
@@ -48,14 +80,18 @@ def condition(where: Mapping[str, Any]) -> tuple[str, list[str]]:
     Raises:
         ValueError: a key that no payload can have, or a value that none can equal.
     """
-    clauses, values = [], []
+    clauses, values = [], list[str]()
     for key, value in where.items():
-        path = json_path(key)
         options = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
-        forms = [form for option in options for form in _forms(key, option)]
-        clauses.append(_MATCH)
-        values += [path, path, to_json(forms, f"where: {key!r}")]
+        clauses.append(_MATCH.format(path=f"?{len(values) + 1}", forms=f"?{len(values) + 2}"))
+        forms = [_form(key, option) for option in options]
+        values += [json_path(key), to_json(forms, f"where: {key!r}")]
     return " AND ".join(clauses), values
+
+
+def values_query() -> str:
+    """The SQL of the different values under a path, ?1, each as JSON in a list of two; ?2 is their number."""
+    return f"SELECT DISTINCT {_RAW} FROM payloads, json_each({_EACH} LIMIT ?2".format(path="?1")
 
 
 def unknown_key(key: str, known: list[str]) -> ValueError:
@@ -64,18 +100,15 @@ def unknown_key(key: str, known: list[str]) -> ValueError:
     return ValueError(f"no item of this index has the payload key {key!r}{nearest(key, known) or has}")
 
 
-def _forms(key: str, option: Any) -> list[Any]:
-    """The values that an option equals: 2 is '2' too, as files of labels say either; '007' is no 7."""
+def _form(key: str, option: Any) -> str:
+    """The normal form of an option: 2 is '2' too, as files of labels say either; '007' is no 7."""
+    option = option.item() if isinstance(option, np.generic) else option
+    if option is None:
+        return "null"
     if isinstance(option, bool):
-        return [str(option).lower()]
-    if isinstance(option, int):
-        return [option, str(option)]
-    if isinstance(option, float):
-        return [option, str(option), *([str(int(option))] if option.is_integer() else [])]
-    if not isinstance(option, str):
-        raise ValueError(f"where: {key!r} can equal text, a number or a truth value, not {option!r}")
-    try:
-        number = json.loads(option)
-    except (ValueError, RecursionError):
-        return [option]
-    return [option, number] if type(number) in (int, float) and math.isfinite(number) else [option]
+        return str(option).lower()
+    if isinstance(option, str):
+        return normal_form(option) if option[:1] in tuple("-0123456789") else option
+    if isinstance(option, int) or (isinstance(option, float) and math.isfinite(option)):
+        return normal_form(_JSON.encode(option))
+    raise ValueError(f"where: {key!r} can equal text, a number, a truth value or None, not {option!r}")

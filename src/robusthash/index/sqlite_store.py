@@ -18,7 +18,15 @@ from typing import Any, final
 import numpy as np
 
 from robusthash.core.atomic_files import flush
-from robusthash.index.payload_filter import IN_LIST, condition, json_path, unknown_key
+from robusthash.index.payload_filter import (
+    IN_LIST,
+    condition,
+    json_path,
+    normal_form,
+    unknown_key,
+    values_query,
+)
+from robusthash.index.sqlite_errors import PAGE, damaged, refuse_part_page, sqlite_errors, stored_json
 
 FORMAT = 2
 FILE = "index.sqlite"
@@ -30,9 +38,7 @@ CREATE TABLE payloads (id INTEGER PRIMARY KEY, value TEXT NOT NULL);
 _KEYS = """
 CREATE TABLE keys (key TEXT PRIMARY KEY, id INTEGER NOT NULL UNIQUE, stamp TEXT NOT NULL) WITHOUT ROWID
 """  # new in format 2, with the counter ``next_id`` in meta
-_RESTORE = "restore it from a snapshot or build the index again"
-_UNUSABLE = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
-_PAGE = 4096  # bytes; the file is a whole number of pages
+_SETTINGS = {"bits": int, "origin": str, "engine": str, "next_id": int}
 _CHUNK = 65536  # rows that go into SQLite in one statement
 _DUPLICATES = ("error", "skip", "update")
 
@@ -63,13 +69,13 @@ class Store:
     def __init__(self, directory: Path, wait: float) -> None:
         self.path = directory / FILE
         self._log = directory / f"{FILE}-wal"
-        self._errors = partial(_sqlite_errors, self.path, wait)
+        self._errors = partial(sqlite_errors, self.path, wait)
         self._wait, self._opened = wait, 0
         self.writable = os.access(self.path, os.W_OK) and os.access(directory, os.W_OK)
         self._connect()
 
     def _connect(self) -> None:
-        _refuse_part_page(self.path)
+        refuse_part_page(self.path)
         self._state, self._opened = self._file_state(), self._opened + 1
         # a log beside a file that cannot be written is another's work in progress; without one, no lock is
         # needed, and none could be written
@@ -86,9 +92,12 @@ class Store:
                 raise
 
     def _prepare(self) -> None:
-        tables = self._all("SELECT name FROM sqlite_master WHERE name IN ('meta', 'items', 'payloads')")
-        if len(tables) != 3:
+        self._connection.create_function("normal_form", 1, normal_form, deterministic=True)
+        tables = {name for (name,) in self._all("SELECT name FROM sqlite_master")}
+        if not {"meta", "items", "payloads"} <= tables:
             raise ValueError(f"{self.path} is damaged or no index; restore it from a snapshot or remove it")
+        if "keys" not in tables and self.format() == FORMAT:
+            raise damaged(self.path, "its table keys is gone")
         if self.writable:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
@@ -113,7 +122,16 @@ class Store:
 
     def meta(self) -> dict[str, Any]:
         """``bits, format, origin, next_id`` and the ``engine`` that the index was created with."""
-        return {key: json.loads(value) for key, value in self._all("SELECT key, value FROM meta")}
+        rows = self._all("SELECT key, value FROM meta")
+        meta: dict[str, Any] = {
+            str(key): stored_json(self.path, value, f"its setting {key}") for key, value in rows
+        }
+        for name, kind in _SETTINGS.items() if meta.get("format") in (1, FORMAT) else ():
+            value: Any = meta.get(name, 0 if name == "next_id" else None)
+            wrong = type(value) is not kind
+            if wrong or (name == "bits" and value < 1):
+                raise damaged(self.path, f"its setting {name} is {value!r:.40}")
+        return meta
 
     def format(self) -> int | None:
         """Format of the file: an old one is read as it is, and brought to ``FORMAT`` by the first write."""
@@ -135,10 +153,13 @@ class Store:
                 1000
             ):  # few tuples at once: more would wake the garbage collector
                 parts.append(np.fromiter((item for item, _ in chunk), dtype=np.int64, count=len(chunk)))
-                codes += b"".join([code for _, code in chunk])
+                try:
+                    codes += b"".join([code for _, code in chunk])
+                except TypeError:
+                    raise damaged(self.path, "a code of it is no blob") from None
         ids = np.concatenate(parts)
         if len(codes) != len(ids) * width:
-            raise ValueError(f"{self.path} is damaged: codes are not {width} bytes each; restore a snapshot")
+            raise damaged(self.path, f"codes are not {width} bytes each")
         return ids, np.frombuffer(codes, dtype=np.uint8).reshape(len(ids), width)
 
     def add(self, new: NewItems, on_duplicate: str) -> tuple[np.ndarray, np.ndarray, str]:
@@ -151,8 +172,6 @@ class Store:
         Returns:
             (N,) ids of the items, (N,) bool: those that were held before, and the origin held now.
         """
-        if on_duplicate not in _DUPLICATES:
-            raise ValueError(f"on_duplicate is one of {', '.join(_DUPLICATES)}, got {on_duplicate!r}")
         with self._transaction():
             self._upgrade()
             following = self.next_id()
@@ -213,7 +232,7 @@ class Store:
             return
         following, keys = self.next_id(), {}
         for item, text in self._all("SELECT id, value FROM payloads ORDER BY id"):
-            path = json.loads(text).get("path")
+            path = self._payload(text).get("path")
             if isinstance(path, str):
                 keys[os.path.abspath(path) if os.path.lexists(path) else path] = item
         self._connection.execute(_KEYS)
@@ -261,7 +280,13 @@ class Store:
         """By id, the payload of those that are held."""
         joined = "items LEFT JOIN payloads USING (id)"
         query = f"SELECT id, coalesce(value, '{{}}') FROM {joined} WHERE id {IN_LIST}"
-        return {item: json.loads(text) for item, text in self._all(query, json.dumps(ids.tolist()))}
+        return {item: self._payload(text) for item, text in self._all(query, json.dumps(ids.tolist()))}
+
+    def _payload(self, text: str) -> dict[str, Any]:
+        value = stored_json(self.path, text, "a payload")
+        if not isinstance(value, dict):
+            raise damaged(self.path, f"a payload is {value!r:.40}")
+        return value
 
     def matching(self, where: Mapping[str, Any]) -> np.ndarray:
         """Ids of the rows whose payload has these values; ValueError for a key that no row has."""
@@ -270,15 +295,16 @@ class Store:
         ids = np.array(self._all(f"SELECT id FROM {which}", *values), dtype=np.int64).reshape(-1)
         if len(ids) == 0 and self._all("SELECT 1 FROM items LIMIT 1"):
             for key in where:
-                if not self.values(key, 1):
+                has = "SELECT 1 FROM payloads WHERE json_type(value, ?) IS NOT NULL LIMIT 1"
+                if not self._all(has, json_path(key)):
                     query = "SELECT DISTINCT one.key FROM payloads, json_each(payloads.value) AS one"
-                    raise unknown_key(key, sorted(name for (name,) in self._all(query)))
+                    raise unknown_key(key, sorted(str(name) for (name,) in self._all(query)))
         return ids
 
     def values(self, key: str, most: int) -> list[Any]:
         """Up to ``most`` different values of a payload key."""
-        query = "SELECT DISTINCT one.value FROM payloads, json_each(payloads.value, ?) AS one LIMIT ?"
-        return [value for (value,) in self._all(query, json_path(key), most)]
+        rows = self._all(values_query(), json_path(key), most)
+        return [stored_json(self.path, text, "a payload")[0] for (text,) in rows]
 
     def copy_to(self, directory: Path) -> None:
         """Copy consistently to a new directory: written under another name, flushed, then renamed."""
@@ -326,8 +352,8 @@ def create_store(directory: Path, bits: int, engine: str) -> None:
     meta = {"format": FORMAT, "bits": bits, "engine": engine, "origin": "", "next_id": 0}
     rows = [(key, json.dumps(value)) for key, value in meta.items()]
     try:
-        with _sqlite_errors(path, 0), contextlib.closing(sqlite3.connect(draft)) as connection:
-            connection.execute(f"PRAGMA page_size = {_PAGE}")
+        with sqlite_errors(path, 0), contextlib.closing(sqlite3.connect(draft)) as connection:
+            connection.execute(f"PRAGMA page_size = {PAGE}")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(f"{_SCHEMA}{_KEYS}")
             with connection:
@@ -348,6 +374,13 @@ def _duplicate(new: NewItems, ids: np.ndarray, at: int) -> str:
     return f"{what} is already in the index; on_duplicate (--on-duplicate): {choices}"
 
 
+def check_choice(on_duplicate: str) -> None:
+    """Refuse what is no way to treat an item that is held."""
+    if on_duplicate not in _DUPLICATES:
+        given = f"got {on_duplicate!r}"
+        raise ValueError(f"on_duplicate (--on-duplicate) is one of {', '.join(_DUPLICATES)}, {given}")
+
+
 def check_origin(given: str, held: str) -> None:
     """Refuse codes of origin ``given`` next to codes of origin ``held``; "" is unknown and fits any."""
     if given and held and given != held:
@@ -355,39 +388,3 @@ def check_origin(given: str, held: str) -> None:
             f"codes of origin {given!r} do not fit an index of origin {held!r}: distances mean nothing; "
             f"encode with the model of origin {held!r} (--run on the command line), or build a new index"
         )
-
-
-def _refuse_part_page(path: Path) -> None:
-    """SQLite would read zeros after a file that ends within a page, unless a log holds the rest."""
-    log = path.with_name(f"{path.name}-wal")
-    if path.stat().st_size % _PAGE and not (log.exists() and log.stat().st_size):
-        raise ValueError(f"{path} is damaged (it ends within a page); {_RESTORE}")
-
-
-@contextlib.contextmanager
-def _sqlite_errors(path: Path, wait: float) -> Iterator[None]:
-    """Turn SQLite's errors into errors with a remedy; an error of ours or a bug passes as it is."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0)
-        primary = code & 0xFF
-        if code == sqlite3.SQLITE_IOERR_SHORT_READ or primary in (
-            sqlite3.SQLITE_CORRUPT,
-            sqlite3.SQLITE_NOTADB,
-        ):
-            raise ValueError(f"{path} is damaged ({error}); {_RESTORE}") from None
-        if primary == sqlite3.SQLITE_FULL:
-            raise OSError(errno.ENOSPC, "the disk is full, nothing was written", str(path)) from None
-        if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            text = f"another process has been writing to {path} for {wait:g} s; try again later"
-            raise TimeoutError(text) from None
-        if primary in _UNUSABLE and not os.access(path, os.W_OK):
-            text = (
-                f"it cannot be read ({error}): its log holds another's writes; open it once with write rights"
-            )
-            raise OSError(errno.EACCES, text, str(path)) from None
-        if primary in _UNUSABLE:
-            text = f"the file cannot be read and written ({error}); check its rights and the room on the disk"
-            raise OSError(errno.EIO, text, str(path)) from None
-        raise

@@ -8,7 +8,7 @@ from typer import Argument, Option, Typer
 
 from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun, MaxPixels, Where, Workers
 from robusthash.apps.commands.search import search
-from robusthash.apps.commands.terminal import console, note, print_json, print_table, progress_bars
+from robusthash.apps.commands.terminal import note, print_json, print_table, progress_bars
 
 app = Typer(help="Build and search an index of binary codes.", no_args_is_help=True)
 
@@ -83,13 +83,16 @@ def remove(
     as_json: AsJson = False,
 ) -> None:
     """Remove items by id, by path or by filter."""
-    from robusthash.apps.experiment.index_run import remove_items
+    from robusthash.apps.experiment.index_filters import remove_items
 
-    removed, left = remove_items(directory, ids or [], path or [], where)
+    done = remove_items(directory, ids or [], path or [], where)
     if as_json:
-        print_json({"removed": removed, "items": left})
-    else:
-        console.print(f"removed {removed}{f' of {len(ids)}' if ids else ''}, {left} left")
+        missing = {"missing": done.missing} if done.missing else {}
+        print_json({"removed": done.removed, "items": done.left, **missing})
+        return
+    if done.missing:
+        note(f"not in the index: {', '.join(map(str, done.missing))}")
+    note(f"removed {done.removed}{f' of {len(ids)}' if ids else ''}, {done.left} left")
 
 
 @app.command("info")

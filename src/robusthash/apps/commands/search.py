@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+from rich.cells import cell_len
 from typer import Argument, Option
 
 from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun, MaxPixels, Where
-from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table
+from robusthash.apps.commands.terminal import console, note, print_json, print_lines, print_table, shown
 
 
 def search(
@@ -22,8 +23,11 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Search an index by image file: the nearest items with their distances."""
-    from robusthash.apps.experiment.index_run import Reading, search_image, values_of
+    from robusthash.apps.experiment.index_filters import values_of
+    from robusthash.apps.experiment.index_run import Reading, search_image
 
+    if html is not None and html.is_dir():
+        raise ValueError(f"--html takes the name of a file such as found.html, got {str(html)!r}, a folder")
     limit = Reading.of(None, max_pixels).max_pixels
     hits = search_image(directory, image, run, k, where, limit)
     if where and not hits:
@@ -35,11 +39,22 @@ def search(
     if as_json:
         print_json(hits)
         return
-    rows = []
-    for hit in hits:
-        rest = {key: value for key, value in hit["payload"].items() if not key.startswith("path")}
-        about = json.dumps(rest, ensure_ascii=False) if rest else ""
-        rows.append([hit["payload"].get("path", ""), hit["distance"], hit["id"], about])
-    print_table(f"nearest to {image}", ["path", "distance", "id", "payload"], rows)
+    _print_hits(f"nearest to {image}", hits)
     if html is not None:
         print_lines([html])
+
+
+def _print_hits(title: str, hits: list[dict[str, Any]]) -> None:
+    """A table, or a line for each hit where a path would be broken, so that it can be copied."""
+    rows = []
+    for hit in hits:
+        rest = {key: value for key, value in hit["payload"].items() if key not in ("path", "path_hex")}
+        about = json.dumps(rest, ensure_ascii=False) if rest else ""
+        rows.append([hit["payload"].get("path", ""), hit["distance"], hit["id"], about])
+    widths = [max([cell_len(shown(row[at])) for row in rows] + [8]) + 3 for at in range(4)]
+    if sum(widths) < console.width:
+        print_table(title, ["path", "distance", "id", "payload"], rows)
+        return
+    note(f"{title}: path, distance, id, payload")
+    for row in rows:
+        note("  ".join(str(cell) for cell in row if cell != ""))

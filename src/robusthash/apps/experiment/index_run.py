@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
+from robusthash.apps.experiment.index_filters import read_filter
 from robusthash.apps.experiment.library_items import (
+    OWN_KEYS,
     LibraryItem,
     PayloadTable,
     items_of,
@@ -40,6 +41,7 @@ from robusthash.data.image_files import (
 )
 from robusthash.data.image_listing import Listing, list_images
 from robusthash.index import CodeIndex, open_index
+from robusthash.index.sqlite_store import check_choice
 from robusthash.models.encoding import encode_signs
 from robusthash.models.hasher import Hasher
 
@@ -78,6 +80,9 @@ class Adding:
     on_duplicate: str = "update"
     payload: Path | None = None
     reading: Reading = Reading()
+
+    def __post_init__(self) -> None:
+        check_choice(self.on_duplicate)
 
 
 def build_index(
@@ -158,72 +163,22 @@ def search_image(
     return [{"id": item, "distance": distance, "payload": payload} for item, distance, payload in rows]
 
 
-def values_of(directory: Path, where: str) -> str:
-    """A line on a filter that allowed no item: the values that items have under its keys."""
-    with open_index(f"file:{directory}", create=False) as index:
-        values = {key: index.values(key, 11) for key in read_filter(where)}
-    has = [
-        f"{key} {', '.join(map(str, some[:10]))}{', ...' * (len(some) > 10)}" for key, some in values.items()
-    ]
-    return f"no item passes the filter {where}; items have {'; '.join(has)}"
-
-
-def remove_items(
-    directory: Path, ids: Sequence[int] = (), paths: Sequence[Path] = (), where: str | None = None
-) -> tuple[int, int]:
-    """Remove items by id, by path (a folder's path removes all below it) or by filter: one of them.
-
-    Returns:
-        The number removed, and the number left.
-    """
-    if (len(ids) > 0) + (len(paths) > 0) + (where is not None) != 1:
-        raise ValueError("name ids, --path or --where '{label: cat}': one of them")
-    with open_index(f"file:{directory}", create=False) as index:
-        if where is not None:
-            removed = index.remove(read_filter(where))
-        elif paths:
-            below = [key for path in paths for key in [key_of(path), *index.keys(f"{key_of(path)}/")]]
-            removed = index.remove(keys=below)
-        else:
-            removed = index.remove(list(ids))
-        return removed, index.count()
-
-
-def read_filter(text: str) -> dict[str, Any]:
-    """A filter as YAML, every value as it is written: 2 and 007 are texts, no is the text or false.
-
-    Raises:
-        ValueError: no YAML, or no mapping.
-    """
-    try:
-        where = yaml.load(text, yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"--where takes a mapping such as '{{label: cat}}', got {text!r}: {reason}"
-        ) from None
-    if not isinstance(where, dict) or not where:
-        raise ValueError(f"--where takes a mapping such as '{{label: cat}}', got {text!r}")
-    words = yaml.SafeLoader.bool_values
-
-    def options(value: Any) -> list[Any]:
-        several = value if isinstance(value, list) else [value]
-        truths = [words[one.lower()] for one in several if isinstance(one, str) and one.lower() in words]
-        return [*several, *truths]
-
-    return {key: options(value) for key, value in where.items()}
-
-
 def run_of_index(directory: Path, run_path: Path | None = None) -> Run:
     """The run whose hasher encodes for an index: the one given, else the one that built it."""
     if run_path is not None:
         return load_run(run_path)
-    file = directory / _RUN_FILE
-    builder = Path(read_json(file)["run"]) if file.is_file() else directory.resolve().parent
+    file, remedy = directory / _RUN_FILE, "name it with --run"
+    builder = directory.resolve().parent
+    if file.is_file():
+        try:
+            told = read_json(file)
+        except ValueError as error:
+            raise ValueError(f"{error}; it should tell the run of the index: {remedy}") from None
+        if not isinstance(told, dict) or not isinstance(told.get("run"), str):
+            raise ValueError(f"{file} does not tell which run made the codes of the index; {remedy}")
+        builder = Path(told["run"])
     if not (builder / "config.yaml").is_file():
-        raise ValueError(
-            f"{directory} does not say which run made its codes, or it has moved; name it with --run"
-        )
+        raise ValueError(f"{directory} does not say which run made its codes, or it has moved; {remedy}")
     return load_run(builder)
 
 
@@ -293,7 +248,9 @@ def _add(index: CodeIndex, run: Run, images: Path, progress: Progress, adding: A
             f"{len(held)} of {len(items)} images are in the index already (first: {first.payload['path']}); "
             "--on-duplicate update encodes those that have changed, skip keeps them"
         )
-    hasher, counts = load_hasher(run).for_database(), {"added": 0, "updated": 0, "unchanged": 0}
+    hasher = load_hasher(run).for_database()
+    index.add(_no_codes(hasher, run), keys=[])  # refuses a run of other codes, also where nothing is new
+    counts = {"added": 0, "updated": 0, "unchanged": 0}
     for start in range(0, len(items), _AT_ONCE):
         piece = items[start : start + _AT_ONCE]
         held = index.held([item.key for item in piece])
@@ -315,8 +272,11 @@ def _add_piece(
     """Add some items in one write and count them; what they carried keeps what the new payload lacks."""
     held = index.held([item.key for item in items])
     before = dict(zip(held, index.payload([item for item, _ in held.values()]), strict=True))
-    payload = [{**before.get(item.key, {}), **item.payload} for item in items]
-    keys, stamps = [item.key for item in items], [item.stamp for item in items]
+    for one in before.values():
+        for name in OWN_KEYS:
+            one.pop(name, None)
+    payload = [{**item.payload, **before.get(item.key, {}), **item.payload} for item in items]
+    keys, stamps = [item.key for item in items], [item.stamp_over(held) for item in items]
     added = index.add(codes, payload, keys=keys, stamps=stamps, on_duplicate=adding.on_duplicate)
     again = int(added.held.sum())
     counts["added"] += len(added) - again
@@ -342,6 +302,12 @@ def _encode(hasher: Hasher, run: Run, pixels: Tensor) -> Codes:
     """Codes of (N, 3, H, W) uint8 images."""
     signs = torch.cat([encode_signs(hasher, "image", part.float() / 255) for part in pixels.split(_AT_ONCE)])
     return Codes(pack(signs), hasher.bits, torch.arange(len(pixels)), run.card()["digest"])
+
+
+def _no_codes(hasher: Hasher, run: Run) -> Codes:
+    """Codes of no image, which have a length and an origin."""
+    packed = torch.zeros(0, (hasher.bits + 7) // 8, dtype=torch.uint8)
+    return Codes(packed, hasher.bits, torch.arange(0), run.card()["digest"])
 
 
 def _side(run: Run) -> int:

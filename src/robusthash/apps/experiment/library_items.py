@@ -12,6 +12,9 @@ from robusthash.core.runtime import digest
 from robusthash.data.folder import manifest_rows
 from robusthash.data.image_files import ImageFile, path_text
 
+OWN_KEYS = ("path", "path_hex")
+"""The payload keys that an index fills in itself."""
+
 _LISTS = ("labels", "class", "captions")  # columns of a CSV file whose cells may hold several, with ;
 
 
@@ -23,10 +26,18 @@ class LibraryItem:
     key: str
     payload: dict[str, Any]
     stamp: str  # of the file's size, time and payload
+    described: bool = True  # by a row of a payload file; without one, what is held of it stays
 
     def is_done(self, held: Mapping[str, tuple[int, str]], on_duplicate: str) -> bool:
         """True where the index needs nothing of this file."""
-        return self.key in held and (on_duplicate == "skip" or held[self.key][1] == self.stamp)
+        return self.key in held and (on_duplicate == "skip" or held[self.key][1] == self.stamp_over(held))
+
+    def stamp_over(self, held: Mapping[str, tuple[int, str]]) -> str:
+        """The stamp next to what is held: of the payload held, where there is no row for this file."""
+        before = held[self.key][1] if self.key in held else ""
+        if self.described or not (before and self.stamp):
+            return self.stamp
+        return " ".join([*self.stamp.split()[:2], before.split()[-1]])
 
 
 @dataclass
@@ -43,7 +54,7 @@ class PayloadTable:
         """Read a ``.csv`` or JSON-lines file; its column ``file`` is relative to ``folder``, or absolute.
 
         Raises:
-            ValueError: no such column, or a file named twice.
+            ValueError: no such column, one that the index fills in itself, or a file named twice.
         """
         if file is None:
             return cls()
@@ -51,6 +62,10 @@ class PayloadTable:
         for line, row in manifest_rows(file):
             if not isinstance(row.get("file"), str):
                 raise ValueError(f"{file}, line {line} names no file: a payload file has a column 'file'")
+            if own := [name for name in OWN_KEYS if name in row]:
+                raise ValueError(
+                    f"{file}, line {line}: the index fills in {own[0]!r} itself; rename the column"
+                )
             key = key_of(folder / row["file"])
             if key in rows:
                 raise ValueError(f"{file}, line {line} names {row['file']!r} again; keep one row a file")
@@ -98,14 +113,28 @@ def key_of(file: str | Path | ImageFile) -> str:
     return "#".join(path_payload(file).values())
 
 
+def named_file(text: str, written: str, begins: str = "") -> Path | None:
+    """The file of a ``path_hex``; None unless it is hex that begins so, and ``text`` is its readable form.
+
+    ``text`` may be its key too.
+    """
+    try:
+        raw = bytes.fromhex(written)
+    except ValueError:
+        return None
+    fits = raw.decode("utf-8", "backslashreplace") in (text, text.rpartition("#")[0])
+    return Path(os.fsdecode(raw)) if fits and written.startswith(begins) else None
+
+
 def _item(path: Path, table: PayloadTable) -> LibraryItem:
     key, own = key_of(path), path_payload(path)
-    payload = {**own, **table.of(key), **own}
+    described, payload = key in table.rows, {**own, **table.of(key)}
     try:
         state = path.stat()
     except OSError:  # gone, or a link to nothing by now: reading it says so
-        return LibraryItem(path, key, payload, "")
-    return LibraryItem(path, key, payload, f"{state.st_size} {state.st_mtime_ns} {digest(payload)}")
+        return LibraryItem(path, key, payload, "", described)
+    stamp = f"{state.st_size} {state.st_mtime_ns} {digest(payload)}"
+    return LibraryItem(path, key, payload, stamp, described)
 
 
 def _value(name: str, cell: Any) -> Any:

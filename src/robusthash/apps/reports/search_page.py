@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from robusthash.apps.commands.terminal import shown
+from robusthash.apps.experiment.library_items import OWN_KEYS, named_file
 from robusthash.apps.reports.pages import Png, one_line, png, render
 from robusthash.core.atomic_files import write_aside
 from robusthash.data.image_files import MAX_PIXELS, path_text, read_image
@@ -24,29 +26,33 @@ def write_search_page(
     """Write an HTML page of one search that opens from disk; a picture that is gone is named as such."""
     results = [
         {
-            "path": hit["payload"].get("path", f"item {hit['id']}"),
+            "path": shown(hit["payload"].get("path", f"item {hit['id']}")),
             "distance": hit["distance"],
             "id": hit["id"],
             "picture": _picture(_file_of(hit["payload"]), max_pixels),
-            "about": [(key, one_line(value)) for key, value in hit["payload"].items() if key[:4] != "path"],
+            "about": [
+                (shown(key), shown(one_line(value)))
+                for key, value in hit["payload"].items()
+                if key not in OWN_KEYS
+            ],
         }
         for hit in hits
     ]
-    query = {"path": path_text(image), "picture": _picture(image, max_pixels)}
-    title = f"Pictures like {path_text(image.name)}"
-    text = render(
-        "search.html.j2", title=title, query=query, hits=results, index=path_text(index), where=where
-    )
+    query = {"path": shown(path_text(image)), "picture": _picture(image, max_pixels)}
+    title = f"Pictures like {shown(path_text(image.name))}"
+    filtered = where and shown(where)
+    home = shown(path_text(index))
+    text = render("search.html.j2", title=title, query=query, hits=results, index=home, where=filtered)
     with write_aside(file) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def _file_of(payload: Mapping[str, Any]) -> Path | None:
-    """The file of an item, if its payload names one."""
-    if isinstance(written := payload.get("path_hex"), str):
-        return Path(bytes.fromhex(written).decode("utf-8", "surrogateescape"))
-    path = payload.get("path")
-    return Path(path) if isinstance(path, str) else None
+    """The file of an item, if its payload names one; ``path_hex`` counts only as the bytes of ``path``."""
+    path, written = payload.get("path"), payload.get("path_hex")
+    if not isinstance(path, str):
+        return None
+    return (named_file(path, written) if isinstance(written, str) else None) or Path(path)
 
 
 def _picture(file: Path | None, max_pixels: int) -> Png | None:
