@@ -180,6 +180,18 @@ def test_a_changed_source_is_refused_unless_it_is_allowed(own: Path, monkeypatch
         load_run(path)
 
 
+def test_an_allowed_module_that_is_not_there_is_named_with_what_helps(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = trained(own)
+    forget()
+    (own / "plug_loss.py").rename(own / "elsewhere.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(PLUGINS, "plug_loss,plug_attack")
+    with pytest.raises(RunError, match=r"no Python module 'plug_loss'.*; go to its folder, or install it$"):
+        load_run(path)
+
+
 def test_a_strangers_record_of_its_own_code_is_no_word_to_go_by(own: Path, tmp_path: Path) -> None:
     """The digest in a run is right, and the file lies where it says; this user never used it."""
     path = trained(own)

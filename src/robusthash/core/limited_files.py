@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -100,7 +101,8 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None or "\n" not in text.strip() else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or "it cannot be read"
-        raise ValueError(f"{where}: not valid YAML{place}: {problem}") from None
+        fault = place.removeprefix(", ") if isinstance(error, _NotDecimal) else f"not valid YAML{place}"
+        raise ValueError(": ".join(filter(None, (where, fault, problem)))) from None
     except RecursionError:
         raise ValueError(f"{where}: not valid YAML: nested too deep") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
@@ -111,7 +113,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 class _LimitedLoader(yaml.SafeLoader):
-    """Plain values alone, and so few aliases that merged mappings stay small."""
+    """Plain values alone, decimal numbers, and so few aliases that merged mappings stay small."""
 
     aliases = depth = 0
 
@@ -124,6 +126,27 @@ class _LimitedLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+
+def _decimal(loader: _LimitedLoader, node: yaml.ScalarNode) -> int | float:
+    """A number in base ten; YAML 1.1 takes 010 for eight and 1:30 for ninety."""
+    text = loader.construct_scalar(node)
+    whole = node.tag.endswith(":int")
+    if ":" in text or (whole and not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", text)):
+        decimal = re.sub(r"^([-+]?)[0_]+(?=[0-9_]*$)", r"\1", text) or "0"
+        write = f"write {decimal}" if decimal.lstrip("+-").isdigit() else "write it out"
+        problem = f"numbers are decimal, without zeros in front, got {text}; {write}, or {text!r} for a text"
+        raise _NotDecimal(None, None, problem, node.start_mark)
+    read = loader.construct_yaml_int if whole else loader.construct_yaml_float
+    return read(node)
+
+
+class _NotDecimal(yaml.constructor.ConstructorError):
+    """A number in another base than ten."""
+
+
+for _kind in ("int", "float"):
+    _LimitedLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _decimal)
 
 
 def _check_shape(value: Any, where: str, depth: int, values: float = math.inf) -> None:

@@ -10,6 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+LARGEST = 2**63
+"""No whole number of a recipe reaches it."""
+
 _WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -42,7 +45,8 @@ def fits(value: Any, wanted: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(each) and value == each for each in inner)
     if wanted in (int, float):
-        return isinstance(value, (int, wanted)) and not isinstance(value, bool) and math.isfinite(value)
+        known = isinstance(value, (int, wanted)) and not isinstance(value, bool)
+        return known and (isinstance(value, int) or math.isfinite(value))
     if wanted in _WORDS or wanted is None:
         return isinstance(value, wanted or type(None))
     if wanted is Path:
@@ -57,6 +61,34 @@ def fits(value: Any, wanted: Any) -> bool:
         held = value.values() if isinstance(value, Mapping) else ()
         return isinstance(value, Mapping) and all(fits(item, (*inner, Any, Any)[1]) for item in held)
     return True
+
+
+def plain(wanted: Any) -> bool:
+    """Tell whether a type is one of numbers, true and false, null, and lists of them."""
+    inner = [each for each in get_args(wanted) if each is not Ellipsis]
+    if get_origin(wanted) is Annotated:
+        return plain(inner[0])
+    if get_origin(wanted) in (Union, types.UnionType, list, tuple):
+        return all(plain(each) for each in inner)
+    return wanted in (bool, int, float, type(None))
+
+
+def fault(value: Any, wanted: Any) -> str:
+    """The reason why a value is not of an annotated type, or no number of 63 bits; "" where it is."""
+    if not fits(value, wanted):
+        return f"must be {words(wanted)}, got {_short(value)}"
+    if type(value) is int and value >= LARGEST:  # counts, sizes, seeds
+        return f"is too large, got {_short(value)}"
+    return ""
+
+
+def _short(value: Any) -> str:
+    """A value for a message; of a long one its beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number that Python does not write out
+        text = "a whole number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:100]} ..."
 
 
 def words(wanted: Any) -> str:

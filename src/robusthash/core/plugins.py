@@ -89,8 +89,13 @@ def import_plugin(named: str) -> tuple[ModuleType, str]:
     opened = _OPENED.get()
     foreign = module.partition(".")[0] != _PACKAGE
     folders = _own_folders() if opened is None else _checked(opened, module, named) if foreign else []
-    with _first_on_path(folders):
-        loaded = _imported(module, named, folders)
+    try:
+        with _first_on_path(folders):
+            loaded = _imported(module, named, folders)
+    except ImportError as error:
+        if opened is None:
+            raise
+        raise PluginError(f"{opened.source}: {error}") from error
     wanted, file = _file_in(folders, module), file_of(loaded)
     if wanted is not None and file is not None and not wanted.samefile(file):
         raise PluginError(
@@ -199,9 +204,10 @@ def _imported(module: str, named: str, folders: Sequence[Path]) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
             looked = " and ".join(dict.fromkeys(str(folder) for folder in folders))
+            beside_it = "" if _OPENED.get() else ", put it beside the recipe"  # of a run there is none
             raise ModuleNotFoundError(
                 f"no Python module {error.name!r} (wanted by {named!r}) in {looked or 'sys.path'}, and none "
-                "is installed; go to its folder, put it beside the recipe, or install it"
+                f"is installed; go to its folder{beside_it}, or install it"
             ) from error
         raise ImportError(f"{named!r} needs a module that is not there: {error}") from error
     except Exception as error:  # whatever the code of others raises

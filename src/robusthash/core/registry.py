@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from robusthash.core.option_types import annotated, fits, words
+from robusthash.core.option_types import annotated, fault
 from robusthash.core.plugins import GROUP, import_plugin
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -135,12 +135,11 @@ def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str,
     for key, value in options.items():
         if key not in accepted:
             raise KeyError(f"{kind} {entry.name!r} takes no {key!r}{nearest(key, accepted)}")
-        wanted = annotated(entry.make).get(key, Any)
-        if not fits(value, wanted):
-            raise ValueError(f"{key} of {kind} {entry.name!r} must be {words(wanted)}, got {value!r}")
-        if type(value) is int and not 0 <= value < 2**63 and _is_own(entry.make):  # counts, sizes, seeds
-            fault = "must not be below 0" if value < 0 else "is too large"
-            raise ValueError(f"{key} of {kind} {entry.name!r} {fault}, got {value:.6g}")
+        said = fault(value, annotated(entry.make).get(key, Any))
+        if type(value) is int and value < 0 and _is_own(entry.make):  # counts, sizes, seeds
+            said = said or f"must not be below 0, got {value}"
+        if said:
+            raise ValueError(f"{key} of {kind} {entry.name!r} {said}")
     return entry, options
 
 

@@ -78,6 +78,10 @@ class Schedule:
     def __post_init__(self) -> None:
         _one_of("schedule", self.kind, ("constant", "cosine", "steps", "exponential"))
         _in_range("warmup", self.warmup, 1.0)
+        if not all(0 <= share <= 1 for share in self.at):
+            raise ValueError(f"at holds shares of the training from 0 to 1, got {list(self.at)}")
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"gamma must be above 0 and finite, got {self.gamma!r}")
 
     def factor(self, progress: float) -> float:
         """The factor after a share ``progress`` of all steps; of it alone, so that resuming is exact."""
@@ -116,6 +120,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _one_of("augment", self.augment, ("none", "flip-crop"))
         _in_range("checkpoint_minutes", self.checkpoint_minutes, math.inf)
+        _in_range("seed", self.seed, 2**63)
         _one_of("batchnorm", self.batchnorm, ("train", "frozen"))
 
 

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -16,68 +16,37 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from torch import nn
 
+from robusthash.apps.experiment.config_errors import explained
+from robusthash.apps.experiment.config_values import (
+    ConfigError,
+    Seed,
+    checked,
+    fields_of,
+    numbers,
+    shortened,
+    value_of,
+)
 from robusthash.attacks.base import Attack
-from robusthash.core.limited_files import parse_yaml, read_yaml
+from robusthash.core.limited_files import read_yaml
 from robusthash.core.plugins import PluginError, beside
-from robusthash.core.registry import build, check, nearest
+from robusthash.core.registry import build, check
 from robusthash.core.runtime import digest
 from robusthash.defenses.base import check_needs
 from robusthash.training.loop import OptimConfig, Schedule
 from robusthash.training.optimiser_groups import BASE, MODALITIES, NAMES, unknown, unset
 
-_FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+)\s*")
-_EXPONENT = re.compile(r"[+-]?\d+(?:\.\d*)?[eE][+-]?\d+")
 _FILES = 20  # that extend each other
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used; the message names the field and the remedy."""
-
-
-def numbers(value: Any) -> Any:
-    """``"8/255"`` and ``"1e-4"`` (a string to YAML 1.1) as floats, at any depth."""
-    if isinstance(value, Mapping):
-        return {key: numbers(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [numbers(item) for item in value]
-    if isinstance(value, str):
-        if fraction := _FRACTION.fullmatch(value):
-            try:
-                return float(fraction[1]) / float(fraction[2])
-            except ZeroDivisionError:
-                raise ConfigError(f"{value!r} divides by zero; write a fraction such as 8/255") from None
-            except ValueError:  # dots of a version or a date: 1.2.3/4
-                return value
-        if _EXPONENT.fullmatch(value):
-            return float(value)
-    return value
-
-
-def value_of(text: str) -> Any:
-    """A value of the command line, as a recipe would hold it.
-
-    Raises:
-        ConfigError: not YAML; one line.
-    """
-    try:
-        return numbers(parse_yaml(text, repr(shortened(text))))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def is_folder_name(name: str) -> bool:
     """True for one component of a path that leads nowhere else."""
     return re.fullmatch(r"\w[\w.-]{0,99}", name) is not None
-
-
-def shortened(text: str, most: int = 200) -> str:
-    """A text for a message, its middle left out where it is long."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
 
 
 Component = dict[str, Any] | str
@@ -110,6 +79,11 @@ def _build(kind: str, settings: Component, **context: Any) -> Any:
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_type(cls, value: Any, field: ValidationInfo) -> Any:
+        return checked(value, cls.model_fields[field.field_name or ""].annotation)
 
 
 class HasherSection(Section):
@@ -150,8 +124,10 @@ class TrainingSection(Section):
     objective: Annotated[Component, _of_kind("objective")] = "csq"
     outer: Annotated[Component, _of_kind("outer")] | None = None
     attack: Annotated[Component, _of_kind("attack")] | None = None
-    optim: Annotated[dict[str, OptimConfig], BeforeValidator(_completed)] = {"hasher": OptimConfig()}
-    schedule: Annotated[Schedule, BeforeValidator(numbers)] = Schedule()
+    optim: Annotated[
+        dict[str, Annotated[OptimConfig, fields_of(OptimConfig)]], BeforeValidator(_completed)
+    ] = {"hasher": OptimConfig()}
+    schedule: Annotated[Schedule, fields_of(Schedule)] = Schedule()
     epochs: int = Field(20, ge=1, le=1_000_000)
     batch_size: int = Field(64, ge=1)
     augment: Literal["none", "flip-crop"] = "none"
@@ -227,7 +203,14 @@ class EvaluationSection(Section):
     relevance: list[str] = ["own"]
     queries: int | None = Field(None, ge=1)  # chosen by content as in `assess`; all by default
     batch_size: int = Field(250, ge=1)
-    seed: int = 0
+    seed: Seed = 0
+
+    @field_validator("relevance")
+    @classmethod
+    def _some(cls, names: list[str]) -> list[str]:
+        if not names:
+            raise ValueError("names none, and nothing would be evaluated; leave it out for the default")
+        return names
 
     @field_validator("protocol")
     @classmethod
@@ -239,7 +222,7 @@ class EvaluationSection(Section):
 class RuntimeSection(Section):
     """Seed, device, threads, and checkpoints that stay."""
 
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     threads: int | None = Field(None, ge=1)
     keep_epochs: int | None = Field(None, ge=1)  # keep the weights every N epochs, for `curves --robust`
@@ -353,7 +336,9 @@ def make_config(raw: Mapping[str, Any], overrides: Sequence[str] = (), where: st
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem, where) for problem in error.errors())) from None
+        raise ConfigError(
+            "\n".join(explained(problem, where, Config) for problem in error.errors())
+        ) from None
 
 
 def save_config(config: Config) -> str:
@@ -367,7 +352,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set takes section.key=value, got {override!r}")
-    value = value_of(text) if text else None
+    value = value_of(text, f"--set {path}") if text else None
 
     def place(node: Any, keys: list[str]) -> Any:
         if not keys:
@@ -380,21 +365,3 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         return {**node, keys[0]: place(node.get(keys[0]), keys[1:])}
 
     return place(raw, keys)
-
-
-def _explain(problem: Mapping[str, Any], where: str) -> str:
-    """One pydantic error in a line; for an unknown key it offers the nearest."""
-    place = [str(part) for part in problem["loc"] if not re.match(r"function-|dict\[|str$", str(part))]
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        section: Any = Config
-        for part in place[:-1]:
-            known = getattr(section, "model_fields", {})
-            section = known[part].annotation if part in known else get_args(section)[-1]
-        known = section.__dataclass_fields__ if dataclasses.is_dataclass(section) else section.model_fields
-        return f"{where}: unknown key {'.'.join(place)!r}{nearest(place[-1], known)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"]
-    is_component = place and isinstance(given, Mapping) and "name" in given
-    said = ", got " in message or (isinstance(given, Mapping) and not is_component)  # sections are long
-    value = "" if said else f" (got {shortened(repr(given))})"
-    return f"{where}: {'.'.join(place) or 'config'}: {message}{value}"
