@@ -100,10 +100,16 @@ class SearchModel:
 
         Raises:
             FileNotFoundError, ValueError: an item that cannot be read or used; its place is named.
+            ValueError: a model that is searched by its numbers, and not by their signs.
         """
         if modality not in self.hasher.modalities or (modality == "image" and not self.side):
             raise ValueError(
                 f"this model encodes {', '.join(self.hasher.modalities)}, not {modality!r} items"
+            )
+        if self.hasher.distance != "hamming":
+            raise ValueError(
+                f"this model is searched by the {self.hasher.distance} distance of its numbers, and has no "
+                "binary codes; wrap it with output='logits' to encode their signs"
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
