@@ -1,5 +1,7 @@
 """The size of a victim's logits is no defense, and results say where it is out of the ordinary."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -117,6 +119,7 @@ def test_data_and_results_print_in_a_few_lines(plain):
         assert "tensor" not in shown
         assert max(map(len, shown.splitlines())) < 200
     assert "query 16" in repr(DATA)
+    assert "no values" in repr(replace(clean, values={}))
     assert f"MAP {clean['MAP']:.4f} (95 % interval " in repr(clean)
     assert f"wMAP {plain['wMAP']:.4f}" in repr(plain)
     assert f"chance {plain.reference['chance']:.4f}" in repr(plain)

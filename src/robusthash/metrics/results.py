@@ -199,15 +199,16 @@ class EvalResult:
 
     def __repr__(self) -> str:
         """A few lines to read; the fields have the rest."""
-        setting, headline = self.setting, headline_of(self)
-        of = self.name or self.attack or "result"
+        names = [self.setting.key.name(role) for role in ("worst", "targeted", "")]
+        headline = next((name for name in (*names, *self.values) if name in self.values), "")
+        setting, of = self.setting, self.name or self.attack or "result"
         low, high = self.interval.get(headline, (float("nan"), float("nan")))
         known = {name: value for name, value in self.reference.items() if name in ("clean", "chance")}
         flags = [flag.id for flag in self.flags if flag.level != "pass"]
         lines = [
             f"EvalResult of {of}: {setting.queries} on {setting.database}, {setting.bits} bits",
-            f"  {headline} {self.values[headline]:.4f} (95 % interval {low:.4f} to {high:.4f}), "
-            + ", ".join(f"{name} {value:.4f}" for name, value in known.items()),
+            f"  {headline or 'no values'} {self.values.get(headline, float('nan')):.4f} (95 % interval "
+            f"{low:.4f} to {high:.4f}), " + ", ".join(f"{name} {value:.4f}" for name, value in known.items()),
             f"  attack: {setting.threat}; {', '.join(setting.attacks)}" if setting.attacks else "  no attack",
             f"  {len(self.values)} values, {len(self.notes)} notes, "
             + (f"flags {', '.join(flags)}" if flags else "no flags"),
