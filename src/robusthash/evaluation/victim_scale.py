@@ -17,7 +17,7 @@ from robusthash.core.types import Inputs
 from robusthash.models.hasher import Hasher, frozen
 
 MEASURED = 64  # queries whose logits are measured
-SPREAD = 1e3  # largest factor between the sizes of two ordinary bits
+SPREAD = 1e3  # largest factor between the sizes of two ordinary bits; of DCT hashes it is some hundreds
 LEAST, LARGEST = (
     1e-6,
     1e9,
