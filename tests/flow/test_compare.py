@@ -88,6 +88,20 @@ def test_a_red_flag_is_said_beside_the_difference(call, runs, tmp_path):
     assert str(other) in err.replace("\n", "")
 
 
+def test_refused_worst_case_names_the_results_that_compare(call, runs, tmp_path):
+    first, second = _copy(runs[0], tmp_path), _copy(runs[1], tmp_path)
+    clean = runs[0].evaluated()["clean"]
+    worst = replace(clean, name="worst", setting=replace(clean.setting, attacks=("guided",)))
+    more = replace(worst, setting=replace(clean.setting, attacks=("guided", "hag")))
+    for folder, low in ((first, worst), (second, more)):
+        save_results(folder / "metrics.json", [clean, low])
+    code, _, err = call("compare", first, second)
+    assert code == 1
+    assert "worst: these results cannot be compared: they differ in attacks" in err.replace("\n", " ")
+    assert "--result clean" in err
+    assert call("compare", first, second, "--result", "clean")[0] == 0
+
+
 def _copy(run: Run, folder: Path) -> Path:
     """A run directory without results."""
     made = folder / run.id

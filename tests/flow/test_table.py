@@ -115,6 +115,23 @@ def test_seeds_that_were_attacked_differently_leave_the_cell_empty(run, tmp_path
     assert captions([row], ["clean", "worst"])[-1].startswith("-: not evaluated in every seed")
 
 
+def test_difference_to_the_worst_case_is_that_of_the_headlines(call, run):
+    code, out, err = call("table", run.path, "--column", "clean minus worst", "--json")
+    assert code == 0, err
+    found = run.evaluated()
+    gap = found["clean"].per_query["MAP"] - found["worst"].per_query["wMAP"]
+    assert json.loads(out)[0]["cells"]["clean minus worst"]["value"] == pytest.approx(float(gap.mean()))
+
+
+def test_attack_that_was_not_run_is_said_so(call, run, tmp_path):
+    other = sibling(run, tmp_path, "other", {"hasher.bits": 16})
+    kept = [result for result in load_results(other / "metrics.json") if result.name != "hag"]
+    save_results(other / "metrics.json", kept)
+    out = call("table", run.path, other, "--column", "clean", "--column", "hag")[1]
+    assert "| not run |" in out.splitlines()[3]
+    assert "not evaluated in every seed" not in out
+
+
 def moved(folder: Path, run: Run, seed: int, by: float, **settings: object) -> Path:
     """A sibling of another seed whose clean AP are lower, more so for later queries."""
     name = f"{seed} {by}"
@@ -258,8 +275,11 @@ def test_of_a_folder_runs_that_were_not_evaluated_are_left_out(call, run, tmp_pa
 def test_other_formats_hold_the_same_values(call, run):
     cell = make_rows([run.path])[0].cells["clean"]
     lines = list(csv.reader(call("table", run.path, "--column", "clean", "--format", "csv")[1].splitlines()))
-    assert lines[0] == ["recipe", "clean", "clean low", "clean high", "clean seeds"]
-    assert [float(value) for value in lines[1][1:]] == pytest.approx(
+    parts = ["recipe", "clean", "clean low", "clean high", "clean seeds"]
+    assert lines[0] == [*parts, "chance", "training minutes", "seeds"]
+    assert float(lines[1][5]) == pytest.approx(run.evaluated()["clean"].reference["chance"], abs=1e-6)
+    assert lines[1][7] == "1"
+    assert [float(value) for value in lines[1][1:5]] == pytest.approx(
         [cell.value, *cell.interval, 1], abs=1e-6
     )
     tex = call("table", run.path, "--column", "clean as 95 % & more", "--format", "latex")[1].splitlines()

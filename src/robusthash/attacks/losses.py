@@ -124,8 +124,11 @@ class ScaleFree(Loss):
 def soft_bits(probe: Probe) -> Tensor:
     """(B, K) tanh(u / s), s the item's median |u| held constant, u the mean over attacked modalities."""
     logits = torch.stack([output.logits for output in probe.outputs.values()]).mean(0)
-    size = logits.detach().abs().median(1, keepdim=True).values.clamp_min(1e-12)
-    return torch.tanh(logits / size)
+    sizes = logits.detach().abs()
+    largest = sizes.amax(1, keepdim=True)
+    # a floor for items of which most logits are 0, in units of their own
+    floor = 1e-12 * torch.where(largest > 0, largest, 1.0).clamp_max(1.0)
+    return torch.tanh(logits / torch.maximum(sizes.median(1, keepdim=True).values, floor))
 
 
 @register("attack-loss", "objective", paper="Madry et al., ICLR 2018", evidence="paper")

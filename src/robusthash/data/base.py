@@ -175,6 +175,19 @@ class RetrievalData:
         shared = np.isin(self.train.hashes, self.database.hashes)
         object.__setattr__(self, "train_in_database", int(shared.sum()))
 
+    def __repr__(self) -> str:
+        """A few lines to read; the fields have the rest."""
+        splits = {"train": self.train, "query": self.query, "database": self.database}
+        if self.validation is not None:
+            splits["validation"] = self.validation
+        names = ", ".join(self.label_names[:6]) + ", ..." * (len(self.label_names) > 6)
+        lines = [
+            f"RetrievalData {self.name!r}: {', '.join(self.modalities)}",
+            "  " + ", ".join(f"{name} {len(split)}" for name, split in splits.items()),
+            f"  {len(self.label_names)} labels: {names}",
+        ]
+        return "\n".join([*lines, *([f"  {self.note}"] if self.note else [])])
+
     @staticmethod
     def from_arrays(images: Any, labels: Any, **options: Any) -> RetrievalData:
         """Your own images and labels in memory as a data set; see ``data.own_data.from_arrays``."""

@@ -12,7 +12,7 @@ from robusthash.core.embeddings import Embeddings
 from robusthash.core.runtime import Draws
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
-from robusthash.evaluation.code_measures import ap_alone, ap_names, mean_ap, measure_codes
+from robusthash.evaluation.code_measures import ap_alone, ap_names, mean_ap, measure_codes, unmoved_note
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import score_clean, score_targeted, setting_of, worst
 from robusthash.evaluation.runner import AttackRuns
@@ -44,7 +44,7 @@ def aggregate(context: EvaluationContext, runs: AttackRuns, floor_random: int = 
     }
     values = {**result.values, "clean": float(clean.nan_to_num(0.0).mean())}
     reference = {**result.reference, **({} if floor is None else {"floor": float(floor.mean())})}
-    notes = (*result.notes, *runs.notes, *floor_notes, *_notes(runs.specs, changes))
+    notes = (*result.notes, *runs.notes, *floor_notes, *_notes(runs.specs, changes), *_unmoved(context, runs))
     if targeted is not None:
         columns = targeted.per_query.items()
         of_targets = [name for name, _ in columns if MeasureKey.parse(name).role == "targeted"]
@@ -211,6 +211,16 @@ def _notes(specs: Sequence[AttackSpec], changes: Mapping[str, Tensor]) -> tuple[
         f"{unchanged} worst inputs are as the clean ones: their PSNR is infinite, its interval of the others"
     )
     return (*short, *[count] * bool(unchanged))
+
+
+def _unmoved(context: EvaluationContext, runs: AttackRuns) -> list[str]:
+    """Notes of the attacks by gradients of which no restart moved a code."""
+    notes: list[str] = []
+    for spec in runs.specs:
+        if isinstance(spec, GradientAttack) and spec.kind != "refined":
+            each = [unmoved_note(context, spec.threat, a, spec.name) for a in runs.blocks[spec.name]]
+            notes += each[0] if all(each) else ()
+    return notes
 
 
 def _perceptibility(changes: Mapping[str, Tensor]) -> dict[str, float]:

@@ -120,7 +120,7 @@ def attack_block(
         # one pair of image and text serves every direction, so no direction's AP may choose it
         if attack.selects and goal.labels is not None and len(attack.threat.balls) == 1:
             select = context.select(goal.labels, goal.sign)
-        by = gradients or context.victim
+        by = gradients or context.differentiated
         if by.distance != context.victim.distance:
             raise ValueError(
                 f"the gradients are of a model that is searched by {by.distance} distance, and the victim is "

@@ -108,7 +108,7 @@ class GradientAttack:
     def run(
         self, context: EvaluationContext, block: int, restart: int, start: Inputs | None = None
     ) -> AttackedBlock:
-        gradients = None if self.view is None else self.view(context.victim)
+        gradients = None if self.view is None else self.view(context.differentiated)
         return attack_block(context, self.attack, block, gradients, restart, start)
 
 

@@ -94,12 +94,26 @@ def noise_notes(context: EvaluationContext) -> tuple[str, ...]:
     return (f"{note}; {also}",) if context.randomised else ()
 
 
-def unmoved_note(threat: Threat, attacked: AttackedBlock) -> tuple[str, ...]:
-    """The note that an attack with a budget changed no query: its search had no gradient to follow."""
-    largest = attacked.pixels.get("linf", attacked.pixels.get("edits"))
-    if largest is None or largest.any() or not any(ball.eps for ball in threat.balls.values()):
+def unmoved_note(
+    context: EvaluationContext, threat: Threat, attacked: AttackedBlock, name: str = ""
+) -> tuple[str, ...]:
+    """The note that an attack with a budget changed no query, or no code of any.
+
+    Args:
+        name: of the attack, in the results of several.
+    """
+    if not any(ball.eps for ball in threat.balls.values()):
         return ()
+    start = f"the attack {name}" if name else "the attack"
+    largest = attacked.pixels.get("linf", attacked.pixels.get("edits"))
+    if largest is None or largest.any():
+        if bool((attacked.signs != context.query.rows()[:, None]).any()):
+            return ()
+        return (
+            f"{start} moved no code: take more steps, longer ones, or another attack; its AP says nothing "
+            "about robustness",
+        )
     return (
-        "the attack changed no query: the gradient it follows is zero everywhere (rounding, a threshold, "
-        "saturated outputs), and its AP says nothing about robustness",
+        f"{start} changed no query: the gradient it follows is zero everywhere (rounding, a threshold, "
+        "saturated outputs), or no point that it saw was worse; its AP says nothing about robustness",
     )

@@ -14,11 +14,12 @@ from robusthash.attacks.base import Attack, Select
 from robusthash.attacks.embedding_attacks import on_embeddings
 from robusthash.core.embeddings import Embeddings, Searched
 from robusthash.core.labels import has_relevant
-from robusthash.core.out_of_memory import halving, warn
+from robusthash.core.out_of_memory import halving, out_of_memory, warn
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Codes, Reference
 from robusthash.data.base import RetrievalData, Split
 from robusthash.data.splits import stable_subset
+from robusthash.evaluation.victim_scale import MEASURED, LogitScale, logit_scale
 from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.distance_histogram import Prepared, prepare, prepared_counts
 from robusthash.metrics.embedding_measures import embedding_ap
@@ -102,6 +103,27 @@ class EvaluationContext:
         """``count`` of the queries, chosen by ``stable_subset``; itself where it has no more."""
         positions = stable_subset(self.queries, count)
         return self if count >= len(self.queries) else self.at(positions, by_content(count, self.data.query))
+
+    @cached_property
+    def scale(self) -> LogitScale:
+        """The size of the victim's logits on some of the queries, by noise of its own where it draws."""
+        try:
+            return self._measured(min(4, self.batch_size))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        return self._measured(1)
+
+    def _measured(self, size: int) -> LogitScale:
+        batches = map(self.queries.batch, torch.arange(min(MEASURED, len(self.queries))).split(size))
+        inputs = (b.only(self.victim.modalities).to(self.victim.device).inputs for b in batches)
+        with keyed_noise(Draws(self.seed, ("scale",)).key(), self.victim.device):
+            return logit_scale(self.victim, inputs)
+
+    @cached_property
+    def differentiated(self) -> Hasher:
+        """The victim as attacks see it: itself, or by logits of an ordinary size, with the same codes."""
+        return self.scale.applied(self.victim)
 
     @cached_property
     def _training(self) -> Reference:

@@ -140,8 +140,9 @@ def score_attack(context: EvaluationContext, attack: Described, attacked: Attack
         notes=(
             *result.notes,
             *((f"fitted to the victim in {steps} steps",) if steps else ()),
+            *((context.scale.note,) if isinstance(attack, Attack) and context.scale.note else ()),
             *((attack.falls_short,) if isinstance(attack, Attack) and attack.falls_short else ()),
-            *unmoved_note(attack.threat, attacked),
+            *unmoved_note(context, attack.threat, attacked),
         ),
     )
 

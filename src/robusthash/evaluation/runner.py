@@ -14,7 +14,7 @@ from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Inputs
 from robusthash.evaluation.attack_block import AttackedBlock
-from robusthash.evaluation.attack_spec import AttackSpec, RefinedAttack
+from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, RefinedAttack
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.models.surrogate_gradients import keyed_noise
 
@@ -194,6 +194,8 @@ def run_attacks(
         return None
     joined = {name: tuple(AttackedBlock.join(parts) for parts in runs) for name, runs in results.items()}
     samples = {name: torch.cat(parts, 2) for name, parts in noise.items()}
+    if any(isinstance(spec, GradientAttack) for spec in specs) and context.scale.note:
+        notes.append(context.scale.note)
     return AttackRuns(tuple(specs), joined, samples, (*context.notes, *notes))
 
 

@@ -198,6 +198,24 @@ class EvalResult:
             raise KeyError(f"this result has no {str(name)!r}{nearest(str(name), self.values)}")
         return self.values[str(name)]
 
+    def __repr__(self) -> str:
+        """A few lines to read; the fields have the rest."""
+        names = [self.setting.key.name(role) for role in ("worst", "targeted", "")]
+        headline = next((name for name in (*names, *self.values) if name in self.values), "")
+        setting, of = self.setting, self.name or self.attack or "result"
+        low, high = self.interval.get(headline, (float("nan"), float("nan")))
+        known = {name: value for name, value in self.reference.items() if name in ("clean", "chance")}
+        flags = [flag.id for flag in self.flags if flag.level != "pass"]
+        lines = [
+            f"EvalResult of {of}: {setting.queries} on {setting.database}, {setting.bits} bits",
+            f"  {headline or 'no values'} {self.values.get(headline, float('nan')):.4f} (95 % interval "
+            f"{low:.4f} to {high:.4f}), " + ", ".join(f"{name} {value:.4f}" for name, value in known.items()),
+            f"  attack: {setting.threat}; {', '.join(setting.attacks)}" if setting.attacks else "  no attack",
+            f"  {len(self.values)} values, {len(self.notes)} notes, "
+            + (f"flags {', '.join(flags)}" if flags else "no flags"),
+        ]
+        return "\n".join(lines)
+
     @property
     def unreliable(self) -> bool:
         """True where a red flag was raised."""

@@ -231,12 +231,17 @@ def fit(
         CheckpointError: the last checkpoint is of other settings.
         FloatingPointError: a loss that is NaN or infinite, with epoch, step and terms.
         KeyError: an optimiser group that the configuration does not know.
-        ValueError: settings of a group that the recipe does not have; batches of one item, and a layer that
-            normalises over the batch alone.
+        ValueError: a model that is searched by its numbers; settings of a group that the recipe does not
+            have; batches of one item, and a layer that normalises over the batch alone.
     """
     if world() > 1 and not recipe.data_parallel:
         raise ValueError(
             f"recipe {type(recipe).__name__} trains in one process alone; start it without torchrun"
+        )
+    if recipe.hasher.distance != "hamming":
+        raise ValueError(
+            f"this model is searched by the {recipe.hasher.distance} distance of its numbers, and codes are "
+            "trained; wrap it with output='logits'"
         )
     device = choose_device(config.device)
     seed_everything(config.seed)

@@ -1,4 +1,5 @@
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -23,13 +24,15 @@ def compare(
     from robusthash.metrics.comparison import compare as compare_results
     from robusthash.metrics.result_words import budget_words, empty_note, p_text
 
-    sides = []
-    for run in (first, second):
-        results = load_run(run).results()
+    stored = [load_run(run).results() for run in (first, second)]
+    for run, results in zip((first, second), stored, strict=True):
         if result not in results:
             raise ValueError(f"{run} has no result {result!r}{nearest(result, results)}")
-        sides.append(results[result])
-    differences = compare_results(*sides)
+    sides = [results[result] for results in stored]
+    try:
+        differences = compare_results(*sides)
+    except ValueError as error:
+        raise ValueError(f"{result}: {error}{_others(*stored)}") from None
     if unreliable := [str(run) for run, side in zip((first, second), sides, strict=True) if side.unreliable]:
         warn("UNRELIABLE", red_flag_warning(unreliable))
     if as_json:
@@ -48,3 +51,14 @@ def compare(
     for run, side in zip((first, second), sides, strict=True):
         if text := empty_note(side):
             note(f"{run}: {text}")
+
+
+def _others(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Options that name the results which two runs have in common and which compare; "" where none does."""
+    same = [
+        name
+        for name, one in first.items()
+        if name in second and not one.setting.differs(second[name].setting)
+    ]
+    names = " or ".join(f"--result '{name}'" if " " in name else f"--result {name}" for name in same)
+    return f"; these two have comparable results: {names}" if names else ""

@@ -103,12 +103,18 @@ class SearchModel:
 
         Raises:
             FileNotFoundError, ValueError: an item that cannot be read or used; its place is named.
+            ValueError: a model that is searched by its numbers, and not by their signs.
         """
         if modality == "image" and modality in self.hasher.modalities and not self.side:
             raise ValueError("this model encodes images of no known size, as of features; it takes none here")
         if modality not in self.hasher.modalities:
             raise ValueError(
                 f"this model encodes {', '.join(self.hasher.modalities)}, not {modality!r} items"
+            )
+        if self.hasher.distance != "hamming":
+            raise ValueError(
+                f"this model is searched by the {self.hasher.distance} distance of its numbers, and has no "
+                "binary codes; wrap it with output='logits' to encode their signs"
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")

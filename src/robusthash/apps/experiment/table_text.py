@@ -24,30 +24,47 @@ def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str
 
 
 def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[str]]:
-    """Header and lines with value, ends of the interval and seeds of each column apart; "" for none."""
-    table = [
-        ["recipe", *(f"{column}{part}" for column in columns for part in ("", " low", " high", " seeds"))]
-    ]
-    for row in rows:
+    """Header and lines with value, ends of the interval and seeds of each column apart; "" for none.
+
+    After them the columns that ``text_table`` has beside the results.
+    """
+    parts = [f"{column}{part}" for column in columns for part in ("", " low", " high", " seeds")]
+    titles, beside = _beside(rows, columns, 6)
+    table = [["recipe", *parts, *titles]]
+    for row, own in zip(rows, beside, strict=True):
         numbers = [row.cells[c].numbers() if c in row.cells else [""] * 4 for c in columns]
-        table.append([row.name, *(number for group in numbers for number in group)])
+        table.append([row.name, *(number for group in numbers for number in group), *own])
     return [list(map(csv_cell, cells)) for cells in table]
 
 
 def text_table(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[list[str]]:
     """Header and lines of a table for reading; one of differences has neither chance nor training minutes."""
     columns = list(rows[0].cells) if results is None else list(results)
+    titles, beside = _beside(rows, columns, 3)
+    table = [["recipe", *columns, *titles]]
+    for row, own in zip(rows, beside, strict=True):
+        without = ["not run" if column in row.not_run else "-" for column in columns]
+        cells = [
+            row.cells[c].text() if c in row.cells else gap for c, gap in zip(columns, without, strict=True)
+        ]
+        table.append([row.name, *cells, *own])
+    return table
+
+
+def _beside(
+    rows: Sequence[TableRow], columns: Sequence[str], digits: int
+) -> tuple[list[str], list[list[str]]]:
+    """Titles and lines of the columns beside the results: chance, training minutes and seeds."""
     signed = any(cell.signed for row in rows for cell in row.cells.values())
     scored = {row.scored[column] for row in rows for column in columns if column in row.scored}
     chances = [scored_on for scored_on in rows[0].chance if scored_on in scored and not signed]
     minutes = [] if signed else ["training minutes"]
-    table = [["recipe", *columns, *(f"chance {name}".strip() for name in chances), *minutes, "seeds"]]
+    lines = []
     for row in rows:
-        cells = [row.cells[column].text() if column in row.cells else "-" for column in columns]
-        cells += [f"{row.chance[name]:.3f}" for name in chances]
+        cells = [f"{row.chance[name]:.{digits}f}" for name in chances]
         cells += [f"{row.minutes:.1f}"] * len(minutes)
-        table.append([row.name, *cells, str(max((cell.seeds for cell in row.cells.values()), default=0))])
-    return table
+        lines.append([*cells, str(max((cell.seeds for cell in row.cells.values()), default=0))])
+    return [*(f"chance {name}".strip() for name in chances), *minutes, "seeds"], lines
 
 
 def captions(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[str]:
@@ -69,7 +86,7 @@ def captions(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> 
         start = "Columns whose rows do not compare, since they were attacked differently"
         lines.append(f"{start}: {', '.join(mixed)}.")
     lines += [f"{note}." for note in dict.fromkeys(_empty_lines(rows))]
-    if any(column not in row.cells for row in rows for column in columns):
+    if any(column not in {*row.cells, *row.not_run} for row in rows for column in columns):
         lines.append("-: not evaluated in every seed, or the seeds of the recipe were attacked differently.")
     return lines
 

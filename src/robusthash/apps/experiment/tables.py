@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ class TableRow:
 
     ``chance`` is by direction and relevance ("" where a run has one alone), ``scored`` gives them by cell.
     ``attacked`` has threat, attacks and budget of every cell; "" of clean queries. ``empty`` says, by
-    direction and relevance, how many queries have no relevant item, where there are any.
+    direction and relevance, how many queries have no relevant item, where there are any. ``not_run`` are
+    columns of results that none of its runs has.
     """
 
     name: str
@@ -73,6 +74,7 @@ class TableRow:
     scored: dict[str, str]
     attacked: dict[str, str]
     empty: dict[str, str]
+    not_run: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ def rows_of(rows: Seeds, columns: Sequence[Column] | None = None) -> list[TableR
     table = []
     for name, seeds in rows.items():
         cells = {column: _cell(seeds, column) for column in columns or _evaluated(seeds)}
-        table.append(_row(name, seeds, {column: cell for column, cell in cells.items() if cell is not None}))
+        known = {column: cell for column, cell in cells.items() if cell is not None}
+        table.append(_row(name, seeds, known, _not_run(seeds, cells)))
     return table
 
 
@@ -143,13 +146,26 @@ def _evaluated(seeds: Sequence[Seed]) -> list[Column]:
     return [Column(result) for result in seeds[0].evaluated]
 
 
+def _not_run(seeds: Sequence[Seed], columns: Iterable[Column]) -> tuple[str, ...]:
+    """Titles of columns with a result that no seed has."""
+    sources = {column.title: {column.result, column.minus} - {""} for column in columns}
+    return tuple(
+        title
+        for title, names in sources.items()
+        if any(all(name not in seed.results for seed in seeds) for name in names)
+    )
+
+
 def _cell(seeds: Sequence[Seed], column: Column) -> tuple[Cell, EvalResult] | None:
-    """The value of a column, and a result of it; None where a seed lacks it, or was attacked otherwise."""
-    if not (results := _of_all(seeds, column)):
+    """The value of a column, and a result of it; None where a seed lacks it, or was attacked otherwise.
+
+    A difference without a measure is that of the headlines, which a worst case names otherwise.
+    """
+    results = _of_all(seeds, column)
+    others = _of_all(seeds, Column(column.minus, column.measure)) if column.minus else []
+    if not results or (column.minus and not others):
         return None
-    measure = column.measure or headline_of(results[0])
-    others = _of_all(seeds, Column(column.minus, measure)) if column.minus else []
-    return (cell_of(results, measure, others), results[0]) if others or not column.minus else None
+    return cell_of(results, column.measure, others), results[0]
 
 
 def differences_of(rows: Seeds, columns: Sequence[Column] | None, baseline: str) -> list[TableRow]:
@@ -183,11 +199,17 @@ def differences_of(rows: Seeds, columns: Sequence[Column] | None, baseline: str)
         pairs, count = [*common, *(against[seed.number] for seed in common)], len(common)
         results = {column: _of_all(pairs, column) for column in columns}
         cells = {c: (cell_of(r[:count], c.measure, r[count:]), r[0]) for c, r in results.items() if r}
-        table.append(_row(name, rows[name], cells))
+        lacking = (title for side in (common, pairs[count:]) for title in _not_run(side, columns))
+        table.append(_row(name, rows[name], cells, tuple(dict.fromkeys(lacking))))
     return table
 
 
-def _row(name: str, seeds: Sequence[Seed], cells: Mapping[Column, tuple[Cell, EvalResult]]) -> TableRow:
+def _row(
+    name: str,
+    seeds: Sequence[Seed],
+    cells: Mapping[Column, tuple[Cell, EvalResult]],
+    not_run: tuple[str, ...],
+) -> TableRow:
     return TableRow(
         name,
         {column.title: cell for column, (cell, _) in cells.items()},
@@ -196,6 +218,7 @@ def _row(name: str, seeds: Sequence[Seed], cells: Mapping[Column, tuple[Cell, Ev
         {column.title: result.scored_on for column, (_, result) in cells.items()},
         {column.title: _attack_of(result) for column, (_, result) in cells.items()},
         {on: text for on, clean in seeds[0].clean.items() if (text := empty_note(clean))},
+        not_run,
     )
 
 
@@ -222,15 +245,15 @@ def cell_of(
 
     Args:
         results: one a seed.
-        measure: the headline of the result by default.
+        measure: the headline by default, of both sides its own.
         minus: results of the same seeds and queries, for the mean of the differences.
     """
-    measure = measure or headline_of(results[0])
-    values = _stacked(results, measure) - (_stacked(minus, measure) if minus else 0.0)
+    own = measure or headline_of(results[0])
+    values = _stacked(results, own) - (_stacked(minus, measure or headline_of(minus[0])) if minus else 0.0)
     values = values[:, values.isfinite().all(0)]
     if not values.numel():
-        raise ValueError(f"no query has a finite value of {measure} in every seed")
-    interval = results[0].interval.get(measure) if len(values) == 1 and not minus else None
+        raise ValueError(f"no query has a finite value of {own} in every seed")
+    interval = results[0].interval.get(own) if len(values) == 1 and not minus else None
     if interval is None:
         interval = hierarchical_interval(values) if len(values) > 1 else bootstrap_interval(values[0])
     return Cell(float(values.mean()), interval, len(results), signed=bool(minus))

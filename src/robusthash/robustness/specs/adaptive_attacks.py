@@ -60,7 +60,7 @@ class Adaptive(GradientAttack):
     ) -> AttackedBlock:
         draws = Draws(context.seed, ("view", self.name, str(block), str(restart)))
         with keyed_noise(draws.key(), context.victim.device):
-            view = self.view(context.victim) if self.view is not None else None
+            view = self.view(context.differentiated) if self.view is not None else None
             if isinstance(view, ViewedHasher):
                 view = view.for_block(context.batch(block, self.threat.balls).inputs, draws)
             result = attack_block(context, self.attack, block, view, restart, start)
