@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -120,15 +121,21 @@ def test_text_in_a_table_wraps_and_a_long_path_folds(capsys):
     assert told.count("a") > 300
 
 
-def test_a_passed_check_has_no_remedy_next_to_it(capsys, monkeypatch):
+def test_raised_checks_say_what_they_looked_at_and_passed_ones_are_a_line(capsys, monkeypatch):
     monkeypatch.setattr(terminal.console, "width", 200)
-
     flags = (
         Flag("F1", 0.1, 0.5, "pass", "take more steps"),
+        Flag("F16", math.inf, 0.5, "amber", "not run: no float64"),
         Flag("F2", 0.9, 0.5, "red", "take the gate away"),
+        Flag("F3", 0.0, 0.5, "pass", "take more steps"),
     )
     print_assessment(replace(evaluate(small_hasher(), make_data()), curves={}, flags=flags))
     told = capsys.readouterr().err
+    assert told.index("F2: share of queries whose input gradient is exactly 0") < told.index(
+        "F16: share of bits"
+    )
     assert "take the gate away" in told
-    assert "F1" in told
+    assert "not run" in told
+    assert "inf" not in told
+    assert "2 checks passed: F1, F3" in told
     assert "take more steps" not in told
