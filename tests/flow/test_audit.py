@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from robusthash.apps.audit import warnings as audit_warnings
+from robusthash.apps.audit.measured_rows import AuditRow
 from robusthash.apps.audit.measurement import _context, _Plan, run_audit
 from robusthash.apps.audit.photo_collection import read_photos
 from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, Tier, open_target, size_of
+from robusthash.apps.audit.verdict import counted, idle_attacks, verdict
 from robusthash.apps.audit.warnings import model_flags
 from robusthash.core.hamming import distance
 from robusthash.core.runtime import Draws, silent
@@ -196,6 +198,12 @@ def test_the_first_sentence_agrees_with_the_numbers(folder, tmp_path, monkeypatc
     else:
         assert level == ("fooled" if hidden else "held")
         assert ("longer attacks may hide more" in first) == (hidden == 0)
+    assert "further than 10 bits" in first
+    assert "counted as the same" in page
+    assert "recognised" not in page
+    assert f"at most {eps * 255:g} of 255 brightness levels a pixel" in page or ":" in name
+    resize = next(row for row in summary["rows"] if row["name"] == "resize")
+    assert resize["words"].endswith("(at the model's size, 48 px)")
 
 
 def test_ordinary_neighbours_of_a_correct_search_are_no_failures(folder, model, tmp_path):
@@ -481,6 +489,42 @@ def test_targets_that_cannot_be_opened(folder, model):
     with pytest.raises(Broken, match="answers 24 bits, and --bits says 64"):
         open_target("toy:model", images, bits=64)
     assert size_of("toy:model", None) == 224
+
+
+def row_of(kind, name="x", first=1.0, bits=0.0, asked=20):
+    return AuditRow(name, name, "no", kind, asked, first, first, first, bits)
+
+
+def test_ties_are_no_whole_photographs_and_attacks_below_noise_are_named():
+    rows = [row_of("noise", bits=1.1), row_of("hide", "guided-apgd"), row_of("hide", "flip", 0.0, 20.0)]
+    assert idle_attacks(rows) == [
+        "guided-apgd got nowhere (moved by 0; random noise: 1.1), so its row says nothing good of this search."
+    ]
+    assert [counted(share, 20) for share in (1.0, 0.975, 0.0)] == ["20", "19.5", "0"]
+    summary = {
+        "radius": 10,
+        "distance": "hamming",
+        "matches by": "rank",
+        "tier": {"questions": 5},
+        "eps": 0.1,
+    }
+    summary |= {"gradients": True, "photographs": {"used": 60}}
+    said = verdict(summary, [row_of("same"), row_of("hide-worst", first=0.375, asked=4)], ())
+    assert "hides from it 2.5 of 4 photographs (not found first)" in said.first
+    assert said.asked.startswith("20 photographs were looked up in a search that stores copies of 60")
+
+
+def test_the_terminal_names_radius_stored_copies_and_attacks_that_imitate(folder, tmp_path, call):
+    pytest.importorskip("imagehash", reason="needs the extra 'audit' (pip install robusthash[audit])")
+    few = ["--size", 48, "--tier", "smoke", "--queries", 2, "--attacked", 2, "--out", tmp_path / "o"]
+    code, _, err = call("audit", "dhash", "--photos", folder, *few)
+    assert code == 0, err
+    assert "Counts as the same: within 10 bits." in err
+    assert "2 photographs were looked up in a search that stores copies of" in err
+    head, _, tail = err.partition("(lower is better)")
+    assert "imitate" not in head
+    assert "imitate, best case" in tail
+    assert "recognised" not in err
 
 
 def test_the_verb(folder, model, tmp_path, call):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import yaml
 from helpers import write_photographs
 
 import robusthash as rh
-from robusthash.apps.experiment.quickstart_run import plan
+from robusthash.apps.experiment.quickstart_run import duration, plan
 from robusthash.apps.experiment.run_directory import load_run
 from robusthash.data.copies import CHANGES, HELD_OUT, TRAINED
 from robusthash.index import open_index
@@ -66,7 +69,7 @@ def test_a_stopped_quickstart_goes_on_and_indexes_each_image_once(folder: Path, 
         assert index.count() == summary["indexed"] == COUNT
 
 
-def test_recall_is_reported_by_kind_of_change(made):
+def test_recall_is_reported_by_kind_of_change(folder: Path, made):
     _, summary, _ = made
     rows = {row["copies"]: row for row in summary["copies"]}
     assert list(rows) == [*(change.name for change in CHANGES), TRAINED, HELD_OUT, "all"]
@@ -76,6 +79,9 @@ def test_recall_is_reported_by_kind_of_change(made):
     assert rows["all"]["found first"] > 0.6 > 3 / COUNT
     assert rows["all"]["first under pgd"] <= 1
     page = check_self_contained(Path(summary["report"]).read_text(encoding="utf-8"))
+    assert f"copies: 64 bits on {folder.name}" in page.words
+    assert "no precision-recall curve" not in page.words
+    assert "at four times the model's size" in page.words
     for name, row in rows.items():
         assert name in page.words
         assert f"{row['found first']:.3f}" in page.words
@@ -182,11 +188,50 @@ def test_a_folder_that_cannot_be_used_is_one_line(call, folder: Path, tmp_path: 
         code, _, told = call("quickstart", images, "--out", tmp_path / "out")
         assert code == 1
         assert reason in told.splitlines()[-1]
+        assert "Makes a search" not in told
     for number in range(3):
         shutil.copy(folder / f"{number}.jpg", few)
     code, _, told = call("quickstart", few, "--out", tmp_path / "out")
     assert code == 1
-    assert "holds 3 different readable images (of 3 files)" in told.splitlines()[-1]
+    assert "holds 3 images, and training without labels needs at least 10" in told.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["none", "empty", "few"])
+def test_what_cannot_be_used_is_refused_before_anything_is_loaded(folder: Path, tmp_path: Path, name: str):
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    (tmp_path / "few").mkdir()
+    shutil.copy(folder / "0.jpg", tmp_path / "few")
+    program = (
+        "import sys; from robusthash.apps import cli; "
+        "sys.modules['robusthash.apps.experiment.quickstart_run'] = None; "
+        f"sys.argv = ['robusthash', 'quickstart', {str(tmp_path / name)!r}]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    said = {"none": "no folder", "empty": "holds no image", "few": "holds 1 file, and"}[name]
+    assert said in done.stderr.splitlines()[-1]
+
+
+def test_skipped_files_are_printed_once_and_the_time_is_that_of_the_folder(call, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "images")
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"no picture")
+    sets = [
+        word for text in (*SMALL, "evaluation.attacks=[]", "training.epochs=1") for word in ("--set", text)
+    ]
+    handler = logging.StreamHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        code, _, told = call("quickstart", tmp_path / "images", "--out", tmp_path / "out", *sets)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert code == 0, told
+    assert told.count("skipped as unreadable") == 1
+    assert "about a minute on two free cores" in told
+
+
+def test_the_time_goes_with_the_folder():
+    said = [duration(count, "copies") for count in (20, 200, 250, 5000)]
+    assert said == ["about a minute", "about 3 minutes", "about 4 minutes", "about 4 minutes"]
 
 
 def test_the_recipes_of_the_repository_are_those_of_the_package():

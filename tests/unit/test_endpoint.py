@@ -25,6 +25,7 @@ from robusthash.models.external.wrapper import Broken, foreign
 
 pytest.importorskip("httpx")
 
+from robusthash.models.external import http_endpoint
 from robusthash.models.external.http_endpoint import Endpoint
 
 IMAGES = torch.linspace(0, 1, 3 * 3 * 16 * 16).view(3, 3, 16, 16)
@@ -403,6 +404,39 @@ def test_the_time_is_that_of_the_whole_exchange(hostile):
     with raw(hostile) as (url, _), pytest.raises(Broken, match=r"did not answer within 0.3 s, 2 times"):
         quick(url, timeout=0.3, retries=1)[0](IMAGES[:1])
     assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("hostile", [drip, flood, slow_body])
+def test_all_tries_of_a_question_have_one_limit_together(hostile, monkeypatch):
+    monkeypatch.setattr(http_endpoint, "_IN_ALL", 1.0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.monotonic()
+    with raw(hostile) as (url, count), pytest.raises(Broken, match=r"did not answer within 0.\d* s, 2 times"):
+        Endpoint(url, rate=1e6, timeout=0.6, retries=4, pause=0.1)(IMAGES[:1])
+    assert count[0] == 2
+    assert time.monotonic() - began < 1.5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
+
+
+def test_a_wait_that_the_server_asks_for_is_not_of_that_limit(monkeypatch):
+    monkeypatch.setattr(http_endpoint, "_IN_ALL", 0.5)
+
+    def answer(body, number):
+        return (429, {"retry-after": "1"}, {}) if number == 1 else (200, {}, {"code": [0, 1]})
+
+    with served(answer) as (url, _):
+        assert Endpoint(url, rate=1e6, timeout=0.3)(IMAGES[:1]).tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("size", [70_000, 300_000])
+def test_headers_are_read_up_to_64_kib(size):
+    lines = "".join(f"x-{n}: {'a' * 1000}\n" for n in range(size // 1000))
+    with (
+        raw(says(f"HTTP/1.1 200 OK\n{lines}content-length: 15\n", b'{"code": [0,1]}')) as (url, count),
+        pytest.raises(Broken, match="headers of more than 65536 bytes"),
+    ):
+        quick(url)[0](IMAGES[:1])
+    assert count[0] == 1
 
 
 def bomb():

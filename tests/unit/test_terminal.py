@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -82,15 +84,58 @@ def test_the_demo_says_what_it_does_before_it_loads_anything():
     assert "demo/report.html" in done.stderr
 
 
-def test_a_passed_check_has_no_remedy_next_to_it(capsys, monkeypatch):
-    monkeypatch.setattr(terminal.console, "width", 200)
+WIDE = ["copies", "queries", "found first", "95 % interval", "in first 10"]
+WIDE += [f"first under {name}" for name in ("mainstay", "guided-apgd", "pgd")] + ["worst 1/rank"]
+ROWS = [
+    ["brighter", 60, 0.98, "1.00..1.00", 1.0, 0.0333, 0.0, 0.1234, 0.5678],
+    ["never trained on", 300, 0.5, "0.93 .. 0.98", 1.0, 0.0333, 0.0, 0.1234, 0.5678],
+]
 
+
+@pytest.mark.parametrize("width", [None, 80, 60])
+def test_no_number_of_a_table_is_cut(capsys, monkeypatch, width):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if width is not None:  # a terminal
+        monkeypatch.setattr(terminal.console, "width", width)
+        monkeypatch.setattr(type(terminal.console), "is_terminal", True)
+    terminal.print_table("copies", WIDE, ROWS)
+    told = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)
+    lines = told.splitlines()
+    assert max(map(len, lines)) <= (width or 120)
+    assert "\u2026" not in told
+    for text in ("brighter", "1.00..1.00", "0.93 .. 0.98", "mainstay", "guided-apgd", "0.0333", "0.5678"):
+        assert text in told
+    assert ("continued" in told) == (width is not None)
+    if width is None:
+        assert any("0.93 .. 0.98" in line and "0.5678" in line for line in lines)
+
+
+def test_text_in_a_table_wraps_and_a_long_path_folds(capsys):
+    path = "/" + "a" * 300
+    terminal.print_table(
+        "checks", ["check", "value", "remedy"], [["F1", 0.5, "take it away " * 30], [path, 1, ""]]
+    )
+    told = capsys.readouterr().err
+    assert max(map(len, told.splitlines())) <= 120
+    assert "0.5000" in told
+    assert told.count("a") > 300
+
+
+def test_raised_checks_say_what_they_looked_at_and_passed_ones_are_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(terminal.console, "width", 200)
     flags = (
         Flag("F1", 0.1, 0.5, "pass", "take more steps"),
+        Flag("F16", math.inf, 0.5, "amber", "not run: no float64"),
         Flag("F2", 0.9, 0.5, "red", "take the gate away"),
+        Flag("F3", 0.0, 0.5, "pass", "take more steps"),
     )
     print_assessment(replace(evaluate(small_hasher(), make_data()), curves={}, flags=flags))
     told = capsys.readouterr().err
+    assert told.index("F2: share of queries whose input gradient is exactly 0") < told.index(
+        "F16: share of bits"
+    )
     assert "take the gate away" in told
-    assert "F1" in told
+    assert "not run" in told
+    assert "inf" not in told
+    assert "2 checks passed: F1, F3" in told
     assert "take more steps" not in told

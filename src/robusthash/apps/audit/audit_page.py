@@ -7,7 +7,7 @@ from typing import Any
 
 from robusthash.apps.audit.measured_rows import AuditExample, AuditRow
 from robusthash.apps.audit.photo_collection import STORED_QUALITY
-from robusthash.apps.audit.verdict import share_found, verdict
+from robusthash.apps.audit.verdict import counted, share_found, verdict
 from robusthash.apps.reports.charts import UNIT, Chart, ChartAxis, Dot, IntervalChart, Tone
 from robusthash.apps.reports.pages import render
 from robusthash.metrics.results import Flag
@@ -70,7 +70,10 @@ def audit_page(
         title=f"How easily is {summary['title']} fooled?",
         summary=summary,
         verdict=verdict(summary, rows, flags),
-        word="recognised" if by_radius else "found first",  # what a share counts, as a reader says it
+        counted=counted,
+        word="counted as the same"
+        if by_radius
+        else "found first",  # what a share counts, as a reader says it
         formula=summary["target"] in NAMES,  # nothing in it is learned
         shares=shares,
         few=_FEW,
@@ -104,7 +107,7 @@ def _chart(rows: Sequence[AuditRow], shares: Mapping[AuditRow, float], by_radius
         dots.append((row.name, [Dot(_SERIES[row.kind], share, low, high, row.kind == "hide")]))
     series = {dot.series for _, (dot,) in dots}
     return IntervalChart(
-        title=f"Share of the photographs {'recognised' if by_radius else 'found first'}",
+        title=f"Share of the photographs {'counted as the same' if by_radius else 'found first'}",
         description="; ".join(f"{name} {dot.value:.2f}" for name, (dot,) in dots),
         rows=dots,
         tones={name: tone for name, tone in _TONES.items() if name in series},

@@ -32,7 +32,7 @@ from robusthash.apps.audit.photo_collection import (
     read_photos,
 )
 from robusthash.apps.audit.targets import AuditOptions, Target, hostile_attacks, open_target, size_of
-from robusthash.apps.audit.verdict import verdict
+from robusthash.apps.audit.verdict import idle_attacks, verdict
 from robusthash.apps.audit.warnings import model_flags, model_warnings
 from robusthash.apps.experiment.run_directory import write_json
 from robusthash.attacks.oracle import ids_lost
@@ -57,6 +57,8 @@ _TRIED = 8  # photographs on which a model is tried first
 _MISSED = "made to be missed, the worst of these for each photograph"
 _HIDDEN: Columns = ("hide, worst case", _MISSED, "hardly", "hide-worst")
 _TAKEN: Columns = ("imitate, best case", "made to look like another photograph", "hardly", "imitate-worst")
+
+_BY_SIZE = ("resize", "blur")  # changes whose effect goes with the size of what is changed
 
 _SAVED = 95  # JPEG quality of what an attacker uploads
 _AGAIN = f"the same files, saved again as JPEG {_SAVED}"
@@ -117,6 +119,7 @@ def run_audit(
         "photographs": collection.facts(),
         "kinds": categories and {**categories.facts(), "said": category_sentence(measured.rows)},
         "rows": [asdict(row) for row in measured.rows],
+        "got nowhere": idle_attacks(measured.rows),
         "flags": [asdict(flag) for flag in measured.flags],
         "questions": opened.endpoint.asked if opened.endpoint else None,
         "software": software_versions(),
@@ -161,7 +164,11 @@ class _Plan:
 
         words = f"random noise of {eps * 255:g} of 255 brightness levels"
         everyday: list[tuple[Columns, Callable[[Tensor], Tensor]]]
-        everyday = [((each.name, each.words, each.visible, "everyday"), each) for each in EVERYDAY]
+        size = f" (at the model's size, {self.images.shape[-1]} px)"  # quickstart changes larger ones
+        everyday = [
+            ((each.name, each.words + size * (each.name in _BY_SIZE), each.visible, "everyday"), each)
+            for each in EVERYDAY
+        ]
         return [*everyday, (("noise", words, "slight grain", "noise"), noisy)]
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +20,7 @@ from robusthash.apps.commands.terminal import (
 )
 
 if TYPE_CHECKING:
-    from robusthash.metrics.results import EvalResult
+    from robusthash.metrics.results import EvalResult, Flag
 
 
 def assess(
@@ -107,16 +109,31 @@ def print_assessment(result: EvalResult) -> None:
         axes = [axis for axis in curve if axis != "eps"]
         points = zip(curve["eps"].tolist(), *(curve[axis].tolist() for axis in axes), strict=True)
         print_table(name, ["eps", *axes], [[f"{eps:.6g}", *values] for eps, *values in points])
-    if result.flags:
-        flagged = [
-            [flag.id, flag.level, flag.value, "" if flag.level == "pass" else flag.remedy]
-            for flag in result.flags
-        ]
-        print_table("checks", ["check", "level", "value", "remedy"], flagged)
+    _print_checks(result.flags)
     if result.unreliable:
         console.print("[bold red]unreliable:[/] a check is red, and the numbers above may be too high")
     for text in filter(None, (empty_note(result), *result.notes)):
         note(text)
+
+
+def _print_checks(flags: Sequence[Flag]) -> None:
+    """Print the checks that raised a flag, red ones first, with their titles; passed ones in one line."""
+    from robusthash.robustness.checks.base import CHECKS
+
+    raised = [flag for level in ("red", "amber") for flag in flags if flag.level == level]
+    rows = [
+        [
+            f"{flag.id}: {CHECKS[flag.id].title}" if flag.id in CHECKS else flag.id,
+            flag.level,
+            f"{flag.value:.3g}" if math.isfinite(flag.value) else "not run",
+            flag.remedy.removeprefix("not run: "),
+        ]
+        for flag in raised
+    ]
+    if rows:
+        print_table("checks that raised a flag", ["check", "level", "value", "remedy"], rows, right=False)
+    if passed := [flag.id for flag in flags if flag.level == "pass"]:
+        note(f"{len(passed)} checks passed: {', '.join(passed)}")
 
 
 def _cell(column: str, value: float | None) -> str | float:

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from robusthash.apps.commands.options import (
-    AnyQueries,
     AsJson,
     Device,
     Eps,
@@ -47,9 +46,11 @@ def audit(
     threat: Threat = None,
     eps: Eps = None,
     norm: Norm = None,
-    radius: Annotated[float | None, Option(help="Bits, or distance, within which it is the same.")] = None,
-    queries: AnyQueries = None,
-    attacked: Annotated[int | None, Option(min=1, help="Number of these that are attacked.")] = None,
+    radius: Annotated[float | None, Option(help="Counts as the same: within these bits (distance).")] = None,
+    queries: Annotated[
+        int | None, Option(min=1, help="Photographs that are looked up: 200, or 20 in tier smoke.")
+    ] = None,
+    attacked: Annotated[int | None, Option(min=1, help="Of these, attacked: 12, or 4 in tier smoke.")] = None,
     max_pixels: MaxPixels = None,
     limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000,
     seed: Seed = 0,
@@ -94,12 +95,22 @@ def audit(
 
 def _print(summary: dict[str, Any], out: Path) -> None:
     """The first sentences of the page, a red check before them; the table, and what was noted."""
+    from robusthash.apps.audit.verdict import within
+
     verdict = summary["verdict"]
     if verdict["alarm"]:
         warn("warning", verdict["alarm"])
     for name in ("first", "tried", "untried"):
         note(verdict[name])
-    print_table(f"audit of {summary['title']}", *_rows(summary))
+    if reach := within(summary):
+        note(f"Counts as the same: within {reach}.")
+    note(f"{verdict['asked']}; changed at the model's size, {summary['size']} px.")
+    print_table(f"audit of {summary['title']}", *_rows(summary, imitating=False))
+    columns, rows = _rows(summary, imitating=True)
+    if rows:
+        print_table("taken for another on purpose: shares that succeeded (lower is better)", columns, rows)
+    for sentence in summary["got nowhere"]:
+        note(sentence)
     if summary["said"]:
         note(summary["said"][0])
     for warning in summary["doubts"]:
@@ -136,18 +147,19 @@ def _headers(lines: list[str] | None) -> dict[str, str]:
     return headers
 
 
-def _rows(summary: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the table of an audit."""
+def _rows(summary: dict[str, Any], imitating: bool) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the table of changes, or that of attacks that imitate another photograph."""
+    chosen = [row for row in summary["rows"] if row["kind"].startswith("imitate") == imitating]
     apart = "bits apart" if summary["distance"] in ("hamming", None) else f"{summary['distance']} distance"
-    columns = ["change", "asked", "came first", "recognised", apart, "MAP"]
+    columns = ["change", "asked", "came first", "counts as the same", apart, "MAP"]
     keys = ("name", "asked", "first", "recognised", "bits", "map")
     rows = [
         ["" if row[key] is None and key in ("recognised", "bits") else row[key] for key in keys]
-        for row in summary["rows"]
+        for row in chosen
     ]
     if summary["kinds"] is not None:
-        columns.append("same category / chance")
-        for cells, row in zip(rows, summary["rows"], strict=True):
+        columns.append("same kind found / luck")
+        for cells, row in zip(rows, chosen, strict=True):
             same = row["same_kind"]
             cells.append("" if same is None else f"{same:.2f}/{row['same_kind_chance']:.2f}")
     return columns, rows

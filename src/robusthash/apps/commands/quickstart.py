@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,12 +31,15 @@ def quickstart(
     Stopped and called again, it goes on where it was. Without labels each image is a class of its own, and
     its copies (cropped, smaller, brighter, compressed) are what the search finds.
     """
-    note(f"Makes a search over the images of {folder}: trains, measures, indexes, in {out}. Some minutes.")
+    _require_files(folder)
+    note(f"Makes a search over the images of {folder}: trains, measures, indexes, in {out}.")
     from robusthash.apps.experiment import quickstart_run
 
     chosen = quickstart_run.plan(folder, labels, manifest)
     note(f"{len(chosen.images)} images: {chosen.words}")
-    with progress_bars() as progress:
+    took = quickstart_run.duration(len(chosen.images), chosen.recipe)
+    note(f"The usual training takes {took} on two free cores; what is done already is not done again.")
+    with progress_bars() as progress, _said_once():
         summary = quickstart_run.quickstart(
             folder, out, labels=labels, manifest=manifest, seed=seed, sets=sets or (), progress=progress
         )
@@ -41,11 +49,42 @@ def quickstart(
         _print(summary)
 
 
+def _require_files(folder: Path) -> None:
+    """Refuse a folder that cannot do before seconds of imports."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder.absolute()}; it should hold images")
+    walk = (name for _, _, files in os.walk(folder) for name in files)
+    count = len(list(itertools.islice(walk, 2)))
+    if count == 0:
+        raise ValueError(f"{folder} holds no image: add some, better 100 or more")
+    if count == 1:
+        raise ValueError(f"{folder} holds 1 file, and training needs at least 10 images; add images")
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Each warning is printed once: training and index both name the files that they skip."""
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        before = len(seen)
+        seen.add(record.getMessage())
+        return len(seen) > before
+
+    logger = logging.getLogger("robusthash.data.image_files")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
 def _print(summary: dict[str, Any]) -> None:
     """Print the summary on stderr, and the paths of what was made on stdout."""
     if summary["copies"]:
         rows = summary["copies"]
-        print_table("copies that find their image", list(rows[0]), [list(row.values()) for row in rows])
+        title = "copies that find their image (files changed at four times the model's size, then reduced)"
+        print_table(title, list(rows[0]), [list(row.values()) for row in rows])
     else:
         rows = [[name, *next(iter(one.items())), one["chance"]] for name, one in summary["headline"].items()]
         print_table("results", ["queries", "measure", "value", "chance"], rows)

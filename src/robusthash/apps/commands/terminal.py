@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import rich.markup
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -48,6 +49,9 @@ def escape(value: object) -> str:
     return rich.markup.escape(shown(value))
 
 
+_PIPE = 120  # columns of a table where there is no terminal
+_PIPE_MOST = 1000  # of a line there: nothing is cut
+_WORD = 40  # letters that a column has room for
 _SECONDS = 5.0  # between two lines of progress where no bar can be drawn
 
 
@@ -118,18 +122,59 @@ def print_table(
 ) -> None:
     """A table on stderr; floats with four digits. ``right`` aligns all columns but the first to the right."""
 
-    def cell(value: Any) -> Text:
-        if isinstance(value, Text):
-            return value
-        return Text(f"{value:.4f}" if isinstance(value, float) else shown(value))
+    heads = [shown(column) for column in columns]
+    cells = [[_cell(value) for value in row] for row in rows]
+    columned = [[row[number] for row in cells] for number in range(len(heads))]
+    widths = _widths(heads, columned, console.width if console.is_terminal else max(console.width, _PIPE))
+    for group, numbers in enumerate(widths):
+        table = Table(title=escape(title if group == 0 else f"{title}, continued"), title_justify="left")
+        for number, width in numbers.items():
+            justify: Literal["right", "left"] = "right" if right and number else "left"
+            table.add_column(escape(heads[number]), justify=justify, overflow="fold", width=width)
+        for row in cells:
+            table.add_row(*(row[number] for number in numbers))
+        out = console if console.is_terminal else Console(stderr=True, emoji=False, width=_PIPE_MOST)
+        out.print(table, soft_wrap=True)
 
-    table = Table(title=escape(title), title_justify="left")
-    for number, column in enumerate(columns):
-        justify: Literal["right", "left"] = "right" if right and number else "left"
-        table.add_column(escape(column), justify=justify, overflow="ellipsis" if number else "fold")
-    for row in rows:
-        table.add_row(*map(cell, row))
-    console.print(table)
+
+def _cell(value: Any) -> Text:
+    if isinstance(value, Text):
+        return value
+    return Text(f"{value:.4f}" if isinstance(value, float) else shown(value))
+
+
+def _widths(heads: list[str], cells: list[list[Text]], room: int) -> list[dict[int, int]]:
+    """Widths of the columns by their number, in tables of at most ``room``: what does not fit goes on in
+    another one with the first column. No number is cut, nor a word of less than ``_WORD`` letters.
+    """
+
+    def least(number: int) -> int:
+        words = heads[number].split()
+        for each in cells[number]:
+            text = each.plain
+            words += text.split() if any(map(str.isalpha, text)) else [text]
+        return min(_WORD, max(map(cell_len, words), default=0))
+
+    def whole(number: int) -> int:
+        lines = [heads[number], *(line for each in cells[number] for line in each.plain.splitlines())]
+        return max(map(cell_len, lines))
+
+    narrow = [max(1, least(number)) for number in range(len(heads))]
+    groups: list[list[int]] = [[0]] if heads else []
+    for number in range(1, len(heads)):
+        if len(groups[-1]) > 1 and sum(narrow[each] + 3 for each in (*groups[-1], number)) + 1 > room:
+            groups.append([0])
+        groups[-1].append(number)
+    chosen = []
+    for group in groups:
+        widths = {number: narrow[number] for number in group}
+        left = room - 1 - sum(width + 3 for width in widths.values())
+        for number in sorted(group, key=lambda each: whole(each) - narrow[each]):
+            more = max(0, min(left, whole(number) - narrow[number]))
+            widths[number] += more
+            left -= more
+        chosen.append(widths)
+    return chosen
 
 
 def interval_text(result: EvalResult, measure: str) -> str:

@@ -22,7 +22,7 @@ from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.apps.experiment.training_stages import run_all
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.runtime import Progress, silent, yield_when_busy
-from robusthash.data.copies import CHANGES, images_below
+from robusthash.data.copies import CHANGES, LEAST, images_below
 from robusthash.data.image_files import UnreadableImage, read_image
 from robusthash.data.transforms import to_pixels
 from robusthash.metrics.results import EvalResult, headline_of
@@ -30,6 +30,7 @@ from robusthash.metrics.results import EvalResult, headline_of
 Labels = Literal["auto", "none", "folders", "manifest"]
 
 _SAMPLES = 40_000  # images shown in training by labels, whatever the size of the folder
+_MINUTES, _FULL = 3.75, 250  # of two cores, for so many images or more: copies are then 8000 in all
 _MANIFESTS = (".csv", ".jsonl")
 _SIDE = 512  # pixels of the example that is searched with
 
@@ -96,7 +97,7 @@ def plan(folder: str | Path, labels: Labels = "auto", manifest: str | Path | Non
 
     Raises:
         FileNotFoundError: no such folder or manifest.
-        ValueError: no images, labels of one class, or several manifests.
+        ValueError: no images, too few without labels, labels of one class, or several manifests.
     """
     folder = Path(folder)
     paths = images_below(folder).images
@@ -120,9 +121,20 @@ def plan(folder: str | Path, labels: Labels = "auto", manifest: str | Path | Non
             f"{len(classes)} subfolders as classes ({_some(classes)}); --labels none trains without labels"
         )
         return Plan("labels", root, words, paths)
+    if len(paths) < LEAST:
+        raise ValueError(
+            f"{folder} holds {len(paths)} images, and training without labels needs at least {LEAST}, better "
+            "100 or more; add images"
+        )
     reason = "" if labels == "none" else _why_unlabelled(classes, loose)
     words = f"each image is a class of its own, with its changed copies{reason}"
     return Plan("copies", root, words, paths)
+
+
+def duration(images: int, recipe: Literal["copies", "labels"]) -> str:
+    """Time of the whole on two free cores, in words. Training does no more work beyond 250 images."""
+    minutes = round(_MINUTES * (min(images, _FULL) / _FULL if recipe == "copies" else 1))
+    return "about a minute" if minutes <= 1 else f"about {minutes} minutes"
 
 
 def _why_unlabelled(classes: Sequence[str], loose: int) -> str:

@@ -68,6 +68,7 @@ def write_report(run: Run) -> Path:
         run.checked(),
         load_examples(run.path),
         run.origin,
+        _folder(run.config.data),
     )
     with write_aside(run.path / "report.html") as aside:
         aside.write_text(text, encoding="utf-8")
@@ -84,6 +85,7 @@ def run_page(
     checked: Sequence[Flag] = (),
     examples: Mapping[str, Any] | None = None,
     origin: Mapping[str, str] | None = None,
+    folder: str = "",
 ) -> str:
     """The page of one run.
 
@@ -95,12 +97,13 @@ def run_page(
         checked: flags that ``check`` raised on the model.
         examples: queries before and after an attack, see ``load_examples``.
         origin: paths of the runs that it started from, ``parent`` and ``resumed_from``.
+        folder: name of the user's own folder of images, where the data are that.
     """
     groups = by_direction(results)
     clean = next(iter(groups.values()))["clean"]
     return render(
         "run_report.html.j2",
-        title=f"{card['name']}: {card['bits']} bits on {clean.setting.queries.partition(':')[0]}",
+        title=f"{card['name']}: {card['bits']} bits on {folder or clean.setting.queries.partition(':')[0]}",
         results=results,
         groups=[{**group_data(group), "context": context} for context, group in groups.items()],
         unreliable=unreliable_names(suites, checked),
@@ -112,6 +115,11 @@ def run_page(
         training=training_chart(log),
         commands=commands,
     )
+
+
+def _folder(data: Mapping[str, Any] | str) -> str:
+    own = not isinstance(data, str) and data["name"] in ("copies", "folder")
+    return Path(data.get("root", "")).name if own else ""
 
 
 def group_data(results: Results) -> dict[str, Any]:
@@ -133,7 +141,6 @@ def group_data(results: Results) -> dict[str, Any]:
         "stored": stored,
         "targeted": bool(targeted),
         "charts": charts,
-        "curves": any("PR" in result.curves for result in untargeted.values()),
         "copies": copy_table(results),
         "changes": WORDS,
         "notes": notes(results.values()),

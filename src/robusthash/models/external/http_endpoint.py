@@ -34,6 +34,8 @@ _LARGEST = 1 << 20  # bytes of an answer
 _TELLING = 100  # digits of codes that tell their notation: hex ones are never so long without a to f
 _LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is reported instead of waited for
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that another try may change
+_SHORTEST = 0.1  # seconds of an exchange that is worth a try
+_IN_ALL = 30.0  # seconds that one question may take, however often it is asked again
 _NOTHING = frozenset({204, 404})  # statuses of a search that found nothing
 
 
@@ -59,7 +61,8 @@ class Endpoint:
     Args:
         budget: requests in all, repeated ones included.
         rate: requests a second at most.
-        timeout: seconds that one whole exchange may take.
+        timeout: seconds that one whole exchange may take. One question may take 30 seconds in all, or one
+            timeout where that is longer: repetitions and pauses count, a wait by ``Retry-After`` does not.
         retries: repetitions after no whole answer (a timeout, a dropped connection, half a body) and after
             408, 425, 429 or 5xx, each after a longer pause or after ``Retry-After``. A server that cannot be
             reached before it ever answered is not asked again.
@@ -176,15 +179,17 @@ class Endpoint:
         nothing."""
         png = io.BytesIO()
         Image.fromarray(pixels).save(png, "PNG")
-        problem = ""
+        problem, asked = "", 0
+        end = time.monotonic() + max(_IN_ALL, self.timeout)
         for attempt in range(self.retries + 1):
             if self.asked >= self.budget:
                 raise Broken(f"the budget of {self.budget} questions to {self.url} is spent; raise --budget")
-            self._keep_rate()
-            self.asked += 1
-            wait = self.pause * 2**attempt
+            end += self._keep_rate()
+            self.asked, asked = self.asked + 1, asked + 1
+            wait, told = self.pause * 2**attempt, 0.0
             try:
-                reply = self._exchanger.post(png.getvalue(), "image/png")
+                left = max(_SHORTEST, min(self.timeout, end - time.monotonic()))
+                reply = self._exchanger.post(png.getvalue(), "image/png", left)
             except Unanswered as error:
                 if not error.connected and not self._known:
                     raise Broken(f"{self.url} {error}") from error
@@ -193,19 +198,23 @@ class Endpoint:
                 if reply.status not in _PASSING:
                     return _content(reply, self.url)
                 problem = f"answered status {reply.status}"
-                wait = max(wait, _retry_after(reply.headers.get("retry-after", ""), self.url))
-            if attempt < self.retries:
-                self.sleep(wait)
+                told = _retry_after(reply.headers.get("retry-after", ""), self.url)
+            if attempt == self.retries or (not told and time.monotonic() + wait > end - _SHORTEST):
+                break
+            self.sleep(max(wait, told))
+            end += told
         again = " (the answers so far are kept: the same command goes on)" if self._kept else ""
-        raise Broken(
-            f"{self.url} {problem}, {self.retries + 1} times; lower --rate, or raise --timeout{again}"
-        )
+        times = f"{asked} time{'s' * (asked != 1)}"
+        raise Broken(f"{self.url} {problem}, {times}; lower --rate, or raise --timeout{again}")
 
-    def _keep_rate(self) -> None:
+    def _keep_rate(self) -> float:
+        """Wait for the next question's turn; the seconds waited."""
         now = time.monotonic()
-        if now < self._next:
-            self.sleep(self._next - now)
+        wait = max(0.0, self._next - now)
+        if wait:
+            self.sleep(wait)
         self._next = max(now, self._next) + 1.0 / self.rate
+        return wait
 
 
 def _content(reply: Reply, url: str) -> Any:

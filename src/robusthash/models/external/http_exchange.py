@@ -17,6 +17,7 @@ from typing import Any
 from robusthash.models.external.wrapper import Broken
 
 _ENCODINGS = ("", "identity", "gzip", "deflate")
+_HEADERS = 1 << 16  # bytes of the headers of an answer; httpx itself reads 100 KiB of them at most
 _GZIP_OR_ZLIB = 47  # wbits of zlib: either, told apart by the header
 
 
@@ -59,13 +60,15 @@ class Exchanger:
         asked = {"accept-encoding": "gzip", **self.headers}
         return httpx.Client(timeout=self.seconds, headers=asked, follow_redirects=False)
 
-    def post(self, content: bytes, kind: str) -> Reply:
-        """Post ``content`` of the media type ``kind``.
+    def post(self, content: bytes, kind: str, seconds: float | None = None) -> Reply:
+        """Post ``content`` of the media type ``kind``, within ``seconds`` where that is less than usual.
 
         Raises:
             Unanswered: see there.
-            Broken: the address is none, or the body is too long or in an encoding that was not asked for.
+            Broken: the address is none, or headers or body are too long, or in an encoding that was not
+                asked for.
         """
+        seconds = self.seconds if seconds is None else min(seconds, self.seconds)
         outcomes: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
         client = self._client
 
@@ -77,17 +80,19 @@ class Exchanger:
 
         threading.Thread(target=work, daemon=True).start()
         try:
-            outcome = outcomes.get(timeout=self.seconds)
+            outcome = outcomes.get(timeout=seconds)
         except queue.Empty:
             client.close()  # the next read of the thread fails, which ends it
             self._client = self._new_client()
-            raise Unanswered(f"did not answer within {self.seconds:g} s") from None
+            raise Unanswered(f"did not answer within {seconds:.3g} s") from None
         if isinstance(outcome, Exception):
             raise self._classified(outcome) from outcome
         return outcome
 
     def _exchange(self, client: Any, content: bytes, kind: str) -> Reply:
         with client.stream("POST", self.url, content=content, headers={"content-type": kind}) as reply:
+            if sum(len(name) + len(value) for name, value in reply.headers.raw) > _HEADERS:
+                raise self._too_long()
             encoding = reply.headers.get("content-encoding", "").strip().lower()
             if encoding not in _ENCODINGS:
                 raise Broken(
@@ -100,6 +105,9 @@ class Exchanger:
                 raise Broken(f"{self.url} answered more than {self.largest} bytes; {remedy}")
             return Reply(reply.status_code, reply.headers, body)
 
+    def _too_long(self) -> Broken:
+        return Broken(f"{self.url} answered headers of more than {_HEADERS} bytes; send fewer")
+
     def _classified(self, error: Exception) -> Exception:
         import httpx
 
@@ -108,6 +116,8 @@ class Exchanger:
             return Unanswered(f"did not answer within {self.seconds:g} s")
         if isinstance(error, httpx.ConnectError | httpx.ProxyError):
             return Unanswered(f"cannot be asked: {reason}", connected=False)
+        if isinstance(error, httpx.RemoteProtocolError) and "buffer too long" in reason:  # h11's own limit
+            return self._too_long()
         if isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError):
             return Unanswered(f"broke off its answer ({reason})")
         if isinstance(error, zlib.error):
