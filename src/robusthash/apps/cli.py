@@ -96,7 +96,7 @@ def main() -> None:
 
 
 class _Notes(logging.Handler):
-    """What the package logs, as lines on stderr."""
+    """Lines of the package's log, on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         note(record.getMessage())
