@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from typer.testing import CliRunner
 
+import robusthash as rh
+from robusthash.apps.cli import app
+from robusthash.apps.commands.terminal import print_headlines
 from robusthash.apps.experiment.config import ConfigError, load_config
 from robusthash.core.limited_files import parse_yaml
 from robusthash.core.runtime import choose_device
@@ -95,3 +102,33 @@ def test_a_device_that_holds_no_numbers_is_refused() -> None:
         ValueError, match="device 'meta' is not usable here: it holds no numbers; try --device"
     ):
         choose_device("meta")
+
+
+@pytest.mark.parametrize("bits", ["16", 16.0, True])
+def test_bits_of_codes_are_a_whole_number(bits: object) -> None:
+    with pytest.raises(ValueError, match="bits must be a whole number, got"):
+        rh.Codes.from_numpy(np.ones((2, 16), int), bits=bits)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bounds", [5, None, (1, 2, 3), "ab"])
+def test_bounds_are_two_numbers(bounds: object) -> None:
+    with pytest.raises(ValueError, match="bounds are the least and the largest pixel"):
+        rh.wrap(torch.nn.Flatten(), bits=16, bounds=bounds)  # type: ignore[arg-type]
+
+
+def test_list_takes_the_plural() -> None:
+    one, several = (CliRunner().invoke(app, ["list", kind, "--json"]) for kind in ("attack", "attacks"))
+    assert one.stdout == several.stdout != ""
+    assert several.exit_code == 0
+
+
+def test_notes_on_measures_that_are_not_shown_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    victim = rh.wrap(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 16)), bits=16)
+    result = rh.evaluate(victim, rh.load_data("synthetic", size=16, query=8))
+    own = "the 5 steps of pgd reach 0.02 of the budget"
+    notes = ("MAP@5000: k clipped to the 300 items of the database", "ACG@500 is undefined: nothing", own)
+    print_headlines({"clean": replace(result, notes=notes)})
+    said = capsys.readouterr().err
+    assert "2 notes on measures" in said
+    assert own in said
+    assert "clipped" not in said

@@ -171,6 +171,20 @@ def test_the_command_line_trains_in_two_processes_and_one_evaluates(tmp_path: Pa
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_an_error_of_the_recipe_is_said_once(tmp_path: Path) -> None:
+    recipe = tmp_path / "together.yaml"
+    recipe.write_text(RECIPE)
+    for wrong in (tmp_path / "none.yaml", recipe):
+        if wrong is recipe:
+            recipe.write_text(RECIPE.replace("evaluation: {", "evaluation: {relevance: [blue], "))
+        port = free_port()
+        both = [start(tmp_path, number, port, wrong) for number in (0, 1)]
+        first, second = (process.communicate(timeout=240)[1] for process in both)
+        assert [process.returncode for process in both] == [1, 1]
+        assert first.count("error:") == 1
+        assert second == ""
+
+
 def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
     recipe = tmp_path / "together.yaml"
     recipe.write_text(RECIPE.replace("epochs: 2", "epochs: 500"))
@@ -185,5 +199,6 @@ def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> N
     second.communicate()
     assert first.returncode == 1
     assert time.monotonic() - killed < 75
-    assert "another process of this training is gone" in said
+    assert "another process of this training is gone (connection closed)" in said
+    assert "gloo" not in said
     assert "Traceback" not in said

@@ -70,7 +70,9 @@ def test_checkpoints_inside_an_epoch_wait_until_gradients_are_used() -> None:
     assert places == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on_from_its_epoch() -> None:
+def test_a_checkpoint_of_an_earlier_version_goes_on_from_its_epoch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def recipe() -> HashingRecipe:
         return HashingRecipe(small_hasher(), CSQ())
 
@@ -87,7 +89,9 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_from_its_epoch() -> None:
     with pytest.raises(Interrupted):
         fit(recipe(), make_data(), train_config(2), stopped)
     stopped.stop_after = None
-    fit(recipe(), make_data(), train_config(2), stopped)
+    with caplog.at_level("INFO"):
+        fit(recipe(), make_data(), train_config(2), stopped)
+    assert "goes on from epoch 2 of 2" in caplog.text
     last = [
         {key: value for key, value in log.lines[-1].items() if key != "seconds"} for log in (whole, stopped)
     ]

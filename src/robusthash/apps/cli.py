@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 refused or failed for a reason that the line says, 2 usage
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -79,7 +80,10 @@ def main() -> None:
     """Entry point. Every error is one line; see the exit codes above."""
     for stream in (sys.stdout, sys.stderr):  # names that are no UTF-8
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    previous = signal.signal(signal.SIGINT, _stop)
+    previous, log, notes = signal.signal(signal.SIGINT, _stop), logging.getLogger("robusthash"), _Notes()
+    level = log.level
+    log.addHandler(notes)
+    log.setLevel(logging.INFO)
     try:
         with _smaller_batches_noted():
             app()
@@ -87,6 +91,15 @@ def main() -> None:
         _refuse(error)
     finally:
         signal.signal(signal.SIGINT, previous)
+        log.removeHandler(notes)
+        log.setLevel(level)
+
+
+class _Notes(logging.Handler):
+    """Lines of the package's log, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
 
 def _refuse(error: Exception) -> None:
@@ -105,8 +118,18 @@ def _refuse(error: Exception) -> None:
         text = str(error).strip()
         if not expected or not text or isinstance(error, KeyError):
             expected, text = False, _unforeseen(error)
-    warn("error", text if len(text) < _LONGEST else f"{text[:_LONGEST]} ...")
+    if not _said_elsewhere(error):
+        warn("error", text if len(text) < _LONGEST else f"{text[:_LONGEST]} ...")
     sys.exit(1 if expected else 3)
+
+
+def _said_elsewhere(error: Exception) -> bool:
+    """True in a process of ``torchrun`` whose first one prints the same error."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    from robusthash.training.data_parallel import another_says
+
+    return another_says(error)
 
 
 def _unforeseen(error: Exception) -> str:

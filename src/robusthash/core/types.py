@@ -123,6 +123,8 @@ class Codes:
         if array.ndim != 2:
             raise ValueError(f"codes are (N, K) or packed (N, bytes), got shape {array.shape}")
         width, ids = array.shape[1], torch.arange(len(array)) + first_id
+        if bits is not None and (not isinstance(bits, int | np.integer) or isinstance(bits, bool)):
+            raise ValueError(f"bits must be a whole number, got {bits!r}")
         if bits is not None and width != bits:
             return Codes(torch.from_numpy(_packed_bytes(array, bits)), bits, ids)
         ones = array == 1

@@ -29,6 +29,8 @@ from robusthash.models.hasher import Hasher
 _LOST = re.compile(r"gloo|NCCL|connection|timed out", re.IGNORECASE)
 """Errors of the exchange between processes."""
 
+_joined: list[bool] = []  # not empty once this process has joined others
+
 TIMEOUT = datetime.timedelta(seconds=60)
 """Longest wait for another process, after which it is taken for dead."""
 
@@ -48,12 +50,19 @@ def follows() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
+def another_says(error: Exception) -> bool:
+    """True where the first process of this machine says the same: of the config, or before they join."""
+    same = not _joined or type(error).__name__ == "ConfigError"
+    return same and follows() and int(os.environ.get("LOCAL_RANK", "0")) > 0
+
+
 def join_processes() -> None:
     """Join the processes that ``torchrun`` started; nothing where it did not."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        _joined.append(True)
 
 
 def wait_for_others() -> None:
@@ -76,7 +85,7 @@ def joined_processes() -> Iterator[None]:
     except RuntimeError as error:
         if world() == 1 or not _LOST.search(str(error)):
             raise
-        reason = next(iter(str(error).splitlines()), "")[-200:]
+        reason = "timed out" if "timed out" in str(error).lower() else "connection closed"
         raise ConnectionError(
             f"another process of this training is gone ({reason}); its own message says why. Started again, "
             "training goes on from the last checkpoint"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -18,12 +19,15 @@ from robusthash.models.hasher import Hasher
 from robusthash.training.data_parallel import (
     average_buffers,
     divided_among_processes,
+    rank,
     reduce_gradients,
     world,
 )
 from robusthash.training.least_batch import least_batch
-from robusthash.training.optimiser_groups import Group, divided
+from robusthash.training.optimiser_groups import Group, check_shapes, divided
 from robusthash.training.recipe import FIGURES, Moment, Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -383,7 +387,7 @@ def _resume(
             module.load_state_dict(state["modules"][name])
         for name, optimiser in optimisers.by_name.items():
             optimiser.load_state_dict(state["optimisers"][name])
-            _check_shapes(optimiser)
+            check_shapes(optimiser)
         if state.get("scaler"):
             optimisers.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
@@ -391,15 +395,10 @@ def _resume(
             torch.cuda.set_rng_state_all(state["random_cuda"])
         # checkpoints of earlier versions were written at the end of an epoch alone
         fields = (name for name in _Position.__dataclass_fields__ if name in state)
-        return _Position(**{name: state[name] for name in fields}), list(state["lines"])
+        position = _Position(**{name: state[name] for name in fields})
+        if position.epoch < optimisers.config.epochs and rank() == 0:
+            logger.info("goes on from epoch %d of %d", position.epoch + 1, optimisers.config.epochs)
+        return position, list(state["lines"])
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"does not fit this training ({reason})") from None
-
-
-def _check_shapes(optimiser: torch.optim.Optimizer) -> None:
-    """Refuse a state of other shapes than the parameters, which torch finds out in the first step."""
-    for parameter, state in optimiser.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
-                raise ValueError(f"{name} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from robusthash.core.registry import nearest
@@ -113,3 +114,11 @@ def unknown(name: str, known: list[str]) -> str:
 def unset(name: str) -> str:
     """Message that a group of the recipe has no settings."""
     return f"no optimiser settings for group {name!r}; add training.optim.{name}"
+
+
+def check_shapes(optimiser: torch.optim.Optimizer) -> None:
+    """Refuse a state of other shapes than the parameters, which torch finds out in the first step."""
+    for parameter, state in optimiser.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")

@@ -19,6 +19,8 @@ def list(
 
     cards = catalogue()
     kinds = {card.kind for card in cards}
+    if kind is not None and kind not in kinds and kind.removesuffix("s") in kinds:
+        kind = kind.removesuffix("s")
     if kind is not None and kind not in kinds:
         raise ValueError(f"no kind is called {kind!r}{nearest(kind, kinds)}")
     cards = [card for card in cards if kind in (None, card.kind)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import unicodedata
@@ -52,6 +53,7 @@ def escape(value: object) -> str:
 _PIPE = 120  # columns of a table where there is no terminal
 _PIPE_MOST = 1000  # of a line there: nothing is cut
 _WORD = 40  # letters that a column has room for
+_OF_MEASURE = re.compile(r"(\S+?)(?:: k clipped to | is undefined: )")  # notes of a protocol on one measure
 _SECONDS = 5.0  # between two lines of progress where no bar can be drawn
 
 
@@ -204,9 +206,15 @@ def print_headlines(results: Mapping[str, EvalResult]) -> None:
     subset = next(iter(results.values())).setting.chosen
     title = "results" if subset in ("", "all") else f"results, queries: {subset}"
     print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
-    notes = [text for result in results.values() for text in result.notes]
+    shown_here = {row[1] for row in rows}
+    notes = dict.fromkeys(text for result in results.values() for text in result.notes)
+    others = [text for text in notes if (of := _OF_MEASURE.match(text)) and of[1] not in shown_here]
     for text in dict.fromkeys([*empty_notes(results), *notes]):
-        note(text)
+        if text not in others:
+            note(text)
+    if others:
+        many = f"{len(others)} notes" if len(others) > 1 else "1 note"
+        note(f"{many} on measures that this table does not show: in --json, and in the report of a run")
 
 
 def plain(result: EvalResult) -> dict[str, Any]:

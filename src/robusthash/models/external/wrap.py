@@ -126,7 +126,11 @@ def _plus_minus(rows: Tensor, name: str) -> Tensor:
 
 def _scaling(bounds: tuple[float, float], mean: Any, std: Any) -> tuple[Tensor, Tensor]:
     """Factor and summand, of each channel or of all, by which pixels in [0, 1] become a module's input."""
-    low, high = map(float, bounds)
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError):
+        said = f"bounds are the least and the largest pixel, such as (0, 255), got {bounds!r}"
+        raise ValueError(said) from None
     centre, spread = _channels(mean, 0.0, "mean"), _channels(std, 1.0, "std")
     if not low < high < float("inf") or low == -float("inf"):
         raise ValueError(f"bounds are the least and the largest pixel, such as (0, 255), got {bounds}")
