@@ -118,8 +118,9 @@ def run_page(
 
 
 def _folder(data: Mapping[str, Any] | str) -> str:
-    own = not isinstance(data, str) and data["name"] in ("copies", "folder")
-    return Path(data.get("root", "")).name if own else ""
+    if isinstance(data, str) or data["name"] not in ("copies", "folder"):
+        return ""
+    return Path(data.get("root", "")).name
 
 
 def group_data(results: Results) -> dict[str, Any]:
