@@ -239,9 +239,7 @@ def fit(
             have; batches of one item, and a layer that normalises over the batch alone.
     """
     if world() > 1 and not recipe.data_parallel:
-        raise ValueError(
-            f"recipe {type(recipe).__name__} trains in one process alone; start it without torchrun"
-        )
+        raise ValueError(f"{type(recipe).__name__} trains in one process alone; start it without torchrun")
     if recipe.hasher.distance != "hamming":
         raise ValueError(
             f"this model is searched by the {recipe.hasher.distance} distance of its numbers, and codes are "
