@@ -29,6 +29,8 @@ from robusthash.training.recipe import FIGURES, Moment, Recipe
 
 logger = logging.getLogger(__name__)
 
+Lines = list[dict[str, Any]]
+
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
@@ -223,9 +225,7 @@ class _Position:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def fit(
-    recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | None = None
-) -> list[dict[str, Any]]:
+def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | None = None) -> Lines:
     """Train ``recipe`` on ``data.train``; returns terms, learning rate, seconds and ``figures`` by epoch.
 
     With ``run``, a checkpoint is written after each epoch, and inside it every ``checkpoint_minutes``;
@@ -258,7 +258,7 @@ def fit(
 
 def _train(
     recipe: Recipe, data: RetrievalData, config: TrainConfig, device: torch.device, run: RunLog | None
-) -> list[dict[str, Any]]:
+) -> Lines:
     """Train a recipe that is set up; returns the entries of the log."""
     rates = {name: optim.lr for name, optim in config.optim.items()}
     groups, still = divided(recipe.hasher, recipe.parameter_groups(), rates)
@@ -296,7 +296,7 @@ def _epoch(
     at: _Position,
     optimisers: _Optimisers,
     run: RunLog | None,
-    lines: list[dict[str, Any]],
+    lines: Lines,
 ) -> dict[str, Any]:
     """Train one epoch from ``at`` to its end; returns its entry of the log."""
     config, device = optimisers.config, recipe.hasher.device
@@ -367,9 +367,7 @@ def _state(recipe: Recipe, optimisers: _Optimisers, at: _Position, lines: list) 
     }
 
 
-def _resume(
-    recipe: Recipe, optimisers: _Optimisers, run: RunLog | None
-) -> tuple[_Position, list[dict[str, Any]]]:
+def _resume(recipe: Recipe, optimisers: _Optimisers, run: RunLog | None) -> tuple[_Position, Lines]:
     """Load the last checkpoint, if there is one; returns where to go on and the entries so far."""
     state = run.resume() if run is not None else None
     if state is None:
