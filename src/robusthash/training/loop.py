@@ -240,11 +240,6 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
     """
     if world() > 1 and not recipe.data_parallel:
         raise ValueError(f"{type(recipe).__name__} trains in one process alone; start it without torchrun")
-    if recipe.hasher.distance != "hamming":
-        raise ValueError(
-            f"this model is searched by the {recipe.hasher.distance} distance of its numbers, and codes are "
-            "trained; wrap it with output='logits'"
-        )
     device = choose_device(config.device)
     seed_everything(config.seed)
     recipe.hasher.to(device)

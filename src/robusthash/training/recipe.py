@@ -83,8 +83,13 @@ def train_facts(split: Split, hasher: Hasher, seed: int) -> TrainFacts:
 
 
 def check_modalities(hasher: Hasher, data: RetrievalData) -> None:
-    """Refuse a net that is no hasher, and data that lack a modality of the hasher."""
+    """Refuse a net that is no hasher or has no codes, and data that lack a modality of the hasher."""
     require_hasher(hasher)
+    if hasher.distance != "hamming":
+        raise ValueError(
+            f"this model is searched by the {hasher.distance} distance of its numbers, and codes are trained; "
+            "wrap it with output='logits'"
+        )
     for name in hasher.modalities:
         if name not in data.modalities:
             raise ValueError(f"this hasher encodes {name!r}, {data.name} has {list(data.modalities)}")

@@ -102,15 +102,14 @@ class SearchModel:
             (N, ...) codes; the ids are the places of the items, 0 to N - 1 unless some were skipped.
 
         Raises:
-            FileNotFoundError, ValueError: an item that cannot be read or used; its place is named.
-            ValueError: a model that is searched by its numbers, and not by their signs.
+            FileNotFoundError, ValueError: an item that cannot be read or used (its place is named), or a
+                model that is searched by its numbers, and not by their signs.
         """
         if modality == "image" and modality in self.hasher.modalities and not self.side:
             raise ValueError("this model encodes images of no known size, as of features; it takes none here")
         if modality not in self.hasher.modalities:
-            raise ValueError(
-                f"this model encodes {', '.join(self.hasher.modalities)}, not {modality!r} items"
-            )
+            encoded = ", ".join(self.hasher.modalities)
+            raise ValueError(f"this model encodes {encoded}, not {modality!r} items")
         if self.hasher.distance != "hamming":
             raise ValueError(
                 f"this model is searched by the {self.hasher.distance} distance of its numbers, and has no "
@@ -139,8 +138,8 @@ class SearchModel:
                 ids += [done + place for place, item in enumerate(read) if not isinstance(item, Exception)]
                 done += len(batch)
                 if used:
-                    encoded = partial(encode_signs, self.hasher, modality, torch.stack(used))
-                    part, size = halving(encoded, min(size, len(used)), "items", "encoded", warn)
+                    encode = partial(encode_signs, self.hasher, modality, torch.stack(used))
+                    part, size = halving(encode, min(size, len(used)), "items", "encoded", warn)
                     signs.append(part)
                 shown(done, total, "encoding")
         first = "; ".join(map(str, errors[:3]))
