@@ -87,7 +87,7 @@ def check_modalities(hasher: Hasher, data: RetrievalData) -> None:
     require_hasher(hasher)
     if hasher.distance != "hamming":
         raise ValueError(
-            f"this model is searched by the {hasher.distance} distance of its numbers, and codes are trained; "
+            f"this model is searched by the {hasher.distance} distance of its numbers; codes are trained: "
             "wrap it with output='logits'"
         )
     for name in hasher.modalities:
