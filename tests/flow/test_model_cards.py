@@ -216,6 +216,17 @@ def test_an_edited_headline_is_noticed(call, run: Path, result: int) -> None:
     assert f"{key} is 0.99, and its queries have the mean" in err
 
 
+def test_a_headline_without_its_interval_is_named(call, run: Path) -> None:
+    path = run / "metrics.json"
+    held = json.loads(path.read_text())
+    held["results"][0]["interval"] = {}
+    path.write_text(json.dumps(held))
+    for verb in ("table", "report"):
+        code, _, err = call(verb, run)
+        assert code == 1
+        assert "'clean' holds no MAP with an interval" in err
+
+
 # ---------------------------------------------------------------------------------------------- entries
 
 

@@ -228,6 +228,15 @@ def headline_of(result: EvalResult) -> str:
     return next(name for name in names if name in result.values)
 
 
+def with_headlines(results: Sequence[EvalResult]) -> Sequence[EvalResult]:
+    """The results of a run, each of which must hold its main measure and the interval of it."""
+    for result in results:
+        names = [result.setting.key.name(role) for role in ("worst", "targeted", "")]
+        if not any(name in result.values and name in result.interval for name in names):
+            raise ValueError(f"{result.name!r} holds no {names[-1]} with an interval")
+    return results
+
+
 def by_direction(results: Mapping[str, EvalResult]) -> dict[str, dict[str, EvalResult]]:
     """The results of a run by ``scored_on``, and by ``attack``.
 

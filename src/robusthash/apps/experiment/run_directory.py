@@ -36,7 +36,7 @@ from robusthash.core.limited_files import check_archive, parse_json, read_json, 
 from robusthash.core.registry import build
 from robusthash.core.runtime import digest
 from robusthash.core.types import Codes
-from robusthash.metrics.results import EvalResult, Flag, load_results, software_versions
+from robusthash.metrics.results import EvalResult, Flag, load_results, software_versions, with_headlines
 from robusthash.models.hasher import Hasher, build_hasher
 from robusthash.objectives.base import HashObjective
 
@@ -271,7 +271,7 @@ class Run:
         if not path.is_file():
             return {}
         with reading(path, self._again if self.kept else remade(path)):
-            return {result.name: result for result in load_results(path)}
+            return {result.name: result for result in with_headlines(load_results(path))}
 
     def _of_these_weights(self, file: str) -> dict[str, EvalResult]:
         """Results as of ``stored``. Raises RunError where they are of other weights than the model card."""
