@@ -385,7 +385,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_recipes_of_the_repository_are_valid():
-    paths = sorted((REPO / "recipes").glob("*.yaml"))
+    paths = sorted((REPO / "recipes").rglob("*.yaml"))
     assert paths
     for path in paths:
         config = load_config(path)
@@ -396,7 +396,7 @@ def test_recipes_of_the_repository_are_valid():
 
 def test_recipes_of_purifiers_have_the_hasher_that_they_start_from():
     checked = 0
-    for path in sorted((REPO / "recipes").glob("*drfgd*.yaml")):
+    for path in sorted((REPO / "recipes").rglob("*drfgd*.yaml")):
         child = load_config(path)
         parent = load_config(path.parent / child.training.init_from)
         assert child.data == parent.data, path

@@ -187,3 +187,24 @@ def test_packaged_text_encoder_brings_paraphrases_together() -> None:
         features = nn.functional.normalize(hasher({"text": ids})["text"].features)
     near, far = float(features[0] @ features[1]), float(features[0] @ features[2])
     assert near > far + 0.2
+
+
+@needs_timm
+def test_images_enlarged_inside_the_net_are_attacked_in_their_own_pixels() -> None:
+    torch.manual_seed(0)
+    encoder = build("image-encoder", {"name": "efficientnet-lite0", "enlarge": 64}).eval()
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+
+    features, _ = encoder(images)
+    enlarged = torch.nn.functional.interpolate(images, size=(64, 64), mode="bilinear")
+    torch.testing.assert_close(features, encoder.trunk(encoder.normalise(enlarged)))
+    features.sum().backward()
+    assert images.grad is not None
+    assert images.grad.shape == (2, 3, 32, 32)
+    assert (images.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+@needs_timm
+def test_images_enlarged_to_less_than_the_net_takes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"enlarge must be at least 32 px.*got 16"):
+        build("image-encoder", {"name": "efficientnet-lite0", "enlarge": 16})

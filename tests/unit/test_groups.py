@@ -276,6 +276,12 @@ def test_a_purifier_recipe_may_inherit_the_hashers_settings() -> None:
         load_config("recipes/fashion-drfgd.yaml", ["training.optim.head.lr=0.1"])
 
 
+def test_a_group_of_the_other_file_is_taken_out_by_null() -> None:
+    config = load_config("recipes/pretrained/lite0-ucmerced-csq-drfgd.yaml")
+    assert set(config.training.optim) == {"hasher", "purifier", "critic"}
+    assert "backbone" in load_config("recipes/pretrained/lite0-ucmerced-csq.yaml").training.optim
+
+
 # --- heads
 
 

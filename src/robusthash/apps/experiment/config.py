@@ -102,8 +102,10 @@ class HasherSection(Section):
 
 
 def _completed(groups: Any) -> Any:
-    """Settings of optimiser groups, those of a part of the hasher laid over those of ``hasher``."""
+    """Settings of optimiser groups, those of a part of the hasher laid over those of ``hasher``; null is none."""
     groups = numbers(groups)
+    if isinstance(groups, Mapping):
+        groups = {name: given for name, given in groups.items() if given is not None}
     whole = groups.get(BASE, {}) if isinstance(groups, Mapping) else None
     whole = dataclasses.asdict(whole) if isinstance(whole, OptimConfig) else whole
     if not isinstance(whole, Mapping):
