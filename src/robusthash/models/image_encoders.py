@@ -33,7 +33,7 @@ class ImageEncoder(Encoder):
     """Normalisation, then ``trunk``. ``width`` is D.
 
     Inputs under ``smallest`` pixels a side are refused, and all sizes but ``exact`` where the net takes one.
-    With ``enlarge``, images are first brought to this side (bilinear): attacks stay in the images' own pixels.
+    With ``enlarge``, images are first brought to this side (bilinear): attacks change the given pixels.
     """
 
     def __init__(

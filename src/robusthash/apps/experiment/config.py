@@ -102,7 +102,7 @@ class HasherSection(Section):
 
 
 def _completed(groups: Any) -> Any:
-    """Settings of optimiser groups, those of a part of the hasher laid over those of ``hasher``; null is none."""
+    """Settings of optimiser groups, those of a part of the hasher over those of ``hasher``; null is none."""
     groups = numbers(groups)
     if isinstance(groups, Mapping):
         groups = {name: given for name, given in groups.items() if given is not None}
