@@ -71,6 +71,16 @@ def _clean(victim: Hasher, batch: Batch) -> Tensor:
         return torch.stack([output.logits for output in victim(batch.inputs).values()]).mean(0)
 
 
+def _known_places(
+    victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None
+) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+    """Clean vectors (B, D), known ones (N, D) and their unit, labels of the known items and of the goal."""
+    vectors, labels, goal_labels = known(reference, goal)
+    clean = _clean(victim, batch)
+    places, unit = Places.among(vectors.to(clean), victim.distance)
+    return clean, places, unit, labels, goal_labels
+
+
 @dataclass(frozen=True)
 class OwnVector(Guide):
     """The query's own clean vector; no labels."""
@@ -95,9 +105,7 @@ class MeanAnchor(Guide):
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
-        vectors, labels, goal_labels = known(reference, goal)
-        clean = _clean(victim, batch)
-        vectors, unit = Places.among(vectors.to(clean), victim.distance)
+        clean, vectors, unit, labels, goal_labels = _known_places(victim, batch, goal, reference)
         positive = relevant(goal_labels, labels).to(clean)
         count = positive.sum(1, keepdim=True)
         towards = torch.where(count > 0, positive @ vectors / count.clamp_min(1), clean)
@@ -122,9 +130,7 @@ class WrongAnchor(Guide):
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
-        vectors, labels, goal_labels = known(reference, goal)
-        clean = _clean(victim, batch)
-        vectors, unit = Places.among(vectors.to(clean), victim.distance)
+        clean, vectors, unit, labels, goal_labels = _known_places(victim, batch, goal, reference)
         present = torch.nonzero(labels.sum(0) > 0).flatten()
         members = labels[:, present].to(clean).T
         means, _ = Places.among(members @ vectors / members.sum(1, keepdim=True), victim.distance)
@@ -147,9 +153,7 @@ class AllItems(Guide):
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
     ) -> Guidance:
-        vectors, labels, goal_labels = known(reference, goal)
-        clean = _clean(victim, batch)
-        vectors, unit = Places.among(vectors.to(clean), victim.distance)
+        clean, vectors, unit, labels, goal_labels = _known_places(victim, batch, goal, reference)
         places = Places(vectors, 2 * relevant(goal_labels, labels).to(clean) - 1, victim.distance, unit)
         apart = places.apart(clean)
         low, high = apart.amin(1, keepdim=True), apart.amax(1, keepdim=True)

@@ -24,10 +24,11 @@ def latex_cell(text: str) -> str:
 
 def csv_cell(text: str) -> str:
     """A text that no spreadsheet takes for a formula: one that begins as such gets an apostrophe in front."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not _is_number(text) else text
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not is_number(text) else text
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """True where Python reads the text as a number."""
     try:
         float(text)
     except ValueError:

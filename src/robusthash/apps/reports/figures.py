@@ -17,6 +17,7 @@ from robusthash.apps.experiment.parameter_sweep import SweepRow
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.run_selection import labelled
 from robusthash.apps.experiment.tables import Cell, TableRow, make_rows, seeds_by_row
+from robusthash.apps.reports.cell_text import is_number
 from robusthash.apps.reports.charts import (
     ChartAxis,
     Dot,
@@ -279,7 +280,7 @@ def draw_sweep(rows: Sequence[SweepRow], measure: str, out: Path) -> Drawn:
         return []
     first, *others = done[0].values
     ticks = list(dict.fromkeys(row.values[first] for row in done))
-    numeric = all(map(_is_number, ticks))
+    numeric = all(map(is_number, ticks))
     groups: dict[str, list[SweepRow]] = {}
     for row in done:
         setting = ", ".join(f"{path.rpartition('.')[2]} {row.values[path]}" for path in others)
@@ -297,14 +298,6 @@ def draw_sweep(rows: Sequence[SweepRow], measure: str, out: Path) -> Drawn:
             series.append(Series(f"{name}, {setting}" if setting else name, x, y, low=low, high=high))
     across = ChartAxis(first, names=() if numeric else ticks)
     return save(LineChart(series=series, x=across, y=ChartAxis(measure, from_zero=True)), out / "sweep")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def draw_transfer_file(path: Path, out: Path) -> Drawn:
