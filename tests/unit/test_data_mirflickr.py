@@ -10,18 +10,10 @@ import pytest
 import torch
 
 from robusthash.data import load_data
+from robusthash.data.miniature import FLICKR_CONCEPTS as CONCEPTS
+from robusthash.data.miniature import FLICKR_STRICT as STRICT
 from tests.unit.test_data_folder import picture
 
-# fmt: off
-CONCEPTS = (
-    "animals", "baby", "bird", "car", "clouds", "dog", "female", "flower", "food", "indoor", "lake", "male", "night",
-    "people", "plant_life", "portrait", "river", "sea", "sky", "structures", "sunset", "transport", "tree", "water",
-)
-STRICT = (
-    "baby", "bird", "car", "clouds", "dog", "female", "flower", "male", "night", "people", "portrait", "river", "sea",
-    "tree",
-)
-# fmt: on
 ITEMS = 30
 
 

@@ -25,8 +25,8 @@ SPLITS = {
     "djsrh": SplitProtocol(2000, 5000, "per-class", "DJSRH, DSAH, JDSH (code)"),
     "ucch": SplitProtocol(2100, None, "last", "UCCH (code)"),
 }
-_CONCEPTS = {"djsrh": 10, "ucch": 10}  # all others: 21
-_COMPLETE, _FILTERED = 269_648, {21: 195_834, 10: 186_577}
+CONCEPTS = {"djsrh": 10, "ucch": 10}  # all others: 21
+COMPLETE, FILTERED = 269_648, {21: 195_834, 10: 186_577}
 _TAG_COUNT = 1000
 
 _LISTS = (
@@ -69,14 +69,14 @@ def nus_wide(
     protocol = find_protocol(SPLITS, splits.split)
     root = Path(root)
     listed = _image_names(find(root, "Imagelist.txt", _LISTS))
-    count = _CONCEPTS.get(str(splits.split), 21) if concepts is None else concepts
+    count = CONCEPTS.get(str(splits.split), 21) if concepts is None else concepts
     labels, names = _most_frequent(find(root, "AllLabels", _TRUTH), len(listed), count)
     folder = find(root, "Flickr", _IMAGES) if images is None else Path(images)
     labelled = labels.any(1)
     pool = Pool(tuple(ImageFile(folder / name) for name in listed), labels, names)
     pool = pool.only(labelled, f"none of the {count} concepts")
-    if len(listed) == _COMPLETE and count in _FILTERED:
-        pool = pool.expect(_FILTERED[count])
+    if len(listed) == COMPLETE and count in FILTERED:
+        pool = pool.expect(FILTERED[count])
     if text.texts == "tokens":
         tags = _raw_tags(find(root, "All_Tags.txt", _TAGS), listed)
         pool = replace(pool, texts=tuple(tags[row] for row in torch.nonzero(labelled).flatten().tolist()))
