@@ -260,8 +260,9 @@ def _write_cifar(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
     files = [picture(root / "jpeg" / f"{n}.jpg", n, (32, 32)).read_bytes() for n in range(count + tested)]
     number = np.arange(len(files))
     offset = np.concatenate([[0], np.cumsum([len(file) for file in files])])
-    arrays = {"offset": offset, "label": number % 10, "is_test": number >= count, "classes": _CIFAR}
-    np.savez(root / "cifar10.npz", jpeg=np.frombuffer(b"".join(files), np.uint8), **arrays)
+    pixels, label = np.frombuffer(b"".join(files), np.uint8), number % 10
+    path, is_test = root / "cifar10.npz", number >= count
+    np.savez(path, jpeg=pixels, offset=offset, label=label, is_test=is_test, classes=np.array(_CIFAR))
     return dict(wanted)
 
 

@@ -125,6 +125,9 @@ class Asymmetric(Recipe):
         order = torch.randperm(len(self._data.train), generator=self._draws.within("pool", epoch).generator())
         return order[: self.items].repeat(self.inner_epochs)
 
+    def epoch_items(self, train: int) -> int:
+        return min(self.items, train) * self.inner_epochs
+
     def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
         yield from self._inner.step(batch, moment)
 

@@ -59,6 +59,10 @@ class Recipe(ABC):
         """Positions trained on this epoch; None is all of them."""
         return None
 
+    def epoch_items(self, train: int) -> int:
+        """Items that an epoch trains on, of a training split of ``train``."""
+        return train
+
     @abstractmethod
     def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
         """Yield (group, loss terms); the loop steps that group and resumes here, with parameters moved.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from robusthash.apps.experiment.block_store import AttackFolder
-from robusthash.apps.experiment.config import ConfigError
+from robusthash.apps.experiment.config import ConfigError, EvaluationSection
 from robusthash.apps.experiment.model_stages import load_victim, read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.attacks.base import Attack
@@ -37,6 +37,11 @@ NamedAttacks = dict[str, tuple[View, dict[str, Any]]]
 """By the name of the result: the view of the victim that the attack differentiates, and its settings."""
 
 
+def ends_of(direction: str | None) -> tuple[str, str] | None:
+    """Modalities of queries and database in a direction such as ``I2T``; None as it is."""
+    return None if direction is None else (_MODALITY[direction[0]], _MODALITY[direction[-1]])
+
+
 def context_of(
     run: Run,
     victim: Hasher,
@@ -51,7 +56,7 @@ def context_of(
         whole: with all queries, whatever number of them the section takes.
     """
     section = run.config.evaluation
-    ends = None if direction is None else (_MODALITY[direction[0]], _MODALITY[direction[-1]])
+    ends = ends_of(direction)
     return make_context(
         victim,
         data,
@@ -119,8 +124,9 @@ def check_evaluation(run: Run) -> None:
     """
     section, card = run.config.evaluation, run.card()
     for direction in section.directions or ():
-        ends = _MODALITY[direction[0]], _MODALITY[direction[-1]]
-        if missing := [modality for modality in ends if modality not in card["modalities"]]:
+        if missing := [
+            modality for modality in ends_of(direction) or () if modality not in card["modalities"]
+        ]:
             raise ConfigError(
                 f"evaluation.directions holds {direction}, and {run.path} does not encode {missing[0]!r}: "
                 f"it has {card['modalities']}"
@@ -194,14 +200,18 @@ def _not_added(run: Run, reason: str) -> str:
 
 def chosen_attacks(run: Run, attacks: Sequence[Mapping[str, Any] | str] | None) -> NamedAttacks:
     """The attacks of a run's evaluation section, or those given in their place."""
-    section = run.config.evaluation
-    given = named_attacks(section.attacks if attacks is None else attacks)
-    chosen: NamedAttacks = {name: ("white-box", settings) for name, settings in given.items()}
     if attacks is None:
-        for name, settings in named_attacks(section.oblivious).items():
-            chosen[f"{name} (oblivious)"] = "oblivious", settings
-        for name, settings in named_attacks(section.identity).items():
-            chosen[f"{name} (identity)"] = "identity", settings
+        return attacks_of(run.config.evaluation)
+    return {name: ("white-box", settings) for name, settings in named_attacks(attacks).items()}
+
+
+def attacks_of(section: EvaluationSection) -> NamedAttacks:
+    """The attacks of an evaluation section, those that overlook a purifier among them."""
+    views: tuple[View, ...] = ("oblivious", "identity")
+    chosen: NamedAttacks = {n: ("white-box", each) for n, each in named_attacks(section.attacks).items()}
+    for view in views:
+        for name, settings in named_attacks(getattr(section, view)).items():
+            chosen[f"{name} ({view})"] = view, settings
     return chosen
 
 

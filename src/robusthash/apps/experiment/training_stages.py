@@ -108,6 +108,17 @@ def _opened(
 
 
 def _parent(config: Config, root: Path, progress: Progress, base: Path) -> Run | None:
+    origin = origin_of(config, base)
+    if not isinstance(origin, tuple):
+        return origin
+    recipe, folder = origin
+    return train(recipe, root, progress, folder)
+
+
+def origin_of(config: Config, base: Path) -> Run | tuple[Config, Path] | None:
+    """The run that training starts from, or the config of one to train first and its folder; None for a new
+    net.
+    """
     named = config.training.init_from
     if named is None:
         return None
@@ -121,7 +132,7 @@ def _parent(config: Config, root: Path, progress: Progress, base: Path) -> Run |
     net = {part: getattr(config.hasher, part) for part in ("bits", "image", "text", "head")}
     hasher = recipe.hasher.model_copy(update=net)
     shared = {"data": config.data, "hasher": hasher, "runtime": config.runtime}
-    return train(recipe.model_copy(update=shared), root, progress, path.parent)
+    return recipe.model_copy(update=shared), path.parent
 
 
 def train(
@@ -166,8 +177,8 @@ def _train(run: Run, parent: Run | None, progress: Progress) -> None:
     if first and data.text_form is not None:
         write_json(run.path / TEXTS, data.text_form.plain())
     objective: HashObjective = build("objective", config.training.objective)
-    _check_evaluation(config, data, objective)
-    recipe = make_recipe(config, _initial_hasher(config, data, parent), objective)
+    check_against_data(config, data, objective)
+    recipe = make_recipe(config, initial_hasher(config, data, parent), objective)
     try:
         with tracked(run) if first else nullcontext(_Follower(run)) as lines:
             log = fit(recipe, data, train_config(config), lines)
@@ -260,7 +271,7 @@ def _take_over(run: Run, shorter: Run) -> None:
         shutil.copyfile(shorter.checkpoint_file, aside)
 
 
-def _check_evaluation(config: Config, data: RetrievalData, objective: HashObjective) -> None:
+def check_against_data(config: Config, data: RetrievalData, objective: HashObjective) -> None:
     """Refuse, before the training, relevances and budgets that the evaluation after it would refuse."""
     section = config.evaluation
     for name in section.relevance:
@@ -273,7 +284,7 @@ def _check_evaluation(config: Config, data: RetrievalData, objective: HashObject
         attack.check_inputs(one.inputs)
 
 
-def _initial_hasher(config: Config, data: RetrievalData, parent: Run | None) -> Hasher:
+def initial_hasher(config: Config, data: RetrievalData, parent: Run | None) -> Hasher:
     """The hasher that training starts with: new, or the parent's with the purifiers of the config."""
     section, seed = config.hasher, config.runtime.seed
     if parent is None:

@@ -1,0 +1,73 @@
+"""Time and memory of steps: a log that is a clock, bytes of weights, the most memory so far."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from robusthash.training.recipe import Recipe
+
+
+class StepClock:
+    """The log of a training that is timed: seconds of setup, of each step, and of the end of the epoch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def start(self) -> None:
+        """Forget earlier times, and begin."""
+        self.times = [self._now()]
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def resume(self) -> None:
+        self.times.append(self._now())
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        self.times.append(self._now())
+
+    def log(self, line: dict[str, Any]) -> None:
+        self.times.append(self._now())
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """Nothing is kept."""
+
+    @contextmanager
+    def timing(self) -> Iterator[Callable[[], float]]:
+        """Seconds inside of the block, to be asked for after it."""
+        times = [self._now()]
+        yield lambda: times[1] - times[0]
+        times.append(self._now())
+
+
+def weight_bytes(recipe: Recipe) -> int:
+    """Bytes of all tensors that a checkpoint of the recipe holds."""
+    states = (module.state_dict() for module in recipe.modules().values())
+    held = {values.data_ptr(): values.nbytes for state in states for values in state.values()}
+    return sum(held.values())
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory so far: allocated on a GPU, resident of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # which Windows has not
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def device_words(device: torch.device) -> str:
+    """A device, and its model or the number of threads."""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return f"{device}, {torch.get_num_threads()} thread(s)"
