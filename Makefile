@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check tables bench clean
+.PHONY: setup demo test check tables bench dry-runs clean
 
 setup: .venv/.ready
 
@@ -30,6 +30,11 @@ tables: setup
 
 bench: setup
 	@for file in benchmarks/[a-z]*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+
+# One step of every part of each recipe of the papers, at its true net and image size, on generated data.
+dry-runs: setup
+	@for recipe in $$(find recipes/papers -name "*.yaml" | sort); do echo "$$recipe"; \
+	  OMP_NUM_THREADS=1 $(BIN)/robusthash run "$$recipe" --dry-run --miniature --batch 2 --json > /dev/null || exit 1; done
 
 clean:
 	rm -rf .venv runs demo .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -33,6 +33,8 @@ def run(
     from robusthash.training.data_parallel import follows
 
     config = load_config(recipe, sets or ())
+    if dry_run and resume_from is not None:
+        raise ValueError("a dry run goes on from nothing: leave --resume-from or --dry-run out")
     if dry_run:
         from robusthash.apps.experiment import dry_run as trying
 

@@ -224,6 +224,8 @@ class _Trial:
             self._train(*origin, clock)
             self.notes.append(f"{origin[0].name} is trained first (init_from) and is part of the estimate")
         config = self._without_downloads(config)
+        if config.runtime.compile:
+            self.notes.append("runtime.compile is left out: compiling takes longer than a step")
         objective: HashObjective = build("objective", config.training.objective)
         check_against_data(config, self.data, objective)
         recipe = make_recipe(config, initial_hasher(config, self.data, parent), objective)
@@ -289,28 +291,26 @@ class _Trial:
         """Time one block of the evaluation in every direction, and a step of every attack on it."""
         data, again = _one_block(self.data, self.rows), len(section.relevance)
         asked = min(section.queries or self.whole["query"], self.whole["query"])
-        encoded = asked + self.whole["database"]
         for direction in section.directions or (None,):
-            titled = f" {direction}" if direction else ""
+            titled, ends = f" {direction}" if direction else "", ends_of(direction)
+            protocol, attacks = build("protocol", section.protocol), attacks_of(section)
             with clock.timing() as seconds:
                 context = make_context(
-                    victim,
-                    data,
-                    build("protocol", section.protocol),
-                    direction=ends_of(direction),
-                    seed=section.seed,
-                    batch_size=len(data.query),
+                    victim, data, protocol, direction=ends, seed=section.seed, batch_size=len(data.query)
                 )
-            items = len(context.queries) + len(data.database)
-            took = seconds()
-            whole = took * again * encoded / items
-            self.parts.append(Part(f"encoding{titled}", f"{items} items", took, whole))
+                if attacks:
+                    encode_split(victim, data.train, modality=context.direction[1])  # that attackers know
+            items = len(data.query) + len(data.database) + len(data.train) * bool(attacks)
+            whole = asked + self.whole["database"] + self.whole["train"] * bool(attacks)
+            took, results = seconds(), 1
+            encoded = took * again * whole / items
+            self.parts.append(Part(f"encoding{titled}", f"{items} items", took, encoded))
             score_clean(context)
-            results = 1
-            for name, (view, settings) in attacks_of(section).items():
+            for name, (view, settings) in attacks.items():
                 attack: Attack = build("attack", settings, objective=objective)
                 if context.direction[0] in attack.threat.balls:
                     self.progress(0, 1, f"{name}{titled}")
+                    context.known(attack)
                     self._attack(context, name + titled, view, settings, objective, clock, asked * again)
                     results += 1
             block = min(asked, section.batch_size)
@@ -368,13 +368,14 @@ def _some(split: Split, count: int) -> Split:
 
 
 def _one_block(data: RetrievalData, rows: _Rows) -> RetrievalData:
-    """One block of queries and of database, some of which is relevant to a query."""
+    """One block of queries, of database, with an item that is relevant to a query, and of training items."""
     query = _some(data.query, rows.query)
     positions = stable_subset(data.database, rows.database)
     if query.labels is not None and data.database.labels is not None:
         relevant = torch.nonzero(has_relevant(data.database.labels, query.labels)).flatten()
         positions = torch.unique(torch.cat([relevant[:1], positions[: max(1, rows.database - 1)]]))
-    return replace(data, query=query, database=data.database.take(positions))
+    train = _some(data.train, rows.database)  # of which attackers know the codes
+    return replace(data, train=train, query=query, database=data.database.take(positions))
 
 
 def _score(context: EvaluationContext, queries: int, database: int) -> None:
