@@ -67,7 +67,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a recipe takes on a device.
+    """Memory, size and time of a recipe on a device.
 
     Attributes:
         sizes: items of the splits of the whole.
@@ -314,8 +314,9 @@ class _Trial:
                     self._attack(context, name + titled, view, settings, objective, clock, asked * again)
                     results += 1
             block = min(asked, section.batch_size)
+            codes = _random_codes(context, block, self.whole["database"])
             with clock.timing() as seconds:
-                _score(context, block, self.whole["database"])
+                measure(context.protocol, *codes)
             words, took = f"{block} queries in {self.whole['database']} items", seconds()
             self.parts.append(Part(f"scores{titled}", words, took, took * again * results * asked / block))
 
@@ -378,8 +379,12 @@ def _one_block(data: RetrievalData, rows: _Rows) -> RetrievalData:
     return replace(data, train=train, query=query, database=data.database.take(positions))
 
 
-def _score(context: EvaluationContext, queries: int, database: int) -> None:
-    """Score as many random codes as the whole has, which costs the same as scoring true ones."""
+def _random_codes(
+    context: EvaluationContext, queries: int, database: int
+) -> tuple[Codes, Tensor, Codes, Tensor]:
+    """As many random codes of queries and of database as the whole has, and labels; they score as fast as
+    true ones.
+    """
     draws, bits = Draws(0, ("dry run",)), context.victim.bits
 
     def drawn(count: int, name: str, labels: Tensor) -> tuple[Codes, Tensor]:
@@ -388,4 +393,4 @@ def _score(context: EvaluationContext, queries: int, database: int) -> None:
         return Codes(pack(signs), bits, ids), labels[ids % len(labels)]
 
     asked = drawn(queries, "query", context.query_labels)
-    measure(context.protocol, *asked, *drawn(database, "database", context.database_labels))
+    return *asked, *drawn(database, "database", context.database_labels)
