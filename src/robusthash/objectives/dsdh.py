@@ -52,10 +52,10 @@ class SolvedCodes(nn.Module):
 class DSDH(PairLikelihood):
     """DSDH: the pair likelihood of DPSH, and a pull to discrete codes B that a linear classifier reads best.
 
-    L = mean_ij w_ij [softplus(Omega_ij) - S_ij Omega_ij] + (eta K / N) mean (B - h)^2. After each epoch W is the
-    ridge regression of labels on B, and B is solved column by column: min ||Y - B W||^2 + nu/mu ||W||^2 +
-    eta/mu ||B - U||^2, U the memory. In the first epoch B are the signs of the memory. One forward and backward
-    pass an item; the solver takes O(N K (K + C)) a sweep.
+    L = mean_ij w_ij [softplus(Omega_ij) - S_ij Omega_ij] + (eta K / N) mean (B - h)^2. After each epoch W is
+    the ridge regression of labels on B, and B is solved column by column: min ||Y - B W||^2 + nu/mu ||W||^2
+    + eta/mu ||B - U||^2, U the memory. In the first epoch B are the signs of the memory. One forward and
+    backward pass an item; the solver takes O(N K (K + C)) a sweep.
 
     Args:
         eta: 55, weight of the pull, next to a sum over N^2 pairs; hence eta K / N in mean form.
@@ -63,9 +63,9 @@ class DSDH(PairLikelihood):
         sweeps: over the columns of B after each epoch, 10.
         balance: see ``WeightedPairs``.
 
-    Differs: the published PyTorch codes (DeepHash, CgAT) lack the pull, so B and W have no effect on their net;
-    it is in the paper and here. B is solved at the end of an epoch, from the signs of U (theirs: at its start,
-    from random signs the first time). h is tanh of the logits, as for DPSH.
+    Differs: the published PyTorch codes (DeepHash, CgAT) lack the pull, so B and W have no effect on their
+    net; it is in the paper and here. B is solved at the end of an epoch, from the signs of U (theirs: at its
+    start, from random signs the first time). h is tanh of the logits, as for DPSH.
     """
 
     training_only = ("critics", "solved")
@@ -75,7 +75,9 @@ class DSDH(PairLikelihood):
         self, eta: float = 55.0, mu: float = 1.0, nu: float = 1.0, sweeps: int = 10, balance: bool = False
     ) -> None:
         if not (mu > 0 and nu > 0):
-            raise ValueError(f"mu and nu must be above 0, or labels could not be regressed, got {mu:g}, {nu:g}")
+            raise ValueError(
+                f"mu and nu must be above 0, or labels could not be regressed, got {mu:g}, {nu:g}"
+            )
         super().__init__(balance)
         self.eta = eta
         self.mu = mu

@@ -14,12 +14,12 @@ class DSH(WeightedPairs):
     """DSH: similar codes together, dissimilar ones at least a margin apart, values near +-1.
 
     L = (1/K) mean_ij w_ij [S_ij D_ij / 2 + (1 - S_ij) max(0, m - D_ij) / 2] + alpha mean ||v| - 1|, D_ij =
-    ||v_i - U_j||^2, which is 4 times the Hamming distance of +-1 codes. The paper's head is ``linear``, without
-    tanh; ``tanh`` works as well. One forward and backward pass an item, and O(N K) for its pairs.
+    ||v_i - U_j||^2, which is 4 times the Hamming distance of +-1 codes. The paper's head is ``linear``,
+    without tanh; ``tanh`` works as well. One forward and backward pass an item, and O(N K) for its pairs.
 
     Args:
         margin: m in multiples of K, 2 in the paper: codes half of all bits apart are far enough.
-        alpha: weight of the last term, 0.01 as in the paper; DeepHash-pytorch's 0.1 is 0.1 / K by this measure.
+        alpha: weight of the last term, 0.01 as in the paper; DeepHash-pytorch's is 0.1 / K in this form.
         balance: see ``WeightedPairs``; the paper draws pairs from each batch instead.
 
     Differs: pairs are those of an item with the memory, as in DeepHash-pytorch; all is divided by K, so that

@@ -23,17 +23,17 @@ def class_weights(counts: Tensor, beta: float) -> Tensor:
 class LTHNet(HashObjective):
     """LTHNet: class-balanced cross-entropy of a linear classifier on the codes; long-tailed classes.
 
-    L = -sum_c w_c (y_c / |y|) log softmax_c(A h + a), w_c = (1 - beta) / (1 - beta^n_c) over its largest, n_c the
-    items of class c, h the code. The classifier A, a is trained along and stays with the model, for attacks. The
-    paper's net is the head ``meta-embedding``, whose class means are renewed before every epoch: one more
-    forward pass of the training set an epoch.
+    L = -sum_c w_c (y_c / |y|) log softmax_c(A h + a), w_c = (1 - beta) / (1 - beta^n_c) over its largest,
+    n_c the items of class c, h the code. The classifier A, a is trained along and stays with the model, for
+    attacks. The paper's net is the head ``meta-embedding``, whose class means are renewed before every
+    epoch: one more forward pass of the training set an epoch.
 
     Args:
         beta: 0.99 in the paper's text; its code's default 0 is the plain cross-entropy.
 
     Differs: the code's mix with the unweighted loss is commented out there and left out here; several labels
-    share the target evenly (the code reads one label an item). The paper's choice of diverse class means is not
-    in its code, and not built.
+    share the target evenly (the code reads one label an item). The paper's choice of diverse class means is
+    not in its code, and not built.
     """
 
     weights: Tensor

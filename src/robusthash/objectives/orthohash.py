@@ -17,17 +17,17 @@ from robusthash.objectives.centers import CSQ
 class OrthoHash(CSQ):
     """OrthoHash: softmax over classes of the cosine between logits and the class's fixed random code.
 
-    L = -sum_c (y_c / |y|) log softmax_c(s (cos(z, O_c) - m y_c)), z the logits. Its head is ``batchnorm``, which
-    balances each bit; quantisation needs no term of its own, since a cosine of 1 is a code. The loss does not
-    change with the size of z. One forward and backward pass an item, and O(C K).
+    L = -sum_c (y_c / |y|) log softmax_c(s (cos(z, O_c) - m y_c)), z the logits. Its head is ``batchnorm``,
+    which balances each bit; quantisation needs no term of its own, since a cosine of 1 is a code. The loss
+    does not change with the size of z. One forward and backward pass an item, and O(C K).
 
     Args:
         scale: s, 8 in the authors' code.
         margin: m on the own classes' cosine, 0.2 there.
 
-    Differs: batch normalisation is in the head, so that retrieval has the thresholds of training (SAAT's code has
-    it inside of the loss alone). Class codes are drawn bit by bit, as by the authors; their search for distant
-    codes is left out. An item without labels has no loss.
+    Differs: batch normalisation is in the head, so that retrieval has the thresholds of training (SAAT's
+    code has it inside of the loss alone). Class codes are drawn bit by bit, as by the authors; their search
+    for distant codes is left out. An item without labels has no loss.
     """
 
     def __init__(self, scale: float = 8.0, margin: float = 0.2) -> None:
