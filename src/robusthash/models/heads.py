@@ -38,7 +38,7 @@ class LinearHead(nn.Module):
         self.register_buffer("size", torch.ones(()))
 
     def mapped(self, features: Tensor) -> Tensor:
-        """What the linear layer gets of the features: they themselves."""
+        """Input of the linear layer: the features themselves."""
         return features
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
