@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from scipy.linalg import eigh
 
 from robusthash.core.registry import register
 from robusthash.objectives.shallow.base import Projection, ShallowMethod, TrainingFeatures
@@ -39,6 +38,8 @@ class CVH(ShallowMethod):
         self.lam = lam
 
     def fit(self, known: TrainingFeatures) -> dict[str, Projection]:
+        from scipy.linalg import eigh  # slow to import
+
         (first, x), (second, y) = known.values.items()
         least = min(x.shape[1], y.shape[1])
         if known.bits > least:

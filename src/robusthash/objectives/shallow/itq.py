@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from scipy.linalg import orthogonal_procrustes
 
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
@@ -34,6 +33,8 @@ class ITQ(ShallowMethod):
         self.rounds = rounds
 
     def fit(self, known: TrainingFeatures) -> dict[str, Projection]:
+        from scipy.linalg import orthogonal_procrustes  # slow to import
+
         ((modality, x),) = known.values.items()
         if known.bits > x.shape[1]:
             raise ValueError(f"ITQ makes at most one bit a feature: {x.shape[1]} features, {known.bits} bits")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from scipy.sparse.linalg import svds
 
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
@@ -40,6 +39,8 @@ class SCM(ShallowMethod):
         self.lam = lam
 
     def fit(self, known: TrainingFeatures) -> dict[str, Projection]:
+        from scipy.sparse.linalg import svds  # slow to import
+
         (first, x), (second, y) = known.values.items()
         labels = known.known_labels / known.known_labels.norm(dim=1, keepdim=True).clamp_min(1e-12)
         cxx, cyy, _ = covariances(x, y, self.lam)

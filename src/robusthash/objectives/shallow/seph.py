@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from robusthash.core.hamming import sign
@@ -83,6 +81,8 @@ class SePH(ShallowMethod):
         return {name: self._regressed(x[rows], codes) for name, x in known.values.items()}
 
     def _codes(self, target: Tensor, known: TrainingFeatures) -> Tensor:
+        from scipy.optimize import minimize  # slow to import
+
         shape = (len(target), known.bits)
         generator = known.draws.within("codes").generator()
         start = 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -97,6 +97,8 @@ class SePH(ShallowMethod):
         return sign(codes - codes.mean(0))
 
     def _regressed(self, x: Tensor, codes: Tensor) -> Projection:
+        from sklearn.linear_model import LogisticRegression  # slow to import
+
         weights, offsets = [], []
         for bit in codes.T:
             model = LogisticRegression(C=self.penalty, solver="newton-cholesky").fit(x.numpy(), bit.numpy())
