@@ -271,7 +271,7 @@ def test_a2net_is_adsh_with_reconstruction_and_decorrelation() -> None:
     assert {name: float(terms[name]) for name in own} == {name: float(own[name]) for name in own}
     decoder, code = objective.decoders["image"], output.code
     gap = output.logits @ decoder.weight.T + decoder.bias - output.features
-    assert float(terms["reconstruction"]) == pytest.approx(0.5 * float(gap.detach().square().mean()))
+    assert float(terms["reconstruction"].detach()) == pytest.approx(0.5 * float(gap.detach().square().mean()))
     pairs = [(float(code[:, j] @ code[:, k]) / 12 - (j == k)) ** 2 for j in range(4) for k in range(4)]
     assert float(terms["decorrelation"]) == pytest.approx(2.0 * sum(pairs) / 16, rel=1e-5)
     assert not any("decoders" in name for name in objective.kept())
