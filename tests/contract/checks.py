@@ -373,6 +373,8 @@ def perfect_signs(objective: HashObjective, labels: Tensor) -> Tensor:
     complement."""
     if hasattr(objective, "targets"):
         return objective.targets(labels)
+    if hasattr(objective, "matrix"):  # of a linear classifier of two classes
+        return sign(labels @ (objective.matrix - objective.matrix.mean(0)).detach())
     if getattr(objective, "stage", 1) == 2:  # the codes that its first stage has learned
         return sign(labels @ objective.class_codes)
     one = hadamard_centers(2, BITS, Draws(0))[1]

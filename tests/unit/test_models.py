@@ -31,7 +31,7 @@ WIDTHS = {
 }
 SMALLEST = {"alexnet": 63, "small": 8, "cpah": 8, "inception-v3": 75}
 # made for one size of images, for none, or named by another option; tested on their own
-FIXED = ("gfnet", "gfnet-xs", "gfnet-s", "gfnet-b", "vit-b-16", "timm", "sfcl", "vector")
+FIXED = ("gfnet", "gfnet-xs", "gfnet-s", "gfnet-b", "vit-b-16", "timm", "sfcl", "vector", "features")
 CARDS = [card.name for card in catalogue("image-encoder") if card.name not in FIXED]
 
 

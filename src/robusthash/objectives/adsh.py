@@ -75,14 +75,22 @@ def discrete_update(codes: Tensor, outputs: Tensor, rows: Tensor, sums: Tensor, 
     v, u = codes.double(), outputs.double()  # in float32 rounding would decide bits whose argument is zero
     linear = -2.0 * codes.shape[1] * sums.double()
     linear[rows] -= 2.0 * gamma * u
-    gram = u.T @ u
-    v = v.clone()
+    return column_sweep(v, u.T @ u, linear).to(codes.dtype)
+
+
+def column_sweep(codes: Tensor, gram: Tensor, linear: Tensor) -> Tensor:
+    """One cyclic sweep over the columns of V (n, K) in {-1, +1}, each set to its exact minimiser.
+
+    J(V) = tr(V G V^T) + tr(V Q^T), G symmetric (K, K) and Q (n, K), hence V_k <- -sgn(2 V_-k G_-k,k + Q_k). J
+    never rises; where the argument is zero, the old bit stays.
+    """
+    v = codes.clone()
     for k in range(codes.shape[1]):
         others = gram[:, k].clone()
         others[k] = 0.0
         slope = 2.0 * (v @ others) + linear[:, k]
         v[:, k] = torch.where(slope == 0, v[:, k], -slope.sign())
-    return v.to(codes.dtype)
+    return v
 
 
 @register("objective", "adsh", paper="Jiang and Li, AAAI 2018", evidence="paper+code", state="measured")

@@ -16,6 +16,7 @@ from robusthash.core.types import Batch, Codes, LossTerms, Outputs
 from robusthash.data.base import RetrievalData, Split, batches
 from robusthash.models.external.wrap import require_hasher
 from robusthash.models.hasher import Encoder, Hasher, frozen
+from robusthash.models.heads import MetaEmbeddingHead
 from robusthash.objectives.base import CodeMemory, HashObjective, TrainFacts, share_similar
 
 FIGURES = "figures"
@@ -40,6 +41,9 @@ class Recipe(ABC):
 
     data_parallel: ClassVar[bool] = True
     """It calls the hasher as a whole, so that several processes may each hash a share of a batch."""
+
+    new_heads: ClassVar[bool] = False
+    """It makes the heads itself, so those of a run that it starts from are replaced."""
 
     hasher: Hasher
 
@@ -118,6 +122,37 @@ def fill_memory(memory: CodeMemory, hasher: Hasher, split: Split, batch_size: in
             memory.update(hasher(batch.inputs), batch)
 
 
+@torch.no_grad()
+def renew_class_means(hasher: Hasher, split: Split, batch_size: int) -> None:
+    """Set the class means of LTHNet's heads, where a hasher has such, by one eval-mode pass.
+
+    Raises:
+        ValueError: a split without labels, or of another number of classes.
+    """
+    heads = {name: head for name, head in hasher.heads.items() if isinstance(head, MetaEmbeddingHead)}
+    if not heads:
+        return
+    classes = 0 if split.labels is None else split.labels.shape[1]
+    for head in heads.values():
+        if classes != len(head.means):
+            remedy = f"set hasher.head.classes: {classes}" if classes else "it needs labels"
+            raise ValueError(
+                f"the head 'meta-embedding' has {len(head.means)} classes, the data {classes}; {remedy}"
+            )
+    sums = {name: torch.zeros_like(head.means) for name, head in heads.items()}
+    counts = torch.zeros(classes, 1, device=hasher.device)
+    with frozen(hasher):
+        for batch in batches(split, batch_size, modalities=hasher.modalities):
+            batch = batch.to(hasher.device)
+            outputs, labels = hasher(batch.inputs), batch.labels
+            assert labels is not None, "the split has labels"
+            counts += labels.sum(0)[:, None]
+            for name, head in heads.items():
+                sums[name] += labels.T @ head.direct(outputs[name].features)
+    for name, head in heads.items():
+        head.means.copy_(sums[name] / counts.clamp_min(1.0))
+
+
 @register("recipe", "hashing", state="measured")
 class HashingRecipe(Recipe):
     """Train a hasher on its objective, undefended."""
@@ -144,6 +179,8 @@ class HashingRecipe(Recipe):
         device = self.hasher.device
         self.objective.to(device).setup(train_facts(data.train, self.hasher, seed))
         self.objective.to(device)  # what setup made
+        self._renewal = (data.train, batch_size)
+        renew_class_means(self.hasher, *self._renewal)
         memory = CodeMemory(len(data.train), self.hasher.bits, data.train.labels, self.hasher.modalities)
         self.memory = memory.to(device)
         fill_memory(self.memory, self.hasher, data.train, batch_size)
@@ -163,3 +200,4 @@ class HashingRecipe(Recipe):
 
     def end_epoch(self, epoch: int) -> None:
         self.objective.end_epoch(self.memory)
+        renew_class_means(self.hasher, *self._renewal)

@@ -153,17 +153,19 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> str:
 
 
 def load_weights(module: nn.Module, path: Path, remedy: str) -> None:
-    """Load every tensor by name; buffers that ``setup`` makes (centers) take the shape of the file.
+    """Load every tensor by name; those that ``setup`` makes (centers) take the shape of the file.
 
     Raises:
         RunError: a file that cannot be read or does not fit, with the ``remedy``.
     """
     with reading(path, remedy, "the file of weights"):
         tensors = safetensors.torch.load_file(regular(path))
-    for name, buffer in module.named_buffers():
-        if name in tensors and buffer.shape != tensors[name].shape and buffer.numel() == 0:
+    for name, empty in [*module.named_buffers(), *module.named_parameters()]:
+        if name in tensors and empty.shape != tensors[name].shape and empty.numel() == 0:
             owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, torch.empty_like(tensors[name]))
+            made = torch.empty_like(tensors[name])
+            made = nn.Parameter(made) if isinstance(empty, nn.Parameter) else made
+            setattr(module.get_submodule(owner), leaf, made)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

@@ -34,7 +34,7 @@ from robusthash.core.directory_lock import owned
 from robusthash.core.registry import build, check
 from robusthash.core.runtime import Progress, choose_device, silent
 from robusthash.data.base import RetrievalData
-from robusthash.models.hasher import Hasher, build_hasher, purified
+from robusthash.models.hasher import Hasher, build_hasher, purified, with_new_heads
 from robusthash.objectives.base import HashObjective
 from robusthash.training.data_parallel import joined_processes, rank, wait_for_others
 from robusthash.training.loop import CheckpointError, TrainConfig, fit
@@ -129,7 +129,8 @@ def origin_of(config: Config, base: Path) -> Run | tuple[Config, Path] | None:
         return load_run(path)
     # the run to start from has the same data, seed, device and net as the one that starts there
     recipe = load_config(path)
-    net = {part: getattr(config.hasher, part) for part in ("bits", "image", "text", "head")}
+    parts = ("image", "text") if _new_heads(config) else ("bits", "image", "text", "head")
+    net = {part: getattr(config.hasher, part) for part in parts}
     hasher = recipe.hasher.model_copy(update=net)
     shared = {"data": config.data, "hasher": hasher, "runtime": config.runtime}
     return recipe.model_copy(update=shared), path.parent
@@ -298,13 +299,15 @@ def initial_hasher(config: Config, data: RetrievalData, parent: Run | None) -> H
             purifiers=section.purifiers,
             sides=section.sides,
         )
-    hasher = parent.load_hasher()
+    hasher, parts = parent.load_hasher(), {"image", "text", "head"}
+    if _new_heads(config):
+        hasher, parts = with_new_heads(hasher, section.bits, section.head, seed), {"image", "text"}
     if hasher.bits != section.bits:
         raise ConfigError(f"hasher.bits is {section.bits}, but {parent.path} was trained with {hasher.bits}")
     modalities = [name for name in ("image", "text") if getattr(section, name) is not None]
     if sorted(hasher.modalities) != sorted(modalities):
         raise ConfigError(f"hasher has {modalities}, but {parent.path} encodes {list(hasher.modalities)}")
-    for part in section.model_fields_set & {"image", "text", "head"}:
+    for part in section.model_fields_set & parts:
         settings, trained = getattr(section, part), getattr(parent.config.hasher, part)
         if settings is not None and _options(settings) != _options(trained):
             raise ConfigError(
@@ -316,6 +319,11 @@ def initial_hasher(config: Config, data: RetrievalData, parent: Run | None) -> H
     if hasher.purifiers:
         raise ConfigError(f"{parent.path} has purifiers already; start from the run without them")
     return purified(hasher, section.purifiers, section.sides, seed)
+
+
+def _new_heads(config: Config) -> bool:
+    """Tell whether the recipe replaces the heads of a run that it starts from."""
+    return bool(getattr(check("recipe", config.training.recipe)[0].make, "new_heads", False))
 
 
 def _options(component: Any) -> dict[str, Any] | None:

@@ -1,0 +1,146 @@
+"""Every registered shallow method: projections by seed alone, better than chance, and one line on what it cannot do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from robusthash.core.registry import Card, build, catalogue
+from robusthash.objectives.shallow.base import ShallowMethod
+from robusthash.training.shallow_recipe import shallow_hasher
+
+CARDS = catalogue("shallow")
+IDS = [card.name for card in CARDS]
+BITS, ANCHORS = 8, 40
+LABELS = np.eye(4)[np.arange(80) % 4]
+
+
+def features(modalities: int, items: int = 80, seed: int = 0) -> dict[str, np.ndarray]:
+    """Vectors of four classes under noise; most of their variance has nothing to do with the class."""
+    draw, fixed = np.random.default_rng(seed), np.random.default_rng(99)
+    made = {}
+    for name, width in [("image", 24), ("text", 16)][:modalities]:
+        centres, nuisance = fixed.normal(0, 1.5, (4, width)), fixed.normal(0, 1, (10, width))
+        values = LABELS[:items] @ centres + draw.normal(0, 1.5, (items, 10)) @ nuisance
+        made[name] = values + draw.normal(0, 0.5, (items, width))
+    return made
+
+
+def modalities_of(name: str) -> int:
+    method: ShallowMethod = build("shallow", name)
+    return method.modalities
+
+
+def codes_of(hasher: object, values: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        outputs = hasher({name: torch.tensor(rows).float() for name, rows in values.items()})  # type: ignore[operator]
+    return {name: torch.where(o.logits >= 0, 1.0, -1.0) for name, o in outputs.items()}
+
+
+def agreement(queries: Tensor, database: Tensor) -> float:
+    """Mean average precision of the classes of ``LABELS``."""
+    similar = torch.tensor(LABELS @ LABELS.T).bool()
+    order = (-queries @ database.T).argsort(dim=1, stable=True)
+    hits = similar.gather(1, order).double()
+    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
+    return float(((precision * hits).sum(1) / hits.sum(1)).mean())
+
+
+def test_nine_methods_are_registered() -> None:
+    assert {"itq", "sdh", "cosdish", "lfh", "cvh", "cmfh", "scm", "seph", "dlfh"} <= set(IDS)
+    for card in CARDS:
+        method = build("shallow", card.name)
+        assert card.summary
+        assert card.supervised == method.supervised
+        assert (card.modality == "image+text") == (method.modalities == 2)
+
+
+@pytest.mark.parametrize("card", CARDS, ids=IDS)
+def test_codes_depend_on_the_seed_alone_and_not_on_the_batch(card: Card) -> None:
+    given = features(modalities_of(card.name))
+    made = []
+    for noise in (1, 5):
+        torch.rand(noise)  # the global stream plays no part
+        made.append(shallow_hasher(card.name, given, LABELS, BITS, ANCHORS, seed=3))
+    first, second = (codes_of(hasher, given) for hasher in made)
+    for name, codes in first.items():
+        assert codes.shape == (80, BITS)
+        assert torch.equal(codes, second[name])
+        alone = codes_of(made[0], {name: given[name][5:6]})[name]
+        assert torch.equal(alone, codes[5:6])
+
+
+@pytest.mark.parametrize("card", CARDS, ids=IDS)
+def test_new_items_are_found_better_than_by_chance_and_supervised_ones_better_than_by_itq(card: Card) -> None:
+    count = modalities_of(card.name)
+    given, others = features(count), features(count, seed=1)
+    hasher = shallow_hasher(card.name, given, LABELS, BITS, ANCHORS)
+    for modality, rows in given.items():
+        base = shallow_hasher("itq", {modality: rows}, None, BITS, ANCHORS)
+        found, least = (
+            agreement(
+                codes_of(h, {modality: others[modality]})[modality], codes_of(h, {modality: rows})[modality]
+            )
+            for h in (hasher, base)
+        )
+        assert found > 0.27  # chance is 1 / 4
+        if card.supervised:
+            assert found > least + 0.03, (modality, found, least)
+
+
+REFUSED = ("labels", "same", "few", "nan", "modality", "constant")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("card", CARDS, ids=IDS)
+def test_what_it_cannot_solve_is_said_in_a_line(card: Card, case: str) -> None:
+    count = modalities_of(card.name)
+    given, labels, bits = features(count), LABELS, BITS
+    if case in ("labels", "same") and not card.supervised:
+        assert shallow_hasher(card.name, given, None, bits, ANCHORS).bits == bits  # needs none
+        return
+    if case == "labels":
+        labels, said = None, "is supervised, and the training items have no labels"
+    elif case == "same":
+        labels, said = np.ones((80, 1)), "all training items have the same"
+    elif case == "few":
+        given, labels, bits = {n: v[:7] for n, v in given.items()}, LABELS[:7], 8
+        said = "8 bits need at least as many training items, and there are 7"
+    elif case == "nan":
+        given["image"][[4, 9], 3] = np.nan
+        said = "image features hold NaN or infinite values in 2 of 80 training items, the first at 4"
+    elif case == "constant":
+        given, said = {n: np.ones_like(v) for n, v in given.items()}, "have the same image features"
+    elif count == 2:
+        given, said = {"image": given["image"]}, "hashes images and texts together, and only image features"
+    else:
+        given, said = features(2), "hashes one modality, and here are image and text"
+    anchors = 0 if case == "few" else ANCHORS
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the text is looked at below
+        shallow_hasher(card.name, given, labels, bits, anchors)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [card.name for card in CARDS if build("shallow", card.name).pairwise])
+def test_labels_without_negatives_are_refused(name: str) -> None:
+    labels = np.hstack([np.ones((80, 1)), LABELS])
+    with pytest.raises(ValueError, match="every two here share a label"):
+        shallow_hasher(name, features(modalities_of(name)), labels, BITS, ANCHORS)
+
+
+def test_more_anchors_than_items_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"90 anchors .* there are 80; set hasher\.head\.anchors to at most 80"
+    ):
+        shallow_hasher("sdh", features(1), LABELS, BITS, 90)
+
+
+def test_more_bits_than_features_are_refused_with_a_way_out() -> None:
+    with pytest.raises(ValueError, match="24 features, 30 bits"):
+        shallow_hasher("itq", features(1), None, 30)
+    with pytest.raises(ValueError, match=r"16 here, not 20; .*kernel"):
+        shallow_hasher("cvh", features(2), None, 20)
+    assert shallow_hasher("cvh", features(2), None, 20, anchors=40).bits == 20
