@@ -32,9 +32,9 @@ _PAPER = "Gu et al., ICMR 2019"
 class ClassAttention(Encoder):
     """f' = keep f + (1 - keep) (m A) / sum m, m = sigma(5 f A^T), f an encoder's features of length 1.
 
-    A (C, D) are the classes' mean features, which the objective ``agah`` sets after each epoch; until then f' =
-    keep f. ``plain`` in aux is f. Length 1 is an item's own: the public code divides by the norm of the whole
-    batch, so that a query's code depends on the others.
+    A (C, D) are the classes' mean features, which the objective ``agah`` sets after each epoch; until then f'
+    = keep f. ``plain`` in aux is f. Length 1 is an item's own: the public code divides by the norm of the
+    whole batch, so that a query's code depends on the others.
     """
 
     class_features: Tensor
@@ -100,11 +100,11 @@ def solved_map(class_codes: Tensor, codes: Sequence[Tensor], labels: Tensor) -> 
 class AGAH(CrossModalObjective):
     """AGAH: adversary-guided asymmetric hashing, for hashers whose encoders are ``agah``.
 
-    L = T(v, t) + T(t, v) + even mean 1 / (1 + e^{cos(|h|, 1)}) + to_map mean (h M^T / K - Y)^2 + eta mean (h - sgn
-    h)^2 + adversarial [-D_t(f^v) - D_v(f^t)]; T is the mean over positives and negatives of [d_ij - d_ik +
-    margin]_+, d = 1 - cosine, Y = 2 y - 1, M the class map, ``solved_map`` after each epoch. The critics, in the
-    group "critic", are Wasserstein's with gradient penalty: D_t tells text (real) from image features, D_v image
-    (real) from text.
+    L = T(v, t) + T(t, v) + even mean 1 / (1 + e^{cos(|h|, 1)}) + to_map mean (h M^T / K - Y)^2 + eta mean (h
+    - sgn h)^2 + adversarial [-D_t(f^v) - D_v(f^t)]; T is the mean over positives and negatives of [d_ij -
+    d_ik + margin]_+, d = 1 - cosine, Y = 2 y - 1, M the class map, ``solved_map`` after each epoch. The
+    critics, in the group "critic", are Wasserstein's with gradient penalty: D_t tells text (real) from image
+    features, D_v image (real) from text.
 
     Args:
         even, to_map, eta, adversarial: weights (ours, for means; the code's 1, 0.001, 1 and 1 are for sums).
@@ -113,9 +113,10 @@ class AGAH(CrossModalObjective):
         hidden: of the critics.
 
     Cost: one forward and backward an item, triplets in M log M an item, two critics with their gradients'
-    gradient, and K * C * N * K operations an epoch for M. Differs: means for sums; references of a triplet are the
-    memory of the other modality, held constant, not the batch. The class loss has weight 0 in the code and is left
-    out. A item's features are normalised by themselves (see ``ClassAttention``). One modality alone has no critics.
+    gradient, and K * C * N * K operations an epoch for M. Differs: means for sums; references of a triplet
+    are the memory of the other modality, held constant, not the batch. The class loss has weight 0 in the
+    code and is left out. A item's features are normalised by themselves (see ``ClassAttention``). One
+    modality alone has no critics.
     """
 
     class_codes: Tensor
@@ -155,8 +156,8 @@ class AGAH(CrossModalObjective):
             if has != facts.classes:
                 said = "is another" if has is None else f"has classes: {has}"
                 raise ValueError(
-                    f"agah needs its own encoders, and the {name} encoder {said}; use hasher.{name}: {{name: agah, "
-                    f"classes: {facts.classes}, inner: <the encoder>}}"
+                    f"agah needs its own encoders, and the {name} encoder {said}; use hasher.{name}: {{name: "
+                    f"agah, classes: {facts.classes}, inner: <the encoder>}}"
                 )
         self.encoders = tuple(facts.encoders.values())
         start = torch.randn(facts.classes, facts.bits, generator=draws.generator())
@@ -219,7 +220,7 @@ class AGAH(CrossModalObjective):
         if self.counts.sum() > 0:
             means = unit(self.sums / self.counts.clamp_min(1)[:, None])
             for encoder in self.encoders:
-                encoder.class_features.copy_(means)  # type: ignore[operator,union-attr]
+                encoder.class_features.copy_(means)  # type: ignore[operator]
             self.sums.zero_()
             self.counts.zero_()
 

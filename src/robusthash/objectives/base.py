@@ -42,8 +42,8 @@ class TrainFacts:
         """A ``ValueError`` where every training item shares a label with every other, or there are none."""
         if self.classes and self.share_similar == 1.0:
             raise ValueError(
-                f"{name} learns from items that share no label, and all training items share one; give labels "
-                "that tell them apart, or take an unsupervised objective"
+                f"{name} learns from items that share no label, and all training items share one; give "
+                "labels that tell them apart, or take an unsupervised objective"
             )
 
 

@@ -18,8 +18,8 @@ from robusthash.objectives.daph import ABSENT
 def spread_codes(classes: int, bits: int, steps: int, hidden: int, draws: Draws) -> Tensor:
     """(C, K) signs of class codes that a small net of the labels learns to hold apart.
 
-    The net is c = norm(W2 relu(W1 e)); in ``steps`` steps of Adam it lowers |relu(C C^T - I)|^2 / C^2 + 0.2 mean
-    (<norm(sgn c), c> - 1)^2 + 0.2 |mean c|^2, DAPH's terms on class codes.
+    The net is c = norm(W2 relu(W1 e)); in ``steps`` steps of Adam it lowers |relu(C C^T - I)|^2 / C^2 + 0.2
+    mean (<norm(sgn c), c> - 1)^2 + 0.2 |mean c|^2, DAPH's terms on class codes.
     """
     first = seeded_linear(classes, hidden, draws.within("first"))
     net = nn.Sequential(first, nn.ReLU(), seeded_linear(hidden, bits, draws.within("last")))
@@ -39,11 +39,13 @@ def spread_codes(classes: int, bits: int, steps: int, hidden: int, draws: Draws)
 
 @register("objective", "dcph", paper="Tu et al., IEEE TKDE 2023", evidence="reconstruction")
 class DCPH(HashObjective):
-    """DCPH: deep cross-modal proxy hashing. A reconstruction: no code was found, and its paper was not at hand.
+    """DCPH: deep cross-modal proxy hashing. A reconstruction: no code was found, and its paper was not at
+    hand.
 
     Proxies are ``spread_codes``, learned once at ``setup`` from the labels alone. L = mean over an item's n
-    classes k of -log(e^{g (s_k - m)} / (e^{g (s_k - m)} + sum over other classes q of e^{g s_q})) + eta mean (sgn
-    h - h)^2, s = <h, p> / K, for image and text alike. The margin m = margin / sqrt(n) adapts to the number of
+    classes k of -log(e^{g (s_k - m)} / (e^{g (s_k - m)} + sum over other classes q of e^{g s_q})) + eta mean
+    (sgn h - h)^2, s = <h, p> / K, for image and text alike. The margin m = margin / sqrt(n) adapts to the
+    number of
     labels: no code is nearer than 1 / sqrt(n) to n orthogonal proxies at once.
 
     Args:
@@ -51,10 +53,10 @@ class DCPH(HashObjective):
         eta: weight of the quantisation.
         steps, hidden: of learning the proxies.
 
-    Cost: one forward and backward an item, B * C * K operations beside it. Differs: what is known of the paper is
-    that proxies come first, one a class, from the labels, and that a margin softmax towards them adapts to the
-    number of labels; net, loss of the proxies and form of the margin are ours. An item of all classes has no
-    negative and a loss of 0.
+    Cost: one forward and backward an item, B * C * K operations beside it. Differs: what is known of the
+    paper is that proxies come first, one a class, from the labels, and that a margin softmax towards them
+    adapts to the number of labels; net, loss of the proxies and form of the margin are ours. An item of all
+    classes has no negative and a loss of 0.
     """
 
     class_codes: Tensor

@@ -20,24 +20,24 @@ from robusthash.objectives.unsupervised import Features, FixedSimilarity
 class DGCPN(FixedSimilarity):
     """DGCPN: coherence of graph neighbours, within and across modalities. Unsupervised.
 
-    C = text cos_T + (1 - text) cos_I over the N training items; P keeps the n largest entries of each row of C
-    but the item's own, divided by their sum; D = 2 n P P^T; S = 2 [(1 - graph) C + graph D] - 1. L = MSE(diag
-    IT, 1.5) + similarity * sum over II, TT, IT of the mean off-diagonal (. - S)^2 + coherence [MSE(IT, II) +
-    MSE(IT, TT) + MSE(II, TT) + MSE(IT, IT^T)], for the relaxed codes of both, and with the sign, held constant,
-    of either one ("half-real, half-binary").
+    C = text cos_T + (1 - text) cos_I over the N training items; P keeps the n largest entries of each row of
+    C but the item's own, divided by their sum; D = 2 n P P^T; S = 2 [(1 - graph) C + graph D] - 1. L =
+    MSE(diag IT, 1.5) + similarity * sum over II, TT, IT of the mean off-diagonal (. - S)^2 + coherence
+    [MSE(IT, II) + MSE(IT, TT) + MSE(II, TT) + MSE(IT, IT^T)], for the relaxed codes of both, and with the
+    sign, held constant, of either one ("half-real, half-binary").
 
     Args:
         text: share of the text cosines, 0.01 in the code.
         graph: share of the neighbours' part, 0.3.
-        neighbours: n as a share of the training items; 0.4 in the paper (2,000 of 5,000). Take about the share
-            of items that a class has.
+        neighbours: n as a share of the training items; 0.4 in the paper (2,000 of 5,000). Take about the
+            share of items that a class has.
         similarity, coherence: weights, 1 and 1.
         image_features, text_features: see ``FixedSimilarity``.
 
     Cost: as DJSRH, and B * N * D operations a step for the rows of C that the batch needs; no N x N matrix is
-    kept (the code keeps several). Differs: the three updates of a batch are one, of the mean of their losses; the
-    code's factor 4,000 before P P^T is 2 n for its n = 2,000, and follows n here; its ``knn_number`` is the number
-    of items dropped. Negative entries of C are 0 in P.
+    kept (the code keeps several). Differs: the three updates of a batch are one, of the mean of their losses;
+    the code's factor 4,000 before P P^T is 2 n for its n = 2,000, and follows n here; its ``knn_number`` is
+    the number of items dropped. Negative entries of C are 0 in P.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class DGCPN(FixedSimilarity):
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
         """Terms ``similarity`` and, where both modalities are known, ``pairs`` and ``coherence``."""
-        wanted, total = self.wanted(batch.ids), {}
+        wanted = self.wanted(batch.ids)
+        total: LossTerms = {}
         views = list(_half_binary(self.directions(outputs, batch, memory)))
         for codes in views:
             for name, value in self._terms(codes, wanted).items():

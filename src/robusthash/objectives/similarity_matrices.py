@@ -83,7 +83,8 @@ class DJSRH(_Sloped):
 
     Cost: a pass of the fixed encoder over the training items, then one forward and backward an item; B^3
     operations for S~ S~^T. Differs: B is the size of the batch at hand, where the code divides a smaller last
-    batch's by the full size (it drops that batch); the fixed image net is EfficientNet-Lite0, not AlexNet's fc7.
+    batch's by the full size (it drops that batch); the fixed image net is EfficientNet-Lite0, not AlexNet's
+    fc7.
     """
 
     def __init__(
@@ -127,9 +128,9 @@ class JDSH(_Sloped):
         low, high, l1, l2, mu, intra: the code's.
         image_features, text_features: see ``FixedSimilarity``.
 
-    Cost: as DJSRH. Differs: features are fixed; the code takes the image's from the net that it trains, and lets
-    the target have a gradient, by which all similarities can fall together. MSE(TI, S) is MSE(IT, S^T), and M +
-    M^T makes S symmetric, so the two are one term counted twice.
+    Cost: as DJSRH. Differs: features are fixed; the code takes the image's from the net that it trains, and
+    lets the target have a gradient, by which all similarities can fall together. MSE(TI, S) is MSE(IT, S^T),
+    and M + M^T makes S symmetric, so the two are one term counted twice.
     """
 
     def __init__(
@@ -174,17 +175,18 @@ class JDSH(_Sloped):
 class DSAH(MatrixReconstruction):
     """DSAH: semantic alignment, and decoders from a code to the other modality's features. Unsupervised.
 
-    S = k [alpha S_I + (1 - alpha) S_T]. L = MSE(II, S) + MSE(TT, S) + MSE(IT, S) + MSE(diag IT, k) + 2 MSE(IT,
-    IT^T) + own [MSE(II, k S_I) + MSE(TT, k S_T)] + rebuild [MSE(D_v(h^v), F_t) + MSE(D_t(h^t), F_v)], D linear.
+    S = k [alpha S_I + (1 - alpha) S_T]. L = MSE(II, S) + MSE(TT, S) + MSE(IT, S) + MSE(diag IT, k) + 2
+    MSE(IT, IT^T) + own [MSE(II, k S_I) + MSE(TT, k S_T)] + rebuild [MSE(D_v(h^v), F_t) + MSE(D_t(h^t), F_v)],
+    D linear.
 
     Args:
         alpha, k, own: 0.9, 1.5 and 0.1 in the paper.
         rebuild: weight of the decoders' terms, 1 in the paper.
         image_features, text_features: see ``FixedSimilarity``.
 
-    Cost: as DJSRH, and two linear maps from K to the features' width. Differs: decoders read the relaxed code;
-    the code gives them its sign, from which no gradient reaches an encoder. Features are rows of mean square 1,
-    so that the terms do not shrink with their width.
+    Cost: as DJSRH, and two linear maps from K to the features' width. Differs: decoders read the relaxed
+    code; the code gives them its sign, from which no gradient reaches an encoder. Features are rows of mean
+    square 1, so that the terms do not shrink with their width.
     """
 
     training_only = ("critics", "decoders")

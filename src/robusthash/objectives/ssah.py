@@ -1,4 +1,4 @@
-"""SSAH: a net of the labels teaches the image and the text net, and critics align their features with its own."""
+"""SSAH: a net of the labels teaches the image and the text net, and critics align their features."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class LabelNet(nn.Module):
 class SSAH(CrossLikelihood):
     """SSAH: self-supervised adversarial hashing; a label net is the third modality.
 
-    For each net m of image, text and label: L^m = codes NLL(<h^l_j, h^m_i> / 2) + features NLL(<f^l_j, f^m_i> /
-    2) + beta mean (B - h^m)^2 + labels mean (sigma(y^m) - y)^2, NLL over all training items j, l the label net,
-    held constant but where m = l; B = sign(F + G + H) of all three. For m of image and text, + adversarial *
-    -log sigma(D_m(f^m)): the critics D_m, in the group "critic", tell the label net's features (real) from its
-    own (fake).
+    For each net m of image, text and label: L^m = codes NLL(<h^l_j, h^m_i> / 2) + features NLL(<f^l_j, f^m_i>
+    / 2) + beta mean (B - h^m)^2 + labels mean (sigma(y^m) - y)^2, NLL over all training items j, l the label
+    net, held constant but where m = l; B = sign(F + G + H) of all three. For m of image and text, +
+    adversarial * -log sigma(D_m(f^m)): the critics D_m, in the group "critic", tell the label net's features
+    (real) from its own (fake).
 
     Args:
         codes, features, beta, labels, adversarial: weights (ours, for means; the code has 1 for each sum).
@@ -50,12 +50,12 @@ class SSAH(CrossLikelihood):
         balance: see ``WeightedPairs``. Off in the paper.
 
     Cost: one forward and backward an item; the label net on all training items in each step (N * C * hidden
-    operations, no gradient), and two critics. Differs: the likelihood is the paper's; the code takes the squared
-    difference of S T and log(1 + e^T) with S times 0.999. All nets step together, once a batch, where the code
-    runs 10 passes of the label net, 15 of each other and stops when a loss rises. The codes and features of the
-    label net are of this step, not of its last pass. Text features have no multi-scale fusion; the encoder is the
-    recipe's. The label net is for training alone; ``similarity``, which attacks ascend, is the likelihood
-    between codes.
+    operations, no gradient), and two critics. Differs: the likelihood is the paper's; the code takes the
+    squared difference of S T and log(1 + e^T) with S times 0.999. All nets step together, once a batch, where
+    the code runs 10 passes of the label net, 15 of each other and stops when a loss rises. The codes and
+    features of the label net are of this step, not of its last pass. Text features have no multi-scale
+    fusion; the encoder is the recipe's. The label net is for training alone; ``similarity``, which attacks
+    ascend, is the likelihood between codes.
     """
 
     training_only = ("critics", "label_net", "classifiers")

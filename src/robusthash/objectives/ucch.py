@@ -16,7 +16,7 @@ from robusthash.objectives.unsupervised import Unsupervised
 
 
 def ranking(cosines: Tensor, margin: float, shift: float) -> Tensor:
-    """Mean over rows i of -s_ii + logsumexp_j c_ij + margin, c = s, less ``shift`` where s < s_ii - margin."""
+    """Mean over i of -s_ii + logsumexp_j c_ij + margin, c_ij = s_ij, less ``shift`` if below s_ii - margin."""
     own = cosines.diagonal()
     hard = cosines >= own[:, None] - margin
     return (torch.logsumexp(torch.where(hard, cosines, cosines - shift), 1) - own).mean() + margin
@@ -27,9 +27,9 @@ class UCCH(Unsupervised):
     """UCCH: unsupervised contrastive cross-modal hashing. It needs neither labels nor fixed features.
 
     h are codes of length 1, m_j the bank's code of pair j. L = alpha L_c + (1 - alpha) L_r. L_c is the cross
-    entropy, summed over image and text, of logits <h, sgn m_j> / (T sqrt K) with the own pair as the class; L_r
-    is ``ranking`` of the batch's <h^v_i, h^t_j>, rows and columns. After each step m = norm(rho m + (1 - rho)
-    norm((h^v + h^t) / 2)). For ``warmup`` epochs the batch's own mean codes stand in the bank's place.
+    entropy, summed over image and text, of logits <h, sgn m_j> / (T sqrt K) with the own pair as the class;
+    L_r is ``ranking`` of the batch's <h^v_i, h^t_j>, rows and columns. After each step m = norm(rho m + (1 -
+    rho) norm((h^v + h^t) / 2)). For ``warmup`` epochs the batch's own mean codes stand in the bank's place.
 
     Args:
         alpha: share of the contrast, 0.7 (MIRFlickr; the code's default is 0.9).
@@ -40,10 +40,10 @@ class UCCH(Unsupervised):
         warmup: in epochs, 5.
 
     Cost: one forward and backward an item; N * K floats for the bank, B * min(N, negatives) * K operations.
-    Differs: a batch shares its negatives, drawn without replacement (all of the bank where it is no larger), and
-    none is the pair itself; log-softmax instead of the log of a softmax. The backbone is not frozen in the
-    warm-up (``training.optim.backbone.frozen_epochs`` does that). The official script keeps the epoch that is
-    best on 2,000 labelled items of the database; here the last epoch is kept.
+    Differs: a batch shares its negatives, drawn without replacement (all of the bank where it is no larger),
+    and none is the pair itself; log-softmax instead of the log of a softmax. The backbone is not frozen in
+    the warm-up (``training.optim.backbone.frozen_epochs`` does that). The official script keeps the epoch
+    that is best on 2,000 labelled items of the database; here the last epoch is kept.
     """
 
     bank: Tensor

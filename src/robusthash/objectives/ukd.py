@@ -23,8 +23,8 @@ def nearest(features: Tensor, count: int, block: int = 1024) -> Tensor:
 class UKD(CrossLikelihood):
     """UKD: the student of unsupervised knowledge distillation; the recipe ``ukd`` trains its teacher first.
 
-    S_ij = 1 where j is among the nearest neighbours of i by the teacher's image or text features. L = mean_ij w
-    [softplus(T_ij) - S_ij T_ij] across modalities + gamma mean (B - h)^2, as DCMH's. Labels are never seen;
+    S_ij = 1 where j is among the nearest neighbours of i by the teacher's image or text features. L = mean_ij
+    w [softplus(T_ij) - S_ij T_ij] across modalities + gamma mean (B - h)^2, as DCMH's. Labels are never seen;
     ``similarity``, which an attack on the objective ascends, is that of the attacker's labels.
 
     Args:
@@ -32,10 +32,10 @@ class UKD(CrossLikelihood):
         gamma: weight of the quantisation.
         balance: weight similar pairs by #others / #similar (ours; on, since neighbours are few).
 
-    Cost: the teacher's training, N^2 * D operations once for the neighbours, then as DCMH. Differs: the teacher is
-    any unsupervised objective of ours (``djsrh``), UGACH in the paper; the student has DCMH's terms, where the
-    paper's is SSAH-like; S is 1 where the code has 0.999. The code's number of neighbours gives a tenth to a third
-    of all pairs by its data set; here it is a share.
+    Cost: the teacher's training, N^2 * D operations once for the neighbours, then as DCMH. Differs: the
+    teacher is any unsupervised objective of ours (``djsrh``), UGACH in the paper; the student has DCMH's
+    terms, where the paper's is SSAH-like; S is 1 where the code has 0.999. The code's number of neighbours
+    gives a tenth to a third of all pairs by its data set; here it is a share.
     """
 
     supervised = False

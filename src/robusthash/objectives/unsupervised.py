@@ -58,7 +58,8 @@ class Unsupervised(HashObjective):
 
     def directions(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> dict[str, Tensor]:
         """Relaxed codes (B, K) of length 1; of a modality that is not in ``outputs``, the memory's."""
-        slope, found = self.slope(), {}
+        slope = self.slope()
+        found: dict[str, Tensor] = {}
         for name in ("image", "text"):
             if name in outputs:
                 found[name] = unit(outputs[name].code if slope == 1.0 else outputs[name].relaxed(slope))
@@ -129,8 +130,8 @@ def fixed_features(
     broken = torch.nonzero(~torch.isfinite(features).all(1)).flatten()
     if len(broken):
         raise ValueError(
-            f"the {modality} features of {len(broken)} of {len(features)} training items are NaN or infinite, "
-            f"first item {int(broken[0])}; leave them out or repair them"
+            f"the {modality} features of {len(broken)} of {len(features)} training items are NaN or "
+            f"infinite, first item {int(broken[0])}; leave them out or repair them"
         )
     return unit(features)
 
