@@ -16,7 +16,7 @@ from robusthash.objectives.unsupervised import Unsupervised
 
 
 def ranking(cosines: Tensor, margin: float, shift: float) -> Tensor:
-    """Mean over i of -s_ii + logsumexp_j c_ij + margin, c_ij = s_ij, less ``shift`` if below s_ii - margin."""
+    """Mean_i of logsumexp_j c_ij - s_ii + margin; c_ij = s_ij, less ``shift`` if below s_ii - margin."""
     own = cosines.diagonal()
     hard = cosines >= own[:, None] - margin
     return (torch.logsumexp(torch.where(hard, cosines, cosines - shift), 1) - own).mean() + margin
