@@ -19,7 +19,7 @@ from robusthash.objectives.ucch import ranking
 from robusthash.objectives.ukd import nearest
 from robusthash.objectives.unsupervised import fixed_features
 from robusthash.training import HashingRecipe, OptimConfig, fit
-from robusthash.training.ukd import Distilled
+from robusthash.training.distillation import Distilled
 
 B, K = 5, 4
 RAW = {"image_features": "raw", "text_features": "raw"}
@@ -92,7 +92,7 @@ def test_djsrh_of_identical_items_wants_mu() -> None:
 
 
 def test_jdsh_stretches_both_ends() -> None:
-    options = {"left": 0.4, "right": 0.7, "low": -0.5, "high": 0.7, "l1": 0.3, "l2": 0.2, "mu": 1.4}
+    options = {"ends": (0.4, 0.7), "extremes": (-0.5, 0.7), "stretch": (0.3, 0.2), "mu": 1.4}
     objective = JDSH(alpha=0.5, beta=0.1, gamma=0.4, intra=0.1, **options, **RAW)
     outputs, batch, memory = world(objective)
     image, text = ([[2 * c - 1 for c in row] for row in cosine(x, x)] for x in (IMAGE, TEXT))

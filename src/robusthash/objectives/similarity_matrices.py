@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,15 +118,17 @@ class DJSRH(_Sloped):
 class JDSH(_Sloped):
     """JDSH: a joint-modal matrix whose far ends are stretched by its distribution. Unsupervised.
 
-    S = alpha S_I + beta S_T + gamma (M + M^T) / 2, M = norm(S_I) norm(S_T)^T, S_m = 2 cos(F, F) - 1; entries
-    below ``left`` are multiplied by 1 + l1 exp(low - s), those above ``right`` by 1 + l2 exp(s - high), then
-    all by mu. L = intra [MSE(II, S) + MSE(TT, S)] + MSE(IT, S) + MSE(TI, S) - mean_i <h^v_i, h^t_i>, codes of
-    length 1.
+    S = alpha S_I + beta S_T + gamma (M + M^T) / 2, M = norm(S_I) norm(S_T)^T, S_m = 2 cos(F, F) - 1. Entries
+    below the left end are multiplied by 1 + l1 exp(low - s), those above the right end by 1 + l2 exp(s -
+    high), then all by mu. L = intra [MSE(II, S) + MSE(TT, S)] + MSE(IT, S) + MSE(TI, S) - mean_i <h^v_i,
+    h^t_i>, codes of length 1; h = tanh(a u), a = sqrt(epoch + 1).
 
     Args:
         alpha, beta, gamma: shares, 0.5, 0.1 and 0.4 in the code for MIRFlickr.
-        left, right: -0.528 and -0.138 there, from a fit of two normal distributions to S of its data.
-        low, high, l1, l2, mu, intra: the code's.
+        ends: left and right; the code's are of a fit of two normal distributions to S of its data.
+        extremes: low and high, the least and the largest of S there.
+        stretch: l1 and l2.
+        mu, intra: scale of S, and weight of the terms within a modality.
         image_features, text_features: see ``FixedSimilarity``.
 
     Cost: as DJSRH. Differs: features are fixed; the code takes the image's from the net that it trains, and
@@ -138,12 +141,9 @@ class JDSH(_Sloped):
         alpha: float = 0.5,
         beta: float = 0.1,
         gamma: float = 0.4,
-        left: float = -0.528,
-        right: float = -0.138,
-        low: float = -0.52,
-        high: float = 0.68,
-        l1: float = 0.1,
-        l2: float = 0.2,
+        ends: Sequence[float] = (-0.528, -0.138),
+        extremes: Sequence[float] = (-0.52, 0.68),
+        stretch: Sequence[float] = (0.1, 0.2),
         mu: float = 1.4,
         intra: float = 0.1,
         image_features: Features = "efficientnet-lite0",
@@ -151,13 +151,18 @@ class JDSH(_Sloped):
     ) -> None:
         super().__init__(image_features, text_features)
         self.shares = (alpha, beta, gamma)
-        self.ends = (left, right, low, high)
-        self.stretch = (l1, l2)
+        for name, pair in (("ends", ends), ("extremes", extremes), ("stretch", stretch)):
+            if len(pair) != 2:
+                raise ValueError(f"{name} of jdsh are two numbers, low and high, got {list(pair)}")
+        self.ends = tuple(ends)
+        self.extremes = tuple(extremes)
+        self.stretch = tuple(stretch)
         self.mu = mu
         self.intra_weight = intra
 
     def wanted(self, image: Tensor, text: Tensor) -> Tensor:
-        (alpha, beta, gamma), (left, right, low, high), (l1, l2) = self.shares, self.ends, self.stretch
+        (alpha, beta, gamma), (left, right) = self.shares, self.ends
+        (low, high), (l1, l2) = self.extremes, self.stretch
         image, text = 2 * image - 1, 2 * text - 1
         mixed = unit(image) @ unit(text).T
         joint = alpha * image + beta * text + gamma * (mixed + mixed.T) / 2

@@ -1,4 +1,4 @@
-"""What unsupervised image-text objectives share: similarity from fixed features, and no use of labels."""
+"""Base of unsupervised image-text objectives: similarity from fixed features, and no use of labels."""
 
 from __future__ import annotations
 
