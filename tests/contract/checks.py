@@ -34,7 +34,7 @@ from robusthash.core.labels import draw_targets
 from robusthash.core.registry import build, card
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, HashOutput, Inputs, Reference
-from robusthash.data import RetrievalData, load_data
+from robusthash.data import ArraySource, RetrievalData, Split, load_data
 from robusthash.models import Hasher, build_hasher
 from robusthash.objectives import DPSH, HashObjective
 from robusthash.objectives.centers import hadamard_centers
@@ -377,13 +377,15 @@ def perfect_signs(objective: HashObjective, labels: Tensor) -> Tensor:
         return sign(labels @ (objective.matrix - objective.matrix.mean(0)).detach())
     if getattr(objective, "stage", 1) == 2:  # the codes that its first stage has learned
         return sign(labels @ objective.class_codes)
+    if hasattr(objective, "bank"):  # which tells items apart, not classes
+        return sign(objective.bank)
     one = hadamard_centers(2, BITS, Draws(0))[1]
     return torch.where(labels[:, :1] > 0, one, -one)
 
 
 def told(logits: Tensor) -> HashOutput:
     """An output with these logits and all that an objective may ask of an encoder."""
-    return replace(output_of(logits), aux={"private": -logits})
+    return replace(output_of(logits), aux={"private": -logits, "plain": logits})
 
 
 def value_of(objective: HashObjective, logits: dict[str, Tensor], labels: Tensor) -> Tensor:
@@ -394,20 +396,35 @@ def value_of(objective: HashObjective, logits: dict[str, Tensor], labels: Tensor
 
 
 def ready(objective: HashObjective) -> HashObjective:
-    """Set up; one that first learns something of its own (proxies) has done so on perfect codes of both
-    modalities."""
-    objective.setup(facts_of(LABELS, BITS, widths={"image": BITS, "text": BITS}))
-    learned = [p for p in objective.parameters() if p.requires_grad]
+    """Set up; one that learns something of its own (proxies, a label net) has done so on perfect codes of both
+    modalities. What an unsupervised one takes for features says the classes, so that its perfect codes are
+    theirs."""
+    source = ArraySource({"image": LABELS, "text": LABELS})
+    split = Split("train", source, torch.arange(12), None, source.hashes())
+    if hasattr(objective, "features"):
+        objective.features = dict.fromkeys(("image", "text"), "raw")
+    objective.warmup = 0  # of UCCH: from the first step on by its bank
+    if hasattr(objective, "neighbours"):
+        objective.neighbours = 0.5  # the items of a class
+    objective.setup(replace(facts_of(LABELS, BITS, widths={"image": BITS, "text": BITS}), split=split))
+    if hasattr(objective, "teach"):
+        objective.teach({"image": LABELS, "text": LABELS})
+    if hasattr(objective, "label_net"):
+        learn(objective, 20)
     while getattr(objective, "stage", 2) == 1:
-        optimiser = torch.optim.Adam(learned, 1e-2)
-        for _ in range(10):
-            optimiser.zero_grad()
-            value_of(
-                objective, dict.fromkeys(("image", "text"), 3 * perfect_signs(objective, LABELS)), LABELS
-            ).backward()
-            optimiser.step()
+        learn(objective, 10)
         objective.end_epoch(memory_of({"image": torch.zeros(12, BITS)}, LABELS))
     return objective
+
+
+def learn(objective: HashObjective, steps: int) -> None:
+    """Train the objective's own parameters on perfect codes."""
+    optimiser = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], 1e-2)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        perfect = dict.fromkeys(("image", "text"), 3 * perfect_signs(objective, LABELS))
+        value_of(objective, perfect, LABELS).backward()
+        optimiser.step()
 
 
 def check_terms(objective: HashObjective) -> None:

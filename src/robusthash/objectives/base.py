@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robusthash.core.hamming import sign
 from robusthash.core.labels import relevant
 from robusthash.core.types import Batch, HashOutput, LossTerms, Outputs, Reference
+from robusthash.data.base import Split
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,22 @@ class TrainFacts:
     aux_widths: Mapping[str, Mapping[str, int]] = field(
         default_factory=dict
     )  # of the features in their ``aux``
+    split: Split | None = None  # the training items, whose labels are the ones above
+    encoders: Mapping[str, nn.Module] = field(default_factory=dict)  # the hasher's, by modality
 
     @property
     def classes(self) -> int:
         if self.labels is None:
             raise ValueError("this objective needs labels, and the training split has none")
         return self.labels.shape[1]
+
+    def refuse_one_sided(self, name: str) -> None:
+        """A ``ValueError`` where every training item shares a label with every other, or there are none."""
+        if self.classes and self.share_similar == 1.0:
+            raise ValueError(
+                f"{name} learns from items that share no label, and all training items share one; give "
+                "labels that tell them apart, or take an unsupervised objective"
+            )
 
 
 def share_similar(labels: Tensor, block: int = 1024) -> float:

@@ -34,10 +34,14 @@ def weighted_triplets(
     M: with the negatives sorted, the hinge of one positive is active for a prefix of them, whose sum a
     running sum holds.
     """
-    distance = 1.0 - unit(code) @ unit(codes).T
     shared = overlap(labels, code_labels)
     weights = torch.exp2(shared) - 1.0  # the negative's part of the published weight is 2^0 - 1 = 0
-    negative = shared == 0
+    return hinge_triplets(code, codes, weights, shared == 0, margin)
+
+
+def hinge_triplets(code: Tensor, codes: Tensor, weights: Tensor, negative: Tensor, margin: float) -> Tensor:
+    """(B,) the same with the weights (B, M) of positives given, 0 for others, and bool negatives (B, M)."""
+    distance = 1.0 - unit(code) @ unit(codes).T
     # no positive's bound, at most 2 + margin, reaches 4 + margin: positives never count as negatives
     ordered = distance.masked_fill(~negative, 4.0 + margin).sort(1).values
     bound = distance + margin

@@ -87,7 +87,9 @@ def train_facts(split: Split, hasher: Hasher, seed: int) -> TrainFacts:
     share = 0.0 if split.labels is None else share_similar(split.labels)
     widths = {name: int(encoder.width) for name, encoder in hasher.encoders.items()}  # type: ignore[arg-type]
     aux = {name: e.aux_widths if isinstance(e, Encoder) else {} for name, e in hasher.encoders.items()}
-    return TrainFacts(len(split), hasher.bits, split.labels, seed, share, widths, aux)
+    return TrainFacts(
+        len(split), hasher.bits, split.labels, seed, share, widths, aux, split, dict(hasher.encoders)
+    )
 
 
 def check_modalities(hasher: Hasher, data: RetrievalData) -> None:
