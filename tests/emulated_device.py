@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -38,6 +39,9 @@ class OnDevice(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnDevice({self.held!r})"
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,6 +102,9 @@ def emulated_device(patch: pytest.MonkeyPatch) -> Iterator[EmulatedDevice]:
         "autocast",
         lambda kind, *args, **options: autocast("cpu" if kind == DEVICE.type else kind, *args, **options),
     )
+    optimizer = import_module("torch.optim.optimizer")  # torch.optim hides it
+    fused = optimizer._get_fused_kernels_supported_devices
+    patch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [*fused(), DEVICE.type])
     patch.setattr("robusthash.training.loop.choose_device", lambda name: DEVICE)
     with EmulatedDevice() as device:
         yield device
