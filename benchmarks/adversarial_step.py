@@ -235,7 +235,7 @@ def run() -> Iterator[dict[str, Any]]:
     yield from measure("small", small, side=32, batch=64, steps=14)
     lite0 = {"name": "timm", "model": "tf_efficientnet_lite0"}
     yield from measure("efficientnet-lite0", lite0, side=96, batch=8, steps=6)
-    yield from measure("alexnet", {"name": "alexnet"}, side=96, batch=16, steps=6)
+    yield from measure("alexnet", {"name": "alexnet"}, side=96, batch=16, steps=12)
 
 
 if __name__ == "__main__":
