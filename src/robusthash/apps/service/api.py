@@ -262,6 +262,13 @@ async def remove_item(request: Request, item: Annotated[int, Path(ge=0, lt=1 << 
     return {"removed": removed}
 
 
+@router.get("/samples")
+async def samples(request: Request) -> dict[str, Any]:
+    """Some indexed images to search with, where images are shown."""
+    working = _working(request)
+    return {"items": await working.run(working.service.samples)}
+
+
 @router.get("/items/{item}/image", response_class=FileResponse)
 async def get_image(request: Request, item: Annotated[int, Path(ge=0, lt=1 << 63)]) -> FileResponse:
     """The image of an item, where it lies in the folder of images that the service shows."""

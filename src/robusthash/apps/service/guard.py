@@ -23,6 +23,8 @@ logger = logging.getLogger("robusthash.service")
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
 _CLIENTS = 10_000  # whose rates are remembered
+_ROUTES = "v1 search items info healthz readyz metrics reload samples story image {id}"
+_KNOWN = {"", *_ROUTES.split()}  # parts of paths
 
 
 class Refused(Exception):
@@ -221,6 +223,5 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 def _route(scope: Scope) -> str:
     """The path with ids cut out, of known ones; metrics must not grow with what clients ask for."""
     parts = scope["path"].split("/")[1:]
-    known = {"v1", "search", "items", "info", "healthz", "readyz", "metrics", "reload", "story", "image", ""}
     shown = ["{id}" if part.isdecimal() else part for part in parts[:5]]
-    return "/" + "/".join(shown) if set(shown) <= known | {"{id}"} else "other"
+    return "/" + "/".join(shown) if set(shown) <= _KNOWN else "other"

@@ -17,6 +17,7 @@ from robusthash.apps.experiment.search_model import SearchModel, load
 from robusthash.apps.service.settings import ServiceSettings
 from robusthash.core.hamming import pack
 from robusthash.core.limited_files import read_yaml
+from robusthash.core.runtime import Draws
 from robusthash.core.types import Codes
 from robusthash.data.base import as_input
 from robusthash.data.image_files import read_image
@@ -202,6 +203,15 @@ class SearchService:
         """
         return {"id": number, "payload": self.shown(self._payload(number), fields)}
 
+    def samples(self, count: int = 12) -> list[dict[str, Any]]:
+        """Some items, the nearest to each of ``count`` fixed codes; none unless images are shown."""
+        if self.images is None:
+            return []
+        signs = Draws(0).within("samples").uniform(torch.arange(count), (self.model.bits,)) - 0.5
+        with self.index() as index:
+            nearest = index.search(self._codes(pack(signs)), 1).ids.flatten().tolist()
+        return [self.item(number) for number in dict.fromkeys(nearest) if number >= 0]
+
     def picture(self, number: int) -> Path:
         """The file of an item's image, below the folder of images.
 
@@ -220,7 +230,7 @@ class SearchService:
         """Facts on the model and the index that a client may know."""
         with self.index() as index:
             count = index.count()
-        limits = self.settings.public()
+        limits = {**self.settings.public(), "samples": self.images is not None}
         modalities = list(self.model.hasher.modalities)
         sizes = {"bits": self.model.bits, "image_size": self.model.side, "modalities": modalities}
         purified = "image" in self.model.hasher.spec.get("purifiers", {})

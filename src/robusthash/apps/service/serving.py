@@ -88,6 +88,13 @@ def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServiceSetting
         raise ValueError(f"setting {name}: {first['msg']}, got {first['input']!r}{known}") from None
 
 
+def _log_requests() -> None:
+    """One line of JSON for each request, on stderr, and nowhere else."""
+    log = logging.getLogger("robusthash.service")
+    log.handlers, log.propagate = [logging.StreamHandler()], False
+    log.setLevel(logging.INFO)
+
+
 def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
     """Listen until SIGINT or SIGTERM; requests under way are answered first."""
     import uvicorn  # the extra serve
@@ -95,7 +102,7 @@ def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
     from robusthash.apps.service.api import create_app
 
     settings, service = serving.service.settings, serving.service
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _log_requests()
     app = create_app(service, serving.tokens, serving.compared)
     config = uvicorn.Config(
         app,

@@ -27,16 +27,18 @@ async function picture(id) { // a fetch, so that a token is sent along
   if (!pictures.has(id)) pictures.set(id, (async () => {
     const token = $("token").value;
     const answer = await fetch(`v1/items/${id}/image`, token ? { headers: { Authorization: "Bearer " + token } } : {});
-    return answer.ok ? URL.createObjectURL(await answer.blob()) : null;
+    if (!answer.ok) return null;
+    const blob = await answer.blob();
+    return { blob, address: URL.createObjectURL(blob) };
   })().catch(() => null));
   return pictures.get(id);
 }
 
 function card(hit, choose) {
   const name = hit.payload.file || "item " + hit.id;
-  const image = element("img", { alt: name, loading: "lazy", hidden: true });
+  const image = element("img", { alt: name, hidden: true });
   const none = element("div", { className: "none", textContent: "no picture" });
-  picture(hit.id).then((address) => { if (address) { image.src = address; image.hidden = false; none.hidden = true; } });
+  picture(hit.id).then((found) => { if (found) { image.src = found.address; image.hidden = false; none.hidden = true; } });
   const inside = choose ? [element("button", { type: "button", title: "Search with this image", onclick: () => choose(hit) }, image, none)] : [image, none];
   const words = [name];
   if (hit.distance !== undefined) words.push("distance " + hit.distance);
@@ -45,8 +47,9 @@ function card(hit, choose) {
     made.className = hit.relevant ? "relevant" : "wrong";
     made.append(element("p", { className: "mark", textContent: hit.relevant ? "✓ same label" : "✗ other label" }));
   } else {
-    const { file: _, ...rest } = hit.payload;
-    if (Object.keys(rest).length) made.append(element("p", { textContent: JSON.stringify(rest) }));
+    for (const [field, value] of Object.entries(hit.payload)) {
+      if (field !== "file") made.append(element("p", { textContent: `${field}: ${Array.isArray(value) ? value.join(", ") : value}` }));
+    }
   }
   return made;
 }
@@ -62,13 +65,21 @@ function choose(given) {
 }
 
 async function chooseItem(hit) {
-  const address = await picture(hit.id);
-  if (!address) return;
-  file = new File([await (await fetch(address)).blob()], hit.payload.file || "item");
+  const found = await picture(hit.id);
+  if (!found) return;
+  file = new File([found.blob], hit.payload.file || "item");
   chosen = hit.id;
-  $("preview").src = address; $("preview").alt = hit.payload.file || ""; $("preview").hidden = false;
+  $("preview").src = found.address; $("preview").alt = hit.payload.file || ""; $("preview").hidden = false;
   await search();
   window.scrollTo({ top: 0 });
+}
+
+async function samples() {
+  const { items } = await ask("v1/samples");
+  if (!items.length) return;
+  $("found-title").hidden = false;
+  $("found-title").textContent = "Or choose one of the indexed images";
+  $("found").replaceChildren(...items.map((item) => card(item, chooseItem)));
 }
 
 async function search() {
@@ -132,7 +143,7 @@ function figuresOf(text) {
 async function state() {
   try {
     const [info, metrics] = await Promise.all([ask("v1/info"), ask("metrics")]);
-    const figures = { ...figuresOf(metrics), "bits": info.bits, "model": info.origin, "version": info.version, "purified queries": info.purified ? "yes" : "no", "limits": JSON.stringify(info.limits) };
+    const figures = { ...figuresOf(metrics), "bits": info.bits, "model": info.origin, "version": info.version, "purified queries": info.purified ? "yes" : "no", ...info.limits };
     $("figures").replaceChildren(...Object.entries(figures).flatMap(([name, value]) => [element("dt", { textContent: name }), element("dd", { textContent: value })]));
     show("");
   } catch (error) { show(error.message); }
@@ -180,6 +191,7 @@ async function connect() {
     $("attack").querySelector("button").disabled = !limits.attacks;
     if (!limits.attacks) $("models").textContent = "Attacks are not allowed here; the operator may start the service with --attacks.";
     show("");
+    if (!file && limits.samples) await samples();
   } catch (error) { $("facts").textContent = "not connected"; show(error.message); }
 }
 connect();
