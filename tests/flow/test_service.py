@@ -11,57 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
+from service_parts import CONFIG, index, parts, picture
 
-pytest.importorskip("fastapi")
-from fastapi.testclient import TestClient  # noqa: E402
+import robusthash as rh
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.index_run import search_image
+from robusthash.apps.experiment.training_stages import train
+from robusthash.apps.service.api import create_app
+from robusthash.apps.service.batching import Batcher, Overloaded
+from robusthash.apps.service.search_service import SearchService
+from robusthash.apps.service.serving import Serving, read_settings
+from robusthash.apps.service.settings import ServiceSettings
+from robusthash.apps.service.tokens import Token, TokenFile, token_of
 
-import robusthash as rh  # noqa: E402
-from robusthash.apps.experiment.config import make_config  # noqa: E402
-from robusthash.apps.experiment.index_run import build_index, search_image  # noqa: E402
-from robusthash.apps.experiment.training_stages import train  # noqa: E402
-from robusthash.apps.service.api import create_app  # noqa: E402
-from robusthash.apps.service.batching import Batcher, Overloaded  # noqa: E402
-from robusthash.apps.service.search_service import SearchService  # noqa: E402
-from robusthash.apps.service.serving import Serving, read_settings  # noqa: E402
-from robusthash.apps.service.settings import ServiceSettings  # noqa: E402
-from robusthash.apps.service.tokens import Token, TokenFile, token_of  # noqa: E402
+__all__ = ["index", "parts"]  # fixtures
 
-CONFIG = {
-    "name": "tiny",
-    "data": {"name": "synthetic", "size": 32, "train": 24, "query": 8, "database": 16},
-    "hasher": {"bits": 16, "image": {"name": "small", "width": 4}},
-    "training": {"objective": "csq", "epochs": 1, "batch_size": 12},
-    "runtime": {"device": "cpu"},
-}
 OPEN = ServiceSettings(rate=0, max_wait=60_000)
-
-
-def picture(seed: int, kind: str = "PNG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC).save(stream, kind)
-    return stream.getvalue()
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run and a folder of pictures."""
-    root = tmp_path_factory.mktemp("service")
-    photos = root / "photos"
-    photos.mkdir()
-    for seed in range(12):
-        (photos / f"{seed:02d}.png").write_bytes(picture(seed))
-    return train(make_config(CONFIG), root / "runs").path, photos
-
-
-@pytest.fixture
-def index(parts: tuple[Path, Path], tmp_path: Path) -> Path:
-    run, photos = parts
-    build_index(tmp_path / "index", run, photos)
-    return tmp_path / "index"
 
 
 def serving(
@@ -357,7 +325,7 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"max_kk.*known: .*max_k"):
         read_settings(file, {})
     file.write_text("max_k: 0")
-    with pytest.raises(ValueError, match="max_k.*got 0"):
+    with pytest.raises(ValueError, match=r"max_k.*got 0"):
         read_settings(file, {})
     file.write_text("max_k: 7")
     assert read_settings(file, {"port": 1}).max_k == 7
