@@ -48,7 +48,7 @@ def serve(
     given |= {} if answer is None else {"answer": answer}
     given |= {"attacks": True} if attacks or demo else {}
     if demo:
-        from robusthash.apps.service.demo import demo_parts
+        from robusthash.apps.service.demo_search import demo_parts
 
         with progress_bars() as progress:
             parts = demo_parts(Path("demo"), progress)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import re
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -15,27 +12,23 @@ from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Body, FastAPI, File, Form, Header, Path, Query, Request, UploadFile
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
-from robusthash.apps.service.batching import Batcher, Overloaded
+from robusthash.apps.service.batching import Batcher
+from robusthash.apps.service.error_answers import answer_errors
 from robusthash.apps.service.guard import Guard, Metrics, Refused
-from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem, UnwantedFormat
+from robusthash.apps.service.request_fields import described_items, item_key, mapping, names, request_digest
+from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem
 from robusthash.apps.service.story import tell
 from robusthash.apps.service.tokens import Token
-from robusthash.core.limited_files import parse_json
-from robusthash.data.image_files import ImageTooLarge, UnreadableImage
 from robusthash.version import __version__
 
 Value = TypeVar("Value")
 router = APIRouter(prefix="/v1")
 
-_KEY = re.compile(r"[\x20-\x7e]{1,200}")
-_NAMESPACE = uuid.UUID("5b0f4a52-6a3c-4a0e-9d57-6d0c2f1d3a11")  # of keys made of idempotency keys
-_PAYLOAD = 64 << 10  # bytes of JSON of one item
 _CSP = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"
 
 
@@ -105,47 +98,8 @@ def create_app(
     app.include_router(router)
     app.include_router(_pages)
     app.add_middleware(Guard, settings=settings, tokens=tokens, metrics=metrics)
-    _answer_errors(app)
+    answer_errors(app)
     return app
-
-
-def _answer_errors(app: FastAPI) -> None:
-    """Every expected error as one line of JSON; none names a path or a trace."""
-
-    def answer(status: int) -> Callable[[Request, Any], Any]:
-        async def handle(request: Request, error: Any) -> JSONResponse:
-            message = error.args[0] if error.args else "not found"
-            return Refused(status, str(message)).response()
-
-        return handle
-
-    async def overloaded(request: Request, error: Any) -> JSONResponse:
-        request.app.state.working.metrics.refused.labels("503").inc()
-        return Refused(503, str(error), error.retry_after).response()
-
-    async def missing(request: Request, error: Any) -> JSONResponse:
-        return Refused(404, f"there is no item {error.args[0]}").response()
-
-    async def malformed(request: Request, error: Any) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return Refused(422, f"{where}: {first['msg']}").response()
-
-    async def http(request: Request, error: Any) -> JSONResponse:
-        return JSONResponse({"error": str(error.detail)}, error.status_code)
-
-    for kind, status in (
-        (UnwantedFormat, 415),
-        (ImageTooLarge, 413),
-        (UnreadableImage, 422),
-        (ValueError, 422),
-    ):
-        app.add_exception_handler(kind, answer(status))
-    app.add_exception_handler(Overloaded, overloaded)
-    app.add_exception_handler(NoItem, missing)
-    app.add_exception_handler(RequestValidationError, malformed)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Refused, lambda request, error: error.response())
 
 
 def _working(request: Request) -> Working:
@@ -172,13 +126,13 @@ async def search(
         raise ValueError("a search takes an image or a text: one of them")
     if k > service.settings.max_k:
         raise ValueError(f"k: at most {service.settings.max_k}, got {k}")
-    allowed = _mapping(where, "where")
+    allowed = mapping(where, "where")
     if image is not None:
         content = await image.read()
         code = await working.code("image", partial(service.decode, content))
     else:
         code = await working.code("text", partial(service.text, str(text)))
-    results = await working.run(partial(service.search, code, k, allowed, _names(fields)))
+    results = await working.run(partial(service.search, code, k, allowed, names(fields)))
     answer: dict[str, Any] = {"results": results}
     if service.settings.answer == "codes":
         answer["code"] = bytes(code.tolist()).hex()
@@ -203,11 +157,11 @@ async def add_items(
     if len(image) > service.settings.max_items:
         raise ValueError(f"at most {service.settings.max_items} images in a request, got {len(image)}")
     contents = [await one.read() for one in image]
-    described = _described(items, len(contents))
-    keys = [_key(one, place, idempotency_key) for place, one in enumerate(described)]
+    described = described_items(items, len(contents))
+    keys = [item_key(one, place, idempotency_key) for place, one in enumerate(described)]
     if len(set(keys)) < len(keys):
         raise ValueError("items: a key is given more than once")
-    digests = [_digest(content, one) for content, one in zip(contents, described, strict=True)]
+    digests = [request_digest(content, one) for content, one in zip(contents, described, strict=True)]
     if idempotency_key is not None:
         held = await working.run(partial(service.held, keys))
         if any(held[key][1] != digest for key, digest in zip(keys, digests, strict=True) if key in held):
@@ -249,7 +203,7 @@ async def get_item(
 ) -> dict[str, Any]:
     """An item's payload."""
     working = _working(request)
-    return await working.run(partial(working.service.item, item, _names(fields)))
+    return await working.run(partial(working.service.item, item, names(fields)))
 
 
 @router.delete("/items/{item}")
@@ -362,53 +316,3 @@ def _static(name: str, media_type: str) -> Response:
 
 async def _count(working: Working) -> None:
     working.metrics.items.set((await working.run(working.service.info))["items"])
-
-
-def _names(fields: str | None) -> list[str] | None:
-    return None if fields is None else [name for name in map(str.strip, fields.split(",")) if name]
-
-
-def _mapping(text: str | None, name: str) -> dict[str, Any] | None:
-    """A JSON object of a form field."""
-    if text is None or not text.strip():
-        return None
-    value = parse_json(text, name, once=True)
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _described(text: str | None, count: int) -> list[dict[str, Any]]:
-    """Key and payload of each image."""
-    if text is None:
-        return [{} for _ in range(count)]
-    values = parse_json(text, "items", once=True)
-    if not isinstance(values, list) or len(values) != count:
-        raise ValueError(f"items is a JSON list with one object for each of {count} images")
-    for value in values:
-        if not isinstance(value, dict) or set(value) - {"key", "payload"}:
-            raise ValueError("items: each is an object with key and payload")
-        if not isinstance(value.get("payload", {}), dict):
-            raise ValueError("items: a payload is a JSON object")
-        if len(str(value.get("payload", ""))) > _PAYLOAD:
-            raise ValueError(f"items: a payload may have {_PAYLOAD} characters")
-        for name in ("path", "path_hex"):
-            if name in value.get("payload", {}):
-                raise ValueError(f"items: the payload field {name!r} is the service's own")
-    return values
-
-
-def _key(described: dict[str, Any], place: int, idempotency_key: str | None) -> str:
-    key = described.get("key")
-    if key is None:
-        made = (
-            uuid.uuid4() if idempotency_key is None else uuid.uuid5(_NAMESPACE, f"{idempotency_key} {place}")
-        )
-        return str(made)
-    if not isinstance(key, str) or not _KEY.fullmatch(key):
-        raise ValueError("items: a key is a text of 1 to 200 printable ASCII characters")
-    return key
-
-
-def _digest(content: bytes, described: dict[str, Any]) -> str:
-    return hashlib.sha256(content + repr(sorted(described.items())).encode()).hexdigest()[:32]

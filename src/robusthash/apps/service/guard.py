@@ -9,7 +9,6 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
@@ -40,13 +39,6 @@ class Refused(Exception):
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, round(self.retry_after)))
         return JSONResponse({"error": self.message}, self.status, headers)
-
-
-@dataclass(frozen=True)
-class Client:
-    """The sender of a request: the name of its token, or its address where there are no tokens."""
-
-    name: str
 
 
 class Rates:
