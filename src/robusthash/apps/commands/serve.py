@@ -1,0 +1,59 @@
+"""The verb ``serve``: search over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from robusthash.apps.commands.options import Device
+from robusthash.apps.commands.terminal import note, progress_bars
+
+
+def serve(
+    index: Annotated[str | None, Argument(help="Directory or address of the index.")] = None,
+    run: Annotated[
+        Path | None, Option("--run", help="Run that encodes; by default the builder of the index.")
+    ] = None,
+    images: Annotated[
+        Path | None, Option(help="Folder of the indexed images; those below it may be shown.")
+    ] = None,
+    host: Annotated[
+        str, Option(help="Address to listen on; another than loopback needs --tokens.")
+    ] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535)] = 8765,
+    tokens: Annotated[Path | None, Option(help="Token file; see `robusthash token`.")] = None,
+    answer: Annotated[
+        str | None, Option(help="What answers show: ids, coarse, distances (default) or codes.")
+    ] = None,
+    settings: Annotated[Path | None, Option(help="YAML file of limits; see docs/serving.md.")] = None,
+    compare: Annotated[
+        list[Path] | None, Option(help="Index of another run over the same images, for the page to compare.")
+    ] = None,
+    attacks: Annotated[bool, Option("--attacks", help="Let the page attack a query here.")] = False,
+    demo: Annotated[
+        bool, Option("--demo", help="Serve the two models of `robusthash demo`, made where they are missing.")
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Serve search over HTTP, with a page at /: POST an image to /v1/search, get the nearest items.
+
+    Only this machine reaches it unless --host says otherwise. Ctrl-C ends it when the requests under way are
+    answered; SIGHUP opens the index again after it was replaced.
+    """
+    from robusthash.apps.service.serving import Serving, read_settings, serve_forever
+
+    given: dict[str, Any] = {"host": host, "port": port}
+    given |= {} if answer is None else {"answer": answer}
+    given |= {"attacks": True} if attacks or demo else {}
+    if demo:
+        from robusthash.apps.service.demo_search import demo_parts
+
+        with progress_bars() as progress:
+            parts = demo_parts(Path("demo"), progress)
+        index, images, compare = str(parts.hardened), parts.images, [parts.undefended]
+    if index is None:
+        raise ValueError("serve takes the directory of an index, made by 'robusthash index build', or --demo")
+    limits = read_settings(settings, given)
+    serve_forever(Serving.of(index, run, images, tokens, limits, compare or (), device), note)

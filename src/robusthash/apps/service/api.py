@@ -1,0 +1,318 @@
+"""The routes of the search service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.resources import files
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Body, FastAPI, File, Form, Header, Path, Query, Request, UploadFile
+from fastapi.responses import FileResponse, JSONResponse, Response
+from prometheus_client import generate_latest
+from starlette.exceptions import HTTPException
+from torch import Tensor
+
+from robusthash.apps.service.batching import Batcher
+from robusthash.apps.service.error_answers import answer_errors
+from robusthash.apps.service.guard import Guard, Metrics, Refused
+from robusthash.apps.service.request_fields import described_items, item_key, mapping, names, request_digest
+from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem
+from robusthash.apps.service.story import tell
+from robusthash.apps.service.tokens import Token
+from robusthash.version import __version__
+
+Value = TypeVar("Value")
+router = APIRouter(prefix="/v1")
+
+_CSP = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"
+
+
+@dataclass
+class Working:
+    """The parts of a running service that routes use."""
+
+    service: SearchService
+    queries: Batcher[tuple[str, Tensor], Tensor]
+    threads: ThreadPoolExecutor
+    metrics: Metrics
+    compared: tuple[SearchService, ...] = ()
+    ready: bool = False
+    attacking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def run(self, call: Callable[[], Value]) -> Value:
+        """A blocking call in one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, call)
+
+    async def code(self, modality: str, read: Callable[[], Tensor], database: bool = False) -> Tensor:
+        """The packed code of one input, encoded with those of other requests."""
+        self.queries.admit()
+        with self.queries.coming():
+            item = await self.run(read)
+        return await self.queries.submit(("database" if database else modality, item))
+
+
+def create_app(
+    service: SearchService, tokens: Sequence[Token] = (), compared: Sequence[SearchService] = ()
+) -> FastAPI:
+    """The service as an ASGI application.
+
+    Args:
+        service: the search.
+        tokens: that are accepted; without any, everything is open (to this machine alone).
+        compared: other models over the same images, which the page's story shows next to this one.
+    """
+    settings, metrics = service.settings, Metrics()
+
+    def encode(items: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+        results: list[Tensor] = [item for _, item in items]
+        for kind in dict.fromkeys(kind for kind, _ in items):
+            places = [place for place, (other, _) in enumerate(items) if other == kind]
+            modality = "image" if kind == "database" else kind
+            codes = service.encode(modality, [items[place][1] for place in places], kind == "database")
+            for place, code in zip(places, codes, strict=True):
+                results[place] = code
+        return results
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        wait = settings.batch_wait / 1e3
+        batcher = Batcher(encode, settings.batch, wait, settings.queue, settings.max_wait / 1e3)
+        working = Working(service, batcher, ThreadPoolExecutor(settings.readers), metrics, tuple(compared))
+        app.state.working = working
+        batcher.start()
+        metrics.items.set((await working.run(service.info))["items"])
+        working.ready = True
+        yield
+        working.ready = False
+        await batcher.stop()
+        working.threads.shutdown()
+        for each in (service, *compared):
+            each.close()
+
+    app = FastAPI(title="robusthash", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.include_router(router)
+    app.include_router(_pages)
+    app.add_middleware(Guard, settings=settings, tokens=tokens, metrics=metrics)
+    answer_errors(app)
+    return app
+
+
+def _working(request: Request) -> Working:
+    working: Working = request.app.state.working
+    return working
+
+
+Fields = Annotated[str | None, Form(description="Payload fields to return, by commas; all by default.")]
+
+
+@router.post("/search")
+async def search(
+    request: Request,
+    image: Annotated[UploadFile | None, File(description="JPEG, PNG or WEBP.")] = None,
+    text: Annotated[str | None, Form(max_length=10_000, description="Instead of an image.")] = None,
+    k: Annotated[int, Form(ge=1, description="Number of results.")] = 10,
+    where: Annotated[str | None, Form(description='Filter as JSON, such as {"label": "cat"}.')] = None,
+    fields: Fields = None,
+) -> dict[str, Any]:
+    """The nearest items of an image or a text."""
+    working = _working(request)
+    service = working.service
+    if (image is None) == (text is None):
+        raise ValueError("a search takes an image or a text: one of them")
+    if k > service.settings.max_k:
+        raise ValueError(f"k: at most {service.settings.max_k}, got {k}")
+    allowed = mapping(where, "where")
+    if image is not None:
+        content = await image.read()
+        code = await working.code("image", partial(service.decode, content))
+    else:
+        code = await working.code("text", partial(service.text, str(text)))
+    results = await working.run(partial(service.search, code, k, allowed, names(fields)))
+    answer: dict[str, Any] = {"results": results}
+    if service.settings.answer == "codes":
+        answer["code"] = bytes(code.tolist()).hex()
+    return answer
+
+
+@router.post("/items", status_code=201)
+async def add_items(
+    request: Request,
+    image: Annotated[list[UploadFile], File(description="One or several images.")],
+    items: Annotated[
+        str | None, Form(description='For each image {"key": ..., "payload": {...}}, as a JSON list.')
+    ] = None,
+    idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+) -> dict[str, Any]:
+    """Add images; an item of a key that is held is replaced. The answer comes when they are on disk.
+
+    With an ``Idempotency-Key``, the same request sent twice adds once; another request under it is refused.
+    """
+    working = _working(request)
+    service = working.service
+    if len(image) > service.settings.max_items:
+        raise ValueError(f"at most {service.settings.max_items} images in a request, got {len(image)}")
+    contents = [await one.read() for one in image]
+    described = described_items(items, len(contents))
+    keys = [item_key(one, place, idempotency_key) for place, one in enumerate(described)]
+    if len(set(keys)) < len(keys):
+        raise ValueError("items: a key is given more than once")
+    digests = [request_digest(content, one) for content, one in zip(contents, described, strict=True)]
+    if idempotency_key is not None:
+        held = await working.run(partial(service.held, keys))
+        if any(held[key][1] != digest for key, digest in zip(keys, digests, strict=True) if key in held):
+            raise Refused(409, "this Idempotency-Key belongs to another request")
+        if len(held) == len(keys):
+            return {"items": [{"id": held[key][0], "key": key, "replaced": False} for key in keys]}
+    codes = await asyncio.gather(
+        *(working.code("image", partial(service.decode, content), database=True) for content in contents)
+    )
+    new = [
+        ServedItem(code, key, one.get("payload", {}), digest)
+        for code, key, one, digest in zip(codes, keys, described, digests, strict=True)
+    ]
+    added = await working.run(partial(service.add, new))
+    await _count(working)
+    return {"items": added}
+
+
+@router.delete("/items")
+async def remove_items(
+    request: Request,
+    ids: Annotated[list[int] | None, Body()] = None,
+    keys: Annotated[list[str] | None, Body()] = None,
+) -> dict[str, int]:
+    """Remove items by their ids or keys; those that are not held are ignored."""
+    if (ids is None) == (keys is None):
+        raise ValueError("give ids or keys: one of them")
+    working = _working(request)
+    removed = await working.run(partial(working.service.remove, ids, keys))
+    await _count(working)
+    return {"removed": removed}
+
+
+@router.get("/items/{item}")
+async def get_item(
+    request: Request,
+    item: Annotated[int, Path(ge=0, lt=1 << 63)],
+    fields: Annotated[str | None, Query()] = None,
+) -> dict[str, Any]:
+    """An item's payload."""
+    working = _working(request)
+    return await working.run(partial(working.service.item, item, names(fields)))
+
+
+@router.delete("/items/{item}")
+async def remove_item(request: Request, item: Annotated[int, Path(ge=0, lt=1 << 63)]) -> dict[str, int]:
+    """Remove an item."""
+    working = _working(request)
+    if not (removed := await working.run(partial(working.service.remove, [item]))):
+        raise NoItem(item)
+    await _count(working)
+    return {"removed": removed}
+
+
+@router.get("/samples")
+async def samples(request: Request) -> dict[str, Any]:
+    """Some indexed images to search with, where images are shown."""
+    working = _working(request)
+    return {"items": await working.run(working.service.samples)}
+
+
+@router.get("/items/{item}/image", response_class=FileResponse)
+async def get_image(request: Request, item: Annotated[int, Path(ge=0, lt=1 << 63)]) -> FileResponse:
+    """The image of an item, where it lies in the folder of images that the service shows."""
+    working = _working(request)
+    return FileResponse(await working.run(partial(working.service.picture, item)))
+
+
+@router.post("/story")
+async def story(
+    request: Request,
+    image: Annotated[UploadFile | None, File()] = None,
+    item: Annotated[
+        int | None, Form(ge=0, lt=1 << 63, description="Instead of an image, an indexed one.")
+    ] = None,
+    eps: Annotated[int, Form(ge=1, le=16, description="Largest change of a pixel, of 255.")] = 8,
+    k: Annotated[int, Form(ge=1, le=20)] = 8,
+) -> dict[str, Any]:
+    """A query, searched clean and attacked (HAG, 20 steps with the weights), in each of the models."""
+    working = _working(request)
+    if not working.service.settings.attacks:
+        raise Refused(403, "attacks are not allowed here; the operator may start the service with --attacks")
+    if (image is None) == (item is None):
+        raise ValueError("a story takes an image or an item: one of them")
+    content = None if image is None else await image.read()
+    working.queries.admit()
+    models = (working.service, *working.compared)
+    async with working.attacking:
+        told = [await working.run(partial(tell, model, content, item, eps, k)) for model in models]
+    return {"eps": eps, "models": told}
+
+
+@router.get("/info")
+async def info(request: Request) -> dict[str, Any]:
+    """Facts on the model and the index, and the limits of requests."""
+    working = _working(request)
+    return {"version": __version__, **await working.run(working.service.info)}
+
+
+@router.post("/reload")
+async def reload(request: Request) -> dict[str, int]:
+    """Open the index at its address again, after it was replaced there; no request fails meanwhile."""
+    working = _working(request)
+    count = await working.run(working.service.reload)
+    working.metrics.items.set(count)
+    return {"items": count}
+
+
+_pages = APIRouter(include_in_schema=False)
+
+
+@_pages.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@_pages.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """The model and the index are loaded."""
+    ready = getattr(request.app.state, "working", None) is not None and _working(request).ready
+    return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+
+@_pages.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Figures in the text form of Prometheus."""
+    return Response(
+        generate_latest(_working(request).metrics.registry), media_type="text/plain; version=0.0.4"
+    )
+
+
+@_pages.get("/")
+async def page() -> Response:
+    """The page."""
+    return _static("index.html", "text/html; charset=utf-8")
+
+
+@_pages.get("/page.{kind}")
+async def part(kind: str) -> Response:
+    """Script and style of the page."""
+    kinds = {"js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8"}
+    if kind not in kinds:
+        raise HTTPException(404, "Not Found")
+    return _static(f"page.{kind}", kinds[kind])
+
+
+def _static(name: str, media_type: str) -> Response:
+    content = files("robusthash.apps.service").joinpath("page", name).read_bytes()
+    return Response(content, media_type=media_type, headers={"Content-Security-Policy": _CSP})
+
+
+async def _count(working: Working) -> None:
+    working.metrics.items.set((await working.run(working.service.info))["items"])

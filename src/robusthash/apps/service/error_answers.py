@@ -1,0 +1,55 @@
+"""Answers to errors: one line of JSON each, none with a path or a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from robusthash.apps.service.batching import Overloaded
+from robusthash.apps.service.guard import Refused
+from robusthash.apps.service.search_service import NoItem, UnwantedFormat
+from robusthash.data.image_files import ImageTooLarge, UnreadableImage
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Every expected error as one line of JSON; none names a path or a trace."""
+
+    def answer(status: int) -> Callable[[Request, Any], Any]:
+        async def handle(request: Request, error: Any) -> JSONResponse:
+            message = error.args[0] if error.args else "not found"
+            return Refused(status, str(message)).response()
+
+        return handle
+
+    async def overloaded(request: Request, error: Any) -> JSONResponse:
+        request.app.state.working.metrics.refused.labels("503").inc()
+        return Refused(503, str(error), error.retry_after).response()
+
+    async def missing(request: Request, error: Any) -> JSONResponse:
+        return Refused(404, f"there is no item {error.args[0]}").response()
+
+    async def malformed(request: Request, error: Any) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return Refused(422, f"{where}: {first['msg']}").response()
+
+    async def http(request: Request, error: Any) -> JSONResponse:
+        return JSONResponse({"error": str(error.detail)}, error.status_code)
+
+    for kind, status in (
+        (UnwantedFormat, 415),
+        (ImageTooLarge, 413),
+        (UnreadableImage, 422),
+        (ValueError, 422),
+    ):
+        app.add_exception_handler(kind, answer(status))
+    app.add_exception_handler(Overloaded, overloaded)
+    app.add_exception_handler(NoItem, missing)
+    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Refused, lambda request, error: error.response())

@@ -1,0 +1,124 @@
+"""Start and end of the service: checks before it listens, a graceful stop, reload by SIGHUP."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from robusthash.apps.experiment.index_run import run_of_index
+from robusthash.apps.service.search_service import SearchService
+from robusthash.apps.service.settings import ServiceSettings
+from robusthash.apps.service.tokens import Token, TokenFile
+from robusthash.core.limited_files import read_yaml
+
+_GRACE = 20  # seconds that requests under way have at the end
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A service that is ready to listen."""
+
+    service: SearchService
+    tokens: tuple[Token, ...]
+    compared: tuple[SearchService, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        index: str,
+        run: Path | None,
+        images: Path | None,
+        tokens: Path | None,
+        settings: ServiceSettings,
+        compared: Sequence[Path] = (),
+        device: str | None = None,
+    ) -> Serving:
+        """From the options of the command line.
+
+        Raises:
+            ValueError: an open host without tokens, or an index of another run.
+            FileNotFoundError: no such folder or index.
+        """
+        held = () if tokens is None else tuple(TokenFile(tokens).tokens())
+        if tokens is not None and not held:
+            raise ValueError(
+                f"{tokens} holds no token: robusthash token new NAME --scopes read,write --tokens {tokens}"
+            )
+        if not held and not settings.is_loopback:
+            raise ValueError(
+                f"listening on {settings.host} without tokens opens the index to everybody; make one with "
+                "'robusthash token new NAME' and name the file with --tokens, or leave out --host"
+            )
+        if images is not None and not images.is_dir():
+            raise FileNotFoundError(f"no folder {images}; --images takes the folder of the indexed images")
+        address = index if ":" in index else f"file:{index}"
+        if address.startswith("file:") and not Path(address[5:]).is_dir():
+            raise FileNotFoundError(
+                f"there is no index in {address[5:]}; make one with 'robusthash index build'"
+            )
+        source = run if run is not None else run_of_index(Path(address[5:])).path
+        others = [
+            SearchService(run_of_index(path).path, f"file:{path}", settings, images, device or "auto")
+            for path in compared
+        ]
+        return cls(SearchService(source, address, settings, images, device or "auto"), held, tuple(others))
+
+
+def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServiceSettings:
+    """The settings of a YAML file, with ``given`` laid over them."""
+    content = {} if path is None else read_yaml(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings; write such as 'max_k: 50'")
+    try:
+        return ServiceSettings.model_validate({**content, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        known = (
+            f"; known: {', '.join(ServiceSettings.model_fields)}"
+            if first["type"] == "extra_forbidden"
+            else ""
+        )
+        raise ValueError(f"setting {name}: {first['msg']}, got {first['input']!r}{known}") from None
+
+
+def _log_requests() -> None:
+    """One line of JSON for each request, on stderr, and nowhere else."""
+    log = logging.getLogger("robusthash.service")
+    log.handlers, log.propagate = [logging.StreamHandler()], False
+    log.setLevel(logging.INFO)
+
+
+def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
+    """Listen until SIGINT or SIGTERM; requests under way are answered first."""
+    import uvicorn  # the extra serve
+
+    from robusthash.apps.service.api import create_app
+
+    settings, service = serving.service.settings, serving.service
+    _log_requests()
+    app = create_app(service, serving.tokens, serving.compared)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        log_level="warning",
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=settings.connections,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=_GRACE,
+    )
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: service.reload())
+    kind = "with" if serving.tokens else "without"
+    size = f"{service.info()['items']} items, {service.model.bits} bits"
+    note(f"{size}, at http://{settings.host}:{settings.port}/ ({kind} tokens)")
+    uvicorn.Server(config).run()

@@ -1,0 +1,432 @@
+"""The search service: answers, writes, limits, tokens, and what strangers send."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+from service_parts import CONFIG, index, parts, picture
+
+import robusthash as rh
+from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.index_run import search_image
+from robusthash.apps.experiment.training_stages import train
+from robusthash.apps.service.api import create_app
+from robusthash.apps.service.batching import Batcher, Overloaded
+from robusthash.apps.service.search_service import SearchService
+from robusthash.apps.service.serving import Serving, read_settings
+from robusthash.apps.service.settings import ServiceSettings
+from robusthash.apps.service.tokens import Token, TokenFile, token_of
+
+__all__ = ["index", "parts"]  # fixtures
+
+OPEN = ServiceSettings(rate=0, max_wait=60_000)
+
+
+def serving(
+    parts: tuple[Path, Path],
+    index: Path,
+    settings: ServiceSettings = OPEN,
+    tokens: tuple[Token, ...] = (),
+    images: bool = False,
+) -> TestClient:
+    service = SearchService(parts[0], f"file:{index}", settings, parts[1] if images else None, "cpu")
+    return TestClient(create_app(service, tokens), raise_server_exceptions=False)
+
+
+@pytest.fixture
+def client(parts: tuple[Path, Path], index: Path) -> Iterator[TestClient]:
+    with serving(parts, index) as client:
+        yield client
+
+
+def search(client: TestClient, content: bytes, **form: Any) -> Any:
+    return client.post("/v1/search", files={"image": ("x", content)}, data=form)
+
+
+def found(client: TestClient, content: bytes) -> list[tuple[int, int]]:
+    return [(hit["id"], hit["distance"]) for hit in search(client, content, k=100).json()["results"]]
+
+
+def add(client: TestClient, content: bytes, items: Any = None, **headers: str) -> Any:
+    data = {} if items is None else {"items": json.dumps(items)}
+    return client.post("/v1/items", files=[("image", ("x", content))], data=data, headers=headers)
+
+
+# --- answers
+
+
+def test_a_search_answers_as_the_command_line_does(client: TestClient, index: Path, parts) -> None:
+    path = parts[1] / "03.png"
+    hits = search(client, path.read_bytes(), k=5).json()["results"]
+    expected = search_image(index, path, k=5)
+    assert [(hit["id"], hit["distance"]) for hit in hits] == [
+        (one["id"], one["distance"]) for one in expected
+    ]
+    assert len(hits) == 5
+    assert hits[0]["distance"] == 0
+
+
+def test_no_answer_names_a_path_of_the_servers_disk(client: TestClient, parts) -> None:
+    answers = [search(client, picture(3)).text, client.get("/v1/items/3").text, client.get("/v1/info").text]
+    answers += [search(client, b"\xff\xd8\xff broken").text, search(client, b"GIF89a").text]
+    for text in answers:
+        assert str(parts[1]) not in text
+        assert "Traceback" not in text
+        assert "/runs/" not in text
+    assert json.loads(answers[1])["payload"] == {"file": "03.png"}
+
+
+def test_answers_can_hide_distances(parts, index: Path) -> None:
+    exact: list[int] = []
+    for answer in ("distances", "coarse", "ids", "codes"):
+        with serving(parts, index, OPEN.model_copy(update={"answer": answer, "step": 3})) as client:
+            body = search(client, picture(0), k=12).json()
+            shown = [hit.get("distance") for hit in body["results"]]
+            if answer == "distances":
+                exact = shown
+                assert any(distance % 3 for distance in exact)
+            expected = {"ids": [None] * 12, "coarse": [distance // 3 * 3 for distance in exact]}
+            assert shown == expected.get(answer, exact)
+            assert ("code" in body) == (answer == "codes")
+
+
+def test_filters_fields_and_missing_items(client: TestClient) -> None:
+    add(client, picture(40), [{"key": "a", "payload": {"label": "cat", "year": 2024}}])
+    hits = search(client, picture(1), where='{"label": "cat"}', fields="year").json()["results"]
+    assert [hit["payload"] for hit in hits] == [{"year": 2024}]
+    unknown = search(client, picture(1), where='{"colour": "red"}')
+    assert unknown.status_code == 422
+    assert "colour" in unknown.json()["error"]
+    assert client.get("/v1/items/999").status_code == 404
+    assert client.delete("/v1/items/999").status_code == 404
+    assert client.get("/v1/items/99999999999999999999").status_code == 422
+
+
+# --- writes
+
+
+def test_an_item_is_added_replaced_and_removed(client: TestClient) -> None:
+    first = add(client, picture(50), [{"key": "shoe", "payload": {"label": "shoe"}}])
+    assert first.status_code == 201
+    item = first.json()["items"][0]
+    assert not item["replaced"]
+    assert (item["id"], 0) in found(client, picture(50))
+    again = add(client, picture(51), [{"key": "shoe"}]).json()["items"][0]
+    assert (again["id"], again["replaced"]) == (item["id"], True)
+    assert (item["id"], 0) in found(client, picture(51))
+    removed = client.request("DELETE", "/v1/items", json={"keys": ["shoe", "none"]})
+    assert removed.json() == {"removed": 1}
+    assert client.get(f"/v1/items/{item['id']}").status_code == 404
+
+
+def test_the_same_write_twice_adds_once_and_another_under_its_key_is_refused(client: TestClient) -> None:
+    before = client.get("/v1/info").json()["items"]
+    one = add(client, picture(60), **{"Idempotency-Key": "k1"})
+    two = add(client, picture(60), **{"Idempotency-Key": "k1"})
+    assert one.json() == two.json()
+    assert client.get("/v1/info").json()["items"] == before + 1
+    assert add(client, picture(61), **{"Idempotency-Key": "k1"}).status_code == 409
+    assert add(client, picture(60), **{"Idempotency-Key": "k2"}).json() != one.json()
+    plain = [add(client, picture(60)).json()["items"][0]["id"] for _ in range(2)]
+    assert plain[0] != plain[1]
+
+
+def test_an_index_that_was_replaced_is_taken_up_without_an_error(parts, index: Path, tmp_path: Path) -> None:
+    run, photos = parts
+    with serving(parts, index) as client:
+        errors: list[int] = []
+        done = threading.Event()
+
+        def ask() -> None:
+            while not done.is_set():
+                if (status := search(client, picture(2)).status_code) != 200:
+                    errors.append(status)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for count in (13, 14, 15):
+            with rh.open_index(f"file:{index}") as old:
+                old.snapshot(tmp_path / f"next-{count}")
+            with rh.open_index(f"file:{tmp_path / f'next-{count}'}") as new:
+                new.add(rh.load(run).encode([photos / "00.png"]), keys=[f"more-{count}"])
+            index.rename(tmp_path / f"old-{count}")
+            (tmp_path / f"next-{count}").rename(index)
+            assert client.post("/v1/reload").json() == {"items": count}
+        done.set()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert client.get("/v1/info").json()["items"] == 15
+
+
+# --- limits
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "word"),
+    [
+        (b"", 415, "JPEG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "JPEG"),
+        (b"GIF89a" + bytes(50), 415, "JPEG"),
+        (b"%PDF-1.4" + picture(1), 415, "JPEG"),
+        (picture(1)[:200], 422, "read"),
+        (b"\xff\xd8\xff" + bytes(100), 422, "read"),
+        (b"RIFF" + bytes(100), 422, "read"),
+    ],
+)
+def test_uploads_that_are_no_image_are_refused(client, content: bytes, status: int, word: str) -> None:
+    answer = search(client, content)
+    assert answer.status_code == status
+    assert word in answer.json()["error"]
+
+
+def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(client: TestClient) -> None:
+    stream = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(stream, "PNG")
+    assert len(stream.getvalue()) < 200_000
+    answer = search(client, stream.getvalue())
+    assert answer.status_code == 413
+    assert "20000 x 20000" in answer.json()["error"]
+
+
+def test_requests_beyond_the_limits_are_refused(parts, index: Path) -> None:
+    settings = ServiceSettings(rate=0, max_bytes=2_000, max_k=5, max_items=1)
+    with serving(parts, index, settings) as client:
+        assert search(client, bytes(3_000)).status_code == 413
+        chunks = iter([b"x" * 1_500, b"x" * 1_500])  # no length is declared
+        assert client.post("/v1/search", content=chunks).status_code == 413
+        for k in ("6", "0", "-1", "2.5", "many"):
+            answer = search(client, b"", k=k)
+            assert answer.status_code == 422, k
+            assert "k" in answer.json()["error"]
+        two = client.post("/v1/items", files=[("image", ("x", b"1")), ("image", ("y", b"2"))])
+        assert two.status_code == 422
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        "{",
+        "{}",
+        "[]",
+        '[{"kee": 1}]',
+        '[{"key": "a\\nb"}]',
+        '[{"key": 5}]',
+        '[{"payload": {"path": "/etc/passwd"}}]',
+        '[{"payload": 3}]',
+        "[" * 5_000,
+    ],
+)
+def test_descriptions_that_do_not_fit_are_refused(client: TestClient, items: str) -> None:
+    answer = client.post("/v1/items", files=[("image", ("x", picture(1)))], data={"items": items})
+    assert answer.status_code == 422
+    assert "items" in answer.json()["error"]
+
+
+def test_names_of_uploaded_files_are_not_used(client: TestClient, tmp_path: Path) -> None:
+    files = [("image", ("../../../etc/cron.d/x", picture(70), "text/html\r\nX-Bad: 1"))]
+    answer = client.post("/v1/items", files=files)
+    assert answer.status_code in (201, 400, 422)
+    assert "x-bad" not in {name.lower() for name in answer.headers}
+    assert not (tmp_path / "etc").exists()
+
+
+def test_a_client_that_asks_too_often_waits(parts, index: Path) -> None:
+    with serving(parts, index, ServiceSettings(rate=0.001, burst=3)) as client:
+        statuses = [client.get("/v1/info").status_code for _ in range(5)]
+        assert statuses == [200, 200, 200, 429, 429]
+        assert int(client.get("/v1/info").headers["retry-after"]) > 1
+        assert client.get("/healthz").status_code == 200
+
+
+def test_errors_nobody_expected_are_not_shown(parts, index: Path, monkeypatch, caplog) -> None:
+    def broken(self: SearchService, *arguments: Any) -> Any:
+        raise RuntimeError("secret of /etc/shadow")
+
+    monkeypatch.setattr(SearchService, "item", broken)
+    with serving(parts, index) as client:
+        answer = client.get("/v1/items/1")
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] in answer.json()["error"]
+    assert "secret" in caplog.text
+
+
+# --- tokens and hosts
+
+
+def test_tokens_and_their_scopes(parts, index: Path, tmp_path: Path) -> None:
+    file = TokenFile(tmp_path / "tokens.json")
+    reader, writer = file.add("shop", ["read"]), file.add("importer", ["read", "write"])
+    content = file.path.read_text()
+    assert reader not in content
+    assert writer not in content
+    assert file.path.stat().st_mode & 0o077 == 0
+    with serving(parts, index, tokens=tuple(file.tokens())) as client:
+        assert search(client, picture(1)).status_code == 401
+        assert client.get("/metrics").status_code == 401
+        assert client.get("/healthz").status_code == 200
+        for text in ("", "Bearer", "Bearer rh_wrong", f"Basic {reader}", f"Bearer {reader}x"):
+            assert client.get("/v1/info", headers={"Authorization": text}).status_code == 401
+        client.headers["Authorization"] = f"Bearer {reader}"
+        assert search(client, picture(1)).status_code == 200
+        assert add(client, picture(1)).status_code == 403
+        assert client.post("/v1/reload").status_code == 403
+        assert client.delete("/v1/items/1").status_code == 403
+        client.headers["Authorization"] = f"Bearer {writer}"
+        assert add(client, picture(1)).status_code == 201
+
+
+def test_token_files_refuse_what_they_cannot_mean(tmp_path: Path) -> None:
+    file = TokenFile(tmp_path / "tokens.json")
+    with pytest.raises(ValueError, match="scopes are read and write, got admin"):
+        file.add("x", ["admin"])
+    text = file.add("x", ["read"])
+    with pytest.raises(ValueError, match="a name of its own"):
+        file.add("x", ["read"])
+    assert token_of(text, file.tokens()) == file.tokens()[0]
+    with pytest.raises(ValueError, match="has no token 'y'; it has x"):
+        file.remove("y")
+    file.remove("x")
+    assert token_of(text, file.tokens()) is None
+    file.path.write_text('{"tokens": [{"name": "x"}]}')
+    with pytest.raises(ValueError, match="no token file"):
+        file.tokens()
+
+
+def test_an_open_host_without_tokens_is_refused(parts, index: Path) -> None:
+    settings = read_settings(None, {"host": "0.0.0.0"})
+    with pytest.raises(ValueError, match=r"0\.0\.0\.0 without tokens"):
+        Serving.of(str(index), parts[0], None, None, settings)
+
+
+def test_pages_of_other_sites_cannot_use_the_service_of_this_machine(client: TestClient) -> None:
+    assert client.get("/v1/info", headers={"Host": "evil.example"}).status_code == 421
+    for origin in ("https://evil.example", "null"):
+        assert client.get("/v1/info", headers={"Origin": origin}).status_code == 403
+    own = {"Host": "localhost:8765", "Origin": "http://localhost:8765"}
+    assert client.get("/v1/info", headers=own).status_code == 200
+
+
+def test_settings_are_checked(tmp_path: Path) -> None:
+    file = tmp_path / "limits.yaml"
+    file.write_text("max_kk: 5")
+    with pytest.raises(ValueError, match=r"max_kk.*known: .*max_k"):
+        read_settings(file, {})
+    file.write_text("max_k: 0")
+    with pytest.raises(ValueError, match=r"max_k.*got 0"):
+        read_settings(file, {})
+    file.write_text("max_k: 7")
+    assert read_settings(file, {"port": 1}).max_k == 7
+
+
+def test_an_index_of_another_model_is_refused(parts, index: Path, tmp_path: Path) -> None:
+    other = train(make_config({**CONFIG, "runtime": {"device": "cpu", "seed": 1}}), tmp_path / "runs").path
+    with pytest.raises(ValueError, match="codes of another model"):
+        SearchService(other, f"file:{index}", OPEN, device="cpu")
+
+
+# --- batches
+
+
+def test_items_of_several_requests_are_worked_on_together_and_the_queue_is_bounded() -> None:
+    sizes: list[int] = []
+
+    def work(items: Any) -> list[int]:
+        sizes.append(len(items))
+        time.sleep(0.05)
+        return [item * 2 for item in items]
+
+    async def run() -> None:
+        batcher: Batcher[int, int] = Batcher(work, 4, 0.01, 8, 60)
+        batcher.start()
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.sleep(0.02)
+        others = [asyncio.create_task(batcher.submit(item)) for item in range(1, 9)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(Overloaded) as full:
+            await batcher.submit(99)
+        assert full.value.retry_after >= 1
+        assert [await first, *[await other for other in others]] == [2 * item for item in range(9)]
+        assert sizes == [1, 4, 4]
+        await batcher.stop()
+
+    asyncio.run(run())
+
+
+def test_a_batch_that_fails_fails_its_own_requests_alone() -> None:
+    def work(items: Any) -> list[int]:
+        if 13 in items:
+            raise ValueError("thirteen")
+        return list(items)
+
+    async def run() -> None:
+        batcher: Batcher[int, int] = Batcher(work, 4, 0, 8, 60)
+        batcher.start()
+        with pytest.raises(ValueError, match="thirteen"):
+            await batcher.submit(13)
+        assert await batcher.submit(1) == 1
+        await batcher.stop()
+
+    asyncio.run(run())
+
+
+def test_what_would_wait_too_long_is_not_admitted() -> None:
+    async def run() -> None:
+        batcher: Batcher[int, int] = Batcher(lambda items: (time.sleep(0.05), list(items))[1], 1, 0, 100, 0.1)
+        batcher.start()
+        await batcher.submit(0)
+        waiting = [asyncio.create_task(batcher.submit(item)) for item in range(20)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            batcher.admit()
+        await asyncio.gather(*waiting)
+        batcher.admit()
+        await batcher.stop()
+
+    asyncio.run(run())
+
+
+# --- the page's story
+
+
+def test_the_story_shows_a_query_before_and_after_an_attack(parts, index: Path) -> None:
+    settings = OPEN.model_copy(update={"attacks": True})
+    with serving(parts, index, settings, images=True) as client:
+        told = client.post("/v1/story", data={"item": 3, "eps": 8}).json()["models"][0]
+        assert 1 <= told["linf"] <= 8.001
+        assert told["name"] == "tiny"
+        assert 3 not in [hit["id"] for hit in told["clean"]["results"]]
+        assert client.get("/v1/items/3/image").content == (parts[1] / "03.png").read_bytes()
+        assert len(client.get("/v1/samples").json()["items"]) > 1
+    with serving(parts, index) as client:
+        assert client.post("/v1/story", data={"item": 3}).status_code == 403
+        assert client.get("/v1/items/3/image").status_code == 404
+        assert client.get("/v1/samples").json() == {"items": []}
+
+
+def test_images_outside_the_folder_are_not_shown(parts, index: Path, tmp_path: Path) -> None:
+    service = SearchService(parts[0], f"file:{index}", OPEN, tmp_path, "cpu")
+    with TestClient(create_app(service)) as client:
+        assert client.get("/v1/items/3/image").status_code == 404
+
+
+def test_metrics_count_requests_by_known_routes(client: TestClient) -> None:
+    for path in ("/v1/items/3", "/v1/items/4", "/a/b", "/.env", "/v1/x"):
+        client.get(path)
+    text = client.get("/metrics").text
+    assert 'robusthash_requests_total{route="/v1/items/{id}",status="200"} 2.0' in text
+    assert 'route="other",status="404"} 3.0' in text
+    assert "robusthash_items 12.0" in text
+    assert ".env" not in text

@@ -1,0 +1,86 @@
+"""The page of the search service in a real browser."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from playwright.sync_api import sync_playwright
+from service_parts import index, parts, picture
+
+from robusthash.apps.service.api import create_app
+from robusthash.apps.service.search_service import SearchService
+from robusthash.apps.service.settings import ServiceSettings
+
+__all__ = ["index", "parts"]  # fixtures
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium of the system")
+
+
+@pytest.fixture
+def server(parts: tuple[Path, Path], index: Path) -> Iterator[tuple[str, uvicorn.Server]]:
+    settings = ServiceSettings(rate=0, max_wait=60_000, attacks=True, max_bytes=50_000)
+    service = SearchService(parts[0], f"file:{index}", settings, parts[1], "cpu")
+    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}", server
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    with sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.set_default_timeout(60_000)
+        page.problems = []
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        yield page
+        browser.close()
+
+
+def test_a_visitor_searches_attacks_and_reads_the_state(server, page, tmp_path: Path) -> None:
+    url, running = server
+    page.goto(url)
+    page.wait_for_selector("#found li")  # samples
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    file = tmp_path / "query.png"
+    file.write_bytes(picture(4))
+    page.set_input_files("#file", file)
+    page.get_by_label("results").fill("12")
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.get_by_text("12 results").wait_for()
+    assert page.locator("#found li").count() == 12
+    assert page.get_by_text("04.png, distance 0").count() == 1
+    page.get_by_role("tab", name="Search").press("ArrowRight")
+    page.get_by_role("button", name="Attack", exact=True).click()
+    page.wait_for_selector(".model figure img")
+    assert "of 16 bits flipped" in page.locator(".model").inner_text()
+    page.get_by_role("tab", name="State").click()
+    page.get_by_text("mean time").wait_for()
+    assert page.locator("dd").first.inner_text() == "12"
+    assert page.problems == []
+
+    page.get_by_role("tab", name="Search").click()
+    (tmp_path / "large.png").write_bytes(bytes(60_000))
+    page.set_input_files("#file", tmp_path / "large.png")
+    page.get_by_text("large.png has 60000 bytes; the service takes 50000.").wait_for()
+    (tmp_path / "text.png").write_text("no image")
+    page.set_input_files("#file", tmp_path / "text.png")
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.get_by_text("the image is no JPEG, PNG, WEBP").wait_for()
+    running.should_exit = True
+    page.wait_for_timeout(1_500)
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.get_by_text("The service does not answer").wait_for()
