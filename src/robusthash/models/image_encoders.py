@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robusthash.core.registry import register
+from robusthash.core.registry import build, register
+from robusthash.models.dense_layers import dense
 from robusthash.models.hasher import Encoder
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -113,13 +115,8 @@ class VectorMLP(Encoder):
         super().__init__()
         if inputs < 1 or not widths or min(widths) < 1:
             raise ValueError(f"inputs and widths must be positive numbers, got {inputs} and {list(widths)}")
-        layers: list[nn.Module] = []
-        if normalise:
-            layers.append(nn.LayerNorm(inputs, eps=1e-8, elementwise_affine=False))
-        for before, after in zip((inputs, *widths), widths, strict=False):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-            layers += [nn.Dropout(dropout)] if dropout else []
-        self.layers = nn.Sequential(*layers)
+        first = [nn.LayerNorm(inputs, eps=1e-8, elementwise_affine=False)] if normalise else []
+        self.layers = nn.Sequential(*first, *dense(inputs, widths, dropout))
         self.inputs = inputs
         self.width = widths[-1]
 
@@ -130,3 +127,30 @@ class VectorMLP(Encoder):
                 f"{tuple(vectors.shape)}; set its inputs to their number, or choose an encoder for pixels"
             )
         return self.layers(vectors), {}
+
+
+@register("image-encoder", "layered", modality="image")
+class Layered(Encoder):
+    """Fully connected layers with ReLU on another image encoder; the last width is D.
+
+    Args:
+        inner: ``image-encoder`` name or settings.
+        widths: of the layers; DADH has (8192, 4096, 2048) on a convolutional net, with ``batchnorm``.
+        dropout, batchnorm: as of the text encoder ``mlp``.
+    """
+
+    def __init__(
+        self,
+        inner: str | Mapping[str, Any] = "alexnet",
+        widths: Sequence[int] = (512,),
+        dropout: float = 0.0,
+        batchnorm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.inner = build("image-encoder", inner)
+        self.layers = dense(int(self.inner.width), widths, dropout, batchnorm)
+        self.width = widths[-1]
+
+    def forward(self, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        features, aux = self.inner(values)
+        return self.layers(features), aux

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robusthash.core.limited_files import read_json
 from robusthash.core.packaged_weights import packaged
 from robusthash.core.registry import register
+from robusthash.models.dense_layers import dense
 from robusthash.models.hasher import Encoder
 
 
@@ -34,15 +35,7 @@ class TextMLP(Encoder):
         self, vocabulary: int, widths: Sequence[int] = (512,), dropout: float = 0.0, batchnorm: bool = False
     ) -> None:
         super().__init__()
-        if not widths or min(widths) < 1:
-            raise ValueError(f"widths must be at least one positive number, got {list(widths)}")
-        layers: list[nn.Module] = []
-        for inputs, outputs in zip((vocabulary, *widths), widths, strict=False):
-            layers.append(nn.Linear(inputs, outputs))
-            layers += [nn.BatchNorm1d(outputs)] if batchnorm else []
-            layers.append(nn.ReLU())
-            layers += [nn.Dropout(dropout)] if dropout else []
-        self.layers = nn.Sequential(*layers)
+        self.layers = dense(vocabulary, widths, dropout, batchnorm)
         self.vocabulary = vocabulary
         self.width = widths[-1]
 
