@@ -62,13 +62,23 @@ class ImageEncoder(Encoder):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if self.enlarge is not None:
             x = functional.interpolate(x, size=(self.enlarge, self.enlarge), mode="bilinear")
-        size = tuple(x.shape[-2:])
-        if min(size) < self.smallest:
-            raise ValueError(f"this encoder needs images of at least {self.smallest} px, got {size}")
-        if self.exact not in (None, *size):
-            sides = f"{self.exact} x {self.exact} px, got {size}"
-            raise ValueError(f"this encoder takes images of {sides}; set the encoder's size, or the data's")
+        self._check_size(int(x.shape[-2]), int(x.shape[-1]))
         return self.trunk(self.normalise(x)), {}
+
+    def _check_size(self, height: int, width: int) -> None:
+        kind = type(self.trunk).__name__
+        net = "this encoder" if isinstance(self.trunk, nn.Sequential) else f"the image encoder ({kind})"
+        got = f"px, and these have {height} x {width}"
+        if min(height, width) < self.smallest:
+            least = self.smallest
+            raise ValueError(
+                f"{net} needs images of at least {least} {got}; set the data's size to {least} or more"
+            )
+        if self.exact is not None and (height, width) != (self.exact, self.exact):
+            takes = f"takes images of {self.exact} x {self.exact} {got}"
+            raise ValueError(
+                f"{net} {takes}; set the data's size to {self.exact}, or the encoder's to theirs"
+            )
 
 
 def _block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -141,7 +151,7 @@ class Layered(Encoder):
 
     def __init__(
         self,
-        inner: str | Mapping[str, Any] = "alexnet",
+        inner: str | Mapping[str, Any] = "small",
         widths: Sequence[int] = (512,),
         dropout: float = 0.0,
         batchnorm: bool = False,
@@ -150,6 +160,11 @@ class Layered(Encoder):
         self.inner = build("image-encoder", inner)
         self.layers = dense(int(self.inner.width), widths, dropout, batchnorm)
         self.width = widths[-1]
+
+    @property
+    def smallest(self) -> int:
+        """Least side of an image in pixels, the inner encoder's."""
+        return self.inner.smallest  # type: ignore[no-any-return]
 
     def forward(self, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         features, aux = self.inner(values)
