@@ -162,6 +162,33 @@ def test_a_recipe_of_each_paper_at_its_true_size(
     assert training.whole == pytest.approx(training.seconds * steps)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "parameters", "said"),
+    [
+        # AlexNet, GFNet-Ti, separation, fusion, hash layer; BERT-base with its pooler and a hash layer
+        (
+            "sfcl/sfcl.yaml",
+            {"image": 71.4e6, "text": 109.9e6},
+            "transformer with random weights, of the size of",
+        ),
+        # AlexNet, a linear head and the purifier of width 64; texts of 1,386 words
+        ("drfgd/daph-drfgd.yaml", {"image": 61.7e6, "text": 9.9e6}, "daph is trained first"),
+        # AlexNet -> 512 -> K, words -> 4096 -> 512 -> K
+        ("dsarh/dsarh.yaml", {"image": 59.1e6, "text": 7.8e6}, "in place of 'weights/alexnet-robust.pth'"),
+    ],
+)
+def test_image_text_recipes_of_the_papers_at_their_true_size(
+    recipe: str, parameters: dict[str, float], said: str
+) -> None:
+    path = REPO / "recipes" / "papers" / recipe
+    one = ["runtime.threads=1", "evaluation.directions=[I2T]", "evaluation.attacks=[{name: hag, steps: 2}]"]
+    config = load_config(path, [*one, "evaluation.oblivious=[]", "evaluation.identity=[]"])
+    found = dry_run(config, path.parent, miniature=True, batch=2)
+    assert found.parameters == pytest.approx(parameters, rel=0.01)
+    assert (found.sizes["train"], found.sizes["query"]) == (5_000, 1_000 if "dsarh" in recipe else 2_000)
+    assert any(said in note for note in found.notes)
+
+
 def steps_of_two(path: Path) -> float:
     """Steps of two items that cost as much as the training of a recipe with 5,000 items."""
     training = load_config(path).training

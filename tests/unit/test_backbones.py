@@ -63,14 +63,57 @@ def test_gfnets_have_their_published_number_of_parameters(name: str, millions: f
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.4)
 
 
-def test_nets_of_one_size_refuse_others_in_one_line() -> None:
-    encoder = build("image-encoder", {"name": "vit-b-16", "size": 32})
-    with pytest.raises(
-        ValueError, match=r"takes images of 32 x 32 px, got \(48, 48\); set the encoder's size"
-    ):
-        encoder(torch.rand(1, 3, 48, 48))
+@pytest.mark.parametrize("sides", [(48, 48), (32, 48)])
+@pytest.mark.parametrize(
+    ("settings", "net"),
+    [
+        ({"name": "vit-b-16", "size": 32}, "VisionTransformer"),
+        ({"name": "gfnet", "size": 32, "dim": 8, "depth": 1}, "GFNet"),
+    ],
+)
+def test_nets_of_one_size_refuse_others_in_one_line(
+    settings: dict[str, object], net: str, sides: tuple[int, int]
+) -> None:
+    encoder = build("image-encoder", settings)
+    have = f"these have {sides[0]} x {sides[1]}; set the data's size to 32, or the encoder's to theirs"
+    with pytest.raises(ValueError, match=rf"\({net}\) takes images of 32 x 32 px, and {have}"):
+        encoder(torch.rand(1, 3, *sides))
+
+
+def test_vision_transformer_of_an_odd_size() -> None:
     with pytest.raises(ValueError, match="multiple of 16, got 60"):
         build("image-encoder", {"name": "vit-b-16", "size": 60})
+
+
+@pytest.mark.parametrize(
+    ("name", "net", "least"), [("alexnet", "AlexNet", 63), ("inception-v3", "Inception3", 75)]
+)
+def test_nets_name_the_size_that_they_need_and_take_it(name: str, net: str, least: int) -> None:
+    with torch.device("meta"):
+        encoder = build("image-encoder", name).eval()
+        needs = rf"\({net}\) needs images of at least {least} px, and these have 32 x {least}; set the data's size"
+        with pytest.raises(ValueError, match=f"{needs} to {least} or more"):
+            encoder(torch.rand(1, 3, 32, least))
+        assert encoder(torch.rand(1, 3, least, least))[0].shape == (1, encoder.width)
+
+
+def test_layers_on_an_image_net() -> None:
+    """As DADH has them: each with BatchNorm; codes reach the pixels through them."""
+    settings = {
+        "name": "layered",
+        "inner": {"name": "small", "width": 4},
+        "widths": [12, 6],
+        "batchnorm": True,
+    }
+    hasher = build_hasher(bits=4, image=settings)
+    kinds = [type(layer).__name__ for layer in hasher.encoders["image"].layers]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 2
+    images = torch.rand(3, 3, 16, 16, requires_grad=True)
+    hasher({"image": images})["image"].code.sum().backward()
+    assert images.grad is not None
+    assert bool(images.grad.any())
+    with pytest.raises(ValueError, match="widths must be at least one positive number"):
+        build("image-encoder", {**settings, "widths": []})
 
 
 def test_inception_sees_pixels_from_minus_one_to_one(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from robusthash.data import load_data
-from robusthash.data.miniature import FLICKR_CONCEPTS as CONCEPTS
-from robusthash.data.miniature import FLICKR_STRICT as STRICT
+from robusthash.data.mirflickr import CONCEPTS, STRICT
 from tests.unit.test_data_folder import picture
 
 ITEMS = 30
@@ -79,6 +78,20 @@ def test_thirty_eight_labels_imply_their_base(mir: Path) -> None:
         assert (labels[:, base] >= labels[:, strict]).all()
 
 
+@pytest.mark.parametrize("place", [".", "mirflickr25k/mirflickr/annotations"])
+def test_the_archive_of_concepts_has_no_folder_of_its_own(mir: Path, place: str) -> None:
+    """Unpacked where the images are, or into a folder of any name, beside other texts."""
+    expected = load_data("mirflickr", root=mir, query=4, train=10, size=8, concepts=38)
+    lists = mir / "mirflickr25k" / "mirflickr25k_annotations_v080"
+    (mir / place).mkdir(exist_ok=True)
+    for file in lists.iterdir():
+        file.rename(mir / place / file.name)
+    (mir / place / "notes.txt").write_text("not a concept")
+    data = load_data("mirflickr", root=mir, query=4, train=10, size=8, concepts=38)
+    assert data.label_names == expected.label_names
+    assert torch.equal(data.database.labels, expected.database.labels)
+
+
 def test_filters(mir: Path, caplog: pytest.LogCaptureFixture) -> None:
     def size(mir_filter: str) -> int:
         data = load_data("mirflickr", root=mir, query=4, train=10, size=8, mir_filter=mir_filter)
@@ -110,7 +123,7 @@ def test_named_splits_ask_for_their_sizes(mir: Path) -> None:
         ("mirflickr", r"no mirflickr in .*; mirflickr25k\.zip unpacks to"),
         (
             "mirflickr25k_annotations_v080",
-            r"no mirflickr25k_annotations_v080 in .*; mirflickr25k_annotations_v080\.zip",
+            r"no animals\.txt in .*; mirflickr25k_annotations_v080\.zip",
         ),
         ("mirflickr/doc", r"no file .*common_tags\.txt; mirflickr25k\.zip unpacks to"),
         ("mirflickr/meta/tags", r"no file .*tags1\.txt; mirflickr25k\.zip unpacks to"),
@@ -130,5 +143,5 @@ def test_broken_lists(mir: Path) -> None:
     ):
         load_data("mirflickr", root=mir, query=4, train=10, size=8)
     (lists / "sky.txt").unlink()
-    with pytest.raises(ValueError, match="holds 23 lists for 24 concepts"):
+    with pytest.raises(FileNotFoundError, match=r"no sky\.txt in .*v080; mirflickr25k_annotations_v080\.zip"):
         load_data("mirflickr", root=mir, query=4, train=10, size=8)

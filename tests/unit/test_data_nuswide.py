@@ -129,6 +129,16 @@ def test_partial_images_are_counted(nus: Path, caplog: pytest.LogCaptureFixture)
         load(nus, images=nus)
 
 
+def test_images_may_lie_side_by_side(nus: Path) -> None:
+    expected, flat = load(nus), nus / "images"
+    flat.mkdir()
+    for file in (nus / "NUS-WIDE" / "Flickr").rglob("*.jpg"):
+        file.rename(flat / file.name)
+    data = load(nus, images=flat)
+    assert list(data.database.hashes) == list(expected.database.hashes)
+    assert "not there" not in data.note
+
+
 def test_files_that_do_not_belong_together(nus: Path) -> None:
     folder = nus / "NUS-WIDE" / "NUS_WID_Tags"
     write_tags(folder / "AllTags1k.txt", range(1, ITEMS + 1), with_photo=True)

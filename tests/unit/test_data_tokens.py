@@ -6,12 +6,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from robusthash.core.registry import build
 from robusthash.data import RetrievalData, load_data
@@ -185,6 +187,21 @@ def test_folders_that_hold_no_model(bert: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="holds no transformer that can be read"):
         build("text-encoder", settings)
+    sizes = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    other = transformers.BertModel(transformers.BertConfig(**sizes))
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match="holds no transformer that can be read"):  # tensors of other shapes
+        build("text-encoder", settings)
+    first = {k: v for k, v in load_file(bert / "model.safetensors").items() if "layer.1." not in k}
+    save_file(first, tmp_path / "model.safetensors", {"format": "pt"})  # of a net of one layer
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors lacks 16 tensors .* \(first: encoder\.layer\.1\."
+    ):
+        build("text-encoder", settings)
+    without = {k: v for k, v in load_file(bert / "model.safetensors").items() if not k.startswith("pooler")}
+    save_file(without, tmp_path / "model.safetensors", {"format": "pt"})
+    build("text-encoder", settings)  # the pooler is not used
     with pytest.raises(ValueError, match="'cls' or 'mean', got 'max'"):
         build("text-encoder", {**settings, "pooling": "max"})
 

@@ -16,7 +16,7 @@ TINY: dict[str, Any] = {"size": 16, "patch": 4, "dim": 8, "depth": 2}
 
 @pytest.mark.parametrize("side", [12, 20, 32])
 def test_another_size_is_refused_by_name(side: int) -> None:
-    with pytest.raises(ValueError, match=rf"16 x 16 px, got \({side}, {side}\)"):
+    with pytest.raises(ValueError, match=rf"16 x 16 px, and these have {side} x {side}"):
         gfnet(**TINY)(torch.rand(1, 3, side, side))
 
 

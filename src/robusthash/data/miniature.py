@@ -22,18 +22,6 @@ from robusthash.data.copies import CHANGES
 from robusthash.data.splits import SplitProtocol
 from robusthash.data.wikipedia import CATEGORIES
 
-# fmt: off
-FLICKR_CONCEPTS = (
-    "animals", "baby", "bird", "car", "clouds", "dog", "female", "flower", "food", "indoor", "lake", "male",
-    "night", "people", "plant_life", "portrait", "river", "sea", "sky", "structures", "sunset", "transport",
-    "tree", "water",
-)
-FLICKR_STRICT = (
-    "baby", "bird", "car", "clouds", "dog", "female", "flower", "male", "night", "people", "portrait",
-    "river", "sea", "tree",
-)
-"""Concepts of MIRFLICKR-25K, and those that have a stricter list ``_r1`` too."""
-# fmt: on
 _CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SPLITS = ("train", "query", "database")
 
@@ -169,10 +157,10 @@ def _write_flickr(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]
         own = [tags[number * step % len(tags)] for step in (1, 7, 31)]
         _lines(folder / "meta" / "tags" / f"tags{number}.txt", own)
         _lines(folder / "meta" / "tags_raw" / f"tags{number}.txt", [tag.title() for tag in own])
-    for place, concept in enumerate(FLICKR_CONCEPTS):
+    for place, concept in enumerate(mirflickr.CONCEPTS):
         members = [str(number) for number in range(1, count + 1) if place in _labelled(number, 24)]
         _lines(lists / f"{concept}.txt", members)
-        if concept in FLICKR_STRICT:
+        if concept in mirflickr.STRICT:
             _lines(lists / f"{concept}_r1.txt", members[::2])
     return {**wanted, **_tokens(root, options)}
 

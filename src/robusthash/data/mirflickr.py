@@ -26,10 +26,23 @@ SPLITS = {
     "ucch": SplitProtocol(2000, None, "last", "UCCH (code)"),
 }
 
+# fmt: off
+CONCEPTS = (
+    "animals", "baby", "bird", "car", "clouds", "dog", "female", "flower", "food", "indoor", "lake", "male",
+    "night", "people", "plant_life", "portrait", "river", "sea", "sky", "structures", "sunset", "transport",
+    "tree", "water",
+)
+STRICT = (
+    "baby", "bird", "car", "clouds", "dog", "female", "flower", "male", "night", "people", "portrait",
+    "river", "sea", "tree",
+)
+"""Concepts, and those that have a stricter list ``_r1`` too."""
+# fmt: on
+
 _IMAGES = (
     "mirflickr25k.zip unpacks to mirflickr/ with im1.jpg to im25000.jpg, meta/tags, meta/tags_raw and doc"
 )
-_LABELS = "mirflickr25k_annotations_v080.zip belongs there as a folder of that name, with animals.txt etc."
+_LABELS = "mirflickr25k_annotations_v080.zip unpacks to animals.txt and 37 more; a folder of its own is best"
 _COMPLETE, _FILTERED = 25000, 20015
 
 
@@ -51,8 +64,8 @@ def mirflickr(
     numbers here.
 
     Args:
-        root: folder that holds ``mirflickr/`` and ``mirflickr25k_annotations_v080/``, at most three folders
-            down.
+        root: folder that holds ``mirflickr/`` and the lists of the concepts, at most three folders down; the
+            archive of the lists has no folder of its own, so any will do.
         mir_filter: ``none`` keeps every image, ``label`` those with a concept, ``label+tag`` those with a tag
             of the common ones as well.
         concepts: 24, or 38 with the stricter ``_r1`` lists of 14 of them, which imply their base.
@@ -64,7 +77,7 @@ def mirflickr(
     protocol = find_protocol(SPLITS, splits.split)
     folder = find(Path(root), "mirflickr", _IMAGES)
     numbers = _image_numbers(folder)
-    labels, names = _labels(find(Path(root), "mirflickr25k_annotations_v080", _LABELS), numbers, concepts)
+    labels, names = _labels(find(Path(root), "animals.txt", _LABELS).parent, numbers, concepts)
     bags = _tag_bags(folder, numbers) if text.texts or mir_filter == "label+tag" else None
     raw = tuple(_tags(folder, "tags_raw", number) for number in numbers) if text.texts == "tokens" else None
     pool = Pool(tuple(ImageFile(folder / f"im{number}.jpg") for number in numbers), labels, names, raw, bags)
@@ -89,10 +102,10 @@ def _image_numbers(folder: Path) -> list[int]:
 
 def _labels(folder: Path, numbers: list[int], concepts: int) -> tuple[Tensor, tuple[str, ...]]:
     """(N, C) labels and their names, in alphabetical order of the files; ``_r1`` follows its base."""
-    lists = sorted(path for path in folder.glob("*.txt") if path.stem.lower() != "readme")
-    lists = [path for path in lists if concepts == 38 or not path.stem.endswith("_r1")]
-    if len(lists) != concepts:
-        raise ValueError(f"{folder} holds {len(lists)} lists for {concepts} concepts; {_LABELS}")
+    names = CONCEPTS if concepts == 24 else sorted([*CONCEPTS, *(f"{name}_r1" for name in STRICT)])
+    lists = [folder / f"{name}.txt" for name in names]
+    if missing := [path.name for path in lists if not path.is_file()]:
+        raise FileNotFoundError(f"no {missing[0]} in {folder}; {_LABELS}")
     row = {number: position for position, number in enumerate(numbers)}
     labels = torch.zeros(len(numbers), len(lists))
     for column, path in enumerate(lists):

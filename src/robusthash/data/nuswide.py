@@ -32,7 +32,10 @@ _TAG_COUNT = 1000
 _LISTS = (
     "ImageList.zip unpacks to ImageList/ with Imagelist.txt (269,648 lines like actor\\0001_2124494179.jpg)"
 )
-_TRUTH = "Groundtruth.zip unpacks to Groundtruth/AllLabels/ with 81 files Labels_airport.txt and so on"
+_TRUTH = (
+    "Groundtruth.zip unpacks to Groundtruth/AllLabels/ with 81 files Labels_airport.txt and so on, and to "
+    "TrainTestLabels/, which has a broken line and is not read"
+)
 _TAGS = "NUS_WID_Tags.zip unpacks to NUS_WID_Tags/: All_Tags.txt, AllTags1k.txt or {Train,Test}_Tags1k.dat"
 _IMAGES = "the photographs belong in Flickr/<concept>/<file>, as the image list names them, or in images="
 
@@ -57,7 +60,8 @@ def nus_wide(
     Args:
         root: folder that holds ``ImageList/``, ``Groundtruth/``, ``NUS_WID_Tags/`` and ``Flickr/``, at most
             three folders down; only the file names count, since copies of the set differ in their folders.
-        images: the folder of the photographs where it is not ``Flickr``.
+        images: the folder of the photographs where it is not ``Flickr``; with the folders of the image list
+            in it, or with all files side by side, as some copies have them.
         concepts: another number of concepts, 1 to 81.
         text: ``True`` is the bag of the 1,000 tags that come with the set, ``"tokens"`` all tags, joined by
             spaces, as token ids.
@@ -73,7 +77,7 @@ def nus_wide(
     labels, names = _most_frequent(find(root, "AllLabels", _TRUTH), len(listed), count)
     folder = find(root, "Flickr", _IMAGES) if images is None else Path(images)
     labelled = labels.any(1)
-    pool = Pool(tuple(ImageFile(folder / name) for name in listed), labels, names)
+    pool = Pool(tuple(ImageFile(path) for path in _image_paths(folder, listed)), labels, names)
     pool = pool.only(labelled, f"none of the {count} concepts")
     if len(listed) == COMPLETE and count in FILTERED:
         pool = pool.expect(FILTERED[count])
@@ -91,6 +95,12 @@ def nus_wide(
 def _image_names(path: Path) -> list[str]:
     """The lines of an image list, which have Windows separators."""
     return [line.replace("\\", "/") for line in lines_of(path)]
+
+
+def _image_paths(folder: Path, listed: list[str]) -> list[Path]:
+    """Paths of the images: in the folders of the list, or side by side where ``folder`` has none of these."""
+    has_folders = any((folder / name).is_dir() for name in {name.partition("/")[0] for name in listed})
+    return [folder / (name if has_folders else Path(name).name) for name in listed]
 
 
 def _most_frequent(folder: Path, images: int, concepts: int) -> tuple[Tensor, tuple[str, ...]]:

@@ -88,7 +88,6 @@ class GFNet(nn.Module):
             raise ValueError(f"drop_path is a probability in [0, 1), got {drop_path:g}")
         if depth < 1:
             raise ValueError(f"depth must be at least 1 block, got {depth}")
-        self.size = size
         grid = size // patch
         self.patch_embed = PatchEmbedding(patch, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, dim))
@@ -103,11 +102,6 @@ class GFNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, C)."""
-        if tuple(x.shape[-2:]) != (self.size, self.size):
-            raise ValueError(
-                f"this GFNet has global filters for images of {self.size} x {self.size} px, got "
-                f"{tuple(x.shape[-2:])}; resize the data, or make it with size and patch for these"
-            )
         tokens = self.patch_embed(x) + self.pos_embed
         return self.norm(self.blocks(tokens)).mean(1)
 
@@ -146,7 +140,7 @@ def gfnet(
     trunk = GFNet(size, patch, dim, depth, ratio, drop_path)
     if weights is not None:
         load_weights(trunk, weights, "gfnet", fits="size, patch, dim, depth and ratio must fit")
-    return ImageEncoder(trunk, dim, smallest=1)
+    return ImageEncoder(trunk, dim, smallest=1, exact=size)
 
 
 @register(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robusthash.core.registry import register
+from robusthash.core.registry import build, register
+from robusthash.models.dense_layers import dense
 from robusthash.models.hasher import Encoder
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -60,13 +62,23 @@ class ImageEncoder(Encoder):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if self.enlarge is not None:
             x = functional.interpolate(x, size=(self.enlarge, self.enlarge), mode="bilinear")
-        size = tuple(x.shape[-2:])
-        if min(size) < self.smallest:
-            raise ValueError(f"this encoder needs images of at least {self.smallest} px, got {size}")
-        if self.exact not in (None, *size):
-            sides = f"{self.exact} x {self.exact} px, got {size}"
-            raise ValueError(f"this encoder takes images of {sides}; set the encoder's size, or the data's")
+        self._check_size(int(x.shape[-2]), int(x.shape[-1]))
         return self.trunk(self.normalise(x)), {}
+
+    def _check_size(self, height: int, width: int) -> None:
+        kind = type(self.trunk).__name__
+        net = "this encoder" if isinstance(self.trunk, nn.Sequential) else f"the image encoder ({kind})"
+        got = f"px, and these have {height} x {width}"
+        if min(height, width) < self.smallest:
+            least = self.smallest
+            raise ValueError(
+                f"{net} needs images of at least {least} {got}; set the data's size to {least} or more"
+            )
+        if self.exact is not None and (height, width) != (self.exact, self.exact):
+            takes = f"takes images of {self.exact} x {self.exact} {got}"
+            raise ValueError(
+                f"{net} {takes}; set the data's size to {self.exact}, or the encoder's to theirs"
+            )
 
 
 def _block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -113,13 +125,8 @@ class VectorMLP(Encoder):
         super().__init__()
         if inputs < 1 or not widths or min(widths) < 1:
             raise ValueError(f"inputs and widths must be positive numbers, got {inputs} and {list(widths)}")
-        layers: list[nn.Module] = []
-        if normalise:
-            layers.append(nn.LayerNorm(inputs, eps=1e-8, elementwise_affine=False))
-        for before, after in zip((inputs, *widths), widths, strict=False):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-            layers += [nn.Dropout(dropout)] if dropout else []
-        self.layers = nn.Sequential(*layers)
+        first = [nn.LayerNorm(inputs, eps=1e-8, elementwise_affine=False)] if normalise else []
+        self.layers = nn.Sequential(*first, *dense(inputs, widths, dropout))
         self.inputs = inputs
         self.width = widths[-1]
 
@@ -130,3 +137,35 @@ class VectorMLP(Encoder):
                 f"{tuple(vectors.shape)}; set its inputs to their number, or choose an encoder for pixels"
             )
         return self.layers(vectors), {}
+
+
+@register("image-encoder", "layered", modality="image")
+class Layered(Encoder):
+    """Fully connected layers with ReLU on another image encoder; the last width is D.
+
+    Args:
+        inner: ``image-encoder`` name or settings.
+        widths: of the layers; DADH has (8192, 4096, 2048) on a convolutional net, with ``batchnorm``.
+        dropout, batchnorm: as of the text encoder ``mlp``.
+    """
+
+    def __init__(
+        self,
+        inner: str | Mapping[str, Any] = "small",
+        widths: Sequence[int] = (512,),
+        dropout: float = 0.0,
+        batchnorm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.inner = build("image-encoder", inner)
+        self.layers = dense(int(self.inner.width), widths, dropout, batchnorm)
+        self.width = widths[-1]
+
+    @property
+    def smallest(self) -> int:
+        """Least side of an image in pixels, the inner encoder's."""
+        return self.inner.smallest  # type: ignore[no-any-return]
+
+    def forward(self, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        features, aux = self.inner(values)
+        return self.layers(features), aux

@@ -11,8 +11,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from robusthash.core.limited_files import read_json
+from robusthash.core.out_of_memory import out_of_memory
 from robusthash.core.packaged_weights import packaged
 from robusthash.core.registry import register
+from robusthash.models.dense_layers import dense
 from robusthash.models.hasher import Encoder
 
 
@@ -34,15 +36,7 @@ class TextMLP(Encoder):
         self, vocabulary: int, widths: Sequence[int] = (512,), dropout: float = 0.0, batchnorm: bool = False
     ) -> None:
         super().__init__()
-        if not widths or min(widths) < 1:
-            raise ValueError(f"widths must be at least one positive number, got {list(widths)}")
-        layers: list[nn.Module] = []
-        for inputs, outputs in zip((vocabulary, *widths), widths, strict=False):
-            layers.append(nn.Linear(inputs, outputs))
-            layers += [nn.BatchNorm1d(outputs)] if batchnorm else []
-            layers.append(nn.ReLU())
-            layers += [nn.Dropout(dropout)] if dropout else []
-        self.layers = nn.Sequential(*layers)
+        self.layers = dense(vocabulary, widths, dropout, batchnorm)
         self.vocabulary = vocabulary
         self.width = widths[-1]
 
@@ -167,9 +161,21 @@ def _pretrained(folder: Path) -> Any:
     progress_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return auto.AutoModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no transformer that can be read: {error}") from error
+        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        model, found = auto.AutoModel.from_pretrained(str(folder), **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{folder} holds no transformer that can be read: {reason}") from error
     finally:
         if progress_bar:
             logging.enable_progress_bar()
+    # what is missing, the library draws at random; the pooler is not used here, and some files lack it
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"{folder / 'model.safetensors'} lacks {len(missing)} tensors of the net in its config.json "
+            f"(first: {missing[0]}); take both files from one place"
+        )
+    return model
