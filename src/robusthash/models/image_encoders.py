@@ -164,7 +164,7 @@ class Layered(Encoder):
     @property
     def smallest(self) -> int:
         """Least side of an image in pixels, the inner encoder's."""
-        return self.inner.smallest  # type: ignore[no-any-return]
+        return self.inner.smallest
 
     def forward(self, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         features, aux = self.inner(values)
