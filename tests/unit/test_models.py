@@ -29,6 +29,7 @@ WIDTHS = {
     "resnet50": 2048,
     "small": 512,
 }
+NEEDED = {"agah": {"classes": 8}}
 SMALLEST = {"alexnet": 63, "small": 8, "cpah": 8, "layered": 8, "inception-v3": 75}
 # made for one size of images, for none, or named by another option; tested on their own
 FIXED = ("gfnet", "gfnet-xs", "gfnet-s", "gfnet-b", "vit-b-16", "timm", "sfcl", "vector", "features")
@@ -53,7 +54,7 @@ def test_encoder_at_its_smallest_size(name: str) -> None:
     """Shapes, on the device that holds no numbers: the weights of VGG19 alone would take half a gigabyte."""
     side = SMALLEST.get(name, 32)
     with torch.device("meta"):
-        hasher = build_hasher(bits=12, image=name)
+        hasher = build_hasher(bits=12, image={"name": name, **NEEDED.get(name, {})})
         output = hasher({"image": torch.rand(2, 3, side, side)})["image"]
         larger = hasher({"image": torch.rand(2, 3, side + 17, side + 5)})["image"]
     encoder = hasher.encoders["image"]

@@ -25,7 +25,7 @@ from robusthash.models import build_hasher
 from robusthash.robustness.assess import assess
 from robusthash.training import HashingRecipe, Recipe, fit
 
-WITH_CRITICS = ("cpah", "dadh")
+WITH_CRITICS = ("agah", "cpah", "dadh", "ssah", "ukd")
 OBJECTIVES = [card.name for card in catalogue("objective") if card.name not in WITH_CRITICS]
 ATTACKS = [card.name for card in catalogue("attack") if card.modality not in ("tokens", "text")]
 
