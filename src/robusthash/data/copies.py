@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -147,8 +146,7 @@ def _different(
     paths = listing.images
     order = torch.randperm(len(paths), generator=draws.within("images").generator())[:limit]
     drawn = [paths[row] for row in sorted(order.tolist())]
-    source, readable = decode(drawn, replace(image, memory=sys.maxsize))
-    assert source.images is not None  # any number of images fits
+    source, readable = decode(drawn, image, whole=True)
     first = torch.from_numpy(np.sort(np.unique(source.hashes, return_index=True)[1]))
     files = [drawn[row] for row in readable[first].tolist()]
     if len(files) < LEAST:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import logging
 import os
 import stat
 import struct
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from robusthash.core.types import Inputs
 from robusthash.data.base import as_input, content_hash
+from robusthash.data.decoding_processes import READING, Reading, done_in_order
 from robusthash.data.pixel_conversion import DECODING, MAX_PIXELS, Fit, resized, to_rgb, upright
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ if importlib.util.find_spec("PIL.AvifImagePlugin"):
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
 UNREAD = f"its content is none of {', '.join(FORMATS)}"
 _PILLOW_LIMIT = 89_478_485  # warned of, and refused from twice as many
-_CHUNK = 256  # images decoded ahead; bounds the memory of one pass
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe (fifo)",
@@ -93,8 +92,8 @@ class ImageOptions:
         on_error: ``raise`` at the first unreadable file, or ``skip`` all such files with one warning that
             counts them.
         max_pixels: refuse files of more pixels (width x height), before anything is decoded.
-        memory: bytes (1 GiB by default) that decoded images may take; a larger set is decoded again for each
-            batch, and 0 always does so.
+        memory: bytes (1 GiB by default) that decoded images may take; those of a larger set that are beyond
+            it are decoded again for each batch, with 0 all. ``decoding_processes.read_by`` goes before it.
     """
 
     size: int = 64
@@ -257,85 +256,128 @@ def _decode_one(stream: BinaryIO, name: str, size: int | None, fit: Fit, max_pix
 
 
 def iter_images(
-    files: Sequence[str | Path | ImageFile], options: ImageOptions, workers: int | None = None
+    files: Sequence[str | Path | ImageFile],
+    options: ImageOptions,
+    workers: int | None = None,
+    processes: int = 0,
 ) -> Iterator[Tensor | UnreadableImage | FileNotFoundError]:
     """Decode in threads, in order: (3, size, size) uint8, or the error of a file that is no image or gone.
 
     A few hundred small images are held at a time, whatever the number of files, and large ones wait for
-    each other: no more than ``MAX_PIXELS`` are decoded at once.
+    each other: no more than ``MAX_PIXELS`` are decoded at once by a process.
 
     Args:
         workers: threads; by default one a core, at most eight.
+        processes: that decode in place of threads, where it is above 0.
+
+    Raises:
+        ChildProcessError: a process that decodes died, and so did that in its place.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+    read = functools.partial(_read_array, options=options)
+    threads = workers or min(8, os.cpu_count() or 1)
+    yield from map(_as_tensor, done_in_order(read, files, threads, processes))
 
-    def read(file: str | Path | ImageFile) -> Tensor | UnreadableImage | FileNotFoundError:
-        try:
-            return read_image(file, options.size, options.fit, options.max_pixels)
-        except (UnreadableImage, FileNotFoundError) as error:
-            return error
 
-    with ThreadPoolExecutor(max_workers=workers or min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(files), _CHUNK):
-            yield from pool.map(read, files[start : start + _CHUNK])
+_Unread = UnreadableImage | FileNotFoundError
+
+
+def _read_array(file: str | Path | ImageFile, options: ImageOptions) -> np.ndarray | _Unread:
+    """The pixels of a file as an array, which goes from one process to another by its bytes; or its error."""
+    try:
+        return read_image(file, options.size, options.fit, options.max_pixels).numpy()
+    except (UnreadableImage, FileNotFoundError) as error:
+        return error
+
+
+def _as_tensor(read: np.ndarray | _Unread) -> Tensor | _Unread:
+    return torch.from_numpy(read) if isinstance(read, np.ndarray) else read
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """Images of files, in memory where they fit, else decoded for each batch; other modalities in memory."""
+    """Images of files: the first ones in memory as far as they fit, others decoded for each batch.
+
+    Other modalities are in memory.
+    """
 
     files: tuple[str | Path | ImageFile, ...]
     options: ImageOptions
     hashes: np.ndarray  # (N,) "S16" of the pixels
-    images: Tensor | None  # (N, 3, size, size) uint8
+    images: Tensor  # (K, 3, size, size) uint8, of the first K files
     others: dict[str, Tensor] = field(default_factory=dict)  # e.g. "text": (N, V) float32 or bool
     skipped: tuple[Skipped, ...] = ()  # files that could not be read
+    processes: int = 0  # that decode; 0 for threads
 
     def __len__(self) -> int:
         return len(self.files)
 
     def inputs(self, rows: Tensor) -> Inputs:
         """As of ``Source``; raises ``UnreadableImage`` where a file was damaged after it was checked."""
-        if self.images is not None:
-            images = self.images[rows]
-        else:
-            files, options = [self.files[row] for row in rows.tolist()], self.options
-            images, _ = read_images(files, options.size, options.fit, "raise", options.max_pixels)
         others = {name: as_input(values[rows]) for name, values in self.others.items()}
-        return {"image": as_input(images), **others}
+        return {"image": as_input(self._pixels(rows)), **others}
+
+    def _pixels(self, rows: Tensor) -> Tensor:
+        """(B, 3, size, size) uint8."""
+        held = rows < len(self.images)
+        if held.all():
+            return self.images[rows]
+        pixels = self.images.new_empty(len(rows), *self.images.shape[1:])
+        pixels[held] = self.images[rows[held]]
+        places = torch.nonzero(~held).flatten().tolist()
+        files = [self.files[row] for row in rows[~held].tolist()]
+        images = iter_images(files, self.options, processes=self.processes)
+        for place, image in zip(places, images, strict=True):
+            pixels[place] = _decoded(image)
+        return pixels
 
 
-def decode(files: Sequence[str | Path | ImageFile], options: ImageOptions) -> tuple[FileSource, Tensor]:
+def _decoded(image: Tensor | _Unread) -> Tensor:
+    """The pixels, where a file could be read; raised is its error."""
+    if isinstance(image, UnreadableImage):
+        raise type(image)(f'{image}; on_error="skip" leaves such files out') from image
+    if isinstance(image, FileNotFoundError):
+        raise image
+    return image
+
+
+def decode(
+    files: Sequence[str | Path | ImageFile], options: ImageOptions, whole: bool = False
+) -> tuple[FileSource, Tensor]:
     """Decode every file once: the readable ones with hashes of their pixels, and their (K,) positions.
 
-    Raises ``UnreadableImage`` under ``on_error="raise"``, and ValueError where no file can be read.
+    Args:
+        whole: hold all images, whatever memory they take.
+
+    Raises:
+        UnreadableImage: under ``on_error="raise"``.
+        ValueError: no file can be read.
     """
-    fits = len(files) * 3 * options.size**2 <= options.memory
-    images = torch.empty(len(files) if fits else 0, 3, options.size, options.size, dtype=torch.uint8)
+    reading = READING.get(Reading())
+    memory = options.memory if reading.cache is None else reading.cache
+    fits = len(files) if whole else min(len(files), memory // (3 * options.size**2))
+    images = torch.empty(fits, 3, options.size, options.size, dtype=torch.uint8)
     rows: list[int] = []
     hashes: list[bytes] = []
     skipped: list[Skipped] = []
-    for row, image in enumerate(iter_images(files, options)):
-        if isinstance(image, FileNotFoundError):
-            raise image
-        if isinstance(image, UnreadableImage):
-            if options.on_error == "raise":
-                raise type(image)(f'{image}; on_error="skip" leaves such files out') from image
+    for row, image in enumerate(iter_images(files, options, processes=reading.workers)):
+        if isinstance(image, UnreadableImage) and options.on_error == "skip":
             skipped.append(Skipped(str(as_file(files[row])), image.reason))
             continue
-        if fits:
-            images[len(rows)] = image
+        pixels = _decoded(image)
+        if len(rows) < fits:
+            images[len(rows)] = pixels
         rows.append(row)
-        hashes.append(content_hash(image.numpy().tobytes()))
+        hashes.append(content_hash(pixels.numpy().tobytes()))
     if skipped:
         if not rows:
             raise ValueError(f"none of the {len(files)} images could be read: {some_of(skipped)}")
         count = f"{len(skipped)} of {len(files)}"
         logger.warning("%s images skipped as unreadable: %s", count, some_of(skipped))
-    readable, in_memory = tuple(files[row] for row in rows), images[: len(rows)] if fits else None
-    source = FileSource(readable, options, np.array(hashes, "S16"), in_memory, skipped=tuple(skipped))
-    return source, torch.tensor(rows).long()
+    readable, held = tuple(files[row] for row in rows), images[: len(rows)]
+    facts = {"skipped": tuple(skipped), "processes": reading.workers}
+    return FileSource(readable, options, np.array(hashes, "S16"), held, **facts), torch.tensor(rows).long()
 
 
 def some_of(items: Sequence[object], most: int = 20) -> str:
@@ -352,6 +394,5 @@ def read_images(
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Tensor, Tensor]:
     """Image files -> (K, 3, size, size) uint8, and (K,) positions of the readable ones, as ``decode``."""
-    source, rows = decode(files, ImageOptions(size, fit, on_error, max_pixels, memory=sys.maxsize))
-    assert source.images is not None  # any number of images fits
+    source, rows = decode(files, ImageOptions(size, fit, on_error, max_pixels), whole=True)
     return source.images, rows

@@ -222,7 +222,7 @@ class EvaluationSection(Section):
 
 
 class RuntimeSection(Section):
-    """Seed, device, threads, and checkpoints that stay."""
+    """Seed, device, threads, workers, and checkpoints that stay."""
 
     seed: Seed = 0
     device: str = "auto"
@@ -230,6 +230,8 @@ class RuntimeSection(Section):
     keep_epochs: int | None = Field(None, ge=1)  # keep the weights every N epochs, for `curves --robust`
     checkpoint_minutes: float = Field(0.0, ge=0)  # between checkpoints inside an epoch; 0: at its end alone
     compile: bool = False  # the encoders, by torch.compile
+    workers: int = Field(0, ge=0)  # processes that decode image files; 0: threads
+    cache_gib: float | None = Field(None, ge=0)  # of decoded images in memory; as the data set says
     loggers: list[Literal["tensorboard", "wandb"]] = []  # that get the numbers of each epoch too
 
 

@@ -14,6 +14,7 @@ from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, choose_device, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
+from robusthash.data.decoding_processes import read_by
 from robusthash.models.encoding import encode_split
 from robusthash.models.hasher import Hasher
 from robusthash.objectives.base import HashObjective
@@ -28,7 +29,8 @@ def set_threads(config: Config) -> None:
 def read_data(config: Config, progress: Progress = silent) -> RetrievalData:
     """The data set that the config names."""
     progress(0, 1, "reading data")
-    data = build("data", config.data)
+    with read_by(config.runtime.workers, config.runtime.cache_gib):
+        data: RetrievalData = build("data", config.data)
     progress(1, 1, "reading data")
     return data
 
