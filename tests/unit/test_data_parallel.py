@@ -19,10 +19,10 @@ from helpers import MemoryLog, make_data, train_config
 from robusthash.apps.experiment.config import load_config
 from robusthash.apps.experiment.run_directory import load_run
 from robusthash.apps.experiment.training_stages import train
+from robusthash.core.processes import join_processes, rank
 from robusthash.core.registry import build
 from robusthash.models import build_hasher
 from robusthash.training import Recipe, fit
-from robusthash.training.data_parallel import join_processes, rank
 
 SMALL = {"name": "small", "width": 4}
 SFCL = {
@@ -199,6 +199,6 @@ def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> N
     second.communicate()
     assert first.returncode == 1
     assert time.monotonic() - killed < 75
-    assert "another process of this training is gone (connection closed)" in said
+    assert "another process of this work is gone (connection closed)" in said
     assert "gloo" not in said
     assert "Traceback" not in said

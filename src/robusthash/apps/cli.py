@@ -127,7 +127,7 @@ def _said_elsewhere(error: Exception) -> bool:
     """True in a process of ``torchrun`` whose first one prints the same error."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return False
-    from robusthash.training.data_parallel import another_says
+    from robusthash.core.processes import another_says
 
     return another_says(error)
 

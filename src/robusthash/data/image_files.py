@@ -376,8 +376,9 @@ def decode(
         count = f"{len(skipped)} of {len(files)}"
         logger.warning("%s images skipped as unreadable: %s", count, some_of(skipped))
     readable, held = tuple(files[row] for row in rows), images[: len(rows)]
-    facts = {"skipped": tuple(skipped), "processes": reading.workers}
-    return FileSource(readable, options, np.array(hashes, "S16"), held, **facts), torch.tensor(rows).long()
+    hashed, counted, number = np.array(hashes, "S16"), tuple(skipped), reading.workers
+    source = FileSource(readable, options, hashed, held, skipped=counted, processes=number)
+    return source, torch.tensor(rows).long()
 
 
 def some_of(items: Sequence[object], most: int = 20) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.out_of_memory import halving, warn
+from robusthash.core.processes import rank, wait_for_others, world
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Inputs
 from robusthash.evaluation.attack_block import AttackedBlock
@@ -52,6 +53,11 @@ class NoStore:
         return self
 
 
+def shared(store: BlockStore) -> bool:
+    """True where several processes work together and divide the blocks of a store."""
+    return world() > 1 and not isinstance(store, NoStore)
+
+
 @dataclass(frozen=True)
 class AttackRuns:
     """All results of the attacks of a suite. Attacked inputs are left out: the store has them.
@@ -89,11 +95,24 @@ class BlockRunner:
 
     def queries(self, spec: AttackSpec, restart: int = 0, progress: Progress = silent) -> AttackedBlock:
         """Every block of queries under one attack, joined."""
+        self.divided(lambda block: self.block(spec, restart, block), progress, spec.name)
         blocks = []
         for block in range(self.context.blocks):
             blocks.append(self.block(spec, restart, block))
             progress(block + 1, self.context.blocks, spec.name)
         return AttackedBlock.join(blocks)
+
+    def divided(self, work: Callable[[int], object], progress: Progress, title: str) -> None:
+        """Do the work of each block in one of the processes of ``torchrun``; then the store has all of it.
+
+        Nothing where there is one process, or no store that all share.
+        """
+        if shared(self.store):
+            own = range(rank(), self.context.blocks, world())
+            for place, block in enumerate(own):
+                work(block)
+                progress(place + 1, len(own), title)
+            wait_for_others()
 
     def block(self, spec: AttackSpec, restart: int, block: int, start: Inputs | None = None) -> AttackedBlock:
         """One block: as it is stored, or run now and stored. The attack is fitted before its first block.
@@ -153,7 +172,7 @@ def run_attacks(
     progress: Progress = silent,
     shard: tuple[int, int] = (0, 1),
 ) -> AttackRuns | None:
-    """Attack every block with every restart of every attack.
+    """Attack every block with every restart of every attack; the processes of ``torchrun`` divide them.
 
     Args:
         shard: (i, n) runs only the blocks i, i + n, ...; processes that share a store divide the work so.
@@ -172,6 +191,9 @@ def run_attacks(
     names = [spec.name for spec in specs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two attacks are called {sorted(twice)[0]!r}; blocks are stored by name")
+    if shards == 1 and shared(store):
+        run_attacks(context, specs, store, progress, (rank(), world()))
+        wait_for_others()
     notes: list[str] = []
     runner, blocks = BlockRunner(context, store, notes.append), range(number, context.blocks, shards)
     refines = any(isinstance(spec, RefinedAttack) for spec in specs)

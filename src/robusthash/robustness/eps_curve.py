@@ -98,6 +98,7 @@ def eps_curve(
     total = (len(budgets) - 1) * context.blocks
     for place, budget in enumerate(budgets[1:]):
         scaled = [spec.at(threat.scaled(budget / whole)) for spec in specs]
+        _attack_together(runner, scaled, best, progress)
         parts = []
         for block in range(context.blocks):
             held = best[block]
@@ -113,6 +114,14 @@ def eps_curve(
             progress(place * context.blocks + block + 1, total, "curve over budgets")
         rows.append(torch.cat(parts))
     return Curve(budgets, torch.stack(rows))
+
+
+def _attack_together(
+    runner: BlockRunner, specs: Sequence[AttackSpec], before: Sequence[Tensor | None], progress: Progress
+) -> None:
+    """Every block as ``_attacked`` does it, divided among the processes of ``torchrun``."""
+    title = specs[0].threat.name
+    runner.divided(lambda block: _attacked(runner, specs, block, before[block]), progress, title)
 
 
 def _attacked(

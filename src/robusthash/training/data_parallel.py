@@ -10,9 +10,6 @@ is that of one process with the same batches, up to rounding; but numbers that a
 from __future__ import annotations
 
 import contextlib
-import datetime
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from types import MethodType
@@ -23,76 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from robusthash.core.processes import rank, world
 from robusthash.core.types import Inputs, Outputs
 from robusthash.models.hasher import Hasher
-
-_LOST = re.compile(r"gloo|NCCL|connection|timed out", re.IGNORECASE)
-"""Errors of the exchange between processes."""
-
-_joined: list[bool] = []  # not empty once this process has joined others
-
-TIMEOUT = datetime.timedelta(seconds=60)
-"""Longest wait for another process, after which it is taken for dead."""
-
-
-def rank() -> int:
-    """The number of this process; 0 where there is one alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """The number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def follows() -> bool:
-    """True in all processes of ``torchrun`` but the first, which speaks for them."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
-
-
-def another_says(error: Exception) -> bool:
-    """True where the first process of this machine says the same: of the config, or before they join."""
-    same = not _joined or type(error).__name__ == "ConfigError"
-    return same and follows() and int(os.environ.get("LOCAL_RANK", "0")) > 0
-
-
-def join_processes() -> None:
-    """Join the processes that ``torchrun`` started; nothing where it did not."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-        _joined.append(True)
-
-
-def wait_for_others() -> None:
-    """Wait until all processes have come here."""
-    if world() > 1:
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def joined_processes() -> Iterator[None]:
-    """The processes of ``torchrun`` train together inside the block; nothing without it.
-
-    Raises:
-        ConnectionError: another of them is gone, or does not answer any more.
-    """
-    outermost = not dist.is_initialized()
-    try:
-        join_processes()
-        yield
-    except RuntimeError as error:
-        if world() == 1 or not _LOST.search(str(error)):
-            raise
-        reason = "timed out" if "timed out" in str(error).lower() else "connection closed"
-        raise ConnectionError(
-            f"another process of this training is gone ({reason}); its own message says why. Started again, "
-            "training goes on from the last checkpoint"
-        ) from error
-    finally:
-        if outermost and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class _OwnRows(torch.autograd.Function):

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from robusthash.core.processes import rank, world
 from robusthash.core.runtime import Draws, choose_device, precision, seed_everything
 from robusthash.core.types import Batch, LossTerms
 from robusthash.data.base import RetrievalData, batches
@@ -19,9 +20,7 @@ from robusthash.models.hasher import Hasher
 from robusthash.training.data_parallel import (
     average_buffers,
     divided_among_processes,
-    rank,
     reduce_gradients,
-    world,
 )
 from robusthash.training.least_batch import least_batch
 from robusthash.training.optimiser_groups import Group, check_shapes, divided

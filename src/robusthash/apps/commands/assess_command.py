@@ -51,6 +51,7 @@ def assess(
     from robusthash.apps.experiment import assess_run
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.apps.experiment.threat_options import query_modality, threat_name
+    from robusthash.core.processes import follows
 
     part, victim = None if shard is None else _shard(shard), load_run(run)
     budget = threat_name(threat, eps, norm, query_modality(victim, direction))
@@ -68,9 +69,9 @@ def assess(
         )
     if result is None:
         console.print(f"shard {shard} is done; when all are, the same command without --shard joins them")
-    elif as_json:
+    elif as_json and not follows():
         print_json({"run": str(run), **_plain(result)})
-    else:
+    elif not follows():
         print_assessment(result)
 
 

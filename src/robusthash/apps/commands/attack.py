@@ -21,10 +21,13 @@ def attack(
     from robusthash.apps.experiment.evaluation_stages import attack_to_file
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.apps.experiment.threat_options import attack_under
+    from robusthash.core.processes import follows
 
     with progress_bars() as progress:
         settings = attack_under(name, threat, eps, norm)
         result = attack_to_file(load_run(run), settings, out, progress)
+    if follows():
+        return
     if as_json:
         print_json({"out": str(out), **plain(result)})
         return

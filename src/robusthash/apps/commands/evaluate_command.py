@@ -38,13 +38,15 @@ def evaluate(
     from robusthash.apps.experiment import evaluation_stages
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.apps.experiment.threat_options import attack_under
+    from robusthash.core.processes import follows
 
     if (budget := threat or eps or norm) and not attack:
         raise ValueError(f"the attacks of a recipe hold their budgets; {budget!r} needs --attack")
     attacks = [attack_under(text, threat, eps, norm) for text in attack or ()] or None
     with progress_bars() as progress:
         evaluation_stages.evaluate(load_run(run), progress, attacks)
-    print_evaluation(run, as_json)
+    if not follows():
+        print_evaluation(run, as_json)
 
 
 def print_evaluation(run: Path, as_json: bool) -> None:

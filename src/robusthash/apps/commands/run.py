@@ -17,7 +17,7 @@ def run(
     from robusthash.apps.commands.train import note_continuation
     from robusthash.apps.experiment.config import load_config
     from robusthash.apps.experiment.training_stages import run_all
-    from robusthash.training.data_parallel import follows
+    from robusthash.core.processes import follows
 
     config = load_config(recipe, sets or ())
     note_continuation(config, resume_from)

@@ -59,7 +59,15 @@ _SECONDS = 5.0  # between two lines of progress where no bar can be drawn
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar per text, drawn on stderr where that is a terminal; elsewhere a line every few seconds."""
+    """A bar per text, drawn on stderr where that is a terminal; elsewhere a line every few seconds.
+
+    Nothing in the processes of ``torchrun`` but the first.
+    """
+    from robusthash.core.processes import follows
+
+    if follows():
+        yield lambda done, total, text: None
+        return
     if not console.is_terminal:
         last = time.monotonic()
 

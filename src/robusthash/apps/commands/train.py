@@ -21,7 +21,7 @@ def train(
     """Train the model of a recipe, or go on from its last checkpoint."""
     from robusthash.apps.experiment import training_stages
     from robusthash.apps.experiment.config import load_config
-    from robusthash.training.data_parallel import follows
+    from robusthash.core.processes import follows
 
     config = load_config(recipe, sets or ())
     note_continuation(config, resume_from)

@@ -24,6 +24,7 @@ from robusthash.attacks.threat_model import Threat
 from robusthash.core.directory_lock import owned
 from robusthash.core.identity import describe
 from robusthash.core.plugins import source_digests
+from robusthash.core.processes import owned_together, rank, started_together
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.data.base import RetrievalData
@@ -57,7 +58,8 @@ def assess(
         tier_name, threat, queries: as of ``tiers.prepare_tier``.
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
         curve: the worst case at seven budgets too, by the attacks ``guided`` and ``soft-ap``.
-        shard: (i, n): only these blocks of queries, for several processes; a call without it joins them.
+        shard: (i, n): only these blocks of queries, for several processes; a call without it joins them. The
+            processes of ``torchrun`` divide the work by themselves.
         checked: raise the flags; the tiers smoke and paper never do.
         kept: own the run, go on from stored blocks, and write ``assess.json``; without it everything is
             attacked again.
@@ -72,10 +74,12 @@ def assess(
         InUse: another process works on the run, or on the same shard.
         RunError: an earlier ``assess.json`` that cannot be read.
     """
+    if shard is not None and started_together():
+        raise ValueError("torchrun divides the work among its processes by itself; leave --shard out")
     attacks = [attack_under(attack, None, None, None) for attack in options.get("attacks", ())]  # or refused
     with ExitStack() as owning:
         if kept and shard is None:
-            owning.enter_context(owned(run.path, "assessment"))
+            owning.enter_context(owned_together(run.path, "assessment"))
         others = run.assessed() if kept else {}  # refused now where the file is damaged
         set_threads(run.config)
         victim, objective = load_victim(run)
@@ -100,7 +104,7 @@ def assess(
         result = replace(result, scored_on=direction or "")
         beside = f" with {', '.join(spec.name for spec in own)}" if own else ""
         result = described(result, f"{result.scored_on} {result.name}{beside}".strip(), run)
-        if kept:
+        if kept and rank() == 0:
             others.pop(result.name, None)
             save_results(run.path / "assess.json", [*others.values(), result])
     return result

@@ -17,10 +17,10 @@ from robusthash.apps.experiment.model_stages import load_victim, read_data, set_
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.directory_lock import owned
 from robusthash.core.hamming import pack
 from robusthash.core.identity import identity
 from robusthash.core.plugins import source_digests, sources
+from robusthash.core.processes import owned_together, rank, wait_for_others
 from robusthash.core.registry import build, check
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.base import RetrievalData
@@ -88,7 +88,7 @@ def evaluate(
     section = run.config.evaluation
     set_threads(run.config)
     check_evaluation(run)
-    with owned(run.path, "evaluation"):
+    with owned_together(run.path, "evaluation"):
         victim, objective = load_victim(run)
         data, chosen = read_data(run.config, progress), chosen_attacks(run, attacks)
         by_relevance = {name: data if name == "own" else data.by(name) for name in section.relevance}
@@ -106,8 +106,9 @@ def evaluate(
                     results[name] = replace(result, name=name, attack=attack, scored_on=scored_on)
         if before:
             raise ConfigError(_not_added(run, f"they hold {', '.join(before)}"))
-        save_results(run.path / "metrics.json", list(results.values()))
-        save_branches(run.path, victim, data.query)
+        if rank() == 0:
+            save_results(run.path / "metrics.json", list(results.values()))
+            save_branches(run.path, victim, data.query)
     return results
 
 
@@ -162,7 +163,7 @@ def _evaluate_context(
             results[free], pictured[free] = result, attacked_rows(context, attacked)
     if not results:
         return {"clean": clean}
-    if relevance == "own":
+    if relevance == "own" and rank() == 0:
         save_examples(run.path, context, {"clean": clean, **results}, pictured)
     return {
         "clean": clean,
@@ -243,12 +244,14 @@ def attacked_queries(
     weights = run.card()["digest"]
     folder = run.path / "attacks" / f"{attack.name}-{identity([*key, weights])}"
     earlier = run.path / "attacks" / f"{attack.name}-{identity(key)}"  # versions that left the weights out
-    if earlier.is_dir() and not folder.exists() and _evaluated_of(run) == weights:
-        earlier.rename(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    described = {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}
-    described |= {"plugins": used} if (used := sources(settings)) else {}
-    write_json(folder / "config.json", described)
+    if rank() == 0:
+        if earlier.is_dir() and not folder.exists() and _evaluated_of(run) == weights:
+            earlier.rename(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        described = {"settings": dict(settings), "threat": attack.threat.name, "budget": attack.budget}
+        described |= {"plugins": used} if (used := sources(settings)) else {}
+        write_json(folder / "config.json", described)
+    wait_for_others()
     return attack_all(
         context, attack, context.victim.as_seen_from(view), progress, AttackFolder(folder), name
     )
@@ -268,24 +271,25 @@ def attack_to_file(
     A joint attack writes the image under these names, and the text of each pair as ``inputs_text`` and
     ``codes_text``.
     """
-    victim, objective = load_victim(run)
-    ((name, plain),) = named_attacks([settings]).items()
-    attack: Attack = build("attack", plain, objective=objective)
-    data, home = read_data(run.config, progress), victim.modalities[0]
-    arrays: dict[str, Any] = {"bits": victim.bits}
-    results: list[EvalResult] = []
-    for modality in attack.threat.balls:
-        direction = None if modality == home else f"{modality[0].upper()}2{home[0].upper()}"
-        context = context_of(run, victim, data, progress, direction)
-        with owned(run.path, "attack"):
+    with owned_together(run.path, "attack"):
+        victim, objective = load_victim(run)
+        ((name, plain),) = named_attacks([settings]).items()
+        attack: Attack = build("attack", plain, objective=objective)
+        data, home = read_data(run.config, progress), victim.modalities[0]
+        arrays: dict[str, Any] = {"bits": victim.bits}
+        results: list[EvalResult] = []
+        for modality in attack.threat.balls:
+            direction = None if modality == home else f"{modality[0].upper()}2{home[0].upper()}"
+            context = context_of(run, victim, data, progress, direction)
             attacked = attacked_queries(run, context, name, plain, attack, progress)
-        ending = f"_{modality}" if results else ""
-        arrays[f"inputs{ending}"] = attacked.inputs.numpy()
-        arrays[f"codes{ending}"] = pack(attacked.signs[:, 0]).numpy()
-        arrays["labels"] = context.query_labels.to(torch.uint8).numpy()
-        results.append(score_attack(context, attack, attacked))
-    with write_aside(out) as aside:
-        np.savez(aside, allow_pickle=False, **arrays)
+            ending = f"_{modality}" if results else ""
+            arrays[f"inputs{ending}"] = attacked.inputs.numpy()
+            arrays[f"codes{ending}"] = pack(attacked.signs[:, 0]).numpy()
+            arrays["labels"] = context.query_labels.to(torch.uint8).numpy()
+            results.append(score_attack(context, attack, attacked))
+        if rank() == 0:
+            with write_aside(out) as aside:
+                np.savez(aside, allow_pickle=False, **arrays)
     return described(results[0], name, run)
 
 

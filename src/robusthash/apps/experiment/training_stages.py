@@ -31,12 +31,12 @@ from robusthash.apps.experiment.training_trackers import check_trackers, tracked
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.directory_lock import owned
+from robusthash.core.processes import joined_processes, rank, wait_for_others
 from robusthash.core.registry import build, check
 from robusthash.core.runtime import Progress, choose_device, silent
 from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher, build_hasher, purified
 from robusthash.objectives.base import HashObjective
-from robusthash.training.data_parallel import joined_processes, rank, wait_for_others
 from robusthash.training.loop import CheckpointError, TrainConfig, fit
 from robusthash.training.recipe import Recipe
 
@@ -56,8 +56,8 @@ def run_all(
 
     with joined_processes(), _opened(config, root, progress, base, resume_from) as (run, parent):
         _train(run, parent, progress)
-        if rank() == 0:  # of processes that train together, one evaluates
-            evaluate(run, progress)
+        evaluate(run, progress)
+        if rank() == 0:
             accept(run)
             write_report(run)
     return run

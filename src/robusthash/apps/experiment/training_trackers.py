@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from robusthash.apps.experiment.config import ConfigError
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.training.data_parallel import rank
+from robusthash.core.processes import rank
 from robusthash.training.loop import RunLog
 from robusthash.training.recipe import FIGURES
 
