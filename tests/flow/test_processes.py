@@ -108,7 +108,9 @@ def test_two_processes_make_the_records_of_one(trained: Path, tmp_path: Path) ->
     evaluation_stages.evaluate(load_run(alone))
     assess_run.assess(load_run(alone), "smoke", curve=True)
     finished(pair(tmp_path, "evaluate", together))
-    (first, _), second = finished(pair(tmp_path, "assess", together, "--tier", "smoke", "--eps-curve", "--json"))
+    (first, _), second = finished(
+        pair(tmp_path, "assess", together, "--tier", "smoke", "--eps-curve", "--json")
+    )
     assert json.loads(first)["run"] == str(together)
     assert second[0] == ""
     assert records(together) == records(alone)
