@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class FileReading:
-    """How image files are read; pixels do not depend on it.
+    """The way in which image files are read; pixels do not depend on it.
 
     Args:
         workers: processes that decode; 0 takes threads of this one.

@@ -57,7 +57,7 @@ def _gather(rows: Tensor, sizes: list[int]) -> Tensor:
     """(own, ...) -> (B, ...); shares of unequal size are padded on the way."""
     if len(set(sizes)) == 1:
         together = rows.new_empty(sum(sizes), *rows.shape[1:])
-        dist.all_gather_into_tensor(together, rows.contiguous())
+        dist.all_gather(list(together.split(sizes)), rows.contiguous())
         return together
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows
