@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
+from robusthash.core.processes import join_processes, rank, wait_for_others
 from robusthash.core.registry import build
 from robusthash.data.synthetic import synthetic
 from robusthash.models import build_hasher
 from robusthash.training import OptimConfig, TrainConfig, fit
-from robusthash.core.processes import join_processes, rank, wait_for_others
 
 TARGET = 1.85
 
