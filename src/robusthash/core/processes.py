@@ -31,7 +31,7 @@ SILENCE = 30.0
 _BEAT, _POLL = 2.0, 0.02  # seconds between two signs of life, and between two looks for those that arrive
 
 _joined: list[bool] = []  # an entry for each time that this process has joined others
-_watches: list[_DeathWatch] = []  # that of the block which the processes are in
+_watches: list[_SignsOfLife] = []  # that of the block which the processes are in
 
 
 def rank() -> int:
@@ -94,7 +94,7 @@ def joined_processes() -> Iterator[None]:
     well = False
     try:
         join_processes()
-        _watches.append(_DeathWatch())
+        _watches.append(_SignsOfLife())
         with _watches[-1].heard():
             yield
             _watches[-1].leave()
@@ -126,7 +126,7 @@ def _gone(reason: str) -> str:
     )
 
 
-class _DeathWatch:
+class _SignsOfLife:
     """Signs of life of all processes, in the store by which they met.
 
     A process that computes for minutes without an exchange notices so, within a minute, that another died.

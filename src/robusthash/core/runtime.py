@@ -62,9 +62,9 @@ def digest(value: Any, length: int = 12) -> str:
 
 def _mix(state: Tensor) -> Tensor:
     """One 32-bit avalanche round on int64 storage, so that every device gives the same bits."""
-    state = ((state ^ (state >> 16)) * 0x7FEB352D) & _MASK
-    state = ((state ^ (state >> 15)) * 0x846CA68B) & _MASK
-    return state ^ (state >> 16)
+    state = (state ^ (state >> 16)).mul_(0x7FEB352D).bitwise_and_(_MASK)  # in place: memory is its limit
+    state.bitwise_xor_(state >> 15).mul_(0x846CA68B).bitwise_and_(_MASK)
+    return state.bitwise_xor_(state >> 16)
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Draws:
         row = _mix(_mix((ids & _MASK) ^ low) ^ ((ids >> 32) & _MASK) ^ high)
         size = int(np.prod(shape, dtype=np.int64)) if shape else 1
         column = _mix(torch.arange(size, device=ids.device) + 0x9E3779B9 & _MASK)
-        mixed = _mix((row[:, None] + column[None]) & _MASK)
-        return ((mixed >> 8).to(torch.float32) * 2.0**-24).reshape(len(ids), *shape)
+        mixed = _mix((row[:, None] + column[None]).bitwise_and_(_MASK)).bitwise_right_shift_(8)
+        return mixed.to(torch.float32).mul_(2.0**-24).reshape(len(ids), *shape)
 
 
 _instead: list[str] = []  # the devices of ``computing_on``, the innermost last

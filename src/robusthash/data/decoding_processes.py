@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class DecodingRequest:
-    """Options of reading image files; pixels do not depend on it.
+class FileReading:
+    """The way in which image files are read; pixels do not depend on it.
 
     Args:
         workers: processes that decode; 0 takes threads of this one.
@@ -37,8 +37,8 @@ class DecodingRequest:
     cache: int | None = None
 
 
-READING: ContextVar[DecodingRequest] = ContextVar("reading")
-"""The options of the data sets that are made now, for as long as they last."""
+READING: ContextVar[FileReading] = ContextVar("reading")
+"""The way in which data sets that are made now read their images, for as long as they last."""
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def read_by(workers: int = 0, cache_gib: float | None = None) -> Iterator[None]:
         raise ValueError(f"workers must be at least 0, got {workers}")
     if cache_gib is not None and not 0 <= cache_gib < float("inf"):
         raise ValueError(f"cache_gib must be at least 0 and finite, got {cache_gib!r}")
-    token = READING.set(DecodingRequest(workers, None if cache_gib is None else int(cache_gib * 2**30)))
+    token = READING.set(FileReading(workers, None if cache_gib is None else int(cache_gib * 2**30)))
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from robusthash.core.types import Inputs
 from robusthash.data.base import as_input, content_hash
-from robusthash.data.decoding_processes import READING, DecodingRequest, done_in_order
+from robusthash.data.decoding_processes import READING, FileReading, done_in_order
 from robusthash.data.pixel_conversion import DECODING, MAX_PIXELS, Fit, resized, to_rgb, upright
 
 logger = logging.getLogger(__name__)
@@ -354,7 +354,7 @@ def decode(
         UnreadableImage: under ``on_error="raise"``.
         ValueError: no file can be read.
     """
-    reading = READING.get(DecodingRequest())
+    reading = READING.get(FileReading())
     memory = options.memory if reading.cache is None else reading.cache
     fits = len(files) if whole else min(len(files), memory // (3 * options.size**2))
     images = torch.empty(fits, 3, options.size, options.size, dtype=torch.uint8)

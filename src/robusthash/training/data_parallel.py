@@ -55,6 +55,10 @@ class _AllRows(torch.autograd.Function):
 
 def _gather(rows: Tensor, sizes: list[int]) -> Tensor:
     """(own, ...) -> (B, ...); shares of unequal size are padded on the way."""
+    if len(set(sizes)) == 1:
+        together = rows.new_empty(sum(sizes), *rows.shape[1:])
+        dist.all_gather(list(together.split(sizes)), rows.contiguous())
+        return together
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
@@ -126,8 +130,8 @@ class _SharedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-        own = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)  # fused, unlike var_mean
-        mean, variance = own[1], own[2].pow(-2) - eps
+        kept = torch.zeros_like(weight)  # of its precision are the statistics, also of halves
+        mean, variance = torch.batch_norm_update_stats(x, kept, kept.clone(), 0.0)
         count = torch.full_like(mean[:1], x.numel() // x.shape[1])
         sums = torch.cat([count * mean, count * (variance + mean.square()), count])
         dist.all_reduce(sums)
@@ -143,18 +147,19 @@ class _SharedBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, mean, spread, total = ctx.saved_tensors
-        moved, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, spread, True, ctx.eps, [True, True, True]
+        sums_alone = [False, True, True]  # the gradient of x takes those of all rows
+        _, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, spread, True, ctx.eps, sums_alone
         )
-        own = torch.cat([to_weight, to_bias])
-        shared = own.clone()
+        shared = torch.cat([to_weight, to_bias])
         dist.all_reduce(shared)
-        # it took the means of the own rows off; those of all rows take their place
-        off_slope, off_start = (own / (x.numel() // x.shape[1]) - shared / total).chunk(2)
-        slope = weight * spread.square() * off_slope
-        start = weight * spread * off_start - slope * mean
+        scale = weight * spread
+        off_slope, off_start = (shared / total).chunk(2)
+        slope = -scale * spread * off_slope
+        start = -scale * off_start - slope * mean
         shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
-        return moved.add_(torch.addcmul(start.view(shape), x, slope.view(shape))), to_weight, to_bias, None
+        moved = torch.addcmul(start.view(shape), x, slope.view(shape)).addcmul_(grad, scale.view(shape))
+        return moved.to(grad.dtype), to_weight, to_bias, None
 
 
 def _batchnorm(layer: _BatchNorm, x: Tensor) -> Tensor:
