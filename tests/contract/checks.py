@@ -92,7 +92,8 @@ def make_pair_world() -> World:
 def make_attack(name: str, objective: HashObjective, **options: Any) -> Attack:
     """The registered attack with three steps, and twenty to fit what it learns (where it takes steps)."""
     accepted = inspect.signature(card("attack", name).make).parameters
-    few = {"steps": STEPS, "fit_steps": 20, "hidden": 16}
+    few = {"steps": STEPS, "fit_steps": 20, "hidden": 16, "epochs": 1, "generator_epochs": 1}
+    few |= {"width": 4, "questions": 16}
     options = {**{key: value for key, value in few.items() if key in accepted}, **options}
     return build("attack", {"name": name, **options}, objective=objective)
 

@@ -130,7 +130,6 @@ def score_attack(context: EvaluationContext, attack: Described, attacked: Attack
         perceptibility[f"{name}/mean"] = float(values.mean())
         perceptibility[f"{name}/max"] = float(values.max())
     forward, backward, oracle = attacked.passes.sum(0).tolist()
-    steps = int(attacked.fitted.max())
     return replace(
         result,
         setting=setting_of(context, attack),
@@ -139,12 +138,21 @@ def score_attack(context: EvaluationContext, attack: Described, attacked: Attack
         cost=Cost(forward, backward, oracle, float(attacked.seconds.sum())),
         notes=(
             *result.notes,
-            *((f"fitted to the victim in {steps} steps",) if steps else ()),
+            *fit_note(attacked),
             *((context.scale.note,) if isinstance(attack, Attack) and context.scale.note else ()),
             *((attack.falls_short,) if isinstance(attack, Attack) and attack.falls_short else ()),
             *unmoved_note(context, attack.threat, attacked),
         ),
     )
+
+
+def fit_note(attacked: AttackedBlock) -> tuple[str, ...]:
+    """A line on what the attack was fitted with before its first query; none where nothing learns."""
+    steps, (queries, items) = int(attacked.fitted.max()), attacked.learned.amax(0).tolist()
+    if not steps:
+        return ()
+    seen = f", on {items} training items" * bool(items) + f", by {queries} oracle queries" * bool(queries)
+    return (f"fitted to the victim in {steps} steps{seen}",)
 
 
 def score_untargeted(context: EvaluationContext, attacked: AttackedBlock, name: str = "") -> EvalResult:
