@@ -190,7 +190,9 @@ def check_batching(attack: Attack, world: World) -> None:
     """One query at a time, and in another order, in float64."""
     victim = copy.deepcopy(world.victim).double()
     batch = replace(world.batch, inputs={name: value.double() for name, value in world.batch.inputs.items()})
-    goal = world.goal(attack)
+    goal, own = world.goal(attack), getattr(attack.guide, "model", None)
+    if own is not None:
+        attack = replace(attack, guide=replace(attack.guide, model=copy.deepcopy(own).double()))
 
     def part(rows: Tensor) -> Any:
         inputs = {name: value[rows] for name, value in batch.inputs.items()}
@@ -360,6 +362,17 @@ ATTACK_CHECKS = (
     check_other_modalities,
     check_grad_mode,
     check_broken_victim,
+)
+
+LEARNED_CHECKS = (
+    check_stays_inside,
+    check_victim_untouched,
+    check_seeds,
+    check_batching,
+    check_zero_budget,
+    check_returned_code,
+    check_other_modalities,
+    check_grad_mode,
 )
 
 

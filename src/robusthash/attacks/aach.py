@@ -86,7 +86,7 @@ class AnsweredCodes(Substituted):
         model = self.required
         assert self.known is not None
         with torch.no_grad():
-            codes = sign(model({"image": batch.inputs["image"].float()})["image"].logits)
+            codes = sign(model({"image": batch.inputs["image"]})["image"].logits)
         near, far = (mask.float() for mask in near_and_far(codes, self.known))
         towards, away = (m @ self.known / m.sum(1, keepdim=True) for m in (near, far))
         return Guidance((towards - away).to(batch.inputs["image"]) / 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,16 @@ from robusthash.models.hasher import Hasher
 _PAPER = "DSARH, Zhang et al., manuscript 2024"
 
 
-def classification(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) cross-entropy of (B, C) logits; of label sets the mean binary one over labels."""
-    if bool((labels.sum(1) == 1).all()):
+@dataclass(frozen=True)
+class Classified(Guidance):
+    """No code, and whether the classifier chooses one label or decides on each."""
+
+    exclusive: bool = False
+
+
+def classification(logits: Tensor, labels: Tensor, exclusive: bool) -> Tensor:
+    """(B,) cross-entropy of (B, C) logits; of label sets, not ``exclusive``, the mean binary one."""
+    if exclusive:
         return cross_entropy(logits, labels.argmax(1), reduction="none")
     return binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
 
@@ -34,26 +41,30 @@ def classification(logits: Tensor, labels: Tensor) -> Tensor:
 class ClassifierGuide(Substituted):
     """A classifier of the data's labels, trained on the training images; it gives no code."""
 
+    exclusive: bool = field(default=False, compare=False)  # every training item has one label
+
     def fitted(
         self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws
     ) -> ClassifierGuide:
         if data.train.labels is None:
             raise ValueError(f"{data.name} has no training labels, which a classifier learns")
+        exclusive = bool((data.train.labels.sum(1) == 1).all())
         model = self.new_model(victim, data, data.train.labels.shape[1], draws)
 
         def loss(outputs: Outputs, batch: Batch, scope: Draws) -> Tensor:
             assert batch.labels is not None
-            return classification(outputs["image"].logits, batch.labels).mean()
+            return classification(outputs["image"].logits, batch.labels, exclusive).mean()
 
         steps = self.taught(model, data.train, draws, loss)
-        return replace(self, model=model, fit_steps=steps, fit_items=len(data.train))
+        learned = replace(self, model=model, exclusive=exclusive)
+        return replace(learned, fit_steps=steps, fit_items=len(data.train))
 
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
-    ) -> Guidance:
+    ) -> Classified:
         if goal.labels is None:
             raise ValueError("examples against a classifier need labels: use labelled data")
-        return Guidance(torch.empty(0, victim.bits, device=victim.device))
+        return Classified(torch.empty(0, victim.bits, device=victim.device), exclusive=self.exclusive)
 
 
 @register("attack-loss", "classification", paper=_PAPER, evidence="paper")
@@ -62,9 +73,9 @@ class Classification(Loss):
     """Minus the cross-entropy of the labels: cross-entropy of one label, binary ones of several."""
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
-        if probe.goal.labels is None:
-            raise ValueError("examples against a classifier need labels: use labelled data")
-        return -classification(probe.outputs["image"].logits, probe.goal.labels)
+        if probe.goal.labels is None or not isinstance(guidance, Classified):
+            raise ValueError("the loss 'classification' needs labels and the guide 'classifier'")
+        return -classification(probe.outputs["image"].logits, probe.goal.labels, guidance.exclusive)
 
 
 @register("attack", "classifier", paper=_PAPER, evidence="paper", modality="image", published={"steps": 10})

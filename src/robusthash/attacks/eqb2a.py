@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robusthash.attacks.base import Attack
 from robusthash.attacks.generator import Generator
-from robusthash.attacks.generator_training import Lesson, Schedule, seeded, train_generator
+from robusthash.attacks.generator_training import GeneratorSchedule, Lesson, seeded, train_generator
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.oracle import QueryOracle
 from robusthash.attacks.prosgan import Generated, Painted, painted
@@ -94,7 +94,9 @@ class Knockoff(Substituted):
             nets = nn.ModuleDict({"planes": Generator(0, self.width, 1), "paint": Generator(3, self.width)})
         guide = replace(self, model=model, nets=nets.to(victim.device))
         lessons = KnockoffLessons(guide, self._codes(model, data, lists["image"][:, :NEAREST], other))
-        schedule = Schedule(self.generator_epochs, self.rate, reconstruction=5.0)  # 20 x MSE in [0, 1]
+        schedule = GeneratorSchedule(
+            self.generator_epochs, self.rate, reconstruction=5.0
+        )  # 20 x MSE in [0, 1]
         unlabelled = replace(data, train=replace(split, labels=None))
         steps += train_generator(lessons, model, unlabelled, schedule, draws)
         nets.requires_grad_(False)

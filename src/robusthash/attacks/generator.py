@@ -99,7 +99,7 @@ class Discriminator(nn.Module):
 
 
 class Prototyped(NamedTuple):
-    """What a prototype net says of a target."""
+    """Answer of a prototype net to a target."""
 
     features: Tensor  # (B, F)
     code: Tensor  # (B, K) in (-1, 1)

@@ -29,7 +29,7 @@ _EVERY = 3  # batches between two steps of the discriminator, in all three codes
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the generator is to do with one batch."""
+    """Task of the generator on one batch."""
 
     planes: Tensor  # (B, P, H, W) next to the images
     real: Tensor  # (B, C) labels of the images, for the discriminator
@@ -50,7 +50,7 @@ class Pupil(Protocol):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class GeneratorSchedule:
     """Adam (0.5, 0.999) from ``rate``, constant for half of the epochs and then falling to zero.
 
     ``reconstruction`` weighs the squared change in units of [-1, 1].
@@ -72,7 +72,7 @@ def train_generator(
     pupil: Pupil,
     model: Hasher,
     data: RetrievalData,
-    schedule: Schedule,
+    schedule: GeneratorSchedule,
     draws: Draws,
     file: GeneratorFile | None = None,
     begin: Callable[[], None] = lambda: None,
@@ -117,7 +117,7 @@ def _step(
     model: Hasher,
     batch: Batch,
     optimisers: list[torch.optim.Adam],
-    schedule: Schedule,
+    schedule: GeneratorSchedule,
     draws: Draws,
     step: int,
 ) -> None:
@@ -153,7 +153,7 @@ def seeded(draws: Draws) -> Iterator[None]:
 
 
 def made_for(model: Hasher, data: RetrievalData, eps: float) -> dict[str, Any]:
-    """What ties a generator to its model: weights, bits, image size, labels, training items and budget."""
+    """Ties of a generator to its model: weights, bits, image size, labels, training items and budget."""
     classes = 0 if data.train.labels is None else data.train.labels.shape[1]
     sizes = {"bits": model.bits, "labels": classes, "image": list(data.image_size)}
     return {"victim": weights_digest(model), **sizes, "train": data.train.fingerprint(), "eps": round(eps, 9)}

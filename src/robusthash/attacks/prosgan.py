@@ -13,8 +13,8 @@ from robusthash.attacks.base import Attack, Guide, Loss, Score, Search, SearchRe
 from robusthash.attacks.generator import Generator, Planes, TargetNet, target_loss
 from robusthash.attacks.generator_training import (
     GeneratorFile,
+    GeneratorSchedule,
     Lesson,
-    Schedule,
     made_for,
     read,
     seeded,
@@ -83,6 +83,7 @@ class TargetGenerator(Guide):
     """Prototypes of targets learned from the victim's training codes, and a generator towards them.
 
     Args:
+        epochs, rate, reconstruction: of the generator (``GeneratorSchedule``).
         hidden, width, blocks: sizes of the nets; 4096, 64 and 6 published.
         fit_steps: of the prototypes, 64 targets each; 30,000 published.
         pairs_weight, quantisation: of the prototypes' loss (``target_loss``).
@@ -93,7 +94,9 @@ class TargetGenerator(Guide):
         source: of a transferred generator what it was trained for (``made_for``); "" for the victim's own.
     """
 
-    schedule: Schedule = field(default_factory=Schedule)
+    epochs: int = 20
+    rate: float = 1e-3
+    reconstruction: float = 100.0
     hidden: int = 4096
     width: int = 64
     blocks: int = 6
@@ -117,12 +120,22 @@ class TargetGenerator(Guide):
         """A transferred generator needs no victim."""
         return bool(self.source)
 
+    @property
+    def schedule(self) -> GeneratorSchedule:
+        return GeneratorSchedule(self.epochs, self.rate, reconstruction=self.reconstruction)
+
+    def __post_init__(self) -> None:
+        if min(self.hidden, self.width, self.steps) < 1:
+            raise ValueError(
+                f"hidden, width and fit_steps from 1, got {self.hidden}, {self.width}, {self.steps}"
+            )
+        _ = self.schedule  # or refused
+
     def under(self, threat: Threat) -> TargetGenerator:
         return replace(self, eps=threat.balls["image"].eps)
 
     def at_most(self, steps: int) -> TargetGenerator:
-        fewer = replace(self.schedule, epochs=min(steps, self.schedule.epochs))
-        return replace(self, schedule=fewer, steps=min(self.steps, 100 * steps))
+        return replace(self, epochs=min(steps, self.epochs), steps=min(self.steps, 100 * steps))
 
     def __call__(
         self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
@@ -223,7 +236,7 @@ def _same(file: Path, header: dict[str, Any], wanted: dict[str, Any]) -> None:
     if header["victim"] != wanted["victim"]:
         raise ValueError(
             f"{file} was trained for another victim (weights {header['victim'][:8]}, {header['bits']} bits; "
-            f"here {wanted['victim'][:8]}, {wanted['bits']}): name another file to train one for this victim, "
+            f"here {wanted['victim'][:8]}, {wanted['bits']}): name another file to train one for it, "
             "or say transfer: true to measure how it carries over"
         )
     for key in wanted:
@@ -311,14 +324,14 @@ def generator_attack(
     evidence="paper+code",
     modality="image",
     targeted=True,
-    published={"epochs": 100, "width": 64, "fit_steps": 30_000, "rate": 1e-4},
+    published={"epochs": 100, "width": 64, "hidden": 4096, "fit_steps": 30_000, "rate": 1e-4},
 )
 def pros_gan(
     eps: float | None = None,
     epochs: int = 20,
     width: int = 16,
-    hidden: int = 4096,
-    fit_steps: int = 2000,
+    hidden: int = 512,
+    fit_steps: int = 1000,
     rate: float = 1e-3,
     reconstruction: float = 100.0,
     bounded: bool = True,
@@ -334,6 +347,5 @@ def pros_gan(
     projects); targets share no label with the query in evaluation (published: any label set); nearest
     upsampling and instance norm in place of transposed convolutions, which need no size of image.
     """
-    schedule = Schedule(epochs, rate, reconstruction=reconstruction)
-    guide = TargetGenerator(schedule, hidden, width, steps=fit_steps, bounded=bounded)
+    guide = TargetGenerator(epochs, rate, reconstruction, hidden, width, steps=fit_steps, bounded=bounded)
     return generator_attack("pros-gan", guide, eps, generator, transfer)

@@ -59,6 +59,15 @@ class AttackedBlock:
         words: dict[Storage, Tensor] = {"rounded": self.whole_words} if self.whole_words.shape[2] else {}
         return {"8bit": self.codes_8bit, **words}
 
+    @property
+    def fit_note(self) -> tuple[str, ...]:
+        """A line on what the attack was fitted with before its first query; none where nothing learns."""
+        steps, (queries, items) = int(self.fitted.max()), self.learned.amax(0).tolist()
+        if not steps:
+            return ()
+        seen = f", on {items} training items" * bool(items) + f", by {queries} oracle queries" * bool(queries)
+        return (f"{'learned' if seen else 'fitted to the victim'} in {steps} steps{seen}",)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays for a file."""
         plain = {f.name: getattr(self, f.name).numpy() for f in fields(self) if f.name != "pixels"}

@@ -138,21 +138,12 @@ def score_attack(context: EvaluationContext, attack: Described, attacked: Attack
         cost=Cost(forward, backward, oracle, float(attacked.seconds.sum())),
         notes=(
             *result.notes,
-            *fit_note(attacked),
+            *attacked.fit_note,
             *((context.scale.note,) if isinstance(attack, Attack) and context.scale.note else ()),
             *((attack.falls_short,) if isinstance(attack, Attack) and attack.falls_short else ()),
             *unmoved_note(context, attack.threat, attacked),
         ),
     )
-
-
-def fit_note(attacked: AttackedBlock) -> tuple[str, ...]:
-    """A line on what the attack was fitted with before its first query; none where nothing learns."""
-    steps, (queries, items) = int(attacked.fitted.max()), attacked.learned.amax(0).tolist()
-    if not steps:
-        return ()
-    seen = f", on {items} training items" * bool(items) + f", by {queries} oracle queries" * bool(queries)
-    return (f"fitted to the victim in {steps} steps{seen}",)
 
 
 def score_untargeted(context: EvaluationContext, attacked: AttackedBlock, name: str = "") -> EvalResult:

@@ -32,8 +32,8 @@ def paper_suite(
 
     Each returns its last point. An attack that a file registers with ``evidence`` ``paper`` or ``paper+code``
     joins by itself, with the options that are registered as ``published``; ``pgd-20`` joins the 100 steps of
-    ``pgd``. Attacks that compare image and text join with ``pairs``. The threat gives the budget alone; under another norm, which counts in other units, steps keep
-    their share of it.
+    ``pgd``. Attacks that compare image and text join with ``pairs``. The threat gives the budget alone;
+    under another norm, which counts in other units, steps keep their share of it.
 
     Args:
         steps: no attack takes more, and what learns takes no more epochs; the suite, and the budget of its
