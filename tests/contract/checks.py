@@ -92,7 +92,8 @@ def make_pair_world() -> World:
 def make_attack(name: str, objective: HashObjective, **options: Any) -> Attack:
     """The registered attack with three steps, and twenty to fit what it learns (where it takes steps)."""
     accepted = inspect.signature(card("attack", name).make).parameters
-    few = {"steps": STEPS, "fit_steps": 20, "hidden": 16}
+    few = {"steps": STEPS, "fit_steps": 20, "hidden": 16, "epochs": 1, "generator_epochs": 1}
+    few |= {"width": 4, "questions": 16}
     options = {**{key: value for key, value in few.items() if key in accepted}, **options}
     return build("attack", {"name": name, **options}, objective=objective)
 
@@ -189,7 +190,9 @@ def check_batching(attack: Attack, world: World) -> None:
     """One query at a time, and in another order, in float64."""
     victim = copy.deepcopy(world.victim).double()
     batch = replace(world.batch, inputs={name: value.double() for name, value in world.batch.inputs.items()})
-    goal = world.goal(attack)
+    goal, own = world.goal(attack), getattr(attack.guide, "model", None)
+    if own is not None:
+        attack = replace(attack, guide=replace(attack.guide, model=copy.deepcopy(own).double()))
 
     def part(rows: Tensor) -> Any:
         inputs = {name: value[rows] for name, value in batch.inputs.items()}
@@ -359,6 +362,17 @@ ATTACK_CHECKS = (
     check_other_modalities,
     check_grad_mode,
     check_broken_victim,
+)
+
+LEARNED_CHECKS = (
+    check_stays_inside,
+    check_victim_untouched,
+    check_seeds,
+    check_batching,
+    check_zero_budget,
+    check_returned_code,
+    check_other_modalities,
+    check_grad_mode,
 )
 
 

@@ -38,7 +38,7 @@ def test_budgets_of_all_attacks_are_words() -> None:
             continue
         words = budget_words(attack.budget)
         assert not set(words) & set("()=_'"), (card.name, words)
-        assert "knows" in words
+        assert {"knows", "sees"} & set(words.split()), card.name
     both = (
         "PGD(steps=5, step_size=0.00392156862745098, momentum=0.5), slope one, starts 3, W0; suite x, 4 lines"
     )

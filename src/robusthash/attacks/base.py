@@ -75,12 +75,17 @@ class Guide(ABC):
 
     ``label_codes``: the guidance is a single code of each item, which stands for the goal's labels; outer
     losses that pull attacked items to the guidance need it. ``learns``: ``fitted`` must be called for each
-    victim.
+    victim. ``pairs``: it needs known codes of every modality. ``substitutes``: the search ascends the score
+    of a model of the guide's own (``looked_at``), and the attacker holds neither the victim nor its codes.
     """
 
     label_codes: bool = False
     learns: bool = False
+    pairs: bool = False
+    substitutes: bool = False
     fit_steps: int = 0  # that the last fit took
+    fit_queries: int = 0  # oracle queries to the victim that it took
+    fit_items: int = 0  # training items that it saw
 
     @abstractmethod
     def __call__(
@@ -90,6 +95,18 @@ class Guide(ABC):
     def fitted(self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws) -> Guide:
         """The guide with its learning parts trained on this victim; itself where nothing learns."""
         return self
+
+    def under(self, threat: Threat) -> Guide:
+        """The guide with what its fit must know of the budget."""
+        return self
+
+    def at_most(self, steps: int) -> Guide:
+        """The guide with a fit of at most so many epochs."""
+        return self
+
+    def looked_at(self, victim: Hasher) -> Hasher:
+        """The model whose score the search ascends: the victim, or a substitute."""
+        return victim
 
 
 class Loss(ABC):
@@ -129,6 +146,10 @@ class Search(ABC):
 
     def looking(self, victim: Hasher) -> Search:
         """The search with access to the inside of the victim; itself where the score is enough."""
+        return self
+
+    def towards(self, guidance: Guidance) -> Search:
+        """The search with the guidance in hand; itself where the score is enough."""
         return self
 
 
@@ -191,7 +212,7 @@ class Attack:
 
         The evaluator calls this once for a victim, with what the threat lets the attacker know.
         """
-        guide = self.guide.fitted(victim, data, reference, draws.within(self.name))
+        guide = self.guide.under(self.threat).fitted(victim, data, reference, draws.within(self.name))
         threat = self.search.bound(self.threat, victim, data)
         same = guide is self.guide and threat is self.threat
         return self if same else replace(self, guide=guide, threat=threat)
@@ -205,6 +226,11 @@ class Attack:
     def fit_steps(self) -> int:
         """Steps that the guide was fitted with to its victim; 0 where nothing learns."""
         return self.guide.fit_steps
+
+    @property
+    def fit_uses(self) -> tuple[int, int]:
+        """Oracle queries to the victim, and training items, that the guide was fitted with."""
+        return self.guide.fit_queries, self.guide.fit_items
 
     @property
     def falls_short(self) -> str:
@@ -246,13 +272,13 @@ class Attack:
         missing = [name for name in self.threat.balls if name not in batch.inputs]
         if missing:
             raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")
-        attacked = batch.only(self.threat.balls)
+        attacked, model = batch.only(self.threat.balls), self.guide.looked_at(victim)
         self.check_inputs(attacked.inputs)
         guidance = self.guide(victim, attacked, goal, reference, draws.within(self.name, "guide"))
 
         def score(inputs: Inputs, progress: float) -> tuple[Tensor, Tensor]:
             alpha = published_slope(progress) if self.slope == "published" else 1.0
-            outputs = victim(inputs)
+            outputs = model(inputs)
             value = goal.sign * self.loss(Probe(outputs, inputs, batch, goal, alpha, reference), guidance)
             return value, next(iter(outputs.values())).logits
 
@@ -281,9 +307,9 @@ class Attack:
         """
         if select is not None:
             select = _on_logits(select, victim)
-        with frozen(victim), torch.enable_grad():
+        with frozen(victim), frozen(self.guide.looked_at(victim)), torch.enable_grad():
             score, guidance = self.aim(victim, batch, goal, reference, draws)
-            search = self.search.looking(victim)
+            search = self.search.looking(victim).towards(guidance)
             result = search(score, batch, self.threat, draws.within(self.name, 0), select, start)
             for restart in range(1, self.restarts):
                 scope = draws.within(self.name, restart)

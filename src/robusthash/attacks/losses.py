@@ -6,7 +6,7 @@ At the end those of adaptive attacks: what an attacker adds who knows the defens
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -86,6 +86,8 @@ class SDHALoss(Loss):
 
     slope: float = 5.0
     strength: float = 25.0
+    power: ClassVar[float] = -0.5  # of the distance, in the weight
+    cost: ClassVar[float] = 1.0  # of the size of the change: the search descends the agreement
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         q, codes, positive = probe.relaxed(), guidance.codes, guidance.weights
@@ -95,18 +97,39 @@ class SDHALoss(Loss):
             raise ValueError("SDHA weighs the size of the change, which token ids do not have")
         with torch.no_grad():
             distances = (codes.shape[1] - sign(q) @ codes.T) / 2
-            weights = positive * distances.clamp_min(0.5).rsqrt()
+            far = distances.clamp_min(0.5)
+            weights = positive * (far.rsqrt() if self.power == -0.5 else far.pow(self.power))
             plus = weights @ (codes > 0).float()
             minus = weights.sum(1, keepdim=True) - plus
         surrogate = (plus * self._bit(q) + minus * self._bit(-q)).sum(1)
         origin = probe.origin.inputs
         changes = [(v - origin[n]).flatten(1).square().mean(1) for n, v in probe.inputs.items()]
-        return torch.stack(changes).sum(0) - self.strength / codes.shape[1] * surrogate
+        return self.cost * torch.stack(changes).sum(0) - self.strength / codes.shape[1] * surrogate
 
     def _bit(self, product: Tensor) -> Tensor:
         """d(q, r) of one bit as a function of q r: 0.0067 at 1, 0.75 at 0, 1 at -1."""
         gate = torch.sigmoid(self.slope * product)
         return 0.5 * (1.0 - product).abs() * gate + 1.0 - gate
+
+
+@register("attack-loss", "sdha-targeted", paper="Lu et al., ICMR 2021", evidence="paper+code", targeted=True)
+@dataclass(frozen=True)
+class SDHATargetedLoss(SDHALoss):
+    """SDHA towards every code with the target labels, the farther the heavier: weight distance^0.3.
+
+    d(q, r) = sum_k 0.5 |q_k - r_k| sigma(-s q_k r_k), s = 10; agreement is -(25 / K) mean_r w_r d(q, r) -
+    MSE(x', x), ascended. The gate leaves a bit that agrees alone.
+
+    Differs: the distance in the weight is clamped at 0.5, as in SDHA.
+    """
+
+    slope: float = 10.0
+    power: ClassVar[float] = 0.3
+    cost: ClassVar[float] = -1.0
+
+    def _bit(self, product: Tensor) -> Tensor:
+        """d(q, r) of one bit as a function of q r: 0 at 1, 0.25 at 0, 1 at -1."""
+        return 0.5 * (1.0 - product).abs() * torch.sigmoid(-self.slope * product)
 
 
 @register("attack-loss", "scale-free")

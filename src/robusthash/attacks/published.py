@@ -21,6 +21,7 @@ from robusthash.attacks.losses import (
     ObjectiveLoss,
     ScaleFree,
     SDHALoss,
+    SDHATargetedLoss,
     mainstay_loss,
 )
 from robusthash.attacks.pgd import APGD, PGD, RawGradient
@@ -102,6 +103,26 @@ def sdha(
     """SDHA: away from every relevant training code, nearest first."""
     search = RawGradient(steps, "adam", lr)
     return Attack("sdha", Positives(), SDHALoss(), search, threat_on(modality, eps), slope)
+
+
+@register(
+    "attack",
+    "sdha-targeted",
+    paper="Lu et al., ICMR 2021",
+    evidence="paper+code",
+    targeted=True,
+    published={"steps": 1500},
+)
+def sdha_targeted(
+    eps: float | None = None,
+    steps: int = 100,
+    lr: float = 0.01,
+    slope: Slope = "published",
+    modality: Attacked = "image",
+) -> Attack:
+    """SDHA's targeted form: towards every training code with the target labels, the farthest first."""
+    search, threat = RawGradient(steps, "adam", lr), threat_on(modality, eps)
+    return Attack("sdha-targeted", Positives(), SDHATargetedLoss(), search, threat, slope, targeted=True)
 
 
 @register("attack", "cgat", paper="CgAT, WWW 2023", **CODE)

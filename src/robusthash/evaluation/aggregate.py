@@ -336,6 +336,9 @@ def _cost(blocks: Sequence[AttackedBlock]) -> Cost:
 
 
 def _spent(blocks: Sequence[AttackedBlock]) -> dict[str, float]:
-    cost, fitted = _cost(blocks), max(int(attacked.fitted.max()) for attacked in blocks)
+    cost = _cost(blocks)
+    names = ("fit steps", "fit oracle queries", "fit items")
+    fits = torch.stack([torch.cat([a.fitted[:, None], a.learned], 1).amax(0) for a in blocks]).amax(0)
+    fitted = {name: float(count) for name, count in zip(names, fits.tolist(), strict=True) if count}
     passes = {"forward": float(cost.forward), "backward": float(cost.backward), "oracle": float(cost.oracle)}
-    return {**passes, "seconds": cost.seconds, **({"fit steps": float(fitted)} if fitted else {})}
+    return {**passes, "seconds": cost.seconds, **fitted}

@@ -51,12 +51,22 @@ class AttackedBlock:
     inputs: Tensor  # (B, ...) float32 attacked inputs of the first goal
     whole_words: Tensor  # (B, T, K) int8; (B, T, 0) where queries are no bags of words
     fitted: Tensor  # (B,) int64 steps that the attack was fitted with to the victim, before all queries
+    learned: Tensor  # (B, 2) int64 oracle queries and training items that this fit took
 
     @property
     def stored(self) -> dict[Storage, Tensor]:
         """Codes of the inputs as files hold them, by ``MeasureKey.storage``."""
         words: dict[Storage, Tensor] = {"rounded": self.whole_words} if self.whole_words.shape[2] else {}
         return {"8bit": self.codes_8bit, **words}
+
+    @property
+    def fit_note(self) -> tuple[str, ...]:
+        """A line on what the attack was fitted with before its first query; none where nothing learns."""
+        steps, (queries, items) = int(self.fitted.max()), self.learned.amax(0).tolist()
+        if not steps:
+            return ()
+        seen = f", on {items} training items" * bool(items) + f", by {queries} oracle queries" * bool(queries)
+        return (f"{'learned' if seen else 'fitted to the victim'} in {steps} steps{seen}",)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays for a file."""
@@ -67,7 +77,8 @@ class AttackedBlock:
     def from_arrays(arrays: dict[str, np.ndarray]) -> AttackedBlock:
         """The inverse of ``arrays``.
 
-        Files of earlier versions call ``codes_8bit`` eight_bit, and lack oracle queries, words, fitting.
+        Files of earlier versions call ``codes_8bit`` eight_bit, and lack oracle queries, words, fitting
+        and what it took.
         """
         plain = {name: torch.from_numpy(value) for name, value in arrays.items()}
         if "eight_bit" in plain:
@@ -75,6 +86,7 @@ class AttackedBlock:
         plain["passes"] = pad(plain["passes"], (0, 3 - plain["passes"].shape[1]))
         plain.setdefault("whole_words", plain["signs"][..., :0])
         plain.setdefault("fitted", torch.zeros(len(plain["signs"]), dtype=torch.int64))
+        plain.setdefault("learned", torch.zeros(len(plain["signs"]), 2, dtype=torch.int64))
         measures = [name for name in plain if name.startswith("pixels/")]
         pixels = {name.removeprefix("pixels/"): plain.pop(name) for name in measures}
         return AttackedBlock(pixels=pixels, **plain)
@@ -137,7 +149,7 @@ def attack_block(
         seconds,
         passes=(sum(out.forward for out in outputs), sum(out.backward for out in outputs), 0),
         representative=torch.stack(representative, 1),
-        fit_steps=attack.fit_steps,
+        fit=(attack.fit_steps, *attack.fit_uses),
     )
 
 
@@ -174,7 +186,7 @@ def finish(
     *,
     passes: tuple[int, int, int] = (0, 0, 0),
     representative: Tensor | None = None,
-    fit_steps: int = 0,
+    fit: tuple[int, int, int] = (0, 0, 0),
 ) -> AttackedBlock:
     """Project, verify and encode attacked queries. Every search ends here, in the evaluator's hands.
 
@@ -186,7 +198,7 @@ def finish(
         seconds: duration of the search.
         passes: forward passes, backward passes and oracle queries of each query, over all goals.
         representative: (B, T, K) codes that the attack steers to.
-        fit_steps: steps that the learning part of the attack was fitted with.
+        fit: steps, oracle queries and training items that the learning part of the attack was fitted with.
     """
     modality = context.direction[0]
     origin = batch.inputs[modality]
@@ -216,7 +228,8 @@ def finish(
         seconds=torch.full((queries,), seconds / queries),
         inputs=first.cpu(),
         whole_words=torch.stack(whole_words, 1),
-        fitted=torch.full((queries,), fit_steps),
+        fitted=torch.full((queries,), fit[0]),
+        learned=torch.tensor([fit[1:]]).repeat(queries, 1),
     )
 
 

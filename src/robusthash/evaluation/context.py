@@ -159,8 +159,8 @@ class EvaluationContext:
         with ``pairs``), and finds one and the same pair of image and text, whichever direction it is then
         scored in.
         """
-        knowledge, both = attack.threat.knowledge, pairs or len(attack.threat.balls) > 1
-        if knowledge == "W0":
+        knowledge, both = attack.threat.knowledge, pairs or attack.guide.pairs or len(attack.threat.balls) > 1
+        if knowledge == "W0" or attack.guide.substitutes:
             return None
         if knowledge == "W1":
             return self._training_pairs if both else self._training

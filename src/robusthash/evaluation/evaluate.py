@@ -130,7 +130,6 @@ def score_attack(context: EvaluationContext, attack: Described, attacked: Attack
         perceptibility[f"{name}/mean"] = float(values.mean())
         perceptibility[f"{name}/max"] = float(values.max())
     forward, backward, oracle = attacked.passes.sum(0).tolist()
-    steps = int(attacked.fitted.max())
     return replace(
         result,
         setting=setting_of(context, attack),
@@ -139,7 +138,7 @@ def score_attack(context: EvaluationContext, attack: Described, attacked: Attack
         cost=Cost(forward, backward, oracle, float(attacked.seconds.sum())),
         notes=(
             *result.notes,
-            *((f"fitted to the victim in {steps} steps",) if steps else ()),
+            *attacked.fit_note,
             *((context.scale.note,) if isinstance(attack, Attack) and context.scale.note else ()),
             *((attack.falls_short,) if isinstance(attack, Attack) and attack.falls_short else ()),
             *unmoved_note(context, attack.threat, attacked),

@@ -81,7 +81,8 @@ def prepare_tier(
     threat = threat or threat_on(knowledge="W2")
     if name == PAPER:
         context = replace(context, protocol=with_legacy(context.protocol))
-    whole = _suite(name, threat, objective, queries, steps).beside(attacks)
+    both = {"image", "text"} <= {*context.victim.modalities} & {*context.data.modalities}
+    whole = _suite(name, threat, objective, queries, steps, both).beside(attacks)
     suite, context, notes = prepare_suite(context, whole)
     behaviour = observe(context, threat)
     if behaviour.cut:
@@ -101,7 +102,12 @@ def prepare_tier(
 
 
 def _suite(
-    name: str, threat: Threat, objective: HashObjective | None, queries: int | None, steps: int | None
+    name: str,
+    threat: Threat,
+    objective: HashObjective | None,
+    queries: int | None,
+    steps: int | None,
+    pairs: bool,
 ) -> Suite:
     if name != PAPER:
         if steps is not None:
@@ -109,7 +115,7 @@ def _suite(
         return tier(name, threat, queries=queries)
     if objective is None:
         raise ValueError("the tier 'paper' attacks the training objective too; give it as objective=")
-    suite = paper_suite(objective, threat, steps=steps)
+    suite = paper_suite(objective, threat, steps=steps, pairs=pairs)
     return suite if queries is None else replace(suite, queries=queries)
 
 

@@ -228,6 +228,7 @@ def named_attacks(attacks: Sequence[Mapping[str, Any] | str]) -> dict[str, dict[
         name = card.name if modality == "image" else f"{card.name} on {modality}"
         name += "" if like == "mainstay" else f" like {like if isinstance(like, str) else like.get('name')}"
         name += " (slope one)" if options.get("slope") == "one" else ""
+        name += " transferred" if options.get("transfer") else ""
         number = 2
         while name in named:
             name, number = f"{name.partition(' #')[0]} #{number}", number + 1

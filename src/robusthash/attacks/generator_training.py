@@ -1,0 +1,211 @@
+"""Training of generators: seeded, by epoch, and from its file on where it was stopped.
+
+A file holds the nets and what they were trained for: the victim (or surrogate) by its weights, sizes and
+labels, the budget, and the options of the attack. Nothing else than that may use it as its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from robusthash.attacks.generator import Discriminator, judged
+from robusthash.core.atomic_files import write_aside
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, HashOutput
+from robusthash.data.base import RetrievalData, batches
+from robusthash.models.encoding import weights_digest
+from robusthash.models.hasher import Hasher, frozen
+
+_EVERY = 3  # batches between two steps of the discriminator, in all three codes
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Task of the generator on one batch."""
+
+    planes: Tensor  # (B, P, H, W) next to the images
+    real: Tensor  # (B, C) labels of the images, for the discriminator
+    wanted: Tensor  # (B, C) labels that the attacked images should be taken for
+    code_loss: Callable[[HashOutput], Tensor]  # of the attacked images
+
+
+class Pupil(Protocol):
+    """A generator in training: its nets, and what they learn of a batch."""
+
+    @property
+    def nets(self) -> nn.Module: ...
+
+    def lesson(self, batch: Batch, draws: Draws) -> Lesson: ...
+
+    def paint(self, images: Tensor, planes: Tensor) -> Tensor:
+        """(B, 3, H, W) attacked images in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class GeneratorSchedule:
+    """Adam (0.5, 0.999) from ``rate``, constant for half of the epochs and then falling to zero.
+
+    ``reconstruction`` weighs the squared change in units of [-1, 1].
+    """
+
+    epochs: int = 20
+    rate: float = 1e-4
+    batch: int = 24
+    reconstruction: float = 100.0
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch) < 1:
+            raise ValueError(f"epochs and batch must be at least 1, got {self.epochs} and {self.batch}")
+        if not self.rate > 0 or self.reconstruction < 0:
+            raise ValueError(f"rate above 0 and weight from 0, got {self.rate}, {self.reconstruction}")
+
+
+def train_generator(
+    pupil: Pupil,
+    model: Hasher,
+    data: RetrievalData,
+    schedule: GeneratorSchedule,
+    draws: Draws,
+    file: GeneratorFile | None = None,
+    begin: Callable[[], None] = lambda: None,
+) -> int:
+    """Train against ``model`` on the training images; the steps of the generator. Resumes from ``file``.
+
+    Least squares as published: the discriminator learns every third batch [labels, 0] of real and
+    [wanted labels, 1] of attacked images; the generator minimises the lesson's loss of the attacked code +
+    least squares to [wanted labels, 0] + ``reconstruction`` x squared change.
+
+    Args:
+        begin: what is learned before the first epoch, such as the prototypes.
+    """
+    classes = 0 if data.train.labels is None else data.train.labels.shape[1]
+    with seeded(draws.within("discriminator")):
+        critic = Discriminator(classes, 16).to(model.device)
+    optimisers = [
+        torch.optim.Adam(nets.parameters(), schedule.rate, betas=(0.5, 0.999))
+        for nets in (pupil.nets, critic)
+    ]
+    nets: dict[str, Any] = {"nets": pupil.nets, "critic": critic, "g": optimisers[0], "d": optimisers[1]}
+    done = file.restore(nets) if file else 0
+    if not done:
+        begin()
+    keys, per_epoch = ("image", "text"), -(-len(data.train) // schedule.batch)
+    for epoch in range(done, schedule.epochs):
+        left = min(1.0, 2 * (1 - epoch / schedule.epochs))
+        for optimiser in optimisers:
+            optimiser.param_groups[0]["lr"] = schedule.rate * left
+        shuffle = draws.within("epoch", epoch)
+        with frozen(model), torch.enable_grad():
+            for step, batch in enumerate(batches(data.train, schedule.batch, shuffle, modalities=keys)):
+                _step(pupil, critic, model, batch.to(model.device), optimisers, schedule, shuffle, step)
+        if file:
+            file.write(nets, epoch + 1)
+    return schedule.epochs * per_epoch
+
+
+def _step(
+    pupil: Pupil,
+    critic: nn.Module,
+    model: Hasher,
+    batch: Batch,
+    optimisers: list[torch.optim.Adam],
+    schedule: GeneratorSchedule,
+    draws: Draws,
+    step: int,
+) -> None:
+    images, lesson = batch.inputs["image"], pupil.lesson(batch, draws)
+    attacked = pupil.paint(images, lesson.planes)
+    if step % _EVERY == 0:
+        real = judged(critic(images), lesson.real, attacked=False)
+        fake = judged(critic(attacked.detach()), lesson.wanted, attacked=True)
+        _descend((real + fake) / 2, optimisers[1])
+    change = 4 * mse_loss(attacked, images)  # pixels of [0, 1], counted in [-1, 1]
+    fooled = judged(critic(attacked), lesson.wanted, attacked=False)
+    code = lesson.code_loss(model({"image": attacked})["image"])
+    _descend(code + fooled + schedule.reconstruction * change, optimisers[0])
+
+
+def _descend(loss: Tensor, optimiser: torch.optim.Adam) -> None:
+    if not torch.isfinite(loss):
+        raise FloatingPointError("the loss of the generator is NaN or infinite; take a smaller rate")
+    parameters = [p for p in optimiser.param_groups[0]["params"] if p.requires_grad]
+    for parameter, slope in zip(
+        parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+    ):
+        parameter.grad = slope
+    optimiser.step()
+
+
+@contextmanager
+def seeded(draws: Draws) -> Iterator[None]:
+    """Initial weights from these draws; the global stream is as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draws.key())
+        yield
+
+
+def made_for(model: Hasher, data: RetrievalData, eps: float) -> dict[str, Any]:
+    """Ties of a generator to its model: weights, bits, image size, labels, training items and budget."""
+    classes = 0 if data.train.labels is None else data.train.labels.shape[1]
+    sizes = {"bits": model.bits, "labels": classes, "image": list(data.image_size)}
+    return {"victim": weights_digest(model), **sizes, "train": data.train.fingerprint(), "eps": round(eps, 9)}
+
+
+@dataclass(frozen=True)
+class GeneratorFile:
+    """The file of one generator: ``header`` says what it was trained for and how."""
+
+    path: Path
+    header: dict[str, Any]
+
+    def restore(self, parts: dict[str, Any]) -> int:
+        """Epochs that the file holds, its state put into the parts; 0 where there is no file.
+
+        Raises:
+            ValueError: a generator of other options; ``read`` refuses other victims.
+        """
+        if not self.path.is_file():
+            return 0
+        found = read(self.path)
+        for key, value in self.header.items():
+            if found["header"].get(key) != value:
+                raise ValueError(
+                    f"{self.path} holds a generator with {key} {found['header'].get(key)}, and {value} is "
+                    "asked for; name another file, or delete this one to train anew"
+                )
+        for name, part in parts.items():
+            part.load_state_dict(found["state"][name])
+        return int(found["epoch"])
+
+    def write(self, parts: dict[str, Any], epoch: int) -> None:
+        """Replace the file by the state after an epoch; whole or not at all."""
+        state = {name: part.state_dict() for name, part in parts.items()}
+        with write_aside(self.path) as temporary, temporary.open("wb") as stream:
+            torch.save({"header": self.header, "epoch": epoch, "state": state}, stream)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Header, epoch and state of a generator's file.
+
+    Raises:
+        ValueError: no such file, or no generator.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"there is no generator {path}; the white-box attack on the surrogate writes one: robusthash "
+            f"evaluate SURROGATE --attack '{{name: pros-gan, generator: {path}}}'"
+        )
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        assert {"header", "epoch", "state"} <= set(found)
+    except Exception as error:
+        raise ValueError(f"{path} is no file of a generator; delete it, or name another") from error
+    return found

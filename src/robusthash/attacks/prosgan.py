@@ -1,0 +1,351 @@
+"""ProS-GAN: a net that learns the code of every target, and a generator that paints an image towards it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robusthash.attacks.base import Attack, Guide, Loss, Score, Search, SearchResult, Select, Start
+from robusthash.attacks.generator import Generator, Planes, TargetNet, target_loss
+from robusthash.attacks.generator_training import (
+    GeneratorFile,
+    GeneratorSchedule,
+    Lesson,
+    made_for,
+    read,
+    seeded,
+    train_generator,
+)
+from robusthash.attacks.guides import Anchor, known
+from robusthash.attacks.losses import Agreement
+from robusthash.attacks.threat_model import Threat, image_threat
+from robusthash.core.hamming import sign
+from robusthash.core.registry import register
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch, Goal, Guidance, HashOutput, Inputs, Reference
+from robusthash.data.base import RetrievalData
+from robusthash.models.hasher import Hasher
+
+
+@dataclass(frozen=True)
+class Painted(Guidance):
+    """The code of each target, and the images that a generator made of the queries for it."""
+
+    inputs: Inputs = field(default_factory=dict)
+
+
+@register(
+    "attack-search", "generated", paper="ProS-GAN, CVPR 2021; TA-DCH, TCSVT 2023", evidence="paper+code"
+)
+@dataclass(frozen=True)
+class Generated(Search):
+    """No search: the inputs that the guide painted, brought into the budget. It passes through no victim."""
+
+    steps: int = 1
+    by_gradient = False
+    painted: Inputs | None = field(default=None, compare=False, repr=False)
+
+    def towards(self, guidance: Guidance) -> Generated:
+        if not isinstance(guidance, Painted):
+            raise ValueError("the search 'generated' takes what a guide painted, such as 'generator'")
+        return replace(self, painted=guidance.inputs)
+
+    def __call__(
+        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
+    ) -> SearchResult:
+        assert self.painted is not None
+        origin = {name: batch.inputs[name] for name in threat.balls}
+        return SearchResult(threat.project(self.painted, origin), torch.empty(0))
+
+
+def painted(output: Tensor, images: Tensor, eps: float | None) -> Tensor:
+    """Images of a generator's output in (-1, 1): the output itself (None), or a change of at most ``eps``."""
+    return (output + 1) / 2 if eps is None else (images + eps * output).clamp(0, 1)
+
+
+class TargetNets(nn.Module):
+    """The nets of a targeted generator."""
+
+    def __init__(self, classes: int, bits: int, texts: int, hidden: int, width: int, blocks: int) -> None:
+        super().__init__()
+        self.target = TargetNet(classes, bits, texts, hidden)
+        self.planes = Planes(self.target.features.out_features, width)
+        self.generator = Generator(3, width, blocks)
+
+
+@register("attack-guide", "generator", paper="ProS-GAN, CVPR 2021", evidence="paper+code", targeted=True)
+@dataclass(frozen=True)
+class TargetGenerator(Guide):
+    """Prototypes of targets learned from the victim's training codes, and a generator towards them.
+
+    Args:
+        epochs, rate, reconstruction: of the generator (``GeneratorSchedule``).
+        hidden, width, blocks: sizes of the nets; 4096, 64 and 6 published.
+        fit_steps: of the prototypes, 64 targets each; 30,000 published.
+        pairs_weight, quantisation: of the prototypes' loss (``target_loss``).
+        texts: a target is a label set and a text (TA-DCH), else a label set alone.
+        bounded: the generator gives a change of at most eps; else an image, as published, that the evaluator
+            projects.
+        file: where the generator is kept, and trained on after a stop; in memory alone without it.
+        source: of a transferred generator what it was trained for (``made_for``); "" for the victim's own.
+    """
+
+    epochs: int = 20
+    rate: float = 1e-3
+    reconstruction: float = 100.0
+    hidden: int = 4096
+    width: int = 64
+    blocks: int = 6
+    steps: int = 30_000
+    pairs_weight: float = 1.0
+    quantisation: float = 1e-4
+    texts: bool = False
+    bounded: bool = True
+    source: str = ""
+    file: Path | None = field(default=None, compare=False)
+    eps: float = field(default=8 / 255, compare=False)  # of the threat, which results carry
+    nets: TargetNets | None = field(default=None, compare=False)
+    target_texts: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
+    fit_steps: int = field(default=0, compare=False)
+    fit_items: int = field(default=0, compare=False)
+    label_codes = True
+    learns = True
+
+    @property
+    def substitutes(self) -> bool:  # type: ignore[override]
+        """A transferred generator needs no victim."""
+        return bool(self.source)
+
+    @property
+    def schedule(self) -> GeneratorSchedule:
+        return GeneratorSchedule(self.epochs, self.rate, reconstruction=self.reconstruction)
+
+    def __post_init__(self) -> None:
+        if min(self.hidden, self.width, self.steps) < 1:
+            raise ValueError(
+                f"hidden, width and fit_steps from 1, got {self.hidden}, {self.width}, {self.steps}"
+            )
+        _ = self.schedule  # or refused
+
+    def under(self, threat: Threat) -> TargetGenerator:
+        return replace(self, eps=threat.balls["image"].eps)
+
+    def at_most(self, steps: int) -> TargetGenerator:
+        return replace(self, epochs=min(steps, self.epochs), steps=min(self.steps, 100 * steps))
+
+    def __call__(
+        self, victim: Hasher, batch: Batch, goal: Goal, reference: Reference | None, draws: Draws
+    ) -> Painted:
+        if goal.labels is None:
+            raise ValueError("a targeted generator needs goal labels: use labelled data")
+        if self.nets is None:
+            raise ValueError("this generator is not trained yet: call attack.fit(...) on the victim")
+        images = batch.inputs["image"]
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            small = images.float()
+            told = self.nets.target(goal.labels.float(), self._texts(batch, goal, draws))
+            planes = self.nets.planes(told.features, small.shape[2:])
+            output = self.nets.generator(small, planes)
+            result = painted(output, small, self.eps if self.bounded else None).to(images)
+        if not torch.isfinite(result).all():
+            raise FloatingPointError("the generator's images are NaN or infinite")
+        codes = told.code[:0] if self.source else sign(told.code)
+        return Painted(codes, inputs={"image": result})
+
+    def _texts(self, batch: Batch, goal: Goal, draws: Draws) -> Tensor | None:
+        """(B, V) a training text with the target's labels for each query; None where texts play no part."""
+        if self.target_texts is None or goal.labels is None:
+            return None
+        texts, labels = self.target_texts
+        voters = Anchor._voters(goal.labels, labels)
+        rank = draws.within("text").uniform(batch.ids, (len(texts),)).masked_fill(~voters, 2.0)
+        return texts[rank.argmin(1)]
+
+    def fitted(
+        self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws
+    ) -> TargetGenerator:
+        """The guide with nets trained on this victim, or read from the file.
+
+        Raises:
+            ValueError: a file of another victim, size or budget; no images, labels or texts to learn from.
+        """
+        labels = self._require(data)
+        nets = self._new(labels.shape[1], victim.bits, data, draws).to(victim.device)
+        guide = replace(self, nets=nets, fit_items=len(data.train))
+        if self.texts:
+            texts = data.train.batch(torch.arange(len(data.train))).inputs["text"].float()
+            guide = replace(guide, target_texts=(texts.to(victim.device), labels.to(victim.device)))
+        if self.source:
+            return guide._transferred(data, victim)
+        wanted = made_for(victim, data, self.eps)
+        if self.file is not None and self.file.is_file():
+            _same(self.file, read(self.file)["header"], wanted)
+        own = {"options": str(replace(self, eps=0.0, file=None))}
+        file = None if self.file is None else GeneratorFile(self.file, {**wanted, **own})
+        codes, code_labels, _ = known(reference, Goal(labels, 1))
+        lesson = TargetLessons(guide, codes, code_labels, draws)
+        steps = train_generator(lesson, victim, data, self.schedule, draws, file, lesson.prototypes)
+        nets.requires_grad_(False)
+        return replace(guide, fit_steps=steps + self.steps)
+
+    def _require(self, data: RetrievalData) -> Tensor:
+        """The training labels; refused where the data lack what the generator learns from."""
+        if data.train.labels is None:
+            raise ValueError(f"{data.name} has no training labels, which a targeted generator learns from")
+        if "image" not in data.modalities or len(data.image_size) != 2:
+            raise ValueError(
+                f"a generator paints pixels, and {data.name} has {list(data.modalities)} without"
+            )
+        if self.texts and "text" not in data.modalities:
+            raise ValueError(
+                f"TA-DCH's targets are a label set and a text, and {data.name} has no texts; take pros-gan"
+            )
+        return data.train.labels
+
+    def _new(self, classes: int, bits: int, data: RetrievalData, draws: Draws) -> TargetNets:
+        with seeded(draws.within("nets")):
+            width = (data.vocabulary or 0) if self.texts else 0
+            return TargetNets(classes, bits, width, self.hidden, self.width, self.blocks)
+
+    def _transferred(self, data: RetrievalData, victim: Hasher) -> TargetGenerator:
+        """The guide with the nets of the file, made for another model on the same kind of data."""
+        assert self.file is not None
+        found, here = read(self.file), made_for(victim, data, self.eps)
+        header = found["header"]
+        if header["victim"] == here["victim"]:
+            raise ValueError(f"{self.file} was trained for this very victim; leave out transfer")
+        for key in ("image", "labels", "eps"):
+            _match(self.file, header, here, key)
+        bits, state = header["bits"], found["state"]["nets"]
+        nets = self._new(header["labels"], bits, data, Draws(0)).to(victim.device)
+        try:
+            nets.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.file} holds nets of other sizes; give the width, hidden and blocks it was made with"
+            ) from error
+        return replace(self, nets=nets.requires_grad_(False), target_texts=self.target_texts, fit_items=0)
+
+
+def _same(file: Path, header: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse a generator that was trained for something else than ``wanted``."""
+    if header["victim"] != wanted["victim"]:
+        raise ValueError(
+            f"{file} was trained for another victim (weights {header['victim'][:8]}, {header['bits']} bits; "
+            f"here {wanted['victim'][:8]}, {wanted['bits']}): name another file to train one for it, "
+            "or say transfer: true to measure how it carries over"
+        )
+    for key in wanted:
+        _match(file, header, wanted, key)
+
+
+def _match(file: Path, header: dict[str, Any], wanted: dict[str, Any], key: str) -> None:
+    if header[key] != wanted[key]:
+        raise ValueError(
+            f"{file} was trained for {key} {header[key]}, and here it is {wanted[key]}; name another file"
+        )
+
+
+class TargetLessons:
+    """A targeted generator in training: targets drawn by item and epoch, loss 5 (1 - mean h' b_t)."""
+
+    CODE = 5.0
+    BATCH = 64
+
+    def __init__(self, guide: TargetGenerator, codes: Tensor, labels: Tensor, draws: Draws) -> None:
+        assert guide.nets is not None
+        self.guide, self.nets = guide, guide.nets
+        self.codes, self.labels, self.draws = codes, labels, draws.within("prototypes")
+        if guide.target_texts is None:
+            sets = torch.unique(labels.cpu(), dim=0)
+            self.sets, self.texts = sets[sets.sum(1) > 0].to(labels), None
+        else:
+            self.texts, self.sets = guide.target_texts
+
+    def prototypes(self) -> None:
+        """Learn the codes of all targets first; then the generator alone learns."""
+        rate, steps = 1e-4, self.guide.steps
+        optimiser = torch.optim.Adam(self.nets.target.parameters(), rate, betas=(0.5, 0.999))
+        for step in range(steps):
+            optimiser.param_groups[0]["lr"] = rate * 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
+            rows = self._drawn(self.draws.within(step), torch.arange(self.BATCH))
+            with torch.enable_grad():
+                told = self.nets.target(self.sets[rows], None if self.texts is None else self.texts[rows])
+                weights = self.guide.pairs_weight, self.guide.quantisation
+                loss = target_loss(told, self.sets[rows], self.codes, self.labels, *weights)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+
+    def _drawn(self, draws: Draws, ids: Tensor) -> Tensor:
+        return (draws.uniform(ids, ()) * len(self.sets)).long().to(self.sets.device)
+
+    def lesson(self, batch: Batch, draws: Draws) -> Lesson:
+        rows = self._drawn(draws.within("targets"), batch.ids)
+        with torch.no_grad():
+            told = self.nets.target(self.sets[rows], None if self.texts is None else self.texts[rows])
+        planes = self.nets.planes(told.features, batch.inputs["image"].shape[2:])
+        target, assertion = sign(told.code), batch.labels
+        assert assertion is not None
+
+        def code_loss(output: HashOutput) -> Tensor:
+            return self.CODE * (1 - (output.relaxed() * target).mean())
+
+        return Lesson(planes, assertion, self.sets[rows], code_loss)
+
+    def paint(self, images: Tensor, planes: Tensor) -> Tensor:
+        bound = self.guide.eps if self.guide.bounded else None
+        return painted(self.nets.generator(images, planes), images, bound)
+
+
+def generator_attack(
+    name: str, guide: TargetGenerator, eps: float | None, generator: str | None, transfer: bool
+) -> Attack:
+    """The attack of a guide, its generator kept in a file or transferred from one."""
+    if transfer and generator is None:
+        raise ValueError("transfer: true needs the file of a generator that was trained on another model")
+    loss: Loss = Agreement()
+    file = None if generator is None else Path(generator)
+    if transfer and file is not None:
+        header = read(file)["header"]
+        guide, name = replace(guide, source=header["victim"]), f"{name} from {header['victim'][:8]}"
+    threat = image_threat(8 / 255 if eps is None else eps, knowledge="T" if transfer else "W1")
+    return Attack(name, replace(guide, file=file), loss, Generated(), threat, targeted=True)
+
+
+@register(
+    "attack",
+    "pros-gan",
+    paper="Wang et al., CVPR 2021",
+    evidence="paper+code",
+    modality="image",
+    targeted=True,
+    published={"epochs": 100, "width": 64, "hidden": 4096, "fit_steps": 30_000, "rate": 1e-4},
+)
+def pros_gan(
+    eps: float | None = None,
+    epochs: int = 20,
+    width: int = 16,
+    hidden: int = 512,
+    fit_steps: int = 1000,
+    rate: float = 1e-3,
+    reconstruction: float = 100.0,
+    bounded: bool = True,
+    generator: str | None = None,
+    transfer: bool = False,
+) -> Attack:
+    """ProS-GAN: one pass of a generator towards the code that a prototype net learned for the target labels.
+
+    ``generator`` is a file that keeps it, tied to the victim; ``transfer: true`` uses one that was trained on
+    another model. 100 epochs, width 64, rate 1e-4, 30,000 ``fit_steps`` of the prototypes in the paper.
+
+    Differs: the generator learns within eps (``bounded: false``: an image, as published, which the evaluator
+    projects); targets share no label with the query in evaluation (published: any label set); nearest
+    upsampling and instance norm in place of transposed convolutions, which need no size of image.
+    """
+    guide = TargetGenerator(epochs, rate, reconstruction, hidden, width, steps=fit_steps, bounded=bounded)
+    return generator_attack("pros-gan", guide, eps, generator, transfer)
