@@ -312,5 +312,7 @@ def test_only_a_cut_graph_loses_its_white_box_lines(run, monkeypatch, reached):
     assert ("guided" in result.attacks) == (reached > 0)
     assert any("no gradient reaches the input" in note for note in result.notes) == (reached == 0)
     if reached == 0:
-        with pytest.raises(ValueError, match="'paper' has no other attacks under img-linf-8; use 'standard'"):
-            assessing.assess(load_run(run), "paper", queries=4)
+        paper = assessing.assess(load_run(run), "paper", queries=4, steps=2, checked=False)
+        assert paper is not None  # what needs no gradient of the victim stays
+        assert "aach" in paper.attacks
+        assert "mainstay" not in paper.attacks

@@ -84,7 +84,9 @@ class Knockoff(Substituted):
 
         def loss(outputs: Outputs, batch: Batch, scope: Draws) -> Tensor:
             terms = [
-                self._ranking(model, outputs[name].relaxed(), lists[name][batch.ids], data, across[name])
+                self._ranking(
+                    model, outputs[name].relaxed(), lists[name][batch.ids.cpu()], data, across[name]
+                )
                 for name in modalities
             ]
             return torch.stack(terms).sum()
