@@ -88,7 +88,7 @@ def test_djsrh_rebuilds_the_joint_matrix() -> None:
 
 def test_djsrh_of_identical_items_wants_mu() -> None:
     same = torch.ones(3, 3)
-    assert torch.allclose(DJSRH(mu=1.5).wanted(same, same), torch.full((3, 3), 1.5))
+    assert torch.allclose(DJSRH(mu=1.5).target(same, same), torch.full((3, 3), 1.5))
 
 
 def test_jdsh_stretches_both_ends() -> None:
@@ -177,10 +177,10 @@ def test_dgcpn_matrix_and_terms() -> None:
     objective = DGCPN(text=0.3, graph=0.4, neighbours=0.4, similarity=0.7, coherence=0.6, **RAW)
     outputs, batch, memory = world(objective)
     wanted = dgcpn_matrix(2, 0.3, 0.4)
-    torch.testing.assert_close(objective.wanted(batch.ids), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(objective.target(batch.ids), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
     some = torch.tensor([3, 0])  # of a batch, the same entries
     torch.testing.assert_close(
-        objective.wanted(some), torch.tensor(wanted)[some][:, some], rtol=1e-4, atol=1e-4
+        objective.target(some), torch.tensor(wanted)[some][:, some], rtol=1e-4, atol=1e-4
     )
     v, t = outputs["image"].code, outputs["text"].code
     expected = {"similarity": 0.0, "pairs": 0.0, "coherence": 0.0}
@@ -201,7 +201,7 @@ def test_dgcpn_without_the_graph_is_the_cosine() -> None:
     objective = DGCPN(text=0.0, graph=0.0, **RAW)
     _, batch, _ = world(objective)
     expected = 2 * torch.tensor(cosine(IMAGE, IMAGE)) - 1
-    torch.testing.assert_close(objective.wanted(batch.ids), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(objective.target(batch.ids), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_ucch_contrast_with_the_bank_and_its_update() -> None:

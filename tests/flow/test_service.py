@@ -141,6 +141,20 @@ def test_the_same_write_twice_adds_once_and_another_under_its_key_is_refused(cli
     assert plain[0] != plain[1]
 
 
+def test_an_item_of_a_key_is_replaced_under_another_idempotency_key(client: TestClient) -> None:
+    first = add(client, picture(62), [{"key": "own"}], **{"Idempotency-Key": "k3"}).json()["items"][0]
+    second = add(client, picture(63), [{"key": "own"}], **{"Idempotency-Key": "k4"}).json()["items"][0]
+    assert (second["id"], second["replaced"]) == (first["id"], True)
+    assert (first["id"], 0) in found(client, picture(63))
+
+
+def test_a_write_of_many_images_is_admitted_as_one(parts, index: Path) -> None:
+    with serving(parts, index, ServiceSettings(rate=0, max_wait=0.001, queue=2, batch=1)) as client:
+        search(client, picture(1))
+        files = [("image", ("x", picture(200 + n))) for n in range(12)]
+        assert len(client.post("/v1/items", files=files).json()["items"]) == 12
+
+
 def test_an_index_that_was_replaced_is_taken_up_without_an_error(parts, index: Path, tmp_path: Path) -> None:
     run, photos = parts
     with serving(parts, index) as client:
@@ -356,7 +370,7 @@ def test_items_of_several_requests_are_worked_on_together_and_the_queue_is_bound
         others = [asyncio.create_task(batcher.submit(item)) for item in range(1, 9)]
         await asyncio.sleep(0.01)
         with pytest.raises(Overloaded) as full:
-            await batcher.submit(99)
+            batcher.admit()
         assert full.value.retry_after >= 1
         assert [await first, *[await other for other in others]] == [2 * item for item in range(9)]
         assert sizes == [1, 4, 4]

@@ -80,6 +80,13 @@ def test_the_client_searches_adds_and_removes(running, tmp_path: Path) -> None:
     assert errors.count('"route": "/v1/items"') == 3
 
 
+def test_a_port_that_is_taken_is_named(running, index: Path, call) -> None:
+    port = running[0].rpartition(":")[2]
+    code, _, errors = call("serve", index, "--port", port)
+    assert code == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in errors
+
+
 def test_what_was_acknowledged_survives_a_kill(running, index: Path) -> None:
     import robusthash as rh
 

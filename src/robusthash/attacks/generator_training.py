@@ -33,7 +33,7 @@ class Lesson:
 
     planes: Tensor  # (B, P, H, W) next to the images
     real: Tensor  # (B, C) labels of the images, for the discriminator
-    wanted: Tensor  # (B, C) labels that the attacked images should be taken for
+    target_labels: Tensor  # (B, C) labels that the attacked images should be taken for
     code_loss: Callable[[HashOutput], Tensor]  # of the attacked images
 
 
@@ -80,8 +80,8 @@ def train_generator(
     """Train against ``model`` on the training images; the steps of the generator. Resumes from ``file``.
 
     Least squares as published: the discriminator learns every third batch [labels, 0] of real and
-    [wanted labels, 1] of attacked images; the generator minimises the lesson's loss of the attacked code +
-    least squares to [wanted labels, 0] + ``reconstruction`` x squared change.
+    [target labels, 1] of attacked images; the generator minimises the lesson's loss of the attacked code +
+    least squares to [target labels, 0] + ``reconstruction`` x squared change.
 
     Args:
         begin: what is learned before the first epoch, such as the prototypes.
@@ -125,10 +125,10 @@ def _step(
     attacked = pupil.paint(images, lesson.planes)
     if step % _EVERY == 0:
         real = judged(critic(images), lesson.real, attacked=False)
-        fake = judged(critic(attacked.detach()), lesson.wanted, attacked=True)
+        fake = judged(critic(attacked.detach()), lesson.target_labels, attacked=True)
         _descend((real + fake) / 2, optimisers[1])
     change = 4 * mse_loss(attacked, images)  # pixels of [0, 1], counted in [-1, 1]
-    fooled = judged(critic(attacked), lesson.wanted, attacked=False)
+    fooled = judged(critic(attacked), lesson.target_labels, attacked=False)
     code = lesson.code_loss(model({"image": attacked})["image"])
     _descend(code + fooled + schedule.reconstruction * change, optimisers[0])
 

@@ -181,11 +181,11 @@ class TargetGenerator(Guide):
             guide = replace(guide, target_texts=(texts.to(victim.device), labels.to(victim.device)))
         if self.source:
             return guide._transferred(data, victim)
-        wanted = made_for(victim, data, self.eps)
+        expected = made_for(victim, data, self.eps)
         if self.file is not None and self.file.is_file():
-            _same(self.file, read(self.file)["header"], wanted)
+            _same(self.file, read(self.file)["header"], expected)
         own = {"options": str(replace(self, eps=0.0, file=None))}
-        file = None if self.file is None else GeneratorFile(self.file, {**wanted, **own})
+        file = None if self.file is None else GeneratorFile(self.file, {**expected, **own})
         codes, code_labels, _ = known(reference, Goal(labels, 1))
         lesson = TargetLessons(guide, codes, code_labels, draws)
         steps = train_generator(lesson, victim, data, self.schedule, draws, file, lesson.prototypes)
@@ -231,22 +231,22 @@ class TargetGenerator(Guide):
         return replace(self, nets=nets.requires_grad_(False), target_texts=self.target_texts, fit_items=0)
 
 
-def _same(file: Path, header: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse a generator that was trained for something else than ``wanted``."""
-    if header["victim"] != wanted["victim"]:
+def _same(file: Path, header: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a generator that was trained for something else than ``expected``."""
+    if header["victim"] != expected["victim"]:
         raise ValueError(
             f"{file} was trained for another victim (weights {header['victim'][:8]}, {header['bits']} bits; "
-            f"here {wanted['victim'][:8]}, {wanted['bits']}): name another file to train one for it, "
+            f"here {expected['victim'][:8]}, {expected['bits']}): name another file to train one for it, "
             "or say transfer: true to measure how it carries over"
         )
-    for key in wanted:
-        _match(file, header, wanted, key)
+    for key in expected:
+        _match(file, header, expected, key)
 
 
-def _match(file: Path, header: dict[str, Any], wanted: dict[str, Any], key: str) -> None:
-    if header[key] != wanted[key]:
+def _match(file: Path, header: dict[str, Any], expected: dict[str, Any], key: str) -> None:
+    if header[key] != expected[key]:
         raise ValueError(
-            f"{file} was trained for {key} {header[key]}, and here it is {wanted[key]}; name another file"
+            f"{file} was trained for {key} {header[key]}, and here it is {expected[key]}; name another file"
         )
 
 

@@ -72,8 +72,8 @@ def write_miniature(component: Options | str, root: Path, train: int, query: int
             raise ValueError(
                 f"a miniature of 'folder' has class folders, and data.{name} is set; leave it out"
             )
-    layout, wanted = LAYOUTS[card.name], {"train": train, "query": query, "database": database}
-    changes = layout.write(root, wanted, options)
+    layout, requested = LAYOUTS[card.name], {"train": train, "query": query, "database": database}
+    changes = layout.write(root, requested, options)
     elsewhere = ("npz", "archive", "manifest", *(["images"] if card.name == "nus-wide" else []))
     settings = {key: value for key, value in given.items() if key not in elsewhere}
     return Miniature({"name": card.name, **settings, "root": str(root), **changes}, layout.sizes(options))
@@ -105,9 +105,9 @@ def _words(number: int, different: int) -> str:
     return " ".join(f"word{(number + place) % different}" for place in range(min(different, _LONGEST)))
 
 
-def _drawn(wanted: Sizes, classes: int) -> int:
+def _drawn(requested: Sizes, classes: int) -> int:
     """Items from which splits are drawn: enough for each class to give its share."""
-    return max(2 * classes, 4 * (wanted["train"] + wanted["query"]), sum(wanted.values()))
+    return max(2 * classes, 4 * (requested["train"] + requested["query"]), sum(requested.values()))
 
 
 def _labelled(number: int, classes: int) -> set[int]:
@@ -117,8 +117,8 @@ def _labelled(number: int, classes: int) -> set[int]:
 
 def _tokens(root: Path, options: Options) -> dict[str, Any]:
     """A tokenizer where the recipe's folder is needed and is not there."""
-    wanted = options.get("tokenizer")
-    if options.get("texts") != "tokens" or wanted == "minilm":
+    requested = options.get("tokenizer")
+    if options.get("texts") != "tokens" or requested == "minilm":
         return {}
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
@@ -148,8 +148,8 @@ def _rest(total: int, options: Options, query: int, train: int | None, disjoint:
 # ---------------------------------------------------------------------------------------------- the layouts
 
 
-def _write_flickr(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
-    folder, lists, count = root / "mirflickr", root / "mirflickr25k_annotations_v080", _drawn(wanted, 24)
+def _write_flickr(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
+    folder, lists, count = root / "mirflickr", root / "mirflickr25k_annotations_v080", _drawn(requested, 24)
     tags = [f"tag{number}" for number in range(_TAGS["mirflickr"])]
     _lines(folder / "doc" / "common_tags.txt", [f"{tag} {2000 - place}" for place, tag in enumerate(tags)])
     for number in range(1, count + 1):
@@ -162,7 +162,7 @@ def _write_flickr(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]
         _lines(lists / f"{concept}.txt", members)
         if concept in mirflickr.STRICT:
             _lines(lists / f"{concept}_r1.txt", members[::2])
-    return {**wanted, **_tokens(root, options)}
+    return {**requested, **_tokens(root, options)}
 
 
 def _flickr_sizes(options: Options) -> Sizes:
@@ -170,8 +170,8 @@ def _flickr_sizes(options: Options) -> Sizes:
     return _by_protocol(total, options, mirflickr.SPLITS)
 
 
-def _write_nus(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
-    count, tags = _drawn(wanted, 21), _TAGS["nus-wide"]
+def _write_nus(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
+    count, tags = _drawn(requested, 21), _TAGS["nus-wide"]
     photos = [7_000_000 + number for number in range(count)]
     names = [f"concept{photo % 5}\\{number:04d}_{photo}.jpg" for number, photo in enumerate(photos)]
     _lines(root / "ImageList" / "Imagelist.txt", names)
@@ -188,7 +188,7 @@ def _write_nus(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
     _lines(folder / "All_Tags.txt", [f"{photo}      blue  sky  tag{photo % 9}" for photo in photos])
     for number, name in enumerate(names):
         picture(root / "Flickr" / name.replace("\\", "/"), number)
-    return {**wanted, **_tokens(root, options)}
+    return {**requested, **_tokens(root, options)}
 
 
 def _nus_sizes(options: Options) -> Sizes:
@@ -200,10 +200,12 @@ _COCO = {2014: (82_783, 40_504), 2017: (118_287, 5_000)}
 _COCO_KARPATHY = {"train": 113_287, "query": 5_000, "database": 113_287}
 
 
-def _write_coco(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
+def _write_coco(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
     year = options["year"]
     is_drawn = options["split"] in mscoco.SPLITS
-    trained, val = (_drawn(wanted, 80), 20) if is_drawn else (max(wanted["train"], 80), wanted["query"])
+    trained, val = (
+        (_drawn(requested, 80), 20) if is_drawn else (max(requested["train"], 80), requested["query"])
+    )
     categories = [{"id": number, "name": f"category{number}"} for number in range(1, 81)]
     written, part = [], {"train": range(1, trained + 1), "val": range(trained + 1, trained + val + 1)}
     for name, numbers in part.items():
@@ -222,7 +224,7 @@ def _write_coco(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
               images=images, annotations=objects, categories=categories)  # fmt: skip
         _json(root / "annotations" / f"captions_{name}{year}.json", images=images, annotations=captions)
     _json(root / "dataset_coco.json", images=written)
-    changes = wanted if is_drawn else {}
+    changes = requested if is_drawn else {}
     karpathy = {"karpathy": str(root / "dataset_coco.json")} if options["split"] == "dsarh" else {}
     return {**changes, **karpathy, **_tokens(root, options)}
 
@@ -242,16 +244,16 @@ def _json(path: Path, **content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def _write_cifar(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
+def _write_cifar(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
     """The packed file: torchvision checks the official batches by their digests, which nothing else has."""
-    tested, count = max(20, wanted["query"]), _drawn(wanted, 10)
+    tested, count = max(20, requested["query"]), _drawn(requested, 10)
     files = [picture(root / "jpeg" / f"{n}.jpg", n, (32, 32)).read_bytes() for n in range(count + tested)]
     number = np.arange(len(files))
     offset = np.concatenate([[0], np.cumsum([len(file) for file in files])])
     pixels, label = np.frombuffer(b"".join(files), np.uint8), number % 10
     path, is_test = root / "cifar10.npz", number >= count
     np.savez(path, jpeg=pixels, offset=offset, label=label, is_test=is_test, classes=np.array(_CIFAR))
-    return dict(wanted)
+    return dict(requested)
 
 
 def _cifar_sizes(options: Options) -> Sizes:
@@ -261,14 +263,14 @@ def _cifar_sizes(options: Options) -> Sizes:
     return _rest(60_000, options, 1_000, 5_000, disjoint=options["split"] == "deephash")
 
 
-def _write_fashion(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
-    for part, count in {"train": _drawn(wanted, 10), "t10k": max(20, 2 * wanted["query"])}.items():
+def _write_fashion(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
+    for part, count in {"train": _drawn(requested, 10), "t10k": max(20, 2 * requested["query"])}.items():
         pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
         labels = (np.arange(count) % 10).astype(np.uint8)
         for kind, values in {"images-idx3": pixels, "labels-idx1": labels}.items():
             head = np.array([0x0800 + values.ndim, *values.shape], ">u4").tobytes()
             (root / f"{part}-{kind}-ubyte").write_bytes(head + values.tobytes())
-    return wanted | ({"train": None} if options["train"] is None else {})
+    return requested | ({"train": None} if options["train"] is None else {})
 
 
 def _fashion_sizes(options: Options) -> Sizes:
@@ -277,10 +279,10 @@ def _fashion_sizes(options: Options) -> Sizes:
     return {"train": train, "query": options["query"] or 10_000, "database": options["database"] or rest}
 
 
-def _write_wikipedia(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
+def _write_wikipedia(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
     from scipy.io import savemat  # half a second to import
 
-    trained, tested = max(20, wanted["train"], wanted["database"]), max(10, wanted["query"])
+    trained, tested = max(20, requested["train"], requested["database"]), max(10, requested["query"])
     matrices = {}
     parts = {"train": range(trained), "test": range(trained, trained + tested)}
     for part, numbers in parts.items():
@@ -296,7 +298,7 @@ def _write_wikipedia(root: Path, wanted: Sizes, options: Options) -> dict[str, A
         for name, width in {"I": 128, "T": 10}.items():
             matrices[f"{name}_{short}"] = draws.random((len(numbers), width))
     savemat(root / "raw_features.mat", matrices)
-    return {**wanted, **_tokens(root, options)}
+    return {**requested, **_tokens(root, options)}
 
 
 def _wikipedia_sizes(options: Options) -> Sizes:
@@ -304,9 +306,9 @@ def _wikipedia_sizes(options: Options) -> Sizes:
     return {name: options[name] or size for name, size in whole.items()}
 
 
-def _write_merced(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
-    trained, rows = max(42, wanted["train"], wanted["database"]), []
-    for number in range(trained + 2 * max(10, wanted["query"])):
+def _write_merced(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
+    trained, rows = max(42, requested["train"], requested["database"]), []
+    for number in range(trained + 2 * max(10, requested["query"])):
         name = f"class{number % 21:02d}"
         file = picture(root / "ucmerced" / name / f"{name}{number:03d}.jpg", number, (256, 256))
         labels = [f"label{label:02d}" for label in sorted(_labelled(number, 17))]
@@ -322,19 +324,19 @@ def _merced_sizes(options: Options) -> Sizes:
     return {"train": 1_680, "query": 210 * len(options["query_splits"]), "database": 1_680}
 
 
-def _write_folders(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
+def _write_folders(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
     """A hundred class folders, as ImageNet-100 has them."""
-    for number in range(max(300, _drawn(wanted, 100))):
+    for number in range(max(300, _drawn(requested, 100))):
         name = f"n{1_440_764 + number % 100:08d}"
         picture(root / name / f"{name}_{number}.JPEG", number)
-    return wanted | ({} if options["train"] else {"train": None})
+    return requested | ({} if options["train"] else {"train": None})
 
 
 def _folder_sizes(options: Options) -> Sizes:
     return _rest(133_503, options, 133_503 // 5, None, disjoint=options["train"] is not None)
 
 
-def _write_images(root: Path, wanted: Sizes, options: Options) -> dict[str, Any]:
+def _write_images(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
     for number in range(24):
         picture(root / f"{number}.jpg", number)
     return {"copies": 4, "asked": 4}

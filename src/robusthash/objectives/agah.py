@@ -84,11 +84,11 @@ def solved_map(class_codes: Tensor, codes: Sequence[Tensor], labels: Tensor) -> 
     with the others as they are; where it makes no difference the old one stays.
     """
     bits, classes = class_codes.shape[1], len(class_codes)
-    wanted = [2 * labels - 1] * len(codes) + [2 * torch.eye(classes, device=labels.device) - 1]
+    targets = [2 * labels - 1] * len(codes) + [2 * torch.eye(classes, device=labels.device) - 1]
     fixed, result = [*codes, class_codes], class_codes.clone()
     for k in range(bits):
         pull = torch.zeros(classes, device=labels.device)
-        for rows, goal in zip(fixed, wanted, strict=True):
+        for rows, goal in zip(fixed, targets, strict=True):
             rest = rows.T @ rows[:, k]
             rest[k] = 0.0
             pull += bits * goal.T @ rows[:, k] - result @ rest

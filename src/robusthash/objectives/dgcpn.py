@@ -65,7 +65,7 @@ class DGCPN(FixedSimilarity):
         super().setup(facts)
         self.kept_neighbours = max(1, min(facts.items - 1, round(self.neighbours * facts.items)))
 
-    def wanted(self, ids: Tensor) -> Tensor:
+    def target(self, ids: Tensor) -> Tensor:
         """(B, B) S of these training items."""
         image, text = self.fixed_image, self.fixed_text
         rows = self.text * text[ids] @ text.T + (1 - self.text) * image[ids] @ image.T  # (B, N)
@@ -78,22 +78,22 @@ class DGCPN(FixedSimilarity):
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
         """Terms ``similarity`` and, where both modalities are known, ``pairs`` and ``coherence``."""
-        wanted = self.wanted(batch.ids)
+        target = self.target(batch.ids)
         total: LossTerms = {}
         views = list(_half_binary(self.directions(outputs, batch, memory)))
         for codes in views:
-            for name, value in self._terms(codes, wanted).items():
+            for name, value in self._terms(codes, target).items():
                 total[name] = total.get(name, 0.0) + value / len(views)
         return total
 
-    def _terms(self, codes: dict[str, Tensor], wanted: Tensor) -> LossTerms:
+    def _terms(self, codes: dict[str, Tensor], target: Tensor) -> LossTerms:
         cosines = [code @ code.T for code in codes.values()]
-        apart = ~torch.eye(len(wanted), dtype=torch.bool, device=wanted.device)
+        apart = ~torch.eye(len(target), dtype=torch.bool, device=target.device)
         if len(codes) < 2:
-            return {"similarity": self.similarity_weight * _off(cosines[0] - wanted, apart)}
+            return {"similarity": self.similarity_weight * _off(cosines[0] - target, apart)}
         images, texts = cosines
         crossed = codes["image"] @ codes["text"].T
-        similar = torch.stack([_off(matrix - wanted, apart) for matrix in (images, texts, crossed)]).sum()
+        similar = torch.stack([_off(matrix - target, apart) for matrix in (images, texts, crossed)]).sum()
         pairs = [(crossed, images), (crossed, texts), (images, texts), (crossed, crossed.T)]
         coherent = torch.stack([squared(left, right) for left, right in pairs]).sum()
         return {

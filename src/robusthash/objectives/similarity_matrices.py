@@ -24,32 +24,32 @@ def squared(left: Tensor, right: Tensor | float) -> Tensor:
 
 
 class MatrixReconstruction(FixedSimilarity):
-    """Base: II, TT and IT are the cosines of the batch's codes, S its matrix ``wanted``."""
+    """Base: II, TT and IT are the cosines of the batch's codes, S its matrix ``target``."""
 
     @abstractmethod
-    def wanted(self, image: Tensor, text: Tensor) -> Tensor:
+    def target(self, image: Tensor, text: Tensor) -> Tensor:
         """(B, B) S of the cosines of fixed image and text features."""
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
         """Terms ``intra`` and, where both modalities are known, those of ``across``."""
         image, text = self.cosines(batch.ids)
-        wanted, codes = self.wanted(image, text), self.directions(outputs, batch, memory)
+        target, codes = self.target(image, text), self.directions(outputs, batch, memory)
         within = [
-            self.within(codes[name], wanted, own)
+            self.within(codes[name], target, own)
             for name, own in (("image", image), ("text", text))
             if name in codes
         ]
         terms = {"intra": torch.stack(within).sum()}
         if len(codes) == 2:
-            terms |= self.across(codes["image"] @ codes["text"].T, wanted)
+            terms |= self.across(codes["image"] @ codes["text"].T, target)
         return terms
 
     @abstractmethod
-    def within(self, codes: Tensor, wanted: Tensor, own: Tensor) -> Tensor:
+    def within(self, codes: Tensor, target: Tensor, own: Tensor) -> Tensor:
         """The term of one modality's codes; ``own`` (B, B) are the cosines of its own features."""
 
     @abstractmethod
-    def across(self, crossed: Tensor, wanted: Tensor) -> LossTerms:
+    def across(self, crossed: Tensor, target: Tensor) -> LossTerms:
         """The terms of IT = ``crossed``."""
 
 
@@ -103,15 +103,15 @@ class DJSRH(_Sloped):
         self.mu = mu
         self.intra_weight = intra
 
-    def wanted(self, image: Tensor, text: Tensor) -> Tensor:
+    def target(self, image: Tensor, text: Tensor) -> Tensor:
         joint = self.beta * (2 * image - 1) + (1 - self.beta) * (2 * text - 1)
         return self.mu * ((1 - self.eta) * joint + self.eta * joint @ joint.T / len(joint))
 
-    def within(self, codes: Tensor, wanted: Tensor, own: Tensor) -> Tensor:
-        return self.intra_weight * squared(codes @ codes.T, wanted)
+    def within(self, codes: Tensor, target: Tensor, own: Tensor) -> Tensor:
+        return self.intra_weight * squared(codes @ codes.T, target)
 
-    def across(self, crossed: Tensor, wanted: Tensor) -> LossTerms:
-        return {"similarity": squared(crossed, wanted)}
+    def across(self, crossed: Tensor, target: Tensor) -> LossTerms:
+        return {"similarity": squared(crossed, target)}
 
 
 @register("objective", "jdsh", paper="Liu et al., SIGIR 2020", evidence="paper+code", supervised=False)
@@ -160,7 +160,7 @@ class JDSH(_Sloped):
         self.mu = mu
         self.intra_weight = intra
 
-    def wanted(self, image: Tensor, text: Tensor) -> Tensor:
+    def target(self, image: Tensor, text: Tensor) -> Tensor:
         (alpha, beta, gamma), (left, right) = self.shares, self.ends
         (low, high), (l1, l2) = self.extremes, self.stretch
         image, text = 2 * image - 1, 2 * text - 1
@@ -169,11 +169,11 @@ class JDSH(_Sloped):
         factor = 1 + (joint < left) * l1 * (low - joint).exp() + (joint > right) * l2 * (joint - high).exp()
         return self.mu * factor * joint
 
-    def within(self, codes: Tensor, wanted: Tensor, own: Tensor) -> Tensor:
-        return self.intra_weight * squared(codes @ codes.T, wanted)
+    def within(self, codes: Tensor, target: Tensor, own: Tensor) -> Tensor:
+        return self.intra_weight * squared(codes @ codes.T, target)
 
-    def across(self, crossed: Tensor, wanted: Tensor) -> LossTerms:
-        return {"similarity": 2 * squared(crossed, wanted), "pairs": -crossed.diagonal().mean()}
+    def across(self, crossed: Tensor, target: Tensor) -> LossTerms:
+        return {"similarity": 2 * squared(crossed, target), "pairs": -crossed.diagonal().mean()}
 
 
 @register("objective", "dsah", paper="Yang et al., ICMR 2020", evidence="paper+code", supervised=False)
@@ -218,17 +218,17 @@ class DSAH(MatrixReconstruction):
         decoders = {name: seeded_linear(facts.bits, D, draws.within(name)) for name, D in widths.items()}
         self.decoders = nn.ModuleDict(decoders)
 
-    def wanted(self, image: Tensor, text: Tensor) -> Tensor:
+    def target(self, image: Tensor, text: Tensor) -> Tensor:
         return self.k * (self.alpha * (2 * image - 1) + (1 - self.alpha) * (2 * text - 1))
 
-    def within(self, codes: Tensor, wanted: Tensor, own: Tensor) -> Tensor:
+    def within(self, codes: Tensor, target: Tensor, own: Tensor) -> Tensor:
         cosines = codes @ codes.T
-        return squared(cosines, wanted) + self.own * squared(cosines, self.k * (2 * own - 1))
+        return squared(cosines, target) + self.own * squared(cosines, self.k * (2 * own - 1))
 
-    def across(self, crossed: Tensor, wanted: Tensor) -> LossTerms:
+    def across(self, crossed: Tensor, target: Tensor) -> LossTerms:
         paired = squared(crossed.diagonal(), self.k)
         return {
-            "similarity": squared(crossed, wanted),
+            "similarity": squared(crossed, target),
             "pairs": paired,
             "symmetry": 2 * squared(crossed, crossed.T),
         }

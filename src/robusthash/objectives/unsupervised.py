@@ -49,8 +49,8 @@ class Unsupervised(HashObjective):
             )
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
-        wanted = 2.0 * relevant(labels, code_labels).float() - 1.0
-        return (unit(output.code) @ unit(codes).T - wanted).square().mean(1)
+        target = 2.0 * relevant(labels, code_labels).float() - 1.0
+        return (unit(output.code) @ unit(codes).T - target).square().mean(1)
 
     def slope(self) -> float:
         """Slope a of the tanh(a u) that is trained now, 1 by default; it never falls."""

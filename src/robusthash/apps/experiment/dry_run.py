@@ -231,9 +231,9 @@ class _Trial:
         recipe = make_recipe(config, initial_hasher(config, self.data, parent), objective)
         count = self.steps or (3 if clock.device.type == "cuda" else 1)
         batch = min(self.rows.train, config.training.batch_size)
-        wanted = count * batch
-        share = recipe.epoch_items(wanted) / wanted  # an epoch may pass its items several times
-        train = _some(self.data.train, max(2, math.ceil(wanted / share)))
+        epoch_size = count * batch
+        share = recipe.epoch_items(epoch_size) / epoch_size  # an epoch may pass its items several times
+        train = _some(self.data.train, max(2, math.ceil(epoch_size / share)))
         settings = replace(train_config(config), epochs=1, batch_size=batch, compile=False)
         self.progress(0, 1, f"training {config.name}")
         clock.start()

@@ -49,8 +49,7 @@ class Working:
         return await asyncio.get_running_loop().run_in_executor(self.threads, call)
 
     async def code(self, modality: str, read: Callable[[], Tensor], database: bool = False) -> Tensor:
-        """The packed code of one input, encoded with those of other requests."""
-        self.queries.admit()
+        """The packed code of one input of an admitted request, encoded with those of others."""
         with self.queries.coming():
             item = await self.run(read)
         return await self.queries.submit(("database" if database else modality, item))
@@ -97,7 +96,13 @@ def create_app(
     app = FastAPI(title="robusthash", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(router)
     app.include_router(_pages)
-    app.add_middleware(Guard, settings=settings, tokens=tokens, metrics=metrics)
+    app.add_middleware(
+        Guard,
+        settings=settings,
+        tokens=tokens,
+        metrics=metrics,
+        admit=lambda: app.state.working.queries.admit(),
+    )
     answer_errors(app)
     return app
 
@@ -162,11 +167,14 @@ async def add_items(
     if len(set(keys)) < len(keys):
         raise ValueError("items: a key is given more than once")
     digests = [request_digest(content, one) for content, one in zip(contents, described, strict=True)]
-    if idempotency_key is not None:
-        held = await working.run(partial(service.held, keys))
-        if any(held[key][1] != digest for key, digest in zip(keys, digests, strict=True) if key in held):
+    if idempotency_key is not None:  # keys of the client's own are written again, with the same result
+        made = {
+            key: digest for key, digest, one in zip(keys, digests, described, strict=True) if "key" not in one
+        }
+        held = await working.run(partial(service.held, list(made)))
+        if any(stamp != made[key] for key, (_, stamp) in held.items()):
             raise Refused(409, "this Idempotency-Key belongs to another request")
-        if len(held) == len(keys):
+        if held and len(held) == len(keys):
             return {"items": [{"id": held[key][0], "key": key, "replaced": False} for key in keys]}
     codes = await asyncio.gather(
         *(working.code("image", partial(service.decode, content), database=True) for content in contents)
@@ -247,7 +255,6 @@ async def story(
     if (image is None) == (item is None):
         raise ValueError("a story takes an image or an item: one of them")
     content = None if image is None else await image.read()
-    working.queries.admit()
     models = (working.service, *working.compared)
     async with working.attacking:
         told = [await working.run(partial(tell, model, content, item, eps, k)) for model in models]

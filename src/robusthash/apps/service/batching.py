@@ -27,8 +27,8 @@ class Batcher(Generic[Item, Result]):
         work: items -> as many results, called in the thread.
         most: items of one call.
         wait: seconds that the first item of a call waits for others.
-        queue: items that wait; one more raises ``Overloaded``.
-        max_wait: seconds that an item may be expected to wait; beyond, ``Overloaded``.
+        queue: items that wait; where it is full, ``admit`` raises ``Overloaded``.
+        max_wait: seconds that an item may be expected to wait; beyond, ``admit`` raises it too.
     """
 
     def __init__(
@@ -82,16 +82,9 @@ class Batcher(Generic[Item, Result]):
             raise Overloaded(max(1.0, expected))
 
     async def submit(self, item: Item) -> Result:
-        """The result of one item.
-
-        Raises:
-            Overloaded: the queue is full.
-        """
+        """The result of one item, which waits where the queue is full: ask ``admit`` before."""
         done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        try:
-            self._queue.put_nowait((item, done))
-        except asyncio.QueueFull:
-            raise Overloaded(max(1.0, self._seconds * self._queue.maxsize)) from None
+        await self._queue.put((item, done))
         return await done
 
     async def _run(self) -> None:

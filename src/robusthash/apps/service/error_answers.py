@@ -10,7 +10,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from robusthash.apps.service.batching import Overloaded
 from robusthash.apps.service.guard import Refused
 from robusthash.apps.service.search_service import NoItem, UnwantedFormat
 from robusthash.data.image_files import ImageTooLarge, UnreadableImage
@@ -25,10 +24,6 @@ def answer_errors(app: FastAPI) -> None:
             return Refused(status, str(message)).response()
 
         return handle
-
-    async def overloaded(request: Request, error: Any) -> JSONResponse:
-        request.app.state.working.metrics.refused.labels("503").inc()
-        return Refused(503, str(error), error.retry_after).response()
 
     async def missing(request: Request, error: Any) -> JSONResponse:
         return Refused(404, f"there is no item {error.args[0]}").response()
@@ -48,7 +43,6 @@ def answer_errors(app: FastAPI) -> None:
         (ValueError, 422),
     ):
         app.add_exception_handler(kind, answer(status))
-    app.add_exception_handler(Overloaded, overloaded)
     app.add_exception_handler(NoItem, missing)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, http)

@@ -8,13 +8,14 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from robusthash.apps.service.batching import Overloaded
 from robusthash.apps.service.settings import ServiceSettings
 from robusthash.apps.service.tokens import Token, token_of
 
@@ -24,6 +25,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
 _CLIENTS = 10_000  # whose rates are remembered
 _ROUTES = "v1 search items info healthz readyz metrics reload samples story image {id}"
 _KNOWN = {"", *_ROUTES.split()}  # parts of paths
+_ENCODING = ("/v1/search", "/v1/items", "/v1/story")
 
 
 class Refused(Exception):
@@ -77,12 +79,22 @@ class Metrics:
 
 
 class Guard:
-    """ASGI middleware: what must hold before a request meets a route."""
+    """ASGI middleware: what must hold before a request meets a route.
+
+    ``admit`` raises ``Overloaded`` where the hasher has no room: requests are refused before their bodies
+    are read.
+    """
 
     def __init__(
-        self, app: ASGIApp, settings: ServiceSettings, tokens: Sequence[Token], metrics: Metrics
+        self,
+        app: ASGIApp,
+        settings: ServiceSettings,
+        tokens: Sequence[Token],
+        metrics: Metrics,
+        admit: Callable[[], None],
     ) -> None:
         self._app, self._settings, self._tokens, self._metrics = app, settings, tokens, metrics
+        self._hasher_admits = admit
         self._rates = Rates(settings.rate, settings.burst)
         self._held = 0  # bytes of bodies in memory
 
@@ -141,6 +153,11 @@ class Guard:
         scope["state"]["client"] = client
         if scope["path"].startswith("/v1/") and (wait := self._rates.take(client, time.monotonic())):
             raise Refused(429, "too many requests", wait)
+        if scope["method"] == "POST" and scope["path"] in _ENCODING:
+            try:
+                self._hasher_admits()
+            except Overloaded as full:
+                raise Refused(503, str(full), full.retry_after) from None
 
     def _token(self, scope: Scope, headers: Headers) -> Token:
         kind, _, text = headers.get("authorization", "").partition(" ")

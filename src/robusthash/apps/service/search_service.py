@@ -132,6 +132,8 @@ class SearchService:
             UnwantedFormat: a format that the service does not take.
             ImageTooLarge, UnreadableImage: as in ``read_image``.
         """
+        if not self.model.side:
+            raise ValueError("this model takes no images")
         accepted = self.settings.formats
         if not any(content.startswith(magic) for name in accepted for magic in _MAGIC[name]):
             raise UnwantedFormat(f"the image is no {', '.join(accepted)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,24 @@ def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServiceSetting
         raise ValueError(f"setting {name}: {first['msg']}, got {first['input']!r}{known}") from None
 
 
+def _listening(settings: ServiceSettings) -> socket.socket:
+    """A socket that listens at the address of the settings; port 0 takes a free one."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family)
+    except OSError as error:
+        address = f"{settings.host}:{settings.port}"
+        raise OSError(f"cannot listen on {address}: {error.strerror or error}; try another --port") from None
+
+
+def _reload(service: SearchService) -> None:
+    """Open the index again; where that fails, the old one stays in use and the log says why."""
+    try:
+        service.reload()
+    except (OSError, ValueError) as error:
+        logging.getLogger("robusthash.service").error("the index was not opened again: %s", error)
+
+
 def _log_requests() -> None:
     """One line of JSON for each request, on stderr, and nowhere else."""
     log = logging.getLogger("robusthash.service")
@@ -97,17 +116,20 @@ def _log_requests() -> None:
 
 def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
     """Listen until SIGINT or SIGTERM; requests under way are answered first."""
-    import uvicorn  # the extra serve
+    try:
+        import uvicorn
 
-    from robusthash.apps.service.api import create_app
+        from robusthash.apps.service.api import create_app
+    except ImportError as error:
+        raise ImportError(
+            f"serving needs more packages ({error}): pip install 'robusthash[serve]'"
+        ) from error
 
     settings, service = serving.service.settings, serving.service
     _log_requests()
     app = create_app(service, serving.tokens, serving.compared)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         access_log=False,
         log_level="warning",
         proxy_headers=False,
@@ -117,8 +139,9 @@ def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
         timeout_graceful_shutdown=_GRACE,
     )
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda *_: service.reload())
+        signal.signal(signal.SIGHUP, lambda *_: _reload(service))
     kind = "with" if serving.tokens else "without"
     size = f"{service.info()['items']} items, {service.model.bits} bits"
-    note(f"{size}, at http://{settings.host}:{settings.port}/ ({kind} tokens)")
-    uvicorn.Server(config).run()
+    with _listening(settings) as listener:
+        note(f"{size}, at http://{settings.host}:{listener.getsockname()[1]}/ ({kind} tokens)")
+        uvicorn.Server(config).run(sockets=[listener])

@@ -126,13 +126,13 @@ def solve(
     return result
 
 
-def _check_modalities(name: str, wanted: int, given: list[str]) -> None:
-    if wanted == 2 and len(given) != 2:
+def _check_modalities(name: str, expected: int, given: list[str]) -> None:
+    if expected == 2 and len(given) != 2:
         raise ValueError(
             f"{name} hashes images and texts together, and only {given[0]} features are there; set "
             "hasher.image and hasher.text, and texts for the data"
         )
-    if wanted == 1 and len(given) != 1:
+    if expected == 1 and len(given) != 1:
         raise ValueError(
             f"{name} hashes one modality, and here are {' and '.join(given)}; leave one encoder out"
         )
