@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 Work = Callable[[], object]
 
@@ -43,3 +44,16 @@ def in_turn(ours: Work, theirs: Work, pairs: int) -> Compared:
     )
     medians = [statistics.median(made[clock] for made in side) for clock in (1, 0) for side in times]
     return Compared(processor, wall, *medians)
+
+
+class StepLog:
+    """A log of training that keeps nothing; ``progress``, called after each step, is for heirs."""
+
+    def resume(self) -> None:
+        return None
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        pass
+
+    def log(self, line: dict[str, Any]) -> None:
+        pass

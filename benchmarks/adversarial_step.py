@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _timing import seconds
+from _timing import StepLog, seconds
 from defense_cost import random_data
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -146,21 +146,12 @@ class Reencoding(ByHand):
 
 
 @dataclass
-class Beside:
+class Beside(StepLog):
     """A log of training; after each step of ``fit`` it lets others take theirs, and keeps all times."""
 
     others: dict[str, Callable[[], None]]
     times: list[dict[str, tuple[float, float]]] = field(default_factory=list)  # (wall, processor) seconds
     began: tuple[float, float] | None = None
-
-    def resume(self) -> None:
-        return None
-
-    def checkpoint(self, state: dict[str, Any]) -> None:
-        pass
-
-    def log(self, line: dict[str, Any]) -> None:
-        pass
 
     def progress(self, done: int, total: int, text: str) -> None:
         now = time.perf_counter(), time.process_time()

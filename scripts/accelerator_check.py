@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from _timing import StepLog
 from adversarial_step import BITS, Bare  # noqa: E402
 from defense_cost import random_data  # noqa: E402
 
@@ -32,20 +33,11 @@ STEPS = 7  # of the inner attack
 Stage = Callable[[argparse.Namespace], Iterator[dict[str, Any]]]
 
 
-class Clock:
+class Clock(StepLog):
     """A log of training that takes the time of each step, when the device has done it."""
 
     def __init__(self, device: str) -> None:
         self.device, self.times = device, [time.perf_counter()]
-
-    def resume(self) -> None:
-        return None
-
-    def checkpoint(self, state: dict[str, Any]) -> None:
-        pass
-
-    def log(self, line: dict[str, Any]) -> None:
-        pass
 
     def progress(self, done: int, total: int, text: str) -> None:
         synchronise(self.device)
