@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from _timing import StepLog
+from _timing import StepLog  # noqa: E402
 from adversarial_step import BITS, Bare  # noqa: E402
 from defense_cost import random_data  # noqa: E402
 
