@@ -45,7 +45,7 @@ class ServiceSettings(BaseModel):
     max_k: int = Field(100, ge=1, le=10_000)
     max_items: int = Field(32, ge=1, le=1_000)
     queue: int = Field(64, ge=1, le=10_000)
-    max_wait: float = Field(100.0, gt=0)
+    max_wait: float = Field(25.0, gt=0)
     buffer: int = Field(256 << 20, ge=1 << 20)
     batch: int = Field(16, ge=1, le=1_024)
     batch_wait: float = Field(2.0, ge=0, le=1_000)
