@@ -63,13 +63,13 @@ def save_exported(folder: Path, hasher: Hasher, facts: dict[str, Any], overwrite
     if used := sources(spec):
         card["plugins"] = used
     card |= {"weights": hashlib.sha256(weights).hexdigest(), "versions": software_versions()}
-    found = _digest_of(card, hasher)
-    if card.setdefault("digest", found) != found:
+    digests = _digest_of(card, hasher)
+    if card.setdefault("digest", digests) != digests:
         raise ValueError(
-            f"the digest {card['digest']!r} is not that of these weights ({found}), which may have changed "
+            f"the digest {card['digest']!r} is not that of these weights ({digests}), which may have changed "
             "since; save SearchModel(hasher, side), which computes it"
         )
-    _check_free(folder, found, overwrite)
+    _check_free(folder, digests, overwrite)
     text = json_text(sealed(card), CARD)
     folder.mkdir(parents=True, exist_ok=True)
     with write_all_aside([folder / WEIGHTS, folder / CARD]) as asides:
@@ -128,15 +128,15 @@ def load_exported(folder: Path) -> tuple[Hasher, dict[str, Any]]:
         hasher.load_state_dict(tensors)
         if list(hasher.modalities) != card["modalities"]:
             raise ValueError(f"modalities is {card['modalities']}, and its hasher has {hasher.modalities}")
-        found = _digest_of(card, hasher)
-        if found != card["digest"] and SEAL not in card:
+        digests = _digest_of(card, hasher)
+        if digests != card["digest"] and SEAL not in card:
             logger.warning(
                 "%s is of an earlier version, and its digest %s cannot be computed from its weights: codes "
-                "carry %s; save the model again from its run", folder / CARD, card["digest"], found
+                "carry %s; save the model again from its run", folder / CARD, card["digest"], digests
             )  # fmt: skip
-        elif found != card["digest"]:
-            raise ValueError(f"its digest is {card['digest']}, and that of the weights {found}")
-    return hasher.eval(), {**card, "digest": found}
+        elif digests != card["digest"]:
+            raise ValueError(f"its digest is {card['digest']}, and that of the weights {digests}")
+    return hasher.eval(), {**card, "digest": digests}
 
 
 def _fault(card: Any) -> str:
