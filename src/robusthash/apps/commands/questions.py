@@ -11,8 +11,9 @@ def questions(
     run: RunPath,
     budgets: Annotated[str, Option(help="Oracle queries per query at which MAP is read.")] = "100,1000,5000",
     shows: Annotated[
-        Literal["codes", "distances", "ids", "all"], Option(help="What the service shows.")
+        Literal["codes", "distances", "coarse", "ids", "all"], Option(help="What the service shows.")
     ] = "all",
+    step: Annotated[int, Option(min=1, help="Bits between the distances that `coarse` tells apart.")] = 4,
     queries: Queries = 100,
     search: Annotated[
         str | None, Option(help="square (images), nes, or greedy-words (bags of words).")
@@ -43,7 +44,7 @@ def questions(
     answers = list(JUDGES) if shows == "all" else [shows]
     budget = threat_name(threat, eps, norm, query_modality(victim, direction))
     with progress_bars() as progress:
-        table = oracle_table(victim, numbers, answers, queries, search, budget, direction, progress)
+        table = oracle_table(victim, numbers, answers, queries, search, budget, direction, progress, step)
     drawn = [] if figure is None else draw_oracle_table(table, figure)
     if as_json:
         print_json({**table.plain(), "figures": [str(path) for path in drawn]})

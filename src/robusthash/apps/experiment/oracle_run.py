@@ -27,7 +27,7 @@ from robusthash.robustness.specs.oracle_attacks import (
     oracle_curve,
 )
 
-JUDGES: dict[Shows, Judge] = {"codes": "ap", "distances": "ap", "ids": "rank"}
+JUDGES: dict[Shows, Judge] = {"codes": "ap", "distances": "ap", "coarse": "ap", "ids": "rank"}
 """The most that can be made of what is shown."""
 
 
@@ -85,6 +85,7 @@ def oracle_table(
     threat: str = "img-linf-8",
     direction: str | None = None,
     progress: Progress = silent,
+    step: int = 4,
 ) -> OracleTable:
     """Search by oracle queries to a run's victim up to the largest budget, once for each kind of answer.
 
@@ -96,6 +97,7 @@ def oracle_table(
         search: ``square``, ``nes`` or another registered one; by default ``square``, of words
             ``greedy-words``.
         direction: ``I2T`` and the like; the hasher's first modality both ways by default.
+        step: of coarse distances, in bits.
 
     Raises:
         RunError: a folder that is no trained run.
@@ -112,7 +114,7 @@ def oracle_table(
     store = FolderStore(run.path / "questions" / _identity(run, context, budgets))
     curves = {}
     for kind in shows:
-        spec = OracleAttack(f"{name}, {kind}", built, aim, kind, JUDGES[kind], budgets[-1])
+        spec = OracleAttack(f"{name}, {kind}", built, aim, kind, JUDGES[kind], budgets[-1], step=step)
         curves[kind] = oracle_curve(context, spec, budgets, progress, store)
     clean = next(iter(curves.values())).clean
     return OracleTable(run.path, aim.name, name, tuple(budgets), clean, curves, context.chosen)

@@ -35,11 +35,12 @@ from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.robustness_measures import topk_disruption
 from robusthash.robustness.specs.transfer_attacks import keyed
 
-Shows = Literal["codes", "distances", "ids"]
+Shows = Literal["codes", "distances", "coarse", "ids"]
 Judge = Literal["ap", "overlap", "rank", "moved"]
 _JUDGES: dict[str, tuple[str, ...]] = {
     "codes": ("ap", "overlap", "moved"),
     "distances": ("ap", "overlap"),
+    "coarse": ("ap", "overlap"),
     "ids": ("overlap", "rank"),
 }
 
@@ -52,7 +53,8 @@ class OracleAttack:
 
     * ``codes``, ``ap`` (B2): the returned code, and the database's codes and labels: exact expected AP.
     * ``distances``, ``ap`` (B2): the returned distances to every item and the items' labels: the same AP.
-    * ``codes`` or ``distances``, ``overlap`` (B2): no labels; the share of the clean top k that was replaced,
+    * ``coarse``, ``ap`` (B2): the same from distances rounded down to multiples of ``step`` bits.
+    * ``codes``, ``distances`` or ``coarse``, ``overlap`` (B2): no labels; the share of the clean top k that was replaced,
       exact under ties from codes, by (distance, id) from distances.
     * ``codes``, ``moved`` (B2): the share of bits that differ from the clean query's code, of vectors the
       distance; neither labels nor database. AP stays flat while the right item is still first, and this does
@@ -66,6 +68,7 @@ class OracleAttack:
         attacked: threat of one modality, the query's; its knowledge is set by ``shows``.
         budget: oracle queries of each query.
         k: ids that the service returns, and ranks that ``overlap`` counts.
+        step: bits between the distances that ``coarse`` tells apart.
         marks: rising numbers of oracle queries; the results are then the clean query and the best inputs
             after each of them, in the places of targets.
 
@@ -83,8 +86,11 @@ class OracleAttack:
     restarts: int = 1
     kind: Kind = "black-box"
     marks: tuple[int, ...] = ()
+    step: int = 4
 
     def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ValueError(f"coarse distances have steps of at least 1 bit, got {self.step}")
         if self.judge not in _JUDGES.get(self.shows, ()):
             known = "; ".join(f"{shows}: {', '.join(judges)}" for shows, judges in _JUDGES.items())
             raise ValueError(f"{self.judge!r} cannot be judged from {self.shows!r}; there is {known}")
@@ -150,8 +156,13 @@ class OracleAttack:
         """One oracle query for each query, and the score of its answer."""
         scorer: Any = self._code_score if self.shows == "codes" else self._list_score
         score = scorer(context, batch)
-        answers = {"codes": oracle.codes, "distances": oracle.distances, "ids": oracle.rank}
-        answer: Callable[[Batch], Any] = answers[self.shows]
+        answers: dict[str, Callable[[Batch], Any]] = {
+            "codes": oracle.codes,
+            "distances": oracle.distances,
+            "coarse": lambda asked: oracle.distances(asked) // self.step * self.step,
+            "ids": oracle.rank,
+        }
+        answer = answers[self.shows]
         return lambda inputs: score(answer(batch.with_inputs(inputs))).to(batch.ids.device)
 
     def _code_score(self, context: EvaluationContext, batch: Batch) -> Callable[[Searched], Tensor]:
@@ -182,7 +193,7 @@ class OracleAttack:
         first: list[Tensor] = []
 
         def lost(answer: Tensor) -> Tensor:
-            ids = _nearest(answer, self.k) if self.shows == "distances" else answer
+            ids = answer if self.shows == "ids" else _nearest(answer, self.k)
             first.extend([ids][len(first) :])
             return ids_lost(first[0], ids, weighted=self.judge == "rank")
 
