@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def oracle_table(
     store = FolderStore(run.path / "questions" / _identity(run, context, budgets))
     curves = {}
     for kind in shows:
-        spec = OracleAttack(f"{name}, {kind}", built, aim, kind, JUDGES[kind], budgets[-1], step=step)
+        spec = OracleAttack(f"{name}, {kind}", built, aim, kind, JUDGES[kind], budgets[-1])
+        spec = replace(spec, step=step) if kind == "coarse" else spec
         curves[kind] = oracle_curve(context, spec, budgets, progress, store)
     clean = next(iter(curves.values())).clean
     return OracleTable(run.path, aim.name, name, tuple(budgets), clean, curves, context.chosen)
