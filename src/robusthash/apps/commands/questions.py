@@ -35,7 +35,7 @@ def questions(
     from robusthash.apps.experiment.threat_options import query_modality, threat_name
     from robusthash.apps.reports.charts import require_matplotlib
 
-    numbers, victim = _rising(budgets), load_run(run)
+    numbers, victim = rising(budgets), load_run(run)
     if figure is not None:
         require_matplotlib()
         if figure.suffix not in (".pdf", ".png"):
@@ -54,7 +54,8 @@ def questions(
     print_lines(drawn)
 
 
-def _rising(text: str) -> list[int]:
+def rising(text: str) -> list[int]:
+    """Numbers of oracle queries, as an option gives them."""
     parts = [part.strip() for part in text.split(",")]
     numbers = [int(part) for part in parts if part.isdigit()]
     if len(numbers) < len(parts) or numbers[0] < 1 or sorted(set(numbers)) != numbers:

@@ -54,8 +54,8 @@ class OracleAttack:
     * ``codes``, ``ap`` (B2): the returned code, and the database's codes and labels: exact expected AP.
     * ``distances``, ``ap`` (B2): the returned distances to every item and the items' labels: the same AP.
     * ``coarse``, ``ap`` (B2): the same from distances rounded down to multiples of ``step`` bits.
-    * ``codes``, ``distances`` or ``coarse``, ``overlap`` (B2): no labels; the share of the clean top k that was replaced,
-      exact under ties from codes, by (distance, id) from distances.
+    * ``codes``, ``distances`` or ``coarse``, ``overlap`` (B2): no labels; the share of the clean top k that
+      was replaced, exact under ties from codes, by (distance, id) from distances.
     * ``codes``, ``moved`` (B2): the share of bits that differ from the clean query's code, of vectors the
       distance; neither labels nor database. AP stays flat while the right item is still first, and this does
       not.
@@ -147,12 +147,12 @@ class OracleAttack:
         batch = context.batch(block)
         shown: Literal["B1", "B2"] = "B1" if self.shows == "ids" else "B2"
         oracle = QueryOracle(context.victim, context.database, self.budget, shown, self.k)
-        ask, draws = self._ask(context, batch, oracle), keyed(context, "questions", restart)
+        ask, draws = self.asking(context, batch, oracle), keyed(context, "questions", restart)
         return batch, search_by_queries(
             self.search, ask, batch, self.threat, draws, self.budget, start, self.marks
         )
 
-    def _ask(self, context: EvaluationContext, batch: Batch, oracle: QueryOracle) -> QueryScore:
+    def asking(self, context: EvaluationContext, batch: Batch, oracle: QueryOracle) -> QueryScore:
         """One oracle query for each query, and the score of its answer."""
         scorer: Any = self._code_score if self.shows == "codes" else self._list_score
         score = scorer(context, batch)
