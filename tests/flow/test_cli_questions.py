@@ -36,7 +36,7 @@ def test_curves_fall_with_questions_and_rank_what_is_shown(call, trained, tmp_pa
     assert found["budgets"] == [1, 5, 30]
     assert found["queries"] == 16, "the 3 queries of the recipe are not meant"
     assert (found["search"], found["threat"], found["run"]) == ("square", "img-linf-24", str(trained))
-    assert [shows["judge"] for shows in found["shows"].values()] == ["ap", "ap", "rank"]
+    assert [shows["judge"] for shows in found["shows"].values()] == ["ap", "ap", "ap", "rank"]
     curves = {shows: of["wMAP"] for shows, of in found["shows"].items()}
     for name, values in curves.items():
         assert values == sorted(values, reverse=True), name
@@ -45,6 +45,7 @@ def test_curves_fall_with_questions_and_rank_what_is_shown(call, trained, tmp_pa
         assert all(low <= value <= high for value, (low, high) in zip(values, ends, strict=True))
     assert curves["codes"][-1] < found["clean"] - 0.02
     assert curves["distances"] == curves["codes"], "both tell the attacker the same AP"
+    assert found["clean"] >= curves["coarse"][-1] >= curves["codes"][-1] - 0.02
     assert [Path(path).name for path in found["figures"]] == ["asked.pdf", "asked.png"]
     assert all(Path(path).stat().st_size > 1000 for path in found["figures"])
 

@@ -332,7 +332,8 @@ def test_distances_tell_as_much_as_codes(context: EvaluationContext) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shows", "judge"), [("codes", "overlap"), ("distances", "overlap"), ("ids", "overlap")]
+    ("shows", "judge"),
+    [("codes", "overlap"), ("distances", "overlap"), ("coarse", "overlap"), ("ids", "overlap")],
 )
 def test_overlap_needs_no_labels(shows, judge, context: EvaluationContext) -> None:
     line = OracleAttack("unlabelled", Square(), image_threat(EPS), shows, judge, 40, k=5)

@@ -27,6 +27,14 @@ def serve(
     answer: Annotated[
         str | None, Option(help="What answers show: ids, coarse, distances (default) or codes.")
     ] = None,
+    detection: Annotated[
+        bool | None,
+        Option("--detection/--no-detection", help="Refuse many queries of nearly one image (default)."),
+    ] = None,
+    agreement: Annotated[
+        int | None,
+        Option(min=0, help="Refuse image queries whose code moves by more bits under JPEG or a small cut."),
+    ] = None,
     settings: Annotated[Path | None, Option(help="YAML file of limits; see docs/serving.md.")] = None,
     compare: Annotated[
         list[Path] | None, Option(help="Index of another run over the same images, for the page to compare.")
@@ -45,7 +53,8 @@ def serve(
     from robusthash.apps.service.serving import Serving, read_settings, serve_forever
 
     given: dict[str, Any] = {"host": host, "port": port}
-    given |= {} if answer is None else {"answer": answer}
+    chosen = {"answer": answer, "detection": detection, "agreement": agreement}
+    given |= {name: value for name, value in chosen.items() if value is not None}
     given |= {"attacks": True} if attacks or demo else {}
     if demo:
         from robusthash.apps.service.demo_search import demo_parts

@@ -20,6 +20,7 @@ from torch import Tensor
 from robusthash.apps.service.batching import Batcher
 from robusthash.apps.service.error_answers import answer_errors
 from robusthash.apps.service.guard import Guard, Metrics, Refused
+from robusthash.apps.service.query_guards import QueryGuards
 from robusthash.apps.service.request_fields import described_items, item_key, mapping, names, request_digest
 from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem
 from robusthash.apps.service.story import tell
@@ -40,6 +41,7 @@ class Working:
     queries: Batcher[tuple[str, Tensor], Tensor]
     threads: ThreadPoolExecutor
     metrics: Metrics
+    guards: QueryGuards
     compared: tuple[SearchService, ...] = ()
     ready: bool = False
     attacking: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -53,6 +55,22 @@ class Working:
         with self.queries.coming():
             item = await self.run(read)
         return await self.queries.submit(("database" if database else modality, item))
+
+    async def query_code(self, content: bytes, client: str) -> Tensor:
+        """The packed code of an uploaded query image, where the guards let it pass."""
+
+        def read() -> tuple[list[Tensor], float]:
+            image = self.service.decode(content)
+            slowed = self.guards.detect(image, client)
+            return [image, *self.guards.changed(image)], slowed
+
+        with self.queries.coming():
+            images, slowed = await self.run(read)
+        if slowed:
+            await asyncio.sleep(slowed)
+        code, *others = await asyncio.gather(*(self.queries.submit(("image", image)) for image in images))
+        self.guards.agree(code, others)
+        return code
 
 
 def create_app(
@@ -81,7 +99,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         wait = settings.batch_wait / 1e3
         batcher = Batcher(encode, settings.batch, wait, settings.queue, settings.max_wait / 1e3)
-        working = Working(service, batcher, ThreadPoolExecutor(settings.readers), metrics, tuple(compared))
+        threads, guards = ThreadPoolExecutor(settings.readers), QueryGuards(settings, metrics)
+        working = Working(service, batcher, threads, metrics, guards, tuple(compared))
         app.state.working = working
         batcher.start()
         metrics.items.set((await working.run(service.info))["items"])
@@ -133,8 +152,7 @@ async def search(
         raise ValueError(f"k: at most {service.settings.max_k}, got {k}")
     allowed = mapping(where, "where")
     if image is not None:
-        content = await image.read()
-        code = await working.code("image", partial(service.decode, content))
+        code = await working.query_code(await image.read(), request.state.client)
     else:
         code = await working.code("text", partial(service.text, str(text)))
     results = await working.run(partial(service.search, code, k, allowed, names(fields)))

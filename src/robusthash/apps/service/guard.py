@@ -75,6 +75,7 @@ class Metrics:
         )
         self.active = Gauge("robusthash_active_requests", "Requests in work", registry=self.registry)
         self.refused = Counter("robusthash_refused", "Refused requests", ("reason",), registry=self.registry)
+        self.slowed = Counter("robusthash_slowed", "Answers slowed by detection", registry=self.registry)
         self.items = Gauge("robusthash_items", "Items in the index", registry=self.registry)
 
 

@@ -168,7 +168,9 @@ class SearchService:
             ranking = index.search(self._codes(code[None]), k, where)
             ids = [item for item in ranking.ids[0].tolist() if item >= 0]
             payloads = index.payload(ids)
-        rows = zip(ids, ranking.distances[0].tolist(), payloads, strict=False)
+        rows = list(zip(ids, ranking.distances[0].tolist(), payloads, strict=False))
+        if self.settings.answer == "coarse":  # the order within a step would tell what the step hides
+            rows.sort(key=lambda row: (row[1] // self.settings.step, row[0]))
         return [
             {"id": item, **self._distance(distance), "payload": self.shown(payload, fields)}
             for item, distance, payload in rows

@@ -31,6 +31,12 @@ class ServiceSettings(BaseModel):
         readers: threads that decode images and search.
         answer: details of an answer, see ``Answer``.
         step: of distances under ``coarse``, in bits.
+        detection: count near duplicates among recent query images, and slow and refuse those that have many.
+        near_own, near_everyone: different near duplicates of an image that one client, or all, may send.
+        near_seconds, near_memory: how long, and how many, query images are remembered.
+        near_delay: seconds by which an answer is slowed from half of these numbers on.
+        agreement: bits by which codes of a query saved as JPEG, or cut by 5 %, may differ from its own; None
+            does not look. It triples the encodes of image queries.
         attacks: let the page compute an attack on a query here.
         show_paths: name the files of items by their paths below the folder of images.
     """
@@ -56,6 +62,13 @@ class ServiceSettings(BaseModel):
     readers: int = Field(2, ge=1, le=64)
     answer: Answer = "distances"
     step: int = Field(4, ge=1)
+    detection: bool = True
+    near_own: int = Field(20, ge=1)
+    near_everyone: int = Field(60, ge=1)
+    near_seconds: float = Field(3_600.0, gt=0, le=86_400)
+    near_memory: int = Field(20_000, ge=1, le=1_000_000)
+    near_delay: float = Field(0.5, ge=0, le=10)
+    agreement: int | None = Field(None, ge=0)
     attacks: bool = False
     show_paths: bool = False
 
