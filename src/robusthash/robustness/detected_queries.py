@@ -26,7 +26,7 @@ SECONDS = 0.02  # between queries of one attacker: the rate that a service allow
 
 @dataclass(frozen=True)
 class Evasion:
-    """What an attacker does who knows of the detection, but not its salt.
+    """Evasion by an attacker who knows of the detection, but not its salt.
 
     Attributes:
         clients: names that it queries under in turn.

@@ -21,7 +21,7 @@ Query = tuple[str, Image.Image]
 
 @dataclass(frozen=True)
 class Refusals:
-    """What one kind of traffic met: queries, and how many of them were slowed or refused."""
+    """Number of queries of one kind of traffic, and of those that were slowed or refused."""
 
     kind: str
     words: str

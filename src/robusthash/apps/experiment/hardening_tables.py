@@ -1,4 +1,4 @@
-"""Markdown tables of what ``hardening_run`` measured."""
+"""Markdown tables of the measurements of ``hardening_run``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a query image meets before it is answered: detection of query attacks, and agreement of its code."""
+"""Guards of image queries: detection of query attacks, and agreement of the code under harmless changes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class QueryGuards:
         return 0.0
 
     def changed(self, image: Tensor) -> list[Tensor]:
-        """The harmless changes of a query whose codes must agree with its own; none without agreement."""
+        """Harmless changes of a query whose codes must agree with its own; none without agreement."""
         if self._settings.agreement is None:
             return []
         return [each[0] for each in CodeAgreement().changed(image[None])]
