@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Lock
@@ -39,7 +39,7 @@ class DetectionLimits:
         everyone: the same over all clients.
         slow: share of either number from which answers are slowed.
         seconds: for which a query is remembered.
-        memory: queries that are remembered, over all clients; about 10 kB each.
+        memory: queries that are remembered, over all clients; about 11 kB each.
         shared: hashes of 50 that near duplicates share.
         step: levels of 255 that a hash does not tell apart.
     """
@@ -67,7 +67,10 @@ class DetectionLimits:
 
 @dataclass(frozen=True)
 class Sighting:
-    """A query as the detector sees it: its near duplicates among remembered ones, and what follows."""
+    """A query as the detector sees it: its near duplicates among remembered ones, and what follows.
+
+    Of a query with the pixels of a remembered one none are counted.
+    """
 
     own: int  # of the same client
     everyone: int
@@ -142,7 +145,7 @@ class QueryDetector:
         self.limits = limits
         self._fingerprint = Fingerprints(limits, secrets.token_bytes(32) if salt is None else salt)
         self._queries: OrderedDict[int, _Remembered] = OrderedDict()
-        self._by_hash: dict[int, deque[int]] = {}
+        self._by_hash: dict[int, list[int]] = {}
         self._contents: set[bytes] = set()
         self._next, self._lock = 0, Lock()
 
@@ -160,12 +163,13 @@ class QueryDetector:
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(f"a query is (H, W, 3) uint8 pixels, got {pixels.dtype} {pixels.shape}")
         content = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
-        hashes = self._fingerprint(pixels)
         with self._lock:
             self._forget(now)
-            near = list(self._near(hashes))
             if content in self._contents:
-                return Sighting(0, len(near), "answer")
+                return Sighting(0, 0, "answer")
+        hashes = self._fingerprint(pixels)
+        with self._lock:
+            near = list(self._near(hashes))
             mine = [query.time for query in near if query.client == client]
             waits = (
                 self._wait(mine, self.limits.own, now),
@@ -193,7 +197,9 @@ class QueryDetector:
         self._queries[slot] = query
         self._contents.add(query.content)
         for value in query.hashes:
-            self._by_hash.setdefault(value, deque(maxlen=_LISTED)).append(slot)
+            slots = self._by_hash.setdefault(value, [])
+            slots.append(slot)
+            del slots[:-_LISTED]
 
     def _forget(self, now: float) -> None:
         """Drop queries that are too old, and the oldest where there are too many."""
@@ -206,6 +212,6 @@ class QueryDetector:
             for value in query.hashes:
                 slots = self._by_hash[value]
                 if slots[0] == slot:  # newer ones may have pushed it out
-                    slots.popleft()
+                    del slots[0]
                 if not slots:
                     del self._by_hash[value]
