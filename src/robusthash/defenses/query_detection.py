@@ -187,9 +187,9 @@ class QueryDetector:
 
     def _near(self, hashes: tuple[int, ...]) -> Iterator[_Remembered]:
         """Remembered queries that share enough hashes, the oldest first."""
-        found = Counter(slot for value in hashes for slot in self._by_hash.get(value, ()))
+        shares = Counter(slot for value in hashes for slot in self._by_hash.get(value, ()))
         enough = min(self.limits.shared, len(hashes))
-        for slot in sorted(slot for slot, shared in found.items() if shared >= enough):
+        for slot in sorted(slot for slot, shared in shares.items() if shared >= enough):
             yield self._queries[slot]
 
     def _remember(self, query: _Remembered) -> None:

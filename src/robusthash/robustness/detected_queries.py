@@ -152,10 +152,10 @@ def detected_search(
         oracle = QueryOracle(context.victim, context.database, spec.budget, _shown(spec), spec.k)
         ask = spec.asking(context, batch, oracle)
         guarded = _Guarded(ask, batch, detector, evasion, decoys, draws)
-        found = search_by_queries(
+        result = search_by_queries(
             spec.search, guarded, batch, spec.threat, draws, spec.budget, marks=spec.marks
         )
-        blocks.append((guarded, _lowest(context, batch, found.best_after)))
+        blocks.append((guarded, _lowest(context, batch, result.best_after)))
         progress(block + 1, context.blocks, f"{spec.name}, {evasion.name}")
     return Detected(
         torch.cat([each.slowed for each, _ in blocks]),

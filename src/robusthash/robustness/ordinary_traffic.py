@@ -48,7 +48,7 @@ def ordinary_refusals(
     square = [ImageOps.fit(photograph, (_LARGE, _LARGE)) for photograph in photographs]
     draws = Draws(seed).within("ordinary traffic")
     together = QueryDetector(limits, salt=b"all ordinary traffic")
-    found, total = [], [0, 0, 0]
+    kinds, total = [], [0, 0, 0]
     for number, (kind, (words, traffic)) in enumerate(TRAFFIC.items()):
         alone = QueryDetector(limits, salt=b"one kind of ordinary traffic")
         counts = [0, 0, 0]
@@ -61,9 +61,9 @@ def ordinary_refusals(
                 count[0] += 1
                 count[1] += verdict == "slow"
                 count[2] += verdict == "refuse"
-        found.append(Refusals(kind, words, *counts))
+        kinds.append(Refusals(kind, words, *counts))
         progress(number + 1, len(TRAFFIC), "ordinary traffic")
-    return [*found, Refusals("all of it", "through one detector, within its memory", *total)]
+    return [*kinds, Refusals("all of it", "through one detector, within its memory", *total)]
 
 
 def _numbers(draws: Draws, *shape: int) -> np.ndarray:
@@ -121,8 +121,8 @@ def _frames(images: Sequence[Image.Image], draws: Draws) -> Iterator[Query]:
 
 
 def _popular(images: Sequence[Image.Image], draws: Draws) -> Iterator[Query]:
-    chosen = images[: max(1, len(images) // 20)]
-    for image, each in zip(chosen, _numbers(draws, len(chosen), 200, 4), strict=True):
+    popular = images[: max(1, len(images) // 20)]
+    for image, each in zip(popular, _numbers(draws, len(popular), 200, 4), strict=True):
         for client, (size, across, down, quality) in enumerate(each):
             cut = _part(image, 0.85 + 0.15 * size, across, down)
             yield f"{client}", _image(through_jpeg(np.asarray(cut), 50 + int(45 * quality)))

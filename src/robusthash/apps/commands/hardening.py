@@ -32,11 +32,11 @@ def hardening(
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.core.limited_files import read_json
 
-    chosen = [part.strip() for part in parts.split(",")]
+    names = [part.strip() for part in parts.split(",")]
     if source.is_file():
         content = read_json(source)
     else:
         run, numbers = load_run(source), rising(budgets)
         with progress_bars() as progress:
-            content = measure_hardening(run, chosen, out, queries, photographs, search, numbers, progress)
-    reply(as_json, content, [hardening_tables(content, chosen)])
+            content = measure_hardening(run, names, out, queries, photographs, search, numbers, progress)
+    reply(as_json, content, [hardening_tables(content, names)])

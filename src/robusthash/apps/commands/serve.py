@@ -53,8 +53,8 @@ def serve(
     from robusthash.apps.service.serving import Serving, read_settings, serve_forever
 
     given: dict[str, Any] = {"host": host, "port": port}
-    chosen = {"answer": answer, "detection": detection, "agreement": agreement}
-    given |= {name: value for name, value in chosen.items() if value is not None}
+    options = {"answer": answer, "detection": detection, "agreement": agreement}
+    given |= {name: value for name, value in options.items() if value is not None}
     given |= {"attacks": True} if attacks or demo else {}
     if demo:
         from robusthash.apps.service.demo_search import demo_parts

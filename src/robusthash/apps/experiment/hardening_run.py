@@ -82,10 +82,11 @@ def measure_hardening(
     if "detection" in parts and photographs is None:
         raise ValueError("detection is measured on ordinary traffic too; give a folder by --photographs")
     content = read_json(out) if out.exists() else {}
-    content |= {"run": run.config.name, "threat": "img-linf-8", "queries": queries}
+    content |= {"run": run.config.name, "threat": "img-linf-8"}
 
-    def store(part: str, found: Any) -> None:
-        content[part] = found
+    def store(part: str, measured: Any) -> None:
+        content[part] = measured
+        content["queries"] = {**content.get("queries", {}), part: queries}
         with write_aside(out) as aside:
             aside.write_text(json_text(content))
 
@@ -120,15 +121,15 @@ def _ap(context: EvaluationContext, signs: Tensor) -> Tensor:
 
 def _learned(context: EvaluationContext, budgets: Sequence[int], progress: Progress) -> list[dict[str, Any]]:
     """Attacks that learn from the answers to training items; budgets beyond those are cut."""
-    most, found = len(context.data.train), []
+    most, rows = len(context.data.train), []
     makers: list[tuple[str, Callable[..., Attack]]] = [("codes", aach), ("ids", eqb2a)]
     for shows, make in makers:
         for count in dict.fromkeys(min(budget, most) for budget in budgets):
             attack = make(questions=count)
             attacked = BlockRunner(context).queries(GradientAttack(attack.name, attack), progress=progress)
             value = float(_ap(context, attacked.codes_8bit[:, 0]).mean())
-            found.append({"attack": attack.name, "shows": shows, "in all": count, "wMAP": value})
-    return found
+            rows.append({"attack": attack.name, "shows": shows, "in all": count, "wMAP": value})
+    return rows
 
 
 # ------------------------------------------------------------------------------------------ detection

@@ -15,16 +15,15 @@ def hardening_tables(content: dict[str, Any], parts: Collection[str]) -> str:
         ValueError: content of another shape.
     """
     try:
-        tables = [
-            table
+        subject = f"{content['run']}, {content['threat']}"
+        return "\n\n".join(
+            text
             for part, tables_of in _TABLES.items()
             if part in content and part in parts
-            for table in tables_of(content[part])
-        ]
-        head = f"{content['run']}, {content['threat']}, {content['queries']} queries"
+            for text in (f"{subject}, {content['queries'][part]} queries", *tables_of(content[part]))
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(f"this is no file of 'robusthash hardening': {error!r}") from None
-    return "\n\n".join([head, *tables])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -43,27 +42,27 @@ def _whole(number: float | None) -> str:
     return "never" if number is None else f"{number:.0f}"
 
 
-def _answers(found: dict[str, Any]) -> list[str]:
+def _answers(part: dict[str, Any]) -> list[str]:
     rows, budgets = [], []
-    for search, table in found.items():
+    for search, table in part.items():
         budgets = [f"after {budget:,}" for budget in table["budgets"]]
         for shows, curve in table["shows"].items():
             rows.append([search, shows, table["clean"], *curve["wMAP"]])
     return [_table(["search", "what answers show", "wMAP clean", *budgets], rows)]
 
 
-def _learned(found: list[dict[str, Any]]) -> list[str]:
-    rows = [[one["attack"], one["shows"], f"{one['in all']:,}", one["wMAP"]] for one in found]
+def _learned(part: list[dict[str, Any]]) -> list[str]:
+    rows = [[one["attack"], one["shows"], f"{one['in all']:,}", one["wMAP"]] for one in part]
     return [_table(["attack", "what answers show", "oracle queries in all", "wMAP attacked"], rows)]
 
 
-def _detection(found: dict[str, Any]) -> list[str]:
-    marks = list(found["attackers"][0]["wMAP"])
+def _detection(part: dict[str, Any]) -> list[str]:
+    marks = list(part["attackers"][0]["wMAP"])
     head = ["search", "attacker", "attackers refused", "slowed at", "refused at", "answered of all"]
     for mark in marks:
         head += [f"wMAP after {int(mark):,}", "without detection"]
     rows = []
-    for one in found["attackers"]:
+    for one in part["attackers"]:
         row = [
             one["search"],
             one["evasion"],
@@ -83,17 +82,17 @@ def _detection(found: dict[str, Any]) -> list[str]:
             f"{one['slowed'] / one['queries']:.2%}",
             f"{one['refused'] / one['queries']:.2%}",
         ]
-        for one in found["traffic"]
+        for one in part["traffic"]
     ]
     return [_table(head, rows), _table(["ordinary traffic", "", "queries", "slowed", "refused"], traffic)]
 
 
-def _agreement(found: dict[str, Any]) -> list[str]:
+def _agreement(part: dict[str, Any]) -> list[str]:
     head = ["queries", "wMAP"]
-    for bits in found["within"]:
+    for bits in part["within"]:
         head += [f"refused, {bits} bits", "wMAP of the rest"]
     rows = []
-    for one in found["rows"]:
+    for one in part["rows"]:
         row = [one["queries"], one["wMAP"]]
         for refused, rest in zip(one["refused"], one["wMAP of the rest"], strict=True):
             row += [refused, rest]
