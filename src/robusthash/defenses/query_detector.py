@@ -1,8 +1,9 @@
 """A detector of adversarial queries by criteria in Hamming space, and the attack of somebody who knows it.
 
-Unsupervised: it sees clean queries alone. After Xiao, Wang and Gao, "Unsupervised Multi-Criteria Adversarial
-Detection in Deep Image Retrieval" (SecureComm 2023), of which the abstract was readable: three criteria, Hamming
-distance, quantisation loss and denoising; their formulas and the way they are joined are ours.
+Unsupervised: it sees clean queries alone. A reconstruction: of Xiao, Wang and Gao, "Unsupervised
+Multi-Criteria Adversarial Detection in Deep Image Retrieval" (SecureComm 2023), the abstract was readable.
+The three criteria, Hamming distance, quantisation loss and denoising, are theirs; the formulas and the way they
+are joined are ours.
 """
 
 from __future__ import annotations
@@ -35,15 +36,11 @@ def denoised(x: Tensor) -> Tensor:
     if x.dim() == 4 and min(x.shape[-2:]) >= 2:
         around = pad(x, (1, 1, 1, 1), mode="reflect").unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
         return around.median(-1).values
-    if (
-        x.dim() == 2
-        and x.is_floating_point()
-        and 0 <= float(x.detach().amin()) <= float(x.detach().amax()) <= 1
-    ):
+    if x.dim() == 2 and x.is_floating_point() and 0 <= float(x.min()) <= float(x.max()) <= 1:
         return with_gradient_of(x.round(), x)
     raise ValueError(
-        f"the detector denoises images (B, C, H, W) and bags of words in [0, 1], not {x.dtype} inputs of shape "
-        f"{tuple(x.shape)}"
+        f"the detector denoises images (B, C, H, W) and bags of words in [0, 1], not {x.dtype} inputs of "
+        f"shape {tuple(x.shape)}"
     )
 
 
@@ -71,10 +68,10 @@ class Denoised(GradientView):
 
 
 def measured(output: HashOutput, codes: Tensor, *, near: int = 10, relaxed: bool = False) -> Tensor:
-    """(B, 3) the raw criteria of a ``DenoisedHasher``'s output, in the order of ``CRITERIA``, each in [0, 1].
+    """(B, 3) the raw ``CRITERIA`` of a ``DenoisedHasher``'s output, each in [0, 1].
 
-    The mean share of bits in which the ``near`` nearest codes differ; mean (1 - |tanh u|)^2; the share of bits
-    that denoising flips.
+    The mean share of bits in which the ``near`` nearest codes differ; mean (1 - |tanh u|)^2; the share of
+    bits that denoising flips.
 
     Args:
         codes: (M, K) database codes in {-1, +1}.
@@ -92,7 +89,7 @@ def measured(output: HashOutput, codes: Tensor, *, near: int = 10, relaxed: bool
 
 @torch.no_grad()
 def criteria_of(victim: Hasher, modality: str, inputs: Tensor, codes: Tensor, batch_size: int = 64) -> Tensor:
-    """(N, 3) float64 criteria of inputs of one modality, on the CPU; two passes of the victim."""
+    """(N, 3) criteria of inputs of one modality, on the CPU; two passes of the victim."""
     view, codes = Denoised()(victim), codes.to(victim.device)
     rows = []
     with frozen(victim):
@@ -104,11 +101,11 @@ def criteria_of(victim: Hasher, modality: str, inputs: Tensor, codes: Tensor, ba
 
 @dataclass(frozen=True)
 class QueryDetector:
-    """Limits of the criteria by clean queries: a query is caught where any criterion is beyond its limit.
+    """Limits by clean queries: a query is caught where any criterion is beyond its limit.
 
     Quantisation is unusual in both directions, so it counts by its distance from the clean median. A query's
-    suspicion is the largest share of clean queries that it exceeds by a criterion; the limit is set so that at
-    most a share ``false_alarms`` of further clean queries is caught (split conformal).
+    suspicion is the largest share of clean queries that it exceeds by a criterion; the limit is set so that
+    at most a share ``false_alarms`` of further clean queries is caught (split conformal).
 
     Args:
         clean: (n, 3) criteria of clean queries.
@@ -127,8 +124,8 @@ class QueryDetector:
         if self._place > len(self.clean):
             least = math.ceil(1 / self.false_alarms) - 1
             raise ValueError(
-                f"a false-alarm rate of {self.false_alarms:g} takes {least} clean queries to calibrate by, and "
-                f"there are {len(self.clean)}: take more queries, or a rate of at least "
+                f"a false-alarm rate of {self.false_alarms:g} takes {least} clean queries to calibrate by, "
+                f"and there are {len(self.clean)}: take more queries, or a rate of at least "
                 f"{math.ceil(1e3 / (len(self.clean) + 1)) / 1e3:g}"
             )
 

@@ -128,11 +128,12 @@ def most_harmful(outcomes: Sequence[_Outcome]) -> _Outcome:
     passing = torch.stack([outcome.passing for outcome in outcomes])
     chosen = (passing if first.targeted else -passing).nan_to_num(-torch.inf).argmax(0)
 
-    columns = {}
-    for name in ("after", "before", "caught", "suspicion", "by"):
+    def of(name: str) -> Tensor:
         rows = torch.stack([getattr(outcome, name) for outcome in outcomes])
-        columns[name] = rows[chosen, torch.arange(len(chosen))]
-    return replace(first, **columns)
+        return rows[chosen, torch.arange(len(chosen))]
+
+    columns = of("after"), of("before"), of("caught"), of("suspicion"), of("by")
+    return _Outcome(*columns, first.targeted, first.measure)
 
 
 def auc(clean: Tensor, attacked: Tensor) -> float:
@@ -149,10 +150,10 @@ def detect(
     weights: Sequence[float] = WEIGHTS,
     progress: Progress = silent,
 ) -> Detection:
-    """Evaluate the detector on a victim: oblivious attacks, and the same ones with its criteria in their loss.
+    """Evaluate the detector: oblivious attacks, and the same ones with its criteria in their loss.
 
-    Limits come from clean queries, by halves: each half by those of the other, so no query is judged by limits
-    that know it. The adaptive attacker knows the limits of all clean queries and the database codes.
+    Limits come from clean queries, by halves: each half by those of the other, so no query is judged by
+    limits that know it. The adaptive attacker knows the limits of all clean queries and the database codes.
 
     Args:
         attacks: by name; those that change the query modality of the context. An attack that follows no

@@ -144,8 +144,9 @@ def adaptive_attacks(
     declared = victim.declared
     if declared == "detector":
         raise ValueError(
-            "a detector is no part of a hasher: an attack on it must include its criteria, and refused queries "
-            "must be counted, which 'robusthash detect' does; declare the class of the hasher itself instead"
+            "a detector is no part of a hasher: an attack on it must include its criteria, and refused "
+            "queries must be counted, which 'robusthash detect' does; declare the class of the hasher itself "
+            "instead"
         )
     if threat.knowledge not in ("W0", "W1", "W2"):
         raise ValueError(
