@@ -2,7 +2,7 @@
 
 Unsupervised: it sees clean queries alone. A reconstruction: of Xiao, Wang and Gao, "Unsupervised
 Multi-Criteria Adversarial Detection in Deep Image Retrieval" (SecureComm 2023), the abstract was readable.
-The three criteria, Hamming distance, quantisation loss and denoising, are theirs; the formulas and the way they
+The three criteria, Hamming distance, quantisation loss and denoising, are theirs; formulas and the way they
 are joined are ours.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def denoised(x: Tensor) -> Tensor:
     if x.dim() == 4 and min(x.shape[-2:]) >= 2:
         around = pad(x, (1, 1, 1, 1), mode="reflect").unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
         return around.median(-1).values
-    if x.dim() == 2 and x.is_floating_point() and 0 <= float(x.min()) <= float(x.max()) <= 1:
+    if x.dim() == 2 and x.is_floating_point() and bool(((x >= 0) & (x <= 1)).all()):
         return with_gradient_of(x.round(), x)
     raise ValueError(
         f"the detector denoises images (B, C, H, W) and bags of words in [0, 1], not {x.dtype} inputs of "
@@ -67,24 +68,21 @@ class Denoised(GradientView):
         return DenoisedHasher(victim, victim)
 
 
-def measured(output: HashOutput, codes: Tensor, *, near: int = 10, relaxed: bool = False) -> Tensor:
+def measured(output: HashOutput, codes: Tensor, near: int = 10) -> Tensor:
     """(B, 3) the raw ``CRITERIA`` of a ``DenoisedHasher``'s output, each in [0, 1].
 
     The mean share of bits in which the ``near`` nearest codes differ; mean (1 - |tanh u|)^2; the share of
-    bits that denoising flips.
+    bits that denoising flips. Signs have the gradient of tanh u (straight through).
 
     Args:
         codes: (M, K) database codes in {-1, +1}.
-        relaxed: by tanh u in place of its sign, for gradients.
     """
-    soft = torch.tanh(output.logits)
-    code, smooth = soft, torch.tanh(output.aux[DENOISED])
-    if not relaxed:
-        code, smooth = sign(output.logits), sign(output.aux[DENOISED])
+    soft, smooth = torch.tanh(output.logits), torch.tanh(output.aux[DENOISED])
+    code, other = (with_gradient_of(sign(values.detach()), values) for values in (soft, smooth))
     bits = codes.shape[1]
     nearest = (code @ codes.T.to(code)).topk(min(near, len(codes)), 1).values
     far = 0.5 - nearest.mean(1) / (2 * bits)
-    return torch.stack([far, (1.0 - soft.abs()).square().mean(1), (code - smooth).abs().mean(1) / 2], 1)
+    return torch.stack([far, (1.0 - soft.abs()).square().mean(1), (code - other).abs().mean(1) / 2], 1)
 
 
 @torch.no_grad()
@@ -104,8 +102,8 @@ class QueryDetector:
     """Limits by clean queries: a query is caught where any criterion is beyond its limit.
 
     Quantisation is unusual in both directions, so it counts by its distance from the clean median. A query's
-    suspicion is the largest share of clean queries that it exceeds by a criterion; the limit is set so that
-    at most a share ``false_alarms`` of further clean queries is caught (split conformal).
+    suspicion is how far it is above the clean median, in spreads, by the criterion where that is most. The
+    limit is the suspicion that a share ``false_alarms`` of clean queries exceeds (split conformal).
 
     Args:
         clean: (n, 3) criteria of clean queries.
@@ -121,41 +119,51 @@ class QueryDetector:
     def __post_init__(self) -> None:
         if not 0.0 < self.false_alarms < 1.0:
             raise ValueError(f"a false-alarm rate is a share between 0 and 1, got {self.false_alarms:g}")
-        if self._place > len(self.clean):
-            least = math.ceil(1 / self.false_alarms) - 1
+        judged = len(self.clean[self._judged])
+        if self._place(judged) > judged:
+            least = math.ceil(1.5 * (math.ceil(1 / self.false_alarms) - 1))
             raise ValueError(
                 f"a false-alarm rate of {self.false_alarms:g} takes {least} clean queries to calibrate by, "
-                f"and there are {len(self.clean)}: take more queries, or a rate of at least "
-                f"{math.ceil(1e3 / (len(self.clean) + 1)) / 1e3:g}"
+                f"and there are {len(self.clean)} (of a run, half of its queries): take more queries, or a "
+                f"rate of at least {math.ceil(1e3 / (judged + 1)) / 1e3:g}"
             )
 
     @property
-    def _place(self) -> int:
-        """Position of the limit among the sorted suspicions of clean queries, from 1."""
-        return math.ceil((1.0 - self.false_alarms) * (len(self.clean) + 1) - 1e-9)
+    def _judged(self) -> Tensor:
+        """(n,) the clean queries that set the limit; every third one sets medians and spreads instead."""
+        return torch.arange(len(self.clean)) % 3 != 0
 
-    @property
-    def _median(self) -> Tensor:
-        return self.clean[:, 1].median()
+    def _place(self, count: int) -> int:
+        """Position of the limit among ``count`` sorted suspicions, from 1."""
+        return math.ceil((1.0 - self.false_alarms) * (count + 1) - 1e-9)
 
     def unusual(self, criteria: Tensor) -> Tensor:
         """(B, 3) the criteria, larger = more suspicious."""
-        middle = (criteria[:, 1] - self._median.to(criteria)).abs()
+        usual = self.clean[~self._judged, 1].median()
+        middle = (criteria[:, 1] - usual.to(criteria)).abs()
         return torch.stack([criteria[:, 0], middle, criteria[:, 2]], 1)
 
-    def _shares(self, criteria: Tensor) -> Tensor:
-        """(B, 3) share of clean queries that each exceeds."""
-        known, found = self.unusual(self.clean).T.contiguous().sort(1).values, self.unusual(criteria)
-        return torch.searchsorted(known, found.T.contiguous()).T.double() / len(self.clean)
+    @cached_property
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        """(3,) clean medians, and (3,) spreads: from the median to the 90th percentile, at least 0.01."""
+        known = self.unusual(self.clean[~self._judged])
+        middle, high = known.quantile(torch.tensor([0.5, 0.9], dtype=known.dtype), 0)
+        return middle, (high - middle).clamp_min(0.01)
+
+    def _spreads(self, criteria: Tensor) -> Tensor:
+        """(B, 3) how many spreads each criterion is above its median."""
+        middle, spread = self._scale
+        return (self.unusual(criteria) - middle) / spread
 
     def suspicion(self, criteria: Tensor) -> Tensor:
-        """(B,) in [0, 1]."""
-        return self._shares(criteria).amax(1)
+        """(B,) the largest number of spreads."""
+        return self._spreads(criteria).amax(1)
 
-    @property
+    @cached_property
     def limit(self) -> float:
         """The suspicion above which a query is caught."""
-        return float(self.suspicion(self.clean).sort().values[self._place - 1])
+        suspicion = self.suspicion(self.clean[self._judged])
+        return float(suspicion.sort().values[self._place(len(suspicion)) - 1])
 
     def caught(self, criteria: Tensor) -> Tensor:
         """(B,) bool."""
@@ -163,19 +171,18 @@ class QueryDetector:
 
     def caught_by(self, criteria: Tensor) -> Tensor:
         """(B, 3) bool, by each criterion alone."""
-        return self._shares(criteria) > self.limit
+        return self._spreads(criteria) > self.limit
 
     def limits(self) -> tuple[Tensor, Tensor]:
-        """(3,) largest values of ``unusual`` that are not caught, and (3,) clean deviations."""
-        known = self.unusual(self.clean)
-        row = min(len(known) - 1, math.floor(self.limit * len(known)))
-        return known.sort(0).values[row], known.std(0).clamp_min(1e-3)
+        """(3,) largest values of ``unusual`` that are not caught, and (3,) the spreads."""
+        middle, spread = self._scale
+        return middle + self.limit * spread, spread
 
 
 @register("attack-loss", "evading")
 @dataclass(frozen=True)
 class Evading(Loss):
-    """Any agreement, and what each criterion of a detector is beyond its limit, in clean deviations.
+    """Any agreement, and what each criterion of a detector is beyond its limit, in clean spreads.
 
     For the view ``Denoised``; a query that is not caught pays nothing.
 
@@ -193,11 +200,11 @@ class Evading(Loss):
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         if self.detector is None or self.codes is None:
             raise ValueError("the loss 'evading' needs a detector and the database codes that it knows")
-        limits, deviations = self.detector.limits()
+        limits, spreads = self.detector.limits()
         excesses = []
         for output in probe.outputs.values():
-            found = self.detector.unusual(measured(output, self.codes.to(output.logits), relaxed=True))
-            beyond = (found - limits.to(found)) / deviations.to(found)
+            found = self.detector.unusual(measured(output, self.codes.to(output.logits)))
+            beyond = (found - limits.to(found)) / spreads.to(found)
             excesses.append(beyond.clamp_min(0.0).sum(1))
         price = torch.stack(excesses).mean(0)
         return self.base(probe, guidance) - probe.goal.sign * self.weight * price

@@ -19,7 +19,7 @@ from robusthash.metrics.measure_key import MeasureKey
 
 MOST_CODES = 10_000
 """Database codes that the distance criterion looks at; of more, evenly spaced ones."""
-WEIGHTS = (0.1, 1.0, 10.0)
+WEIGHTS = (0.01, 0.1, 1.0)
 """Weights of the excess that an adaptive attacker tries; of each query the one that does most harm counts."""
 
 

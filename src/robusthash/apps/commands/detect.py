@@ -15,7 +15,7 @@ def detect(
     false_alarms: Annotated[float, Option(help="Share of clean queries that may be caught.")] = 0.05,
     weight: Annotated[
         list[float] | None,
-        Option(help="Weight of the detector in the loss of who knows it; 0.1, 1, 10. Repeatable."),
+        Option(help="Weight of the detector in the loss of who knows it; 0.01, 0.1, 1. Repeatable."),
     ] = None,
     queries: AnyQueries = None,
     direction: Direction = None,
