@@ -123,7 +123,7 @@ class _Outcome:
 
 
 def most_harmful(outcomes: Sequence[_Outcome]) -> _Outcome:
-    """Of each query the outcome of most harm behind the detector."""
+    """The outcome of most harm behind the detector, for each query."""
     first = outcomes[0]
     passing = torch.stack([outcome.passing for outcome in outcomes])
     chosen = (passing if first.targeted else -passing).nan_to_num(-torch.inf).argmax(0)

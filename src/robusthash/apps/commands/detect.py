@@ -23,7 +23,7 @@ def detect(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a detector of adversarial queries catches, by attackers who do not know it and who do.
+    """Show what a detector of adversarial queries catches, by attackers who do not know it and who do.
 
     Of kept copies the stored results are shown. Share and mean AP are over the queries; in `passing` a query
     that is caught counts as it was before the attack.
