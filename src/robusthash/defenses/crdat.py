@@ -109,9 +109,9 @@ class CRDAT(Recipe):
             clean: Outputs = self.teacher(batch.inputs)
         codes = torch.stack([output.relaxed() for output in clean.values()]).mean(0)
         attack = replace(self.attack, guide=GivenCodes(sign(codes)))
-        found = attack.perturb(self.hasher, batch, Goal(batch.labels, -1), None, draws=moment.draws)
+        result = attack.perturb(self.hasher, batch, Goal(batch.labels, -1), None, draws=moment.draws)
         self.hasher.train()
-        robust = self.hasher({name: value.detach() for name, value in found.inputs.items()})
+        robust = self.hasher({name: value.detach() for name, value in result.inputs.items()})
         pairs = [(output, clean[name]) for name, output in robust.items()]
         terms = {
             "codes": torch.stack([code_distance(*pair).mean() for pair in pairs]).mean(),

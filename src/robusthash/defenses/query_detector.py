@@ -203,8 +203,8 @@ class Evading(Loss):
         limits, spreads = self.detector.limits()
         excesses = []
         for output in probe.outputs.values():
-            found = self.detector.unusual(measured(output, self.codes.to(output.logits)))
-            beyond = (found - limits.to(found)) / spreads.to(found)
+            unusual = self.detector.unusual(measured(output, self.codes.to(output.logits)))
+            beyond = (unusual - limits.to(unusual)) / spreads.to(unusual)
             excesses.append(beyond.clamp_min(0.0).sum(1))
         price = torch.stack(excesses).mean(0)
         return self.base(probe, guidance) - probe.goal.sign * self.weight * price

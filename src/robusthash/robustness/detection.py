@@ -126,11 +126,11 @@ def most_harmful(outcomes: Sequence[_Outcome]) -> _Outcome:
     """The outcome of most harm behind the detector, for each query."""
     first = outcomes[0]
     passing = torch.stack([outcome.passing for outcome in outcomes])
-    chosen = (passing if first.targeted else -passing).nan_to_num(-torch.inf).argmax(0)
+    harmful = (passing if first.targeted else -passing).nan_to_num(-torch.inf).argmax(0)
 
     def of(name: str) -> Tensor:
         rows = torch.stack([getattr(outcome, name) for outcome in outcomes])
-        return rows[chosen, torch.arange(len(chosen))]
+        return rows[harmful, torch.arange(len(harmful))]
 
     columns = of("after"), of("before"), of("caught"), of("suspicion"), of("by")
     return _Outcome(*columns, first.targeted, first.measure)
@@ -181,9 +181,9 @@ def detect(
         result, key = score_attack(context, attack, attacked), MeasureKey(context.protocol.headline)
         measure = key.name("targeted") if attack.targeted else str(key)
         after, change = result.per_query[measure], result.per_query["gain" if attack.targeted else "drop"]
-        found = criteria_of(victim, modality, attacked.inputs, codes)
+        criteria_now = criteria_of(victim, modality, attacked.inputs, codes)
         before = after - change if attack.targeted else after + change
-        judged = halves.caught(found), halves.suspicion(found), halves.caught_by(found)
+        judged = halves.caught(criteria_now), halves.suspicion(criteria_now), halves.caught_by(criteria_now)
         return _Outcome(after, before, *judged, attack.targeted, measure)
 
     rows, notes = [], []

@@ -34,33 +34,33 @@ def detect(
     from robusthash.robustness.detection import WEIGHTS
 
     settings = None if attack is None else [value_of(each) for each in attack]
-    found, paths = {}, []
+    results: dict[str, dict[str, Any]] = {}
+    files = []
     with progress_bars() as progress:
         for path in runs:
-            run = load_run(path)
-            result, written = detection(
-                run, settings, false_alarms, weight or WEIGHTS, queries, direction, progress
+            result, file = detection(
+                load_run(path), settings, false_alarms, weight or WEIGHTS, queries, direction, progress
             )
-            found[run.config.name] = result
-            paths.append(written)
+            results[str(path)] = result
+            files.append(file)
     if as_json:
-        print_json(found)
+        print_json(results)
         return
     heads = ["model", "clean", "false alarms", "attack", "attacker", "AP", "caught", "passing", "unnoticed"]
-    rows = [row for name, result in found.items() for row in _rows(name, result)]
+    rows = [row for result in results.values() for row in _rows(result)]
     if markdown:
         lines = [heads, ["---"] * len(heads), *([_text(cell) for cell in row] for row in rows)]
         print_lines(f"| {' | '.join(line)} |" for line in lines)
         return
     print_table("Detector of adversarial queries", heads, rows)
-    for result in found.values():
+    for result in results.values():
         for line in result["notes"]:
             note(line)
-    print_lines(paths)
+    print_lines(files)
 
 
-def _rows(name: str, result: dict[str, Any]) -> list[list[Any]]:
-    shared = [name, result["clean"], f"{result['measured']:.3f} (of {result['false_alarms']:g})"]
+def _rows(result: dict[str, Any]) -> list[list[Any]]:
+    shared = [result["recipe"], result["clean"], f"{result['measured']:.3f} (of {result['false_alarms']:g})"]
     numbers = ("value", "caught", "passing", "unnoticed")
     return [
         [*shared, each["attack"], each["attacker"], *(each[number] for number in numbers)]

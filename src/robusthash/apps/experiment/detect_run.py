@@ -53,7 +53,7 @@ def detection(
         context = context_of(run, victim, read_data(run.config, progress), progress, direction)
         if queries is not None:
             context = context.some(queries)
-        chosen: dict[str, Attack] = {}
+        named: dict[str, Attack] = {}
         plain = (
             {
                 name: settings
@@ -66,8 +66,8 @@ def detection(
         for name, settings in plain.items():
             attack: Attack = build("attack", settings, objective=objective)
             if context.direction[0] in attack.threat.balls:
-                chosen[name] = attack
-        found = detect(context, list(chosen.items()), false_alarms, weights, progress).plain()
-        found["model"] = run.card()["digest"]
-        write_json(path, found)
-    return found, path
+                named[name] = attack
+        result = detect(context, list(named.items()), false_alarms, weights, progress).plain()
+        result |= {"recipe": run.config.name, "model": run.card()["digest"]}
+        write_json(path, result)
+    return result, path
