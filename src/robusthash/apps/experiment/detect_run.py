@@ -50,7 +50,8 @@ def detection(
     set_threads(run.config)
     with owned_together(run.path, "detection"):
         victim, objective = load_victim(run)
-        context = context_of(run, victim, read_data(run.config, progress), progress, direction)
+        data, whole = read_data(run.config, progress), queries is not None
+        context = context_of(run, victim, data, progress, direction, whole)
         if queries is not None:
             context = context.some(queries)
         named: dict[str, Attack] = {}
