@@ -97,7 +97,7 @@ def test_a_student_that_is_its_teacher_has_only_the_gap_of_relaxed_codes(
 def test_distillation_needs_no_labels_moves_the_student_alone_and_its_loss_falls(
     warm: Hasher, data: RetrievalData
 ) -> None:
-    made = CRDAT(copy.deepcopy(warm), inner())
+    made = CRDAT(copy.deepcopy(warm), DPSH(), inner())
     before = copy.deepcopy(made.teacher.state_dict())
     lines = fit(made, unlabelled(data), train_config(5, lr=0.02))
     assert sum(lines[-1][name] for name in ("codes", "features")) < sum(
@@ -111,7 +111,7 @@ def test_distillation_needs_no_labels_moves_the_student_alone_and_its_loss_falls
 
 def test_an_interrupted_distillation_is_the_same_training(warm: Hasher, data: RetrievalData) -> None:
     def fresh() -> CRDAT:
-        return CRDAT(copy.deepcopy(warm), inner())
+        return CRDAT(copy.deepcopy(warm), DPSH(), inner())
 
     straight = fresh()
     fit(straight, data, train_config(3), MemoryLog())
@@ -127,7 +127,7 @@ def test_an_interrupted_distillation_is_the_same_training(warm: Hasher, data: Re
 
 def test_nets_that_are_not_attacked_stay_the_teacher_s(paired: tuple[RetrievalData, Hasher]) -> None:
     data, hasher = paired
-    made = CRDAT(copy.deepcopy(hasher), inner())
+    made = CRDAT(copy.deepcopy(hasher), DPSH(), inner())
     text = copy.deepcopy(made.hasher.encoders["text"].state_dict())
     fit(made, data, train_config(1))
     for name, value in made.hasher.encoders["text"].state_dict().items():
@@ -137,7 +137,7 @@ def test_nets_that_are_not_attacked_stay_the_teacher_s(paired: tuple[RetrievalDa
 
 def test_distillation_refuses_targets_and_a_new_net(warm: Hasher) -> None:
     with pytest.raises(ValueError, match="untargeted"):
-        CRDAT(warm, dhta(steps=2))
+        CRDAT(warm, DPSH(), dhta(steps=2))
     section = {"recipe": "crdat", "attack": "mainstay"}
     with pytest.raises(ConfigError, match="init_from"):
         make_config({"name": "new", "training": section})

@@ -17,8 +17,8 @@ from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, HashOutput, LossTerms, Outputs, Reference
 from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher, frozen
-from robusthash.objectives.base import quantisation
-from robusthash.training.recipe import Moment, Recipe, check_modalities
+from robusthash.objectives.base import HashObjective, quantisation
+from robusthash.training.recipe import Moment, Recipe, check_modalities, train_facts
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class CRDAT(Recipe):
 
     Args:
         hasher: the trained student to be.
+        objective: that of the hasher's training; it is not lowered, only attacks on it need it.
         attack: untargeted; its guide is replaced by the teacher's code sgn t(x), from which x' is driven. In
             the card 7 steps of 2/255 from a random start, here as given.
         features, quantisation: weights, 1 and 1e-4.
@@ -72,7 +73,12 @@ class CRDAT(Recipe):
     data_parallel = False  # the teacher is called apart from the hasher
 
     def __init__(
-        self, hasher: Hasher, attack: Attack, features: float = 1.0, quantisation: float = 1e-4
+        self,
+        hasher: Hasher,
+        objective: HashObjective,
+        attack: Attack,
+        features: float = 1.0,
+        quantisation: float = 1e-4,
     ) -> None:
         if attack.targeted:
             raise ValueError(
@@ -82,6 +88,7 @@ class CRDAT(Recipe):
         if min(features, quantisation) < 0.0:
             raise ValueError(f"weights must not be negative, got {features:g} and {quantisation:g}")
         self.hasher = hasher
+        self.objective = objective
         self.attack = attack
         self.weights = {"features": float(features), "quantisation": float(quantisation)}
         self.teacher = copy.deepcopy(hasher).requires_grad_(False)
@@ -89,7 +96,7 @@ class CRDAT(Recipe):
             hasher.declared = hasher.spec["declared"] = "adversarial"
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"hasher": self.hasher, "teacher": self.teacher}
+        return {"hasher": self.hasher, "teacher": self.teacher, "objective": self.objective}
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         parts = [
@@ -102,6 +109,9 @@ class CRDAT(Recipe):
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
         check_modalities(self.hasher, data)
         self.teacher.to(self.hasher.device)
+        if data.train.labels is not None or not self.objective.supervised:
+            self.objective.to(self.hasher.device).setup(train_facts(data.train, self.hasher, seed))
+            self.objective.to(self.hasher.device)  # what setup made
 
     def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
         batch = batch.only(self.attack.threat.balls)
