@@ -43,7 +43,14 @@ def feature_distance(student: HashOutput, teacher: HashOutput) -> Tensor:
     return 1.0 - cosine_similarity(student.features.float(), teacher.features.float(), eps=1e-8)
 
 
-@register("recipe", "crdat", paper="Zhu et al., SIGIR 2025", evidence="reconstruction", supervised=False)
+@register(
+    "recipe",
+    "crdat",
+    paper="Zhu et al., SIGIR 2025",
+    evidence="reconstruction",
+    supervised=False,
+    state="measured",
+)
 class CRDAT(Recipe):
     """CRDAT, second stage: a student learns a clean teacher's codes and features on attacked inputs.
 

@@ -20,7 +20,7 @@ def class_means(codes: list[Tensor], labels: Tensor) -> Tensor:
     return torch.stack([labels.T @ rows / counts for rows in codes]).mean(0)
 
 
-@register("outer", "fpad", paper="Yu et al., TCSVT 2025", evidence="reconstruction")
+@register("outer", "fpad", paper="Yu et al., TCSVT 2025", evidence="reconstruction", state="measured")
 @dataclass(frozen=True)
 class FPADOuter(OuterLoss):
     """FPAD: L = L_ori(x) + adversarial * [L_ori(x') - (1/K) q . h(x')] + rectification * KL(mu(x) || mu(x')).

@@ -25,7 +25,7 @@ class AttackedAlone(OuterLoss):
         return turn.objective_terms("robust", {**turn.clean, **turn.robust})
 
 
-@register("recipe", "tpap", paper="Tang & Zhang, CVPR 2024", evidence="reconstruction")
+@register("recipe", "tpap", paper="Tang & Zhang, CVPR 2024", evidence="reconstruction", state="measured")
 class TPAP(AdversarialTraining):
     """TPAP: the bare hasher is trained on one-step attacks until it overfits; its purifiers have no weights.
 
