@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "robusthash"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 70, 10
-METHODS = ("cpah", "dadh", "daph", "drfgd", "dsarh", "sfcl", "saah", "atrdh", "tha")
+METHODS = ("cpah", "dadh", "daph", "drfgd", "dsarh", "sfcl", "saah", "atrdh", "tha", "fpad", "rocmr", "tpap")
 """Methods of papers: an attack, a defense, a model and an objective of one may each lie in a file of its name."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

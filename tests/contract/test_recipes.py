@@ -45,7 +45,8 @@ SMALL = {"name": "small", "width": 4, "grid": 1}
 GFNET = {"name": "gfnet", "size": 12, "patch": 4, "dim": 8, "depth": 1}
 IMAGES = {"sfcl": {"name": "sfcl", "spatial": SMALL, "frequency": GFNET, "width": 16, "hidden": 8}}
 """Outer losses that need an encoder of their own."""
-OPTIONS = {"sfcl": {"warmup": 0.0}}  # a loss whose weights grow does not fall at first
+OPTIONS = {"sfcl": {"warmup": 0.0}, "rocmr": {"contrast": 0.1}}
+"""A loss whose weights grow does not fall at first; contrast at a temperature of 0.1 is ten times as steep."""
 
 
 @pytest.fixture(scope="module")

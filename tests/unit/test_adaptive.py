@@ -206,7 +206,7 @@ def test_what_cannot_be_attacked_so_is_refused(base: Hasher) -> None:
 
     for honest in ("plain", "adversarial"):
         assert adaptive_attacks(declaring(honest), DPSH(), THREAT) == ()
-    with pytest.raises(ValueError, match="the package has no detector"):
+    with pytest.raises(ValueError, match="robusthash detect"):
         adaptive_attacks(declaring("detector"), None, THREAT)
     for declared in ("gate", "purifier", "mask"):
         with pytest.raises(ValueError, match=f"declares '{declared}' and has no such part"):
@@ -273,7 +273,7 @@ def test_observed_behaviour(base: Hasher, contexts: dict[str, EvaluationContext]
         ("plain", {"inner_gradients": True}, "takes gradients itself"),
         ("adversarial", {"reached": 0.0}, "no gradient reaches"),
         ("adversarial", {"reached": 0.9}, "a gradient reaches 90% of the items only"),
-        ("detector", {}, "the package has none"),
+        ("detector", {}, "no part of a hasher"),
     ],
 )
 def test_a_wrong_class_is_named(declared: str, change: dict[str, bool | float], reason: str) -> None:

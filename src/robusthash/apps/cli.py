@@ -32,7 +32,7 @@ PANELS = {
     "Try": ("demo", "quickstart", "list", "data"),
     "Train": ("run", "train"),
     "Measure": (
-        *("evaluate", "assess", "attack", "questions", "hardening", "transfer", "poison"),
+        *("evaluate", "assess", "attack", "questions", "hardening", "detect", "transfer", "poison"),
         *("score", "compare", "table", "report"),
     ),
     "Audit": ("audit", "check", "evidence", "verify", "keep", "leaderboard"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ class Prototype(nn.Module, Guide):
 
     def setup(self, facts: TrainFacts) -> None:
         """Draw the weights, uniform within 1 / sqrt(inputs) as ``nn.Linear`` does, from the seed alone."""
-        sizes = (facts.classes, *self.widths, facts.bits)
+        sizes = self._layers(facts.classes, facts.bits)
         generator = Draws(facts.seed, ("prototype",)).generator()
         layers = [nn.utils.skip_init(nn.Linear, *ends) for ends in pairwise(sizes)]
         with torch.no_grad():
@@ -100,6 +101,10 @@ class Prototype(nn.Module, Guide):
                 for parameter in layer.parameters():
                     parameter.uniform_(-bound, bound, generator=generator)
         self.net = nn.Sequential(layers[0], nn.ReLU(), *layers[1:], nn.Tanh())
+
+    def _layers(self, classes: int, bits: int) -> tuple[int, ...]:
+        """Widths from label set to code."""
+        return classes, *self.widths, bits
 
     def prototypes(self, labels: Tensor) -> Tensor:
         """(B, C) label sets -> (B, K) relaxed codes; refused before ``setup`` or ``fitted``."""
@@ -120,14 +125,12 @@ class Prototype(nn.Module, Guide):
             raise ValueError("the guide 'prototype' needs goal labels: use labelled data")
         return Guidance(self._codes(goal.labels))
 
-    def fitted(
-        self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws
-    ) -> Prototype:
+    def fitted(self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws) -> Self:
         """A net of the same widths, trained on the reference; batches are drawn from its label sets."""
         labels = None if reference is None else reference.labels
         if reference is None or labels is None:
             raise ValueError("THA learns from labelled reference codes: use a W1 or W2 threat and labels")
-        guide = Prototype(*self.widths, self.steps)
+        guide = type(self)(*self.widths, self.steps)
         guide.setup(TrainFacts(len(labels), victim.bits, labels, draws.key(), 0.0))
         guide.to(victim.device)
         sets = torch.unique(labels.cpu(), dim=0)

@@ -90,6 +90,7 @@ class AdversarialTraining(Recipe):
 
     def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
         memory, objective, draws = self.plain.memory, self.plain.objective, moment.draws
+        victim = self.plain.hasher  # the hasher, or what of it learns
         goal = self._goal(batch, memory, draws)
         self.hasher.train()
         if "guide" in self._learning:
@@ -97,12 +98,12 @@ class AdversarialTraining(Recipe):
             yield "guide", guide.terms(goal.labels, memory.reference(), draws)
         ramp = 1.0 if not self.warmup else min(1.0, moment.progress / self.warmup)
         attack = replace(self.attack, threat=self.attack.threat.scaled(ramp)) if ramp < 1.0 else self.attack
-        result = attack.perturb(self.hasher, batch, goal, memory.reference(), draws=draws)
+        result = attack.perturb(victim, batch, goal, memory.reference(), draws=draws)
         changed = {name: value.detach() for name, value in result.inputs.items()}
-        robust, clean = self.hasher(changed), self.hasher(batch.inputs)
+        robust, clean = victim(changed), victim(batch.inputs)
         memory.update(clean, batch)
-        with frozen(self.hasher), torch.no_grad():
-            guidance = self.attack.guide(self.hasher, batch, goal, memory.reference(), draws)
+        with frozen(victim), torch.no_grad():
+            guidance = self.attack.guide(victim, batch, goal, memory.reference(), draws)
         yield from self.plain.critic_step(clean, batch)
         attacked = batch.with_inputs(changed)
         turn = Round(batch, attacked, goal, clean, robust, guidance, memory, objective, moment.progress)

@@ -19,7 +19,7 @@ TO_OWN_CODE = Needs(goal="own", label_codes=True)
 """Needs of losses that pull attacked items to the code of their own labels."""
 
 
-def _agreement(outputs: Outputs, codes: Tensor) -> Tensor:
+def agreement(outputs: Outputs, codes: Tensor) -> Tensor:
     """Mean over the batch of (1/K) b . h(x'), averaged over modalities."""
     return torch.stack([(output.relaxed() * codes).mean() for output in outputs.values()]).mean()
 
@@ -82,7 +82,7 @@ class CgATOuter(OuterLoss):
 
     def __call__(self, turn: Round) -> LossTerms:
         clean = turn.objective_terms("clean", turn.clean)
-        return {**clean, "adversarial": -self.adversarial * _agreement(turn.robust, turn.guidance.codes)}
+        return {**clean, "adversarial": -self.adversarial * agreement(turn.robust, turn.guidance.codes)}
 
 
 @register("outer", "saat", paper="SAAT, TIFS 2023", evidence="paper+code", state="measured")
@@ -106,7 +106,7 @@ class SAATOuter(OuterLoss):
         spread = torch.stack([quantisation(output).mean() for output in turn.robust.values()]).mean()
         return {
             **turn.objective_terms("clean", turn.clean),
-            "adversarial": -self.adversarial * _agreement(turn.robust, turn.guidance.codes),
+            "adversarial": -self.adversarial * agreement(turn.robust, turn.guidance.codes),
             "quantisation": self.quantisation * spread,
         }
 

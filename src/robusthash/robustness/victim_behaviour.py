@@ -135,7 +135,7 @@ def matches(declared: str, seen: VictimBehaviour) -> list[str]:
         reason = "no gradient reaches the input" if seen.cut else some
         reasons.append(f"{reason}, and {declared!r} is declared: the graph is cut or saturated")
     if declared == "detector":
-        reasons.append("'detector' is declared, and the package has none: no attack includes its score")
+        reasons.append("'detector' is declared, which is no part of a hasher: no attack includes its score")
     return reasons
 
 

@@ -45,6 +45,9 @@ class Recipe(ABC):
     new_heads: ClassVar[bool] = False
     """It makes the heads itself, so those of a run that it starts from are replaced."""
 
+    starts_trained: ClassVar[bool] = False
+    """It makes no sense on a new net: a recipe file must say ``init_from``."""
+
     hasher: Hasher
 
     @abstractmethod

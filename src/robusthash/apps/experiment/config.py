@@ -150,6 +150,11 @@ class TrainingSection(Section):
             if key not in accepted and given:
                 remedy = "adversarial training is recipe: adversarial"
                 raise ValueError(f"recipe {card.name!r} takes no {key!r}; {remedy}")
+        if getattr(card.make, "starts_trained", False) and self.init_from is None:
+            raise ValueError(
+                f"recipe {card.name!r} goes on from a trained hasher: set training.init_from to a run, or to "
+                "the recipe file of one"
+            )
         groups: tuple[str, ...] | None = getattr(card.make, "groups", None)
         self._check_groups(groups)
         self._check_attack(guide_learns="guide" in (groups or ()))

@@ -138,14 +138,15 @@ def adaptive_attacks(
             for the identity.
 
     Raises:
-        ValueError: a detector, of which the package has none; a black-box threat; a declared part that is not
+        ValueError: a detector, which is no part of a hasher; a black-box threat; a declared part that is not
             there, or a class that no file registers.
     """
     declared = victim.declared
     if declared == "detector":
         raise ValueError(
-            "the package has no detector: an attack on 'detector' must include the detector's score, and "
-            "rejected queries must be scored; declare the class of the hasher itself instead"
+            "a detector is no part of a hasher: an attack on it must include its criteria, and refused "
+            "queries must be counted, which 'robusthash detect' does; declare the class of the hasher itself "
+            "instead"
         )
     if threat.knowledge not in ("W0", "W1", "W2"):
         raise ValueError(
