@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from index_servers import Server, running
 
 REPO_ROOT = Path(__file__).resolve().parents[1]

@@ -113,23 +113,30 @@ class MilvusServer(Server):
 
     def __init__(self, home: Path) -> None:
         super().__init__(home)
-        self.web = free_port()
+        self.web, self.etcd, peers = free_port(), free_port(), free_port()
+        of = {"client": self.etcd, "peer": peers}
+        lines = [f"listen-{kind}-urls: http://127.0.0.1:{port}" for kind, port in of.items()]
+        lines += [f"advertise-client-urls: http://127.0.0.1:{self.etcd}"]
+        lines += [f"initial-advertise-peer-urls: http://127.0.0.1:{peers}"]
+        lines += [f"initial-cluster: default=http://127.0.0.1:{peers}"]
+        (home / "etcd.yaml").write_text("\n".join(lines) + "\n")
 
     def url(self, collection: str = "") -> str:
         return f"milvus://127.0.0.1:{self.port}/{collection or f'index_{next(_NUMBERS)}'}"
 
     def start(self) -> None:
-        self._run([sys.executable, __file__, str(self.home / "milvus"), str(self.port), str(self.web)])
+        ports = [str(self.port), str(self.web), str(self.etcd)]
+        self._run([sys.executable, __file__, str(self.home), *ports])
         health = f"http://127.0.0.1:{self.web}/healthz"
         self._wait_for(lambda: b"OK" in urllib.request.urlopen(health, timeout=2).read())
 
 
-def run_milvus(home: str, port: int, web: int) -> None:
-    """Become the server process, so that a kill hits it."""
+def run_milvus(home: Path, port: int, web: int, etcd: int) -> None:
+    """Become the server process, so that a kill hits it; the package's own starter has fixed ports of etcd."""
     from milvus import MilvusServer as Packaged
     from milvus import MilvusServerConfig, _initialize_data_files
 
-    config = MilvusServerConfig(data_dir=home)
+    config = MilvusServerConfig(data_dir=str(home / "milvus"))
     server = Packaged(config)
     server.listen_port = port
     config.set("proxy.timeTickInterval", 20)
@@ -137,9 +144,9 @@ def run_milvus(home: str, port: int, web: int) -> None:
     _initialize_data_files(config.base_data_dir)
     program = server.get_milvus_executable_path()
     os.chdir(config.base_data_dir)
-    place = {"DEPLOY_MODE": "STANDALONE", "METRICS_PORT": str(web), "MILVUS_RUN_DIR": f"{home}/run"}
+    place = {"DEPLOY_MODE": "STANDALONE", "METRICS_PORT": str(web), "MILVUS_RUN_DIR": str(home / "run")}
+    place |= {"ETCD_ENDPOINTS": f"127.0.0.1:{etcd}", "ETCD_CONFIG_PATH": str(home / "etcd.yaml")}
     os.environ.update(place, LD_LIBRARY_PATH=os.path.dirname(program))
-    config.cleanup_listen_ports()
     os.execv(program, [program, "run", "standalone"])
 
 
@@ -158,4 +165,4 @@ def running(kind: str) -> Iterator[Server]:
 
 
 if __name__ == "__main__":
-    run_milvus(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    run_milvus(Path(sys.argv[1]), *map(int, sys.argv[2:]))
