@@ -81,6 +81,12 @@ def address_of(index: str | os.PathLike[str]) -> str:
     return text if text.startswith(("file:", *_SERVERS)) else f"file:{text}"
 
 
+def shown_address(index: str | os.PathLike[str]) -> str:
+    """An address or a directory for people, without a password."""
+    text = os.fspath(index)
+    return str(ServerAddress.read(text)) if text.startswith(_SERVERS) else text
+
+
 def directory_of(address: str) -> Path | None:
     """The directory that a ``file:`` address names; None of an index on a server.
 
