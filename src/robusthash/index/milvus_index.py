@@ -243,8 +243,8 @@ def _address(url: str) -> ServerAddress:
     rest = url.partition(":")[2].partition("?")[0]
     if not rest.startswith("//") or rest.startswith("///") or rest.rstrip("/").endswith(".db"):
         raise ValueError(
-            f"{url!r:.200} is a file of Milvus Lite, which takes no binary vectors; start a Milvus server and "
-            "write milvus://HOST:PORT/COLLECTION, or use file:DIR"
+            f"{url!r:.200} is a file of Milvus Lite, which takes no binary vectors; start a Milvus server "
+            "and write milvus://HOST:PORT/COLLECTION, or use file:DIR"
         )
     address = ServerAddress.read(url)
     if not address.hosts or not address.path.strip("/"):

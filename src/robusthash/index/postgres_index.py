@@ -70,7 +70,7 @@ class PostgresIndex(ServerIndex):
     def __init__(self, address: ServerAddress, bits: int | None, engine: str | None, create: bool) -> None:
         self._connection: psycopg.Connection[Any] | None = None
         self._process = os.getpid()
-        self._names = {
+        self._names: dict[str, sql.Composable] = {
             "meta": sql.Identifier(f"{address.collection}_meta"),
             "items": sql.Identifier(f"{address.collection}_items"),
             "by_term": sql.Identifier(f"{address.collection}_items_terms"),
@@ -96,7 +96,7 @@ class PostgresIndex(ServerIndex):
         names = {**self._names, "bits": sql.Literal(bits), "settings": sql.SQL(", ").join(rows)}
 
         def make(run: psycopg.Cursor[Any]) -> None:
-            run.execute("SELECT pg_advisory_xact_lock(hashtext('robusthash'))")  # two would both make it
+            run.execute("SELECT pg_advisory_xact_lock(hashtext('robusthash'))")
             run.execute(sql.SQL(_TABLES).format(**names))
 
         self._transaction(make)
@@ -235,7 +235,7 @@ class PostgresIndex(ServerIndex):
     # The connection
 
     def _sql(self, query: str) -> sql.Composed:
-        return sql.SQL(query).format(**self._names)  # type: ignore[arg-type]
+        return sql.SQL(query).format(**self._names)
 
     def _all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """The rows of a query, inside the transaction under way or alone."""
@@ -243,7 +243,7 @@ class PostgresIndex(ServerIndex):
             return self._transaction(lambda run: run.execute(self._sql(query), values).fetchall())
 
     def _transaction(self, work: Callable[[psycopg.Cursor[Any]], _T]) -> _T:
-        """Do ``work`` whole or not at all; where the connection broke before the end, once more on a new one."""
+        """Do ``work`` whole or not at all; where the connection broke before its end, once more on another."""
         with self._lock, self._errors():
             self._check_open()
             if self._connection is not None and self._process == os.getpid() and self._is_inside():
@@ -297,6 +297,8 @@ class PostgresIndex(ServerIndex):
     def _failure(self, said: str) -> Exception:
         if "password" in said or "role " in said or "pg_hba" in said:
             return PermissionError(f"{self.address} refuses the user ({said}); check name and password")
+        if said.endswith("does not exist") and "database" in said:
+            return ValueError(f"{self.address}: {said}; make the database, or check the address")
         if 'extension "vector"' in said:
             return ValueError(f"the server of {self.address} lacks pgvector ({said}); install it there")
         return ConnectionError(

@@ -85,9 +85,7 @@ class SearchService:
         if index.origin not in ("", self.model.origin):
             origin, place = index.origin, index.address
             index.close()
-            raise ValueError(
-                f"the index {place} holds codes of another model ({origin}); serve its own run"
-            )
+            raise ValueError(f"the index {place} holds codes of another model ({origin}); serve its own run")
         return index
 
     def reload(self) -> int:
