@@ -129,6 +129,15 @@ class MilvusServer(Server):
         self._run([sys.executable, __file__, str(self.home), *ports])
         health = f"http://127.0.0.1:{self.web}/healthz"
         self._wait_for(lambda: b"OK" in urllib.request.urlopen(health, timeout=2).read())
+        self._wait_for(self._answers)  # health comes before the door is open
+
+    def _answers(self) -> bool:
+        from pymilvus import MilvusClient
+
+        client = MilvusClient(f"http://127.0.0.1:{self.port}", timeout=5, dedicated=True)
+        client.list_collections()
+        client.close()
+        return True
 
 
 def run_milvus(home: Path, port: int, web: int, etcd: int) -> None:
@@ -138,6 +147,9 @@ def run_milvus(home: Path, port: int, web: int, etcd: int) -> None:
 
     config = MilvusServerConfig(data_dir=str(home / "milvus"))
     server = Packaged(config)
+    for item in list(config.configurable_items):  # so that two that start at once do not choose the same
+        if item.endswith("_port"):
+            config.set(item, free_port())
     server.listen_port = port
     config.set("proxy.timeTickInterval", 20)
     config.resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Any
 
 from robusthash.index.index_address import ServerAddress
@@ -19,6 +20,7 @@ except ImportError as error:
 
 _CONNECT, _ANSWER = 10.0, 30.0  # seconds
 _REFUSED = ("auth check failure", "unauthenticated", "permission deny", "incorrect password")
+_STARTING = ("not loaded", "not fully loaded", "no available", "recovering", "not ready")  # after a restart
 _OTHER = (
     "schema",
     "field",
@@ -47,10 +49,14 @@ class MilvusConnection:
             PermissionError: the server refuses the user.
             ValueError: the server refuses what it was given.
         """
-        try:
-            return getattr(self._connected(), method)(*arguments, timeout=_ANSWER, **options)
-        except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
-            raise self._error(error) from None
+        end = time.monotonic() + _ANSWER
+        while True:
+            try:
+                return getattr(self._connected(), method)(*arguments, timeout=_ANSWER, **options)
+            except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
+                if not any(words in str(error) for words in _STARTING) or time.monotonic() > end:
+                    raise self._error(error) from None
+            time.sleep(0.2)
 
     def close(self) -> None:
         """Close the connection; the parent's is left alone."""
@@ -76,6 +82,7 @@ class MilvusConnection:
         code = getattr(error, "code", None)
         if code == 65535 or any(words in low for words in _OTHER):
             return ValueError(f"{self.address} refuses it: {said:.300}")
+        self.close()  # the next call makes another connection
         return ConnectionError(
             f"{self.address} does not answer ({said:.200}); start the server or check the address. "
             "A write under way may be there or not: repeat it by key"

@@ -15,11 +15,12 @@ from robusthash.index.milvus_scan import Scan, condition, in_list
 from robusthash.index.milvus_writers import WriterLock
 from robusthash.index.new_items import NewItems, Which, check_origin, planned
 from robusthash.index.payload_terms import digest, terms
-from robusthash.index.server_index import FORMAT, Selection, ServerIndex
+from robusthash.index.server_index import FORMAT, Allowed, ServerIndex
 
 _TEXT = 65_535  # bytes of a text, of Milvus
 _TERMS = 4_096  # members of an array, of Milvus
 _ROWS, _BYTES = 5_000, 4 << 20  # of one write: more are several
+_LAST_ID = 2**63 - 2  # the one after it no filter of Milvus finds
 _PAGE = 10_000  # rows that are read together
 _LISTS, _PROBES = 128, 16  # of bin-ivf-flat, in each segment
 _MARK = "robusthash."  # before the names of our settings
@@ -155,6 +156,8 @@ class MilvusIndex(ServerIndex):
                 before = {row["id"]: row for row in self._by_ids(low, ["id", "key", "key_digest", "stamp"])}
                 known = np.array(list(before), dtype=np.int64)
             plan = planned(new, on_duplicate, known, settings["next_id"])
+            if plan.ids.max() > _LAST_ID:
+                raise ValueError(f"Milvus finds ids up to {_LAST_ID} (below 2**63 - 1), got {plan.ids.max()}")
             origin = settings["origin"]
             if origin and origin != new.origin and not self._any_items():
                 origin = ""
@@ -168,7 +171,7 @@ class MilvusIndex(ServerIndex):
     def _delete(self, which: Which) -> int:
         with self._writing() as lock:
             if isinstance(which, Mapping):
-                rows: Any = self._pages(condition(Selection.of(which)), ["id"])
+                rows: Any = self._pages(condition(Allowed.of(which)), ["id"])
             elif isinstance(which, np.ndarray):
                 rows = self._by_ids(which, ["id"])
             else:
@@ -187,15 +190,15 @@ class MilvusIndex(ServerIndex):
 
     def _view(self, where: np.ndarray | Mapping[str, Any] | None) -> Scan:
         self._check_open()
-        selection = Selection.of(where)
+        selection = Allowed.of(where)
         exact = self.exact or where is not None
         unknown = (lambda: self._check_known(where)) if isinstance(where, Mapping) else None
         return self._scan(selection, exact, unknown)
 
     def _exact_view(self) -> Scan:
-        return self._scan(Selection(), True, None)
+        return self._scan(Allowed(), True, None)
 
-    def _scan(self, selection: Selection, exact: bool, nothing: Any) -> Scan:
+    def _scan(self, selection: Allowed, exact: bool, nothing: Any) -> Scan:
         probes = None if self.exact else (_LISTS if exact else _PROBES)
         return Scan(self._server_link, self._server.collection, selection, exact, probes, self._lock, nothing)
 
@@ -206,7 +209,7 @@ class MilvusIndex(ServerIndex):
         self._check_open()
         return {row["id"]: json.loads(row["payload"]) for row in self._by_ids(ids, ["id", "payload"])}
 
-    def _payload_texts(self, selection: Selection) -> Iterator[str]:
+    def _payload_texts(self, selection: Allowed) -> Iterator[str]:
         return (row["payload"] for row in self._pages(condition(selection), ["payload"]))
 
     def _some_codes(self, count: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from robusthash.index.code_index import Neighbours
 from robusthash.index.milvus_connection import MilvusConnection
-from robusthash.index.server_index import Selection, padded
+from robusthash.index.server_index import Allowed, padded
 
 _LIMIT = 16_384  # results of a query that Milvus gives at most
 _TOGETHER = 200_000  # results of one request
@@ -31,7 +31,7 @@ class Scan:
         self,
         connection: MilvusConnection,
         collection: str,
-        selection: Selection,
+        selection: Allowed,
         exact: bool,
         probes: int | None,
         lock: threading.RLock,
@@ -135,7 +135,7 @@ class Scan:
                 self._nothing()
 
 
-def condition(selection: Selection) -> str:
+def condition(selection: Allowed) -> str:
     """A filter in Milvus's language; "" allows all."""
     if selection.ids is not None:
         return f"id in {selection.ids.tolist()}"

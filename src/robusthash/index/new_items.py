@@ -28,7 +28,7 @@ class NewItems:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """What a write of N items does."""
 
     ids: np.ndarray  # (N,) int64
@@ -37,7 +37,9 @@ class Plan:
     following: int  # the id that the next new item gets
 
 
-def planned(new: NewItems, on_duplicate: str, known: Mapping[str, int] | np.ndarray, following: int) -> Plan:
+def planned(
+    new: NewItems, on_duplicate: str, known: Mapping[str, int] | np.ndarray, following: int
+) -> WritePlan:
     """The ids of new items, and which are written.
 
     Args:
@@ -63,7 +65,7 @@ def planned(new: NewItems, on_duplicate: str, known: Mapping[str, int] | np.ndar
     if on_duplicate == "error" and held.any():
         raise ValueError(_duplicate(new, ids, int(np.flatnonzero(held)[0])))
     rows = np.flatnonzero(~held) if on_duplicate == "skip" else np.arange(len(ids))
-    return Plan(ids, held, rows[np.argsort(ids[rows])], max(following, int(ids.max()) + 1))
+    return WritePlan(ids, held, rows[np.argsort(ids[rows])], max(following, int(ids.max()) + 1))
 
 
 def _duplicate(new: NewItems, ids: np.ndarray, at: int) -> str:

@@ -15,7 +15,7 @@ from robusthash.index.code_index import Neighbours
 from robusthash.index.index_address import ServerAddress
 from robusthash.index.new_items import NewItems, Which, check_origin, planned
 from robusthash.index.payload_terms import digest, terms
-from robusthash.index.server_index import FORMAT, Selection, ServerIndex, padded
+from robusthash.index.server_index import FORMAT, Allowed, ServerIndex, padded
 
 try:
     import psycopg
@@ -187,7 +187,7 @@ class PostgresIndex(ServerIndex):
         def delete(run: psycopg.Cursor[Any]) -> int:
             self._wait_for_writers(run)
             if isinstance(which, (Mapping, np.ndarray)):
-                clause, values = _condition(Selection.of(which))
+                clause, values = _condition(Allowed.of(which))
             else:
                 clause, values = "key_digest = ANY(%s)", [[digest(key) for key in which]]
             run.execute(self._sql(f"DELETE FROM {{items}} WHERE {clause}"), values)
@@ -216,7 +216,7 @@ class PostgresIndex(ServerIndex):
         query = "SELECT id, payload FROM {items} WHERE id = ANY(%s)"
         return {item: json.loads(text) for item, text in self._all(query, ids.tolist())}
 
-    def _payload_texts(self, selection: Selection) -> Iterator[str]:
+    def _payload_texts(self, selection: Allowed) -> Iterator[str]:
         clause, values = _condition(selection)
         query = f"SELECT id, payload FROM {{items}} WHERE id > %s AND {clause} ORDER BY id LIMIT {_AT_ONCE}"
         last = -1
@@ -243,7 +243,7 @@ class PostgresIndex(ServerIndex):
             return self._transaction(lambda run: run.execute(self._sql(query), values).fetchall())
 
     def _transaction(self, work: Callable[[psycopg.Cursor[Any]], _T]) -> _T:
-        """Do ``work`` whole or not at all; where the connection broke before its end, once more on another."""
+        """Do ``work`` whole or not at all; where the connection broke before it ended, once more."""
         with self._lock, self._errors():
             self._check_open()
             if self._connection is not None and self._process == os.getpid() and self._is_inside():
@@ -315,7 +315,7 @@ class _Scan:
     ) -> None:
         self.exact = exact
         self._index, self._where = index, where
-        self._clause, self._values = _condition(Selection.of(where))
+        self._clause, self._values = _condition(Allowed.of(where))
 
     def __len__(self) -> int:
         rows = self._index._all(f"SELECT count(*) FROM {{items}} WHERE {self._clause}", *self._values)
@@ -365,7 +365,7 @@ def _neighbours(rows: list[tuple[Any, ...]]) -> Neighbours:
     return ids[order], distances[order]
 
 
-def _condition(selection: Selection) -> tuple[str, list[Any]]:
+def _condition(selection: Allowed) -> tuple[str, list[Any]]:
     """A filter in SQL, and its values."""
     if selection.ids is not None:
         return "id = ANY(%s)", [selection.ids.tolist()]

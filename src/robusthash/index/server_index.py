@@ -24,7 +24,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Selection:
+class Allowed:
     """The items that a filter allows: all, some by id, or those with one term of each group."""
 
     ids: np.ndarray | None = None
@@ -40,7 +40,7 @@ class Selection:
         return (self.ids is not None and not len(self.ids)) or any(not group for group in self.groups)
 
     @classmethod
-    def of(cls, where: np.ndarray | Mapping[str, Any] | None) -> Selection:
+    def of(cls, where: np.ndarray | Mapping[str, Any] | None) -> Allowed:
         """From what ``search`` takes."""
         if isinstance(where, Mapping):
             return cls(groups=tuple(wanted(where)))
@@ -103,7 +103,7 @@ class ServerIndex(CodeIndex):
         check_key(key)
         found: dict[str, Any] = {}
         with self._lock:
-            for payload in self._payload_texts(Selection(groups=([has_term(key)],))):
+            for payload in self._payload_texts(Allowed(groups=([has_term(key)],))):
                 found |= scalars(payload, key)
                 if len(found) >= most:
                     break
@@ -131,8 +131,8 @@ class ServerIndex(CodeIndex):
         if not self._any_items():
             return
         for key in where:
-            if next(self._payload_texts(Selection(groups=([has_term(key)],))), None) is None:
-                texts = self._payload_texts(Selection())
+            if next(self._payload_texts(Allowed(groups=([has_term(key)],))), None) is None:
+                texts = self._payload_texts(Allowed())
                 raise unknown_key(key, sorted({name for text in texts for name in json.loads(text)}))
 
     def _no_snapshot(self, remedy: str) -> NoReturn:
@@ -166,7 +166,7 @@ class ServerIndex(CodeIndex):
         """Write some settings."""
 
     @abstractmethod
-    def _payload_texts(self, selection: Selection) -> Iterator[str]:
+    def _payload_texts(self, selection: Allowed) -> Iterator[str]:
         """The payload of some items as JSON, streamed."""
 
     @abstractmethod
