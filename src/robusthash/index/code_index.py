@@ -1,4 +1,4 @@
-"""What every index of binary codes promises, wherever its items are: ``CodeIndex``, checked in one place."""
+"""``CodeIndex``, the contract of every index of binary codes, wherever its items are."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ class CodeIndex(ABC):
     @property
     @abstractmethod
     def address(self) -> str:
-        """Where the items are, without a password."""
+        """The place of the items, without a password."""
 
     @abstractmethod
     def count(self) -> int:
@@ -234,7 +234,7 @@ class CodeIndex(ABC):
 
     @abstractmethod
     def made_of(self) -> Any:
-        """What ``set_made_of`` wrote last; None where nothing was."""
+        """The note that ``set_made_of`` wrote last; None where there is none."""
 
     @abstractmethod
     def set_made_of(self, made_of: Mapping[str, Any]) -> None:
@@ -278,7 +278,7 @@ class CodeIndex(ABC):
 
     @abstractmethod
     def _any_items(self) -> bool:
-        """Whether any item is held."""
+        """True if any item is held."""
 
     def __enter__(self) -> Self:
         return self

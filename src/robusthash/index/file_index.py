@@ -191,6 +191,6 @@ def _open_store(directory: Path, bits: int | None, engine: str, create: bool, wa
 
 
 def made_of(directory: Path) -> Any:
-    """What the index in a directory is made of, as ``CodeIndex.made_of``; the store is not opened."""
+    """``CodeIndex.made_of`` of the index in a directory, whose store is not opened."""
     file = directory / _MADE_OF
     return read_json(file) if file.is_file() else None

@@ -29,7 +29,7 @@ class NewItems:
 
 @dataclass(frozen=True)
 class WritePlan:
-    """What a write of N items does."""
+    """The outcome of a write of N items, before it is done."""
 
     ids: np.ndarray  # (N,) int64
     held: np.ndarray  # (N,) bool: held before

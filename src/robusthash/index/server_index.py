@@ -1,4 +1,4 @@
-"""What indexes on servers share: settings, filters by term, values, recall, and the fork of a process."""
+"""The parts that indexes on servers share: settings, filters by term, values, recall."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Allowed:
 
     @property
     def is_none(self) -> bool:
-        """Whether it can allow nothing, whatever is held."""
+        """True if it can allow nothing, whatever is held."""
         return (self.ids is not None and not len(self.ids)) or any(not group for group in self.groups)
 
     @classmethod
@@ -84,7 +84,7 @@ class ServerIndex(CodeIndex):
 
     @property
     def exact(self) -> bool:
-        """Whether ``search`` without a filter is exact."""
+        """True if ``search`` without a filter is exact."""
         return self._engine_name == self.ENGINES[0]
 
     def next_id(self) -> int:
@@ -179,7 +179,7 @@ class ServerIndex(CodeIndex):
 
     @abstractmethod
     def _parameters(self) -> dict[str, Any]:
-        """What the approximate engine is set to."""
+        """The settings of the approximate engine."""
 
 
 def padded(found: list[Neighbours], k: int) -> Neighbours:
