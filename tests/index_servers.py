@@ -153,6 +153,8 @@ def run_milvus(home: Path, port: int, web: int, etcd: int) -> None:
     server.listen_port = port
     config.set("proxy.timeTickInterval", 20)
     config.resolve()
+    config.set("proxy_port", port)  # after a kill the package would take another, because of old connections
+    config.write_config()
     _initialize_data_files(config.base_data_dir)
     program = server.get_milvus_executable_path()
     os.chdir(config.base_data_dir)

@@ -76,7 +76,7 @@ class CodeIndex(ABC):
     * An exact engine returns what ``core.hamming.topk`` returns on the items held, by (distance, id), ties at
       rank k included; -1 fills the ranks that no item has. An approximate one sets ``Ranking.cut``.
     * A write is acknowledged (the call returns) when it survives a kill, and happens whole or not at all
-      (in Milvus, which has no transactions, see ``MilvusIndex``).
+      (Milvus promises less: see ``MilvusIndex``).
     * Codes of another origin than those held are refused by ``add``, ``search`` and ``range``. Codes without
       an origin, and an index whose codes came without one, are accepted. An emptied index takes any origin.
     * ``where`` narrows the items before they are ranked: a collection of allowed ids (unknown ones are
