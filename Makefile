@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check tables bench dry-runs clean
+.PHONY: setup demo test test-servers check tables bench dry-runs clean
 
 setup: .venv/.ready
 
@@ -18,6 +18,12 @@ demo:
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Starts PostgreSQL with pgvector and Milvus (packages, no containers), tests all indexes on them, ends them.
+test-servers: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev-index]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --servers tests/contract/test_index.py \
+	  tests/contract/test_index_servers.py tests/unit/test_index_keys.py
 
 check: setup
 	$(BIN)/ruff check src tests benchmarks docs

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from index_servers import Server, running
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,6 +20,7 @@ torch.set_num_threads(1)  # the tests run side by side, and small tensors do not
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--servers", action="store_true", help="start PostgreSQL and Milvus (extra dev-index)")
     parser.addoption("--fuzz", type=int, default=140, help="malformed inputs of tests/fuzz (all: 1000)")
 
 
@@ -28,6 +31,25 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the project's data folder beside the checkout")
     return folder
+
+
+def _server(kind: str, request: pytest.FixtureRequest) -> Iterator[Server]:
+    if not request.config.getoption("--servers"):
+        pytest.skip(f"needs a {kind} server: make test-servers")
+    with running(kind) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgresql(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A PostgreSQL server with pgvector."""
+    yield from _server("postgresql", request)
+
+
+@pytest.fixture(scope="session")
+def milvus(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A Milvus server."""
+    yield from _server("milvus", request)
 
 
 @pytest.fixture(autouse=True, scope="session")

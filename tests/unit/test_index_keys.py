@@ -25,9 +25,24 @@ def codes(count: int, seed: int = 0, bits: int = 32) -> Codes:
     return Codes(hamming.pack(torch.randn(count, bits, generator=draws)), bits, torch.arange(count))
 
 
-@pytest.fixture(params=["faiss", "numpy", "faiss-ivf"])
-def index(request: pytest.FixtureRequest, tmp_path: Path):
-    with open_index(f"file:{tmp_path / 'index'}", 32, request.param) as opened:
+SERVERS = {"scan": "postgresql", "hnsw": "postgresql", "bin-flat": "milvus", "bin-ivf-flat": "milvus"}
+
+
+@pytest.fixture(params=["faiss", "numpy", "faiss-ivf", *SERVERS])
+def engine(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def url(engine: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if engine in SERVERS:
+        return request.getfixturevalue(SERVERS[engine]).url()
+    return f"file:{tmp_path / 'index'}"
+
+
+@pytest.fixture
+def index(engine: str, url: str):
+    with open_index(url, 32, engine) as opened:
         yield opened
 
 
@@ -79,14 +94,14 @@ def test_ids_are_updated_or_skipped_too(index: CodeIndex) -> None:
     assert index.count() == 3
 
 
-def test_no_id_is_given_twice(index: CodeIndex, tmp_path: Path) -> None:
+def test_no_id_is_given_twice(index: CodeIndex, url: str) -> None:
     index.add(codes(3), keys=["a", "b", "c"])
     assert index.remove(keys=["c", "x"]) == 1
     assert index.next_id() == 3
     assert index.add(codes(1), keys=["c"]).ids.tolist() == [3]
     index.add(Codes(codes(1).packed, 32, torch.tensor([50])))  # an id of the caller's own
     index.remove([50])
-    with open_index(f"file:{tmp_path / 'index'}", create=False) as again:
+    with open_index(url, create=False) as again:
         assert again.add(codes(2), keys=["e", "f"]).ids.tolist() == [51, 52]
     assert index.add(codes(1), keys=["g"]).ids.tolist() == [53]
 

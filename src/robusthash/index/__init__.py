@@ -1,5 +1,6 @@
-"""Search among binary codes: an exact index in a directory, opened by its address."""
+"""Search among binary codes: exact indexes in a directory, in Milvus or in PostgreSQL, opened by address."""
 
-from robusthash.index.code_index import Added, CodeIndex, Within, open_index
+from robusthash.index.code_index import Added, CodeIndex, Within
+from robusthash.index.index_address import address_of, open_index
 
-__all__ = ["Added", "CodeIndex", "Within", "open_index"]
+__all__ = ["Added", "CodeIndex", "Within", "address_of", "open_index"]

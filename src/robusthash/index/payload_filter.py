@@ -82,11 +82,16 @@ def condition(where: Mapping[str, Any]) -> tuple[str, list[str]]:
     """
     clauses, values = [], list[str]()
     for key, value in where.items():
-        options = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
         clauses.append(_MATCH.format(path=f"?{len(values) + 1}", forms=f"?{len(values) + 2}"))
-        forms = [_form(key, option) for option in options]
-        values += [json_path(key), to_json(forms, f"where: {key!r}")]
+        values += [json_path(key), to_json(options(key, value), f"where: {key!r}")]
     return " AND ".join(clauses), values
+
+
+def options(key: str, value: Any) -> list[str]:
+    """The normal forms of the values that a filter allows under a key; a collection means any of them."""
+    check_key(key)
+    several = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    return [_form(key, option) for option in several]
 
 
 def values_query() -> str:

@@ -17,8 +17,7 @@ import torch
 
 from robusthash.core import hamming
 from robusthash.core.runtime import Draws
-
-Neighbours = tuple[np.ndarray, np.ndarray]  # ids (int64) and distances (int32)
+from robusthash.index.code_index import Neighbours, View
 
 
 def _one_thread() -> None:
@@ -74,9 +73,19 @@ class Engine(ABC):
         self.rows = rows
         self.report: dict[str, Any] = {}  # of an approximate engine: its recall, measured when it was built
 
-    @abstractmethod
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def search(self, queries: np.ndarray, k: int) -> Neighbours:
-        """(Q, bytes) uint8 -> (Q, k) ids and distances by (distance, id), k <= N; -1 where none was found."""
+        """(Q, bytes) uint8 -> (Q, min(k, N)) ids and distances by (distance, id); -1 where none was found."""
+        k = min(k, len(self.rows))
+        if k == 0:
+            return np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.int32)
+        return self._search(queries, k)
+
+    @abstractmethod
+    def _search(self, queries: np.ndarray, k: int) -> Neighbours:
+        """``search`` for 1 <= k <= N."""
 
     @abstractmethod
     def range(self, queries: np.ndarray, radius: int) -> list[Neighbours]:
@@ -99,7 +108,7 @@ class Engine(ABC):
 class NumpyEngine(Engine):
     """The oracle itself: ``core.hamming.topk``. Needs no faiss, and is several times slower."""
 
-    def search(self, queries: np.ndarray, k: int) -> Neighbours:
+    def _search(self, queries: np.ndarray, k: int) -> Neighbours:
         block = max(1, 4_000_000 // max(1, len(self.rows)))  # the oracle holds block * N distances as int64
         codes, ids = torch.from_numpy(self.rows.codes), torch.from_numpy(self.rows.ids)
         nearest, distances = hamming.topk(torch.from_numpy(queries), codes, k, ids, block)
@@ -130,7 +139,7 @@ class FlatEngine(Engine):
         check_tie_order(rows.codes.shape[1])
         self._index = flat_index(rows.codes)
 
-    def search(self, queries: np.ndarray, k: int) -> Neighbours:
+    def _search(self, queries: np.ndarray, k: int) -> Neighbours:
         distances, at = self._index.search(queries, k)
         return self.rows.ids[at], distances  # k <= N, so that no slot is -1
 
@@ -165,7 +174,7 @@ class IvfEngine(Engine):
         engine.report["recall@10"] = _recall(engine, 10)
         return engine
 
-    def search(self, queries: np.ndarray, k: int) -> Neighbours:
+    def _search(self, queries: np.ndarray, k: int) -> Neighbours:
         distances, ids = self._index.search(queries, k)
         distances[ids < 0] = -1
         order = np.lexsort((ids, np.where(ids < 0, np.iinfo(np.int32).max, distances)), axis=1)
@@ -236,16 +245,22 @@ def _trained_ivf(codes: np.ndarray) -> Any:
 
 
 def _recall(engine: Engine, k: int) -> float:
-    """Share of ``k`` ranks whose distance is the exact one, on 100 stored codes with 5% of bits flipped."""
-    count, width = engine.rows.codes.shape
+    """``measured_recall`` on 100 stored codes."""
+    count = len(engine)
     if count == 0:
         return 1.0
     generator = Draws(0).within("index-recall").generator()
     at = torch.randint(count, (100,), generator=generator).numpy()
-    flips = torch.rand(100, width * 8, generator=generator).numpy() < 0.05
-    queries = engine.rows.codes[at] ^ np.packbits(flips, axis=1)
-    exact = FlatEngine(engine.rows).search(queries, min(k, count))[1]
-    return float((engine.search(queries, min(k, count))[1] == exact).mean())
+    return measured_recall(engine, FlatEngine(engine.rows), engine.rows.codes[at], generator, min(k, count))
+
+
+def measured_recall(
+    engine: View, exact: View, codes: np.ndarray, generator: torch.Generator, k: int = 10
+) -> float:
+    """Share of ``k`` ranks whose distance is the exact one, of (Q, bytes) codes with 5% of bits flipped."""
+    flips = torch.rand(len(codes), codes.shape[1] * 8, generator=generator).numpy() < 0.05
+    queries = codes ^ np.packbits(flips, axis=1)
+    return float((engine.search(queries, k)[1] == exact.search(queries, k)[1]).mean())
 
 
 @cache

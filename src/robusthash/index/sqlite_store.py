@@ -10,7 +10,6 @@ import secrets
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -18,6 +17,7 @@ from typing import Any, final
 import numpy as np
 
 from robusthash.core.atomic_files import flush
+from robusthash.index.new_items import NewItems, Which, check_origin, planned
 from robusthash.index.payload_filter import (
     IN_LIST,
     condition,
@@ -40,22 +40,6 @@ CREATE TABLE keys (key TEXT PRIMARY KEY, id INTEGER NOT NULL UNIQUE, stamp TEXT 
 """  # new in format 2, with the counter ``next_id`` in meta
 _SETTINGS = {"bits": int, "origin": str, "engine": str, "next_id": int}
 _CHUNK = 65536  # rows that go into SQLite in one statement
-_DUPLICATES = ("error", "skip", "update")
-
-Which = np.ndarray | Mapping[str, Any] | Sequence[str]
-"""Items: (N,) ids, the payload values that they have, or their keys."""
-
-
-@dataclass(frozen=True)
-class NewItems:
-    """N items to be written, with ids or with keys."""
-
-    codes: np.ndarray  # (N, bytes) uint8
-    ids: np.ndarray | None  # (N,) int64; None takes new ones, for new keys where there are keys
-    keys: Sequence[str] | None
-    stamps: Sequence[str] | None  # which state of the keyed things the codes are of
-    payload: Sequence[str] | None  # JSON texts
-    origin: str
 
 
 @final
@@ -175,27 +159,23 @@ class Store:
         with self._transaction():
             self._upgrade()
             following = self.next_id()
-            ids, held = self._by_key(new, following) if new.ids is None else self._by_id(new.ids, following)
-            if on_duplicate == "error" and held.any():
-                raise ValueError(_duplicate(new, ids, int(np.flatnonzero(held)[0])))
-            origin = self._set_meta(new.origin, max(following, int(ids.max()) + 1))
-            rows = np.flatnonzero(~held) if on_duplicate == "skip" else np.arange(len(ids))
-            self._write(new, ids, rows[np.argsort(ids[rows])])
-        return ids, held, origin
+            known = self._known(new, following)
+            plan = planned(new, on_duplicate, known, following)
+            origin = self._set_meta(new.origin, plan.following)
+            self._write(new, plan.ids, plan.rows)
+        return plan.ids, plan.held, origin
 
-    def _by_id(self, ids: np.ndarray, following: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids as given, and (N,) bool: those held. None from ``following`` on was ever held."""
+    def _known(self, new: NewItems, following: int) -> dict[str, int] | np.ndarray:
+        """The ids held among those of new items, or the id of each of their keys that is held."""
+        if new.ids is None:
+            return {key: item for key, item, _ in self._keyed(new.keys or ())}
+        return self._held_ids(new.ids, following)
+
+    def _held_ids(self, ids: np.ndarray, following: int) -> np.ndarray:
+        """Those of ``ids`` that are held. None from ``following`` on was ever held."""
         low = ids[ids < following].tolist()
         known = self._all(f"SELECT id FROM items WHERE id {IN_LIST}", json.dumps(low))
-        return ids, np.isin(ids, np.array(known, dtype=np.int64).reshape(-1))
-
-    def _by_key(self, new: NewItems, following: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of keys, new ones counted from ``following``, and (N,) bool: the keys held."""
-        known = {key: item for key, item, _ in self._keyed(new.keys or ())}
-        ids = np.array([known.get(key, -1) for key in new.keys or [""] * len(new.codes)], dtype=np.int64)
-        fresh = ids < 0
-        ids[fresh] = following + np.arange(int(fresh.sum()))
-        return ids, ~fresh
+        return np.array(known, dtype=np.int64).reshape(-1)
 
     def _set_meta(self, origin: str, following: int) -> str:
         """Check and keep the origin, and the counter of ids; returns the origin held now."""
@@ -268,7 +248,7 @@ class Store:
             if isinstance(which, Mapping):
                 ids = self.matching(which)
             elif isinstance(which, np.ndarray):
-                ids = which[self._by_id(which, self.next_id())[1]]
+                ids = self._held_ids(which, self.next_id())
             else:
                 ids = np.array([item for _, item, _ in self._keyed(which)], dtype=np.int64)
             values = (json.dumps(ids.tolist()),)
@@ -365,26 +345,3 @@ def create_store(directory: Path, bits: int, engine: str) -> None:
         for file in directory.glob(f"{draft.name}*"):  # the draft, and its log where SQLite could not finish
             file.unlink()
     flush(directory)
-
-
-def _duplicate(new: NewItems, ids: np.ndarray, at: int) -> str:
-    """The message for an item that is held already."""
-    what = f"id {ids[at]}" if new.keys is None else f"{new.keys[at]!r} (id {ids[at]})"
-    choices = "'update' replaces it, 'skip' keeps it"
-    return f"{what} is already in the index; on_duplicate (--on-duplicate): {choices}"
-
-
-def check_choice(on_duplicate: str) -> None:
-    """Refuse what is no way to treat an item that is held."""
-    if on_duplicate not in _DUPLICATES:
-        given = f"got {on_duplicate!r}"
-        raise ValueError(f"on_duplicate (--on-duplicate) is one of {', '.join(_DUPLICATES)}, {given}")
-
-
-def check_origin(given: str, held: str) -> None:
-    """Refuse codes of origin ``given`` next to codes of origin ``held``; "" is unknown and fits any."""
-    if given and held and given != held:
-        raise ValueError(
-            f"codes of origin {given!r} do not fit an index of origin {held!r}: distances mean nothing; "
-            f"encode with the model of origin {held!r} (--run on the command line), or build a new index"
-        )

@@ -25,7 +25,13 @@ def build(
     directory: Index,
     run: Annotated[Path, Option(help="Run whose database is indexed, or that encodes --images.")],
     images: Annotated[Path | None, Option(help="Folder of images to index instead.")] = None,
-    engine: Annotated[str, Option(help="faiss, numpy (slow), faiss-ivf (approximate).")] = "faiss",
+    engine: Annotated[
+        str | None,
+        Option(
+            help="faiss, numpy (slow), faiss-ivf (approximate); in Milvus bin-flat, bin-ivf-flat "
+            "(approximate); in PostgreSQL scan, hnsw (approximate). By default the exact one."
+        ),
+    ] = None,
     payload: Payload = None,
     on_duplicate: OnDuplicate = "update",
     workers: Workers = None,
@@ -98,9 +104,9 @@ def remove(
 @app.command("info")
 def info(directory: Index, as_json: AsJson = False) -> None:
     """Bits, items, engine and origin of an index."""
-    from robusthash.index import open_index
+    from robusthash.index import address_of, open_index
 
-    with open_index(f"file:{directory}", create=False) as index:
+    with open_index(address_of(directory), create=False) as index:
         _print_info(dict(index.info()), as_json)
 
 

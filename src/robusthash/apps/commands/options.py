@@ -51,7 +51,13 @@ MaxPixels = Annotated[
 Where = Annotated[
     str | None, Option(help="Filter by payload, as YAML: '{labels: cat}', '{labels: [cat, dog]}'.")
 ]
-Index = Annotated[Path, Argument(help="Directory of the index.")]
+Index = Annotated[
+    str,
+    Argument(
+        help="Directory of the index, or milvus://HOST:PORT/COLLECTION, or "
+        "postgresql://USER@HOST/DATABASE?collection=NAME."
+    ),
+]
 IndexRun = Annotated[
     Path | None, Option("--run", help="Run that encodes; by default the builder of the index.")
 ]

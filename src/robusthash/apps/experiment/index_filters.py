@@ -13,7 +13,7 @@ import yaml
 from robusthash.apps.experiment.library_items import key_of, named_file, path_payload
 from robusthash.core.registry import nearest
 from robusthash.data.image_files import path_text
-from robusthash.index import CodeIndex, open_index
+from robusthash.index import CodeIndex, address_of, open_index
 
 _EXAMPLE = "--where takes a mapping such as '{label: cat}'"
 
@@ -54,14 +54,14 @@ def read_filter(text: str) -> dict[str, Any]:
     return {key: options(value) for key, value in where.items()}
 
 
-def values_of(directory: Path, where: str) -> str:
+def values_of(directory: str | Path, where: str) -> str:
     """A line on a filter that allowed no item: the values that items have under its keys."""
-    with open_index(f"file:{directory}", create=False) as index:
+    with open_index(address_of(directory), create=False) as index:
         return _values(index, where)
 
 
 def remove_items(
-    directory: Path, ids: Sequence[int] = (), paths: Sequence[Path] = (), where: str | None = None
+    directory: str | Path, ids: Sequence[int] = (), paths: Sequence[Path] = (), where: str | None = None
 ) -> Removed:
     """Remove items by id, by path (a folder's path removes all below it) or by filter: one of them.
 
@@ -70,7 +70,7 @@ def remove_items(
     """
     if (len(ids) > 0) + (len(paths) > 0) + (where is not None) != 1:
         raise ValueError("name ids, --path or --where '{label: cat}': one of them")
-    with open_index(f"file:{directory}", create=False) as index:
+    with open_index(address_of(directory), create=False) as index:
         missing: Sequence[int | str] = ()
         if where is not None:
             removed = index.remove(read_filter(where))

