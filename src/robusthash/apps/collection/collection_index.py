@@ -16,13 +16,18 @@ from robusthash.index import CodeIndex
 
 
 def add_codes(
-    index: CodeIndex, codes: str | Path, root: Path | None = None, progress: Progress = silent
+    index: CodeIndex,
+    codes: str | Path,
+    root: Path | None = None,
+    progress: Progress = silent,
+    origin: str | None = None,
 ) -> dict[str, Any]:
     """Add the codes of ``encode_collection`` under their own ids; an item that is held is replaced.
 
     Args:
         codes: the folder of the codes.
         root: folder of the images that the paths in the payload begin with; by default that of the encoding.
+        origin: digest of the model that must have made them.
 
     Returns:
         ``added`` and ``updated`` items, ``repeated`` names (of another part, left out), and the parts that
@@ -32,6 +37,9 @@ def add_codes(
         ValueError: codes of another model or length, damaged files, or no part that is encoded.
     """
     folder = CodesFolder.open(codes)
+    if origin not in (None, folder.card.origin):
+        held = f"(origin {folder.card.origin}, of the run {origin})"
+        raise ValueError(f"{folder.path} holds codes of another model {held}; name the run that encoded them")
     index.add(folder.no_codes(), keys=[])  # refuses codes of another model before anything is read
     counts, repeated, absent = {"added": 0, "updated": 0}, list[str](), list[str]()
     seen = torch.zeros(0, dtype=torch.int64)

@@ -168,9 +168,10 @@ class Listed:
     def _entries(self) -> Iterator[Entry]:
         if self._listing.is_dir():
             for found in walk_images(self.root):
-                yield (
-                    found if isinstance(found, Skipped) else self._item(os.path.relpath(found, self.root), {})
-                )
+                if isinstance(found, Path):
+                    yield self._item(os.path.relpath(found, self.root), {})
+                else:
+                    yield Skipped(found.file.removeprefix(path_text(self.root) + os.sep), found.reason)
             return
         for where, row in _rows(self._listing):
             name, payload = described_file(row, where)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from robusthash.core.runtime import Progress, silent
 from robusthash.index import CodeIndex, open_index
 
 _LOCK = "ray.lock"
+_WAIT, _POLL = 30.0, 0.5  # seconds for a part that is in use, and between two looks
 
 
 def encode_on_ray(
@@ -29,7 +32,7 @@ def encode_on_ray(
     items: ItemFormat = "jsonl",
     part_size: int = PART_SIZE,
     progress: Progress = silent,
-    resources: Mapping[str, float] | None = None,
+    gpus: float = 0,
     **encoding: Any,
 ) -> dict[str, Any]:
     """``encode_collection`` by the workers of a Ray cluster; what a lost worker had is done by another.
@@ -41,7 +44,7 @@ def encode_on_ray(
         workers: that encode at the same time, each with a model of its own.
         index: address of an index that each part is added to, by id, as soon as it is encoded; it is made
             where there is none.
-        resources: of each worker, in Ray's words: ``{"num_gpus": 1}``; by default ``{"num_cpus": 1}``.
+        gpus: accelerators that each worker takes, a part of one too, next to one core.
         encoding: options of ``Encoding``; workers decode in threads unless ``processes`` says otherwise.
 
     Returns:
@@ -63,19 +66,21 @@ def encode_on_ray(
     counts: dict[str, list[str]] = {"encoded": [], "unchanged": [], "failed": [], "in_use": []}
     with owned(folder.path, "encode on Ray", lock=_LOCK):
         if not ray.is_initialized():
-            ray.init(log_to_driver=False)
+            ray.init(log_to_driver=False, logging_level="WARNING")
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
         job = f"encode for Ray job {ray.get_runtime_context().get_job_id()}"
+        work = RayWork(_absolute(run), _absolute(images), str(folder.path), part_size, how, job, index)
+        # tasks, not actors: those of a lost machine go to any other, and no model waits for a free core
         rows = ray.data.from_items(
             [{"number": number, "part": name} for number, name in enumerate(names)],
             override_num_blocks=len(names),
         ).map(
-            PartEncoder,
-            fn_constructor_args=(_absolute(run), _absolute(images), str(folder.path), part_size),
-            fn_constructor_kwargs={"how": how, "job": job, "index": index},
-            concurrency=min(workers, len(names)),
-            max_restarts=-1,
-            max_task_retries=-1,
-            **(resources or {"num_cpus": 1}),
+            encode_row,
+            fn_kwargs={"work": work},
+            compute=ray.data.TaskPoolStrategy(size=min(workers, len(names))),
+            num_cpus=1,
+            num_gpus=gpus,
         )
         for done, row in enumerate(rows.iter_rows(), start=1):
             counts[row["became"]].append(row["part"])
@@ -85,23 +90,49 @@ def encode_on_ray(
     return {**report, **numbers, "in_use": sorted(counts["in_use"])}
 
 
-class PartEncoder:
-    """A worker: encodes the parts that it is given, and adds them to an index where there is one."""
+@dataclass(frozen=True)
+class RayWork:
+    """All that a worker needs to know; paths are absolute."""
 
-    def __init__(
-        self, run: str, images: str, out: str, part_size: int, how: Encoding, job: str, index: str | None
-    ) -> None:
-        self._model, self._folder = load(run), CodesFolder.open(Path(out))
-        self._parts, self._how, self._job = _Cursor(open_source(images, part_size)), how, job
+    run: str
+    images: str
+    out: str
+    part_size: int
+    how: Encoding
+    job: str  # of all workers, in the lock of a part
+    index: str | None
+
+
+def encode_row(row: dict[str, Any], work: RayWork) -> dict[str, Any]:
+    """Encode one part in a worker; as often as Ray likes, the result is the same."""
+    return _worker(work).encode(row["number"])
+
+
+@functools.lru_cache(maxsize=1)
+def _worker(work: RayWork) -> _Worker:
+    return _Worker(work)
+
+
+class _Worker:
+    """A process of the cluster with its model, which serves for all parts that it is given."""
+
+    def __init__(self, work: RayWork) -> None:
+        self._work, self._model = work, load(work.run)
+        self._folder = CodesFolder.open(Path(work.out))
+        self._parts = _Cursor(open_source(work.images, work.part_size))
         self._index: CodeIndex | None = None
-        if index is not None:
-            self._index = open_index(index, bits=self._model.bits)
+        if work.index is not None:
+            self._index = open_index(work.index, bits=self._model.bits)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Encode the part of a row; as often as Ray likes, the result is the same."""
-        part = self._parts.at(row["number"])
-        self._folder.forget_lost(part.name, self._job)
-        became = encode_part(self._model, part, self._folder, self._how, work=self._job)
+    def encode(self, number: int) -> dict[str, Any]:
+        part, until = self._parts.at(number), time.monotonic() + _WAIT
+        self._folder.forget_lost(part.name, self._work.job)
+        became = "in_use"
+        while (
+            became == "in_use" and time.monotonic() < until
+        ):  # of the worker before this one, which is ending
+            became = encode_part(self._model, part, self._folder, self._work.how, work=self._work.job)
+            time.sleep(_POLL if became == "in_use" else 0)
         if self._index is not None and became in ("encoded", "unchanged"):
             add_part(self._index, self._folder, part.name)
         return {"part": part.name, "became": became}
@@ -115,6 +146,7 @@ class _Cursor:
         self._coming = source.parts(0, 1)
 
     def at(self, number: int) -> Part:
+        """The part of a number; raises ValueError where there are fewer."""
         if number < self._next:
             self._coming, self._next = self._source.parts(0, 1), 0
         for part in self._coming:

@@ -120,7 +120,8 @@ def build_index(
             )
         write_json(file, told)
         if adding.codes is not None:
-            return {**add_codes(index, adding.codes, images, progress), **index.info()}
+            added = add_codes(index, adding.codes, images, progress, run.card()["digest"])
+            return {**index.info(), **added}
         if images is not None:
             return _add(index, run, images, progress, adding)
         if adding.payload is not None:
@@ -149,7 +150,8 @@ def add_images(
         raise ValueError("name the images to add, or --codes, a folder that 'robusthash encode' wrote")
     with open_index(f"file:{directory}", create=False) as index:
         if adding.codes is not None:
-            return {**add_codes(index, adding.codes, images, progress), **index.info()}
+            added = add_codes(index, adding.codes, images, progress)
+            return {**index.info(), **added}
         assert images is not None
         return _add(index, run_of_index(directory, run_path), images, progress, adding)
 
