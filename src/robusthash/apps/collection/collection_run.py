@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from robusthash.apps.collection.encoded_parts import CodesCard, CodesFolder, ItemFormat, PartWriter
-from robusthash.apps.collection.image_source import CollectionItem, Part, Source, SourceError, open_source
+from robusthash.apps.collection.image_source import (
+    CollectionItem,
+    ImagePart,
+    Collection,
+    SourceError,
+    open_source,
+)
 from robusthash.apps.experiment.search_model import SearchModel, load
 from robusthash.core.directory_lock import InUse
 from robusthash.core.hamming import pack
@@ -63,11 +69,11 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class EncodingJob:
     """A collection, its model, and the folder that its codes go to."""
 
     model: SearchModel
-    source: Source
+    source: Collection
     folder: CodesFolder
 
     @classmethod
@@ -78,7 +84,7 @@ class Prepared:
         out: str | Path,
         part_size: int,
         items: ItemFormat,
-    ) -> Prepared:
+    ) -> EncodingJob:
         """Read the listing of the collection, and make the folder."""
         if part_size < 1:
             raise ValueError(f"part_size must be at least 1, got {part_size}")
@@ -134,7 +140,7 @@ def encode_collection(
     first, step = shard
     if not 0 <= first < step:
         raise ValueError(f"there is no shard {first} of {step}; they are counted from 0")
-    prepared, how = Prepared.of(run, images, out, part_size, items), Encoding(**encoding)
+    prepared, how = EncodingJob.of(run, images, out, part_size, items), Encoding(**encoding)
     counts: dict[str, list[str]] = {"encoded": [], "unchanged": [], "in_use": []}
     left = _Left(prepared.source.amounts()[first::step], prepared.source.label == "tar", progress)
     for part in prepared.source.parts(first, step):
@@ -150,7 +156,7 @@ def encode_collection(
 
 def encode_part(
     model: SearchModel,
-    part: Part,
+    part: ImagePart,
     folder: CodesFolder,
     how: Encoding,
     told: Callable[[int], None] = lambda _: None,
@@ -179,7 +185,7 @@ def encode_part(
 
 
 def _encode(
-    model: SearchModel, part: Part, writer: PartWriter, how: Encoding, told: Callable[[int], None]
+    model: SearchModel, part: ImagePart, writer: PartWriter, how: Encoding, told: Callable[[int], None]
 ) -> None:
     """The codes of one part, while the images after them are decoded."""
     hasher, size = model.hasher.for_database(), how.batch_size
@@ -208,10 +214,12 @@ def _signs(hasher: Hasher, pixels: Tensor, size: int) -> Tensor:
 _Chunk = tuple[Tensor, list[CollectionItem], list[Skipped], int]
 
 
-def _decoded(part: Part, side: int, how: Encoding) -> Iterator[_Chunk]:
+def _decoded(part: ImagePart, side: int, how: Encoding) -> Iterator[_Chunk]:
     """Some hundred images at a time: (N, 3, S, S) uint8, their items, what was passed over, images read."""
     entries, options = part.entries(), ImageOptions(side, max_pixels=how.max_pixels)
-    while some := list(itertools.islice(entries, _AHEAD)):
+    size = how.batch_size  # of the first, which nothing is computed beside
+    while some := list(itertools.islice(entries, size)):
+        size = max(_AHEAD, how.batch_size)
         listed = [entry for entry in some if isinstance(entry, CollectionItem)]
         skipped = [entry for entry in some if isinstance(entry, Skipped)]
         pixels, items = [], []

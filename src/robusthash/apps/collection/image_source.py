@@ -49,7 +49,7 @@ class CollectionItem:
 Entry = CollectionItem | Skipped
 
 
-class Part(Protocol):
+class ImagePart(Protocol):
     """Images that are encoded, and safe on disk, together."""
 
     @property
@@ -63,7 +63,7 @@ class Part(Protocol):
         """The images, and the files that are passed over; raises ``SourceError``."""
 
 
-class Source(Protocol):
+class Collection(Protocol):
     """A collection of images, whose parts are always the same and in the same order."""
 
     root: Path  # which the names of items are relative to
@@ -75,11 +75,11 @@ class Source(Protocol):
     def amounts(self) -> list[int]:
         """The size of each part, in images, or in bytes of tars."""
 
-    def parts(self, first: int, step: int) -> Iterator[Part]:
+    def parts(self, first: int, step: int) -> Iterator[ImagePart]:
         """The parts ``first``, ``first + step``, ..."""
 
 
-def open_source(images: str | Path, part_size: int) -> Source:
+def open_source(images: str | Path, part_size: int) -> Collection:
     """The collection that a path names: a folder, a manifest, or tars such as ``shards-{000..099}.tar``.
 
     Raises:
@@ -146,7 +146,7 @@ class Listed:
         whole, left = divmod(counted, self._size)
         return [self._size] * whole + [left] * bool(left)
 
-    def parts(self, first: int, step: int) -> Iterator[Part]:
+    def parts(self, first: int, step: int) -> Iterator[ImagePart]:
         number, listed, images = 0, list[Entry](), 0
         for entry in self._entries():
             if isinstance(entry, CollectionItem):

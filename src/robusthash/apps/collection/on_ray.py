@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from robusthash.apps.collection.collection_index import add_part
-from robusthash.apps.collection.collection_run import PART_SIZE, Encoding, Prepared, encode_part
+from robusthash.apps.collection.collection_run import PART_SIZE, Encoding, EncodingJob, encode_part
 from robusthash.apps.collection.encoded_parts import CodesFolder, ItemFormat
-from robusthash.apps.collection.image_source import Part, Source, open_source
+from robusthash.apps.collection.image_source import ImagePart, Collection, open_source
 from robusthash.apps.experiment.search_model import load
 from robusthash.core.directory_lock import owned
 from robusthash.core.runtime import Progress, silent
@@ -58,7 +58,7 @@ def encode_on_ray(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     how = Encoding(**{"processes": 0, **encoding})
-    prepared = Prepared.of(_absolute(run), _absolute(images), _absolute(out), part_size, items)
+    prepared = EncodingJob.of(_absolute(run), _absolute(images), _absolute(out), part_size, items)
     folder, names = prepared.folder, prepared.source.names()
     if index is not None:
         with open_index(index, bits=prepared.model.bits) as opened:
@@ -141,11 +141,11 @@ class _Worker:
 class _Cursor:
     """The parts of a collection by number; one that follows is found without beginning again."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Collection) -> None:
         self._source, self._next = source, 0
         self._coming = source.parts(0, 1)
 
-    def at(self, number: int) -> Part:
+    def at(self, number: int) -> ImagePart:
         """The part of a number; raises ValueError where there are fewer."""
         if number < self._next:
             self._coming, self._next = self._source.parts(0, 1), 0

@@ -152,7 +152,7 @@ def _encode_collection(
 
 
 def _note_report(report: dict[str, Any]) -> None:
-    """What became of the collection, in some lines."""
+    """Some lines on the collection, and on what was passed over."""
     for one in report["skipped"][:_NAMED]:
         note(f"passed over: {one['file']} ({one['reason']})")
     skipped, more = len(report["skipped"]), len(report["skipped"]) - _NAMED
