@@ -16,9 +16,9 @@ from torch import Tensor
 
 from robusthash.apps.collection.encoded_parts import CodesCard, CodesFolder, ItemFormat, PartWriter
 from robusthash.apps.collection.image_source import (
+    Collection,
     CollectionItem,
     ImagePart,
-    Collection,
     SourceError,
     open_source,
 )

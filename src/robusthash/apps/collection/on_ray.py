@@ -12,7 +12,7 @@ from typing import Any
 from robusthash.apps.collection.collection_index import add_part
 from robusthash.apps.collection.collection_run import PART_SIZE, Encoding, EncodingJob, encode_part
 from robusthash.apps.collection.encoded_parts import CodesFolder, ItemFormat
-from robusthash.apps.collection.image_source import ImagePart, Collection, open_source
+from robusthash.apps.collection.image_source import Collection, ImagePart, open_source
 from robusthash.apps.experiment.search_model import load
 from robusthash.core.directory_lock import owned
 from robusthash.core.runtime import Progress, silent
