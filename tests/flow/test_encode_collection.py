@@ -373,7 +373,10 @@ def test_what_cannot_be_encoded_is_refused_in_a_line(call, trained, pictures, tm
         code, _, err = call("encode", *words)
         assert code == 1, words
         assert said in err, err
-        assert len(err.strip().splitlines()) == 1, err
+        lines = [
+            line for line in err.splitlines() if not line.startswith("encoding images: ")
+        ]  # of a busy machine
+        assert len(lines) == 1, err
 
 
 def test_names_that_are_no_utf8_come_back(encode, pictures, tmp_path):
