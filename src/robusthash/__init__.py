@@ -17,6 +17,7 @@ from robusthash.version import __version__
 if TYPE_CHECKING:
     from robusthash import attacks, objectives
     from robusthash.apps.audit.python_audit import audit
+    from robusthash.apps.collection.collection_run import encode_collection
     from robusthash.apps.experiment.quickstart_run import quickstart
     from robusthash.apps.experiment.search_model import SearchModel, load
     from robusthash.attacks import Attack, Threat
@@ -52,6 +53,7 @@ __all__ = [
     "audit",
     "build_hasher",
     "compare",
+    "encode_collection",
     "encode_split",
     "evaluate",
     "fit",
@@ -86,6 +88,7 @@ _HOMES = {
     "audit": "apps.audit.python_audit",
     "build_hasher": "models",
     "compare": "metrics",
+    "encode_collection": "apps.collection.collection_run",
     "encode_split": "models",
     "evaluate": "evaluation",
     "fit": "training",

@@ -38,7 +38,7 @@ def test_progress_is_a_line_every_few_seconds_where_there_is_no_terminal(clock, 
             progress(int(second), 12, "epoch 1/3")
             told.append(capsys.readouterr().err)
     assert [bool(text) for text in told] == [False, False, False, True, False, True, True]
-    assert told[3].strip() == "epoch 1/3: 5 of 12"
+    assert told[3].strip() == "epoch 1/3: 5 of 12, 0.98/s, 0:00:07 left"
 
 
 @pytest.fixture

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 from torch import Tensor
@@ -265,21 +264,27 @@ def _entries_of_manifest(
 
 def manifest_rows(manifest: Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number, row) of every row of a CSV or JSON-lines file; ValueError names a wrong line."""
-    if not regular(manifest).exists():
-        raise FileNotFoundError(f"no manifest {manifest.absolute()}")
-    try:
-        text = manifest.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{manifest} is not UTF-8 text: {error}") from error
-    read = _csv_rows if manifest.suffix.lower() == ".csv" else _json_rows
-    rows = list(read(manifest, text))
+    rows = list(iter_manifest(manifest))
     if not rows:
         raise ValueError(f"{manifest} has no rows")
     return rows
 
 
-def _csv_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def iter_manifest(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of ``manifest_rows`` one by one, whatever their number."""
+    if not regular(manifest).exists():
+        raise FileNotFoundError(f"no manifest {manifest.absolute()}")
+    is_csv = manifest.suffix.lower() == ".csv"
+    # lines of JSON end at "\n" alone: others are allowed inside texts
+    with manifest.open(encoding="utf-8-sig", newline="" if is_csv else "\n") as stream:
+        try:
+            yield from (_csv_rows if is_csv else _json_rows)(manifest, stream)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{manifest} is not UTF-8 text: {error}") from error
+
+
+def _csv_rows(manifest: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(stream, strict=True)
     try:
         if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
             raise ValueError(f"{manifest} has two columns {twice[0]!r}; join them into one, with ';' between")
@@ -291,8 +296,8 @@ def _csv_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]
         raise ValueError(f"{manifest}, after line {reader.line_num}: not CSV, {error}") from error
 
 
-def _json_rows(manifest: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, content in enumerate(text.split("\n"), start=1):  # not splitlines, which also cuts inside texts
+def _json_rows(manifest: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, content in enumerate(stream, start=1):
         if not content.strip():
             continue
         row = parse_json(content, f"{manifest}, line {line}", once=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,33 +37,40 @@ def list_images(folder: Path, deep: bool = True) -> Listing:
     """
     images: list[Path] = []
     skipped: list[Skipped] = []
+    for found in walk_images(folder, deep):
+        if isinstance(found, Skipped):
+            skipped.append(found)
+        else:
+            images.append(found)
+    return Listing(tuple(sorted(images)), tuple(sorted(skipped, key=lambda one: one.file)))
 
-    def pass_over(path: Path | str, reason: str) -> None:
-        skipped.append(Skipped(path_text(path), reason))
 
-    def unlisted(error: OSError) -> None:
-        pass_over(error.filename, error.strerror or "it cannot be listed")
-
-    for place, folders, files in os.walk(folder, onerror=unlisted):
+def walk_images(folder: Path, deep: bool = True) -> Iterator[Path | Skipped]:
+    """``list_images`` one by one: of each folder its files by name, then its subfolders by name."""
+    unlisted: list[OSError] = []
+    for place, folders, files in os.walk(folder, onerror=unlisted.append):
         below = []
-        for name in folders if deep else ():
+        for name in sorted(folders) if deep else ():
             path = Path(place, name)
             if name.startswith("."):
-                pass_over(path, "a hidden folder")
+                yield _passed_over(path, "a hidden folder")
             elif path.is_symlink():
-                pass_over(path, "a link to a folder")
+                yield _passed_over(path, "a link to a folder")
             else:
                 below.append(name)
                 if path.suffix.lower() in _endings():
-                    pass_over(path, "a folder, not an image file")
+                    yield _passed_over(path, "a folder, not an image file")
         folders[:] = below
-        for name in files:
+        for name in sorted(files):
             path = Path(place, name)
-            if reason := _refusal(path):
-                pass_over(path, reason)
-            else:
-                images.append(path)
-    return Listing(tuple(sorted(images)), tuple(sorted(skipped, key=lambda one: one.file)))
+            reason = _refusal(path)
+            yield _passed_over(path, reason) if reason else path
+    for error in unlisted:
+        yield _passed_over(error.filename, error.strerror or "it cannot be listed")
+
+
+def _passed_over(path: Path | str, reason: str) -> Skipped:
+    return Skipped(path_text(path), reason)
 
 
 @functools.cache

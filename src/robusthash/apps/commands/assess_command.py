@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from robusthash.apps.commands.options import AnyQueries, AsJson, Device, Direction, Eps, Norm, RunPath, Threat
+from robusthash.apps.commands.options import (
+    AnyQueries,
+    AsJson,
+    Device,
+    Direction,
+    Eps,
+    Norm,
+    RunPath,
+    Threat,
+    shard_of,
+)
 from robusthash.apps.commands.terminal import (
     console,
     note,
@@ -53,7 +62,7 @@ def assess(
     from robusthash.apps.experiment.threat_options import query_modality, threat_name
     from robusthash.core.processes import follows
 
-    part, victim = None if shard is None else _shard(shard), load_run(run)
+    part, victim = None if shard is None else shard_of(shard), load_run(run)
     budget = threat_name(threat, eps, norm, query_modality(victim, direction))
     with progress_bars() as progress:
         surrogates = [load_run(path) for path in surrogate or ()]
@@ -73,13 +82,6 @@ def assess(
         print_json({"run": str(run), **_plain(result)})
     elif not follows():
         print_assessment(result)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    parts = re.fullmatch(r"(\d+)/(\d+)", text)
-    if parts is None or int(parts[1]) >= int(parts[2]):
-        raise ValueError(f"--shard takes I/N with I from 0 to N - 1, as 0/2 and 1/2; got {text!r}")
-    return int(parts[1]), int(parts[2])
 
 
 def _plain(result: EvalResult) -> dict[str, Any]:

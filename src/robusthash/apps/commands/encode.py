@@ -1,16 +1,45 @@
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import typer
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, Device, MaxPixels, RunPath, Workers
-from robusthash.apps.commands.terminal import note, progress_bars, reply
+from robusthash.apps.commands.options import AsJson, Device, MaxPixels, Workers, shard_of
+from robusthash.apps.commands.terminal import note, print_json, progress_bars, reply, warn
+
+_NAMED = 10  # files that are passed over, and parts that failed, on a terminal
 
 
 def encode(
-    run: RunPath,
-    images: Annotated[list[Path] | None, Argument(help="Image files and folders of them.")] = None,
-    out: Annotated[Path | None, Option(help="Write the codes of the images here (.npz).")] = None,
+    run: Annotated[Path | None, Argument(help="Run directory, as `train` and `run` print it.")] = None,
+    files: Annotated[
+        list[Path] | None, Argument(metavar="[IMAGES]...", help="Image files and folders of them.")
+    ] = None,
+    named_run: Annotated[Path | None, Option("--run", help="The run, with --images.")] = None,
+    images: Annotated[
+        str | None,
+        Option(help="A collection: folder, manifest (.csv, .jsonl, .parquet) or tars: shards-{000..099}.tar"),
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="Write the codes here: .npz; of a collection, a folder of its own.")
+    ] = None,
+    shard: Annotated[
+        str | None, Option(help="With --images, I/N: the parts I, I + N, ... for one of N processes.")
+    ] = None,
+    processes: Annotated[
+        int | None, Option(min=0, help="With --images: processes that decode; a core each but one.")
+    ] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="With --images: images at a time; 64.")] = None,
+    part_size: Annotated[
+        int | None, Option(min=1, help="With --images: images a part; 4096. A tar is a part.")
+    ] = None,
+    items: Annotated[
+        str | None, Option(help="With --images: jsonl (default) or parquet, of ids, names and payload.")
+    ] = None,
+    ray: Annotated[
+        int | None, Option(min=1, help="With --images: workers on a Ray cluster (RAY_ADDRESS, or here).")
+    ] = None,
+    index: Annotated[str | None, Option(help="With --ray: address of an index to add to as well.")] = None,
     workers: Workers = None,
     max_pixels: MaxPixels = None,
     device: Device = None,
@@ -20,7 +49,47 @@ def encode(
 
     The first bit of a code is the highest of its first hex digit; zeros pad the end. Files that are passed
     over are named on stderr.
+
+    With --images a collection of any size goes part by part into the folder --out. Repeat the command after
+    an interruption: what is done is passed over, and parts that failed are tried again.
     """
+    options = {
+        "shard": None if shard is None else shard_of(shard),
+        "processes": processes,
+        "batch_size": batch_size,
+        "part_size": part_size,
+        "items": items,
+        "ray": ray,
+        "index": index,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    source = _one_run(run, named_run)
+    if images is not None:
+        if files or workers is not None:
+            what = "--workers; a collection is decoded by --processes" if workers is not None else str(files)
+            raise ValueError(f"--images names what is encoded, and does not go with {what}")
+        return _encode_collection(source, images, out, given, max_pixels, as_json)
+    if given:
+        raise ValueError(
+            f"--{next(iter(given)).replace('_', '-')} is for collections; name one with --images"
+        )
+    _encode_files(source, files, out, workers, max_pixels, as_json)
+
+
+def _one_run(run: Path | None, named: Path | None) -> Path:
+    if (run is None) == (named is None):
+        raise ValueError("name the run once: encode RUN ..., or --run RUN")
+    return run if run is not None else named  # type: ignore[return-value]
+
+
+def _encode_files(
+    run: Path,
+    images: list[Path] | None,
+    out: Path | None,
+    workers: int | None,
+    max_pixels: int | None,
+    as_json: bool,
+) -> None:
     from robusthash.apps.experiment import index_run, model_stages
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.data.image_files import Skipped, path_text
@@ -43,3 +112,58 @@ def encode(
         return reply(as_json, {"codes": str(out)}, [out])
     hexes = {path: code.hex() for path, code in codes.items()}
     return reply(as_json, hexes, (f"{code}  {path}" for path, code in hexes.items()))
+
+
+def _encode_collection(
+    run: Path, images: str, out: Path | None, given: dict[str, Any], max_pixels: int | None, as_json: bool
+) -> None:
+    if out is None:
+        raise ValueError("--images needs --out, the folder that the codes go to")
+    options = {**given, **({} if max_pixels is None else {"max_pixels": max_pixels})}
+    workers = options.pop("ray", None)
+    if workers is None and "index" in options:
+        raise ValueError(
+            f"--index goes with --ray; without, add the codes by 'index build INDEX --codes {out}'"
+        )
+    if workers is not None and "shard" in options:
+        raise ValueError("Ray divides the work among its workers by itself; leave --shard out")
+    with progress_bars() as progress:
+        if workers is None:
+            from robusthash.apps.collection.collection_run import encode_collection
+
+            report = encode_collection(run, images, out, progress=progress, **options)
+        else:
+            from robusthash.apps.collection.on_ray import encode_on_ray
+
+            report = encode_on_ray(run, images, out, workers=workers, progress=progress, **options)
+    if as_json:
+        print_json(report)
+    else:
+        _note_report(report)
+        reply(False, None, [out])
+    for name, reason in list(report["failed"].items())[:_NAMED]:
+        warn("failed", f"{name}: {reason}")
+    if report["failed"]:
+        note(f"{len(report['failed'])} parts failed; the same command tries them again")
+    if report["in_use"]:
+        note(f"in use by other processes: {_some(report['in_use'])}; repeat the command when they have ended")
+    if report["failed"] or report["in_use"]:
+        raise typer.Exit(1)
+
+
+def _note_report(report: dict[str, Any]) -> None:
+    """Some lines on the collection, and on what was passed over."""
+    for one in report["skipped"][:_NAMED]:
+        note(f"passed over: {one['file']} ({one['reason']})")
+    skipped, more = len(report["skipped"]), len(report["skipped"]) - _NAMED
+    if more > 0:
+        note(f"passed over: and {more} more; report.json names all")
+    note(f"{report['encoded']} parts encoded, {report['unchanged']} were done before")
+    whole = f"{report['items']} images encoded, {skipped} files passed over"
+    note(f"in all {report['done']} of {report['parts']} parts: {whole}")
+    if report["missing"]:
+        note(f"not encoded yet, as of other shards: {_some(report['missing'])}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -15,6 +15,9 @@ app = Typer(help="Build and search an index of binary codes.", no_args_is_help=T
 Payload = Annotated[
     Path | None, Option(help="CSV or JSON lines with a column 'file'; the other columns are kept as payload.")
 ]
+Codes = Annotated[
+    Path | None, Option(help="Codes that 'robusthash encode --images' wrote; images is then their folder.")
+]
 OnDuplicate = Annotated[
     str, Option(help="A path that is held: update (if the file changed), skip, or error.")
 ]
@@ -32,6 +35,7 @@ def build(
             "(approximate); in PostgreSQL scan, hnsw (approximate). By default the exact one."
         ),
     ] = None,
+    codes: Codes = None,
     payload: Payload = None,
     on_duplicate: OnDuplicate = "update",
     workers: Workers = None,
@@ -39,13 +43,13 @@ def build(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make an index of a run's database split, or of a folder of images encoded by the run's hasher.
+    """Make an index of a run's database split, of a folder of images, or of codes that `encode` wrote.
 
     An interrupted build goes on when it is repeated.
     """
     from robusthash.apps.experiment.index_run import Adding, Reading, build_index
 
-    adding = Adding(on_duplicate, payload, Reading.of(workers, max_pixels))
+    adding = Adding(on_duplicate, payload, Reading.of(workers, max_pixels), codes)
     with progress_bars() as progress:
         info = build_index(directory, run, images, engine, progress, adding)
     _print_info(info, as_json)
@@ -54,8 +58,9 @@ def build(
 @app.command("add")
 def add(
     directory: Index,
-    images: Annotated[Path, Argument(help="Image file or folder of images.")],
+    images: Annotated[Path | None, Argument(help="Image file or folder of images.")] = None,
     run: IndexRun = None,
+    codes: Codes = None,
     payload: Payload = None,
     on_duplicate: OnDuplicate = "update",
     workers: Workers = None,
@@ -69,7 +74,7 @@ def add(
     """
     from robusthash.apps.experiment.index_run import Adding, Reading, add_images
 
-    adding = Adding(on_duplicate, payload, Reading.of(workers, max_pixels))
+    adding = Adding(on_duplicate, payload, Reading.of(workers, max_pixels), codes)
     with progress_bars() as progress:
         info = add_images(directory, images, run, progress, adding)
     _print_info(info, as_json)

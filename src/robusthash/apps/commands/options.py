@@ -1,5 +1,6 @@
 """Arguments and options that several verbs share, each defined once."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,3 +62,11 @@ Index = Annotated[
 IndexRun = Annotated[
     Path | None, Option("--run", help="Run that encodes; by default the builder of the index.")
 ]
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """The (i, n) of ``--shard i/n``."""
+    parts = re.fullmatch(r"(\d+)/(\d+)", text)
+    if parts is None or int(parts[1]) >= int(parts[2]):
+        raise ValueError(f"--shard takes I/N with I from 0 to N - 1, as 0/2 and 1/2; got {text!r}")
+    return int(parts[1]), int(parts[2])

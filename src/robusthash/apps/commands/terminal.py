@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import sys
 import time
@@ -13,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import rich.markup
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -61,6 +70,8 @@ _SECONDS = 5.0  # between two lines of progress where no bar can be drawn
 def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
     """A bar per text, drawn on stderr where that is a terminal; elsewhere a line every few seconds.
 
+    Both say how many steps a second are done, and about how long the rest takes.
+
     Nothing in the processes of ``torchrun`` but the first.
     """
     from robusthash.core.processes import follows
@@ -70,12 +81,15 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
         return
     if not console.is_terminal:
         last = time.monotonic()
+        began: dict[str, tuple[float, int]] = {}  # by text: the time, and the steps done by then
 
         def report(done: int, total: int, text: str) -> None:
             nonlocal last
-            if time.monotonic() - last >= _SECONDS:
-                last = time.monotonic()
-                note(f"{text}: {done} of {total}")
+            now = time.monotonic()
+            start, before = began.setdefault(text, (now, done))
+            if now - last >= _SECONDS:
+                last = now
+                note(f"{text}: {_state_of_work(done, total, (done - before) / max(now - start, 1e-9))}")
 
         yield report
         return
@@ -83,6 +97,7 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        _SpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bars:
@@ -96,6 +111,26 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
             bars.update(tasks[key], completed=done, total=total or None, description=text)
 
         yield progress
+
+
+class _SpeedColumn(ProgressColumn):
+    """Steps a second, lately."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_speed(task.speed) if task.speed else "")
+
+
+def _speed(rate: float) -> str:
+    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
+
+
+def _state_of_work(done: int, total: int, rate: float) -> str:
+    """Steps done, and of how many, a second, and the time left, as far as they are known."""
+    state = f"{done} of {total}" if total else str(done)
+    if rate <= 0:
+        return state
+    left = f", {datetime.timedelta(seconds=round((total - done) / rate))} left" if total else ""
+    return f"{state}, {_speed(rate)}{left}"
 
 
 def print_json(value: Any) -> None:

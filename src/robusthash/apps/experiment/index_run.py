@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robusthash.apps.collection.collection_index import add_codes
 from robusthash.apps.experiment.index_filters import read_filter
 from robusthash.apps.experiment.library_items import (
     OWN_KEYS,
@@ -75,14 +76,20 @@ class Adding:
         on_duplicate: what becomes of a path that is held: ``update`` encodes it again where the file or its
             payload has changed, ``skip`` keeps it, ``error`` stops before anything is written.
         payload: a CSV or JSON-lines file with a column ``file``; its other columns become payload.
+        codes: a folder that ``encode_collection`` wrote, whose codes are added by their ids; images, where
+            given, is the folder that the paths in the payload begin with.
     """
 
     on_duplicate: str = "update"
     payload: Path | None = None
     reading: Reading = Reading()
+    codes: Path | None = None
 
     def __post_init__(self) -> None:
         check_choice(self.on_duplicate)
+        if self.codes is not None and (self.payload is not None or self.on_duplicate != "update"):
+            what = "--payload" if self.payload is not None else "--on-duplicate"
+            raise ValueError(f"--codes have their payload, and replace what is held; leave {what} out")
 
 
 def build_index(
@@ -106,15 +113,19 @@ def build_index(
         ValueError: the directory holds an index of something else.
     """
     run = load_run(run_path)
-    told = {"run": str(run.path.resolve()), "images": images and path_text(images.resolve())}
+    given = adding.codes if adding.codes is not None else images
+    source = {"run": str(run.path.resolve()), "images": given and path_text(given.resolve())}
     with open_index(address_of(directory), bits=run.card()["bits"], engine=engine) as index:
         count = index.count()
-        if count and index.made_of() != told:
+        if count and index.made_of() != source:
             raise ValueError(
                 f"{_place(index)} already holds {count} items of another build; add images to it with "
                 "'index add', or build in another directory"
             )
-        index.set_made_of(told)
+        index.set_made_of(source)
+        if adding.codes is not None:
+            added = add_codes(index, adding.codes, images, progress, run.card()["digest"])
+            return {**index.info(), **added}
         if images is not None:
             return _add(index, run, images, progress, adding)
         if adding.payload is not None:
@@ -127,19 +138,25 @@ def build_index(
 
 def add_images(
     directory: str | Path,
-    images: Path,
+    images: Path | None,
     run_path: Path | None = None,
     progress: Progress = silent,
     adding: Adding = Adding(),
 ) -> dict[str, Any]:
-    """Add an image file or a folder of images, each by its path; an interrupted call goes on when repeated.
+    """Add an image file or a folder of images, each by its path, or codes; repeated, it goes on.
 
     Returns:
         The index's info, and the files ``added``, ``updated``, ``unchanged`` and ``skipped`` (with reasons);
         with a payload file, ``without_payload`` counts the files that it has no row for, and
         ``rows_without_file`` names its rows of no such file.
     """
+    if images is None and adding.codes is None:
+        raise ValueError("name the images to add, or --codes, a folder that 'robusthash encode' wrote")
     with open_index(address_of(directory), create=False) as index:
+        if adding.codes is not None:
+            added = add_codes(index, adding.codes, images, progress)
+            return {**index.info(), **added}
+        assert images is not None
         return _add(index, run_of_index(directory, run_path), images, progress, adding)
 
 

@@ -60,18 +60,11 @@ class PayloadTable:
             return cls()
         rows: dict[str, dict[str, Any]] = {}
         for line, row in manifest_rows(file):
-            if not isinstance(row.get("file"), str):
-                raise ValueError(f"{file}, line {line} names no file: a payload file has a column 'file'")
-            if own := [name for name in OWN_KEYS if name in row]:
-                raise ValueError(
-                    f"{file}, line {line}: the index fills in {own[0]!r} itself; rename the column"
-                )
-            key = key_of(folder / row["file"])
+            named, payload = described_file(row, f"{file}, line {line}")
+            key = key_of(folder / named)
             if key in rows:
-                raise ValueError(f"{file}, line {line} names {row['file']!r} again; keep one row a file")
-            rows[key] = {
-                name: _value(name, cell) for name, cell in row.items() if name != "file" and cell != ""
-            }
+                raise ValueError(f"{file}, line {line} names {named!r} again; keep one row a file")
+            rows[key] = payload
         return cls(rows, given=True)
 
     def of(self, key: str) -> dict[str, Any]:
@@ -87,6 +80,19 @@ class PayloadTable:
         if not self.given:
             return {}
         return {"without_payload": self.lacking, "rows_without_file": sorted(set(self.rows) - self.used)}
+
+
+def described_file(row: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """The file that a row of a manifest names, and its payload: the other columns that are not empty.
+
+    Raises:
+        ValueError: no column ``file``, or one that the index fills in itself; ``where`` is named.
+    """
+    if not isinstance(row.get("file"), str) or not row["file"]:
+        raise ValueError(f"{where} names no file: its path goes into the column 'file'")
+    if own := [name for name in OWN_KEYS if name in row]:
+        raise ValueError(f"{where}: the index fills in {own[0]!r} itself; rename the column")
+    return row["file"], {n: _value(n, cell) for n, cell in row.items() if n != "file" and cell != ""}
 
 
 def items_of(paths: Sequence[Path], table: PayloadTable) -> list[LibraryItem]:

@@ -105,16 +105,7 @@ class SearchModel:
             FileNotFoundError, ValueError: an item that cannot be read or used (its place is named), or a
                 model that is searched by its numbers, and not by their signs.
         """
-        if modality == "image" and modality in self.hasher.modalities and not self.side:
-            raise ValueError("this model encodes images of no known size, as of features; it takes none here")
-        if modality not in self.hasher.modalities:
-            encoded = ", ".join(self.hasher.modalities)
-            raise ValueError(f"this model encodes {encoded}, not {modality!r} items")
-        if self.hasher.distance != "hamming":
-            raise ValueError(
-                f"this model is searched by the {self.hasher.distance} distance of its numbers, and has no "
-                "binary codes; wrap it with output='logits' to encode their signs"
-            )
+        self.check_encodes(modality)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         one = isinstance(images, str | Path | Image.Image)
@@ -148,6 +139,19 @@ class SearchModel:
         if errors:
             logger.warning("%d of %d images skipped: %s", len(errors), done, first)
         return Codes(pack(torch.cat(signs)), self.bits, torch.tensor(ids), self.origin)
+
+    def check_encodes(self, modality: str) -> None:
+        """Raise ValueError where it has no binary codes of the images, or texts, that users have."""
+        if modality == "image" and modality in self.hasher.modalities and not self.side:
+            raise ValueError("this model encodes images of no known size, as of features; it takes none here")
+        if modality not in self.hasher.modalities:
+            encoded = ", ".join(self.hasher.modalities)
+            raise ValueError(f"this model encodes {encoded}, not {modality!r} items")
+        if self.hasher.distance != "hamming":
+            raise ValueError(
+                f"this model is searched by the {self.hasher.distance} distance of its numbers, and has no "
+                "binary codes; wrap it with output='logits' to encode their signs"
+            )
 
     def search(
         self,

@@ -1,0 +1,1 @@
+"""Collections of many images encoded in parts: read, encoded, written and put into an index."""

@@ -1,0 +1,78 @@
+"""An encoded collection -> index: items by their ids, so that it may be repeated."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robusthash.apps.collection.encoded_parts import CodesFolder
+from robusthash.apps.experiment.library_items import path_payload
+from robusthash.core.runtime import Progress, silent
+from robusthash.index import CodeIndex
+
+
+def add_codes(
+    index: CodeIndex,
+    codes: str | Path,
+    root: Path | None = None,
+    progress: Progress = silent,
+    origin: str | None = None,
+) -> dict[str, Any]:
+    """Add the codes of ``encode_collection`` under their own ids; an item that is held is replaced.
+
+    Args:
+        codes: the folder of the codes.
+        root: folder of the images that the paths in the payload begin with; by default that of the encoding.
+        origin: digest of the model that must have made them.
+
+    Returns:
+        ``added`` and ``updated`` items, ``repeated`` names (of another part, left out), and the parts that
+        are ``not_encoded``.
+
+    Raises:
+        ValueError: codes of another model or length, damaged files, or no part that is encoded.
+    """
+    folder = CodesFolder.open(codes)
+    if origin not in (None, folder.card.origin):
+        held = f"(origin {folder.card.origin}, of the run {origin})"
+        raise ValueError(f"{folder.path} holds codes of another model {held}; name the run that encoded them")
+    index.add(folder.no_codes(), keys=[])  # refuses codes of another model before anything is read
+    counts, repeated, absent = {"added": 0, "updated": 0}, list[str](), list[str]()
+    seen = torch.zeros(0, dtype=torch.int64)
+    for done, name in enumerate(folder.card.parts, start=1):
+        if folder.status(name).get("state") != "done":
+            absent.append(name)
+            continue
+        ids, here, again = add_part(index, folder, name, root, seen)
+        seen = torch.cat([seen, ids])
+        repeated += again
+        counts["updated"] += here
+        counts["added"] += len(ids) - here
+        progress(done, len(folder.card.parts), "adding parts")
+    if len(absent) == len(folder.card.parts):
+        raise ValueError(f"no part of {folder.path} is encoded yet; 'robusthash encode' goes on with it")
+    return {**counts, "repeated": repeated, "not_encoded": absent}
+
+
+def add_part(
+    index: CodeIndex,
+    folder: CodesFolder,
+    name: str,
+    root: Path | None = None,
+    seen: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, int, list[str]]:
+    """Add one part; the ids, how many of them were held, and the names left out because they are ``seen``."""
+    part, base = folder.read(name), Path(folder.card.root if root is None else os.path.abspath(root))
+    new = torch.ones(len(part.codes), dtype=torch.bool) if seen is None else ~torch.isin(part.codes.ids, seen)
+    rows = torch.nonzero(new).flatten().tolist()
+    payload = [{**part.payload[row], **path_payload(base / part.names[row])} for row in rows]
+    if not rows:
+        return part.codes.ids[:0], 0, part.names
+    codes = replace(part.codes, packed=part.codes.packed[rows], ids=part.codes.ids[rows])
+    added = index.add(codes, payload, on_duplicate="update")
+    again = [name for name, is_new in zip(part.names, new.tolist(), strict=True) if not is_new]
+    return added.ids, int(added.held.sum()), again
