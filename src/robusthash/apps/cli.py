@@ -37,7 +37,7 @@ PANELS = {
     ),
     "Audit": ("audit", "check", "evidence", "verify", "keep", "leaderboard"),
     "Search": ("encode", "index", "search", "serve", "token"),
-    "Study": ("sweep", "curves", "attribute", "cost", "figures"),
+    "Study": ("reproduce", "sweep", "curves", "attribute", "cost", "figures"),
 }
 """Verbs by what a user wants to do: a function, or a group as ``app``, in the file of the verb's name."""
 
