@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from robusthash.apps.audit.python_audit import audit
     from robusthash.apps.experiment.quickstart_run import quickstart
     from robusthash.apps.experiment.search_model import SearchModel, load
+    from robusthash.apps.reproduction.reproduction import reproduce
     from robusthash.attacks import Attack, Threat
     from robusthash.core.types import Batch, Codes
     from robusthash.data import RetrievalData, load_data
@@ -61,6 +62,7 @@ __all__ = [
     "objectives",
     "open_index",
     "quickstart",
+    "reproduce",
     "tier",
     "wrap",
 ]
@@ -94,6 +96,7 @@ _HOMES = {
     "make_context": "evaluation",
     "open_index": "index",
     "quickstart": "apps.experiment.quickstart_run",
+    "reproduce": "apps.reproduction.reproduction",
     "tier": "robustness",
     "wrap": "models.external.wrap",
 }
