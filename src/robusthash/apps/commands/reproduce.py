@@ -7,7 +7,7 @@ from robusthash.apps.commands.options import AsJson, Device, RunsFolder, Sets
 from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars
 
 if TYPE_CHECKING:
-    from robusthash.apps.reproduction.entry_runs import Plan
+    from robusthash.apps.reproduction.entry_runs import EntryPlan
     from robusthash.apps.reproduction.entry_trial import EntryTrial
     from robusthash.apps.reproduction.reproduction import Reproduction
 
@@ -51,9 +51,10 @@ def reproduce(
     if listed or paper is None or entry is None:
         _show_list(reproduction.list_entries(folders, paper), as_json)
         return
-    sets = [*(sets or ()), *([] if device is None else [f"runtime.device={device}"])]
+    placed = [] if data_root is None else [f"data.root={data_root}"]
+    sets = [*placed, *(sets or ()), *([] if device is None else [f"runtime.device={device}"])]
     if dry_run:
-        options: dict[str, Any] = {"scale": scale, "seeds": seeds, "data_root": data_root, "sets": sets}
+        options: dict[str, Any] = {"scale": scale, "seeds": seeds, "sets": sets}
         plan, _ = reproduction.plan_of(paper, entry, folders, **options)
         with progress_bars() as progress:
             trial = entry_trial.try_entry(plan, miniature=miniature, batch=batch, progress=progress)
@@ -71,7 +72,6 @@ def reproduce(
             entry,
             scale=scale,
             seeds=seeds,
-            data_root=data_root,
             recipes=recipes,
             runs=runs,
             out=out,
@@ -126,7 +126,7 @@ def _duration(minutes: float, measured: bool) -> str:
     return text if measured else f"about {text}"
 
 
-def _show_trial(plan: "Plan", trial: "EntryTrial", as_json: bool) -> None:
+def _show_trial(plan: "EntryPlan", trial: "EntryTrial", as_json: bool) -> None:
     from dataclasses import asdict
 
     state = {f"{run.block}: {run.row}, seed {run.seed}": run for run in plan.runs}

@@ -13,7 +13,7 @@ from robusthash.apps.experiment.config import Config, make_config, read_recipe
 from robusthash.apps.experiment.evaluation_stages import attacks_of, ends_of
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run
 from robusthash.apps.experiment.tables import Column, parse_column
-from robusthash.apps.reproduction.paper_entries import BlockSpec, Entry, ScaleSpec
+from robusthash.apps.reproduction.paper_entries import BlockSpec, PaperEntry, ScaleSpec
 from robusthash.attacks.base import Attack
 from robusthash.core.plugins import beside
 from robusthash.core.registry import build
@@ -149,7 +149,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EntryPlan:
     """All runs of an entry at a scale.
 
     Attributes:
@@ -157,7 +157,7 @@ class Plan:
         missing: by block and row, the reason why a row has no run.
     """
 
-    entry: Entry
+    entry: PaperEntry
     spec: ScaleSpec
     blocks: list[BlockSpec]
     columns: dict[str, Column | None]
@@ -197,14 +197,13 @@ def _seconds(run: Run) -> float:
 
 
 def make_plan(
-    entry: Entry,
+    entry: PaperEntry,
     spec: ScaleSpec,
     recipes: Recipes,
     stored: Stored,
     seeds: int | None = None,
-    data_root: Path | None = None,
     sets: Sequence[str] = (),
-) -> Plan:
+) -> EntryPlan:
     """The runs of an entry, every config checked.
 
     Raises:
@@ -215,12 +214,11 @@ def make_plan(
     numbers = range(spec.seeds if seeds is None else seeds)
     runs: list[Planned] = []
     missing = {(b.title, n): row.missing for b in blocks for n, row in b.rows.items() if row.missing}
-    placed = [] if data_root is None else [f"data.root={data_root}"]
     configs = {}
     for block in blocks:
         for name, row in block.rows.items():
             if not row.missing:
-                overrides = (*row.set, *placed, *sets)
+                overrides = (*row.set, *sets)
                 configs[block.title, name] = (*recipes.config(row.recipe, overrides), overrides)
     has = {key: result_names(config) for key, (_, config, _) in configs.items()}
     known = [*dict.fromkeys(name for names in has.values() for name in names)]
@@ -237,10 +235,10 @@ def make_plan(
             found, taken = stored.find(seeded, needs), (*overrides, f"runtime.seed={seed}")
             runs.append(Planned(*key, seed, recipe, taken, seeded, own, needs, found))
     _require_distinct(runs)
-    return Plan(entry, spec, blocks, columns, runs, missing)
+    return EntryPlan(entry, spec, blocks, columns, runs, missing)
 
 
-def _column(text: str | None, known: Sequence[str], entry: Entry) -> Column | None:
+def _column(text: str | None, known: Sequence[str], entry: PaperEntry) -> Column | None:
     if text is None:
         return None
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from robusthash.apps.experiment.dry_run import DryRun, dry_run
-from robusthash.apps.reproduction.entry_runs import Plan, distinct
+from robusthash.apps.reproduction.entry_runs import EntryPlan, distinct
 from robusthash.core.runtime import Progress, silent
 
 
@@ -19,7 +19,7 @@ class EntryTrial:
 
 
 def try_entry(
-    plan: Plan, *, miniature: bool = False, batch: int | None = None, progress: Progress = silent
+    plan: EntryPlan, *, miniature: bool = False, batch: int | None = None, progress: Progress = silent
 ) -> EntryTrial:
     """Build every model of an entry at its true size, and take one step of each part; nothing is written.
 

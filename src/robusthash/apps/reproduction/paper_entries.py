@@ -49,7 +49,7 @@ class BlockSpec(Section):
     rows: dict[str, RowSpec]
 
 
-class Axis(Section):
+class SettingAxis(Section):
     """A setting over whose values every row is run: the axis across of a figure."""
 
     setting: str
@@ -74,7 +74,7 @@ class ScaleSpec(Section):
     bits: list[int] = Field(default_factory=list)  # by default those of the recipes
     seeds: int = Field(3, ge=1)
     minutes: float | None = Field(None, gt=0)
-    over: Axis | None = None
+    over: SettingAxis | None = None
     differs: str = ""  # from the paper
 
     def expanded(self) -> list[BlockSpec]:
@@ -103,7 +103,7 @@ def _with(row: RowSpec, before: list[str], after: list[str] | None = None) -> Ro
     return row if row.missing else row.model_copy(update={"set": [*before, *row.set, *(after or [])]})
 
 
-class Entry(Section):
+class PaperEntry(Section):
     """A table or figure of a paper.
 
     Attributes:
@@ -129,7 +129,7 @@ class Entry(Section):
     paper: ScaleSpec | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> Entry:
+    def _whole(self) -> PaperEntry:
         if bool(self.unavailable) == bool(self.small or self.paper):
             raise ValueError(f"{self.id} has either a scale or the reason why it is unavailable")
         for data, rows in self.printed.items():
@@ -161,9 +161,9 @@ class Paper(Section):
     title: str
     venue: str
     unit: Literal["percent", "fraction"]
-    entries: list[Entry]
+    entries: list[PaperEntry]
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> PaperEntry:
         """The entry of this id. Raises ValueError with all that there are."""
         by_id = {entry.id: entry for entry in self.entries}
         if name not in by_id:

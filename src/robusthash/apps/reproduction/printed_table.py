@@ -11,7 +11,7 @@ import torch
 
 from robusthash.apps.experiment.tables import Cell, Column, Seed, cell_of, read_seeds
 from robusthash.apps.reports.cell_text import csv_cell, latex_cell, markdown_cell
-from robusthash.apps.reproduction.entry_runs import Plan
+from robusthash.apps.reproduction.entry_runs import EntryPlan
 from robusthash.apps.reproduction.paper_entries import BlockSpec
 from robusthash.metrics.results import EvalResult, headline_of
 from robusthash.metrics.statistics import hierarchical_interval
@@ -29,7 +29,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Block:
+class TableBlock:
     """The rows on one data set. ``beside`` is the paper's data set of the printed values, "" for none."""
 
     title: str
@@ -39,7 +39,7 @@ class Block:
     chance: dict[str, float]
 
 
-def make_blocks(plan: Plan, unit: float) -> list[Block]:
+def make_blocks(plan: EntryPlan, unit: float) -> list[TableBlock]:
     """The table of what is stored of a plan.
 
     Args:
@@ -51,7 +51,7 @@ def make_blocks(plan: Plan, unit: float) -> list[Block]:
     return [_block(plan, block, unit) for block in plan.blocks]
 
 
-def _block(plan: Plan, block: BlockSpec, unit: float) -> Block:
+def _block(plan: EntryPlan, block: BlockSpec, unit: float) -> TableBlock:
     mine = [run for run in plan.runs if run.block == block.title and run.stored is not None]
     paths = list(dict.fromkeys(run.stored.path for run in mine if run.stored))
     read = [seed for seeds in read_seeds(paths).values() for seed in seeds] if paths else []
@@ -68,10 +68,10 @@ def _block(plan: Plan, block: BlockSpec, unit: float) -> Block:
     used = {title for line in lines for title in line.cells}
     scored = {c.result.rpartition(" ")[0] for t, c in plan.columns.items() if c and t in used}
     chance = {on: value for on, value in chance.items() if not on or any(s.startswith(on) for s in scored)}
-    return Block(block.title, block.beside, tuple(plan.columns), tuple(lines), chance)
+    return TableBlock(block.title, block.beside, tuple(plan.columns), tuple(lines), chance)
 
 
-def _printed(plan: Plan, beside: str, row: str, unit: float) -> dict[str, float]:
+def _printed(plan: EntryPlan, beside: str, row: str, unit: float) -> dict[str, float]:
     values = plan.entry.printed.get(beside, {}).get(row.partition(", ")[0] if plan.spec.over else row, [])
     named = zip(plan.entry.columns, values, strict=False)
     return {title: value * unit for title, value in named if value is not None}
@@ -117,7 +117,7 @@ def number_of(result: EvalResult, measure: str) -> float | None:
     return {**result.perceptibility, **result.values}.get(measure)
 
 
-def markdown_blocks(blocks: Sequence[Block]) -> str:
+def markdown_blocks(blocks: Sequence[TableBlock]) -> str:
     """A Markdown table a block, below its title."""
     texts = []
     for block in blocks:
@@ -128,7 +128,7 @@ def markdown_blocks(blocks: Sequence[Block]) -> str:
     return "\n\n".join(texts)
 
 
-def latex_blocks(blocks: Sequence[Block]) -> str:
+def latex_blocks(blocks: Sequence[TableBlock]) -> str:
     """A LaTeX ``tabular`` a block, with the rules of the package ``booktabs``."""
     texts = []
     for block in blocks:
@@ -140,7 +140,7 @@ def latex_blocks(blocks: Sequence[Block]) -> str:
     return "\n\n".join(texts)
 
 
-def csv_blocks(blocks: Sequence[Block]) -> str:
+def csv_blocks(blocks: Sequence[TableBlock]) -> str:
     """One line a cell, with six digits; printed values too where nothing was measured."""
     text = io.StringIO()
     names = ("data", "row", "column", "value", "low", "high", "seeds", "printed", "printed data")
@@ -151,7 +151,7 @@ def csv_blocks(blocks: Sequence[Block]) -> str:
     return text.getvalue()
 
 
-def plain_cells(blocks: Sequence[Block]) -> list[dict[str, str | float | int | None]]:
+def plain_cells(blocks: Sequence[TableBlock]) -> list[dict[str, str | float | int | None]]:
     """Every cell as plain data; null where nothing was measured or printed."""
     cells: list[dict[str, str | float | int | None]] = []
     for block in blocks:
@@ -167,7 +167,7 @@ def plain_cells(blocks: Sequence[Block]) -> list[dict[str, str | float | int | N
     return cells
 
 
-def _texts(block: Block) -> list[list[str]]:
+def _texts(block: TableBlock) -> list[list[str]]:
     table = [["", *block.columns, "seeds"]]
     for line in block.lines:
         cells = [cell_text(line.cells.get(c), line.printed.get(c)) for c in block.columns]
@@ -199,7 +199,7 @@ def _fine(cell: Cell) -> str:
     return f"{_short(cell.value)} ({_short(low)}-{_short(high)})"
 
 
-def _below(block: Block) -> str:
+def _below(block: TableBlock) -> str:
     parts = [f"chance {on} {value:.3f}".replace("  ", " ") for on, value in block.chance.items()]
     parts += [f"in brackets the paper's values on {block.beside}"] if block.beside else []
     return f": {'; '.join(parts)}" if parts else ""

@@ -10,10 +10,10 @@ from typing import Any
 
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.training_stages import run_all
-from robusthash.apps.reproduction.entry_runs import Plan, Planned, Recipes, Stored, distinct, make_plan
-from robusthash.apps.reproduction.paper_entries import SCALES, Entry, Paper, Scale, paper, papers
+from robusthash.apps.reproduction.entry_runs import EntryPlan, Planned, Recipes, Stored, distinct, make_plan
+from robusthash.apps.reproduction.paper_entries import SCALES, Paper, PaperEntry, Scale, paper, papers
 from robusthash.apps.reproduction.printed_table import (
-    Block,
+    TableBlock,
     csv_blocks,
     latex_blocks,
     make_blocks,
@@ -46,7 +46,7 @@ class Folders:
         found = Recipes(recipes)
         return cls(found, found.folder.parent / "results", runs, out)
 
-    def stored(self, entry: Entry) -> list[Path]:
+    def stored(self, entry: PaperEntry) -> list[Path]:
         """Folders whose runs serve an entry."""
         return [self.runs] if entry.shows in _WITH_WEIGHTS else [self.results, self.runs]
 
@@ -65,10 +65,10 @@ class Reproduction:
     """
 
     paper: Paper
-    entry: Entry
+    entry: PaperEntry
     scale: Scale
     state: str
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[TableBlock] = field(default_factory=list)
     analysis: str = ""
     drawn: list[Path] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -152,9 +152,8 @@ def plan_of(
     *,
     scale: Scale = "small",
     seeds: int | None = None,
-    data_root: Path | None = None,
     sets: Sequence[str] = (),
-) -> tuple[Plan, Stored]:
+) -> tuple[EntryPlan, Stored]:
     """The runs of an entry, and the stored ones among which they were looked for.
 
     Raises:
@@ -163,7 +162,7 @@ def plan_of(
     found = paper(name).entry(entry)
     stored = Stored(folders.stored(found))
     spec = found.at(scale)
-    return make_plan(found, spec, folders.recipes, stored, seeds, data_root, sets), stored
+    return make_plan(found, spec, folders.recipes, stored, seeds, sets), stored
 
 
 def reproduce(
@@ -172,7 +171,6 @@ def reproduce(
     *,
     scale: Scale = "small",
     seeds: int | None = None,
-    data_root: str | Path | None = None,
     recipes: str | Path | None = None,
     runs: str | Path = "runs",
     out: str | Path | None = None,
@@ -190,10 +188,9 @@ def reproduce(
         entry: id of the table or figure, as ``robusthash reproduce --list`` shows it.
         scale: ``small`` for a machine without a GPU, ``paper`` for the papers' data and nets.
         seeds: training seeds 0 to ``seeds - 1``; by default as the entry says.
-        data_root: folder of the data sets.
         recipes: folder of the recipes, by default that of the clone.
         out: folder of the figures; none are drawn without it.
-        sets: overrides of every recipe, ``runtime.device=cuda``.
+        sets: overrides of every recipe, ``data.root=PATH`` for the folder of the data sets.
         stored_only: train nothing, and show what there is.
 
     Raises:
@@ -203,8 +200,7 @@ def reproduce(
     where = Folders.of(
         None if recipes is None else Path(recipes), Path(runs), None if out is None else Path(out)
     )
-    root = None if data_root is None else Path(data_root)
-    options: dict[str, Any] = {"scale": scale, "seeds": seeds, "data_root": root, "sets": sets}
+    options: dict[str, Any] = {"scale": scale, "seeds": seeds, "sets": sets}
     plan, stored = plan_of(name, entry, where, **options)
     failed = {} if stored_only else _run_missing(plan, where, progress)
     if plan.stored < len(plan.runs) and not stored_only:
@@ -222,7 +218,7 @@ def reproduce(
     )
 
 
-def _run_missing(plan: Plan, folders: Folders, progress: Progress) -> dict[str, str]:
+def _run_missing(plan: EntryPlan, folders: Folders, progress: Progress) -> dict[str, str]:
     """Make the runs that are not stored; the errors of those that failed, by command.
 
     Raises:
@@ -245,13 +241,13 @@ def _run_missing(plan: Plan, folders: Folders, progress: Progress) -> dict[str, 
     return failed
 
 
-def _labelled(plan: Plan) -> Iterator[tuple[str, Run]]:
+def _labelled(plan: EntryPlan) -> Iterator[tuple[str, Run]]:
     """Stored runs of the first seed, each once, by row."""
     first: list[Planned] = [run for run in distinct(plan.runs) if run.seed == 0]
     yield from ((run.row, run.stored) for run in first if run.stored is not None)
 
 
-def _draw_values(plan: Plan, blocks: Sequence[Block], out: Path) -> list[Path]:
+def _draw_values(plan: EntryPlan, blocks: Sequence[TableBlock], out: Path) -> list[Path]:
     """The figure of a sweep over one setting; of other tables all that their runs allow."""
     from robusthash.apps.experiment.parameter_sweep import SweepRow
     from robusthash.apps.reports.figures import draw_runs, draw_sweep
@@ -273,7 +269,7 @@ def _draw_values(plan: Plan, blocks: Sequence[Block], out: Path) -> list[Path]:
     return drawn
 
 
-def _analysed(plan: Plan, out: Path | None, progress: Progress) -> tuple[str, list[Path]]:
+def _analysed(plan: EntryPlan, out: Path | None, progress: Progress) -> tuple[str, list[Path]]:
     """Text and figures of bands, transfer, cost or losses, once all runs of the first seed are there."""
     from robusthash.apps.experiment.attribution_run import attribute_runs
     from robusthash.apps.experiment.cost_run import cost_markdown, cost_rows
