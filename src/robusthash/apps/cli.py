@@ -167,7 +167,8 @@ def _smaller_batches_noted() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    going_on = "run, train, evaluate, assess, questions, sweep, reproduce, demo, quickstart, index build and index add"
+    verbs = "run, train, evaluate, assess, questions, sweep, reproduce, demo, quickstart"
+    going_on = f"{verbs}, index build and index add"
     note(f"stopped; {going_on} go on from what was finished")
     sys.exit(130)
 
