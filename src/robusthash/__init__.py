@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from robusthash.apps.collection.collection_run import encode_collection
     from robusthash.apps.experiment.quickstart_run import quickstart
     from robusthash.apps.experiment.search_model import SearchModel, load
+    from robusthash.apps.reproduction.reproduction import reproduce
     from robusthash.attacks import Attack, Threat
     from robusthash.core.types import Batch, Codes
     from robusthash.data import RetrievalData, load_data
@@ -63,6 +64,7 @@ __all__ = [
     "objectives",
     "open_index",
     "quickstart",
+    "reproduce",
     "tier",
     "wrap",
 ]
@@ -97,6 +99,7 @@ _HOMES = {
     "make_context": "evaluation",
     "open_index": "index",
     "quickstart": "apps.experiment.quickstart_run",
+    "reproduce": "apps.reproduction.reproduction",
     "tier": "robustness",
     "wrap": "models.external.wrap",
 }

@@ -37,7 +37,7 @@ PANELS = {
     ),
     "Audit": ("audit", "check", "evidence", "verify", "keep", "leaderboard"),
     "Search": ("encode", "index", "search", "serve", "token"),
-    "Study": ("sweep", "curves", "attribute", "cost", "figures"),
+    "Study": ("reproduce", "sweep", "curves", "attribute", "cost", "figures"),
 }
 """Verbs by what a user wants to do: a function, or a group as ``app``, in the file of the verb's name."""
 
@@ -167,10 +167,9 @@ def _smaller_batches_noted() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    going_on = (
-        "run, train, evaluate, assess, questions, sweep, demo, quickstart, encode --images, index build"
-    )
-    note(f"stopped; {going_on} and index add go on from what was finished")
+    verbs = "run, train, evaluate, assess, questions, sweep, reproduce, demo, quickstart, encode --images"
+    going_on = f"{verbs}, index build and index add"
+    note(f"stopped; {going_on} go on from what was finished")
     sys.exit(130)
 
 

@@ -298,11 +298,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a missing file, no YAML, an unknown key (the nearest is offered), a bad value.
     """
-    files: list[Path] = []
-    raw = _read(Path(path), files)
-    raw.setdefault("name", Path(path).stem)
-    with beside([file.parent for file in files]):
+    raw, folders = read_recipe(Path(path))
+    with beside(folders):
         return make_config(raw, overrides, where=str(path))
+
+
+def read_recipe(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Plain content of a recipe file, with its name, and the folders of the files that it comes from."""
+    files: list[Path] = []
+    raw = _read(path, files)
+    raw.setdefault("name", path.stem)
+    return raw, [file.parent for file in files]
 
 
 def _read(path: Path, children: list[Path]) -> dict[str, Any]:

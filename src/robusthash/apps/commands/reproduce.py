@@ -1,0 +1,163 @@
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from typer import Argument, Option
+
+from robusthash.apps.commands.options import AsJson, Device, RunsFolder, Sets
+from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars
+
+if TYPE_CHECKING:
+    from robusthash.apps.reproduction.entry_runs import EntryPlan
+    from robusthash.apps.reproduction.entry_trial import EntryTrial
+    from robusthash.apps.reproduction.reproduction import Reproduction
+
+
+def reproduce(
+    paper: Annotated[str | None, Argument(help="saat, saah, sfcl, drfgd or dsarh.")] = None,
+    entry: Annotated[str | None, Argument(help="Table or figure: table-2.")] = None,
+    listed: Annotated[bool, Option("--list", help="Every table and figure, with state and time.")] = False,
+    claims: Annotated[bool, Option("--claims", help="The verdict on each claim of the papers.")] = False,
+    scale: Annotated[
+        Literal["small", "paper"], Option(help="small: no GPU needed. paper: their data and nets.")
+    ] = "small",
+    data_root: Annotated[Path | None, Option(help="Folder of the data sets.")] = None,
+    seeds: Annotated[int | None, Option(min=1, help="Number of training seeds, from 0.")] = None,
+    stored: Annotated[bool, Option("--stored", help="Train nothing: show what results there are.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Take one step of each part of each row, write nothing.")
+    ] = False,
+    miniature: Annotated[bool, Option("--miniature", help="Of a dry run: generated items as data.")] = False,
+    batch: Annotated[int | None, Option(min=2, help="Of a dry run: items of a step.")] = None,
+    markdown: Annotated[Path | None, Option(help="Write the table as Markdown.")] = None,
+    latex: Annotated[Path | None, Option(help="Write the table as LaTeX.")] = None,
+    csv: Annotated[Path | None, Option(help="Write every cell as CSV.")] = None,
+    out: Annotated[Path | None, Option(help="Folder of the figures (needs the extra `figures`).")] = None,
+    recipes: Annotated[Path | None, Option(help="Folder of recipes; stored results lie beside it.")] = None,
+    runs: RunsFolder = Path("runs"),
+    sets: Sets = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """A table or figure of a paper: runs what is missing, prints ours with the paper's values in brackets.
+
+    Goes on where it was stopped. `reproduce --list` shows all entries, `reproduce PAPER` those of one paper.
+    """
+    from robusthash.apps.reproduction import entry_trial, reproduction
+
+    folders = reproduction.Folders.of(recipes, runs, out)
+    if claims:
+        _show_claims(folders, as_json)
+        return
+    if listed or paper is None or entry is None:
+        _show_list(reproduction.list_entries(folders, paper), as_json)
+        return
+    placed = [] if data_root is None else [f"data.root={data_root}"]
+    sets = [*placed, *(sets or ()), *([] if device is None else [f"runtime.device={device}"])]
+    if dry_run:
+        options: dict[str, Any] = {"scale": scale, "seeds": seeds, "sets": sets}
+        plan, _ = reproduction.plan_of(paper, entry, folders, **options)
+        with progress_bars() as progress:
+            trial = entry_trial.try_entry(plan, miniature=miniature, batch=batch, progress=progress)
+        _show_trial(plan, trial, as_json)
+        return
+    if miniature or batch is not None:
+        raise ValueError("--miniature and --batch belong to a dry run: add --dry-run")
+    if out is not None:
+        from robusthash.apps.reports.charts import require_matplotlib
+
+        require_matplotlib()
+    with progress_bars() as progress:
+        made = reproduction.reproduce(
+            paper,
+            entry,
+            scale=scale,
+            seeds=seeds,
+            recipes=recipes,
+            runs=runs,
+            out=out,
+            sets=sets,
+            stored_only=stored,
+            progress=progress,
+        )
+    _export(made, {markdown: made.markdown, latex: made.latex, csv: made.csv})
+    _show(made, as_json)
+
+
+def _export(made: "Reproduction", wanted: dict[Path | None, Any]) -> None:
+    from robusthash.core.atomic_files import write_aside
+
+    for path, text in wanted.items():
+        if path is not None:
+            with write_aside(path) as aside:
+                aside.write_text(f"{text().strip()}\n", encoding="utf-8")
+
+
+def _show(made: "Reproduction", as_json: bool) -> None:
+    for text in made.notes:
+        note(f"passed over: {text}")
+    if as_json:
+        print_json(made.plain())
+    else:
+        head = f"{made.paper.name}, {made.entry.id}: {made.entry.title} ({made.scale} scale, {made.state})"
+        print_lines([head, "", made.markdown(), *made.drawn])
+    for command, error in made.failed.items():
+        note(f"failed: {command}: {error}")
+    if made.failed:
+        raise ValueError(f"{len(made.failed)} runs failed; the same command runs them again")
+
+
+def _show_list(listed: "list[Any]", as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        print_json([asdict(each) for each in listed])
+        return
+    rows = []
+    for each in listed:
+        minutes = "" if each.seed_minutes is None else _duration(each.seed_minutes, each.measured)
+        rows.append([f"{each.paper.lower()} {each.entry}", each.scale, each.state, minutes, each.title])
+    columns = ["entry", "scale", "state", "one seed, one core", "what it is"]
+    print_table("", columns, rows, right=False)
+    note("times: measured where all rows are stored, on a busy machine; about: estimated")
+
+
+def _duration(minutes: float, measured: bool) -> str:
+    text = f"{minutes:,.0f} min" if minutes < 120 else f"{minutes / 60:,.0f} h"
+    return text if measured else f"about {text}"
+
+
+def _show_trial(plan: "EntryPlan", trial: "EntryTrial", as_json: bool) -> None:
+    from dataclasses import asdict
+
+    state = {f"{run.block}: {run.row}, seed {run.seed}": run for run in plan.runs}
+    if as_json:
+        runs = [
+            {
+                "row": name,
+                "command": run.command,
+                "stored": None if run.stored is None else str(run.stored.path),
+            }
+            for name, run in state.items()
+        ]
+        print_json(
+            {"state": plan.state, "runs": runs, "tried": {n: asdict(t) for n, t in trial.runs.items()}}
+        )
+        return
+    rows = [
+        [name, "" if run.stored is None else str(run.stored.path), run.command] for name, run in state.items()
+    ]
+    print_table(f"{plan.entry.id}: {plan.state}", ["run", "stored", "command"], rows, right=False)
+    times = [[name, f"{tried.seconds / 60:.1f}"] for name, tried in trial.runs.items()]
+    print_table("minutes of a seed here", ["row", "with what it starts from"], times)
+    each, rest = (f"{seconds / 60:.1f} min" for seconds in (trial.seed_seconds, trial.seconds))
+    note(f"a seed of all rows: {each}; what is not stored: {rest}")
+
+
+def _show_claims(folders: Any, as_json: bool) -> None:
+    from robusthash.apps.reproduction import claims_ledger
+
+    ledger = claims_ledger.judge_all(folders)
+    if as_json:
+        print_json([judged.plain() for judged in ledger])
+    else:
+        print_lines([claims_ledger.ledger_markdown(ledger)])

@@ -1,0 +1,338 @@
+"""The claims of the papers, each judged by paired differences of stored results, or by a computation."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from robusthash.apps.experiment.config import Section
+from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.tables import Cell, Column, parse_column
+from robusthash.apps.reports.cell_text import markdown_cell
+from robusthash.apps.reproduction.entry_runs import Recipes, Stored
+from robusthash.apps.reproduction.printed_table import number_of
+from robusthash.apps.reproduction.reproduction import Folders
+from robusthash.attacks.guides import mainstay_code
+from robusthash.core.labels import cosine
+from robusthash.core.limited_files import parse_yaml
+from robusthash.core.registry import build
+from robusthash.core.runtime import Draws
+from robusthash.data import load_data
+from robusthash.metrics.comparison import METHOD_SEEDS
+from robusthash.metrics.results import EvalResult, headline_of
+from robusthash.metrics.statistics import bootstrap_interval, hierarchical_interval
+from robusthash.models.hasher import build_hasher, purified
+from robusthash.training import OptimConfig, TrainConfig, fit
+
+Verdict = Literal["reproduced", "reversed", "open", "untestable here"]
+
+_SMALL = 5e-4  # differences below it are written with an exponent
+_CHOICES = 3  # values of a choice at which a claim fails before it is called reversed
+
+
+class Side(Section):
+    """A weighted sum of results of one recipe; as text ``RECIPE: RESULT``."""
+
+    recipe: str
+    set: list[str] = Field(default_factory=list)
+    columns: dict[str, float] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            recipe, _, column = value.partition(": ")
+            return {"recipe": recipe, "columns": {column: 1.0}}
+        if isinstance(value, dict) and "column" in value:
+            return {**{k: v for k, v in value.items() if k != "column"}, "columns": {value["column"]: 1.0}}
+        return value
+
+
+class Comparison(Section):
+    """``first`` is ``above`` or ``below`` ``second``, by at least ``by``; a negative ``by`` is a tolerance.
+
+    ``at`` is the value of the choice that the claim depends on.
+    """
+
+    what: str
+    first: Side
+    relation: Literal["above", "below"]
+    second: Side
+    by: float = 0.0
+    at: str = ""
+
+
+class Claim(Section):
+    """A claim of a paper. It has comparisons, a computation, or the reason why it cannot be tested.
+
+    Attributes:
+        printed: the paper's figures.
+        tier: net and data of the comparisons, and what differs.
+        entry: the table or figure whose runs decide it, as arguments of ``robusthash reproduce``.
+        depends_on: a choice (a rate, a weight), at three values of which it must fail to be reversed.
+    """
+
+    id: str
+    paper: str
+    statement: str
+    printed: str = ""
+    tier: str = ""
+    entry: str = ""
+    comparisons: list[Comparison] = Field(default_factory=list)
+    computed: Literal["", "mainstay-code", "hasher-stays"] = ""
+    untestable: str = ""
+    depends_on: str = ""
+
+    @model_validator(mode="after")
+    def _decidable(self) -> Claim:
+        if not (self.comparisons or self.computed or self.untestable or self.entry):
+            raise ValueError(f"claim {self.id} names nothing that could decide it")
+        return self
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A comparison: the difference of first and second, and whether it holds; None where undecided."""
+
+    what: str
+    difference: Cell | None
+    holds: bool | None
+    reason: str = ""
+    at: str = ""
+    wanted: str = ""
+
+    def text(self) -> str:
+        """``mainstay to HAG: -0.011 (-0.016 to -0.006), 3 seeds``."""
+        if self.difference is None:
+            return f"{self.what}: {self.reason}"
+        low, _ = self.difference.interval
+        value = self.difference.text() if low == low else f"{self.difference.value:+.3f}"
+        value = value if abs(self.difference.value) >= _SMALL else f"{self.difference.value:+.1e}"
+        seeds = "1 seed" if self.difference.seeds == 1 else f"{self.difference.seeds} seeds"
+        return f"{self.what}: {value}{self.wanted}, {seeds}"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim with its verdict."""
+
+    claim: Claim
+    verdict: Verdict
+    findings: tuple[Finding, ...]
+    reason: str = ""
+
+    @property
+    def command(self) -> str:
+        """The command that makes the runs which decide it."""
+        return f"robusthash reproduce {self.claim.entry}" if self.claim.entry else ""
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        findings = [{**asdict(finding), "text": finding.text()} for finding in self.findings]
+        claim = self.claim
+        named = {"id": claim.id, "paper": claim.paper, "statement": claim.statement, "printed": claim.printed}
+        more = {"tier": claim.tier, "command": self.command, "reason": self.reason}
+        return {**named, "verdict": self.verdict, "findings": findings, **more}
+
+
+@cache
+def all_claims() -> list[Claim]:
+    """The claims in order. Raises ValueError for a file that says something else."""
+    file = files("robusthash.apps.reproduction") / "claims.yaml"
+    try:
+        return [Claim.model_validate(each) for each in parse_yaml(file.read_text("utf-8"), file.name)]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{file.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def judge_all(folders: Folders) -> list[Judged]:
+    """Every claim by what ``results`` and ``runs`` hold."""
+    stored = Stored([folders.results, folders.runs])
+    return [judge(claim, folders.recipes, stored) for claim in all_claims()]
+
+
+def judge(claim: Claim, recipes: Recipes, stored: Stored) -> Judged:
+    """The verdict on a claim.
+
+    It is reproduced where every comparison holds beyond its interval, reversed where one fails beyond it (in
+    part, where others hold), and open else; fewer than three common seeds decide nothing.
+    """
+    if claim.untestable:
+        return Judged(claim, "untestable here", (), claim.untestable)
+    if claim.computed:
+        held = _COMPUTED[claim.computed]()
+        return Judged(claim, "reproduced" if held else "reversed", (), "computed each time this is made")
+    findings = tuple(compare_sides(each, recipes, stored) for each in claim.comparisons)
+    failing = [finding for finding in findings if finding.holds is False]
+    if findings and all(finding.holds for finding in findings):
+        return Judged(claim, "reproduced", findings)
+    if not failing:
+        return Judged(claim, "open", findings, _undecided(findings))
+    values = {finding.at for finding in failing}
+    if claim.depends_on and len(values) < _CHOICES:
+        reason = f"fails at {len(values)} of the {_CHOICES} values of {claim.depends_on} that are needed"
+        return Judged(claim, "open", findings, reason)
+    part = f"in part, fails in {len(failing)} of {len(findings)}" if len(failing) < len(findings) else ""
+    return Judged(claim, "reversed", findings, part)
+
+
+def _undecided(findings: Sequence[Finding]) -> str:
+    missing = sum(finding.difference is None for finding in findings)
+    if missing == len(findings):
+        return "not run"
+    few = any(f.difference is not None and f.difference.seeds < METHOD_SEEDS for f in findings)
+    parts = [f"holds in {sum(finding.holds is True for finding in findings)} of {len(findings)}"]
+    parts += [f"{missing} not run"] if missing else []
+    return ", ".join([*parts, *([f"fewer than {METHOD_SEEDS} seeds"] if few else [])])
+
+
+def compare_sides(comparison: Comparison, recipes: Recipes, stored: Stored) -> Finding:
+    """The paired difference over the seeds that both sides have; undecided below three seeds."""
+    pairs = [_of_side(side, recipes, stored) for side in (comparison.first, comparison.second)]
+    common = sorted(pairs[0].keys() & pairs[1].keys())
+    if not common:
+        lacking = [
+            side.recipe
+            for side, seeds in zip((comparison.first, comparison.second), pairs, strict=True)
+            if not seeds
+        ]
+        reason = f"no results of {' and '.join(dict.fromkeys(lacking))}" if lacking else "no common seed"
+        return Finding(comparison.what, None, None, reason, comparison.at)
+    first, second = ([side[seed] for seed in common] for side in pairs)
+    if any(
+        one.numel() not in (1, two.numel()) and two.numel() != 1
+        for one, two in zip(first, second, strict=True)
+    ):
+        return Finding(comparison.what, None, None, "their queries differ", comparison.at)
+    paired = all(one.numel() == two.numel() for one, two in zip(first, second, strict=True))
+    gaps = [
+        one - two if paired else (one.nanmean() - two.nanmean())[None]
+        for one, two in zip(first, second, strict=True)
+    ]
+    values = torch.stack(gaps)
+    values = values[:, values.isfinite().all(0)]
+    cell = Cell(float(values.mean()), _interval(values), len(common), signed=True)
+    wanted = f" (wanted {comparison.relation} by {comparison.by})" if comparison.by > 0 else ""
+    return Finding(comparison.what, cell, _holds(comparison, cell), "", comparison.at, wanted)
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    if len(values) > 1:
+        return hierarchical_interval(values)
+    return bootstrap_interval(values[0]) if values.shape[1] > 1 else (math.nan, math.nan)
+
+
+def _holds(comparison: Comparison, cell: Cell) -> bool | None:
+    if cell.seeds < METHOD_SEEDS:
+        return None
+    low, high = cell.interval if comparison.relation == "above" else (-cell.interval[1], -cell.interval[0])
+    if low > comparison.by:
+        return True
+    return False if high < comparison.by else None
+
+
+def _of_side(side: Side, recipes: Recipes, stored: Stored) -> dict[int, Tensor]:
+    """Values by training seed: of each query, or one number where a measure has none of them."""
+    _, config = recipes.config(side.recipe, tuple(side.set))
+    found: dict[int, Tensor] = {}
+    for run in stored.seeds(config, ()):
+        results = stored.results(run)
+        try:
+            columns = {parse_column(text, results): weight for text, weight in side.columns.items()}
+        except ValueError:  # this run was not attacked so
+            continue
+        parts = [weight * _values(results[column.result], column) for column, weight in columns.items()]
+        found[_seed(run)] = sum(parts[1:], parts[0])
+    return found
+
+
+def _seed(run: Run) -> int:
+    return run.config.runtime.seed
+
+
+def _values(result: EvalResult, column: Column) -> Tensor:
+    measure = column.measure or headline_of(result)
+    if measure in result.per_query:
+        return result.per_query[measure].to(torch.float64)
+    number = number_of(result, measure)
+    return torch.tensor([math.nan if number is None else number], dtype=torch.float64)
+
+
+def _mainstay_is_least() -> bool:
+    """The mainstay code has the least weighted distance sum of all codes of 8 bits, for random labels."""
+    draws, bits, bank = Draws(0, ("claims",)), 8, 40
+    ids = torch.arange(bank)
+    codes = torch.where(draws.within("codes").uniform(ids, (bits,)) < 0.5, -1.0, 1.0)
+    labels = (draws.within("labels").uniform(ids, (6,)) < 0.3).float()
+    labels[:, 0] = (labels.sum(1) == 0).float()
+    every = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=bits)))
+    weights = cosine(labels, labels)
+    positive = (weights > 0).float()
+    signed = weights / weights.sum(1, keepdim=True) - (1 - positive) / (1 - positive).sum(1, keepdim=True)
+    sums = signed @ ((bits - codes @ every.T) / 2)  # (items, 2^bits)
+    chosen = ((mainstay_code(labels, codes, labels)[:, None] - every).abs().sum(2) == 0).float().argmax(1)
+    return bool((sums.gather(1, chosen[:, None])[:, 0] <= sums.amin(1) + 1e-5).all())
+
+
+def _hasher_stays() -> bool:
+    """An epoch of DRFGD's training changes its purifier, and no bit of the hasher."""
+    data = load_data("synthetic", texts=False, train=64, query=8, database=16)
+    hasher = purified(build_hasher(image={"name": "small", "width": 4}, bits=8), _PURIFIER, "query")
+    parts = {name: module for name, module in hasher.named_children() if name != "purifiers"}
+    before, purifier = copy.deepcopy(parts), copy.deepcopy(hasher.purifiers)
+    objective, attack = build("objective", "dpsh"), build("attack", {"name": "drfgd", "steps": 1})
+    recipe = build("recipe", "regenerate", hasher=hasher, objective=objective, attack=attack)
+    groups = {name: OptimConfig("adam", 1e-3) for name in ("purifier", "critic")}
+    fit(recipe, data, TrainConfig(epochs=1, batch_size=32, optim=groups))
+    changed = not _alike(purifier, hasher.purifiers)
+    return changed and all(_alike(before[name], module) for name, module in parts.items())
+
+
+_PURIFIER = {"image": {"name": "drfgd-image", "width": 4}}
+
+
+def _alike(first: nn.Module, second: nn.Module) -> bool:
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return all(torch.equal(one, two) for one, two in pairs)
+
+
+_COMPUTED: dict[str, Callable[[], bool]] = {
+    "mainstay-code": _mainstay_is_least,
+    "hasher-stays": _hasher_stays,
+}
+
+
+def ledger_markdown(ledger: Sequence[Judged]) -> str:
+    """A table a paper, below the number of claims by verdict."""
+    verdicts = [judged.verdict for judged in ledger]
+    order: tuple[Verdict, ...] = ("reproduced", "reversed", "open", "untestable here")
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in order)
+    parts = [f"{len(ledger)} claims: {counts}."]
+    for paper in dict.fromkeys(judged.claim.paper for judged in ledger):
+        lines = [f"## {paper}", "", "| id | claim | verdict | measured | net and data | runs |"]
+        lines.append("| --- | --- | --- | --- | --- | --- |")
+        lines += [_line(judged) for judged in ledger if judged.claim.paper == paper]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _line(judged: Judged) -> str:
+    claim = judged.claim
+    printed = f" (paper: {claim.printed})" if claim.printed else ""
+    shown = [finding.text() for finding in judged.findings if finding.difference is not None]
+    measured = "; ".join(shown)
+    verdict = f"{judged.verdict}: {judged.reason}" if judged.reason else judged.verdict
+    cells = [claim.id, claim.statement + printed, verdict, measured, claim.tier]
+    command = f"`{judged.command}`" if judged.command else ""
+    return f"| {' | '.join([*map(markdown_cell, cells), command])} |"

@@ -1,0 +1,298 @@
+"""A table or figure of a paper: its missing runs are made, then table, printed values and drawings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.training_stages import run_all
+from robusthash.apps.reproduction.entry_runs import EntryPlan, Planned, Recipes, Stored, distinct, make_plan
+from robusthash.apps.reproduction.paper_entries import SCALES, Paper, PaperEntry, Scale, paper, papers
+from robusthash.apps.reproduction.printed_table import (
+    TableBlock,
+    csv_blocks,
+    latex_blocks,
+    make_blocks,
+    markdown_blocks,
+    plain_cells,
+)  # fmt: skip
+from robusthash.apps.reproduction.same_models import take_over_model
+from robusthash.core.atomic_files import write_aside
+from robusthash.core.out_of_memory import DoesNotFit
+from robusthash.core.runtime import Progress, silent
+
+_WITH_WEIGHTS = ("bands", "transfer", "cost")
+"""Analyses of trained nets, for which stored results are not enough."""
+
+_FAILURES = (ValueError, KeyError, OSError, ImportError, FloatingPointError, RuntimeError, DoesNotFit)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Folders of a reproduction: recipes, stored results, runs, and files that are written."""
+
+    recipes: Recipes
+    results: Path
+    runs: Path
+    out: Path | None = None
+
+    @classmethod
+    def of(cls, recipes: Path | None, runs: Path = Path("runs"), out: Path | None = None) -> Folders:
+        """Those of a clone: ``results`` lies beside ``recipes``."""
+        found = Recipes(recipes)
+        return cls(found, found.folder.parent / "results", runs, out)
+
+    def stored(self, entry: PaperEntry) -> list[Path]:
+        """Folders whose runs serve an entry."""
+        return [self.runs] if entry.shows in _WITH_WEIGHTS else [self.results, self.runs]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A table or figure as far as its runs are there.
+
+    Attributes:
+        state: ``done``, ``not run``, or how many of its runs are stored.
+        blocks: the table, a block for each data set; empty for figures of other analyses.
+        analysis: the Markdown text of such an analysis.
+        drawn: files of figures.
+        failed: what failed, by the command that makes the run.
+        notes: stored runs that cannot be read.
+    """
+
+    paper: Paper
+    entry: PaperEntry
+    scale: Scale
+    state: str
+    blocks: list[TableBlock] = field(default_factory=list)
+    analysis: str = ""
+    drawn: list[Path] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def facts(self) -> list[str]:
+        """Lines below the table: what differs from the paper, and what is left out."""
+        spec = self.entry.at(self.scale)
+        lines = [f"Differs from the paper: {spec.differs}"] if spec.differs else []
+        return [*lines, *([f"Left out: {self.entry.left_out}"] if self.entry.left_out else [])]
+
+    def markdown(self) -> str:
+        """Tables, with what differs below them."""
+        parts = [markdown_blocks(self.blocks), self.analysis, *self.facts]
+        return "\n\n".join(filter(None, parts))
+
+    def latex(self) -> str:
+        """Tables of LaTeX, with comments below them."""
+        return "\n".join([latex_blocks(self.blocks), *(f"% {line}" for line in self.facts)])
+
+    def csv(self) -> str:
+        """One line a cell."""
+        return csv_blocks(self.blocks)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        names = {"paper": self.paper.name, "entry": self.entry.id, "scale": self.scale}
+        more = {"differs": self.facts, "analysis": self.analysis, "drawn": [str(path) for path in self.drawn]}
+        return {
+            **names,
+            "state": self.state,
+            "cells": plain_cells(self.blocks),
+            **more,
+            "failed": self.failed,
+        }
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The state of an entry at one scale; ``seed_minutes`` of all its rows, on one core."""
+
+    paper: str
+    entry: str
+    kind: str
+    title: str
+    scale: str
+    state: str
+    seed_minutes: float | None
+    measured: bool
+    seeds: int
+
+
+def list_entries(folders: Folders, only: str | None = None) -> list[Listed]:
+    """Every entry at every scale that it has, with its state; those that cannot be run say why.
+
+    Args:
+        only: one paper, by name.
+    """
+    chosen = papers().values() if only is None else [paper(only)]
+    everything, trained = Stored([folders.results, folders.runs]), Stored([folders.runs])
+    listed = []
+    for each in chosen:
+        for entry in each.entries:
+            common = (each.name, entry.id, entry.kind, entry.title)
+            if entry.unavailable:
+                reason = f"cannot be run: {entry.unavailable}"
+                listed.append(Listed(*common, "-", reason, None, False, 0))
+            for scale in (scale for scale in SCALES if getattr(entry, scale) is not None):
+                stored = trained if entry.shows in _WITH_WEIGHTS else everything
+                plan = make_plan(entry, entry.at(scale), folders.recipes, stored)
+                minutes, measured = plan.minutes()
+                listed.append(Listed(*common, scale, plan.state, minutes, measured, plan.spec.seeds))
+    return listed
+
+
+def plan_of(
+    name: str,
+    entry: str,
+    folders: Folders,
+    *,
+    scale: Scale = "small",
+    seeds: int | None = None,
+    sets: Sequence[str] = (),
+) -> tuple[EntryPlan, Stored]:
+    """The runs of an entry, and the stored ones among which they were looked for.
+
+    Raises:
+        ValueError: no such paper or entry, the nearest is offered; or the reason why it cannot be run.
+    """
+    found = paper(name).entry(entry)
+    stored = Stored(folders.stored(found))
+    spec = found.at(scale)
+    return make_plan(found, spec, folders.recipes, stored, seeds, sets), stored
+
+
+def reproduce(
+    name: str,
+    entry: str,
+    *,
+    scale: Scale = "small",
+    seeds: int | None = None,
+    recipes: str | Path | None = None,
+    runs: str | Path = "runs",
+    out: str | Path | None = None,
+    sets: Sequence[str] = (),
+    stored_only: bool = False,
+    progress: Progress = silent,
+) -> Reproduction:
+    """Reproduce a table or figure of a paper.
+
+    Runs with results in ``results`` beside the recipes, or in ``runs``, are not made again; a call that was
+    killed goes on where it stopped, to the same table. A run that fails is named, and the others go on.
+
+    Args:
+        name: of the paper: ``saat``, ``saah``, ``sfcl``, ``drfgd``, ``dsarh``.
+        entry: id of the table or figure, as ``robusthash reproduce --list`` shows it.
+        scale: ``small`` for a machine without a GPU, ``paper`` for the papers' data and nets.
+        seeds: training seeds 0 to ``seeds - 1``; by default as the entry says.
+        recipes: folder of the recipes, by default that of the clone.
+        out: folder of the figures; none are drawn without it.
+        sets: overrides of every recipe, ``data.root=PATH`` for the folder of the data sets.
+        stored_only: train nothing, and show what there is.
+
+    Raises:
+        ValueError: no such paper or entry; or the reason why it cannot be run.
+        FileNotFoundError: a data set that is missing.
+    """
+    where = Folders.of(
+        None if recipes is None else Path(recipes), Path(runs), None if out is None else Path(out)
+    )
+    options: dict[str, Any] = {"scale": scale, "seeds": seeds, "sets": sets}
+    plan, stored = plan_of(name, entry, where, **options)
+    failed = {} if stored_only else _run_missing(plan, where, progress)
+    if plan.stored < len(plan.runs) and not stored_only:
+        plan, stored = plan_of(name, entry, where, **options)
+    found = paper(name)
+    unit = 0.01 if (plan.entry.unit or found.unit) == "percent" else 1.0
+    if plan.entry.shows == "values":
+        blocks, analysis, drawn = make_blocks(plan, unit), "", list[Path]()
+        if where.out is not None and plan.stored:
+            drawn = _draw_values(plan, blocks, where.out)
+    else:
+        blocks, (analysis, drawn) = [], _analysed(plan, where.out, progress)
+    return Reproduction(
+        found, plan.entry, scale, plan.state, blocks, analysis, drawn, failed, stored.unreadable
+    )
+
+
+def _run_missing(plan: EntryPlan, folders: Folders, progress: Progress) -> dict[str, str]:
+    """Make the runs that are not stored; the errors of those that failed, by command.
+
+    Raises:
+        FileNotFoundError: the first run finds no data.
+    """
+    missing = [run for run in distinct(plan.runs) if run.stored is None]
+    failed: dict[str, str] = {}
+    for number, run in enumerate(missing):
+        progress(number, len(missing), "runs of the entry")
+        try:
+            take_over_model(run.config, folders.runs)
+            run_all(run.config, folders.runs, progress, run.recipe.parent)
+        except FileNotFoundError as error:
+            if number == 0:
+                raise
+            failed[run.command] = str(error)
+        except _FAILURES as error:
+            failed[run.command] = " ".join(str(error).split())
+        progress(number + 1, len(missing), "runs of the entry")
+    return failed
+
+
+def _labelled(plan: EntryPlan) -> Iterator[tuple[str, Run]]:
+    """Stored runs of the first seed, each once, by row."""
+    first: list[Planned] = [run for run in distinct(plan.runs) if run.seed == 0]
+    yield from ((run.row, run.stored) for run in first if run.stored is not None)
+
+
+def _draw_values(plan: EntryPlan, blocks: Sequence[TableBlock], out: Path) -> list[Path]:
+    """The figure of a sweep over one setting; of other tables all that their runs allow."""
+    from robusthash.apps.experiment.parameter_sweep import SweepRow
+    from robusthash.apps.reports.figures import draw_runs, draw_sweep
+
+    axis, drawn = plan.spec.over, list[Path]()
+    for number, block in enumerate(blocks):
+        folder = out if len(blocks) == 1 else out / f"{number + 1}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if axis is None:
+            paths = [run.stored.path for run in plan.runs if run.block == block.title and run.stored]
+            drawn += draw_runs(list(dict.fromkeys(paths)), folder)[0] if paths else []
+            continue
+        rows = []
+        for line in block.lines:
+            of, _, at = line.name.rpartition(", ")
+            values = {axis.setting: at.rpartition(" ")[2], "of": of}
+            rows.append(SweepRow(values, line.cells, tuple(range(line.seeds)), 0))
+        drawn += draw_sweep(rows, ", ".join(block.columns), folder)
+    return drawn
+
+
+def _analysed(plan: EntryPlan, out: Path | None, progress: Progress) -> tuple[str, list[Path]]:
+    """Text and figures of bands, transfer, cost or losses, once all runs of the first seed are there."""
+    from robusthash.apps.experiment.attribution_run import attribute_runs
+    from robusthash.apps.experiment.cost_run import cost_markdown, cost_rows
+    from robusthash.apps.experiment.transfer_run import transfer_table
+    from robusthash.apps.reports.figures import draw_bands, draw_log, draw_transfer_file
+
+    runs = dict(_labelled(plan))
+    if len(runs) < len([run for run in distinct(plan.runs) if run.seed == 0]):
+        return "", []
+    folder, paths = out or Path("figures"), [run.path for run in runs.values()]
+    folder.mkdir(parents=True, exist_ok=True)
+    if plan.entry.shows == "losses":
+        return "", [
+            path for row, run in runs.items() for path in draw_log(row.replace(" ", "-"), run, folder)
+        ]
+    if plan.entry.shows == "bands":
+        bands = attribute_runs(paths, folder, progress=progress)
+        shares = {label: one.by_order()[0] for label, one in bands.items()}
+        lines = [f"{label}: {values[2]:.3f} of all at u + v <= 2" for label, values in shares.items()]
+        return "\n".join(f"* {line}" for line in lines), draw_bands(bands, folder)
+    if plan.entry.shows == "cost":
+        return cost_markdown(*cost_rows(paths)), []
+    table = transfer_table(paths, progress=progress)
+    with write_aside(folder / "transfer.json") as aside:
+        aside.write_text(json.dumps(table.plain()), encoding="utf-8")
+    return table.markdown(), draw_transfer_file(folder / "transfer.json", folder)
