@@ -1,47 +1,75 @@
-"""Models outside of runs: exported folders of weights and a card, and entries of the registry."""
+"""A hasher in a folder: a card (JSON) and weights (safetensors), checked when they are read; no pickle."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import Tensor
 
-from robusthash.apps.experiment.config import load_config, shortened
-from robusthash.apps.experiment.model_card import SEAL, is_digest, model_fault, sealed
-from robusthash.apps.experiment.run_directory import Run, RunError, load_run, reading, without_weights
 from robusthash.core.atomic_files import json_text, write_all_aside
+from robusthash.core.damaged_files import reading, shortened
 from robusthash.core.limited_files import read_json, regular
 from robusthash.core.plugins import as_sources, sources, without_new_code
-from robusthash.core.registry import nearest
 from robusthash.core.runtime import digest
 from robusthash.data.image_text import text_form
 from robusthash.metrics.results import software_versions
 from robusthash.models.encoding import weights_digest
 from robusthash.models.hasher import Hasher, build_hasher
-from robusthash.robustness.evidence.records import ModelSource, load_entry
+from robusthash.models.saved_card import SEAL, is_digest, model_fault, sealed
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = "robusthash.model/1"
-CARD, WEIGHTS = "model.json", "hasher.safetensors"
-REGISTRY, RUNS = Path("registry"), Path("runs")
 
 
-def save_exported(folder: Path, hasher: Hasher, facts: dict[str, Any], overwrite: bool = False) -> None:
-    """Write weights and card of a hasher to a folder of their own.
+@dataclass(frozen=True)
+class FolderNames:
+    """Names of the two files of a saved model, and of others that may lie beside them."""
+
+    card: str
+    weights: str
+    others: tuple[str, ...] = ()
+
+
+PLAIN = FolderNames("model.json", "hasher.safetensors")
+HUB = FolderNames("config.json", "model.safetensors", ("README.md", ".gitattributes", ".cache"))
+"""Names by the conventions of the Hugging Face hub."""
+
+
+def names_in(folder: Path) -> FolderNames | None:
+    """The names that the card of a saved model has in a folder; None where there is none."""
+    return next((names for names in (PLAIN, HUB) if (folder / names.card).is_file()), None)
+
+
+def without_weights(settings: Any) -> Any:
+    """Settings of parts without pretrained weights, whose file may be gone, or not be meant for this one."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: None if key == "weights" else without_weights(value) for key, value in settings.items()}
+
+
+def save_exported(
+    folder: Path,
+    hasher: Hasher,
+    facts: Mapping[str, Any],
+    overwrite: bool = False,
+    names: FolderNames = PLAIN,
+) -> dict[str, Any]:
+    """Write weights and card of a hasher to a folder of their own; the card.
 
     Args:
         facts: fields of the card: ``image_size``, ``texts``, ``digest``, and ``files`` where the digest is
             made of those of the files of a run.
-        overwrite: replace an exported model of another digest.
+        overwrite: replace a saved model of another digest.
 
     Raises:
-        FileExistsError: the folder holds something else than an exported model, or another model.
+        FileExistsError: the folder holds something else than a saved model, or another model.
         ValueError: a wrapped net, whose code is not of this package; a digest that is not of these weights.
     """
     if "foreign" in hasher.spec:
@@ -50,8 +78,8 @@ def save_exported(folder: Path, hasher: Hasher, facts: dict[str, Any], overwrite
             "state_dict by torch.save, and wrap it after loading"
         )
     tensors = {name: value.detach().cpu().contiguous() for name, value in hasher.state_dict().items()}
-    weights = safetensors.torch.save(tensors)
-    spec = {**hasher.spec, **{name: without_weights(hasher.spec[name]) for name in ("image", "text")}}
+    weights = safetensors.torch.save(tensors)  # the very bytes of a run's file, of which its digest is made
+    spec = without_weights(hasher.spec)
     card = {
         "schema": SCHEMA,
         "texts": None,
@@ -69,28 +97,29 @@ def save_exported(folder: Path, hasher: Hasher, facts: dict[str, Any], overwrite
             f"the digest {card['digest']!r} is not that of these weights ({found}), which may have changed "
             "since; save SearchModel(hasher, side), which computes it"
         )
-    _check_free(folder, found, overwrite)
-    text = json_text(sealed(card), CARD)
+    _check_free(folder, found, overwrite, names)
+    card = sealed(card)
     folder.mkdir(parents=True, exist_ok=True)
-    with write_all_aside([folder / WEIGHTS, folder / CARD]) as asides:
+    with write_all_aside([folder / names.weights, folder / names.card]) as asides:
         asides[0].write_bytes(weights)
-        asides[1].write_text(text, encoding="utf-8")
+        asides[1].write_text(json_text(card, names.card), encoding="utf-8")
+    return card
 
 
-def _check_free(folder: Path, digest_: str, overwrite: bool) -> None:
-    """Refuse a folder that holds something else than an exported model, or, unasked, another model."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if others := [name for name in names if name not in (CARD, WEIGHTS)]:
+def _check_free(folder: Path, digest_: str, overwrite: bool, names: FolderNames) -> None:
+    """Refuse a folder that holds something else than a saved model, or, unasked, another model."""
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if others := [name for name in held if name not in (names.card, names.weights, *names.others)]:
         raise FileExistsError(f"{folder} holds {others[0]}, which is no part of a model; give another folder")
-    if not names or overwrite:
+    if (names.card not in held and names.weights not in held) or overwrite:
         return
     try:
-        held = read_json(folder / CARD)["digest"]
+        found = read_json(folder / names.card)["digest"]
     except (OSError, ValueError, KeyError, TypeError):
-        held = "that cannot be read"
-    if held != digest_:
+        found = "that cannot be read"
+    if found != digest_:
         raise FileExistsError(
-            f"{folder} holds another model, {held}, than {digest_}; give another folder, or overwrite=True"
+            f"{folder} holds another model, {found}, than {digest_}; give another folder, or overwrite=True"
         )
 
 
@@ -103,28 +132,32 @@ def _digest_of(card: Mapping[str, Any], hasher: Hasher) -> str:
 
 
 def load_exported(folder: Path) -> tuple[Hasher, dict[str, Any]]:
-    """Hasher (eval mode, CPU) and card of an exported model. No pickle is opened.
+    """Hasher (eval mode, CPU) and card of a saved model, of either names. No pickle is opened.
 
     The digest of a card by an earlier version, which does not say what it is made of, is not believed: the
-    card that is returned has that of the tensors.
+    card that is returned has that of the tensors. No weights but those of the folder are read, whatever the
+    card says.
 
     Raises:
         RunError: damaged files, another schema, or parts of a module that ``core.plugins`` refuses.
     """
-    again = "save the model again"
-    with reading(folder / CARD, again, "the card"):
-        card = read_json(folder / CARD)
+    names = names_in(folder) or PLAIN
+    file, again = folder / names.card, "save the model again" if names is PLAIN else "fetch or save it again"
+    with reading(file, again, "the card"):
+        card = read_json(file)
         if fault := _fault(card):
             raise ValueError(fault)
         recorded = as_sources(card.get("plugins", {}))
-    with reading(folder / WEIGHTS, again, "the file of weights"):
-        weights = regular(folder / WEIGHTS).read_bytes()
+    with reading(folder / names.weights, again, "the file of weights"):
+        weights = regular(folder / names.weights).read_bytes()
         if hashlib.sha256(weights).hexdigest() != card["weights"]:
             raise ValueError("its sha256 is not that of the card")
         tensors = safetensors.torch.load(weights)
-    with reading(folder / CARD, again, "the card"):
+    with reading(file, again, "the card"):
         with without_new_code(folder, recorded):
-            hasher = build_hasher(**card["hasher"])
+            hasher = build_hasher(**without_weights(card["hasher"]))
+        if fault := _misfit(tensors, hasher.state_dict()):
+            raise ValueError(fault)
         hasher.load_state_dict(tensors)
         if list(hasher.modalities) != card["modalities"]:
             raise ValueError(f"modalities is {card['modalities']}, and its hasher has {hasher.modalities}")
@@ -132,15 +165,29 @@ def load_exported(folder: Path) -> tuple[Hasher, dict[str, Any]]:
         if found != card["digest"] and SEAL not in card:
             logger.warning(
                 "%s is of an earlier version, and its digest %s cannot be computed from its weights: codes "
-                "carry %s; save the model again from its run", folder / CARD, card["digest"], found
+                "carry %s; save the model again from its run", file, card["digest"], found
             )  # fmt: skip
         elif found != card["digest"]:
             raise ValueError(f"its digest is {card['digest']}, and that of the weights {found}")
+    hasher.side = card["image_size"][0] if len(card["image_size"]) == 2 else None
     return hasher.eval(), {**card, "digest": found}
 
 
+def _misfit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """The first tensor that is missing, unknown or of another shape than the card's hasher has it."""
+    if missing := sorted(set(wanted) - set(tensors)):
+        return f"its hasher has {missing[0]}, and the file of weights does not"
+    if unknown := sorted(set(tensors) - set(wanted)):
+        return f"the file of weights has {unknown[0]}, and its hasher does not"
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = tuple(tensor.shape), tuple(wanted[name].shape)
+            return f"the weights of {name} have the shape {shapes[0]}, and its hasher takes {shapes[1]}"
+    return ""
+
+
 def _fault(card: Any) -> str:
-    """The fault of the card of an exported model, if it has one."""
+    """The fault of the card of a saved model, if it has one."""
     if isinstance(card, dict) and card.get("schema") != SCHEMA:
         return f"schema {card.get('schema')!r}, and this version reads {SCHEMA!r}"
     if fault := model_fault(card):
@@ -161,45 +208,3 @@ def _fault(card: Any) -> str:
             return f"texts is {shortened(repr(card['texts']))}"
         text_form(card["texts"])
     return ""
-
-
-def name_of_recipe(source: ModelSource) -> str:
-    """The name of the runs that a recipe makes; of one that is not here, the name of its file."""
-    path = Path(source.recipe)
-    return load_config(path, source.set).name if path.is_file() else path.stem
-
-
-def training_command(source: ModelSource) -> str:
-    """The command that makes the model of an entry again."""
-    overrides = [word for each in (f"runtime.seed={source.seed}", *source.set) for word in ("--set", each)]
-    return shlex.join(["robusthash", "train", source.recipe, *overrides])
-
-
-def run_of_entry(name: str) -> Run:
-    """The run with the weights of a registry entry.
-
-    Args:
-        name: id of an entry in ``registry/``, or the path of its file; its run is looked for in ``runs/``.
-
-    Raises:
-        RunError: no such entry, or no run with its weights; the message says how to make it.
-    """
-    path = Path(name) if name.endswith(".yaml") else REGISTRY / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(each.stem for each in REGISTRY.glob("*.yaml"))
-        hint = nearest(name, known) if known else f"; there is no {REGISTRY}/ here to look a name up in"
-        raise RunError(f"{name!r} is neither a run, an exported model nor a registry entry{hint}")
-    entry = load_entry(path)
-    source, close, recipe_name = entry.source, "", name_of_recipe(entry.source)
-    for card in sorted(RUNS.glob("*/*/model.json")):
-        run = load_run(card.parent)
-        if source.digest and run.card().get("digest") == source.digest:
-            return run
-        if run.config.name == recipe_name and run.config.runtime.seed == source.seed:
-            if not source.digest:
-                return run
-            close = f" ({run.path} is of this recipe and seed with other weights, {run.card().get('digest')})"
-    raise RunError(
-        f"the weights {source.digest} of the entry {entry.id} are in no run of {RUNS}/{close}; train it, "
-        f"'{training_command(source)}', and load that run"
-    )
