@@ -122,8 +122,8 @@ class HubCard:
         return [
             "## Measured",
             "",
-            "With 95 % intervals. A worst case is that of the attacks that were run: a bound from above on the "
-            "robustness, and no promise against others.",
+            "With 95 % intervals. A worst case is that of the attacks that were run: a bound from above on "
+            "the robustness, and no promise against others.",
             "",
             "| result | threat | measure | value | chance |",
             "| --- | --- | --- | --- | --- |",

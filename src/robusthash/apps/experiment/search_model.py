@@ -228,8 +228,8 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
     """Load a trained model to encode and search with.
 
     Args:
-        source: the directory of a run; a folder that ``save`` or ``save_pretrained`` wrote; or the id of an entry of
-            ``registry/``, whose weights are looked for among ``runs/``.
+        source: the directory of a run; a folder that ``save`` or ``save_pretrained`` wrote; or the id of an
+            entry of ``registry/``, whose weights are looked for among ``runs/``.
         device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda``, ...
 
     Raises:
