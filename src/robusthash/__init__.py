@@ -17,6 +17,7 @@ from robusthash.version import __version__
 if TYPE_CHECKING:
     from robusthash import attacks, objectives
     from robusthash.apps.audit.python_audit import audit
+    from robusthash.apps.experiment.export_run import export
     from robusthash.apps.experiment.quickstart_run import quickstart
     from robusthash.apps.experiment.search_model import SearchModel, load
     from robusthash.attacks import Attack, Threat
@@ -54,6 +55,7 @@ __all__ = [
     "compare",
     "encode_split",
     "evaluate",
+    "export",
     "fit",
     "load",
     "load_data",
@@ -88,6 +90,7 @@ _HOMES = {
     "compare": "metrics",
     "encode_split": "models",
     "evaluate": "evaluation",
+    "export": "apps.experiment.export_run",
     "fit": "training",
     "load": "apps.experiment.search_model",
     "load_data": "data",

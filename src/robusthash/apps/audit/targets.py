@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robusthash.apps.audit.radius_attacks import radius_attacks
 from robusthash.apps.experiment import model_stages
-from robusthash.apps.experiment.run_directory import Run, load_run
+from robusthash.apps.experiment.run_directory import load_run
 from robusthash.attacks.base import Attack
 from robusthash.attacks.guides import Anchor, Own
 from robusthash.attacks.losses import ScaleFree
@@ -235,7 +235,8 @@ def _open_run(target: str, bits: int | None) -> Target:
         hasher = hasher.to(choose_device("auto"))
     else:
         run = load_run(Path(target))
-        hasher, name, copies = model_stages.load_hasher(run), run.card()["name"], _copies(run)
+        hasher, name = model_stages.load_hasher(run), run.card()["name"]
+        copies = trained_for_copies(run.config.data)
     if "image" not in hasher.modalities:
         raise ValueError(f"{target} hashes {', '.join(hasher.modalities)}, and an audit needs images")
     if bits is not None and bits != hasher.bits:
@@ -244,10 +245,6 @@ def _open_run(target: str, bits: int | None) -> Target:
     return Target(
         target, name, hasher, True, remarks=(remark,), foreign=False, by_torch=True, purpose=_purpose(copies)
     )
-
-
-def _copies(run: Run) -> bool:
-    return trained_for_copies(run.config.data)
 
 
 def _purpose(copies: bool | None) -> Purpose:
@@ -259,8 +256,9 @@ def _open_file(
     target: str, images: Tensor, bits: int | None, reading: AnswerReading, facts: FileFacts | None
 ) -> Target:
     """An ONNX or TorchScript file; one of this package says itself which output it is searched by."""
-    path, remarks, reason = Path(target), (), ""
+    path, reason = Path(target), ""
     model: Call
+    remarks: tuple[str, ...] = ()
     if facts is not None:
         _check_file(target, facts, bits)
     if path.suffix == ".onnx":

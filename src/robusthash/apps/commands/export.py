@@ -1,7 +1,7 @@
 """The verb ``export``: a trained model as a file or folder that leaves this package."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -36,11 +36,18 @@ def export(
     Purifier and normalisation are inside; codes come out packed, with their logits. The codes of 256 images
     are compared with those of the model, and the numbers are printed and stored in the file.
     """
-    from robusthash.apps.experiment.export_run import ExportOptions, export_model
+    from robusthash.apps.experiment.export_run import export as export_model
 
-    options = ExportOptions(to, modality, side, pixels, licence, overwrite, push, private)
+    options: dict[str, Any] = {
+        "to": to,
+        "modality": modality,
+        "side": side,
+        "pixels": pixels,
+        "licence": licence,
+    }
+    options |= {"overwrite": overwrite, "push": push, "private": private}
     with progress_bars() as progress:
-        result = export_model(model, out, options, progress)
+        result = export_model(model, out, progress=progress, **options)
     check = result["check"]
     if not as_json:
         what = "texts" if to != "torch" and modality == "text" else "images"

@@ -68,14 +68,21 @@ class ExportOptions:
             raise ValueError("the hub takes a folder: say --to torch with --push")
 
 
-def export_model(
-    source: str | Path, out: Path | None, options: ExportOptions, progress: Progress = silent
+def export(
+    source: str | Path | SearchModel,
+    out: str | Path | None = None,
+    *,
+    progress: Progress = silent,
+    about: HubCard | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write a trained model to a file or folder, and compare its codes with those of the model.
 
     Args:
-        source: a run, a saved folder, or the id of a registry entry.
+        source: a run, a saved folder, the id of a registry entry, or a model that was loaded or made.
         out: the file, or the folder of ``torch``; by default the name of the model, here.
+        about: facts of the model card; by default those of the run.
+        options: fields of ``ExportOptions``.
 
     Returns:
         ``path``, ``to``, ``bits`` and ``check``: images, equal codes, bits, equal bits; ``address`` of the
@@ -86,25 +93,30 @@ def export_model(
         RunError, ValueError: a source that cannot be loaded; a model that the format does not hold, or whose
             codes are drawn at random.
     """
-    model, about = load(source, "cpu"), about_of(source, options.licence)
-    path = Path(f"{about.name}{SUFFIXES[options.to]}") if out is None else out
-    if options.to == "torch":
-        return _export_folder(model, about, path, options)
-    if path.suffix != SUFFIXES[options.to]:
-        raise ValueError(f"--to {options.to} writes a file that ends in {SUFFIXES[options.to]}, got {path}")
-    if path.exists() and not options.overwrite:
+    chosen = ExportOptions(**options)
+    model = source if isinstance(source, SearchModel) else load(source, "cpu")
+    if about is None:
+        unknown = HubCard(licence=chosen.licence)
+        about = unknown if isinstance(source, SearchModel) else about_of(source, chosen.licence)
+    suffix = SUFFIXES[chosen.to]
+    path = Path(f"{about.name}{suffix}" if out is None else out)
+    if chosen.to == "torch":
+        return _export_folder(model, about, path, chosen)
+    if path.suffix != suffix:
+        raise ValueError(f"--to {chosen.to} writes a file that ends in {suffix}, got {path}")
+    if path.exists() and not chosen.overwrite:
         raise FileExistsError(f"{path} is there already; give another --out, or --overwrite")
-    hasher, inputs = _part(model, options)
-    net = PortableHasher(hasher, options.modality, options.pixels)
+    hasher, inputs = _part(model, chosen)
+    net = PortableHasher(hasher, chosen.modality, chosen.pixels)
     progress(0, 2, "writing")
-    written = write_model(net, inputs[:2], options.to)
+    written = write_model(net, inputs[:2], chosen.to)
     progress(1, 2, "comparing codes")
-    check = compared(hasher, options.modality, inputs, written)
-    facts = with_check(_facts(model, hasher, about, options, inputs), check)
+    check = compared(hasher, chosen.modality, inputs, written)
+    facts = with_check(_facts(model, hasher, about, chosen, inputs), check)
     with write_aside(path) as aside:
         aside.write_bytes(written.content(facts))
     progress(2, 2, "comparing codes")
-    return {"path": str(path), "to": options.to, "bits": model.bits, "check": check}
+    return {"path": str(path), "to": chosen.to, "bits": model.bits, "check": check}
 
 
 def _export_folder(model: SearchModel, about: HubCard, path: Path, options: ExportOptions) -> dict[str, Any]:
@@ -216,7 +228,7 @@ def checked_inputs(model: SearchModel, modality: str) -> Tensor:
     encoder = model.hasher.encoders[modality]
     if modality == "image":
         return draws.uniform(ids, (int(encoder.inputs),))  # type: ignore[arg-type]
-    if encoder.embedding is None:  # type: ignore[union-attr]
+    if encoder.embedding is None:
         return draws.uniform(ids, (int(model.hasher.spec["vocabulary"]),)).lt(0.02).float()
     length = int(getattr(model.texts, "max_length", 16))
     return (draws.uniform(ids, (length,)) * int(encoder.words)).long()  # type: ignore[arg-type]

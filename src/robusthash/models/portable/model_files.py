@@ -6,11 +6,15 @@ import io
 import json
 import logging
 import math
+import os
+import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -161,25 +165,27 @@ def _onnx(net: PortableHasher, example: Tensor) -> WrittenModel:
         import onnxruntime
     except ImportError as error:
         raise ImportError(f"ONNX files need an extra: pip install 'robusthash[onnx]' ({error})") from error
-    stream, log = io.BytesIO(), logging.getLogger("torch.onnx")
-    name, level = "images" if example.ndim == 4 else "inputs", log.level
+    name, log = "images" if example.ndim == 4 else "inputs", logging.getLogger("torch.onnx")
+    level = log.level
     log.setLevel(logging.ERROR)
-    try:
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        stack.callback(log.setLevel, level)
+        stack.enter_context(_quiet())
+        file = Path(folder) / "model.onnx"
         # by tracing: the exporter by torch.export was measured 10 to 50 times slower, for the same graphs
         torch.onnx.export(
             net,
             (example,),
-            stream,
+            str(file),
             dynamo=False,
             opset_version=OPSET,
             input_names=[name],
             output_names=list(_OUTPUTS),
             dynamic_axes={each: {0: "batch"} for each in (name, *_OUTPUTS)},
         )
-    finally:
-        log.setLevel(level)
-    model = onnx.load_from_string(stream.getvalue())
-    session = onnxruntime.InferenceSession(stream.getvalue(), providers=["CPUExecutionProvider"])
+        graph = file.read_bytes()
+    model = onnx.load_from_string(graph)
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
     def content(facts: FileFacts) -> bytes:
         onnx.helper.set_model_props(model, {KEY: facts.text()})
@@ -191,6 +197,20 @@ def _onnx(net: PortableHasher, example: Tensor) -> WrittenModel:
         return codes, logits
 
     return WrittenModel(content, run)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on stdout inside, where torch's own code prints the graph of an export that fails."""
+    sys.stdout.flush()
+    usual, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        os.dup2(usual, 1)
+        os.close(usual)
+        os.close(nothing)
 
 
 def input_facts(example: Tensor, pixels: Pixels) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class PortableHasher(nn.Module):
             for name, child in module.named_children():
                 if isinstance(child, GlobalFilter):
                     setattr(module, name, CosineFilter(child))
+                elif isinstance(child, nn.AdaptiveAvgPool2d):
+                    setattr(module, name, WindowMeans(child))
 
     def _hash(self, inputs: Tensor) -> HashOutput:
         features, aux = self.encoder(inputs)
@@ -94,6 +96,35 @@ class CosineFilter(nn.Module):
         a, b = cosines @ a - sines @ b, cosines @ b + sines @ a
         mixed = a @ part["back_cosines"].T - b @ part["back_sines"].T
         return mixed.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class WindowMeans(nn.Module):
+    """Adaptive average pooling as two products with matrices: ONNX has none but over whole maps."""
+
+    def __init__(self, pool: nn.AdaptiveAvgPool2d) -> None:
+        super().__init__()
+        size = pool.output_size
+        self.rows, self.columns = (size, size) if isinstance(size, int) or size is None else size
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, rows, columns)."""
+        if self.rows == self.columns == 1:
+            return maps.mean((-2, -1), keepdim=True)
+        rows, columns = (
+            _windows(int(side), side_after).to(maps)
+            for side, side_after in zip(maps.shape[-2:], (self.rows, self.columns), strict=True)
+        )
+        return rows @ maps @ columns.T
+
+
+def _windows(before: int, after: int | None) -> Tensor:
+    """(after, before) weights of the mean of each window; torch rounds windows outwards."""
+    after = before if after is None else after
+    weights = torch.zeros(after, before)
+    for place in range(after):
+        first, last = place * before // after, -(-(place + 1) * before // after)
+        weights[place, first:last] = 1 / (last - first)
+    return weights
 
 
 @contextmanager
