@@ -408,13 +408,13 @@ def test_the_time_is_that_of_the_whole_exchange(hostile):
 
 @pytest.mark.parametrize("hostile", [drip, flood, slow_body])
 def test_all_tries_of_a_question_have_one_limit_together(hostile, monkeypatch):
-    monkeypatch.setattr(http_endpoint, "_IN_ALL", 1.0)
+    monkeypatch.setattr(http_endpoint, "_IN_ALL", 2.0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()
     with raw(hostile) as (url, count), pytest.raises(Broken, match=r"did not answer within 0.\d* s, 2 times"):
-        Endpoint(url, rate=1e6, timeout=0.6, retries=4, pause=0.1)(IMAGES[:1])
+        Endpoint(url, rate=1e6, timeout=1.2, retries=4, pause=0.1)(IMAGES[:1])
     assert count[0] == 2
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
 
 

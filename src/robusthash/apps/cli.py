@@ -72,7 +72,7 @@ TRACE = "ROBUSTHASH_TRACE"
 """Environment variable: if set, the trace of an error is printed above its line."""
 
 _LONGEST = 4000  # characters of an error, which may hold a value of any length
-_SAID = (ValueError, KeyError, OSError, ImportError, FloatingPointError)
+_REPORTED = (ValueError, KeyError, OSError, ImportError, FloatingPointError)
 """Errors whose text is written for users; others, which nothing expected, are faults of this program."""
 
 
@@ -107,7 +107,7 @@ class _Notes(logging.Handler):
 def _refuse(error: Exception) -> None:
     if os.environ.get(TRACE):
         traceback.print_exc()
-    expected = isinstance(error, _SAID)
+    expected = isinstance(error, _REPORTED)
     if isinstance(error, DoesNotFit):
         expected, text = True, str(error)
     elif isinstance(error, MemoryError | RuntimeError) and out_of_memory(error):
@@ -120,12 +120,12 @@ def _refuse(error: Exception) -> None:
         text = str(error).strip()
         if not expected or not text or isinstance(error, KeyError):
             expected, text = False, _unforeseen(error)
-    if not _said_elsewhere(error):
+    if not _reported_elsewhere(error):
         warn("error", text if len(text) < _LONGEST else f"{text[:_LONGEST]} ...")
     sys.exit(1 if expected else 3)
 
 
-def _said_elsewhere(error: Exception) -> bool:
+def _reported_elsewhere(error: Exception) -> bool:
     """True in a process of ``torchrun`` whose first one prints the same error."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return False

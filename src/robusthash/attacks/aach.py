@@ -13,7 +13,7 @@ from robusthash.attacks.base import Attack
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.oracle import QueryOracle
 from robusthash.attacks.pgd import PGD
-from robusthash.attacks.substitute import Substituted, asked, sample
+from robusthash.attacks.substitute import Substituted, answered_modalities, sample
 from robusthash.attacks.threat_model import image_threat
 from robusthash.core.hamming import pack, sign
 from robusthash.core.registry import register
@@ -58,7 +58,7 @@ class AnsweredCodes(Substituted):
         self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws
     ) -> AnsweredCodes:
         """Ask, and train the substitute on the answers: triplets across modalities, and the codes."""
-        modalities, rows = asked(victim, data), sample(data, self.questions, draws)
+        modalities, rows = answered_modalities(victim, data), sample(data, self.questions, draws)
         split = data.train.take(rows)
         answers = {name: answered_codes(victim, split, name) for name in modalities}
         other = modalities[-1]  # text where there is any
@@ -75,9 +75,9 @@ class AnsweredCodes(Substituted):
                 total = total + mse_loss(output.relaxed(), own)
             return total
 
-        steps = self.taught(model, split, draws, loss)
-        asked_in_all = len(rows) * len(modalities)
-        learned = replace(self, fit_steps=steps, fit_queries=asked_in_all, fit_items=len(rows))
+        steps = self.train_substitute(model, split, draws, loss)
+        oracle_queries = len(rows) * len(modalities)
+        learned = replace(self, fit_steps=steps, fit_queries=oracle_queries, fit_items=len(rows))
         return replace(learned, model=model, known=answers[other])
 
     def __call__(

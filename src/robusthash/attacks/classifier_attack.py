@@ -55,7 +55,7 @@ class ClassifierGuide(Substituted):
             assert batch.labels is not None
             return classification(outputs["image"].logits, batch.labels, exclusive).mean()
 
-        steps = self.taught(model, data.train, draws, loss)
+        steps = self.train_substitute(model, data.train, draws, loss)
         learned = replace(self, model=model, exclusive=exclusive)
         return replace(learned, fit_steps=steps, fit_items=len(data.train))
 

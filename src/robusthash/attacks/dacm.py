@@ -62,13 +62,13 @@ class SharedFeatures(Guide):
             raise ValueError(
                 f"DACM needs image and text, and {data.name} or this victim has no {missing[0]}; take cgat"
             )
-        found: dict[str, list[Tensor]] = {name: [] for name in both}
+        features: dict[str, list[Tensor]] = {name: [] for name in both}
         with frozen(victim), torch.no_grad():
             for batch in batches(data.train, 256, modalities=both):
                 for name, output in victim(batch.to(victim.device).inputs).items():
-                    found[name].append(output.features.flatten(1))
+                    features[name].append(output.features.flatten(1))
         other = "text" if self.modality == "image" else "image"
-        own, across = torch.cat(found[self.modality]), torch.cat(found[other])
+        own, across = torch.cat(features[self.modality]), torch.cat(features[other])
         basis = shared_basis(own, across, self.rank or victim.bits)
         return replace(self, basis=basis.to(own), fit_steps=1, fit_items=len(data.train))
 
@@ -95,8 +95,8 @@ class DACMLoss(Loss):
             raise ValueError("the loss 'dacm' needs the guide 'shared-features'")
         (output,) = probe.outputs.values()
         moved = (output.features.flatten(1) - guidance.features) @ guidance.basis
-        kept = moved.square().sum(1) / guidance.features.square().sum(1).clamp_min(1e-12)
-        return (output.relaxed(probe.alpha) * guidance.codes).mean(1) + self.weight * kept
+        shared = moved.square().sum(1) / guidance.features.square().sum(1).clamp_min(1e-12)
+        return (output.relaxed(probe.alpha) * guidance.codes).mean(1) + self.weight * shared
 
 
 @register("attack", "dacm", paper=_PAPER, evidence="paper", modality="cross-modal")

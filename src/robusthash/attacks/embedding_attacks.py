@@ -225,8 +225,8 @@ class EmbeddingMargin(Loss):
                 best = apart if best is None else torch.cat([best, apart], 1)
                 best = best.topk(min(self.nearest, best.shape[1]), dim=1, largest=False).values
             assert best is not None
-            found = torch.isfinite(best)
-            sides.append(torch.where(found, best, 0.0).sum(1) / found.sum(1).clamp_min(1))
+            finite = torch.isfinite(best)
+            sides.append(torch.where(finite, best, 0.0).sum(1) / finite.sum(1).clamp_min(1))
         return sides[1] - sides[0]
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from robusthash.attacks.base import Attack
 from robusthash.attacks.generator import Generator
-from robusthash.attacks.generator_training import GeneratorSchedule, Lesson, seeded, train_generator
+from robusthash.attacks.generator_training import GeneratorSchedule, GeneratorTask, seeded, train_generator
 from robusthash.attacks.losses import Agreement
 from robusthash.attacks.oracle import QueryOracle
 from robusthash.attacks.prosgan import Generated, Painted, painted
-from robusthash.attacks.substitute import Substituted, asked, sample
+from robusthash.attacks.substitute import Substituted, answered_modalities, sample
 from robusthash.attacks.threat_model import Threat, image_threat
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
@@ -76,7 +76,7 @@ class Knockoff(Substituted):
     def fitted(
         self, victim: Hasher, data: RetrievalData, reference: Reference | None, draws: Draws
     ) -> Knockoff:
-        modalities, rows = asked(victim, data), sample(data, self.questions, draws)
+        modalities, rows = answered_modalities(victim, data), sample(data, self.questions, draws)
         split, other = data.train.take(rows), modalities[-1]
         across = {"image": other, "text": "image"}
         lists = {name: self._lists(victim, data, split, name, across[name]) for name in modalities}
@@ -91,19 +91,19 @@ class Knockoff(Substituted):
             ]
             return torch.stack(terms).sum()
 
-        steps = self.taught(model, split, draws, loss)
+        steps = self.train_substitute(model, split, draws, loss)
         with seeded(draws.within("generator")):
             nets = nn.ModuleDict({"planes": Generator(0, self.width, 1), "paint": Generator(3, self.width)})
         guide = replace(self, model=model, nets=nets.to(victim.device))
-        lessons = KnockoffLessons(guide, self._codes(model, data, lists["image"][:, :NEAREST], other))
+        training = KnockoffTraining(guide, self._codes(model, data, lists["image"][:, :NEAREST], other))
         schedule = GeneratorSchedule(
             self.generator_epochs, self.rate, reconstruction=5.0
         )  # 20 x MSE in [0, 1]
         unlabelled = replace(data, train=replace(split, labels=None))
-        steps += train_generator(lessons, model, unlabelled, schedule, draws)
+        steps += train_generator(training, model, unlabelled, schedule, draws)
         nets.requires_grad_(False)
-        asked_in_all = len(rows) * len(modalities)
-        return replace(guide, fit_steps=steps, fit_queries=asked_in_all, fit_items=len(data.train))
+        oracle_queries = len(rows) * len(modalities)
+        return replace(guide, fit_steps=steps, fit_queries=oracle_queries, fit_items=len(data.train))
 
     @staticmethod
     def _lists(victim: Hasher, data: RetrievalData, split: Split, name: str, searched: str) -> Tensor:
@@ -146,7 +146,7 @@ class Knockoff(Substituted):
         return Painted(torch.empty(0, victim.bits, device=images.device), inputs={"image": result.to(images)})
 
 
-class KnockoffLessons:
+class KnockoffTraining:
     """EQB2A's generator in training: sum over the five nearest of max(0, 0.8 - d(h', b))."""
 
     FAR = 0.8
@@ -155,7 +155,7 @@ class KnockoffLessons:
         assert guide.nets is not None
         self.guide, self.nets, self.nearest = guide, guide.nets, nearest.detach()
 
-    def lesson(self, batch: Batch, draws: Draws) -> Lesson:
+    def task(self, batch: Batch, draws: Draws) -> GeneratorTask:
         images, near = batch.inputs["image"], self.nearest[batch.ids]
         nothing = images.new_empty(len(images), 0)
 
@@ -163,7 +163,7 @@ class KnockoffLessons:
             apart = relaxed_distance(output.relaxed()[:, None], near)
             return (self.FAR - apart).clamp_min(0).mean(0).sum()
 
-        return Lesson(self.nets["planes"](images, images[:, :0]), nothing, nothing, code_loss)
+        return GeneratorTask(self.nets["planes"](images, images[:, :0]), nothing, nothing, code_loss)
 
     def paint(self, images: Tensor, planes: Tensor) -> Tensor:
         bound = self.guide.eps if self.guide.bounded else None

@@ -138,16 +138,21 @@ class TargetNet(nn.Module):
 
 
 def target_loss(
-    told: Prototyped, labels: Tensor, codes: Tensor, code_labels: Tensor, pairs: float, quantisation: float
+    prototype: Prototyped,
+    labels: Tensor,
+    codes: Tensor,
+    code_labels: Tensor,
+    pairs: float,
+    quantisation: float,
 ) -> Tensor:
     """MSE of labels + ``pairs`` mean_ij [softplus(t_ij) - S_ij t_ij] + ``quantisation`` |sgn p - p|^2 / B.
 
     t_ij = p_i . b_j / 2 over codes (N, K) and their labels (N, C).
     """
-    product = told.code @ codes.T / 2
+    product = prototype.code @ codes.T / 2
     likelihood = (softplus(product) - relevant(labels, code_labels).float() * product).mean()
-    spread = (sign(told.code.detach()) - told.code).square().sum() / len(labels)
-    return mse_loss(told.labels, labels) + pairs * likelihood + quantisation * spread
+    spread = (sign(prototype.code.detach()) - prototype.code).square().sum() / len(labels)
+    return mse_loss(prototype.labels, labels) + pairs * likelihood + quantisation * spread
 
 
 def judged(answers: Tensor, labels: Tensor, attacked: bool) -> Tensor:

@@ -28,7 +28,7 @@ _EVERY = 3  # batches between two steps of the discriminator, in all three codes
 
 
 @dataclass(frozen=True)
-class Lesson:
+class GeneratorTask:
     """Task of the generator on one batch."""
 
     planes: Tensor  # (B, P, H, W) next to the images
@@ -37,13 +37,13 @@ class Lesson:
     code_loss: Callable[[HashOutput], Tensor]  # of the attacked images
 
 
-class Pupil(Protocol):
+class TrainableGenerator(Protocol):
     """A generator in training: its nets, and what they learn of a batch."""
 
     @property
     def nets(self) -> nn.Module: ...
 
-    def lesson(self, batch: Batch, draws: Draws) -> Lesson: ...
+    def task(self, batch: Batch, draws: Draws) -> GeneratorTask: ...
 
     def paint(self, images: Tensor, planes: Tensor) -> Tensor:
         """(B, 3, H, W) attacked images in [0, 1]."""
@@ -69,7 +69,7 @@ class GeneratorSchedule:
 
 
 def train_generator(
-    pupil: Pupil,
+    generator: TrainableGenerator,
     model: Hasher,
     data: RetrievalData,
     schedule: GeneratorSchedule,
@@ -80,7 +80,7 @@ def train_generator(
     """Train against ``model`` on the training images; the steps of the generator. Resumes from ``file``.
 
     Least squares as published: the discriminator learns every third batch [labels, 0] of real and
-    [target labels, 1] of attacked images; the generator minimises the lesson's loss of the attacked code +
+    [target labels, 1] of attacked images; the generator minimises the loss of the attacked code +
     least squares to [target labels, 0] + ``reconstruction`` x squared change.
 
     Args:
@@ -91,9 +91,9 @@ def train_generator(
         critic = Discriminator(classes, 16).to(model.device)
     optimisers = [
         torch.optim.Adam(nets.parameters(), schedule.rate, betas=(0.5, 0.999))
-        for nets in (pupil.nets, critic)
+        for nets in (generator.nets, critic)
     ]
-    nets: dict[str, Any] = {"nets": pupil.nets, "critic": critic, "g": optimisers[0], "d": optimisers[1]}
+    nets: dict[str, Any] = {"nets": generator.nets, "critic": critic, "g": optimisers[0], "d": optimisers[1]}
     done = file.restore(nets) if file else 0
     if not done:
         begin()
@@ -105,14 +105,14 @@ def train_generator(
         shuffle = draws.within("epoch", epoch)
         with frozen(model), torch.enable_grad():
             for step, batch in enumerate(batches(data.train, schedule.batch, shuffle, modalities=keys)):
-                _step(pupil, critic, model, batch.to(model.device), optimisers, schedule, shuffle, step)
+                _step(generator, critic, model, batch.to(model.device), optimisers, schedule, shuffle, step)
         if file:
             file.write(nets, epoch + 1)
     return schedule.epochs * per_epoch
 
 
 def _step(
-    pupil: Pupil,
+    generator: TrainableGenerator,
     critic: nn.Module,
     model: Hasher,
     batch: Batch,
@@ -121,15 +121,15 @@ def _step(
     draws: Draws,
     step: int,
 ) -> None:
-    images, lesson = batch.inputs["image"], pupil.lesson(batch, draws)
-    attacked = pupil.paint(images, lesson.planes)
+    images, task = batch.inputs["image"], generator.task(batch, draws)
+    attacked = generator.paint(images, task.planes)
     if step % _EVERY == 0:
-        real = judged(critic(images), lesson.real, attacked=False)
-        fake = judged(critic(attacked.detach()), lesson.target_labels, attacked=True)
+        real = judged(critic(images), task.real, attacked=False)
+        fake = judged(critic(attacked.detach()), task.target_labels, attacked=True)
         _descend((real + fake) / 2, optimisers[1])
     change = 4 * mse_loss(attacked, images)  # pixels of [0, 1], counted in [-1, 1]
-    fooled = judged(critic(attacked), lesson.target_labels, attacked=False)
-    code = lesson.code_loss(model({"image": attacked})["image"])
+    fooled = judged(critic(attacked), task.target_labels, attacked=False)
+    code = task.code_loss(model({"image": attacked})["image"])
     _descend(code + fooled + schedule.reconstruction * change, optimisers[0])
 
 
@@ -174,16 +174,16 @@ class GeneratorFile:
         """
         if not self.path.is_file():
             return 0
-        found = read(self.path)
+        stored = read(self.path)
         for key, value in self.header.items():
-            if found["header"].get(key) != value:
+            if stored["header"].get(key) != value:
                 raise ValueError(
-                    f"{self.path} holds a generator with {key} {found['header'].get(key)}, and {value} is "
+                    f"{self.path} holds a generator with {key} {stored['header'].get(key)}, and {value} is "
                     "asked for; name another file, or delete this one to train anew"
                 )
         for name, part in parts.items():
-            part.load_state_dict(found["state"][name])
-        return int(found["epoch"])
+            part.load_state_dict(stored["state"][name])
+        return int(stored["epoch"])
 
     def write(self, parts: dict[str, Any], epoch: int) -> None:
         """Replace the file by the state after an epoch; whole or not at all."""
@@ -204,8 +204,8 @@ def read(path: Path) -> dict[str, Any]:
             f"evaluate SURROGATE --attack '{{name: pros-gan, generator: {path}}}'"
         )
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        assert {"header", "epoch", "state"} <= set(found)
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        assert {"header", "epoch", "state"} <= set(stored)
     except Exception as error:
         raise ValueError(f"{path} is no file of a generator; delete it, or name another") from error
-    return found
+    return stored

@@ -43,10 +43,10 @@ def ascend(score: Score, inputs: Inputs, progress: float) -> tuple[Tensor, Tenso
     value, logits = score(leaves, progress)
     if not value.requires_grad:
         raise no_gradient(*leaves)
-    found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
-    if cut := [name for name, part in zip(leaves, found, strict=True) if part is None]:
+    gradients = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+    if cut := [name for name, part in zip(leaves, gradients, strict=True) if part is None]:
         raise no_gradient(*cut)
-    grads = [part for part in found if part is not None]
+    grads = [part for part in gradients if part is not None]
     if not all(bool(torch.isfinite(part.sum())) for part in (value, *grads)):
         raise FloatingPointError("the attack's score or its gradient is NaN or infinite")
     return value.detach(), logits.detach(), dict(zip(leaves, grads, strict=True))

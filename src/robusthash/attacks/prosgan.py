@@ -14,7 +14,7 @@ from robusthash.attacks.generator import Generator, Planes, TargetNet, target_lo
 from robusthash.attacks.generator_training import (
     GeneratorFile,
     GeneratorSchedule,
-    Lesson,
+    GeneratorTask,
     made_for,
     read,
     seeded,
@@ -147,13 +147,13 @@ class TargetGenerator(Guide):
         images = batch.inputs["image"]
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             small = images.float()
-            told = self.nets.target(goal.labels.float(), self._texts(batch, goal, draws))
-            planes = self.nets.planes(told.features, small.shape[2:])
+            prototype = self.nets.target(goal.labels.float(), self._texts(batch, goal, draws))
+            planes = self.nets.planes(prototype.features, small.shape[2:])
             output = self.nets.generator(small, planes)
             result = painted(output, small, self.eps if self.bounded else None).to(images)
         if not torch.isfinite(result).all():
             raise FloatingPointError("the generator's images are NaN or infinite")
-        codes = told.code[:0] if self.source else sign(told.code)
+        codes = prototype.code[:0] if self.source else sign(prototype.code)
         return Painted(codes, inputs={"image": result})
 
     def _texts(self, batch: Batch, goal: Goal, draws: Draws) -> Tensor | None:
@@ -187,8 +187,8 @@ class TargetGenerator(Guide):
         own = {"options": str(replace(self, eps=0.0, file=None))}
         file = None if self.file is None else GeneratorFile(self.file, {**expected, **own})
         codes, code_labels, _ = known(reference, Goal(labels, 1))
-        lesson = TargetLessons(guide, codes, code_labels, draws)
-        steps = train_generator(lesson, victim, data, self.schedule, draws, file, lesson.prototypes)
+        training = TargetedTraining(guide, codes, code_labels, draws)
+        steps = train_generator(training, victim, data, self.schedule, draws, file, training.prototypes)
         nets.requires_grad_(False)
         return replace(guide, fit_steps=steps + self.steps)
 
@@ -214,13 +214,13 @@ class TargetGenerator(Guide):
     def _transferred(self, data: RetrievalData, victim: Hasher) -> TargetGenerator:
         """The guide with the nets of the file, made for another model on the same kind of data."""
         assert self.file is not None
-        found, here = read(self.file), made_for(victim, data, self.eps)
-        header = found["header"]
+        stored, here = read(self.file), made_for(victim, data, self.eps)
+        header = stored["header"]
         if header["victim"] == here["victim"]:
             raise ValueError(f"{self.file} was trained for this very victim; leave out transfer")
         for key in ("image", "labels", "eps"):
             _match(self.file, header, here, key)
-        bits, state = header["bits"], found["state"]["nets"]
+        bits, state = header["bits"], stored["state"]["nets"]
         nets = self._new(header["labels"], bits, data, Draws(0)).to(victim.device)
         try:
             nets.load_state_dict(state)
@@ -250,7 +250,7 @@ def _match(file: Path, header: dict[str, Any], expected: dict[str, Any], key: st
         )
 
 
-class TargetLessons:
+class TargetedTraining:
     """A targeted generator in training: targets drawn by item and epoch, loss 5 (1 - mean h' b_t)."""
 
     CODE = 5.0
@@ -274,9 +274,11 @@ class TargetLessons:
             optimiser.param_groups[0]["lr"] = rate * 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
             rows = self._drawn(self.draws.within(step), torch.arange(self.BATCH))
             with torch.enable_grad():
-                told = self.nets.target(self.sets[rows], None if self.texts is None else self.texts[rows])
+                prototype = self.nets.target(
+                    self.sets[rows], None if self.texts is None else self.texts[rows]
+                )
                 weights = self.guide.pairs_weight, self.guide.quantisation
-                loss = target_loss(told, self.sets[rows], self.codes, self.labels, *weights)
+                loss = target_loss(prototype, self.sets[rows], self.codes, self.labels, *weights)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -284,18 +286,18 @@ class TargetLessons:
     def _drawn(self, draws: Draws, ids: Tensor) -> Tensor:
         return (draws.uniform(ids, ()) * len(self.sets)).long().to(self.sets.device)
 
-    def lesson(self, batch: Batch, draws: Draws) -> Lesson:
+    def task(self, batch: Batch, draws: Draws) -> GeneratorTask:
         rows = self._drawn(draws.within("targets"), batch.ids)
         with torch.no_grad():
-            told = self.nets.target(self.sets[rows], None if self.texts is None else self.texts[rows])
-        planes = self.nets.planes(told.features, batch.inputs["image"].shape[2:])
-        target, assertion = sign(told.code), batch.labels
+            prototype = self.nets.target(self.sets[rows], None if self.texts is None else self.texts[rows])
+        planes = self.nets.planes(prototype.features, batch.inputs["image"].shape[2:])
+        target, assertion = sign(prototype.code), batch.labels
         assert assertion is not None
 
         def code_loss(output: HashOutput) -> Tensor:
             return self.CODE * (1 - (output.relaxed() * target).mean())
 
-        return Lesson(planes, assertion, self.sets[rows], code_loss)
+        return GeneratorTask(planes, assertion, self.sets[rows], code_loss)
 
     def paint(self, images: Tensor, planes: Tensor) -> Tensor:
         bound = self.guide.eps if self.guide.bounded else None

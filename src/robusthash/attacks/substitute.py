@@ -58,14 +58,14 @@ class Substituted(Guide):
 
     def new_model(self, victim: Hasher, data: RetrievalData, bits: int, draws: Draws) -> Hasher:
         """An untrained substitute: the encoder, and a net of bags of words where the victim reads them."""
-        vocabulary = data.vocabulary if "text" in asked(victim, data) else None
+        vocabulary = data.vocabulary if "text" in answered_modalities(victim, data) else None
         text = None if vocabulary is None else "mlp"
         with seeded(draws.within("substitute")):
             seed = draws.within("weights").key() % 2**31
             model = build_hasher(bits=bits, image=self.encoder, text=text, vocabulary=vocabulary, seed=seed)
         return model.to(victim.device)
 
-    def taught(
+    def train_substitute(
         self, model: Hasher, split: Split, draws: Draws, loss: Callable[[Outputs, Batch, Draws], Tensor]
     ) -> int:
         """Train the model on a split by a loss of its outputs; the steps taken. It ends in eval mode."""
@@ -87,7 +87,7 @@ class Substituted(Guide):
         return steps
 
 
-def asked(victim: Hasher, data: RetrievalData) -> tuple[str, ...]:
+def answered_modalities(victim: Hasher, data: RetrievalData) -> tuple[str, ...]:
     """Modalities in which a victim can be asked and a substitute learn: images, and bags of words.
 
     Raises:

@@ -99,11 +99,11 @@ def nearest(query: Searched, database: Searched, k: int) -> tuple[Tensor, Tensor
     k = min(k, len(database))
     if isinstance(query, Codes) and isinstance(database, Codes):
         return topk(query.packed, database.packed, k)
-    positions, found = [], []
+    positions, neighbours = [], []
     for _, order, values, _ in ordered(query, database):
         positions.append(order[:, :k])
-        found.append(values[:, :k])
-    return torch.cat(positions), torch.cat(found)
+        neighbours.append(values[:, :k])
+    return torch.cat(positions), torch.cat(neighbours)
 
 
 def ordered(query: Searched, database: Searched) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -153,11 +153,11 @@ def _blocks(query: Embeddings, database: Embeddings) -> Iterator[tuple[slice, Te
         if query.metric == "cosine":
             yield rows, (1 - _unit(query.vectors[rows].double()) @ items.T).clamp_min(0), _ROUNDING
         else:
-            asked = query.vectors[rows].double() - centre
-            own = asked.square().sum(1, keepdim=True)
+            queries = query.vectors[rows].double() - centre
+            own = queries.square().sum(1, keepdim=True)
             yield (
                 rows,
-                (own + squares - 2 * asked @ items.T).clamp_min(0),
+                (own + squares - 2 * queries @ items.T).clamp_min(0),
                 _ROUNDING * (own.sqrt() + longest) ** 2,
             )
 

@@ -24,7 +24,7 @@ MIB = 1 << 20
 TEXT = 32 * MIB
 """Bytes of a text or JSON file."""
 
-_SHOWN = 200  # characters of a text that an error repeats
+_REPEATED = 200  # characters of a text that an error repeats
 _YAML = MIB  # bytes; a recipe or an entry has a few thousand
 _DEPTH = 64  # lists and mappings within each other
 _VALUES = 100_000  # of a YAML file, whose aliases count as often as they are used
@@ -102,7 +102,7 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None or "\n" not in text.strip() else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or "it cannot be read"
-        given = f" {text!r}" if not place and len(text) < _SHOWN else ""
+        given = f" {text!r}" if not place and len(text) < _REPEATED else ""
         fault = (
             place.removeprefix(", ") if isinstance(error, _NotDecimal) else f"not valid YAML{place}{given}"
         )

@@ -32,26 +32,26 @@ def annotated(make: Callable[..., Any]) -> dict[str, Any]:
     return {name: parameter.annotation for name, parameter in parameters.items()}
 
 
-def fits(value: Any, wanted: Any) -> bool:
+def fits(value: Any, annotation: Any) -> bool:
     """Tell whether a value of YAML is of an annotated type; of types that YAML has not, every value is.
 
     A whole number is a ``float``, a number with a point no ``int``, ``true`` neither; a list is any sequence.
     """
-    origin, inner = get_origin(wanted), get_args(wanted)
+    origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return fits(value, inner[0])
     if origin in (Union, types.UnionType):
         return any(fits(value, each) for each in inner)
     if origin is Literal:
         return any(type(value) is type(each) and value == each for each in inner)
-    if wanted in (int, float):
-        known = isinstance(value, (int, wanted)) and not isinstance(value, bool)
+    if annotation in (int, float):
+        known = isinstance(value, (int, annotation)) and not isinstance(value, bool)
         return known and (isinstance(value, int) or math.isfinite(value))
-    if wanted in _WORDS or wanted is None:
-        return isinstance(value, wanted or type(None))
-    if wanted is Path:
+    if annotation in _WORDS or annotation is None:
+        return isinstance(value, annotation or type(None))
+    if annotation is Path:
         return isinstance(value, str | Path)
-    kind = origin if isinstance(origin, type) else wanted
+    kind = origin if isinstance(origin, type) else annotation
     if kind is tuple and inner and inner[-1] is not Ellipsis:
         known = isinstance(value, list | tuple) and len(value) == len(inner)
         return known and all(fits(item, each) for item, each in zip(value, inner, strict=True))
@@ -63,20 +63,20 @@ def fits(value: Any, wanted: Any) -> bool:
     return True
 
 
-def plain(wanted: Any) -> bool:
+def plain(annotation: Any) -> bool:
     """Tell whether a type is one of numbers, true and false, null, and lists of them."""
-    inner = [each for each in get_args(wanted) if each is not Ellipsis]
-    if get_origin(wanted) is Annotated:
+    inner = [each for each in get_args(annotation) if each is not Ellipsis]
+    if get_origin(annotation) is Annotated:
         return plain(inner[0])
-    if get_origin(wanted) in (Union, types.UnionType, list, tuple):
+    if get_origin(annotation) in (Union, types.UnionType, list, tuple):
         return all(plain(each) for each in inner)
-    return wanted in (bool, int, float, type(None))
+    return annotation in (bool, int, float, type(None))
 
 
-def fault(value: Any, wanted: Any) -> str:
+def fault(value: Any, annotation: Any) -> str:
     """The reason why a value is not of an annotated type, or no number of 63 bits; "" where it is."""
-    if not fits(value, wanted):
-        return f"must be {words(wanted)}, got {_short(value)}"
+    if not fits(value, annotation):
+        return f"must be {words(annotation)}, got {_short(value)}"
     if type(value) is int and value >= LARGEST:  # counts, sizes, seeds
         return f"is too large, got {_short(value)}"
     return ""
@@ -91,9 +91,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:100]} ..."
 
 
-def words(wanted: Any) -> str:
+def words(annotation: Any) -> str:
     """An annotated type in words: ``a whole number or null``."""
-    origin, inner = get_origin(wanted), get_args(wanted)
+    origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return words(inner[0])
     if origin in (Union, types.UnionType):
@@ -101,13 +101,13 @@ def words(wanted: Any) -> str:
     if origin is Literal:
         *most, last = map(repr, inner)
         return " or ".join(filter(None, (", ".join(most), last)))
-    kind = origin if isinstance(origin, type) else wanted
+    kind = origin if isinstance(origin, type) else annotation
     if kind is tuple and inner and inner[-1] is not Ellipsis:
         return f"a list of {', '.join(words(each) for each in inner)}"
     if kind in (list, tuple, Sequence):
         return f"a list, each item {words(inner[0])}" if inner else "a list"
     if kind in (dict, Mapping):
         return "a mapping"
-    if wanted is Path:
+    if annotation is Path:
         return "a path"
-    return _WORDS.get(wanted, getattr(wanted, "__name__", str(wanted)))
+    return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))

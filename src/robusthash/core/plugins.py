@@ -47,17 +47,17 @@ class _Opened:
 
 
 _OPENED: ContextVar[_Opened | None] = ContextVar("_OPENED", default=None)
-_BESIDE: ContextVar[tuple[Path, ...]] = ContextVar("_BESIDE", default=())
+_FOLDERS: ContextVar[tuple[Path, ...]] = ContextVar("_FOLDERS", default=())
 
 
 @contextmanager
 def beside(folders: Sequence[Path]) -> Iterator[None]:
     """Look for modules in ``folders`` too, those of an own recipe; without effect in ``without_new_code``."""
-    token = _BESIDE.set(tuple(folders))
+    token = _FOLDERS.set(tuple(folders))
     try:
         yield
     finally:
-        _BESIDE.reset(token)
+        _FOLDERS.reset(token)
 
 
 @contextmanager
@@ -96,10 +96,10 @@ def import_plugin(named: str) -> tuple[ModuleType, str]:
         if opened is None:
             raise
         raise PluginError(f"{opened.source}: {error}") from error
-    wanted, file = _file_in(folders, module), file_of(loaded)
-    if wanted is not None and file is not None and not wanted.samefile(file):
+    expected, file = _file_in(folders, module), file_of(loaded)
+    if expected is not None and file is not None and not expected.samefile(file):
         raise PluginError(
-            f"{named!r} is {wanted}, and this process has imported {file} by that name; rename one of them"
+            f"{named!r} is {expected}, and this process has imported {file} by that name; rename one of them"
         )
     if opened is None and foreign and file is not None:
         _remember(file)
@@ -147,9 +147,9 @@ def _modules_in(value: Any) -> Iterator[str]:
 
 def _own_folders() -> list[Path]:
     try:
-        return [*(folder.absolute() for folder in _BESIDE.get()), Path.cwd()]
+        return [*(folder.absolute() for folder in _FOLDERS.get()), Path.cwd()]
     except FileNotFoundError:  # the current folder was deleted
-        return list(_BESIDE.get())
+        return list(_FOLDERS.get())
 
 
 def _checked(opened: _Opened, module: str, named: str) -> list[Path]:
@@ -172,8 +172,8 @@ def _fault(opened: _Opened, module: str) -> str:
     """The reason why a module is not imported, and the remedy; "" where it may be."""
     recorded, loaded = opened.recorded.get(module), sys.modules.get(module)
     if recorded is None:
-        said = "code of a module outside of this package; if you trust it, let it be imported"
-        return "" if loaded is not None else said
+        reason = "code of a module outside of this package; if you trust it, let it be imported"
+        return "" if loaded is not None else reason
     file = file_of(loaded) or Path(recorded["file"])
     if loaded is None and not _recorded_folder(opened, module):
         return (
@@ -204,10 +204,10 @@ def _imported(module: str, named: str, folders: Sequence[Path]) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
             looked = " and ".join(dict.fromkeys(str(folder) for folder in folders))
-            beside_it = "" if _OPENED.get() else ", put it beside the recipe"  # of a run there is none
+            remedy = "" if _OPENED.get() else ", put it beside the recipe"  # of a run there is none
             raise ModuleNotFoundError(
                 f"no Python module {error.name!r} (wanted by {named!r}) in {looked or 'sys.path'}, and none "
-                f"is installed; go to its folder{beside_it}, or install it"
+                f"is installed; go to its folder{remedy}, or install it"
             ) from error
         raise ImportError(f"{named!r} needs a module that is not there: {error}") from error
     except Exception as error:  # whatever the code of others raises

@@ -94,14 +94,14 @@ def card(kind: str, name: str) -> Card:
 def _plugin_card(kind: str, named: str) -> Card:
     """The card of ``module:name``, the Python name, or the one that the module registers."""
     module, name = import_plugin(named)
-    made = getattr(module, name, None)
-    entry = next((entry for entry in _CARDS.values() if entry.kind == kind and entry.make is made), None)
+    member = getattr(module, name, None)
+    entry = next((entry for entry in _CARDS.values() if entry.kind == kind and entry.make is member), None)
     entry = entry or _CARDS.get((kind, name))
-    if entry is not None and (entry.make is made or not _is_own(entry.make)):
+    if entry is not None and (entry.make is member or not _is_own(entry.make)):
         return entry
-    if (other := None if made is None else card_of(made)) is not None:
+    if (other := None if member is None else card_of(member)) is not None:
         raise KeyError(f"{named!r} is registered as {other.kind} {other.name!r}; here goes: {kind}")
-    if callable(made):
+    if callable(member):
         raise KeyError(f"{named!r} is not registered: write @register({kind!r}, {name!r}) above it ({_HOW})")
     theirs = [c for c in _CARDS.values() if c.kind == kind and c.make.__module__ == module.__name__]
     known = {getattr(entry.make, "__name__", entry.name) for entry in theirs}
@@ -135,11 +135,11 @@ def check(kind: str, settings: str | Mapping[str, Any]) -> tuple[Card, dict[str,
     for key, value in options.items():
         if key not in accepted:
             raise KeyError(f"{kind} {entry.name!r} takes no {key!r}{nearest(key, accepted)}")
-        said = fault(value, annotated(entry.make).get(key, Any))
+        problem = fault(value, annotated(entry.make).get(key, Any))
         if type(value) is int and value < 0 and _is_own(entry.make):  # counts, sizes, seeds
-            said = said or f"must not be below 0, got {value}"
-        if said:
-            raise ValueError(f"{key} of {kind} {entry.name!r} {said}")
+            problem = problem or f"must not be below 0, got {value}"
+        if problem:
+            raise ValueError(f"{key} of {kind} {entry.name!r} {problem}")
     return entry, options
 
 

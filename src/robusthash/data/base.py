@@ -242,8 +242,8 @@ class RetrievalData:
             name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
         }
         note = f"{self.note} Relevance by {system}.".strip()
-        kept = {"note": note, "skipped": self.skipped, "text_form": self.text_form}
-        return RetrievalData(self.name, **splits, label_names=(), **kept)  # type: ignore[arg-type]
+        facts = {"note": note, "skipped": self.skipped, "text_form": self.text_form}
+        return RetrievalData(self.name, **splits, label_names=(), **facts)  # type: ignore[arg-type]
 
     def without_relevant(self) -> int:
         """Number of queries that share no label with any item of the database."""

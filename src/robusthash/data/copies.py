@@ -109,18 +109,20 @@ def copies(
     root = Path(root)
     draws = Draws(numbers.seed).within("copies")
     files, stored, skipped, note = _different(root, image, numbers.limit, draws)
-    trained, asked = _chosen(len(files), numbers, draws)
+    trained, query_rows = _chosen(len(files), numbers, draws)
     each = numbers.copies or min(40, max(8, 8000 // len(trained)))
 
     def made(row: int) -> tuple[list[Tensor], list[Tensor]]:
         pixels = read_image(files[row], _CHANGING * image.size, image.fit, image.max_pixels)
-        taught = _drawn_copies(pixels, image.size, each, row, draws) if row in trained else []
-        return taught, _asked_copies(pixels, image.size) if row in asked else []
+        training_copies = _drawn_copies(pixels, image.size, each, row, draws) if row in trained else []
+        return training_copies, _query_copies(pixels, image.size) if row in query_rows else []
 
-    rows = sorted(trained | asked)
+    rows = sorted(trained | query_rows)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         pairs = list(pool.map(made, rows))
-    training = [(row, copy) for row, (taught, _) in zip(rows, pairs, strict=True) for copy in taught]
+    training = [
+        (row, copy) for row, (training_copies, _) in zip(rows, pairs, strict=True) for copy in training_copies
+    ]
     queries = [(row, copy) for row, (_, asking) in zip(rows, pairs, strict=True) for copy in asking]
     changed = [*training, *queries]
     pixels = torch.cat([torch.stack([copy for _, copy in changed]), stored])
@@ -207,7 +209,7 @@ def _drawn_copy(image: Image.Image, size: int, numbers: np.ndarray) -> Tensor:
     return pixels_of(saved.permute(1, 2, 0).numpy(), size)
 
 
-def _asked_copies(pixels: Tensor, size: int) -> list[Tensor]:
+def _query_copies(pixels: Tensor, size: int) -> list[Tensor]:
     """A copy by each of ``CHANGES``, (3, size, size) uint8."""
     large = pixels[None].float() / 255
     return [pixels_of(to_pixels(change(large))[0], size) for change in CHANGES]

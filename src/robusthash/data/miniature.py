@@ -217,8 +217,8 @@ def _write_coco(root: Path, requested: Sizes, options: Options) -> dict[str, Any
             for label in sorted(_labelled(number, 80)):
                 objects.append({"image_id": number, "category_id": label + 1, "iscrowd": 0})
             for place in range(5):
-                said = _words(number, _WORDS["mscoco"]) if place == 0 else f"a photo of word{number}"
-                captions.append({"id": 5 * number + place, "image_id": number, "caption": said})
+                text = _words(number, _WORDS["mscoco"]) if place == 0 else f"a photo of word{number}"
+                captions.append({"id": 5 * number + place, "image_id": number, "caption": text})
             written.append({"cocoid": number, "split": "train" if name == "train" else "test"})
         _json(root / "annotations" / f"instances_{name}{year}.json",
               images=images, annotations=objects, categories=categories)  # fmt: skip
@@ -291,8 +291,8 @@ def _write_wikipedia(root: Path, requested: Sizes, options: Options) -> dict[str
             category = CATEGORIES[number % len(CATEGORIES)]
             lines.append(f"text{number}\timage{number}\t{number % len(CATEGORIES) + 1}")
             picture(root / "images" / category / f"image{number}.jpg", number)
-            said = f"<document><text>{_words(number, _WORDS['wikipedia'])}</text></document>"
-            _lines(root / "texts" / f"text{number}.xml", [said])
+            text = f"<document><text>{_words(number, _WORDS['wikipedia'])}</text></document>"
+            _lines(root / "texts" / f"text{number}.xml", [text])
         _lines(root / f"{part}set_txt_img_cat.list", lines)
         draws = np.random.default_rng(len(numbers))
         for name, width in {"I": 128, "T": 10}.items():

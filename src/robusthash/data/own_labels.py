@@ -82,18 +82,18 @@ def _columns(values: np.ndarray, names: Sequence[str] | None) -> tuple[Tensor, t
 def _named(rows: Sequence[Sequence[Any]], names: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
     """Lists of class numbers or names."""
     lists = [[_one(label, item) for label in row] for item, row in enumerate(rows)]
-    found = {label for row in lists for label in row}
-    if not found:
+    labels = {label for row in lists for label in row}
+    if not labels:
         raise ValueError("no item has a label")
-    if len({type(label) for label in found}) > 1:
+    if len({type(label) for label in labels}) > 1:
         example = " and ".join(
-            repr(next(each for each in found if isinstance(each, kind))) for kind in (int, str)
+            repr(next(each for each in labels if isinstance(each, kind))) for kind in (int, str)
         )
         raise ValueError(f"labels are numbers and names at once, such as {example}; give one kind")
-    ordered: list[Any] = sorted(found)
+    ordered: list[Any] = sorted(labels)
     if names is not None:
         ordered = list(range(len(names))) if isinstance(ordered[0], int) else list(names)
-        if unknown := sorted(found - set(ordered)):
+        if unknown := sorted(labels - set(ordered)):
             hint = nearest(str(unknown[0]), names)
             raise ValueError(f"label {unknown[0]!r} is not among the {len(names)} label names{hint}")
     column = {label: number for number, label in enumerate(ordered)}

@@ -97,8 +97,8 @@ class AdversarialTraining(Recipe):
             yield "guide", guide.terms(goal.labels, memory.reference(), draws)
         ramp = 1.0 if not self.warmup else min(1.0, moment.progress / self.warmup)
         attack = replace(self.attack, threat=self.attack.threat.scaled(ramp)) if ramp < 1.0 else self.attack
-        found = attack.perturb(self.hasher, batch, goal, memory.reference(), draws=draws)
-        changed = {name: value.detach() for name, value in found.inputs.items()}
+        result = attack.perturb(self.hasher, batch, goal, memory.reference(), draws=draws)
+        changed = {name: value.detach() for name, value in result.inputs.items()}
         robust, clean = self.hasher(changed), self.hasher(batch.inputs)
         memory.update(clean, batch)
         with frozen(self.hasher), torch.no_grad():

@@ -166,8 +166,8 @@ class Regenerate(Recipe):
         attacked: Inputs = {}
         victim = self.hasher if self.inner == "through" else bare
         for attack in self.attacks:
-            found = attack.perturb(victim, batch, Goal(batch.labels, -1), reference, draws=moment.draws)
-            attacked |= {name: value.detach() for name, value in found.inputs.items()}
+            result = attack.perturb(victim, batch, Goal(batch.labels, -1), reference, draws=moment.draws)
+            attacked |= {name: value.detach() for name, value in result.inputs.items()}
         terms: LossTerms = {}
         fakes: Inputs = {}
         # no parameter of the hasher or the critics may move, or collect a gradient, in this step

@@ -35,14 +35,14 @@ def copies_data(photographs: Tensor, stored: Tensor, note: str) -> RetrievalData
     Raises:
         ValueError: a stored copy with the very pixels of a photograph.
     """
-    asked, held = len(photographs), len(stored)
+    queries, stored_items = len(photographs), len(stored)
     pixels = torch.cat([photographs, stored])
-    labels = torch.cat([torch.eye(asked), torch.eye(held, asked)])
-    database = torch.arange(asked, asked + held)
+    labels = torch.cat([torch.eye(queries), torch.eye(stored_items, queries)])
+    database = torch.arange(queries, queries + stored_items)
     hashes = hash_pixels(pixels)
-    if same := int(np.isin(hashes[:asked], hashes[asked:]).sum()):
+    if same := int(np.isin(hashes[:queries], hashes[queries:]).sum()):
         raise ValueError(f"{same} photographs have the very pixels of a stored copy; leave them out")
-    splits = Indices(database, torch.arange(asked), database)
+    splits = Indices(database, torch.arange(queries), database)
     return assemble("photographs", ArraySource({"image": pixels}), labels, hashes, splits, (), note)
 
 
@@ -62,9 +62,9 @@ class CategoryScores:
                 found.
         """
         some = relevant.sum(1) > 0
-        found = ap.average_precision(items, relevant, cut, "mink")
+        precision = ap.average_precision(items, relevant, cut, "mink")
         chance = ap.average_precision(items.sum(1, keepdim=True), relevant.sum(1, keepdim=True), cut, "mink")
-        return CategoryScores(torch.where(some, found, torch.nan), torch.where(some, chance, torch.nan))
+        return CategoryScores(torch.where(some, precision, torch.nan), torch.where(some, chance, torch.nan))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,31 +95,31 @@ def copy_scores(
     query = context.query.of(signs)
     measured = measure_codes(context, query, labels).per_query
     bits = paired_distances(query, context.database.take(labels.argmax(1)))
-    kind = None if kinds is None else _kind_found(context, query, kinds)
+    kind = None if kinds is None else _same_kind(context, query, kinds)
     return CopyScores(measured["MAP"], measured["P@1"], bits, query.rows(), kind)
 
 
-def _kind_found(context: EvaluationContext, query: Searched, kinds: Tensor) -> CategoryScores:
+def _same_kind(context: EvaluationContext, query: Searched, kinds: Tensor) -> CategoryScores:
     """The stored copies of the same category; a photograph's own copy is left out of the ranking."""
-    asked, database = kinds[: len(query)], context.database
+    query_kinds, database = kinds[: len(query)], context.database
     if isinstance(query, Codes):
-        items, relevant = prepared_counts(query, asked, prepare(context.codes, kinds))
+        items, relevant = prepared_counts(query, query_kinds, prepare(context.codes, kinds))
         own = distances(query, database)[:, : len(query)].diagonal().long()[:, None]
-        return CategoryScores.counted(*_without_own(items, relevant, own, asked))
+        return CategoryScores.counted(*_without_own(items, relevant, own, query_kinds))
     parts = []
     for rows, order, _, group in ordered(query, database):
         own = group[order == torch.arange(rows.start, rows.start + len(order))[:, None]][:, None]
-        same = (asked[rows] @ kinds.T).long().gather(1, order)
+        same = (query_kinds[rows] @ kinds.T).long().gather(1, order)
         empty = torch.zeros(len(order), int(group.max()) + 1, dtype=torch.int64)
         items, relevant = (empty.scatter_add(1, group, part) for part in (torch.ones_like(order), same))
-        parts.append(CategoryScores.counted(*_without_own(items, relevant, own, asked[rows])))
+        parts.append(CategoryScores.counted(*_without_own(items, relevant, own, query_kinds[rows])))
     return CategoryScores(*(torch.cat([getattr(p, name) for p in parts]) for name in ("ap", "chance")))
 
 
-def _without_own(items: Tensor, relevant: Tensor, own: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+def _without_own(items: Tensor, relevant: Tensor, own: Tensor, query_kinds: Tensor) -> tuple[Tensor, Tensor]:
     """Counts without one item of each query, which is of its category, in the group ``own``, (Q, 1)."""
     one = torch.ones_like(own)
-    with_category = asked.sum(1, keepdim=True).long()
+    with_category = query_kinds.sum(1, keepdim=True).long()
     return items.scatter_add(1, own, -one), relevant.scatter_add(1, own, -one * with_category)
 
 

@@ -128,11 +128,11 @@ class BlockRunner:
         if attacked is not None:
             size = self.context.batch_size
             rows = min(size, len(self.context.queries) - block * size)
-            found, wanted = tuple(attacked.signs[:, 0].shape), (rows, self.context.victim.bits)
-            if found != wanted:
+            shape, expected = tuple(attacked.signs[:, 0].shape), (rows, self.context.victim.bits)
+            if shape != expected:
                 place, codes = self.store.name(spec, restart, block), "{} codes of {} bits".format
                 remedy = "delete it to attack them again"
-                raise ValueError(f"{place} holds {codes(*found)} in place of {codes(*wanted)}; {remedy}")
+                raise ValueError(f"{place} holds {codes(*shape)} in place of {codes(*expected)}; {remedy}")
             return attacked
         key = (spec.name, spec.threat.name)
         if key not in self.fitted:

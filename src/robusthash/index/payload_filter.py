@@ -43,13 +43,13 @@ def normal_form(text: str) -> str:
         return text
     sign, whole, fraction, power = match.groups(default="")
     digits = (whole + fraction).lstrip("0")
-    kept = digits.rstrip("0")
-    exponent = int(power or 0) - len(fraction) + len(digits) - len(kept)
-    if not kept:
+    shortest = digits.rstrip("0")
+    exponent = int(power or 0) - len(fraction) + len(digits) - len(shortest)
+    if not shortest:
         return "0"
     if 0 <= exponent <= _PLAIN:
-        return f"{sign}{kept}{'0' * exponent}"
-    return f"{sign}{kept}e{exponent}"
+        return f"{sign}{shortest}{'0' * exponent}"
+    return f"{sign}{shortest}e{exponent}"
 
 
 def check_key(key: Any) -> None:

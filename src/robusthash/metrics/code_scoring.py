@@ -226,18 +226,18 @@ def score(
             f"{database.codes.bits}; both sides must come from the same model"
         )
     query_labels, labels = _same_labels(query, database)
-    asked, left_out = query.codes, 0
+    queries, left_out = query.codes, 0
     if protocol.empty == "skip":
         rows = torch.nonzero(has_relevant(query_labels, labels)).flatten()
         if len(rows) == 0:
             raise ValueError(f"no query of {query.name} has a relevant item in {database.name}")
-        asked = Codes(asked.packed[rows], asked.bits, asked.ids[rows], asked.origin)
+        queries = Codes(queries.packed[rows], queries.bits, queries.ids[rows], queries.origin)
         left_out, query_labels = len(query_labels) - len(rows), query_labels[rows]
-    measured = measure(protocol, asked, query_labels, database.codes, labels)
+    measured = measure(protocol, queries, query_labels, database.codes, labels)
     digests = {
         "model": _digest(query.codes.packed),
         "codes": _digest(database.codes.packed),
-        "queries": _digest(asked.ids, query_labels),
+        "queries": _digest(queries.ids, query_labels),
         "database": _digest(database.codes.ids, labels),
     }
     setting = Setting(

@@ -86,12 +86,12 @@ def empty_note(result: EvalResult) -> str:
         return ""
     if result.setting.protocol.get("empty") == "skip":
         return f"{result.empty} queries have no relevant item in the database and are left out"
-    asked = len(next(iter(result.per_query.values()), ()))
+    queries = len(next(iter(result.per_query.values()), ()))
     remedy = "the protocol's option 'empty: skip' leaves them out"
-    if result.empty == asked:
+    if result.empty == queries:
         remedy = "look whether both sides name their labels alike"
     return (
-        f"{result.empty} of {asked} queries have no relevant item in the database and count 0 in every "
+        f"{result.empty} of {queries} queries have no relevant item in the database and count 0 in every "
         f"measure; {remedy}"
     )
 

@@ -117,24 +117,23 @@ class Setting:
         if all(budgets) and scheme_of(budgets[0]) == scheme_of(budgets[1]):
             ours["budget"], theirs["budget"] = budgets
         groups = [(name, ours.pop(name), theirs.pop(name)) for name in ("protocol", "digests")]
-        found = [name for name in ours if name != "budget" and ours[name] != theirs[name]]
-        found += ["budget"] if ours["budget"] != theirs["budget"] else []
+        names = [name for name in ours if name != "budget" and ours[name] != theirs[name]]
+        names += ["budget"] if ours["budget"] != theirs["budget"] else []
         for group, one, two in groups:
-            found += [f"{group}.{key}" for key in sorted({*one, *two}) if one.get(key) != two.get(key)]
-        return found
+            names += [f"{group}.{key}" for key in sorted({*one, *two}) if one.get(key) != two.get(key)]
+        return names
 
     def difference(self, other: Setting) -> str:
         """The fields of ``differs`` in words, and that identities of suites by two schemes say nothing."""
-        found = ", ".join(self.differs(other))
+        fields = ", ".join(self.differs(other))
         suites = [setting.digests["suite"] for setting in (self, other) if "suite" in setting.digests]
         schemes = sorted({scheme_of(suite) for suite in suites})
         if len(schemes) < 2:
-            return found
+            return fields
         names = " and ".join(map(str, schemes))
         return (
-            f"{found} (identities by the schemes {names} of this package, which cannot be compared: the "
-            f"suites "
-            "may be the same; assess the older one again)"
+            f"{fields} (identities by the schemes {names} of this package, which cannot be compared: the "
+            "suites may be the same; assess the older one again)"
         )
 
 

@@ -325,7 +325,7 @@ def build_hasher(
         encoders["text"] = build("text-encoder", text, vocabulary=vocabulary)
         if options := encoders["text"].resolved_options:
             text = {**({"name": text} if isinstance(text, str) else text), **options}
-    heads = _made_heads(encoders, head, bits)
+    heads = _build_heads(encoders, head, bits)
     for encoder in encoders.values():
         if declared == "plain":
             declared = encoder.declares
@@ -336,14 +336,14 @@ def build_hasher(
     return purified(hasher, purifiers, sides, seed) if purifiers else hasher
 
 
-def _made_heads(encoders: Mapping[str, nn.Module], head: Component, bits: int) -> dict[str, nn.Module]:
+def _build_heads(encoders: Mapping[str, nn.Module], head: Component, bits: int) -> dict[str, nn.Module]:
     return {name: build("head", head, width=encoder.width, bits=bits) for name, encoder in encoders.items()}
 
 
 def with_new_heads(hasher: Hasher, bits: int, head: Component, seed: int = 0) -> Hasher:
     """The encoders of a hasher, shared, under heads that are drawn from ``seed``; purifiers are kept."""
     seed_everything(seed)
-    spec, heads = {**hasher.spec, "bits": bits, "head": head}, _made_heads(dict(hasher.encoders), head, bits)
+    spec, heads = {**hasher.spec, "bits": bits, "head": head}, _build_heads(dict(hasher.encoders), head, bits)
     purifiers = dict(hasher.purifiers)
     return Hasher(dict(hasher.encoders), heads, spec, hasher.declared, purifiers, hasher.sides)
 

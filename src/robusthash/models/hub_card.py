@@ -66,7 +66,9 @@ class HubCard:
     def text(self, card: Mapping[str, Any]) -> str:
         """README.md of a folder whose ``config.json`` is ``card``."""
         front = yaml.safe_dump(self._front(card), sort_keys=False, allow_unicode=True)
-        return f"---\n{front}---\n\n" + "\n".join([*self._said(card), "", *self._measured(), "", *_use(card)])
+        return f"---\n{front}---\n\n" + "\n".join(
+            [*self._facts(card), "", *self._measured(), "", *_use(card)]
+        )
 
     def _front(self, card: Mapping[str, Any]) -> dict[str, Any]:
         front: dict[str, Any] = {"library_name": "robusthash", "license": self.licence}
@@ -80,8 +82,8 @@ class HubCard:
     def _entry(self, score: HubScore) -> dict[str, Any]:
         """A measured value as the hub lists it."""
         data = self.data or "unknown"
-        said = f"{score.measure} ({score.result})"
-        metric = {"type": "mean_average_precision", "name": said, "value": round(score.value, 6)}
+        title = f"{score.measure} ({score.result})"
+        metric = {"type": "mean_average_precision", "name": title, "value": round(score.value, 6)}
         slug = re.sub(r"[^a-z0-9]+", "-", data.lower()).strip("-")
         return {
             "task": {"type": "image-feature-extraction", "name": "search by binary codes"},
@@ -89,7 +91,7 @@ class HubCard:
             "metrics": [metric],
         }
 
-    def _said(self, card: Mapping[str, Any]) -> list[str]:
+    def _facts(self, card: Mapping[str, Any]) -> list[str]:
         size = f" of {card['image_size'][0]} px" if len(card["image_size"]) == 2 else ""
         declared = card["hasher"].get("declared", "plain")
         kinds = {"image": f"images{size}", "text": "texts"}

@@ -91,13 +91,13 @@ def save_exported(
     if used := sources(spec):
         card["plugins"] = used
     card |= {"weights": hashlib.sha256(weights).hexdigest(), "versions": software_versions()}
-    found = _digest_of(card, hasher)
-    if card.setdefault("digest", found) != found:
+    model_digest = _digest_of(card, hasher)
+    if card.setdefault("digest", model_digest) != model_digest:
         raise ValueError(
-            f"the digest {card['digest']!r} is not that of these weights ({found}), which may have changed "
+            f"the digest {card['digest']!r} is not that of these weights ({model_digest}), which may have changed "
             "since; save SearchModel(hasher, side), which computes it"
         )
-    _check_free(folder, found, overwrite, names)
+    _check_free(folder, model_digest, overwrite, names)
     card = sealed(card)
     folder.mkdir(parents=True, exist_ok=True)
     with write_all_aside([folder / names.weights, folder / names.card]) as asides:
@@ -108,18 +108,18 @@ def save_exported(
 
 def _check_free(folder: Path, digest_: str, overwrite: bool, names: FolderNames) -> None:
     """Refuse a folder that holds something else than a saved model, or, unasked, another model."""
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if others := [name for name in held if name not in (names.card, names.weights, *names.others)]:
+    listed = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if others := [name for name in listed if name not in (names.card, names.weights, *names.others)]:
         raise FileExistsError(f"{folder} holds {others[0]}, which is no part of a model; give another folder")
-    if (names.card not in held and names.weights not in held) or overwrite:
+    if (names.card not in listed and names.weights not in listed) or overwrite:
         return
     try:
-        found = read_json(folder / names.card)["digest"]
+        present = read_json(folder / names.card)["digest"]
     except (OSError, ValueError, KeyError, TypeError):
-        found = "that cannot be read"
-    if found != digest_:
+        present = "that cannot be read"
+    if present != digest_:
         raise FileExistsError(
-            f"{folder} holds another model, {found}, than {digest_}; give another folder, or overwrite=True"
+            f"{folder} holds another model, {present}, than {digest_}; give another folder, or overwrite=True"
         )
 
 
@@ -161,27 +161,27 @@ def load_exported(folder: Path) -> tuple[Hasher, dict[str, Any]]:
         hasher.load_state_dict(tensors)
         if list(hasher.modalities) != card["modalities"]:
             raise ValueError(f"modalities is {card['modalities']}, and its hasher has {hasher.modalities}")
-        found = _digest_of(card, hasher)
-        if found != card["digest"] and SEAL not in card:
+        model_digest = _digest_of(card, hasher)
+        if model_digest != card["digest"] and SEAL not in card:
             logger.warning(
                 "%s is of an earlier version, and its digest %s cannot be computed from its weights: codes "
-                "carry %s; save the model again from its run", file, card["digest"], found
+                "carry %s; save the model again from its run", file, card["digest"], model_digest
             )  # fmt: skip
-        elif found != card["digest"]:
-            raise ValueError(f"its digest is {card['digest']}, and that of the weights {found}")
+        elif model_digest != card["digest"]:
+            raise ValueError(f"its digest is {card['digest']}, and that of the weights {model_digest}")
     hasher.side = card["image_size"][0] if len(card["image_size"]) == 2 else None
-    return hasher.eval(), {**card, "digest": found}
+    return hasher.eval(), {**card, "digest": model_digest}
 
 
-def _misfit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+def _misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """The first tensor that is missing, unknown or of another shape than the card's hasher has it."""
-    if missing := sorted(set(wanted) - set(tensors)):
+    if missing := sorted(set(expected) - set(tensors)):
         return f"its hasher has {missing[0]}, and the file of weights does not"
-    if unknown := sorted(set(tensors) - set(wanted)):
+    if unknown := sorted(set(tensors) - set(expected)):
         return f"the file of weights has {unknown[0]}, and its hasher does not"
     for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            shapes = tuple(tensor.shape), tuple(wanted[name].shape)
+        if tensor.shape != expected[name].shape:
+            shapes = tuple(tensor.shape), tuple(expected[name].shape)
             return f"the weights of {name} have the shape {shapes[0]}, and its hasher takes {shapes[1]}"
     return ""
 

@@ -162,7 +162,7 @@ def _pretrained(folder: Path) -> Any:
     logging.disable_progress_bar()
     try:
         options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        model, found = auto.AutoModel.from_pretrained(str(folder), **options)
+        model, loading = auto.AutoModel.from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if out_of_memory(error):
             raise
@@ -172,7 +172,7 @@ def _pretrained(folder: Path) -> Any:
         if progress_bar:
             logging.enable_progress_bar()
     # what is missing, the library draws at random; the pooler is not used here, and some files lack it
-    missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ValueError(
             f"{folder / 'model.safetensors'} lacks {len(missing)} tensors of the net in its config.json "

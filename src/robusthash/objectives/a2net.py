@@ -52,8 +52,8 @@ class A2Net(ADSH):
         super().setup(facts)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(facts.seed)
-            made = {name: nn.Linear(facts.bits, width) for name, width in facts.widths.items()}
-        self.decoders = nn.ModuleDict(made)
+            heads = {name: nn.Linear(facts.bits, width) for name, width in facts.widths.items()}
+        self.decoders = nn.ModuleDict(heads)
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:
         """The terms of ADSH, ``reconstruction`` and ``decorrelation``."""

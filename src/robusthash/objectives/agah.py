@@ -154,10 +154,10 @@ class AGAH(CrossModalObjective):
         for name, encoder in facts.encoders.items():
             has = len(encoder.class_features) if isinstance(encoder, ClassAttention) else None
             if has != facts.classes:
-                said = "is another" if has is None else f"has classes: {has}"
+                problem = "is another" if has is None else f"has classes: {has}"
                 raise ValueError(
-                    f"agah needs its own encoders, and the {name} encoder {said}; use hasher.{name}: {{name: "
-                    f"agah, classes: {facts.classes}, inner: <the encoder>}}"
+                    f"agah needs its own encoders, and the {name} encoder {problem}; use hasher.{name}: "
+                    f"{{name: agah, classes: {facts.classes}, inner: <the encoder>}}"
                 )
         self.encoders = tuple(facts.encoders.values())
         start = torch.randn(facts.classes, facts.bits, generator=draws.generator())

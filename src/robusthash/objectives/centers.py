@@ -81,8 +81,8 @@ def _greedy_words(classes: int, bits: int, above: float, generator: torch.Genera
             nearest = torch.minimum(nearest, nearest[words ^ first])
             code = torch.cat([code, code ^ first])
         if len(code) >= classes:
-            chosen = code[torch.randperm(len(code), generator=generator)[:classes]]
-            return digits[chosen].float() * 2 - 1
+            words = code[torch.randperm(len(code), generator=generator)[:classes]]
+            return digits[words].float() * 2 - 1
     return None
 
 

@@ -96,15 +96,15 @@ class SSAH(CrossLikelihood):
         """Terms ``similarity``, ``features``, ``regularisation``, ``labels`` and ``adversarial``."""
         labels, memory_labels = self.both_labels(batch, memory)
         with torch.no_grad():
-            taught: HashOutput = self.label_net(memory_labels)
+            label_output: HashOutput = self.label_net(memory_labels)
         nets = {**outputs, "label": self.label_net(labels)}
         totals = [codes.detach()[batch.ids] for codes in memory.codes.values()]
         joint = sign(torch.stack([*totals, nets["label"].code.detach()]).sum(0))
         codes, features, spread, classes = [], [], [], []
         for name, output in nets.items():
-            codes.append(self.losses(output, labels, taught.code, memory_labels).mean())
+            codes.append(self.losses(output, labels, label_output.code, memory_labels).mean())
             seen = replace(output, code=output.features.float())
-            features.append(self.losses(seen, labels, taught.features.float(), memory_labels).mean())
+            features.append(self.losses(seen, labels, label_output.features.float(), memory_labels).mean())
             spread.append((output.code - joint).square().mean())
             guess = torch.sigmoid(self.classifiers[name](output.features).float())
             classes.append((guess - labels).square().mean())
@@ -126,6 +126,6 @@ class SSAH(CrossLikelihood):
         critics: nn.ModuleDict = self.critics  # type: ignore[assignment]
         terms = {}
         for name, output in outputs.items():
-            told = softplus(-critics[name](real)).mean() + softplus(critics[name](output.features)).mean()
-            terms[f"critic/{name}"] = told
+            loss = softplus(-critics[name](real)).mean() + softplus(critics[name](output.features)).mean()
+            terms[f"critic/{name}"] = loss
         return terms

@@ -59,13 +59,13 @@ class Unsupervised(HashObjective):
     def directions(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> dict[str, Tensor]:
         """Relaxed codes (B, K) of length 1; of a modality that is not in ``outputs``, the memory's."""
         slope = self.slope()
-        found: dict[str, Tensor] = {}
+        codes: dict[str, Tensor] = {}
         for name in ("image", "text"):
             if name in outputs:
-                found[name] = unit(outputs[name].code if slope == 1.0 else outputs[name].relaxed(slope))
+                codes[name] = unit(outputs[name].code if slope == 1.0 else outputs[name].relaxed(slope))
             elif name in memory.codes:
-                found[name] = unit(memory.codes[name].detach()[batch.ids])
-        return found
+                codes[name] = unit(memory.codes[name].detach()[batch.ids])
+        return codes
 
 
 class FixedSimilarity(Unsupervised):
@@ -124,8 +124,8 @@ def fixed_features(
     rows = []
     with frozen(encoder), torch.no_grad():
         for batch in batches(split, batch_size, modalities=(modality,)):
-            found = encoder(batch.inputs[modality].to(device))
-            rows.append((found[0] if isinstance(found, tuple) else found).flatten(1).float())
+            output = encoder(batch.inputs[modality].to(device))
+            rows.append((output[0] if isinstance(output, tuple) else output).flatten(1).float())
     features = torch.cat(rows)
     broken = torch.nonzero(~torch.isfinite(features).all(1)).flatten()
     if len(broken):

@@ -223,12 +223,12 @@ def _aims(database: Codes, proxies: Tensor, table: Tensor, count: int, draws: Dr
     """(count,) rows of the database to aim at, greedily: each adds most to the expected exposure so far."""
     rows = torch.randperm(len(database), generator=draws.within("aims").generator())[:_AIMS]
     chances = table.gather(1, distance(proxies, database.packed[rows]).long())  # (S, A)
-    missed, chosen = torch.ones(len(proxies), 1, dtype=torch.float64), []
+    missed, selected = torch.ones(len(proxies), 1, dtype=torch.float64), []
     for _ in range(count):
         best = int((missed * chances).mean(0).argmax())
-        chosen.append(int(rows[best]))
+        selected.append(int(rows[best]))
         missed = missed * (1.0 - chances[:, best : best + 1])
-    return torch.tensor(chosen)
+    return torch.tensor(selected)
 
 
 @dataclass(frozen=True, eq=False)

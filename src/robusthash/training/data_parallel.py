@@ -130,8 +130,8 @@ class _SharedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-        kept = torch.zeros_like(weight)  # of its precision are the statistics, also of halves
-        mean, variance = torch.batch_norm_update_stats(x, kept, kept.clone(), 0.0)
+        zeros = torch.zeros_like(weight)  # of its precision are the statistics, also of halves
+        mean, variance = torch.batch_norm_update_stats(x, zeros, zeros.clone(), 0.0)
         count = torch.full_like(mean[:1], x.numel() // x.shape[1])
         sums = torch.cat([count * mean, count * (variance + mean.square()), count])
         dist.all_reduce(sums)

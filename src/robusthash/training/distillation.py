@@ -46,14 +46,14 @@ class Distilled(HashingRecipe):
             raise ValueError(f"recipe 'ukd' trains training.objective: ukd, not {type(objective).__name__}")
         if teacher_epochs < 1:
             raise ValueError(f"teacher_epochs must be at least 1, got {teacher_epochs}")
-        taught = build("objective", teacher)
-        if taught.supervised:
+        teacher_objective = build("objective", teacher)
+        if teacher_objective.supervised:
             raise ValueError(
-                f"the teacher of 'ukd' is unsupervised, and {type(taught).__name__} needs labels"
+                f"the teacher of 'ukd' is unsupervised, and {type(teacher_objective).__name__} needs labels"
             )
         self.student = objective
         self.teacher_epochs = teacher_epochs
-        self.teacher = HashingRecipe(copy.deepcopy(hasher), taught)
+        self.teacher = HashingRecipe(copy.deepcopy(hasher), teacher_objective)
 
     def modules(self) -> dict[str, nn.Module]:
         teacher = {f"teacher {name}": module for name, module in self.teacher.modules().items()}

@@ -94,9 +94,9 @@ def run_audit(
     size = size_of(target, options.size)
     collection = read_photos(photos, size, options.limit, options.seed, options.max_pixels)
     categories = read_categories(collection) if options.labels else None
-    kept = out / "answers.jsonl"
+    answers_file = out / "answers.jsonl"
     few = collection.first(_TRIED)
-    opened = open_target(target, few, options.bits, options.limits, options.reading, kept)
+    opened = open_target(target, few, options.bits, options.limits, options.reading, answers_file)
     out.mkdir(parents=True, exist_ok=True)
     plan = _Plan(opened, collection, categories, options, progress)
     measured = _Measured(_audit_ids(plan)) if opened.hasher is None else _audit_codes(plan, opened.hasher)

@@ -51,8 +51,8 @@ def audit(
         raise ValueError(f"an audit takes no {unknown[0]!r}; its options are {known}")
     if isinstance(target, SearchModel):
         target, options = target.hasher, {"size": target.side, **options}
-    folder, chosen = None if photos is None else Path(photos), AuditOptions(tier=effort, **options)
+    folder, audit_options = None if photos is None else Path(photos), AuditOptions(tier=effort, **options)
     if not isinstance(target, nn.Module):
-        return run_audit(str(target), Path(out), folder, chosen, progress)
+        return run_audit(str(target), Path(out), folder, audit_options, progress)
     with frozen(target):  # its modes and flags are as before afterwards
-        return run_audit(target, Path(out), folder, chosen, progress)
+        return run_audit(target, Path(out), folder, audit_options, progress)

@@ -36,8 +36,8 @@ class EasiestBits(Loss):
         logits = torch.stack([output.logits for output in probe.outputs.values()]).mean(0)
         size = logits.detach().abs().median(1, keepdim=True).values.clamp_min(1e-12)
         agreement = logits / size * sign(guidance.codes)
-        chosen = agreement.topk(min(self.count, agreement.shape[1]), largest=self.towards).values
-        return (chosen.clamp(max=_MARGIN) if self.towards else chosen.clamp(min=-_MARGIN)).mean(1)
+        nearest = agreement.topk(min(self.count, agreement.shape[1]), largest=self.towards).values
+        return (nearest.clamp(max=_MARGIN) if self.towards else nearest.clamp(min=-_MARGIN)).mean(1)
 
 
 def radius_attacks(bits: int, radius: int, steps: int, eps: float) -> list[GradientAttack]:

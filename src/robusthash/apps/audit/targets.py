@@ -274,9 +274,9 @@ def _open_file(
     opened = _wrapped(target, facts.name, model, images, facts.bits, reading, remarks, reason=reason)
     if opened.hasher is not None:
         opened.hasher.heads["image"] = AsIs(facts.bits, scale=facts.scale)
-    made = f"It was exported by this package ({facts.declared} defense)."
+    origin = f"It was exported by this package ({facts.declared} defense)."
     return replace(
-        opened, remarks=(made, *opened.remarks), foreign=False, purpose=_purpose(facts.finds_copies)
+        opened, remarks=(origin, *opened.remarks), foreign=False, purpose=_purpose(facts.finds_copies)
     )
 
 

@@ -149,17 +149,17 @@ def _headers(lines: list[str] | None) -> dict[str, str]:
 
 def _rows(summary: dict[str, Any], imitating: bool) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the table of changes, or that of attacks that imitate another photograph."""
-    chosen = [row for row in summary["rows"] if row["kind"].startswith("imitate") == imitating]
+    measured = [row for row in summary["rows"] if row["kind"].startswith("imitate") == imitating]
     apart = "bits apart" if summary["distance"] in ("hamming", None) else f"{summary['distance']} distance"
     columns = ["change", "asked", "came first", "counts as the same", apart, "MAP"]
     keys = ("name", "asked", "first", "recognised", "bits", "map")
     rows = [
         ["" if row[key] is None and key in ("recognised", "bits") else row[key] for key in keys]
-        for row in chosen
+        for row in measured
     ]
     if summary["kinds"] is not None:
         columns.append("same kind found / luck")
-        for cells, row in zip(rows, chosen, strict=True):
+        for cells, row in zip(rows, measured, strict=True):
             same = row["same_kind"]
             cells.append("" if same is None else f"{same:.2f}/{row['same_kind_chance']:.2f}")
     return columns, rows

@@ -35,11 +35,11 @@ def quickstart(
     note(f"Makes a search over the images of {folder}: trains, measures, indexes, in {out}.")
     from robusthash.apps.experiment import quickstart_run
 
-    chosen = quickstart_run.plan(folder, labels, manifest)
-    note(f"{len(chosen.images)} images: {chosen.words}")
-    took = quickstart_run.duration(len(chosen.images), chosen.recipe)
+    plan = quickstart_run.plan(folder, labels, manifest)
+    note(f"{len(plan.images)} images: {plan.words}")
+    took = quickstart_run.duration(len(plan.images), plan.recipe)
     note(f"The usual training takes {took} on two free cores; what is done already is not done again.")
-    with progress_bars() as progress, _said_once():
+    with progress_bars() as progress, _reported_once():
         summary = quickstart_run.quickstart(
             folder, out, labels=labels, manifest=manifest, seed=seed, sets=sets or (), progress=progress
         )
@@ -62,7 +62,7 @@ def _require_files(folder: Path) -> None:
 
 
 @contextmanager
-def _said_once() -> Iterator[None]:
+def _reported_once() -> Iterator[None]:
     """Each warning is printed once: training and index both name the files that they skip."""
     seen: set[str] = set()
 

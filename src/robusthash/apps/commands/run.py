@@ -39,8 +39,10 @@ def run(
         from robusthash.apps.experiment import dry_run as trying
 
         with progress_bars() as progress:
-            found = trying.dry_run(config, recipe.parent, miniature=miniature, batch=batch, progress=progress)
-        _print_dry_run(found, as_json)
+            estimate = trying.dry_run(
+                config, recipe.parent, miniature=miniature, batch=batch, progress=progress
+            )
+        _print_dry_run(estimate, as_json)
         return
     if miniature or batch is not None:
         raise ValueError("--miniature and --batch belong to a dry run: add --dry-run")
@@ -51,25 +53,25 @@ def run(
         print_evaluation(finished.path, as_json)
 
 
-def _print_dry_run(found: "DryRun", as_json: bool) -> None:
+def _print_dry_run(estimate: "DryRun", as_json: bool) -> None:
     from dataclasses import asdict
 
     if as_json:
-        print_json({**asdict(found), "seconds": found.seconds})
+        print_json({**asdict(estimate), "seconds": estimate.seconds})
         return
-    sizes = ", ".join(f"{name} {size:,}" for name, size in found.sizes.items())
-    rows = [["device", found.device], ["items", sizes]]
-    for modality, count in found.parameters.items():
+    sizes = ", ".join(f"{name} {size:,}" for name, size in estimate.sizes.items())
+    rows = [["device", estimate.device], ["items", sizes]]
+    for modality, count in estimate.parameters.items():
         rows.append([f"parameters, {modality}", f"{count / 1e6:.3f} million"])
-        rows.append([f"multiply-adds of one {modality}", f"{found.macs[modality] / 1e6:,.1f} million"])
-    rows.append(["weights and memory of training", _bytes(found.weight_bytes)])
-    rows.append(["memory, peak", _bytes(found.peak_bytes)])
-    rows.append([f"step of {found.batch}", _duration(found.step_seconds)])
-    print_table(f"dry run of {found.name}", ["", "value"], rows)
-    parts = [[p.name, p.timed, _duration(p.seconds), _duration(p.whole)] for p in found.parts]
-    whole = ["all", "", "", _duration(found.seconds)]
+        rows.append([f"multiply-adds of one {modality}", f"{estimate.macs[modality] / 1e6:,.1f} million"])
+    rows.append(["weights and memory of training", _bytes(estimate.weight_bytes)])
+    rows.append(["memory, peak", _bytes(estimate.peak_bytes)])
+    rows.append([f"step of {estimate.batch}", _duration(estimate.step_seconds)])
+    print_table(f"dry run of {estimate.name}", ["", "value"], rows)
+    parts = [[p.name, p.timed, _duration(p.seconds), _duration(p.whole)] for p in estimate.parts]
+    whole = ["all", "", "", _duration(estimate.seconds)]
     print_table("estimate", ["part", "timed", "took", "whole"], [*parts, whole])
-    for text in found.notes:
+    for text in estimate.notes:
         note(text)
 
 

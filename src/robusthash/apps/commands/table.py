@@ -56,7 +56,7 @@ def table(
     seeds = tables.read_seeds(evaluated, seed or ())
     columns = None if column is None else tables.named_columns(column, seeds)
     rows = tables.differences_of(seeds, columns, against) if against else tables.rows_of(seeds, columns)
-    rows = rows if row is None else tables.chosen_rows(rows, row)
+    rows = rows if row is None else tables.selected_rows(rows, row)
     if as_json:
         print_json([asdict(row) for row in rows])
         return

@@ -102,8 +102,8 @@ def assess(
             return None
         result = assess_tier(prepared, curve=curve, checked=checked, store=store, progress=progress)
         result = replace(result, scored_on=direction or "")
-        beside = f" with {', '.join(spec.name for spec in own)}" if own else ""
-        result = described(result, f"{result.scored_on} {result.name}{beside}".strip(), run)
+        added = f" with {', '.join(spec.name for spec in own)}" if own else ""
+        result = described(result, f"{result.scored_on} {result.name}{added}".strip(), run)
         if kept and rank() == 0:
             others.pop(result.name, None)
             save_results(run.path / "assess.json", [*others.values(), result])

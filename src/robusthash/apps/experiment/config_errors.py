@@ -28,8 +28,10 @@ def explained(problem: Mapping[str, Any], where: str, config: type[BaseModel]) -
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
     is_component = place and isinstance(given, Mapping) and "name" in given
-    said = ", got " in message or (isinstance(given, Mapping) and not is_component)  # sections are long
-    value = "" if said else f" (got {shortened(repr(given))})"
+    names_value = ", got " in message or (
+        isinstance(given, Mapping) and not is_component
+    )  # sections are long
+    value = "" if names_value else f" (got {shortened(repr(given))})"
     return f"{where}: {'.'.join(place) or 'config'}: {message}{value}"
 
 
@@ -38,5 +40,5 @@ def _elsewhere(key: str, config: type[BaseModel]) -> str:
     sections = {
         name: getattr(field.annotation, "model_fields", {}) for name, field in config.model_fields.items()
     }
-    found = [repr(f"{name}.{key}") for name in reversed(sections) if key in sections[name]]
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    places = [repr(f"{name}.{key}") for name in reversed(sections) if key in sections[name]]
+    return f"; did you mean {' or '.join(places)}?" if places else ""

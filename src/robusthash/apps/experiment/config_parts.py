@@ -26,12 +26,12 @@ def check_parts(config: Config) -> None:
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         _check_hasher(config)
-        objective = _made("training.objective", "objective", training.objective)
+        objective = _build("training.objective", "objective", training.objective)
         if training.outer is not None:
-            _made("training.outer", "outer", training.outer)
+            _build("training.outer", "outer", training.outer)
         for section in ("attacks", "oblivious", "identity"):
             for place, settings in enumerate(getattr(evaluation, section)):
-                _made(f"evaluation.{section}.{place}", "attack", settings, objective=objective)
+                _build(f"evaluation.{section}.{place}", "attack", settings, objective=objective)
     random.setstate(python)
     np.random.set_state(numpy)
 
@@ -59,7 +59,7 @@ def _without_weights(component: Component | None) -> Component | None:
             for key, value in component.items() if key not in ("weights", "config")}  # fmt: skip
 
 
-def _made(place: str, kind: str, settings: Component, **context: Any) -> Any:
+def _build(place: str, kind: str, settings: Component, **context: Any) -> Any:
     return _guarded(place, lambda: build(kind, settings, **context))
 
 

@@ -51,24 +51,24 @@ def value_of(text: str, where: str = "") -> Any:
         raise ConfigError(str(error)) from None
 
 
-def checked(value: Any, wanted: Any, name: str = "") -> Any:
+def checked(value: Any, annotation: Any, name: str = "") -> Any:
     """A number, or list of numbers, that is what its annotation says; ``true`` is no number."""
-    if not plain(wanted):
+    if not plain(annotation):
         return value
     value = numbers(value)
-    if said := fault(value, wanted):
-        raise ValueError(f"{name} {said}".strip())
+    if problem := fault(value, annotation):
+        raise ValueError(f"{name} {problem}".strip())
     return value
 
 
-def fields_of(made: type) -> BeforeValidator:
+def fields_of(record: type) -> BeforeValidator:
     """Validator of the settings of a dataclass."""
 
     def known(settings: Any) -> Any:
         if not isinstance(settings, Mapping):
             return settings
-        wanted = annotated(made)
-        return {key: checked(value, wanted.get(key, str), key) for key, value in settings.items()}
+        annotation = annotated(record)
+        return {key: checked(value, annotation.get(key, str), key) for key, value in settings.items()}
 
     return BeforeValidator(known)
 

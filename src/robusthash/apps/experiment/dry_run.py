@@ -131,8 +131,8 @@ def dry_run(
     with TemporaryDirectory(prefix="robusthash-") as folder:
         rows = _Rows.of(config, batch)
         data, whole = _data(config, rows, Path(folder) if miniature else None, notes, progress)
-        trial = _Trial(data, whole, rows, batch is not None, steps, notes, progress)
-        return trial.run(config, base)
+        timings = _Timings(data, whole, rows, batch is not None, steps, notes, progress)
+        return timings.run(config, base)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _data(
 
 
 @dataclass
-class _Trial:
+class _Timings:
     """One dry run; ``parts`` and ``notes`` grow as it goes."""
 
     data: RetrievalData
@@ -269,10 +269,10 @@ class _Trial:
             for key, value in component.items()
         }
         weights = changed.get("weights")
-        kept = (
+        available = (
             weights is None or weights in (*PACKAGES, "package") or Path(str(weights)).expanduser().exists()
         )
-        if kept:
+        if available:
             return changed
         name, of_bert = changed.get("name"), ""
         del changed["weights"]
@@ -290,7 +290,7 @@ class _Trial:
     ) -> None:
         """Time one block of the evaluation in every direction, and a step of every attack on it."""
         data, again = _one_block(self.data, self.rows), len(section.relevance)
-        asked = min(section.queries or self.whole["query"], self.whole["query"])
+        query_count = min(section.queries or self.whole["query"], self.whole["query"])
         for direction in section.directions or (None,):
             titled, ends = f" {direction}" if direction else "", ends_of(direction)
             protocol, attacks = build("protocol", section.protocol), attacks_of(section)
@@ -301,7 +301,7 @@ class _Trial:
                 if attacks:
                     encode_split(victim, data.train, modality=context.direction[1])  # that attackers know
             items = len(data.query) + len(data.database) + len(data.train) * bool(attacks)
-            whole = asked + self.whole["database"] + self.whole["train"] * bool(attacks)
+            whole = query_count + self.whole["database"] + self.whole["train"] * bool(attacks)
             took, results = seconds(), 1
             encoded = took * again * whole / items
             self.parts.append(Part(f"encoding{titled}", f"{items} items", took, encoded))
@@ -311,14 +311,18 @@ class _Trial:
                 if context.direction[0] in attack.threat.balls:
                     self.progress(0, 1, f"{name}{titled}")
                     context.known(attack)
-                    self._attack(context, name + titled, view, settings, objective, clock, asked * again)
+                    self._attack(
+                        context, name + titled, view, settings, objective, clock, query_count * again
+                    )
                     results += 1
-            block = min(asked, section.batch_size)
+            block = min(query_count, section.batch_size)
             codes = _random_codes(context, block, self.whole["database"])
             with clock.timing() as seconds:
                 measure(context.protocol, *codes)
             words, took = f"{block} queries in {self.whole['database']} items", seconds()
-            self.parts.append(Part(f"scores{titled}", words, took, took * again * results * asked / block))
+            self.parts.append(
+                Part(f"scores{titled}", words, took, took * again * results * query_count / block)
+            )
 
     def _attack(
         self,
@@ -328,7 +332,7 @@ class _Trial:
         settings: dict[str, Any],
         objective: HashObjective,
         clock: StepClock,
-        asked: int,
+        query_count: int,
     ) -> None:
         """Time one step of an attack on a block, and the steps that fit it to the victim."""
         attack, full = _short(settings, objective), build("attack", settings, objective=objective)
@@ -336,7 +340,7 @@ class _Trial:
         with clock.timing() as seconds:
             attacked = attack_all(context, attack, context.victim.as_seen_from(view))
         score_attack(context, attack, attacked)
-        search, took, blocks = float(attacked.seconds.sum()), seconds(), asked / queries
+        search, took, blocks = float(attacked.seconds.sum()), seconds(), query_count / queries
         steps = full.search.steps * full.restarts / (attack.search.steps * attack.restarts)
         fitted, rest = int(attacked.fitted.max()), took - search
         if fitted:
@@ -392,5 +396,5 @@ def _random_codes(
         signs = sign(draws.within(name).uniform(ids, (bits,)) - 0.5)
         return Codes(pack(signs), bits, ids), labels[ids % len(labels)]
 
-    asked = drawn(queries, "query", context.query_labels)
-    return *asked, *drawn(database, "database", context.database_labels)
+    query_codes = drawn(queries, "query", context.query_labels)
+    return *query_codes, *drawn(database, "database", context.database_labels)

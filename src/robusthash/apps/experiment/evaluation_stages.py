@@ -95,7 +95,7 @@ def evaluate(
     check_evaluation(run)
     with owned_together(run.path, "evaluation"):
         victim, objective = load_victim(run)
-        data, chosen = read_data(run.config, progress), chosen_attacks(run, attacks)
+        data, selected = read_data(run.config, progress), selected_attacks(run, attacks)
         by_relevance = {name: data if name == "own" else data.by(name) for name in section.relevance}
         before = by_direction(run.evaluated()) if attacks is not None and run.was_evaluated else {}
         results: dict[str, EvalResult] = {}
@@ -105,8 +105,8 @@ def evaluate(
                 parts = [direction or "", "" if relevance == "own" else f"by {relevance}"]
                 scored_on = " ".join(filter(None, parts))
                 held = before.pop(scored_on, {})
-                found = _evaluate_context(run, context, objective, chosen, progress, relevance, held)
-                for attack, result in found.items():
+                results = _evaluate_context(run, context, objective, selected, progress, relevance, held)
+                for attack, result in results.items():
                     name = f"{scored_on} {attack}".strip()
                     results[name] = replace(result, name=name, attack=attack, scored_on=scored_on)
         if before:
@@ -199,7 +199,7 @@ def _not_added(run: Run, reason: str) -> str:
     )
 
 
-def chosen_attacks(run: Run, attacks: Sequence[Mapping[str, Any] | str] | None) -> NamedAttacks:
+def selected_attacks(run: Run, attacks: Sequence[Mapping[str, Any] | str] | None) -> NamedAttacks:
     """The attacks of a run's evaluation section, or those given in their place."""
     if attacks is None:
         return attacks_of(run.config.evaluation)
@@ -209,11 +209,11 @@ def chosen_attacks(run: Run, attacks: Sequence[Mapping[str, Any] | str] | None) 
 def attacks_of(section: EvaluationSection) -> NamedAttacks:
     """The attacks of an evaluation section, those that overlook a purifier among them."""
     views: tuple[View, ...] = ("oblivious", "identity")
-    chosen: NamedAttacks = {n: ("white-box", each) for n, each in named_attacks(section.attacks).items()}
+    selected: NamedAttacks = {n: ("white-box", each) for n, each in named_attacks(section.attacks).items()}
     for view in views:
         for name, settings in named_attacks(getattr(section, view)).items():
-            chosen[f"{name} ({view})"] = view, settings
-    return chosen
+            selected[f"{name} ({view})"] = view, settings
+    return selected
 
 
 def named_attacks(attacks: Sequence[Mapping[str, Any] | str]) -> dict[str, dict[str, Any]]:

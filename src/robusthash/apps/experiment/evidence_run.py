@@ -147,7 +147,7 @@ def _evaluated_again(run: Run, progress: Progress) -> dict[str, EvalResult]:
         run, victim, model_stages.read_data(run.config, progress), progress
     )
     clean, results = score_clean(context), dict[str, EvalResult]()
-    for name, (view, settings) in evaluation_stages.chosen_attacks(run, None).items():
+    for name, (view, settings) in evaluation_stages.selected_attacks(run, None).items():
         attack: Attack = build("attack", settings, objective=objective)
         if context.direction[0] in attack.threat.balls:
             attacked = attack_all(context, attack, context.victim.as_seen_from(view), progress)

@@ -93,30 +93,30 @@ def export(
         RunError, ValueError: a source that cannot be loaded; a model that the format does not hold, or whose
             codes are drawn at random.
     """
-    chosen = ExportOptions(**options)
+    settings = ExportOptions(**options)
     model = source if isinstance(source, SearchModel) else load(source, "cpu")
     if about is None:
-        unknown = HubCard(licence=chosen.licence)
-        about = unknown if isinstance(source, SearchModel) else about_of(source, chosen.licence)
-    suffix = SUFFIXES[chosen.to]
+        unknown = HubCard(licence=settings.licence)
+        about = unknown if isinstance(source, SearchModel) else about_of(source, settings.licence)
+    suffix = SUFFIXES[settings.to]
     path = Path(f"{about.name}{suffix}" if out is None else out)
-    if chosen.to == "torch":
-        return _export_folder(model, about, path, chosen)
+    if settings.to == "torch":
+        return _export_folder(model, about, path, settings)
     if path.suffix != suffix:
-        raise ValueError(f"--to {chosen.to} writes a file that ends in {suffix}, got {path}")
-    if path.exists() and not chosen.overwrite:
+        raise ValueError(f"--to {settings.to} writes a file that ends in {suffix}, got {path}")
+    if path.exists() and not settings.overwrite:
         raise FileExistsError(f"{path} is there already; give another --out, or --overwrite")
-    hasher, inputs = _part(model, chosen)
-    net = PortableHasher(hasher, chosen.modality, chosen.pixels)
+    hasher, inputs = _part(model, settings)
+    net = PortableHasher(hasher, settings.modality, settings.pixels)
     progress(0, 2, "writing")
-    written = write_model(net, inputs[:2], chosen.to)
+    written = write_model(net, inputs[:2], settings.to)
     progress(1, 2, "comparing codes")
-    check = compared(hasher, chosen.modality, inputs, written)
-    facts = with_check(_facts(model, hasher, about, chosen, inputs), check)
+    check = compared(hasher, settings.modality, inputs, written)
+    facts = with_check(_facts(model, hasher, about, settings, inputs), check)
     with write_aside(path) as aside:
         aside.write_bytes(written.content(facts))
     progress(2, 2, "comparing codes")
-    return {"path": str(path), "to": chosen.to, "bits": model.bits, "check": check}
+    return {"path": str(path), "to": settings.to, "bits": model.bits, "check": check}
 
 
 def _export_folder(model: SearchModel, about: HubCard, path: Path, options: ExportOptions) -> dict[str, Any]:

@@ -55,13 +55,13 @@ def poison(
         raise ValueError(f"{threat!r} changes queries; those of the database are db-insert and db-perturb")
     set_threads(run.config)
     victim, objective = load_victim(run)
-    chosen = _attack(threat, named, attack, steps, objective)
+    selected = _attack(threat, named, attack, steps, objective)
     context = context_of(run, victim, read_data(run.config, progress), progress, direction)
     if named.name.startswith("db-insert"):
-        result = insert_items(context, chosen, count, k, progress=progress)
+        result = insert_items(context, selected, count, k, progress=progress)
     else:
-        result = perturb_database(context, chosen, share, progress=progress)
-    parts = chosen.threat.name, "" if attack is None else chosen.name, direction
+        result = perturb_database(context, selected, share, progress=progress)
+    parts = selected.threat.name, "" if attack is None else selected.name, direction
     title = " ".join(part for part in parts if part)
     result = described(result, f"poison {title}", run)
     path = run.path / f"poison-{title.replace(' ', '-')}.json" if out is None else out

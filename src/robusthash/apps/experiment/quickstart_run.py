@@ -71,13 +71,13 @@ def quickstart(
     """
     started, out = time.perf_counter(), Path(out)
     progress = yield_when_busy(progress)
-    chosen = plan(folder, labels, manifest)
-    recipes = _write_recipes(out, chosen, seed, sets)
+    choice = plan(folder, labels, manifest)
+    recipes = _write_recipes(out, choice, seed, sets)
     run = run_all(load_config(recipes[0]), out / "runs", progress, recipes[0].parent)
     index = run.path / "index"
     indexed = build_index(index, run.path, Path(folder), progress=progress)
-    example = _example(out, index, chosen, run)
-    summary = _summary(chosen, run, index, example)
+    example = _example(out, index, choice, run)
+    summary = _summary(choice, run, index, example)
     summary["indexed"] = indexed["count"]
     summary |= {name: indexed[name] for name in ("added", "updated", "unchanged", "skipped")}
     summary["next"] = next_commands(run, index, Path(example["image"]), recipes[1], Path(folder))
@@ -102,12 +102,12 @@ def plan(folder: str | Path, labels: Labels = "auto", manifest: str | Path | Non
     folder = Path(folder)
     paths = images_below(folder).images
     root = {"root": str(folder.resolve())}
-    found = (
+    result = (
         _manifest(folder, manifest, named=labels == "manifest") if labels in ("auto", "manifest") else None
     )
-    if found:
-        words = f"labels of {found.name}; --labels none trains without"
-        return Plan("labels", {**root, "manifest": str(found.resolve())}, words, paths)
+    if result:
+        words = f"labels of {result.name}; --labels none trains without"
+        return Plan("labels", {**root, "manifest": str(result.resolve())}, words, paths)
     tops = [path.relative_to(folder).parts for path in paths]
     classes = sorted({parts[0] for parts in tops if len(parts) > 1})
     loose = sum(len(parts) == 1 for parts in tops)
@@ -166,17 +166,17 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _write_recipes(out: Path, chosen: Plan, seed: int, sets: Sequence[str]) -> list[Path]:
+def _write_recipes(out: Path, plan: Plan, seed: int, sets: Sequence[str]) -> list[Path]:
     """The recipe and the one that hardens it, with their settings resolved, to be run by hand too."""
     folder = out / "recipes"
     folder.mkdir(parents=True, exist_ok=True)
     overrides = [f"runtime.seed={seed}", f"evaluation.seed={seed}"]
-    overrides += [f"data.{name}={_quoted(value)}" for name, value in chosen.data.items()]
-    paths = [folder / f"{chosen.recipe}{ending}.yaml" for ending in ("", "-saat")]
+    overrides += [f"data.{name}={_quoted(value)}" for name, value in plan.data.items()]
+    paths = [folder / f"{plan.recipe}{ending}.yaml" for ending in ("", "-saat")]
     for path, share in zip(paths, (1, 0.5), strict=True):
         packaged = Path(str(files("robusthash.apps").joinpath("recipes", path.name)))
-        epochs = max(10, round(share * min(200, _SAMPLES // len(chosen.images))))
-        by_size = [f"training.epochs={epochs}"] if chosen.recipe == "labels" else []
+        epochs = max(10, round(share * min(200, _SAMPLES // len(plan.images))))
+        by_size = [f"training.epochs={epochs}"] if plan.recipe == "labels" else []
         with write_aside(path) as aside:
             config = load_config(packaged, [*overrides, *by_size, *sets])
             aside.write_text(save_config(config), encoding="utf-8")
@@ -188,10 +188,10 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _example(out: Path, index: Path, chosen: Plan, run: Run) -> dict[str, Any]:
+def _example(out: Path, index: Path, plan: Plan, run: Run) -> dict[str, Any]:
     """Search with a changed copy of the first readable image of the folder, which is written to ``out``."""
     change = CHANGES[-1]
-    for path in chosen.images:
+    for path in plan.images:
         try:
             pixels = read_image(path, _SIDE)
             break
@@ -213,12 +213,12 @@ def _example(out: Path, index: Path, chosen: Plan, run: Run) -> dict[str, Any]:
     }
 
 
-def _summary(chosen: Plan, run: Run, index: Path, example: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(plan: Plan, run: Run, index: Path, example: Mapping[str, Any]) -> dict[str, Any]:
     results = run.evaluated()
     columns, rows = copy_table(results)
     return {
-        "images": len(chosen.images),
-        "taken for": chosen.words,
+        "images": len(plan.images),
+        "taken for": plan.words,
         "run": str(run.path),
         "index": str(index),
         "report": str(run.path / "report.html"),

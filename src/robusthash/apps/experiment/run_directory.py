@@ -207,15 +207,15 @@ class Run:
         for path in files.values():
             if not path.is_file():
                 raise RunError(f"the weights {path} are missing; {self._again}")
-        found = {name: file_digest(path) for name, path in files.items()}
-        if digest(found, 16) != card["digest"]:
+        digests = {name: file_digest(path) for name, path in files.items()}
+        if digest(digests, 16) != card["digest"]:
             written = card.get("weights", {})  # older cards have the digest of both alone
-            wrong = [str(path) for name, path in files.items() if found[name] != written.get(name)]
+            wrong = [str(path) for name, path in files.items() if digests[name] != written.get(name)]
             raise RunError(
                 f"the weights {' or '.join(wrong)} are not those that were trained: their digest is "
-                f"{digest(found, 16)}, and the model card says {card['digest']}; {self._again}"
+                f"{digest(digests, 16)}, and the model card says {card['digest']}; {self._again}"
             )
-        return found
+        return digests
 
     def save_database(self, codes: Codes) -> None:
         """Store the database codes that the method itself learned."""
@@ -371,7 +371,7 @@ def open_run(
     if not (path / "environment.json").is_file():
         threads, started = torch.get_num_threads(), time.strftime("%F %T")
         environment = {"versions": software_versions(), "threads": threads, "started": started}
-        environment |= {"command": made} if (made := command_line()) else {}
+        environment |= {"command": command} if (command := command_line()) else {}
         named = {name: str(other.resolve()) for name, other in (origin or {}).items()}
         write_json(path / "environment.json", {**environment, **named})
     return run

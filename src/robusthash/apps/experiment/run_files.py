@@ -101,8 +101,8 @@ def command_line() -> str:
 def command_of(path: Path) -> str:
     """The command that made the run at ``path``, or one that makes it again."""
     file, again = path / "environment.json", shlex.quote(str(path / "config.yaml"))
-    made = read_json(file).get("command") if file.is_file() else None
-    return made or f"robusthash train {again} --runs {shlex.quote(str(path.parent.parent))}"
+    command = read_json(file).get("command") if file.is_file() else None
+    return command or f"robusthash train {again} --runs {shlex.quote(str(path.parent.parent))}"
 
 
 def file_digest(path: Path) -> str:
@@ -131,9 +131,9 @@ def load_weights(module: nn.Module, path: Path, remedy: str) -> None:
     for name, empty in [*module.named_buffers(), *module.named_parameters()]:
         if name in tensors and empty.shape != tensors[name].shape and empty.numel() == 0:
             owner, _, leaf = name.rpartition(".")
-            made = torch.empty_like(tensors[name])
-            made = nn.Parameter(made) if isinstance(empty, nn.Parameter) else made
-            setattr(module.get_submodule(owner), leaf, made)
+            tensor = torch.empty_like(tensors[name])
+            tensor = nn.Parameter(tensor) if isinstance(empty, nn.Parameter) else tensor
+            setattr(module.get_submodule(owner), leaf, tensor)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

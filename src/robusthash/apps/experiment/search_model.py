@@ -132,7 +132,7 @@ class SearchModel:
         errors: list[Exception] = []
         done, size = 0, batch_size
         with ExitStack() as stack:
-            shown = progress or _progress(stack, silenced=0 < total <= batch_size)
+            report = progress or _progress(stack, silenced=0 < total <= batch_size)
             for batch in _batched(iter(several), batch_size):
                 read = self._images(batch, done) if modality == "image" else self._texts(batch, done)
                 used = [item for item in read if not isinstance(item, Exception)]
@@ -145,7 +145,7 @@ class SearchModel:
                     encode = partial(encode_signs, self.hasher, modality, torch.stack(used))
                     part, size = halving(encode, min(size, len(used)), "items", "encoded", warn)
                     signs.append(part)
-                shown(done, total, "encoding")
+                report(done, total, "encoding")
         first = "; ".join(map(str, errors[:3]))
         if not signs:
             raise ValueError(f"there is no {modality} to encode{first and ': '}{first}")
@@ -236,11 +236,11 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
         RunError: none of these, damaged weights, or an entry whose weights are not there.
         ValueError: a model that hashes neither images of pixels nor texts.
     """
-    folder, chosen = Path(source), choose_device(device)
+    folder, device_used = Path(source), choose_device(device)
     if not folder.is_dir():
-        return _of_run(run_of_entry(str(source)), chosen)
+        return _of_run(run_of_entry(str(source)), device_used)
     if (folder / "config.yaml").is_file():
-        return _of_run(load_run(folder), chosen)
+        return _of_run(load_run(folder), device_used)
     if names_in(folder) is None:
         none = f"no {PLAIN.card}"
         raise RunError(
@@ -248,7 +248,9 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
         )
     hasher, card = load_exported(folder)
     texts = card["texts"] and text_form(card["texts"])
-    return SearchModel(hasher.to(chosen), _side(card), card["digest"], lambda: texts, card.get("files", {}))
+    return SearchModel(
+        hasher.to(device_used), _side(card), card["digest"], lambda: texts, card.get("files", {})
+    )
 
 
 def _of_run(run: Run, device: torch.device) -> SearchModel:

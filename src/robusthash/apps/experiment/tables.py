@@ -349,13 +349,13 @@ def _labelled(text: str) -> list[tuple[str, str]]:
     return [(" as ".join(words[:end]), " as ".join(words[end:])) for end in range(len(words), 0, -1)]
 
 
-def chosen_rows(rows: Sequence[TableRow], texts: Sequence[str]) -> list[TableRow]:
+def selected_rows(rows: Sequence[TableRow], texts: Sequence[str]) -> list[TableRow]:
     """Rows by ``NAME[ as LABEL]`` in this order, under their labels; ValueError for another name."""
     by_name = {row.name: row for row in rows}
-    chosen = []
+    selected = []
     for text in texts:
         name, label = next((read for read in _labelled(text) if read[0] in by_name), _labelled(text)[-1])
         if name not in by_name:
             raise ValueError(f"no row is named {name!r}{nearest(name, by_name)}")
-        chosen.append(replace(by_name[name], name=label or name))
-    return chosen
+        selected.append(replace(by_name[name], name=label or name))
+    return selected

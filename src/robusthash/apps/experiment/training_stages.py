@@ -249,9 +249,9 @@ def depends_on_total(config: Config) -> list[str]:
 
     Without them, a training that goes on from a shorter one gives what one from the start would.
     """
-    training, found = config.training, list[str]()
+    training, notes = config.training, list[str]()
     if training.schedule.kind != "constant" or training.schedule.warmup:
-        found.append(f"the schedule of the learning rate ({training.schedule.kind})")
+        notes.append(f"the schedule of the learning rate ({training.schedule.kind})")
     for kind in ("recipe", "outer"):
         settings = getattr(training, kind)
         if settings is not None:
@@ -259,8 +259,8 @@ def depends_on_total(config: Config) -> list[str]:
             parameters = inspect.signature(card.make).parameters
             default = parameters["warmup"].default if "warmup" in parameters else 0
             if options.get("warmup", default) or not card.make.__module__.startswith("robusthash."):
-                found.append(f"training.{kind} {card.name!r}, which may change with the share that is done")
-    return found
+                notes.append(f"training.{kind} {card.name!r}, which may change with the share that is done")
+    return notes
 
 
 def _take_over(run: Run, shorter: Run) -> None:

@@ -27,10 +27,10 @@ EXAMPLES = "examples.npz"
 
 _QUERIES, _HITS = 3, 5
 _SIDE, _SMALL = 192, 96  # pixels of a query and of a hit at most
-_FOUND = ("hits", "names", "far", "right")
+_NEIGHBOUR_FIELDS = ("hits", "names", "far", "right")
 _ARRAYS = [
     *("attack", "gain", "queries", "names", "ap", "images", "attacked", "change"),
-    *(f"{when}_{what}" for when in ("clean", "after") for what in _FOUND),
+    *(f"{when}_{what}" for when in ("clean", "after") for what in _NEIGHBOUR_FIELDS),
 ]
 
 
@@ -88,14 +88,16 @@ def save_examples(
         "images": _pixels(_shrunk(images, _SIDE)),
         "attacked": _pixels(_shrunk(after.images, _SIDE)),
         "change": _pixels(_shrunk(0.5 + gain * difference, _SIDE, "nearest")),
-        **_found(context, rows, context.query.take(rows), "clean"),
-        **_found(context, rows, after.codes, "after"),
+        **_neighbours(context, rows, context.query.take(rows), "clean"),
+        **_neighbours(context, rows, after.codes, "after"),
     }
     with write_aside(folder / EXAMPLES) as aside, aside.open("wb") as stream:
         np.savez(stream, allow_pickle=False, **arrays)
 
 
-def _found(context: EvaluationContext, rows: Tensor, codes: Searched, when: str) -> dict[str, np.ndarray]:
+def _neighbours(
+    context: EvaluationContext, rows: Tensor, codes: Searched, when: str
+) -> dict[str, np.ndarray]:
     """The nearest items of some queries: thumbnails, names, distances, and whether they are relevant."""
     positions, far = nearest(codes, context.database, _HITS)
     labels = context.database_labels[positions.flatten()].view(*positions.shape, -1)
@@ -119,7 +121,7 @@ def _names(context: EvaluationContext, labels: Tensor) -> np.ndarray:
     """The first label of each row of (N, C) labels, as far as the data name it."""
     known = context.data.label_names
     firsts = [row.nonzero().flatten().tolist() for row in labels > 0]
-    return np.array([str(known[found[0]])[:40] if known and found else "" for found in firsts])
+    return np.array([str(known[hits[0]])[:40] if known and hits else "" for hits in firsts])
 
 
 def _shrunk(images: Tensor, side: int, mode: str = "area") -> Tensor:

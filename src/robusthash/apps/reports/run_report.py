@@ -128,10 +128,10 @@ def group_data(results: Results) -> dict[str, Any]:
     untargeted = {name: result for name, result in results.items() if is_untargeted(name, result)}
     targeted = {name: r for name, r in results.items() if name != "worst" and name not in untargeted}
     measure = results["clean"].setting.headline
-    charts = [pr_chart(_with_looks(untargeted)), precision_chart(_with_looks(untargeted))]
+    charts = [pr_chart(_with_tones(untargeted)), precision_chart(_with_tones(untargeted))]
     if targeted:
-        looks = _with_looks(targeted)
-        charts += [pr_chart(looks, targets=True), precision_chart(looks, targets=True)]
+        tones = _with_tones(targeted)
+        charts += [pr_chart(tones, targets=True), precision_chart(tones, targets=True)]
     if "worst" in results:
         charts.insert(0, interval_chart({measure: results}, {measure: "b"}, "Values"))
     ending, stored = stored_as(results.values())
@@ -270,15 +270,15 @@ def interval_chart(models: Mapping[str, Results], tones: Mapping[str, Tone], nam
     )
 
 
-Looks = Mapping[str, tuple[EvalResult, Tone, bool]]
+ToneTable = Mapping[str, tuple[EvalResult, Tone, bool]]
 """Results by name, each with its tone and whether it is dashed."""
 
 
-def _with_looks(results: Results) -> Looks:
+def _with_tones(results: Results) -> ToneTable:
     return {name: (result, TONES[i % 6], i >= 6) for i, (name, result) in enumerate(results.items())}
 
 
-def pr_chart(results: Looks, targets: bool = False) -> Chart | None:
+def pr_chart(results: ToneTable, targets: bool = False) -> Chart | None:
     """Precision over recall by rank, of the target labels where ``targets``; None without such a curve."""
     series = _curve_series(results, MeasureKey("PR").name("targeted" if targets else ""), "recall")
     if not series:
@@ -293,7 +293,7 @@ def pr_chart(results: Looks, targets: bool = False) -> Chart | None:
     )
 
 
-def precision_chart(results: Looks, targets: bool = False) -> Chart | None:
+def precision_chart(results: ToneTable, targets: bool = False) -> Chart | None:
     """Precision of the first N, of the target labels where ``targets``; None without such a curve."""
     series = _curve_series(results, MeasureKey("P@N").name("targeted" if targets else ""), "n")
     if not series or max(len(line.x) for line in series) < 2:
@@ -308,7 +308,7 @@ def precision_chart(results: Looks, targets: bool = False) -> Chart | None:
     )
 
 
-def _curve_series(results: Looks, name: str, axis: str) -> list[Series]:
+def _curve_series(results: ToneTable, name: str, axis: str) -> list[Series]:
     series = []
     for label, (result, tone, dashed) in results.items():
         if name in result.curves:

@@ -179,14 +179,14 @@ class Endpoint:
         nothing."""
         png = io.BytesIO()
         Image.fromarray(pixels).save(png, "PNG")
-        problem, asked = "", 0
+        problem, attempts = "", 0
         end = time.monotonic() + max(_IN_ALL, self.timeout)
         for attempt in range(self.retries + 1):
             if self.asked >= self.budget:
                 raise Broken(f"the budget of {self.budget} questions to {self.url} is spent; raise --budget")
             end += self._keep_rate()
-            self.asked, asked = self.asked + 1, asked + 1
-            wait, told = self.pause * 2**attempt, 0.0
+            self.asked, attempts = self.asked + 1, attempts + 1
+            wait, retry_after = self.pause * 2**attempt, 0.0
             try:
                 left = max(_SHORTEST, min(self.timeout, end - time.monotonic()))
                 reply = self._exchanger.post(png.getvalue(), "image/png", left)
@@ -198,13 +198,13 @@ class Endpoint:
                 if reply.status not in _PASSING:
                     return _content(reply, self.url)
                 problem = f"answered status {reply.status}"
-                told = _retry_after(reply.headers.get("retry-after", ""), self.url)
-            if attempt == self.retries or (not told and time.monotonic() + wait > end - _SHORTEST):
+                retry_after = _retry_after(reply.headers.get("retry-after", ""), self.url)
+            if attempt == self.retries or (not retry_after and time.monotonic() + wait > end - _SHORTEST):
                 break
-            self.sleep(max(wait, told))
-            end += told
+            self.sleep(max(wait, retry_after))
+            end += retry_after
         again = " (the answers so far are kept: the same command goes on)" if self._kept else ""
-        times = f"{asked} time{'s' * (asked != 1)}"
+        times = f"{attempts} time{'s' * (attempts != 1)}"
         raise Broken(f"{self.url} {problem}, {times}; lower --rate, or raise --timeout{again}")
 
     def _keep_rate(self) -> float:
@@ -226,10 +226,10 @@ def _content(reply: Reply, url: str) -> Any:
     if reply.status in _NOTHING:
         return {"ids": []}
     if reply.status != 200:
-        shown = reply.headers.get("location", "") or reply.body[:400].decode("utf-8", "replace")
-        shown = "".join(each if each.isprintable() else " " for each in shown).strip()[:120]
-        remedy = "; audit that address" if 300 <= reply.status < 400 and shown else ""
-        raise Broken(f"{url} answered status " + f"{reply.status}: {shown}".rstrip(": ") + remedy)
+        excerpt = reply.headers.get("location", "") or reply.body[:400].decode("utf-8", "replace")
+        excerpt = "".join(each if each.isprintable() else " " for each in excerpt).strip()[:120]
+        remedy = "; audit that address" if 300 <= reply.status < 400 and excerpt else ""
+        raise Broken(f"{url} answered status " + f"{reply.status}: {excerpt}".rstrip(": ") + remedy)
     try:
         return json.loads(reply.body)
     except (ValueError, RecursionError) as error:
@@ -266,18 +266,18 @@ def _read(body: Any, url: str) -> Answer:
         numbers = isinstance(code, list) and bool(code) and all(map(_is_number, code))
         if numbers and (set(code) <= {0, 1} or set(code) <= {-1, 1}):
             return Answer(code=tuple(code))
-        shown = f"{str(code)[:60]!r}"
-        raise Broken(f"{url} answered the code {shown}; give hex digits, or a list of 0/1 or -1/+1")
+        excerpt = f"{str(code)[:60]!r}"
+        raise Broken(f"{url} answered the code {excerpt}; give hex digits, or a list of 0/1 or -1/+1")
     ids, distances = body["ids"], body.get("distances")
     if not isinstance(ids, list) or len(set(map(str, ids))) != len(ids):
-        shown = str(ids)[:120]
-        raise Broken(f"{url} must answer a list of different ids, nearest first, it answered {shown}")
+        excerpt = str(ids)[:120]
+        raise Broken(f"{url} must answer a list of different ids, nearest first, it answered {excerpt}")
     names = tuple(map(str, ids))
     if distances is None:
         return Answer(ids=names)
     if not isinstance(distances, list) or len(distances) != len(ids) or not all(map(_is_number, distances)):
-        shown = str(distances)[:120]
-        raise Broken(f"{url} answered {len(ids)} ids, and not as many numbers for distances: {shown}")
+        excerpt = str(distances)[:120]
+        raise Broken(f"{url} answered {len(ids)} ids, and not as many numbers for distances: {excerpt}")
     for rank in range(1, len(ids)):
         if distances[rank] < distances[rank - 1]:
             raise Broken(

@@ -57,8 +57,8 @@ class Exchanger:
     def _new_client(self) -> Any:
         import httpx
 
-        asked = {"accept-encoding": "gzip", **self.headers}
-        return httpx.Client(timeout=self.seconds, headers=asked, follow_redirects=False)
+        headers = {"accept-encoding": "gzip", **self.headers}
+        return httpx.Client(timeout=self.seconds, headers=headers, follow_redirects=False)
 
     def post(self, content: bytes, kind: str, seconds: float | None = None) -> Reply:
         """Post ``content`` of the media type ``kind``, within ``seconds`` where that is less than usual.

@@ -99,7 +99,7 @@ def answered(call: Call, images: Tensor, name: str, output: str | None = None) -
             f"{name} fails on {shape} float images in [0, 1]: {reason}; "
             "--size changes the size, normalisation and resizing belong inside the model"
         ) from error
-    answer = _chosen(answer, name, output)
+    answer = _select(answer, name, output)
     if not isinstance(answer, Tensor | np.ndarray):
         raise Broken(f"{name} answered a {type(answer).__name__}; it must return one (B, K) tensor or array")
     rows = torch.as_tensor(answer).clone()  # it may answer in the same memory again
@@ -118,7 +118,7 @@ def answered(call: Call, images: Tensor, name: str, output: str | None = None) -
     return rows
 
 
-def _chosen(answer: Any, name: str, output: str | None) -> Any:
+def _select(answer: Any, name: str, output: str | None) -> Any:
     """The output that the user named, or the only one."""
     if isinstance(answer, Mapping):
         parts = {str(key): value for key, value in answer.items()}

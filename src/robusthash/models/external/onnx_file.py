@@ -171,7 +171,7 @@ class _Session:
         if isinstance(batch, int) and batch != 1:
             raise ValueError(f"{path} has a fixed batch of {batch}; export it with a free one, or 1")
         self.session, self.name = session, inputs[0].name
-        self.output = _chosen(session.get_outputs(), output, path)
+        self.output = _select(session.get_outputs(), output, path)
         self.batch: int | None = 1 if batch == 1 else None
         fixed = isinstance(height, int) and isinstance(width, int)
         self.size: tuple[int, int] | None = (height, width) if fixed else None
@@ -182,7 +182,7 @@ class _Session:
         return np.concatenate([self.session.run([self.output], {self.name: part})[0] for part in parts])
 
 
-def _chosen(outputs: Any, output: str | None, path: Path) -> str:
+def _select(outputs: Any, output: str | None, path: Path) -> str:
     """The name of the output to audit.
 
     Raises:
@@ -195,12 +195,12 @@ def _chosen(outputs: Any, output: str | None, path: Path) -> str:
         return str(output)
     if output is not None and output.isdecimal() and int(output) < len(names):
         return str(names[int(output)])
-    shown = ", ".join(f"{each.name} {list(each.shape)}" for each in outputs)
+    listed = ", ".join(f"{each.name} {list(each.shape)}" for each in outputs)
     if output is None:
         raise ValueError(
-            f"{path} has the outputs {shown}; say which is the code, with --output-name {names[-1]}"
+            f"{path} has the outputs {listed}; say which is the code, with --output-name {names[-1]}"
         )
-    raise ValueError(f"{path} has no output {output!r}; it has {shown}")
+    raise ValueError(f"{path} has no output {output!r}; it has {listed}")
 
 
 class _Resized(nn.Module):

@@ -68,8 +68,8 @@ def _slice(x: Inputs, a: Attributes) -> Tensor:
     strides = [1] * len(starts) if steps is None else numbers(steps)
     for axis, start, end, step in zip(which, starts, ends, strides, strict=True):
         places = range(*slice(start, end, step).indices(x[0].shape[axis]))
-        chosen = torch.tensor(places, dtype=torch.int64, device=x[0].device)
-        x = [x[0].index_select(axis, chosen)]
+        positions = torch.tensor(places, dtype=torch.int64, device=x[0].device)
+        x = [x[0].index_select(axis, positions)]
     return x[0]
 
 

@@ -129,8 +129,8 @@ def _scaling(bounds: tuple[float, float], mean: Any, std: Any) -> tuple[Tensor, 
     try:
         low, high = map(float, bounds)
     except (TypeError, ValueError):
-        said = f"bounds are the least and the largest pixel, such as (0, 255), got {bounds!r}"
-        raise ValueError(said) from None
+        problem = f"bounds are the least and the largest pixel, such as (0, 255), got {bounds!r}"
+        raise ValueError(problem) from None
     centre, spread = _channels(mean, 0.0, "mean"), _channels(std, 1.0, "std")
     if not low < high < float("inf") or low == -float("inf"):
         raise ValueError(f"bounds are the least and the largest pixel, such as (0, 255), got {bounds}")

@@ -191,9 +191,9 @@ def normalisation_warning(hasher: Hasher, images: Tensor, changed: Tensor) -> st
     if len(images) < 8:
         return ""
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1).to(images) for values in IMAGENET)
-    plain = _share_found(hasher, images, changed)
-    undone = _share_found(hasher, images * deviation + mean, changed * deviation + mean)
-    done = _share_found(hasher, (images - mean) / deviation, (changed - mean) / deviation)
+    plain = _share_retrieved(hasher, images, changed)
+    undone = _share_retrieved(hasher, images * deviation + mean, changed * deviation + mean)
+    done = _share_retrieved(hasher, (images - mean) / deviation, (changed - mean) / deviation)
     if plain > _CHANCE:
         return ""
     finds = f"it finds {plain:.0%} of slightly changed copies, and"
@@ -210,7 +210,7 @@ def normalisation_warning(hasher: Hasher, images: Tensor, changed: Tensor) -> st
     return ""
 
 
-def _share_found(hasher: Hasher, images: Tensor, changed: Tensor) -> float:
+def _share_retrieved(hasher: Hasher, images: Tensor, changed: Tensor) -> float:
     """Share of images whose changed copy has its own original as the one nearest."""
     apart = distances(
         *(as_searched(encode_signs(hasher, "image", part), hasher) for part in (changed, images))

@@ -255,8 +255,8 @@ def _facts_of_onnx(path: Path) -> FileFacts | None:
         model = onnx.load(str(path), load_external_data=False)
     except Exception:  # who opens the file says that it is damaged
         return None
-    held = {each.key: each.value for each in model.metadata_props}
-    return FileFacts.read(held[KEY], str(path)) if KEY in held else None
+    metadata = {each.key: each.value for each in model.metadata_props}
+    return FileFacts.read(metadata[KEY], str(path)) if KEY in metadata else None
 
 
 def with_check(facts: FileFacts, check: dict[str, int]) -> FileFacts:

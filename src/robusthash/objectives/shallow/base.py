@@ -118,9 +118,9 @@ def solve(
             )
     given = {modality: rows / scales[modality] for modality, rows in centred.items()}
     known = TrainingFeatures(given, None if labels is None else labels.cpu().double(), bits, draws)
-    found = method.fit(known)
+    functions = method.fit(known)
     result = {}
-    for modality, projection in found.items():
+    for modality, projection in functions.items():
         weights = projection.weights / scales[modality]
         result[modality] = Projection(weights, projection.offset - means[modality] @ weights)
     return result

@@ -24,10 +24,10 @@ def divergence(codes: Tensor, target: Tensor, alpha: float) -> tuple[float, Tens
     distances = (squares[:, None] + squares - 2.0 * codes @ codes.T).clamp_min(0.0) / 4
     nearness = 1.0 / (1.0 + distances)
     nearness.fill_diagonal_(0.0)
-    found = nearness / nearness.sum()
-    ratio = target / found.clamp_min(1e-300)
+    shares = nearness / nearness.sum()
+    ratio = target / shares.clamp_min(1e-300)
     value = torch.where(target > 0, target * ratio.clamp_min(1e-300).log(), 0.0).sum()
-    pull = (target - found) * nearness
+    pull = (target - shares) * nearness
     gradient = pull.sum(1, keepdim=True) * codes - pull @ codes
     excess = codes.abs() - 1.0
     weight = alpha / codes.numel()
@@ -92,8 +92,8 @@ class SePH(ShallowMethod):
             return value, gradient.numpy().ravel()
 
         options = {"maxiter": self.iterations}
-        found = minimize(descend, start.numpy().ravel(), jac=True, method="L-BFGS-B", options=options)
-        codes = torch.from_numpy(found.x).view(shape)
+        result = minimize(descend, start.numpy().ravel(), jac=True, method="L-BFGS-B", options=options)
+        codes = torch.from_numpy(result.x).view(shape)
         return sign(codes - codes.mean(0))
 
     def _regressed(self, x: Tensor, codes: Tensor) -> Projection:

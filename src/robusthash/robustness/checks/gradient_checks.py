@@ -255,12 +255,12 @@ def path_checks(
             path.append((value.detach(), select(logits.detach())))
             return value, logits
 
-        found = APGD(steps, select_every=1)(recorded, batch, threat, draws, select, None)
+        result = APGD(steps, select_every=1)(recorded, batch, threat, draws, select, None)
         values.append(torch.stack([value for value, _ in path]))
         metrics.append(torch.stack([metric for _, metric in path]))
         with torch.no_grad():
-            returned.append(select(score(found.inputs, 1.0)[1]))
-        return found
+            returned.append(select(score(result.inputs, 1.0)[1]))
+        return result
 
     try:
         _run(context, threat, loss, record)

@@ -124,12 +124,15 @@ class OracleAttack:
     ) -> AttackedBlock:
         began = time.perf_counter()
         batch, answered = self.answered(context, block, restart, start)
-        results, asked = [answered.inputs], answered.oracle_queries
+        results, oracle_queries = [answered.inputs], answered.oracle_queries
         if self.marks:
             clean = {name: batch.inputs[name] for name in self.threat.balls}
-            results, asked = [clean, *(answered.best_after[mark] for mark in self.marks)], sum(self.marks)
+            results, oracle_queries = (
+                [clean, *(answered.best_after[mark] for mark in self.marks)],
+                sum(self.marks),
+            )
         seconds = time.perf_counter() - began
-        return finish(context, self.threat, batch, results, seconds, passes=(0, 0, asked))
+        return finish(context, self.threat, batch, results, seconds, passes=(0, 0, oracle_queries))
 
     def answered(
         self, context: EvaluationContext, block: int, restart: int = 0, start: Inputs | None = None

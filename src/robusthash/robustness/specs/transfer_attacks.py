@@ -125,8 +125,8 @@ class Transfer:
         self, context: EvaluationContext, block: int, restart: int, start: Inputs | None = None
     ) -> AttackedBlock:
         batch, began = context.batch(block, self.threat.balls), time.perf_counter()
-        found = self.searched(context, batch, restart, start)
-        return _finish(context, self.threat, batch, found, began)
+        results = self.searched(context, batch, restart, start)
+        return _finish(context, self.threat, batch, results, began)
 
     def searched(
         self, context: EvaluationContext, batch: Batch, restart: int = 0, start: Inputs | None = None
@@ -142,11 +142,11 @@ class Transfer:
 
 
 def _finish(
-    context: EvaluationContext, threat: Threat, batch: Batch, found: Sequence[SearchResult], began: float
+    context: EvaluationContext, threat: Threat, batch: Batch, searches: Sequence[SearchResult], began: float
 ) -> AttackedBlock:
     """Finished without representative codes: those of surrogates mean nothing to the victim."""
-    passes = sum(each.forward for each in found), sum(each.backward for each in found), 0
-    results, seconds = [each.inputs for each in found], time.perf_counter() - began
+    passes = sum(each.forward for each in searches), sum(each.backward for each in searches), 0
+    results, seconds = [each.inputs for each in searches], time.perf_counter() - began
     return finish(context, threat, batch, results, seconds, passes=passes)
 
 
@@ -242,9 +242,9 @@ def transfer_matrix(
     for block in range(first.blocks):
         for done, (row, spec, victims) in enumerate(jobs, block * len(jobs) + 1):
             began, batch = time.perf_counter(), first.batch(block, threat.balls)
-            found = spec.searched(first, batch)
+            results = spec.searched(first, batch)
             for victim in victims:
-                attacked = _finish(contexts[victim], attack.threat, batch, found, began)
+                attacked = _finish(contexts[victim], attack.threat, batch, results, began)
                 signs.setdefault((row, victim), []).append(attacked.signs[:, 0])
             progress(done, first.blocks * len(jobs), f"attacking from {row}")
     rows = tuple(dict.fromkeys(row for row, *_ in jobs))
