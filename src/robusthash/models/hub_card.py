@@ -66,9 +66,8 @@ class HubCard:
     def text(self, card: Mapping[str, Any]) -> str:
         """README.md of a folder whose ``config.json`` is ``card``."""
         front = yaml.safe_dump(self._front(card), sort_keys=False, allow_unicode=True)
-        return f"---\n{front}---\n\n" + "\n".join(
-            [*self._facts(card), "", *self._measured(), "", *_use(card)]
-        )
+        lines = [*self._facts(card), "", *self._measured(), "", *_use(card)]
+        return f"---\n{front}---\n\n" + "\n".join(lines)
 
     def _front(self, card: Mapping[str, Any]) -> dict[str, Any]:
         front: dict[str, Any] = {"library_name": "robusthash", "license": self.licence}

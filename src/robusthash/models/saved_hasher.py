@@ -94,8 +94,8 @@ def save_exported(
     model_digest = _digest_of(card, hasher)
     if card.setdefault("digest", model_digest) != model_digest:
         raise ValueError(
-            f"the digest {card['digest']!r} is not that of these weights ({model_digest}), which may have changed "
-            "since; save SearchModel(hasher, side), which computes it"
+            f"the digest {card['digest']!r} is not that of these weights ({model_digest}), which may have "
+            "changed since; save SearchModel(hasher, side), which computes it"
         )
     _check_free(folder, model_digest, overwrite, names)
     card = sealed(card)

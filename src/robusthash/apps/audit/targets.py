@@ -248,7 +248,7 @@ def _open_run(target: str, bits: int | None) -> Target:
 
 
 def _purpose(copies: bool | None) -> Purpose:
-    """Whether codes were made to find copies, as a run or its file says it."""
+    """The purpose of codes, by what a run or its file says of copies."""
     return "unknown" if copies is None else "this" if copies else "other"
 
 
