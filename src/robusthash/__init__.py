@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from robusthash import attacks, objectives
     from robusthash.apps.audit.python_audit import audit
     from robusthash.apps.collection.collection_run import encode_collection
+    from robusthash.apps.experiment.export_run import export
     from robusthash.apps.experiment.quickstart_run import quickstart
     from robusthash.apps.experiment.search_model import SearchModel, load
     from robusthash.apps.reproduction.reproduction import reproduce
@@ -57,6 +58,7 @@ __all__ = [
     "encode_collection",
     "encode_split",
     "evaluate",
+    "export",
     "fit",
     "load",
     "load_data",
@@ -93,6 +95,7 @@ _HOMES = {
     "encode_collection": "apps.collection.collection_run",
     "encode_split": "models",
     "evaluate": "evaluation",
+    "export": "apps.experiment.export_run",
     "fit": "training",
     "load": "apps.experiment.search_model",
     "load_data": "data",

@@ -14,11 +14,11 @@ import torch
 
 import robusthash as rh
 from robusthash.apps.experiment.config import ConfigError, load_config
-from robusthash.apps.experiment.exported_model import load_exported, save_exported
 from robusthash.apps.experiment.run_directory import RunError, load_run
 from robusthash.core import plugins, registry
 from robusthash.core.plugins import PLUGINS
 from robusthash.models.external.loaders import load_python
+from robusthash.models.saved_hasher import load_exported, save_exported
 
 LOSS = '''
 from robusthash.core.labels import relevant

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,18 @@ CHANGES = (
     ),
 )
 """The changes that queries are made by, one query of each to an image."""
+
+
+def trained_for_copies(data: Mapping[str, Any] | str) -> bool:
+    """True where data, by their settings, hold changed copies of each item, which codes learn to find."""
+    if isinstance(data, str):
+        return data == "photos"
+    if data["name"] == "copies":
+        return True
+    if data["name"] == "photos":
+        return bool(data.get("labels", "photo") == "photo")
+    return data.get("relevance") == "copies"
+
 
 TRAINED, HELD_OUT = "trained on", "never trained on"
 """Groups of queries, by whether the image that they are copies of was trained on in any form."""

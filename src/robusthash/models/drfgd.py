@@ -125,7 +125,8 @@ class ImageRegenerator(Regenerator):
     def _write(self, x: Tensor, features: list[Tensor], robust: Tensor) -> Tensor:
         deep = torch.cat([features[-1], robust], 1)
         for layer, skip in zip(self.up, reversed(features[:-1]), strict=True):
-            deep = interpolate(layer(deep), skip.shape[-2:], mode="nearest") + skip
+            size = int(skip.shape[-2]), int(skip.shape[-1])  # numbers, also where an export traces shapes
+            deep = interpolate(layer(deep), size, mode="nearest") + skip
         return _sample(x, self.last(deep), self.output)
 
     def critic(self) -> nn.Module:

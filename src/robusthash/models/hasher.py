@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from robusthash.core.registry import build
 from robusthash.core.runtime import seed_everything
 from robusthash.core.types import HashOutput, Inputs, Outputs
 from robusthash.models.purifier import ProxyBackward
+
+if TYPE_CHECKING:
+    from robusthash.models.hub_card import HubCard
 
 Defense = Literal["plain", "adversarial", "gate", "mask", "purifier", "randomised", "detector"]
 """Defense classes of this package; the file of another defense registers its own as kind ``adaptive``."""
@@ -63,6 +67,8 @@ class Hasher(nn.Module):
         declared: its defense class; selects the adaptive attacks and is saved with the weights.
         purifiers: modality -> ``Purifier``, for any of the modalities.
         sides: purify queries only, or the database too.
+
+    ``side`` is the side in pixels of the images that it was trained on, once that is known.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class Hasher(nn.Module):
         self.bits = bits.pop()
         self.spec = dict(spec or {})
         self.declared = declared
+        self.side: int | None = None
         # lists, so that their content is not registered a second time
         self._frozen: list[nn.Parameter] = []
         self._eval_only: list[nn.Module] = []
@@ -177,6 +184,67 @@ class Hasher(nn.Module):
     def for_database(self) -> Hasher:
         """The hasher of database items: itself, or without purifiers where those are for queries only."""
         return self.bare() if self.sides == "query" else self
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        size: int | None = None,
+        about: HubCard | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write ``config.json``, ``model.safetensors`` and ``README.md``, as the Hugging Face hub has them.
+
+        Args:
+            size: pixels a side of the images that it was trained on; by default ``side``.
+            about: facts of the model card: data, licence, measured values.
+            overwrite: replace another model, and a model card, in that folder.
+
+        Raises:
+            FileExistsError: the folder holds something else, or another model.
+            ValueError: a wrapped net, or images of unknown size.
+        """
+        from robusthash.models.hub_folder import facts_of, save_folder
+
+        save_folder(Path(directory), self, facts_of(self, size), about, overwrite)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, revision: str | None = None, token: str | None = None
+    ) -> Hasher:
+        """The hasher of a saved folder, or of the hub; on the CPU, in eval mode.
+
+        Args:
+            source: a folder, or ``user/name`` of the hub, which alone opens a connection.
+            revision: branch, tag or commit of the hub.
+
+        Raises:
+            RunError: damaged or truncated files, tensors that do not fit, code that is not of this package;
+                one line. No pickle is opened.
+        """
+        from robusthash.models.hub_folder import load_folder
+
+        return load_folder(source, revision, token)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        size: int | None = None,
+        about: HubCard | None = None,
+        private: bool = True,
+        token: str | None = None,
+    ) -> str:
+        """Upload what ``save_pretrained`` writes to ``user/name`` of the hub; the address.
+
+        Args:
+            private: visible to its owner alone, which is the default here.
+            token: of the hub; by default the one that you logged in with.
+
+        Raises:
+            RunError: no such id, or what the hub refuses.
+        """
+        from robusthash.models.hub_folder import facts_of, push
+
+        return push(self, repository, facts_of(self, size), about, private, token)
 
     def forward(self, inputs: Inputs) -> Outputs:
         """Hash any subset of the modalities; ``aux`` has the input behind a purifier as ``pure``.

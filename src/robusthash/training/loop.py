@@ -247,6 +247,7 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
         lines = _train(recipe, data, config, device, run)
     recipe.hasher.freeze([])
     recipe.hasher.eval()
+    recipe.hasher.side = data.image_size[0] if len(data.image_size) == 2 else None
     return lines
 
 

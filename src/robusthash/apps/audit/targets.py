@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +22,23 @@ from robusthash.attacks.query_search import Square
 from robusthash.attacks.ranking_losses import MarginPN, Tallied
 from robusthash.attacks.threat_model import threat_on
 from robusthash.core.registry import nearest
+from robusthash.core.runtime import choose_device
+from robusthash.data.copies import trained_for_copies
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
 from robusthash.models.external.http_endpoint import Endpoint
 from robusthash.models.external.loaders import NAMES, load_python, load_torchscript, perceptual
 from robusthash.models.external.model_answers import AS_IT_IS, AnswerReading, Call
 from robusthash.models.external.onnx_file import load_onnx
-from robusthash.models.external.wrapper import foreign
+from robusthash.models.external.wrapper import AsIs, foreign
 from robusthash.models.hasher import Hasher, frozen
+from robusthash.models.portable.model_files import FileFacts, facts_in
+from robusthash.models.saved_hasher import load_exported, names_in
 from robusthash.robustness.checks.model_checks import Purpose
 from robusthash.robustness.specs.oracle_attacks import OracleAttack
 
 _BEHIND_HTTP = "an endpoint shows its answers alone"
 _LONGER = 3  # attacks on a radius take this many times the steps: their models are small
+_FILES = (".onnx", ".pt", ".pth", ".ts", ".torchscript")
 _SIZE = 224  # pixels a side, where neither the user nor a run says
 
 
@@ -140,23 +144,33 @@ class Target:
 
 
 def size_of(target: str | nn.Module, size: int | None) -> int:
-    """Pixels a side of the target's inputs: a run's own, else ``size``, else 224.
+    """Pixels a side of the target's inputs: of a run, or of a file made of one, else ``size``, else 224.
 
     Raises:
         ValueError: a size that a run was not trained on, or a run on vectors of features.
     """
-    if isinstance(target, nn.Module) or not _is_run(target):
+    if isinstance(target, nn.Module):
         return _SIZE if size is None else size
-    trained = load_run(Path(target)).card()["image_size"]
-    if len(trained) != 2:
-        raise ValueError(
-            f"{target} hashes vectors of features, not pixels; only the encoder that made them sees photos"
-        )
+    if _is_run(target):
+        trained = _image_size(target)
+        if len(trained) != 2:
+            raise ValueError(
+                f"{target} hashes vectors of features, not pixels; only the encoder before it sees photos"
+            )
+    elif Path(target).suffix in _FILES and (facts := facts_in(Path(target))) and facts.size:
+        trained = [facts.size]
+    else:
+        return _SIZE if size is None else size
     if size is not None and size != trained[0]:
         raise ValueError(
             f"{target} was trained on images of {trained[0]} pixels, and --size says {size}; leave it out"
         )
-    return int(trained[0])
+    return trained[0]
+
+
+def _image_size(target: str) -> list[int]:
+    card = load_exported(Path(target))[1] if _is_saved(target) else load_run(Path(target)).card()
+    return list(card["image_size"])
 
 
 def open_target(
@@ -193,13 +207,9 @@ def open_target(
         return _wrapped(target, known.title, known, images, bits, bit, radius=known.radius, purpose="this")
     if _is_run(target):
         return _open_run(target, bits)
-    if path.suffix == ".onnx":
-        model, reason = load_onnx(path, images, reading.name)
-        way = f"by onnxruntime as a black box: {reason}" if reason else "by torch, so that attacks follow it"
-        remark, one = f"The ONNX file is computed {way}.", replace(reading, name=None)
-        return _wrapped(target, path.name, model, images, bits, one, (remark,), reason=reason)
-    if path.suffix in (".pt", ".pth", ".ts", ".torchscript"):
-        return _wrapped(target, path.name, load_torchscript(path), images, bits, reading)
+    if path.suffix in _FILES:
+        facts = facts_in(path) if reading == AS_IT_IS else None
+        return _open_file(target, images, bits, reading, facts)
     if ":" in target:
         return _wrapped(target, path.name, load_python(target), images, bits, reading)
     raise ValueError(
@@ -209,41 +219,80 @@ def open_target(
 
 
 def _is_run(target: str) -> bool:
+    """A run, or the folder of a saved model."""
     return target not in NAMES and Path(target).is_dir()
 
 
+def _is_saved(target: str) -> bool:
+    return not (Path(target) / "config.yaml").is_file() and names_in(Path(target)) is not None
+
+
 def _open_run(target: str, bits: int | None) -> Target:
-    hasher = model_stages.load_hasher(load_run(Path(target)))
+    saved, kind = _is_saved(target), "a run of this package"
+    if saved:
+        hasher, card = load_exported(Path(target))
+        name, copies, kind = Path(target).name, card.get("finds_copies"), "a saved model of this package"
+        hasher = hasher.to(choose_device("auto"))
+    else:
+        run = load_run(Path(target))
+        hasher, name = model_stages.load_hasher(run), run.card()["name"]
+        copies = trained_for_copies(run.config.data)
     if "image" not in hasher.modalities:
         raise ValueError(f"{target} hashes {', '.join(hasher.modalities)}, and an audit needs images")
     if bits is not None and bits != hasher.bits:
         raise ValueError(f"{target} has {hasher.bits} bits, and --bits says {bits}; leave --bits out")
-    remark = (
-        f"It is a run of this package ({hasher.declared} defense), so its weights are known to the attacks."
-    )
-    run = load_run(Path(target))
-    purpose: Purpose = "this" if _finds_copies(run.config.data) else "other"
+    remark = f"It is {kind} ({hasher.declared} defense), so its weights are known to the attacks."
     return Target(
-        target,
-        run.card()["name"],
-        hasher,
-        True,
-        remarks=(remark,),
-        foreign=False,
-        by_torch=True,
-        purpose=purpose,
+        target, name, hasher, True, remarks=(remark,), foreign=False, by_torch=True, purpose=_purpose(copies)
     )
 
 
-def _finds_copies(data: Mapping[str, Any] | str) -> bool:
-    """True where training data hold changed copies of each item, so that codes are made to find them."""
-    if isinstance(data, str):
-        return data == "photos"
-    if data["name"] == "copies":
-        return True
-    if data["name"] == "photos":
-        return data.get("labels", "photo") == "photo"
-    return data.get("relevance") == "copies"
+def _purpose(copies: bool | None) -> Purpose:
+    """The purpose of codes, by what a run or its file says of copies."""
+    return "unknown" if copies is None else "this" if copies else "other"
+
+
+def _open_file(
+    target: str, images: Tensor, bits: int | None, reading: AnswerReading, facts: FileFacts | None
+) -> Target:
+    """An ONNX or TorchScript file; one of this package says itself which output it is searched by."""
+    path, reason = Path(target), ""
+    model: Call
+    remarks: tuple[str, ...] = ()
+    if facts is not None:
+        _check_file(target, facts, bits)
+    if path.suffix == ".onnx":
+        model, reason = load_onnx(path, images, reading.name or (None if facts is None else "logits"))
+        way = f"by onnxruntime as a black box: {reason}" if reason else "by torch, so that attacks follow it"
+        remarks, reading = (f"The ONNX file is computed {way}.",), replace(reading, name=None)
+    else:
+        model = load_torchscript(path)
+        reading = reading if facts is None else replace(reading, name="1")
+    if facts is None:
+        return _wrapped(target, path.name, model, images, bits, reading, remarks, reason=reason)
+    reading = replace(reading, output="logits")
+    opened = _wrapped(target, facts.name, model, images, facts.bits, reading, remarks, reason=reason)
+    if opened.hasher is not None:
+        opened.hasher.heads["image"] = AsIs(facts.bits, scale=facts.scale)
+    origin = f"It was exported by this package ({facts.declared} defense)."
+    return replace(
+        opened, remarks=(origin, *opened.remarks), foreign=False, purpose=_purpose(facts.finds_copies)
+    )
+
+
+def _check_file(target: str, facts: FileFacts, bits: int | None) -> None:
+    """Refuse a file of this package that an audit cannot use."""
+    if facts.modality != "image":
+        raise ValueError(f"{target} hashes {facts.modality}, and an audit needs images")
+    if facts.size is None:
+        raise ValueError(f"{target} hashes vectors of features, not pixels")
+    if facts.input.get("type") != "float32":
+        raise ValueError(
+            f"{target} takes {facts.input.get('type')} pixels, which no attack can follow; export it for the "
+            "audit with --pixels float32"
+        )
+    if bits is not None and bits != facts.bits:
+        raise ValueError(f"{target} has {facts.bits} bits, and --bits says {bits}; leave --bits out")
 
 
 class _Logits(nn.Module):

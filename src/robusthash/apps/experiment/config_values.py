@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from robusthash.core.damaged_files import shortened
 from robusthash.core.limited_files import parse_yaml
 from robusthash.core.option_types import LARGEST, annotated, fault, plain
 
@@ -17,11 +18,6 @@ _EXPONENT = re.compile(r"[+-]?\d+(?:\.\d*)?[eE][+-]?\d+")
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message names the field and the remedy."""
-
-
-def shortened(text: str, most: int = 200) -> str:
-    """A text for a message, its middle left out where it is long."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
 
 
 def numbers(value: Any) -> Any:

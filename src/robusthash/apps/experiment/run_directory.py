@@ -28,7 +28,6 @@ from robusthash.apps.experiment.run_files import (
     record_plugins,
     remade,
     save_weights,
-    without_weights,
     write_json,
 )  # fmt: skip
 from robusthash.core.atomic_files import write_aside
@@ -38,6 +37,7 @@ from robusthash.core.runtime import digest
 from robusthash.core.types import Codes
 from robusthash.metrics.results import EvalResult, Flag, load_results, software_versions, with_headlines
 from robusthash.models.hasher import Hasher, build_hasher
+from robusthash.models.saved_hasher import without_weights
 from robusthash.objectives.base import HashObjective
 
 Progress = Callable[[int, int, str], None]

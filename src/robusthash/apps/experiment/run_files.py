@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import shlex
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.core.atomic_files import json_text, write_aside
+from robusthash.core.damaged_files import RunError, reading
 from robusthash.core.limited_files import read_json, regular
 from robusthash.core.plugins import PluginError, Sources, as_sources, changed, sources, without_new_code
 
-
-class RunError(ValueError):
-    """A run directory that cannot be used as it stands."""
-
-
 PLUGINS = "plugins.json"  # source files of the code that a config names as module:name
-
-_DAMAGED: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
-_DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError, RecursionError)
-
-
-@contextmanager
-def reading(path: Path, remedy: str, what: str = "") -> Iterator[None]:
-    """Raise an error of a block that reads ``path`` as ``RunError("WHAT PATH is damaged (...); REMEDY")``."""
-    try:
-        yield
-    except RunError:  # named already
-        raise
-    except PluginError as error:
-        raise RunError(str(error)) from None
-    except _DAMAGED as error:
-        reason = next(iter(str(error).splitlines()), repr(error)).removeprefix(f"{path} is ")
-        raise RunError(f"{f'{what} {path}'.strip()} is damaged ({reason}); {remedy}") from None
-
 
 _REMADE = {
     "metrics.json": "delete it, then: robusthash evaluate {run}",
@@ -128,13 +103,6 @@ def command_of(path: Path) -> str:
     file, again = path / "environment.json", shlex.quote(str(path / "config.yaml"))
     command = read_json(file).get("command") if file.is_file() else None
     return command or f"robusthash train {again} --runs {shlex.quote(str(path.parent.parent))}"
-
-
-def without_weights(encoder: Any) -> Any:
-    """Encoder settings without pretrained weights, whose file may be gone since training started there."""
-    if not isinstance(encoder, dict):
-        return encoder
-    return {key: None if key == "weights" else without_weights(value) for key, value in encoder.items()}
 
 
 def file_digest(path: Path) -> str:

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robusthash.apps.experiment.exported_model import CARD, load_exported, run_of_entry, save_exported
 from robusthash.apps.experiment.model_stages import read_data
+from robusthash.apps.experiment.registry_model import run_of_entry
 from robusthash.apps.experiment.run_directory import TEXTS, Run, RunError, load_run, reading
 from robusthash.core.hamming import pack
 from robusthash.core.limited_files import read_json
@@ -33,6 +33,9 @@ from robusthash.data.own_data import OneImage, one_image
 from robusthash.index import CodeIndex
 from robusthash.models.encoding import encode_signs, weights_digest
 from robusthash.models.hasher import Hasher
+from robusthash.models.hub_card import HubCard
+from robusthash.models.hub_folder import fetched, save_folder
+from robusthash.models.saved_hasher import PLAIN, load_exported, names_in, save_exported
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ class SearchModel:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "origin", self.origin or weights_digest(self.hasher))
+        self.hasher.side = self.side or None
 
     @classmethod
     def of(cls, hasher: Hasher, data: RetrievalData) -> SearchModel:
@@ -177,10 +181,26 @@ class SearchModel:
             FileExistsError: the folder holds something else, or another model.
             ValueError: a wrapped net, or weights that changed since they were loaded.
         """
+        save_exported(Path(directory), self.hasher, self.facts(), overwrite)
+
+    def save_pretrained(
+        self, directory: str | Path, about: HubCard | None = None, overwrite: bool = False
+    ) -> None:
+        """``Hasher.save_pretrained`` with the texts of the model and the digest that its codes carry."""
+        save_folder(Path(directory), self.hasher, self.facts(), about, overwrite)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, revision: str | None = None, token: str | None = None, device: str = "auto"
+    ) -> SearchModel:
+        """The model of a saved folder, or of the hub (``user/name``); see ``Hasher.from_pretrained``."""
+        return load(fetched(source, revision, token), device)
+
+    def facts(self) -> dict[str, Any]:
+        """Fields of the card of a saved model: size, digest, texts, digests of the files of its run."""
         texts = None if self.texts is None else self.texts.plain()
         facts = {"image_size": [self.side] * 2 if self.side else [], "digest": self.origin, "texts": texts}
-        facts |= {"files": dict(self.files)} if self.files else {}
-        save_exported(Path(directory), self.hasher, facts, overwrite)
+        return facts | ({"files": dict(self.files)} if self.files else {})
 
     def _images(self, batch: Sequence[Any], before: int) -> list[Tensor | Exception]:
         """(3, side, side) float in [0, 1] of each image, or its error; files are decoded in threads."""
@@ -212,8 +232,8 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
     """Load a trained model to encode and search with.
 
     Args:
-        source: the directory of a run; a folder that ``SearchModel.save`` wrote; or the id of an entry of
-            ``registry/``, whose weights are looked for among ``runs/``.
+        source: the directory of a run; a folder that ``save`` or ``save_pretrained`` wrote; or the id of an
+            entry of ``registry/``, whose weights are looked for among ``runs/``.
         device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda``, ...
 
     Raises:
@@ -225,9 +245,10 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
         return _of_run(run_of_entry(str(source)), device_used)
     if (folder / "config.yaml").is_file():
         return _of_run(load_run(folder), device_used)
-    if not (folder / CARD).is_file():
+    if names_in(folder) is None:
+        none = f"no {PLAIN.card}"
         raise RunError(
-            f"{folder} is not a run directory (it has no config.yaml), nor an exported model (no {CARD})"
+            f"{folder} is not a run directory (it has no config.yaml), nor an exported model ({none})"
         )
     hasher, card = load_exported(folder)
     texts = card["texts"] and text_form(card["texts"])

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from robusthash.apps.service.guard import Refused
 from robusthash.apps.service.search_service import NoItem, UnwantedFormat
+from robusthash.core.damaged_files import shortened
 from robusthash.data.image_files import ImageTooLarge, UnreadableImage
 
 
@@ -21,7 +22,7 @@ def answer_errors(app: FastAPI) -> None:
     def answer(status: int) -> Callable[[Request, Any], Any]:
         async def handle(request: Request, error: Any) -> JSONResponse:
             message = error.args[0] if error.args else "not found"
-            return Refused(status, str(message)).response()
+            return Refused(status, shortened(str(message), 1000)).response()
 
         return handle
 

@@ -19,6 +19,7 @@ from robusthash.apps.service.tokens import Token, TokenFile
 from robusthash.core.limited_files import read_yaml
 from robusthash.index.index_address import address_of, directory_of
 
+_FILES = 200  # that the service has open beside its connections
 _GRACE = 20  # seconds that requests under way have at the end
 
 
@@ -114,12 +115,34 @@ def _log_requests() -> None:
     log.setLevel(logging.INFO)
 
 
+def _open_enough(connections: int) -> None:
+    """Allow this process as many open files as the connections take, as far as the system lets it.
+
+    Raises:
+        ValueError: the system lets it have fewer.
+    """
+    try:
+        import resource
+    except ImportError:  # another system than Unix, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed, unlimited = connections + _FILES, resource.RLIM_INFINITY
+    if hard != unlimited and hard < needed:
+        raise ValueError(
+            f"{connections} connections need {needed} open files, and the system allows {hard} (ulimit -Hn); "
+            f"set connections to {max(1, hard - _FILES)}"
+        )
+    if soft != unlimited and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
     """Listen until SIGINT or SIGTERM; requests under way are answered first."""
     try:
         import uvicorn
 
         from robusthash.apps.service.api import create_app
+        from robusthash.apps.service.connections import bounded_protocol
     except ImportError as error:
         raise ImportError(
             f"serving needs more packages ({error}): pip install 'robusthash[serve]'"
@@ -127,6 +150,7 @@ def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
 
     settings, service = serving.service.settings, serving.service
     _log_requests()
+    _open_enough(settings.connections)
     app = create_app(service, serving.tokens, serving.compared)
     config = uvicorn.Config(
         app,
@@ -134,7 +158,8 @@ def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
         log_level="warning",
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=settings.connections,
+        http=bounded_protocol(settings.connections, settings.timeout),
+        ws="none",
         timeout_keep_alive=5,
         timeout_graceful_shutdown=_GRACE,
     )

@@ -27,7 +27,7 @@ class ServiceSettings(BaseModel):
         batch, batch_wait: images encoded together, and the milliseconds that the first of them waits.
         timeout: seconds that a client may take to send its request.
         rate, burst: requests a second of one client, and how many it may save up; a rate of 0 sets no limit.
-        connections: open at once; one more is answered 503.
+        connections: open at once; one more ends the one that waits longest for a request, or is refused.
         readers: threads that decode images and search.
         answer: details of an answer, see ``Answer``.
         step: of distances under ``coarse``, in bits.

@@ -76,14 +76,15 @@ class AsIs(nn.Module):
     Args:
         bits: K, the width of the answers.
         distance: by which its users search.
+        scale: mean size of its logits, where it is known and attacks divide by it.
     """
 
-    def __init__(self, bits: int, distance: Distance = "hamming") -> None:
+    def __init__(self, bits: int, distance: Distance = "hamming", scale: float = 1.0) -> None:
         super().__init__()
-        self.bits, self.distance = bits, distance
+        self.bits, self.distance, self.scale = bits, distance, scale
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
-        return features, torch.tanh(features), 1.0
+        return features, torch.tanh(features), self.scale
 
 
 def foreign(
