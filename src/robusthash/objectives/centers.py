@@ -81,8 +81,8 @@ def _greedy_words(classes: int, bits: int, above: float, generator: torch.Genera
             nearest = torch.minimum(nearest, nearest[words ^ first])
             code = torch.cat([code, code ^ first])
         if len(code) >= classes:
-            words = code[torch.randperm(len(code), generator=generator)[:classes]]
-            return digits[words].float() * 2 - 1
+            rows = code[torch.randperm(len(code), generator=generator)[:classes]]
+            return digits[rows].float() * 2 - 1
     return None
 
 

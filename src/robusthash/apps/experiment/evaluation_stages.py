@@ -105,8 +105,8 @@ def evaluate(
                 parts = [direction or "", "" if relevance == "own" else f"by {relevance}"]
                 scored_on = " ".join(filter(None, parts))
                 held = before.pop(scored_on, {})
-                results = _evaluate_context(run, context, objective, selected, progress, relevance, held)
-                for attack, result in results.items():
+                scored = _evaluate_context(run, context, objective, selected, progress, relevance, held)
+                for attack, result in scored.items():
                     name = f"{scored_on} {attack}".strip()
                     results[name] = replace(result, name=name, attack=attack, scored_on=scored_on)
         if before:
