@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from robusthash.models import Hasher, build_hasher, encode_split
     from robusthash.models.external.wrap import wrap
     from robusthash.robustness import Suite, assess, tier
+    from robusthash.robustness.certificates.certified_map import certify
     from robusthash.training import HashingRecipe, TrainConfig, fit
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "attacks",
     "audit",
     "build_hasher",
+    "certify",
     "compare",
     "encode_collection",
     "encode_split",
@@ -91,6 +93,7 @@ _HOMES = {
     "assess": "robustness",
     "audit": "apps.audit.python_audit",
     "build_hasher": "models",
+    "certify": "robustness.certificates.certified_map",
     "compare": "metrics",
     "encode_collection": "apps.collection.collection_run",
     "encode_split": "models",

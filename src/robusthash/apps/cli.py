@@ -35,7 +35,7 @@ PANELS = {
         *("evaluate", "assess", "attack", "questions", "hardening", "detect", "transfer", "poison"),
         *("score", "compare", "table", "report"),
     ),
-    "Audit": ("audit", "check", "evidence", "verify", "keep", "leaderboard"),
+    "Audit": ("audit", "check", "certify", "evidence", "verify", "keep", "leaderboard"),
     "Search": ("encode", "index", "search", "serve", "token", "export"),
     "Study": ("reproduce", "sweep", "curves", "attribute", "cost", "figures"),
 }
@@ -167,8 +167,8 @@ def _smaller_batches_noted() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    verbs = "run, train, evaluate, assess, questions, sweep, reproduce, demo, quickstart, encode --images"
-    going_on = f"{verbs}, index build and index add"
+    verbs = "run, train, evaluate, assess, certify, questions, sweep, reproduce, demo, quickstart"
+    going_on = f"{verbs}, encode --images, index build and index add"
     note(f"stopped; {going_on} go on from what was finished")
     sys.exit(130)
 

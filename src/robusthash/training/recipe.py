@@ -160,13 +160,23 @@ def renew_class_means(hasher: Hasher, split: Split, batch_size: int) -> None:
 
 @register("recipe", "hashing", state="measured")
 class HashingRecipe(Recipe):
-    """Train a hasher on its objective, undefended."""
+    """Train a hasher on its objective, undefended.
+
+    Args:
+        noise: standard deviation of Gaussian noise on every training image, in units of the range [0, 1], for
+            codes by majority under such noise (Cohen et al., ICML 2019); none by default.
+    """
 
     groups = ("hasher", "critic")
 
-    def __init__(self, hasher: Hasher, objective: HashObjective) -> None:
+    def __init__(self, hasher: Hasher, objective: HashObjective, noise: float = 0.0) -> None:
+        if not 0.0 <= noise < float("inf"):
+            raise ValueError(f"noise must be at least 0 and finite, such as 0.25, got {noise!r}")
+        if noise and "image" not in hasher.modalities:
+            raise ValueError(f"noise is for images, and this hasher encodes {', '.join(hasher.modalities)}")
         self.hasher = hasher
         self.objective = objective
+        self.noise = noise
         self.memory: CodeMemory
 
     def modules(self) -> dict[str, nn.Module]:
@@ -192,11 +202,19 @@ class HashingRecipe(Recipe):
 
     def step(self, batch: Batch, moment: Moment) -> Iterator[tuple[str, LossTerms]]:
         self.hasher.train()
+        if self.noise:
+            batch = batch.with_inputs({"image": self._noisy(batch, moment)})
         outputs = self.hasher(batch.inputs)
         self.memory.update(outputs, batch)
         yield from self.critic_step(outputs, batch)
         yield "hasher", self.objective(outputs, batch, self.memory)
         self.objective.advance()
+
+    def _noisy(self, batch: Batch, moment: Moment) -> Tensor:
+        """The images under noise of this step, in the order of the batch; not cut to [0, 1]."""
+        images = batch.inputs["image"]
+        generator = moment.draws.within("noise", moment.progress).generator()
+        return images + self.noise * torch.randn(images.shape, generator=generator).to(images)
 
     def critic_step(self, outputs: Outputs, batch: Batch) -> Iterator[tuple[str, LossTerms]]:
         """The step of the objective's discriminators, where it has any."""

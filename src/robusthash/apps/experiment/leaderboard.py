@@ -16,6 +16,7 @@ from torch import Tensor
 
 from robusthash.apps.experiment.evidence_run import accepted, lowered
 from robusthash.apps.experiment.run_directory import Run, load_run
+from robusthash.apps.experiment.stored_certificates import certified_intervals, certified_text
 from robusthash.apps.experiment.tables import Cell, cell_of, require_distinct_seeds
 from robusthash.apps.reports import pages
 from robusthash.apps.reports.cell_text import markdown_cell
@@ -56,6 +57,7 @@ class RankedModel:
     chance: float
     targeted: float | None  # highest t-MAP of the attacks that have a target
     attacks: dict[str, float]  # MAP under each, mean over seeds
+    certified: dict[str, tuple[float, float | None]]  # and attacked MAP by method and budget, of ``certify``
     flags: tuple[Flag, ...]  # amber and red
     checked: bool  # any sanity check was run
     aggregate: dict[str, ComparedModel] = field(
@@ -216,6 +218,7 @@ def _row(name: str, checkpoints: Sequence[Checkpoint]) -> RankedModel:
         chance=chance,
         targeted=max(reached, default=None),
         attacks={attack: mean([r.attacks[attack][measure] for r in known]) for attack in shared},
+        certified=certified_intervals([c.run for c in checkpoints], own[0].setting),
         flags=tuple(raised[key] for key in sorted(raised)),
         checked=bool(flags) or any(c.run.checked() for c in checkpoints),
     )
@@ -304,6 +307,8 @@ def _columns(board: Leaderboard) -> dict[str, Callable[[RankedModel], str]]:
         columns[f"highest {key.name('targeted')}"] = lambda row: (
             "-" if row.targeted is None else f"{row.targeted:.3f}"
         )
+    if any(row.certified for row in board.rows):
+        columns["certified to attacked"] = lambda row: certified_text(row.certified)
     return {**columns, "checks": lambda row: markdown_cell(remark(row))}
 
 
@@ -383,6 +388,7 @@ def _plain(row: RankedModel) -> dict[str, Any]:
         "chance": row.chance,
         "highest_targeted": row.targeted,
         "attacks": row.attacks,
+        "certified": row.certified,
         "flags": [asdict(flag) for flag in row.flags],
         "checked": row.checked,
         "unreliable": row.unreliable,

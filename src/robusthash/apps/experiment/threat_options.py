@@ -39,9 +39,7 @@ def threat_name(
     on_database, norm = threat in ("db-insert", "db-perturb"), norm or "linf"
     name = f"{ {'image': 'img', 'text': 'txt'}[modality] }-{norm}"
     if eps is not None or norm == "linf":
-        size = EPS[modality] if eps is None else value_of(eps)
-        if isinstance(size, bool) or not isinstance(size, int | float):
-            raise ValueError(f"--eps takes a number such as 8/255, got {eps!r}")
+        size = EPS[modality] if eps is None else size_of(eps, "--eps")
         if not size > 0:
             raise ValueError(f"--eps {eps} leaves nothing to attack; give a size above 0, such as 8/255")
         if size > 1 and norm == "linf":
@@ -57,6 +55,14 @@ def threat_name(
             f"--threat {threat} is one budget and --eps, --norm another ({name}); give one of them"
         )
     return name
+
+
+def size_of(text: str, option: str) -> float:
+    """The number that an option gives as 8/255 or 0.5; a ValueError where it is none."""
+    size = value_of(text)
+    if isinstance(size, bool) or not isinstance(size, int | float):
+        raise ValueError(f"{option} takes a number such as 8/255, got {text!r}")
+    return size
 
 
 def query_modality(run: Run, direction: str | None = None) -> str:

@@ -14,6 +14,7 @@ from robusthash.apps.experiment.leaderboard import (
     setting_pairs,
     source_text,
 )
+from robusthash.apps.experiment.stored_certificates import certified_text
 from robusthash.apps.reports.charts import (
     TONES,
     UNIT,
@@ -48,6 +49,7 @@ def leaderboard_page(boards: Sequence[Leaderboard]) -> str:
         ],
         source_text=source_text,
         claim_text=claim_text,
+        certified_text=certified_text,
         remark=remark,
         boards=[_board(board, place, boards) for place, board in enumerate(boards)],
     )
@@ -59,6 +61,7 @@ def _board(board: Leaderboard, place: int, boards: Sequence[Leaderboard]) -> dic
         "board": board,
         "low": board.setting.key.name("worst"),
         "targeted": any(row.targeted is not None for row in board.rows),
+        "certified": any(row.certified for row in board.rows),
         "place": place,
         "scatter": _scatter(board, place) if len(board.rows) > 1 else None,
         "eps_chart": _eps_chart(board),
