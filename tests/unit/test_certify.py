@@ -19,7 +19,7 @@ from robusthash.robustness.certificates.certified_map import Certificate
 from robusthash.robustness.certificates.interval_bounds import IntervalBounds
 from tests.helpers import jolted, small_hasher, train_config
 
-QUICK: dict[str, Any] = {"samples": 200, "queries": 8}
+QUICK: dict[str, Any] = {"samples": 200, "queries": 6}
 
 
 @functools.cache
@@ -53,8 +53,10 @@ def test_no_attack_on_the_smoothed_hasher_goes_below_a_certificate() -> None:
         assert row.below == 0
         assert row.certified <= row.attacked <= found.clean  # type: ignore[operator]
     near, far = found.rows
-    assert far.certified <= near.certified and far.attacked <= near.attacked  # type: ignore[operator]
-    assert near.bits > far.bits and near.certified > 0.1, "or the bound says nothing"
+    assert far.certified <= near.certified
+    assert far.attacked <= near.attacked
+    assert near.bits > far.bits
+    assert near.certified > 0.1, "or the bound says nothing"
 
 
 def test_an_attack_far_outside_goes_below_the_certificate_of_a_small_budget() -> None:
@@ -65,7 +67,7 @@ def test_an_attack_far_outside_goes_below_the_certificate_of_a_small_budget() ->
 
 
 def test_the_same_numbers_whatever_is_asked_beside() -> None:
-    again = rh.certify(context(), radii=(0.3,), sigma=0.25, attacks=None, samples=200, queries=8)
+    again = rh.certify(context(), radii=(0.3,), sigma=0.25, attacks=None, **QUICK)
     assert again.rows[0].attacked is None
     assert again.per_query["clean"] == smoothed().per_query["clean"]
     assert again.rows[0].certified == smoothed().rows[1].certified
@@ -138,10 +140,12 @@ def test_a_layer_without_bounds_is_named() -> None:
 def test_intervals_certify_a_small_budget_and_no_attack_goes_below() -> None:
     found = rh.certify(context(), "intervals", radii=(1e-5, 1 / 255), queries=8)
     tiny, usual = found.rows
-    assert tiny.bits > 6 and tiny.certified > 0.1
+    assert tiny.bits > 6
+    assert tiny.certified > 0.1
     assert usual.bits <= tiny.bits
     assert all(row.below == 0 and row.certified <= row.attacked for row in found.rows)  # type: ignore[operator]
-    assert found.clean == found.base and found.sigma == 0
+    assert found.clean == found.base
+    assert found.sigma == 0
 
 
 # ---------------------------------------------------------------------------------------------- noise
@@ -163,9 +167,11 @@ def test_noise_of_training_is_that_of_its_step_and_none_by_default() -> None:
 def test_a_stopped_call_goes_on_and_gives_the_same(tmp_path: Path) -> None:
     from robusthash.apps.experiment.certify_run import TensorFolder
 
-    folder = TensorFolder(tmp_path)
-    assert rh.certify(context(), radii=(0.1, 0.3), sigma=0.25, kept=folder, **QUICK) == smoothed()
-    (tmp_path / "votes-0.npz").unlink()
-    held = sorted(tmp_path.iterdir())
-    assert rh.certify(context(), radii=(0.1, 0.3), sigma=0.25, kept=folder, **QUICK) == smoothed()
-    assert len(list(tmp_path.iterdir())) == len(held) + 1
+    folder, asked = TensorFolder(tmp_path), {**QUICK, "radii": (0.1,), "attacks": "smoke"}
+    whole = rh.certify(context(), kept=folder, **asked)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2, "votes, and codes under the attack"
+    files[0].unlink()
+    assert rh.certify(context(), kept=folder, **asked) == whole
+    assert sorted(tmp_path.iterdir()) == files
+    assert rh.certify(context(), **asked) == whole, "nothing was kept"
