@@ -96,7 +96,7 @@ def _stored(run: Run, method: Method, direction: str | None, options: Mapping[st
 
 
 def _identity(run: Run, context: EvaluationContext, method: Method, options: Mapping[str, Any]) -> str:
-    """Of all that votes and attacked codes depend on: their attacks and budgets are in the names of files."""
+    """Digest of all that votes and codes depend on, but attack and budget: those name the files."""
     noise = [options.get("sigma", 0.25), options.get("samples", 1000)] if method == "smoothing" else []
     items = [context.queries.fingerprint(), context.data.database.fingerprint(), context.direction]
     return identity([run.card()["digest"], method, noise, items, context.seed])

@@ -1,9 +1,8 @@
 """Tensors known only to lie between two bounds, which pass through a net in place of its inputs.
 
 Interval bound propagation (Gowal et al., "On the effectiveness of interval bound propagation for training
-verifiably robust models", 2018, Equations 5 and 6 for affine layers; a monotone layer maps both ends). Any
-code that calls torch with such a tensor gets the bounds of the result; an operation without a rule is
-refused.
+verifiably robust models", 2018: centre and radius of affine layers, both ends of monotone ones). Any code
+that calls torch with such a tensor gets the bounds of the result; an operation without a rule is refused.
 """
 
 from __future__ import annotations
