@@ -242,6 +242,7 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
     device = choose_device(config.device)
     seed_everything(config.seed)
     recipe.hasher.to(device)
+    data = recipe.enlarged(data)
     with divided_among_processes(recipe.hasher):
         recipe.setup(data, config.seed, config.batch_size)
         lines = _train(recipe, data, config, device, run)

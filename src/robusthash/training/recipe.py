@@ -58,6 +58,10 @@ class Recipe(ABC):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by optimiser group: ``hasher``, and with any ``critic``, ``purifier``, ``guide``."""
 
+    def enlarged(self, data: RetrievalData) -> RetrievalData:
+        """The data to train on, where a recipe trains on more than the training split."""
+        return data
+
     @abstractmethod
     def setup(self, data: RetrievalData, seed: int, batch_size: int) -> None:
         """Make what depends on the data, once, before the first step or a resume."""
