@@ -12,7 +12,13 @@ from torch import Tensor
 from robusthash.attacks.base import Attack
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Codes
-from robusthash.defenses.query_detector import CRITERIA, Denoised, Evading, QueryDetector, criteria_of
+from robusthash.defenses.adversarial_query_detector import (
+    CRITERIA,
+    AdversarialQueryDetector,
+    Denoised,
+    Evading,
+    criteria_of,
+)
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean
 from robusthash.metrics.measure_key import MeasureKey
@@ -65,7 +71,9 @@ class _Halves:
     """Two detectors, each calibrated on one half of the clean queries and used on the other."""
 
     second: Tensor  # (Q,) bool
-    detectors: tuple[QueryDetector, QueryDetector]  # for the first half, and for the second
+    detectors: tuple[
+        AdversarialQueryDetector, AdversarialQueryDetector
+    ]  # for the first half, and for the second
 
     @staticmethod
     def of(clean: Tensor, false_alarms: float, seed: int) -> _Halves:
@@ -74,7 +82,10 @@ class _Halves:
         second[order[len(clean) // 2 :]] = True
         return _Halves(
             second,
-            (QueryDetector(clean[second], false_alarms), QueryDetector(clean[~second], false_alarms)),
+            (
+                AdversarialQueryDetector(clean[second], false_alarms),
+                AdversarialQueryDetector(clean[~second], false_alarms),
+            ),
         )
 
     def _joined(self, name: str, criteria: Tensor) -> Tensor:
@@ -174,7 +185,7 @@ def detect(
     queries = torch.cat([context.batch(block).inputs[modality].cpu() for block in range(context.blocks)])
     criteria = criteria_of(victim, modality, queries, codes)
     halves = _Halves.of(criteria, false_alarms, context.seed)
-    known, suspicion = QueryDetector(criteria, false_alarms), halves.suspicion(criteria)
+    known, suspicion = AdversarialQueryDetector(criteria, false_alarms), halves.suspicion(criteria)
 
     def outcome(name: str, attack: Attack, gradients: Any = None) -> _Outcome:
         attacked = attack_all(context, attack, gradients, progress, name=name)

@@ -91,11 +91,11 @@ def open_source(images: str | Path, part_size: int) -> Collection:
         return Tars([text] if Path(text).exists() else expanded(text), _before_braces(text))
     path = Path(images)
     if path.is_dir():
-        return Listed(path, os.path.basename(os.path.abspath(path)), part_size, path)
+        return ListedImages(path, os.path.basename(os.path.abspath(path)), part_size, path)
     if path.suffix.lower() in _MANIFESTS:
         if not path.is_file():
             raise FileNotFoundError(f"no manifest {path_text(path)}")
-        return Listed(path.parent, path.name, part_size, path)
+        return ListedImages(path.parent, path.name, part_size, path)
     if ".tar." in path.name.lower() or path.suffix.lower() == ".tgz":
         raise ValueError(
             f"{path_text(path)} is compressed; images are read in place from plain tars: unpack it"
@@ -125,7 +125,7 @@ class ListedPart:
         return _once(self.listed)
 
 
-class Listed:
+class ListedImages:
     """The images of a folder, or of a manifest, cut into parts of ``size``."""
 
     def __init__(self, root: Path, label: str, size: int, listing: Path) -> None:

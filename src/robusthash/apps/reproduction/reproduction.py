@@ -108,7 +108,7 @@ class Reproduction:
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedEntry:
     """The state of an entry at one scale; ``seed_minutes`` of all its rows, on one core."""
 
     paper: str
@@ -122,7 +122,7 @@ class Listed:
     seeds: int
 
 
-def list_entries(folders: Folders, only: str | None = None) -> list[Listed]:
+def list_entries(folders: Folders, only: str | None = None) -> list[ListedEntry]:
     """Every entry at every scale that it has, with its state; those that cannot be run say why.
 
     Args:
@@ -136,12 +136,12 @@ def list_entries(folders: Folders, only: str | None = None) -> list[Listed]:
             common = (each.name, entry.id, entry.kind, entry.title)
             if entry.unavailable:
                 reason = f"cannot be run: {entry.unavailable}"
-                listed.append(Listed(*common, "-", reason, None, False, 0))
+                listed.append(ListedEntry(*common, "-", reason, None, False, 0))
             for scale in (scale for scale in SCALES if getattr(entry, scale) is not None):
                 stored = trained if entry.shows in _WITH_WEIGHTS else everything
                 plan = make_plan(entry, entry.at(scale), folders.recipes, stored)
                 minutes, measured = plan.minutes()
-                listed.append(Listed(*common, scale, plan.state, minutes, measured, plan.spec.seeds))
+                listed.append(ListedEntry(*common, scale, plan.state, minutes, measured, plan.spec.seeds))
     return listed
 
 

@@ -98,7 +98,7 @@ def criteria_of(victim: Hasher, modality: str, inputs: Tensor, codes: Tensor, ba
 
 
 @dataclass(frozen=True)
-class QueryDetector:
+class AdversarialQueryDetector:
     """Limits by clean queries: a query is caught where any criterion is beyond its limit.
 
     Quantisation is unusual in both directions, so it counts by its distance from the clean median. A query's
@@ -194,7 +194,7 @@ class Evading(Loss):
 
     base: Loss
     weight: float = 1.0
-    detector: QueryDetector | None = field(default=None, compare=False, repr=False)
+    detector: AdversarialQueryDetector | None = field(default=None, compare=False, repr=False)
     codes: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:

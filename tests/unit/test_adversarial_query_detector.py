@@ -10,12 +10,12 @@ from robusthash.attacks import mainstay
 from robusthash.attacks.base import Probe
 from robusthash.attacks.losses import Agreement
 from robusthash.core.types import Batch, Goal, Guidance, HashOutput
-from robusthash.defenses.query_detector import (
+from robusthash.defenses.adversarial_query_detector import (
     CRITERIA,
     DENOISED,
+    AdversarialQueryDetector,
     Denoised,
     Evading,
-    QueryDetector,
     criteria_of,
     denoised,
     measured,
@@ -68,17 +68,17 @@ def test_further_clean_queries_are_caught_at_the_stated_rate_or_below() -> None:
     rates = []
     for _ in range(50):
         clean, new = torch.rand(2, 200, 3, generator=generator, dtype=torch.float64)
-        rates.append(float(QueryDetector(clean, 0.1).caught(new).double().mean()))
+        rates.append(float(AdversarialQueryDetector(clean, 0.1).caught(new).double().mean()))
     assert 0.05 < sum(rates) / len(rates) <= 0.105
     far = torch.tensor([[9.0, 0.5, 0.5], [0.5, 0.5, 0.5]], dtype=torch.float64)
-    detector = QueryDetector(clean, 0.1)
+    detector = AdversarialQueryDetector(clean, 0.1)
     assert detector.caught(far).tolist() == [True, False]
     assert detector.caught_by(far)[0].tolist() == [True, False, False]
 
 
 def test_limits_are_where_a_query_begins_to_be_caught() -> None:
     clean = torch.rand(99, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    detector = QueryDetector(clean, 0.05)
+    detector = AdversarialQueryDetector(clean, 0.05)
     limits, _ = detector.limits()
     inside = clean.median(0).values.repeat(2, 1)
     inside[0, 0], inside[1, 0] = limits[0] - 1e-6, limits[0] + 1e-6
@@ -88,13 +88,13 @@ def test_limits_are_where_a_query_begins_to_be_caught() -> None:
 @pytest.mark.parametrize(("rate", "items", "said"), [(0.0, 50, "between 0 and 1"), (0.01, 50, "149 clean")])
 def test_rates_that_cannot_be_shown_are_refused_with_one_that_can(rate: float, items: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        QueryDetector(torch.rand(items, 3), rate)
-    assert QueryDetector(torch.rand(items, 3), 0.03).limit < 9.0  # the rate that the line offers
+        AdversarialQueryDetector(torch.rand(items, 3), rate)
+    assert AdversarialQueryDetector(torch.rand(items, 3), 0.03).limit < 9.0  # the rate that the line offers
 
 
 def test_the_loss_of_who_knows_it_adds_what_is_beyond_the_limits() -> None:
     clean = torch.rand(99, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 10
-    detector, codes = QueryDetector(clean, 0.1), torch.ones(3, 4)
+    detector, codes = AdversarialQueryDetector(clean, 0.1), torch.ones(3, 4)
     logits = torch.tensor([[-2.0, 2, 2, -2]])
     shown = output(logits, logits)
     batch = Batch({"image": torch.zeros(1, 3, 2, 2)}, None, torch.arange(1))
