@@ -83,10 +83,14 @@ class Client:
         images: Sequence[ImageInput],
         keys: Sequence[str] | None = None,
         payload: Sequence[Mapping[str, Any]] | None = None,
+        idempotency_key: str | None = None,
     ) -> list[int]:
         """Add images and return their ids; when it returns, they are on the service's disk.
 
-        A request that is repeated after an error of the network adds nothing twice.
+        Args:
+            idempotency_key: a text of your own, up to 200 characters. After an error of the network or a
+                crash, repeat the call with the same one: it adds nothing twice. By default each call has
+                another.
         """
         described: list[dict[str, Any]] = [{} for _ in images]
         for name, values in (("key", keys), ("payload", payload)):
@@ -95,7 +99,7 @@ class Client:
             for one, value in zip(described, values or (), strict=False):
                 one[name] = value
         files = [("image", ("image", _content(image))) for image in images]
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         form = {"items": json.dumps(described)}
         added = self._ask("POST", "/v1/items", data=form, files=files, headers=headers)["items"]
         return [one["id"] for one in added]

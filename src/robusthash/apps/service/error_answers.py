@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from robusthash.apps.service.search_service import NoItem, UnwantedFormat
 from robusthash.core.damaged_files import shortened
 from robusthash.data.image_files import ImageTooLarge, UnreadableImage
 
+logger = logging.getLogger("robusthash.service")
+
 
 def answer_errors(app: FastAPI) -> None:
     """Every expected error as one line of JSON; none names a path or a trace."""
@@ -25,6 +28,10 @@ def answer_errors(app: FastAPI) -> None:
             return Refused(status, shortened(str(message), 1000)).response()
 
         return handle
+
+    async def unanswered(request: Request, error: Any) -> JSONResponse:
+        logger.error("the index: %s", error)
+        return Refused(503, "the index does not answer now; send the request again", 1).response()
 
     async def missing(request: Request, error: Any) -> JSONResponse:
         return Refused(404, f"there is no item {error.args[0]}").response()
@@ -44,6 +51,8 @@ def answer_errors(app: FastAPI) -> None:
         (ValueError, 422),
     ):
         app.add_exception_handler(kind, answer(status))
+    for gone in (ConnectionError, TimeoutError):  # the server of the index
+        app.add_exception_handler(gone, unanswered)
     app.add_exception_handler(NoItem, missing)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, http)

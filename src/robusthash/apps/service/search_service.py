@@ -25,6 +25,7 @@ from robusthash.index import CodeIndex, open_index
 from robusthash.models.encoding import encode_signs
 
 _MAGIC = {"JPEG": (b"\xff\xd8\xff",), "PNG": (b"\x89PNG\r\n\x1a\n",), "WEBP": (b"RIFF",)}
+_TRIES = 5
 _PATHS = ("path", "path_hex")  # payload of files on the server's disk
 
 
@@ -163,16 +164,31 @@ class SearchService:
             ValueError: a filter by a key that no item has.
         """
         with self.index() as index:
-            ranking = index.search(self._codes(code[None]), k, where)
-            ids = [item for item in ranking.ids[0].tolist() if item >= 0]
-            payloads = index.payload(ids)
-        rows = list(zip(ids, ranking.distances[0].tolist(), payloads, strict=False))
+            rows = self._rows(index, self._codes(code[None]), k, where)
         if self.settings.answer == "coarse":  # the order within a step would tell what the step hides
             rows.sort(key=lambda row: (row[1] // self.settings.step, row[0]))
         return [
             {"id": item, **self._distance(distance), "payload": self.shown(payload, fields)}
             for item, distance, payload in rows
         ]
+
+    @staticmethod
+    def _rows(
+        index: CodeIndex, query: Codes, k: int, where: Mapping[str, Any] | None
+    ) -> list[tuple[int, int, dict[str, Any]]]:
+        """Id, distance and payload of the nearest; searched again where one was removed before its payload
+        was read."""
+        for tries in range(_TRIES):
+            ranking = index.search(query, k, where)
+            ids = [item for item in ranking.ids[0].tolist() if item >= 0]
+            try:
+                payloads = index.payload(ids)
+            except KeyError:
+                if tries + 1 < _TRIES:
+                    continue
+                raise ConnectionError("items are removed faster than they can be read") from None
+            return list(zip(ids, ranking.distances[0].tolist(), payloads, strict=False))
+        raise AssertionError("the last try returns or raises")
 
     def add(self, items: Sequence[ServedItem]) -> list[dict[str, Any]]:
         """Add items, or replace those of the same keys; returns when the write survives a kill."""
