@@ -15,6 +15,7 @@ demo:
 	@test -f .venv/.ready || echo "Setting up .venv first: some minutes, once. The demo follows."
 	@$(MAKE) --no-print-directory setup
 	$(BIN)/robusthash demo --out demo
+	@echo "Here that is: $(BIN)/robusthash serve --demo"
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 from robusthash.apps.experiment.config import make_config
@@ -45,3 +51,18 @@ def index(parts: tuple[Path, Path], tmp_path: Path) -> Path:
     run, photos = parts
     build_index(tmp_path / "index", run, photos)
     return tmp_path / "index"
+
+
+@contextlib.contextmanager
+def listening(app: FastAPI) -> Iterator[tuple[str, uvicorn.Server]]:
+    """The address of a service that listens in a thread, and its server."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", server
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from service_parts import CONFIG, index, parts, picture
@@ -26,6 +27,8 @@ from robusthash.apps.service.search_service import SearchService
 from robusthash.apps.service.serving import Serving, read_settings
 from robusthash.apps.service.settings import ServiceSettings
 from robusthash.apps.service.tokens import Token, TokenFile, token_of
+from robusthash.core.types import Codes
+from robusthash.index.file_index import FileIndex
 
 __all__ = ["index", "parts"]  # fixtures
 
@@ -53,6 +56,10 @@ def search(client: TestClient, content: bytes, **form: Any) -> Any:
     return client.post("/v1/search", files={"image": ("x", content)}, data=form)
 
 
+def search_codes(run: Path, content: bytes) -> Codes:
+    return rh.load(run).encode([Image.open(io.BytesIO(content)).convert("RGB")])
+
+
 def found(client: TestClient, content: bytes) -> list[tuple[int, int]]:
     return [(hit["id"], hit["distance"]) for hit in search(client, content, k=100).json()["results"]]
 
@@ -74,6 +81,48 @@ def test_a_search_answers_as_the_command_line_does(client: TestClient, index: Pa
     ]
     assert len(hits) == 5
     assert hits[0]["distance"] == 0
+
+
+def test_ids_are_numbers_and_texts_and_taken_as_either(client: TestClient, index: Path, parts) -> None:
+    large = (1 << 62) + 1
+    with rh.open_index(f"file:{index}") as held:
+        one = search_codes(parts[0], picture(90))
+        held.add(Codes(one.packed, one.bits, torch.tensor([large]), one.origin), [{"label": "large"}])
+    hit = search(client, picture(90), where=json.dumps({"label": "large"})).json()["results"][0]
+    assert (hit["id"], hit["id_text"]) == (large, str(large))
+    assert client.get(f"/v1/items/{large}").json()["id_text"] == str(large)
+    made = add(client, picture(91)).json()["items"][0]
+    assert made["id_text"] == str(made["id"])
+    removed = client.request("DELETE", "/v1/items", json={"ids": [str(large), str(made["id"])]})
+    assert removed.json() == {"removed": 2}
+
+
+def test_a_search_is_repeated_where_an_item_was_removed_meanwhile(
+    client: TestClient, index: Path, parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, read = found(client, picture(3)), FileIndex.payload
+    assert (3, 0) in before
+
+    def payload(self: FileIndex, ids: Any) -> list[dict[str, Any]]:
+        monkeypatch.setattr(FileIndex, "payload", read)
+        self.remove([3])
+        return self.payload(ids)
+
+    monkeypatch.setattr(FileIndex, "payload", payload)
+    assert found(client, picture(3)) == [hit for hit in before if hit[0] != 3]
+
+
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError])
+def test_an_index_that_is_gone_is_no_fault_of_the_request(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def gone(*_: Any) -> Any:
+        raise error("postgresql://user@db/secret does not answer")
+
+    monkeypatch.setattr(FileIndex, "search", gone)
+    answer = search(client, picture(3))
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert "secret" not in answer.text
 
 
 def test_no_answer_names_a_path_of_the_servers_disk(client: TestClient, parts) -> None:
@@ -304,7 +353,7 @@ def test_tokens_and_their_scopes(parts, index: Path, tmp_path: Path) -> None:
 
 def test_token_files_refuse_what_they_cannot_mean(tmp_path: Path) -> None:
     file = TokenFile(tmp_path / "tokens.json")
-    with pytest.raises(ValueError, match="scopes are read and write, got admin"):
+    with pytest.raises(ValueError, match="scopes are read, write, audit, got admin"):
         file.add("x", ["admin"])
     text = file.add("x", ["read"])
     with pytest.raises(ValueError, match="a name of its own"):

@@ -65,6 +65,9 @@ def test_the_client_searches_adds_and_removes(running, tmp_path: Path) -> None:
         hits = client.search(file, k=14, where={"label": "cat"}, fields=["label"])
         assert [(hit.id, hit.distance, hit.payload) for hit in hits] == [(ids[0], 0, {"label": "cat"})]
         assert client.item(ids[0]) == {"label": "cat"}
+        again = [client.add([file], idempotency_key="once") for _ in range(2)]
+        assert again[0] == again[1]
+        assert client.remove(ids=again[0]) == 1
         assert client.remove(keys=["a"]) == 1
         assert client.remove(ids=[ids[1]]) == 1
         with pytest.raises(ServiceError, match="404"):
@@ -77,7 +80,7 @@ def test_the_client_searches_adds_and_removes(running, tmp_path: Path) -> None:
     assert process.wait(30) in (0, -signal.SIGTERM)
     errors = process.stderr.read() if process.stderr else ""
     assert "Traceback" not in errors
-    assert errors.count('"route": "/v1/items"') == 3
+    assert errors.count('"route": "/v1/items"') == 6
 
 
 def test_a_port_that_is_taken_is_named(running, index: Path, call) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from service_parts import CONFIG, index, parts, picture
+from service_parts import CONFIG, index, listening, parts, picture
 
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.index_run import build_index
@@ -22,6 +23,7 @@ from robusthash.apps.service.settings import ServiceSettings
 from robusthash.apps.service.tokens import Token, TokenFile
 
 __all__ = ["index", "parts"]  # fixtures
+SCOPES_OF = {"shop": ["read"], "auditor": ["read", "audit"], "nothing": ["audit"]}
 
 
 def client_of(run: Path, index: Path, tokens: tuple[Token, ...] = (), **settings: Any) -> TestClient:
@@ -126,3 +128,42 @@ def test_settings_of_the_guards_come_from_file_and_options(tmp_path) -> None:
     assert ServiceSettings().agreement is None
     with pytest.raises(ValueError, match="near_own"):
         read_settings(None, {"near_own": 0})
+
+
+def test_an_audit_with_its_scope_passes_the_guards(parts, index: Path, tmp_path: Path) -> None:
+    held = TokenFile(tmp_path / "tokens.json")
+    texts = {name: held.add(name, scopes) for name, scopes in SCOPES_OF.items()}
+    with client_of(parts[0], index, tuple(held.tokens()), near_own=3, agreement=0) as client:
+        assert [search(client, noisy(n), texts["auditor"]).status_code for n in range(12)] == [200] * 12
+        assert 429 in [search(client, noisy(n), texts["shop"]).status_code for n in range(12, 24)]
+        assert search(client, picture(5), texts["nothing"]).status_code == 403
+        bare = {"Authorization": f"Bearer {texts['auditor']}", "Content-Type": "image/png"}
+        alone = client.post("/v1/search", content=picture(3), headers=bare)
+        assert alone.json() == search(client, picture(3), texts["auditor"]).json()
+        assert alone.json()["results"][0]["distance"] == 0
+
+
+@pytest.mark.parametrize("answer", ["ids", "codes"])
+def test_a_running_service_is_audited(parts, index: Path, tmp_path: Path, call, answer: str) -> None:
+    held = TokenFile(tmp_path / "tokens.json")
+    texts = {name: held.add(name, scopes) for name, scopes in SCOPES_OF.items()}
+    settings = ServiceSettings(rate=0, max_wait=60_000, answer=answer, near_own=3)
+    service = SearchService(parts[0], f"file:{index}", settings, None, "cpu")
+    with listening(create_app(service, held.tokens())) as (url, _):
+        command = ["audit", f"{url}/v1/search", "--photos", parts[1], "--size", "32", "--tier", "smoke"]
+        command += ["--attacked", "1", "--rate", "1000", "--out", tmp_path / "audit", "--json"]
+        code, _, errors = call(*command, "--header", f"Authorization: Bearer {texts['shop']}")
+        assert code == 1
+        assert "token new auditor --scopes read,audit" in errors
+        code, out, errors = call(*command, "--header", f"Authorization: Bearer {texts['auditor']}")
+    assert code == 0, errors
+    summary = json.loads(out)
+    first = {row["name"]: row["first"] for row in summary["rows"]}
+    if answer == "ids":
+        assert first["unchanged"] == 1.0
+    else:
+        direct = ["audit", parts[0], *command[2:4], "--tier", "smoke", "--attacked", "1"]
+        rows = json.loads(call(*direct, "--out", tmp_path / "direct", "--json")[1])["rows"]
+        assert [first[row["name"]] for row in rows[:9]] == [row["first"] for row in rows[:9]]
+    assert any(row["name"].startswith("square") for row in summary["rows"])
+    assert (summary["bits"] == 16) == (answer == "codes")

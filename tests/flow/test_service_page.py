@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from playwright.sync_api import sync_playwright
-from service_parts import index, parts, picture
+from service_parts import index, listening, parts, picture
 
+from robusthash.apps.collection.collection_run import encode_collection
+from robusthash.apps.experiment.index_run import Adding, build_index
 from robusthash.apps.service.api import create_app
 from robusthash.apps.service.search_service import SearchService
 from robusthash.apps.service.settings import ServiceSettings
@@ -25,17 +27,16 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium of th
 
 @pytest.fixture
 def server(parts: tuple[Path, Path], index: Path) -> Iterator[tuple[str, uvicorn.Server]]:
+    with serving(parts, index) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def serving(parts: tuple[Path, Path], index: Path) -> Iterator[tuple[str, uvicorn.Server]]:
     settings = ServiceSettings(rate=0, max_wait=60_000, attacks=True, max_bytes=50_000)
     service = SearchService(parts[0], f"file:{index}", settings, parts[1], "cpu")
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}", server
-    server.should_exit = True
-    thread.join()
+    with listening(create_app(service)) as running:
+        yield running
 
 
 @pytest.fixture
@@ -84,3 +85,24 @@ def test_a_visitor_searches_attacks_and_reads_the_state(server, page, tmp_path: 
     page.wait_for_timeout(1_500)
     page.get_by_role("button", name="Search", exact=True).click()
     page.get_by_text("The service does not answer").wait_for()
+
+
+def test_ids_of_62_bits_show_their_images(parts, index, page, tmp_path: Path) -> None:
+    """Those of ``index build --codes``, which a browser's numbers do not hold."""
+    run, photos = parts
+    encode_collection(run, photos, tmp_path / "codes")
+    adding = Adding(codes=tmp_path / "codes")
+    built = build_index(tmp_path / "large", run, photos, adding=adding)
+    assert built["count"] == 12
+    with serving(parts, tmp_path / "large") as (url, _):
+        ids = {int(one["id_text"]) for one in httpx.get(url + "/v1/samples").json()["items"]}
+        assert max(ids) > 1 << 53
+        page.goto(url)
+        page.wait_for_selector("#found li img:not([hidden])")
+        page.locator("#found li button").first.click()
+        page.get_by_text("12 results").wait_for()
+        page.locator("#found li img:not([hidden])").nth(11).wait_for()
+        page.get_by_role("tab", name="Attack").click()
+        page.get_by_role("button", name="Attack", exact=True).click()
+        page.wait_for_selector(".model figure img")
+        assert page.problems == []

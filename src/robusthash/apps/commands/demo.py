@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -29,3 +30,5 @@ def demo(
         return
     print_table("MAP on photos, attacks at 8/255", *summary_rows(summary))
     note(f"report: {out / 'report.html'}")
+    folder = "" if out == Path("demo") else f" {shlex.quote(str(out))}"
+    note(f"To search and attack both models in a browser: robusthash serve{folder} --demo")

@@ -12,7 +12,9 @@ from robusthash.apps.commands.terminal import note, progress_bars
 
 
 def serve(
-    index: Annotated[str | None, Argument(help="Directory or address of the index.")] = None,
+    index: Annotated[
+        str | None, Argument(help="Directory or address of the index; with --demo, folder of the demo.")
+    ] = None,
     run: Annotated[
         Path | None, Option("--run", help="Run that encodes; by default the builder of the index.")
     ] = None,
@@ -60,7 +62,7 @@ def serve(
         from robusthash.apps.service.demo_search import demo_parts
 
         with progress_bars() as progress:
-            parts = demo_parts(Path("demo"), progress)
+            parts = demo_parts(Path(index or "demo"), progress)
         index, images, compare = str(parts.hardened), parts.images, [parts.undefended]
     if index is None:
         raise ValueError("serve takes the directory of an index, made by 'robusthash index build', or --demo")

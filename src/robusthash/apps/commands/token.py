@@ -18,7 +18,9 @@ _TOKENS = Path("tokens.json")
 @app.command()
 def new(
     name: Annotated[str, Argument(help="Name of the client.")],
-    scopes: Annotated[str, Option(help="read, write, or both by a comma.")] = "read",
+    scopes: Annotated[
+        str, Option(help="By commas: read, write, audit (past the guards of queries).")
+    ] = "read",
     tokens: _File = _TOKENS,
 ) -> None:
     """Make a token and print it, once: the file holds its digest alone."""

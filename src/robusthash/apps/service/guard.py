@@ -150,7 +150,8 @@ class Guard:
         if not self._tokens:
             self._same_machine(headers)
         elif scope["path"].startswith("/v1/") or scope["path"] == "/metrics":
-            client = self._token(scope, headers).name
+            token = self._token(scope, headers)
+            client, scope["state"]["audits"] = token.name, "audit" in token.scopes
         scope["state"]["client"] = client
         if scope["path"].startswith("/v1/") and (wait := self._rates.take(client, time.monotonic())):
             raise Refused(429, "too many requests", wait)

@@ -37,6 +37,11 @@ class NoItem(KeyError):
     """An id that the index does not hold."""
 
 
+def id_fields(number: int) -> dict[str, Any]:
+    """An id as a number and as text, for readers whose numbers end at 2^53."""
+    return {"id": number, "id_text": str(number)}
+
+
 @dataclass(frozen=True)
 class ServedItem:
     """An item to add: its packed code, key and payload, and the digest of the request that brought it."""
@@ -168,7 +173,7 @@ class SearchService:
         if self.settings.answer == "coarse":  # the order within a step would tell what the step hides
             rows.sort(key=lambda row: (row[1] // self.settings.step, row[0]))
         return [
-            {"id": item, **self._distance(distance), "payload": self.shown(payload, fields)}
+            {**id_fields(item), **self._distance(distance), "payload": self.shown(payload, fields)}
             for item, distance, payload in rows
         ]
 
@@ -201,7 +206,7 @@ class SearchService:
                 stamps=[item.stamp for item in items],
             )
         rows = zip(items, added.ids.tolist(), added.held.tolist(), strict=True)
-        return [{"id": one, "key": item.key, "replaced": held} for item, one, held in rows]
+        return [{**id_fields(one), "key": item.key, "replaced": held} for item, one, held in rows]
 
     def held(self, keys: Sequence[str]) -> dict[str, tuple[int, str]]:
         """As ``CodeIndex.held``."""
@@ -219,7 +224,7 @@ class SearchService:
         Raises:
             NoItem: there is none.
         """
-        return {"id": number, "payload": self.shown(self._payload(number), fields)}
+        return {**id_fields(number), "payload": self.shown(self._payload(number), fields)}
 
     def samples(self, count: int = 12) -> list[dict[str, Any]]:
         """Some items, the nearest to each of ``count`` fixed codes; none unless images are shown."""

@@ -13,7 +13,8 @@ from typing import Any
 from robusthash.core.atomic_files import json_text, write_aside
 from robusthash.core.limited_files import read_json
 
-SCOPES = ("read", "write")
+SCOPES = ("read", "write", "audit")
+"""``audit`` reads nothing by itself: queries with it pass neither query detection nor code agreement."""
 _PREFIX = "rh_"
 
 
@@ -59,7 +60,7 @@ class TokenFile:
             raise ValueError(f"a token needs a name of its own, got {name!r}")
         if not scopes or (unknown := set(scopes) - set(SCOPES)):
             raise ValueError(
-                f"scopes are {' and '.join(SCOPES)}, got {', '.join(sorted(unknown)) if scopes else 'none'}"
+                f"scopes are {', '.join(SCOPES)}, got {', '.join(sorted(unknown)) if scopes else 'none'}"
             )
         text = _PREFIX + secrets.token_urlsafe(32)
         self._write([*held, Token(name, tuple(dict.fromkeys(scopes)), _digest(text))])

@@ -1,10 +1,12 @@
 """A search behind HTTP, queried under a budget and a rate; its answers are checked against each other.
 
-Each request is ``POST url`` with a PNG file as the body. The answer is JSON of one of two forms:
+Each request is ``POST url`` with a PNG file as the body. The answer is JSON of one of these forms:
 
     {"code": "8f3c..."}  or  {"code": [0, 1, 1, ...]}      the code, in hex or as bits
     {"ids": ["a", "b", ...], "distances": [0, 3, ...]}      results, nearest first; distances may be left out
 
+or that of ``robusthash serve``, {"results": [{"id": 3, "distance": 0}, ...], "code": "8f3c..."}, where the
+code counts if it is there.
 A search with a threshold may find nothing: an empty list of ids, status 204 or 404.
 """
 
@@ -198,7 +200,7 @@ class Endpoint:
                 if reply.status not in _PASSING:
                     return _content(reply, self.url)
                 problem = f"answered status {reply.status}"
-                retry_after = _retry_after(reply.headers.get("retry-after", ""), self.url)
+                retry_after = _retry_after(reply, self.url)
             if attempt == self.retries or (not retry_after and time.monotonic() + wait > end - _SHORTEST):
                 break
             self.sleep(max(wait, retry_after))
@@ -236,8 +238,9 @@ def _content(reply: Reply, url: str) -> Any:
         raise Broken(f"{url} answered no JSON: {reply.body[:80]!r}") from error
 
 
-def _retry_after(text: str, url: str) -> float:
+def _retry_after(reply: Reply, url: str) -> float:
     """Seconds of a ``Retry-After`` header, which holds a number or a date; 0 where it holds neither."""
+    text = reply.headers.get("retry-after", "")
     if text.strip().isdigit():
         seconds = float(text)
     else:
@@ -247,6 +250,11 @@ def _retry_after(text: str, url: str) -> float:
             return 0.0
     if seconds > _LONGEST_WAIT:
         remedy = "run the audit then, or lower --rate"
+        if reply.status == 429:
+            remedy += (
+                "; a 'robusthash serve' of your own, which detects near queries, lets a token with the scope "
+                "audit pass: robusthash token new auditor --scopes read,audit"
+            )
         raise Broken(f"{url} asks to wait {seconds:.0f} s before the next question; {remedy}")
     return seconds
 
@@ -255,8 +263,9 @@ def _read(body: Any, url: str) -> Answer:
     """The answer in a JSON value.
 
     Raises:
-        Broken: none of the two forms, or an order that its own distances contradict.
+        Broken: none of the forms, or an order that its own distances contradict.
     """
+    body = _of_service(body)
     if not isinstance(body, dict) or ("code" in body) == ("ids" in body):
         raise Broken(f'{url} must answer {{"code": ...}} or {{"ids": [...]}}, it answered {str(body)[:120]}')
     if "code" in body:
@@ -285,6 +294,18 @@ def _read(body: Any, url: str) -> Answer:
                 f"{ids[rank - 1]!r} at distance {distances[rank - 1]}; sort the answer by distance"
             )
     return Answer(ids=names, distances=tuple(map(float, distances)))
+
+
+def _of_service(body: Any) -> Any:
+    """An answer of ``robusthash serve`` as a code or as ids; any other as it is."""
+    rows = body.get("results") if isinstance(body, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
+        return body
+    if "code" in body:
+        return {"code": body["code"]}
+    ids = {"ids": [row["id"] for row in rows]}
+    shown = bool(rows) and all("distance" in row for row in rows)
+    return {**ids, "distances": [row["distance"] for row in rows]} if shown else ids
 
 
 def _is_number(value: Any) -> bool:

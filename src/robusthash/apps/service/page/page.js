@@ -35,10 +35,10 @@ async function picture(id) { // a fetch, so that a token is sent along
 }
 
 function card(hit, choose) {
-  const name = hit.payload.file || "item " + hit.id;
+  const name = hit.payload.file || "item " + hit.id_text;
   const image = element("img", { alt: name, hidden: true });
   const none = element("div", { className: "none", textContent: "no picture" });
-  picture(hit.id).then((found) => { if (found) { image.src = found.address; image.hidden = false; none.hidden = true; } });
+  picture(hit.id_text).then((found) => { if (found) { image.src = found.address; image.hidden = false; none.hidden = true; } });
   const inside = choose ? [element("button", { type: "button", title: "Search with this image", onclick: () => choose(hit) }, image, none)] : [image, none];
   const words = [name];
   if (hit.distance !== undefined) words.push("distance " + hit.distance);
@@ -65,10 +65,10 @@ function choose(given) {
 }
 
 async function chooseItem(hit) {
-  const found = await picture(hit.id);
+  const found = await picture(hit.id_text);
   if (!found) return;
   file = new File([found.blob], hit.payload.file || "item");
-  chosen = hit.id;
+  chosen = hit.id_text;
   $("preview").src = found.address; $("preview").alt = hit.payload.file || ""; $("preview").hidden = false;
   await search();
   window.scrollTo({ top: 0 });
