@@ -1,9 +1,10 @@
 """Kills of a service at work: reads and writes through ``robusthash.client`` while processes die by kill -9.
 
 Clients search, add (with idempotency keys), replace and remove; one of them, the service, or with
-``--server`` the server of its index is killed at random moments and started again. Each client writes down what it sends
-and what it is answered. At the end every acknowledged item must be there once and be found, and every answer
-must fit what may have been stored while it was made. On this machine alone, in a temporary folder.
+``--server`` the server of its index is killed at random moments and started again. Each client writes down
+what it sends and what it is answered. At the end every acknowledged item must be there once and be found, and
+every answer must fit what may have been stored while it was made. On this machine alone, in a temporary
+folder.
 
 ``python benchmarks/service_kills.py --minutes 30 --kills 20 --server postgresql``
 """
@@ -16,7 +17,6 @@ import itertools
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -266,8 +266,7 @@ class Service:
 
     def __init__(self, home: Path, address: str, run: Path) -> None:
         (home / "settings.yaml").write_text(SETTINGS)
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            port = str(one.getsockname()[1])
+        port = str(20_000 + os.getpid() % 10_000)  # none that a connection of others may be given meanwhile
         options = ["--run", str(run), "--port", port, "--settings", str(home / "settings.yaml")]
         self.command = [sys.executable, "-m", "robusthash", "serve", address, *options]
         self.url, self.log = f"http://127.0.0.1:{port}", (home / "service.log").open("ab")
@@ -281,7 +280,8 @@ class Service:
                     return
             except httpx.TransportError:
                 time.sleep(0.1)
-        raise RuntimeError(f"the service did not start; see {self.log.name}")
+        said = Path(self.log.name).read_text()[-1000:]
+        raise RuntimeError(f"the service did not start ({self.process.poll()}): {said}")
 
     def kill(self) -> None:
         self.process.kill()

@@ -428,6 +428,21 @@ def test_items_of_several_requests_are_worked_on_together_and_the_queue_is_bound
     asyncio.run(run())
 
 
+def test_requests_that_come_at_once_count_before_they_are_read() -> None:
+    async def run() -> None:
+        batcher: Batcher[int, int] = Batcher(
+            lambda items: (time.sleep(0.05), list(items))[1], 1, 0, 100, 0.02
+        )
+        batcher.start()
+        await batcher.submit(0)  # so that the time of an item is known
+        batcher.admit()
+        with batcher.admitted(), batcher.admitted(), batcher.admitted(), pytest.raises(Overloaded):
+            batcher.admit()
+        await batcher.stop()
+
+    asyncio.run(run())
+
+
 def test_a_batch_that_fails_fails_its_own_requests_alone() -> None:
     def work(items: Any) -> list[int]:
         if 13 in items:

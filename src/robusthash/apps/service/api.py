@@ -122,7 +122,7 @@ def create_app(
         settings=settings,
         tokens=tokens,
         metrics=metrics,
-        admit=lambda: app.state.working.queries.admit(),
+        hasher=lambda: app.state.working.queries,
     )
     answer_errors(app)
     return app

@@ -46,6 +46,7 @@ class Batcher(Generic[Item, Result]):
         self._seconds = 0.0  # of one item, as a moving mean
         self._running = 0  # items of the call that goes on
         self._coming = 0  # items that are being read, and will be submitted
+        self._admitted = 0  # requests under way, of which some have submitted nothing yet
 
     def start(self) -> None:
         """Begin to take items; needs a running event loop."""
@@ -76,10 +77,20 @@ class Batcher(Generic[Item, Result]):
 
     def admit(self) -> None:
         """Raise ``Overloaded`` where one more item would find the queue full or wait too long."""
-        ahead = self._queue.qsize() + self._coming + self._running
+        ahead = max(self._admitted, self._queue.qsize() + self._coming + self._running)
         expected = ahead * self._seconds
         if self._queue.full() or expected > self._max_wait:
             raise Overloaded(max(1.0, expected))
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count a request from its admission until it is answered: of many that come at once, before any is
+        read, no more are admitted than can be answered in time."""
+        self._admitted += 1
+        try:
+            yield
+        finally:
+            self._admitted -= 1
 
     async def submit(self, item: Item) -> Result:
         """The result of one item, which waits where the queue is full: ask ``admit`` before."""

@@ -9,13 +9,15 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from robusthash.apps.service.batching import Overloaded
+from robusthash.apps.service.batching import Batcher, Overloaded
 from robusthash.apps.service.settings import ServiceSettings
 from robusthash.apps.service.tokens import Token, token_of
 
@@ -82,8 +84,7 @@ class Metrics:
 class Guard:
     """ASGI middleware: what must hold before a request meets a route.
 
-    ``admit`` raises ``Overloaded`` where the hasher has no room: requests are refused before their bodies
-    are read.
+    Where the hasher's batcher has no room, requests are refused before their bodies are read.
     """
 
     def __init__(
@@ -92,10 +93,10 @@ class Guard:
         settings: ServiceSettings,
         tokens: Sequence[Token],
         metrics: Metrics,
-        admit: Callable[[], None],
+        hasher: Callable[[], Batcher[Any, Any]],
     ) -> None:
         self._app, self._settings, self._tokens, self._metrics = app, settings, tokens, metrics
-        self._hasher_admits = admit
+        self._hasher = hasher
         self._rates = Rates(settings.rate, settings.burst)
         self._held = 0  # bytes of bodies in memory
 
@@ -120,12 +121,13 @@ class Guard:
         self._metrics.active.inc()
         try:
             self._admit(scope, Headers(scope=scope))
-            body = await self._body(receive, Headers(scope=scope))
-            size = len(body)
-            try:
-                await self._app(scope, _replayed(body, receive), answer)
-            finally:
-                self._held -= size
+            with self._hasher().admitted() if _encodes(scope) else nullcontext():
+                body = await self._body(receive, Headers(scope=scope))
+                size = len(body)
+                try:
+                    await self._app(scope, _replayed(body, receive), answer)
+                finally:
+                    self._held -= size
         except Refused as refused:
             self._metrics.refused.labels(str(refused.status)).inc()
             await refused.response()(scope, receive, answer)
@@ -155,9 +157,9 @@ class Guard:
         scope["state"]["client"] = client
         if scope["path"].startswith("/v1/") and (wait := self._rates.take(client, time.monotonic())):
             raise Refused(429, "too many requests", wait)
-        if scope["method"] == "POST" and scope["path"] in _ENCODING:
+        if _encodes(scope):
             try:
-                self._hasher_admits()
+                self._hasher().admit()
             except Overloaded as full:
                 raise Refused(503, str(full), full.retry_after) from None
 
@@ -215,6 +217,10 @@ class Guard:
         except BaseException:
             self._held -= size
             raise
+
+
+def _encodes(scope: Scope) -> bool:
+    return scope["method"] == "POST" and scope["path"] in _ENCODING
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
