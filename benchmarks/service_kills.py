@@ -334,6 +334,7 @@ def trouble(home: Path, stack: ExitStack, given: argparse.Namespace) -> tuple[di
     stack.callback(service.kill)
     until = time.monotonic() + given.minutes * 60
     clients = [start_client(home, service.url, number, until) for number in range(given.clients)]
+    stack.callback(lambda: [one.kill() for one in clients])
     chance, kills = random.Random(given.seed), Counter[str]()
     kinds = ["client", "service", "index server"][: 2 + (database is not None)]
     slot = given.minutes * 60 / (given.kills + 1)

@@ -125,8 +125,18 @@ def test_an_index_that_is_gone_is_no_fault_of_the_request(
     assert "secret" not in answer.text
 
 
+def test_a_snapshot_is_served_as_the_index_is(parts, index: Path, tmp_path: Path) -> None:
+    with rh.open_index(f"file:{index}") as held:
+        held.snapshot(tmp_path / "copy")
+    serving = Serving.of(str(tmp_path / "copy"), None, None, None, ServiceSettings())
+    assert serving.service.info()["items"] == 12
+    serving.service.close()
+
+
 def test_no_answer_names_a_path_of_the_servers_disk(client: TestClient, parts) -> None:
     answers = [search(client, picture(3)).text, client.get("/v1/items/3").text, client.get("/v1/info").text]
+    guess = json.dumps({"path": str(parts[1] / "03.png")})
+    assert search(client, picture(3), where=guess).status_code == 422
     answers += [search(client, b"\xff\xd8\xff broken").text, search(client, b"GIF89a").text]
     for text in answers:
         assert str(parts[1]) not in text

@@ -88,8 +88,7 @@ class FileIndex(CodeIndex):
         return made_of(self._directory)
 
     def set_made_of(self, made_of: Mapping[str, Any]) -> None:
-        with write_aside(self._directory / _MADE_OF) as aside:
-            aside.write_text(json_text(made_of))
+        _write_made_of(self._directory, made_of)
 
     def snapshot(self, directory: str | Path) -> None:
         target = Path(directory)
@@ -97,6 +96,8 @@ class FileIndex(CodeIndex):
             raise FileExistsError(f"{target} exists already; give a snapshot a new directory")
         with self._lock:
             self._opened().copy_to(target)
+            if (source := made_of(self._directory)) is not None:
+                _write_made_of(target, source)
 
     def info(self) -> dict[str, Any]:
         with self._lock:
@@ -188,6 +189,11 @@ def _open_store(directory: Path, bits: int | None, engine: str, create: bool, wa
             raise ValueError(f"there is no index in {directory}; a new one needs the number of bits")
         create_store(directory, bits, engine)
     return Store(directory, wait)
+
+
+def _write_made_of(directory: Path, made_of: Mapping[str, Any]) -> None:
+    with write_aside(directory / _MADE_OF) as aside:
+        aside.write_text(json_text(made_of))
 
 
 def made_of(directory: Path) -> Any:

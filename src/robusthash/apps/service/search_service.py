@@ -166,8 +166,10 @@ class SearchService:
         """The nearest items of a packed code, with the fields of their payload that may be shown.
 
         Raises:
-            ValueError: a filter by a key that no item has.
+            ValueError: a filter by a key that no item has, or by paths of the server's disk.
         """
+        if hidden := set(where or ()) & set(_PATHS):
+            raise ValueError(f"where: items are not filtered by {', '.join(sorted(hidden))}")
         with self.index() as index:
             rows = self._rows(index, self._codes(code[None]), k, where)
         if self.settings.answer == "coarse":  # the order within a step would tell what the step hides
