@@ -122,7 +122,7 @@ class MilvusServer(Server):
         (home / "etcd.yaml").write_text("\n".join(lines) + "\n")
 
     def url(self, collection: str = "") -> str:
-        return f"milvus://127.0.0.1:{self.port}/{collection or f'index_{next(_NUMBERS)}'}"
+        return f"milvus://127.0.0.1:{self.port}/{collection or f'index_{next(_NUMBERS)}'}?timeout=10"
 
     def start(self) -> None:
         ports = [str(self.port), str(self.web), str(self.etcd)]
@@ -152,6 +152,10 @@ def run_milvus(home: Path, port: int, web: int, etcd: int) -> None:
             config.set(item, free_port())
     server.listen_port = port
     config.set("proxy.timeTickInterval", 20)
+    config.set("common.session.ttl", 5)  # seconds that a restart waits for the session of the killed server
+    config.set("grpc.client.maxBackoff", 1.0)
+    config.set("queryCoord.checkInterval", 100)  # ms between looks at what is to be loaded
+    config.set("queryCoord.distPullInterval", 50)
     config.resolve()
     config.set("proxy_port", port)  # after a kill the package would take another, because of old connections
     config.write_config()

@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
-from index_servers import PASSWORD, PostgresServer, Server, free_port, running
+from index_servers import PASSWORD, PostgresServer, Server, free_port
 
 from robusthash.core import hamming
 from robusthash.core.types import Codes
@@ -41,15 +40,6 @@ with open_index(url, 32) as index:
 @pytest.fixture(params=KINDS)
 def server(request: pytest.FixtureRequest) -> Server:
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(params=KINDS)
-def mortal(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server that the test may kill."""
-    if not request.config.getoption("--servers"):
-        pytest.skip(f"needs a {request.param} server: make test-servers")
-    with running(request.param) as one:
-        yield one
 
 
 def codes(count: int, seed: int = 0, bits: int = 32, origin: str = "") -> Codes:
@@ -102,34 +92,6 @@ def test_what_was_acknowledged_survives_kills_of_a_client(server: Server) -> Non
     process.kill()
     process.wait()
     assert len(seen) >= 7
-    check(url, {0: seen})
-
-
-def test_what_was_acknowledged_survives_a_kill_of_the_server(mortal: Server) -> None:
-    url = mortal.url()
-    with open_index(url, 32) as index:
-        index.add(codes(20, 7), keys=[f"own/{at}" for at in range(20)])
-        process = client(url, 0)
-        seen = acknowledged(process, 4)
-        mortal.kill()
-        began = time.monotonic()
-        with pytest.raises(ConnectionError) as said:
-            index.search(codes(1), 3)
-        assert time.monotonic() - began < 60
-        assert "\n" not in str(said.value)
-        assert PASSWORD not in str(said.value)
-        out, err = process.communicate(timeout=120)
-        assert out.split()[-1] == "gone", err
-        seen += [int(line) for line in out.split()[:-1]]
-        mortal.start()
-        assert (
-            index.search(codes(20, 7), 1).distances.flatten().tolist() == [0] * 20
-        )  # the same object goes on
-        index.remove(keys=[f"own/{at}" for at in range(20)])
-    again = client(url, 0, seen[-1] + 1)  # the batch that was under way is given again, by key
-    seen += acknowledged(again, 2)
-    again.kill()
-    again.wait()
     check(url, {0: seen})
 
 
@@ -321,3 +283,34 @@ def test_a_shown_address_has_no_password() -> None:
     assert shown_address(url) == "postgresql://me@host:5432/db?collection=shop"
     assert "s3cret-word" not in repr(ServerAddress.read(url))
     assert shown_address("some/folder") == "some/folder"
+
+
+# The last test: the server that all share is killed
+
+
+def test_what_was_acknowledged_survives_a_kill_of_the_server(server: Server) -> None:
+    url = server.url()
+    with open_index(url, 32) as index:
+        index.add(codes(20, 7), keys=[f"own/{at}" for at in range(20)])
+        process = client(url, 0)
+        seen = acknowledged(process, 4)
+        server.kill()
+        began = time.monotonic()
+        with pytest.raises(ConnectionError) as said:
+            index.search(codes(1), 3)
+        assert time.monotonic() - began < 60
+        assert "\n" not in str(said.value)
+        assert PASSWORD not in str(said.value)
+        out, err = process.communicate(timeout=120)
+        assert out.split()[-1] == "gone", err
+        seen += [int(line) for line in out.split()[:-1]]
+        server.start()
+        assert index.next_id() >= 20 * (len(seen) + 1)  # else the next batch takes the ids of one of these
+        near = index.search(codes(20, 7), 1).distances.flatten()  # the same object goes on
+        assert near.tolist() == [0] * 20
+        index.remove(keys=[f"own/{at}" for at in range(20)])
+    again = client(url, 0, seen[-1] + 1)  # the batch that was under way is given again, by key
+    seen += acknowledged(again, 2)
+    again.kill()
+    again.wait()
+    check(url, {0: seen})
