@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -169,12 +171,14 @@ def test_texts_go_through_whole(server: Server) -> None:
         assert index.keys("a'b") == [keys[0]]
 
 
-def test_the_child_of_a_fork_has_a_connection_of_its_own(postgresql: Server) -> None:
-    with open_index(postgresql.empty(), 32) as index:
+def test_the_child_of_a_fork_has_a_connection_of_its_own(server: Server) -> None:
+    with open_index(server.empty(), 32) as index:
         index.add(codes(5))
         child = os.fork()
         if not child:
-            os._exit(int(index.search(codes(5), 1).distances.sum()) + (index.count() != 5))
+            with contextlib.suppress(BaseException):
+                os._exit(int(index.search(codes(5), 1).distances.sum()) + (index.count() != 5))
+            os._exit(9)
         assert os.waitpid(child, 0)[1] == 0
         assert index.search(codes(5), 1).ids.flatten().tolist() == list(range(5))
 
@@ -253,6 +257,38 @@ def test_a_wrong_password_is_not_repeated(postgresql: PostgresServer) -> None:
         open_index(postgresql.url(password="wrong-word"), 32)
     assert "wrong-word" not in str(said.value)
     assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["auth check failure, please check username and password are correct", "missing authorization in header"],
+)
+def test_a_login_that_milvus_refuses(said: str) -> None:
+    """The words of Milvus with authorisation, from a server that says nothing else."""
+    pytest.importorskip("pymilvus")
+    import grpc
+
+    class Refusing(grpc.GenericRpcHandler):
+        def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            return grpc.unary_unary_rpc_method_handler(
+                lambda request, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, said)
+            )
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers([Refusing()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with pytest.raises(PermissionError, match=r"refuses the user.*check name and password") as error:
+        open_index(f"milvus://me:{PASSWORD}@127.0.0.1:{port}/x", 32)
+    server.stop(None)
+    assert PASSWORD not in str(error.value)
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "soon", "1e9", "2.5"])
+def test_a_timeout_is_whole_seconds(timeout: str) -> None:
+    pytest.importorskip("pymilvus")
+    with pytest.raises(ValueError, match=f"timeout is whole seconds from 1 to 9999, got '{timeout}'"):
+        open_index(f"milvus://127.0.0.1:1/x?timeout={timeout}", 32)
 
 
 @pytest.mark.parametrize(

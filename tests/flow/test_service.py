@@ -277,6 +277,26 @@ def test_errors_nobody_expected_are_not_shown(parts, index: Path, monkeypatch, c
     assert "secret" in caplog.text
 
 
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError])
+def test_an_index_that_does_not_answer_is_no_fault_of_the_service(parts, index, monkeypatch, error) -> None:
+    class Down:
+        """An index on a server that is down, or where another writes all the time."""
+
+        def __getattr__(self, name: str) -> Any:
+            raise error("milvus://me@db.example:19530/shoes does not answer")
+
+    with serving(parts, index) as client:
+        service, content = client.app.state.working.service, (parts[1] / "03.png").read_bytes()
+        monkeypatch.setattr(service, "_index", Down())
+        answers = [search(client, content), add(client, content), client.get("/v1/items/1")]
+        answers += [client.delete("/v1/items/1"), client.get("/v1/info")]
+        for answer in answers:
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            assert answer.json() == {"error": "the index does not answer; try again later"}
+        monkeypatch.undo()
+        assert found(client, content)[0] == (3, 0)
+
+
 # --- tokens and hosts
 
 

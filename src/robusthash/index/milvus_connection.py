@@ -20,7 +20,13 @@ except ImportError as error:
     ) from error
 
 _CONNECT, _ANSWER = 10.0, 30.0  # seconds, at most; ``timeout`` in the address is instead of the second
-_REFUSED = ("auth check failure", "unauthenticated", "permission deny", "incorrect password")
+_REFUSED = (
+    "auth check failure",
+    "missing authorization",
+    "unauthenticated",
+    "permission deny",
+    "incorrect password",
+)
 _STARTING = ("not loaded", "not fully loaded", "no available", "recovering", "not ready")  # after a restart
 _OTHER = (
     "schema",
@@ -47,14 +53,15 @@ class MilvusConnection:
         """The answer of a method of the client.
 
         Raises:
-            ConnectionError: no answer within the timeout.
+            ConnectionError: no answer within the timeout of the address, or of ``options``.
             PermissionError: the server refuses the user.
             ValueError: the server refuses what it was given.
         """
-        end = time.monotonic() + self._timeout
+        options = {"timeout": self._timeout, **options}
+        end = time.monotonic() + options["timeout"]
         while True:
             try:
-                return getattr(self._connected(), method)(*arguments, timeout=self._timeout, **options)
+                return getattr(self._connected(), method)(*arguments, **options)
             except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
                 if not any(words in str(error) for words in _STARTING) or time.monotonic() > end:
                     raise self._error(error) from None
@@ -86,7 +93,9 @@ class MilvusConnection:
         return self._client
 
     def _error(self, error: Exception) -> Exception:
-        said = self.address.without_secrets(getattr(error, "message", "") or error)
+        cause = error.__cause__  # which the client leaves out of what it says of a failed connection
+        details = cause.details() if isinstance(cause, grpc.Call) else ""
+        said = self.address.without_secrets(details or getattr(error, "message", "") or error)
         low = said.lower()
         if any(words in low for words in _REFUSED):
             return PermissionError(f"{self.address} refuses the user ({said:.200}); check name and password")

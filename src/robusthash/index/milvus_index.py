@@ -22,6 +22,7 @@ _TEXT = 65_535  # bytes of a text, of Milvus
 _TERMS = 4_096  # members of an array, of Milvus
 _ROWS, _BYTES = 5_000, 4 << 20  # of one write: more are several
 _LAST_ID = 2**63 - 2  # the one after it no filter of Milvus finds
+_LOADING = 60.0  # seconds
 _PAGE = 10_000  # rows that are read together
 _LISTS, _PROBES = 128, 16  # of bin-ivf-flat, in each segment
 _SAVES_AT_ONCE = (2, 3, 6)  # until then Milvus wrote to disk the properties as they were before a change
@@ -66,7 +67,7 @@ class MilvusIndex(ServerIndex):
             )
         if "code" not in call("list_indexes", name):  # its maker was killed in the middle
             self._make_search(made_with)
-        call("load_collection", name)
+        call("load_collection", name, timeout=_LOADING)  # that of the address is for answers
         return made_with
 
     def _make(self, bits: int, engine: str) -> None:

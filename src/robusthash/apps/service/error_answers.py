@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from robusthash.apps.service.guard import Refused
 from robusthash.apps.service.search_service import NoItem, UnwantedFormat
 from robusthash.core.damaged_files import shortened
 from robusthash.data.image_files import ImageTooLarge, UnreadableImage
+
+_RETRY = 5  # seconds after which a client may ask an index again that did not answer
 
 
 def answer_errors(app: FastAPI) -> None:
@@ -34,6 +37,10 @@ def answer_errors(app: FastAPI) -> None:
         where = ".".join(str(part) for part in first["loc"][1:])
         return Refused(422, f"{where}: {first['msg']}").response()
 
+    async def unreachable(request: Request, error: Any) -> JSONResponse:
+        logging.getLogger("robusthash.service").error("the index: %s", shortened(str(error), 1000))
+        return Refused(503, "the index does not answer; try again later", _RETRY).response()
+
     async def http(request: Request, error: Any) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code)
 
@@ -44,6 +51,8 @@ def answer_errors(app: FastAPI) -> None:
         (ValueError, 422),
     ):
         app.add_exception_handler(kind, answer(status))
+    app.add_exception_handler(ConnectionError, unreachable)  # its server is down
+    app.add_exception_handler(TimeoutError, unreachable)  # others write to it all the time
     app.add_exception_handler(NoItem, missing)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, http)
