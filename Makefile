@@ -20,11 +20,13 @@ demo:
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Starts PostgreSQL with pgvector and Milvus (packages, no containers), tests all indexes on them, ends them.
+# Starts PostgreSQL with pgvector and Milvus (packages, no containers), tests the indexes in them, ends them.
+# What needs no server is in "make test".
 test-servers: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev-index]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --servers tests/contract/test_index.py \
-	  tests/contract/test_index_servers.py tests/unit/test_index_keys.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --servers -k "servers or scan or hnsw or bin" \
+	  tests/contract/test_index.py tests/unit/test_index_keys.py tests/flow/test_search_on_servers.py \
+	  tests/contract/test_index_servers.py
 
 check: setup
 	$(BIN)/ruff check src tests benchmarks docs

@@ -47,9 +47,16 @@ def postgresql(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def milvus(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A Milvus server."""
+def milvus_of_all(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A Milvus server that all tests share."""
     yield from _server("milvus", request)
+
+
+@pytest.fixture
+def milvus(milvus_of_all: Server) -> Iterator[Server]:
+    """A Milvus server, which forgets the collections of a test when that ends."""
+    yield milvus_of_all
+    milvus_of_all.tidy()
 
 
 @pytest.fixture(autouse=True, scope="session")

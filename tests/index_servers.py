@@ -14,11 +14,18 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pymilvus import MilvusClient
 
 PASSWORD = "s3cret-word"
 _NUMBERS = itertools.count()
+_AT_ONCE = 6
 
 
 def free_port() -> int:
@@ -38,6 +45,13 @@ class Server:
         """The address of a collection; of a new one where none is named."""
         raise NotImplementedError
 
+    def empty(self, bits: int = 32, engine: str | None = None) -> str:
+        """The address of an index that holds nothing; it may have been made before."""
+        return self.url()
+
+    def tidy(self) -> None:
+        """Remove what a test has left and would slow the next ones down."""
+
     def start(self) -> None:
         raise NotImplementedError
 
@@ -48,12 +62,9 @@ class Server:
         self.process.wait()
 
     def stop(self) -> None:
+        """End the server and remove what it holds, which needs no orderly end."""
         if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.kill()
+            self.kill()
         shutil.rmtree(self.home, ignore_errors=True)
 
     def _run(self, command: list[str], **options: object) -> None:
@@ -120,9 +131,39 @@ class MilvusServer(Server):
         lines += [f"initial-advertise-peer-urls: http://127.0.0.1:{peers}"]
         lines += [f"initial-cluster: default=http://127.0.0.1:{peers}"]
         (home / "etcd.yaml").write_text("\n".join(lines) + "\n")
+        self._made = defaultdict[tuple[int, str | None], list[str]](list)
+        self._given: list[str] = []
 
     def url(self, collection: str = "") -> str:
-        return f"milvus://127.0.0.1:{self.port}/{collection or f'index_{next(_NUMBERS)}'}"
+        name = collection or f"index_{next(_NUMBERS)}"
+        self._given.append(name)
+        return f"milvus://127.0.0.1:{self.port}/{name}?timeout=10"
+
+    def empty(self, bits: int = 32, engine: str | None = None) -> str:
+        """Milvus takes three seconds to load a collection, and loads several at once in the same time."""
+        from robusthash.index import open_index
+
+        ready = self._made[bits, engine]
+        if not ready:
+            before = self._given.copy()
+            urls = [self.url() for _ in range(_AT_ONCE)]
+            with ThreadPoolExecutor(_AT_ONCE) as threads:
+                for index in threads.map(lambda url: open_index(url, bits, engine), urls):
+                    index.close()
+            ready += urls
+            self._given[:] = before
+        url = ready.pop()
+        self._given.append(url.partition("?")[0].rpartition("/")[2])
+        return url
+
+    def tidy(self) -> None:
+        """A loaded collection costs time at every tick, and at a restart."""
+        if self._given:
+            client = self._client()
+            for name in self._given:
+                client.drop_collection(name)  # no error where there is none
+            client.close()
+            self._given.clear()
 
     def start(self) -> None:
         ports = [str(self.port), str(self.web), str(self.etcd)]
@@ -131,10 +172,13 @@ class MilvusServer(Server):
         self._wait_for(lambda: b"OK" in urllib.request.urlopen(health, timeout=2).read())
         self._wait_for(self._answers)  # health comes before the door is open
 
-    def _answers(self) -> bool:
+    def _client(self) -> MilvusClient:
         from pymilvus import MilvusClient
 
-        client = MilvusClient(f"http://127.0.0.1:{self.port}", timeout=5, dedicated=True)
+        return MilvusClient(f"http://127.0.0.1:{self.port}", timeout=5, dedicated=True)
+
+    def _answers(self) -> bool:
+        client = self._client()
         client.list_collections()
         client.close()
         return True
@@ -152,6 +196,8 @@ def run_milvus(home: Path, port: int, web: int, etcd: int) -> None:
             config.set(item, free_port())
     server.listen_port = port
     config.set("proxy.timeTickInterval", 20)
+    config.set("common.session.ttl", 5)  # seconds that a restart waits for the session of the killed server
+    config.set("grpc.client.maxBackoff", 1.0)
     config.resolve()
     config.set("proxy_port", port)  # after a kill the package would take another, because of old connections
     config.write_config()

@@ -112,19 +112,6 @@ def test_a_search_is_repeated_where_an_item_was_removed_meanwhile(
     assert found(client, picture(3)) == [hit for hit in before if hit[0] != 3]
 
 
-@pytest.mark.parametrize("error", [ConnectionError, TimeoutError])
-def test_an_index_that_is_gone_is_no_fault_of_the_request(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-) -> None:
-    def gone(*_: Any) -> Any:
-        raise error("postgresql://user@db/secret does not answer")
-
-    monkeypatch.setattr(FileIndex, "search", gone)
-    answer = search(client, picture(3))
-    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-    assert "secret" not in answer.text
-
-
 def test_a_snapshot_is_served_as_the_index_is(parts, index: Path, tmp_path: Path) -> None:
     with rh.open_index(f"file:{index}") as held:
         held.snapshot(tmp_path / "copy")
@@ -334,6 +321,26 @@ def test_errors_nobody_expected_are_not_shown(parts, index: Path, monkeypatch, c
     assert "secret" not in answer.text
     assert answer.headers["x-request-id"] in answer.json()["error"]
     assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError])
+def test_an_index_that_does_not_answer_is_no_fault_of_the_service(parts, index, monkeypatch, error) -> None:
+    class Down:
+        """An index on a server that is down, or where another writes all the time."""
+
+        def __getattr__(self, name: str) -> Any:
+            raise error("milvus://me@db.example:19530/shoes does not answer")
+
+    with serving(parts, index) as client:
+        service, content = client.app.state.working.service, (parts[1] / "03.png").read_bytes()
+        monkeypatch.setattr(service, "_index", Down())
+        answers = [search(client, content), add(client, content), client.get("/v1/items/1")]
+        answers += [client.delete("/v1/items/1"), client.get("/v1/info")]
+        for answer in answers:
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            assert answer.json() == {"error": "the index does not answer; try again later"}
+        monkeypatch.undo()
+        assert found(client, content)[0] == (3, 0)
 
 
 # --- tokens and hosts

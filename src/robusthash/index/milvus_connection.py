@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from typing import Any
 
@@ -18,8 +19,14 @@ except ImportError as error:
         f"an index in Milvus needs its client ({error}): pip install 'robusthash[milvus]'"
     ) from error
 
-_CONNECT, _ANSWER = 10.0, 30.0  # seconds
-_REFUSED = ("auth check failure", "unauthenticated", "permission deny", "incorrect password")
+_CONNECT, _ANSWER = 10.0, 30.0  # seconds, at most; ``timeout`` in the address is instead of the second
+_REFUSED = (
+    "auth check failure",
+    "missing authorization",
+    "unauthenticated",
+    "permission deny",
+    "incorrect password",
+)
 _STARTING = ("not loaded", "not fully loaded", "no available", "recovering", "not ready")  # after a restart
 _OTHER = (
     "schema",
@@ -38,6 +45,7 @@ class MilvusConnection:
 
     def __init__(self, address: ServerAddress) -> None:
         self.address = address
+        self._timeout = float(address.options.get("timeout", _ANSWER))
         self._client: MilvusClient | None = None
         self._process = os.getpid()
 
@@ -45,18 +53,24 @@ class MilvusConnection:
         """The answer of a method of the client.
 
         Raises:
-            ConnectionError: no answer within 30 seconds.
+            ConnectionError: no answer within the timeout of the address, or of ``options``.
             PermissionError: the server refuses the user.
             ValueError: the server refuses what it was given.
         """
-        end = time.monotonic() + _ANSWER
+        options = {"timeout": self._timeout, **options}
+        end = time.monotonic() + options["timeout"]
         while True:
             try:
-                return getattr(self._connected(), method)(*arguments, timeout=_ANSWER, **options)
+                return getattr(self._connected(), method)(*arguments, **options)
             except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
                 if not any(words in str(error) for words in _STARTING) or time.monotonic() > end:
                     raise self._error(error) from None
             time.sleep(0.2)
+
+    def version(self) -> tuple[int, ...]:
+        """The numbers of the server's version: (2, 3, 5) of "v2.3.5-lite"."""
+        numbers = re.match(r"v?(\d+)\.(\d+)\.(\d+)", str(self.call("get_server_version")))
+        return tuple(map(int, numbers.groups())) if numbers else ()
 
     def close(self) -> None:
         """Close the connection; the parent's is left alone."""
@@ -69,13 +83,19 @@ class MilvusConnection:
             at = self.address
             scheme = "https" if at.options.get("tls") in ("true", "1") else "http"
             login = {"user": at.user, "password": at.password}
-            named = {"db_name": at.options.get("db", ""), "timeout": _CONNECT, "dedicated": True}
+            named = {
+                "db_name": at.options.get("db", ""),
+                "timeout": min(_CONNECT, self._timeout),
+                "dedicated": True,
+            }
             self._process = os.getpid()
             self._client = MilvusClient(f"{scheme}://{at.hosts}", **login, **named)
         return self._client
 
     def _error(self, error: Exception) -> Exception:
-        said = self.address.without_secrets(getattr(error, "message", "") or error)
+        cause = error.__cause__  # which the client leaves out of what it says of a failed connection
+        details = cause.details() if isinstance(cause, grpc.Call) else ""
+        said = self.address.without_secrets(details or getattr(error, "message", "") or error)
         low = said.lower()
         if any(words in low for words in _REFUSED):
             return PermissionError(f"{self.address} refuses the user ({said:.200}); check name and password")

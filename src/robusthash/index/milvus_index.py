@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, final
@@ -21,8 +22,10 @@ _TEXT = 65_535  # bytes of a text, of Milvus
 _TERMS = 4_096  # members of an array, of Milvus
 _ROWS, _BYTES = 5_000, 4 << 20  # of one write: more are several
 _LAST_ID = 2**63 - 2  # the one after it no filter of Milvus finds
+_LOADING = 60.0  # seconds
 _PAGE = 10_000  # rows that are read together
 _LISTS, _PROBES = 128, 16  # of bin-ivf-flat, in each segment
+_SAVES_AT_ONCE = (2, 3, 6)  # until then Milvus wrote to disk the properties as they were before a change
 _MARK = "robusthash."  # before the names of our settings
 
 
@@ -38,8 +41,10 @@ class MilvusIndex(ServerIndex):
     next time tick (``proxy.timeTickInterval``, 200 ms by default). Writers wait for each other by a lock in
     the server. Milvus has no transactions: a write of up to 5,000 items is one request, a larger one several,
     which readers may see in part; one that fails in the middle may be there in part, and is repaired by
-    repeating it by key. An acknowledged write survives a kill of the client; that it survives one of the
-    server is not established: a test on Milvus 2.3.5 missed a batch after ``kill -9``.
+    repeating it by key. An acknowledged write survives a kill of the client and of the server: Milvus reads
+    its log again. Before 2.3.6 a restarted Milvus had lost the last change of a collection's properties
+    (milvus-io/milvus#30144), here the next id, so that new items took the ids of acknowledged ones; with
+    those servers the properties are written twice, which keeps the first.
     """
 
     ENGINES = ("bin-flat", "bin-ivf-flat")
@@ -51,6 +56,7 @@ class MilvusIndex(ServerIndex):
 
     def _open(self, bits: int | None, engine: str | None, create: bool) -> str:
         call, name = self._server_link.call, self._server.collection
+        self._saves = 2 if self._server_link.version() < _SAVES_AT_ONCE else 1
         if not call("has_collection", name):
             self._make(self._refuse_missing(bits, create), engine or self.ENGINES[0])
         made_with = str(self._settings()["engine"])
@@ -61,7 +67,7 @@ class MilvusIndex(ServerIndex):
             )
         if "code" not in call("list_indexes", name):  # its maker was killed in the middle
             self._make_search(made_with)
-        call("load_collection", name)
+        call("load_collection", name, timeout=_LOADING)  # that of the address is for answers
         return made_with
 
     def _make(self, bits: int, engine: str) -> None:
@@ -132,7 +138,8 @@ class MilvusIndex(ServerIndex):
 
     def _set(self, settings: Mapping[str, Any]) -> None:
         marked = {f"{_MARK}{key}": json.dumps(value) for key, value in settings.items()}
-        self._server_link.call("alter_collection_properties", self._server.collection, properties=marked)
+        for _ in range(self._saves):
+            self._server_link.call("alter_collection_properties", self._server.collection, properties=marked)
 
     def _any_items(self) -> bool:
         return bool(self._query("id >= 0", ["id"], limit=1))
@@ -253,8 +260,10 @@ def _address(url: str) -> ServerAddress:
     address = ServerAddress.read(url)
     if not address.hosts or not address.path.strip("/"):
         raise ValueError(f"an index in Milvus is milvus://HOST:PORT/COLLECTION, got {address}")
-    if wrong := set(address.options) - {"tls", "db"}:
-        raise ValueError(f"a Milvus address has the options tls and db, not {', '.join(sorted(wrong))}")
+    if wrong := set(address.options) - {"tls", "db", "timeout"}:
+        raise ValueError(f"a Milvus address has the options tls, db, timeout, not {', '.join(sorted(wrong))}")
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", timeout := address.options.get("timeout", "30")):
+        raise ValueError(f"timeout is whole seconds from 1 to 9999, got {timeout!r:.60}")
     return address
 
 

@@ -17,6 +17,7 @@ from robusthash.core.damaged_files import shortened
 from robusthash.data.image_files import ImageTooLarge, UnreadableImage
 
 logger = logging.getLogger("robusthash.service")
+_RETRY = 5  # seconds after which a client may ask an index again that did not answer
 
 
 def answer_errors(app: FastAPI) -> None:
@@ -30,8 +31,8 @@ def answer_errors(app: FastAPI) -> None:
         return handle
 
     async def unanswered(request: Request, error: Any) -> JSONResponse:
-        logger.error("the index: %s", error)
-        return Refused(503, "the index does not answer now; send the request again", 1).response()
+        logger.error("the index: %s", shortened(str(error), 1000))
+        return Refused(503, "the index does not answer; try again later", _RETRY).response()
 
     async def missing(request: Request, error: Any) -> JSONResponse:
         return Refused(404, f"there is no item {error.args[0]}").response()
