@@ -150,9 +150,7 @@ class ListedImages:
         number, listed, images = 0, list[Entry](), 0
         for entry in self._entries():
             if isinstance(entry, CollectionItem):
-                if (
-                    images == self._size
-                ):  # only now, so that what is passed over at the end joins the last part
+                if images == self._size:  # only now: what is passed over at the end joins the last part
                     if number % step == first:
                         yield ListedPart(self._name(number), tuple(listed))
                     number, listed, images = number + 1, [], 0
@@ -177,6 +175,8 @@ class ListedImages:
             name, payload = described_file(row, where)
             try:
                 to_json(payload, "its payload")
+                if "\0" in name:
+                    raise ValueError("no file name holds a NUL character")
             except ValueError as error:
                 yield Skipped(name, str(error))
             else:

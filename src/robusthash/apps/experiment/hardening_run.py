@@ -82,6 +82,8 @@ def measure_hardening(
     if "detection" in parts and photographs is None:
         raise ValueError("detection is measured on ordinary traffic too; give a folder by --photographs")
     content = read_json(out) if out.exists() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{out} is no file of hardening; name another")
     content |= {"run": run.config.name, "threat": "img-linf-8"}
 
     def store(part: str, measured: Any) -> None:

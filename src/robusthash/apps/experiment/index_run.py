@@ -107,7 +107,8 @@ def build_index(
         engine: as in ``open_index``.
 
     Returns:
-        The index's info, and of a folder what became of its files, as ``add_images``.
+        The index's info, and of a folder what became of its files, as ``add_images``; of codes also
+        ``others``, the items that an earlier build added and the codes do not hold.
 
     Raises:
         ValueError: the directory holds an index of something else.
@@ -125,7 +126,8 @@ def build_index(
         index.set_made_of(source)
         if adding.codes is not None:
             added = add_codes(index, adding.codes, images, progress, run.card()["digest"])
-            return {**index.info(), **added}
+            others = index.count() - added["added"] - added["updated"]
+            return {**index.info(), **added, "others": others}
         if images is not None:
             return _add(index, run, images, progress, adding)
         if adding.payload is not None:
