@@ -2,7 +2,8 @@
 
 One million 64-bit codes from 1,000 centres, and from 10 (collapsed: each distance ties 100,000 items). The
 servers are real, of the extra ``dev-index``, and run on this machine with the client. Every exact engine must
-give the same ids and distances, bit for bit, before any time counts. ``--count`` makes it smaller.
+give the same ids and distances, bit for bit, before any time counts. ``--count``, ``--engines`` and
+``--centres`` make it smaller.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,18 @@ from robusthash.index import CodeIndex, open_index
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from index_servers import running
 
-_CENTRES = {"1,000 centres": (1000, 0.02), "10 centres, collapsed": (10, 0.0)}
+_CENTRES = {"1000": (1000, 0.02), "10": (10, 0.0)}
+_ENGINES = ("faiss", "numpy", "postgresql", "milvus")
 _K = (10, 100)
 
 
-def indexes(stack: ExitStack) -> Iterator[tuple[str, CodeIndex]]:
-    """An empty index of each exact engine."""
-    for engine in ("faiss", "numpy"):
+def index_of(engine: str, stack: ExitStack) -> CodeIndex:
+    """An empty index of an exact engine."""
+    if engine in ("faiss", "numpy"):
         home = stack.enter_context(tempfile.TemporaryDirectory())
-        yield f"file, {engine}", stack.enter_context(open_index(f"file:{home}", BITS, engine))
-    for kind in ("postgresql", "milvus"):
-        server = stack.enter_context(running(kind))
-        yield kind, stack.enter_context(open_index(server.url(), BITS))
+        return stack.enter_context(open_index(f"file:{home}", BITS, engine))
+    server = stack.enter_context(running(engine))
+    return stack.enter_context(open_index(server.url(), BITS))
 
 
 def measured(index: CodeIndex, queries: Codes, k: int, repeats: int) -> tuple[float, tuple[Any, Any]]:
@@ -52,7 +53,9 @@ def measured(index: CodeIndex, queries: Codes, k: int, repeats: int) -> tuple[fl
     return statistics.median(times), answers
 
 
-def compare(name: str, count: int, asked: int, repeats: int) -> Iterator[dict[str, Any]]:
+def compare(
+    engines: Sequence[str], name: str, count: int, asked: int, repeats: int
+) -> Iterator[dict[str, Any]]:
     """A row for each k and engine.
 
     Raises:
@@ -68,7 +71,8 @@ def compare(name: str, count: int, asked: int, repeats: int) -> Iterator[dict[st
     alone, first = faiss.IndexBinaryFlat(BITS), dict[int, Any]()
     alone.add(rows)
     with ExitStack() as stack:
-        for engine, index in indexes(stack):
+        for engine in engines:
+            index = index_of(engine, stack)
             add = seconds(lambda index=index: index.add(held))[0]
             for k in _K:
                 one, answers = measured(index, queries, k, repeats)
@@ -81,7 +85,7 @@ def compare(name: str, count: int, asked: int, repeats: int) -> Iterator[dict[st
                     for row in near.numpy()
                 ]
                 yield {
-                    "codes": name,
+                    "centres": name,
                     "count": count,
                     "k": k,
                     "engine": engine,
@@ -95,9 +99,11 @@ def compare(name: str, count: int, asked: int, repeats: int) -> Iterator[dict[st
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1_000_000)
+    parser.add_argument("--engines", nargs="+", choices=_ENGINES, default=_ENGINES)
+    parser.add_argument("--centres", nargs="+", choices=_CENTRES, default=list(_CENTRES))
     parser.add_argument("--queries", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
-    for codes in _CENTRES:
-        for row in compare(codes, given.count, given.queries, given.repeats):
+    for codes in given.centres:
+        for row in compare(given.engines, codes, given.count, given.queries, given.repeats):
             print(json.dumps(row), flush=True)
