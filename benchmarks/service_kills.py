@@ -36,11 +36,11 @@ from robusthash.client import Client, ServiceError
 K = 10
 _PAUSE = 0.05  # seconds between the requests of one client
 _NAMES = 40  # keys of a client whose items are replaced again and again
-CONFIG = {
+CONFIG = {  # enough that different pictures have different codes: among equal ones no answer is wrong
     "name": "kills",
-    "data": {"name": "synthetic", "size": 32, "train": 24, "query": 8, "database": 16},
-    "hasher": {"bits": 32, "image": {"name": "small", "width": 4}},
-    "training": {"objective": "csq", "epochs": 1, "batch_size": 12},
+    "data": {"name": "photos", "size": 32, "train": 200, "query": 20, "database": 20},
+    "hasher": {"bits": 64, "image": {"name": "small", "width": 16}},
+    "training": {"objective": "csq", "epochs": 3, "batch_size": 32},
     "runtime": {"device": "cpu"},
 }
 SETTINGS = "{rate: 0, detection: false, max_wait: 60000, queue: 1000}"
@@ -374,6 +374,7 @@ def judged(
     errors = [line["error"] for lines in journals for line in lines if "error" in line]
     asked = {line["picture"] for line in done if line["kind"] == "search"} | set(states.picture)
     checker = Checker(states, codes_of(run, sorted(asked)))
+    kinds = len(np.unique(checker.packed, axis=0))
     checker.doubled()
     for line in done:
         if line["kind"] in ("search", "item"):
@@ -385,7 +386,11 @@ def judged(
         "clients": given.clients,
         "index": given.server or "file",
     }
-    facts |= dict(Counter(line["kind"] for line in done)) | {"added": len(states.name), "held": held}
+    facts |= dict(Counter(line["kind"] for line in done)) | {
+        "added": len(states.name),
+        "held": held,
+        "codes": kinds,
+    }
     waited = max(line["time"] - line["sent"] for line in done)
     facts |= {"longest wait": round(waited, 1), "mixed": checker.mixed}
     facts |= {"errors": len(errors), "wrong": len(checker.wrong)}
