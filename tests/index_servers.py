@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PASSWORD = "s3cret-word"
 _NUMBERS = itertools.count()
-_AT_ONCE = 6
+_AT_ONCE = 8
 
 
 def free_port() -> int:
