@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from robusthash.core.types import Inputs
 from robusthash.models.hasher import Hasher, frozen
+from robusthash.models.plain_attention import plain_attention
 
 Work = Callable[[], object]
 
@@ -51,20 +51,9 @@ def size_of(hasher: Hasher, inputs: Inputs) -> Size:
     parts = [group[name] for group in groups for name in inputs if name in group]
     parameters = {id(parameter): parameter.numel() for part in parts for parameter in part.parameters()}
     counter = FlopCounterMode(display=False, custom_mapping=_more_formulas())
-    with frozen(hasher), torch.no_grad(), _plain_attention(), counter:
+    with frozen(hasher), torch.no_grad(), plain_attention(), counter:
         hasher(inputs)
     return Size(sum(parameters.values()), counter.get_total_flops() // 2)
-
-
-@contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Transformer layers as their parts; fused into one operation they would be counted as nothing."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _more_formulas() -> dict[Any, Any]:

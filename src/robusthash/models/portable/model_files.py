@@ -23,7 +23,8 @@ from torch import Tensor
 
 from robusthash.core.limited_files import parse_json
 from robusthash.core.out_of_memory import out_of_memory
-from robusthash.models.portable.portable_hasher import Pixels, PortableHasher, plain_attention
+from robusthash.models.plain_attention import plain_attention
+from robusthash.models.portable.portable_hasher import Pixels, PortableHasher
 
 SCHEMA, KEY = "robusthash.portable/1", "robusthash"
 OPSET = 17  # of ONNX, read by onnxruntime 1.12 and later

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -125,14 +123,3 @@ def _windows(before: int, after: int | None) -> Tensor:
         first, last = place * before // after, -(-(place + 1) * before // after)
         weights[place, first:last] = 1 / (last - first)
     return weights
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention as products and softmax inside: torch's fused form has no gradient, nor one in ONNX."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

@@ -52,7 +52,7 @@ class IntervalBounds:
         try:
             with torch.inference_mode(), default_dtype(torch.float64):
                 logits: Any = self.hasher({self.modality: box})[self.modality].logits
-        except (NotImplementedError, TypeError, AttributeError) as error:
+        except (TypeError, AttributeError) as error:
             layer = self._inside[-1] if self._inside else "the hasher"
             kind = type(self.hasher.get_submodule(layer)).__name__ if self._inside else "Hasher"
             remedy = "certify by smoothing, which works for any net"

@@ -71,7 +71,7 @@ def applied(name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> 
     """The bounds of a function of torch, by its name.
 
     Raises:
-        NotImplementedError: no rule for it.
+        TypeError: no rule for it.
     """
     if name in _AFFINE:
         return _AFFINE[name](*args, **kwargs)
@@ -81,7 +81,7 @@ def applied(name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> 
             for side in ("lower", "upper")
         ]
         return IntervalTensor(*ends)
-    raise NotImplementedError(f"no interval bound is known for {name!r}")
+    raise TypeError(f"no interval bound is known for {name!r}")
 
 
 _AVERAGING = ("nearest", "bilinear", "area")
@@ -96,7 +96,7 @@ def _end(value: Any, side: str) -> Any:
 
 def _known(value: Any, what: str) -> Any:
     if isinstance(value, IntervalTensor):
-        raise NotImplementedError(f"no interval bound is known for {what}")
+        raise TypeError(f"no interval bound is known for {what}")
     return value
 
 
@@ -145,7 +145,7 @@ def _batch_norm(
 ) -> IntervalTensor:
     """A fixed scale and shift of each channel, in eval mode."""
     if training or mean is None or variance is None:
-        raise NotImplementedError("no interval bound is known for batch normalisation by the batch itself")
+        raise TypeError("no interval bound is known for batch normalisation by the batch itself")
     scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
     shift = (0 if bias is None else bias) - mean * scale
     shape = (1, -1, *[1] * (x.lower.dim() - 2))
@@ -157,7 +157,7 @@ def _dropout(
 ) -> IntervalTensor:
     """The identity, in eval mode."""
     if training:
-        raise NotImplementedError("no interval bound is known for dropout that is on")
+        raise TypeError("no interval bound is known for dropout that is on")
     return x
 
 
