@@ -95,6 +95,8 @@ class HubCard:
         declared = card["hasher"].get("declared", "plain")
         kinds = {"image": f"images{size}", "text": "texts"}
         encoded = " and ".join(kinds[each] for each in card["modalities"])
+        forms = {"image": "pixels in [0, 1]", "text": "texts"}
+        taken = " and ".join(forms[each] for each in card["modalities"])
         lines = [
             f"# {self.name}",
             "",
@@ -105,8 +107,7 @@ class HubCard:
             f"| data | {_cell(self.data) or 'not said'} |",
             f"| method | {_cell(self.method) or 'not said'} |",
             f"| defense | {_cell(declared)} |",
-            f"| input | pixels in [0, 1]; normalisation{' and purifier' * ('purifiers' in card['hasher'])} "
-            "inside |",
+            f"| input | {taken}; normalisation{' and purifier' * ('purifiers' in card['hasher'])} inside |",
             f"| digest | {card['digest']} |",
             f"| licence | {self.licence} |",
         ]

@@ -88,14 +88,19 @@ def load_folder(source: str | Path, revision: str | None = None, token: str | No
     return load_exported(folder)[0]
 
 
+def check_id(repository: str) -> None:
+    """RunError where it is no id of the hub."""
+    if not _ID.fullmatch(repository):
+        raise RunError(f"an id of the hub is user/name, got {repository!r}")
+
+
 def push_folder(folder: Path, repository: str, private: bool = True, token: str | None = None) -> str:
     """Upload a folder that ``save_folder`` wrote, and nothing else that lies in it; the address.
 
     Raises:
         RunError: an id that is none, or what the hub refuses.
     """
-    if not _ID.fullmatch(repository):
-        raise RunError(f"an id of the hub is user/name, got {repository!r}")
+    check_id(repository)
     load_exported(folder)  # what is published must load
     hub, files = _hub(), [HUB.card, HUB.weights, README]
     api = hub.HfApi(token=token, library_name="robusthash")

@@ -119,7 +119,8 @@ def _check_free(folder: Path, digest_: str, overwrite: bool, names: FolderNames)
         present = "that cannot be read"
     if present != digest_:
         raise FileExistsError(
-            f"{folder} holds another model, {present}, than {digest_}; give another folder, or overwrite=True"
+            f"{folder} holds another model, {present}, than {digest_}; give another folder, or replace it: "
+            "--overwrite, in Python overwrite=True"
         )
 
 

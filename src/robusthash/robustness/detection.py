@@ -154,6 +154,14 @@ def auc(clean: Tensor, attacked: Tensor) -> float:
     return float((below + upto).double().mean() / (2 * len(clean)))
 
 
+def check_numbers(false_alarms: float, weights: Sequence[float]) -> None:
+    """Raise ValueError for numbers that ``detect`` refuses whatever the data are."""
+    if not 0.0 < false_alarms < 1.0:
+        raise ValueError(f"a false-alarm rate is a share between 0 and 1, got {false_alarms:g}")
+    if not weights or min(weights) <= 0.0:
+        raise ValueError(f"weights of the detector in the attack's loss are positive, got {list(weights)}")
+
+
 def detect(
     context: EvaluationContext,
     attacks: Sequence[tuple[str, Attack]],
@@ -178,8 +186,7 @@ def detect(
     """
     if not attacks:
         raise ValueError("no attack changes the queries of this direction; name one")
-    if not weights or min(weights) <= 0.0:
-        raise ValueError(f"weights of the detector in the attack's loss are positive, got {list(weights)}")
+    check_numbers(false_alarms, weights)
     modality, victim = context.direction[0], context.victim
     codes = _sampled(context.codes)
     queries = torch.cat([context.batch(block).inputs[modality].cpu() for block in range(context.blocks)])

@@ -170,6 +170,8 @@ def size_of(target: str | nn.Module, size: int | None) -> int:
 
 def _image_size(target: str) -> list[int]:
     card = load_exported(Path(target))[1] if _is_saved(target) else load_run(Path(target)).card()
+    if "image" not in card["modalities"]:
+        raise ValueError(f"{target} hashes {', '.join(card['modalities'])}, and an audit needs images")
     return list(card["image_size"])
 
 

@@ -66,7 +66,11 @@ def encode(
     source = _one_run(run, named_run)
     if images is not None:
         if files or workers is not None:
-            what = "--workers; a collection is decoded by --processes" if workers is not None else str(files)
+            what = (
+                "--workers; a collection is decoded by --processes"
+                if workers is not None
+                else " ".join(map(str, files or []))
+            )
             raise ValueError(f"--images names what is encoded, and does not go with {what}")
         return _encode_collection(source, images, out, given, max_pixels, as_json)
     if given:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -51,7 +52,7 @@ def reproduce(
     if listed or paper is None or entry is None:
         _show_list(reproduction.list_entries(folders, paper), as_json)
         return
-    placed = [] if data_root is None else [f"data.root={data_root}"]
+    placed = [] if data_root is None else [f"data.root={json.dumps(str(data_root), ensure_ascii=False)}"]
     sets = [*placed, *(sets or ()), *([] if device is None else [f"runtime.device={device}"])]
     if dry_run:
         options: dict[str, Any] = {"scale": scale, "seeds": seeds, "sets": sets}
@@ -67,7 +68,7 @@ def reproduce(
 
         require_matplotlib()
     with progress_bars() as progress:
-        made = reproduction.reproduce(
+        result = reproduction.reproduce(
             paper,
             entry,
             scale=scale,
@@ -79,31 +80,31 @@ def reproduce(
             stored_only=stored,
             progress=progress,
         )
-    _export(made, {markdown: made.markdown, latex: made.latex, csv: made.csv})
-    _show(made, as_json)
+    _export({markdown: result.markdown, latex: result.latex, csv: result.csv})
+    _show(result, as_json)
 
 
-def _export(made: "Reproduction", wanted: dict[Path | None, Any]) -> None:
+def _export(texts: dict[Path | None, Any]) -> None:
     from robusthash.core.atomic_files import write_aside
 
-    for path, text in wanted.items():
+    for path, text in texts.items():
         if path is not None:
             with write_aside(path) as aside:
                 aside.write_text(f"{text().strip()}\n", encoding="utf-8")
 
 
-def _show(made: "Reproduction", as_json: bool) -> None:
-    for text in made.notes:
+def _show(result: "Reproduction", as_json: bool) -> None:
+    for text in result.notes:
         note(f"passed over: {text}")
     if as_json:
-        print_json(made.plain())
+        print_json(result.plain())
     else:
-        head = f"{made.paper.name}, {made.entry.id}: {made.entry.title} ({made.scale} scale, {made.state})"
-        print_lines([head, "", made.markdown(), *made.drawn])
-    for command, error in made.failed.items():
+        title = f"{result.paper.name}, {result.entry.id}: {result.entry.title}"
+        print_lines([f"{title} ({result.scale} scale, {result.state})", "", result.markdown(), *result.drawn])
+    for command, error in result.failed.items():
         note(f"failed: {command}: {error}")
-    if made.failed:
-        raise ValueError(f"{len(made.failed)} runs failed; the same command runs them again")
+    if result.failed:
+        raise ValueError(f"{len(result.failed)} runs failed; the same command runs them again")
 
 
 def _show_list(listed: "list[Any]", as_json: bool) -> None:

@@ -81,12 +81,14 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
         return
     if not console.is_terminal:
         last = time.monotonic()
-        began: dict[str, tuple[float, int]] = {}  # by text: the time, and the steps done by then
+        began: dict[str, tuple[float, int, int]] = {}  # by text: the time, the steps done by then and now
 
         def report(done: int, total: int, text: str) -> None:
             nonlocal last
             now = time.monotonic()
-            start, before = began.setdefault(text, (now, done))
+            start, before, latest = began.get(text, (now, done, done))
+            start, before = (start, before) if done >= latest else (now, done)  # the same work once more
+            began[text] = start, before, done
             if now - last >= _SECONDS:
                 last = now
                 note(f"{text}: {_state_of_work(done, total, (done - before) / max(now - start, 1e-9))}")

@@ -22,7 +22,7 @@ from robusthash.core.limited_files import read_npz
 from robusthash.core.processes import owned_together
 from robusthash.core.runtime import Progress, silent
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.robustness.certificates.certified_map import Method, certify
+from robusthash.robustness.certificates.certified_map import Method, certify, checked_budgets
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def certify_run(
     """
     if run.kept:
         return _stored(run, method, direction, options)
+    checked_budgets(method, **options)  # before data are read and encoded
     with owned_together(run.path, "certification"):
         others = certificates(run)
         set_threads(run.config)

@@ -67,8 +67,8 @@ def fields_of(record: type) -> BeforeValidator:
     def known(settings: Any) -> Any:
         if not isinstance(settings, Mapping):
             return settings
-        annotation = annotated(record)
-        return {key: checked(value, annotation.get(key, str), key) for key, value in settings.items()}
+        annotations = annotated(record)
+        return {key: checked(value, annotations.get(key, str), key) for key, value in settings.items()}
 
     return BeforeValidator(known)
 

@@ -14,7 +14,7 @@ from robusthash.core.limited_files import read_json
 from robusthash.core.processes import owned_together
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, silent
-from robusthash.robustness.detection import WEIGHTS, detect
+from robusthash.robustness.detection import WEIGHTS, check_numbers, detect
 
 
 def file_of(run: Run, direction: str | None) -> Path:
@@ -47,6 +47,12 @@ def detection(
         if not path.is_file():
             raise RunError(f"{run.path} is a kept copy without {path.name}; give the run that it was made of")
         return read_json(path), path
+    check_numbers(false_alarms, weights)
+    if attacks is None:
+        views = attacks_of(run.config.evaluation).items()
+        plain = {name: settings for name, (view, settings) in views if view == "white-box"}
+    else:
+        plain = named_attacks(attacks)
     set_threads(run.config)
     with owned_together(run.path, "detection"):
         victim, objective = load_victim(run)
@@ -55,15 +61,6 @@ def detection(
         if queries is not None:
             context = context.some(queries)
         named: dict[str, Attack] = {}
-        plain = (
-            {
-                name: settings
-                for name, (view, settings) in attacks_of(run.config.evaluation).items()
-                if view == "white-box"
-            }
-            if attacks is None
-            else named_attacks(attacks)
-        )
         for name, settings in plain.items():
             attack: Attack = build("attack", settings, objective=objective)
             if context.direction[0] in attack.threat.balls:

@@ -14,15 +14,16 @@ from robusthash.apps.experiment.run_directory import RunError, load_run
 from robusthash.apps.experiment.search_model import SearchModel, load
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack, unpack
+from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.data.copies import trained_for_copies
 from robusthash.data.image_files import read_image
 from robusthash.data.photos import PHOTOGRAPHS, photograph_path
 from robusthash.metrics.results import EvalResult, headline_of, software_versions
 from robusthash.models.encoding import encode_signs
-from robusthash.models.hasher import Hasher
+from robusthash.models.hasher import Hasher, frozen
 from robusthash.models.hub_card import HubCard, HubScore
-from robusthash.models.hub_folder import push_folder
+from robusthash.models.hub_folder import check_id, push_folder
 from robusthash.models.portable.model_files import (
     FileFacts,
     WrittenModel,
@@ -31,6 +32,7 @@ from robusthash.models.portable.model_files import (
     write_model,
 )
 from robusthash.models.portable.portable_hasher import Pixels, PortableHasher
+from robusthash.models.saved_hasher import names_in
 
 Format = Literal["onnx", "torchscript", "torch"]
 SUFFIXES: Mapping[Format, str] = {"onnx": ".onnx", "torchscript": ".pt", "torch": ""}
@@ -66,6 +68,17 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.push is not None and self.to != "torch":
             raise ValueError("the hub takes a folder: say --to torch with --push")
+        if self.push is not None:
+            check_id(self.push)
+        given = [
+            name
+            for name in ("modality", "side", "pixels")
+            if getattr(self, name) != getattr(ExportOptions, name)
+        ]
+        if given and self.to == "torch":
+            raise ValueError(
+                f"a folder holds the whole model: leave --{given[0]} out, or write a file by --to onnx"
+            )
 
 
 def export(
@@ -106,6 +119,8 @@ def export(
         raise ValueError(f"--to {settings.to} writes a file that ends in {suffix}, got {path}")
     if path.exists() and not settings.overwrite:
         raise FileExistsError(f"{path} is there already; give another --out, or --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     hasher, inputs = _part(model, settings)
     net = PortableHasher(hasher, settings.modality, settings.pixels)
     progress(0, 2, "writing")
@@ -160,8 +175,8 @@ def _part(model: SearchModel, options: ExportOptions) -> tuple[Hasher, Tensor]:
 def _facts(
     model: SearchModel, hasher: Hasher, about: HubCard, options: ExportOptions, inputs: Tensor
 ) -> FileFacts:
-    with torch.no_grad():
-        few = _as_floats(inputs[:2])
+    with frozen(hasher), torch.no_grad():
+        few = _as_floats(inputs[:2]).to(hasher.device)
         scale = float(hasher({options.modality: few})[options.modality].scale)
     texts = model.texts if options.modality == "text" else None
     return FileFacts(
@@ -238,7 +253,9 @@ def about_of(source: str | Path, licence: str = "unknown") -> HubCard:
     """The facts of the model card of a run; of other sources the name alone."""
     folder = Path(source)
     if not (folder / "config.yaml").is_file():
-        return HubCard(name=folder.name, licence=licence)
+        names = names_in(folder)
+        copies = None if names is None else read_json(folder / names.card).get("finds_copies")
+        return HubCard(name=folder.resolve().name, licence=licence, finds_copies=copies)
     run = load_run(folder)
     data = run.config.data if isinstance(run.config.data, dict) else {"name": run.config.data}
     training = run.config.training

@@ -12,8 +12,10 @@ def hardening_tables(content: dict[str, Any], parts: Collection[str]) -> str:
     """The tables of these parts, where a file has them.
 
     Raises:
-        ValueError: content of another shape.
+        ValueError: content of another shape, or an unknown part.
     """
+    if unknown := set(parts) - set(_TABLES):
+        raise ValueError(f"parts are {', '.join(_TABLES)}, not {', '.join(sorted(unknown))}")
     try:
         subject = f"{content['run']}, {content['threat']}"
         return "\n\n".join(

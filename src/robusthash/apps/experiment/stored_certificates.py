@@ -80,9 +80,9 @@ def certified_intervals(runs: Sequence[Run], setting: Setting) -> dict[str, tupl
     return {name: _mean([each[name] for each in held]) for name in shared}
 
 
-def certified_text(found: Mapping[str, tuple[float, float | None]]) -> str:
+def certified_text(intervals: Mapping[str, tuple[float, float | None]]) -> str:
     """Intervals in a line: ``smoothing 0.25, l2 0.5: 0.412 to 0.655; ...``; a dash where there is none."""
-    return "; ".join(f"{name}: {interval_text(*values)}" for name, values in found.items()) or "-"
+    return "; ".join(f"{name}: {interval_text(*values)}" for name, values in intervals.items()) or "-"
 
 
 def _mean(values: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:

@@ -298,7 +298,7 @@ def _read(body: Any, url: str) -> Answer:
 
 def _of_service(body: Any) -> Any:
     """An answer of ``robusthash serve`` as a code or as ids; any other as it is."""
-    rows = body.get("results") if isinstance(body, dict) else None
+    rows = body.get("results") if isinstance(body, dict) and "ids" not in body else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
         return body
     if "code" in body:

@@ -134,12 +134,12 @@ def _resized(luma: Tensor, height: int, width: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _lanczos(size: int, width: int) -> Tensor:
-    """(wanted, size) weights of Pillow's antialiased Lanczos resampling."""
-    scale = size / width
+def _lanczos(size: int, length: int) -> Tensor:
+    """(length, size) weights of Pillow's antialiased Lanczos resampling."""
+    scale = size / length
     stretch = max(scale, 1.0)
     reach = _LANCZOS_TAPS * stretch
-    centers = (torch.arange(width, dtype=torch.float64) + 0.5) * scale
+    centers = (torch.arange(length, dtype=torch.float64) + 0.5) * scale
     places = torch.arange(size, dtype=torch.float64) + 0.5
     offsets = (places[None] - centers[:, None]) / stretch
     weights = torch.sinc(offsets) * torch.sinc(offsets / _LANCZOS_TAPS)

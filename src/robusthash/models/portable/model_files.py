@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -238,13 +239,17 @@ def facts_in(path: Path) -> FileFacts | None:
         return _facts_of_onnx(path)
     if not zipfile.is_zipfile(path):
         return None
-    with zipfile.ZipFile(path) as archive:
-        members = [each for each in archive.infolist() if each.filename.endswith(f"/extra/{_MEMBER}")]
-        if not members:
-            return None
-        if members[0].file_size > 64 << 20:
-            raise ValueError(f"{path} holds facts of {members[0].file_size} bytes; export it again")
-        return FileFacts.read(archive.read(members[0]), str(path))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [each for each in archive.infolist() if each.filename.endswith(f"/extra/{_MEMBER}")]
+            if not members:
+                return None
+            if members[0].file_size > 64 << 20:
+                raise ValueError(f"{path} holds facts of {members[0].file_size} bytes; export it again")
+            text = archive.read(members[0])
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is a damaged TorchScript file ({error}); save it again") from None
+    return FileFacts.read(text, str(path))
 
 
 def _facts_of_onnx(path: Path) -> FileFacts | None:

@@ -35,7 +35,7 @@ class PortableHasher(nn.Module):
         parts = copy.deepcopy(hasher).cpu().eval().requires_grad_(False)
         self.encoder, self.head = parts.encoders[modality], parts.heads[modality]
         self.purifier = dict(parts.purifiers).get(modality)
-        self.bits, self.whole = hasher.bits, modality == "image" and pixels == "uint8"
+        self.bits, self.from_bytes = hasher.bits, modality == "image" and pixels == "uint8"
         self.register_buffer("places", 2.0 ** torch.arange(7, -1, -1))
         for module in list(self.encoder.modules()):
             for name, child in module.named_children():
@@ -50,7 +50,7 @@ class PortableHasher(nn.Module):
         return HashOutput(logits, code, features, aux, scale)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        if self.whole:
+        if self.from_bytes:
             inputs = inputs.to(self.places.dtype) / 255
         if self.purifier is not None:
             inputs, _ = self.purifier(inputs, self._hash)

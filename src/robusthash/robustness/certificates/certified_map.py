@@ -113,7 +113,7 @@ def certify(
         ValueError: queries that are no images, a search without bits, a layer without interval bounds, or
             numbers out of range.
     """
-    budgets = _checked(method, sigma, samples, alpha, RADII.get(method, ()) if radii is None else radii)
+    budgets = checked_budgets(method, sigma, samples, alpha, radii)
     context = context if queries is None else context.some(queries)
     size = context.encoded_by or encoding_batch(context.batch_size)
     context = replace(context, batch_size=BLOCK, encoded_by=size)
@@ -155,9 +155,16 @@ def certify(
     )
 
 
-def _checked(
-    method: str, sigma: float, samples: int, alpha: float, radii: Sequence[float]
+def checked_budgets(
+    method: Method,
+    sigma: float = 0.25,
+    samples: int = 1000,
+    alpha: float = 0.001,
+    radii: Sequence[float] | None = None,
+    **others: Any,
 ) -> tuple[float, ...]:
+    """The budgets of ``certify``, rising; a ValueError where one of its numbers is out of range."""
+    radii = RADII.get(method, ()) if radii is None else radii
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
     if not 0 < sigma < math.inf:
