@@ -60,6 +60,7 @@ class Detection:
     headline: str
     clean: float
     attacks: tuple[DetectedAttack, ...]
+    weights: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
 
     def plain(self) -> dict[str, Any]:
@@ -226,6 +227,7 @@ def detect(
         headline=context.protocol.headline,
         clean=score_clean(context).values[context.protocol.headline],
         attacks=tuple(rows),
+        weights=tuple(weights),
         notes=tuple(notes),
     )
 

@@ -217,7 +217,8 @@ class HashingRecipe(Recipe):
     def _noisy(self, batch: Batch, moment: Moment) -> Tensor:
         """The images under noise of this step, in the order of the batch; not cut to [0, 1]."""
         images = batch.inputs["image"]
-        generator = moment.draws.within("noise", moment.progress).generator()
+        # progress stands still over batches that make one step, so the items tell them apart
+        generator = moment.draws.within("noise", moment.progress, int(batch.ids[0])).generator()
         return images + self.noise * torch.randn(images.shape, generator=generator).to(images)
 
     def critic_step(self, outputs: Outputs, batch: Batch) -> Iterator[tuple[str, LossTerms]]:

@@ -67,5 +67,6 @@ def detection(
                 named[name] = attack
         result = detect(context, list(named.items()), false_alarms, weights, progress).plain()
         result |= {"recipe": run.config.name, "model": run.card()["digest"]}
+        result["settings"] = {name: attack.settings() for name, attack in named.items()}
         write_json(path, result)
     return result, path

@@ -84,6 +84,8 @@ def measure_hardening(
     content = read_json(out) if out.exists() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{out} is no file of hardening; name another")
+    if content.get("run", run.config.name) != run.config.name:
+        raise ValueError(f"{out} holds parts of the run {content['run']!r}; name another file")
     content |= {"run": run.config.name, "threat": "img-linf-8"}
 
     def store(part: str, measured: Any) -> None:
@@ -101,11 +103,8 @@ def measure_hardening(
     set_threads(run.config)
     data = read_data(run.config, progress)
     context = context_of(run, load_hasher(run), data, progress, whole=True).some(queries)
-    content["clean"] = float(_ap(context, context.query_codes.signs()).mean())
     if "learned" in parts:
         store("learned", _learned(context, budgets, progress))
-    if unknown := set(parts) - set(PARTS):
-        raise ValueError(f"parts are {', '.join(PARTS)}, not {', '.join(sorted(unknown))}")
     if "detection" in parts and photographs is not None:
         store("detection", _detection(context, photographs, budgets, progress))
     if "agreement" in parts:

@@ -222,6 +222,8 @@ def compare_sides(comparison: Comparison, recipes: Recipes, stored: Stored) -> F
     ]
     values = torch.stack(gaps)
     values = values[:, values.isfinite().all(0)]
+    if values.shape[1] == 0:
+        return Finding(comparison.what, None, None, "a side lacks the measure", comparison.at)
     cell = Cell(float(values.mean()), _interval(values), len(common), signed=True)
     wanted = f" (wanted {comparison.relation} by {comparison.by})" if comparison.by > 0 else ""
     return Finding(comparison.what, cell, _holds(comparison, cell), "", comparison.at, wanted)
@@ -245,16 +247,18 @@ def _holds(comparison: Comparison, cell: Cell) -> bool | None:
 def _of_side(side: Side, recipes: Recipes, stored: Stored) -> dict[int, Tensor]:
     """Values by training seed: of each query, or one number where a measure has none of them."""
     _, config = recipes.config(side.recipe, tuple(side.set))
-    found: dict[int, Tensor] = {}
-    for run in stored.seeds(config, ()):
+    by_seed: dict[int, Tensor] = {}
+    for run in stored.of_model(config):
+        if _seed(run) in by_seed:
+            continue
         results = stored.results(run)
         try:
             columns = {parse_column(text, results): weight for text, weight in side.columns.items()}
         except ValueError:  # this run was not attacked so
             continue
         parts = [weight * _values(results[column.result], column) for column, weight in columns.items()]
-        found[_seed(run)] = sum(parts[1:], parts[0])
-    return found
+        by_seed[_seed(run)] = sum(parts[1:], parts[0])
+    return by_seed
 
 
 def _seed(run: Run) -> int:

@@ -85,13 +85,10 @@ class Stored:
                 return run
         return None
 
-    def seeds(self, config: Config, names: Iterable[str]) -> list[Run]:
-        """Every run of the config's model with these results, by seed."""
-        identity, wanted = identity_of(config), {*names}
-        seeds = sorted(seed for found, seed in self._runs if found == identity)
-        candidates = [self._runs[identity, seed] for seed in seeds]
-        having = [[run for run in runs if wanted <= self.results(run).keys()] for runs in candidates]
-        return [runs[0] for runs in having if runs]
+    def of_model(self, config: Config) -> list[Run]:
+        """Every run of the config's model, by seed, then in the order of the folders."""
+        identity = identity_of(config)
+        return [run for key in sorted(self._runs) if key[0] == identity for run in self._runs[key]]
 
     def results(self, run: Run) -> dict[str, Any]:
         """Results of ``evaluate`` and ``assess`` by name; none where they cannot be read."""
@@ -208,8 +205,14 @@ def make_plan(
 
     Raises:
         ConfigError: a recipe that is missing, or an override that it does not take.
-        ValueError: a column of a result that no row has, or two rows that are one model.
+        ValueError: a column of a result that no row has, two rows that are one model, or another evaluation
+            without a name of its own.
     """
+    named = any(text.startswith("name=") for text in sets)
+    if any(text.startswith("evaluation") for text in sets) and not named:
+        raise ValueError(
+            "stored runs are found by name and model: with --set evaluation... give --set name=..."
+        )
     blocks, titles = spec.expanded(), spec.columns or entry.columns
     numbers = range(spec.seeds if seeds is None else seeds)
     runs: list[Planned] = []

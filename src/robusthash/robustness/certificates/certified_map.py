@@ -128,7 +128,8 @@ def certify(
     clean = _ap(context, model.signs)
     free = {radius: model.free(radius) for radius in budgets}
     columns = {
-        f"certified {radius:g}": ap for radius, ap in _least(context, model.signs, free, progress).items()
+        f"certified {radius:g}": torch.where(clean.isnan(), clean, ap)  # queries that the protocol leaves out
+        for radius, ap in _least(context, model.signs, free, progress).items()
     }
     names: tuple[str, ...] = ()
     if attacks is not None:
