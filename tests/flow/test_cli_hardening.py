@@ -78,3 +78,21 @@ def test_refusals(call, trained, tmp_path) -> None:
         code, _, err = call("hardening", source, *options)
         assert code == 1
         assert message in " ".join(err.split())
+
+
+@pytest.mark.parametrize("content", ["[]", '{"run": "another"}'])
+def test_a_file_of_something_else_is_left_alone(call, trained, tmp_path, content) -> None:
+    out = tmp_path / "other.json"
+    out.write_text(content)
+    code, _, err = call("hardening", trained, "--parts", "agreement", "--queries", 2, "--out", out)
+    assert code == 1
+    assert "name another" in err
+    assert out.read_text() == content
+
+
+def test_an_unknown_part_of_a_file_is_refused(call, tmp_path) -> None:
+    file = tmp_path / "of.json"
+    file.write_text('{"run": "tiny", "threat": "img-linf-8", "queries": {}}')
+    code, _, err = call("hardening", file, "--parts", "nope")
+    assert code == 1
+    assert "parts are" in err

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 import robusthash as rh
+from robusthash.core.runtime import Draws
+from robusthash.core.types import Batch
 from robusthash.data.base import RetrievalData
 from robusthash.evaluation import EvaluationContext
 from robusthash.models.hasher import Hasher
 from robusthash.models.heads import MLPHead
 from robusthash.robustness.certificates.certified_map import Certificate
 from robusthash.robustness.certificates.interval_bounds import IntervalBounds
+from robusthash.training.recipe import Moment
 from tests.helpers import jolted, small_hasher, train_config
 
 QUICK: dict[str, Any] = {"samples": 200, "queries": 6}
@@ -175,3 +178,13 @@ def test_a_stopped_call_goes_on_and_gives_the_same(tmp_path: Path) -> None:
     assert rh.certify(context(), kept=folder, **asked) == whole
     assert sorted(tmp_path.iterdir()) == files
     assert rh.certify(context(), **asked) == whole, "nothing was kept"
+
+
+def test_batches_of_one_step_have_noise_of_their_own() -> None:
+    recipe = rh.HashingRecipe(small_hasher(), rh.objectives.CSQ(), noise=0.25)
+    moment = Moment(0, 0.0, Draws(0))  # progress stands still over accumulated batches
+    images = torch.zeros(2, 3, 8, 8)
+    one, other = (
+        recipe._noisy(Batch({"image": images}, None, torch.tensor(ids)), moment) for ids in ([0, 1], [2, 3])
+    )
+    assert not torch.equal(one, other)

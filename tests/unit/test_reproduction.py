@@ -353,3 +353,10 @@ def test_every_claim_names_what_decides_it() -> None:
 
 def test_computed_claims_hold() -> None:
     assert all(compute() for compute in claims_ledger._COMPUTED.values())
+
+
+def test_another_evaluation_needs_a_name(tmp_path: Path) -> None:
+    """Stored runs are found by their model, so they would be shown as results of another evaluation."""
+    options = {"stored_only": True, "seeds": 1, "recipes": ROOT / "recipes", "runs": tmp_path}
+    with pytest.raises(ValueError, match="give --set name"):
+        reproduction.reproduce("saat", "table-3", sets=("evaluation.queries=50",), **options)
