@@ -18,7 +18,7 @@ from index_servers import PASSWORD, PostgresServer, Server, free_port
 from robusthash.core import hamming
 from robusthash.core.types import Codes, Ranking
 from robusthash.index import open_index
-from robusthash.index.index_address import ServerAddress, shown_address
+from robusthash.index.index_address import ServerAddress, address_of, shown_address
 
 KINDS = ["postgresql", "milvus"]
 _CLIENT = """
@@ -325,6 +325,26 @@ def test_a_file_of_milvus_lite_is_refused(url: str) -> None:
 def test_names_of_collections_are_plain(name: str) -> None:
     with pytest.raises(ValueError, match="a collection is named by"):
         open_index(f"postgresql://host/db?collection={name}", 32)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:s3cret-word/x@host/db",
+        "postgresql://me:s3cret-word?x@host/db",
+        "redis://me:s3cret-word@host/db",
+        "milvus:me:s3cret-word@host/db",
+    ],
+)
+def test_no_message_about_an_address_has_its_password(url: str) -> None:
+    with pytest.raises(ValueError, match=r"%40|Milvus Lite|supported schemes") as error:
+        open_index(address_of(url), 32)
+    assert "s3cret" not in str(error.value)
+
+
+def test_options_of_an_address_reach_libpq_as_they_are() -> None:
+    address = ServerAddress.read("postgresql://host/db?options=-c%20statement_timeout=9&application_name=a+b")
+    assert address.libpq().endswith("?options=-c%20statement_timeout%3D9&application_name=a%2Bb")
 
 
 def test_a_shown_address_has_no_password() -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from service_parts import CONFIG, index, parts, picture
+from service_parts import CONFIG, index, listening, parts, picture
 
 import robusthash as rh
 from robusthash.apps.experiment.config import make_config
@@ -29,6 +32,7 @@ from robusthash.apps.service.settings import ServiceSettings
 from robusthash.apps.service.tokens import Token, TokenFile, token_of
 from robusthash.core.types import Codes
 from robusthash.index.file_index import FileIndex
+from robusthash.index.index_address import ServerRefused
 
 __all__ = ["index", "parts"]  # fixtures
 
@@ -458,6 +462,51 @@ def test_requests_that_come_at_once_count_before_they_are_read() -> None:
         await batcher.stop()
 
     asyncio.run(run())
+
+
+def test_a_request_that_is_away_takes_no_room() -> None:
+    async def run() -> None:
+        batcher: Batcher[int, int] = Batcher(lambda items: (time.sleep(0.05), list(items))[1], 1, 0, 9, 0.001)
+        batcher.start()
+        await batcher.submit(0)  # so that the time of an item is known
+        with batcher.admitted():
+            with batcher.away():
+                batcher.admit()
+            with pytest.raises(Overloaded):
+                batcher.admit()
+        await batcher.stop()
+
+    asyncio.run(run())
+
+
+def test_bodies_that_come_slowly_take_no_room(parts, index: Path, monkeypatch) -> None:
+    encode = SearchService.encode
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.1)
+        return encode(*given)
+
+    monkeypatch.setattr(SearchService, "encode", slowly)
+    settings = ServiceSettings(rate=0, max_wait=50, detection=False)  # less than one encode takes
+    service = SearchService(parts[0], f"file:{index}", settings, None, "cpu")
+    head = b"POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\nhalf"
+    with listening(create_app(service)) as (url, _), ExitStack() as stack:
+        files = {"image": ("x.png", picture(3))}
+        assert httpx.post(f"{url}/v1/search", files=files).status_code == 200
+        for _ in range(3):
+            port = int(url.rpartition(":")[2])
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(head)
+        time.sleep(0.2)
+        assert httpx.post(f"{url}/v1/search", files=files).status_code == 200
+
+
+def test_an_index_that_its_server_no_longer_has_is_no_fault_of_the_client(client, monkeypatch) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise ServerRefused("the tables are not those of an index")
+
+    monkeypatch.setattr(FileIndex, "payload", gone)
+    assert client.get("/v1/items/3").status_code == 503
+    assert search(client, picture(0)).status_code == 503
 
 
 def test_a_batch_that_fails_fails_its_own_requests_alone() -> None:

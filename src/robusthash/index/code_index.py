@@ -308,6 +308,12 @@ class CodeIndex(ABC):
 _OPEN: weakref.WeakSet[CodeIndex] = weakref.WeakSet()
 
 
+def by_distance(ids: np.ndarray, distances: np.ndarray) -> Neighbours:
+    """The items of one query in the order of (distance, id)."""
+    order = np.lexsort((ids, distances))
+    return ids[order], distances[order]
+
+
 def _after_fork() -> None:
     """In the child no other thread lives that could give a lock back."""
     for index in _OPEN:

@@ -122,9 +122,10 @@ class FileIndex(CodeIndex):
         return given, held
 
     def _delete(self, which: Which) -> int:
+        engine = self._current()  # before: what others write after the removal must be read, not passed over
         removed = self._opened().remove(which)
         if len(removed):
-            self._engine = self._current().minus(removed)
+            self._engine = engine.minus(removed)
         return len(removed)
 
     def _view(self, where: np.ndarray | Mapping[str, Any] | None) -> Engine:

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote, urlencode
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from robusthash.index.code_index import CodeIndex
 from robusthash.index.file_index import FileIndex
@@ -15,6 +15,10 @@ _SCHEMES = "file, milvus, postgresql"
 _FORMS = "file:DIR, milvus://HOST:PORT/COLLECTION or postgresql://USER@HOST/DATABASE?collection=NAME"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 _SERVERS = ("milvus:", "postgresql:", "postgres:")
+
+
+class ServerRefused(ValueError):
+    """The index on a server is not as it should be, which is no fault of what was asked of it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class ServerAddress:
         """From ``scheme://user:password@host:port/path?option=value``.
 
         Raises:
-            ValueError: another form, or a collection's name that not every engine takes.
+            ValueError: another form, or a collection's name that not every engine takes. No message has a
+                part in which a password could be.
         """
         scheme, _, rest = url.partition(":")
         scheme = "postgresql" if scheme == "postgres" else scheme
@@ -55,9 +60,11 @@ class ServerAddress:
         if not rest.startswith("//"):
             raise ValueError(f"an index on a server is {_FORMS.partition(', ')[2]}: no // after {scheme}:")
         place, slash, path = rest[2:].partition("/")
+        if "@" in path + query:  # perhaps the rest of a password, of which no message may show the begin
+            raise ValueError("write @, / and ? in a user, password or option as %40, %2F and %3F")
         login, _, hosts = place.rpartition("@")
         user, _, password = login.partition(":")
-        options = dict(parse_qsl(query))
+        options = dict(parse_qsl(query.replace("+", "%2B")))  # libpq takes + as it is
         collection = options.pop("collection", "")
         if scheme == "milvus" and not collection:
             collection = path
@@ -68,17 +75,15 @@ class ServerAddress:
 
     def libpq(self) -> str:
         """The address as PostgreSQL's own library reads it."""
-        from urllib.parse import quote
-
         login = quote(self.user, "") + (f":{quote(self.password, '')}" if self.password else "")
-        query = f"?{urlencode(self.options)}" if self.options else ""
+        query = f"?{urlencode(self.options, quote_via=quote)}" if self.options else ""
         return f"postgresql://{login}{'@' if login else ''}{self.hosts}{self.path}{query}"
 
 
 def address_of(index: str | os.PathLike[str]) -> str:
     """The address that a command line means: an address, or the directory of an index."""
     text = os.fspath(index)
-    return text if text.startswith(("file:", *_SERVERS)) else f"file:{text}"
+    return text if text.startswith(("file:", *_SERVERS)) or "://" in text else f"file:{text}"
 
 
 def shown_address(index: str | os.PathLike[str]) -> str:
@@ -97,7 +102,7 @@ def directory_of(address: str) -> Path | None:
     if address.startswith(_SERVERS):
         return None
     if scheme != "file" or not rest:
-        raise ValueError(f"an index address is {_FORMS}, got {address!r}; supported schemes: {_SCHEMES}")
+        raise ValueError(f"an index address is {_FORMS}, got {scheme!r}; supported schemes: {_SCHEMES}")
     if rest.startswith("//"):
         if not rest.startswith("///"):
             raise ValueError(f"{address!r} names a host; write file:DIR or file:///DIR, on this machine")
@@ -125,6 +130,7 @@ def open_index(
         FileNotFoundError: there is no index and ``create`` is False.
         ValueError: an unknown scheme or engine, codes of another length, or a store that is damaged or of
             another format.
+        ServerRefused: (a ValueError) the tables or the collection on the server are not those of an index.
         ConnectionError: the server does not answer.
         PermissionError: the server refuses the user.
         ImportError: the client of the server is not installed.
@@ -136,6 +142,7 @@ def open_index(
         from robusthash.index.milvus_index import MilvusIndex
 
         return MilvusIndex(url, bits, engine, create)
+    address = ServerAddress.read(url)  # before the client of the server, which may not be installed
     from robusthash.index.postgres_index import PostgresIndex
 
-    return PostgresIndex(ServerAddress.read(url), bits, engine, create)
+    return PostgresIndex(address, bits, engine, create)

@@ -8,7 +8,7 @@ import re
 import time
 from typing import Any
 
-from robusthash.index.index_address import ServerAddress
+from robusthash.index.index_address import ServerAddress, ServerRefused
 
 try:
     import grpc
@@ -55,7 +55,7 @@ class MilvusConnection:
         Raises:
             ConnectionError: no answer within the timeout of the address, or of ``options``.
             PermissionError: the server refuses the user.
-            ValueError: the server refuses what it was given.
+            ServerRefused: the server refuses what it was given.
         """
         options = {"timeout": self._timeout, **options}
         end = time.monotonic() + options["timeout"]
@@ -101,7 +101,7 @@ class MilvusConnection:
             return PermissionError(f"{self.address} refuses the user ({said:.200}); check name and password")
         code = getattr(error, "code", None)
         if code == 65535 or any(words in low for words in _OTHER):
-            return ValueError(f"{self.address} refuses it: {said:.300}")
+            return ServerRefused(f"{self.address} refuses it: {said:.300}")
         self.close()  # the next call makes another connection
         return ConnectionError(
             f"{self.address} does not answer ({said:.200}); start the server or check the address. "

@@ -23,7 +23,7 @@ _TERMS = 4_096  # members of an array, of Milvus
 _ROWS, _BYTES = 5_000, 4 << 20  # of one write: more are several
 _LAST_ID = 2**63 - 2  # the one after it no filter of Milvus finds
 _LOADING = 60.0  # seconds
-_PAGE = 10_000  # rows that are read together
+_PAGE = 1_000  # rows that are read together: with a text of 65,535 bytes each below Milvus's 100 MiB
 _LISTS, _PROBES = 128, 16  # of bin-ivf-flat, in each segment
 _SAVES_AT_ONCE = (2, 3, 6)  # until then Milvus wrote to disk the properties as they were before a change
 _MARK = "robusthash."  # before the names of our settings
@@ -73,8 +73,8 @@ class MilvusIndex(ServerIndex):
     def _make(self, bits: int, engine: str) -> None:
         from pymilvus import DataType, MilvusClient
 
-        made = {"format": FORMAT, "bits": bits, "engine": engine}
-        schema = MilvusClient.create_schema(auto_id=False, description=_MARK + json.dumps(made))
+        fixed = {"format": FORMAT, "bits": bits, "engine": engine}
+        schema = MilvusClient.create_schema(auto_id=False, description=_MARK + json.dumps(fixed))
         schema.add_field("id", DataType.INT64, is_primary=True)
         schema.add_field("code", DataType.BINARY_VECTOR, dim=(bits + 7) // 8 * 8)
         for text, size in {"key": _TEXT, "key_digest": 32, "stamp": _TEXT, "payload": _TEXT}.items():
@@ -126,15 +126,15 @@ class MilvusIndex(ServerIndex):
 
     def _settings(self) -> dict[str, Any]:
         self._check_open()
-        told = self._server_link.call("describe_collection", self._server.collection)
-        if not told["description"].startswith(_MARK):
+        facts = self._server_link.call("describe_collection", self._server.collection)
+        if not facts["description"].startswith(_MARK):
             raise ValueError(f"the collection at {self.address} is not that of an index; name another")
-        made = json.loads(told["description"].removeprefix(_MARK))
-        if made["format"] != FORMAT:
-            raise ValueError(f"{self.address} has format {made['format']}; update robusthash")
-        own = {key: value for key, value in told["properties"].items() if key.startswith(_MARK)}
+        fixed = json.loads(facts["description"].removeprefix(_MARK))
+        if fixed["format"] != FORMAT:
+            raise ValueError(f"{self.address} has format {fixed['format']}; update robusthash")
+        own = {key: value for key, value in facts["properties"].items() if key.startswith(_MARK)}
         changing = {key.removeprefix(_MARK): json.loads(value) for key, value in own.items()}
-        return {"origin": "", "next_id": 0, **made, **changing}
+        return {"origin": "", "next_id": 0, **fixed, **changing}
 
     def _set(self, settings: Mapping[str, Any]) -> None:
         marked = {f"{_MARK}{key}": json.dumps(value) for key, value in settings.items()}
@@ -146,13 +146,13 @@ class MilvusIndex(ServerIndex):
 
     def _keyed(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """The rows of the keys that are held."""
-        digests, fields = [digest(key) for key in keys], ["id", "key", "stamp"]
-        return [row for part in in_list("key_digest", digests) for row in self._query(part, fields)]
+        lists = in_list("key_digest", [digest(key) for key in keys], _PAGE // 2)
+        return [row for part in lists for row in self._query(part, ["id", "key", "stamp"])]
 
     def _by_ids(self, ids: np.ndarray, fields: list[str]) -> list[dict[str, Any]]:
         """The rows of the ids that are held."""
         low = np.unique(ids[ids >= 0]).tolist()
-        return [row for part in in_list("id", low) for row in self._query(part, fields)]
+        return [row for part in in_list("id", low, _PAGE) for row in self._query(part, fields)]
 
     def _write(self, new: NewItems, on_duplicate: str) -> tuple[np.ndarray, np.ndarray]:
         _check_sizes(new)
@@ -254,7 +254,7 @@ def _address(url: str) -> ServerAddress:
     rest = url.partition(":")[2].partition("?")[0]
     if not rest.startswith("//") or rest.startswith("///") or rest.rstrip("/").endswith(".db"):
         raise ValueError(
-            f"{url!r:.200} is a file of Milvus Lite, which takes no binary vectors; start a Milvus server "
+            "that is a file of Milvus Lite, which takes no binary vectors; start a Milvus server "
             "and write milvus://HOST:PORT/COLLECTION, or use file:DIR"
         )
     address = ServerAddress.read(url)

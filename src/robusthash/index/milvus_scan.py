@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from robusthash.index.code_index import Neighbours
+from robusthash.index.code_index import Neighbours, by_distance
 from robusthash.index.milvus_connection import MilvusConnection
 from robusthash.index.server_index import Allowed, padded
 
@@ -53,22 +53,22 @@ class Scan:
     def search(self, queries: np.ndarray, k: int) -> Neighbours:
         if self.exact and 2 * k > _LIMIT:
             return padded(self.range(queries, queries.shape[1] * 8), k)
-        asked = min(_LIMIT, max(2 * k, 64) if self.exact else k)
-        found = []
-        for start in range(0, len(queries), max(1, _TOGETHER // asked)):
-            part = queries[start : start + max(1, _TOGETHER // asked)]
-            for query, (ids, distances) in zip(part, self._ask(part, asked), strict=True):
-                full = len(ids) == asked
+        limit = min(_LIMIT, max(2 * k, 64) if self.exact else k)
+        answers = []
+        for start in range(0, len(queries), max(1, _TOGETHER // limit)):
+            part = queries[start : start + max(1, _TOGETHER // limit)]
+            for query, (ids, distances) in zip(part, self._ask(part, limit), strict=True):
+                full = len(ids) == limit
                 if self.exact and full and distances[k - 1] == distances[-1]:
                     ids, distances = self._with_ties(query, ids, distances, k)
-                found.append(_by_rule(ids, distances))
-        self._check_found(found)
-        return padded(found, k)
+                answers.append(by_distance(ids, distances))
+        self._check_known(answers)
+        return padded(answers, k)
 
     def range(self, queries: np.ndarray, radius: int) -> list[Neighbours]:
-        found = [_by_rule(*self._within(query, radius, 0, _LAST)) for query in queries]
-        self._check_found(found)
-        return found
+        answers = [by_distance(*self._within(query, radius, 0, _LAST)) for query in queries]
+        self._check_known(answers)
+        return answers
 
     def _with_ties(self, query: np.ndarray, ids: np.ndarray, distances: np.ndarray, k: int) -> Neighbours:
         """The k nearest where Milvus cut among equals: the nearer ones, and of the tied the smallest ids.
@@ -129,29 +129,26 @@ class Scan:
             )
         return [(_int64(answer.ids), np.array(answer.distances, dtype=np.int32)) for answer in answers]
 
-    def _check_found(self, found: Sequence[Neighbours]) -> None:
-        if self._nothing is not None and not any(len(ids) for ids, _ in found) and not len(self):
+    def _check_known(self, answers: Sequence[Neighbours]) -> None:
+        if self._nothing is not None and not any(len(ids) for ids, _ in answers) and not len(self):
             with self._lock:
                 self._nothing()
 
 
 def condition(selection: Allowed) -> str:
     """A filter in Milvus's language; "" allows all."""
+    if selection.is_none:  # Milvus refuses an empty list
+        return "id < 0"
     if selection.ids is not None:
         return f"id in {selection.ids.tolist()}"
     return " and ".join(f"array_contains_any(terms, {json.dumps(group)})" for group in selection.groups)
 
 
-def in_list(field: str, values: Sequence[Any]) -> Iterator[str]:
-    """Filters that allow the rows whose field is one of the values, a part of them each."""
-    for start in range(0, len(values), _IN_LIST):
-        yield f"{field} in {json.dumps(list(values[start : start + _IN_LIST]))}"
+def in_list(field: str, values: Sequence[Any], most: int = _IN_LIST) -> Iterator[str]:
+    """Filters that allow the rows whose field is one of the values, up to ``most`` of them each."""
+    for start in range(0, len(values), most):
+        yield f"{field} in {json.dumps(list(values[start : start + most]))}"
 
 
 def _int64(values: Any) -> np.ndarray:
     return np.array(list(values), dtype=np.int64)
-
-
-def _by_rule(ids: np.ndarray, distances: np.ndarray) -> Neighbours:
-    order = np.lexsort((ids, distances))
-    return ids[order], distances[order]

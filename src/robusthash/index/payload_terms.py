@@ -34,15 +34,15 @@ def has_term(key: str) -> str:
 
 def terms(payload: str) -> list[str]:
     """The terms of a payload, which is the text of a JSON object."""
-    found: dict[str, None] = {}
+    unique: dict[str, None] = {}
     for key, value in _DECODER.decode(payload).items():
-        found[has_term(key)] = None
+        unique[has_term(key)] = None
         for one in _scalars(value):
-            found[_term(key, _form(one))] = None
-    return list(found)
+            unique[_term(key, _form(one))] = None
+    return list(unique)
 
 
-def wanted(where: Mapping[str, Any]) -> list[list[str]]:
+def term_groups(where: Mapping[str, Any]) -> list[list[str]]:
     """Groups of terms: an item passes the filter that has one or more of each group.
 
     Raises:

@@ -11,8 +11,8 @@ from typing import Any, NoReturn, TypeVar, final
 
 import numpy as np
 
-from robusthash.index.code_index import Neighbours
-from robusthash.index.index_address import ServerAddress
+from robusthash.index.code_index import Neighbours, by_distance
+from robusthash.index.index_address import ServerAddress, ServerRefused
 from robusthash.index.new_items import NewItems, Which, check_origin, planned
 from robusthash.index.payload_terms import digest, terms
 from robusthash.index.server_index import FORMAT, Allowed, ServerIndex, padded
@@ -59,7 +59,8 @@ class PostgresIndex(ServerIndex):
     """An index in two tables of a PostgreSQL database, ``NAME_meta`` and ``NAME_items``.
 
     ``scan`` orders all items by (distance, id) in the server: exact, ties included. ``hnsw`` uses pgvector's
-    graph with iterative scan, which goes on until k items are found; filters and ``range`` scan exactly.
+    graph with iterative scan, which may find fewer than k above ``hnsw.max_scan_tuples`` (20,000); filters
+    and ``range`` scan exactly.
     A write is one transaction, flushed before it is acknowledged; writers wait for each other at the row of
     the id counter. One connection an object: threads that share it take turns. A connection that broke is
     opened again by the next call.
@@ -102,8 +103,9 @@ class PostgresIndex(ServerIndex):
         self._transaction(make)
 
     def _make_graph(self) -> None:
-        make = "CREATE INDEX IF NOT EXISTS {by_code} ON {items} USING hnsw (code bit_hamming_ops)"
-        self._transaction(lambda run: run.execute(self._sql(make)))
+        if self._all("SELECT to_regclass(%s)", f'"{self._server.collection}_items_hnsw"') == [(None,)]:
+            make = "CREATE INDEX IF NOT EXISTS {by_code} ON {items} USING hnsw (code bit_hamming_ops)"
+            self._transaction(lambda run: run.execute(self._sql(make)))
 
     def count(self) -> int:
         with self._lock:
@@ -121,8 +123,8 @@ class PostgresIndex(ServerIndex):
             return [key for (key,) in self._all(query, prefix)]
 
     def snapshot(self, directory: str | Path) -> NoReturn:
-        name = self._server.collection
-        self._no_snapshot(f"pg_dump --table '{name}_*' and pg_restore, while it serves")
+        tables = " ".join(f"--table '\"{self._server.collection}_{part}\"'" for part in ("meta", "items"))
+        self._no_snapshot(f"pg_dump {tables} and pg_restore, while it serves")
 
     def close(self) -> None:
         with self._lock:
@@ -285,7 +287,7 @@ class PostgresIndex(ServerIndex):
             ) from None
         except (errors.UndefinedTable, errors.UndefinedColumn, errors.DatatypeMismatch) as error:
             said = self._server.without_secrets(error.diag.message_primary)
-            raise ValueError(
+            raise ServerRefused(
                 f"the tables at {self.address} are not those of an index ({said}); name another collection"
             ) from None
         except (errors.InsufficientPrivilege, errors.InvalidPassword) as error:
@@ -322,8 +324,7 @@ class _Scan:
         return int(rows[0][0])
 
     def search(self, queries: np.ndarray, k: int) -> Neighbours:
-        found = self._each(queries, "true", (), f"LIMIT {k}", self.exact)
-        return padded(found, k)
+        return padded(self._each(queries, "true", (), f"LIMIT {k}", self.exact), k)
 
     def range(self, queries: np.ndarray, radius: int) -> list[Neighbours]:
         return self._each(queries, "code <~> {query} <= %s", (radius,), "", True)
@@ -343,26 +344,20 @@ class _Scan:
             run.execute(f"SET LOCAL enable_indexscan = {'off' if exact else 'on'}")
             if not exact:
                 run.execute("SET LOCAL enable_seqscan = off; SET LOCAL hnsw.iterative_scan = strict_order")
-            found = []
+            answers = []
             for query in queries:
                 text = "".join(map(str, np.unpackbits(query)[: index.bits]))
                 literal = sql.SQL("{}::bit({})").format(text, index.bits)
                 names = {**index._names, "query": literal}
                 run.execute(sql.SQL(base).format(**names), (*self._values, *values))
-                found.append(_neighbours(run.fetchall()))
-            return found
+                rows = np.array(run.fetchall(), dtype=np.int64).reshape(-1, 2)
+                answers.append(by_distance(rows[:, 0], rows[:, 1].astype(np.int32)))
+            return answers
 
-        found = index._transaction(search)
-        if isinstance(self._where, Mapping) and not any(len(ids) for ids, _ in found) and not len(self):
+        neighbours = index._transaction(search)
+        if isinstance(self._where, Mapping) and not any(len(ids) for ids, _ in neighbours) and not len(self):
             index._check_known(self._where)
-        return found
-
-
-def _neighbours(rows: list[tuple[Any, ...]]) -> Neighbours:
-    ids = np.array([row[0] for row in rows], dtype=np.int64)
-    distances = np.array([row[1] for row in rows], dtype=np.int32)
-    order = np.lexsort((ids, distances))
-    return ids[order], distances[order]
+        return neighbours
 
 
 def _condition(selection: Allowed) -> tuple[str, list[Any]]:

@@ -17,7 +17,7 @@ import torch
 
 from robusthash.core import hamming
 from robusthash.core.runtime import Draws
-from robusthash.index.code_index import Neighbours, View
+from robusthash.index.code_index import Neighbours, View, by_distance
 
 
 def _one_thread() -> None:
@@ -120,7 +120,7 @@ class NumpyEngine(Engine):
         for query in queries:
             distances = hamming.distance(torch.from_numpy(query[None]), codes)[0].numpy()
             near = np.flatnonzero(distances <= radius)
-            neighbours.append(_by_distance(self.rows.ids[near], distances[near]))
+            neighbours.append(by_distance(self.rows.ids[near], distances[near]))
         return neighbours
 
 
@@ -147,7 +147,7 @@ class FlatEngine(Engine):
         limits, distances, at = self._index.range_search(queries, radius + 1)  # faiss: strictly nearer than
         distances = distances.astype(np.int32)
         parts = [slice(*pair) for pair in itertools.pairwise(limits.tolist())]
-        return [_by_distance(self.rows.ids[at[part]], distances[part]) for part in parts]
+        return [by_distance(self.rows.ids[at[part]], distances[part]) for part in parts]
 
 
 @final
@@ -211,12 +211,6 @@ ENGINES: dict[str, Callable[[Rows], Engine]] = {
     "faiss-ivf": IvfEngine.trained,
 }
 """Engines by name, each made of all rows."""
-
-
-def _by_distance(ids: np.ndarray, distances: np.ndarray) -> Neighbours:
-    """The items of one query in the order of (distance, id)."""
-    order = np.lexsort((ids, distances))
-    return ids[order], distances[order]
 
 
 def flat_index(codes: np.ndarray) -> Any:

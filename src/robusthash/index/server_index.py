@@ -17,7 +17,7 @@ from robusthash.core.runtime import Draws
 from robusthash.index.code_index import CodeIndex, Neighbours, View
 from robusthash.index.index_address import ServerAddress
 from robusthash.index.payload_filter import check_key, unknown_key
-from robusthash.index.payload_terms import has_term, scalars, wanted
+from robusthash.index.payload_terms import has_term, scalars, term_groups
 from robusthash.index.search_engines import measured_recall
 
 FORMAT = 1
@@ -31,10 +31,6 @@ class Allowed:
     groups: tuple[list[str], ...] = ()
 
     @property
-    def is_all(self) -> bool:
-        return self.ids is None and not self.groups
-
-    @property
     def is_none(self) -> bool:
         """True if it can allow nothing, whatever is held."""
         return (self.ids is not None and not len(self.ids)) or any(not group for group in self.groups)
@@ -43,7 +39,7 @@ class Allowed:
     def of(cls, where: np.ndarray | Mapping[str, Any] | None) -> Allowed:
         """From what ``search`` takes."""
         if isinstance(where, Mapping):
-            return cls(groups=tuple(wanted(where)))
+            return cls(groups=tuple(term_groups(where)))
         return cls(where if where is None else np.unique(where[where >= 0]))
 
 
@@ -101,13 +97,13 @@ class ServerIndex(CodeIndex):
 
     def values(self, key: str, most: int = 10) -> list[Any]:
         check_key(key)
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         with self._lock:
             for payload in self._payload_texts(Allowed(groups=([has_term(key)],))):
-                found |= scalars(payload, key)
-                if len(found) >= most:
+                values |= scalars(payload, key)
+                if len(values) >= most:
                     break
-        return list(found.values())[:most]
+        return list(values.values())[:most]
 
     def info(self) -> dict[str, Any]:
         with self._lock:
@@ -182,10 +178,10 @@ class ServerIndex(CodeIndex):
         """The settings of the approximate engine."""
 
 
-def padded(found: list[Neighbours], k: int) -> Neighbours:
+def padded(answers: list[Neighbours], k: int) -> Neighbours:
     """Answers of different lengths as (Q, k) arrays, filled up with -1."""
-    ids = np.full((len(found), k), -1, dtype=np.int64)
-    distances = np.full((len(found), k), -1, dtype=np.int32)
-    for row, (near, far) in enumerate(found):
+    ids = np.full((len(answers), k), -1, dtype=np.int64)
+    distances = np.full((len(answers), k), -1, dtype=np.int32)
+    for row, (near, far) in enumerate(answers):
         ids[row, : len(near)], distances[row, : len(near)] = near[:k], far[:k]
     return ids, distances

@@ -41,8 +41,8 @@ def expanded(pattern: str) -> list[str]:
 def _choices(brace: str, pattern: str) -> list[str]:
     """The texts that one pair of braces stands for."""
     inside = brace[1:-1]
-    if found := _RANGE.fullmatch(inside):
-        first, last = found.groups()
+    if ends := _RANGE.fullmatch(inside):
+        first, last = ends.groups()
         padded = len(first) > 1 and first[0] == "0"
         if (padded or last[0] == "0") and len(first) != len(last):
             width = max(len(first), len(last))

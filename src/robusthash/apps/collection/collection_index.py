@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from robusthash.apps.collection.encoded_parts import CodesFolder
@@ -42,13 +43,14 @@ def add_codes(
         raise ValueError(f"{folder.path} holds codes of another model {held}; name the run that encoded them")
     index.add(folder.no_codes(), keys=[])  # refuses codes of another model before anything is read
     counts, repeated, absent = {"added": 0, "updated": 0}, list[str](), list[str]()
-    seen = torch.zeros(0, dtype=torch.int64)
+    seen = np.zeros(0, dtype=np.int64)  # in order
     for done, name in enumerate(folder.card.parts, start=1):
         if folder.status(name).get("state") != "done":
             absent.append(name)
             continue
         ids, here, again = add_part(index, folder, name, root, seen)
-        seen = torch.cat([seen, ids])
+        added = np.sort(ids.numpy())
+        seen = np.insert(seen, np.searchsorted(seen, added), added)
         repeated += again
         counts["updated"] += here
         counts["added"] += len(ids) - here
@@ -63,12 +65,19 @@ def add_part(
     folder: CodesFolder,
     name: str,
     root: Path | None = None,
-    seen: torch.Tensor | None = None,
+    seen: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, int, list[str]]:
-    """Add one part; the ids, how many of them were held, and the names left out because they are ``seen``."""
+    """Add one part; the ids, how many of them were held, and the names left out because they are ``seen``.
+
+    Args:
+        seen: (N,) int64 ids in ascending order.
+    """
     part, base = folder.read(name), Path(folder.card.root if root is None else os.path.abspath(root))
-    new = torch.ones(len(part.codes), dtype=torch.bool) if seen is None else ~torch.isin(part.codes.ids, seen)
-    rows = torch.nonzero(new).flatten().tolist()
+    new = np.ones(len(part.codes), dtype=bool)
+    if seen is not None:
+        ids = part.codes.ids.numpy()
+        new = np.searchsorted(seen, ids, "left") == np.searchsorted(seen, ids, "right")
+    rows = np.flatnonzero(new).tolist()
     payload = [{**part.payload[row], **path_payload(base / part.names[row])} for row in rows]
     if not rows:
         return part.codes.ids[:0], 0, part.names

@@ -159,13 +159,13 @@ def encode_part(
     part: ImagePart,
     folder: CodesFolder,
     how: Encoding,
-    told: Callable[[int], None] = lambda _: None,
+    count: Callable[[int], None] = lambda _: None,
     work: str = "encode",
 ) -> str:
     """Encode one part and write it down: ``encoded``, ``unchanged``, ``failed`` or ``in_use``.
 
     Args:
-        told: called with the number of images that were encoded, or passed over, since it was last called.
+        count: called with the number of images that were encoded, or passed over, since it was last called.
         work: the work that it belongs to, for others that find the part in use.
     """
     try:
@@ -175,7 +175,7 @@ def encode_part(
                 if folder.is_done(part.name, state):
                     return "unchanged"
                 with folder.writing(part.name, state) as writer:
-                    _encode(model, part, writer, how, told)
+                    _encode(model, part, writer, how, count)
             except (SourceError, ChildProcessError) as error:
                 folder.fail(part.name, str(error))
                 return "failed"
@@ -185,7 +185,7 @@ def encode_part(
 
 
 def _encode(
-    model: SearchModel, part: ImagePart, writer: PartWriter, how: Encoding, told: Callable[[int], None]
+    model: SearchModel, part: ImagePart, writer: PartWriter, how: Encoding, count: Callable[[int], None]
 ) -> None:
     """The codes of one part, while the images after them are decoded."""
     hasher, size = model.hasher.for_database(), how.batch_size
@@ -201,8 +201,8 @@ def _encode(
             writer.add(
                 packed, [one.id for one in few], [one.name for one in few], [one.payload for one in few]
             )
-            told(len(few))
-        told(read - len(items))
+            count(len(few))
+        count(read - len(items))
 
 
 def _signs(hasher: Hasher, pixels: Tensor, size: int) -> Tensor:
@@ -238,9 +238,9 @@ def _ahead(source: Iterator[Made]) -> Iterator[Made]:
     """The items of an iterator, each made in a thread while the one before it is used."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, source, None)
-        while (made := coming.result()) is not None:
+        while (item := coming.result()) is not None:
             coming = thread.submit(next, source, None)
-            yield made
+            yield item
 
 
 class _Left:

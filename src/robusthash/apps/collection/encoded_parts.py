@@ -127,13 +127,13 @@ class CodesFolder:
                 _check_same(path, asdict(held), asdict(card))
                 if card.source == "tar":
                     card = CodesCard(**{**asdict(card), "parts": tuple(sorted({*held.parts, *card.parts}))})
-            made = cls(path, card)
-            made._parts.mkdir(exist_ok=True)
-            for gone in {file.stem for file in made._parts.glob("*.json")} - set(card.parts):
-                for file in (made._status(gone), made._codes(gone), made._items(gone)):
+            folder = cls(path, card)
+            folder._parts.mkdir(exist_ok=True)
+            for gone in {file.stem for file in folder._parts.glob("*.json")} - set(card.parts):
+                for file in (folder._status(gone), folder._codes(gone), folder._items(gone)):
                     file.unlink(missing_ok=True)
             write_json(path / CARD, asdict(card))
-        return made
+        return folder
 
     @property
     def _parts(self) -> Path:
@@ -343,11 +343,11 @@ def parquet() -> Any:
     return pyarrow.parquet
 
 
-def _check_same(path: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_same(path: Path, held: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     for key, what in _FIXED.items():
-        if held[key] != wanted[key]:
+        if held[key] != given[key]:
             raise ValueError(
-                f"{path} holds {what} ({key} {held[key]}, here {wanted[key]}); give another --out"
+                f"{path} holds {what} ({key} {held[key]}, here {given[key]}); give another --out"
             )
 
 

@@ -231,10 +231,10 @@ def _plain(value: Any) -> Any:
 def _state_of(item: CollectionItem) -> list[Any]:
     """The name, payload, size and time of a file; of one that is gone, without size and time."""
     try:
-        found = item.file.path.stat()
+        facts = item.file.path.stat()
     except OSError:
         return [item.name, item.payload]
-    return [item.name, item.payload, found.st_size, found.st_mtime_ns]
+    return [item.name, item.payload, facts.st_size, facts.st_mtime_ns]
 
 
 def _digest(values: Iterable[Any]) -> str:
@@ -286,10 +286,10 @@ class TarPart:
 
     def state(self) -> str:
         try:
-            found = self.path.stat()
+            facts = self.path.stat()
         except OSError as error:
             raise SourceError(f"{path_text(self.path)}: {error.strerror}") from None
-        return _digest([[self.label, found.st_size, found.st_mtime_ns]])
+        return _digest([[self.label, facts.st_size, facts.st_mtime_ns]])
 
     def entries(self) -> Iterator[Entry]:
         samples = itertools.groupby(self._members(), key=lambda member: _sample(member.name))

@@ -194,17 +194,17 @@ def run_of_index(directory: str | Path, run_path: Path | None = None) -> Run:
     home = directory_of(address)
     if home is None:
         with open_index(address, create=False) as index:
-            told, place = index.made_of(), index.address
+            source, place = index.made_of(), index.address
     else:
         place = str(home)
         try:
-            told = made_of(home)
+            source = made_of(home)
         except ValueError as error:
             raise ValueError(f"{error}; it should tell the run of the index: {remedy}") from None
-    if told is not None and not (isinstance(told, dict) and isinstance(told.get("run"), str)):
+    if source is not None and not (isinstance(source, dict) and isinstance(source.get("run"), str)):
         raise ValueError(f"{place} does not tell which run made the codes of the index; {remedy}")
-    builder = Path(told["run"]) if told is not None else (home or Path()).resolve().parent
-    if (told is None and home is None) or not (builder / "config.yaml").is_file():
+    builder = Path(source["run"]) if source is not None else (home or Path()).resolve().parent
+    if (source is None and home is None) or not (builder / "config.yaml").is_file():
         raise ValueError(f"{place} does not say which run made its codes, or it has moved; {remedy}")
     return load_run(builder)
 

@@ -69,7 +69,8 @@ class Working:
         with self.queries.coming():
             images, slowed = await self.run(read)
         if slowed:
-            await asyncio.sleep(slowed)
+            with self.queries.away():
+                await asyncio.sleep(slowed)
         code, *others = await asyncio.gather(*(self.queries.submit(("image", image)) for image in images))
         self.guards.agree(code, others)
         return code
@@ -192,11 +193,11 @@ async def add_items(
         raise ValueError("items: a key is given more than once")
     digests = [request_digest(content, one) for content, one in zip(contents, described, strict=True)]
     if idempotency_key is not None:  # keys of the client's own are written again, with the same result
-        made = {
+        stamps = {
             key: digest for key, digest, one in zip(keys, digests, described, strict=True) if "key" not in one
         }
-        held = await working.run(partial(service.held, list(made)))
-        if any(stamp != made[key] for key, (_, stamp) in held.items()):
+        held = await working.run(partial(service.held, list(stamps)))
+        if any(stamp != stamps[key] for key, (_, stamp) in held.items()):
             raise Refused(409, "this Idempotency-Key belongs to another request")
         if held and len(held) == len(keys):
             return {"items": [{**id_fields(held[key][0]), "key": key, "replaced": False} for key in keys]}
@@ -281,8 +282,8 @@ async def story(
     content = None if image is None else await image.read()
     models = (working.service, *working.compared)
     async with working.attacking:
-        told = [await working.run(partial(tell, model, content, item, eps, k)) for model in models]
-    return {"eps": eps, "models": told}
+        stories = [await working.run(partial(tell, model, content, item, eps, k)) for model in models]
+    return {"eps": eps, "models": stories}
 
 
 @router.get("/info")

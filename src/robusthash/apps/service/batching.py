@@ -84,13 +84,22 @@ class Batcher(Generic[Item, Result]):
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Count a request from its admission until it is answered: of many that come at once, before any is
-        read, no more are admitted than can be answered in time."""
+        """Count a request from when its body is there until it is answered: of many that come at once, before
+        any is decoded, no more are admitted than can be answered in time."""
         self._admitted += 1
         try:
             yield
         finally:
             self._admitted -= 1
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Leave out an admitted request for a while in which it needs no encoding."""
+        self._admitted -= 1
+        try:
+            yield
+        finally:
+            self._admitted += 1
 
     async def submit(self, item: Item) -> Result:
         """The result of one item, which waits where the queue is full: ask ``admit`` before."""

@@ -15,6 +15,7 @@ from robusthash.apps.service.guard import Refused
 from robusthash.apps.service.search_service import NoItem, UnwantedFormat
 from robusthash.core.damaged_files import shortened
 from robusthash.data.image_files import ImageTooLarge, UnreadableImage
+from robusthash.index.index_address import ServerRefused
 
 logger = logging.getLogger("robusthash.service")
 _RETRY = 5  # seconds after which a client may ask an index again that did not answer
@@ -52,7 +53,7 @@ def answer_errors(app: FastAPI) -> None:
         (ValueError, 422),
     ):
         app.add_exception_handler(kind, answer(status))
-    for gone in (ConnectionError, TimeoutError):  # the server of the index
+    for gone in (ConnectionError, TimeoutError, ServerRefused):  # the server of the index
         app.add_exception_handler(gone, unanswered)
     app.add_exception_handler(NoItem, missing)
     app.add_exception_handler(RequestValidationError, malformed)

@@ -22,6 +22,7 @@ from robusthash.core.types import Codes
 from robusthash.data.base import as_input
 from robusthash.data.image_files import read_image
 from robusthash.index import CodeIndex, open_index
+from robusthash.index.index_address import ServerRefused
 from robusthash.models.encoding import encode_signs
 
 _MAGIC = {"JPEG": (b"\xff\xd8\xff",), "PNG": (b"\x89PNG\r\n\x1a\n",), "WEBP": (b"RIFF",)}
@@ -175,7 +176,7 @@ class SearchService:
         if self.settings.answer == "coarse":  # the order within a step would tell what the step hides
             rows.sort(key=lambda row: (row[1] // self.settings.step, row[0]))
         return [
-            {**id_fields(item), **self._distance(distance), "payload": self.shown(payload, fields)}
+            {**id_fields(item), **self._distance(distance), "payload": self.public_payload(payload, fields)}
             for item, distance, payload in rows
         ]
 
@@ -226,7 +227,7 @@ class SearchService:
         Raises:
             NoItem: there is none.
         """
-        return {**id_fields(number), "payload": self.shown(self._payload(number), fields)}
+        return {**id_fields(number), "payload": self.public_payload(self._payload(number), fields)}
 
     def samples(self, count: int = 12) -> list[dict[str, Any]]:
         """Some items, the nearest to each of ``count`` fixed codes; none unless images are shown."""
@@ -261,7 +262,7 @@ class SearchService:
         purified = "image" in self.model.hasher.spec.get("purifiers", {})
         return {**sizes, "items": count, "origin": self.model.origin, "purified": purified, "limits": limits}
 
-    def shown(self, payload: Mapping[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
+    def public_payload(self, payload: Mapping[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
         """The payload without paths of the server's disk, cut to ``fields``."""
         rest = {name: value for name, value in payload.items() if name not in _PATHS}
         path = payload.get("path")
@@ -277,6 +278,8 @@ class SearchService:
         with self.index() as index:
             try:
                 return index.payload([number])[0]
+            except ServerRefused:
+                raise
             except (KeyError, ValueError):
                 raise NoItem(number) from None
 

@@ -168,5 +168,6 @@ def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
     kind = "with" if serving.tokens else "without"
     size = f"{service.info()['items']} items, {service.model.bits} bits"
     with _listening(settings) as listener:
-        note(f"{size}, at http://{settings.host}:{listener.getsockname()[1]}/ ({kind} tokens)")
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        note(f"{size}, at http://{host}:{listener.getsockname()[1]}/ ({kind} tokens)")
         uvicorn.Server(config).run(sockets=[listener])

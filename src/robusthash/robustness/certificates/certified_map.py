@@ -120,10 +120,9 @@ def certify(
     if context.direction[0] != "image":
         raise ValueError(f"certificates are for image queries, and these are {context.direction[0]}s")
     smoothing = method == "smoothing"
+    noise = (sigma, samples, alpha)
     model: CertifiedCodes = (
-        SmoothedCodes(context, kept, progress, sigma, samples, alpha)
-        if smoothing
-        else BoundedCodes(context, kept, progress)
+        SmoothedCodes(context, kept, progress, *noise) if smoothing else BoundedCodes(context, kept, progress)
     )
     clean = _ap(context, model.signs)
     free = {radius: model.free(radius) for radius in budgets}
