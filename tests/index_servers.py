@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PASSWORD = "s3cret-word"
 _NUMBERS = itertools.count()
 _AT_ONCE = 8
+_MILVUS_FILES = (Path("/run/milvus"), Path("/tmp/milvus"))  # Milvus 2.3 takes the first that it may write to
 
 
 def free_port() -> int:
@@ -194,6 +195,13 @@ class MilvusServer(Server):
         self._wait_for(lambda: b"OK" in urllib.request.urlopen(health, timeout=2).read())
         self._wait_for(self._answers)  # health comes before the door is open
 
+    def kill(self) -> None:
+        """Milvus leaves a file of each process in a folder of its own choice."""
+        super().kill()
+        (_MILVUS_FILES[-1] / f"server_id_{self.process.pid}").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # those of others are in it
+            _MILVUS_FILES[-1].rmdir()
+
     def _client(self) -> MilvusClient:
         from pymilvus import MilvusClient
 
@@ -211,6 +219,11 @@ def run_milvus(home: Path, port: int, web: int, etcd: int) -> None:
     from milvus import MilvusServer as Packaged
     from milvus import MilvusServerConfig, _initialize_data_files
 
+    for folder in _MILVUS_FILES:
+        with contextlib.suppress(OSError):
+            folder.mkdir(exist_ok=True)
+    if not any(os.access(folder, os.W_OK) for folder in _MILVUS_FILES):
+        raise SystemExit(f"Milvus writes to {_MILVUS_FILES[-1]}, which belongs to another user: remove it")
     config = MilvusServerConfig(data_dir=str(home / "milvus"))
     server = Packaged(config)
     for item in list(config.configurable_items):  # so that two that start at once do not choose the same

@@ -18,6 +18,7 @@ import torch
 from robusthash.core import hamming
 from robusthash.core.types import Codes
 from robusthash.index import CodeIndex, open_index
+from robusthash.index import sqlite_schema as schema_module
 from robusthash.index import sqlite_store as store_module
 from robusthash.index.file_index import FileIndex
 
@@ -379,6 +380,7 @@ def test_codes_of_a_wrong_width_in_the_store(index: CodeIndex, home: Path) -> No
         ("UPDATE payloads SET value = '[1]' WHERE id = 3", r"a payload is \[1\]"),
         ("UPDATE payloads SET value = cast(x'ff' AS TEXT) WHERE id = 3", "decode to UTF-8|JSON"),
         ("DROP TABLE keys", "its table keys is gone"),
+        ("DROP TABLE changes", "its table changes is gone"),
     ],
 )
 def test_stored_values_of_no_sense_are_named(index: CodeIndex, home: Path, change: str, match: str) -> None:
@@ -398,7 +400,7 @@ def test_another_format_is_named(index: CodeIndex, home: Path) -> None:
     with sqlite3.connect(home / "index.sqlite") as connection:
         connection.execute("UPDATE meta SET value = '99' WHERE key = 'format'")
     connection.close()
-    with pytest.raises(ValueError, match="has format 99, this version reads 1 and 2"):
+    with pytest.raises(ValueError, match="has format 99, this version reads 1 to 3"):
         open_index(f"file:{home}")
 
 
@@ -424,7 +426,7 @@ def test_a_full_disk_changes_nothing(home: Path) -> None:
 
 
 def test_an_index_that_cannot_be_made_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_SCHEMA", "CREATE TABLE meta (key, value); SELECT * FROM absent;")
+    monkeypatch.setattr(schema_module, "SCHEMA", "CREATE TABLE meta (key, value); SELECT * FROM absent;")
     with pytest.raises(sqlite3.OperationalError, match="no such table"):
         open_index(f"file:{home}", 32)
     assert list(home.iterdir()) == []

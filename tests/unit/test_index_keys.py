@@ -226,7 +226,7 @@ def old_index(home: Path, paths: list[str]) -> None:
     with open_index(f"file:{home}", 32) as index:
         index.add(codes(len(paths)), [{"path": path} for path in paths])
     with sqlite3.connect(home / "index.sqlite") as store:
-        store.executescript("DROP TABLE keys; DELETE FROM meta WHERE key = 'next_id'")
+        store.executescript("DROP TABLE keys; DROP TABLE changes; DELETE FROM meta WHERE key = 'next_id'")
         store.execute("UPDATE meta SET value = '1' WHERE key = 'format'")
     store.close()
 
@@ -240,7 +240,7 @@ def test_an_old_index_opens_and_the_first_write_brings_it_up(tmp_path: Path) -> 
         assert (index.count(), index.next_id(), index.keys()) == (3, 3, [])
         assert index.held(["/x/a.jpg"]) == {}
         index.add(codes(2, 5), keys=["/x/a.jpg", str(here)])  # the path was relative to where we stand
-        assert index.info()["format"] == 2
+        assert index.info()["format"] == 3
         assert index.keys() == sorted(["/x/a.jpg", str(here)])
         assert index.held(["/x/a.jpg"])["/x/a.jpg"] == (2, "")
         assert (index.count(), index.next_id()) == (3, 3)

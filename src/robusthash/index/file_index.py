@@ -15,7 +15,8 @@ from robusthash.core.registry import nearest
 from robusthash.index.code_index import CodeIndex
 from robusthash.index.new_items import NewItems, Which
 from robusthash.index.search_engines import ENGINES, Engine, Rows
-from robusthash.index.sqlite_store import FILE, Store, create_store
+from robusthash.index.sqlite_schema import FILE, create_store
+from robusthash.index.sqlite_store import Store
 
 _MADE_OF = "run.json"  # in the directory: the run whose hasher made the codes, and of what
 
@@ -24,9 +25,9 @@ _MADE_OF = "run.json"  # in the directory: the run whose hasher made the codes, 
 class FileIndex(CodeIndex):
     """An index in a directory of this machine, exact to about ten million codes at interactive speed.
 
-    The engine follows this object's writes, and is built again from the store when another process has
-    written. Writers wait for each other. The child of a fork opens the store anew. A store that cannot be
-    written, on a read-only disk say, is searched all the same.
+    The engine follows this object's writes; of those of other processes it reads the rows that have changed,
+    and all rows where these are more than 100,000. Writers wait for each other. The child of a fork opens the
+    store anew. A store that cannot be written, on a read-only disk say, is searched all the same.
 
     Args:
         directory: of the store; it may hold other files as well.
@@ -60,6 +61,11 @@ class FileIndex(CodeIndex):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def _width(self) -> int:
+        """Bytes of a packed code."""
+        return (self._bits + 7) // 8
 
     @property
     def address(self) -> str:
@@ -125,7 +131,7 @@ class FileIndex(CodeIndex):
         engine = self._current()  # before: what others write after the removal must be read, not passed over
         removed = self._opened().remove(which)
         if len(removed):
-            self._engine = engine.minus(removed)
+            self._engine = engine.changed(removed, removed[:0], np.zeros((0, self._width), dtype=np.uint8))
         return len(removed)
 
     def _view(self, where: np.ndarray | Mapping[str, Any] | None) -> Engine:
@@ -156,24 +162,37 @@ class FileIndex(CodeIndex):
     def _load(self) -> Engine:
         """Build the engine. The version is read first: a write in between is then read twice, not missed."""
         store = self._opened()
-        self._version = store.version()
-        self._pending = []
-        self._origin = str(store.meta()["origin"])
-        self._engine = ENGINES[self._name](Rows(*store.load((self._bits + 7) // 8)))
+        self._version, self._pending = store.version(), []
+        with store.reading():
+            self._position, self._origin = store.position(), str(store.meta()["origin"])
+            self._engine = ENGINES[self._name](Rows(*store.load(self._width)))
+        return self._engine
+
+    def _follow(self) -> Engine:
+        """Take the rows that have changed in the store, this object's own among them."""
+        store = self._opened()
+        version = store.version()
+        with store.reading():
+            changed = store.changed(self._position)
+            if changed is not None:
+                ids, position = changed
+                origin, rows = str(store.meta()["origin"]), store.load(self._width, ids)
+        if changed is None:
+            return self._load()
+        self._engine, self._pending = self._engine.changed(ids, *rows), []
+        self._version, self._position, self._origin = version, position, origin
         return self._engine
 
     def _current(self) -> Engine:
         """The engine over all rows committed by now, by anyone. It never changes, so search it unlocked."""
         with self._lock:
             if self._opened().version() != self._version:
-                return self._load()
+                return self._follow()
             if self._pending:
                 ids, rows = map(np.concatenate, zip(*self._pending, strict=True))
                 self._pending = []
                 last = len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]  # the last write of each id
-                replaced = np.intersect1d(ids, self._engine.rows.ids)
-                engine = self._engine.minus(replaced) if len(replaced) else self._engine
-                self._engine = engine.plus(ids[last], rows[last])
+                self._engine = self._engine.changed(ids, ids[last], rows[last])
             return self._engine
 
 

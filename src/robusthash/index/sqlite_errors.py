@@ -31,6 +31,14 @@ def stored_json(path: Path, text: Any, what: str) -> Any:
         raise damaged(path, f"{what} is no JSON") from None
 
 
+def stored_ids(path: Path, text: Any, what: str) -> list[int]:
+    """The ids in a JSON list of the file."""
+    ids = stored_json(path, text, what)
+    if not isinstance(ids, list) or any(type(one) is not int or not 0 <= one < 1 << 63 for one in ids):
+        raise damaged(path, f"{what} is {ids!r:.40}")
+    return ids
+
+
 def refuse_part_page(path: Path) -> None:
     """SQLite would read zeros after a file that ends within a page, unless a log holds the rest."""
     log = path.with_name(f"{path.name}-wal")

@@ -26,20 +26,12 @@ from robusthash.index.payload_filter import (
     unknown_key,
     values_query,
 )
-from robusthash.index.sqlite_errors import PAGE, damaged, refuse_part_page, sqlite_errors, stored_json
+from robusthash.index.sqlite_errors import damaged, refuse_part_page, sqlite_errors, stored_ids, stored_json
+from robusthash.index.sqlite_schema import CHANGES, FILE, FORMAT, KEYS, READ
 
-FORMAT = 2
-FILE = "index.sqlite"
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE items (id INTEGER PRIMARY KEY, code BLOB NOT NULL);
-CREATE TABLE payloads (id INTEGER PRIMARY KEY, value TEXT NOT NULL);
-"""
-_KEYS = """
-CREATE TABLE keys (key TEXT PRIMARY KEY, id INTEGER NOT NULL UNIQUE, stamp TEXT NOT NULL) WITHOUT ROWID
-"""  # new in format 2, with the counter ``next_id`` in meta
 _SETTINGS = {"bits": int, "origin": str, "engine": str, "next_id": int}
 _CHUNK = 65536  # rows that go into SQLite in one statement
+_REMEMBERED = 100_000  # changed ids; to read more rows than that one by one takes as long as to read all
 
 
 @final
@@ -80,13 +72,14 @@ class Store:
         tables = {name for (name,) in self._all("SELECT name FROM sqlite_master")}
         if not {"meta", "items", "payloads"} <= tables:
             raise ValueError(f"{self.path} is damaged or no index; restore it from a snapshot or remove it")
-        if "keys" not in tables and self.format() == FORMAT:
-            raise damaged(self.path, "its table keys is gone")
+        for table, formats in (("keys", (2, 3)), ("changes", (3,))):
+            if table not in tables and self.format() in formats:
+                raise damaged(self.path, f"its table {table} is gone")
         if self.writable:
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
-        if (stored := self.format()) not in (1, FORMAT):
-            known = f"this version reads 1 and {FORMAT}"
+        if (stored := self.format()) not in READ:
+            known = f"this version reads 1 to {FORMAT}"
             raise ValueError(f"{self.path} has format {stored}, {known}; build it again or update robusthash")
 
     def close(self) -> None:
@@ -110,7 +103,7 @@ class Store:
         meta: dict[str, Any] = {
             str(key): stored_json(self.path, value, f"its setting {key}") for key, value in rows
         }
-        for name, kind in _SETTINGS.items() if meta.get("format") in (1, FORMAT) else ():
+        for name, kind in _SETTINGS.items() if meta.get("format") in READ else ():
             value: Any = meta.get(name, 0 if name == "next_id" else None)
             wrong = type(value) is not kind
             if wrong or (name == "bits" and value < 1):
@@ -128,14 +121,31 @@ class Store:
             return int(meta["next_id"])
         return int(self._all("SELECT coalesce(max(id) + 1, 0) FROM items")[0][0])
 
-    def load(self, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """All (N,) ids ascending and their (N, width) codes."""
+    def position(self) -> int | None:
+        """Number of ids that all writes have changed so far; None where an older format does not count."""
+        if self.format() != FORMAT:
+            return None
+        return int(self._all("SELECT coalesce(max(upto), 0) FROM changes")[0][0])
+
+    def changed(self, since: int | None) -> tuple[np.ndarray, int] | None:
+        """Ids that writes have changed since a position, and the position now; None where too many have."""
+        if since is None or self.format() != FORMAT:
+            return None
+        changes = self._all("SELECT upto, ids FROM changes WHERE upto > ? ORDER BY upto", since)
+        ids: list[int] = []
+        for upto, text in changes:
+            ids += [] if text is None else stored_ids(self.path, text, "its list of changes")
+            if since + len(ids) != upto:  # forgotten in part
+                return None
+        return np.array(ids, dtype=np.int64), since + len(ids)
+
+    def load(self, width: int, ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """All (N,) ids ascending and their (N, width) codes, or of some ids those that are held."""
         parts, codes = [np.zeros(0, dtype=np.int64)], bytearray()
+        some, values = ("", ()) if ids is None else (f" WHERE id {IN_LIST}", (json.dumps(ids.tolist()),))
         with self._errors():
-            cursor = self._connection.execute("SELECT id, code FROM items ORDER BY id")
-            while chunk := cursor.fetchmany(
-                1000
-            ):  # few tuples at once: more would wake the garbage collector
+            cursor = self._connection.execute(f"SELECT id, code FROM items{some} ORDER BY id", values)
+            while chunk := cursor.fetchmany(1000):  # more at once would wake the garbage collector
                 parts.append(np.fromiter((item for item, _ in chunk), dtype=np.int64, count=len(chunk)))
                 try:
                     codes += b"".join([code for _, code in chunk])
@@ -163,6 +173,7 @@ class Store:
             plan = planned(new, on_duplicate, known, following)
             origin = self._set_meta(new.origin, plan.following)
             self._write(new, plan.ids, plan.rows)
+            self._remember(plan.ids[plan.rows])
         return plan.ids, plan.held, origin
 
     def _known(self, new: NewItems, following: int) -> dict[str, int] | np.ndarray:
@@ -206,20 +217,36 @@ class Store:
             keyed = ((new.keys[at], item, stamps[at]) for at, item in of)
             self._connection.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?, ?)", keyed)
 
-    def _upgrade(self) -> None:
-        """Bring a file of format 1 to format 2, inside a transaction; the last item of a path is it."""
-        if self.format() == FORMAT:
+    def _remember(self, ids: np.ndarray) -> None:
+        """Note the ids that the transaction has changed, for readers that hold all other rows."""
+        if not len(ids):
             return
+        upto = (self.position() or 0) + len(ids)
+        text = json.dumps(ids.tolist()) if len(ids) <= _REMEMBERED else None
+        self._connection.execute("DELETE FROM changes WHERE upto <= ?", (upto - _REMEMBERED,))
+        self._connection.execute("INSERT INTO changes VALUES (?, ?)", (upto, text))
+
+    def _upgrade(self) -> None:
+        """Bring a file of an older format to the present one, inside a transaction."""
+        if (stored := self.format()) == FORMAT:
+            return
+        if stored == 1:
+            self._add_keys()
+        self._connection.execute(CHANGES)
+        self._connection.execute("UPDATE meta SET value = ? WHERE key = 'format'", (json.dumps(FORMAT),))
+
+    def _add_keys(self) -> None:
+        """Bring a file of format 1 to format 2; the last item of a path is it."""
         following, keys = self.next_id(), {}
         for item, text in self._all("SELECT id, value FROM payloads ORDER BY id"):
             path = self._payload(text).get("path")
             if isinstance(path, str):
                 keys[os.path.abspath(path) if os.path.lexists(path) else path] = item
-        self._connection.execute(_KEYS)
+        self._connection.execute(KEYS)
         rows = ((key, item, "") for key, item in keys.items())
         self._connection.executemany("INSERT INTO keys VALUES (?, ?, ?)", rows)
-        meta = [("format", json.dumps(FORMAT)), ("next_id", json.dumps(following))]
-        self._connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
+        row = ("next_id", json.dumps(following))
+        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", row)
 
     def held(self, keys: Sequence[str]) -> dict[str, tuple[int, str]]:
         """Id and stamp of each key that is held."""
@@ -227,14 +254,14 @@ class Store:
 
     def keys(self, prefix: str) -> list[str]:
         """Keys that begin with ``prefix``, sorted."""
-        if self.format() != FORMAT:
+        if self.format() == 1:
             return []
         query = "SELECT key FROM keys WHERE substr(key, 1, length(?1)) = ?1 ORDER BY key"
         return [key for (key,) in self._all(query, prefix)]
 
     def _keyed(self, keys: Sequence[str]) -> list[tuple[Any, ...]]:
         """(key, id, stamp) of the keys that are held."""
-        if self.format() != FORMAT:
+        if self.format() == 1:
             return []
         query, found = f"SELECT key, id, stamp FROM keys WHERE key {IN_LIST}", []
         for start in range(0, len(keys), _CHUNK):
@@ -254,7 +281,8 @@ class Store:
             values = (json.dumps(ids.tolist()),)
             for table in ("keys", "payloads", "items"):
                 self._connection.execute(f"DELETE FROM {table} WHERE id {IN_LIST}", values)
-        return np.unique(ids)
+            self._remember(ids := np.unique(ids))
+        return ids
 
     def payload(self, ids: np.ndarray) -> dict[int, dict[str, Any]]:
         """By id, the payload of those that are held."""
@@ -305,14 +333,23 @@ class Store:
         with self._errors():
             return self._connection.execute(query, values).fetchall()
 
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """A block whose reads see one state of the file, whatever is written meanwhile."""
+        return self._block("BEGIN")
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         """One transaction, whole or not at all, on disk when the block ends."""
         if not self.writable:
             text = "the index is read-only here, it can be searched but not changed; give write rights on it"
             raise PermissionError(errno.EACCES, text, str(self.path))
+        with self._block("BEGIN IMMEDIATE"):
+            yield
+
+    @contextlib.contextmanager
+    def _block(self, begin: str) -> Iterator[None]:
         with self._errors():
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute(begin)
             try:
                 yield
                 self._connection.execute("COMMIT")
@@ -320,28 +357,3 @@ class Store:
                 if self._connection.in_transaction:  # SQLite itself rolls back after some errors
                     self._connection.execute("ROLLBACK")
                 raise
-
-
-def create_store(directory: Path, bits: int, engine: str) -> None:
-    """Make an empty store, which appears only when complete; of two that are made at once the first stays."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path, draft = directory / FILE, directory / f".{FILE}.{secrets.token_hex(4)}"
-    log = path.with_name(f"{FILE}-wal")
-    if log.exists() and not path.exists():  # made meanwhile by another, it is no leftover
-        raise ValueError(f"{log} is the log of a store that is gone; put {FILE} back or remove the log")
-    meta = {"format": FORMAT, "bits": bits, "engine": engine, "origin": "", "next_id": 0}
-    rows = [(key, json.dumps(value)) for key, value in meta.items()]
-    try:
-        with sqlite_errors(path, 0), contextlib.closing(sqlite3.connect(draft)) as connection:
-            connection.execute(f"PRAGMA page_size = {PAGE}")
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(f"{_SCHEMA}{_KEYS}")
-            with connection:
-                connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
-        flush(draft)
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)
-    finally:
-        for file in directory.glob(f"{draft.name}*"):  # the draft, and its log where SQLite could not finish
-            file.unlink()
-    flush(directory)
