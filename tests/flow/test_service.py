@@ -542,6 +542,76 @@ def test_what_would_wait_too_long_is_not_admitted() -> None:
     asyncio.run(run())
 
 
+# --- fields that nobody reads
+
+
+def refused(answer: Any) -> str:
+    assert answer.status_code == 422, answer.text
+    return answer.json()["error"]
+
+
+def test_a_search_takes_its_fields_from_the_url_too(client: TestClient) -> None:
+    where, image = json.dumps({"label": "cat"}), {"Content-Type": "image/png"}
+    answer = client.post("/v1/search?k=3", content=picture(3), headers=image)
+    assert answer.json() == search(client, picture(3), k=3).json()
+    assert len(answer.json()["results"]) == 3
+    answer = client.post(
+        "/v1/search", params={"fields": "label", "k": 2}, files={"image": ("x", picture(3))}, data={}
+    )
+    assert answer.json() == search(client, picture(3), k=2, fields="label").json()
+    answer = client.post("/v1/search", params={"where": where}, content=picture(3), headers=image)
+    assert answer.json() == search(client, picture(3), where=where).json()
+    for value in ("0", "x", "1.5", ""):
+        answer = client.post(f"/v1/search?k={value}", content=picture(3), headers=image)
+        assert refused(answer).startswith("k: "), value
+    assert "at most 100" in refused(client.post("/v1/search?k=101", content=picture(3), headers=image))
+    answer = client.post("/v1/search?k=3", files={"image": ("x", picture(3))}, data={"k": 3})
+    assert refused(answer) == "k: given in the form and in the URL; give it once"
+
+
+def test_unknown_fields_are_refused_by_name(client: TestClient) -> None:
+    files = {"image": ("x", picture(3))}
+    assert "'K' is no parameter of the URL" in refused(client.post("/v1/search?K=5", files=files))
+    assert "did you mean 'where'" in refused(client.post("/v1/search?were={}", files=files))
+    assert "'text' is no parameter of the URL of this route; it goes into the body" in refused(
+        client.post("/v1/search?text=cat")
+    )
+    assert "'topk' is no form field" in refused(client.post("/v1/search", files=files, data={"topk": 5}))
+    assert "k: given 2 times" in refused(client.post("/v1/search?k=5&k=6", files=files))
+    twice = [("image", ("x", picture(3))), ("image", ("y", picture(4)))]
+    assert "image: given 2 times" in refused(client.post("/v1/search", files=twice))
+    assert "'key' is no form field" in refused(client.post("/v1/items", files=files, data={"key": "a"}))
+    assert "'id' is no field of the body" in refused(
+        client.request("DELETE", "/v1/items", json={"ids": [3], "id": [4]})
+    )
+    assert client.get("/v1/info").json()["items"] == 12
+    assert client.post("/v1/items", files=twice).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/items/3"),
+        ("DELETE", "/v1/items/3"),
+        ("GET", "/v1/items/3/image"),
+        ("POST", "/v1/items"),
+        ("DELETE", "/v1/items"),
+        ("POST", "/v1/story"),
+        ("GET", "/v1/info"),
+        ("GET", "/v1/samples"),
+        ("POST", "/v1/reload"),
+        ("GET", "/healthz"),
+        ("GET", "/readyz"),
+        ("GET", "/metrics"),
+    ],
+)
+def test_every_route_refuses_unknown_parameters(client: TestClient, method: str, path: str) -> None:
+    assert "'x' is no parameter of the URL of this route" in refused(client.request(method, f"{path}?x=1"))
+    if method == "POST":
+        assert "'x' is no form field of this route" in refused(client.post(path, data={"x": "1"}))
+    assert client.get("/v1/info").json()["items"] == 12
+
+
 # --- the page's story
 
 

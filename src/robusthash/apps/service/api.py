@@ -11,7 +11,7 @@ from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Body, FastAPI, File, Form, Header, Path, Query, Request, UploadFile
+from fastapi import APIRouter, Body, Depends, FastAPI, File, Form, Header, Path, Query, Request, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, Response
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
@@ -21,14 +21,22 @@ from robusthash.apps.service.batching import Batcher
 from robusthash.apps.service.error_answers import answer_errors
 from robusthash.apps.service.guard import Guard, Metrics, Refused
 from robusthash.apps.service.query_guards import QueryGuards
-from robusthash.apps.service.request_fields import described_items, item_key, mapping, names, request_digest
+from robusthash.apps.service.request_fields import (
+    described_items,
+    item_key,
+    mapping,
+    names,
+    once,
+    refuse_unknown,
+    request_digest,
+)
 from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem, id_fields
 from robusthash.apps.service.story import tell
 from robusthash.apps.service.tokens import Token
 from robusthash.version import __version__
 
 Value = TypeVar("Value")
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", dependencies=[Depends(refuse_unknown)])
 
 _CSP = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"
 
@@ -134,7 +142,8 @@ def _working(request: Request) -> Working:
     return working
 
 
-Fields = Annotated[str | None, Form(description="Payload fields to return, by commas; all by default.")]
+_K, _WHERE = "Number of results, 10 by default.", 'Filter as JSON, such as {"label": "cat"}.'
+_FIELDS = "Payload fields to return, by commas; all by default."
 
 
 @router.post("/search")
@@ -142,13 +151,22 @@ async def search(
     request: Request,
     image: Annotated[UploadFile | None, File(description="JPEG, PNG or WEBP.")] = None,
     text: Annotated[str | None, Form(max_length=10_000, description="Instead of an image.")] = None,
-    k: Annotated[int, Form(ge=1, description="Number of results.")] = 10,
-    where: Annotated[str | None, Form(description='Filter as JSON, such as {"label": "cat"}.')] = None,
-    fields: Fields = None,
+    k: Annotated[int | None, Form(ge=1, description=_K)] = None,
+    where: Annotated[str | None, Form(description=_WHERE)] = None,
+    fields: Annotated[str | None, Form(description=_FIELDS)] = None,
+    url_k: Annotated[int | None, Query(alias="k", ge=1, description=_K)] = None,
+    url_where: Annotated[str | None, Query(alias="where", description=_WHERE)] = None,
+    url_fields: Annotated[str | None, Query(alias="fields", description=_FIELDS)] = None,
 ) -> dict[str, Any]:
-    """The nearest items of an image or a text; the body may be the image alone, with its type."""
+    """The nearest items of an image or a text; the body may be the image alone, with its type.
+
+    ``k``, ``where`` and ``fields`` may come in the form or in the URL.
+    """
     working = _working(request)
     service = working.service
+    most = once("k", k, url_k)
+    k = 10 if most is None else most
+    where, fields = once("where", where, url_where), once("fields", fields, url_fields)
     content = None if image is None else await image.read()
     if request.headers.get("content-type", "").startswith("image/"):
         content = await request.body()
@@ -305,20 +323,20 @@ async def reload(request: Request) -> dict[str, int]:
 _pages = APIRouter(include_in_schema=False)
 
 
-@_pages.get("/healthz")
+@_pages.get("/healthz", dependencies=[Depends(refuse_unknown)])
 async def healthz() -> dict[str, str]:
     """The process answers."""
     return {"status": "ok"}
 
 
-@_pages.get("/readyz")
+@_pages.get("/readyz", dependencies=[Depends(refuse_unknown)])
 async def readyz(request: Request) -> Response:
     """The model and the index are loaded."""
     ready = getattr(request.app.state, "working", None) is not None and _working(request).ready
     return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
 
-@_pages.get("/metrics")
+@_pages.get("/metrics", dependencies=[Depends(refuse_unknown)])
 async def metrics(request: Request) -> Response:
     """Figures in the text form of Prometheus."""
     return Response(

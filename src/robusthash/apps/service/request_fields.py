@@ -5,13 +5,55 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_origin
 
+from fastapi import Request
+from fastapi.routing import APIRoute
+
+from robusthash.core.damaged_files import shortened
 from robusthash.core.limited_files import parse_json
+from robusthash.core.registry import nearest
+
+Value = TypeVar("Value")
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 _KEY = re.compile(r"[\x20-\x7e]{1,200}")
 _NAMESPACE = uuid.UUID("5b0f4a52-6a3c-4a0e-9d57-6d0c2f1d3a11")  # of keys made of idempotency keys
 _PAYLOAD = 64 << 10  # characters of the payload of one item
+
+
+async def refuse_unknown(request: Request) -> None:
+    """Refuse parameters of the URL and fields of the body that the route does not know, or gets twice."""
+    route: APIRoute = request.scope["route"]
+    url, body = route.dependant.query_params, route.dependant.body_params
+    _check([name for name, _ in request.query_params.multi_items()], "parameter of the URL", url, body)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in _FORMS:
+        _check([name for name, _ in (await request.form()).multi_items()], "form field", body, url)
+    elif body and kind == "application/json" and isinstance(value := await request.json(), dict):
+        _check(list(value), "field of the body", body, url)
+
+
+def _check(given: Sequence[str], what: str, known: Sequence[Any], elsewhere: Sequence[Any]) -> None:
+    """Refuse names that no field of ``known`` has; those of ``elsewhere`` are in the wrong place."""
+    many = {field.alias: get_origin(field.field_info.annotation) is list for field in known}
+    for name, count in Counter(given).items():
+        if name not in many:
+            hint = nearest(name, many) if many else ""
+            if name in {field.alias for field in elsewhere}:
+                hint = f"; it goes into the {'body' if 'URL' in what else 'URL'}"
+            raise ValueError(f"{shortened(name, 100)!r} is no {what} of this route{hint}")
+        if count > 1 and not many[name]:
+            raise ValueError(f"{name}: given {count} times; give it once")
+
+
+def once(name: str, form: Value | None, url: Value | None) -> Value | None:
+    """The value of a field that may come in the form or in the URL."""
+    if form is not None and url is not None:
+        raise ValueError(f"{name}: given in the form and in the URL; give it once")
+    return url if form is None else form
 
 
 def names(fields: str | None) -> list[str] | None:
