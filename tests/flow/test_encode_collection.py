@@ -336,6 +336,31 @@ def test_codes_of_another_model_or_collection_are_refused(call, encode, trained,
     code, _, err = call("index", "build", tmp_path / "ix", "--run", other, "--codes", out)
     assert code == 1
     assert "holds codes of another model (origin " in err
+    assert not (tmp_path / "ix").exists()
+
+
+def test_an_index_that_nothing_can_be_read_for_is_not_made(call, encode, trained, pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.csv").write_text("name\nx.jpg\n")
+    encode(pictures)
+    damaged = tmp_path / "codes/parts/part-000000.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    undone = shutil.copytree(tmp_path / "codes", tmp_path / "undone")
+    for status in undone.glob("parts/*.json"):
+        status.unlink()
+    for words, said in [
+        (("--codes", tmp_path / "nowhere"), "holds no encoded collection"),
+        (("--codes", tmp_path / "empty"), "holds no encoded collection"),
+        (("--codes", tmp_path / "codes"), "part-000000.npy is damaged"),
+        (("--codes", undone), "no part of"),
+        (("--images", tmp_path / "nowhere"), "nowhere"),
+        (("--images", tmp_path / "empty"), "empty"),
+        (("--images", pictures, "--payload", tmp_path / "bad.csv"), "bad.csv"),
+        (("--payload", tmp_path / "bad.csv"), "describes the files of --images"),
+    ]:
+        code, _, err = call("index", "build", tmp_path / "made/ix", "--run", trained, *words)
+        assert (code, said in err) == (1, True), err
+        assert not (tmp_path / "made").exists()
 
 
 def test_what_cannot_be_encoded_is_refused_in_a_line(call, trained, pictures, tmp_path):

@@ -16,6 +16,23 @@ from robusthash.core.runtime import Progress, silent
 from robusthash.index import CodeIndex
 
 
+def readable_codes(codes: str | Path, origin: str | None = None) -> CodesFolder:
+    """The folder of an encoded collection, of whose parts one at least is encoded and can be read.
+
+    Raises:
+        ValueError: codes of another model than ``origin``, a damaged part, or none that is encoded.
+    """
+    folder = CodesFolder.open(codes)
+    if origin not in (None, folder.card.origin):
+        held = f"(origin {folder.card.origin}, of the run {origin})"
+        raise ValueError(f"{folder.path} holds codes of another model {held}; name the run that encoded them")
+    done = [name for name in folder.card.parts if folder.status(name).get("state") == "done"]
+    if not done:
+        raise ValueError(f"no part of {folder.path} is encoded yet; 'robusthash encode' goes on with it")
+    folder.read(done[0])
+    return folder
+
+
 def add_codes(
     index: CodeIndex,
     codes: str | Path,
@@ -37,10 +54,7 @@ def add_codes(
     Raises:
         ValueError: codes of another model or length, damaged files, or no part that is encoded.
     """
-    folder = CodesFolder.open(codes)
-    if origin not in (None, folder.card.origin):
-        held = f"(origin {folder.card.origin}, of the run {origin})"
-        raise ValueError(f"{folder.path} holds codes of another model {held}; name the run that encoded them")
+    folder = readable_codes(codes, origin)
     index.add(folder.no_codes(), keys=[])  # refuses codes of another model before anything is read
     counts, repeated, absent = {"added": 0, "updated": 0}, list[str](), list[str]()
     seen = np.zeros(0, dtype=np.int64)  # in order
@@ -55,8 +69,6 @@ def add_codes(
         counts["updated"] += here
         counts["added"] += len(ids) - here
         progress(done, len(folder.card.parts), "adding parts")
-    if len(absent) == len(folder.card.parts):
-        raise ValueError(f"no part of {folder.path} is encoded yet; 'robusthash encode' goes on with it")
     return {**counts, "repeated": repeated, "not_encoded": absent}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robusthash.apps.collection.collection_index import add_codes
+from robusthash.apps.collection.collection_index import add_codes, readable_codes
 from robusthash.apps.experiment.index_filters import read_filter
 from robusthash.apps.experiment.library_items import (
     OWN_KEYS,
@@ -111,9 +111,19 @@ def build_index(
         ``others``, the items that an earlier build added and the codes do not hold.
 
     Raises:
-        ValueError: the directory holds an index of something else.
+        ValueError: the directory holds an index of something else; codes, images or a payload file that
+            cannot be read, before an index is made.
     """
     run = load_run(run_path)
+    files = data = None
+    if adding.codes is not None:
+        readable_codes(adding.codes, run.card()["digest"])
+    elif images is not None:
+        files = _files(images, adding)
+    elif adding.payload is not None:
+        raise ValueError(f"--payload {adding.payload} describes the files of --images FOLDER; name both")
+    else:
+        data = read_data(run.config, progress)
     given = adding.codes if adding.codes is not None else images
     source = {"run": str(run.path.resolve()), "images": given and path_text(given.resolve())}
     with open_index(address_of(directory), bits=run.card()["bits"], engine=engine) as index:
@@ -128,11 +138,9 @@ def build_index(
             added = add_codes(index, adding.codes, images, progress, run.card()["digest"])
             others = index.count() - added["added"] - added["updated"]
             return {**index.info(), **added, "others": others}
-        if images is not None:
-            return _add(index, run, images, progress, adding)
-        if adding.payload is not None:
-            raise ValueError(f"--payload {adding.payload} describes the files of --images FOLDER; name both")
-        data = read_data(run.config, progress)
+        if files is not None:
+            return _add(index, run, files, progress, adding)
+        assert data is not None
         payload, keys = _described(data, data.database)
         index.add(database_codes(run, progress), payload, keys=keys, on_duplicate="update")
         return dict(index.info())
@@ -159,7 +167,8 @@ def add_images(
             added = add_codes(index, adding.codes, images, progress)
             return {**index.info(), **added}
         assert images is not None
-        return _add(index, run_of_index(directory, run_path), images, progress, adding)
+        files = _files(images, adding)
+        return _add(index, run_of_index(directory, run_path), files, progress, adding)
 
 
 def search_image(
@@ -269,10 +278,16 @@ def _listing(images: Path) -> Listing:
     return listing
 
 
-def _add(index: CodeIndex, run: Run, images: Path, progress: Progress, adding: Adding) -> dict[str, Any]:
+def _files(images: Path, adding: Adding) -> tuple[Listing, PayloadTable]:
+    """The image files, and what the payload file knows of them."""
+    return _listing(images), PayloadTable.read(adding.payload, images if images.is_dir() else images.parent)
+
+
+def _add(
+    index: CodeIndex, run: Run, files: tuple[Listing, PayloadTable], progress: Progress, adding: Adding
+) -> dict[str, Any]:
     """Encode and add in pieces, each safe on disk before the next; what is held unchanged is not read."""
-    listing = _listing(images)
-    table = PayloadTable.read(adding.payload, images if images.is_dir() else images.parent)
+    listing, table = files
     items, skipped = items_of(listing.images, table), list(listing.skipped)
     if adding.on_duplicate == "error" and (held := index.held([item.key for item in items])):
         first = next(item for item in items if item.key in held)
