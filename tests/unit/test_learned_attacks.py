@@ -13,12 +13,13 @@ from contract.checks import World, make_attack, make_pair_world, make_world, run
 from helpers import Interrupted, counted, make_split, output_of, trained_hasher
 
 from robusthash.attacks import Attack
+from robusthash.attacks import eqb2a as eqb2a_module
 from robusthash.attacks.aach import near_and_far, triplet_loss
 from robusthash.attacks.base import Probe
 from robusthash.attacks.classifier_attack import classification
 from robusthash.attacks.cmla import CMLALoss
 from robusthash.attacks.dacm import shared_basis
-from robusthash.attacks.eqb2a import listed, ranking_loss, relaxed_distance
+from robusthash.attacks.eqb2a import Knockoff, listed, ranking_loss, relaxed_distance
 from robusthash.attacks.generator import Prototyped, judged, target_loss
 from robusthash.attacks.generator_training import GeneratorFile, read
 from robusthash.attacks.losses import SDHATargetedLoss
@@ -164,6 +165,21 @@ def test_the_victim_meets_counted_queries_alone(world):
             fitted = world.fitted(make_attack(name, world.objective, questions=20))
         assert fitted.fit_uses[0] == 20
         assert calls.backward == 0, "a gradient reached the victim"
+
+
+def test_listed_items_are_encoded_in_parts(world, monkeypatch):
+    model, sizes = world.victim.eval(), []
+    handle = model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0]["image"])))
+    rows = torch.arange(len(world.data.train)).repeat(2, 1).T
+    with torch.no_grad():
+        whole = Knockoff._codes(model, world.data, rows, "image")
+        monkeypatch.setattr(eqb2a_module, "_AT_ONCE", 10)
+        parts = Knockoff._codes(model, world.data, rows, "image")
+    handle.remove()
+    assert sizes[0] == len(rows)
+    assert sum(sizes[1:]) == len(rows)
+    assert max(sizes[1:]) == 10
+    assert torch.allclose(whole, parts, atol=1e-5)
 
 
 def test_a_generator_goes_on_where_it_was_stopped(world, tmp_path, monkeypatch):

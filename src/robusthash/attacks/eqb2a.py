@@ -27,6 +27,7 @@ from robusthash.models.hasher import Hasher
 
 _PAPER = "Zhu et al., ACM TOIS 2023"
 NEAREST, RANKS = 5, 5
+_AT_ONCE = 256  # listed items encoded at a time; a training step has 160
 PAIRS = tuple(combinations(range(RANKS), 2))  # of the ranks that are spread over the list
 
 
@@ -110,16 +111,18 @@ class Knockoff(Substituted):
         """(M, 10) ids of the listed items, from one counted oracle query (B1) for each item."""
         database = encode_split(victim.for_database(), data.train, modality=searched)[searched]
         oracle, lists = QueryOracle(victim, database, 1, "B1", k=len(database)), []
+        places = listed(len(database))
         for part in torch.arange(len(split)).split(128):
-            lists.append(oracle.rank(split.batch(part).only({name}).to(victim.device)))
-        return torch.cat(lists)[:, listed(len(database))]
+            lists.append(oracle.rank(split.batch(part).only({name}).to(victim.device))[:, places])
+        return torch.cat(lists)
 
     @staticmethod
     def _codes(model: Hasher, data: RetrievalData, rows: Tensor, name: str) -> Tensor:
-        """(M, n, K) relaxed codes of listed training items by the model."""
+        """(M, n, K) relaxed codes of listed training items by the model; those of a training step at once."""
         flat, inverse = torch.unique(rows, return_inverse=True)
-        inputs = data.train.batch(flat).only({name}).to(model.device).inputs
-        return model(inputs)[name].relaxed()[inverse.to(model.device)]
+        parts = (data.train.batch(part).only({name}).to(model.device) for part in flat.split(_AT_ONCE))
+        codes = torch.cat([model(part.inputs)[name].relaxed() for part in parts])
+        return codes[inverse.to(model.device)]
 
     def _ranking(self, model: Hasher, anchor: Tensor, rows: Tensor, data: RetrievalData, name: str) -> Tensor:
         """The knockoff's loss of one direction: rank pairs, + 0.01 balance + 0.001 quantisation."""
