@@ -108,9 +108,12 @@ class PostgresServer(Server):
 
     def _for_nobody(self, installed: Path) -> Path:
         """The programs where nobody may run them: copied, where they lie in the home of root, say."""
-        for place in (installed, self.home / "pginstall"):
+        package = installed.parent
+        for place in (installed, self.home / package.name / installed.name):
             if place != installed:
                 shutil.copytree(installed, place, symlinks=True)
+                libraries = f"{package.name}.libs"  # beside the package, where the programs look for them
+                shutil.copytree(package.parent / libraries, self.home / libraries)
             with contextlib.suppress(PermissionError):
                 command = [str(place / "bin" / "initdb"), "--version"]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", **self.user)
