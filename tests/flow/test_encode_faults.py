@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from tests.flow.test_encode_collection import codes, encode, pictures, trained
+from tests.flow.test_encode_collection import codes, encode, make_shards, pictures, trained
 
 __all__ = ["encode", "pictures", "trained"]  # fixtures
 
@@ -118,3 +120,151 @@ def test_a_wrong_field_of_a_status_is_named_and_encoded_again(
     assert f"{file} {said}" in report["failed"]["part-000001"]
     assert encode(library, "--part-size", 2)["encoded"] == 1
     assert call(*build)[0] == 0
+
+
+def header(kind: bytes, size: int, content: bytes = b"") -> bytes:
+    """The blocks of a header of a tar, which may say another size than its content has."""
+    member = tarfile.TarInfo("header")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+def record(key: str, value: str) -> bytes:
+    """A record of a PAX header."""
+    text = f" {key}={value}\n"
+    return next(f"{n}{text}".encode() for n in range(9999) if n == len(f"{n}{text}".encode()))
+
+
+SPARSE = record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0")
+BACK = record("size", "-2048")
+ODD = {
+    "a sparse map that is none": header(tarfile.XHDTYPE, len(SPARSE), SPARSE),
+    "headers without end": header(tarfile.XHDTYPE, 0) * 5000,
+    "a large header": header(tarfile.XHDTYPE, 3 << 30),
+    "a long name": header(tarfile.GNUTYPE_LONGNAME, 3 << 30),
+    "a negative size": header(tarfile.XHDTYPE, len(BACK), BACK),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_tar_fails_alone(encode, pictures, tmp_path, odd):
+    shards = make_shards(tmp_path / "shards", pictures, count=2)
+    hurt = shards / "s-01.tar"
+    whole = hurt.read_bytes()
+    hurt.write_bytes(ODD[odd] + whole)
+    with hurt.open("ab") as file:
+        file.truncate(1 << 32)  # a hole: what a header says is there
+    report = encode(shards / "s-{00..01}.tar", code=1)
+    assert (report["done"], list(report["failed"])) == (1, ["s-01"])
+    assert report["failed"]["s-01"].startswith(f"{hurt}: not a plain tar, or damaged (")
+    hurt.write_bytes(whole)
+    assert encode(shards / "s-{00..01}.tar")["done"] == 2
+
+
+def test_a_large_header_is_not_read(tmp_path):
+    import tracemalloc
+
+    from robusthash.apps.collection.collection_items import SourceError
+    from robusthash.apps.collection.tar_source import TarPart
+
+    path = tmp_path / "a.tar"
+    path.write_bytes(header(tarfile.XHDTYPE, 50 << 20))
+    with path.open("ab") as file:
+        file.truncate(60 << 20)
+    tracemalloc.start()
+    with pytest.raises(SourceError, match="headers of more than 65536 bytes"):
+        list(TarPart(path, "a.tar").entries())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 << 20
+
+
+def test_a_tar_that_is_a_pipe_is_refused(encode, pictures, tmp_path):
+    import os
+
+    shards = make_shards(tmp_path / "shards", pictures, count=1)
+    os.mkfifo(shards / "s-01.tar")
+    report = encode(shards / "s-{00..01}.tar", code=1)
+    assert report["failed"] == {"s-01": f"{shards / 's-01.tar'}: it is a pipe (fifo), not a tar"}
+
+
+def test_payload_that_no_index_takes_is_passed_over_before_it_is_encoded(
+    call, encode, trained, library, tmp_path
+):
+    rows = [
+        {"file": "1.jpg", "size": 3},
+        {"file": "2.jpg", 'size "in"': 3},
+        {"file": "3.jpg", "text": ["a", {"b": "\0"}]},
+        {"file": "4.jpg", "a\0": 1},
+        {"file": "x\ud800.jpg"},
+        {"file": "a\0.jpg"},
+    ]
+    manifest = library / "a.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = encode(manifest)
+    assert report["items"] == 1
+    reasons = [(one["file"], one["reason"].removeprefix(f"{manifest}, ")) for one in report["skipped"]]
+    keys = "payload keys are text without quotes, backslashes and control marks, got"
+    assert reasons == [
+        ("2.jpg", f"line 2: {keys} 'size \"in\"'"),
+        ("3.jpg", "line 3: its payload holds a NUL character, which no index takes"),
+        ("4.jpg", f"line 4: {keys} 'a\\x00'"),
+        ("x\\ud800.jpg", "line 5: no file name holds half of a surrogate pair"),
+        ("a\0.jpg", "line 6: no file name holds a NUL character"),
+    ]
+    load = ("index", "build", tmp_path / "ix", "--run", trained, "--codes", tmp_path / "codes", "--json")
+    assert json.loads(call(*load)[1])["count"] == 1
+
+
+def test_a_column_that_no_index_takes_is_refused_before_anything_is_encoded(call, trained, library, tmp_path):
+    manifest = library / "a.csv"
+    manifest.write_text('file,"a""b"\n1.jpg,3\n')
+    code, _, err = call("encode", "--images", manifest, "--run", trained, "--out", tmp_path / "codes")
+    assert code == 1
+    assert "line 2: payload keys are text without quotes" in err
+    assert "got 'a\"b'; rename the column" in err
+    assert not (tmp_path / "codes").exists()
+    manifest.write_text("file,ab\n1.jpg,3\n")
+    assert call("encode", "--images", manifest, "--run", trained, "--out", tmp_path / "codes")[0] == 0
+
+
+def test_payload_of_a_tar_that_no_index_takes_is_passed_over(encode, library, tmp_path):
+    image = (library / "1.jpg").read_bytes()
+    files = {"a.jpg": image, "a.json": b'{"b\\"c": 1}', "b.jpg": image, "b.txt": b"a\0b", "c\0d.jpg": image}
+    with tarfile.open(library / "s.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = len(content), {"path": name}
+            tar.addfile(member, io.BytesIO(content))
+    report = encode(library / "s.tar")
+    assert sorted(codes(tmp_path / "codes")) == ["s.tar:a.jpg", "s.tar:b.jpg"]
+    assert {one["file"]: one["reason"].partition(",")[0] for one in report["skipped"]} == {
+        "s.tar:a.json": "payload keys are text without quotes",
+        "s.tar:b.txt": "it holds a NUL character",
+        "s.tar:c\0d.jpg": "no file name holds a NUL character",
+    }
+
+
+def test_a_damaged_parquet_manifest_is_named(call, trained, library, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    manifest = library / "a.parquet"
+    parquet.write_table(pyarrow.table({"file": [f"{n % 4 + 1}.jpg" for n in range(50_000)]}), manifest)
+    whole = manifest.read_bytes()
+    for damaged in (b"PAR1", whole[:50] + b"?" * 100 + whole[150:], whole[:-100], whole[:-20] + b"?" * 20):
+        manifest.write_bytes(damaged)
+        code, _, err = call("encode", "--images", manifest, "--run", trained, "--out", tmp_path / "codes")
+        assert code == 1
+        assert f"{manifest} cannot be read as Parquet: " in err.splitlines()[-1], err
+        assert len([line for line in err.splitlines() if line]) == 1, err
+
+
+def test_what_names_no_image_says_why(call, trained, tmp_path):
+    manifest = tmp_path / "a.jsonl"
+    manifest.write_text(json.dumps({"file": "a\ud800.jpg"}) + "\n" + json.dumps({"file": "b\0.jpg"}) + "\n")
+    code, _, err = call("encode", "--images", manifest, "--run", trained, "--out", tmp_path / "codes")
+    assert code == 1
+    assert (
+        f"{manifest} names no image; 2 files were passed over: a\\ud800.jpg ({manifest}, line 1: no " in err
+    )

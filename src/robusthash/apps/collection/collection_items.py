@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from robusthash.data.image_files import ImageFile, Skipped, path_text
+from robusthash.index.payload_filter import check_key, to_json
 
 
 class SourceError(ValueError):
@@ -80,6 +81,32 @@ def once(entries: Iterable[Entry]) -> Iterator[Entry]:
         if isinstance(entry, CollectionItem):
             seen.add(entry.id)
         yield entry
+
+
+def name_fault(name: str) -> str:
+    """Why no file has this name; "" where one can."""
+    try:
+        written = os.fsencode(name)
+    except UnicodeEncodeError:
+        return "no file name holds half of a surrogate pair"
+    return "no file name holds a NUL character" if b"\0" in written else ""
+
+
+def check_payload(payload: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError where an index would refuse it."""
+    for key in payload:
+        check_key(key)
+    to_json(payload, what)
+    if _holds_nul(payload):
+        raise ValueError(f"{what} holds a NUL character, which no index takes")
+
+
+def _holds_nul(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, Mapping):
+        return any(map(_holds_nul, (*value, *value.values())))
+    return isinstance(value, (list, tuple)) and any(map(_holds_nul, value))
 
 
 def digest_of(values: Iterable[Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,9 @@ from robusthash.apps.collection.collection_items import (
     CollectionItem,
     Entry,
     ImagePart,
+    check_payload,
     digest_of,
+    name_fault,
     once,
 )
 from robusthash.apps.collection.tar_source import Tars
@@ -25,8 +27,9 @@ from robusthash.apps.experiment.library_items import described_file
 from robusthash.data.folder import iter_manifest
 from robusthash.data.image_files import ImageFile, Skipped, path_text, some_of
 from robusthash.data.image_listing import walk_images
-from robusthash.index.payload_filter import to_json
+from robusthash.index.payload_filter import check_key
 
+_TABLES = (".csv", ".parquet")
 _MANIFESTS = (".csv", ".jsonl", ".ndjson", ".parquet")
 
 
@@ -140,14 +143,18 @@ class ListedImages:
                 else:
                     yield Skipped(found.file.removeprefix(path_text(self.root) + os.sep), found.reason)
             return
+        table = self._listing.suffix.lower() in _TABLES
         for where, row in _rows(self._listing):
             name, payload = described_file(row, where)
+            if table:  # a column that no index takes is refused; of JSON lines the row is passed over
+                _check_columns(row, where)
+            fault = name_fault(name)
             try:
-                to_json(payload, "its payload")
-                if "\0" in name:
-                    raise ValueError("no file name holds a NUL character")
+                check_payload(payload, "its payload")
             except ValueError as error:
-                yield Skipped(name, str(error))
+                fault = fault or str(error)
+            if fault:
+                yield Skipped(name.encode("utf-8", "backslashreplace").decode(), f"{where}: {fault}")
             else:
                 yield self._item(os.path.normpath(name), payload)
 
@@ -164,6 +171,8 @@ def _rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     from robusthash.apps.collection.encoded_parts import parquet
 
     library = parquet()
+    import pyarrow
+
     try:
         file = library.ParquetFile(manifest)
         number = 0
@@ -171,8 +180,17 @@ def _rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for row in batch.to_pylist():
                 yield f"{path_text(manifest)}, row {number}", {n: _plain(v) for n, v in row.items() if _is(v)}
                 number += 1
-    except (OSError, library.lib.ArrowException) as error:
-        raise ValueError(f"{path_text(manifest)} cannot be read as Parquet: {error}") from None
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        said = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"{path_text(manifest)} cannot be read as Parquet: {said}") from None
+
+
+def _check_columns(row: Mapping[str, Any], where: str) -> None:
+    try:
+        for column in row:
+            check_key(column)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; rename the column") from None
 
 
 def _is(value: Any) -> bool:

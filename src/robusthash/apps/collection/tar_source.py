@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robusthash.apps.collection.collection_items import CollectionItem, Entry, SourceError, digest_of, once
+from robusthash.apps.collection.collection_items import (
+    CollectionItem,
+    Entry,
+    SourceError,
+    check_payload,
+    digest_of,
+    name_fault,
+    once,
+)
+from robusthash.apps.experiment.library_items import OWN_KEYS
 from robusthash.core.limited_files import MIB, parse_json
-from robusthash.data.image_files import ImageFile, Skipped, path_text
-from robusthash.index.payload_filter import to_json
+from robusthash.data.image_files import ImageFile, Skipped, irregular, path_text
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif")
 _TEXTS = {"cls": "class", "txt": "caption"}  # files of a webdataset sample, by the key of its payload
 _LARGEST_IMAGE, _LARGEST_TEXT = 512 * MIB, MIB  # bytes
+_LARGEST_HEADERS = (
+    64 << 10
+)  # bytes before a member: some hundred, with a long name and the like some thousand
 _END = bytes(tarfile.BLOCKSIZE)  # of a tar: a block of zeros
 
 
@@ -64,6 +76,8 @@ class TarPart:
             facts = self.path.stat()
         except OSError as error:
             raise SourceError(f"{path_text(self.path)}: {error.strerror}") from None
+        if kind := irregular(facts.st_mode):
+            raise SourceError(f"{path_text(self.path)}: it is {kind}, not a tar")
         return digest_of([[self.label, facts.st_size, facts.st_mtime_ns]])
 
     def entries(self) -> Iterator[Entry]:
@@ -74,18 +88,21 @@ class TarPart:
         """The members in order; what is read of them lies where the tar says, so nothing is unpacked."""
         failure = ""
         try:
-            with tarfile.open(self.path, "r:") as tar:
+            with _HeaderFile(self.path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
+                    file.left = _LARGEST_HEADERS
                     tar.members = []  # type: ignore[attr-defined]  # which it would all remember
+                    if tar.offset <= member.offset or _length(tar.pax_headers) > _LARGEST_HEADERS:
+                        raise tarfile.ReadError("a header that no tar has")
                     yield member
-                with self.path.open("rb") as file:
-                    file.seek(tar.offset)
-                    if file.read(len(_END)) != _END:
-                        failure = "it is cut off, or damaged in the middle"
-        except tarfile.TarError as error:
-            failure = f"not a plain tar, or damaged ({error})"
+                file.seek(tar.offset)
+                if file.read(len(_END)) != _END:
+                    failure = "it is cut off, or damaged in the middle"
         except OSError as error:
             failure = error.strerror or str(error)
+        except Exception as error:  # of tarfile, whose parsers of headers let through what their parts raise
+            said = next(iter(str(error).splitlines()), "") or type(error).__name__
+            failure = f"not a plain tar, or damaged ({said})"
         if failure:  # outside of the handlers: an error of the disk would be taken for one of writing
             raise SourceError(f"{path_text(self.path)}: {failure}")
 
@@ -96,6 +113,9 @@ class TarPart:
         for member in members:
             name, ending = f"{self.label}:{member.name}", member.name.rpartition(".")[2].lower()
             if member.isdir():
+                continue
+            if fault := name_fault(member.name):
+                yield Skipped(path_text(name), fault)
                 continue
             image, described = ending in _IMAGES, ending == "json" or ending in _TEXTS
             if reason := _refusal(member, _LARGEST_IMAGE if image else _LARGEST_TEXT if described else None):
@@ -122,10 +142,31 @@ class TarPart:
         payload = {_TEXTS[ending]: text} if ending in _TEXTS else parse_json(text, "it", once=True)
         if not isinstance(payload, dict):
             raise ValueError("it is no JSON object")
-        if own := [key for key in ("path", "path_hex") if key in payload]:
+        if own := [key for key in OWN_KEYS if key in payload]:
             raise ValueError(f"the index fills in {own[0]!r} itself; rename the key")
-        to_json(payload, "it")
+        check_payload(payload, "it")
         return payload
+
+
+class _HeaderFile(io.FileIO):
+    """A tar of which no more than ``left`` bytes are read: those of the headers of one member.
+
+    A header says how long it is, and would be read whole into memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.left = _LARGEST_HEADERS
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"headers of more than {_LARGEST_HEADERS} bytes")
+        self.left -= size
+        return super().read(size) or b""
+
+
+def _length(headers: Mapping[str, str]) -> int:
+    return sum(len(key) + len(value) for key, value in headers.items())
 
 
 def _sample(name: str) -> str:
