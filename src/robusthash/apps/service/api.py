@@ -134,7 +134,9 @@ def _working(request: Request) -> Working:
     return working
 
 
-Fields = Annotated[str | None, Form(description="Payload fields to return, by commas; all by default.")]
+Fields = Annotated[
+    str | None, Form(description="Payload fields to return, by commas; all by default, none where empty.")
+]
 
 
 @router.post("/search")
@@ -157,6 +159,8 @@ async def search(
     if k > service.settings.max_k:
         raise ValueError(f"k: at most {service.settings.max_k}, got {k}")
     allowed = mapping(where, "where")
+    if fields is None and "fields" in await request.form():  # there and empty, which FastAPI takes for absent
+        fields = ""
     if content is not None:
         audits = getattr(request.state, "audits", False)
         code = await working.query_code(content, request.state.client, audits)
