@@ -10,13 +10,15 @@ Example:
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -24,12 +26,22 @@ ImageInput = str | Path | bytes
 """A file, or its bytes."""
 
 
-class ServiceError(RuntimeError):
-    """An answer of the service that is an error; ``status`` is the HTTP status."""
+_LONGEST_WAIT = 10.0  # seconds before a request is sent again
+_KEY = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,198}[\x21-\x7e])?")
+Made = TypeVar("Made")
 
-    def __init__(self, status: int, message: str) -> None:
+
+class ServiceError(RuntimeError):
+    """An answer that is an error, or none of this service.
+
+    Attributes:
+        status: the HTTP status.
+        retry_after: seconds after which the service says that it may be asked again, where it does.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
         super().__init__(f"{status}: {message}")
-        self.status = status
+        self.status, self.retry_after = status, retry_after
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,19 @@ class Client:
         url: such as ``http://localhost:8765``.
         token: bearer token, where the service wants one.
         timeout: seconds of one request.
-        attempts: of a request that the service is too busy for (503, 429); each waits as it is told.
+        attempts: of a request that the service is too busy for (503, 429); each waits as it is told, up to
+            10 s: a longer wait is an error at once.
+
+    Every method raises ``ServiceError`` where the service refuses, or something else answers in its place;
+    ``httpx.HTTPError`` where it cannot be reached; ``ValueError`` of arguments that cannot be sent, and
+    ``OSError`` of image files that cannot be read.
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, attempts: int = 4) -> None:
+        if attempts < 1:
+            raise ValueError(f"attempts must be at least 1, got {attempts}")
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise ValueError("a token is printable ASCII, as 'robusthash token' shows it")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout)
         self._attempts = attempts
@@ -67,16 +88,20 @@ class Client:
     ) -> list[SearchHit]:
         """The ``k`` nearest items of an image or a text.
 
-        Raises:
-            ServiceError: the service refuses the request. httpx.HTTPError: it cannot be reached.
+        Args:
+            where: filter by payload; a list of values means any of them.
+            fields: of the payload to return; all by default, none of an empty list.
         """
         form: dict[str, Any] = {"k": str(k)}
         form |= {} if text is None else {"text": text}
         form |= {} if where is None else {"where": json.dumps(where)}
         form |= {} if fields is None else {"fields": ",".join(fields)}
         files = None if image is None else {"image": ("image", _content(image))}
-        results = self._ask("POST", "/v1/search", data=form, files=files)["results"]
-        return [SearchHit(one["id"], one.get("distance"), one["payload"]) for one in results]
+
+        def read(answer: Any) -> list[SearchHit]:
+            return [SearchHit(one["id"], one.get("distance"), one["payload"]) for one in answer["results"]]
+
+        return self._ask("POST", "/v1/search", read, data=form, files=files)
 
     def add(
         self,
@@ -88,9 +113,9 @@ class Client:
         """Add images and return their ids; when it returns, they are on the service's disk.
 
         Args:
-            idempotency_key: a text of your own, up to 200 characters. After an error of the network or a
-                crash, repeat the call with the same one: it adds nothing twice. By default each call has
-                another.
+            idempotency_key: a text of your own, 1 to 200 printable ASCII characters. After an error of the
+                network or a crash, repeat the call with the same one: it adds nothing twice. By default each
+                call has another.
         """
         described: list[dict[str, Any]] = [{} for _ in images]
         for name, values in (("key", keys), ("payload", payload)):
@@ -99,24 +124,31 @@ class Client:
             for one, value in zip(described, values or (), strict=False):
                 one[name] = value
         files = [("image", ("image", _content(image))) for image in images]
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        form = {"items": json.dumps(described)}
-        added = self._ask("POST", "/v1/items", data=form, files=files, headers=headers)["items"]
-        return [one["id"] for one in added]
+        key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
+        if not _KEY.fullmatch(key):
+            said = "1 to 200 printable ASCII characters, without spaces around them"
+            raise ValueError(f"an idempotency key has {said}; got {key!r}")
+        form, headers = {"items": json.dumps(described)}, {"Idempotency-Key": key}
+
+        def read(answer: Any) -> list[int]:
+            return [one["id"] for one in answer["items"]]
+
+        return self._ask("POST", "/v1/items", read, data=form, files=files, headers=headers)
 
     def item(self, number: int) -> dict[str, Any]:
         """The payload of an item; ServiceError 404 where there is none."""
-        payload: dict[str, Any] = self._ask("GET", f"/v1/items/{number}")["payload"]
-        return payload
+        return self._ask("GET", f"/v1/items/{number}", lambda answer: dict(answer["payload"]))
 
     def remove(self, ids: Sequence[int] | None = None, keys: Sequence[str] | None = None) -> int:
         """Remove items by ids or keys and return how many there were."""
+        if (ids is None) == (keys is None):
+            raise ValueError("give ids or keys: one of them")
         body = {"ids": list(ids)} if ids is not None else {"keys": list(keys or ())}
-        return int(self._ask("DELETE", "/v1/items", json=body)["removed"])
+        return self._ask("DELETE", "/v1/items", lambda answer: int(answer["removed"]), json=body)
 
     def info(self) -> dict[str, Any]:
         """Facts on the model, the index and the limits."""
-        return dict(self._ask("GET", "/v1/info"))
+        return self._ask("GET", "/v1/info", lambda answer: {**answer})
 
     def close(self) -> None:
         """Close the connection."""
@@ -130,19 +162,40 @@ class Client:
     ) -> None:
         self.close()
 
-    def _ask(self, method: str, path: str, **parts: Any) -> dict[str, Any]:
+    def _ask(self, method: str, path: str, read: Callable[[Any], Made], **parts: Any) -> Made:
+        """What ``read`` makes of the JSON of an answer."""
         for attempt in range(1, self._attempts + 1):
             answer = self._http.request(method, path, **parts)
-            if answer.status_code not in (429, 503) or attempt == self._attempts:
+            busy = answer.status_code in (429, 503)
+            wait = _seconds(answer.headers.get("Retry-After"))
+            if not busy or attempt == self._attempts or (wait or 0) > _LONGEST_WAIT:
                 break
-            time.sleep(min(10.0, float(answer.headers.get("Retry-After", "1"))))
-        if answer.is_success:
-            return dict(answer.json())
+            time.sleep(1.0 if wait is None else wait)
         try:
-            message = answer.json()["error"]
-        except (ValueError, KeyError, TypeError):
-            message = answer.text[:200]
-        raise ServiceError(answer.status_code, str(message))
+            if answer.is_success:
+                return read(answer.json())
+            message = str(answer.json()["error"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            if answer.is_success:
+                message = f"no answer of this service: {answer.text[:200]!r}"
+            else:
+                message = answer.text[:200] or answer.reason_phrase
+        if place := answer.headers.get("Location"):
+            message += f"; it redirects to {place[:200]}: give the client the address where the service is"
+        if busy and wait:
+            message += f" (may be asked again in {wait:.0f} s)"
+        raise ServiceError(answer.status_code, message, wait)
+
+
+def _seconds(text: str | None) -> float | None:
+    """The seconds of a Retry-After header, which holds a number or a date; None where it says neither."""
+    if text is None or re.fullmatch("[0-9]{1,9}", text.strip()):
+        return None if text is None else float(text)
+    try:
+        date = parsedate_to_datetime(text)
+        return max(0.0, date.timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError, OSError):
+        return None
 
 
 def _content(image: ImageInput) -> bytes:

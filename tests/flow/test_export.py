@@ -341,9 +341,31 @@ def test_strange_folders_are_refused_in_a_line(folder: Path, tmp_path: Path) -> 
         torch.save({"w": torch.zeros(1)}, at / "pytorch_model.bin")
 
     assert "model.safetensors" in refusal(pickled)
+    assert "bits is 1000000000, more than 65536" in refusal(
+        lambda at: edited(at, bits=10**9, hasher={**json.loads(card)["hasher"], "bits": 10**9})
+    )
+    assert "image_size is [1000000, 1000000], more than 16384 a side" in refusal(
+        lambda at: edited(at, image_size=[10**6, 10**6])
+    )
     code = {"bits": 16, "image": "os:system", "text": None, "head": "tanh", "declared": "plain"}
     said = refusal(lambda at: edited(at, hasher={**code, "vocabulary": None}))
     assert "os:system" in said or "'os'" in said
+
+
+def test_a_model_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="image_size is \\[20000, 20000\\], more than 16384 a side"):
+        model_of(20_000).save(tmp_path / "large")
+    assert not (tmp_path / "large").exists()
+
+
+def test_a_file_that_is_there_is_not_sought_on_the_hub(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("robusthash.models.hub_folder._hub", lambda: pytest.fail("the hub was asked"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/p000.jpg").write_bytes(b"x")
+    for load in (rh.Hasher.from_pretrained, rh.SearchModel.from_pretrained):
+        with pytest.raises(RunError, match=r"photos/p000\.jpg is a file; a saved model is a folder"):
+            load("photos/p000.jpg")
 
 
 def test_a_card_cannot_make_other_weights_be_read(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -154,6 +154,8 @@ def test_filters_fields_and_missing_items(client: TestClient) -> None:
     add(client, picture(40), [{"key": "a", "payload": {"label": "cat", "year": 2024}}])
     hits = search(client, picture(1), where='{"label": "cat"}', fields="year").json()["results"]
     assert [hit["payload"] for hit in hits] == [{"year": 2024}]
+    none = search(client, picture(1), where='{"label": "cat"}', fields="").json()["results"]
+    assert [hit["payload"] for hit in none] == [{}]
     unknown = search(client, picture(1), where='{"colour": "red"}')
     assert unknown.status_code == 422
     assert "colour" in unknown.json()["error"]

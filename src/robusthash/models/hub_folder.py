@@ -60,7 +60,8 @@ def fetched(source: str | Path, revision: str | None = None, token: str | None =
     """The folder of a saved model: ``source`` itself, or a copy of it from the hub.
 
     Args:
-        source: a folder, or an id of the hub, ``user/name``: that alone opens a connection.
+        source: a folder, or an id of the hub, ``user/name``: that alone opens a connection. What is there
+            on the disk is never asked for.
         revision: branch, tag or commit of the hub; a commit is the only one that cannot change.
 
     Raises:
@@ -69,6 +70,8 @@ def fetched(source: str | Path, revision: str | None = None, token: str | None =
     folder = Path(source)
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise RunError(f"{folder} is a file; a saved model is a folder, which save_pretrained wrote")
     if not _ID.fullmatch(str(source)):
         raise RunError(f"{str(source)!r} is neither a folder nor an id of the hub, user/name")
     hub, files = _hub(), [HUB.card, HUB.weights, README]

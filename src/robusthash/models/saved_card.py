@@ -12,6 +12,9 @@ from robusthash.core.limited_files import parse_json
 from robusthash.core.runtime import digest
 
 SEAL = "card"  # the digest of all other fields; earlier versions wrote none
+MOST_BITS, MOST_SIDE = 1 << 16, 1 << 14
+"""Limits of a code and of the side of an image in pixels, beyond which a card is not believed."""
+
 _MODALITIES = ("image", "text")
 
 
@@ -36,6 +39,15 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= 2 and all(map(is_count, value))
 
 
+def beyond_limits(card: Mapping[str, Any]) -> str:
+    """The fault of a card whose model would take more memory than any that is trained; "" of others."""
+    if card["bits"] > MOST_BITS:
+        return f"bits is {card['bits']}, more than {MOST_BITS}"
+    if len(card["image_size"]) == 2 and max(card["image_size"]) > MOST_SIDE:
+        return f"image_size is {card['image_size']}, more than {MOST_SIDE} a side"
+    return ""
+
+
 def _is_modalities(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(name in _MODALITIES for name in value)
 
@@ -54,6 +66,8 @@ def model_fault(card: Any, fields: Checks = MODEL) -> str:
             return f"it lacks {name}"
         if not fits(card[name]):
             return f"{name} is {shortened(repr(card[name]))}"
+    if fault := beyond_limits(card):
+        return fault
     if SEAL in card and sealed(card)[SEAL] != card[SEAL]:
         return "a field was changed after it was written: its digest is another"
     if card["hasher"].get("bits") != card["bits"]:

@@ -21,7 +21,7 @@ from robusthash.data.image_text import text_form
 from robusthash.metrics.results import software_versions
 from robusthash.models.encoding import weights_digest
 from robusthash.models.hasher import Hasher, build_hasher
-from robusthash.models.saved_card import SEAL, is_digest, model_fault, sealed
+from robusthash.models.saved_card import SEAL, beyond_limits, is_digest, model_fault, sealed
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ def save_exported(
         "modalities": list(hasher.modalities),
         "hasher": spec,
     }
+    if fault := beyond_limits(card):
+        raise ValueError(f"{fault}: no saved model could be loaded with it")
     if used := sources(spec):
         card["plugins"] = used
     card |= {"weights": hashlib.sha256(weights).hexdigest(), "versions": software_versions()}

@@ -49,18 +49,21 @@ def add_codes(
 
     Returns:
         ``added`` and ``updated`` items, ``repeated`` names (of another part, left out), and the parts that
-        are ``not_encoded``.
+        are ``not_encoded``, or ``stale``: encoded before the collection listed other images in them. Those
+        are left out too.
 
     Raises:
         ValueError: codes of another model or length, damaged files, or no part that is encoded.
     """
     folder = readable_codes(codes, origin)
     index.add(folder.no_codes(), keys=[])  # refuses codes of another model before anything is read
-    counts, repeated, absent = {"added": 0, "updated": 0}, list[str](), list[str]()
+    counts, repeated = {"added": 0, "updated": 0}, list[str]()
+    absent, stale = list[str](), list[str]()
     seen = np.zeros(0, dtype=np.int64)  # in order
     for done, name in enumerate(folder.card.parts, start=1):
-        if folder.status(name).get("state") != "done":
-            absent.append(name)
+        state = folder.status(name).get("state")
+        if state != "done":
+            (stale if state == "stale" else absent).append(name)
             continue
         ids, here, again = add_part(index, folder, name, root, seen)
         added = np.sort(ids.numpy())
@@ -69,7 +72,7 @@ def add_codes(
         counts["updated"] += here
         counts["added"] += len(ids) - here
         progress(done, len(folder.card.parts), "adding parts")
-    return {**counts, "repeated": repeated, "not_encoded": absent}
+    return {**counts, "repeated": repeated, "not_encoded": absent, "stale": stale}
 
 
 def add_part(

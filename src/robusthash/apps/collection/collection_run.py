@@ -14,14 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from robusthash.apps.collection.encoded_parts import CodesCard, CodesFolder, ItemFormat, PartWriter
-from robusthash.apps.collection.image_source import (
-    Collection,
-    CollectionItem,
-    ImagePart,
-    SourceError,
-    open_source,
-)
+from robusthash.apps.collection.codes_card import CodesCard, ItemFormat
+from robusthash.apps.collection.collection_items import Collection, CollectionItem, ImagePart, SourceError
+from robusthash.apps.collection.encoded_parts import CodesFolder, PartWriter
+from robusthash.apps.collection.image_source import open_source
 from robusthash.apps.experiment.search_model import SearchModel, load
 from robusthash.core.directory_lock import InUse
 from robusthash.core.hamming import pack
@@ -91,7 +87,7 @@ class EncodingJob:
         model = run if isinstance(run, SearchModel) else load(run)
         model.check_encodes("image")
         source = open_source(images, part_size)
-        tars = source.label == "tar"
+        tars, parts = source.label == "tar", sorted(source.listings().items())
         card = CodesCard(
             origin=model.origin,
             bits=model.bits,
@@ -100,7 +96,8 @@ class EncodingJob:
             root=path_text(source.root),
             part_size=0 if tars else part_size,
             items=items,
-            parts=tuple(sorted(source.names())),
+            parts=tuple(name for name, _ in parts),
+            listings=() if tars else tuple(listing for _, listing in parts),
         )
         return cls(model, source, CodesFolder.make(Path(out), card))
 
@@ -129,9 +126,10 @@ def encode_collection(
         encoding: options of ``Encoding``: ``processes``, ``batch_size``, ``max_pixels``.
 
     Returns:
-        Of all that is in ``out``: ``parts``, ``done``, ``failed`` (by part, the reason), ``missing`` (of
-        other shards), ``items`` and ``skipped`` (files with reasons). Of this call: ``encoded``,
-        ``unchanged`` and ``in_use`` (parts, the last being those that other processes work on).
+        Of all that is in ``out``: ``parts``, ``done``, ``failed`` (by part, the reason), ``stale`` (parts of
+        other shards, of which the collection lists other images since they were encoded: encode those shards
+        again), ``missing`` (of other shards), ``items`` and ``skipped`` (files with reasons). Of this call:
+        ``encoded``, ``unchanged`` and ``in_use`` (parts, the last being those that other processes work on).
 
     Raises:
         FileNotFoundError: no such collection.
@@ -172,9 +170,9 @@ def encode_part(
         with folder.working_on(part.name, work):
             try:
                 state = part.state()
-                if folder.is_done(part.name, state):
+                if folder.is_done(part.name, state, part.listing):
                     return "unchanged"
-                with folder.writing(part.name, state) as writer:
+                with folder.writing(part.name, state, part.listing) as writer:
                     _encode(model, part, writer, how, count)
             except (SourceError, ChildProcessError) as error:
                 folder.fail(part.name, str(error))

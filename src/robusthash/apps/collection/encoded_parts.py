@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
+from robusthash.apps.collection.codes_card import AGAIN, CodesCard, read_status
 from robusthash.apps.experiment.run_files import write_json
 from robusthash.core.atomic_files import write_all_aside
 from robusthash.core.directory_lock import InUse, owned
@@ -23,49 +24,9 @@ from robusthash.core.limited_files import parse_json, read_json
 from robusthash.core.types import Codes
 from robusthash.data.image_files import Skipped, path_text
 
-ItemFormat = Literal["jsonl", "parquet"]
 CARD, REPORT = "collection.json", "report.json"
-_FORMAT = 1
 _PARTS = "parts"  # the subfolder of the parts
 _WAIT = 30.0  # seconds for another process that writes the card
-_FIXED = {
-    "format": "files of another version",
-    "origin": "codes of another model",
-    "bits": "codes of another length",
-    "image_size": "images of another size",
-    "source": "codes of another collection",
-    "part_size": "parts of another size",
-    "items": "items in another format",
-}
-"""Facts of a card that all who write into the folder share, and the words for those that differ."""
-
-
-@dataclass(frozen=True)
-class CodesCard:
-    """The facts of an encoded collection.
-
-    Attributes:
-        origin: digest of the model that made the codes.
-        image_size: pixels a side.
-        source, root: name of the folder or manifest, or "tar", and the folder that names are relative to.
-        part_size: images of a part; 0 of tars, which are a part each.
-        items: format of the items.
-        parts: names of all parts.
-    """
-
-    origin: str
-    bits: int
-    image_size: int
-    source: str
-    root: str
-    part_size: int
-    items: ItemFormat
-    parts: tuple[str, ...]
-    format: int = _FORMAT
-
-    def __post_init__(self) -> None:
-        if self.items not in get_args(ItemFormat):
-            raise ValueError(f"items are written as {' or '.join(get_args(ItemFormat))}, got {self.items!r}")
 
 
 @dataclass(frozen=True)
@@ -95,15 +56,7 @@ class CodesFolder:
             raise FileNotFoundError(
                 f"{path} holds no encoded collection; make it with 'robusthash encode --images'"
             )
-        facts = read_json(path / CARD)
-        if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
-            raise ValueError(f"{path / CARD} is of another version of robusthash; encode into another folder")
-        try:
-            return cls(path, CodesCard(**{**facts, "parts": tuple(facts["parts"])}))
-        except (TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path / CARD} is damaged ({error}); encode again, which writes it anew"
-            ) from None
+        return cls(path, CodesCard.read(path / CARD))
 
     @classmethod
     def make(cls, path: Path, card: CodesCard) -> CodesFolder:
@@ -124,9 +77,9 @@ class CodesFolder:
         with _card_of(path):
             if (path / CARD).exists():
                 held = cls.open(path).card
-                _check_same(path, asdict(held), asdict(card))
+                card.check_same(held, path)
                 if card.source == "tar":
-                    card = CodesCard(**{**asdict(card), "parts": tuple(sorted({*held.parts, *card.parts}))})
+                    card = card.joined(held)
             folder = cls(path, card)
             folder._parts.mkdir(exist_ok=True)
             for gone in {file.stem for file in folder._parts.glob("*.json")} - set(card.parts):
@@ -149,21 +102,27 @@ class CodesFolder:
         return self._parts / f"{name}.{self.card.items}"
 
     def status(self, name: str) -> dict[str, Any]:
-        """The status of a part; {} where there is none, or one that cannot be read."""
-        try:
-            status = read_json(self._status(name), limit=1 << 30)
-        except (OSError, ValueError):
-            return {}
-        return status if isinstance(status, dict) else {}
+        """The status of a part; {} where there is none.
 
-    def is_done(self, name: str, state: str) -> bool:
-        """True where a part was encoded from images of this state."""
-        status = self.status(name)
-        return (
-            status.get("state") == "done"
-            and status.get("source") == state
-            and not self._damaged(name, status)
-        )
+        Its ``state`` is ``done``, ``failed``, or ``stale`` where it was encoded, and the collection has come
+        to list something else in it.
+
+        Raises:
+            ValueError: it cannot be read, or has a wrong field.
+        """
+        status = read_status(self._status(name))
+        if status.get("state") == "done" and status.get("listing", "") != self.card.listing(name):
+            return {**status, "state": "stale"}
+        return status
+
+    def is_done(self, name: str, state: str, listing: str = "") -> bool:
+        """True where a part was encoded from images of this state, and what is listed in it."""
+        try:
+            status = read_status(self._status(name))
+        except ValueError:
+            return False
+        given = {"state": "done", "source": state, "listing": listing}
+        return {**{"listing": ""}, **status}.items() >= given.items() and not self._damaged(name, status)
 
     @contextlib.contextmanager
     def working_on(self, name: str, work: str = "encode") -> Iterator[None]:
@@ -185,7 +144,7 @@ class CodesFolder:
                 lock.unlink()
 
     @contextlib.contextmanager
-    def writing(self, name: str, state: str) -> Iterator[PartWriter]:
+    def writing(self, name: str, state: str, listing: str = "") -> Iterator[PartWriter]:
         """A writer of a part, which is there whole when the block ends, or not at all."""
         self._status(name).unlink(missing_ok=True)
         with write_all_aside([self._codes(name), self._items(name)]) as (codes, items):
@@ -193,7 +152,8 @@ class CodesFolder:
                 yield writer
             written = {"codes": _sha256(codes), "items": _sha256(items)}
         status = {"state": "done", "source": state, "items": writer.count, "sha256": written}
-        write_json(self._status(name), {**status, "skipped": [vars(one) for one in writer.skipped]})
+        status |= {"skipped": [vars(one) for one in writer.skipped], "listing": listing}
+        write_json(self._status(name), status)
 
     def fail(self, name: str, reason: str) -> None:
         """Write down why a part could not be encoded."""
@@ -206,10 +166,10 @@ class CodesFolder:
             ValueError: it is not done, or its files are not those that were written.
         """
         status = self.status(name)
-        if status.get("state") != "done":
+        if status.get("state") not in ("done", "stale"):
             raise ValueError(f"{name} in {self.path} is not encoded")
         if file := self._damaged(name, status):
-            raise ValueError(f"{file} is damaged; 'robusthash encode' with the same options makes it again")
+            raise ValueError(f"{file} is damaged; {AGAIN}")
         packed = torch.from_numpy(np.load(self._codes(name), allow_pickle=False))
         ids, names, payload = _read_items(self._items(name))
         codes = Codes(packed, self.card.bits, torch.tensor(ids, dtype=torch.int64), self.card.origin)
@@ -228,11 +188,18 @@ class CodesFolder:
         return Codes(none, self.card.bits, torch.arange(0), self.card.origin)
 
     def report(self) -> dict[str, Any]:
-        """Parts done, failed and missing, the number of items, and the files that were passed over."""
-        report: dict[str, Any] = {"parts": len(self.card.parts), "done": 0, "failed": {}, "missing": []}
-        items, skipped = 0, []
-        for name in self.card.parts:
-            status = self.status(name)
+        """Parts done, failed, stale and missing, the number of items, and the files that were passed over.
+
+        Of the card as it is by now: another process may have found another listing.
+        """
+        now = CodesFolder.open(self.path)
+        report: dict[str, Any] = {"parts": len(now.card.parts), "done": 0, "failed": {}}
+        stale, missing, items, skipped = list[str](), list[str](), 0, []
+        for name in now.card.parts:
+            try:
+                status = now.status(name)
+            except ValueError as error:
+                status = {"state": "failed", "reason": str(error)}
             match status.get("state"):
                 case "done":
                     report["done"] += 1
@@ -240,9 +207,11 @@ class CodesFolder:
                     skipped += status["skipped"]
                 case "failed":
                     report["failed"][name] = status["reason"]
+                case "stale":
+                    stale.append(name)
                 case _:
-                    report["missing"].append(name)
-        return {**report, "items": items, "skipped": skipped}
+                    missing.append(name)
+        return {**report, "stale": stale, "missing": missing, "items": items, "skipped": skipped}
 
     def write_report(self) -> dict[str, Any]:
         """``report``, which is written down too."""
@@ -341,14 +310,6 @@ def parquet() -> Any:
     except ImportError:
         raise ImportError("Parquet needs pyarrow: pip install 'robusthash[parquet]'") from None
     return pyarrow.parquet
-
-
-def _check_same(path: Path, held: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for key, what in _FIXED.items():
-        if held[key] != given[key]:
-            raise ValueError(
-                f"{path} holds {what} ({key} {held[key]}, here {given[key]}); give another --out"
-            )
 
 
 def _strange(path: Path) -> Iterator[Path]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from robusthash.apps.collection.codes_card import ItemFormat
 from robusthash.apps.collection.collection_index import add_part
+from robusthash.apps.collection.collection_items import Collection, ImagePart
 from robusthash.apps.collection.collection_run import PART_SIZE, Encoding, EncodingJob, encode_part
-from robusthash.apps.collection.encoded_parts import CodesFolder, ItemFormat
-from robusthash.apps.collection.image_source import Collection, ImagePart, open_source
+from robusthash.apps.collection.encoded_parts import CodesFolder
+from robusthash.apps.collection.image_source import open_source
 from robusthash.apps.experiment.search_model import load
 from robusthash.core.directory_lock import owned
 from robusthash.core.runtime import Progress, silent
@@ -59,7 +61,7 @@ def encode_on_ray(
         raise ValueError(f"workers must be at least 1, got {workers}")
     how = Encoding(**{"processes": 0, **encoding})
     prepared = EncodingJob.of(_absolute(run), _absolute(images), _absolute(out), part_size, items)
-    folder, names = prepared.folder, prepared.source.names()
+    folder, names = prepared.folder, list(prepared.source.listings())
     if index is not None:
         with open_index(index, bits=prepared.model.bits) as opened:
             opened.add(folder.no_codes(), keys=[])  # refuses codes of another model before the work begins

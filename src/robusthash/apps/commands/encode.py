@@ -151,7 +151,10 @@ def _encode_collection(
         note(f"{len(report['failed'])} parts failed; the same command tries them again")
     if report["in_use"]:
         note(f"in use by other processes: {_some(report['in_use'])}; repeat the command when they have ended")
-    if report["failed"] or report["in_use"]:
+    if report["stale"]:
+        remedy = "the same command without --shard encodes them again, or with the shards that have them"
+        warn("stale", f"the collection has changed since {_some(report['stale'])} were encoded; {remedy}")
+    if report["failed"] or report["in_use"] or report["stale"]:
         raise typer.Exit(1)
 
 

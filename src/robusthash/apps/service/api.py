@@ -143,7 +143,7 @@ def _working(request: Request) -> Working:
 
 
 _K, _WHERE = "Number of results, 10 by default.", 'Filter as JSON, such as {"label": "cat"}.'
-_FIELDS = "Payload fields to return, by commas; all by default."
+_FIELDS = "Payload fields to return, by commas; all by default, none where empty."
 
 
 @router.post("/search")
@@ -175,6 +175,8 @@ async def search(
     if k > service.settings.max_k:
         raise ValueError(f"k: at most {service.settings.max_k}, got {k}")
     allowed = mapping(where, "where")
+    if fields is None and "fields" in await request.form():  # there and empty, which FastAPI takes for absent
+        fields = ""
     if content is not None:
         audits = getattr(request.state, "audits", False)
         code = await working.query_code(content, request.state.client, audits)

@@ -1,0 +1,116 @@
+"""Collections of images in parts: what a folder, a manifest or tars have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from robusthash.data.image_files import ImageFile, Skipped, path_text
+from robusthash.index.payload_filter import check_key, to_json
+
+
+class SourceError(ValueError):
+    """A part of a collection that cannot be read, as a damaged tar; the others can."""
+
+
+@dataclass(frozen=True)
+class CollectionItem:
+    """One image of a collection."""
+
+    name: str  # relative to the root of the collection; in a tar "shard.tar:member"
+    file: ImageFile
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> int:
+        """62 bits of the SHA-256 of the name: the same wherever and with whatever else it is encoded."""
+        return int.from_bytes(hashlib.sha256(os.fsencode(self.name)).digest()[:8], "big") >> 2
+
+
+Entry = CollectionItem | Skipped
+
+
+class ImagePart(Protocol):
+    """Images that are encoded, and safe on disk, together."""
+
+    @property
+    def name(self) -> str:
+        """The name of its files in the output."""
+
+    @property
+    def listing(self) -> str:
+        """A digest of what is listed in it, whatever became of the files."""
+
+    def state(self) -> str:
+        """A digest that changes with the images; raises ``SourceError``."""
+
+    def entries(self) -> Iterator[Entry]:
+        """The images, and the files that are passed over; raises ``SourceError``."""
+
+
+class Collection(Protocol):
+    """A collection of images, whose parts are always the same and in the same order."""
+
+    root: Path  # which the names of items are relative to
+    label: str  # that the output holds codes of: a folder or manifest by name, or "tar"
+
+    def listings(self) -> dict[str, str]:
+        """The names of all parts, and of each the digest of what is listed in it, "" where parts do not
+        depend on each other; raises ValueError where there is nothing to encode.
+        """
+
+    def amounts(self) -> list[int]:
+        """The size of each part, in images, or in bytes of tars."""
+
+    def parts(self, first: int, step: int) -> Iterator[ImagePart]:
+        """The parts ``first``, ``first + step``, ..."""
+
+
+def once(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries of a part, without images of a name (or, by chance, an id) that was there before."""
+    seen: set[int] = set()
+    for entry in entries:
+        if isinstance(entry, CollectionItem) and entry.id in seen:
+            yield Skipped(path_text(entry.name), "its name is there already")
+            continue
+        if isinstance(entry, CollectionItem):
+            seen.add(entry.id)
+        yield entry
+
+
+def name_fault(name: str) -> str:
+    """Why no file has this name; "" where one can."""
+    try:
+        written = os.fsencode(name)
+    except UnicodeEncodeError:
+        return "no file name holds half of a surrogate pair"
+    return "no file name holds a NUL character" if b"\0" in written else ""
+
+
+def check_payload(payload: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError where an index would refuse it."""
+    for key in payload:
+        check_key(key)
+    to_json(payload, what)
+    if _holds_nul(payload):
+        raise ValueError(f"{what} holds a NUL character, which no index takes")
+
+
+def _holds_nul(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, Mapping):
+        return any(map(_holds_nul, (*value, *value.values())))
+    return isinstance(value, (list, tuple)) and any(map(_holds_nul, value))
+
+
+def digest_of(values: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:32]
