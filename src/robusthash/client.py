@@ -34,11 +34,17 @@ class ServiceError(RuntimeError):
 
 @dataclass(frozen=True)
 class SearchHit:
-    """An item that was found; ``distance`` is None where the service does not show it."""
+    """An item that was found.
+
+    Attributes:
+        distance: in bits; None where the service does not show it.
+        key: that a client gave it; None of the operator's files, which ``payload["file"]`` names.
+    """
 
     id: int
     distance: int | None
     payload: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
 
 
 class Client:
@@ -76,7 +82,7 @@ class Client:
         form |= {} if fields is None else {"fields": ",".join(fields)}
         files = None if image is None else {"image": ("image", _content(image))}
         results = self._ask("POST", "/v1/search", data=form, files=files)["results"]
-        return [SearchHit(one["id"], one.get("distance"), one["payload"]) for one in results]
+        return [SearchHit(one["id"], one.get("distance"), one["payload"], one.get("key")) for one in results]
 
     def add(
         self,
