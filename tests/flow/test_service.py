@@ -185,6 +185,14 @@ def test_the_keys_of_clients_are_answered_and_those_of_files_are_not(client: Tes
 # --- writes
 
 
+def test_info_says_which_guards_are_on(client: TestClient, parts, index: Path) -> None:
+    limits = client.get("/v1/info").json()["limits"]
+    assert (limits["detection"], limits["agreement"]) == (True, None)
+    with serving(parts, index, ServiceSettings(detection=False, agreement=3)) as other:
+        limits = other.get("/v1/info").json()["limits"]
+        assert (limits["detection"], limits["agreement"]) == (False, 3)
+
+
 def test_an_item_is_added_replaced_and_removed(client: TestClient) -> None:
     first = add(client, picture(50), [{"key": "shoe", "payload": {"label": "shoe"}}])
     assert first.status_code == 201
