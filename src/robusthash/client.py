@@ -46,11 +46,17 @@ class ServiceError(RuntimeError):
 
 @dataclass(frozen=True)
 class SearchHit:
-    """An item that was found; ``distance`` is None where the service does not show it."""
+    """An item that was found.
+
+    Attributes:
+        distance: in bits; None where the service does not show it.
+        key: that a client gave it; None of the operator's files, which ``payload["file"]`` names.
+    """
 
     id: int
     distance: int | None
     payload: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
 
 
 class Client:
@@ -99,7 +105,10 @@ class Client:
         files = None if image is None else {"image": ("image", _content(image))}
 
         def read(answer: Any) -> list[SearchHit]:
-            return [SearchHit(one["id"], one.get("distance"), one["payload"]) for one in answer["results"]]
+            return [
+                SearchHit(one["id"], one.get("distance"), one["payload"], one.get("key"))
+                for one in answer["results"]
+            ]
 
         return self._ask("POST", "/v1/search", read, data=form, files=files)
 

@@ -212,6 +212,15 @@ def test_payload_comes_back(url: str, engine: str) -> None:
         assert index.payload([]) == []
 
 
+def test_keys_of_ids(url: str, engine: str) -> None:
+    with open_index(url, 32, engine) as index:
+        first = index.add(random_codes(3, 32), keys=["a", "b/c.jpg", "d"]).ids.tolist()
+        bare = index.add(random_codes(1, 32, ids=torch.tensor([90]))).ids.tolist()
+        index.remove([first[2]])
+        assert index.keys_of([*first, *bare, 1000]) == {first[0]: "a", first[1]: "b/c.jpg"}
+        assert index.keys_of([]) == {}
+
+
 def test_remove_and_add_again(url: str, engine: str) -> None:
     with open_index(url, 32, engine) as index:
         held, queries = labelled(index), random_codes(4, 32, 2)

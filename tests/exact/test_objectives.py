@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers import facts_of, image_batch, memory_of, output_of
+from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, softplus
 from torch.profiler import ProfilerActivity, profile
@@ -230,6 +231,16 @@ def test_csq_is_the_binary_cross_entropy_of_the_relaxed_code() -> None:
     torch.testing.assert_close(value, expected)
     huge = csq_with(centers).similarity(output_of(logits * 1e6), labels, torch.empty(0), torch.empty(0))
     assert torch.isfinite(huge).all()
+
+
+def test_random_rows_are_as_far_apart_and_repeat_no_bits() -> None:
+    first, random = (hadamard_centers(6, 32, Draws(0), each) for each in (False, True))
+    assert torch.equal(first, torch.from_numpy(hadamard(32)).float()[:6])
+    assert (len(first.unique(dim=1).T), len(random.unique(dim=1).T)) == (8, 32)
+    assert torch.equal(random @ random.T, 32 * torch.eye(6)), "half of the bits apart"
+    assert torch.equal(random, hadamard_centers(6, 32, Draws(0), True))
+    many = hadamard_centers(70, 32, Draws(0), True)
+    assert len(many.unique(dim=0)) == 70
 
 
 @pytest.mark.parametrize("bits", [16, 32, 64])

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from service_parts import picture
 
+from robusthash.apps.experiment import hardening_run
 from robusthash.apps.experiment.config import make_config
+from robusthash.apps.experiment.hardening_run import measure_hardening
+from robusthash.apps.experiment.run_directory import load_run
 from robusthash.apps.experiment.training_stages import train
 
 CONFIG = {
@@ -57,6 +60,38 @@ def test_parts_are_measured_one_by_one_into_a_file(call, trained, photographs, t
     assert code == 0
     assert "| square | ten clients |" in text
     assert "hag with the changes" not in text
+
+
+def test_passes_inside_each_attack_are_shown_and_rows_outlive_an_interrupt(
+    trained, tmp_path, monkeypatch
+) -> None:
+    run, out, shown, begun = load_run(trained), tmp_path / "cut.json", {}, []
+    attacked = hardening_run._attacked
+
+    def interrupted(context, spec, passes, progress):
+        begun.append(spec.name)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return attacked(context, spec, passes, progress)
+
+    def progress(done: int, total: int, text: str) -> None:
+        shown.setdefault(text, []).append((done, total))
+
+    monkeypatch.setattr(hardening_run, "_attacked", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_hardening(run, ["agreement"], out, 4, progress=progress)
+    assert "agreement" not in json.loads(out.read_text())
+    assert [len(set(shown[f"{name}: forward passes"])) for name in begun[:2]] == [100, 300]
+    assert shown["hag: codes of the changes"][-1] == (4, 4)
+    went_on = measure_hardening(run, ["agreement"], out, 4)
+    assert begun[2:] == ["mainstay", "mainstay", *begun[4:]]
+    assert len(begun) == 7
+    assert went_on == json.loads(out.read_text())
+    assert "unfinished" not in went_on
+    assert went_on == measure_hardening(run, ["agreement"], tmp_path / "whole.json", 4)
+    assert len(begun) == 13
+    assert measure_hardening(run, ["agreement"], out, 3)["queries"] == {"agreement": 3}
+    assert len(begun) == 19, "rows of other settings are not taken"
 
 
 def test_learned_attacks_take_no_more_than_the_training_items(call, trained, tmp_path) -> None:

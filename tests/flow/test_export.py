@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from PIL import Image
 from service_parts import CONFIG
 from typer.testing import CliRunner
 
@@ -23,6 +25,7 @@ from robusthash.apps.experiment.run_directory import Run, RunError
 from robusthash.apps.experiment.training_stages import train
 from robusthash.core.hamming import pack
 from robusthash.core.registry import register
+from robusthash.data.image_files import read_image
 from robusthash.models.encoding import encode_signs
 from robusthash.models.portable.model_files import facts_in
 from robusthash.models.purifier import Purifier
@@ -111,6 +114,33 @@ def test_an_onnx_file_gives_packed_codes_for_any_batch(run: Run, tmp_path: Path,
         assert codes.dtype == np.uint8
         assert np.array_equal(codes, pack(encode_signs(hasher, "image", whole.float() / 255)).numpy())
         assert logits.shape == (count, 16)
+
+
+def test_images_prepared_as_the_docs_say_have_the_codes_of_the_package(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts_of_file, prepare = code_blocks("serving.md", "onnxruntime.InferenceSession", "ImageOps.fit")
+    monkeypatch.chdir(tmp_path)
+    rh.export(run.path, "mine.onnx")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for side, mode in ((40, "RGB"), (200, "RGB"), (200, "L")):
+        pixels = np.random.default_rng(side).integers(0, 256, (side, side + 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save("query.jpg", exif=turned)
+        names: dict[str, Any] = {"facts": facts_in(Path("mine.onnx")).__dict__}
+        exec(prepare, names)
+        exec(facts_of_file, names)
+        assert np.array_equal(names["pixels"][0] * 255, read_image("query.jpg", 32).numpy())
+        assert np.array_equal(names["codes"], rh.load(run.path).encode("query.jpg").packed.numpy())
+        asked = names["facts"]["input"]
+        assert (asked["fit"], asked["filter"]) == ("central square", "Pillow BICUBIC")
+
+
+def code_blocks(page: str, *having: str) -> list[str]:
+    """The first block of Python in a page of the documents with each text."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    return [next(block for block in blocks if each in block) for each in having]
 
 
 def test_a_torchscript_file_gives_codes_and_logits(run: Run, tmp_path: Path) -> None:

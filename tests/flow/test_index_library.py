@@ -69,6 +69,16 @@ def counts(info):
     return {key: info[key] for key in ("added", "updated", "unchanged", "count")}
 
 
+def test_a_build_says_how_few_codes_are_different(trained, call, library, tmp_path) -> None:
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for number in range(5):
+        (copies / f"{number}.png").write_bytes((library / "cats" / "b.png").read_bytes())
+    words = ("index", "build", tmp_path / "ix", "--run", trained, "--images", copies)
+    assert "5 images have 1 different code," in call(*words)[2]
+    assert "different code" not in call(*words)[2], "nothing is encoded now"
+
+
 def test_the_picture_comes_back(call, add, tmp_path, library):
     best = found(call, tmp_path / "ix", library / "dogs/d.png")[0]
     assert best == {"id": 3, "distance": 0, "payload": {"path": str(library / "dogs/d.png")}}

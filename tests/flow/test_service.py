@@ -27,7 +27,7 @@ from robusthash.apps.experiment.training_stages import train
 from robusthash.apps.service.api import create_app
 from robusthash.apps.service.batching import Batcher, Overloaded
 from robusthash.apps.service.search_service import SearchService
-from robusthash.apps.service.serving import Serving, read_settings
+from robusthash.apps.service.serving import Serving, _reload, read_settings
 from robusthash.apps.service.settings import ServiceSettings
 from robusthash.apps.service.tokens import Token, TokenFile, token_of
 from robusthash.core.types import Codes
@@ -164,7 +164,35 @@ def test_filters_fields_and_missing_items(client: TestClient) -> None:
     assert client.get("/v1/items/99999999999999999999").status_code == 422
 
 
+def test_items_are_not_filtered_by_their_files_and_the_answer_says_so(client: TestClient) -> None:
+    add(client, picture(40), [{"payload": {"label": "cat"}}])
+    for where in ('{"path": "/a.png"}', '{"file": "00.png"}'):
+        refused = search(client, picture(1), where=where)
+        assert refused.status_code == 422
+        message = refused.json()["error"]
+        assert "neither is filtered by" in message
+        assert "Known: path" not in message
+    assert "did you mean 'label'" in search(client, picture(1), where='{"labels": "cat"}').json()["error"]
+
+
+def test_the_keys_of_clients_are_answered_and_those_of_files_are_not(client: TestClient) -> None:
+    new = add(client, picture(41), [{"key": "sku-7"}]).json()["items"][0]
+    hits = search(client, picture(41), k="13").json()["results"]
+    assert {hit["id"]: hit.get("key") for hit in hits if "key" in hit} == {new["id"]: "sku-7"}
+    assert len(hits) == 13
+    assert client.get(f"/v1/items/{new['id']}").json()["key"] == "sku-7"
+    assert "key" not in client.get("/v1/items/0").json()
+
+
 # --- writes
+
+
+def test_info_says_which_guards_are_on(client: TestClient, parts, index: Path) -> None:
+    limits = client.get("/v1/info").json()["limits"]
+    assert (limits["detection"], limits["agreement"]) == (True, None)
+    with serving(parts, index, ServiceSettings(detection=False, agreement=3)) as other:
+        limits = other.get("/v1/info").json()["limits"]
+        assert (limits["detection"], limits["agreement"]) == (False, 3)
 
 
 def test_an_item_is_added_replaced_and_removed(client: TestClient) -> None:
@@ -374,6 +402,51 @@ def test_tokens_and_their_scopes(parts, index: Path, tmp_path: Path) -> None:
         assert add(client, picture(1)).status_code == 201
 
 
+def test_a_removed_token_is_refused_after_a_reload(parts, index: Path, tmp_path: Path) -> None:
+    file = TokenFile(tmp_path / "tokens.json")
+    writer, reader = file.add("importer", ["read", "write"]), file.add("shop", ["read"])
+    served = Serving.of(str(index), parts[0], None, file.path, read_settings(None, {}))
+    with TestClient(create_app(served.service, served.tokens)) as client:
+
+        def asked(token: str) -> int:
+            return client.get("/v1/info", headers={"Authorization": f"Bearer {token}"}).status_code
+
+        file.remove("shop")
+        assert asked(reader) == 200, "as the verb's message says"
+        writing = {"Authorization": f"Bearer {writer}"}
+        assert client.post("/v1/reload", headers=writing).status_code == 200
+        assert (asked(reader), asked(writer)) == (401, 200)
+        new = file.add("new", ["read"])
+        content = file.path.read_text()
+        file.path.write_text("{")
+        refused = client.post("/v1/reload", headers=writing)
+        assert refused.status_code == 500
+        assert str(tmp_path) not in refused.text
+        _reload(served)
+        assert (asked(new), asked(writer)) == (401, 200), "a damaged file changes nothing"
+        file.path.write_text(content)
+        _reload(served)  # as SIGHUP does
+        assert asked(new) == 200
+        for name in ("importer", "new"):
+            file.remove(name)
+        _reload(served)
+        assert (asked(new), client.get("/v1/info").status_code) == (401, 401), "without any, nobody is let in"
+
+
+def test_refusals_of_tokens_name_the_reason_and_the_client(parts, index: Path, tmp_path, caplog) -> None:
+    file = TokenFile(tmp_path / "tokens.json")
+    reader = file.add("shop", ["read"])
+    caplog.set_level("INFO", "robusthash.service")
+    with serving(parts, index, tokens=tuple(file.tokens())) as client:
+        assert "a token is needed" in client.get("/v1/info").json()["error"]
+        wrong = client.get("/v1/info", headers={"Authorization": "Bearer rh_wrong"})
+        assert "unknown token" in wrong.json()["error"]
+        client.headers["Authorization"] = f"Bearer {reader}"
+        assert client.post("/v1/reload").status_code == 403
+    clients = [json.loads(one.message)["client"] for one in caplog.records if one.levelname == "INFO"]
+    assert clients == ["testclient", "testclient", "shop"]
+
+
 def test_token_files_refuse_what_they_cannot_mean(tmp_path: Path) -> None:
     file = TokenFile(tmp_path / "tokens.json")
     with pytest.raises(ValueError, match="scopes are read, write, audit, got admin"):
@@ -408,7 +481,7 @@ def test_pages_of_other_sites_cannot_use_the_service_of_this_machine(client: Tes
 def test_settings_are_checked(tmp_path: Path) -> None:
     file = tmp_path / "limits.yaml"
     file.write_text("max_kk: 5")
-    with pytest.raises(ValueError, match=r"max_kk.*known: .*max_k"):
+    with pytest.raises(ValueError, match=r"no setting 'max_kk'; did you mean 'max_k'\?"):
         read_settings(file, {})
     file.write_text("max_k: 0")
     with pytest.raises(ValueError, match=r"max_k.*got 0"):
@@ -635,7 +708,12 @@ def test_the_story_shows_a_query_before_and_after_an_attack(parts, index: Path) 
 def test_images_outside_the_folder_are_not_shown(parts, index: Path, tmp_path: Path) -> None:
     service = SearchService(parts[0], f"file:{index}", OPEN, tmp_path, "cpu")
     with TestClient(create_app(service)) as client:
-        assert client.get("/v1/items/3/image").status_code == 404
+        outside = client.get("/v1/items/3/image")
+        assert (outside.status_code, outside.json()["error"]) == (
+            404,
+            "item 3: its image is not below --images",
+        )
+        assert client.get("/v1/items/99/image").json()["error"] == "there is no item 99"
 
 
 def test_metrics_count_requests_by_known_routes(client: TestClient) -> None:

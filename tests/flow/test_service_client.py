@@ -64,6 +64,7 @@ def test_the_client_searches_adds_and_removes(running, tmp_path: Path) -> None:
         ids = client.add([file, picture(81)], keys=["a", "b"], payload=[{"label": "cat"}, {}])
         hits = client.search(file, k=14, where={"label": "cat"}, fields=["label"])
         assert [(hit.id, hit.distance, hit.payload) for hit in hits] == [(ids[0], 0, {"label": "cat"})]
+        assert [hit.key for hit in hits] == ["a"]
         assert client.item(ids[0]) == {"label": "cat"}
         again = [client.add([file], idempotency_key="once") for _ in range(2)]
         assert again[0] == again[1]

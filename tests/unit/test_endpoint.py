@@ -191,10 +191,13 @@ def test_an_endpoint_that_is_not_there_or_refuses():
 def test_the_budget_and_the_rate():
     with served(lambda body, n: (200, {}, {"code": [1]})) as (url, _):
         endpoint, waits = quick(url, budget=2, rate=4.0)
+        shown: list[tuple[int, int]] = []
+        endpoint.progress = lambda done, total, text: shown.append((done, total))
         with pytest.raises(Broken, match=r"budget of 2 questions .* is spent"):
             endpoint(IMAGES)
         assert len(waits) == 1
         assert 0 < waits[0] <= 0.25
+        assert shown == [(1, 2), (2, 2)]
         with pytest.raises(ValueError, match="5 questions and 0 of the budget"):
             endpoint.check_budget(5)
 

@@ -167,7 +167,7 @@ def _smaller_batches_noted() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    verbs = "run, train, evaluate, assess, certify, questions, sweep, reproduce, demo, quickstart"
+    verbs = "run, train, evaluate, assess, certify, questions, hardening, sweep, reproduce, demo, quickstart"
     going_on = f"{verbs}, encode --images, index build and index add"
     note(f"stopped; {going_on} go on from what was finished")
     sys.exit(130)

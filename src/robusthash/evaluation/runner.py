@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from robusthash.core.types import Inputs
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, RefinedAttack
 from robusthash.evaluation.context import EvaluationContext
+from robusthash.models.hasher import Hasher
 from robusthash.models.surrogate_gradients import keyed_noise
 
 
@@ -51,6 +53,27 @@ class NoStore:
 
     def within(self, name: str) -> NoStore:
         return self
+
+
+@contextmanager
+def passes_shown(victim: Hasher, progress: Progress, title: str, total: int = 0) -> Iterator[None]:
+    """Show the forward passes of a victim as the progress of what calls it inside.
+
+    Args:
+        total: passes that are expected; 0 where nobody knows.
+    """
+    done = 0
+
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+        progress(min(done, total) if total else done, total, f"{title}: forward passes")
+
+    hook = victim.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def shared(store: BlockStore) -> bool:

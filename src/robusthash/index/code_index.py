@@ -225,6 +225,10 @@ class CodeIndex(ABC):
         """By key, those of ``keys`` that are held: the id, and the stamp it was added with ("" for none)."""
 
     @abstractmethod
+    def keys_of(self, ids: Sequence[int]) -> dict[int, str]:
+        """By id, the keys of those of ``ids`` that are held and have one."""
+
+    @abstractmethod
     def keys(self, prefix: str = "") -> list[str]:
         """The keys that begin with ``prefix``, sorted."""
 

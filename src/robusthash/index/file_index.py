@@ -82,6 +82,10 @@ class FileIndex(CodeIndex):
         with self._lock:
             return self._opened().held(list(keys))
 
+    def keys_of(self, ids: Sequence[int]) -> dict[int, str]:
+        with self._lock:
+            return self._opened().keys_of(ids)
+
     def keys(self, prefix: str = "") -> list[str]:
         with self._lock:
             return self._opened().keys(prefix)

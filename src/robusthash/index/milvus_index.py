@@ -111,6 +111,12 @@ class MilvusIndex(ServerIndex):
             self._check_open()
             return {row["key"]: (row["id"], row["stamp"]) for row in self._keyed(keys)}
 
+    def keys_of(self, ids: Sequence[int]) -> dict[int, str]:
+        with self._lock:
+            self._check_open()
+            rows = self._by_ids(np.array(ids, dtype=np.int64), ["id", "key", "key_digest"])
+            return {row["id"]: row["key"] for row in rows if row["key_digest"]}
+
     def keys(self, prefix: str = "") -> list[str]:
         with self._lock:
             rows = self._pages('key_digest != ""', ["key"])

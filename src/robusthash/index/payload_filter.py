@@ -99,10 +99,13 @@ def values_query() -> str:
     return f"SELECT DISTINCT {_RAW} FROM payloads, json_each({_EACH} LIMIT ?2".format(path="?1")
 
 
-def unknown_key(key: str, known: list[str]) -> ValueError:
-    """The error of a key that no item has."""
-    has = f"; they have {', '.join(known)}" if known else ", nor any other: it was built without payload"
-    return ValueError(f"no item of this index has the payload key {key!r}{nearest(key, known) or has}")
+class UnknownKey(ValueError):
+    """A filter by a payload key that no item has."""
+
+    def __init__(self, key: str, known: list[str]) -> None:
+        self.key, self.known = key, known
+        has = f"; they have {', '.join(known)}" if known else ", nor any other: it was built without payload"
+        super().__init__(f"no item of this index has the payload key {key!r}{nearest(key, known) or has}")
 
 
 def _form(key: str, option: Any) -> str:

@@ -115,6 +115,10 @@ class PostgresIndex(ServerIndex):
         with self._lock:
             return {key: (item, stamp) for key, item, stamp in self._keyed(keys)}
 
+    def keys_of(self, ids: Sequence[int]) -> dict[int, str]:
+        query = "SELECT id, key FROM {items} WHERE id = ANY(%s) AND key IS NOT NULL"
+        return dict(self._all(query, list(ids)))
+
     def keys(self, prefix: str = "") -> list[str]:
         if "\0" in prefix:
             return []

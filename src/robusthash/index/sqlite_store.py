@@ -20,10 +20,10 @@ from robusthash.core.atomic_files import flush
 from robusthash.index.new_items import NewItems, Which, check_origin, planned
 from robusthash.index.payload_filter import (
     IN_LIST,
+    UnknownKey,
     condition,
     json_path,
     normal_form,
-    unknown_key,
     values_query,
 )
 from robusthash.index.sqlite_errors import damaged, refuse_part_page, sqlite_errors, stored_ids, stored_json
@@ -252,6 +252,12 @@ class Store:
         """Id and stamp of each key that is held."""
         return {key: (item, stamp) for key, item, stamp in self._keyed(keys)}
 
+    def keys_of(self, ids: Sequence[int]) -> dict[int, str]:
+        """By id, the keys of items that are held and have one."""
+        if self.format() != FORMAT:
+            return {}
+        return dict(self._all(f"SELECT id, key FROM keys WHERE id {IN_LIST}", json.dumps(list(ids))))
+
     def keys(self, prefix: str) -> list[str]:
         """Keys that begin with ``prefix``, sorted."""
         if self.format() == 1:
@@ -306,7 +312,7 @@ class Store:
                 has = "SELECT 1 FROM payloads WHERE json_type(value, ?) IS NOT NULL LIMIT 1"
                 if not self._all(has, json_path(key)):
                     query = "SELECT DISTINCT one.key FROM payloads, json_each(payloads.value) AS one"
-                    raise unknown_key(key, sorted(str(name) for (name,) in self._all(query)))
+                    raise UnknownKey(key, sorted(str(name) for (name,) in self._all(query)))
         return ids
 
     def values(self, key: str, most: int) -> list[Any]:

@@ -97,6 +97,7 @@ class HubCard:
         encoded = " and ".join(kinds[each] for each in card["modalities"])
         forms = {"image": "pixels in [0, 1]", "text": "texts"}
         taken = " and ".join(forms[each] for each in card["modalities"])
+        square = [f"| images | central square, by Pillow BICUBIC to {size[4:]} |"] if size else []
         lines = [
             f"# {self.name}",
             "",
@@ -108,6 +109,7 @@ class HubCard:
             f"| method | {_cell(self.method) or 'not said'} |",
             f"| defense | {_cell(declared)} |",
             f"| input | {taken}; normalisation{' and purifier' * ('purifiers' in card['hasher'])} inside |",
+            *square,
             f"| digest | {card['digest']} |",
             f"| licence | {self.licence} |",
         ]

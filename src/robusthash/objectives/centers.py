@@ -16,13 +16,17 @@ _ENUMERABLE = 20  # bits up to which all words are listed
 _PAIRS = 1 << 22  # distances held at a time, 16 MB
 
 
-def hadamard_centers(classes: int, bits: int, draws: Draws) -> Tensor:
+def hadamard_centers(classes: int, bits: int, draws: Draws, random_rows: bool = False) -> Tensor:
     """(C, K) class centers in {-1, +1}, no two of them the same.
 
     Rows of the Hadamard matrix and of its negative while K is a power of two; the rest are balanced random
     rows (K // 2 minus ones), drawn again up to 20 times until all are more than K / 4 apart and at least K /
     2 on average. Where no draw meets both, words of a greedy code (up to 20 bits), or the draw of largest
     least distance, whichever is farther apart.
+
+    Args:
+        random_rows: take the rows of the Hadamard matrix at random, of 20 draws those with the most different
+            bits. The first rows, which are the default, repeat 4 bits for 3 or 4 classes, 8 for 5 to 8, ...
 
     Raises:
         ValueError: more classes than there are words of K bits.
@@ -34,7 +38,8 @@ def hadamard_centers(classes: int, bits: int, draws: Draws) -> Tensor:
         from scipy.linalg import hadamard  # slow to import, and only these lengths need it
 
         square = torch.from_numpy(hadamard(bits)).float()
-        rows = torch.cat([square, -square])[:classes]
+        order = _random_rows(square, classes, draws) if random_rows else torch.arange(2 * bits)
+        rows = torch.cat([square, -square])[order][:classes]
     missing = classes - len(rows)
     if missing == 0:
         return rows
@@ -50,6 +55,15 @@ def hadamard_centers(classes: int, bits: int, draws: Draws) -> Tensor:
             best, best_distance = drawn, least
     greedy = _greedy_words(classes, bits, best_distance, generator) if bits <= _ENUMERABLE else None
     return best if greedy is None else greedy
+
+
+def _random_rows(square: Tensor, classes: int, draws: Draws) -> Tensor:
+    """(2K,) the rows of a Hadamard matrix in random order, then those of its negative."""
+    bits, generator = len(square), draws.within("rows").generator()
+    drawn = [torch.randperm(bits, generator=generator) for _ in range(20)]
+    different = [len(square[order[:classes]].unique(dim=1).T) for order in drawn]
+    best = drawn[different.index(max(different))]
+    return torch.cat([best, best + bits])
 
 
 def _distances(centers: Tensor) -> tuple[float, float]:
@@ -96,6 +110,8 @@ class CSQ(HashObjective):
 
     Args:
         quantisation: weight of the last term (1e-4 in CgAT's code, 0.05 in SAAT's).
+        random_rows: centers from Hadamard rows drawn at random (ours). The published choice, the first rows,
+            repeats itself: six classes at 32 bits have eight different bits.
 
     Differs: works for any K and C (the center rule of the published codes where they have one).
     """
@@ -103,16 +119,17 @@ class CSQ(HashObjective):
     centers: Tensor
     filler: Tensor
 
-    def __init__(self, quantisation: float = 1e-4) -> None:
+    def __init__(self, quantisation: float = 1e-4, random_rows: bool = False) -> None:
         super().__init__()
         self.quantisation = quantisation
+        self.random_rows = random_rows
         self.register_buffer("centers", torch.empty(0))
         self.register_buffer("filler", torch.empty(0))
 
     def setup(self, facts: TrainFacts) -> None:
         draws = Draws(facts.seed, ("csq",))
         device = self.centers.device
-        self.centers = hadamard_centers(facts.classes, facts.bits, draws).to(device)
+        self.centers = hadamard_centers(facts.classes, facts.bits, draws, self.random_rows).to(device)
         generator = draws.within("filler").generator()
         self.filler = sign(torch.rand(facts.bits, generator=generator) - 0.5).to(device)
 

@@ -17,6 +17,7 @@ from robusthash.core.types import Batch, Inputs
 from robusthash.data.transforms import augment, eight_bits, to_pixels
 from robusthash.defenses.query_detection import DetectionLimits, QueryDetector
 from robusthash.evaluation.context import EvaluationContext
+from robusthash.evaluation.runner import passes_shown
 from robusthash.models.encoding import encode_signs
 from robusthash.robustness.specs.oracle_attacks import OracleAttack
 from robusthash.robustness.specs.transfer_attacks import keyed
@@ -152,9 +153,10 @@ def detected_search(
         oracle = QueryOracle(context.victim, context.database, spec.budget, _shown(spec), spec.k)
         ask = spec.asking(context, batch, oracle)
         guarded = _Guarded(ask, batch, detector, evasion, decoys, draws)
-        result = search_by_queries(
-            spec.search, guarded, batch, spec.threat, draws, spec.budget, marks=spec.marks
-        )
+        with passes_shown(context.victim, progress, f"{spec.name}, {evasion.name}", spec.budget):
+            result = search_by_queries(
+                spec.search, guarded, batch, spec.threat, draws, spec.budget, marks=spec.marks
+            )
         blocks.append((guarded, _lowest(context, batch, result.best_after)))
         progress(block + 1, context.blocks, f"{spec.name}, {evasion.name}")
     return Detected(

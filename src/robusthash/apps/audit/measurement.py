@@ -97,6 +97,8 @@ def run_audit(
     answers_file = out / "answers.jsonl"
     few = collection.first(_TRIED)
     opened = open_target(target, few, options.bits, options.limits, options.reading, answers_file)
+    if opened.endpoint is not None:
+        opened.endpoint.progress = progress
     out.mkdir(parents=True, exist_ok=True)
     plan = _Plan(opened, collection, categories, options, progress)
     measured = _Measured(_audit_ids(plan)) if opened.hasher is None else _audit_codes(plan, opened.hasher)

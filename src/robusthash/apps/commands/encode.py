@@ -165,7 +165,8 @@ def _note_report(report: dict[str, Any]) -> None:
     skipped, more = len(report["skipped"]), len(report["skipped"]) - _NAMED
     if more > 0:
         note(f"passed over: and {more} more; report.json names all")
-    note(f"{report['encoded']} parts encoded, {report['unchanged']} were done before")
+    parts = "1 part" if report["encoded"] == 1 else f"{report['encoded']} parts"
+    note(f"{parts} encoded, {report['unchanged']} done before")
     whole = f"{report['items']} images encoded, {skipped} files passed over"
     note(f"in all {report['done']} of {report['parts']} parts: {whole}")
     if report["missing"]:

@@ -24,7 +24,8 @@ def hardening(
 ) -> None:
     """Measure the service's parts against attacked queries: answers, query detection, code agreement.
 
-    Of a file, print its tables.
+    Of a file, print its tables. Minutes for `--parts agreement --queries 2`, hours for all of it at the
+    defaults on a CPU: an attack is thousands of passes. Stopped and called again, it goes on.
     """
     from robusthash.apps.commands.questions import rising
     from robusthash.apps.experiment.hardening_run import measure_hardening

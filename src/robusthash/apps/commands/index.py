@@ -122,6 +122,12 @@ def _print_info(info: Mapping[str, Any], as_json: bool) -> None:
     lists = {name: value for name, value in info.items() if isinstance(value, list)}
     rows = [[name, str(len(value) if name in lists else value)] for name, value in info.items()]
     print_table("index", ["", "value"], rows)
+    if "distinct_codes" in info:
+        count, distinct = info["encoded"], info["distinct_codes"]
+        note(
+            f"{count} images have {distinct} different code{'s' * (distinct > 1)}, so many are equally near: "
+            "see random_rows of csq, or take another objective or more bits"
+        )
     for name, value in lists.items():
         _note_some(name.replace("_", " "), value)
 

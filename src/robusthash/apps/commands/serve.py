@@ -61,10 +61,15 @@ def serve(
     if demo:
         from robusthash.apps.service.demo_search import demo_parts
 
+        made = (Path(index or "demo") / "summary.json").is_file()
+        trained = "the demo is there" if made else "the demo is trained and attacked, some minutes"
+        note(f"three phases: (1) {trained}; (2) its photographs are written and indexed by both models,")
+        note(f"below a minute; (3) they are served at http://{host}:{port}/")
         with progress_bars() as progress:
             parts = demo_parts(Path(index or "demo"), progress)
         index, images, compare = str(parts.hardened), parts.images, [parts.undefended]
     if index is None:
         raise ValueError("serve takes the directory of an index, made by 'robusthash index build', or --demo")
     limits = read_settings(settings, given)
+    note(f"loading the model and the index {index}")
     serve_forever(Serving.of(index, run, images, tokens, limits, compare or (), device), note)

@@ -45,8 +45,9 @@ def show(tokens: _File = _TOKENS, as_json: AsJson = False) -> None:
 
 @app.command()
 def remove(name: Annotated[str, Argument(help="Name of the client.")], tokens: _File = _TOKENS) -> None:
-    """Remove a token; a running service forgets it at its next start."""
+    """Remove a token; a running service accepts it until POST /v1/reload, SIGHUP, or its next start."""
     from robusthash.apps.service.tokens import TokenFile
 
     TokenFile(tokens).remove(name)
-    note(f"{name} is removed from {tokens}")
+    until = "POST /v1/reload with a write token, SIGHUP (kill -HUP), or its next start"
+    note(f"{name} is removed from {tokens}; a running service accepts it until {until}")

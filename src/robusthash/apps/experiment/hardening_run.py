@@ -1,9 +1,10 @@
-"""The service's parts against attacked queries, measured for a run: a JSON file, filled part by part."""
+"""The service's parts against attacked queries, measured for a run: a JSON file, filled row by row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from robusthash.attacks.eqb2a import eqb2a
 from robusthash.attacks.query_search import NES, Square
 from robusthash.core.atomic_files import json_text, write_aside
 from robusthash.core.limited_files import read_json
-from robusthash.core.runtime import Progress, silent
+from robusthash.core.runtime import Progress, digest, silent
 from robusthash.data.copies import CHANGES, images_below
 from robusthash.data.image_files import read_image
 from robusthash.defenses.code_agreement import Agreeing, CodeAgreement, against_agreement
@@ -32,7 +33,7 @@ from robusthash.defenses.query_detection import DetectionLimits
 from robusthash.evaluation.attack_block import in_8bit
 from robusthash.evaluation.attack_spec import GradientAttack
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.runner import BlockRunner
+from robusthash.evaluation.runner import BlockRunner, passes_shown
 from robusthash.models.encoding import encode_signs
 from robusthash.robustness.detected_queries import Detected, Evasion, detected_search
 from robusthash.robustness.ordinary_traffic import ordinary_refusals
@@ -53,6 +54,46 @@ _PHOTOGRAPH = 192  # pixels a side of those that traffic is made of
 _PHOTOGRAPHS = 100  # at most
 _FALSE_ALARMS = (0.01, 0.05)
 
+Row = Callable[[str, Callable[[], Any]], Any]
+"""(name, how it is measured) -> the row of a part: as it is stored, or measured now and stored."""
+
+
+@dataclass(frozen=True)
+class _HardeningFile:
+    """The JSON file of the measurements. ``unfinished`` in it has the rows of parts that were interrupted."""
+
+    path: Path
+    content: dict[str, Any]
+
+    def rows(self, part: str, settings: str) -> Row:
+        """The rows of a part, of which those measured under the same settings are taken."""
+        begun = self.content.setdefault("unfinished", {})
+        if begun.get(part, {}).get("settings") != settings:
+            begun[part] = {"settings": settings, "rows": {}}
+        rows = begun[part]["rows"]
+
+        def row(name: str, measure: Callable[[], Any]) -> Any:
+            if name not in rows:
+                rows[name] = measure()
+                self._write()
+            return rows[name]
+
+        return row
+
+    def finish(self, part: str, measured: Any, queries: int) -> None:
+        """Store a whole part in place of an earlier one and of its rows."""
+        self.content[part] = measured
+        self.content["queries"] = {**self.content.get("queries", {}), part: queries}
+        unfinished = self.content.get("unfinished", {})
+        unfinished.pop(part, None)
+        if not unfinished:
+            self.content.pop("unfinished", None)
+        self._write()
+
+    def _write(self) -> None:
+        with write_aside(self.path) as aside:
+            aside.write_text(json_text(self.content))
+
 
 def measure_hardening(
     run: Run,
@@ -65,6 +106,8 @@ def measure_hardening(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure parts of the hardening and write them to ``out``, whose other parts stay.
+
+    Rows are written as they come: the same call goes on after those that an interrupted one has measured.
 
     Args:
         parts: ``answers``: MAP by oracle queries for each kind of answer; ``learned``: the same of attacks
@@ -88,27 +131,28 @@ def measure_hardening(
         raise ValueError(f"{out} holds parts of the run {content['run']!r}; name another file")
     content |= {"run": run.config.name, "threat": "img-linf-8"}
 
-    def store(part: str, measured: Any) -> None:
-        content[part] = measured
-        content["queries"] = {**content.get("queries", {}), part: queries}
-        with write_aside(out) as aside:
-            aside.write_text(json_text(content))
-
+    file = _HardeningFile(out, content)
     if "answers" in parts:
         table = oracle_table(run, budgets, ANSWERS, queries, search, progress=progress).plain()
         del table["run"]
-        store("answers", {**content.get("answers", {}), table["search"]: table})
+        file.finish("answers", {**content.get("answers", {}), table["search"]: table}, queries)
     if set(parts) == {"answers"}:
         return content
     set_threads(run.config)
     data = read_data(run.config, progress)
     context = context_of(run, load_hasher(run), data, progress, whole=True).some(queries)
-    if "learned" in parts:
-        store("learned", _learned(context, budgets, progress))
-    if "detection" in parts and photographs is not None:
-        store("detection", _detection(context, photographs, budgets, progress))
-    if "agreement" in parts:
-        store("agreement", _agreement(context, progress))
+    model = run.card()["digest"]
+    measures: dict[str, tuple[list[Any], Callable[[Row], Any]]] = {
+        "learned": ([list(budgets)], lambda row: _learned(context, budgets, row, progress)),
+        "detection": (
+            [list(budgets), photographs and str(photographs.resolve())],
+            lambda row: _detection(context, photographs or Path(), budgets, row, progress),
+        ),
+        "agreement": ([], lambda row: _agreement(context, row, progress)),
+    }
+    for part, (settings, measure) in measures.items():
+        if part in parts:
+            file.finish(part, measure(file.rows(part, digest([model, queries, *settings]))), queries)
     return content
 
 
@@ -120,45 +164,61 @@ def _ap(context: EvaluationContext, signs: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ learned
 
 
-def _learned(context: EvaluationContext, budgets: Sequence[int], progress: Progress) -> list[dict[str, Any]]:
+def _learned(
+    context: EvaluationContext, budgets: Sequence[int], row: Row, progress: Progress
+) -> list[dict[str, Any]]:
     """Attacks that learn from the answers to training items; budgets beyond those are cut."""
     most, rows = len(context.data.train), []
     makers: list[tuple[str, Callable[..., Attack]]] = [("codes", aach), ("ids", eqb2a)]
     for shows, make in makers:
         for count in dict.fromkeys(min(budget, most) for budget in budgets):
             attack = make(questions=count)
-            attacked = BlockRunner(context).queries(GradientAttack(attack.name, attack), progress=progress)
-            value = float(_ap(context, attacked.codes_8bit[:, 0]).mean())
-            rows.append({"attack": attack.name, "shows": shows, "in all": count, "wMAP": value})
+            wmap = row(f"{attack.name}, {count}", partial(_of_learned, context, attack, progress))
+            rows.append({"attack": attack.name, "shows": shows, "in all": count, "wMAP": wmap})
     return rows
+
+
+def _of_learned(context: EvaluationContext, attack: Attack, progress: Progress) -> float:
+    """wMAP of the queries that the attack changed."""
+    spec = GradientAttack(attack.name, attack)
+    with passes_shown(context.victim, progress, attack.name):
+        attacked = BlockRunner(context).queries(spec, progress=progress)
+    return float(_ap(context, attacked.codes_8bit[:, 0]).mean())
 
 
 # ------------------------------------------------------------------------------------------ detection
 
 
 def _detection(
-    context: EvaluationContext, photographs: Path, budgets: Sequence[int], progress: Progress
+    context: EvaluationContext, photographs: Path, budgets: Sequence[int], row: Row, progress: Progress
 ) -> dict[str, Any]:
     limits = DetectionLimits()
     marks = tuple(budget for budget in budgets if budget <= 1000)
     threat = threat_on_data("img-linf-8", context.data, "B2")
     wide = threat_on_data("img-linf-32", context.data, "B2")
+    free: dict[tuple[str, str, bool], Detected] = {}  # decoys and clients change nothing there
+
+    def attackers(spec: OracleAttack, evasion: Evasion) -> dict[str, Any]:
+        seen = detected_search(context, spec, limits, evasion, marks, progress)
+        key = (spec.name, spec.threat.name, evasion.blind)
+        if key not in free:
+            free[key] = detected_search(context, spec, None, evasion, marks, progress)
+        return {"search": spec.name, "evasion": evasion.name, **_detected(seen, free[key])}
+
     rows = []
     for name, search in (("square", Square()), ("nes", NES())):
         spec = OracleAttack(name, search, threat, "codes", "ap", marks[-1])
-        tried = [(spec, evasion) for evasion in EVASIONS] + [(spec.at(wide), LARGER)]
-        free: dict[tuple[str, bool], Detected] = {}  # decoys and clients change nothing there
-        for each, evasion in tried:
-            seen = detected_search(context, each, limits, evasion, marks, progress)
-            key = (each.threat.name, evasion.blind)
-            if key not in free:
-                free[key] = detected_search(context, each, None, evasion, marks, progress)
-            rows.append({"search": name, "evasion": evasion.name, **_detected(seen, free[key])})
+        for each, evasion in [*((spec, evasion) for evasion in EVASIONS), (spec.at(wide), LARGER)]:
+            rows.append(row(f"{name}, {evasion.name}", partial(attackers, each, evasion)))
     files = images_below(photographs).images
     files = files[:: -(-len(files) // _PHOTOGRAPHS)]
-    pictures = [Image.fromarray(_pixels(path)) for path in files]
-    side = context.queries.batch(torch.arange(1)).inputs["image"].shape[-1]
-    traffic = [asdict(kind) for kind in ordinary_refusals(pictures, side, limits, progress=progress)]
+
+    def ordinary() -> list[dict[str, Any]]:
+        pictures = [Image.fromarray(_pixels(path)) for path in files]
+        side = context.queries.batch(torch.arange(1)).inputs["image"].shape[-1]
+        return [asdict(kind) for kind in ordinary_refusals(pictures, side, limits, progress=progress)]
+
+    traffic = row("ordinary traffic", ordinary)
     return {"limits": asdict(limits), "attackers": rows, "photographs": len(files), "traffic": traffic}
 
 
@@ -183,37 +243,57 @@ def _pixels(path: Path) -> np.ndarray:
 # ------------------------------------------------------------------------------------------ agreement
 
 
-def _agreement(context: EvaluationContext, progress: Progress) -> dict[str, Any]:
+def _agreement(context: EvaluationContext, row: Row, progress: Progress) -> dict[str, Any]:
     """Thresholds from database items; false alarms on clean queries and their everyday changes."""
     agreement, victim = CodeAgreement(), context.victim
     count = min(1000, len(context.data.database))
-    apart = agreement.disagreement(victim, context.data.database.batch(torch.arange(count)).inputs["image"])
-    bits = [int(apart.double().quantile(1 - share, interpolation="higher")) for share in _FALSE_ALARMS]
+
+    def within() -> list[int]:
+        items = context.data.database.batch(torch.arange(count)).inputs["image"]
+        apart = _apart(context, agreement, items, "clean items", progress).double()
+        return [int(apart.quantile(1 - share, interpolation="higher")) for share in _FALSE_ALARMS]
+
+    bits = row("within", within)
     clean = context.queries.batch(torch.arange(len(context.queries))).inputs["image"]
-    sent = {"clean": clean, **{f"clean, {change.name}": change(clean) for change in CHANGES}}
+    sent = {"clean": lambda: clean}
+    sent |= {f"clean, {change.name}": partial(change, clean) for change in CHANGES}
     for attack in (hag(eps=8 / 255, steps=100), mainstay(eps=8 / 255), guided_apgd(eps=8 / 255, steps=50)):
-        aware = against_agreement(attack)
-        sent[attack.name] = _attacked(context, GradientAttack(attack.name, attack))
-        view = Agreeing(agreement)
-        sent[aware.name] = _attacked(context, GradientAttack(aware.name, aware, view=view, seen="agreeing"))
-        progress(len(sent) - len(CHANGES) - 1, 6, "code agreement")
-    rows = []
-    for name, images in sent.items():
-        moved, ap = (
-            agreement.disagreement(victim, images),
-            _ap(context, encode_signs(victim, "image", images)),
-        )
+        aware, view = against_agreement(attack), Agreeing(agreement)
+        with_changes = GradientAttack(aware.name, aware, view=view, seen="agreeing")
+        for spec, passes in ((GradientAttack(attack.name, attack), 1), (with_changes, 3)):
+            sent[spec.name] = partial(_attacked, context, spec, passes, progress)
+
+    def measured(name: str) -> dict[str, Any]:
+        images = sent[name]()
+        moved = _apart(context, agreement, images, name, progress)
+        ap = _ap(context, encode_signs(victim, "image", images, context.batch_size))
         refused = [moved > most for most in bits]
         passed = [float(ap[~each].mean()) if (~each).any() else None for each in refused]
         shares = [float(each.double().mean()) for each in refused]
-        rows.append(
-            {"queries": name, "wMAP": float(ap.mean()), "refused": shares, "wMAP of the rest": passed}
-        )
+        return {"queries": name, "wMAP": float(ap.mean()), "refused": shares, "wMAP of the rest": passed}
+
+    rows = []
+    for place, name in enumerate(sent):
+        rows.append(row(name, partial(measured, name)))
+        progress(place + 1, len(sent), "code agreement")
     return {"changes": asdict(agreement), "bits": victim.bits, "within": bits, "items": count, "rows": rows}
 
 
-def _attacked(context: EvaluationContext, spec: GradientAttack) -> Tensor:
-    """Attacked queries as 8-bit files."""
-    blocks = [spec.run(context, block, 0).inputs for block in range(context.blocks)]
+def _apart(
+    context: EvaluationContext, agreement: CodeAgreement, images: Tensor, title: str, progress: Progress
+) -> Tensor:
+    """``CodeAgreement.disagreement``, a batch at a time."""
+    parts = []
+    for batch in images.split(context.batch_size):
+        parts.append(agreement.disagreement(context.victim, batch))
+        progress(sum(map(len, parts)), len(images), f"{title}: codes of the changes")
+    return torch.cat(parts)
+
+
+def _attacked(context: EvaluationContext, spec: GradientAttack, passes: int, progress: Progress) -> Tensor:
+    """Attacked queries as 8-bit files; ``passes`` of the victim make a step of the attack."""
+    steps = spec.attack.search.steps * passes * context.blocks
+    with passes_shown(context.victim, progress, spec.name, steps):
+        blocks = [spec.run(context, block, 0).inputs for block in range(context.blocks)]
     origins = [context.batch(block).inputs["image"].cpu() for block in range(context.blocks)]
     return torch.cat([in_8bit(*pair) for pair in zip(origins, blocks, strict=True)])

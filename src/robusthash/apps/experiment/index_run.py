@@ -15,6 +15,7 @@ from robusthash.apps.collection.collection_index import add_codes, readable_code
 from robusthash.apps.experiment.index_filters import read_filter
 from robusthash.apps.experiment.library_items import (
     OWN_KEYS,
+    DistinctCodes,
     LibraryItem,
     PayloadTable,
     items_of,
@@ -108,7 +109,8 @@ def build_index(
 
     Returns:
         The index's info, and of a folder what became of its files, as ``add_images``; of codes also
-        ``others``, the items that an earlier build added and the codes do not hold.
+        ``others``, the items that an earlier build added and the codes do not hold. Where fewer than half of
+        the codes ``encoded`` now are different, ``distinct_codes``.
 
     Raises:
         ValueError: the directory holds an index of something else; codes, images or a payload file that
@@ -142,8 +144,10 @@ def build_index(
             return _add(index, run, files, progress, adding)
         assert data is not None
         payload, keys = _described(data, data.database)
-        index.add(database_codes(run, progress), payload, keys=keys, on_duplicate="update")
-        return dict(index.info())
+        codes, distinct = database_codes(run, progress), DistinctCodes()
+        distinct.see(codes)
+        index.add(codes, payload, keys=keys, on_duplicate="update")
+        return {**index.info(), **distinct.report()}
 
 
 def add_images(
@@ -297,7 +301,7 @@ def _add(
         )
     hasher = load_hasher(run).for_database()
     index.add(_no_codes(hasher, run), keys=[])  # refuses a run of other codes, also where nothing is new
-    counts = {"added": 0, "updated": 0, "unchanged": 0}
+    counts, distinct = {"added": 0, "updated": 0, "unchanged": 0}, DistinctCodes()
     for start in range(0, len(items), _AT_ONCE):
         piece = items[start : start + _AT_ONCE]
         held = index.held([item.key for item in piece])
@@ -305,12 +309,14 @@ def _add(
         counts["unchanged"] += len(piece) - len(todo)
         pixels, rows = _read([item.path for item in todo], _side(run), adding.reading, skipped)
         if rows:
-            _add_piece(index, _encode(hasher, run, pixels), [todo[row] for row in rows], adding, counts)
+            codes = _encode(hasher, run, pixels)
+            distinct.see(codes)
+            _add_piece(index, codes, [todo[row] for row in rows], adding, counts)
         progress(start + len(piece), len(items), "encoding images")
     if not any(counts.values()):
         raise ValueError(f"none of the {len(items)} images could be read: {some_of(skipped)}")
     passed = [vars(one) for one in skipped]
-    return {**index.info(), **counts, "skipped": passed, **table.report()}
+    return {**index.info(), **counts, "skipped": passed, **table.report(), **distinct.report()}
 
 
 def _add_piece(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from robusthash.core.runtime import digest
+from robusthash.core.types import Codes
 from robusthash.data.folder import manifest_rows
 from robusthash.data.image_files import ImageFile, path_text
 
@@ -38,6 +39,24 @@ class LibraryItem:
         if self.described or not (before and self.stamp):
             return self.stamp
         return " ".join([*self.stamp.split()[:2], before.split()[-1]])
+
+
+@dataclass
+class DistinctCodes:
+    """The different codes among those of a build."""
+
+    seen: set[bytes] = field(default_factory=set)
+    count: int = 0
+
+    def see(self, codes: Codes) -> None:
+        """Count codes."""
+        self.seen.update(map(bytes, codes.packed.numpy()))
+        self.count += len(codes.packed)
+
+    def report(self) -> dict[str, int]:
+        """Their numbers, where fewer than half of the codes are different."""
+        few = 2 * len(self.seen) < self.count
+        return {"encoded": self.count, "distinct_codes": len(self.seen)} if few else {}
 
 
 @dataclass

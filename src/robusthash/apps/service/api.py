@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -32,10 +33,11 @@ from robusthash.apps.service.request_fields import (
 )
 from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem, id_fields
 from robusthash.apps.service.story import tell
-from robusthash.apps.service.tokens import Token
+from robusthash.apps.service.tokens import AcceptedTokens, Token
 from robusthash.version import __version__
 
 Value = TypeVar("Value")
+logger = logging.getLogger("robusthash.service")
 router = APIRouter(prefix="/v1", dependencies=[Depends(refuse_unknown)])
 
 _CSP = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"
@@ -51,6 +53,7 @@ class Working:
     metrics: Metrics
     guards: QueryGuards
     compared: tuple[SearchService, ...] = ()
+    tokens: AcceptedTokens = field(default_factory=AcceptedTokens)
     ready: bool = False
     attacking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -95,6 +98,7 @@ def create_app(
         compared: other models over the same images, which the page's story shows next to this one.
     """
     settings, metrics = service.settings, Metrics()
+    accepted = tokens if isinstance(tokens, AcceptedTokens) else AcceptedTokens(tokens)
 
     def encode(items: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
         results: list[Tensor] = [item for _, item in items]
@@ -111,7 +115,7 @@ def create_app(
         wait = settings.batch_wait / 1e3
         batcher = Batcher(encode, settings.batch, wait, settings.queue, settings.max_wait / 1e3)
         threads, guards = ThreadPoolExecutor(settings.readers), QueryGuards(settings, metrics)
-        working = Working(service, batcher, threads, metrics, guards, tuple(compared))
+        working = Working(service, batcher, threads, metrics, guards, tuple(compared), accepted)
         app.state.working = working
         batcher.start()
         metrics.items.set((await working.run(service.info))["items"])
@@ -129,7 +133,7 @@ def create_app(
     app.add_middleware(
         Guard,
         settings=settings,
-        tokens=tokens,
+        tokens=accepted,
         metrics=metrics,
         hasher=lambda: app.state.working.queries,
     )
@@ -315,8 +319,13 @@ async def info(request: Request) -> dict[str, Any]:
 
 @router.post("/reload")
 async def reload(request: Request) -> dict[str, int]:
-    """Open the index at its address again, after it was replaced there; no request fails meanwhile."""
+    """Read the token file and open the index at its address again; no request fails meanwhile."""
     working = _working(request)
+    try:
+        await working.run(working.tokens.reload)
+    except (OSError, ValueError) as error:
+        logger.error("tokens not read again: %s", error)
+        raise Refused(500, "the token file cannot be read; the log says why, all stays as it was") from None
     count = await working.run(working.service.reload)
     working.metrics.items.set(count)
     return {"items": count}

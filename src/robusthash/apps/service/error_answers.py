@@ -36,7 +36,8 @@ def answer_errors(app: FastAPI) -> None:
         return Refused(503, "the index does not answer; try again later", _RETRY).response()
 
     async def missing(request: Request, error: Any) -> JSONResponse:
-        return Refused(404, f"there is no item {error.args[0]}").response()
+        number, *reason = error.args
+        return Refused(404, *reason or [f"there is no item {number}"]).response()
 
     async def malformed(request: Request, error: Any) -> JSONResponse:
         first = error.errors()[0]

@@ -150,7 +150,7 @@ class Guard:
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         """The token with its scope, the rate, and where there are no tokens the host."""
-        client = (scope.get("client") or ("",))[0]
+        client = scope["state"]["client"] = (scope.get("client") or ("",))[0]
         if not self._tokens:
             self._same_machine(headers)
         elif scope["path"].startswith("/v1/") or scope["path"] == "/metrics":
@@ -171,8 +171,11 @@ class Guard:
     def _token(self, scope: Scope, headers: Headers) -> Token:
         kind, _, text = headers.get("authorization", "").partition(" ")
         token = token_of(text.strip(), self._tokens) if kind.lower() == "bearer" else None
+        if token is None and kind.lower() == "bearer" and text.strip():
+            raise Refused(401, "unknown token; it may have been removed")
         if token is None:
             raise Refused(401, "a token is needed: Authorization: Bearer TOKEN")
+        scope["state"]["client"] = token.name
         reading = scope["method"] in ("GET", "HEAD") or scope["path"] in ("/v1/search", "/v1/story")
         needed = "read" if reading else "write"
         if needed not in token.scopes:

@@ -23,11 +23,13 @@ from robusthash.data.base import as_input
 from robusthash.data.image_files import read_image
 from robusthash.index import CodeIndex, open_index
 from robusthash.index.index_address import ServerRefused
+from robusthash.index.payload_filter import UnknownKey
 from robusthash.models.encoding import encode_signs
 
 _MAGIC = {"JPEG": (b"\xff\xd8\xff",), "PNG": (b"\x89PNG\r\n\x1a\n",), "WEBP": (b"RIFF",)}
 _TRIES = 5
 _PATHS = ("path", "path_hex")  # payload of files on the server's disk
+_OWN = "answers make file of the path, and neither is filtered by: use a field of the payload"
 
 
 class UnwantedFormat(ValueError):
@@ -35,12 +37,26 @@ class UnwantedFormat(ValueError):
 
 
 class NoItem(KeyError):
-    """An id that the index does not hold."""
+    """An id that the index does not hold; with another reason, one of which the service has no image."""
 
 
 def id_fields(number: int) -> dict[str, Any]:
     """An id as a number and as text, for readers whose numbers end at 2^53."""
     return {"id": number, "id_text": str(number)}
+
+
+def _public_key(key: str | None, payload: Mapping[str, Any]) -> dict[str, str]:
+    """The key that a client gave; nothing of a file of the operator, whose key is its path."""
+    if key is None or any(name in payload for name in _PATHS) or Path(key).is_absolute():
+        return {}
+    return {"key": key}
+
+
+def _without_paths(error: UnknownKey) -> ValueError:
+    """The error of a filter by a key that no item has, without keys that a client may not filter by."""
+    known = [name for name in error.known if name not in _PATHS]
+    hint = f" ({_OWN})" if error.key == "file" else ""
+    return ValueError(f"where: {UnknownKey(error.key, known)}{hint}")
 
 
 @dataclass(frozen=True)
@@ -170,13 +186,22 @@ class SearchService:
             ValueError: a filter by a key that no item has, or by paths of the server's disk.
         """
         if hidden := set(where or ()) & set(_PATHS):
-            raise ValueError(f"where: items are not filtered by {', '.join(sorted(hidden))}")
+            raise ValueError(f"where: items are not filtered by {', '.join(sorted(hidden))}; {_OWN}")
         with self.index() as index:
-            rows = self._rows(index, self._codes(code[None]), k, where)
+            try:
+                rows = self._rows(index, self._codes(code[None]), k, where)
+            except UnknownKey as error:
+                raise _without_paths(error) from None
+            keys = index.keys_of([item for item, _, _ in rows])
         if self.settings.answer == "coarse":  # the order within a step would tell what the step hides
             rows.sort(key=lambda row: (row[1] // self.settings.step, row[0]))
         return [
-            {**id_fields(item), **self._distance(distance), "payload": self.public_payload(payload, fields)}
+            {
+                **id_fields(item),
+                **_public_key(keys.get(item), payload),
+                **self._distance(distance),
+                "payload": self.public_payload(payload, fields),
+            }
             for item, distance, payload in rows
         ]
 
@@ -227,7 +252,11 @@ class SearchService:
         Raises:
             NoItem: there is none.
         """
-        return {**id_fields(number), "payload": self.public_payload(self._payload(number), fields)}
+        payload = self._payload(number)
+        with self.index() as index:
+            key = index.keys_of([number]).get(number)
+        shown = self.public_payload(payload, fields)
+        return {**id_fields(number), **_public_key(key, payload), "payload": shown}
 
     def samples(self, count: int = 12) -> list[dict[str, Any]]:
         """Some items, the nearest to each of ``count`` fixed codes; none unless images are shown."""
@@ -246,10 +275,12 @@ class SearchService:
         """
         path = Path(self._payload(number).get("path", ""))
         if self.images is None or not path.is_absolute():
-            raise NoItem(number)
+            raise NoItem(number, f"item {number} has no image here")
         path = path.resolve()
-        if not path.is_relative_to(self.images) or not path.is_file():
-            raise NoItem(number)
+        if not path.is_relative_to(self.images):
+            raise NoItem(number, f"item {number}: its image is not below --images")
+        if not path.is_file():
+            raise NoItem(number, f"item {number}: its image is gone")
         return path
 
     def info(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Start and end of the service: checks before it listens, a graceful stop, reload by SIGHUP."""
+"""Start and end of the service: checks before it listens, a graceful stop, tokens and index read again."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from robusthash.apps.experiment.index_run import run_of_index
 from robusthash.apps.service.search_service import SearchService
 from robusthash.apps.service.settings import ServiceSettings
-from robusthash.apps.service.tokens import Token, TokenFile
+from robusthash.apps.service.tokens import AcceptedTokens, TokenFile
 from robusthash.core.limited_files import read_yaml
+from robusthash.core.registry import nearest
 from robusthash.index.index_address import address_of, directory_of
 
 _FILES = 200  # that the service has open beside its connections
@@ -28,7 +29,7 @@ class Serving:
     """A service that is ready to listen."""
 
     service: SearchService
-    tokens: tuple[Token, ...]
+    tokens: AcceptedTokens
     compared: tuple[SearchService, ...] = ()
 
     @classmethod
@@ -48,8 +49,9 @@ class Serving:
             ValueError: an open host without tokens, or an index of another run.
             FileNotFoundError: no such folder or index.
         """
-        held = () if tokens is None else tuple(TokenFile(tokens).tokens())
-        if tokens is not None and not held:
+        file = None if tokens is None else TokenFile(tokens)
+        held = AcceptedTokens(() if file is None else file.tokens(), file)
+        if file is not None and not len(held):
             raise ValueError(
                 f"{tokens} holds no token: robusthash token new NAME --scopes read,write --tokens {tokens}"
             )
@@ -82,12 +84,10 @@ def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServiceSetting
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        known = (
-            f"; known: {', '.join(ServiceSettings.model_fields)}"
-            if first["type"] == "extra_forbidden"
-            else ""
-        )
-        raise ValueError(f"setting {name}: {first['msg']}, got {first['input']!r}{known}") from None
+        if first["type"] == "extra_forbidden":
+            fields = ServiceSettings.model_fields
+            raise ValueError(f"there is no setting {name!r}{nearest(name, fields)}") from None
+        raise ValueError(f"setting {name}: {first['msg']}, got {first['input']!r}") from None
 
 
 def _listening(settings: ServiceSettings) -> socket.socket:
@@ -100,12 +100,13 @@ def _listening(settings: ServiceSettings) -> socket.socket:
         raise OSError(f"cannot listen on {address}: {error.strerror or error}; try another --port") from None
 
 
-def _reload(service: SearchService) -> None:
-    """Open the index again; where that fails, the old one stays in use and the log says why."""
-    try:
-        service.reload()
-    except (OSError, ValueError) as error:
-        logging.getLogger("robusthash.service").error("the index was not opened again: %s", error)
+def _reload(serving: Serving) -> None:
+    """Read tokens and index again; what fails stays as it was, and the log says why."""
+    for what, reload in (("tokens", serving.tokens.reload), ("index", serving.service.reload)):
+        try:
+            reload()
+        except (OSError, ValueError) as error:
+            logging.getLogger("robusthash.service").error("%s not read again: %s", what, error)
 
 
 def _log_requests() -> None:
@@ -164,7 +165,7 @@ def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
         timeout_graceful_shutdown=_GRACE,
     )
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda *_: _reload(service))
+        signal.signal(signal.SIGHUP, lambda *_: _reload(serving))
     kind = "with" if serving.tokens else "without"
     size = f"{service.info()['items']} items, {service.model.bits} bits"
     with _listening(settings) as listener:

@@ -75,7 +75,8 @@ class ServiceSettings(BaseModel):
     def public(self) -> dict[str, Any]:
         """The limits that a client may know."""
         names = ("max_bytes", "max_pixels", "formats", "max_k", "max_items", "answer", "attacks")
-        return {name: getattr(self, name) for name in names}
+        guards = ("detection", "agreement")
+        return {name: getattr(self, name) for name in (*names, *guards)}
 
     @property
     def is_loopback(self) -> bool:

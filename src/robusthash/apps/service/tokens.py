@@ -86,6 +86,39 @@ class TokenFile:
             aside.write_text(json_text(content))
 
 
+class AcceptedTokens(Sequence[Token]):
+    """The tokens that a service accepts; true where tokens are needed, also when none is left.
+
+    Args:
+        tokens: without any, and without a file, everybody is let in.
+        file: from which they are read again.
+    """
+
+    def __init__(self, tokens: Sequence[Token] = (), file: TokenFile | None = None) -> None:
+        self._tokens, self._file = tuple(tokens), file
+        self._needed = file is not None or bool(tokens)
+
+    def reload(self) -> None:
+        """Take the tokens that the file holds now.
+
+        Raises:
+            FileNotFoundError, ValueError: the file is gone or damaged; the tokens in use stay.
+        """
+        if self._file is not None:
+            if not self._file.path.exists():
+                raise FileNotFoundError(f"{self._file.path} is gone; the tokens in use stay")
+            self._tokens = tuple(self._file.tokens())
+
+    def __bool__(self) -> bool:
+        return self._needed
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._tokens[place]
+
+
 def token_of(text: str, tokens: Sequence[Token]) -> Token | None:
     """The token with this text, in a time that does not depend on the tokens."""
     digest = _digest(text)

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from robusthash.core.runtime import Progress, silent
 from robusthash.data.transforms import to_pixels
 from robusthash.models.external.http_exchange import Exchanger, Reply, Unanswered
 from robusthash.models.external.kept_answers import KeptAnswers
@@ -71,6 +72,7 @@ class Endpoint:
         headers: sent with each request, such as ``Authorization``; never written anywhere.
         pause: seconds before the first repetition; doubled each time.
         kept: a file of the answers, so that an interrupted audit goes on; see ``KeptAnswers``.
+        progress: shows the requests sent, of the budget.
     """
 
     url: str
@@ -83,6 +85,7 @@ class Endpoint:
     sleep: Callable[[float], None] = time.sleep
     kept: Path | None = None
     asked: int = 0
+    progress: Progress = silent
     _known: dict[str, Answer] = field(default_factory=dict, repr=False)
     _next: float = 0.0
     _in_bits: bool | None = None  # codes that are texts are 0s and 1s, rather than hex digits
@@ -188,6 +191,7 @@ class Endpoint:
                 raise Broken(f"the budget of {self.budget} questions to {self.url} is spent; raise --budget")
             end += self._keep_rate()
             self.asked, attempts = self.asked + 1, attempts + 1
+            self.progress(self.asked, self.budget, "requests, of the budget")
             wait, retry_after = self.pause * 2**attempt, 0.0
             try:
                 left = max(_SHORTEST, min(self.timeout, end - time.monotonic()))

@@ -43,7 +43,7 @@ class FileFacts:
         name: of the model.
         bits: K.
         modality: ``image`` or ``text``.
-        input: name, type and shape of the input, and what its numbers are.
+        input: name, type and shape of the input, what its numbers are, and how images come to that size.
         size: pixels a side of images; None of texts and features.
         digest: of the weights, as codes of the run carry it.
         declared: defense class.
@@ -216,11 +216,12 @@ def _quiet() -> Iterator[None]:
 
 
 def input_facts(example: Tensor, pixels: Pixels) -> dict[str, Any]:
-    """Name, type and shape of the inputs, and what their numbers are."""
+    """Name, type and shape of the inputs, what their numbers are, and how images come to that size."""
     shape, kind = ["batch", *example.shape[1:]], str(example.dtype).removeprefix("torch.")
     if example.ndim == 4:
         numbers = "RGB pixels, " + ("0 to 255" if pixels == "uint8" else "floats in [0, 1]")
-        return {"name": "images", "type": kind, "shape": shape, "numbers": numbers}
+        prepared = {"fit": "central square", "filter": "Pillow BICUBIC"}  # as ``read_image`` does by default
+        return {"name": "images", "type": kind, "shape": shape, "numbers": numbers, **prepared}
     numbers = "token ids" if kind == "int64" else "floats"
     return {"name": "inputs", "type": kind, "shape": shape, "numbers": numbers}
 

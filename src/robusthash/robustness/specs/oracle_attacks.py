@@ -30,7 +30,7 @@ from robusthash.core.types import Batch, Codes, Inputs
 from robusthash.evaluation.attack_block import AttackedBlock, finish
 from robusthash.evaluation.attack_spec import Kind
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore
+from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore, passes_shown
 from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.robustness_measures import topk_disruption
 from robusthash.robustness.specs.transfer_attacks import keyed
@@ -310,7 +310,8 @@ def oracle_curve(
         raise ValueError(f"budgets must rise and end at most at the attack's {spec.budget}: {list(marks)}")
     if context.randomised:
         raise ValueError("a curve of a randomised victim is not built: assess it, which averages noise")
-    attacked = BlockRunner(context, store).queries(replace(spec, marks=marks), progress=progress)
+    with passes_shown(context.victim, progress, spec.name, spec.budget * context.blocks):
+        attacked = BlockRunner(context, store).queries(replace(spec, marks=marks), progress=progress)
     ap = context.select(context.query_labels, 1)
     lowest = torch.stack([ap(signs) for signs in attacked.signs.unbind(1)], 1).cummin(1).values
     return OracleCurve(marks, lowest[:, 0], lowest[:, 1:])
