@@ -305,6 +305,30 @@ def test_a_snapshot_opens_and_equals(url: str, engine: str, tmp_path: Path) -> N
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]  # nothing half-written is left beside it
 
 
+ZERO = {
+    "payload": lambda index: index.add(random_codes(1, 32, 6), [{"tenant": ["alice\0x"]}], keys=["new"]),
+    "key": lambda index: index.add(random_codes(1, 32, 6), keys=["sku\0x"]),
+    "stamp": lambda index: index.add(random_codes(1, 32, 6), keys=["new"], stamps=["a\0"]),
+    "filter": lambda index: index.search(random_codes(1, 32), 9, where={"tenant": "alice\0nobody"}),
+    "options": lambda index: index.range(random_codes(1, 32), 32, where={"tenant": ["x", "alice\0"]}),
+    "removal": lambda index: index.remove({"tenant": "alice\0nobody"}),
+    "removed key": lambda index: index.remove(keys=["sku\0x"]),
+    "key that is looked up": lambda index: index.held(["sku\0x"]),
+}
+
+
+def test_zero_characters_cut_no_text(url: str, engine: str) -> None:
+    literal = "alice\\u0000"  # a backslash, no zero character
+    with open_index(url, 32, engine) as index:
+        index.add(random_codes(2, 32), [{"tenant": "alice"}, {"tenant": literal}], keys=["sku", "other"])
+        for name, call in ZERO.items():
+            with pytest.raises(ValueError, match="zero character"):
+                raise AssertionError(f"{name}: {call(index)!r}")
+        assert index.count() == 2
+        assert index.keys("sku\0x") == []
+        assert index.search(random_codes(1, 32), 2, where={"tenant": literal}).ids.tolist() == [[1, -1]]
+
+
 def test_another_opener_sees_what_was_written(url: str, engine: str) -> None:
     held, more, queries = (
         random_codes(20, 32, 0),

@@ -19,6 +19,7 @@ from torch import Tensor
 from robusthash.core.types import Codes, CodesLike, Ranking, as_codes
 from robusthash.index.checked_input import (
     Ids,
+    checked_keys,
     id_array,
     key_texts,
     packed_rows,
@@ -26,6 +27,7 @@ from robusthash.index.checked_input import (
     whole_number,
 )
 from robusthash.index.new_items import NewItems, Which, check_choice, check_origin
+from robusthash.index.payload_filter import to_json
 
 Neighbours = tuple[np.ndarray, np.ndarray]  # ids (int64) and distances (int32)
 _MOST_EMPTY = 10_000  # ranks of an answer that no item has
@@ -147,6 +149,8 @@ class CodeIndex(ABC):
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise ValueError(f"{f'id {twice}' if keys is None else f'key {twice!r}'} is given more than once")
+        if stamps is not None:
+            to_json(list(stamps), "a stamp")
         new = NewItems(rows, None if counted else ids, keys, stamps, texts, codes.origin)
         choice = ("error" if keys is None else "update") if on_duplicate is None else on_duplicate
         check_choice(choice)
@@ -191,7 +195,7 @@ class CodeIndex(ABC):
         """
         if (ids is None) == (keys is None) or (isinstance(ids, Mapping) and not ids):
             raise ValueError("remove takes ids, payload values or keys: one of them")
-        which: Which = list(keys or ())
+        which: Which = checked_keys(() if keys is None else keys)
         if ids is not None:
             which = ids if isinstance(ids, Mapping) else id_array(ids)
         with self._lock:

@@ -14,7 +14,10 @@ from robusthash.core.registry import nearest
 
 IN_LIST = "IN (SELECT value FROM json_each(?))"
 
-_KEY = re.compile(r'[^"\\\x00-\x1f]+')
+_KEY = re.compile(r'[^"\\\x00-\x1f\ud800-\udfff]+')
+_NUL = re.compile(
+    r"(?<!\\)(?:\\\\)*\\u0000"
+)  # in JSON text, where a backslash is two
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _NUMBER = re.compile(r"(-?)(0|[1-9][0-9]*)(?:\.([0-9]+))?(?:[eE]([-+]?[0-9]{1,18}))?")  # as JSON writes one
 _PLAIN = 400  # digits of a whole number that is written out; a float has at most 309
@@ -55,7 +58,9 @@ def normal_form(text: str) -> str:
 def check_key(key: Any) -> None:
     """Refuse payload keys that a JSON path, which knows no escapes inside a quoted key, could not find."""
     if not (isinstance(key, str) and _KEY.fullmatch(key)):
-        raise ValueError(f"payload keys are text without quotes, backslashes and control marks, got {key!r}")
+        raise ValueError(
+            f"payload keys are text without quotes, backslashes and control marks, got {key!r:.60}"
+        )
 
 
 def json_path(key: str) -> str:
@@ -65,12 +70,19 @@ def json_path(key: str) -> str:
 
 
 def to_json(value: Any, what: str) -> str:
-    """JSON text of ``value``; keys stay as written, so that a JSON path finds them."""
+    """JSON text of ``value``; keys stay as written, so that a JSON path finds them.
+
+    Raises:
+        ValueError: JSON cannot write it, or it holds a zero character, at which SQLite ends a text and which
+            PostgreSQL does not store.
+    """
     try:
         text = _JSON.encode(value)
         text.encode()  # half a surrogate pair is text to Python and to nobody else
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} cannot be written as JSON: {error}") from None
+    if "\\u0000" in text and _NUL.search(text):
+        raise ValueError(f"{what} holds a zero character (\\0), which no index stores; leave it out")
     return text
 
 
