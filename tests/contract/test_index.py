@@ -329,6 +329,19 @@ def test_zero_characters_cut_no_text(url: str, engine: str) -> None:
         assert index.search(random_codes(1, 32), 2, where={"tenant": literal}).ids.tolist() == [[1, -1]]
 
 
+def test_filters_are_bounded(url: str, engine: str) -> None:
+    keys, values = {f"key {at}": 1 for at in range(33)}, {"label": list(range(900)), "year": list(range(101))}
+    with open_index(url, 32, engine) as index:
+        index.add(random_codes(2, 32), [{"label": 899, "year": 3}, {}])
+        for where in (keys, values):
+            with pytest.raises(ValueError, match="at most 32 keys and 1000 values"):
+                index.search(random_codes(1, 32), 1, where=where)
+            with pytest.raises(ValueError, match="at most 32 keys and 1000 values"):
+                index.remove(where)
+        most = {"label": list(range(900)), "year": list(range(100))}
+        assert index.search(random_codes(1, 32), 2, where=most).ids.tolist() == [[0, -1]]
+
+
 def test_another_opener_sees_what_was_written(url: str, engine: str) -> None:
     held, more, queries = (
         random_codes(20, 32, 0),

@@ -12,14 +12,15 @@ import numpy as np
 
 from robusthash.core.registry import nearest
 
+KEYS = 32  # of a filter
+VALUES = 1_000  # of a filter, under all of its keys
 IN_LIST = "IN (SELECT value FROM json_each(?))"
 
 _KEY = re.compile(r'[^"\\\x00-\x1f\ud800-\udfff]+')
-_NUL = re.compile(
-    r"(?<!\\)(?:\\\\)*\\u0000"
-)  # in JSON text, where a backslash is two
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # in JSON text, where a backslash is two
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _NUMBER = re.compile(r"(-?)(0|[1-9][0-9]*)(?:\.([0-9]+))?(?:[eE]([-+]?[0-9]{1,18}))?")  # as JSON writes one
+_SEVERAL = (list, tuple, set, frozenset)
 _PLAIN = 400  # digits of a whole number that is written out; a float has at most 309
 # of a value, or a member of a list: SQLite makes a real of a large integer, so its JSON text is asked for,
 # in a list of two, because a single path would give that real
@@ -86,6 +87,16 @@ def to_json(value: Any, what: str) -> str:
     return text
 
 
+def check_filter(where: Mapping[str, Any]) -> None:
+    """Refuse a filter of more keys or values than ``KEYS`` and ``VALUES``."""
+    values = sum(len(value) if isinstance(value, _SEVERAL) else 1 for value in where.values())
+    if len(where) > KEYS or values > VALUES:
+        raise ValueError(
+            f"a filter has at most {KEYS} keys and {VALUES} values, got {len(where)} and {values}; "
+            "filter in several steps, or by ids"
+        )
+
+
 def condition(where: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The SQL condition on ``payloads`` and its values; a list of options means any of them.
 
@@ -102,7 +113,7 @@ def condition(where: Mapping[str, Any]) -> tuple[str, list[str]]:
 def options(key: str, value: Any) -> list[str]:
     """The normal forms of the values that a filter allows under a key; a collection means any of them."""
     check_key(key)
-    several = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    several = list(value) if isinstance(value, _SEVERAL) else [value]
     return [_form(key, option) for option in several]
 
 
@@ -111,10 +122,18 @@ def values_query() -> str:
     return f"SELECT DISTINCT {_RAW} FROM payloads, json_each({_EACH} LIMIT ?2".format(path="?1")
 
 
-def unknown_key(key: str, known: list[str]) -> ValueError:
-    """The error of a key that no item has."""
-    has = f"; they have {', '.join(known)}" if known else ", nor any other: it was built without payload"
-    return ValueError(f"no item of this index has the payload key {key!r}{nearest(key, known) or has}")
+class UnknownKey(ValueError):
+    """A filter by a payload key that no item has.
+
+    Args:
+        key: of the filter.
+        known: keys that items have, for the message.
+    """
+
+    def __init__(self, key: str, known: list[str]) -> None:
+        has = f"; they have {', '.join(known)}" if known else ", nor any other: it was built without payload"
+        super().__init__(f"no item of this index has the payload key {key!r}{nearest(key, known) or has}")
+        self.key = key
 
 
 def _form(key: str, option: Any) -> str:

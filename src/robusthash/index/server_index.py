@@ -16,7 +16,7 @@ from robusthash.core.registry import nearest
 from robusthash.core.runtime import Draws
 from robusthash.index.code_index import CodeIndex, Neighbours, View
 from robusthash.index.index_address import ServerAddress
-from robusthash.index.payload_filter import check_key, unknown_key
+from robusthash.index.payload_filter import UnknownKey, check_key
 from robusthash.index.payload_terms import has_term, scalars, term_groups
 from robusthash.index.search_engines import measured_recall
 
@@ -129,7 +129,7 @@ class ServerIndex(CodeIndex):
         for key in where:
             if next(self._payload_texts(Allowed(groups=([has_term(key)],))), None) is None:
                 texts = self._payload_texts(Allowed())
-                raise unknown_key(key, sorted({name for text in texts for name in json.loads(text)}))
+                raise UnknownKey(key, sorted({name for text in texts for name in json.loads(text)}))
 
     def _no_snapshot(self, remedy: str) -> NoReturn:
         raise UnsupportedOperation(f"{self.address} is on a server, whose own backup is meant: {remedy}")

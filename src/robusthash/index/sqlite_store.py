@@ -20,13 +20,20 @@ from robusthash.core.atomic_files import flush
 from robusthash.index.new_items import NewItems, Which, check_origin, planned
 from robusthash.index.payload_filter import (
     IN_LIST,
+    UnknownKey,
     condition,
     json_path,
     normal_form,
-    unknown_key,
     values_query,
 )
-from robusthash.index.sqlite_errors import PAGE, damaged, refuse_part_page, sqlite_errors, stored_json
+from robusthash.index.sqlite_errors import (
+    PAGE,
+    DamagedIndex,
+    damaged,
+    refuse_part_page,
+    sqlite_errors,
+    stored_json,
+)
 
 FORMAT = 2
 FILE = "index.sqlite"
@@ -79,7 +86,7 @@ class Store:
         self._connection.create_function("normal_form", 1, normal_form, deterministic=True)
         tables = {name for (name,) in self._all("SELECT name FROM sqlite_master")}
         if not {"meta", "items", "payloads"} <= tables:
-            raise ValueError(f"{self.path} is damaged or no index; restore it from a snapshot or remove it")
+            raise DamagedIndex(f"{self.path} is damaged or no index; restore it from a snapshot or remove it")
         if "keys" not in tables and self.format() == FORMAT:
             raise damaged(self.path, "its table keys is gone")
         if self.writable:
@@ -278,7 +285,7 @@ class Store:
                 has = "SELECT 1 FROM payloads WHERE json_type(value, ?) IS NOT NULL LIMIT 1"
                 if not self._all(has, json_path(key)):
                     query = "SELECT DISTINCT one.key FROM payloads, json_each(payloads.value) AS one"
-                    raise unknown_key(key, sorted(str(name) for (name,) in self._all(query)))
+                    raise UnknownKey(key, sorted(str(name) for (name,) in self._all(query)))
         return ids
 
     def values(self, key: str, most: int) -> list[Any]:
