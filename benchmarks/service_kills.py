@@ -323,15 +323,16 @@ def trouble(home: Path, stack: ExitStack, given: argparse.Namespace) -> tuple[di
     """The clients at work and the kills; figures, and what was wrong."""
     from robusthash.apps.experiment.config import make_config
     from robusthash.apps.experiment.training_stages import train
+    from robusthash.index import open_index
 
     run, database, address = train(make_config(CONFIG), home / "runs").path, None, f"file:{home}/index"
-    (home / "index").mkdir()
     if given.server:
         sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
         from index_servers import running
 
         database = stack.enter_context(running(given.server))
         address = database.url("kills")
+    open_index(address, CONFIG["hasher"]["bits"]).close()
     service = Service(home, address, run)
     service.start()
     stack.callback(service.kill)

@@ -314,6 +314,43 @@ def test_a_snapshot_opens_and_equals(url: str, engine: str, tmp_path: Path) -> N
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]  # nothing half-written is left beside it
 
 
+ZERO = {
+    "payload": lambda index: index.add(random_codes(1, 32, 6), [{"tenant": ["alice\0x"]}], keys=["new"]),
+    "key": lambda index: index.add(random_codes(1, 32, 6), keys=["sku\0x"]),
+    "stamp": lambda index: index.add(random_codes(1, 32, 6), keys=["new"], stamps=["a\0"]),
+    "filter": lambda index: index.search(random_codes(1, 32), 9, where={"tenant": "alice\0nobody"}),
+    "options": lambda index: index.range(random_codes(1, 32), 32, where={"tenant": ["x", "alice\0"]}),
+    "removal": lambda index: index.remove({"tenant": "alice\0nobody"}),
+    "removed key": lambda index: index.remove(keys=["sku\0x"]),
+    "key that is looked up": lambda index: index.held(["sku\0x"]),
+}
+
+
+def test_zero_characters_cut_no_text(url: str, engine: str) -> None:
+    literal = "alice\\u0000"  # a backslash, no zero character
+    with open_index(url, 32, engine) as index:
+        index.add(random_codes(2, 32), [{"tenant": "alice"}, {"tenant": literal}], keys=["sku", "other"])
+        for name, call in ZERO.items():
+            with pytest.raises(ValueError, match="zero character"):
+                raise AssertionError(f"{name}: {call(index)!r}")
+        assert index.count() == 2
+        assert index.keys("sku\0x") == []
+        assert index.search(random_codes(1, 32), 2, where={"tenant": literal}).ids.tolist() == [[1, -1]]
+
+
+def test_filters_are_bounded(url: str, engine: str) -> None:
+    keys, values = {f"key {at}": 1 for at in range(33)}, {"label": list(range(900)), "year": list(range(101))}
+    with open_index(url, 32, engine) as index:
+        index.add(random_codes(2, 32), [{"label": 899, "year": 3}, {}])
+        for where in (keys, values):
+            with pytest.raises(ValueError, match="at most 32 keys and 1000 values"):
+                index.search(random_codes(1, 32), 1, where=where)
+            with pytest.raises(ValueError, match="at most 32 keys and 1000 values"):
+                index.remove(where)
+        most = {"label": list(range(900)), "year": list(range(100))}
+        assert index.search(random_codes(1, 32), 2, where=most).ids.tolist() == [[0, -1]]
+
+
 def test_another_opener_sees_what_was_written(url: str, engine: str) -> None:
     held, more, queries = (
         random_codes(20, 32, 0),

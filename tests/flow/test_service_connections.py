@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -27,10 +28,14 @@ TIMEOUT = 2.0
 class Served:
     """The service in a process of its own."""
 
-    def __init__(self, index: Path, run: Path, settings: Path) -> None:
-        command = [sys.executable, "-m", "robusthash", "serve", str(index), "--run", str(run)]
+    def __init__(
+        self, index: Path, run: Path, *options: str, command: Sequence[str] = ("-m", "robusthash", "serve")
+    ) -> None:
         self.process = subprocess.Popen(
-            [*command, "--port", "0", "--settings", str(settings)], stderr=subprocess.PIPE, text=True
+            [sys.executable, *command, str(index), "--run", str(run), "--port", "0", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -60,7 +65,7 @@ def served(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     index, settings = folder / "index", folder / "limits.yaml"
     build_index(index, *parts)
     settings.write_text(f"connections: 200\ntimeout: {TIMEOUT}\nrate: 0\nmax_wait: 60000\n")
-    service = Served(index, parts[0], settings)
+    service = Served(index, parts[0], "--settings", str(settings))
     yield service
     service.process.terminate()
     assert service.process.wait(30) in (0, -15)
@@ -173,3 +178,33 @@ def test_heads_that_are_no_requests_are_refused(served: Served, head: bytes) -> 
     assert re.match(rb"HTTP/1\.1 4\d\d ", answer) or answer == b""
     assert b"Traceback" not in answer
     assert served.search().status_code == 200
+
+
+_BUSY = """
+import sys, time
+from robusthash.__main__ import main
+from robusthash.apps.service import serving
+from robusthash.apps.service.search_service import SearchService
+serving._GRACE, serving._LAST = 4, 2
+def decode(*_):
+    print("decoding", flush=True)
+    time.sleep(60)
+SearchService.decode = decode
+sys.argv[1:] = ["serve", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_the_process_ends_in_time_where_a_reader_is_busy(
+    parts: tuple[Path, Path], tmp_path: Path, sent
+) -> None:
+    build_index(tmp_path / "index", *parts)
+    service = Served(tmp_path / "index", parts[0], command=["-c", _BUSY])
+    connection = service.connect()
+    body = picture(3)
+    head = "POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert service.process.stdout.readline() == "decoding\n"
+    service.process.send_signal(sent)
+    assert service.process.wait(30) == 128 + signal.SIGTERM

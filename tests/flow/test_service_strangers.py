@@ -165,3 +165,19 @@ def test_headers_do_not_come_back(client: TestClient) -> None:
         415,
         422,
     )
+
+
+def test_zero_characters_cut_no_filter_and_no_key(client: TestClient) -> None:
+    items = json.dumps([{"key": "sku", "payload": {"tenant": "alice"}}])
+    client.post("/v1/items", files=[("image", ("x", picture(93)))], data={"items": items})
+    where = json.dumps({"tenant": "alice\0nobody"})
+    evil = json.dumps([{"payload": {"tenant": "alice\0"}}])
+    answers = [
+        search(client, picture(1), where=where),
+        client.request("DELETE", "/v1/items", json={"keys": ["sku\0x"]}),
+        client.post("/v1/items", files=[("image", ("x", picture(94)))], data={"items": evil}),
+    ]
+    for answer in answers:
+        assert answer.status_code == 422
+        assert "zero character" in answer.json()["error"]
+    assert len(search(client, picture(93), where='{"tenant": "alice"}').json()["results"]) == 1

@@ -9,6 +9,7 @@ import random
 import struct
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -532,3 +533,56 @@ def test_max_pixels_takes_the_place_of_pillows_limit(tmp_path: Path, monkeypatch
 def test_workers_must_be_positive(workers: int) -> None:
     with pytest.raises(ValueError, match=f"workers must be at least 1, got {workers}"):
         list(iter_images([], ImageOptions(4), workers))
+
+
+def progressive(side: int = 64) -> bytes:
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, "JPEG", progressive=True)
+    return stream.getvalue()
+
+
+def png_of_chunks(count: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    content, empty = stream.getvalue(), struct.pack(">I", 0) + b"abCd"
+    return content[:33] + (empty + struct.pack(">I", zlib.crc32(b"abCd"))) * count + content[33:]
+
+
+JPEG = progressive()
+SCAN = JPEG[JPEG.rindex(b"\xff\xda") : -2]  # the last
+MANY = {
+    "a scan repeated": (JPEG[:-2] + SCAN * 200 + b"\xff\xd9", "100 scans"),
+    "empty markers": (JPEG[:2] + b"\xff\xe1\0\2" * 5_000 + JPEG[2:], "1000 markers"),
+    "fill bytes": (JPEG[:2] + b"\xff" * 100_000 + JPEG[2:], "65536 fill bytes"),
+    "escaped bytes as fill": (JPEG[:20] + b"\xff\0" * 50_000 + JPEG[20:], "65536 fill bytes"),
+    "junk between segments": (JPEG[:20] + b"x" * 100_000 + JPEG[20:], "65536 fill bytes"),
+    "empty chunks": (png_of_chunks(20_000), "10000 chunks"),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_files_of_many_parts_are_refused_before_a_decoder_walks_them(name: str) -> None:
+    content, reason = MANY[name]
+    with pytest.raises(UnreadableImage, match=f"of more than {reason}"):
+        read_image(io.BytesIO(content), 16)
+
+
+def test_files_of_the_parts_that_encoders_write_are_read() -> None:
+    whole = read_image(io.BytesIO(JPEG), 16)
+    thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + 20 * len(SCAN)) + SCAN * 20  # scans inside a segment
+    for content in (
+        JPEG[:2] + thumbnail * 10 + JPEG[2:],
+        JPEG[:2] + b"\xff" * 1_000 + JPEG[2:],
+        JPEG[:2] + b"\xff\xe1\0\2" * 300 + JPEG[2:],
+        JPEG + SCAN * 1_000,  # behind the end
+    ):
+        assert torch.equal(read_image(io.BytesIO(content), 16), whole)
+    assert read_image(io.BytesIO(JPEG[:-2] + SCAN * 50 + b"\xff\xd9"), 16).shape == (3, 16, 16)
+    noise = np.random.default_rng(1).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 1}):
+        stream = io.BytesIO()
+        Image.fromarray(noise).save(stream, "JPEG", quality=95, **options)
+        stream.seek(0)
+        assert read_image(stream, 16).shape == (3, 16, 16)
+    assert read_image(io.BytesIO(png_of_chunks(1_000))).shape == (3, 8, 8)

@@ -23,6 +23,7 @@ from torch import Tensor
 from robusthash.core.types import Inputs
 from robusthash.data.base import as_input, content_hash
 from robusthash.data.decoding_processes import READING, FileReading, done_in_order
+from robusthash.data.marker_limits import check_parts
 from robusthash.data.pixel_conversion import DECODING, MAX_PIXELS, Fit, resized, to_rgb, upright
 
 logger = logging.getLogger(__name__)
@@ -216,10 +217,11 @@ def _check_reading(size: int | None, fit: str, max_pixels: int) -> None:
 
 
 def opened(stream: BinaryIO, max_pixels: int) -> Image.Image:
-    """Open an image of one of ``FORMATS`` without decoding it.
+    """Open an image of one of ``FORMATS`` without decoding it; ValueError for too many parts of it.
 
     ``max_pixels`` takes the place of Pillow's limit, unless a program has set that and not this one.
     """
+    check_parts(stream)
     if max_pixels <= MAX_PIXELS and Image.MAX_IMAGE_PIXELS not in (None, _PILLOW_LIMIT):
         return Image.open(stream, formats=FORMATS)
     with DECODING.lock:
@@ -235,10 +237,10 @@ def _decode_one(stream: BinaryIO, name: str, size: int | None, fit: Fit, max_pix
         with opened(stream, max_pixels) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:
-                raised = f"raise max_pixels (--max-pixels on the command line) to {pixels} if you trust it"
-                limit = f"{pixels} pixels, more than the limit of {max_pixels}; {raised}"
-                limit = f"{image.width} x {image.height} = {limit}"
-                raise ImageTooLarge(f"{name} has {limit}", f"it has {limit}")
+                counted = f"{image.width} x {image.height} = {pixels} pixels"
+                limit = f"{counted}, more than the limit of {max_pixels}"
+                remedy = f"raise max_pixels (--max-pixels on the command line) to {pixels} if you trust it"
+                raise ImageTooLarge(f"{name} has {limit}; {remedy}", f"it has {limit}; {remedy}")
             if size is not None:
                 image.draft(image.mode, (2 * size, 2 * size))
             progressive = "progressive" in image.info  # such a JPEG is held whole, at whatever size it comes
@@ -276,8 +278,7 @@ def iter_images(
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     read = functools.partial(_read_array, options=options)
-    threads = workers or min(8, os.cpu_count() or 1)
-    yield from map(_as_tensor, done_in_order(read, files, threads, processes))
+    yield from map(_as_tensor, done_in_order(read, files, workers or min(8, os.cpu_count() or 1), processes))
 
 
 _Unread = UnreadableImage | FileNotFoundError

@@ -19,6 +19,7 @@ from torch import Tensor
 from robusthash.core.types import Codes, CodesLike, Ranking, as_codes
 from robusthash.index.checked_input import (
     Ids,
+    checked_keys,
     id_array,
     key_texts,
     packed_rows,
@@ -26,6 +27,7 @@ from robusthash.index.checked_input import (
     whole_number,
 )
 from robusthash.index.new_items import NewItems, Which, check_choice, check_origin
+from robusthash.index.payload_filter import check_filter, to_json
 
 Neighbours = tuple[np.ndarray, np.ndarray]  # ids (int64) and distances (int32)
 _MOST_EMPTY = 10_000  # ranks of an answer that no item has
@@ -83,7 +85,7 @@ class CodeIndex(ABC):
       ignored) or a mapping of payload values. ``{"label": "cat", "year": [2024, 2025]}`` keeps the items
       whose label is cat and whose year is either; a payload value that is a list matches by any of its
       members. 2, "2" and "2.0" are the same value, "007" is not 7, None is null; a key that no item has is
-      refused. The allowed items are scanned exactly.
+      refused, and so is a filter of more than 32 keys or 1,000 values. The allowed items are scanned exactly.
     * Wrong input raises ValueError and changes nothing. A server that is gone raises ConnectionError.
     * The child of a fork opens its own connection.
 
@@ -147,6 +149,8 @@ class CodeIndex(ABC):
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise ValueError(f"{f'id {twice}' if keys is None else f'key {twice!r}'} is given more than once")
+        if stamps is not None:
+            to_json(list(stamps), "a stamp")
         new = NewItems(rows, None if counted else ids, keys, stamps, texts, codes.origin)
         choice = ("error" if keys is None else "update") if on_duplicate is None else on_duplicate
         check_choice(choice)
@@ -191,9 +195,9 @@ class CodeIndex(ABC):
         """
         if (ids is None) == (keys is None) or (isinstance(ids, Mapping) and not ids):
             raise ValueError("remove takes ids, payload values or keys: one of them")
-        which: Which = list(keys or ())
+        which: Which = checked_keys(() if keys is None else keys)
         if ids is not None:
-            which = ids if isinstance(ids, Mapping) else id_array(ids)
+            which = _checked(ids)
         with self._lock:
             return self._delete(which)
 
@@ -291,7 +295,7 @@ class CodeIndex(ABC):
         self.close()
 
     def _view_of(self, where: Where | None) -> View:
-        allowed = where if where is None or isinstance(where, Mapping) else id_array(where)
+        allowed = None if where is None else _checked(where)
         with self._lock:
             return self._view(allowed)
 
@@ -310,6 +314,14 @@ class CodeIndex(ABC):
 
 
 _OPEN: weakref.WeakSet[CodeIndex] = weakref.WeakSet()
+
+
+def _checked(where: Where) -> np.ndarray | Mapping[str, Any]:
+    """Ids as an array, or a filter that is not too large."""
+    if not isinstance(where, Mapping):
+        return id_array(where)
+    check_filter(where)
+    return where
 
 
 def by_distance(ids: np.ndarray, distances: np.ndarray) -> Neighbours:

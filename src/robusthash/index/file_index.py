@@ -12,6 +12,7 @@ import numpy as np
 from robusthash.core.atomic_files import json_text, write_aside
 from robusthash.core.limited_files import read_json
 from robusthash.core.registry import nearest
+from robusthash.index.checked_input import checked_keys
 from robusthash.index.code_index import CodeIndex
 from robusthash.index.new_items import NewItems, Which
 from robusthash.index.search_engines import ENGINES, Engine, Rows
@@ -80,7 +81,7 @@ class FileIndex(CodeIndex):
 
     def held(self, keys: Sequence[str]) -> dict[str, tuple[int, str]]:
         with self._lock:
-            return self._opened().held(list(keys))
+            return self._opened().held(checked_keys(keys))
 
     def keys_of(self, ids: Sequence[int]) -> dict[int, str]:
         with self._lock:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, final
 
 import numpy as np
 
+from robusthash.index.checked_input import checked_keys
 from robusthash.index.index_address import ServerAddress
 from robusthash.index.milvus_connection import MilvusConnection
 from robusthash.index.milvus_scan import Scan, condition, in_list
@@ -109,7 +110,7 @@ class MilvusIndex(ServerIndex):
     def held(self, keys: Sequence[str]) -> dict[str, tuple[int, str]]:
         with self._lock:
             self._check_open()
-            return {row["key"]: (row["id"], row["stamp"]) for row in self._keyed(keys)}
+            return {row["key"]: (row["id"], row["stamp"]) for row in self._keyed(checked_keys(keys))}
 
     def keys_of(self, ids: Sequence[int]) -> dict[int, str]:
         with self._lock:

@@ -12,11 +12,15 @@ import numpy as np
 
 from robusthash.core.registry import nearest
 
+KEYS = 32  # of a filter
+VALUES = 1_000  # of a filter, under all of its keys
 IN_LIST = "IN (SELECT value FROM json_each(?))"
 
-_KEY = re.compile(r'[^"\\\x00-\x1f]+')
+_KEY = re.compile(r'[^"\\\x00-\x1f\ud800-\udfff]+')
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # in JSON text, where a backslash is two
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _NUMBER = re.compile(r"(-?)(0|[1-9][0-9]*)(?:\.([0-9]+))?(?:[eE]([-+]?[0-9]{1,18}))?")  # as JSON writes one
+_SEVERAL = (list, tuple, set, frozenset)
 _PLAIN = 400  # digits of a whole number that is written out; a float has at most 309
 # of a value, or a member of a list: SQLite makes a real of a large integer, so its JSON text is asked for,
 # in a list of two, because a single path would give that real
@@ -55,7 +59,9 @@ def normal_form(text: str) -> str:
 def check_key(key: Any) -> None:
     """Refuse payload keys that a JSON path, which knows no escapes inside a quoted key, could not find."""
     if not (isinstance(key, str) and _KEY.fullmatch(key)):
-        raise ValueError(f"payload keys are text without quotes, backslashes and control marks, got {key!r}")
+        raise ValueError(
+            f"payload keys are text without quotes, backslashes and control marks, got {key!r:.60}"
+        )
 
 
 def json_path(key: str) -> str:
@@ -65,13 +71,30 @@ def json_path(key: str) -> str:
 
 
 def to_json(value: Any, what: str) -> str:
-    """JSON text of ``value``; keys stay as written, so that a JSON path finds them."""
+    """JSON text of ``value``; keys stay as written, so that a JSON path finds them.
+
+    Raises:
+        ValueError: JSON cannot write it, or it holds a zero character, at which SQLite ends a text and which
+            PostgreSQL does not store.
+    """
     try:
         text = _JSON.encode(value)
         text.encode()  # half a surrogate pair is text to Python and to nobody else
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} cannot be written as JSON: {error}") from None
+    if "\\u0000" in text and _NUL.search(text):
+        raise ValueError(f"{what} holds a zero character (\\0), which no index stores; leave it out")
     return text
+
+
+def check_filter(where: Mapping[str, Any]) -> None:
+    """Refuse a filter of more keys or values than ``KEYS`` and ``VALUES``."""
+    values = sum(len(value) if isinstance(value, _SEVERAL) else 1 for value in where.values())
+    if len(where) > KEYS or values > VALUES:
+        raise ValueError(
+            f"a filter has at most {KEYS} keys and {VALUES} values, got {len(where)} and {values}; "
+            "filter in several steps, or by ids"
+        )
 
 
 def condition(where: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -90,7 +113,7 @@ def condition(where: Mapping[str, Any]) -> tuple[str, list[str]]:
 def options(key: str, value: Any) -> list[str]:
     """The normal forms of the values that a filter allows under a key; a collection means any of them."""
     check_key(key)
-    several = list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    several = list(value) if isinstance(value, _SEVERAL) else [value]
     return [_form(key, option) for option in several]
 
 
@@ -100,12 +123,17 @@ def values_query() -> str:
 
 
 class UnknownKey(ValueError):
-    """A filter by a payload key that no item has."""
+    """A filter by a payload key that no item has.
+
+    Args:
+        key: of the filter.
+        known: keys that items have, for the message.
+    """
 
     def __init__(self, key: str, known: list[str]) -> None:
-        self.key, self.known = key, known
         has = f"; they have {', '.join(known)}" if known else ", nor any other: it was built without payload"
         super().__init__(f"no item of this index has the payload key {key!r}{nearest(key, known) or has}")
+        self.key, self.known = key, known
 
 
 def _form(key: str, option: Any) -> str:

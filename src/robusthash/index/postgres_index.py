@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar, final
 
 import numpy as np
 
+from robusthash.index.checked_input import checked_keys
 from robusthash.index.code_index import Neighbours, by_distance
 from robusthash.index.index_address import ServerAddress, ServerRefused
 from robusthash.index.new_items import NewItems, Which, check_origin, planned
@@ -113,7 +114,7 @@ class PostgresIndex(ServerIndex):
 
     def held(self, keys: Sequence[str]) -> dict[str, tuple[int, str]]:
         with self._lock:
-            return {key: (item, stamp) for key, item, stamp in self._keyed(keys)}
+            return {key: (item, stamp) for key, item, stamp in self._keyed(checked_keys(keys))}
 
     def keys_of(self, ids: Sequence[int]) -> dict[int, str]:
         query = "SELECT id, key FROM {items} WHERE id = ANY(%s) AND key IS NOT NULL"
@@ -165,10 +166,6 @@ class PostgresIndex(ServerIndex):
         return self._all(query, [digest(key) for key in keys])
 
     def _write(self, new: NewItems, on_duplicate: str) -> tuple[np.ndarray, np.ndarray]:
-        for key in new.keys or ():
-            if "\0" in key:
-                raise ValueError(f"PostgreSQL keeps no text with a zero character: key {key!r}")
-
         def write(run: psycopg.Cursor[Any]) -> tuple[np.ndarray, np.ndarray]:
             self._wait_for_writers(run)
             settings = self._settings()

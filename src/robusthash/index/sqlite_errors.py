@@ -18,9 +18,13 @@ _UNUSABLE = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READO
 _UNREADABLE = ("malformed JSON", "Could not decode to UTF-8")  # of values, for which there is no code
 
 
-def damaged(path: Path, reason: str) -> ValueError:
-    """The error of a file that holds what no index writes."""
-    return ValueError(f"{path} is damaged: {reason}; {_RESTORE}")
+class DamagedIndex(ValueError):
+    """A file that holds what no index writes."""
+
+
+def damaged(path: Path, reason: str) -> DamagedIndex:
+    """The error of such a file."""
+    return DamagedIndex(f"{path} is damaged: {reason}; {_RESTORE}")
 
 
 def stored_json(path: Path, text: Any, what: str) -> Any:

@@ -26,7 +26,14 @@ from robusthash.index.payload_filter import (
     normal_form,
     values_query,
 )
-from robusthash.index.sqlite_errors import damaged, refuse_part_page, sqlite_errors, stored_ids, stored_json
+from robusthash.index.sqlite_errors import (
+    DamagedIndex,
+    damaged,
+    refuse_part_page,
+    sqlite_errors,
+    stored_ids,
+    stored_json,
+)
 from robusthash.index.sqlite_schema import CHANGES, FILE, FORMAT, KEYS, READ
 
 _SETTINGS = {"bits": int, "origin": str, "engine": str, "next_id": int}
@@ -71,7 +78,7 @@ class Store:
         self._connection.create_function("normal_form", 1, normal_form, deterministic=True)
         tables = {name for (name,) in self._all("SELECT name FROM sqlite_master")}
         if not {"meta", "items", "payloads"} <= tables:
-            raise ValueError(f"{self.path} is damaged or no index; restore it from a snapshot or remove it")
+            raise DamagedIndex(f"{self.path} is damaged or no index; restore it from a snapshot or remove it")
         for table, formats in (("keys", (2, 3)), ("changes", (3,))):
             if table not in tables and self.format() in formats:
                 raise damaged(self.path, f"its table {table} is gone")

@@ -19,19 +19,20 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from robusthash.apps.service.batching import Batcher
-from robusthash.apps.service.error_answers import answer_errors
+from robusthash.apps.service.error_answers import answer_errors, log_index
 from robusthash.apps.service.guard import Guard, Metrics, Refused
+from robusthash.apps.service.idempotency import AnsweredWrites, WriteRequest
 from robusthash.apps.service.query_guards import QueryGuards
 from robusthash.apps.service.request_fields import (
+    ItemId,
     described_items,
     item_key,
     mapping,
     names,
     once,
     refuse_unknown,
-    request_digest,
 )
-from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem, id_fields
+from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem
 from robusthash.apps.service.story import tell
 from robusthash.apps.service.tokens import AcceptedTokens, Token
 from robusthash.version import __version__
@@ -56,6 +57,7 @@ class Working:
     tokens: AcceptedTokens = field(default_factory=AcceptedTokens)
     ready: bool = False
     attacking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    writes: AnsweredWrites = field(default_factory=AnsweredWrites)
 
     async def run(self, call: Callable[[], Value]) -> Value:
         """A blocking call in one of the threads."""
@@ -123,11 +125,18 @@ def create_app(
         yield
         working.ready = False
         await batcher.stop()
-        working.threads.shutdown()
+        working.threads.shutdown(cancel_futures=True)
         for each in (service, *compared):
             each.close()
 
-    app = FastAPI(title="robusthash", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="robusthash",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # to a host that the client names
+    )
     app.include_router(router)
     app.include_router(_pages)
     app.add_middleware(
@@ -172,7 +181,7 @@ async def search(
     k = 10 if most is None else most
     where, fields = once("where", where, url_where), once("fields", fields, url_fields)
     content = None if image is None else await image.read()
-    if request.headers.get("content-type", "").startswith("image/"):
+    if request.headers.get("content-type", "").lower().startswith("image/"):
         content = await request.body()
     if (content is None) == (text is None):
         raise ValueError("a search takes an image or a text: one of them")
@@ -200,11 +209,12 @@ async def add_items(
     items: Annotated[
         str | None, Form(description='For each image {"key": ..., "payload": {...}}, as a JSON list.')
     ] = None,
-    idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
 ) -> dict[str, Any]:
     """Add images; an item of a key that is held is replaced. The answer comes when they are on disk.
 
-    With an ``Idempotency-Key``, the same request sent twice adds once; another request under it is refused.
+    With an ``Idempotency-Key``, the same request sent twice is done once; another one of the same client
+    under it is refused.
     """
     working = _working(request)
     service = working.service
@@ -212,26 +222,34 @@ async def add_items(
         raise ValueError(f"at most {service.settings.max_items} images in a request, got {len(image)}")
     contents = [await one.read() for one in image]
     described = described_items(items, len(contents))
-    keys = [item_key(one, place, idempotency_key) for place, one in enumerate(described)]
+    write, name = None, None
+    if idempotency_key is not None:
+        write = WriteRequest.of(request.state.client, idempotency_key, contents, described)
+        name = write.name
+    keys = [item_key(one, place, name) for place, one in enumerate(described)]
     if len(set(keys)) < len(keys):
         raise ValueError("items: a key is given more than once")
-    digests = [request_digest(content, one) for content, one in zip(contents, described, strict=True)]
-    if idempotency_key is not None:  # keys of the client's own are written again, with the same result
-        stamps = {
-            key: digest for key, digest, one in zip(keys, digests, described, strict=True) if "key" not in one
-        }
-        held = await working.run(partial(service.held, list(stamps)))
-        if any(stamp != stamps[key] for key, (_, stamp) in held.items()):
-            raise Refused(409, "this Idempotency-Key belongs to another request")
-        if held and len(held) == len(keys):
-            return {"items": [{**id_fields(held[key][0]), "key": key, "replaced": False} for key in keys]}
+    add = partial(_add, working, contents, keys, [one.get("payload", {}) for one in described])
+    if write is None:
+        return await add("")
+    async with working.writes.alone(write):
+        if (before := working.writes.answer(write)) is not None:
+            return before
+        held = await working.run(partial(service.held, keys))
+        answer = write.answer_from(keys, held) or await add(write.stamp)
+        working.writes.keep(write, answer)
+        return answer
+
+
+async def _add(
+    working: Working, contents: list[bytes], keys: list[str], payloads: list[dict[str, Any]], stamp: str
+) -> dict[str, Any]:
+    """Encode images and write them."""
+    service = working.service
     codes = await asyncio.gather(
         *(working.code("image", partial(service.decode, content), database=True) for content in contents)
     )
-    new = [
-        ServedItem(code, key, one.get("payload", {}), digest)
-        for code, key, one, digest in zip(codes, keys, described, digests, strict=True)
-    ]
+    new = [ServedItem(*one, stamp) for one in zip(codes, keys, payloads, strict=True)]
     added = await working.run(partial(service.add, new))
     await _count(working)
     return {"items": added}
@@ -240,7 +258,7 @@ async def add_items(
 @router.delete("/items")
 async def remove_items(
     request: Request,
-    ids: Annotated[list[int] | None, Body()] = None,
+    ids: Annotated[list[ItemId] | None, Body()] = None,
     keys: Annotated[list[str] | None, Body()] = None,
 ) -> dict[str, int]:
     """Remove items by their ids or keys; those that are not held are ignored."""
@@ -255,7 +273,7 @@ async def remove_items(
 @router.get("/items/{item}")
 async def get_item(
     request: Request,
-    item: Annotated[int, Path(ge=0, lt=1 << 63)],
+    item: Annotated[ItemId, Path()],
     fields: Annotated[str | None, Query()] = None,
 ) -> dict[str, Any]:
     """An item's payload."""
@@ -264,7 +282,7 @@ async def get_item(
 
 
 @router.delete("/items/{item}")
-async def remove_item(request: Request, item: Annotated[int, Path(ge=0, lt=1 << 63)]) -> dict[str, int]:
+async def remove_item(request: Request, item: Annotated[ItemId, Path()]) -> dict[str, int]:
     """Remove an item."""
     working = _working(request)
     if not (removed := await working.run(partial(working.service.remove, [item]))):
@@ -281,19 +299,24 @@ async def samples(request: Request) -> dict[str, Any]:
 
 
 @router.get("/items/{item}/image", response_class=FileResponse)
-async def get_image(request: Request, item: Annotated[int, Path(ge=0, lt=1 << 63)]) -> FileResponse:
-    """The image of an item, where it lies in the folder of images that the service shows."""
-    working = _working(request)
-    return FileResponse(await working.run(partial(working.service.picture, item)))
+async def get_image(request: Request, item: Annotated[ItemId, Path()]) -> FileResponse:
+    """The image of an item, where it lies in the folder of images that the service shows.
+
+    Its type is that of its content; a file that a browser does not show as an image is for download alone.
+    """
+    service = _working(request).service
+    path, media_type = await _working(request).run(partial(service.typed_picture, item))
+    headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
+    if media_type is None:
+        headers["Content-Disposition"] = "attachment"
+    return FileResponse(path, headers=headers, media_type=media_type or "application/octet-stream")
 
 
 @router.post("/story")
 async def story(
     request: Request,
     image: Annotated[UploadFile | None, File()] = None,
-    item: Annotated[
-        int | None, Form(ge=0, lt=1 << 63, description="Instead of an image, an indexed one.")
-    ] = None,
+    item: Annotated[ItemId | None, Form(description="Instead of an image, an indexed one.")] = None,
     eps: Annotated[int, Form(ge=1, le=16, description="Largest change of a pixel, of 255.")] = 8,
     k: Annotated[int, Form(ge=1, le=20)] = 8,
 ) -> dict[str, Any]:
@@ -319,14 +342,21 @@ async def info(request: Request) -> dict[str, Any]:
 
 @router.post("/reload")
 async def reload(request: Request) -> dict[str, int]:
-    """Read the token file and open the index at its address again; no request fails meanwhile."""
+    """Read the token file and open the index at its address again; no request fails meanwhile.
+
+    Where the token file cannot be read, or the index is missing or damaged, those before are served on.
+    """
     working = _working(request)
     try:
         await working.run(working.tokens.reload)
     except (OSError, ValueError) as error:
         logger.error("tokens not read again: %s", error)
         raise Refused(500, "the token file cannot be read; the log says why, all stays as it was") from None
-    count = await working.run(working.service.reload)
+    try:
+        count = await working.run(working.service.reload)
+    except (OSError, ValueError) as error:
+        log_index(request, error)
+        raise Refused(503, "the index was not opened again; the one before is still served") from None
     working.metrics.items.set(count)
     return {"items": count}
 

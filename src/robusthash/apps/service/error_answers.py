@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,8 @@ from robusthash.apps.service.search_service import NoItem, UnwantedFormat
 from robusthash.core.damaged_files import shortened
 from robusthash.data.image_files import ImageTooLarge, UnreadableImage
 from robusthash.index.index_address import ServerRefused
+from robusthash.index.payload_filter import UnknownKey
+from robusthash.index.sqlite_errors import DamagedIndex
 
 logger = logging.getLogger("robusthash.service")
 _RETRY = 5  # seconds after which a client may ask an index again that did not answer
@@ -26,14 +30,26 @@ def answer_errors(app: FastAPI) -> None:
 
     def answer(status: int) -> Callable[[Request, Any], Any]:
         async def handle(request: Request, error: Any) -> JSONResponse:
-            message = error.args[0] if error.args else "not found"
-            return Refused(status, shortened(str(message), 1000)).response()
+            return Refused(status, shortened(str(error), 1000)).response()
 
         return handle
 
     async def unanswered(request: Request, error: Any) -> JSONResponse:
-        logger.error("the index: %s", shortened(str(error), 1000))
+        log_index(request, error)
         return Refused(503, "the index does not answer; try again later", _RETRY).response()
+
+    async def failed(request: Request, error: Any) -> JSONResponse:
+        request_id = log_index(request, error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return Refused(507, "the disk of the index is full; nothing was written").response()
+        message = f"the index cannot be read or written; the log has request {request_id}"
+        return Refused(503, message, _RETRY).response()
+
+    async def unknown(request: Request, error: Any) -> JSONResponse:  # names no keys of others' items
+        return Refused(422, shortened(f"where: no item has the payload key {error.key!r}", 200)).response()
+
+    async def too_large(request: Request, error: Any) -> JSONResponse:  # its remedy is the operator's
+        return Refused(413, f"{str(error).partition(';')[0]}; send a smaller one").response()
 
     async def missing(request: Request, error: Any) -> JSONResponse:
         number, *reason = error.args
@@ -42,21 +58,32 @@ def answer_errors(app: FastAPI) -> None:
     async def malformed(request: Request, error: Any) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
-        return Refused(422, f"{where}: {first['msg']}").response()
+        return Refused(422, f"{where}: {first['msg'].removeprefix('Value error, ')}").response()
 
     async def http(request: Request, error: Any) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code)
 
     for kind, status in (
         (UnwantedFormat, 415),
-        (ImageTooLarge, 413),
         (UnreadableImage, 422),
         (ValueError, 422),
     ):
         app.add_exception_handler(kind, answer(status))
     for gone in (ConnectionError, TimeoutError, ServerRefused):  # the server of the index
         app.add_exception_handler(gone, unanswered)
+    for fault in (OSError, DamagedIndex):
+        app.add_exception_handler(fault, failed)
+    app.add_exception_handler(UnknownKey, unknown)
+    app.add_exception_handler(ImageTooLarge, too_large)
     app.add_exception_handler(NoItem, missing)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Refused, lambda request, error: error.response())
+
+
+def log_index(request: Request, error: Exception) -> str:
+    """Log a fault of the index; returns the id of the request."""
+    request_id = str(request.state.request_id)
+    text = shortened(f"{type(error).__name__}: {error}", 1000)
+    logger.error(json.dumps({"request": request_id, "index": text}))
+    return request_id

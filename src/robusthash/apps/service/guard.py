@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import secrets
 import time
 from collections import OrderedDict
@@ -18,12 +19,12 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from robusthash.apps.service.batching import Batcher, Overloaded
-from robusthash.apps.service.settings import ServiceSettings
+from robusthash.apps.service.settings import ServiceSettings, is_loopback
 from robusthash.apps.service.tokens import Token, token_of
 
 logger = logging.getLogger("robusthash.service")
 
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
+_HOST = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<name>[^:\[\]]*))(?::[0-9]*)?")
 _CLIENTS = 10_000  # whose rates are remembered
 _ROUTES = "v1 search items info healthz readyz metrics reload samples story image {id}"
 _KNOWN = {"", *_ROUTES.split()}  # parts of paths
@@ -184,14 +185,12 @@ class Guard:
 
     def _same_machine(self, headers: Headers) -> None:
         """Refuse what a page of another site makes a browser send to this machine."""
-        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
-        host = headers.get("host", "") if host.count(":") and not host.startswith("[") else host
-        if host not in _LOOPBACK and self._settings.is_loopback:
+        host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
+        match = _HOST.fullmatch(host)
+        name = "" if match is None else match["six"] or match["name"] or ""
+        if not (is_loopback(name) or name == "testserver") and self._settings.is_loopback:
             raise Refused(421, "this service answers under localhost alone")
-        origin = headers.get("origin")
-        if origin and origin != "null" and origin.partition("://")[2] != headers.get("host", ""):
-            raise Refused(403, "requests from pages of other sites are refused")
-        if origin == "null":
+        if origin and origin.partition("://")[2] != host:
             raise Refused(403, "requests from pages of other sites are refused")
 
     async def _body(self, receive: Receive, headers: Headers) -> bytes:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_origin
+from typing import Annotated, Any, TypeVar, get_origin
 
 from fastapi import Request
 from fastapi.routing import APIRoute
+from pydantic import BeforeValidator, Field
 
 from robusthash.core.damaged_files import shortened
 from robusthash.core.limited_files import parse_json
@@ -20,6 +20,7 @@ Value = TypeVar("Value")
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 _KEY = re.compile(r"[\x20-\x7e]{1,200}")
+_DIGITS = re.compile(r"[0-9]{1,19}")
 _NAMESPACE = uuid.UUID("5b0f4a52-6a3c-4a0e-9d57-6d0c2f1d3a11")  # of keys made of idempotency keys
 _PAYLOAD = 64 << 10  # characters of the payload of one item
 
@@ -56,6 +57,18 @@ def once(name: str, form: Value | None, url: Value | None) -> Value | None:
     return url if form is None else form
 
 
+def _item_id(value: Any) -> int:
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        return int(value)
+    if type(value) is not int:
+        raise ValueError("an id is a whole number or its decimal digits as text")
+    return value
+
+
+ItemId = Annotated[int, BeforeValidator(_item_id), Field(ge=0, lt=1 << 63)]
+"""An id as a number or as text; no truth value, and no number with a fraction or a power."""
+
+
 def names(fields: str | None) -> list[str] | None:
     return None if fields is None else [name for name in map(str.strip, fields.split(",")) if name]
 
@@ -87,20 +100,16 @@ def described_items(text: str | None, count: int) -> list[dict[str, Any]]:
         for name in ("path", "path_hex"):
             if name in value.get("payload", {}):
                 raise ValueError(f"items: the payload field {name!r} is the service's own")
-    return values
+    return [
+        {name: field for name, field in value.items() if (name, field) != ("key", None)} for value in values
+    ]
 
 
-def item_key(described: dict[str, Any], place: int, idempotency_key: str | None) -> str:
+def item_key(described: dict[str, Any], place: int, write: str | None) -> str:
+    """The key of an item; one without gets its own, from the name of a write under an idempotency key."""
     key = described.get("key")
     if key is None:
-        made = (
-            uuid.uuid4() if idempotency_key is None else uuid.uuid5(_NAMESPACE, f"{idempotency_key} {place}")
-        )
-        return str(made)
+        return str(uuid.uuid4() if write is None else uuid.uuid5(_NAMESPACE, f"{write} {place}"))
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise ValueError("items: a key is a text of 1 to 200 printable ASCII characters")
     return key
-
-
-def request_digest(content: bytes, described: dict[str, Any]) -> str:
-    return hashlib.sha256(content + repr(sorted(described.items())).encode()).hexdigest()[:32]

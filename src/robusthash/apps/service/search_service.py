@@ -20,13 +20,14 @@ from robusthash.core.limited_files import read_yaml
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Codes
 from robusthash.data.base import as_input
-from robusthash.data.image_files import read_image
+from robusthash.data.image_files import BROKEN, opened, read_image
 from robusthash.index import CodeIndex, open_index
-from robusthash.index.index_address import ServerRefused
 from robusthash.index.payload_filter import UnknownKey
 from robusthash.models.encoding import encode_signs
 
 _MAGIC = {"JPEG": (b"\xff\xd8\xff",), "PNG": (b"\x89PNG\r\n\x1a\n",), "WEBP": (b"RIFF",)}
+_MEDIA_TYPES = {name: f"image/{name.lower()}" for name in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP")}
+_MEDIA_TYPES["MPO"] = "image/jpeg"
 _TRIES = 5
 _PATHS = ("path", "path_hex")  # payload of files on the server's disk
 _OWN = "answers make file of the path, and neither is filtered by: use a field of the payload"
@@ -93,7 +94,7 @@ class SearchService:
         self.name = self._name(run)
         self.images = None if images is None else images.resolve()
         self._database = self.model.hasher.for_database()
-        self._lock = threading.Lock()
+        self._lock, self._reloading = threading.Lock(), threading.Lock()
         self._index = self._open()
         self._users: dict[int, int] = {}  # by the id of an index object: searches that go on in it
 
@@ -104,7 +105,7 @@ class SearchService:
         return str(read_yaml(config).get("name", "")) if config.is_file() else Path(run).name
 
     def _open(self) -> CodeIndex:
-        index = open_index(self.address, self.model.bits)
+        index = open_index(self.address, self.model.bits, create=False)
         if index.origin not in ("", self.model.origin):
             origin, place = index.origin, index.address
             index.close()
@@ -116,14 +117,19 @@ class SearchService:
 
         Returns:
             The number of items of the new one.
+
+        Raises:
+            OSError, ValueError: there is none, or it is damaged; the old one stays in use.
         """
-        new = self._open()
-        with self._lock:
-            old, self._index = self._index, new
-            idle = not self._users.get(id(old))
-        if idle:
-            old.close()
-        return new.count()
+        with self._reloading:
+            new = self._open()
+            count = new.count()  # before another can take its place and close it
+            with self._lock:
+                old, self._index = self._index, new
+                idle = not self._users.get(id(old))
+            if idle:
+                old.close()
+        return count
 
     @contextmanager
     def index(self) -> Iterator[CodeIndex]:
@@ -283,6 +289,15 @@ class SearchService:
             raise NoItem(number, f"item {number}: its image is gone")
         return path
 
+    def typed_picture(self, number: int) -> tuple[Path, str | None]:
+        """As ``picture``, with the media type of the file's content; None where no browser shows such."""
+        path = self.picture(number)
+        try:
+            with path.open("rb") as stream, opened(stream, self.settings.max_pixels) as image:
+                return path, _MEDIA_TYPES.get(image.format or "")
+        except BROKEN:
+            return path, None
+
     def info(self) -> dict[str, Any]:
         """Facts on the model and the index that a client may know."""
         with self.index() as index:
@@ -309,9 +324,7 @@ class SearchService:
         with self.index() as index:
             try:
                 return index.payload([number])[0]
-            except ServerRefused:
-                raise
-            except (KeyError, ValueError):
+            except KeyError:
                 raise NoItem(number) from None
 
     def _codes(self, packed: Tensor) -> Codes:

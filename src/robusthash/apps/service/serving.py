@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ from robusthash.core.registry import nearest
 from robusthash.index.index_address import address_of, directory_of
 
 _FILES = 200  # that the service has open beside its connections
-_GRACE = 20  # seconds that requests under way have at the end
+_GRACE = 20  # seconds from SIGTERM to the end of the process
+_LAST = 5  # of these, after requests under way were given up
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,12 @@ def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServiceSetting
             fields = ServiceSettings.model_fields
             raise ValueError(f"there is no setting {name!r}{nearest(name, fields)}") from None
         raise ValueError(f"setting {name}: {first['msg']}, got {first['input']!r}") from None
+
+
+def _end_at_once() -> None:
+    """End the process as SIGTERM does, without its threads; what was acknowledged is on disk."""
+    logging.getLogger("robusthash.service").error("requests still run after %d s; ended without them", _GRACE)
+    os._exit(128 + signal.SIGTERM)
 
 
 def _listening(settings: ServiceSettings) -> socket.socket:
@@ -162,13 +172,25 @@ def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
         http=bounded_protocol(settings.connections, settings.timeout),
         ws="none",
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=_GRACE,
+        timeout_graceful_shutdown=max(1, _GRACE - _LAST),
     )
+
+    class Server(uvicorn.Server):
+        """A server whose process ends in time, also where a thread goes on decoding."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            late = threading.Timer(_GRACE, _end_at_once)
+            late.daemon = True
+            late.start()
+            await super().shutdown(sockets)
+
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda *_: _reload(serving))
+        # in a thread: the signal may come while this one opens the index
+        reload = partial(threading.Thread, target=_reload, args=(serving,), daemon=True)
+        signal.signal(signal.SIGHUP, lambda *_: reload().start())
     kind = "with" if serving.tokens else "without"
     size = f"{service.info()['items']} items, {service.model.bits} bits"
     with _listening(settings) as listener:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         note(f"{size}, at http://{host}:{listener.getsockname()[1]}/ ({kind} tokens)")
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
