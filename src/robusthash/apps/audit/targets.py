@@ -21,7 +21,6 @@ from robusthash.attacks.published import guided_apgd, mainstay
 from robusthash.attacks.query_search import Square
 from robusthash.attacks.ranking_losses import MarginPN, Tallied
 from robusthash.attacks.threat_model import threat_on
-from robusthash.core.packaged_weights import packaged
 from robusthash.core.registry import nearest
 from robusthash.core.runtime import choose_device
 from robusthash.data.copies import trained_for_copies
@@ -152,7 +151,6 @@ def size_of(target: str | nn.Module, size: int | None) -> int:
     """
     if isinstance(target, nn.Module):
         return _SIZE if size is None else size
-    target = _place(target)
     if _is_run(target):
         trained = _image_size(target)
         if len(trained) != 2:
@@ -189,8 +187,7 @@ def open_target(
 
     Args:
         target: a run directory; ``module:name``; a ``.pt`` (TorchScript) or ``.onnx`` file; an ``http(s)``
-            address; ``phash``, ``ahash``, ``dhash``, ``whash``, ``pdq``; ``copy-hash``, the packaged one; or
-            a net in memory, ours or another.
+            address; ``phash``, ``ahash``, ``dhash``, ``whash``, ``pdq``; or a net in memory, ours or another.
         images: (n, 3, H, W) float in [0, 1], n at least 2.
         bits: K where the user knows it.
         reading: of the answers of a model that is no run; runs, hashes and endpoints have one of their own.
@@ -202,7 +199,6 @@ def open_target(
     """
     if isinstance(target, nn.Module):
         return _open_net(target, images, bits, reading)
-    target = _place(target)
     path, by_url = Path(target), target.startswith(("http://", "https://"))
     if reading != AS_IT_IS and (by_url or target in NAMES or _is_run(target)):
         raise ValueError(f"{target} answers bits or ids; leave --output, --metric and --output-name out")
@@ -222,11 +218,6 @@ def open_target(
         f"{target!r} is no run directory, module:name, .pt or .onnx file, http address, nor one of "
         f"{', '.join(NAMES)}{nearest(target, NAMES).partition(' Known')[0]}"
     )
-
-
-def _place(target: str) -> str:
-    """The folder of the packaged hash for copies; another target as it is."""
-    return str(packaged(target)) if target == "copy-hash" else target
 
 
 def _is_run(target: str) -> bool:
