@@ -1,4 +1,4 @@
-"""Tables of docs/copy-hash.md from the measurements of scripts/measure_copy_hash.py."""
+"""Tables of docs/methods/copy-hash.md from the measurements of scripts/measure_copy_hash.py."""
 
 from __future__ import annotations
 

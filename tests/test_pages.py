@@ -10,8 +10,7 @@ from cogapp import Cog
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("results/*.md"))]
-PAGES += sorted(DOCS.glob("methods/*.md"))
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("results/*.md")), *sorted(DOCS.glob("methods/*.md"))]
 GENERATED = [page for page in PAGES if "[[[cog" in page.read_text(encoding="utf-8")]
 COG = ["cog", "-I", str(ROOT / "docs"), "-p", "from commands import show"]
 

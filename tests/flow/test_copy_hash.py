@@ -142,7 +142,7 @@ def test_what_cannot_be_hashed_is_one_line(words, message, tmp_path, monkeypatch
 
 
 def test_an_attack_that_nobody_sees_does_not_hide_a_copy(tmp_path: Path) -> None:
-    """White box at 8/255 on the packaged photographs, which were trained on; unseen ones: docs/copy-hash.md."""
+    """White box at 8/255 on the packaged photographs, which were trained on; unseen ones: docs/methods/copy-hash.md."""
     options = AuditOptions(tier=Tier("test", 20, 20, 20, 20, checked=1), radius=RADIUS[256])
     rows = run_audit("copy-hash", tmp_path, None, options)["rows"]
     hidden = min(row["recognised"] for row in rows if row["name"] in ("guided-apgd", "flip", "evade"))

@@ -1,7 +1,7 @@
 """The packaged hash for copies: 64, 128 or 256 bits of an image, without labels or training by the user.
 
 Ours: a small net, trained to find changed copies and hardened against changes that nobody sees
-(``models/copy_net.py``, ``scripts/train_copy_hash.py``). How well: ``docs/copy-hash.md``.
+(``models/copy_net.py``, ``scripts/train_copy_hash.py``). How well: ``docs/methods/copy-hash.md``.
 """
 
 from __future__ import annotations
