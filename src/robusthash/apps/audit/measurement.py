@@ -39,6 +39,7 @@ from robusthash.attacks.oracle import ids_lost
 from robusthash.attacks.query_search import Square, search_by_queries
 from robusthash.attacks.threat_model import threat_on
 from robusthash.core.atomic_files import write_aside
+from robusthash.core.packaged_weights import packaged
 from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Inputs
 from robusthash.data.transforms import EVERYDAY, jpeg, noise
@@ -79,7 +80,7 @@ def run_audit(
     """Audit a search and write ``report.html`` and ``audit.json`` to ``out``.
 
     Args:
-        target: see ``open_target``.
+        target: see ``open_target``; or ``copy-hash``, the packaged hash for copies.
         photos: a folder of the user's own photographs; the twenty of this package by default.
 
     Returns:
@@ -91,6 +92,7 @@ def run_audit(
         FileNotFoundError, ImportError: the target, the folder or an extra is missing.
     """
     started = time.perf_counter()
+    target = str(packaged(target)) if target == "copy-hash" else target
     size = size_of(target, options.size)
     collection = read_photos(photos, size, options.limit, options.seed, options.max_pixels)
     categories = read_categories(collection) if options.labels else None

@@ -31,7 +31,8 @@ def audit(
     target: Annotated[
         str,
         Argument(
-            help="A run, module:name, TorchScript .pt, .onnx, http(s), phash, ahash, dhash, whash or pdq."
+            help="A run, module:name, TorchScript .pt, .onnx, http(s), copy-hash, phash, ahash, dhash, whash "
+            "or pdq."
         ),
     ],
     photos: Annotated[Path | None, Option(help="Your photographs; twenty come with the package.")] = None,

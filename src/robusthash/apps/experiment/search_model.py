@@ -24,6 +24,7 @@ from robusthash.apps.experiment.run_directory import TEXTS, Run, RunError, load_
 from robusthash.core.hamming import pack
 from robusthash.core.limited_files import read_json
 from robusthash.core.out_of_memory import halving, warn
+from robusthash.core.packaged_weights import packaged
 from robusthash.core.runtime import Progress, choose_device, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, TextForm, as_input
@@ -233,7 +234,8 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
 
     Args:
         source: the directory of a run; a folder that ``save`` or ``save_pretrained`` wrote; or the id of an
-            entry of ``registry/``, whose weights are looked for among ``runs/``.
+            entry of ``registry/``, whose weights are looked for among ``runs/``; or ``copy-hash``, the
+            packaged hash for copies.
         device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda``, ...
 
     Raises:
@@ -241,6 +243,8 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
         ValueError: a model that hashes neither images of pixels nor texts.
     """
     folder, device_used = Path(source), choose_device(device)
+    if not folder.is_dir() and str(source) == "copy-hash":
+        folder = packaged("copy-hash")
     if not folder.is_dir():
         return _of_run(run_of_entry(str(source)), device_used)
     if (folder / "config.yaml").is_file():

@@ -19,6 +19,8 @@ from robusthash.metrics.result_words import budget_words, empty_note, p_text
 from robusthash.metrics.results import EvalResult, Flag
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 WORST_CASE = (
@@ -47,6 +49,16 @@ def png(image: Tensor) -> Png:
     Image.fromarray(pixels).save(stream, "PNG", optimize=True)
     source = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
     return Png(source, pixels.shape[1], pixels.shape[0])
+
+
+def picture_of(file: Path | None, max_pixels: int, side: int = 160) -> Png | None:
+    """The picture of a file, padded to a square; None where there is none that can be read."""
+    from robusthash.data.image_files import read_image
+
+    try:
+        return None if file is None else png(read_image(file, side, "pad", max_pixels))
+    except (OSError, ValueError):
+        return None
 
 
 def number(value: float, digits: int = 3) -> str:

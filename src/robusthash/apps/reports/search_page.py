@@ -8,11 +8,9 @@ from typing import Any
 
 from robusthash.apps.commands.terminal import shown
 from robusthash.apps.experiment.library_items import OWN_KEYS, named_file
-from robusthash.apps.reports.pages import Png, one_line, png, render
+from robusthash.apps.reports.pages import one_line, picture_of, render
 from robusthash.core.atomic_files import write_aside
-from robusthash.data.image_files import MAX_PIXELS, path_text, read_image
-
-_SIDE = 160  # pixels of a picture on the page
+from robusthash.data.image_files import MAX_PIXELS, path_text
 
 
 def write_search_page(
@@ -29,7 +27,7 @@ def write_search_page(
             "path": shown(hit["payload"].get("path", f"item {hit['id']}")),
             "distance": hit["distance"],
             "id": hit["id"],
-            "picture": _picture(_file_of(hit["payload"]), max_pixels),
+            "picture": picture_of(_file_of(hit["payload"]), max_pixels),
             "about": [
                 (shown(key), shown(one_line(value)))
                 for key, value in hit["payload"].items()
@@ -38,7 +36,7 @@ def write_search_page(
         }
         for hit in hits
     ]
-    query = {"path": shown(path_text(image)), "picture": _picture(image, max_pixels)}
+    query = {"path": shown(path_text(image)), "picture": picture_of(image, max_pixels)}
     title = f"Pictures like {shown(path_text(image.name))}"
     filtered = where and shown(where)
     home = shown(path_text(index))
@@ -53,11 +51,3 @@ def _file_of(payload: Mapping[str, Any]) -> Path | None:
     if not isinstance(path, str):
         return None
     return (named_file(path, written) if isinstance(written, str) else None) or Path(path)
-
-
-def _picture(file: Path | None, max_pixels: int) -> Png | None:
-    """The picture of a file, padded to a square; None where there is none that can be read."""
-    try:
-        return None if file is None else png(read_image(file, _SIDE, "pad", max_pixels))
-    except (OSError, ValueError):
-        return None

@@ -1,0 +1,37 @@
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from robusthash.apps.commands.options import AsJson, MaxPixels, Workers
+from robusthash.apps.commands.terminal import note, progress_bars, reply
+
+HashBits = Annotated[int, Option(help="64, 128 or 256; a shorter hash is the begin of a longer one.")]
+
+
+def hash(
+    files: Annotated[list[Path], Argument(help="Image files, and folders of them.")],
+    bits: HashBits = 256,
+    workers: Workers = None,
+    max_pixels: MaxPixels = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hashes of images by which their copies are found, as hex lines: hash, path. No training, no labels.
+
+    Hashes of copies (saved again, smaller, cut, re-lit, written on) differ in few bits, also where somebody
+    changed the copy so that nobody sees it; `duplicates` compares those of a folder.
+    """
+    from robusthash.apps.image_hash.duplicate_groups import hash_files
+    from robusthash.data.image_files import path_text
+    from robusthash.data.pixel_conversion import MAX_PIXELS
+
+    with progress_bars() as progress:
+        found = hash_files(files, bits, workers, max_pixels or MAX_PIXELS, progress)
+    for skipped in found.skipped:
+        note(f"passed over: {skipped}")
+    hashes = dict(zip(map(path_text, found.paths), found.hashes, strict=True))
+    for path, one in hashes.items():
+        if one.plain:
+            note(f"of nearly one colour, its hash says little: {path}")
+    hexes = {path: str(one) for path, one in hashes.items()}
+    reply(as_json, hexes, (f"{code}  {path}" for path, code in hexes.items()))

@@ -1,0 +1,110 @@
+"""The packaged hash for copies: 64, 128 or 256 bits of an image, without labels or training by the user.
+
+Ours: a small net, trained to find changed copies and hardened against changes that nobody sees
+(``models/copy_net.py``, ``scripts/train_copy_hash.py``). How well: ``docs/methods/copy-hash.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor
+from torch.nn import functional
+
+from robusthash.apps.experiment.search_model import SearchModel, load
+from robusthash.core.hamming import pack
+from robusthash.data.base import as_input
+from robusthash.data.own_data import OneImage, one_image
+from robusthash.models.encoding import encode_signs
+
+NAME = "copy-hash"
+"""Of the model: ``rh.load("copy-hash")``, and wherever a run is named."""
+
+RADIUS = {64: 8, 128: 22, 256: 48}
+"""Bits by which two hashes of that length may differ to count as copies: of two different photographs 1 in
+100,000 pairs are as near."""
+
+PLAIN = 4 / 255
+"""Deviation of the grey levels of 16 x 16 blocks below which little tells an image apart from others."""
+
+
+@dataclass(frozen=True)
+class ImageHash:
+    """The hash of an image.
+
+    Args:
+        packed: 8, 16 or 32 bytes; those of a shorter hash are the first of a longer one.
+        plain: the image is of nearly one colour, and its hash says little.
+    """
+
+    packed: bytes
+    plain: bool = False
+
+    @property
+    def bits(self) -> int:
+        return 8 * len(self.packed)
+
+    def __str__(self) -> str:
+        """Hex digits; the first bit is the highest of the first."""
+        return self.packed.hex()
+
+    def __sub__(self, other: ImageHash) -> int:
+        """Number of bits in which two hashes differ; a ValueError where their lengths do."""
+        if self.bits != other.bits:
+            raise ValueError(f"hashes of {self.bits} and {other.bits} bits; compare those of one length")
+        return (int.from_bytes(self.packed) ^ int.from_bytes(other.packed)).bit_count()
+
+    def matches(self, other: ImageHash, radius: int | None = None) -> bool:
+        """True for copies: both are not plain, and at most ``radius`` bits differ (``RADIUS`` by default)."""
+        near = self - other <= (RADIUS[self.bits] if radius is None else radius)
+        return near and not (self.plain or other.plain)
+
+
+def hash_image(image: OneImage, bits: int = 256) -> ImageHash:
+    """The hash of one image, by which its copies are found: saved again, smaller, cut, re-lit, written on.
+
+    Args:
+        image: a path, a PIL image, an (H, W) or (H, W, 3) array, or a (3, H, W) tensor, uint8.
+        bits: 64, 128 or 256.
+
+    Raises:
+        FileNotFoundError, ValueError: an image that cannot be read, or another number of bits.
+    """
+    check_bits(bits)
+    return hashes(one_image(image, copy_model().side)[None], bits)[0]
+
+
+def hashes(pixels: Tensor, bits: int = 256) -> list[ImageHash]:
+    """The hashes of (N, 3, 64, 64) images as files give them: uint8, or floats in [0, 1]."""
+    images = as_input(pixels)
+    packed = pack(encode_signs(copy_model().hasher, "image", images))[:, : bits // 8]
+    rows = zip(packed.tolist(), plain(images).tolist(), strict=True)
+    return [ImageHash(bytes(row), one) for row, one in rows]
+
+
+def plain(images: Tensor) -> Tensor:
+    """(N,) bool: images of nearly one colour."""
+    grey = functional.avg_pool2d(images.mean(1, keepdim=True), images.shape[-1] // 16)
+    return grey.flatten(1).std(1) < PLAIN
+
+
+def check_bits(bits: int) -> None:
+    """ValueError unless the hash has such a length."""
+    if bits not in RADIUS:
+        raise ValueError(f"the hash has {', '.join(map(str, RADIUS))} bits, got {bits!r}")
+
+
+def check_radius(radius: int | None, bits: int) -> int:
+    """The radius, by default that of the length; a ValueError where it cannot be one."""
+    if radius is None:
+        return RADIUS[bits]
+    if not 0 <= radius < bits // 2:
+        raise ValueError(f"radius must lie in 0..{bits // 2 - 1} bits of {bits}, got {radius}")
+    return radius
+
+
+@cache
+def copy_model() -> SearchModel:
+    """The packaged model, on the CPU."""
+    return load(NAME, "cpu")

@@ -1,0 +1,48 @@
+"""The encoder of the packaged hash for copies: residual layers on an image of 16 x 16 pixels."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robusthash.core.registry import register
+from robusthash.models.hasher import Encoder
+
+
+@register("image-encoder", "copy-net", modality="image", state="measured")
+class CopyNet(Encoder):
+    """Residual fully connected layers on the means of blocks of pixels; ours.
+
+    A change of 8/255 is small beside the differences of large blocks, and large beside fine detail, so the
+    net sees blocks alone. Sides of images are multiples of ``side``.
+
+    Args:
+        width: D, of every layer.
+        depth: residual layers.
+        side: blocks in a row.
+    """
+
+    def __init__(self, width: int = 512, depth: int = 3, side: int = 16) -> None:
+        super().__init__()
+        if min(width, depth, side) < 1:
+            raise ValueError(f"width, depth and side must be at least 1, got {width}, {depth}, {side}")
+        self.width, self.side = width, side
+        self.stem = nn.Linear(3 * side * side, width)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm1d(width), nn.SiLU(), nn.Linear(width, width, bias=False))
+            for _ in range(depth)
+        )
+        self.last = nn.Sequential(nn.BatchNorm1d(width), nn.SiLU())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        height, width = x.shape[-2:]
+        if min(height, width) < self.side or height % self.side or width % self.side:
+            raise ValueError(
+                f"the image encoder copy-net takes sides that are multiples of {self.side} px, and these are "
+                f"{height} x {width}; set the data's size to 64"
+            )
+        blocks = functional.avg_pool2d(x, (height // self.side, width // self.side))
+        features = self.stem((2 * blocks - 1).flatten(1))
+        for layer in self.layers:
+            features = features + layer(features)
+        return self.last(features), {}
