@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import sqlite3
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from robusthash.apps.service.search_service import SearchService
 from robusthash.apps.service.serving import _reload
 from robusthash.apps.service.settings import ServiceSettings
 from robusthash.apps.service.tokens import Token, TokenFile
+from robusthash.index.file_index import FileIndex
 
 __all__ = ["index", "parts"]  # fixtures
 
@@ -163,7 +165,14 @@ def test_a_reload_of_what_is_no_index_serves_the_one_before(
         assert search(client).status_code == 200
 
 
-def test_reloads_at_once_all_answer(client: TestClient) -> None:
+def test_reloads_at_once_all_answer(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = FileIndex.count
+
+    def count_slowly(self: FileIndex) -> int:
+        time.sleep(0.05)
+        return counted(self)
+
+    monkeypatch.setattr(FileIndex, "count", count_slowly)
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda _: client.post("/v1/reload"), range(24)))
     assert [answer.json() for answer in answers] == [{"items": 12}] * 24
