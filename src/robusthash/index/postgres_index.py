@@ -118,7 +118,7 @@ class PostgresIndex(ServerIndex):
 
     def keys_of(self, ids: Sequence[int]) -> dict[int, str]:
         query = "SELECT id, key FROM {items} WHERE id = ANY(%s) AND key IS NOT NULL"
-        return dict(self._all(query, list(ids)))
+        return {int(item): str(key) for item, key in self._all(query, list(ids))}
 
     def keys(self, prefix: str = "") -> list[str]:
         if "\0" in prefix:

@@ -263,7 +263,8 @@ class Store:
         """By id, the keys of items that are held and have one."""
         if self.format() != FORMAT:
             return {}
-        return dict(self._all(f"SELECT id, key FROM keys WHERE id {IN_LIST}", json.dumps(list(ids))))
+        query = f"SELECT id, key FROM keys WHERE id {IN_LIST}"
+        return {int(item): str(key) for item, key in self._all(query, json.dumps(list(ids)))}
 
     def keys(self, prefix: str) -> list[str]:
         """Keys that begin with ``prefix``, sorted."""

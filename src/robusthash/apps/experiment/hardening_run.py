@@ -255,7 +255,7 @@ def _agreement(context: EvaluationContext, row: Row, progress: Progress) -> dict
 
     bits = row("within", within)
     clean = context.queries.batch(torch.arange(len(context.queries))).inputs["image"]
-    sent = {"clean": lambda: clean}
+    sent: dict[str, Callable[[], Tensor]] = {"clean": lambda: clean}
     sent |= {f"clean, {change.name}": partial(change, clean) for change in CHANGES}
     for attack in (hag(eps=8 / 255, steps=100), mainstay(eps=8 / 255), guided_apgd(eps=8 / 255, steps=50)):
         aware, view = against_agreement(attack), Agreeing(agreement)
