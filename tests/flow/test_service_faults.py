@@ -134,7 +134,7 @@ def test_a_reload_without_an_index_makes_none(
     assert str(tmp_path) not in answer.text
     assert str(index) in caplog.text
     with caplog.at_level(logging.ERROR):
-        _reload(client.app.state.working.service)
+        _reload(client.app.state.working)
     assert not index.exists()
     assert len(search(client).json()["results"]) == 10
     (tmp_path / "away").rename(index)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
@@ -21,7 +20,7 @@ from torch import Tensor
 from robusthash.apps.service.batching import Batcher
 from robusthash.apps.service.error_answers import answer_errors, log_index
 from robusthash.apps.service.guard import Guard, Metrics, Refused
-from robusthash.apps.service.idempotency import AnsweredWrites, WriteRequest
+from robusthash.apps.service.idempotency import WriteRequest
 from robusthash.apps.service.query_guards import QueryGuards
 from robusthash.apps.service.request_fields import (
     ItemId,
@@ -35,6 +34,7 @@ from robusthash.apps.service.request_fields import (
 from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem
 from robusthash.apps.service.story import tell
 from robusthash.apps.service.tokens import AcceptedTokens, Token
+from robusthash.apps.service.working_parts import Working
 from robusthash.version import __version__
 
 Value = TypeVar("Value")
@@ -42,51 +42,6 @@ logger = logging.getLogger("robusthash.service")
 router = APIRouter(prefix="/v1", dependencies=[Depends(refuse_unknown)])
 
 _CSP = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'"
-
-
-@dataclass
-class Working:
-    """The parts of a running service that routes use."""
-
-    service: SearchService
-    queries: Batcher[tuple[str, Tensor], Tensor]
-    threads: ThreadPoolExecutor
-    metrics: Metrics
-    guards: QueryGuards
-    compared: tuple[SearchService, ...] = ()
-    tokens: AcceptedTokens = field(default_factory=AcceptedTokens)
-    ready: bool = False
-    attacking: asyncio.Lock = field(default_factory=asyncio.Lock)
-    writes: AnsweredWrites = field(default_factory=AnsweredWrites)
-
-    async def run(self, call: Callable[[], Value]) -> Value:
-        """A blocking call in one of the threads."""
-        return await asyncio.get_running_loop().run_in_executor(self.threads, call)
-
-    async def code(self, modality: str, read: Callable[[], Tensor], database: bool = False) -> Tensor:
-        """The packed code of one input of an admitted request, encoded with those of others."""
-        with self.queries.coming():
-            item = await self.run(read)
-        return await self.queries.submit(("database" if database else modality, item))
-
-    async def query_code(self, content: bytes, client: str, audits: bool) -> Tensor:
-        """The packed code of an uploaded query image, where the guards let it pass; an audit passes."""
-
-        def read() -> tuple[list[Tensor], float]:
-            image = self.service.decode(content)
-            if audits:
-                return [image], 0.0
-            slowed = self.guards.detect(image, client)
-            return [image, *self.guards.changed(image)], slowed
-
-        with self.queries.coming():
-            images, slowed = await self.run(read)
-        if slowed:
-            with self.queries.away():
-                await asyncio.sleep(slowed)
-        code, *others = await asyncio.gather(*(self.queries.submit(("image", image)) for image in images))
-        self.guards.agree(code, others)
-        return code
 
 
 def create_app(

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from robusthash.apps.service.guard import Refused
-from robusthash.apps.service.search_service import NoItem, UnwantedFormat
+from robusthash.apps.service.search_service import OWN_FILE, NoItem, UnwantedFormat
 from robusthash.core.damaged_files import shortened
 from robusthash.data.image_files import ImageTooLarge, UnreadableImage
 from robusthash.index.index_address import ServerRefused
@@ -46,7 +46,8 @@ def answer_errors(app: FastAPI) -> None:
         return Refused(503, message, _RETRY).response()
 
     async def unknown(request: Request, error: Any) -> JSONResponse:  # names no keys of others' items
-        return Refused(422, shortened(f"where: no item has the payload key {error.key!r}", 200)).response()
+        text = shortened(f"where: no item has the payload key {error.key!r}", 200)
+        return Refused(422, f"{text}; {OWN_FILE}" if error.key == "file" else text).response()
 
     async def too_large(request: Request, error: Any) -> JSONResponse:  # its remedy is the operator's
         return Refused(413, f"{str(error).partition(';')[0]}; send a smaller one").response()

@@ -22,7 +22,6 @@ from robusthash.core.types import Codes
 from robusthash.data.base import as_input
 from robusthash.data.image_files import BROKEN, opened, read_image
 from robusthash.index import CodeIndex, open_index
-from robusthash.index.payload_filter import UnknownKey
 from robusthash.models.encoding import encode_signs
 
 _MAGIC = {"JPEG": (b"\xff\xd8\xff",), "PNG": (b"\x89PNG\r\n\x1a\n",), "WEBP": (b"RIFF",)}
@@ -30,7 +29,7 @@ _MEDIA_TYPES = {name: f"image/{name.lower()}" for name in ("JPEG", "PNG", "WEBP"
 _MEDIA_TYPES["MPO"] = "image/jpeg"
 _TRIES = 5
 _PATHS = ("path", "path_hex")  # payload of files on the server's disk
-_OWN = "answers make file of the path, and neither is filtered by: use a field of the payload"
+OWN_FILE = "answers make file of the path, and neither is filtered by: use a field of the payload"
 
 
 class UnwantedFormat(ValueError):
@@ -51,13 +50,6 @@ def _public_key(key: str | None, payload: Mapping[str, Any]) -> dict[str, str]:
     if key is None or any(name in payload for name in _PATHS) or Path(key).is_absolute():
         return {}
     return {"key": key}
-
-
-def _without_paths(error: UnknownKey) -> ValueError:
-    """The error of a filter by a key that no item has, without keys that a client may not filter by."""
-    known = [name for name in error.known if name not in _PATHS]
-    hint = f" ({_OWN})" if error.key == "file" else ""
-    return ValueError(f"where: {UnknownKey(error.key, known)}{hint}")
 
 
 @dataclass(frozen=True)
@@ -192,12 +184,9 @@ class SearchService:
             ValueError: a filter by a key that no item has, or by paths of the server's disk.
         """
         if hidden := set(where or ()) & set(_PATHS):
-            raise ValueError(f"where: items are not filtered by {', '.join(sorted(hidden))}; {_OWN}")
+            raise ValueError(f"where: items are not filtered by {', '.join(sorted(hidden))}; {OWN_FILE}")
         with self.index() as index:
-            try:
-                rows = self._rows(index, self._codes(code[None]), k, where)
-            except UnknownKey as error:
-                raise _without_paths(error) from None
+            rows = self._rows(index, self._codes(code[None]), k, where)
             keys = index.keys_of([item for item, _, _ in rows])
         if self.settings.answer == "coarse":  # the order within a step would tell what the step hides
             rows.sort(key=lambda row: (row[1] // self.settings.step, row[0]))
