@@ -172,7 +172,7 @@ class Client:
         self.close()
 
     def _ask(self, method: str, path: str, read: Callable[[Any], Made], **parts: Any) -> Made:
-        """What ``read`` makes of the JSON of an answer."""
+        """The result that ``read`` makes of the JSON of an answer."""
         for attempt in range(1, self._attempts + 1):
             answer = self._http.request(method, path, **parts)
             busy = answer.status_code in (429, 503)
