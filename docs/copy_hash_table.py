@@ -16,7 +16,7 @@ def show_changes() -> None:
         ["change", *(f"{row['title']}, {row['bits']} bits" for row in rows)],
         [[change, *(_both(row["changes"][change]) for row in rows)] for change in next(iter(rows))["changes"]]
         + [
-            ["radius in bits", *(f"{row['radius']['1e-5']} ({row['radius']['1e-4']})" for row in rows)],
+            ["radius in bits", *(f"{_radius(row, '1e-5')} ({_radius(row, '1e-4')})" for row in rows)],
             ["milliseconds", *(f"{row['milliseconds']:.1f}" for row in rows)],
         ],
     )
@@ -44,6 +44,12 @@ _THROUGH = "copy-hash, 256 px files attacked through the resizing"
 def _rows() -> dict[str, Any]:
     rows: dict[str, Any] = json.loads(MEASURED.read_text())
     return rows
+
+
+def _radius(row: dict[str, Any], rate: str) -> str:
+    """In bits; none where more pairs than that share their very hash."""
+    radius = row["radius"][rate]
+    return "none" if radius < 0 else str(radius)
 
 
 def _both(recall: dict[str, float]) -> str:
