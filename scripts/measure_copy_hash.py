@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="copy-hash", help="another folder than the packaged one")
-    parser.add_argument("--undefended", help="folder of train_copy_hash.py --eps 0")
+    parser.add_argument("--undefended", help="folder of train_copy_hash.py --undefended")
     parser.add_argument("--only", action="append", help="names of the rows to measure")
     given = parser.parse_args()
     torch.set_num_threads(1)

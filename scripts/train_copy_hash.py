@@ -5,7 +5,8 @@ Pictures: the 1,680 training photographs of UC Merced (public domain; DATA holds
 windows with noise of photographic spectra, gradients and flat shapes. Each step mirrors, recolours and mixes
 some of them into new pictures, changes a copy of each as people do, moves the copy by at most eps away from
 the code of its picture and towards others (two steps), and asks that the copy find its picture among those of
-the batch and of the last batches, by the first 64, the first 128 and all 256 bits.
+the batch and of the last batches, by the first 64, the first 128 and all 256 bits. A second, shorter stage also
+asks for the same bits, and has pictures of single things on plain grounds among the collages.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,27 @@ from robusthash.models.hub_card import HubCard
 SIDE, LARGE = 32, 96  # pixels of training pictures, and of the collages that they are reduced from
 CUTS = (64, 128, 256)  # codes that must do for themselves
 COLLAGES, BATCH, QUEUE = 16_000, 256, 3072
-EPS, INNER, STEP = 8.5 / 255, 2, 0.75
-TEMPERATURE, RATE, DECAY = 0.08, 1.5e-3, 5e-4
+INNER, STEP = 2, 0.75  # steps of the attack, and their length in eps
+TEMPERATURE, DECAY = 0.08, 5e-4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of training; ``warm`` is the share of its steps over which eps rises."""
+
+    steps: int
+    eps: float
+    rate: float
+    align: float  # weight of the distance between the soft codes of a copy and its picture
+    warm: float
+    things: bool  # single things on plain grounds among the collages
+    seed: int
+
+
+STAGES = (
+    Stage(12_000, 8.5 / 255, 1.5e-3, 0.0, 0.2, False, 0),
+    Stage(2_500, 0.0353, 5e-4, 5.0, 0.0, True, 10),
+)
 
 
 # ------------------------------------------------------------------------------------------ pictures
@@ -69,6 +89,29 @@ class Collages:
             light = np.linspace(self.rng.uniform(0.4, 1), 1, LARGE)[:, None, None]
             light = light if self.rng.random() < 0.5 else light.transpose(1, 0, 2)
             image = _image(np.asarray(image) * light)
+        return image
+
+    def thing(self) -> Image.Image:
+        """One thing on a plain ground, as shops show them: such pictures differ in little but outlines."""
+        level = int(self.rng.choice([0, 255, int(self.rng.integers(0, 256))]))
+        ground = (level,) * 3 if self.rng.random() < 0.6 else tuple(map(int, self.rng.integers(0, 256, 3)))
+        image = Image.new("RGB", (LARGE, LARGE), ground)
+        if self.rng.random() < 0.3:
+            image = _image(np.asarray(image) * 0.6 + 0.4 * self.noise(2.2))
+        mask = Image.new("L", (LARGE, LARGE))
+        draw, centre = ImageDraw.Draw(mask), self.rng.uniform(0.35, 0.65, 2) * LARGE
+        for _ in range(self.rng.integers(1, 6)):
+            x, y = centre + self.rng.normal(0, 0.13, 2) * LARGE
+            wide, high = self.rng.uniform(0.05, 0.3, 2) * LARGE
+            if self.rng.random() < 0.6:
+                draw.ellipse((x - wide, y - high, x + wide, y + high), fill=255)
+            else:
+                angles = np.sort(self.rng.uniform(0, 2 * np.pi, self.rng.integers(3, 7)))
+                draw.polygon([(x + wide * np.cos(a), y + high * np.sin(a)) for a in angles], fill=255)
+        fill = self.texture()
+        if self.rng.random() < 0.5:
+            fill = _image(np.asarray(fill) * 0.5 + 0.5 * self.rng.integers(0, 256, 3))
+        image.paste(fill, (0, 0), mask.filter(ImageFilter.GaussianBlur(self.rng.uniform(0, 2))))
         return image
 
     def texture(self) -> Image.Image:
@@ -119,8 +162,8 @@ def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def pictures(root: Path, collages: int, seed: int) -> Pictures:
-    """Photographs, windows of them and collages, a window for three collages."""
+def pictures(root: Path, collages: int, things: bool, seed: int) -> Pictures:
+    """Photographs, windows of them and collages, a window for three collages; or two, and a thing."""
     train = rh.load_data("ucmerced", root=root, size=128, texts=False).train
     rows = torch.arange(len(train)).split(64)
     aerial = [
@@ -134,7 +177,7 @@ def pictures(root: Path, collages: int, seed: int) -> Pictures:
     images, owners = list(aerial), list(range(len(aerial)))
     for number in range(collages):
         if number % 4:
-            images.append(maker.collage())
+            images.append(maker.thing() if things and number % 4 == 1 else maker.collage())
             owners.append(200_000 + number)
             continue
         among, base = (packaged, 100_000) if maker.rng.random() < 0.3 else (aerial, 0)
@@ -277,7 +320,7 @@ def attacked(net: Trained, copies: Tensor, stored: Tensor, eps: float, cut: int,
     return (copies + move).clamp(0, 1)
 
 
-def loss_of(logits: Tensor, stored: Tensor, old: Tensor, same: Tensor, cut: int) -> Tensor:
+def loss_of(logits: Tensor, stored: Tensor, old: Tensor, same: Tensor, cut: int, align: float) -> Tensor:
     """Each copy finds its picture and each picture its copy, and pictures are far from each other."""
     own, far = torch.arange(len(logits)), -1e9
     found = near(logits, stored, cut)
@@ -285,6 +328,7 @@ def loss_of(logits: Tensor, stored: Tensor, old: Tensor, same: Tensor, cut: int)
     apart = near(stored, stored, cut).masked_fill(torch.eye(len(own), dtype=torch.bool), far)
     apart = torch.cat([apart, near(stored, old, cut).masked_fill(same, far)], 1)
     copies = functional.cross_entropy(torch.cat([found, among_old], 1), own)
+    copies = copies + align * (1 - TEMPERATURE * found.diagonal()).mean()
     return copies + functional.cross_entropy(found.T, own) + apart.logsumexp(1).mean()
 
 
@@ -298,27 +342,32 @@ def batches(owners: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield rows, torch.randint(len(owners), rows.shape, generator=generator)
 
 
-def train(given: Pictures, steps: int, eps: float, seed: int) -> rh.Hasher:
-    """The hasher of the moving mean of the weights."""
-    net, changes = Trained(seed), Changes(seed + 1)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY)
+def train(given: Pictures, stage: Stage, seed: int, start: rh.Hasher | None) -> rh.Hasher:
+    """The hasher of the moving mean of the weights, from those of ``start`` or random ones."""
+    net, changes = Trained(seed), Changes(seed + stage.seed + 1)
+    if start is not None:
+        net.hasher.load_state_dict(start.state_dict())
+    optimiser = torch.optim.AdamW(net.parameters(), lr=stage.rate, weight_decay=DECAY)
     mean = {name: value.clone() for name, value in net.state_dict().items()}
     old, old_owners = torch.zeros(0, CUTS[-1]), torch.zeros(0, dtype=torch.int64)
+    steps = stage.steps
     for step, (rows, mixed) in zip(range(steps), batches(given.owners, seed + 2), strict=False):
         share = step / steps
         for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1, step / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
+            group["lr"] = stage.rate * min(1, step / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
         x = changes.new_pictures(given.pixels[rows].float() / 255, given.pixels[mixed].float() / 255)
         copies = functional.avg_pool2d(changes.copies(x), SIDE // 16)
         x = functional.avg_pool2d(x, SIDE // 16)
         net.eval().requires_grad_(False)
-        if eps:
+        if stage.eps:
             cut = CUTS[int(torch.multinomial(torch.tensor([0.2, 0.3, 0.5]), 1, generator=changes.generator))]
-            copies = attacked(net, copies, net(x), eps * min(1, share / 0.2), cut, changes)
+            eps = stage.eps * (min(1, share / stage.warm) if stage.warm else 1)
+            copies = attacked(net, copies, net(x), eps, cut, changes)
         net.train().requires_grad_(True)
         stored, logits = net(torch.cat([x, copies])).split(len(x))
         same = given.owners[rows][:, None] == old_owners
-        loss = torch.stack([loss_of(logits, stored, old, same, cut) for cut in CUTS]).mean()
+        losses = [loss_of(logits, stored, old, same, cut, stage.align) for cut in CUTS]
+        loss = torch.stack(losses).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -340,13 +389,21 @@ def main() -> None:
         "--data", type=Path, required=True, help="folder with ucmerced.tar and ucmerced.jsonl"
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--collages", type=int, default=COLLAGES)
-    parser.add_argument("--eps", type=float, default=EPS, help="0 trains an undefended one, to compare with")
+    parser.add_argument("--undefended", action="store_true", help="without the attack, to compare with")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps and collages, to try it")
+    parser.add_argument(
+        "--start", type=Path, help="the result of the first stage; only the second is trained"
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    hasher = train(pictures(given.data, given.collages, given.seed), given.steps, given.eps, given.seed)
+    hasher = None if given.start is None else rh.Hasher.from_pretrained(given.start)
+    for stage in STAGES[given.start is not None :]:
+        stage = replace(stage, steps=int(stage.steps * given.scale))
+        stage = replace(stage, eps=0.0) if given.undefended else stage
+        shown = pictures(given.data, int(COLLAGES * given.scale), stage.things, given.seed)
+        hasher = train(shown, stage, given.seed, hasher)
+    assert hasher is not None
     about = HubCard(
         name="copy-hash",
         licence="apache-2.0",
