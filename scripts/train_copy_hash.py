@@ -5,8 +5,8 @@ Pictures: the 1,680 training photographs of UC Merced (public domain; DATA holds
 windows with noise of photographic spectra, gradients and flat shapes. Each step mirrors, recolours and mixes
 some of them into new pictures, changes a copy of each as people do, moves the copy by at most eps away from
 the code of its picture and towards others (two steps), and asks that the copy find its picture among those of
-the batch and of the last batches, by the first 64, the first 128 and all 256 bits. A second, shorter stage also
-asks for the same bits, and has pictures of single things on plain grounds among the collages.
+the batch and of the last batches, by the first 64, the first 128 and all 256 bits. A second, shorter stage
+also asks for the same bits, and has pictures of single things on plain grounds among the collages.
 """
 
 from __future__ import annotations
