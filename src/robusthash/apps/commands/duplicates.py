@@ -45,7 +45,8 @@ def duplicates(
     if len(found.skipped) > _NAMED:
         note(f"passed over: and {len(found.skipped) - _NAMED} more; --json names all")
     if found.plain:
-        note(f"{len(found.plain)} images are of nearly one colour: only those of equal pixels are grouped")
+        plain = f"{len(found.plain)} images are of one colour or one fine texture"
+        note(f"{plain}: only those of equal pixels are grouped")
     copies = sum(map(len, found.groups))
     note(f"{found.images} images, {copies} of them in {len(found.groups)} groups of copies")
     print_lines(

@@ -32,6 +32,6 @@ def hash(
     hashes = dict(zip(map(path_text, found.paths), found.hashes, strict=True))
     for path, one in hashes.items():
         if one.plain:
-            note(f"of nearly one colour, its hash says little: {path}")
+            note(f"of one colour or one fine texture, its hash says little: {path}")
     hexes = {path: str(one) for path, one in hashes.items()}
     reply(as_json, hexes, (f"{code}  {path}" for path, code in hexes.items()))

@@ -21,11 +21,11 @@ from robusthash.models.encoding import encode_signs
 NAME = "copy-hash"
 """Of the model: ``rh.load("copy-hash")``, and wherever a run is named."""
 
-RADIUS = {64: 8, 128: 22, 256: 48}
+RADIUS = {64: 8, 128: 21, 256: 47}
 """Bits by which two hashes of that length may differ to count as copies: of two different photographs 1 in
 100,000 pairs are as near."""
 
-PLAIN = 4 / 255
+PLAIN = 10 / 255
 """Deviation of the grey levels of 16 x 16 blocks below which little tells an image apart from others."""
 
 
@@ -35,7 +35,7 @@ class ImageHash:
 
     Args:
         packed: 8, 16 or 32 bytes; those of a shorter hash are the first of a longer one.
-        plain: the image is of nearly one colour, and its hash says little.
+        plain: the image is of one colour or one fine texture, and its hash says little.
     """
 
     packed: bytes
@@ -84,7 +84,7 @@ def hashes(pixels: Tensor, bits: int = 256) -> list[ImageHash]:
 
 
 def plain(images: Tensor) -> Tensor:
-    """(N,) bool: images of nearly one colour."""
+    """(N,) bool: images of one colour or one fine texture."""
     grey = functional.avg_pool2d(images.mean(1, keepdim=True), images.shape[-1] // 16)
     return grey.flatten(1).std(1) < PLAIN
 

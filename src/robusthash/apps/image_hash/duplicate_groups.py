@@ -40,7 +40,7 @@ class Copy:
 class Duplicates:
     """Groups of copies, largest first; of each group the first path in order comes first.
 
-    ``plain`` images are of nearly one colour: only those with the same pixels are grouped.
+    ``plain`` images are of one colour or one fine texture: only those with the same pixels are grouped.
     """
 
     images: int
