@@ -14,7 +14,7 @@ class CopyNet(Encoder):
     """Residual fully connected layers on the means of blocks of pixels; ours.
 
     A change of 8/255 is small beside the differences of large blocks, and large beside fine detail, so the
-    net sees blocks alone. Sides of images are multiples of ``side``.
+    net sees blocks alone.
 
     Args:
         width: D, of every layer.
@@ -26,7 +26,7 @@ class CopyNet(Encoder):
         super().__init__()
         if min(width, depth, side) < 1:
             raise ValueError(f"width, depth and side must be at least 1, got {width}, {depth}, {side}")
-        self.width, self.side = width, side
+        self.width, self.smallest = width, side
         self.stem = nn.Linear(3 * side * side, width)
         self.layers = nn.ModuleList(
             nn.Sequential(nn.BatchNorm1d(width), nn.SiLU(), nn.Linear(width, width, bias=False))
@@ -36,12 +36,15 @@ class CopyNet(Encoder):
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         height, width = x.shape[-2:]
-        if min(height, width) < self.side or height % self.side or width % self.side:
+        if min(height, width) < self.smallest:
             raise ValueError(
-                f"the image encoder copy-net takes sides that are multiples of {self.side} px, and these are "
+                f"the image encoder copy-net needs images of at least {self.smallest} px, and these have "
                 f"{height} x {width}; set the data's size to 64"
             )
-        blocks = functional.avg_pool2d(x, (height // self.side, width // self.side))
+        if height % self.smallest or width % self.smallest:
+            blocks = functional.adaptive_avg_pool2d(x, self.smallest)
+        else:
+            blocks = functional.avg_pool2d(x, (height // self.smallest, width // self.smallest))
         features = self.stem((2 * blocks - 1).flatten(1))
         for layer in self.layers:
             features = features + layer(features)
