@@ -97,16 +97,6 @@ def check_payload(payload: Mapping[str, Any], what: str) -> None:
     for key in payload:
         check_key(key)
     to_json(payload, what)
-    if _holds_nul(payload):
-        raise ValueError(f"{what} holds a NUL character, which no index takes")
-
-
-def _holds_nul(value: Any) -> bool:
-    if isinstance(value, str):
-        return "\0" in value
-    if isinstance(value, Mapping):
-        return any(map(_holds_nul, (*value, *value.values())))
-    return isinstance(value, (list, tuple)) and any(map(_holds_nul, value))
 
 
 def digest_of(values: Iterable[Any]) -> str:
