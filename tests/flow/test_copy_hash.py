@@ -170,3 +170,18 @@ def test_hashes_do_not_depend_on_their_batch() -> None:
     )
     together = hashes(pixels)
     assert [hashes(one[None])[0] for one in pixels] == together
+
+
+@pytest.mark.parametrize("form", ["onnx", "torchscript"])
+def test_it_can_be_taken_away_and_searched_with(form: str, tmp_path: Path) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnx")
+    suffix = {"onnx": ".onnx", "torchscript": ".pt"}[form]
+    done = CliRunner().invoke(
+        app, ["export", "copy-hash", "--to", form, "--out", str(tmp_path / f"hash{suffix}"), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    model, images = rh.load("copy-hash"), opened()[:3]
+    with rh.open_index(f"file:{tmp_path / 'index'}", bits=256) as index:
+        index.add(model.encode(images))
+        assert [model.search(index, image, k=1)[0]["distance"] for image in images] == [0, 0, 0]

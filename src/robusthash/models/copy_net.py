@@ -35,7 +35,7 @@ class CopyNet(Encoder):
         self.last = nn.Sequential(nn.BatchNorm1d(width), nn.SiLU())
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        height, width = x.shape[-2:]
+        height, width = map(int, x.shape[-2:])  # numbers, also while an export traces the net
         if min(height, width) < self.smallest:
             raise ValueError(
                 f"the image encoder copy-net needs images of at least {self.smallest} px, and these have "
