@@ -214,7 +214,7 @@ def _children_of(pid: int) -> list[int]:
 
 def test_a_killed_point_is_named_and_ends_no_other(recipe, tmp_path):
     """A process that is killed, as for want of memory, is a failed point; the other one goes on."""
-    sets = ("training.epochs=30",)
+    sets = ("training.epochs=120",)
     points = sweep.points_of(recipe, [sweep.read_axis("hasher.bits=8,16")], [0], sets)
     whole = sweep.Sweep(recipe, points, tmp_path / "runs", tmp_path / "swept", jobs=2)
     killed: list[int] = []
