@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -269,6 +270,22 @@ with rh.open_index("file:" + home, create=False) as index:
         answer.append(str(error))
 print(json.dumps(answer))
 """
+
+
+def test_keys_of_items_of_an_index_of_the_format_before(tmp_path) -> None:
+    """Format 2 has keys, and no table of changes."""
+    with open_index(f"file:{tmp_path / 'idx'}", 32) as index:
+        index.add(codes(3), keys=["a", "b", "c"])
+        version = index.info()["format"]
+    with contextlib.closing(sqlite3.connect(tmp_path / "idx" / "index.sqlite")) as connection, connection:
+        connection.execute("DROP TABLE changes")
+        connection.execute("UPDATE meta SET value = '2' WHERE key = 'format'")
+    with open_index(f"file:{tmp_path / 'idx'}", 32) as index:
+        assert index.info()["format"] == 2 < version
+        assert index.keys_of([0, 2, 9]) == {0: "a", 2: "c"}
+        index.add(codes(1), keys=["d"])
+        assert index.info()["format"] == version
+        assert index.keys_of([3]) == {3: "d"}
 
 
 @pytest.mark.parametrize("old", [False, True])

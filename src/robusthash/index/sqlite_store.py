@@ -261,7 +261,7 @@ class Store:
 
     def keys_of(self, ids: Sequence[int]) -> dict[int, str]:
         """By id, the keys of items that are held and have one."""
-        if self.format() != FORMAT:
+        if self.format() == 1:
             return {}
         query = f"SELECT id, key FROM keys WHERE id {IN_LIST}"
         return {int(item): str(key) for item, key in self._all(query, json.dumps(list(ids)))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from robusthash.apps.experiment.run_directory import (
 from robusthash.apps.experiment.training_trackers import check_trackers, tracked
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.directory_lock import owned
+from robusthash.core.directory_lock import InUse, owned
 from robusthash.core.processes import joined_processes, rank, wait_for_others
 from robusthash.core.registry import build, check
 from robusthash.core.runtime import Progress, choose_device, silent
@@ -39,6 +40,8 @@ from robusthash.models.hasher import Hasher, build_hasher, purified, with_new_he
 from robusthash.objectives.base import HashObjective
 from robusthash.training.loop import CheckpointError, TrainConfig, fit
 from robusthash.training.recipe import Recipe
+
+_PATIENCE = 5.0  # seconds that a run waits for its parent, where another process has that open
 
 
 def run_all(
@@ -112,7 +115,14 @@ def _parent(config: Config, root: Path, progress: Progress, base: Path) -> Run |
     if not isinstance(origin, tuple):
         return origin
     recipe, folder = origin
-    return train(recipe, root, progress, folder)
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return train(recipe, root, progress, folder)
+        except InUse:  # another run of the same parent may only be looking whether it is trained
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def origin_of(config: Config, base: Path) -> Run | tuple[Config, Path] | None:
