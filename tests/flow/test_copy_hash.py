@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,8 @@ def test_the_verbs(folder: Path, tmp_path: Path) -> None:
         (["duplicates", "."], "there is no image to hash in ."),
         (["duplicates", ".", "--radius", "128"], "radius must lie in 0..127"),
         (["duplicates", ".", "--html", "."], "--html takes the name of a file"),
+        (["duplicates", ".", "--html", "a.png"], "--html takes the name of a file"),
+        (["duplicates", ".", "--html", "no/such/a.html"], "for the page a.html"),
         (["hash", ".", "--bits", "65"], "64, 128, 256 bits, got 65"),
     ],
 )
@@ -185,3 +188,38 @@ def test_it_can_be_taken_away_and_searched_with(form: str, tmp_path: Path) -> No
     with rh.open_index(f"file:{tmp_path / 'index'}", bits=256) as index:
         index.add(model.encode(images))
         assert [model.search(index, image, k=1)[0]["distance"] for image in images] == [0, 0, 0]
+
+
+def test_a_folder_of_the_name_is_not_taken_for_the_packaged_model(tmp_path: Path, monkeypatch) -> None:
+    whole = rh.hash_image(opened()[0])
+    (tmp_path / "copy-hash").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert rh.load("copy-hash").encode(opened()[0]).packed.numpy().tobytes() == whole.packed
+
+
+def test_plain_images_are_compared_by_all_of_their_pixels(tmp_path: Path) -> None:
+    """Wide banners with a white middle and different ends."""
+    ends = [image.resize((300, 300)) for image in opened()[:2]]
+    for name, end in {"a": ends[0], "b": ends[1], "c": ends[0]}.items():
+        banner = Image.new("RGB", (1000, 300), "white")
+        banner.paste(end)
+        banner.save(tmp_path / f"{name}.png")
+    found = rh.find_duplicates(tmp_path)
+    assert len(found.plain) == 3
+    assert [[Path(copy.path).name for copy in group] for group in found.groups] == [["a.png", "c.png"]]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names of Windows hold no newline")
+def test_a_name_forges_no_line(tmp_path: Path) -> None:
+    for name in ("a.png", "a\n9    0  b.png"):
+        opened()[0].save(tmp_path / name)
+    for words in (["duplicates", str(tmp_path)], ["hash", str(tmp_path)]):
+        assert len(CliRunner().invoke(app, words).stdout.splitlines()) == 2
+
+
+def test_numbers_of_another_type_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"got 64\.0"):
+        rh.hash_image(folder / "0.jpg", 64.0)  # type: ignore[arg-type]
+    for radius in (1.5, "3"):
+        with pytest.raises(ValueError, match="radius must lie in"):
+            rh.find_duplicates(folder, radius=radius)  # type: ignore[arg-type]

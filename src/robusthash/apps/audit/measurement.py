@@ -92,7 +92,8 @@ def run_audit(
         FileNotFoundError, ImportError: the target, the folder or an extra is missing.
     """
     started = time.perf_counter()
-    target = str(packaged(target)) if target == "copy-hash" else target
+    if target == "copy-hash":
+        target, options = str(packaged(target)), _within_its_radius(options)
     size = size_of(target, options.size)
     collection = read_photos(photos, size, options.limit, options.seed, options.max_pixels)
     categories = read_categories(collection) if options.labels else None
@@ -137,6 +138,13 @@ def run_audit(
     if opened.endpoint is not None:
         opened.endpoint.forget()  # another audit asks again: the search may have changed
     return summary
+
+
+def _within_its_radius(options: AuditOptions) -> AuditOptions:
+    """The options with the radius of the packaged hash, unless another is asked for."""
+    from robusthash.apps.image_hash.copy_hash import RADIUS  # for this target alone
+
+    return options if options.radius is not None else replace(options, radius=RADIUS[256])
 
 
 @dataclass(frozen=True)

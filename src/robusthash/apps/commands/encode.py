@@ -5,7 +5,7 @@ import typer
 from typer import Argument, Option
 
 from robusthash.apps.commands.options import AsJson, Device, MaxPixels, Workers, shard_of
-from robusthash.apps.commands.terminal import note, print_json, progress_bars, reply, warn
+from robusthash.apps.commands.terminal import note, one_row, print_json, progress_bars, reply, warn
 
 _NAMED = 10  # files that are passed over, and parts that failed, on a terminal
 
@@ -115,7 +115,7 @@ def _encode_files(
         index_run.save_codes(out, encoder.card()["bits"], codes)
         return reply(as_json, {"codes": str(out)}, [out])
     hexes = {path: code.hex() for path, code in codes.items()}
-    return reply(as_json, hexes, (f"{code}  {path}" for path, code in hexes.items()))
+    return reply(as_json, hexes, (f"{code}  {one_row(path)}" for path, code in hexes.items()))
 
 
 def _encode_collection(

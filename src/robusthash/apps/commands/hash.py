@@ -4,7 +4,9 @@ from typing import Annotated
 from typer import Argument, Option
 
 from robusthash.apps.commands.options import AsJson, MaxPixels, Workers
-from robusthash.apps.commands.terminal import note, progress_bars, reply
+from robusthash.apps.commands.terminal import note, one_row, progress_bars, reply
+
+_NAMED = 10  # images whose hash says little, on a terminal
 
 HashBits = Annotated[int, Option(help="64, 128 or 256; a shorter hash is the begin of a longer one.")]
 
@@ -18,8 +20,9 @@ def hash(
 ) -> None:
     """Hashes of images by which their copies are found, as hex lines: hash, path. No training, no labels.
 
-    Hashes of copies (saved again, smaller, cut, re-lit, written on) differ in few bits, also where somebody
-    changed the copy so that nobody sees it; `duplicates` compares those of a folder.
+    The central square is hashed. Hashes of copies (saved again, smaller, cut, re-lit, written on) differ in
+    few bits, also where somebody changed the copy so that nobody sees it; `duplicates` compares those of a
+    folder.
     """
     from robusthash.apps.image_hash.duplicate_groups import hash_files
     from robusthash.data.image_files import path_text
@@ -30,8 +33,10 @@ def hash(
     for skipped in found.skipped:
         note(f"passed over: {skipped}")
     hashes = dict(zip(map(path_text, found.paths), found.hashes, strict=True))
-    for path, one in hashes.items():
-        if one.plain:
-            note(f"of one colour or one fine texture, its hash says little: {path}")
+    plain = [path for path, one in hashes.items() if one.plain]
+    for path in plain[:_NAMED]:
+        note(f"of one colour or one fine texture, its hash says little: {path}")
+    if len(plain) > _NAMED:
+        note(f"and so {len(plain) - _NAMED} more")
     hexes = {path: str(one) for path, one in hashes.items()}
-    reply(as_json, hexes, (f"{code}  {path}" for path, code in hexes.items()))
+    reply(as_json, hexes, (f"{code}  {one_row(path)}" for path, code in hexes.items()))

@@ -64,6 +64,16 @@ IndexRun = Annotated[
 ]
 
 
+def check_page(html: Path | None) -> None:
+    """Refuse a page that cannot be written, or whose name may be that of another file, before the work."""
+    if html is None:
+        return
+    if html.suffix.lower() not in (".html", ".htm") or (html.exists() and not html.is_file()):
+        raise ValueError(f"--html takes the name of a file such as found.html, got {str(html)!r}")
+    if not html.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {html.absolute().parent} for the page {html.name}")
+
+
 def shard_of(text: str) -> tuple[int, int]:
     """The (i, n) of ``--shard i/n``."""
     parts = re.fullmatch(r"(\d+)/(\d+)", text)

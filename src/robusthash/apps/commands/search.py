@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from rich.cells import cell_len
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun, MaxPixels, Where
+from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun, MaxPixels, Where, check_page
 from robusthash.apps.commands.terminal import console, note, print_json, print_lines, print_table, shown
 
 
@@ -26,8 +26,7 @@ def search(
     from robusthash.apps.experiment.index_filters import values_of
     from robusthash.apps.experiment.index_run import Reading, search_image
 
-    if html is not None and html.is_dir():
-        raise ValueError(f"--html takes the name of a file such as found.html, got {str(html)!r}, a folder")
+    check_page(html)
     limit = Reading.of(None, max_pixels).max_pixels
     hits = search_image(directory, image, run, k, where, limit)
     if where and not hits:

@@ -54,6 +54,11 @@ def shown(value: object) -> str:
     )
 
 
+def one_row(value: object) -> str:
+    """``shown``, for a name in a line that programs may read: it begins no other line or column."""
+    return shown(value).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def escape(value: object) -> str:
     """``shown``, for a text with markup: brackets of the value are none."""
     return rich.markup.escape(shown(value))

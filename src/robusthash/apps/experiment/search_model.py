@@ -235,7 +235,7 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
     Args:
         source: the directory of a run; a folder that ``save`` or ``save_pretrained`` wrote; or the id of an
             entry of ``registry/``, whose weights are looked for among ``runs/``; or ``copy-hash``, the
-            packaged hash for copies.
+            packaged hash for copies (a folder of that name by its absolute path).
         device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda``, ...
 
     Raises:
@@ -243,7 +243,7 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
         ValueError: a model that hashes neither images of pixels nor texts.
     """
     folder, device_used = Path(source), choose_device(device)
-    if not folder.is_dir() and str(source) == "copy-hash":
+    if str(source) == "copy-hash":
         folder = packaged("copy-hash")
     if not folder.is_dir():
         return _of_run(run_of_entry(str(source)), device_used)

@@ -62,14 +62,15 @@ class ImageHash:
 
 
 def hash_image(image: OneImage, bits: int = 256) -> ImageHash:
-    """The hash of one image, by which its copies are found: saved again, smaller, cut, re-lit, written on.
+    """The hash of the central square of an image, by which its copies are found: saved again, smaller, cut,
+    re-lit, written on.
 
     Args:
         image: a path, a PIL image, an (H, W) or (H, W, 3) array, or a (3, H, W) tensor, uint8.
         bits: 64, 128 or 256.
 
     Raises:
-        FileNotFoundError, ValueError: an image that cannot be read, or another number of bits.
+        OSError, ValueError: an image that cannot be read, or another number of bits.
     """
     check_bits(bits)
     return hashes(one_image(image, copy_model().side)[None], bits)[0]
@@ -91,7 +92,7 @@ def plain(images: Tensor) -> Tensor:
 
 def check_bits(bits: int) -> None:
     """ValueError unless the hash has such a length."""
-    if bits not in RADIUS:
+    if type(bits) is not int or bits not in RADIUS:
         raise ValueError(f"the hash has {', '.join(map(str, RADIUS))} bits, got {bits!r}")
 
 
@@ -99,8 +100,8 @@ def check_radius(radius: int | None, bits: int) -> int:
     """The radius, by default that of the length; a ValueError where it cannot be one."""
     if radius is None:
         return RADIUS[bits]
-    if not 0 <= radius < bits // 2:
-        raise ValueError(f"radius must lie in 0..{bits // 2 - 1} bits of {bits}, got {radius}")
+    if type(radius) is not int or not 0 <= radius < bits // 2:
+        raise ValueError(f"radius must lie in 0..{bits // 2 - 1} bits of {bits}, got {radius!r}")
     return radius
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -19,7 +20,7 @@ from robusthash.apps.image_hash.copy_hash import (
     hashes,
 )
 from robusthash.core.runtime import Progress, silent
-from robusthash.data.image_files import ImageOptions, Skipped, iter_images, path_text
+from robusthash.data.image_files import ImageOptions, Skipped, iter_images, path_text, read_image
 from robusthash.data.image_listing import list_images
 from robusthash.data.pixel_conversion import MAX_PIXELS
 from robusthash.data.splits import hash_pixels
@@ -56,11 +57,10 @@ class Duplicates:
 
 @dataclass
 class HashedImages:
-    """Hashes of files in order, digests of the pixels of plain ones, and the files passed over."""
+    """Hashes of files in order, and the files passed over."""
 
     paths: list[Path] = field(default_factory=list)
     hashes: list[ImageHash] = field(default_factory=list)
-    pixels: list[bytes] = field(default_factory=list)  # digest of the pixels that were hashed
     skipped: list[Skipped] = field(default_factory=list)
 
 
@@ -94,7 +94,6 @@ def hash_files(
             pixels = torch.stack([one for _, one in good])
             found.paths += [path for path, _ in good]
             found.hashes += hashes(pixels, bits)
-            found.pixels += [bytes(one) for one in hash_pixels(pixels)]
         done += len(batch)
         progress(done, len(files), "hashing")
     if not found.paths:
@@ -145,7 +144,7 @@ def find_duplicates(
     order = sorted(range(len(found.paths)), key=lambda row: found.paths[row])
     groups = [
         tuple(Copy(path_text(found.paths[row]), found.hashes[row] - found.hashes[rows[0]]) for row in rows)
-        for rows in _groups(found, order, radius, progress)
+        for rows in _groups(found, order, radius, max_pixels, progress)
     ]
     groups.sort(key=lambda group: (-len(group), group[0].path))
     plain = tuple(path_text(found.paths[row]) for row in order if found.hashes[row].plain)
@@ -153,12 +152,13 @@ def find_duplicates(
 
 
 def _groups(
-    found: HashedImages, order: Sequence[int], radius: int, progress: Progress
+    found: HashedImages, order: Sequence[int], radius: int, max_pixels: int, progress: Progress
 ) -> Iterator[list[int]]:
     """Rows of two or more images each, in the given order."""
-    # plain images by their pixels, others by their codes: equal ones are one node
+    # plain images by all of their pixels, others by their codes: equal ones are one node
     nodes = [
-        found.pixels[row] + b"plain" if found.hashes[row].plain else found.hashes[row].packed for row in order
+        _pixels(found.paths[row], max_pixels) if found.hashes[row].plain else found.hashes[row].packed
+        for row in order
     ]
     unique = sorted({node for node, row in zip(nodes, order, strict=True) if not found.hashes[row].plain})
     component = dict(zip(unique, _components(unique, radius, progress), strict=True))
@@ -166,6 +166,15 @@ def _groups(
     for node, row in zip(nodes, order, strict=True):
         members.setdefault(component.get(node, node), []).append(row)
     yield from (rows for rows in members.values() if len(rows) > 1)
+
+
+def _pixels(file: Path, max_pixels: int) -> bytes:
+    """A digest of all pixels of a file; of one that is gone by now, of its path."""
+    try:
+        pixels = read_image(file, max_pixels=max_pixels)
+    except (OSError, ValueError):
+        return b"path" + os.fsencode(file)
+    return str(tuple(pixels.shape)).encode() + bytes(hash_pixels(pixels[None])[0])
 
 
 def _components(codes: Sequence[bytes], radius: int, progress: Progress) -> list[int]:
