@@ -35,6 +35,7 @@ from robusthash.apps.audit.targets import AuditOptions, Target, hostile_attacks,
 from robusthash.apps.audit.verdict import idle_attacks, verdict
 from robusthash.apps.audit.warnings import model_flags, model_warnings
 from robusthash.apps.experiment.run_directory import write_json
+from robusthash.apps.image_hash.copy_hash import RADIUS
 from robusthash.attacks.oracle import ids_lost
 from robusthash.attacks.query_search import Square, search_by_queries
 from robusthash.attacks.threat_model import threat_on
@@ -81,7 +82,7 @@ def run_audit(
 
     Args:
         target: see ``open_target``; or ``copy-hash``, the packaged hash for copies.
-        photos: a folder of the user's own photographs; the twenty of this package by default.
+        photos: a folder of photographs; the twenty of this package by default.
 
     Returns:
         The content of ``audit.json``.
@@ -93,7 +94,8 @@ def run_audit(
     """
     started = time.perf_counter()
     if target == "copy-hash":
-        target, options = str(packaged(target)), _within_its_radius(options)
+        radius = RADIUS[256] if options.radius is None else options.radius
+        target, options = str(packaged(target)), replace(options, radius=radius)
     size = size_of(target, options.size)
     collection = read_photos(photos, size, options.limit, options.seed, options.max_pixels)
     categories = read_categories(collection) if options.labels else None
@@ -138,13 +140,6 @@ def run_audit(
     if opened.endpoint is not None:
         opened.endpoint.forget()  # another audit asks again: the search may have changed
     return summary
-
-
-def _within_its_radius(options: AuditOptions) -> AuditOptions:
-    """The options with the radius of the packaged hash, unless another is asked for."""
-    from robusthash.apps.image_hash.copy_hash import RADIUS  # for this target alone
-
-    return options if options.radius is not None else replace(options, radius=RADIUS[256])
 
 
 @dataclass(frozen=True)
