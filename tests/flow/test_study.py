@@ -218,10 +218,13 @@ def test_a_killed_point_is_named_and_ends_no_other(recipe, tmp_path):
     points = sweep.points_of(recipe, [sweep.read_axis("hasher.bits=8,16")], [0], sets)
     whole = sweep.Sweep(recipe, points, tmp_path / "runs", tmp_path / "swept", jobs=2)
     killed: list[int] = []
+    others = {process.pid for process in multiprocessing.active_children()}  # left by tests before this one
 
     def kill(done: int, total: int, text: str) -> None:
-        while not killed:  # the first process that has logged an epoch
+        while not killed:  # a process of the sweep, once an epoch is logged
             for process in multiprocessing.active_children():
+                if process.pid in others:
+                    continue
                 if list((tmp_path / "runs").glob("tiny/*/log.jsonl")):
                     process.kill()
                     killed.append(process.pid)
