@@ -46,7 +46,7 @@ def cells(summary: dict[str, Any]) -> list[str]:
     """Recall under each attacker. White box is the worst of the attacks that follow gradients."""
     rows = {each["name"]: each for each in summary["rows"]}
     kinds = {each["kind"]: each for each in summary["rows"]}
-    white = ("guided-apgd", "flip", "mainstay", "evade")
+    white = ("guided-apgd", "flip", "mainstay", "evade", "evade-sharp")
     shares = [
         kinds["same"]["recognised"],
         min(rows[name]["recognised"] for name in white),

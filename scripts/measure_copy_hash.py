@@ -44,7 +44,7 @@ SIDE = 256  # of the photographs that are changed, and of those that attacks cha
 RATES = {"1e-4": 1e-4, "1e-5": 1e-5}
 LEVELS = (2, 4, 8)
 QUERIED = 8  # the level at which black-box attacks make their 1,000 oracle queries
-WHITE_BOX = ("guided-apgd", "flip", "mainstay", "evade")
+WHITE_BOX = ("guided-apgd", "flip", "mainstay", "evade", "evade-sharp")
 Change = Callable[[Image.Image], Image.Image]
 
 
