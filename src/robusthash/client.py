@@ -135,8 +135,8 @@ class Client:
         files = [("image", ("image", _content(image))) for image in images]
         key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
         if not _KEY.fullmatch(key):
-            said = "1 to 200 printable ASCII characters, without spaces around them"
-            raise ValueError(f"an idempotency key has {said}; got {key!r}")
+            rule = "1 to 200 printable ASCII characters, without spaces around them"
+            raise ValueError(f"an idempotency key has {rule}; got {key!r}")
         form, headers = {"items": json.dumps(described)}, {"Idempotency-Key": key}
 
         def read(answer: Any) -> list[int]:

@@ -272,7 +272,7 @@ class TargetedTraining:
         optimiser = torch.optim.Adam(self.nets.target.parameters(), rate, betas=(0.5, 0.999))
         for step in range(steps):
             optimiser.param_groups[0]["lr"] = rate * 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
-            rows = self._drawn(self.draws.within(step), torch.arange(self.BATCH))
+            rows = self._random_rows(self.draws.within(step), torch.arange(self.BATCH))
             with torch.enable_grad():
                 prototype = self.nets.target(
                     self.sets[rows], None if self.texts is None else self.texts[rows]
@@ -283,11 +283,11 @@ class TargetedTraining:
             loss.backward()
             optimiser.step()
 
-    def _drawn(self, draws: Draws, ids: Tensor) -> Tensor:
+    def _random_rows(self, draws: Draws, ids: Tensor) -> Tensor:
         return (draws.uniform(ids, ()) * len(self.sets)).long().to(self.sets.device)
 
     def task(self, batch: Batch, draws: Draws) -> GeneratorTask:
-        rows = self._drawn(draws.within("targets"), batch.ids)
+        rows = self._random_rows(draws.within("targets"), batch.ids)
         with torch.no_grad():
             prototype = self.nets.target(self.sets[rows], None if self.texts is None else self.texts[rows])
         planes = self.nets.planes(prototype.features, batch.inputs["image"].shape[2:])

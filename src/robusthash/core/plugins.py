@@ -203,10 +203,10 @@ def _imported(module: str, named: str, folders: Sequence[Path]) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
-            looked = " and ".join(dict.fromkeys(str(folder) for folder in folders))
+            places = " and ".join(dict.fromkeys(str(folder) for folder in folders))
             remedy = "" if _OPENED.get() else ", put it beside the recipe"  # of a run there is none
             raise ModuleNotFoundError(
-                f"no Python module {error.name!r} (wanted by {named!r}) in {looked or 'sys.path'}, and none "
+                f"no Python module {error.name!r} (wanted by {named!r}) in {places or 'sys.path'}, and none "
                 f"is installed; go to its folder{remedy}, or install it"
             ) from error
         raise ImportError(f"{named!r} needs a module that is not there: {error}") from error

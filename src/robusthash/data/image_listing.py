@@ -37,11 +37,11 @@ def list_images(folder: Path, deep: bool = True) -> Listing:
     """
     images: list[Path] = []
     skipped: list[Skipped] = []
-    for found in walk_images(folder, deep):
-        if isinstance(found, Skipped):
-            skipped.append(found)
+    for entry in walk_images(folder, deep):
+        if isinstance(entry, Skipped):
+            skipped.append(entry)
         else:
-            images.append(found)
+            images.append(entry)
     return Listing(tuple(sorted(images)), tuple(sorted(skipped, key=lambda one: one.file)))
 
 

@@ -255,18 +255,18 @@ def _labels(split: Split) -> Tensor:
     return split.labels
 
 
-def _asked(queries: Split, database: Split, protocol: Protocol) -> tuple[Split, int]:
+def _scored_queries(queries: Split, database: Split, protocol: Protocol) -> tuple[Split, int]:
     """The queries that a protocol scores, and the number of those that it skips."""
     if protocol.empty != "skip":
         return queries, 0
-    found = has_relevant(_labels(queries), _labels(database))
-    if not found.any():
+    answerable = has_relevant(_labels(queries), _labels(database))
+    if not answerable.any():
         raise ValueError(
             f"none of the {len(queries)} queries has a relevant item in the database, and the protocol skips "
             "such queries; look at the labels of both ('robusthash data check')"
         )
-    left_out = int((~found).sum())
-    return (queries.take(torch.nonzero(found).flatten()) if left_out else queries), left_out
+    left_out = int((~answerable).sum())
+    return (queries.take(torch.nonzero(answerable).flatten()) if left_out else queries), left_out
 
 
 def make_context(
@@ -310,7 +310,7 @@ def make_context(
         positions = stable_subset(split, queries)
         if queries < len(split):
             split, chosen = split.take(positions), by_content(queries, data.query)
-    split, left_out = _asked(split, data.database, protocol)
+    split, left_out = _scored_queries(split, data.database, protocol)
     chosen += f", {left_out} without a relevant item left out" * bool(left_out)
     notes: list[str] = []
 

@@ -125,12 +125,10 @@ class FileIndex(CodeIndex):
                 self._store = None
 
     def _write(self, new: NewItems, on_duplicate: str) -> tuple[np.ndarray, np.ndarray]:
-        given, held, self._origin = self._opened().add(new, on_duplicate)
-        written = ~held if on_duplicate == "skip" else np.ones(len(given), dtype=bool)
-        self._pending.append(
-            (given[written], new.codes[written])
-        )  # copies: the caller may write into its own
-        return given, held
+        ids, held, self._origin = self._opened().add(new, on_duplicate)
+        written = ~held if on_duplicate == "skip" else np.ones(len(ids), dtype=bool)
+        self._pending.append((ids[written], new.codes[written]))  # copies: the caller may write into its own
+        return ids, held
 
     def _delete(self, which: Which) -> int:
         engine = self._current()  # before: what others write after the removal must be read, not passed over

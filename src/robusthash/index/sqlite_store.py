@@ -277,10 +277,10 @@ class Store:
         """(key, id, stamp) of the keys that are held."""
         if self.format() == 1:
             return []
-        query, found = f"SELECT key, id, stamp FROM keys WHERE key {IN_LIST}", []
+        query, rows = f"SELECT key, id, stamp FROM keys WHERE key {IN_LIST}", []
         for start in range(0, len(keys), _CHUNK):
-            found += self._all(query, json.dumps(list(keys[start : start + _CHUNK])))
-        return found
+            rows += self._all(query, json.dumps(list(keys[start : start + _CHUNK])))
+        return rows
 
     def remove(self, which: Which) -> np.ndarray:
         """Delete items in one transaction; returns the ids of those that were held."""

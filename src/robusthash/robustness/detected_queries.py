@@ -99,14 +99,14 @@ class _Guarded:
         places = (scope.uniform(torch.arange(self.evasion.decoys), ()) * len(self.decoys)).long()
         for decoy in to_pixels(self.decoys[places]) if len(places) else ():
             self.detector.see(decoy, who, now)
-        seen = self.detector.see(pixels, who, now)
-        if seen.verdict == "refuse":
+        detection = self.detector.see(pixels, who, now)
+        if detection.verdict == "refuse":
             self.refused[number] = self.refused[number] or self.sent
         else:
             self.answered[number] += 1
-            if seen.verdict == "slow":
+            if detection.verdict == "slow":
                 self.slowed[number] = self.slowed[number] or self.sent
-        return seen.verdict == "refuse"
+        return detection.verdict == "refuse"
 
     def _blinded(self, images: Tensor) -> Tensor:
         if not self.evasion.blind or not self.sent:  # the clean query is sent as it is
@@ -176,7 +176,7 @@ def _shown(spec: OracleAttack) -> Literal["B1", "B2"]:
 def _lowest(context: EvaluationContext, batch: Batch, best: dict[int, Inputs]) -> Tensor:
     """(B, G) lowest AP up to each mark, the clean queries' among them, as 8-bit files."""
     assert batch.labels is not None
-    tried = [batch.inputs, *(best[mark] for mark in sorted(best))]
-    signs = [encode_signs(context.victim, "image", eight_bits(inputs["image"])) for inputs in tried]
+    candidates = [batch.inputs, *(best[mark] for mark in sorted(best))]
+    signs = [encode_signs(context.victim, "image", eight_bits(inputs["image"])) for inputs in candidates]
     ap = torch.stack([context.expected_ap(each, batch.labels) for each in signs], 1)
     return ap.cummin(1).values[:, 1:]

@@ -222,17 +222,17 @@ def for_distance(suite: Suite, distance: Distance) -> tuple[Suite, tuple[str, ..
     """
     if distance == "hamming":
         return suite, ()
-    kept: list[AttackSpec] = []
+    specs: list[AttackSpec] = []
     for spec in suite.specs:
         if isinstance(spec, GradientAttack) and spec.view is None:
             with contextlib.suppress(ValueError):
-                kept.append(replace(spec, attack=on_embeddings(spec.attack)))
+                specs.append(replace(spec, attack=on_embeddings(spec.attack)))
         elif spec.kind in ("black-box", "noise"):
-            kept.append(spec)
-    names = {spec.name for spec in kept}
+            specs.append(spec)
+    names = {spec.name for spec in specs}
     left = [spec.name for spec in suite.specs if spec.name not in names]
     note = f"left out, since they work on bits and the search is by {distance} distance: {', '.join(left)}"
-    return replace(suite, specs=tuple(kept)), (note,) if left else ()
+    return replace(suite, specs=tuple(specs)), (note,) if left else ()
 
 
 def assess_prepared(

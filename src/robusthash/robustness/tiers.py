@@ -90,8 +90,8 @@ def prepare_tier(
         notes = (*notes, "no gradient reaches the input: no attack that follows it was run")
     if name in CLAIMS and 0 < len(surrogates) < SURROGATES:
         notes = (*notes, f"{len(surrogates)} of the {SURROGATES} surrogates that a claim is made with")
-    beside = extra_attacks(context, objective, threat, name, surrogates, behaviour)
-    suite, left = for_distance(suite.beside(beside), context.victim.distance)
+    extra = extra_attacks(context, objective, threat, name, surrogates, behaviour)
+    suite, left = for_distance(suite.beside(extra), context.victim.distance)
     notes = (*notes, *left)
     if all(spec.targeted for spec in suite.specs):
         raise ValueError(

@@ -59,15 +59,15 @@ def add_codes(
     index.add(folder.no_codes(), keys=[])  # refuses codes of another model before anything is read
     counts, repeated = {"added": 0, "updated": 0}, list[str]()
     absent, stale = list[str](), list[str]()
-    seen = np.zeros(0, dtype=np.int64)  # in order
+    added_ids = np.zeros(0, dtype=np.int64)  # in order
     for done, name in enumerate(folder.card.parts, start=1):
         state = folder.status(name).get("state")
         if state != "done":
             (stale if state == "stale" else absent).append(name)
             continue
-        ids, here, again = add_part(index, folder, name, root, seen)
+        ids, here, again = add_part(index, folder, name, root, added_ids)
         added = np.sort(ids.numpy())
-        seen = np.insert(seen, np.searchsorted(seen, added), added)
+        added_ids = np.insert(added_ids, np.searchsorted(added_ids, added), added)
         repeated += again
         counts["updated"] += here
         counts["added"] += len(ids) - here

@@ -101,8 +101,8 @@ class TarPart:
         except OSError as error:
             failure = error.strerror or str(error)
         except Exception as error:  # of tarfile, whose parsers of headers let through what their parts raise
-            said = next(iter(str(error).splitlines()), "") or type(error).__name__
-            failure = f"not a plain tar, or damaged ({said})"
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            failure = f"not a plain tar, or damaged ({reason})"
         if failure:  # outside of the handlers: an error of the disk would be taken for one of writing
             raise SourceError(f"{path_text(self.path)}: {failure}")
 

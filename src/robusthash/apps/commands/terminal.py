@@ -217,7 +217,7 @@ def _widths(heads: list[str], cells: list[list[Text]], room: int) -> list[dict[i
         if len(groups[-1]) > 1 and sum(narrow[each] + 3 for each in (*groups[-1], number)) + 1 > room:
             groups.append([0])
         groups[-1].append(number)
-    chosen = []
+    group_widths = []
     for group in groups:
         widths = {number: narrow[number] for number in group}
         left = room - 1 - sum(width + 3 for width in widths.values())
@@ -225,8 +225,8 @@ def _widths(heads: list[str], cells: list[list[Text]], room: int) -> list[dict[i
             more = max(0, min(left, whole(number) - narrow[number]))
             widths[number] += more
             left -= more
-        chosen.append(widths)
-    return chosen
+        group_widths.append(widths)
+    return group_widths
 
 
 def interval_text(result: EvalResult, measure: str) -> str:
@@ -256,9 +256,9 @@ def print_headlines(results: Mapping[str, EvalResult]) -> None:
     subset = next(iter(results.values())).setting.chosen
     title = "results" if subset in ("", "all") else f"results, queries: {subset}"
     print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
-    shown_here = {row[1] for row in rows}
+    measures = {row[1] for row in rows}
     notes = dict.fromkeys(text for result in results.values() for text in result.notes)
-    others = [text for text in notes if (of := _OF_MEASURE.match(text)) and of[1] not in shown_here]
+    others = [text for text in notes if (of := _OF_MEASURE.match(text)) and of[1] not in measures]
     for text in dict.fromkeys([*empty_notes(results), *notes]):
         if text not in others:
             note(text)

@@ -391,10 +391,10 @@ def _random_codes(
     """
     draws, bits = Draws(0, ("dry run",)), context.victim.bits
 
-    def drawn(count: int, name: str, labels: Tensor) -> tuple[Codes, Tensor]:
+    def random_codes(count: int, name: str, labels: Tensor) -> tuple[Codes, Tensor]:
         ids = torch.arange(count)
         signs = sign(draws.within(name).uniform(ids, (bits,)) - 0.5)
         return Codes(pack(signs), bits, ids), labels[ids % len(labels)]
 
-    query_codes = drawn(queries, "query", context.query_labels)
-    return *query_codes, *drawn(database, "database", context.database_labels)
+    query_codes = random_codes(queries, "query", context.query_labels)
+    return *query_codes, *random_codes(database, "database", context.database_labels)

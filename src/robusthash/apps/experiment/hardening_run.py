@@ -199,11 +199,11 @@ def _detection(
     free: dict[tuple[str, str, bool], Detected] = {}  # decoys and clients change nothing there
 
     def attackers(spec: OracleAttack, evasion: Evasion) -> dict[str, Any]:
-        seen = detected_search(context, spec, limits, evasion, marks, progress)
+        result = detected_search(context, spec, limits, evasion, marks, progress)
         key = (spec.name, spec.threat.name, evasion.blind)
         if key not in free:
             free[key] = detected_search(context, spec, None, evasion, marks, progress)
-        return {"search": spec.name, "evasion": evasion.name, **_detected(seen, free[key])}
+        return {"search": spec.name, "evasion": evasion.name, **_detected(result, free[key])}
 
     rows = []
     for name, search in (("square", Square()), ("nes", NES())):
@@ -222,15 +222,15 @@ def _detection(
     return {"limits": asdict(limits), "attackers": rows, "photographs": len(files), "traffic": traffic}
 
 
-def _detected(seen: Detected, free: Detected) -> dict[str, Any]:
-    caught = seen.refused > 0
+def _detected(result: Detected, free: Detected) -> dict[str, Any]:
+    caught, slowed = result.refused > 0, result.slowed[result.slowed > 0]
     return {
-        "budget": seen.budget,
+        "budget": result.budget,
         "refused": float(caught.double().mean()),
-        "refused at": float(seen.refused[caught].double().median()) if caught.any() else None,
-        "slowed at": float(seen.slowed[seen.slowed > 0].double().median()) if seen.slowed.any() else None,
-        "answered": float(seen.answered.double().mean()),
-        "wMAP": dict(zip(map(str, seen.marks), seen.ap.mean(0).tolist(), strict=True)),
+        "refused at": float(result.refused[caught].double().median()) if caught.any() else None,
+        "slowed at": float(slowed.double().median()) if len(slowed) else None,
+        "answered": float(result.answered.double().mean()),
+        "wMAP": dict(zip(map(str, result.marks), result.ap.mean(0).tolist(), strict=True)),
         "wMAP without detection": dict(zip(map(str, free.marks), free.ap.mean(0).tolist(), strict=True)),
     }
 

@@ -126,8 +126,8 @@ def build_index(
         raise ValueError(f"--payload {adding.payload} describes the files of --images FOLDER; name both")
     else:
         data = read_data(run.config, progress)
-    given = adding.codes if adding.codes is not None else images
-    source = {"run": str(run.path.resolve()), "images": given and path_text(given.resolve())}
+    place = adding.codes if adding.codes is not None else images
+    source = {"run": str(run.path.resolve()), "images": place and path_text(place.resolve())}
     with open_index(address_of(directory), bits=run.card()["bits"], engine=engine) as index:
         count = index.count()
         if count and index.made_of() != source:
@@ -243,7 +243,7 @@ def encode_images(
         FileNotFoundError: neither an image nor a folder.
         ValueError: a folder without images, or no file that can be read.
     """
-    listings = [_listing(given) for given in images]
+    listings = [_listing(place) for place in images]
     paths = [path for listing in listings for path in listing.images]
     skipped = [] if skipped is None else skipped
     skipped += [one for listing in listings for one in listing.skipped]

@@ -45,18 +45,18 @@ class LibraryItem:
 class DistinctCodes:
     """The different codes among those of a build."""
 
-    seen: set[bytes] = field(default_factory=set)
+    distinct: set[bytes] = field(default_factory=set)
     count: int = 0
 
     def see(self, codes: Codes) -> None:
         """Count codes."""
-        self.seen.update(map(bytes, codes.packed.numpy()))
+        self.distinct.update(map(bytes, codes.packed.numpy()))
         self.count += len(codes.packed)
 
     def report(self) -> dict[str, int]:
         """Their numbers, where fewer than half of the codes are different."""
-        few = 2 * len(self.seen) < self.count
-        return {"encoded": self.count, "distinct_codes": len(self.seen)} if few else {}
+        few = 2 * len(self.distinct) < self.count
+        return {"encoded": self.count, "distinct_codes": len(self.distinct)} if few else {}
 
 
 @dataclass

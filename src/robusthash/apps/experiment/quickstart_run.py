@@ -145,12 +145,12 @@ def _why_unlabelled(classes: Sequence[str], loose: int) -> str:
     return ""
 
 
-def _manifest(folder: Path, given: str | Path | None, named: bool) -> Path | None:
+def _manifest(folder: Path, manifest: str | Path | None, named: bool) -> Path | None:
     """The manifest that was given, else the one that lies in the folder."""
-    if given is not None:
-        if not Path(given).is_file():
-            raise FileNotFoundError(f"no manifest {Path(given).absolute()}")
-        return Path(given)
+    if manifest is not None:
+        if not Path(manifest).is_file():
+            raise FileNotFoundError(f"no manifest {Path(manifest).absolute()}")
+        return Path(manifest)
     there = sorted(path for path in folder.iterdir() if path.suffix.lower() in _MANIFESTS and path.is_file())
     if len(there) > 1:
         names = ", ".join(path.name for path in there)

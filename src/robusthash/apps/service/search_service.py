@@ -250,8 +250,8 @@ class SearchService:
         payload = self._payload(number)
         with self.index() as index:
             key = index.keys_of([number]).get(number)
-        shown = self.public_payload(payload, fields)
-        return {**id_fields(number), **_public_key(key, payload), "payload": shown}
+        public = self.public_payload(payload, fields)
+        return {**id_fields(number), **_public_key(key, payload), "payload": public}
 
     def samples(self, count: int = 12) -> list[dict[str, Any]]:
         """Some items, the nearest to each of ``count`` fixed codes; none unless images are shown."""

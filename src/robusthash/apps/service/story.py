@@ -55,8 +55,8 @@ def _attacked(service: SearchService, clean: Tensor, eps: int) -> Tensor:
     hasher = service.model.hasher
     batch = Batch({"image": clean[None].to(hasher.device)}, None, torch.zeros(1, dtype=torch.int64))
     attack = hag(eps=eps / 255, steps=_STEPS, slope="one")
-    found = attack(hasher, batch, Goal(None, -1), None, draws=Draws(0)).inputs["image"][0].cpu()
-    rounded = (found * 255).round() / 255
+    adversarial = attack(hasher, batch, Goal(None, -1), None, draws=Draws(0)).inputs["image"][0].cpu()
+    rounded = (adversarial * 255).round() / 255
     return rounded.clamp(min=clean - eps / 255, max=clean + eps / 255).clamp(0, 1)
 
 

@@ -308,8 +308,8 @@ def _of_service(body: Any) -> Any:
     if "code" in body:
         return {"code": body["code"]}
     ids = {"ids": [row["id"] for row in rows]}
-    shown = bool(rows) and all("distance" in row for row in rows)
-    return {**ids, "distances": [row["distance"] for row in rows]} if shown else ids
+    has_distances = bool(rows) and all("distance" in row for row in rows)
+    return {**ids, "distances": [row["distance"] for row in rows]} if has_distances else ids
 
 
 def _is_number(value: Any) -> bool:

@@ -196,10 +196,10 @@ def _least(
     database, labels = context.codes.signs(), context.database_labels
     least = {radius: torch.zeros(len(signs), dtype=torch.float64) for radius in free}
     for row, sign in enumerate(signs):
-        found = relevant(context.query_labels[row : row + 1], labels)[0]
+        relevant_items = relevant(context.query_labels[row : row + 1], labels)[0]
         floor = 0.0
         for radius in sorted(free, reverse=True):
-            floor = max(floor, least_ap(sign, free[radius][row], database, found, context.protocol))
+            floor = max(floor, least_ap(sign, free[radius][row], database, relevant_items, context.protocol))
             least[radius][row] = floor
         progress(row + 1, len(signs), "least AP")
     return least

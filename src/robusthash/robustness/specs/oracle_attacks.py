@@ -145,8 +145,8 @@ class OracleAttack:
     ) -> tuple[Batch, SearchResult]:
         """The clean block and the result of its search."""
         batch = context.batch(block)
-        shown: Literal["B1", "B2"] = "B1" if self.shows == "ids" else "B2"
-        oracle = QueryOracle(context.victim, context.database, self.budget, shown, self.k)
+        knowledge: Literal["B1", "B2"] = "B1" if self.shows == "ids" else "B2"
+        oracle = QueryOracle(context.victim, context.database, self.budget, knowledge, self.k)
         ask, draws = self.asking(context, batch, oracle), keyed(context, "questions", restart)
         return batch, search_by_queries(
             self.search, ask, batch, self.threat, draws, self.budget, start, self.marks
