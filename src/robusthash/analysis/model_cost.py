@@ -142,7 +142,7 @@ def time_in_turn(
     }
 
 
-def asking(hasher: Hasher, inputs: Inputs, search: Callable[[Tensor], object]) -> Work:
+def single_query(hasher: Hasher, inputs: Inputs, search: Callable[[Tensor], object]) -> Work:
     """One query from input to answer: encode, with purifiers and gates, then ``search`` its (1, K) logits."""
     (modality,) = inputs
 

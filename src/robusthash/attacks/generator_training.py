@@ -152,7 +152,7 @@ def seeded(draws: Draws) -> Iterator[None]:
         yield
 
 
-def made_for(model: Hasher, data: RetrievalData, eps: float) -> dict[str, Any]:
+def generator_key(model: Hasher, data: RetrievalData, eps: float) -> dict[str, Any]:
     """Ties of a generator to its model: weights, bits, image size, labels, training items and budget."""
     classes = 0 if data.train.labels is None else data.train.labels.shape[1]
     sizes = {"bits": model.bits, "labels": classes, "image": list(data.image_size)}

@@ -15,7 +15,7 @@ from robusthash.attacks.generator_training import (
     GeneratorFile,
     GeneratorSchedule,
     GeneratorTask,
-    made_for,
+    generator_key,
     read,
     seeded,
     train_generator,
@@ -91,7 +91,7 @@ class TargetGenerator(Guide):
         bounded: the generator gives a change of at most eps; else an image, as published, that the evaluator
             projects.
         file: where the generator is kept, and trained on after a stop; in memory alone without it.
-        source: of a transferred generator what it was trained for (``made_for``); "" for the victim's own.
+        source: of a transferred generator its ``generator_key``; "" for the victim's own.
     """
 
     epochs: int = 20
@@ -181,7 +181,7 @@ class TargetGenerator(Guide):
             guide = replace(guide, target_texts=(texts.to(victim.device), labels.to(victim.device)))
         if self.source:
             return guide._transferred(data, victim)
-        expected = made_for(victim, data, self.eps)
+        expected = generator_key(victim, data, self.eps)
         if self.file is not None and self.file.is_file():
             _same(self.file, read(self.file)["header"], expected)
         own = {"options": str(replace(self, eps=0.0, file=None))}
@@ -214,7 +214,7 @@ class TargetGenerator(Guide):
     def _transferred(self, data: RetrievalData, victim: Hasher) -> TargetGenerator:
         """The guide with the nets of the file, made for another model on the same kind of data."""
         assert self.file is not None
-        stored, here = read(self.file), made_for(victim, data, self.eps)
+        stored, here = read(self.file), generator_key(victim, data, self.eps)
         header = stored["header"]
         if header["victim"] == here["victim"]:
             raise ValueError(f"{self.file} was trained for this very victim; leave out transfer")

@@ -259,7 +259,7 @@ class GreedySwaps(Search):
     Differs: HotFlip searches by beam over characters; here it is greedy, over the candidates of each token.
 
     Args:
-        victim: whose embeddings are differentiated; set by ``looking``, and no part of the identity.
+        victim: whose embeddings are differentiated; set by ``with_victim``, and no part of the identity.
     """
 
     candidates: int = 8
@@ -279,7 +279,7 @@ class GreedySwaps(Search):
         candidates = nearest_tokens(table, usable_tokens(victim, data), swaps.k)
         return replace(threat, balls={"text": replace(swaps, candidates=candidates)})
 
-    def looking(self, victim: Hasher) -> GreedySwaps:
+    def with_victim(self, victim: Hasher) -> GreedySwaps:
         """The search that differentiates at the embeddings of this victim."""
         return replace(self, victim=victim)
 
@@ -288,7 +288,7 @@ class GreedySwaps(Search):
     ) -> SearchResult:
         if self.victim is None:
             raise ValueError(
-                "greedy swaps look at the embeddings of a victim: call looking(victim) first, as Attack does"
+                "greedy swaps need the embeddings of a victim: call with_victim(victim) first, as Attack does"
             )
         embedding, swaps, origin = embedding_of(self.victim), _swaps(threat), batch.inputs["text"]
         x = threat.project(starting_point(batch, threat, draws, start), {"text": origin})["text"]

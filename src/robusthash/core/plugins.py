@@ -51,7 +51,7 @@ _FOLDERS: ContextVar[tuple[Path, ...]] = ContextVar("_FOLDERS", default=())
 
 
 @contextmanager
-def beside(folders: Sequence[Path]) -> Iterator[None]:
+def module_folders(folders: Sequence[Path]) -> Iterator[None]:
     """Look for modules in ``folders`` too, those of an own recipe; without effect in ``without_new_code``."""
     token = _FOLDERS.set(tuple(folders))
     try:

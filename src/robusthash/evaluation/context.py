@@ -19,7 +19,7 @@ from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Codes, Reference
 from robusthash.data.base import RetrievalData, Split
 from robusthash.data.splits import stable_subset
-from robusthash.evaluation.victim_scale import MEASURED, LogitScale, logit_scale
+from robusthash.evaluation.logit_scale import MEASURED, LogitScale, logit_scale
 from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.distance_histogram import Prepared, prepare, prepared_counts
 from robusthash.metrics.embedding_measures import embedding_ap

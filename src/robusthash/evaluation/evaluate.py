@@ -86,7 +86,7 @@ def attack_all(
     """
     spec = GradientAttack(name or attack.name, attack)
     if gradients is not None:
-        spec = replace(spec, view=lambda _: gradients, seen="given")
+        spec = replace(spec, view=lambda _: gradients, view_name="given")
     return BlockRunner(context, store).queries(spec, progress=progress)
 
 

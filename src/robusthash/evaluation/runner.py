@@ -56,7 +56,7 @@ class NoStore:
 
 
 @contextmanager
-def passes_shown(victim: Hasher, progress: Progress, title: str, total: int = 0) -> Iterator[None]:
+def pass_progress(victim: Hasher, progress: Progress, title: str, total: int = 0) -> Iterator[None]:
     """Show the forward passes of a victim as the progress of what calls it inside.
 
     Args:

@@ -241,11 +241,11 @@ class CodeIndex(ABC):
         """Up to ``most`` different values of a payload key; none where no item has it."""
 
     @abstractmethod
-    def made_of(self) -> Any:
-        """The note that ``set_made_of`` wrote last; None where there is none."""
+    def build_source(self) -> Any:
+        """The note that ``set_build_source`` wrote last; None where there is none."""
 
     @abstractmethod
-    def set_made_of(self, made_of: Mapping[str, Any]) -> None:
+    def set_build_source(self, source: Mapping[str, Any]) -> None:
         """Note as JSON what the index is made of: the run that encodes for it, say."""
 
     @abstractmethod

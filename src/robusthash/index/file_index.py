@@ -95,11 +95,11 @@ class FileIndex(CodeIndex):
         with self._lock:
             return self._opened().values(key, most)
 
-    def made_of(self) -> Any:
-        return made_of(self._directory)
+    def build_source(self) -> Any:
+        return build_source_of(self._directory)
 
-    def set_made_of(self, made_of: Mapping[str, Any]) -> None:
-        _write_made_of(self._directory, made_of)
+    def set_build_source(self, source: Mapping[str, Any]) -> None:
+        _write_build_source(self._directory, source)
 
     def snapshot(self, directory: str | Path) -> None:
         target = Path(directory)
@@ -107,8 +107,8 @@ class FileIndex(CodeIndex):
             raise FileExistsError(f"{target} exists already; give a snapshot a new directory")
         with self._lock:
             self._opened().copy_to(target)
-            if (source := made_of(self._directory)) is not None:
-                _write_made_of(target, source)
+            if (source := build_source_of(self._directory)) is not None:
+                _write_build_source(target, source)
 
     def info(self) -> dict[str, Any]:
         with self._lock:
@@ -214,12 +214,12 @@ def _open_store(directory: Path, bits: int | None, engine: str, create: bool, wa
     return Store(directory, wait)
 
 
-def _write_made_of(directory: Path, made_of: Mapping[str, Any]) -> None:
+def _write_build_source(directory: Path, source: Mapping[str, Any]) -> None:
     with write_aside(directory / _MADE_OF) as aside:
-        aside.write_text(json_text(made_of))
+        aside.write_text(json_text(source))
 
 
-def made_of(directory: Path) -> Any:
-    """``CodeIndex.made_of`` of the index in a directory, whose store is not opened."""
+def build_source_of(directory: Path) -> Any:
+    """``CodeIndex.build_source`` of the index in a directory, whose store is not opened."""
     file = directory / _MADE_OF
     return read_json(file) if file.is_file() else None

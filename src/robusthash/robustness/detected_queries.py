@@ -17,7 +17,7 @@ from robusthash.core.types import Batch, Inputs
 from robusthash.data.transforms import augment, eight_bits, to_pixels
 from robusthash.defenses.query_detection import DetectionLimits, QueryDetector
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.runner import passes_shown
+from robusthash.evaluation.runner import pass_progress
 from robusthash.models.encoding import encode_signs
 from robusthash.robustness.specs.oracle_attacks import OracleAttack
 from robusthash.robustness.specs.transfer_attacks import keyed
@@ -151,9 +151,9 @@ def detected_search(
     for block in range(context.blocks):
         batch = context.batch(block)
         oracle = QueryOracle(context.victim, context.database, spec.budget, _shown(spec), spec.k)
-        ask = spec.asking(context, batch, oracle)
+        ask = spec.query_score(context, batch, oracle)
         guarded = _Guarded(ask, batch, detector, evasion, decoys, draws)
-        with passes_shown(context.victim, progress, f"{spec.name}, {evasion.name}", spec.budget):
+        with pass_progress(context.victim, progress, f"{spec.name}, {evasion.name}", spec.budget):
             result = search_by_queries(
                 spec.search, guarded, batch, spec.threat, draws, spec.budget, marks=spec.marks
             )

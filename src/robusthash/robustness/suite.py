@@ -60,7 +60,7 @@ class Suite:
         """The attacks that every victim is given: all but the adaptive ones, which go with a defense."""
         return tuple(spec for spec in self.specs if spec.kind != "adaptive")
 
-    def beside(self, specs: Sequence[AttackSpec]) -> Suite:
+    def with_attacks(self, specs: Sequence[AttackSpec]) -> Suite:
         """The suite with more attacks, before those that refine what was found."""
         refined = tuple(spec for spec in self.specs if isinstance(spec, RefinedAttack))
         others = tuple(spec for spec in self.specs if not isinstance(spec, RefinedAttack))
@@ -151,7 +151,7 @@ def tier(
         polish = {spec: replace(attacks[spec], search=Polish(steps)) for spec in effort.refined}
         specs += [RefinedAttack(f"refined {spec}", attack) for spec, attack in polish.items()]
     suite = Suite(name, tuple(specs), effort.queries if queries is None else queries, effort.floor)
-    return suite.beside(extra_attacks)
+    return suite.with_attacks(extra_attacks)
 
 
 def attacked_modality(threat: Threat) -> Modality:

@@ -23,7 +23,7 @@ from robusthash.apps.collection.collection_items import (
     once,
 )
 from robusthash.apps.collection.tar_source import Tars
-from robusthash.apps.experiment.library_items import described_file
+from robusthash.apps.experiment.index_items import described_file
 from robusthash.data.folder import iter_manifest
 from robusthash.data.image_files import ImageFile, Skipped, path_text, some_of
 from robusthash.data.image_listing import walk_images

@@ -20,7 +20,7 @@ from robusthash.apps.collection.collection_items import (
     name_fault,
     once,
 )
-from robusthash.apps.experiment.library_items import OWN_KEYS
+from robusthash.apps.experiment.index_items import OWN_KEYS
 from robusthash.core.limited_files import MIB, parse_json
 from robusthash.data.image_files import ImageFile, Skipped, irregular, path_text
 

@@ -33,9 +33,9 @@ def search(
         note(values_of(directory, where))
     if html is not None:
         from robusthash.apps.reports.search_page import write_search_page
-        from robusthash.index.index_address import shown_address
+        from robusthash.index.index_address import address_without_password
 
-        write_search_page(html, image, hits, shown_address(directory), where, limit)
+        write_search_page(html, image, hits, address_without_password(directory), where, limit)
     if as_json:
         print_json(hits)
         return

@@ -67,7 +67,7 @@ def certify_run(
         InUse: another process certifies the run.
         RunError: a kept copy without it; an earlier ``certified.json`` that cannot be read.
     """
-    if run.kept:
+    if run.results_only:
         return _stored(run, method, direction, options)
     checked_budgets(method, **options)  # before data are read and encoded
     with owned_together(run.path, "certification"):

@@ -34,7 +34,7 @@ from robusthash.apps.experiment.config_values import (
 )
 from robusthash.attacks.base import Attack
 from robusthash.core.limited_files import read_yaml
-from robusthash.core.plugins import PluginError, beside
+from robusthash.core.plugins import PluginError, module_folders
 from robusthash.core.registry import build, check
 from robusthash.core.runtime import digest
 from robusthash.defenses.base import check_needs
@@ -299,7 +299,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a missing file, no YAML, an unknown key (the nearest is offered), a bad value.
     """
     raw, folders = read_recipe(Path(path))
-    with beside(folders):
+    with module_folders(folders):
         return make_config(raw, overrides, where=str(path))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from robusthash.apps.experiment.library_items import key_of, named_file, path_payload
+from robusthash.apps.experiment.index_items import key_of, named_file, path_payload
 from robusthash.core.registry import nearest
 from robusthash.data.image_files import path_text
 from robusthash.index import CodeIndex, address_of, open_index

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from robusthash.apps.commands.terminal import shown
-from robusthash.apps.experiment.library_items import OWN_KEYS, named_file
+from robusthash.apps.experiment.index_items import OWN_KEYS, named_file
 from robusthash.apps.reports.pages import one_line, picture_of, render
 from robusthash.core.atomic_files import write_aside
 from robusthash.data.image_files import MAX_PIXELS, path_text

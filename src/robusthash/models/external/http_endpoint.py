@@ -29,8 +29,8 @@ from torch import Tensor
 
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.transforms import to_pixels
+from robusthash.models.external.answer_cache import AnswerCache
 from robusthash.models.external.http_exchange import Exchanger, Reply, Unanswered
-from robusthash.models.external.kept_answers import KeptAnswers
 from robusthash.models.external.model_answers import Broken
 
 _LARGEST = 1 << 20  # bytes of an answer
@@ -71,7 +71,7 @@ class Endpoint:
             reached before it ever answered is not asked again.
         headers: sent with each request, such as ``Authorization``; never written anywhere.
         pause: seconds before the first repetition; doubled each time.
-        kept: a file of the answers, so that an interrupted audit goes on; see ``KeptAnswers``.
+        cache: a file of the answers, so that an interrupted audit goes on; see ``AnswerCache``.
         progress: shows the requests sent, of the budget.
     """
 
@@ -83,8 +83,8 @@ class Endpoint:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     pause: float = 0.5
     sleep: Callable[[float], None] = time.sleep
-    kept: Path | None = None
-    asked: int = 0
+    cache: Path | None = None
+    requests_sent: int = 0
     progress: Progress = silent
     _known: dict[str, Answer] = field(default_factory=dict, repr=False)
     _next: float = 0.0
@@ -103,9 +103,9 @@ class Endpoint:
                 f"endpoints need an extra: pip install 'robusthash[audit]' ({error})"
             ) from error
         self._exchanger = Exchanger(self.url, self.headers, self.timeout, _LARGEST)
-        self._kept = None if self.kept is None else KeptAnswers(self.kept, self.url)
-        if self._kept is not None:
-            self._known = {key: _read(body, self.url) for key, body in self._kept.read().items()}
+        self._answer_cache = None if self.cache is None else AnswerCache(self.cache, self.url)
+        if self._answer_cache is not None:
+            self._known = {key: _read(body, self.url) for key, body in self._answer_cache.read().items()}
 
     def __call__(self, images: Tensor) -> np.ndarray:
         """(B, 3, H, W) float in [0, 1] -> (B, K) bool."""
@@ -128,15 +128,15 @@ class Endpoint:
             if again or key not in self._known:
                 body = self._ask(pixels)
                 self._known[key] = _read(body, self.url)
-                if self._kept is not None:
-                    self._kept.add(key, body)
+                if self._answer_cache is not None:
+                    self._answer_cache.add(key, body)
             answers.append(self._known[key])
         return answers
 
     def check_consistency(self, images: Tensor) -> Answer:
         """Send one image twice, and of the (n, 3, H, W) others as many as it takes to find something.
 
-        Kept answers of a search that has changed since are forgotten.
+        Stored answers of a search that has changed since are forgotten.
 
         Raises:
             Broken: the two answers differ, or it finds nothing for any of the images.
@@ -166,7 +166,7 @@ class Endpoint:
         Raises:
             ValueError: the budget has too little left.
         """
-        left = self.budget - self.asked
+        left = self.budget - self.requests_sent
         if questions - len(self._known) > left:
             raise ValueError(
                 f"this audit asks {self.url} about {questions} questions and {left} of the budget are left; "
@@ -174,10 +174,10 @@ class Endpoint:
             )
 
     def forget(self) -> None:
-        """Forget all answers, and delete the file of the kept ones."""
+        """Forget all answers, and delete their file."""
         self._known.clear()
-        if self._kept is not None:
-            self._kept.delete()
+        if self._answer_cache is not None:
+            self._answer_cache.delete()
 
     def _ask(self, pixels: np.ndarray) -> Any:
         """The JSON that the endpoint answers; an empty list of ids where it says by its status that there is
@@ -187,11 +187,11 @@ class Endpoint:
         problem, attempts = "", 0
         end = time.monotonic() + max(_IN_ALL, self.timeout)
         for attempt in range(self.retries + 1):
-            if self.asked >= self.budget:
+            if self.requests_sent >= self.budget:
                 raise Broken(f"the budget of {self.budget} questions to {self.url} is spent; raise --budget")
             end += self._keep_rate()
-            self.asked, attempts = self.asked + 1, attempts + 1
-            self.progress(self.asked, self.budget, "requests, of the budget")
+            self.requests_sent, attempts = self.requests_sent + 1, attempts + 1
+            self.progress(self.requests_sent, self.budget, "requests, of the budget")
             wait, retry_after = self.pause * 2**attempt, 0.0
             try:
                 left = max(_SHORTEST, min(self.timeout, end - time.monotonic()))
@@ -209,7 +209,7 @@ class Endpoint:
                 break
             self.sleep(max(wait, retry_after))
             end += retry_after
-        again = " (the answers so far are kept: the same command goes on)" if self._kept else ""
+        again = " (the answers so far are stored: the same command goes on)" if self._answer_cache else ""
         times = f"{attempts} time{'s' * (attempts != 1)}"
         raise Broken(f"{self.url} {problem}, {times}; lower --rate, or raise --timeout{again}")
 

@@ -23,8 +23,8 @@ from robusthash.evaluation.code_measures import measure_codes
 from robusthash.evaluation.context import EvaluationContext, encoding_batch
 from robusthash.robustness.certificates.certified_codes import (
     BoundedCodes,
+    Cached,
     CertifiedCodes,
-    Kept,
     SmoothedCodes,
 )
 from robusthash.robustness.certificates.least_average_precision import least_ap
@@ -93,7 +93,7 @@ def certify(
     radii: Sequence[float] | None = None,
     queries: int | None = 100,
     attacks: str | None = "fast",
-    kept: Kept = lambda name, work: work(),
+    kept: Cached = lambda name, work: work(),
     progress: Progress = silent,
 ) -> Certificate:
     """Certify the MAP of image queries, and attack them by the suite inside the same budgets.

@@ -64,7 +64,7 @@ class PayloadTable:
     """The rows of a payload file by the key of their file, and what became of them."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    given: bool = False
+    has_file: bool = False
     used: set[str] = field(default_factory=set)
     lacking: int = 0  # files without a row
 
@@ -84,7 +84,7 @@ class PayloadTable:
             if key in rows:
                 raise ValueError(f"{file}, line {line} names {named!r} again; keep one row a file")
             rows[key] = payload
-        return cls(rows, given=True)
+        return cls(rows, has_file=True)
 
     def of(self, key: str) -> dict[str, Any]:
         """The payload of a file; {} where there is no row."""
@@ -96,7 +96,7 @@ class PayloadTable:
 
     def report(self) -> dict[str, Any]:
         """Files without a row and rows without a file; nothing where no payload file was given."""
-        if not self.given:
+        if not self.has_file:
             return {}
         return {"without_payload": self.lacking, "rows_without_file": sorted(set(self.rows) - self.used)}
 

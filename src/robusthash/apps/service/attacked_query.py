@@ -1,4 +1,4 @@
-"""The story of one query for the page: clean and attacked, its results, norms, flipped bits and AP."""
+"""One query for the page, clean and attacked: its results, norms, flipped bits and AP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ _STEPS = 20
 _MOST = 10_000  # ranks over which AP is taken
 
 
-def tell(service: SearchService, content: bytes | None, item: int | None, eps: int, k: int) -> dict[str, Any]:
+def attacked_query(
+    service: SearchService, content: bytes | None, item: int | None, eps: int, k: int
+) -> dict[str, Any]:
     """A query in one model: results and AP (where its labels are known) before and after an attack.
 
     The attack is HAG at ``eps`` of 255 with the model's weights; its pixels are rounded as a file would.
