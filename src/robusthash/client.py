@@ -36,7 +36,7 @@ class ServiceError(RuntimeError):
 
     Attributes:
         status: the HTTP status.
-        retry_after: seconds after which the service says that it may be asked again, where it does.
+        retry_after: seconds after which the service says that a request may be repeated, where it does.
     """
 
     def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
@@ -66,7 +66,7 @@ class Client:
         url: such as ``http://localhost:8765``.
         token: bearer token, where the service wants one.
         timeout: seconds of one request.
-        attempts: of a request that the service is too busy for (503, 429); each waits as it is told, up to
+        attempts: of a request that the service is too busy for (503, 429); each waits as it asks, up to
             10 s: a longer wait is an error at once.
 
     Every method raises ``ServiceError`` where the service refuses, or something else answers in its place;

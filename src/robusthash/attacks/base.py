@@ -101,7 +101,7 @@ class Guide(ABC):
         return self
 
     def at_most(self, steps: int) -> Guide:
-        """The guide with a fit of at most so many epochs."""
+        """The guide with a fit of at most this many epochs."""
         return self
 
     def ascended_model(self, victim: Hasher) -> Hasher:

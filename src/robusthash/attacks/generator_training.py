@@ -179,7 +179,7 @@ class GeneratorFile:
             if stored["header"].get(key) != value:
                 raise ValueError(
                     f"{self.path} holds a generator with {key} {stored['header'].get(key)}, and {value} is "
-                    "asked for; name another file, or delete this one to train anew"
+                    "asked for; name another file, or delete this one to train again"
                 )
         for name, part in parts.items():
             part.load_state_dict(stored["state"][name])

@@ -30,7 +30,7 @@ _DEPTH = 64  # lists and mappings within each other
 _VALUES = 100_000  # of a YAML file, whose aliases count as often as they are used
 _ALIASES = 1_000
 _NODES = (dict, list, tuple, set)
-_UNPACKED, _RATIO = 256 * MIB, 20  # an archive may unpack to the first, or to so many times its size
+_UNPACKED, _RATIO = 256 * MIB, 20  # an archive may unpack to the first, or to this many times its size
 
 
 def read_bytes(path: str | Path, limit: int = TEXT) -> bytes:

@@ -179,7 +179,7 @@ class _SignsOfLife:
             self._store.add("done", 1)
 
     def end(self, well: bool) -> None:
-        """End the signs of life; without ``well``, the others are told to end too."""
+        """End the signs of life; without ``well``, the others end too."""
         self._ended.set()
         self._thread.join()
         if not well:

@@ -237,7 +237,7 @@ class RetrievalData:
         """The same items, relevant to each other by another label system; ValueError where there is none."""
         if system not in self.train.also:
             has = list(self.label_systems)
-            raise ValueError(f"{self.name} has no labels {system!r} beside its own; it has {has}")
+            raise ValueError(f"{self.name} has no labels {system!r} besides its own; it has {has}")
         splits = {
             name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
         }

@@ -38,7 +38,7 @@ class AttackSpec(Protocol):
     def targeted(self) -> bool: ...
 
     def settings(self) -> dict[str, Any]:
-        """Everything that its result depends on beside the context, as plain data (``core.identity``).
+        """Everything that its result depends on besides the context, as plain data (``core.identity``).
 
         Blocks stored under other settings are not taken.
         """
@@ -114,7 +114,7 @@ class GradientAttack:
 
 @dataclass(frozen=True)
 class OwnAttack(GradientAttack):
-    """An attack that a user set beside those of a tier.
+    """An attack that a user adds to those of a tier.
 
     Args:
         source: digests of its code where that is a plug-in; blocks of another version are not taken.

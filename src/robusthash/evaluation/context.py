@@ -1,4 +1,4 @@
-"""The evaluation context: all that stands still while a victim is attacked."""
+"""The evaluation context: all that is fixed while a victim is attacked."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class EvaluationContext:
 
     The database is clean and encoded once, by ``victim.for_database()``, before any attack, unless learned
     codes are given. Queries that share no label with any item are counted, and under ``empty: skip`` of the
-    protocol not asked.
+    protocol left out.
     """
 
     victim: Hasher
@@ -199,7 +199,7 @@ class EvaluationContext:
         """Block number ``block`` of the queries, on the victim's device; ids are query positions.
 
         Args:
-            modalities: beside that of the query, as where both are attacked together.
+            modalities: besides that of the query, as where both are attacked together.
         """
         positions = torch.arange(len(self.queries)).split(self.batch_size)[block]
         return self.queries.batch(positions).only({self.direction[0], *modalities}).to(self.victim.device)

@@ -300,7 +300,7 @@ class CodeIndex(ABC):
             return self._view(allowed)
 
     def _check_origin(self, origin: str) -> None:
-        """Refuse codes of another origin; whether an item is held is asked only where it matters."""
+        """Refuse codes of another origin; whether an item is held is looked up only where it matters."""
         with self._lock:
             if origin != self._stored_origin():
                 check_origin(origin, self.origin)

@@ -28,7 +28,7 @@ class FileIndex(CodeIndex):
 
     The engine follows this object's writes; of those of other processes it reads the rows that have changed,
     and all rows where these are more than 100,000. Writers wait for each other. The child of a fork opens the
-    store anew. A store that cannot be written, on a read-only disk say, is searched all the same.
+    store again. A store that cannot be written, on a read-only disk say, is searched all the same.
 
     Args:
         directory: of the store; it may hold other files as well.

@@ -41,7 +41,7 @@ logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
 
 
 class MilvusConnection:
-    """Calls of a ``MilvusClient``, which is made by the first call, and anew in the child of a fork."""
+    """Calls of a ``MilvusClient``, which is made by the first call, and again in the child of a fork."""
 
     def __init__(self, address: ServerAddress) -> None:
         self.address = address

@@ -269,7 +269,7 @@ class PostgresIndex(ServerIndex):
         return self._connection.info.transaction_status in (status.INTRANS, status.ACTIVE)
 
     def _connected(self) -> psycopg.Connection[Any]:
-        """The connection, opened anew where it broke or belongs to the parent of a fork."""
+        """The connection, opened again where it broke or belongs to the parent of a fork."""
         if self._connection is None or self._connection.closed or self._process != os.getpid():
             self._process, self._connection = os.getpid(), None
             self._connection = psycopg.connect(

@@ -60,7 +60,7 @@ class Store:
     def _connect(self) -> None:
         refuse_part_page(self.path)
         self._state, self._opened = self._file_state(), self._opened + 1
-        # a log beside a file that cannot be written is another's work in progress; without one, no lock is
+        # a log next to a file that cannot be written is another's work in progress; without one, no lock is
         # needed, and none could be written
         mode = "mode=rw" if self.writable else "mode=ro" if self._state[2] else "mode=ro&immutable=1"
         with self._errors():

@@ -71,7 +71,7 @@ def prepare_tier(
         surrogates: for transfer attacks, from ``fast`` up.
         queries: instead of the tier's, chosen by content.
         steps: of the tier ``paper``, the most that an attack takes; the papers' own counts by default.
-        attacks: of one's own, beside those of the tier.
+        attacks: of one's own, besides those of the tier.
 
     Raises:
         KeyError: no such tier.

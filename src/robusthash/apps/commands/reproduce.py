@@ -33,7 +33,7 @@ def reproduce(
     latex: Annotated[Path | None, Option(help="Write the table as LaTeX.")] = None,
     csv: Annotated[Path | None, Option(help="Write every cell as CSV.")] = None,
     out: Annotated[Path | None, Option(help="Folder of the figures (needs the extra `figures`).")] = None,
-    recipes: Annotated[Path | None, Option(help="Folder of recipes; stored results lie beside it.")] = None,
+    recipes: Annotated[Path | None, Option(help="Folder of recipes; stored results lie next to it.")] = None,
     runs: RunsFolder = Path("runs"),
     sets: Sets = None,
     device: Device = None,

@@ -64,7 +64,7 @@ def assess(
         stored: own the run, go on from stored blocks, and write ``assess.json``; without it everything is
             attacked again.
         options: ``surrogates``, runs on the same data that transfer attacks search on (without them F5 says
-            so); ``steps`` of the tier paper; ``attacks``, settings of one's own attacks beside those of the
+            so); ``steps`` of the tier paper; ``attacks``, settings of one's own attacks besides those of the
             tier, without a budget: they get that of ``threat``, and the result is named after them too.
 
     Returns:

@@ -123,7 +123,7 @@ def _keys(index: CodeIndex, path: Path) -> list[str]:
 
 
 def _near(index: CodeIndex, path: str) -> str:
-    """Names beside a path that no item has."""
+    """Names next to a path that no item has."""
     folder = path_payload(path)["path"].rpartition("/")[0]
     siblings = sorted({key[len(folder) + 1 :].partition("/")[0] for key in index.keys(f"{folder}/")})
     if siblings:

@@ -122,7 +122,7 @@ def oracle_table(
 
 
 def _identity(run: Run, context: EvaluationContext, budgets: Sequence[int]) -> str:
-    """Digest of all that stored codes depend on beside the settings of the search."""
+    """Digest of all that stored codes depend on besides the settings of the search."""
     splits = context.queries.fingerprint(), context.data.database.fingerprint()
     fixed = context.direction, context.batch_size, context.seed
     return digest([run.card()["digest"], *splits, *fixed, list(budgets)])

@@ -26,7 +26,7 @@ def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str
 def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[str]]:
     """Header and lines with value, ends of the interval and seeds of each column apart; "" for none.
 
-    After them the columns that ``text_table`` has beside the results.
+    After them the columns that ``text_table`` has next to the results.
     """
     parts = [f"{column}{part}" for column in columns for part in ("", " low", " high", " seeds")]
     titles, side_cells = _side_columns(rows, columns, 6)
@@ -54,7 +54,7 @@ def text_table(rows: Sequence[TableRow], results: Sequence[str] | None = None) -
 def _side_columns(
     rows: Sequence[TableRow], columns: Sequence[str], digits: int
 ) -> tuple[list[str], list[list[str]]]:
-    """Titles and lines of the columns beside the results: chance, training minutes and seeds."""
+    """Titles and lines of the columns next to the results: chance, training minutes and seeds."""
     signed = any(cell.signed for row in rows for cell in row.cells.values())
     scored = {row.scored[column] for row in rows for column in columns if column in row.scored}
     chances = [scored_on for scored_on in rows[0].chance if scored_on in scored and not signed]

@@ -23,7 +23,7 @@ from robusthash.core.limited_files import read_yaml
 from robusthash.core.registry import nearest
 from robusthash.index.index_address import address_of, directory_of
 
-_FILES = 200  # that the service has open beside its connections
+_FILES = 200  # that the service has open besides its connections
 _GRACE = 20  # seconds from SIGTERM to the end of the process
 _LAST = 5  # of these, after requests under way were given up
 

@@ -38,7 +38,7 @@ _TELLING = 100  # digits of codes that tell their notation: hex ones are never s
 _LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is reported instead of waited for
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that another try may change
 _SHORTEST = 0.1  # seconds of an exchange that is worth a try
-_IN_ALL = 30.0  # seconds that one question may take, however often it is asked again
+_IN_ALL = 30.0  # seconds that one question may take, repetitions included
 _NOTHING = frozenset({204, 404})  # statuses of a search that found nothing
 
 
@@ -68,7 +68,7 @@ class Endpoint:
             timeout where that is longer: repetitions and pauses count, a wait by ``Retry-After`` does not.
         retries: repetitions after no whole answer (a timeout, a dropped connection, half a body) and after
             408, 425, 429 or 5xx, each after a longer pause or after ``Retry-After``. A server that cannot be
-            reached before it ever answered is not asked again.
+            reached before it ever answered is not queried again.
         headers: sent with each request, such as ``Authorization``; never written anywhere.
         pause: seconds before the first repetition; doubled each time.
         cache: a file of the answers, so that an interrupted audit goes on; see ``AnswerCache``.
@@ -97,7 +97,7 @@ class Endpoint:
         if self.retries < 0:
             raise ValueError(f"retries must be at least 0, got {self.retries}")
         try:
-            import httpx  # noqa: F401 - a missing extra is told before the first question
+            import httpx  # noqa: F401 - a missing extra is reported before the first query
         except ImportError as error:
             raise ImportError(
                 f"endpoints need an extra: pip install 'robusthash[audit]' ({error})"
