@@ -79,7 +79,7 @@ def _endings() -> frozenset[str]:
 
 
 def _refusal(path: Path) -> str:
-    """Why a file is passed over; "" for an image."""
+    """The reason why a file is passed over; "" for an image."""
     if path.name.startswith("."):
         return "a hidden file"
     try:

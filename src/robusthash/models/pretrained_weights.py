@@ -126,7 +126,7 @@ def _unpickled(path: Path, start: bytes) -> Any:
 
 
 def _refusal(path: Path, needed: str, blocked: bool) -> str:
-    """Why a pickle is not opened, and the line that converts it."""
+    """The reason why a pickle is not opened, and the line that converts it."""
     if blocked:
         return f"weights '{path}' would run {needed} when opened: do not open this file"
     return (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -150,7 +149,7 @@ def detected_search(
     spec = replace(spec, marks=tuple(marks))
     for block in range(context.blocks):
         batch = context.batch(block)
-        oracle = QueryOracle(context.victim, context.database, spec.budget, _shown(spec), spec.k)
+        oracle = QueryOracle(context.victim, context.database, spec.budget, spec.knowledge, spec.k)
         ask = spec.query_score(context, batch, oracle)
         guarded = _Guarded(ask, batch, detector, evasion, decoys, draws)
         with pass_progress(context.victim, progress, f"{spec.name}, {evasion.name}", spec.budget):
@@ -167,10 +166,6 @@ def detected_search(
         spec.marks,
         torch.cat([ap for _, ap in blocks]),
     )
-
-
-def _shown(spec: OracleAttack) -> Literal["B1", "B2"]:
-    return "B1" if spec.shows == "ids" else "B2"
 
 
 def _lowest(context: EvaluationContext, batch: Batch, best: dict[int, Inputs]) -> Tensor:

@@ -176,7 +176,7 @@ def _sample(name: str) -> str:
 
 
 def _refusal(member: tarfile.TarInfo, largest: int | None) -> str:
-    """Why a member of a tar is passed over; "" for one that is read."""
+    """The reason why a member of a tar is passed over; "" for one that is read."""
     if os.path.basename(member.name).startswith("."):
         return "a hidden file"
     if not member.isreg() or member.issparse():

@@ -386,9 +386,7 @@ def _one_block(data: RetrievalData, rows: _Rows) -> RetrievalData:
 def _random_codes(
     context: EvaluationContext, queries: int, database: int
 ) -> tuple[Codes, Tensor, Codes, Tensor]:
-    """As many random codes of queries and of database as the whole has, and labels; they score as fast as
-    true ones.
-    """
+    """Random codes and labels of this many queries and database items; they score as fast as true ones."""
     draws, bits = Draws(0, ("dry run",)), context.victim.bits
 
     def random_codes(count: int, name: str, labels: Tensor) -> tuple[Codes, Tensor]:

@@ -55,6 +55,8 @@ def run_fault(card: Any, path: Path, config: Config, results_only: bool = False)
 def other_weights(results: Mapping[str, EvalResult], card: Mapping[str, Any]) -> str:
     """The first result that is of other weights than those of the card, in words; "" of none."""
     for name, result in results.items():
-        if (seen := result.setting.digests.get("model", card["digest"])) != card["digest"]:
-            return f"the result {name!r} is of the weights {seen}, and the model card says {card['digest']}"
+        if (weights := result.setting.digests.get("model", card["digest"])) != card["digest"]:
+            return (
+                f"the result {name!r} is of the weights {weights}, and the model card says {card['digest']}"
+            )
     return ""

@@ -49,7 +49,7 @@ class OracleTable:
         return [spans[str(place)] for place in range(len(self.budgets))]
 
     def plain(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The table as plain data for JSON."""
         return {
             "run": str(self.run),
             "measure": "wMAP over the whole database",

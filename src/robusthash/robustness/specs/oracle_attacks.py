@@ -99,9 +99,14 @@ class OracleAttack:
         if len(self.attacked.balls) != 1:
             raise ValueError(f"oracle queries search one modality at a time, not {self.attacked.name}")
 
+    @property
+    def knowledge(self) -> Literal["B1", "B2"]:
+        """The knowledge of the attacker: ranked ids (B1), or distances or codes too (B2)."""
+        return "B1" if self.shows == "ids" else "B2"
+
     @cached_property
     def threat(self) -> Threat:
-        return replace(self.attacked, knowledge="B1" if self.shows == "ids" else "B2")
+        return replace(self.attacked, knowledge=self.knowledge)
 
     @property
     def targeted(self) -> bool:
@@ -145,8 +150,7 @@ class OracleAttack:
     ) -> tuple[Batch, SearchResult]:
         """The clean block and the result of its search."""
         batch = context.batch(block)
-        knowledge: Literal["B1", "B2"] = "B1" if self.shows == "ids" else "B2"
-        oracle = QueryOracle(context.victim, context.database, self.budget, knowledge, self.k)
+        oracle = QueryOracle(context.victim, context.database, self.budget, self.knowledge, self.k)
         ask, draws = self.query_score(context, batch, oracle), keyed(context, "questions", restart)
         return batch, search_by_queries(
             self.search, ask, batch, self.threat, draws, self.budget, start, self.marks
