@@ -146,9 +146,9 @@ def single_query(hasher: Hasher, inputs: Inputs, search: Callable[[Tensor], obje
     """One query from input to answer: encode, with purifiers and gates, then ``search`` its (1, K) logits."""
     (modality,) = inputs
 
-    def ask() -> None:
+    def run() -> None:
         with torch.no_grad():
             search(hasher(inputs)[modality].logits)
 
     hasher.eval()
-    return ask
+    return run

@@ -141,7 +141,7 @@ class _SignsOfLife:
         self._lost = ""  # the reason why another is taken for dead
         self._waits = 0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
@@ -195,7 +195,7 @@ class _SignsOfLife:
             time.sleep(_POLL)
             arrived = self._store.add(key, 0)
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         last_signs = {other: (-1, time.monotonic()) for other in self._others}
         while not self._lost and not self._ended.wait(_BEAT):
             try:

@@ -56,7 +56,5 @@ def other_weights(results: Mapping[str, EvalResult], card: Mapping[str, Any]) ->
     """The first result that is of other weights than those of the card, in words; "" of none."""
     for name, result in results.items():
         if (weights := result.setting.digests.get("model", card["digest"])) != card["digest"]:
-            return (
-                f"the result {name!r} is of the weights {weights}, and the model card says {card['digest']}"
-            )
+            return f"the result {name!r} is of the weights {weights}, and the card says {card['digest']}"
     return ""

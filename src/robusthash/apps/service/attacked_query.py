@@ -33,7 +33,7 @@ def attacked_query(
 
     Raises:
         NoItem: no such item, or no image of it.
-        UnreadableImage, UnwantedFormat: as in ``SearchService.decode``.
+        UnreadableImage, RefusedFormat: as in ``SearchService.decode``.
     """
     content = service.picture(int(item or 0)).read_bytes() if content is None else content
     clean = service.decode(content)

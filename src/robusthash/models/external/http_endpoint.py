@@ -126,7 +126,7 @@ class Endpoint:
         for pixels in to_pixels(images):
             key = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
             if again or key not in self._known:
-                body = self._ask(pixels)
+                body = self._request(pixels)
                 self._known[key] = _read(body, self.url)
                 if self._answer_cache is not None:
                     self._answer_cache.add(key, body)
@@ -179,7 +179,7 @@ class Endpoint:
         if self._answer_cache is not None:
             self._answer_cache.delete()
 
-    def _ask(self, pixels: np.ndarray) -> Any:
+    def _request(self, pixels: np.ndarray) -> Any:
         """The JSON that the endpoint answers; an empty list of ids where it says by its status that there is
         nothing."""
         png = io.BytesIO()

@@ -111,17 +111,17 @@ def foreign(
             parameter.requires_grad_(False)
         call = call.forward  # no child: scripted modules refuse what is done to ordinary ones
 
-    def ask(images: Tensor) -> Tensor:
+    def answers(images: Tensor) -> Tensor:
         return answered(call, images, name, reading.name)
 
     with torch.no_grad():
-        first = ask(images)
+        first = answers(images)
         form = checked_form(first, name, reading.declared)
         logits = as_logits(first, form, name)
         width = logits.shape[1]
         if bits is not None and bits != width:
             raise Broken(other_width(name, form, width, bits))
-        again, alone = as_logits(ask(images), form, name), as_logits(ask(images[:1]), form, name)
+        again, alone = as_logits(answers(images), form, name), as_logits(answers(images[:1]), form, name)
     distance: Distance = reading.distance if form == "embedding" else "hamming"
     check = _check_same_vectors if form == "embedding" else _check_same
     check(name, logits, again, 0.0, "asked twice about the same images")
