@@ -193,12 +193,12 @@ def test_the_budget_and_the_rate():
         endpoint, waits = quick(url, budget=2, rate=4.0)
         shown: list[tuple[int, int]] = []
         endpoint.progress = lambda done, total, text: shown.append((done, total))
-        with pytest.raises(Broken, match=r"budget of 2 questions .* is spent"):
+        with pytest.raises(Broken, match=r"budget of 2 queries .* is spent"):
             endpoint(IMAGES)
         assert len(waits) == 1
         assert 0 < waits[0] <= 0.25
         assert shown == [(1, 2), (2, 2)]
-        with pytest.raises(ValueError, match="5 questions and 0 of the budget"):
+        with pytest.raises(ValueError, match=r"5 queries to .* and 0 of the budget"):
             endpoint.check_budget(5)
 
 

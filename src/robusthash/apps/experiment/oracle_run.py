@@ -140,7 +140,7 @@ def draw_oracle_table(table: OracleTable, path: Path) -> list[Path]:
         series.append(Series(f"shows {shows}", places, curve.means.tolist(), low=low, high=high))
     chart = LineChart(
         series=series,
-        x=ChartAxis(f"questions of each query ({table.search})", places, names),
+        x=ChartAxis(f"oracle queries of each query ({table.search})", places, names),
         y=ChartAxis("wMAP", from_zero=True),
         reference=("clean", float(table.clean.mean())),
         whiskers=True,

@@ -38,7 +38,7 @@ _TELLING = 100  # digits of codes that tell their notation: hex ones are never s
 _LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is reported instead of waited for
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that another try may change
 _SHORTEST = 0.1  # seconds of an exchange that is worth a try
-_IN_ALL = 30.0  # seconds that one question may take, repetitions included
+_IN_ALL = 30.0  # seconds that one query may take, repetitions included
 _NOTHING = frozenset({204, 404})  # statuses of a search that found nothing
 
 
@@ -64,7 +64,7 @@ class Endpoint:
     Args:
         budget: requests in all, repeated ones included.
         rate: requests a second at most.
-        timeout: seconds that one whole exchange may take. One question may take 30 seconds in all, or one
+        timeout: seconds that one whole exchange may take. One query may take 30 seconds in all, or one
             timeout where that is longer: repetitions and pauses count, a wait by ``Retry-After`` does not.
         retries: repetitions after no whole answer (a timeout, a dropped connection, half a body) and after
             408, 425, 429 or 5xx, each after a longer pause or after ``Retry-After``. A server that cannot be
@@ -160,16 +160,16 @@ class Endpoint:
             )
         return first
 
-    def check_budget(self, questions: int) -> None:
+    def check_budget(self, queries: int) -> None:
         """Refuse an audit before its first request. Answers that are known already cost nothing.
 
         Raises:
             ValueError: the budget has too little left.
         """
         left = self.budget - self.requests_sent
-        if questions - len(self._known) > left:
+        if queries - len(self._known) > left:
             raise ValueError(
-                f"this audit asks {self.url} about {questions} questions and {left} of the budget are left; "
+                f"this audit sends {queries} queries to {self.url} and {left} of the budget are left; "
                 "raise --budget, or lower --queries"
             )
 
@@ -188,7 +188,7 @@ class Endpoint:
         end = time.monotonic() + max(_IN_ALL, self.timeout)
         for attempt in range(self.retries + 1):
             if self.requests_sent >= self.budget:
-                raise Broken(f"the budget of {self.budget} questions to {self.url} is spent; raise --budget")
+                raise Broken(f"the budget of {self.budget} queries to {self.url} is spent; raise --budget")
             end += self._keep_rate()
             self.requests_sent, attempts = self.requests_sent + 1, attempts + 1
             self.progress(self.requests_sent, self.budget, "requests, of the budget")
@@ -214,7 +214,7 @@ class Endpoint:
         raise Broken(f"{self.url} {problem}, {times}; lower --rate, or raise --timeout{again}")
 
     def _keep_rate(self) -> float:
-        """Wait for the next question's turn; the seconds waited."""
+        """Wait for the next query's turn; the seconds waited."""
         now = time.monotonic()
         wait = max(0.0, self._next - now)
         if wait:
@@ -259,7 +259,7 @@ def _retry_after(reply: Reply, url: str) -> float:
                 "; a 'robusthash serve' of your own, which detects near queries, lets a token with the scope "
                 "audit pass: robusthash token new auditor --scopes read,audit"
             )
-        raise Broken(f"{url} asks to wait {seconds:.0f} s before the next question; {remedy}")
+        raise Broken(f"{url} asks to wait {seconds:.0f} s before the next query; {remedy}")
     return seconds
 
 
