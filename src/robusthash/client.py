@@ -36,7 +36,7 @@ class ServiceError(RuntimeError):
 
     Attributes:
         status: the HTTP status.
-        retry_after: seconds after which the service says that it may be asked again, where it does.
+        retry_after: seconds after which the service says that a request may be repeated, where it does.
     """
 
     def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
@@ -66,7 +66,7 @@ class Client:
         url: such as ``http://localhost:8765``.
         token: bearer token, where the service wants one.
         timeout: seconds of one request.
-        attempts: of a request that the service is too busy for (503, 429); each waits as it is told, up to
+        attempts: of a request that the service is too busy for (503, 429); each waits as it asks, up to
             10 s: a longer wait is an error at once.
 
     Every method raises ``ServiceError`` where the service refuses, or something else answers in its place;
@@ -110,7 +110,7 @@ class Client:
                 for one in answer["results"]
             ]
 
-        return self._ask("POST", "/v1/search", read, data=form, files=files)
+        return self._request("POST", "/v1/search", read, data=form, files=files)
 
     def add(
         self,
@@ -135,29 +135,29 @@ class Client:
         files = [("image", ("image", _content(image))) for image in images]
         key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
         if not _KEY.fullmatch(key):
-            said = "1 to 200 printable ASCII characters, without spaces around them"
-            raise ValueError(f"an idempotency key has {said}; got {key!r}")
+            rule = "1 to 200 printable ASCII characters, without spaces around them"
+            raise ValueError(f"an idempotency key has {rule}; got {key!r}")
         form, headers = {"items": json.dumps(described)}, {"Idempotency-Key": key}
 
         def read(answer: Any) -> list[int]:
             return [one["id"] for one in answer["items"]]
 
-        return self._ask("POST", "/v1/items", read, data=form, files=files, headers=headers)
+        return self._request("POST", "/v1/items", read, data=form, files=files, headers=headers)
 
     def item(self, number: int) -> dict[str, Any]:
         """The payload of an item; ServiceError 404 where there is none."""
-        return self._ask("GET", f"/v1/items/{number}", lambda answer: dict(answer["payload"]))
+        return self._request("GET", f"/v1/items/{number}", lambda answer: dict(answer["payload"]))
 
     def remove(self, ids: Sequence[int] | None = None, keys: Sequence[str] | None = None) -> int:
         """Remove items by ids or keys and return how many there were."""
         if (ids is None) == (keys is None):
             raise ValueError("give ids or keys: one of them")
         body = {"ids": list(ids)} if ids is not None else {"keys": list(keys or ())}
-        return self._ask("DELETE", "/v1/items", lambda answer: int(answer["removed"]), json=body)
+        return self._request("DELETE", "/v1/items", lambda answer: int(answer["removed"]), json=body)
 
     def info(self) -> dict[str, Any]:
         """Facts on the model, the index and the limits."""
-        return self._ask("GET", "/v1/info", lambda answer: {**answer})
+        return self._request("GET", "/v1/info", lambda answer: {**answer})
 
     def close(self) -> None:
         """Close the connection."""
@@ -171,7 +171,7 @@ class Client:
     ) -> None:
         self.close()
 
-    def _ask(self, method: str, path: str, read: Callable[[Any], Made], **parts: Any) -> Made:
+    def _request(self, method: str, path: str, read: Callable[[Any], Made], **parts: Any) -> Made:
         """The result that ``read`` makes of the JSON of an answer."""
         for attempt in range(1, self._attempts + 1):
             answer = self._http.request(method, path, **parts)

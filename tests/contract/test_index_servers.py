@@ -18,7 +18,7 @@ from index_servers import PASSWORD, PostgresServer, Server, free_port
 from robusthash.core import hamming
 from robusthash.core.types import Codes, Ranking
 from robusthash.index import open_index
-from robusthash.index.index_address import ServerAddress, address_of, shown_address
+from robusthash.index.index_address import ServerAddress, address_of, address_without_password
 
 KINDS = ["postgresql", "milvus"]
 _CLIENT = """
@@ -351,9 +351,9 @@ def test_options_of_an_address_reach_libpq_as_they_are() -> None:
 
 def test_a_shown_address_has_no_password() -> None:
     url = "postgresql://me:s3cret-word@host:5432/db?collection=shop&sslmode=require"
-    assert shown_address(url) == "postgresql://me@host:5432/db?collection=shop"
+    assert address_without_password(url) == "postgresql://me@host:5432/db?collection=shop"
     assert "s3cret-word" not in repr(ServerAddress.read(url))
-    assert shown_address("some/folder") == "some/folder"
+    assert address_without_password("some/folder") == "some/folder"
 
 
 # The last test: the server that all share is killed

@@ -199,7 +199,7 @@ def test_new_defense_brings_its_own_adaptive_attacks(package: Path, world: World
     seen = observe(context, threat)
     assert victim.declared == "my-levels"
     assert matches(victim.declared, seen) == []
-    specs = {spec.name: spec for spec in adaptive_attacks(victim, None, threat, 4, seen=seen)}
+    specs = {spec.name: spec for spec in adaptive_attacks(victim, None, threat, 4, behaviour=seen)}
     assert list(specs) == ["my-soft-levels", "repair-identity", "repair-learnt", "two-stage"]
     spec = specs["my-soft-levels"]
     assert spec.settings()["view"] == {"kind": "gradient-view", "name": "my-soft-levels"}

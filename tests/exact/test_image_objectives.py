@@ -121,7 +121,7 @@ def test_dsdh_is_dpsh_with_a_pull_to_the_solved_codes() -> None:
     then = objective(outputs, batch, memory)["regularisation"]
     assert float(then) == pytest.approx(2.0 * float((torch.tanh(logits) - solved).square().mean()))
     assert "solved.codes" in objective.state_dict()
-    assert "solved.codes" not in objective.kept()
+    assert "solved.codes" not in objective.saved_state()
     torch.testing.assert_close(
         objective.regularisation(outputs["image"]), 2.0 * quantisation(outputs["image"])
     )
@@ -188,8 +188,8 @@ def test_hswd_keeps_what_its_base_keeps_and_hands_on_its_epochs() -> None:
     objective.setup(facts_of(LABELS, 4))
     objective.end_epoch(memory_of({"image": torch.tanh(numbers(12, 4))}, LABELS))
     assert bool((objective.base.solved.codes != 0).all())
-    assert not any("solved" in name for name in objective.kept())
-    assert "base.pull" in objective.kept()
+    assert not any("solved" in name for name in objective.saved_state())
+    assert "base.pull" in objective.saved_state()
 
 
 # --- LTHNet
@@ -274,7 +274,7 @@ def test_a2net_is_adsh_with_reconstruction_and_decorrelation() -> None:
     assert float(terms["reconstruction"].detach()) == pytest.approx(0.5 * float(gap.detach().square().mean()))
     pairs = [(float(code[:, j] @ code[:, k]) / 12 - (j == k)) ** 2 for j in range(4) for k in range(4)]
     assert float(terms["decorrelation"]) == pytest.approx(2.0 * sum(pairs) / 16, rel=1e-5)
-    assert not any("decoders" in name for name in objective.kept())
+    assert not any("decoders" in name for name in objective.saved_state())
 
 
 # --- each of them against ITQ on the same features

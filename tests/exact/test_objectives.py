@@ -88,9 +88,9 @@ def test_balanced_dph_keeps_its_weight_with_the_model_and_plain_dph_needs_none()
     labels = torch.eye(5)[torch.arange(40) % 5]
     trained, loaded = DPH(balance=True), DPH(balance=True)
     trained.setup(facts_of(labels, 6))
-    loaded.load_state_dict(trained.kept())
+    loaded.load_state_dict(trained.saved_state())
     assert loaded.similar_weight.item() == pytest.approx(4.0)
-    assert DPH().kept() == {}  # what models trained before there was a balance hold
+    assert DPH().saved_state() == {}  # what models trained before there was a balance hold
     with pytest.raises(ValueError, match="cannot balance"):
         DPH(balance=True).setup(facts_of(torch.ones(4, 1), 6))
 

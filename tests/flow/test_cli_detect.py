@@ -11,7 +11,7 @@ import pytest
 from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.detect_run import detection
-from robusthash.apps.experiment.kept_results import keep
+from robusthash.apps.experiment.results_copy import keep
 from robusthash.apps.experiment.run_directory import Run, load_run
 
 MAINSTAY = {"name": "mainstay", "steps": 2, "step_size": "8/255", "slope": "one"}

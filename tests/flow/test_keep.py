@@ -14,7 +14,7 @@ import yaml
 from robusthash.apps.experiment import assess_run as assessing
 from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
-from robusthash.apps.experiment.kept_results import keep
+from robusthash.apps.experiment.results_copy import keep
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run, write_json
 from robusthash.metrics.results import headline_of
 
@@ -53,8 +53,8 @@ def test_a_copy_holds_what_tables_need_and_no_weights(runs: list[Run], tmp_path:
     run = runs[0]
     kept = load_run(keep(run, tmp_path))
     assert kept.path == tmp_path / "tiny" / run.id
-    assert kept.kept
-    assert not run.kept
+    assert kept.results_only
+    assert not run.results_only
     assert {path.suffix for path in kept.path.rglob("*")} == {".json", ".jsonl", ".npz", ".yaml"}
     assert kept.card() == run.card()
     assert kept.lines() == run.lines()

@@ -121,7 +121,7 @@ def test_the_python_name_and_the_registered_one(own: Path, monkeypatch: pytest.M
     [
         (
             "nomod:thing",
-            r"no Python module 'nomod' \(wanted by 'nomod:thing'\) in .*; go to its folder, put it beside",
+            r"no Python module 'nomod' \(wanted by 'nomod:thing'\) in .*; go to its folder, put it next to",
         ),
         ("plug_loss:PairwiseCosin", "has no objective 'PairwiseCosin'; did you mean 'PairwiseCosine'"),
         ("plug_loss:Bare", r"is not registered: write @register\('objective', 'Bare'\) above it"),

@@ -144,8 +144,8 @@ def test_results_that_do_not_say_how_queries_were_chosen_compare_with_those_that
     older = type(result.setting)(**plain)
     assert older.chosen == ""
     assert older.differs(result.setting) == []
-    assert older.asked == "folder:query[12]"
-    assert result.setting.asked == "folder:query[12], 12 of 30 by content"
+    assert older.query_description == "folder:query[12]"
+    assert result.setting.query_description == "folder:query[12], 12 of 30 by content"
 
 
 def test_verbs_that_compare_models_or_look_into_one_ask_them_too(call, runs, expected, monkeypatch, tmp_path):

@@ -167,7 +167,7 @@ def test_what_a_folder_is_taken_for(folder: Path, tmp_path: Path):
     assert plan(images).recipe == "labels"
     assert plan(images, "none").recipe == "copies"
     shutil.copy(folder / "0.jpg", images)
-    assert "1 images lie beside the subfolders" in plan(images).words
+    assert "1 images lie next to the subfolders" in plan(images).words
     one = labelled(folder, tmp_path / "one", 1)
     assert "one subfolder, 'c0'" in plan(one).words
     with pytest.raises(ValueError, match=r"holds 1 class folder, and labels need two.*--labels none"):

@@ -14,8 +14,8 @@ import torch
 from flow.test_report import check_self_contained
 from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
-from robusthash.apps.experiment.kept_results import keep
 from robusthash.apps.experiment.model_stages import load_victim, read_data
+from robusthash.apps.experiment.results_copy import keep
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run
 from robusthash.apps.reports.example_searches import EXAMPLES, load_examples
 from robusthash.apps.reports.run_report import write_report

@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def result(run: Run) -> EvalResult:
-    found = assessing.assess(run, "smoke", curve=True, kept=False)
+    found = assessing.assess(run, "smoke", curve=True, stored=False)
     assert found is not None
     return found
 

@@ -183,7 +183,7 @@ def test_a_purifier_out_of_the_graph_falls_to_the_adaptive_lines(
     white = Adaptive("white", Attack("white", Mainstay(), ScaleFree(), APGD(4), THREAT, selects=True))
     with pytest.raises(ValueError, match="no gradient reaches the image of this victim"):
         white.run(context, 0, 0)
-    specs = adaptive_attacks(context.victim, None, THREAT, 10, seen=seen)
+    specs = adaptive_attacks(context.victim, None, THREAT, 10, behaviour=seen)
     assert names(specs) == [
         "repair-identity",
         "repair-learnt",
@@ -195,7 +195,7 @@ def test_a_purifier_out_of_the_graph_falls_to_the_adaptive_lines(
         signs = spec.fitted(context).run(context, 0, 0).signs[:, 0]
         assert float(metric(signs.float()).mean()) > float(metric(clean.float()).mean()) + 0.05
     assert any(isinstance(spec, Adaptive) and isinstance(spec.view, RepairIdentity) for spec in specs)
-    *_, trained = adaptive_attacks(context.victim, DPSH(), THREAT, 10, seen=seen)
+    *_, trained = adaptive_attacks(context.victim, DPSH(), THREAT, 10, behaviour=seen)
     assert trained.name == "trained-objective"
     assert trained.run(context, 0, 0).signs.shape == (8, 1, 8)
 
@@ -216,7 +216,9 @@ def test_what_cannot_be_attacked_so_is_refused(base: Hasher) -> None:
     with pytest.raises(ValueError, match="need W0, W1 or W2, not B2"):
         adaptive_attacks(base, None, image_threat(knowledge="B2"))
     noisy = before(base, Noisy(), "plain")
-    assert "eot-20" in names(adaptive_attacks(noisy, None, THREAT, seen=replace(HONEST, randomised=True)))
+    assert "eot-20" in names(
+        adaptive_attacks(noisy, None, THREAT, behaviour=replace(HONEST, randomised=True))
+    )
 
 
 def test_without_labels_lines_leave_the_own_code(contexts: dict[str, EvaluationContext]) -> None:

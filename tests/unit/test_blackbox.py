@@ -341,7 +341,7 @@ def test_overlap_needs_no_labels(shows, judge, context: EvaluationContext) -> No
     assert bool((answered.score >= 0).all())
     assert float(answered.score.mean()) > 0.1
     unlabelled = replace(context.batch(0), labels=None)
-    ask = line.asking(
+    ask = line.query_score(
         context, unlabelled, QueryOracle(context.victim, context.database, 1, line.threat.knowledge, 5)
     )
     assert float(ask(unlabelled.inputs).abs().max()) < 1e-9, "the clean query has lost nothing"

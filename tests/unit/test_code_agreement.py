@@ -46,7 +46,7 @@ def test_the_attack_with_the_changes_is_within_budget_and_moves_all_codes(contex
     plain = hag(eps=16 / 255, steps=20)
     aware = against_agreement(plain)
     assert aware.name == "hag with the changes"
-    spec = GradientAttack(aware.name, aware, view=Agreeing(), seen="agreeing")
+    spec = GradientAttack(aware.name, aware, view=Agreeing(), view_name="agreeing")
     clean = context.batch(0).inputs["image"]
     found = [each.run(context, 0, 0).inputs for each in (GradientAttack("hag", plain), spec)]
     assert float((found[1] - clean).abs().max()) <= 16 / 255 + 1e-6

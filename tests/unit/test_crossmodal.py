@@ -163,7 +163,7 @@ def test_what_is_saved_serves_an_attack(name: str, data: RetrievalData, tmp_path
     """Critics and proxies stay behind; a fresh objective takes the rest and says the same."""
     hasher, objective = make_hasher(name, data), make_objective(name)
     fit(HashingRecipe(hasher, objective), data, config(name, 3))
-    kept = objective.kept()
+    kept = objective.saved_state()
     assert not any(key.startswith(("critics.", "classifiers.", "proxies.")) for key in kept)
     save_weights(kept, tmp_path / "objective.safetensors")
     again = make_objective(name)
@@ -208,7 +208,7 @@ def test_trains_in_bf16(name: str, data: RetrievalData) -> None:
 def test_end_epoch_of_dadh_is_in_the_checkpoint(data: RetrievalData) -> None:
     objective = make_objective("dadh")
     fit(HashingRecipe(make_hasher("dadh", data), objective), data, config("dadh", 1))
-    assert set(objective.kept()["joint_codes"].unique().tolist()) == {-1.0, 1.0}
+    assert set(objective.saved_state()["joint_codes"].unique().tolist()) == {-1.0, 1.0}
 
 
 def test_critics_look_at_keyed_places(data: RetrievalData) -> None:

@@ -143,7 +143,7 @@ def test_files_that_do_not_belong_together(nus: Path) -> None:
     folder = nus / "NUS-WIDE" / "NUS_WID_Tags"
     write_tags(folder / "AllTags1k.txt", range(1, ITEMS + 1), with_photo=True)
     with pytest.raises(
-        ValueError, match=r"the tags of photo 70\d\d stand beside .*: the files are not in the same order"
+        ValueError, match=r"the tags of photo 70\d\d are paired with .*: the files are not in the same order"
     ):
         load(nus)
     write_tags(folder / "AllTags1k.txt", range(ITEMS - 1), with_photo=True)

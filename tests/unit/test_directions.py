@@ -51,7 +51,7 @@ def test_another_label_system() -> None:
     assert by.fingerprint() != data.fingerprint()
     assert "class" in by.note
     assert torch.equal(data.query.take(torch.tensor([1])).also["class"], torch.eye(9)[4:5, :2])
-    with pytest.raises(ValueError, match=r"no labels 'colour' beside its own; it has \['class'\]"):
+    with pytest.raises(ValueError, match=r"no labels 'colour' besides its own; it has \['class'\]"):
         data.by("colour")
 
 

@@ -85,7 +85,7 @@ def test_codes_and_hex_are_the_same_victim():
         endpoint, _ = quick(url, headers={"authorization": "Bearer abc"})
         packed = foreign(endpoint, IMAGES, url)
         logits = packed.hasher({"image": IMAGES})["image"].logits
-        assert endpoint.asked == len(asked) == 3  # the same pixels are asked about once
+        assert endpoint.requests_sent == len(asked) == 3  # the same pixels are asked about once
         assert asked[0]["authorization"] == "Bearer abc"
         assert asked[0]["content-type"] == "image/png"
         assert "abc" not in repr(endpoint)
@@ -150,7 +150,7 @@ def test_too_many_requests_are_waited_for():
         endpoint, waits = quick(url)
         assert endpoint(IMAGES[:1]).tolist() == [[False, True]]
     assert waits == [7.0, 7.0]
-    assert endpoint.asked == 3
+    assert endpoint.requests_sent == 3
 
 
 def test_pauses_grow_and_end():
@@ -193,12 +193,12 @@ def test_the_budget_and_the_rate():
         endpoint, waits = quick(url, budget=2, rate=4.0)
         shown: list[tuple[int, int]] = []
         endpoint.progress = lambda done, total, text: shown.append((done, total))
-        with pytest.raises(Broken, match=r"budget of 2 questions .* is spent"):
+        with pytest.raises(Broken, match=r"budget of 2 queries .* is spent"):
             endpoint(IMAGES)
         assert len(waits) == 1
         assert 0 < waits[0] <= 0.25
         assert shown == [(1, 2), (2, 2)]
-        with pytest.raises(ValueError, match="5 questions and 0 of the budget"):
+        with pytest.raises(ValueError, match=r"5 queries to .* and 0 of the budget"):
             endpoint.check_budget(5)
 
 
@@ -357,7 +357,7 @@ def test_what_may_pass_is_asked_again(bad):
     with raw(bad, GOOD) as (url, count):
         endpoint, waits = quick(url)
         assert endpoint(IMAGES[:1]).tolist() == [[False, True]]
-        assert (count[0], endpoint.asked, waits) == (2, 2, [0.5])
+        assert (count[0], endpoint.requests_sent, waits) == (2, 2, [0.5])
     with raw(bad) as (url, count):
         with pytest.raises(Broken, match=r"3 times; lower --rate"):
             quick(url, retries=2)[0](IMAGES[:1])
@@ -485,17 +485,17 @@ def test_an_interrupted_audit_goes_on_from_the_kept_answers(tmp_path):
         return (200, {}, {"ids": ["a"]}) if number <= 2 else (403, {}, {})
 
     with served(half) as (url, _), pytest.raises(Broken, match="403"):
-        quick(url, kept=kept, headers={"x": "secret"})[0].answers(IMAGES)
+        quick(url, cache=kept, headers={"x": "secret"})[0].answers(IMAGES)
     with kept.open("a") as stream:
         stream.write('{"image": "cut o')  # a kill in the middle of a line
     assert "secret" not in kept.read_text()
     port = int(url.split(":")[2].split("/")[0])
     with served(lambda body, n: (200, {}, {"ids": ["a"]}), port) as (same, asked):
         assert same == url
-        endpoint, _ = quick(url, kept=kept)
+        endpoint, _ = quick(url, cache=kept)
         assert endpoint.answers(IMAGES)[2].ids == ("a",)
         assert len(asked) == 1
-        endpoint, _ = quick(url, kept=kept)
+        endpoint, _ = quick(url, cache=kept)
         endpoint.check_budget(5003)  # three are known
         endpoint.forget()
         assert not kept.exists()
@@ -507,10 +507,10 @@ def test_kept_answers_of_a_search_that_has_changed_are_asked_again(tmp_path):
     kept = tmp_path / "answers.jsonl"
     now = ["a"]
     with served(lambda body, n: (200, {}, {"ids": now[:]})) as (url, _):
-        quick(url, kept=kept)[0].answers(IMAGES)
+        quick(url, cache=kept)[0].answers(IMAGES)
         now[0] = "b"
-        endpoint, _ = quick(url, kept=kept)
+        endpoint, _ = quick(url, cache=kept)
         endpoint.check_consistency(IMAGES)
         assert {answer.ids for answer in endpoint.answers(IMAGES)} == {("b",)}
     with served(lambda body, n: (200, {}, {"ids": ["c"]})) as (url, _):  # another endpoint
-        assert quick(url, kept=kept)[0].answers(IMAGES[:1])[0].ids == ("c",)
+        assert quick(url, cache=kept)[0].answers(IMAGES[:1])[0].ids == ("c",)

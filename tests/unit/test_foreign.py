@@ -68,7 +68,7 @@ def test_a_bool_array_is_a_code_and_a_function_without_weights_lives_on_the_cpu(
     made = foreign(lambda x: (x.flatten(1)[:, :9] > 0.5).numpy(), images, "toy")
     assert (made.form, made.hasher.bits, made.gradients) == ("zero-one", 9, False)
     assert made.hasher.device == torch.device("cpu")
-    assert any("no gradients" in sentence for sentence in made.said)
+    assert any("no gradients" in sentence for sentence in made.remarks)
 
 
 def test_a_module_in_training_mode_is_put_right(images):

@@ -84,7 +84,7 @@ def specs() -> dict[str, AttackSpec]:
     threat, objective = named_threat("img-linf-8"), build("objective", "csq")
     found: list[AttackSpec] = [*tier("standard").specs, *noise_attacks(threat), *oracle_attacks(threat, 1000)]
     found += [
-        GradientAttack(str(describe(view)["name"]), guided_apgd(), view=view, seen=repr(view))
+        GradientAttack(str(describe(view)["name"]), guided_apgd(), view=view, view_name=repr(view))
         for view in VIEWS[:4]
     ]
     return {spec.name: spec for spec in [*found, *paper_suite(objective).specs]}
@@ -192,7 +192,7 @@ def put_in_place(monkeypatch: pytest.MonkeyPatch, cls: type, kind: str, made: ty
 def test_a_renamed_class_or_another_field_with_a_default_keeps_every_digest(
     monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
-    spec = GradientAttack("guided", guided_apgd(steps=7), view=NoiseAveraged(5), seen="noise")
+    spec = GradientAttack("guided", guided_apgd(steps=7), view=NoiseAveraged(5), view_name="noise")
     suite = Suite("one", (spec, RefinedAttack("refined", flip_apgd())))
     before, folder, budget = (
         suite.digest(),
@@ -301,10 +301,10 @@ def test_everything_of_an_attack_changes_its_identity() -> None:
     more = [
         RefinedAttack("a", attack),
         RefinedAttack("a", attack).following([spec]),
-        GradientAttack("a", attack, view=lambda victim: victim, seen="itself"),
-        GradientAttack("a", attack, view=lambda victim: victim, seen="another"),
-        GradientAttack("a", attack, view=NoiseAveraged(), seen="noise"),
-        GradientAttack("a", attack, view=NoiseAveraged(3), seen="noise"),
+        GradientAttack("a", attack, view=lambda victim: victim, view_name="itself"),
+        GradientAttack("a", attack, view=lambda victim: victim, view_name="another"),
+        GradientAttack("a", attack, view=NoiseAveraged(), view_name="noise"),
+        GradientAttack("a", attack, view=NoiseAveraged(3), view_name="noise"),
     ]
     assert len({FolderStore(Path()).folder(one) for one in [spec, *more]}) == 1 + len(more)
     assert FolderStore(Path()).folder(spec) == FolderStore(Path()).folder(replace(spec, restarts=3)), (

@@ -68,7 +68,7 @@ def test_numbers_that_are_no_logits_are_not_cut(answer, why, images):
     assert bool(why) == bool(no_logits(model(images)))
     made = foreign(model, images, "toy")
     assert made.hasher.distance == ("cosine" if why else "hamming")
-    said = made.said[0]
+    said = made.remarks[0]
     for words in ("Nobody said so", "--metric", why):
         assert words in said
     logits = made.hasher({"image": images})["image"].logits
@@ -79,12 +79,12 @@ def test_numbers_that_are_no_logits_are_not_cut(answer, why, images):
 def test_what_the_user_says_is_followed(images):
     made = foreign(NET.logits, images, "toy", reading=AnswerReading("float", "euclidean"))
     assert (made.hasher.distance, made.form) == ("euclidean", "embedding")
-    assert "euclidean distance" in made.said[0]
-    assert "Nobody" not in made.said[0]
+    assert "euclidean distance" in made.remarks[0]
+    assert "Nobody" not in made.remarks[0]
     assert foreign(NET.logits, images, "toy", reading=AnswerReading(metric="euclidean")).form == "embedding"
     told = foreign(NET.logits, images, "toy", reading=AnswerReading("logits"))
     assert told.hasher.distance == "hamming"
-    assert "Nobody" not in told.said[0]
+    assert "Nobody" not in told.remarks[0]
     signs = foreign(lambda x: NET.logits(x) >= 0, images, "toy", reading=AnswerReading("signs"))
     assert signs.form == "zero-one"
     with pytest.raises(Broken, match=r"real numbers from .*--output logits"):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import robusthash as rh
 from robusthash.apps.cli import app
 from robusthash.apps.experiment import training_stages
-from robusthash.apps.experiment.kept_results import keep
+from robusthash.apps.experiment.results_copy import keep
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.reproduction import claims_ledger, paper_entries, reproduction
 from robusthash.apps.reproduction.claims_ledger import Claim, judge

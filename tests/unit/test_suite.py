@@ -491,7 +491,11 @@ def test_t14_a_rounding_layer_hides_the_gradient_and_not_the_weakness(data, cont
     specs = (
         GradientAttack("guided", guided(6)),
         GradientAttack(
-            "identity", guided(6), kind="adaptive", view=lambda v: v.as_seen_from("identity"), seen="identity"
+            "identity",
+            guided(6),
+            kind="adaptive",
+            view=lambda v: v.as_seen_from("identity"),
+            view_name="identity",
         ),
         Corners(threat),
     )

@@ -363,13 +363,13 @@ def test_a_run_in_all_directions(run: Run) -> None:
 
 
 def test_a_suite_on_texts_takes_words_exactly_and_vectors_in_the_range_of_the_training_set(run: Run) -> None:
-    words = assessing.assess(run, "standard", "txt-bow-2", 6, direction="T2I", checked=False, kept=False)
+    words = assessing.assess(run, "standard", "txt-bow-2", 6, direction="T2I", checked=False, stored=False)
     assert words is not None
     exact, greedy = (words.per_query[f"MAP under {line}"] for line in ("exact", "greedy words, codes"))
     assert float(exact.mean()) <= float(greedy.mean())
     assert torch.equal(words.per_query["wMAP"], words.per_query["MAP under refined exact"])
     assert torch.equal(words.per_query["wMAP"], words.per_query["wMAP/rounded"])
-    vector = assessing.assess(run, "smoke", "txt-feat-linf", 6, direction="T2I", kept=False)
+    vector = assessing.assess(run, "smoke", "txt-feat-linf", 6, direction="T2I", stored=False)
     assert vector is not None
     assert vector["wMAP"] <= vector["clean"]
 

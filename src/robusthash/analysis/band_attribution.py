@@ -1,4 +1,4 @@
-"""Which frequencies a hasher searches by: RankingSHAP over the bands of the block DCT."""
+"""Frequencies that a hasher searches by: RankingSHAP over the bands of the block DCT."""
 
 from __future__ import annotations
 

@@ -142,13 +142,13 @@ def time_in_turn(
     }
 
 
-def asking(hasher: Hasher, inputs: Inputs, search: Callable[[Tensor], object]) -> Work:
+def single_query(hasher: Hasher, inputs: Inputs, search: Callable[[Tensor], object]) -> Work:
     """One query from input to answer: encode, with purifiers and gates, then ``search`` its (1, K) logits."""
     (modality,) = inputs
 
-    def ask() -> None:
+    def run() -> None:
         with torch.no_grad():
             search(hasher(inputs)[modality].logits)
 
     hasher.eval()
-    return ask
+    return run

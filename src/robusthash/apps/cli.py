@@ -78,7 +78,7 @@ _REPORTED = (ValueError, KeyError, OSError, ImportError, FloatingPointError)
 
 def main() -> None:
     """Entry point. Every error is one line; see the exit codes above."""
-    # of several processes one that ends makes torch print its stack in the others, beside our line
+    # of several processes one that ends makes torch print its stack in the others, next to our line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for stream in (sys.stdout, sys.stderr):  # names that are no UTF-8
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -76,7 +76,7 @@ class Guide(ABC):
     ``label_codes``: the guidance is a single code of each item, which stands for the goal's labels; outer
     losses that pull attacked items to the guidance need it. ``learns``: ``fitted`` must be called for each
     victim. ``pairs``: it needs known codes of every modality. ``substitutes``: the search ascends the score
-    of a model of the guide's own (``looked_at``), and the attacker holds neither the victim nor its codes.
+    of a model of its own (``ascended_model``), and the attacker holds neither the victim nor its codes.
     """
 
     label_codes: bool = False
@@ -101,10 +101,10 @@ class Guide(ABC):
         return self
 
     def at_most(self, steps: int) -> Guide:
-        """The guide with a fit of at most so many epochs."""
+        """The guide with a fit of at most this many epochs."""
         return self
 
-    def looked_at(self, victim: Hasher) -> Hasher:
+    def ascended_model(self, victim: Hasher) -> Hasher:
         """The model whose score the search ascends: the victim, or a substitute."""
         return victim
 
@@ -144,7 +144,7 @@ class Search(ABC):
         """The threat with a budget made for this victim; itself where none is."""
         return threat
 
-    def looking(self, victim: Hasher) -> Search:
+    def with_victim(self, victim: Hasher) -> Search:
         """The search with access to the inside of the victim; itself where the score is enough."""
         return self
 
@@ -272,7 +272,7 @@ class Attack:
         missing = [name for name in self.threat.balls if name not in batch.inputs]
         if missing:
             raise ValueError(f"{self.threat.name} attacks {missing}, which this batch does not have")
-        attacked, model = batch.only(self.threat.balls), self.guide.looked_at(victim)
+        attacked, model = batch.only(self.threat.balls), self.guide.ascended_model(victim)
         self.check_inputs(attacked.inputs)
         guidance = self.guide(victim, attacked, goal, reference, draws.within(self.name, "guide"))
 
@@ -307,9 +307,9 @@ class Attack:
         """
         if select is not None:
             select = _on_logits(select, victim)
-        with frozen(victim), frozen(self.guide.looked_at(victim)), torch.enable_grad():
+        with frozen(victim), frozen(self.guide.ascended_model(victim)), torch.enable_grad():
             score, guidance = self.aim(victim, batch, goal, reference, draws)
-            search = self.search.looking(victim).towards(guidance)
+            search = self.search.with_victim(victim).towards(guidance)
             result = search(score, batch, self.threat, draws.within(self.name, 0), select, start)
             for restart in range(1, self.restarts):
                 scope = draws.within(self.name, restart)

@@ -81,8 +81,8 @@ class SignedSets(Guide):
             raise ValueError("this guide needs labelled reference codes: use a W1 or W2 threat and labels")
         codes = torch.stack(list(reference.codes.values())).sum(0)
         positive = relevant(goal.labels, reference.labels)
-        towards = self._drawn(positive, batch, draws.within("relevant"))
-        weights = towards - self._drawn(~positive, batch, draws.within("irrelevant"))
+        towards = self._sampled_shares(positive, batch, draws.within("relevant"))
+        weights = towards - self._sampled_shares(~positive, batch, draws.within("irrelevant"))
         alone = ~positive.any(1)
         if alone.any():
             own = sign(Own()(victim, batch, goal, reference, draws).codes[alone]).to(codes.dtype)
@@ -90,7 +90,7 @@ class SignedSets(Guide):
             weights = torch.cat([weights, torch.eye(len(alone), device=codes.device)[:, alone]], 1)
         return Guidance(codes, weights)
 
-    def _drawn(self, mask: Tensor, batch: Batch, draws: Draws) -> Tensor:
+    def _sampled_shares(self, mask: Tensor, batch: Batch, draws: Draws) -> Tensor:
         """(B, M) 1 / count for at most ``most`` items of the mask, 0 elsewhere."""
         rank = draws.uniform(batch.ids, (mask.shape[1],)).masked_fill(~mask, 2.0)
         lowest, rows = rank.topk(min(self.most, mask.shape[1]), dim=1, largest=False)

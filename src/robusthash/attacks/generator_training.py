@@ -152,7 +152,7 @@ def seeded(draws: Draws) -> Iterator[None]:
         yield
 
 
-def made_for(model: Hasher, data: RetrievalData, eps: float) -> dict[str, Any]:
+def generator_key(model: Hasher, data: RetrievalData, eps: float) -> dict[str, Any]:
     """Ties of a generator to its model: weights, bits, image size, labels, training items and budget."""
     classes = 0 if data.train.labels is None else data.train.labels.shape[1]
     sizes = {"bits": model.bits, "labels": classes, "image": list(data.image_size)}
@@ -179,7 +179,7 @@ class GeneratorFile:
             if stored["header"].get(key) != value:
                 raise ValueError(
                     f"{self.path} holds a generator with {key} {stored['header'].get(key)}, and {value} is "
-                    "asked for; name another file, or delete this one to train anew"
+                    "asked for; name another file, or delete this one to train again"
                 )
         for name, part in parts.items():
             part.load_state_dict(stored["state"][name])

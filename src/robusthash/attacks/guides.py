@@ -93,8 +93,8 @@ class Anchor(Guide):
                 "attack knowledge of the database, whose label sets the targets are (W2)"
             )
         rank = draws.uniform(batch.ids, (len(codes),)).masked_fill(~voters, 2.0)
-        drawn, rows = rank.topk(min(self.items, len(codes)), dim=1, largest=False)
-        votes = (codes[rows] * (drawn < 2.0).unsqueeze(2)).sum(1)
+        lowest, rows = rank.topk(min(self.items, len(codes)), dim=1, largest=False)
+        votes = (codes[rows] * (lowest < 2.0).unsqueeze(2)).sum(1)
         return Guidance(sign(votes))
 
     @staticmethod

@@ -247,9 +247,9 @@ class OverDraws(Loss):
             raise ValueError("'over-draws' needs a view that shows its samples: NoiseAveraged or MaskNoise")
         values = []
         for sample in range(min(len(output.aux["draws"]) for _, output in outputs)):
-            drawn = {
+            sampled = {
                 n: replace(o, logits=o.aux["draws"][sample], code=o.aux["draws/code"][sample])
                 for n, o in outputs
             }
-            values.append(self.inner(replace(probe, outputs=drawn), guidance))
+            values.append(self.inner(replace(probe, outputs=sampled), guidance))
         return torch.stack(values).mean(0)

@@ -15,7 +15,7 @@ from robusthash.attacks.generator_training import (
     GeneratorFile,
     GeneratorSchedule,
     GeneratorTask,
-    made_for,
+    generator_key,
     read,
     seeded,
     train_generator,
@@ -91,7 +91,7 @@ class TargetGenerator(Guide):
         bounded: the generator gives a change of at most eps; else an image, as published, that the evaluator
             projects.
         file: where the generator is kept, and trained on after a stop; in memory alone without it.
-        source: of a transferred generator what it was trained for (``made_for``); "" for the victim's own.
+        source: of a transferred generator its ``generator_key``; "" for the victim's own.
     """
 
     epochs: int = 20
@@ -181,7 +181,7 @@ class TargetGenerator(Guide):
             guide = replace(guide, target_texts=(texts.to(victim.device), labels.to(victim.device)))
         if self.source:
             return guide._transferred(data, victim)
-        expected = made_for(victim, data, self.eps)
+        expected = generator_key(victim, data, self.eps)
         if self.file is not None and self.file.is_file():
             _same(self.file, read(self.file)["header"], expected)
         own = {"options": str(replace(self, eps=0.0, file=None))}
@@ -214,7 +214,7 @@ class TargetGenerator(Guide):
     def _transferred(self, data: RetrievalData, victim: Hasher) -> TargetGenerator:
         """The guide with the nets of the file, made for another model on the same kind of data."""
         assert self.file is not None
-        stored, here = read(self.file), made_for(victim, data, self.eps)
+        stored, here = read(self.file), generator_key(victim, data, self.eps)
         header = stored["header"]
         if header["victim"] == here["victim"]:
             raise ValueError(f"{self.file} was trained for this very victim; leave out transfer")
@@ -272,7 +272,7 @@ class TargetedTraining:
         optimiser = torch.optim.Adam(self.nets.target.parameters(), rate, betas=(0.5, 0.999))
         for step in range(steps):
             optimiser.param_groups[0]["lr"] = rate * 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
-            rows = self._drawn(self.draws.within(step), torch.arange(self.BATCH))
+            rows = self._random_rows(self.draws.within(step), torch.arange(self.BATCH))
             with torch.enable_grad():
                 prototype = self.nets.target(
                     self.sets[rows], None if self.texts is None else self.texts[rows]
@@ -283,11 +283,11 @@ class TargetedTraining:
             loss.backward()
             optimiser.step()
 
-    def _drawn(self, draws: Draws, ids: Tensor) -> Tensor:
+    def _random_rows(self, draws: Draws, ids: Tensor) -> Tensor:
         return (draws.uniform(ids, ()) * len(self.sets)).long().to(self.sets.device)
 
     def task(self, batch: Batch, draws: Draws) -> GeneratorTask:
-        rows = self._drawn(draws.within("targets"), batch.ids)
+        rows = self._random_rows(draws.within("targets"), batch.ids)
         with torch.no_grad():
             prototype = self.nets.target(self.sets[rows], None if self.texts is None else self.texts[rows])
         planes = self.nets.planes(prototype.features, batch.inputs["image"].shape[2:])

@@ -123,15 +123,15 @@ class Square:
             share = square_share(self.share, session.used / session.budget)
             scope = draws.within("square", session.used)
             delta, sign = step(_as_maps(x - origin), ids, ball.eps, share, scope)
-            tried = session.feasible(origin + delta(sign).view_as(origin))
-            same = (tried == x).flatten(1).all(1)
+            candidate = session.feasible(origin + delta(sign).view_as(origin))
+            same = (candidate == x).flatten(1).all(1)
             if same.any():
                 negated = session.feasible(origin + delta(-sign).view_as(origin))
-                tried = torch.where(per_item(same, x), negated, tried)
-            reached = session(tried)
+                candidate = torch.where(per_item(same, x), negated, candidate)
+            reached = session(candidate)
             better = reached >= value
             value = torch.where(better, reached, value)
-            x = torch.where(per_item(better, x), tried, x)
+            x = torch.where(per_item(better, x), candidate, x)
 
 
 def _signs(numbers: Tensor, like: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ def _window(shape: torch.Size, side: int, ids: Tensor, draws: Draws) -> tuple[Te
 def _covered(shape: torch.Size, share: float, side: int, ids: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
     """(B, 1, H, W) bool window of each item, and the bump of unit norm in it, 0 outside."""
     if shape[-2] == 1:  # a vector: neighbours mean nothing, so a random set of entries
-        drawn = draws.uniform(ids, (1, 1, shape[-1]))
-        inside = drawn <= torch.maximum(drawn.amin(3, keepdim=True), torch.tensor(share, device=ids.device))
+        values = draws.uniform(ids, (1, 1, shape[-1]))
+        inside = values <= torch.maximum(values.amin(3, keepdim=True), torch.tensor(share, device=ids.device))
         return inside, inside / inside.sum(3, keepdim=True).sqrt()
     rows, columns = _window(shape, side, ids, draws)
     inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
@@ -204,8 +204,8 @@ def _side(shape: torch.Size, share: float, least: int) -> int:
 def _corner_step(delta: Tensor, ids: Tensor, eps: float, share: float, draws: Draws) -> Step:
     """The change with one square at a corner of the ball, as a function of its signs, and drawn signs."""
     inside, _ = _covered(delta.shape, share, _side(delta.shape, share, 1), ids, draws)
-    drawn = (delta.shape[1], 1, 1) if delta.shape[2] > 1 else tuple(delta.shape[1:])
-    signs = _signs(draws.within("signs").uniform(ids, drawn), delta)
+    sign_shape = (delta.shape[1], 1, 1) if delta.shape[2] > 1 else tuple(delta.shape[1:])
+    signs = _signs(draws.within("signs").uniform(ids, sign_shape), delta)
     return (lambda sign: torch.where(inside, eps * sign, delta)), signs
 
 
@@ -213,17 +213,17 @@ def _bump_step(delta: Tensor, ids: Tensor, eps: float, share: float, draws: Draw
     """The change with the norm of a second square moved into a first, as a function of the bumps' signs."""
     side = _side(delta.shape, share, 3)
     inside, bump = _covered(delta.shape, share, side, ids, draws.within("to"))
-    taken, _ = _covered(delta.shape, share, side, ids, draws.within("from"))
+    source, _ = _covered(delta.shape, share, side, ids, draws.within("from"))
     held = (delta * inside).square().sum((2, 3), keepdim=True).sqrt()
-    both = (delta * (inside | taken)).square().sum((2, 3), keepdim=True)
+    both = (delta * (inside | source)).square().sum((2, 3), keepdim=True)
     unused = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp_min(0.0) / delta.shape[1]
-    drawn = (delta.shape[1], 1, 1) if delta.shape[2] > 1 else tuple(delta.shape[1:])
-    signs = _signs(draws.within("signs").uniform(ids, drawn), delta)
+    sign_shape = (delta.shape[1], 1, 1) if delta.shape[2] > 1 else tuple(delta.shape[1:])
+    signs = _signs(draws.within("signs").uniform(ids, sign_shape), delta)
 
     def moved(sign: Tensor) -> Tensor:
         shape = bump.to(delta.dtype) * sign + delta * inside / (held + 1e-10)
         shape = shape / shape.square().sum((2, 3), keepdim=True).sqrt().clamp_min(1e-12)
-        whole = torch.where(inside, shape * (both + unused).sqrt(), torch.where(taken, 0.0, delta))
+        whole = torch.where(inside, shape * (both + unused).sqrt(), torch.where(source, 0.0, delta))
         return eps * whole / whole.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
     return moved, signs
@@ -280,11 +280,11 @@ class NES:
                 session(x)
 
     def _direction(self, x: Tensor, ids: Tensor, ball: Ball, draws: Draws) -> Tensor:
-        drawn = draws.uniform(ids, x.shape[1:]).to(x.dtype)
+        numbers = draws.uniform(ids, x.shape[1:]).to(x.dtype)
         if self.directions == "signs":
-            away = _signs(drawn, x)
+            away = _signs(numbers, x)
         else:  # the middle of each of the 2^24 cells, so that none is at infinity
-            away = math.sqrt(2.0) * torch.erfinv(2.0 * (drawn + 2.0**-25).clamp_max(1 - 2.0**-24) - 1.0)
+            away = math.sqrt(2.0) * torch.erfinv(2.0 * (numbers + 2.0**-25).clamp_max(1 - 2.0**-24) - 1.0)
         if ball.norm != "linf":
             away = away / per_item(ball.size(away).clamp_min(1e-12), x)
         return self.sigma * ball.eps * away

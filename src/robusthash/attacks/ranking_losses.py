@@ -237,14 +237,14 @@ def _nearest(bits: Tensor, codes: Tensor, groups: Sequence[Tensor], nearest: int
         low, _ = _bins(hard, codes[block], length)
         for counts, profile in zip(groups, profiles, strict=True):
             profile.scatter_add_(1, low, counts[:, block].double())
-    taken = torch.minimum((nearest - (profiles.cumsum(2) - profiles)).clamp_min(0), profiles)
-    parts = share(taken, profiles).to(bits.dtype)
+    selected = torch.minimum((nearest - (profiles.cumsum(2) - profiles)).clamp_min(0), profiles)
+    parts = share(selected, profiles).to(bits.dtype)
     totals = [torch.zeros_like(bits) for _ in groups]
     for block in blocks:
         low, _ = _bins(hard, codes[block], length)
         for counts, part, total in zip(groups, parts, totals, strict=True):
             total += (counts[:, block] * part.gather(1, low)) @ codes[block]
-    counted = taken.sum(2).clamp_min(1).to(bits.dtype)
+    counted = selected.sum(2).clamp_min(1).to(bits.dtype)
     return [total / count[:, None] for total, count in zip(totals, counted, strict=True)]
 
 

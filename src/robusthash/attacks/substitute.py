@@ -46,7 +46,7 @@ class Substituted(Guide):
     def at_most(self, steps: int) -> Substituted:
         return replace(self, epochs=min(steps, self.epochs))
 
-    def looked_at(self, victim: Hasher) -> Hasher:
+    def ascended_model(self, victim: Hasher) -> Hasher:
         return self.required
 
     @property

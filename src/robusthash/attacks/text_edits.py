@@ -33,10 +33,10 @@ def greedy(
     gains: Gains,
     edit: Callable[[Tensor, Tensor], Tensor],
     steps: int,
-    tried: int,
+    width: int,
     select: Select | None,
 ) -> SearchResult:
-    """One edit a step: of the ``tried`` of largest gain the one of highest score, where it raises the score.
+    """One edit a step: of the ``width`` of largest gain the one of highest score, where it raises the score.
 
     Args:
         x: (B, ...) texts to start from.
@@ -49,7 +49,7 @@ def greedy(
         value, logits, gain = gains(x, progress)
         trace.append(value.mean())
         selection.offer(logits, {"text": x})
-        order = gain.argsort(dim=1, descending=True, stable=True)[:, :tried]
+        order = gain.argsort(dim=1, descending=True, stable=True)[:, :width]
         highest, best = value, x
         for column in order.T:
             edited = edit(x, column)
@@ -60,7 +60,7 @@ def greedy(
             best = torch.where(better[:, None], edited, best)
         x = best
     inputs, extra = selection.conclude(score, {"text": x})
-    return SearchResult(inputs, torch.stack(trace), steps * (1 + tried) + extra, steps)
+    return SearchResult(inputs, torch.stack(trace), steps * (1 + width) + extra, steps)
 
 
 @register("attack-search", "greedy-flips")
@@ -99,8 +99,8 @@ class GreedyFlips(Search):
             flipped[rows, column] = 1.0 - flipped[rows, column]
             return flipped
 
-        tried = min(self.candidates, origin.shape[1])
-        return greedy(score, x, gains, flip, max(1, budget), tried, select)
+        width = min(self.candidates, origin.shape[1])
+        return greedy(score, x, gains, flip, max(1, budget), width, select)
 
 
 @register("attack-search", "exact-flips", modality="text", evidence="own")
@@ -145,13 +145,13 @@ class ExactFlips(Search):
             before, best = highest, x
             for base in bases:
                 for column in range(x.shape[1]):
-                    tried = base.clone()
-                    tried[:, column] = 1.0 - tried[:, column]
-                    rating = rated(tried)
-                    allowed = (tried != origin).sum(1) <= budget
+                    candidate = base.clone()
+                    candidate[:, column] = 1.0 - candidate[:, column]
+                    rating = rated(candidate)
+                    allowed = (candidate != origin).sum(1) <= budget
                     better = allowed & _higher(rating, highest)
                     highest = torch.where(better[:, None], rating, highest)
-                    best = torch.where(better[:, None], tried, best)
+                    best = torch.where(better[:, None], candidate, best)
             x = best
             trace.append(highest[:, 1].mean())
             if torch.equal(highest, before):
@@ -259,7 +259,7 @@ class GreedySwaps(Search):
     Differs: HotFlip searches by beam over characters; here it is greedy, over the candidates of each token.
 
     Args:
-        victim: whose embeddings are differentiated; set by ``looking``, and no part of the identity.
+        victim: whose embeddings are differentiated; set by ``with_victim``, and no part of the identity.
     """
 
     candidates: int = 8
@@ -279,7 +279,7 @@ class GreedySwaps(Search):
         candidates = nearest_tokens(table, usable_tokens(victim, data), swaps.k)
         return replace(threat, balls={"text": replace(swaps, candidates=candidates)})
 
-    def looking(self, victim: Hasher) -> GreedySwaps:
+    def with_victim(self, victim: Hasher) -> GreedySwaps:
         """The search that differentiates at the embeddings of this victim."""
         return replace(self, victim=victim)
 
@@ -288,7 +288,7 @@ class GreedySwaps(Search):
     ) -> SearchResult:
         if self.victim is None:
             raise ValueError(
-                "greedy swaps look at the embeddings of a victim: call looking(victim) first, as Attack does"
+                "greedy swaps need the embeddings of a victim: call with_victim(victim) first, as Attack does"
             )
         embedding, swaps, origin = embedding_of(self.victim), _swaps(threat), batch.inputs["text"]
         x = threat.project(starting_point(batch, threat, draws, start), {"text": origin})["text"]
@@ -313,8 +313,8 @@ class GreedySwaps(Search):
             swapped[rows, place] = options[rows, place, column % options.shape[2]]
             return swapped
 
-        tried = min(self.candidates, options[0].numel())
-        return greedy(score, x, gains, swap, max(1, swaps.count), tried, select)
+        width = min(self.candidates, options[0].numel())
+        return greedy(score, x, gains, swap, max(1, swaps.count), width, select)
 
 
 def _swaps(threat: Threat) -> Swaps:

@@ -150,9 +150,9 @@ class Prototype(nn.Module, Guide):
                 )
             if slower:
                 optimiser.param_groups[0]["lr"] *= 0.1
-            drawn = (draws.within(step).uniform(rows, ()) * len(sets)).long().to(sets.device)
+            sample = (draws.within(step).uniform(rows, ()) * len(sets)).long().to(sets.device)
             with torch.enable_grad():
-                loss = torch.stack(list(guide.terms(sets[drawn], reference, draws).values())).sum()
+                loss = torch.stack(list(guide.terms(sets[sample], reference, draws).values())).sum()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()

@@ -107,7 +107,7 @@ class Threat:
         """The unit step of each budget, taken from ``at`` where that is given."""
         return {n: ball.steepest(grad[n], None if at is None else at[n]) for n, ball in self.balls.items()}
 
-    def corner(self, drawn: Inputs) -> Inputs:
+    def corner(self, uniform: Inputs) -> Inputs:
         """A unit step of each ball in the direction of uniform numbers in [0, 1): a sign for each entry.
 
         A step of ``l1`` moves few entries: the numbers choose which.
@@ -116,7 +116,7 @@ class Threat:
         def direction(norm: str, numbers: Tensor) -> Tensor:
             return numbers - 0.5 if norm == "l1" else torch.where(numbers < 0.5, -1.0, 1.0).to(numbers.dtype)
 
-        return self.steepest({name: direction(ball.norm, drawn[name]) for name, ball in self.balls.items()})
+        return self.steepest({name: direction(ball.norm, uniform[name]) for name, ball in self.balls.items()})
 
     def scaled(self, factor: float) -> Threat:
         """The same threat with every eps times ``factor``, for eps curves and warm-up."""

@@ -156,11 +156,11 @@ class TransferSteps(Search):
         """Each image, by chance, shrunk to a random size and put at a random place on black."""
         if x.dim() != 4 or not self.diversity:
             return x
-        drawn = draws.within("diversity").uniform(ids, (4,)).to(x.dtype)
-        shrunk = drawn[:, 0] < self.diversity
-        size = torch.where(shrunk, self.shrink + (1.0 - self.shrink) * drawn[:, 1], 1.0)
+        numbers = draws.within("diversity").uniform(ids, (4,)).to(x.dtype)
+        shrunk = numbers[:, 0] < self.diversity
+        size = torch.where(shrunk, self.shrink + (1.0 - self.shrink) * numbers[:, 1], 1.0)
         # an output place p in [-1, 1] samples (p - offset) / size: outside [-1, 1] it is padding
-        offset = (1.0 - size)[:, None] * (2.0 * drawn[:, 2:] - 1.0)
+        offset = (1.0 - size)[:, None] * (2.0 * numbers[:, 2:] - 1.0)
         zoom = torch.diag_embed((1.0 / size)[:, None].expand(-1, 2))
         shift = (-offset / size[:, None])[:, :, None]
         grid = functional.affine_grid(torch.cat([zoom, shift], 2), list(x.shape), False)

@@ -1,4 +1,4 @@
-"""The owner of a directory: one process at a time works there, and a second one is told who does."""
+"""The owner of a directory: one process at a time works there, and a second one is refused with its name."""
 
 from __future__ import annotations
 

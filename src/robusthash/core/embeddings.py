@@ -1,4 +1,4 @@
-"""Float vectors that are searched by cosine or Euclidean distance, beside binary codes.
+"""Float vectors that are searched by cosine or Euclidean distance, next to binary codes.
 
 Distances are computed in float64. Two of one query that differ by no more than rounding are a tie: the order
 of a float search among them is as much luck as that of codes at equal Hamming distance.
@@ -58,7 +58,7 @@ class Embeddings:
         return self.vectors
 
     def take(self, positions: Tensor) -> Embeddings:
-        """These items, numbered anew."""
+        """These items, numbered again."""
         return self.of(self.vectors[positions])
 
     def of(self, rows: Tensor) -> Embeddings:

@@ -30,7 +30,7 @@ _DEPTH = 64  # lists and mappings within each other
 _VALUES = 100_000  # of a YAML file, whose aliases count as often as they are used
 _ALIASES = 1_000
 _NODES = (dict, list, tuple, set)
-_UNPACKED, _RATIO = 256 * MIB, 20  # an archive may unpack to the first, or to so many times its size
+_UNPACKED, _RATIO = 256 * MIB, 20  # an archive may unpack to the first, or to this many times its size
 
 
 def read_bytes(path: str | Path, limit: int = TEXT) -> bytes:
@@ -102,9 +102,9 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None or "\n" not in text.strip() else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or "it cannot be read"
-        given = f" {text!r}" if not place and len(text) < _REPEATED else ""
+        quoted = f" {text!r}" if not place and len(text) < _REPEATED else ""
         fault = (
-            place.removeprefix(", ") if isinstance(error, _NotDecimal) else f"not valid YAML{place}{given}"
+            place.removeprefix(", ") if isinstance(error, _NotDecimal) else f"not valid YAML{place}{quoted}"
         )
         raise ValueError(": ".join(filter(None, (where, fault, problem)))) from None
     except RecursionError:
@@ -235,8 +235,8 @@ def _array(member: IO[bytes], key: str, size: int) -> np.ndarray:
     content = bytearray(size - member.tell())
     with memoryview(content) as view:
         filled = 0
-        while taken := member.readinto(view[filled:]):  # type: ignore[attr-defined]
-            filled += taken
+        while count := member.readinto(view[filled:]):  # type: ignore[attr-defined]
+            filled += count
     if filled < len(content):
         raise ValueError(f"{key!r} is truncated")
     return np.frombuffer(content, dtype).reshape(shape, order="F" if in_columns else "C")

@@ -1,6 +1,6 @@
 """Code from outside of the package: where ``module:name`` is looked for, and at whose word it is imported.
 
-A user's own recipes and commands may name any module: it is looked for beside the recipe, in the current
+A user's own recipes and commands may name any module: it is looked for next to the recipe, in the current
 folder, and among what is installed. A run or an exported model may be a stranger's: there a module is
 imported only if it is the very source file that was recorded, and one that an own command imported before.
 """
@@ -51,7 +51,7 @@ _FOLDERS: ContextVar[tuple[Path, ...]] = ContextVar("_FOLDERS", default=())
 
 
 @contextmanager
-def beside(folders: Sequence[Path]) -> Iterator[None]:
+def module_folders(folders: Sequence[Path]) -> Iterator[None]:
     """Look for modules in ``folders`` too, those of an own recipe; without effect in ``without_new_code``."""
     token = _FOLDERS.set(tuple(folders))
     try:
@@ -203,10 +203,10 @@ def _imported(module: str, named: str, folders: Sequence[Path]) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and f"{module}.".startswith(f"{error.name}."):
-            looked = " and ".join(dict.fromkeys(str(folder) for folder in folders))
-            remedy = "" if _OPENED.get() else ", put it beside the recipe"  # of a run there is none
+            places = " and ".join(dict.fromkeys(str(folder) for folder in folders))
+            remedy = "" if _OPENED.get() else ", put it next to the recipe"  # of a run there is none
             raise ModuleNotFoundError(
-                f"no Python module {error.name!r} (wanted by {named!r}) in {looked or 'sys.path'}, and none "
+                f"no Python module {error.name!r} (wanted by {named!r}) in {places or 'sys.path'}, and none "
                 f"is installed; go to its folder{remedy}, or install it"
             ) from error
         raise ImportError(f"{named!r} needs a module that is not there: {error}") from error

@@ -95,7 +95,7 @@ def joined_processes() -> Iterator[None]:
     try:
         join_processes()
         _watches.append(_SignsOfLife())
-        with _watches[-1].heard():
+        with _watches[-1].ending_with_the_others():
             yield
             _watches[-1].leave()
             well = True
@@ -141,11 +141,11 @@ class _SignsOfLife:
         self._lost = ""  # the reason why another is taken for dead
         self._waits = 0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
+    def ending_with_the_others(self) -> Iterator[None]:
         """Inside of the block, the death of another raises a ConnectionError in the main thread.
 
         So does SIGTERM, by which ``torchrun`` ends all processes where one has failed.
@@ -179,7 +179,7 @@ class _SignsOfLife:
             self._store.add("done", 1)
 
     def end(self, well: bool) -> None:
-        """End the signs of life; without ``well``, the others are told to end too."""
+        """End the signs of life; without ``well``, the others end too."""
         self._ended.set()
         self._thread.join()
         if not well:
@@ -195,16 +195,16 @@ class _SignsOfLife:
             time.sleep(_POLL)
             arrived = self._store.add(key, 0)
 
-    def _look(self) -> None:
-        heard = {other: (-1, time.monotonic()) for other in self._others}
+    def _watch(self) -> None:
+        last_signs = {other: (-1, time.monotonic()) for other in self._others}
         while not self._lost and not self._ended.wait(_BEAT):
             try:
                 self._store.add(f"life/{rank()}", 1)
                 self._lost = "it failed" if self._store.add("failed", 0) else ""
-                for other, (count, since) in heard.items():
+                for other, (count, since) in last_signs.items():
                     now = self._store.add(f"life/{other}", 0)
                     if now != count:
-                        heard[other] = now, time.monotonic()
+                        last_signs[other] = now, time.monotonic()
                     elif time.monotonic() - since > SILENCE and not self._store.add(f"left/{other}", 0):
                         self._lost = f"no sign of life for {SILENCE:.0f} seconds"
             except RuntimeError:

@@ -33,13 +33,13 @@ def yield_when_busy(progress: Progress) -> Progress:
     Threads that share a core with other programs wait for each other at every operation, so that two of them
     are many times slower than one. Training rounds otherwise with another number, so numbers differ a little.
     """
-    looked = time.monotonic()
+    last_check = time.monotonic()
     _take_one_if_busy(0)
 
     def watched(done: int, total: int, text: str) -> None:
-        nonlocal looked
-        if time.monotonic() - looked > _LOOK_AGAIN:
-            looked = time.monotonic()
+        nonlocal last_check
+        if time.monotonic() - last_check > _LOOK_AGAIN:
+            last_check = time.monotonic()
             _take_one_if_busy(torch.get_num_threads())
         progress(done, total, text)
 

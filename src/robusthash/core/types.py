@@ -93,7 +93,7 @@ class Codes:
         return self.signs()
 
     def take(self, positions: Tensor) -> Codes:
-        """These items, numbered anew."""
+        """These items, numbered again."""
         return replace(self, packed=self.packed[positions], ids=torch.arange(len(positions)))
 
     def of(self, rows: Tensor) -> Codes:

@@ -237,7 +237,7 @@ class RetrievalData:
         """The same items, relevant to each other by another label system; ValueError where there is none."""
         if system not in self.train.also:
             has = list(self.label_systems)
-            raise ValueError(f"{self.name} has no labels {system!r} beside its own; it has {has}")
+            raise ValueError(f"{self.name} has no labels {system!r} besides its own; it has {has}")
         splits = {
             name: replace(split, labels=split.also[system], also={}) for name, split in self.splits.items()
         }
@@ -328,17 +328,17 @@ def flat_options(*without: str) -> Callable[[Reader], Reader]:
                 parameters.append(parameter)
                 continue
             fields = inspect.signature(type(record), eval_str=True).parameters.values()
-            taken = [field for field in fields if field.name not in without]
-            parameters += [field.replace(default=getattr(record, field.name)) for field in taken]
-            records[name] = record, {field.name for field in taken}
+            flat_fields = [field for field in fields if field.name not in without]
+            parameters += [field.replace(default=getattr(record, field.name)) for field in flat_fields]
+            records[name] = record, {field.name for field in flat_fields}
         flat = signature.replace(parameters=parameters)
 
         @functools.wraps(reader)
         def read(*args: Any, **kwargs: Any) -> RetrievalData:
             options = flat.bind(*args, **kwargs).arguments
             for name, (record, fields) in records.items():
-                given = {field: options.pop(field) for field in fields & options.keys()}
-                options[name] = replace(record, **given)
+                values = {field: options.pop(field) for field in fields & options.keys()}
+                options[name] = replace(record, **values)
             return reader(**options)
 
         read.__signature__ = flat  # type: ignore[attr-defined]

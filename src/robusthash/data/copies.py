@@ -109,21 +109,21 @@ def copies(
     root = Path(root)
     draws = Draws(numbers.seed).within("copies")
     files, stored, skipped, note = _different(root, image, numbers.limit, draws)
-    trained, query_rows = _chosen(len(files), numbers, draws)
+    trained, query_rows = _trained_and_query_rows(len(files), numbers, draws)
     each = numbers.copies or min(40, max(8, 8000 // len(trained)))
 
-    def made(row: int) -> tuple[list[Tensor], list[Tensor]]:
+    def changed_copies(row: int) -> tuple[list[Tensor], list[Tensor]]:
         pixels = read_image(files[row], _CHANGING * image.size, image.fit, image.max_pixels)
-        training_copies = _drawn_copies(pixels, image.size, each, row, draws) if row in trained else []
+        training_copies = _random_copies(pixels, image.size, each, row, draws) if row in trained else []
         return training_copies, _query_copies(pixels, image.size) if row in query_rows else []
 
     rows = sorted(trained | query_rows)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        pairs = list(pool.map(made, rows))
+        pairs = list(pool.map(changed_copies, rows))
     training = [
         (row, copy) for row, (training_copies, _) in zip(rows, pairs, strict=True) for copy in training_copies
     ]
-    queries = [(row, copy) for row, (_, asking) in zip(rows, pairs, strict=True) for copy in asking]
+    queries = [(row, copy) for row, (_, of_row) in zip(rows, pairs, strict=True) for copy in of_row]
     changed = [*training, *queries]
     pixels = torch.cat([torch.stack([copy for _, copy in changed]), stored])
     owner = torch.tensor([*(row for row, _ in changed), *range(len(files))])
@@ -160,10 +160,10 @@ def _different(
     listing = images_below(root)
     paths = listing.images
     order = torch.randperm(len(paths), generator=draws.within("images").generator())[:limit]
-    drawn = [paths[row] for row in sorted(order.tolist())]
-    source, readable = decode(drawn, image, whole=True)
+    sampled = [paths[row] for row in sorted(order.tolist())]
+    source, readable = decode(sampled, image, whole=True)
     first = torch.from_numpy(np.sort(np.unique(source.hashes, return_index=True)[1]))
-    files = [drawn[row] for row in readable[first].tolist()]
+    files = [sampled[row] for row in readable[first].tolist()]
     if len(files) < LEAST:
         raise ValueError(
             f"{root} holds {len(files)} different readable images (of {len(paths)} files), and training "
@@ -177,7 +177,7 @@ def _different(
     return files, source.images[first], skipped, note
 
 
-def _chosen(count: int, numbers: CopyOptions, draws: Draws) -> tuple[set[int], set[int]]:
+def _trained_and_query_rows(count: int, numbers: CopyOptions, draws: Draws) -> tuple[set[int], set[int]]:
     """Images that are trained on, and images whose copies are queries, half of which are not trained on."""
     order = torch.randperm(count, generator=draws.within("held out").generator()).tolist()
     held = min(count - 2, max(2, round(numbers.held_out * count)))
@@ -186,25 +186,25 @@ def _chosen(count: int, numbers: CopyOptions, draws: Draws) -> tuple[set[int], s
     return set(trained), {*unseen, *trained[: numbers.asked - len(unseen)]}
 
 
-def _drawn_copies(pixels: Tensor, size: int, count: int, row: int, draws: Draws) -> list[Tensor]:
+def _random_copies(pixels: Tensor, size: int, count: int, row: int, draws: Draws) -> list[Tensor]:
     """``count`` copies, each (3, size, size) uint8, of (3, H, H) uint8 pixels, changed by keyed draws."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     ids = row * 10_000 + torch.arange(count)
     numbers = draws.within("changes").uniform(ids, (9,)).double().numpy()
-    return [_drawn_copy(image, size, each) for each in numbers]
+    return [_random_copy(image, size, each) for each in numbers]
 
 
-def _drawn_copy(image: Image.Image, size: int, numbers: np.ndarray) -> Tensor:
+def _random_copy(image: Image.Image, size: int, numbers: np.ndarray) -> Tensor:
     """One copy: cut, resized, mirrored, re-lit, through a JPEG file, by nine numbers in [0, 1)."""
     cut, stretch, across, down, side, flip, light, contrast, quality = numbers
     widths = [1 - 0.25 * cut * share for share in (1, 0.5 + 0.5 * stretch)]
     left, top = (1 - widths[0]) * across, (1 - widths[1]) * down
     box = [part * image.width for part in (left, top, left + widths[0], top + widths[1])]
     inner = round(size * 2 ** (2.5 * side - 1))  # half to nearly three times the size that the model sees
-    seen = np.asarray(image.resize((inner, inner), Image.Resampling.BICUBIC, box=tuple(box)), np.float32)
-    seen = seen[:, ::-1] if flip < 0.5 else seen
-    mean = seen.mean()
-    lit = (seen - mean) * (0.7 + 0.6 * contrast) + mean * (0.7 + 0.6 * light)
+    pixels = np.asarray(image.resize((inner, inner), Image.Resampling.BICUBIC, box=tuple(box)), np.float32)
+    pixels = pixels[:, ::-1] if flip < 0.5 else pixels
+    mean = pixels.mean()
+    lit = (pixels - mean) * (0.7 + 0.6 * contrast) + mean * (0.7 + 0.6 * light)
     saved = through_jpeg(np.rint(lit).clip(0, 255).astype(np.uint8), 30 + int(66 * quality))
     return pixels_of(saved.permute(1, 2, 0).numpy(), size)
 
@@ -219,6 +219,6 @@ def _groups(queries: Tensor, owner: Tensor, trained: Sequence[int] | set[int]) -
     """Queries by their change, and by whether their image was trained on: (N,) bool for each name."""
     kind = torch.full((len(owner),), -1)
     kind[queries] = torch.arange(len(queries)) % len(CHANGES)
-    seen = torch.isin(owner, torch.tensor(sorted(trained)))
+    of_trained = torch.isin(owner, torch.tensor(sorted(trained)))
     groups = {change.name: kind == number for number, change in enumerate(CHANGES)}
-    return {**groups, TRAINED: (kind >= 0) & seen, HELD_OUT: (kind >= 0) & ~seen}
+    return {**groups, TRAINED: (kind >= 0) & of_trained, HELD_OUT: (kind >= 0) & ~of_trained}

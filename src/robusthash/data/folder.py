@@ -21,7 +21,7 @@ from robusthash.data.image_files import ImageFile, ImageOptions, Skipped, decode
 from robusthash.data.image_listing import list_images
 from robusthash.data.image_text import TextOptions
 from robusthash.data.label_cells import caption_texts, label_rows
-from robusthash.data.splits import Indices, SplitOptions, assemble, drawn_split
+from robusthash.data.splits import Indices, SplitOptions, assemble, sampled_split
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def folder(
         splits.refuse_sizes("; set split='random' or 'balanced'")
         indices = _column_split(entries, columns, manifest)
     else:
-        indices = drawn_split(labels, names, replace(splits, split=rule))
+        indices = sampled_split(labels, names, replace(splits, split=rule))
     note = f"Images {image}; split {rule}" + ("." if rule == "manifest" else f", seed {splits.seed}.")
     note += f" {form}" * bool(form)
     if count := int((labels.sum(1) == 0).sum()):

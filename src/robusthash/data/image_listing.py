@@ -37,11 +37,11 @@ def list_images(folder: Path, deep: bool = True) -> Listing:
     """
     images: list[Path] = []
     skipped: list[Skipped] = []
-    for found in walk_images(folder, deep):
-        if isinstance(found, Skipped):
-            skipped.append(found)
+    for entry in walk_images(folder, deep):
+        if isinstance(entry, Skipped):
+            skipped.append(entry)
         else:
-            images.append(found)
+            images.append(entry)
     return Listing(tuple(sorted(images)), tuple(sorted(skipped, key=lambda one: one.file)))
 
 
@@ -79,7 +79,7 @@ def _endings() -> frozenset[str]:
 
 
 def _refusal(path: Path) -> str:
-    """Why a file is passed over; "" for an image."""
+    """The reason why a file is passed over; "" for an image."""
     if path.name.startswith("."):
         return "a hidden file"
     try:

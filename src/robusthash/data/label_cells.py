@@ -35,9 +35,9 @@ def label_rows(cells: Sequence[Cell], where: str) -> tuple[list[tuple[str, ...]]
         ValueError: a cell that may mean something else, with its line and how to write it.
     """
     values = [(line, _opened(value, f"{where}, line {line}: ")) for line, value in cells]
-    given = [value for _, value in values if value is not None and value != []]
-    vectors = [value for value in given if isinstance(value, list) and len(value) > 1 and _are_bits(value)]
-    if vectors and len(vectors) == len(given) and len({len(vector) for vector in vectors}) == 1:
+    present = [value for _, value in values if value is not None and value != []]
+    vectors = [value for value in present if isinstance(value, list) and len(value) > 1 and _are_bits(value)]
+    if vectors and len(vectors) == len(present) and len({len(vector) for vector in vectors}) == 1:
         rows = [tuple(str(n) for n, bit in enumerate(value or ()) if _bit(bit)) for _, value in values]
         return [
             tuple(sorted(row)) for row in rows

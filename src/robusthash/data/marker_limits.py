@@ -71,9 +71,9 @@ def _next_marker(stream: BinaryIO, in_scan: bool) -> tuple[int | None, int]:
     pattern, before, rest = _AFTER_SCAN if in_scan else _MARKER, 0, b""
     while part := stream.read(_READ):
         part = rest + part
-        if found := pattern.search(part):
-            stream.seek(found.end() - len(part), 1)
-            return part[found.end() - 1], before + found.start()
+        if marker := pattern.search(part):
+            stream.seek(marker.end() - len(part), 1)
+            return part[marker.end() - 1], before + marker.start()
         before, rest = before + len(part) - 1, part[-1:]
     return None, before
 

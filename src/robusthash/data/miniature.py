@@ -60,28 +60,29 @@ def write_miniature(component: Options | str, root: Path, train: int, query: int
     Raises:
         ValueError: a data set without a layout that is known here, or options of files of your own.
     """
-    card, given = check("data", component)
+    card, explicit = check("data", component)
     if card.name in _NO_FILES:  # they need no files, and are cut as real data are
-        defaults = _with_defaults(card.make, given)
-        return Miniature({"name": card.name, **given}, {n: int(defaults[n]) for n in SPLITS if n in defaults})
+        defaults = _with_defaults(card.make, explicit)
+        sizes = {name: int(defaults[name]) for name in SPLITS if name in defaults}
+        return Miniature({"name": card.name, **explicit}, sizes)
     if card.name not in LAYOUTS:
         raise ValueError(f"there is no miniature of the data set {card.name!r}, only of {', '.join(LAYOUTS)}")
-    options = _with_defaults(card.make, given)
+    options = _with_defaults(card.make, explicit)
     for name in ("manifest", "archive"):
-        if given.get(name) is not None and card.name == "folder":
+        if explicit.get(name) is not None and card.name == "folder":
             raise ValueError(
                 f"a miniature of 'folder' has class folders, and data.{name} is set; leave it out"
             )
     layout, requested = LAYOUTS[card.name], {"train": train, "query": query, "database": database}
     changes = layout.write(root, requested, options)
     elsewhere = ("npz", "archive", "manifest", *(["images"] if card.name == "nus-wide" else []))
-    settings = {key: value for key, value in given.items() if key not in elsewhere}
+    settings = {key: value for key, value in explicit.items() if key not in elsewhere}
     return Miniature({"name": card.name, **settings, "root": str(root), **changes}, layout.sizes(options))
 
 
-def _with_defaults(make: Callable[..., Any], given: Options) -> dict[str, Any]:
+def _with_defaults(make: Callable[..., Any], settings: Options) -> dict[str, Any]:
     parameters = inspect.signature(make).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(given)
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(settings)
 
 
 # ------------------------------------------------------------------------------------------ parts of a layout
@@ -105,7 +106,7 @@ def _words(number: int, different: int) -> str:
     return " ".join(f"word{(number + place) % different}" for place in range(min(different, _LONGEST)))
 
 
-def _drawn(requested: Sizes, classes: int) -> int:
+def _pool(requested: Sizes, classes: int) -> int:
     """Items from which splits are drawn: enough for each class to give its share."""
     return max(2 * classes, 4 * (requested["train"] + requested["query"]), sum(requested.values()))
 
@@ -149,7 +150,7 @@ def _rest(total: int, options: Options, query: int, train: int | None, disjoint:
 
 
 def _write_flickr(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
-    folder, lists, count = root / "mirflickr", root / "mirflickr25k_annotations_v080", _drawn(requested, 24)
+    folder, lists, count = root / "mirflickr", root / "mirflickr25k_annotations_v080", _pool(requested, 24)
     tags = [f"tag{number}" for number in range(_TAGS["mirflickr"])]
     _lines(folder / "doc" / "common_tags.txt", [f"{tag} {2000 - place}" for place, tag in enumerate(tags)])
     for number in range(1, count + 1):
@@ -171,7 +172,7 @@ def _flickr_sizes(options: Options) -> Sizes:
 
 
 def _write_nus(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
-    count, tags = _drawn(requested, 21), _TAGS["nus-wide"]
+    count, tags = _pool(requested, 21), _TAGS["nus-wide"]
     photos = [7_000_000 + number for number in range(count)]
     names = [f"concept{photo % 5}\\{number:04d}_{photo}.jpg" for number, photo in enumerate(photos)]
     _lines(root / "ImageList" / "Imagelist.txt", names)
@@ -202,9 +203,9 @@ _COCO_KARPATHY = {"train": 113_287, "query": 5_000, "database": 113_287}
 
 def _write_coco(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
     year = options["year"]
-    is_drawn = options["split"] in mscoco.SPLITS
+    is_sampled = options["split"] in mscoco.SPLITS
     trained, val = (
-        (_drawn(requested, 80), 20) if is_drawn else (max(requested["train"], 80), requested["query"])
+        (_pool(requested, 80), 20) if is_sampled else (max(requested["train"], 80), requested["query"])
     )
     categories = [{"id": number, "name": f"category{number}"} for number in range(1, 81)]
     written, part = [], {"train": range(1, trained + 1), "val": range(trained + 1, trained + val + 1)}
@@ -224,7 +225,7 @@ def _write_coco(root: Path, requested: Sizes, options: Options) -> dict[str, Any
               images=images, annotations=objects, categories=categories)  # fmt: skip
         _json(root / "annotations" / f"captions_{name}{year}.json", images=images, annotations=captions)
     _json(root / "dataset_coco.json", images=written)
-    changes = requested if is_drawn else {}
+    changes = requested if is_sampled else {}
     karpathy = {"karpathy": str(root / "dataset_coco.json")} if options["split"] == "dsarh" else {}
     return {**changes, **karpathy, **_tokens(root, options)}
 
@@ -246,7 +247,7 @@ def _json(path: Path, **content: Any) -> None:
 
 def _write_cifar(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
     """The packed file: torchvision checks the official batches by their digests, which nothing else has."""
-    tested, count = max(20, requested["query"]), _drawn(requested, 10)
+    tested, count = max(20, requested["query"]), _pool(requested, 10)
     files = [picture(root / "jpeg" / f"{n}.jpg", n, (32, 32)).read_bytes() for n in range(count + tested)]
     number = np.arange(len(files))
     offset = np.concatenate([[0], np.cumsum([len(file) for file in files])])
@@ -264,7 +265,7 @@ def _cifar_sizes(options: Options) -> Sizes:
 
 
 def _write_fashion(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
-    for part, count in {"train": _drawn(requested, 10), "t10k": max(20, 2 * requested["query"])}.items():
+    for part, count in {"train": _pool(requested, 10), "t10k": max(20, 2 * requested["query"])}.items():
         pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
         labels = (np.arange(count) % 10).astype(np.uint8)
         for kind, values in {"images-idx3": pixels, "labels-idx1": labels}.items():
@@ -326,7 +327,7 @@ def _merced_sizes(options: Options) -> Sizes:
 
 def _write_folders(root: Path, requested: Sizes, options: Options) -> dict[str, Any]:
     """A hundred class folders, as ImageNet-100 has them."""
-    for number in range(max(300, _drawn(requested, 100))):
+    for number in range(max(300, _pool(requested, 100))):
         name = f"n{1_440_764 + number % 100:08d}"
         picture(root / name / f"{name}_{number}.JPEG", number)
     return requested | ({} if options["train"] else {"train": None})

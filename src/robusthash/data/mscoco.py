@@ -64,7 +64,7 @@ def mscoco(
     if unlabelled == "drop":
         labelled = pool.labels.any(1)
         pool, numbers = pool.only(labelled, "no label"), numbers[labelled]
-    belong = f"train{year}.zip and val{year}.zip unpack to train{year}/ and val{year}/ beside annotations/"
+    belong = f"train{year}.zip and val{year}.zip unpack to train{year}/ and val{year}/ next to annotations/"
     there = torch.tensor([file.path.is_file() for file in pool.files])
     pool, numbers = pool.on_disk(belong), numbers[there]
     seed = ""
@@ -97,7 +97,7 @@ def _pool(root: Path, year: int, texts: bool) -> tuple[Pool, Tensor]:
         part_numbers = [image["id"] for image in images]
         columns = [category["id"] for category in categories]
         labels.append(_labels(instances["annotations"], part_numbers, columns, name))
-        folder = find(root, part, f"{part}.zip unpacks to a folder of that name beside annotations/")
+        folder = find(root, part, f"{part}.zip unpacks to a folder of that name next to annotations/")
         files += [ImageFile(folder / image["file_name"]) for image in images]
         numbers += part_numbers
         if texts:

@@ -187,5 +187,5 @@ def _check_photo(photo: str, name: str) -> None:
     """The image list names ``actor/0001_2124494179.jpg`` where a line of tags begins with 2124494179."""
     if Path(name).stem.rpartition("_")[2] != photo:
         raise ValueError(
-            f"the tags of photo {photo} stand beside {name}: the files are not in the same order"
+            f"the tags of photo {photo} are paired with {name}: the files are not in the same order"
         )

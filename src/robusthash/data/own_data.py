@@ -18,7 +18,7 @@ from robusthash.data.base import ArraySource, RetrievalData, Source, as_input, c
 from robusthash.data.image_files import pixels_of, read_image
 from robusthash.data.image_text import TextOptions
 from robusthash.data.own_labels import Labels, read_labels
-from robusthash.data.splits import Indices, SplitOptions, assemble, drawn_split, hash_pixels
+from robusthash.data.splits import Indices, SplitOptions, assemble, hash_pixels, sampled_split
 
 OneImage = str | Path | Image.Image | np.ndarray | Tensor
 Images = np.ndarray | Tensor | Sequence[OneImage]
@@ -69,7 +69,7 @@ def from_arrays(
     """
     pixels = _eight_bit(_read_images(images, size))
     hot, names = read_labels(labels, len(pixels), label_names)
-    indices = _given(rows, splits, len(pixels)) if rows is not None else _drawn(hot, names, splits)
+    indices = _by_rows(rows, splits, len(pixels)) if rows is not None else _sampled(hot, names, splits)
     arrays, note, form = {"image": pixels}, "", None
     if texts is not None:
         if len(texts) != len(pixels):
@@ -112,14 +112,14 @@ def from_dataset(
             another when it is read again.
     """
     items = _Items.of(dataset, size)
-    kept: list[Tensor] = []
+    images: list[Tensor] = []
     labels, hashes, held, total = [], [], 0, len(items)
     for number, (pixels, label) in enumerate(items):
         labels.append(label)
         hashes.append(content_hash(pixels.numpy().tobytes()))
         held += pixels.numel() * pixels.element_size()
         if held <= memory:
-            kept.append(pixels)
+            images.append(pixels)
         progress(number + 1, total, "reading the data set")
     if not labels:
         raise ValueError("the data set holds no item")
@@ -129,10 +129,10 @@ def from_dataset(
             "transform; TrainConfig(augment='flip-crop') makes them in training"
         )
     hot, names = read_labels(labels, len(labels), label_names or _classes(dataset))
-    indices = _given(rows, splits, len(labels)) if rows is not None else _drawn(hot, names, splits)
+    indices = _by_rows(rows, splits, len(labels)) if rows is not None else _sampled(hot, names, splits)
     source: Source = items
-    if len(kept) == len(labels):
-        source = ArraySource({"image": _stacked(kept)})
+    if len(images) == len(labels):
+        source = ArraySource({"image": _stacked(images)})
     elif not items.indexed:
         raise ValueError(
             f"the images take more than memory={memory} bytes, and a data set without __getitem__ must be "
@@ -201,8 +201,8 @@ class _Items:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         """(pixels, label) of each item."""
-        found = iter(self.dataset) if self.numbers is None else map(self.dataset.__getitem__, self.numbers)
-        for number, item in enumerate(found):
+        items = iter(self.dataset) if self.numbers is None else map(self.dataset.__getitem__, self.numbers)
+        for number, item in enumerate(items):
             image, label = _pair(item, number)
             yield self._pixels(image, number), label
 
@@ -328,8 +328,8 @@ def _stacked(images: Sequence[Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------------------------- splits
 
 
-def _drawn(labels: Tensor, names: Sequence[str], splits: Mapping[str, Any]) -> Indices:
-    return drawn_split(labels, names, _options(splits))
+def _sampled(labels: Tensor, names: Sequence[str], splits: Mapping[str, Any]) -> Indices:
+    return sampled_split(labels, names, _options(splits))
 
 
 def _options(splits: Mapping[str, Any]) -> SplitOptions:
@@ -340,7 +340,7 @@ def _options(splits: Mapping[str, Any]) -> SplitOptions:
         raise ValueError(f"options of a drawn split are {known}, got {', '.join(splits)}") from None
 
 
-def _given(rows: Rows, splits: Mapping[str, Any], count: int) -> Indices:
+def _by_rows(rows: Rows, splits: Mapping[str, Any], count: int) -> Indices:
     """The splits whose rows a user names."""
     if splits:
         raise ValueError(f"rows= names the splits, and {', '.join(splits)} would draw them; leave one out")

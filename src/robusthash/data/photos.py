@@ -231,13 +231,13 @@ def _windows(
     boxes = np.empty((count, 4))
     for number, table in enumerate(tables):
         height, width = table.shape[1] - 1, table.shape[2] - 1
-        taken = np.empty((0, 4)) if avoid is None else avoid[number :: len(tables)]
+        avoided = np.empty((0, 4)) if avoid is None else avoid[number :: len(tables)]
         waiting = torch.tensor(range(number, count, len(tables))).long()  # of few items maybe none
         for number_of_round in range(_ROUNDS):
             numbers = draws.within("window", number_of_round).uniform(waiting, (_TRIES, 4))
             candidates = _candidates(width, height, numbers.double().numpy())
             allowed = _deviation(table, candidates) >= _LEAST_DEVIATION
-            for box in taken:
+            for box in avoided:
                 allowed &= overlap(candidates, box) <= max_overlap
             done = allowed.any(axis=1)
             boxes[waiting.numpy()[done]] = candidates[done, allowed[done].argmax(axis=1)]

@@ -186,7 +186,7 @@ def random_split(count: int, sizes: SplitOptions, train_in_database: bool = True
     return Indices(training, queries, pool[:database])
 
 
-def drawn_split(labels: Tensor, names: Sequence[str], splits: SplitOptions) -> Indices:
+def sampled_split(labels: Tensor, names: Sequence[str], splits: SplitOptions) -> Indices:
     """A split of (N, C) multi-hot ``labels``: ``random`` (the default), or ``balanced`` over the classes."""
     if splits.split in (None, "random"):
         return random_split(len(labels), splits, train_in_database=splits.train is None)
@@ -266,11 +266,11 @@ def stable_subset(split: Split, count: int) -> Tensor:
     for position in sorted(range(len(split)), key=lambda i: (keys[i], first[i])):
         strata.setdefault(first[position], []).append(position)
     shares = {label: count * len(members) / len(split) for label, members in strata.items()}
-    taken = {label: int(value) for label, value in shares.items()}
-    by_remainder = sorted(shares, key=lambda label: (taken[label] - shares[label], label))
-    for label in by_remainder[: count - sum(taken.values())]:
-        taken[label] += 1
-    subset = [position for label, members in strata.items() for position in members[: taken[label]]]
+    counts = {label: int(value) for label, value in shares.items()}
+    by_remainder = sorted(shares, key=lambda label: (counts[label] - shares[label], label))
+    for label in by_remainder[: count - sum(counts.values())]:
+        counts[label] += 1
+    subset = [position for label, members in strata.items() for position in members[: counts[label]]]
     return torch.tensor(sorted(subset, key=lambda i: (keys[i], first[i])))
 
 

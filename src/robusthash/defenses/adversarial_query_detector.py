@@ -62,7 +62,7 @@ class DenoisedHasher(ViewedHasher):
 @register("gradient-view", "denoised")
 @dataclass(frozen=True)
 class Denoised(GradientView):
-    """The victim with the logits of each denoised input beside those of the input."""
+    """The victim with the logits of each denoised input next to those of the input."""
 
     def __call__(self, victim: Hasher) -> ViewedHasher:
         return DenoisedHasher(victim, victim)

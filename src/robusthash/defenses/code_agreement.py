@@ -69,11 +69,11 @@ class AgreeingHasher(ViewedHasher):
         images = inputs["image"]
         saved = with_gradient_of(jpeg(images, self.agreement.quality), images)
         changed = [saved, crop(images, self.agreement.cut)]
-        seen = [outputs["image"], *(self.gradients({"image": each})["image"] for each in changed)]
-        draws = torch.stack([output.logits for output in seen])
-        codes = torch.stack([output.code for output in seen])
-        aux = {**seen[0].aux, "draws": draws, "draws/code": codes}
-        return {**outputs, "image": replace(seen[0], aux=aux)}
+        views = [outputs["image"], *(self.gradients({"image": each})["image"] for each in changed)]
+        draws = torch.stack([output.logits for output in views])
+        codes = torch.stack([output.code for output in views])
+        aux = {**views[0].aux, "draws": draws, "draws/code": codes}
+        return {**outputs, "image": replace(views[0], aux=aux)}
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ class Asymmetric(Recipe):
         database: Literal["learned", "network"] = "learned",
     ) -> None:
         if not isinstance(objective, ADSH):
-            given = type(objective).__name__
-            raise ValueError(f"the recipe 'asymmetric' solves codes of the objective 'adsh', not of {given}")
+            passed = type(objective).__name__
+            raise ValueError(f"the recipe 'asymmetric' solves codes of the objective 'adsh', not of {passed}")
         if len(hasher.modalities) != 1:
             has = list(hasher.modalities)
             raise ValueError(f"asymmetric training is for one modality, and this hasher has {has}")

@@ -97,8 +97,8 @@ class PseudoLabels(AdversarialTraining):
     def pool(self, epoch: int) -> Tensor | None:
         count = min(self.unlabelled, self.epoch_items(self.labelled) - self.labelled)
         generator = self.draws.within(epoch).generator()
-        drawn = torch.randperm(self.unlabelled, generator=generator)[:count]
-        return torch.cat([torch.arange(self.labelled), self.labelled + drawn])
+        sample = torch.randperm(self.unlabelled, generator=generator)[:count]
+        return torch.cat([torch.arange(self.labelled), self.labelled + sample])
 
     def epoch_items(self, train: int) -> int:
         return round(train / (1.0 - self.share))

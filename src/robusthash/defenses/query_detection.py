@@ -32,7 +32,7 @@ Verdict = Literal["answer", "slow", "refuse"]
 
 @dataclass(frozen=True)
 class DetectionLimits:
-    """When queries are near duplicates, how many may be, and how much is remembered.
+    """Limits of detection: the distance of near duplicates, how many may be, and how much is remembered.
 
     Attributes:
         own: different near duplicates of a query that its client may have sent before it is refused.

@@ -93,10 +93,10 @@ def wrong_labels(probabilities: Tensor, labels: Tensor) -> Tensor:
     ``probabilities`` (B, C) are from the ungated features of the attacked item.
     """
     foreign = labels == 0
-    taken = (probabilities >= 0.5) & foreign
+    predicted = (probabilities >= 0.5) & foreign
     first = probabilities.masked_fill(~foreign, -1.0).argmax(1)
     likeliest = F.one_hot(first, labels.shape[1]).bool() & foreign
-    return torch.where(taken.any(1, keepdim=True), taken, likeliest).to(labels.dtype)
+    return torch.where(predicted.any(1, keepdim=True), predicted, likeliest).to(labels.dtype)
 
 
 @register("outer", "sfcl", paper="SFCL, ICMR 2026", evidence="paper", state="measured")

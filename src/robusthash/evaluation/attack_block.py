@@ -65,8 +65,9 @@ class AttackedBlock:
         steps, (queries, items) = int(self.fitted.max()), self.learned.amax(0).tolist()
         if not steps:
             return ()
-        seen = f", on {items} training items" * bool(items) + f", by {queries} oracle queries" * bool(queries)
-        return (f"{'learned' if seen else 'fitted to the victim'} in {steps} steps{seen}",)
+        needs = f", on {items} training items" * bool(items)
+        needs += f", by {queries} oracle queries" * bool(queries)
+        return (f"{'learned' if needs else 'fitted to the victim'} in {steps} steps{needs}",)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Plain arrays for a file."""

@@ -38,7 +38,7 @@ class AttackSpec(Protocol):
     def targeted(self) -> bool: ...
 
     def settings(self) -> dict[str, Any]:
-        """Everything that its result depends on beside the context, as plain data (``core.identity``).
+        """Everything that its result depends on besides the context, as plain data (``core.identity``).
 
         Blocks stored under other settings are not taken.
         """
@@ -67,7 +67,7 @@ class GradientAttack:
     Args:
         attack: one of several restarts returns the best of its own; give it 1 where the spec has several.
         view: victim -> what is differentiated; the victim itself by default. Codes are always the victim's.
-        seen: name of the view, "" for the victim itself.
+        view_name: name of the view, "" for the victim itself.
     """
 
     name: str
@@ -75,10 +75,10 @@ class GradientAttack:
     restarts: int = 1
     kind: Kind = "white-box"
     view: Callable[[Hasher], Hasher] | None = None
-    seen: str = ""
+    view_name: str = ""
 
     def __post_init__(self) -> None:
-        if (self.view is None) != (not self.seen):
+        if (self.view is None) != (not self.view_name):
             raise ValueError(f"the attack {self.name!r} needs a view and its name, or neither")
         if self.attack.restarts != 1 and self.restarts != 1:
             raise ValueError(f"the attack {self.name!r} counts restarts twice; give its attack 1")
@@ -95,7 +95,7 @@ class GradientAttack:
         if self.view is None:
             return {"attack": self.attack.settings()}
         # a function shows no parameters, so the author of the spec named it
-        view = self.seen if isroutine(self.view) else describe(self.view)
+        view = self.view_name if isroutine(self.view) else describe(self.view)
         return {"attack": self.attack.settings(), "view": view}
 
     def fitted(self, context: EvaluationContext) -> GradientAttack:
@@ -114,7 +114,7 @@ class GradientAttack:
 
 @dataclass(frozen=True)
 class OwnAttack(GradientAttack):
-    """An attack that a user set beside those of a tier.
+    """An attack that a user adds to those of a tier.
 
     Args:
         source: digests of its code where that is a plug-in; blocks of another version are not taken.

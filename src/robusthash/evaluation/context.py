@@ -1,4 +1,4 @@
-"""The evaluation context: all that stands still while a victim is attacked."""
+"""The evaluation context: all that is fixed while a victim is attacked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from robusthash.core.runtime import Draws, Progress, silent
 from robusthash.core.types import Batch, Codes, Reference
 from robusthash.data.base import RetrievalData, Split
 from robusthash.data.splits import stable_subset
-from robusthash.evaluation.victim_scale import MEASURED, LogitScale, logit_scale
+from robusthash.evaluation.logit_scale import MEASURED, LogitScale, logit_scale
 from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.distance_histogram import Prepared, prepare, prepared_counts
 from robusthash.metrics.embedding_measures import embedding_ap
@@ -38,7 +38,7 @@ class EvaluationContext:
 
     The database is clean and encoded once, by ``victim.for_database()``, before any attack, unless learned
     codes are given. Queries that share no label with any item are counted, and under ``empty: skip`` of the
-    protocol not asked.
+    protocol left out.
     """
 
     victim: Hasher
@@ -199,7 +199,7 @@ class EvaluationContext:
         """Block number ``block`` of the queries, on the victim's device; ids are query positions.
 
         Args:
-            modalities: beside that of the query, as where both are attacked together.
+            modalities: besides that of the query, as where both are attacked together.
         """
         positions = torch.arange(len(self.queries)).split(self.batch_size)[block]
         return self.queries.batch(positions).only({self.direction[0], *modalities}).to(self.victim.device)
@@ -255,18 +255,18 @@ def _labels(split: Split) -> Tensor:
     return split.labels
 
 
-def _asked(queries: Split, database: Split, protocol: Protocol) -> tuple[Split, int]:
+def _scored_queries(queries: Split, database: Split, protocol: Protocol) -> tuple[Split, int]:
     """The queries that a protocol scores, and the number of those that it skips."""
     if protocol.empty != "skip":
         return queries, 0
-    found = has_relevant(_labels(queries), _labels(database))
-    if not found.any():
+    answerable = has_relevant(_labels(queries), _labels(database))
+    if not answerable.any():
         raise ValueError(
             f"none of the {len(queries)} queries has a relevant item in the database, and the protocol skips "
             "such queries; look at the labels of both ('robusthash data check')"
         )
-    left_out = int((~found).sum())
-    return (queries.take(torch.nonzero(found).flatten()) if left_out else queries), left_out
+    left_out = int((~answerable).sum())
+    return (queries.take(torch.nonzero(answerable).flatten()) if left_out else queries), left_out
 
 
 def make_context(
@@ -310,7 +310,7 @@ def make_context(
         positions = stable_subset(split, queries)
         if queries < len(split):
             split, chosen = split.take(positions), by_content(queries, data.query)
-    split, left_out = _asked(split, data.database, protocol)
+    split, left_out = _scored_queries(split, data.database, protocol)
     chosen += f", {left_out} without a relevant item left out" * bool(left_out)
     notes: list[str] = []
 

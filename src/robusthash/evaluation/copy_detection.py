@@ -74,7 +74,7 @@ class CopyScores:
     ap: Tensor  # (Q,) float64 1 / rank of the copy, in expectation over ties
     first: Tensor  # (Q,) float64 chance that the copy comes first
     bits: Tensor  # (Q,) distance to the copy: int64 bits, or float64 of vectors
-    rows: Tensor  # (Q, K) the signs, or vectors, that asked
+    rows: Tensor  # (Q, K) the signs, or vectors, of the queries
     kind: CategoryScores | None = None  # where the kinds are known
 
     def within(self, radius: float) -> Tensor:

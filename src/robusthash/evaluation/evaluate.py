@@ -86,7 +86,7 @@ def attack_all(
     """
     spec = GradientAttack(name or attack.name, attack)
     if gradients is not None:
-        spec = replace(spec, view=lambda _: gradients, seen="given")
+        spec = replace(spec, view=lambda _: gradients, view_name="given")
     return BlockRunner(context, store).queries(spec, progress=progress)
 
 
@@ -315,9 +315,9 @@ def worst(
     names = {name: str(replace(MeasureKey.parse(name), role="worst")) for name in cases}
     values = {names[name]: case.mean for name, case in cases.items()}
     per_query = {names[name]: case.values for name, case in cases.items()}
-    found = cases[headline]
-    chance = torch.full_like(found.values, clean.reference["chance"])
-    columns = torch.stack([clean.per_query[headline], found.values, chance], 1).nan_to_num(0.0)
+    lowest_case = cases[headline]
+    chance = torch.full_like(lowest_case.values, clean.reference["chance"])
+    columns = torch.stack([clean.per_query[headline], lowest_case.values, chance], 1).nan_to_num(0.0)
     values["HRS"] = float(robustness.hrs(*(column.mean().reshape(1) for column in columns.T))[0])
     spans = intervals(per_query)
     spans["HRS"] = bootstrap_interval(columns, lambda means: robustness.hrs(*means.T))
@@ -328,12 +328,12 @@ def worst(
         interval=spans,
         reference={**clean.reference, "clean": clean.values[headline]},
         empty=clean.empty,
-        winner=found.winner,
+        winner=lowest_case.winner,
         groups=group_scores(per_query, context.queries.groups),
         attacks={
             name: {
                 headline: result.values[headline],
-                "unique wins": float(found.unique_wins.get(name, 0)),
+                "unique wins": float(lowest_case.unique_wins.get(name, 0)),
                 **{n: value for n, value in result.values.items() if n == key.name("targeted")},
             }
             for name, result in results.items()

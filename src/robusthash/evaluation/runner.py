@@ -56,7 +56,7 @@ class NoStore:
 
 
 @contextmanager
-def passes_shown(victim: Hasher, progress: Progress, title: str, total: int = 0) -> Iterator[None]:
+def pass_progress(victim: Hasher, progress: Progress, title: str, total: int = 0) -> Iterator[None]:
     """Show the forward passes of a victim as the progress of what calls it inside.
 
     Args:
@@ -281,10 +281,10 @@ def corner_start(threat: Threat, origin: Inputs, ids: Tensor, draws: Draws) -> I
     """A random corner of the ball for each item: the farthest start (of edits: all spent at random)."""
     if threat.edits:
         return threat.random_start(origin, ids, draws)
-    drawn = {
+    numbers = {
         name: draws.within("corner", name).uniform(ids, origin[name].shape[1:]).to(origin[name].dtype)
         for name in threat.balls
     }
-    corner = threat.corner(drawn)
+    corner = threat.corner(numbers)
     moved = {name: origin[name] + threat.balls[name].eps * step for name, step in corner.items()}
     return threat.project(moved, origin)

@@ -158,8 +158,8 @@ class CodeIndex(ABC):
             self._check_origin(codes.origin)
             return Added(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
         with self._lock:
-            given, held = self._write(new, choice)
-        return Added(torch.from_numpy(given), torch.from_numpy(held))
+            stored_ids, held = self._write(new, choice)
+        return Added(torch.from_numpy(stored_ids), torch.from_numpy(held))
 
     def search(self, codes: CodesLike, k: int, where: Where | None = None) -> Ranking:
         """The ``k`` nearest items of each of Q query codes, k >= 1: (Q, k), -1 where there are fewer.
@@ -173,8 +173,8 @@ class CodeIndex(ABC):
             k = min(k, max(len(view), _MOST_EMPTY))
         ids = np.full((len(queries), k), -1, dtype=np.int64)
         distances = np.full((len(queries), k), -1, dtype=np.int32)
-        found, near = view.search(queries, k)
-        ids[:, : found.shape[1]], distances[:, : found.shape[1]] = found, near
+        nearest_ids, near = view.search(queries, k)
+        ids[:, : nearest_ids.shape[1]], distances[:, : nearest_ids.shape[1]] = nearest_ids, near
         cut = torch.full((len(queries),), not view.exact)
         return Ranking(torch.from_numpy(ids), torch.from_numpy(distances), cut)
 
@@ -241,11 +241,11 @@ class CodeIndex(ABC):
         """Up to ``most`` different values of a payload key; none where no item has it."""
 
     @abstractmethod
-    def made_of(self) -> Any:
-        """The note that ``set_made_of`` wrote last; None where there is none."""
+    def build_source(self) -> Any:
+        """The note that ``set_build_source`` wrote last; None where there is none."""
 
     @abstractmethod
-    def set_made_of(self, made_of: Mapping[str, Any]) -> None:
+    def set_build_source(self, source: Mapping[str, Any]) -> None:
         """Note as JSON what the index is made of: the run that encodes for it, say."""
 
     @abstractmethod
@@ -299,11 +299,11 @@ class CodeIndex(ABC):
         with self._lock:
             return self._view(allowed)
 
-    def _check_origin(self, given: str) -> None:
-        """Refuse codes of another origin; whether an item is held is asked only where it matters."""
+    def _check_origin(self, origin: str) -> None:
+        """Refuse codes of another origin; whether an item is held is looked up only where it matters."""
         with self._lock:
-            if given != self._stored_origin():
-                check_origin(given, self.origin)
+            if origin != self._stored_origin():
+                check_origin(origin, self.origin)
 
     def _query_rows(self, codes: CodesLike) -> np.ndarray:
         """Packed rows of query codes that fit the codes held in length and origin."""

@@ -28,7 +28,7 @@ class FileIndex(CodeIndex):
 
     The engine follows this object's writes; of those of other processes it reads the rows that have changed,
     and all rows where these are more than 100,000. Writers wait for each other. The child of a fork opens the
-    store anew. A store that cannot be written, on a read-only disk say, is searched all the same.
+    store again. A store that cannot be written, on a read-only disk say, is searched all the same.
 
     Args:
         directory: of the store; it may hold other files as well.
@@ -95,11 +95,11 @@ class FileIndex(CodeIndex):
         with self._lock:
             return self._opened().values(key, most)
 
-    def made_of(self) -> Any:
-        return made_of(self._directory)
+    def build_source(self) -> Any:
+        return build_source_of(self._directory)
 
-    def set_made_of(self, made_of: Mapping[str, Any]) -> None:
-        _write_made_of(self._directory, made_of)
+    def set_build_source(self, source: Mapping[str, Any]) -> None:
+        _write_build_source(self._directory, source)
 
     def snapshot(self, directory: str | Path) -> None:
         target = Path(directory)
@@ -107,8 +107,8 @@ class FileIndex(CodeIndex):
             raise FileExistsError(f"{target} exists already; give a snapshot a new directory")
         with self._lock:
             self._opened().copy_to(target)
-            if (source := made_of(self._directory)) is not None:
-                _write_made_of(target, source)
+            if (source := build_source_of(self._directory)) is not None:
+                _write_build_source(target, source)
 
     def info(self) -> dict[str, Any]:
         with self._lock:
@@ -125,12 +125,10 @@ class FileIndex(CodeIndex):
                 self._store = None
 
     def _write(self, new: NewItems, on_duplicate: str) -> tuple[np.ndarray, np.ndarray]:
-        given, held, self._origin = self._opened().add(new, on_duplicate)
-        written = ~held if on_duplicate == "skip" else np.ones(len(given), dtype=bool)
-        self._pending.append(
-            (given[written], new.codes[written])
-        )  # copies: the caller may write into its own
-        return given, held
+        ids, held, self._origin = self._opened().add(new, on_duplicate)
+        written = ~held if on_duplicate == "skip" else np.ones(len(ids), dtype=bool)
+        self._pending.append((ids[written], new.codes[written]))  # copies: the caller may write into its own
+        return ids, held
 
     def _delete(self, which: Which) -> int:
         engine = self._current()  # before: what others write after the removal must be read, not passed over
@@ -216,12 +214,12 @@ def _open_store(directory: Path, bits: int | None, engine: str, create: bool, wa
     return Store(directory, wait)
 
 
-def _write_made_of(directory: Path, made_of: Mapping[str, Any]) -> None:
+def _write_build_source(directory: Path, source: Mapping[str, Any]) -> None:
     with write_aside(directory / _MADE_OF) as aside:
-        aside.write_text(json_text(made_of))
+        aside.write_text(json_text(source))
 
 
-def made_of(directory: Path) -> Any:
-    """``CodeIndex.made_of`` of the index in a directory, whose store is not opened."""
+def build_source_of(directory: Path) -> Any:
+    """``CodeIndex.build_source`` of the index in a directory, whose store is not opened."""
     file = directory / _MADE_OF
     return read_json(file) if file.is_file() else None

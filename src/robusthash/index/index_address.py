@@ -86,7 +86,7 @@ def address_of(index: str | os.PathLike[str]) -> str:
     return text if text.startswith(("file:", *_SERVERS)) or "://" in text else f"file:{text}"
 
 
-def shown_address(index: str | os.PathLike[str]) -> str:
+def address_without_password(index: str | os.PathLike[str]) -> str:
     """An address or a directory for people, without a password."""
     text = os.fspath(index)
     return str(ServerAddress.read(text)) if text.startswith(_SERVERS) else text

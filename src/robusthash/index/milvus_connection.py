@@ -41,7 +41,7 @@ logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
 
 
 class MilvusConnection:
-    """Calls of a ``MilvusClient``, which is made by the first call, and anew in the child of a fork."""
+    """Calls of a ``MilvusClient``, which is made by the first call, and again in the child of a fork."""
 
     def __init__(self, address: ServerAddress) -> None:
         self.address = address
@@ -95,15 +95,15 @@ class MilvusConnection:
     def _error(self, error: Exception) -> Exception:
         cause = error.__cause__  # which the client leaves out of what it says of a failed connection
         details = cause.details() if isinstance(cause, grpc.Call) else ""
-        said = self.address.without_secrets(details or getattr(error, "message", "") or error)
-        low = said.lower()
+        text = self.address.without_secrets(details or getattr(error, "message", "") or error)
+        low = text.lower()
         if any(words in low for words in _REFUSED):
-            return PermissionError(f"{self.address} refuses the user ({said:.200}); check name and password")
+            return PermissionError(f"{self.address} refuses the user ({text:.200}); check name and password")
         code = getattr(error, "code", None)
         if code == 65535 or any(words in low for words in _OTHER):
-            return ServerRefused(f"{self.address} refuses it: {said:.300}")
+            return ServerRefused(f"{self.address} refuses it: {text:.300}")
         self.close()  # the next call makes another connection
         return ConnectionError(
-            f"{self.address} does not answer ({said:.200}); start the server or check the address. "
+            f"{self.address} does not answer ({text:.200}); start the server or check the address. "
             "A write under way may be there or not: repeat it by key"
         )

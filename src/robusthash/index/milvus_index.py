@@ -60,16 +60,16 @@ class MilvusIndex(ServerIndex):
         self._saves = 2 if self._server_link.version() < _SAVES_AT_ONCE else 1
         if not call("has_collection", name):
             self._make(self._refuse_missing(bits, create), engine or self.ENGINES[0])
-        made_with = str(self._settings()["engine"])
-        if engine not in (None, made_with):
+        stored_engine = str(self._settings()["engine"])
+        if engine not in (None, stored_engine):
             raise ValueError(
-                f"{self.address} was made with the engine {made_with!r}, asked for {engine!r}; "
+                f"{self.address} was made with the engine {stored_engine!r}, asked for {engine!r}; "
                 "leave the engine out, or build another collection"
             )
         if "code" not in call("list_indexes", name):  # its maker was killed in the middle
-            self._make_search(made_with)
+            self._make_search(stored_engine)
         call("load_collection", name, timeout=_LOADING)  # that of the address is for answers
-        return made_with
+        return stored_engine
 
     def _make(self, bits: int, engine: str) -> None:
         from pymilvus import DataType, MilvusClient

@@ -57,7 +57,7 @@ class Scan:
         answers = []
         for start in range(0, len(queries), max(1, _TOGETHER // limit)):
             part = queries[start : start + max(1, _TOGETHER // limit)]
-            for query, (ids, distances) in zip(part, self._ask(part, limit), strict=True):
+            for query, (ids, distances) in zip(part, self._request(part, limit), strict=True):
                 full = len(ids) == limit
                 if self.exact and full and distances[k - 1] == distances[-1]:
                     ids, distances = self._with_ties(query, ids, distances, k)
@@ -81,7 +81,7 @@ class Scan:
         nearer = distances < tied
         missing, last = k - int(nearer.sum()), _LAST
         while True:
-            equal, _ = self._ask(query[None], _LIMIT, (int(tied), int(tied)), (0, last))[0]
+            equal, _ = self._request(query[None], _LIMIT, (int(tied), int(tied)), (0, last))[0]
             if len(equal) < _LIMIT:
                 break
             last = int(np.partition(equal, missing - 1)[missing - 1])
@@ -91,14 +91,14 @@ class Scan:
 
     def _within(self, query: np.ndarray, radius: int, first: int, last: int) -> Neighbours:
         """All within the radius with ids from ``first`` to ``last``; halved where Milvus would cut."""
-        ids, distances = self._ask(query[None], _LIMIT, (0, radius), (first, last))[0]
+        ids, distances = self._request(query[None], _LIMIT, (0, radius), (first, last))[0]
         if len(ids) < _LIMIT:
             return ids, distances
         middle = int(np.partition(ids, len(ids) // 2 - 1)[len(ids) // 2 - 1])
         low, high = self._within(query, radius, first, middle), self._within(query, radius, middle + 1, last)
         return np.concatenate([low[0], high[0]]), np.concatenate([low[1], high[1]])
 
-    def _ask(
+    def _request(
         self,
         queries: np.ndarray,
         limit: int,

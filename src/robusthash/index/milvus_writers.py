@@ -25,16 +25,16 @@ class WriterLock:
     def __init__(self, connection: MilvusConnection, collection: str, address: str) -> None:
         self._connection, self._address = connection, address
         self._prefix = f"{collection}__writer_"
-        self._number, self._taken = 0, 0.0
+        self._number, self._taken_at = 0, 0.0
 
     def __enter__(self) -> Self:
-        end, seen, since = time.monotonic() + _WAIT, ("", 0), 0.0
+        end, last_holder, since = time.monotonic() + _WAIT, ("", 0), 0.0
         while True:
             before = self._numbers()
             top = max(before, default=0)
             holder = (self._holder(top), top)
-            if holder != seen:
-                seen, since = holder, time.monotonic()
+            if holder != last_holder:
+                last_holder, since = holder, time.monotonic()
             dead = time.monotonic() - since > _DEAD
             if (top == 0 or dead) and self._take(top + 1):
                 if set(self._numbers()) <= {*before, top + 1}:
@@ -57,7 +57,7 @@ class WriterLock:
         Raises:
             TimeoutError: another writer took over, because this one was silent for 15 seconds.
         """
-        if time.monotonic() - self._taken < _DEAD / 3:
+        if time.monotonic() - self._taken_at < _DEAD / 3:
             return
         old = self._number
         if not self._take(old + 1):
@@ -86,7 +86,7 @@ class WriterLock:
             self._connection.call("create_collection", f"{self._prefix}{number}", schema=schema)
         except ValueError:  # it exists, with the token of another
             return False
-        self._number, self._taken = number, time.monotonic()
+        self._number, self._taken_at = number, time.monotonic()
         return True
 
     def _drop(self, number: int) -> None:

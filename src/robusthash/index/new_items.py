@@ -78,14 +78,14 @@ def _duplicate(new: NewItems, ids: np.ndarray, at: int) -> str:
 def check_choice(on_duplicate: str) -> None:
     """Refuse what is no way to treat an item that is held."""
     if on_duplicate not in _DUPLICATES:
-        given = f"got {on_duplicate!r}"
-        raise ValueError(f"on_duplicate (--on-duplicate) is one of {', '.join(_DUPLICATES)}, {given}")
+        got = f"got {on_duplicate!r}"
+        raise ValueError(f"on_duplicate (--on-duplicate) is one of {', '.join(_DUPLICATES)}, {got}")
 
 
-def check_origin(given: str, held: str) -> None:
-    """Refuse codes of origin ``given`` next to codes of origin ``held``; "" is unknown and fits any."""
-    if given and held and given != held:
+def check_origin(added: str, held: str) -> None:
+    """Refuse codes of origin ``added`` next to codes of origin ``held``; "" is unknown and fits any."""
+    if added and held and added != held:
         raise ValueError(
-            f"codes of origin {given!r} do not fit an index of origin {held!r}: distances mean nothing; "
+            f"codes of origin {added!r} do not fit an index of origin {held!r}: distances mean nothing; "
             f"encode with the model of origin {held!r} (--run on the command line), or build a new index"
         )

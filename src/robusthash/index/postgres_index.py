@@ -269,7 +269,7 @@ class PostgresIndex(ServerIndex):
         return self._connection.info.transaction_status in (status.INTRANS, status.ACTIVE)
 
     def _connected(self) -> psycopg.Connection[Any]:
-        """The connection, opened anew where it broke or belongs to the parent of a fork."""
+        """The connection, opened again where it broke or belongs to the parent of a fork."""
         if self._connection is None or self._connection.closed or self._process != os.getpid():
             self._process, self._connection = os.getpid(), None
             self._connection = psycopg.connect(
@@ -287,25 +287,25 @@ class PostgresIndex(ServerIndex):
                 f"another process has been writing to {self.address} for {_WAIT} s; try again later"
             ) from None
         except (errors.UndefinedTable, errors.UndefinedColumn, errors.DatatypeMismatch) as error:
-            said = self._server.without_secrets(error.diag.message_primary)
+            message = self._server.without_secrets(error.diag.message_primary)
             raise ServerRefused(
-                f"the tables at {self.address} are not those of an index ({said}); name another collection"
+                f"the tables at {self.address} are not those of an index ({message}); name another collection"
             ) from None
         except (errors.InsufficientPrivilege, errors.InvalidPassword) as error:
-            said = self._server.without_secrets(error.diag.message_primary or error)
-            raise PermissionError(f"{self.address} refuses it: {said}") from None
+            message = self._server.without_secrets(error.diag.message_primary or error)
+            raise PermissionError(f"{self.address} refuses it: {message}") from None
         except psycopg.Error as error:
             raise self._failure(self._server.without_secrets(error)) from None
 
-    def _failure(self, said: str) -> Exception:
-        if "password" in said or "role " in said or "pg_hba" in said:
-            return PermissionError(f"{self.address} refuses the user ({said}); check name and password")
-        if said.endswith("does not exist") and "database" in said:
-            return ValueError(f"{self.address}: {said}; make the database, or check the address")
-        if 'extension "vector"' in said:
-            return ValueError(f"the server of {self.address} lacks pgvector ({said}); install it there")
+    def _failure(self, message: str) -> Exception:
+        if "password" in message or "role " in message or "pg_hba" in message:
+            return PermissionError(f"{self.address} refuses the user ({message}); check name and password")
+        if message.endswith("does not exist") and "database" in message:
+            return ValueError(f"{self.address}: {message}; make the database, or check the address")
+        if 'extension "vector"' in message:
+            return ValueError(f"the server of {self.address} lacks pgvector ({message}); install it there")
         return ConnectionError(
-            f"{self.address} does not answer ({said}); start the server or check the address. "
+            f"{self.address} does not answer ({message}); start the server or check the address. "
             "A write under way may be there or not: repeat it by key"
         )
 

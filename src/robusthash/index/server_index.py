@@ -87,13 +87,13 @@ class ServerIndex(CodeIndex):
         with self._lock:
             return int(self._settings()["next_id"])
 
-    def made_of(self) -> Any:
+    def build_source(self) -> Any:
         with self._lock:
             return self._settings().get("made_of")
 
-    def set_made_of(self, made_of: Mapping[str, Any]) -> None:
+    def set_build_source(self, source: Mapping[str, Any]) -> None:
         with self._lock:
-            self._set({"made_of": made_of})
+            self._set({"made_of": source})
 
     def values(self, key: str, most: int = 10) -> list[Any]:
         check_key(key)
@@ -155,7 +155,7 @@ class ServerIndex(CodeIndex):
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """``bits, format, origin, next_id, engine`` and ``made_of`` as they are now."""
+        """``bits, format, origin, next_id, engine`` and ``made_of``, the source, as they are now."""
 
     @abstractmethod
     def _set(self, settings: Mapping[str, Any]) -> None:

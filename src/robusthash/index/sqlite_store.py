@@ -60,7 +60,7 @@ class Store:
     def _connect(self) -> None:
         refuse_part_page(self.path)
         self._state, self._opened = self._file_state(), self._opened + 1
-        # a log beside a file that cannot be written is another's work in progress; without one, no lock is
+        # a log next to a file that cannot be written is another's work in progress; without one, no lock is
         # needed, and none could be written
         mode = "mode=rw" if self.writable else "mode=ro" if self._state[2] else "mode=ro&immutable=1"
         with self._errors():
@@ -277,10 +277,10 @@ class Store:
         """(key, id, stamp) of the keys that are held."""
         if self.format() == 1:
             return []
-        query, found = f"SELECT key, id, stamp FROM keys WHERE key {IN_LIST}", []
+        query, rows = f"SELECT key, id, stamp FROM keys WHERE key {IN_LIST}", []
         for start in range(0, len(keys), _CHUNK):
-            found += self._all(query, json.dumps(list(keys[start : start + _CHUNK])))
-        return found
+            rows += self._all(query, json.dumps(list(keys[start : start + _CHUNK])))
+        return rows
 
     def remove(self, which: Which) -> np.ndarray:
         """Delete items in one transaction; returns the ids of those that were held."""

@@ -48,7 +48,7 @@ class Groups:
     relevant: Tensor  # r, int64
     before: Tensor  # items strictly before the group
     relevant_before: Tensor
-    taken: Tensor  # m: the part of the group above the cut
+    above_cut: Tensor  # m: the part of the group above the cut
     ones: Tensor  # A = sum_{j=1..m} 1 / (before + j), float64
     steps: Tensor  # B = sum_{j=1..m} (j - 1) / (before + j), float64
 
@@ -58,14 +58,14 @@ class Groups:
         if k is not None and k < 1:
             raise ValueError(f"k must be at least 1, got {k}; the whole database is k=None")
         before = items.cumsum(1) - items
-        taken = items if k is None else torch.minimum((k - before).clamp(min=0), items)
-        ones = harmonic(before, taken)
-        steps = taken - (before + 1) * ones
-        return cls(items, relevant, before, relevant.cumsum(1) - relevant, taken, ones, steps)
+        above_cut = items if k is None else torch.minimum((k - before).clamp(min=0), items)
+        ones = harmonic(before, above_cut)
+        steps = above_cut - (before + 1) * ones
+        return cls(items, relevant, before, relevant.cumsum(1) - relevant, above_cut, ones, steps)
 
     def hits(self) -> Tensor:
         """(Q,) relevant items above the cut, whole groups only."""
-        return torch.where(self.taken == self.items, self.relevant, 0).sum(1)
+        return torch.where(self.above_cut == self.items, self.relevant, 0).sum(1)
 
 
 def share(part: Tensor, whole: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def average_precision(
     sums = _expected_sums(groups)
     if denominator != "hits":
         return share(sums.sum(1), divisor)
-    split = (groups.taken > 0) & (groups.taken < groups.items)
+    split = (groups.above_cut > 0) & (groups.above_cut < groups.items)
     sums_before = torch.where(split, 0.0, sums).sum(1)
     whole = share(sums_before, groups.hits())
     queries, columns = torch.nonzero(split, as_tuple=True)  # at most one group of a query is split
@@ -139,9 +139,9 @@ def _ordered_sums(groups: Groups, ties: Ties) -> tuple[Tensor, Tensor]:
     """(Q,) hits and (Q,) sum of precisions with the relevant items first or last within each group."""
     irrelevant = groups.items - groups.relevant
     if ties == "optimistic":
-        hits, start = torch.minimum(groups.relevant, groups.taken), groups.before
+        hits, start = torch.minimum(groups.relevant, groups.above_cut), groups.before
     else:
-        hits, start = (groups.taken - irrelevant).clamp(min=0), groups.before + irrelevant
+        hits, start = (groups.above_cut - irrelevant).clamp(min=0), groups.before + irrelevant
     # sum_{j=1..hits} (rb + j) / (start + j)
     sums = hits + (groups.relevant_before - start) * harmonic(start, hits)
     return hits.sum(1), sums.sum(1)
@@ -156,7 +156,7 @@ def _over_random_hits(groups: Groups, queries: Tensor, columns: Tensor, sums_bef
     """
     n, r, m, rb = (
         getattr(groups, name)[queries, columns][:, None]
-        for name in ("items", "relevant", "taken", "relevant_before")
+        for name in ("items", "relevant", "above_cut", "relevant_before")
     )
     ones, steps = groups.ones[queries, columns][:, None], groups.steps[queries, columns][:, None]
     mean = m.to(torch.float64) * r / n

@@ -328,7 +328,7 @@ def load_protocol(protocol: str | Mapping[str, Any] | Protocol) -> Protocol:
 
 
 @register("protocol", "house")
-def house(targets: int = TARGETS, empty: Empty = "zero") -> Protocol:
+def default_protocol(targets: int = TARGETS, empty: Empty = "zero") -> Protocol:
     """MAP over the whole database and MAP@5000 (hits and mink), tie-expected, with graded measures and PR.
 
     The default. ``tie_gap`` is the luck of the order within ties. In every protocol queries without a

@@ -146,14 +146,14 @@ def ap_in_order(hit: Tensor, k: int | None, denominator: LegacyDenominator) -> T
     size = hit.shape[1]
     cut = size if k is None else min(k, size)
     ranks = torch.arange(1, size + 1, dtype=torch.float64)
-    seen = hit.cumsum(1)
-    total = seen[:, -1]
+    hits_so_far = hit.cumsum(1)
+    total = hits_so_far[:, -1]
     if denominator == "first-k-relevant":
-        counted, divisor = hit & (seen <= cut), total.clamp(max=cut)
+        counted, divisor = hit & (hits_so_far <= cut), total.clamp(max=cut)
     else:
         counted = hit & (ranks <= cut)
         divisor = {"hits": counted.sum(1), "mink": total.clamp(max=cut), "rel": total}[denominator]
-    return share(torch.where(counted, seen / ranks, 0.0).sum(1), divisor)
+    return share(torch.where(counted, hits_so_far / ranks, 0.0).sum(1), divisor)
 
 
 def precision_at(profile: Profile, k: int) -> Tensor:
@@ -171,7 +171,7 @@ def recall_at(profile: Profile, k: int) -> Tensor:
 def _hits(profile: Profile, k: int) -> Tensor:
     """(Q,) expected relevant items in the top k."""
     groups = Groups.cut(profile.items, profile.relevant, k)
-    return (share(profile.relevant, profile.items) * groups.taken).sum(1)
+    return (share(profile.relevant, profile.items) * groups.above_cut).sum(1)
 
 
 def precision_curve(profile: Profile, ranks: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -248,7 +248,7 @@ def ndcg(profile: Profile, k: int | None = None, gain: Gain = "exp") -> Tensor:
     groups = Groups.cut(profile.items, profile.relevant, cut)
     sums = profile.gain_exp if gain == "exp" else profile.gain.to(torch.float64)
     start = groups.before.clamp(max=cut)
-    dcg = (share(sums, profile.items) * (discount[start + groups.taken] - discount[start])).sum(1)
+    dcg = (share(sums, profile.items) * (discount[start + groups.above_cut] - discount[start])).sum(1)
     shared = torch.arange(profile.ideal.shape[1], dtype=torch.float64)
     values = (2**shared - 1 if gain == "exp" else shared).flip(0)
     ends = profile.ideal.flip(1).cumsum(1).clamp(max=cut)
@@ -261,7 +261,7 @@ def acg(profile: Profile, k: int | None = None) -> Tensor:
     """(Q,) expected ACG@k: shared labels per item of the top k."""
     cut = clip_rank(profile, k)
     groups = Groups.cut(profile.items, profile.relevant, cut)
-    return (share(profile.gain, profile.items) * groups.taken).sum(1) / cut
+    return (share(profile.gain, profile.items) * groups.above_cut).sum(1) / cut
 
 
 def wap(profile: Profile) -> Tensor:

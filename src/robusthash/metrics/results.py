@@ -91,7 +91,7 @@ class Setting:
     relevance: str = "own"  # label system that says what is relevant; "own" is that of the data set
 
     @property
-    def asked(self) -> str:
+    def query_description(self) -> str:
         """The queries, and how they were chosen where that is known."""
         return f"{self.queries}, {self.chosen}" if self.chosen else self.queries
 

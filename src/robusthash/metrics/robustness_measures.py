@@ -118,7 +118,7 @@ def _membership(packed: Tensor, database: Codes, k: int) -> Tensor:
     distances = distance(packed, database.packed).to(torch.int64)
     items = torch.zeros(len(packed), database.bits + 1, dtype=torch.int64)
     items.scatter_add_(1, distances, torch.ones_like(distances))
-    return share(Groups.cut(items, items, k).taken, items).gather(1, distances)
+    return share(Groups.cut(items, items, k).above_cut, items).gather(1, distances)
 
 
 @dataclass(frozen=True)
@@ -248,8 +248,8 @@ def _descend(
     packed, values = packed.clone(), score(packed)
     active = torch.arange(len(packed))
     while len(active):  # every turn lowers the AP of the active codes, so it ends
-        tried = packed[active, None] ^ flips
-        lowest, bit = score(tried.flatten(0, 1)).view(len(active), -1).min(1)
+        neighbours = packed[active, None] ^ flips
+        lowest, bit = score(neighbours.flatten(0, 1)).view(len(active), -1).min(1)
         better = lowest < values[active]
         active, bit = active[better], bit[better]
         packed[active] ^= flips[bit]

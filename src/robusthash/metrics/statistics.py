@@ -39,15 +39,15 @@ def resampled_means(values: Tensor, resamples: int = 10_000, draws: Draws = Draw
     means = []
     step = max(1, _BLOCK // count)
     for start in range(0, resamples, step):
-        times = _times_drawn(min(step, resamples - start), count, generator)
+        times = _resample_counts(min(step, resamples - start), count, generator)
         means.append((times @ filled) / (times @ defined.to(torch.float64)))
     return torch.cat(means)
 
 
-def _times_drawn(rows: int, count: int, generator: torch.Generator) -> Tensor:
+def _resample_counts(rows: int, count: int, generator: torch.Generator) -> Tensor:
     """(rows, count) number of times that each item is drawn in ``count`` draws with replacement."""
-    drawn = torch.randint(count, (rows, count), generator=generator) + torch.arange(rows)[:, None] * count
-    return torch.bincount(drawn.flatten(), minlength=rows * count).view(rows, count).to(torch.float64)
+    indices = torch.randint(count, (rows, count), generator=generator) + torch.arange(rows)[:, None] * count
+    return torch.bincount(indices.flatten(), minlength=rows * count).view(rows, count).to(torch.float64)
 
 
 def bootstrap_interval(
@@ -150,8 +150,8 @@ def _hierarchical_means(groups: Sequence[Tensor], resamples: int, draws: Draws) 
     step = max(1, _BLOCK // count)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
-        seed_times = [_times_drawn(rows, len(values), generator) for values in groups]
-        query_times = _times_drawn(rows, count, generator)
+        seed_times = [_resample_counts(rows, len(values), generator) for values in groups]
+        query_times = _resample_counts(rows, count, generator)
         for place, (times, values) in enumerate(zip(seed_times, groups, strict=True)):
             over_seeds = (times @ values.flatten(1)).view(rows, count, -1)
             means[place].append((over_seeds * query_times[..., None]).sum(1) / (len(values) * count))
@@ -190,7 +190,7 @@ def sign_flip_tests(
             large[name] = values.nan_to_num(0.0)  # a zero adds nothing to any pattern
     if large:
         table, generator = torch.stack(list(large.values()), 1), draws.within("sign-flip").generator()
-        p_values.update(zip(large, _drawn_shares(table, flips, generator), strict=True))
+        p_values.update(zip(large, _sampled_shares(table, flips, generator), strict=True))
     return {name: p_values[name] for name in columns}
 
 
@@ -210,7 +210,7 @@ def _exact_share(values: Tensor) -> float:
     return reached / patterns
 
 
-def _drawn_shares(values: Tensor, flips: int, generator: torch.Generator) -> list[float]:
+def _sampled_shares(values: Tensor, flips: int, generator: torch.Generator) -> list[float]:
     """Share of ``flips`` patterns, with the observed one, that reach the sum of each column of (Q, m)."""
     count, total = len(values), values.sum(0)
     threshold = total.abs() - 1e-12 * count

@@ -13,7 +13,7 @@ from robusthash.models.hasher import Encoder
 class CopyNet(Encoder):
     """Residual fully connected layers on the means of blocks of pixels; ours.
 
-    A change of 8/255 is small beside the differences of large blocks, and large beside fine detail, so the
+    A change of 8/255 is small next to the differences of large blocks, and large next to fine detail, so the
     net sees blocks alone.
 
     Args:

@@ -10,7 +10,7 @@ from robusthash.models.purifier import Encode, Purifier
 
 
 class GaussianNoise(Purifier):
-    """x + N(0, sigma^2 I), drawn anew at each call and not cut to [0, 1]; then the purifier that was there.
+    """x + N(0, sigma^2 I), drawn again at each call and not cut to [0, 1]; then the purifier that was there.
 
     Not cut, since a bound on the majority needs noise that is the same around every input.
     """

@@ -96,7 +96,7 @@ class HubCard:
         kinds = {"image": f"images{size}", "text": "texts"}
         encoded = " and ".join(kinds[each] for each in card["modalities"])
         forms = {"image": "pixels in [0, 1]", "text": "texts"}
-        taken = " and ".join(forms[each] for each in card["modalities"])
+        inputs = " and ".join(forms[each] for each in card["modalities"])
         square = [f"| images | central square, by Pillow BICUBIC to {size[4:]} |"] if size else []
         lines = [
             f"# {self.name}",
@@ -108,7 +108,7 @@ class HubCard:
             f"| data | {_cell(self.data) or 'not said'} |",
             f"| method | {_cell(self.method) or 'not said'} |",
             f"| defense | {_cell(declared)} |",
-            f"| input | {taken}; normalisation{' and purifier' * ('purifiers' in card['hasher'])} inside |",
+            f"| input | {inputs}; normalisation{' and purifier' * ('purifiers' in card['hasher'])} inside |",
             *square,
             f"| digest | {card['digest']} |",
             f"| licence | {self.licence} |",

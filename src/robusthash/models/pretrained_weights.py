@@ -62,12 +62,12 @@ def load_weights(
     own = {key.removeprefix(prefix): tensors[old] for key, old in originals.items() if key.startswith(prefix)}
     _check(own, expected, f"weights {path!r} ({len(tensors)} tensors)", name, head, fits)
     module.load_state_dict({key: own.get(key, value) for key, value in expected.items()})
-    taken = {originals[prefix + key] for key in own if key in expected}
-    left = tuple(key for key in tensors if key not in taken)
+    used = {originals[prefix + key] for key in own if key in expected}
+    left = tuple(key for key in tensors if key not in used)
     if left:
         listed = _some([f"{key} ({_shape(tensors[key])})" for key in left])
         message = "weights %s: %d of %d tensors taken; left out: %s"
-        logger.warning(message, path, len(taken), len(tensors), listed)
+        logger.warning(message, path, len(used), len(tensors), listed)
     return left
 
 
@@ -126,7 +126,7 @@ def _unpickled(path: Path, start: bytes) -> Any:
 
 
 def _refusal(path: Path, needed: str, blocked: bool) -> str:
-    """Why a pickle is not opened, and the line that converts it."""
+    """The reason why a pickle is not opened, and the line that converts it."""
     if blocked:
         return f"weights '{path}' would run {needed} when opened: do not open this file"
     return (

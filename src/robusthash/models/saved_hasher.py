@@ -30,7 +30,7 @@ SCHEMA = "robusthash.model/1"
 
 @dataclass(frozen=True)
 class FolderNames:
-    """Names of the two files of a saved model, and of others that may lie beside them."""
+    """Names of the two files of a saved model, and of others that may lie next to them."""
 
     card: str
     weights: str

@@ -59,8 +59,8 @@ class ClassAttention(Encoder):
         features, aux = self.inner(values)
         plain = unit(features)
         weights = torch.sigmoid(5 * plain @ self.class_features.T)
-        seen = weights @ self.class_features / weights.sum(1, keepdim=True)
-        return self.keep * plain + (1 - self.keep) * seen, {**aux, "plain": plain}
+        attended = weights @ self.class_features / weights.sum(1, keepdim=True)
+        return self.keep * plain + (1 - self.keep) * attended, {**aux, "plain": plain}
 
 
 @register("image-encoder", "agah", paper=_PAPER, evidence="paper+code", modality="image")

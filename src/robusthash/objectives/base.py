@@ -131,7 +131,7 @@ class HashObjective(nn.Module, ABC):
     def end_epoch(self, memory: CodeMemory) -> None:
         """Update what is solved once an epoch."""
 
-    def kept(self) -> dict[str, Tensor]:
+    def saved_state(self) -> dict[str, Tensor]:
         """State that stays with the trained model: all but the modules in ``training_only``."""
         dropped = tuple(f"{name}." for name in self.training_only)
         return {name: value for name, value in self.state_dict().items() if not name.startswith(dropped)}

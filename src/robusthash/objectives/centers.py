@@ -47,12 +47,12 @@ def hadamard_centers(classes: int, bits: int, draws: Draws, random_rows: bool = 
     best, best_distance = rows, -1.0
     for _ in range(20):
         order = torch.rand(missing, bits, generator=generator).argsort(1)
-        drawn = torch.cat([rows, torch.where(order < bits // 2, -1.0, 1.0)])
-        least, mean = _distances(drawn)
+        candidate = torch.cat([rows, torch.where(order < bits // 2, -1.0, 1.0)])
+        least, mean = _distances(candidate)
         if least > bits / 4 and mean >= bits / 2:
-            return drawn
+            return candidate
         if least > best_distance:
-            best, best_distance = drawn, least
+            best, best_distance = candidate, least
     greedy = _greedy_words(classes, bits, best_distance, generator) if bits <= _ENUMERABLE else None
     return best if greedy is None else greedy
 
@@ -60,9 +60,9 @@ def hadamard_centers(classes: int, bits: int, draws: Draws, random_rows: bool = 
 def _random_rows(square: Tensor, classes: int, draws: Draws) -> Tensor:
     """(2K,) the rows of a Hadamard matrix in random order, then those of its negative."""
     bits, generator = len(square), draws.within("rows").generator()
-    drawn = [torch.randperm(bits, generator=generator) for _ in range(20)]
-    different = [len(square[order[:classes]].unique(dim=1).T) for order in drawn]
-    best = drawn[different.index(max(different))]
+    orders = [torch.randperm(bits, generator=generator) for _ in range(20)]
+    different = [len(square[order[:classes]].unique(dim=1).T) for order in orders]
+    best = orders[different.index(max(different))]
     return torch.cat([best, best + bits])
 
 

@@ -53,7 +53,7 @@ class DCPH(HashObjective):
         eta: weight of the quantisation.
         steps, hidden: of learning the proxies.
 
-    Cost: one forward and backward an item, B * C * K operations beside it. Differs: what is known of the
+    Cost: one forward and backward an item, B * C * K operations besides. Differs: what is known of the
     paper is that proxies come first, one a class, from the labels, and that a margin softmax towards them
     adapts to the number of labels; net, loss of the proxies and form of the margin are ours. An item of all
     classes has no negative and a loss of 0.

@@ -63,17 +63,17 @@ class DGCPN(FixedSimilarity):
 
     def setup(self, facts: TrainFacts) -> None:
         super().setup(facts)
-        self.kept_neighbours = max(1, min(facts.items - 1, round(self.neighbours * facts.items)))
+        self.neighbour_count = max(1, min(facts.items - 1, round(self.neighbours * facts.items)))
 
     def target(self, ids: Tensor) -> Tensor:
         """(B, B) S of these training items."""
         image, text = self.fixed_image, self.fixed_text
         rows = self.text * text[ids] @ text.T + (1 - self.text) * image[ids] @ image.T  # (B, N)
         others = rows.scatter(1, ids[:, None], -torch.inf)
-        near = others.topk(self.kept_neighbours, 1)
+        near = others.topk(self.neighbour_count, 1)
         shares = torch.zeros_like(rows).scatter(1, near.indices, near.values.clamp_min(0.0))
         shares = shares / shares.sum(1, keepdim=True).clamp_min(1e-8)
-        graph = 2.0 * self.kept_neighbours * shares @ shares.T
+        graph = 2.0 * self.neighbour_count * shares @ shares.T
         return 2.0 * ((1 - self.graph) * rows[:, ids] + self.graph * graph) - 1.0
 
     def forward(self, outputs: Outputs, batch: Batch, memory: CodeMemory) -> LossTerms:

@@ -1,4 +1,4 @@
-"""HSWD: the values of each bit matched to fair coins, as a term beside any objective."""
+"""HSWD: the values of each bit matched to fair coins, as a term added to any objective."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def coin_distance(values: Tensor, coins: Tensor) -> Tensor:
 class HSWD(HashObjective):
     """HSWD: another objective, and the sliced Wasserstein distance of its bits to fair +-1 coins.
 
-    L = L_base + weight q, q = (1 / (B K)) sum_k ||sort(v_k) - sort(R_k)||^2, R drawn anew in every step. It
+    L = L_base + weight q, q = (1 / (B K)) sum_k ||sort(v_k) - sort(R_k)||^2, R drawn again in every step. It
     replaces a quantisation penalty and balances each bit over the batch. It is a term of the batch, so an
     attack on this objective ascends the base's similarity. One forward and backward pass an item, a sort a
     bit.

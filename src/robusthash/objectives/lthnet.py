@@ -56,9 +56,9 @@ class LTHNet(HashObjective):
         self.weights = class_weights(facts.labels.sum(0), self.beta).to(device)
         generator = Draws(facts.seed, ("lthnet",)).within("classifier").generator()
         bound = facts.bits**-0.5  # that of nn.Linear
-        drawn = torch.rand(classes, facts.bits + 1, generator=generator) * 2.0 * bound - bound
-        self.matrix = nn.Parameter(drawn[:, :-1].clone().to(device))
-        self.bias = nn.Parameter(drawn[:, -1].clone().to(device))
+        weights = torch.rand(classes, facts.bits + 1, generator=generator) * 2.0 * bound - bound
+        self.matrix = nn.Parameter(weights[:, :-1].clone().to(device))
+        self.bias = nn.Parameter(weights[:, -1].clone().to(device))
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
         share = labels / labels.sum(1, keepdim=True).clamp_min(1.0)

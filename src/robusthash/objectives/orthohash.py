@@ -40,8 +40,8 @@ class OrthoHash(CSQ):
     def setup(self, facts: TrainFacts) -> None:
         super().setup(facts)  # the filler of ``targets``
         generator = Draws(facts.seed, ("orthohash",)).within("codes").generator()
-        drawn = torch.rand(facts.classes, facts.bits, generator=generator)
-        self.centers = torch.where(drawn < 0.5, -1.0, 1.0).to(self.filler.device)
+        numbers = torch.rand(facts.classes, facts.bits, generator=generator)
+        self.centers = torch.where(numbers < 0.5, -1.0, 1.0).to(self.filler.device)
 
     def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
         cosine = normalize(output.logits, eps=1e-8) @ normalize(self.centers).T

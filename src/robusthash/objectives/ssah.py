@@ -103,8 +103,8 @@ class SSAH(CrossLikelihood):
         codes, features, spread, classes = [], [], [], []
         for name, output in nets.items():
             codes.append(self.losses(output, labels, label_output.code, memory_labels).mean())
-            seen = replace(output, code=output.features.float())
-            features.append(self.losses(seen, labels, label_output.features.float(), memory_labels).mean())
+            as_code = replace(output, code=output.features.float())
+            features.append(self.losses(as_code, labels, label_output.features.float(), memory_labels).mean())
             spread.append((output.code - joint).square().mean())
             guess = torch.sigmoid(self.classifiers[name](output.features).float())
             classes.append((guess - labels).square().mean())

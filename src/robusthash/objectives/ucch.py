@@ -106,10 +106,10 @@ class UCCH(Unsupervised):
         if len(self.bank) <= self.negatives:
             return self.bank.clone(), ids
         generator = self.draws.within("negatives", int(self.steps)).generator()
-        drawn = torch.randperm(len(self.bank), generator=generator)[: self.negatives + len(ids)].to(
+        sample = torch.randperm(len(self.bank), generator=generator)[: self.negatives + len(ids)].to(
             ids.device
         )
-        others = drawn[~torch.isin(drawn, ids)][: self.negatives]
+        others = sample[~torch.isin(sample, ids)][: self.negatives]
         return self.bank[torch.cat([ids, others])], torch.arange(len(ids), device=ids.device)
 
     def advance(self) -> None:

@@ -110,6 +110,6 @@ def _on(
     if objective is not None or surrogates:
         raise ValueError(
             f"the suite {suite.name!r} holds all its attacks: objective= and surrogates= go with a tier by "
-            "name; add attacks by Suite.beside"
+            "name; add attacks by Suite.with_attacks"
         )
     return suite if queries is None else replace(suite, queries=queries)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from robusthash.core.types import Batch, Inputs
 from robusthash.data.transforms import augment, eight_bits, to_pixels
 from robusthash.defenses.query_detection import DetectionLimits, QueryDetector
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.runner import passes_shown
+from robusthash.evaluation.runner import pass_progress
 from robusthash.models.encoding import encode_signs
 from robusthash.robustness.specs.oracle_attacks import OracleAttack
 from robusthash.robustness.specs.transfer_attacks import keyed
@@ -99,14 +98,14 @@ class _Guarded:
         places = (scope.uniform(torch.arange(self.evasion.decoys), ()) * len(self.decoys)).long()
         for decoy in to_pixels(self.decoys[places]) if len(places) else ():
             self.detector.see(decoy, who, now)
-        seen = self.detector.see(pixels, who, now)
-        if seen.verdict == "refuse":
+        detection = self.detector.see(pixels, who, now)
+        if detection.verdict == "refuse":
             self.refused[number] = self.refused[number] or self.sent
         else:
             self.answered[number] += 1
-            if seen.verdict == "slow":
+            if detection.verdict == "slow":
                 self.slowed[number] = self.slowed[number] or self.sent
-        return seen.verdict == "refuse"
+        return detection.verdict == "refuse"
 
     def _blinded(self, images: Tensor) -> Tensor:
         if not self.evasion.blind or not self.sent:  # the clean query is sent as it is
@@ -150,10 +149,10 @@ def detected_search(
     spec = replace(spec, marks=tuple(marks))
     for block in range(context.blocks):
         batch = context.batch(block)
-        oracle = QueryOracle(context.victim, context.database, spec.budget, _shown(spec), spec.k)
-        ask = spec.asking(context, batch, oracle)
+        oracle = QueryOracle(context.victim, context.database, spec.budget, spec.knowledge, spec.k)
+        ask = spec.query_score(context, batch, oracle)
         guarded = _Guarded(ask, batch, detector, evasion, decoys, draws)
-        with passes_shown(context.victim, progress, f"{spec.name}, {evasion.name}", spec.budget):
+        with pass_progress(context.victim, progress, f"{spec.name}, {evasion.name}", spec.budget):
             result = search_by_queries(
                 spec.search, guarded, batch, spec.threat, draws, spec.budget, marks=spec.marks
             )
@@ -169,14 +168,10 @@ def detected_search(
     )
 
 
-def _shown(spec: OracleAttack) -> Literal["B1", "B2"]:
-    return "B1" if spec.shows == "ids" else "B2"
-
-
 def _lowest(context: EvaluationContext, batch: Batch, best: dict[int, Inputs]) -> Tensor:
     """(B, G) lowest AP up to each mark, the clean queries' among them, as 8-bit files."""
     assert batch.labels is not None
-    tried = [batch.inputs, *(best[mark] for mark in sorted(best))]
-    signs = [encode_signs(context.victim, "image", eight_bits(inputs["image"])) for inputs in tried]
+    candidates = [batch.inputs, *(best[mark] for mark in sorted(best))]
+    signs = [encode_signs(context.victim, "image", eight_bits(inputs["image"])) for inputs in candidates]
     ap = torch.stack([context.expected_ap(each, batch.labels) for each in signs], 1)
     return ap.cummin(1).values[:, 1:]

@@ -212,13 +212,13 @@ def detect(
         if not attack.search.by_gradient or attack.guide.substitutes or attack.threat.edits:
             notes.append(f"{name} follows no gradient of the victim and has no adaptive form")
             continue
-        tried = []
+        evading_outcomes = []
         for weight in weights:
             loss = Evading(attack.loss, weight, known, codes)
             evading = replace(attack, loss=loss, selects=False)
-            tried.append(outcome(f"{name}, evading by {weight:g}", evading, Denoised()(victim)))
-        rows.append(most_harmful(tried).row(name, "adaptive", suspicion))
-        rows.append(most_harmful([oblivious, *tried]).row(name, "worst", suspicion))
+            evading_outcomes.append(outcome(f"{name}, evading by {weight:g}", evading, Denoised()(victim)))
+        rows.append(most_harmful(evading_outcomes).row(name, "adaptive", suspicion))
+        rows.append(most_harmful([oblivious, *evading_outcomes]).row(name, "worst", suspicion))
     return Detection(
         false_alarms=false_alarms,
         measured=float(halves.caught(criteria).double().mean()),

@@ -106,11 +106,11 @@ def _catalogue(images: Sequence[Image.Image], draws: Draws) -> Iterator[Query]:
         size = int(90 + 60 * views[0, 0])
         cut = _part(image, 0.5, *views[0, 1:3]).resize((size, size))
         for view, (turn, across, down, colour) in enumerate(views):
-            shown = _coloured(cut, round(2 * colour)) if view % 2 else cut
-            shown = shown.rotate(10 * turn - 5, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255))
+            item = _coloured(cut, round(2 * colour)) if view % 2 else cut
+            item = item.rotate(10 * turn - 5, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255))
             page = Image.new("RGB", image.size, (255, 255, 255))
             rest = _LARGE - size
-            page.paste(shown, (int(rest * (0.4 + 0.2 * across)), int(rest * (0.4 + 0.2 * down))))
+            page.paste(item, (int(rest * (0.4 + 0.2 * across)), int(rest * (0.4 + 0.2 * down))))
             yield ("importer" if number % 2 else "shop"), page
 
 

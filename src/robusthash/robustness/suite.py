@@ -60,7 +60,7 @@ class Suite:
         """The attacks that every victim is given: all but the adaptive ones, which go with a defense."""
         return tuple(spec for spec in self.specs if spec.kind != "adaptive")
 
-    def beside(self, specs: Sequence[AttackSpec]) -> Suite:
+    def with_attacks(self, specs: Sequence[AttackSpec]) -> Suite:
         """The suite with more attacks, before those that refine what was found."""
         refined = tuple(spec for spec in self.specs if isinstance(spec, RefinedAttack))
         others = tuple(spec for spec in self.specs if not isinstance(spec, RefinedAttack))
@@ -151,7 +151,7 @@ def tier(
         polish = {spec: replace(attacks[spec], search=Polish(steps)) for spec in effort.refined}
         specs += [RefinedAttack(f"refined {spec}", attack) for spec, attack in polish.items()]
     suite = Suite(name, tuple(specs), effort.queries if queries is None else queries, effort.floor)
-    return suite.beside(extra_attacks)
+    return suite.with_attacks(extra_attacks)
 
 
 def attacked_modality(threat: Threat) -> Modality:
@@ -222,17 +222,17 @@ def for_distance(suite: Suite, distance: Distance) -> tuple[Suite, tuple[str, ..
     """
     if distance == "hamming":
         return suite, ()
-    kept: list[AttackSpec] = []
+    specs: list[AttackSpec] = []
     for spec in suite.specs:
         if isinstance(spec, GradientAttack) and spec.view is None:
             with contextlib.suppress(ValueError):
-                kept.append(replace(spec, attack=on_embeddings(spec.attack)))
+                specs.append(replace(spec, attack=on_embeddings(spec.attack)))
         elif spec.kind in ("black-box", "noise"):
-            kept.append(spec)
-    names = {spec.name for spec in kept}
+            specs.append(spec)
+    names = {spec.name for spec in specs}
     left = [spec.name for spec in suite.specs if spec.name not in names]
     note = f"left out, since they work on bits and the search is by {distance} distance: {', '.join(left)}"
-    return replace(suite, specs=tuple(kept)), (note,) if left else ()
+    return replace(suite, specs=tuple(specs)), (note,) if left else ()
 
 
 def assess_prepared(

@@ -71,7 +71,7 @@ def prepare_tier(
         surrogates: for transfer attacks, from ``fast`` up.
         queries: instead of the tier's, chosen by content.
         steps: of the tier ``paper``, the most that an attack takes; the papers' own counts by default.
-        attacks: of one's own, beside those of the tier.
+        attacks: of one's own, besides those of the tier.
 
     Raises:
         KeyError: no such tier.
@@ -82,7 +82,7 @@ def prepare_tier(
     if name == PAPER:
         context = replace(context, protocol=with_legacy(context.protocol))
     both = {"image", "text"} <= {*context.victim.modalities} & {*context.data.modalities}
-    whole = _suite(name, threat, objective, queries, steps, both).beside(attacks)
+    whole = _suite(name, threat, objective, queries, steps, both).with_attacks(attacks)
     suite, context, notes = prepare_suite(context, whole)
     behaviour = observe(context, threat)
     if behaviour.cut:
@@ -90,8 +90,8 @@ def prepare_tier(
         notes = (*notes, "no gradient reaches the input: no attack that follows it was run")
     if name in CLAIMS and 0 < len(surrogates) < SURROGATES:
         notes = (*notes, f"{len(surrogates)} of the {SURROGATES} surrogates that a claim is made with")
-    beside = extra_attacks(context, objective, threat, name, surrogates, behaviour)
-    suite, left = for_distance(suite.beside(beside), context.victim.distance)
+    extra = extra_attacks(context, objective, threat, name, surrogates, behaviour)
+    suite, left = for_distance(suite.with_attacks(extra), context.victim.distance)
     notes = (*notes, *left)
     if all(spec.targeted for spec in suite.specs):
         raise ValueError(
@@ -156,7 +156,7 @@ def extra_attacks(
     specs: list[AttackSpec] = []
     if name in CLAIMS:
         known = replace(threat, knowledge="W2")
-        specs += adaptive_attacks(context.victim, objective, known, TIERS[name].steps, seen=behaviour)
+        specs += adaptive_attacks(context.victim, objective, known, TIERS[name].steps, behaviour=behaviour)
     if surrogates:
         specs += transfer_attacks(context, surrogates, threat)
     if len(threat.balls) == 1:

@@ -109,7 +109,7 @@ def _reached(victim: Hasher, inputs: Inputs) -> float:
     return min(shares)
 
 
-def matches(declared: str, seen: VictimBehaviour) -> list[str]:
+def matches(declared: str, observed: VictimBehaviour) -> list[str]:
     """Reasons why a declared class does not fit the observed behaviour; none where it does.
 
     A victim may have more parts than the one that names its class: the attacks on them are run as well, so
@@ -118,21 +118,22 @@ def matches(declared: str, seen: VictimBehaviour) -> list[str]:
     """
     reasons = []
     hides = declared in ("plain", "adversarial", "detector")
-    purifies = declared in ("purifier", "randomised") or (declared not in get_args(Defense) and seen.purifier)
-    if seen.randomised and declared != "randomised":
+    other_purifier = declared not in get_args(Defense) and observed.purifier
+    purifies = declared in ("purifier", "randomised") or other_purifier
+    if observed.randomised and declared != "randomised":
         reasons.append(f"codes change between calls, and {declared!r} is declared: declare 'randomised'")
-    if declared == "randomised" and not seen.randomised:
+    if declared == "randomised" and not observed.randomised:
         reasons.append("'randomised' is declared, and codes did not change between calls")
-    for part, inside in (("purifier", seen.purifier), ("gate", seen.gate), ("mask", seen.mask)):
+    for part, inside in (("purifier", observed.purifier), ("gate", observed.gate), ("mask", observed.mask)):
         if hides and inside:
             reasons.append(f"a {part} is inside, and {declared!r} is declared: declare {part!r}")
         if declared == part and not inside:
             reasons.append(f"{part!r} is declared, and none was found inside")
-    if seen.inner_gradients and not purifies:
+    if observed.inner_gradients and not purifies:
         reasons.append(f"forward takes gradients itself, and {declared!r} is declared: declare 'purifier'")
-    if not seen.gradient_reaches_input and not purifies:
-        some = f"a gradient reaches {seen.reached:.0%} of the items only"
-        reason = "no gradient reaches the input" if seen.cut else some
+    if not observed.gradient_reaches_input and not purifies:
+        some = f"a gradient reaches {observed.reached:.0%} of the items only"
+        reason = "no gradient reaches the input" if observed.cut else some
         reasons.append(f"{reason}, and {declared!r} is declared: the graph is cut or saturated")
     if declared == "detector":
         reasons.append("'detector' is declared, which is no part of a hasher: no attack includes its score")

@@ -32,7 +32,7 @@ class Distilled(HashingRecipe):
     """
 
     groups = ("hasher", "teacher")
-    data_parallel = False  # the teacher is called beside the hasher
+    data_parallel = False  # the teacher is called next to the hasher
 
     def __init__(
         self,

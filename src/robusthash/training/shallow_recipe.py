@@ -104,7 +104,7 @@ def solve_heads(
     Raises:
         ValueError: fewer items than anchors; and whatever ``solve`` refuses.
     """
-    heads, given = _linear_heads(hasher), {}
+    heads, inputs = _linear_heads(hasher), {}
     for name, head in heads.items():
         rows = features[name].to(hasher.device)
         if isinstance(head, KernelHead) and bool(rows.isfinite().all()):  # else ``solve`` names the items
@@ -116,9 +116,9 @@ def solve_heads(
                 )
             head.place(rows[torch.randperm(items, generator=draws.within("anchors").generator())[:count]])
             head.settle(rows)
-        given[name] = head.mapped(rows).cpu()
-    for name, projection in solve(method, given, labels, hasher.bits, draws).items():
-        _set_linear(heads[name], projection, given[name])
+        inputs[name] = head.mapped(rows).cpu()
+    for name, projection in solve(method, inputs, labels, hasher.bits, draws).items():
+        _set_linear(heads[name], projection, inputs[name])
 
 
 def _set_linear(head: LinearHead, projection: Projection, features: Tensor) -> None:

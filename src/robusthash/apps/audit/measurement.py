@@ -128,7 +128,7 @@ def run_audit(
         "rows": [asdict(row) for row in measured.rows],
         "got nowhere": idle_attacks(measured.rows),
         "flags": [asdict(flag) for flag in measured.flags],
-        "questions": opened.endpoint.asked if opened.endpoint else None,
+        "questions": opened.endpoint.requests_sent if opened.endpoint else None,
         "software": software_versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }

@@ -334,7 +334,7 @@ def _wrapped(
     wrapped = foreign(model, images, name, bits, reading)
     by_torch = isinstance(model, nn.Module) or _has_graph(wrapped.hasher, images[:1])
     black_box = "" if wrapped.gradients else reason or "its answers cannot be differentiated"
-    remarks = (*wrapped.said, *remarks)
+    remarks = (*wrapped.remarks, *remarks)
     return Target(
         name,
         title,
@@ -357,14 +357,14 @@ def _has_graph(hasher: Hasher, images: Tensor) -> bool:
 def _open_endpoint(
     url: str, images: Tensor, bits: int | None, limits: EndpointLimits, kept: Path | None
 ) -> Target:
-    endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers, kept=kept)
+    endpoint = Endpoint(url, limits.budget, limits.rate, limits.timeout, headers=limits.headers, cache=kept)
     answer = endpoint.check_consistency(images)
     if answer.code is None:
         order = "with distances, in their order" if answer.distances else "without distances"
         remark = f"It answers {len(answer.ids)} ids, nearest first, {order}."
         return Target(url, url, None, False, endpoint, remarks=(remark,), black_box=_BEHIND_HTTP)
     wrapped = foreign(endpoint, images, url, bits)
-    return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.said, black_box=_BEHIND_HTTP)
+    return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.remarks, black_box=_BEHIND_HTTP)
 
 
 def hostile_attacks(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from robusthash.apps.collection.encoded_parts import CodesFolder
-from robusthash.apps.experiment.library_items import path_payload
+from robusthash.apps.experiment.index_items import path_payload
 from robusthash.core.runtime import Progress, silent
 from robusthash.index import CodeIndex
 
@@ -59,15 +59,15 @@ def add_codes(
     index.add(folder.no_codes(), keys=[])  # refuses codes of another model before anything is read
     counts, repeated = {"added": 0, "updated": 0}, list[str]()
     absent, stale = list[str](), list[str]()
-    seen = np.zeros(0, dtype=np.int64)  # in order
+    added_ids = np.zeros(0, dtype=np.int64)  # in order
     for done, name in enumerate(folder.card.parts, start=1):
         state = folder.status(name).get("state")
         if state != "done":
             (stale if state == "stale" else absent).append(name)
             continue
-        ids, here, again = add_part(index, folder, name, root, seen)
+        ids, here, again = add_part(index, folder, name, root, added_ids)
         added = np.sort(ids.numpy())
-        seen = np.insert(seen, np.searchsorted(seen, added), added)
+        added_ids = np.insert(added_ids, np.searchsorted(added_ids, added), added)
         repeated += again
         counts["updated"] += here
         counts["added"] += len(ids) - here
@@ -80,18 +80,18 @@ def add_part(
     folder: CodesFolder,
     name: str,
     root: Path | None = None,
-    seen: np.ndarray | None = None,
+    added_ids: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, int, list[str]]:
-    """Add one part; the ids, how many of them were held, and the names left out because they are ``seen``.
+    """Add one part; the ids, how many of them were held, and the names left out as added before.
 
     Args:
-        seen: (N,) int64 ids in ascending order.
+        added_ids: (N,) int64 ids that were added before, in ascending order.
     """
     part, base = folder.read(name), Path(folder.card.root if root is None else os.path.abspath(root))
     new = np.ones(len(part.codes), dtype=bool)
-    if seen is not None:
+    if added_ids is not None:
         ids = part.codes.ids.numpy()
-        new = np.searchsorted(seen, ids, "left") == np.searchsorted(seen, ids, "right")
+        new = np.searchsorted(added_ids, ids, "left") == np.searchsorted(added_ids, ids, "right")
     rows = np.flatnonzero(new).tolist()
     payload = [{**part.payload[row], **path_payload(base / part.names[row])} for row in rows]
     if not rows:

@@ -73,18 +73,18 @@ class Collection(Protocol):
 
 def once(entries: Iterable[Entry]) -> Iterator[Entry]:
     """The entries of a part, without images of a name (or, by chance, an id) that was there before."""
-    seen: set[int] = set()
+    ids: set[int] = set()
     for entry in entries:
-        if isinstance(entry, CollectionItem) and entry.id in seen:
+        if isinstance(entry, CollectionItem) and entry.id in ids:
             yield Skipped(path_text(entry.name), "its name is there already")
             continue
         if isinstance(entry, CollectionItem):
-            seen.add(entry.id)
+            ids.add(entry.id)
         yield entry
 
 
 def name_fault(name: str) -> str:
-    """Why no file has this name; "" where one can."""
+    """The reason why no file has this name; "" where one can."""
     try:
         written = os.fsencode(name)
     except UnicodeEncodeError:

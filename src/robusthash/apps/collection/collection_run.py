@@ -1,4 +1,4 @@
-"""Encode a collection: decoding beside the forward pass, part by part, each safe on disk before the next."""
+"""Encode a collection: decoding during the forward pass, part by part, each safe on disk before the next."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Encoding:
     """Options by which the images of a part become codes.
 
     Attributes:
-        processes: that decode beside the forward pass; by default one for each core but one, at most 16. 0
+        processes: that decode during the forward pass; by default one for each core but one, at most 16. 0
             decodes in threads. Codes do not depend on it.
         batch_size: images of one forward pass.
         max_pixels: pass over images of more pixels (width x height).
@@ -215,7 +215,7 @@ _Chunk = tuple[Tensor, list[CollectionItem], list[Skipped], int]
 def _decoded(part: ImagePart, side: int, how: Encoding) -> Iterator[_Chunk]:
     """Some hundred images at a time: (N, 3, S, S) uint8, their items, what was passed over, images read."""
     entries, options = part.entries(), ImageOptions(side, max_pixels=how.max_pixels)
-    size = how.batch_size  # of the first, which nothing is computed beside
+    size = how.batch_size  # of the first, during which nothing is computed
     while some := list(itertools.islice(entries, size)):
         size = max(_AHEAD, how.batch_size)
         listed = [entry for entry in some if isinstance(entry, CollectionItem)]

@@ -121,8 +121,8 @@ class CodesFolder:
             status = read_status(self._status(name))
         except ValueError:
             return False
-        given = {"state": "done", "source": state, "listing": listing}
-        return {**{"listing": ""}, **status}.items() >= given.items() and not self._damaged(name, status)
+        expected = {"state": "done", "source": state, "listing": listing}
+        return {**{"listing": ""}, **status}.items() >= expected.items() and not self._damaged(name, status)
 
     @contextlib.contextmanager
     def working_on(self, name: str, work: str = "encode") -> Iterator[None]:

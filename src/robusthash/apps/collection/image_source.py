@@ -23,7 +23,7 @@ from robusthash.apps.collection.collection_items import (
     once,
 )
 from robusthash.apps.collection.tar_source import Tars
-from robusthash.apps.experiment.library_items import described_file
+from robusthash.apps.experiment.index_items import described_file
 from robusthash.data.folder import iter_manifest
 from robusthash.data.image_files import ImageFile, Skipped, path_text, some_of
 from robusthash.data.image_listing import walk_images
@@ -137,11 +137,11 @@ class ListedImages:
 
     def _entries(self) -> Iterator[Entry]:
         if self._listing.is_dir():
-            for found in walk_images(self.root):
-                if isinstance(found, Path):
-                    yield self._item(os.path.relpath(found, self.root), {})
+            for entry in walk_images(self.root):
+                if isinstance(entry, Path):
+                    yield self._item(os.path.relpath(entry, self.root), {})
                 else:
-                    yield Skipped(found.file.removeprefix(path_text(self.root) + os.sep), found.reason)
+                    yield Skipped(entry.file.removeprefix(path_text(self.root) + os.sep), entry.reason)
             return
         table = self._listing.suffix.lower() in _TABLES
         for where, row in _rows(self._listing):
@@ -181,8 +181,8 @@ def _rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{path_text(manifest)}, row {number}", {n: _plain(v) for n, v in row.items() if _is(v)}
                 number += 1
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
-        said = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"{path_text(manifest)} cannot be read as Parquet: {said}") from None
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"{path_text(manifest)} cannot be read as Parquet: {reason}") from None
 
 
 def _check_columns(row: Mapping[str, Any], where: str) -> None:

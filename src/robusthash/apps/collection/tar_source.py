@@ -20,7 +20,7 @@ from robusthash.apps.collection.collection_items import (
     name_fault,
     once,
 )
-from robusthash.apps.experiment.library_items import OWN_KEYS
+from robusthash.apps.experiment.index_items import OWN_KEYS
 from robusthash.core.limited_files import MIB, parse_json
 from robusthash.data.image_files import ImageFile, Skipped, irregular, path_text
 
@@ -101,8 +101,8 @@ class TarPart:
         except OSError as error:
             failure = error.strerror or str(error)
         except Exception as error:  # of tarfile, whose parsers of headers let through what their parts raise
-            said = next(iter(str(error).splitlines()), "") or type(error).__name__
-            failure = f"not a plain tar, or damaged ({said})"
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            failure = f"not a plain tar, or damaged ({reason})"
         if failure:  # outside of the handlers: an error of the disk would be taken for one of writing
             raise SourceError(f"{path_text(self.path)}: {failure}")
 
@@ -176,7 +176,7 @@ def _sample(name: str) -> str:
 
 
 def _refusal(member: tarfile.TarInfo, largest: int | None) -> str:
-    """Why a member of a tar is passed over; "" for one that is read."""
+    """The reason why a member of a tar is passed over; "" for one that is read."""
     if os.path.basename(member.name).startswith("."):
         return "a hidden file"
     if not member.isreg() or member.issparse():

@@ -35,7 +35,7 @@ def attribute(
     options = {"permutations": permutations, "worth": worth, "top": top, "seed": seed}
     with progress_bars() as progress:
         attributions = attribute_runs(runs, folder, queries, progress, **options)
-    drawn = draw_bands(attributions, folder) if figure else []
+    figures = draw_bands(attributions, folder) if figure else []
     answer, rows = {}, []
     for label, bands in attributions.items():
         defined, (share, error) = int(bands.defined.sum()), bands.by_order()
@@ -55,7 +55,7 @@ def attribute(
         return
     columns = ["model", "images", *(f"u + v ≤ {order}" for order in _ORDERS)]
     print_table("share of the attribution in the lowest bands (± standard error over images)", columns, rows)
-    print_lines([folder / ATTRIBUTION, *drawn])
+    print_lines([folder / ATTRIBUTION, *figures])
 
 
 _ORDERS = (0, 1, 2, 4, 7)  # u + v of the bands of the table

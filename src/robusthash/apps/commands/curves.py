@@ -40,7 +40,7 @@ def curves(
     require_matplotlib()
     by_label = labelled(runs)
     out.mkdir(parents=True, exist_ok=True)
-    drawn = [path for label, run in by_label.items() for path in draw_log(label, run, out)]
+    files = [path for label, run in by_label.items() for path in draw_log(label, run, out)]
     answer: dict[str, Any] = {label: {"log": log_curves(run)} for label, run in by_label.items()}
     if robust is not None:
         attack = attack_under(robust, threat, eps, norm)
@@ -48,7 +48,7 @@ def curves(
             results = {
                 label: robust_curves(run, attack, queries, progress) for label, run in by_label.items()
             }
-        drawn += draw_robust(results, out)
+        files += draw_robust(results, out)
         for label, named in results.items():
             answer[label]["robust"] = {name: values_of(by_epoch) for name, by_epoch in named.items()}
-    reply(as_json, answer, drawn)
+    reply(as_json, answer, files)

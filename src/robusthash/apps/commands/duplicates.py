@@ -33,26 +33,26 @@ def duplicates(
 
     check_page(html)
     with progress_bars() as progress:
-        found = find_duplicates(places, bits, radius, workers, max_pixels or MAX_PIXELS, progress)
+        result = find_duplicates(places, bits, radius, workers, max_pixels or MAX_PIXELS, progress)
     if as_json:
-        print_json(found.as_json())
+        print_json(result.as_json())
     else:
-        for one in found.skipped[:_NAMED]:
+        for one in result.skipped[:_NAMED]:
             note(f"passed over: {one}")
-        if len(found.skipped) > _NAMED:
-            note(f"passed over: and {len(found.skipped) - _NAMED} more; --json names all")
-        if found.plain:
-            plain = f"{len(found.plain)} images are of one colour or one fine texture"
+        if len(result.skipped) > _NAMED:
+            note(f"passed over: and {len(result.skipped) - _NAMED} more; --json names all")
+        if result.plain:
+            plain = f"{len(result.plain)} images are of one colour or one fine texture"
             note(f"{plain}: only those of equal pixels are grouped")
-        copies = sum(map(len, found.groups))
-        note(f"{found.images} images, groups of copies: {len(found.groups)}, with {copies} of them")
+        copies = sum(map(len, result.groups))
+        note(f"{result.images} images, groups of copies: {len(result.groups)}, with {copies} of them")
         print_lines(
             f"{number}  {copy.distance:>3}  {one_row(copy.path)}"
-            for number, group in enumerate(found.groups, start=1)
+            for number, group in enumerate(result.groups, start=1)
             for copy in group
         )
     if html is not None:
         from robusthash.apps.reports.duplicates_page import write_duplicates_page
 
-        write_duplicates_page(html, found, max_pixels or MAX_PIXELS)
+        write_duplicates_page(html, result, max_pixels or MAX_PIXELS)
         note(f"page: {html}")

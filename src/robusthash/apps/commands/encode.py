@@ -62,7 +62,7 @@ def encode(
         "ray": ray,
         "index": index,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    named = {name: value for name, value in options.items() if value is not None}
     source = _one_run(run, named_run)
     if images is not None:
         if files or workers is not None:
@@ -72,10 +72,10 @@ def encode(
                 else " ".join(map(str, files or []))
             )
             raise ValueError(f"--images names what is encoded, and does not go with {what}")
-        return _encode_collection(source, images, out, given, max_pixels, as_json)
-    if given:
+        return _encode_collection(source, images, out, named, max_pixels, as_json)
+    if named:
         raise ValueError(
-            f"--{next(iter(given)).replace('_', '-')} is for collections; name one with --images"
+            f"--{next(iter(named)).replace('_', '-')} is for collections; name one with --images"
         )
     _encode_files(source, files, out, workers, max_pixels, as_json)
 
@@ -119,11 +119,11 @@ def _encode_files(
 
 
 def _encode_collection(
-    run: Path, images: str, out: Path | None, given: dict[str, Any], max_pixels: int | None, as_json: bool
+    run: Path, images: str, out: Path | None, named: dict[str, Any], max_pixels: int | None, as_json: bool
 ) -> None:
     if out is None:
         raise ValueError("--images needs --out, the folder that the codes go to")
-    options = {**given, **({} if max_pixels is None else {"max_pixels": max_pixels})}
+    options = {**named, **({} if max_pixels is None else {"max_pixels": max_pixels})}
     workers = options.pop("ray", None)
     if workers is None and "index" in options:
         raise ValueError(

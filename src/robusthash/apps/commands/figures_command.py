@@ -16,9 +16,9 @@ def figures(
     """Figures for papers (PDF and PNG) of everything that these runs have measured."""
     from robusthash.apps.reports.figures import draw_runs, draw_transfer_file
 
-    drawn, notes = draw_runs(runs, out)
+    files, notes = draw_runs(runs, out)
     if transfer is not None:
-        drawn += draw_transfer_file(transfer, out)
+        files += draw_transfer_file(transfer, out)
     for text in notes:
         note(text)
-    reply(as_json, {"figures": [str(path) for path in drawn], "notes": notes}, drawn)
+    reply(as_json, {"figures": [str(path) for path in files], "notes": notes}, files)

@@ -29,10 +29,10 @@ def hash(
     from robusthash.data.pixel_conversion import MAX_PIXELS
 
     with progress_bars() as progress:
-        found = hash_files(files, bits, workers, max_pixels or MAX_PIXELS, progress)
-    for skipped in found.skipped:
+        hashed = hash_files(files, bits, workers, max_pixels or MAX_PIXELS, progress)
+    for skipped in hashed.skipped:
         note(f"passed over: {skipped}")
-    hashes = dict(zip(map(path_text, found.paths), found.hashes, strict=True))
+    hashes = dict(zip(map(path_text, hashed.paths), hashed.hashes, strict=True))
     plain = [path for path, one in hashes.items() if one.plain]
     for path in plain[:_NAMED]:
         note(f"of one colour or one fine texture, its hash says little: {path}")

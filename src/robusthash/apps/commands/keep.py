@@ -16,11 +16,11 @@ def keep(
 
     Of a folder, runs without results are left out and named; a run that is given itself must have some.
     """
-    from robusthash.apps.experiment import kept_results
+    from robusthash.apps.experiment import results_copy
     from robusthash.apps.experiment.run_selection import runs_with
 
-    runs, waiting = runs_with(kept_results.has_results, paths)
-    copies = [kept_results.keep(run, out) for run in runs]
+    runs, waiting = runs_with(results_copy.has_results, paths)
+    copies = [results_copy.keep(run, out) for run in runs]
     for run in waiting:
         note(f"{run.path} has no results yet and is left out")
     reply(as_json, {"kept": [str(path) for path in copies]}, copies)

@@ -20,8 +20,8 @@ def leaderboard(
 
     Without an option, Markdown goes to stdout.
     """
-    from robusthash.apps.experiment.kept_results import has_results
     from robusthash.apps.experiment.leaderboard import as_markdown, as_plain, make_leaderboards
+    from robusthash.apps.experiment.results_copy import has_results
     from robusthash.apps.experiment.run_selection import runs_with
     from robusthash.apps.reports.leaderboard_page import leaderboard_page
     from robusthash.core.atomic_files import json_text, write_aside

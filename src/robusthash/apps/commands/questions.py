@@ -45,13 +45,13 @@ def questions(
     budget = threat_name(threat, eps, norm, query_modality(victim, direction))
     with progress_bars() as progress:
         table = oracle_table(victim, numbers, answers, queries, search, budget, direction, progress, step)
-    drawn = [] if figure is None else draw_oracle_table(table, figure)
+    figures = [] if figure is None else draw_oracle_table(table, figure)
     if as_json:
-        print_json({**table.plain(), "figures": [str(path) for path in drawn]})
+        print_json({**table.plain(), "figures": [str(path) for path in figures]})
         return
     subject = f"{table.search} under {table.threat}, {len(table.clean)} queries ({table.chosen})"
     print_table(f"wMAP by oracle queries, {subject}", ["oracle queries", *table.curves], table.rows())
-    print_lines(drawn)
+    print_lines(figures)
 
 
 def rising(text: str) -> list[int]:

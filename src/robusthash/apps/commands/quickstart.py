@@ -64,12 +64,12 @@ def _require_files(folder: Path) -> None:
 @contextmanager
 def _reported_once() -> Iterator[None]:
     """Each warning is printed once: training and index both name the files that they skip."""
-    seen: set[str] = set()
+    reported: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        before = len(seen)
-        seen.add(record.getMessage())
-        return len(seen) > before
+        before = len(reported)
+        reported.add(record.getMessage())
+        return len(reported) > before
 
     logger = logging.getLogger("robusthash.data.image_files")
     logger.addFilter(is_new)

@@ -33,7 +33,7 @@ def reproduce(
     latex: Annotated[Path | None, Option(help="Write the table as LaTeX.")] = None,
     csv: Annotated[Path | None, Option(help="Write every cell as CSV.")] = None,
     out: Annotated[Path | None, Option(help="Folder of the figures (needs the extra `figures`).")] = None,
-    recipes: Annotated[Path | None, Option(help="Folder of recipes; stored results lie beside it.")] = None,
+    recipes: Annotated[Path | None, Option(help="Folder of recipes; stored results lie next to it.")] = None,
     runs: RunsFolder = Path("runs"),
     sets: Sets = None,
     device: Device = None,
@@ -148,7 +148,7 @@ def _show_trial(plan: "EntryPlan", trial: "EntryTrial", as_json: bool) -> None:
         [name, "" if run.stored is None else str(run.stored.path), run.command] for name, run in state.items()
     ]
     print_table(f"{plan.entry.id}: {plan.state}", ["run", "stored", "command"], rows, right=False)
-    times = [[name, f"{tried.seconds / 60:.1f}"] for name, tried in trial.runs.items()]
+    times = [[name, f"{dry_run.seconds / 60:.1f}"] for name, dry_run in trial.runs.items()]
     print_table("minutes of a seed here", ["row", "with what it starts from"], times)
     each, rest = (f"{seconds / 60:.1f} min" for seconds in (trial.seed_seconds, trial.seconds))
     note(f"a seed of all rows: {each}; what is not stored: {rest}")

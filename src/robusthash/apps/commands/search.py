@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from typer import Argument, Option
 
 from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun, MaxPixels, Where, check_page
-from robusthash.apps.commands.terminal import console, note, print_json, print_lines, print_table, shown
+from robusthash.apps.commands.terminal import console, note, print_json, print_lines, print_table, printable
 
 
 def search(
@@ -33,9 +33,9 @@ def search(
         note(values_of(directory, where))
     if html is not None:
         from robusthash.apps.reports.search_page import write_search_page
-        from robusthash.index.index_address import shown_address
+        from robusthash.index.index_address import address_without_password
 
-        write_search_page(html, image, hits, shown_address(directory), where, limit)
+        write_search_page(html, image, hits, address_without_password(directory), where, limit)
     if as_json:
         print_json(hits)
         return
@@ -51,7 +51,7 @@ def _print_hits(title: str, hits: list[dict[str, Any]]) -> None:
         rest = {key: value for key, value in hit["payload"].items() if key not in ("path", "path_hex")}
         about = json.dumps(rest, ensure_ascii=False) if rest else ""
         rows.append([hit["payload"].get("path", ""), hit["distance"], hit["id"], about])
-    widths = [max([cell_len(shown(row[at])) for row in rows] + [8]) + 3 for at in range(4)]
+    widths = [max([cell_len(printable(row[at])) for row in rows] + [8]) + 3 for at in range(4)]
     if sum(widths) < console.width:
         print_table(title, ["path", "distance", "id", "payload"], rows)
         return

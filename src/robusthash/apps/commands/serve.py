@@ -54,15 +54,15 @@ def serve(
     """
     from robusthash.apps.service.serving import Serving, read_settings, serve_forever
 
-    given: dict[str, Any] = {"host": host, "port": port}
+    overrides: dict[str, Any] = {"host": host, "port": port}
     options = {"answer": answer, "detection": detection, "agreement": agreement}
-    given |= {name: value for name, value in options.items() if value is not None}
-    given |= {"attacks": True} if attacks or demo else {}
+    overrides |= {name: value for name, value in options.items() if value is not None}
+    overrides |= {"attacks": True} if attacks or demo else {}
     if demo:
         from robusthash.apps.service.demo_search import demo_parts
 
-        made = (Path(index or "demo") / "summary.json").is_file()
-        trained = "the demo is there" if made else "the demo is trained and attacked, some minutes"
+        is_trained = (Path(index or "demo") / "summary.json").is_file()
+        trained = "the demo is there" if is_trained else "the demo is trained and attacked, some minutes"
         note(f"three phases: (1) {trained}; (2) its photographs are written and indexed by both models,")
         note(f"below a minute; (3) they are served at http://{host}:{port}/")
         with progress_bars() as progress:
@@ -70,6 +70,6 @@ def serve(
         index, images, compare = str(parts.hardened), parts.images, [parts.undefended]
     if index is None:
         raise ValueError("serve takes the directory of an index, made by 'robusthash index build', or --demo")
-    limits = read_settings(settings, given)
+    limits = read_settings(settings, overrides)
     note(f"loading the model and the index {index}")
     serve_forever(Serving.of(index, run, images, tokens, limits, compare or (), device), note)

@@ -40,7 +40,7 @@ _STEERING = {
 }  # control, lone halves, order of writing; allowed ones
 
 
-def shown(value: object) -> str:
+def printable(value: object) -> str:
     """A value, which may come from a stranger's file, as text that cannot steer a terminal.
 
     Control characters, those that turn the order of writing, and bytes of names that are no UTF-8 are written
@@ -55,13 +55,13 @@ def shown(value: object) -> str:
 
 
 def one_row(value: object) -> str:
-    """``shown``, for a name in a line that programs may read: it begins no other line or column."""
-    return shown(value).replace("\n", "\\n").replace("\t", "\\t")
+    """``printable``, for a name in a line that programs may read: it begins no other line or column."""
+    return printable(value).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def escape(value: object) -> str:
-    """``shown``, for a text with markup: brackets of the value are none."""
-    return rich.markup.escape(shown(value))
+    """``printable``, for a text with markup: brackets of the value are none."""
+    return rich.markup.escape(printable(value))
 
 
 _PIPE = 120  # columns of a table where there is no terminal
@@ -111,7 +111,7 @@ def progress_bars() -> Iterator[Callable[[int, int, str], None]]:
         tasks: dict[str, Any] = {}
 
         def progress(done: int, total: int, text: str) -> None:
-            text = shown(text)
+            text = printable(text)
             key = text.partition(" ")[0] if text.startswith("epoch") else text
             if key not in tasks:
                 tasks[key] = bars.add_task(text, total=total or None)  # 0 where nobody knows
@@ -146,8 +146,8 @@ def print_json(value: Any) -> None:
 
 
 def print_lines(lines: Iterable[object]) -> None:
-    """Lines on stdout: the files that were written; as they are for a program, ``shown`` on a terminal."""
-    text = shown if sys.stdout.isatty() else str
+    """Lines on stdout: the files that were written; as they are for a program, printable on a terminal."""
+    text = printable if sys.stdout.isatty() else str
     sys.stdout.write("".join(f"{text(line)}\n" for line in lines))
 
 
@@ -161,7 +161,7 @@ def reply(as_json: bool, data: Any, lines: Iterable[object]) -> None:
 
 def note(text: object) -> None:
     """A message on stderr, without markup."""
-    console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(head: str, text: object) -> None:
@@ -174,7 +174,7 @@ def print_table(
 ) -> None:
     """A table on stderr; floats with four digits. ``right`` aligns all columns but the first to the right."""
 
-    heads = [shown(column) for column in columns]
+    heads = [printable(column) for column in columns]
     cells = [[_cell(value) for value in row] for row in rows]
     columned = [[row[number] for row in cells] for number in range(len(heads))]
     widths = _widths(heads, columned, console.width if console.is_terminal else max(console.width, _PIPE))
@@ -192,7 +192,7 @@ def print_table(
 def _cell(value: Any) -> Text:
     if isinstance(value, Text):
         return value
-    return Text(f"{value:.4f}" if isinstance(value, float) else shown(value))
+    return Text(f"{value:.4f}" if isinstance(value, float) else printable(value))
 
 
 def _widths(heads: list[str], cells: list[list[Text]], room: int) -> list[dict[int, int]]:
@@ -217,7 +217,7 @@ def _widths(heads: list[str], cells: list[list[Text]], room: int) -> list[dict[i
         if len(groups[-1]) > 1 and sum(narrow[each] + 3 for each in (*groups[-1], number)) + 1 > room:
             groups.append([0])
         groups[-1].append(number)
-    chosen = []
+    group_widths = []
     for group in groups:
         widths = {number: narrow[number] for number in group}
         left = room - 1 - sum(width + 3 for width in widths.values())
@@ -225,8 +225,8 @@ def _widths(heads: list[str], cells: list[list[Text]], room: int) -> list[dict[i
             more = max(0, min(left, whole(number) - narrow[number]))
             widths[number] += more
             left -= more
-        chosen.append(widths)
-    return chosen
+        group_widths.append(widths)
+    return group_widths
 
 
 def interval_text(result: EvalResult, measure: str) -> str:
@@ -256,9 +256,9 @@ def print_headlines(results: Mapping[str, EvalResult]) -> None:
     subset = next(iter(results.values())).setting.chosen
     title = "results" if subset in ("", "all") else f"results, queries: {subset}"
     print_table(title, ["queries", "measure", "value", "95 % interval", "clean", "chance"], rows)
-    shown_here = {row[1] for row in rows}
+    measures = {row[1] for row in rows}
     notes = dict.fromkeys(text for result in results.values() for text in result.notes)
-    others = [text for text in notes if (of := _OF_MEASURE.match(text)) and of[1] not in shown_here]
+    others = [text for text in notes if (of := _OF_MEASURE.match(text)) and of[1] not in measures]
     for text in dict.fromkeys([*empty_notes(results), *notes]):
         if text not in others:
             note(text)

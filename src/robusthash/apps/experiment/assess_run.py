@@ -49,7 +49,7 @@ def assess(
     curve: bool = False,
     shard: tuple[int, int] | None = None,
     checked: bool = True,
-    kept: bool = True,
+    stored: bool = True,
     **options: Any,
 ) -> EvalResult | None:
     """Run a tier on a trained run, or go on where it was stopped, and write ``assess.json``.
@@ -61,10 +61,10 @@ def assess(
         shard: (i, n): only these blocks of queries, for several processes; a call without it joins them. The
             processes of ``torchrun`` divide the work by themselves.
         checked: raise the flags; the tiers smoke and paper never do.
-        kept: own the run, go on from stored blocks, and write ``assess.json``; without it everything is
+        stored: own the run, go on from stored blocks, and write ``assess.json``; without it everything is
             attacked again.
         options: ``surrogates``, runs on the same data that transfer attacks search on (without them F5 says
-            so); ``steps`` of the tier paper; ``attacks``, settings of one's own attacks beside those of the
+            so); ``steps`` of the tier paper; ``attacks``, settings of one's own attacks besides those of the
             tier, without a budget: they get that of ``threat``, and the result is named after them too.
 
     Returns:
@@ -78,9 +78,9 @@ def assess(
         raise ValueError("torchrun divides the work among its processes by itself; leave --shard out")
     attacks = [attack_under(attack, None, None, None) for attack in options.get("attacks", ())]  # or refused
     with ExitStack() as owning:
-        if kept and shard is None:
+        if stored and shard is None:
             owning.enter_context(owned_together(run.path, "assessment"))
-        others = run.assessed() if kept else {}  # refused now where the file is damaged
+        others = run.assessed() if stored else {}  # refused now where the file is damaged
         set_threads(run.config)
         victim, objective = load_victim(run)
         data = read_data(run.config, progress)
@@ -92,7 +92,7 @@ def assess(
         if curve:
             curve_attacks(prepared)  # refused before anything is attacked
         store: BlockStore = NoStore()
-        if kept:
+        if stored:
             store = FolderStore(_folder(run, prepared.suite, prepared.context))
         if shard is not None:
             if isinstance(store, FolderStore):
@@ -104,7 +104,7 @@ def assess(
         result = replace(result, scored_on=direction or "")
         added = f" with {', '.join(spec.name for spec in own)}" if own else ""
         result = described(result, f"{result.scored_on} {result.name}{added}".strip(), run)
-        if kept and rank() == 0:
+        if stored and rank() == 0:
             others.pop(result.name, None)
             save_results(run.path / "assess.json", [*others.values(), result])
     return result

@@ -67,7 +67,7 @@ def certify_run(
         InUse: another process certifies the run.
         RunError: a kept copy without it; an earlier ``certified.json`` that cannot be read.
     """
-    if run.kept:
+    if run.results_only:
         return _stored(run, method, direction, options)
     checked_budgets(method, **options)  # before data are read and encoded
     with owned_together(run.path, "certification"):
@@ -76,8 +76,8 @@ def certify_run(
         data = read_data(run.config, progress)
         context = context_of(run, load_hasher(run), data, progress, direction, whole=True)
         context = context if queries is None else context.some(queries)
-        kept = TensorFolder(run.path / "certificates" / _identity(run, context, method, options))
-        result = certify(context, method, queries=None, kept=kept, progress=progress, **options).plain()
+        folder = TensorFolder(run.path / "certificates" / _identity(run, context, method, options))
+        result = certify(context, method, queries=None, kept=folder, progress=progress, **options).plain()
         result["name"] = f"{direction or ''} {result['name']}".strip()
         result |= {"recipe": run.config.name, "model": run.card()["digest"]}
         write_json(run.path / CERTIFIED, {**others, result["name"]: result})

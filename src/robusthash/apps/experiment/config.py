@@ -34,7 +34,7 @@ from robusthash.apps.experiment.config_values import (
 )
 from robusthash.attacks.base import Attack
 from robusthash.core.limited_files import read_yaml
-from robusthash.core.plugins import PluginError, beside
+from robusthash.core.plugins import PluginError, module_folders
 from robusthash.core.registry import build, check
 from robusthash.core.runtime import digest
 from robusthash.defenses.base import check_needs
@@ -105,13 +105,13 @@ def _completed(groups: Any) -> Any:
     """Settings of optimiser groups, those of a part of the hasher over those of ``hasher``; null is none."""
     groups = numbers(groups)
     if isinstance(groups, Mapping):
-        groups = {name: given for name, given in groups.items() if given is not None}
+        groups = {name: group for name, group in groups.items() if group is not None}
     whole = groups.get(BASE, {}) if isinstance(groups, Mapping) else None
     whole = dataclasses.asdict(whole) if isinstance(whole, OptimConfig) else whole
     if not isinstance(whole, Mapping):
         return groups  # the fields report the error
-    parts = {name: given for name, given in groups.items() if name in NAMES and isinstance(given, Mapping)}
-    return {**groups, **{name: {**whole, **given} for name, given in parts.items()}}
+    parts = {name: group for name, group in groups.items() if name in NAMES and isinstance(group, Mapping)}
+    return {**groups, **{name: {**whole, **group} for name, group in parts.items()}}
 
 
 class TrainingSection(Section):
@@ -144,10 +144,10 @@ class TrainingSection(Section):
         card, _ = check("recipe", self.recipe)
         accepted = inspect.signature(card.make).parameters
         for key in ("attack", "outer"):
-            given = getattr(self, key) is not None
-            if key in accepted and accepted[key].default is inspect.Parameter.empty and not given:
+            is_set = getattr(self, key) is not None
+            if key in accepted and accepted[key].default is inspect.Parameter.empty and not is_set:
                 raise ValueError(f"recipe {card.name!r} needs {key!r}")
-            if key not in accepted and given:
+            if key not in accepted and is_set:
                 remedy = "adversarial training is recipe: adversarial"
                 raise ValueError(f"recipe {card.name!r} takes no {key!r}; {remedy}")
         if getattr(card.make, "starts_trained", False) and self.init_from is None:
@@ -299,7 +299,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a missing file, no YAML, an unknown key (the nearest is offered), a bad value.
     """
     raw, folders = read_recipe(Path(path))
-    with beside(folders):
+    with module_folders(folders):
         return make_config(raw, overrides, where=str(path))
 
 

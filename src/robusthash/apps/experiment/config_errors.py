@@ -26,12 +26,12 @@ def explained(problem: Mapping[str, Any], where: str, config: type[BaseModel]) -
         hint = _elsewhere(place[-1], config) or nearest(place[-1], known)
         return f"{where}: unknown key {'.'.join(place)!r}{hint}"
     message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"]
-    is_component = place and isinstance(given, Mapping) and "name" in given
+    rejected = problem["input"]
+    is_component = place and isinstance(rejected, Mapping) and "name" in rejected
     names_value = ", got " in message or (
-        isinstance(given, Mapping) and not is_component
+        isinstance(rejected, Mapping) and not is_component
     )  # sections are long
-    value = "" if names_value else f" (got {shortened(repr(given))})"
+    value = "" if names_value else f" (got {shortened(repr(rejected))})"
     return f"{where}: {'.'.join(place) or 'config'}: {message}{value}"
 
 

@@ -48,8 +48,8 @@ def _check_hasher(config: Config) -> None:
     for name, values in hasher.named_parameters():
         if values.numel() == 0:
             modality = "text" if name.startswith("encoders.text") else "image"
-            given = getattr(section, modality)
-            raise ConfigError(f"hasher.{modality}: no width may be 0, got {given!r} ({name} is empty)")
+            settings = getattr(section, modality)
+            raise ConfigError(f"hasher.{modality}: no width may be 0, got {settings!r} ({name} is empty)")
 
 
 def _without_weights(component: Component | None) -> Component | None:

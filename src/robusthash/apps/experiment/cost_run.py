@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from robusthash.analysis.model_cost import Latency, Size, Work, asking, size_of, time_in_turn
+from robusthash.analysis.model_cost import Latency, Size, Work, single_query, size_of, time_in_turn
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.run_selection import labelled
 from robusthash.apps.reports.cell_text import markdown_cell
@@ -84,7 +84,7 @@ def _query_of(hasher: Hasher, run: Run) -> Work:
     count = int(read_json(run.path / "data.json")["sizes"]["database"])
     codes = np.random.default_rng(0).integers(0, 256, (count, (hasher.bits + 7) // 8), dtype=np.uint8)
     engine, k = FlatEngine(Rows(np.arange(count), codes)), min(10, count)
-    return asking(hasher, _pixels(run), lambda logits: engine.search(pack(sign(logits)).numpy(), k))
+    return single_query(hasher, _pixels(run), lambda logits: engine.search(pack(sign(logits)).numpy(), k))
 
 
 def cost_markdown(reference: str, rows: Sequence[CostRow]) -> str:

@@ -43,7 +43,7 @@ def detection(
         ValueError: as of ``robustness.detection.detect``.
     """
     path = file_of(run, direction)
-    if run.kept:
+    if run.results_only:
         if not path.is_file():
             raise RunError(f"{run.path} is a kept copy without {path.name}; give the run that it was made of")
         return read_json(path), path

@@ -386,15 +386,13 @@ def _one_block(data: RetrievalData, rows: _Rows) -> RetrievalData:
 def _random_codes(
     context: EvaluationContext, queries: int, database: int
 ) -> tuple[Codes, Tensor, Codes, Tensor]:
-    """As many random codes of queries and of database as the whole has, and labels; they score as fast as
-    true ones.
-    """
+    """Random codes and labels of this many queries and database items; they score as fast as true ones."""
     draws, bits = Draws(0, ("dry run",)), context.victim.bits
 
-    def drawn(count: int, name: str, labels: Tensor) -> tuple[Codes, Tensor]:
+    def random_codes(count: int, name: str, labels: Tensor) -> tuple[Codes, Tensor]:
         ids = torch.arange(count)
         signs = sign(draws.within(name).uniform(ids, (bits,)) - 0.5)
         return Codes(pack(signs), bits, ids), labels[ids % len(labels)]
 
-    query_codes = drawn(queries, "query", context.query_labels)
-    return *query_codes, *drawn(database, "database", context.database_labels)
+    query_codes = random_codes(queries, "query", context.query_labels)
+    return *query_codes, *random_codes(database, "database", context.database_labels)

@@ -51,7 +51,7 @@ def robust_curves(
         RunError: no epoch is stored, or the method learns its database codes, which are those of the last
             epoch.
     """
-    epochs = run.kept_epochs()
+    epochs = run.stored_epochs()
     if not epochs:
         remedy = "train a run with --set runtime.keep_epochs=1 (the model is the same)"
         raise RunError(f"{run.path} kept no weights by epoch; {remedy}")

@@ -134,7 +134,7 @@ def verify_entry(entry: RegistryEntry, run: Run, progress: Progress = silent) ->
     claimed = entry.claimed
     if claimed.tier == "recipe":
         return records.verify(entry, _evaluated_again(run, progress))
-    result = assessing.assess(run, claimed.tier, claimed.threat, claimed.queries, progress, kept=False)
+    result = assessing.assess(run, claimed.tier, claimed.threat, claimed.queries, progress, stored=False)
     assert result is not None  # no shard was asked for
     clean = replace(result, values={result.setting.headline: result["clean"]})
     return records.verify(entry, {"clean": clean, "worst": result})
@@ -220,10 +220,10 @@ def _source(run: Run, recipe: str, overrides: Sequence[str]) -> records.ModelSou
         if Path(recipe).stem != run.config.name:
             raise ValueError(f"the recipe {recipe} is not here, and {run.path} is of {run.config.name!r}")
     elif (
-        made := replace(run, config=load_config(recipe, (f"runtime.seed={seed}", *overrides)))
+        own := replace(run, config=load_config(recipe, (f"runtime.seed={seed}", *overrides)))
     ).recipe != run.recipe:
         raise ValueError(
-            f"the recipe {recipe} makes another model than {run.path}: {made.recipe}, not {run.recipe}; give "
+            f"the recipe {recipe} makes another model than {run.path}: {own.recipe}, not {run.recipe}; give "
             f"the recipe that it was trained by with the same --set, such as {run.path / 'config.yaml'}"
         )
     return source
@@ -234,11 +234,11 @@ def _restrictions(run: Run) -> Restrictions:
     victim = model_stages.load_hasher(run)
     query = model_stages.read_data(run.config).query
     few = query.batch(torch.arange(min(OBSERVED, len(query)))).only(victim.modalities)
-    seen = observed(victim, few.to(victim.device).inputs)
+    behaviour = observed(victim, few.to(victim.device).inputs)
     return Restrictions(
-        gradients=seen.gradient_reaches_input,
-        deterministic=not seen.randomised,
-        no_inner_optimisation=not seen.inner_gradients,
+        gradients=behaviour.gradient_reaches_input,
+        deterministic=not behaviour.randomised,
+        no_inner_optimisation=not behaviour.inner_gradients,
         static_database=True,  # no victim of this package encodes its database again for a query
     )
 

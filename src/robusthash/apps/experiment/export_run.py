@@ -70,14 +70,14 @@ class ExportOptions:
             raise ValueError("the hub takes a folder: say --to torch with --push")
         if self.push is not None:
             check_id(self.push)
-        given = [
+        set_options = [
             name
             for name in ("modality", "side", "pixels")
             if getattr(self, name) != getattr(ExportOptions, name)
         ]
-        if given and self.to == "torch":
+        if set_options and self.to == "torch":
             raise ValueError(
-                f"a folder holds the whole model: leave --{given[0]} out, or write a file by --to onnx"
+                f"a folder holds the whole model: leave --{set_options[0]} out, or write a file by --to onnx"
             )
 
 

@@ -33,7 +33,7 @@ from robusthash.defenses.query_detection import DetectionLimits
 from robusthash.evaluation.attack_block import in_8bit
 from robusthash.evaluation.attack_spec import GradientAttack
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.runner import BlockRunner, passes_shown
+from robusthash.evaluation.runner import BlockRunner, pass_progress
 from robusthash.models.encoding import encode_signs
 from robusthash.robustness.detected_queries import Detected, Evasion, detected_search
 from robusthash.robustness.ordinary_traffic import ordinary_refusals
@@ -181,7 +181,7 @@ def _learned(
 def _of_learned(context: EvaluationContext, attack: Attack, progress: Progress) -> float:
     """wMAP of the queries that the attack changed."""
     spec = GradientAttack(attack.name, attack)
-    with passes_shown(context.victim, progress, attack.name):
+    with pass_progress(context.victim, progress, attack.name):
         attacked = BlockRunner(context).queries(spec, progress=progress)
     return float(_ap(context, attacked.codes_8bit[:, 0]).mean())
 
@@ -199,11 +199,11 @@ def _detection(
     free: dict[tuple[str, str, bool], Detected] = {}  # decoys and clients change nothing there
 
     def attackers(spec: OracleAttack, evasion: Evasion) -> dict[str, Any]:
-        seen = detected_search(context, spec, limits, evasion, marks, progress)
+        result = detected_search(context, spec, limits, evasion, marks, progress)
         key = (spec.name, spec.threat.name, evasion.blind)
         if key not in free:
             free[key] = detected_search(context, spec, None, evasion, marks, progress)
-        return {"search": spec.name, "evasion": evasion.name, **_detected(seen, free[key])}
+        return {"search": spec.name, "evasion": evasion.name, **_detected(result, free[key])}
 
     rows = []
     for name, search in (("square", Square()), ("nes", NES())):
@@ -222,15 +222,15 @@ def _detection(
     return {"limits": asdict(limits), "attackers": rows, "photographs": len(files), "traffic": traffic}
 
 
-def _detected(seen: Detected, free: Detected) -> dict[str, Any]:
-    caught = seen.refused > 0
+def _detected(result: Detected, free: Detected) -> dict[str, Any]:
+    caught, slowed = result.refused > 0, result.slowed[result.slowed > 0]
     return {
-        "budget": seen.budget,
+        "budget": result.budget,
         "refused": float(caught.double().mean()),
-        "refused at": float(seen.refused[caught].double().median()) if caught.any() else None,
-        "slowed at": float(seen.slowed[seen.slowed > 0].double().median()) if seen.slowed.any() else None,
-        "answered": float(seen.answered.double().mean()),
-        "wMAP": dict(zip(map(str, seen.marks), seen.ap.mean(0).tolist(), strict=True)),
+        "refused at": float(result.refused[caught].double().median()) if caught.any() else None,
+        "slowed at": float(slowed.double().median()) if len(slowed) else None,
+        "answered": float(result.answered.double().mean()),
+        "wMAP": dict(zip(map(str, result.marks), result.ap.mean(0).tolist(), strict=True)),
         "wMAP without detection": dict(zip(map(str, free.marks), free.ap.mean(0).tolist(), strict=True)),
     }
 
@@ -259,7 +259,7 @@ def _agreement(context: EvaluationContext, row: Row, progress: Progress) -> dict
     sent |= {f"clean, {change.name}": partial(change, clean) for change in CHANGES}
     for attack in (hag(eps=8 / 255, steps=100), mainstay(eps=8 / 255), guided_apgd(eps=8 / 255, steps=50)):
         aware, view = against_agreement(attack), Agreeing(agreement)
-        with_changes = GradientAttack(aware.name, aware, view=view, seen="agreeing")
+        with_changes = GradientAttack(aware.name, aware, view=view, view_name="agreeing")
         for spec, passes in ((GradientAttack(attack.name, attack), 1), (with_changes, 3)):
             sent[spec.name] = partial(_attacked, context, spec, passes, progress)
 
@@ -293,7 +293,7 @@ def _apart(
 def _attacked(context: EvaluationContext, spec: GradientAttack, passes: int, progress: Progress) -> Tensor:
     """Attacked queries as 8-bit files; ``passes`` of the victim make a step of the attack."""
     steps = spec.attack.search.steps * passes * context.blocks
-    with passes_shown(context.victim, progress, spec.name, steps):
+    with pass_progress(context.victim, progress, spec.name, steps):
         blocks = [spec.run(context, block, 0).inputs for block in range(context.blocks)]
     origins = [context.batch(block).inputs["image"].cpu() for block in range(context.blocks)]
     return torch.cat([in_8bit(*pair) for pair in zip(origins, blocks, strict=True)])

@@ -30,8 +30,8 @@ def hardening_tables(content: dict[str, Any], parts: Collection[str]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [[markdown_cell(_text(cell)) for cell in row] for row in (head, *rows)]
-    drawn = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([drawn[0], "|" + " --- |" * len(head), *drawn[1:]])
+    table_rows = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([table_rows[0], "|" + " --- |" * len(head), *table_rows[1:]])
 
 
 def _text(cell: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from robusthash.apps.experiment.library_items import key_of, named_file, path_payload
+from robusthash.apps.experiment.index_items import key_of, named_file, path_payload
 from robusthash.core.registry import nearest
 from robusthash.data.image_files import path_text
 from robusthash.index import CodeIndex, address_of, open_index
@@ -77,8 +77,8 @@ def remove_items(
             reason = "" if removed else _values(index, where)
         elif paths:
             keys = {path_text(path): _keys(index, path) for path in paths}
-            missing = absent = [path for path, meant in keys.items() if not meant]
-            removed = index.remove(keys=[key for meant in keys.values() for key in meant])
+            missing = absent = [path for path, matches in keys.items() if not matches]
+            removed = index.remove(keys=[key for matches in keys.values() for key in matches])
             reason = f"no item is at or below {absent[0]}{_near(index, absent[0])}" if absent else ""
         else:
             missing = _lacking(index, ids)
@@ -117,17 +117,17 @@ def _keys(index: CodeIndex, path: Path) -> list[str]:
     if written is not None:
         below = [key for key in below if named_file(key, key.rpartition("#")[2], written + b"/".hex())]
     elif not index.held([text]):
-        shown = index.keys(f"{text}#")
-        below += [key for key in shown if named_file(key, key[len(text) + 1 :])]
+        readable = index.keys(f"{text}#")
+        below += [key for key in readable if named_file(key, key[len(text) + 1 :])]
     return [*index.held([key_of(path)]), *below]
 
 
 def _near(index: CodeIndex, path: str) -> str:
-    """Names beside a path that no item has."""
+    """Names next to a path that no item has."""
     folder = path_payload(path)["path"].rpartition("/")[0]
-    beside = sorted({key[len(folder) + 1 :].partition("/")[0] for key in index.keys(f"{folder}/")})
-    if beside:
-        return nearest(path.rpartition("/")[2], beside[:1000])
+    siblings = sorted({key[len(folder) + 1 :].partition("/")[0] for key in index.keys(f"{folder}/")})
+    if siblings:
+        return nearest(path.rpartition("/")[2], siblings[:1000])
     first = index.keys()[:1]
     return f"; the index holds paths such as {first[0]}" if first else "; the index holds no paths"
 

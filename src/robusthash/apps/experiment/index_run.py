@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robusthash.apps.collection.collection_index import add_codes, readable_codes
 from robusthash.apps.experiment.index_filters import read_filter
-from robusthash.apps.experiment.library_items import (
+from robusthash.apps.experiment.index_items import (
     OWN_KEYS,
     DistinctCodes,
     LibraryItem,
@@ -42,7 +42,7 @@ from robusthash.data.image_files import (
 )
 from robusthash.data.image_listing import Listing, list_images
 from robusthash.index import CodeIndex, address_of, open_index
-from robusthash.index.file_index import made_of
+from robusthash.index.file_index import build_source_of
 from robusthash.index.index_address import directory_of
 from robusthash.index.new_items import check_choice
 from robusthash.models.encoding import encode_signs
@@ -126,16 +126,16 @@ def build_index(
         raise ValueError(f"--payload {adding.payload} describes the files of --images FOLDER; name both")
     else:
         data = read_data(run.config, progress)
-    given = adding.codes if adding.codes is not None else images
-    source = {"run": str(run.path.resolve()), "images": given and path_text(given.resolve())}
+    place = adding.codes if adding.codes is not None else images
+    source = {"run": str(run.path.resolve()), "images": place and path_text(place.resolve())}
     with open_index(address_of(directory), bits=run.card()["bits"], engine=engine) as index:
         count = index.count()
-        if count and index.made_of() != source:
+        if count and index.build_source() != source:
             raise ValueError(
                 f"{_place(index)} already holds {count} items of another build; add images to it with "
                 "'index add', or build in another directory"
             )
-        index.set_made_of(source)
+        index.set_build_source(source)
         if adding.codes is not None:
             added = add_codes(index, adding.codes, images, progress, run.card()["digest"])
             others = index.count() - added["added"] - added["updated"]
@@ -207,11 +207,11 @@ def run_of_index(directory: str | Path, run_path: Path | None = None) -> Run:
     home = directory_of(address)
     if home is None:
         with open_index(address, create=False) as index:
-            source, place = index.made_of(), index.address
+            source, place = index.build_source(), index.address
     else:
         place = str(home)
         try:
-            source = made_of(home)
+            source = build_source_of(home)
         except ValueError as error:
             raise ValueError(f"{error}; it should tell the run of the index: {remedy}") from None
     if source is not None and not (isinstance(source, dict) and isinstance(source.get("run"), str)):
@@ -243,7 +243,7 @@ def encode_images(
         FileNotFoundError: neither an image nor a folder.
         ValueError: a folder without images, or no file that can be read.
     """
-    listings = [_listing(given) for given in images]
+    listings = [_listing(place) for place in images]
     paths = [path for listing in listings for path in listing.images]
     skipped = [] if skipped is None else skipped
     skipped += [one for listing in listings for one in listing.skipped]

@@ -343,7 +343,7 @@ def setting_pairs(board: Leaderboard, boards: Sequence[Leaderboard] = ()) -> lis
     rules = {key: value for key, value in setting.protocol.items() if key not in ("measures", "directions")}
     chances = sorted({round(row.chance, 3) for row in board.rows})
     return [
-        ("queries", setting.asked),
+        ("queries", setting.query_description),
         ("database", setting.database),
         ("threat", setting.threat),
         ("attacks", ", ".join(setting.attacks)),

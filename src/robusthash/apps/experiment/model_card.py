@@ -35,13 +35,13 @@ def in_place(path: Path, config: Config) -> bool:
     return path.resolve().parent.name == config.name
 
 
-def run_fault(card: Any, path: Path, config: Config, kept: bool = False) -> str:
-    """The fault of the card of the run at ``path``, or of a ``kept`` copy, which is written aside."""
+def run_fault(card: Any, path: Path, config: Config, results_only: bool = False) -> str:
+    """The fault of the card of the run at ``path``, or of a copy of results, written aside."""
     if fault := model_fault(card, _RUN):
         return fault
     if card["name"] != config.name:
         return f"it is of {card['name']!r}, and the config of {config.name!r}"
-    if in_place(path, config) and not kept and card["id"] != path.resolve().name:
+    if in_place(path, config) and not results_only and card["id"] != path.resolve().name:
         return f"it is of the run {card['id']}, and the directory of {path.resolve().name}"
     size = config.data.get("size") if isinstance(config.data, dict) else None
     own = isinstance(config.data, dict) and ":" not in str(
@@ -55,6 +55,6 @@ def run_fault(card: Any, path: Path, config: Config, kept: bool = False) -> str:
 def other_weights(results: Mapping[str, EvalResult], card: Mapping[str, Any]) -> str:
     """The first result that is of other weights than those of the card, in words; "" of none."""
     for name, result in results.items():
-        if (seen := result.setting.digests.get("model", card["digest"])) != card["digest"]:
-            return f"the result {name!r} is of the weights {seen}, and the model card says {card['digest']}"
+        if (weights := result.setting.digests.get("model", card["digest"])) != card["digest"]:
+            return f"the result {name!r} is of the weights {weights}, and the card says {card['digest']}"
     return ""

@@ -49,7 +49,7 @@ class OracleTable:
         return [spans[str(place)] for place in range(len(self.budgets))]
 
     def plain(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The table as plain data for JSON."""
         return {
             "run": str(self.run),
             "measure": "wMAP over the whole database",
@@ -122,7 +122,7 @@ def oracle_table(
 
 
 def _identity(run: Run, context: EvaluationContext, budgets: Sequence[int]) -> str:
-    """Digest of all that stored codes depend on beside the settings of the search."""
+    """Digest of all that stored codes depend on besides the settings of the search."""
     splits = context.queries.fingerprint(), context.data.database.fingerprint()
     fixed = context.direction, context.batch_size, context.seed
     return digest([run.card()["digest"], *splits, *fixed, list(budgets)])
@@ -140,7 +140,7 @@ def draw_oracle_table(table: OracleTable, path: Path) -> list[Path]:
         series.append(Series(f"shows {shows}", places, curve.means.tolist(), low=low, high=high))
     chart = LineChart(
         series=series,
-        x=ChartAxis(f"questions of each query ({table.search})", places, names),
+        x=ChartAxis(f"oracle queries of each query ({table.search})", places, names),
         y=ChartAxis("wMAP", from_zero=True),
         reference=("clean", float(table.clean.mean())),
         whiskers=True,

@@ -1,4 +1,4 @@
-"""From a folder of images to a searched index: a recipe is chosen, trained, measured, indexed, and asked.
+"""From a folder of images to a searched index: a recipe is chosen, trained, measured, indexed and searched.
 
 It runs the same stages as recipes do, in ``OUT/runs``, so a stopped quickstart goes on where it was.
 """
@@ -30,7 +30,7 @@ from robusthash.metrics.results import EvalResult, headline_of
 Labels = Literal["auto", "none", "folders", "manifest"]
 
 _SAMPLES = 40_000  # images shown in training by labels, whatever the size of the folder
-_MINUTES, _FULL = 3.75, 250  # of two cores, for so many images or more: copies are then 8000 in all
+_MINUTES, _FULL = 3.75, 250  # of two cores, for this many images or more: copies are then 8000 in all
 _MANIFESTS = (".csv", ".jsonl")
 _SIDE = 512  # pixels of the example that is searched with
 
@@ -93,7 +93,7 @@ def plan(folder: str | Path, labels: Labels = "auto", manifest: str | Path | Non
         labels: ``folders`` takes the subfolders for classes, ``manifest`` the file that ``manifest`` names or
             the one CSV or JSON-lines file in the folder, ``none`` takes each image for a class of its own.
             ``auto`` is the manifest where one is named or lies there, else the subfolders where there are
-            several and no image lies beside them, else none.
+            several and no image lies next to them, else none.
 
     Raises:
         FileNotFoundError: no such folder or manifest.
@@ -139,18 +139,18 @@ def duration(images: int, recipe: Literal["copies", "labels"]) -> str:
 
 def _why_unlabelled(classes: Sequence[str], loose: int) -> str:
     if classes and loose:
-        return f" ({loose} images lie beside the subfolders, so these are no classes)"
+        return f" ({loose} images lie next to the subfolders, so these are no classes)"
     if classes:
         return f" (one subfolder, {classes[0]!r}: with one class everything would be alike)"
     return ""
 
 
-def _manifest(folder: Path, given: str | Path | None, named: bool) -> Path | None:
+def _manifest(folder: Path, manifest: str | Path | None, named: bool) -> Path | None:
     """The manifest that was given, else the one that lies in the folder."""
-    if given is not None:
-        if not Path(given).is_file():
-            raise FileNotFoundError(f"no manifest {Path(given).absolute()}")
-        return Path(given)
+    if manifest is not None:
+        if not Path(manifest).is_file():
+            raise FileNotFoundError(f"no manifest {Path(manifest).absolute()}")
+        return Path(manifest)
     there = sorted(path for path in folder.iterdir() if path.suffix.lower() in _MANIFESTS and path.is_file())
     if len(there) > 1:
         names = ", ".join(path.name for path in there)

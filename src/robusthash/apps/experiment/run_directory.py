@@ -47,7 +47,7 @@ Progress = Callable[[int, int, str], None]
 RESTART = "delete it to train again from the start"
 CHECKED = "checks.json"  # the flags of ``check``
 TEXTS = "texts.json"  # how texts become inputs, so that those of others can
-KEPT = "kept.json"  # marks a copy of results without weights, see ``kept_results``
+RESULTS_ONLY = "kept.json"  # marks a copy of results without weights, see ``results_copy``
 _TRAIN = "run 'robusthash train' or 'robusthash run' first"
 
 
@@ -73,9 +73,9 @@ class Run:
         return f"{self.config.name} {Config.model_validate(plain).model_id()}"
 
     @property
-    def kept(self) -> bool:
+    def results_only(self) -> bool:
         """A copy of results without weights."""
-        return (self.path / KEPT).is_file()
+        return (self.path / RESULTS_ONLY).is_file()
 
     @property
     def origin(self) -> dict[str, str]:
@@ -100,7 +100,7 @@ class Run:
 
     def _remedy(self, file: str) -> str:
         """The way to make a damaged file of this run again; what is whole is not made twice."""
-        if self.kept:
+        if self.results_only:
             return "it is a copy: make it again with 'robusthash keep', or take it from the repository"
         recipe, runs = (shlex.quote(str(p)) for p in (self.path / "config.yaml", self.path.parent.parent))
         if not in_place(self.path, self.config):
@@ -141,7 +141,7 @@ class Run:
     def _epoch_file(self, epoch: int) -> Path:
         return self.path / "epochs" / f"{epoch}.safetensors"
 
-    def kept_epochs(self) -> list[int]:
+    def stored_epochs(self) -> list[int]:
         """Numbers of the epochs whose weights are stored, ascending; see ``runtime.keep_epochs``."""
         return sorted(int(path.stem) for path in (self.path / "epochs").glob("*.safetensors"))
 
@@ -177,7 +177,7 @@ class Run:
         folder = self.path / "checkpoint"
         folder.mkdir(parents=True, exist_ok=True)
         weights = {"hasher": save_weights(hasher.state_dict(), folder / "hasher.safetensors")}
-        weights["objective"] = save_weights(objective.kept(), folder / "objective.safetensors")
+        weights["objective"] = save_weights(objective.saved_state(), folder / "objective.safetensors")
         card = {
             "name": self.config.name,
             "id": self.id,
@@ -239,7 +239,7 @@ class Run:
         path = self.path / "model.json"
         with reading(path, self._again, "the model card"):
             card = read_json(path)
-            if fault := run_fault(card, self.path, self.config, self.kept):
+            if fault := run_fault(card, self.path, self.config, self.results_only):
                 raise ValueError(fault)
         return card
 
@@ -270,14 +270,14 @@ class Run:
         path = self.path / file
         if not path.is_file():
             return {}
-        with reading(path, self._again if self.kept else remade(path)):
+        with reading(path, self._again if self.results_only else remade(path)):
             return {result.name: result for result in with_headlines(load_results(path))}
 
     def _of_these_weights(self, file: str) -> dict[str, EvalResult]:
         """Results as of ``stored``. Raises RunError where they are of other weights than the model card."""
         results, path = self.stored(file), self.path / file
         if results and self.trained and (fault := other_weights(results, self.card())):
-            raise RunError(f"{path}: {fault}; {self._again if self.kept else remade(path)}")
+            raise RunError(f"{path}: {fault}; {self._again if self.results_only else remade(path)}")
         return results
 
     def results(self) -> dict[str, EvalResult]:
@@ -304,7 +304,7 @@ class Run:
         Raises:
             RunError: weights that are not those of the model card.
         """
-        if self.kept:
+        if self.results_only:
             raise RunError(
                 f"{self.path} keeps results without weights; train its recipe again for the model: "
                 f"robusthash train {self.path / 'config.yaml'}"
@@ -334,7 +334,7 @@ def run_folder(config: Config, root: Path, ancestor: str = "") -> Path:
         RunError: it holds results alone, or its plug-ins have changed since it was trained.
     """
     path = root / config.name / config.model_id(ancestor)
-    if (path / KEPT).is_file():
+    if (path / RESULTS_ONLY).is_file():
         raise RunError(f"{path} holds results alone, and no run goes on there; use another --runs folder")
     check_plugins(path, config)
     return path

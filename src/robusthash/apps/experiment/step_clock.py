@@ -43,7 +43,7 @@ class StepClock:
 
     @contextmanager
     def timing(self) -> Iterator[Callable[[], float]]:
-        """Seconds inside of the block, to be asked for after it."""
+        """Seconds inside of the block, to be read after it."""
         times = [self._now()]
         yield lambda: times[1] - times[0]
         times.append(self._now())

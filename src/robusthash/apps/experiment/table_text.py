@@ -26,12 +26,12 @@ def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str
 def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[str]]:
     """Header and lines with value, ends of the interval and seeds of each column apart; "" for none.
 
-    After them the columns that ``text_table`` has beside the results.
+    After them the columns that ``text_table`` has next to the results.
     """
     parts = [f"{column}{part}" for column in columns for part in ("", " low", " high", " seeds")]
-    titles, beside = _beside(rows, columns, 6)
+    titles, side_cells = _side_columns(rows, columns, 6)
     table = [["recipe", *parts, *titles]]
-    for row, own in zip(rows, beside, strict=True):
+    for row, own in zip(rows, side_cells, strict=True):
         numbers = [row.cells[c].numbers() if c in row.cells else [""] * 4 for c in columns]
         table.append([row.name, *(number for group in numbers for number in group), *own])
     return [list(map(csv_cell, cells)) for cells in table]
@@ -40,9 +40,9 @@ def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[s
 def text_table(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> list[list[str]]:
     """Header and lines of a table for reading; one of differences has neither chance nor training minutes."""
     columns = list(rows[0].cells) if results is None else list(results)
-    titles, beside = _beside(rows, columns, 3)
+    titles, side_cells = _side_columns(rows, columns, 3)
     table = [["recipe", *columns, *titles]]
-    for row, own in zip(rows, beside, strict=True):
+    for row, own in zip(rows, side_cells, strict=True):
         without = ["not run" if column in row.not_run else "-" for column in columns]
         cells = [
             row.cells[c].text() if c in row.cells else gap for c, gap in zip(columns, without, strict=True)
@@ -51,10 +51,10 @@ def text_table(rows: Sequence[TableRow], results: Sequence[str] | None = None) -
     return table
 
 
-def _beside(
+def _side_columns(
     rows: Sequence[TableRow], columns: Sequence[str], digits: int
 ) -> tuple[list[str], list[list[str]]]:
-    """Titles and lines of the columns beside the results: chance, training minutes and seeds."""
+    """Titles and lines of the columns next to the results: chance, training minutes and seeds."""
     signed = any(cell.signed for row in rows for cell in row.cells.values())
     scored = {row.scored[column] for row in rows for column in columns if column in row.scored}
     chances = [scored_on for scored_on in rows[0].chance if scored_on in scored and not signed]

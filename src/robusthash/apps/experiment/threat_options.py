@@ -94,10 +94,10 @@ def attack_under(attack: Component, threat: str | None, eps: str | None, norm: s
         ValueError: settings with a budget of their own, or a threat of several modalities or to the database.
     """
     settings = value_of(attack) if isinstance(attack, str) else attack
-    card, given = check("attack", settings)
+    card, values = check("attack", settings)
     if threat is None and eps is None and norm is None:
         return settings
-    options: dict[str, Any] = {"name": settings if isinstance(settings, str) else settings["name"], **given}
+    options: dict[str, Any] = {"name": settings if isinstance(settings, str) else settings["name"], **values}
     name = threat_name(threat, eps, norm, options.get("modality", "image"))
     if doubled := [key for key in ("eps", "norm", "edits") if key in options]:
         raise ValueError(

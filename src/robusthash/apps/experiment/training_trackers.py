@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases as readers of the training log, beside a run's own ``log.jsonl``."""
+"""TensorBoard and Weights & Biases as readers of the training log, next to a run's own ``log.jsonl``."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class TransferTable:
     matrix: TransferMatrix
 
     def plain(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The matrix as plain data for JSON."""
         m = self.matrix
         tables = {name: getattr(m, name).tolist() for name in ("clean", "attacked", "worst")}
         names = {name: list(getattr(m, name)) for name in ("surrogates", "victims")}

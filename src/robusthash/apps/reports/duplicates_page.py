@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robusthash.apps.commands.terminal import shown
+from robusthash.apps.commands.terminal import printable
 from robusthash.apps.reports.pages import picture_of, render
 from robusthash.core.atomic_files import write_aside
 
@@ -27,7 +27,7 @@ def write_duplicates_page(file: Path, found: Duplicates, max_pixels: int) -> Non
         groups.append(
             [
                 {
-                    "path": shown(copy.path),
+                    "path": printable(copy.path),
                     "distance": copy.distance,
                     "picture": picture_of(Path(copy.path), max_pixels) if drawn else None,
                     "drawn": drawn,
@@ -40,8 +40,8 @@ def write_duplicates_page(file: Path, found: Duplicates, max_pixels: int) -> Non
         title="Copies among your images",
         groups=groups,
         found=found,
-        plain=[shown(path) for path in islice(found.plain, 100)],
-        skipped=[shown(one) for one in found.skipped[:100]],
+        plain=[printable(path) for path in islice(found.plain, 100)],
+        skipped=[printable(one) for one in found.skipped[:100]],
     )
     with write_aside(file) as aside:
         aside.write_text(text, encoding="utf-8")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robusthash.apps.commands.terminal import shown
-from robusthash.apps.experiment.library_items import OWN_KEYS, named_file
+from robusthash.apps.commands.terminal import printable
+from robusthash.apps.experiment.index_items import OWN_KEYS, named_file
 from robusthash.apps.reports.pages import one_line, picture_of, render
 from robusthash.core.atomic_files import write_aside
 from robusthash.data.image_files import MAX_PIXELS, path_text
@@ -24,22 +24,22 @@ def write_search_page(
     """Write an HTML page of one search that opens from disk; a picture that is gone is named as such."""
     results = [
         {
-            "path": shown(hit["payload"].get("path", f"item {hit['id']}")),
+            "path": printable(hit["payload"].get("path", f"item {hit['id']}")),
             "distance": hit["distance"],
             "id": hit["id"],
             "picture": picture_of(_file_of(hit["payload"]), max_pixels),
             "about": [
-                (shown(key), shown(one_line(value)))
+                (printable(key), printable(one_line(value)))
                 for key, value in hit["payload"].items()
                 if key not in OWN_KEYS
             ],
         }
         for hit in hits
     ]
-    query = {"path": shown(path_text(image)), "picture": picture_of(image, max_pixels)}
-    title = f"Pictures like {shown(path_text(image.name))}"
-    filtered = where and shown(where)
-    home = shown(path_text(index))
+    query = {"path": printable(path_text(image)), "picture": picture_of(image, max_pixels)}
+    title = f"Pictures like {printable(path_text(image.name))}"
+    filtered = where and printable(where)
+    home = printable(path_text(index))
     text = render("search.html.j2", title=title, query=query, hits=results, index=home, where=filtered)
     with write_aside(file) as aside:
         aside.write_text(text, encoding="utf-8")

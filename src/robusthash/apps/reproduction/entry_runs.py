@@ -15,7 +15,7 @@ from robusthash.apps.experiment.run_directory import Run, RunError, load_run
 from robusthash.apps.experiment.tables import Column, parse_column
 from robusthash.apps.reproduction.paper_entries import BlockSpec, PaperEntry, ScaleSpec
 from robusthash.attacks.base import Attack
-from robusthash.core.plugins import beside
+from robusthash.core.plugins import module_folders
 from robusthash.core.registry import build
 
 _PLACES = ("root", "npz")  # of data: where they lie makes no other model
@@ -44,7 +44,7 @@ class Recipes:
         path = self.folder / f"{recipe}.yaml"
         if (path, overrides) not in self._configs:
             raw, folders = self._read(path)
-            with beside(folders):
+            with module_folders(folders):
                 self._configs[path, overrides] = make_config(raw, overrides, where=str(path))
         return path, self._configs[path, overrides]
 

@@ -28,7 +28,7 @@ def take_over_model(config: Config, runs: Path) -> Run | None:
             continue
         try:
             other = load_run(folder)
-            if other.kept or not _same(config, other.config):
+            if other.results_only or not _same(config, other.config):
                 continue
             other.check_weights()
         except (RunError, ValueError):  # a damaged run: training makes another

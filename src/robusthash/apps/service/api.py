@@ -17,6 +17,7 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
+from robusthash.apps.service.attacked_query import attacked_query
 from robusthash.apps.service.batching import Batcher
 from robusthash.apps.service.error_answers import answer_errors, log_index
 from robusthash.apps.service.guard import Guard, Metrics, Refused
@@ -32,7 +33,6 @@ from robusthash.apps.service.request_fields import (
     refuse_unknown,
 )
 from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem
-from robusthash.apps.service.story import tell
 from robusthash.apps.service.tokens import AcceptedTokens, Token
 from robusthash.apps.service.working_parts import Working
 from robusthash.version import __version__
@@ -284,8 +284,10 @@ async def story(
     content = None if image is None else await image.read()
     models = (working.service, *working.compared)
     async with working.attacking:
-        stories = [await working.run(partial(tell, model, content, item, eps, k)) for model in models]
-    return {"eps": eps, "models": stories}
+        answers = [
+            await working.run(partial(attacked_query, model, content, item, eps, k)) for model in models
+        ]
+    return {"eps": eps, "models": answers}
 
 
 @router.get("/info")

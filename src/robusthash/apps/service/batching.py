@@ -1,4 +1,4 @@
-"""Batching of encodes across requests: bounded wait and queue, the forward pass beside the event loop."""
+"""Batching of encodes across requests: bounded wait and queue, the forward pass outside the event loop."""
 
 from __future__ import annotations
 

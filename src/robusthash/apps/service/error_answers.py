@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from robusthash.apps.service.guard import Refused
-from robusthash.apps.service.search_service import OWN_FILE, NoItem, UnwantedFormat
+from robusthash.apps.service.search_service import OWN_FILE, NoItem, RefusedFormat
 from robusthash.core.damaged_files import shortened
 from robusthash.data.image_files import ImageTooLarge, UnreadableImage
 from robusthash.index.index_address import ServerRefused
@@ -65,7 +65,7 @@ def answer_errors(app: FastAPI) -> None:
         return JSONResponse({"error": str(error.detail)}, error.status_code)
 
     for kind, status in (
-        (UnwantedFormat, 415),
+        (RefusedFormat, 415),
         (UnreadableImage, 422),
         (ValueError, 422),
     ):

@@ -37,12 +37,12 @@ class QueryGuards:
         """
         if self._detector is None:
             return 0.0
-        seen = self._detector.see(to_pixels(image[None])[0], client, time.monotonic())
-        if seen.verdict == "refuse":
+        detection = self._detector.see(to_pixels(image[None])[0], client, time.monotonic())
+        if detection.verdict == "refuse":
             self._metrics.refused.labels("near duplicates").inc()
             message = "too many queries that are nearly this image; send others, or wait"
-            raise Refused(429, message, seen.retry_after)
-        if seen.verdict == "slow":
+            raise Refused(429, message, detection.retry_after)
+        if detection.verdict == "slow":
             self._metrics.slowed.inc()
             return self._settings.near_delay
         return 0.0

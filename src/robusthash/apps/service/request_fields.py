@@ -37,10 +37,10 @@ async def refuse_unknown(request: Request) -> None:
         _check(list(value), "field of the body", body, url)
 
 
-def _check(given: Sequence[str], what: str, known: Sequence[Any], elsewhere: Sequence[Any]) -> None:
+def _check(names: Sequence[str], what: str, known: Sequence[Any], elsewhere: Sequence[Any]) -> None:
     """Refuse names that no field of ``known`` has; those of ``elsewhere`` are in the wrong place."""
     many = {field.alias: get_origin(field.field_info.annotation) is list for field in known}
-    for name, count in Counter(given).items():
+    for name, count in Counter(names).items():
         if name not in many:
             hint = nearest(name, many) if many else ""
             if name in {field.alias for field in elsewhere}:

@@ -32,7 +32,7 @@ _PATHS = ("path", "path_hex")  # payload of files on the server's disk
 OWN_FILE = "answers make file of the path, and neither is filtered by: use a field of the payload"
 
 
-class UnwantedFormat(ValueError):
+class RefusedFormat(ValueError):
     """An upload of a format that the service does not take."""
 
 
@@ -148,14 +148,14 @@ class SearchService:
         """An uploaded file -> (3, S, S) float in [0, 1], as the hasher takes it.
 
         Raises:
-            UnwantedFormat: a format that the service does not take.
+            RefusedFormat: a format that the service does not take.
             ImageTooLarge, UnreadableImage: as in ``read_image``.
         """
         if not self.model.side:
             raise ValueError("this model takes no images")
         accepted = self.settings.formats
         if not any(content.startswith(magic) for name in accepted for magic in _MAGIC[name]):
-            raise UnwantedFormat(f"the image is no {', '.join(accepted)}")
+            raise RefusedFormat(f"the image is no {', '.join(accepted)}")
         stream = io.BytesIO(content)
         stream.name = "the image"
         return as_input(read_image(stream, self.model.side, max_pixels=self.settings.max_pixels))
@@ -250,8 +250,8 @@ class SearchService:
         payload = self._payload(number)
         with self.index() as index:
             key = index.keys_of([number]).get(number)
-        shown = self.public_payload(payload, fields)
-        return {**id_fields(number), **_public_key(key, payload), "payload": shown}
+        public = self.public_payload(payload, fields)
+        return {**id_fields(number), **_public_key(key, payload), "payload": public}
 
     def samples(self, count: int = 12) -> list[dict[str, Any]]:
         """Some items, the nearest to each of ``count`` fixed codes; none unless images are shown."""

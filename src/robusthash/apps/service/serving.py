@@ -23,7 +23,7 @@ from robusthash.core.limited_files import read_yaml
 from robusthash.core.registry import nearest
 from robusthash.index.index_address import address_of, directory_of
 
-_FILES = 200  # that the service has open beside its connections
+_FILES = 200  # that the service has open besides its connections
 _GRACE = 20  # seconds from SIGTERM to the end of the process
 _LAST = 5  # of these, after requests under way were given up
 
@@ -78,13 +78,13 @@ class Serving:
         return cls(SearchService(source, address, settings, images, device or "auto"), held, tuple(others))
 
 
-def read_settings(path: Path | None, given: Mapping[str, Any]) -> ServiceSettings:
-    """The settings of a YAML file, with ``given`` laid over them."""
+def read_settings(path: Path | None, overrides: Mapping[str, Any]) -> ServiceSettings:
+    """The settings of a YAML file, with ``overrides`` laid over them."""
     content = {} if path is None else read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no settings; write such as 'max_k: 50'")
     try:
-        return ServiceSettings.model_validate({**content, **given})
+        return ServiceSettings.model_validate({**content, **overrides})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.transforms import to_pixels
+from robusthash.models.external.answer_cache import AnswerCache
 from robusthash.models.external.http_exchange import Exchanger, Reply, Unanswered
-from robusthash.models.external.kept_answers import KeptAnswers
 from robusthash.models.external.model_answers import Broken
 
 _LARGEST = 1 << 20  # bytes of an answer
@@ -38,7 +38,7 @@ _TELLING = 100  # digits of codes that tell their notation: hex ones are never s
 _LONGEST_WAIT = 60.0  # seconds; a longer Retry-After is reported instead of waited for
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that another try may change
 _SHORTEST = 0.1  # seconds of an exchange that is worth a try
-_IN_ALL = 30.0  # seconds that one question may take, however often it is asked again
+_IN_ALL = 30.0  # seconds that one query may take, repetitions included
 _NOTHING = frozenset({204, 404})  # statuses of a search that found nothing
 
 
@@ -64,14 +64,14 @@ class Endpoint:
     Args:
         budget: requests in all, repeated ones included.
         rate: requests a second at most.
-        timeout: seconds that one whole exchange may take. One question may take 30 seconds in all, or one
+        timeout: seconds that one whole exchange may take. One query may take 30 seconds in all, or one
             timeout where that is longer: repetitions and pauses count, a wait by ``Retry-After`` does not.
         retries: repetitions after no whole answer (a timeout, a dropped connection, half a body) and after
             408, 425, 429 or 5xx, each after a longer pause or after ``Retry-After``. A server that cannot be
-            reached before it ever answered is not asked again.
+            reached before it ever answered is not queried again.
         headers: sent with each request, such as ``Authorization``; never written anywhere.
         pause: seconds before the first repetition; doubled each time.
-        kept: a file of the answers, so that an interrupted audit goes on; see ``KeptAnswers``.
+        cache: a file of the answers, so that an interrupted audit goes on; see ``AnswerCache``.
         progress: shows the requests sent, of the budget.
     """
 
@@ -83,8 +83,8 @@ class Endpoint:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     pause: float = 0.5
     sleep: Callable[[float], None] = time.sleep
-    kept: Path | None = None
-    asked: int = 0
+    cache: Path | None = None
+    requests_sent: int = 0
     progress: Progress = silent
     _known: dict[str, Answer] = field(default_factory=dict, repr=False)
     _next: float = 0.0
@@ -97,15 +97,15 @@ class Endpoint:
         if self.retries < 0:
             raise ValueError(f"retries must be at least 0, got {self.retries}")
         try:
-            import httpx  # noqa: F401 - a missing extra is told before the first question
+            import httpx  # noqa: F401 - a missing extra is reported before the first query
         except ImportError as error:
             raise ImportError(
                 f"endpoints need an extra: pip install 'robusthash[audit]' ({error})"
             ) from error
         self._exchanger = Exchanger(self.url, self.headers, self.timeout, _LARGEST)
-        self._kept = None if self.kept is None else KeptAnswers(self.kept, self.url)
-        if self._kept is not None:
-            self._known = {key: _read(body, self.url) for key, body in self._kept.read().items()}
+        self._answer_cache = None if self.cache is None else AnswerCache(self.cache, self.url)
+        if self._answer_cache is not None:
+            self._known = {key: _read(body, self.url) for key, body in self._answer_cache.read().items()}
 
     def __call__(self, images: Tensor) -> np.ndarray:
         """(B, 3, H, W) float in [0, 1] -> (B, K) bool."""
@@ -126,17 +126,17 @@ class Endpoint:
         for pixels in to_pixels(images):
             key = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
             if again or key not in self._known:
-                body = self._ask(pixels)
+                body = self._request(pixels)
                 self._known[key] = _read(body, self.url)
-                if self._kept is not None:
-                    self._kept.add(key, body)
+                if self._answer_cache is not None:
+                    self._answer_cache.add(key, body)
             answers.append(self._known[key])
         return answers
 
     def check_consistency(self, images: Tensor) -> Answer:
         """Send one image twice, and of the (n, 3, H, W) others as many as it takes to find something.
 
-        Kept answers of a search that has changed since are forgotten.
+        Stored answers of a search that has changed since are forgotten.
 
         Raises:
             Broken: the two answers differ, or it finds nothing for any of the images.
@@ -160,26 +160,26 @@ class Endpoint:
             )
         return first
 
-    def check_budget(self, questions: int) -> None:
+    def check_budget(self, queries: int) -> None:
         """Refuse an audit before its first request. Answers that are known already cost nothing.
 
         Raises:
             ValueError: the budget has too little left.
         """
-        left = self.budget - self.asked
-        if questions - len(self._known) > left:
+        left = self.budget - self.requests_sent
+        if queries - len(self._known) > left:
             raise ValueError(
-                f"this audit asks {self.url} about {questions} questions and {left} of the budget are left; "
+                f"this audit sends {queries} queries to {self.url} and {left} of the budget are left; "
                 "raise --budget, or lower --queries"
             )
 
     def forget(self) -> None:
-        """Forget all answers, and delete the file of the kept ones."""
+        """Forget all answers, and delete their file."""
         self._known.clear()
-        if self._kept is not None:
-            self._kept.delete()
+        if self._answer_cache is not None:
+            self._answer_cache.delete()
 
-    def _ask(self, pixels: np.ndarray) -> Any:
+    def _request(self, pixels: np.ndarray) -> Any:
         """The JSON that the endpoint answers; an empty list of ids where it says by its status that there is
         nothing."""
         png = io.BytesIO()
@@ -187,11 +187,11 @@ class Endpoint:
         problem, attempts = "", 0
         end = time.monotonic() + max(_IN_ALL, self.timeout)
         for attempt in range(self.retries + 1):
-            if self.asked >= self.budget:
-                raise Broken(f"the budget of {self.budget} questions to {self.url} is spent; raise --budget")
+            if self.requests_sent >= self.budget:
+                raise Broken(f"the budget of {self.budget} queries to {self.url} is spent; raise --budget")
             end += self._keep_rate()
-            self.asked, attempts = self.asked + 1, attempts + 1
-            self.progress(self.asked, self.budget, "requests, of the budget")
+            self.requests_sent, attempts = self.requests_sent + 1, attempts + 1
+            self.progress(self.requests_sent, self.budget, "requests, of the budget")
             wait, retry_after = self.pause * 2**attempt, 0.0
             try:
                 left = max(_SHORTEST, min(self.timeout, end - time.monotonic()))
@@ -209,12 +209,12 @@ class Endpoint:
                 break
             self.sleep(max(wait, retry_after))
             end += retry_after
-        again = " (the answers so far are kept: the same command goes on)" if self._kept else ""
+        again = " (the answers so far are stored: the same command goes on)" if self._answer_cache else ""
         times = f"{attempts} time{'s' * (attempts != 1)}"
         raise Broken(f"{self.url} {problem}, {times}; lower --rate, or raise --timeout{again}")
 
     def _keep_rate(self) -> float:
-        """Wait for the next question's turn; the seconds waited."""
+        """Wait for the next query's turn; the seconds waited."""
         now = time.monotonic()
         wait = max(0.0, self._next - now)
         if wait:
@@ -259,7 +259,7 @@ def _retry_after(reply: Reply, url: str) -> float:
                 "; a 'robusthash serve' of your own, which detects near queries, lets a token with the scope "
                 "audit pass: robusthash token new auditor --scopes read,audit"
             )
-        raise Broken(f"{url} asks to wait {seconds:.0f} s before the next question; {remedy}")
+        raise Broken(f"{url} asks to wait {seconds:.0f} s before the next query; {remedy}")
     return seconds
 
 
@@ -308,8 +308,8 @@ def _of_service(body: Any) -> Any:
     if "code" in body:
         return {"code": body["code"]}
     ids = {"ids": [row["id"] for row in rows]}
-    shown = bool(rows) and all("distance" in row for row in rows)
-    return {**ids, "distances": [row["distance"] for row in rows]} if shown else ids
+    has_distances = bool(rows) and all("distance" in row for row in rows)
+    return {**ids, "distances": [row["distance"] for row in rows]} if has_distances else ids
 
 
 def _is_number(value: Any) -> bool:

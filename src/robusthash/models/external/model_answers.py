@@ -19,7 +19,7 @@ Call = Callable[[Tensor], Any]
 Form = Literal["embedding", "numbers", "probabilities", "zero-one", "plus-minus", "bytes"]
 Output = Literal["auto", "logits", "signs", "float"]
 
-SAID: dict[Form, str] = {
+FORM_TEXTS: dict[Form, str] = {
     "embedding": "an embedding, compared by the distance of its numbers",
     "numbers": "real numbers; a bit is 1 where the number is at least 0",
     "probabilities": "numbers between 0 and 1; a bit is 1 where the number is at least 0.5",
@@ -61,7 +61,7 @@ class AnswerReading:
             )
 
     @property
-    def said(self) -> Output:
+    def declared(self) -> Output:
         """The output that the user named; a metric names an embedding."""
         return "float" if self.metric else self.output
 
@@ -216,11 +216,11 @@ def as_logits(answer: Tensor, form: Form, name: str) -> Tensor:
     numbers = answer.float()
     allowed = (numbers == 1) | (numbers == (0 if form == "zero-one" else -1))
     if not allowed.all():
-        raise Broken(f"{name} answered {SAID[form]} before, and now {float(numbers[~allowed][0]):g}")
+        raise Broken(f"{name} answered {FORM_TEXTS[form]} before, and now {float(numbers[~allowed][0]):g}")
     return numbers * 2 - 1 if form == "zero-one" else numbers
 
 
-def form_as_said(answer: Tensor, name: str, output: Output) -> Form:
+def checked_form(answer: Tensor, name: str, output: Output) -> Form:
     """The form of an answer, which must be what the user said.
 
     Raises:
@@ -259,15 +259,15 @@ def other_width(name: str, form: Form, width: int, bits: int) -> str:
     )
 
 
-def said_of(answer: Tensor, form: Form, width: int, reading: AnswerReading) -> str:
+def reading_text(answer: Tensor, form: Form, width: int, reading: AnswerReading) -> str:
     """Say how answers are read, and how to change it where nobody said so."""
-    guessed = reading.said == "auto"
+    guessed = reading.declared == "auto"
     if form == "embedding":
-        said = f"It answers {width} numbers, an embedding that is searched by {reading.distance} distance."
+        text = f"It answers {width} numbers, an embedding that is searched by {reading.distance} distance."
         remedy = "--output logits cuts them into bits, --metric euclidean takes another distance"
         why = f"Nobody said so: {no_logits(answer)}, so they are no logits ({remedy})."
-        return f"{said} {why}" if guessed else said
+        return f"{text} {why}" if guessed else text
     kind = "numbers" if form in ("numbers", "probabilities") else "bits"
-    said = f"It answers {width} {kind}: {SAID[form]}."
+    text = f"It answers {width} {kind}: {FORM_TEXTS[form]}."
     remedy = "where the numbers themselves are compared, say --output float --metric cosine"
-    return f"{said} Nobody said so ({remedy})." if guessed and kind == "numbers" else said
+    return f"{text} Nobody said so ({remedy})." if guessed and kind == "numbers" else text

@@ -147,7 +147,7 @@ def load_onnx(path: Path, images: Tensor, output: str | None = None) -> tuple[Ca
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> str:
-    """Why the graph in torch is not that of the runtime; "" where it is."""
+    """The reason why the graph in torch is not that of the runtime; "" where it is."""
     if ours.shape != theirs.shape:
         return f"in torch it answers the shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
     agree = float(((ours >= 0) == (theirs >= 0)).float().mean())

@@ -24,9 +24,9 @@ from robusthash.models.external.model_answers import (
     Form,
     answered,
     as_logits,
-    form_as_said,
+    checked_form,
     other_width,
-    said_of,
+    reading_text,
 )
 from robusthash.models.hasher import Encoder, Hasher
 from robusthash.models.image_encoders import IMAGENET
@@ -41,7 +41,7 @@ class ExternalModel:
     hasher: Hasher
     form: Form
     gradients: bool  # an attacker can differentiate it
-    said: tuple[str, ...]  # sentences for the reader
+    remarks: tuple[str, ...]  # sentences for the reader
 
 
 class ExternalEncoder(Encoder):
@@ -111,17 +111,17 @@ def foreign(
             parameter.requires_grad_(False)
         call = call.forward  # no child: scripted modules refuse what is done to ordinary ones
 
-    def ask(images: Tensor) -> Tensor:
+    def answers(images: Tensor) -> Tensor:
         return answered(call, images, name, reading.name)
 
     with torch.no_grad():
-        first = ask(images)
-        form = form_as_said(first, name, reading.said)
+        first = answers(images)
+        form = checked_form(first, name, reading.declared)
         logits = as_logits(first, form, name)
         width = logits.shape[1]
         if bits is not None and bits != width:
             raise Broken(other_width(name, form, width, bits))
-        again, alone = as_logits(ask(images), form, name), as_logits(ask(images[:1]), form, name)
+        again, alone = as_logits(answers(images), form, name), as_logits(answers(images[:1]), form, name)
     distance: Distance = reading.distance if form == "embedding" else "hamming"
     check = _check_same_vectors if form == "embedding" else _check_same
     check(name, logits, again, 0.0, "asked twice about the same images")
@@ -136,7 +136,7 @@ def foreign(
         else "It gives no gradients, so attacks that follow the weights are impossible and only others were "
         "run. That is a limit of this audit, not a protection."
     )
-    return ExternalModel(hasher, form, gradients, (said_of(first, form, width, reading), on_gradients))
+    return ExternalModel(hasher, form, gradients, (reading_text(first, form, width, reading), on_gradients))
 
 
 def _check_same_vectors(name: str, first: Tensor, second: Tensor, allowed: float, how: str) -> None:

@@ -68,16 +68,16 @@ class CosineFilter(nn.Module):
 
     def __init__(self, filter: GlobalFilter) -> None:
         super().__init__()
-        n, kept = filter.grid, filter.grid // 2 + 1
+        n, half = filter.grid, filter.grid // 2 + 1
         self.grid = n
         turns = torch.arange(n, dtype=torch.float64)[:, None] * torch.arange(n, dtype=torch.float64)
         cosines = (turns * 2 * math.pi / n).cos() / math.sqrt(n)
         sines = (turns * 2 * math.pi / n).sin() / math.sqrt(n)
         # of the frequencies that are left out, each is the conjugate of one that is there
-        twice = torch.tensor([1.0 if k in (0, n - k) else 2.0 for k in range(kept)], dtype=torch.float64)
+        twice = torch.tensor([1.0 if k in (0, n - k) else 2.0 for k in range(half)], dtype=torch.float64)
         matrices = {"cosines": cosines, "sines": sines}
-        matrices |= {"half_cosines": cosines[:, :kept], "half_sines": sines[:, :kept]}
-        matrices |= {"back_cosines": cosines[:, :kept] * twice, "back_sines": sines[:, :kept] * twice}
+        matrices |= {"half_cosines": cosines[:, :half], "half_sines": sines[:, :half]}
+        matrices |= {"back_cosines": cosines[:, :half] * twice, "back_sines": sines[:, :half] * twice}
         real, imaginary = filter.complex_weight.detach().unbind(-1)
         for name, value in {**matrices, "real": real, "imaginary": imaginary}.items():
             self.register_buffer(name, value.to(torch.float32).contiguous())

@@ -116,8 +116,8 @@ def solve(
             raise ValueError(
                 f"all training items have the same {modality} features, so no bit can tell them apart"
             )
-    given = {modality: rows / scales[modality] for modality, rows in centred.items()}
-    known = TrainingFeatures(given, None if labels is None else labels.cpu().double(), bits, draws)
+    scaled = {modality: rows / scales[modality] for modality, rows in centred.items()}
+    known = TrainingFeatures(scaled, None if labels is None else labels.cpu().double(), bits, draws)
     functions = method.fit(known)
     result = {}
     for modality, projection in functions.items():
@@ -126,15 +126,15 @@ def solve(
     return result
 
 
-def _check_modalities(name: str, expected: int, given: list[str]) -> None:
-    if expected == 2 and len(given) != 2:
+def _check_modalities(name: str, expected: int, modalities: list[str]) -> None:
+    if expected == 2 and len(modalities) != 2:
         raise ValueError(
-            f"{name} hashes images and texts together, and only {given[0]} features are there; set "
+            f"{name} hashes images and texts together, and only {modalities[0]} features are there; set "
             "hasher.image and hasher.text, and texts for the data"
         )
-    if expected == 1 and len(given) != 1:
+    if expected == 1 and len(modalities) != 1:
         raise ValueError(
-            f"{name} hashes one modality, and here are {' and '.join(given)}; leave one encoder out"
+            f"{name} hashes one modality, and here are {' and '.join(modalities)}; leave one encoder out"
         )
 
 

@@ -41,8 +41,8 @@ class ITQ(ShallowMethod):
         components = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, : known.bits]
         v = x @ components
         generator = known.draws.within("rotation").generator()
-        drawn = torch.randn(known.bits, known.bits, generator=generator, dtype=torch.float64)
-        rotation = torch.linalg.qr(drawn).Q
+        gaussian = torch.randn(known.bits, known.bits, generator=generator, dtype=torch.float64)
+        rotation = torch.linalg.qr(gaussian).Q
         for _ in range(self.rounds):
             rotation = torch.from_numpy(orthogonal_procrustes(v.numpy(), sign(v @ rotation).numpy())[0])
         weights = components @ rotation

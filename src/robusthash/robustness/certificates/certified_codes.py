@@ -23,7 +23,7 @@ from robusthash.robustness.certificates.majority_bits import MajorityBits, furth
 from robusthash.robustness.certificates.smoothed_votes import noise_votes
 from robusthash.robustness.specs.adaptive_attacks import Adaptive
 
-Kept = Callable[[str, Callable[[], Tensor]], Tensor]
+Cached = Callable[[str, Callable[[], Tensor]], Tensor]
 """(name, work) -> the tensor that the work gives, or gave when it was first done."""
 
 
@@ -33,9 +33,9 @@ class CertifiedCodes(ABC):
     norm: Norm
     signs: Tensor  # (Q, K) int8 of the clean queries
 
-    def __init__(self, context: EvaluationContext, kept: Kept) -> None:
+    def __init__(self, context: EvaluationContext, cached: Cached) -> None:
         self.context = context
-        self.kept = kept
+        self.cached = cached
 
     @abstractmethod
     def free(self, radius: float) -> Tensor:
@@ -65,19 +65,19 @@ class SmoothedCodes(CertifiedCodes):
     def __init__(
         self,
         context: EvaluationContext,
-        kept: Kept,
+        cached: Cached,
         progress: Progress,
         sigma: float,
         samples: int,
         alpha: float,
     ) -> None:
-        super().__init__(context, kept)
+        super().__init__(context, cached)
         self.sigma, self.samples, self.alpha = sigma, samples, alpha
         self.noisy = replace(context, victim=noisy_hasher(context.victim, "image", sigma))
         self.runner = BlockRunner(self.noisy)
         votes = []
         for block in range(context.blocks):
-            votes.append(kept(f"votes-{block}", partial(self._votes, block, None, "clean")))
+            votes.append(cached(f"votes-{block}", partial(self._votes, block, None, "clean")))
             progress(block + 1, context.blocks, "votes")
         self.majorities: MajorityBits = majority_bits(torch.cat(votes), samples, sigma, alpha)
         self.signs = self.majorities.signs
@@ -87,13 +87,13 @@ class SmoothedCodes(CertifiedCodes):
 
     def block(self, spec: GradientAttack, restart: int, block: int) -> Tensor:
         view = NoiseAveraged()
-        averaged = Adaptive(spec.name, spec.attack, spec.restarts, view=view, seen=repr(view))
+        averaged = Adaptive(spec.name, spec.attack, spec.restarts, view=view, view_name=repr(view))
         name = f"{spec.name}-{identity(averaged.settings())}-{restart}"
 
         def votes() -> Tensor:
             return self._votes(block, self.runner.block(averaged, restart, block).inputs, name)
 
-        counted = self.kept(f"{name}-{block}", votes)
+        counted = self.cached(f"{name}-{block}", votes)
         return torch.where(counted * 2 >= self.samples, 1, -1).to(torch.int8)
 
     def _votes(self, block: int, inputs: Tensor | None, name: str) -> Tensor:
@@ -118,8 +118,8 @@ class BoundedCodes(CertifiedCodes):
 
     norm = "linf"
 
-    def __init__(self, context: EvaluationContext, kept: Kept, progress: Progress) -> None:
-        super().__init__(context, kept)
+    def __init__(self, context: EvaluationContext, cached: Cached, progress: Progress) -> None:
+        super().__init__(context, cached)
         self.signs = context.query_codes.signs()
         self.bounds, self.progress = IntervalBounds(context.victim, "image"), progress
         self.runner = BlockRunner(context)
@@ -133,4 +133,4 @@ class BoundedCodes(CertifiedCodes):
 
     def block(self, spec: GradientAttack, restart: int, block: int) -> Tensor:
         name = f"{spec.name}-{identity(spec.settings())}-{restart}-{block}"
-        return self.kept(name, lambda: self.runner.block(spec, restart, block).signs[:, 0])
+        return self.cached(name, lambda: self.runner.block(spec, restart, block).signs[:, 0])

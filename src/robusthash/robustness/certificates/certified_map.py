@@ -23,8 +23,8 @@ from robusthash.evaluation.code_measures import measure_codes
 from robusthash.evaluation.context import EvaluationContext, encoding_batch
 from robusthash.robustness.certificates.certified_codes import (
     BoundedCodes,
+    Cached,
     CertifiedCodes,
-    Kept,
     SmoothedCodes,
 )
 from robusthash.robustness.certificates.least_average_precision import least_ap
@@ -93,7 +93,7 @@ def certify(
     radii: Sequence[float] | None = None,
     queries: int | None = 100,
     attacks: str | None = "fast",
-    kept: Kept = lambda name, work: work(),
+    kept: Cached = lambda name, work: work(),
     progress: Progress = silent,
 ) -> Certificate:
     """Certify the MAP of image queries, and attack them by the suite inside the same budgets.
@@ -196,10 +196,10 @@ def _least(
     database, labels = context.codes.signs(), context.database_labels
     least = {radius: torch.zeros(len(signs), dtype=torch.float64) for radius in free}
     for row, sign in enumerate(signs):
-        found = relevant(context.query_labels[row : row + 1], labels)[0]
+        relevant_items = relevant(context.query_labels[row : row + 1], labels)[0]
         floor = 0.0
         for radius in sorted(free, reverse=True):
-            floor = max(floor, least_ap(sign, free[radius][row], database, found, context.protocol))
+            floor = max(floor, least_ap(sign, free[radius][row], database, relevant_items, context.protocol))
             least[radius][row] = floor
         progress(row + 1, len(signs), "least AP")
     return least

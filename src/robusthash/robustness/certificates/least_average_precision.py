@@ -70,10 +70,10 @@ def _lowest(near: Tensor, rest: int, relevant: Tensor, bits: int, protocol: Prot
     places = far + (bits + 1) * torch.arange(len(near))[:, None]
     size = len(near) * (bits + 1)
     items = torch.bincount(places.flatten(), minlength=size).view(len(near), bits + 1)
-    found = torch.bincount(places[:, relevant].flatten(), minlength=size).view(len(near), bits + 1)
+    relevant_counts = torch.bincount(places[:, relevant].flatten(), minlength=size).view(len(near), bits + 1)
     if rest == 0 and protocol.ties == "expected":
         exact: Denominator = protocol.ap  # type: ignore[assignment]
-        return float(average_precision(items, found, protocol.k, exact).min())
+        return float(average_precision(items, relevant_counts, protocol.k, exact).min())
     # fewer hits may raise the mean over them; that over min(R, k) is never larger, and falls with every item
     divisor: Denominator = "rel" if protocol.ap == "rel" else "mink"
-    return float(average_precision(items, found, protocol.k, divisor, "pessimistic").min())
+    return float(average_precision(items, relevant_counts, protocol.k, divisor, "pessimistic").min())

@@ -180,12 +180,12 @@ def f20_range(victim: Hasher, inputs: Inputs, threat: Threat, clean: float, chan
             return flag("F20", worst, "red", threshold=0.0, remedy=remedy)
     reached: list[float] = []
 
-    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and args[0].shape == inputs["image"].shape:
             reached.append(float(args[0].abs().max()))
 
     layers = [layer for layer in victim.encoders.modules() if isinstance(layer, nn.Conv2d)]
-    handles = [layer.register_forward_pre_hook(look) for layer in layers] if "image" in inputs else []
+    handles = [layer.register_forward_pre_hook(record) for layer in layers] if "image" in inputs else []
     logits_of(victim, inputs)
     for handle in handles:
         handle.remove()

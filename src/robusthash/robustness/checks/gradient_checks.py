@@ -125,7 +125,9 @@ def _at_start(context: EvaluationContext, threat: Threat, loss: Loss) -> tuple[f
     graph."""
     zero, broken, connected = list[Tensor](), list[Tensor](), list[bool]()
 
-    def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> SearchResult:
+    def record(
+        score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None
+    ) -> SearchResult:
         origin = batch.only(threat.balls).inputs
         value, logits, slopes, graph = gradient(score, origin)
         rows = _rows(slopes)
@@ -135,7 +137,7 @@ def _at_start(context: EvaluationContext, threat: Threat, loss: Loss) -> tuple[f
         connected.append(graph)
         return SearchResult(origin, value.mean().reshape(1), 1, 1)
 
-    _run(context, threat, loss, look)
+    _run(context, threat, loss, record)
     return _share(zero), _share(broken), any(connected)
 
 
@@ -145,7 +147,9 @@ def _f13_rugged(context: EvaluationContext, threat: Threat) -> Flag:
         return not_run("F13", "an edit budget has no steepest step")
     luckier: list[Tensor] = []
 
-    def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> SearchResult:
+    def record(
+        score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None
+    ) -> SearchResult:
         origin = batch.only(threat.balls).inputs
         value, _, slopes, _ = gradient(score, origin)
 
@@ -165,7 +169,7 @@ def _f13_rugged(context: EvaluationContext, threat: Threat) -> Flag:
         luckier.append(best > steered)
         return SearchResult(origin, value.mean().reshape(1), 1, 1)
 
-    _run(context, threat, _MeanLogit(), look)
+    _run(context, threat, _MeanLogit(), record)
     return above("F13", _share(luckier))
 
 
@@ -173,7 +177,9 @@ def f14_differences(context: EvaluationContext, threat: Threat) -> Flag:
     """Autograd through the whole victim against central differences along random signs, in float64."""
     errors: list[Tensor] = []
 
-    def look(score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None) -> SearchResult:
+    def record(
+        score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None
+    ) -> SearchResult:
         # strictly inside the range, so that a clamp in the model is no kink
         inside = {n: 0.01 + 0.98 * value for n, value in batch.only(threat.balls).inputs.items()}
         value, _, slopes, _ = gradient(score, inside)
@@ -195,7 +201,7 @@ def f14_differences(context: EvaluationContext, threat: Threat) -> Flag:
 
     try:
         with default_dtype(torch.float64):
-            _run(context, threat, _MeanLogit(), look, in_double(context.victim))
+            _run(context, threat, _MeanLogit(), record, in_double(context.victim))
     except (RuntimeError, Broken) as error:
         return not_run("F14", f"the model does not run in float64 ({str(error).splitlines()[0]})")
     return above("F14", _share([(part > 0.05) | part.isnan() for part in errors]))

@@ -243,7 +243,7 @@ def verify(entry: RegistryEntry, results: Mapping[str, EvalResult]) -> Verified:
             worst.setting.digests.get("model", "") if entry.source.digest else "",
         ),
     }
-    faults += [f"{name} is {ours!r}, found {seen!r}" for name, (ours, seen) in facts.items() if ours != seen]
+    faults += [f"{name} is {a!r}, found {b!r}" for name, (a, b) in facts.items() if a != b]
     if measured["worst"] < entry.best_known.value - claimed.tolerance:
         faults.append(
             f"best_known.value is {entry.best_known.value:.4f}, and this run found {measured['worst']:.4f}"

@@ -122,7 +122,7 @@ def adaptive_attacks(
     steps: int = 100,
     restarts: int = 1,
     *,
-    seen: VictimBehaviour | None = None,
+    behaviour: VictimBehaviour | None = None,
 ) -> tuple[AttackSpec, ...]:
     """Attacks for the class that a victim declares and for its parts; none for undefended ones.
 
@@ -133,7 +133,7 @@ def adaptive_attacks(
     Args:
         objective: that of the training; given, one attack more is on it (APGD on the similarity loss).
         steps: of each; two-stage ones split them.
-        seen: the result of ``observed``. With it, a random victim is averaged over its noise whatever is
+        behaviour: the result of ``observed``. With it, a random victim is averaged over its noise whatever is
             declared, a purifier that is not random has no averaging, and one whose gradient is cut is taken
             for the identity.
 
@@ -152,7 +152,7 @@ def adaptive_attacks(
         raise ValueError(
             f"adaptive attacks differentiate the victim: they need W0, W1 or W2, not {threat.knowledge}"
         )
-    cut = seen is not None and seen.cut
+    cut = behaviour is not None and behaviour.cut
     setting = AdaptiveSetting(threat, steps, gradient_cut=cut)
     attacks: list[AdaptiveAttack] = []
     known: dict[str, AdaptiveAttacks] = {card.name: card.make() for card in catalogue("adaptive")}
@@ -168,7 +168,7 @@ def adaptive_attacks(
         if attacked:
             attacks += defense.attacks(victim, attacked[0], setting)
     purifiers = set(PurifierAttacks().modalities(victim)) & set(threat.balls)
-    random = seen.randomised if seen is not None else bool(purifiers)
+    random = behaviour.randomised if behaviour is not None else bool(purifiers)
     if random or declared == "randomised":
         view = NoiseAveraged(20, identity=cut and bool(victim.purifiers))
         attacks.append(setting.attack("eot-20", view, loss=OverDraws()))
@@ -181,7 +181,7 @@ def adaptive_attacks(
 
 def _spec(entry: AdaptiveAttack, restarts: int) -> Adaptive | Staged:
     attack, view = entry.attack, entry.view
-    spec = Adaptive(attack.name, attack, restarts, view=view, seen="" if view is None else repr(view))
+    spec = Adaptive(attack.name, attack, restarts, view=view, view_name="" if view is None else repr(view))
     if entry.first is None:
         return spec
     first = _spec(entry.first, restarts)

@@ -30,7 +30,7 @@ from robusthash.core.types import Batch, Codes, Inputs
 from robusthash.evaluation.attack_block import AttackedBlock, finish
 from robusthash.evaluation.attack_spec import Kind
 from robusthash.evaluation.context import EvaluationContext
-from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore, passes_shown
+from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore, pass_progress
 from robusthash.metrics.average_precision import average_precision
 from robusthash.metrics.robustness_measures import topk_disruption
 from robusthash.robustness.specs.transfer_attacks import keyed
@@ -99,9 +99,14 @@ class OracleAttack:
         if len(self.attacked.balls) != 1:
             raise ValueError(f"oracle queries search one modality at a time, not {self.attacked.name}")
 
+    @property
+    def knowledge(self) -> Literal["B1", "B2"]:
+        """The knowledge of the attacker: ranked ids (B1), or distances or codes too (B2)."""
+        return "B1" if self.shows == "ids" else "B2"
+
     @cached_property
     def threat(self) -> Threat:
-        return replace(self.attacked, knowledge="B1" if self.shows == "ids" else "B2")
+        return replace(self.attacked, knowledge=self.knowledge)
 
     @property
     def targeted(self) -> bool:
@@ -145,21 +150,20 @@ class OracleAttack:
     ) -> tuple[Batch, SearchResult]:
         """The clean block and the result of its search."""
         batch = context.batch(block)
-        shown: Literal["B1", "B2"] = "B1" if self.shows == "ids" else "B2"
-        oracle = QueryOracle(context.victim, context.database, self.budget, shown, self.k)
-        ask, draws = self.asking(context, batch, oracle), keyed(context, "questions", restart)
+        oracle = QueryOracle(context.victim, context.database, self.budget, self.knowledge, self.k)
+        ask, draws = self.query_score(context, batch, oracle), keyed(context, "questions", restart)
         return batch, search_by_queries(
             self.search, ask, batch, self.threat, draws, self.budget, start, self.marks
         )
 
-    def asking(self, context: EvaluationContext, batch: Batch, oracle: QueryOracle) -> QueryScore:
+    def query_score(self, context: EvaluationContext, batch: Batch, oracle: QueryOracle) -> QueryScore:
         """One oracle query for each query, and the score of its answer."""
         scorer: Any = self._code_score if self.shows == "codes" else self._list_score
         score = scorer(context, batch)
         answers: dict[str, Callable[[Batch], Any]] = {
             "codes": oracle.codes,
             "distances": oracle.distances,
-            "coarse": lambda asked: oracle.distances(asked) // self.step * self.step,
+            "coarse": lambda inputs: oracle.distances(inputs) // self.step * self.step,
             "ids": oracle.rank,
         }
         answer = answers[self.shows]
@@ -310,7 +314,7 @@ def oracle_curve(
         raise ValueError(f"budgets must rise and end at most at the attack's {spec.budget}: {list(marks)}")
     if context.randomised:
         raise ValueError("a curve of a randomised victim is not built: assess it, which averages noise")
-    with passes_shown(context.victim, progress, spec.name, spec.budget * context.blocks):
+    with pass_progress(context.victim, progress, spec.name, spec.budget * context.blocks):
         attacked = BlockRunner(context, store).queries(replace(spec, marks=marks), progress=progress)
     ap = context.select(context.query_labels, 1)
     lowest = torch.stack([ap(signs) for signs in attacked.signs.unbind(1)], 1).cummin(1).values

@@ -45,18 +45,18 @@ class LibraryItem:
 class DistinctCodes:
     """The different codes among those of a build."""
 
-    seen: set[bytes] = field(default_factory=set)
+    distinct: set[bytes] = field(default_factory=set)
     count: int = 0
 
     def see(self, codes: Codes) -> None:
         """Count codes."""
-        self.seen.update(map(bytes, codes.packed.numpy()))
+        self.distinct.update(map(bytes, codes.packed.numpy()))
         self.count += len(codes.packed)
 
     def report(self) -> dict[str, int]:
         """Their numbers, where fewer than half of the codes are different."""
-        few = 2 * len(self.seen) < self.count
-        return {"encoded": self.count, "distinct_codes": len(self.seen)} if few else {}
+        few = 2 * len(self.distinct) < self.count
+        return {"encoded": self.count, "distinct_codes": len(self.distinct)} if few else {}
 
 
 @dataclass
@@ -64,7 +64,7 @@ class PayloadTable:
     """The rows of a payload file by the key of their file, and what became of them."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    given: bool = False
+    has_file: bool = False
     used: set[str] = field(default_factory=set)
     lacking: int = 0  # files without a row
 
@@ -84,7 +84,7 @@ class PayloadTable:
             if key in rows:
                 raise ValueError(f"{file}, line {line} names {named!r} again; keep one row a file")
             rows[key] = payload
-        return cls(rows, given=True)
+        return cls(rows, has_file=True)
 
     def of(self, key: str) -> dict[str, Any]:
         """The payload of a file; {} where there is no row."""
@@ -96,7 +96,7 @@ class PayloadTable:
 
     def report(self) -> dict[str, Any]:
         """Files without a row and rows without a file; nothing where no payload file was given."""
-        if not self.given:
+        if not self.has_file:
             return {}
         return {"without_payload": self.lacking, "rows_without_file": sorted(set(self.rows) - self.used)}
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from robusthash.apps.experiment.model_card import SEAL, sealed
-from robusthash.apps.experiment.run_directory import KEPT, Run, RunError, load_run, write_json
+from robusthash.apps.experiment.run_directory import RESULTS_ONLY, Run, RunError, load_run, write_json
 from robusthash.core.atomic_files import write_all_aside
 from robusthash.core.limited_files import read_json
 from robusthash.metrics.protocol import CURVES
@@ -41,14 +41,14 @@ def keep(run: Run, out: Path) -> Path:
         RunError: a run that is not trained, has no results, or is itself such a copy; or ``out`` holds the
             run itself.
     """
-    if run.kept:
+    if run.results_only:
         raise RunError(f"{run.path} is already a kept copy; give the run that it was made of")
     card = run.card()
     if not has_results(run):
         verbs = "'robusthash evaluate' or 'robusthash assess'"
         raise RunError(f"{run.path} has no results to keep; run {verbs} first")
     target = out / card["name"] / card["id"]
-    if target.is_dir() and not (target / KEPT).is_file():
+    if target.is_dir() and not (target / RESULTS_ONLY).is_file():
         raise RunError(f"{target} is a run directory, not a kept copy; choose another --out folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".keep-") as folder:
@@ -90,7 +90,7 @@ def _write(run: Run, run_id: str, folder: Path) -> None:
     if log.is_file():
         (folder / log.name).write_bytes(log.read_bytes())
     left = "16 bits of the headline and graded means"
-    write_json(folder / KEPT, {"schema": SCHEMA, "id": run_id, "per_query": left})
+    write_json(folder / RESULTS_ONLY, {"schema": SCHEMA, "id": run_id, "per_query": left})
 
 
 def _slim(result: EvalResult) -> EvalResult:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-class KeptAnswers:
+class AnswerCache:
     """A file of answers by image. The first line names the endpoint; a line that a kill cut off is ignored.
 
     Headers, which may hold secrets, are not in it.

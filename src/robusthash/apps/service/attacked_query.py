@@ -1,4 +1,4 @@
-"""The story of one query for the page: clean and attacked, its results, norms, flipped bits and AP."""
+"""One query for the page, clean and attacked: its results, norms, flipped bits and AP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ _STEPS = 20
 _MOST = 10_000  # ranks over which AP is taken
 
 
-def tell(service: SearchService, content: bytes | None, item: int | None, eps: int, k: int) -> dict[str, Any]:
+def attacked_query(
+    service: SearchService, content: bytes | None, item: int | None, eps: int, k: int
+) -> dict[str, Any]:
     """A query in one model: results and AP (where its labels are known) before and after an attack.
 
     The attack is HAG at ``eps`` of 255 with the model's weights; its pixels are rounded as a file would.
@@ -31,7 +33,7 @@ def tell(service: SearchService, content: bytes | None, item: int | None, eps: i
 
     Raises:
         NoItem: no such item, or no image of it.
-        UnreadableImage, UnwantedFormat: as in ``SearchService.decode``.
+        UnreadableImage, RefusedFormat: as in ``SearchService.decode``.
     """
     content = service.picture(int(item or 0)).read_bytes() if content is None else content
     clean = service.decode(content)
@@ -55,8 +57,8 @@ def _attacked(service: SearchService, clean: Tensor, eps: int) -> Tensor:
     hasher = service.model.hasher
     batch = Batch({"image": clean[None].to(hasher.device)}, None, torch.zeros(1, dtype=torch.int64))
     attack = hag(eps=eps / 255, steps=_STEPS, slope="one")
-    found = attack(hasher, batch, Goal(None, -1), None, draws=Draws(0)).inputs["image"][0].cpu()
-    rounded = (found * 255).round() / 255
+    adversarial = attack(hasher, batch, Goal(None, -1), None, draws=Draws(0)).inputs["image"][0].cpu()
+    rounded = (adversarial * 255).round() / 255
     return rounded.clamp(min=clean - eps / 255, max=clean + eps / 255).clamp(0, 1)
 
 
