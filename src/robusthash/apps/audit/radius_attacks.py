@@ -43,8 +43,8 @@ class EasiestBits(Loss):
 class SharpBits(Loss):
     """mean_k tanh(24 alpha t_k u_k / s), s the item's median |u|: nearly the number of bits that agree.
 
-    alpha rises from 0.1 to 1 with the published schedule, so that the search starts smooth. A soft tanh wastes
-    the budget on bits that have turned, or that will not turn.
+    alpha rises from 0.1 to 1 with the published schedule, so that the search starts smooth. A soft tanh
+    wastes the budget on bits that have turned, or that will not turn.
     """
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
