@@ -52,6 +52,10 @@ def audit(
         int | None, Option(min=1, help="Photographs that are looked up: 200, or 20 in tier smoke.")
     ] = None,
     attacked: Annotated[int | None, Option(min=1, help="Of these, attacked: 12, or 4 in tier smoke.")] = None,
+    replacement: Annotated[
+        bool | None,
+        Option(help="Measure copy-hash beside it; the default for hashes and runs that find copies."),
+    ] = None,
     max_pixels: MaxPixels = None,
     limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000,
     seed: Seed = 0,
@@ -85,7 +89,20 @@ def audit(
     length = None if bits == "auto" else int(bits)
     limits = EndpointLimits(budget, rate, timeout, _headers(header))
     reading = AnswerReading(output, metric, output_name)  # type: ignore[arg-type]
-    known = (labels, size, length, effort, pixel_eps, radius, limit, seed, limits, max_pixels, reading)
+    known = (
+        labels,
+        size,
+        length,
+        effort,
+        pixel_eps,
+        radius,
+        limit,
+        seed,
+        limits,
+        max_pixels,
+        reading,
+        replacement,
+    )
     with progress_bars() as progress:
         summary = run_audit(target, out, photos, AuditOptions(*known), progress)
     if as_json:
@@ -101,8 +118,10 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     verdict = summary["verdict"]
     if verdict["alarm"]:
         warn("warning", verdict["alarm"])
-    for name in ("first", "tried", "untried"):
-        note(verdict[name])
+    beside = summary["replacement"]
+    for sentence in (verdict["first"], beside and beside["said"], verdict["tried"], verdict["untried"]):
+        if sentence:
+            note(sentence)
     if reach := within(summary):
         note(f"Counts as the same: within {reach}.")
     note(f"{verdict['asked']}; changed at the model's size, {summary['size']} px.")
@@ -110,6 +129,10 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     columns, rows = _rows(summary, imitating=True)
     if rows:
         print_table("taken for another on purpose: shares that succeeded (lower is better)", columns, rows)
+    if beside and beside["compared"]:
+        pairs = [[each["what"], *each["texts"], each["outcome"] or ""] for each in beside["compared"]]
+        columns = ["on the same photographs", summary["title"], beside["name"], f"{beside['name']} is"]
+        print_table(f"{beside['name']} instead of {summary['title']}", columns, pairs)
     for sentence in summary["got nowhere"]:
         note(sentence)
     if summary["said"]:
