@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from robusthash.apps.audit import warnings as audit_warnings
+from robusthash.apps.audit.audit_plan import AuditPlan
 from robusthash.apps.audit.measured_rows import AuditRow
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.photo_collection import read_photos
+from robusthash.apps.audit.searches_by_code import code_context
 from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, Tier, open_target, size_of
 from robusthash.apps.audit.verdict import counted, idle_attacks, verdict
 from robusthash.apps.audit.warnings import model_flags
