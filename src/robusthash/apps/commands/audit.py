@@ -24,6 +24,9 @@ from robusthash.apps.commands.terminal import (
 
 Output = Annotated[str, Option(help="Answers of the model: logits, signs, float (an embedding), or auto.")]
 Metric = Annotated[str | None, Option(help="Of an embedding: cosine (the default) or euclidean.")]
+Beside = Annotated[
+    bool | None, Option(help="Measure copy-hash beside it; the default for hashes and runs that find copies.")
+]
 OutputName = Annotated[str | None, Option(help="Of several outputs: a name, or the number of its place.")]
 
 
@@ -52,10 +55,7 @@ def audit(
         int | None, Option(min=1, help="Photographs that are looked up: 200, or 20 in tier smoke.")
     ] = None,
     attacked: Annotated[int | None, Option(min=1, help="Of these, attacked: 12, or 4 in tier smoke.")] = None,
-    replacement: Annotated[
-        bool | None,
-        Option(help="Measure copy-hash beside it; the default for hashes and runs that find copies."),
-    ] = None,
+    replacement: Beside = None,
     max_pixels: MaxPixels = None,
     limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000,
     seed: Seed = 0,
