@@ -105,7 +105,7 @@ def _write(
 
 
 def _summary(plan: AuditPlan, measured: MeasuredAudit) -> dict[str, Any]:
-    """What was measured, as ``audit.json`` has it."""
+    """The content of ``audit.json``, but for the replacement and the time."""
     opened, options, categories = plan.target, plan.options, plan.categories
     summary = {
         "target": opened.name,

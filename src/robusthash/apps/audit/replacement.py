@@ -1,4 +1,4 @@
-"""What to use instead of an audited search: the packaged hash for copies, measured on the same photographs
+"""The replacement of an audited search: the packaged hash for copies, measured on the same photographs
 under the same changes and attacks; or, where copies are not what is searched for, hardening.
 """
 
@@ -79,7 +79,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What to use instead.
+    """The replacement of an audited search, in words and numbers.
 
     Args:
         level: ``better``: clearly so in a number and clearly worse in none; ``mixed``: both; ``level``:
@@ -112,7 +112,7 @@ def is_copy_hash(target: str | nn.Module) -> bool:
 
 
 def check_replacement(target: Target, options: AuditOptions) -> bool:
-    """Whether the packaged hash is to be measured too; a ValueError where it cannot take the place."""
+    """True where the packaged hash is to be measured too; a ValueError where it cannot take the place."""
     if options.replacement and target.purpose == "other":
         raise ValueError(
             f"{target.name} was trained to find kinds, and {NAME} finds copies alone; leave --replacement out"
@@ -204,7 +204,7 @@ def _compared(plan: AuditPlan, audited: MeasuredAudit, own: MeasuredAudit) -> li
 
 
 def _outcome(audited: float, own: float, asked: int, lower: bool) -> Outcome:
-    """Of two shares of ``asked`` photographs, whether the second is clearly better; ``lower`` is."""
+    """The outcome of the second of two shares of ``asked`` photographs; ``lower`` is better."""
     from scipy.stats import fisher_exact  # a second to import
 
     counts = [round(share * asked) for share in (audited, own)]

@@ -81,12 +81,10 @@ def audit(
     from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, tier_named
     from robusthash.models.external.model_answers import AnswerReading
 
-    if not bits.isdigit() and bits != "auto":
-        raise ValueError(f"--bits takes a number or auto, got {bits!r}")
+    length = _length(bits)
     effort = tier_named(tier)
     effort = replace(effort, queries=queries or effort.queries, attacked=attacked or effort.attacked)
     pixel_eps = _pixel_eps(threat, eps, norm)
-    length = None if bits == "auto" else int(bits)
     limits = EndpointLimits(budget, rate, timeout, _headers(header))
     reading = AnswerReading(output, metric, output_name)  # type: ignore[arg-type]
     known = (
@@ -142,6 +140,13 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     if summary["kinds"] is not None:
         note(summary["kinds"]["said"])
     print_lines([out / "report.html"])
+
+
+def _length(bits: str) -> int | None:
+    """Bits of a code; None where they are to be found out."""
+    if not bits.isdigit() and bits != "auto":
+        raise ValueError(f"--bits takes a number or auto, got {bits!r}")
+    return None if bits == "auto" else int(bits)
 
 
 def _pixel_eps(threat: str | None, eps: str | None, norm: str | None) -> float:
