@@ -214,8 +214,9 @@ def _outcome(audited: float, own: float, asked: int, lower: bool) -> Outcome:
 
 
 def _level(outcomes: Sequence[Outcome | None]) -> Level:
-    found = set(outcomes) & {"better", "worse"}
-    return "mixed" if len(found) == 2 else next(iter(found), "level")
+    if "better" in outcomes:
+        return "mixed" if "worse" in outcomes else "better"
+    return "worse" if "worse" in outcomes else "level"
 
 
 def _milliseconds(target: Target, image: Tensor) -> float | None:

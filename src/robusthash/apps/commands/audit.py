@@ -87,22 +87,10 @@ def audit(
     pixel_eps = _pixel_eps(threat, eps, norm)
     limits = EndpointLimits(budget, rate, timeout, _headers(header))
     reading = AnswerReading(output, metric, output_name)  # type: ignore[arg-type]
-    known = (
-        labels,
-        size,
-        length,
-        effort,
-        pixel_eps,
-        radius,
-        limit,
-        seed,
-        limits,
-        max_pixels,
-        reading,
-        replacement,
-    )
+    known = (labels, size, length, effort, pixel_eps, radius, limit, seed, limits, max_pixels)
+    options = AuditOptions(*known, reading, replacement)
     with progress_bars() as progress:
-        summary = run_audit(target, out, photos, AuditOptions(*known), progress)
+        summary = run_audit(target, out, photos, options, progress)
     if as_json:
         print_json(summary)
     else:

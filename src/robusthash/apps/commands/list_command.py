@@ -20,9 +20,11 @@ def list(
     from robusthash.apps.experiment.search_model import load
     from robusthash.core.registry import Card, catalogue, nearest
 
-    facts = {"modality": "image", "supervised": False, "state": "measured"}
     packaged = "Hash for copies with its weights: robusthash hash, duplicates, audit; rh.load('copy-hash')."
-    cards = [*catalogue(), Card("model", "copy-hash", load, summary=packaged, **facts)]
+    model = Card(
+        "model", "copy-hash", load, modality="image", supervised=False, summary=packaged, state="measured"
+    )
+    cards = [*catalogue(), model]
     kinds = {card.kind for card in cards}
     if kind is not None and kind not in kinds and kind.removesuffix("s") in kinds:
         kind = kind.removesuffix("s")
