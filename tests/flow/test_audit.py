@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from robusthash.apps.audit import warnings as audit_warnings
+from robusthash.apps.audit.audit_plan import AuditPlan
 from robusthash.apps.audit.measured_rows import AuditRow
-from robusthash.apps.audit.measurement import _context, _Plan, run_audit
+from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.photo_collection import read_photos
+from robusthash.apps.audit.searches_by_code import code_context
 from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, Tier, open_target, size_of
 from robusthash.apps.audit.verdict import counted, idle_attacks, verdict
 from robusthash.apps.audit.warnings import model_flags
@@ -287,8 +289,10 @@ def test_an_audit_warns_where_check_does(folder, model, tmp_path, mask, id, leve
         torch.jit.trace(Mask(), torch.zeros(2, 3, 32, 32)).save(str(tmp_path / "mask.pt"))
         few = read_photos(folder, 32)
         target = open_target(str(tmp_path / "mask.pt"), few.first(8))
-        plan = _Plan(target, few, None, AuditOptions(size=32, tier=TINY), silent)
-        flags = {each.id: each.level for each in model_flags(target, _context(plan, target.hasher), 8 / 255)}
+        plan = AuditPlan(target, few, None, AuditOptions(size=32, tier=TINY), silent)
+        flags = {
+            each.id: each.level for each in model_flags(target, code_context(plan, target.hasher), 8 / 255)
+        }
         assert flags["F14"] == "red"
 
 

@@ -456,6 +456,8 @@ def test_list_shows_evidence(call):
     assert cards["mainstay"]["evidence"] == "paper+code"
     assert cards["mainstay"]["state"] == "measured"
     assert cards["dhta"]["targeted"]
+    (model,) = json.loads(call("list", "models", "--json")[1])
+    assert (model["name"], model["evidence"], model["state"]) == ("copy-hash", "own", "measured")
     code, _, err = call("list", "atack")
     assert code == 1
     assert "attack" in err

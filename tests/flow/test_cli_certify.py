@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -83,6 +84,12 @@ def test_the_leaderboard_shows_certified_next_to_attacked(call, run):
     low, high = found["rows"][1]["certified"], found["rows"][1]["attacked"]
     assert board.rows[0].certified["smoothing 0.25, l2 0.25"] == (low, high)
     text = f"smoothing 0.25, l2 0.25: {low:.3f} to {high:.3f}"
+    heads = next(line for line in as_markdown([board]).splitlines() if "best-known" in line)
+    assert "| by | certified to attacked | HRS |" in heads, "beside the attacked worst case"
+    assert "of the smoothed codes" in as_markdown([board])
+    assert "of the smoothed codes" not in as_markdown([plain])
+    page = re.sub(r"<[^>]*>", " ", leaderboard_page([board]))
+    assert re.search(r"found by\s+certified to attacked\s+HRS", page)
     assert text in as_markdown([board])
     assert "intervals, linf 1/255: " in as_markdown([board])
     assert text in leaderboard_page([board])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,11 @@ class Photos:
         """(min(count, M), 3, S, S) float in [0, 1]: the first photographs."""
         return self.pixels[:count].float() / 255
 
+    def at(self, size: int, max_pixels: int | None = None) -> Photos:
+        """The same photographs in the same order at another size; a ValueError where one cannot be read."""
+        pixels, _ = read_images(self.paths, size, on_error="raise", max_pixels=max_pixels or MAX_PIXELS)
+        return replace(self, pixels=pixels, stored=_saved(pixels))
+
     def facts(self) -> dict[str, object]:
         """Photographs used and left out, as JSON."""
         return {
@@ -93,8 +98,7 @@ def read_photos(
     )
     readable = [drawn[row] for row in readable_rows.tolist()]
     names = [name for _, name in readable]
-    saved = [jpeg(part.float() / 255, STORED_QUALITY) for part in pixels.split(_BATCH)]
-    stored = (torch.cat(saved) * 255).round().to(torch.uint8)
+    stored = _saved(pixels)
     hashes, hashes_stored = hash_pixels(pixels), hash_pixels(stored)
     flat = np.isin(hashes, hashes_stored)
     first = _first_of_content(hashes) & _first_of_content(hashes_stored)
@@ -120,6 +124,12 @@ def read_photos(
         files=tuple(name for _, name in files),
         passed_over=passed_over,
     )
+
+
+def _saved(pixels: Tensor) -> Tensor:
+    """(N, 3, S, S) uint8: the copies of images of that form that a search stores."""
+    saved = [jpeg(part.float() / 255, STORED_QUALITY) for part in pixels.split(_BATCH)]
+    return (torch.cat(saved) * 255).round().to(torch.uint8)
 
 
 def _first_of_content(hashes: np.ndarray) -> np.ndarray:

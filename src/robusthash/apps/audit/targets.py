@@ -10,21 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from robusthash.apps.audit.radius_attacks import radius_attacks
 from robusthash.apps.experiment import model_stages
 from robusthash.apps.experiment.run_directory import load_run
-from robusthash.attacks.base import Attack
-from robusthash.attacks.guides import Anchor, Own
-from robusthash.attacks.losses import ScaleFree
-from robusthash.attacks.pgd import APGD
-from robusthash.attacks.published import guided_apgd, mainstay
-from robusthash.attacks.query_search import Square
-from robusthash.attacks.ranking_losses import MarginPN, Tallied
-from robusthash.attacks.threat_model import threat_on
 from robusthash.core.registry import nearest
 from robusthash.core.runtime import choose_device
 from robusthash.data.copies import trained_for_copies
-from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack
 from robusthash.models.external.http_endpoint import Endpoint
 from robusthash.models.external.loaders import NAMES, load_python, load_torchscript, perceptual
 from robusthash.models.external.model_answers import AS_IT_IS, AnswerReading, Call
@@ -34,10 +24,8 @@ from robusthash.models.hasher import Hasher, frozen
 from robusthash.models.portable.model_files import FileFacts, facts_in
 from robusthash.models.saved_hasher import load_exported, names_in
 from robusthash.robustness.checks.model_checks import Purpose
-from robusthash.robustness.specs.oracle_attacks import OracleAttack
 
 _BEHIND_HTTP = "an endpoint shows its answers alone"
-_LONGER = 3  # attacks on a radius take this many times the steps: their models are small
 _FILES = (".onnx", ".pt", ".pth", ".ts", ".torchscript")
 _SIZE = 224  # pixels a side, where neither the user nor a run says
 
@@ -104,6 +92,8 @@ class AuditOptions:
         limit: photographs read at most.
         seed: of the choice of photographs, the noise and the attacks.
         reading: of the answers of a model that is no run: bits or an embedding, and which of several outputs.
+        replacement: measure the packaged ``copy-hash`` too, on the same photographs under the same attacks;
+            by default where the target finds copies: a perceptual hash, or a run that was trained for them.
         max_pixels: of a photograph that is read (width x height); as of ``read_image`` by default.
     """
 
@@ -118,6 +108,7 @@ class AuditOptions:
     limits: EndpointLimits = EndpointLimits()
     max_pixels: int | None = None
     reading: AnswerReading = AS_IT_IS
+    replacement: bool | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.eps <= 0.5:
@@ -365,36 +356,3 @@ def _open_endpoint(
         return Target(url, url, None, False, endpoint, remarks=(remark,), black_box=_BEHIND_HTTP)
     wrapped = foreign(endpoint, images, url, bits)
     return Target(url, url, wrapped.hasher, False, endpoint, remarks=wrapped.remarks, black_box=_BEHIND_HTTP)
-
-
-def hostile_attacks(
-    target: Target, tier: Tier, eps: float, radius: tuple[int, int] | None = None
-) -> list[AttackSpec]:
-    """The attacks of an audit: untargeted ones hide a photograph, targeted ones make it look like another.
-
-    Attacks that follow gradients know weights and stored codes. Vectors have no mainstay code; an attack on
-    the margin to the nearest other photographs takes its place. A target without gradients, such as an
-    endpoint, gets black-box attacks alone.
-
-    Args:
-        eps: budget in pixels, L-infinity.
-        radius: (bits K, bits that may differ) of a search that counts bits; those attacks are then run too.
-    """
-    specs: list[AttackSpec] = []
-    if target.gradients:
-        flip = Attack("flip", Own(), ScaleFree(), APGD(tier.steps), threat_on("image", eps, knowledge="W0"))
-        known = threat_on("image", eps, knowledge="W2")
-        imitate = Attack("imitate", Anchor(1), ScaleFree(), APGD(tier.steps), known, targeted=True)
-        follow = mainstay(eps, tier.steps, step_size=2.5 * eps / tier.steps, slope="one")
-        on_codes = target.hasher is None or target.hasher.distance == "hamming"
-        last = Attack("margin-pn", Tallied(), MarginPN(10), APGD(tier.steps), known)
-        specs = [
-            GradientAttack("guided-apgd", guided_apgd(eps, tier.steps)),
-            GradientAttack("flip", flip),
-            GradientAttack("mainstay", follow) if on_codes else GradientAttack("margin-pn", last),
-            GradientAttack("imitate", imitate),
-            *(radius_attacks(*radius, _LONGER * tier.steps, eps) if radius else ()),
-        ]
-    # judged by bits, since AP is flat while the photograph is still found first
-    asked = threat_on("image", eps, knowledge="B2")
-    return [*specs, OracleAttack("square", Square(), asked, "codes", "moved", tier.questions)]

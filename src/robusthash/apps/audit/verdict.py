@@ -9,7 +9,8 @@ from typing import Any, Literal
 from robusthash.apps.audit.measured_rows import AuditRow
 from robusthash.metrics.results import Flag
 
-_HELD = 0.8  # of the attacked photographs still found: below, the search is fooled
+HELD = 0.8
+"""Share of the attacked photographs still found, below which a search is fooled."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,16 @@ def verdict(summary: Mapping[str, Any], rows: Sequence[AuditRow], flags: Sequenc
         tried += f"and somebody who may only ask it, {asked}"
         untried = "longer attacks, and changes of other kinds, such as turning a picture or covering a part"
         first = f"Somebody who has this search and changes {change} hides from it {count}."
-        if share >= _HELD:
+        if share >= HELD:
             first = f"Attackers who have this search and change {change} hid {count}; longer attacks may "
             first += "hide more."
-        level: Literal["fooled", "unknown", "held"] = "held" if share >= _HELD else "fooled"
+        level: Literal["fooled", "unknown", "held"] = "held" if share >= HELD else "fooled"
     else:
         untried = f"somebody who has the model, since {summary['black box']}; expect far more harm from one"
         first = (
             f"Black box only: {asked} hid {count}, changing {change}, and nobody who has the model was tried."
         )
-        level = "unknown" if share >= _HELD else "fooled"
+        level = "unknown" if share >= HELD else "fooled"
     sentences = first, f"Tried: {tried}.", f"Not tried: {untried}.", _asked(summary, rows)
     return Verdict(level, _alarm(flags), *sentences)
 

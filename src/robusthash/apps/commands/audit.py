@@ -24,6 +24,9 @@ from robusthash.apps.commands.terminal import (
 
 Output = Annotated[str, Option(help="Answers of the model: logits, signs, float (an embedding), or auto.")]
 Metric = Annotated[str | None, Option(help="Of an embedding: cosine (the default) or euclidean.")]
+Beside = Annotated[
+    bool | None, Option(help="Measure copy-hash beside it; the default for hashes and runs that find copies.")
+]
 OutputName = Annotated[str | None, Option(help="Of several outputs: a name, or the number of its place.")]
 
 
@@ -52,6 +55,7 @@ def audit(
         int | None, Option(min=1, help="Photographs that are looked up: 200, or 20 in tier smoke.")
     ] = None,
     attacked: Annotated[int | None, Option(min=1, help="Of these, attacked: 12, or 4 in tier smoke.")] = None,
+    replacement: Beside = None,
     max_pixels: MaxPixels = None,
     limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000,
     seed: Seed = 0,
@@ -77,17 +81,16 @@ def audit(
     from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, tier_named
     from robusthash.models.external.model_answers import AnswerReading
 
-    if not bits.isdigit() and bits != "auto":
-        raise ValueError(f"--bits takes a number or auto, got {bits!r}")
+    length = _length(bits)
     effort = tier_named(tier)
     effort = replace(effort, queries=queries or effort.queries, attacked=attacked or effort.attacked)
     pixel_eps = _pixel_eps(threat, eps, norm)
-    length = None if bits == "auto" else int(bits)
     limits = EndpointLimits(budget, rate, timeout, _headers(header))
     reading = AnswerReading(output, metric, output_name)  # type: ignore[arg-type]
-    known = (labels, size, length, effort, pixel_eps, radius, limit, seed, limits, max_pixels, reading)
+    known = (labels, size, length, effort, pixel_eps, radius, limit, seed, limits, max_pixels)
+    options = AuditOptions(*known, reading, replacement)
     with progress_bars() as progress:
-        summary = run_audit(target, out, photos, AuditOptions(*known), progress)
+        summary = run_audit(target, out, photos, options, progress)
     if as_json:
         print_json(summary)
     else:
@@ -101,8 +104,10 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     verdict = summary["verdict"]
     if verdict["alarm"]:
         warn("warning", verdict["alarm"])
-    for name in ("first", "tried", "untried"):
-        note(verdict[name])
+    beside = summary["replacement"]
+    for sentence in (verdict["first"], beside and beside["said"], verdict["tried"], verdict["untried"]):
+        if sentence:
+            note(sentence)
     if reach := within(summary):
         note(f"Counts as the same: within {reach}.")
     note(f"{verdict['asked']}; changed at the model's size, {summary['size']} px.")
@@ -110,6 +115,10 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     columns, rows = _rows(summary, imitating=True)
     if rows:
         print_table("taken for another on purpose: shares that succeeded (lower is better)", columns, rows)
+    if beside and beside["compared"]:
+        pairs = [[each["what"], *each["texts"], each["outcome"] or ""] for each in beside["compared"]]
+        columns = ["on the same photographs", summary["title"], beside["name"], f"{beside['name']} is"]
+        print_table(f"{beside['name']} instead of {summary['title']}", columns, pairs)
     for sentence in summary["got nowhere"]:
         note(sentence)
     if summary["said"]:
@@ -119,6 +128,13 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     if summary["kinds"] is not None:
         note(summary["kinds"]["said"])
     print_lines([out / "report.html"])
+
+
+def _length(bits: str) -> int | None:
+    """Bits of a code; None where they are to be found out."""
+    if not bits.isdigit() and bits != "auto":
+        raise ValueError(f"--bits takes a number or auto, got {bits!r}")
+    return None if bits == "auto" else int(bits)
 
 
 def _pixel_eps(threat: str | None, eps: str | None, norm: str | None) -> float:

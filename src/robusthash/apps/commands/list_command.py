@@ -12,12 +12,19 @@ def list(
 ) -> None:
     """Everything that can be named in a recipe, with its paper, its evidence label and its state.
 
+    The packaged model ``copy-hash`` too, which commands take in place of a run.
+
     Evidence: paper+code, paper, reconstruction, own or library.
     State: measured (on real data, in the documents) or tested.
     """
-    from robusthash.core.registry import catalogue, nearest
+    from robusthash.apps.experiment.search_model import load
+    from robusthash.core.registry import Card, catalogue, nearest
 
-    cards = catalogue()
+    packaged = "Hash for copies with its weights: robusthash hash, duplicates, audit; rh.load('copy-hash')."
+    model = Card(
+        "model", "copy-hash", load, modality="image", supervised=False, summary=packaged, state="measured"
+    )
+    cards = [*catalogue(), model]
     kinds = {card.kind for card in cards}
     if kind is not None and kind not in kinds and kind.removesuffix("s") in kinds:
         kind = kind.removesuffix("s")

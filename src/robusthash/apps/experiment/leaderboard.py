@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robusthash.apps.experiment.evidence_run import accepted, lowered
 from robusthash.apps.experiment.run_directory import Run, load_run
-from robusthash.apps.experiment.stored_certificates import certified_intervals, certified_text
+from robusthash.apps.experiment.stored_certificates import COLUMN, certified_intervals, certified_text
 from robusthash.apps.experiment.tables import Cell, cell_of, require_distinct_seeds
 from robusthash.apps.reports import pages
 from robusthash.apps.reports.cell_text import markdown_cell
@@ -284,7 +284,7 @@ def as_markdown(boards: Sequence[Leaderboard]) -> str:
             lines.append(f"| {rank} | {' | '.join(cell(row) for cell in columns.values())} |")
         facts = "\n".join(f"* {name}: {markdown_cell(text)}" for name, text in setting_pairs(board, boards))
         parts.append("\n".join(lines) + f"\n\n{facts}\n")
-    parts.append(legend(any(board.methods for board in boards)) + "\n")
+    parts.append(legend(boards) + "\n")
     return "\n".join(parts)
 
 
@@ -301,14 +301,14 @@ def _columns(board: Leaderboard) -> dict[str, Callable[[RankedModel], str]]:
         low: lambda row: row.worst.text(),
         f"best-known {low}": lambda row: _bold(row.known.text(), row.bold(low)),
         "by": lambda row: markdown_cell(source_text(row)),
-        "HRS": lambda row: _number(row.hrs, row.hrs_interval),
     }
+    if any(row.certified for row in board.rows):
+        columns["certified to attacked"] = lambda row: certified_text(row.certified)
+    columns["HRS"] = lambda row: _number(row.hrs, row.hrs_interval)
     if any(row.targeted is not None for row in board.rows):
         columns[f"highest {key.name('targeted')}"] = lambda row: (
             "-" if row.targeted is None else f"{row.targeted:.3f}"
         )
-    if any(row.certified for row in board.rows):
-        columns["certified to attacked"] = lambda row: certified_text(row.certified)
     return {**columns, "checks": lambda row: markdown_cell(remark(row))}
 
 
@@ -320,16 +320,18 @@ def _bold(text: str, bold: bool) -> str:
     return f"**{text}**" if bold else text
 
 
-def legend(methods: bool) -> str:
-    """Explain the tables; ``methods``: some row is one."""
+def legend(boards: Sequence[Leaderboard]) -> str:
+    """Explain the tables: of their columns and rows what some of them have."""
     text = (
         f"{pages.WORST_CASE} Best-known values count accepted evidence bundles too, "
         "which can only lower them. Bold: not significantly different from the best of the column at 5 % "
         "(paired, Holm over the table); unreliable models are not ranked. Intervals are 95 %"
     )
-    if methods:
-        return f"{text}: over training seeds and queries for a method, over queries for a checkpoint."
-    return f"{text}, over queries; each row is one checkpoint."
+    if any(board.methods for board in boards):
+        text += ": over training seeds and queries for a method, over queries for a checkpoint."
+    else:
+        text += ", over queries; each row is one checkpoint."
+    return f"{text} {COLUMN}" if any(row.certified for board in boards for row in board.rows) else text
 
 
 def setting_pairs(board: Leaderboard, boards: Sequence[Leaderboard] = ()) -> list[tuple[str, str]]:

@@ -12,6 +12,13 @@ from robusthash.metrics.results import Setting
 
 CERTIFIED = "certified.json"
 
+COLUMN = (
+    "Certified to attacked: of the smoothed codes (or by interval bounds), within the budget that is named, "
+    "the MAP that no attack goes below and the lowest that one reached; '?' where none was run. That is "
+    "another budget and another search than those of the worst case beside it."
+)
+"""Explains the column of these intervals in a table."""
+
 
 def certificates(run: Run) -> dict[str, dict[str, Any]]:
     """The certificates of a run by name, ``smoothing 0.25`` or ``intervals``; none without the file.

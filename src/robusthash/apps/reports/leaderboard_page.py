@@ -40,7 +40,7 @@ def leaderboard_page(boards: Sequence[Leaderboard]) -> str:
         "leaderboard.html.j2",
         title="Leaderboard",
         rows=len(rows),
-        legend=legend(any(board.methods for board in boards)),
+        legend=legend(boards),
         unreliable=[row.name for row in rows if row.unreliable],
         filters=[
             ("data", "data set", sorted({board.data for board in boards})),
