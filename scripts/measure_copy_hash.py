@@ -1,13 +1,13 @@
 """Measurements of the packaged hash for copies beside the perceptual hashes, a JSON file that grows by hash.
 
-    python scripts/measure_copy_hash.py results/copy-hash.json --data DATA [--undefended FOLDER]
+    python scripts/measure_copy_hash.py results/copy-hash.json --data DATA
 
 DATA holds ``coco_mini.tar`` (246 photographs; none was trained on) and ``cifar10.npz`` (of its 10,000 test
 photographs the distances of different ones are counted too: 52 million pairs with those of COCO). A hash that
 is in the file already is passed over. Each is measured at the radius at which 1 of 10,000, and 1 of 100,000,
 pairs of different photographs match: recall after everyday changes, under attack by ``robusthash audit`` (50
 photographs at the side that the hash is given), and for ours under white-box attack of the 256 px file
-through the resizing.
+through the resizing, and the share of all photographs that provably stay within the radius.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import as_words, pack
 from robusthash.data.image_files import pixels_of
 from robusthash.data.transforms import through_jpeg
+from robusthash.models.block_means import COPY_WINDOW
 from robusthash.models.encoding import encode_signs
 from robusthash.models.external.loaders import TITLES, perceptual
 from robusthash.models.hasher import Hasher
+from robusthash.robustness.certificates.linear_codes import most_flips
 
 SIDE = 256  # of the photographs that are changed, and of those that attacks change through the resizing
 RATES = {"1e-4": 1e-4, "1e-5": 1e-5}
 LEVELS = (2, 4, 8)
+CERTIFIED = (1, 2, 3, 4, 5, 6, 8)
 QUERIED = 8  # the level at which black-box attacks make their 1,000 oracle queries
 WHITE_BOX = ("guided-apgd", "flip", "mainstay", "evade", "evade-sharp")
 Change = Callable[[Image.Image], Image.Image]
@@ -199,10 +202,22 @@ def measured(model: Model, images: list[Image.Image], data: Path) -> dict[str, A
     if radii["1e-5"] < 0:  # more pairs than that have the very same hash
         return {**result, "attacked": {}}
     result["attacked"] = attacked(model.audited(), model.side, images, radii["1e-5"])
+    if model.library is None:
+        result["certified"] = certified(model, images, radii["1e-5"])
     if model.name == "copy-hash":
         through = Resized(model.hasher, model.side)
         result["through resizing"] = attacked(through, SIDE, images, radii["1e-5"], None)
     return result
+
+
+def certified(model: Model, images: list[Image.Image], radius: int) -> dict[str, float]:
+    """By level of 255: share of the photographs that no change within it moves out of the radius."""
+    pixels = torch.stack([pixels_of(one, model.side) for one in images]).float() / 255
+    with torch.inference_mode():
+        logits = model.hasher({"image": pixels})["image"].logits
+    weights = model.hasher.heads["image"].linear.weight.detach()
+    bounds = {level: most_flips(weights, logits, level / 255, COPY_WINDOW) for level in CERTIFIED}
+    return {str(level): float((flips <= radius).float().mean()) for level, flips in bounds.items()}
 
 
 def recall(
@@ -254,7 +269,6 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="copy-hash", help="another folder than the packaged one")
-    parser.add_argument("--undefended", help="folder of train_copy_hash.py --undefended")
     parser.add_argument("--only", action="append", help="names of the rows to measure")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -264,8 +278,6 @@ def main() -> None:
         "copy-hash-64": lambda: Model("copy-hash-64", "copy-hash", given.model, 64),
         **{name: (lambda name=name: Model(name, TITLES[name], name)) for name in TITLES if name != "ahash"},  # type: ignore[misc]
     }
-    if given.undefended:
-        makers["undefended"] = lambda: Model("undefended", "the same net, undefended", given.undefended)
     rows = json.loads(given.out.read_text()) if given.out.exists() else {}
     images = photographs(given.data)
     for name in given.only or makers:

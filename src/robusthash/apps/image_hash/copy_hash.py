@@ -1,7 +1,8 @@
 """The packaged hash for copies: 64, 128 or 256 bits of an image, without labels or training by the user.
 
-Ours: a small net, trained to find changed copies and hardened against changes that nobody sees
-(``models/copy_net.py``, ``scripts/train_copy_hash.py``). How well: ``docs/methods/copy-hash.md``.
+Ours: thresholds of the principal components of a picture's block means, which a change that nobody sees
+moves little (``models/block_means.py``, ``scripts/make_copy_hash.py``). How well, and what is proved:
+``docs/methods/copy-hash.md``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from robusthash.models.encoding import encode_signs
 NAME = "copy-hash"
 """Of the model: ``rh.load("copy-hash")``, and wherever a run is named."""
 
-RADIUS = {64: 8, 128: 21, 256: 47}
+RADIUS = {64: 9, 128: 22, 256: 47}
 """Bits by which two hashes of that length may differ to count as copies: of two different photographs 1 in
 100,000 pairs are as near."""
 
