@@ -1,4 +1,4 @@
-"""Table of docs/methods/attacks.md: every registered attack, what it knows and asks, and where it was measured.
+"""Table of docs/methods/attacks.md: every registered attack, what it knows and asks, a measured row.
 
 Measured rows are of the first kept run, in the order of ``VICTIMS``, that was attacked so.
 """
