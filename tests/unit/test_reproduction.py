@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import robusthash as rh
 from robusthash.apps.cli import app
 from robusthash.apps.experiment import training_stages
-from robusthash.apps.experiment.dry_run_rows import Rows
+from robusthash.apps.experiment.dry_run_rows import DryRunRows
 from robusthash.apps.experiment.results_copy import keep
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.stored_analyses import store_analysis
@@ -368,9 +368,9 @@ def test_another_evaluation_needs_a_name(tmp_path: Path) -> None:
 def test_rows_of_a_dry_run_are_the_fewest_that_its_parts_take() -> None:
     """EQB2A reads ranked lists of ten items; a kernel head has as many anchors as the recipe says."""
     _, listed = RECIPES.config("ucmerced-dadh", ("evaluation.attacks=[eqb2a]",))
-    assert Rows.of(listed, 4).database == 10
+    assert DryRunRows.of(listed, 4).database == 10
     _, closed = RECIPES.config("wikipedia-shallow-seph")
-    assert (Rows.of(closed, 4).train, Rows.of(closed, 4).fitted) == (4, 500)
+    assert (DryRunRows.of(closed, 4).train, DryRunRows.of(closed, 4).fitted) == (4, 500)
 
 
 def test_a_claim_is_judged_by_stored_analyses_of_kept_copies(

@@ -21,7 +21,7 @@ from torch import Tensor
 from robusthash.analysis.model_cost import size_of
 from robusthash.apps.experiment.config import Component, Config, EvaluationSection
 from robusthash.apps.experiment.config_parts import check_parts
-from robusthash.apps.experiment.dry_run_rows import Rows
+from robusthash.apps.experiment.dry_run_rows import DryRunRows
 from robusthash.apps.experiment.evaluation_stages import attacks_of, ends_of
 from robusthash.apps.experiment.model_stages import read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run
@@ -131,14 +131,14 @@ def dry_run(
     check_parts(config)
     notes: list[str] = []
     with TemporaryDirectory(prefix="robusthash-") as folder:
-        rows = Rows.of(config, batch)
+        rows = DryRunRows.of(config, batch)
         data, whole = _data(config, rows, Path(folder) if miniature else None, notes, progress)
         timings = _Timings(data, whole, rows, batch is not None, steps, notes, progress)
         return timings.run(config, base)
 
 
 def _data(
-    config: Config, rows: Rows, folder: Path | None, notes: list[str], progress: Progress
+    config: Config, rows: DryRunRows, folder: Path | None, notes: list[str], progress: Progress
 ) -> tuple[RetrievalData, dict[str, int]]:
     """The data set, or its miniature in ``folder``, and the numbers of items of the set itself."""
     if folder is None:
@@ -162,7 +162,7 @@ class _Timings:
 
     data: RetrievalData
     whole: dict[str, int]
-    rows: Rows
+    rows: DryRunRows
     smaller: bool  # batches than the recipe's
     steps: int | None
     notes: list[str]
@@ -359,7 +359,7 @@ def _some(split: Split, count: int) -> Split:
     return split.take(stable_subset(split, count))
 
 
-def _one_block(data: RetrievalData, rows: Rows) -> RetrievalData:
+def _one_block(data: RetrievalData, rows: DryRunRows) -> RetrievalData:
     """One block of queries, of database, with an item that is relevant to a query, and of training items."""
     query = _some(data.query, rows.query)
     positions = stable_subset(data.database, rows.database)

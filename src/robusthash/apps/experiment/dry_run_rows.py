@@ -13,7 +13,7 @@ from robusthash.evaluation.context import encoding_batch
 
 
 @dataclass(frozen=True)
-class Rows:
+class DryRunRows:
     """Items taken at a time; ``fitted`` is the fewest that the training can be done on."""
 
     train: int
@@ -22,7 +22,7 @@ class Rows:
     fitted: int
 
     @classmethod
-    def of(cls, config: Config, batch: int | None) -> Rows:
+    def of(cls, config: Config, batch: int | None) -> DryRunRows:
         """Those of a recipe, or at most ``batch`` where its parts take so few."""
         section, fitted = config.evaluation, _fitted(config)
         own = config.training.batch_size, section.batch_size, encoding_batch(section.batch_size)
