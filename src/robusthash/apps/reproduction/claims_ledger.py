@@ -265,7 +265,7 @@ def _of_side(side: Side, recipes: Recipes, stored: Stored) -> dict[int, Tensor]:
 
 
 def _named_values(side: Side, run: Run, stored: Stored) -> dict[str, Tensor]:
-    """What a run has of the columns of a side."""
+    """Values of the columns of a side, as far as a run has them."""
     if side.kind != "results":
         return stored.analysis(run, side.kind)
     results = stored.results(run)
