@@ -30,10 +30,13 @@ _GRADED = ("nDCG@", "ACG@")
 
 
 def has_results(run: Run) -> bool:
-    """True where the run was evaluated or assessed, or an analysis of it is stored."""
-    return any((run.path / name).is_file() for name in _RESULTS) or any(
-        has_analysis(run, kind) for kind in _MADE_BY_VERBS
-    )
+    """True where the run was evaluated or assessed."""
+    return any((run.path / name).is_file() for name in _RESULTS)
+
+
+def can_be_kept(run: Run) -> bool:
+    """True where the run has results, or an analysis of it is stored."""
+    return has_results(run) or any(has_analysis(run, kind) for kind in _MADE_BY_VERBS)
 
 
 def keep(run: Run, out: Path) -> Path:
@@ -49,7 +52,7 @@ def keep(run: Run, out: Path) -> Path:
     if run.results_only:
         raise RunError(f"{run.path} is already a kept copy; give the run that it was made of")
     card = run.card()
-    if not has_results(run):
+    if not can_be_kept(run):
         verbs = "'robusthash evaluate' or 'robusthash assess'"
         raise RunError(f"{run.path} has no results to keep; run {verbs} first")
     target = out / card["name"] / card["id"]
@@ -73,7 +76,7 @@ def keep(run: Run, out: Path) -> Path:
 
 def _read_all(copy: Run) -> None:
     """Read every result of a copy: one that cannot be read is not worth keeping."""
-    if any((copy.path / name).is_file() for name in _RESULTS):
+    if has_results(copy):
         copy.results()
     for kind in _MADE_BY_VERBS:
         analysis_values(copy, kind)
