@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,17 @@ from typer.testing import CliRunner
 import robusthash as rh
 from robusthash.apps.cli import app
 from robusthash.apps.experiment import training_stages
+from robusthash.apps.experiment.dry_run_rows import DryRunRows
 from robusthash.apps.experiment.results_copy import keep
 from robusthash.apps.experiment.run_directory import Run, load_run
+from robusthash.apps.experiment.stored_analyses import store_analysis
 from robusthash.apps.reproduction import claims_ledger, paper_entries, reproduction
 from robusthash.apps.reproduction.claims_ledger import Claim, judge
 from robusthash.apps.reproduction.entry_runs import Recipes, Stored, identity_of, make_plan
 from robusthash.apps.reproduction.entry_trial import try_entry
 from robusthash.apps.reproduction.paper_entries import SCALES, Paper, papers, read_paper
 from robusthash.apps.reproduction.same_models import take_over_model
+from robusthash.core.runtime import show_progress, shown_by
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRIES = [
@@ -121,17 +125,16 @@ def test_an_entry_resolves_to_runs_that_give_its_columns(name: str, entry: str, 
         assert run.recipe.is_file()
 
 
-@pytest.mark.parametrize(
-    ("name", "entry"),
-    [
-        ("saat", "table-2"),
-        ("saah", "table-nag"),
-        ("sfcl", "figure-transfer"),
-        ("drfgd", "table-known"),
-        ("dsarh", "table-5"),
-    ],
+SAMPLE = (
+    *(("saat", "table-2"), ("saah", "table-nag"), ("sfcl", "figure-transfer"), ("drfgd", "table-known")),
+    *(("dsarh", "table-5"), ("dsarh", "table-shallow")),
 )
-def test_a_dry_run_of_an_entry(name: str, entry: str) -> None:
+
+
+@pytest.mark.parametrize(("name", "entry"), [each[:2] for each in ENTRIES if each[2] == "small"])
+def test_a_dry_run_of_an_entry(name: str, entry: str, request: pytest.FixtureRequest) -> None:
+    if (name, entry) not in SAMPLE and not request.config.getoption("--all-entries"):
+        pytest.skip("not of the sample: make dry-runs")
     found = papers()[name].entry(entry)
     plan = make_plan(found, found.at("small"), RECIPES, Stored([]), seeds=1)
     trial = try_entry(plan, miniature=True, batch=4)
@@ -360,3 +363,50 @@ def test_another_evaluation_needs_a_name(tmp_path: Path) -> None:
     options = {"stored_only": True, "seeds": 1, "recipes": ROOT / "recipes", "runs": tmp_path}
     with pytest.raises(ValueError, match="give --set name"):
         reproduction.reproduce("saat", "table-3", sets=("evaluation.queries=50",), **options)
+
+
+def test_rows_of_a_dry_run_are_the_fewest_that_its_parts_take() -> None:
+    """EQB2A reads ranked lists of ten items; a kernel head has as many anchors as the recipe says."""
+    _, listed = RECIPES.config("ucmerced-dadh", ("evaluation.attacks=[eqb2a]",))
+    assert DryRunRows.of(listed, 4).database == 10
+    _, closed = RECIPES.config("wikipedia-shallow-seph")
+    assert (DryRunRows.of(closed, 4).train, DryRunRows.of(closed, 4).fitted) == (4, 500)
+
+
+def test_a_claim_is_judged_by_stored_analyses_of_kept_copies(
+    made: reproduction.Reproduction, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number of ``bands.json`` decides as a result does, from the kept copy too; other weights do not."""
+    recipes, runs = Recipes(clone / "recipes"), tmp_path / "runs"
+    shutil.copytree(clone / "runs", runs)
+    _, config = recipes.config("tiny")
+    mine = Stored([runs]).of_model(config)
+    for number, run in enumerate(mine):
+        store_analysis(
+            run, "bands", {}, {"share at 2": 0.5 + 0.01 * number, "share at 7": [0.9, float("nan")]}
+        )
+    high, low = ({"recipe": "tiny", "kind": "bands", "column": f"share at {order}"} for order in (7, 2))
+    comparison = {"what": "a", "first": high, "relation": "above", "second": low}
+    bands = Claim(id="Z1", paper="Tiny", statement="s", comparisons=[comparison])
+    monkeypatch.setattr(claims_ledger, "METHOD_SEEDS", 2)
+    for run in mine:
+        keep(run, tmp_path / "kept")
+    for folder in (runs, tmp_path / "kept"):
+        judged = judge(bands, recipes, Stored([folder]))
+        assert judged.verdict == "reproduced"
+        difference = judged.findings[0].difference
+        assert difference is not None
+        assert difference.value == pytest.approx(0.395)
+    facts = json.loads((mine[0].path / "bands.json").read_text())
+    (mine[0].path / "bands.json").write_text(json.dumps({**facts, "model": "0" * 16}))
+    stored = Stored([runs])
+    assert judge(bands, recipes, stored).verdict == "open"
+    assert "is of the weights 0000000000000000" in stored.unreadable[0]
+
+
+def test_progress_reaches_the_work_inside() -> None:
+    seen: list[tuple[int, int, str]] = []
+    with shown_by(lambda *step: seen.append(step)):
+        show_progress(1, 2, "epochs of the generator")
+    show_progress(2, 2, "epochs of the generator")
+    assert seen == [(1, 2, "epochs of the generator")]

@@ -18,7 +18,7 @@ from torch.nn.functional import mse_loss
 
 from robusthash.attacks.generator import Discriminator, judged
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.runtime import Draws
+from robusthash.core.runtime import Draws, show_progress
 from robusthash.core.types import Batch, HashOutput
 from robusthash.data.base import RetrievalData, batches
 from robusthash.models.encoding import weights_digest
@@ -108,6 +108,7 @@ def train_generator(
                 _step(generator, critic, model, batch.to(model.device), optimisers, schedule, shuffle, step)
         if file:
             file.write(nets, epoch + 1)
+        show_progress(epoch + 1, schedule.epochs, "epochs of the generator")
     return schedule.epochs * per_epoch
 
 

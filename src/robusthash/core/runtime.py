@@ -9,6 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,24 @@ Progress = Callable[[int, int, str], None]
 
 def silent(done: int, total: int, text: str) -> None:
     """Show no progress."""
+
+
+_SHOWN: ContextVar[Progress] = ContextVar("progress", default=silent)
+
+
+@contextlib.contextmanager
+def shown_by(progress: Progress) -> Iterator[None]:
+    """Show by ``progress`` what ``show_progress`` is called with inside."""
+    token = _SHOWN.set(progress)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+def show_progress(done: int, total: int, text: str) -> None:
+    """Show progress of work that is called through interfaces without a progress, such as a fit."""
+    _SHOWN.get()(done, total, text)
 
 
 def yield_when_busy(progress: Progress) -> Progress:

@@ -13,7 +13,7 @@ from torch import Tensor
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.processes import rank, wait_for_others, world
-from robusthash.core.runtime import Draws, Progress, silent
+from robusthash.core.runtime import Draws, Progress, shown_by, silent
 from robusthash.core.types import Inputs
 from robusthash.evaluation.attack_block import AttackedBlock
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, RefinedAttack
@@ -118,11 +118,12 @@ class BlockRunner:
 
     def queries(self, spec: AttackSpec, restart: int = 0, progress: Progress = silent) -> AttackedBlock:
         """Every block of queries under one attack, joined."""
-        self.divided(lambda block: self.block(spec, restart, block), progress, spec.name)
         blocks = []
-        for block in range(self.context.blocks):
-            blocks.append(self.block(spec, restart, block))
-            progress(block + 1, self.context.blocks, spec.name)
+        with shown_by(progress):
+            self.divided(lambda block: self.block(spec, restart, block), progress, spec.name)
+            for block in range(self.context.blocks):
+                blocks.append(self.block(spec, restart, block))
+                progress(block + 1, self.context.blocks, spec.name)
         return AttackedBlock.join(blocks)
 
     def divided(self, work: Callable[[int], object], progress: Progress, title: str) -> None:
@@ -226,7 +227,8 @@ def run_attacks(
         worst = _WorstInputs(context, block) if refines else None
         for spec, restart in _in_order(specs):
             start = worst.inputs if worst is not None and isinstance(spec, RefinedAttack) else None
-            attacked = runner.block(spec, restart, block, start)
+            with shown_by(progress):
+                attacked = runner.block(spec, restart, block, start)
             if worst is not None and not spec.targeted:
                 worst.update(attacked)
             if context.randomised and not spec.targeted and shards == 1:

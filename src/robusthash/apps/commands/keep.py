@@ -19,7 +19,7 @@ def keep(
     from robusthash.apps.experiment import results_copy
     from robusthash.apps.experiment.run_selection import runs_with
 
-    runs, waiting = runs_with(results_copy.has_results, paths)
+    runs, waiting = runs_with(results_copy.can_be_kept, paths)
     copies = [results_copy.keep(run, out) for run in runs]
     for run in waiting:
         note(f"{run.path} has no results yet and is left out")

@@ -13,6 +13,7 @@ from robusthash.apps.experiment.evaluation_stages import context_of
 from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run, reading
 from robusthash.apps.experiment.run_selection import labelled
+from robusthash.apps.experiment.stored_analyses import store_analysis
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.limited_files import read_npz
 from robusthash.core.runtime import Progress, silent
@@ -24,6 +25,8 @@ def attribute_runs(
     paths: Sequence[Path], out: Path, queries: int = 32, progress: Progress = silent, **options: Any
 ) -> dict[str, BandAttribution]:
     """Attribute the search of each run to DCT bands; ``out/attribution.npz`` is written after each.
+
+    The share of the bands with u + v <= N is stored in each run as ``share at N``.
 
     Args:
         queries: number of queries, chosen by content.
@@ -46,7 +49,11 @@ def _attribute(
     data = read_data(run.config, progress)
     context = context_of(run, load_hasher(run), data, progress, "I2I", whole=True).some(queries)
     title = f"bands of {label}"
-    return attribute_bands(context, **options, progress=lambda done, total: progress(done, total, title))
+    bands = attribute_bands(context, **options, progress=lambda done, total: progress(done, total, title))
+    share = {f"share at {order}": value for order, value in enumerate(bands.by_order()[0].tolist())}
+    settings = {name: getattr(bands, name) for name in ("chosen", "worth", "top", "permutations", "seed")}
+    store_analysis(run, "bands", {"queries": len(bands.defined), **settings}, share)
+    return bands
 
 
 def save_attributions(path: Path, attributions: Mapping[str, BandAttribution]) -> None:

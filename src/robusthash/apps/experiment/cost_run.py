@@ -12,6 +12,7 @@ import torch
 from robusthash.analysis.model_cost import Latency, Size, Work, single_query, size_of, time_in_turn
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.run_selection import labelled
+from robusthash.apps.experiment.stored_analyses import store_analysis
 from robusthash.apps.reports.cell_text import markdown_cell
 from robusthash.core.hamming import pack, sign
 from robusthash.core.limited_files import read_json
@@ -45,7 +46,7 @@ def cost_rows(
 
     The reference is timed in turn with all others in this process. A query runs from pixels to the ten
     nearest of an exact index of as many codes as the run's database has. Pixels and searched codes are
-    random: neither changes the cost.
+    random: neither changes the cost. The numbers are stored in each run.
 
     Args:
         against: the undefended run.
@@ -66,7 +67,17 @@ def cost_rows(
         steps = 0 if attack is None else attack.search.steps
         size, minutes = size_of(hashers[label], _pixels(run)), sum(epochs) / len(epochs) / 60
         rows.append(CostRow(label, size, latencies[label], minutes, steps))
+        _store(run, rows[-1], reference)
     return reference, rows
+
+
+def _store(run: Run, row: CostRow, reference: str) -> None:
+    """Numbers of one query in the run's ``cost.json``; ``ratio`` is that to the reference."""
+    time = row.latency
+    settings = {"reference": reference, "threads": time.threads, "repeats": time.runs}
+    values = {"parameters": row.size.parameters, "MACs": row.size.macs, "ratio": time.ratio}
+    values |= {"query ms": time.median, "p95 ms": time.p95, "minutes an epoch": row.minutes_per_epoch}
+    store_analysis(run, "cost", settings, values)
 
 
 def _pixels(run: Run) -> Inputs:

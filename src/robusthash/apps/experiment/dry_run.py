@@ -21,6 +21,7 @@ from torch import Tensor
 from robusthash.analysis.model_cost import size_of
 from robusthash.apps.experiment.config import Component, Config, EvaluationSection
 from robusthash.apps.experiment.config_parts import check_parts
+from robusthash.apps.experiment.dry_run_rows import DryRunRows
 from robusthash.apps.experiment.evaluation_stages import attacks_of, ends_of
 from robusthash.apps.experiment.model_stages import read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run
@@ -42,7 +43,7 @@ from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split
 from robusthash.data.miniature import SPLITS, write_miniature
 from robusthash.data.splits import stable_subset
-from robusthash.evaluation.context import EvaluationContext, encoding_batch, make_context
+from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.evaluation.evaluate import attack_all, score_attack, score_clean
 from robusthash.metrics.protocol import measure
 from robusthash.models.encoding import encode_split
@@ -116,7 +117,8 @@ def dry_run(
         miniature: generate a few items in the layout of the data set instead of reading it; see
             ``data.miniature``. The estimate is of the sizes of the set itself.
         batch: items of a step of training, of a block of queries and of database; by default those of the
-            recipe. A smaller batch is quicker, and takes less memory than the run will.
+            recipe. A smaller batch is quicker, and takes less memory than the run will. Parts that need
+            more items than that take the fewest that they can.
         steps: of training; 1 on a CPU, 3 on a GPU, of which the first warms up and is not counted.
 
     Raises:
@@ -129,29 +131,14 @@ def dry_run(
     check_parts(config)
     notes: list[str] = []
     with TemporaryDirectory(prefix="robusthash-") as folder:
-        rows = _Rows.of(config, batch)
+        rows = DryRunRows.of(config, batch)
         data, whole = _data(config, rows, Path(folder) if miniature else None, notes, progress)
         timings = _Timings(data, whole, rows, batch is not None, steps, notes, progress)
         return timings.run(config, base)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Items taken at a time."""
-
-    train: int
-    query: int
-    database: int
-
-    @classmethod
-    def of(cls, config: Config, batch: int | None) -> _Rows:
-        section = config.evaluation
-        own = cls(config.training.batch_size, section.batch_size, encoding_batch(section.batch_size))
-        return own if batch is None else cls(*(min(batch, each) for each in vars(own).values()))
-
-
 def _data(
-    config: Config, rows: _Rows, folder: Path | None, notes: list[str], progress: Progress
+    config: Config, rows: DryRunRows, folder: Path | None, notes: list[str], progress: Progress
 ) -> tuple[RetrievalData, dict[str, int]]:
     """The data set, or its miniature in ``folder``, and the numbers of items of the set itself."""
     if folder is None:
@@ -160,7 +147,7 @@ def _data(
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; without the data: --miniature") from None
         return data, {name: len(data.splits[name]) for name in SPLITS}
-    small = write_miniature(config.data, folder, 4 * rows.train, rows.query, rows.database)
+    small = write_miniature(config.data, folder, max(4 * rows.train, rows.fitted), rows.query, rows.database)
     data = build("data", small.settings)
     official = ", ".join(
         f"{name} {len(data.splits[name])} for {size}" for name, size in small.official.items()
@@ -175,7 +162,7 @@ class _Timings:
 
     data: RetrievalData
     whole: dict[str, int]
-    rows: _Rows
+    rows: DryRunRows
     smaller: bool  # batches than the recipe's
     steps: int | None
     notes: list[str]
@@ -233,7 +220,7 @@ class _Timings:
         batch = min(self.rows.train, config.training.batch_size)
         epoch_size = count * batch
         share = recipe.epoch_items(epoch_size) / epoch_size  # an epoch may pass its items several times
-        train = _some(self.data.train, max(2, math.ceil(epoch_size / share)))
+        train = _some(self.data.train, max(self.rows.fitted, math.ceil(epoch_size / share)))
         settings = replace(train_config(config), epochs=1, batch_size=batch, compile=False)
         self.progress(0, 1, f"training {config.name}")
         clock.start()
@@ -372,7 +359,7 @@ def _some(split: Split, count: int) -> Split:
     return split.take(stable_subset(split, count))
 
 
-def _one_block(data: RetrievalData, rows: _Rows) -> RetrievalData:
+def _one_block(data: RetrievalData, rows: DryRunRows) -> RetrievalData:
     """One block of queries, of database, with an item that is relevant to a query, and of training items."""
     query = _some(data.query, rows.query)
     positions = stable_subset(data.database, rows.database)

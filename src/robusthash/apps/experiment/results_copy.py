@@ -15,12 +15,15 @@ import yaml
 
 from robusthash.apps.experiment.model_card import SEAL, sealed
 from robusthash.apps.experiment.run_directory import RESULTS_ONLY, Run, RunError, load_run, write_json
+from robusthash.apps.experiment.stored_analyses import CURVES as EPOCH_CURVES
+from robusthash.apps.experiment.stored_analyses import Analysis, analysis_values, has_analysis
 from robusthash.core.atomic_files import write_all_aside
 from robusthash.core.limited_files import read_json
 from robusthash.metrics.protocol import CURVES
 from robusthash.metrics.results import EvalResult, save_results
 
 SCHEMA = "robusthash.kept/1"
+_MADE_BY_VERBS: tuple[Analysis, ...] = ("bands", "cost", "transfer", "epochs")
 _RESULTS = ("metrics.json", "assess.json")
 _EVIDENCE = "evidence.json"  # rare, and the best-known value needs all of it
 _GRADED = ("nDCG@", "ACG@")
@@ -29,6 +32,11 @@ _GRADED = ("nDCG@", "ACG@")
 def has_results(run: Run) -> bool:
     """True where the run was evaluated or assessed."""
     return any((run.path / name).is_file() for name in _RESULTS)
+
+
+def can_be_kept(run: Run) -> bool:
+    """True where the run has results, or an analysis of it is stored."""
+    return has_results(run) or any(has_analysis(run, kind) for kind in _MADE_BY_VERBS)
 
 
 def keep(run: Run, out: Path) -> Path:
@@ -44,7 +52,7 @@ def keep(run: Run, out: Path) -> Path:
     if run.results_only:
         raise RunError(f"{run.path} is already a kept copy; give the run that it was made of")
     card = run.card()
-    if not has_results(run):
+    if not can_be_kept(run):
         verbs = "'robusthash evaluate' or 'robusthash assess'"
         raise RunError(f"{run.path} has no results to keep; run {verbs} first")
     target = out / card["name"] / card["id"]
@@ -54,7 +62,7 @@ def keep(run: Run, out: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=out, prefix=".keep-") as folder:
         staged = Path(folder)
         _write(run, card["id"], staged)
-        load_run(staged).results()  # a copy that cannot be read is not worth keeping
+        _read_all(load_run(staged))
         target.mkdir(exist_ok=True)
         names = sorted(path.name for path in staged.iterdir())
         with write_all_aside([target / name for name in names]) as asides:
@@ -66,10 +74,18 @@ def keep(run: Run, out: Path) -> Path:
     return target
 
 
+def _read_all(copy: Run) -> None:
+    """Read every result of a copy: one that cannot be read is not worth keeping."""
+    if has_results(copy):
+        copy.results()
+    for kind in _MADE_BY_VERBS:
+        analysis_values(copy, kind)
+
+
 def _write(run: Run, run_id: str, folder: Path) -> None:
     """The files of the copy; ``kept.json`` names what was left out."""
     for path in sorted(run.path.glob("*.json")):
-        if path.name in _RESULTS:
+        if path.name in _RESULTS or path.match(EPOCH_CURVES):
             save_results(folder / path.name, [_slim(r) for r in run.stored(path.name).values()], packed=True)
         elif path.name == _EVIDENCE:
             save_results(folder / path.name, list(run.stored(path.name).values()))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
-from robusthash.apps.experiment.run_directory import load_run
+from robusthash.apps.experiment.run_directory import Run, load_run
+from robusthash.apps.experiment.stored_analyses import store_analysis
 from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.apps.reports.cell_text import markdown_cell
 from robusthash.core.registry import build
@@ -63,6 +64,8 @@ def transfer_table(
 ) -> TransferTable:
     """Attack the images of every run from every run, under the protocol, seed and batch size of the first.
 
+    What each victim loses to each surrogate is stored in its run, of every query.
+
     Args:
         paths: at least two run directories of one data set.
         queries: number of queries, chosen by content.
@@ -106,7 +109,19 @@ def transfer_table(
             progress=_titled(progress, name),
         )
     matrix = transfer_matrix(contexts, budget, steps, progress)
+    for run, name in zip(runs, names, strict=True):
+        _store(run, name, matrix)
     return TransferTable({name: str(run.path) for name, run in zip(names, runs, strict=True)}, matrix)
+
+
+def _store(run: Run, victim: str, matrix: TransferMatrix) -> None:
+    """The column of a victim, of each query, in its ``transfer.json``: ``clean``, ``from SURROGATE``."""
+    column = matrix.victims.index(victim)
+    settings = {name: getattr(matrix, name) for name in ("measure", "threat", "search", "chosen")}
+    values = {"clean": matrix.clean_per_query[column].tolist()}
+    for row, name in enumerate(matrix.surrogates):
+        values[f"from {name}"] = matrix.per_query[row, column].tolist()
+    store_analysis(run, "transfer", {"victim": victim, **settings}, values)
 
 
 def _titled(progress: Progress, name: str) -> Progress:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from robusthash.apps.experiment.config import Section
 from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.stored_analyses import Analysis
 from robusthash.apps.experiment.tables import Cell, Column, parse_column
 from robusthash.apps.reports.cell_text import markdown_cell
 from robusthash.apps.reproduction.entry_runs import Recipes, Stored
@@ -41,9 +42,13 @@ _CHOICES = 3  # values of a choice at which a claim fails before it is called re
 
 
 class Side(Section):
-    """A weighted sum of results of one recipe; as text ``RECIPE: RESULT``."""
+    """A weighted sum of results of one recipe; as text ``RECIPE: RESULT``.
+
+    ``kind`` is the analysis whose numbers ``columns`` name, in place of the results of attacks.
+    """
 
     recipe: str
+    kind: Literal["results"] | Analysis = "results"
     set: list[str] = Field(default_factory=list)
     columns: dict[str, float] = Field(min_length=1)
 
@@ -158,7 +163,7 @@ def all_claims() -> list[Claim]:
 
 def judge_all(folders: Folders) -> list[Judged]:
     """Every claim by what ``results`` and ``runs`` hold."""
-    stored = Stored([folders.results, folders.runs])
+    stored = folders.stored()
     return [judge(claim, folders.recipes, stored) for claim in all_claims()]
 
 
@@ -249,20 +254,26 @@ def _of_side(side: Side, recipes: Recipes, stored: Stored) -> dict[int, Tensor]:
     _, config = recipes.config(side.recipe, tuple(side.set))
     by_seed: dict[int, Tensor] = {}
     for run in stored.of_model(config):
-        if _seed(run) in by_seed:
+        seed = run.config.runtime.seed
+        if seed in by_seed:
             continue
-        results = stored.results(run)
-        try:
-            columns = {parse_column(text, results): weight for text, weight in side.columns.items()}
-        except ValueError:  # this run was not attacked so
-            continue
-        parts = [weight * _values(results[column.result], column) for column, weight in columns.items()]
-        by_seed[_seed(run)] = sum(parts[1:], parts[0])
+        found = _named_values(side, run, stored)
+        if side.columns.keys() <= found.keys():
+            parts = [weight * found[name] for name, weight in side.columns.items()]
+            by_seed[seed] = sum(parts[1:], parts[0])
     return by_seed
 
 
-def _seed(run: Run) -> int:
-    return run.config.runtime.seed
+def _named_values(side: Side, run: Run, stored: Stored) -> dict[str, Tensor]:
+    """Values of the columns of a side, as far as a run has them."""
+    if side.kind != "results":
+        return stored.analysis(run, side.kind)
+    results = stored.results(run)
+    try:
+        columns = {text: parse_column(text, results) for text in side.columns}
+    except ValueError:  # this run was not attacked so
+        return {}
+    return {text: _values(results[column.result], column) for text, column in columns.items()}
 
 
 def _values(result: EvalResult, column: Column) -> Tensor:

@@ -8,10 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import robusthash
 from robusthash.apps.experiment.config import Config, make_config, read_recipe
 from robusthash.apps.experiment.evaluation_stages import attacks_of, ends_of
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run
+from robusthash.apps.experiment.stored_analyses import Analysis, analysis_values, has_analysis
 from robusthash.apps.experiment.tables import Column, parse_column
 from robusthash.apps.reproduction.paper_entries import BlockSpec, PaperEntry, ScaleSpec
 from robusthash.attacks.base import Attack
@@ -78,10 +81,10 @@ class Stored:
                 key = identity_of(run.config), run.config.runtime.seed
                 self._runs.setdefault(key, []).append(run)
 
-    def find(self, config: Config, names: Iterable[str]) -> Run | None:
-        """The first run of the config's model and seed that has all results of these names."""
+    def find(self, config: Config, names: Iterable[str], analysis: Analysis | None = None) -> Run | None:
+        """The first run of the model and seed that has the analysis, or all results of these names."""
         for run in self._runs.get((identity_of(config), config.runtime.seed), []):
-            if {*names} <= self.results(run).keys():
+            if has_analysis(run, analysis) if analysis else {*names} <= self.results(run).keys():
                 return run
         return None
 
@@ -89,6 +92,14 @@ class Stored:
         """Every run of the config's model, by seed, then in the order of the folders."""
         identity = identity_of(config)
         return [run for key in sorted(self._runs) if key[0] == identity for run in self._runs[key]]
+
+    def analysis(self, run: Run, kind: Analysis) -> dict[str, Tensor]:
+        """Numbers of an analysis by name; none where it was not made or cannot be read."""
+        try:
+            return analysis_values(run, kind)
+        except (RunError, ValueError) as error:
+            self.unreadable.append(str(error))
+            return {}
 
     def results(self, run: Run) -> dict[str, Any]:
         """Results of ``evaluate`` and ``assess`` by name; none where they cannot be read."""
@@ -235,7 +246,7 @@ def make_plan(
         for seed in numbers:
             runtime = config.runtime.model_copy(update={"seed": seed})
             seeded = config.model_copy(update={"runtime": runtime})
-            found, taken = stored.find(seeded, needs), (*overrides, f"runtime.seed={seed}")
+            found, taken = stored.find(seeded, needs, entry.analysis), (*overrides, f"runtime.seed={seed}")
             runs.append(Planned(*key, seed, recipe, taken, seeded, own, needs, found))
     _require_distinct(runs)
     return EntryPlan(entry, spec, blocks, columns, runs, missing)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from robusthash.apps.experiment.config import Section
+from robusthash.apps.experiment.stored_analyses import Analysis
 from robusthash.core.limited_files import parse_yaml
 from robusthash.core.registry import nearest
 
@@ -108,7 +109,7 @@ class PaperEntry(Section):
 
     Attributes:
         shows: results of the columns, or what another analysis makes of the runs: the bands that they search
-            by, transfer between them, their cost, their training losses.
+            by, transfer between them, their cost, MAP of their epochs.
         printed: by data set of the paper and row, values in the order of ``columns``, in the paper's unit;
             null where they were not read.
         unit: of the printed values, by default that of the paper.
@@ -119,7 +120,7 @@ class PaperEntry(Section):
     id: str
     kind: Literal["table", "figure"] = "table"
     title: str
-    shows: Literal["values", "bands", "transfer", "cost", "losses"] = "values"
+    shows: Literal["values"] | Analysis = "values"
     columns: dict[str, str | None] = Field(default_factory=dict)
     unit: Literal["percent", "fraction"] | None = None
     printed: dict[str, dict[str, list[float | None]]] = Field(default_factory=dict)
@@ -127,6 +128,11 @@ class PaperEntry(Section):
     unavailable: str = ""
     small: ScaleSpec | None = None
     paper: ScaleSpec | None = None
+
+    @property
+    def analysis(self) -> Analysis | None:
+        """The analysis that the entry shows; None of one that shows results of attacks."""
+        return None if self.shows == "values" else self.shows
 
     @model_validator(mode="after")
     def _whole(self) -> PaperEntry:

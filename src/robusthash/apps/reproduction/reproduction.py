@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.training_stages import run_all
-from robusthash.apps.reproduction.entry_runs import EntryPlan, Planned, Recipes, Stored, distinct, make_plan
+from robusthash.apps.reproduction.entry_analyses import (
+    analyse,
+    analysis_markdown,
+    draw_analysis,
+    seeds_to_analyse,
+)
+from robusthash.apps.reproduction.entry_runs import EntryPlan, Recipes, Stored, distinct, make_plan
 from robusthash.apps.reproduction.paper_entries import SCALES, Paper, PaperEntry, Scale, paper, papers
 from robusthash.apps.reproduction.printed_table import (
     TableBlock,
@@ -21,12 +26,8 @@ from robusthash.apps.reproduction.printed_table import (
     plain_cells,
 )  # fmt: skip
 from robusthash.apps.reproduction.same_models import take_over_model
-from robusthash.core.atomic_files import write_aside
 from robusthash.core.out_of_memory import DoesNotFit
 from robusthash.core.runtime import Progress, silent
-
-_WITH_WEIGHTS = ("bands", "transfer", "cost")
-"""Analyses of trained nets, for which stored results are not enough."""
 
 _FAILURES = (ValueError, KeyError, OSError, ImportError, FloatingPointError, RuntimeError, DoesNotFit)
 
@@ -46,9 +47,9 @@ class Folders:
         found = Recipes(recipes)
         return cls(found, found.folder.parent / "results", runs, out)
 
-    def stored(self, entry: PaperEntry) -> list[Path]:
-        """Folders whose runs serve an entry."""
-        return [self.runs] if entry.shows in _WITH_WEIGHTS else [self.results, self.runs]
+    def stored(self) -> Stored:
+        """Runs of both folders."""
+        return Stored([self.results, self.runs])
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def list_entries(folders: Folders, only: str | None = None) -> list[ListedEntry]
         only: one paper, by name.
     """
     chosen = papers().values() if only is None else [paper(only)]
-    everything, trained = Stored([folders.results, folders.runs]), Stored([folders.runs])
+    stored = folders.stored()
     listed = []
     for each in chosen:
         for entry in each.entries:
@@ -138,7 +139,6 @@ def list_entries(folders: Folders, only: str | None = None) -> list[ListedEntry]
                 reason = f"cannot be run: {entry.unavailable}"
                 listed.append(ListedEntry(*common, "-", reason, None, False, 0))
             for scale in (scale for scale in SCALES if getattr(entry, scale) is not None):
-                stored = trained if entry.shows in _WITH_WEIGHTS else everything
                 plan = make_plan(entry, entry.at(scale), folders.recipes, stored)
                 minutes, measured = plan.minutes()
                 listed.append(ListedEntry(*common, scale, plan.state, minutes, measured, plan.spec.seeds))
@@ -160,7 +160,7 @@ def plan_of(
         ValueError: no such paper or entry, the nearest is offered; or the reason why it cannot be run.
     """
     found = paper(name).entry(entry)
-    stored = Stored(folders.stored(found))
+    stored = folders.stored()
     spec = found.at(scale)
     return make_plan(found, spec, folders.recipes, stored, seeds, sets), stored
 
@@ -212,7 +212,8 @@ def reproduce(
         if where.out is not None and plan.stored:
             drawn = _draw_values(plan, blocks, where.out)
     else:
-        blocks, (analysis, drawn) = [], _analysed(plan, where.out, progress)
+        blocks, analysis = [], analysis_markdown(plan, stored)
+        drawn = [] if where.out is None else draw_analysis(plan, stored, where.out)
     return Reproduction(
         found, plan.entry, scale, plan.state, blocks, analysis, drawn, failed, stored.unreadable
     )
@@ -224,13 +225,16 @@ def _run_missing(plan: EntryPlan, folders: Folders, progress: Progress) -> dict[
     Raises:
         FileNotFoundError: the first run finds no data.
     """
+    groups = seeds_to_analyse(plan) if plan.entry.analysis else []
     missing = [run for run in distinct(plan.runs) if run.stored is None]
+    missing = [run for group in groups for run in group] if plan.entry.analysis else missing
+    made: dict[str, Run] = {}
     failed: dict[str, str] = {}
     for number, run in enumerate(missing):
         progress(number, len(missing), "runs of the entry")
         try:
             take_over_model(run.config, folders.runs)
-            run_all(run.config, folders.runs, progress, run.recipe.parent)
+            made[run.command] = run_all(run.config, folders.runs, progress, run.recipe.parent)
         except FileNotFoundError as error:
             if number == 0:
                 raise
@@ -238,13 +242,12 @@ def _run_missing(plan: EntryPlan, folders: Folders, progress: Progress) -> dict[
         except _FAILURES as error:
             failed[run.command] = " ".join(str(error).split())
         progress(number + 1, len(missing), "runs of the entry")
+    for group in groups:
+        try:
+            analyse([made[run.command] for run in group if run.command in made], plan, progress)
+        except _FAILURES as error:
+            failed[f"robusthash reproduce {plan.entry.id}"] = " ".join(str(error).split())
     return failed
-
-
-def _labelled(plan: EntryPlan) -> Iterator[tuple[str, Run]]:
-    """Stored runs of the first seed, each once, by row."""
-    first: list[Planned] = [run for run in distinct(plan.runs) if run.seed == 0]
-    yield from ((run.row, run.stored) for run in first if run.stored is not None)
 
 
 def _draw_values(plan: EntryPlan, blocks: Sequence[TableBlock], out: Path) -> list[Path]:
@@ -267,32 +270,3 @@ def _draw_values(plan: EntryPlan, blocks: Sequence[TableBlock], out: Path) -> li
             rows.append(SweepRow(values, line.cells, tuple(range(line.seeds)), 0))
         drawn += draw_sweep(rows, ", ".join(block.columns), folder)
     return drawn
-
-
-def _analysed(plan: EntryPlan, out: Path | None, progress: Progress) -> tuple[str, list[Path]]:
-    """Text and figures of bands, transfer, cost or losses, once all runs of the first seed are there."""
-    from robusthash.apps.experiment.attribution_run import attribute_runs
-    from robusthash.apps.experiment.cost_run import cost_markdown, cost_rows
-    from robusthash.apps.experiment.transfer_run import transfer_table
-    from robusthash.apps.reports.figures import draw_bands, draw_log, draw_transfer_file
-
-    runs = dict(_labelled(plan))
-    if len(runs) < len([run for run in distinct(plan.runs) if run.seed == 0]):
-        return "", []
-    folder, paths = out or Path("figures"), [run.path for run in runs.values()]
-    folder.mkdir(parents=True, exist_ok=True)
-    if plan.entry.shows == "losses":
-        return "", [
-            path for row, run in runs.items() for path in draw_log(row.replace(" ", "-"), run, folder)
-        ]
-    if plan.entry.shows == "bands":
-        bands = attribute_runs(paths, folder, progress=progress)
-        shares = {label: one.by_order()[0] for label, one in bands.items()}
-        lines = [f"{label}: {values[2]:.3f} of all at u + v <= 2" for label, values in shares.items()]
-        return "\n".join(f"* {line}" for line in lines), draw_bands(bands, folder)
-    if plan.entry.shows == "cost":
-        return cost_markdown(*cost_rows(paths)), []
-    table = transfer_table(paths, progress=progress)
-    with write_aside(folder / "transfer.json") as aside:
-        aside.write_text(json.dumps(table.plain()), encoding="utf-8")
-    return table.markdown(), draw_transfer_file(folder / "transfer.json", folder)

@@ -205,6 +205,7 @@ class TransferMatrix:
     ]  # S rows; of three models or more the last is the ensemble of all but the victim
     victims: tuple[str, ...]  # T columns
     clean: Tensor  # (T,) float64
+    clean_per_query: Tensor  # (T, Q) float64
     attacked: Tensor  # (S, T) float64 mean under the attack
     worst: Tensor  # (S, T) float64 mean of the lower of clean and attacked: wMAP of this attack alone
     per_query: Tensor  # (S, T, Q) float64 under attack; NaN where the protocol leaves a query out
@@ -261,6 +262,7 @@ def transfer_matrix(
         rows,
         names,
         clean.nanmean(1),
+        clean,
         per_query.nanmean(2),
         torch.minimum(per_query, clean).nanmean(2),
         per_query,
