@@ -26,7 +26,12 @@ THRESHOLDS = (12,) * 4 + (8,) * 8 + (6,) * 12 + (4,) * 18  # of each component, 
 
 # Of a component's thresholds, those of the first 64 and of the first 128 bits; of even and odd components
 FIRST_64 = {12: ((2, 7, 9), (2, 4, 9)), 8: ((2, 5), (2, 5)), 6: ((3,), (0, 5)), 4: ((2,), (1,))}
-FIRST_128 = {12: ((0, 2, 4, 7, 9, 11),) * 2, 8: ((0, 2, 5, 7),) * 2, 6: ((0, 3, 5), (0, 2, 5)), 4: ((1, 2),) * 2}
+FIRST_128 = {
+    12: ((0, 2, 4, 7, 9, 11),) * 2,
+    8: ((0, 2, 5, 7),) * 2,
+    6: ((0, 3, 5), (0, 2, 5)),
+    4: ((1, 2),) * 2,
+}
 
 
 def photographs(root: Path) -> Tensor:

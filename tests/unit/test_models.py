@@ -30,7 +30,15 @@ WIDTHS = {
     "small": 512,
 }
 NEEDED = {"agah": {"classes": 8}}
-SMALLEST = {"block-means": 16, "agah": 8, "alexnet": 63, "small": 8, "cpah": 8, "layered": 8, "inception-v3": 75}
+SMALLEST = {
+    "block-means": 16,
+    "agah": 8,
+    "alexnet": 63,
+    "small": 8,
+    "cpah": 8,
+    "layered": 8,
+    "inception-v3": 75,
+}
 # made for one size of images, for none, or named by another option; tested on their own
 FIXED = ("gfnet", "gfnet-xs", "gfnet-s", "gfnet-b", "vit-b-16", "timm", "sfcl", "vector", "features")
 CARDS = [card.name for card in catalogue("image-encoder") if card.name not in FIXED]

@@ -16,8 +16,8 @@ from robusthash.models.hasher import Encoder
 class BlockMeans(Encoder):
     """Means of ``side`` x ``side`` blocks of each channel, without weights; ours.
 
-    A change of 8/255 is small next to the differences of large blocks, and large next to fine detail. With the
-    linear head, codes are linear in the pixels, so that their robustness can be proved
+    A change of 8/255 is small next to the differences of large blocks, and large next to fine detail. With
+    the linear head, codes are linear in the pixels, so that their robustness can be proved
     (``robustness/certificates/linear_codes.py``).
 
     Args:

@@ -1,10 +1,11 @@
 """A bound on the bits that a change within an L-inf ball can flip, for codes that are linear in the pixels.
 
-Ours. Bits of one row of weights share a component of the image: they are thresholds of it. A change d moves
-component i by s_i = w_i d, by at most eps |w_i|_1; and over all components at once, for any positive pixel
-weights v, sum_i (c_i s_i)^2 <= L eps^2 |v|^2, c_i = 1 / |w_i / v| and L the largest eigenvalue of the Gram
-matrix of the rows c_i w_i / v, 1 where these are orthogonal. To flip k thresholds of a component costs the
-square of its distance to the k-th. The most flips under that budget are a knapsack, bounded by its Lagrangian.
+Ours. Bits of one row of weights share a component of the image: they are thresholds of it. A change d
+moves component i by s_i = w_i d, by at most eps |w_i|_1; and over all components at once, for any positive
+pixel weights v, sum_i (c_i s_i)^2 <= L eps^2 |v|^2, where c_i = 1 / |w_i / v| and L is the largest eigenvalue
+of the Gram matrix of the rows c_i w_i / v, 1 where these are orthogonal. To flip k thresholds of a component
+costs the square of its distance to the k-th. The most flips under that budget are a knapsack, bounded by its
+Lagrangian.
 """
 
 from __future__ import annotations
