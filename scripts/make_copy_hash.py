@@ -1,4 +1,4 @@
-"""The packaged hash for copies, ours, without training: python scripts/make_copy_hash.py --data DATA --out FOLDER
+"""The packaged hash for copies, ours: python scripts/make_copy_hash.py --data DATA --out FOLDER
 
 From the 1,680 training photographs of UC Merced (public domain; DATA holds ``ucmerced.tar`` and
 ``ucmerced.jsonl``), their mirror images and transposes: the block means of each, less the average photograph,
@@ -6,6 +6,7 @@ weighed by a window that fades towards the edges, where captions and crops chang
 first 42 principal components. Each component is coded by how many of its thresholds it exceeds, a bit each:
 12 thresholds for the strongest components, 4 for the weakest, at equal shares of the photographs. So the
 number of bits that differ follows the distance of two pictures, and a small change crosses few thresholds.
+Nothing is trained.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def photographs(root: Path) -> Tensor:
 
 
 def components(images: Tensor) -> tuple[Tensor, Tensor]:
-    """(D, 3 * SIDE * SIDE) weights of pixels and (N, D) values of the images, of deviation 1."""
+    """(D, 3 * SIDE * SIDE) weights of the blocks and (N, D) values of the images, of deviation 1."""
     weights = COPY_WINDOW.double()
     weighed = (images - images.mean(0)) * weights
     variances, axes = torch.linalg.eigh(torch.cov(weighed.T))
@@ -54,7 +55,7 @@ def components(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def order() -> list[int]:
-    """The bits, by component and threshold, so that the first 64 and the first 128 are hashes of their own."""
+    """The bits by component and threshold: the first 64, and the first 128, are hashes of their own."""
     starts = [sum(THRESHOLDS[:number]) for number in range(len(THRESHOLDS))]
     numbered = list(enumerate(zip(starts, THRESHOLDS, strict=True)))
 

@@ -17,8 +17,13 @@ import robusthash as rh
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.targets import AuditOptions, Tier
 from robusthash.apps.cli import app
-from robusthash.apps.image_hash.copy_hash import RADIUS, hashes
+from robusthash.apps.image_hash.copy_hash import RADIUS, copy_model, hashes
+from robusthash.apps.image_hash.proved_levels import proved_levels
+from robusthash.data.base import as_input
+from robusthash.data.own_data import one_image
 from robusthash.data.photos import PHOTOGRAPHS, photograph_path
+from robusthash.models.block_means import COPY_WINDOW
+from robusthash.robustness.certificates.linear_codes import most_flips
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -158,6 +163,50 @@ def test_an_attack_that_nobody_sees_does_not_hide_a_copy(tmp_path: Path) -> None
     kinds = {row["kind"]: row["recognised"] for row in rows}
     assert kinds["hide-worst"] >= 0.6
     assert kinds["imitate-worst"] <= 0.05
+
+
+def flipped_by_attack(images: torch.Tensor, level: int) -> torch.Tensor:
+    """(N,) most bits that 60 steps with momentum up a steep tanh flip, within a level of 255."""
+    hasher, eps = copy_model().hasher.requires_grad_(False), level / 255
+    clean = hasher({"image": images})["image"].logits
+    moved, momentum = torch.zeros_like(images), torch.zeros_like(images)
+    most = torch.zeros(len(images), dtype=torch.int64)
+    for step in range(60):
+        moved.requires_grad_(True)
+        logits = hasher({"image": (images + moved).clamp(0, 1)})["image"].logits
+        most = torch.maximum(most, ((logits > 0) != (clean > 0)).sum(1))
+        (slope,) = torch.autograd.grad(-torch.tanh(10 * logits * clean.sign()).sum(), moved)
+        momentum = 0.75 * momentum + slope / slope.abs().mean((1, 2, 3), keepdim=True)
+        moved = (moved.detach() + eps / (2 if step < 20 else 10) * momentum.sign()).clamp(-eps, eps)
+    return most
+
+
+@pytest.mark.parametrize("level", [2, 4, 8])
+def test_no_attack_flips_more_bits_than_is_proved(level: int) -> None:
+    images = torch.stack([as_input(one_image(image, 64)) for image in opened()])
+    hasher = copy_model().hasher
+    with torch.no_grad():
+        logits, weights = hasher({"image": images})["image"].logits, hasher.heads["image"].linear.weight
+        bounds = most_flips(weights, logits, level / 255, COPY_WINDOW)
+    flipped = flipped_by_attack(images, level)
+    assert (flipped <= bounds).all()
+    assert flipped.float().mean() > 0.4 * bounds.float().mean(), (
+        "the bound says little, or the attack is weak"
+    )
+
+
+def test_the_proved_level_is_the_last_whose_bound_is_within_the_radius(folder: Path) -> None:
+    pixels = torch.stack([one_image(image, 64) for image in opened()])
+    levels = proved_levels(pixels)
+    assert len(set(levels)) > 3
+    for bits, radius in ((64, 9), (256, 20)):
+        assert all(a <= b for a, b in zip(proved_levels(pixels, bits, radius), levels, strict=True))
+    done = CliRunner().invoke(app, ["hash", str(folder / "0.jpg"), "--proof", "--json"])
+    (entry,) = json.loads(done.stdout).values()
+    assert entry["hash"] == str(rh.hash_image(folder / "0.jpg"))
+    assert entry["proved_level"] in (levels[0] - 1, levels[0], levels[0] + 1)
+    lines = CliRunner().invoke(app, ["hash", str(folder / "0.jpg"), "--proof"]).stdout.split()
+    assert lines[1] == str(entry["proved_level"])
 
 
 def test_the_radii_are_those_that_were_measured() -> None:

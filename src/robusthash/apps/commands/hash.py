@@ -16,6 +16,14 @@ def hash(
     bits: HashBits = 256,
     workers: Workers = None,
     max_pixels: MaxPixels = None,
+    proof: Annotated[
+        bool,
+        Option(
+            "--proof",
+            help="Say, too, by how many of 255 levels (0 to 16) values of the image's square of 64 px may "
+            "change, in any way, while it provably still counts as a copy.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Hashes of images by which their copies are found, as hex lines: hash, path. No training, no labels.
@@ -29,7 +37,7 @@ def hash(
     from robusthash.data.pixel_conversion import MAX_PIXELS
 
     with progress_bars() as progress:
-        hashed = hash_files(files, bits, workers, max_pixels or MAX_PIXELS, progress)
+        hashed = hash_files(files, bits, workers, max_pixels or MAX_PIXELS, progress, proof)
     for skipped in hashed.skipped:
         note(f"passed over: {skipped}")
     hashes = dict(zip(map(path_text, hashed.paths), hashed.hashes, strict=True))
@@ -39,4 +47,9 @@ def hash(
     if len(plain) > _NAMED:
         note(f"and so {len(plain) - _NAMED} more")
     hexes = {path: str(one) for path, one in hashes.items()}
-    reply(as_json, hexes, (f"{code}  {one_row(path)}" for path, code in hexes.items()))
+    if not proof:
+        reply(as_json, hexes, (f"{code}  {one_row(path)}" for path, code in hexes.items()))
+        return
+    levels = dict(zip(hexes, hashed.proved, strict=True))
+    entries = {path: {"hash": code, "proved_level": levels[path]} for path, code in hexes.items()}
+    reply(as_json, entries, (f"{code}  {levels[path]:2}  {one_row(path)}" for path, code in hexes.items()))

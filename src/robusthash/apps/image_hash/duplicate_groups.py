@@ -19,6 +19,7 @@ from robusthash.apps.image_hash.copy_hash import (
     copy_model,
     hashes,
 )
+from robusthash.apps.image_hash.proved_levels import proved_levels
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.image_files import ImageOptions, Skipped, iter_images, path_text, read_image
 from robusthash.data.image_listing import list_images
@@ -62,6 +63,7 @@ class HashedImages:
     paths: list[Path] = field(default_factory=list)
     hashes: list[ImageHash] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    proved: list[int] = field(default_factory=list)  # levels of ``proved_levels``, where they were asked for
 
 
 def hash_files(
@@ -70,8 +72,12 @@ def hash_files(
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
     progress: Progress = silent,
+    proofs: bool = False,
 ) -> HashedImages:
     """Hash image files, and those of folders and their subfolders; unreadable ones are passed over.
+
+    Args:
+        proofs: prove, too, what change each hash withstands (``proved_levels``).
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -94,6 +100,7 @@ def hash_files(
             pixels = torch.stack([one for _, one in good])
             found.paths += [path for path, _ in good]
             found.hashes += hashes(pixels, bits)
+            found.proved += proved_levels(pixels, bits) if proofs else []
         done += len(batch)
         progress(done, len(files), "hashing")
     if not found.paths:

@@ -49,13 +49,9 @@ def most_flips(weights: Tensor, logits: Tensor, eps: float, pixel_weights: Tenso
 
 
 def _distances(logits: Tensor, component: Tensor) -> Tensor:
-    """(N, K_i + 1) distance at which a component has passed 0, 1, 2, ... of its thresholds, the nearer way."""
+    """(N, K_i + 1) distance to pass 0, 1, 2, ... thresholds of a component, up or down, whichever is less."""
     nearest = logits.abs() - _ROUNDING * logits.abs().amax(1, keepdim=True)
     nearest = nearest.clamp(min=0.0)[:, component]
-    up, down = (nearest.masked_fill(side, torch.inf).sort(1).values for side in _sides(logits[:, component]))
+    below = (logits <= 0)[:, component]  # thresholds that a move up passes
+    up, down = (nearest.masked_fill(~passed, torch.inf).sort(1).values for passed in (below, ~below))
     return torch.cat([torch.zeros(len(logits), 1, dtype=torch.float64), torch.minimum(up, down)], 1)
-
-
-def _sides(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Thresholds that a move up, and a move down, does not pass."""
-    return logits > 0, logits <= 0
