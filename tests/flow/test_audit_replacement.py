@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import robusthash as rh
@@ -17,7 +18,9 @@ from robusthash.apps.audit import replacement
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.targets import AuditOptions, Target, Tier
 from robusthash.apps.cli import app
+from robusthash.apps.image_hash.proved_levels import proved_levels
 from robusthash.core.packaged_weights import packaged
+from robusthash.data.own_data import one_image
 from tests.flow.test_audit import brightness, save
 
 TINY = Tier("tiny", 8, 3, 4, 20)
@@ -58,6 +61,11 @@ def test_the_numbers_are_those_of_an_audit_of_the_packaged_hash(folder: Path, tm
     assert 0 < both["time of a hash"]["replacement"] < 1000
     for each in both.values():  # side by side in words too
         assert f"{each['what']}: {each['texts'][1]} (dHash: {each['texts'][0]})" in beside["said"]
+    files = sorted(each for each in folder.iterdir() if each.suffix == ".png")
+    levels = proved_levels(torch.stack([one_image(each, 64) for each in files]))
+    withstand = sum(level >= round(255 * OPTIONS.eps) for level in levels)
+    assert beside["proved"] in (withstand, withstand - 1)  # eight of the nine are stored
+    assert f"hides {beside['proved']} of the 8 photographs" in beside["said"]
     page = (tmp_path / "a" / "report.html").read_text()
     after = page[page.index(found["verdict"]["first"]) + len(found["verdict"]["first"]) :]
     assert re.sub(r"<[^>]*>|\s", "", after).startswith(re.sub(r"\s", "", beside["said"]))

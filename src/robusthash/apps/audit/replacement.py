@@ -5,6 +5,7 @@ under the same changes and attacks; or, where copies are not what is searched fo
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ from robusthash.apps.audit.searches_by_code import measure_codes
 from robusthash.apps.audit.targets import AuditOptions, Target, open_target, size_of
 from robusthash.apps.audit.verdict import HELD, counted, share_found
 from robusthash.apps.image_hash.copy_hash import NAME, RADIUS, plain
+from robusthash.apps.image_hash.proved_levels import MOST, proved_levels
 from robusthash.core.packaged_weights import packaged
 from robusthash.data.transforms import to_pixels
 from robusthash.models.encoding import encode_signs
@@ -94,6 +96,7 @@ class Replacement:
     rows: tuple[AuditRow, ...] = ()
     radius: float | None = None
     size: int | None = None  # pixels a side
+    proved: int | None = None  # photographs that provably no change within the budget hides
 
     def plain(self) -> dict[str, Any]:
         """As ``audit.json`` has it."""
@@ -151,6 +154,7 @@ def _measured(plan: AuditPlan, measured: MeasuredAudit, alarm: str) -> Replaceme
     if times[1] is not None:
         compared.append(Compared(_TIME, times[0], times[1]))
     level = _level([each.outcome for each in compared])
+    proved = _proved(own) if plan.by_radius else None
     hidden = next(row for row in found.rows if row.kind == "hide-worst")
     said = _said(level, plan, compared, alarm)
     flat = int(plain(own.photos.first(len(own.photos))).sum())
@@ -161,7 +165,22 @@ def _measured(plan: AuditPlan, measured: MeasuredAudit, alarm: str) -> Replaceme
         said += (
             f" It is no full protection: {counted(1 - share, hidden.asked)} of {hidden.asked} hid from it."
         )
-    return Replacement(level, said, tuple(compared), found.rows, found.radius, own.photos.pixels.shape[-1])
+    if proved is not None:
+        levels = f"{own.options.eps * 255:g} of 255 levels"
+        said += (
+            f" Proved, whatever the attack: no change of its square of 64 px within {levels} hides {proved} "
+            f"of the {len(own.photos)} photographs from it."
+        )
+    side = own.photos.pixels.shape[-1]
+    return Replacement(level, said, tuple(compared), found.rows, found.radius, side, proved)
+
+
+def _proved(own: AuditPlan) -> int | None:
+    """Photographs that no change within the audit's budget hides from the packaged hash."""
+    needed = math.ceil(255 * own.options.eps - 1e-6)
+    if needed > MOST:
+        return None
+    return sum(level >= needed for level in proved_levels(own.photos.first(len(own.photos))))
 
 
 def _plan(plan: AuditPlan) -> AuditPlan:
