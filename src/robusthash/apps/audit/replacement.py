@@ -168,8 +168,8 @@ def _measured(plan: AuditPlan, measured: MeasuredAudit, alarm: str) -> Replaceme
     if proved is not None:
         levels = f"{own.options.eps * 255:g} of 255 levels"
         said += (
-            f" Proved, whatever the attack: no change of its square of 64 px within {levels} hides {proved} "
-            f"of the {len(own.photos)} photographs from it."
+            f" Proved, whatever the attack: {proved} of the {len(own.photos)} photographs cannot be hidden "
+            f"from it by a change of their square of 64 px within {levels}."
         )
     side = own.photos.pixels.shape[-1]
     return Replacement(level, said, tuple(compared), found.rows, found.radius, side, proved)
