@@ -16,7 +16,7 @@ import robusthash as rh
 from robusthash.attacks.base import Attack
 from robusthash.attacks.guides import Mainstay, Own
 from robusthash.attacks.losses import ScaleFree
-from robusthash.attacks.pgd import APGD, Polish
+from robusthash.attacks.pgd import APGD, MomentumSteps, Polish
 from robusthash.attacks.published import guided_apgd
 from robusthash.attacks.ranking_losses import guided_targeted_apgd
 from robusthash.attacks.threat_model import Threat, edit_threat, image_threat, named_threat, threat_on
@@ -234,18 +234,19 @@ def test_tiers_hold_the_lines_that_they_promise():
     assert [spec.name for spec in tier("smoke").specs] == ["guided"]
     assert [spec.name for spec in tier("fast").specs] == ["guided", "soft-ap"]
     standard, full = tier("standard"), tier("full")
-    names = ["guided", "wrong", "pursuit", "flip", "soft-ap", "margin-pn", "guided-targeted"]
+    words = ["guided", "wrong", "pursuit", "flip", "soft-ap", "margin-pn", "guided-targeted"]
+    names = ["guided", "sharp", *words[1:]]
     refined = ["refined soft-ap", "refined margin-pn", "refined guided"]
     assert [spec.name for spec in standard.specs] == names + refined
-    assert [spec.restarts for spec in standard.specs] == [2] * 6 + [1] * 4
-    assert [spec.restarts for spec in full.specs] == [5] * 6 + [1] * 4
-    assert {spec.attack.search for spec in full.specs} == {APGD(300), Polish(300)}
+    assert [spec.restarts for spec in standard.specs] == [2] * 7 + [1] * 4
+    assert [spec.restarts for spec in full.specs] == [5] * 7 + [1] * 4
+    assert {spec.attack.search for spec in full.specs} == {APGD(300), MomentumSteps(300), Polish(300)}
     assert [spec.name for spec in tier("standard", edit_threat(2)).specs] == [
-        *names,
+        *words,
         "exact",
         "refined exact",
     ]
-    assert [spec.name for spec in tier("standard", named_threat("txt-token-2")).specs] == names
+    assert [spec.name for spec in tier("standard", named_threat("txt-token-2")).specs] == words
     assert [spec.name for spec in tier("standard", threat_on("both")).specs] == names
     assert [TIERS[name].queries for name in TIERS] == [64, 500, 1000, None]
     assert tier("smoke", image_threat(4 / 255)).specs[0].threat.name == "img-linf-4"

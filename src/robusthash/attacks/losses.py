@@ -144,14 +144,37 @@ class ScaleFree(Loss):
         return (soft_bits(probe) * sign(guidance.codes)).mean(1)
 
 
+@register("attack-loss", "sharp-bits")
+@dataclass(frozen=True)
+class SharpBits(Loss):
+    """mean_k tanh(slope alpha t_k u_k / s), s as in ``scale-free``: nearly the bits that agree. Ours.
+
+    With the published slope, alpha rises from 0.1 to 1: the search starts smooth and ends at the count. A
+    soft tanh spends the budget on bits that have turned, or that will not turn.
+
+    Args:
+        slope: in median magnitudes, at the end.
+    """
+
+    slope: float = 24.0
+
+    def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
+        return torch.tanh(self.slope * probe.alpha * scaled_logits(probe) * sign(guidance.codes)).mean(1)
+
+
 def soft_bits(probe: Probe) -> Tensor:
     """(B, K) tanh(u / s), s the item's median |u| held constant, u the mean over attacked modalities."""
+    return torch.tanh(scaled_logits(probe))
+
+
+def scaled_logits(probe: Probe) -> Tensor:
+    """(B, K) u / s, s the item's median |u| held constant, u the mean over attacked modalities."""
     logits = torch.stack([output.logits for output in probe.outputs.values()]).mean(0)
     sizes = logits.detach().abs()
     largest = sizes.amax(1, keepdim=True)
     # a floor for items of which most logits are 0, in units of their own
     floor = 1e-12 * torch.where(largest > 0, largest, 1.0).clamp_max(1.0)
-    return torch.tanh(logits / torch.maximum(sizes.median(1, keepdim=True).values, floor))
+    return logits / torch.maximum(sizes.median(1, keepdim=True).values, floor)
 
 
 @register("attack-loss", "objective", paper="Madry et al., ICLR 2018", evidence="paper")

@@ -172,6 +172,38 @@ class PGD(Search):
         return SearchResult(x, torch.stack(trace), self.steps + extra, self.steps)
 
 
+@register("attack-search", "momentum", paper="Dong et al., CVPR 2018", evidence="paper")
+@dataclass(frozen=True)
+class MomentumSteps(Search):
+    """``PGD`` with momentum, from a random start, by steps of a share of the budget.
+
+    Differs: the paper takes the budget over the number of steps, and momentum 1.
+
+    Args:
+        share: length of a step, in units of each ball's eps.
+    """
+
+    steps: int = 100
+    share: float = 0.25
+    momentum: float = 0.75
+
+    def __post_init__(self) -> None:
+        _positive(share=self.share)
+        PGD(self.steps, momentum=self.momentum)  # checks the rest
+
+    def _search(self, threat: Threat) -> PGD:
+        eps = next(iter(threat.balls.values())).eps
+        return PGD(self.steps, self.share * eps or 1e-9, self.momentum)  # no budget is a budget too
+
+    def reach(self, threat: Threat) -> float:
+        return self._search(threat).reach(threat)
+
+    def __call__(
+        self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
+    ) -> SearchResult:
+        return self._search(threat)(score, batch, threat, draws, select, start)
+
+
 def apgd_checkpoints(steps: int) -> list[int]:
     """Checkpoints: p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06) of the steps."""
     shares = [0.0, 0.22]

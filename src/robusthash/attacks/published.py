@@ -22,9 +22,10 @@ from robusthash.attacks.losses import (
     ScaleFree,
     SDHALoss,
     SDHATargetedLoss,
+    SharpBits,
     mainstay_loss,
 )
-from robusthash.attacks.pgd import APGD, PGD, RawGradient
+from robusthash.attacks.pgd import APGD, PGD, MomentumSteps, RawGradient
 from robusthash.attacks.threat_model import Attacked, Threat, threat_on
 from robusthash.core.registry import register
 from robusthash.objectives.base import HashObjective
@@ -230,3 +231,15 @@ def guided_apgd(
     """
     parts = (Mainstay(), ScaleFree(), APGD(steps), threat_on(modality, eps, knowledge="W2"))
     return Attack("guided-apgd", *parts, restarts=restarts, selects=True)
+
+
+@register("attack", "guided-sharp", evidence="own", state="measured")
+def guided_sharp(
+    eps: float | None = None, steps: int = 100, restarts: int = 1, modality: Attacked = "image"
+) -> Attack:
+    """Steps with momentum on nearly the number of bits that agree with the mainstay code, smooth at first.
+
+    Knows the database codes (W2), and returns the point of lowest exact AP on its path.
+    """
+    parts = (Mainstay(), SharpBits(), MomentumSteps(steps), threat_on(modality, eps, knowledge="W2"))
+    return Attack("guided-sharp", *parts, slope="published", restarts=restarts, selects=True)

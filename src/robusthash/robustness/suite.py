@@ -10,7 +10,7 @@ from typing import get_args
 from robusthash.attacks.base import Attack, Search
 from robusthash.attacks.embedding_attacks import on_embeddings
 from robusthash.attacks.pgd import Polish
-from robusthash.attacks.published import guided_apgd
+from robusthash.attacks.published import guided_apgd, guided_sharp
 from robusthash.attacks.ranking_losses import (
     flip_apgd,
     guided_targeted_apgd,
@@ -82,7 +82,7 @@ class _Tier:
     refined: tuple[str, ...] = ()
 
 
-_STANDARD = ("guided", "wrong", "pursuit", "flip", "soft-ap", "margin-pn")
+_STANDARD = ("guided", "sharp", "wrong", "pursuit", "flip", "soft-ap", "margin-pn")
 _REFINED = ("soft-ap", "margin-pn", "guided")
 TIERS = {
     "smoke": _Tier(("guided",), 1, 10, 64, 0),
@@ -108,7 +108,7 @@ def tier(
     ========  =======================================================  ========  =====  =======
     smoke     guided                                                   1         10     64
     fast      guided, soft-ap                                          1         20     500
-    standard  guided, wrong, pursuit, flip, soft-ap, margin-pn;        2         100    1000
+    standard  guided, sharp, wrong, pursuit, flip, soft-ap, margin-pn; 2         100    1000
               targeted guided (once, towards each target);
               then soft-ap, margin-pn, guided once more, each from
               the worst point of each query so far (``RefinedAttack``)
@@ -119,6 +119,7 @@ def tier(
         threat: ``img-linf-8`` by default. Under a budget of words greedy flips take the place of APGD, an
             attack ``exact`` tries every word, and it alone refines; under one of tokens greedy swaps do, and
             nothing refines. Nor does anything under a joint threat, whose pairs no direction's AP may choose.
+            ``sharp``, whose steps have lengths, is left out for words and tokens.
         extra_attacks: other than the gradient attacks of every victim: transfer, black-box, noise, and the
             adaptive ones of the defense.
         queries: instead of the tier's.
@@ -132,6 +133,7 @@ def tier(
     steps, on = effort.steps, attacked_modality(threat)
     attacks = {
         "guided": guided_apgd(steps=steps, modality=on),
+        "sharp": guided_sharp(steps=steps, modality=on),
         "wrong": wrong_apgd(steps=steps, modality=on),
         "pursuit": wrong_apgd(steps=steps, modality=on, margin=False),
         "flip": flip_apgd(steps=steps, modality=on),
@@ -139,8 +141,10 @@ def tier(
         "margin-pn": margin_pn_apgd(steps=steps, modality=on),
         "guided-targeted": guided_targeted_apgd(steps=steps, modality=on),
     }
+    if threat.edits:
+        del attacks["sharp"]
     attacks = {spec: _under(attack, threat) for spec, attack in attacks.items()}
-    specs = [GradientAttack(spec, attacks[spec], effort.restarts) for spec in effort.names]
+    specs = [GradientAttack(spec, attacks[spec], effort.restarts) for spec in effort.names if spec in attacks]
     if effort.targeted:
         specs.append(GradientAttack("guided-targeted", attacks["guided-targeted"]))
     budgets = list(threat.balls.values())
