@@ -44,7 +44,7 @@ def show_proofs() -> None:
     for row in _rows().values():
         if "certified" in row:
             title = f"{row['title']}, {row['bits']} bits"
-            lines.append([title, "proved", *(f"{share:.2f}" for share in row["certified"].values())])
+            lines.append([title, "proved", *(f"{share:.3f}" for share in row["certified"].values())])
             attacked = [row["attacked"].get(level) for level in row["certified"]]
             lines.append([title, "attacked", *(f"{each['white box']:.2f}" if each else "" for each in attacked)])
     _table(["hash", "", *(f"{level} of 255" for level in next(iter(_rows().values()))["certified"])], lines)

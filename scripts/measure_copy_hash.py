@@ -32,15 +32,15 @@ from torch.nn import functional
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.targets import AuditOptions, Tier
 from robusthash.apps.experiment.search_model import load
+from robusthash.apps.image_hash.copy_hash import plain
+from robusthash.apps.image_hash.proved_levels import withstand
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import as_words, pack
 from robusthash.data.image_files import pixels_of
 from robusthash.data.transforms import through_jpeg
-from robusthash.models.block_means import COPY_WINDOW
 from robusthash.models.encoding import encode_signs
 from robusthash.models.external.loaders import TITLES, perceptual
 from robusthash.models.hasher import Hasher
-from robusthash.robustness.certificates.linear_codes import most_flips
 
 SIDE = 256  # of the photographs that are changed, and of those that attacks change through the resizing
 RATES = {"1e-4": 1e-4, "1e-5": 1e-5}
@@ -211,21 +211,24 @@ def measured(model: Model, images: list[Image.Image], data: Path) -> dict[str, A
 
 
 def certified(model: Model, images: list[Image.Image], radius: int) -> dict[str, float]:
-    """By level of 255: share of the photographs that no change within it moves out of the radius."""
+    """By level of 255: share of the photographs that no change within it hides."""
     pixels = torch.stack([pixels_of(one, model.side) for one in images]).float() / 255
-    with torch.inference_mode():
-        logits = model.hasher({"image": pixels})["image"].logits
-    weights = model.hasher.heads["image"].linear.weight.detach()
-    bounds = {level: most_flips(weights, logits, level / 255, COPY_WINDOW) for level in CERTIFIED}
-    return {str(level): float((flips <= radius).float().mean()) for level, flips in bounds.items()}
+    held = {level: withstand(pixels, level / 255, model.bits, radius) for level in CERTIFIED}
+    return {str(level): float(each.float().mean()) for level, each in held.items()}
 
 
 def recall(
     own: np.ndarray, model: Model, images: list[Image.Image], change: Change, radii: dict[str, int]
 ) -> dict[str, float]:
-    """Share of the changed photographs within each radius of their own."""
-    apart = np.bitwise_count(as_words(model.codes([change(one) for one in images])) ^ as_words(own)).sum(1)
-    return {name: float((apart <= radius).mean()) for name, radius in radii.items()}
+    """Share of the changed photographs within each radius of their own; of ours, where neither is plain."""
+    changed = [change(one) for one in images]
+    apart = np.bitwise_count(as_words(model.codes(changed)) ^ as_words(own)).sum(1)
+    shown = np.ones(len(images), dtype=bool)
+    if model.library is None:
+        for each in (images, changed):
+            pixels = torch.stack([pixels_of(one, model.side) for one in each]).float() / 255
+            shown &= ~plain(pixels).numpy()
+    return {name: float(((apart <= radius) & shown).mean()) for name, radius in radii.items()}
 
 
 def milliseconds(model: Model, images: list[Image.Image]) -> float:

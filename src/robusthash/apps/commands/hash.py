@@ -40,16 +40,21 @@ def hash(
         hashed = hash_files(files, bits, workers, max_pixels or MAX_PIXELS, progress, proof)
     for skipped in hashed.skipped:
         note(f"passed over: {skipped}")
-    hashes = dict(zip(map(path_text, hashed.paths), hashed.hashes, strict=True))
-    plain = [path for path, one in hashes.items() if one.plain]
-    for path in plain[:_NAMED]:
-        note(f"of one colour or one fine texture, its hash says little: {path}")
+    names = [path_text(path) for path in hashed.paths]
+    plain = [name for name, one in zip(names, hashed.hashes, strict=True) if one.plain]
+    for name in plain[:_NAMED]:
+        note(f"of one colour, one fine texture or little contrast, its hash says little: {name}")
     if len(plain) > _NAMED:
         note(f"and so {len(plain) - _NAMED} more")
-    hexes = {path: str(one) for path, one in hashes.items()}
+    if as_json and len(set(names)) < len(names):
+        note(f"{len(names) - len(set(names))} paths are written like another, whose entry they replace")
+    codes = [str(one) for one in hashed.hashes]
     if not proof:
-        reply(as_json, hexes, (f"{code}  {one_row(path)}" for path, code in hexes.items()))
+        lines = (f"{code}  {one_row(name)}" for name, code in zip(names, codes, strict=True))
+        reply(as_json, dict(zip(names, codes, strict=True)), lines)
         return
-    levels = dict(zip(hexes, hashed.proved, strict=True))
-    entries = {path: {"hash": code, "proved_level": levels[path]} for path, code in hexes.items()}
-    reply(as_json, entries, (f"{code}  {levels[path]:2}  {one_row(path)}" for path, code in hexes.items()))
+    rows = list(zip(names, codes, hashed.proved, strict=True))
+    entries = {
+        name: {"hash": code, "plain": name in plain, "proved_level": level} for name, code, level in rows
+    }
+    reply(as_json, entries, (f"{code}  {level:2}  {one_row(name)}" for name, code, level in rows))

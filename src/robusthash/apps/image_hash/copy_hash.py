@@ -26,8 +26,8 @@ RADIUS = {64: 9, 128: 22, 256: 47}
 """Bits by which two hashes of that length may differ to count as copies: of two different photographs 1 in
 100,000 pairs are as near."""
 
-PLAIN = 10 / 255
-"""Deviation of the grey levels of 16 x 16 blocks below which little tells an image apart from others."""
+PLAIN = 9 / 255
+"""Deviation of an image's 16 x 16 blocks below which little tells it apart from others."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class ImageHash:
 
     Args:
         packed: 8, 16 or 32 bytes; those of a shorter hash are the first of a longer one.
-        plain: the image is of one colour or one fine texture, and its hash says little.
+        plain: the image has little contrast in its blocks, as one colour or one fine texture has, and its
+            hash says little.
     """
 
     packed: bytes
@@ -52,13 +53,15 @@ class ImageHash:
 
     def __sub__(self, other: ImageHash) -> int:
         """Number of bits in which two hashes differ; a ValueError where their lengths do."""
+        if not isinstance(other, ImageHash):
+            return NotImplemented
         if self.bits != other.bits:
             raise ValueError(f"hashes of {self.bits} and {other.bits} bits; compare those of one length")
         return (int.from_bytes(self.packed) ^ int.from_bytes(other.packed)).bit_count()
 
     def matches(self, other: ImageHash, radius: int | None = None) -> bool:
         """True for copies: both are not plain, and at most ``radius`` bits differ (``RADIUS`` by default)."""
-        near = self - other <= (RADIUS[self.bits] if radius is None else radius)
+        near = self - other <= check_radius(radius, self.bits)
         return near and not (self.plain or other.plain)
 
 
@@ -86,9 +89,14 @@ def hashes(pixels: Tensor, bits: int = 256) -> list[ImageHash]:
 
 
 def plain(images: Tensor) -> Tensor:
-    """(N,) bool: images of one colour or one fine texture."""
-    grey = functional.avg_pool2d(images.mean(1, keepdim=True), images.shape[-1] // 16)
-    return grey.flatten(1).std(1) < PLAIN
+    """(N,) bool: images of one colour, one fine texture or hardly any contrast."""
+    return block_deviation(images) < PLAIN
+
+
+def block_deviation(images: Tensor) -> Tensor:
+    """(N,) deviation of the 16 x 16 block means from those of their channel, over all channels."""
+    blocks = functional.avg_pool2d(images, images.shape[-1] // 16)
+    return blocks.flatten(2).var(2).mean(1).sqrt()
 
 
 def check_bits(bits: int) -> None:
