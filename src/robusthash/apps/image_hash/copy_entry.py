@@ -14,6 +14,7 @@ from torch import Tensor
 
 from robusthash.apps.experiment.search_model import SearchModel, load
 from robusthash.apps.image_hash.copy_hash import NAME, RADIUS
+from robusthash.apps.image_hash.copy_weights import linear_layer
 from robusthash.core.limited_files import read_json, read_text
 from robusthash.core.packaged_weights import packaged
 from robusthash.core.runtime import Progress, silent
@@ -76,18 +77,17 @@ def copy_entry_of(measured: Path, model: str = NAME) -> CopyEntry:
         ValueError: a file without its measurements, a radius that is not that of the package, or a README.md
             of other weights.
     """
-    searched, folder = load(model, "cpu"), packaged(model)
-    about = _about(folder, searched.origin)
     claims = claims_in(measured)
     if other := [name for name, holds, _ in _radii(claims) if not holds]:
         raise ValueError(f"{measured}: the {other[0]} is not that of the package; measure these weights")
+    searched, folder = load(model, "cpu"), packaged(model)
     return CopyEntry(
         id=Path(model).name,
         title=f"hash for copies, {', '.join(str(claim.bits) for claim in claims)} bits",
         model=model,
         weights=_sha256(folder / HUB.weights),
         config=_sha256(folder / HUB.card),
-        **about,
+        **_about(folder, searched.origin),
         evidence=measured.as_posix(),
         claims=claims,
         photographs=PhotographRecord(hashes=photograph_hashes(searched), certified=_proofs(searched, claims)),
@@ -247,7 +247,7 @@ def certified_shares(model: SearchModel, pixels: Tensor, claim: CopyClaim) -> di
     bits, within = claim.bits, claim.strictest
     with torch.inference_mode():
         logits = model.hasher({"image": pixels})["image"].logits[:, :bits]
-        weights = model.hasher.heads["image"].linear.weight[:bits]
+        weights = linear_layer(model.hasher).weight[:bits]
         flips = {level: most_flips(weights, logits, level / 255, COPY_WINDOW) for level in within.certified}
     return {level: float((bound <= within.radius).double().mean()) for level, bound in flips.items()}
 

@@ -8,11 +8,11 @@ first 42 principal components. Each component is coded by how many of its thresh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from robusthash.core.runtime import Progress, silent
@@ -61,11 +61,19 @@ def hasher_of(images: Tensor) -> Hasher:
     cuts = torch.cat([torch.quantile(values[:, at], share) for at, share in enumerate(shares)])
     rows, bits = torch.repeat_interleave(torch.arange(len(THRESHOLDS)), torch.tensor(THRESHOLDS)), order()
     hasher = build_hasher(image="block-means", bits=len(bits), seed=0)
-    linear = hasher.heads["image"].linear
+    linear = linear_layer(hasher)
     with torch.no_grad():
         linear.weight.copy_(weights[rows[bits]])
         linear.bias.copy_(-(cuts[bits] + weights[rows[bits]] @ images.mean(0)))
     return hasher.eval()
+
+
+def linear_layer(hasher: Hasher) -> nn.Linear:
+    """The layer of block means whose signs are the bits; a ValueError of a hasher of another kind."""
+    layer = getattr(hasher.heads["image"], "linear", None) if "image" in hasher.heads else None
+    if not isinstance(layer, nn.Linear):
+        raise ValueError("a hash for copies has a linear layer of block means, and this model has none")
+    return layer
 
 
 def components(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +92,7 @@ def order() -> list[int]:
     starts = [sum(THRESHOLDS[:number]) for number in range(len(THRESHOLDS))]
     numbered = list(enumerate(zip(starts, THRESHOLDS, strict=True)))
 
-    def of(table: dict[int, tuple[Sequence[int], ...]]) -> list[int]:
+    def of(table: Mapping[int, tuple[Sequence[int], ...]]) -> list[int]:
         return [start + each for number, (start, count) in numbered for each in table[count][number % 2]]
 
     bits: list[int] = []

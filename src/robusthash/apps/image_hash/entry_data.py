@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from robusthash.apps.image_hash.copy_weights import made_hasher
 from robusthash.apps.image_hash.everyday_changes import CHANGES, cifar_photographs, coco_photographs
 from robusthash.core.hamming import as_words
 from robusthash.core.runtime import Progress
+from robusthash.data.own_data import OneImage
 from robusthash.robustness.evidence.copy_records import CopyClaim, CopyEntry
 
 MAKING = ("ucmerced.tar", "ucmerced.jsonl")
@@ -127,8 +128,8 @@ def _recall_again(claim: CopyClaim, apart: dict[str, np.ndarray]) -> Iterator[En
         yield EntryCheck.of(f"{claim.bits} bits, recall at {within.rate:g}", not off, text)
 
 
-def packed_codes(model: SearchModel, images: Iterator[object] | list[object]) -> np.ndarray:
-    """(N, bytes) uint8 of images, an iterator or a list."""
+def packed_codes(model: SearchModel, images: Iterable[OneImage]) -> np.ndarray:
+    """(N, bytes) uint8."""
     return np.asarray(model.encode(images, progress=lambda *_: None).packed)
 
 
