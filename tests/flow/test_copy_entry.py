@@ -106,7 +106,7 @@ def test_an_entry_that_holds_passes_line_by_line(call: Call, entry: Path) -> Non
     code, out, err = call("verify", entry)
     assert code == 0, err
     lines = out.splitlines()
-    assert sum(line.startswith("pass ") for line in lines) == 10
+    assert sum(line.startswith("pass ") for line in lines) == 11
     assert [line.split("  ")[1] for line in lines if line.startswith("not checked")] == [
         "weights, radii and recall, made again: give --data",
         "recall under attack: scripts/measure_copy_hash.py attacks again",
@@ -118,6 +118,7 @@ def test_an_entry_that_holds_passes_line_by_line(call: Call, entry: Path) -> Non
     [
         ({"config": "0" * 64}, "config"),
         ({"weights": "0" * 64}, "weights"),
+        ({"licence": "mit"}, "licence, data and method"),
         ({"evidence": "registry/copy-hash.yaml"}, "claims"),
     ],
 )

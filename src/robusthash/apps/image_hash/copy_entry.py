@@ -184,6 +184,7 @@ def _checks(
     except (OSError, ValueError) as error:
         yield EntryCheck("model", "fail", str(error))
         return
+    yield _as_in_card(entry, place, model.origin)
     yield from _on_photographs(entry, model)
     if data is None:
         yield EntryCheck("weights, radii and recall, made again", "not checked", "give --data")
@@ -212,6 +213,21 @@ def _as_measured(entry: CopyEntry) -> EntryCheck:
     except ValueError as error:
         return EntryCheck(name, "fail", str(error))
     return EntryCheck.of(name, equal, f"{'those' if equal else 'not those'} of {path}")
+
+
+def _as_in_card(entry: CopyEntry, folder: Path, digest: str) -> EntryCheck:
+    """Licence, data and method beside the README.md of the model."""
+    name = "licence, data and method"
+    if not (folder / "README.md").is_file():
+        return EntryCheck(name, "not checked", f"{folder} has no README.md")
+    try:
+        about = _about(folder, digest)
+    except ValueError as error:
+        return EntryCheck(name, "fail", str(error))
+    other = [key for key, value in about.items() if getattr(entry, key) != value]
+    return EntryCheck.of(
+        name, not other, f"{', '.join(other)} of README.md differ" if other else "those of README.md"
+    )
 
 
 def _on_photographs(entry: CopyEntry, model: SearchModel) -> Iterator[EntryCheck]:
