@@ -156,6 +156,13 @@ def entry(world: Path, here: Path, draw: random.Random) -> Case:
     return ["verify", path, "--run", world / "run"], [path.stem, "claimed", "entry", "tier"]
 
 
+def copy_entry(world: Path, here: Path, draw: random.Random) -> Case:
+    path = here / "copy-hash.yaml"
+    shutil.copy(Path(__file__).parents[2] / "registry" / path.name, path)
+    malformed.odd_document(path, draw)
+    return ["verify", path], [path.stem, "entry", "claims", "photographs"]
+
+
 def image(world: Path, here: Path, draw: random.Random) -> Case:
     path = here / draw.choice(["odd.png", "odd.jpg", "[red].png", "a\nb.png"])
     path.write_bytes(malformed.damaged((world / "images" / "0.png").read_bytes(), draw))
@@ -235,7 +242,7 @@ def number(world: Path, here: Path, draw: random.Random) -> Case:
 
 DOORS: tuple[Callable[[Path, Path, random.Random], Case], ...] = (
     *(recipe, override, attack, budget, run_file, codes, bundle, entry, image, where, manifest, model_file),
-    *(weights, number),
+    *(weights, number, copy_entry),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option, Typer
 
@@ -80,15 +80,37 @@ def entry(
     """Write a registry entry of an evaluated run: its card and its numbers as a claim."""
     from robusthash.apps.experiment.evidence_run import entry_of
     from robusthash.apps.experiment.run_directory import load_run
-    from robusthash.core.atomic_files import write_aside
     from robusthash.robustness.evidence.records import entry_text
 
     card = entry_of(load_run(run), recipe, sets or (), result)
-    path = out / f"{card.id}.yaml"
+    _write_entry(out, card.id, entry_text(card), card.model_dump(mode="json"), as_json)
+
+
+@app.command("copy-entry")
+def copy_entry(
+    measured: Annotated[Path, Argument(help="Measurements, as scripts/measure_copy_hash.py writes them.")],
+    model: Annotated[
+        str, Option(help="The hash for copies: the packaged one, or a saved folder.")
+    ] = "copy-hash",
+    out: Annotated[Path, Option(help="Folder of registry entries.")] = Path("registry"),
+    as_json: AsJson = False,
+) -> None:
+    """Write the registry entry of a hash for copies: digests, hashes, proofs, and what was measured."""
+    from robusthash.apps.image_hash.copy_entry import copy_entry_of
+    from robusthash.robustness.evidence.copy_records import copy_entry_text
+
+    card = copy_entry_of(measured, model)
+    _write_entry(out, card.id, copy_entry_text(card), card.model_dump(mode="json"), as_json)
+
+
+def _write_entry(out: Path, name: str, text: str, fields: dict[str, Any], as_json: bool) -> None:
+    from robusthash.core.atomic_files import write_aside
+
+    path = out / f"{name}.yaml"
     out.mkdir(parents=True, exist_ok=True)
     with write_aside(path) as aside:
-        aside.write_text(entry_text(card), encoding="utf-8")
-    reply(as_json, {"entry": str(path), **card.model_dump(mode="json")}, [path])
+        aside.write_text(text, encoding="utf-8")
+    reply(as_json, {"entry": str(path), **fields}, [path])
 
 
 def _print_result(result: EvalResult, title: str, as_json: bool, more: dict[str, str]) -> None:

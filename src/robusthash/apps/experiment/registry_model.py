@@ -1,14 +1,18 @@
-"""Models of the registry: the runs with their weights, and the commands that train them."""
+"""Models of the registry: the runs or folders with their weights, and the commands that train them."""
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from pathlib import Path
 
 from robusthash.apps.experiment.config import load_config
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run
+from robusthash.core.packaged_weights import packaged
 from robusthash.core.registry import nearest
-from robusthash.robustness.evidence.records import ModelSource, load_entry
+from robusthash.models.saved_hasher import HUB
+from robusthash.robustness.evidence.copy_records import CopyEntry, load_any_entry
+from robusthash.robustness.evidence.records import ModelSource, RegistryEntry
 
 REGISTRY, RUNS = Path("registry"), Path("runs")
 
@@ -25,21 +29,32 @@ def training_command(source: ModelSource) -> str:
     return shlex.join(["robusthash", "train", source.recipe, *overrides])
 
 
-def run_of_entry(name: str) -> Run:
-    """The run with the weights of a registry entry.
-
-    Args:
-        name: id of an entry in ``registry/``, or the path of its file; its run is looked for in ``runs/``.
-
-    Raises:
-        RunError: no such entry, or no run with its weights; the message says how to make it.
-    """
+def entry_named(name: str) -> RegistryEntry | CopyEntry:
+    """A registry entry by its id in ``registry/``, or the path of its file; RunError where there is none."""
     path = Path(name) if name.endswith(".yaml") else REGISTRY / f"{name}.yaml"
     if not path.is_file():
         known = sorted(each.stem for each in REGISTRY.glob("*.yaml"))
         hint = nearest(name, known) if known else f"; there is no {REGISTRY}/ here to look a name up in"
         raise RunError(f"{name!r} is neither a run, an exported model nor a registry entry{hint}")
-    entry = load_entry(path)
+    return load_any_entry(path)
+
+
+def folder_of_entry(entry: CopyEntry) -> Path:
+    """The folder of a hash for copies; RunError where it is not there, or holds other weights."""
+    folder = packaged(entry.model)
+    file = folder / HUB.weights
+    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "none"
+    if found != entry.weights:
+        raise RunError(f"{file} holds the weights {found}, and the entry {entry.id} is of {entry.weights}")
+    return folder
+
+
+def run_of_entry(entry: RegistryEntry) -> Run:
+    """The run in ``runs/`` with the weights of a registry entry.
+
+    Raises:
+        RunError: no run with its weights; the message says how to make it.
+    """
     source, close, recipe_name = entry.source, "", name_of_recipe(entry.source)
     for card in sorted(RUNS.glob("*/*/model.json")):
         run = load_run(card.parent)

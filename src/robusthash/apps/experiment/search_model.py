@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from robusthash.apps.experiment.model_stages import read_data
-from robusthash.apps.experiment.registry_model import run_of_entry
+from robusthash.apps.experiment.registry_model import entry_named, folder_of_entry, run_of_entry
 from robusthash.apps.experiment.run_directory import TEXTS, Run, RunError, load_run, reading
 from robusthash.core.hamming import pack
 from robusthash.core.limited_files import read_json
@@ -37,6 +37,7 @@ from robusthash.models.hasher import Hasher
 from robusthash.models.hub_card import HubCard
 from robusthash.models.hub_folder import fetched, save_folder
 from robusthash.models.saved_hasher import PLAIN, load_exported, names_in, save_exported
+from robusthash.robustness.evidence.records import RegistryEntry
 
 logger = logging.getLogger(__name__)
 
@@ -234,8 +235,8 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
 
     Args:
         source: the directory of a run; a folder that ``save`` or ``save_pretrained`` wrote; or the id of an
-            entry of ``registry/``, whose weights are looked for among ``runs/``; or ``copy-hash``, the
-            packaged hash for copies (a folder of that name by its absolute path).
+            entry of ``registry/``, whose weights are looked for among ``runs/`` or in its folder; or
+            ``copy-hash``, the packaged hash for copies (a folder of that name by its absolute path).
         device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda``, ...
 
     Raises:
@@ -246,7 +247,10 @@ def load(source: str | Path, device: str = "auto") -> SearchModel:
     if str(source) == "copy-hash":
         folder = packaged("copy-hash")
     if not folder.is_dir():
-        return _of_run(run_of_entry(str(source)), device_used)
+        entry = entry_named(str(source))
+        if isinstance(entry, RegistryEntry):
+            return _of_run(run_of_entry(entry), device_used)
+        folder = folder_of_entry(entry)
     if (folder / "config.yaml").is_file():
         return _of_run(load_run(folder), device_used)
     if names_in(folder) is None:

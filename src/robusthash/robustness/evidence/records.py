@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -58,12 +58,19 @@ def _explain(kind: type[SentRecord], problem: Any, where: str) -> str:
     if problem["type"] == "missing":
         return f"{where}: the field {place!r} is missing"
     if problem["type"] == "extra_forbidden":
-        section: Any = kind
-        for part in sections:
-            section = section.model_fields[part].annotation
-        return f"{where}: unknown field {place!r}{nearest(name, section.model_fields)}"
+        return f"{where}: unknown field {place!r}{nearest(name, _fields(kind, sections))}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {place}: {message} (got {problem['input']!r})"
+
+
+def _fields(kind: Any, sections: list[str]) -> Mapping[str, Any]:
+    """The fields of the record at a place within a record; the numbers of items of a list are no steps."""
+    for part in sections:
+        if not part.isdigit():
+            kind = kind.model_fields[part].annotation
+            kind = next((each for each in get_args(kind) if hasattr(each, "model_fields")), kind)
+    fields: Mapping[str, Any] = kind.model_fields
+    return fields
 
 
 class ThreatRecord(SentRecord):
