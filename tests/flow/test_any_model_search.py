@@ -265,6 +265,11 @@ def test_codes_of_a_collection_go_by_shards_into_an_index(
     assert [(hit["payload"], hit["distance"], hit["copy"]) for hit in one] == [
         (hit["payload"], hit["distance"], hit["copy"]) for hit in other
     ]
+    elsewhere = (*build[:2], tmp_path / "iz", *build[3:], "--images", "/elsewhere")
+    assert call(*elsewhere)[0] == 0, "the folder of another machine"
+    assert searched(call, tmp_path / "iz", tmp_path / "copy.jpg")[0]["payload"] == {
+        "path": "/elsewhere/0.jpg"
+    }
     hexes = json.loads(call("encode", "copy-hash", photos / "0.jpg", "--json")[1])
     assert hexes == {str(photos / "0.jpg"): str(rh.hash_image(photos / "0.jpg"))}
 

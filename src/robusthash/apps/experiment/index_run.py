@@ -118,16 +118,17 @@ def build_index(
         ValueError: the directory holds an index of something else; codes, images or a payload file that
             cannot be read, before an index is made.
     """
-    files = data = None
-    if adding.codes is None and images is None:
+    place = adding.codes if adding.codes is not None else images
+    if place is None:
         run = _with_database(source, adding)
         bits, data = run.card()["bits"], read_data(run.config, progress)
     else:
         model = load(source, None)
-        bits, files = model.bits, None if images is None else _files(images, adding)
-    if adding.codes is not None:
-        readable_codes(adding.codes, model.origin)
-    place = adding.codes if adding.codes is not None else images
+        bits = model.bits
+        if adding.codes is not None:
+            readable_codes(adding.codes, model.origin)
+        else:
+            files = _files(place, adding)
     made_of = {"run": located(source), "images": place and path_text(place.resolve())}
     with open_index(address_of(directory), bits=bits, engine=engine) as index:
         count = index.count()
@@ -141,9 +142,8 @@ def build_index(
             added = add_codes(index, adding.codes, images, progress, model.origin)
             others = index.count() - added["added"] - added["updated"]
             return {**index.info(), **added, "others": others}
-        if files is not None:
+        if place is not None:
             return _add(index, model, files, progress, adding)
-        assert data is not None
         payload, keys = _described(data, data.database)
         codes, distinct = database_codes(run, progress), DistinctCodes()
         distinct.see(codes)
@@ -208,7 +208,7 @@ def search_image(
 
 
 def source_of_index(directory: str | Path, source: str | Path | None = None) -> str | Path:
-    """The model that encodes for an index, as ``load`` takes it: the one given, else the one that built it."""
+    """The model that encodes for an index, as ``load`` takes it: the given one, or the one that built it."""
     if source is not None:
         return source
     address, remedy = address_of(directory), "name it with --run"
