@@ -45,8 +45,9 @@ def show_proofs() -> None:
         if "certified" in row:
             title = f"{row['title']}, {row['bits']} bits"
             lines.append([title, "proved", *(f"{share:.3f}" for share in row["certified"].values())])
-            attacked = [row["attacked"].get(level) for level in row["certified"]]
-            lines.append([title, "attacked", *(f"{each['white box']:.2f}" if each else "" for each in attacked)])
+            results = [row["attacked"].get(level) for level in row["certified"]]
+            attacked = (f"{each['white box']:.2f}" if each else "" for each in results)
+            lines.append([title, "attacked", *attacked])
     _table(["hash", "", *(f"{level} of 255" for level in next(iter(_rows().values()))["certified"])], lines)
 
 

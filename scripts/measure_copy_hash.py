@@ -13,10 +13,8 @@ through the resizing, and the share of all photographs that provably stay within
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import json
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,95 +31,22 @@ from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.targets import AuditOptions, Tier
 from robusthash.apps.experiment.search_model import load
 from robusthash.apps.image_hash.copy_hash import plain
+from robusthash.apps.image_hash.entry_data import pair_counts
+from robusthash.apps.image_hash.everyday_changes import CHANGES, SIDE, cifar_photographs, coco_photographs
 from robusthash.apps.image_hash.proved_levels import withstand
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import as_words, pack
 from robusthash.data.image_files import pixels_of
-from robusthash.data.transforms import through_jpeg
 from robusthash.models.encoding import encode_signs
 from robusthash.models.external.loaders import TITLES, perceptual
 from robusthash.models.hasher import Hasher
 
-SIDE = 256  # of the photographs that are changed, and of those that attacks change through the resizing
 RATES = {"1e-4": 1e-4, "1e-5": 1e-5}
 LEVELS = (2, 4, 8)
 CERTIFIED = (1, 2, 3, 4, 5, 6, 8)
 QUERIED = 8  # the level at which black-box attacks make their 1,000 oracle queries
 WHITE_BOX = ("guided-apgd", "flip", "mainstay", "evade", "evade-sharp")
 Change = Callable[[Image.Image], Image.Image]
-
-
-# --------------------------------------------------------------------------------------- changes of files
-
-
-def _jpeg(image: Image.Image, quality: int) -> Image.Image:
-    return Image.fromarray(through_jpeg(np.asarray(image), quality).permute(1, 2, 0).numpy())
-
-
-def _crop(image: Image.Image, share: float) -> Image.Image:
-    wide, high = image.size
-    return image.crop((wide * share / 2, high * share / 2, wide * (1 - share / 2), high * (1 - share / 2)))
-
-
-def _smaller(image: Image.Image, factor: float) -> Image.Image:
-    return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.LANCZOS)
-
-
-def _bar(image: Image.Image) -> Image.Image:
-    """White words on a black bar over the lowest 14 %."""
-    image, (wide, high) = image.copy(), image.size
-    draw, bar = ImageDraw.Draw(image), 0.14 * high
-    draw.rectangle((0, high - bar, wide, high), fill="black")
-    font = ImageFont.load_default(size=0.6 * bar)
-    draw.text((0.06 * wide, high - 0.85 * bar), "When the robot dreams again", "white", font)
-    return image
-
-
-def _words(image: Image.Image) -> Image.Image:
-    """White words with a black edge above and below."""
-    image, (wide, high) = image.copy(), image.size
-    font = ImageFont.load_default(size=0.1 * high)
-    for place in (0.05, 0.8):
-        at, line = (0.08 * wide, place * high), "TOP TEXT LINE HERE"
-        ImageDraw.Draw(image).text(at, line, "white", font, stroke_width=2, stroke_fill="black")
-    return image
-
-
-CHANGES: dict[str, Change] = {
-    "JPEG 30": lambda x: _jpeg(x, 30),
-    "crop 10 %": lambda x: _crop(x, 0.1),
-    "crop 20 %": lambda x: _crop(x, 0.2),
-    "half size": lambda x: _smaller(x, 0.5),
-    "quarter size": lambda x: _smaller(x, 0.25),
-    "blur": lambda x: x.filter(ImageFilter.GaussianBlur(max(0.5, 0.006 * min(x.size)))),
-    "20 % brighter": lambda x: x.point(lambda level: min(255, level * 1.2)),
-    "20 % darker": lambda x: x.point(lambda level: level * 0.8),
-    "caption bar": _bar,
-    "words": _words,
-    "rotation 3 degrees": lambda x: x.rotate(3, Image.Resampling.BICUBIC),
-    "mirrored": lambda x: x.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-}
-
-
-# ----------------------------------------------------------------------------------- photographs and hashes
-
-
-def photographs(data: Path) -> list[Image.Image]:
-    """Those of COCO mini, as central squares of SIDE pixels."""
-    with tarfile.open(data / "coco_mini.tar") as tar:
-        names = sorted(name for name in tar.getnames() if name.lower().endswith(".jpg"))
-        files = [tar.extractfile(name).read() for name in names]  # type: ignore[union-attr]
-    opened = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
-    return [Image.fromarray(pixels_of(one, SIDE).permute(1, 2, 0).numpy()) for one in opened]
-
-
-def others(data: Path) -> Iterator[Image.Image]:
-    """The 10,000 test photographs of CIFAR-10, at 128 px."""
-    with np.load(data / "cifar10.npz") as arrays:
-        places, files, test = arrays["offset"], arrays["jpeg"], np.flatnonzero(arrays["is_test"] == 1)
-    for row in test:
-        image = Image.open(io.BytesIO(files[places[row] : places[row + 1]].tobytes())).convert("RGB")
-        yield image.resize((128, 128), Image.Resampling.BICUBIC)
 
 
 class Model:
@@ -176,18 +101,9 @@ class Resized(nn.Module):
 # -------------------------------------------------------------------------------------------- measurements
 
 
-def pair_counts(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Number of pairs of different rows by their distance, (bits + 1,)."""
-    words, counts = as_words(codes), np.zeros(bits + 1, dtype=np.int64)
-    for row in range(len(words) - 1):
-        apart = np.bitwise_count(words[row + 1 :] ^ words[row]).sum(1)
-        counts += np.bincount(apart, minlength=bits + 1)
-    return counts
-
-
 def measured(model: Model, images: list[Image.Image], data: Path) -> dict[str, Any]:
     own = model.codes(images)
-    counts = pair_counts(np.concatenate([own, model.codes(others(data))]), model.bits)
+    counts = pair_counts(np.concatenate([own, model.codes(cifar_photographs(data))]), model.bits)
     shares = counts.cumsum() / counts.sum()
     radii = {name: int((shares <= rate).sum()) - 1 for name, rate in RATES.items()}
     result: dict[str, Any] = {
@@ -213,7 +129,7 @@ def measured(model: Model, images: list[Image.Image], data: Path) -> dict[str, A
 def certified(model: Model, images: list[Image.Image], radius: int) -> dict[str, float]:
     """By level of 255: share of the photographs that no change within it hides."""
     pixels = torch.stack([pixels_of(one, model.side) for one in images]).float() / 255
-    held = {level: withstand(pixels, level / 255, model.bits, radius) for level in CERTIFIED}
+    held = {level: withstand(model.hasher, pixels, level / 255, model.bits, radius) for level in CERTIFIED}
     return {str(level): float(each.float().mean()) for level, each in held.items()}
 
 
@@ -282,7 +198,7 @@ def main() -> None:
         **{name: (lambda name=name: Model(name, TITLES[name], name)) for name in TITLES if name != "ahash"},  # type: ignore[misc]
     }
     rows = json.loads(given.out.read_text()) if given.out.exists() else {}
-    images = photographs(given.data)
+    images = coco_photographs(given.data)
     for name in given.only or makers:
         if name in rows:
             continue

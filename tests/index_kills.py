@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from robusthash.apps.experiment.index_run import encode_images
-from robusthash.apps.experiment.run_directory import load_run
+from robusthash.apps.experiment.search_model import load
 from robusthash.core.types import Codes
 from robusthash.index import open_index
 
@@ -121,9 +121,9 @@ class Writers:
         self.check()
         paths = {str(path): None for path in self.library.rglob("*.jpg")}
         assert self.seen.keys() == paths.keys()
-        run = load_run(self.run)
+        model = load(self.run)
         with open_index(f"file:{self.index}", create=False) as index:
-            for codes, files in encode_images(run, [self.library]):
+            for codes, files in encode_images(model, [self.library]):
                 ids = torch.tensor([self.seen[str(file)] for file in files])
                 assert index.payload(ids) == [{"path": str(file)} for file in files]
                 for row, item in enumerate(ids.tolist()):

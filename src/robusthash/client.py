@@ -50,6 +50,8 @@ class SearchHit:
 
     Attributes:
         distance: in bits; None where the service does not show it.
+        copy: whether it is a copy of the query; None where the model does not find copies, or the service
+            does not show it.
         key: that a client gave it; None of the operator's files, which ``payload["file"]`` names.
     """
 
@@ -57,6 +59,7 @@ class SearchHit:
     distance: int | None
     payload: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
+    copy: bool | None = None
 
 
 class Client:
@@ -106,7 +109,7 @@ class Client:
 
         def read(answer: Any) -> list[SearchHit]:
             return [
-                SearchHit(one["id"], one.get("distance"), one["payload"], one.get("key"))
+                SearchHit(one["id"], one.get("distance"), one["payload"], one.get("key"), one.get("copy"))
                 for one in answer["results"]
             ]
 

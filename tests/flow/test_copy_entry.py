@@ -19,9 +19,8 @@ import yaml
 from PIL import Image
 
 import robusthash as rh
-from robusthash.apps.image_hash import copy_entry, copy_weights, everyday_changes
+from robusthash.apps.image_hash import copy_entry
 from robusthash.apps.image_hash.copy_hash import RADIUS
-from robusthash.apps.image_hash.entry_data import packed_codes
 from robusthash.core.damaged_files import RunError
 from robusthash.models.hub_card import HubCard
 from robusthash.robustness.evidence.copy_records import load_any_entry
@@ -335,18 +334,3 @@ def test_claims_that_data_do_not_bear_out_fail(call: Call, data: Path, entry: Pa
     assert code == 1
     assert {found["weights, made again"], found["256 bits, radius at 1e-05"]} == {"fail"}
     assert found["256 bits, recall at 1e-05"] == "fail"
-
-
-def test_the_scripts_and_the_package_compute_the_same(data: Path) -> None:
-    making, measuring = script("make_copy_hash"), script("measure_copy_hash")
-    assert torch.equal(making.photographs(data), copy_weights.training_blocks(data))
-    assert making.order() == copy_weights.order()
-    assert list(measuring.CHANGES) == list(everyday_changes.CHANGES)
-    image = picture(5, 256)
-    for name, change in measuring.CHANGES.items():
-        assert np.array_equal(change(image), everyday_changes.CHANGES[name](image)), name
-    own = measuring.Model("copy-hash", "copy-hash", "copy-hash")
-    images = everyday_changes.coco_photographs(data)
-    assert np.array_equal(
-        own.codes(measuring.photographs(data)), packed_codes(rh.load("copy-hash", "cpu"), images)
-    )

@@ -56,7 +56,7 @@ def model(trained):
 
 def test_every_form_of_an_image_gives_the_code_of_its_file(model, trained, folder):
     paths = sorted(folder.iterdir())
-    expected = torch.cat([codes.packed for codes, _ in encode_images(load_run(trained), [folder])])
+    expected = torch.cat([codes.packed for codes, _ in encode_images(rh.load(trained), [folder])])
     pictures = [Image.open(path) for path in paths]
     arrays = [np.asarray(picture) for picture in pictures]
     tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]

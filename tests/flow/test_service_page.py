@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from PIL import Image
 from playwright.sync_api import sync_playwright
 from service_parts import index, listening, parts, picture
 
@@ -32,7 +33,7 @@ def server(parts: tuple[Path, Path], index: Path) -> Iterator[tuple[str, uvicorn
 
 
 @contextlib.contextmanager
-def serving(parts: tuple[Path, Path], index: Path) -> Iterator[tuple[str, uvicorn.Server]]:
+def serving(parts: tuple[str | Path, Path], index: Path) -> Iterator[tuple[str, uvicorn.Server]]:
     settings = ServiceSettings(rate=0, max_wait=60_000, attacks=True, max_bytes=50_000)
     service = SearchService(parts[0], f"file:{index}", settings, parts[1], "cpu")
     with listening(create_app(service)) as running:
@@ -105,4 +106,26 @@ def test_ids_of_62_bits_show_their_images(parts, index, page, tmp_path: Path) ->
         page.get_by_role("tab", name="Attack").click()
         page.get_by_role("button", name="Attack", exact=True).click()
         page.wait_for_selector(".model figure img")
+        assert page.problems == []
+
+
+def test_copies_are_marked(parts, page, tmp_path: Path) -> None:
+    photos = parts[1]
+    build_index(tmp_path / "copies", "copy-hash", photos)
+    Image.open(photos / "04.png").resize((70, 52)).save(tmp_path / "copy.jpg", quality=60)
+    Image.new("RGB", (90, 90), "navy").save(tmp_path / "plain.png")
+    with serving(("copy-hash", photos), tmp_path / "copies") as (url, _):
+        page.goto(url)
+        page.get_by_text("copies differ in at most").wait_for()
+        page.set_input_files("#file", tmp_path / "copy.jpg")
+        page.get_by_role("button", name="Search", exact=True).click()
+        page.get_by_text("12 results, 1 copy").wait_for()
+        assert page.locator("#found li").first.inner_text().startswith("04.png, distance")
+        assert page.locator("#found .mark").all_inner_texts() == ["✓ copy"]
+        assert page.locator("#found li.relevant").count() == 1
+        page.set_input_files("#file", tmp_path / "plain.png")
+        page.get_by_role("button", name="Search", exact=True).click()
+        page.get_by_text("one colour or one fine texture").wait_for()
+        assert page.locator("#found .mark").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert page.problems == []

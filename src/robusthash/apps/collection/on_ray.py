@@ -15,7 +15,7 @@ from robusthash.apps.collection.collection_items import Collection, ImagePart
 from robusthash.apps.collection.collection_run import PART_SIZE, Encoding, EncodingJob, encode_part
 from robusthash.apps.collection.encoded_parts import CodesFolder
 from robusthash.apps.collection.image_source import open_source
-from robusthash.apps.experiment.search_model import load
+from robusthash.apps.experiment.search_model import load, located
 from robusthash.core.directory_lock import owned
 from robusthash.core.runtime import Progress, silent
 from robusthash.index import CodeIndex, open_index
@@ -60,7 +60,7 @@ def encode_on_ray(
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     how = Encoding(**{"processes": 0, **encoding})
-    prepared = EncodingJob.of(_absolute(run), _absolute(images), _absolute(out), part_size, items)
+    prepared = EncodingJob.of(located(run), _absolute(images), _absolute(out), part_size, items)
     folder, names = prepared.folder, list(prepared.source.listings())
     if index is not None:
         with open_index(index, bits=prepared.model.bits) as opened:
@@ -72,7 +72,7 @@ def encode_on_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         job = f"encode for Ray job {ray.get_runtime_context().get_job_id()}"
-        work = RayWork(_absolute(run), _absolute(images), str(folder.path), part_size, how, job, index)
+        work = RayWork(located(run), _absolute(images), str(folder.path), part_size, how, job, index)
         # tasks, not actors: those of a lost machine go to any other, and no model waits for a free core
         rows = ray.data.from_items(
             [{"number": number, "part": name} for number, name in enumerate(names)],

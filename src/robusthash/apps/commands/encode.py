@@ -11,11 +11,13 @@ _NAMED = 10  # files that are passed over, and parts that failed, on a terminal
 
 
 def encode(
-    run: Annotated[Path | None, Argument(help="Run directory, as `train` and `run` print it.")] = None,
+    run: Annotated[
+        str | None, Argument(help="Run, saved model, id of a registry entry, or copy-hash.")
+    ] = None,
     files: Annotated[
         list[Path] | None, Argument(metavar="[IMAGES]...", help="Image files and folders of them.")
     ] = None,
-    named_run: Annotated[Path | None, Option("--run", help="The run, with --images.")] = None,
+    named_run: Annotated[str | None, Option("--run", help="The same, with --images.")] = None,
     images: Annotated[
         str | None,
         Option(help="A collection: folder, manifest (.csv, .jsonl, .parquet) or tars: shards-{000..099}.tar"),
@@ -80,14 +82,14 @@ def encode(
     _encode_files(source, files, out, workers, max_pixels, as_json)
 
 
-def _one_run(run: Path | None, named: Path | None) -> Path:
+def _one_run(run: str | None, named: str | None) -> str:
     if (run is None) == (named is None):
         raise ValueError("name the run once: encode RUN ..., or --run RUN")
     return run if run is not None else named  # type: ignore[return-value]
 
 
 def _encode_files(
-    run: Path,
+    run: str,
     images: list[Path] | None,
     out: Path | None,
     workers: int | None,
@@ -95,31 +97,35 @@ def _encode_files(
     as_json: bool,
 ) -> None:
     from robusthash.apps.experiment import index_run, model_stages
-    from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.experiment.search_model import load, run_of
     from robusthash.data.image_files import Skipped, path_text
 
     if out is not None and (not images or out.suffix != ".npz"):
         raise ValueError(f"--out takes a path that ends in .npz, for the codes of images, got {str(out)!r}")
-    encoder, skipped = load_run(run), list[Skipped]()
+    if not images:
+        trained = run_of(run)
+        if trained is None:
+            raise ValueError(f"{run} brings no data; name the images: encode {run} IMAGES")
+        with progress_bars() as progress:
+            files = {name: str(path) for name, path in model_stages.encode(trained, progress).items()}
+        return reply(as_json, files, files.values())
+    model, skipped = load(run, None), list[Skipped]()
+    reading = index_run.Reading.of(workers, max_pixels)
     with progress_bars() as progress:
-        if not images:
-            files = {name: str(path) for name, path in model_stages.encode(encoder, progress).items()}
-            return reply(as_json, files, files.values())
-        reading = index_run.Reading.of(workers, max_pixels)
-        pieces = index_run.encode_images(encoder, images, progress, reading, skipped)
+        pieces = index_run.encode_images(model, images, progress, reading, skipped)
         rows = [row for codes, paths in pieces for row in zip(paths, codes.packed.tolist(), strict=True)]
     for one in skipped:
         note(f"passed over: {one}")
     codes = {path_text(path): bytes(row) for path, row in rows}
     if out is not None:
-        index_run.save_codes(out, encoder.card()["bits"], codes)
+        index_run.save_codes(out, model.bits, codes)
         return reply(as_json, {"codes": str(out)}, [out])
     hexes = {path: code.hex() for path, code in codes.items()}
     return reply(as_json, hexes, (f"{code}  {one_row(path)}" for path, code in hexes.items()))
 
 
 def _encode_collection(
-    run: Path, images: str, out: Path | None, named: dict[str, Any], max_pixels: int | None, as_json: bool
+    run: str, images: str, out: Path | None, named: dict[str, Any], max_pixels: int | None, as_json: bool
 ) -> None:
     if out is None:
         raise ValueError("--images needs --out, the folder that the codes go to")

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun, MaxPixels, Where, Workers
+from robusthash.apps.commands.options import (
+    AsJson,
+    Device,
+    Index,
+    IndexRun,
+    MaxPixels,
+    ModelSource,
+    Where,
+    Workers,
+)
 from robusthash.apps.commands.search import search
 from robusthash.apps.commands.terminal import note, print_json, print_table, progress_bars
 
@@ -26,8 +35,10 @@ OnDuplicate = Annotated[
 @app.command("build")
 def build(
     directory: Index,
-    run: Annotated[Path, Option(help="Run whose database is indexed, or that encodes --images.")],
-    images: Annotated[Path | None, Option(help="Folder of images to index instead.")] = None,
+    run: ModelSource,
+    images: Annotated[
+        Path | None, Option(help="Folder of images to index; by default a run's database split.")
+    ] = None,
     engine: Annotated[
         str | None,
         Option(
@@ -43,8 +54,9 @@ def build(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make an index of a run's database split, of a folder of images, or of codes that `encode` wrote.
+    """Make an index of a folder of images, of a run's database split, or of codes that `encode` wrote.
 
+    `--run copy-hash --images DIR` finds copies, and needs no training.
     An interrupted build goes on when it is repeated.
     """
     from robusthash.apps.experiment.index_run import Adding, Reading, build_index

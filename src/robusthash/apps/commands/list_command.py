@@ -20,7 +20,7 @@ def list(
     from robusthash.apps.experiment.search_model import load
     from robusthash.core.registry import Card, catalogue, nearest
 
-    packaged = "Hash for copies with its weights: robusthash hash, duplicates, audit; rh.load('copy-hash')."
+    packaged = "Hash for copies with its weights: robusthash hash, duplicates, index build --run copy-hash."
     model = Card(
         "model", "copy-hash", load, modality="image", supervised=False, summary=packaged, state="measured"
     )

@@ -59,8 +59,13 @@ Index = Annotated[
         "postgresql://USER@HOST/DATABASE?collection=NAME."
     ),
 ]
+ModelSource = Annotated[
+    str,
+    Option("--run", help="Run, saved model, id of a registry entry, or copy-hash, which needs no training."),
+]
 IndexRun = Annotated[
-    Path | None, Option("--run", help="Run that encodes; by default the builder of the index.")
+    str | None,
+    Option("--run", help="Run or other model that encodes; by default the one that built the index."),
 ]
 
 

@@ -10,6 +10,8 @@ from typer import Argument, Option
 from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun, MaxPixels, Where, check_page
 from robusthash.apps.commands.terminal import console, note, print_json, print_lines, print_table, printable
 
+_COPY = {True: "copy", False: "no copy"}
+
 
 def search(
     directory: Index,
@@ -46,15 +48,17 @@ def search(
 
 def _print_hits(title: str, hits: list[dict[str, Any]]) -> None:
     """A table, or a line for each hit where a path would be broken, so that it can be copied."""
-    rows = []
+    rows, finds_copies = [], any("copy" in hit for hit in hits)
     for hit in hits:
         rest = {key: value for key, value in hit["payload"].items() if key not in ("path", "path_hex")}
         about = json.dumps(rest, ensure_ascii=False) if rest else ""
-        rows.append([hit["payload"].get("path", ""), hit["distance"], hit["id"], about])
-    widths = [max([cell_len(printable(row[at])) for row in rows] + [8]) + 3 for at in range(4)]
+        copy = [_COPY[hit["copy"]]] if finds_copies else []
+        rows.append([hit["payload"].get("path", ""), hit["distance"], *copy, hit["id"], about])
+    columns = ["path", "distance", *(["copy"] if finds_copies else []), "id", "payload"]
+    widths = [max([cell_len(printable(row[at])) for row in rows] + [8]) + 3 for at in range(len(columns))]
     if sum(widths) < console.width:
-        print_table(title, ["path", "distance", "id", "payload"], rows)
+        print_table(title, columns, rows)
         return
-    note(f"{title}: path, distance, id, payload")
+    note(f"{title}: {', '.join(columns)}")
     for row in rows:
         note("  ".join(str(cell) for cell in row if cell != ""))

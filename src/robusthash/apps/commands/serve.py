@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import Device
+from robusthash.apps.commands.options import Device, IndexRun
 from robusthash.apps.commands.terminal import note, progress_bars
 
 
@@ -15,9 +15,7 @@ def serve(
     index: Annotated[
         str | None, Argument(help="Directory or address of the index; with --demo, folder of the demo.")
     ] = None,
-    run: Annotated[
-        Path | None, Option("--run", help="Run that encodes; by default the builder of the index.")
-    ] = None,
+    run: IndexRun = None,
     images: Annotated[
         Path | None, Option(help="Folder of the indexed images; those below it may be shown.")
     ] = None,
@@ -39,7 +37,7 @@ def serve(
     ] = None,
     settings: Annotated[Path | None, Option(help="YAML file of limits; see docs/serving.md.")] = None,
     compare: Annotated[
-        list[Path] | None, Option(help="Index of another run over the same images, for the page to compare.")
+        list[Path] | None, Option(help="Index by another model of the same images, for the page to compare.")
     ] = None,
     attacks: Annotated[bool, Option("--attacks", help="Let the page attack a query here.")] = False,
     demo: Annotated[

@@ -1,4 +1,4 @@
-"""Images -> codes -> index, by the hasher of a run."""
+"""Images -> codes -> index, by a run or another model that ``load`` takes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from robusthash.apps.experiment.index_items import (
     key_of,
     path_payload,
 )
-from robusthash.apps.experiment.model_stages import database_codes, load_hasher, read_data
-from robusthash.apps.experiment.run_directory import Run, load_run
+from robusthash.apps.experiment.model_stages import database_codes, read_data
+from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.search_model import SearchModel, is_located, load, located, run_of
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import pack
 from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
-from robusthash.data.base import RetrievalData, Split
+from robusthash.data.base import RetrievalData, Split, as_input
 from robusthash.data.image_files import (
     MAX_PIXELS,
     FileSource,
@@ -95,16 +96,17 @@ class Adding:
 
 def build_index(
     directory: str | Path,
-    run_path: Path,
+    source: str | Path,
     images: Path | None = None,
     engine: str | None = None,
     progress: Progress = silent,
     adding: Adding = Adding(),
 ) -> dict[str, Any]:
-    """Index the run's database split, or a folder of images; an interrupted build goes on.
+    """Index the database split of a run, or a folder of images; an interrupted build goes on.
 
     Args:
         directory: of the index, or its address as ``open_index`` takes it.
+        source: of the model, as ``load`` takes it; only a run has a database split.
         engine: as in ``open_index``.
 
     Returns:
@@ -116,33 +118,32 @@ def build_index(
         ValueError: the directory holds an index of something else; codes, images or a payload file that
             cannot be read, before an index is made.
     """
-    run = load_run(run_path)
-    files = data = None
-    if adding.codes is not None:
-        readable_codes(adding.codes, run.card()["digest"])
-    elif images is not None:
-        files = _files(images, adding)
-    elif adding.payload is not None:
-        raise ValueError(f"--payload {adding.payload} describes the files of --images FOLDER; name both")
-    else:
-        data = read_data(run.config, progress)
     place = adding.codes if adding.codes is not None else images
-    source = {"run": str(run.path.resolve()), "images": place and path_text(place.resolve())}
-    with open_index(address_of(directory), bits=run.card()["bits"], engine=engine) as index:
+    if place is None:
+        run = _with_database(source, adding)
+        bits, data = run.card()["bits"], read_data(run.config, progress)
+    else:
+        model = load(source, None)
+        bits = model.bits
+        if adding.codes is not None:
+            readable_codes(adding.codes, model.origin)
+        else:
+            files = _files(place, adding)
+    made_of = {"run": located(source), "images": place and path_text(place.resolve())}
+    with open_index(address_of(directory), bits=bits, engine=engine) as index:
         count = index.count()
-        if count and index.build_source() != source:
+        if count and index.build_source() != made_of:
             raise ValueError(
                 f"{_place(index)} already holds {count} items of another build; add images to it with "
                 "'index add', or build in another directory"
             )
-        index.set_build_source(source)
+        index.set_build_source(made_of)
         if adding.codes is not None:
-            added = add_codes(index, adding.codes, images, progress, run.card()["digest"])
+            added = add_codes(index, adding.codes, images, progress, model.origin)
             others = index.count() - added["added"] - added["updated"]
             return {**index.info(), **added, "others": others}
-        if files is not None:
-            return _add(index, run, files, progress, adding)
-        assert data is not None
+        if place is not None:
+            return _add(index, model, files, progress, adding)
         payload, keys = _described(data, data.database)
         codes, distinct = database_codes(run, progress), DistinctCodes()
         distinct.see(codes)
@@ -150,10 +151,20 @@ def build_index(
         return {**index.info(), **distinct.report()}
 
 
+def _with_database(source: str | Path, adding: Adding) -> Run:
+    """The run whose database split is indexed."""
+    if adding.payload is not None:
+        raise ValueError(f"--payload {adding.payload} describes the files of --images FOLDER; name both")
+    run = run_of(source)
+    if run is None:
+        raise ValueError(f"{source} brings no data; name what is indexed with --images FOLDER")
+    return run
+
+
 def add_images(
     directory: str | Path,
     images: Path | None,
-    run_path: Path | None = None,
+    source: str | Path | None = None,
     progress: Progress = silent,
     adding: Adding = Adding(),
 ) -> dict[str, Any]:
@@ -172,54 +183,52 @@ def add_images(
             return {**index.info(), **added}
         assert images is not None
         files = _files(images, adding)
-        return _add(index, run_of_index(directory, run_path), files, progress, adding)
+        return _add(index, load(source_of_index(directory, source), None), files, progress, adding)
 
 
 def search_image(
     directory: str | Path,
     image: Path,
-    run_path: Path | None = None,
+    source: str | Path | None = None,
     k: int = 10,
     where: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> list[dict[str, Any]]:
-    """The k nearest items of an image file: id, distance, payload. ``where`` is a filter as YAML.
+    """The k nearest items of an image file, as of ``SearchModel.search``; ``where`` is a filter as YAML.
 
     Raises:
         ValueError: a filter that is no mapping, or names a payload key that no item has.
     """
     allowed = read_filter(where) if where else None
     with open_index(address_of(directory), create=False) as index:
-        run = run_of_index(directory, run_path)
-        pixels = read_image(image, _side(run), max_pixels=max_pixels)[None]
-        ranking = index.search(_encode(load_hasher(run), run, pixels), k, where=allowed)
-        ids = [item for item in ranking.ids[0].tolist() if item >= 0]
-        payloads = index.payload(ids)
-    rows = zip(ids, ranking.distances[0].tolist(), payloads, strict=False)
-    return [{"id": item, "distance": distance, "payload": payload} for item, distance, payload in rows]
+        model = load(source_of_index(directory, source), None)
+        model.check_encodes("image")
+        pixels = as_input(read_image(image, model.side, max_pixels=max_pixels))
+        return model.search(index, pixels, k, where=allowed)
 
 
-def run_of_index(directory: str | Path, run_path: Path | None = None) -> Run:
-    """The run whose hasher encodes for an index: the one given, else the one that built it."""
-    if run_path is not None:
-        return load_run(run_path)
+def source_of_index(directory: str | Path, source: str | Path | None = None) -> str | Path:
+    """The model that encodes for an index, as ``load`` takes it: the given one, or the one that built it."""
+    if source is not None:
+        return source
     address, remedy = address_of(directory), "name it with --run"
     home = directory_of(address)
     if home is None:
         with open_index(address, create=False) as index:
-            source, place = index.build_source(), index.address
+            made_of, place = index.build_source(), index.address
     else:
         place = str(home)
         try:
-            source = build_source_of(home)
+            made_of = build_source_of(home)
         except ValueError as error:
             raise ValueError(f"{error}; it should tell the run of the index: {remedy}") from None
-    if source is not None and not (isinstance(source, dict) and isinstance(source.get("run"), str)):
+    if made_of is not None and not (isinstance(made_of, dict) and isinstance(made_of.get("run"), str)):
         raise ValueError(f"{place} does not tell which run made the codes of the index; {remedy}")
-    builder = Path(source["run"]) if source is not None else (home or Path()).resolve().parent
-    if (source is None and home is None) or not (builder / "config.yaml").is_file():
+    beside = "" if home is None else str(home.resolve().parent)  # of indexes that do not say it
+    builder = beside if made_of is None else made_of["run"]
+    if not is_located(builder):
         raise ValueError(f"{place} does not say which run made its codes, or it has moved; {remedy}")
-    return load_run(builder)
+    return str(builder)
 
 
 def _place(index: CodeIndex) -> str:
@@ -228,7 +237,7 @@ def _place(index: CodeIndex) -> str:
 
 
 def encode_images(
-    run: Run,
+    model: SearchModel,
     images: Sequence[Path],
     progress: Progress = silent,
     reading: Reading = Reading(),
@@ -241,18 +250,19 @@ def encode_images(
 
     Raises:
         FileNotFoundError: neither an image nor a folder.
-        ValueError: a folder without images, or no file that can be read.
+        ValueError: a folder without images, no file that can be read, or a model of no images.
     """
+    model.check_encodes("image")
     listings = [_listing(place) for place in images]
     paths = [path for listing in listings for path in listing.images]
     skipped = [] if skipped is None else skipped
     skipped += [one for listing in listings for one in listing.skipped]
-    hasher, unread, before = load_hasher(run), 0, len(skipped)
+    unread, before = 0, len(skipped)
     for start in range(0, len(paths), _AT_ONCE):
         chunk = paths[start : start + _AT_ONCE]
-        pixels, rows = _read(chunk, _side(run), reading, skipped)
+        pixels, rows = _read(chunk, model.side, reading, skipped)
         if rows:
-            yield _encode(hasher, run, pixels), [chunk[row] for row in rows]
+            yield _encode(model.hasher, model, pixels), [chunk[row] for row in rows]
         unread += len(chunk) - len(rows)
         progress(start + len(chunk), len(paths), "encoding images")
     if unread == len(paths):
@@ -288,7 +298,11 @@ def _files(images: Path, adding: Adding) -> tuple[Listing, PayloadTable]:
 
 
 def _add(
-    index: CodeIndex, run: Run, files: tuple[Listing, PayloadTable], progress: Progress, adding: Adding
+    index: CodeIndex,
+    model: SearchModel,
+    files: tuple[Listing, PayloadTable],
+    progress: Progress,
+    adding: Adding,
 ) -> dict[str, Any]:
     """Encode and add in pieces, each safe on disk before the next; what is held unchanged is not read."""
     listing, table = files
@@ -299,24 +313,26 @@ def _add(
             f"{len(held)} of {len(items)} images are in the index already (first: {first.payload['path']}); "
             "--on-duplicate update encodes those that have changed, skip keeps them"
         )
-    hasher = load_hasher(run).for_database()
-    index.add(_no_codes(hasher, run), keys=[])  # refuses a run of other codes, also where nothing is new
-    counts, distinct = {"added": 0, "updated": 0, "unchanged": 0}, DistinctCodes()
+    model.check_encodes("image")
+    index.add(_no_codes(model), keys=[])  # refuses a model of other codes, also where nothing is new
+    hasher, distinct = model.hasher.for_database(), DistinctCodes()
+    counts = {"added": 0, "updated": 0, "unchanged": 0}
     for start in range(0, len(items), _AT_ONCE):
         piece = items[start : start + _AT_ONCE]
         held = index.held([item.key for item in piece])
         todo = [item for item in piece if not item.is_done(held, adding.on_duplicate)]
         counts["unchanged"] += len(piece) - len(todo)
-        pixels, rows = _read([item.path for item in todo], _side(run), adding.reading, skipped)
+        pixels, rows = _read([item.path for item in todo], model.side, adding.reading, skipped)
         if rows:
-            codes = _encode(hasher, run, pixels)
+            codes = _encode(hasher, model, pixels)
             distinct.see(codes)
             _add_piece(index, codes, [todo[row] for row in rows], adding, counts)
         progress(start + len(piece), len(items), "encoding images")
     if not any(counts.values()):
         raise ValueError(f"none of the {len(items)} images could be read: {some_of(skipped)}")
     passed = [vars(one) for one in skipped]
-    return {**index.info(), **counts, "skipped": passed, **table.report(), **distinct.report()}
+    few = distinct.report() if model.radius is None else {}  # of copies, equal codes are what is wanted
+    return {**index.info(), **counts, "skipped": passed, **table.report(), **few}
 
 
 def _add_piece(
@@ -351,21 +367,16 @@ def _read(
     return torch.stack(images) if images else torch.empty(0), rows
 
 
-def _encode(hasher: Hasher, run: Run, pixels: Tensor) -> Codes:
-    """Codes of (N, 3, H, W) uint8 images."""
-    signs = torch.cat([encode_signs(hasher, "image", part.float() / 255) for part in pixels.split(_AT_ONCE)])
-    return Codes(pack(signs), hasher.bits, torch.arange(len(pixels)), run.card()["digest"])
+def _encode(hasher: Hasher, model: SearchModel, pixels: Tensor) -> Codes:
+    """Codes of (N, 3, H, W) uint8 images, by the hasher of a model or its twin for the database."""
+    signs = torch.cat([encode_signs(hasher, "image", as_input(part)) for part in pixels.split(_AT_ONCE)])
+    return Codes(pack(signs), model.bits, torch.arange(len(pixels)), model.origin)
 
 
-def _no_codes(hasher: Hasher, run: Run) -> Codes:
+def _no_codes(model: SearchModel) -> Codes:
     """Codes of no image, which have a length and an origin."""
-    packed = torch.zeros(0, (hasher.bits + 7) // 8, dtype=torch.uint8)
-    return Codes(packed, hasher.bits, torch.arange(0), run.card()["digest"])
-
-
-def _side(run: Run) -> int:
-    """Pixels a side of the images that the run was trained on."""
-    return run.card()["image_size"][0]
+    packed = torch.zeros(0, (model.bits + 7) // 8, dtype=torch.uint8)
+    return Codes(packed, model.bits, torch.arange(0), model.origin)
 
 
 def _described(data: RetrievalData, split: Split) -> tuple[list[dict[str, Any]] | None, list[str] | None]:

@@ -36,10 +36,13 @@ from robusthash.models.encoding import encode_signs, weights_digest
 from robusthash.models.hasher import Hasher
 from robusthash.models.hub_card import HubCard
 from robusthash.models.hub_folder import fetched, save_folder
-from robusthash.models.saved_hasher import PLAIN, load_exported, names_in, save_exported
+from robusthash.models.saved_hasher import HUB, PLAIN, load_exported, names_in, save_exported
 from robusthash.robustness.evidence.records import RegistryEntry
 
 logger = logging.getLogger(__name__)
+
+PLAIN_QUERY = "the image is of one colour or one fine texture: its code says little, and nothing is its copy"
+_COPY_HASH = "copy-hash"
 
 Item = OneImage
 """An image or, where the model has texts, a text."""
@@ -78,6 +81,25 @@ class SearchModel:
     @property
     def bits(self) -> int:
         return self.hasher.bits
+
+    @cached_property
+    def radius(self) -> int | None:
+        """Bits within which two images count as copies; None but of the packaged hash for copies."""
+        from robusthash.apps.image_hash.copy_hash import RADIUS  # which imports this module
+
+        is_packaged = self.origin == read_json(packaged(_COPY_HASH) / HUB.card)["digest"]
+        return RADIUS[self.bits] if is_packaged else None
+
+    def is_plain(self, pixels: Tensor) -> bool:
+        """True of (3, S, S) pixels in [0, 1] of one colour or one fine texture, of which a hash for copies
+        says little; False of models that have no ``radius``."""
+        from robusthash.apps.image_hash.copy_hash import plain
+
+        return self.radius is not None and bool(plain(pixels[None]))
+
+    def copy_field(self, distance: int, plain: bool) -> dict[str, bool]:
+        """The field ``copy`` of a result: within ``radius`` of a query that is not plain; {} without one."""
+        return {} if self.radius is None else {"copy": distance <= self.radius and not plain}
 
     @cached_property
     def texts(self) -> TextForm | None:
@@ -167,11 +189,24 @@ class SearchModel:
         where: Mapping[str, Any] | None = None,
         modality: str = "image",
     ) -> list[dict[str, Any]]:
-        """The k nearest items of one image or text: ``id``, ``distance`` in bits, ``payload``."""
+        """The k nearest items of one image or text: ``id``, ``distance`` in bits, ``payload``.
+
+        Of a model with a ``radius`` also ``copy``, True within it; never of a query that is plain, which a
+        warning says.
+        """
+        plain = False
+        if self.radius is not None and modality == "image":
+            image = as_input(one_image(image, self.side))
+            plain = self.is_plain(image)
+        if plain:
+            logger.warning(PLAIN_QUERY)
         ranking = index.search(self.encode(image, modality=modality), k, where=where)
         ids = [item for item in ranking.ids[0].tolist() if item >= 0]
         rows = zip(ids, ranking.distances[0].tolist(), index.payload(ids), strict=False)
-        return [{"id": item, "distance": distance, "payload": payload} for item, distance, payload in rows]
+        return [
+            {"id": item, "distance": distance, **self.copy_field(distance, plain), "payload": payload}
+            for item, distance, payload in rows
+        ]
 
     def save(self, directory: str | Path, overwrite: bool = False) -> None:
         """Write weights (safetensors) and a card (JSON) to a folder, which ``load`` reads; no pickle.
@@ -230,39 +265,75 @@ class SearchModel:
         return list(as_input(self.texts.encode(batch)))
 
 
-def load(source: str | Path, device: str = "auto") -> SearchModel:
+def load(source: str | Path, device: str | None = "auto") -> SearchModel:
     """Load a trained model to encode and search with.
 
     Args:
         source: the directory of a run; a folder that ``save`` or ``save_pretrained`` wrote; or the id of an
             entry of ``registry/``, whose weights are looked for among ``runs/`` or in its folder; or
-            ``copy-hash``, the packaged hash for copies (a folder of that name by its absolute path).
-        device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda``, ...
+            ``copy-hash``, the packaged hash for copies (a folder of that name as ``./copy-hash``, or as a
+            ``Path``).
+        device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda``, ...; None is that of the
+            recipe of a run.
 
     Raises:
         RunError: none of these, damaged weights, or an entry whose weights are not there.
         ValueError: a model that hashes neither images of pixels nor texts.
     """
-    folder, device_used = Path(source), choose_device(device)
-    if str(source) == "copy-hash":
-        folder = packaged("copy-hash")
+    place = _place(source)
+    if isinstance(place, Run):
+        return _of_run(place, choose_device(place.config.runtime.device if device is None else device))
+    hasher, card = load_exported(place)
+    texts = card["texts"] and text_form(card["texts"])
+    hasher = hasher.to(choose_device("auto" if device is None else device))
+    return SearchModel(hasher, _side(card), card["digest"], lambda: texts, card.get("files", {}))
+
+
+def run_of(source: str | Path) -> Run | None:
+    """The run that a source of ``load`` is, or that has the weights of its registry entry; None of a saved
+    or packaged model.
+
+    Raises:
+        RunError: none of these.
+    """
+    place = _place(source)
+    return place if isinstance(place, Run) else None
+
+
+def _place(source: str | Path) -> Run | Path:
+    """The run, or the folder of a saved or packaged model."""
+    folder = Path(source)
+    if source == _COPY_HASH:
+        return packaged(_COPY_HASH)
     if not folder.is_dir():
         entry = entry_named(str(source))
         if isinstance(entry, RegistryEntry):
-            return _of_run(run_of_entry(entry), device_used)
+            return run_of_entry(entry)
         folder = folder_of_entry(entry)
     if (folder / "config.yaml").is_file():
-        return _of_run(load_run(folder), device_used)
+        return load_run(folder)
     if names_in(folder) is None:
         none = f"no {PLAIN.card}"
         raise RunError(
             f"{folder} is not a run directory (it has no config.yaml), nor an exported model ({none})"
         )
-    hasher, card = load_exported(folder)
-    texts = card["texts"] and text_form(card["texts"])
-    return SearchModel(
-        hasher.to(device_used), _side(card), card["digest"], lambda: texts, card.get("files", {})
-    )
+    return folder
+
+
+def located(source: str | Path) -> str:
+    """A source of ``load`` that means the same from another working folder: an absolute path, or the name of
+    the packaged model; raises as ``run_of``."""
+    if source == _COPY_HASH:
+        return _COPY_HASH
+    place = _place(source)
+    return str((place.path if isinstance(place, Run) else place).resolve())
+
+
+def is_located(source: str) -> bool:
+    """True where ``located`` gave this source and its model is still there."""
+    folder = Path(source)
+    is_model = (folder / "config.yaml").is_file() or names_in(folder) is not None
+    return source == _COPY_HASH or (folder.is_absolute() and is_model)
 
 
 def _of_run(run: Run, device: torch.device) -> SearchModel:

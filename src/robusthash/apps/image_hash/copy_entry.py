@@ -14,16 +14,14 @@ from torch import Tensor
 
 from robusthash.apps.experiment.search_model import SearchModel, load
 from robusthash.apps.image_hash.copy_hash import NAME, RADIUS
-from robusthash.apps.image_hash.copy_weights import linear_layer
+from robusthash.apps.image_hash.proved_levels import withstand
 from robusthash.core.limited_files import read_json, read_text
 from robusthash.core.packaged_weights import packaged
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.base import as_input
 from robusthash.data.own_data import OneImage, one_image
 from robusthash.data.photos import PHOTOGRAPHS, photograph_path
-from robusthash.models.block_means import COPY_WINDOW
 from robusthash.models.saved_hasher import HUB
-from robusthash.robustness.certificates.linear_codes import most_flips
 from robusthash.robustness.evidence.copy_records import CopyClaim, CopyEntry, PhotographRecord, WithinRadius
 
 LIMITS = (
@@ -260,12 +258,10 @@ def pixels_for(model: SearchModel, images: Iterable[OneImage]) -> Tensor:
 
 def certified_shares(model: SearchModel, pixels: Tensor, claim: CopyClaim) -> dict[int, float]:
     """The shares that a claim certifies, of these images."""
-    bits, within = claim.bits, claim.strictest
-    with torch.inference_mode():
-        logits = model.hasher({"image": pixels})["image"].logits[:, :bits]
-        weights = linear_layer(model.hasher).weight[:bits]
-        flips = {level: most_flips(weights, logits, level / 255, COPY_WINDOW) for level in within.certified}
-    return {level: float((bound <= within.radius).double().mean()) for level, bound in flips.items()}
+    within, held = claim.strictest, {}
+    for level in within.certified:
+        held[level] = withstand(model.hasher, pixels, level / 255, claim.bits, within.radius)
+    return {level: float(each.double().mean()) for level, each in held.items()}
 
 
 def shares_text(shares: Mapping[int, float]) -> str:

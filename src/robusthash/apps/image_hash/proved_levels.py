@@ -14,8 +14,10 @@ from robusthash.apps.image_hash.copy_hash import (
     check_radius,
     copy_model,
 )
+from robusthash.apps.image_hash.copy_weights import linear_layer
 from robusthash.data.base import as_input
 from robusthash.models.block_means import COPY_WINDOW
+from robusthash.models.hasher import Hasher
 from robusthash.robustness.certificates.linear_codes import most_flips
 
 MOST = 16
@@ -37,20 +39,20 @@ def proved_levels(pixels: Tensor, bits: int = 256, radius: int | None = None) ->
     if pixels.shape[1:] != (3, side, side):
         raise ValueError(f"pixels are (N, 3, {side}, {side}), got {tuple(pixels.shape)}")
     levels = range(1, MOST + 1)
-    held = torch.stack([withstand(as_input(pixels), level / 255, bits, radius) for level in levels])
+    hasher, images = copy_model().hasher, as_input(pixels)
+    held = torch.stack([withstand(hasher, images, level / 255, bits, radius) for level in levels])
     return held.cumprod(0).sum(0).tolist()
 
 
-def withstand(images: Tensor, eps: float, bits: int, radius: int) -> Tensor:
+def withstand(hasher: Hasher, images: Tensor, eps: float, bits: int, radius: int) -> Tensor:
     """(N,) bool: no change within ``eps`` moves the hash out of the radius or makes the image plain.
 
     The deviation of the 16 x 16 blocks is a norm, which a change within eps lowers by at most
     eps sqrt(256 / 255).
     """
-    hasher = copy_model().hasher
     with torch.inference_mode():
         logits = hasher({"image": images})["image"].logits[:, :bits]
-        flips = most_flips(hasher.heads["image"].linear.weight[:bits], logits, eps, COPY_WINDOW)
+        flips = most_flips(linear_layer(hasher).weight[:bits], logits, eps, COPY_WINDOW)
     blocks = COPY_WINDOW.numel() // 3
     visible = block_deviation(images) - eps * math.sqrt(blocks / (blocks - 1)) >= PLAIN
     return (flips <= radius) & visible

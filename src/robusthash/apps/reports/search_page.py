@@ -26,6 +26,7 @@ def write_search_page(
         {
             "path": printable(hit["payload"].get("path", f"item {hit['id']}")),
             "distance": hit["distance"],
+            "is_copy": hit.get("copy"),
             "id": hit["id"],
             "picture": picture_of(_file_of(hit["payload"]), max_pixels),
             "about": [

@@ -128,7 +128,8 @@ async def search(
 ) -> dict[str, Any]:
     """The nearest items of an image or a text; the body may be the image alone, with its type.
 
-    ``k``, ``where`` and ``fields`` may come in the form or in the URL.
+    ``k``, ``where`` and ``fields`` may come in the form or in the URL. Of a model that finds copies, each
+    result says whether it is a ``copy``, and ``plain`` is true of an image that tells too little for that.
     """
     working = _working(request)
     service = working.service
@@ -145,13 +146,16 @@ async def search(
     allowed = mapping(where, "where")
     if fields is None and "fields" in await request.form():  # there and empty, which FastAPI takes for absent
         fields = ""
+    plain = False
     if content is not None:
         audits = getattr(request.state, "audits", False)
-        code = await working.query_code(content, request.state.client, audits)
+        code, plain = await working.query_code(content, request.state.client, audits)
     else:
         code = await working.code("text", partial(service.text, str(text)))
-    results = await working.run(partial(service.search, code, k, allowed, names(fields)))
+    results = await working.run(partial(service.search, code, k, allowed, names(fields), plain))
     answer: dict[str, Any] = {"results": results}
+    if service.model.radius is not None:
+        answer["plain"] = plain
     if service.settings.answer == "codes":
         answer["code"] = bytes(code.tolist()).hex()
     return answer

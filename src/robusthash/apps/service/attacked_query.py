@@ -65,7 +65,7 @@ def _attacked(service: SearchService, clean: Tensor, eps: int) -> Tensor:
 def _searched(
     service: SearchService, code: Tensor, image: Tensor, labels: list[Any], item: int | None, k: int
 ) -> dict[str, Any]:
-    results = service.search(code, k + 1, None, None)
+    results = service.search(code, k + 1, None, None, service.model.is_plain(image))
     results = [one for one in results if one["id"] != item][:k]
     for one in results:
         one["relevant"] = _shared(labels, one["payload"]) if labels else None

@@ -66,7 +66,7 @@ class SearchService:
     """A hasher and an index, and the settings of answers; methods may be called from several threads.
 
     Args:
-        run: directory of a run, an exported model, or the id of a registry entry.
+        run: a model, as ``load`` takes it.
         index: address of the index, as ``open_index`` takes it.
         images: folder below which images of items may be shown; None shows none.
         device: as in ``load``.
@@ -176,9 +176,16 @@ class SearchService:
         return as_input(self.model.texts.encode([text]))[0]
 
     def search(
-        self, code: Tensor, k: int, where: Mapping[str, Any] | None, fields: Sequence[str] | None
+        self,
+        code: Tensor,
+        k: int,
+        where: Mapping[str, Any] | None,
+        fields: Sequence[str] | None,
+        plain: bool = False,
     ) -> list[dict[str, Any]]:
         """The nearest items of a packed code, with the fields of their payload that may be shown.
+
+        Of a model that finds copies each says whether it is a copy of the query; none is of a ``plain`` one.
 
         Raises:
             ValueError: a filter by a key that no item has, or by paths of the server's disk.
@@ -194,7 +201,7 @@ class SearchService:
             {
                 **id_fields(item),
                 **_public_key(keys.get(item), payload),
-                **self._distance(distance),
+                **self._distance(distance, plain),
                 "payload": self.public_payload(payload, fields),
             }
             for item, distance, payload in rows
@@ -293,8 +300,13 @@ class SearchService:
             count = index.count()
         limits = {**self.settings.public(), "samples": self.images is not None}
         modalities = list(self.model.hasher.modalities)
-        sizes = {"bits": self.model.bits, "image_size": self.model.side, "modalities": modalities}
+        sizes: dict[str, Any] = {
+            "bits": self.model.bits,
+            "image_size": self.model.side,
+            "modalities": modalities,
+        }
         purified = "image" in self.model.hasher.spec.get("purifiers", {})
+        sizes |= {} if self.model.radius is None else {"copy_radius": self.model.radius}
         return {**sizes, "items": count, "origin": self.model.origin, "purified": purified, "limits": limits}
 
     def public_payload(self, payload: Mapping[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
@@ -319,9 +331,8 @@ class SearchService:
     def _codes(self, packed: Tensor) -> Codes:
         return Codes(packed, self.model.bits, torch.arange(len(packed)), self.model.origin)
 
-    def _distance(self, distance: int) -> dict[str, Any]:
+    def _distance(self, distance: int, plain: bool) -> dict[str, Any]:
         if self.settings.answer == "ids":
             return {}
-        if self.settings.answer == "coarse":
-            return {"distance": distance // self.settings.step * self.settings.step}
-        return {"distance": distance}
+        step = self.settings.step if self.settings.answer == "coarse" else 1
+        return {"distance": distance // step * step, **self.model.copy_field(distance, plain)}

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from robusthash.apps.experiment.index_run import run_of_index
+from robusthash.apps.experiment.index_run import source_of_index
 from robusthash.apps.service.search_service import SearchService
 from robusthash.apps.service.settings import ServiceSettings
 from robusthash.apps.service.tokens import AcceptedTokens, TokenFile
@@ -40,7 +40,7 @@ class Serving:
     def of(
         cls,
         index: str,
-        run: Path | None,
+        run: str | Path | None,
         images: Path | None,
         tokens: Path | None,
         settings: ServiceSettings,
@@ -70,9 +70,9 @@ class Serving:
         home = directory_of(address)
         if home is not None and not home.is_dir():
             raise FileNotFoundError(f"there is no index in {home}; make one with 'robusthash index build'")
-        source = run if run is not None else run_of_index(address).path
+        source = source_of_index(address, run)
         others = [
-            SearchService(run_of_index(path).path, f"file:{path}", settings, images, device or "auto")
+            SearchService(source_of_index(path), f"file:{path}", settings, images, device or "auto")
             for path in compared
         ]
         return cls(SearchService(source, address, settings, images, device or "auto"), held, tuple(others))

@@ -45,8 +45,9 @@ class Working:
             item = await self.run(read)
         return await self.queries.submit(("database" if database else modality, item))
 
-    async def query_code(self, content: bytes, client: str, audits: bool) -> Tensor:
-        """The packed code of an uploaded query image, where the guards let it pass; an audit passes."""
+    async def query_code(self, content: bytes, client: str, audits: bool) -> tuple[Tensor, bool]:
+        """The packed code of an uploaded query image, where the guards let it pass (an audit passes), and
+        whether the image is plain; see ``SearchModel.is_plain``."""
 
         def read() -> tuple[list[Tensor], float]:
             image = self.service.decode(content)
@@ -62,4 +63,4 @@ class Working:
                 await asyncio.sleep(slowed)
         code, *others = await asyncio.gather(*(self.queries.submit(("image", image)) for image in images))
         self.guards.agree(code, others)
-        return code
+        return code, self.service.model.is_plain(images[0])

@@ -43,6 +43,10 @@ function card(hit, choose) {
   const words = [name];
   if (hit.distance !== undefined) words.push("distance " + hit.distance);
   const made = element("li", {}, ...inside, element("p", { textContent: words.join(", ") }));
+  if (hit.copy) {
+    made.className = "relevant";
+    made.append(element("p", { className: "mark", textContent: "✓ copy" }));
+  }
   if (hit.relevant === true || hit.relevant === false) {
     made.className = hit.relevant ? "relevant" : "wrong";
     made.append(element("p", { className: "mark", textContent: hit.relevant ? "✓ same label" : "✗ other label" }));
@@ -91,10 +95,13 @@ async function search() {
   form.set("k", $("k").value);
   if ($("where").value.trim()) form.set("where", $("where").value);
   try {
-    const { results } = await ask("v1/search", { method: "POST", body: form });
+    const { results, plain } = await ask("v1/search", { method: "POST", body: form });
+    const copies = results.filter((hit) => hit.copy).length;
+    const about = plain ? "; the image is of one colour or one fine texture, so none counts as its copy"
+      : results.some((hit) => "copy" in hit) ? `, ${copies} ${copies === 1 ? "copy" : "copies"}` : "";
     show("");
     $("found-title").hidden = false;
-    $("found-title").textContent = results.length ? `${results.length} results` : "Nothing is in the index, or the filter allows nothing";
+    $("found-title").textContent = results.length ? `${results.length} results${about}` : "Nothing is in the index, or the filter allows nothing";
     $("found").replaceChildren(...results.map((hit) => card(hit, chooseItem)));
   } catch (error) { show(error.message); }
 }
@@ -143,7 +150,7 @@ function figuresOf(text) {
 async function state() {
   try {
     const [info, metrics] = await Promise.all([ask("v1/info"), ask("metrics")]);
-    const figures = { ...figuresOf(metrics), "bits": info.bits, "model": info.origin, "version": info.version, "purified queries": info.purified ? "yes" : "no", ...info.limits };
+    const figures = { ...figuresOf(metrics), "bits": info.bits, "model": info.origin, "version": info.version, "purified queries": info.purified ? "yes" : "no", ...(info.copy_radius === undefined ? {} : { "copies within": info.copy_radius + " bits" }), ...info.limits };
     $("figures").replaceChildren(...Object.entries(figures).flatMap(([name, value]) => [element("dt", { textContent: name }), element("dd", { textContent: value })]));
     show("");
   } catch (error) { show(error.message); }
@@ -184,7 +191,7 @@ async function connect() {
   try {
     const info = await ask("v1/info");
     limits = info.limits;
-    $("facts").textContent = `${info.items} items, ${info.bits} bits, ${info.image_size} px`;
+    $("facts").textContent = `${info.items} items, ${info.bits} bits, ${info.image_size} px` + (info.copy_radius === undefined ? "" : `, copies differ in at most ${info.copy_radius} bits`);
     $("k").max = limits.max_k;
     $("text").disabled = !info.modalities.includes("text");
     $("text").closest("label").hidden = $("text").disabled;
