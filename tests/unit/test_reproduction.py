@@ -275,7 +275,7 @@ def test_the_list_says_the_state_of_each_entry(
     [
         (["saat", "table-22"], "did you mean 'table-2'"),
         (["sat"], "did you mean 'saat'"),
-        (["saat", "table-2", "--data-root", "/nowhere"], "/nowhere/ucmerced.jsonl"),
+        (["saat", "table-2", "--set", "hasher.bits=8", "--data-root", "/nowhere"], "/nowhere/ucmerced.jsonl"),
         (["saat", "table-2", "--miniature"], "add --dry-run"),
         (["saah", "table-nag", "--scale", "paper"], "has no paper scale; take --scale small"),
         (["saat", "table-2", "--recipes", "/nowhere"], "/nowhere does not hold the recipes"),

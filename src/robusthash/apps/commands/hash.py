@@ -8,7 +8,7 @@ from robusthash.apps.commands.terminal import note, one_row, progress_bars, repl
 
 _NAMED = 10  # images whose hash says little, on a terminal
 
-HashBits = Annotated[int, Option(help="64, 128 or 256; a shorter hash is the begin of a longer one.")]
+HashBits = Annotated[int, Option(help="64, 128 or 256; a shorter hash is the beginning of a longer one.")]
 
 
 def hash(
@@ -20,7 +20,7 @@ def hash(
         bool,
         Option(
             "--proof",
-            help="Say, too, by how many of 255 levels (0 to 16) values of the image's square of 64 px may "
+            help="Also say by how many of 255 levels (0 to 16) values of the image's square of 64 px may "
             "change, in any way, while it provably still counts as a copy.",
         ),
     ] = False,

@@ -53,7 +53,8 @@ def _print_hits(title: str, hits: list[dict[str, Any]]) -> None:
         rest = {key: value for key, value in hit["payload"].items() if key not in ("path", "path_hex")}
         about = json.dumps(rest, ensure_ascii=False) if rest else ""
         copy = [_COPY[hit["copy"]]] if finds_copies else []
-        rows.append([hit["payload"].get("path", ""), hit["distance"], *copy, hit["id"], about])
+        place = hit["payload"].get("path") or "-"  # items that others added have none
+        rows.append([place, hit["distance"], *copy, hit["id"], about])
     columns = ["path", "distance", *(["copy"] if finds_copies else []), "id", "payload"]
     widths = [max([cell_len(printable(row[at])) for row in rows] + [8]) + 3 for at in range(len(columns))]
     if sum(widths) < console.width:
