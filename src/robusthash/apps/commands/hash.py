@@ -53,8 +53,8 @@ def hash(
         lines = (f"{code}  {one_row(name)}" for name, code in zip(names, codes, strict=True))
         reply(as_json, dict(zip(names, codes, strict=True)), lines)
         return
-    rows = list(zip(names, codes, hashed.proved, strict=True))
+    rows = list(zip(names, hashed.hashes, hashed.proved, strict=True))
     entries = {
-        name: {"hash": code, "plain": name in plain, "proved_level": level} for name, code, level in rows
+        name: {"hash": str(one), "plain": one.plain, "proved_level": level} for name, one, level in rows
     }
-    reply(as_json, entries, (f"{code}  {level:2}  {one_row(name)}" for name, code, level in rows))
+    reply(as_json, entries, (f"{one}  {level:2}  {one_row(name)}" for name, one, level in rows))

@@ -43,7 +43,7 @@ def most_flips(weights: Tensor, logits: Tensor, eps: float, pixel_weights: Tenso
         distances = _distances(logits.double(), component == number)
         costs = distances.square() * scale**2 / budget
         costs = costs.masked_fill(distances > eps * row.abs().sum(), torch.inf)
-        count = torch.arange(costs.shape[1])  # of bits flipped, at the cost beside
+        count = torch.arange(costs.shape[1])  # of bits flipped, for these costs
         flips += (count - _PRICES[:, None, None] * costs).amax(2)
     return flips.amin(0).floor().long()
 
