@@ -14,7 +14,9 @@ def keep(
 ) -> None:
     """Store the results of runs for a repository: small copies without weights, for `table` and its like.
 
-    Of a folder, runs without results are left out and named; a run that is given itself must have some.
+    What an earlier copy has and the run lacks (analyses, say) stays where both are of the same model; it is
+    named. Of a folder, runs without results are left out and named; a run that is given itself must have
+    some.
     """
     from robusthash.apps.experiment import results_copy
     from robusthash.apps.experiment.run_selection import runs_with
@@ -23,4 +25,11 @@ def keep(
     copies = [results_copy.keep(run, out) for run in runs]
     for run in waiting:
         note(f"{run.path} has no results yet and is left out")
-    reply(as_json, {"kept": [str(path) for path in copies]}, copies)
+    for copy in copies:
+        if copy.stayed:
+            note(f"{copy.path}: kept of the earlier copy, as the run lacks it: {', '.join(copy.stayed)}")
+        if copy.removed:
+            note(f"{copy.path}: removed, as it was of another model: {', '.join(copy.removed)}")
+    paths = [str(copy.path) for copy in copies]
+    more = {str(copy.path): {"stayed": copy.stayed, "removed": copy.removed} for copy in copies}
+    reply(as_json, {"kept": paths, "earlier copies": more}, paths)

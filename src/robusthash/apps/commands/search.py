@@ -8,7 +8,15 @@ from rich.cells import cell_len
 from typer import Argument, Option
 
 from robusthash.apps.commands.options import AsJson, Device, Index, IndexRun, MaxPixels, Where, check_page
-from robusthash.apps.commands.terminal import console, note, print_json, print_lines, print_table, printable
+from robusthash.apps.commands.terminal import (
+    answers,
+    note,
+    one_row,
+    print_json,
+    print_lines,
+    print_table,
+    printable,
+)
 
 _COPY = {True: "copy", False: "no copy"}
 
@@ -57,9 +65,8 @@ def _print_hits(title: str, hits: list[dict[str, Any]]) -> None:
         rows.append([place, hit["distance"], *copy, hit["id"], about])
     columns = ["path", "distance", *(["copy"] if finds_copies else []), "id", "payload"]
     widths = [max([cell_len(printable(row[at])) for row in rows] + [8]) + 3 for at in range(len(columns))]
-    if sum(widths) < console.width:
+    if sum(widths) < answers.width:
         print_table(title, columns, rows)
         return
     note(f"{title}: {', '.join(columns)}")
-    for row in rows:
-        note("  ".join(str(cell) for cell in row if cell != ""))
+    print_lines("  ".join(one_row(cell) for cell in row if cell != "") for row in rows)
