@@ -82,8 +82,8 @@ def test_a_build_says_how_few_codes_are_different(trained, call, library, tmp_pa
 def test_the_picture_comes_back(call, add, tmp_path, library):
     best = found(call, tmp_path / "ix", library / "dogs/d.png")[0]
     assert best == {"id": 3, "distance": 0, "payload": {"path": str(library / "dogs/d.png")}}
-    err = call("search", tmp_path / "ix", library / "dogs/d.png")[2]
-    table = [line.split("│")[1:-1] for line in err.splitlines() if "│" in line]
+    out = call("search", tmp_path / "ix", library / "dogs/d.png")[1]
+    table = [line.split("│")[1:-1] for line in out.splitlines() if "│" in line]
     assert [cell.strip() for cell in table[0]][:3] == [str(library / "dogs/d.png"), "0", "3"]
 
 

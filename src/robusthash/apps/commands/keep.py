@@ -30,6 +30,6 @@ def keep(
             note(f"{copy.path}: kept of the earlier copy, as the run lacks it: {', '.join(copy.stayed)}")
         if copy.removed:
             note(f"{copy.path}: removed, as it was of another model: {', '.join(copy.removed)}")
-    paths = [str(copy.path) for copy in copies]
+    kept = [str(copy.path) for copy in copies]
     more = {str(copy.path): {"stayed": copy.stayed, "removed": copy.removed} for copy in copies}
-    reply(as_json, {"kept": paths, "earlier copies": more}, paths)
+    reply(as_json, {"kept": kept, "earlier copies": more}, kept)
