@@ -114,6 +114,8 @@ def _refuse(error: Exception) -> None:
         expected, text = True, _memory_error(error)
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror  # a text of ours, which "[Errno 2]" explains to nobody
     elif isinstance(error, KeyError) and error.args and " " in str(error.args[0]):
         text = str(error.args[0])
     else:
