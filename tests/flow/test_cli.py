@@ -470,7 +470,7 @@ def test_poison_attacks_the_database(call, trained, tmp_path):
     )
     assert code == 0
     assert out.splitlines()[-1] == str(kept)
-    assert "20 of 200 items" in err.replace("\n", " ")
+    assert "20 of 200 items" in out.replace("\n", " ")
     chosen = "{name: dsarh, eps: 4/255, steps: 2}"
     code, out, _ = call(
         "poison", trained, "--threat", "db-perturb", "--attack", chosen, "--share", 1, "--json"
