@@ -12,13 +12,15 @@ from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.objectives.shallow.base import TrainingFeatures, ridge, solve
 from robusthash.objectives.shallow.cmfh import CMFH
-from robusthash.objectives.shallow.cosdish import square_codes
-from robusthash.objectives.shallow.cvh import CVH
-from robusthash.objectives.shallow.dlfh import discrete_likelihood, raise_codes
+from robusthash.objectives.shallow.correlations import CVH, SCM
+from robusthash.objectives.shallow.discrete_codes import SDH, square_codes
 from robusthash.objectives.shallow.itq import ITQ
-from robusthash.objectives.shallow.lfh import factor_likelihood, raise_factors
-from robusthash.objectives.shallow.scm import SCM
-from robusthash.objectives.shallow.sdh import SDH
+from robusthash.objectives.shallow.latent_factors import (
+    discrete_likelihood,
+    factor_likelihood,
+    raise_codes,
+    raise_factors,
+)
 from robusthash.objectives.shallow.seph import divergence
 
 DRAWS = Draws(0, ("test",))

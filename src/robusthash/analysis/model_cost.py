@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from robusthash.core.types import Inputs
+from robusthash.models.encoding import plain_attention
 from robusthash.models.hasher import Hasher, frozen
-from robusthash.models.plain_attention import plain_attention
 
 Work = Callable[[], object]
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robusthash.core.packaged_weights import packaged
+from robusthash.core.runtime import packaged
 from robusthash.data.base import RetrievalData, TextForm
 from robusthash.data.image_files import ImageFile, ImageOptions, decode
 from robusthash.data.splits import Indices, assemble, compact

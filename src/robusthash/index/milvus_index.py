@@ -10,13 +10,11 @@ from typing import Any, NoReturn, final
 
 import numpy as np
 
-from robusthash.index.checked_input import checked_keys
+from robusthash.index.checked_input import NewItems, Which, check_origin, checked_keys, planned
 from robusthash.index.index_address import ServerAddress
-from robusthash.index.milvus_connection import MilvusConnection
+from robusthash.index.milvus_connection import MilvusConnection, WriterLock
 from robusthash.index.milvus_scan import Scan, condition, in_list
-from robusthash.index.milvus_writers import WriterLock
-from robusthash.index.new_items import NewItems, Which, check_origin, planned
-from robusthash.index.payload_terms import digest, terms
+from robusthash.index.payload_filter import digest, terms
 from robusthash.index.server_index import FORMAT, Allowed, ServerIndex
 
 _TEXT = 65_535  # bytes of a text, of Milvus

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.damaged_files import RunError
+from robusthash.core.limited_files import RunError
 from robusthash.models.hub_card import HubCard
 from robusthash.models.saved_hasher import HUB, load_exported, names_in, save_exported
 

@@ -13,9 +13,9 @@ from robusthash.core.registry import build, register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, LossTerms
 from robusthash.data.base import RetrievalData, Split, batches
-from robusthash.models.feature_vectors import UnchangedValues
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.models.heads import KernelHead, LinearHead
+from robusthash.models.image_encoders import UnchangedValues
 from robusthash.objectives.base import HashObjective
 from robusthash.objectives.shallow.base import Projection, ShallowMethod, solve
 from robusthash.training.recipe import Moment, Recipe, check_modalities, train_facts

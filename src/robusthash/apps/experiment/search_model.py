@@ -24,8 +24,7 @@ from robusthash.apps.experiment.run_directory import TEXTS, Run, RunError, load_
 from robusthash.core.hamming import pack
 from robusthash.core.limited_files import read_json
 from robusthash.core.out_of_memory import halving, warn
-from robusthash.core.packaged_weights import packaged
-from robusthash.core.runtime import Progress, choose_device, silent
+from robusthash.core.runtime import Progress, choose_device, packaged, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, TextForm, as_input
 from robusthash.data.image_files import OnError
