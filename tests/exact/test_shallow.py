@@ -13,8 +13,7 @@ from robusthash.core.runtime import Draws
 from robusthash.objectives.shallow.base import TrainingFeatures, ridge, solve
 from robusthash.objectives.shallow.cmfh import CMFH
 from robusthash.objectives.shallow.correlations import CVH, SCM
-from robusthash.objectives.shallow.discrete_codes import SDH, square_codes
-from robusthash.objectives.shallow.itq import ITQ
+from robusthash.objectives.shallow.discrete_codes import ITQ, SDH, square_codes
 from robusthash.objectives.shallow.latent_factors import (
     discrete_likelihood,
     factor_likelihood,

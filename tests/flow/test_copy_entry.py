@@ -22,7 +22,7 @@ import robusthash as rh
 from robusthash.apps.image_hash import copy_entry, everyday_changes
 from robusthash.apps.image_hash.copy_hash import RADIUS
 from robusthash.core.limited_files import RunError
-from robusthash.models.hub_card import HubCard
+from robusthash.models.hub_folder import HubCard
 from robusthash.robustness.evidence.records import load_any_entry
 from tests.flow.conftest import Call
 

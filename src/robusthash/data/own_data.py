@@ -17,7 +17,7 @@ from robusthash.core.types import Inputs
 from robusthash.data.base import ArraySource, RetrievalData, Source, as_input, content_hash
 from robusthash.data.image_files import pixels_of, read_image
 from robusthash.data.image_text import TextOptions
-from robusthash.data.own_labels import Labels, read_labels
+from robusthash.data.label_cells import Labels, read_labels
 from robusthash.data.splits import Indices, SplitOptions, assemble, hash_pixels, sampled_split
 
 OneImage = str | Path | Image.Image | np.ndarray | Tensor

@@ -23,7 +23,7 @@ from robusthash.core.types import HashOutput, Inputs, Outputs
 from robusthash.models.purifier import ProxyBackward
 
 if TYPE_CHECKING:
-    from robusthash.models.hub_card import HubCard
+    from robusthash.models.hub_folder import HubCard
 
 Defense = Literal["plain", "adversarial", "gate", "mask", "purifier", "randomised", "detector"]
 """Defense classes of this package; the file of another defense registers its own as kind ``adaptive``."""

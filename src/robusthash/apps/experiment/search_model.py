@@ -33,8 +33,7 @@ from robusthash.data.own_data import OneImage, one_image
 from robusthash.index import CodeIndex
 from robusthash.models.encoding import encode_signs, weights_digest
 from robusthash.models.hasher import Hasher
-from robusthash.models.hub_card import HubCard
-from robusthash.models.hub_folder import fetched, save_folder
+from robusthash.models.hub_folder import HubCard, fetched, save_folder
 from robusthash.models.saved_hasher import HUB, PLAIN, load_exported, names_in, save_exported
 from robusthash.robustness.evidence.records import RegistryEntry
 
