@@ -211,16 +211,12 @@ def attribute_bands(
 def _images(context: EvaluationContext, worth: str) -> Tensor:
     """All queries of the context, on the victim's device."""
     if context.direction[0] != "image":
-        raise ValueError(
-            f"frequency bands are those of images, and these queries are {context.direction[0]}s"
-        )
+        raise ValueError(f"frequency bands are of images, and these queries are {context.direction[0]}s")
     if worth not in ("tau", "ap"):
         raise ValueError(f"worth must be 'tau' or 'ap', got {worth!r}")
     images = context.queries.batch(torch.arange(len(context.queries))).inputs["image"]
     if images.ndim != 4:
-        raise ValueError(
-            f"frequency bands need pixels, and queries are features of shape {tuple(images.shape)}"
-        )
+        raise ValueError(f"frequency bands need pixels, not features of shape {tuple(images.shape)}")
     return images.to(context.victim.device)
 
 

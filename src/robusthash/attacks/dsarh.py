@@ -177,9 +177,7 @@ class FeatureAgreement(Loss):
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         if not isinstance(guidance, FeatureGuidance):
-            raise ValueError(
-                "this loss needs a direction in feature space: the guide of 'dsarh' with features"
-            )
+            raise ValueError("this loss needs a direction in feature space: the guide 'dsarh' with features")
         features = _unit_features(probe.outputs)
         terms = [(values * guidance.features[name]).sum(1) for name, values in features.items()]
         return Agreement()(probe, guidance) + self.weight * torch.stack(terms).mean(0)

@@ -126,9 +126,7 @@ class TargetGenerator(Guide):
 
     def __post_init__(self) -> None:
         if min(self.hidden, self.width, self.steps) < 1:
-            raise ValueError(
-                f"hidden, width and fit_steps from 1, got {self.hidden}, {self.width}, {self.steps}"
-            )
+            raise ValueError(f"hidden, width, fit_steps from 1: {self.hidden}, {self.width}, {self.steps}")
         _ = self.schedule  # or refused
 
     def under(self, threat: Threat) -> TargetGenerator:
@@ -197,13 +195,9 @@ class TargetGenerator(Guide):
         if data.train.labels is None:
             raise ValueError(f"{data.name} has no training labels, which a targeted generator learns from")
         if "image" not in data.modalities or len(data.image_size) != 2:
-            raise ValueError(
-                f"a generator paints pixels, and {data.name} has {list(data.modalities)} without"
-            )
+            raise ValueError(f"a generator paints pixels; {data.name} has {list(data.modalities)} without")
         if self.texts and "text" not in data.modalities:
-            raise ValueError(
-                f"TA-DCH's targets are a label set and a text, and {data.name} has no texts; take pros-gan"
-            )
+            raise ValueError(f"TA-DCH needs texts, and {data.name} has no texts; take pros-gan")
         return data.train.labels
 
     def _new(self, classes: int, bits: int, data: RetrievalData, draws: Draws) -> TargetNets:

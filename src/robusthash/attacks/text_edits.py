@@ -233,9 +233,7 @@ def nearest_tokens(embedding: Tensor, usable: Tensor, k: int = 8) -> Candidates:
     """
     count = int(usable.sum())
     if not 1 <= k < count:
-        raise ValueError(
-            f"{k} candidates for each token need more than {max(k, 1)} usable tokens, not {count}"
-        )
+        raise ValueError(f"{k} candidates a token need more than {max(k, 1)} usable tokens, not {count}")
     unit = nn.functional.normalize(embedding.detach().to("cpu", torch.float64), dim=1)
     ids = torch.nonzero(usable.cpu()).flatten()
     table = torch.arange(len(embedding))[:, None].repeat(1, k)

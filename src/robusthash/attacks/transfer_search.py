@@ -77,9 +77,7 @@ class TransferSteps(Search):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0.0 <= self.diversity <= 1.0 or not 0.0 < self.shrink <= 1.0:
-            raise ValueError(
-                f"diversity lies in [0, 1], shrink in (0, 1], got {self.diversity}, {self.shrink}"
-            )
+            raise ValueError(f"diversity lies in [0, 1], shrink in (0, 1]: {self.diversity}, {self.shrink}")
         if not self.step_size > 0 or not self.radius > 0:
             raise ValueError(f"shares of eps above 0 are needed, got {self.step_size}, {self.radius}")
         if self.smoothing and self.smoothing % 2 == 0:

@@ -99,9 +99,7 @@ def _name(make: Callable[..., Any]) -> dict[str, str]:
 
 def _named_code(value: Callable[..., Any]) -> dict[str, str]:
     if not isinstance(value, type) and (not inspect.isfunction(value) or "<" in value.__qualname__):
-        raise TypeError(
-            f"{value!r} has no name to identify it by; write it as a function of a module or a dataclass"
-        )
+        raise TypeError(f"{value!r} has no name to identify it by; use a function of a module or a dataclass")
     return _name(value)
 
 

@@ -186,9 +186,7 @@ def read_labels(
     if all(isinstance(row, np.ndarray | Tensor) and row.ndim == 1 for row in rows):
         widths = sorted({len(row) for row in rows})
         if len(widths) > 1:
-            raise ValueError(
-                f"multi-hot labels of {widths[0]} and of {widths[-1]} columns; give lists instead"
-            )
+            raise ValueError(f"multi-hot labels of {widths[0]} and {widths[-1]} columns; give lists instead")
         return _columns(np.stack([np.asarray(row) for row in rows]), names)
     several = [isinstance(row, list | tuple | set | frozenset) for row in rows]
     if any(several):

@@ -111,9 +111,7 @@ def _labels(folder: Path, numbers: list[int], concepts: int) -> tuple[Tensor, tu
     for column, path in enumerate(lists):
         for line in lines_of(path):
             if not line.isdecimal() or not 1 <= int(line) <= _COMPLETE:
-                raise ValueError(
-                    f"{path} should hold one image number a line, 1 to 25000, and holds {line!r}"
-                )
+                raise ValueError(f"{path} should hold one image number a line, 1 to 25000, not {line!r}")
             if int(line) in row:  # a partial set has only some of the images
                 labels[row[int(line)], column] = 1
     if empty := [path.stem for path, count in zip(lists, labels.sum(0).tolist(), strict=True) if count == 0]:

@@ -143,9 +143,7 @@ def _captions(root: Path, name: str) -> dict[int, tuple[str, ...]]:
 def _karpathy_split(file: str | Path | None, numbers: Tensor) -> Indices:
     """The split that ``dataset_coco.json`` writes down."""
     if file is None or not Path(file).is_file():
-        raise FileNotFoundError(
-            f"split='dsarh' needs karpathy=, the file dataset_coco.json of Karpathy: {file}"
-        )
+        raise FileNotFoundError(f"split='dsarh' needs karpathy=, the file dataset_coco.json: {file}")
     try:
         images = read_json(file, _ANNOTATIONS, depth=None)["images"]
         part = {image["cocoid"]: image["split"] for image in images}

@@ -107,9 +107,7 @@ def _most_frequent(folder: Path, images: int, concepts: int) -> tuple[Tensor, tu
     """(N, concepts) labels of the concepts with most images, in alphabetical order of their names."""
     files = sorted(folder.glob("Labels_*.txt"))
     if not 1 <= concepts <= len(files):
-        raise ValueError(
-            f"concepts must lie in 1..{len(files)}, the files of {folder}, got {concepts}; {_TRUTH}"
-        )
+        raise ValueError(f"concepts must lie in 1..{len(files)} ({folder}), got {concepts}; {_TRUTH}")
     marks = {path.stem.removeprefix("Labels_"): _marks(path, images) for path in files}
     frequent = sorted(sorted(marks, key=lambda name: (-int(marks[name].sum()), name))[:concepts])
     if empty := [name for name in frequent if not marks[name].any()]:
@@ -121,9 +119,7 @@ def _marks(path: Path, count: int) -> np.ndarray:
     """(N,) bool of a file with 0 or 1 on each line, whatever its line ends."""
     marks = np.frombuffer(path.read_bytes().translate(None, b" \t\r\n"), dtype=np.uint8) - ord("0")
     if len(marks) != count or (marks > 1).any():
-        raise ValueError(
-            f"{path} should hold {count} lines of 0 or 1, as the image list, and has {len(marks)}"
-        )
+        raise ValueError(f"{path} should hold {count} lines of 0 or 1, as the image list, not {len(marks)}")
     return marks == 1
 
 
@@ -167,9 +163,7 @@ def _tag_row(line: str, name: str) -> np.ndarray:
     if len(fields) == _TAG_COUNT + 1:
         _check_photo(fields.pop(0), name)
     if len(fields) != _TAG_COUNT or not set(fields) <= {"0", "1"}:
-        raise ValueError(
-            f"the tags of {name} should be 1000 of 0 or 1, and are {len(fields)} fields; {_TAGS}"
-        )
+        raise ValueError(f"the tags of {name} should be 1000 of 0 or 1, are {len(fields)} fields; {_TAGS}")
     return np.array(fields) == "1"
 
 
@@ -186,6 +180,4 @@ def _raw_tags(path: Path, listed: list[str]) -> list[tuple[str, ...]]:
 def _check_photo(photo: str, name: str) -> None:
     """The image list names ``actor/0001_2124494179.jpg`` where a line of tags begins with 2124494179."""
     if Path(name).stem.rpartition("_")[2] != photo:
-        raise ValueError(
-            f"the tags of photo {photo} are paired with {name}: the files are not in the same order"
-        )
+        raise ValueError(f"the tags of photo {photo} stand at {name}: the files differ in order")

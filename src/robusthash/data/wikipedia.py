@@ -135,9 +135,7 @@ def _joined(parts: dict[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor]
     for name in ("image", "text"):
         train, test = parts[f"{name}_train"], parts[f"{name}_test"]
         if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
-            raise ValueError(
-                f"{path}: {name} features should be matrices, got {train.shape} and {test.shape}"
-            )
+            raise ValueError(f"{path}: {name} features must be matrices, got {train.shape} and {test.shape}")
         arrays[name] = torch.from_numpy(np.concatenate([train, test]).astype(np.float32))
         if not torch.isfinite(arrays[name]).all():
             raise ValueError(f"{path}: {name} features hold NaN or infinite values")

@@ -302,9 +302,7 @@ def make_context(
     protocol = load_protocol(protocol)
     direction = direction or (victim.modalities[0], victim.modalities[0])
     if direction[0] not in victim.modalities or direction[1] not in victim.modalities:
-        raise ValueError(
-            f"direction {direction} needs modalities that this hasher lacks; its: {victim.modalities}"
-        )
+        raise ValueError(f"direction {direction} needs modalities beyond this hasher's: {victim.modalities}")
     split, chosen = data.query, "all"
     if queries is not None:
         positions = stable_subset(split, queries)

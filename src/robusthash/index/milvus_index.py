@@ -281,9 +281,7 @@ def _check_sizes(new: NewItems) -> None:
                 raise ValueError(f"Milvus keeps a {what} of up to {_TEXT} bytes, got {text!r:.60}...")
     for payload in new.payload or ():
         if (count := len(terms(payload))) > _TERMS:
-            raise ValueError(
-                f"Milvus filters by up to {_TERMS} values an item, got {count}: {payload:.60}..."
-            )
+            raise ValueError(f"Milvus filters by at most {_TERMS} values an item: {count}: {payload:.60}...")
 
 
 def _rows(

@@ -64,9 +64,7 @@ def normal_form(text: str) -> str:
 def check_key(key: Any) -> None:
     """Refuse payload keys that a JSON path, which knows no escapes inside a quoted key, could not find."""
     if not (isinstance(key, str) and _KEY.fullmatch(key)):
-        raise ValueError(
-            f"payload keys are text without quotes, backslashes and control marks, got {key!r:.60}"
-        )
+        raise ValueError(f"payload keys are text without quotes, backslashes, controls, got {key!r:.60}")
 
 
 def json_path(key: str) -> str:

@@ -89,9 +89,7 @@ def _numbers(path: Path, key: str, array: np.ndarray) -> np.ndarray:
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
-        raise ValueError(
-            f"{path}: {key!r} holds {bad} NaN or infinite values; the program that made it diverged"
-        )
+        raise ValueError(f"{path}: {key!r} holds {bad} NaN or infinite values; the model diverged")
     return array
 
 
@@ -182,9 +180,7 @@ def _labels(path: Path, array: np.ndarray) -> Tensor:
             raise ValueError(f"{path}: 'labels' holds the class {classes.min()}; classes are 0 or above")
         return torch.from_numpy(classes)
     if array.ndim != 2 or array.shape[1] == 0:
-        raise ValueError(
-            f"{path}: 'labels' must be (N,) classes or (N, C) multi-hot, got shape {array.shape}"
-        )
+        raise ValueError(f"{path}: 'labels' must be (N,) classes or (N, C) multi-hot, got {array.shape}")
     if array.shape[1] == 1:
         raise ValueError(
             f"{path}: 'labels' of shape {array.shape} are classes in a column, or a single label that items "

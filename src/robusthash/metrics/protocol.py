@@ -257,9 +257,7 @@ def _values(measure: Measure, profile: Profile, legacy: dict[str, Tensor]) -> Te
     match measure.base:
         case "MAP" if measure.ties == "legacy":
             if measure.name not in legacy:
-                raise ValueError(
-                    f"{measure.name} in legacy order depends on the row order; score the codes, not a profile"
-                )
+                raise ValueError(f"{measure.name} in legacy order: score the codes, not a profile")
             return legacy[measure.name]
         case "MAP":
             assert denominator != "first-k-relevant"  # Protocol.parse allows it in legacy order only
@@ -318,7 +316,7 @@ def _assert_possible(name: str, values: Tensor, profile: Profile) -> None:
     if below.any():
         first = int(torch.nonzero(below)[0])
         raise ArithmeticError(
-            f"{name} of query {first} is {float(values[first])}, below the least that any order can have"
+            f"{name} of query {first} is {float(values[first])}, below the least of any order"
         )
 
 

@@ -230,9 +230,7 @@ def fetched(source: str | Path, revision: str | None = None, token: str | None =
     try:
         return Path(hub.snapshot_download(str(source), revision=revision, token=token, allow_patterns=files))
     except Exception as error:  # the library has errors of several families
-        raise RunError(
-            f"there is no folder {source}, and the hub does not give {source}: {_reason(error)}"
-        ) from None
+        raise RunError(f"no folder {source}, and the hub does not give it: {_reason(error)}") from None
 
 
 def load_folder(source: str | Path, revision: str | None = None, token: str | None = None) -> Hasher:

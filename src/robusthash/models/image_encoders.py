@@ -50,9 +50,7 @@ class ImageEncoder(Encoder):
     ) -> None:
         super().__init__()
         if enlarge is not None and enlarge < smallest:
-            raise ValueError(
-                f"enlarge must be at least {smallest} px, which this encoder needs, got {enlarge}"
-            )
+            raise ValueError(f"enlarge must be at least {smallest} px for this encoder, got {enlarge}")
         self.normalise = Normalise(*statistics)
         self.trunk = trunk
         self.width = width
@@ -72,14 +70,10 @@ class ImageEncoder(Encoder):
         got = f"px, and these have {height} x {width}"
         if min(height, width) < self.smallest:
             least = self.smallest
-            raise ValueError(
-                f"{net} needs images of at least {least} {got}; set the data's size to {least} or more"
-            )
+            raise ValueError(f"{net} needs images of at least {least} {got}; set size to {least} or more")
         if self.exact is not None and (height, width) != (self.exact, self.exact):
             takes = f"takes images of {self.exact} x {self.exact} {got}"
-            raise ValueError(
-                f"{net} {takes}; set the data's size to {self.exact}, or the encoder's to theirs"
-            )
+            raise ValueError(f"{net} {takes}; set the data's size to {self.exact}, or the encoder's")
 
 
 def _block(inputs: int, outputs: int) -> list[nn.Module]:

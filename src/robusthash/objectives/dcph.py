@@ -74,9 +74,7 @@ class DCPH(HashObjective):
 
     def setup(self, facts: TrainFacts) -> None:
         if facts.labels is not None and bool((facts.labels > 0).all()):
-            raise ValueError(
-                "dcph needs a class that some training item is not of, and all items have every label"
-            )
+            raise ValueError("dcph needs a class that some training item lacks; all items have every label")
         draws, device = Draws(facts.seed, ("dcph",)), self.class_codes.device
         self.class_codes = spread_codes(facts.classes, facts.bits, self.steps, self.hidden, draws).to(device)
 

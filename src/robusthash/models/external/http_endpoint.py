@@ -142,9 +142,7 @@ class Endpoint:
         try:
             import httpx  # noqa: F401 - a missing extra is reported before the first query
         except ImportError as error:
-            raise ImportError(
-                f"endpoints need an extra: pip install 'robusthash[audit]' ({error})"
-            ) from error
+            raise ImportError(f"endpoints need: pip install 'robusthash[audit]' ({error})") from error
         self._exchanger = Exchanger(self.url, self.headers, self.timeout, _LARGEST)
         self._answer_cache = None if self.cache is None else AnswerCache(self.cache, self.url)
         if self._answer_cache is not None:
@@ -371,9 +369,7 @@ def _in_bits(texts: Sequence[str], url: str) -> bool:
     if digits <= set("01"):
         return True
     if digits <= set("0123456789"):
-        raise Broken(
-            f"{url} answered the code {texts[0][:40]!r}, a decimal number; give hex digits, or a list"
-        )
+        raise Broken(f"{url} answered the code {texts[0][:40]!r}, a decimal number; give hex digits")
     return False
 
 

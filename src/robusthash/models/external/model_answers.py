@@ -56,9 +56,7 @@ class AnswerReading:
         if self.metric not in (None, *METRICS):
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if self.metric and self.output in ("logits", "signs"):
-            raise ValueError(
-                f"bits have no {self.metric} distance; leave the metric out, or say output float"
-            )
+            raise ValueError(f"bits know no {self.metric} distance; leave it out, or set output float")
 
     @property
     def declared(self) -> Output:
@@ -128,9 +126,7 @@ def _select(answer: Any, name: str, output: str | None) -> Any:
     elif output is None:
         return answer
     else:
-        raise Broken(
-            f"{name} answers one {type(answer).__name__}, no output {output!r}; leave --output-name out"
-        )
+        raise Broken(f"{name} answers one {type(answer).__name__}, no {output!r}; leave --output-name out")
     if output is None and len(parts) == 1:
         return next(iter(parts.values()))
     if output in parts:
@@ -168,9 +164,7 @@ def form_of(answer: Tensor, name: str) -> Form:
         hint = ""
         if answer.dtype == torch.int8:
             hint = "; signed bytes become uint8 by + 128 where 128 was taken off, else by .view(uint8)"
-        raise Broken(
-            f"{name} answered whole numbers {bounds}; codes are bool, 0/1, -1/+1 or uint8 bytes{hint}"
-        )
+        raise Broken(f"{name} answered whole numbers {bounds}; codes are bool, 0/1, -1/+1 or bytes{hint}")
     if no_logits(answer):
         return "embedding"
     return "probabilities" if least >= 0 else "numbers"

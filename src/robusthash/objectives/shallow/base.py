@@ -113,9 +113,7 @@ def solve(
     scales = {modality: float(rows.square().mean().sqrt()) for modality, rows in centred.items()}
     for modality, scale in scales.items():
         if scale == 0:
-            raise ValueError(
-                f"all training items have the same {modality} features, so no bit can tell them apart"
-            )
+            raise ValueError(f"all training items have the same {modality} features; bits cannot differ")
     scaled = {modality: rows / scales[modality] for modality, rows in centred.items()}
     known = TrainingFeatures(scaled, None if labels is None else labels.cpu().double(), bits, draws)
     functions = method.fit(known)
@@ -133,16 +131,12 @@ def _check_modalities(name: str, expected: int, modalities: list[str]) -> None:
             "hasher.image and hasher.text, and texts for the data"
         )
     if expected == 1 and len(modalities) != 1:
-        raise ValueError(
-            f"{name} hashes one modality, and here are {' and '.join(modalities)}; leave one encoder out"
-        )
+        raise ValueError(f"{name} hashes one modality, not {' and '.join(modalities)}; leave one encoder out")
 
 
 def _check_labels(name: str, labels: Tensor | None, pairwise: bool) -> None:
     if labels is None:
-        raise ValueError(
-            f"{name} is supervised, and the training items have no labels; itq and cvh need none"
-        )
+        raise ValueError(f"{name} is supervised, and the training items have no labels; itq, cvh need none")
     if not (labels > 0).any():
         raise ValueError(f"{name} is supervised, and no training item has a label")
     kinds = torch.unique((labels > 0).float(), dim=0)

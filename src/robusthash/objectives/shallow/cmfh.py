@@ -37,9 +37,7 @@ class CMFH(ShallowMethod):
     def __init__(self, share: float = 0.5, mu: float = 100.0, gamma: float = 0.01, rounds: int = 25) -> None:
         if not 0 < share < 1 or mu <= 0 or gamma <= 0 or rounds < 1:
             values = f"share {share:g}, mu {mu:g}, gamma {gamma:g}, rounds {rounds}"
-            raise ValueError(
-                f"CMFH needs a share between 0 and 1, mu and gamma above 0, and a round; got {values}"
-            )
+            raise ValueError(f"CMFH needs share in (0, 1), mu and gamma above 0, and a round; got {values}")
         self.share = share
         self.mu = mu
         self.gamma = gamma

@@ -75,9 +75,7 @@ def model_checks(
     """
     modality = context.direction[0]
     if modality not in threat.balls:
-        raise ValueError(
-            f"{threat.name} leaves the {modality} queries of this direction alone; nothing to check"
-        )
+        raise ValueError(f"{threat.name} leaves {modality} queries alone; nothing to check")
     if queries < 1 or steps < 2:
         raise ValueError(f"checks need at least 1 query and 2 steps, got {queries} and {steps}")
     threat = Threat({modality: threat.balls[modality]}, "W2")
