@@ -72,11 +72,3 @@ class CMFH(ShallowMethod):
         terms = zip(shares, parts, factors, weights, strict=True)
         outer = sum((a * (x @ u.T + self.mu * x @ w) for a, x, u, w in terms), torch.zeros(()))
         return torch.linalg.solve(inner, outer.T).T
-
-    def value(self, parts: list[Tensor], y: Tensor, factors: list[Tensor], weights: list[Tensor]) -> float:
-        """The objective, which no step raises."""
-        total = self.gamma * y.square().sum()
-        for a, x, u, w in zip((self.share, 1.0 - self.share), parts, factors, weights, strict=True):
-            fit = (x - y @ u).square().sum() + self.mu * (y - x @ w).square().sum()
-            total = total + a * (fit + self.gamma * (u.square().sum() + w.square().sum()))
-        return float(total)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
@@ -15,13 +14,6 @@ from robusthash.objectives.shallow.base import (
     random_signs,
     ridge,
 )
-
-
-def factor_likelihood(factors: Tensor, similar: Tensor, beta: float) -> float:
-    """sum_{i != j} [S_ij T_ij - softplus(T_ij)] - ||U||^2 / (2 beta), T = U U^T / 2; what LFH raises."""
-    theta = factors @ factors.T / 2
-    terms = similar * theta - softplus(theta)
-    return float(terms.sum() - terms.diagonal().sum() - factors.square().sum() / (2 * beta))
 
 
 def raise_factors(factors: Tensor, similar: Tensor, beta: float) -> Tensor:
@@ -71,12 +63,6 @@ class LFH(ShallowMethod):
         for _ in range(self.rounds):
             factors = raise_factors(factors, similar, self.beta)
         return {modality: ridge(x, sign(factors), self.gamma)}
-
-
-def discrete_likelihood(codes: Tensor, others: Tensor, similar: Tensor, lam: float) -> float:
-    """sum_ij [S_ij T_ij - softplus(T_ij)], T = (lam / K) U V^T; what DLFH raises."""
-    theta = lam / codes.shape[1] * codes @ others.T
-    return float((similar * theta - softplus(theta)).sum())
 
 
 def raise_codes(codes: Tensor, others: Tensor, similar: Tensor, lam: float) -> Tensor:
