@@ -200,8 +200,7 @@ def read_npz(path: str | Path | IO[bytes], keys: Sequence[str] | None = None) ->
 
     Raises:
         OSError: no such file.
-        ValueError: no such file format, damaged or beyond the limits, or objects that would run code;
-            the caller names the file.
+        ValueError: another format, damaged, beyond the limits, or objects that would run code.
     """
     if isinstance(path, str | Path):
         with regular(path).open("rb") as file:

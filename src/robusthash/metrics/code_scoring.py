@@ -117,8 +117,7 @@ def _codes(path: Path, array: np.ndarray, bits_array: np.ndarray | None) -> tupl
 def _refuse_words(path: Path, array: np.ndarray, bits: int | None) -> None:
     """Refuse codes packed into words or into bytes of another type, with the line that makes bytes of them.
 
-    Where bits lie in a word, and a top bit that is flipped in all codes, change no distance as long as both
-    files are made alike.
+    The place of bits in a word, and a top bit flipped in all codes, change no distance in files made alike.
     """
     if array.dtype.kind not in "iu" or array.dtype == np.uint8 or array.size == 0 or array.ndim not in (1, 2):
         return

@@ -47,8 +47,7 @@ class HubCard:
 
     Args:
         name: of the model.
-        licence: identifier of the hub, such as ``apache-2.0``; weights carry the terms of their data, so
-            nothing is assumed.
+        licence: identifier of the hub, such as ``apache-2.0``; nothing is assumed, for data have terms too.
         data: name of the data that it was trained and measured on.
         method: objective and defense, in words.
         scores: measured values; none where nothing was measured.
@@ -179,8 +178,7 @@ def save_folder(
 
     Args:
         facts: see ``save_exported``.
-        about: of the model card. A card that is there already stays, unless ``overwrite``: somebody may have
-            written in it.
+        about: of the model card. A card that is there stays, unless ``overwrite``.
     """
     about = about or HubCard()
     facts = {"library_name": "robusthash", "finds_copies": about.finds_copies, **facts}
@@ -212,8 +210,7 @@ def fetched(source: str | Path, revision: str | None = None, token: str | None =
     """The folder of a saved model: ``source`` itself, or a copy of it from the hub.
 
     Args:
-        source: a folder, or an id of the hub, ``user/name``: that alone opens a connection. What is there
-            on the disk is never asked for.
+        source: a folder, or an id of the hub, ``user/name``: that alone opens a connection.
         revision: branch, tag or commit of the hub; a commit is the only one that cannot change.
 
     Raises:

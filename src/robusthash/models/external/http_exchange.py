@@ -65,8 +65,7 @@ class Exchanger:
 
         Raises:
             Unanswered: see there.
-            Broken: the address is none, or headers or body are too long, or in an encoding that was not
-                asked for.
+            Broken: no address, headers or body too long, or an encoding that was not requested.
         """
         seconds = self.seconds if seconds is None else min(seconds, self.seconds)
         outcomes: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()
