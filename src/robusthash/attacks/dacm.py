@@ -59,7 +59,9 @@ class SharedFeatures(Guide):
     ) -> SharedFeatures:
         both = ("image", "text")
         if missing := [m for m in both if m not in victim.modalities or m not in data.modalities]:
-            raise ValueError(f"DACM: no {missing[0]} in {data.name} or this victim; take cgat")
+            raise ValueError(
+                f"DACM needs image and text, and {data.name} or this victim has no {missing[0]}; take cgat"
+            )
         features: dict[str, list[Tensor]] = {name: [] for name in both}
         with frozen(victim), torch.no_grad():
             for batch in batches(data.train, 256, modalities=both):

@@ -76,7 +76,9 @@ class QueryOracle:
 
     def _only_b2(self, answer: str) -> None:
         if self.knowledge != "B2":
-            raise ValueError(f"a {self.knowledge} oracle shows ordered ids alone, no {answer}; use 'rank'")
+            raise ValueError(
+                f"a {self.knowledge} oracle shows the ordered ids alone, no {answer}; use 'rank'"
+            )
 
     def _answer(self, batch: Batch) -> Searched:
         if len(batch.inputs) != 1:

@@ -39,7 +39,9 @@ class Substituted(Guide):
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch) < 1 or not self.rate > 0:
-            raise ValueError(f"epochs, batch from 1, rate above 0: {self.epochs}, {self.batch}, {self.rate}")
+            raise ValueError(
+                f"epochs and batch from 1 and a rate above 0, got {self.epochs}, {self.batch}, {self.rate}"
+            )
 
     def at_most(self, steps: int) -> Substituted:
         return replace(self, epochs=min(steps, self.epochs))

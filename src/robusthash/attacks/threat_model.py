@@ -302,7 +302,9 @@ def named_threat(
     known = {card.name for card in catalogue("threat")}
     if name in known:
         if name == "txt-feat-linf" and features is None:
-            raise ValueError("txt-feat-linf needs features=, the training texts' vectors, for its range")
+            raise ValueError(
+                "txt-feat-linf needs features=, the text vectors of the training set: they give its range"
+            )
         options = {"knowledge": knowledge, "pixels": pixels, "features": features}
         threat: Threat = build("threat", name, **{k: v for k, v in options.items() if v is not None})
         return threat

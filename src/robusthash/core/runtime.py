@@ -178,7 +178,9 @@ def choose_device(name: str) -> torch.device:
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} fails: {str(error).splitlines()[0]}; try --device cpu") from None
+        raise ValueError(
+            f"device {name!r} is not usable here: {str(error).splitlines()[0]}; try --device cpu"
+        ) from None
     return device
 
 

@@ -190,7 +190,9 @@ def _entries_of_folder(root: str | Path | None, captions: bool) -> tuple[list[En
         raise ValueError("texts=True needs a manifest with a column 'captions'")
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root.absolute()} with a folder of images for each class")
+        raise FileNotFoundError(
+            f"no folder {root.absolute()}; it should hold a folder of images for each class"
+        )
     top = list_images(root, deep=False)
     if top.images:
         raise ValueError(

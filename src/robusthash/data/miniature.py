@@ -70,7 +70,9 @@ def write_miniature(component: Options | str, root: Path, train: int, query: int
     options = _with_defaults(card.make, explicit)
     for name in ("manifest", "archive"):
         if explicit.get(name) is not None and card.name == "folder":
-            raise ValueError(f"a miniature of 'folder' has class folders; leave data.{name} out")
+            raise ValueError(
+                f"a miniature of 'folder' has class folders, and data.{name} is set; leave it out"
+            )
     layout, requested = LAYOUTS[card.name], {"train": train, "query": query, "database": database}
     changes = layout.write(root, requested, options)
     elsewhere = ("npz", "archive", "manifest", *(["images"] if card.name == "nus-wide" else []))

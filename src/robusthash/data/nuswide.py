@@ -106,7 +106,9 @@ def _most_frequent(folder: Path, images: int, concepts: int) -> tuple[Tensor, tu
     """(N, concepts) labels of the concepts with most images, in alphabetical order of their names."""
     files = sorted(folder.glob("Labels_*.txt"))
     if not 1 <= concepts <= len(files):
-        raise ValueError(f"concepts must lie in 1..{len(files)} ({folder}), got {concepts}; {_TRUTH}")
+        raise ValueError(
+            f"concepts must lie in 1..{len(files)}, the files of {folder}, got {concepts}; {_TRUTH}"
+        )
     marks = {path.stem.removeprefix("Labels_"): _marks(path, images) for path in files}
     frequent = sorted(sorted(marks, key=lambda name: (-int(marks[name].sum()), name))[:concepts])
     if empty := [name for name in frequent if not marks[name].any()]:
@@ -162,7 +164,9 @@ def _tag_row(line: str, name: str) -> np.ndarray:
     if len(fields) == _TAG_COUNT + 1:
         _check_photo(fields.pop(0), name)
     if len(fields) != _TAG_COUNT or not set(fields) <= {"0", "1"}:
-        raise ValueError(f"the tags of {name} should be 1000 of 0 or 1, are {len(fields)} fields; {_TAGS}")
+        raise ValueError(
+            f"the tags of {name} should be 1000 of 0 or 1, and are {len(fields)} fields; {_TAGS}"
+        )
     return np.array(fields) == "1"
 
 
@@ -179,4 +183,6 @@ def _raw_tags(path: Path, listed: list[str]) -> list[tuple[str, ...]]:
 def _check_photo(photo: str, name: str) -> None:
     """The image list names ``actor/0001_2124494179.jpg`` where a line of tags begins with 2124494179."""
     if Path(name).stem.rpartition("_")[2] != photo:
-        raise ValueError(f"the tags of photo {photo} stand at {name}: the files differ in order")
+        raise ValueError(
+            f"the tags of photo {photo} are paired with {name}: the files are not in the same order"
+        )

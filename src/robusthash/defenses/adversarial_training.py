@@ -121,7 +121,9 @@ class AdversarialTraining(Recipe):
         targets = draw_targets(batch.labels, batch.ids, memory.labels, 1, draws)[:, 0].to(batch.labels.device)
         impossible = targets.sum(1, keepdim=True) == 0
         if impossible.all():
-            raise ValueError("no training item has a possible target: all label sets share a label")
+            raise ValueError(
+                "no training item has a possible target: every label set shares a label with each"
+            )
         return Goal(torch.where(impossible, batch.labels, targets), +1)
 
     def end_epoch(self, epoch: int) -> None:

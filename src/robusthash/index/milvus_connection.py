@@ -17,7 +17,9 @@ try:
     from pymilvus import MilvusClient
     from pymilvus.exceptions import MilvusException
 except ImportError as error:
-    raise ImportError(f"Milvus needs its client ({error}): pip install 'robusthash[milvus]'") from error
+    raise ImportError(
+        f"an index in Milvus needs its client ({error}): pip install 'robusthash[milvus]'"
+    ) from error
 
 _CONNECT, _ANSWER = 10.0, 30.0  # seconds, at most; ``timeout`` in the address is instead of the second
 _REFUSED = (

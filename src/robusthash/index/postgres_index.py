@@ -145,7 +145,9 @@ class PostgresIndex(ServerIndex):
                 raise ValueError(f"{self.address} has format {settings['format']}; update robusthash")
             return {**settings, "bits": int(settings["bits"]), "next_id": int(settings["next_id"])}
         except (KeyError, TypeError, json.JSONDecodeError):
-            raise ValueError(f"the tables at {self.address} are not those of an index; use another") from None
+            raise ValueError(
+                f"the tables at {self.address} are not those of an index; name another collection"
+            ) from None
 
     def _set(self, settings: Mapping[str, Any]) -> None:
         self._transaction(lambda run: self._set_in(run, settings))
@@ -280,7 +282,9 @@ class PostgresIndex(ServerIndex):
         try:
             yield
         except errors.LockNotAvailable:
-            raise TimeoutError(f"{self.address} is being written for {_WAIT} s; try again later") from None
+            raise TimeoutError(
+                f"another process has been writing to {self.address} for {_WAIT} s; try again later"
+            ) from None
         except (errors.UndefinedTable, errors.UndefinedColumn, errors.DatatypeMismatch) as error:
             message = self._server.without_secrets(error.diag.message_primary)
             raise ServerRefused(

@@ -135,7 +135,9 @@ def _values(column: str, models: Mapping[str, Sequence[EvalResult]]) -> dict[str
     for name, results in models.items():
         for result in results:
             if differing := first.setting.difference(result.setting):
-                raise ValueError(f"{first_name} and {name} cannot share a table: they differ in {differing}")
+                raise ValueError(
+                    f"{first_name} and {name} cannot share one table: they differ in {differing}"
+                )
             if column not in result.per_query:
                 raise ValueError(f"{name} has no per-query values of {column}")
     stacked = {

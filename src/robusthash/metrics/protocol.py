@@ -257,7 +257,9 @@ def _values(measure: Measure, profile: Profile, legacy: dict[str, Tensor]) -> Te
     match measure.base:
         case "MAP" if measure.ties == "legacy":
             if measure.name not in legacy:
-                raise ValueError(f"{measure.name} in legacy order: score the codes, not a profile")
+                raise ValueError(
+                    f"{measure.name} in legacy order depends on the row order; score the codes, not a profile"
+                )
             return legacy[measure.name]
         case "MAP":
             assert denominator != "first-k-relevant"  # Protocol.parse allows it in legacy order only

@@ -177,7 +177,9 @@ def timm(model: str, weights: str | None = None, size: int | None = None) -> Ima
         make = library.create_model
         trunk = _downloaded(model, make, model, **options) if weights == "hub" else make(model, **options)
     except TypeError:
-        raise ValueError(f"timm's {model} takes images of any size; set the data's size instead") from None
+        raise ValueError(
+            f"timm's {model} takes images of any size; leave size out, and set the data's"
+        ) from None
     if weights not in (None, "hub"):
         load_weights(trunk, weights, f"timm's {model}")
     config = trunk.pretrained_cfg

@@ -137,7 +137,9 @@ class SpectralGate(Purifier):
         if input not in ("log1p", "raw"):
             raise ValueError(f"input must be 'log1p' or 'raw', got {input!r}")
         if cutoff is not None and (kind != "low-pass" or not 0 <= cutoff <= 2 * (block - 1)):
-            raise ValueError(f"cutoff of 'low-pass' is in 0..{2 * block - 2}, got {cutoff} with {kind!r}")
+            raise ValueError(
+                f"cutoff is of kind 'low-pass', in 0..{2 * block - 2}, got {cutoff} with {kind!r}"
+            )
         self.kind = kind
         self.dct = BlockDCT(block)
         self.rho = rho

@@ -70,10 +70,14 @@ class ImageEncoder(Encoder):
         got = f"px, and these have {height} x {width}"
         if min(height, width) < self.smallest:
             least = self.smallest
-            raise ValueError(f"{net} needs images of at least {least} {got}; set size to {least} or more")
+            raise ValueError(
+                f"{net} needs images of at least {least} {got}; set the data's size to {least} or more"
+            )
         if self.exact is not None and (height, width) != (self.exact, self.exact):
             takes = f"takes images of {self.exact} x {self.exact} {got}"
-            raise ValueError(f"{net} {takes}; set the data's size to {self.exact}, or the encoder's")
+            raise ValueError(
+                f"{net} {takes}; set the data's size to {self.exact}, or the encoder's to theirs"
+            )
 
 
 def _block(inputs: int, outputs: int) -> list[nn.Module]:

@@ -114,7 +114,9 @@ def fixed_features(
     if modality not in first:
         raise ValueError(f"the {split.name} items have {' and '.join(first)}, and no {modality}")
     if choice == "raw" and not first[modality].is_floating_point():
-        raise ValueError(f"token ids are no features; {modality}_features must be 'minilm' or 'net'")
+        raise ValueError(
+            f"token ids are no features; set training.objective.{modality}_features to 'minilm' or 'net'"
+        )
     with torch.random.fork_rng([]):  # an encoder's unused initial weights move no stream of the training
         encoder = _encoder(modality, choice, first[modality], encoders)
     device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))

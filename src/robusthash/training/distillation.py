@@ -47,7 +47,9 @@ class Distilled(HashingRecipe):
             raise ValueError(f"teacher_epochs must be at least 1, got {teacher_epochs}")
         teacher_objective = build("objective", teacher)
         if teacher_objective.supervised:
-            raise ValueError(f"ukd's teacher has no labels; {type(teacher_objective).__name__} needs labels")
+            raise ValueError(
+                f"the teacher of 'ukd' is unsupervised, and {type(teacher_objective).__name__} needs labels"
+            )
         self.student = objective
         self.teacher_epochs = teacher_epochs
         self.teacher = HashingRecipe(copy.deepcopy(hasher), teacher_objective)

@@ -370,7 +370,9 @@ def _resume(recipe: Recipe, optimisers: _Optimisers, run: RunLog | None) -> tupl
     if not isinstance(state, dict):
         raise CheckpointError(f"holds a {type(state).__name__} and no state of training")
     if (processes := state.get("processes", 1)) != world():
-        raise CheckpointError(f"was begun by {processes} processes, now {world()}; start as many")
+        raise CheckpointError(
+            f"was begun by {processes} processes, and there are {world()} now; start as many"
+        )
     try:
         for name, module in recipe.modules().items():
             module.load_state_dict(state["modules"][name])

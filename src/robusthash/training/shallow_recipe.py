@@ -77,7 +77,9 @@ class ShallowRecipe(Recipe):
 def _linear_heads(hasher: Hasher) -> dict[str, LinearHead]:
     for head in hasher.heads.values():
         if not isinstance(head, LinearHead):
-            raise ValueError(f"shallow hashing solves heads 'linear' and 'kernel', not {type(head).__name__}")
+            raise ValueError(
+                f"shallow hashing solves the heads 'linear' and 'kernel', not {type(head).__name__}"
+            )
     return {name: head for name, head in hasher.heads.items() if isinstance(head, LinearHead)}
 
 
@@ -108,7 +110,9 @@ def solve_heads(
             count, items = len(head.anchors), len(rows)
             if count > items:
                 most = f"set hasher.head.anchors to at most {items}"
-                raise ValueError(f"{count} anchors are drawn from {items} training items; {most}")
+                raise ValueError(
+                    f"{count} anchors are drawn from the training items, and there are {items}; {most}"
+                )
             head.place(rows[torch.randperm(items, generator=draws.within("anchors").generator())[:count]])
             head.settle(rows)
         inputs[name] = head.mapped(rows).cpu()

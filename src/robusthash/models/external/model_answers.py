@@ -56,7 +56,9 @@ class AnswerReading:
         if self.metric not in (None, *METRICS):
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if self.metric and self.output in ("logits", "signs"):
-            raise ValueError(f"bits know no {self.metric} distance; leave it out, or set output float")
+            raise ValueError(
+                f"bits have no {self.metric} distance; leave the metric out, or say output float"
+            )
 
     @property
     def declared(self) -> Output:
@@ -126,7 +128,9 @@ def _select(answer: Any, name: str, output: str | None) -> Any:
     elif output is None:
         return answer
     else:
-        raise Broken(f"{name} answers one {type(answer).__name__}, no {output!r}; leave --output-name out")
+        raise Broken(
+            f"{name} answers one {type(answer).__name__}, no output {output!r}; leave --output-name out"
+        )
     if output is None and len(parts) == 1:
         return next(iter(parts.values()))
     if output in parts:

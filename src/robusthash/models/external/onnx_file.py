@@ -196,7 +196,9 @@ def _select(outputs: Any, output: str | None, path: Path) -> str:
         return str(names[int(output)])
     listed = ", ".join(f"{each.name} {list(each.shape)}" for each in outputs)
     if output is None:
-        raise ValueError(f"{path} has outputs {listed}; name the code: --output-name {names[-1]}")
+        raise ValueError(
+            f"{path} has the outputs {listed}; say which is the code, with --output-name {names[-1]}"
+        )
     raise ValueError(f"{path} has no output {output!r}; it has {listed}")
 
 

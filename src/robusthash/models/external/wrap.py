@@ -137,7 +137,9 @@ def _scaling(bounds: tuple[float, float], mean: Any, std: Any) -> tuple[Tensor, 
     if not (spread > 0).all():
         raise ValueError(f"std must be above 0, got {std}")
     if not ((low <= centre) & (centre <= high)).all():
-        raise ValueError(f"mean {mean} lies outside of the bounds {bounds}, in whose range mean and std are")
+        raise ValueError(
+            f"mean {mean} lies outside of the bounds {bounds}; mean and std are in the range of the bounds"
+        )
     return (high - low) / spread, (low - centre) / spread
 
 

@@ -135,7 +135,9 @@ def write_model(net: PortableHasher, example: Tensor, to: FileKind) -> WrittenMo
         if out_of_memory(error):
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise ValueError(f"this model cannot be written as {to}: {reason}; use --to torch") from None
+        raise ValueError(
+            f"this model cannot be written as {to}: {reason}; --to torch writes every model"
+        ) from None
 
 
 def _torchscript(net: PortableHasher, example: Tensor) -> WrittenModel:

@@ -113,7 +113,9 @@ def solve(
     scales = {modality: float(rows.square().mean().sqrt()) for modality, rows in centred.items()}
     for modality, scale in scales.items():
         if scale == 0:
-            raise ValueError(f"all training items have the same {modality} features; bits cannot differ")
+            raise ValueError(
+                f"all training items have the same {modality} features, so no bit can tell them apart"
+            )
     scaled = {modality: rows / scales[modality] for modality, rows in centred.items()}
     known = TrainingFeatures(scaled, None if labels is None else labels.cpu().double(), bits, draws)
     functions = method.fit(known)
@@ -131,7 +133,9 @@ def _check_modalities(name: str, expected: int, modalities: list[str]) -> None:
             "hasher.image and hasher.text, and texts for the data"
         )
     if expected == 1 and len(modalities) != 1:
-        raise ValueError(f"{name} hashes one modality, not {' and '.join(modalities)}; leave one encoder out")
+        raise ValueError(
+            f"{name} hashes one modality, and here are {' and '.join(modalities)}; leave one encoder out"
+        )
 
 
 def _check_labels(name: str, labels: Tensor | None, pairwise: bool) -> None:

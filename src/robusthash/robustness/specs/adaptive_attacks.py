@@ -147,7 +147,9 @@ def adaptive_attacks(
             "instead"
         )
     if threat.knowledge not in ("W0", "W1", "W2"):
-        raise ValueError(f"adaptive attacks need gradients: W0, W1 or W2, not {threat.knowledge}")
+        raise ValueError(
+            f"adaptive attacks differentiate the victim: they need W0, W1 or W2, not {threat.knowledge}"
+        )
     cut = behaviour is not None and behaviour.cut
     setting = AdaptiveSetting(threat, steps, gradient_cut=cut)
     attacks: list[AdaptiveAttack] = []
@@ -157,7 +159,9 @@ def adaptive_attacks(
     for name, defense in known.items():
         modalities = defense.modalities(victim)
         if name == declared and not modalities:
-            raise ValueError(f"the hasher declares {name!r} without such a part: add it, or declare another")
+            raise ValueError(
+                f"the hasher declares {name!r} and has no such part: add it, or declare another class"
+            )
         attacked = [modality for modality in modalities if modality in threat.balls]
         if attacked:
             attacks += defense.attacks(victim, attacked[0], setting)
