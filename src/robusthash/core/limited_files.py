@@ -1,4 +1,4 @@
-"""Readers of files that strangers may have written: text, JSON, YAML, arrays, archives of weights.
+"""Readers of untrusted files: text, JSON, YAML, arrays, archives of weights.
 
 Each has limits on bytes (after decompression), depth and number of values, refuses with one ValueError that
 names the file, opens regular files alone, and executes nothing that a file holds.

@@ -1,4 +1,4 @@
-"""Addresses of indexes, and ``open_index``, the one door to all of them."""
+"""Addresses of indexes, and ``open_index``, which opens any of them."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ import numpy as np
 
 from robusthash.index.checked_input import NewItems, Which, check_origin, checked_keys, planned
 from robusthash.index.index_address import ServerAddress
-from robusthash.index.milvus_connection import MilvusConnection, WriterLock
-from robusthash.index.milvus_scan import Scan, condition, in_list
+from robusthash.index.milvus_connection import MilvusConnection, Scan, WriterLock, condition, in_list
 from robusthash.index.payload_filter import digest, terms
 from robusthash.index.server_index import FORMAT, Allowed, ServerIndex
 

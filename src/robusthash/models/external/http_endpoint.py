@@ -359,7 +359,7 @@ def _in_bits(texts: Sequence[str], url: str) -> bool:
     """True where codes are written as 0s and 1s, not as hex digits; a few digits alone do not tell.
 
     Raises:
-        Broken: decimal digits alone, which so many hex digits are not by chance.
+        Broken: decimal digits alone, which long hex codes are not by chance.
     """
     digits = set("".join(texts))
     if len("".join(texts)) < _TELLING:

@@ -18,7 +18,7 @@ from robusthash.models.external.wrapper import Broken
 
 _ENCODINGS = ("", "identity", "gzip", "deflate")
 _HEADERS = 1 << 16  # bytes of the headers of an answer; httpx itself reads 100 KiB of them at most
-_GZIP_OR_ZLIB = 47  # wbits of zlib: either, told apart by the header
+_GZIP_OR_ZLIB = 47  # wbits of zlib: either, by the header
 
 
 class Unanswered(Exception):

@@ -9,6 +9,17 @@ from robusthash.core.registry import register
 from robusthash.objectives.shallow.base import Projection, ShallowMethod, TrainingFeatures
 
 
+class Correlation(ShallowMethod):
+    """Methods that solve for directions of image and text under covariances with ``lam`` on the diagonal."""
+
+    modalities = 2
+
+    def __init__(self, lam: float = 1e-4) -> None:
+        if lam <= 0:
+            raise ValueError(f"lam must be above 0, got {lam:g}")
+        self.lam = lam
+
+
 @register(
     "shallow",
     "cvh",
@@ -18,7 +29,7 @@ from robusthash.objectives.shallow.base import Projection, ShallowMethod, Traini
     supervised=False,
     state="measured",
 )
-class CVH(ShallowMethod):
+class CVH(Correlation):
     """CVH: the K pairs of directions along which image and text features correlate most; a bit each.
 
     Cxy Cyy^-1 Cyx w = rho^2 Cxx w (scipy), w_y = Cyy^-1 Cyx w / rho. No labels. O(N D^2 + D^3). At most as
@@ -30,13 +41,7 @@ class CVH(ShallowMethod):
     Differs: that port leaves the inverse of Cyy out, and is wrong there.
     """
 
-    modalities = 2
     supervised = False
-
-    def __init__(self, lam: float = 1e-4) -> None:
-        if lam <= 0:
-            raise ValueError(f"lam must be above 0, got {lam:g}")
-        self.lam = lam
 
     def fit(self, known: TrainingFeatures) -> dict[str, Projection]:
         from scipy.linalg import eigh  # slow to import
@@ -73,7 +78,7 @@ def covariances(x: torch.Tensor, y: torch.Tensor, lam: float) -> tuple[torch.Ten
     modality="image+text",
     state="measured",
 )
-class SCM(ShallowMethod):
+class SCM(Correlation):
     """SCM-seq: max sum_ij S_ij <image code i, text code j>, S = 2 L L^T - 1 of unit labels, bit by bit.
 
     A bit is the top generalised pair of directions of C = X^T S Y (scipy's svds, after whitening by both
@@ -85,13 +90,6 @@ class SCM(ShallowMethod):
 
     Differs: the paper ends where an eigenvalue rises; here all K bits are made.
     """
-
-    modalities = 2
-
-    def __init__(self, lam: float = 1e-4) -> None:
-        if lam <= 0:
-            raise ValueError(f"lam must be above 0, got {lam:g}")
-        self.lam = lam
 
     def fit(self, known: TrainingFeatures) -> dict[str, Projection]:
         from scipy.sparse.linalg import svds  # slow to import

@@ -32,7 +32,7 @@ from robusthash.robustness.certificates.certified_codes import (
 from robusthash.robustness.suite import tier
 
 ENUMERATED = 10
-"""Free bits that are enumerated at most: up to so many, the minimum is exact."""
+"""Most free bits that are enumerated: up to this number, the minimum is exact."""
 
 _CELLS = 1 << 25  # pairs of a branch and an item that are looked at for one query
 
