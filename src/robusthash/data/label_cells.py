@@ -1,4 +1,4 @@
-"""Cells of a manifest that hold labels or captions, in the notations that other programs write."""
+"""Labels and captions in the notations of other programs: cells of manifests, arrays, lists; none is guessed."""
 
 from __future__ import annotations
 

@@ -1,10 +1,14 @@
-"""Stateful detection of query attacks: too many different queries that are nearly one image.
+"""Detection of attacked queries: by too many nearly equal ones, or by codes that harmless changes move.
 
 In the spirit of Blacklight (Li et al., USENIX Security 2022): quantised windows of pixels are hashed with a
 secret salt, the largest hashes are an image's fingerprint, and fingerprints that share hashes are near
 duplicates. Ours: windows of 2 x 2 cells of a 16 x 16 average at their place, on a scale of the image's own
 brightness and contrast, mirrored to one side; a count of near duplicates for each client and over all, which
 slows and then refuses, instead of a ban at the first match; images of equal pixels do not count.
+
+``CodeAgreement``: a query whose code moves when it is saved as a JPEG file or cut a little at the edges is
+suspected, for a change of pixels that was made for one code often does not survive either. Feature squeezing
+(Xu et al., NDSS 2018) for codes; the changes and the attack, which plans for all three codes, are ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The block DCT: a fixed orthonormal change of basis, so that energies and gradients keep their size."""
+"""The block DCT: a fixed orthonormal change of basis, so that energies and gradients keep their size.
+
+``block-means``, the encoder of the packaged hash for copies, takes the means of blocks of pixels.
+"""
 
 from __future__ import annotations
 

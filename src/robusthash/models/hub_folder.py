@@ -1,4 +1,4 @@
-"""Hashers in folders by the conventions of the Hugging Face hub, fetched from it and pushed to it."""
+"""Hashers and their cards in folders by the conventions of the Hugging Face hub, fetched and pushed."""
 
 from __future__ import annotations
 

@@ -3,6 +3,11 @@
 Queries are encoded by a smoothed code (or, over L-inf balls, by the hasher itself with interval bounds);
 the database is the frozen one of the context, by the base hasher: its codes are given numbers, whoever made
 them, so no error of theirs enters, an index need not be made again, and learned codes work as they are.
+
+The least AP of m free bits: the distance of an item lies in [d, d + m], d that of the fixed bits. The ranking
+in which every relevant item is as far and every other one as near as it can be, with ties against the query,
+bounds the AP of any of the 2^m codes. Some free bits are enumerated and only the rest is bounded so; where
+all are enumerated the minimum is exact. The bound is ours.
 """
 
 from __future__ import annotations
