@@ -239,9 +239,7 @@ def _same(file: Path, header: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def _match(file: Path, header: dict[str, Any], expected: dict[str, Any], key: str) -> None:
     if header[key] != expected[key]:
-        raise ValueError(
-            f"{file} was trained for {key} {header[key]}, and here it is {expected[key]}; name another file"
-        )
+        raise ValueError(f"{file} was trained for {key} {header[key]}, not {expected[key]}; name another")
 
 
 class TargetedTraining:

@@ -284,9 +284,7 @@ class GreedySwaps(Search):
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
     ) -> SearchResult:
         if self.victim is None:
-            raise ValueError(
-                "greedy swaps need the embeddings of a victim: call with_victim(victim) first, as Attack does"
-            )
+            raise ValueError("greedy swaps need a victim's embeddings: call with_victim(victim) first")
         embedding, swaps, origin = embedding_of(self.victim), _swaps(threat), batch.inputs["text"]
         x = threat.project(starting_point(batch, threat, draws, start), {"text": origin})["text"]
         options = torch.cat(

@@ -1,4 +1,4 @@
-"""Labels and captions in the notations of other programs: cells of manifests, arrays, lists; none is guessed."""
+"""Labels and captions in the notations of other programs: cells of manifests, arrays, lists; no guesses."""
 
 from __future__ import annotations
 

@@ -59,9 +59,7 @@ def read_codes(path: str | Path) -> CodeFile:
     packed, bits = _codes(path, arrays["codes"], arrays.get("bits"))
     labels = _labels(path, arrays["labels"])
     if len(labels) != len(packed):
-        raise ValueError(
-            f"{path}: 'labels' has {len(labels)} rows and 'codes' {len(packed)}; they must match, in order"
-        )
+        raise ValueError(f"{path}: 'labels' has {len(labels)} rows, 'codes' {len(packed)}; they must match")
     ids = _ids(path, arrays.get("ids"), len(packed))
     digest = hashlib.sha256(packed.numpy().tobytes() + str(bits).encode()).hexdigest()[:16]
     return CodeFile(path.name, Codes(packed, bits, ids, origin=digest), labels)

@@ -225,7 +225,5 @@ class AGAH(CrossModalObjective):
 
 def _plain(outputs: Outputs, name: str) -> Tensor:
     if "plain" not in outputs[name].aux:
-        raise ValueError(
-            f"agah needs its own encoders; use hasher.{name}: {{name: agah, inner: <the encoder>}}"
-        )
+        raise ValueError(f"agah needs its encoders; use hasher.{name}: {{name: agah, inner: <the encoder>}}")
     return outputs[name].aux["plain"]

@@ -118,10 +118,7 @@ class OracleAttack:
     def fitted(self, context: EvaluationContext) -> OracleAttack:
         """Itself; refused where the threat attacks the database or another modality than the queries'."""
         if self.threat.side != "query":
-            raise ValueError(
-                f"{self.threat.name} changes the database, and this search queries; robusthash poison RUN "
-                "measures it"
-            )
+            raise ValueError(f"{self.threat.name} changes the database, not queries: robusthash poison RUN")
         if context.direction[0] not in self.threat.balls:
             raise ValueError(f"{self.threat.name} does not attack the {context.direction[0]} queries")
         return self
