@@ -109,7 +109,7 @@ def token_ids(texts: Sequence[str], name: str | Path, max_length: int) -> tuple[
     tokenizer = _load_tokenizer(folder)
     limit = tokenizer.model_max_length
     if not 2 < max_length <= limit:
-        raise ValueError(f"max_length must lie in 3..{limit}, the limit of {folder}, got {max_length}")
+        raise ValueError(f"max_length must lie in 3..{limit}, the limit of {folder}: {max_length}")
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {folder} has no padding token; use one of a BERT kind")
     lengths = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]

@@ -53,7 +53,7 @@ def make_surrogate(
     """
     query, searched = direction or (hasher.modalities[0],) * 2
     if query not in hasher.modalities:
-        raise ValueError(f"the surrogate {name!r} encodes {list(hasher.modalities)}, not {query!r}")
+        raise ValueError(f"the surrogate {name!r} has {list(hasher.modalities)}, the queries are {query!r}")
     if data.train.labels is None:
         raise ValueError(f"{data.name} has no training labels; a surrogate needs them to steer by")
     modality = searched if searched in hasher.modalities else query
