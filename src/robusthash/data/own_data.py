@@ -361,7 +361,9 @@ def _row_numbers(part: str, numbers: Any, count: int) -> Tensor:
     if rows.ndim != 1 or len(rows) == 0 or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(f"rows of {part!r} are row numbers, at least one: {tuple(rows.shape)} {rows.dtype}")
     if int(rows.min()) < 0 or int(rows.max()) >= count:
-        raise ValueError(f"rows of {part!r} are {rows.min()} to {rows.max()}; there are 0 to {count - 1}")
+        raise ValueError(
+            f"rows of {part!r} reach from {rows.min()} to {rows.max()}; there are 0 to {count - 1}"
+        )
     if len(set(rows.tolist())) < len(rows):
         raise ValueError(f"rows of {part!r} name a row twice")
     return rows.to(torch.int64)

@@ -59,7 +59,9 @@ def read_codes(path: str | Path) -> CodeFile:
     packed, bits = _codes(path, arrays["codes"], arrays.get("bits"))
     labels = _labels(path, arrays["labels"])
     if len(labels) != len(packed):
-        raise ValueError(f"{path}: 'labels' has {len(labels)} rows, 'codes' {len(packed)}; they must match")
+        raise ValueError(
+            f"{path}: 'labels' has {len(labels)} rows and 'codes' {len(packed)}; they must match, in order"
+        )
     ids = _ids(path, arrays.get("ids"), len(packed))
     digest = hashlib.sha256(packed.numpy().tobytes() + str(bits).encode()).hexdigest()[:16]
     return CodeFile(path.name, Codes(packed, bits, ids, origin=digest), labels)
@@ -87,7 +89,9 @@ def _numbers(path: Path, key: str, array: np.ndarray) -> np.ndarray:
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).sum())
-        raise ValueError(f"{path}: {key!r} holds {bad} NaN or infinite values; the model diverged")
+        raise ValueError(
+            f"{path}: {key!r} holds {bad} NaN or infinite values; the program that made it diverged"
+        )
     return array
 
 
@@ -115,7 +119,8 @@ def _codes(path: Path, array: np.ndarray, bits_array: np.ndarray | None) -> tupl
 def _refuse_words(path: Path, array: np.ndarray, bits: int | None) -> None:
     """Refuse codes packed into words or into bytes of another type, with the line that makes bytes of them.
 
-    The place of bits in a word, and a top bit flipped in all codes, change no distance in files made alike.
+    Where bits lie in a word, and a top bit that is flipped in all codes, change no distance as long as both
+    files are made alike.
     """
     if array.dtype.kind not in "iu" or array.dtype == np.uint8 or array.size == 0 or array.ndim not in (1, 2):
         return
@@ -177,7 +182,9 @@ def _labels(path: Path, array: np.ndarray) -> Tensor:
             raise ValueError(f"{path}: 'labels' holds the class {classes.min()}; classes are 0 or above")
         return torch.from_numpy(classes)
     if array.ndim != 2 or array.shape[1] == 0:
-        raise ValueError(f"{path}: 'labels' must be (N,) classes or (N, C) multi-hot, got {array.shape}")
+        raise ValueError(
+            f"{path}: 'labels' must be (N,) classes or (N, C) multi-hot, got shape {array.shape}"
+        )
     if array.shape[1] == 1:
         raise ValueError(
             f"{path}: 'labels' of shape {array.shape} are classes in a column, or a single label that items "
