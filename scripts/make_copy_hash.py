@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from robusthash.apps.image_hash.copy_weights import IMAGE, made_hasher
-from robusthash.models.hub_card import HubCard
+from robusthash.models.hub_folder import HubCard
 
 ABOUT = HubCard(
     name="copy-hash",

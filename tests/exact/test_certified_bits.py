@@ -8,12 +8,12 @@ import torch
 from scipy.stats import binomtest, norm
 
 from robusthash.core.runtime import Draws
-from robusthash.robustness.certificates.majority_bits import (
+from robusthash.robustness.certificates.certified_codes import (
     furthest_radius,
     least_probability,
     majority_bits,
+    noise_votes,
 )
-from robusthash.robustness.certificates.smoothed_votes import noise_votes
 from tests.helpers import linear_hasher
 
 SIGMA = 0.25

@@ -20,12 +20,11 @@ from robusthash.models.heads import MetaEmbeddingHead
 from robusthash.objectives.a2net import A2Net
 from robusthash.objectives.adsh import ADSH
 from robusthash.objectives.base import quantisation
+from robusthash.objectives.centers import OrthoHash
 from robusthash.objectives.dsdh import DSDH, label_codes
-from robusthash.objectives.dsh import DSH
 from robusthash.objectives.hswd import HSWD, coin_distance
 from robusthash.objectives.lthnet import LTHNet, class_weights
-from robusthash.objectives.orthohash import OrthoHash
-from robusthash.objectives.pairwise import DPSH, HashNet
+from robusthash.objectives.pairwise import DPSH, DSH, HashNet
 from robusthash.training import HashingRecipe, fit
 from robusthash.training.shallow_recipe import ShallowRecipe
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from robusthash.core.hamming import pack
 from robusthash.core.types import Codes
 from robusthash.metrics.protocol import Protocol, load_protocol, measure
-from robusthash.robustness.certificates.least_average_precision import least_ap
+from robusthash.robustness.certificates.certified_map import least_ap
 
 BITS, ITEMS = 12, 40
 PROTOCOLS = [

@@ -7,18 +7,18 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from robusthash.core.hamming import sign
 from robusthash.core.runtime import Draws
 from robusthash.objectives.shallow.base import TrainingFeatures, ridge, solve
 from robusthash.objectives.shallow.cmfh import CMFH
-from robusthash.objectives.shallow.cosdish import square_codes
-from robusthash.objectives.shallow.cvh import CVH
-from robusthash.objectives.shallow.dlfh import discrete_likelihood, raise_codes
-from robusthash.objectives.shallow.itq import ITQ
-from robusthash.objectives.shallow.lfh import factor_likelihood, raise_factors
-from robusthash.objectives.shallow.scm import SCM
-from robusthash.objectives.shallow.sdh import SDH
+from robusthash.objectives.shallow.correlations import CVH, SCM
+from robusthash.objectives.shallow.discrete_codes import ITQ, SDH, square_codes
+from robusthash.objectives.shallow.latent_factors import (
+    raise_codes,
+    raise_factors,
+)
 from robusthash.objectives.shallow.seph import divergence
 
 DRAWS = Draws(0, ("test",))
@@ -30,6 +30,30 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 def known(bits: int, labels: Tensor | None = None, **values: Tensor) -> TrainingFeatures:
     return TrainingFeatures({n: v - v.mean(0) for n, v in values.items()}, labels, bits, DRAWS)
+
+
+def factor_likelihood(factors: Tensor, similar: Tensor, beta: float) -> float:
+    """sum_{i != j} [S_ij T_ij - softplus(T_ij)] - ||U||^2 / (2 beta), T = U U^T / 2; what LFH raises."""
+    theta = factors @ factors.T / 2
+    terms = similar * theta - softplus(theta)
+    return float(terms.sum() - terms.diagonal().sum() - factors.square().sum() / (2 * beta))
+
+
+def discrete_likelihood(codes: Tensor, others: Tensor, similar: Tensor, lam: float) -> float:
+    """sum_ij [S_ij T_ij - softplus(T_ij)], T = (lam / K) U V^T; what DLFH raises."""
+    theta = lam / codes.shape[1] * codes @ others.T
+    return float((similar * theta - softplus(theta)).sum())
+
+
+def factorisation_value(
+    method: CMFH, parts: list[Tensor], y: Tensor, factors: list[Tensor], weights: list[Tensor]
+) -> float:
+    """The objective, which no step raises."""
+    total = method.gamma * y.square().sum()
+    for a, x, u, w in zip((method.share, 1.0 - method.share), parts, factors, weights, strict=True):
+        fit = (x - y @ u).square().sum() + method.mu * (y - x @ w).square().sum()
+        total = total + a * (fit + method.gamma * (u.square().sum() + w.square().sum()))
+    return float(total)
 
 
 def one_hot(items: int, classes: int) -> Tensor:
@@ -138,11 +162,11 @@ def test_cmfh_rounds_never_raise_its_objective() -> None:
     factors, weights = [numbers(3, 5), numbers(3, 4)], [numbers(5, 3), numbers(4, 3)]
     parts = [x, t]
     for _ in range(6):
-        values.append(method.value(parts, y, factors, weights))
+        values.append(factorisation_value(method, parts, y, factors, weights))
         factors = method._factors(parts, y)
-        values.append(method.value(parts, y, factors, weights))
+        values.append(factorisation_value(method, parts, y, factors, weights))
         weights = [torch.linalg.solve(method._inner(p), method.mu * p.T @ y) for p in parts]
-        values.append(method.value(parts, y, factors, weights))
+        values.append(factorisation_value(method, parts, y, factors, weights))
         y = method._latent(parts, factors, weights)
     assert all(after <= before + 1e-8 for before, after in itertools.pairwise(values))
 

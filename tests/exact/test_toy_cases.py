@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robusthash.analysis.shapley_values import shapley
+from robusthash.analysis.band_attribution import shapley
 from robusthash.core.hamming import pack
 from robusthash.core.types import Codes, Profile
 from robusthash.metrics import distortion as perceptibility

@@ -21,9 +21,9 @@ from PIL import Image
 import robusthash as rh
 from robusthash.apps.image_hash import copy_entry, everyday_changes
 from robusthash.apps.image_hash.copy_hash import RADIUS
-from robusthash.core.damaged_files import RunError
-from robusthash.models.hub_card import HubCard
-from robusthash.robustness.evidence.copy_records import load_any_entry
+from robusthash.core.limited_files import RunError
+from robusthash.models.hub_folder import HubCard
+from robusthash.robustness.evidence.records import load_any_entry
 from tests.flow.conftest import Call
 
 ROOT = Path(__file__).resolve().parents[2]

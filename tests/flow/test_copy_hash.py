@@ -23,7 +23,7 @@ from robusthash.apps.image_hash.proved_levels import proved_levels
 from robusthash.data.base import as_input
 from robusthash.data.own_data import one_image
 from robusthash.data.photos import PHOTOGRAPHS, photograph_path
-from robusthash.models.block_means import COPY_WINDOW
+from robusthash.models.block_dct import COPY_WINDOW
 from robusthash.robustness.certificates.linear_codes import most_flips
 
 ROOT = Path(__file__).resolve().parents[2]

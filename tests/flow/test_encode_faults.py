@@ -204,7 +204,7 @@ def test_payload_that_no_index_takes_is_passed_over_before_it_is_encoded(
     report = encode(manifest)
     assert report["items"] == 1
     reasons = [(one["file"], one["reason"].removeprefix(f"{manifest}, ")) for one in report["skipped"]]
-    keys = "payload keys are text without quotes, backslashes and control marks, got"
+    keys = "payload keys are text without quotes, backslashes, controls, got"
     name, reason = reasons.pop(1)
     assert name == "3.jpg"
     assert reason.startswith("line 3: its payload ")

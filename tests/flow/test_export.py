@@ -317,7 +317,7 @@ def with_weights(folder: Path, change: Any) -> None:
     """Other tensors under a card that vouches for them, as a stranger could write it."""
     import hashlib
 
-    from robusthash.models.saved_card import sealed
+    from robusthash.models.saved_hasher import sealed
 
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     change(tensors)
@@ -329,7 +329,7 @@ def with_weights(folder: Path, change: Any) -> None:
 
 
 def edited(folder: Path, **changes: Any) -> None:
-    from robusthash.models.saved_card import sealed
+    from robusthash.models.saved_hasher import sealed
 
     card = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(sealed(card)))

@@ -13,8 +13,8 @@ import torchvision
 from skimage import data as photographs
 from torch import Tensor, nn
 
-from robusthash.core.packaged_weights import packaged
 from robusthash.core.registry import build
+from robusthash.core.runtime import packaged
 from robusthash.models.hasher import build_hasher
 from robusthash.models.pretrained_weights import read_tensors
 

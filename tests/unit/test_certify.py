@@ -18,7 +18,7 @@ from robusthash.evaluation import EvaluationContext
 from robusthash.models.hasher import Hasher
 from robusthash.models.heads import MLPHead
 from robusthash.robustness.certificates.certified_map import Certificate
-from robusthash.robustness.certificates.interval_bounds import IntervalBounds
+from robusthash.robustness.certificates.interval_tensor import IntervalBounds
 from robusthash.training.recipe import Moment
 from tests.helpers import jolted, small_hasher, train_config
 

@@ -8,7 +8,7 @@ from helpers import make_data, trained_hasher
 
 from robusthash.attacks import hag
 from robusthash.data.transforms import crop, eight_bits, jpeg
-from robusthash.defenses.code_agreement import Agreeing, CodeAgreement, against_agreement
+from robusthash.defenses.query_detection import Agreeing, CodeAgreement, against_agreement
 from robusthash.evaluation.attack_spec import GradientAttack
 from robusthash.evaluation.context import EvaluationContext, make_context
 from robusthash.models.encoding import encode_signs

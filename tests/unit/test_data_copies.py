@@ -17,8 +17,8 @@ from robusthash.data.image_files import read_image
 from robusthash.evaluation.copy_detection import COPIES
 from robusthash.evaluation.evaluate import evaluate
 from robusthash.metrics.protocol import load_protocol
-from robusthash.metrics.query_groups import group_scores
 from robusthash.metrics.results import load_results, save_results
+from robusthash.metrics.statistics import group_scores
 
 SMALL = {"size": 16, "copies": 3, "asked": 8}
 

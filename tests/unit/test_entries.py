@@ -11,8 +11,13 @@ import yaml
 
 from robusthash.metrics import EvalResult
 from robusthash.metrics.results import Flag, Setting
-from robusthash.robustness.evidence.copy_records import load_any_entry
-from robusthash.robustness.evidence.records import RegistryEntry, entry_text, load_entry, verify
+from robusthash.robustness.evidence.records import (
+    RegistryEntry,
+    entry_text,
+    load_any_entry,
+    load_entry,
+    verify,
+)
 
 REGISTRY = Path(__file__).parents[2] / "registry"
 PLAIN = {

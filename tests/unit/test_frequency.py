@@ -8,8 +8,7 @@ from helpers import LinearHead, linear_hasher, make_data
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
-from robusthash.analysis.band_attribution import BandAttribution, attribute_bands, tau_b
-from robusthash.analysis.shapley_values import shapley
+from robusthash.analysis.band_attribution import BandAttribution, attribute_bands, shapley, tau_b
 from robusthash.core.hamming import topk
 from robusthash.core.runtime import Draws
 from robusthash.evaluation.context import make_context

@@ -18,7 +18,7 @@ import torch
 from robusthash.core import hamming
 from robusthash.core.types import Codes
 from robusthash.index import CodeIndex, open_index
-from robusthash.index import sqlite_schema as schema_module
+from robusthash.index import sqlite_file as schema_module
 from robusthash.index import sqlite_store as store_module
 from robusthash.index.file_index import FileIndex
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import robusthash as rh
-from robusthash.data.own_labels import read_labels
+from robusthash.data.label_cells import read_labels
 
 ITEMS = 24
 PIXELS = np.random.default_rng(0).integers(0, 256, (ITEMS, 8, 8, 3), dtype=np.uint8)

@@ -18,7 +18,7 @@ from robusthash.defenses.pseudo_labels import PseudoLabels
 from robusthash.models import Hasher
 from robusthash.models.encoding import encode_split
 from robusthash.objectives import TrainFacts
-from robusthash.objectives.code_softmax import CodeSoftmax
+from robusthash.objectives.centers import CodeSoftmax
 from robusthash.training import fit
 
 

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 import torch
 
-from robusthash.analysis.shapley_values import shapley
+from robusthash.analysis.band_attribution import shapley
 from robusthash.core.runtime import Draws
 from robusthash.metrics import statistics as stats
 from robusthash.metrics.robustness_measures import hrs

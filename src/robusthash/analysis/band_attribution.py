@@ -1,4 +1,4 @@
-"""Frequencies that a hasher searches by: RankingSHAP over the bands of the block DCT."""
+"""Frequencies that a hasher searches by: RankingSHAP over the bands of the block DCT, and Shapley values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,80 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robusthash.analysis.shapley_values import shapley
 from robusthash.core.hamming import topk
 from robusthash.core.runtime import Draws
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.models.block_dct import BlockDCT
 from robusthash.models.encoding import encode_signs
+
+
+def shapley(
+    value: Callable[[Tensor], Tensor | float],
+    players: int,
+    permutations: int = 64,
+    draws: Draws = Draws(0),
+    many: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Shapley value of each player with its standard error.
+
+    A permutation adds the players one by one and credits each with the change of ``value``; its reverse is
+    taken with it, which cancels the interaction of pairs exactly (two players: exact). The credits of every
+    permutation telescope, so the values sum to value(all) - value(none) to rounding, and a player that
+    changes nothing gets 0 exactly. Castro, Gomez and Tejada, "Polynomial calculation of the Shapley value
+    based on sampling", 2009.
+
+    Args:
+        value: (players,) bool mask of the coalition -> a number or one per image; deterministic.
+        players: number of players, at least 1.
+        permutations: even, at least 4; each costs ``players`` - 1 evaluations.
+        many: ``value`` takes (S, players) masks at once and gives (S, *shape).
+        progress: called with (permutations done, permutations) after each pair.
+
+    Returns:
+        (players, *shape) values and standard errors, float64; the errors are those of the mean over pairs.
+
+    Example:
+        >>> worth = {(): 0.0, (0,): 1.0, (1,): 0.0, (0, 1): 3.0}
+        >>> credit, error = shapley(lambda mask: worth[tuple(mask.nonzero().flatten().tolist())], players=2)
+        >>> credit.tolist(), error.tolist()
+        ([2.0, 1.0], [0.0, 0.0])
+    """
+    if players < 1:
+        raise ValueError(f"players must be at least 1, got {players}")
+    if permutations < 4 or permutations % 2:
+        raise ValueError(f"permutations must be even and at least 4 (two antithetic pairs): {permutations}")
+
+    def worth(masks: Tensor) -> Tensor:
+        values = value(masks) if many else torch.stack([torch.as_tensor(value(mask)) for mask in masks])
+        return torch.as_tensor(values, dtype=torch.float64).cpu()
+
+    ends = worth(torch.stack([torch.zeros(players, dtype=torch.bool), torch.ones(players, dtype=torch.bool)]))
+    if not torch.isfinite(ends).all():
+        raise ValueError("the value of the empty or of the full coalition is not finite")
+    generator = draws.within("shapley").generator()
+    pairs = []
+    for done in range(2, permutations + 1, 2):
+        order = torch.randperm(players, generator=generator)
+        pairs.append((_credits(worth, order, ends) + _credits(worth, order.flip(0), ends)) / 2)
+        if progress is not None:
+            progress(done, permutations)
+    credits = torch.stack(pairs)
+    return credits.mean(0), credits.std(0) / len(pairs) ** 0.5
+
+
+def _credits(worth: Callable[[Tensor], Tensor], order: Tensor, ends: Tensor) -> Tensor:
+    """(players, *shape) change of value as each player joins in ``order``; ``ends``: of none and of all."""
+    players = len(order)
+    joined = torch.ones(players, players, dtype=torch.bool).tril()[:-1]  # (steps, places)
+    masks = torch.zeros_like(joined)
+    masks[:, order] = joined
+    between = worth(masks) if players > 1 else ends[:0]
+    steps = torch.cat([ends[:1], between, ends[1:]]).diff(dim=0)
+    credits = torch.empty_like(steps)
+    credits[order] = steps
+    return credits
+
 
 Worth = Literal["tau", "ap"]
 
@@ -96,8 +164,7 @@ def attribute_bands(
     Credits of an image sum to worth(all) - worth(none) up to rounding, and a band that the code does not see
     gets 0 exactly. After Heuss, de Rijke and Anand, "RankingSHAP", 2024.
 
-    Differs: images of coalitions are not clipped to [0, 1], for clipping would give a band a part in the
-    others.
+    Differs: images of coalitions are not clipped to [0, 1], which would mix the bands.
 
     Args:
         context: with image queries; all of them are taken.
@@ -140,16 +207,12 @@ def attribute_bands(
 def _images(context: EvaluationContext, worth: str) -> Tensor:
     """All queries of the context, on the victim's device."""
     if context.direction[0] != "image":
-        raise ValueError(
-            f"frequency bands are those of images, and these queries are {context.direction[0]}s"
-        )
+        raise ValueError(f"frequency bands are of images, and these queries are {context.direction[0]}s")
     if worth not in ("tau", "ap"):
         raise ValueError(f"worth must be 'tau' or 'ap', got {worth!r}")
     images = context.queries.batch(torch.arange(len(context.queries))).inputs["image"]
     if images.ndim != 4:
-        raise ValueError(
-            f"frequency bands need pixels, and queries are features of shape {tuple(images.shape)}"
-        )
+        raise ValueError(f"frequency bands need pixels, not features of shape {tuple(images.shape)}")
     return images.to(context.victim.device)
 
 

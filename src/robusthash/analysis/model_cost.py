@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from robusthash.core.types import Inputs
+from robusthash.models.encoding import plain_attention
 from robusthash.models.hasher import Hasher, frozen
-from robusthash.models.plain_attention import plain_attention
 
 Work = Callable[[], object]
 
@@ -44,9 +44,7 @@ def size_of(hasher: Hasher, inputs: Inputs) -> Size:
         inputs: one item by modality, (1, ...).
     """
     if any(len(values) != 1 for values in inputs.values()):
-        raise ValueError(
-            f"the size is that of one query, got { {n: tuple(v.shape) for n, v in inputs.items()} }"
-        )
+        raise ValueError(f"give one query's size, not { {n: tuple(v.shape) for n, v in inputs.items()} }")
     groups = hasher.encoders, hasher.heads, hasher.purifiers
     parts = [group[name] for group in groups for name in inputs if name in group]
     parameters = {id(parameter): parameter.numel() for part in parts for parameter in part.parameters()}

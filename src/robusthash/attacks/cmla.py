@@ -84,9 +84,7 @@ class GradientUpwards(RawGradient):
         upper: dict[str, Budget] = {}
         for name, ball in threat.balls.items():
             if not isinstance(ball, Ball):
-                raise ValueError(
-                    f"CMLA's official bound halves a norm ball, not {ball.norm}; take bound: ball"
-                )
+                raise ValueError(f"CMLA's official bound halves a ball, not {ball.norm}; take bound: ball")
             upper[name] = UpperHalf(ball.norm, ball.eps, ball.bounds)
         return super().__call__(score, batch, replace(threat, balls=upper), draws, select, start)
 

@@ -63,8 +63,7 @@ class Similarity(Guide):
             ``literal_eq11`` along +sum_j s_ij (B_i o R_j), B_i the own clean code (the last factor of Eq 9
             dropped: bits with B_i = -1 go the other way); ``literal_eq17`` along +sum_j s_ij (B^U_j o B^V_j),
             all ones where image and text agree.
-        balanced: separate means of similar and dissimilar items; the literal modes always take the printed
-            sum.
+        balanced: separate means of similar and dissimilar items; literal modes take the printed sum.
 
     Differs: ``balanced`` and the integrated mean are ours; the signs are those that lower similarity.
     """
@@ -177,9 +176,7 @@ class FeatureAgreement(Loss):
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         if not isinstance(guidance, FeatureGuidance):
-            raise ValueError(
-                "this loss needs a direction in feature space: the guide of 'dsarh' with features"
-            )
+            raise ValueError("this loss needs a direction in feature space: the guide 'dsarh' with features")
         features = _unit_features(probe.outputs)
         terms = [(values * guidance.features[name]).sum(1) for name, values in features.items()]
         return Agreement()(probe, guidance) + self.weight * torch.stack(terms).mean(0)
@@ -206,12 +203,10 @@ def dsarh(
     knowledge: Knowledge = "W1",
     features: float = 0.0,
 ) -> Attack:
-    """DSARH: sign steps of 2/255 against the signed mean of the known codes. 1, 3 or 10 steps in its
-    training.
+    """DSARH: sign steps of 2/255 against the signed mean of known codes. 1, 3 or 10 steps in training.
 
     Args:
-        steps: 20 in evaluation is ours (the paper stops when "the prediction" alters, which retrieval does
-            not have).
+        steps: 20 in evaluation is ours (the paper stops when "the prediction" alters).
         step_size: 2/255, or 3/500 on text. One step hence moves by 2/255, not by eps.
         mode: ``fixed``, or a printed form; see the guide ``similarity``.
         form: ``linear`` agreement; ``weighted`` ascends the pair likelihood itself, sum_j (S_ij - sigma(<h,
@@ -223,8 +218,7 @@ def dsarh(
             known items of the same modality, normalised; see ``FeatureSimilarity``. 0 leaves it out.
 
     Differs: the signs and factors of the printed updates are repaired. The feature term compares a modality
-    with itself, since features of images and texts need not have one width, and takes the features before the
-    hash head.
+    with itself, since widths of image and text may differ, and takes the features before the hash head.
     """
     if form != "linear" and (mode != "fixed" or codes != "all" or features):
         raise ValueError(f"form {form!r} stands alone: leave mode 'fixed', codes 'all' and features 0")

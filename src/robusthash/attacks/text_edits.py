@@ -70,8 +70,7 @@ class GreedyFlips(Search):
 
     By first order a flip of entry j gains grad_j (1 - 2 x_j). Of the ``candidates`` of largest gain the one
     of highest true score is taken where it raises the score; otherwise the item stays as it is. An earlier
-    flip may be taken back. There are as many steps as edits; nothing is drawn, and ties go to the earlier
-    word.
+    flip may be taken back. As many steps as edits; ties go to the earlier word.
     """
 
     candidates: int = 8
@@ -113,8 +112,8 @@ class ExactFlips(Search):
     word. A search ends where no text of the block improves. Greedy, so a lower bound on what m edits can do.
 
     Args:
-        exchanges: rounds after the edits are spent, in each of which every edit is taken back once and every
-            word tried in its place.
+        exchanges: rounds after the edits are spent: each edit is taken back once, every word tried in its
+            place.
     """
 
     exchanges: int = 2
@@ -233,9 +232,7 @@ def nearest_tokens(embedding: Tensor, usable: Tensor, k: int = 8) -> Candidates:
     """
     count = int(usable.sum())
     if not 1 <= k < count:
-        raise ValueError(
-            f"{k} candidates for each token need more than {max(k, 1)} usable tokens, not {count}"
-        )
+        raise ValueError(f"{k} candidates a token need more than {max(k, 1)} usable tokens, not {count}")
     unit = nn.functional.normalize(embedding.detach().to("cpu", torch.float64), dim=1)
     ids = torch.nonzero(usable.cpu()).flatten()
     table = torch.arange(len(embedding))[:, None].repeat(1, k)
@@ -287,9 +284,7 @@ class GreedySwaps(Search):
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
     ) -> SearchResult:
         if self.victim is None:
-            raise ValueError(
-                "greedy swaps need the embeddings of a victim: call with_victim(victim) first, as Attack does"
-            )
+            raise ValueError("greedy swaps need a victim's embeddings: call with_victim(victim) first")
         embedding, swaps, origin = embedding_of(self.victim), _swaps(threat), batch.inputs["text"]
         x = threat.project(starting_point(batch, threat, draws, start), {"text": origin})["text"]
         options = torch.cat(

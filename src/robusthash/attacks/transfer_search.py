@@ -1,7 +1,6 @@
 """Transfer: search on surrogates with known weights, with the steps that carry over best to unknown models.
 
-``TransferSteps`` joins the published tricks, each an option; ``transfer`` ascends the mean over several
-surrogates.
+``TransferSteps`` joins the published tricks, each an option; ``transfer`` ascends the surrogates' mean.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ class TransferSteps(Search):
         steps: iterations.
         step_size: as a share of eps, the same for every modality.
         momentum: decay of the accumulated gradient, whose parts have mean |g| = 1 in each item.
-        diversity: chance that an image is shrunk and padded before a pass (input diversity); 0 is off, 0.5
-            published.
+        diversity: chance that an image is shrunk and padded before a pass; 0 is off, 0.5 published.
         shrink: the smallest such size, as a share of the side.
         nesterov: differentiate ahead, where the momentum carries to.
         scales: m passes at x / 2^i, i < m, averaged (scale invariance); 1 is off, 5 published.
@@ -77,9 +75,7 @@ class TransferSteps(Search):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0.0 <= self.diversity <= 1.0 or not 0.0 < self.shrink <= 1.0:
-            raise ValueError(
-                f"diversity lies in [0, 1], shrink in (0, 1], got {self.diversity}, {self.shrink}"
-            )
+            raise ValueError(f"diversity lies in [0, 1], shrink in (0, 1]: {self.diversity}, {self.shrink}")
         if not self.step_size > 0 or not self.radius > 0:
             raise ValueError(f"shares of eps above 0 are needed, got {self.step_size}, {self.radius}")
         if self.smoothing and self.smoothing % 2 == 0:
@@ -222,8 +218,7 @@ def transfer(
     Passes are counted once for each surrogate.
 
     Args:
-        attack: its threat knows ``T``; a guide that learns is refused, since it would have to be fitted to
-            each.
+        attack: its threat knows ``T``; a guide that learns is refused: it is fitted to one model.
         batch: clean queries.
     """
     if not surrogates:

@@ -33,8 +33,7 @@ def describe(value: Any) -> Any:
 
     A part (guide, loss, search, view of the victim, ...) becomes its registered kind and name, or
     ``module:qualname``, with the parameters that differ from their defaults. Dataclass fields with
-    ``compare=False`` are learned or derived and left out. Tensors become a digest; a whole float equals the
-    int.
+    ``compare=False`` are left out. Tensors become a digest; a whole float equals the int.
 
     Raises:
         TypeError: a closure, a lambda, an object with state that is no dataclass.
@@ -99,9 +98,7 @@ def _name(make: Callable[..., Any]) -> dict[str, str]:
 
 def _named_code(value: Callable[..., Any]) -> dict[str, str]:
     if not isinstance(value, type) and (not inspect.isfunction(value) or "<" in value.__qualname__):
-        raise TypeError(
-            f"{value!r} has no name to identify it by; write it as a function of a module or a dataclass"
-        )
+        raise TypeError(f"{value!r} has no name to identify it by; use a function of a module or a dataclass")
     return _name(value)
 
 

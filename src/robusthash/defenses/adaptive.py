@@ -1,7 +1,6 @@
 """Attacks of somebody who knows a defense, which the file of the defense registers as kind ``adaptive``.
 
-``robustness/specs/adaptive_attacks.py`` collects them by the class that a victim declares and the parts that
-it has.
+``robustness/specs/adaptive_attacks.py`` collects them by a victim's class and parts.
 """
 
 from __future__ import annotations

@@ -72,9 +72,7 @@ class Asymmetric(Recipe):
             has = list(hasher.modalities)
             raise ValueError(f"asymmetric training is for one modality, and this hasher has {has}")
         if attack is None and outer is not None:
-            raise ValueError(
-                "an outer loss needs an attack; without one the recipe 'asymmetric' is plain ADSH"
-            )
+            raise ValueError("an outer loss needs an attack; without one 'asymmetric' is plain ADSH")
         for name, value in (("items", items), ("inner_epochs", inner_epochs)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,13 +13,36 @@ from robusthash.attacks.base import Attack
 from robusthash.core.hamming import unpack
 from robusthash.core.registry import register
 from robusthash.core.runtime import Draws
-from robusthash.data.base import RetrievalData, Split
-from robusthash.data.joined_source import JoinedSource
+from robusthash.core.types import Inputs
+from robusthash.data.base import RetrievalData, Source, Split
 from robusthash.defenses.adversarial_training import AdversarialTraining
 from robusthash.defenses.base import OuterLoss
 from robusthash.models.encoding import encode_split
 from robusthash.models.hasher import Hasher
 from robusthash.objectives.base import HashObjective
+
+
+@dataclass(frozen=True)
+class JoinedSource:
+    """The rows of one source, then those of another of the same modalities and shapes."""
+
+    first: Source
+    second: Source
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def inputs(self, rows: Tensor) -> Inputs:
+        second = rows >= len(self.first)
+        joined: Inputs = {}
+        for source, mask, offset in (
+            (self.first, ~second, 0),
+            (self.second, second, len(self.first)),
+        ):
+            if mask.any():
+                for name, values in source.inputs(rows[mask] - offset).items():
+                    joined.setdefault(name, values.new_empty(len(rows), *values.shape[1:]))[mask] = values
+        return joined
 
 
 @register("recipe", "pseudo-labels", evidence="own", state="measured")

@@ -33,9 +33,8 @@ from robusthash.evaluation.runner import BlockRunner, BlockStore, NoStore
 from robusthash.metrics import robustness_measures as robustness
 from robusthash.metrics.measure_key import MeasureKey, Storage
 from robusthash.metrics.protocol import Measured, Protocol
-from robusthash.metrics.query_groups import group_scores
 from robusthash.metrics.results import Cost, DataSet, EvalResult, Setting
-from robusthash.metrics.statistics import bootstrap_interval, intervals
+from robusthash.metrics.statistics import bootstrap_interval, group_scores, intervals
 from robusthash.models.hasher import Hasher
 
 
@@ -51,8 +50,7 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate a victim clean, or under one attack.
 
-    For several attacks on one victim use ``make_context`` once, then ``score_clean``, ``score_attack`` and
-    ``worst``.
+    For several attacks use ``make_context`` once, then ``score_clean``, ``score_attack`` and ``worst``.
 
     Args:
         attack: None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted

@@ -19,6 +19,10 @@ from torch import Tensor
 from robusthash.core.types import Codes, CodesLike, Ranking, as_codes
 from robusthash.index.checked_input import (
     Ids,
+    NewItems,
+    Which,
+    check_choice,
+    check_origin,
     checked_keys,
     id_array,
     key_texts,
@@ -26,7 +30,6 @@ from robusthash.index.checked_input import (
     payload_texts,
     whole_number,
 )
-from robusthash.index.new_items import NewItems, Which, check_choice, check_origin
 from robusthash.index.payload_filter import check_filter, to_json
 
 Neighbours = tuple[np.ndarray, np.ndarray]  # ids (int64) and distances (int32)

@@ -12,11 +12,10 @@ import numpy as np
 from robusthash.core.atomic_files import json_text, write_aside
 from robusthash.core.limited_files import read_json
 from robusthash.core.registry import nearest
-from robusthash.index.checked_input import checked_keys
+from robusthash.index.checked_input import NewItems, Which, checked_keys
 from robusthash.index.code_index import CodeIndex
-from robusthash.index.new_items import NewItems, Which
 from robusthash.index.search_engines import ENGINES, Engine, Rows
-from robusthash.index.sqlite_schema import FILE, create_store
+from robusthash.index.sqlite_file import FILE, create_store
 from robusthash.index.sqlite_store import Store
 
 _MADE_OF = "run.json"  # in the directory: the run whose hasher made the codes, and of what

@@ -10,13 +10,10 @@ from typing import Any, NoReturn, final
 
 import numpy as np
 
-from robusthash.index.checked_input import checked_keys
+from robusthash.index.checked_input import NewItems, Which, check_origin, checked_keys, planned
 from robusthash.index.index_address import ServerAddress
-from robusthash.index.milvus_connection import MilvusConnection
-from robusthash.index.milvus_scan import Scan, condition, in_list
-from robusthash.index.milvus_writers import WriterLock
-from robusthash.index.new_items import NewItems, Which, check_origin, planned
-from robusthash.index.payload_terms import digest, terms
+from robusthash.index.milvus_connection import MilvusConnection, Scan, WriterLock, condition, in_list
+from robusthash.index.payload_filter import digest, terms
 from robusthash.index.server_index import FORMAT, Allowed, ServerIndex
 
 _TEXT = 65_535  # bytes of a text, of Milvus
@@ -283,9 +280,7 @@ def _check_sizes(new: NewItems) -> None:
                 raise ValueError(f"Milvus keeps a {what} of up to {_TEXT} bytes, got {text!r:.60}...")
     for payload in new.payload or ():
         if (count := len(terms(payload))) > _TERMS:
-            raise ValueError(
-                f"Milvus filters by up to {_TERMS} values an item, got {count}: {payload:.60}..."
-            )
+            raise ValueError(f"Milvus filters by at most {_TERMS} values an item: {count}: {payload:.60}...")
 
 
 def _rows(

@@ -1,12 +1,17 @@
-"""Filters by payload as SQL: which stored values a given value stands for."""
+"""Filters by payload, as SQL or as terms: which stored values a given value stands for.
+
+An engine that knows no JSON stores a term for each value, a digest: 2, "2" and 2.0 share one, none is long
+and nothing of a filter's text enters its language.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
+from typing import Any, final
 
 import numpy as np
 
@@ -59,9 +64,7 @@ def normal_form(text: str) -> str:
 def check_key(key: Any) -> None:
     """Refuse payload keys that a JSON path, which knows no escapes inside a quoted key, could not find."""
     if not (isinstance(key, str) and _KEY.fullmatch(key)):
-        raise ValueError(
-            f"payload keys are text without quotes, backslashes and control marks, got {key!r:.60}"
-        )
+        raise ValueError(f"payload keys are text without quotes, backslashes, controls, got {key!r:.60}")
 
 
 def json_path(key: str) -> str:
@@ -74,8 +77,8 @@ def to_json(value: Any, what: str) -> str:
     """JSON text of ``value``; keys stay as written, so that a JSON path finds them.
 
     Raises:
-        ValueError: JSON cannot write it, or it holds a zero character, at which SQLite ends a text and which
-            PostgreSQL does not store.
+        ValueError: JSON cannot write it, or it holds a zero character, which SQLite and PostgreSQL do not
+            store.
     """
     try:
         text = _JSON.encode(value)
@@ -148,3 +151,65 @@ def _form(key: str, option: Any) -> str:
     if isinstance(option, int) or (isinstance(option, float) and math.isfinite(option)):
         return normal_form(_JSON.encode(option))
     raise ValueError(f"where: {key!r} can equal text, a number, a truth value or None, not {option!r}")
+
+
+@final
+class _Number(str):
+    """A number of JSON, as written: no digit is lost."""
+
+
+_DECODER = json.JSONDecoder(parse_int=_Number, parse_float=_Number)
+
+
+def digest(text: str) -> str:
+    """32 hex digits that stand for a text."""
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def has_term(key: str) -> str:
+    """The term of all items whose payload has a key."""
+    return digest(json.dumps([key]))
+
+
+def terms(payload: str) -> list[str]:
+    """The terms of a payload, which is the text of a JSON object."""
+    unique: dict[str, None] = {}
+    for key, value in _DECODER.decode(payload).items():
+        unique[has_term(key)] = None
+        for one in _scalars(value):
+            unique[_term(key, _term_form(one))] = None
+    return list(unique)
+
+
+def term_groups(where: Mapping[str, Any]) -> list[list[str]]:
+    """Groups of terms: an item passes the filter that has one or more of each group.
+
+    Raises:
+        ValueError: a key that no payload can have, or a value that none can equal.
+    """
+    groups = {key: options(key, value) for key, value in where.items()}
+    to_json(groups, "where")
+    return [[_term(key, form) for form in forms] for key, forms in groups.items()]
+
+
+def scalars(payload: str, key: str) -> Iterator[tuple[str, Any]]:
+    """The values under a key that a filter can name, each with its JSON text."""
+    for one in _scalars(_DECODER.decode(payload).get(key, [])):
+        text = one if isinstance(one, _Number) else json.dumps(one)
+        yield str(text), json.loads(text)
+
+
+def _scalars(value: Any) -> list[Any]:
+    members = value if isinstance(value, list) else [value]
+    return [one for one in members if not isinstance(one, (list, dict))]
+
+
+def _term_form(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    number = isinstance(value, _Number) or value[:1] in tuple("-0123456789")
+    return normal_form(str(value)) if number else value
+
+
+def _term(key: str, form: str) -> str:
+    return digest(json.dumps([key, form]))

@@ -11,11 +11,10 @@ from typing import Any, NoReturn, TypeVar, final
 
 import numpy as np
 
-from robusthash.index.checked_input import checked_keys
+from robusthash.index.checked_input import NewItems, Which, check_origin, checked_keys, planned
 from robusthash.index.code_index import Neighbours, by_distance
 from robusthash.index.index_address import ServerAddress, ServerRefused
-from robusthash.index.new_items import NewItems, Which, check_origin, planned
-from robusthash.index.payload_terms import digest, terms
+from robusthash.index.payload_filter import digest, terms
 from robusthash.index.server_index import FORMAT, Allowed, ServerIndex, padded
 
 try:

@@ -16,8 +16,7 @@ from robusthash.core.registry import nearest
 from robusthash.core.runtime import Draws
 from robusthash.index.code_index import CodeIndex, Neighbours, View
 from robusthash.index.index_address import ServerAddress
-from robusthash.index.payload_filter import UnknownKey, check_key
-from robusthash.index.payload_terms import has_term, scalars, term_groups
+from robusthash.index.payload_filter import UnknownKey, check_key, has_term, scalars, term_groups
 from robusthash.index.search_engines import measured_recall
 
 FORMAT = 1

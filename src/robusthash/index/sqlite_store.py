@@ -17,7 +17,7 @@ from typing import Any, final
 import numpy as np
 
 from robusthash.core.atomic_files import flush
-from robusthash.index.new_items import NewItems, Which, check_origin, planned
+from robusthash.index.checked_input import NewItems, Which, check_origin, planned
 from robusthash.index.payload_filter import (
     IN_LIST,
     UnknownKey,
@@ -26,7 +26,12 @@ from robusthash.index.payload_filter import (
     normal_form,
     values_query,
 )
-from robusthash.index.sqlite_errors import (
+from robusthash.index.sqlite_file import (
+    CHANGES,
+    FILE,
+    FORMAT,
+    KEYS,
+    READ,
     DamagedIndex,
     damaged,
     refuse_part_page,
@@ -34,7 +39,6 @@ from robusthash.index.sqlite_errors import (
     stored_ids,
     stored_json,
 )
-from robusthash.index.sqlite_schema import CHANGES, FILE, FORMAT, KEYS, READ
 
 _SETTINGS = {"bits": int, "origin": str, "engine": str, "next_id": int}
 _CHUNK = 65536  # rows that go into SQLite in one statement

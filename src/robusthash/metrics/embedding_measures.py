@@ -1,7 +1,6 @@
 """Ranking measures of float vectors: an exact sort of every query's distances, in bounded blocks.
 
-The measures are those of codes: a block of sorted distances becomes a ``Profile``, so that ties count in
-expectation here as there.
+As for codes, a block of sorted distances becomes a ``Profile``, so that ties count in expectation.
 """
 
 from __future__ import annotations

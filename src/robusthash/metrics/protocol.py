@@ -317,9 +317,7 @@ def _assert_possible(name: str, values: Tensor, profile: Profile) -> None:
     below = values < measures.least_ap(profile) - 1e-9  # NaN compares false
     if below.any():
         first = int(torch.nonzero(below)[0])
-        raise ArithmeticError(
-            f"{name} of query {first} is {float(values[first])}, below the least that any order can have"
-        )
+        raise ArithmeticError(f"{name} of query {first} is {float(values[first])}, below the least possible")
 
 
 def load_protocol(protocol: str | Mapping[str, Any] | Protocol) -> Protocol:

@@ -21,7 +21,6 @@ from robusthash.core.identity import scheme_of
 from robusthash.core.limited_files import read_json, read_npz
 from robusthash.core.registry import nearest
 from robusthash.metrics.measure_key import MeasureKey
-from robusthash.metrics.query_groups import GroupScores
 from robusthash.metrics.result_arrays import (
     headline_fault,
     pack_values,
@@ -29,6 +28,7 @@ from robusthash.metrics.result_arrays import (
     unpack_values,
     write_with_arrays,
 )  # fmt: skip
+from robusthash.metrics.statistics import GroupScores
 from robusthash.version import __version__
 
 SCHEMA = "robusthash.results/2"

@@ -7,6 +7,7 @@ and in blocks, so that memory does not grow with the number of resamples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,8 +22,7 @@ def resampled_means(values: Tensor, resamples: int = 10_000, draws: Draws = Draw
     """Means of bootstrap resamples of the queries, the same resamples for every column.
 
     Args:
-        values: (Q, m) per-query values; NaN or an infinite value (the PSNR of an unchanged image) leaves a
-            query out of that column.
+        values: (Q, m) per-query values; NaN or infinity (PSNR of an unchanged image) leaves a query out.
 
     Returns:
         (resamples, m) float64; NaN where a resample holds no defined value of a column.
@@ -237,3 +237,29 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
         adjusted[name] = largest
     return {name: adjusted[name] for name in p_values}
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """The means over some of the queries; a query that a measure leaves out is left out here too."""
+
+    queries: int
+    values: dict[str, float]  # by measure
+    interval: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def group_scores(per_query: Mapping[str, Tensor], groups: Mapping[str, Tensor]) -> dict[str, GroupScores]:
+    """Scores of each group that has a query.
+
+    Args:
+        per_query: by measure, (Q,) with NaN for a query that it leaves out.
+        groups: by name, (Q,) bool.
+    """
+    scores = {}
+    for name, members in groups.items():
+        own = {measure: values[members] for measure, values in per_query.items()}
+        own = {measure: values for measure, values in own.items() if not values.isnan().all()}
+        if members.any():
+            means = {measure: float(values.nanmean()) for measure, values in own.items()}
+            scores[name] = GroupScores(int(members.sum()), means, intervals(own))
+    return scores

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from robusthash.core.packaged_weights import packaged
 from robusthash.core.registry import nearest, register
+from robusthash.core.runtime import packaged
 from robusthash.models.image_encoders import ImageEncoder
 from robusthash.models.pretrained_weights import Renaming, load_weights
 

@@ -23,7 +23,7 @@ from robusthash.core.types import HashOutput, Inputs, Outputs
 from robusthash.models.purifier import ProxyBackward
 
 if TYPE_CHECKING:
-    from robusthash.models.hub_card import HubCard
+    from robusthash.models.hub_folder import HubCard
 
 Defense = Literal["plain", "adversarial", "gate", "mask", "purifier", "randomised", "detector"]
 """Defense classes of this package; the file of another defense registers its own as kind ``adaptive``."""
@@ -218,8 +218,7 @@ class Hasher(nn.Module):
             revision: branch, tag or commit of the hub.
 
         Raises:
-            RunError: damaged or truncated files, tensors that do not fit, code that is not of this package;
-                one line. No pickle is opened.
+            RunError: damaged or truncated files, tensors that do not fit, foreign code. No pickle is opened.
         """
         from robusthash.models.hub_folder import load_folder
 

@@ -159,3 +159,20 @@ class MLPHead(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, float]:
         logits = self.layers(features)
         return logits, torch.tanh(logits), 1.0
+
+
+def dense(inputs: int, widths: Sequence[int], dropout: float = 0.0, batchnorm: bool = False) -> nn.Sequential:
+    """Linear layers of ``widths``, each with ReLU; ``batchnorm`` before it, ``dropout`` after it.
+
+    Raises:
+        ValueError: no width, or one below 1.
+    """
+    if not widths or min(widths) < 1:
+        raise ValueError(f"widths must be at least one positive number, got {list(widths)}")
+    layers: list[nn.Module] = []
+    for before, after in zip((inputs, *widths), widths, strict=False):
+        layers.append(nn.Linear(before, after))
+        layers += [nn.BatchNorm1d(after)] if batchnorm else []
+        layers.append(nn.ReLU())
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.functional import normalize
 
 from robusthash.core.registry import build, register
-from robusthash.models.dense_layers import dense
 from robusthash.models.hasher import Encoder
+from robusthash.models.heads import dense
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -49,9 +50,7 @@ class ImageEncoder(Encoder):
     ) -> None:
         super().__init__()
         if enlarge is not None and enlarge < smallest:
-            raise ValueError(
-                f"enlarge must be at least {smallest} px, which this encoder needs, got {enlarge}"
-            )
+            raise ValueError(f"enlarge must be at least {smallest} px for this encoder, got {enlarge}")
         self.normalise = Normalise(*statistics)
         self.trunk = trunk
         self.width = width
@@ -115,8 +114,7 @@ class VectorMLP(Encoder):
         inputs: V, values in each vector.
         widths: of the layers; the last is D.
         dropout: after every layer.
-        normalise: bring each vector to mean 0 and variance 1; nets do not learn from histograms that sum to
-            one.
+        normalise: bring each vector to mean 0 and variance 1; nets do not learn from raw histograms.
     """
 
     def __init__(
@@ -169,3 +167,51 @@ class Layered(Encoder):
     def forward(self, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         features, aux = self.inner(values)
         return self.layers(features), aux
+
+
+class UnchangedValues(Encoder):
+    """The values of an item as they are, (B, ...) -> (B, D); with ``unit`` at length one."""
+
+    def __init__(self, width: int, unit: bool) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"features need at least one value an item, got {width}")
+        self.width = width
+        self.unit = unit
+
+    def forward(self, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        flat = values.flatten(1)
+        if flat.shape[1] != self.width or not flat.is_floating_point():
+            shape = tuple(values.shape)
+            raise ValueError(
+                f"the encoder 'features' has {self.width} values an item, and these come as {values.dtype} "
+                f"{shape}; set hasher.image.inputs to their number, for images channels x height x width"
+            )
+        return (normalize(flat, eps=1e-12) if self.unit else flat), {}
+
+
+@register("image-encoder", "features", modality="image", state="measured")
+class ImageFeatures(UnchangedValues):
+    """Vectors of image features, or all pixels of an image, as they are: for shallow hashing.
+
+    Args:
+        inputs: D, values an item: 128 for ``wikipedia``, 3 x 16 x 16 = 768 for images of 16 px.
+        unit: bring each item to length one.
+    """
+
+    def __init__(self, inputs: int, unit: bool = False) -> None:
+        super().__init__(inputs, unit)
+
+
+@register("text-encoder", "features", modality="text", state="measured")
+class TextFeatures(UnchangedValues):
+    """Bags of words or weights of topics as they are: for shallow hashing.
+
+    Args:
+        vocabulary: D, known from the data.
+        unit: bring each item to length one.
+    """
+
+    def __init__(self, vocabulary: int, unit: bool = False) -> None:
+        super().__init__(vocabulary, unit)
+        self.vocabulary = vocabulary

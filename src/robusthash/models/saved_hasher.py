@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,77 @@ import safetensors.torch
 from torch import Tensor
 
 from robusthash.core.atomic_files import json_text, write_all_aside
-from robusthash.core.damaged_files import reading, shortened
-from robusthash.core.limited_files import read_json, regular
+from robusthash.core.limited_files import parse_json, read_json, reading, regular, shortened
 from robusthash.core.plugins import as_sources, sources, without_new_code
 from robusthash.core.runtime import digest
 from robusthash.data.image_text import text_form
 from robusthash.metrics.results import software_versions
 from robusthash.models.encoding import weights_digest
 from robusthash.models.hasher import Hasher, build_hasher
-from robusthash.models.saved_card import SEAL, beyond_limits, is_digest, model_fault, sealed
+
+SEAL = "card"  # the digest of all other fields; earlier versions wrote none
+MOST_BITS, MOST_SIDE = 1 << 16, 1 << 14
+"""Limits of a code and of the side of an image in pixels, beyond which a card is not believed."""
+
+_MODALITIES = ("image", "text")
+
+
+def sealed(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The card as it reads from its file, with the digest of all other fields."""
+    plain = parse_json(json_text({name: value for name, value in card.items() if name != SEAL}), "the card")
+    return {**plain, SEAL: digest(plain, 16)}
+
+
+def is_digest(value: Any) -> bool:
+    """A digest of weights, as cards and codes carry it."""
+    return isinstance(value, str) and (value == "none" or re.fullmatch("[0-9a-f]{16}", value) is not None)
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """A whole number from ``least`` on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_size(value: Any) -> bool:
+    """Sides of images in pixels, or the width of vectors; nothing where there are no images."""
+    return isinstance(value, list) and len(value) <= 2 and all(map(is_count, value))
+
+
+def beyond_limits(card: Mapping[str, Any]) -> str:
+    """The fault of a card whose model would take more memory than any that is trained; "" of others."""
+    if card["bits"] > MOST_BITS:
+        return f"bits is {card['bits']}, more than {MOST_BITS}"
+    if len(card["image_size"]) == 2 and max(card["image_size"]) > MOST_SIDE:
+        return f"image_size is {card['image_size']}, more than {MOST_SIDE} a side"
+    return ""
+
+
+def _is_modalities(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(name in _MODALITIES for name in value)
+
+
+Checks = Mapping[str, Callable[[Any], bool]]
+MODEL: Checks = {"bits": is_count, "modalities": _is_modalities, "image_size": _is_size, "digest": is_digest}
+"""Fields of every card, and whether a value fits."""
+
+
+def model_fault(card: Any, fields: Checks = MODEL) -> str:
+    """The fault of a card of a run or of a saved model, if it has one: a wrong or edited field."""
+    if not isinstance(card, dict) or not isinstance(card.get("hasher"), dict):
+        return "it names no hasher"
+    for name, fits in fields.items():
+        if name not in card:
+            return f"it lacks {name}"
+        if not fits(card[name]):
+            return f"{name} is {shortened(repr(card[name]))}"
+    if fault := beyond_limits(card):
+        return fault
+    if SEAL in card and sealed(card)[SEAL] != card[SEAL]:
+        return "a field was changed after it was written: its digest is another"
+    if card["hasher"].get("bits") != card["bits"]:
+        return f"bits is {card['bits']}, and its hasher has {shortened(repr(card['hasher'].get('bits')))}"
+    return ""
+
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +200,8 @@ def _digest_of(card: Mapping[str, Any], hasher: Hasher) -> str:
 def load_exported(folder: Path) -> tuple[Hasher, dict[str, Any]]:
     """Hasher (eval mode, CPU) and card of a saved model, of either names. No pickle is opened.
 
-    The digest of a card by an earlier version, which does not say what it is made of, is not believed: the
-    card that is returned has that of the tensors. No weights but those of the folder are read, whatever the
-    card says.
+    The digest of an earlier version's card is not believed: the card that is returned has the tensors'. No
+    weights but those of the folder are read, whatever the card says.
 
     Raises:
         RunError: damaged files, another schema, or parts of a module that ``core.plugins`` refuses.

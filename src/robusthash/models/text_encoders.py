@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from robusthash.core.limited_files import read_json
 from robusthash.core.out_of_memory import out_of_memory
-from robusthash.core.packaged_weights import packaged
 from robusthash.core.registry import register
-from robusthash.models.dense_layers import dense
+from robusthash.core.runtime import packaged
 from robusthash.models.hasher import Encoder
+from robusthash.models.heads import dense
 
 
 @register(

@@ -15,7 +15,7 @@ EPS = {"image": 8 / 255, "text": 0.05}
 class StepAway(Purifier):
     """P(x) = clamp(x - eps sgn grad_x (1/K) sgn(u(x)) . tanh u(x)), u the logits of the bare hasher.
 
-    In the hasher's eval mode, whoever calls. Attackers differentiate it: the sign of the slope s has the
+    Always in the hasher's eval mode. Attackers differentiate it: the sign of the slope s has the
     gradient of tanh(s / mean |s|), so the white box goes through the inner gradient too (second derivatives);
     ``RepairIdentity`` takes it for the identity.
 

@@ -42,9 +42,7 @@ class ClassAttention(Encoder):
     def __init__(self, inner: Encoder, classes: int, keep: float = 0.8) -> None:
         super().__init__()
         if classes < 1:
-            raise ValueError(
-                f"classes of the encoder 'agah' is the number of labels of the data, got {classes}"
-            )
+            raise ValueError(f"classes of 'agah' is the number of labels of the data, got {classes}")
         self.inner = inner
         self.keep = keep
         self.width = inner.width
@@ -227,7 +225,5 @@ class AGAH(CrossModalObjective):
 
 def _plain(outputs: Outputs, name: str) -> Tensor:
     if "plain" not in outputs[name].aux:
-        raise ValueError(
-            f"agah needs its own encoders; use hasher.{name}: {{name: agah, inner: <the encoder>}}"
-        )
+        raise ValueError(f"agah needs its encoders; use hasher.{name}: {{name: agah, inner: <the encoder>}}")
     return outputs[name].aux["plain"]

@@ -1,10 +1,10 @@
-"""Objectives that pull each code to the fixed target code of its class: CSQ and DPN."""
+"""Objectives that pull each code to the fixed target code of its class: CSQ, DPN, OrthoHash, and ours."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import log_softmax, normalize, softplus
 
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
@@ -152,15 +152,12 @@ class DPN(CSQ):
 
     Targets are random balanced codes (half of the bits -1), of several classes as in CSQ. v are the logits,
     without tanh: past the margin a bit is at rest, which is what polarises. So an attack on this objective
-    gets no gradient from an item whose bits are all at rest: judge the robustness of DPN by attacks with a
-    guide.
+    gets no gradient where all bits are at rest: judge the robustness of DPN by attacks with a guide.
 
     Args:
         margin: m, 1.
-        on_tanh: feed tanh(v) as SAAT's code does; with margin 1 the hinge is then always active, L = 1 - mean
-            h t.
-        adaptive: after each epoch a class's target becomes the majority of its items' codes; a tie keeps its
-            bit.
+        on_tanh: feed tanh(v) as SAAT's code does; with margin 1 the hinge is always active, L = 1 - mean h t.
+        adaptive: after each epoch a class's target becomes its items' majority; a tie keeps its bit.
 
     Differs: mean over bits (the authors' code sums them; SAAT's takes the mean). Several classes: the authors
     sum the hinges of each class; ours is the rule of SAAT's code.
@@ -191,3 +188,66 @@ class DPN(CSQ):
         codes = torch.stack([sign(codes.detach()) for codes in memory.codes.values()]).sum(0)
         votes = memory.labels.T @ codes
         self.centers = torch.where(votes == 0, self.centers, sign(votes))
+
+
+@register("objective", "code-softmax", evidence="own", state="measured")
+class CodeSoftmax(CSQ):
+    """Code softmax: L = CSQ's L + weight * CE, ours; after OrthoHash's softmax, on the relaxed code.
+
+    CE = -sum_c (y_c / |y|) log softmax_c(scale * mean_k c_k tanh(v_k)) over the centers c of all classes. The
+    pull treats bits alone; the softmax weighs an error by the class that it brings nearer, in the loss and in
+    an attack that ascends it (``pgd``). An item without labels has no loss. O(C K) an item.
+
+    Args:
+        scale: of the mean agreement, which lies in [-1, 1].
+        weight: of the cross entropy; without the pull codes learn worse (docs/methods/own-recipe.md).
+    """
+
+    def __init__(self, quantisation: float = 1e-4, scale: float = 8.0, weight: float = 1.0) -> None:
+        if scale <= 0:
+            raise ValueError(f"scale must be above 0, got {scale:g}")
+        super().__init__(quantisation)
+        self.scale = scale
+        self.weight = weight
+
+    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
+        scores = self.scale * output.relaxed() @ self.centers.T / self.centers.shape[1]
+        share = labels / labels.sum(1, keepdim=True).clamp_min(1.0)
+        cross = -(share * log_softmax(scores, 1)).sum(1)
+        return super().similarity(output, labels, codes, code_labels) + self.weight * cross
+
+
+@register("objective", "orthohash", paper="Hoe et al., NeurIPS 2021", evidence="paper+code", state="measured")
+class OrthoHash(CSQ):
+    """OrthoHash: softmax over classes of the cosine between logits and the class's fixed random code.
+
+    L = -sum_c (y_c / |y|) log softmax_c(s (cos(z, O_c) - m y_c)), z the logits. Its head is ``batchnorm``,
+    which balances each bit; quantisation needs no term of its own, since a cosine of 1 is a code. The loss
+    does not change with the size of z. One forward and backward pass an item, and O(C K).
+
+    Args:
+        scale: s, 8 in the authors' code.
+        margin: m on the own classes' cosine, 0.2 there.
+
+    Differs: batch normalisation is in the head, so that retrieval has the thresholds of training (SAAT's
+    code has it inside of the loss alone). Class codes are drawn bit by bit, as by the authors; their search
+    for distant codes is left out. An item without labels has no loss.
+    """
+
+    def __init__(self, scale: float = 8.0, margin: float = 0.2) -> None:
+        if scale <= 0:
+            raise ValueError(f"scale must be above 0, got {scale:g}")
+        super().__init__(quantisation=0.0)
+        self.scale = scale
+        self.margin = margin
+
+    def setup(self, facts: TrainFacts) -> None:
+        super().setup(facts)  # the filler of ``targets``
+        generator = Draws(facts.seed, ("orthohash",)).within("codes").generator()
+        numbers = torch.rand(facts.classes, facts.bits, generator=generator)
+        self.centers = torch.where(numbers < 0.5, -1.0, 1.0).to(self.filler.device)
+
+    def similarity(self, output: HashOutput, labels: Tensor, codes: Tensor, code_labels: Tensor) -> Tensor:
+        cosine = normalize(output.logits, eps=1e-8) @ normalize(self.centers).T
+        share = labels / labels.sum(1, keepdim=True).clamp_min(1.0)
+        return -(share * log_softmax(self.scale * (cosine - self.margin * labels), 1)).sum(1)

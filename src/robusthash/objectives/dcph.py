@@ -39,8 +39,7 @@ def spread_codes(classes: int, bits: int, steps: int, hidden: int, draws: Draws)
 
 @register("objective", "dcph", paper="Tu et al., IEEE TKDE 2023", evidence="reconstruction")
 class DCPH(HashObjective):
-    """DCPH: deep cross-modal proxy hashing. A reconstruction: no code was found, and its paper was not at
-    hand.
+    """DCPH: deep cross-modal proxy hashing. A reconstruction: neither code nor paper was at hand.
 
     Proxies are ``spread_codes``, learned once at ``setup`` from the labels alone. L = mean over an item's n
     classes k of -log(e^{g (s_k - m)} / (e^{g (s_k - m)} + sum over other classes q of e^{g s_q})) + eta mean
@@ -74,9 +73,7 @@ class DCPH(HashObjective):
 
     def setup(self, facts: TrainFacts) -> None:
         if facts.labels is not None and bool((facts.labels > 0).all()):
-            raise ValueError(
-                "dcph needs a class that some training item is not of, and all items have every label"
-            )
+            raise ValueError("dcph needs a class that some training item lacks; all items have every label")
         draws, device = Draws(facts.seed, ("dcph",)), self.class_codes.device
         self.class_codes = spread_codes(facts.classes, facts.bits, self.steps, self.hidden, draws).to(device)
 

@@ -51,9 +51,7 @@ class DGCPN(FixedSimilarity):
         text_features: Features = "raw",
     ) -> None:
         if not 0.0 < neighbours < 1.0:
-            raise ValueError(
-                f"neighbours is a share of the training items between 0 and 1, got {neighbours:g}"
-            )
+            raise ValueError(f"neighbours is a share of training items between 0 and 1, got {neighbours:g}")
         super().__init__(image_features, text_features)
         self.text = text
         self.graph = graph

@@ -75,9 +75,7 @@ class DSDH(PairLikelihood):
         self, eta: float = 55.0, mu: float = 1.0, nu: float = 1.0, sweeps: int = 10, balance: bool = False
     ) -> None:
         if not (mu > 0 and nu > 0):
-            raise ValueError(
-                f"mu and nu must be above 0, or labels could not be regressed, got {mu:g}, {nu:g}"
-            )
+            raise ValueError(f"mu and nu must be above 0, to regress labels, got {mu:g}, {nu:g}")
         super().__init__(balance)
         self.eta = eta
         self.mu = mu

@@ -43,18 +43,14 @@ class UKD(CrossLikelihood):
 
     def __init__(self, neighbours: float = 0.05, gamma: float = 0.1, balance: bool = True) -> None:
         if not 0.0 < neighbours < 1.0:
-            raise ValueError(
-                f"neighbours is a share of the training items between 0 and 1, got {neighbours:g}"
-            )
+            raise ValueError(f"neighbours is a share of training items between 0 and 1, got {neighbours:g}")
         super().__init__(gamma, balance)
         self.neighbours = neighbours
         self.register_buffer("near", torch.empty(0, dtype=torch.int64))  # (N, neighbours of all modalities)
 
     def setup(self, facts: TrainFacts) -> None:
         if set(facts.widths) != {"image", "text"}:
-            raise ValueError(
-                f"UKD learns from pairs of an image and its text, and this hasher has {[*facts.widths]}"
-            )
+            raise ValueError(f"UKD learns from pairs of an image and its text, not {[*facts.widths]}")
         count = max(1, round(self.neighbours * facts.items))
         self.near = torch.zeros(facts.items, 2 * count, dtype=torch.int64, device=self.near.device)
 

@@ -13,9 +13,9 @@ from robusthash.core.registry import build, register
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, LossTerms
 from robusthash.data.base import RetrievalData, Split, batches
-from robusthash.models.feature_vectors import UnchangedValues
 from robusthash.models.hasher import Hasher, frozen
 from robusthash.models.heads import KernelHead, LinearHead
+from robusthash.models.image_encoders import UnchangedValues
 from robusthash.objectives.base import HashObjective
 from robusthash.objectives.shallow.base import Projection, ShallowMethod, solve
 from robusthash.training.recipe import Moment, Recipe, check_modalities, train_facts
@@ -29,8 +29,7 @@ class ShallowRecipe(Recipe):
 
     The features are those of the encoders: the values themselves (``features``), a pretrained net, or a
     run's (``training.init_from``, whose head is replaced). The head is ``linear``, or ``kernel`` with
-    anchors drawn from the training items. All happens in the first epoch, so set ``epochs: 1``; more do
-    nothing.
+    anchors drawn from the training items. All happens in the first epoch: set ``epochs: 1``.
 
     Args:
         hasher: with heads ``linear`` or ``kernel``.

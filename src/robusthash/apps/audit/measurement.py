@@ -26,8 +26,7 @@ from robusthash.apps.audit.verdict import idle_attacks, verdict
 from robusthash.apps.experiment.run_directory import write_json
 from robusthash.apps.image_hash.copy_hash import NAME, RADIUS
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.packaged_weights import packaged
-from robusthash.core.runtime import Progress, silent
+from robusthash.core.runtime import Progress, packaged, silent
 from robusthash.metrics.results import software_versions
 
 _TRIED = 8  # photographs on which a model is tried first

@@ -23,7 +23,7 @@ from robusthash.apps.audit.targets import AuditOptions, Target, open_target, siz
 from robusthash.apps.audit.verdict import HELD, counted, share_found
 from robusthash.apps.image_hash.copy_hash import NAME, RADIUS, plain
 from robusthash.apps.image_hash.proved_levels import MOST, proved_levels
-from robusthash.core.packaged_weights import packaged
+from robusthash.core.runtime import packaged
 from robusthash.data.transforms import to_pixels
 from robusthash.models.encoding import encode_signs
 from robusthash.models.external.loaders import NAMES, perceptual

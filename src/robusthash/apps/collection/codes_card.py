@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from robusthash.core.damaged_files import shortened
-from robusthash.core.limited_files import read_json
-from robusthash.models.saved_card import is_count, is_digest
+from robusthash.core.limited_files import read_json, shortened
+from robusthash.models.saved_hasher import is_count, is_digest
 
 ItemFormat = Literal["jsonl", "parquet"]
 FORMAT = 1

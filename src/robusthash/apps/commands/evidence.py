@@ -97,7 +97,7 @@ def copy_entry(
 ) -> None:
     """Write the registry entry of a hash for copies: digests, hashes, proofs, and what was measured."""
     from robusthash.apps.image_hash.copy_entry import copy_entry_of
-    from robusthash.robustness.evidence.copy_records import copy_entry_text
+    from robusthash.robustness.evidence.records import copy_entry_text
 
     card = copy_entry_of(measured, model)
     _write_entry(out, card.id, copy_entry_text(card), card.model_dump(mode="json"), as_json)

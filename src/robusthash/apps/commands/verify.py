@@ -9,7 +9,7 @@ from robusthash.apps.commands.options import AsJson, Device
 from robusthash.apps.commands.terminal import one_row, print_json, print_lines, print_table, progress_bars
 
 if TYPE_CHECKING:
-    from robusthash.robustness.evidence.copy_records import CopyEntry
+    from robusthash.robustness.evidence.records import CopyEntry
 
 
 def verify(
@@ -39,7 +39,7 @@ def verify(
     from robusthash.apps.experiment.evidence_run import verify_entry
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.metrics.measure_key import MeasureKey
-    from robusthash.robustness.evidence.copy_records import CopyEntry, load_any_entry
+    from robusthash.robustness.evidence.records import CopyEntry, load_any_entry
 
     card = load_any_entry(entry)
     if isinstance(card, CopyEntry):

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from robusthash.core.damaged_files import shortened
-from robusthash.core.limited_files import parse_yaml
+from robusthash.core.limited_files import parse_yaml, shortened
 from robusthash.core.option_types import LARGEST, annotated, fault, plain
 
 _FRACTION = re.compile(r"\s*([+-]?[\d.]+(?:[eE][+-]?\d+)?)\s*/\s*([\d.]+)\s*")

@@ -36,9 +36,8 @@ from robusthash.apps.experiment.training_stages import (
 from robusthash.attacks.base import Attack
 from robusthash.core.hamming import pack, sign
 from robusthash.core.labels import has_relevant
-from robusthash.core.packaged_weights import PACKAGES
 from robusthash.core.registry import build, check
-from robusthash.core.runtime import Draws, Progress, choose_device, silent
+from robusthash.core.runtime import PACKAGES, Draws, Progress, choose_device, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, Split
 from robusthash.data.miniature import SPLITS, write_miniature

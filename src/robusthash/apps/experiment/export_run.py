@@ -22,8 +22,7 @@ from robusthash.data.photos import PHOTOGRAPHS, photograph_path
 from robusthash.metrics.results import EvalResult, headline_of, software_versions
 from robusthash.models.encoding import encode_signs
 from robusthash.models.hasher import Hasher, frozen
-from robusthash.models.hub_card import HubCard, HubScore
-from robusthash.models.hub_folder import check_id, push_folder
+from robusthash.models.hub_folder import HubCard, HubScore, check_id, push_folder
 from robusthash.models.portable.model_files import (
     FileFacts,
     WrittenModel,

@@ -28,8 +28,7 @@ from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.data.copies import CHANGES, images_below
 from robusthash.data.image_files import read_image
-from robusthash.defenses.code_agreement import Agreeing, CodeAgreement, against_agreement
-from robusthash.defenses.query_detection import DetectionLimits
+from robusthash.defenses.query_detection import Agreeing, CodeAgreement, DetectionLimits, against_agreement
 from robusthash.evaluation.attack_block import in_8bit
 from robusthash.evaluation.attack_spec import GradientAttack
 from robusthash.evaluation.context import EvaluationContext

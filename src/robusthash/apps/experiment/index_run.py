@@ -43,9 +43,9 @@ from robusthash.data.image_files import (
 )
 from robusthash.data.image_listing import Listing, list_images
 from robusthash.index import CodeIndex, address_of, open_index
+from robusthash.index.checked_input import check_choice
 from robusthash.index.file_index import build_source_of
 from robusthash.index.index_address import directory_of
-from robusthash.index.new_items import check_choice
 from robusthash.models.encoding import encode_signs
 from robusthash.models.hasher import Hasher
 

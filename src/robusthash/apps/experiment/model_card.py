@@ -9,9 +9,9 @@ from typing import Any
 
 from robusthash.apps.experiment.config import Config, is_folder_name
 from robusthash.metrics.results import EvalResult
-from robusthash.models.saved_card import MODEL, is_count, model_fault
-from robusthash.models.saved_card import SEAL as SEAL
-from robusthash.models.saved_card import sealed as sealed
+from robusthash.models.saved_hasher import MODEL, is_count, model_fault
+from robusthash.models.saved_hasher import SEAL as SEAL
+from robusthash.models.saved_hasher import sealed as sealed
 
 
 def _is_duration(value: Any) -> bool:

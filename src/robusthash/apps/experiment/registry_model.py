@@ -8,11 +8,10 @@ from pathlib import Path
 
 from robusthash.apps.experiment.config import load_config
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run
-from robusthash.core.packaged_weights import packaged
 from robusthash.core.registry import nearest
+from robusthash.core.runtime import packaged
 from robusthash.models.saved_hasher import HUB
-from robusthash.robustness.evidence.copy_records import CopyEntry, load_any_entry
-from robusthash.robustness.evidence.records import ModelSource, RegistryEntry
+from robusthash.robustness.evidence.records import CopyEntry, ModelSource, RegistryEntry, load_any_entry
 
 REGISTRY, RUNS = Path("registry"), Path("runs")
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from robusthash.apps.experiment.config import Config, ConfigError, load_config
 from robusthash.core.atomic_files import json_text, write_aside
-from robusthash.core.damaged_files import RunError, reading
-from robusthash.core.limited_files import read_json, regular
+from robusthash.core.limited_files import RunError, read_json, reading, regular
 from robusthash.core.plugins import PluginError, Sources, as_sources, changed, sources, without_new_code
 
 PLUGINS = "plugins.json"  # source files of the code that a config names as module:name

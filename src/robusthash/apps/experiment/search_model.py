@@ -24,8 +24,7 @@ from robusthash.apps.experiment.run_directory import TEXTS, Run, RunError, load_
 from robusthash.core.hamming import pack
 from robusthash.core.limited_files import read_json
 from robusthash.core.out_of_memory import halving, warn
-from robusthash.core.packaged_weights import packaged
-from robusthash.core.runtime import Progress, choose_device, silent
+from robusthash.core.runtime import Progress, choose_device, packaged, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData, TextForm, as_input
 from robusthash.data.image_files import OnError
@@ -34,8 +33,7 @@ from robusthash.data.own_data import OneImage, one_image
 from robusthash.index import CodeIndex
 from robusthash.models.encoding import encode_signs, weights_digest
 from robusthash.models.hasher import Hasher
-from robusthash.models.hub_card import HubCard
-from robusthash.models.hub_folder import fetched, save_folder
+from robusthash.models.hub_folder import HubCard, fetched, save_folder
 from robusthash.models.saved_hasher import HUB, PLAIN, load_exported, names_in, save_exported
 from robusthash.robustness.evidence.records import RegistryEntry
 

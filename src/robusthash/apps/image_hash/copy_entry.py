@@ -16,13 +16,12 @@ from robusthash.apps.experiment.search_model import SearchModel, load
 from robusthash.apps.image_hash.copy_hash import NAME, RADIUS
 from robusthash.apps.image_hash.proved_levels import withstand
 from robusthash.core.limited_files import read_json, read_text
-from robusthash.core.packaged_weights import packaged
-from robusthash.core.runtime import Progress, silent
+from robusthash.core.runtime import Progress, packaged, silent
 from robusthash.data.base import as_input
 from robusthash.data.own_data import OneImage, one_image
 from robusthash.data.photos import PHOTOGRAPHS, photograph_path
 from robusthash.models.saved_hasher import HUB
-from robusthash.robustness.evidence.copy_records import CopyClaim, CopyEntry, PhotographRecord, WithinRadius
+from robusthash.robustness.evidence.records import CopyClaim, CopyEntry, PhotographRecord, WithinRadius
 
 LIMITS = (
     "The central square of a picture is hashed; what lies next to it plays no part.",

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from robusthash.core.runtime import Progress, silent
 from robusthash.data import load_data
-from robusthash.models.block_means import COPY_WINDOW
+from robusthash.models.block_dct import COPY_WINDOW
 from robusthash.models.hasher import Hasher, build_hasher
 
 IMAGE = 64  # pixels a side of the photographs

@@ -20,7 +20,7 @@ from robusthash.apps.image_hash.everyday_changes import CHANGES, cifar_photograp
 from robusthash.core.hamming import as_words
 from robusthash.core.runtime import Progress
 from robusthash.data.own_data import OneImage
-from robusthash.robustness.evidence.copy_records import CopyClaim, CopyEntry
+from robusthash.robustness.evidence.records import CopyClaim, CopyEntry
 
 MAKING = ("ucmerced.tar", "ucmerced.jsonl")
 MEASURING = ("coco_mini.tar", "cifar10.npz")

@@ -16,7 +16,7 @@ from robusthash.apps.image_hash.copy_hash import (
 )
 from robusthash.apps.image_hash.copy_weights import linear_layer
 from robusthash.data.base import as_input
-from robusthash.models.block_means import COPY_WINDOW
+from robusthash.models.block_dct import COPY_WINDOW
 from robusthash.models.hasher import Hasher
 from robusthash.robustness.certificates.linear_codes import most_flips
 

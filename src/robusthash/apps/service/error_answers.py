@@ -15,11 +15,11 @@ from starlette.exceptions import HTTPException
 
 from robusthash.apps.service.guard import Refused
 from robusthash.apps.service.search_service import OWN_FILE, NoItem, RefusedFormat
-from robusthash.core.damaged_files import shortened
+from robusthash.core.limited_files import shortened
 from robusthash.data.image_files import ImageTooLarge, UnreadableImage
 from robusthash.index.index_address import ServerRefused
 from robusthash.index.payload_filter import UnknownKey
-from robusthash.index.sqlite_errors import DamagedIndex
+from robusthash.index.sqlite_file import DamagedIndex
 
 logger = logging.getLogger("robusthash.service")
 _RETRY = 5  # seconds after which a client may ask an index again that did not answer

@@ -10,8 +10,7 @@ from robusthash.apps.service.guard import Metrics, Refused
 from robusthash.apps.service.settings import ServiceSettings
 from robusthash.core.hamming import distance
 from robusthash.data.transforms import to_pixels
-from robusthash.defenses.code_agreement import CodeAgreement
-from robusthash.defenses.query_detection import DetectionLimits, QueryDetector
+from robusthash.defenses.query_detection import CodeAgreement, DetectionLimits, QueryDetector
 
 
 class QueryGuards:

@@ -12,8 +12,7 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from pydantic import BeforeValidator, Field
 
-from robusthash.core.damaged_files import shortened
-from robusthash.core.limited_files import parse_json
+from robusthash.core.limited_files import parse_json, shortened
 from robusthash.core.registry import nearest
 
 Value = TypeVar("Value")

@@ -5,8 +5,8 @@ Each request is ``POST url`` with a PNG file as the body. The answer is JSON of 
     {"code": "8f3c..."}  or  {"code": [0, 1, 1, ...]}      the code, in hex or as bits
     {"ids": ["a", "b", ...], "distances": [0, 3, ...]}      results, nearest first; distances may be left out
 
-or that of ``robusthash serve``, {"results": [{"id": 3, "distance": 0}, ...], "code": "8f3c..."}, where the
-code counts if it is there.
+or that of ``robusthash serve``, {"results": [{"id": 3, "distance": 0}, ...], "code": "8f3c..."}, the code if
+there.
 A search with a threshold may find nothing: an empty list of ids, status 204 or 404.
 """
 
@@ -29,9 +29,52 @@ from torch import Tensor
 
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.transforms import to_pixels
-from robusthash.models.external.answer_cache import AnswerCache
 from robusthash.models.external.http_exchange import Exchanger, Reply, Unanswered
 from robusthash.models.external.model_answers import Broken
+
+
+class AnswerCache:
+    """A file of answers by image. The first line names the endpoint; a line that a kill cut off is ignored.
+
+    Headers, which may hold secrets, are not in it.
+    """
+
+    def __init__(self, path: Path, url: str) -> None:
+        self.path, self.url = path, url
+
+    def read(self) -> dict[str, Any]:
+        """Answers by image; none where the file is missing or of another endpoint."""
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return {}
+        entries = [entry for line in lines if (entry := _entry(line)) is not None]
+        if not entries or entries[0].get("endpoint") != self.url:
+            self.delete()
+            return {}
+        return {entry["image"]: entry["answer"] for entry in entries[1:] if "image" in entry}
+
+    def add(self, image: str, answer: Any) -> None:
+        """Append one answer."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+", encoding="utf-8") as stream:
+            if stream.tell() == 0:
+                stream.write(json.dumps({"endpoint": self.url}) + "\n")
+            # a new line first: the one before may have been cut off
+            stream.write("\n" + json.dumps({"image": image, "answer": answer}) + "\n")
+
+    def delete(self) -> None:
+        """Delete the file."""
+        self.path.unlink(missing_ok=True)
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
 
 _LARGEST = 1 << 20  # bytes of an answer
 _TELLING = 100  # digits of codes that tell their notation: hex ones are never so long without a to f
@@ -44,8 +87,7 @@ _NOTHING = frozenset({204, 404})  # statuses of a search that found nothing
 
 @dataclass(frozen=True)
 class Answer:
-    """An endpoint's answer on one image: a code as it was written, or search results, none where nothing was
-    near enough."""
+    """An endpoint's answer on one image: a code as it was written, or search results, perhaps none."""
 
     code: str | tuple[float, ...] | None = None
     ids: tuple[str, ...] = ()
@@ -99,9 +141,7 @@ class Endpoint:
         try:
             import httpx  # noqa: F401 - a missing extra is reported before the first query
         except ImportError as error:
-            raise ImportError(
-                f"endpoints need an extra: pip install 'robusthash[audit]' ({error})"
-            ) from error
+            raise ImportError(f"endpoints need: pip install 'robusthash[audit]' ({error})") from error
         self._exchanger = Exchanger(self.url, self.headers, self.timeout, _LARGEST)
         self._answer_cache = None if self.cache is None else AnswerCache(self.cache, self.url)
         if self._answer_cache is not None:
@@ -180,8 +220,7 @@ class Endpoint:
             self._answer_cache.delete()
 
     def _request(self, pixels: np.ndarray) -> Any:
-        """The JSON that the endpoint answers; an empty list of ids where it says by its status that there is
-        nothing."""
+        """The JSON that the endpoint answers; an empty list of ids for a status that says so."""
         png = io.BytesIO()
         Image.fromarray(pixels).save(png, "PNG")
         problem, attempts = "", 0
@@ -320,7 +359,7 @@ def _in_bits(texts: Sequence[str], url: str) -> bool:
     """True where codes are written as 0s and 1s, not as hex digits; a few digits alone do not tell.
 
     Raises:
-        Broken: decimal digits alone, which so many hex digits are not by chance.
+        Broken: decimal digits alone, which long hex codes are not by chance.
     """
     digits = set("".join(texts))
     if len("".join(texts)) < _TELLING:
@@ -328,9 +367,7 @@ def _in_bits(texts: Sequence[str], url: str) -> bool:
     if digits <= set("01"):
         return True
     if digits <= set("0123456789"):
-        raise Broken(
-            f"{url} answered the code {texts[0][:40]!r}, a decimal number; give hex digits, or a list"
-        )
+        raise Broken(f"{url} answered the code {texts[0][:40]!r}, a decimal number; give hex digits")
     return False
 
 

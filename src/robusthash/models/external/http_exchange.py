@@ -18,7 +18,7 @@ from robusthash.models.external.wrapper import Broken
 
 _ENCODINGS = ("", "identity", "gzip", "deflate")
 _HEADERS = 1 << 16  # bytes of the headers of an answer; httpx itself reads 100 KiB of them at most
-_GZIP_OR_ZLIB = 47  # wbits of zlib: either, told apart by the header
+_GZIP_OR_ZLIB = 47  # wbits of zlib: either, by the header
 
 
 class Unanswered(Exception):
@@ -65,8 +65,7 @@ class Exchanger:
 
         Raises:
             Unanswered: see there.
-            Broken: the address is none, or headers or body are too long, or in an encoding that was not
-                asked for.
+            Broken: no address, headers or body too long, or an encoding that was not requested.
         """
         seconds = self.seconds if seconds is None else min(seconds, self.seconds)
         outcomes: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()

@@ -161,8 +161,6 @@ def perceptual(name: str) -> Perceptual:
             return Perceptual(name, TITLES[name], 256, 31, lambda pixels: pdqhash.compute(pixels)[0])
         import imagehash
     except ImportError as error:
-        raise ImportError(
-            f"perceptual hashes need an extra: pip install 'robusthash[audit]' ({error})"
-        ) from error
+        raise ImportError(f"perceptual hashes need: pip install 'robusthash[audit]' ({error})") from error
     compute: Callable[[Image.Image], Any] = getattr(imagehash, _IN_IMAGEHASH.get(name, name))
     return Perceptual(name, TITLES[name], 64, 10, lambda x: compute(Image.fromarray(x)).hash.flatten())

@@ -168,9 +168,7 @@ def form_of(answer: Tensor, name: str) -> Form:
         hint = ""
         if answer.dtype == torch.int8:
             hint = "; signed bytes become uint8 by + 128 where 128 was taken off, else by .view(uint8)"
-        raise Broken(
-            f"{name} answered whole numbers {bounds}; codes are bool, 0/1, -1/+1 or uint8 bytes{hint}"
-        )
+        raise Broken(f"{name} answered whole numbers {bounds}; codes are bool, 0/1, -1/+1 or bytes{hint}")
     if no_logits(answer):
         return "embedding"
     return "probabilities" if least >= 0 else "numbers"

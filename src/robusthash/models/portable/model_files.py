@@ -24,7 +24,7 @@ from torch import Tensor
 
 from robusthash.core.limited_files import parse_json
 from robusthash.core.out_of_memory import out_of_memory
-from robusthash.models.plain_attention import plain_attention
+from robusthash.models.encoding import plain_attention
 from robusthash.models.portable.portable_hasher import Pixels, PortableHasher
 
 SCHEMA, KEY = "robusthash.portable/1", "robusthash"

@@ -140,9 +140,7 @@ def _check_modalities(name: str, expected: int, modalities: list[str]) -> None:
 
 def _check_labels(name: str, labels: Tensor | None, pairwise: bool) -> None:
     if labels is None:
-        raise ValueError(
-            f"{name} is supervised, and the training items have no labels; itq and cvh need none"
-        )
+        raise ValueError(f"{name} is supervised, and the training items have no labels; itq, cvh need none")
     if not (labels > 0).any():
         raise ValueError(f"{name} is supervised, and no training item has a label")
     kinds = torch.unique((labels > 0).float(), dim=0)

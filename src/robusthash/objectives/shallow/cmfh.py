@@ -37,9 +37,7 @@ class CMFH(ShallowMethod):
     def __init__(self, share: float = 0.5, mu: float = 100.0, gamma: float = 0.01, rounds: int = 25) -> None:
         if not 0 < share < 1 or mu <= 0 or gamma <= 0 or rounds < 1:
             values = f"share {share:g}, mu {mu:g}, gamma {gamma:g}, rounds {rounds}"
-            raise ValueError(
-                f"CMFH needs a share between 0 and 1, mu and gamma above 0, and a round; got {values}"
-            )
+            raise ValueError(f"CMFH needs share in (0, 1), mu and gamma above 0, and a round; got {values}")
         self.share = share
         self.mu = mu
         self.gamma = gamma
@@ -74,11 +72,3 @@ class CMFH(ShallowMethod):
         terms = zip(shares, parts, factors, weights, strict=True)
         outer = sum((a * (x @ u.T + self.mu * x @ w) for a, x, u, w in terms), torch.zeros(()))
         return torch.linalg.solve(inner, outer.T).T
-
-    def value(self, parts: list[Tensor], y: Tensor, factors: list[Tensor], weights: list[Tensor]) -> float:
-        """The objective, which no step raises."""
-        total = self.gamma * y.square().sum()
-        for a, x, u, w in zip((self.share, 1.0 - self.share), parts, factors, weights, strict=True):
-            fit = (x - y @ u).square().sum() + self.mu * (y - x @ w).square().sum()
-            total = total + a * (fit + self.gamma * (u.square().sum() + w.square().sum()))
-        return float(total)

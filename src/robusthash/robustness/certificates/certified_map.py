@@ -3,6 +3,11 @@
 Queries are encoded by a smoothed code (or, over L-inf balls, by the hasher itself with interval bounds);
 the database is the frozen one of the context, by the base hasher: its codes are given numbers, whoever made
 them, so no error of theirs enters, an index need not be made again, and learned codes work as they are.
+
+The least AP of m free bits: the distance of an item lies in [d, d + m], d that of the fixed bits. The ranking
+in which every relevant item is as far and every other one as near as it can be, with ties against the query,
+bounds the AP of any of the 2^m codes. Some free bits are enumerated and only the rest is bounded so; where
+all are enumerated the minimum is exact. The bound is ours.
 """
 
 from __future__ import annotations
@@ -21,14 +26,79 @@ from robusthash.core.runtime import Progress, silent
 from robusthash.evaluation.attack_spec import AttackSpec, GradientAttack, RefinedAttack
 from robusthash.evaluation.code_measures import measure_codes
 from robusthash.evaluation.context import EvaluationContext, encoding_batch
+from robusthash.metrics.average_precision import Denominator, average_precision
+from robusthash.metrics.protocol import Protocol
 from robusthash.robustness.certificates.certified_codes import (
     BoundedCodes,
     Cached,
     CertifiedCodes,
     SmoothedCodes,
 )
-from robusthash.robustness.certificates.least_average_precision import least_ap
 from robusthash.robustness.suite import tier
+
+ENUMERATED = 10
+"""Most free bits that are enumerated: up to this number, the minimum is exact."""
+
+_CELLS = 1 << 25  # pairs of a branch and an item that are looked at for one query
+
+
+def least_ap(
+    sign: Tensor, free: Tensor, database: Tensor, relevant: Tensor, protocol: Protocol, most: int = ENUMERATED
+) -> float:
+    """A lower bound of the AP of every code that agrees with ``sign`` on the bits that are not free.
+
+    Args:
+        sign: (K,) in {-1, +1}.
+        free: (K,) bool.
+        database: (N, K) signs of the items.
+        relevant: (N,) bool.
+        protocol: its cut, denominator and order of ties.
+        most: free bits that are enumerated; fewer in a large database. As many as are free: exact, but for
+            ties of a protocol in legacy order, which count against the query.
+
+    Raises:
+        ValueError: the denominator ``first-k-relevant``.
+    """
+    if protocol.ap == "first-k-relevant":
+        raise ValueError("no least AP is known for the denominator 'first-k-relevant'; use another protocol")
+    if not bool(relevant.any()):
+        return 0.0
+    ones = (database > 0).to(torch.float32)
+    apart = ones != (sign > 0)
+    split = _branched(ones, free, relevant, min(most, (_CELLS // len(database)).bit_length() - 1))
+    rest = int(free.sum()) - len(split)
+    fixed = apart[:, ~free].sum(1)
+    values = torch.arange(1 << len(split))[:, None] >> torch.arange(len(split)) & 1
+    lowest, step = 1.0, max(1, (1 << 22) // len(database))
+    for part in values.to(torch.float32).split(step):
+        of = ones[:, split]
+        near = fixed + (of.sum(1) + part.sum(1, keepdim=True) - 2 * part @ of.T).long()  # (branches, N)
+        lowest = min(lowest, _lowest(near, rest, relevant, len(sign), protocol))
+    return lowest
+
+
+def _branched(ones: Tensor, free: Tensor, relevant: Tensor, most: int) -> Tensor:
+    """Positions of the free bits to enumerate: those that tell relevant items best from the others."""
+    places = torch.nonzero(free).flatten()
+    others = ones[~relevant].mean(0) if not bool(relevant.all()) else ones.mean(0)
+    order = (ones[relevant].mean(0) - others).abs()[places].argsort(descending=True, stable=True)
+    return places[order[: max(0, most)]]
+
+
+def _lowest(near: Tensor, rest: int, relevant: Tensor, bits: int, protocol: Protocol) -> float:
+    """The least AP over branches, of (branches, N) smallest distances and ``rest`` bits that stay free."""
+    far = torch.where(relevant, near + rest, near)
+    places = far + (bits + 1) * torch.arange(len(near))[:, None]
+    size = len(near) * (bits + 1)
+    items = torch.bincount(places.flatten(), minlength=size).view(len(near), bits + 1)
+    relevant_counts = torch.bincount(places[:, relevant].flatten(), minlength=size).view(len(near), bits + 1)
+    if rest == 0 and protocol.ties == "expected":
+        exact: Denominator = protocol.ap  # type: ignore[assignment]
+        return float(average_precision(items, relevant_counts, protocol.k, exact).min())
+    # fewer hits may raise the mean over them; that over min(R, k) is never larger, and falls with every item
+    divisor: Denominator = "rel" if protocol.ap == "rel" else "mink"
+    return float(average_precision(items, relevant_counts, protocol.k, divisor, "pessimistic").min())
+
 
 Method = Literal["smoothing", "intervals"]
 RADII: dict[Method, tuple[float, ...]] = {"smoothing": (0.25, 0.5, 1.0), "intervals": (1 / 255, 2 / 255)}
@@ -105,13 +175,12 @@ def certify(
         alpha: probability that any bound of a query fails.
         radii: budgets; ``RADII`` of the method by default.
         queries: number of them, chosen by content; None takes all.
-        attacks: tier of the suite whose gradient attacks are run, by the mean gradient over 20 draws of the
-            noise; None runs none.
+        attacks: tier whose gradient attacks are run, by the mean gradient over 20 draws of noise; None: none.
         kept: keeps what was computed, so that a stopped call goes on.
 
     Raises:
-        ValueError: queries that are no images, a search without bits, a layer without interval bounds, or
-            numbers out of range.
+        ValueError: queries other than images, no bits, a layer without interval bounds, or numbers out of
+            range.
     """
     budgets = checked_budgets(method, sigma, samples, alpha, radii)
     context = context if queries is None else context.some(queries)

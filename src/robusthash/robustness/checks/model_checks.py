@@ -1,7 +1,6 @@
 """All checks of a model, run on a few queries before a suite; those of suites are in ``suite_checks``.
 
-Each gives a ``Flag`` with value, threshold, level and remedy. One that could not be run is amber and says
-why.
+Each gives a ``Flag`` with value, threshold, level and remedy. One that cannot run is amber and says why.
 """
 
 from __future__ import annotations
@@ -70,14 +69,11 @@ def model_checks(
         purpose: see ``f17_collapse``.
 
     Raises:
-        ValueError: a threat that leaves the query modality alone; a model that cannot be used at all, see
-            ``require_usable``.
+        ValueError: a threat that leaves the query modality alone; an unusable model, see ``require_usable``.
     """
     modality = context.direction[0]
     if modality not in threat.balls:
-        raise ValueError(
-            f"{threat.name} leaves the {modality} queries of this direction alone; nothing to check"
-        )
+        raise ValueError(f"{threat.name} leaves {modality} queries alone; nothing to check")
     if queries < 1 or steps < 2:
         raise ValueError(f"checks need at least 1 query and 2 steps, got {queries} and {steps}")
     threat = Threat({modality: threat.balls[modality]}, "W2")

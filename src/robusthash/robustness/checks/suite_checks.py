@@ -129,8 +129,6 @@ def _require_fitting(
             raise ValueError(f"{name} has AP of shape {tuple(values.shape)}; it must be (R, {len(clean)})")
     for name, codes in signs.items():
         if codes.ndim != 3 or codes.shape[1] != len(clean):
-            raise ValueError(
-                f"{name} has codes of shape {tuple(codes.shape)}; it must be (R, {len(clean)}, K)"
-            )
+            raise ValueError(f"{name} has codes {tuple(codes.shape)}, which must be (R, {len(clean)}, K)")
     if any(values.isnan().any() for values in (clean, *ap.values())):
         raise ValueError("AP holds NaN; leave queries without a value out before the checks")

@@ -83,9 +83,7 @@ class Staged:
             threats = f"{self.first.threat} and {self.then.threat}"
             raise ValueError(f"the stages of {self.name!r} have the threats {threats}")
         if self.first.targeted or self.then.targeted:
-            raise ValueError(
-                f"the stages of {self.name!r} cannot be targeted: they hand on one input per query"
-            )
+            raise ValueError(f"the stages of {self.name!r} cannot be targeted: they hand on one input")
 
     @property
     def threat(self) -> Threat:

@@ -57,8 +57,7 @@ class OracleAttack:
     * ``codes``, ``distances`` or ``coarse``, ``overlap`` (B2): no labels; the share of the clean top k that
       was replaced, exact under ties from codes, by (distance, id) from distances.
     * ``codes``, ``moved`` (B2): the share of bits that differ from the clean query's code, of vectors the
-      distance; neither labels nor database. AP stays flat while the right item is still first, and this does
-      not.
+      distance; neither labels nor database. AP stays flat while the right item is first; this does not.
     * ``ids``, ``rank`` or ``overlap`` (B1): the ordered ids alone, compared with those of the clean query.
 
     The returned input is the best by this score, which at B1 need not be the one of lowest AP. The clean
@@ -119,10 +118,7 @@ class OracleAttack:
     def fitted(self, context: EvaluationContext) -> OracleAttack:
         """Itself; refused where the threat attacks the database or another modality than the queries'."""
         if self.threat.side != "query":
-            raise ValueError(
-                f"{self.threat.name} changes the database, and this search queries; robusthash poison RUN "
-                "measures it"
-            )
+            raise ValueError(f"{self.threat.name} changes the database, not queries: robusthash poison RUN")
         if context.direction[0] not in self.threat.balls:
             raise ValueError(f"{self.threat.name} does not attack the {context.direction[0]} queries")
         return self

@@ -53,9 +53,7 @@ def make_surrogate(
     """
     query, searched = direction or (hasher.modalities[0],) * 2
     if query not in hasher.modalities:
-        raise ValueError(
-            f"the surrogate {name!r} encodes {list(hasher.modalities)}, the queries are {query!r}"
-        )
+        raise ValueError(f"the surrogate {name!r} has {list(hasher.modalities)}, the queries are {query!r}")
     if data.train.labels is None:
         raise ValueError(f"{data.name} has no training labels; a surrogate needs them to steer by")
     modality = searched if searched in hasher.modalities else query
@@ -106,9 +104,7 @@ class Transfer:
         """Itself; a surrogate that does not fit the context is refused here, before the first block."""
         for surrogate in self.surrogates:
             if missing := [name for name in self.threat.balls if name not in surrogate.hasher.modalities]:
-                raise ValueError(
-                    f"the surrogate {surrogate.name!r} does not encode {missing[0]!r}, which is attacked"
-                )
+                raise ValueError(f"the surrogate {surrogate.name!r} does not encode {missing[0]!r}")
             known = None if surrogate.reference is None else surrogate.reference.labels
             labels = context.query_labels.shape[1]
             if known is not None and known.shape[1] != labels:
@@ -225,8 +221,7 @@ def transfer_matrix(
         contexts: by name; of one data set, protocol, query modality, batch size and seed.
 
     Raises:
-        ValueError: fewer than two contexts, or contexts that differ in more than the victim; it names the
-            field.
+        ValueError: fewer than two contexts, or others than the victim differ; it names the field.
     """
     names, first = tuple(contexts), _alike(contexts)
     surrogates = {

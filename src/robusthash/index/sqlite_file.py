@@ -1,4 +1,4 @@
-"""Errors of SQLite and of stored values, each turned into one that names the file and a remedy."""
+"""The SQLite file of an index: its tables by format, and errors that name the file and a remedy."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from robusthash.core.atomic_files import flush
 
 PAGE = 4096  # bytes; the file is a whole number of pages
 _RESTORE = "restore it from a snapshot or build the index again"
@@ -75,3 +78,43 @@ def sqlite_errors(path: Path, wait: float) -> Iterator[None]:
             text = f"the file cannot be read and written ({error}); check its rights and the room on the disk"
             raise OSError(errno.EIO, text, str(path)) from None
         raise
+
+
+FORMAT = 3
+FILE = "index.sqlite"
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE items (id INTEGER PRIMARY KEY, code BLOB NOT NULL);
+CREATE TABLE payloads (id INTEGER PRIMARY KEY, value TEXT NOT NULL);
+"""
+KEYS = """
+CREATE TABLE keys (key TEXT PRIMARY KEY, id INTEGER NOT NULL UNIQUE, stamp TEXT NOT NULL) WITHOUT ROWID
+"""  # new in format 2, with the counter ``next_id`` in meta
+# new in format 3: the ids that a write added, replaced or removed; upto counts those of all writes
+CHANGES = "CREATE TABLE changes (upto INTEGER PRIMARY KEY, ids TEXT)"
+READ = (1, 2, FORMAT)  # formats that are read as they are
+
+
+def create_store(directory: Path, bits: int, engine: str) -> None:
+    """Make an empty store, which appears only when complete; of two that are made at once the first stays."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path, draft = directory / FILE, directory / f".{FILE}.{secrets.token_hex(4)}"
+    log = path.with_name(f"{FILE}-wal")
+    if log.exists() and not path.exists():  # made meanwhile by another, it is no leftover
+        raise ValueError(f"{log} is the log of a store that is gone; put {FILE} back or remove the log")
+    meta = {"format": FORMAT, "bits": bits, "engine": engine, "origin": "", "next_id": 0}
+    rows = [(key, json.dumps(value)) for key, value in meta.items()]
+    try:
+        with sqlite_errors(path, 0), contextlib.closing(sqlite3.connect(draft)) as connection:
+            connection.execute(f"PRAGMA page_size = {PAGE}")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(f"{SCHEMA}{KEYS};{CHANGES}")
+            with connection:
+                connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+        flush(draft)
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        for file in directory.glob(f"{draft.name}*"):  # the draft, and its log where SQLite could not finish
+            file.unlink()
+    flush(directory)
