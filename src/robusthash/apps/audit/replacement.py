@@ -21,8 +21,7 @@ from robusthash.apps.audit.measured_rows import AuditRow
 from robusthash.apps.audit.searches_by_code import measure_codes
 from robusthash.apps.audit.targets import AuditOptions, Target, open_target, size_of
 from robusthash.apps.audit.verdict import HELD, counted, share_found
-from robusthash.apps.image_hash.copy_hash import NAME, RADIUS, plain
-from robusthash.apps.image_hash.proved_levels import MOST, proved_levels
+from robusthash.apps.image_hash.copy_hash import MOST, NAME, RADIUS, plain, proved_levels
 from robusthash.core.packaged_weights import packaged
 from robusthash.data.transforms import to_pixels
 from robusthash.models.encoding import encode_signs

@@ -2,7 +2,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from robusthash.apps.commands.options import AnyQueries, AsJson, Device, Direction, RunPaths
+from robusthash.apps.commands.options import AnyQueries, AsJson, Device, Direction, Markdown, RunPaths
 from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars
 
 
@@ -19,7 +19,7 @@ def detect(
     ] = None,
     queries: AnyQueries = None,
     direction: Direction = None,
-    markdown: Annotated[bool, Option("--markdown", help="The table in Markdown on stdout.")] = False,
+    markdown: Markdown = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -31,6 +31,7 @@ def detect(
     from robusthash.apps.experiment.config import value_of
     from robusthash.apps.experiment.detect_run import detection
     from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.apps.reports.cell_text import markdown_table
     from robusthash.robustness.detection import WEIGHTS
 
     settings = None if attack is None else [value_of(each) for each in attack]
@@ -49,8 +50,7 @@ def detect(
     heads = ["model", "clean", "false alarms", "attack", "attacker", "AP", "caught", "passing", "unnoticed"]
     rows = [row for result in results.values() for row in _rows(result)]
     if markdown:
-        lines = [heads, ["---"] * len(heads), *([_text(cell) for cell in row] for row in rows)]
-        print_lines(f"| {' | '.join(line)} |" for line in lines)
+        print_lines([markdown_table(heads, rows)])
         return
     print_table("Detector of adversarial queries", heads, rows)
     for result in results.values():
@@ -66,7 +66,3 @@ def _rows(result: dict[str, Any]) -> list[list[Any]]:
         [*shared, each["attack"], each["attacker"], *(each[number] for number in numbers)]
         for each in result["attacks"]
     ]
-
-
-def _text(cell: Any) -> str:
-    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)

@@ -22,11 +22,11 @@ from pydantic import (
 )
 from torch import nn
 
-from robusthash.apps.experiment.config_errors import explained
 from robusthash.apps.experiment.config_values import (
     ConfigError,
     Seed,
     checked,
+    explained,
     fields_of,
     numbers,
     shortened,

@@ -21,11 +21,16 @@ from torch import Tensor
 from robusthash.analysis.model_cost import size_of
 from robusthash.apps.experiment.config import Component, Config, EvaluationSection
 from robusthash.apps.experiment.config_parts import check_parts
-from robusthash.apps.experiment.dry_run_rows import DryRunRows
+from robusthash.apps.experiment.dry_run_parts import (
+    DryRunRows,
+    StepClock,
+    device_words,
+    peak_bytes,
+    weight_bytes,
+)
 from robusthash.apps.experiment.evaluation_stages import attacks_of, ends_of
 from robusthash.apps.experiment.model_stages import read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.apps.experiment.step_clock import StepClock, device_words, peak_bytes, weight_bytes
 from robusthash.apps.experiment.training_stages import (
     check_against_data,
     initial_hasher,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
-from robusthash.apps.reports.cell_text import markdown_cell
+from robusthash.apps.reports.cell_text import markdown_table
 
 
 def hardening_tables(content: dict[str, Any], parts: Collection[str]) -> str:
@@ -28,18 +28,6 @@ def hardening_tables(content: dict[str, Any], parts: Collection[str]) -> str:
         raise ValueError(f"this is no file of 'robusthash hardening': {error!r}") from None
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [[markdown_cell(_text(cell)) for cell in row] for row in (head, *rows)]
-    table_rows = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([table_rows[0], "|" + " --- |" * len(head), *table_rows[1:]])
-
-
-def _text(cell: Any) -> str:
-    if isinstance(cell, float):
-        return f"{cell:.3f}"
-    return "-" if cell is None else str(cell)
-
-
 def _whole(number: float | None) -> str:
     return "never" if number is None else f"{number:.0f}"
 
@@ -50,12 +38,12 @@ def _answers(part: dict[str, Any]) -> list[str]:
         budgets = [f"after {budget:,}" for budget in table["budgets"]]
         for shows, curve in table["shows"].items():
             rows.append([search, shows, table["clean"], *curve["wMAP"]])
-    return [_table(["search", "what answers show", "wMAP clean", *budgets], rows)]
+    return [markdown_table(["search", "what answers show", "wMAP clean", *budgets], rows)]
 
 
 def _learned(part: list[dict[str, Any]]) -> list[str]:
     rows = [[one["attack"], one["shows"], f"{one['in all']:,}", one["wMAP"]] for one in part]
-    return [_table(["attack", "what answers show", "oracle queries in all", "wMAP attacked"], rows)]
+    return [markdown_table(["attack", "what answers show", "oracle queries in all", "wMAP attacked"], rows)]
 
 
 def _detection(part: dict[str, Any]) -> list[str]:
@@ -86,7 +74,10 @@ def _detection(part: dict[str, Any]) -> list[str]:
         ]
         for one in part["traffic"]
     ]
-    return [_table(head, rows), _table(["ordinary traffic", "", "queries", "slowed", "refused"], traffic)]
+    return [
+        markdown_table(head, rows),
+        markdown_table(["ordinary traffic", "", "queries", "slowed", "refused"], traffic),
+    ]
 
 
 def _agreement(part: dict[str, Any]) -> list[str]:
@@ -99,7 +90,7 @@ def _agreement(part: dict[str, Any]) -> list[str]:
         for refused, rest in zip(one["refused"], one["wMAP of the rest"], strict=True):
             row += [refused, rest]
         rows.append(row)
-    return [_table(head, rows)]
+    return [markdown_table(head, rows)]
 
 
 _TABLES: dict[str, Callable[[Any], list[str]]] = {

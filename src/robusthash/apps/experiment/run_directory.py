@@ -15,19 +15,22 @@ import numpy as np
 import torch
 
 from robusthash.apps.experiment.config import Config, save_config
-from robusthash.apps.experiment.model_card import in_place, other_weights, run_fault, sealed
 from robusthash.apps.experiment.run_files import (
     RunError,
     check_plugins,
     command_line,
     config_of,
     file_digest,
+    in_place,
     load_weights,
     opening,
+    other_weights,
     reading,
     record_plugins,
     remade,
+    run_fault,
     save_weights,
+    sealed,
     write_json,
 )  # fmt: skip
 from robusthash.core.atomic_files import write_aside

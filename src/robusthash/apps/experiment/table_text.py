@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from robusthash.apps.experiment.tables import TableRow
-from robusthash.apps.reports.cell_text import csv_cell, latex_cell, markdown_cell
+from robusthash.apps.reports.cell_text import csv_cell, latex_table, markdown_table
 
 
 def markdown(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
     """A Markdown table; ``results`` chooses and orders the columns, by default all that the first row has."""
-    table = [list(map(markdown_cell, cells)) for cells in text_table(rows, results)]
-    head, *lines = [f"| {' | '.join(cells)} |" for cells in table]
-    return "\n".join([head, "|" + " --- |" * len(table[0]), *lines])
+    head, *lines = text_table(rows, results)
+    return markdown_table(head, lines)
 
 
 def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
     """A LaTeX ``tabular`` with the rules of the package ``booktabs``."""
-    table = [list(map(latex_cell, cells)) for cells in text_table(rows, results)]
-    head, *lines = [f"{' & '.join(cells)} \\\\" for cells in table]
-    start = f"\\begin{{tabular}}{{{'l' * len(table[0])}}}"
-    return "\n".join([start, "\\toprule", head, "\\midrule", *lines, "\\bottomrule", "\\end{tabular}"])
+    head, *lines = text_table(rows, results)
+    return latex_table(head, lines)
 
 
 def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[str]]:

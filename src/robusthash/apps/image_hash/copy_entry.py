@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from robusthash.apps.experiment.search_model import SearchModel, load
-from robusthash.apps.image_hash.copy_hash import NAME, RADIUS
-from robusthash.apps.image_hash.proved_levels import withstand
+from robusthash.apps.image_hash.copy_hash import NAME, RADIUS, withstand
 from robusthash.core.limited_files import read_json, read_text
 from robusthash.core.packaged_weights import packaged
 from robusthash.core.runtime import Progress, silent

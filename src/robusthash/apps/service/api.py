@@ -22,7 +22,6 @@ from robusthash.apps.service.batching import Batcher
 from robusthash.apps.service.error_answers import answer_errors, log_index
 from robusthash.apps.service.guard import Guard, Metrics, Refused
 from robusthash.apps.service.idempotency import WriteRequest
-from robusthash.apps.service.query_guards import QueryGuards
 from robusthash.apps.service.request_fields import (
     ItemId,
     described_items,
@@ -34,7 +33,7 @@ from robusthash.apps.service.request_fields import (
 )
 from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem
 from robusthash.apps.service.tokens import AcceptedTokens, Token
-from robusthash.apps.service.working_parts import Working
+from robusthash.apps.service.working_parts import QueryGuards, Working
 from robusthash.version import __version__
 
 Value = TypeVar("Value")
