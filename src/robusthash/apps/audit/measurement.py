@@ -26,7 +26,7 @@ from robusthash.apps.audit.verdict import idle_attacks, verdict
 from robusthash.apps.experiment.run_directory import write_json
 from robusthash.apps.experiment.search_model import SearchModel
 from robusthash.apps.image_hash.copy_hash import NAME, RADIUS
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_text
 from robusthash.core.packaged_weights import packaged
 from robusthash.core.runtime import Progress, silent
 from robusthash.metrics.results import software_versions
@@ -144,8 +144,7 @@ def _write(
     summary["replacement"] = None if replacement is None else replacement.plain()
     summary["seconds"] = round(time.perf_counter() - started, 1)
     page = audit_page(summary, measured.rows, measured.examples, measured.flags)
-    with write_aside(out / "report.html") as aside:
-        aside.write_text(page, encoding="utf-8")
+    write_text(out / "report.html", page)
     write_json(out / "audit.json", summary)
 
 

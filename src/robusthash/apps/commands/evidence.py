@@ -112,12 +112,11 @@ def copy_entry(
 
 
 def _write_entry(out: Path, name: str, text: str, fields: dict[str, Any], as_json: bool) -> None:
-    from robusthash.core.atomic_files import write_aside
+    from robusthash.core.atomic_files import write_text
 
     path = out / f"{name}.yaml"
     out.mkdir(parents=True, exist_ok=True)
-    with write_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_text(path, text)
     reply(as_json, {"entry": str(path), **fields}, [path])
 
 

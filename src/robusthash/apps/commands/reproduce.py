@@ -102,12 +102,11 @@ def reproduce(
 
 
 def _export(texts: dict[Path | None, Any]) -> None:
-    from robusthash.core.atomic_files import write_aside
+    from robusthash.core.atomic_files import write_text
 
     for path, text in texts.items():
         if path is not None:
-            with write_aside(path) as aside:
-                aside.write_text(f"{text().strip()}\n", encoding="utf-8")
+            write_text(path, f"{text().strip()}\n")
 
 
 def _show(result: "Reproduction", as_json: bool) -> None:

@@ -72,7 +72,7 @@ def leaderboard(
     from robusthash.apps.experiment.results_copy import has_results
     from robusthash.apps.experiment.run_selection import runs_with
     from robusthash.apps.reports.leaderboard_page import leaderboard_page
-    from robusthash.core.atomic_files import json_text, write_aside
+    from robusthash.core.atomic_files import json_text, write_text
 
     runs, waiting = runs_with(has_results, paths)
     for run in waiting:
@@ -89,6 +89,5 @@ def leaderboard(
     for path, write in formats:
         if path is not None:
             text = write(boards)
-            with write_aside(path) as aside:
-                aside.write_text(text, encoding="utf-8")
+            write_text(path, text)
     print_lines(filter(None, (out, markdown, data)))

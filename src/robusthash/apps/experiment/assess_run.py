@@ -81,7 +81,7 @@ def assess(
     """
     if shard is not None and started_together():
         raise ValueError("torchrun divides the work among its processes by itself; leave --shard out")
-    attacks = [attack_under(attack, None, None, None) for attack in options.get("attacks", ())]  # or refused
+    attacks = [attack_under(attack) for attack in options.get("attacks", ())]  # or refused
     with ExitStack() as owning:
         if stored and shard is None:
             owning.enter_context(owned_together(run.path, "assessment"))
@@ -117,7 +117,7 @@ def assess(
 
 def _own_attacks(attacks: Sequence[Component], aim: Threat, objective: HashObjective) -> list[OwnAttack]:
     """The attacks of the user under the budget of the assessment."""
-    under = [attack_under(attack, aim.name, None, None) for attack in attacks]
+    under = [attack_under(attack, aim.name) for attack in attacks]
     specs = []
     for name, settings in named_attacks(under).items():
         attack: Attack = build("attack", settings, objective=objective)

@@ -14,7 +14,7 @@ from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_
 from robusthash.apps.experiment.run_directory import Run, reading
 from robusthash.apps.experiment.run_selection import labelled
 from robusthash.apps.experiment.stored_analyses import store_analysis
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_arrays
 from robusthash.core.limited_files import read_npz
 from robusthash.core.runtime import Progress, silent
 
@@ -63,8 +63,7 @@ def save_attributions(path: Path, attributions: Mapping[str, BandAttribution]) -
         for label, one in attributions.items()
         for name, value in one.arrays().items()
     }
-    with write_aside(path) as aside:
-        np.savez(aside, allow_pickle=False, **arrays)
+    write_arrays(path, **arrays)
 
 
 def load_attributions(path: Path) -> dict[str, BandAttribution]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from robusthash.apps.experiment.evaluation_stages import context_of
 from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.run_files import RunError, reading, write_json
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_arrays
 from robusthash.core.identity import identity
 from robusthash.core.limited_files import read_json, read_npz
 from robusthash.core.processes import owned_together
@@ -38,8 +37,7 @@ class TensorFolder:
                 return torch.from_numpy(read_npz(path, ("values",))["values"])
         values = work()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with write_aside(path) as aside:
-            np.savez(aside, allow_pickle=False, values=values.numpy())
+        write_arrays(path, values=values.numpy())
         return values
 
 

@@ -53,6 +53,11 @@ Component = dict[str, Any] | str
 """``name`` or ``{name: ..., options}`` of a registered kind."""
 
 
+def settings_of(component: Mapping[str, Any] | str) -> dict[str, Any]:
+    """A component with its name and options, also where a bare name is given."""
+    return {"name": component} if isinstance(component, str) else dict(component)
+
+
 def _of_kind(kind: str) -> BeforeValidator:
     """Validator of a component: a registered name, and options that its signature takes."""
 

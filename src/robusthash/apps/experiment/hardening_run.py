@@ -23,7 +23,7 @@ from robusthash.attacks.aach import aach
 from robusthash.attacks.base import Attack
 from robusthash.attacks.eqb2a import eqb2a
 from robusthash.attacks.query_search import NES, Square
-from robusthash.core.atomic_files import json_text, write_aside
+from robusthash.core.atomic_files import json_text, write_text
 from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.data.copies import CHANGES, images_below
@@ -91,8 +91,7 @@ class _HardeningFile:
         self._write()
 
     def _write(self) -> None:
-        with write_aside(self.path) as aside:
-            aside.write_text(json_text(self.content))
+        write_text(self.path, json_text(self.content))
 
 
 def measure_hardening(

@@ -25,7 +25,7 @@ from robusthash.apps.experiment.index_items import (
 from robusthash.apps.experiment.model_stages import database_codes, read_data
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.search_model import SearchModel, is_located, load, located, run_of
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_arrays
 from robusthash.core.hamming import pack
 from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
@@ -273,8 +273,7 @@ def save_codes(out: Path, bits: int, codes: Mapping[str, bytes]) -> None:
     """Write packed codes of images to an ``.npz``: ``codes``, ``bits``, ``ids``, ``paths``."""
     packed = np.array([list(code) for code in codes.values()], dtype=np.uint8)
     arrays = {"codes": packed, "bits": np.array(bits), "ids": np.arange(len(codes))}
-    with write_aside(out) as aside:
-        np.savez(aside, allow_pickle=False, **arrays, paths=np.array(list(codes)))
+    write_arrays(out, **arrays, paths=np.array(list(codes)))
 
 
 def _listing(images: Path) -> Listing:

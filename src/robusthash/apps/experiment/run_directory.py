@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from robusthash.apps.experiment.config import Config, save_config
+from robusthash.apps.experiment.config import Config, save_config, settings_of
 from robusthash.apps.experiment.run_files import (
     RunError,
     check_plugins,
@@ -33,7 +32,7 @@ from robusthash.apps.experiment.run_files import (
     sealed,
     write_json,
 )  # fmt: skip
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_arrays, write_aside, write_text
 from robusthash.core.limited_files import check_archive, parse_json, read_json, read_npz
 from robusthash.core.registry import build
 from robusthash.core.runtime import digest
@@ -70,8 +69,7 @@ class Run:
     def recipe(self) -> str:
         """Identity of the recipe, the same for every training seed and wherever the data lies."""
         plain = self.config.model_dump()
-        data = plain["data"] if isinstance(plain["data"], dict) else {"name": plain["data"]}
-        plain["data"] = {key: value for key, value in data.items() if key != "root"}
+        plain["data"] = {key: value for key, value in settings_of(plain["data"]).items() if key != "root"}
         plain["runtime"]["seed"] = 0
         return f"{self.config.name} {Config.model_validate(plain).model_id()}"
 
@@ -222,8 +220,7 @@ class Run:
 
     def save_database(self, codes: Codes) -> None:
         """Store the database codes that the method itself learned."""
-        with write_aside(self._database_file) as temporary:
-            np.savez(temporary, allow_pickle=False, codes=codes.packed.cpu().numpy(), bits=codes.bits)
+        write_arrays(self._database_file, codes=codes.packed.cpu().numpy(), bits=codes.bits)
 
     def learned_database(self) -> Codes | None:
         """The database codes that the method learned, in the order of the database split, or None."""
@@ -382,8 +379,7 @@ def open_run(
 
 def accept(run: Run) -> None:
     """Write the config of a run, now that its results are those of this config."""
-    with write_aside(run.path / "config.yaml") as temporary:
-        temporary.write_text(save_config(run.config), encoding="utf-8")
+    write_text(run.path / "config.yaml", save_config(run.config))
     record_plugins(run.path, run.config)
 
 

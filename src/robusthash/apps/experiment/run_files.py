@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robusthash.apps.experiment.config import Config, ConfigError, is_folder_name, load_config
-from robusthash.core.atomic_files import json_text, write_aside
+from robusthash.core.atomic_files import json_text, write_aside, write_text
 from robusthash.core.damaged_files import RunError, reading
 from robusthash.core.limited_files import read_json, regular
 from robusthash.core.plugins import PluginError, Sources, as_sources, changed, sources, without_new_code
@@ -41,8 +41,7 @@ def remade(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    with write_aside(path) as temporary:
-        temporary.write_text(json_text(value, path.name))
+    write_text(path, json_text(value, path.name))
 
 
 def config_of(path: Path) -> Config:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from robusthash.apps.commands.terminal import printable
 from robusthash.apps.experiment.index_items import OWN_KEYS, named_file
 from robusthash.apps.reports.pages import one_line, picture_of, render
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_text
 from robusthash.data.image_files import MAX_PIXELS, path_text
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def write_search_page(
     filtered = where and printable(where)
     home = printable(path_text(index))
     text = render("search.html.j2", title=title, query=query, hits=results, index=home, where=filtered)
-    with write_aside(file) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_text(file, text)
 
 
 def _file_of(payload: Mapping[str, Any]) -> Path | None:
@@ -88,5 +87,4 @@ def write_duplicates_page(file: Path, found: Duplicates, max_pixels: int) -> Non
         plain=[printable(path) for path in islice(found.plain, 100)],
         skipped=[printable(one) for one in found.skipped[:100]],
     )
-    with write_aside(file) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_text(file, text)

@@ -13,7 +13,7 @@ from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.stored_analyses import has_analysis
 from robusthash.apps.reports.cell_text import markdown_table
 from robusthash.apps.reproduction.entry_runs import EntryPlan, Planned, Stored, distinct
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_text
 from robusthash.core.runtime import Progress
 
 ATTACK = {"name": "cgat", "steps": 10, "step_size": "2/255"}
@@ -89,8 +89,7 @@ def draw_analysis(plan: EntryPlan, stored: Stored, out: Path) -> list[Path]:
         maps = {row: next(iter(load_attributions(f).values())) for row, f in files.items() if f.is_file()}
         return draw_bands(maps, out) if maps else []
     if plan.entry.analysis == "transfer" and first:
-        with write_aside(out / "transfer.json") as aside:
-            aside.write_text(json.dumps(_matrix(first, stored)), encoding="utf-8")
+        write_text(out / "transfer.json", json.dumps(_matrix(first, stored)))
         return draw_transfer_file(out / "transfer.json", out)
     return []
 

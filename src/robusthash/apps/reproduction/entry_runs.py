@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 import robusthash
-from robusthash.apps.experiment.config import Config, make_config, read_recipe
+from robusthash.apps.experiment.config import Config, make_config, read_recipe, settings_of
 from robusthash.apps.experiment.evaluation_stages import attacks_of, ends_of
 from robusthash.apps.experiment.run_directory import Run, RunError, accept, load_run, write_json
 from robusthash.apps.experiment.run_files import sealed
@@ -58,9 +58,8 @@ class Recipes:
 
 def identity_of(config: Config) -> str:
     """Name and digest of all that makes the model, but seed, ancestor and the place of the data."""
-    data = {"name": config.data} if isinstance(config.data, str) else config.data
     runtime = config.runtime.model_copy(update={"seed": 0})
-    placeless = {key: value for key, value in data.items() if key not in _PLACES}
+    placeless = {key: value for key, value in settings_of(config.data).items() if key not in _PLACES}
     return f"{config.name} {config.model_copy(update={'data': placeless, 'runtime': runtime}).model_id()}"
 
 
