@@ -6,14 +6,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from robusthash.apps.commands.options import AsJson, Budget, Device, MaxPixels, Seed, with_option_groups
-from robusthash.apps.commands.terminal import (
-    note,
-    print_json,
-    print_lines,
-    print_table,
-    progress_bars,
-    warn,
-)
+from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars, warn
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import (
-    AsJson,
-    Decoding,
-    Device,
-    shard_of,
-    with_option_groups,
-)
+from robusthash.apps.commands.options import AsJson, Decoding, Device, shard_of, with_option_groups
 from robusthash.apps.commands.terminal import note, one_row, print_json, progress_bars, reply, warn
 
 _NAMED = 10  # files that are passed over, and parts that failed, on a terminal

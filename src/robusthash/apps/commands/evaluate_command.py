@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from robusthash.apps.commands.options import (
-    AsJson,
-    AttackName,
-    Budget,
-    Device,
-    RunPath,
-    with_option_groups,
-)
+from robusthash.apps.commands.options import AsJson, AttackName, Budget, Device, RunPath, with_option_groups
 from robusthash.apps.commands.terminal import (
     plain,
     print_headlines,

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from robusthash.apps.commands.options import (
-    AsJson,
-    Budget,
-    Device,
-    RunPath,
-    Sets,
-    with_option_groups,
-)
+from robusthash.apps.commands.options import AsJson, Budget, Device, RunPath, Sets, with_option_groups
 from robusthash.apps.commands.terminal import (
     interval_text,
     note,

@@ -5,12 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import (
-    AsJson,
-    Decoding,
-    check_page,
-    with_option_groups,
-)
+from robusthash.apps.commands.options import AsJson, Decoding, check_page, with_option_groups
 from robusthash.apps.commands.terminal import note, one_row, print_json, print_lines, progress_bars, reply
 
 _NAMED = 10  # images whose hash says little, and files passed over, on a terminal

@@ -19,13 +19,7 @@ from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.metrics.statistics import intervals
-from robusthash.robustness.specs.oracle_attacks import (
-    Judge,
-    OracleAttack,
-    OracleCurve,
-    Shows,
-    oracle_curve,
-)
+from robusthash.robustness.specs.oracle_attacks import Judge, OracleAttack, OracleCurve, Shows, oracle_curve
 
 JUDGES: dict[Shows, Judge] = {"codes": "ap", "distances": "ap", "coarse": "ap", "ids": "rank"}
 """The most that can be made of what is shown."""
