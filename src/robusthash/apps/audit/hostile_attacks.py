@@ -57,8 +57,8 @@ def hostile_attacks(
             *(radius_attacks(*radius, _LONGER * tier.steps, eps) if radius else ()),
         ]
     # judged by bits, since AP is flat while the photograph is still found first
-    asked = threat_on("image", eps, knowledge="B2")
-    return [*specs, OracleAttack("square", Square(), asked, "codes", "moved", tier.questions)]
+    by_queries = threat_on("image", eps, knowledge="B2")
+    return [*specs, OracleAttack("square", Square(), by_queries, "codes", "moved", tier.questions)]
 
 
 _BEYOND = 0.5  # of the radius: bits turned beyond what is needed, so that saving as a file does not undo it

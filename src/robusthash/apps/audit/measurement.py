@@ -108,7 +108,7 @@ def run_audit(
     answers_file = out / "answers.jsonl"
     few = collection.first(_TRIED)
     opened = open_target(target, few, options.bits, options.limits, options.reading, answers_file)
-    beside = check_replacement(opened, options)
+    compared = check_replacement(opened, options)
     if opened.endpoint is not None:
         opened.endpoint.progress = progress
     out.mkdir(parents=True, exist_ok=True)
@@ -116,11 +116,11 @@ def run_audit(
     measured = MeasuredAudit(measure_ids(plan)) if opened.hasher is None else measure_codes(plan)
     summary = _summary(plan, measured)
     level, alarm = summary["verdict"]["level"], summary["verdict"]["alarm"]
-    replacement = None if beside else without_numbers(opened, options, level)
+    replacement = None if compared else without_numbers(opened, options, level)
     _write(out, summary, measured, replacement, started)
     if opened.endpoint is not None:
         opened.endpoint.forget()  # another audit asks again: the search may have changed
-    if beside:  # the audit lies there whole before, so that a kill from here on takes nothing of it
+    if compared:  # the audit is written before, so that a kill from here on takes nothing of it
         _write(out, summary, measured, measure_replacement(plan, measured, alarm), started)
     return summary
 

@@ -123,7 +123,7 @@ def check_replacement(target: Target, options: AuditOptions) -> bool:
 
 
 def without_numbers(target: Target, options: AuditOptions, level: str) -> Replacement | None:
-    """Words on a search beside which nothing is measured; none where it held, or nobody wants any."""
+    """Words on a search with which nothing is compared; none where it held, or nobody wants any."""
     if options.replacement is False or level == "held":
         return None
     if target.purpose == "other" or options.labels:
@@ -132,7 +132,7 @@ def without_numbers(target: Target, options: AuditOptions, level: str) -> Replac
 
 
 def measure_replacement(plan: AuditPlan, measured: MeasuredAudit, alarm: str = "") -> Replacement:
-    """The packaged hash beside an audited search; where it fails or is interrupted, the reason.
+    """The packaged hash compared with an audited search; where it fails or is interrupted, the reason.
 
     Args:
         alarm: why the audited numbers may be too good; "" where they are sound.

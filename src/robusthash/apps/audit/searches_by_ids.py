@@ -72,14 +72,14 @@ def _searched(plan: AuditPlan, endpoint: Endpoint, images: Tensor) -> Tensor:
     questions = plan.options.tier.questions
     numbers: dict[str, int] = {}
     first: list[Tensor] = []
-    asked = itertools.count(1)
+    number = itertools.count(1)
 
     def ask(inputs: Inputs) -> Tensor:
         answers = _ask(endpoint, inputs["image"])
         width = first[0].shape[1] if first else max(1, *(len(ids) for ids in answers))
         ids = _numbered(answers, numbers, width)
         first.extend([ids][len(first) :])
-        plan.progress(next(asked), questions, "searching by questions")
+        plan.progress(next(number), questions, "searching by questions")
         return ids_lost(first[0], ids).to(images)
 
     batch = Batch({"image": images}, None, torch.arange(len(images)))

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from robusthash.apps.collection.collection_items import (
-    Collection,
     CollectionItem,
     Entry,
-    ImagePart,
     check_payload,
     digest_of,
     name_fault,
     once,
 )
-from robusthash.apps.collection.tar_source import Tars
+from robusthash.apps.collection.tar_source import TarPart, Tars
 from robusthash.apps.experiment.index_items import described_file
 from robusthash.data.folder import iter_manifest
 from robusthash.data.image_files import ImageFile, Skipped, path_text, some_of
@@ -80,12 +78,15 @@ class ListedPart:
 
     @property
     def listing(self) -> str:
+        """A digest of what is listed in it, whatever became of the files."""
         return digest_of([item.name, item.payload] for item in self.items)
 
     def state(self) -> str:
+        """A digest that changes with the images."""
         return digest_of(map(_state_of, self.items))
 
     def entries(self) -> Iterator[Entry]:
+        """The images, and the files that are passed over."""
         return once(self.listed)
 
 
@@ -97,6 +98,7 @@ class ListedImages:
         self._size, self._listing = size, listing
 
     def listings(self) -> dict[str, str]:
+        """The names of all parts, each with the digest of what is listed in it; ValueError without any."""
         return self._counted[0]
 
     def amounts(self) -> list[int]:
@@ -117,7 +119,8 @@ class ListedImages:
             )
         return listings, amounts
 
-    def parts(self, first: int, step: int) -> Iterator[ImagePart]:
+    def parts(self, first: int, step: int) -> Iterator[ListedPart]:
+        """The parts ``first``, ``first + step``, ..."""
         return itertools.islice(self._parts(), first, None, step)
 
     def _parts(self) -> Iterator[ListedPart]:
@@ -160,6 +163,13 @@ class ListedImages:
 
     def _item(self, name: str, payload: dict[str, Any]) -> CollectionItem:
         return CollectionItem(name, ImageFile(self.root / name), payload)
+
+
+Collection = ListedImages | Tars
+"""A collection of images, whose parts are always the same and in the same order."""
+
+ImagePart = ListedPart | TarPart
+"""Images that are encoded, and safe on disk, together."""
 
 
 def _rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -121,8 +121,13 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     verdict = summary["verdict"]
     if verdict["alarm"]:
         warn("warning", verdict["alarm"])
-    beside = summary["replacement"]
-    for sentence in (verdict["first"], beside and beside["said"], verdict["tried"], verdict["untried"]):
+    replacement = summary["replacement"]
+    for sentence in (
+        verdict["first"],
+        replacement and replacement["said"],
+        verdict["tried"],
+        verdict["untried"],
+    ):
         if sentence:
             note(sentence)
     if reach := within(summary):
@@ -132,10 +137,15 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     columns, rows = _rows(summary, imitating=True)
     if rows:
         print_table("taken for another on purpose: shares that succeeded (lower is better)", columns, rows)
-    if beside and beside["compared"]:
-        pairs = [[each["what"], *each["texts"], each["outcome"] or ""] for each in beside["compared"]]
-        columns = ["on the same photographs", summary["title"], beside["name"], f"{beside['name']} is"]
-        print_table(f"{beside['name']} instead of {summary['title']}", columns, pairs)
+    if replacement and replacement["compared"]:
+        pairs = [[each["what"], *each["texts"], each["outcome"] or ""] for each in replacement["compared"]]
+        columns = [
+            "on the same photographs",
+            summary["title"],
+            replacement["name"],
+            f"{replacement['name']} is",
+        ]
+        print_table(f"{replacement['name']} instead of {summary['title']}", columns, pairs)
     for sentence in summary["got nowhere"]:
         note(sentence)
     if summary["said"]:

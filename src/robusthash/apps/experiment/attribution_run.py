@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from robusthash.analysis.band_attribution import BandAttribution, attribute_bands
-from robusthash.apps.experiment.evaluation_stages import context_of
-from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
+from robusthash.apps.experiment.evaluation_stages import loaded_context
 from robusthash.apps.experiment.run_directory import Run, reading
 from robusthash.apps.experiment.run_selection import labelled
 from robusthash.apps.experiment.stored_analyses import store_analysis
@@ -45,9 +44,7 @@ def attribute_runs(
 def _attribute(
     run: Run, label: str, queries: int, progress: Progress, options: Mapping[str, Any]
 ) -> BandAttribution:
-    set_threads(run.config)
-    data = read_data(run.config, progress)
-    context = context_of(run, load_hasher(run), data, progress, "I2I", whole=True).some(queries)
+    context = loaded_context(run, progress, "I2I", queries)
     title = f"bands of {label}"
     bands = attribute_bands(context, **options, progress=lambda done, total: progress(done, total, title))
     share = {f"share at {order}": value for order, value in enumerate(bands.by_order()[0].tolist())}

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robusthash.apps.experiment.evaluation_stages import context_of
-from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
+from robusthash.apps.experiment.evaluation_stages import loaded_context
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.run_files import RunError, reading, write_json
 from robusthash.core.atomic_files import write_arrays
@@ -70,10 +69,7 @@ def certify_run(
     checked_budgets(method, **options)  # before data are read and encoded
     with owned_together(run.path, "certification"):
         others = certificates(run)
-        set_threads(run.config)
-        data = read_data(run.config, progress)
-        context = context_of(run, load_hasher(run), data, progress, direction, whole=True)
-        context = context if queries is None else context.some(queries)
+        context = loaded_context(run, progress, direction, queries)
         folder = TensorFolder(run.path / "certificates" / _identity(run, context, method, options))
         result = certify(context, method, queries=None, kept=folder, progress=progress, **options).plain()
         result["name"] = f"{direction or ''} {result['name']}".strip()

@@ -135,7 +135,7 @@ def verify_entry(entry: RegistryEntry, run: Run, progress: Progress = silent) ->
     if claimed.tier == "recipe":
         return records.verify(entry, _evaluated_again(run, progress))
     result = assessing.assess(run, claimed.tier, claimed.threat, claimed.queries, progress, stored=False)
-    assert result is not None  # no shard was asked for
+    assert result is not None  # no shard was requested
     clean = replace(result, values={result.setting.headline: result["clean"]})
     return records.verify(entry, {"clean": clean, "worst": result})
 

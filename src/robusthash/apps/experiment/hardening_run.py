@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robusthash.apps.experiment.evaluation_stages import context_of
-from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
+from robusthash.apps.experiment.evaluation_stages import loaded_context
 from robusthash.apps.experiment.oracle_run import oracle_table
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.threat_options import threat_on_data
@@ -137,9 +136,7 @@ def measure_hardening(
         file.finish("answers", {**content.get("answers", {}), table["search"]: table}, queries)
     if set(parts) == {"answers"}:
         return content
-    set_threads(run.config)
-    data = read_data(run.config, progress)
-    context = context_of(run, load_hasher(run), data, progress, whole=True).some(queries)
+    context = loaded_context(run, progress, queries=queries)
     model = run.card()["digest"]
     measures: dict[str, tuple[list[Any], Callable[[Row], Any]]] = {
         "learned": ([list(budgets)], lambda row: _learned(context, budgets, row, progress)),

@@ -224,8 +224,8 @@ def source_of_index(directory: str | Path, source: str | Path | None = None) -> 
             raise ValueError(f"{error}; it should tell the run of the index: {remedy}") from None
     if made_of is not None and not (isinstance(made_of, dict) and isinstance(made_of.get("run"), str)):
         raise ValueError(f"{place} does not tell which run made the codes of the index; {remedy}")
-    beside = "" if home is None else str(home.resolve().parent)  # of indexes that do not say it
-    builder = beside if made_of is None else made_of["run"]
+    parent = "" if home is None else str(home.resolve().parent)  # of indexes that do not say it
+    builder = parent if made_of is None else made_of["run"]
     if not is_located(builder):
         raise ValueError(f"{place} does not say which run made its codes, or it has moved; {remedy}")
     return str(builder)
@@ -239,9 +239,9 @@ def _place(index: CodeIndex) -> str:
 def encode_images(
     model: SearchModel,
     images: Sequence[Path],
-    progress: Progress = silent,
-    reading: Reading = Reading(),
-    skipped: list[Skipped] | None = None,
+    progress: Progress,
+    reading: Reading,
+    skipped: list[Skipped],
 ) -> Iterator[tuple[Codes, list[Path]]]:
     """Codes of image files and of folders of them, in pieces, with the paths of the files.
 
@@ -255,7 +255,6 @@ def encode_images(
     model.check_encodes("image")
     listings = [_listing(place) for place in images]
     paths = [path for listing in listings for path in listing.images]
-    skipped = [] if skipped is None else skipped
     skipped += [one for listing in listings for one in listing.skipped]
     unread, before = 0, len(skipped)
     for start in range(0, len(paths), _AT_ONCE):

@@ -348,11 +348,11 @@ def sweep_rows(outcomes: Sequence[Outcome]) -> list[SweepRow]:
     return rows
 
 
-def measure_of(outcomes: Sequence[Outcome], result: str = "clean") -> str:
+def measure_of(outcomes: Sequence[Outcome]) -> str:
     """Name of the measure of a sweep's values, for its figure."""
     for outcome in outcomes:
         if outcome.state == "done":
-            return headline_of(outcome.results()[result])
+            return headline_of(outcome.results()["clean"])
     raise ConfigError("no point of this sweep is done")
 
 

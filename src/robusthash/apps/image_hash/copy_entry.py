@@ -201,7 +201,7 @@ def _radii(claims: Iterable[CopyClaim]) -> Iterator[tuple[str, bool, str]]:
 
 
 def _as_measured(entry: CopyEntry) -> EntryCheck:
-    """The claims beside the evidence, where its file is here."""
+    """The claims compared with the evidence, where its file is here."""
     name, path = "claims", Path(entry.evidence)
     if not path.is_file():
         return EntryCheck(name, "not checked", f"{path} is not here")
@@ -213,7 +213,7 @@ def _as_measured(entry: CopyEntry) -> EntryCheck:
 
 
 def _as_in_card(entry: CopyEntry, folder: Path, digest: str) -> EntryCheck:
-    """Licence, data and method beside the README.md of the model."""
+    """Licence, data and method compared with the README.md of the model."""
     name = "licence, data and method"
     if not (folder / "README.md").is_file():
         return EntryCheck(name, "not checked", f"{folder} has no README.md")

@@ -63,7 +63,9 @@ class HashedImages:
     paths: list[Path] = field(default_factory=list)
     hashes: list[ImageHash] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    proved: list[int] = field(default_factory=list)  # levels of ``proved_levels``, where they were asked for
+    proved: list[int] = field(
+        default_factory=list
+    )  # levels of ``proved_levels``, where proofs were requested
 
 
 def hash_files(

@@ -126,8 +126,8 @@ def result_names(config: Config) -> list[str]:
     names = []
     for relevance in section.relevance:
         for direction in section.directions or (None,):
-            asked = (ends_of(direction) or (home,))[0]
-            fitting = [name for name, attack in attacks.items() if asked in attack.threat.balls]
+            modality = (ends_of(direction) or (home,))[0]
+            fitting = [name for name, attack in attacks.items() if modality in attack.threat.balls]
             scored_on = [direction or "", "" if relevance == "own" else f"by {relevance}"]
             all_names = ["clean", *fitting, *(["worst"] if fitting else [])]
             names += [" ".join(filter(None, [*scored_on, name])) for name in all_names]

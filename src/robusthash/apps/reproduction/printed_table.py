@@ -159,8 +159,8 @@ def plain_cells(blocks: Sequence[TableBlock]) -> list[dict[str, str | float | in
                 named = dict(zip(("value", "low", "high"), numbers, strict=True))
                 where = {"data": block.title, "row": line.name, "column": column}
                 seeds = 0 if cell is None else cell.seeds
-                beside = {"printed": printed, "printed data": block.beside if printed is not None else ""}
-                cells.append({**where, **named, "seeds": seeds, **beside})
+                paper = {"printed": printed, "printed data": block.beside if printed is not None else ""}
+                cells.append({**where, **named, "seeds": seeds, **paper})
     return cells
 
 

@@ -50,7 +50,7 @@ class Folders:
 
     @classmethod
     def of(cls, recipes: Path | None, runs: Path = Path("runs"), out: Path | None = None) -> Folders:
-        """Those of a clone: ``results`` lies beside ``recipes``."""
+        """Those of a clone: ``results`` lies next to ``recipes``."""
         found = Recipes(recipes)
         return cls(found, found.folder.parent / "results", runs, out)
 
@@ -187,7 +187,7 @@ def reproduce(
 ) -> Reproduction:
     """Reproduce a table or figure of a paper.
 
-    Runs with results in ``results`` beside the recipes, or in ``runs``, are not made again; a call that was
+    Runs with results in ``results`` next to the recipes, or in ``runs``, are not made again; a call that was
     killed goes on where it stopped, to the same table. A run that fails is named, and the others go on.
 
     Args:
