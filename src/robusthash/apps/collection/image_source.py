@@ -40,7 +40,8 @@ def open_source(images: str | Path, part_size: int) -> Collection:
     """
     text = os.fspath(images)
     if text.lower().endswith(".tar"):
-        return Tars([text] if Path(text).exists() else expanded(text), _before_braces(text))
+        below = Path(text.partition("{")[0] + "_").parent  # the folder of all files of a pattern
+        return Tars([text] if Path(text).exists() else expanded(text), below)
     path = Path(images)
     if path.is_dir():
         return ListedImages(path, os.path.basename(os.path.abspath(path)), part_size, path)
@@ -58,11 +59,6 @@ def open_source(images: str | Path, part_size: int) -> Collection:
         f"{path_text(path)} is no collection: give a folder, a manifest ({', '.join(_MANIFESTS)}) or tars "
         "(shards-{000..099}.tar)"
     )
-
-
-def _before_braces(pattern: str) -> Path:
-    """The folder below which all files of a pattern lie."""
-    return Path(pattern.partition("{")[0] + "_").parent
 
 
 @dataclass(frozen=True)

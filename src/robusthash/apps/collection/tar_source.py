@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,8 @@ class TarPart:
                 while (member := tar.next()) is not None:
                     file.left = _LARGEST_HEADERS
                     tar.members = []  # type: ignore[attr-defined]  # which it would all remember
-                    if tar.offset <= member.offset or _length(tar.pax_headers) > _LARGEST_HEADERS:
+                    length = sum(len(key) + len(value) for key, value in tar.pax_headers.items())
+                    if tar.offset <= member.offset or length > _LARGEST_HEADERS:
                         raise tarfile.ReadError("a header that no tar has")
                     yield member
                 file.seek(tar.offset)
@@ -167,10 +168,6 @@ class _HeaderFile(io.FileIO):
             raise tarfile.ReadError(f"headers of more than {_LARGEST_HEADERS} bytes")
         self.left -= size
         return super().read(size) or b""
-
-
-def _length(headers: Mapping[str, str]) -> int:
-    return sum(len(key) + len(value) for key, value in headers.items())
 
 
 def _sample(name: str) -> str:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from typer import Argument, Context, Option
 
+from robusthash.apps.commands.terminal import note
+
 if TYPE_CHECKING:
     from robusthash.apps.experiment.config import Component
     from robusthash.apps.experiment.run_directory import Run
@@ -146,6 +148,16 @@ IndexRun = Annotated[
     str | None,
     Option("--run", help="Run or other model that encodes; by default the one that built the index."),
 ]
+
+
+def runs_with_results(has: Callable[[Run], bool], paths: list[Path]) -> list[Run]:
+    """The runs of ``run_selection.runs_with``; those without results are named in a note."""
+    from robusthash.apps.experiment.run_selection import runs_with
+
+    runs, waiting = runs_with(has, paths)
+    for run in waiting:
+        note(f"{run.path} has no results yet and is left out")
+    return runs
 
 
 def check_page(html: Path | None) -> None:

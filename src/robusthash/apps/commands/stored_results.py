@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, FiguresFolder, RunPath, RunPaths
+from robusthash.apps.commands.options import AsJson, FiguresFolder, RunPath, RunPaths, runs_with_results
 from robusthash.apps.commands.terminal import note, print_lines, reply
 
 
@@ -20,12 +20,9 @@ def keep(
     Of a folder, runs without results are left out and named; a run that is given itself must have some.
     """
     from robusthash.apps.experiment import results_copy
-    from robusthash.apps.experiment.run_selection import runs_with
 
-    runs, waiting = runs_with(results_copy.can_be_kept, paths)
+    runs = runs_with_results(results_copy.can_be_kept, paths)
     copies = [results_copy.keep(run, out) for run in runs]
-    for run in waiting:
-        note(f"{run.path} has no results yet and is left out")
     reply(as_json, {"kept": [str(path) for path in copies]}, copies)
 
 
@@ -70,13 +67,10 @@ def leaderboard(
     """
     from robusthash.apps.experiment.leaderboard import as_markdown, as_plain, make_leaderboards
     from robusthash.apps.experiment.results_copy import has_results
-    from robusthash.apps.experiment.run_selection import runs_with
     from robusthash.apps.reports.leaderboard_page import leaderboard_page
     from robusthash.core.atomic_files import json_text, write_text
 
-    runs, waiting = runs_with(has_results, paths)
-    for run in waiting:
-        note(f"{run.path} has no results yet and is left out")
+    runs = runs_with_results(has_results, paths)
     boards = make_leaderboards([run.path for run in runs])
     if not any((out, markdown, data)):
         sys.stdout.write(as_markdown(boards))

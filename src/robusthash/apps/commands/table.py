@@ -3,22 +3,13 @@
 import csv
 import sys
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, RunPath
+from robusthash.apps.commands.options import AsJson, RunPath, runs_with_results
 from robusthash.apps.commands.terminal import note, plain, print_json, print_table, print_values, warn
-
-
-class Format(StrEnum):
-    """Format of a table."""
-
-    markdown = "markdown"
-    latex = "latex"
-    csv = "csv"
 
 
 def table(
@@ -34,7 +25,9 @@ def table(
     ] = None,
     against: Annotated[str | None, Option(help="Paired differences to this recipe.")] = None,
     seed: Annotated[list[int] | None, Option(help="Only runs of this training seed. Repeatable.")] = None,
-    format: Annotated[Format, Option(help="csv: six digits; intervals in columns.")] = Format.markdown,
+    format: Annotated[
+        Literal["markdown", "latex", "csv"], Option(help="csv: six digits; intervals in columns.")
+    ] = "markdown",
     caption: Annotated[bool, Option(help="Name threat, attacks and budget below the table.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -47,12 +40,9 @@ def table(
 
     from robusthash.apps.experiment import table_text, tables
     from robusthash.apps.experiment.run_directory import RunError
-    from robusthash.apps.experiment.run_selection import runs_with
     from robusthash.apps.reports.cell_text import markdown_cell
 
-    runs, waiting = runs_with(lambda run: run.was_evaluated, paths)
-    for run in waiting:
-        note(f"{run.path} has no results yet and is left out")
+    runs = runs_with_results(lambda run: run.was_evaluated, paths)
     if not runs:
         raise RunError("none of these runs was evaluated; run 'robusthash evaluate RUN' first")
     evaluated = [run.path for run in runs]
@@ -64,12 +54,12 @@ def table(
         print_json([asdict(row) for row in rows])
         return
     titles = list(rows[0].cells) if columns is None else [column.title for column in columns]
-    if format is Format.csv:
+    if format == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows(table_text.plain_table(rows, titles))
         return
-    write = table_text.latex if format is Format.latex else table_text.markdown
+    write = table_text.latex if format == "latex" else table_text.markdown
     sys.stdout.write(f"{write(rows, titles)}\n")
-    comment = "% " * (format is Format.latex)
+    comment = "% " * (format == "latex")
     for line in table_text.captions(rows, titles) if caption else ():
         sys.stdout.write(f"\n{comment}{' '.join(line.split()) if comment else markdown_cell(line)}\n")
 

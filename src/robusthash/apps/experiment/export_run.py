@@ -204,7 +204,7 @@ def compared(hasher: Hasher, modality: str, inputs: Tensor, written: WrittenMode
     """Numbers of equal codes and bits of a hasher and of the file, which computes batches of several sizes.
 
     Raises:
-        ValueError: more than 1 % of the bits differ, so the file is of another model, or codes that are not its logits'.
+        ValueError: more than 1 % of the bits differ, as of another model, or codes that are not its logits'.
     """
     ours = encode_signs(hasher, modality, _as_floats(inputs), _BATCH)
     answers = [written.run(part) for part in inputs.split(_BATCH)]

@@ -134,8 +134,8 @@ def build_index(
         count = index.count()
         if count and index.build_source() != made_of:
             raise ValueError(
-                f"{_place(index)} already holds {count} items of another build; add images to it with "
-                "'index add', or build in another directory"
+                f"{index.address.removeprefix('file:')} already holds {count} items of another build; add "
+                "images to it with 'index add', or build in another directory"
             )
         index.set_build_source(made_of)
         if adding.codes is not None:
@@ -231,17 +231,12 @@ def source_of_index(directory: str | Path, source: str | Path | None = None) -> 
     return str(builder)
 
 
-def _place(index: CodeIndex) -> str:
-    """The directory of an index, or its address on a server."""
-    return index.address.removeprefix("file:")
-
-
 def encode_images(
     model: SearchModel,
     images: Sequence[Path],
-    progress: Progress,
-    reading: Reading,
-    skipped: list[Skipped],
+    progress: Progress = silent,
+    reading: Reading = Reading(),
+    skipped: list[Skipped] | None = None,
 ) -> Iterator[tuple[Codes, list[Path]]]:
     """Codes of image files and of folders of them, in pieces, with the paths of the files.
 
@@ -255,6 +250,7 @@ def encode_images(
     model.check_encodes("image")
     listings = [_listing(place) for place in images]
     paths = [path for listing in listings for path in listing.images]
+    skipped = [] if skipped is None else skipped
     skipped += [one for listing in listings for one in listing.skipped]
     unread, before = 0, len(skipped)
     for start in range(0, len(paths), _AT_ONCE):

@@ -5,6 +5,7 @@ It runs the same stages as recipes do, in ``OUT/runs``, so a stopped quickstart 
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -171,7 +172,7 @@ def _write_recipes(out: Path, plan: Plan, seed: int, sets: Sequence[str]) -> lis
     folder = out / "recipes"
     folder.mkdir(parents=True, exist_ok=True)
     overrides = [f"runtime.seed={seed}", f"evaluation.seed={seed}"]
-    overrides += [f"data.{name}={_quoted(value)}" for name, value in plan.data.items()]
+    overrides += [f"data.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in plan.data.items()]
     paths = [folder / f"{plan.recipe}{ending}.yaml" for ending in ("", "-saat")]
     for path, share in zip(paths, (1, 0.5), strict=True):
         packaged = Path(str(files("robusthash.apps").joinpath("recipes", path.name)))
@@ -181,11 +182,6 @@ def _write_recipes(out: Path, plan: Plan, seed: int, sets: Sequence[str]) -> lis
             config = load_config(packaged, [*overrides, *by_size, *sets])
             aside.write_text(save_config(config), encoding="utf-8")
     return paths
-
-
-def _quoted(text: str) -> str:
-    """A text as a YAML scalar."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _example(out: Path, index: Path, plan: Plan, run: Run) -> dict[str, Any]:

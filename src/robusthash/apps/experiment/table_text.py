@@ -82,11 +82,8 @@ def captions(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> 
     if mixed:
         start = "Columns whose rows do not compare, since they were attacked differently"
         lines.append(f"{start}: {', '.join(mixed)}.")
-    lines += [f"{note}." for note in dict.fromkeys(_empty_lines(rows))]
+    empty = [f"{on}: {text}.".removeprefix(": ") for row in rows for on, text in row.empty.items()]
+    lines += dict.fromkeys(empty)
     if any(column not in {*row.cells, *row.not_run} for row in rows for column in columns):
         lines.append("-: not evaluated in every seed, or the seeds of the recipe were attacked differently.")
     return lines
-
-
-def _empty_lines(rows: Sequence[TableRow]) -> list[str]:
-    return [f"{on}: {text}".removeprefix(": ") for row in rows for on, text in row.empty.items()]
