@@ -39,6 +39,19 @@ class AnswerLimits:
     ] = None
 
 
+@dataclass(frozen=True)
+class PageOptions:
+    """Options of the page of the service."""
+
+    compare: Annotated[
+        list[Path] | None, Option(help="Index by another model of the same images, for the page to compare.")
+    ] = None
+    attacks: Annotated[bool, Option("--attacks", help="Let the page attack a query here.")] = False
+    demo: Annotated[
+        bool, Option("--demo", help="Serve the two models of `robusthash demo`, made where they are missing.")
+    ] = False
+
+
 @with_option_groups
 def serve(
     index: Annotated[
@@ -52,13 +65,7 @@ def serve(
     tokens: Annotated[Path | None, Option(help="Token file; see `robusthash token`.")] = None,
     answers: AnswerLimits = AnswerLimits(),
     settings: Annotated[Path | None, Option(help="YAML file of limits; see docs/serving.md.")] = None,
-    compare: Annotated[
-        list[Path] | None, Option(help="Index by another model of the same images, for the page to compare.")
-    ] = None,
-    attacks: Annotated[bool, Option("--attacks", help="Let the page attack a query here.")] = False,
-    demo: Annotated[
-        bool, Option("--demo", help="Serve the two models of `robusthash demo`, made where they are missing.")
-    ] = False,
+    page: PageOptions = PageOptions(),
     device: Device = None,
 ) -> None:
     """Serve search over HTTP, with a page at /: POST an image to /v1/search, get the nearest items.
@@ -70,8 +77,9 @@ def serve(
 
     overrides: dict[str, Any] = {"host": address.host, "port": address.port}
     overrides |= {name: value for name, value in vars(answers).items() if value is not None}
-    overrides |= {"attacks": True} if attacks or demo else {}
-    if demo:
+    overrides |= {"attacks": True} if page.attacks or page.demo else {}
+    compared = page.compare or []
+    if page.demo:
         from robusthash.apps.service.demo_search import demo_parts
 
         is_trained = (Path(index or "demo") / "summary.json").is_file()
@@ -80,12 +88,12 @@ def serve(
         note(f"below a minute; (3) they are served at http://{address.host}:{address.port}/")
         with progress_bars() as progress:
             parts = demo_parts(Path(index or "demo"), progress)
-        index, images, compare = str(parts.hardened), parts.images, [parts.undefended]
+        index, images, compared = str(parts.hardened), parts.images, [parts.undefended]
     if index is None:
         raise ValueError("serve takes the directory of an index, made by 'robusthash index build', or --demo")
     limits = read_settings(settings, overrides)
     note(f"loading the model and the index {index}")
-    serve_forever(Serving.of(index, run, images, tokens, limits, compare or (), device), note)
+    serve_forever(Serving.of(index, run, images, tokens, limits, compared, device), note)
 
 
 app = Typer(help="Make, list and remove tokens of the search service.", no_args_is_help=True)

@@ -14,8 +14,8 @@ import torch
 from robusthash.apps.experiment import assess_run as assessing
 from robusthash.apps.experiment import evaluation_stages, model_stages
 from robusthash.apps.experiment.config import load_config, settings_of
-from robusthash.apps.experiment.registry_model import name_of_recipe, training_command
 from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.run_selection import name_of_recipe, training_command
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import refuse_full
 from robusthash.core.directory_lock import owned
