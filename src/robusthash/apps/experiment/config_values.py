@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from robusthash.core.damaged_files import shortened
 from robusthash.core.limited_files import parse_yaml
@@ -73,6 +73,18 @@ def fields_of(record: type) -> BeforeValidator:
         return {key: checked(value, annotations.get(key, str), key) for key, value in settings.items()}
 
     return BeforeValidator(known)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(model: type[Model], value: Any, where: str) -> Model:
+    """A value of a packaged file as a model. Raises ValueError that names the place of the first fault."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 Seed = Annotated[int, Field(ge=0, lt=LARGEST)]

@@ -9,14 +9,13 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from robusthash.apps.experiment.config import load_config, save_config
+from robusthash.apps.experiment.config import load_config, write_packaged_recipe
 from robusthash.apps.experiment.evaluation_stages import attacked_queries, context_of, evaluate, named_attacks
 from robusthash.apps.experiment.model_stages import load_hasher, load_victim, read_data
 from robusthash.apps.experiment.run_directory import Run, write_json
@@ -88,8 +87,7 @@ def _write_recipes(out: Path, seed: int, sets: Sequence[str]) -> dict[str, Path]
     overrides = [f"runtime.seed={seed}", f"evaluation.seed={seed}", *sets]
     recipes = {model: folder / f"demo-{model}.yaml" for model in MODELS}
     for path in recipes.values():
-        packaged = Path(str(files("robusthash.apps").joinpath("recipes", path.name)))
-        write_text(path, save_config(load_config(packaged, overrides)))
+        write_packaged_recipe(path, overrides)
     return recipes
 
 

@@ -10,13 +10,12 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
-from robusthash.apps.experiment.config import load_config, save_config
+from robusthash.apps.experiment.config import load_config, write_packaged_recipe
 from robusthash.apps.experiment.copy_table import copy_table
 from robusthash.apps.experiment.index_run import build_index, search_image
 from robusthash.apps.experiment.run_directory import Run, write_json
@@ -175,12 +174,9 @@ def _write_recipes(out: Path, plan: Plan, seed: int, sets: Sequence[str]) -> lis
     overrides += [f"data.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in plan.data.items()]
     paths = [folder / f"{plan.recipe}{ending}.yaml" for ending in ("", "-saat")]
     for path, share in zip(paths, (1, 0.5), strict=True):
-        packaged = Path(str(files("robusthash.apps").joinpath("recipes", path.name)))
         epochs = max(10, round(share * min(200, _SAMPLES // len(plan.images))))
         by_size = [f"training.epochs={epochs}"] if plan.recipe == "labels" else []
-        with write_aside(path) as aside:
-            config = load_config(packaged, [*overrides, *by_size, *sets])
-            aside.write_text(save_config(config), encoding="utf-8")
+        write_packaged_recipe(path, [*overrides, *by_size, *sets])
     return paths
 
 

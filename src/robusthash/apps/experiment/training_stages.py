@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +190,7 @@ def _train(run: Run, parent: Run | None, progress: Progress) -> None:
     check_against_data(config, data, objective)
     recipe = make_recipe(config, initial_hasher(config, data, parent), objective)
     try:
-        with tracked(run) if first else nullcontext(_Follower(run)) as lines:
+        with tracked(run) if first else nullcontext(_Follower(run.path, run.config)) as lines:
             log = fit(recipe, data, train_config(config), lines)
     except CheckpointError as error:
         raise RunError(f"checkpoint {run.checkpoint_file} {error}; {RESTART}") from None
@@ -203,14 +202,8 @@ def _train(run: Run, parent: Run | None, progress: Progress) -> None:
     wait_for_others()
 
 
-@dataclass(frozen=True)
-class _Follower:
-    """The log of a process that trains along and writes nothing."""
-
-    run: Run
-
-    def resume(self) -> dict[str, Any] | None:
-        return self.run.resume()
+class _Follower(Run):
+    """The run of a process that trains along and writes nothing."""
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Left to the first process."""
