@@ -185,8 +185,7 @@ class CodesFolder:
 
     def no_codes(self) -> Codes:
         """Codes of no image, which have a length and an origin."""
-        none = torch.zeros(0, (self.card.bits + 7) // 8, dtype=torch.uint8)
-        return Codes(none, self.card.bits, torch.arange(0), self.card.origin)
+        return Codes.none(self.card.bits, self.card.origin)
 
     def report(self) -> dict[str, Any]:
         """Parts done, failed, stale and missing, the number of items, and the files that were passed over.

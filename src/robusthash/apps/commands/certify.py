@@ -12,7 +12,11 @@ from robusthash.apps.commands.options import (
     RunPaths,
     with_option_groups,
 )
-from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars
+from robusthash.apps.commands.terminal import (
+    print_json,
+    print_result_rows,
+    progress_bars,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,6 @@ def certify(
     from robusthash.apps.experiment.certify_run import certify_run
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.apps.experiment.threat_options import size_of
-    from robusthash.apps.reports.cell_text import markdown_table
 
     numbers = {
         **vars(noise),
@@ -73,13 +76,7 @@ def certify(
         print_json(results)
         return
     rows = [row for result in results.values() for row in _rows(result)]
-    if markdown:
-        print_lines([markdown_table(_HEADS, rows)])
-        return
-    print_table("Certified MAP", _HEADS, rows)
-    for result in results.values():
-        for line in result["notes"]:
-            note(line)
+    print_result_rows("Certified MAP", _HEADS, rows, results.values(), markdown)
 
 
 _HEADS = ["model", "by", "budget", "bits certified", "certified", "attacked"]

@@ -3,7 +3,12 @@ from typing import Annotated, Any
 from typer import Option
 
 from robusthash.apps.commands.options import AnyQueries, AsJson, Device, Direction, Markdown, RunPaths
-from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars
+from robusthash.apps.commands.terminal import (
+    print_json,
+    print_lines,
+    print_result_rows,
+    progress_bars,
+)
 
 
 def detect(
@@ -31,7 +36,6 @@ def detect(
     from robusthash.apps.experiment.config import value_of
     from robusthash.apps.experiment.detect_run import detection
     from robusthash.apps.experiment.run_directory import load_run
-    from robusthash.apps.reports.cell_text import markdown_table
     from robusthash.robustness.detection import WEIGHTS
 
     settings = None if attack is None else [value_of(each) for each in attack]
@@ -49,14 +53,9 @@ def detect(
         return
     heads = ["model", "clean", "false alarms", "attack", "attacker", "AP", "caught", "passing", "unnoticed"]
     rows = [row for result in results.values() for row in _rows(result)]
-    if markdown:
-        print_lines([markdown_table(heads, rows)])
-        return
-    print_table("Detector of adversarial queries", heads, rows)
-    for result in results.values():
-        for line in result["notes"]:
-            note(line)
-    print_lines(files)
+    print_result_rows("Detector of adversarial queries", heads, rows, results.values(), markdown)
+    if not markdown:
+        print_lines(files)
 
 
 def _rows(result: dict[str, Any]) -> list[list[Any]]:

@@ -6,9 +6,16 @@ import typer
 from typer import Argument, Option
 
 from robusthash.apps.commands.options import AsJson, Decoding, Device, shard_of, with_option_groups
-from robusthash.apps.commands.terminal import note, one_row, print_json, progress_bars, reply, warn
-
-_NAMED = 10  # files that are passed over, and parts that failed, on a terminal
+from robusthash.apps.commands.terminal import (
+    SHOWN,
+    note,
+    note_some,
+    one_row,
+    print_json,
+    progress_bars,
+    reply,
+    warn,
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def _encode_collection(
     else:
         _note_report(report)
         reply(False, None, [out])
-    for name, reason in list(report["failed"].items())[:_NAMED]:
+    for name, reason in list(report["failed"].items())[:SHOWN]:
         warn("failed", f"{name}: {reason}")
     if report["failed"]:
         note(f"{len(report['failed'])} parts failed; the same command tries them again")
@@ -159,18 +166,15 @@ def _encode_collection(
 
 def _note_report(report: dict[str, Any]) -> None:
     """Some lines on the collection, and on what was passed over."""
-    for one in report["skipped"][:_NAMED]:
-        note(f"passed over: {one['file']} ({one['reason']})")
-    skipped, more = len(report["skipped"]), len(report["skipped"]) - _NAMED
-    if more > 0:
-        note(f"passed over: and {more} more; report.json names all")
+    skipped = [f"{one['file']} ({one['reason']})" for one in report["skipped"]]
+    note_some("passed over", skipped, "report.json names all")
     parts = "1 part" if report["encoded"] == 1 else f"{report['encoded']} parts"
     note(f"{parts} encoded, {report['unchanged']} done before")
-    whole = f"{report['items']} images encoded, {skipped} files passed over"
+    whole = f"{report['items']} images encoded, {len(skipped)} files passed over"
     note(f"in all {report['done']} of {report['parts']} parts: {whole}")
     if report["missing"]:
         note(f"not encoded yet, as of other shards: {_some(report['missing'])}")
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

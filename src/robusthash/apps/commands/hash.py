@@ -6,9 +6,16 @@ from typing import Annotated
 from typer import Argument, Option
 
 from robusthash.apps.commands.options import AsJson, Decoding, check_page, with_option_groups
-from robusthash.apps.commands.terminal import note, one_row, print_json, print_lines, progress_bars, reply
-
-_NAMED = 10  # images whose hash says little, and files passed over, on a terminal
+from robusthash.apps.commands.terminal import (
+    SHOWN,
+    note,
+    note_some,
+    one_row,
+    print_json,
+    print_lines,
+    progress_bars,
+    reply,
+)
 
 HashBits = Annotated[int, Option(help="64, 128 or 256; a shorter hash is the beginning of a longer one.")]
 
@@ -44,10 +51,10 @@ def hash(
         note(f"passed over: {skipped}")
     names = [path_text(path) for path in hashed.paths]
     plain = [name for name, one in zip(names, hashed.hashes, strict=True) if one.plain]
-    for name in plain[:_NAMED]:
+    for name in plain[:SHOWN]:
         note(f"of one colour, one fine texture or little contrast, its hash says little: {name}")
-    if len(plain) > _NAMED:
-        note(f"and so {len(plain) - _NAMED} more")
+    if len(plain) > SHOWN:
+        note(f"and so {len(plain) - SHOWN} more")
     if as_json and len(set(names)) < len(names):
         note(f"{len(names) - len(set(names))} paths are written like another, whose entry they replace")
     codes = [str(one) for one in hashed.hashes]
@@ -91,10 +98,7 @@ def duplicates(
     if as_json:
         print_json(result.as_json())
     else:
-        for one in result.skipped[:_NAMED]:
-            note(f"passed over: {one}")
-        if len(result.skipped) > _NAMED:
-            note(f"passed over: and {len(result.skipped) - _NAMED} more; --json names all")
+        note_some("passed over", result.skipped)
         if result.plain:
             plain = f"{len(result.plain)} images are of one colour or one fine texture"
             note(f"{plain}: only those of equal pixels are grouped")

@@ -23,6 +23,7 @@ from robusthash.apps.commands.options import (
 from robusthash.apps.commands.terminal import (
     console,
     note,
+    note_some,
     print_json,
     print_lines,
     print_table,
@@ -183,19 +184,8 @@ def _print_info(info: Mapping[str, Any], as_json: bool) -> None:
             "see random_rows of csq, or take another objective or more bits"
         )
     for name, value in lists.items():
-        _note_some(name.replace("_", " "), value)
-
-
-def _note_some(title: str, values: list[Any]) -> None:
-    """The first ten of what was passed over."""
-    for value in values[:10]:
-        note(
-            f"{title}: {value['file']} ({value['reason']})"
-            if isinstance(value, dict)
-            else f"{title}: {value}"
-        )
-    if len(values) > 10:
-        note(f"{title}: and {len(values) - 10} more; --json names all")
+        texts = [f"{one['file']} ({one['reason']})" if isinstance(one, dict) else one for one in value]
+        note_some(name.replace("_", " "), texts)
 
 
 _COPY = {True: "copy", False: "no copy"}

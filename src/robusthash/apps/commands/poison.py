@@ -47,11 +47,7 @@ def poison(
         result, path = poison_run.poison(
             load_run(run),
             budget,
-            attack=settings,
-            count=changes.count,
-            k=changes.k,
-            share=changes.share,
-            steps=changes.steps,
+            **{**vars(changes), "attack": settings},
             direction=direction,
             out=out,
             progress=progress,

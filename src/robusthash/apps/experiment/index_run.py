@@ -308,7 +308,9 @@ def _add(
             "--on-duplicate update encodes those that have changed, skip keeps them"
         )
     model.check_encodes("image")
-    index.add(_no_codes(model), keys=[])  # refuses a model of other codes, also where nothing is new
+    index.add(
+        Codes.none(model.bits, model.origin), keys=[]
+    )  # refuses a model of other codes, also where nothing is new
     hasher, distinct = model.hasher.for_database(), DistinctCodes()
     counts = {"added": 0, "updated": 0, "unchanged": 0}
     for start in range(0, len(items), _AT_ONCE):
@@ -365,12 +367,6 @@ def _encode(hasher: Hasher, model: SearchModel, pixels: Tensor) -> Codes:
     """Codes of (N, 3, H, W) uint8 images, by the hasher of a model or its twin for the database."""
     signs = torch.cat([encode_signs(hasher, "image", as_input(part)) for part in pixels.split(_AT_ONCE)])
     return Codes(pack(signs), model.bits, torch.arange(len(pixels)), model.origin)
-
-
-def _no_codes(model: SearchModel) -> Codes:
-    """Codes of no image, which have a length and an origin."""
-    packed = torch.zeros(0, (model.bits + 7) // 8, dtype=torch.uint8)
-    return Codes(packed, model.bits, torch.arange(0), model.origin)
 
 
 def _described(data: RetrievalData, split: Split) -> tuple[list[dict[str, Any]] | None, list[str] | None]:

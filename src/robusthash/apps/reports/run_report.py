@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from robusthash.apps.experiment.copy_table import WORDS, copy_table
-from robusthash.apps.experiment.run_directory import Run, RunError
-from robusthash.apps.experiment.run_files import command_of
+from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.run_files import command_of, reading
 from robusthash.apps.reports.charts import (
     TONES,
     UNIT,
@@ -354,11 +354,9 @@ def load_branches(folder: Path) -> dict[str, Tensor] | None:
     if not path.is_file():
         return None
     names = ("images", "samples", "robust", "fragile")
-    try:
+    with reading(path, "evaluate the run again"):
         arrays = read_npz(path, names)
         images, samples, robust, fragile = (torch.from_numpy(arrays[name]) for name in names)
-    except (ValueError, OSError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); evaluate the run again") from None
     heat = {"robust branch": _overlaid(images, robust), "fragile branch": _overlaid(images, fragile)}
     return {"query": images, "regenerated": samples, **heat}
 
