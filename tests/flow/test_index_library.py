@@ -368,7 +368,9 @@ def test_pages_and_payload_files_are_regular_files(call, add, tmp_path, library,
 def test_a_narrow_terminal_breaks_no_path(monkeypatch, capsys, width):
     monkeypatch.setattr(terminal.console, "width", width)
     path = f"/photos/{'long name ' * 9}/a.jpg"
-    index_verbs._print_hits("nearest", [{"id": 1, "distance": 3, "payload": {"path": path, "labels": ["cat"]}}])
+    index_verbs._print_hits(
+        "nearest", [{"id": 1, "distance": 3, "payload": {"path": path, "labels": ["cat"]}}]
+    )
     assert path in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from robusthash.apps.audit.audit_page import audit_page, category_sentence
-from robusthash.apps.audit.audit_plan import AuditPlan, MeasuredAudit
+from robusthash.apps.audit.measured_rows import AuditPlan, MeasuredAudit
 from robusthash.apps.audit.photo_collection import read_categories, read_photos
 from robusthash.apps.audit.replacement import (
     Replacement,

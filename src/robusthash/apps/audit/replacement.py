@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from robusthash.apps.audit.audit_plan import AuditPlan, MeasuredAudit
-from robusthash.apps.audit.measured_rows import AuditRow
+from robusthash.apps.audit.measured_rows import AuditPlan, AuditRow, MeasuredAudit
 from robusthash.apps.audit.searches_by_code import measure_codes
 from robusthash.apps.audit.targets import AuditOptions, Target, open_target, size_of
 from robusthash.apps.audit.verdict import HELD, counted, share_found

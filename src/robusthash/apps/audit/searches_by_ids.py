@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from robusthash.apps.audit.audit_plan import AuditPlan
-from robusthash.apps.audit.measured_rows import AuditRow, Columns, category_columns, difference
+from robusthash.apps.audit.measured_rows import AuditPlan, AuditRow, Columns, category_columns, difference
 from robusthash.attacks.oracle import ids_lost
 from robusthash.attacks.query_search import Square, search_by_queries
 from robusthash.attacks.threat_model import threat_on

@@ -64,7 +64,7 @@ def print_evaluation(run: Path, as_json: bool) -> None:
 
 def print_copies(results: Mapping[str, EvalResult]) -> None:
     """The table of copy detection, where the queries are changed copies."""
-    from robusthash.apps.experiment.copy_table import copy_table
+    from robusthash.apps.experiment.table_text import copy_table
     from robusthash.metrics.results import by_direction
 
     for context, group in by_direction(results).items():

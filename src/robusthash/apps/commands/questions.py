@@ -99,8 +99,7 @@ def hardening(
     Of a file, print its tables. Minutes for `--parts agreement --queries 2`, hours for all of it at the
     defaults on a CPU: an attack is thousands of passes. Stopped and called again, it goes on.
     """
-    from robusthash.apps.experiment.hardening_run import measure_hardening
-    from robusthash.apps.experiment.hardening_tables import hardening_tables
+    from robusthash.apps.experiment.hardening_run import hardening_tables, measure_hardening
     from robusthash.apps.experiment.run_directory import load_run
     from robusthash.core.limited_files import read_json
 

@@ -16,9 +16,9 @@ from typing import Any, Literal
 from PIL import Image
 
 from robusthash.apps.experiment.config import load_config, write_packaged_recipe
-from robusthash.apps.experiment.copy_table import copy_table
 from robusthash.apps.experiment.index_run import build_index, search_image
 from robusthash.apps.experiment.run_directory import Run, write_json
+from robusthash.apps.experiment.table_text import copy_table
 from robusthash.apps.experiment.training_stages import run_all
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.runtime import Progress, silent, yield_when_busy

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from robusthash.apps.experiment.copy_table import WORDS, copy_table
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.run_files import command_of, reading
+from robusthash.apps.experiment.table_text import WORDS, copy_table
 from robusthash.apps.reports.charts import (
     TONES,
     UNIT,
