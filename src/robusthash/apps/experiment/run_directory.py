@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,16 +35,12 @@ from robusthash.apps.experiment.run_files import (
 from robusthash.core.atomic_files import write_arrays, write_aside, write_text
 from robusthash.core.limited_files import check_archive, parse_json, read_json, read_npz
 from robusthash.core.registry import build
-from robusthash.core.runtime import digest
+from robusthash.core.runtime import Progress, digest, silent
 from robusthash.core.types import Codes
 from robusthash.metrics.results import EvalResult, Flag, load_results, software_versions, with_headlines
 from robusthash.models.hasher import Hasher, build_hasher
 from robusthash.models.saved_hasher import without_weights
 from robusthash.objectives.base import HashObjective
-
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, text)."""
-
 
 RESTART = "delete it to train again from the start"
 CHECKED = "checks.json"  # the flags of ``check``
@@ -59,7 +55,7 @@ class Run:
 
     path: Path
     config: Config
-    on_progress: Progress = field(default=lambda done, total, text: None, compare=False)
+    on_progress: Progress = field(default=silent, compare=False)
 
     @property
     def id(self) -> str:
@@ -344,7 +340,7 @@ def open_run(
     config: Config,
     root: Path,
     ancestor: str = "",
-    progress: Progress | None = None,
+    progress: Progress = silent,
     origin: Mapping[str, Path] | None = None,
 ) -> Run:
     """The run directory of ``config`` under ``root``, created if it is new.
@@ -358,7 +354,7 @@ def open_run(
         RunError: the directory belongs to another config, or holds results alone.
     """
     path = run_folder(config, root, ancestor)
-    run, held = Run(path, config, progress or Run.on_progress), None
+    run, held = Run(path, config, progress), None
     if (path / "config.yaml").is_file():
         with suppress(RunError):  # damaged; the name of the directory says that this is its config
             held = config_of(path).model_id(ancestor)
