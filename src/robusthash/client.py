@@ -52,6 +52,8 @@ class SearchHit:
         distance: in bits; None where the service does not show it.
         copy: whether it is a copy of the query; None where the model does not find copies, or the service
             does not show it.
+        plain_query: whether the query is of one colour or one fine texture, so that nothing counts as its
+            copy; None where the model does not find copies.
         key: that a client gave it; None of the operator's files, which ``payload["file"]`` names.
     """
 
@@ -60,6 +62,7 @@ class SearchHit:
     payload: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
     copy: bool | None = None
+    plain_query: bool | None = None
 
 
 class Client:
@@ -109,7 +112,10 @@ class Client:
 
         def read(answer: Any) -> list[SearchHit]:
             return [
-                SearchHit(one["id"], one.get("distance"), one["payload"], one.get("key"), one.get("copy"))
+                SearchHit(
+                    *(one["id"], one.get("distance"), one["payload"], one.get("key"), one.get("copy")),
+                    plain_query=answer.get("plain"),
+                )
                 for one in answer["results"]
             ]
 

@@ -19,7 +19,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["robusthash", *map(str, arguments)])
-        monkeypatch.setattr(terminal.console, "width", 200)
+        for screen in (terminal.console, terminal.answers):
+            monkeypatch.setattr(screen, "width", 200)
         code = 0
         try:
             cli.main()

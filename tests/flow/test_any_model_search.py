@@ -89,7 +89,7 @@ def test_a_changed_copy_is_found_and_called_one(call, built: Path, photos: Path,
     assert 0 < best["distance"] <= RADIUS[256]
     assert [best["copy"], *(one["copy"] for one in others)] == [True] + 5 * [False]
     assert rh.load("copy-hash").search(rh.open_index(f"file:{built}"), tmp_path / "copy.jpg")[0] == best
-    table = call("search", built, tmp_path / "copy.jpg", "--html", tmp_path / "found.html")[2]
+    table = call("search", built, tmp_path / "copy.jpg", "--html", tmp_path / "found.html")[1]
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
     assert [row[2] for row in rows] == ["copy"] + 5 * ["no copy"]
     assert (tmp_path / "found.html").read_text().count("a copy") == 1
@@ -110,13 +110,23 @@ def test_copies_among_the_images_are_no_fault_of_the_codes(call, photos: Path, t
     assert "different code" not in err
 
 
-def test_nothing_is_a_copy_of_a_plain_query(call, built: Path, tmp_path: Path) -> None:
+def test_nothing_is_a_copy_of_a_plain_query(call, built: Path, photos: Path, tmp_path: Path) -> None:
     assert call("index", "add", built, tmp_path / "navy.png")[0] == 0
     code, out, err = call("search", built, tmp_path / "navy.png", "--json")
     assert code == 0
     assert json.loads(out)[0]["distance"] == 0
     assert not any(hit["copy"] for hit in json.loads(out))
     assert "one colour or one fine texture" in err
+    plain = {"navy.png": True, "copy.jpg": False}
+    with rh.open_index(f"file:{built}", create=False) as index, served(built, photos) as url:
+        for name, expected in plain.items():
+            hits = searched(call, built, tmp_path / name)
+            hits += rh.load("copy-hash").search(index, tmp_path / name)
+            told = httpx.post(f"{url}/v1/search", files={"image": (tmp_path / name).read_bytes()}).json()
+            hits += told["results"]
+            assert {hit["plain_query"] for hit in hits} == {told["plain"]} == {expected}
+            with Client(url) as client:
+                assert {hit.plain_query for hit in client.search(tmp_path / name)} == {expected}
 
 
 def test_runs_say_nothing_of_copies(call, index: Path, parts: tuple[Path, Path]) -> None:
@@ -144,8 +154,8 @@ def test_the_service_says_what_is_a_copy(client: Client, tmp_path: Path) -> None
 def test_answers_show_of_copies_what_they_show_of_distances(
     built: Path, photos: Path, tmp_path: Path
 ) -> None:
-    content = (tmp_path / "copy.jpg").read_bytes()
-    for kind, fields in {"ids": set(), "coarse": {"distance", "copy"}, "codes": {"distance", "copy"}}.items():
+    content, shown = (tmp_path / "copy.jpg").read_bytes(), {"distance", "copy", "plain_query"}
+    for kind, fields in {"ids": set(), "coarse": shown, "codes": shown}.items():
         with served(built, photos, OPEN.model_copy(update={"answer": kind})) as url:
             answer = httpx.post(f"{url}/v1/search", files={"image": content}).json()
             assert set(answer["results"][0]) - {"id", "id_text", "payload"} == fields, kind
@@ -200,7 +210,7 @@ def test_a_folder_of_the_name_is_a_folder(
         hits = searched(call, tmp_path / "ix", pictures / "03.png")
         assert ("copy" in hits[0]) == (bits == 256)
         code, out, _ = call("encode", name, pictures / "03.png", "--json")
-        assert {len(code) for code in json.loads(out).values()} == {bits // 4}
+        assert {len(code) for code in json.loads(out)["codes"].values()} == {bits // 4}
         shutil.rmtree(tmp_path / "ix")
     assert rh.load(Path("copy-hash")).bits == 16
     assert located("copy-hash") == "copy-hash"
@@ -271,7 +281,7 @@ def test_codes_of_a_collection_go_by_shards_into_an_index(
         "path": "/elsewhere/0.jpg"
     }
     hexes = json.loads(call("encode", "copy-hash", photos / "0.jpg", "--json")[1])
-    assert hexes == {str(photos / "0.jpg"): str(rh.hash_image(photos / "0.jpg"))}
+    assert hexes["codes"] == {str(photos / "0.jpg"): str(rh.hash_image(photos / "0.jpg"))}
 
 
 def test_codes_of_another_model_are_refused(

@@ -69,10 +69,10 @@ def test_the_verb_shows_a_table_and_json_and_writes_the_record(call, run):
     (written,) = load_results(run / "assess.json")
     assert written["wMAP"] == shown["values"]["wMAP"]
     assert written.setting.digests["model"] == load_run(run).card()["digest"]
-    code, _, err = call("assess", run, "--tier", "smoke", "--threat", "img-linf-4")
-    assert code == 0
+    code, out, err = call("assess", run, "--tier", "smoke", "--threat", "img-linf-4")
+    assert code == 0, err
     for word in ("wMAP/8bit", "HRS", "unique wins", "guided", "24 queries", "floor"):
-        assert word in err
+        assert word in out
     assert {result.name for result in load_results(run / "assess.json")} == {
         "img-linf-8 smoke",
         "img-linf-4 smoke",

@@ -92,6 +92,32 @@ def test_a_model_is_measured_attacked_and_described_in_words(folder, model, tmp_
     assert not re.search(r"nan|None", re.sub(r"<[^>]*>", "", page))
 
 
+def test_copies_inside_the_folder_are_no_accidental_matches(folder, tmp_path, call):
+    pytest.importorskip("imagehash", reason="needs the extra 'audit' (pip install robusthash[audit])")
+    options = AuditOptions(size=48, tier=replace(TINY, queries=30), replacement=False)
+    without = run_audit("phash", tmp_path / "one", folder, options)
+    for seed in (2, 4, 6):
+        with Image.open(folder / f"{seed}.png") as picture:
+            picture.save(folder / f"again-{seed}.jpg", quality=80)
+            picture.resize((36, 36)).save(folder / f"small-{seed}.png")
+    found = run_audit("phash", tmp_path / "two", folder, options)
+    photographs = found["photographs"]
+    assert without["photographs"]["pairs of copies inside the folder"] == 0
+    assert photographs["pairs of copies inside the folder"] == 9  # three pairs of each three
+    assert len(photographs["nearly the same as another"]) == 6
+    assert photographs["used"] == 15
+    assert found["false matches"] == without["false matches"] == 0.0
+    assert "9 pairs have nearly the same pixels" in (tmp_path / "two" / "report.html").read_text()
+    words = ["--photos", folder, "--size", 48, "--tier", "smoke", "--attacked", 2, "--no-replacement"]
+    code, out, err = call("audit", "phash", *words, "--out", tmp_path / "three")
+    assert code == 0, err
+    assert "copies inside the folder: 9 pairs" in out
+    for path in [path for path in folder.rglob("*.*") if path.stem[-1] != "2"]:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"looked up are all copies of one another.*robusthash duplicates"):
+        run_audit("phash", tmp_path / "four", folder, options)
+
+
 def test_the_same_audit_gives_the_same_numbers(folder, model, tmp_path):
     first, second = (
         run_audit("toy:model", tmp_path / n, folder, AuditOptions(size=32, tier=TINY)) for n in ("a", "b")
@@ -520,14 +546,14 @@ def test_ties_are_no_whole_photographs_and_attacks_below_noise_are_named():
 def test_the_terminal_names_radius_stored_copies_and_attacks_that_imitate(folder, tmp_path, call):
     pytest.importorskip("imagehash", reason="needs the extra 'audit' (pip install robusthash[audit])")
     few = ["--size", 48, "--tier", "smoke", "--queries", 2, "--attacked", 2, "--out", tmp_path / "o"]
-    code, _, err = call("audit", "dhash", "--photos", folder, *few)
+    code, out, err = call("audit", "dhash", "--photos", folder, *few)
     assert code == 0, err
-    assert "Counts as the same: within 10 bits." in err
-    assert "2 photographs were looked up in a search that stores copies of" in err
-    head, _, tail = err.partition("(lower is better)")
+    assert "Counts as the same: within 10 bits." in out
+    assert "2 photographs were looked up in a search that stores copies of" in out
+    head, _, tail = out.partition("(lower is better)")
     assert "imitate" not in head
     assert "imitate, best case" in tail
-    assert "recognised" not in err
+    assert "recognised" not in out + err
 
 
 def test_the_verb(folder, model, tmp_path, call):

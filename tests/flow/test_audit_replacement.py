@@ -118,9 +118,9 @@ def test_the_terminal_says_it_in_the_next_line(folder: Path, tmp_path: Path) -> 
     done = CliRunner().invoke(app, words.split())
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "out" / "audit.json").read_text())
-    lines = re.sub(r"\s+", " ", done.stderr)
+    lines = re.sub(r"\s+", " ", done.stdout)
     assert f"{found['verdict']['first']} {found['replacement']['said']} {found['verdict']['tried']}" in lines
-    assert "copy-hash instead of average hash" in done.stderr
+    assert "copy-hash instead of average hash" in done.stdout
     plain = CliRunner().invoke(app, [*words.split(), "--no-replacement", "--json"])
     assert json.loads(plain.stdout)["replacement"] is None
     again = rh.audit("ahash", folder, out=tmp_path / "p", tier="smoke", queries=4, attacked=2, size=48)

@@ -50,6 +50,45 @@ def trained(tmp_path_factory) -> Path:
     return run.path
 
 
+def test_results_go_to_stdout_and_nothing_else_does(call, trained, tmp_path, monkeypatch):
+    """A loop over the verbs that answer with a table: it can be piped, and with --json is JSON alone."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 20), "red").save("a.png")
+    assert call("index", "build", "ix", "--run", trained)[0] == 0
+    codes = [
+        line
+        for line in call("encode", trained)[1].split()
+        if Path(line).name.startswith(("query", "database"))
+    ]
+    assert call("token", "new", "reader")[0] == 0
+    commands: dict[str, list[object]] = {
+        "list": ["attack"],
+        "data": ["check", "{name: synthetic, train: 64, query: 16, database: 64}"],
+        "search": ["ix", "a.png", "--run", trained],
+        "index": ["info", "ix"],
+        "token": ["list"],
+        "compare": [trained, trained],
+        "score": sorted(codes, reverse=True),
+        "evaluate": [trained],
+        "check": [trained, "--queries", 4],
+        "certify": [trained, "--attacks", "none"],
+        "questions": [trained, "--budgets", "2,4", "--queries", 4, "--shows", "codes"],
+        "assess": [trained, "--tier", "smoke", "--queries", 4, "--unchecked"],
+        "poison": [trained, "--threat", "db-insert", "--count", 1, "--steps", 2],
+        "attack": [trained, "{name: mainstay, steps: 1}", "--out", "attacked.npz"],
+        "train": [trained / "config.yaml", "--runs", trained.parents[1]],
+        "run": [trained / "config.yaml", "--runs", trained.parents[1], "--dry-run", "--batch", 2],
+    }
+    for verb, words in commands.items():
+        code, out, err = call(verb, *words)
+        assert code == 0 or verb == "check", (verb, err)
+        assert "│" in out, verb
+        assert not set("│┃┏┓") & set(err), verb
+        code, out, err = call(verb, *words, "--json")
+        assert json.loads(out) is not None, verb
+        assert not set("│┃┏┓") & set(err), verb
+
+
 @pytest.mark.parametrize(
     "verb", ["run", "train", "encode", "evaluate", "attack", "score", "compare", "list", "index", "poison"]
 )
@@ -238,7 +277,9 @@ def test_encode_gives_the_codes_of_images(call, trained, tmp_path):
     assert [path for _, path in lines] == [str(folder / "a.png"), str(folder / "b.png")]
     assert all(len(digits) == 4 for digits, _ in lines)  # 12 bits in two bytes
     assert call("encode", trained, folder / "b.png")[1].splitlines() == ["  ".join(lines[1])]
-    assert json.loads(call("encode", trained, folder, "--json")[1]) == {path: code for code, path in lines}
+    assert json.loads(call("encode", trained, folder, "--json")[1])["codes"] == {
+        path: code for code, path in lines
+    }
     assert call("encode", trained, folder, "--out", tmp_path / "codes.npz")[0] == 0
     with np.load(tmp_path / "codes.npz", allow_pickle=False) as arrays:
         assert [bytes(row).hex() for row in arrays["codes"]] == [digits for digits, _ in lines]
@@ -428,7 +469,7 @@ def test_poison_attacks_the_database(call, trained, tmp_path):
         "poison", trained, "--threat", "db-perturb-img-linf-4", "--share", 0.1, "--steps", 3, "--out", kept
     )
     assert code == 0
-    assert out.strip() == str(kept)
+    assert out.splitlines()[-1] == str(kept)
     assert "20 of 200 items" in err.replace("\n", " ")
     chosen = "{name: dsarh, eps: 4/255, steps: 2}"
     code, out, _ = call(

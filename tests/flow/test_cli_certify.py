@@ -62,7 +62,7 @@ def test_the_command_gives_pythons_numbers_and_the_copy_shows_them(call, run, tm
     assert json.loads(json.dumps(ours)).items() <= found.items()
     assert [row["radius"] for row in found["rows"]] == [0.1, 0.25]
     assert all(row["certified"] <= row["attacked"] for row in found["rows"])
-    copy = keep(run, tmp_path / "kept")
+    copy = keep(run, tmp_path / "kept").path
     code, out, err = call("certify", copy, "--markdown")
     assert code == 0, err
     assert out.count("\n") == 2 + 1 + 2

@@ -47,7 +47,7 @@ def test_attacks_of_the_recipe_are_judged_and_the_copy_shows_the_same(call, run,
     assert all(0 <= row["caught"] <= 1 for row in result["attacks"])
     again, path = detection(run, None, 0.2, [0.1], 40)
     assert json.loads(json.dumps(again)) == result
-    copy = keep(run, tmp_path)
+    copy = keep(run, tmp_path).path
     assert (copy / path.name).is_file()
     code, out, _ = call("detect", copy, "--markdown")
     assert code == 0
@@ -79,4 +79,4 @@ def test_a_text_side_has_its_own_file(call, run: Run) -> None:
     asked = ("--direction", "T2I", "--queries", 40, "--false-alarms", 0.2, "--weight", 0.1)
     code, out, err = call("detect", run.path, *asked, "--attack", attack)
     assert code == 0, err
-    assert Path(out.strip()) == run.path / "detection-T2I.json"
+    assert Path(out.splitlines()[-1]) == run.path / "detection-T2I.json"

@@ -100,3 +100,9 @@ def test_the_current_folder_is_no_place_for_code_of_a_run(call, tmp_path, monkey
     assert load_python("my_own_model:net") is abs
     assert sys.path[-1] == str(tmp_path)  # last: it hides no other module
     monkeypatch.delitem(sys.modules, "my_own_model")
+
+
+def test_a_file_that_cannot_be_written_is_named_without_numbers_of_the_system(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(measurement, "run_audit", fail(OSError(2, "cannot write a.html: no such folder")))
+    code, _, err = call("audit", "phash")
+    assert (code, err) == (1, "error: cannot write a.html: no such folder\n")

@@ -18,6 +18,7 @@ from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.targets import AuditOptions, Tier
 from robusthash.apps.cli import app
 from robusthash.apps.image_hash.copy_hash import RADIUS, copy_model, hashes, plain, proved_levels
+from robusthash.apps.image_hash.duplicate_groups import hash_files
 from robusthash.data.base import as_input
 from robusthash.data.own_data import one_image
 from robusthash.data.photos import PHOTOGRAPHS, photograph_path
@@ -210,6 +211,25 @@ def test_no_change_within_the_proved_level_makes_an_image_plain() -> None:
     assert made_plain > 0, "the attack does nothing"
 
 
+def test_json_lists_what_text_passes_over(folder: Path, tmp_path: Path) -> None:
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture")
+    for words in ([], ["--proof"]):
+        text = CliRunner().invoke(app, ["hash", str(folder), *words])
+        done = CliRunner().invoke(app, ["hash", str(folder), *words, "--json"])
+        told = json.loads(done.stdout)
+        assert text.exit_code == done.exit_code == 0
+        assert (told["images"], told["passed_over"]) == (len(text.stdout.splitlines()), len(told["skipped"]))
+        assert len(told["hashes"]) == told["images"]
+        assert {Path(one["file"]).name for one in told["skipped"]} > {"broken.jpg", "notes.txt"}
+        told_text = "".join(text.stderr.split())
+        assert all("".join(one["reason"].split()) in told_text for one in told["skipped"])
+    encoded = CliRunner().invoke(app, ["encode", "copy-hash", str(folder), "--json"])
+    assert json.loads(encoded.stdout)["skipped"] == told["skipped"]
+    with pytest.raises(ValueError, match="there is no image to hash"):
+        hash_files([folder / "broken.jpg"])
+
+
 def test_paths_that_are_written_alike_are_all_listed(tmp_path: Path) -> None:
     opened()[0].save(tmp_path / "\\xe9.png")
     os.rename(tmp_path / "\\xe9.png", os.fsencode(tmp_path) + b"/\xe9.png")
@@ -225,7 +245,7 @@ def test_the_proved_level_is_the_last_whose_bound_is_within_the_radius(folder: P
     for bits, radius in ((64, 9), (256, 20)):
         assert all(a <= b for a, b in zip(proved_levels(pixels, bits, radius), levels, strict=True))
     done = CliRunner().invoke(app, ["hash", str(folder / "0.jpg"), "--proof", "--json"])
-    (entry,) = json.loads(done.stdout).values()
+    (entry,) = json.loads(done.stdout)["hashes"].values()
     assert entry["hash"] == str(rh.hash_image(folder / "0.jpg"))
     assert entry["proved_level"] in (levels[0] - 1, levels[0], levels[0] + 1)
     lines = CliRunner().invoke(app, ["hash", str(folder / "0.jpg"), "--proof"]).stdout.split()

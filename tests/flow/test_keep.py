@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ import torch
 import yaml
 
 from robusthash.apps.experiment import assess_run as assessing
-from robusthash.apps.experiment import evaluation_stages, training_stages
+from robusthash.apps.experiment import evaluation_stages, results_copy, training_stages
 from robusthash.apps.experiment.config import make_config
-from robusthash.apps.experiment.results_copy import keep
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run, write_json
-from robusthash.metrics.results import headline_of
+from robusthash.apps.experiment.run_files import sealed
+from robusthash.apps.experiment.stored_analyses import analysis_values, store_analysis
+from robusthash.metrics.results import headline_of, save_results
 
 CONFIG = {
     "name": "tiny",
@@ -43,6 +45,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
 def copied(run: Run, folder: Path) -> Run:
     """A run directory of its own, to be changed."""
     return load_run(shutil.copytree(run.path, folder / run.id))
+
+
+def keep(run: Run, out: Path) -> Path:
+    return results_copy.keep(run, out).path
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -104,17 +110,46 @@ def test_what_needs_the_model_says_that_there_is_none(call, runs: list[Run], tmp
     assert "no run goes on there" in err
 
 
-def test_kept_twice_is_the_same_and_old_files_go(runs: list[Run], tmp_path: Path) -> None:
-    run = copied(runs[0], tmp_path)
-    write_json(run.path / "checks.json", [])
-    copy = keep(run, tmp_path / "out")
-    first = contents(tmp_path / "out")
-    assert "tiny/" + run.id + "/checks.json" in first
-    assert keep(run, tmp_path / "out") == copy
-    assert contents(tmp_path / "out") == first
-    (run.path / "checks.json").unlink()
-    keep(run, tmp_path / "out")
-    assert not (copy / "checks.json").exists()
+def test_kept_twice_is_the_same_and_analyses_stay(call, runs: list[Run], tmp_path: Path) -> None:
+    run, out = copied(runs[0], tmp_path), tmp_path / "out"
+    store_analysis(run, "bands", {"images": 4}, {"share": [0.5, 0.5]})
+    store_analysis(run, "cost", {"images": 4}, {"seconds": 1.0})
+    by_epoch = [replace(result, name=f"1: {name}") for name, result in run.evaluated().items()]
+    save_results(run.path / "curves-ab12.json", by_epoch)
+    copy = keep(run, out)
+    first = contents(out)
+    assert keep(run, out) == copy
+    assert contents(out) == first
+    lost = sorted(
+        path.name for path in run.path.glob("*") if path.name.startswith(("bands", "cost", "curves"))
+    )
+    for name in lost:
+        (run.path / name).unlink()
+    code, printed, err = call("keep", run.path, "--out", out)
+    assert (code, printed.split()) == (0, [str(copy)])
+    assert contents(out) == first
+    assert all(name in err for name in ("bands.json", "cost.json", "curves-ab12.json")), err
+    assert analysis_values(load_run(copy), "bands")["share"].tolist() == [0.5, 0.5]
+
+
+def test_of_another_model_nothing_stays_and_new_results_replace_old_ones(
+    call, runs: list[Run], tmp_path: Path
+) -> None:
+    run, out = copied(runs[0], tmp_path), tmp_path / "out"
+    store_analysis(run, "bands", {"images": 4}, {"share": [0.5, 0.5]})
+    copy = keep(run, out)
+    (run.path / "bands.json").unlink()
+    (old,) = copy.glob("metrics-*.npz")
+    shutil.copy(old, copy / "metrics-0123456789abcdef.npz")  # of an evaluation before
+    found = json.loads(call("keep", run.path, "--out", out, "--json")[1])
+    assert found["earlier copies"][str(copy)] == {"stayed": ["bands.json"], "removed": []}
+    assert [path.name for path in copy.glob("metrics-*.npz")] == [old.name]
+    card = json.loads((copy / "model.json").read_text())
+    write_json(copy / "model.json", sealed({**card, "digest": "0" * 16}))
+    code, _, err = call("keep", run.path, "--out", out)
+    assert code == 0
+    assert "removed, as it was of another model: bands.json" in err
+    assert not (copy / "bands.json").exists()
 
 
 def test_a_run_that_cannot_be_read_leaves_the_older_copy_whole(runs: list[Run], tmp_path: Path) -> None:

@@ -121,13 +121,13 @@ def test_python_recipe_and_assess_ask_the_same_queries_and_say_so(call, runs, ex
         rh.evaluate(victim, data, queries=ASKED),
         rh.assess(rh.make_context(victim, data, queries=ASKED), "smoke"),
     ]
-    code, _, err = call("evaluate", runs[0].path)
+    code, out, err = call("evaluate", runs[0].path)
     assert code == 0, err
-    assert f"queries: {ASKED} of {KINDS * QUERIES} by content" in err
+    assert f"queries: {ASKED} of {KINDS * QUERIES} by content" in out
     results += load_results(runs[0].path / "metrics.json")
-    code, _, err = call("assess", runs[0].path, "--tier", "smoke", "--queries", ASKED)
+    code, out, err = call("assess", runs[0].path, "--tier", "smoke", "--queries", ASKED)
     assert code == 0, err
-    assert f"{ASKED} queries ({ASKED} of {KINDS * QUERIES} by content)" in " ".join(err.split())
+    assert f"{ASKED} queries ({ASKED} of {KINDS * QUERIES} by content)" in " ".join(out.split())
     results += load_results(runs[0].path / "assess.json")
     assert len(results) == 6
     assert {result.setting.digests["queries"] for result in results} == {expected}
@@ -172,8 +172,8 @@ def test_verbs_that_compare_models_or_look_into_one_ask_them_too(call, runs, exp
     assert json.loads(out)["chosen"] == f"{ASKED} of {KINDS * QUERIES} by content"
     contexts += found
     found = seen(monkeypatch, checking, "model_checks")
-    _, _, err = call("check", first, "--queries", ASKED, "--steps", 2)
-    assert "checks of" in err
+    _, out, _ = call("check", first, "--queries", ASKED, "--steps", 2)
+    assert "checks of" in out
     contexts += found
     assert len(contexts) == 5
     assert {context.queries.fingerprint() for context in contexts} == {expected}

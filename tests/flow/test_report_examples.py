@@ -126,5 +126,5 @@ def test_a_kept_copy_holds_no_command(run: Run, tmp_path: Path) -> None:
         json.loads((run.path / "environment.json").read_text())["command"]
         == "robusthash run 'own recipe.yaml'"
     )
-    target = keep(load_run(run.path), tmp_path / "kept")
+    target = keep(load_run(run.path), tmp_path / "kept").path
     assert "command" not in json.loads((target / "environment.json").read_text())

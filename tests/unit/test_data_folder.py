@@ -16,6 +16,7 @@ from PIL import Image
 import robusthash as rh
 from robusthash.core.labels import relevant
 from robusthash.data import ArraySource, load_data
+from robusthash.data.folder import manifest_rows
 from robusthash.data.image_files import FileSource, UnreadableImage
 
 
@@ -359,11 +360,13 @@ def test_missing_columns_and_labels(listed: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"file": "x"}\n{"file": \n', r"line 2 is not JSON"),
-        ("a.jsonl", '["x"]\n', "line 1 is not a JSON object"),
+        ("a.jsonl", '["x"]\n', "line 1 is not a JSON object; write one object a line"),
+        ("a.jsonl", "3\n", "line 1 is not a JSON object$"),
         ("a.jsonl", "\n\n", "has no rows"),
         ("a.csv", "file,labels\nx.png\n", "line 2 has not as many fields as the header"),
         ("a.csv", "file,labels\nx.png,a,b\n", "line 2 has not as many fields as the header"),
         ("a.csv", 'file,labels\n"x.png"y,a\n', "after line 1: not CSV"),
+        ("a.csv", "file;labels\nx.png;a;b\n", "line 2 has not as many fields as the header"),
         ("a.csv", "file,labels\n", "has no rows"),
     ],
 )
@@ -374,9 +377,24 @@ def test_broken_manifests_name_the_line(tmp_path: Path, name: str, content: str,
 
 
 def test_manifest_that_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"a\.csv is not UTF-8 text"):
-        load_data("folder", root=tmp_path, manifest=tmp_path / "a.csv")
+    for content in (b"\xff\xfe\x00", "file,labels\na.png,x\n".encode("utf-16"), b"file,labels\n\xe4.png,x\n"):
+        (tmp_path / "a.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.csv is not UTF-8 text \(byte \d+\); save it as UTF-8"):
+            load_data("folder", root=tmp_path, manifest=tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize(("mark", "end"), [("", "\n"), ("\ufeff", "\r\n")])
+def test_tables_as_other_programs_write_them(
+    tmp_path: Path, name: str, separator: str, mark: str, end: str
+) -> None:
+    rows = [["file", "labels"], ["a.png", '"x;y"'], ["b.png", '"x, y"'], ["c.png", ""]]
+    text = mark + end.join(separator.join(row) for row in rows) + end
+    (tmp_path / name).write_bytes(text.encode())
+    cells = [row for _, row in manifest_rows(tmp_path / name)]
+    assert [row["file"] for row in cells] == ["a.png", "b.png", "c.png"]
+    assert [row["labels"] for row in cells] == ["x;y", "x, y", ""]
 
 
 def test_values_of_the_split_column_must_go_somewhere(listed: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 import torch
 from helpers import make_data, small_hasher
 
+from robusthash.apps import cli
 from robusthash.apps.commands import terminal
 from robusthash.apps.commands.assess_command import print_assessment
 from robusthash.core.runtime import silent, yield_when_busy
@@ -96,10 +98,10 @@ ROWS = [
 def test_no_number_of_a_table_is_cut(capsys, monkeypatch, width):
     monkeypatch.delenv("COLUMNS", raising=False)
     if width is not None:  # a terminal
-        monkeypatch.setattr(terminal.console, "width", width)
-        monkeypatch.setattr(type(terminal.console), "is_terminal", True)
+        monkeypatch.setattr(terminal.answers, "width", width)
+        monkeypatch.setattr(type(terminal.answers), "is_terminal", True)
     terminal.print_table("copies", WIDE, ROWS)
-    told = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)
+    told = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     lines = told.splitlines()
     assert max(map(len, lines)) <= (width or 120)
     assert "\u2026" not in told
@@ -115,14 +117,14 @@ def test_text_in_a_table_wraps_and_a_long_path_folds(capsys):
     terminal.print_table(
         "checks", ["check", "value", "remedy"], [["F1", 0.5, "take it away " * 30], [path, 1, ""]]
     )
-    told = capsys.readouterr().err
+    told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= 120
     assert "0.5000" in told
     assert told.count("a") > 300
 
 
 def test_raised_checks_say_what_they_looked_at_and_passed_ones_are_a_line(capsys, monkeypatch):
-    monkeypatch.setattr(terminal.console, "width", 200)
+    monkeypatch.setattr(terminal.answers, "width", 200)
     flags = (
         Flag("F1", 0.1, 0.5, "pass", "take more steps"),
         Flag("F16", math.inf, 0.5, "amber", "not run: no float64"),
@@ -130,12 +132,43 @@ def test_raised_checks_say_what_they_looked_at_and_passed_ones_are_a_line(capsys
         Flag("F3", 0.0, 0.5, "pass", "take more steps"),
     )
     print_assessment(replace(evaluate(small_hasher(), make_data()), curves={}, flags=flags))
-    told = capsys.readouterr().err
+    caught = capsys.readouterr()
+    told = caught.out
     assert told.index("F2: share of queries whose input gradient is exactly 0") < told.index(
         "F16: share of bits"
     )
     assert "take the gate away" in told
     assert "not run" in told
     assert "inf" not in told
-    assert "2 checks passed: F1, F3" in told
+    assert "2 checks passed: F1, F3" in caught.err
     assert "take more steps" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train recipe.yaml", "the same command goes on from what was finished"),
+        ("index build ix --images photos", "the same command goes on from what was finished"),
+        ("encode --images=photos --out codes", "the same command goes on from what was finished"),
+        ("audit https://search.example/api", "the same command goes on from what was finished"),
+        ("index search ix a.jpg", "the same command starts over"),
+        ("encode copy-hash photos", "the same command starts over"),
+        ("audit phash", "the same command starts over"),
+        ("serve ix", "stopped before it listened; nothing was served"),
+    ],
+)
+def test_ctrl_c_speaks_of_the_verb_that_it_ends(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["robusthash", *words.split()])
+    monkeypatch.setattr(cli, "app", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    caught = capsys.readouterr()
+    assert stopped.value.code == 130
+    assert said in caught.err
+    assert caught.err.count("\n") == 1
+    assert caught.out == ""
+
+
+def test_every_verb_that_goes_on_is_a_verb():
+    verbs = {verb for panel in cli.PANELS.values() for verb in panel}
+    assert {name.split()[0] for name in (*cli.GOES_ON, *cli.GOES_ON_WITH)} <= verbs

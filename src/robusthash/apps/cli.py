@@ -128,6 +128,8 @@ def _refuse(error: Exception) -> None:
         expected, text = True, _memory_error(error)
     elif isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror  # a text of ours, which "[Errno 2]" explains to nobody
     elif isinstance(error, KeyError) and error.args and " " in str(error.args[0]):
         text = str(error.args[0])
     else:
@@ -181,10 +183,28 @@ def _smaller_batches_noted() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    verbs = "run, train, evaluate, assess, certify, questions, hardening, sweep, reproduce, demo, quickstart"
-    going_on = f"{verbs}, encode --images, index build and index add"
-    note(f"stopped; {going_on} go on from what was finished")
+    note(_stopped())
     sys.exit(130)
+
+
+GOES_ON = (
+    *("run", "train", "evaluate", "assess", "certify", "questions", "hardening", "sweep", "reproduce"),
+    *("demo", "quickstart"),
+)
+"""Verbs that go on from what was finished; others start over."""
+
+GOES_ON_WITH = ("encode --images", "index build", "index add", "audit http")
+"""Verbs that do so where a word of theirs begins like this."""
+
+
+def _stopped() -> str:
+    """The last words of the command that Ctrl-C ended."""
+    verb, *words = [*sys.argv[1:], ""]
+    if verb == "serve":
+        return "stopped before it listened; nothing was served"
+    if verb in GOES_ON or any(f"{verb} {word}".startswith(GOES_ON_WITH) for word in words):
+        return "stopped; the same command goes on from what was finished"
+    return "stopped; the same command starts over"
 
 
 if __name__ == "__main__":

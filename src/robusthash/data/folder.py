@@ -274,17 +274,23 @@ def iter_manifest(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of ``manifest_rows`` one by one, whatever their number."""
     if not regular(manifest).exists():
         raise FileNotFoundError(f"no manifest {manifest.absolute()}")
-    is_csv = manifest.suffix.lower() == ".csv"
+    is_csv = manifest.suffix.lower() in (".csv", ".tsv")
     # lines of JSON end at "\n" alone: others are allowed inside texts
     with manifest.open(encoding="utf-8-sig", newline="" if is_csv else "\n") as stream:
         try:
             yield from (_csv_rows if is_csv else _json_rows)(manifest, stream)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{manifest} is not UTF-8 text: {error}") from error
+            raise ValueError(
+                f"{manifest} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+            ) from error
 
 
 def _csv_rows(manifest: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(stream, strict=True)
+    header = stream.readline(1 << 16)
+    stream.seek(0)
+    # a header without commas: as programs write tables where the comma is the decimal sign, or with tabs
+    separator = next((one for one in ",\t;" if one in header), ",")
+    reader = csv.DictReader(stream, strict=True, delimiter=separator)
     try:
         if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
             raise ValueError(f"{manifest} has two columns {twice[0]!r}; join them into one, with ';' between")
@@ -302,7 +308,8 @@ def _json_rows(manifest: Path, stream: TextIO) -> Iterator[tuple[int, dict[str, 
             continue
         row = parse_json(content, f"{manifest}, line {line}", once=True)
         if not isinstance(row, dict):
-            raise ValueError(f"{manifest}, line {line} is not a JSON object")
+            more = "; write one object a line, without the list around them" if isinstance(row, list) else ""
+            raise ValueError(f"{manifest}, line {line} is not a JSON object{more}")
         yield line, row
 
 

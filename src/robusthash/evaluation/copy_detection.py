@@ -123,12 +123,15 @@ def _without_own(items: Tensor, relevant: Tensor, own: Tensor, query_kinds: Tens
     return items.scatter_add(1, own, -one), relevant.scatter_add(1, own, -one * with_category)
 
 
-def calibrated_radius(context: EvaluationContext, share: float = 0.01) -> float:
+def calibrated_radius(context: EvaluationContext, copies: Tensor | None = None, share: float = 0.01) -> float:
     """The largest radius at which at most ``share`` of the pairs of different photographs match, or 0.
 
     A whole number of bits; of vectors the last number below the distance of the first pair too many.
+
+    Args:
+        copies: (Q, M) bool, photographs that are the same picture as another stored one; they do not count.
     """
-    apart = _of_others(context)
+    apart = _of_others(context, copies)
     if context.victim.distance == "hamming":
         counts = torch.bincount(apart, minlength=context.victim.bits + 1)
         return max(0, int((counts.cumsum(0) <= share * len(apart)).sum()) - 1)
@@ -136,13 +139,20 @@ def calibrated_radius(context: EvaluationContext, share: float = 0.01) -> float:
     return float(torch.nextafter(first_too_many, torch.zeros_like(first_too_many)))
 
 
-def false_matches(context: EvaluationContext, radius: float) -> float:
-    """Share of the pairs of different photographs that are at most ``radius`` apart."""
-    return float((_of_others(context) <= radius).double().mean())
+def false_matches(context: EvaluationContext, radius: float, copies: Tensor | None = None) -> float:
+    """Share of the pairs of different photographs that are at most ``radius`` apart; ``copies`` as above."""
+    return float((_of_others(context, copies) <= radius).double().mean())
 
 
-def _of_others(context: EvaluationContext) -> Tensor:
-    """(P,) distances from each query to every stored copy but its own: int64 bits, or float64."""
+def _of_others(context: EvaluationContext, copies: Tensor | None) -> Tensor:
+    """(P,) distances from each query to every stored copy of another photograph: int64 bits, or float64."""
     apart = distances(context.query, context.database)
     apart = apart.long() if context.victim.distance == "hamming" else apart
-    return apart[context.query_labels @ context.database_labels.T == 0]
+    others = context.query_labels @ context.database_labels.T == 0
+    different = others if copies is None else others & ~copies
+    if not different.any():
+        raise ValueError(
+            f"the {len(context.query)} photographs that are looked up are all copies of one another; an "
+            "audit needs different ones ('robusthash duplicates FOLDER' lists copies)"
+        )
+    return apart[different]

@@ -56,7 +56,8 @@ def measure_codes(plan: AuditPlan, checks: bool = True) -> MeasuredAudit:
         attacked = min(tier.attacked, len(images)) * (tier.questions + 3)
         target.endpoint.check_budget(len(photos) + len(images) * (len(EVERYDAY) + 2) + attacked)
     context = code_context(plan, hasher)
-    radius, remarks = _radius(plan, context)
+    copies = photos.are_copies(len(images))
+    radius, remarks = _radius(plan, context, copies)
     search = CopySearch(context, photos, radius, None if plan.categories is None else plan.categories.stored)
     unchanged = search.find(context.query.rows().float())
     rows = [search.row(("unchanged", "nothing", "no", "same"), unchanged, images)]
@@ -75,18 +76,18 @@ def measure_codes(plan: AuditPlan, checks: bool = True) -> MeasuredAudit:
         remarks,
         tuple(model_warnings(target, context, photos)) if checks else (),
         radius,
-        false_matches(context, radius),
+        false_matches(context, radius, copies),
         model_flags(target, context, plan.options.eps, tier.checked, plan.progress) if checks else (),
     )
 
 
-def _radius(plan: AuditPlan, context: EvaluationContext) -> tuple[float, tuple[str, ...]]:
+def _radius(plan: AuditPlan, context: EvaluationContext, copies: Tensor) -> tuple[float, tuple[str, ...]]:
     """The bits that may differ (the distance of vectors), and a sentence where nobody says how many."""
     bits, distance = context.victim.bits, context.victim.distance
     remarks: tuple[str, ...] = ()
     radius = plan.target.radius if plan.options.radius is None else plan.options.radius
     if radius is None:
-        radius = calibrated_radius(context)
+        radius = calibrated_radius(context, copies)
         how, largest = "many bits may differ between", "number"
         if distance != "hamming":
             how, largest = f"large the {distance} distance may be of", "distance"

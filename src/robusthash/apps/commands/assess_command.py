@@ -106,7 +106,7 @@ def _plain(result: EvalResult) -> dict[str, Any]:
 
 
 def print_assessment(result: EvalResult) -> None:
-    """Tables on stderr: the numbers, the attacks next to each other, curves and flags."""
+    """Tables: the numbers, the attacks next to each other, curves and flags."""
     from robusthash.metrics.result_words import empty_note
 
     queries = len(next(iter(result.per_query.values())))

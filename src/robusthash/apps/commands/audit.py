@@ -129,10 +129,10 @@ def _print(summary: dict[str, Any], out: Path) -> None:
         verdict["untried"],
     ):
         if sentence:
-            note(sentence)
+            print_lines([sentence])
     if reach := within(summary):
-        note(f"Counts as the same: within {reach}.")
-    note(f"{verdict['asked']}; changed at the model's size, {summary['size']} px.")
+        print_lines([f"Counts as the same: within {reach}."])
+    print_lines([f"{verdict['asked']}; changed at the model's size, {summary['size']} px."])
     print_table(f"audit of {summary['title']}", *_rows(summary, imitating=False))
     columns, rows = _rows(summary, imitating=True)
     if rows:
@@ -146,6 +146,8 @@ def _print(summary: dict[str, Any], out: Path) -> None:
             f"{replacement['name']} is",
         ]
         print_table(f"{replacement['name']} instead of {summary['title']}", columns, pairs)
+    if pairs := summary["photographs"]["pairs of copies inside the folder"]:
+        print_lines([f"copies inside the folder: {pairs} pairs, which count as no accidental matches"])
     for sentence in summary["got nowhere"]:
         note(sentence)
     if summary["said"]:

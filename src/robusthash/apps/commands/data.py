@@ -3,7 +3,7 @@ from typing import Annotated
 from typer import Argument, Typer
 
 from robusthash.apps.commands.options import AsJson
-from robusthash.apps.commands.terminal import console, note, print_json, print_table
+from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table
 
 app = Typer(help="Look at data sets before training on them.", no_args_is_help=True)
 
@@ -32,7 +32,7 @@ def check(
     rows = [[split, len(part), unlabelled[split], part.fingerprint()] for split, part in data.splits.items()]
     title = f"{data.name}: {len(data.label_names)} labels, modalities {', '.join(data.modalities)}"
     print_table(title, ["split", "items", "without a label", "fingerprint"], rows)
-    console.print(f"training items in the database: {data.train_in_database}")
+    print_lines([f"training items in the database: {data.train_in_database}"])
     for system, relevant in {
         "": data,
         **{f" by {name}": data.by(name) for name in data.label_systems},

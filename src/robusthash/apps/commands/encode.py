@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,11 +115,13 @@ def _encode_files(
     for one in skipped:
         note(f"passed over: {one}")
     codes = {path_text(path): bytes(row) for path, row in rows}
+    passed = {"passed_over": len(skipped), "skipped": [asdict(one) for one in skipped]}
     if out is not None:
         index_run.save_codes(out, model.bits, codes)
-        return reply(as_json, {"codes": str(out)}, [out])
+        return reply(as_json, {"codes": str(out), **passed}, [out])
     hexes = {path: code.hex() for path, code in codes.items()}
-    return reply(as_json, hexes, (f"{code}  {one_row(path)}" for path, code in hexes.items()))
+    lines = (f"{code}  {one_row(path)}" for path, code in hexes.items())
+    return reply(as_json, {"codes": hexes, **passed}, lines)
 
 
 def _encode_collection(

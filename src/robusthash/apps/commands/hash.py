@@ -1,7 +1,8 @@
 """The verbs of the hash for copies: ``hash`` and ``duplicates``."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -58,15 +59,17 @@ def hash(
     if as_json and len(set(names)) < len(names):
         note(f"{len(names) - len(set(names))} paths are written like another, whose entry they replace")
     codes = [str(one) for one in hashed.hashes]
-    if not proof:
-        lines = (f"{code}  {one_row(name)}" for name, code in zip(names, codes, strict=True))
-        reply(as_json, dict(zip(names, codes, strict=True)), lines)
-        return
-    rows = list(zip(names, hashed.hashes, hashed.proved, strict=True))
-    entries = {
-        name: {"hash": str(one), "plain": one.plain, "proved_level": level} for name, one, level in rows
-    }
-    reply(as_json, entries, (f"{one}  {level:2}  {one_row(name)}" for name, one, level in rows))
+    entries: dict[str, Any] = dict(zip(names, codes, strict=True))
+    lines = [f"{code}  {one_row(name)}" for name, code in zip(names, codes, strict=True)]
+    if proof:
+        rows = list(zip(names, hashed.hashes, hashed.proved, strict=True))
+        entries = {
+            name: {"hash": str(one), "plain": one.plain, "proved_level": level} for name, one, level in rows
+        }
+        lines = [f"{one}  {level:2}  {one_row(name)}" for name, one, level in rows]
+    passed = [asdict(one) for one in hashed.skipped]
+    facts = {"schema": "robusthash.hashes/1", "images": len(names), "passed_over": len(passed)}
+    reply(as_json, {**facts, "hashes": entries, "skipped": passed}, lines)
 
 
 @with_option_groups

@@ -21,9 +21,10 @@ from robusthash.apps.commands.options import (
     with_option_groups,
 )
 from robusthash.apps.commands.terminal import (
-    console,
+    answers,
     note,
     note_some,
+    one_row,
     print_json,
     print_lines,
     print_table,
@@ -202,9 +203,8 @@ def _print_hits(title: str, hits: list[dict[str, Any]]) -> None:
         rows.append([place, hit["distance"], *copy, hit["id"], about])
     columns = ["path", "distance", *(["copy"] if finds_copies else []), "id", "payload"]
     widths = [max([cell_len(printable(row[at])) for row in rows] + [8]) + 3 for at in range(len(columns))]
-    if sum(widths) < console.width:
+    if sum(widths) < answers.width:
         print_table(title, columns, rows)
         return
     note(f"{title}: {', '.join(columns)}")
-    for row in rows:
-        note("  ".join(str(cell) for cell in row if cell != ""))
+    print_lines("  ".join(one_row(cell) for cell in row if cell != "") for row in rows)

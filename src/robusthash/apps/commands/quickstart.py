@@ -109,7 +109,7 @@ def _reported_once() -> Iterator[None]:
 
 
 def _print(summary: dict[str, Any]) -> None:
-    """Print the summary on stderr, and the paths of what was made on stdout."""
+    """Print the summary, and the paths of what was made."""
     if summary["copies"]:
         rows = summary["copies"]
         title = "copies that find their image (files changed at four times the model's size, then reduced)"

@@ -17,13 +17,22 @@ def keep(
 ) -> None:
     """Store the results of runs for a repository: small copies without weights, for `table` and its like.
 
-    Of a folder, runs without results are left out and named; a run that is given itself must have some.
+    What an earlier copy has and the run lacks (analyses, say) stays where both are of the same model; it is
+    named. Of a folder, runs without results are left out and named; a run that is given itself must have
+    some.
     """
     from robusthash.apps.experiment import results_copy
 
     runs = runs_with_results(results_copy.can_be_kept, paths)
     copies = [results_copy.keep(run, out) for run in runs]
-    reply(as_json, {"kept": [str(path) for path in copies]}, copies)
+    for copy in copies:
+        if copy.stayed:
+            note(f"{copy.path}: kept of the earlier copy, as the run lacks it: {', '.join(copy.stayed)}")
+        if copy.removed:
+            note(f"{copy.path}: removed, as it was of another model: {', '.join(copy.removed)}")
+    kept = [str(copy.path) for copy in copies]
+    more = {str(copy.path): {"stayed": copy.stayed, "removed": copy.removed} for copy in copies}
+    reply(as_json, {"kept": kept, "earlier copies": more}, kept)
 
 
 def report(run: RunPath, as_json: AsJson = False) -> None:

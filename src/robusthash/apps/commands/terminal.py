@@ -1,4 +1,4 @@
-"""Output of the verbs: bars and tables on stderr, data on stdout."""
+"""Output of the verbs: results (tables, lines, JSON) on stdout, bars and messages on stderr."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from robusthash.metrics.results import EvalResult
 
 console = Console(stderr=True, emoji=False)
+answers = Console(emoji=False)
 
 _STEERING = {
     "Cc": "\n\t",
@@ -195,12 +196,12 @@ def warn(head: str, text: object) -> None:
 def print_table(
     title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: bool = True
 ) -> None:
-    """A table on stderr; floats with four digits. ``right`` aligns all columns but the first to the right."""
+    """A table on stdout; floats with four digits. ``right`` aligns all columns but the first to the right."""
 
     heads = [printable(column) for column in columns]
     cells = [[_cell(value) for value in row] for row in rows]
     columned = [[row[number] for row in cells] for number in range(len(heads))]
-    widths = _widths(heads, columned, console.width if console.is_terminal else max(console.width, _PIPE))
+    widths = _widths(heads, columned, answers.width if answers.is_terminal else max(answers.width, _PIPE))
     for group, numbers in enumerate(widths):
         table = Table(title=escape(title if group == 0 else f"{title}, continued"), title_justify="left")
         for number, width in numbers.items():
@@ -208,7 +209,7 @@ def print_table(
             table.add_column(escape(heads[number]), justify=justify, overflow="fold", width=width)
         for row in cells:
             table.add_row(*(row[number] for number in numbers))
-        out = console if console.is_terminal else Console(stderr=True, emoji=False, width=_PIPE_MOST)
+        out = answers if answers.is_terminal else Console(emoji=False, width=_PIPE_MOST)
         out.print(table, soft_wrap=True)
 
 

@@ -7,7 +7,8 @@ A kept run is a run directory to every verb that only reads: ``table``, ``compar
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,25 @@ def can_be_kept(run: Run) -> bool:
     return has_results(run) or any(has_analysis(run, kind) for kind in _MADE_BY_VERBS)
 
 
-def keep(run: Run, out: Path) -> Path:
+@dataclass(frozen=True)
+class KeptRun:
+    """The copy of a run, and the files of an earlier copy that the run no longer has.
+
+    Args:
+        stayed: of the same model, which are kept.
+        removed: of another model.
+    """
+
+    path: Path
+    stayed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+
+def keep(run: Run, out: Path) -> KeptRun:
     """Write ``out/<recipe>/<id>``, a copy of a run that has results; the same run gives the same files again.
 
-    The id stays that of the run, although the paths of this machine are left out of the config. Files of an
-    earlier copy that the run no longer has are removed.
+    The id stays that of the run, although the paths of this machine are left out of the config. What an
+    earlier copy has and the run no longer has stays, as long as it is of the same model.
 
     Raises:
         RunError: a run that is not trained, has no results, or is itself such a copy; or ``out`` holds the
@@ -63,15 +78,33 @@ def keep(run: Run, out: Path) -> Path:
         staged = Path(folder)
         _write(run, card["id"], staged)
         _read_all(load_run(staged))
+        same_model = target.is_dir() and _digest(target) == card["digest"]
         target.mkdir(exist_ok=True)
         names = sorted(path.name for path in staged.iterdir())
         with write_all_aside([target / name for name in names]) as asides:
             for name, aside in zip(names, asides, strict=True):
                 aside.write_bytes((staged / name).read_bytes())
-    for path in target.iterdir():
-        if path.is_file() and path.name not in (*names, "report.html"):
+    left = [path for path in sorted(target.iterdir()) if path.is_file()]
+    left = [path for path in left if path.name not in (*names, "report.html")]
+    stayed = [path for path in left if same_model and not _replaced(path, names)]
+    for path in left:
+        if path not in stayed:
             path.unlink()
-    return target
+    stay, gone = (tuple(path.name for path in paths) for paths in (stayed, () if same_model else left))
+    return KeptRun(target, stay, gone)
+
+
+def _digest(copy: Path) -> str | None:
+    """The digest of the model of an earlier copy; None where its card cannot be read."""
+    try:
+        return str(load_run(copy).card()["digest"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _replaced(arrays: Path, names: Sequence[str]) -> bool:
+    """True of arrays (``metrics-DIGEST.npz``) whose results (``metrics.json``) were written anew."""
+    return arrays.suffix == ".npz" and f"{arrays.stem.rpartition('-')[0]}.json" in names
 
 
 def _read_all(copy: Run) -> None:

@@ -31,12 +31,14 @@ _REMADE = {
     "metrics.json": "delete it, then: robusthash evaluate {run}",
     "assess.json": "delete it and assess again (finished blocks are taken): robusthash assess {run}",
     "evidence.json": "delete it and verify the bundles again: robusthash evidence verify BUNDLE --run {run}",
+    "curves": "delete it, then: robusthash curves {run}",
 }
 
 
 def remade(path: Path) -> str:
     """The way to make a file of results of a run again."""
-    return _REMADE[path.name].format(run=shlex.quote(str(path.parent)))
+    kind = "curves" if path.match("curves-*.json") else path.name
+    return _REMADE[kind].format(run=shlex.quote(str(path.parent)))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -98,8 +98,11 @@ class SearchModel:
         return self.radius is not None and bool(plain(pixels[None]))
 
     def copy_field(self, distance: int, plain: bool) -> dict[str, bool]:
-        """The field ``copy`` of a result: within ``radius`` of a query that is not plain; {} without one."""
-        return {} if self.radius is None else {"copy": distance <= self.radius and not plain}
+        """The fields ``copy`` of a result, within ``radius`` of a query that is not plain, and
+        ``plain_query``; {} without a radius."""
+        if self.radius is None:
+            return {}
+        return {"copy": distance <= self.radius and not plain, "plain_query": plain}
 
     @cached_property
     def texts(self) -> TextForm | None:
@@ -191,8 +194,8 @@ class SearchModel:
     ) -> list[dict[str, Any]]:
         """The k nearest items of one image or text: ``id``, ``distance`` in bits, ``payload``.
 
-        Of a model with a ``radius`` also ``copy``, True within it; never of a query that is plain, which a
-        warning says.
+        Of a model with a ``radius`` also ``copy``, True within it, and ``plain_query``, True of a query that
+        is plain, which has no copies; a warning says so too.
         """
         plain = False
         if self.radius is not None and modality == "image":

@@ -7,10 +7,12 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pydantic import ValidationError
@@ -148,7 +150,11 @@ def _open_enough(connections: int) -> None:
 
 
 def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
-    """Listen until SIGINT or SIGTERM; requests under way are answered first."""
+    """Listen until SIGINT or SIGTERM; requests under way are answered first.
+
+    Raises:
+        OSError: some were not answered, as they took too long or Ctrl-C came again.
+    """
     try:
         import uvicorn
 
@@ -176,13 +182,22 @@ def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
     )
 
     class Server(uvicorn.Server):
-        """A server whose process ends in time, also where a thread goes on decoding."""
+        """A server whose process ends in time, also where a thread goes on decoding, and ends well: a signal
+        that stopped it is not raised again."""
+
+        is_cut_off = False
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
+            self.should_exit = True
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             late = threading.Timer(_GRACE, _end_at_once)
             late.daemon = True
             late.start()
+            given_up = time.monotonic() + _GRACE - _LAST
             await super().shutdown(sockets)
+            self.is_cut_off = self.force_exit or time.monotonic() >= given_up
 
     if hasattr(signal, "SIGHUP"):
         # in a thread: the signal may come while this one opens the index
@@ -193,4 +208,8 @@ def serve_forever(serving: Serving, note: Callable[[str], None]) -> None:
     with _listening(settings) as listener:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         note(f"{size}, at http://{host}:{listener.getsockname()[1]}/ ({kind} tokens)")
-        Server(config).run(sockets=[listener])
+        server = Server(config)
+        server.run(sockets=[listener])
+    if server.is_cut_off:
+        raise OSError("stopped with requests under way, which got no answer")
+    note("stopped; every request under way was answered")
