@@ -30,10 +30,14 @@ from torch.nn import functional
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.targets import AuditOptions, Tier
 from robusthash.apps.experiment.search_model import load
-from robusthash.apps.image_hash.copy_hash import plain
-from robusthash.apps.image_hash.entry_data import pair_counts
-from robusthash.apps.image_hash.everyday_changes import CHANGES, SIDE, cifar_photographs, coco_photographs
-from robusthash.apps.image_hash.proved_levels import withstand
+from robusthash.apps.image_hash.copy_hash import plain, withstand
+from robusthash.apps.image_hash.entry_data import (
+    CHANGES,
+    SIDE,
+    cifar_photographs,
+    coco_photographs,
+    pair_counts,
+)
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.hamming import as_words, pack
 from robusthash.data.image_files import pixels_of

@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "robusthash"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 400, 70, 10
+MOST_APP_FILES = 126
 METHODS = ("cpah", "dadh", "daph", "drfgd", "dsarh", "sfcl", "saah", "atrdh", "tha", "fpad", "rocmr", "tpap")
 """Methods of papers: an attack, a defense, a model and an objective of one may each lie in a file of its name."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -65,10 +66,19 @@ def test_class_names_are_unique() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_functions_have_few_parameters(path: Path) -> None:
-    """Verbs of the command line aside, and parts that recipes configure by name."""
+    """A part that recipes configure by name aside; verbs take groups of options as dataclasses."""
     many = {f.name: own_parameters(f) for f in functions(path) if own_parameters(f) > MOST_PARAMETERS}
-    named = path.parent.name == "commands" or path.name == "drfgd.py"
-    assert named or not many
+    assert path.name == "drfgd.py" or not many
+
+
+def test_apps_stay_in_few_files() -> None:
+    """A file of a few lines belongs to the neighbour where a reader would look for it."""
+    apps = [path for path in FILES if path.is_relative_to(PACKAGE / "apps")]
+    tiny = [
+        name_of(path) for path in apps if path.stem != "__init__" and len(path.read_text().splitlines()) < 40
+    ]
+    assert len(apps) <= MOST_APP_FILES
+    assert not tiny
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -16,7 +16,7 @@ from robusthash.version import __version__
 
 if TYPE_CHECKING:
     from robusthash import attacks, objectives
-    from robusthash.apps.audit.python_audit import audit
+    from robusthash.apps.audit.measurement import audit
     from robusthash.apps.collection.collection_run import encode_collection
     from robusthash.apps.experiment.export_run import export
     from robusthash.apps.experiment.quickstart_run import quickstart
@@ -97,7 +97,7 @@ _HOMES = {
     "Threat": "attacks",
     "TrainConfig": "training",
     "assess": "robustness",
-    "audit": "apps.audit.python_audit",
+    "audit": "apps.audit.measurement",
     "build_hasher": "models",
     "certify": "robustness.certificates.certified_map",
     "compare": "metrics",

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from robusthash.apps.audit import warnings as audit_warnings
-from robusthash.apps.audit.audit_plan import AuditPlan
-from robusthash.apps.audit.measured_rows import AuditRow
+from robusthash.apps.audit.measured_rows import AuditPlan, AuditRow
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.photo_collection import read_photos
 from robusthash.apps.audit.searches_by_code import code_context

@@ -18,7 +18,7 @@ from robusthash.apps.audit import replacement
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.targets import AuditOptions, Target, Tier
 from robusthash.apps.cli import app
-from robusthash.apps.image_hash.proved_levels import proved_levels
+from robusthash.apps.image_hash.copy_hash import proved_levels
 from robusthash.core.runtime import packaged
 from robusthash.data.own_data import one_image
 from tests.flow.test_audit import brightness, save

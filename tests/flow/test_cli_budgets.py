@@ -11,7 +11,7 @@ import pytest
 
 from robusthash.apps import cli
 from robusthash.apps.commands import audit, options
-from robusthash.apps.experiment import check_run, training_stages
+from robusthash.apps.experiment import assess_run, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.threat_options import attack_under, threat_name, threat_on_data
 from robusthash.attacks.threat_model import named_threat, threat_on
@@ -122,20 +122,21 @@ def test_a_threat_to_the_database_is_refused_for_an_attack_on_queries(threat: st
 
 
 def test_an_audit_takes_levels_of_255_as_well() -> None:
-    same = [audit._pixel_eps(*given) for given in ((None, "8", None), (None, "8/255", None), (None,) * 3)]
+    budgets = [options.Budget(*given) for given in ((None, "8"), (None, "8/255"), ())]
+    same = [audit._pixel_eps(budget) for budget in budgets]
     assert same == [8 / 255] * 3
-    assert audit._pixel_eps("img-linf-4", None, None) == 4 / 255
+    assert audit._pixel_eps(options.Budget("img-linf-4")) == 4 / 255
     for given, message in [
-        (("img-l2-1", None, None), "it has no img-l2-1"),
-        ((None, "0.5", None), "0.5/255"),
+        (("img-l2-1",), "it has no img-l2-1"),
+        ((None, "0.5"), "0.5/255"),
     ]:
         with pytest.raises(ValueError, match=message):
-            audit._pixel_eps(*given)
+            audit._pixel_eps(options.Budget(*given))
 
 
 def test_verbs_measure_under_the_named_budget(call, runs, tmp_path, monkeypatch) -> None:
     threats = []
-    monkeypatch.setattr(check_run, "model_checks", lambda context, threat, **_: threats.append(threat) or ())
+    monkeypatch.setattr(assess_run, "model_checks", lambda context, threat, **_: threats.append(threat) or ())
     for budget in (
         ("--threat", "img-linf-4"),
         ("--eps", "4/255"),

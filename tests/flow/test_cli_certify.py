@@ -11,11 +11,11 @@ import pytest
 
 import robusthash as rh
 from robusthash.apps.experiment import evaluation_stages, training_stages
+from robusthash.apps.experiment.certify_run import certificates
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.leaderboard import as_markdown, as_plain, make_leaderboards
 from robusthash.apps.experiment.results_copy import keep
 from robusthash.apps.experiment.run_directory import Run, load_run
-from robusthash.apps.experiment.stored_certificates import certificates
 from robusthash.apps.reports.leaderboard_page import leaderboard_page
 
 CONFIG = {

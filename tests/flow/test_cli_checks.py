@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from robusthash.apps.experiment import check_run as checking
+from robusthash.apps.experiment import assess_run as checking
 from robusthash.apps.experiment import model_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 

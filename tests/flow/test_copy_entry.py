@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 import robusthash as rh
-from robusthash.apps.image_hash import copy_entry, everyday_changes
+from robusthash.apps.image_hash import copy_entry, entry_data
 from robusthash.apps.image_hash.copy_hash import RADIUS
 from robusthash.core.limited_files import RunError
 from robusthash.models.hub_folder import HubCard
@@ -300,7 +300,7 @@ def made_and_measured(data: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path
     monkeypatch.setattr(sys, "argv", words)
     script("make_copy_hash").main()
     monkeypatch.setattr(measuring, "attacked", lambda *arguments: {})
-    images, rows = everyday_changes.coco_photographs(data), {}
+    images, rows = entry_data.coco_photographs(data), {}
     for bits in RADIUS:
         own = measuring.Model(f"copy-hash-{bits}", "copy-hash", str(folder), bits)
         rows[own.name] = measuring.measured(own, images, data)

@@ -17,9 +17,8 @@ import robusthash as rh
 from robusthash.apps.audit.measurement import run_audit
 from robusthash.apps.audit.targets import AuditOptions, Tier
 from robusthash.apps.cli import app
-from robusthash.apps.image_hash.copy_hash import RADIUS, copy_model, hashes, plain
+from robusthash.apps.image_hash.copy_hash import RADIUS, copy_model, hashes, plain, proved_levels
 from robusthash.apps.image_hash.duplicate_groups import hash_files
-from robusthash.apps.image_hash.proved_levels import proved_levels
 from robusthash.data.base import as_input
 from robusthash.data.own_data import one_image
 from robusthash.data.photos import PHOTOGRAPHS, photograph_path

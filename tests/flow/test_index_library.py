@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robusthash.apps.commands import search, terminal
+from robusthash.apps.commands import index as index_verbs
+from robusthash.apps.commands import terminal
 from robusthash.apps.experiment import index_run
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.training_stages import train
-from robusthash.apps.reports import search_page
+from robusthash.apps.reports import picture_pages
 from tests.index_kills import Writers, make_library, one_thread
 
 CONFIG = {
@@ -281,8 +282,8 @@ def test_a_payload_file_names_no_picture_of_its_own(call, add, tmp_path, library
         ("caf\\xe9.jpg", b"caf\xe9.jpg".hex(), os.fsdecode(b"caf\xe9.jpg")),
     ):
         payload = {"path": text, "path_hex": hexed, "path_note": "\x1b[31m red"}
-        assert search_page._file_of(payload) == Path(file)
-        search_page.write_search_page(tmp_path / "p.html", secret, [{**hit, "payload": payload}], tmp_path)
+        assert picture_pages._file_of(payload) == Path(file)
+        picture_pages.write_search_page(tmp_path / "p.html", secret, [{**hit, "payload": payload}], tmp_path)
         page = (tmp_path / "p.html").read_text()
         assert "\x1b" not in page
         assert "path_note: \\x1b[31m red" in page
@@ -367,7 +368,9 @@ def test_pages_and_payload_files_are_regular_files(call, add, tmp_path, library,
 def test_a_narrow_terminal_breaks_no_path(monkeypatch, capsys, width):
     monkeypatch.setattr(terminal.answers, "width", width)
     path = f"/photos/{'long name ' * 9}/a.jpg"
-    search._print_hits("nearest", [{"id": 1, "distance": 3, "payload": {"path": path, "labels": ["cat"]}}])
+    index_verbs._print_hits(
+        "nearest", [{"id": 1, "distance": 3, "payload": {"path": path, "labels": ["cat"]}}]
+    )
     assert path in capsys.readouterr().out
 
 

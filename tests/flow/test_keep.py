@@ -15,8 +15,8 @@ import yaml
 from robusthash.apps.experiment import assess_run as assessing
 from robusthash.apps.experiment import evaluation_stages, results_copy, training_stages
 from robusthash.apps.experiment.config import make_config
-from robusthash.apps.experiment.model_card import sealed
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run, write_json
+from robusthash.apps.experiment.run_files import sealed
 from robusthash.apps.experiment.stored_analyses import analysis_values, store_analysis
 from robusthash.metrics.results import headline_of, save_results
 

@@ -18,8 +18,8 @@ from robusthash.apps import cli
 from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.leaderboard import as_markdown, as_plain, make_leaderboards
-from robusthash.apps.experiment.model_card import sealed
 from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.run_files import sealed
 from robusthash.apps.reports.leaderboard_page import leaderboard_page
 from robusthash.metrics.results import Flag, load_results, save_results
 from tests.flow.test_report import Reader

@@ -13,8 +13,8 @@ import torch
 import robusthash as rh
 from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
-from robusthash.apps.experiment.model_card import sealed
 from robusthash.apps.experiment.run_directory import Run, RunError, load_run
+from robusthash.apps.experiment.run_files import sealed
 
 CONFIG = {
     "name": "tiny",

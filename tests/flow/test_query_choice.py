@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import robusthash as rh
+from robusthash.apps.experiment import assess_run as checking
 from robusthash.apps.experiment import attribution_run as attribution
-from robusthash.apps.experiment import check_run as checking
 from robusthash.apps.experiment import evaluation_stages, model_stages, training_stages
 from robusthash.apps.experiment import oracle_run as questioning
 from robusthash.apps.experiment import transfer_run as transferring

@@ -44,7 +44,7 @@ def result(run: Run) -> EvalResult:
 
 
 def page_of(run: Run, *suites: EvalResult) -> Reader:
-    return check_self_contained(run_page(run.card(), run.evaluated(), run.lines(), [], None, suites))
+    return check_self_contained(run_page(run, suites))
 
 
 def section_of(suite: EvalResult) -> Reader:
@@ -153,6 +153,6 @@ def test_the_curve_is_drawn_where_there_is_one(result: EvalResult) -> None:
 
 def test_a_red_check_of_the_model_is_seen_before_any_number(run: Run) -> None:
     red = Flag("F2", 1.0, 0.01, "red", "cut graph")
-    page = check_self_contained(run_page(run.card(), run.evaluated(), run.lines(), [], checked=[red]))
+    page = check_self_contained(run_page(run, checked=[red]))
     assert badges(page) == 1
     assert "every number of this model (F2)" in page.words

@@ -19,8 +19,8 @@ import yaml
 
 from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
-from robusthash.apps.experiment.model_card import sealed
 from robusthash.apps.experiment.run_directory import Run, load_run
+from robusthash.apps.experiment.run_files import sealed
 from robusthash.core.directory_lock import LOCK, InUse, owned
 from robusthash.core.runtime import choose_device, computing_on
 

@@ -18,8 +18,8 @@ import robusthash as rh
 from robusthash.apps.experiment import search_model
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.index_run import encode_images
-from robusthash.apps.experiment.model_card import sealed
 from robusthash.apps.experiment.run_directory import RunError, load_run
+from robusthash.apps.experiment.run_files import sealed
 from robusthash.apps.experiment.training_stages import train
 from robusthash.core.out_of_memory import SmallerBatch
 from robusthash.core.types import Codes

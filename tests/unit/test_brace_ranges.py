@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from robusthash.apps.collection.brace_ranges import expanded
+from robusthash.apps.collection.image_source import expanded
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,15 @@ from typer.testing import CliRunner
 import robusthash as rh
 from robusthash.apps.cli import app
 from robusthash.apps.experiment import training_stages
-from robusthash.apps.experiment.dry_run_rows import DryRunRows
+from robusthash.apps.experiment.dry_run_parts import DryRunRows
 from robusthash.apps.experiment.results_copy import keep
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.stored_analyses import store_analysis
 from robusthash.apps.reproduction import claims_ledger, paper_entries, reproduction
 from robusthash.apps.reproduction.claims_ledger import Claim, judge
-from robusthash.apps.reproduction.entry_runs import Recipes, Stored, identity_of, make_plan
-from robusthash.apps.reproduction.entry_trial import try_entry
+from robusthash.apps.reproduction.entry_runs import Recipes, Stored, identity_of, make_plan, take_over_model
 from robusthash.apps.reproduction.paper_entries import SCALES, Paper, papers, read_paper
-from robusthash.apps.reproduction.same_models import take_over_model
+from robusthash.apps.reproduction.reproduction import try_entry
 from robusthash.core.runtime import show_progress, shown_by
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -39,10 +39,24 @@ PANELS = {
     "Search": ("hash", "duplicates", "encode", "index", "search", "serve", "token", "export"),
     "Study": ("reproduce", "sweep", "curves", "attribute", "cost", "figures"),
 }
-"""Verbs by what a user wants to do: a function, or a group as ``app``, in the file of the verb's name."""
+"""Verbs by what a user wants to do."""
 
-FILES = {verb: f"{verb}_command" for verb in ("assess", "evaluate", "figures", "leaderboard", "list")}
-"""Verbs whose name another file of the package has already."""
+_SHARED = {
+    "analyses": ("attribute", "cost", "curves", "transfer"),
+    "evaluate_command": ("evaluate", "attack"),
+    "evidence": ("verify",),
+    "hash": ("duplicates",),
+    "index": ("search",),
+    "questions": ("hardening",),
+    "quickstart": ("demo",),
+    "serve": ("token",),
+    "stored_results": ("keep", "report", "figures", "leaderboard"),
+    "table": ("compare", "score"),
+    "train": ("run",),
+    **{f"{verb}_command": (verb,) for verb in ("assess", "list")},
+}
+FILES = {verb: file for file, verbs in _SHARED.items() for verb in verbs}
+"""Files of ``commands`` by verb, where a file of several verbs, or another name, holds it."""
 
 app = typer.Typer(
     help="Train, attack, defend, measure and serve search by learned binary codes.",
@@ -53,10 +67,10 @@ app = typer.Typer(
 for panel, verbs in PANELS.items():
     for verb in verbs:
         module = import_module(f"robusthash.apps.commands.{FILES.get(verb, verb)}")
-        if hasattr(module, "app"):
-            app.add_typer(module.app, name=verb, rich_help_panel=panel)
-        else:
+        if hasattr(module, verb):
             app.command(verb, rich_help_panel=panel)(getattr(module, verb))
+        else:
+            app.add_typer(module.app, name=verb, rich_help_panel=panel)
 
 
 @app.callback(invoke_without_command=True)

@@ -72,6 +72,20 @@ def write_all_aside(paths: Sequence[str | Path]) -> Iterator[list[Path]]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file in UTF-8; errors as of ``write_aside``."""
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_arrays(path: str | Path, /, **arrays: Any) -> None:
+    """Write arrays by name as ``.npz``, without pickle; errors as of ``write_aside``."""
+    import numpy as np  # which the command line has no use for at its start
+
+    with write_aside(path) as aside:
+        np.savez(aside, allow_pickle=False, **arrays)
+
+
 def _aside(target: Path) -> Path:
     """The name of a temporary file, with the process that writes it; see ``remove_leftovers``."""
     return target.with_name(f".{target.stem}.{os.getpid()}-{secrets.token_hex(6)}.part{target.suffix}")

@@ -100,6 +100,11 @@ class Codes:
         """The codes of (N, K) other signs of the same length, numbered from 0."""
         return Codes(pack(rows), self.bits, torch.arange(len(rows)))
 
+    @staticmethod
+    def none(bits: int, origin: str) -> Codes:
+        """Codes of no item, which have a length and an origin."""
+        return Codes(torch.zeros(0, (bits + 7) // 8, dtype=torch.uint8), bits, torch.arange(0), origin)
+
     def numpy(self) -> np.ndarray:
         """(N, ceil(K / 8)) uint8, packed."""
         return self.packed.cpu().numpy()

@@ -68,16 +68,21 @@ MODEL: Checks = {"bits": is_count, "modalities": _is_modalities, "image_size": _
 """Fields of every card, and whether a value fits."""
 
 
+def field_fault(facts: Mapping[str, Any], fields: Checks) -> str:
+    """The first field that is missing or does not fit, in words; "" where all do."""
+    for name, fits in fields.items():
+        if name not in facts:
+            return f"it lacks {name}"
+        if not fits(facts[name]):
+            return f"{name} is {shortened(repr(facts[name]))}"
+    return ""
+
+
 def model_fault(card: Any, fields: Checks = MODEL) -> str:
     """The fault of a card of a run or of a saved model, if it has one: a wrong or edited field."""
     if not isinstance(card, dict) or not isinstance(card.get("hasher"), dict):
         return "it names no hasher"
-    for name, fits in fields.items():
-        if name not in card:
-            return f"it lacks {name}"
-        if not fits(card[name]):
-            return f"{name} is {shortened(repr(card[name]))}"
-    if fault := beyond_limits(card):
+    if fault := field_fault(card, fields) or beyond_limits(card):
         return fault
     if SEAL in card and sealed(card)[SEAL] != card[SEAL]:
         return "a field was changed after it was written: its digest is another"

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from robusthash.apps.audit.audit_page import audit_page, category_sentence
-from robusthash.apps.audit.audit_plan import AuditPlan, MeasuredAudit
+from robusthash.apps.audit.measured_rows import AuditPlan, MeasuredAudit
 from robusthash.apps.audit.photo_collection import read_categories, read_photos
 from robusthash.apps.audit.replacement import (
     Replacement,
@@ -21,13 +21,58 @@ from robusthash.apps.audit.replacement import (
 )
 from robusthash.apps.audit.searches_by_code import measure_codes
 from robusthash.apps.audit.searches_by_ids import measure_ids
-from robusthash.apps.audit.targets import AuditOptions, open_target, size_of
+from robusthash.apps.audit.targets import AuditOptions, open_target, size_of, tier_named
 from robusthash.apps.audit.verdict import idle_attacks, verdict
 from robusthash.apps.experiment.run_directory import write_json
+from robusthash.apps.experiment.search_model import SearchModel
 from robusthash.apps.image_hash.copy_hash import NAME, RADIUS
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_text
 from robusthash.core.runtime import Progress, packaged, silent
 from robusthash.metrics.results import software_versions
+from robusthash.models.hasher import frozen
+
+
+def audit(
+    target: str | Path | nn.Module | SearchModel,
+    photos: str | Path | None = None,
+    *,
+    out: str | Path = "audit",
+    tier: str = "fast",
+    queries: int | None = None,
+    attacked: int | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Audit a search on photographs, and write ``report.html`` and ``audit.json``.
+
+    Args:
+        target: a net, as it is (from images in [0, 1] to (B, K)) or as ``wrap`` made it; a model that was
+            loaded; or what the command line takes: a run, ``module:name``, a model file, an address,
+            ``phash`` and the like. The same net gives the same numbers every way.
+        photos: a folder of photographs; the twenty of this package by default.
+        out: folder of the page.
+        tier: ``smoke`` (seconds) or ``fast`` (minutes).
+        queries, attacked: photographs that are searched for, and those of them that are attacked.
+        options: other fields of ``AuditOptions``: ``size``, ``bits``, ``eps``, ``radius``, ``seed``, ...
+
+    Returns:
+        The content of ``audit.json``; ``rows`` has a row for each change and attack, ``doubts`` the warnings.
+
+    Raises:
+        ValueError: an option of no meaning; and see ``run_audit``.
+    """
+    effort = tier_named(tier, queries, attacked)
+    if unknown := sorted(set(options) - set(AuditOptions.__dataclass_fields__)):
+        known = ", ".join(AuditOptions.__dataclass_fields__)
+        raise ValueError(f"an audit takes no {unknown[0]!r}; its options are {known}")
+    if isinstance(target, SearchModel):
+        target, options = target.hasher, {"size": target.side, **options}
+    folder, audit_options = None if photos is None else Path(photos), AuditOptions(tier=effort, **options)
+    if not isinstance(target, nn.Module):
+        return run_audit(str(target), Path(out), folder, audit_options, progress)
+    with frozen(target):  # its modes and flags are as before afterwards
+        return run_audit(target, Path(out), folder, audit_options, progress)
+
 
 _TRIED = 8  # photographs on which a model is tried first
 
@@ -62,7 +107,7 @@ def run_audit(
     answers_file = out / "answers.jsonl"
     few = collection.first(_TRIED)
     opened = open_target(target, few, options.bits, options.limits, options.reading, answers_file)
-    beside = check_replacement(opened, options)
+    compared = check_replacement(opened, options)
     if opened.endpoint is not None:
         opened.endpoint.progress = progress
     out.mkdir(parents=True, exist_ok=True)
@@ -70,11 +115,11 @@ def run_audit(
     measured = MeasuredAudit(measure_ids(plan)) if opened.hasher is None else measure_codes(plan)
     summary = _summary(plan, measured)
     level, alarm = summary["verdict"]["level"], summary["verdict"]["alarm"]
-    replacement = None if beside else without_numbers(opened, options, level)
+    replacement = None if compared else without_numbers(opened, options, level)
     _write(out, summary, measured, replacement, started)
     if opened.endpoint is not None:
         opened.endpoint.forget()  # another audit asks again: the search may have changed
-    if beside:  # the audit lies there whole before, so that a kill from here on takes nothing of it
+    if compared:  # the audit is written before, so that a kill from here on takes nothing of it
         _write(out, summary, measured, measure_replacement(plan, measured, alarm), started)
     return summary
 
@@ -98,8 +143,7 @@ def _write(
     summary["replacement"] = None if replacement is None else replacement.plain()
     summary["seconds"] = round(time.perf_counter() - started, 1)
     page = audit_page(summary, measured.rows, measured.examples, measured.flags)
-    with write_aside(out / "report.html") as aside:
-        aside.write_text(page, encoding="utf-8")
+    write_text(out / "report.html", page)
     write_json(out / "audit.json", summary)
 
 

@@ -16,13 +16,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from robusthash.apps.audit.audit_plan import AuditPlan, MeasuredAudit
-from robusthash.apps.audit.measured_rows import AuditRow
+from robusthash.apps.audit.measured_rows import AuditPlan, AuditRow, MeasuredAudit
 from robusthash.apps.audit.searches_by_code import measure_codes
 from robusthash.apps.audit.targets import AuditOptions, Target, open_target, size_of
 from robusthash.apps.audit.verdict import HELD, counted, share_found
-from robusthash.apps.image_hash.copy_hash import NAME, RADIUS, plain
-from robusthash.apps.image_hash.proved_levels import MOST, proved_levels
+from robusthash.apps.image_hash.copy_hash import MOST, NAME, RADIUS, plain, proved_levels
 from robusthash.core.runtime import packaged
 from robusthash.data.transforms import to_pixels
 from robusthash.models.encoding import encode_signs
@@ -124,7 +122,7 @@ def check_replacement(target: Target, options: AuditOptions) -> bool:
 
 
 def without_numbers(target: Target, options: AuditOptions, level: str) -> Replacement | None:
-    """Words on a search beside which nothing is measured; none where it held, or nobody wants any."""
+    """Words on a search with which nothing is compared; none where it held, or nobody wants any."""
     if options.replacement is False or level == "held":
         return None
     if target.purpose == "other" or options.labels:
@@ -133,7 +131,7 @@ def without_numbers(target: Target, options: AuditOptions, level: str) -> Replac
 
 
 def measure_replacement(plan: AuditPlan, measured: MeasuredAudit, alarm: str = "") -> Replacement:
-    """The packaged hash beside an audited search; where it fails or is interrupted, the reason.
+    """The packaged hash compared with an audited search; where it fails or is interrupted, the reason.
 
     Args:
         alarm: why the audited numbers may be too good; "" where they are sound.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robusthash.apps.audit.audit_plan import AuditPlan, MeasuredAudit
 from robusthash.apps.audit.hostile_attacks import hostile_attacks
 from robusthash.apps.audit.measured_rows import (
     AttackResult,
     AuditExample,
+    AuditPlan,
     AuditRow,
     Change,
     Columns,
     CopySearch,
+    MeasuredAudit,
     worst_of,
 )
 from robusthash.apps.audit.photo_collection import STORED_QUALITY

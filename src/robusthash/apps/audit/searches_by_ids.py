@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from robusthash.apps.audit.audit_plan import AuditPlan
-from robusthash.apps.audit.measured_rows import AuditRow, Columns, category_columns, difference
+from robusthash.apps.audit.measured_rows import AuditPlan, AuditRow, Columns, category_columns, difference
 from robusthash.attacks.oracle import ids_lost
 from robusthash.attacks.query_search import Square, search_by_queries
 from robusthash.attacks.threat_model import threat_on
@@ -72,14 +71,14 @@ def _searched(plan: AuditPlan, endpoint: Endpoint, images: Tensor) -> Tensor:
     questions = plan.options.tier.questions
     numbers: dict[str, int] = {}
     first: list[Tensor] = []
-    asked = itertools.count(1)
+    number = itertools.count(1)
 
     def ask(inputs: Inputs) -> Tensor:
         answers = _ask(endpoint, inputs["image"])
         width = first[0].shape[1] if first else max(1, *(len(ids) for ids in answers))
         ids = _numbered(answers, numbers, width)
         first.extend([ids][len(first) :])
-        plan.progress(next(asked), questions, "searching by questions")
+        plan.progress(next(number), questions, "searching by questions")
         return ids_lost(first[0], ids).to(images)
 
     batch = Batch({"image": images}, None, torch.arange(len(images)))

@@ -59,11 +59,12 @@ class Tier:
 TIERS = {"smoke": Tier("smoke", 20, 4, 5, 30, 4), "fast": Tier("fast", 200, 12, 20)}
 
 
-def tier_named(name: str) -> Tier:
-    """One of ``TIERS``; another name is a ValueError."""
+def tier_named(name: str, queries: int | None = None, attacked: int | None = None) -> Tier:
+    """One of ``TIERS``, with other numbers of photographs; another name is a ValueError."""
     if name not in TIERS:
         raise ValueError(f"the tier of an audit must be one of {', '.join(TIERS)}, got {name!r}")
-    return TIERS[name]
+    tier = TIERS[name]
+    return replace(tier, queries=queries or tier.queries, attacked=attacked or tier.attacked)
 
 
 @dataclass(frozen=True)

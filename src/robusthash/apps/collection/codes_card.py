@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from robusthash.core.limited_files import read_json, shortened
-from robusthash.models.saved_hasher import is_count, is_digest
+from robusthash.models.saved_hasher import Checks, field_fault, is_count, is_digest
 
 ItemFormat = Literal["jsonl", "parquet"]
 FORMAT = 1
@@ -67,7 +66,7 @@ class CodesCard:
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             raise ValueError(f"{file} is of another version of robusthash; encode into another folder")
         facts = {"listings": [], **facts}
-        fault = _fault(facts, _CARD)
+        fault = field_fault(facts, _CARD)
         if not fault and facts["listings"] and len(facts["listings"]) != len(facts["parts"]):
             fault = f"listings has {len(facts['listings'])} digests of {len(facts['parts'])} parts"
         if fault:
@@ -105,26 +104,13 @@ def read_status(file: Path) -> dict[str, Any]:
         raise ValueError(f"{error}; {AGAIN}") from None
     state = status.get("state") if isinstance(status, dict) else None
     fault = (
-        _fault(status, _STATUS[state])
+        field_fault(status, _STATUS[state])
         if state in ("done", "failed")
         else f"state is {shortened(repr(state))}"
     )
     if fault:
         raise ValueError(f"{file} is damaged: {fault}; {AGAIN}")
     return dict(status)
-
-
-_Checks = Mapping[str, Callable[[Any], bool]]
-
-
-def _fault(facts: Mapping[str, Any], checks: _Checks) -> str:
-    """The first field that is missing or wrong."""
-    for name, fits in checks.items():
-        if name not in facts:
-            return f"it lacks {name}"
-        if not fits(facts[name]):
-            return f"{name} is {shortened(repr(facts[name]))}"
-    return ""
 
 
 def _is_text(value: Any) -> bool:
@@ -153,7 +139,7 @@ def _is_sha256(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_text(value.get(kind)) for kind in ("codes", "items"))
 
 
-_CARD: _Checks = {
+_CARD: Checks = {
     "origin": is_digest,
     "bits": is_count,
     "image_size": is_count,
@@ -164,7 +150,7 @@ _CARD: _Checks = {
     "parts": _is_parts,
     "listings": _is_texts,
 }
-_STATUS: dict[Any, _Checks] = {
+_STATUS: dict[Any, Checks] = {
     "done": {
         "source": _is_text,
         "items": lambda value: is_count(value, 0),

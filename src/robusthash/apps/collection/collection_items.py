@@ -1,4 +1,4 @@
-"""Collections of images in parts: what a folder, a manifest or tars have in common."""
+"""Items of collections of images: what a folder, a manifest or tars have in common."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from robusthash.data.image_files import ImageFile, Skipped, path_text
 from robusthash.index.payload_filter import check_key, to_json
@@ -33,42 +32,6 @@ class CollectionItem:
 
 
 Entry = CollectionItem | Skipped
-
-
-class ImagePart(Protocol):
-    """Images that are encoded, and safe on disk, together."""
-
-    @property
-    def name(self) -> str:
-        """The name of its files in the output."""
-
-    @property
-    def listing(self) -> str:
-        """A digest of what is listed in it, whatever became of the files."""
-
-    def state(self) -> str:
-        """A digest that changes with the images; raises ``SourceError``."""
-
-    def entries(self) -> Iterator[Entry]:
-        """The images, and the files that are passed over; raises ``SourceError``."""
-
-
-class Collection(Protocol):
-    """A collection of images, whose parts are always the same and in the same order."""
-
-    root: Path  # which the names of items are relative to
-    label: str  # that the output holds codes of: a folder or manifest by name, or "tar"
-
-    def listings(self) -> dict[str, str]:
-        """The names of all parts, and of each the digest of what is listed in it, "" where parts do not
-        depend on each other; raises ValueError where there is nothing to encode.
-        """
-
-    def amounts(self) -> list[int]:
-        """The size of each part, in images, or in bytes of tars."""
-
-    def parts(self, first: int, step: int) -> Iterator[ImagePart]:
-        """The parts ``first``, ``first + step``, ..."""
 
 
 def once(entries: Iterable[Entry]) -> Iterator[Entry]:

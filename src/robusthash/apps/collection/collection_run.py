@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from robusthash.apps.collection.codes_card import CodesCard, ItemFormat
-from robusthash.apps.collection.collection_items import Collection, CollectionItem, ImagePart, SourceError
+from robusthash.apps.collection.collection_items import CollectionItem, SourceError
 from robusthash.apps.collection.encoded_parts import CodesFolder, PartWriter
-from robusthash.apps.collection.image_source import open_source
+from robusthash.apps.collection.image_source import Collection, ImagePart, open_source
 from robusthash.apps.experiment.search_model import SearchModel, load
 from robusthash.core.directory_lock import InUse
 from robusthash.core.hamming import pack

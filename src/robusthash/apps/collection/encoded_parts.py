@@ -72,7 +72,8 @@ class CodesFolder:
             parquet()
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file; --out takes a folder for the codes of a collection")
-        if path.is_dir() and not (path / CARD).exists() and any(_strange(path)):
+        others = path.is_dir() and [f for f in path.iterdir() if f.suffix != ".lock" and f.name != _PARTS]
+        if others and not (path / CARD).exists():
             raise ValueError(f"{path} holds other files; give the codes a folder of their own")
         with _card_of(path):
             if (path / CARD).exists():
@@ -184,8 +185,7 @@ class CodesFolder:
 
     def no_codes(self) -> Codes:
         """Codes of no image, which have a length and an origin."""
-        none = torch.zeros(0, (self.card.bits + 7) // 8, dtype=torch.uint8)
-        return Codes(none, self.card.bits, torch.arange(0), self.card.origin)
+        return Codes.none(self.card.bits, self.card.origin)
 
     def report(self) -> dict[str, Any]:
         """Parts done, failed, stale and missing, the number of items, and the files that were passed over.
@@ -310,11 +310,6 @@ def parquet() -> Any:
     except ImportError:
         raise ImportError("Parquet needs pyarrow: pip install 'robusthash[parquet]'") from None
     return pyarrow.parquet
-
-
-def _strange(path: Path) -> Iterator[Path]:
-    """The files of a folder that are not this program's locks."""
-    return (file for file in path.iterdir() if file.suffix != ".lock" and file.name != _PARTS)
 
 
 @contextlib.contextmanager

@@ -5,24 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from robusthash.apps.collection.brace_ranges import expanded
 from robusthash.apps.collection.collection_items import (
-    Collection,
     CollectionItem,
     Entry,
-    ImagePart,
     check_payload,
     digest_of,
     name_fault,
     once,
 )
-from robusthash.apps.collection.tar_source import Tars
+from robusthash.apps.collection.tar_source import TarPart, Tars
 from robusthash.apps.experiment.index_items import described_file
 from robusthash.data.folder import iter_manifest
 from robusthash.data.image_files import ImageFile, Skipped, path_text, some_of
@@ -42,7 +40,8 @@ def open_source(images: str | Path, part_size: int) -> Collection:
     """
     text = os.fspath(images)
     if text.lower().endswith(".tar"):
-        return Tars([text] if Path(text).exists() else expanded(text), _before_braces(text))
+        below = Path(text.partition("{")[0] + "_").parent  # the folder of all files of a pattern
+        return Tars([text] if Path(text).exists() else expanded(text), below)
     path = Path(images)
     if path.is_dir():
         return ListedImages(path, os.path.basename(os.path.abspath(path)), part_size, path)
@@ -62,11 +61,6 @@ def open_source(images: str | Path, part_size: int) -> Collection:
     )
 
 
-def _before_braces(pattern: str) -> Path:
-    """The folder below which all files of a pattern lie."""
-    return Path(pattern.partition("{")[0] + "_").parent
-
-
 @dataclass(frozen=True)
 class ListedPart:
     """Images that follow each other in a listing."""
@@ -80,12 +74,15 @@ class ListedPart:
 
     @property
     def listing(self) -> str:
+        """A digest of what is listed in it, whatever became of the files."""
         return digest_of([item.name, item.payload] for item in self.items)
 
     def state(self) -> str:
+        """A digest that changes with the images."""
         return digest_of(map(_state_of, self.items))
 
     def entries(self) -> Iterator[Entry]:
+        """The images, and the files that are passed over."""
         return once(self.listed)
 
 
@@ -97,6 +94,7 @@ class ListedImages:
         self._size, self._listing = size, listing
 
     def listings(self) -> dict[str, str]:
+        """The names of all parts, each with the digest of what is listed in it; ValueError without any."""
         return self._counted[0]
 
     def amounts(self) -> list[int]:
@@ -117,7 +115,8 @@ class ListedImages:
             )
         return listings, amounts
 
-    def parts(self, first: int, step: int) -> Iterator[ImagePart]:
+    def parts(self, first: int, step: int) -> Iterator[ListedPart]:
+        """The parts ``first``, ``first + step``, ..."""
         return itertools.islice(self._parts(), first, None, step)
 
     def _parts(self) -> Iterator[ListedPart]:
@@ -160,6 +159,13 @@ class ListedImages:
 
     def _item(self, name: str, payload: dict[str, Any]) -> CollectionItem:
         return CollectionItem(name, ImageFile(self.root / name), payload)
+
+
+Collection = ListedImages | Tars
+"""A collection of images, whose parts are always the same and in the same order."""
+
+ImagePart = ListedPart | TarPart
+"""Images that are encoded, and safe on disk, together."""
 
 
 def _rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -210,3 +216,57 @@ def _state_of(item: CollectionItem) -> list[Any]:
     except OSError:
         return [item.name, item.payload]
     return [item.name, item.payload, facts.st_size, facts.st_mtime_ns]
+
+
+_MOST = 1_000_000  # names of one pattern
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_FORMS = "a range of numbers such as {000..099}, or a list such as {a,b}"
+
+
+def expanded(pattern: str) -> list[str]:
+    """The names that a pattern stands for, in order; a text without braces stands for itself.
+
+    A range counts up, by one, with as many digits as it is written with. Several braces are combined, the
+    last one running fastest.
+
+    Raises:
+        ValueError: braces that are not closed, nested, empty, or of another form; names that repeat.
+
+    Example:
+        >>> expanded("s-{08..10}.tar")
+        ['s-08.tar', 's-09.tar', 's-10.tar']
+    """
+    pieces = re.split(r"(\{[^{}]*\})", pattern)
+    if any("{" in piece or "}" in piece for piece in pieces[::2]):
+        raise ValueError(f"the braces of {pattern!r} are not closed, or nested; write {_FORMS}")
+    choices = [[piece] if place % 2 == 0 else _choices(piece, pattern) for place, piece in enumerate(pieces)]
+    count = 1
+    for several in choices:
+        count *= len(several)
+    if count > _MOST:
+        raise ValueError(f"{pattern!r} stands for {count:,} names, more than {_MOST:,}")
+    names = ["".join(parts) for parts in itertools.product(*choices)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{pattern!r} stands for the same name more than once")
+    return names
+
+
+def _choices(brace: str, pattern: str) -> list[str]:
+    """The texts that one pair of braces stands for."""
+    inside = brace[1:-1]
+    if ends := _RANGE.fullmatch(inside):
+        first, last = ends.groups()
+        padded = len(first) > 1 and first[0] == "0"
+        if (padded or last[0] == "0") and len(first) != len(last):
+            width = max(len(first), len(last))
+            better = f"{{{first.zfill(width)}..{last.zfill(width)}}}"
+            raise ValueError(f"{brace} in {pattern!r} has ends of unlike widths; did you mean {better}?")
+        if int(first) > int(last):
+            raise ValueError(f"{brace} in {pattern!r} counts down; write {{{last}..{first}}}")
+        if int(last) - int(first) >= _MOST:
+            raise ValueError(f"{brace} in {pattern!r} stands for more than {_MOST:,} names")
+        return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    listed = inside.split(",")
+    if len(listed) < 2 or not all(listed) or ".." in inside:
+        raise ValueError(f"{brace} in {pattern!r} is not understood; write {_FORMS}")
+    return listed

@@ -11,17 +11,16 @@ from typing import Any
 
 from robusthash.apps.collection.codes_card import ItemFormat
 from robusthash.apps.collection.collection_index import add_part
-from robusthash.apps.collection.collection_items import Collection, ImagePart
 from robusthash.apps.collection.collection_run import PART_SIZE, Encoding, EncodingJob, encode_part
 from robusthash.apps.collection.encoded_parts import CodesFolder
-from robusthash.apps.collection.image_source import open_source
+from robusthash.apps.collection.image_source import Collection, ImagePart, open_source
 from robusthash.apps.experiment.search_model import load, located
 from robusthash.core.directory_lock import owned
 from robusthash.core.runtime import Progress, silent
 from robusthash.index import CodeIndex, open_index
 
 _LOCK = "ray.lock"
-_WAIT, _POLL = 30.0, 0.5  # seconds for a part that is in use, and between two looks
+_WAIT, _POLL = 30.0, 0.5  # seconds for a part that is in use, and between two attempts
 
 
 def encode_on_ray(

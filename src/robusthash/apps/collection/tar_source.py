@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Tars:
         self._files = [Path(os.path.abspath(file)) for file in files]
 
     def listings(self) -> dict[str, str]:
+        """The names of all parts, each with "": tars do not depend on each other. ValueError without any."""
         names = [part.name for part in self.parts(0, 1)]
         if not any(file.exists() for file in self._files):
             raise FileNotFoundError(f"no tar {path_text(self._files[0])}")
@@ -55,6 +56,7 @@ class Tars:
         return [file.stat().st_size if file.exists() else 0 for file in self._files]
 
     def parts(self, first: int, step: int) -> Iterator[TarPart]:
+        """The parts ``first``, ``first + step``, ..."""
         for file in self._files[first::step]:
             yield TarPart(file, os.path.relpath(file, self.root))
 
@@ -72,6 +74,7 @@ class TarPart:
         return self.label[: -len(".tar")].replace(os.sep, "--")
 
     def state(self) -> str:
+        """A digest that changes with the images; raises ``SourceError``."""
         try:
             facts = self.path.stat()
         except OSError as error:
@@ -81,6 +84,7 @@ class TarPart:
         return digest_of([[self.label, facts.st_size, facts.st_mtime_ns]])
 
     def entries(self) -> Iterator[Entry]:
+        """The images, and the files that are passed over; raises ``SourceError``."""
         samples = itertools.groupby(self._members(), key=lambda member: _sample(member.name))
         return once(entry for _, members in samples for entry in self._of_sample(list(members)))
 
@@ -92,7 +96,8 @@ class TarPart:
                 while (member := tar.next()) is not None:
                     file.left = _LARGEST_HEADERS
                     tar.members = []  # type: ignore[attr-defined]  # which it would all remember
-                    if tar.offset <= member.offset or _length(tar.pax_headers) > _LARGEST_HEADERS:
+                    length = sum(len(key) + len(value) for key, value in tar.pax_headers.items())
+                    if tar.offset <= member.offset or length > _LARGEST_HEADERS:
                         raise tarfile.ReadError("a header that no tar has")
                     yield member
                 file.seek(tar.offset)
@@ -163,10 +168,6 @@ class _HeaderFile(io.FileIO):
             raise tarfile.ReadError(f"headers of more than {_LARGEST_HEADERS} bytes")
         self.left -= size
         return super().read(size) or b""
-
-
-def _length(headers: Mapping[str, str]) -> int:
-    return sum(len(key) + len(value) for key, value in headers.items())
 
 
 def _sample(name: str) -> str:

@@ -1,1 +1,1 @@
-"""The verbs of ``robusthash``, one file each; they parse, show, and call the function that does the work."""
+"""The verbs of ``robusthash``: they parse, show, and call the function that does the work."""

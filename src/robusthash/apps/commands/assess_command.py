@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +11,12 @@ from typer import Option
 from robusthash.apps.commands.options import (
     AnyQueries,
     AsJson,
+    Budget,
     Device,
     Direction,
-    Eps,
-    Norm,
     RunPath,
-    Threat,
     shard_of,
+    with_option_groups,
 )
 from robusthash.apps.commands.terminal import (
     console,
@@ -32,24 +32,30 @@ if TYPE_CHECKING:
     from robusthash.metrics.results import EvalResult, Flag
 
 
+@dataclass(frozen=True)
+class SuiteOptions:
+    """Options of the suite of attacks, next to its tier and budget."""
+
+    eps_curve: Annotated[bool, Option("--eps-curve", help="The worst case at seven budgets too.")] = False
+    shard: Annotated[str | None, Option(help="Part I/N of the work (0/2); a call without it joins them.")] = (
+        None
+    )
+    surrogate: Annotated[list[Path] | None, Option(help="Run to transfer attacks from. Repeatable.")] = None
+    unchecked: Annotated[bool, Option("--unchecked", help="Skip the checks, which raise flags.")] = False
+    steps: Annotated[int | None, Option(min=1, help="Tier paper: steps of an attack at most.")] = None
+    attack: Annotated[
+        list[str] | None, Option(help="Attack of your own besides, under the same budget. Repeatable.")
+    ] = None
+
+
+@with_option_groups
 def assess(
     run: RunPath,
     tier: Annotated[str, Option(help="Effort: smoke, fast, standard, full; paper: as published.")] = "fast",
-    threat: Threat = None,
-    eps: Eps = None,
-    norm: Norm = None,
+    budget: Budget = Budget(),
     queries: AnyQueries = None,
     direction: Direction = None,
-    eps_curve: Annotated[bool, Option("--eps-curve", help="The worst case at seven budgets too.")] = False,
-    shard: Annotated[
-        str | None, Option(help="Part I/N of the work (0/2); a call without it joins them.")
-    ] = None,
-    surrogate: Annotated[list[Path] | None, Option(help="Run to transfer attacks from. Repeatable.")] = None,
-    unchecked: Annotated[bool, Option("--unchecked", help="Skip the checks, which raise flags.")] = False,
-    steps: Annotated[int | None, Option(min=1, help="Tier paper: steps of an attack at most.")] = None,
-    attack: Annotated[
-        list[str] | None, Option(help="Attack of your own besides, under the same budget. Repeatable.")
-    ] = None,
+    suite: SuiteOptions = SuiteOptions(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -59,25 +65,29 @@ def assess(
     """
     from robusthash.apps.experiment import assess_run
     from robusthash.apps.experiment.run_directory import load_run
-    from robusthash.apps.experiment.threat_options import query_modality, threat_name
     from robusthash.core.processes import follows
 
-    part, victim = None if shard is None else shard_of(shard), load_run(run)
-    budget = threat_name(threat, eps, norm, query_modality(victim, direction))
+    shard, victim = None if suite.shard is None else shard_of(suite.shard), load_run(run)
+    threat = budget.name_for(victim, direction)
     with progress_bars() as progress:
-        surrogates = [load_run(path) for path in surrogate or ()]
-        options: dict[str, Any] = {
-            "curve": eps_curve,
-            "shard": part,
-            "checked": not unchecked,
-            "steps": steps,
-            "attacks": attack or (),
-        }
         result = assess_run.assess(
-            victim, tier, budget, queries, progress, direction=direction, surrogates=surrogates, **options
+            victim,
+            tier,
+            threat,
+            queries,
+            progress,
+            direction=direction,
+            surrogates=[load_run(path) for path in suite.surrogate or ()],
+            curve=suite.eps_curve,
+            shard=shard,
+            checked=not suite.unchecked,
+            steps=suite.steps,
+            attacks=suite.attack or (),
         )
     if result is None:
-        console.print(f"shard {shard} is done; when all are, the same command without --shard joins them")
+        console.print(
+            f"shard {suite.shard} is done; when all are, the same command without --shard joins them"
+        )
     elif as_json and not follows():
         print_json({"run": str(run), **_plain(result)})
     elif not follows():
@@ -86,8 +96,6 @@ def assess(
 
 def _plain(result: EvalResult) -> dict[str, Any]:
     """The result as plain data, without the values of single queries."""
-    from dataclasses import asdict
-
     curves = {
         name: {axis: values.tolist() for axis, values in curve.items()}
         for name, curve in result.curves.items()

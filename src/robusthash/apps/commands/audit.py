@@ -1,35 +1,68 @@
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import (
-    AsJson,
-    Device,
-    Eps,
-    MaxPixels,
-    Norm,
-    Seed,
-    Threat,
-)
-from robusthash.apps.commands.terminal import (
-    note,
-    print_json,
-    print_lines,
-    print_table,
-    progress_bars,
-    warn,
-)
-
-Output = Annotated[str, Option(help="Answers of the model: logits, signs, float (an embedding), or auto.")]
-Metric = Annotated[str | None, Option(help="Of an embedding: cosine (the default) or euclidean.")]
-Beside = Annotated[
-    bool | None, Option(help="Measure copy-hash beside it; the default for hashes and runs that find copies.")
-]
-OutputName = Annotated[str | None, Option(help="Of several outputs: a name, or the number of its place.")]
+from robusthash.apps.commands.options import AsJson, Budget, Device, MaxPixels, Seed, with_option_groups
+from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars, warn
 
 
+@dataclass(frozen=True)
+class PhotographOptions:
+    """Options of the photographs that are searched for."""
+
+    photos: Annotated[Path | None, Option(help="Your photographs; twenty come with the package.")] = None
+    labels: Annotated[bool, Option("--labels", help="Subfolders are categories; measure those too.")] = False
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of what the model takes and answers."""
+
+    size: Annotated[int | None, Option(min=8, help="Pixels a side; default 224 or the run's.")] = None
+    bits: Annotated[str, Option(help="Length of the codes, or auto.")] = "auto"
+    output: Annotated[
+        str, Option(help="Answers of the model: logits, signs, float (an embedding), or auto.")
+    ] = "auto"
+    metric: Annotated[str | None, Option(help="Of an embedding: cosine (the default) or euclidean.")] = None
+    output_name: Annotated[
+        str | None, Option(help="Of several outputs: a name, or the number of its place.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """Options of what is measured, and on how many photographs."""
+
+    radius: Annotated[float | None, Option(help="Counts as the same: within these bits (distance).")] = None
+    queries: Annotated[
+        int | None, Option(min=1, help="Photographs that are looked up: 200, or 20 in tier smoke.")
+    ] = None
+    attacked: Annotated[int | None, Option(min=1, help="Of these, attacked: 12, or 4 in tier smoke.")] = None
+    replacement: Annotated[
+        bool | None,
+        Option(help="Measure copy-hash beside it; the default for hashes and runs that find copies."),
+    ] = None
+    max_pixels: MaxPixels = None
+    limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class EndpointOptions:
+    """Limits on the requests to an endpoint."""
+
+    budget: Annotated[int, Option(help="Endpoint: requests in all.")] = 5000
+    rate: Annotated[float, Option(help="Endpoint: requests a second at most.")] = 5.0
+    timeout: Annotated[float, Option(help="Endpoint: seconds to wait for an answer.")] = 10.0
+    header: Annotated[
+        list[str] | None, Option(help="Endpoint: 'Name: value', never written. Repeatable.")
+    ] = None
+
+
+@with_option_groups
 def audit(
     target: Annotated[
         str,
@@ -38,33 +71,13 @@ def audit(
             "or pdq."
         ),
     ],
-    photos: Annotated[Path | None, Option(help="Your photographs; twenty come with the package.")] = None,
-    labels: Annotated[bool, Option("--labels", help="Subfolders are categories; measure those too.")] = False,
-    size: Annotated[int | None, Option(min=8, help="Pixels a side; default 224 or the run's.")] = None,
-    bits: Annotated[str, Option(help="Length of the codes, or auto.")] = "auto",
-    output: Output = "auto",
-    metric: Metric = None,
-    output_name: OutputName = None,
+    photographs: PhotographOptions = PhotographOptions(),
+    model: ModelOptions = ModelOptions(),
     tier: Annotated[str, Option(help="smoke (seconds) or fast (minutes).")] = "fast",
     out: Annotated[Path, Option(help="Folder for report.html and audit.json.")] = Path("audit"),
-    threat: Threat = None,
-    eps: Eps = None,
-    norm: Norm = None,
-    radius: Annotated[float | None, Option(help="Counts as the same: within these bits (distance).")] = None,
-    queries: Annotated[
-        int | None, Option(min=1, help="Photographs that are looked up: 200, or 20 in tier smoke.")
-    ] = None,
-    attacked: Annotated[int | None, Option(min=1, help="Of these, attacked: 12, or 4 in tier smoke.")] = None,
-    replacement: Beside = None,
-    max_pixels: MaxPixels = None,
-    limit: Annotated[int, Option(min=2, help="Photographs read at most.")] = 1000,
-    seed: Seed = 0,
-    budget: Annotated[int, Option(help="Endpoint: requests in all.")] = 5000,
-    rate: Annotated[float, Option(help="Endpoint: requests a second at most.")] = 5.0,
-    timeout: Annotated[float, Option(help="Endpoint: seconds to wait for an answer.")] = 10.0,
-    header: Annotated[
-        list[str] | None, Option(help="Endpoint: 'Name: value', never written. Repeatable.")
-    ] = None,
+    changes: Budget = Budget(),
+    measures: MeasureOptions = MeasureOptions(),
+    endpoint: EndpointOptions = EndpointOptions(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -75,22 +88,26 @@ def audit(
     A dotted path runs the module that it names, and model files run their own graph: audit only what you
     would run anyway.
     """
-    from dataclasses import replace
-
     from robusthash.apps.audit.measurement import run_audit
     from robusthash.apps.audit.targets import AuditOptions, EndpointLimits, tier_named
     from robusthash.models.external.model_answers import AnswerReading
 
-    length = _length(bits)
-    effort = tier_named(tier)
-    effort = replace(effort, queries=queries or effort.queries, attacked=attacked or effort.attacked)
-    pixel_eps = _pixel_eps(threat, eps, norm)
-    limits = EndpointLimits(budget, rate, timeout, _headers(header))
-    reading = AnswerReading(output, metric, output_name)  # type: ignore[arg-type]
-    known = (labels, size, length, effort, pixel_eps, radius, limit, seed, limits, max_pixels)
-    options = AuditOptions(*known, reading, replacement)
+    options = AuditOptions(
+        labels=photographs.labels,
+        size=model.size,
+        bits=_length(model.bits),
+        tier=tier_named(tier, measures.queries, measures.attacked),
+        eps=_pixel_eps(changes),
+        radius=measures.radius,
+        limit=measures.limit,
+        seed=measures.seed,
+        limits=EndpointLimits(endpoint.budget, endpoint.rate, endpoint.timeout, _headers(endpoint.header)),
+        max_pixels=measures.max_pixels,
+        reading=AnswerReading(model.output, model.metric, model.output_name),  # type: ignore[arg-type]
+        replacement=measures.replacement,
+    )
     with progress_bars() as progress:
-        summary = run_audit(target, out, photos, options, progress)
+        summary = run_audit(target, out, photographs.photos, options, progress)
     if as_json:
         print_json(summary)
     else:
@@ -104,8 +121,13 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     verdict = summary["verdict"]
     if verdict["alarm"]:
         warn("warning", verdict["alarm"])
-    beside = summary["replacement"]
-    for sentence in (verdict["first"], beside and beside["said"], verdict["tried"], verdict["untried"]):
+    replacement = summary["replacement"]
+    for sentence in (
+        verdict["first"],
+        replacement and replacement["said"],
+        verdict["tried"],
+        verdict["untried"],
+    ):
         if sentence:
             print_lines([sentence])
     if reach := within(summary):
@@ -115,10 +137,15 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     columns, rows = _rows(summary, imitating=True)
     if rows:
         print_table("taken for another on purpose: shares that succeeded (lower is better)", columns, rows)
-    if beside and beside["compared"]:
-        pairs = [[each["what"], *each["texts"], each["outcome"] or ""] for each in beside["compared"]]
-        columns = ["on the same photographs", summary["title"], beside["name"], f"{beside['name']} is"]
-        print_table(f"{beside['name']} instead of {summary['title']}", columns, pairs)
+    if replacement and replacement["compared"]:
+        pairs = [[each["what"], *each["texts"], each["outcome"] or ""] for each in replacement["compared"]]
+        columns = [
+            "on the same photographs",
+            summary["title"],
+            replacement["name"],
+            f"{replacement['name']} is",
+        ]
+        print_table(f"{replacement['name']} instead of {summary['title']}", columns, pairs)
     if pairs := summary["photographs"]["pairs of copies inside the folder"]:
         print_lines([f"copies inside the folder: {pairs} pairs, which count as no accidental matches"])
     for sentence in summary["got nowhere"]:
@@ -139,17 +166,16 @@ def _length(bits: str) -> int | None:
     return None if bits == "auto" else int(bits)
 
 
-def _pixel_eps(threat: str | None, eps: str | None, norm: str | None) -> float:
+def _pixel_eps(budget: Budget) -> float:
     """Largest change of a pixel in [0, 1]. A bare number from 1 on is levels of 255, an older spelling."""
-    from robusthash.apps.experiment.threat_options import threat_name
-
+    eps = budget.eps
     if eps is not None and eps.replace(".", "", 1).isdigit():
         if 0 < float(eps) < 1:
             raise ValueError(
                 f"--eps {eps} meant levels of 255 here once; write {eps}/255, or {float(eps) * 255:g}/255"
             )
-        eps = f"{eps}/255"
-    name = threat_name(threat, eps, norm)
+        budget = replace(budget, eps=f"{eps}/255")
+    name = budget.name()
     level = re.fullmatch(r"img-linf-([\d.]+)", name)
     if level is None:
         raise ValueError(f"an audit changes each pixel by at most eps, as in img-linf-8; it has no {name}")

@@ -1,11 +1,34 @@
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, Device, Direction, Queries, RunPaths
-from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars
+from robusthash.apps.commands.options import (
+    AsJson,
+    Device,
+    Direction,
+    Markdown,
+    Queries,
+    RunPaths,
+    with_option_groups,
+)
+from robusthash.apps.commands.terminal import (
+    print_json,
+    print_result_rows,
+    progress_bars,
+)
 
 
+@dataclass(frozen=True)
+class NoiseOptions:
+    """Options of the votes of noisy copies."""
+
+    sigma: Annotated[float, Option(help="Noise of the smoothed code, in units of the range 0 to 1.")] = 0.25
+    samples: Annotated[int, Option(min=1, help="Noisy copies of each query that vote.")] = 1000
+    alpha: Annotated[float, Option(help="Probability that a bound of a query fails.")] = 0.001
+
+
+@with_option_groups
 def certify(
     runs: RunPaths,
     method: Annotated[
@@ -14,9 +37,7 @@ def certify(
             help="Majority under noise, of any model, in l2; or interval bounds, of small nets, in L-inf."
         ),
     ] = "smoothing",
-    sigma: Annotated[float, Option(help="Noise of the smoothed code, in units of the range 0 to 1.")] = 0.25,
-    samples: Annotated[int, Option(min=1, help="Noisy copies of each query that vote.")] = 1000,
-    alpha: Annotated[float, Option(help="Probability that a bound of a query fails.")] = 0.001,
+    noise: NoiseOptions = NoiseOptions(),
     queries: Queries = 100,
     radius: Annotated[
         list[str] | None,
@@ -27,7 +48,7 @@ def certify(
         Option(help="Tier whose gradient attacks give the upper end of each interval."),
     ] = "fast",
     direction: Direction = None,
-    markdown: Annotated[bool, Option("--markdown", help="The table in Markdown on stdout.")] = False,
+    markdown: Markdown = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -41,9 +62,7 @@ def certify(
     from robusthash.apps.experiment.threat_options import size_of
 
     numbers = {
-        "sigma": sigma,
-        "samples": samples,
-        "alpha": alpha,
+        **vars(noise),
         "radii": None if radius is None else [size_of(each, "--radius") for each in radius],
         "attacks": None if attacks == "none" else attacks,
     }
@@ -57,14 +76,7 @@ def certify(
         print_json(results)
         return
     rows = [row for result in results.values() for row in _rows(result)]
-    if markdown:
-        lines = [_HEADS, ["---"] * len(_HEADS), *([_text(cell) for cell in row] for row in rows)]
-        print_lines(f"| {' | '.join(line)} |" for line in lines)
-        return
-    print_table("Certified MAP", _HEADS, rows)
-    for result in results.values():
-        for line in result["notes"]:
-            note(line)
+    print_result_rows("Certified MAP", _HEADS, rows, results.values(), markdown)
 
 
 _HEADS = ["model", "by", "budget", "bits certified", "certified", "attacked"]
@@ -72,7 +84,7 @@ _HEADS = ["model", "by", "budget", "bits certified", "certified", "attacked"]
 
 def _rows(result: dict[str, Any]) -> list[list[Any]]:
     """The codes as they are, then each budget."""
-    from robusthash.apps.experiment.stored_certificates import radius_text
+    from robusthash.apps.experiment.certify_run import radius_text
 
     named, bits = [result["recipe"], result["name"]], result["bits"]
     rows = [[*named, "none", f"{bits - result['abstained']:.1f} of {bits}", "", result["clean"]]]
@@ -81,7 +93,3 @@ def _rows(result: dict[str, Any]) -> list[list[Any]]:
         attacked = "not run" if row["attacked"] is None else row["attacked"]
         rows.append([*named, budget, f"{row['bits']:.1f} of {bits}", row["certified"], attacked])
     return rows
-
-
-def _text(cell: Any) -> str:
-    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)

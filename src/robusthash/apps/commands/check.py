@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from rich.text import Text
 from typer import Exit, Option
 
-from robusthash.apps.commands.options import AsJson, Device, Direction, Eps, Norm, Queries, RunPath, Threat
+from robusthash.apps.commands.options import (
+    AsJson,
+    Budget,
+    Device,
+    Direction,
+    Queries,
+    RunPath,
+    with_option_groups,
+)
 from robusthash.apps.commands.terminal import print_json, print_table, progress_bars
 
 if TYPE_CHECKING:
@@ -15,29 +23,26 @@ if TYPE_CHECKING:
 _COLOUR = {"pass": "green", "amber": "yellow", "red": "bold red"}
 
 
+@with_option_groups
 def check(
     run: RunPath,
     queries: Queries = 128,
     steps: Annotated[int, Option(min=2, help="Steps of the search whose path is checked.")] = 100,
-    threat: Threat = None,
-    eps: Eps = None,
-    norm: Norm = None,
+    budget: Budget = Budget(),
     direction: Direction = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Look for signs that a robustness number may not be trusted; exit code 1 where one is red."""
-    from robusthash.apps.experiment import check_run as checking
+    from robusthash.apps.experiment.assess_run import check_run, plain_flags
     from robusthash.apps.experiment.run_directory import load_run
-    from robusthash.apps.experiment.threat_options import query_modality, threat_name
 
     victim = load_run(run)
-    budget = threat_name(threat, eps, norm, query_modality(victim, direction))
+    threat = budget.name_for(victim, direction)
     with progress_bars() as progress:
-        options: dict[str, Any] = {"queries": queries, "steps": steps, "direction": direction}
-        flags = checking.check_run(victim, progress, threat=budget, **options)
+        flags = check_run(victim, progress, threat=threat, queries=queries, steps=steps, direction=direction)
     if as_json:
-        print_json({"run": str(run), "flags": checking.plain(flags)})
+        print_json({"run": str(run), "flags": plain_flags(flags)})
     else:
         _print_flags(f"checks of {run}", flags)
     if any(flag.level == "red" for flag in flags):

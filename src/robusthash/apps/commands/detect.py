@@ -2,8 +2,13 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from robusthash.apps.commands.options import AnyQueries, AsJson, Device, Direction, RunPaths
-from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars
+from robusthash.apps.commands.options import AnyQueries, AsJson, Device, Direction, Markdown, RunPaths
+from robusthash.apps.commands.terminal import (
+    print_json,
+    print_lines,
+    print_result_rows,
+    progress_bars,
+)
 
 
 def detect(
@@ -19,7 +24,7 @@ def detect(
     ] = None,
     queries: AnyQueries = None,
     direction: Direction = None,
-    markdown: Annotated[bool, Option("--markdown", help="The table in Markdown on stdout.")] = False,
+    markdown: Markdown = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,15 +53,9 @@ def detect(
         return
     heads = ["model", "clean", "false alarms", "attack", "attacker", "AP", "caught", "passing", "unnoticed"]
     rows = [row for result in results.values() for row in _rows(result)]
-    if markdown:
-        lines = [heads, ["---"] * len(heads), *([_text(cell) for cell in row] for row in rows)]
-        print_lines(f"| {' | '.join(line)} |" for line in lines)
-        return
-    print_table("Detector of adversarial queries", heads, rows)
-    for result in results.values():
-        for line in result["notes"]:
-            note(line)
-    print_lines(files)
+    print_result_rows("Detector of adversarial queries", heads, rows, results.values(), markdown)
+    if not markdown:
+        print_lines(files)
 
 
 def _rows(result: dict[str, Any]) -> list[list[Any]]:
@@ -66,7 +65,3 @@ def _rows(result: dict[str, Any]) -> list[list[Any]]:
         [*shared, each["attack"], each["attacker"], *(each[number] for number in numbers)]
         for each in result["attacks"]
     ]
-
-
-def _text(cell: Any) -> str:
-    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)

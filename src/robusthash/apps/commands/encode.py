@@ -1,16 +1,47 @@
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, Device, MaxPixels, Workers, shard_of
-from robusthash.apps.commands.terminal import note, one_row, print_json, progress_bars, reply, warn
+from robusthash.apps.commands.options import AsJson, Decoding, Device, shard_of, with_option_groups
+from robusthash.apps.commands.terminal import (
+    SHOWN,
+    note,
+    note_some,
+    one_row,
+    print_json,
+    progress_bars,
+    reply,
+    warn,
+)
 
-_NAMED = 10  # files that are passed over, and parts that failed, on a terminal
+
+@dataclass(frozen=True)
+class CollectionOptions:
+    """Options of a collection that is encoded part by part."""
+
+    shard: Annotated[
+        str | None, Option(help="With --images, I/N: the parts I, I + N, ... for one of N processes.")
+    ] = None
+    processes: Annotated[
+        int | None, Option(min=0, help="With --images: processes that decode; a core each but one.")
+    ] = None
+    batch_size: Annotated[int | None, Option(min=1, help="With --images: images at a time; 64.")] = None
+    part_size: Annotated[
+        int | None, Option(min=1, help="With --images: images a part; 4096. A tar is a part.")
+    ] = None
+    items: Annotated[
+        str | None, Option(help="With --images: jsonl (default) or parquet, of ids, names and payload.")
+    ] = None
+    ray: Annotated[
+        int | None, Option(min=1, help="With --images: workers on a Ray cluster (RAY_ADDRESS, or here).")
+    ] = None
+    index: Annotated[str | None, Option(help="With --ray: address of an index to add to as well.")] = None
 
 
+@with_option_groups
 def encode(
     run: Annotated[
         str | None, Argument(help="Run, saved model, id of a registry entry, or copy-hash.")
@@ -26,25 +57,8 @@ def encode(
     out: Annotated[
         Path | None, Option(help="Write the codes here: .npz; of a collection, a folder of its own.")
     ] = None,
-    shard: Annotated[
-        str | None, Option(help="With --images, I/N: the parts I, I + N, ... for one of N processes.")
-    ] = None,
-    processes: Annotated[
-        int | None, Option(min=0, help="With --images: processes that decode; a core each but one.")
-    ] = None,
-    batch_size: Annotated[int | None, Option(min=1, help="With --images: images at a time; 64.")] = None,
-    part_size: Annotated[
-        int | None, Option(min=1, help="With --images: images a part; 4096. A tar is a part.")
-    ] = None,
-    items: Annotated[
-        str | None, Option(help="With --images: jsonl (default) or parquet, of ids, names and payload.")
-    ] = None,
-    ray: Annotated[
-        int | None, Option(min=1, help="With --images: workers on a Ray cluster (RAY_ADDRESS, or here).")
-    ] = None,
-    index: Annotated[str | None, Option(help="With --ray: address of an index to add to as well.")] = None,
-    workers: Workers = None,
-    max_pixels: MaxPixels = None,
+    collection: CollectionOptions = CollectionOptions(),
+    decoding: Decoding = Decoding(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -56,31 +70,19 @@ def encode(
     With --images a collection of any size goes part by part into the folder --out. Repeat the command after
     an interruption: what is done is passed over, and parts that failed are tried again.
     """
-    options = {
-        "shard": None if shard is None else shard_of(shard),
-        "processes": processes,
-        "batch_size": batch_size,
-        "part_size": part_size,
-        "items": items,
-        "ray": ray,
-        "index": index,
-    }
-    named = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in vars(collection).items() if value is not None}
     source = _one_run(run, named_run)
     if images is not None:
-        if files or workers is not None:
-            what = (
-                "--workers; a collection is decoded by --processes"
-                if workers is not None
-                else " ".join(map(str, files or []))
-            )
+        if files or decoding.workers is not None:
+            more = " ".join(map(str, files or []))
+            what = more if decoding.workers is None else "--workers; a collection is decoded by --processes"
             raise ValueError(f"--images names what is encoded, and does not go with {what}")
-        return _encode_collection(source, images, out, named, max_pixels, as_json)
-    if named:
+        return _encode_collection(source, images, out, {**given, "max_pixels": decoding.max_pixels}, as_json)
+    if given:
         raise ValueError(
-            f"--{next(iter(named)).replace('_', '-')} is for collections; name one with --images"
+            f"--{next(iter(given)).replace('_', '-')} is for collections; name one with --images"
         )
-    _encode_files(source, files, out, workers, max_pixels, as_json)
+    _encode_files(source, files, out, decoding, as_json)
 
 
 def _one_run(run: str | None, named: str | None) -> str:
@@ -90,12 +92,7 @@ def _one_run(run: str | None, named: str | None) -> str:
 
 
 def _encode_files(
-    run: str,
-    images: list[Path] | None,
-    out: Path | None,
-    workers: int | None,
-    max_pixels: int | None,
-    as_json: bool,
+    run: str, images: list[Path] | None, out: Path | None, decoding: Decoding, as_json: bool
 ) -> None:
     from robusthash.apps.experiment import index_run, model_stages
     from robusthash.apps.experiment.search_model import load, run_of
@@ -111,7 +108,7 @@ def _encode_files(
             files = {name: str(path) for name, path in model_stages.encode(trained, progress).items()}
         return reply(as_json, files, files.values())
     model, skipped = load(run, None), list[Skipped]()
-    reading = index_run.Reading.of(workers, max_pixels)
+    reading = index_run.Reading.of(decoding.workers, decoding.max_pixels)
     with progress_bars() as progress:
         pieces = index_run.encode_images(model, images, progress, reading, skipped)
         rows = [row for codes, paths in pieces for row in zip(paths, codes.packed.tolist(), strict=True)]
@@ -128,12 +125,14 @@ def _encode_files(
 
 
 def _encode_collection(
-    run: str, images: str, out: Path | None, named: dict[str, Any], max_pixels: int | None, as_json: bool
+    run: str, images: str, out: Path | None, options: dict[str, Any], as_json: bool
 ) -> None:
     if out is None:
         raise ValueError("--images needs --out, the folder that the codes go to")
-    options = {**named, **({} if max_pixels is None else {"max_pixels": max_pixels})}
+    options = {name: value for name, value in options.items() if value is not None}
     workers = options.pop("ray", None)
+    if "shard" in options:
+        options["shard"] = shard_of(options["shard"])
     if workers is None and "index" in options:
         raise ValueError(
             f"--index goes with --ray; without, add the codes by 'index build INDEX --codes {out}'"
@@ -154,7 +153,7 @@ def _encode_collection(
     else:
         _note_report(report)
         reply(False, None, [out])
-    for name, reason in list(report["failed"].items())[:_NAMED]:
+    for name, reason in list(report["failed"].items())[:SHOWN]:
         warn("failed", f"{name}: {reason}")
     if report["failed"]:
         note(f"{len(report['failed'])} parts failed; the same command tries them again")
@@ -169,18 +168,15 @@ def _encode_collection(
 
 def _note_report(report: dict[str, Any]) -> None:
     """Some lines on the collection, and on what was passed over."""
-    for one in report["skipped"][:_NAMED]:
-        note(f"passed over: {one['file']} ({one['reason']})")
-    skipped, more = len(report["skipped"]), len(report["skipped"]) - _NAMED
-    if more > 0:
-        note(f"passed over: and {more} more; report.json names all")
+    skipped = [f"{one['file']} ({one['reason']})" for one in report["skipped"]]
+    note_some("passed over", skipped, "report.json names all")
     parts = "1 part" if report["encoded"] == 1 else f"{report['encoded']} parts"
     note(f"{parts} encoded, {report['unchanged']} done before")
-    whole = f"{report['items']} images encoded, {skipped} files passed over"
+    whole = f"{report['items']} images encoded, {len(skipped)} files passed over"
     note(f"in all {report['done']} of {report['parts']} parts: {whole}")
     if report["missing"]:
         note(f"not encoded yet, as of other shards: {_some(report['missing'])}")
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,4 +1,4 @@
-"""The verbs of ``evidence``."""
+"""The verbs of ``evidence``, and ``verify`` for registry entries."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from robusthash.apps.commands.options import AsJson, Device, Eps, Norm, RunPath, Sets, Threat
+from robusthash.apps.commands.options import AsJson, Budget, Device, RunPath, Sets, with_option_groups
 from robusthash.apps.commands.terminal import (
     interval_text,
     note,
+    one_row,
     print_json,
     print_lines,
     print_table,
@@ -20,27 +21,27 @@ from robusthash.apps.commands.terminal import (
 
 if TYPE_CHECKING:
     from robusthash.metrics.results import EvalResult
+    from robusthash.robustness.evidence.records import CopyEntry
+
 
 app = Typer(help="Attacked queries that others can check: write them, verify them.", no_args_is_help=True)
 
 
 @app.command("export")
+@with_option_groups
 def export(
     run: RunPath,
     out: Annotated[Path, Option(help="New folder of the bundle.")],
     attack: Annotated[str, Option(help="Attack, as YAML or by name.")] = "guided-apgd",
-    threat: Threat = None,
-    eps: Eps = None,
-    norm: Norm = None,
+    budget: Budget = Budget(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack the queries of a run and write them as an evidence bundle."""
     from robusthash.apps.experiment.evidence_run import export_evidence
     from robusthash.apps.experiment.run_directory import load_run
-    from robusthash.apps.experiment.threat_options import attack_under
 
-    settings = attack_under(attack, threat, eps, norm)
+    settings = budget.attack(attack)
     with progress_bars() as progress:
         result = export_evidence(load_run(run), settings, out, progress)
     _print_result(result, f"evidence of {run}", as_json, {"out": str(out)})
@@ -49,7 +50,7 @@ def export(
 
 
 @app.command("verify")
-def verify(
+def verify_bundle(
     bundle: Annotated[Path, Argument(help="Folder of the bundle.")],
     run: Annotated[Path, Option(help="The run that it was made for.")],
     keep: Annotated[bool, Option(help="Note an accepted bundle in the run, for the leaderboard.")] = True,
@@ -104,12 +105,11 @@ def copy_entry(
 
 
 def _write_entry(out: Path, name: str, text: str, fields: dict[str, Any], as_json: bool) -> None:
-    from robusthash.core.atomic_files import write_aside
+    from robusthash.core.atomic_files import write_text
 
     path = out / f"{name}.yaml"
     out.mkdir(parents=True, exist_ok=True)
-    with write_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_text(path, text)
     reply(as_json, {"entry": str(path), **fields}, [path])
 
 
@@ -127,3 +127,70 @@ def _print_result(result: EvalResult, title: str, as_json: bool, more: dict[str,
     print_table(f"{title}: {result.setting.threat}", ["measure", "value", "95 % interval"], rows)
     for text in result.notes:
         note(text)
+
+
+def verify(
+    entry: Annotated[Path, Argument(help="Registry entry (YAML).")],
+    run: Annotated[
+        Path | None,
+        Option(
+            help="A run of the entry's recipe and seed; of a hash for copies, another folder of its weights."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        Option(
+            help="Of a hash for copies: folder with ucmerced.tar and .jsonl, to make its weights again, and "
+            "coco_mini.tar and cifar10.npz, to measure its radii and recall."
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a registry entry again, from scratch; fails outside of its tolerance.
+
+    An entry of a hash for copies needs no run: a line a check, of its weights, radii, hashes and proofs.
+    """
+    from dataclasses import asdict
+
+    from robusthash.apps.experiment.evidence_run import verify_entry
+    from robusthash.apps.experiment.run_directory import load_run
+    from robusthash.metrics.measure_key import MeasureKey
+    from robusthash.robustness.evidence.records import CopyEntry, load_any_entry
+
+    card = load_any_entry(entry)
+    if isinstance(card, CopyEntry):
+        _verify_copies(card, run, data, as_json)
+        return
+    if run is None or data is not None:
+        fault = "give --run RUN" if run is None else "--data is for those of hashes for copies"
+        raise ValueError(f"{entry} is the entry of a trained model: {fault}")
+    with progress_bars() as progress:
+        verified = verify_entry(card, load_run(run), progress=progress)
+    if as_json:
+        print_json({"entry": card.id, **asdict(verified)})
+    else:
+        claimed, measure = card.claimed, card.claimed.measure
+        rows = [
+            [f"clean {measure}", claimed.clean, verified.clean],
+            [MeasureKey.parse(measure).name("worst"), claimed.worst, verified.worst],
+        ]
+        title = f"{card.id}: {claimed.threat}, {claimed.queries} queries, tolerance {claimed.tolerance:g}"
+        print_table(title, ["", "claimed", "measured"], rows)
+    verified.check()
+
+
+def _verify_copies(card: CopyEntry, folder: Path | None, data: Path | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from robusthash.apps.image_hash.copy_entry import verify_copy_entry
+
+    with progress_bars() as progress:
+        verified = verify_copy_entry(card, folder, data, progress)
+    if as_json:
+        print_json({"entry": card.id, **asdict(verified)})
+    else:
+        print_lines(
+            f"{each.status:11}  {one_row(each.name)}: {one_row(each.found)}" for each in verified.checks
+        )
+    verified.check()

@@ -1,22 +1,31 @@
+"""The verbs of the hash for copies: ``hash`` and ``duplicates``."""
+
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, MaxPixels, Workers
-from robusthash.apps.commands.terminal import note, one_row, progress_bars, reply
-
-_NAMED = 10  # images whose hash says little, on a terminal
+from robusthash.apps.commands.options import AsJson, Decoding, check_page, with_option_groups
+from robusthash.apps.commands.terminal import (
+    SHOWN,
+    note,
+    note_some,
+    one_row,
+    print_json,
+    print_lines,
+    progress_bars,
+    reply,
+)
 
 HashBits = Annotated[int, Option(help="64, 128 or 256; a shorter hash is the beginning of a longer one.")]
 
 
+@with_option_groups
 def hash(
     files: Annotated[list[Path], Argument(help="Image files, and folders of them.")],
     bits: HashBits = 256,
-    workers: Workers = None,
-    max_pixels: MaxPixels = None,
+    decoding: Decoding = Decoding(),
     proof: Annotated[
         bool,
         Option(
@@ -38,15 +47,15 @@ def hash(
     from robusthash.data.pixel_conversion import MAX_PIXELS
 
     with progress_bars() as progress:
-        hashed = hash_files(files, bits, workers, max_pixels or MAX_PIXELS, progress, proof)
+        hashed = hash_files(files, bits, decoding.workers, decoding.max_pixels or MAX_PIXELS, progress, proof)
     for skipped in hashed.skipped:
         note(f"passed over: {skipped}")
     names = [path_text(path) for path in hashed.paths]
     plain = [name for name, one in zip(names, hashed.hashes, strict=True) if one.plain]
-    for name in plain[:_NAMED]:
+    for name in plain[:SHOWN]:
         note(f"of one colour, one fine texture or little contrast, its hash says little: {name}")
-    if len(plain) > _NAMED:
-        note(f"and so {len(plain) - _NAMED} more")
+    if len(plain) > SHOWN:
+        note(f"and so {len(plain) - SHOWN} more")
     if as_json and len(set(names)) < len(names):
         note(f"{len(names) - len(set(names))} paths are written like another, whose entry they replace")
     codes = [str(one) for one in hashed.hashes]
@@ -61,3 +70,50 @@ def hash(
     passed = [asdict(one) for one in hashed.skipped]
     facts = {"schema": "robusthash.hashes/1", "images": len(names), "passed_over": len(passed)}
     reply(as_json, {**facts, "hashes": entries, "skipped": passed}, lines)
+
+
+@with_option_groups
+def duplicates(
+    places: Annotated[list[Path], Argument(help="Folders of images, with their subfolders, and files.")],
+    html: Annotated[
+        Path | None, Option(help="Write the groups with their pictures to this page (.html).")
+    ] = None,
+    bits: HashBits = 256,
+    radius: Annotated[
+        int | None, Option(help="Bits by which copies may differ; by default 1 false match in 100,000 pairs.")
+    ] = None,
+    decoding: Decoding = Decoding(),
+    as_json: AsJson = False,
+) -> None:
+    """Groups of copies in a folder: the same picture saved again, smaller, cut, re-lit, written on.
+
+    Prints a line for each image: number of its group, bits by which it differs from the first, path. Of each
+    picture the central square is compared. No image is moved, changed or deleted.
+    """
+    from robusthash.apps.image_hash.duplicate_groups import find_duplicates
+    from robusthash.data.pixel_conversion import MAX_PIXELS
+
+    check_page(html)
+    with progress_bars() as progress:
+        result = find_duplicates(
+            places, bits, radius, decoding.workers, decoding.max_pixels or MAX_PIXELS, progress
+        )
+    if as_json:
+        print_json(result.as_json())
+    else:
+        note_some("passed over", result.skipped)
+        if result.plain:
+            plain = f"{len(result.plain)} images are of one colour or one fine texture"
+            note(f"{plain}: only those of equal pixels are grouped")
+        copies = sum(map(len, result.groups))
+        note(f"{result.images} images, groups of copies: {len(result.groups)}, with {copies} of them")
+        print_lines(
+            f"{number}  {copy.distance:>3}  {one_row(copy.path)}"
+            for number, group in enumerate(result.groups, start=1)
+            for copy in group
+        )
+    if html is not None:
+        from robusthash.apps.reports.picture_pages import write_duplicates_page
+
+        write_duplicates_page(html, result, decoding.max_pixels or MAX_PIXELS)
+        note(f"page: {html}")

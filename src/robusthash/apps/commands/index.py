@@ -1,23 +1,36 @@
-"""The verbs of ``index``."""
+"""The verbs of ``index``, and ``search``, which is ``index search`` too."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+from rich.cells import cell_len
 from typer import Argument, Option, Typer
 
 from robusthash.apps.commands.options import (
     AsJson,
+    Decoding,
     Device,
     Index,
     IndexRun,
     MaxPixels,
     ModelSource,
     Where,
-    Workers,
+    check_page,
+    with_option_groups,
 )
-from robusthash.apps.commands.search import search
-from robusthash.apps.commands.terminal import note, print_json, print_table, progress_bars
+from robusthash.apps.commands.terminal import (
+    answers,
+    note,
+    note_some,
+    one_row,
+    print_json,
+    print_lines,
+    print_table,
+    printable,
+    progress_bars,
+)
 
 app = Typer(help="Build and search an index of binary codes.", no_args_is_help=True)
 
@@ -33,6 +46,7 @@ OnDuplicate = Annotated[
 
 
 @app.command("build")
+@with_option_groups
 def build(
     directory: Index,
     run: ModelSource,
@@ -49,8 +63,7 @@ def build(
     codes: Codes = None,
     payload: Payload = None,
     on_duplicate: OnDuplicate = "update",
-    workers: Workers = None,
-    max_pixels: MaxPixels = None,
+    decoding: Decoding = Decoding(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -61,13 +74,14 @@ def build(
     """
     from robusthash.apps.experiment.index_run import Adding, Reading, build_index
 
-    adding = Adding(on_duplicate, payload, Reading.of(workers, max_pixels), codes)
+    adding = Adding(on_duplicate, payload, Reading.of(decoding.workers, decoding.max_pixels), codes)
     with progress_bars() as progress:
         info = build_index(directory, run, images, engine, progress, adding)
     _print_info(info, as_json)
 
 
 @app.command("add")
+@with_option_groups
 def add(
     directory: Index,
     images: Annotated[Path | None, Argument(help="Image file or folder of images.")] = None,
@@ -75,8 +89,7 @@ def add(
     codes: Codes = None,
     payload: Payload = None,
     on_duplicate: OnDuplicate = "update",
-    workers: Workers = None,
-    max_pixels: MaxPixels = None,
+    decoding: Decoding = Decoding(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,13 +99,44 @@ def add(
     """
     from robusthash.apps.experiment.index_run import Adding, Reading, add_images
 
-    adding = Adding(on_duplicate, payload, Reading.of(workers, max_pixels), codes)
+    adding = Adding(on_duplicate, payload, Reading.of(decoding.workers, decoding.max_pixels), codes)
     with progress_bars() as progress:
         info = add_images(directory, images, run, progress, adding)
     _print_info(info, as_json)
 
 
-app.command("search")(search)
+@app.command("search")
+def search(
+    directory: Index,
+    image: Annotated[Path, Argument(help="Image file to search with.")],
+    k: Annotated[int, Option("-k", "--k", min=1, max=10_000, help="Number of results.")] = 10,
+    run: IndexRun = None,
+    where: Where = None,
+    html: Annotated[Path | None, Option(help="Write the results with their pictures to this page.")] = None,
+    max_pixels: MaxPixels = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search an index by image file: the nearest items with their distances."""
+    from robusthash.apps.experiment.index_filters import values_of
+    from robusthash.apps.experiment.index_run import Reading, search_image
+
+    check_page(html)
+    limit = Reading.of(None, max_pixels).max_pixels
+    hits = search_image(directory, image, run, k, where, limit)
+    if where and not hits:
+        note(values_of(directory, where))
+    if html is not None:
+        from robusthash.apps.reports.picture_pages import write_search_page
+        from robusthash.index.index_address import address_without_password
+
+        write_search_page(html, image, hits, address_without_password(directory), where, limit)
+    if as_json:
+        print_json(hits)
+        return
+    _print_hits(f"nearest to {image}", hits)
+    if html is not None:
+        print_lines([html])
 
 
 @app.command("remove")
@@ -141,16 +185,26 @@ def _print_info(info: Mapping[str, Any], as_json: bool) -> None:
             "see random_rows of csq, or take another objective or more bits"
         )
     for name, value in lists.items():
-        _note_some(name.replace("_", " "), value)
+        texts = [f"{one['file']} ({one['reason']})" if isinstance(one, dict) else one for one in value]
+        note_some(name.replace("_", " "), texts)
 
 
-def _note_some(title: str, values: list[Any]) -> None:
-    """The first ten of what was passed over."""
-    for value in values[:10]:
-        note(
-            f"{title}: {value['file']} ({value['reason']})"
-            if isinstance(value, dict)
-            else f"{title}: {value}"
-        )
-    if len(values) > 10:
-        note(f"{title}: and {len(values) - 10} more; --json names all")
+_COPY = {True: "copy", False: "no copy"}
+
+
+def _print_hits(title: str, hits: list[dict[str, Any]]) -> None:
+    """A table, or a line for each hit where a path would be broken, so that it can be copied."""
+    rows, finds_copies = [], any("copy" in hit for hit in hits)
+    for hit in hits:
+        rest = {key: value for key, value in hit["payload"].items() if key not in ("path", "path_hex")}
+        about = json.dumps(rest, ensure_ascii=False) if rest else ""
+        copy = [_COPY[hit["copy"]]] if finds_copies else []
+        place = hit["payload"].get("path") or "-"  # items that others added have none
+        rows.append([place, hit["distance"], *copy, hit["id"], about])
+    columns = ["path", "distance", *(["copy"] if finds_copies else []), "id", "payload"]
+    widths = [max([cell_len(printable(row[at])) for row in rows] + [8]) + 3 for at in range(len(columns))]
+    if sum(widths) < answers.width:
+        print_table(title, columns, rows)
+        return
+    note(f"{title}: {', '.join(columns)}")
+    print_lines("  ".join(one_row(cell) for cell in row if cell != "") for row in rows)

@@ -1,40 +1,62 @@
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, Device, RunsFolder, Sets
+from robusthash.apps.commands.options import AsJson, Device, RunsFolder, Sets, with_option_groups
 from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars
 
 if TYPE_CHECKING:
     from robusthash.apps.reproduction.entry_runs import EntryPlan
-    from robusthash.apps.reproduction.entry_trial import EntryTrial
-    from robusthash.apps.reproduction.reproduction import Reproduction
+    from robusthash.apps.reproduction.reproduction import EntryTrial, Reproduction
 
 
+@dataclass(frozen=True)
+class Scope:
+    """Options of the runs that an entry is made of."""
+
+    scale: Annotated[
+        Literal["small", "paper"], Option(help="small: no GPU needed. paper: their data and nets.")
+    ] = "small"
+    data_root: Annotated[Path | None, Option(help="Folder of the data sets.")] = None
+    seeds: Annotated[int | None, Option(min=1, help="Number of training seeds, from 0.")] = None
+    stored: Annotated[bool, Option("--stored", help="Train nothing: show what results there are.")] = False
+
+
+@dataclass(frozen=True)
+class TrialOptions:
+    """Options of a dry run."""
+
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Take one step of each part of each row, write nothing.")
+    ] = False
+    miniature: Annotated[bool, Option("--miniature", help="Of a dry run: generated items as data.")] = False
+    batch: Annotated[int | None, Option(min=2, help="Of a dry run: items of a step.")] = None
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """Options of the files that are read and written."""
+
+    markdown: Annotated[Path | None, Option(help="Write the table as Markdown.")] = None
+    latex: Annotated[Path | None, Option(help="Write the table as LaTeX.")] = None
+    csv: Annotated[Path | None, Option(help="Write every cell as CSV.")] = None
+    out: Annotated[Path | None, Option(help="Folder of the figures (needs the extra `figures`).")] = None
+    recipes: Annotated[Path | None, Option(help="Folder of recipes; stored results lie next to it.")] = None
+    runs: RunsFolder = Path("runs")
+
+
+@with_option_groups
 def reproduce(
     paper: Annotated[str | None, Argument(help="saat, saah, sfcl, drfgd or dsarh.")] = None,
     entry: Annotated[str | None, Argument(help="Table or figure: table-2.")] = None,
     listed: Annotated[bool, Option("--list", help="Every table and figure, with state and time.")] = False,
     claims: Annotated[bool, Option("--claims", help="The verdict on each claim of the papers.")] = False,
-    scale: Annotated[
-        Literal["small", "paper"], Option(help="small: no GPU needed. paper: their data and nets.")
-    ] = "small",
-    data_root: Annotated[Path | None, Option(help="Folder of the data sets.")] = None,
-    seeds: Annotated[int | None, Option(min=1, help="Number of training seeds, from 0.")] = None,
-    stored: Annotated[bool, Option("--stored", help="Train nothing: show what results there are.")] = False,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Take one step of each part of each row, write nothing.")
-    ] = False,
-    miniature: Annotated[bool, Option("--miniature", help="Of a dry run: generated items as data.")] = False,
-    batch: Annotated[int | None, Option(min=2, help="Of a dry run: items of a step.")] = None,
-    markdown: Annotated[Path | None, Option(help="Write the table as Markdown.")] = None,
-    latex: Annotated[Path | None, Option(help="Write the table as LaTeX.")] = None,
-    csv: Annotated[Path | None, Option(help="Write every cell as CSV.")] = None,
-    out: Annotated[Path | None, Option(help="Folder of the figures (needs the extra `figures`).")] = None,
-    recipes: Annotated[Path | None, Option(help="Folder of recipes; stored results lie next to it.")] = None,
-    runs: RunsFolder = Path("runs"),
+    scope: Scope = Scope(),
+    trial: TrialOptions = TrialOptions(),
+    files: FileOptions = FileOptions(),
     sets: Sets = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -43,54 +65,48 @@ def reproduce(
 
     Goes on where it was stopped. `reproduce --list` shows all entries, `reproduce PAPER` those of one paper.
     """
-    from robusthash.apps.reproduction import entry_trial, reproduction
+    from robusthash.apps.reproduction import reproduction
 
-    folders = reproduction.Folders.of(recipes, runs, out)
+    folders = reproduction.Folders.of(files.recipes, files.runs, files.out)
     if claims:
         _show_claims(folders, as_json)
         return
     if listed or paper is None or entry is None:
         _show_list(reproduction.list_entries(folders, paper), as_json)
         return
-    placed = [] if data_root is None else [f"data.root={json.dumps(str(data_root), ensure_ascii=False)}"]
+    root = scope.data_root
+    placed = [] if root is None else [f"data.root={json.dumps(str(root), ensure_ascii=False)}"]
     sets = [*placed, *(sets or ()), *([] if device is None else [f"runtime.device={device}"])]
-    if dry_run:
-        options: dict[str, Any] = {"scale": scale, "seeds": seeds, "sets": sets}
+    options: dict[str, Any] = {"scale": scope.scale, "seeds": scope.seeds, "sets": sets}
+    places: dict[str, Any] = {"recipes": files.recipes, "runs": files.runs, "out": files.out}
+    if trial.dry_run:
         plan, _ = reproduction.plan_of(paper, entry, folders, **options)
         with progress_bars() as progress:
-            trial = entry_trial.try_entry(plan, miniature=miniature, batch=batch, progress=progress)
-        _show_trial(plan, trial, as_json)
+            tried = reproduction.try_entry(
+                plan, miniature=trial.miniature, batch=trial.batch, progress=progress
+            )
+        _show_trial(plan, tried, as_json)
         return
-    if miniature or batch is not None:
+    if trial.miniature or trial.batch is not None:
         raise ValueError("--miniature and --batch belong to a dry run: add --dry-run")
-    if out is not None:
+    if files.out is not None:
         from robusthash.apps.reports.charts import require_matplotlib
 
         require_matplotlib()
     with progress_bars() as progress:
         result = reproduction.reproduce(
-            paper,
-            entry,
-            scale=scale,
-            seeds=seeds,
-            recipes=recipes,
-            runs=runs,
-            out=out,
-            sets=sets,
-            stored_only=stored,
-            progress=progress,
+            paper, entry, **places, **options, stored_only=scope.stored, progress=progress
         )
-    _export({markdown: result.markdown, latex: result.latex, csv: result.csv})
+    _export({files.markdown: result.markdown, files.latex: result.latex, files.csv: result.csv})
     _show(result, as_json)
 
 
 def _export(texts: dict[Path | None, Any]) -> None:
-    from robusthash.core.atomic_files import write_aside
+    from robusthash.core.atomic_files import write_text
 
     for path, text in texts.items():
         if path is not None:
-            with write_aside(path) as aside:
-                aside.write_text(f"{text().strip()}\n", encoding="utf-8")
+            write_text(path, f"{text().strip()}\n")
 
 
 def _show(result: "Reproduction", as_json: bool) -> None:

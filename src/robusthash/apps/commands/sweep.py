@@ -25,7 +25,7 @@ def sweep(
     from robusthash.apps.experiment import parameter_sweep as sweeping
     from robusthash.apps.reports.charts import require_matplotlib
     from robusthash.apps.reports.figures import draw_sweep
-    from robusthash.core.atomic_files import write_aside
+    from robusthash.core.atomic_files import write_text
     from robusthash.core.runtime import digest
 
     if figure:
@@ -39,8 +39,7 @@ def sweep(
     rows = sweeping.sweep_rows(outcomes)
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     table = sweeping.sweep_markdown(rows)
-    with write_aside(folder / "sweep.md") as aside:
-        aside.write_text(table + "\n", encoding="utf-8")
+    write_text(folder / "sweep.md", table + "\n")
     if figure and len(failed) < len(outcomes):
         draw_sweep(rows, sweeping.measure_of(outcomes), folder)
     if as_json:

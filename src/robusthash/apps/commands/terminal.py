@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -69,6 +69,7 @@ _PIPE = 120  # columns of a table where there is no terminal
 _PIPE_MOST = 1000  # of a line there: nothing is cut
 _WORD = 40  # letters that a column has room for
 _OF_MEASURE = re.compile(r"(\S+?)(?:: k clipped to | is undefined: )")  # notes of a protocol on one measure
+SHOWN = 10  # values of a list, such as files that were passed over, on a terminal
 _SECONDS = 5.0  # between two lines of progress where no bar can be drawn
 
 
@@ -158,6 +159,28 @@ def reply(as_json: bool, data: Any, lines: Iterable[object]) -> None:
         print_json(data)
     else:
         print_lines(lines)
+
+
+def print_result_rows(
+    title: str, heads: list[str], rows: list[list[Any]], results: Iterable[Mapping[str, Any]], markdown: bool
+) -> None:
+    """The table of several results: in Markdown on stdout, or on stderr with the notes of each below."""
+    from robusthash.apps.reports.cell_text import markdown_table
+
+    if markdown:
+        print_lines([markdown_table(heads, rows)])
+        return
+    print_table(title, heads, rows)
+    for text in (text for result in results for text in result["notes"]):
+        note(text)
+
+
+def note_some(title: str, values: Sequence[object], rest: str = "--json names all") -> None:
+    """A note for each of the first ten values, and one that counts the others and says where they are."""
+    for value in values[:SHOWN]:
+        note(f"{title}: {value}")
+    if len(values) > SHOWN:
+        note(f"{title}: and {len(values) - SHOWN} more; {rest}")
 
 
 def note(text: object) -> None:

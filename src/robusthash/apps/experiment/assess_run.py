@@ -1,24 +1,21 @@
-"""The stage behind ``robusthash assess``: a tier on a trained run, stored block by block."""
+"""A tier of attacks on a trained run, stored block by block, and its checks: the verbs assess and check."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from robusthash.apps.experiment.block_store import FolderStore
 from robusthash.apps.experiment.config import Component
 from robusthash.apps.experiment.evaluation_stages import context_of, described, named_attacks
-from robusthash.apps.experiment.model_stages import (
-    load_hasher,
-    load_victim,
-    read_data,
-    set_threads,
-)
-from robusthash.apps.experiment.run_directory import Run, write_json
-from robusthash.apps.experiment.threat_options import attack_under, threat_on_data
+from robusthash.apps.experiment.model_stages import load_hasher, load_victim, read_data, set_threads
+from robusthash.apps.experiment.run_directory import CHECKED, Run, write_json
+from robusthash.apps.experiment.threat_options import attack_under, threat_name, threat_on_data
 from robusthash.attacks.base import Attack
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.directory_lock import owned
@@ -31,8 +28,11 @@ from robusthash.data.base import RetrievalData
 from robusthash.evaluation.attack_spec import OwnAttack
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.evaluation.runner import BlockStore, NoStore, run_attacks
-from robusthash.metrics.results import EvalResult, save_results
+from robusthash.metrics.results import EvalResult, Flag, save_results
 from robusthash.objectives.base import HashObjective
+from robusthash.robustness.checks.base import CHECKS
+from robusthash.robustness.checks.behaviour_checks import require_usable
+from robusthash.robustness.checks.model_checks import model_checks
 from robusthash.robustness.specs.transfer_attacks import Surrogate, make_surrogate
 from robusthash.robustness.suite import Suite
 from robusthash.robustness.tiers import assess_tier, curve_attacks, prepare_tier
@@ -76,7 +76,7 @@ def assess(
     """
     if shard is not None and started_together():
         raise ValueError("torchrun divides the work among its processes by itself; leave --shard out")
-    attacks = [attack_under(attack, None, None, None) for attack in options.get("attacks", ())]  # or refused
+    attacks = [attack_under(attack) for attack in options.get("attacks", ())]  # or refused
     with ExitStack() as owning:
         if stored and shard is None:
             owning.enter_context(owned_together(run.path, "assessment"))
@@ -112,7 +112,7 @@ def assess(
 
 def _own_attacks(attacks: Sequence[Component], aim: Threat, objective: HashObjective) -> list[OwnAttack]:
     """The attacks of the user under the budget of the assessment."""
-    under = [attack_under(attack, aim.name, None, None) for attack in attacks]
+    under = [attack_under(attack, aim.name) for attack in attacks]
     specs = []
     for name, settings in named_attacks(under).items():
         attack: Attack = build("attack", settings, objective=objective)
@@ -148,3 +148,36 @@ def _folder(run: Run, suite: Suite, context: EvaluationContext) -> Path:
     (folder / "lines").mkdir(parents=True, exist_ok=True)
     write_json(folder / "lines" / f"{suite.digest()}.json", describe(specs))
     return folder
+
+
+def check_run(
+    run: Run,
+    progress: Progress = silent,
+    *,
+    threat: str | None = None,
+    queries: int = 128,
+    steps: int = 100,
+    direction: str | None = None,
+) -> tuple[Flag, ...]:
+    """Run all checks of the victim of a run, and write them to its ``checks.json``.
+
+    Args:
+        threat: budget by name; the usual one of the query modality by default.
+        queries: N of the run's, chosen by content.
+        direction: such as ``T2I``; the first of the run's by default.
+    """
+    victim = load_hasher(run)
+    data = read_data(run.config, progress)
+    few = data.query.batch(torch.arange(min(8, len(data.query)))).only(victim.modalities)
+    require_usable(victim, few.to(victim.device))
+    direction = direction or (run.config.evaluation.directions or (None,))[0]
+    context = context_of(run, victim, data, progress, direction)
+    name = threat or threat_name(modality=context.direction[0])
+    flags = model_checks(context, threat_on_data(name, data, "W2"), queries=queries, steps=steps)
+    write_json(run.path / CHECKED, plain_flags(flags))
+    return flags
+
+
+def plain_flags(flags: tuple[Flag, ...]) -> list[dict[str, Any]]:
+    """Flags as plain_flags data, with the titles of the values."""
+    return [{**asdict(flag), "title": CHECKS[flag.id].title} for flag in flags]

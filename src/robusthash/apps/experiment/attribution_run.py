@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from robusthash.analysis.band_attribution import BandAttribution, attribute_bands
-from robusthash.apps.experiment.evaluation_stages import context_of
-from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
+from robusthash.apps.experiment.evaluation_stages import loaded_context
 from robusthash.apps.experiment.run_directory import Run, reading
 from robusthash.apps.experiment.run_selection import labelled
 from robusthash.apps.experiment.stored_analyses import store_analysis
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_arrays
 from robusthash.core.limited_files import read_npz
 from robusthash.core.runtime import Progress, silent
 
@@ -45,9 +44,7 @@ def attribute_runs(
 def _attribute(
     run: Run, label: str, queries: int, progress: Progress, options: Mapping[str, Any]
 ) -> BandAttribution:
-    set_threads(run.config)
-    data = read_data(run.config, progress)
-    context = context_of(run, load_hasher(run), data, progress, "I2I", whole=True).some(queries)
+    context = loaded_context(run, progress, "I2I", queries)
     title = f"bands of {label}"
     bands = attribute_bands(context, **options, progress=lambda done, total: progress(done, total, title))
     share = {f"share at {order}": value for order, value in enumerate(bands.by_order()[0].tolist())}
@@ -63,8 +60,7 @@ def save_attributions(path: Path, attributions: Mapping[str, BandAttribution]) -
         for label, one in attributions.items()
         for name, value in one.arrays().items()
     }
-    with write_aside(path) as aside:
-        np.savez(aside, allow_pickle=False, **arrays)
+    write_arrays(path, **arrays)
 
 
 def load_attributions(path: Path) -> dict[str, BandAttribution]:

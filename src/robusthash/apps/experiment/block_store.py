@@ -6,11 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from robusthash.apps.experiment.run_files import reading
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_arrays
 from robusthash.core.identity import identity
 from robusthash.core.limited_files import read_npz
 from robusthash.evaluation.attack_block import AttackedBlock
@@ -56,8 +55,7 @@ class FolderStore:
         """Store a block."""
         path = self.path(spec, restart, block)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with write_aside(path) as aside:
-            np.savez(aside, allow_pickle=False, **attacked.arrays())
+        write_arrays(path, **attacked.arrays())
 
 
 class AttackFolder(FolderStore):

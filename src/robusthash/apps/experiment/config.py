@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,17 +23,18 @@ from pydantic import (
 )
 from torch import nn
 
-from robusthash.apps.experiment.config_errors import explained
 from robusthash.apps.experiment.config_values import (
     ConfigError,
     Seed,
     checked,
+    explained,
     fields_of,
     numbers,
     shortened,
     value_of,
 )
 from robusthash.attacks.base import Attack
+from robusthash.core.atomic_files import write_text
 from robusthash.core.limited_files import read_yaml
 from robusthash.core.plugins import PluginError, module_folders
 from robusthash.core.registry import build, check
@@ -51,6 +53,11 @@ def is_folder_name(name: str) -> bool:
 
 Component = dict[str, Any] | str
 """``name`` or ``{name: ..., options}`` of a registered kind."""
+
+
+def settings_of(component: Mapping[str, Any] | str) -> dict[str, Any]:
+    """A component with its name and options, also where a bare name is given."""
+    return {"name": component} if isinstance(component, str) else dict(component)
 
 
 def _of_kind(kind: str) -> BeforeValidator:
@@ -359,6 +366,12 @@ def make_config(raw: Mapping[str, Any], overrides: Sequence[str] = (), where: st
 def save_config(config: Config) -> str:
     """The resolved config as YAML text."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def write_packaged_recipe(path: Path, overrides: Sequence[str]) -> None:
+    """Write the packaged recipe of the name of ``path`` there, with overrides, its settings resolved."""
+    packaged = Path(str(files("robusthash.apps").joinpath("recipes", path.name)))
+    write_text(path, save_config(load_config(packaged, overrides)))
 
 
 def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from robusthash.analysis.model_cost import Latency, Size, Work, single_query, si
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.run_selection import labelled
 from robusthash.apps.experiment.stored_analyses import store_analysis
-from robusthash.apps.reports.cell_text import markdown_cell
+from robusthash.apps.reports.cell_text import markdown_table
 from robusthash.core.hamming import pack, sign
 from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Draws
@@ -101,16 +101,14 @@ def _query_of(hasher: Hasher, run: Run) -> Work:
 def cost_markdown(reference: str, rows: Sequence[CostRow]) -> str:
     """A Markdown table."""
     first = rows[0].latency
-    lines = [
+    title = (
         f"One query: image to ten nearest, median of {first.runs} by wall clock, {first.threads} thread(s); "
-        f"ratio to {reference}, timed in turn. FLOPs are twice the MACs.",
-        "",
-        f"| {' | '.join(_COLUMNS)} |",
-        "|" + " --- |" * len(_COLUMNS),
-    ]
+        f"ratio to {reference}, timed in turn. FLOPs are twice the MACs."
+    )
+    cells = []
     for row in rows:
-        size = f"{row.size.parameters / 1e6:.3f} | {row.size.macs / 1e6:.2f}"
-        time = f"{row.latency.median:.2f} | {row.latency.p95:.2f} | {row.latency.ratio:.2f}"
-        name, effort = markdown_cell(row.name), f"{row.minutes_per_epoch:.2f} | {row.attack_steps}"
-        lines.append(f"| {name} | {size} | {time} | {effort} |")
-    return "\n".join(lines)
+        time = row.latency
+        numbers = (row.size.macs / 1e6, time.median, time.p95, time.ratio, row.minutes_per_epoch)
+        texts = [f"{number:.2f}" for number in numbers]
+        cells.append([row.name, row.size.parameters / 1e6, *texts, row.attack_steps])
+    return f"{title}\n\n{markdown_table(_COLUMNS, cells)}"

@@ -9,21 +9,20 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from robusthash.apps.experiment.config import load_config, save_config
+from robusthash.apps.experiment.config import load_config, write_packaged_recipe
 from robusthash.apps.experiment.evaluation_stages import attacked_queries, context_of, evaluate, named_attacks
 from robusthash.apps.experiment.model_stages import load_hasher, load_victim, read_data
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.apps.experiment.training_stages import train
 from robusthash.apps.reports.demo_page import BudgetCurve, DemoExample, DemoSearch, Hit, demo_page
 from robusthash.attacks.base import Attack
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_text
 from robusthash.core.hamming import pack
 from robusthash.core.limited_files import read_json
 from robusthash.core.registry import build
@@ -76,8 +75,7 @@ def run_demo(
     example = choose_example(runs, contexts, results)
     summary = summarise(runs, data, results, curves, example, _commands(out, seed, recipes, runs))
     summary["seconds"]["this call"] = round(time.perf_counter() - started, 1)
-    with write_aside(out / "report.html") as aside:
-        aside.write_text(demo_page(summary, results, curves, example), encoding="utf-8")
+    write_text(out / "report.html", demo_page(summary, results, curves, example))
     write_json(out / "summary.json", summary)
     return summary
 
@@ -89,9 +87,7 @@ def _write_recipes(out: Path, seed: int, sets: Sequence[str]) -> dict[str, Path]
     overrides = [f"runtime.seed={seed}", f"evaluation.seed={seed}", *sets]
     recipes = {model: folder / f"demo-{model}.yaml" for model in MODELS}
     for path in recipes.values():
-        packaged = Path(str(files("robusthash.apps").joinpath("recipes", path.name)))
-        with write_aside(path) as aside:
-            aside.write_text(save_config(load_config(packaged, overrides)))
+        write_packaged_recipe(path, overrides)
     return recipes
 
 

@@ -21,11 +21,16 @@ from torch import Tensor
 from robusthash.analysis.model_cost import size_of
 from robusthash.apps.experiment.config import Component, Config, EvaluationSection
 from robusthash.apps.experiment.config_parts import check_parts
-from robusthash.apps.experiment.dry_run_rows import DryRunRows
+from robusthash.apps.experiment.dry_run_parts import (
+    DryRunRows,
+    StepClock,
+    device_words,
+    peak_bytes,
+    weight_bytes,
+)
 from robusthash.apps.experiment.evaluation_stages import attacks_of, ends_of
 from robusthash.apps.experiment.model_stages import read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.apps.experiment.step_clock import StepClock, device_words, peak_bytes, weight_bytes
 from robusthash.apps.experiment.training_stages import (
     check_against_data,
     initial_hasher,
@@ -104,7 +109,6 @@ def dry_run(
     *,
     miniature: bool = False,
     batch: int | None = None,
-    steps: int | None = None,
     progress: Progress = silent,
 ) -> DryRun:
     """Build a recipe at its true net and image size, take one step of each part, and estimate the whole.
@@ -118,7 +122,6 @@ def dry_run(
         batch: items of a step of training, of a block of queries and of database; by default those of the
             recipe. A smaller batch is quicker, and takes less memory than the run will. Parts that need
             more items than that take the fewest that they can.
-        steps: of training; 1 on a CPU, 3 on a GPU, of which the first warms up and is not counted.
 
     Raises:
         FileNotFoundError: data that are not there.
@@ -132,7 +135,7 @@ def dry_run(
     with TemporaryDirectory(prefix="robusthash-") as folder:
         rows = DryRunRows.of(config, batch)
         data, whole = _data(config, rows, Path(folder) if miniature else None, notes, progress)
-        timings = _Timings(data, whole, rows, batch is not None, steps, notes, progress)
+        timings = _Timings(data, whole, rows, batch is not None, notes, progress)
         return timings.run(config, base)
 
 
@@ -163,7 +166,6 @@ class _Timings:
     whole: dict[str, int]
     rows: DryRunRows
     smaller: bool  # batches than the recipe's
-    steps: int | None
     notes: list[str]
     progress: Progress
     parts: list[Part] = field(default_factory=list)
@@ -215,7 +217,7 @@ class _Timings:
         objective: HashObjective = build("objective", config.training.objective)
         check_against_data(config, self.data, objective)
         recipe = make_recipe(config, initial_hasher(config, self.data, parent), objective)
-        count = self.steps or (3 if clock.device.type == "cuda" else 1)
+        count = 3 if clock.device.type == "cuda" else 1  # steps, of which the first warms a GPU up
         batch = min(self.rows.train, config.training.batch_size)
         epoch_size = count * batch
         share = recipe.epoch_items(epoch_size) / epoch_size  # an epoch may pass its items several times

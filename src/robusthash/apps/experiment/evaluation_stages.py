@@ -8,15 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from robusthash.apps.experiment.block_store import AttackFolder
-from robusthash.apps.experiment.config import ConfigError, EvaluationSection
-from robusthash.apps.experiment.model_stages import load_victim, read_data, set_threads
+from robusthash.apps.experiment.config import ConfigError, EvaluationSection, settings_of
+from robusthash.apps.experiment.model_stages import load_hasher, load_victim, read_data, set_threads
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.attacks.base import Attack
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_arrays
 from robusthash.core.hamming import pack
 from robusthash.core.identity import identity
 from robusthash.core.plugins import source_digests, sources
@@ -68,6 +67,16 @@ def context_of(
         batch_size=section.batch_size,
         progress=progress,
     )
+
+
+def loaded_context(
+    run: Run, progress: Progress, direction: str | None = None, queries: int | None = None
+) -> EvaluationContext:
+    """The context of a run with its hasher and data: all queries, or that number, chosen by content."""
+    set_threads(run.config)
+    hasher, data = load_hasher(run), read_data(run.config, progress)
+    context = context_of(run, hasher, data, progress, direction, whole=True)
+    return context if queries is None else context.some(queries)
 
 
 def evaluate(
@@ -232,7 +241,7 @@ def named_attacks(attacks: Sequence[Mapping[str, Any] | str]) -> dict[str, dict[
         number = 2
         while name in named:
             name, number = f"{name.partition(' #')[0]} #{number}", number + 1
-        named[name] = {"name": settings if isinstance(settings, str) else settings["name"], **options}
+        named[name] = {"name": settings_of(settings)["name"], **options}
     return named
 
 
@@ -299,19 +308,17 @@ def attack_to_file(
             arrays["labels"] = context.query_labels.to(torch.uint8).numpy()
             results.append(score_attack(context, attack, attacked))
         if rank() == 0:
-            with write_aside(out) as aside:
-                np.savez(aside, allow_pickle=False, **arrays)
+            write_arrays(out, **arrays)
     return described(results[0], name, run)
 
 
 def described(result: EvalResult, name: str, run: Run, relevance: str = "own") -> EvalResult:
     """The result under its name, with the fields of its setting that describe the model."""
     training, card = run.config.training, run.card()
-    objective = training.objective if isinstance(training.objective, str) else training.objective["name"]
     setting = replace(
         result.setting,
         model=f"{card['name']}/{card['id']}",
-        objective=objective,
+        objective=settings_of(training.objective)["name"],
         training_attack="" if training.attack is None else json.dumps(training.attack, sort_keys=True),
         digests={**result.setting.digests, "model": card["digest"]},
         relevance=relevance,

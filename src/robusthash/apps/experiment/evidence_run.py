@@ -13,9 +13,9 @@ import torch
 
 from robusthash.apps.experiment import assess_run as assessing
 from robusthash.apps.experiment import evaluation_stages, model_stages
-from robusthash.apps.experiment.config import load_config
-from robusthash.apps.experiment.registry_model import name_of_recipe, training_command
+from robusthash.apps.experiment.config import load_config, settings_of
 from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.run_selection import name_of_recipe, training_command
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import refuse_full
 from robusthash.core.directory_lock import owned
@@ -135,7 +135,7 @@ def verify_entry(entry: RegistryEntry, run: Run, progress: Progress = silent) ->
     if claimed.tier == "recipe":
         return records.verify(entry, _evaluated_again(run, progress))
     result = assessing.assess(run, claimed.tier, claimed.threat, claimed.queries, progress, stored=False)
-    assert result is not None  # no shard was asked for
+    assert result is not None  # no shard was requested
     clean = replace(result, values={result.setting.headline: result["clean"]})
     return records.verify(entry, {"clean": clean, "worst": result})
 
@@ -183,12 +183,13 @@ def entry_of(run: Run, recipe: str, overrides: Sequence[str] = (), suite: str | 
     config, card, training, setting = run.config, run.card(), run.config.training, own.setting
     best, low = lowered(own, accepted(run)), setting.key.name("worst")
     red = {flag.id for flag in (*best.flags, *run.checked()) if flag.level == "red"}
+    parts = training.objective, training.outer or "no defense"
     attack = training.attack and build(
         "attack", training.attack, objective=build("objective", training.objective)
     )
     return RegistryEntry(
         id=f"{config.name}-seed{config.runtime.seed}",
-        title=f"{card['bits']} bits, {_name(training.objective)}, {_name(training.outer or 'no defense')}",
+        title=f"{card['bits']} bits, {', '.join(settings_of(part)['name'] for part in parts)}",
         source=source,
         data=setting.data.name,
         input_size=tuple(card["image_size"]),
@@ -241,7 +242,3 @@ def _restrictions(run: Run) -> Restrictions:
         no_inner_optimisation=not behaviour.inner_gradients,
         static_database=True,  # no victim of this package encodes its database again for a query
     )
-
-
-def _name(component: Mapping[str, Any] | str) -> str:
-    return component if isinstance(component, str) else str(component["name"])

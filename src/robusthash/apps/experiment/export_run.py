@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from robusthash.apps.experiment.config import settings_of
 from robusthash.apps.experiment.run_directory import RunError, load_run
 from robusthash.apps.experiment.search_model import SearchModel, load
 from robusthash.core.atomic_files import write_aside
@@ -202,7 +203,7 @@ def compared(hasher: Hasher, modality: str, inputs: Tensor, written: WrittenMode
     """Numbers of equal codes and bits of a hasher and of the file, which computes batches of several sizes.
 
     Raises:
-        ValueError: so many bits differ that the file is of another model, or codes that are not its logits'.
+        ValueError: more than 1 % of the bits differ, as of another model, or codes that are not its logits'.
     """
     ours = encode_signs(hasher, modality, _as_floats(inputs), _BATCH)
     answers = [written.run(part) for part in inputs.split(_BATCH)]
@@ -256,10 +257,8 @@ def about_of(source: str | Path, licence: str = "unknown") -> HubCard:
         copies = None if names is None else read_json(folder / names.card).get("finds_copies")
         return HubCard(name=folder.resolve().name, licence=licence, finds_copies=copies)
     run = load_run(folder)
-    data = run.config.data if isinstance(run.config.data, dict) else {"name": run.config.data}
-    training = run.config.training
-    recipe = training.recipe if isinstance(training.recipe, str) else training.recipe["name"]
-    objective = training.objective if isinstance(training.objective, str) else training.objective["name"]
+    parts = run.config.data, run.config.training.objective, run.config.training.recipe
+    data, objective, recipe = (settings_of(part)["name"] for part in parts)
     try:
         results = list(run.results().values())
     except RunError:  # not evaluated, or results of other weights, which say nothing of these
@@ -267,7 +266,7 @@ def about_of(source: str | Path, licence: str = "unknown") -> HubCard:
     return HubCard(
         name=run.config.name,
         licence=licence,
-        data=str(data["name"]),
+        data=data,
         method=f"objective {objective}, recipe {recipe}",
         scores=tuple(_score(result) for result in results if _is_headline(result)),
         finds_copies=trained_for_copies(run.config.data),

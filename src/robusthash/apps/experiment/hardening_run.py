@@ -1,8 +1,8 @@
-"""The service's parts against attacked queries, measured for a run: a JSON file, filled row by row."""
+"""The service's parts against attacked queries, measured for a run: a JSON file and its tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robusthash.apps.experiment.evaluation_stages import context_of
-from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
+from robusthash.apps.experiment.evaluation_stages import loaded_context
 from robusthash.apps.experiment.oracle_run import oracle_table
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.threat_options import threat_on_data
+from robusthash.apps.reports.cell_text import markdown_table
 from robusthash.attacks import guided_apgd, hag, mainstay
 from robusthash.attacks.aach import aach
 from robusthash.attacks.base import Attack
 from robusthash.attacks.eqb2a import eqb2a
 from robusthash.attacks.query_search import NES, Square
-from robusthash.core.atomic_files import json_text, write_aside
+from robusthash.core.atomic_files import json_text, write_text
 from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.data.copies import CHANGES, images_below
@@ -90,8 +90,7 @@ class _HardeningFile:
         self._write()
 
     def _write(self) -> None:
-        with write_aside(self.path) as aside:
-            aside.write_text(json_text(self.content))
+        write_text(self.path, json_text(self.content))
 
 
 def measure_hardening(
@@ -137,9 +136,7 @@ def measure_hardening(
         file.finish("answers", {**content.get("answers", {}), table["search"]: table}, queries)
     if set(parts) == {"answers"}:
         return content
-    set_threads(run.config)
-    data = read_data(run.config, progress)
-    context = context_of(run, load_hasher(run), data, progress, whole=True).some(queries)
+    context = loaded_context(run, progress, queries=queries)
     model = run.card()["digest"]
     measures: dict[str, tuple[list[Any], Callable[[Row], Any]]] = {
         "learned": ([list(budgets)], lambda row: _learned(context, budgets, row, progress)),
@@ -296,3 +293,96 @@ def _attacked(context: EvaluationContext, spec: GradientAttack, passes: int, pro
         blocks = [spec.run(context, block, 0).inputs for block in range(context.blocks)]
     origins = [context.batch(block).inputs["image"].cpu() for block in range(context.blocks)]
     return torch.cat([in_8bit(*pair) for pair in zip(origins, blocks, strict=True)])
+
+
+def hardening_tables(content: dict[str, Any], parts: Collection[str]) -> str:
+    """The tables of these parts, where a file has them.
+
+    Raises:
+        ValueError: content of another shape, or an unknown part.
+    """
+    if unknown := set(parts) - set(_TABLES):
+        raise ValueError(f"parts are {', '.join(_TABLES)}, not {', '.join(sorted(unknown))}")
+    try:
+        subject = f"{content['run']}, {content['threat']}"
+        return "\n\n".join(
+            text
+            for part, tables_of in _TABLES.items()
+            if part in content and part in parts
+            for text in (f"{subject}, {content['queries'][part]} queries", *tables_of(content[part]))
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"this is no file of 'robusthash hardening': {error!r}") from None
+
+
+def _whole(number: float | None) -> str:
+    return "never" if number is None else f"{number:.0f}"
+
+
+def _answers_table(part: dict[str, Any]) -> list[str]:
+    rows, budgets = [], []
+    for search, table in part.items():
+        budgets = [f"after {budget:,}" for budget in table["budgets"]]
+        for shows, curve in table["shows"].items():
+            rows.append([search, shows, table["clean"], *curve["wMAP"]])
+    return [markdown_table(["search", "what answers show", "wMAP clean", *budgets], rows)]
+
+
+def _learned_table(part: list[dict[str, Any]]) -> list[str]:
+    rows = [[one["attack"], one["shows"], f"{one['in all']:,}", one["wMAP"]] for one in part]
+    return [markdown_table(["attack", "what answers show", "oracle queries in all", "wMAP attacked"], rows)]
+
+
+def _detection_tables(part: dict[str, Any]) -> list[str]:
+    marks = list(part["attackers"][0]["wMAP"])
+    head = ["search", "attacker", "attackers refused", "slowed at", "refused at", "answered of all"]
+    for mark in marks:
+        head += [f"wMAP after {int(mark):,}", "without detection"]
+    rows = []
+    for one in part["attackers"]:
+        row = [
+            one["search"],
+            one["evasion"],
+            one["refused"],
+            _whole(one["slowed at"]),
+            _whole(one["refused at"]),
+        ]
+        row.append(f"{one['answered']:.0f} of {one['budget']:,}")
+        for mark in marks:
+            row += [one["wMAP"][mark], one["wMAP without detection"][mark]]
+        rows.append(row)
+    traffic = [
+        [
+            one["kind"],
+            one["words"],
+            one["queries"],
+            f"{one['slowed'] / one['queries']:.2%}",
+            f"{one['refused'] / one['queries']:.2%}",
+        ]
+        for one in part["traffic"]
+    ]
+    return [
+        markdown_table(head, rows),
+        markdown_table(["ordinary traffic", "", "queries", "slowed", "refused"], traffic),
+    ]
+
+
+def _agreement_table(part: dict[str, Any]) -> list[str]:
+    head = ["queries", "wMAP"]
+    for bits in part["within"]:
+        head += [f"refused, {bits} bits", "wMAP of the rest"]
+    rows = []
+    for one in part["rows"]:
+        row = [one["queries"], one["wMAP"]]
+        for refused, rest in zip(one["refused"], one["wMAP of the rest"], strict=True):
+            row += [refused, rest]
+        rows.append(row)
+    return [markdown_table(head, rows)]
+
+
+_TABLES: dict[str, Callable[[Any], list[str]]] = {
+    "answers": _answers_table,
+    "learned": _learned_table,
+    "detection": _detection_tables,
+    "agreement": _agreement_table,
+}

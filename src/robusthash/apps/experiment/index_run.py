@@ -25,7 +25,7 @@ from robusthash.apps.experiment.index_items import (
 from robusthash.apps.experiment.model_stages import database_codes, read_data
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.search_model import SearchModel, is_located, load, located, run_of
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_arrays
 from robusthash.core.hamming import pack
 from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Codes
@@ -134,8 +134,8 @@ def build_index(
         count = index.count()
         if count and index.build_source() != made_of:
             raise ValueError(
-                f"{_place(index)} already holds {count} items of another build; add images to it with "
-                "'index add', or build in another directory"
+                f"{index.address.removeprefix('file:')} already holds {count} items of another build; add "
+                "images to it with 'index add', or build in another directory"
             )
         index.set_build_source(made_of)
         if adding.codes is not None:
@@ -224,16 +224,11 @@ def source_of_index(directory: str | Path, source: str | Path | None = None) -> 
             raise ValueError(f"{error}; it should tell the run of the index: {remedy}") from None
     if made_of is not None and not (isinstance(made_of, dict) and isinstance(made_of.get("run"), str)):
         raise ValueError(f"{place} does not tell which run made the codes of the index; {remedy}")
-    beside = "" if home is None else str(home.resolve().parent)  # of indexes that do not say it
-    builder = beside if made_of is None else made_of["run"]
+    parent = "" if home is None else str(home.resolve().parent)  # of indexes that do not say it
+    builder = parent if made_of is None else made_of["run"]
     if not is_located(builder):
         raise ValueError(f"{place} does not say which run made its codes, or it has moved; {remedy}")
     return str(builder)
-
-
-def _place(index: CodeIndex) -> str:
-    """The directory of an index, or its address on a server."""
-    return index.address.removeprefix("file:")
 
 
 def encode_images(
@@ -273,8 +268,7 @@ def save_codes(out: Path, bits: int, codes: Mapping[str, bytes]) -> None:
     """Write packed codes of images to an ``.npz``: ``codes``, ``bits``, ``ids``, ``paths``."""
     packed = np.array([list(code) for code in codes.values()], dtype=np.uint8)
     arrays = {"codes": packed, "bits": np.array(bits), "ids": np.arange(len(codes))}
-    with write_aside(out) as aside:
-        np.savez(aside, allow_pickle=False, **arrays, paths=np.array(list(codes)))
+    write_arrays(out, **arrays, paths=np.array(list(codes)))
 
 
 def _listing(images: Path) -> Listing:
@@ -314,7 +308,9 @@ def _add(
             "--on-duplicate update encodes those that have changed, skip keeps them"
         )
     model.check_encodes("image")
-    index.add(_no_codes(model), keys=[])  # refuses a model of other codes, also where nothing is new
+    index.add(
+        Codes.none(model.bits, model.origin), keys=[]
+    )  # refuses a model of other codes, also where nothing is new
     hasher, distinct = model.hasher.for_database(), DistinctCodes()
     counts = {"added": 0, "updated": 0, "unchanged": 0}
     for start in range(0, len(items), _AT_ONCE):
@@ -371,12 +367,6 @@ def _encode(hasher: Hasher, model: SearchModel, pixels: Tensor) -> Codes:
     """Codes of (N, 3, H, W) uint8 images, by the hasher of a model or its twin for the database."""
     signs = torch.cat([encode_signs(hasher, "image", as_input(part)) for part in pixels.split(_AT_ONCE)])
     return Codes(pack(signs), model.bits, torch.arange(len(pixels)), model.origin)
-
-
-def _no_codes(model: SearchModel) -> Codes:
-    """Codes of no image, which have a length and an origin."""
-    packed = torch.zeros(0, (model.bits + 7) // 8, dtype=torch.uint8)
-    return Codes(packed, model.bits, torch.arange(0), model.origin)
 
 
 def _described(data: RetrievalData, split: Split) -> tuple[list[dict[str, Any]] | None, list[str] | None]:

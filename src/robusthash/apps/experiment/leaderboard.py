@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robusthash.apps.experiment.certify_run import COLUMN, certified_intervals, certified_text
 from robusthash.apps.experiment.evidence_run import accepted, lowered
 from robusthash.apps.experiment.run_directory import Run, load_run
-from robusthash.apps.experiment.stored_certificates import COLUMN, certified_intervals, certified_text
 from robusthash.apps.experiment.tables import Cell, cell_of, require_distinct_seeds
 from robusthash.apps.reports import pages
 from robusthash.apps.reports.cell_text import markdown_cell

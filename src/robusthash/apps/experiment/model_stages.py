@@ -9,7 +9,7 @@ import torch
 
 from robusthash.apps.experiment.config import Config
 from robusthash.apps.experiment.run_directory import Run
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_arrays
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, choose_device, silent
 from robusthash.core.types import Codes
@@ -68,8 +68,7 @@ def encode(run: Run, progress: Progress = silent) -> dict[str, Path]:
             arrays = {"codes": codes.packed.numpy(), "bits": np.array(codes.bits), "ids": codes.ids.numpy()}
             if split.labels is not None:
                 arrays["labels"] = split.labels.to(torch.uint8).numpy()
-            with write_aside(path) as aside:
-                np.savez(aside, allow_pickle=False, **arrays)
+            write_arrays(path, **arrays)
             written[f"{name}.{modality}"] = path
     return written
 

@@ -11,21 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from robusthash.apps.experiment.block_store import FolderStore
-from robusthash.apps.experiment.evaluation_stages import context_of
-from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
+from robusthash.apps.experiment.evaluation_stages import loaded_context
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.threat_options import threat_on_data
 from robusthash.core.registry import build
 from robusthash.core.runtime import Progress, digest, silent
 from robusthash.evaluation.context import EvaluationContext
 from robusthash.metrics.statistics import intervals
-from robusthash.robustness.specs.oracle_attacks import (
-    Judge,
-    OracleAttack,
-    OracleCurve,
-    Shows,
-    oracle_curve,
-)
+from robusthash.robustness.specs.oracle_attacks import Judge, OracleAttack, OracleCurve, Shows, oracle_curve
 
 JUDGES: dict[Shows, Judge] = {"codes": "ap", "distances": "ap", "coarse": "ap", "ids": "rank"}
 """The most that can be made of what is shown."""
@@ -105,10 +98,8 @@ def oracle_table(
         ValueError: budgets that do not rise, a search that cannot do the threat, a threat on another modality
             than that of the queries, a randomised victim.
     """
-    set_threads(run.config)
-    data = read_data(run.config, progress)
-    context = context_of(run, load_hasher(run), data, progress, direction, whole=True).some(queries)
-    aim = threat_on_data(threat, data, "B2")
+    context = loaded_context(run, progress, direction, queries)
+    aim = threat_on_data(threat, context.data, "B2")
     name = search or ("greedy-words" if aim.edits else "square")
     built = build("question-search", name)
     store = FolderStore(run.path / "questions" / _identity(run, context, budgets))

@@ -31,7 +31,7 @@ from robusthash.apps.experiment.config import Config, ConfigError, load_config, 
 from robusthash.apps.experiment.run_directory import load_run, write_json
 from robusthash.apps.experiment.run_files import reading
 from robusthash.apps.experiment.tables import Cell, cell_of
-from robusthash.apps.reports.cell_text import markdown_cell
+from robusthash.apps.reports.cell_text import markdown_table
 from robusthash.core.directory_lock import owned
 from robusthash.core.limited_files import read_json
 from robusthash.core.out_of_memory import REMEDY, out_of_memory
@@ -348,11 +348,11 @@ def sweep_rows(outcomes: Sequence[Outcome]) -> list[SweepRow]:
     return rows
 
 
-def measure_of(outcomes: Sequence[Outcome], result: str = "clean") -> str:
+def measure_of(outcomes: Sequence[Outcome]) -> str:
     """Name of the measure of a sweep's values, for its figure."""
     for outcome in outcomes:
         if outcome.state == "done":
-            return headline_of(outcome.results()[result])
+            return headline_of(outcome.results()["clean"])
     raise ConfigError("no point of this sweep is done")
 
 
@@ -360,10 +360,8 @@ def sweep_markdown(rows: Sequence[SweepRow]) -> str:
     """A Markdown table: settings, results, seeds."""
     paths = list(rows[0].values)
     columns = list(dict.fromkeys(name for row in rows for name in row.cells))
-    head = [*paths, *columns, "seeds", "failed"]
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    lines = []
     for row in rows:
-        cells = [row.cells[name].text() if name in row.cells else "-" for name in columns]
-        line = [*map(markdown_cell, row.values.values()), *cells, str(len(row.seeds)), str(row.failed)]
-        lines.append(f"| {' | '.join(line)} |")
-    return "\n".join(lines)
+        cells = [row.cells[name].text() if name in row.cells else None for name in columns]
+        lines.append([*row.values.values(), *cells, len(row.seeds), row.failed])
+    return markdown_table([*paths, *columns, "seeds", "failed"], lines)

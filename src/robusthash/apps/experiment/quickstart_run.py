@@ -5,20 +5,20 @@ It runs the same stages as recipes do, in ``OUT/runs``, so a stopped quickstart 
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
-from robusthash.apps.experiment.config import load_config, save_config
-from robusthash.apps.experiment.copy_table import copy_table
+from robusthash.apps.experiment.config import load_config, write_packaged_recipe
 from robusthash.apps.experiment.index_run import build_index, search_image
 from robusthash.apps.experiment.run_directory import Run, write_json
+from robusthash.apps.experiment.table_text import copy_table
 from robusthash.apps.experiment.training_stages import run_all
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.runtime import Progress, silent, yield_when_busy
@@ -171,21 +171,13 @@ def _write_recipes(out: Path, plan: Plan, seed: int, sets: Sequence[str]) -> lis
     folder = out / "recipes"
     folder.mkdir(parents=True, exist_ok=True)
     overrides = [f"runtime.seed={seed}", f"evaluation.seed={seed}"]
-    overrides += [f"data.{name}={_quoted(value)}" for name, value in plan.data.items()]
+    overrides += [f"data.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in plan.data.items()]
     paths = [folder / f"{plan.recipe}{ending}.yaml" for ending in ("", "-saat")]
     for path, share in zip(paths, (1, 0.5), strict=True):
-        packaged = Path(str(files("robusthash.apps").joinpath("recipes", path.name)))
         epochs = max(10, round(share * min(200, _SAMPLES // len(plan.images))))
         by_size = [f"training.epochs={epochs}"] if plan.recipe == "labels" else []
-        with write_aside(path) as aside:
-            config = load_config(packaged, [*overrides, *by_size, *sets])
-            aside.write_text(save_config(config), encoding="utf-8")
+        write_packaged_recipe(path, [*overrides, *by_size, *sets])
     return paths
-
-
-def _quoted(text: str) -> str:
-    """A text as a YAML scalar."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _example(out: Path, index: Path, plan: Plan, run: Run) -> dict[str, Any]:

@@ -5,44 +5,42 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from robusthash.apps.experiment.config import Config, save_config
-from robusthash.apps.experiment.model_card import in_place, other_weights, run_fault, sealed
+from robusthash.apps.experiment.config import Config, save_config, settings_of
 from robusthash.apps.experiment.run_files import (
     RunError,
     check_plugins,
     command_line,
     config_of,
     file_digest,
+    in_place,
     load_weights,
     opening,
+    other_weights,
     reading,
     record_plugins,
     remade,
+    run_fault,
     save_weights,
+    sealed,
     write_json,
 )  # fmt: skip
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_arrays, write_aside, write_text
 from robusthash.core.limited_files import check_archive, parse_json, read_json, read_npz
 from robusthash.core.registry import build
-from robusthash.core.runtime import digest
+from robusthash.core.runtime import Progress, digest, silent
 from robusthash.core.types import Codes
 from robusthash.metrics.results import EvalResult, Flag, load_results, software_versions, with_headlines
 from robusthash.models.hasher import Hasher, build_hasher
 from robusthash.models.saved_hasher import without_weights
 from robusthash.objectives.base import HashObjective
-
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, text)."""
-
 
 RESTART = "delete it to train again from the start"
 CHECKED = "checks.json"  # the flags of ``check``
@@ -57,7 +55,7 @@ class Run:
 
     path: Path
     config: Config
-    on_progress: Progress = field(default=lambda done, total, text: None, compare=False)
+    on_progress: Progress = field(default=silent, compare=False)
 
     @property
     def id(self) -> str:
@@ -67,8 +65,7 @@ class Run:
     def recipe(self) -> str:
         """Identity of the recipe, the same for every training seed and wherever the data lies."""
         plain = self.config.model_dump()
-        data = plain["data"] if isinstance(plain["data"], dict) else {"name": plain["data"]}
-        plain["data"] = {key: value for key, value in data.items() if key != "root"}
+        plain["data"] = {key: value for key, value in settings_of(plain["data"]).items() if key != "root"}
         plain["runtime"]["seed"] = 0
         return f"{self.config.name} {Config.model_validate(plain).model_id()}"
 
@@ -219,8 +216,7 @@ class Run:
 
     def save_database(self, codes: Codes) -> None:
         """Store the database codes that the method itself learned."""
-        with write_aside(self._database_file) as temporary:
-            np.savez(temporary, allow_pickle=False, codes=codes.packed.cpu().numpy(), bits=codes.bits)
+        write_arrays(self._database_file, codes=codes.packed.cpu().numpy(), bits=codes.bits)
 
     def learned_database(self) -> Codes | None:
         """The database codes that the method learned, in the order of the database split, or None."""
@@ -344,7 +340,7 @@ def open_run(
     config: Config,
     root: Path,
     ancestor: str = "",
-    progress: Progress | None = None,
+    progress: Progress = silent,
     origin: Mapping[str, Path] | None = None,
 ) -> Run:
     """The run directory of ``config`` under ``root``, created if it is new.
@@ -358,7 +354,7 @@ def open_run(
         RunError: the directory belongs to another config, or holds results alone.
     """
     path = run_folder(config, root, ancestor)
-    run, held = Run(path, config, progress or Run.on_progress), None
+    run, held = Run(path, config, progress), None
     if (path / "config.yaml").is_file():
         with suppress(RunError):  # damaged; the name of the directory says that this is its config
             held = config_of(path).model_id(ancestor)
@@ -379,8 +375,7 @@ def open_run(
 
 def accept(run: Run) -> None:
     """Write the config of a run, now that its results are those of this config."""
-    with write_aside(run.path / "config.yaml") as temporary:
-        temporary.write_text(save_config(run.config), encoding="utf-8")
+    write_text(run.path / "config.yaml", save_config(run.config))
     record_plugins(run.path, run.config)
 
 

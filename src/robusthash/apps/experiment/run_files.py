@@ -1,8 +1,9 @@
-"""Files of a run: damage named with its remedy, and weights in files that run no code when read."""
+"""Files of a run: damage named with its remedy, the model card, and weights that run no code when read."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,10 +15,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from robusthash.apps.experiment.config import Config, ConfigError, load_config
-from robusthash.core.atomic_files import json_text, write_aside
+from robusthash.apps.experiment.config import Config, ConfigError, is_folder_name, load_config
+from robusthash.core.atomic_files import json_text, write_aside, write_text
 from robusthash.core.limited_files import RunError, read_json, reading, regular
 from robusthash.core.plugins import PluginError, Sources, as_sources, changed, sources, without_new_code
+from robusthash.metrics.results import EvalResult
+from robusthash.models.saved_hasher import MODEL, is_count, model_fault
+from robusthash.models.saved_hasher import SEAL as SEAL
+from robusthash.models.saved_hasher import sealed as sealed
 
 PLUGINS = "plugins.json"  # source files of the code that a config names as module:name
 
@@ -37,8 +42,7 @@ def remade(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    with write_aside(path) as temporary:
-        temporary.write_text(json_text(value, path.name))
+    write_text(path, json_text(value, path.name))
 
 
 def config_of(path: Path) -> Config:
@@ -140,3 +144,49 @@ def load_weights(module: nn.Module, path: Path, remedy: str) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise RunError(f"weights {path} do not fit the model card: {reason}; {remedy}") from None
+
+
+def _is_duration(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+_RUN = {
+    "name": is_folder_name,
+    "id": is_folder_name,
+    **MODEL,
+    "declared": lambda value: isinstance(value, str),
+    "hasher": lambda value: isinstance(value, dict),
+    "epochs": lambda value: is_count(value, 0),
+    "last": lambda value: isinstance(value, dict),
+    "seconds": _is_duration,
+}
+
+
+def in_place(path: Path, config: Config) -> bool:
+    """The directory of a run is called as training calls it; a copy elsewhere may have any name."""
+    return path.resolve().parent.name == config.name
+
+
+def run_fault(card: Any, path: Path, config: Config, results_only: bool = False) -> str:
+    """The fault of the card of the run at ``path``, or of a copy of results, written aside."""
+    if fault := model_fault(card, _RUN):
+        return fault
+    if card["name"] != config.name:
+        return f"it is of {card['name']!r}, and the config of {config.name!r}"
+    if in_place(path, config) and not results_only and card["id"] != path.resolve().name:
+        return f"it is of the run {card['id']}, and the directory of {path.resolve().name}"
+    size = config.data.get("size") if isinstance(config.data, dict) else None
+    own = isinstance(config.data, dict) and ":" not in str(
+        config.data.get("name")
+    )  # the size of others may differ
+    if own and is_count(size) and len(card["image_size"]) == 2 and card["image_size"] != [size, size]:
+        return f"image_size is {card['image_size']}, and the config says {size} pixels a side"
+    return ""
+
+
+def other_weights(results: Mapping[str, EvalResult], card: Mapping[str, Any]) -> str:
+    """The first result that is of other weights than those of the card, in words; "" of none."""
+    for name, result in results.items():
+        if (weights := result.setting.digests.get("model", card["digest"])) != card["digest"]:
+            return f"the result {name!r} is of the weights {weights}, and the card says {card['digest']}"
+    return ""

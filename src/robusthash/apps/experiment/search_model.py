@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from robusthash.apps.experiment.model_stages import read_data
-from robusthash.apps.experiment.registry_model import entry_named, folder_of_entry, run_of_entry
 from robusthash.apps.experiment.run_directory import TEXTS, Run, RunError, load_run, reading
+from robusthash.apps.experiment.run_selection import entry_named, folder_of_entry, run_of_entry
 from robusthash.core.hamming import pack
 from robusthash.core.limited_files import read_json
 from robusthash.core.out_of_memory import halving, warn

@@ -1,26 +1,27 @@
-"""Tables of runs as text: Markdown, LaTeX, plain numbers, and the lines below a table."""
+"""Tables of runs as text: Markdown, LaTeX, plain numbers, the lines below; the table of copy detection."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from robusthash.apps.experiment.tables import TableRow
-from robusthash.apps.reports.cell_text import csv_cell, latex_cell, markdown_cell
+from robusthash.apps.reports.cell_text import csv_cell, latex_table, markdown_table
+from robusthash.data.copies import CHANGES, HELD_OUT, TRAINED
+from robusthash.metrics.measure_key import MeasureKey
+from robusthash.metrics.results import EvalResult
 
 
 def markdown(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
     """A Markdown table; ``results`` chooses and orders the columns, by default all that the first row has."""
-    table = [list(map(markdown_cell, cells)) for cells in text_table(rows, results)]
-    head, *lines = [f"| {' | '.join(cells)} |" for cells in table]
-    return "\n".join([head, "|" + " --- |" * len(table[0]), *lines])
+    head, *lines = text_table(rows, results)
+    return markdown_table(head, lines)
 
 
 def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
     """A LaTeX ``tabular`` with the rules of the package ``booktabs``."""
-    table = [list(map(latex_cell, cells)) for cells in text_table(rows, results)]
-    head, *lines = [f"{' & '.join(cells)} \\\\" for cells in table]
-    start = f"\\begin{{tabular}}{{{'l' * len(table[0])}}}"
-    return "\n".join([start, "\\toprule", head, "\\midrule", *lines, "\\bottomrule", "\\end{tabular}"])
+    head, *lines = text_table(rows, results)
+    return latex_table(head, lines)
 
 
 def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[str]]:
@@ -85,11 +86,56 @@ def captions(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> 
     if mixed:
         start = "Columns whose rows do not compare, since they were attacked differently"
         lines.append(f"{start}: {', '.join(mixed)}.")
-    lines += [f"{note}." for note in dict.fromkeys(_empty_lines(rows))]
+    empty = [f"{on}: {text}.".removeprefix(": ") for row in rows for on, text in row.empty.items()]
+    lines += dict.fromkeys(empty)
     if any(column not in {*row.cells, *row.not_run} for row in rows for column in columns):
         lines.append("-: not evaluated in every seed, or the seeds of the recipe were attacked differently.")
     return lines
 
 
-def _empty_lines(rows: Sequence[TableRow]) -> list[str]:
-    return [f"{on}: {text}".removeprefix(": ") for row in rows for on, text in row.empty.items()]
+WORDS = {change.name: change.words for change in CHANGES}
+"""What a change does, by its name in the table."""
+
+_CHANGES = (*WORDS, TRAINED, HELD_OUT)
+
+
+def copy_table(results: Mapping[str, EvalResult]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows: each change, then copies of all images, of those trained on and of the others.
+
+    The share found first (P@1), with its interval, and among the first ten (R@10); found first under each
+    untargeted attack; and the worst case over these, the mean of 1 / rank. No rows where the queries are not
+    in groups.
+
+    Args:
+        results: of one direction, by attack: ``clean``, each attack, ``worst``.
+    """
+    clean = results["clean"]
+    attacked = {
+        name: result
+        for name, result in results.items()
+        if name not in ("clean", "worst") and result.setting.key.name("targeted") not in result.values
+    }
+    if not clean.groups or "P@1" not in clean.values:
+        return [], []
+    columns = ["copies", "queries", "found first", "95 % interval", "in first 10"]
+    columns += [f"first under {name}" for name in attacked]
+    worst = results.get("worst")
+    columns += ["worst 1/rank"] if worst else []
+    rows: list[list[Any]] = []
+    for name in (*(name for name in _CHANGES if name in clean.groups), None):
+        scores = [_scores(result, name) for result in (clean, *attacked.values())]
+        values, interval = scores[0]
+        low, high = interval["P@1"]
+        queries = clean.groups[name].queries if name else len(clean.per_query[clean.setting.headline])
+        row: list[Any] = [name or "all", queries, values["P@1"], f"{low:.2f}..{high:.2f}"]
+        row += [values["R@10"], *(other["P@1"] for other, _ in scores[1:])]
+        if worst:
+            row.append(_scores(worst, name)[0][MeasureKey(worst.setting.headline).name("worst")])
+        rows.append(row)
+    return columns, rows
+
+
+def _scores(result: EvalResult, group: str | None) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Values and intervals of a group of queries, or of all."""
+    scores = result if group is None else result.groups[group]
+    return scores.values, scores.interval

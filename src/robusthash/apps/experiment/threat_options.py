@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from robusthash.apps.experiment.config import Component, value_of
+from robusthash.apps.experiment.config import Component, settings_of, value_of
 from robusthash.apps.experiment.model_stages import image_size
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.attacks import named_threat
@@ -87,7 +87,9 @@ def threat_on_data(name: str, data: RetrievalData, knowledge: Knowledge | None =
     return named_threat(name, knowledge, pixels=pixels, features=texts)
 
 
-def attack_under(attack: Component, threat: str | None, eps: str | None, norm: str | None) -> Component:
+def attack_under(
+    attack: Component, threat: str | None = None, eps: str | None = None, norm: str | None = None
+) -> Component:
     """Settings of an attack (a mapping, YAML or a name), under the budget of the options where one is given.
 
     Raises:
@@ -97,7 +99,7 @@ def attack_under(attack: Component, threat: str | None, eps: str | None, norm: s
     card, values = check("attack", settings)
     if threat is None and eps is None and norm is None:
         return settings
-    options: dict[str, Any] = {"name": settings if isinstance(settings, str) else settings["name"], **values}
+    options: dict[str, Any] = {"name": settings_of(settings)["name"], **values}
     name = threat_name(threat, eps, norm, options.get("modality", "image"))
     if doubled := [key for key in ("eps", "norm", "edits") if key in options]:
         raise ValueError(

@@ -7,13 +7,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from robusthash.apps.experiment.config import Config, ConfigError, load_config
+from robusthash.apps.experiment.config import Config, ConfigError, load_config, settings_of
 from robusthash.apps.experiment.config_parts import check_parts
 from robusthash.apps.experiment.evaluation_stages import check_evaluation, evaluate
 from robusthash.apps.experiment.model_stages import read_data, set_threads
@@ -191,7 +190,7 @@ def _train(run: Run, parent: Run | None, progress: Progress) -> None:
     check_against_data(config, data, objective)
     recipe = make_recipe(config, initial_hasher(config, data, parent), objective)
     try:
-        with tracked(run) if first else nullcontext(_Follower(run)) as lines:
+        with tracked(run) if first else nullcontext(_Follower(run.path, run.config)) as lines:
             log = fit(recipe, data, train_config(config), lines)
     except CheckpointError as error:
         raise RunError(f"checkpoint {run.checkpoint_file} {error}; {RESTART}") from None
@@ -203,14 +202,8 @@ def _train(run: Run, parent: Run | None, progress: Progress) -> None:
     wait_for_others()
 
 
-@dataclass(frozen=True)
-class _Follower:
-    """The log of a process that trains along and writes nothing."""
-
-    run: Run
-
-    def resume(self) -> dict[str, Any] | None:
-        return self.run.resume()
+class _Follower(Run):
+    """The run of a process that trains along and writes nothing."""
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Left to the first process."""
@@ -299,16 +292,7 @@ def initial_hasher(config: Config, data: RetrievalData, parent: Run | None) -> H
     """The hasher that training starts with: new, or the parent's with the purifiers of the config."""
     section, seed = config.hasher, config.runtime.seed
     if parent is None:
-        return build_hasher(
-            bits=section.bits,
-            image=section.image,
-            text=section.text,
-            head=section.head,
-            seed=seed,
-            vocabulary=data.vocabulary,
-            purifiers=section.purifiers,
-            sides=section.sides,
-        )
+        return build_hasher(**dict(section), seed=seed, vocabulary=data.vocabulary)
     hasher, parts = parent.load_hasher(), {"image", "text", "head"}
     if _new_heads(config):
         hasher, parts = with_new_heads(hasher, section.bits, section.head, seed), {"image", "text"}
@@ -319,7 +303,7 @@ def initial_hasher(config: Config, data: RetrievalData, parent: Run | None) -> H
         raise ConfigError(f"hasher has {modalities}, but {parent.path} encodes {list(hasher.modalities)}")
     for part in section.model_fields_set & parts:
         settings, trained = getattr(section, part), getattr(parent.config.hasher, part)
-        if settings is not None and _options(settings) != _options(trained):
+        if settings is not None and (trained is None or settings_of(settings) != settings_of(trained)):
             raise ConfigError(
                 f"hasher.{part} is {settings!r}, but {parent.path}, which training goes on from, was trained "
                 f"with {trained!r}; train that net first and give its run as training.init_from"
@@ -336,11 +320,6 @@ def _new_heads(config: Config) -> bool:
     return bool(getattr(check("recipe", config.training.recipe)[0].make, "new_heads", False))
 
 
-def _options(component: Any) -> dict[str, Any] | None:
-    """A component's settings in one form: a bare name is a name without options."""
-    return {"name": component} if isinstance(component, str) else component
-
-
 def make_recipe(config: Config, hasher: Hasher, objective: HashObjective) -> Recipe:
     """The recipe that the training section names."""
     training = config.training
@@ -351,19 +330,5 @@ def make_recipe(config: Config, hasher: Hasher, objective: HashObjective) -> Rec
 
 def train_config(config: Config) -> TrainConfig:
     """The loop's settings."""
-    training = config.training
-    return TrainConfig(
-        epochs=training.epochs,
-        batch_size=training.batch_size,
-        optim=training.optim,
-        schedule=training.schedule,
-        augment=training.augment,
-        clip=training.clip,
-        seed=config.runtime.seed,
-        device=config.runtime.device,
-        precision=training.precision,
-        batchnorm=training.batchnorm,
-        accumulate=training.accumulate,
-        checkpoint_minutes=config.runtime.checkpoint_minutes,
-        compile=config.runtime.compile,
-    )
+    own = {**dict(config.runtime), **dict(config.training)}
+    return TrainConfig(**{name: own[name] for name in TrainConfig.__dataclass_fields__})

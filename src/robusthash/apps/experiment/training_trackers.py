@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -96,30 +96,20 @@ def tracked(run: Run) -> Iterator[RunLog]:
         except Exception as error:  # a family of errors of its own
             raise ConfigError(f"runtime.loggers: {name} does not start: {error}") from error
     try:
-        yield _TrackedRun(run, trackers) if trackers else run
+        yield _TrackedRun(run.path, run.config, run.on_progress, trackers) if trackers else run
     finally:
         for tracker in trackers.values():
             tracker.close()
 
 
 @dataclass(frozen=True)
-class _TrackedRun:
-    """A ``RunLog`` whose lines trackers get too. One that fails is left out; training goes on."""
+class _TrackedRun(Run):
+    """A run whose lines trackers get too. One that fails is left out; training goes on."""
 
-    run: Run
-    trackers: dict[str, Tracker]
-
-    def resume(self) -> dict[str, Any] | None:
-        return self.run.resume()
-
-    def checkpoint(self, state: dict[str, Any]) -> None:
-        self.run.checkpoint(state)
-
-    def progress(self, done: int, total: int, text: str) -> None:
-        self.run.progress(done, total, text)
+    trackers: dict[str, Tracker] = field(default_factory=dict)
 
     def log(self, line: dict[str, Any]) -> None:
-        self.run.log(line)
+        super().log(line)
         values = scalars(line)
         for name, tracker in list(self.trackers.items()):
             try:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from robusthash.apps.experiment.search_model import SearchModel, load
-from robusthash.apps.image_hash.copy_hash import NAME, RADIUS
-from robusthash.apps.image_hash.proved_levels import withstand
+from robusthash.apps.image_hash.copy_hash import NAME, RADIUS, withstand
 from robusthash.core.limited_files import read_json, read_text
 from robusthash.core.runtime import Progress, packaged, silent
 from robusthash.data.base import as_input
@@ -201,7 +200,7 @@ def _radii(claims: Iterable[CopyClaim]) -> Iterator[tuple[str, bool, str]]:
 
 
 def _as_measured(entry: CopyEntry) -> EntryCheck:
-    """The claims beside the evidence, where its file is here."""
+    """The claims compared with the evidence, where its file is here."""
     name, path = "claims", Path(entry.evidence)
     if not path.is_file():
         return EntryCheck(name, "not checked", f"{path} is not here")
@@ -213,7 +212,7 @@ def _as_measured(entry: CopyEntry) -> EntryCheck:
 
 
 def _as_in_card(entry: CopyEntry, folder: Path, digest: str) -> EntryCheck:
-    """Licence, data and method beside the README.md of the model."""
+    """Licence, data and method compared with the README.md of the model."""
     name = "licence, data and method"
     if not (folder / "README.md").is_file():
         return EntryCheck(name, "not checked", f"{folder} has no README.md")

@@ -1,23 +1,29 @@
 """The packaged hash for copies: 64, 128 or 256 bits of an image, without labels or training by the user.
 
 Ours: thresholds of the principal components of a picture's block means, which a change that nobody sees
-moves little (``models/block_means.py``, ``scripts/make_copy_hash.py``). How well, and what is proved:
+moves little (``models/block_dct.py``, ``scripts/make_copy_hash.py``). How well, and what is proved:
 ``docs/methods/copy-hash.md``.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from robusthash.apps.experiment.search_model import SearchModel, load
+from robusthash.apps.image_hash.copy_weights import linear_layer
 from robusthash.core.hamming import pack
 from robusthash.data.base import as_input
 from robusthash.data.own_data import OneImage, one_image
+from robusthash.models.block_dct import COPY_WINDOW
 from robusthash.models.encoding import encode_signs
+from robusthash.models.hasher import Hasher
+from robusthash.robustness.certificates.linear_codes import most_flips
 
 NAME = "copy-hash"
 """Of the model: ``rh.load("copy-hash")``, and wherever a run is named."""
@@ -118,3 +124,41 @@ def check_radius(radius: int | None, bits: int) -> int:
 def copy_model() -> SearchModel:
     """The packaged model, on the CPU."""
     return load(NAME, "cpu")
+
+
+MOST = 16
+"""Largest level that is tried."""
+
+
+def proved_levels(pixels: Tensor, bits: int = 256, radius: int | None = None) -> list[int]:
+    """For each image the largest whole level of 255, 0 to 16: whatever changes no value of its square of 64 x
+    64 pixels by more leaves the hash within ``radius`` bits (by default that of the length), and not plain.
+
+    Args:
+        pixels: (N, 3, 64, 64) as files give them: uint8, or floats in [0, 1].
+
+    Raises:
+        ValueError: another size, number of bits or radius.
+    """
+    check_bits(bits)
+    radius, side = check_radius(radius, bits), copy_model().side
+    if pixels.shape[1:] != (3, side, side):
+        raise ValueError(f"pixels are (N, 3, {side}, {side}), got {tuple(pixels.shape)}")
+    levels = range(1, MOST + 1)
+    hasher, images = copy_model().hasher, as_input(pixels)
+    held = torch.stack([withstand(hasher, images, level / 255, bits, radius) for level in levels])
+    return held.cumprod(0).sum(0).tolist()
+
+
+def withstand(hasher: Hasher, images: Tensor, eps: float, bits: int, radius: int) -> Tensor:
+    """(N,) bool: no change within ``eps`` moves the hash out of the radius or makes the image plain.
+
+    The deviation of the 16 x 16 blocks is a norm, which a change within eps lowers by at most
+    eps sqrt(256 / 255).
+    """
+    with torch.inference_mode():
+        logits = hasher({"image": images})["image"].logits[:, :bits]
+        flips = most_flips(linear_layer(hasher).weight[:bits], logits, eps, COPY_WINDOW)
+    blocks = COPY_WINDOW.numel() // 3
+    visible = block_deviation(images) - eps * math.sqrt(blocks / (blocks - 1)) >= PLAIN
+    return (flips <= radius) & visible

@@ -18,8 +18,8 @@ from robusthash.apps.image_hash.copy_hash import (
     check_radius,
     copy_model,
     hashes,
+    proved_levels,
 )
-from robusthash.apps.image_hash.proved_levels import proved_levels
 from robusthash.core.runtime import Progress, silent
 from robusthash.data.image_files import ImageOptions, Skipped, iter_images, path_text, read_image
 from robusthash.data.image_listing import list_images
@@ -63,7 +63,9 @@ class HashedImages:
     paths: list[Path] = field(default_factory=list)
     hashes: list[ImageHash] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    proved: list[int] = field(default_factory=list)  # levels of ``proved_levels``, where they were asked for
+    proved: list[int] = field(
+        default_factory=list
+    )  # levels of ``proved_levels``, where proofs were requested
 
 
 def hash_files(

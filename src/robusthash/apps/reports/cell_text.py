@@ -1,14 +1,35 @@
-"""Values that may come from strangers' files, as cells of Markdown, LaTeX and CSV."""
+"""Tables of Markdown and LaTeX, and cells of CSV, of values that may come from strangers' files."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 _TEX = str.maketrans(
     {**{mark: f"\\{mark}" for mark in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
     | {"^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 )
 _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; floats with three digits, and "-" for None."""
+    lines = [f"| {' | '.join(markdown_cell(_text(cell)) for cell in row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
+
+
+def latex_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A LaTeX ``tabular`` with the rules of the package ``booktabs``."""
+    title, *lines = [f"{' & '.join(map(latex_cell, row))} \\\\" for row in (head, *rows)]
+    start = f"\\begin{{tabular}}{{{'l' * len(head)}}}"
+    return "\n".join([start, "\\toprule", title, "\\midrule", *lines, "\\bottomrule", "\\end{tabular}"])
+
+
+def _text(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.3f}"
+    return "-" if cell is None else str(cell)
 
 
 def markdown_cell(text: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from robusthash.apps.experiment.run_files import RunError
+from robusthash.apps.experiment.run_files import reading
 from robusthash.core.atomic_files import write_aside
 from robusthash.core.embeddings import Searched, nearest
 from robusthash.core.labels import relevant
@@ -145,7 +145,7 @@ def load_examples(folder: Path) -> dict[str, Any] | None:
     path = folder / EXAMPLES
     if not path.is_file():
         return None
-    try:
+    with reading(path, "delete it, or evaluate the run again"):
         arrays = read_npz(path, _ARRAYS)
         pictures = {name: torch.from_numpy(arrays[name]) for name in ("images", "attacked", "change")}
         searches = [
@@ -159,8 +159,6 @@ def load_examples(folder: Path) -> dict[str, Any] | None:
             for row in range(len(arrays["queries"]))
         ]
         return {"attack": str(arrays["attack"]), "gain": int(arrays["gain"]), "searches": searches}
-    except (ValueError, OSError, TypeError, IndexError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it, or evaluate the run again") from None
 
 
 def _hits(arrays: Mapping[str, np.ndarray], when: str, row: int) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from robusthash.apps.experiment.certify_run import certified_text
 from robusthash.apps.experiment.leaderboard import (
     Leaderboard,
     claim_text,
@@ -14,7 +15,6 @@ from robusthash.apps.experiment.leaderboard import (
     setting_pairs,
     source_text,
 )
-from robusthash.apps.experiment.stored_certificates import certified_text
 from robusthash.apps.reports.charts import (
     TONES,
     UNIT,

@@ -51,12 +51,12 @@ def png(image: Tensor) -> Png:
     return Png(source, pixels.shape[1], pixels.shape[0])
 
 
-def picture_of(file: Path | None, max_pixels: int, side: int = 160) -> Png | None:
+def picture_of(file: Path | None, max_pixels: int) -> Png | None:
     """The picture of a file, padded to a square; None where there is none that can be read."""
     from robusthash.data.image_files import read_image
 
     try:
-        return None if file is None else png(read_image(file, side, "pad", max_pixels))
+        return None if file is None else png(read_image(file, 160, "pad", max_pixels))
     except (OSError, ValueError):
         return None
 

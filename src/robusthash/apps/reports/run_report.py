@@ -9,14 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from robusthash.apps.experiment.copy_table import WORDS, copy_table
-from robusthash.apps.experiment.run_directory import Run, RunError
-from robusthash.apps.experiment.run_files import command_of
+from robusthash.apps.experiment.run_directory import Run
+from robusthash.apps.experiment.run_files import command_of, reading
+from robusthash.apps.experiment.table_text import WORDS, copy_table
 from robusthash.apps.reports.charts import (
     TONES,
     UNIT,
@@ -30,7 +29,7 @@ from robusthash.apps.reports.charts import (
 )
 from robusthash.apps.reports.example_searches import load_examples
 from robusthash.apps.reports.pages import WORST_CASE, notes, number, remark, render, stored_as
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_arrays, write_text
 from robusthash.core.limited_files import read_npz
 from robusthash.data.base import Split
 from robusthash.data.splits import stable_subset
@@ -56,49 +55,20 @@ def write_report(run: Run) -> Path:
     Raises:
         RunError: the run has not been trained or evaluated.
     """
-    quoted = shlex.quote(str(run.path))
-    commands = [command_of(run.path), f"robusthash evaluate {quoted}", f"robusthash report {quoted}"]
-    text = run_page(
-        run.card(),
-        run.evaluated(),
-        run.lines(),
-        commands,
-        load_branches(run.path),
-        list(run.assessed().values()),
-        run.checked(),
-        load_examples(run.path),
-        run.origin,
-        _folder(run.config.data),
-    )
-    with write_aside(run.path / "report.html") as aside:
-        aside.write_text(text, encoding="utf-8")
+    page = run_page(run, list(run.assessed().values()), run.checked())
+    write_text(run.path / "report.html", page)
     return run.path / "report.html"
 
 
-def run_page(
-    card: Mapping[str, Any],
-    results: Results,
-    log: Sequence[Mapping[str, Any]],
-    commands: Sequence[str],
-    branches: Mapping[str, Tensor] | None = None,
-    suites: Sequence[EvalResult] = (),
-    checked: Sequence[Flag] = (),
-    examples: Mapping[str, Any] | None = None,
-    origin: Mapping[str, str] | None = None,
-    folder: str = "",
-) -> str:
+def run_page(run: Run, suites: Sequence[EvalResult] = (), checked: Sequence[Flag] = ()) -> str:
     """The page of one run.
 
     Args:
-        card: the model card.
-        log: one line per epoch of training.
-        branches: rows of images, see ``load_branches``.
         suites: results of suites of attacks.
         checked: flags that ``check`` raised on the model.
-        examples: queries before and after an attack, see ``load_examples``.
-        origin: paths of the runs that it started from, ``parent`` and ``resumed_from``.
-        folder: name of the user's own folder of images, where the data are that.
     """
+    card, results, quoted = run.card(), run.evaluated(), shlex.quote(str(run.path))
+    folder = _folder(run.config.data)
     groups = by_direction(results)
     clean = next(iter(groups.values()))["clean"]
     return render(
@@ -108,16 +78,17 @@ def run_page(
         groups=[{**group_data(group), "context": context} for context, group in groups.items()],
         unreliable=unreliable_names(suites, checked),
         suites=sorted(map(suite_data, suites), key=lambda suite: suite["published"]),
-        branches=branches,
-        examples=examples,
-        origin={_ORIGIN.get(name, name): path for name, path in (origin or {}).items()},
+        branches=load_branches(run.path),
+        examples=load_examples(run.path),
+        origin={_ORIGIN.get(name, name): path for name, path in run.origin.items()},
         card=card,
-        training=training_chart(log),
-        commands=commands,
+        training=training_chart(run.lines()),
+        commands=[command_of(run.path), f"robusthash evaluate {quoted}", f"robusthash report {quoted}"],
     )
 
 
 def _folder(data: Mapping[str, Any] | str) -> str:
+    """The name of the user's own folder of images, where the data are that."""
     if isinstance(data, str) or data["name"] not in ("copies", "folder"):
         return ""
     return Path(data.get("root") or "").name
@@ -364,8 +335,7 @@ def save_branches(folder: Path, victim: Hasher, queries: Split) -> None:
         robust, fragile = (_heat(view, images.shape[-2:]) for view in purifier.views(images))
         samples = purifier.regenerate(images).sample
     arrays = {"images": images, "samples": samples, "robust": robust, "fragile": fragile}
-    with write_aside(folder / BRANCHES) as aside:
-        np.savez(aside, allow_pickle=False, **{name: value.cpu().numpy() for name, value in arrays.items()})
+    write_arrays(folder / BRANCHES, **{name: value.cpu().numpy() for name, value in arrays.items()})
 
 
 def _heat(view: Tensor, size: torch.Size) -> Tensor:
@@ -384,11 +354,9 @@ def load_branches(folder: Path) -> dict[str, Tensor] | None:
     if not path.is_file():
         return None
     names = ("images", "samples", "robust", "fragile")
-    try:
+    with reading(path, "evaluate the run again"):
         arrays = read_npz(path, names)
         images, samples, robust, fragile = (torch.from_numpy(arrays[name]) for name in names)
-    except (ValueError, OSError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); evaluate the run again") from None
     heat = {"robust branch": _overlaid(images, robust), "fragile branch": _overlaid(images, fragile)}
     return {"query": images, "regenerated": samples, **heat}
 

@@ -12,10 +12,11 @@ from importlib.resources import files
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from robusthash.apps.experiment.config import Section
+from robusthash.apps.experiment.config_values import validated
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.stored_analyses import Analysis
 from robusthash.apps.experiment.tables import Cell, Column, parse_column
@@ -145,7 +146,7 @@ class Judged:
         """As JSON takes it."""
         findings = [{**asdict(finding), "text": finding.text()} for finding in self.findings]
         claim = self.claim
-        named = {"id": claim.id, "paper": claim.paper, "statement": claim.statement, "printed": claim.printed}
+        named = claim.model_dump(include={"id", "paper", "statement", "printed"})
         more = {"tier": claim.tier, "command": self.command, "reason": self.reason}
         return {**named, "verdict": self.verdict, "findings": findings, **more}
 
@@ -154,11 +155,7 @@ class Judged:
 def all_claims() -> list[Claim]:
     """The claims in order. Raises ValueError for a file that says something else."""
     file = files("robusthash.apps.reproduction") / "claims.yaml"
-    try:
-        return [Claim.model_validate(each) for each in parse_yaml(file.read_text("utf-8"), file.name)]
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{file.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return [validated(Claim, each, file.name) for each in parse_yaml(file.read_text("utf-8"), file.name)]
 
 
 def judge_all(folders: Folders) -> list[Judged]:

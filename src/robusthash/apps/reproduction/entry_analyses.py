@@ -11,9 +11,9 @@ from torch import Tensor
 
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.stored_analyses import has_analysis
-from robusthash.apps.reports.cell_text import markdown_cell
+from robusthash.apps.reports.cell_text import markdown_table
 from robusthash.apps.reproduction.entry_runs import EntryPlan, Planned, Stored, distinct
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_text
 from robusthash.core.runtime import Progress
 
 ATTACK = {"name": "cgat", "steps": 10, "step_size": "2/255"}
@@ -61,14 +61,11 @@ def analysis_markdown(plan: EntryPlan, stored: Stored) -> str:
     names = [name for name in found if name in _SHOWN.get(str(kind), found)]
     if not names:
         return ""
-    lines = [
-        f"|  | {' | '.join(map(markdown_cell, names))} | seeds |",
-        "| --- |" + " --- |" * (len(names) + 1),
-    ]
+    lines = []
     for row, seeds in rows.items():
         cells = [_cell([values[name] for values in seeds if name in values]) for name in names]
-        lines.append(f"| {markdown_cell(row)} | {' | '.join(cells)} | {len(seeds)} |")
-    return "\n".join(lines)
+        lines.append([row, *cells, len(seeds)])
+    return markdown_table(["", *names, "seeds"], lines)
 
 
 def _cell(of_seeds: Sequence[Tensor]) -> str:
@@ -92,8 +89,7 @@ def draw_analysis(plan: EntryPlan, stored: Stored, out: Path) -> list[Path]:
         maps = {row: next(iter(load_attributions(f).values())) for row, f in files.items() if f.is_file()}
         return draw_bands(maps, out) if maps else []
     if plan.entry.analysis == "transfer" and first:
-        with write_aside(out / "transfer.json") as aside:
-            aside.write_text(json.dumps(_matrix(first, stored)), encoding="utf-8")
+        write_text(out / "transfer.json", json.dumps(_matrix(first, stored)))
         return draw_transfer_file(out / "transfer.json", out)
     return []
 

@@ -1,7 +1,8 @@
-"""Runs of an entry: the config of every row and seed, and which of them have their results already."""
+"""Runs of an entry: the config of every row and seed, and which of them have results, or a model, already."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -11,13 +12,16 @@ from typing import Any
 from torch import Tensor
 
 import robusthash
-from robusthash.apps.experiment.config import Config, make_config, read_recipe
+from robusthash.apps.experiment.config import Config, make_config, read_recipe, settings_of
 from robusthash.apps.experiment.evaluation_stages import attacks_of, ends_of
-from robusthash.apps.experiment.run_directory import Run, RunError, load_run
+from robusthash.apps.experiment.run_directory import Run, RunError, accept, load_run, write_json
+from robusthash.apps.experiment.run_files import sealed
 from robusthash.apps.experiment.stored_analyses import Analysis, analysis_values, has_analysis
 from robusthash.apps.experiment.tables import Column, parse_column
 from robusthash.apps.reproduction.paper_entries import BlockSpec, PaperEntry, ScaleSpec
 from robusthash.attacks.base import Attack
+from robusthash.core.atomic_files import write_aside
+from robusthash.core.limited_files import read_json
 from robusthash.core.plugins import module_folders
 from robusthash.core.registry import build
 
@@ -54,9 +58,8 @@ class Recipes:
 
 def identity_of(config: Config) -> str:
     """Name and digest of all that makes the model, but seed, ancestor and the place of the data."""
-    data = {"name": config.data} if isinstance(config.data, str) else config.data
     runtime = config.runtime.model_copy(update={"seed": 0})
-    placeless = {key: value for key, value in data.items() if key not in _PLACES}
+    placeless = {key: value for key, value in settings_of(config.data).items() if key not in _PLACES}
     return f"{config.name} {config.model_copy(update={'data': placeless, 'runtime': runtime}).model_id()}"
 
 
@@ -123,8 +126,8 @@ def result_names(config: Config) -> list[str]:
     names = []
     for relevance in section.relevance:
         for direction in section.directions or (None,):
-            asked = (ends_of(direction) or (home,))[0]
-            fitting = [name for name, attack in attacks.items() if asked in attack.threat.balls]
+            modality = (ends_of(direction) or (home,))[0]
+            fitting = [name for name, attack in attacks.items() if modality in attack.threat.balls]
             scored_on = [direction or "", "" if relevance == "own" else f"by {relevance}"]
             all_names = ["clean", *fitting, *(["worst"] if fitting else [])]
             names += [" ".join(filter(None, [*scored_on, name])) for name in all_names]
@@ -301,3 +304,49 @@ def distinct(runs: Iterable[Planned]) -> list[Planned]:
     for run in runs:
         found.setdefault((identity_of(run.config), run.seed), run)
     return list(found.values())
+
+
+_WEIGHTS = ("hasher.safetensors", "objective.safetensors", "database.npz")
+_FACTS = ("data.json", "environment.json", "texts.json", "log.jsonl")
+
+
+def take_over_model(config: Config, runs: Path) -> Run | None:
+    """Copy the trained model of a config that lies in ``runs`` under another name, if one does.
+
+    The id of a run holds data, hasher, training, seed and ancestor, not the name: a copy under the id of the
+    other is the run that training would make. It has no results.
+    """
+    for folder in sorted(runs.glob("*/*")):
+        target = runs / config.name / folder.name
+        if not (folder / "model.json").is_file() or target.exists():
+            continue
+        try:
+            other = load_run(folder)
+            if other.results_only or not _same(config, other.config):
+                continue
+            other.check_weights()
+        except (RunError, ValueError):  # a damaged run: training makes another
+            continue
+        return _copied(other, Run(target, config))
+    return None
+
+
+def _same(config: Config, other: Config) -> bool:
+    """True for one model under two names, of the same data in the same place."""
+    named = other.model_copy(update={"name": config.name})
+    same_seed = config.runtime.seed == other.runtime.seed
+    return same_seed and config.data == other.data and identity_of(config) == identity_of(named)
+
+
+def _copied(other: Run, run: Run) -> Run:
+    """The model of ``other`` as a run of its own; the model card comes last, as in training."""
+    (run.path / "checkpoint").mkdir(parents=True)
+    files = [f"checkpoint/{name}" for name in _WEIGHTS] + list(_FACTS)
+    for name in files:
+        if (other.path / name).is_file():
+            with write_aside(run.path / name) as aside:
+                shutil.copyfile(other.path / name, aside)
+    accept(run)
+    card = {**read_json(other.path / "model.json"), "name": run.config.name}
+    write_json(run.path / "model.json", sealed(card))
+    return run

@@ -7,9 +7,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from robusthash.apps.experiment.config import Section
+from robusthash.apps.experiment.config_values import validated
 from robusthash.apps.experiment.stored_analyses import Analysis
 from robusthash.core.limited_files import parse_yaml
 from robusthash.core.registry import nearest
@@ -191,12 +192,7 @@ def papers() -> dict[str, Paper]:
 
 def read_paper(text: str, where: str) -> Paper:
     """A paper from the text of its file. Raises ValueError for what it does not say."""
-    try:
-        return Paper.model_validate(parse_yaml(text, where))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {place}: {first['msg']}") from None
+    return validated(Paper, parse_yaml(text, where), where)
 
 
 def paper(name: str) -> Paper:

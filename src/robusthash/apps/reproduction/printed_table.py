@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from robusthash.apps.experiment.tables import Cell, Column, Seed, cell_of, read_seeds
-from robusthash.apps.reports.cell_text import csv_cell, latex_cell, markdown_cell
+from robusthash.apps.reports.cell_text import csv_cell, latex_table, markdown_cell, markdown_table
 from robusthash.apps.reproduction.entry_runs import EntryPlan
 from robusthash.apps.reproduction.paper_entries import BlockSpec
 from robusthash.metrics.results import EvalResult, headline_of
@@ -121,10 +121,9 @@ def markdown_blocks(blocks: Sequence[TableBlock]) -> str:
     """A Markdown table a block, below its title."""
     texts = []
     for block in blocks:
-        head, *lines = [list(map(markdown_cell, cells)) for cells in _texts(block)]
-        rows = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-        rows += [f"| {' | '.join(cells)} |" for cells in lines]
-        texts.append("\n".join([f"**{markdown_cell(block.title)}**{_below(block)}", "", *rows]))
+        head, *lines = _texts(block)
+        title = f"**{markdown_cell(block.title)}**{_below(block)}"
+        texts.append(f"{title}\n\n{markdown_table(head, lines)}")
     return "\n\n".join(texts)
 
 
@@ -132,11 +131,9 @@ def latex_blocks(blocks: Sequence[TableBlock]) -> str:
     """A LaTeX ``tabular`` a block, with the rules of the package ``booktabs``."""
     texts = []
     for block in blocks:
-        head, *lines = [list(map(latex_cell, cells)) for cells in _texts(block)]
-        start = f"% {' '.join(block.title.split())}{_below(block)}\n\\begin{{tabular}}{{{'l' * len(head)}}}"
-        rows = [f"{' & '.join(cells)} \\\\" for cells in lines]
-        body = ["\\toprule", f"{' & '.join(head)} \\\\", "\\midrule", *rows, "\\bottomrule"]
-        texts.append("\n".join([start, *body, "\\end{tabular}"]))
+        head, *lines = _texts(block)
+        title = f"% {' '.join(block.title.split())}{_below(block)}"
+        texts.append(f"{title}\n{latex_table(head, lines)}")
     return "\n\n".join(texts)
 
 
@@ -162,8 +159,8 @@ def plain_cells(blocks: Sequence[TableBlock]) -> list[dict[str, str | float | in
                 named = dict(zip(("value", "low", "high"), numbers, strict=True))
                 where = {"data": block.title, "row": line.name, "column": column}
                 seeds = 0 if cell is None else cell.seeds
-                beside = {"printed": printed, "printed data": block.beside if printed is not None else ""}
-                cells.append({**where, **named, "seeds": seeds, **beside})
+                paper = {"printed": printed, "printed data": block.beside if printed is not None else ""}
+                cells.append({**where, **named, "seeds": seeds, **paper})
     return cells
 
 

@@ -1,4 +1,4 @@
-"""A table or figure of a paper: its missing runs are made, then table, printed values and drawings."""
+"""A table or figure of a paper: missing runs are made or tried, then table, printed values and drawings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from robusthash.apps.experiment.dry_run import DryRun, dry_run
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.training_stages import run_all
 from robusthash.apps.reproduction.entry_analyses import (
@@ -15,7 +16,14 @@ from robusthash.apps.reproduction.entry_analyses import (
     draw_analysis,
     seeds_to_analyse,
 )
-from robusthash.apps.reproduction.entry_runs import EntryPlan, Recipes, Stored, distinct, make_plan
+from robusthash.apps.reproduction.entry_runs import (
+    EntryPlan,
+    Recipes,
+    Stored,
+    distinct,
+    make_plan,
+    take_over_model,
+)
 from robusthash.apps.reproduction.paper_entries import SCALES, Paper, PaperEntry, Scale, paper, papers
 from robusthash.apps.reproduction.printed_table import (
     TableBlock,
@@ -25,7 +33,6 @@ from robusthash.apps.reproduction.printed_table import (
     markdown_blocks,
     plain_cells,
 )  # fmt: skip
-from robusthash.apps.reproduction.same_models import take_over_model
 from robusthash.core.out_of_memory import DoesNotFit
 from robusthash.core.runtime import Progress, silent
 
@@ -43,7 +50,7 @@ class Folders:
 
     @classmethod
     def of(cls, recipes: Path | None, runs: Path = Path("runs"), out: Path | None = None) -> Folders:
-        """Those of a clone: ``results`` lies beside ``recipes``."""
+        """Those of a clone: ``results`` lies next to ``recipes``."""
         found = Recipes(recipes)
         return cls(found, found.folder.parent / "results", runs, out)
 
@@ -180,7 +187,7 @@ def reproduce(
 ) -> Reproduction:
     """Reproduce a table or figure of a paper.
 
-    Runs with results in ``results`` beside the recipes, or in ``runs``, are not made again; a call that was
+    Runs with results in ``results`` next to the recipes, or in ``runs``, are not made again; a call that was
     killed goes on where it stopped, to the same table. A run that fails is named, and the others go on.
 
     Args:
@@ -270,3 +277,44 @@ def _draw_values(plan: EntryPlan, blocks: Sequence[TableBlock], out: Path) -> li
             rows.append(SweepRow(values, line.cells, tuple(range(line.seeds)), 0))
         drawn += draw_sweep(rows, ", ".join(block.columns), folder)
     return drawn
+
+
+@dataclass(frozen=True)
+class EntryTrial:
+    """Dry runs by row, and seconds of one seed of all rows and of the runs that are not stored."""
+
+    runs: dict[str, DryRun]
+    seed_seconds: float
+    seconds: float
+
+
+def try_entry(
+    plan: EntryPlan, *, miniature: bool = False, batch: int | None = None, progress: Progress = silent
+) -> EntryTrial:
+    """Build every model of an entry at its true size, and take one step of each part; nothing is written.
+
+    A model from which several rows start is trained once, and counts once.
+
+    Args:
+        miniature, batch: as of ``dry_run``.
+
+    Raises:
+        FileNotFoundError: data that are not there.
+    """
+    tried: dict[str, DryRun] = {}
+    trained: set[str] = set()
+    seed_seconds = seconds = 0.0
+    first = [run for run in distinct(plan.runs) if run.seed == plan.runs[0].seed]
+    for number, run in enumerate(first):
+        progress(number, len(first), "rows")
+        label = f"{run.block}: {run.row}" if len(plan.blocks) > 1 else run.row
+        tried[label] = dry_run(
+            run.config, run.recipe.parent, miniature=miniature, batch=batch, progress=progress
+        )
+        own = sum(part.whole for part in tried[label].parts if part.name not in trained)
+        trained |= {part.name for part in tried[label].parts if " of " in part.name}
+        rest = [each for each in plan.runs if (each.block, each.row) == (run.block, run.row)]
+        seed_seconds += own
+        seconds += own * sum(each.stored is None for each in rest)
+    progress(len(first), len(first), "rows")
+    return EntryTrial(tried, seed_seconds, seconds)

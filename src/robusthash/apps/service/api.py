@@ -22,7 +22,6 @@ from robusthash.apps.service.batching import Batcher
 from robusthash.apps.service.error_answers import answer_errors, log_index
 from robusthash.apps.service.guard import Guard, Metrics, Refused
 from robusthash.apps.service.idempotency import WriteRequest
-from robusthash.apps.service.query_guards import QueryGuards
 from robusthash.apps.service.request_fields import (
     ItemId,
     described_items,
@@ -34,7 +33,7 @@ from robusthash.apps.service.request_fields import (
 )
 from robusthash.apps.service.search_service import NoItem, SearchService, ServedItem
 from robusthash.apps.service.tokens import AcceptedTokens, Token
-from robusthash.apps.service.working_parts import Working
+from robusthash.apps.service.working_parts import QueryGuards, Working
 from robusthash.version import __version__
 
 Value = TypeVar("Value")
@@ -105,10 +104,12 @@ def create_app(
     return app
 
 
-def _working(request: Request) -> Working:
+async def _working(request: Request) -> Working:
     working: Working = request.app.state.working
     return working
 
+
+Parts = Annotated[Working, Depends(_working)]
 
 _K, _WHERE = "Number of results, 10 by default.", 'Filter as JSON, such as {"label": "cat"}.'
 _FIELDS = "Payload fields to return, by commas; all by default, none where empty."
@@ -117,6 +118,7 @@ _FIELDS = "Payload fields to return, by commas; all by default, none where empty
 @router.post("/search")
 async def search(
     request: Request,
+    working: Parts,
     image: Annotated[UploadFile | None, File(description="JPEG, PNG or WEBP.")] = None,
     text: Annotated[str | None, Form(max_length=10_000, description="Instead of an image.")] = None,
     k: Annotated[int | None, Form(ge=1, description=_K)] = None,
@@ -131,7 +133,6 @@ async def search(
     ``k``, ``where`` and ``fields`` may come in the form or in the URL. Of a model that finds copies, each
     result says whether it is a ``copy``, and ``plain`` is true of an image that tells too little for that.
     """
-    working = _working(request)
     service = working.service
     most = once("k", k, url_k)
     k = 10 if most is None else most
@@ -164,6 +165,7 @@ async def search(
 @router.post("/items", status_code=201)
 async def add_items(
     request: Request,
+    working: Parts,
     image: Annotated[list[UploadFile], File(description="One or several images.")],
     items: Annotated[
         str | None, Form(description='For each image {"key": ..., "payload": {...}}, as a JSON list.')
@@ -175,7 +177,6 @@ async def add_items(
     With an ``Idempotency-Key``, the same request sent twice is done once; another one of the same client
     under it is refused.
     """
-    working = _working(request)
     service = working.service
     if len(image) > service.settings.max_items:
         raise ValueError(f"at most {service.settings.max_items} images in a request, got {len(image)}")
@@ -216,14 +217,13 @@ async def _add(
 
 @router.delete("/items")
 async def remove_items(
-    request: Request,
+    working: Parts,
     ids: Annotated[list[ItemId] | None, Body()] = None,
     keys: Annotated[list[str] | None, Body()] = None,
 ) -> dict[str, int]:
     """Remove items by their ids or keys; those that are not held are ignored."""
     if (ids is None) == (keys is None):
         raise ValueError("give ids or keys: one of them")
-    working = _working(request)
     removed = await working.run(partial(working.service.remove, ids, keys))
     await _count(working)
     return {"removed": removed}
@@ -231,19 +231,15 @@ async def remove_items(
 
 @router.get("/items/{item}")
 async def get_item(
-    request: Request,
-    item: Annotated[ItemId, Path()],
-    fields: Annotated[str | None, Query()] = None,
+    working: Parts, item: Annotated[ItemId, Path()], fields: Annotated[str | None, Query()] = None
 ) -> dict[str, Any]:
     """An item's payload."""
-    working = _working(request)
     return await working.run(partial(working.service.item, item, names(fields)))
 
 
 @router.delete("/items/{item}")
-async def remove_item(request: Request, item: Annotated[ItemId, Path()]) -> dict[str, int]:
+async def remove_item(working: Parts, item: Annotated[ItemId, Path()]) -> dict[str, int]:
     """Remove an item."""
-    working = _working(request)
     if not (removed := await working.run(partial(working.service.remove, [item]))):
         raise NoItem(item)
     await _count(working)
@@ -251,20 +247,18 @@ async def remove_item(request: Request, item: Annotated[ItemId, Path()]) -> dict
 
 
 @router.get("/samples")
-async def samples(request: Request) -> dict[str, Any]:
+async def samples(working: Parts) -> dict[str, Any]:
     """Some indexed images to search with, where images are shown."""
-    working = _working(request)
     return {"items": await working.run(working.service.samples)}
 
 
 @router.get("/items/{item}/image", response_class=FileResponse)
-async def get_image(request: Request, item: Annotated[ItemId, Path()]) -> FileResponse:
+async def get_image(working: Parts, item: Annotated[ItemId, Path()]) -> FileResponse:
     """The image of an item, where it lies in the folder of images that the service shows.
 
     Its type is that of its content; a file that a browser does not show as an image is for download alone.
     """
-    service = _working(request).service
-    path, media_type = await _working(request).run(partial(service.typed_picture, item))
+    path, media_type = await working.run(partial(working.service.typed_picture, item))
     headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
     if media_type is None:
         headers["Content-Disposition"] = "attachment"
@@ -273,14 +267,13 @@ async def get_image(request: Request, item: Annotated[ItemId, Path()]) -> FileRe
 
 @router.post("/story")
 async def story(
-    request: Request,
+    working: Parts,
     image: Annotated[UploadFile | None, File()] = None,
     item: Annotated[ItemId | None, Form(description="Instead of an image, an indexed one.")] = None,
     eps: Annotated[int, Form(ge=1, le=16, description="Largest change of a pixel, of 255.")] = 8,
     k: Annotated[int, Form(ge=1, le=20)] = 8,
 ) -> dict[str, Any]:
     """A query, searched clean and attacked (HAG, 20 steps with the weights), in each of the models."""
-    working = _working(request)
     if not working.service.settings.attacks:
         raise Refused(403, "attacks are not allowed here; the operator may start the service with --attacks")
     if (image is None) == (item is None):
@@ -295,19 +288,17 @@ async def story(
 
 
 @router.get("/info")
-async def info(request: Request) -> dict[str, Any]:
+async def info(working: Parts) -> dict[str, Any]:
     """Facts on the model and the index, and the limits of requests."""
-    working = _working(request)
     return {"version": __version__, **await working.run(working.service.info)}
 
 
 @router.post("/reload")
-async def reload(request: Request) -> dict[str, int]:
+async def reload(request: Request, working: Parts) -> dict[str, int]:
     """Read the token file and open the index at its address again; no request fails meanwhile.
 
     Where the token file cannot be read, or the index is missing or damaged, those before are served on.
     """
-    working = _working(request)
     try:
         await working.run(working.tokens.reload)
     except (OSError, ValueError) as error:
@@ -334,16 +325,15 @@ async def healthz() -> dict[str, str]:
 @_pages.get("/readyz", dependencies=[Depends(refuse_unknown)])
 async def readyz(request: Request) -> Response:
     """The model and the index are loaded."""
-    ready = getattr(request.app.state, "working", None) is not None and _working(request).ready
+    working = getattr(request.app.state, "working", None)
+    ready = working is not None and working.ready
     return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
 
 @_pages.get("/metrics", dependencies=[Depends(refuse_unknown)])
-async def metrics(request: Request) -> Response:
+async def metrics(working: Parts) -> Response:
     """Figures in the text form of Prometheus."""
-    return Response(
-        generate_latest(_working(request).metrics.registry), media_type="text/plain; version=0.0.4"
-    )
+    return Response(generate_latest(working.metrics.registry), media_type="text/plain; version=0.0.4")
 
 
 @_pages.get("/")

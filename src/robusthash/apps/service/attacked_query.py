@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from robusthash.apps.reports.pages import png
 from robusthash.apps.service.search_service import SearchService
 from robusthash.attacks import hag
 from robusthash.core.runtime import Draws
@@ -48,7 +46,7 @@ def attacked_query(
         "bits": service.model.bits,
         "clean": _searched(service, codes[0], clean, labels, item, k),
         "attacked": _searched(service, codes[1], attacked, labels, item, k),
-        "change": _png(change * (0.5 / max(float(change.abs().max()), 1e-6)) + 0.5),
+        "change": png(change * (0.5 / max(float(change.abs().max()), 1e-6)) + 0.5).source,
         **norms,
     }
 
@@ -70,7 +68,7 @@ def _searched(
     for one in results:
         one["relevant"] = _shared(labels, one["payload"]) if labels else None
     ap = _average_precision(service, code, labels, item) if labels else None
-    return {"image": _png(image), "results": results, "ap": ap}
+    return {"image": png(image).source, "results": results, "ap": ap}
 
 
 def _average_precision(service: SearchService, code: Tensor, labels: list[Any], item: int | None) -> float:
@@ -89,11 +87,3 @@ def _labels(payload: dict[str, Any]) -> list[Any]:
 
 def _shared(labels: list[Any], payload: dict[str, Any]) -> bool:
     return any(label in labels for label in _labels(payload))
-
-
-def _png(image: Tensor) -> str:
-    """An image in [0, 1] as the data address of a PNG."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -11,7 +11,7 @@ from robusthash.apps.experiment.demo_run import MODELS, run_demo
 from robusthash.apps.experiment.index_run import Adding, build_index
 from robusthash.apps.experiment.model_stages import read_data
 from robusthash.apps.experiment.run_directory import load_run
-from robusthash.core.atomic_files import json_text, write_aside, write_folder_aside
+from robusthash.core.atomic_files import json_text, write_folder_aside, write_text
 from robusthash.core.limited_files import read_json
 from robusthash.core.runtime import Progress
 from robusthash.data.base import Split
@@ -58,5 +58,4 @@ def _write(split: Split, folder: Path, progress: Progress) -> None:
         Image.fromarray(pixels).save(folder / name, quality=92)
         lines.append(json_text({"file": name, "labels": [item.photograph], "caption": item.caption}))
         progress(place + 1, min(_SHOWN, len(split)), "writing photographs")
-    with write_aside(folder / "about.jsonl") as aside:
-        aside.write_text("\n".join(line.replace("\n", " ") for line in lines) + "\n")
+    write_text(folder / "about.jsonl", "\n".join(line.replace("\n", " ") for line in lines) + "\n")

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from robusthash.apps.service.guard import Refused
 from robusthash.apps.service.search_service import id_fields
@@ -69,21 +70,14 @@ class AnsweredWrites:
     def __init__(self) -> None:
         self._answers: OrderedDict[str, tuple[str, str]] = OrderedDict()  # digest and JSON, by name
         self._size = 0
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}  # with the number of those that use it
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of those under way
 
     @asynccontextmanager
     async def alone(self, write: WriteRequest) -> AsyncIterator[None]:
         """Wait until no other request of the same client and key is under way."""
-        lock, users = self._locks.get(write.name, (asyncio.Lock(), 0))
-        self._locks[write.name] = lock, users + 1
-        try:
-            async with lock:
-                yield
-        finally:
-            users = self._locks[write.name][1] - 1
-            self._locks[write.name] = lock, users
-            if not users:
-                del self._locks[write.name]
+        lock = self._locks.setdefault(write.name, asyncio.Lock())
+        async with lock:
+            yield
 
     def answer(self, write: WriteRequest) -> dict[str, Any] | None:
         """The answer that the request got before; None for a new key.

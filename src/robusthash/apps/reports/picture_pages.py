@@ -1,16 +1,20 @@
-"""The page of a search: the query and what was found, with their pictures."""
+"""Pages with pictures: the query of a search and what was found, and the copies in a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from robusthash.apps.commands.terminal import printable
 from robusthash.apps.experiment.index_items import OWN_KEYS, named_file
 from robusthash.apps.reports.pages import one_line, picture_of, render
-from robusthash.core.atomic_files import write_aside
+from robusthash.core.atomic_files import write_text
 from robusthash.data.image_files import MAX_PIXELS, path_text
+
+if TYPE_CHECKING:
+    from robusthash.apps.image_hash.duplicate_groups import Duplicates
 
 
 def write_search_page(
@@ -42,8 +46,7 @@ def write_search_page(
     filtered = where and printable(where)
     home = printable(path_text(index))
     text = render("search.html.j2", title=title, query=query, hits=results, index=home, where=filtered)
-    with write_aside(file) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_text(file, text)
 
 
 def _file_of(payload: Mapping[str, Any]) -> Path | None:
@@ -52,3 +55,36 @@ def _file_of(payload: Mapping[str, Any]) -> Path | None:
     if not isinstance(path, str):
         return None
     return (named_file(path, written) if isinstance(written, str) else None) or Path(path)
+
+
+PICTURES = 400
+"""Pictures on a page, which holds them itself; further groups are listed by their paths."""
+
+
+def write_duplicates_page(file: Path, found: Duplicates, max_pixels: int) -> None:
+    """Write an HTML page of the groups that opens from disk."""
+    left = PICTURES
+    groups = []
+    for group in found.groups:
+        drawn = len(group) <= left
+        left -= len(group) if drawn else 0
+        groups.append(
+            [
+                {
+                    "path": printable(copy.path),
+                    "distance": copy.distance,
+                    "picture": picture_of(Path(copy.path), max_pixels) if drawn else None,
+                    "drawn": drawn,
+                }
+                for copy in group
+            ]
+        )
+    text = render(
+        "duplicates.html.j2",
+        title="Copies among your images",
+        groups=groups,
+        found=found,
+        plain=[printable(path) for path in islice(found.plain, 100)],
+        skipped=[printable(one) for one in found.skipped[:100]],
+    )
+    write_text(file, text)

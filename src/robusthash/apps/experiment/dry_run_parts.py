@@ -1,4 +1,4 @@
-"""Time and memory of steps: a log that is a clock, bytes of weights, the most memory so far."""
+"""Parts of a dry run: the items that it takes at a time, the clock of its steps, and memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 
+from robusthash.apps.experiment.config import Config
+from robusthash.apps.experiment.evaluation_stages import attacks_of
+from robusthash.attacks.eqb2a import NEAREST, RANKS
+from robusthash.core.registry import check
+from robusthash.evaluation.context import encoding_batch
 from robusthash.training.recipe import Recipe
 
 
@@ -71,3 +78,31 @@ def device_words(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
     return f"{device}, {torch.get_num_threads()} thread(s)"
+
+
+@dataclass(frozen=True)
+class DryRunRows:
+    """Items taken at a time; ``fitted`` is the fewest that the training can be done on."""
+
+    train: int
+    query: int
+    database: int
+    fitted: int
+
+    @classmethod
+    def of(cls, config: Config, batch: int | None) -> DryRunRows:
+        """Those of a recipe, or at most ``batch`` where its parts take so few."""
+        section, fitted = config.evaluation, _fitted(config)
+        own = config.training.batch_size, section.batch_size, encoding_batch(section.batch_size)
+        train, query, database = own if batch is None else (min(batch, each) for each in own)
+        ranked = any(settings["name"] == "eqb2a" for _, settings in attacks_of(section).values())
+        return cls(train, query, max(database, NEAREST + RANKS) if ranked else database, fitted)
+
+
+def _fitted(config: Config) -> int:
+    """Methods in closed form need as many items as bits, and as their heads have anchors."""
+    if check("recipe", config.training.recipe)[0].name != "shallow":
+        return 2
+    head, options = check("head", config.hasher.head)
+    anchors = signature(head.make).parameters.get("anchors")
+    return max(config.hasher.bits, 0 if anchors is None else int(options.get("anchors", anchors.default)))
