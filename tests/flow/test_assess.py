@@ -176,7 +176,7 @@ def test_a_claim_has_lines_that_only_ask_and_all_flags(run, monkeypatch, capsys)
     )
     assert assessing.assess(load_run(run), "standard", surrogates=twins).flags == result.flags
     suite_verb.print_assessment(result)
-    assert "remedy" in capsys.readouterr().err
+    assert "remedy" in capsys.readouterr().out
 
 
 GATED = {**CONFIG["hasher"], "purifiers": {"image": "spectral-gate"}}

@@ -461,7 +461,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(
     assert hub.calls[-1][1][1] == ("config.json", "model.safetensors", "README.md")
     assert hasher.push_to_hub("me/second", private=False) == "https://hub.invalid/me/second"
     assert ("create", ("me/second", False)) in hub.calls
-    with pytest.raises(RunError, match=r"no folder me/none, and the hub does not give me/none: OSError: 404"):
+    with pytest.raises(RunError, match=r"no folder me/none, and the hub does not give it: OSError: 404"):
         rh.Hasher.from_pretrained("me/none")
     with pytest.raises(RunError, match="neither a folder nor an id of the hub"):
         rh.Hasher.from_pretrained("../none/x")

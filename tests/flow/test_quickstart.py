@@ -107,12 +107,12 @@ def test_the_command_prints_what_python_gives_and_trains_nothing_again(call, fol
     for key in ("run", "index", "indexed", "copies", "headline", "next"):
         assert again[key] == json.loads(json.dumps(summary))[key]
     code, printed, told = call("quickstart", folder, "--out", out, *sets)
-    assert printed.splitlines() == [f"{name}: {summary[name]}" for name in ("run", "index", "report")]
+    assert printed.splitlines()[-3:] == [f"{name}: {summary[name]}" for name in ("run", "index", "report")]
     for text in ("found first", "jpeg-50", HELD_OUT, "robusthash assess", "robusthash audit"):
-        assert text in told
+        assert text in printed + told
     code, printed, told = call("evaluate", summary["run"])
     assert code == 0
-    assert "copies that find their image" in told
+    assert "copies that find their image" in printed
 
 
 def test_an_image_that_came_is_indexed_and_the_model_stays(folder: Path, tmp_path: Path):
@@ -134,7 +134,7 @@ def test_hardening_goes_on_from_the_run(call, made):
     hardened = load_run(printed.strip().splitlines()[-1])
     assert hardened.config.training.outer["name"] == "saat"
     assert {path.parent.name for path in (out / "runs").glob("*/*")} == {"copies", "copies-saat"}
-    assert "first under pgd" in told
+    assert "first under pgd" in printed
 
 
 def labelled(folder: Path, target: Path, classes: int) -> Path:

@@ -14,6 +14,7 @@ from jinja2 import UndefinedError
 from robusthash.apps.experiment import evaluation_stages, training_stages
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.run_directory import Run, RunError
+from robusthash.apps.reports import run_report
 from robusthash.apps.reports.charts import UNIT, Chart, ChartAxis, Dot, IntervalChart, LineChart, Series, draw
 from robusthash.apps.reports.pages import environment, png
 from robusthash.apps.reports.run_report import run_page, write_report
@@ -171,7 +172,7 @@ def test_the_same_files_give_the_same_report(run: Run) -> None:
     assert write_report(run).read_bytes() == first
 
 
-def test_hostile_names_cannot_break_out(run: Run) -> None:
+def test_hostile_names_cannot_break_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = '</title></code><script>alert("x")</script><img src=x onerror=alert(1)>'
     results = dict(run.evaluated())
     results[hostile] = results.pop("mainstay")
@@ -180,13 +181,18 @@ def test_hostile_names_cannot_break_out(run: Run) -> None:
         {"epoch": 0, "lr": 0.1, "seconds": 1.0, hostile: 0.5},
         {"epoch": 1, "lr": 0.1, "seconds": 1.0, hostile: 0.4},
     ]
-    page = check_self_contained(run_page(card, results, log, [f"robusthash evaluate '{hostile}'"]))
+    monkeypatch.setattr(Run, "evaluated", lambda _: results)
+    monkeypatch.setattr(Run, "card", lambda _: card)
+    monkeypatch.setattr(Run, "lines", lambda _: log)
+    monkeypatch.setattr(run_report, "command_of", lambda _: f"robusthash run '{hostile}'")
+    page = check_self_contained(run_page(run))
     assert page.words.count('<script>alert("x")</script>') >= 4  # title, row, legend, command: as text
 
 
-def test_a_report_without_attacks_claims_no_robustness(run: Run) -> None:
+def test_a_report_without_attacks_claims_no_robustness(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     results = {"clean": run.evaluated()["clean"]}
-    page = check_self_contained(run_page(run.card(), results, [], ["robusthash evaluate x"]))
+    monkeypatch.setattr(Run, "evaluated", lambda _: results)
+    page = check_self_contained(run_page(run))
     assert "nothing is said about robustness" in page.words
     assert "worst case" not in page.words
 

@@ -156,7 +156,7 @@ def test_files_that_do_not_belong_together(nus: Path) -> None:
         load(nus)
     labels = nus / "NUS-WIDE" / "Groundtruth" / "AllLabels" / "Labels_sky.txt"
     write(labels, ["1"] * (ITEMS - 1))
-    with pytest.raises(ValueError, match=r"Labels_sky\.txt should hold 24 lines of 0 or 1, .* has 23"):
+    with pytest.raises(ValueError, match=r"Labels_sky\.txt should hold 24 lines of 0 or 1, .* not 23"):
         load(nus)
 
 

@@ -32,9 +32,9 @@ TRICKS = (
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is printed on a terminal with colours."""
     stream = io.StringIO()
-    monkeypatch.setattr(
-        terminal, "console", Console(file=stream, force_terminal=True, width=400, emoji=False)
-    )
+    shown = Console(file=stream, force_terminal=True, width=400, emoji=False)
+    monkeypatch.setattr(terminal, "console", shown)
+    monkeypatch.setattr(terminal, "answers", shown)
     return stream
 
 

@@ -9,7 +9,7 @@ from typer import Argument, Option
 from robusthash.apps.commands.options import (
     AnyQueries,
     AsJson,
-    Budget,
+    BudgetOptions,
     Device,
     Figure,
     FiguresFolder,
@@ -104,7 +104,7 @@ def curves(
     runs: RunPaths,
     robust: Annotated[str | None, Option(help="Attack: MAP of the epochs of runtime.keep_epochs.")] = None,
     queries: AnyQueries = None,
-    budget: Budget = Budget(),
+    budget: BudgetOptions = BudgetOptions(),
     out: FiguresFolder = Path("figures"),
     device: Device = None,
     as_json: AsJson = False,
@@ -140,7 +140,7 @@ def transfer(
     runs: Annotated[list[Path], Argument(help="Two or more runs of one data set.")],
     queries: Queries = 200,
     steps: Annotated[int, Option(min=1, help="Steps of the search.")] = 20,
-    budget: Budget = Budget(),
+    budget: BudgetOptions = BudgetOptions(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

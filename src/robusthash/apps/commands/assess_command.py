@@ -11,7 +11,7 @@ from typer import Option
 from robusthash.apps.commands.options import (
     AnyQueries,
     AsJson,
-    Budget,
+    BudgetOptions,
     Device,
     Direction,
     RunPath,
@@ -52,7 +52,7 @@ class SuiteOptions:
 def assess(
     run: RunPath,
     tier: Annotated[str, Option(help="Effort: smoke, fast, standard, full; paper: as published.")] = "fast",
-    budget: Budget = Budget(),
+    budget: BudgetOptions = BudgetOptions(),
     queries: AnyQueries = None,
     direction: Direction = None,
     suite: SuiteOptions = SuiteOptions(),

@@ -5,7 +5,14 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, Budget, Device, MaxPixels, Seed, with_option_groups
+from robusthash.apps.commands.options import (
+    AsJson,
+    BudgetOptions,
+    Device,
+    MaxPixels,
+    Seed,
+    with_option_groups,
+)
 from robusthash.apps.commands.terminal import note, print_json, print_lines, print_table, progress_bars, warn
 
 
@@ -75,7 +82,7 @@ def audit(
     model: ModelOptions = ModelOptions(),
     tier: Annotated[str, Option(help="smoke (seconds) or fast (minutes).")] = "fast",
     out: Annotated[Path, Option(help="Folder for report.html and audit.json.")] = Path("audit"),
-    changes: Budget = Budget(),
+    changes: BudgetOptions = BudgetOptions(),
     measures: MeasureOptions = MeasureOptions(),
     endpoint: EndpointOptions = EndpointOptions(),
     device: Device = None,
@@ -166,7 +173,7 @@ def _length(bits: str) -> int | None:
     return None if bits == "auto" else int(bits)
 
 
-def _pixel_eps(budget: Budget) -> float:
+def _pixel_eps(budget: BudgetOptions) -> float:
     """Largest change of a pixel in [0, 1]. A bare number from 1 on is levels of 255, an older spelling."""
     eps = budget.eps
     if eps is not None and eps.replace(".", "", 1).isdigit():

@@ -8,7 +8,7 @@ from typer import Exit, Option
 
 from robusthash.apps.commands.options import (
     AsJson,
-    Budget,
+    BudgetOptions,
     Device,
     Direction,
     Queries,
@@ -28,7 +28,7 @@ def check(
     run: RunPath,
     queries: Queries = 128,
     steps: Annotated[int, Option(min=2, help="Steps of the search whose path is checked.")] = 100,
-    budget: Budget = Budget(),
+    budget: BudgetOptions = BudgetOptions(),
     direction: Direction = None,
     device: Device = None,
     as_json: AsJson = False,

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, Decoding, Device, shard_of, with_option_groups
+from robusthash.apps.commands.options import AsJson, DecodingOptions, Device, shard_of, with_option_groups
 from robusthash.apps.commands.terminal import (
     SHOWN,
     note,
@@ -58,7 +58,7 @@ def encode(
         Path | None, Option(help="Write the codes here: .npz; of a collection, a folder of its own.")
     ] = None,
     collection: CollectionOptions = CollectionOptions(),
-    decoding: Decoding = Decoding(),
+    decoding: DecodingOptions = DecodingOptions(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -92,7 +92,7 @@ def _one_run(run: str | None, named: str | None) -> str:
 
 
 def _encode_files(
-    run: str, images: list[Path] | None, out: Path | None, decoding: Decoding, as_json: bool
+    run: str, images: list[Path] | None, out: Path | None, decoding: DecodingOptions, as_json: bool
 ) -> None:
     from robusthash.apps.experiment import index_run, model_stages
     from robusthash.apps.experiment.search_model import load, run_of

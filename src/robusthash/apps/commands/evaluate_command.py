@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from robusthash.apps.commands.options import AsJson, AttackName, Budget, Device, RunPath, with_option_groups
+from robusthash.apps.commands.options import (
+    AsJson,
+    AttackName,
+    BudgetOptions,
+    Device,
+    RunPath,
+    with_option_groups,
+)
 from robusthash.apps.commands.terminal import (
     plain,
     print_headlines,
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
 def evaluate(
     run: RunPath,
     attack: Annotated[list[str] | None, Option(help="Attack to add to the results. Repeatable.")] = None,
-    budget: Budget = Budget(),
+    budget: BudgetOptions = BudgetOptions(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -78,7 +85,7 @@ def attack(
     run: RunPath,
     name: AttackName,
     out: Annotated[Path, Option(help="The attacked queries (.npz: inputs, codes, labels).")],
-    budget: Budget = Budget(),
+    budget: BudgetOptions = BudgetOptions(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from robusthash.apps.commands.options import AsJson, Budget, Device, RunPath, Sets, with_option_groups
+from robusthash.apps.commands.options import AsJson, BudgetOptions, Device, RunPath, Sets, with_option_groups
 from robusthash.apps.commands.terminal import (
     interval_text,
     note,
@@ -33,7 +33,7 @@ def export(
     run: RunPath,
     out: Annotated[Path, Option(help="New folder of the bundle.")],
     attack: Annotated[str, Option(help="Attack, as YAML or by name.")] = "guided-apgd",
-    budget: Budget = Budget(),
+    budget: BudgetOptions = BudgetOptions(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

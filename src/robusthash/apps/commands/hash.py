@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from robusthash.apps.commands.options import AsJson, Decoding, check_page, with_option_groups
+from robusthash.apps.commands.options import AsJson, DecodingOptions, check_page, with_option_groups
 from robusthash.apps.commands.terminal import (
     SHOWN,
     note,
@@ -25,7 +25,7 @@ HashBits = Annotated[int, Option(help="64, 128 or 256; a shorter hash is the beg
 def hash(
     files: Annotated[list[Path], Argument(help="Image files, and folders of them.")],
     bits: HashBits = 256,
-    decoding: Decoding = Decoding(),
+    decoding: DecodingOptions = DecodingOptions(),
     proof: Annotated[
         bool,
         Option(
@@ -82,7 +82,7 @@ def duplicates(
     radius: Annotated[
         int | None, Option(help="Bits by which copies may differ; by default 1 false match in 100,000 pairs.")
     ] = None,
-    decoding: Decoding = Decoding(),
+    decoding: DecodingOptions = DecodingOptions(),
     as_json: AsJson = False,
 ) -> None:
     """Groups of copies in a folder: the same picture saved again, smaller, cut, re-lit, written on.

@@ -10,7 +10,7 @@ from typer import Argument, Option, Typer
 
 from robusthash.apps.commands.options import (
     AsJson,
-    Decoding,
+    DecodingOptions,
     Device,
     Index,
     IndexRun,
@@ -63,7 +63,7 @@ def build(
     codes: Codes = None,
     payload: Payload = None,
     on_duplicate: OnDuplicate = "update",
-    decoding: Decoding = Decoding(),
+    decoding: DecodingOptions = DecodingOptions(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -89,7 +89,7 @@ def add(
     codes: Codes = None,
     payload: Payload = None,
     on_duplicate: OnDuplicate = "update",
-    decoding: Decoding = Decoding(),
+    decoding: DecodingOptions = DecodingOptions(),
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

@@ -77,7 +77,7 @@ Threat = Annotated[str | None, Option(help="Budget by name: img-linf-8 (of 255),
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetOptions:
     """The budget of an attack: by its name, or by size and norm."""
 
     threat: Threat = None
@@ -121,7 +121,7 @@ MaxPixels = Annotated[
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingOptions:
     """Options of reading image files."""
 
     workers: Annotated[

@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from robusthash.apps.commands.options import (
     AsJson,
-    Budget,
+    BudgetOptions,
     Device,
     Direction,
     Queries,
@@ -37,7 +37,7 @@ def questions(
     search: Annotated[
         str | None, Option(help="square (images), nes, or greedy-words (bags of words).")
     ] = None,
-    budget: Budget = Budget(),
+    budget: BudgetOptions = BudgetOptions(),
     direction: Direction = None,
     figure: Annotated[Path | None, Option(help="Draw it as .pdf and .png (extra `figures`).")] = None,
     device: Device = None,

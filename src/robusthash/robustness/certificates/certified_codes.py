@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from scipy.special import betaincinv, ndtri
 from torch import Tensor
 
 from robusthash.attacks.threat_model import Norm
@@ -55,6 +54,8 @@ def least_probability(votes: Tensor, samples: int, error: float) -> Tensor:
     Returns:
         float64, the ``error`` quantile of Beta(votes, samples - votes + 1); 0 without a success.
     """
+    from scipy.special import betaincinv  # half a second to import
+
     successes = votes.to(torch.float64)
     bound = betaincinv(successes.clamp(min=1).numpy(), (samples - successes + 1).numpy(), error)
     return torch.where(successes > 0, torch.from_numpy(bound), 0.0)
@@ -67,6 +68,8 @@ def majority_bits(votes: Tensor, samples: int, sigma: float, alpha: float) -> Ma
         votes: (Q, K) samples under noise whose bit is +1, of ``samples`` in all.
         sigma: standard deviation of the noise, in units of the range of the input.
     """
+    from scipy.special import ndtri  # half a second to import
+
     error = alpha / (2 * votes.shape[1])
     plus = votes * 2 >= samples
     least = least_probability(torch.where(plus, votes, samples - votes), samples, error)
