@@ -292,3 +292,26 @@ def test_seeds_stand_in_their_order(run, tmp_path):
     later = [moved(tmp_path, run, 2, 0.2), run.path, moved(tmp_path, run, 1, 0.1)]
     assert [seed.config.runtime.seed for seed in seeds_by_row(later)["tiny"]] == [0, 1, 2]
     assert make_rows(later)[0].cells == make_rows(later[::-1])[0].cells
+
+
+def test_runs_with_a_direction_in_common_share_a_table(call, tmp_path):
+    config = {
+        **CONFIG,
+        "data": {**CONFIG["data"], "texts": True},
+        "hasher": {**CONFIG["hasher"], "text": {"name": "mlp", "widths": [8]}},
+        "training": {**CONFIG["training"], "objective": "dcmh"},
+    }
+    runs = []
+    for name, directions in (("both", ["I2T", "T2I"]), ("one", ["I2T"]), ("other", ["T2I"])):
+        config = {**config, "name": name, "evaluation": {"directions": directions, "attacks": []}}
+        runs.append(training_stages.train(make_config(config), tmp_path))
+        evaluation_stages.evaluate(runs[-1])
+    both, one, other = (run.path for run in runs)
+    code, out, err = call("table", both, one, "--column", "I2T clean", "--column", "T2I clean")
+    assert code == 0, err
+    first, second = (line.split("|")[2:-1] for line in out.splitlines() if "both" in line or "one" in line)
+    assert first[0] == second[0]
+    assert second[1].strip() == "not run"
+    code, _, err = call("table", one, other)
+    assert code == 1
+    assert "other was scored on T2I, the first recipe on I2T" in err

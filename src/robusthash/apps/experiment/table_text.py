@@ -62,7 +62,7 @@ def _side_columns(
     minutes = [] if signed else ["training minutes"]
     lines = []
     for row in rows:
-        cells = [f"{row.chance[name]:.{digits}f}" for name in chances]
+        cells = [f"{row.chance[name]:.{digits}f}" if name in row.chance else "-" for name in chances]
         cells += [f"{row.minutes:.1f}"] * len(minutes)
         lines.append([*cells, str(max((cell.seeds for cell in row.cells.values()), default=0))])
     return [*(f"chance {name}".strip() for name in chances), *minutes, "seeds"], lines

@@ -107,8 +107,8 @@ def read_seeds(paths: Sequence[Path], only: Collection[int] = ()) -> dict[str, l
         only: these training seeds; all by default.
 
     Raises:
-        ValueError: runs on different data, splits, directions or protocols, which no table may hold together;
-            a seed given twice; or none of ``only``.
+        ValueError: runs on different data, splits or protocols, or without a direction in common, which no
+            table may hold together; a seed given twice; or none of ``only``.
     """
     paths = [path for path in paths if not only or load_run(path).config.runtime.seed in only]
     if not paths:
@@ -119,10 +119,11 @@ def read_seeds(paths: Sequence[Path], only: Collection[int] = ()) -> dict[str, l
         evaluated = run.evaluated()
         clean = {scored_on: group["clean"] for scored_on, group in by_direction(evaluated).items()}
         first = first or clean
-        if clean.keys() != first.keys():
+        common = clean.keys() & first.keys()
+        if not common:
             ours, theirs = (", ".join(k or r.setting.direction for k, r in c.items()) for c in (clean, first))
             raise ValueError(f"{name} was scored on {ours}, the first recipe on {theirs}")
-        if differing := {field for key in clean for field in clean[key].setting.differs(first[key].setting)}:
+        if differing := {field for key in common for field in clean[key].setting.differs(first[key].setting)}:
             raise ValueError(f"{name} was evaluated in another setting ({', '.join(sorted(differing))})")
         rows.setdefault(name, []).append(Seed(run, evaluated, {**run.assessed(), **evaluated}, clean))
     return rows
