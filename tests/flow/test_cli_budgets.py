@@ -122,16 +122,16 @@ def test_a_threat_to_the_database_is_refused_for_an_attack_on_queries(threat: st
 
 
 def test_an_audit_takes_levels_of_255_as_well() -> None:
-    budgets = [options.Budget(*given) for given in ((None, "8"), (None, "8/255"), ())]
+    budgets = [options.BudgetOptions(*given) for given in ((None, "8"), (None, "8/255"), ())]
     same = [audit._pixel_eps(budget) for budget in budgets]
     assert same == [8 / 255] * 3
-    assert audit._pixel_eps(options.Budget("img-linf-4")) == 4 / 255
+    assert audit._pixel_eps(options.BudgetOptions("img-linf-4")) == 4 / 255
     for given, message in [
         (("img-l2-1",), "it has no img-l2-1"),
         ((None, "0.5"), "0.5/255"),
     ]:
         with pytest.raises(ValueError, match=message):
-            audit._pixel_eps(options.Budget(*given))
+            audit._pixel_eps(options.BudgetOptions(*given))
 
 
 def test_verbs_measure_under_the_named_budget(call, runs, tmp_path, monkeypatch) -> None:

@@ -203,7 +203,7 @@ def _rows(summary: dict[str, Any], imitating: bool) -> tuple[list[str], list[lis
     """Columns and rows of the table of changes, or that of attacks that imitate another photograph."""
     measured = [row for row in summary["rows"] if row["kind"].startswith("imitate") == imitating]
     apart = "bits apart" if summary["distance"] in ("hamming", None) else f"{summary['distance']} distance"
-    columns = ["change", "asked", "came first", "counts as the same", apart, "MAP"]
+    columns = ["change", "photographs", "came first", "counts as the same", apart, "MAP"]
     keys = ("name", "asked", "first", "recognised", "bits", "map")
     rows = [
         ["" if row[key] is None and key in ("recognised", "bits") else row[key] for key in keys]
