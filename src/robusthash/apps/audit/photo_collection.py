@@ -153,9 +153,9 @@ def _saved(pixels: Tensor) -> Tensor:
 
 def _copies(pixels: Tensor) -> Tensor:
     """(P, 2) rows of photographs that are nearly the same, by their pixels alone: no search is asked."""
-    blocks = [functional.adaptive_avg_pool2d(part.float(), 16).flatten(1) for part in pixels.split(_BATCH)]
-    apart = torch.cat(blocks)
-    unit = functional.normalize(apart - apart.mean(1, keepdim=True))
+    pooled = [functional.adaptive_avg_pool2d(part.float(), 16).flatten(1) for part in pixels.split(_BATCH)]
+    blocks = torch.cat(pooled)
+    unit = functional.normalize(blocks - blocks.mean(1, keepdim=True))
     pairs = [
         (part @ unit.T > SAME_PICTURE).nonzero() + torch.tensor([start, 0])
         for start, part in zip(range(0, len(unit), _BATCH), unit.split(_BATCH), strict=True)

@@ -164,7 +164,7 @@ def reply(as_json: bool, data: Any, lines: Iterable[object]) -> None:
 def print_result_rows(
     title: str, heads: list[str], rows: list[list[Any]], results: Iterable[Mapping[str, Any]], markdown: bool
 ) -> None:
-    """The table of several results: in Markdown on stdout, or on stderr with the notes of each below."""
+    """The table of several results: in Markdown, or for reading, with the notes of each on stderr."""
     from robusthash.apps.reports.cell_text import markdown_table
 
     if markdown:
