@@ -117,7 +117,8 @@ _HOMES = {
     "tier": "robustness",
     "wrap": "models.external.wrap",
 }
-"""The room or module that each name is imported from when first used: ``import robusthash`` loads none."""
+"""The room or module that each name is imported from when it is first used: ``import robusthash`` loads
+none."""
 
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and would take any other name for one of ours

@@ -34,7 +34,8 @@ def shapley(
     based on sampling", 2009.
 
     Args:
-        value: (players,) bool mask of the coalition -> a number or one per image; deterministic.
+        value: (players,) bool mask of the coalition -> a number, or a tensor of one number per image. It must
+            be deterministic.
         players: number of players, at least 1.
         permutations: even, at least 4; each costs ``players`` - 1 evaluations.
         many: ``value`` takes (S, players) masks at once and gives (S, *shape).
@@ -73,7 +74,9 @@ def shapley(
 
 
 def _credits(worth: Callable[[Tensor], Tensor], order: Tensor, ends: Tensor) -> Tensor:
-    """(players, *shape) change of value as each player joins in ``order``; ``ends``: of none and of all."""
+    """(players, *shape) change of value as each player joins in ``order``; ``ends`` is that of none and of
+    all.
+    """
     players = len(order)
     joined = torch.ones(players, players, dtype=torch.bool).tril()[:-1]  # (steps, places)
     masks = torch.zeros_like(joined)
@@ -164,7 +167,8 @@ def attribute_bands(
     Credits of an image sum to worth(all) - worth(none) up to rounding, and a band that the code does not see
     gets 0 exactly. After Heuss, de Rijke and Anand, "RankingSHAP", 2024.
 
-    Differs: images of coalitions are not clipped to [0, 1], which would mix the bands.
+    Differs: images of coalitions are not clipped to [0, 1], for clipping would give a band a part in the
+    others.
 
     Args:
         context: with image queries; all of them are taken.

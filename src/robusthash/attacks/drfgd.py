@@ -28,7 +28,8 @@ def set_contrast(code: Tensor, guidance: Guidance, tau: float = 0.05, *, mean: b
     Args:
         code: (B, K) relaxed codes h in [-1, 1].
         guidance: shared codes (M, K), the sum over an item's modalities, and weights (B, M): above 0 in the
-            first set (pushed away), below 0 in the second. ``swapped`` exchanges the sets.
+            first set (its members are pushed away), below 0 in the second, 0 in neither. ``swapped``
+            exchanges the sets.
         tau: temperature, 0.05 in the paper.
         mean: take the mean over the first set instead of the printed sum, so that its size does not matter
             (ours). For an attack by signed steps both are the same.
@@ -63,7 +64,8 @@ class SignedSets(Guide):
     as the only one; without an irrelevant item, the second set is empty and its mean agreement is 0.
 
     Args:
-        most: items of each set, drawn without replacement, keyed by query (ours; the paper takes all).
+        most: items of each set at most, drawn without replacement, keyed by query (ours; the paper takes
+            all).
     """
 
     most: int = 256

@@ -63,7 +63,8 @@ class Similarity(Guide):
             ``literal_eq11`` along +sum_j s_ij (B_i o R_j), B_i the own clean code (the last factor of Eq 9
             dropped: bits with B_i = -1 go the other way); ``literal_eq17`` along +sum_j s_ij (B^U_j o B^V_j),
             all ones where image and text agree.
-        balanced: separate means of similar and dissimilar items; literal modes take the printed sum.
+        balanced: separate means of similar and dissimilar items; the literal modes always take the printed
+            sum.
 
     Differs: ``balanced`` and the integrated mean are ours; the signs are those that lower similarity.
     """
@@ -203,10 +204,12 @@ def dsarh(
     knowledge: Knowledge = "W1",
     features: float = 0.0,
 ) -> Attack:
-    """DSARH: sign steps of 2/255 against the signed mean of known codes. 1, 3 or 10 steps in training.
+    """DSARH: sign steps of 2/255 against the signed mean of the known codes. 1, 3 or 10 steps in its
+    training.
 
     Args:
-        steps: 20 in evaluation is ours (the paper stops when "the prediction" alters).
+        steps: 20 in evaluation is ours (the paper stops when "the prediction" alters, which retrieval does
+            not have).
         step_size: 2/255, or 3/500 on text. One step hence moves by 2/255, not by eps.
         mode: ``fixed``, or a printed form; see the guide ``similarity``.
         form: ``linear`` agreement; ``weighted`` ascends the pair likelihood itself, sum_j (S_ij - sigma(<h,
@@ -218,7 +221,8 @@ def dsarh(
             known items of the same modality, normalised; see ``FeatureSimilarity``. 0 leaves it out.
 
     Differs: the signs and factors of the printed updates are repaired. The feature term compares a modality
-    with itself, since widths of image and text may differ, and takes the features before the hash head.
+    with itself, since features of images and texts need not have one width, and takes the features before the
+    hash head.
     """
     if form != "linear" and (mode != "fixed" or codes != "all" or features):
         raise ValueError(f"form {form!r} stands alone: leave mode 'fixed', codes 'all' and features 0")

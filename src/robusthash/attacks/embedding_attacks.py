@@ -174,7 +174,8 @@ class Closeness(Loss):
 
 @dataclass(frozen=True)
 class EmbeddingSoftAP(Loss):
-    """The expected AP of distances in triangular bins over each query's range: a differentiable measure."""
+    """The expected AP of distances in triangular bins over each query's own range: the reported measure made
+    differentiable."""
 
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor:
         places, vectors = _places(guidance), vectors_of(probe)

@@ -38,8 +38,9 @@ def band_mask(band: Band, block: int = 8) -> Tensor:
 class BandBall(Ball):
     """A ball of perturbations whose coefficients outside a band are 0.
 
-    Steps and perturbations are projected orthogonally onto the band, then into ball and range. Clipping is
-    last, so that nothing leaves the ball; what it cuts off at the corners spills into other bands.
+    Steps and perturbations are projected onto the band, an orthogonal projection, then into ball and range.
+    Clipping is last, so that nothing leaves the ball; what it cuts off at the corners spills into other
+    bands.
 
     Raises:
         ValueError: an ``l1`` ball; at the first image whose sides are not multiples of the block.

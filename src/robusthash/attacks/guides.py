@@ -70,7 +70,8 @@ class Positives(Guide):
 @register("attack-guide", "anchor", paper="DHTA 2020", targeted=True)
 @dataclass(frozen=True)
 class Anchor(Guide):
-    """Component voting over ``items`` random reference codes of exactly the target labels (9: DHTA, 1: P2P).
+    """Component voting over ``items`` random reference codes with exactly the target labels (9: DHTA, 1:
+    P2P).
 
     Drawn without replacement, keyed by query; all of them where fewer exist (published copies draw with
     replacement). A vote of 0 is +1. Where no reference item has exactly these labels, which the papers

@@ -58,7 +58,8 @@ class HAGLoss(Loss):
     """HAG: (masked mean of h' h + 1)^2 + (mean of masked h')^2, by the SAAT re-implementation.
 
     The mask selects bits not yet flipped enough: |h'_k - sgn h_k| < 1 + margin. The clean code enters as the
-    continuous tanh. An empty mask leaves (0 + 1)^2 with no gradient: never stop by it.
+    continuous tanh. An empty mask leaves (0 + 1)^2 with no gradient: not monotone in success, so never stop
+    by it.
     """
 
     margin: float = 0.5

@@ -32,7 +32,8 @@ class L1Closeness(Loss):
 class NoiseInduced(Search):
     """Sign steps up score(x') + weight * score(x' + n), n fresh in every step and uniform within ``radius``.
 
-    The noisy copy is not clipped, as published. Starts clean; two forward and two backward passes a step.
+    The noisy copy is not clipped, as published. Starts at the clean input; two forward and two backward
+    passes a step.
     """
 
     steps: int = 32

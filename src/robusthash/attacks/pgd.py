@@ -114,7 +114,8 @@ class PGD(Search):
 
     Args:
         steps: iterations T.
-        step_size: eta, in units of the first modality; others step by as large a share of their budget.
+        step_size: eta, in units of the first modality attacked; others step by as large a share of their
+            budget.
         momentum: decay of the L1-normalised gradient (MI-FGSM); 0 is plain PGD.
         random_start: start uniformly in the ball instead of at the clean input.
         select_every: with ``select``, steps between two looks at the metric; the best such point is returned.

@@ -88,7 +88,7 @@ class TargetGenerator(Guide):
         fit_steps: of the prototypes, 64 targets each; 30,000 published.
         pairs_weight, quantisation: of the prototypes' loss (``target_loss``).
         texts: a target is a label set and a text (TA-DCH), else a label set alone.
-        bounded: the generator's change is at most eps; else an image, as published, that the evaluator
+        bounded: the generator gives a change of at most eps; else an image, as published, that the evaluator
             projects.
         file: where the generator is kept, and trained on after a stop; in memory alone without it.
         source: of a transferred generator its ``generator_key``; "" for the victim's own.

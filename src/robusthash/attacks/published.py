@@ -3,7 +3,8 @@
 ``steps`` defaults to 100 everywhere; another count of a paper is registered with the attack (``published``),
 and the tier ``paper`` takes it. Budgets are unified: 8/255 in pixels with steps of 1/255, and 0.05 with steps
 of 3/500 on continuous text vectors (``modality: text``; ``both`` attacks the pair). Those on a relaxed code
-take ``slope``: ``published`` schedules alpha as the papers do, ``one`` fixes it at 1.
+take ``slope``: ``published`` schedules alpha as the papers do, ``one`` fixes it at 1, which is stronger
+against hardened models.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def pgd(
 ) -> Attack:
     """PGD on the hashing objective itself: ascend the similarity loss against the known codes, alpha = 1.
 
-    FGSM is ``steps=1, step_size=eps, random_start=False``. SAAH starts at the clean image.
+    FGSM is ``steps=1, step_size=eps, random_start=False``. SAAH trains from the clean image
+    (``random_start=False``).
     """
     threat = threat_on(modality, eps, norm)
     search = steps_on(modality, steps, step_size, random_start, threat)
@@ -136,7 +138,8 @@ def cgat(
 ) -> Attack:
     """CgAT: away from the center code of the query's labels.
 
-    The released code has no evaluation attack; steps and slope are SAAT's.
+    The released code has no evaluation attack; steps and slope are those of SAAT, as an earlier state of its
+    repository has them.
     """
     search, threat = steps_on(modality, steps, step_size, random_start), threat_on(modality, eps)
     return Attack("cgat", Center(), Agreement(), search, threat, slope, restarts=restarts)

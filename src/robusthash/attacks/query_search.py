@@ -1,7 +1,8 @@
 """Searches by oracle queries: random squares, estimated gradients, random points, and words by trial.
 
 Each takes a ``QuerySession`` in which the clean inputs were queried first, and goes on until the budget is
-spent, one oracle query for every item of the block at a time. Draws are keyed by item.
+spent, one oracle query for every item of the block at a time. Draws are keyed by item: neither batch size nor
+order matters.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def search_by_queries(
         marks: numbers of oracle queries after which the best so far is recorded.
 
     Raises:
-        ValueError: a budget below 1, a mark outside it, several modalities, or a threat it cannot do.
+        ValueError: a budget below 1, a mark outside it, several modalities, or a threat that the search
+            cannot do.
     """
     session = QuerySession(ask, batch, threat, budget, marks)
     session(session.origin)
@@ -90,8 +92,9 @@ class Square:
     """Square attack: each oracle query changes one random square, accepted where the answer is no worse.
 
     ``linf``: the pixels of the square go to the corner +-eps of the ball, one sign for each channel; it
-    starts with vertical stripes. ``l2``: the norm of a second square is moved into the first, as two opposite
-    bumps, from a tiling of bumps. Of vectors, which have no squares, a random set of entries is changed.
+    starts with vertical stripes. ``l2``: the norm of a second square is moved into the first, in the shape of
+    two opposite bumps; it starts with a tiling of bumps. Of vectors, which have no squares, a random set of
+    entries is changed.
 
     Args:
         share: of the pixels that the first squares cover (0.8 as in AutoAttack; halved by the schedule).
@@ -231,7 +234,8 @@ def _bump_step(delta: Tensor, ids: Tensor, eps: float, share: float, draws: Draw
 class NES:
     """Estimate the gradient of the score from pairs of opposite points, and step along it.
 
-    g = sum_i (s(x + sigma d_i) - s(x - sigma d_i)) d_i, then steepest steps of the norm with momentum.
+    g = sum_i (s(x + sigma d_i) - s(x - sigma d_i)) d_i, then steps of the norm's steepest direction with
+    momentum.
 
     Args:
         pairs: of opposite points in one estimate; 2 pairs + 1 oracle queries a step.

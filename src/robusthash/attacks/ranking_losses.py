@@ -40,7 +40,8 @@ class Wrong(Guide):
     equally near ones the first label. A query that has every label has no wrong one and only leaves its own.
 
     Args:
-        margin: bits on which both agree then pull nowhere; without it, the wrong one alone is pursued.
+        margin: bits on which both agree then pull nowhere; without it, the attack pursues the wrong one
+            alone.
     """
 
     margin: bool = True

@@ -70,7 +70,8 @@ class GreedyFlips(Search):
 
     By first order a flip of entry j gains grad_j (1 - 2 x_j). Of the ``candidates`` of largest gain the one
     of highest true score is taken where it raises the score; otherwise the item stays as it is. An earlier
-    flip may be taken back. As many steps as edits; ties go to the earlier word.
+    flip may be taken back. There are as many steps as edits; nothing is drawn, and ties go to the earlier
+    word.
     """
 
     candidates: int = 8
@@ -112,8 +113,8 @@ class ExactFlips(Search):
     word. A search ends where no text of the block improves. Greedy, so a lower bound on what m edits can do.
 
     Args:
-        exchanges: rounds after the edits are spent: each edit is taken back once, every word tried in its
-            place.
+        exchanges: rounds after the edits are spent, in each of which every edit is taken back once and every
+            word tried in its place.
     """
 
     exchanges: int = 2

@@ -179,8 +179,9 @@ def tha(
     """THA: towards the code of the target labels by a prototype net fitted to the victim's training codes.
 
     100 steps in the paper, alpha = 1 as in the authors' code (SAAT's copy schedules it). ``random_start`` is
-    off in evaluation and on inside ATRDH. Differs: the net is fitted until its codes settle, at most the
-    paper's 30,000 steps (``fit_steps``: exactly this number); results note the steps taken.
+    off in evaluation and on inside ATRDH. Differs: the net is fitted until its codes settle, see
+    ``Prototype``, and at most the paper's 30,000 steps (``fit_steps``: exactly this number); results note the
+    steps taken.
     """
     search = steps_on(modality, steps, step_size, random_start)
     guide = Prototype(hidden, steps=fit_steps)

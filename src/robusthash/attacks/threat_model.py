@@ -286,7 +286,8 @@ def named_threat(
         name: ``img-linf-8``, ``img-l2``, ``txt-feat-linf``, ``txt-bow-m``, ``txt-token-m``, ``joint``,
             ``db-insert``, ``db-perturb``; ``img-linf-4`` (of 255), ``img-l2-3.5``, ``img-l1-12``,
             ``txt-linf-0.05``, ``txt-bow-5``, ``txt-token-1``; ``img-linf-8+txt-linf-0.05``;
-            ``db-insert-img-linf-4``. Every name of a threat is read, but for ranges that only the data give.
+            ``db-insert-img-linf-4``. Every name that a threat gives itself is read, but for those of a range
+            that only the data give.
         knowledge: W2, W1, W0, B2, B1 or T; that of the registered threat by default.
         pixels: height and width of the input, for ``img-l2``.
         features: (N, V) training features, which ``txt-feat-linf`` needs.

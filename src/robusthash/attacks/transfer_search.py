@@ -1,6 +1,7 @@
 """Transfer: search on surrogates with known weights, with the steps that carry over best to unknown models.
 
-``TransferSteps`` joins the published tricks, each an option; ``transfer`` ascends the surrogates' mean.
+``TransferSteps`` joins the published tricks, each an option; ``transfer`` ascends the mean over several
+surrogates.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class TransferSteps(Search):
         steps: iterations.
         step_size: as a share of eps, the same for every modality.
         momentum: decay of the accumulated gradient, whose parts have mean |g| = 1 in each item.
-        diversity: chance that an image is shrunk and padded before a pass; 0 is off, 0.5 published.
+        diversity: chance that an image is shrunk and padded before a pass (input diversity); 0 is off, 0.5
+            published.
         shrink: the smallest such size, as a share of the side.
         nesterov: differentiate ahead, where the momentum carries to.
         scales: m passes at x / 2^i, i < m, averaged (scale invariance); 1 is off, 5 published.
@@ -218,7 +220,8 @@ def transfer(
     Passes are counted once for each surrogate.
 
     Args:
-        attack: its threat knows ``T``; a guide that learns is refused: it is fitted to one model.
+        attack: its threat knows ``T``; a guide that learns is refused, since it would have to be fitted to
+            each.
         batch: clean queries.
     """
     if not surrogates:

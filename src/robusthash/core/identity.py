@@ -33,7 +33,8 @@ def describe(value: Any) -> Any:
 
     A part (guide, loss, search, view of the victim, ...) becomes its registered kind and name, or
     ``module:qualname``, with the parameters that differ from their defaults. Dataclass fields with
-    ``compare=False`` are left out. Tensors become a digest; a whole float equals the int.
+    ``compare=False`` are learned or derived and left out. Tensors become a digest; a whole float equals the
+    int.
 
     Raises:
         TypeError: a closure, a lambda, an object with state that is no dataclass.

@@ -200,7 +200,8 @@ def read_npz(path: str | Path | IO[bytes], keys: Sequence[str] | None = None) ->
 
     Raises:
         OSError: no such file.
-        ValueError: another format, damaged, beyond the limits, or objects that would run code.
+        ValueError: no such file format, damaged or beyond the limits, or objects that would run code;
+            the caller names the file.
     """
     if isinstance(path, str | Path):
         with regular(path).open("rb") as file:

@@ -56,8 +56,8 @@ def cifar10(
     Args:
         root: folder that holds ``cifar-10-batches-py`` (torchvision's layout, checked by its digests) or,
             looked for second, ``cifar10.npz``.
-        npz: read this file: arrays ``jpeg`` (files end to end), ``offset``, ``label``, ``is_test``,
-            ``classes``.
+        npz: read this file instead: arrays ``jpeg`` (all files end to end), ``offset``, ``label``,
+            ``is_test`` and ``classes``.
         download: fetch the official files into ``root`` where they are missing.
         split: one of the three above.
         query, train, database: cut a split to a number of items, equal over the classes and seeded, for

@@ -90,7 +90,8 @@ class ImageOptions:
         fit: ``crop`` takes the central square, ``stretch`` changes the aspect, ``pad`` adds black borders.
             Resizing is bicubic with antialiasing; large JPEG files are decoded at a fraction of their size,
             never below twice ``size``.
-        on_error: ``raise`` at the first unreadable file, or ``skip`` all with one warning that counts them.
+        on_error: ``raise`` at the first unreadable file, or ``skip`` all such files with one warning that
+            counts them.
         max_pixels: refuse files of more pixels (width x height), before anything is decoded.
         memory: bytes (1 GiB by default) that decoded images may take; those of a larger set that are beyond
             it are decoded again for each batch, with 0 all. ``decoding_processes.read_by`` goes before it.

@@ -27,10 +27,10 @@ class Listing:
 def list_images(folder: Path, deep: bool = True) -> Listing:
     """The images below ``folder`` and its subfolders: files that end like one, and any others that are one.
 
-    A file that ends like an image is taken for one, so that a damaged one is reported. Passed over are hidden
-    files and folders, links to folders (name the folder itself), links to nothing, what is no regular file,
-    and what is no image by its content. A folder that ends like an image is named too, and listed as any
-    other.
+    A file that ends like an image is taken for one, so that a damaged picture is reported when it is read.
+    Passed over are hidden files and folders, links to folders (name the folder itself), links to nothing,
+    what is no regular file, and what is no image by its content. A folder that ends like an image is named
+    too, and listed as any other.
 
     Args:
         deep: False looks at the files of the folder itself alone.

@@ -60,13 +60,14 @@ def mirflickr(
 
     Papers use 24 concepts and, of the 25,000, the 20,015 that have a concept and a common tag (the default
     filter). SFCL and DSARH say 25,000; with their number of queries the two cannot be told apart. Splits are
-    drawn by ``seed``: published draws are not known; ``ucch`` is in the order of image numbers.
+    drawn by ``seed``: the published draws are not known, and the order of ``ucch`` is that of the image
+    numbers here.
 
     Args:
         root: folder that holds ``mirflickr/`` and the lists of the concepts, at most three folders down; the
             archive of the lists has no folder of its own, so any will do.
-        mir_filter: ``none`` keeps every image, ``label`` those with a concept, ``label+tag`` those with a
-            common tag too.
+        mir_filter: ``none`` keeps every image, ``label`` those with a concept, ``label+tag`` those with a tag
+            of the common ones as well.
         concepts: 24, or 38 with the stricter ``_r1`` lists of 14 of them, which imply their base.
         text: ``True`` is a bag of the 1,386 common tags, ``"tokens"`` the raw tags, joined by spaces, as ids.
         splits: sizes of ``sfcl`` or ``drfgd`` (2,000 queries, 5,000 training items), ``dsarh`` (1,000 and

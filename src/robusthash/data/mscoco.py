@@ -47,7 +47,8 @@ def mscoco(
         root: folder that holds ``annotations/`` and the image folders ``train2017/`` and ``val2017/`` (or
             2014), at most three folders down.
         year: 2014 (82,783 and 40,504 images) or 2017 (118,287 and 5,000 of the same).
-        karpathy: ``dataset_coco.json``: ``images`` with ``cocoid`` and ``split`` (train, restval, val, test).
+        karpathy: ``dataset_coco.json``: its ``images`` have ``cocoid`` and ``split`` (train, restval, val or
+            test).
         unlabelled: ``drop`` images without any category, or ``keep`` them.
         text: ``True`` is a bag of the words of the captions without stop words, ``"tokens"`` token ids.
         splits: sizes of ``sfcl`` (5,000 queries, 10,000 training items), ``drfgd`` (2,000 and 10,000),

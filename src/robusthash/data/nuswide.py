@@ -63,11 +63,12 @@ def nus_wide(
         images: the folder of the photographs where it is not ``Flickr``; with the folders of the image list
             in it, or with all files side by side, as some copies have them.
         concepts: another number of concepts, 1 to 81.
-        text: ``True`` is the bag of the set's 1,000 tags, ``"tokens"`` all tags, joined by spaces, as ids.
+        text: ``True`` is the bag of the 1,000 tags that come with the set, ``"tokens"`` all tags, joined by
+            spaces, as token ids.
         splits: sizes of ``sfcl``, ``drfgd`` or ``dsarh`` (21 concepts; 100 queries and 500 training items of
             each), ``dadh`` (21; 2,100 and 10,000 of all), ``djsrh`` (10; 200 and 500 of each) or ``ucch``
-            (10; the last 2,100, trained on all others). All others are the database; a cut one is drawn from
-            it.
+            (10; the last 2,100, trained on all others). All that are no queries are the database; a cut one
+            is drawn from them.
     """
     protocol = find_protocol(SPLITS, splits.split)
     root = Path(root)

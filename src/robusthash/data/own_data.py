@@ -49,7 +49,8 @@ def from_arrays(
             Items that share a label are relevant to each other.
         texts: a text for each item, of which a bag of words is made; or (N, V) vectors.
         vocabulary: most frequent words of the training texts that a bag counts.
-        size: pixels a side to which images are cropped and resized, as files are; None leaves them.
+        size: pixels a side to which images are cropped and resized, as files are; they stay as they are by
+            default.
         label_names: of the columns; class numbers are their places. By default the classes that occur.
         rows: row numbers of each split. ``train`` is the database by default.
         splits: else, of a drawn split: ``split`` (``random``, or ``balanced`` over the classes), the numbers
@@ -107,7 +108,8 @@ def from_dataset(
         memory: bytes that images may take; those of a larger data set are read again for each batch.
 
     Raises:
-        ValueError: as ``from_arrays``, with the item's number; items that are no pairs; images that change.
+        ValueError: as ``from_arrays``, with the number of the item; items that are no pairs; an image that is
+            another when it is read again.
     """
     items = _Items.of(dataset, size)
     images: list[Tensor] = []

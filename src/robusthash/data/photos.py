@@ -133,14 +133,15 @@ def photos(
     A window covers 40 to 100 % of the photograph's shorter side. No query window has an intersection over
     union above ``max_overlap`` with a training or database window of the same photograph, mirrored ones
     included; a containment measure cannot be bounded, because a large window contains every small one. Items
-    are balanced over the photographs: item i shows photograph i mod 20. One version of Pillow gives the same
-    bytes.
+    are balanced over the photographs: item i shows photograph i mod 20. The same options give the same bytes,
+    for one version of Pillow.
 
     Args:
         size: side of the items in pixels, 16 to 256.
         labels: ``photo`` makes copies of the same photograph relevant; ``tags`` uses what several photographs
             share (face, space, texture and the like), multi-label; ``both`` has the columns of both.
-        texts: adds a bag of the caption's words as modality ``text``, of the training captions' vocabulary.
+        texts: adds a bag of the caption's words as modality ``text``; the vocabulary is that of the training
+            captions.
         train, query, database: items in each split; the three are disjoint.
         max_overlap: in (0, 1].
     """

@@ -41,7 +41,8 @@ def ucmerced(
 
     Args:
         root: folder that holds ``ucmerced.jsonl`` and, next to it, ``ucmerced.tar`` or that tar unpacked.
-        archive, manifest: files of other names or places; the manifest has the columns of ``folder``.
+        archive, manifest: these files where they have other names or places; the manifest's columns are those
+            of ``folder``.
         labels: main label system, ``labels`` (17) or ``class`` (21); the other one comes along by its name.
         query_splits: parts of the caption set that are queries; with ``["test"]``, ``val`` is for validation.
         image: the originals have 256 pixels a side.

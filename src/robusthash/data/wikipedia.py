@@ -54,11 +54,12 @@ def wikipedia(
 
     The split is the official one, which DSARH and TA-DCH use. With ``images="features"`` the modality
     ``image`` is (N, 128) float32, frequencies of visual words: give it the encoder ``vector``. Documents are
-    the same only where both features are: three queries that share an image with another text stay.
+    the same only where both features are: three queries share their image with a training document of another
+    text, and stay.
 
     Args:
-        root: folder with ``wikipedia.npz``, looked for first, or the unpacked archive, three folders down at
-            most.
+        root: folder that holds ``wikipedia.npz``, looked for first, or the unpacked official archive, at most
+            three folders down.
         npz: read this file instead; arrays ``image_train`` (2173, 128), ``text_train`` (2173, 10),
             ``label_train`` (0 to 9), the same with ``_test``, and ``categories``.
         images: ``features`` or, from the archive only, ``pixels``.

@@ -1,6 +1,7 @@
 """Attacks of somebody who knows a defense, which the file of the defense registers as kind ``adaptive``.
 
-``robustness/specs/adaptive_attacks.py`` collects them by a victim's class and parts.
+``robustness/specs/adaptive_attacks.py`` collects them by the class that a victim declares and the parts that
+it has.
 """
 
 from __future__ import annotations

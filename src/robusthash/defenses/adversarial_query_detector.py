@@ -2,7 +2,8 @@
 
 Unsupervised: it sees clean queries alone. A reconstruction: of Xiao, Wang and Gao, "Unsupervised
 Multi-Criteria Adversarial Detection in Deep Image Retrieval" (SecureComm 2023), the abstract was readable.
-The three criteria, Hamming distance, quantisation loss and denoising, are theirs; the formulas are ours.
+The three criteria, Hamming distance, quantisation loss and denoising, are theirs; formulas and the way they
+are joined are ours.
 """
 
 from __future__ import annotations

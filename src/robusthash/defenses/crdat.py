@@ -59,7 +59,8 @@ class CRDAT(Recipe):
 
     The first stage is an ordinary run, named by ``training.init_from``: the teacher is the hasher that
     training starts with, frozen, and the student starts as its copy. Labels are not used, so the second stage
-    runs on unlabelled items. Only the nets of attacked modalities learn.
+    runs on unlabelled items. Over image and text only the nets of attacked modalities learn; the others stay
+    the teacher's.
 
     Args:
         hasher: the trained student to be.

@@ -24,7 +24,8 @@ from robusthash.training.recipe import Moment, Recipe, check_modalities, fill_me
 def shared_information(robust: Tensor, fragile: Tensor) -> Tensor:
     """L_Div repaired: ln 2 - JS(softmax robust, softmax fragile), (B,) in [0, ln 2]; 0 for disjoint supports.
 
-    Differs: Eq 4 prints the minimum of a divergence: equal features; see ``symmetric_kl``.
+    Differs: Eq 4 prints the minimum of a divergence, which would make both features equal; see
+    ``symmetric_kl``.
     """
     p, q = log_softmax(robust.float(), 1), log_softmax(fragile.float(), 1)
     middle = torch.logaddexp(p, q) - math.log(2.0)
@@ -41,8 +42,8 @@ def symmetric_kl(robust: Tensor, fragile: Tensor) -> Tensor:
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy to the uniform distribution over the ``targets`` (B, C), mean over items that have any.
 
-    Its minimum is ln |y|. Differs: Eq 5-6 leave the targets unnormalised: 1 - y of many classes would
-    outweigh the rest.
+    Its minimum is ln |y|. Differs: Eq 5-6 leave the targets unnormalised, so that 1 - y of many classes would
+    outweigh everything else.
     """
     count = targets.sum(1)
     losses = -(targets * log_softmax(logits.float(), 1)).sum(1) / count.clamp_min(1.0)
@@ -75,7 +76,8 @@ class Regenerate(Recipe):
     of weight 0 is not computed: those are the paper's ablations.
 
     Args:
-        hasher: a trained one with ``Regenerator`` purifiers, for queries in the paper (``sides: query``).
+        hasher: a trained one with ``Regenerator`` purifiers, for queries only in the paper (``sides:
+            query``).
         objective: that of the hasher's training; only attacks on it need it.
         attack, text_attack: make x' in every step; the second, as settings, on texts where both are purified.
         disentangle: lambda, 1, in no equation of the paper; here it weighs L_R, so that 0 is the control.
@@ -83,7 +85,8 @@ class Regenerate(Recipe):
         tau, most: of ``set_contrast`` and ``SignedSets``.
         literal_divergence: ``symmetric_kl`` instead of ln 2 - JS.
         inner: ``published`` attacks the bare hasher, as the paper does: x' of an attacker who does not know
-            of the purifier. ``through`` (ours) attacks both as they are.
+            of the purifier. ``through`` (ours) attacks hasher and purifiers as they are, so that they learn
+            against one who does.
 
     Differs: the terms of the classification are averaged; see the functions above for the repaired equations.
     """

@@ -48,9 +48,9 @@ class ATRDHOuter(OuterLoss):
     mean over the pairs of an attacked modality and a memory. The paper's inner attack is ``tha`` from a
     random start, its prototype net trained along: 7 steps of 2/255.
 
-    Differs: the memory holds true codes from the first step on (zero in the code, which adds a constant);
-    targets share no label with the item (the code draws any label set of the database); the attack runs in
-    eval mode.
+    Differs: the memory holds true codes from the first step on (the code starts it at zero, which only adds a
+    constant); targets share no label with the item (the code draws any label set of the database); the attack
+    runs in eval mode.
 
     Args:
         adversarial: 1 in the authors' code, 2 in SAAT's copy.
@@ -94,7 +94,8 @@ class SAATOuter(OuterLoss):
 
     Args:
         adversarial: lambda, 1 in the paper.
-        quantisation: mu, 1e-4; of the mean, as in the code (the paper has a sum, K times as much).
+        quantisation: mu, 1e-4; of the mean, as in the code (the paper writes a sum over bits, K times as
+            much).
     """
 
     adversarial: float = 1.0
@@ -122,7 +123,8 @@ class DSARHOuter(OuterLoss):
 
     Args:
         lam: 0 is plain training, 1 trains on attacked items alone (the paper's account of its curves).
-        lam_mode: ``additive`` is Eq 18 as printed, L(x) + lam L_sim(x') on attacked modalities, for lam 1.
+        lam_mode: ``additive`` is Eq 18 as printed, L(x) + lam L_sim(x') on the attacked modalities, for lam
+            1.
 
     Differs: the paper prints the additive form and describes the convex one; its value of lam is not given,
     0.5 is ours. Quantisation stays on clean codes at full weight (as Eq 23 and 27 of the image form).

@@ -84,8 +84,9 @@ class SAAHOuter(OuterLoss):
     def figures(self, turn: Round) -> LossTerms:
         """Mean and deviations of the gate on clean images.
 
-        Near a ``gate/spread`` of 0 the gate only scales the image, which the first layer undoes;
-        ``gate/images``, the deviation of the mean over images, would be invisible to a batch-level R_bound.
+        Near a ``gate/spread`` over frequencies of 0 the gate only scales the image, which the first layer
+        undoes; ``gate/images``, the deviation of the mean over images, would be invisible to a batch-level
+        R_bound.
         """
         gate = _gated(turn)[1].aux["gate"].detach()
         return {

@@ -64,7 +64,8 @@ class Redundancy(nn.Module):
     """InfoNCE between the robust features of the two domains, under projections to ``size`` and cosine / 0.1.
 
     InfoNCE is a lower bound on the information that the domains share, and the encoder lowers it: projections
-    trained along would collapse. They ascend (their gradient is reversed), or stay random orthonormal.
+    trained along would only collapse. So they ascend (their gradient is reversed), or stay random
+    orthonormal.
     """
 
     def __init__(self, width: int, other: int, kind: Literal["reversed", "frozen"], size: int = 128) -> None:
@@ -111,17 +112,20 @@ class SFCLOuter(nn.Module, OuterLoss):
     f-, and L_aux is not taken. The paper's inner attack is targeted PGD (``dhta``) of 10 steps of 2/255.
 
     Args:
-        complementary, auxiliary, semantic: lambda_c, lambda_a, lambda_s of the paper. 0 leaves it out.
+        complementary, auxiliary, semantic: lambda_c, lambda_a, lambda_s, as in the paper. 0 leaves the term
+            out.
         alpha: weight of the redundancy, 0.5 in the paper.
         warmup: share of training over which w grows from 0 to 1 (the paper's "adversarial warm-up" is not
             defined); give the recipe the same one for eps.
         sem_inputs: ``both``, or ``clean``: L_sem without the attacked images.
         wrong: l' as ``predicted`` for x' (FSR's rule, made multi-label), or the ``target`` of the attack.
-        redundancy: ``reversed``: the critic's projections learn to find what is shared; ``frozen``: random.
+        redundancy: ``reversed``: the critic's projections learn to find shared information; ``frozen``:
+            random.
         hidden: of the auxiliary heads.
 
     Differs: Eq. 7 is printed with the sign that would drive p+ to 0; this is the cross-entropy that the text
-    speaks of. Eq. 5 runs over the distinct label sets of the batch, without false negatives.
+    speaks of. Eq. 5 runs over the distinct label sets of the batch, since equal ones would be false
+    negatives.
     """
 
     def __init__(

@@ -23,7 +23,9 @@ from robusthash.metrics.statistics import intervals
 
 
 def aggregate(context: EvaluationContext, runs: AttackRuns, floor_random: int = 0) -> EvalResult:
-    """The result of a suite whose attacks were run; ``floor_random`` random codes start the floor search."""
+    """The result of a suite whose attacks were run; ``floor_random`` random codes more start the floor
+    search.
+    """
     headline, untargeted = context.protocol.headline, [spec for spec in runs.specs if not spec.targeted]
     scores = _score(context, runs, untargeted)
     result = worst(context, scores.clean, scores.restarts, scores.selection)

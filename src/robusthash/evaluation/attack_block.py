@@ -78,7 +78,8 @@ class AttackedBlock:
     def from_arrays(arrays: dict[str, np.ndarray]) -> AttackedBlock:
         """The inverse of ``arrays``.
 
-        Files of earlier versions call ``codes_8bit`` eight_bit, and lack oracle queries, words, fitting.
+        Files of earlier versions call ``codes_8bit`` eight_bit, and lack oracle queries, words, fitting
+        and what it took.
         """
         plain = {name: torch.from_numpy(value) for name, value in arrays.items()}
         if "eight_bit" in plain:
@@ -116,7 +117,8 @@ def attack_block(
     Args:
         gradients: the model that the attack differentiates: the victim by default (adaptive white box); the
             bare hasher (oblivious), a surrogate (transfer), or a view of the victim with other gradients.
-        restart: keys the draws; from the second on it starts at random, unless ``start`` is given.
+        restart: keys the draws; each after the first starts at random in the budget, unless ``start`` is
+            given.
         start: feasible inputs to start from, such as the solution at a smaller budget.
     """
     batch, known = context.batch(block, attack.threat.balls), context.known(attack)

@@ -37,7 +37,8 @@ class EvaluationContext:
     """A victim on a data set under a protocol, in one direction; every attack is scored against it.
 
     The database is clean and encoded once, by ``victim.for_database()``, before any attack, unless learned
-    codes are given. Queries without a relevant item are counted, and left out under ``empty: skip``.
+    codes are given. Queries that share no label with any item are counted, and under ``empty: skip`` of the
+    protocol left out.
     """
 
     victim: Hasher
@@ -155,7 +156,8 @@ class EvaluationContext:
         """Codes that the attacker knows: of the database (W2), of training items (W1) or none (W0).
 
         They are those of the searched modality. A joint attack knows those of both modalities (so does any
-        with ``pairs``), and finds one pair of image and text for both directions.
+        with ``pairs``), and finds one and the same pair of image and text, whichever direction it is then
+        scored in.
         """
         knowledge, both = attack.threat.knowledge, pairs or attack.guide.pairs or len(attack.threat.balls) > 1
         if knowledge == "W0" or attack.guide.substitutes:
@@ -281,7 +283,8 @@ def make_context(
 ) -> EvaluationContext:
     """Encode queries and database once, both by one batch size.
 
-    Where either does not fit into memory, both get a smaller one; a warning and the notes say so.
+    Where either does not fit into memory, both are encoded by a smaller one; a warning and the notes of the
+    context say so.
 
     Args:
         direction: (query modality, database modality); the victim's first modality both ways by default.

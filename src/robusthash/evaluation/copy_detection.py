@@ -58,7 +58,8 @@ class CategoryScores:
         """From (Q, groups) int64 counts of all photographs and of those of the category, nearest group first.
 
         Args:
-            cut: ranks that count; a category of more photographs cannot be found whole.
+            cut: ranks that count; where more photographs are of the category, these are all that can be
+                found.
         """
         some = relevant.sum(1) > 0
         precision = ap.average_precision(items, relevant, cut, "mink")

@@ -50,7 +50,8 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate a victim clean, or under one attack.
 
-    For several attacks use ``make_context`` once, then ``score_clean``, ``score_attack`` and ``worst``.
+    For several attacks on one victim use ``make_context`` once, then ``score_clean``, ``score_attack`` and
+    ``worst``.
 
     Args:
         attack: None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted

@@ -128,7 +128,8 @@ def open_index(
 
     Raises:
         FileNotFoundError: there is no index and ``create`` is False.
-        ValueError: an unknown scheme or engine, codes of another length, a damaged store or another format.
+        ValueError: an unknown scheme or engine, codes of another length, or a store that is damaged or of
+            another format.
         ServerRefused: (a ValueError) the tables or the collection on the server are not those of an index.
         ConnectionError: the server does not answer.
         PermissionError: the server refuses the user.

@@ -77,8 +77,8 @@ def to_json(value: Any, what: str) -> str:
     """JSON text of ``value``; keys stay as written, so that a JSON path finds them.
 
     Raises:
-        ValueError: JSON cannot write it, or it holds a zero character, which SQLite and PostgreSQL do not
-            store.
+        ValueError: JSON cannot write it, or it holds a zero character, at which SQLite ends a text and which
+            PostgreSQL does not store.
     """
     try:
         text = _JSON.encode(value)

@@ -23,7 +23,8 @@ _WINDOW = 1 << 16  # terms of the hypergeometric sum held at a time
 def harmonic(before: Tensor, count: Tensor) -> Tensor:
     """sum_{j=1..count} 1 / (before + j) in float64, to full relative precision.
 
-    From a table up to 32; beyond it two digamma expansions, by log1p so that they do not cancel.
+    From a table up to 32; beyond it the difference of two digamma expansions, written with log1p so that it
+    does not cancel.
     """
     table = torch.nn.functional.pad(1.0 / torch.arange(1, 33, dtype=torch.float64), (1, 0)).cumsum(0)
     last = before + count
@@ -90,7 +91,8 @@ def average_precision(
         denominator: ``hits`` = relevant items in the top k (random where the cut splits a group, and averaged
             exactly), ``mink`` = min(R, k), ``rel`` = R, all relevant items.
         ties: ``expected`` over all orders within groups; ``optimistic`` relevant first; ``pessimistic``
-            relevant last. Both are extremes for ``mink`` and ``rel``, merely orders under ``hits``.
+            relevant last. The latter two are extremes for ``mink`` and ``rel``, and under ``hits`` merely two
+            orders.
 
     Returns:
         (Q,) float64 in [0, 1]; 0 where nothing relevant is in the top k.

@@ -33,7 +33,8 @@ def compare(first: EvalResult, second: EvalResult) -> dict[str, Difference]:
     """Paired differences (first minus second) of every per-query measure that both have.
 
     Raises:
-        ValueError: the settings differ in fields other than the model, which it names, or nothing is common.
+        ValueError: the settings differ in anything but the model; the message names the fields. Or nothing is
+            common.
     """
     if differing := first.setting.difference(second.setting):
         raise ValueError(
@@ -90,7 +91,8 @@ def compare_all(
     claim about checkpoints.
 
     Args:
-        table: by column (a per-query measure, higher is better) and model: the results of its training seeds.
+        table: by column, which is the name of a per-query measure where higher is better, and model: the
+            results of its training seeds.
         level: of significance, after correction.
 
     Returns:

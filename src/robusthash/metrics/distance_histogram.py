@@ -163,7 +163,8 @@ def prepare(codes: Codes, labels: Tensor, *, merge_above: float = 2.0) -> Prepar
             weighted histogram is about twice as slow as a plain one.
 
     Raises:
-        ValueError: no items, unmatched label rows, labels other than 0 and 1, bits set beyond the code.
+        ValueError: no items, label rows that do not match, labels other than 0 and 1, bits set beyond the
+            code.
     """
     size = len(codes)
     if size == 0:

@@ -56,7 +56,8 @@ def vector_norms(clean: Tensor, attacked: Tensor) -> dict[str, Tensor]:
 def ssim(clean: Tensor, attacked: Tensor) -> Tensor:
     """(B,) structural similarity: 11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03, data range 1.
 
-    Per channel, over positions where the window lies inside the image (at least 11 pixels), averaged.
+    Per channel, over the positions where the window lies inside the image (at least 11 pixels), then the
+    mean.
     """
     before, after = _images(clean, attacked)
     height, width = before.shape[-2:]

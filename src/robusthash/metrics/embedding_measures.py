@@ -1,6 +1,7 @@
 """Ranking measures of float vectors: an exact sort of every query's distances, in bounded blocks.
 
-As for codes, a block of sorted distances becomes a ``Profile``, so that ties count in expectation.
+The measures are those of codes: a block of sorted distances becomes a ``Profile``, so that ties count in
+expectation here as there.
 """
 
 from __future__ import annotations

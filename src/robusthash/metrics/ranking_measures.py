@@ -122,7 +122,8 @@ def legacy_average_precision(
     Args:
         query_labels, labels: (Q, C) and (N, C) multi-hot.
         denominator: as in ``average_precision``, or ``first-k-relevant``: the mean of i / rank_i over the
-            first min(k, R) relevant items of the *whole* ranking, some attack codes' MAP@k.
+            first min(k, R) relevant items of the *whole* ranking, which some cross-modal attack codes print
+            as MAP@k.
         block: queries sorted at a time.
     """
     if denominator not in (known := get_args(LegacyDenominator)):

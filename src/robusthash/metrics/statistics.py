@@ -22,7 +22,8 @@ def resampled_means(values: Tensor, resamples: int = 10_000, draws: Draws = Draw
     """Means of bootstrap resamples of the queries, the same resamples for every column.
 
     Args:
-        values: (Q, m) per-query values; NaN or infinity (PSNR of an unchanged image) leaves a query out.
+        values: (Q, m) per-query values; NaN or an infinite value (the PSNR of an unchanged image) leaves a
+            query out of that column.
 
     Returns:
         (resamples, m) float64; NaN where a resample holds no defined value of a column.

@@ -109,7 +109,8 @@ class SpectralGate(Purifier):
         cutoff: of ``low-pass``; n - 1 by default, which keeps 36 of 64 frequencies.
 
     Differs: the text maps the 3 magnitudes of a coefficient to its logit (``pixel``), which cannot know its
-    frequency but by magnitude; ``block``, the default, also has the text's 31,161 parameters.
+    frequency but by magnitude; 31,161 parameters of ``block`` agree with the text's number as well, and are
+    the default.
     """
 
     declares = "gate"

@@ -218,7 +218,8 @@ class Hasher(nn.Module):
             revision: branch, tag or commit of the hub.
 
         Raises:
-            RunError: damaged or truncated files, tensors that do not fit, foreign code. No pickle is opened.
+            RunError: damaged or truncated files, tensors that do not fit, code that is not of this package;
+                one line. No pickle is opened.
         """
         from robusthash.models.hub_folder import load_folder
 

@@ -47,7 +47,8 @@ class HubCard:
 
     Args:
         name: of the model.
-        licence: identifier of the hub, such as ``apache-2.0``; nothing is assumed, for data have terms too.
+        licence: identifier of the hub, such as ``apache-2.0``; weights carry the terms of their data, so
+            nothing is assumed.
         data: name of the data that it was trained and measured on.
         method: objective and defense, in words.
         scores: measured values; none where nothing was measured.
@@ -178,7 +179,8 @@ def save_folder(
 
     Args:
         facts: see ``save_exported``.
-        about: of the model card. A card that is there stays, unless ``overwrite``.
+        about: of the model card. A card that is there already stays, unless ``overwrite``: somebody may have
+            written in it.
     """
     about = about or HubCard()
     facts = {"library_name": "robusthash", "finds_copies": about.finds_copies, **facts}
@@ -210,7 +212,8 @@ def fetched(source: str | Path, revision: str | None = None, token: str | None =
     """The folder of a saved model: ``source`` itself, or a copy of it from the hub.
 
     Args:
-        source: a folder, or an id of the hub, ``user/name``: that alone opens a connection.
+        source: a folder, or an id of the hub, ``user/name``: that alone opens a connection. What is there
+            on the disk is never asked for.
         revision: branch, tag or commit of the hub; a commit is the only one that cannot change.
 
     Raises:

@@ -114,7 +114,8 @@ class VectorMLP(Encoder):
         inputs: V, values in each vector.
         widths: of the layers; the last is D.
         dropout: after every layer.
-        normalise: bring each vector to mean 0 and variance 1; nets do not learn from raw histograms.
+        normalise: bring each vector to mean 0 and variance 1; nets do not learn from histograms that sum to
+            one.
     """
 
     def __init__(

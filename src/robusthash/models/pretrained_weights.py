@@ -40,9 +40,9 @@ def load_weights(
 
     The file is safetensors or written by ``torch.save``: a state dict, bare or under one of ``HOLDERS``, next
     to any plain values and ``argparse.Namespace`` objects. Nothing in it is executed. The prefix
-    (``module.``, ``backbone.``, ...) is found. Every tensor of the module must be there in its shape. Tensors
-    of parts that the module lacks, a classifier of any size above all, are left out, logged and returned by
-    name.
+    (``module.``, ``backbone.``, ...) is found, not asked for. Every tensor of the module must be there in its
+    shape. Tensors of parts that the module lacks, a classifier of any size above all, are left out, logged
+    and returned by name.
 
     Args:
         name: of the net, for messages.
@@ -52,8 +52,8 @@ def load_weights(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is empty, damaged, of another kind or with code; tensors of another net or
-            two.
+        ValueError: a file that is empty, damaged, of another kind or would run code; tensors of another net
+            or of two.
     """
     tensors = rename(read_tensors(Path(path).expanduser()))
     expected = module.state_dict()

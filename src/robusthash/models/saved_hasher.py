@@ -205,8 +205,9 @@ def _digest_of(card: Mapping[str, Any], hasher: Hasher) -> str:
 def load_exported(folder: Path) -> tuple[Hasher, dict[str, Any]]:
     """Hasher (eval mode, CPU) and card of a saved model, of either names. No pickle is opened.
 
-    The digest of an earlier version's card is not believed: the card that is returned has the tensors'. No
-    weights but those of the folder are read, whatever the card says.
+    The digest of a card by an earlier version, which does not say what it is made of, is not believed: the
+    card that is returned has that of the tensors. No weights but those of the folder are read, whatever the
+    card says.
 
     Raises:
         RunError: damaged files, another schema, or parts of a module that ``core.plugins`` refuses.

@@ -84,7 +84,8 @@ class SFCLEncoder(Encoder):
     px, AlexNet and GFNet-Ti.
 
     Args:
-        spatial, frequency: ``image-encoder`` names or settings; two spatial ones are a control.
+        spatial, frequency: ``image-encoder`` names or settings; two spatial ones are the control of the
+            paper's idea.
         width: of the fused features and of the fusion's hidden layer (paper: hidden 512, output not given).
         hidden: of the separation nets.
         tau: temperature of the masks, 1 in the paper.

@@ -34,7 +34,8 @@ Near = Callable[[Inputs, Tensor, Draws], Inputs]
 class ViewedHasher(Hasher):
     """A victim whose outputs are those of ``gradients``, a hasher of the same values with other gradients.
 
-    Guides and searches take it for the victim. ``passes`` of the victim are the cost of one of its own.
+    Guides and searches take it for the victim. ``passes`` are the forward and backward passes of the victim
+    that one of its own costs.
     """
 
     passes: tuple[int, int] = (1, 1)
@@ -263,7 +264,8 @@ class RepairMoved(GradientView):
 class ProxyNet(nn.Module):
     """x + three smooth layers: convolutions for images (B, C, H, W), linear ones for vectors (B, V).
 
-    ``like`` has the shape of its inputs; ``width`` counts channels; vectors have eight times as many.
+    ``like`` has the shape of its inputs; ``width`` counts channels, and vectors have eight times as many
+    units.
     """
 
     def __init__(self, like: Tensor, width: int = 16) -> None:
@@ -307,7 +309,8 @@ class RepairLearnt(GradientView):
     ) -> RepairLearnt:
         """The view with nets learned from pairs x, P(x) of ``split``, half of them moved by ``near``.
 
-        Other purifiers keep their own gradient. Items, moves and first weights depend on ``draws`` alone.
+        Purifiers of other modalities than those named keep their own gradient. Items, moves and first weights
+        depend on ``draws`` alone.
         """
         names = [name for name in purifiers_of(victim) if name in modalities]
         if not names:

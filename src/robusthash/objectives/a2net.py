@@ -28,7 +28,8 @@ class A2Net(ADSH):
 
     Args:
         gamma, soft: of ``ADSH``.
-        reconstruction, decorrelation: weights, 1 each (ours; ports have 1, and 1 or 0.1 in other scales).
+        reconstruction, decorrelation: weights, 1 each (ours; published ports have 1, and 1 or 0.1 in other
+            scales).
 
     Differs: the paper's net of attention over regions of the image is not built, the attributes are those of
     the run's own encoder; read in the paper's abstract and in two ports of the loss.

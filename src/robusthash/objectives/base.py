@@ -56,7 +56,8 @@ def share_similar(labels: Tensor, block: int = 1024) -> float:
 def quantisation(output: HashOutput) -> Tensor:
     """(B,) mean squared distance of the relaxed code to its own sign, the sign held constant.
 
-    Written with the absolute value, the same, so that a NaN reaches the loss and the loop reports it.
+    Written with the absolute value, which is the same, so that a NaN reaches the loss and the loop reports
+    it.
     """
     return (output.code.abs() - 1.0).square().mean(1)
 

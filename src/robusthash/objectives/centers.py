@@ -152,12 +152,15 @@ class DPN(CSQ):
 
     Targets are random balanced codes (half of the bits -1), of several classes as in CSQ. v are the logits,
     without tanh: past the margin a bit is at rest, which is what polarises. So an attack on this objective
-    gets no gradient where all bits are at rest: judge the robustness of DPN by attacks with a guide.
+    gets no gradient from an item whose bits are all at rest: judge the robustness of DPN by attacks with a
+    guide.
 
     Args:
         margin: m, 1.
-        on_tanh: feed tanh(v) as SAAT's code does; with margin 1 the hinge is always active, L = 1 - mean h t.
-        adaptive: after each epoch a class's target becomes its items' majority; a tie keeps its bit.
+        on_tanh: feed tanh(v) as SAAT's code does; with margin 1 the hinge is then always active, L = 1 - mean
+            h t.
+        adaptive: after each epoch a class's target becomes the majority of its items' codes; a tie keeps its
+            bit.
 
     Differs: mean over bits (the authors' code sums them; SAAT's takes the mean). Several classes: the authors
     sum the hinges of each class; ours is the rule of SAAT's code.

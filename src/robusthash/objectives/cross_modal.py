@@ -71,9 +71,11 @@ class DCMH(CrossLikelihood):
     Theta_ij = F_i . G_j / 2 and B = sign(F + G). The paper's head is ``linear``; ``tanh`` works as well.
 
     Args:
-        gamma: weight of the quantisation, a mean over items and bits (ours; the paper's 1 is K / N here).
-        eta: weight of the balance term (ours; the paper's 1 is K by this measure). At the start, while codes
-            are nearly equal, it outweighs the rest and holds it back.
+        gamma: weight of the quantisation, a mean over items and bits (ours; the paper's 1 is K / N by this
+            measure).
+        eta: weight of the balance term (ours; the paper's 1 is K by this measure). At the start, while all
+            codes of a modality are nearly the same, it is the larger part of the loss and holds back the
+            first.
         balance: weight similar pairs, see ``WeightedPairs``. Off in the paper.
 
     Differs: terms are the published ones divided by the pairs of a step, b N, except gamma's and eta's. The
@@ -106,7 +108,8 @@ class DSARHObjective(DPSH):
     modality.
 
     Args:
-        alpha, beta: weights of image and of text codes among themselves; 1 is ours.
+        alpha, beta: weights of image and of text codes among themselves; 1 is ours, the paper gives no
+            weight.
         eta: of the quantisation, 0.1.
         balance: see ``WeightedPairs`` (ours; off as in the paper).
 
@@ -151,7 +154,8 @@ class SFCLObjective(DPSH):
 
     Args:
         intra: weight of the intra-modal terms, 1 in the paper; 0 leaves Eq. 11 out.
-        eta: of the quantisation as a mean, 0.1; the paper prints a sum next to means, with no weight.
+        eta: of the quantisation in mean form, 0.1; the paper prints an unnormalised sum next to means, with
+            no weight.
         settings: ``printed``, or ``dcmh``, a reading of "internal settings as DCMH": the quantisation goes to
             the code that both modalities share, eta mean (B - h)^2, and bits are balanced, eta mean_k (mean_i
             h_ik)^2, both averaged over the modalities.

@@ -31,7 +31,8 @@ def weighted_triplets(
 
     Codes (B, K) with multi-hot labels (B, C) against references (M, K), (M, C). A pair weighs 2^(shared
     labels) - 1; an item without a positive or without a negative gets 0. All triplets of an item cost M log
-    M: with the negatives sorted, a positive's hinge is active for a prefix of them: a running sum.
+    M: with the negatives sorted, the hinge of one positive is active for a prefix of them, whose sum a
+    running sum holds.
     """
     shared = overlap(labels, code_labels)
     weights = torch.exp2(shared) - 1.0  # the negative's part of the published weight is 2^0 - 1 = 0
@@ -58,7 +59,8 @@ def unit(rows: Tensor) -> Tensor:
 def discrete_step(joint: Tensor, labels: Tensor, relaxed: Tensor, mu: float, ridge: float) -> Tensor:
     """(N, K) next joint codes: sign(L P + mu H), P = (L^T L + ridge I)^-1 L^T B. A zero keeps the old bit.
 
-    B (N, K) are the joint codes in {-1, +1}, L (N, C) multi-hot labels, H relaxed codes averaged over both.
+    B (N, K) are the joint codes in {-1, +1}, L (N, C) multi-hot labels, H the relaxed codes averaged over
+    modalities.
     """
     gram = labels.T @ labels + ridge * torch.eye(labels.shape[1], device=labels.device)
     total = labels @ torch.linalg.solve(gram, labels.T @ joint) + mu * relaxed

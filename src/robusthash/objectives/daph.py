@@ -22,7 +22,8 @@ ABSENT = -1e4
 def proxy_softmax(logits: Tensor, positive: Tensor, negative: Tensor, slope: float, margin: float) -> Tensor:
     """(B,) mean over positives p of -log(e^{g(s_p-m)} / (e^{g(s_p-m)} + sum over negatives q of e^{g s_q})).
 
-    s (B, M) are similarities in [-1, 1], g the slope, m the margin; 0 without positives or negatives.
+    s (B, M) are similarities in [-1, 1], g the slope, m the margin; 0 for an item without positives or
+    negatives.
     """
     against = torch.logsumexp((slope * logits).masked_fill(~negative, ABSENT), 1, keepdim=True)
     losses = softplus(against - slope * (logits - margin)) * positive
@@ -80,7 +81,7 @@ class DAPH(CrossModalObjective):
     classes against the others at logits <p, c_k>, reg = mean (<norm(sgn z), z> - 1)^2, bal = |mean z|^2.
     Stage 2 trains the hasher against the signs of the proxies of all training items, kept constant: at logits
     <h, a> / K, L = L_pos + eta L_part for the anchors a of each modality, + L_cls for the signs of the class
-    codes. Positive are anchors of the same label set, negative those of no common label; L_part takes as
+    codes. Positive are anchors of the same label set, negative those that share no label; L_part takes as
     positive the mean of the rest, weighted by the number of shared labels, and L_cls the mean of the item's
     classes.
 

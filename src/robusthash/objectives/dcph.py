@@ -39,7 +39,8 @@ def spread_codes(classes: int, bits: int, steps: int, hidden: int, draws: Draws)
 
 @register("objective", "dcph", paper="Tu et al., IEEE TKDE 2023", evidence="reconstruction")
 class DCPH(HashObjective):
-    """DCPH: deep cross-modal proxy hashing. A reconstruction: neither code nor paper was at hand.
+    """DCPH: deep cross-modal proxy hashing. A reconstruction: no code was found, and its paper was not at
+    hand.
 
     Proxies are ``spread_codes``, learned once at ``setup`` from the labels alone. L = mean over an item's n
     classes k of -log(e^{g (s_k - m)} / (e^{g (s_k - m)} + sum over other classes q of e^{g s_q})) + eta mean

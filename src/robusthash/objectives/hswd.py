@@ -25,14 +25,17 @@ class HSWD(HashObjective):
 
     L = L_base + weight q, q = (1 / (B K)) sum_k ||sort(v_k) - sort(R_k)||^2, R drawn again in every step. It
     replaces a quantisation penalty and balances each bit over the batch. It is a term of the batch, so an
-    attack on this objective ascends the base's similarity. One pass an item, a sort a bit.
+    attack on this objective ascends the base's similarity. One forward and backward pass an item, a sort a
+    bit.
 
     Args:
         base: the objective that it is added to, ``hashnet`` as in the published codes; any other.
         weight: 0.1 in the published codes.
-        on_tanh: match the objective's codes, as in SAAT's and CgAT's code; the authors match the logits.
+        on_tanh: match the codes that the objective sees, as in SAAT's and CgAT's code; the authors match the
+            logits.
 
-    Differs: means over values, as in the codes. Coins are balanced to 1 / sqrt(B), so q is above 0.
+    Differs: means over values, as in the codes. With a batch of B the coins are balanced to 1 / sqrt(B), so
+    q does not reach 0.
     """
 
     steps: Tensor

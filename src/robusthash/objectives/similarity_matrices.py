@@ -83,8 +83,9 @@ class DJSRH(_Sloped):
         image_features, text_features: see ``FixedSimilarity``.
 
     Cost: a pass of the fixed encoder over the training items, then one forward and backward an item; B^3
-    operations for S~ S~^T. Differs: B is the size of the batch at hand, where the code divides by the full
-    size; the fixed image net is EfficientNet-Lite0, not AlexNet's fc7.
+    operations for S~ S~^T. Differs: B is the size of the batch at hand, where the code divides a smaller last
+    batch's by the full size (it drops that batch); the fixed image net is EfficientNet-Lite0, not AlexNet's
+    fc7.
     """
 
     def __init__(

@@ -34,7 +34,8 @@ class Unsupervised(HashObjective):
     """Base: ``forward`` sees neither the batch's labels nor the memory's, and items need none.
 
     An attack on the objective (``pgd``) has labels of its own: ``similarity`` is mean_j (cos(h, U_j) -
-    S'_ij)^2 with S' = +1 for references that share a label and -1 for others.
+    S'_ij)^2 with S' = +1 for references that share a label with the item and -1 for others. Training never
+    calls it.
     """
 
     supervised: ClassVar[bool] = False

@@ -50,7 +50,8 @@ class DetectedAttack:
 
 @dataclass(frozen=True)
 class Detection:
-    """Result of ``detect``. ``measured``: share of clean queries caught, each by limits of the others."""
+    """Result of ``detect``. ``measured`` is the share of clean queries that is caught, each by limits of the
+    others."""
 
     false_alarms: float
     measured: float

@@ -238,7 +238,8 @@ class TierChecks:
     ) -> MoreEffort:
         """AP of a part under the strongest white-box attack at eps = 1, and with twice its steps or restarts.
 
-        An adaptive one takes its place where there is none: averages over noise cost thirty times as much.
+        An adaptive one takes its place where there is none: those that average over noise cost thirty times
+        as much.
         """
         gradient = [spec for spec in specs if isinstance(spec, GradientAttack) and spec.kind != "refined"]
         able = [spec for spec in gradient if spec.kind == "white-box"] or gradient

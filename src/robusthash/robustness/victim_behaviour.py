@@ -47,7 +47,8 @@ def observed(victim: Hasher, inputs: Inputs, passes: int = 3) -> VictimBehaviour
     """Observe a victim on some clean inputs; 8 to 128 are enough.
 
     Logits are compared over ``passes`` calls, the parts are those of the package by type, and a backward pass
-    inside the forward pass shows in the tensors that autograd takes back (under ``no_grad`` outside).
+    inside the forward pass shows in the tensors that autograd takes back (under ``no_grad`` outside, none is
+    needed).
     """
     if not inputs or passes < 2:
         raise ValueError(f"observing takes inputs and at least two passes, got {sorted(inputs)} and {passes}")

@@ -71,7 +71,8 @@ class OptimConfig:
 class Schedule:
     """Learning-rate factor over training: a warm-up share, then one of four kinds.
 
-    ``steps`` multiplies by ``gamma`` at each share of ``at``; ``exponential`` falls from 1 to ``gamma``.
+    ``steps`` multiplies by ``gamma`` at each share of ``at``; ``exponential`` falls smoothly from 1 to
+    ``gamma``.
     """
 
     kind: Literal["constant", "cosine", "steps", "exponential"] = "cosine"

@@ -26,7 +26,8 @@ PARTS: tuple[tuple[str, ...], ...] = (
 
 ``image`` and ``text`` are the encoder and the head of a modality; ``backbone`` the encoders, and ``head`` the
 heads, of all modalities; ``image-backbone`` and so on are one of each; ``conv`` are the convolutions of the
-encoders and their batch normalisation. ``hasher`` is the rest: purifiers, centers, an outer loss's nets.
+encoders and their batch normalisation. The rest stays with ``hasher``: purifiers, centers, an outer loss's
+nets.
 """
 
 NAMES = tuple(name for rank in PARTS for name in rank)
@@ -62,7 +63,8 @@ def divided(
 
     Args:
         groups: of the recipe; one without parameters needs no settings, and may have them.
-        rates: learning rate of each name in ``training.optim``; 0 freezes the part, or what no part covers.
+        rates: learning rate of each name in ``training.optim``; 0 freezes a part of the hasher, or what no
+            part covers.
 
     Raises:
         KeyError: a group of the recipe without settings.

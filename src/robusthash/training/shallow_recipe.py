@@ -29,7 +29,8 @@ class ShallowRecipe(Recipe):
 
     The features are those of the encoders: the values themselves (``features``), a pretrained net, or a
     run's (``training.init_from``, whose head is replaced). The head is ``linear``, or ``kernel`` with
-    anchors drawn from the training items. All happens in the first epoch: set ``epochs: 1``.
+    anchors drawn from the training items. All happens in the first epoch, so set ``epochs: 1``; more do
+    nothing.
 
     Args:
         hasher: with heads ``linear`` or ``kernel``.

@@ -5,8 +5,8 @@ Each request is ``POST url`` with a PNG file as the body. The answer is JSON of 
     {"code": "8f3c..."}  or  {"code": [0, 1, 1, ...]}      the code, in hex or as bits
     {"ids": ["a", "b", ...], "distances": [0, 3, ...]}      results, nearest first; distances may be left out
 
-or that of ``robusthash serve``, {"results": [{"id": 3, "distance": 0}, ...], "code": "8f3c..."}, the code if
-there.
+or that of ``robusthash serve``, {"results": [{"id": 3, "distance": 0}, ...], "code": "8f3c..."}, where the
+code counts if it is there.
 A search with a threshold may find nothing: an empty list of ids, status 204 or 404.
 """
 
@@ -87,7 +87,8 @@ _NOTHING = frozenset({204, 404})  # statuses of a search that found nothing
 
 @dataclass(frozen=True)
 class Answer:
-    """An endpoint's answer on one image: a code as it was written, or search results, perhaps none."""
+    """An endpoint's answer on one image: a code as it was written, or search results, none where nothing was
+    near enough."""
 
     code: str | tuple[float, ...] | None = None
     ids: tuple[str, ...] = ()
@@ -220,7 +221,8 @@ class Endpoint:
             self._answer_cache.delete()
 
     def _request(self, pixels: np.ndarray) -> Any:
-        """The JSON that the endpoint answers; an empty list of ids for a status that says so."""
+        """The JSON that the endpoint answers; an empty list of ids where it says by its status that there is
+        nothing."""
         png = io.BytesIO()
         Image.fromarray(pixels).save(png, "PNG")
         problem, attempts = "", 0

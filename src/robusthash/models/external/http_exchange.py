@@ -65,7 +65,8 @@ class Exchanger:
 
         Raises:
             Unanswered: see there.
-            Broken: no address, headers or body too long, or an encoding that was not requested.
+            Broken: the address is none, or headers or body are too long, or in an encoding that was not
+                asked for.
         """
         seconds = self.seconds if seconds is None else min(seconds, self.seconds)
         outcomes: queue.SimpleQueue[Reply | Exception] = queue.SimpleQueue()

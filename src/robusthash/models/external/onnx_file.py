@@ -107,7 +107,8 @@ _KINDS = {"value_float": np.float32, "value_int": np.int64}
 
 
 def load_onnx(path: Path, images: Tensor, output: str | None = None) -> tuple[Call, str]:
-    """An ONNX file as a module that torch differentiates, and ""; else as a black box, and the reason.
+    """An ONNX file as a differentiable module where torch can compute its graph, and ""; else as a black box,
+    and the reason.
 
     Images are resized to the input size that the file fixes. The graph in torch counts only if it agrees with
     ``onnxruntime`` on ``images``, (n, 3, H, W) in [0, 1].
@@ -118,8 +119,8 @@ def load_onnx(path: Path, images: Tensor, output: str | None = None) -> tuple[Ca
     Raises:
         FileNotFoundError: no such file.
         ImportError: the extra ``onnx`` is not installed.
-        ValueError: no ONNX file, one that takes no batch of colour images, or several outputs with none
-            chosen.
+        ValueError: no ONNX file, one that does not take one batch of colour images, or one of several outputs
+            of which none is chosen.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no model file {path}")

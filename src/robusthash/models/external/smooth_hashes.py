@@ -1,4 +1,5 @@
-"""Differentiable perceptual hashes: the library's exact bits, with the gradient of their real numbers.
+"""Differentiable forms of the perceptual hashes: the library's exact bits, with the gradient of the real
+numbers that they are cut from.
 
 A perceptual hash is public arithmetic: luminance, resize, DCT or differences, and a threshold. All but the
 threshold is smooth, so an attacker differentiates it. ``smooth_numbers`` computes these numbers in torch;

@@ -50,8 +50,9 @@ class COSDISH(ShallowMethod):
         rounds: 20 (ours).
         gamma: of the ridge regression that stands for the paper's linear classifiers, 1.
 
-    Differs: the binary quadratic program of a bit is solved by coordinate steps, not clustering; S' of
-    dissimilar pairs is -(#similar / #dissimilar), as ADSH's code has it, or ten classes would share a code.
+    Differs: the binary quadratic program of a bit is solved by coordinate steps and not by the paper's
+    clustering; S' of dissimilar pairs is -(#similar / #dissimilar), as ADSH's code has it, or ten classes
+    would share a code.
     """
 
     pairwise = True

@@ -175,12 +175,13 @@ def certify(
         alpha: probability that any bound of a query fails.
         radii: budgets; ``RADII`` of the method by default.
         queries: number of them, chosen by content; None takes all.
-        attacks: tier whose gradient attacks are run, by the mean gradient over 20 draws of noise; None: none.
+        attacks: tier of the suite whose gradient attacks are run, by the mean gradient over 20 draws of the
+            noise; None runs none.
         kept: keeps what was computed, so that a stopped call goes on.
 
     Raises:
-        ValueError: queries other than images, no bits, a layer without interval bounds, or numbers out of
-            range.
+        ValueError: queries that are no images, a search without bits, a layer without interval bounds, or
+            numbers out of range.
     """
     budgets = checked_budgets(method, sigma, samples, alpha, radii)
     context = context if queries is None else context.some(queries)

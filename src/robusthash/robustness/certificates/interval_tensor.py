@@ -183,7 +183,8 @@ _AFFINE: dict[str, Callable[..., IntervalTensor]] = {
 
 
 ROUNDING = 1e-4
-"""Share of a query's largest logit by which a bound must clear zero: bounds are float64, codes float32."""
+"""Share of a query's largest logit by which a bound must clear zero: bounds are computed in float64, codes in
+float32."""
 
 
 class IntervalBounds:

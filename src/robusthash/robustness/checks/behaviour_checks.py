@@ -27,7 +27,8 @@ def require_usable(victim: Hasher, batch: Batch) -> None:
         batch: clean queries with the modalities that are to be encoded.
 
     Raises:
-        ValueError: NaN or infinite logits, none of shape (B, bits), or a model that fails on one query.
+        ValueError: NaN or infinite logits, logits that are not (B, bits) numbers, or a model that fails on
+            one query.
     """
     for size in (len(batch), 1):
         inputs = {name: values[:size] for name, values in batch.inputs.items()}

@@ -121,7 +121,8 @@ def gradient_checks(context: EvaluationContext, threat: Threat, loss: Loss) -> t
 
 
 def _at_start(context: EvaluationContext, threat: Threat, loss: Loss) -> tuple[float, float, bool]:
-    """Shares of queries with a zero gradient, and with a number not finite; and if there is a graph."""
+    """Shares of queries with a zero gradient, and with a number that is not finite; and if there is a
+    graph."""
     zero, broken, connected = list[Tensor](), list[Tensor](), list[bool]()
 
     def record(
@@ -279,7 +280,8 @@ def path_checks(
 def _f10_alignment(values: Tensor, metrics: Tensor) -> Flag:
     """F10: Spearman's correlation along the path of each query, averaged with the spread of its AP as weight.
 
-    Red where the 95 % bootstrap interval over queries is below the threshold, amber where the value is.
+    Red where the 95 % bootstrap interval over queries lies below the threshold, amber where only the value
+    does.
 
     Differs: unweighted, queries whose AP hardly moved add the noise of small steps around the best point.
     """

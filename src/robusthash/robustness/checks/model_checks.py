@@ -1,6 +1,7 @@
 """All checks of a model, run on a few queries before a suite; those of suites are in ``suite_checks``.
 
-Each gives a ``Flag`` with value, threshold, level and remedy. One that cannot run is amber and says why.
+Each gives a ``Flag`` with value, threshold, level and remedy. One that could not be run is amber and says
+why.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def model_checks(
         purpose: see ``f17_collapse``.
 
     Raises:
-        ValueError: a threat that leaves the query modality alone; an unusable model, see ``require_usable``.
+        ValueError: a threat that leaves the query modality alone; a model that cannot be used at all, see
+            ``require_usable``.
     """
     modality = context.direction[0]
     if modality not in threat.balls:

@@ -34,7 +34,8 @@ from robusthash.version import __version__
 
 _FILES = ("inputs.npy", "ids.json")
 _OF_THE_SEARCH = frozenset({"attacks", "budget", "seeds", "digests.suite"})
-"""Fields in which our search and a bundle may differ: it shows a point in the budget, however found."""
+"""Fields in which our search and a bundle may differ: it shows a point in the budget, however it was
+found."""
 _CLAIM = 0.005  # MAP by which a claim may differ from our own score before a note says so
 
 

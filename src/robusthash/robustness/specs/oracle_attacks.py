@@ -57,7 +57,8 @@ class OracleAttack:
     * ``codes``, ``distances`` or ``coarse``, ``overlap`` (B2): no labels; the share of the clean top k that
       was replaced, exact under ties from codes, by (distance, id) from distances.
     * ``codes``, ``moved`` (B2): the share of bits that differ from the clean query's code, of vectors the
-      distance; neither labels nor database. AP stays flat while the right item is first; this does not.
+      distance; neither labels nor database. AP stays flat while the right item is still first, and this does
+      not.
     * ``ids``, ``rank`` or ``overlap`` (B1): the ordered ids alone, compared with those of the clean query.
 
     The returned input is the best by this score, which at B1 need not be the one of lowest AP. The clean

@@ -221,7 +221,8 @@ def transfer_matrix(
         contexts: by name; of one data set, protocol, query modality, batch size and seed.
 
     Raises:
-        ValueError: fewer than two contexts, or others than the victim differ; it names the field.
+        ValueError: fewer than two contexts, or contexts that differ in more than the victim; it names the
+            field.
     """
     names, first = tuple(contexts), _alike(contexts)
     surrogates = {
