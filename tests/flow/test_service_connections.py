@@ -208,3 +208,24 @@ def test_the_process_ends_in_time_where_a_reader_is_busy(
     assert service.process.stdout.readline() == "decoding\n"
     service.process.send_signal(sent)
     assert service.process.wait(30) == 128 + signal.SIGTERM
+
+
+_SHORT_GRACE = """
+import sys
+from robusthash.__main__ import main
+from robusthash.apps.service import serving
+serving._GRACE, serving._LAST = 6, 4
+sys.argv[1:] = ["serve", *sys.argv[1:]]
+main()
+"""
+
+
+def test_the_process_fails_where_a_request_got_no_answer(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    build_index(tmp_path / "index", *parts)
+    service = Served(tmp_path / "index", parts[0], command=["-c", _SHORT_GRACE])
+    connection = service.connect()
+    head = "POST /v1/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode() + b"x" * 10)  # the rest never comes
+    service.search()  # answered on another connection: the first is under way by now
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(30) == 1
