@@ -70,9 +70,33 @@ def test_cost_is_a_table_with_the_undefended_net_as_one(call, trained):
     assert row["latency"]["ratio"] > 0
     assert row["latency"]["threads"] == 1
     assert row["attack_steps"] == 0
+    assert row["step_ms"] is row["step_ratio"] is None
     code, out, _ = call("cost", trained, "--repeats", 2)
     assert code == 0
     assert out.count("\n| tiny |") == 1
+
+
+def test_training_steps_are_timed_in_turn_and_leave_the_runs_alone(call, trained, tmp_path):
+    attack = {"name": "pgd", "steps": 8, "step_size": "2/255"}
+    training = {
+        **CONFIG["training"],
+        "recipe": "adversarial",
+        "outer": "pgd-at",
+        "attack": attack,
+        "epochs": 1,
+    }
+    hardened = training_stages.train(
+        make_config({**CONFIG, "name": "hardened", "training": training}), tmp_path
+    ).path
+    weights = (hardened / "checkpoint" / "hasher.safetensors").read_bytes()
+    code, out, err = call("cost", trained, hardened, "--repeats", 2, "--rounds", 3, "--json")
+    assert code == 0, err
+    plain, defended = json.loads(out)["rows"]
+    assert plain["step_ms"] > 0
+    assert defended["step_ratio"] > 2  # nine passes of it and more, for one
+    stored = json.loads((hardened / "cost.json").read_text())["values"]
+    assert stored["step ratio"] == pytest.approx(defended["step_ratio"], abs=1e-6)
+    assert (hardened / "checkpoint" / "hasher.safetensors").read_bytes() == weights
 
 
 def test_curves_draw_the_log_and_the_kept_epochs(call, trained, tmp_path):

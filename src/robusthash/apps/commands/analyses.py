@@ -79,7 +79,10 @@ def cost(
     runs: RunPaths,
     against: Annotated[Path | None, Option(help="Undefended run; the first one by default.")] = None,
     repeats: Annotated[int, Option(min=1, help="Timed queries of each, after 10 to warm up.")] = 100,
-    threads: Annotated[int, Option(min=1, help="Threads of every query.")] = 1,
+    rounds: Annotated[
+        int, Option(min=0, help="Also time training steps, in turn for so many rounds; needs the data.")
+    ] = 0,
+    threads: Annotated[int, Option(min=1, help="Threads of all that is timed.")] = 1,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -91,7 +94,7 @@ def cost(
     from robusthash.apps.experiment.cost_run import cost_markdown, cost_rows
 
     torch.set_num_threads(threads)
-    reference, rows = cost_rows(runs, against, repeats)
+    reference, rows = cost_rows(runs, against, repeats, rounds)
     reply(
         as_json,
         {"reference": reference, "rows": [asdict(row) for row in rows]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch
 from robusthash.analysis.model_cost import Latency, Size, Work, single_query, size_of, time_in_turn
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.run_selection import labelled
+from robusthash.apps.experiment.step_cost import step_times
 from robusthash.apps.experiment.stored_analyses import store_analysis
 from robusthash.apps.reports.cell_text import markdown_table
 from robusthash.core.hamming import pack, sign
@@ -23,7 +25,7 @@ from robusthash.models.hasher import Hasher
 
 _COLUMNS = (
     *("model", "parameters (M)", "MACs (M)", "query ms", "p95 ms", "ratio"),
-    *("training min/epoch", "attack steps"),
+    *("training min/epoch", "step ms", "step ratio", "attack steps"),
 )
 
 
@@ -36,10 +38,12 @@ class CostRow:
     latency: Latency
     minutes_per_epoch: float
     attack_steps: int  # of the inner attack of training; 0 where there is none
+    step_ms: float | None = None  # of a training step, by wall clock
+    step_ratio: float | None = None  # median over the rounds of its time / the reference's
 
 
 def cost_rows(
-    paths: Sequence[Path], against: Path | None = None, repeats: int = 100
+    paths: Sequence[Path], against: Path | None = None, repeats: int = 100, rounds: int = 0
 ) -> tuple[str, list[CostRow]]:
     """Cost of runs, and the name of the reference: the hasher without purifiers of ``against``, or of the
     first run.
@@ -51,6 +55,11 @@ def cost_rows(
     Args:
         against: the undefended run.
         repeats: timed queries of each.
+        rounds: of training steps, timed in turn too, which needs the data of the runs; none by default.
+
+    Raises:
+        FileNotFoundError: data of a run that are not there.
+        RunError: runs without weights.
     """
     runs = labelled(paths)
     base = load_run(against) if against is not None else next(iter(runs.values()))
@@ -60,15 +69,23 @@ def cost_rows(
     undefended = "undefended reference"
     works[undefended] = _query_of(base.load_model()[0].bare(), base)
     latencies = time_in_turn(works, undefended, runs=repeats)
+    steps = step_times({**runs, undefended: base}, rounds) if rounds else {}
     rows = []
     for label, run in runs.items():
         epochs = [line["seconds"] for line in run.lines()]
         attack = run.config.training.inner_attack()
-        steps = 0 if attack is None else attack.search.steps
+        inner = 0 if attack is None else attack.search.steps
         size, minutes = size_of(hashers[label], _pixels(run)), sum(epochs) / len(epochs) / 60
-        rows.append(CostRow(label, size, latencies[label], minutes, steps))
+        trained = _step_of(steps[label], steps[undefended]) if rounds else ()
+        rows.append(CostRow(label, size, latencies[label], minutes, inner, *trained))
         _store(run, rows[-1], reference)
     return reference, rows
+
+
+def _step_of(seconds: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
+    """Milliseconds of a training step, and its ratio to the reference."""
+    ratios = (mine / other for mine, other in zip(seconds, reference, strict=True))
+    return 1e3 * median(seconds), median(ratios)
 
 
 def _store(run: Run, row: CostRow, reference: str) -> None:
@@ -77,6 +94,8 @@ def _store(run: Run, row: CostRow, reference: str) -> None:
     settings = {"reference": reference, "threads": time.threads, "repeats": time.runs}
     values = {"parameters": row.size.parameters, "MACs": row.size.macs, "ratio": time.ratio}
     values |= {"query ms": time.median, "p95 ms": time.p95, "minutes an epoch": row.minutes_per_epoch}
+    if row.step_ms is not None and row.step_ratio is not None:
+        values |= {"step ms": row.step_ms, "step ratio": row.step_ratio}
     store_analysis(run, "cost", settings, values)
 
 
@@ -110,5 +129,6 @@ def cost_markdown(reference: str, rows: Sequence[CostRow]) -> str:
         time = row.latency
         numbers = (row.size.macs / 1e6, time.median, time.p95, time.ratio, row.minutes_per_epoch)
         texts = [f"{number:.2f}" for number in numbers]
-        cells.append([row.name, row.size.parameters / 1e6, *texts, row.attack_steps])
+        trained = ["-" if n is None else f"{n:.2f}" for n in (row.step_ms, row.step_ratio)]
+        cells.append([row.name, row.size.parameters / 1e6, *texts, *trained, row.attack_steps])
     return f"{title}\n\n{markdown_table(_COLUMNS, cells)}"

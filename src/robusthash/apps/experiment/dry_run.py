@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -227,15 +226,15 @@ class _Timings:
         clock.start()
         fit(recipe, replace(self.data, train=train), settings, clock)
         self.progress(1, 1, f"training {config.name}")
-        began, *marks, last, end = clock.times
-        times = [after - before for before, after in pairwise([*marks, last])]
+        began, first, *_, last, end = clock.times
+        times = clock.steps()
         step, name = median(times[1:] or times), config.name
         with clock.timing() as seconds:
             encode_split(recipe.hasher, train, batch_size=batch)
         epochs, all_train = config.training.epochs, self.whole["train"]
         steps = epochs * math.ceil(recipe.epoch_items(all_train) / config.training.batch_size)
         scale = config.training.batch_size / batch
-        setup, each = marks[0] - began, seconds() / len(train)
+        setup, each = first - began, seconds() / len(train)
         self.parts += [
             Part(f"setup of {name}", f"{len(train)} items", setup, setup + each * all_train),
             Part(f"training of {name}", f"one step of {batch}", step, step * scale * steps),

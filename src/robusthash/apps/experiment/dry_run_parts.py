@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ class StepClock:
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Nothing is kept."""
+
+    def steps(self) -> list[float]:
+        """Seconds of each step of an epoch that ended."""
+        _, *marks, last, _ = self.times
+        return [after - before for before, after in pairwise([*marks, last])]
 
     @contextmanager
     def timing(self) -> Iterator[Callable[[], float]]:

@@ -1,7 +1,7 @@
-"""Numbers of analyses of a run, in small files of its directory: bands, cost, transfer, epochs, log.
+"""Numbers of analyses of a run, in small files of its directory: bands, cost, transfer, epochs.
 
 ``attribute``, ``cost`` and ``transfer`` write ``bands.json``, ``cost.json`` and ``transfer.json``; ``curves``
-writes ``curves-DIGEST.json``, and training ``log.jsonl``. Kept copies of runs have them too.
+writes ``curves-DIGEST.json``. Kept copies of runs have them too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from robusthash.apps.experiment.run_directory import Run, RunError, reading, wri
 from robusthash.core.limited_files import read_json
 from robusthash.metrics.results import EvalResult, headline_of
 
-Analysis = Literal["bands", "cost", "transfer", "epochs", "log"]
+Analysis = Literal["bands", "cost", "transfer", "epochs"]
 ANALYSES: tuple[Analysis, ...] = get_args(Analysis)
 CURVES = "curves-*.json"
 
@@ -57,22 +57,20 @@ def has_analysis(run: Run, kind: Analysis) -> bool:
     """True where the run has the file of an analysis."""
     if kind == "epochs":
         return any(run.path.glob(CURVES))
-    return (run.path / ("log.jsonl" if kind == "log" else f"{kind}.json")).is_file()
+    return (run.path / f"{kind}.json").is_file()
 
 
 def analysis_values(run: Run, kind: Analysis) -> dict[str, Tensor]:
     """Numbers of an analysis by name, (1,) or (queries,) float64; none where it was not made.
 
     ``epochs``: ``last clean``, ``best clean``, ``last ATTACK``, ``best ATTACK`` of each query, after the last
-    epoch and after that of the highest mean. ``log``: ``seconds`` of the quickest epoch.
+    epoch and after that of the highest mean.
 
     Raises:
         RunError: a file that cannot be read, or is of other weights than the model card.
     """
     if not has_analysis(run, kind):
         return {}
-    if kind == "log":
-        return {"seconds": _tensor(min(line["seconds"] for line in run.lines()))}
     if kind == "epochs":
         return _of_epochs(run)
     path = run.path / f"{kind}.json"

@@ -21,6 +21,9 @@ ATTACK = {"name": "cgat", "steps": 10, "step_size": "2/255"}
 
 QUERIES = 200
 
+ROUNDS = 9
+"""Of training steps that are timed in turn."""
+
 PERMUTATIONS = 16
 """Of the bands; images differ far more than permutations do."""
 
@@ -40,7 +43,7 @@ def analyse(runs: Sequence[Run], plan: EntryPlan, progress: Progress) -> None:
 
     kind, paths = plan.entry.analysis, [run.path for run in runs]
     if kind == "cost":
-        cost_rows(paths)
+        cost_rows(paths, rounds=ROUNDS)
     elif kind == "transfer":
         transfer_table(paths, progress=progress)
     for run in runs:
