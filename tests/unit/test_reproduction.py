@@ -75,6 +75,16 @@ entries:
       over: {setting: training.objective.eta, values: [0.1, 1]}
       blocks: [{title: shapes, rows: {one: {recipe: tiny, set: ["training.objective={name: dpsh}"]}}}]
   - {id: figure-2, title: pictures, unavailable: they are pictures}
+  - &analysis
+    id: epochs
+    title: an analysis of two models
+    shows: epochs
+    small:
+      minutes: 1
+      seeds: 1
+      blocks: [{title: shapes, set: [runtime.keep_epochs=1], rows: {one: tiny, two: {recipe: tiny, set: [hasher.bits=8]}}}]
+  - {<<: *analysis, id: cost, shows: cost}
+  - {<<: *analysis, id: transfer, shows: transfer}
 """
 
 
@@ -362,6 +372,20 @@ def test_another_evaluation_needs_a_name(tmp_path: Path) -> None:
     options = {"stored_only": True, "seeds": 1, "recipes": ROOT / "recipes", "runs": tmp_path}
     with pytest.raises(ValueError, match="give --set name"):
         reproduction.reproduce("saat", "table-3", sets=("evaluation.queries=50",), **options)
+
+
+@pytest.mark.parametrize(
+    ("entry", "shown"),
+    [("epochs", "best cgat"), ("cost", "step ratio"), ("transfer", "from tiny")],
+)
+def test_an_entry_of_an_analysis_makes_it_and_shows_its_numbers(
+    tiny: Paper, clone: Path, entry: str, shown: str
+) -> None:
+    """The settings of each analysis are fit to run, on models that are trained once for all of them."""
+    found = rh.reproduce("tiny", entry, recipes=clone / "recipes", runs=clone / "analysed")
+    assert found.failed == {}
+    assert found.state == "done"
+    assert shown in found.analysis
 
 
 def test_rows_of_a_dry_run_are_the_fewest_that_its_parts_take() -> None:

@@ -16,7 +16,7 @@ from robusthash.apps.reproduction.entry_runs import EntryPlan, Planned, Stored, 
 from robusthash.core.atomic_files import write_text
 from robusthash.core.runtime import Progress
 
-ATTACK = {"name": "cgat", "steps": 10, "step_size": "2/255"}
+ATTACK = {"name": "cgat", "steps": 10, "step_size": 2 / 255}
 """The attack on every epoch of an entry, on ``QUERIES`` queries."""
 
 QUERIES = 200

@@ -209,7 +209,7 @@ def reproduce(
     )
     options: dict[str, Any] = {"scale": scale, "seeds": seeds, "sets": sets}
     plan, stored = plan_of(name, entry, where, **options)
-    failed = {} if stored_only else _run_missing(plan, where, progress)
+    failed = {} if stored_only else _run_missing(name, plan, where, progress)
     if plan.stored < len(plan.runs) and not stored_only:
         plan, stored = plan_of(name, entry, where, **options)
     found = paper(name)
@@ -226,7 +226,7 @@ def reproduce(
     )
 
 
-def _run_missing(plan: EntryPlan, folders: Folders, progress: Progress) -> dict[str, str]:
+def _run_missing(paper_name: str, plan: EntryPlan, folders: Folders, progress: Progress) -> dict[str, str]:
     """Make the runs that are not stored; the errors of those that failed, by command.
 
     Raises:
@@ -253,7 +253,7 @@ def _run_missing(plan: EntryPlan, folders: Folders, progress: Progress) -> dict[
         try:
             analyse([made[run.command] for run in group if run.command in made], plan, progress)
         except _FAILURES as error:
-            failed[f"robusthash reproduce {plan.entry.id}"] = " ".join(str(error).split())
+            failed[f"robusthash reproduce {paper_name} {plan.entry.id}"] = " ".join(str(error).split())
     return failed
 
 
