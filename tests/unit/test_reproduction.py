@@ -325,7 +325,13 @@ def test_a_verdict_is_computed_from_paired_intervals(
     assert held.verdict == "open"  # two seeds decide nothing
     assert "fewer than 3 seeds" in held.reason
     monkeypatch.setattr(claims_ledger, "METHOD_SEEDS", 2)
-    assert judge(claim(clone, "above", by=-2.0), recipes, stored).verdict == "reproduced"
+    plain = judge(claim(clone, "above", by=-2.0), recipes, stored)
+    assert (plain.verdict, plain.reason) == ("reproduced", "")
+    first, second = plain.findings[0].means
+    assert first - second == pytest.approx(plain.findings[0].difference.value)
+    assert f"a: {first:.3f} against {second:.3f}, " in plain.findings[0].text()
+    fewer = claim(clone, "above", by=-2.0).model_copy(update={"without": "a rival"})
+    assert judge(fewer, recipes, stored).reason == "without a rival"
     assert judge(claim(clone, "above", by=2.0), recipes, stored).verdict == "reversed"
     assert judge(claim(clone, "below", by=2.0), recipes, stored).verdict == "reversed"
     assert judge(claim(clone, "below", by=-2.0), recipes, stored).verdict == "reproduced"

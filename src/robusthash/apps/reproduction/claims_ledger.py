@@ -86,6 +86,7 @@ class Claim(Section):
         tier: net and data of the comparisons, and what differs.
         entry: the table or figure whose runs decide it, as arguments of ``robusthash reproduce``.
         depends_on: a choice (a rate, a weight), at three values of which it must fail to be reversed.
+        without: what the claim is compared with in the paper and not here.
     """
 
     id: str
@@ -98,6 +99,7 @@ class Claim(Section):
     computed: Literal["", "mainstay-code", "hasher-stays"] = ""
     untestable: str = ""
     depends_on: str = ""
+    without: str = ""
 
     @model_validator(mode="after")
     def _decidable(self) -> Claim:
@@ -108,7 +110,10 @@ class Claim(Section):
 
 @dataclass(frozen=True)
 class Finding:
-    """A comparison: the difference of first and second, and whether it holds; None where undecided."""
+    """A comparison: the difference of first and second, and whether it holds; None where undecided.
+
+    ``means`` are those of both sides.
+    """
 
     what: str
     difference: Cell | None
@@ -116,16 +121,25 @@ class Finding:
     reason: str = ""
     at: str = ""
     wanted: str = ""
+    means: tuple[float, float] = (math.nan, math.nan)
 
     def text(self) -> str:
-        """``mainstay to HAG: -0.011 (-0.016 to -0.006), 3 seeds``."""
+        """``mainstay to HAG: 0.504 against 0.515, -0.011 (-0.016 to -0.006), 3 seeds``."""
         if self.difference is None:
             return f"{self.what}: {self.reason}"
         low, _ = self.difference.interval
         value = self.difference.text() if low == low else f"{self.difference.value:+.3f}"
         value = value if abs(self.difference.value) >= _SMALL else f"{self.difference.value:+.1e}"
         seeds = "1 seed" if self.difference.seeds == 1 else f"{self.difference.seeds} seeds"
-        return f"{self.what}: {value}{self.wanted}, {seeds}"
+        first, second = map(_plain, self.means)
+        return f"{self.what}: {first} against {second}, {value}{self.wanted}, {seeds}"
+
+
+def _plain(value: float) -> str:
+    """Three decimals, or three digits of a number that is very small; a large one as a whole number."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
 
 
 @dataclass(frozen=True)
@@ -178,7 +192,7 @@ def judge(claim: Claim, recipes: Recipes, stored: Stored) -> Judged:
     findings = tuple(compare_sides(each, recipes, stored) for each in claim.comparisons)
     failing = [finding for finding in findings if finding.holds is False]
     if findings and all(finding.holds for finding in findings):
-        return Judged(claim, "reproduced", findings)
+        return Judged(claim, "reproduced", findings, f"without {claim.without}" if claim.without else "")
     if not failing:
         return Judged(claim, "open", findings, _undecided(findings))
     values = {finding.at for finding in failing}
@@ -223,12 +237,21 @@ def compare_sides(comparison: Comparison, recipes: Recipes, stored: Stored) -> F
         for one, two in zip(first, second, strict=True)
     ]
     values = torch.stack(gaps)
-    values = values[:, values.isfinite().all(0)]
+    known = values.isfinite().all(0)
+    values = values[:, known]
     if values.shape[1] == 0:
         return Finding(comparison.what, None, None, "a side lacks the measure", comparison.at)
     cell = Cell(float(values.mean()), _interval(values), len(common), signed=True)
     wanted = f" (wanted {comparison.relation} by {comparison.by})" if comparison.by > 0 else ""
-    return Finding(comparison.what, cell, _holds(comparison, cell), "", comparison.at, wanted)
+    means = _mean(first, known), _mean(second, known)
+    return Finding(comparison.what, cell, _holds(comparison, cell), "", comparison.at, wanted, means)
+
+
+def _mean(of_seeds: Sequence[Tensor], known: Tensor) -> float:
+    """Mean over seeds and the queries that are compared; a side may be one number."""
+    return float(
+        torch.stack([v[known] if v.numel() == known.numel() else v.nanmean()[None] for v in of_seeds]).mean()
+    )
 
 
 def _interval(values: Tensor) -> tuple[float, float]:
