@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import robusthash as rh
+from robusthash.apps.cli import app
 from robusthash.apps.experiment import search_model
 from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.index_run import encode_images
@@ -211,7 +213,21 @@ def test_texts_are_encoded_by_the_words_of_the_training_set(tmp_path):
         index.add(
             model.encode([data.database.batch(torch.arange(4)).inputs["image"][place] for place in range(4)])
         )
-        assert len(model.search(index, caption, k=3, modality="text")) == 3
+        found = model.search(index, caption, k=3, modality="text")
+        assert len(found) == 3
+        with pytest.raises(ValueError, match="is no file; to search with a sentence, modality='text'"):
+            model.search(index, caption)
+    page = tmp_path / "found.html"
+    words = ["search", str(tmp_path / "index"), "--run", str(run), "-k", "3"]
+    answer = CliRunner().invoke(app, [*words, "--text", caption, "--html", str(page), "--json"])
+    assert json.loads(answer.stdout) == found
+    assert caption in page.read_text()
+    for refused, said in (
+        ([*words], "search with one of the two"),
+        ([*words, "a.png", "--text", caption], "search with one of the two"),
+        ([*words, "--text", "zebra quux"], "text 0, 'zebra quux': the model knows none of its words"),
+    ):
+        assert said in str(CliRunner().invoke(app, refused).exception)
     with pytest.raises(ValueError, match="text 1 is a int"):
         model.encode([caption, 5], modality="text")
 

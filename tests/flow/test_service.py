@@ -22,7 +22,7 @@ from service_parts import CONFIG, index, listening, parts, picture
 
 import robusthash as rh
 from robusthash.apps.experiment.config import make_config
-from robusthash.apps.experiment.index_run import search_image
+from robusthash.apps.experiment.index_run import search_by
 from robusthash.apps.experiment.training_stages import train
 from robusthash.apps.service.api import create_app
 from robusthash.apps.service.batching import Batcher, Overloaded
@@ -79,7 +79,7 @@ def add(client: TestClient, content: bytes, items: Any = None, **headers: str) -
 def test_a_search_answers_as_the_command_line_does(client: TestClient, index: Path, parts) -> None:
     path = parts[1] / "03.png"
     hits = search(client, path.read_bytes(), k=5).json()["results"]
-    expected = search_image(index, path, k=5)
+    expected = search_by(index, path, k=5)
     assert [(hit["id"], hit["distance"]) for hit in hits] == [
         (one["id"], one["distance"]) for one in expected
     ]

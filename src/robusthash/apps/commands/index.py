@@ -108,7 +108,10 @@ def add(
 @app.command("search")
 def search(
     directory: Index,
-    image: Annotated[Path, Argument(help="Image file to search with.")],
+    image: Annotated[Path | None, Argument(help="Image file to search with.")] = None,
+    text: Annotated[
+        str | None, Option(help="Search with this sentence instead, by a model of texts.")
+    ] = None,
     k: Annotated[int, Option("-k", "--k", min=1, max=10_000, help="Number of results.")] = 10,
     run: IndexRun = None,
     where: Where = None,
@@ -117,24 +120,27 @@ def search(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Search an index by image file: the nearest items with their distances."""
+    """Search an index by image file, or by a sentence: the nearest items with their distances."""
     from robusthash.apps.experiment.index_filters import values_of
-    from robusthash.apps.experiment.index_run import Reading, search_image
+    from robusthash.apps.experiment.index_run import Reading, search_by
 
     check_page(html)
+    query = image if text is None else text
+    if query is None or (image is not None and text is not None):
+        raise ValueError("search with one of the two: an image file, or --text 'a sentence'")
     limit = Reading.of(None, max_pixels).max_pixels
-    hits = search_image(directory, image, run, k, where, limit)
+    hits = search_by(directory, query, run, k, where, limit)
     if where and not hits:
         note(values_of(directory, where))
     if html is not None:
         from robusthash.apps.reports.picture_pages import write_search_page
         from robusthash.index.index_address import address_without_password
 
-        write_search_page(html, image, hits, address_without_password(directory), where, limit)
+        write_search_page(html, query, hits, address_without_password(directory), where, limit)
     if as_json:
         print_json(hits)
         return
-    _print_hits(f"nearest to {image}", hits)
+    _print_hits(f"nearest to {query}", hits)
     if html is not None:
         print_lines([html])
 

@@ -186,24 +186,31 @@ def add_images(
         return _add(index, load(source_of_index(directory, source), None), files, progress, adding)
 
 
-def search_image(
+def search_by(
     directory: str | Path,
-    image: Path,
+    query: Path | str,
     source: str | Path | None = None,
     k: int = 10,
     where: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> list[dict[str, Any]]:
-    """The k nearest items of an image file, as of ``SearchModel.search``; ``where`` is a filter as YAML.
+    """The k nearest items of an image file or a sentence, as of ``SearchModel.search``.
+
+    Args:
+        query: a path is an image file, a string a sentence.
+        where: a filter as YAML.
 
     Raises:
-        ValueError: a filter that is no mapping, or names a payload key that no item has.
+        ValueError: a filter that is no mapping, or names a payload key that no item has; a model that does
+            not encode such queries.
     """
     allowed = read_filter(where) if where else None
     with open_index(address_of(directory), create=False) as index:
         model = load(source_of_index(directory, source), None)
+        if isinstance(query, str):
+            return model.search(index, query, k, where=allowed, modality="text")
         model.check_encodes("image")
-        pixels = as_input(read_image(image, model.side, max_pixels=max_pixels))
+        pixels = as_input(read_image(query, model.side, max_pixels=max_pixels))
         return model.search(index, pixels, k, where=allowed)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from robusthash.apps.experiment.config import load_config, write_packaged_recipe
-from robusthash.apps.experiment.index_run import build_index, search_image
+from robusthash.apps.experiment.index_run import build_index, search_by
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.apps.experiment.table_text import copy_table
 from robusthash.apps.experiment.training_stages import run_all
@@ -194,7 +194,7 @@ def _example(out: Path, index: Path, plan: Plan, run: Run) -> dict[str, Any]:
     with write_aside(copy) as aside:
         changed.save(aside, "PNG")
     began = time.perf_counter()
-    hits = search_image(index, copy, run.path, k=5)
+    hits = search_by(index, copy, run.path, k=5)
     seconds = round(time.perf_counter() - began, 3)
     return {
         "image": str(copy),

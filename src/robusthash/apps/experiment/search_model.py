@@ -22,7 +22,7 @@ from robusthash.apps.experiment.model_stages import read_data
 from robusthash.apps.experiment.run_directory import TEXTS, Run, RunError, load_run, reading
 from robusthash.apps.experiment.run_selection import entry_named, folder_of_entry, run_of_entry
 from robusthash.core.hamming import pack
-from robusthash.core.limited_files import read_json
+from robusthash.core.limited_files import read_json, shortened
 from robusthash.core.out_of_memory import halving, warn
 from robusthash.core.runtime import Progress, choose_device, packaged, silent
 from robusthash.core.types import Codes
@@ -166,7 +166,7 @@ class SearchModel:
         if not signs:
             raise ValueError(f"there is no {modality} to encode{first and ': '}{first}")
         if errors:
-            logger.warning("%d of %d images skipped: %s", len(errors), done, first)
+            logger.warning("%d of %d %ss skipped: %s", len(errors), done, modality, first)
         return Codes(pack(torch.cat(signs)), self.bits, torch.tensor(ids), self.origin)
 
     def check_encodes(self, modality: str) -> None:
@@ -195,6 +195,8 @@ class SearchModel:
         Of a model with a ``radius`` also ``copy``, True within it, and ``plain_query``, True of a query that
         is plain, which has no copies; a warning says so too.
         """
+        if modality == "image" and isinstance(image, str) and not os.path.exists(image) and self.texts:
+            raise ValueError(f"{image!r} is no file; to search with a sentence, modality='text'")
         plain = False
         if self.radius is not None and modality == "image":
             image = as_input(one_image(image, self.side))
@@ -256,14 +258,32 @@ class SearchModel:
         except ValueError as error:
             return ValueError(f"image {place}: {error}")
 
+    def text_input(self, text: str) -> Tensor:
+        """(V,) or (L,) of a text, as the hasher takes it.
+
+        Raises:
+            ValueError: a model without texts, or one that knows no word of the text.
+        """
+        if "text" not in self.hasher.modalities:
+            raise ValueError("this model takes no texts")
+        (row,) = self._texts([text], 0)
+        if isinstance(row, Exception):
+            raise row
+        return row
+
     def _texts(self, batch: Sequence[Any], before: int) -> list[Tensor | Exception]:
-        """(V,) or (L,) of each text."""
+        """(V,) or (L,) of each text, or its error."""
         if self.texts is None:
             raise ValueError("the texts of this model came as vectors, and how they are made is not known")
         for place, text in enumerate(batch, before):
             if not isinstance(text, str):
                 raise ValueError(f"text {place} is a {type(text).__name__}")
-        return list(as_input(self.texts.encode(batch)))
+        rows = as_input(self.texts.encode(batch))
+        unknown = "the model knows none of its words"
+        return [
+            row if row.any() else ValueError(f"text {place}, {shortened(repr(text))}: {unknown}")
+            for place, (row, text) in enumerate(zip(rows, batch, strict=True), before)
+        ]
 
 
 def load(source: str | Path, device: str | None = "auto") -> SearchModel:

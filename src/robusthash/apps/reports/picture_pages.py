@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 def write_search_page(
     file: Path,
-    image: Path,
+    query: Path | str,
     hits: Sequence[Mapping[str, Any]],
     index: str | Path,
     where: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> None:
-    """Write an HTML page of one search that opens from disk; a picture that is gone is named as such."""
+    """Write an HTML page of one search that opens from disk; a picture that is gone is named as such.
+
+    Args:
+        query: the path of an image file, or a sentence.
+    """
     results = [
         {
             "path": printable(hit["payload"].get("path", f"item {hit['id']}")),
@@ -41,11 +45,14 @@ def write_search_page(
         }
         for hit in hits
     ]
-    query = {"path": printable(path_text(image)), "picture": picture_of(image, max_pixels)}
-    title = f"Pictures like {printable(path_text(image.name))}"
+    if isinstance(query, str):
+        asked, title = {"sentence": printable(query)}, f"Pictures for: {printable(query)}"
+    else:
+        asked = {"path": printable(path_text(query)), "picture": picture_of(query, max_pixels)}
+        title = f"Pictures like {printable(path_text(query.name))}"
     filtered = where and printable(where)
     home = printable(path_text(index))
-    text = render("search.html.j2", title=title, query=query, hits=results, index=home, where=filtered)
+    text = render("search.html.j2", title=title, query=asked, hits=results, index=home, where=filtered)
     write_text(file, text)
 
 

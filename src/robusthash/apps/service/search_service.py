@@ -169,11 +169,9 @@ class SearchService:
         """A text as the hasher takes it.
 
         Raises:
-            ValueError: the model has no texts.
+            ValueError: a model without texts, or one that knows no word of the text.
         """
-        if self.model.texts is None:
-            raise ValueError("this model takes no texts")
-        return as_input(self.model.texts.encode([text]))[0]
+        return self.model.text_input(text)
 
     def search(
         self,
