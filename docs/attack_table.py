@@ -1,6 +1,6 @@
 """Table of docs/methods/attacks.md: every registered attack, what it knows and asks, a measured row.
 
-Measured rows are of the first kept run, in the order of ``VICTIMS``, that was attacked so.
+Measured rows are of the first kept run that was attacked so: ``VICTIMS`` in their order, then all others by name.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ def row(card: Any, measured: dict[str, str]) -> list[str]:
 def measured_rows() -> dict[str, str]:
     """By attack, the clean and attacked value of a kept run, and passes forward and back of a query."""
     found: dict[str, str] = {}
-    for victim in VICTIMS:
-        for folder in sorted((RESULTS / victim).glob("*")):
-            results = load_run(folder).evaluated()
+    others = sorted({file.parents[1].name for file in RESULTS.glob("*/*/metrics.json")} - {*VICTIMS})
+    for victim in (*VICTIMS, *others):
+        for file in sorted((RESULTS / victim).glob("*/metrics.json")):
+            results = load_run(file.parent).evaluated()
             for name, result in results.items():
                 attack = name.removeprefix("I2T ")
                 clean = results.get(f"{name.removesuffix(attack)}clean")
@@ -60,5 +61,6 @@ def _words(victim: str, clean: EvalResult, result: EvalResult) -> str:
     measure, queries = headline_of(result), len(next(iter(result.per_query.values())))
     started = clean.values.get(measure)
     before = "" if started is None else f"{started:.3f} to "
+    chance = f"chance {result.reference['chance']:.3f}"
     passes = f"{result.cost.forward / queries:,.0f} + {result.cost.backward / queries:,.0f}"
-    return f"{victim}: {measure} {before}{result[measure]:.3f} ({passes})"
+    return f"{victim}: {measure} {before}{result[measure]:.3f}, {chance} ({passes})"
