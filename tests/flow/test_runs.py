@@ -565,3 +565,16 @@ def test_verify_computes_the_digest_of_the_weights_again(call, run, recipe, tmp_
     assert call(*words)[0] == 0
     flip_a_bit(run / "checkpoint" / "hasher.safetensors")
     assert "are not those that were trained" in said_in_one_line(call, *words)
+
+
+def test_a_recipe_that_is_refused_leaves_no_run(tmp_path: Path) -> None:
+    """A loss that does not fit the net is found out when training begins; a run that began stays."""
+    training = {**CONFIG["training"], "recipe": "adversarial", "outer": "sfcl", "attack": "dhta"}
+    with pytest.raises(ValueError, match=r"set hasher\.image to {name: sfcl, .*}, SIDE the data's size"):
+        training_stages.train(make_config({**CONFIG, "training": training}), tmp_path)
+    assert list(tmp_path.glob("tiny/*")) == []
+    run = training_stages.train(make_config(CONFIG), tmp_path)
+    (run.path / "checkpoint" / "hasher.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="hasher"):
+        training_stages.train(make_config(CONFIG), tmp_path)
+    assert run.path.is_dir()

@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=next(iter(options))):
             SFCLOuter(**options)
     recipe = AdversarialTraining(small_hasher(), DPSH(), INNER, SFCLOuter())
-    with pytest.raises(ValueError, match="needs the image encoder 'sfcl'; this one shows nothing"):
+    with pytest.raises(ValueError, match="needs the two branches of the image encoder 'sfcl'"):
         recipe.setup(make_data(), 0, 16)
     with pytest.raises(ValueError, match="'reversed' or 'frozen'"):
         one_step(pair_hasher(), SFCLOuter(redundancy="joint"))  # type: ignore[arg-type]

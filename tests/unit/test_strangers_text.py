@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from robusthash.apps.commands import terminal
-from robusthash.apps.experiment.config import ConfigError, make_config, save_config
+from robusthash.apps.experiment.config import ConfigError, load_config, make_config, save_config
 from robusthash.apps.experiment.config_parts import check_parts
 from robusthash.apps.experiment.run_directory import RunError, load_run
 from robusthash.apps.reports.cell_text import csv_cell, latex_cell, markdown_cell
@@ -96,3 +96,14 @@ def test_a_run_imports_no_module_that_nobody_allowed(tmp_path: Path, monkeypatch
 def test_options_are_tried_before_any_training(raw: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_parts(make_config({"name": "x", **raw}))
+
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("folder", [".", "pretrained", "papers/**"])
+def test_the_parts_of_every_recipe_fit_together(folder: str) -> None:
+    files = sorted(RECIPES.glob(f"{folder}/*.yaml"))
+    assert files
+    for file in files:
+        check_parts(load_config(file))

@@ -167,8 +167,11 @@ class SFCLOuter(nn.Module, OuterLoss):
         """Make heads and scorers for the widths of the encoder's features, drawn from the seed."""
         widths = facts.aux_widths.get(MODALITY, {})
         if not all(f"{name}+" in widths for name in DOMAINS):
-            has = sorted(widths) or "nothing"
-            raise ValueError(f"the outer loss 'sfcl' needs the image encoder 'sfcl'; this one shows {has}")
+            encoder = "{name: sfcl, spatial: small, frequency: {name: gfnet, size: SIDE, patch: P}}"
+            raise ValueError(
+                "the outer loss 'sfcl' needs the two branches of the image encoder 'sfcl': set hasher.image "
+                f"to {encoder}, SIDE the data's size and P a divisor of it"
+            )
         one, two = (widths[name] for name in DOMAINS)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Draws(facts.seed).within("sfcl").key())

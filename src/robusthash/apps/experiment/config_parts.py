@@ -11,11 +11,11 @@ import torch
 from robusthash.apps.experiment.config import Component, Config, ConfigError
 from robusthash.core.out_of_memory import out_of_memory
 from robusthash.core.registry import build
-from robusthash.models.hasher import build_hasher
+from robusthash.models.hasher import Hasher, build_hasher
 
 
 def check_parts(config: Config) -> None:
-    """Make hasher (without memory or pretrained weights), objective, attacks and outer loss of a config.
+    """Make all parts of a config: hasher (without memory or pretrained weights), objective, attacks, recipe.
 
     The state of the global random streams is left as it was.
 
@@ -25,10 +25,13 @@ def check_parts(config: Config) -> None:
     training, evaluation = config.training, config.evaluation
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        _check_hasher(config)
+        hasher = _checked_hasher(config)
         objective = _build("training.objective", "objective", training.objective)
-        if training.outer is not None:
-            _build("training.outer", "outer", training.outer)
+        inner = training.attack and _build("training.attack", "attack", training.attack, objective=objective)
+        outer = training.outer and _build("training.outer", "outer", training.outer)
+        if hasher is not None:  # a recipe refuses parts that do not fit together
+            together = {"hasher": hasher, "objective": objective, "attack": inner, "outer": outer}
+            _build("training", "recipe", training.recipe, **together)
         for section in ("attacks", "oblivious", "identity"):
             for place, settings in enumerate(getattr(evaluation, section)):
                 _build(f"evaluation.{section}.{place}", "attack", settings, objective=objective)
@@ -36,12 +39,12 @@ def check_parts(config: Config) -> None:
     np.random.set_state(numpy)
 
 
-def _check_hasher(config: Config) -> None:
-    """The whole hasher, on torch's device without memory; encoders that need a file are left to training."""
+def _checked_hasher(config: Config) -> Hasher | None:
+    """The whole hasher, on torch's device without memory; None where an encoder needs a file."""
     section = config.hasher
     encoders = {name: _without_weights(getattr(section, name)) for name in ("image", "text")}
-    if encoders["text"] == {"name": "transformer"} or not any(encoders.values()):
-        return
+    if (encoders["text"] or {}).get("name") == "transformer" or not any(encoders.values()):
+        return None
     parts: dict[str, Any] = {**section.model_dump(include={"bits", "head", "purifiers", "sides"}), **encoders}
     with torch.device("meta"):
         hasher = _guarded("hasher", lambda: build_hasher(**parts, vocabulary=1))
@@ -50,6 +53,7 @@ def _check_hasher(config: Config) -> None:
             modality = "text" if name.startswith("encoders.text") else "image"
             settings = getattr(section, modality)
             raise ConfigError(f"hasher.{modality}: no width may be 0, got {settings!r} ({name} is empty)")
+    return hasher
 
 
 def _without_weights(component: Component | None) -> Component | None:

@@ -100,13 +100,26 @@ def _opened(
         wait_for_others()  # until the first has made the run
         yield Run(run_folder(config, root, ancestor), config), parent
         return
-    with owned(run_folder(config, root, ancestor), "training"):
+    folder = run_folder(config, root, ancestor)
+    with owned(folder, "training"), _gone_if_refused(folder):
         origin = {"parent": parent, "resumed_from": shorter}
         run = open_run(config, root, ancestor, progress, {k: r.path for k, r in origin.items() if r})
         if shorter is not None and not run.trained and not run.checkpoint_file.is_file():
             _take_over(run, shorter)
         wait_for_others()
         yield run, parent
+
+
+@contextmanager
+def _gone_if_refused(folder: Path) -> Iterator[None]:
+    """Remove a new run folder whose settings are refused before anything is trained."""
+    is_new = not (folder / "config.yaml").is_file()
+    try:
+        yield
+    except ValueError:
+        if is_new and not any((folder / name).exists() for name in ("log.jsonl", "checkpoint")):
+            shutil.rmtree(folder)
+        raise
 
 
 def _parent(config: Config, root: Path, progress: Progress, base: Path) -> Run | None:
