@@ -187,7 +187,10 @@ def _entries_of_folder(root: str | Path | None, captions: bool) -> tuple[list[En
     if root is None:
         raise ValueError("an archive needs a manifest, which says what its files are")
     if captions:
-        raise ValueError("texts=True needs a manifest with a column 'captions'")
+        raise ValueError(
+            "texts=True needs the texts: set manifest to a file, .csv or JSON lines, with the columns 'file', "
+            "'labels' and 'captions'"
+        )
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(
