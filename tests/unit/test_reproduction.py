@@ -258,6 +258,8 @@ def test_a_model_under_another_name_is_not_trained_again(
     assert json.loads((original / "metrics.json").read_text())  # the other's results stay
     config = load_run(copy).config
     assert take_over_model(config, clone / "runs") is None  # it is there
+    _, by_epoch = Recipes(clone / "recipes").config("tiny", ("name=by-epoch", "runtime.keep_epochs=1"))
+    assert take_over_model(by_epoch, clone / "runs") is None  # the others kept no weights of epochs
 
 
 def test_a_figure_is_drawn_over_its_axis(clone: Path, tmp_path: Path, tiny: Paper) -> None:

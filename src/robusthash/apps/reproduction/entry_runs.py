@@ -314,7 +314,8 @@ def take_over_model(config: Config, runs: Path) -> Run | None:
     """Copy the trained model of a config that lies in ``runs`` under another name, if one does.
 
     The id of a run holds data, hasher, training, seed and ancestor, not the name: a copy under the id of the
-    other is the run that training would make. It has no results.
+    other is the run that training would make, with the weights of its epochs where the config keeps them. It
+    has no results.
     """
     for folder in sorted(runs.glob("*/*")):
         target = runs / config.name / folder.name
@@ -323,6 +324,8 @@ def take_over_model(config: Config, runs: Path) -> Run | None:
         try:
             other = load_run(folder)
             if other.results_only or not _same(config, other.config):
+                continue
+            if config.runtime.keep_epochs and not other.stored_epochs():
                 continue
             other.check_weights()
         except (RunError, ValueError):  # a damaged run: training makes another
@@ -342,6 +345,9 @@ def _copied(other: Run, run: Run) -> Run:
     """The model of ``other`` as a run of its own; the model card comes last, as in training."""
     (run.path / "checkpoint").mkdir(parents=True)
     files = [f"checkpoint/{name}" for name in _WEIGHTS] + list(_FACTS)
+    if run.config.runtime.keep_epochs:
+        (run.path / "epochs").mkdir()
+        files += [f"epochs/{epoch}.safetensors" for epoch in other.stored_epochs()]
     for name in files:
         if (other.path / name).is_file():
             with write_aside(run.path / name) as aside:
