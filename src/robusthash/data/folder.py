@@ -188,8 +188,8 @@ def _entries_of_folder(root: str | Path | None, captions: bool) -> tuple[list[En
         raise ValueError("an archive needs a manifest, which says what its files are")
     if captions:
         raise ValueError(
-            "texts=True needs the texts: set manifest to a file, .csv or JSON lines, with the columns 'file', "
-            "'labels' and 'captions'"
+            "texts=True needs the texts: set manifest to a file, .csv or JSON lines, "
+            "with the columns 'file', 'labels' and 'captions'"
         )
     root = Path(root)
     if not root.is_dir():

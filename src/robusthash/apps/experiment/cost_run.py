@@ -1,9 +1,10 @@
-"""Cost of trained runs: parameters, products, the time of a query and of an epoch."""
+"""Cost of trained runs: parameters, products, the time of a query, of a training step and of an epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -11,22 +12,31 @@ import numpy as np
 import torch
 
 from robusthash.analysis.model_cost import Latency, Size, Work, single_query, size_of, time_in_turn
+from robusthash.apps.experiment.dry_run_parts import StepClock
+from robusthash.apps.experiment.model_stages import load_victim, read_data
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.run_selection import labelled
-from robusthash.apps.experiment.step_cost import step_times
 from robusthash.apps.experiment.stored_analyses import store_analysis
+from robusthash.apps.experiment.training_stages import make_recipe, train_config
 from robusthash.apps.reports.cell_text import markdown_table
 from robusthash.core.hamming import pack, sign
 from robusthash.core.limited_files import read_json
-from robusthash.core.runtime import Draws
+from robusthash.core.runtime import Draws, choose_device
 from robusthash.core.types import Inputs
+from robusthash.data.base import RetrievalData
+from robusthash.data.splits import stable_subset
 from robusthash.index.search_engines import FlatEngine, Rows
 from robusthash.models.hasher import Hasher
+from robusthash.training.loop import fit
+from robusthash.training.recipe import Recipe
 
 _COLUMNS = (
     *("model", "parameters (M)", "MACs (M)", "query ms", "p95 ms", "ratio"),
     *("training min/epoch", "step ms", "step ratio", "attack steps"),
 )
+
+_STEPS = 4
+"""Of each run in a round; the first, which starts the reader, is not counted."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,46 @@ def _step_of(seconds: Sequence[float], reference: Sequence[float]) -> tuple[floa
     """Milliseconds of a training step, and its ratio to the reference."""
     ratios = (mine / other for mine, other in zip(seconds, reference, strict=True))
     return 1e3 * median(seconds), median(ratios)
+
+
+def step_times(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a training step of each run, (rounds,) by label: the median of three steps in each round.
+
+    Every run trains on from its weights on a part of its training set, and nothing of it is kept.
+
+    Raises:
+        FileNotFoundError: data of a run that are not there.
+        RunError: a run without weights.
+    """
+    trainings = {label: (run, _some_batches(run)) for label, run in runs.items()}
+    times: dict[str, list[float]] = {label: [] for label in runs}
+    labels = list(runs)
+    for number in range(rounds):
+        for label in labels if number % 2 == 0 else labels[::-1]:
+            times[label].append(_step_seconds(*trainings[label]))
+    return times
+
+
+def _some_batches(run: Run) -> RetrievalData:
+    """The run's data with as many training items as its steps take."""
+    data = read_data(run.config)
+    items = _STEPS * run.config.training.batch_size
+    share = _recipe_of(run).epoch_items(items) / items  # an epoch may pass its items several times
+    train = data.train.take(stable_subset(data.train, math.ceil(items / share)))
+    return replace(data, train=train)
+
+
+def _recipe_of(run: Run) -> Recipe:
+    hasher, objective = load_victim(run)
+    return make_recipe(run.config, hasher, objective)
+
+
+def _step_seconds(run: Run, data: RetrievalData) -> float:
+    clock = StepClock(choose_device(run.config.runtime.device))
+    clock.start()
+    settings = replace(train_config(run.config), epochs=1, compile=False)
+    fit(_recipe_of(run), data, settings, clock)
+    return median(clock.steps()[1:])
 
 
 def _store(run: Run, row: CostRow, reference: str) -> None:
