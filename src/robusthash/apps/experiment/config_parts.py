@@ -43,7 +43,8 @@ def _checked_hasher(config: Config) -> Hasher | None:
     """The whole hasher, on torch's device without memory; None where an encoder needs a file."""
     section = config.hasher
     encoders = {name: _without_weights(getattr(section, name)) for name in ("image", "text")}
-    if (encoders["text"] or {}).get("name") == "transformer" or not any(encoders.values()):
+    texts = encoders["text"]
+    if (isinstance(texts, dict) and texts["name"] == "transformer") or not any(encoders.values()):
         return None
     parts: dict[str, Any] = {**section.model_dump(include={"bits", "head", "purifiers", "sides"}), **encoders}
     with torch.device("meta"):

@@ -45,6 +45,7 @@ def write_search_page(
         }
         for hit in hits
     ]
+    asked: dict[str, Any]
     if isinstance(query, str):
         asked, title = {"sentence": printable(query)}, f"Pictures for: {printable(query)}"
     else:
