@@ -90,7 +90,7 @@ class Checked:
     """
 
     def __new__(cls, *given: Any, **named: Any) -> Self:
-        annotations = annotated(cls)
+        annotations = annotated(cls)  # type: ignore[arg-type]  # a class is hashable
         for name, value in (*zip(annotations, given, strict=False), *named.items()):
             annotation = annotations.get(name)
             if plain(annotation) and not fits(_as_written(value), annotation):
