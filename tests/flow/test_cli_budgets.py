@@ -113,6 +113,13 @@ def test_attacks_take_a_budget_by_name() -> None:
     assert attack_under("mainstay", "txt-linf-0.1", None, None)["modality"] == "text"
     with pytest.raises(ValueError, match="has 'eps', and img-linf-4 is asked for"):
         attack_under("{name: hag, eps: 2/255}", "img-linf-4", None, None)
+    for nothing in (
+        "{name: pgd, steps: 2, eps: 0}",
+        "{name: hag, eps: 0/255}",
+        "{name: text-edits, edits: 0}",
+    ):
+        with pytest.raises(ValueError, match=rf"0 of '{nothing}' leaves nothing to attack"):
+            attack_under(nothing)
 
 
 @pytest.mark.parametrize("threat", ["db-insert", "db-perturb"])

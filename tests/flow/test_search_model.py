@@ -246,6 +246,8 @@ def test_a_registry_entry_names_the_run_with_its_weights(trained, tmp_path, monk
         RunError, match=rf"weights {digest} .* are in no run of runs/; train it, 'robusthash train"
     ):
         rh.load("tiny-seed0")
+    with pytest.raises(RunError, match="loaded from a folder or by the id of an entry, got None"):
+        rh.load(None)
     with pytest.raises(RunError, match="did you mean 'tiny-seed0'"):
         rh.load("tiny-seed1")
     shutil.copytree(trained.parent, tmp_path / "runs" / "tiny")

@@ -14,7 +14,7 @@ from robusthash.apps.experiment.config import make_config
 from robusthash.apps.experiment.training_stages import train
 from robusthash.attacks.base import Attack
 from robusthash.attacks.pgd import APGD, PGD, RawGradient
-from robusthash.core.registry import build
+from robusthash.core.registry import build, card
 from robusthash.data import load_data
 from robusthash.evaluation import evaluate, make_context
 from robusthash.models.hasher import Hasher
@@ -52,6 +52,20 @@ def victim() -> Hasher:
 def test_numbers_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build("attack", settings, objective=rh.objectives.CSQ())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
+        ({"steps": "2"}, "steps must be a whole number, got '2'"),
+        ({"eps": "8/255"}, "eps must be a finite number, got '8/255'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["mainstay", "guided-apgd", "hag"])
+def test_numbers_of_another_type_are_refused_in_python(name: str, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        card("attack", name).make(**options)
 
 
 def test_parts_of_a_search_are_checked() -> None:

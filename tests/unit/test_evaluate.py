@@ -78,6 +78,21 @@ def test_an_attack_of_no_budget_changes_nothing(context):
     assert result.perceptibility["linf/max"] == 0
 
 
+def test_attacks_are_taken_as_recipes_write_them(victim, data):
+    settings = {"name": "mainstay", "steps": 2}
+    named, made = (
+        rh.evaluate(victim, data, attack=each, queries=4) for each in (settings, rh.attacks.mainstay(steps=2))
+    )
+    assert named.values == made.values
+    for wrong, said in (
+        ("mainsty", "did you mean 'mainstay'"),
+        ([settings], r"\[{'name': 'mainstay', 'steps': 2}\] is no attack; make one"),
+        (rh.attacks.mainstay, "<function mainstay at .* is no attack; make one"),
+    ):
+        with pytest.raises((KeyError, ValueError), match=said):
+            rh.evaluate(victim, data, attack=wrong)
+
+
 def test_evaluate_in_one_call_gives_the_same(victim, data, context):
     attack = attacks()["mainstay"]
     alone = rh.evaluate(victim, data, attack=attack, batch_size=16)

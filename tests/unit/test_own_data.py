@@ -119,6 +119,12 @@ def test_loaders_and_subsets_keep_their_choice_and_names():
     assert data.label_names == ("cat", "dog", "owl")
     sampled = DataLoader(Pairs(PIXELS), sampler=torch.utils.data.SubsetRandomSampler([7, 5, 9, 2]))
     data = from_dataset(sampled, rows={"query": [0], "database": [1, 2, 3]})
+    for drawing in (
+        torch.utils.data.WeightedRandomSampler([1.0] * ITEMS, ITEMS),
+        torch.utils.data.WeightedRandomSampler([1.0] * ITEMS, 9, replacement=False),
+    ):
+        with pytest.raises(ValueError, match="the WeightedRandomSampler of the loader draws other items"):
+            from_dataset(DataLoader(Pairs(PIXELS), sampler=drawing))
     assert (
         data.query.batch(torch.tensor([0]))
         .inputs["image"]
@@ -200,7 +206,15 @@ def test_labels_outside_of_the_names_are_refused():
         (PIXELS.astype(np.float32), "got 0 to 255; divide by 255"),
         (PIXELS / 127.5 - 1, "got -1 to 1; undo the normalisation"),
         (PIXELS.astype(np.int64), "got torch.int64"),
-        (np.full((ITEMS, 8, 8, 3), np.nan), "got nan to nan"),
+        (
+            np.where(np.arange(ITEMS)[:, None, None, None] < 7, 0.5, PIXELS / np.nan),
+            "infinite, first in image 7",
+        ),
+        (
+            np.where(np.arange(ITEMS)[:, None, None, None] < 7, 0.5, [[[np.inf] * 3]]),
+            "infinite, first in image 7",
+        ),
+        ([*PIXELS[1:], PIXELS[0] * np.nan], "image 23: pixels are NaN or infinite$"),
         (PIXELS[..., :2], r"3 channels or 1, first or last, got shape \(8, 8, 2\)"),
         (PIXELS[:, :0], "there is no pixel"),
         (np.zeros(ITEMS, np.uint8), "images are"),
@@ -225,6 +239,11 @@ def test_given_rows_are_the_splits_and_share_no_query():
         ({"query": [0, 0], "database": [1]}, "rows of 'query' name a row twice"),
         ({"query": [], "database": [1]}, "rows of 'query' are row numbers, at least one"),
         ({"query": [0]}, "needs the rows of 'database'"),
+        ({**rows, "query": slice(0, 3)}, r"rows of 'query' are row numbers.* got slice\(0, 3, None\)"),
+        ({**rows, "query": "12"}, "rows of 'query' are row numbers.* got '12'"),
+        ({**rows, "query": 1}, "rows of 'query' are row numbers.* got 1 "),
+        ({**rows, "query": [1.5]}, r"rows of 'query' are row numbers.* got \[1.5\]"),
+        ({**rows, "query": [True, False]}, r"or a mask of 24: got \[True, False\]"),
         ({**rows, "test": [1]}, "got 'test'"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -233,6 +252,11 @@ def test_given_rows_are_the_splits_and_share_no_query():
         from_arrays(PIXELS, CLASSES, rows=rows, query=3)
     with pytest.raises(ValueError, match="are split, query, train, database, seed, got qeury"):
         from_arrays(PIXELS, CLASSES, qeury=3)
+    with pytest.raises(ValueError, match=r"query must be a whole number or null, got 8\.0"):
+        from_arrays(PIXELS, CLASSES, query=8.0)
+    for few in (set(range(4)), iter(range(4)), np.arange(ITEMS) < 4, [number < 4 for number in range(ITEMS)]):
+        data = from_arrays(PIXELS, CLASSES, rows={**rows, "query": few})
+        assert data.query.rows.tolist() == [0, 1, 2, 3]
     assert len(from_arrays(PIXELS, CLASSES, split="balanced", query=6, train=9).train) == 9
 
 
@@ -249,6 +273,19 @@ def test_items_that_cannot_be_used_are_named():
 
     with pytest.raises(ValueError, match="item 0 is another image when it is read again"):
         from_dataset(Noisy(PIXELS))
+
+    class Seldom(Pairs):
+        def __getitem__(self, number):  # item 0 never changes, every other one at its second reading
+            self.read = [*getattr(self, "read", []), number]
+            return self.images[number] // min(self.read.count(number), 2 if number else 1), 0
+
+    with pytest.raises(ValueError, match="item 3 is another image when it is read again"):
+        from_dataset(Seldom(PIXELS))
+    images = PIXELS.copy()
+    data = from_dataset(Pairs(images), memory=1000, rows={"query": range(8), "database": range(8, 24)})
+    images[5] = 0
+    with pytest.raises(ValueError, match="item 5 is another image when it is read again"):
+        data.query.batch(torch.arange(8))
     with pytest.raises(ValueError, match="item 0 is a ndarray; items are"):
         from_dataset(PIXELS)
     with pytest.raises(ValueError, match="item 0 has image, and not image and label"):
@@ -266,8 +303,17 @@ def test_texts_make_an_image_text_set():
     assert torch.equal(data.text_form.encode(["class 2"]).sum(1), torch.tensor([2.0]))
     vectors = np.random.default_rng(2).random((ITEMS, 5))
     assert from_arrays(PIXELS, CLASSES, texts=vectors).vocabulary == 5
-    with pytest.raises(ValueError, match="23 texts for 24 images"):
-        from_arrays(PIXELS, CLASSES, texts=texts[1:])
+    for form in (np.array(texts), np.array(texts, object)):
+        assert from_arrays(PIXELS, CLASSES, texts=form, query=4).fingerprint() == data.fingerprint()
+    for wrong, said in (
+        (texts[1:], "23 texts for 24 images"),
+        ("a" * ITEMS, "one text for each item, got the one text 'aaaa"),
+        ([*texts[1:], None], "text 23 is None and no str"),
+        ([["a", "red"], *texts[1:]], r"text 0 is \['a', 'red'\] and no str: join words"),
+        ([b"a", *texts[1:]], "text 0 is b'a' and no str: .* decode bytes"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            from_arrays(PIXELS, CLASSES, texts=wrong)
 
 
 def test_own_data_are_trained_on_and_searched():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,15 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         (lambda: TrainConfig(augment="mixup"), "'mixup'"),  # type: ignore[arg-type]
         (lambda: TrainConfig(epochs=0), "epochs must be at least 1, got 0"),
         (lambda: TrainConfig(batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: TrainConfig(epochs=1.5), "epochs must be a whole number, got 1.5"),  # type: ignore[arg-type]
+        (lambda: TrainConfig(epochs="2"), "epochs must be a whole number, got '2'"),  # type: ignore[arg-type]
+        (lambda: OptimConfig(lr="0.1"), "lr must be a finite number, got '0.1'"),  # type: ignore[arg-type]
+        (lambda: Schedule(at=(0.5, "1")), "at must be a list, .* got"),  # type: ignore[arg-type]
+        (
+            lambda: TrainConfig(optim={"hasher": {"lr": 0.1}}),  # type: ignore[dict-item]
+            r"optim\['hasher'\] must be an OptimConfig\(lr=...\), got {'lr': 0.1}",
+        ),
     ]:
         with pytest.raises(ValueError, match=said):
             make()
+    assert TrainConfig(epochs=np.int64(3), checkpoint_minutes=1).epochs == 3  # type: ignore[arg-type]

@@ -264,6 +264,14 @@ def test_tiers_hold_the_lines_that_they_promise():
         tier("standart")
 
 
+def test_what_is_no_context_or_threat_is_told_how_to_make_one(context):
+    with pytest.raises(ValueError, match=r"takes make_context\(victim, data\), got a Hasher"):
+        assess(context.victim, context.data)
+    for threat in ("img-linf-8", 8 / 255):
+        with pytest.raises(ValueError, match=rf"image_threat\(8 / 255\) .* got {threat!r}"):
+            assess(context, "smoke", threat)
+
+
 def test_what_cannot_be_assessed_is_refused_before_any_attack(context):
     with pytest.raises(ValueError, match="names of their own"):
         Suite("twice", (GradientAttack("guided", guided()), GradientAttack("guided", guided())))

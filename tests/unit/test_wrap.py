@@ -142,9 +142,10 @@ def test_training_goes_on_from_its_weights(data):
 
 
 def test_what_cannot_work_is_refused(data, images):
-    victim = rh.wrap(After(lambda x: x >= 0), bits=BITS, output="signs")
-    with pytest.raises(ValueError, match="no gradient reaches the weights of After"):
-        rh.fit(rh.HashingRecipe(victim, rh.objectives.CSQ()), data, rh.TrainConfig(epochs=1))
+    for signs in (lambda x: x >= 0, torch.sign):
+        victim = rh.wrap(After(signs), bits=BITS, output="signs")
+        with pytest.raises(ValueError, match="no gradient reaches the weights of After"):
+            rh.fit(rh.HashingRecipe(victim, rh.objectives.CSQ()), data, rh.TrainConfig(epochs=1))
     victim = rh.wrap(After(lambda x: x), bits=BITS, output="signs")
     with pytest.raises(ValueError, match=r"After answered .* real numbers are output='logits'"):
         rh.evaluate(victim, data)
@@ -179,6 +180,40 @@ def test_a_net_that_is_not_wrapped_is_told_how(data):
             use()
     with pytest.raises(ValueError, match=r"a SearchModel is no hasher; give its \.hasher"):
         rh.evaluate(rh.SearchModel(rh.wrap(Net(), bits=BITS), 16), data)
+
+
+def test_nets_on_vectors_of_features_are_wrapped():
+    vectors = torch.randn(24, 5)
+    data = rh.RetrievalData.from_arrays(vectors, [number % 3 for number in range(24)], query=6)
+    net = nn.Linear(5, BITS)
+    torch.testing.assert_close(rh.wrap(net, bits=BITS)({"image": vectors})["image"].logits, net(vectors))
+    assert 0 < rh.evaluate(rh.wrap(net, bits=BITS), data)["MAP"] <= 1
+    with pytest.raises(ValueError, match=r"bounds, mean and std are of pixels, .* vectors \(18, 5\)"):
+        rh.evaluate(rh.wrap(net, bits=BITS, mean=0.5), data)
+    with pytest.raises(ValueError, match=r"takes images .*, and these are \(18, 5\): vectors take the"):
+        rh.evaluate(rh.build_hasher(image="small", bits=BITS), data)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_the_caller_turned_off_are_named(off, data):
+    recipe = rh.HashingRecipe(rh.wrap(Net(), bits=BITS), rh.objectives.CSQ())
+    with (
+        off(),
+        pytest.raises(ValueError, match=r"fit needs gradients; call it outside of torch\.no_grad\(\)"),
+    ):
+        rh.fit(recipe, data, rh.TrainConfig(epochs=1))
+    with torch.inference_mode():
+        made_inside = rh.wrap(Net(), bits=BITS)
+        with pytest.raises(ValueError, match=r"mainstay needs gradients; .* torch\.inference_mode\(\)"):
+            rh.evaluate(rh.wrap(Net(), bits=BITS), data, attack="mainstay")
+    with pytest.raises(ValueError, match=r"the net was made inside torch\.inference_mode\(\)"):
+        rh.evaluate(made_inside, data)
+
+
+def test_a_single_bit_has_no_ball_of_two(data):
+    result = rh.evaluate(rh.build_hasher(image="small", bits=1), data)
+    assert "P@r<=2 is undefined: the codes have 1 bits" in result.notes
+    assert 0 < result["MAP"] <= 1
 
 
 def test_a_declared_defense_is_kept(data):

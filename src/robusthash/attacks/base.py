@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from robusthash.attacks.budgets import per_item
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.identity import changes, describe
+from robusthash.core.option_types import Checked
+from robusthash.core.registry import build
 from robusthash.core.runtime import Draws
 from robusthash.core.types import Batch, Goal, Guidance, Inputs, Outputs, Reference
 from robusthash.data.base import RetrievalData
@@ -70,7 +72,7 @@ class SearchResult:
     )
 
 
-class Guide(ABC):
+class Guide(Checked, ABC):
     """Place of the goal in Hamming space.
 
     ``label_codes``: the guidance is a single code of each item, which stands for the goal's labels; outer
@@ -109,14 +111,14 @@ class Guide(ABC):
         return victim
 
 
-class Loss(ABC):
+class Loss(Checked, ABC):
     """Agreement with the guidance, (B,), larger = nearer; the search ascends ``goal.sign`` times it."""
 
     @abstractmethod
     def __call__(self, probe: Probe, guidance: Guidance) -> Tensor: ...
 
 
-class Search(ABC):
+class Search(Checked, ABC):
     """Ascent of a score inside a threat. Per item: no step of one query may depend on another.
 
     ``edits``: it changes words or tokens instead of taking steps. ``steady``: it compares scores of different
@@ -133,7 +135,7 @@ class Search(ABC):
         self, score: Score, batch: Batch, threat: Threat, draws: Draws, select: Select | None, start: Start
     ) -> SearchResult: ...
 
-    def check(self, threat: Threat, origin: Inputs | None = None) -> None:  # noqa: B027  # few have steps
+    def check(self, threat: Threat, origin: Inputs | None = None) -> None:  # few have steps
         """Refuse steps that are too long for a threat; with ``origin``, for inputs of that shape."""
 
     def reach(self, threat: Threat) -> float:
@@ -159,7 +161,7 @@ def published_slope(progress: float) -> float:
 
 
 @dataclass(frozen=True)
-class Attack:
+class Attack(Checked):
     """Guide x loss x search x threat.
 
     Args:
@@ -307,6 +309,8 @@ class Attack:
         """
         if select is not None:
             select = _on_logits(select, victim)
+        if self.search.by_gradient and torch.is_inference_mode_enabled():
+            raise ValueError(f"{self.name} needs gradients; call it outside of your torch.inference_mode()")
         with frozen(victim), frozen(self.guide.ascended_model(victim)), torch.enable_grad():
             score, guidance = self.aim(victim, batch, goal, reference, draws)
             search = self.search.with_victim(victim).towards(guidance)
@@ -334,6 +338,18 @@ class Attack:
         with frozen(victim), torch.no_grad():
             signs = victim.compared(next(iter(victim(result.inputs).values())).logits)
         return replace(result, signs=signs)
+
+
+def as_attack(attack: Any) -> Attack:
+    """An attack as it is, or made from a name or a mapping as recipes have it.
+
+    Raises:
+        KeyError, ValueError: as of ``registry.build``; anything else that is no attack.
+    """
+    made = build("attack", attack) if isinstance(attack, str | Mapping) else attack
+    if not isinstance(made, Attack):
+        raise ValueError(f"{made!r:.60} is no attack; make one, as robusthash.attacks.mainstay() does")
+    return made
 
 
 def _on_logits(select: Select, victim: Hasher) -> Select:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from robusthash.core.option_types import Checked
 from robusthash.core.runtime import Draws
 
 Norm = Literal["linf", "l2", "l1"]
@@ -28,7 +29,7 @@ def binary(values: Tensor) -> bool:
     return bool(((values == 0) | (values == 1)).all())
 
 
-class Budget(ABC):
+class Budget(Checked, ABC):
     """Bound on the change of one modality: ``eps`` in a norm, within the range ``bounds`` of valid inputs.
 
     ``edits``: words or tokens change, which only a search for edits can do.
@@ -63,10 +64,10 @@ class Budget(ABC):
         """Further settings of the budget."""
         return {}
 
-    def check(self, x: Tensor, origin: Tensor) -> None:  # noqa: B027  # of norm balls any input is a point
+    def check(self, x: Tensor, origin: Tensor) -> None:  # of norm balls any input is a point
         """Refuse inputs that no budget of this form allows, whatever its size."""
 
-    def check_length(self, length: float, what: str, origin: Tensor) -> None:  # noqa: B027
+    def check_length(self, length: float, what: str, origin: Tensor) -> None:
         """Refuse a length that no change of inputs like ``origin`` reaches: it is in other units."""
 
     def with_eps(self, eps: float) -> Self:

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 LARGEST = 2**63
 """No whole number of a recipe reaches it."""
@@ -80,6 +80,30 @@ def fault(value: Any, annotation: Any) -> str:
     if type(value) is int and value >= LARGEST:  # counts, sizes, seeds
         return f"is too large, got {_short(value)}"
     return ""
+
+
+class Checked:
+    """Base of settings made in Python: a number of another type than annotated is a ValueError that names it.
+
+    ``epochs=1.5`` would train 2 epochs, and ``steps=3.0`` end deep in a search. Numbers of NumPy and torch
+    are numbers; NaN, infinity and ranges are left to the settings themselves.
+    """
+
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        annotations = annotated(cls)  # type: ignore[arg-type]  # a class is hashable
+        for name, value in (*zip(annotations, given, strict=False), *named.items()):
+            annotation = annotations.get(name)
+            if plain(annotation) and not fits(_as_written(value), annotation):
+                raise ValueError(f"{name} must be {words(annotation)}, got {_short(value)}")
+        return super().__new__(cls)
+
+
+def _as_written(value: Any) -> Any:
+    """A number as YAML would hold it, and a finite one in place of NaN and infinity."""
+    if isinstance(value, list | tuple):
+        return [_as_written(item) for item in value]
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return 0.5 if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(value: Any) -> str:

@@ -88,6 +88,18 @@ class TextOptions:
         return values, f"{empty} {note}".strip(), form
 
 
+def one_text_each(texts: Any) -> list[str]:
+    """Texts of items as a list; a ValueError that names one which is no text, or a single text for all."""
+    if isinstance(texts, str | bytes):
+        raise ValueError(f"texts= takes one text for each item, got the one text {texts[:40]!r}")
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            remedy = "join words by spaces, decode bytes, write '' where there is no text"
+            raise ValueError(f"text {number} is {text!r:.40} and no str: {remedy}")
+    return texts
+
+
 def note_empty(empty: Tensor) -> str:
     """Warn of items without text and return the note that counts them; "" where there are none."""
     count = int(empty.sum())

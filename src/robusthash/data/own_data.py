@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from robusthash.core.runtime import Progress, silent
 from robusthash.core.types import Inputs
 from robusthash.data.base import ArraySource, RetrievalData, Source, as_input, content_hash
 from robusthash.data.image_files import pixels_of, read_image
-from robusthash.data.image_text import TextOptions
+from robusthash.data.image_text import TextOptions, one_text_each
 from robusthash.data.label_cells import Labels, read_labels
 from robusthash.data.splits import Indices, SplitOptions, assemble, hash_pixels, sampled_split
 
@@ -26,6 +27,7 @@ Rows = Mapping[str, Sequence[int] | np.ndarray | Tensor]
 """Row numbers of the splits ``query`` and ``database``, and maybe of ``train`` and ``validation``."""
 
 _PARTS = ("train", "query", "database", "validation")
+_AGAIN = 8  # readings of items that were read already: one finds a change by chance only sometimes
 
 
 def from_arrays(
@@ -47,12 +49,13 @@ def from_arrays(
             of paths, PIL images, arrays and tensors; or (N, V) float vectors of features.
         labels: N class numbers or names; (N, C) multi-hot; or a list of labels for each item, maybe empty.
             Items that share a label are relevant to each other.
-        texts: a text for each item, of which a bag of words is made; or (N, V) vectors.
+        texts: a text for each item ("" where there is none), of which a bag of words is made; or an array of
+            (N, V) vectors.
         vocabulary: most frequent words of the training texts that a bag counts.
         size: pixels a side to which images are cropped and resized, as files are; they stay as they are by
             default.
         label_names: of the columns; class numbers are their places. By default the classes that occur.
-        rows: row numbers of each split. ``train`` is the database by default.
+        rows: row numbers of each split, or a mask of all rows. ``train`` is the database by default.
         splits: else, of a drawn split: ``split`` (``random``, or ``balanced`` over the classes), the numbers
             ``query``, ``train`` and ``database``, and ``seed``; see ``SplitOptions``.
 
@@ -72,6 +75,8 @@ def from_arrays(
     indices = _by_rows(rows, splits, len(pixels)) if rows is not None else _sampled(hot, names, splits)
     arrays, note, form = {"image": pixels}, "", None
     if texts is not None:
+        if not (isinstance(texts, Tensor) or getattr(texts, "dtype", np.dtype(object)).kind in "biuf"):
+            texts = one_text_each(texts)
         if len(texts) != len(pixels):
             raise ValueError(f"{len(texts)} texts for {len(pixels)} images")
         if isinstance(texts, np.ndarray | Tensor):
@@ -97,8 +102,9 @@ def from_dataset(
 ) -> RetrievalData:
     """A torch ``Dataset`` or ``DataLoader`` of images and labels as a data set.
 
-    Of a loader the data set is read, in its own order. Images must come as pixels: leave normalisation to the
-    model (``wrap`` has mean and std) and random changes to training (``TrainConfig`` has ``augment``).
+    Of a loader the data set is read, in its own order, without what its sampler leaves out. Images must come
+    as pixels: leave normalisation to the model (``wrap`` has mean and std) and random changes to training
+    (``TrainConfig`` has ``augment``).
 
     Args:
         dataset: its items are (image, label, ...) or mappings with ``image`` and ``label`` or ``labels``, in
@@ -109,7 +115,7 @@ def from_dataset(
 
     Raises:
         ValueError: as ``from_arrays``, with the number of the item; items that are no pairs; an image that is
-            another when it is read again.
+            another when it is read again; a loader whose sampler draws other items in each pass.
     """
     items = _Items.of(dataset, size)
     images: list[Tensor] = []
@@ -123,11 +129,9 @@ def from_dataset(
         progress(number + 1, total, "reading the data set")
     if not labels:
         raise ValueError("the data set holds no item")
-    if items.indexed and hashes[0] != content_hash(items.image(0).numpy().tobytes()):
-        raise ValueError(
-            "item 0 is another image when it is read again: take random changes out of the data set's "
-            "transform; TrainConfig(augment='flip-crop') makes them in training"
-        )
+    items = replace(items, hashes=tuple(hashes))
+    for row in np.linspace(0, len(labels) - 1, _AGAIN).astype(int).tolist() if items.indexed else ():
+        items.image(row)
     hot, names = read_labels(labels, len(labels), label_names or _classes(dataset))
     indices = _by_rows(rows, splits, len(labels)) if rows is not None else _sampled(hot, names, splits)
     source: Source = items
@@ -177,6 +181,7 @@ class _Items:
     dataset: Any
     numbers: Sequence[int] | None  # of the items in the data set; None where it is only iterated
     size: int | None
+    hashes: tuple[bytes, ...] = ()  # of the pixels, once all were read; by them another image is found out
 
     @classmethod
     def of(cls, dataset: Any, size: int | None) -> _Items:
@@ -190,7 +195,13 @@ class _Items:
         everything = (torch.utils.data.SequentialSampler, torch.utils.data.RandomSampler)
         if loader is None or loader.sampler is None or isinstance(loader.sampler, everything):
             return cls(dataset, range(len(dataset)), size)
-        return cls(dataset, sorted(set(loader.sampler)), size)
+        chosen, again = sorted(loader.sampler), sorted(loader.sampler)
+        if chosen != again or getattr(loader.sampler, "replacement", False):
+            raise ValueError(
+                f"the {type(loader.sampler).__name__} of the loader draws other items in each pass, and "
+                "leaves some out by chance; give the loader's data set, or a Subset of it"
+            )
+        return cls(dataset, sorted(set(chosen)), size)
 
     @property
     def indexed(self) -> bool:
@@ -207,9 +218,15 @@ class _Items:
             yield self._pixels(image, number), label
 
     def image(self, row: int) -> Tensor:
-        """(3, H, W) of one item, read again."""
+        """(3, H, W) of one item, read again; a ValueError where it is another image than at first."""
         number = row if self.numbers is None else self.numbers[row]
-        return self._pixels(_pair(self.dataset[number], number)[0], number)
+        pixels = self._pixels(_pair(self.dataset[number], number)[0], number)
+        if self.hashes and self.hashes[row] != content_hash(pixels.numpy().tobytes()):
+            raise ValueError(
+                f"item {number} is another image when it is read again: take random changes out of the data "
+                "set's transform; TrainConfig(augment='flip-crop') makes them in training"
+            )
+        return pixels
 
     def inputs(self, rows: Tensor) -> Inputs:
         return {"image": as_input(_stacked([self.image(row) for row in rows.tolist()]))}
@@ -290,6 +307,9 @@ def _channels_first(values: Tensor, channels_last: bool) -> Tensor:
         raise ValueError(f"there is no pixel in images of shape {shape[1:]}")
     if values.is_floating_point():
         least, largest = float(values.min()), float(values.max())
+        if not (math.isfinite(least) and math.isfinite(largest)):
+            row = int(torch.nonzero(~values.flatten(1).isfinite().all(1))[0])
+            raise ValueError(f"pixels are NaN or infinite{f', first in image {row}' * (len(values) > 1)}")
         if not (least >= 0 and largest <= 1):
             remedy = "divide by 255" if least >= 0 else "undo the normalisation, which belongs into the model"
             raise ValueError(f"floats must lie in [0, 1], got {least:g} to {largest:g}; {remedy}")
@@ -329,15 +349,10 @@ def _stacked(images: Sequence[Tensor]) -> Tensor:
 
 
 def _sampled(labels: Tensor, names: Sequence[str], splits: Mapping[str, Any]) -> Indices:
-    return sampled_split(labels, names, _options(splits))
-
-
-def _options(splits: Mapping[str, Any]) -> SplitOptions:
-    try:
-        return SplitOptions(**splits)
-    except TypeError:
-        known = ", ".join(SplitOptions.__dataclass_fields__)
-        raise ValueError(f"options of a drawn split are {known}, got {', '.join(splits)}") from None
+    known = SplitOptions.__dataclass_fields__
+    if unknown := sorted(set(splits) - set(known)):
+        raise ValueError(f"options of a drawn split are {', '.join(known)}, got {', '.join(unknown)}")
+    return sampled_split(labels, names, SplitOptions(**splits))
 
 
 def _by_rows(rows: Rows, splits: Mapping[str, Any], count: int) -> Indices:
@@ -359,13 +374,18 @@ def _by_rows(rows: Rows, splits: Mapping[str, Any], count: int) -> Indices:
 
 
 def _row_numbers(part: str, numbers: Any, count: int) -> Tensor:
-    rows = torch.as_tensor(np.asarray(numbers if hasattr(numbers, "__len__") else list(numbers)))
-    if rows.ndim != 1 or len(rows) == 0 or rows.is_floating_point() or rows.dtype == torch.bool:
-        raise ValueError(f"rows of {part!r} are row numbers, at least one: {tuple(rows.shape)} {rows.dtype}")
+    if isinstance(numbers, Iterable) and not isinstance(numbers, np.ndarray | Tensor | Sequence):
+        numbers = sorted(numbers) if isinstance(numbers, Set) else list(numbers)
+    found = np.asarray(numbers)
+    found = np.flatnonzero(found) if found.dtype == bool and found.shape == (count,) else found
+    if found.ndim != 1 or len(found) == 0 or found.dtype.kind not in "iu":
+        got = f"{numbers!r:.60} ({found.dtype}, shape {found.shape})"
+        raise ValueError(f"rows of {part!r} are row numbers, at least one, or a mask of {count}: got {got}")
+    rows = torch.as_tensor(found.astype(np.int64))
     if int(rows.min()) < 0 or int(rows.max()) >= count:
         raise ValueError(
             f"rows of {part!r} reach from {rows.min()} to {rows.max()}; there are 0 to {count - 1}"
         )
     if len(set(rows.tolist())) < len(rows):
         raise ValueError(f"rows of {part!r} name a row twice")
-    return rows.to(torch.int64)
+    return rows

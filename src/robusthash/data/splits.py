@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robusthash.core.option_types import Checked
 from robusthash.core.registry import nearest
 from robusthash.core.runtime import Draws
 from robusthash.data.base import RetrievalData, Source, Split, TextForm, content_hash
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SplitOptions:
+class SplitOptions(Checked):
     """Protocol, sizes and seed of the splits of a data set.
 
     Attributes:

@@ -10,7 +10,7 @@ from typing import Protocol as Shape
 import torch
 from torch import Tensor
 
-from robusthash.attacks.base import Attack
+from robusthash.attacks.base import Attack, as_attack
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.embeddings import Searched
 from robusthash.core.identity import marked_identity
@@ -43,7 +43,7 @@ def evaluate(
     data: RetrievalData,
     protocol: str | Mapping[str, Any] | Protocol = "house",
     *,
-    attack: Attack | None = None,
+    attack: Attack | str | Mapping[str, Any] | None = None,
     victim_for_gradients: Hasher | None = None,
     progress: Progress = silent,
     **options: Any,
@@ -54,11 +54,13 @@ def evaluate(
     ``worst``.
 
     Args:
-        attack: None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted
+        attack: made by ``robusthash.attacks``, or a name or mapping as recipes have it, such as ``mainstay``;
+            None evaluates clean queries. Untargeted results hold MAP and its kin under attack; targeted
             ones the same names with ``t-`` for the target labels and the plain names for the original labels.
         victim_for_gradients: the model that the attack differentiates, the victim itself by default.
         options: direction, database, queries, seed and batch_size of ``make_context``.
     """
+    attack = None if attack is None else as_attack(attack)
     context = make_context(victim, data, protocol, progress=progress, **options)
     if attack is None:
         return score_clean(context)

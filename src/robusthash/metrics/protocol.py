@@ -94,12 +94,7 @@ class Protocol:
 
     name: str
     measures: tuple[str, ...]  # the headline among them
-    directions: tuple[tuple[str, str], ...] = (
-        I2I,
-        I2T,
-        T2I,
-        T2T,
-    )  # (query, database) modality, where present
+    directions: tuple[tuple[str, str], ...] = (I2I, I2T, T2I, T2T)  # (query, database), where present
     ap: LegacyDenominator = "hits"
     k: int | None = None  # the cut of the headline; None is the whole database
     ties: Literal["expected", "legacy"] = "expected"
@@ -230,6 +225,9 @@ def measure_profile(
                 notes.append(f"P@N is undefined: its grid starts at 100 and the database has {size} items")
             else:
                 curves[name] = _curve(name, profile, rows)
+            continue
+        if parsed.radius is not None and parsed.radius > profile.bits:
+            notes.append(f"{name} is undefined: the codes have {profile.bits} bits")
             continue
         if parsed.k is not None and parsed.k > size:
             notes.append(f"{name}: k clipped to the {size} items of the database")

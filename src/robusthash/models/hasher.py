@@ -274,7 +274,15 @@ class Hasher(nn.Module):
 
 @contextlib.contextmanager
 def frozen(victim: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; mode and flags of all parts are restored."""
+    """Eval mode and no parameter gradients inside; mode and flags of all parts are restored.
+
+    Raises:
+        ValueError: weights that were made inside ``torch.inference_mode``, and are used outside of it.
+    """
+    if not torch.is_inference_mode_enabled() and any(p.is_inference() for p in victim.parameters()):
+        raise ValueError(
+            "the net was made inside torch.inference_mode(): no gradient goes through; make it outside"
+        )
     modes = [(module, module.training) for module in victim.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in victim.parameters()]
     victim.eval()

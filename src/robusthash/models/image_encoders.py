@@ -59,6 +59,11 @@ class ImageEncoder(Encoder):
         self.enlarge = enlarge
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if x.ndim != 4:
+            raise ValueError(
+                f"this encoder takes images (B, 3, H, W), and these are {tuple(x.shape)}: vectors take the "
+                "image encoder 'vector', as image={'name': 'vector', 'inputs': V}"
+            )
         if self.enlarge is not None:
             x = functional.interpolate(x, size=(self.enlarge, self.enlarge), mode="bilinear")
         self._check_size(int(x.shape[-2]), int(x.shape[-1]))

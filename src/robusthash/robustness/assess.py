@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from robusthash.attacks.threat_model import Threat
 from robusthash.core.runtime import Progress, silent
@@ -57,7 +58,8 @@ def assess(
         store: of attacked blocks; the same call then goes on where it was stopped.
 
     Raises:
-        ValueError: an option of tiers with a suite of one's own; and see ``tiers.prepare_tier``.
+        ValueError: no context or no threat; an option of tiers with a suite of one's own; and see
+            ``tiers.prepare_tier``.
 
     Example:
         >>> import robusthash as rh
@@ -67,6 +69,7 @@ def assess(
         >>> result["wMAP"] <= result.reference["clean"]
         True
     """
+    _check(context, threat)
     if isinstance(suite, str):
         prepared = prepare_tier(
             context, suite, threat, objective=objective, surrogates=surrogates, queries=queries
@@ -93,6 +96,7 @@ def run_shard(
     progress: Progress = silent,
 ) -> None:
     """Run only the blocks of shard (i, n) of ``assess``; ``assess`` with the same store joins them all."""
+    _check(context, threat)
     if isinstance(suite, str):
         prepared = prepare_tier(
             context, suite, threat, objective=objective, surrogates=surrogates, queries=queries
@@ -101,6 +105,18 @@ def run_shard(
     else:
         suite, context, _ = prepare_suite(context, _on(suite, objective, surrogates, queries), threat)
     run_attacks(context, suite.specs, store, progress, shard)
+
+
+def _check(context: Any, threat: Any) -> None:
+    """Refuse what is easily taken for a context or a threat, with the call that makes one."""
+    if not isinstance(context, EvaluationContext):
+        got = type(context).__name__
+        raise ValueError(f"an assessment takes make_context(victim, data), got a {got}")
+    if not isinstance(threat, Threat | None):
+        raise ValueError(
+            "threat= takes one that robusthash.attacks.image_threat(8 / 255) or named_threat('img-linf-8') "
+            f"makes, got {threat!r}"
+        )
 
 
 def _on(

@@ -11,17 +11,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from robusthash.core.option_types import Checked
 from robusthash.core.processes import rank, world
 from robusthash.core.runtime import Draws, choose_device, precision, seed_everything
 from robusthash.core.types import Batch, LossTerms
 from robusthash.data.base import RetrievalData, batches
 from robusthash.data.transforms import augment
 from robusthash.models.hasher import Hasher
-from robusthash.training.data_parallel import (
-    average_buffers,
-    divided_among_processes,
-    reduce_gradients,
-)
+from robusthash.training.data_parallel import average_buffers, divided_among_processes, reduce_gradients
 from robusthash.training.least_batch import least_batch
 from robusthash.training.optimiser_groups import Group, check_shapes, divided
 from robusthash.training.recipe import FIGURES, Moment, Recipe
@@ -43,7 +40,7 @@ def _in_range(name: str, value: float, above: float) -> None:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Checked):
     """One optimiser group; ``lr`` 0 freezes a part of the hasher, ``frozen_epochs`` for its first epochs."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -68,7 +65,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(Checked):
     """Learning-rate factor over training: a warm-up share, then one of four kinds.
 
     ``steps`` multiplies by ``gamma`` at each share of ``at``; ``exponential`` falls smoothly from 1 to
@@ -102,7 +99,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """Settings of training that belong to no method."""
 
     epochs: int = 20
@@ -123,6 +120,9 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, optim in self.optim.items():
+            if not isinstance(optim, OptimConfig):
+                raise ValueError(f"optim[{name!r}] must be an OptimConfig(lr=...), got {optim!r}")
         _one_of("augment", self.augment, ("none", "flip-crop"))
         _in_range("checkpoint_minutes", self.checkpoint_minutes, math.inf)
         _in_range("seed", self.seed, 2**63)
@@ -234,9 +234,11 @@ def fit(recipe: Recipe, data: RetrievalData, config: TrainConfig, run: RunLog | 
         CheckpointError: the last checkpoint is of other settings.
         FloatingPointError: a loss that is NaN or infinite, with epoch, step and terms.
         KeyError: an optimiser group that the configuration does not know.
-        ValueError: a model that is searched by its numbers; settings of a group that the recipe does not
-            have; batches of one item, and a layer that normalises over the batch alone.
+        ValueError: gradients are off; a model that is searched by its numbers; settings of a group that the
+            recipe does not have; batches of one item, and a layer that normalises over the batch alone.
     """
+    if not torch.is_grad_enabled():
+        raise ValueError("fit needs gradients; call it outside of torch.no_grad() and inference_mode()")
     if world() > 1 and not recipe.data_parallel:
         raise ValueError(f"{type(recipe).__name__} trains in one process alone; start it without torchrun")
     device = choose_device(config.device)

@@ -323,6 +323,8 @@ def run_of(source: str | Path) -> Run | None:
 
 def _place(source: str | Path) -> Run | Path:
     """The run, or the folder of a saved or packaged model."""
+    if not isinstance(source, str | Path):
+        raise RunError(f"a model is loaded from a folder or by the id of an entry, got {source!r}")
     folder = Path(source)
     if source == _COPY_HASH:
         return packaged(_COPY_HASH)

@@ -93,10 +93,14 @@ def attack_under(
     """Settings of an attack (a mapping, YAML or a name), under the budget of the options where one is given.
 
     Raises:
-        ValueError: settings with a budget of their own, or a threat of several modalities or to the database.
+        ValueError: settings with a budget of nothing, or of their own where one is given; a threat of several
+            modalities or to the database.
     """
     settings = value_of(attack) if isinstance(attack, str) else attack
     card, values = check("attack", settings)
+    for key in ("eps", "edits"):
+        if values.get(key) == 0:
+            raise ValueError(f"{key} 0 of {attack!r} leaves nothing to attack; give a size above 0")
     if threat is None and eps is None and norm is None:
         return settings
     options: dict[str, Any] = {"name": settings_of(settings)["name"], **values}

@@ -32,7 +32,7 @@ def wrap(
     range, and attacks differentiate the change of range too, so that their budgets stay in pixels of [0, 1].
 
     Args:
-        module: (B, 3, H, W) float -> (B, ``bits``).
+        module: (B, 3, H, W) float -> (B, ``bits``); or of (B, V) features, without bounds, mean and std.
         bits: K, the width of its answers.
         bounds: the range of pixels that it takes, such as (0, 255) or (-1, 1).
         mean, std: subtracted, and then divided by, in that range: numbers, or one for each channel.
@@ -93,8 +93,13 @@ class OwnEncoder(Encoder):
         self.register_buffer("offset", offset.view(-1, 1, 1).to(like))
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, 3, H, W) in [0, 1] -> (B, K) logits, and nothing else."""
-        own = images * self.scale + self.offset  # a copy: the module may write into it
+        """(B, 3, H, W) in [0, 1], or (B, V) features -> (B, K) logits, and nothing else."""
+        if images.ndim == 2 and not (bool((self.scale == 1).all()) and bool((self.offset == 0).all())):
+            raise ValueError(
+                f"bounds, mean and std are of pixels, and these are vectors {tuple(images.shape)}"
+            )
+        # a copy: the module may write into it
+        own = images * self.scale + self.offset if images.ndim > 2 else images.clone()
         rows = self.module(own.to(self.scale.dtype))
         name, shape = type(self.module).__name__, (len(images), self.width)
         if not isinstance(rows, Tensor) or tuple(rows.shape) != shape:
@@ -102,7 +107,8 @@ class OwnEncoder(Encoder):
             raise ValueError(
                 f"{name} answered {got} to {len(images)} images, and bits={self.width} needs a tensor {shape}"
             )
-        if self.training and torch.is_grad_enabled() and not rows.requires_grad:
+        cut = self.output == "signs" or not rows.requires_grad  # of a sign the gradient is 0
+        if self.training and torch.is_grad_enabled() and cut:
             raise ValueError(
                 f"no gradient reaches the weights of {name}, so that it cannot be trained: wrap what comes "
                 "before its sign as output='logits', and set requires_grad of its parameters"
