@@ -1,6 +1,6 @@
 """Table of docs/methods/attacks.md: every registered attack, what it knows and asks, a measured row.
 
-Measured rows are of the first kept run that was attacked so: ``VICTIMS`` in their order, then all others by name.
+Measured rows are of the first kept run that was attacked so: ``VICTIMS`` in their order, then others by name.
 """
 
 from __future__ import annotations
