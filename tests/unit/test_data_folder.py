@@ -424,7 +424,7 @@ def test_values_of_the_split_column_must_go_somewhere(listed: Path) -> None:
         ({}, "either root .* or archive"),
         ({"root": "a", "archive": "b"}, "either root .* or archive"),
         ({"archive": "b.tar"}, "an archive needs a manifest"),
-        ({"root": "a", "texts": True}, "texts=True needs a manifest"),
+        ({"root": "a", "texts": True}, "texts=True needs the texts: set manifest to a file"),
         ({"root": "a", "label_field": "tags"}, "'labels' or 'class', got 'tags'"),
         ({"root": "a", "on_error": "ignore"}, "'skip' or 'raise', got 'ignore'"),
         ({"root": "a", "size": 0}, "size must be at least 1"),

@@ -78,11 +78,16 @@ _ORDERS = (0, 1, 2, 4, 7)  # u + v of the bands of the table
 def cost(
     runs: RunPaths,
     against: Annotated[Path | None, Option(help="Undefended run; the first one by default.")] = None,
-    repeats: Annotated[int, Option(min=1, help="Timed queries of each, after 10 to warm up.")] = 100,
+    repeats: Annotated[
+        int, Option(min=1, max=1_000_000, help="Timed queries of each, after 10 to warm up.")
+    ] = 100,
     rounds: Annotated[
-        int, Option(min=0, help="Also time training steps, in turn for so many rounds; needs the data.")
+        int,
+        Option(
+            min=0, max=10_000, help="Also time training steps, in turn for so many rounds; needs the data."
+        ),
     ] = 0,
-    threads: Annotated[int, Option(min=1, help="Threads of all that is timed.")] = 1,
+    threads: Annotated[int, Option(min=1, max=1024, help="Threads of all that is timed.")] = 1,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

@@ -238,7 +238,7 @@ class RuntimeSection(Section):
 
     seed: Seed = 0
     device: str = "auto"
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     keep_epochs: int | None = Field(None, ge=1)  # keep the weights every N epochs, for `curves --robust`
     checkpoint_minutes: float = Field(0.0, ge=0)  # between checkpoints inside an epoch; 0: at its end alone
     compile: bool = False  # the encoders, by torch.compile
