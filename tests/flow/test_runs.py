@@ -573,6 +573,10 @@ def test_a_recipe_that_is_refused_leaves_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set hasher\.image to {name: sfcl, .*}, SIDE the data's size"):
         training_stages.train(make_config({**CONFIG, "training": training}), tmp_path)
     assert list(tmp_path.glob("tiny/*")) == []
+    gone = {**CONFIG, "data": {"name": "ucmerced", "root": str(tmp_path / "nowhere")}}
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        training_stages.train(make_config(gone), tmp_path)
+    assert list(tmp_path.glob("tiny/*")) == []
     run = training_stages.train(make_config(CONFIG), tmp_path)
     (run.path / "checkpoint" / "hasher.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="hasher"):

@@ -97,6 +97,15 @@ def test_training_steps_are_timed_in_turn_and_leave_the_runs_alone(call, trained
     stored = json.loads((hardened / "cost.json").read_text())["values"]
     assert stored["step ratio"] == pytest.approx(defended["step_ratio"], abs=1e-6)
     assert (hardened / "checkpoint" / "hasher.safetensors").read_bytes() == weights
+    one_step = {
+        **CONFIG,
+        "name": "one-step",
+        "training": {**CONFIG["training"], "epochs": 1, "batch_size": 64},
+    }
+    short = training_stages.train(make_config(one_step), tmp_path).path
+    assert (
+        json.loads(call("cost", short, "--repeats", 1, "--rounds", 1, "--json")[1])["rows"][0]["step_ms"] > 0
+    )
 
 
 def test_curves_draw_the_log_and_the_kept_epochs(call, trained, tmp_path):

@@ -88,7 +88,7 @@ def cost_rows(
         size, minutes = size_of(hashers[label], _pixels(run)), sum(epochs) / len(epochs) / 60
         trained = _step_of(steps[label], steps[undefended]) if rounds else ()
         rows.append(CostRow(label, size, latencies[label], minutes, inner, *trained))
-        _store(run, rows[-1], reference)
+        _store(run, rows[-1], reference, rounds)
     return reference, rows
 
 
@@ -99,7 +99,7 @@ def _step_of(seconds: Sequence[float], reference: Sequence[float]) -> tuple[floa
 
 
 def step_times(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a training step of each run, (rounds,) by label: the median of three steps in each round.
+    """Seconds of a training step of each run, (rounds,) by label: the median of some steps in each round.
 
     Every run trains on from its weights on a part of its training set, and nothing of it is kept.
 
@@ -135,13 +135,15 @@ def _step_seconds(run: Run, data: RetrievalData) -> float:
     clock.start()
     settings = replace(train_config(run.config), epochs=1, compile=False)
     fit(_recipe_of(run), data, settings, clock)
-    return median(clock.steps()[1:])
+    seconds = clock.steps()
+    return median(seconds[1:] or seconds)  # a small set has one step
 
 
-def _store(run: Run, row: CostRow, reference: str) -> None:
-    """Numbers of one query in the run's ``cost.json``; ``ratio`` is that to the reference."""
+def _store(run: Run, row: CostRow, reference: str, rounds: int) -> None:
+    """Numbers of one query, and of a training step where it was timed, in the run's ``cost.json``; ratios are
+    those to the reference."""
     time = row.latency
-    settings = {"reference": reference, "threads": time.threads, "repeats": time.runs}
+    settings = {"reference": reference, "threads": time.threads, "repeats": time.runs, "rounds": rounds}
     values = {"parameters": row.size.parameters, "MACs": row.size.macs, "ratio": time.ratio}
     values |= {"query ms": time.median, "p95 ms": time.p95, "minutes an epoch": row.minutes_per_epoch}
     if row.step_ms is not None and row.step_ratio is not None:

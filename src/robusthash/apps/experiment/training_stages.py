@@ -30,7 +30,7 @@ from robusthash.apps.experiment.run_directory import (
 from robusthash.apps.experiment.training_trackers import check_trackers, tracked
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_aside
-from robusthash.core.directory_lock import InUse, owned
+from robusthash.core.directory_lock import LOCK, InUse, owned
 from robusthash.core.processes import joined_processes, rank, wait_for_others
 from robusthash.core.registry import build, check
 from robusthash.core.runtime import Progress, choose_device, silent
@@ -112,11 +112,11 @@ def _opened(
 
 @contextmanager
 def _gone_if_refused(folder: Path) -> Iterator[None]:
-    """Remove a new run folder whose settings are refused before anything is trained."""
-    is_new = not (folder / "config.yaml").is_file()
+    """Remove a run folder that was empty, where settings or data are refused before anything is trained."""
+    is_new = not any(path.name != LOCK for path in folder.iterdir())
     try:
         yield
-    except ValueError:
+    except (ValueError, OSError):
         if is_new and not any((folder / name).exists() for name in ("log.jsonl", "checkpoint")):
             shutil.rmtree(folder)
         raise
