@@ -342,11 +342,36 @@ def test_a_verdict_is_computed_from_paired_intervals(
         update={"comparisons": [*mixed.comparisons, claim(clone, "above", by=2.0).comparisons[0]]}
     )
     judged = judge(mixed, recipes, stored)
-    assert (judged.verdict, judged.reason) == ("reversed", "in part, fails in 1 of 2")
+    assert (judged.verdict, judged.reason) == ("reversed", "in part (fails in 1, holds in 1 of 2)")
     one_choice = claim(clone, "above", by=2.0).model_copy(update={"depends_on": "rate"})
     assert judge(one_choice, recipes, stored).verdict == "open"
     missing = judge(claim(clone, "above", first="tiny: nothing"), recipes, stored)
     assert (missing.verdict, missing.reason) == ("open", "not run")
+
+
+def test_sides_within_two_hundredths_are_level(
+    made: reproduction.Reproduction, clone: Path, tiny: Paper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claimed difference that is not there decides, unless another unit or a tolerance is meant or a run lacks."""
+    recipes, stored = Recipes(clone / "recipes"), Stored([clone / "runs"])
+    monkeypatch.setattr(claims_ledger, "METHOD_SEEDS", 2)
+    same = {"what": "a", "first": "tiny: clean", "relation": "above", "second": "tiny: clean"}
+    away = {**same, "first": "tiny: nothing"}
+
+    def judged(*comparisons: dict[str, object]) -> tuple[str, str]:
+        found = judge(Claim(id="Z2", paper="Tiny", statement="s", comparisons=comparisons), recipes, stored)
+        return found.verdict, found.reason
+
+    held = claim(clone, "above", by=-2.0).comparisons[0].model_dump()
+    failing = claim(clone, "above", by=2.0).comparisons[0].model_dump()
+    assert judged(same) == ("level", "")
+    assert judged(same, held) == ("level", "in part (level in 1, holds in 1 of 2)")
+    assert judged(same, failing) == ("reversed", "in part (fails in 1, level in 1 of 2)")
+    assert judged(same, away) == ("open", "holds in 0 of 2, 1 level, 1 not run")
+    assert judged({**same, "level": 0}) == ("open", "holds in 0 of 1")
+    assert judged({**same, "by": 0.01, "relation": "below"})[0] == "reversed"
+    monkeypatch.setattr(claims_ledger, "METHOD_SEEDS", 3)
+    assert judged(same)[0] == "open"  # two seeds decide nothing
 
 
 def test_every_claim_names_what_decides_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -36,9 +37,10 @@ from robusthash.metrics.statistics import bootstrap_interval, hierarchical_inter
 from robusthash.models.hasher import build_hasher, purified
 from robusthash.training import OptimConfig, TrainConfig, fit
 
-Verdict = Literal["reproduced", "reversed", "open", "untestable here"]
+Verdict = Literal["reproduced", "reversed", "level", "open", "untestable here"]
 
 _SMALL = 5e-4  # differences below it are written with an exponent
+_ENDINGS = ("fails", "level", "holds", "open", "not run")  # of a comparison
 _CHOICES = 3  # values of a choice at which a claim fails before it is called reversed
 
 
@@ -67,7 +69,9 @@ class Side(Section):
 class Comparison(Section):
     """``first`` is ``above`` or ``below`` ``second``, by at least ``by``; a negative ``by`` is a tolerance.
 
-    ``at`` is the value of the choice that the claim depends on.
+    ``at`` is the value of the choice that the claim depends on. Where a plain difference is claimed (``by``
+    of 0) and the whole interval lies within ``level`` of 0, both sides are level; ``level`` is 0 for
+    measures in another unit than MAP.
     """
 
     what: str
@@ -76,6 +80,7 @@ class Comparison(Section):
     second: Side
     by: float = 0.0
     at: str = ""
+    level: float = Field(0.02, ge=0)
 
 
 class Claim(Section):
@@ -112,7 +117,7 @@ class Claim(Section):
 class Finding:
     """A comparison: the difference of first and second, and whether it holds; None where undecided.
 
-    ``means`` are those of both sides.
+    ``means`` are those of both sides. ``level``: it does not hold since both sides are level.
     """
 
     what: str
@@ -122,6 +127,7 @@ class Finding:
     at: str = ""
     wanted: str = ""
     means: tuple[float, float] = (math.nan, math.nan)
+    level: bool = False
 
     def text(self) -> str:
         """``mainstay to HAG: 0.504 against 0.515, -0.011 (-0.016 to -0.006), 3 seeds``."""
@@ -181,8 +187,9 @@ def judge_all(folders: Folders) -> list[Judged]:
 def judge(claim: Claim, recipes: Recipes, stored: Stored) -> Judged:
     """The verdict on a claim.
 
-    It is reproduced where every comparison holds beyond its interval, reversed where one fails beyond it (in
-    part, where others hold), and open else; fewer than three common seeds decide nothing.
+    It is reproduced where every comparison holds beyond its interval, reversed where one fails beyond it
+    (in part, where others do not), level where all are measured and none fails but for sides that are
+    level, and open else; fewer than three common seeds decide nothing.
     """
     if claim.untestable:
         return Judged(claim, "untestable here", (), claim.untestable)
@@ -193,24 +200,41 @@ def judge(claim: Claim, recipes: Recipes, stored: Stored) -> Judged:
     failing = [finding for finding in findings if finding.holds is False]
     if findings and all(finding.holds for finding in findings):
         return Judged(claim, "reproduced", findings, f"without {claim.without}" if claim.without else "")
-    if not failing:
+    level = all(finding.level for finding in failing)
+    if level and (not failing or any(finding.difference is None for finding in findings)):
         return Judged(claim, "open", findings, _undecided(findings))
     values = {finding.at for finding in failing}
     if claim.depends_on and len(values) < _CHOICES:
         reason = f"fails at {len(values)} of the {_CHOICES} values of {claim.depends_on} that are needed"
         return Judged(claim, "open", findings, reason)
-    part = f"in part, fails in {len(failing)} of {len(findings)}" if len(failing) < len(findings) else ""
-    return Judged(claim, "reversed", findings, part)
+    return Judged(claim, "level" if level else "reversed", findings, _in_part(findings))
+
+
+def _in_part(findings: Sequence[Finding]) -> str:
+    """Counts of how comparisons end: "in part (fails in 1, holds in 2 of 3)"; empty where all are alike."""
+    counts = Counter(map(_ending, findings))
+    ways = [
+        f"{way} in {counts[way]}" for way in ("fails", "level", "holds", "open", "not run") if counts[way]
+    ]
+    return f"in part ({', '.join(ways)} of {len(findings)})" if len(ways) > 1 else ""
 
 
 def _undecided(findings: Sequence[Finding]) -> str:
-    missing = sum(finding.difference is None for finding in findings)
-    if missing == len(findings):
+    counts = Counter(map(_ending, findings))
+    if counts["not run"] == len(findings):
         return "not run"
     few = any(f.difference is not None and f.difference.seeds < METHOD_SEEDS for f in findings)
-    parts = [f"holds in {sum(finding.holds is True for finding in findings)} of {len(findings)}"]
-    parts += [f"{missing} not run"] if missing else []
+    parts = [f"holds in {counts['holds']} of {len(findings)}"]
+    parts += [f"{counts[way]} {way}" for way in ("level", "not run") if counts[way]]
     return ", ".join([*parts, *([f"fewer than {METHOD_SEEDS} seeds"] if few else [])])
+
+
+def _ending(finding: Finding) -> str:
+    if finding.level:
+        return "level"
+    if finding.holds is None:
+        return "open" if finding.difference else "not run"
+    return "holds" if finding.holds else "fails"
 
 
 def compare_sides(comparison: Comparison, recipes: Recipes, stored: Stored) -> Finding:
@@ -218,24 +242,16 @@ def compare_sides(comparison: Comparison, recipes: Recipes, stored: Stored) -> F
     pairs = [_of_side(side, recipes, stored) for side in (comparison.first, comparison.second)]
     common = sorted(pairs[0].keys() & pairs[1].keys())
     if not common:
-        lacking = [
-            side.recipe
-            for side, seeds in zip((comparison.first, comparison.second), pairs, strict=True)
-            if not seeds
-        ]
+        sides = zip((comparison.first, comparison.second), pairs, strict=True)
+        lacking = [side.recipe for side, seeds in sides if not seeds]
         reason = f"no results of {' and '.join(dict.fromkeys(lacking))}" if lacking else "no common seed"
         return Finding(comparison.what, None, None, reason, comparison.at)
     first, second = ([side[seed] for seed in common] for side in pairs)
-    if any(
-        one.numel() not in (1, two.numel()) and two.numel() != 1
-        for one, two in zip(first, second, strict=True)
-    ):
+    both = list(zip(first, second, strict=True))
+    if any(one.numel() not in (1, two.numel()) and two.numel() != 1 for one, two in both):
         return Finding(comparison.what, None, None, "their queries differ", comparison.at)
-    paired = all(one.numel() == two.numel() for one, two in zip(first, second, strict=True))
-    gaps = [
-        one - two if paired else (one.nanmean() - two.nanmean())[None]
-        for one, two in zip(first, second, strict=True)
-    ]
+    paired = all(one.numel() == two.numel() for one, two in both)
+    gaps = [one - two if paired else (one.nanmean() - two.nanmean())[None] for one, two in both]
     values = torch.stack(gaps)
     known = values.isfinite().all(0)
     values = values[:, known]
@@ -244,7 +260,9 @@ def compare_sides(comparison: Comparison, recipes: Recipes, stored: Stored) -> F
     cell = Cell(float(values.mean()), _interval(values), len(common), signed=True)
     wanted = f" (wanted {comparison.relation} by {comparison.by})" if comparison.by > 0 else ""
     means = _mean(first, known), _mean(second, known)
-    return Finding(comparison.what, cell, _holds(comparison, cell), "", comparison.at, wanted, means)
+    holds = _holds(comparison, cell)
+    level = holds is None and _level(comparison, cell)
+    return Finding(comparison.what, cell, False if level else holds, "", comparison.at, wanted, means, level)
 
 
 def _mean(of_seeds: Sequence[Tensor], known: Tensor) -> float:
@@ -267,6 +285,12 @@ def _holds(comparison: Comparison, cell: Cell) -> bool | None:
     if low > comparison.by:
         return True
     return False if high < comparison.by else None
+
+
+def _level(comparison: Comparison, cell: Cell) -> bool:
+    """A test of equivalence: a plain difference is claimed, and none of ``level`` is there."""
+    low, high = cell.interval
+    return cell.seeds >= METHOD_SEEDS and comparison.by == 0 and max(-low, high) < comparison.level
 
 
 def _of_side(side: Side, recipes: Recipes, stored: Stored) -> dict[int, Tensor]:
@@ -351,7 +375,7 @@ _COMPUTED: dict[str, Callable[[], bool]] = {
 def ledger_markdown(ledger: Sequence[Judged]) -> str:
     """A table a paper, below the number of claims by verdict."""
     verdicts = [judged.verdict for judged in ledger]
-    order: tuple[Verdict, ...] = ("reproduced", "reversed", "open", "untestable here")
+    order: tuple[Verdict, ...] = ("reproduced", "reversed", "level", "open", "untestable here")
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in order)
     parts = [f"{len(ledger)} claims: {counts}."]
     for paper in dict.fromkeys(judged.claim.paper for judged in ledger):
