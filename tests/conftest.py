@@ -13,7 +13,11 @@ import pytest
 import torch
 from index_servers import PACKAGES, Server, running
 
+from robusthash.core.plugins import import_plugin
+from robusthash.core.registry import Card, card_of, catalogue
+
 REPO_ROOT = Path(__file__).resolve().parents[1]
+METHODS = pytest.StashKey[list[Card]]()
 
 
 os.environ["OMP_NUM_THREADS"] = (
@@ -26,11 +30,55 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--servers", action="store_true", help="start PostgreSQL and Milvus (extra dev-index)")
     parser.addoption("--all-entries", action="store_true", help="dry-run all tables and figures of papers")
     parser.addoption("--fuzz", type=int, default=140, help="malformed inputs of tests/fuzz (all: 1000)")
+    parser.addoption(
+        "--method",
+        metavar="MODULE:NAME",
+        action="append",
+        help="the contract tests of an outside method alone",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[METHODS] = [_method(named) for named in config.getoption("--method") or ()]
     if config.getoption("--servers"):  # a run that is ended ends its servers too
         signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", 128 + signal.SIGTERM))
+
+
+def _method(named: str) -> Card:
+    """The card of ``module:name``, which registers itself so that the sweeps of ``tests/contract`` see it."""
+    try:
+        module, name = import_plugin(named)
+    except (ImportError, KeyError) as error:
+        raise pytest.UsageError(f"--method: {error}") from error
+    card = card_of(getattr(module, name, None)) or next((c for c in catalogue() if c.name == name), None)
+    if card is None or getattr(card.make, "__module__", "") != module.__name__:
+        raise pytest.UsageError(
+            f"--method: {named!r} is not registered; write @register(KIND, NAME) before it"
+        )
+    return card
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests that are made once for each method, where some methods are asked for."""
+    methods = config.stash[METHODS]
+    if not methods:
+        return
+    of_methods = {card.name: [item for item in items if _is_of(item, card)] for card in methods}
+    missing = [f"{card.kind}, as {card.name!r} is" for card in methods if not of_methods[card.name]]
+    if missing:
+        raise pytest.UsageError(
+            f"--method: no test is made for each {missing[0]}; tests/contract sweeps others"
+        )
+    kept = [item for item in items if any(item in those for those in of_methods.values())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _is_of(item: pytest.Item, card: Card) -> bool:
+    given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return any(
+        value == card or value == card.name for value in given.values() if isinstance(value, Card | str)
+    )
 
 
 @pytest.fixture(scope="session")

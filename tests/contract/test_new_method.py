@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -235,3 +236,29 @@ def test_the_checks_can_fail(package: Path) -> None:
 
     with pytest.raises(AssertionError, match="no gradient"):
         check_terms(Dead())
+
+
+@pytest.mark.parametrize(
+    ("source", "named", "said"),
+    [
+        (ATTACK, "my_method:my_attack", ["<Function test_registered[my-attack-stays_inside]>"]),
+        (OBJECTIVE, "my_method:Margin", ["<Function test_state_comes_back[my-objective]>"]),
+        (DEFENSE, "my_method:Levels", ["no test is made for each purifier"]),
+        (ATTACK, "my_method:nothing", ["'my_method:nothing' is not registered"]),
+        (ATTACK, "no_file:nothing", ["no Python module 'no_file'"]),
+    ],
+)
+def test_an_author_asks_for_the_tests_of_a_method(
+    source: str, named: str, said: list[str], tmp_path: Path
+) -> None:
+    """``pytest tests/contract --method MODULE:NAME``, in the folder of the method."""
+    (tmp_path / "my_method.py").write_text(source)
+    words = [str(Path(__file__).parent), "--method", named, "--collect-only", "-v", "-p", "no:cacheprovider"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    listed = answer.stdout + answer.stderr
+    assert all(each in listed for each in said)
+    assert "dpsh" not in listed
+    assert "mainstay" not in listed
+    assert (answer.returncode == 0) == said[0].startswith("<Function")

@@ -91,8 +91,8 @@ def assert_equal_states(left: torch.nn.Module, right: torch.nn.Module) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_own_loss_falls(kind: str, data: RetrievalData) -> None:
     hasher = build_hasher(bits=8, image=IMAGES.get(kind, SMALL), purifiers=PURIFIERS.get(kind))
-    lines = fit(make_recipe(kind, hasher), data, train_config(5, lr=0.03))
-    assert len(lines) == 5
+    lines = fit(make_recipe(kind, hasher), data, train_config(8, lr=0.03))
+    assert len(lines) == 8
     assert summed(lines[-1]) < summed(lines[0])
     assert all(line["seconds"] >= 0 and line["lr"] == 0.03 for line in lines)
 

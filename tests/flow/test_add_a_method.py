@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from robusthash.core import registry
 from robusthash.models import build_hasher
 from robusthash.robustness.specs.adaptive_attacks import adaptive_attacks
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "add-a-method.md"
+TESTS = Path(__file__).resolve().parents[1]
+DOCUMENT = TESTS.parent / "docs" / "add-a-method.md"
+CONTRACT = TESTS / "contract"
 
 
 @pytest.fixture
@@ -48,6 +51,23 @@ def test_the_recipe_of_own_parts_learns_and_is_attacked(files: Path) -> None:
     for attack in ("mainstay-scale-free", "hinge", "rms"):
         assert results[attack]["MAP"] < clean, attack
     assert run.card()["hasher"]["image"] == {"name": "patch_encoder:Patches", "width": 32}
+
+
+def test_they_pass_the_contract(files: Path) -> None:
+    """``--method`` once for each file that the sweep knows, in their folder."""
+    named = ("cosine_pairs:CosinePairs", "mainstay_scale_free:mainstay_scale_free", "hinge_loss:hinge_attack")
+    named += ("rms_search:rms_attack", "consistency:Consistency")
+    words = [
+        str(CONTRACT),
+        "-p",
+        "no:cacheprovider",
+        *(part for name in named for part in ("--method", name)),
+    ]
+    answer = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], cwd=files, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stdout[-2000:]
+    assert re.search(r"\b55 passed", answer.stdout), answer.stdout[-200:]
 
 
 def test_the_defense_brings_its_attacks(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
