@@ -64,14 +64,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not methods:
         return
     of_methods = {card.name: [item for item in items if _is_of(item, card)] for card in methods}
+    kept = [item for item in items if any(item in those for those in of_methods.values())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
     missing = [f"{card.kind}, as {card.name!r} is" for card in methods if not of_methods[card.name]]
     if missing:
         raise pytest.UsageError(
             f"--method: no test is made for each {missing[0]}; tests/contract sweeps others"
         )
-    kept = [item for item in items if any(item in those for those in of_methods.values())]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
 
 
 def _is_of(item: pytest.Item, card: Card) -> bool:
