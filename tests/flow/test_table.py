@@ -282,10 +282,18 @@ def test_other_formats_hold_the_same_values(call, run):
     assert [float(value) for value in lines[1][1:5]] == pytest.approx(
         [cell.value, *cell.interval, 1], abs=1e-6
     )
-    tex = call("table", run.path, "--column", "clean as 95 % & more", "--format", "latex")[1].splitlines()
+    latex = ["--column", "clean as 95 % & more", "--format", "latex"]
+    tex = call("table", run.path, *latex)[1].splitlines()
     assert tex[0] == r"\begin{tabular}{lllll}"
     assert tex[2] == r"recipe & 95 \% \& more & chance & training minutes & seeds \\"
-    assert tex[4].startswith(f"tiny & {cell.text()} & ")
+    low, high = cell.interval
+    assert tex[4].startswith(f"tiny & {cell.value:.3f} {{\\scriptsize ({low:.3f}--{high:.3f})}} & ")
+    attacked = call("table", run.path, "--format", "latex")[1].splitlines()
+    assert attacked[:2] == [r"\begin{table*}", r"\centering\footnotesize"]
+    assert attacked[2].startswith(r"\caption{")
+    assert "budget: PGD" in attacked[2]
+    assert attacked[-2:] == [r"\end{tabular}", r"\end{table*}"]
+    assert call("table", run.path, "--format", "latex", "--no-caption")[1].splitlines() == attacked[3:-1]
 
 
 def test_seeds_stand_in_their_order(run, tmp_path):

@@ -12,7 +12,7 @@ from robusthash.apps.commands import terminal
 from robusthash.apps.experiment.config import ConfigError, load_config, make_config, save_config
 from robusthash.apps.experiment.config_parts import check_parts
 from robusthash.apps.experiment.run_directory import RunError, load_run
-from robusthash.apps.reports.cell_text import csv_cell, latex_cell, markdown_cell
+from robusthash.apps.reports.cell_text import csv_cell, latex_cell, latex_table, markdown_cell
 from robusthash.core.plugins import PLUGINS
 
 TRICKS = (
@@ -56,6 +56,14 @@ def test_cells_of_tables_for_papers_and_pages() -> None:
         r"a\|b &lt;script&gt;x&lt;/script&gt; [l\](u) \*e\* \_f\_ g_h"
     )
     assert markdown_cell("photos:database[180], img-linf-8") == "photos:database[180], img-linf-8"
+    rows = latex_table(["a"], [["[0.7]"], ["*"], ["0.68 (0.65-0.71)"], ["+1 (-2 to +3)"], ["a-b 1-2"]])
+    assert rows.splitlines()[4:9] == [
+        r"{}[0.7] \\",  # after the end of a line "[" and "*" are options
+        r"{}* \\",
+        r"0.68 {\scriptsize (0.65--0.71)} \\",
+        r"+1 {\scriptsize (-2 to +3)} \\",
+        r"a-b 1-2 \\",
+    ]
     assert latex_cell(r"\input{x}%^~") == r"\textbackslash{}input\{x\}\%\textasciicircum{}\textasciitilde{}"
     assert [csv_cell(text) for text in ("=1+1", "@x", "-0.12", "+x", "a=b", "-inf")] == [
         *("'=1+1", "'@x", "-0.12", "'+x", "a=b", "-inf")

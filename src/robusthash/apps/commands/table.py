@@ -26,7 +26,8 @@ def table(
     against: Annotated[str | None, Option(help="Paired differences to this recipe.")] = None,
     seed: Annotated[list[int] | None, Option(help="Only runs of this training seed. Repeatable.")] = None,
     format: Annotated[
-        Literal["markdown", "latex", "csv"], Option(help="csv: six digits; intervals in columns.")
+        Literal["markdown", "latex", "csv"],
+        Option(help="latex: for booktabs. csv: six digits; intervals in columns."),
     ] = "markdown",
     caption: Annotated[bool, Option(help="Name threat, attacks and budget below the table.")] = True,
     as_json: AsJson = False,
@@ -57,11 +58,13 @@ def table(
     if format == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows(table_text.plain_table(rows, titles))
         return
-    write = table_text.latex if format == "latex" else table_text.markdown
-    sys.stdout.write(f"{write(rows, titles)}\n")
-    comment = "% " * (format == "latex")
-    for line in table_text.captions(rows, titles) if caption else ():
-        sys.stdout.write(f"\n{comment}{' '.join(line.split()) if comment else markdown_cell(line)}\n")
+    words = table_text.captions(rows, titles) if caption else []
+    if format == "latex":
+        sys.stdout.write(f"{table_text.latex(rows, titles, words)}\n")
+        return
+    sys.stdout.write(f"{table_text.markdown(rows, titles)}\n")
+    for line in words:
+        sys.stdout.write(f"\n{markdown_cell(line)}\n")
 
 
 def compare(

@@ -18,10 +18,10 @@ def markdown(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> 
     return markdown_table(head, lines)
 
 
-def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None) -> str:
-    """A LaTeX ``tabular`` with the rules of the package ``booktabs``."""
+def latex(rows: Sequence[TableRow], results: Sequence[str] | None = None, caption: Sequence[str] = ()) -> str:
+    """A LaTeX ``tabular`` with the rules of the package ``booktabs``; in a ``table*`` with its caption."""
     head, *lines = text_table(rows, results)
-    return latex_table(head, lines)
+    return latex_table(head, lines, caption)
 
 
 def plain_table(rows: Sequence[TableRow], columns: Sequence[str]) -> list[list[str]]:

@@ -10,6 +10,8 @@ _TEX = str.maketrans(
     {**{mark: f"\\{mark}" for mark in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
     | {"^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 )
+_INTERVAL = re.compile(r"\([-+]?[\d.,]+(?:-| to )[-+]?[\d.,]+\)")
+_RANGE = re.compile(r"(?<=\d)-(?=\d)")
 _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 
@@ -19,11 +21,25 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
 
 
-def latex_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A LaTeX ``tabular`` with the rules of the package ``booktabs``."""
-    title, *lines = [f"{' & '.join(map(latex_cell, row))} \\\\" for row in (head, *rows)]
+def latex_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: Sequence[str] = ()) -> str:
+    """A LaTeX ``tabular`` with the rules of the package ``booktabs``; in a ``table*`` where it has a caption.
+
+    Intervals get the dash of ranges, and are set small.
+    """
+    title, *lines = [f"{' & '.join(map(_latex_number, row))} \\\\" for row in (head, *rows)]
     start = f"\\begin{{tabular}}{{{'l' * len(head)}}}"
-    return "\n".join([start, "\\toprule", title, "\\midrule", *lines, "\\bottomrule", "\\end{tabular}"])
+    body = [start, "\\toprule", title, "\\midrule", *lines, "\\bottomrule", "\\end{tabular}"]
+    if caption:
+        words = f"\\caption{{{' '.join(map(latex_cell, caption))}}}"
+        body = ["\\begin{table*}", "\\centering\\footnotesize", words, *body, "\\end{table*}"]
+    return "\n".join(body)
+
+
+def _latex_number(text: str) -> str:
+    """A cell, "0.68 (0.65-0.71)" with a small interval; after a line "[" and "*" are options of LaTeX."""
+    cell = latex_cell(text)
+    cell = f"{{}}{cell}" if cell.startswith(("[", "*")) else cell
+    return _INTERVAL.sub(lambda found: rf"{{\scriptsize {_RANGE.sub('--', found[0])}}}", cell)
 
 
 def _text(cell: Any) -> str:

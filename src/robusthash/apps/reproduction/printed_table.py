@@ -127,13 +127,12 @@ def markdown_blocks(blocks: Sequence[TableBlock]) -> str:
     return "\n\n".join(texts)
 
 
-def latex_blocks(blocks: Sequence[TableBlock]) -> str:
-    """A LaTeX ``tabular`` a block, with the rules of the package ``booktabs``."""
+def latex_blocks(blocks: Sequence[TableBlock], facts: Sequence[str]) -> str:
+    """A LaTeX ``table*`` a block, with the rules of the package ``booktabs``; ``facts`` end its caption."""
     texts = []
     for block in blocks:
         head, *lines = _texts(block)
-        title = f"% {' '.join(block.title.split())}{_below(block)}"
-        texts.append(f"{title}\n{latex_table(head, lines)}")
+        texts.append(latex_table(head, lines, [f"{block.title}{_below(block)}.", *facts]))
     return "\n\n".join(texts)
 
 

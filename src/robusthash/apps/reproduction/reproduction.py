@@ -95,8 +95,8 @@ class Reproduction:
         return "\n\n".join(filter(None, parts))
 
     def latex(self) -> str:
-        """Tables of LaTeX, with comments below them."""
-        return "\n".join([latex_blocks(self.blocks), *(f"% {line}" for line in self.facts)])
+        """Tables of LaTeX, with captions that say what differs."""
+        return latex_blocks(self.blocks, [f"{line}." for line in self.facts])
 
     def csv(self) -> str:
         """One line a cell."""
