@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -390,3 +391,33 @@ def test_words_of_numpy_and_torch_agree() -> None:
     """The packed layout is numpy's: other readers of the files can rely on it."""
     signs = random_signs(3, 20)
     assert np.array_equal(pack(signs).numpy(), np.packbits(signs.numpy() > 0, axis=1))
+
+
+def page_faults(first_line: str) -> int:
+    """Pages that the kernel fills during five attack steps of a small net."""
+    code = f"""
+import resource, torch
+from robusthash.core.runtime import keep_freed_memory
+from robusthash.models import build_hasher
+{first_line}
+torch.set_num_threads(1)
+hasher = build_hasher(bits=32, image={{'name': 'small', 'width': 16}}).eval().requires_grad_(False)
+images = torch.rand(64, 3, 48, 48)
+def step():
+    leaf = images.detach().requires_grad_(True)
+    torch.autograd.grad(hasher({{'image': leaf}})['image'].relaxed(1.0).sum(), leaf)
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    return int(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library is left as it is")
+def test_freed_memory_is_kept_for_the_next_tensors() -> None:
+    assert page_faults("keep_freed_memory()") < page_faults("") / 4

@@ -1,12 +1,14 @@
-"""Keyed random numbers, devices, the deterministic switch, and weights that come as packages."""
+"""Keyed random numbers, devices, memory, the deterministic switch, and weights that come as packages."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import json
 import os
+import platform
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -182,6 +184,22 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} is not usable here: {str(error).splitlines()[0]}; try --device cpu"
         ) from None
     return device
+
+
+_MALLOPT = {-3: 1 << 25, -1: 1 << 30, -2: 1 << 26}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, in bytes
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 1 GiB of freed memory for the next tensors, for the rest of the process.
+
+    glibc hands every large block back to the kernel, which fills a fresh one with zeros for the next step: a
+    fifth of the processor time of a small net (``benchmarks/freed_memory.py``). Other C libraries stay as
+    they are. For programs of our own that train or attack; a process that only serves should not call it.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for option, value in _MALLOPT.items():
+            library.mallopt(option, value)
 
 
 def seed_everything(seed: int) -> None:

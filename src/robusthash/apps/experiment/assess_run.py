@@ -13,7 +13,7 @@ import torch
 from robusthash.apps.experiment.block_store import FolderStore
 from robusthash.apps.experiment.config import Component
 from robusthash.apps.experiment.evaluation_stages import context_of, described, named_attacks
-from robusthash.apps.experiment.model_stages import load_hasher, load_victim, read_data, set_threads
+from robusthash.apps.experiment.model_stages import load_hasher, load_victim, prepare_process, read_data
 from robusthash.apps.experiment.run_directory import CHECKED, Run, write_json
 from robusthash.apps.experiment.threat_options import attack_under, threat_name, threat_on_data
 from robusthash.attacks.base import Attack
@@ -81,7 +81,7 @@ def assess(
         if stored and shard is None:
             owning.enter_context(owned_together(run.path, "assessment"))
         others = run.assessed() if stored else {}  # refused now where the file is damaged
-        set_threads(run.config)
+        prepare_process(run.config)
         victim, objective = load_victim(run)
         data = read_data(run.config, progress)
         context = context_of(run, victim, data, progress, direction, whole=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from robusthash.apps.experiment.evaluation_stages import attacks_of, context_of, named_attacks
-from robusthash.apps.experiment.model_stages import load_victim, read_data, set_threads
+from robusthash.apps.experiment.model_stages import load_victim, prepare_process, read_data
 from robusthash.apps.experiment.run_directory import Run, RunError, write_json
 from robusthash.attacks.base import Attack
 from robusthash.core.limited_files import read_json
@@ -53,7 +53,7 @@ def detection(
         plain = {name: settings for name, (view, settings) in views if view == "white-box"}
     else:
         plain = named_attacks(attacks)
-    set_threads(run.config)
+    prepare_process(run.config)
     with owned_together(run.path, "detection"):
         victim, objective = load_victim(run)
         data, whole = read_data(run.config, progress), queries is not None

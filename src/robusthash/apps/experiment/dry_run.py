@@ -28,7 +28,7 @@ from robusthash.apps.experiment.dry_run_parts import (
     weight_bytes,
 )
 from robusthash.apps.experiment.evaluation_stages import attacks_of, ends_of
-from robusthash.apps.experiment.model_stages import read_data, set_threads
+from robusthash.apps.experiment.model_stages import prepare_process, read_data
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.apps.experiment.training_stages import (
     check_against_data,
@@ -128,7 +128,7 @@ def dry_run(
     """
     if batch is not None and batch < 2:
         raise ValueError(f"batch must be at least 2, got {batch}")
-    set_threads(config)
+    prepare_process(config)
     check_parts(config)
     notes: list[str] = []
     with TemporaryDirectory(prefix="robusthash-") as folder:

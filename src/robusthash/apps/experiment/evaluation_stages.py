@@ -12,7 +12,7 @@ import torch
 
 from robusthash.apps.experiment.block_store import AttackFolder
 from robusthash.apps.experiment.config import ConfigError, EvaluationSection, settings_of
-from robusthash.apps.experiment.model_stages import load_hasher, load_victim, read_data, set_threads
+from robusthash.apps.experiment.model_stages import load_hasher, load_victim, prepare_process, read_data
 from robusthash.apps.experiment.run_directory import Run, write_json
 from robusthash.attacks.base import Attack
 from robusthash.core.atomic_files import write_arrays
@@ -73,7 +73,7 @@ def loaded_context(
     run: Run, progress: Progress, direction: str | None = None, queries: int | None = None
 ) -> EvaluationContext:
     """The context of a run with its hasher and data: all queries, or that number, chosen by content."""
-    set_threads(run.config)
+    prepare_process(run.config)
     hasher, data = load_hasher(run), read_data(run.config, progress)
     context = context_of(run, hasher, data, progress, direction, whole=True)
     return context if queries is None else context.some(queries)
@@ -100,7 +100,7 @@ def evaluate(
     from robusthash.apps.reports.run_report import save_branches  # reports load charts
 
     section = run.config.evaluation
-    set_threads(run.config)
+    prepare_process(run.config)
     check_evaluation(run)
     with owned_together(run.path, "evaluation"):
         victim, objective = load_victim(run)

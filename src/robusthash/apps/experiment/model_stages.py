@@ -11,7 +11,7 @@ from robusthash.apps.experiment.config import Config
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.core.atomic_files import write_arrays
 from robusthash.core.registry import build
-from robusthash.core.runtime import Progress, choose_device, silent
+from robusthash.core.runtime import Progress, choose_device, keep_freed_memory, silent
 from robusthash.core.types import Codes
 from robusthash.data.base import RetrievalData
 from robusthash.data.decoding_processes import read_by
@@ -20,8 +20,9 @@ from robusthash.models.hasher import Hasher
 from robusthash.objectives.base import HashObjective
 
 
-def set_threads(config: Config) -> None:
-    """Take as many threads as the config names; all by default."""
+def prepare_process(config: Config) -> None:
+    """Take as many threads as the config names, all by default; keep freed memory."""
+    keep_freed_memory()
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robusthash.apps.experiment.evaluation_stages import context_of, described
-from robusthash.apps.experiment.model_stages import load_victim, read_data, set_threads
+from robusthash.apps.experiment.model_stages import load_victim, prepare_process, read_data
 from robusthash.apps.experiment.run_directory import Run
 from robusthash.attacks.base import Attack
 from robusthash.attacks.threat_model import Threat, named_threat
@@ -53,7 +53,7 @@ def poison(
     named = named_threat(threat)
     if named.side != "database":
         raise ValueError(f"{threat!r} changes queries; those of the database are db-insert and db-perturb")
-    set_threads(run.config)
+    prepare_process(run.config)
     victim, objective = load_victim(run)
     selected = _attack(threat, named, attack, steps, objective)
     context = context_of(run, victim, read_data(run.config, progress), progress, direction)

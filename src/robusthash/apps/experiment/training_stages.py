@@ -15,7 +15,7 @@ import torch
 from robusthash.apps.experiment.config import Config, ConfigError, load_config, settings_of
 from robusthash.apps.experiment.config_parts import check_parts
 from robusthash.apps.experiment.evaluation_stages import check_evaluation, evaluate
-from robusthash.apps.experiment.model_stages import read_data, set_threads
+from robusthash.apps.experiment.model_stages import prepare_process, read_data
 from robusthash.apps.experiment.run_directory import (
     RESTART,
     TEXTS,
@@ -86,7 +86,7 @@ def _opened(
     made.
     """
     choose_device(config.runtime.device)
-    set_threads(config)
+    prepare_process(config)
     check_parts(config)
     check_trackers(config.runtime.loggers)
     parent = _parent(config, root, progress, base)

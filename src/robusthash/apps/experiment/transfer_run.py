@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robusthash.apps.experiment.model_stages import load_hasher, read_data, set_threads
+from robusthash.apps.experiment.model_stages import load_hasher, prepare_process, read_data
 from robusthash.apps.experiment.run_directory import Run, load_run
 from robusthash.apps.experiment.stored_analyses import store_analysis
 from robusthash.apps.experiment.threat_options import threat_on_data
@@ -87,7 +87,7 @@ def transfer_table(
         if "image" not in card["modalities"]:
             raise ValueError(f"{run.path} encodes {card['modalities']}; this table attacks images")
     first = runs[0].config
-    set_threads(first)
+    prepare_process(first)
     data = {str(first.data): read_data(first, progress)}
     budget = threat_on_data(threat, data[str(first.data)])
     if set(budget.balls) != {"image"} or budget.side != "query":
