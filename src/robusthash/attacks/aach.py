@@ -102,7 +102,9 @@ def answered_codes(victim: Hasher, split: Any, modality: str, size: int = 128) -
     return torch.cat(codes).to(victim.device)
 
 
-@register("attack", "aach", paper=_PAPER, evidence="paper", modality="image", supervised=False)
+@register(
+    "attack", "aach", paper=_PAPER, evidence="paper", modality="image", supervised=False, state="measured"
+)
 def aach(
     eps: float | None = None,
     steps: int = 20,

@@ -95,6 +95,7 @@ class GradientUpwards(RawGradient):
     paper=_PAPER,
     evidence="paper+code",
     modality="cross-modal",
+    state="measured",
     published={"steps": 500},
 )
 def cmla(

@@ -99,7 +99,7 @@ class DACMLoss(Loss):
         return (output.relaxed(probe.alpha) * guidance.codes).mean(1) + self.weight * shared
 
 
-@register("attack", "dacm", paper=_PAPER, evidence="paper", modality="cross-modal")
+@register("attack", "dacm", paper=_PAPER, evidence="paper", modality="cross-modal", state="measured")
 def dacm(
     eps: float | None = None, steps: int = 100, step_size: float | None = None, modality: Modality = "image"
 ) -> Attack:

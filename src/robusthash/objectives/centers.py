@@ -146,7 +146,7 @@ class CSQ(HashObjective):
         return self.quantisation * (output.code.abs() - 1.0).square().mean(1)
 
 
-@register("objective", "dpn", paper="Fan et al., IJCAI 2020", evidence="paper+code")
+@register("objective", "dpn", paper="Fan et al., IJCAI 2020", evidence="paper+code", state="measured")
 class DPN(CSQ):
     """DPN: polarisation; L = mean_k max(0, margin - v_k t_k), t the target code of the item's classes.
 

@@ -16,7 +16,14 @@ from robusthash.objectives.similarity_matrices import squared
 from robusthash.objectives.unsupervised import Features, FixedSimilarity
 
 
-@register("objective", "dgcpn", paper="Yu et al., AAAI 2021", evidence="paper+code", supervised=False)
+@register(
+    "objective",
+    "dgcpn",
+    paper="Yu et al., AAAI 2021",
+    evidence="paper+code",
+    supervised=False,
+    state="measured",
+)
 class DGCPN(FixedSimilarity):
     """DGCPN: coherence of graph neighbours, within and across modalities. Unsupervised.
 
