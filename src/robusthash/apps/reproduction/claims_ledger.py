@@ -213,9 +213,7 @@ def judge(claim: Claim, recipes: Recipes, stored: Stored) -> Judged:
 def _in_part(findings: Sequence[Finding]) -> str:
     """Counts of how comparisons end: "in part (fails in 1, holds in 2 of 3)"; empty where all are alike."""
     counts = Counter(map(_ending, findings))
-    ways = [
-        f"{way} in {counts[way]}" for way in ("fails", "level", "holds", "open", "not run") if counts[way]
-    ]
+    ways = [f"{way} in {counts[way]}" for way in _ENDINGS if counts[way]]
     return f"in part ({', '.join(ways)} of {len(findings)})" if len(ways) > 1 else ""
 
 
