@@ -25,7 +25,7 @@ from robusthash.attacks.losses import Agreement
 from robusthash.attacks.threat_model import Threat, image_threat
 from robusthash.core.hamming import sign
 from robusthash.core.registry import register
-from robusthash.core.runtime import Draws
+from robusthash.core.runtime import Draws, show_progress
 from robusthash.core.types import Batch, Goal, Guidance, HashOutput, Inputs, Reference
 from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher
@@ -274,6 +274,7 @@ class TargetedTraining:
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
+            show_progress(step + 1, steps, "steps of the target codes")
 
     def _random_rows(self, draws: Draws, ids: Tensor) -> Tensor:
         return (draws.uniform(ids, ()) * len(self.sets)).long().to(self.sets.device)

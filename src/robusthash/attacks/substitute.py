@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robusthash.attacks.base import Guide
 from robusthash.attacks.generator_training import seeded
-from robusthash.core.runtime import Draws
+from robusthash.core.runtime import Draws, show_progress
 from robusthash.core.types import Batch, Outputs
 from robusthash.data.base import RetrievalData, Split, batches
 from robusthash.models.hasher import Hasher, build_hasher
@@ -83,6 +83,7 @@ class Substituted(Guide):
                 value.backward()
                 optimiser.step()
                 steps += 1
+            show_progress(epoch + 1, self.epochs, "epochs of the substitute")
         model.eval().requires_grad_(False)
         return steps
 

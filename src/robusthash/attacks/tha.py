@@ -16,7 +16,7 @@ from robusthash.attacks.threat_model import Attacked, threat_on
 from robusthash.core.hamming import sign
 from robusthash.core.labels import relevant
 from robusthash.core.registry import register
-from robusthash.core.runtime import Draws
+from robusthash.core.runtime import Draws, show_progress
 from robusthash.core.types import Batch, Goal, Guidance, LossTerms, Reference
 from robusthash.data.base import RetrievalData
 from robusthash.models.hasher import Hasher
@@ -157,6 +157,7 @@ class Prototype(nn.Module, Guide):
             loss.backward()
             optimiser.step()
             guide.fit_steps = step + 1
+            show_progress(step + 1, self.steps or self.MOST, "steps of the target codes, at most")
         return guide.requires_grad_(False)
 
     def _codes(self, sets: Tensor) -> Tensor:
